@@ -1,0 +1,278 @@
+/*
+ * The contract between the run loop and Python, read by both: the C sources include it, cffi parses it. Only plain
+ * declarations here (no preprocessor), fixed-width types, no padding left to chance.
+ *
+ * Ownership: Python allocates every structure and keeps it alive while a vCPU may run; C never allocates or frees.
+ * Threads: pv_vcpu belongs to the thread inside pv_run(), except `kick`. pv_vm and what it points to are shared by all
+ * vCPU threads: tables are immutable and replaced by swapping the pointer, page bytes and counters are atomics.
+ * The guest is hostile: every gpa, size and value that came from it is checked here before it is used.
+ */
+
+/* ---- pages ------------------------------------------------------------------------------------------------- */
+
+/* One byte per page in a region's ledger. */
+enum pv_page {
+    PV_PAGE_ABSENT, PV_PAGE_HOST, PV_PAGE_PRIVATE, PV_PAGE_SHARED, PV_PAGE_HOLE, PV_PAGE_POISONED,
+    PV_PAGE_STATES,
+    PV_PAGE_ASSUMED = 0x80 /* or-ed in: the kernel does not tell, this is what must be assumed */
+};
+
+/* What Python says a VM is. */
+enum pv_protection { PV_NONE, PV_PKVM, PV_EMULATED };
+
+/* What the loop does to a page's contents on a conversion of the emulated protection. */
+enum pv_conversion {
+    PV_CONVERT_PRESERVE, /* change the host's view, keep the contents */
+    PV_CONVERT_ZERO,     /* the VMM zeroes the page before the other side sees it */
+    PV_CONVERT_PUNCH,    /* the page is dropped from its file; the other side gets a new, zero one */
+    PV_CONVERT_COLD      /* Python does it (copy to another backing, slots moved) */
+};
+
+/* A memslot as the loop and the guarded copies see it. */
+struct pv_region {
+    uint64_t gpa;       /* first byte */
+    uint64_t size;      /* bytes, whole pages */
+    uint8_t *view;      /* where the host's own code may look at it; never the address KVM faults through in
+                           PV_EMULATED with a memfd, where a private page's view is PROT_NONE */
+    uint8_t *ledger;    /* size / 4096 bytes of enum pv_page */
+    int32_t fd;         /* backing file */
+    uint32_t flags;     /* 0 */
+    uint64_t fd_offset; /* of gpa in fd */
+};
+
+/* Sorted by gpa, disjoint. Immutable once published in pv_vm.map. */
+struct pv_map {
+    uint32_t count;
+    uint32_t pad;
+    struct pv_region *regions;
+};
+
+/* ---- rings ------------------------------------------------------------------------------------------------- */
+
+/* A byte FIFO, one side of it C. size is a power of two; head and tail run free. Producers write at head. */
+struct pv_fifo {
+    uint32_t head, tail, size;
+    int32_t wake_fd;   /* eventfd, or -1; written once when armed and the FIFO stops being empty */
+    uint32_t armed;    /* set by the consumer before it sleeps, cleared by the producer that wakes it */
+    uint32_t pad;
+    uint64_t dropped;  /* bytes that found no room */
+    uint8_t *data;
+};
+
+enum pv_record_kind { PV_REC_EXIT = 1, PV_REC_SHARE, PV_REC_UNSHARE, PV_REC_FAULT };
+
+/* 32 bytes of trace. */
+struct pv_record {
+    uint64_t ns;      /* CLOCK_MONOTONIC */
+    uint16_t kind;    /* enum pv_record_kind */
+    uint8_t code;     /* enum pv_exit of an exit, enum pv_source of a share, errno of a fault */
+    uint8_t vcpu;
+    uint32_t size;    /* bytes; bit 31: a write */
+    uint64_t addr;    /* gpa */
+    uint64_t value;   /* data of the access, or nanoseconds in the guest of an exit */
+};
+
+/* Single producer (the vCPU's thread), single consumer; drops and counts when full, never blocks. */
+struct pv_ring {
+    uint64_t head, tail;
+    uint64_t dropped;
+    uint32_t size;     /* records, a power of two */
+    uint32_t exits;    /* not 0: record every exit; shares and faults are always recorded */
+    struct pv_record *records;
+};
+
+/* ---- MMIO -------------------------------------------------------------------------------------------------- */
+
+enum pv_kind {
+    PV_KIND_COLD,          /* Python answers */
+    PV_KIND_REGISTERS,     /* state: uint8_t[size]; loads and stores, nothing else */
+    PV_KIND_COUNTER,       /* state: uint64_t; a store adds its value, a load reads it */
+    PV_KIND_DOORBELL,      /* state: pv_doorbell */
+    PV_KIND_PL011,         /* state: pv_pl011 */
+    PV_KIND_MAILBOX,       /* state: pv_mailbox[], one per vCPU, 4096 bytes of gpa each */
+    PV_KIND_SHARE,         /* state: none; the share doorbell */
+    PV_KINDS
+};
+
+struct pv_range {
+    uint64_t base, size;   /* gpa, half-open */
+    uint32_t kind;         /* enum pv_kind */
+    uint32_t index;        /* Python's own number for it */
+    void *state;
+    uint64_t reads, writes;
+};
+
+/* Sorted by base, disjoint. Immutable once published in pv_vm.bus (the counters apart). */
+struct pv_bus {
+    uint32_t count;
+    uint32_t pad;
+    struct pv_range *ranges;
+};
+
+/* A store that matches writes 1 to an eventfd. Loads read 0. A slot with match_any set takes any value. */
+struct pv_doorbell_slot {
+    uint64_t offset;
+    uint64_t value;
+    int32_t fd;
+    uint32_t match_any;
+};
+struct pv_doorbell {
+    uint32_t count;
+    uint32_t pad;
+    uint64_t missed;       /* stores that matched no slot */
+    struct pv_doorbell_slot *slots;
+};
+
+/* Arm PrimeCell UART (PL011), DDI 0183. */
+struct pv_pl011 {
+    struct pv_fifo tx;     /* guest to host; producer C */
+    struct pv_fifo rx;     /* host to guest; producer Python through pv_pl011_feed() */
+    uint32_t lock;         /* several vCPUs may print */
+    uint32_t cr, lcr_h, ibrd, fbrd, ifls, imsc, ris, dmacr, ilpr;
+    int32_t irq_fd;        /* eventfd of the interrupt line when it rises, or -1 */
+    uint32_t level;        /* the line as last computed: (ris & imsc) != 0 */
+};
+
+/* One vCPU's mailbox; offsets in firmware/lib/abi.h. */
+enum pv_mailbox_state { PV_MAILBOX_IDLE, PV_MAILBOX_ORDER, PV_MAILBOX_BUSY, PV_MAILBOX_DONE };
+struct pv_mailbox {
+    uint32_t state;
+    uint32_t trapped;      /* not 0: the guest's vectors rang the trap bell; registers below are valid */
+    uint64_t order[8];     /* op, then arguments */
+    uint64_t result[8];    /* status, then values */
+    uint64_t trap[8];      /* vector, ESR, FAR, ELR, SPSR, SP, LR, vCPU */
+    uint64_t note[4];      /* words a payload leaves for its runner (results gpa, size, ...) */
+};
+
+/* ---- a VM -------------------------------------------------------------------------------------------------- */
+
+enum pv_source { PV_SOURCE_DOORBELL = 1, PV_SOURCE_HYPERCALL, PV_SOURCE_ACCESS, PV_SOURCE_EXIT };
+
+/* Ways KVM_RUN fails, the index of pv_vm.policy. */
+enum pv_failure {
+    PV_FAIL_EAGAIN, PV_FAIL_ENOMEM,
+    PV_FAIL_EFAULT,        /* exit_reason 0: nothing told */
+    PV_FAIL_MEMORY,        /* EFAULT with KVM_EXIT_MEMORY_FAULT: gpa and size told */
+    PV_FAIL_EHWPOISON, PV_FAIL_OTHER, PV_FAILURES
+};
+enum pv_action { PV_ACT_STOP, PV_ACT_RETRY, PV_ACT_PUNCH };
+
+struct pv_vm {
+    int32_t fd;
+    uint32_t protection;     /* enum pv_protection */
+    struct pv_map *map;
+    struct pv_bus *bus;
+    uint32_t subscribers;    /* not 0: a share or unshare stops the loop so that Python can tell them */
+    uint32_t conversion;     /* enum pv_conversion */
+    uint8_t policy[8];       /* enum pv_action by enum pv_failure */
+    uint32_t retry_limit;    /* consecutive failures retried before stopping */
+    uint32_t pad;
+    uint64_t pages[8];       /* pages by enum pv_page, PV_PAGE_ASSUMED not counted apart */
+    uint64_t shares, unshares, refused;
+};
+
+/* ---- a vCPU ------------------------------------------------------------------------------------------------ */
+
+/* Classes of exits that are counted and timed apart. The MMIO kinds come first, in enum pv_kind's order. */
+enum pv_exit {
+    PV_EXIT_MMIO_COLD, PV_EXIT_MMIO_REGISTERS, PV_EXIT_MMIO_COUNTER, PV_EXIT_MMIO_DOORBELL, PV_EXIT_MMIO_PL011,
+    PV_EXIT_MMIO_MAILBOX, PV_EXIT_MMIO_SHARE,
+    PV_EXIT_MMIO_UNCLAIMED, PV_EXIT_HYPERCALL, PV_EXIT_SYSTEM, PV_EXIT_DEBUG, PV_EXIT_INTR, PV_EXIT_FAILED,
+    PV_EXIT_OTHER, PV_EXITS
+};
+
+/* Log-linear: 8 buckets for each power of two of nanoseconds, up to 2^40. pv_bucket_floor() says where one starts. */
+struct pv_histogram { uint32_t bucket[320]; };
+struct pv_exit_stats {
+    uint64_t count;
+    uint64_t guest_ns, vmm_ns;
+    struct pv_histogram guest;   /* from entering KVM_RUN to its return */
+    struct pv_histogram vmm;     /* from its return to the next entry */
+};
+
+/* Why pv_run() returned. */
+enum pv_stop {
+    PV_STOP_NONE,
+    PV_STOP_KICK,      /* somebody set kick; cleared by Python when it has looked */
+    PV_STOP_MMIO,      /* cold: range, offset, size, is_write, value; answer a load with pv_mmio_reply() */
+    PV_STOP_UNCLAIMED, /* no slot and no range at gpa: as PV_STOP_MMIO, range NULL */
+    PV_STOP_MAILBOX,   /* the guest waits for an order, or has trapped */
+    PV_STOP_FIFO,      /* the UART's transmit FIFO is full: drain it and come back */
+    PV_STOP_SHARE,     /* tell subscribers: share_gpa, share_op, share_source; come back */
+    PV_STOP_CONVERT,   /* PV_CONVERT_COLD: do the conversion, set share_status, come back */
+    PV_STOP_HYPERCALL, /* one that is not ours: run->hypercall.nr */
+    PV_STOP_SYSTEM,    /* KVM_EXIT_SYSTEM_EVENT: event, event_data */
+    PV_STOP_DEBUG,
+    PV_STOP_FAILED,    /* KVM_RUN failed: error (errno), failure, fault_gpa, fault_size, fault_flags */
+    PV_STOP_OTHER,     /* exit_reason says */
+    PV_STOPS
+};
+
+struct pv_vcpu {
+    int32_t fd;
+    uint32_t index;
+    struct pv_vm *vm;
+    void *run;               /* struct kvm_run, mapped by Python */
+    uint32_t kick;           /* atomic; set by pv_kick() */
+    int32_t tid;             /* of the thread inside pv_run(), 0 outside: where pv_kick() sends the signal */
+    uint32_t exit_reason;    /* as KVM left it */
+    uint32_t exit;           /* enum pv_exit of the last exit */
+    struct pv_range *range;
+    uint64_t gpa, offset, value;
+    uint32_t size, is_write;
+    uint64_t share_gpa;
+    uint32_t share_op;       /* 1 share, 0 unshare */
+    uint32_t share_source;   /* enum pv_source */
+    int32_t share_status;    /* what the guest is told: 0, or an SMCCC error */
+    uint32_t share_pending;  /* what is left to do when the loop is entered again; the loop's own */
+    uint32_t event, event_count;
+    uint64_t event_data[4];
+    int32_t error;
+    uint32_t failure;        /* enum pv_failure */
+    uint64_t fault_gpa, fault_size, fault_flags;
+    uint32_t retries, timed; /* timed: not 0 keeps the histograms (counts are always kept) */
+    uint64_t left_ns;        /* when KVM_RUN last returned; the loop's own */
+    struct pv_ring ring;
+    struct pv_exit_stats stats[16];
+};
+
+/* Runs the vCPU until something needs Python. Returns enum pv_stop. Call from one thread at a time. */
+uint32_t pv_run(struct pv_vcpu *vcpu);
+/* Makes a running or about-to-run pv_run() return PV_STOP_KICK soon. Any thread. */
+void pv_kick(struct pv_vcpu *vcpu);
+/* Forgets a kick, in the vCPU's own thread, before it looks at why it was kicked. */
+void pv_unkick(struct pv_vcpu *vcpu);
+/* Answers the load that stopped the loop; value is taken in the guest's byte order, vcpu->size bytes of it. */
+void pv_mmio_reply(struct pv_vcpu *vcpu, uint64_t value);
+/* Lays an exit counter's bounds open to Python: the smallest value in nanoseconds of a bucket, 0..320. */
+uint64_t pv_bucket_floor(uint32_t bucket);
+uint32_t pv_bucket_of(uint64_t ns);
+
+/* Once per process, idempotent: the kick signal's handler and those of SIGSEGV and SIGBUS that guarded copies need.
+   Faults outside a guarded copy go to whatever handler was there before. 0 or -errno. */
+int pv_install_signals(void);
+int pv_kick_signal(void);
+
+/* ---- guarded copies: never die, never go through the kernel ------------------------------------------------ */
+
+/* Bytes copied before the first fault (n when none). Both sides may be anything; only one may fault. */
+size_t pv_copy(void *to, const void *from, size_t n);
+size_t pv_fill(void *to, int byte, size_t n);
+/* By guest address, through pv_vm.map, across adjacent regions. Bytes done; on a short count *stopped is the gpa of
+   the first byte not done (outside any region, or not accessible). In PV_PKVM a page that turns out accessible or
+   not is not entered in the ledger here: Python does, with source PV_SOURCE_ACCESS. */
+uint64_t pv_read(const struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uint64_t *stopped);
+uint64_t pv_write(const struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped);
+/* Whether one byte at gpa can be read: 1, 0, or -1 outside every region. */
+int pv_probe(const struct pv_vm *vm, uint64_t gpa);
+/* Sets the ledger's entry of a page and keeps pv_vm.pages right. Returns the old entry, or -1 outside every region. */
+int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
+
+/* ---- FIFOs and rings, Python's side ------------------------------------------------------------------------ */
+
+uint32_t pv_fifo_read(struct pv_fifo *fifo, uint8_t *to, uint32_t n);   /* bytes read */
+uint32_t pv_pl011_feed(struct pv_pl011 *uart, const uint8_t *from, uint32_t n); /* bytes taken */
+uint32_t pv_ring_read(struct pv_ring *ring, struct pv_record *to, uint32_t n);
+
+/* Hash of the sources this was built from, so that a stale build is noticed. */
+const char *pv_source_hash(void);

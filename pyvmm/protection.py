@@ -1,0 +1,28 @@
+"""The three ways a guest can be kept from its host, as everyone in pyvmm names them."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Protection(Enum):
+    """Who enforces that the host cannot touch a guest's private pages."""
+
+    NONE = "none"
+    PKVM = "pkvm"
+    EMULATED = "emulated"
+
+    @property
+    def isolates(self) -> bool:
+        """Whether the guest has private pages at all."""
+        return self is not Protection.NONE
+
+    @property
+    def by_hypervisor(self) -> bool:
+        """Whether EL2 keeps them private; otherwise the VMM does so itself."""
+        return self is Protection.PKVM
+
+    @property
+    def tells_conversions(self) -> bool:
+        """Whether the kernel reports a share to the VMM (under upstream pKVM it does not)."""
+        return self is Protection.EMULATED

@@ -1,0 +1,262 @@
+"""Writes flattened device trees, and the one this machine hands its guest.
+
+Owns nothing; the machine calls :func:`machine_tree` with what its devices say about themselves, then
+:meth:`Tree.to_bytes`. The format is that of the Devicetree Specification, release v0.4, chapter 5; the same tree gives
+the same bytes every time.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Protocol
+
+from pyvmm.errors import UsageError, hex_
+
+#: What a property may be given as: a 32-bit cell, a string, cells or strings in a row, True for a property that is
+#: only there, or bytes taken as they are (:func:`cells64` makes 64-bit ones).
+Value = bytes | bool | int | str | Sequence[int] | Sequence[str]
+
+# v0.4, 5.2: header; 5.4.1: structure block tokens.
+_MAGIC: Final = 0xD00D_FEED
+_VERSION: Final = 17
+_LAST_COMPATIBLE: Final = 16
+_HEADER: Final = struct.Struct(">10I")
+_RESERVATION: Final = struct.Struct(">QQ")
+_BEGIN_NODE, _END_NODE, _PROP, _END = 1, 2, 3, 9
+
+# v0.4, 2.2.1 and 2.2.4.1: names.
+_NODE_NAME: Final = re.compile(r"[a-zA-Z][0-9a-zA-Z,._+-]{0,30}(@[0-9a-zA-Z,._+-]+)?")
+_PROPERTY_NAME: Final = re.compile(r"[0-9a-zA-Z,._+?#-]{1,31}")
+
+
+def cells32(*values: int) -> bytes:
+    """Encode values of 0 to 2^32 - 1, each one cell."""
+    return b"".join(_integer(value, 4) for value in values)
+
+
+def cells64(*values: int) -> bytes:
+    """Encode values of 0 to 2^64 - 1, each two cells, the high one first."""
+    return b"".join(_integer(value, 8) for value in values)
+
+
+def encode(value: Value) -> bytes:
+    """Return a property's bytes; UsageError for what has none (False, a number too big, a NUL in a string)."""
+    if isinstance(value, bytes):
+        return value
+    if value is True:
+        return b""
+    if value is False:
+        raise UsageError("a device tree property cannot be False", hint="leave the property out")
+    if isinstance(value, int):
+        return cells32(value)
+    if isinstance(value, str):
+        return _string(value)
+    return b"".join(_string(part) if isinstance(part, str) else cells32(part) for part in value)
+
+
+@dataclass
+class Node:
+    """One node: ``name`` with its unit address, properties in the order they were set, then children."""
+
+    name: str
+    properties: dict[str, Value] = field(default_factory=dict)
+    children: list[Node] = field(default_factory=list)
+
+    def add(self, name: str, properties: Mapping[str, Value] | None = None) -> Node:
+        """Append a child and return it."""
+        child = Node(name, dict(properties or {}))
+        self.children.append(child)
+        return child
+
+
+@dataclass
+class Tree:
+    """A device tree: ``root`` (whose name is empty), reserved (gpa, bytes) pairs, and the CPU that boots."""
+
+    root: Node = field(default_factory=lambda: Node(""))
+    reservations: list[tuple[int, int]] = field(default_factory=list)
+    boot_cpu: int = 0
+    _phandles: int = 0
+
+    def phandle(self, node: Node) -> int:
+        """Give ``node`` a phandle (once) and return it, for the properties that refer to the node."""
+        handle = node.properties.get("phandle")
+        if not isinstance(handle, int):
+            self._phandles = handle = self._phandles + 1
+            node.properties["phandle"] = handle
+        return handle
+
+    def to_bytes(self) -> bytes:
+        """Flatten: header, memory reservations, structure, strings, in the order v0.4, 5.1 asks for."""
+        strings = _Strings()
+        structure = bytearray()
+        _flatten(self.root, structure, strings, "/")
+        structure += cells32(_END)
+        reserved = b"".join(_RESERVATION.pack(*pair) for pair in [*self.reservations, (0, 0)])
+        # 5.6: reservations at a multiple of 8 bytes, structure of 4; both follow what keeps that alignment.
+        structure_at = _HEADER.size + len(reserved)
+        strings_at = structure_at + len(structure)
+        total = strings_at + len(strings.block)
+        header = _HEADER.pack(
+            _MAGIC, total, structure_at, strings_at, _HEADER.size, _VERSION, _LAST_COMPATIBLE, self.boot_cpu,
+            len(strings.block), len(structure),
+        )  # fmt: skip
+        return header + reserved + bytes(structure) + bytes(strings.block)
+
+
+class _Strings:
+    """The strings block (v0.4, 5.5): each property name once."""
+
+    def __init__(self) -> None:
+        self.block = bytearray()
+        self._offsets: dict[str, int] = {}
+
+    def offset(self, name: str) -> int:
+        if name not in self._offsets:
+            self._offsets[name] = len(self.block)
+            self.block += _string(name)
+        return self._offsets[name]
+
+
+def _flatten(node: Node, out: bytearray, strings: _Strings, path: str) -> None:
+    out += cells32(_BEGIN_NODE) + _padded(_string(node.name))
+    for name, value in node.properties.items():
+        if not _PROPERTY_NAME.fullmatch(name):
+            raise UsageError(f"{path}: {name!r} is no name for a device tree property")
+        data = encode(value)
+        out += cells32(_PROP, len(data), strings.offset(name)) + _padded(data)
+    seen: set[str] = set()
+    for child in node.children:
+        if not _NODE_NAME.fullmatch(child.name):
+            raise UsageError(f"{path}: {child.name!r} is no name for a device tree node")
+        if child.name in seen:
+            raise UsageError(f"{path}: two nodes are called {child.name!r}")
+        seen.add(child.name)
+        _flatten(child, out, strings, f"{path}{child.name}/")
+    out += cells32(_END_NODE)
+
+
+def _integer(value: int, size: int) -> bytes:
+    try:
+        return value.to_bytes(size, "big")
+    except OverflowError:
+        raise UsageError(f"{value:#x} does not fit a device tree cell of {8 * size} bits") from None
+
+
+def _string(text: str) -> bytes:
+    # surrogateescape: text from a command line may hold bytes that are not UTF-8; the guest gets them as typed.
+    data = text.encode("utf-8", "surrogateescape")
+    if b"\0" in data:
+        raise UsageError(f"{text!r} holds a NUL byte, which ends a string in a device tree")
+    return data + b"\0"
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+# ---- this machine's tree -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeviceNode:
+    """What a device says about itself and the machine about its place; ``base`` is a gpa, ``size`` bytes.
+
+    ``clocks`` names the device's clock inputs: all are wired to one fixed clock.
+    """
+
+    name: str
+    compatible: Sequence[str]
+    base: int
+    size: int
+    properties: Mapping[str, Value] = field(default_factory=dict)
+    clocks: Sequence[str] = ()
+
+
+class Describable(Protocol):
+    """A device, as far as its node goes."""
+
+    name: ClassVar[str]
+    compatible: ClassVar[str]
+    size: int
+
+    def properties(self) -> dict[str, Any]:
+        """Return what it says beside ``compatible`` and ``reg``."""
+        ...
+
+
+def describe(device: Describable, base: int) -> DeviceNode:
+    """Return the node of a device placed at gpa ``base``."""
+    more, clocks = _BINDINGS.get(device.compatible, ((), ()))
+    return DeviceNode(device.name, (device.compatible, *more), base, device.size, device.properties(), clocks)
+
+
+#: What Linux Documentation/devicetree/bindings asks of a node beyond what the device knows: further compatible
+#: strings, and its clock inputs (serial/pl011.yaml).
+_BINDINGS: Final = {"arm,pl011": (("arm,primecell",), ("uartclk", "apb_pclk"))}
+
+#: The UART's reference clock, Hz: what QEMU's virt machine says, and drivers accept any baud rate from.
+CLOCK_HZ: Final = 24_000_000
+
+
+def machine_tree(
+    *,
+    ram: Sequence[tuple[int, int]],
+    mpidrs: Sequence[int],
+    devices: Sequence[DeviceNode],
+    bootargs: str = "",
+    stdout: DeviceNode | None = None,
+    initrd: tuple[int, int] | None = None,
+) -> Tree:
+    """Describe the machine to its guest.
+
+    ``ram`` is (gpa, bytes) of each bank; ``mpidrs`` the affinity value of each vCPU, the booting one first; ``initrd``
+    its gpa and bytes; ``stdout`` one of ``devices``. The generic timer carries no interrupts: there is no interrupt
+    controller to name them to.
+    """
+    tree = Tree()
+    root = tree.root
+    # Devicetree Specification v0.4, chapter 3: the nodes every tree has.
+    root.properties |= {"#address-cells": 2, "#size-cells": 2, "model": "pyvmm", "compatible": "linux,dummy-virt"}
+
+    chosen = root.add("chosen", {"bootargs": bootargs})
+    if stdout is not None:
+        chosen.properties["stdout-path"] = f"/{_unit(stdout)}"
+    if initrd is not None:
+        start, size = initrd
+        chosen.properties |= {"linux,initrd-start": cells64(start), "linux,initrd-end": cells64(start + size)}
+
+    for gpa, size in ram:
+        root.add(f"memory@{gpa:x}", {"device_type": "memory", "reg": cells64(gpa, size)})
+
+    # Linux Documentation/devicetree/bindings/arm/cpus.yaml and psci.yaml. PSCI is KVM's own (KVM_ARM_VCPU_PSCI_0_2).
+    cpus = root.add("cpus", {"#address-cells": 1, "#size-cells": 0})
+    cpu: dict[str, Value] = {"device_type": "cpu", "compatible": "arm,armv8", "enable-method": "psci"}
+    for mpidr in mpidrs:
+        cpus.add(f"cpu@{mpidr:x}", cpu | {"reg": mpidr})
+    root.add("psci", {"compatible": ("arm,psci-1.0", "arm,psci-0.2"), "method": "hvc"})
+
+    # bindings/timer/arm,arch_timer.yaml; always-on: a vCPU's timer never loses its state to idle.
+    root.add("timer", {"compatible": "arm,armv8-timer", "always-on": True})
+
+    clock: Node | None = None
+    if any(device.clocks for device in devices):
+        clock = root.add("clock", {"compatible": "fixed-clock", "#clock-cells": 0})
+        clock.properties |= {"clock-frequency": CLOCK_HZ, "clock-output-names": "clk24mhz"}
+    for device in devices:
+        node = root.add(_unit(device), {"compatible": device.compatible, "reg": cells64(device.base, device.size)})
+        if device.clocks and clock is not None:
+            node.properties["clocks"] = [tree.phandle(clock)] * len(device.clocks)
+            node.properties["clock-names"] = device.clocks
+        for name, value in device.properties.items():
+            if name in node.properties:
+                raise UsageError(f"device {device.name} at gpa {hex_(device.base)} may not set {name!r} itself")
+            node.properties[name] = value
+    return tree
+
+
+def _unit(device: DeviceNode) -> str:
+    return f"{device.name}@{device.base:x}"

@@ -1,0 +1,110 @@
+"""Where everything is: the guest's physical address map and its interrupt numbers.
+
+Owns no resource; data only. The machine places devices with it, the boot protocol places files with it; devices and
+payloads know none of these addresses (the device tree tells the guest).
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+#   0x0000_0000 +------------------------------+
+#               | nothing: an access exits     |
+#   0x0800_0000 +------------------------------+
+#               | interrupt controller         |   reserved: comes with guests that take interrupts
+#   0x0900_0000 +------------------------------+
+#               | PL011 UART                   |
+#   0x0910_0000 +------------------------------+
+#               | share doorbell, echo device  |
+#   0x0920_0000 +------------------------------+
+#               | mailbox, a page a vCPU       |
+#   0x0930_0000 +------------------------------+
+#               | bench device                 |
+#   0x0a00_0000 +------------------------------+
+#               | virtio-mmio                  |   reserved
+#   0x0a10_0000 +------------------------------+
+#               | nothing: an access exits,    |
+#               | slots may be added on demand |
+#   0x8000_0000 +------------------------------+ RAM_BASE
+#               | 512 KiB free                 |
+#   0x8008_0000 |..............................| RAM_BASE + FLAT_OFFSET
+#               | flat binary                  |   a Linux Image: at RAM_BASE + its text_offset
+#               |                              |   an ELF: where its program headers say
+#               | free                         |
+#               |                              |
+#               | initrd                       |   ends at or below the device tree, starts on a page
+#               |..............................|   2 MiB aligned
+#               | device tree, 2 MiB at most   |
+#               |..............................|
+#               | less than 2 MiB              |   nothing when the RAM's end is 2 MiB aligned
+#               +------------------------------+ RAM_BASE + the RAM's size
+#
+# Half-open ranges. One a row: MAP below; sizes of the rows that depend on the number of vCPUs are their room.
+#
+#   name             start        end          size
+#   GICv3 dist       0x0800_0000  0x0801_0000  0x1_0000   reserved
+#   GICv3 ITS        0x0808_0000  0x080a_0000  0x2_0000   reserved
+#   GICv3 redist     0x080a_0000  0x0900_0000  0xf6_0000  reserved; 0x2_0000 a vCPU
+#   PL011            0x0900_0000  0x0900_1000  0x1000     SPI 1 reserved
+#   share doorbell   0x0910_0000  0x0910_1000  0x1000
+#   echo             0x0911_0000  0x0911_1000  0x1000
+#   mailbox          0x0920_0000  0x0930_0000  0x10_0000  0x1000 a vCPU
+#   bench            0x0930_0000  0x0930_4000  0x4000
+#   virtio-mmio      0x0a00_0000  0x0a10_0000  0x10_0000  reserved; SPIs 32 and up
+#   RAM              0x8000_0000  (as asked)
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+
+
+class Window(NamedTuple):
+    """A named, half-open range of guest addresses; ``spi`` is the shared interrupt kept for it."""
+
+    name: str
+    start: int
+    end: int
+    spi: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes from start to end."""
+        return self.end - self.start
+
+
+GIC_DISTRIBUTOR: Final = Window("GICv3 dist", 0x0800_0000, 0x0801_0000)
+GIC_ITS: Final = Window("GICv3 ITS", 0x0808_0000, 0x080A_0000)
+GIC_REDISTRIBUTORS: Final = Window("GICv3 redist", 0x080A_0000, 0x0900_0000)
+PL011: Final = Window("PL011", 0x0900_0000, 0x0900_1000, spi=1)
+SHARE_DOORBELL: Final = Window("share doorbell", 0x0910_0000, 0x0910_1000)
+ECHO: Final = Window("echo", 0x0911_0000, 0x0911_1000)
+MAILBOX: Final = Window("mailbox", 0x0920_0000, 0x0930_0000)
+BENCH: Final = Window("bench", 0x0930_0000, 0x0930_4000)
+VIRTIO_MMIO: Final = Window("virtio-mmio", 0x0A00_0000, 0x0A10_0000, spi=32)
+
+#: Every window below RAM, by address.
+MAP: Final = (
+    GIC_DISTRIBUTOR, GIC_ITS, GIC_REDISTRIBUTORS, PL011, SHARE_DOORBELL, ECHO, MAILBOX, BENCH, VIRTIO_MMIO,
+)  # fmt: skip
+
+RAM_BASE: Final = 0x8000_0000
+#: RAM ends at 2^40 or below: a protected VM's guest addresses have no more bits (its PARange, which
+#: arch/arm64/kvm/hyp/nvhe/sys_regs.c sets).
+RAM_LIMIT: Final = 1 << 40
+#: Room for a flat binary at FLAT_OFFSET and a device tree's 2 MiB.
+RAM_MINIMUM: Final = 4 * MIB
+
+#: Where QEMU loads a flat binary too, relative to RAM.
+FLAT_OFFSET: Final = 0x8_0000
+
+#: RAM in front of a private guest_memfd: a memfd, since the host cannot load into the other.
+PRIVATE_BOOT: Final = 16 * MIB
+
+#: Bytes of mailbox a vCPU has; a vCPU finds its own by MPIDR.Aff0, which KVM gives 16 values (reset_mpidr in
+#: arch/arm64/kvm/sys_regs.c), hence MAX_VCPUS.
+MAILBOX_STRIDE: Final = 0x1000
+MAX_VCPUS: Final = 16
+
+
+def mpidr(index: int) -> int:
+    """Return the affinity fields KVM gives a vCPU: 16 in a cluster (Aff0), clusters in Aff1 and Aff2."""
+    return (index & 0xF) | (index >> 4 & 0xFF) << 8 | (index >> 12 & 0xFF) << 16

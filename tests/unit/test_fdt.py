@@ -1,0 +1,242 @@
+"""Flattened device trees: dtc reads back what was written, whatever was written."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyvmm.errors import UsageError
+from pyvmm.machine import layout
+from pyvmm.machine.fdt import DeviceNode, Node, Tree, cells32, cells64, describe, encode, machine_tree
+
+DTC = shutil.which("dtc")
+needs_dtc = pytest.mark.skipif(DTC is None, reason="dtc (package device-tree-compiler) is not installed")
+
+
+def dtc(data: bytes, output: str, *more: str) -> subprocess.CompletedProcess[bytes]:
+    assert DTC is not None
+    command = [DTC, "-I", "dtb", "-O", output, *more, "-"]
+    return subprocess.run(command, input=data, capture_output=True, timeout=20, check=False)
+
+
+def read(data: bytes) -> tuple[list[tuple[int, int]], dict]:
+    """Parse a flattened tree the slow, literal way: reservations and {path: {property: bytes}}."""
+    magic, total, structure, strings, reserve, version, compatible, _cpu, n_strings, n_structure = struct.unpack_from(
+        ">10I", data
+    )
+    assert (magic, total, version, compatible) == (0xD00DFEED, len(data), 17, 16)
+    assert structure + n_structure <= total
+    assert strings + n_strings <= total
+    assert reserve % 8 == 0
+    assert structure % 4 == 0
+    reserved = []
+    while (pair := struct.unpack_from(">QQ", data, reserve)) != (0, 0):
+        reserved.append(pair)
+        reserve += 16
+    nodes: dict[str, dict[str, bytes]] = {}
+    path: list[str] = []
+    at = structure
+    while True:
+        (token,) = struct.unpack_from(">I", data, at)
+        at += 4
+        if token == 1:
+            end = data.index(b"\0", at)
+            path.append(data[at:end].decode())
+            nodes["/".join(path) or "/"] = {}
+            at = end + 4 - end % 4
+        elif token == 2:
+            path.pop()
+        elif token == 3:
+            length, name = struct.unpack_from(">II", data, at)
+            name_end = data.index(b"\0", strings + name)
+            nodes["/".join(path) or "/"][data[strings + name : name_end].decode()] = data[at + 8 : at + 8 + length]
+            at += 8 + (length + 3) // 4 * 4
+        elif token == 9:
+            return reserved, nodes
+        else:
+            assert token == 4
+
+
+names = st.from_regex(r"[a-zA-Z][0-9a-zA-Z,._+-]{0,20}", fullmatch=True)
+# linux,phandle and phandle mean something to dtc; a random one would be a wrong tree.
+properties = st.from_regex(r"[0-9a-zA-Z,._+?#-]{1,31}", fullmatch=True).filter(lambda name: "phandle" not in name)
+texts = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=40)
+u32 = st.integers(0, 2**32 - 1)
+values = st.one_of(
+    st.just(True),
+    u32,
+    texts,
+    st.binary(max_size=50),
+    st.lists(u32, max_size=6),
+    st.lists(texts, min_size=1, max_size=4),
+)
+nodes = st.recursive(
+    st.builds(Node, names, st.dictionaries(properties, values, max_size=5)),
+    lambda inner: st.builds(
+        Node, names, st.dictionaries(properties, values, max_size=3),
+        st.lists(inner, max_size=4, unique_by=lambda node: node.name),
+    ),
+    max_leaves=12,
+)  # fmt: skip
+reservations = st.lists(st.tuples(st.integers(0, 2**63), st.integers(1, 2**62)), max_size=3)
+
+
+@needs_dtc
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(children=st.lists(nodes, max_size=4, unique_by=lambda node: node.name), reserved=reservations)
+def test_dtc_reads_back_every_tree(children, reserved):
+    data = Tree(Node("", {"a": 1}, children), reserved).to_bytes()
+    again = dtc(data, "dtb", "-f", "-q", "-q")
+    assert again.returncode == 0, again.stderr.decode()
+    assert read(again.stdout) == read(data)
+
+
+@given(value=values)
+def test_a_value_is_as_long_as_its_parts(value):
+    data = encode(value)
+    if value is True:
+        assert data == b""
+    elif isinstance(value, bytes):
+        assert data == value
+    elif isinstance(value, int):
+        assert int.from_bytes(data, "big") == value
+        assert len(data) == 4
+    elif isinstance(value, str):
+        assert data == value.encode() + b"\0"
+    else:
+        assert data == b"".join(encode(part) for part in value)
+
+
+@pytest.mark.parametrize("value", [False, -1, 2**32, "a\0b", ["ok", "a\0b"], [1, 2**32]])
+def test_a_value_that_no_cell_or_string_can_hold_is_refused(value):
+    with pytest.raises(UsageError):
+        encode(value)
+
+
+def test_cells_are_big_endian():
+    assert cells32(1, 0xFFFFFFFF) == bytes.fromhex("00000001 ffffffff")
+    assert cells64(0x8000_0000, 1 << 40) == bytes.fromhex("0000000080000000 0000010000000000")
+
+
+def test_text_that_is_not_utf8_reaches_the_guest_as_typed():
+    assert encode(b"caf\xe9".decode("utf-8", "surrogateescape")) == b"caf\xe9\0"
+
+
+@pytest.mark.parametrize("name", ["", "1abc", "a b", "a/b", "a" * 32, "a@", "a@1@2", "é"])
+def test_a_bad_node_name_is_refused(name):
+    tree = Tree()
+    tree.root.add(name)
+    with pytest.raises(UsageError, match="no name for a device tree node"):
+        tree.to_bytes()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "a" * 32, "é"])
+def test_a_bad_property_name_is_refused(name):
+    with pytest.raises(UsageError, match="no name for a device tree property"):
+        Tree(Node("", {name: 1})).to_bytes()
+
+
+def test_two_children_with_one_name_are_refused():
+    tree = Tree()
+    tree.root.add("twin")
+    tree.root.add("twin")
+    with pytest.raises(UsageError, match="two nodes are called 'twin'"):
+        tree.to_bytes()
+
+
+def test_a_phandle_is_given_once():
+    tree = Tree()
+    first, second = tree.root.add("a"), tree.root.add("b")
+    assert (tree.phandle(first), tree.phandle(second), tree.phandle(first)) == (1, 2, 1)
+
+
+# ---- the machine's tree
+
+
+class Uart:
+    name = "pl011"
+    compatible = "arm,pl011"
+    size = 0x1000
+
+    def properties(self):
+        return {"current-speed": 115200}
+
+
+UART = describe(Uart(), layout.PL011.start)
+ECHO = DeviceNode("echo", ("pyvmm,echo",), layout.ECHO.start, 0x1000)
+
+
+def example(**changes) -> bytes:
+    parts = {
+        "ram": [(layout.RAM_BASE, 256 << 20)],
+        "mpidrs": [0, 1],
+        "devices": [UART, ECHO],
+        "bootargs": "way=undefined",
+        "stdout": UART,
+        "initrd": (0x8800_0000, 0x1234),
+    }
+    return machine_tree(**(parts | changes)).to_bytes()
+
+
+def test_the_machines_tree_says_what_a_guest_needs():
+    reserved, nodes = read(example())
+    assert reserved == []
+    assert nodes["/"]["#address-cells"] == nodes["/"]["#size-cells"] == cells32(2)
+    assert nodes["/memory@80000000"] == {"device_type": b"memory\0", "reg": cells64(0x8000_0000, 256 << 20)}
+    assert nodes["/chosen"] == {
+        "bootargs": b"way=undefined\0",
+        "stdout-path": b"/pl011@9000000\0",
+        "linux,initrd-start": cells64(0x8800_0000),
+        "linux,initrd-end": cells64(0x8800_1234),
+    }
+    assert nodes["/cpus/cpu@1"] == {
+        "device_type": b"cpu\0",
+        "compatible": b"arm,armv8\0",
+        "enable-method": b"psci\0",
+        "reg": cells32(1),
+    }
+    assert nodes["/psci"] == {"compatible": b"arm,psci-1.0\0arm,psci-0.2\0", "method": b"hvc\0"}
+    assert nodes["/timer"] == {"compatible": b"arm,armv8-timer\0", "always-on": b""}
+    assert nodes["/echo@9110000"] == {"compatible": b"pyvmm,echo\0", "reg": cells64(0x0911_0000, 0x1000)}
+
+
+def test_the_uart_is_a_primecell_with_its_clocks():
+    _, nodes = read(example())
+    clock = nodes["/clock"]
+    assert clock["compatible"] == b"fixed-clock\0"
+    assert nodes["/pl011@9000000"] == {
+        "compatible": b"arm,pl011\0arm,primecell\0",
+        "reg": cells64(0x0900_0000, 0x1000),
+        "clocks": clock["phandle"] * 2,
+        "clock-names": b"uartclk\0apb_pclk\0",
+        "current-speed": cells32(115200),
+    }
+
+
+def test_without_initrd_console_or_clocks_the_tree_is_smaller():
+    _, nodes = read(example(devices=[ECHO], stdout=None, initrd=None, bootargs=""))
+    assert nodes["/chosen"] == {"bootargs": b"\0"}
+    assert "/clock" not in nodes
+
+
+def test_the_same_machine_gives_the_same_bytes():
+    assert example() == example()
+
+
+@needs_dtc
+def test_dtc_has_nothing_to_say_about_the_machines_tree():
+    source = dtc(example(), "dts")
+    assert source.returncode == 0
+    assert source.stderr == b""
+    assert b'bootargs = "way=undefined"' in source.stdout
+
+
+def test_a_device_may_not_override_its_place():
+    device = DeviceNode("x", ("pyvmm,x",), 0x1000, 0x1000, {"reg": 1})
+    with pytest.raises(UsageError, match="may not set 'reg'"):
+        example(devices=[device], stdout=None)

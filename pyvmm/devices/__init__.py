@@ -1,0 +1,1 @@
+"""What the guest talks to. Devices know offsets only: where they sit, the machine decides."""

@@ -1,0 +1,41 @@
+"""What every device is to the machine: a window of registers, how the native loop treats it, and its device-tree node.
+
+A device that answers in Python implements :meth:`Device.read` and :meth:`Device.write`; the others hand the loop a
+``state`` that C works on and are never called for an access. All methods may be called from any vCPU's thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pyvmm._native import ffi, lib
+
+
+class Device:
+    """A window of ``size`` bytes of MMIO."""
+
+    name: ClassVar[str]
+    compatible: ClassVar[str]
+    kind: ClassVar[int] = lib.PV_KIND_COLD
+
+    def __init__(self, size: int = 0x1000) -> None:
+        self.size = size
+        self.state: Any = ffi.NULL
+
+    def windows(self) -> list[tuple[int, int, int, Any]]:
+        """(offset, size, enum pv_kind, state) of each part; most devices are one part."""
+        return [(0, self.size, self.kind, self.state)]
+
+    def read(self, offset: int, size: int, vcpu: int) -> int:  # noqa: ARG002 - the default of a write-only device
+        """Answer a load of ``size`` bytes; unknown offsets read as zero."""
+        return 0
+
+    def write(self, offset: int, size: int, value: int, vcpu: int) -> None:  # noqa: B027
+        """Take a store of ``size`` bytes; unknown offsets ignore it."""
+
+    def properties(self) -> dict[str, Any]:
+        """Return more of the device-tree node than ``compatible`` and ``reg``."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of everything; called once, after the last vCPU has stopped."""

@@ -1,0 +1,83 @@
+"""The MMIO table: owns ``pv_vm.bus`` and knows which device answers a cold exit.
+
+Built once before the first run. Overlaps are refused by name. C finds the range; Python only looks up its index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pyvmm._native import ffi, lib
+from pyvmm.devices.base import Device
+from pyvmm.errors import UsageError, hex_
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A device and the gpa of its first register."""
+
+    device: Device
+    base: int
+
+    @property
+    def end(self) -> int:
+        """One past the last byte of the window."""
+        return self.base + self.device.size
+
+
+class Bus:
+    """All devices of one machine, by address."""
+
+    def __init__(self, native_vm: Any) -> None:
+        self._vm = native_vm
+        self.placed: list[Placed] = []
+        self._by_index: list[tuple[Device, int]] = []
+        self._keep: list[Any] = []
+
+    def add(self, device: Device, base: int) -> None:
+        """Place ``device`` at ``base``. Raises UsageError where it would overlap another."""
+        new = Placed(device, base)
+        for other in self.placed:
+            if new.base < other.end and other.base < new.end:
+                raise UsageError(
+                    f"device {device.name} at [{hex_(new.base)}, {hex_(new.end)}) overlaps {other.device.name} "
+                    f"at [{hex_(other.base)}, {hex_(other.end)})"
+                )
+        self.placed.append(new)
+        self.placed.sort(key=lambda p: p.base)
+
+    def publish(self) -> None:
+        """Give the loop its table; call when the last device has been added."""
+        parts = [
+            (placed.base + offset, size, kind, state, placed.device, offset)
+            for placed in self.placed
+            for offset, size, kind, state in placed.device.windows()
+        ]
+        parts.sort(key=lambda part: part[0])
+        ranges = ffi.new("struct pv_range[]", max(len(parts), 1))
+        self._by_index = []
+        for index, (base, size, kind, state, device, offset) in enumerate(parts):
+            entry = ranges[index]
+            entry.base, entry.size, entry.kind, entry.index, entry.state = base, size, kind, index, state
+            self._by_index.append((device, offset))
+        table = ffi.new("struct pv_bus *")
+        table.count, table.ranges = len(parts), ranges
+        self._keep = [ranges, table]
+        self._vm.bus = table
+
+    def answer(self, vcpu: Any) -> None:
+        """Complete the cold access that stopped ``vcpu`` (a ``struct pv_vcpu``)."""
+        device, start = self._by_index[vcpu.range.index]
+        offset = start + vcpu.offset
+        if vcpu.is_write:
+            device.write(offset, vcpu.size, vcpu.value, vcpu.index)
+        else:
+            lib.pv_mmio_reply(vcpu, device.read(offset, vcpu.size, vcpu.index))
+
+    def close(self) -> None:
+        """Close every device. The loop must have left."""
+        self._vm.bus = ffi.NULL
+        for placed in self.placed:
+            placed.device.close()
+        self.placed, self._by_index, self._keep = [], [], []

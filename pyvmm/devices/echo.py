@@ -1,0 +1,98 @@
+"""Answers requests through a page the guest shared: the smallest device that shows what a share is for.
+
+=====================================  ==========================================================================
+what a hostile guest may do            what happens
+=====================================  ==========================================================================
+name a page it did not share           refused (ECHO_NOT_SHARED), nothing is touched
+take the page back during a request    the unshare waits for the request; the next one finds no page
+share by words only, keep it private   the guarded copy reports it, the page is let go, ECHO_NOT_SHARED
+=====================================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+from pyvmm import abi
+from pyvmm.devices.base import Device
+from pyvmm.errors import GuestMemoryError
+from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.memory import Memory
+from pyvmm.memory.relay import ShareEvent, ShareRelay
+
+ANSWER_OFFSET = 2048
+MAX_REQUEST = 2048
+
+
+class Echo(Device):
+    """Upper-cases what it finds in the page; registers in firmware/lib/abi.h.
+
+    Its lock is the relay's: an unshare from another vCPU waits until the request it would pull the page from is done.
+    """
+
+    name = "echo"
+    compatible = "pyvmm,echo"
+
+    def __init__(self, memory: Memory, relay: ShareRelay) -> None:
+        super().__init__()
+        self._memory = memory
+        self._relay = relay
+        self._unsubscribe = relay.subscribe(self._converted)
+        self.page = 0
+        self.status = abi.ECHO_OK
+        self.answered = 0
+
+    def _converted(self, event: ShareEvent) -> None:
+        if event.shared:
+            return
+        if event.gpa <= self.page < event.gpa + event.npages * PAGE_SIZE:
+            self.page = 0
+
+    def read(self, offset: int, size: int, vcpu: int) -> int:  # noqa: ARG002
+        """Read PAGE, STATUS or COUNT."""
+        match offset:
+            case abi.ECHO_PAGE:
+                return self.page
+            case abi.ECHO_STATUS:
+                return self.status
+            case abi.ECHO_COUNT:
+                return self.answered
+            case _:
+                return 0
+
+    def write(self, offset: int, size: int, value: int, vcpu: int) -> None:  # noqa: ARG002
+        """Name a page, or ask for an answer to the ``value`` bytes at its start."""
+        match offset:
+            case abi.ECHO_PAGE:
+                self.status = self._name(value)
+            case abi.ECHO_REQUEST:
+                with self._relay.hold():
+                    self.status = self._request(value)
+
+    def _name(self, gpa: int) -> int:
+        with self._relay.hold():
+            if gpa == 0:
+                self.page = 0
+                return abi.ECHO_OK
+            if gpa % PAGE_SIZE or not self._memory.contains(Gpa(gpa), PAGE_SIZE):
+                return abi.ECHO_BAD
+            if not self._relay.is_shared(gpa):
+                return abi.ECHO_NOT_SHARED
+            self.page = gpa
+            return abi.ECHO_OK
+
+    def _request(self, length: int) -> int:
+        if self.page == 0:
+            return abi.ECHO_NO_PAGE
+        if length > MAX_REQUEST:
+            return abi.ECHO_BAD
+        try:
+            request = self._memory.read(Gpa(self.page), length)
+            self._memory.write(Gpa(self.page + ANSWER_OFFSET), request.upper())
+        except GuestMemoryError:
+            self.page = 0
+            return abi.ECHO_NOT_SHARED
+        self.answered += 1
+        return abi.ECHO_OK
+
+    def close(self) -> None:
+        """Stop listening to the relay."""
+        self._unsubscribe()

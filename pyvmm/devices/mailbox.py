@@ -1,0 +1,115 @@
+"""The mailboxes of the vCPUs: orders to a puppet, answers, and the report of a trap.
+
+Owns ``struct pv_mailbox[]``. The native loop serves the registers; what reaches Python is a vCPU that waits for an
+order (:meth:`Mailboxes.serve`, in that vCPU's thread) and whoever gives one (:meth:`Mailboxes.order`, any thread).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from pyvmm._native import ffi, lib
+from pyvmm.devices.base import Device
+from pyvmm.devices.trap import MailboxAnswer, Trap
+from pyvmm.errors import PyvmmError
+
+WORDS = 7
+MASK = (1 << 64) - 1
+
+
+class MachineGone(PyvmmError):
+    """The machine stopped before the guest answered."""
+
+
+class Mailboxes(Device):
+    """One 4 KiB page of registers for each vCPU."""
+
+    name = "mailbox"
+    compatible = "pyvmm,mailbox"
+    kind = lib.PV_KIND_MAILBOX
+
+    def __init__(self, cpus: int) -> None:
+        super().__init__(size=0x1000 * cpus)
+        self.state = self._boxes = ffi.new("struct pv_mailbox[]", cpus)
+        self._changed = threading.Condition()
+        self._waiting: list[deque[tuple[list[int], Future[MailboxAnswer]]]] = [deque() for _ in range(cpus)]
+        self._current: list[Future[MailboxAnswer] | None] = [None] * cpus
+        self._gone: str | None = None
+
+    # -- who gives orders
+
+    def submit(self, vcpu: int, op: int, args: Sequence[int] = ()) -> Future[MailboxAnswer]:
+        """Queue an order for ``vcpu`` and return the answer to come. Raises MachineGone when nothing runs any more."""
+        if len(args) > WORDS:
+            raise ValueError(f"an order has at most {WORDS} arguments, not {len(args)}")
+        words = [op, *(arg & MASK for arg in args)]
+        future: Future[MailboxAnswer] = Future()
+        with self._changed:
+            if self._gone is not None:
+                raise MachineGone(f"vCPU {vcpu} takes no orders: {self._gone}")
+            self._waiting[vcpu].append((words, future))
+            self._changed.notify_all()
+        return future
+
+    def order(self, vcpu: int, op: int, args: Sequence[int] = (), timeout: float | None = None) -> MailboxAnswer:
+        """Give an order and wait at most ``timeout`` seconds for the answer.
+
+        Raises MachineGone when the machine ends first, TimeoutError when the guest does not answer in time.
+        """
+        return self.submit(vcpu, op, args).result(timeout)
+
+    # -- the vCPU's thread
+
+    def trap(self, vcpu: int) -> Trap | None:
+        """Return what the vectors of ``vcpu`` reported, if they rang the bell."""
+        box = self._boxes[vcpu]
+        return Trap.from_words(tuple(box.trap)) if box.trapped else None
+
+    def notes(self, vcpu: int = 0) -> tuple[int, ...]:
+        """Return the words a payload left for its runner."""
+        return tuple(self._boxes[vcpu].note)
+
+    def serve(self, vcpu: int, leave: Callable[[], bool]) -> None:
+        """Deliver the last answer of ``vcpu`` and wait for its next order, until ``leave()`` is true."""
+        box = self._boxes[vcpu]
+        if box.state == lib.PV_MAILBOX_DONE:
+            self._answer(vcpu, box)
+        with self._changed:
+            while not self._waiting[vcpu]:
+                if leave():
+                    return
+                self._changed.wait()
+            words, self._current[vcpu] = self._waiting[vcpu].popleft()
+        for index, word in enumerate(words + [0] * (WORDS + 1 - len(words))):
+            box.order[index] = word
+        box.state = lib.PV_MAILBOX_ORDER
+
+    def _answer(self, vcpu: int, box: Any) -> None:
+        status, *results = box.result
+        trap = Trap.from_words(tuple(box.trap)) if status == 1 else None
+        box.state = lib.PV_MAILBOX_IDLE
+        future, self._current[vcpu] = self._current[vcpu], None
+        if future is not None:
+            future.set_result(MailboxAnswer(status, tuple(results), trap))
+
+    def wake(self) -> None:
+        """Make every waiting vCPU ask ``leave()`` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def abandon(self, why: str) -> None:
+        """Fail every order that has no answer: the machine stopped."""
+        with self._changed:
+            self._gone = why
+            left = [future for future in self._current if future is not None]
+            left += [future for queue in self._waiting for _, future in queue]
+            self._current = [None] * len(self._current)
+            for queue in self._waiting:
+                queue.clear()
+            self._changed.notify_all()
+        for future in left:
+            future.set_exception(MachineGone(f"the guest did not answer: {why}"))

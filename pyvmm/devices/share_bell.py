@@ -1,0 +1,20 @@
+"""The share doorbell: one register by which a guest says what it shares, since pKVM's kernel tells nobody.
+
+The native loop does all of it: checks the address, believes a protected guest only if the page can really be read,
+enters the ledger and stops for the relay. Registers in firmware/lib/abi.h.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pyvmm._native import lib
+from pyvmm.devices.base import Device
+
+
+class ShareBell(Device):
+    """A window that C serves; there is nothing to own."""
+
+    name: ClassVar[str] = "share-doorbell"
+    compatible: ClassVar[str] = "pyvmm,share-doorbell"
+    kind: ClassVar[int] = lib.PV_KIND_SHARE

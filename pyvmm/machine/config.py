@@ -1,0 +1,63 @@
+"""What a machine is to be: plain values, checked together before anything is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyvmm.errors import UsageError, hex_
+from pyvmm.machine import layout
+from pyvmm.memory.conversion import Conversion
+from pyvmm.protection import Protection
+
+BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
+DEFAULT_MEMORY = 64 * layout.MIB
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """Everything :class:`pyvmm.machine.machine.Machine` needs to know.
+
+    ``kernel`` is a path or ``payload:NAME``; ``memory`` is bytes of RAM; ``params`` are joined by spaces into the guest's
+    command line; ``deadline`` is seconds from the first run; ``serial_out`` and ``serial_in`` are descriptors or None.
+    """
+
+    kernel: str
+    protection: Protection = Protection.NONE
+    memory: int = DEFAULT_MEMORY
+    cpus: int = 1
+    params: tuple[str, ...] = ()
+    initrd: str | None = None
+    backing: str = "memfd"
+    conversion: Conversion = Conversion.PRESERVE
+    deadline: float | None = None
+    serial_out: int | None = 1
+    serial_in: int | None = None
+    timed: bool = True
+
+    def check(self) -> None:
+        """Raise UsageError for values that no machine can have, or that make no sense together."""
+        if not 1 <= self.cpus <= layout.MAX_VCPUS:
+            raise UsageError(f"{self.cpus} vCPUs: a machine has 1 to {layout.MAX_VCPUS}")
+        if self.memory % layout.MIB or self.memory < layout.RAM_MINIMUM:
+            raise UsageError(
+                f"{self.memory} bytes of memory: whole MiB are needed, {layout.RAM_MINIMUM // layout.MIB} at least"
+            )
+        if layout.RAM_BASE + self.memory > layout.RAM_LIMIT:
+            raise UsageError(
+                f"{self.memory // layout.MIB} MiB of memory end beyond gpa {hex_(layout.RAM_LIMIT)}, "
+                "the end of what a guest can address"
+            )
+        if self.backing not in BACKINGS:
+            raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")
+        if self.deadline is not None and not self.deadline > 0:
+            raise UsageError(f"a deadline of {self.deadline} seconds: it must be more than 0")
+        if self.backing == "private" and self.memory <= layout.PRIVATE_BOOT:
+            raise UsageError(
+                f"{self.memory // layout.MIB} MiB of memory with the private backing: the first "
+                f"{layout.PRIVATE_BOOT // layout.MIB} MiB are a memfd, for what is loaded, so more than that is needed"
+            )
+        if self.conversion is not Conversion.PRESERVE and self.protection is not Protection.EMULATED:
+            raise UsageError(
+                f"conversion policy {self.conversion.name.lower()} with protection {self.protection.value}: only the "
+                "emulated protection's conversions are the VMM's to decide"
+            )

@@ -1,0 +1,295 @@
+"""The one place that wires: from a configuration to a running guest and back to nothing.
+
+Order of construction, and the reverse of it for teardown, which works from any half-built state:
+
+    /dev/kvm -> VM -> slots -> devices on the bus -> vCPUs -> image, device tree -> threads
+
+The VM's last descriptor is closed before its memory is unmapped: only then has the kernel given every page back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import threading
+import time
+from typing import Any
+
+import structlog
+
+from pyvmm._native import ffi, lib
+from pyvmm.devices.bench import Bench
+from pyvmm.devices.bus import Bus
+from pyvmm.devices.echo import Echo
+from pyvmm.devices.mailbox import Mailboxes
+from pyvmm.devices.pl011 import Pl011
+from pyvmm.devices.share_bell import ShareBell
+from pyvmm.errors import HostError, PyvmmError, hex_
+from pyvmm.kvm.system import System
+from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.vm import Vm
+from pyvmm.machine import boot, layout
+from pyvmm.machine.config import MachineConfig
+from pyvmm.memory.address import Gpa
+from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
+from pyvmm.memory.memlock import require_memlock
+from pyvmm.memory.memory import Memory
+from pyvmm.memory.relay import ShareRelay
+from pyvmm.observe.counters import Counters
+from pyvmm.protection import Protection
+from pyvmm.uapi import kvm as uapi
+from pyvmm.vcpu.cold import ColdExits, Unclaimed
+from pyvmm.vcpu.outcome import Ending, Outcome
+from pyvmm.vcpu.thread import VcpuThread
+
+log = structlog.get_logger()
+
+FORWARDED = ((0x8600_0000, 1), (0xC600_0002, 3))
+"""FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
+RETRIES = 64
+RING_RECORDS = 1 << 12
+
+
+class Machine:
+    """A guest with its memory, vCPUs and devices; a context manager.
+
+    ``unclaimed`` completes accesses to addresses without slot or device (see :data:`pyvmm.vcpu.cold.Unclaimed`);
+    without it the guest gets an external abort.
+    """
+
+    def __init__(self, config: MachineConfig, *, unclaimed: Unclaimed | None = None) -> None:
+        config.check()
+        self.config = config
+        self._unclaimed = unclaimed
+        self._stack = contextlib.ExitStack()
+        self._done = threading.Event()
+        self._ending = threading.Lock()
+        self._outcome: Outcome | None = None
+        self._threads: list[VcpuThread] = []
+        self._keep: list[Any] = []
+        self.started_ns = self.ended_ns = 0
+
+    def __enter__(self) -> Machine:
+        with contextlib.ExitStack() as half_built:
+            half_built.callback(self.close)
+            self._build()
+            half_built.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- building
+
+    def _build(self) -> None:
+        config = self.config
+        if platform.machine() != "aarch64":
+            raise HostError(
+                f"this host is {platform.machine()}: KVM runs guests of the host's own architecture, and pyvmm's are arm64",
+                hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
+            )
+        image = boot.read(config.kernel, config.initrd)
+        push = self._stack.enter_context
+        self.system = push(System.open())
+        self.vm = push(self._create_vm(self.system))
+        self.native = ffi.new("struct pv_vm *")
+        self.native.fd = self.vm.fileno()
+        self.native.protection = _NATIVE_PROTECTION[config.protection]
+        self.native.conversion = config.conversion.native
+        self.native.retry_limit = RETRIES
+        self.native.policy[lib.PV_FAIL_EAGAIN] = lib.PV_ACT_RETRY
+        self._check(lib.pv_install_signals())
+        # Memory outlives the VM: the stack unwinds from its end, so it is closed by hand in close().
+        self.memory = Memory(self.vm, config.protection, self.native)
+        loadable = self._add_ram()
+        self.relay = ShareRelay(self.native, self.memory.ledger)
+        self.memory.on_evidence = self.relay.evidence
+        self._place_devices()
+        self.vcpus = [push(self.vm.create_vcpu(index)) for index in range(config.cpus)]
+        for vcpu in self.vcpus:
+            vcpu.init(power_off=vcpu.index > 0)
+        self.entry = boot.place(
+            image,
+            self.memory,
+            ram_size=config.memory,
+            loadable=loadable,
+            cpus=config.cpus,
+            command_line=" ".join(config.params),
+            devices=[(placed.device.node(), placed.base) for placed in self.bus.placed],
+        )
+        first = self.vcpus[0]
+        first.set_register("pc", self.entry.pc)
+        first.set_register("x0", self.entry.fdt)
+        self._make_threads()
+
+    def _create_vm(self, system: System) -> Vm:
+        if self.config.protection is Protection.PKVM:
+            return system.create_vm(uapi.KVM_VM_TYPE_ARM_PROTECTED)
+        return system.create_vm(0)
+
+    @staticmethod
+    def _check(result: int) -> None:
+        if result < 0:
+            raise PyvmmError(f"installing the signal handlers of guarded copies failed: errno {-result}")
+
+    def _add_ram(self) -> int:
+        """Add RAM's slots; returns how many bytes from its start can be loaded into."""
+        config, base = self.config, Gpa(layout.RAM_BASE)
+        if config.backing == "private":
+            rest = config.memory - layout.PRIVATE_BOOT
+            self.memory.add(base, Memfd(layout.PRIVATE_BOOT))
+            self.memory.add(Gpa(base + layout.PRIVATE_BOOT), PrivateGuestMemfd(self.vm, rest))
+            return layout.PRIVATE_BOOT
+        self.memory.add(base, self._backing(config.memory))
+        return config.memory
+
+    def _backing(self, size: int) -> Backing:
+        match self.config.backing:
+            case "thp":
+                return Memfd(size, thp=True)
+            case "hugetlb":
+                return Memfd(size, hugetlb=True)
+            case "guest_memfd":
+                return SharedGuestMemfd(self.vm, size)
+            case _:
+                return Memfd(size)
+
+    def _place_devices(self) -> None:
+        config = self.config
+        self.bus = Bus(self.native)
+        self.console = Pl011(config.serial_out, config.serial_in)
+        self.mailboxes = Mailboxes(config.cpus)
+        self.echo = Echo(self.memory, self.relay)
+        self.bench = Bench()
+        self.bus.add(self.console, layout.PL011.start)
+        self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
+        self.bus.add(self.echo, layout.ECHO.start)
+        self.bus.add(self.mailboxes, layout.MAILBOX.start)
+        self.bus.add(self.bench, layout.BENCH.start)
+        self.bus.publish()
+
+    def _make_threads(self) -> None:
+        for vcpu in self.vcpus:
+            native = self._native_vcpu(vcpu)
+            cold = ColdExits(
+                native=native, vcpu=vcpu, memory=self.memory, relay=self.relay, bus=self.bus, console=self.console,
+                mailboxes=self.mailboxes, finish=self._finish, unclaimed=self._unclaimed,
+            )  # fmt: skip
+            thread = VcpuThread(native, cold.handle, self._failed, self.mailboxes.wake)
+            cold.wanted = lambda thread=thread: thread.wanted
+            self._threads.append(thread)
+
+    def _native_vcpu(self, vcpu: Vcpu) -> Any:
+        records = ffi.new("struct pv_record[]", RING_RECORDS)
+        native = ffi.new("struct pv_vcpu *")
+        native.fd, native.index, native.vm = vcpu.fileno(), vcpu.index, self.native
+        native.run = ffi.cast("void *", vcpu.run_address)
+        native.timed = self.config.timed
+        native.ring.size, native.ring.records = RING_RECORDS, records
+        self._keep += [records, native]
+        return native
+
+    # -- running
+
+    def run(self) -> Outcome:
+        """Start, wait for the end or the deadline, and say how it ended."""
+        self.start()
+        return self.wait(self.config.deadline)
+
+    def start(self) -> None:
+        """Seal memory and let every vCPU go. Raises HostError where a protected guest could not lock its memory."""
+        if self.config.protection is Protection.PKVM:
+            require_memlock(self.config.memory)
+        self.memory.seal()
+        self.console.start()
+        log.info(
+            "starting", protection=self.config.protection.value, cpus=self.config.cpus,
+            memory_mib=self.config.memory // layout.MIB, backing=self.config.backing, pc=hex_(self.entry.pc),
+        )  # fmt: skip
+        self.started_ns = time.monotonic_ns()
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Wait for the run's end; after ``timeout`` seconds end it as past its deadline."""
+        if not self._done.wait(timeout):
+            self._finish(Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s"))
+        self._stop_threads()
+        outcome = self._outcome
+        if outcome is None:
+            raise PyvmmError("the run ended without saying why; this is a bug in pyvmm")
+        log.info("ended", ending=outcome.ending.value, reason=outcome.reason, vcpu=outcome.vcpu)
+        return outcome
+
+    def stop(self, reason: str = "stopped") -> None:
+        """End the run from outside, from any thread; what the console's reader does not take is lost."""
+        self.console.abort()
+        self._finish(Outcome(Ending.INTERRUPTED, reason))
+
+    def pause(self) -> None:
+        """Take every vCPU out of the guest and return when all are."""
+        for thread in self._threads:
+            thread.pause()
+        for thread in self._threads:
+            thread.wait_paused()
+
+    def resume(self) -> None:
+        """Let every vCPU go on."""
+        for thread in self._threads:
+            thread.resume()
+
+    @property
+    def counters(self) -> Counters:
+        """What the native loop has counted until now."""
+        return Counters.read(self.native, [thread.native for thread in self._threads], self.elapsed_ns)
+
+    @property
+    def elapsed_ns(self) -> int:
+        """Nanoseconds of CLOCK_MONOTONIC since the first run, or of the whole run once it has ended."""
+        if not self.started_ns:
+            return 0
+        return (self.ended_ns or time.monotonic_ns()) - self.started_ns
+
+    def _finish(self, outcome: Outcome) -> None:
+        """End the run; the first to say why is believed."""
+        with self._ending:
+            if self._outcome is None:
+                self._outcome = outcome
+                self.ended_ns = time.monotonic_ns()
+        self._done.set()
+
+    def _failed(self, error: BaseException) -> None:
+        hint = error.hint if isinstance(error, PyvmmError) else None
+        text = error.message if isinstance(error, PyvmmError) else f"{type(error).__name__}: {error}"
+        log.error("vcpu_thread_failed", error=text, exc_info=error if not isinstance(error, PyvmmError) else None)
+        self._finish(Outcome(Ending.FAILED, text, hint=hint))
+
+    def _stop_threads(self) -> None:
+        for thread in self._threads:
+            thread.stop()
+        for thread in self._threads:
+            thread.join()
+
+    # -- teardown
+
+    def close_vm(self) -> None:
+        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back."""
+        self._stop_threads()
+        if hasattr(self, "mailboxes"):
+            self.mailboxes.abandon(self._outcome.reason if self._outcome else "the machine was closed")
+        if hasattr(self, "bus"):
+            self.bus.close()
+        self._stack.close()
+
+    def close(self) -> None:
+        """Give everything back: threads, devices, descriptors, mappings. Safe at any time, more than once."""
+        self.close_vm()
+        if hasattr(self, "memory"):
+            self.memory.close()
+
+
+_NATIVE_PROTECTION = {
+    Protection.NONE: lib.PV_NONE,
+    Protection.PKVM: lib.PV_PKVM,
+    Protection.EMULATED: lib.PV_EMULATED,
+}

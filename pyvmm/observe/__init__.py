@@ -1,0 +1,1 @@
+"""What can be seen of a run: counters, and what the kernel's own tracing tells."""

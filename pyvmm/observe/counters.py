@@ -1,0 +1,80 @@
+"""What the native loop has counted, as plain numbers and as the line that ends every run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyvmm._native import lib
+
+EXITS = {
+    getattr(lib, f"PV_EXIT_{name}"): label
+    for name, label in {
+        "MMIO_COLD": "mmio-python",
+        "MMIO_REGISTERS": "mmio-registers",
+        "MMIO_COUNTER": "mmio-counter",
+        "MMIO_DOORBELL": "mmio-doorbell",
+        "MMIO_PL011": "uart",
+        "MMIO_MAILBOX": "mailbox",
+        "MMIO_SHARE": "share-bell",
+        "MMIO_UNCLAIMED": "unclaimed",
+        "HYPERCALL": "hypercall",
+        "SYSTEM": "system",
+        "DEBUG": "debug",
+        "INTR": "interrupted",
+        "FAILED": "failed",
+        "OTHER": "other",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class ExitCount:
+    """One class of exits, over all vCPUs; nanoseconds are 0 where the run was not timed."""
+
+    name: str
+    count: int
+    guest_ns: int
+    vmm_ns: int
+
+
+@dataclass(frozen=True)
+class Counters:
+    """A snapshot: exits by class, conversions, and the wall time it covers."""
+
+    exits: tuple[ExitCount, ...]
+    shares: int
+    unshares: int
+    refused: int
+    elapsed_ns: int
+
+    @classmethod
+    def read(cls, vm: Any, vcpus: Sequence[Any], elapsed_ns: int) -> Counters:
+        """Add up ``struct pv_vcpu.stats``; the vCPUs may be running."""
+        exits = []
+        for code, name in EXITS.items():
+            stats = [vcpu.stats[code] for vcpu in vcpus]
+            exits.append(
+                ExitCount(
+                    name,
+                    sum(s.count for s in stats),
+                    sum(s.guest_ns for s in stats),
+                    sum(s.vmm_ns for s in stats),
+                )
+            )
+        return cls(tuple(exits), vm.shares, vm.unshares, vm.refused, elapsed_ns)
+
+    @property
+    def total(self) -> int:
+        """All exits."""
+        return sum(exit_.count for exit_ in self.exits)
+
+    def line(self) -> str:
+        """One line: how many exits of which kind, how many conversions, how long."""
+        kinds = sorted((e for e in self.exits if e.count), key=lambda e: -e.count)
+        parts = ", ".join(f"{e.name} {e.count}" for e in kinds) or "none"
+        text = f"{self.total} exits in {self.elapsed_ns / 1e9:.3f} s: {parts}"
+        if self.shares or self.unshares or self.refused:
+            text += f"; {self.shares} shared, {self.unshares} unshared, {self.refused} refused"
+        return text

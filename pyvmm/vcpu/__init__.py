@@ -1,0 +1,1 @@
+"""vCPUs as threads: running, pausing, kicking them, and what a cold exit means."""

@@ -1,0 +1,166 @@
+"""What Python does when the native loop stops: one small function for each reason, and whether the vCPU goes on.
+
+Called in the vCPU's own thread. Anything that ends the run says so through ``finish`` and lets the thread end; the
+machine stops the other vCPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from pyvmm._native import lib
+from pyvmm.errors import PyvmmError, hex_
+from pyvmm.memory.address import Gpa
+from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
+from pyvmm.uapi import kvm as uapi
+from pyvmm.vcpu.failure import explain
+from pyvmm.vcpu.outcome import Ending, Outcome
+
+if TYPE_CHECKING:
+    from pyvmm.devices.bus import Bus
+    from pyvmm.devices.mailbox import Mailboxes
+    from pyvmm.devices.pl011 import Pl011
+    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.memory.memory import Memory
+
+log = structlog.get_logger()
+
+Unclaimed = Callable[[Any], bool]
+"""Takes the ``struct pv_vcpu`` of an access that no slot and no device claims; True when it completed the access."""
+
+UNCLAIMED_LOGGED = 8
+
+
+@dataclass
+class ColdExits:
+    """The context of one vCPU's cold exits."""
+
+    native: Any
+    vcpu: Vcpu
+    memory: Memory
+    relay: ShareRelay
+    bus: Bus
+    console: Pl011
+    mailboxes: Mailboxes
+    finish: Callable[[Outcome], None]
+    wanted: Callable[[], bool]
+    unclaimed: Unclaimed | None = None
+    _unclaimed_seen: int = 0
+
+    def handle(self, stop: int) -> bool:
+        """Deal with ``stop`` (enum pv_stop); True to run on."""
+        match stop:
+            case lib.PV_STOP_MMIO:
+                self.bus.answer(self.native)
+                return True
+            case lib.PV_STOP_MAILBOX:
+                return self._mailbox()
+            case lib.PV_STOP_FIFO:
+                self.console.drain()
+                return True
+            case lib.PV_STOP_SHARE:
+                self._share()
+                return True
+            case lib.PV_STOP_CONVERT:
+                self.native.share_status = self.memory.convert(Gpa(self.native.share_gpa), bool(self.native.share_op))
+                return True
+            case lib.PV_STOP_UNCLAIMED:
+                return self._unclaimed()
+            case lib.PV_STOP_SYSTEM:
+                return self._system_event()
+            case lib.PV_STOP_FAILED:
+                return self._end(explain(self.vcpu, self.native, self.memory))
+            case _:
+                return self._end(self._unexpected(stop))
+
+    def _end(self, outcome: Outcome) -> bool:
+        self.finish(outcome)
+        return False
+
+    def _mailbox(self) -> bool:
+        index = self.native.index
+        trap = self.mailboxes.trap(index)
+        if trap is None:
+            self.mailboxes.serve(index, self.wanted)
+            return True
+        return self._end(Outcome(Ending.CRASH, f"the guest crashed: {trap.describe()}", index))
+
+    def _share(self) -> None:
+        native = self.native
+        self.relay.deliver(
+            ShareEvent(
+                shared=bool(native.share_op),
+                gpa=Gpa(native.share_gpa),
+                npages=1,
+                source=ShareSource(native.share_source),
+                ns=native.left_ns,
+            )
+        )
+
+    def _unclaimed(self) -> bool:
+        native = self.native
+        if self.unclaimed is not None and self.unclaimed(native):
+            return True
+        what = "store to" if native.is_write else "load from"
+        if self._unclaimed_seen < UNCLAIMED_LOGGED:
+            self._unclaimed_seen += 1
+            log.warning(
+                "unclaimed_access", vcpu=native.index, access=what, gpa=hex_(native.gpa), size=native.size,
+                pc=hex_(self.vcpu.pc), limited=self._unclaimed_seen == UNCLAIMED_LOGGED or None,
+            )  # fmt: skip
+        try:
+            # What a bus answers when nobody decodes the address: the guest's own vectors then say where it was.
+            self.vcpu.inject_abort()
+        except PyvmmError as error:
+            return self._end(
+                Outcome(
+                    Ending.CRASH,
+                    f"a {native.size}-byte {what} gpa {hex_(native.gpa)}, where there is neither memory nor a device "
+                    f"(pc {hex_(self.vcpu.pc)}); telling the guest failed: {error.message}",
+                    native.index,
+                )
+            )
+        return True
+
+    def _system_event(self) -> bool:
+        index, event = self.native.index, self.native.event
+        match event:
+            case uapi.KVM_SYSTEM_EVENT_SHUTDOWN:
+                return self._end(Outcome(Ending.POWEROFF, "the guest powered off", index))
+            case uapi.KVM_SYSTEM_EVENT_RESET:
+                # A protected VM's memory cannot be loaded again, so a reset always ends this machine.
+                return self._end(Outcome(Ending.RESET, "the guest asked for a reset", index))
+            case uapi.KVM_SYSTEM_EVENT_CRASH:
+                return self._end(Outcome(Ending.CRASH, "the guest reported a crash to KVM", index))
+            case _:
+                return self._end(Outcome(Ending.FAILED, f"KVM_EXIT_SYSTEM_EVENT of unknown type {event}", index))
+
+    def _unexpected(self, stop: int) -> Outcome:
+        index, reason = self.native.index, self.native.exit_reason
+        where = f"pc {hex_(self.vcpu.pc)}"
+        if stop == lib.PV_STOP_HYPERCALL:
+            number = self.vcpu.run.hypercall.nr
+            return Outcome(Ending.FAILED, f"KVM_EXIT_HYPERCALL {number:#x} is forwarded but has no handler", index)
+        if reason == uapi.KVM_EXIT_ARM_NISV:
+            run = self.vcpu.run.arm_nisv
+            return Outcome(
+                Ending.CRASH,
+                f"the guest touched gpa {hex_(run.fault_ipa)} with an instruction that carries no syndrome ({where})",
+                index,
+                "use single ldr/str without write-back for device registers",
+            )
+        return Outcome(Ending.FAILED, f"KVM_RUN returned with exit reason {kvm_exit_name(reason)} ({where})", index)
+
+
+def kvm_exit_name(reason: int) -> str:
+    """Name an exit reason as the kernel does."""
+    try:
+        return uapi.KvmExit(reason).name
+    except ValueError:
+        return f"{reason} (unknown)"
+
+

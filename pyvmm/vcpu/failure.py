@@ -1,0 +1,84 @@
+"""What a failed KVM_RUN means: errno, what the kernel told with it, and what can be found out besides.
+
+Under pKVM the kernel says EFAULT and nothing else (arch/arm64/kvm/mmu.c, pkvm_mem_abort). The address is then asked of
+the one place that knows it, the kvm_guest_fault tracepoint, by letting the vCPU fail once more: the guest has not moved.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any
+
+from pyvmm._native import lib
+from pyvmm.errors import hex_
+from pyvmm.memory.address import Gpa
+from pyvmm.observe.faulttrace import guest_fault
+from pyvmm.protection import Protection
+from pyvmm.vcpu.outcome import Ending, Outcome
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.memory.memory import Memory
+
+
+def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome:
+    """Say why KVM_RUN of ``vcpu`` failed, as the outcome of the run."""
+    index, number = native.index, native.error
+    name = errno.errorcode.get(number, str(number))
+    prefix = f"KVM_RUN(vcpu={index}): {name}"
+    where = f"pc {hex_(vcpu.pc)}"
+    match native.failure:
+        case lib.PV_FAIL_ENOMEM:
+            return Outcome(
+                Ending.FAILED,
+                f"{prefix}: the kernel may not lock another page for the guest ({where}); {memory.locked_report()}",
+                index,
+                "raise the limit (ulimit -l, or LimitMEMLOCK=), or give the guest less memory",
+            )
+        case lib.PV_FAIL_MEMORY | lib.PV_FAIL_EHWPOISON if native.fault_size:
+            gpa = Gpa(native.fault_gpa)
+            cause = (
+                "the page is poisoned by a hardware error"
+                if number == errno.EHWPOISON
+                else "its guest_memfd is gone or cannot give a page"
+            )
+            return Outcome(
+                Ending.CRASH,
+                f"{prefix} with KVM_EXIT_MEMORY_FAULT: the guest touched gpa {hex_(gpa)} "
+                f"({native.fault_size} bytes, {memory.describe(gpa)}), and {cause} ({where})",
+                index,
+                "replace the slot: delete it, add one over another backing, and run on",
+            )
+        case lib.PV_FAIL_EFAULT:
+            return _efault(vcpu, native, memory, prefix, where)
+        case _:
+            return Outcome(Ending.FAILED, f"{prefix}: {os.strerror(number)} ({where})", index)
+
+
+def _efault(vcpu: Vcpu, native: Any, memory: Memory, prefix: str, where: str) -> Outcome:
+    index = native.index
+    gpa, why_not = guest_fault(lambda: lib.pv_run(native))
+    if gpa is None:
+        at = f"some page ({why_not})"
+    else:
+        page = Gpa(gpa & -4096)
+        at = f"page at gpa {hex_(page)}"
+    if memory.protection is Protection.PKVM and (gpa is None or memory.contains(Gpa(gpa), 1)):
+        # A donated page that something in the host reached through the kernel is taken back by force, zeroed and
+        # poisoned in the guest's stage 2 (mem_protect.c, __pkvm_host_force_reclaim...): every touch then fails so.
+        if gpa is not None:
+            lib.pv_ledger_set(memory.native, gpa & -4096, lib.PV_PAGE_POISONED)
+        return Outcome(
+            Ending.CRASH,
+            f"{prefix}: {at} was reclaimed by the host: its contents are lost and the guest cannot go on ({where})",
+            index,
+            "something read the guest's private memory through the kernel (a debugger, process_vm_readv, "
+            "/proc/PID/mem, a core dump, a read of the memfd)",
+        )
+    return Outcome(
+        Ending.CRASH,
+        f"{prefix}: the host has no page it can give the guest for {at} ({where})",
+        index,
+        "the mapping behind the slot is gone, read-only, or PROT_NONE",
+    )

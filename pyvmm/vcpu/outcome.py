@@ -1,0 +1,47 @@
+"""How a run ended, in the words the user reads and the exit status the shell gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Ending(Enum):
+    """The ways a run ends."""
+
+    POWEROFF = "powered off"
+    FAILED = "failed"
+    CRASH = "crashed"
+    RESET = "reset"
+    DEADLINE = "deadline"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def status(self) -> int:
+        """Exit status of the process."""
+        return _STATUS[self]
+
+
+_STATUS = {
+    Ending.POWEROFF: 0,
+    Ending.FAILED: 1,
+    Ending.CRASH: 3,
+    Ending.RESET: 3,
+    Ending.DEADLINE: 4,
+    Ending.INTERRUPTED: 130,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why the machine stopped; ``vcpu`` is the one that brought it about, if one did."""
+
+    ending: Ending
+    reason: str
+    vcpu: int | None = None
+    hint: str | None = None
+
+    @property
+    def status(self) -> int:
+        """Exit status of the process."""
+        return self.ending.status

@@ -8,16 +8,21 @@
 #define MAILBOX_OP          0x000 /* RO: the next order; the load completes when there is one */
 #define MAILBOX_ARG(n)      (0x008 + 8 * (n)) /* RO: n = 0..6 */
 #define MAILBOX_RESULT(n)   (0x040 + 8 * (n)) /* WO: n = 0..6 */
-#define MAILBOX_DONE        0x078 /* WO: status of the order: 0, or 1 = trapped (see TRAP) */
+#define MAILBOX_DONE        0x078 /* WO: status of the order: STATUS_* */
 #define MAILBOX_TRAP(n)     (0x080 + 8 * (n)) /* WO: 0 vector, 1 ESR, 2 FAR, 3 ELR, 4 SPSR, 5 SP, 6 LR, 7 vCPU */
 #define MAILBOX_TRAP_BELL   0x0c0 /* WO: the trap registers are complete; the vCPU does not go on */
 #define MAILBOX_NOTE(n)     (0x0c8 + 8 * (n)) /* WO: n = 0..3; 0 results gpa, 1 results bytes, 2 count, 3 exit code */
+
+/* How an order ended. */
+#define STATUS_OK       0
+#define STATUS_TRAPPED  1 /* the TRAP registers say how; results are what was reached */
+#define STATUS_UNKNOWN  2 /* no such order */
 
 /* Orders of the puppet. Arguments in ARG, answers in RESULT. */
 #define OP_PING        1 /* -> MPIDR, CurrentEL, SCTLR, CNTFRQ */
 #define OP_READ        2 /* gpa, size (1 2 4 8) -> value, ticks */
 #define OP_WRITE       3 /* gpa, size, value -> ticks */
-#define OP_TOUCH       4 /* gpa, pages, stride (pages), access (ACCESS_*), seed or 0, ticks gpa or 0 -> pages, total ticks, max */
+#define OP_TOUCH       4 /* gpa, pages, stride (pages), access (ACCESS_*), seed or 0, ticks gpa (u32 each) or 0 -> pages, total ticks, max */
 #define OP_EXECUTE     5 /* gpa -> x0 the code returned (it is called with x0 = ARG1), ticks */
 #define OP_SHARE       6 /* gpa, pages, SHARE_* how -> last status, pages done, ticks */
 #define OP_UNSHARE     7 /* gpa, pages, SHARE_* how -> last status, pages done, ticks */

@@ -1,0 +1,343 @@
+"""asm/kvm.h of arm64: registers, vCPU features, the vGIC's and the ITS's attributes, the SMCCC filter."""
+
+from ctypes import Array, Structure, c_int, c_uint8, c_uint32, c_uint64
+from enum import IntEnum
+from typing import Annotated
+
+from pyvmm.uapi.ioctl import IOR, IOW
+from pyvmm.uapi.kvm import (
+    KVM_REG_ARM64,
+    KVM_REG_SIZE_U32,
+    KVM_REG_SIZE_U64,
+    KVM_REG_SIZE_U128,
+    KVM_REG_SIZE_U512,
+    KVMIO,
+)
+from pyvmm.uapi.layout import layout, offset_of, u8, u16, u32, u64
+
+KVM_COALESCED_MMIO_PAGE_OFFSET = 1
+KVM_DIRTY_LOG_PAGE_OFFSET = 64
+
+# ---- registers ---------------------------------------------------------------------------------------------------
+
+KVM_NR_SPSR = 5
+
+
+@layout
+class user_pt_regs(Structure):
+    """asm/ptrace.h."""
+
+    regs: Annotated[Array[c_uint64], c_uint64 * 31]
+    sp: u64
+    pc: u64
+    pstate: u64
+
+
+@layout
+class user_fpsimd_state(Structure):
+    """asm/ptrace.h; a vector register is two words, the low one first."""
+
+    vregs: Annotated[Array[Array[c_uint64]], c_uint64 * 2 * 32]
+    fpsr: u32
+    fpcr: u32
+    _reserved: Annotated[Array[c_uint32], c_uint32 * 2]
+
+
+@layout
+class kvm_regs(Structure):
+    """Never passed whole; KVM numbers the core registers by their place in it."""
+
+    regs: user_pt_regs
+    sp_el1: u64
+    elr_el1: u64
+    spsr: Annotated[Array[c_uint64], c_uint64 * KVM_NR_SPSR]
+    _alignment: u64
+    fp_regs: user_fpsimd_state
+
+
+PSR_MODE_EL0t = 0x0000_0000
+PSR_MODE_EL1t = 0x0000_0004
+PSR_MODE_EL1h = 0x0000_0005
+PSR_MODE_EL2h = 0x0000_0009
+PSR_MODE_MASK = 0x0000_000F
+PSR_F_BIT = 0x0000_0040
+PSR_I_BIT = 0x0000_0080
+PSR_A_BIT = 0x0000_0100
+PSR_D_BIT = 0x0000_0200
+
+KVM_REG_ARM_COPROC_MASK = 0x0FFF_0000
+KVM_REG_ARM_COPROC_SHIFT = 16
+KVM_REG_ARM_CORE = 0x0010 << KVM_REG_ARM_COPROC_SHIFT
+KVM_REG_ARM_DEMUX = 0x0011 << KVM_REG_ARM_COPROC_SHIFT
+KVM_REG_ARM64_SYSREG = 0x0013 << KVM_REG_ARM_COPROC_SHIFT
+KVM_REG_ARM_FW = 0x0014 << KVM_REG_ARM_COPROC_SHIFT
+KVM_REG_ARM64_SVE = 0x0015 << KVM_REG_ARM_COPROC_SHIFT
+KVM_REG_ARM_FW_FEAT_BMAP = 0x0016 << KVM_REG_ARM_COPROC_SHIFT
+
+
+def _core(path: str, size: int = KVM_REG_SIZE_U64, index: int = 0) -> int:
+    offset = offset_of(kvm_regs, path) + index * (1 << (size >> 52 & 0xF))
+    return KVM_REG_ARM64 | size | KVM_REG_ARM_CORE | offset // 4
+
+
+_NAMED = {
+    "sp": "regs.sp",
+    "pc": "regs.pc",
+    "pstate": "regs.pstate",
+    "sp_el1": "sp_el1",
+    "elr_el1": "elr_el1",
+    "spsr_el1": "spsr",
+}
+
+
+def core_reg(name: str) -> int:
+    """Return the ONE_REG id of a core register.
+
+    Names: ``x0`` to ``x30``, ``sp`` (SP_EL0), ``pc``, ``pstate``, ``sp_el1``, ``elr_el1``, ``spsr_el1``, ``v0`` to
+    ``v31`` (128 bits), ``fpsr`` and ``fpcr`` (32 bits). KeyError for any other.
+    """
+    if name in _NAMED:
+        return _core(_NAMED[name])
+    if name in ("fpsr", "fpcr"):
+        return _core(f"fp_regs.{name}", KVM_REG_SIZE_U32)
+    number = int(name[1:]) if name[1:].isdecimal() and name[1:].isascii() else -1
+    if name == f"x{number}" and number <= 30:
+        return _core("regs.regs", index=number)
+    if name == f"v{number}" and number <= 31:
+        return _core("fp_regs.vregs", KVM_REG_SIZE_U128, number)
+    raise KeyError(f"no core register is called {name!r}")
+
+
+def ARM64_SYS_REG(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
+    """Return the ONE_REG id of a system register."""
+    encoding = (op0 & 3) << 14 | (op1 & 7) << 11 | (crn & 15) << 7 | (crm & 15) << 3 | op2 & 7
+    return KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG | encoding
+
+
+def KVM_REG_ARM_FW_REG(r: int) -> int:
+    """Return the id of a firmware pseudo-register."""
+    return KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW | r & 0xFFFF
+
+
+def KVM_REG_ARM_FW_FEAT_BMAP_REG(r: int) -> int:
+    """Return the id of a bitmap of firmware features."""
+    return KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_FW_FEAT_BMAP | r & 0xFFFF
+
+
+KVM_REG_ARM_PTIMER_CTL = ARM64_SYS_REG(3, 3, 14, 2, 1)
+KVM_REG_ARM_PTIMER_CVAL = ARM64_SYS_REG(3, 3, 14, 2, 2)
+KVM_REG_ARM_PTIMER_CNT = ARM64_SYS_REG(3, 3, 14, 0, 1)
+# CVAL and CNT were swapped by accident when the interface was made, and stay so.
+KVM_REG_ARM_TIMER_CTL = ARM64_SYS_REG(3, 3, 14, 3, 1)
+KVM_REG_ARM_TIMER_CVAL = ARM64_SYS_REG(3, 3, 14, 0, 2)
+KVM_REG_ARM_TIMER_CNT = ARM64_SYS_REG(3, 3, 14, 3, 2)
+
+KVM_REG_ARM_PSCI_VERSION = KVM_REG_ARM_FW_REG(0)
+KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_1 = KVM_REG_ARM_FW_REG(1)
+KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_2 = KVM_REG_ARM_FW_REG(2)
+KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_3 = KVM_REG_ARM_FW_REG(3)
+
+KVM_REG_ARM_STD_BMAP = KVM_REG_ARM_FW_FEAT_BMAP_REG(0)
+KVM_REG_ARM_STD_HYP_BMAP = KVM_REG_ARM_FW_FEAT_BMAP_REG(1)
+KVM_REG_ARM_VENDOR_HYP_BMAP = KVM_REG_ARM_FW_FEAT_BMAP_REG(2)
+KVM_REG_ARM_VENDOR_HYP_BMAP_2 = KVM_REG_ARM_FW_FEAT_BMAP_REG(3)
+KVM_REG_ARM_STD_BIT_TRNG_V1_0 = 0
+KVM_REG_ARM_STD_HYP_BIT_PV_TIME = 0
+KVM_REG_ARM_VENDOR_HYP_BIT_FUNC_FEAT = 0
+KVM_REG_ARM_VENDOR_HYP_BIT_PTP = 1
+
+KVM_REG_ARM64_SVE_VLS = KVM_REG_ARM64 | KVM_REG_ARM64_SVE | KVM_REG_SIZE_U512 | 0xFFFF
+
+# ---- vCPUs -------------------------------------------------------------------------------------------------------
+
+KVM_ARM_TARGET_GENERIC_V8 = 5
+
+KVM_ARM_VCPU_POWER_OFF = 0
+KVM_ARM_VCPU_EL1_32BIT = 1
+KVM_ARM_VCPU_PSCI_0_2 = 2
+KVM_ARM_VCPU_PMU_V3 = 3
+KVM_ARM_VCPU_SVE = 4
+KVM_ARM_VCPU_PTRAUTH_ADDRESS = 5
+KVM_ARM_VCPU_PTRAUTH_GENERIC = 6
+KVM_ARM_VCPU_HAS_EL2 = 7
+KVM_ARM_VCPU_HAS_EL2_E2H0 = 8
+KVM_ARM_VCPU_PMU_V3_STRICT = 9
+
+
+@layout
+class kvm_vcpu_init(Structure):
+    """``features`` is a bitmap of KVM_ARM_VCPU_*."""
+
+    target: u32
+    features: Annotated[Array[c_uint32], c_uint32 * 7]
+
+
+KVM_ARM_MAX_DBG_REGS = 16
+KVM_GUESTDBG_USE_SW_BP = 1 << 16
+KVM_GUESTDBG_USE_HW = 1 << 17
+KVM_DEBUG_ARCH_HSR_HIGH_VALID = 1 << 0
+
+
+@layout
+class kvm_guest_debug_arch(Structure):
+    dbg_bcr: Annotated[Array[c_uint64], c_uint64 * KVM_ARM_MAX_DBG_REGS]
+    dbg_bvr: Annotated[Array[c_uint64], c_uint64 * KVM_ARM_MAX_DBG_REGS]
+    dbg_wcr: Annotated[Array[c_uint64], c_uint64 * KVM_ARM_MAX_DBG_REGS]
+    dbg_wvr: Annotated[Array[c_uint64], c_uint64 * KVM_ARM_MAX_DBG_REGS]
+
+
+@layout
+class kvm_guest_debug(Structure):
+    """linux/kvm.h; here because its size is the architecture's."""
+
+    control: u32
+    pad: u32
+    arch: kvm_guest_debug_arch
+
+
+@layout
+class kvm_debug_exit_arch(Structure):
+    hsr: u32
+    hsr_high: u32
+    far: u64
+
+
+@layout
+class kvm_sync_regs(Structure):
+    device_irq_level: u64
+
+
+KVM_ARM_DEV_EL1_VTIMER = 1 << 0
+KVM_ARM_DEV_EL1_PTIMER = 1 << 1
+KVM_ARM_DEV_PMU = 1 << 2
+
+
+@layout
+class _exception(Structure):
+    serror_pending: u8
+    serror_has_esr: u8
+    ext_dabt_pending: u8
+    pad: Annotated[Array[c_uint8], c_uint8 * 5]
+    serror_esr: u64
+
+
+@layout
+class kvm_vcpu_events(Structure):
+    exception: _exception
+    reserved: Annotated[Array[c_uint32], c_uint32 * 12]
+
+
+@layout
+class kvm_pmu_event_filter(Structure):
+    base_event: u16
+    nevents: u16
+    action: u8
+    pad: Annotated[Array[c_uint8], c_uint8 * 3]
+
+
+@layout
+class kvm_arm_counter_offset(Structure):
+    counter_offset: u64
+    reserved: u64
+
+
+@layout
+class reg_mask_range(Structure):
+    addr: u64
+    range: u32
+    reserved: Annotated[Array[c_uint32], c_uint32 * 13]
+
+
+KVM_ARM_FEATURE_ID_RANGE = 0
+KVM_ARM_FEATURE_ID_RANGE_SIZE = 3 * 8 * 8
+
+KVM_ARM_VCPU_PMU_V3_CTRL = 0
+KVM_ARM_VCPU_PMU_V3_IRQ = 0
+KVM_ARM_VCPU_PMU_V3_INIT = 1
+KVM_ARM_VCPU_PMU_V3_FILTER = 2
+KVM_ARM_VCPU_PMU_V3_SET_PMU = 3
+KVM_ARM_VCPU_TIMER_CTRL = 1
+KVM_ARM_VCPU_TIMER_IRQ_VTIMER = 0
+KVM_ARM_VCPU_TIMER_IRQ_PTIMER = 1
+KVM_ARM_VCPU_PVTIME_CTRL = 2
+KVM_ARM_VCPU_PVTIME_IPA = 0
+
+# ---- the interrupt controller ------------------------------------------------------------------------------------
+
+KVM_VGIC_V3_ADDR_TYPE_DIST = 2
+KVM_VGIC_V3_ADDR_TYPE_REDIST = 3
+KVM_VGIC_ITS_ADDR_TYPE = 4
+KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION = 5
+KVM_VGIC_V3_DIST_SIZE = 0x1_0000
+KVM_VGIC_V3_REDIST_SIZE = 0x2_0000
+KVM_VGIC_V3_ITS_SIZE = 0x2_0000
+
+KVM_DEV_ARM_VGIC_GRP_ADDR = 0
+KVM_DEV_ARM_VGIC_GRP_DIST_REGS = 1
+KVM_DEV_ARM_VGIC_GRP_CPU_REGS = 2
+KVM_DEV_ARM_VGIC_GRP_NR_IRQS = 3
+KVM_DEV_ARM_VGIC_GRP_CTRL = 4
+KVM_DEV_ARM_VGIC_GRP_REDIST_REGS = 5
+KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS = 6
+KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO = 7
+KVM_DEV_ARM_VGIC_GRP_ITS_REGS = 8
+KVM_DEV_ARM_VGIC_GRP_MAINT_IRQ = 9
+KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT = 32
+KVM_DEV_ARM_VGIC_V3_MPIDR_MASK = 0xFFFF_FFFF << KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT
+KVM_DEV_ARM_VGIC_OFFSET_MASK = 0xFFFF_FFFF
+KVM_DEV_ARM_VGIC_SYSREG_INSTR_MASK = 0xFFFF
+KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT = 10
+KVM_DEV_ARM_VGIC_LINE_LEVEL_INTID_MASK = 0x3FF
+VGIC_LEVEL_INFO_LINE_LEVEL = 0
+
+KVM_DEV_ARM_VGIC_CTRL_INIT = 0
+KVM_DEV_ARM_ITS_SAVE_TABLES = 1
+KVM_DEV_ARM_ITS_RESTORE_TABLES = 2
+KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES = 3
+KVM_DEV_ARM_ITS_CTRL_RESET = 4
+
+KVM_ARM_IRQ_VCPU2_SHIFT = 28
+KVM_ARM_IRQ_TYPE_SHIFT = 24
+KVM_ARM_IRQ_VCPU_SHIFT = 16
+KVM_ARM_IRQ_NUM_SHIFT = 0
+KVM_ARM_IRQ_TYPE_CPU = 0
+KVM_ARM_IRQ_TYPE_SPI = 1
+KVM_ARM_IRQ_TYPE_PPI = 2
+
+# ---- the VM ------------------------------------------------------------------------------------------------------
+
+KVM_ARM_VM_SMCCC_CTRL = 0
+KVM_ARM_VM_SMCCC_FILTER = 0
+KVM_HYPERCALL_EXIT_SMC = 1 << 0
+KVM_HYPERCALL_EXIT_16BIT = 1 << 1
+KVM_SYSTEM_EVENT_RESET_FLAG_PSCI_RESET2 = 1 << 0
+KVM_SYSTEM_EVENT_SHUTDOWN_FLAG_PSCI_OFF2 = 1 << 0
+KVM_EXIT_FAIL_ENTRY_CPU_UNSUPPORTED = 1 << 0
+
+
+class SmcccFilterAction(IntEnum):
+    """``enum kvm_smccc_filter_action``."""
+
+    KVM_SMCCC_FILTER_HANDLE = 0
+    KVM_SMCCC_FILTER_DENY = 1
+    KVM_SMCCC_FILTER_FWD_TO_USER = 2
+
+
+@layout
+class kvm_smccc_filter(Structure):
+    base: u32
+    nr_functions: u32
+    action: u8
+    pad: Annotated[Array[c_uint8], c_uint8 * 15]
+
+
+# ---- requests whose structure is arm64's -------------------------------------------------------------------------
+
+KVM_SET_GUEST_DEBUG = IOW("KVM_SET_GUEST_DEBUG", KVMIO, 0x9B, kvm_guest_debug)
+KVM_GET_VCPU_EVENTS = IOR("KVM_GET_VCPU_EVENTS", KVMIO, 0x9F, kvm_vcpu_events)
+KVM_SET_VCPU_EVENTS = IOW("KVM_SET_VCPU_EVENTS", KVMIO, 0xA0, kvm_vcpu_events)
+KVM_ARM_VCPU_INIT = IOW("KVM_ARM_VCPU_INIT", KVMIO, 0xAE, kvm_vcpu_init)
+KVM_ARM_PREFERRED_TARGET = IOR("KVM_ARM_PREFERRED_TARGET", KVMIO, 0xAF, kvm_vcpu_init)
+KVM_ARM_SET_COUNTER_OFFSET = IOW("KVM_ARM_SET_COUNTER_OFFSET", KVMIO, 0xB5, kvm_arm_counter_offset)
+KVM_ARM_GET_REG_WRITABLE_MASKS = IOR("KVM_ARM_GET_REG_WRITABLE_MASKS", KVMIO, 0xB6, reg_mask_range)
+KVM_ARM_VCPU_FINALIZE = IOW("KVM_ARM_VCPU_FINALIZE", KVMIO, 0xC2, c_int)

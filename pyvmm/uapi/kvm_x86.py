@@ -1,0 +1,151 @@
+"""asm/kvm.h of x86: what a small real-mode guest and the arch-neutral tests need, and no more."""
+
+from ctypes import Array, Structure, c_uint8, c_uint16, c_uint64
+from typing import Annotated
+
+from pyvmm.uapi.ioctl import IO, IOR, IOW, IOWR
+from pyvmm.uapi.kvm import KVM_REG_SIZE_U64, KVM_REG_X86, KVMIO
+from pyvmm.uapi.layout import layout, u8, u16, u32, u64
+
+KVM_PIO_PAGE_OFFSET = 1
+KVM_COALESCED_MMIO_PAGE_OFFSET = 2
+KVM_DIRTY_LOG_PAGE_OFFSET = 64
+
+KVM_NR_INTERRUPTS = 256
+KVM_IRQCHIP_PIC_MASTER = 0
+KVM_IRQCHIP_PIC_SLAVE = 1
+KVM_IRQCHIP_IOAPIC = 2
+
+KVM_GUESTDBG_USE_SW_BP = 0x0001_0000
+KVM_GUESTDBG_USE_HW_BP = 0x0002_0000
+KVM_GUESTDBG_INJECT_DB = 0x0004_0000
+KVM_GUESTDBG_INJECT_BP = 0x0008_0000
+KVM_GUESTDBG_BLOCKIRQ = 0x0010_0000
+
+
+@layout
+class kvm_regs(Structure):
+    rax: u64
+    rbx: u64
+    rcx: u64
+    rdx: u64
+    rsi: u64
+    rdi: u64
+    rsp: u64
+    rbp: u64
+    r8: u64
+    r9: u64
+    r10: u64
+    r11: u64
+    r12: u64
+    r13: u64
+    r14: u64
+    r15: u64
+    rip: u64
+    rflags: u64
+
+
+@layout
+class kvm_segment(Structure):
+    base: u64
+    limit: u32
+    selector: u16
+    type: u8
+    present: u8
+    dpl: u8
+    db: u8
+    s: u8
+    l: u8  # noqa: E741 - the kernel's name
+    g: u8
+    avl: u8
+    unusable: u8
+    padding: u8
+
+
+@layout
+class kvm_dtable(Structure):
+    base: u64
+    limit: u16
+    padding: Annotated[Array[c_uint16], c_uint16 * 3]
+
+
+@layout
+class kvm_sregs(Structure):
+    cs: kvm_segment
+    ds: kvm_segment
+    es: kvm_segment
+    fs: kvm_segment
+    gs: kvm_segment
+    ss: kvm_segment
+    tr: kvm_segment
+    ldt: kvm_segment
+    gdt: kvm_dtable
+    idt: kvm_dtable
+    cr0: u64
+    cr2: u64
+    cr3: u64
+    cr4: u64
+    cr8: u64
+    efer: u64
+    apic_base: u64
+    interrupt_bitmap: Annotated[Array[c_uint64], c_uint64 * ((KVM_NR_INTERRUPTS + 63) // 64)]
+
+
+@layout
+class kvm_cpuid_entry2(Structure):
+    function: u32
+    index: u32
+    flags: u32
+    eax: u32
+    ebx: u32
+    ecx: u32
+    edx: u32
+    padding: Annotated[Array[c_uint8], c_uint8 * 12]
+
+
+@layout
+class kvm_cpuid2(Structure):
+    """Followed by ``nent`` kvm_cpuid_entry2."""
+
+    nent: u32
+    padding: u32
+
+
+@layout
+class kvm_debug_exit_arch(Structure):
+    exception: u32
+    pad: u32
+    pc: u64
+    dr6: u64
+    dr7: u64
+
+
+@layout
+class kvm_guest_debug_arch(Structure):
+    debugreg: Annotated[Array[c_uint64], c_uint64 * 8]
+
+
+@layout
+class kvm_guest_debug(Structure):
+    """linux/kvm.h; here because its size is the architecture's."""
+
+    control: u32
+    pad: u32
+    arch: kvm_guest_debug_arch
+
+
+KVM_GET_SUPPORTED_CPUID = IOWR("KVM_GET_SUPPORTED_CPUID", KVMIO, 0x05, kvm_cpuid2)
+KVM_SET_TSS_ADDR = IO("KVM_SET_TSS_ADDR", KVMIO, 0x47)
+KVM_GET_REGS = IOR("KVM_GET_REGS", KVMIO, 0x81, kvm_regs)
+KVM_SET_REGS = IOW("KVM_SET_REGS", KVMIO, 0x82, kvm_regs)
+KVM_GET_SREGS = IOR("KVM_GET_SREGS", KVMIO, 0x83, kvm_sregs)
+KVM_SET_SREGS = IOW("KVM_SET_SREGS", KVMIO, 0x84, kvm_sregs)
+KVM_SET_CPUID2 = IOW("KVM_SET_CPUID2", KVMIO, 0x90, kvm_cpuid2)
+KVM_SET_GUEST_DEBUG = IOW("KVM_SET_GUEST_DEBUG", KVMIO, 0x9B, kvm_guest_debug)
+
+KVM_X86_REG_TYPE_MSR = 2
+
+
+def KVM_X86_REG_MSR(index: int) -> int:
+    """Return the ONE_REG id of a model-specific register."""
+    return KVM_REG_X86 | KVM_REG_SIZE_U64 | KVM_X86_REG_TYPE_MSR << 32 | index

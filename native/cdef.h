@@ -69,7 +69,7 @@ struct pv_record {
     uint8_t vcpu;
     uint32_t size;    /* bytes; bit 31: a write */
     uint64_t addr;    /* gpa */
-    uint64_t value;   /* data of the access, or nanoseconds in the guest of an exit */
+    uint64_t value;   /* nanoseconds in the guest of an exit, status of a share, exit_reason of a fault */
 };
 
 /* Single producer (the vCPU's thread), single consumer; drops and counts when full, never blocks. */
@@ -166,7 +166,7 @@ struct pv_vm {
     uint32_t conversion;     /* enum pv_conversion */
     uint8_t policy[8];       /* enum pv_action by enum pv_failure */
     uint32_t retry_limit;    /* consecutive failures retried before stopping */
-    uint32_t pad;
+    uint32_t converting;     /* lock: one conversion of a page at a time; the loop's own */
     uint64_t pages[8];       /* pages by enum pv_page, PV_PAGE_ASSUMED not counted apart */
     uint64_t shares, unshares, refused;
 };
@@ -232,6 +232,7 @@ struct pv_vcpu {
     uint64_t fault_gpa, fault_size, fault_flags;
     uint32_t retries, timed; /* timed: not 0 keeps the histograms (counts are always kept) */
     uint64_t left_ns;        /* when KVM_RUN last returned; the loop's own */
+    uint32_t hit, pad;       /* where the last MMIO was found in the bus; the loop's own */
     struct pv_ring ring;
     struct pv_exit_stats stats[16];
 };
@@ -271,6 +272,9 @@ int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
 /* ---- FIFOs and rings, Python's side ------------------------------------------------------------------------ */
 
 uint32_t pv_fifo_read(struct pv_fifo *fifo, uint8_t *to, uint32_t n);   /* bytes read */
+/* The consumer's last word before it sleeps on wake_fd: arms the FIFO, and says with a full barrier whether it is still
+   empty (1: sleep; 0: disarmed again, there is something to read). */
+uint32_t pv_fifo_arm(struct pv_fifo *fifo);
 uint32_t pv_pl011_feed(struct pv_pl011 *uart, const uint8_t *from, uint32_t n); /* bytes taken */
 uint32_t pv_ring_read(struct pv_ring *ring, struct pv_record *to, uint32_t n);
 

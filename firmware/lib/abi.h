@@ -1,5 +1,5 @@
 /* What a payload and pyvmm say to each other. Bases come from the device tree; only offsets are fixed here.
- * Assembler includes this too: plain #defines only. Python reads these lines as they are (pyvmm/guest/abi.py has the
+ * Assembler includes this too: plain #defines only. Python reads these lines as they are (pyvmm/abi.py has the
  * same numbers and a test compares). */
 #ifndef PYVMM_ABI_H
 #define PYVMM_ABI_H

@@ -39,6 +39,8 @@ from typing import Final, NamedTuple
 #               | less than 2 MiB              |   nothing when the RAM's end is 2 MiB aligned
 #               +------------------------------+ RAM_BASE + the RAM's size
 #
+# With the private backing all of that is in RAM's first PRIVATE_BOOT bytes, and what follows them is free.
+#
 # Half-open ranges. One a row: MAP below; sizes of the rows that depend on the number of vCPUs are their room.
 #
 #   name             start        end          size
@@ -92,6 +94,10 @@ RAM_BASE: Final = 0x8000_0000
 RAM_LIMIT: Final = 1 << 40
 #: Room for a flat binary at FLAT_OFFSET and a device tree's 2 MiB.
 RAM_MINIMUM: Final = 4 * MIB
+
+#: With the private backing, whose pages the host may not touch at all, this much of RAM's start is a memfd instead:
+#: everything that is loaded goes there. Bytes.
+PRIVATE_BOOT: Final = 8 * MIB
 
 #: Where QEMU loads a flat binary too, relative to RAM.
 FLAT_OFFSET: Final = 0x8_0000

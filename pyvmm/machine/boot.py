@@ -1,0 +1,310 @@
+"""Boot protocol: what a kernel file is, where its parts go in guest memory, and what the first vCPU starts with.
+
+Owns no resource. The machine calls :func:`read` before it opens anything and :func:`place` once memory has its slots
+and the devices their places; each file is read once, each part written once, the device tree last. Everything but the
+writing is a pure function of bytes.
+
+    1. read the file, or the built-in payload; unpack gzip and EFI zboot
+    2. say what it is: arm64 Image, ELF, or else a flat binary
+    3. place it: an Image at RAM's start + text_offset, an ELF where its program headers say, a flat binary at 512 KiB
+    4. place the device tree in the last 2 MiB-aligned 2 MiB of memory, the initrd right below it
+    5. refuse what overlaps or lies outside memory
+    6. write it all; pc = the entry, x0 = the device tree's gpa
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import zlib
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, Protocol
+
+from pyvmm.errors import UsageError, hex_
+from pyvmm.machine import layout
+from pyvmm.machine.fdt import Describable, describe, machine_tree
+from pyvmm.memory.address import PAGE_SIZE, Gpa
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
+FDT_ROOM: Final = 2 * layout.MIB
+
+PAYLOAD: Final = "payload:"
+
+# booting.rst, "Call the kernel image": code0, code1, text_offset, image_size, flags, res2-4, magic, res5.
+_IMAGE: Final = struct.Struct("<2I3Q24x4sI")
+_IMAGE_MAGIC: Final = b"ARM\x64"
+_IMAGE_MAGIC_AT: Final = 0x38
+_IMAGE_BIG_ENDIAN: Final = 1
+# Of kernels before 3.17, which leave image_size 0.
+_IMAGE_OLD_OFFSET: Final = 0x8_0000
+# Linux drivers/firmware/efi/libstub/zboot-header.S: MZ, "zimg", payload offset and size, 8 bytes, compression's name.
+_ZBOOT: Final = struct.Struct("<4s4s2I8x32s")
+_GZIP_MAGIC: Final = b"\x1f\x8b\x08"
+_ELF_MAGIC: Final = b"\x7fELF"
+
+_UNPACK_HINT = "unpack it to a plain Image first"
+
+
+class Writable(Protocol):
+    """As much of guest memory as loading needs."""
+
+    def write(self, gpa: Gpa, data: bytes, /) -> None:
+        """Copy ``data`` to ``gpa``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``size`` bytes at ``gpa`` that start with ``data``; the rest is zero, as fresh memory is, and not written."""
+
+    what: str
+    gpa: int
+    size: int
+    data: bytes = b""
+
+    @property
+    def end(self) -> int:
+        """The first gpa behind it."""
+        return self.gpa + self.size
+
+
+@dataclass(frozen=True)
+class BootImage:
+    """A kernel file taken apart: ``kind`` is Image, ELF or flat; ``pc`` the gpa of its first instruction."""
+
+    kind: str
+    source: str
+    pc: int
+    segments: tuple[Segment, ...]
+    initrd: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the first vCPU starts with, and the device tree as written; ``plan`` is everything that was loaded."""
+
+    pc: Gpa
+    fdt: Gpa
+    device_tree: bytes
+    plan: tuple[Segment, ...]
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT) -> BootImage:
+    """Read and identify ``kernel`` (a path, or ``payload:NAME``) and read ``initrd``.
+
+    ``room`` is the bytes of memory there will be: larger files are refused before they are read or unpacked. Raises
+    UsageError for a file that is missing, unreadable, not a file, empty, damaged, or for another machine.
+    """
+    if kernel.startswith(PAYLOAD):
+        from pyvmm.guest.payloads import payload
+
+        image = _flat(payload(kernel.removeprefix(PAYLOAD)), kernel)
+    else:
+        image = identify(_read_file(kernel, "kernel", room), kernel, room=room)
+    if initrd is None:
+        return image
+    return BootImage(image.kind, image.source, image.pc, image.segments, _read_file(initrd, "initrd", room))
+
+
+def identify(data: bytes, source: str, *, room: int = layout.RAM_LIMIT) -> BootImage:
+    """Say what ``data`` is and where its parts go; ``source`` names it in errors."""
+    if not data:
+        raise UsageError(f"kernel {source} is empty")
+    if data[:8] == b"MZ\0\0zimg":
+        data = _unpack_zboot(data, source, room)
+    elif data[: len(_GZIP_MAGIC)] == _GZIP_MAGIC:
+        data = _unpack_gzip(data, source, room)
+    if data[: len(_ELF_MAGIC)] == _ELF_MAGIC:
+        from pyvmm.machine.elf import segments
+
+        pc, parts = segments(data, source)
+        return BootImage("ELF", source, pc, parts)
+    if data[_IMAGE_MAGIC_AT : _IMAGE_MAGIC_AT + 4] == _IMAGE_MAGIC:
+        return _image(data, source)
+    if data[:2] == b"MZ":
+        raise UsageError(
+            f"kernel {source} is an EFI program but no arm64 Linux Image",
+            hint="is it a kernel for another machine? an arm64 Image has ARM\\x64 at byte 56",
+        )
+    return _flat(data, source)
+
+
+def _read_file(path: str, what: str, room: int) -> bytes:
+    try:
+        # O_NONBLOCK: a FIFO without a writer must be refused, not waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise UsageError(f"{what} {path}: no such file", hint=_missing_hint(path, what)) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{what} {path!r} cannot be opened: {reason}") from None
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            raise UsageError(f"{what} {path} is a directory", hint=f"name the {what} file itself")
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{what} {path} is not a regular file", hint="copy it to one")
+        if status.st_size == 0:
+            raise UsageError(f"{what} {path} is empty")
+        if status.st_size > room:
+            raise _too_big(f"{what} {path}", status.st_size, room)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    except OSError as error:
+        raise UsageError(f"{what} {path} cannot be read: {error.strerror}") from None
+    finally:
+        os.close(fd)
+
+
+def _missing_hint(path: str, what: str) -> str | None:
+    if what == "kernel" and path.isidentifier():
+        return f"the built-in payloads are called payload:NAME; did you mean {PAYLOAD}{path}?"
+    return None
+
+
+def _too_big(what: str, size: int, room: int) -> UsageError:
+    return UsageError(
+        f"{what} has {size} bytes, but the guest only {room} bytes of memory",
+        hint=f"give it more, for example -m {(size + 4 * FDT_ROOM) // layout.MIB + 1}M",
+    )
+
+
+def _unpack_gzip(data: bytes, source: str, room: int) -> bytes:
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        # One byte more than fits tells a file that is too big from one that just fits, whatever it would unpack to.
+        unpacked = unpacker.decompress(data, room + 1)
+    except zlib.error as error:
+        raise UsageError(f"kernel {source} starts like a gzip file, but is damaged: {error}") from None
+    if len(unpacked) > room:
+        raise _too_big(f"kernel {source}, unpacked,", len(unpacked), room)
+    if not unpacker.eof:
+        raise UsageError(f"kernel {source} is a truncated gzip file: it ends after {len(unpacked)} bytes unpacked")
+    if not unpacked:
+        raise UsageError(f"kernel {source} is a gzip file of nothing")
+    return unpacked
+
+
+def _unpack_zboot(data: bytes, source: str, room: int) -> bytes:
+    if len(data) < _ZBOOT.size:
+        raise UsageError(f"kernel {source} is truncated: it ends within its EFI zboot header")
+    _, _, offset, size, name = _ZBOOT.unpack_from(data)
+    method = name.split(b"\0")[0].decode("ascii", "replace")
+    if method != "gzip":
+        raise UsageError(f"kernel {source} is an EFI zboot image compressed with {method!r}", hint=_UNPACK_HINT)
+    if offset + size > len(data):
+        raise UsageError(
+            f"kernel {source} is truncated: its EFI zboot payload ends at byte {offset + size}, the file at {len(data)}"
+        )
+    return _unpack_gzip(data[offset : offset + size], source, room)
+
+
+def _image(data: bytes, source: str) -> BootImage:
+    if len(data) < _IMAGE.size:
+        raise UsageError(f"kernel {source} is truncated: it ends within its Image header ({_IMAGE.size} bytes)")
+    _, _, text_offset, image_size, flags, magic, _ = _IMAGE.unpack_from(data)
+    if magic != _IMAGE_MAGIC:
+        raise UsageError(f"kernel {source} has no valid Image header")
+    if flags & _IMAGE_BIG_ENDIAN:
+        raise UsageError(f"kernel {source} is big-endian; only little-endian guests are supported")
+    if image_size == 0:
+        text_offset = _IMAGE_OLD_OFFSET
+    # image_size counts bss, which the file does not have; a file may also carry more than its header says.
+    gpa, size = layout.RAM_BASE + text_offset, max(image_size, len(data))
+    return BootImage("Image", source, gpa, (Segment(f"Image {source}", gpa, size, data),))
+
+
+def _flat(data: bytes, source: str) -> BootImage:
+    gpa = layout.RAM_BASE + layout.FLAT_OFFSET
+    return BootImage("flat", source, gpa, (Segment(f"flat binary {source}", gpa, len(data), data),))
+
+
+# ---- placing -----------------------------------------------------------------------------------------------------
+
+
+def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tuple[Segment, ...]:
+    """Return everything to be loaded by gpa: the image, the initrd, and last the room of the device tree.
+
+    ``loadable`` is how many bytes from RAM's start the host may write (all of ``ram_size`` unless said). Raises
+    UsageError for parts that overlap or do not fit.
+    """
+    room = ram_size if loadable is None else loadable
+    end = layout.RAM_BASE + room
+    fdt = (end - FDT_ROOM) // FDT_ROOM * FDT_ROOM
+    parts = [*image.segments, Segment("the device tree", fdt, FDT_ROOM)]
+    if image.initrd is not None:
+        gpa = (fdt - len(image.initrd)) // PAGE_SIZE * PAGE_SIZE
+        parts.append(Segment("the initrd", gpa, len(image.initrd), image.initrd))
+    parts.sort(key=lambda part: (part.gpa, part.end))
+    for part in parts:
+        if part.gpa < layout.RAM_BASE or part.end > end:
+            raise UsageError(
+                f"{_named(part)} does not fit the memory that can be loaded, [{hex_(layout.RAM_BASE)}, {hex_(end)})",
+                hint=_room_hint(image, room, ram_size),
+            )
+    for low, high in pairwise(parts):
+        if low.end > high.gpa:
+            raise UsageError(f"{_named(low)} overlaps {_named(high)}", hint=_room_hint(image, room, ram_size))
+    return tuple(parts)
+
+
+def place(
+    image: BootImage,
+    memory: Writable,
+    *,
+    ram_size: int,
+    cpus: int,
+    command_line: str,
+    devices: Sequence[tuple[Describable, int]],
+    loadable: int | None = None,
+) -> Entry:
+    """Load ``image`` and the device tree that describes the machine into ``memory``.
+
+    ``devices`` is each device with its gpa; a PL011 among them is the console. Raises UsageError as :func:`plan` does,
+    and for a command line that makes the device tree too large.
+    """
+    parts = plan(image, ram_size=ram_size, loadable=loadable)
+    by_name = {part.what: part for part in parts}
+    initrd = by_name.get("the initrd")
+    nodes = [describe(device, base) for device, base in devices]
+    tree = machine_tree(
+        ram=[(layout.RAM_BASE, ram_size)],
+        mpidrs=[layout.mpidr(index) for index in range(cpus)],
+        devices=nodes,
+        bootargs=command_line,
+        stdout=next((node for node in nodes if "arm,pl011" in node.compatible), None),
+        initrd=None if initrd is None else (initrd.gpa, initrd.size),
+    ).to_bytes()
+    if len(tree) > FDT_ROOM:
+        raise UsageError(
+            f"the device tree has {len(tree)} bytes, {FDT_ROOM} is the most", hint="shorten the parameters"
+        )
+    fdt = Gpa(by_name["the device tree"].gpa)
+    for part in parts:
+        if part.data:
+            memory.write(Gpa(part.gpa), part.data)
+    memory.write(fdt, tree)
+    return Entry(Gpa(image.pc), fdt, tree, parts)
+
+
+def _named(part: Segment) -> str:
+    return f"{part.what} at [{hex_(part.gpa) if part.gpa >= 0 else part.gpa}, {hex_(max(part.end, 0))})"
+
+
+def _room_hint(image: BootImage, room: int, ram_size: int) -> str:
+    need = sum(part.size for part in image.segments) + len(image.initrd or b"") + 2 * FDT_ROOM
+    lowest = min(part.gpa for part in image.segments)
+    if lowest < layout.RAM_BASE or lowest >= layout.RAM_LIMIT:
+        return "link the kernel for this address map, or load its Image form"
+    if room < ram_size:
+        return f"with this backing only the first {room // layout.MIB} MiB can be loaded; use another backing"
+    highest = max(part.end for part in image.segments) - layout.RAM_BASE
+    return f"give the guest more memory, for example -m {max(need, highest + FDT_ROOM * 2) // layout.MIB + 1}M"

@@ -1,0 +1,72 @@
+"""Takes an ELF executable apart for the boot protocol, which alone calls it and alone pays for pyelftools.
+
+The file is whatever a user named: every number in it is checked before it is used, and whatever the parser stumbles
+over becomes a UsageError that names the file.
+"""
+
+from __future__ import annotations
+
+import io
+
+from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.machine.boot import Segment
+
+
+def segments(data: bytes, source: str) -> tuple[int, tuple[Segment, ...]]:
+    """Return the gpa of the first instruction and the loadable segments by physical address.
+
+    Raises UsageError for anything but a little-endian, 64-bit, static arm64 executable that is all there.
+    """
+    try:
+        from elftools.common.utils import struct_parse
+        from elftools.elf.elffile import ELFFile
+    except ImportError:
+        raise PyvmmError(
+            f"kernel {source} is an ELF file, and the module that reads them is not installed",
+            hint="pip install pyelftools, or objcopy -O binary the kernel",
+        ) from None
+
+    try:
+        stream = io.BytesIO(data)
+        file = ELFFile(stream)
+        machine, kind, entry = file.get_machine_arch(), str(file["e_type"]), int(file["e_entry"])
+        # Not iter_segments(): it looks into sections, which a kernel need not have and a damaged file has too many of.
+        places = [file["e_phoff"] + index * file["e_phentsize"] for index in range(file["e_phnum"])]
+        headers = [struct_parse(file.structs.Elf_Phdr, stream, stream_pos=place) for place in places]
+    except Exception as error:
+        # pyelftools lets out whatever its parser met: ELFError, struct.error, UnicodeDecodeError, KeyError, ...
+        raise UsageError(
+            f"kernel {source} is a damaged or truncated ELF file ({type(error).__name__}: {error})"
+        ) from None
+
+    if machine != "AArch64":
+        raise UsageError(f"kernel {source} is an ELF file for {machine}, not for arm64")
+    if file.elfclass != 64:
+        raise UsageError(f"kernel {source} is a {file.elfclass}-bit ELF file; 64-bit guests only")
+    if not file.little_endian:
+        raise UsageError(f"kernel {source} is big-endian; only little-endian guests are supported")
+    if kind not in ("ET_EXEC", "ET_DYN"):
+        raise UsageError(f"kernel {source} is an ELF file of type {kind}, not an executable", hint="link it first")
+    if any(header["p_type"] == "PT_INTERP" for header in headers):
+        raise UsageError(f"kernel {source} is a dynamically linked program, not a kernel", hint="link it statically")
+
+    found: list[Segment] = []
+    pc: int | None = None
+    for header in headers:
+        if header["p_type"] != "PT_LOAD" or header["p_memsz"] == 0:
+            continue
+        offset, in_file, in_memory = header["p_offset"], header["p_filesz"], header["p_memsz"]
+        virtual, physical = header["p_vaddr"], header["p_paddr"]
+        name = f"segment {len(found)} of {source}"
+        if offset + in_file > len(data):
+            raise UsageError(f"kernel {source} is truncated: {name} ends at byte {offset + in_file} of {len(data)}")
+        if in_file > in_memory:
+            raise UsageError(f"kernel {source} is damaged: {name} has {in_file} bytes in the file, {in_memory} in all")
+        found.append(Segment(name, physical, in_memory, data[offset : offset + in_file]))
+        if virtual <= entry < virtual + in_memory:
+            pc = entry - virtual + physical
+    if not found:
+        raise UsageError(f"kernel {source} is an ELF file with nothing to load")
+    if pc is None:
+        raise UsageError(f"kernel {source} is damaged: its entry {entry:#x} lies in none of its segments")
+    return pc, tuple(found)

@@ -1,0 +1,356 @@
+"""The boot protocol: what a kernel file is, where it goes, and how bad ones are refused."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyvmm.errors import UsageError
+from pyvmm.machine import boot, layout
+from pyvmm.machine.boot import FDT_ROOM, BootImage, Segment, identify, place, plan, read
+
+MIB = layout.MIB
+CODE = bytes(range(1, 65)) * 4
+
+
+def linux_image(size=4096, *, text_offset=0, image_size=None, flags=0b1010, code=0x91005A4D):
+    header = struct.pack(
+        "<2I3Q24x4sI", code, 0x14000000, text_offset, size if image_size is None else image_size, flags, b"ARM\x64", 0
+    )
+    return header.ljust(size, b"\x55")
+
+
+def elf(
+    *,
+    machine=183,
+    kind=2,
+    elf_class=2,
+    order=1,
+    entry=0x8010_0000,
+    segments=((1, 0x8010_0000, CODE, 4096),),
+    vaddr=None,
+):
+    at = 64 + 56 * len(segments)
+    mark = "<" if order == 1 else ">"
+    heads, bodies = b"", b""
+    for kind_, paddr, body, memory in segments:
+        virtual = paddr if vaddr is None else vaddr
+        heads += struct.pack(mark + "2I6Q", kind_, 5, at + len(bodies), virtual, paddr, len(body), memory, 4096)
+        bodies += body
+    identity = b"\x7fELF" + bytes([elf_class, order, 1]) + bytes(9)
+    head = struct.pack(mark + "2HI3QI6H", kind, machine, 1, entry, 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
+    return identity + head + heads + bodies
+
+
+# ---- what it is and where it goes
+
+
+def test_a_flat_binary_goes_512_kib_into_memory_and_starts_at_its_first_byte():
+    image = identify(CODE, "x.bin")
+    assert (image.kind, image.pc) == ("flat", 0x8008_0000)
+    assert [(part.gpa, part.data) for part in image.segments] == [(0x8008_0000, CODE)]
+
+
+def test_an_image_goes_where_its_text_offset_says():
+    image = identify(linux_image(text_offset=0x8_0000), "Image")
+    assert (image.kind, image.pc) == ("Image", 0x8008_0000)
+    assert identify(linux_image(), "Image").pc == 0x8000_0000
+
+
+def test_an_images_bss_counts_as_memory_but_is_not_written():
+    (part,) = identify(linux_image(4096, image_size=MIB), "Image").segments
+    assert (part.size, len(part.data)) == (MIB, 4096)
+
+
+def test_an_image_from_before_3_17_gets_the_offset_of_its_time():
+    assert identify(linux_image(image_size=0, text_offset=123), "Image").pc == 0x8008_0000
+
+
+def test_an_elf_goes_where_its_physical_addresses_say():
+    data = elf(entry=0xFFFF_0010, vaddr=0xFFFF_0000)
+    image = identify(data, "vmlinux")
+    assert (image.kind, image.pc) == ("ELF", 0x8010_0010)
+    assert [(part.gpa, part.size, part.data) for part in image.segments] == [(0x8010_0000, 4096, CODE)]
+
+
+def test_an_elfs_notes_and_empty_segments_are_not_loaded():
+    parts = ((1, 0x8010_0000, CODE, 4096), (4, 0, b"note", 4), (1, 0, b"", 0))
+    assert len(identify(elf(segments=parts), "x").segments) == 1
+
+
+@pytest.mark.parametrize("inner", [linux_image(), CODE, elf()])
+def test_a_gzip_file_is_what_is_in_it(inner):
+    plain, packed = identify(inner, "x"), identify(gzip.compress(inner), "x")
+    assert packed == plain
+
+
+def test_an_efi_zboot_of_gzip_is_what_is_in_it():
+    payload = gzip.compress(linux_image())
+    head = struct.pack("<4s4s2I8x32s", b"MZ\0\0", b"zimg", 64, len(payload), b"gzip").ljust(64, b"\0")
+    assert identify(head + payload, "vmlinuz") == identify(linux_image(), "vmlinuz")
+
+
+# ---- what is refused, and how
+
+
+def zboot(method=b"zstd", size=4):
+    return struct.pack("<4s4s2I8x32s", b"MZ\0\0", b"zimg", 64, size, method).ljust(64, b"\0") + b"data"
+
+
+REFUSED = {
+    "an empty file": (b"", "is empty"),
+    "a short Image": (linux_image()[:60], "truncated: it ends within its Image header"),
+    "a big-endian Image": (linux_image(flags=1), "big-endian"),
+    "an EFI program of another machine": (b"MZ" + bytes(200), "no arm64 Linux Image"),
+    "a truncated gzip": (gzip.compress(os.urandom(1000))[:-200], "truncated gzip"),
+    "a damaged gzip": (b"\x1f\x8b\x08" + bytes(50), "damaged"),
+    "gzip of nothing": (gzip.compress(b""), "gzip file of nothing"),
+    "a zstd zboot": (zboot(), "EFI zboot image compressed with 'zstd'"),
+    "a truncated zboot": (zboot(b"gzip", 100), "truncated: its EFI zboot payload ends at byte 164, the file at 68"),
+    "a zboot header cut off": (zboot()[:20], "within its EFI zboot header"),
+    "an x86 ELF": (elf(machine=62), "ELF file for x64, not for arm64"),
+    "a 32-bit ELF": (b"\x7fELF\x01" + elf()[5:], "damaged|32-bit"),
+    "a big-endian ELF": (elf(order=2), "big-endian"),
+    "an object file": (elf(kind=1), "ET_REL, not an executable"),
+    "a dynamically linked ELF": (
+        elf(segments=((1, 0x8010_0000, CODE, 4096), (3, 0, b"/ld\0", 4))),
+        "dynamically linked",
+    ),
+    "a truncated segment": (elf()[:-1], "truncated: segment 0 of k ends at byte 376 of 375"),
+    "an ELF header cut off": (elf()[:40], "damaged or truncated"),
+    "program headers cut off": (elf()[:100], "damaged or truncated"),
+    "a file larger than memory": (
+        elf(segments=((1, 0x8010_0000, CODE, 4),)),
+        "256 bytes in the file, 4 in all",
+    ),
+    "an ELF with nothing to load": (elf(segments=()), "nothing to load"),
+    "an entry outside": (elf(entry=0x1234), "entry 0x1234 lies in none"),
+}
+
+
+@pytest.mark.parametrize(("data", "why"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_bad_kernel_is_refused_with_the_reason(data, why):
+    with pytest.raises(UsageError, match=why) as caught:
+        identify(data, "k")
+    assert "k" in caught.value.message
+    assert caught.value.exit_status == 2
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_damage_to_an_elf_gets_past_as_anything_but_a_clear_error(data):
+    bad = bytearray(elf())
+    for _ in range(data.draw(st.integers(1, 4))):
+        bad[data.draw(st.integers(4, 119))] = data.draw(st.integers(0, 255))
+    del bad[data.draw(st.integers(4, len(bad))) :]
+    try:
+        image = identify(bytes(bad), "k")
+        plan(image, ram_size=64 * MIB)
+    except UsageError:
+        return
+    assert all(len(part.data) <= part.size for part in image.segments)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary(max_size=200), st.sampled_from([b"", b"MZ\0\0zimg", b"\x1f\x8b\x08", b"\x7fELF", bytes(56) + b"ARM\x64"])
+)
+def test_no_file_at_all_raises_anything_else(data, start):
+    try:
+        identify(start + data, "k")
+    except UsageError:
+        return
+
+
+# ---- files
+
+
+def test_a_file_is_read(tmp_path):
+    (tmp_path / "Image").write_bytes(linux_image())
+    (tmp_path / "initrd").write_bytes(b"cpio")
+    image = read(str(tmp_path / "Image"), str(tmp_path / "initrd"))
+    assert (image.kind, image.initrd) == ("Image", b"cpio")
+
+
+@pytest.mark.parametrize("which", ["kernel", "initrd"])
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda _: None, "no such file"),
+        (lambda path: path.mkdir(), "is a directory"),
+        (lambda path: path.touch(), "is empty"),
+        (lambda path: os.mkfifo(path), "not a regular file"),
+        (lambda path: path.symlink_to(path), "cannot be opened: Too many levels"),
+    ],
+    ids=["missing", "directory", "empty", "fifo", "link to itself"],
+)
+def test_a_path_that_is_no_file_is_refused_with_the_reason(tmp_path, which, make, why):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.write_bytes(CODE)
+    make(bad)
+    kernel, initrd = (bad, good) if which == "kernel" else (good, bad)
+    with pytest.raises(UsageError, match=why) as caught:
+        read(str(kernel), str(initrd))
+    assert which in caught.value.message
+    assert str(bad) in caught.value.message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_an_unreadable_file_is_refused(tmp_path):
+    (tmp_path / "k").write_bytes(CODE)
+    (tmp_path / "k").chmod(0)
+    with pytest.raises(UsageError, match="Permission denied"):
+        read(str(tmp_path / "k"))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "", "x" * 5000, "/dev/null/x"])
+def test_a_path_the_system_refuses_is_refused_in_words(path):
+    with pytest.raises(UsageError, match=r"cannot be opened|no such file"):
+        read(path)
+
+
+def test_a_payloads_name_without_its_prefix_is_recognised():
+    with pytest.raises(UsageError) as caught:
+        read("hello")
+    assert caught.value.hint == "the built-in payloads are called payload:NAME; did you mean payload:hello?"
+
+
+def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UsageError, match="1099511627776 bytes, but the guest only 67108864"):
+        read(str(tmp_path / "huge"), room=64 * MIB)
+
+
+def test_a_gzip_file_that_unpacks_to_more_than_memory_is_refused_early():
+    with pytest.raises(UsageError, match="unpacked, has 1048577 bytes, but the guest only 1048576"):
+        identify(gzip.compress(bytes(64 * MIB)), "bomb", room=MIB)
+
+
+# ---- placing
+
+
+def flat(size=256, initrd=None):
+    return BootImage("flat", "k", 0x8008_0000, (Segment("k", 0x8008_0000, size, CODE),), initrd)
+
+
+def ranges(parts):
+    return {part.what: (part.gpa, part.end) for part in parts}
+
+
+def test_the_device_tree_is_last_and_the_initrd_right_below_it():
+    parts = plan(flat(initrd=b"x" * 5000), ram_size=64 * MIB)
+    assert ranges(parts) == {
+        "k": (0x8008_0000, 0x8008_0000 + len(CODE)),
+        "the initrd": (0x83E0_0000 - 8192, 0x83E0_0000 - 8192 + 5000),
+        "the device tree": (0x83E0_0000, 0x8400_0000),
+    }
+
+
+@given(st.integers(layout.RAM_MINIMUM // 4096, 1 << 20), st.integers(1, 3 * MIB), st.integers(0, 3 * MIB))
+def test_what_is_planned_is_inside_memory_aligned_and_disjoint(ram_pages, kernel, initrd):
+    ram_size = ram_pages * 4096
+    image = flat(kernel, bytes(initrd) if initrd else None)
+    try:
+        parts = plan(image, ram_size=ram_size)
+    except UsageError:
+        assert kernel + initrd + layout.FLAT_OFFSET + 2 * FDT_ROOM + 4096 > ram_size
+        return
+    at = layout.RAM_BASE
+    for part in parts:
+        assert at <= part.gpa <= part.end
+        at = part.end
+    assert at <= layout.RAM_BASE + ram_size
+    where = ranges(parts)
+    assert where["the device tree"][0] % FDT_ROOM == 0
+    assert where.get("the initrd", (0, 0))[0] % 4096 == 0
+
+
+def test_the_least_memory_there_may_be_takes_a_payload():
+    plan(flat(MIB), ram_size=layout.RAM_MINIMUM)
+    plan(flat(MIB), ram_size=64 * MIB, loadable=layout.PRIVATE_BOOT)
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        (flat(63 * MIB), r"k at \[0x8008_0000, 0x83f8_0000\) overlaps the device tree at \[0x83e0_0000"),
+        (flat(65 * MIB), r"k at \[0x8008_0000, 0x8418_0000\) does not fit .* \[0x8000_0000, 0x8400_0000\)"),
+        (flat(60 * MIB, bytes(2 * MIB)), r"k at .* overlaps the initrd"),
+        (flat(initrd=bytes(63 * MIB)), "the initrd at .* does not fit"),
+        (identify(elf(entry=0x4000_0000, segments=((1, 0x4000_0000, CODE, 4096),)), "k"), "does not fit"),
+        (
+            identify(elf(segments=((1, 0x8010_0000, CODE, 4096), (1, 0x8010_0800, CODE, 4096))), "k"),
+            "segment 0 of k .* overlaps segment 1 of k",
+        ),
+    ],
+    ids=["tree", "memory", "initrd", "initrd below memory", "elf elsewhere", "elf in itself"],
+)
+def test_what_overlaps_or_does_not_fit_is_refused_with_both_ranges(image, why):
+    with pytest.raises(UsageError, match=why) as caught:
+        plan(image, ram_size=64 * MIB)
+    assert caught.value.hint
+
+
+def test_the_hint_gives_memory_that_is_enough():
+    image = flat(65 * MIB, bytes(3 * MIB))
+    with pytest.raises(UsageError) as caught:
+        plan(image, ram_size=64 * MIB)
+    assert caught.value.hint is not None
+    size = int(caught.value.hint.split("-m ")[1].removesuffix("M"))
+    plan(image, ram_size=size * MIB)
+
+
+class Recorder:
+    def __init__(self):
+        self.writes = []
+
+    def write(self, gpa, data):
+        self.writes.append((gpa, bytes(data)))
+
+
+class Uart:
+    name, compatible, size = "pl011", "arm,pl011", 0x1000
+
+    def properties(self):
+        return {}
+
+
+def test_each_part_is_written_once_and_the_device_tree_last():
+    memory = Recorder()
+    entry = place(
+        flat(initrd=b"cpio"), memory, ram_size=64 * MIB, cpus=2, command_line="a=1", devices=[(Uart(), 0x0900_0000)]
+    )
+    assert memory.writes == [(0x8008_0000, CODE), (0x83DF_F000, b"cpio"), (0x83E0_0000, entry.device_tree)]
+    assert (entry.pc, entry.fdt) == (0x8008_0000, 0x83E0_0000)
+    for text in (b"a=1\0", b"/pl011@9000000\0", b"cpu@1\0", struct.pack(">QQ", 0x8000_0000, 64 * MIB)):
+        assert text in entry.device_tree
+
+
+def test_a_command_line_too_long_for_the_device_tree_is_refused():
+    with pytest.raises(UsageError, match="2097152 is the most"):
+        place(flat(), Recorder(), ram_size=64 * MIB, cpus=1, command_line="x" * FDT_ROOM, devices=[])
+
+
+def test_an_elf_reader_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "elftools.elf.elffile", None)
+    with pytest.raises(Exception, match="not installed") as caught:
+        identify(elf(), "k")
+    assert "pyelftools" in caught.value.hint
+
+
+def test_reading_a_flat_binary_does_not_load_the_elf_reader():
+    import subprocess
+    import sys
+
+    code = "import sys; from pyvmm.machine import boot; boot.identify(b'x', 'k'); sys.exit('elftools' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_prefix_of_payloads_is_fixed():
+    assert boot.PAYLOAD == "payload:"

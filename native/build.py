@@ -1,0 +1,149 @@
+"""Build the native loop: cffi writes the glue, one C compiler makes a stable-ABI extension of it. Nothing else is needed.
+
+``python native/build.py`` rebuilds in place what this checkout uses; the hatch hook calls the same functions.
+The extension for the lab's arm64 guest kernel is cross-compiled against this host's Python headers: both are
+little-endian LP64, and the stable ABI depends on nothing else in pyconfig.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pyvmm._native_source import source_hash  # noqa: E402
+
+NATIVE = ROOT / "native"
+EXTENSION = "_native.abi3.so"
+IN_PLACE = ROOT / "pyvmm" / EXTENSION
+FOR_LAB = ROOT / "pyvmm" / "lab" / "aarch64" / EXTENSION
+MACHINES = ("x86_64", "aarch64")
+
+COMMON = ["-O2", "-std=gnu11", "-fPIC", "-fvisibility=hidden"]
+STRICT = ["-Wall", "-Wextra", "-Werror"]
+
+
+class BuildError(Exception):
+    """The extension cannot be built here; the message says what to install."""
+
+
+def compiler(machine: str) -> list[str] | None:
+    """Return the command of a C compiler for ``machine``, or None; CC is honoured for this host's own."""
+    if machine == platform.machine():
+        wanted = shlex.split(os.environ.get("CC", "")) or ["gcc"]
+        candidates = [wanted, ["cc"], ["clang"]]
+    else:
+        candidates = [[f"{machine}-linux-gnu-gcc"]]
+    return next((command for command in candidates if shutil.which(command[0])), None)
+
+
+def build(
+    machine: str,
+    destination: Path,
+    *,
+    module: str = "pyvmm._native",
+    cdef: str = "",
+    sources: Sequence[Path] = (),
+    defines: Sequence[str] = (),
+) -> None:
+    """Build the extension for ``machine`` at ``destination``; the rest lets tests add their own C to the same sources.
+
+    Raises BuildError naming the package to install, or with the compiler's own words.
+    """
+    cc = compiler(machine)
+    if cc is None:
+        package = "gcc" if machine == platform.machine() else f"gcc-{machine.replace('_', '-')}-linux-gnu"
+        raise BuildError(f"no C compiler for {machine}: install {package} (Debian: apt install {package})")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise BuildError("a free-threaded Python has no stable ABI: build with an ordinary one")
+    with tempfile.TemporaryDirectory(prefix="pyvmm-build-") as name:
+        work = Path(name)
+        include = python_include(work)
+        glue = write_glue(work, module, cdef)
+        loop = [*sorted(NATIVE.glob("*.c")), *sources]
+        own = [*cc, *COMMON, f"-I{NATIVE}", f'-DPV_SOURCE_HASH="{source_hash()}"', *(f"-D{name}" for name in defines)]
+        run([*own, *STRICT, "-c", *map(str, loop)], work)
+        run([*own, "-DPy_LIMITED_API=0x030b0000", *include, "-c", str(glue)], work)
+        run([*cc, "-shared", "-o", "built.so", *map(str, sorted(work.glob("*.o")))], work)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        # A new inode: a process that has the old one mapped keeps it.
+        temporary = destination.with_suffix(f".{os.getpid()}")
+        shutil.copy(work / "built.so", temporary)
+        temporary.replace(destination)
+
+
+def run(command: list[str], work: Path) -> None:
+    """Run a compiler in ``work``; raises BuildError with what it printed."""
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    if done.returncode:
+        hint = "\n(Debian: apt install libc6-dev linux-libc-dev)" if "No such file or directory" in done.stderr else ""
+        raise BuildError(f"{shlex.join(command)}\n{done.stderr}{hint}")
+
+
+def write_glue(work: Path, module: str, cdef: str) -> Path:
+    """Let cffi write the C between Python and the loop's declarations; returns its path."""
+    try:
+        from cffi import FFI
+    except ImportError as error:
+        raise BuildError("cffi is missing: pip install cffi") from error
+    ffi = FFI()
+    ffi.cdef((NATIVE / "cdef.h").read_text() + cdef)
+    ffi.set_source(module, f'#include <stddef.h>\n#include <stdint.h>\n#include "cdef.h"\n{cdef}')
+    path = work / "glue.c"
+    with contextlib.redirect_stdout(io.StringIO()):
+        ffi.emit_c_code(str(path))
+    return path
+
+
+def python_include(work: Path) -> list[str]:
+    """Return the flags that find Python.h, also for a compiler of another machine."""
+    folder = Path(sysconfig.get_path("include"))
+    if not (folder / "Python.h").exists():
+        raise BuildError(f"{folder}/Python.h is missing (Debian: apt install python3-dev)")
+    # Debian's pyconfig.h includes <TRIPLET/pythonX.Y/pyconfig.h>, which only the host's own triplet has.
+    config = Path(sysconfig.get_config_h_filename())
+    for machine in MACHINES:
+        stand_in = work / "include" / f"{machine}-linux-gnu" / folder.name / "pyconfig.h"
+        stand_in.parent.mkdir(parents=True)
+        shutil.copy(config, stand_in)
+    return [f"-I{folder}", f"-I{config.parent}", f"-I{work / 'include'}"]
+
+
+def build_in_place() -> list[Path]:
+    """Build the extension of this host, and the lab's where its compiler is there; returns what was built."""
+    host = platform.machine()
+    build(host, IN_PLACE)
+    if host == "aarch64" or compiler("aarch64") is None:
+        return [IN_PLACE]
+    build("aarch64", FOR_LAB)
+    return [IN_PLACE, FOR_LAB]
+
+
+def main() -> int:
+    """Build in place and say what was built."""
+    try:
+        built = build_in_place()
+    except BuildError as error:
+        print(f"native/build.py: {error}", file=sys.stderr)
+        return 1
+    for path in built:
+        print(path.relative_to(ROOT))
+    if FOR_LAB not in built and platform.machine() != "aarch64":
+        print("no aarch64-linux-gnu-gcc: the lab's extension was not built (Debian: apt install gcc-aarch64-linux-gnu)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

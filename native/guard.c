@@ -1,0 +1,184 @@
+/* Copies that survive pages the host may not touch, and the signal handlers they need. They load and store in user
+ * mode only: the kernel would reach a donated page by reclaiming it from its guest (kernel-facts.md, section A). */
+#include "pyvmm.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+struct guard {
+    sigjmp_buf out;
+    uintptr_t to, from;
+    size_t n;
+    volatile size_t done;
+};
+
+/* initial-exec: a handler may not allocate a thread's TLS block. */
+static __thread struct guard *volatile current __attribute__((tls_model("initial-exec")));
+
+static struct sigaction before_segv, before_bus;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int install_error;
+
+static bool within(uintptr_t page, uintptr_t start, size_t n)
+{
+    return start < page + PV_PAGE_SIZE && page < start + n;
+}
+
+/* A fault that is not ours, or a signal somebody sent: what would have happened without us. */
+static void chain(int signal, siginfo_t *info, void *context, const struct sigaction *before)
+{
+    bool sent = info->si_code <= 0;
+
+    if (!(before->sa_flags & SA_SIGINFO) && (before->sa_handler == SIG_DFL || before->sa_handler == SIG_IGN)) {
+        if (sent && before->sa_handler == SIG_IGN)
+            return;
+        /* The faulting instruction runs again and dies of it, so the core shows the right place. */
+        struct sigaction fatal = {.sa_handler = SIG_DFL};
+        sigaction(signal, &fatal, NULL);
+        if (sent)
+            raise(signal);
+        return;
+    }
+
+    sigset_t mask = before->sa_mask, old;
+    if (!(before->sa_flags & SA_NODEFER))
+        sigaddset(&mask, signal);
+    pthread_sigmask(SIG_BLOCK, &mask, &old);
+    if (before->sa_flags & SA_SIGINFO)
+        before->sa_sigaction(signal, info, context);
+    else
+        before->sa_handler(signal);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+static void on_fault(int signal, siginfo_t *info, void *context)
+{
+    struct guard *guard = current;
+    /* A machine check tells only the page. */
+    uintptr_t page = (uintptr_t)info->si_addr & ~(uintptr_t)(PV_PAGE_SIZE - 1);
+
+    if (guard && info->si_code > 0 && (within(page, guard->to, guard->n) || within(page, guard->from, guard->n)))
+        siglongjmp(guard->out, 1);
+    chain(signal, info, context, signal == SIGSEGV ? &before_segv : &before_bus);
+}
+
+static void on_kick(int signal)
+{
+    (void)signal; /* its arrival ends KVM_RUN */
+}
+
+static void install(void)
+{
+    struct sigaction fault = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
+    struct sigaction kick = {.sa_handler = on_kick};
+
+    if (sigaction(SIGSEGV, &fault, &before_segv) || sigaction(SIGBUS, &fault, &before_bus) ||
+        sigaction(pv_kick_signal(), &kick, NULL))
+        install_error = -errno;
+}
+
+int pv_install_signals(void)
+{
+    pthread_once(&once, install);
+    return install_error;
+}
+
+int pv_kick_signal(void)
+{
+    return SIGRTMIN + 5;
+}
+
+/* The widest access both addresses are aligned for: it cannot straddle a page, so a fault means none of it was done,
+   and an aligned ring index is never torn. */
+static size_t step_at(uintptr_t address, size_t left)
+{
+    size_t step = (address | 8) & -(address | 8);
+
+    while (step > left)
+        step /= 2;
+    return step;
+}
+
+#define COPY(type) (*(volatile type *)(g.to + i) = *(const volatile type *)(g.from + i))
+
+size_t pv_copy(void *to, const void *from, size_t n)
+{
+    struct guard g = {.to = (uintptr_t)to, .from = (uintptr_t)from, .n = n};
+
+    if (sigsetjmp(g.out, 0) == 0) {
+        current = &g;
+        for (size_t i = 0, step; i < n; i += step, g.done = i) {
+            step = step_at((g.to + i) | (g.from + i), n - i);
+            switch (step) {
+            case 8: COPY(uint64_t); break;
+            case 4: COPY(uint32_t); break;
+            case 2: COPY(uint16_t); break;
+            default: COPY(uint8_t); break;
+            }
+        }
+    }
+    current = NULL;
+    return g.done;
+}
+
+size_t pv_fill(void *to, int byte, size_t n)
+{
+    struct guard g = {.to = (uintptr_t)to, .from = (uintptr_t)to, .n = n};
+    uint64_t word = 0x0101010101010101u * (uint8_t)byte;
+
+    if (sigsetjmp(g.out, 0) == 0) {
+        current = &g;
+        for (size_t i = 0, step; i < n; i += step, g.done = i) {
+            step = step_at(g.to + i, n - i);
+            switch (step) {
+            case 8: *(volatile uint64_t *)(g.to + i) = word; break;
+            default: step = 1; *(volatile uint8_t *)(g.to + i) = (uint8_t)byte; break;
+            }
+        }
+    }
+    current = NULL;
+    return g.done;
+}
+
+/* One direction or the other: guest is the region's side. */
+static uint64_t transfer(const struct pv_vm *vm, uint64_t gpa, uint8_t *host, uint64_t n, uint64_t *stopped, bool out)
+{
+    uint64_t done = 0;
+
+    while (done < n) {
+        const struct pv_region *region = pv_region_at(vm, gpa + done);
+        if (!region || !region->view)
+            break;
+        uint64_t offset = gpa + done - region->gpa, part = region->size - offset;
+        if (part > n - done)
+            part = n - done;
+        uint8_t *guest = region->view + offset;
+        size_t copied = out ? pv_copy(guest, host + done, part) : pv_copy(host + done, guest, part);
+        done += copied;
+        if (copied < part)
+            break;
+    }
+    if (done < n && stopped)
+        *stopped = gpa + done;
+    return done;
+}
+
+uint64_t pv_read(const struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uint64_t *stopped)
+{
+    return transfer(vm, gpa, to, n, stopped, false);
+}
+
+uint64_t pv_write(const struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped)
+{
+    return transfer(vm, gpa, (uint8_t *)(uintptr_t)from, n, stopped, true);
+}
+
+int pv_probe(const struct pv_vm *vm, uint64_t gpa)
+{
+    uint8_t byte;
+
+    return pv_region_at(vm, gpa) ? pv_read(vm, gpa, &byte, 1, NULL) == 1 : -1;
+}

@@ -1,0 +1,69 @@
+/* What the files of the run loop share with each other. Python sees only cdef.h. */
+#ifndef PYVMM_H
+#define PYVMM_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <linux/kvm.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+#include "cdef.h"
+
+/* Newer than the oldest headers we build with (Linux 6.1). */
+#ifndef KVM_EXIT_MEMORY_FAULT
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
+/* struct kvm_run's memory_fault, laid over its union. */
+struct pv_memory_fault { uint64_t flags, gpa, size; };
+
+#define PV_PAGE_SIZE 4096u
+
+/* SMCCC 1.5, section 7.1; what EL2 answers too (arch/arm64/kvm/hyp/nvhe/pkvm.c). */
+enum { SMCCC_SUCCESS = 0, SMCCC_NOT_SUPPORTED = -1, SMCCC_INVALID_PARAMETER = -3 };
+
+/* What pv_vcpu.share_pending says is left to do on re-entry, before the guest runs again. */
+enum pv_pending {
+    PENDING_NONE,
+    PENDING_MMIO,      /* carry out the access in kvm_run: it found no room or no order */
+    PENDING_TOLD,      /* subscribers have let go of a page: take it back */
+    PENDING_CONVERTED  /* Python converted a page: share_status is the outcome */
+};
+
+#define load(p) __atomic_load_n(p, __ATOMIC_RELAXED)
+#define load_acquire(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#define store(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
+#define store_release(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
+#define add(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
+#define fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+
+/* Held for a few instructions, or for one system call on a page; a holder that lost its CPU gets ours. */
+void pv_lock(uint32_t *lock);
+static inline void pv_unlock(uint32_t *lock) { store_release(lock, 0); }
+
+/* run.c */
+uint64_t pv_now(void);
+/* mmio.c: both answer enum pv_stop; again: the access was counted when it stopped. */
+uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again);
+/* pl011.c, with vcpu->offset, size, is_write, value. False: no room to transmit, nothing happened. */
+bool pv_pl011_access(struct pv_pl011 *uart, struct pv_vcpu *vcpu);
+/* share.c */
+struct pv_region *pv_region_at(const struct pv_vm *vm, uint64_t gpa);
+uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value);
+uint32_t pv_hypercall(struct pv_vcpu *vcpu);
+uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending);
+int pv_punch(struct pv_vm *vm, uint64_t gpa);
+/* stats.c */
+void pv_record(struct pv_vcpu *vcpu, enum pv_record_kind kind, uint8_t code, uint32_t size, uint64_t addr,
+               uint64_t value);
+/* Adds 1 to an eventfd. One that is full is already as readable as it gets. */
+void pv_signal(int fd);
+bool pv_fifo_put(struct pv_fifo *fifo, uint8_t byte);
+static inline uint32_t pv_fifo_used(const struct pv_fifo *fifo) { return load(&fifo->head) - load(&fifo->tail); }
+
+#endif

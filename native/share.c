@@ -1,0 +1,296 @@
+/* Pages that change hands: the ledger, the share doorbell, the hypercalls of the emulated protection. */
+#include "pyvmm.h"
+
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define HVC_FEATURES 0x86000000u
+#define HVC_MEMINFO 0xC6000002u
+#define HVC_SHARE 0xC6000003u
+#define HVC_UNSHARE 0xC6000004u
+#define FEATURES 0x1du /* itself, MEMINFO, SHARE, UNSHARE, as EL2 says */
+
+/* arch/arm64/include/uapi/asm/kvm.h, which other hosts' headers lack: x0..x3 are user_pt_regs.regs, in 32-bit units. */
+#define CORE_X(n) (0x6030000000100000u + 2 * (n))
+
+static enum pv_page state_of(uint8_t entry)
+{
+    return entry & 7;
+}
+
+struct pv_region *pv_region_at(const struct pv_vm *vm, uint64_t gpa)
+{
+    const struct pv_map *map = load_acquire(&vm->map);
+    uint32_t low = 0, high = map ? map->count : 0;
+
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        struct pv_region *region = &map->regions[middle];
+        if (gpa < region->gpa)
+            high = middle;
+        else if (gpa - region->gpa < region->size)
+            return region;
+        else
+            low = middle + 1;
+    }
+    return NULL;
+}
+
+static void count_move(struct pv_vm *vm, uint8_t old, uint8_t entry)
+{
+    if (state_of(old) != state_of(entry)) {
+        add(&vm->pages[state_of(old)], -1);
+        add(&vm->pages[state_of(entry)], 1);
+    }
+}
+
+int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state)
+{
+    const struct pv_region *region = pv_region_at(vm, gpa);
+
+    if (!region || (state & ~PV_PAGE_ASSUMED) >= PV_PAGE_STATES)
+        return -1;
+    uint8_t *entry = &region->ledger[(gpa - region->gpa) / PV_PAGE_SIZE];
+    uint8_t old = __atomic_exchange_n(entry, state, __ATOMIC_RELAXED);
+    count_move(vm, old, state);
+    return old;
+}
+
+/* Moves a page to or from SHARED if it is not there yet. Of several vCPUs that say the same at once, one moves it. */
+static bool ledger_move(struct pv_vm *vm, uint8_t *entry, bool share)
+{
+    uint8_t old = load(entry), new = PV_PAGE_SHARED;
+
+    if (!share)
+        new = vm->protection == PV_NONE ? PV_PAGE_HOST
+            : vm->protection == PV_PKVM ? PV_PAGE_PRIVATE | PV_PAGE_ASSUMED : PV_PAGE_PRIVATE;
+    do {
+        if ((state_of(old) == PV_PAGE_SHARED) == share)
+            return false;
+    } while (!__atomic_compare_exchange_n(entry, &old, new, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    count_move(vm, old, new);
+    return true;
+}
+
+static void record(struct pv_vcpu *vcpu, int32_t status)
+{
+    struct pv_vm *vm = vcpu->vm;
+
+    vcpu->share_status = status;
+    if (status)
+        add(&vm->refused, 1);
+    else
+        add(vcpu->share_op ? &vm->shares : &vm->unshares, 1);
+    pv_record(vcpu, vcpu->share_op ? PV_REC_SHARE : PV_REC_UNSHARE, (uint8_t)vcpu->share_source, PV_PAGE_SIZE,
+              vcpu->share_gpa, (uint64_t)(int64_t)status);
+}
+
+/* What the guest says of a page, before anything is believed of it: its ledger entry, or NULL if there is none. */
+static uint8_t *claim(struct pv_vcpu *vcpu, uint64_t gpa, bool share, enum pv_source source, struct pv_region **region)
+{
+    vcpu->share_gpa = gpa;
+    vcpu->share_op = share;
+    vcpu->share_source = source;
+    *region = gpa % PV_PAGE_SIZE ? NULL : pv_region_at(vcpu->vm, gpa);
+    return *region ? &(*region)->ledger[(gpa - (*region)->gpa) / PV_PAGE_SIZE] : NULL;
+}
+
+/* ---- the share doorbell ------------------------------------------------------------------------------------ */
+
+/* In PV_EMULATED the hypercall is what moves pages and tells subscribers; a ring must only agree with it. */
+uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value)
+{
+    enum { SHARE = 1, UNSHARE = 2 };
+    struct pv_vm *vm = vcpu->vm;
+    uint64_t op = value % PV_PAGE_SIZE;
+    bool share = op == SHARE;
+    struct pv_region *region;
+    uint8_t *entry = claim(vcpu, value - op, share, PV_SOURCE_DOORBELL, &region);
+    int32_t status = SMCCC_SUCCESS;
+
+    if (vcpu->size != 8 || vcpu->offset != 0 || (op != SHARE && op != UNSHARE) || !entry)
+        status = SMCCC_INVALID_PARAMETER;
+    else if (vm->protection == PV_EMULATED)
+        status = state_of(load(entry)) == PV_PAGE_SHARED ? SMCCC_SUCCESS : SMCCC_NOT_SUPPORTED;
+    else if (vm->protection == PV_PKVM && share && pv_probe(vm, vcpu->share_gpa) != 1)
+        status = SMCCC_NOT_SUPPORTED;
+
+    if (status) {
+        record(vcpu, status);
+        return PV_STOP_NONE;
+    }
+    vcpu->share_status = status;
+    if (vm->protection == PV_EMULATED || !ledger_move(vm, entry, share))
+        return PV_STOP_NONE;
+    record(vcpu, status);
+    return load(&vm->subscribers) ? PV_STOP_SHARE : PV_STOP_NONE;
+}
+
+/* ---- conversions of PV_EMULATED ---------------------------------------------------------------------------- */
+
+static int punch(const struct pv_region *region, uint64_t offset)
+{
+    return fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(region->fd_offset + offset),
+                     PV_PAGE_SIZE);
+}
+
+int pv_punch(struct pv_vm *vm, uint64_t gpa)
+{
+    const struct pv_region *region = pv_region_at(vm, gpa);
+
+    /* A protected guest keeps the page it was given: host and guest would see two different ones from then on. */
+    if (!region || vm->protection == PV_PKVM || punch(region, (gpa - region->gpa) & ~(uint64_t)(PV_PAGE_SIZE - 1)))
+        return -1;
+    pv_ledger_set(vm, gpa, PV_PAGE_HOLE);
+    return 0;
+}
+
+static int drop(const struct pv_vm *vm, const struct pv_region *region, uint64_t offset)
+{
+    static const uint8_t zeros[PV_PAGE_SIZE];
+
+    switch (vm->conversion) {
+    case PV_CONVERT_ZERO: /* through the file: the view is closed on one side of either conversion */
+        return pwrite(region->fd, zeros, sizeof(zeros), (off_t)(region->fd_offset + offset)) == sizeof(zeros) ? 0 : -1;
+    case PV_CONVERT_PUNCH:
+        return punch(region, offset);
+    default:
+        return 0;
+    }
+}
+
+/* The view first: it is what fails (vm.max_map_count), and what can be put back. */
+static int32_t convert(const struct pv_vm *vm, const struct pv_region *region, uint64_t offset, bool share)
+{
+    uint8_t *page = region->view + offset;
+
+    if (!region->view || mprotect(page, PV_PAGE_SIZE, share ? PROT_READ | PROT_WRITE : PROT_NONE))
+        return SMCCC_NOT_SUPPORTED;
+    if (drop(vm, region, offset)) {
+        mprotect(page, PV_PAGE_SIZE, share ? PROT_NONE : PROT_READ | PROT_WRITE);
+        return SMCCC_NOT_SUPPORTED;
+    }
+    return SMCCC_SUCCESS;
+}
+
+/* ---- hypercalls -------------------------------------------------------------------------------------------- */
+
+static uint32_t give_up(struct pv_vcpu *vcpu)
+{
+    vcpu->error = errno;
+    vcpu->failure = PV_FAIL_OTHER;
+    vcpu->fault_gpa = vcpu->fault_size = vcpu->fault_flags = 0;
+    return PV_STOP_FAILED;
+}
+
+static bool get_x(const struct pv_vcpu *vcpu, uint32_t n, uint64_t *value)
+{
+    return ioctl(vcpu->fd, KVM_GET_ONE_REG, &(struct kvm_one_reg){CORE_X(n), (uintptr_t)value}) == 0;
+}
+
+static bool set_x(const struct pv_vcpu *vcpu, uint32_t n, uint64_t value)
+{
+    return ioctl(vcpu->fd, KVM_SET_ONE_REG, &(struct kvm_one_reg){CORE_X(n), (uintptr_t)&value}) == 0;
+}
+
+static uint32_t answer(struct pv_vcpu *vcpu, uint64_t x0)
+{
+    return set_x(vcpu, 0, x0) ? PV_STOP_NONE : give_up(vcpu);
+}
+
+/* The guest's answer is in place before a share is announced: what is left is to enter the guest. */
+static uint32_t finish(struct pv_vcpu *vcpu, int32_t status)
+{
+    uint32_t stop;
+
+    record(vcpu, status);
+    stop = answer(vcpu, (uint64_t)(int64_t)status);
+    if (stop == PV_STOP_NONE && status == SMCCC_SUCCESS && vcpu->share_op && load(&vcpu->vm->subscribers))
+        stop = PV_STOP_SHARE;
+    return stop;
+}
+
+static bool movable(uint8_t entry, bool share)
+{
+    return (state_of(entry) == PV_PAGE_SHARED) != share && state_of(entry) != PV_PAGE_POISONED;
+}
+
+/* Other vCPUs may have moved the page since it was claimed. */
+static uint32_t apply(struct pv_vcpu *vcpu, bool converted)
+{
+    struct pv_vm *vm = vcpu->vm;
+    struct pv_region *region = NULL;
+    bool share = vcpu->share_op;
+    uint8_t *entry = claim(vcpu, vcpu->share_gpa, share, PV_SOURCE_HYPERCALL, &region);
+    int32_t status = SMCCC_INVALID_PARAMETER;
+
+    pv_lock(&vm->converting);
+    if (entry && movable(load(entry), share))
+        status = converted ? vcpu->share_status : convert(vm, region, vcpu->share_gpa - region->gpa, share);
+    if (status == SMCCC_SUCCESS)
+        ledger_move(vm, entry, share);
+    pv_unlock(&vm->converting);
+    return finish(vcpu, status);
+}
+
+static uint32_t change(struct pv_vcpu *vcpu)
+{
+    if (vcpu->vm->conversion != PV_CONVERT_COLD)
+        return apply(vcpu, false);
+    vcpu->share_pending = PENDING_CONVERTED;
+    return PV_STOP_CONVERT;
+}
+
+uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending)
+{
+    return pending == PENDING_TOLD ? change(vcpu) : apply(vcpu, true);
+}
+
+/* x1 = page, x2 = x3 = 0, one page at a time: Documentation/virt/kvm/arm/hypercalls.rst. Refusing what EL2 refuses is
+   why x2 and x3 are read, at an ioctl each. */
+static uint32_t share_call(struct pv_vcpu *vcpu, bool share)
+{
+    uint64_t x1, x2, x3;
+    struct pv_region *region;
+
+    if (!get_x(vcpu, 1, &x1) || !get_x(vcpu, 2, &x2) || !get_x(vcpu, 3, &x3))
+        return give_up(vcpu);
+    const uint8_t *entry = claim(vcpu, x1, share, PV_SOURCE_HYPERCALL, &region);
+    if (x2 || x3 || !entry || !movable(load(entry), share))
+        return finish(vcpu, SMCCC_INVALID_PARAMETER);
+    if (!share && load(&vcpu->vm->subscribers)) {
+        vcpu->share_status = SMCCC_SUCCESS;
+        vcpu->share_pending = PENDING_TOLD;
+        return PV_STOP_SHARE;
+    }
+    return change(vcpu);
+}
+
+uint32_t pv_hypercall(struct pv_vcpu *vcpu)
+{
+    const struct kvm_run *run = vcpu->run;
+    uint64_t x1, x2, x3;
+
+    vcpu->value = run->hypercall.nr;
+    if (vcpu->vm->protection != PV_EMULATED)
+        return PV_STOP_HYPERCALL;
+    switch (vcpu->value) {
+    case HVC_SHARE:
+        return share_call(vcpu, true);
+    case HVC_UNSHARE:
+        return share_call(vcpu, false);
+    case HVC_MEMINFO:
+        if (!get_x(vcpu, 1, &x1) || !get_x(vcpu, 2, &x2) || !get_x(vcpu, 3, &x3))
+            return give_up(vcpu);
+        return answer(vcpu, x1 | x2 | x3 ? (uint64_t)(int64_t)SMCCC_INVALID_PARAMETER : PV_PAGE_SIZE);
+    case HVC_FEATURES:
+        for (uint32_t n = 1; n <= 3; n++)
+            if (!set_x(vcpu, n, 0))
+                return give_up(vcpu);
+        return answer(vcpu, FEATURES);
+    default:
+        return PV_STOP_HYPERCALL;
+    }
+}

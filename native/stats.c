@@ -1,0 +1,105 @@
+/* Histograms, the trace ring and byte FIFOs: what is counted and carried, never what it means. */
+#include "pyvmm.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+enum { BUCKETS = sizeof(((struct pv_histogram *)0)->bucket) / sizeof(uint32_t) };
+
+void pv_lock(uint32_t *lock)
+{
+    while (__atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE))
+        sched_yield();
+}
+
+void pv_signal(int fd)
+{
+    if (write(fd, &(uint64_t){1}, sizeof(uint64_t)) < 0)
+        return;
+}
+
+uint32_t pv_bucket_of(uint64_t ns)
+{
+    if (ns < 8)
+        return (uint32_t)ns;
+    uint32_t power = 63u - (uint32_t)__builtin_clzll(ns);
+    uint32_t bucket = (power - 2) * 8 + ((ns >> (power - 3)) & 7);
+    return bucket < BUCKETS ? bucket : BUCKETS - 1;
+}
+
+uint64_t pv_bucket_floor(uint32_t bucket)
+{
+    if (bucket > BUCKETS)
+        bucket = BUCKETS;
+    return bucket < 8 ? bucket : (uint64_t)(8 + bucket % 8) << (bucket / 8 - 1);
+}
+
+void pv_record(struct pv_vcpu *vcpu, enum pv_record_kind kind, uint8_t code, uint32_t size, uint64_t addr,
+               uint64_t value)
+{
+    struct pv_ring *ring = &vcpu->ring;
+    uint64_t head = ring->head;
+
+    if (head - load_acquire(&ring->tail) >= ring->size) {
+        add(&ring->dropped, 1);
+        return;
+    }
+    ring->records[head & (ring->size - 1)] = (struct pv_record){
+        .ns = pv_now(), .kind = kind, .code = code, .vcpu = (uint8_t)vcpu->index,
+        .size = size, .addr = addr, .value = value,
+    };
+    store_release(&ring->head, head + 1);
+}
+
+uint32_t pv_ring_read(struct pv_ring *ring, struct pv_record *to, uint32_t n)
+{
+    uint64_t tail = ring->tail, ready = load_acquire(&ring->head) - tail;
+    uint32_t got = ready < n ? (uint32_t)ready : n;
+
+    for (uint32_t i = 0; i < got; i++)
+        to[i] = ring->records[(tail + i) & (ring->size - 1)];
+    store_release(&ring->tail, tail + got);
+    return got;
+}
+
+/* The producer publishes its byte, then looks whether the consumer sleeps; the consumer says it will sleep, then looks
+   for bytes (pv_fifo_arm). Whoever comes second sees the other. */
+bool pv_fifo_put(struct pv_fifo *fifo, uint8_t byte)
+{
+    uint32_t head = fifo->head;
+
+    if (head - load_acquire(&fifo->tail) >= fifo->size)
+        return false;
+    fifo->data[head & (fifo->size - 1)] = byte;
+    store_release(&fifo->head, head + 1);
+    fence();
+    if (load(&fifo->armed) && __atomic_exchange_n(&fifo->armed, 0, __ATOMIC_RELAXED) && fifo->wake_fd >= 0)
+        pv_signal(fifo->wake_fd);
+    return true;
+}
+
+uint32_t pv_fifo_read(struct pv_fifo *fifo, uint8_t *to, uint32_t n)
+{
+    uint32_t tail = fifo->tail, used = load_acquire(&fifo->head) - tail;
+    uint32_t got = used < n ? used : n;
+
+    for (uint32_t i = 0; i < got; i++)
+        to[i] = fifo->data[(tail + i) & (fifo->size - 1)];
+    store_release(&fifo->tail, tail + got);
+    return got;
+}
+
+uint32_t pv_fifo_arm(struct pv_fifo *fifo)
+{
+    store(&fifo->armed, 1);
+    fence();
+    if (!pv_fifo_used(fifo))
+        return 1;
+    store(&fifo->armed, 0);
+    return 0;
+}
+
+const char *pv_source_hash(void)
+{
+    return PV_SOURCE_HASH;
+}

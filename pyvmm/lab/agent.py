@@ -1,0 +1,271 @@
+"""The lab's first process: mounts what it is told to, runs one command at a time, carries its streams and its status.
+
+Runs inside the lab only, as PID 1 under ``python3 -I -S``; every import here is boot time, so there are few. It owns
+the virtio-serial port and its children. When it dies the kernel panics and QEMU ends, which the workstation reports.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import sys
+
+import frames
+
+CHUNK = 32 * 1024
+DRAIN_SECONDS = 2.0
+
+
+class Port:
+    """The virtio-serial port: whole frames in both directions."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._unpacker = frames.Unpacker()
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        data = memoryview(frames.pack(kind, payload))
+        while data:
+            data = data[os.write(self.fd, data) :]
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        """Wait for bytes and give the frames they complete; the end of the stream is the end of the lab."""
+        data = os.read(self.fd, CHUNK)
+        if not data:
+            power_off()
+        return self._unpacker.feed(data)
+
+
+def power_off() -> None:
+    os.execv("/bin/busybox", ["poweroff", "-f"])
+
+
+def find_port() -> str:
+    base = "/sys/class/virtio-ports"
+    for name in os.listdir(base):
+        with open(f"{base}/{name}/name") as file:
+            if file.read().strip() == frames.PORT_NAME:
+                return f"/dev/{name}"
+    raise SystemExit(f"no virtio port is named {frames.PORT_NAME}")
+
+
+def call(*argv: str) -> str:
+    """Run a small program; give nothing, or what it complained about."""
+    read_end, write_end = os.pipe()
+    actions = [(os.POSIX_SPAWN_DUP2, write_end, 1), (os.POSIX_SPAWN_DUP2, write_end, 2)]
+    child = os.posix_spawn(argv[0], argv, os.environ, file_actions=actions)
+    os.close(write_end)
+    said = b""
+    while data := os.read(read_end, CHUNK):
+        said += data
+    os.close(read_end)
+    _, status = os.waitpid(child, 0)
+    return "" if status == 0 else said.decode(errors="replace").strip() or f"{argv[1]} failed"
+
+
+def mount(tag: str, target: str, options: str) -> str:
+    """Mount a 9p share; refuse to hide something the lab itself needs."""
+    try:
+        os.makedirs(target, exist_ok=True)
+        if target not in ("/tmp", "/root", "/home") and os.listdir(target):
+            return f"{target} is the lab's own directory"
+    except OSError as error:
+        return f"{target}: {error.strerror}"
+    return call("/bin/busybox", "mount", "-t", "9p", "-o", options, tag, target)
+
+
+def set_size(fd: int, rows: int, columns: int) -> None:
+    import termios  # only a terminal is worth loading it for
+
+    termios.tcsetwinsize(fd, (rows, columns))
+
+
+class Command:
+    """One running command: its process group and the ends of its streams that are ours."""
+
+    def __init__(self, fields: list[bytes]) -> None:
+        flags, rows, columns, count, cwd = fields[:5]
+        argv = fields[5 : 5 + int(count)]
+        env = dict(field.split(b"=", 1) for field in fields[5 + int(count) :])
+        self.is_tty = frames.TTY in flags
+        self.pending = bytearray()  # input not yet taken
+        self.input_ended = False
+        if self.is_tty:
+            ours, theirs = os.openpty()
+            set_size(ours, int(rows), int(columns))
+            ends = (theirs, theirs, theirs)
+            self.input: int | None = ours
+            self.outputs = {ours: frames.OUTPUT}
+        else:
+            stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
+            ends = (stdin[0], stdout[1], stderr[1])
+            self.input = stdin[1]
+            self.outputs = {stdout[0]: frames.OUTPUT, stderr[0]: frames.ERRORS}
+        os.set_blocking(self.input, False)
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(ends, argv, env, cwd)
+        for end in set(ends):
+            os.close(end)
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def _become(self, ends: tuple[int, int, int], argv: list[bytes], env: dict[bytes, bytes], cwd: bytes) -> None:
+        status = 127
+        try:
+            os.setsid()
+            for number, end in enumerate(ends):
+                os.dup2(end, number)
+            if self.is_tty:
+                os.close(os.open(os.ttyname(0), os.O_RDWR))  # the first terminal opened is the controlling one
+            for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            os.chdir(cwd)
+            os.execvpe(argv[0], argv, env)
+        except OSError as error:
+            what = os.fsdecode(cwd if error.filename == cwd else argv[0])
+            os.write(2, f"{what}: {error.strerror}\n".encode())
+            status = 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
+        finally:
+            os._exit(status)
+
+    def signal(self, number: int) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def feed(self) -> int:
+        """Give the command what input it will take; the number of bytes taken or thrown away."""
+        taken = 0
+        while self.pending and self.input is not None:
+            try:
+                count = os.write(self.input, self.pending[:CHUNK])
+            except BlockingIOError:
+                return taken
+            except OSError:  # it closed its stdin, or is gone
+                self.close_input()
+                break
+            taken += count
+            del self.pending[:count]
+        if self.input is None:
+            taken += len(self.pending)
+            self.pending.clear()
+        elif self.input_ended and not self.is_tty:
+            self.close_input()
+        return taken
+
+    def close_input(self) -> None:
+        if self.input is not None and not self.is_tty:
+            os.close(self.input)
+        self.input = None
+
+    def hang_up(self, kind: int) -> None:
+        for fd in [fd for fd, mine in self.outputs.items() if mine == kind and not self.is_tty]:
+            os.close(fd)
+            del self.outputs[fd]
+
+
+def forward(port: Port, command: Command, fd: int) -> bool:
+    """Send on what the command wrote; False at the end of that stream."""
+    try:
+        data = os.read(fd, CHUNK)
+    except OSError:  # a terminal without a user
+        data = b""
+    if data:
+        port.send(command.outputs[fd], data)
+        return True
+    os.close(fd)
+    del command.outputs[fd]
+    if fd == command.input:  # a terminal's one end
+        command.input = None
+    return False
+
+
+def run(port: Port, fields: list[bytes]) -> None:
+    """Run one command to its end; every process it leaves behind is killed."""
+    command = Command(fields)
+    ended = False
+    while not ended:
+        poll = select.poll()
+        poll.register(port.fd, select.POLLIN)
+        poll.register(command.pidfd, select.POLLIN)
+        for fd in command.outputs:
+            poll.register(fd, select.POLLIN)
+        if command.pending and command.input is not None:
+            wanted = select.POLLOUT | (select.POLLIN if command.is_tty else 0)
+            poll.register(command.input, wanted)
+        for fd, _ in poll.poll():
+            if fd == port.fd:
+                for kind, payload in port.receive():
+                    obey(command, kind, payload)
+            elif fd == command.pidfd:
+                ended = True
+            elif fd in command.outputs:
+                forward(port, command, fd)
+        if taken := command.feed():
+            port.send(frames.CREDIT, taken.to_bytes(4, "little"))
+    try:
+        os.kill(-1, signal.SIGKILL)  # from PID 1: everything that is left
+    except ProcessLookupError:
+        pass
+    _, status = os.waitpid(command.pid, 0)
+    os.close(command.pidfd)
+    poll = select.poll()
+    for fd in command.outputs:
+        poll.register(fd, select.POLLIN)
+    while command.outputs and (ready := poll.poll(DRAIN_SECONDS * 1000)):
+        for fd, _ in ready:
+            if not forward(port, command, fd):
+                poll.unregister(fd)
+    for fd in command.outputs:
+        os.close(fd)
+    command.close_input()
+    reap()
+    code = os.waitstatus_to_exitcode(status)
+    port.send(frames.EXIT, bytes([code if code >= 0 else 128 - code]))
+
+
+def reap() -> None:
+    """Collect the orphans that became children of PID 1."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def obey(command: Command, kind: int, payload: bytes) -> None:
+    """Do what the workstation asks of a running command."""
+    if kind == frames.INPUT:
+        command.pending += payload
+        command.input_ended = command.input_ended or not payload
+    elif kind == frames.SIGNAL:
+        command.signal(payload[0])
+    elif kind == frames.RESIZE and command.is_tty and command.input is not None:
+        rows, columns = payload.split(b"\0")
+        set_size(command.input, int(rows), int(columns))
+    elif kind == frames.HANGUP:
+        command.hang_up(frames.OUTPUT if payload[0] == 1 else frames.ERRORS)
+
+
+def main() -> None:
+    port = Port(find_port())
+    port.send(frames.READY)
+    while True:
+        for kind, payload in port.receive():
+            fields = payload.split(b"\0")
+            if kind == frames.MOUNT:
+                tag, target, options = map(os.fsdecode, fields)
+                port.send(frames.DONE, mount(tag, target, options).encode())
+            elif kind == frames.BIND:
+                source, target = map(os.fsdecode, fields)
+                port.send(frames.DONE, call("/bin/busybox", "mount", "-o", "bind", source, target).encode())
+            elif kind == frames.EXEC:
+                run(port, fields)
+            # Anything else was meant for a command that has ended meanwhile.
+
+
+if __name__ == "__main__":
+    sys.exit(main())

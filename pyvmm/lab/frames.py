@@ -1,0 +1,73 @@
+"""What the workstation and the lab's agent say to each other: the frames, and nothing that does I/O.
+
+One virtio-serial port carries everything, in order, in both directions: a header (kind, length), then the payload.
+Input is sent against a window so that a command that never reads cannot keep a signal from reaching it. This module
+is copied into the lab's image beside the agent, so it imports only what costs nothing there.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+PORT_NAME = "pyvmm.agent"
+HEADER = Struct("<BI")
+MAX_PAYLOAD = 1024 * 1024  # a command with its environment; streams come in far smaller pieces
+WINDOW = 256 * 1024
+
+# From the workstation.
+MOUNT = 1  # tag, target, options -> DONE
+BIND = 2  # source, target -> DONE
+EXEC = 3  # flags, rows, columns, number of arguments, cwd, arguments..., environment...
+INPUT = 4  # bytes for the command's stdin; an empty payload is its end
+SIGNAL = 5  # one byte: its number
+RESIZE = 6  # rows, columns
+HANGUP = 7  # one byte: 1 stdout, 2 stderr; nobody reads it any more
+
+# From the agent.
+READY = 32  # once, after boot
+DONE = 33  # empty, or why a MOUNT or BIND could not be done
+OUTPUT = 34
+ERRORS = 35
+CREDIT = 36  # bytes of input the command took, 4 bytes little-endian
+EXIT = 37  # one byte: exit status, 128 + signal, 126 not executable, 127 not found
+
+TTY = b"tty"
+
+
+def pack(kind: int, payload: bytes = b"") -> bytes:
+    """Give one frame as bytes; ``payload`` may be at most MAX_PAYLOAD long."""
+    if len(payload) > MAX_PAYLOAD:
+        raise ValueError(f"a frame of {len(payload)} bytes is longer than {MAX_PAYLOAD}")
+    return HEADER.pack(kind, len(payload)) + payload
+
+
+def pack_fields(kind: int, *fields: bytes) -> bytes:
+    """Give a frame of fields; no field may contain a zero byte."""
+    if any(b"\0" in field for field in fields):
+        raise ValueError("embedded zero byte")
+    return pack(kind, b"\0".join(fields))
+
+
+class Unpacker:
+    """Takes bytes as they arrive and gives whole frames."""
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        """Add ``data``; give the frames that are now complete. ValueError where the stream is not one of frames."""
+        pending = self._pending
+        pending += data
+        frames = []
+        at = 0
+        while len(pending) - at >= HEADER.size:
+            kind, length = HEADER.unpack_from(pending, at)
+            if length > MAX_PAYLOAD:
+                raise ValueError(f"a frame claims {length} bytes")
+            end = at + HEADER.size + length
+            if len(pending) < end:
+                break
+            frames.append((kind, bytes(pending[at + HEADER.size : end])))
+            at = end
+        del pending[:at]
+        return frames

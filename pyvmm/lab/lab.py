@@ -1,0 +1,223 @@
+"""The lab: a pKVM host one can run commands in. Boots on entry, runs any number of commands, is gone on exit.
+
+Owns a ``Machine`` and speaks to its agent. One thread at a time; signals are forwarded only from the main thread. The
+thread that boots a lab must outlive it (the kernel kills QEMU when that thread ends).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.lab import frames, shares
+from pyvmm.lab.cache import Image
+from pyvmm.lab.image import build_image
+from pyvmm.lab.qemu import LabOptions, Machine
+from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump, Sink
+
+NATIVE = shares.PACKAGE / "lab" / "aarch64" / "_native.abi3.so"
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What a command left: its exit status (128 + signal if it was killed) and its output."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+class Lab:
+    """A lab as a context manager.
+
+    ``arguments`` are looked through for files to make visible (see shares.py).
+    """
+
+    def __init__(
+        self,
+        options: LabOptions | None = None,
+        *,
+        image: Image | None = None,
+        cwd: Path | None = None,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        self.options = options or LabOptions()
+        self.cwd = Path(os.path.abspath(cwd or Path.cwd()))
+        self._image = image
+        self._shares = shares.find_shares(self.cwd, list(arguments))
+        self._machine: Machine | None = None
+        self._unpacker = frames.Unpacker()
+
+    def __enter__(self) -> Self:
+        image = self._image or build_image()
+        self._machine = Machine(image, self.options, self._shares)
+        try:
+            self._boot(self._machine, image)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the machine, whatever it is doing."""
+        if self._machine is not None:
+            self._machine.stop()
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        return self._running().pid
+
+    def console(self) -> str:
+        """Give the last 64 KiB of the lab's console."""
+        return self._running().console()
+
+    def _running(self) -> Machine:
+        if self._machine is None:
+            raise PyvmmError("the lab is not running", hint="use it as a context manager")
+        return self._machine
+
+    def _boot(self, machine: Machine, image: Image) -> None:
+        deadline = time.monotonic() + self.options.boot_timeout
+        if self._wait(deadline) != (frames.READY, b""):
+            raise machine.failed("the lab's agent speaks another language", hint="pyvmm lab build --refresh")
+        for share in self._shares:
+            options = f"trans=virtio,version=9p2000.L,msize=524288,cache=none{',ro' if share.readonly else ''}"
+            self._ask(deadline, frames.MOUNT, share.tag, str(share.target), options)
+        if NATIVE.is_file():
+            inside = shares.python_path() / "pyvmm"
+            target = inside / "_native.abi3.so"
+            if (shares.PACKAGE / target.name).is_file():
+                self._ask(deadline, frames.BIND, str(inside / "lab" / "aarch64" / NATIVE.name), str(target))
+
+    def _ask(self, deadline: float, kind: int, *fields: str) -> None:
+        machine = self._running()
+        self._send(frames.pack_fields(kind, *map(os.fsencode, fields)))
+        answer, reason = self._wait(deadline)
+        if answer != frames.DONE or reason:
+            raise PyvmmError(f"{fields[1]} cannot be made visible in the lab: {reason.decode(errors='replace')}")
+
+    def _wait(self, deadline: float) -> tuple[int, bytes]:
+        """Wait for one frame outside of any command."""
+        machine = self._running()
+        while True:
+            machine.channel.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                data = machine.channel.recv(65536)
+            except TimeoutError:
+                raise machine.failed(
+                    f"the lab did not come up in {self.options.boot_timeout:.0f} s",
+                    hint="on a loaded machine give it longer with --boot-timeout",
+                ) from None
+            finally:
+                machine.channel.settimeout(None)
+            if not data:
+                raise machine.failed("the lab ended while it was booting")
+            if got := self._unpacker.feed(data):
+                return got[0]
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._running().channel.sendall(data)
+        except OSError:
+            raise self._running().failed("the lab ended") from None
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes | int = b"",
+        stdout: Sink | None = None,
+        stderr: Sink | None = None,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        is_tty: bool = False,
+        timeout: float | None = None,
+    ) -> int:
+        """Run a command in the lab; give its exit status, 128 + N where signal N ended it, 127 where there is none.
+
+        ``stdin`` is the whole input or a file descriptor. Output goes to ours unless sinks take it. ``env`` comes
+        on top of the lab's own. With ``is_tty``, ``stdin`` must be a terminal, and stderr comes with stdout.
+        ``timeout`` is in seconds. SIGINT, SIGTERM and SIGHUP reach the command; when it does not end within 10 s, or
+        at the second one, the lab ends. LabError where the lab ends, PyvmmError at the timeout.
+        """
+        machine = self._running()
+        rows, columns = termios.tcgetwinsize(stdin) if is_tty and isinstance(stdin, int) else (0, 0)
+        variables = {**self._environment(), **(env or {})}
+        command = frames.pack_fields(
+            frames.EXEC,
+            frames.TTY if is_tty else b"",
+            *(b"%d" % number for number in (rows, columns, len(argv))),
+            os.fsencode(cwd or self._directory()),
+            *map(os.fsencode, argv),
+            *(os.fsencode(f"{name}={value}") for name, value in variables.items()),
+        )
+        pump = Pump(
+            machine.channel,
+            stdin,
+            stdout or _sink(sys.stdout.buffer),
+            stderr or _sink(sys.stderr.buffer),
+            is_tty=is_tty,
+            timeout=timeout,
+        )
+        try:
+            return pump.run(command)
+        except (ChannelClosedError, ValueError) as error:
+            raise machine.failed(f"the lab ended while it ran {argv[0]}") from error
+        except InsistedError as error:
+            self.close()
+            return 128 + error.number
+        except TimeoutError:
+            raise machine.failed(f"{argv[0]} did not end in {timeout:.0f} s") from None
+
+    def capture(self, argv: Sequence[str], **options: Any) -> Completed:
+        """Run a command as ``run`` does and keep its output."""
+        out, err = bytearray(), bytearray()
+        status = self.run(argv, stdout=out.extend, stderr=err.extend, **options)
+        return Completed(status, bytes(out), bytes(err))
+
+    def _directory(self) -> Path:
+        """Give the workstation's current directory where it is visible inside, else the lab's /root."""
+        visible = any(share.target in (self.cwd, *self.cwd.parents) for share in self._shares)
+        return self.cwd if visible else Path("/root")
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+            "PATH": "/usr/bin:/usr/sbin",
+            "PYTHONPATH": str(shares.python_path()),
+            "PYVMM_IN_LAB": "1",
+            "TERM": os.environ.get("TERM", "dumb"),
+        }
+
+
+def _sink(stream: BinaryIO) -> Sink:
+    def write(data: bytes) -> None:
+        stream.write(data)
+        stream.flush()
+
+    return write
+
+
+def require_native() -> None:
+    """HostError where the lab would find no native extension for its architecture."""
+    if not NATIVE.is_file() and platform.machine() != "aarch64":
+        raise HostError(
+            f"the native extension for the lab is not built ({NATIVE})",
+            hint="apt install gcc-aarch64-linux-gnu, then: python3 native/build.py",
+        )

@@ -1,0 +1,172 @@
+"""Turns Debian's package files into the lab's kernel and initramfs; reads packages, writes two files, runs nothing.
+
+The recipe is here: which packages, what is left out of them, which modules are loaded. ``recipe_hash`` changes when it
+or the programs copied into the image change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from pyvmm.errors import PyvmmError
+from pyvmm.lab.cpio import CpioWriter
+
+KERNEL = "linux-image-arm64"
+KERNEL_PARTS = re.compile(r"linux-(image|binary|modules)-[0-9]")
+
+ROOTS = (
+    "busybox-static",
+    "libpython3-stdlib",
+    "python3-cffi-backend",
+    "python3-minimal",
+    "python3-pyelftools",
+    "python3-pytest",
+    "python3-structlog",
+)
+
+# Needed only to install packages, or by parts of Python's library that nothing here uses.
+UNUSED_PACKAGES = frozenset({
+    "debconf", "dpkg", "gcc-14-base", "libacl1", "libdb5.3t64", "libmd0", "libncursesw6", "libpcre2-8-0",
+    "libreadline8t64", "libselinux1", "libsqlite3-0", "libssl3t64", "libtinfo6", "libuuid1", "libzstd1",
+    "media-types", "netbase", "openssl-provider-legacy", "python3", "python3-typing-extensions", "readline-common",
+    "tar", "tzdata",
+})  # fmt: skip
+
+UNUSED_PATHS = re.compile(
+    r"usr/share/|etc/|var/|usr/lib/[^/]+/gconv/|usr/lib/valgrind|usr/lib/binfmt|"
+    r"usr/lib/python3[^/]*/(ensurepip|idlelib|lib2to3|pydoc_data|sqlite3|test|tkinter|turtledemo|venv)/|"
+    r"usr/lib/python3/dist-packages/[^/]+\.(dist|egg)-info/(?!entry_points)"
+)
+
+# For 9p over virtio; what they depend on comes along.
+MODULES = ("9p", "9pnet_virtio")
+XZ_MAGIC = b"\xfd7zXZ\0"
+
+DIRECTORIES = ("dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/sbin", "var/tmp")
+MERGED = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib", "sbin": "usr/sbin"}
+PROGRAMS = {"init": "init.sh", "pyvmm/agent.py": "agent.py", "pyvmm/frames.py": "frames.py"}
+FILES = {
+    "etc/passwd": b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+    "etc/group": b"root:x:0:\nnogroup:x:65534:\n",
+    "etc/hosts": b"127.0.0.1 localhost\n",
+    "etc/hostname": b"pyvmm-lab\n",
+}
+
+
+def recipe_hash() -> str:
+    """Give a hash of all that shapes an image besides the packages."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for name in sorted((Path(__file__).name, "cpio.py", *PROGRAMS.values())):
+        digest.update((here / name).read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _open_package(package: Path) -> Iterator[tarfile.TarFile]:
+    """Read the files of a .deb as a tar stream."""
+    with subprocess.Popen(
+        ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
+                yield tar
+        except tarfile.TarError as error:
+            raise PyvmmError(f"{package.name} is not a readable package: {error}") from error
+        finally:
+            process.kill()
+
+
+def write_kernel(packages: list[Path], image: BinaryIO) -> tuple[str, dict[str, bytes]]:
+    """Write the kernel; give its release and the modules that 9p needs, uncompressed, in the order to load them."""
+    release = ""
+    available: dict[str, bytes] = {}
+    for package in packages:
+        with _open_package(package) as tar:
+            for member in tar:
+                name = member.name.removeprefix("./")
+                if found := re.fullmatch(r"usr/lib/modules/([^/]+)/vmlinuz|boot/vmlinuz-(.+)", name):
+                    release = found[1] or found[2]
+                    image.write(_contents(tar, member))
+                elif found := re.search(r"/kernel/(?:fs|lib|net)/(?:.*/)?([^/]+\.ko(?:\.xz)?)$", name):
+                    available[found[1].split(".ko")[0].replace("-", "_")] = _contents(tar, member)
+    if not release:
+        raise PyvmmError("the kernel packages hold no kernel", hint="the archive has changed: please report this")
+    return release, _module_closure(available)
+
+
+def _module_closure(available: dict[str, bytes]) -> dict[str, bytes]:
+    """Give MODULES and what they depend on, dependencies first. A module that is not there is built in."""
+    ordered: dict[str, bytes] = {}
+
+    def visit(name: str) -> None:
+        if name in ordered or name not in available:
+            return
+        data = available[name]
+        if data.startswith(XZ_MAGIC):
+            data = lzma.decompress(data)
+        found = re.search(rb"\0depends=([^\0]*)\0", data)
+        for dependency in found[1].decode().split(",") if found else ():
+            visit(dependency)
+        ordered[name] = data
+
+    for name in MODULES:
+        visit(name)
+    return ordered
+
+
+def write_root(packages: list[Path], modules: dict[str, bytes], out: BinaryIO) -> None:
+    """Write the initramfs: the packages' files, the modules, and our programs."""
+    cpio = CpioWriter(out)
+    for path in DIRECTORIES:
+        cpio.directory(path)
+    for path, target in MERGED.items():
+        cpio.symlink(path, target)
+    cpio.character_device("dev/console", 5, 1)
+    cpio.character_device("dev/null", 1, 3, mode=0o666)
+    here = Path(__file__).parent
+    for path, source in PROGRAMS.items():
+        cpio.file(path, (here / source).read_bytes(), mode=0o755)
+    for path, data in FILES.items():
+        cpio.file(path, data)
+    for name, data in modules.items():
+        cpio.file(f"usr/lib/modules/{name}.ko", data)
+    cpio.file("usr/lib/modules/order", "".join(f"{name}.ko\n" for name in modules).encode())
+    for package in packages:
+        with _open_package(package) as tar:
+            for member in tar:
+                _copy(tar, member, cpio)
+    cpio.symlink("usr/bin/sh", "busybox")
+    cpio.finish()
+
+
+def _copy(tar: tarfile.TarFile, member: tarfile.TarInfo, cpio: CpioWriter) -> None:
+    path = member.name.removeprefix("./").strip("/")
+    head, slash, tail = path.partition("/")
+    if head in MERGED:
+        path = MERGED[head] + slash + tail
+    if not path or path in MERGED.values() or UNUSED_PATHS.match(path + "/"):
+        return
+    if member.isdir():
+        cpio.directory(path)
+    elif member.issym():
+        cpio.symlink(path, member.linkname)
+    elif member.islnk():
+        cpio.symlink(path, "/" + member.linkname.removeprefix("./"))
+    elif member.isfile():
+        cpio.file(path, _contents(tar, member), mode=member.mode & 0o777)
+
+
+def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    if file is None:
+        raise PyvmmError(f"{member.name} is not a file")
+    return file.read()

@@ -24,12 +24,11 @@ MANIFEST = "manifest.json"
 COMPILE = [
     "-std=gnu11", "-O2", "-march=armv8-a", "-mcmodel=small", "-mgeneral-regs-only", "-mno-outline-atomics",
     "-mstrict-align", "-ffreestanding", "-fno-builtin", "-fno-pic", "-fno-pie", "-fno-common", "-fno-stack-protector",
-    "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns", "-ffunction-sections", "-fdata-sections",
-    "-Wall", "-Wextra", "-Werror",
+    "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns", "-fno-tree-switch-conversion",
+    "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra", "-Werror",
 ]  # fmt: skip
 LINK = [
-    "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,--gc-sections",
-    "-Wl,--omagic", "-Wl,-z,noexecstack",
+    "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,--gc-sections", "-Wl,--omagic", "-Wl,-z,noexecstack",
 ]  # fmt: skip
 LINK_ADDRESSES = (0, 0x4_4000_1000)
 
@@ -82,8 +81,8 @@ def build(name: str, compiler: str) -> bytes:
     inputs = [HERE / "start.S", HERE / "vectors.S", *sorted((HERE / "lib").glob("*.c")), HERE / "payloads" / f"{name}.c"]
     with tempfile.TemporaryDirectory(prefix="pyvmm-firmware-") as scratch:
         objects = []
-        for path in inputs:
-            objects.append(f"{scratch}/{path.name}.o")
+        for number, path in enumerate(inputs):
+            objects.append(f"{scratch}/{number}.o")
             _run(compiler, *COMPILE, f"-ffile-prefix-map={HERE}=firmware", f"-I{HERE}", "-c", path, "-o", objects[-1])
         images = []
         for address in LINK_ADDRESSES:

@@ -36,6 +36,7 @@
 #define OP_RESET      15 /* PSCI SYSTEM_RESET */
 #define OP_CPU_OFF    16 /* PSCI CPU_OFF of this vCPU */
 #define OP_MMIO       17 /* gpa, size, count, value or -1 for loads -> ticks: count accesses in a loop */
+#define OP_WORDS      18 /* gpa, count (1..7) -> as many 64-bit words */
 
 #define ACCESS_READ     0
 #define ACCESS_WRITE    1

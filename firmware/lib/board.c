@@ -145,6 +145,11 @@ void note(u64 index, u64 value)
         mmio_write64(mailbox() + MAILBOX_NOTE(index), value);
 }
 
+/* What a payload of one vCPU need not say. */
+__attribute__((weak)) void secondary(void)
+{
+}
+
 /* Called by start.S. */
 void start_primary_c(const void *fdt);
 void start_secondary_c(void);

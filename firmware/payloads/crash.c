@@ -12,16 +12,12 @@
  *   share-twice     shares one page twice            share-outside    shares a page outside memory
  *   bell-private    announces a page never shared    bell-misaligned  announces an unaligned address
  *   bell-huge       announces an address beyond every address space
- *   flood           writes n=BYTES to the UART (default 1 MiB) and never looks whether there is room
+ *   flood           writes bytes=N to the UART (default 1 MiB) and never looks whether there is room
  *   reset           PSCI SYSTEM_RESET                status           ends with exit code code=N (default 1)
  */
 #include "../lib/lib.h"
 
 #define NOWHERE 0x0000dead00000000ul
-
-void secondary(void)
-{
-}
 
 static s64 ring(u64 value)
 {
@@ -33,7 +29,7 @@ static s64 ring(u64 value)
 
 static void flood(void)
 {
-    u64 bytes = argument_number("n", 1 << 20);
+    u64 bytes = argument_number("bytes", 1 << 20);
     for (u64 i = 0; i < bytes && board.uart; i++)
         mmio_write32(board.uart, i % 64 == 63 ? '\n' : '0' + i % 64);
 }

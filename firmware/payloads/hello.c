@@ -1,10 +1,6 @@
 /* The shortest payload: says what it is and powers off. No parameters. */
 #include "../lib/lib.h"
 
-void secondary(void)
-{
-}
-
 int main(void)
 {
     int shares = board.features >> HVC_FEATURE_SHARE_BIT & 1;

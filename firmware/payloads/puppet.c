@@ -162,6 +162,10 @@ static void obey(void *order)
     case OP_MMIO:
         result[0] = accesses(arg[0], arg[1], arg[2], (s64)arg[3]);
         break;
+    case OP_WORDS:
+        for (u64 i = 0; i < arg[1] && i < ARGS; i++)
+            result[i] = mmio_read64(arg[0] + 8 * i);
+        break;
     default:
         o->status = STATUS_UNKNOWN;
     }

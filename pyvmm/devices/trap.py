@@ -15,7 +15,7 @@ _SOURCES: Final = ("current EL with SP0", "current EL", "lower EL, AArch64", "lo
 _KINDS: Final = ("synchronous exception", "IRQ", "FIQ", "SError")
 
 _CLASSES: Final = {
-    0x00: "undefined instruction", 0x01: "trapped WFI or WFE", 0x07: "floating point is off", 0x0D: "branch target",
+    0x00: "undefined instruction (unknown reason)", 0x01: "trapped WFI or WFE", 0x07: "floating point is off", 0x0D: "branch target",
     0x0E: "illegal execution state", 0x15: "SVC", 0x16: "HVC", 0x17: "SMC", 0x18: "trapped system register",
     0x19: "SVE is off", 0x1C: "pointer authentication failed", 0x20: "instruction abort from a lower EL",
     0x21: "instruction abort", 0x22: "misaligned program counter", 0x24: "data abort from a lower EL",
@@ -109,10 +109,9 @@ class Trap:
     def describe(self) -> str:
         """Say in one line what happened and where, with every register that was reported."""
         source = "" if self.vector // 4 == 1 else f", taken from {_SOURCES[self.vector // 4 & 3]}"
-        return (
-            f"{self.what()}{source}; vCPU {self.vcpu} at pc {hex_(self.elr)}, lr {hex_(self.lr)}, sp {hex_(self.sp)}, "
-            f"ESR {hex_(self.esr)}, SPSR {hex_(self.spsr)}"
-        )
+        registers = ("ELR", self.elr), ("ESR", self.esr), ("FAR", self.far), ("LR", self.lr), ("SP", self.sp)
+        values = " ".join(f"{name} {hex_(value)}" for name, value in (*registers, ("SPSR", self.spsr)))
+        return f"{self.what()}{source}; vCPU {self.vcpu}, {values}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Build the native loop: cffi writes the glue, one C compiler makes a stable-ABI extension of it. Nothing else is needed.
+"""Build the native loop: cffi writes the glue, one C compiler makes a stable-ABI extension of it; nothing else is needed.
 
 ``python native/build.py`` rebuilds in place what this checkout uses; the hatch hook calls the same functions.
 The extension for the lab's arm64 guest kernel is cross-compiled against this host's Python headers: both are
@@ -17,8 +17,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

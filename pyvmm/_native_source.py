@@ -32,4 +32,5 @@ def require_fresh_native() -> None:
         return
     built, wanted = bytes(ffi.string(lib.pv_source_hash())).decode(), source_hash()
     if built != wanted:
-        raise PyvmmError(f"the native loop was built from other sources ({built}) than native/ has ({wanted})", hint=_HINT)
+        message = f"the native loop was built from other sources ({built}) than native/ has ({wanted})"
+        raise PyvmmError(message, hint=_HINT)

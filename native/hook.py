@@ -1,0 +1,57 @@
+"""Hatchling's way to native/build.py: the extension is built into every wheel and every editable install.
+
+``PYVMM_TARGET=aarch64`` cross-builds a wheel for that machine.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import build
+
+
+class NativeHook(BuildHookInterface[Any]):
+    """Build the extension before a wheel is packed, and say what the wheel then runs on."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Build for PYVMM_TARGET, or for this host; ``version`` is "editable" for an install in place."""
+        if self.target_name != "wheel":
+            return
+        machine = os.environ.get("PYVMM_TARGET") or platform.machine()
+        try:
+            self._build(machine, editable=version == "editable", build_data=build_data)
+        except build.BuildError as error:
+            sys.exit(f"pyvmm's native loop cannot be built: {error}")
+        build_data["pure_python"] = False
+        build_data["tag"] = f"cp311-abi3-linux_{machine}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
+        """Drop what was cross-built for this wheel alone."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _build(self, machine: str, *, editable: bool, build_data: dict[str, Any]) -> None:
+        self._scratch = tempfile.mkdtemp(prefix="pyvmm-wheel-")
+        if machine not in build.MACHINES:
+            raise build.BuildError(f"{machine} is not one of {', '.join(build.MACHINES)}")
+        if machine != platform.machine():
+            if editable:
+                raise build.BuildError(f"an editable install runs here, not on {machine}: unset PYVMM_TARGET")
+            # Not in place: what stands there runs on this host.
+            extension = Path(self._scratch) / build.EXTENSION
+            build.build(machine, extension)
+            build_data["force_include"][str(extension)] = f"pyvmm/{build.EXTENSION}"
+            return
+        for path in build.build_in_place():
+            build_data["artifacts"].append(f"/{path.relative_to(build.ROOT)}")

@@ -1,4 +1,4 @@
-"""Build the native loop: cffi writes the glue, one C compiler makes a stable-ABI extension of it; nothing else is needed.
+"""Build the native loop: cffi writes the glue, one C compiler makes a stable-ABI extension of it; no setuptools.
 
 ``python native/build.py`` rebuilds in place what this checkout uses; the hatch hook calls the same functions.
 The extension for the lab's arm64 guest kernel is cross-compiled against this host's Python headers: both are

@@ -78,7 +78,7 @@ def compiler_version(compiler: str) -> str:
 
 def build(name: str, compiler: str) -> bytes:
     """Compile and link one payload; return the flat binary. Raises BuildError."""
-    inputs = [HERE / "start.S", HERE / "vectors.S", *sorted((HERE / "lib").glob("*.c")), HERE / "payloads" / f"{name}.c"]
+    inputs = [*sorted(HERE.glob("*.S")), *sorted((HERE / "lib").glob("*.c")), HERE / "payloads" / f"{name}.c"]
     with tempfile.TemporaryDirectory(prefix="pyvmm-firmware-") as scratch:
         objects = []
         for number, path in enumerate(inputs):
@@ -87,8 +87,8 @@ def build(name: str, compiler: str) -> bytes:
         images = []
         for address in LINK_ADDRESSES:
             elf, flat = Path(scratch) / f"{name}.elf", Path(scratch) / f"{name}.bin"
-            script = ["-T", HERE / "link.ld", f"-Wl,--defsym=IMAGE_BASE={address:#x}"]
-            _run(compiler, *LINK, *script, "-o", elf, *objects)
+            script = f"-Wl,--script={HERE}/link.ld,--defsym=IMAGE_BASE={address:#x}"
+            _run(compiler, *LINK, script, "-o", elf, *objects)
             _run(_tool(compiler, "objcopy"), "-O", "binary", elf, flat)
             images.append(flat.read_bytes())
     if images[0] != images[1]:
@@ -113,7 +113,11 @@ def build_all(out: Path, compiler: str) -> dict[str, object]:
         image = build(name, compiler)
         (out / f"{name}.bin").write_bytes(image)
         payloads[name] = entry(image)
-    manifest = {"sources": sources_hash(), "compiler": compiler_version(compiler), "payloads": payloads}
+    manifest: dict[str, object] = {
+        "sources": sources_hash(),
+        "compiler": compiler_version(compiler),
+        "payloads": payloads,
+    }
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return manifest
 

@@ -14,22 +14,22 @@ MAILBOX_DONE: Final = 0x078
 MAILBOX_TRAP_BELL: Final = 0x0C0
 
 
-def MAILBOX_ARG(n: int) -> int:  # noqa: N802 (the header's name)
+def MAILBOX_ARG(n: int) -> int:
     """Offset of argument ``n``, 0..6."""
     return 0x008 + 8 * n
 
 
-def MAILBOX_RESULT(n: int) -> int:  # noqa: N802
+def MAILBOX_RESULT(n: int) -> int:
     """Offset of result ``n``, 0..6."""
     return 0x040 + 8 * n
 
 
-def MAILBOX_TRAP(n: int) -> int:  # noqa: N802
+def MAILBOX_TRAP(n: int) -> int:
     """Offset of trap register ``n``, 0..7: vector, ESR, FAR, ELR, SPSR, SP, LR, vCPU."""
     return 0x080 + 8 * n
 
 
-def MAILBOX_NOTE(n: int) -> int:  # noqa: N802
+def MAILBOX_NOTE(n: int) -> int:
     """Offset of note ``n``, 0..3: results gpa, results bytes, count, exit code."""
     return 0x0C8 + 8 * n
 

@@ -5,19 +5,22 @@ Names and codes are those of the Arm Architecture Reference Manual, DDI 0487, ES
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import hex_
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _SOURCES: Final = ("current EL with SP0", "current EL", "lower EL, AArch64", "lower EL, AArch32")
 _KINDS: Final = ("synchronous exception", "IRQ", "FIQ", "SError")
 
 _CLASSES: Final = {
-    0x00: "undefined instruction (unknown reason)", 0x01: "trapped WFI or WFE", 0x07: "floating point is off", 0x0D: "branch target",
-    0x0E: "illegal execution state", 0x15: "SVC", 0x16: "HVC", 0x17: "SMC", 0x18: "trapped system register",
-    0x19: "SVE is off", 0x1C: "pointer authentication failed", 0x20: "instruction abort from a lower EL",
+    0x00: "undefined instruction (unknown reason)", 0x01: "trapped WFI or WFE", 0x07: "floating point is off",
+    0x0D: "branch target", 0x0E: "illegal execution state", 0x15: "SVC", 0x16: "HVC", 0x17: "SMC",
+    0x18: "trapped system register", 0x19: "SVE is off", 0x1C: "pointer authentication failed",
+    0x20: "instruction abort from a lower EL",
     0x21: "instruction abort", 0x22: "misaligned program counter", 0x24: "data abort from a lower EL",
     0x25: "data abort", 0x26: "misaligned stack pointer", 0x2F: "SError", 0x30: "breakpoint from a lower EL",
     0x31: "breakpoint", 0x32: "software step from a lower EL", 0x33: "software step",

@@ -1,0 +1,93 @@
+"""The payloads that ship with pyvmm: flat arm64 binaries by name, built from firmware/payloads by firmware/build.py.
+
+Owns nothing but the directory ``payloads`` beside this file. Anyone may call it; files are read when asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pyvmm.errors import PyvmmError, UsageError
+
+DIRECTORY: Final = Path(__file__).with_name("payloads")
+MANIFEST: Final = DIRECTORY / "manifest.json"
+
+
+class About(NamedTuple):
+    """What a payload does, and its parameters (``-p KEY=VALUE``, joined by spaces in the boot arguments)."""
+
+    what: str
+    params: dict[str, str] = {}  # noqa: RUF012 (a NamedTuple's default; never changed)
+
+
+#: Every payload; a test compares the names with the binaries.
+ABOUT: Final = {
+    "hello": About("greets, says what it sees of the machine, powers off"),
+    "puppet": About("takes orders from Python: see pyvmm.guest.puppet"),
+    "echo": About(
+        "shares a page with a device, is answered through it, takes it back; on every vCPU",
+        {"rounds": "requests a vCPU (3)"},
+    ),
+    "touch": About(
+        "touches fresh pages and times each access",
+        {
+            "order": "sequential, random or strided (sequential)",
+            "access": "read, write or execute (read)",
+            "pages": "pages touched a pass (256)",
+            "stride": "pages from one to the next when strided (16)",
+            "offset": "pages skipped first (0)",
+            "repeat": "passes; those after the first show the overhead (2)",
+            "seed": "of the random order (1)",
+        },
+    ),
+    "smp": About("starts every vCPU by PSCI, counts with atomics, stops them", {"rounds": "additions a vCPU (1000)"}),
+    "crash": About(
+        "misbehaves in one way",
+        {
+            "way": "undefined, unmapped, jump, loop, wait, noslot, sea, share-twice, share-outside, bell-private, "
+            "bell-misaligned, bell-huge, flood, reset, status (undefined)",
+            "bytes": "how many flood writes (1048576)",
+            "code": "the exit code of status (1)",
+        },
+    ),
+}
+
+
+def names() -> list[str]:
+    """List the payloads, sorted."""
+    return sorted(ABOUT)
+
+
+def payload(name: str) -> bytes:
+    """Return a payload's flat binary: position independent, entered at its first byte with x0 = device tree.
+
+    UsageError for a name there is none of; PyvmmError when the installation has lost the file.
+    """
+    if name not in ABOUT:
+        close = difflib.get_close_matches(name, names(), n=1)
+        raise UsageError(
+            f"there is no payload {name!r}; there are: {', '.join(names())}",
+            hint=f"did you mean payload:{close[0]}?" if close else None,
+        )
+    path = path_of(name)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PyvmmError(
+            f"payload {name} cannot be read: {path}: {error.strerror}",
+            hint="python firmware/build.py makes it anew, in a source tree",
+        ) from None
+
+
+def path_of(name: str) -> Path:
+    """Say where a payload's binary is."""
+    return DIRECTORY / f"{name}.bin"
+
+
+def memory_of(name: str) -> int:
+    """Return the bytes a payload occupies from its first one on: the file, its zeroed data and its stacks."""
+    entry = json.loads(MANIFEST.read_text())["payloads"][name]
+    return int(entry["memory"])

@@ -1,0 +1,385 @@
+"""A guest that does what Python says: a handle on one vCPU of the payload ``puppet``.
+
+    with Machine(MachineConfig("payload:puppet", Protection.PKVM)) as machine:
+        machine.start()
+        guest = Puppet(machine.mailboxes)
+        guest.write64(0x8100_0000, 42)
+        guest.share(0x8100_0000)
+
+Each method is one order and returns when the guest has carried it out. Those named ``start_`` return at once with an
+:class:`Order`; the vCPU takes one order after another, so other vCPUs' handles are what to use meanwhile. Times are
+ticks of the guest's CNTVCT, exits included. Owns nothing; any thread may use a handle.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
+
+from pyvmm import abi
+from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.memory.address import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+    from pyvmm.devices.trap import MailboxAnswer, Trap
+
+TIMEOUT: Final = 10.0
+_MASK: Final = (1 << 64) - 1
+_OPS: Final = {value: name for name, value in vars(abi).items() if name.startswith("OP_")}
+_PSCI: Final = {-1: "NOT_SUPPORTED", -2: "INVALID_PARAMETERS", -3: "DENIED", -4: "ALREADY_ON", -9: "INVALID_ADDRESS"}
+
+T = TypeVar("T")
+Results = tuple[int, ...]
+
+
+class Access(IntEnum):
+    """How a page is touched."""
+
+    READ = abi.ACCESS_READ
+    WRITE = abi.ACCESS_WRITE
+    EXECUTE = abi.ACCESS_EXECUTE
+
+
+class Mailboxes(Protocol):
+    """What a handle needs of the machine: pyvmm.devices.mailbox.Mailboxes."""
+
+    def submit(self, vcpu: int, op: int, args: Sequence[int] = ()) -> Future[MailboxAnswer]:
+        """Queue an order and return its answer to come."""
+        ...
+
+
+class Pong(NamedTuple):
+    """What a vCPU says of itself."""
+
+    mpidr: int
+    el: int
+    sctlr: int
+    hz: int
+
+
+class Timed(NamedTuple):
+    """A value and the ticks it took to get."""
+
+    value: int
+    ticks: int
+
+
+class Touch(NamedTuple):
+    """Pages touched; ``per_page`` holds each page's ticks, by page number, if they were asked for."""
+
+    pages: int
+    ticks: int
+    max: int
+    per_page: tuple[int, ...] = ()
+
+
+class Conversion(NamedTuple):
+    """How a share or unshare went: status (0, or the first SMCCC error), pages done, ticks for all of them."""
+
+    status: int
+    pages: int
+    ticks: int
+
+
+class Hvc(NamedTuple):
+    """x0..x3 after a hypervisor call, and the ticks it took."""
+
+    regs: tuple[int, int, int, int]
+    ticks: int
+
+    @property
+    def status(self) -> int:
+        """x0 as a signed number."""
+        return signed(self.regs[0])
+
+
+class GuestFault(PyvmmError):
+    """An order trapped: ``trap`` has the registers. The vCPU has recovered and takes orders."""
+
+    exit_status = 3
+
+    def __init__(self, order: str, trap: Trap | None) -> None:
+        super().__init__(f"{order} trapped: {trap.describe() if trap else 'the guest does not say how'}")
+        self.trap = trap
+
+
+class GuestRefused(PyvmmError):
+    """The hypervisor or pyvmm refused what the guest was told to ask for; ``status`` is their answer."""
+
+    def __init__(self, order: str, status: int, why: str) -> None:
+        super().__init__(f"{order} was refused: {status} ({why})")
+        self.status = status
+
+
+class GuestSilent(PyvmmError):
+    """The guest did not answer in time."""
+
+
+def signed(word: int) -> int:
+    """Read a 64-bit word as a two's complement number."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+class Order(Generic[T]):
+    """An order on its way."""
+
+    def __init__(
+        self, what: str, future: Future[MailboxAnswer], decode: Callable[[Results], T], timeout: float
+    ) -> None:
+        self._what = what
+        self._future = future
+        self._decode = decode
+        self._timeout = timeout
+
+    def done(self) -> bool:
+        """Whether there is an answer."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the answer, ``timeout`` seconds at most (the handle's if not said).
+
+        Raises GuestFault when the order trapped, GuestSilent when there is no answer in time, and what the machine
+        says when it ended first.
+        """
+        limit = self._timeout if timeout is None else timeout
+        try:
+            answer = self._future.result(limit)
+        except TimeoutError:
+            raise GuestSilent(
+                f"{self._what} was not answered within {limit:g} s",
+                hint="is the machine started, and does another order keep this vCPU busy?",
+            ) from None
+        if answer.status == abi.STATUS_TRAPPED:
+            raise GuestFault(self._what, answer.trap)
+        if answer.status != abi.STATUS_OK:
+            raise PyvmmError(f"{self._what}: the puppet does not know this order", hint="rebuild firmware and package")
+        return self._decode(answer.results)
+
+
+class Puppet:
+    """One vCPU that takes orders. ``timeout`` is in seconds and holds for each order."""
+
+    def __init__(self, mailboxes: Mailboxes, vcpu: int = 0, *, timeout: float = TIMEOUT) -> None:
+        self._mailboxes = mailboxes
+        self.vcpu = vcpu
+        self.timeout = timeout
+
+    def __repr__(self) -> str:
+        return f"Puppet(vcpu={self.vcpu})"
+
+    def start(self, op: int, *args: int) -> Order[Results]:
+        """Give any order of abi.h; the seven result words come back as they are."""
+        return self._start(op, args, lambda results: results)
+
+    def _start(self, op: int, args: Sequence[int], decode: Callable[[Results], T]) -> Order[T]:
+        what = f"{_OPS.get(op, f'order {op}')}({', '.join(hex_(arg & _MASK) for arg in args)}) on vCPU {self.vcpu}"
+        words = [arg & _MASK for arg in args]
+        return Order(what, self._mailboxes.submit(self.vcpu, op, words), decode, self.timeout)
+
+    def ping(self) -> Pong:
+        """Ask for MPIDR_EL1, the exception level, SCTLR_EL1 and the counter's frequency in Hz."""
+        mpidr, el, sctlr, hz = self.start(abi.OP_PING).result()[:4]
+        return Pong(mpidr, el >> 2 & 3, sctlr, hz)
+
+    # -- memory
+
+    def start_read64(self, gpa: int) -> Order[int]:
+        """Start a 64-bit load."""
+        return self._start(abi.OP_READ, (gpa, 8), _first)
+
+    def start_write64(self, gpa: int, value: int) -> Order[int]:
+        """Start a 64-bit store; the answer is its ticks."""
+        return self._start(abi.OP_WRITE, (gpa, 8, value), _first)
+
+    def read8(self, gpa: int) -> int:
+        """Load a byte."""
+        return self.timed_read(gpa, 1).value
+
+    def read16(self, gpa: int) -> int:
+        """Load 16 bits from an aligned gpa."""
+        return self.timed_read(gpa, 2).value
+
+    def read32(self, gpa: int) -> int:
+        """Load 32 bits."""
+        return self.timed_read(gpa, 4).value
+
+    def read64(self, gpa: int) -> int:
+        """Load 64 bits."""
+        return self.timed_read(gpa, 8).value
+
+    def timed_read(self, gpa: int, size: int = 8) -> Timed:
+        """Load 1, 2, 4 or 8 bytes and time it."""
+        return Timed(*self.start(abi.OP_READ, gpa, _access_size(size)).result()[:2])
+
+    def write8(self, gpa: int, value: int) -> int:
+        """Store a byte; returns ticks."""
+        return self.write(gpa, value, 1)
+
+    def write16(self, gpa: int, value: int) -> int:
+        """Store 16 bits; returns ticks."""
+        return self.write(gpa, value, 2)
+
+    def write32(self, gpa: int, value: int) -> int:
+        """Store 32 bits; returns ticks."""
+        return self.write(gpa, value, 4)
+
+    def write64(self, gpa: int, value: int) -> int:
+        """Store 64 bits; returns ticks."""
+        return self.write(gpa, value, 8)
+
+    def write(self, gpa: int, value: int, size: int = 8) -> int:
+        """Store 1, 2, 4 or 8 bytes; returns ticks."""
+        return self.start(abi.OP_WRITE, gpa, _access_size(size), value).result()[0]
+
+    def words(self, gpa: int, count: int) -> tuple[int, ...]:
+        """Load ``count`` 64-bit words, seven an order."""
+        words: list[int] = []
+        while left := count - len(words):
+            some = min(left, 7)
+            words += self.start(abi.OP_WORDS, gpa + 8 * len(words), some).result()[:some]
+        return tuple(words)
+
+    def fill(self, gpa: int, size: int, pattern: int = 0) -> None:
+        """Store a 64-bit pattern all over ``size`` bytes, a multiple of 8."""
+        self.start(abi.OP_FILL, gpa, _words_size(size), pattern).result()
+
+    def sum(self, gpa: int, size: int) -> int:
+        """Add the 64-bit words of ``size`` bytes, modulo 2^64."""
+        return self.start(abi.OP_SUM, gpa, _words_size(size)).result()[0]
+
+    def flush(self, gpa: int, size: int) -> None:
+        """Clean and invalidate data caches to the point of coherency, and instruction caches."""
+        self.start(abi.OP_FLUSH, gpa, size).result()
+
+    # -- touching
+
+    def start_touch(
+        self, gpa: int, pages: int, *, stride: int = 1, access: Access = Access.READ, seed: int = 0, ticks_at: int = 0
+    ) -> Order[Touch]:
+        """Start touching; see :meth:`touch`. Per-page ticks stay at ``ticks_at``, 4 bytes each."""
+        order = (gpa, pages, stride, access, seed, ticks_at)
+        return self._start(abi.OP_TOUCH, order, lambda r: Touch(r[0], r[1], r[2]))
+
+    def touch(
+        self, gpa: int, pages: int, *, stride: int = 1, access: Access = Access.READ, seed: int = 0, ticks_at: int = 0
+    ) -> Touch:
+        """Touch ``pages`` pages, every ``stride``-th, once each.
+
+        ``seed`` other than 0 gives a random order. With ``ticks_at``, the gpa of 4 bytes a page of other memory, each
+        page's ticks are left there and read back through the guest (it may be private). Executing a page calls it: it
+        holds code that returns, or zeros.
+        """
+        order = self.start_touch(gpa, pages, stride=stride, access=access, seed=seed, ticks_at=ticks_at)
+        done = order.result()
+        if not ticks_at:
+            return done
+        words = self.words(ticks_at, (pages + 1) // 2)
+        halves = struct.unpack(f"<{2 * len(words)}I", struct.pack(f"<{len(words)}Q", *words))
+        return done._replace(per_page=halves[:pages])
+
+    def start_execute(self, gpa: int, argument: int = 0) -> Order[Timed]:
+        """Start calling the code at ``gpa``."""
+        return self._start(abi.OP_EXECUTE, (gpa, argument), lambda r: Timed(r[0], r[1]))
+
+    def execute(self, gpa: int, argument: int = 0) -> Timed:
+        """Call the code at ``gpa`` with x0 = ``argument``; returns its x0. New code wants :meth:`flush` first."""
+        return self.start_execute(gpa, argument).result()
+
+    def start_hammer(self, gpa: int, size: int, rounds: int, access: Access = Access.READ) -> Order[int]:
+        """Start accessing every word of ``size`` bytes, ``rounds`` times over; the answer is rounds done."""
+        return self._start(abi.OP_HAMMER, (gpa, _words_size(size), rounds, access), _first)
+
+    def hammer(self, gpa: int, size: int, rounds: int, access: Access = Access.READ) -> int:
+        """Access every word of ``size`` bytes, ``rounds`` times over; returns rounds done."""
+        return self.start_hammer(gpa, size, rounds, access).result()
+
+    def mmio(self, gpa: int, count: int = 1, *, value: int | None = None, size: int = 8) -> int:
+        """Store ``value`` (load, if None) ``count`` times in a loop; returns the ticks of all. Not for 2^64 - 1."""
+        word = -1 if value is None else value
+        if value is not None and value & _MASK == _MASK:
+            raise UsageError(f"value {hex_(_MASK)} stands for loads in this order")
+        return self.start(abi.OP_MMIO, gpa, _access_size(size), count, word).result()[0]
+
+    # -- the hypervisor
+
+    def start_share(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[Conversion]:
+        """Start sharing; the answer's status is not looked at."""
+        return self._start(abi.OP_SHARE, (gpa, pages, how), _conversion)
+
+    def start_unshare(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[Conversion]:
+        """Start unsharing; the answer's status is not looked at."""
+        return self._start(abi.OP_UNSHARE, (gpa, pages, how), _conversion)
+
+    def share(
+        self, gpa: int, pages: int = 1, *, how: int = abi.SHARE_HVC | abi.SHARE_BELL, check: bool = True
+    ) -> Conversion:
+        """Share pages with the host, ``how``: the hypervisor's call where there is one, then the doorbell.
+
+        Raises GuestRefused at the first page that is refused, unless ``check`` is false.
+        """
+        return _checked("share", gpa, self.start_share(gpa, pages, how).result(), check)
+
+    def unshare(
+        self, gpa: int, pages: int = 1, *, how: int = abi.SHARE_HVC | abi.SHARE_BELL, check: bool = True
+    ) -> Conversion:
+        """Take pages back: the doorbell, then the hypervisor's call. Otherwise as :meth:`share`."""
+        return _checked("unshare", gpa, self.start_unshare(gpa, pages, how).result(), check)
+
+    def start_hvc(self, *regs: int) -> Order[Hvc]:
+        """Start a hypervisor call with x0..x6."""
+        return self._start(abi.OP_HVC, regs, lambda r: Hvc((r[0], r[1], r[2], r[3]), r[4]))
+
+    def hvc(self, *regs: int) -> Hvc:
+        """Call the hypervisor with x0..x6 and time it."""
+        return self.start_hvc(*regs).result()
+
+    # -- power
+
+    def cpu_on(self, vcpu: int) -> Puppet:
+        """Start another vCPU; returns its handle. Raises GuestRefused with PSCI's status."""
+        status = signed(self.start(abi.OP_CPU_ON, vcpu).result()[0])
+        if status:
+            raise GuestRefused(f"PSCI CPU_ON of vCPU {vcpu}", status, _PSCI.get(status, "unknown to PSCI"))
+        return Puppet(self._mailboxes, vcpu, timeout=self.timeout)
+
+    def cpu_off(self) -> None:
+        """Tell this vCPU to power itself off; there is no answer to wait for."""
+        self.start(abi.OP_CPU_OFF)
+
+    def off(self) -> None:
+        """Tell the guest to power off; there is no answer to wait for."""
+        self.start(abi.OP_OFF)
+
+    def reset(self) -> None:
+        """Tell the guest to ask for a reset; there is no answer to wait for."""
+        self.start(abi.OP_RESET)
+
+
+def _first(results: Results) -> int:
+    return results[0]
+
+
+def _conversion(results: Results) -> Conversion:
+    return Conversion(signed(results[0]), results[1], results[2])
+
+
+def _checked(what: str, gpa: int, done: Conversion, check: bool) -> Conversion:
+    if check and done.status:
+        raise GuestRefused(f"{what} of gpa {hex_(gpa + done.pages * PAGE_SIZE)}", done.status, "an SMCCC error")
+    return done
+
+
+def _access_size(size: int) -> int:
+    if size not in (1, 2, 4, 8):
+        raise UsageError(f"an access has 1, 2, 4 or 8 bytes, not {size}")
+    return size
+
+
+def _words_size(size: int) -> int:
+    if size % 8 or size <= 0:
+        raise UsageError(f"{size} bytes are not a number of 64-bit words")
+    return size

@@ -104,9 +104,10 @@ def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT
     UsageError for a file that is missing, unreadable, not a file, empty, damaged, or for another machine.
     """
     if kernel.startswith(PAYLOAD):
-        from pyvmm.guest.payloads import payload
+        from pyvmm.guest.payloads import memory_of, payload
 
-        image = _flat(payload(kernel.removeprefix(PAYLOAD)), kernel)
+        name = kernel.removeprefix(PAYLOAD)
+        image = _flat(payload(name), kernel, memory_of(name))
     else:
         image = identify(_read_file(kernel, "kernel", room), kernel, room=room)
     if initrd is None:
@@ -222,9 +223,9 @@ def _image(data: bytes, source: str) -> BootImage:
     return BootImage("Image", source, gpa, (Segment(f"Image {source}", gpa, size, data),))
 
 
-def _flat(data: bytes, source: str) -> BootImage:
+def _flat(data: bytes, source: str, size: int = 0) -> BootImage:
     gpa = layout.RAM_BASE + layout.FLAT_OFFSET
-    return BootImage("flat", source, gpa, (Segment(f"flat binary {source}", gpa, len(data), data),))
+    return BootImage("flat", source, gpa, (Segment(f"flat binary {source}", gpa, max(size, len(data)), data),))
 
 
 # ---- placing -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
-from pyvmm.machine import boot, layout
+from pyvmm.machine import layout
 from pyvmm.machine.boot import FDT_ROOM, BootImage, Segment, identify, place, plan, read
 
 MIB = layout.MIB
@@ -352,5 +352,16 @@ def test_reading_a_flat_binary_does_not_load_the_elf_reader():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_prefix_of_payloads_is_fixed():
-    assert boot.PAYLOAD == "payload:"
+def test_a_payload_takes_the_memory_it_needs_beyond_its_file():
+    from pyvmm.guest import payloads
+
+    image = read("payload:hello")
+    (part,) = image.segments
+    assert (image.kind, part.gpa, part.data) == ("flat", 0x8008_0000, payloads.payload("hello"))
+    assert part.size == payloads.memory_of("hello") >= len(part.data)
+
+
+def test_an_unknown_payload_is_refused_with_the_names_there_are():
+    with pytest.raises(UsageError, match="no payload 'helo'") as caught:
+        read("payload:helo")
+    assert "payload:hello" in str(caught.value)

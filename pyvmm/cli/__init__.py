@@ -1,0 +1,122 @@
+"""The command line: one module a verb, this one finds it, runs it, and turns what it raises into words and a status.
+
+A verb's module defines ``add_parser(subparsers)`` and ``main(args) -> int``. It is imported only when its name is on
+the command line, and must not import anything heavy before its ``main`` runs.
+
+Exit statuses: 0 the guest powered off (or the verb did its work), 1 our error, 2 usage, 3 the guest crashed or was
+reset, 4 deadline, 5 this host cannot do what was asked; 128 + the signal's number when one ended it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pyvmm import __version__, log
+from pyvmm.cli.common import STATUSES, Interrupted, add_common
+from pyvmm.errors import PyvmmError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+VERBS = {
+    "demo": "the whole story of a protected guest in one screen",
+    "doctor": "what this machine can do, what is missing, how to get it",
+    "run": "run a guest: an Image, an ELF, a flat binary, or payload:NAME",
+    "lab": "a pKVM host on any Linux machine: build it, run commands in it",
+}
+
+
+class _Verbs(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Keeps the verb and its arguments as they were given, to be handed to the lab."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        namespace.verb_argv = list(values)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser for ``argv``, complete for the verbs that occur in it."""
+    parser = argparse.ArgumentParser(
+        prog="pyvmm",
+        description="A VMM for protected arm64 guests.",
+        epilog=STATUSES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"pyvmm {__version__}")
+    add_common(parser, verb=False)
+    group = parser.add_argument_group("the lab")
+    group.add_argument("--lab", action="store_true", help="run the verb in the lab, a nested pKVM host")
+    if "--lab" in argv:
+        import_module("pyvmm.cli.lab").add_lab_options(group)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb", action=_Verbs)
+    for verb, summary in VERBS.items():
+        if verb in argv:
+            import_module(f"pyvmm.cli.{verb}").add_parser(verbs)
+        else:
+            verbs.add_parser(verb, help=summary, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (``sys.argv`` unless given) and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = make_parser(words).parse_args(words)
+    except SystemExit as done:
+        # argparse has said what there is to say: 0 after --help and --version, 2 after a wrong command line.
+        return done.code if isinstance(done.code, int) else 2
+    log.configure(args.verbose - args.quiet, json=bool(args.log_json))
+    try:
+        status = _dispatch(args)
+        sys.stdout.flush()
+    except PyvmmError as error:
+        _complain(args, error.message, error.hint)
+        return error.exit_status
+    except KeyboardInterrupt as interrupt:
+        return 128 + (interrupt.signal if isinstance(interrupt, Interrupted) else 2)
+    except BrokenPipeError:
+        return _reader_gone()
+    except Exception as error:
+        if args.verbose:
+            raise
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        hint = "this is a bug in pyvmm: -v shows where; please report that with the output of pyvmm doctor --json"
+        _complain(args, what, hint)
+        return 1
+    return status
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    if not args.lab:
+        return int(import_module(f"pyvmm.cli.{args.verb}").main(args))
+    from pyvmm.errors import UsageError
+
+    if args.verb == "lab":
+        raise UsageError("there is no lab in the lab", hint=f"pyvmm {' '.join(args.verb_argv)}")
+    flags = ["-v"] * args.verbose + ["-q"] * args.quiet + ["--log-json"] * bool(args.log_json)
+    return int(import_module("pyvmm.cli.lab").run_verb([*flags, *args.verb_argv], args))
+
+
+def _complain(args: argparse.Namespace, message: str, hint: str | None) -> None:
+    if args.log_json:
+        log.get_logger("cli").error("failed", error=message, **({} if hint is None else {"hint": hint}))
+        return
+    print(f"pyvmm: {message}", file=sys.stderr)
+    if hint is not None:
+        print(f"  hint: {hint}", file=sys.stderr)
+
+
+def _reader_gone() -> int:
+    """Whoever read our output has left: end as SIGPIPE would have ended us, without a word."""
+    # The interpreter flushes stdout once more at exit; it must not complain then.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+    return 141

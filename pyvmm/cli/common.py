@@ -1,0 +1,97 @@
+"""What verbs share: options every one of them takes, sizes, the exit statuses in words, and how a signal unwinds."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STATUSES: Final = """\
+exit status:
+  0  done; of run: the guest powered off      4  the deadline passed
+  1  pyvmm failed                             5  this host cannot do what was asked
+  2  the command line makes no sense        130  interrupted (128 + the signal's number)
+  3  the guest crashed or was reset
+"""
+
+_UNITS: Final = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+_SIZE: Final = re.compile(r"([0-9]+)([BKMGTP]?)", re.IGNORECASE)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the program: everything unwinds, and the status is 128 + ``signal``."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+class _Misplaced(argparse.Action):
+    """Catches ``--lab`` behind the verb, where it would be one of the verb's own."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        _namespace: argparse.Namespace,
+        _values: str | Sequence[Any] | None,
+        _option_string: str | None = None,
+    ) -> None:
+        verb = parser.prog.split()[-1]
+        parser.error(f"--lab goes before the verb: pyvmm --lab {verb} ...")
+
+
+def add_common(parser: argparse.ArgumentParser, *, verb: bool = True) -> None:
+    """Add the options that may stand before or behind the verb: to a verb's parser, or to the one before it."""
+    # A verb's parser must not undo what stood before the verb, so there an option not given leaves nothing.
+    default: Any = argparse.SUPPRESS if verb else 0
+    group = parser.add_argument_group("messages")
+    group.add_argument("-v", "--verbose", action="count", default=default, help="say more; twice, everything")
+    group.add_argument("-q", "--quiet", action="count", default=default, help="say only what goes wrong")
+    group.add_argument("--log-json", action="store_true", default=default, help="write events as JSON lines")
+    if verb:
+        group.add_argument("--lab", action=_Misplaced, nargs=0, help=argparse.SUPPRESS)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes: a number with a unit of BKMGTP (powers of 1024), MiB without one."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; 512, 512M and 1G are")
+    number, unit = match.groups()
+    return int(number) * _UNITS[unit.upper() or "M"]
+
+
+def parse_memory(text: str) -> tuple[int, int | None]:
+    """Return (bytes, gpa or None) of ``SIZE[@ADDRESS]``."""
+    size, at, where = text.partition("@")
+    if not at:
+        return parse_size(size), None
+    try:
+        return parse_size(size), int(where, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{where!r} is no address; 0x80000000 is") from None
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number of 1 or more."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; 1 is the least")
+    return number
+
+
+def parse_seconds(text: str) -> float:
+    """Return a finite number of seconds above 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; seconds above 0 are, like 10 or 0.5")
+    return seconds

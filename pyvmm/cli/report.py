@@ -1,0 +1,54 @@
+"""What ``run`` says at the end, on stderr: how it ended, and always one line of exit statistics, the last."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from pyvmm.vcpu.outcome import Ending
+
+if TYPE_CHECKING:
+    from pyvmm.observe.counters import Counters
+    from pyvmm.vcpu.outcome import Outcome
+
+
+def report(outcome: Outcome, counters: Counters, *, table: bool) -> None:
+    """Say it in words; ``table`` adds what each kind of exit cost."""
+    lines = table_lines(counters) if table else []
+    if outcome.ending is not Ending.POWEROFF:
+        lines.append(f"pyvmm: {outcome.ending.value}: {outcome.reason}")
+        if outcome.hint is not None:
+            lines.append(f"  hint: {outcome.hint}")
+    lines.append(f"pyvmm: {counters.line()}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def report_json(outcome: Outcome, counters: Counters, *, table: bool) -> None:
+    """Say it as one line of JSON; ``table`` adds nanoseconds to the counts."""
+    values: dict[str, object] = {
+        "event": "run_ended",
+        "ending": outcome.ending.name.lower(),
+        "reason": outcome.reason,
+        "hint": outcome.hint,
+        "vcpu": outcome.vcpu,
+        "elapsed_ns": counters.elapsed_ns,
+        "exits": {exit_.name: exit_.count for exit_ in counters.exits if exit_.count},
+        "shares": counters.shares,
+        "unshares": counters.unshares,
+        "refused": counters.refused,
+    }
+    if table:
+        values["guest_ns"] = {exit_.name: exit_.guest_ns for exit_ in counters.exits if exit_.count}
+        values["vmm_ns"] = {exit_.name: exit_.vmm_ns for exit_ in counters.exits if exit_.count}
+    print(json.dumps(values), file=sys.stderr)
+
+
+def table_lines(counters: Counters) -> list[str]:
+    """Return a table of exits, the most frequent first: how many, and mean microseconds in the guest and in the VMM."""
+    lines = [f"  {'exit':<16}{'count':>12}{'guest us':>12}{'vmm us':>12}"]
+    for exit_ in sorted(counters.exits, key=lambda exit_: -exit_.count):
+        if exit_.count:
+            guest, vmm = (ns / exit_.count / 1000 for ns in (exit_.guest_ns, exit_.vmm_ns))
+            lines.append(f"  {exit_.name:<16}{exit_.count:>12}{guest:>12.1f}{vmm:>12.1f}")
+    return lines

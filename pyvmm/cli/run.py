@@ -1,0 +1,183 @@
+"""``pyvmm run``: one guest from start to end. Guest output on stdout; ours, the closing statistics last, on stderr.
+
+The default protection is ``none``: it works on every arm64 host, and a guest is called protected only when protection
+was asked for by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import shlex
+from typing import TYPE_CHECKING
+
+from pyvmm.cli.common import add_common, parse_count, parse_memory, parse_seconds
+from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
+
+if TYPE_CHECKING:
+    from pyvmm.machine.config import MachineConfig
+
+# As in pyvmm.protection, pyvmm.machine.config and pyvmm.memory.conversion, which are not worth importing for --help.
+PROTECTIONS = ("none", "pkvm", "emulated")
+BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
+CONVERSIONS = ("preserve", "zero", "punch", "copy")
+
+CRASH = "payload:crash"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Define the verb's options."""
+    parser = subparsers.add_parser(
+        "run", help="run a guest", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run a guest until it powers off. Its console is stdin and stdout; on a terminal Ctrl-A x quits.",
+        epilog="examples:\n"
+        "  pyvmm run payload:hello\n"
+        "  pyvmm run --protection pkvm -m 256M -c 2 payload:echo\n"
+        "  pyvmm run --deadline 10 payload:crash -p loop\n"
+        "  pyvmm --lab run --protection pkvm payload:hello",
+    )  # fmt: skip
+    parser.add_argument(
+        "kernel", metavar="KERNEL", nargs="?",
+        help="arm64 Image (plain, gzip or EFI zboot), ELF, flat binary, or payload:NAME",
+    )  # fmt: skip
+    parser.add_argument("-k", "--kernel", dest="kernel_option", metavar="KERNEL", help="the same, as an option")
+    parser.add_argument("-i", "--initrd", "--initramfs", metavar="FILE", help="initial root file system")
+    parser.add_argument(
+        "-p", "--params", "--cmdline", "--append", metavar="TEXT", action="append", default=[],
+        help="kernel command line or payload parameters; may be repeated",
+    )  # fmt: skip
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "-m", "--mem", metavar="SIZE[@GPA]", type=parse_memory, default=(None, None),
+        help="memory: 512M, 1G, or MiB without a unit (default 64M); it starts at 0x80000000",
+    )  # fmt: skip
+    machine.add_argument("-c", "--cpus", metavar="N", type=parse_count, default=1, help="vCPUs (default 1)")
+    machine.add_argument(
+        "--backing", choices=BACKINGS, default="memfd",
+        help="what guest memory is: a memfd (default), one with huge pages, or a guest_memfd",
+    )  # fmt: skip
+    machine.add_argument("--deadline", metavar="SECONDS", type=parse_seconds, help="end the run then, with status 4")
+    machine.add_argument(
+        "--serial", metavar="WHERE", default="stdio", help="the console: stdio (default), file=PATH, or none"
+    )
+
+    protection = parser.add_argument_group("protection")
+    protection.add_argument(
+        "--protection", choices=PROTECTIONS, default="none",
+        help="none (default); pkvm: by the hypervisor; emulated: the same calls, served and enforced by pyvmm",
+    )  # fmt: skip
+    for alias in ("--protected-vm", "--pkvm"):
+        protection.add_argument(
+            alias, dest="protection", action="store_const", const="pkvm", help="the same as --protection pkvm"
+        )
+    protection.add_argument(
+        "--conversion", choices=CONVERSIONS, default="preserve",
+        help="what becomes of a page's contents when it changes hands (emulated only; default preserve)",
+    )  # fmt: skip
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--dump-dtb", metavar="FILE", help="write the guest's device tree to FILE")
+    output.add_argument("--stats", action="store_true", help="end with a table of exits and what they cost")
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the guest; returns the exit status."""
+    kernel = _kernel(args)
+    if platform.machine() != "aarch64":
+        raise HostError(
+            f"this host is {platform.machine()}, and pyvmm's guests are arm64: KVM runs guests of its own architecture",
+            hint=f"run it in the lab, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
+        )
+    from pyvmm.cli.report import report, report_json
+    from pyvmm.cli.terminal import Keys, Signals, in_foreground
+    from pyvmm.machine.machine import Machine
+
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        serial_out, serial_in = _serial(args.serial, stack)
+        if serial_in is not None and os.isatty(serial_in):
+            # In the background the terminal is not ours to read: it would stop us.
+            keys = Keys(serial_in, lambda: signals.end("Ctrl-A x")) if in_foreground(serial_in) else None
+            serial_in = stack.enter_context(keys).fd if keys is not None else None
+        machine = stack.enter_context(Machine(_config(args, kernel, serial_out, serial_in)))
+        if args.dump_dtb is not None:
+            _write(args.dump_dtb, machine.entry.device_tree)
+        signals.stop = machine.stop
+        outcome = machine.run()
+        say = report_json if args.log_json else report
+        say(outcome, machine.counters, table=args.stats)
+        return outcome.status if signals.received is None else 128 + signals.received
+
+
+def _kernel(args: argparse.Namespace) -> str:
+    given = [kernel for kernel in (args.kernel, args.kernel_option) if kernel is not None]
+    if len(given) != 1:
+        what = "no KERNEL given" if not given else f"two kernels given, {given[0]} and {given[1]}"
+        raise UsageError(what, hint="pyvmm run payload:hello runs a built-in one")
+    return str(given[0])
+
+
+def _config(args: argparse.Namespace, kernel: str, serial_out: int | None, serial_in: int | None) -> MachineConfig:
+    from pyvmm.machine import layout
+    from pyvmm.machine.config import DEFAULT_MEMORY, MachineConfig
+    from pyvmm.memory.conversion import Conversion
+    from pyvmm.protection import Protection
+
+    size, gpa = args.mem
+    if gpa is not None and gpa != layout.RAM_BASE:
+        raise UsageError(f"memory at gpa {hex_(gpa)}: this machine's memory starts at {hex_(layout.RAM_BASE)}")
+    return MachineConfig(
+        kernel=kernel,
+        protection=Protection(args.protection),
+        memory=DEFAULT_MEMORY if size is None else size,
+        cpus=args.cpus,
+        params=params(kernel, args.params),
+        initrd=args.initrd,
+        backing=args.backing,
+        conversion=Conversion(args.conversion),
+        deadline=args.deadline,
+        serial_out=serial_out,
+        serial_in=serial_in,
+    )
+
+
+def params(kernel: str, given: list[str]) -> tuple[str, ...]:
+    """Return the guest's parameters; a bare word for the crash payload is the way it is to crash."""
+    if kernel != CRASH:
+        return tuple(given)
+    return tuple(f"way={text}" if text and "=" not in text and " " not in text else text for text in given)
+
+
+def _serial(where: str, stack: contextlib.ExitStack) -> tuple[int | None, int | None]:
+    """Return the console's descriptors, output and input."""
+    if where == "stdio":
+        return 1, 0
+    if where == "none":
+        return None, None
+    kind, _, path = where.partition("=")
+    if kind != "file" or not path:
+        raise UsageError(f"--serial {where}: stdio, file=PATH and none are known")
+    fd = _open(path)
+    stack.callback(os.close, fd)
+    return fd, None
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{path!r} cannot be written: {reason}") from None
+
+
+def _write(path: str, data: bytes) -> None:
+    with open(_open(path), "wb") as file:
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as error:
+            raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None

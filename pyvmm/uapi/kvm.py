@@ -1,7 +1,7 @@
 """linux/kvm.h: structures, requests and flags that are the same on every architecture.
 
 The capabilities are in ``kvm_cap``, interrupts and eventfds in ``kvm_irq``, the run area and exit reasons in
-``kvm_run``; what depends on the architecture, including requests whose structure does, in ``kvm_arm64`` and ``kvm_x86``.
+``kvm_run``; what depends on the architecture, requests with such a structure too, in ``kvm_arm64`` and ``kvm_x86``.
 """
 
 from ctypes import Array, Structure, Union, c_uint8, c_uint64, c_void_p

@@ -1,9 +1,9 @@
 """asm/kvm.h of x86: what a small real-mode guest and the arch-neutral tests need, and no more."""
 
-from ctypes import Array, Structure, c_uint8, c_uint16, c_uint64
+from ctypes import Array, Structure, c_uint16, c_uint64
 from typing import Annotated
 
-from pyvmm.uapi.ioctl import IO, IOR, IOW, IOWR
+from pyvmm.uapi.ioctl import IO, IOR, IOW
 from pyvmm.uapi.kvm import KVM_REG_SIZE_U64, KVM_REG_X86, KVMIO
 from pyvmm.uapi.layout import layout, u8, u16, u32, u64
 
@@ -92,26 +92,6 @@ class kvm_sregs(Structure):
 
 
 @layout
-class kvm_cpuid_entry2(Structure):
-    function: u32
-    index: u32
-    flags: u32
-    eax: u32
-    ebx: u32
-    ecx: u32
-    edx: u32
-    padding: Annotated[Array[c_uint8], c_uint8 * 12]
-
-
-@layout
-class kvm_cpuid2(Structure):
-    """Followed by ``nent`` kvm_cpuid_entry2."""
-
-    nent: u32
-    padding: u32
-
-
-@layout
 class kvm_debug_exit_arch(Structure):
     exception: u32
     pad: u32
@@ -134,13 +114,11 @@ class kvm_guest_debug(Structure):
     arch: kvm_guest_debug_arch
 
 
-KVM_GET_SUPPORTED_CPUID = IOWR("KVM_GET_SUPPORTED_CPUID", KVMIO, 0x05, kvm_cpuid2)
 KVM_SET_TSS_ADDR = IO("KVM_SET_TSS_ADDR", KVMIO, 0x47)
 KVM_GET_REGS = IOR("KVM_GET_REGS", KVMIO, 0x81, kvm_regs)
 KVM_SET_REGS = IOW("KVM_SET_REGS", KVMIO, 0x82, kvm_regs)
 KVM_GET_SREGS = IOR("KVM_GET_SREGS", KVMIO, 0x83, kvm_sregs)
 KVM_SET_SREGS = IOW("KVM_SET_SREGS", KVMIO, 0x84, kvm_sregs)
-KVM_SET_CPUID2 = IOW("KVM_SET_CPUID2", KVMIO, 0x90, kvm_cpuid2)
 KVM_SET_GUEST_DEBUG = IOW("KVM_SET_GUEST_DEBUG", KVMIO, 0x9B, kvm_guest_debug)
 
 KVM_X86_REG_TYPE_MSR = 2

@@ -1,0 +1,202 @@
+"""Why KVM refuses a call: errno and arguments to a cause in words and a next step. Data, and one way to ask it.
+
+Whoever issues one of these calls raises :func:`kvm_error`; where a kernel's answer has several reasons, the arguments
+decide, and a cause that no argument tells is left to errno's own words.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from typing import NamedTuple, TypeAlias
+
+from pyvmm.errors import KvmError, hex_
+from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, KVM_MEM_GUEST_MEMFD, KVM_VM_TYPE_ARM_PROTECTED
+
+Value: TypeAlias = int | str | None
+Values: TypeAlias = Mapping[str, Value]
+
+PAGE = 4096
+_HEX = frozenset(
+    ("gpa", "hva", "size", "offset", "flags", "type", "id", "base", "attr", "value")
+    + ("datamatch", "address", "control", "mode")
+)  # fmt: skip
+EHWPOISON = 133  # asm-generic/errno.h; Python's errno has it since 3.14
+
+
+def _int(values: Values, name: str) -> int:
+    value = values.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _unaligned(*names: str) -> Callable[[Values], object]:
+    return lambda values: any(_int(values, name) % PAGE for name in names)
+
+
+def _protected(values: Values) -> bool:
+    return bool(_int(values, "type") & KVM_VM_TYPE_ARM_PROTECTED)
+
+
+def _any(_values: Values) -> object:
+    return True
+
+
+class Cause(NamedTuple):
+    """Why ``errno`` came from one of ``calls`` ("*": any), if ``when`` holds of the arguments; ``hint`` what to do."""
+
+    calls: str
+    errno: int
+    text: str
+    hint: str | None = None
+    when: Callable[[Values], object] = _any
+
+
+_SLOT = "KVM_SET_USER_MEMORY_REGION KVM_SET_USER_MEMORY_REGION2"
+_GMEM = "KVM_CREATE_GUEST_MEMFD"
+_ATTR = "KVM_SET_DEVICE_ATTR KVM_GET_DEVICE_ATTR"
+_LOG = "KVM_GET_DIRTY_LOG KVM_CLEAR_DIRTY_LOG"
+_REG = "KVM_GET_ONE_REG KVM_SET_ONE_REG"
+
+# The first that fits is told. Sources are functions of Linux 7.3's virt/kvm and arch/arm64/kvm unless said.
+CAUSES = (
+    # kvm_arch_init_vm, pkvm_init_host_vm
+    Cause(
+        "KVM_CREATE_VM", _errno.EINVAL, "this host does not run pKVM, so it makes no protected VMs",
+        "boot an arm64 kernel with kvm-arm.mode=protected, use `pyvmm --lab`, or ask for --protection emulated",
+        _protected,
+    ),
+    Cause(
+        "KVM_CREATE_VM", _errno.EINVAL, "the kernel does not know this machine type, or not so many address bits",
+        "type 0 is a plain VM; KVM_CAP_ARM_VM_IPA_SIZE says how many bits there may be",
+    ),
+    Cause(
+        "KVM_CREATE_VM", _errno.ENOMEM, "no memory for another VM, or a pKVM host that already has its 255 VMs",
+        "end some of the VMs of this host",
+    ),
+    # kvm_vm_ioctl_create_vcpu, kvm_arch_vcpu_precreate
+    Cause("KVM_CREATE_VCPU", _errno.EEXIST, "the VM already has a vCPU of this number"),
+    Cause(
+        "KVM_CREATE_VCPU", _errno.EINVAL, "the number is beyond what this kernel takes, or the VM has all its vCPUs",
+        "KVM_CAP_MAX_VCPU_ID and KVM_CAP_MAX_VCPUS say how many",
+    ),
+    Cause(
+        "KVM_CREATE_VCPU", _errno.EBUSY, "the interrupt controller is already initialised",
+        "create every vCPU before KVM_DEV_ARM_VGIC_CTRL_INIT",
+    ),
+    # kvm_set_memory_region, kvm_gmem_bind, kvm_arch_prepare_memory_region
+    Cause(_SLOT, _errno.EEXIST, "the range overlaps another slot", "delete that slot first, or choose another gpa"),
+    Cause(
+        _SLOT, _errno.EINVAL, "gpa, size, hva and offset must be multiples of 4096 bytes", None,
+        _unaligned("gpa", "size", "hva", "offset"),
+    ),
+    Cause(_SLOT, _errno.EINVAL, "there is no such slot to delete", None, lambda v: not _int(v, "size")),
+    Cause(
+        _SLOT, _errno.EINVAL,
+        "guest_memfd slots cannot be changed, only deleted, take neither READONLY nor LOG_DIRTY_PAGES, and lie within "
+        "a guest_memfd of this VM that no other slot uses there",
+        None, lambda v: _int(v, "flags") & KVM_MEM_GUEST_MEMFD,
+    ),
+    Cause(
+        _SLOT, _errno.EINVAL, "no such slot number, an existing slot that cannot change like this, or a bad hva",
+        "KVM_CAP_NR_MEMSLOTS says how many slots there are; delete a slot before giving its number other memory",
+    ),
+    Cause(
+        _SLOT, _errno.EPERM,
+        "a protected VM takes no read-only or dirty-logged slot, and keeps its slots once it has run",
+        "only adding slots is possible; removing memory means ending the VM",
+    ),
+    Cause(_SLOT, _errno.EFAULT, "the range ends beyond the VM's address bits", "see System.max_ipa_bits"),
+    Cause(_SLOT, _errno.EBADF, "guest_memfd is closed or no guest_memfd at all"),
+    Cause(_SLOT, _errno.ENOTTY, "this kernel is older than 6.8, which brought guest_memfd and this call"),
+    # kvm_gmem_create, kvm_arch_supports_gmem_init_shared
+    Cause(_GMEM, _errno.EINVAL, "the size must be a multiple of 4096 bytes, and not 0", None,
+          lambda v: _int(v, "size") % PAGE or not _int(v, "size")),
+    Cause(
+        _GMEM, _errno.EINVAL, "arm64 makes no guest_memfd without GUEST_MEMFD_FLAG_MMAP",
+        "pass GUEST_MEMFD_FLAG_MMAP; without INIT_SHARED the host may map but not touch it",
+        lambda v: _int(v, "flags") in (0, GUEST_MEMFD_FLAG_INIT_SHARED),
+    ),
+    Cause(_GMEM, _errno.EINVAL, "the kernel does not know these flags", "KVM_CAP_GUEST_MEMFD_FLAGS says which it does"),
+    Cause(_GMEM, _errno.ENOTTY, "this kernel has no guest_memfd", "use a memfd; arm64 has it since Linux 6.18"),
+    # kvm_ioctl_create_device, vgic-init.c, vgic-its.c
+    Cause("KVM_CREATE_DEVICE", _errno.ENODEV, "this kernel makes no device of this type", "hosts differ: try another"),
+    Cause("KVM_CREATE_DEVICE", _errno.EEXIST, "the VM already has one"),
+    Cause("KVM_CREATE_DEVICE", _errno.EBUSY, "a vCPU has already run", "create devices before the first run"),
+    # kvm_device_ioctl_attr, vgic-kvm-device.c, kvm_smccc_set_filter, kvm_pkvm_ioctl_allowed
+    Cause(
+        _ATTR, _errno.EINVAL, "a protected VM has no SMCCC filter; in a plain one the range is empty or too long",
+        "EL2 answers a protected VM's shares; only --protection emulated forwards them",
+        lambda v: v.get("attr") == "KVM_ARM_VM_SMCCC_FILTER",
+    ),
+    Cause(_ATTR, _errno.ENXIO, "there is no such attribute here"),
+    Cause(_ATTR, _errno.EBUSY, "too late: it is set or initialised already, or a vCPU has run"),
+    Cause(_ATTR, _errno.EEXIST, "it is set already, or overlaps what is set"),
+    Cause(_ATTR, _errno.E2BIG, "the address is beyond the VM's address bits"),
+    Cause(_ATTR, _errno.ENODEV, "what the attribute belongs to is not there or not ready"),
+    # eventfd.c
+    Cause("KVM_IOEVENTFD", _errno.EEXIST, "another eventfd listens there for the same stores"),
+    Cause("KVM_IOEVENTFD", _errno.ENOENT, "no such eventfd listens there"),
+    Cause("KVM_IRQFD", _errno.EBUSY, "the eventfd drives this or another interrupt already"),
+    Cause("KVM_IRQFD", _errno.EAGAIN, "the interrupt controller is not initialised yet"),
+    Cause("KVM_IRQFD", _errno.EINVAL, "not an eventfd, no such interrupt, or no interrupt controller in the kernel"),
+    Cause("KVM_IOEVENTFD KVM_IRQFD", _errno.EBADF, "the eventfd is closed"),
+    Cause("KVM_IRQ_LINE", _errno.ENXIO, "the VM has no interrupt controller in the kernel"),
+    Cause("KVM_SIGNAL_MSI", _errno.ENXIO, "the VM has no interrupt controller in the kernel"),
+    # kvm_get_dirty_log_protect
+    Cause(_LOG, _errno.ENOENT, "the slot is missing or has no KVM_MEM_LOG_DIRTY_PAGES"),
+    Cause(_LOG, _errno.EINVAL, "no such slot number, or pages that are not a multiple of 64 within the slot"),
+    # kvm_vcpu_set_target, kvm_arm_vcpu_ioctl
+    Cause(
+        "KVM_ARM_VCPU_INIT", _errno.EINVAL, "this host or this kind of VM lacks a feature asked for, or it was "
+        "initialised with others before", "a protected vCPU has PSCI_0_2 and pointer authentication, no SVE and no PMU",
+    ),
+    Cause(_REG, _errno.ENOENT, "this vCPU has no such register"),
+    Cause(_REG, _errno.ENOEXEC, "the vCPU is not initialised", "call Vcpu.init() first"),
+    Cause(_REG, _errno.EPERM, "the register cannot be reached before KVM_ARM_VCPU_FINALIZE, or never from outside"),
+    Cause("KVM_GET_REG_LIST KVM_GET_VCPU_EVENTS KVM_SET_VCPU_EVENTS", _errno.ENOEXEC, "the vCPU is not initialised"),
+    # kvm_arch_vcpu_ioctl_run, pkvm_mem_abort, gmem_abort
+    Cause(
+        "KVM_RUN", _errno.ENOMEM, "no memory, or the pages the guest may lock are used up (RLIMIT_MEMLOCK)",
+        "raise `ulimit -l` above the guest's memory, or run with CAP_IPC_LOCK; the vCPU can run on",
+    ),
+    Cause("KVM_RUN", _errno.EFAULT, "the guest touched a page that its backing did not give, or that was reclaimed"),
+    Cause("KVM_RUN", EHWPOISON, "a page of the guest lies in broken memory"),
+    Cause("KVM_RUN", _errno.ENOEXEC, "the vCPU is not initialised", "call Vcpu.init() first"),
+    Cause("KVM_RUN", _errno.EBUSY, "the interrupt controller is not initialised", "set KVM_DEV_ARM_VGIC_CTRL_INIT"),
+    Cause("KVM_RUN", _errno.ENOSYS, "the guest accessed an address without memory by an instruction that KVM cannot "
+          "decode", "devices take plain loads and stores: no pairs, no writeback"),
+    Cause("KVM_RUN", _errno.EIO, "memory that a protected guest cannot have (hugetlb, guest_memfd, a file), a VM that "
+          "died, or one made by another process"),
+    # any call
+    Cause("*", _errno.EBADF, "it is closed"),
+    Cause("*", _errno.EIO, "the VM died of an earlier error, or another process made it",
+          "a VM works only in the process that made it: threads, no fork"),
+    Cause("*", _errno.ENOTTY, "this kernel does not know the call, here or at all",
+          "it may be too old, or of another architecture"),
+    Cause("*", _errno.EMFILE, "this process has no file descriptor left", "raise `ulimit -n`"),
+)  # fmt: skip
+
+
+def explain(call: str, errno: int, values: Values) -> tuple[str | None, str | None]:
+    """Return the cause and the hint known of a failed call, each None if it is not."""
+    for cause in CAUSES:
+        if cause.errno == errno and (cause.calls == "*" or call in cause.calls.split()) and cause.when(values):
+            return cause.text, cause.hint
+    return None, None
+
+
+def kvm_error(call: str, errno: int, values: Values) -> KvmError:
+    """Make the error of a call that failed with ``errno``; the value under "" is text that stands by itself."""
+    said = ", ".join(filter(None, (_text(name, value) for name, value in values.items())))
+    return KvmError(call, said, errno, *explain(call, errno, values))
+
+
+def _text(name: str, value: Value) -> str:
+    if value is None:
+        return ""
+    if not name:
+        return str(value)
+    if isinstance(value, IntEnum):
+        return f"{name}={value.name}"
+    return f"{name}={hex_(value) if isinstance(value, int) and name in _HEX and value >= 0 else value}"

@@ -1,0 +1,25 @@
+"""A device inside the kernel (KVM_CREATE_DEVICE): its file descriptor. Made by Vm.create_device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyvmm.kvm.fd import AttributeFd
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.fd import Fd
+    from pyvmm.uapi.kvm import DeviceType
+
+
+class Device(AttributeFd):
+    """An in-kernel device, driven by attributes (Documentation/virt/kvm/devices).
+
+    Closing it does not undo it: it stays in its VM.
+    """
+
+    kind = "device"
+
+    def __init__(self, fd: int, owner: Fd, type: DeviceType) -> None:
+        super().__init__(fd, owner)
+        self.type = type
+        self.label = f"{type.name.removeprefix('KVM_DEV_TYPE_')}={fd}"

@@ -1,0 +1,129 @@
+"""One file descriptor of KVM's: calls, errors with names in them, closing in order. Base of the other modules."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from ctypes import Structure, _SimpleCData, addressof, byref, sizeof
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+from pyvmm.kvm import libc
+from pyvmm.kvm.causes import Value, kvm_error
+from pyvmm.uapi.kvm import KVM_GET_DEVICE_ATTR, KVM_HAS_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, kvm_device_attr
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from pyvmm.errors import KvmError
+    from pyvmm.uapi.ioctl import Ioctl
+
+CData: TypeAlias = "Structure | _SimpleCData[Any]"
+
+
+class Fd:
+    """Owns a file descriptor and everything made from it; closing is idempotent, children first, newest first.
+
+    ``label`` names it in errors (``vm=7``). After close every call fails with EBADF and says so.
+    """
+
+    kind = "fd"
+
+    def __init__(self, fd: int, owner: Fd | None = None) -> None:
+        self._fd = fd
+        self._owner = owner
+        self._children: list[Fd] = []
+        self.label = f"{self.kind}={fd}"
+        if owner is not None:
+            owner._children.append(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.label}{' closed' if self.closed else ''}>"
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._fd < 0
+
+    def fileno(self) -> int:
+        """Return the descriptor's number; -1 once closed."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close what was made from this, then this. A VM is gone when it and all its children are."""
+        while self._children:
+            self._children[-1].close()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._release()
+            os.close(fd)
+            if self._owner is not None:
+                self._owner._children.remove(self)
+
+    def _release(self) -> None:
+        """Give back what hangs on the descriptor, such as mappings; called once, before it is closed."""
+
+    def attempt(self, request: Ioctl, argument: int | CData = 0) -> tuple[int, int]:
+        """Return the call's result (-1: it failed) and its errno (0: it did not), where failing is an answer.
+
+        ``argument`` must be of the type that ``request`` carries, or an integer if it carries none: TypeError.
+        """
+        wanted = request.argument
+        if wanted is None:
+            if not isinstance(argument, int):
+                raise TypeError(f"{request.name} takes an integer, not {type(argument).__name__}")
+            return libc.ioctl(self._fd, request.number, argument)
+        if not isinstance(argument, wanted):
+            raise TypeError(f"{request.name} takes a {wanted.__name__}, not {type(argument).__name__}")
+        return libc.ioctl(self._fd, request.number, byref(argument))
+
+    def call(self, request: Ioctl, argument: int | CData = 0, /, **values: Value) -> int:
+        """Make the call and return its result; KvmError with ``values`` in its message if it fails.
+
+        A call that a signal interrupted is made again.
+        """
+        while True:
+            result, errno = self.attempt(request, argument)
+            if not errno:
+                return result
+            if errno != _errno.EINTR:
+                raise self.error(request.name, errno, **values)
+
+    def error(self, call: str, errno: int, /, **values: Value) -> KvmError:
+        """Make the KvmError of a call on this descriptor."""
+        return kvm_error(call, errno, {"": self.label} | values)
+
+
+class AttributeFd(Fd):
+    """An Fd with device attributes (Documentation/virt/kvm/devices): a device, a VM or a vCPU."""
+
+    def set_attr(self, group: int, attr: int, value: CData | None = None) -> None:
+        """Write an attribute: ``value`` is a ctypes object of the size the attribute has, None for a bare command."""
+        address = 0 if value is None else addressof(value)
+        argument = kvm_device_attr(group=group, attr=attr, addr=address)
+        self.call(KVM_SET_DEVICE_ATTR, argument, group=group, attr=attr, **_said(value))
+
+    def get_attr(self, group: int, attr: int, value: CData) -> None:
+        """Read an attribute into ``value``, a ctypes object of the size the attribute has."""
+        argument = kvm_device_attr(group=group, attr=attr, addr=addressof(value))
+        self.call(KVM_GET_DEVICE_ATTR, argument, group=group, attr=attr, size=sizeof(value))
+
+    def has_attr(self, group: int, attr: int) -> bool:
+        """Whether this kernel knows an attribute here."""
+        _, errno = self.attempt(KVM_HAS_DEVICE_ATTR, kvm_device_attr(group=group, attr=attr))
+        if errno not in (0, _errno.ENXIO, _errno.EPERM, _errno.EINVAL, _errno.ENOTTY):
+            raise self.error(KVM_HAS_DEVICE_ATTR.name, errno, group=group, attr=attr)
+        return not errno
+
+
+def _said(value: CData | None) -> dict[str, Value]:
+    if isinstance(value, _SimpleCData):
+        return {"value": value.value}
+    return {} if value is None else {"value": type(value).__name__}

@@ -1,0 +1,45 @@
+"""The system calls the wrappers make, through ctypes and with errno; owns nothing. For pyvmm.kvm only.
+
+fcntl.ioctl is not used: it parses its argument as a C int, so that KVM_CREATE_VM(1 << 31) raises OverflowError.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from ctypes import CDLL, c_int, c_int64, c_size_t, c_ulong, c_void_p, get_errno
+from typing import Any
+
+_libc = CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = (c_int, c_ulong, c_void_p)
+_libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_int64)
+_libc.mmap.restype = c_void_p
+_libc.munmap.argtypes = (c_void_p, c_size_t)
+_libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
+
+_MAP_FAILED = c_void_p(-1).value
+
+
+def ioctl(fd: int, number: int, argument: Any) -> tuple[int, int]:
+    """Return ioctl's result, or -1, and errno, or 0. ``argument`` is an integer or a ctypes reference."""
+    result: int = _libc.ioctl(fd, number, argument)
+    return result, get_errno() if result < 0 else 0
+
+
+def mmap(size: int, prot: int, flags: int, fd: int, offset: int) -> tuple[int, int]:
+    """Return the address of a new mapping wherever the kernel likes, or 0, and errno, or 0."""
+    address: int | None = _libc.mmap(None, size, prot, flags, fd, offset)
+    return (0, get_errno()) if address is None or address == _MAP_FAILED else (address, 0)
+
+
+def munmap(address: int, size: int) -> None:
+    """Remove a mapping that :func:`mmap` made."""
+    if _libc.munmap(address, size):
+        raise OSError(get_errno(), f"munmap({address:#x}, {size:#x})")
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> int:
+    """Return errno, or 0; calls again when a signal came in between."""
+    while _libc.fallocate(fd, mode, offset, size):
+        if (error := get_errno()) != _errno.EINTR:
+            return error
+    return 0

@@ -1,0 +1,88 @@
+"""/dev/kvm itself: what this host can do, and the way to VMs."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from typing import Self
+
+from pyvmm.errors import HostError
+from pyvmm.kvm.fd import Fd
+from pyvmm.kvm.vm import Vm
+from pyvmm.uapi.kvm import (
+    KVM_API_VERSION,
+    KVM_CHECK_EXTENSION,
+    KVM_CREATE_VM,
+    KVM_GET_API_VERSION,
+    KVM_GET_VCPU_MMAP_SIZE,
+    KVM_VM_TYPE_ARM_PROTECTED,
+)
+from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_VM_IPA_SIZE, cap_name
+
+_LAB = "or use `pyvmm --lab`, which needs no KVM"
+
+
+class System(Fd):
+    """An open /dev/kvm."""
+
+    kind = "kvm"
+
+    @classmethod
+    def open(cls, path: str = "/dev/kvm") -> Self:
+        """Open KVM; HostError, with what to do about it, where that is not possible or ``path`` is not KVM."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise _cannot_open(path, error) from error
+        system = cls(fd)
+        version, errno = system.attempt(KVM_GET_API_VERSION)
+        if errno or version != KVM_API_VERSION:
+            system.close()
+            answer = _errno.errorcode.get(errno, str(errno)) if errno else f"API version {version}"
+            raise HostError(
+                f"{path} is not the KVM that pyvmm knows: it answers {answer} instead of API version {KVM_API_VERSION}",
+                hint=f"see what it is with `ls -l {path}`; KVM's is the character device 10, 232",
+            )
+        return system
+
+    def check(self, cap: int) -> int:
+        """Return KVM_CHECK_EXTENSION of a KVM_CAP_*: 0 is no. The answer for this host, of any VM on it."""
+        return self.call(KVM_CHECK_EXTENSION, cap, cap=cap_name(cap))
+
+    @property
+    def vcpu_mmap_size(self) -> int:
+        """Bytes of a vCPU's mapping, kvm_run first."""
+        return self.call(KVM_GET_VCPU_MMAP_SIZE)
+
+    @property
+    def max_ipa_bits(self) -> int:
+        """The most address bits an arm64 VM may ask for in its type; 0 where that cannot be chosen."""
+        return self.check(KVM_CAP_ARM_VM_IPA_SIZE)
+
+    def create_vm(self, type: int = 0) -> Vm:
+        """Make a VM. ``type``: KVM_VM_TYPE_ARM_PROTECTED or 0, with the number of address bits or 0 for 40 of them."""
+        return Vm(self.call(KVM_CREATE_VM, type, type=type), self)
+
+    def supports_protected(self) -> bool:
+        """Whether this host runs protected VMs, found out by making one, which taints such a kernel (TAINT_USER)."""
+        fd, errno = self.attempt(KVM_CREATE_VM, KVM_VM_TYPE_ARM_PROTECTED)
+        if errno == _errno.EINVAL:
+            return False
+        if errno:
+            raise self.error(KVM_CREATE_VM.name, errno, type=KVM_VM_TYPE_ARM_PROTECTED)
+        os.close(fd)
+        return True
+
+
+def _cannot_open(path: str, error: OSError) -> HostError:
+    if error.errno in (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV):
+        return HostError(
+            f"there is no KVM here ({path}: {error.strerror})",
+            hint=f"load KVM (x86: `modprobe kvm_intel` or `kvm_amd`; arm64: boot at EL2), {_LAB}",
+        )
+    if error.errno in (_errno.EACCES, _errno.EPERM):
+        return HostError(
+            f"this user may not open {path} ({error.strerror})",
+            hint=f"join its group (`sudo usermod -aG kvm $USER`, then log in again) or be root, {_LAB}",
+        )
+    return HostError(f"cannot open {path}: {error.strerror}", hint=f"see `ls -l {path}`, {_LAB}")

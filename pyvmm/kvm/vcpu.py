@@ -1,0 +1,189 @@
+"""A virtual CPU: its registers, its state, and the page it shares with whoever runs it. Made by Vm.create_vcpu.
+
+KVM_RUN is not here: the native loop issues it, on :meth:`Vcpu.fileno` and :attr:`Vcpu.run_address`. Registers are read
+and written while the vCPU is not inside KVM_RUN; the kernel makes other threads wait until it is not.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from ctypes import addressof, c_uint8, c_uint64
+from typing import TYPE_CHECKING
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.kvm import libc
+from pyvmm.kvm.stats import MeasuredFd
+from pyvmm.uapi import kvm_arm64, kvm_x86
+from pyvmm.uapi.kvm import (
+    KVM_GET_MP_STATE,
+    KVM_GET_ONE_REG,
+    KVM_GET_REG_LIST,
+    KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_SINGLESTEP,
+    KVM_REG_SIZE,
+    KVM_SET_MP_STATE,
+    KVM_SET_ONE_REG,
+    MpState,
+    kvm_mp_state,
+    kvm_one_reg,
+    kvm_reg_list,
+)
+from pyvmm.uapi.kvm_arm64 import core_reg
+from pyvmm.uapi.kvm_run import kvm_run
+from pyvmm.uapi.layout import with_tail
+from pyvmm.uapi.mman import MAP_SHARED, PROT_READ, PROT_WRITE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pyvmm.kvm.vm import Vm
+
+_X86 = os.uname().machine == "x86_64"
+
+
+class Vcpu(MeasuredFd):
+    """A vCPU; owns the mapping of its run area, which goes with it."""
+
+    kind = "vcpu"
+
+    def __init__(self, fd: int, vm: Vm, index: int) -> None:
+        super().__init__(fd, vm)
+        self.vm = vm
+        self.index = index
+        self.label = f"vcpu{index}={fd}"
+        self._run_size = 0
+        try:
+            size = vm.system.vcpu_mmap_size
+            self._address, errno = libc.mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+            if errno:
+                raise self.error("mmap", errno, size=size)
+            self._run_size = size
+        except BaseException:
+            self.close()
+            raise
+
+    def _release(self) -> None:
+        if self._run_size:
+            libc.munmap(self._address, self._run_size)
+            self._run_size = 0
+
+    @property
+    def run_address(self) -> int:
+        """Where ``struct kvm_run`` is mapped; not to be used after close."""
+        if not self._run_size:
+            raise PyvmmError(f"the run area of {self.label} is unmapped: the vCPU is closed")
+        return self._address
+
+    @property
+    def run(self) -> kvm_run:
+        """A view of ``struct kvm_run``; not to be kept after close."""
+        return kvm_run.from_address(self.run_address)
+
+    # ---- arm64 ----
+
+    def init(self, *, psci: bool = True, power_off: bool = False, features: Iterable[int] = ()) -> None:
+        """Give an arm64 vCPU its kind and features (KVM_ARM_VCPU_* numbers); again to reset it.
+
+        ``psci``: it can call PSCI 0.2 and later; ``power_off``: it waits for another's CPU_ON.
+        """
+        target = self.vm.preferred_target()
+        wanted = set(features)
+        wanted |= {kvm_arm64.KVM_ARM_VCPU_PSCI_0_2} if psci else set()
+        wanted |= {kvm_arm64.KVM_ARM_VCPU_POWER_OFF} if power_off else set()
+        for feature in wanted:
+            target.features[feature // 32] |= 1 << feature % 32
+        said = "+".join(map(str, sorted(wanted))) or "none"
+        self.call(kvm_arm64.KVM_ARM_VCPU_INIT, target, target=target.target, features=said)
+
+    def inject_abort(self) -> None:
+        """Have the access that this vCPU is stopped at fail in the guest, with a synchronous external abort."""
+        if _X86:  # the request has the same number there, and other bytes in it
+            raise HostError(f"{self.label} is an x86 vCPU: it has no external abort to inject")
+        events = kvm_arm64.kvm_vcpu_events()
+        self.call(kvm_arm64.KVM_GET_VCPU_EVENTS, events)
+        events.exception.ext_dabt_pending = 1
+        self.call(kvm_arm64.KVM_SET_VCPU_EVENTS, events, ext_dabt_pending=1)
+
+    # ---- either architecture ----
+
+    def get_reg(self, id: int) -> int:
+        """Return the register with a ONE_REG id, such as ``kvm_arm64.core_reg("pc")``; its size is in the id."""
+        room = (c_uint8 * KVM_REG_SIZE(id))()
+        self.call(KVM_GET_ONE_REG, kvm_one_reg(id=id, addr=addressof(room)), id=id)
+        return int.from_bytes(bytes(room), "little")
+
+    def set_reg(self, id: int, value: int) -> None:
+        """Set the register with a ONE_REG id; OverflowError if ``value`` is negative or does not fit it."""
+        room = (c_uint8 * KVM_REG_SIZE(id)).from_buffer_copy(value.to_bytes(KVM_REG_SIZE(id), "little"))
+        self.call(KVM_SET_ONE_REG, kvm_one_reg(id=id, addr=addressof(room)), id=id, value=value)
+
+    def reg_list(self) -> list[int]:
+        """Return the id of every register that the kernel saves and restores here."""
+        probe = kvm_reg_list()
+        _, errno = self.attempt(KVM_GET_REG_LIST, probe)
+        if errno not in (0, _errno.E2BIG):
+            raise self.error(KVM_GET_REG_LIST.name, errno)
+        argument = with_tail(kvm_reg_list, "reg", [0] * probe.n, c_uint64)
+        argument.n = probe.n
+        self.call(KVM_GET_REG_LIST, argument, n=probe.n)
+        return list(argument.reg)
+
+    @property
+    def pc(self) -> int:
+        """The address of the next instruction."""
+        return self.get_regs().rip if _X86 else self.get_reg(core_reg("pc"))
+
+    @property
+    def mp_state(self) -> MpState:
+        """Whether the vCPU runs, or what it waits for."""
+        state = kvm_mp_state()
+        self.call(KVM_GET_MP_STATE, state)
+        return MpState(state.mp_state)
+
+    @mp_state.setter
+    def mp_state(self, state: MpState) -> None:
+        self.call(KVM_SET_MP_STATE, kvm_mp_state(mp_state=state), mp_state=state)
+
+    def set_guest_debug(
+        self,
+        control: int,
+        registers: kvm_arm64.kvm_guest_debug_arch | kvm_x86.kvm_guest_debug_arch | None = None,
+    ) -> None:
+        """Debug the guest: ``control`` is KVM_GUESTDBG_*, ``registers`` this architecture's breakpoints. 0 ends it."""
+        if _X86:
+            x86 = kvm_x86.kvm_guest_debug(control=control)
+            if isinstance(registers, kvm_x86.kvm_guest_debug_arch):
+                x86.arch = registers
+            self.call(kvm_x86.KVM_SET_GUEST_DEBUG, x86, control=control)
+        else:
+            arm64 = kvm_arm64.kvm_guest_debug(control=control)
+            if isinstance(registers, kvm_arm64.kvm_guest_debug_arch):
+                arm64.arch = registers
+            self.call(kvm_arm64.KVM_SET_GUEST_DEBUG, arm64, control=control)
+
+    def single_step(self, on: bool) -> None:
+        """Have KVM_EXIT_DEBUG after every instruction, or no longer. Works in protected VMs too."""
+        self.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP if on else 0)
+
+    # ---- x86 ----
+
+    def get_regs(self) -> kvm_x86.kvm_regs:
+        """Return an x86 vCPU's general registers."""
+        regs = kvm_x86.kvm_regs()
+        self.call(kvm_x86.KVM_GET_REGS, regs)
+        return regs
+
+    def set_regs(self, regs: kvm_x86.kvm_regs) -> None:
+        """Set an x86 vCPU's general registers."""
+        self.call(kvm_x86.KVM_SET_REGS, regs, rip=hex(regs.rip))
+
+    def get_sregs(self) -> kvm_x86.kvm_sregs:
+        """Return an x86 vCPU's segments and control registers."""
+        sregs = kvm_x86.kvm_sregs()
+        self.call(kvm_x86.KVM_GET_SREGS, sregs)
+        return sregs
+
+    def set_sregs(self, sregs: kvm_x86.kvm_sregs) -> None:
+        """Set an x86 vCPU's segments and control registers."""
+        self.call(kvm_x86.KVM_SET_SREGS, sregs)

@@ -1,0 +1,226 @@
+"""A virtual machine: its slots, vCPUs, devices, doorbells and interrupts. Made by System.create_vm."""
+
+from __future__ import annotations
+
+import errno as _errno
+from ctypes import addressof, c_uint8
+from typing import TYPE_CHECKING
+
+from pyvmm.kvm.device import Device
+from pyvmm.kvm.guest_memfd import GuestMemfd
+from pyvmm.kvm.stats import MeasuredFd
+from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.uapi.kvm import (
+    KVM_CHECK_EXTENSION,
+    KVM_CLEAR_DIRTY_LOG,
+    KVM_CREATE_DEVICE,
+    KVM_CREATE_DEVICE_TEST,
+    KVM_CREATE_GUEST_MEMFD,
+    KVM_CREATE_VCPU,
+    KVM_ENABLE_CAP,
+    KVM_GET_DIRTY_LOG,
+    KVM_MEM_GUEST_MEMFD,
+    KVM_SET_DEVICE_ATTR,
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_USER_MEMORY_REGION2,
+    DeviceType,
+    kvm_clear_dirty_log,
+    kvm_create_device,
+    kvm_create_guest_memfd,
+    kvm_device_attr,
+    kvm_dirty_log,
+    kvm_enable_cap,
+    kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
+)
+from pyvmm.uapi.kvm_arm64 import (
+    KVM_ARM_PREFERRED_TARGET,
+    KVM_ARM_VM_SMCCC_CTRL,
+    KVM_ARM_VM_SMCCC_FILTER,
+    SmcccFilterAction,
+    kvm_smccc_filter,
+    kvm_vcpu_init,
+)
+from pyvmm.uapi.kvm_cap import cap_name
+from pyvmm.uapi.kvm_irq import (
+    KVM_CREATE_IRQCHIP,
+    KVM_IOEVENTFD,
+    KVM_IOEVENTFD_FLAG_DATAMATCH,
+    KVM_IOEVENTFD_FLAG_DEASSIGN,
+    KVM_IRQ_LINE,
+    KVM_IRQFD,
+    KVM_IRQFD_FLAG_DEASSIGN,
+    KVM_IRQFD_FLAG_RESAMPLE,
+    KVM_MSI_VALID_DEVID,
+    KVM_SET_GSI_ROUTING,
+    KVM_SIGNAL_MSI,
+    kvm_ioeventfd,
+    kvm_irq_level,
+    kvm_irq_routing,
+    kvm_irq_routing_entry,
+    kvm_irqfd,
+    kvm_msi,
+)
+from pyvmm.uapi.layout import with_tail
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pyvmm.kvm.system import System
+
+
+class Vm(MeasuredFd):
+    """A VM. It ends when it, its vCPUs, its guest_memfds and their mappings are closed; :meth:`close` does all that."""
+
+    kind = "vm"
+
+    def __init__(self, fd: int, system: System) -> None:
+        super().__init__(fd, system)
+        self.system = system
+
+    def check(self, cap: int) -> int:
+        """Return KVM_CHECK_EXTENSION as this VM answers; a protected one says 0 to much that works: ask the system."""
+        return self.call(KVM_CHECK_EXTENSION, cap, cap=cap_name(cap))
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
+        """Switch on a capability, with up to four arguments."""
+        argument = kvm_enable_cap(cap=cap, flags=flags)
+        argument.args[: len(args)] = list(args)
+        self.call(KVM_ENABLE_CAP, argument, cap=cap_name(cap), args=" ".join(map(hex, args)) or None)
+
+    # ---- vCPUs and devices ----
+
+    def create_vcpu(self, index: int) -> Vcpu:
+        """Make the vCPU of this number; all of them before the interrupt controller's init and the first run."""
+        return Vcpu(self.call(KVM_CREATE_VCPU, index, index=index), self, index)
+
+    def preferred_target(self) -> kvm_vcpu_init:
+        """Return the kind of arm64 CPU to initialise vCPUs as, without features."""
+        target = kvm_vcpu_init()
+        self.call(KVM_ARM_PREFERRED_TARGET, target)
+        return target
+
+    def create_device(self, type: DeviceType) -> Device:
+        """Make a device inside the kernel."""
+        argument = kvm_create_device(type=type)
+        self.call(KVM_CREATE_DEVICE, argument, type=type)
+        return Device(argument.fd, self, type)
+
+    def has_device(self, type: DeviceType) -> bool:
+        """Whether the kernel could make such a device, without making it."""
+        _, errno = self.attempt(KVM_CREATE_DEVICE, kvm_create_device(type=type, flags=KVM_CREATE_DEVICE_TEST))
+        if errno not in (0, _errno.ENODEV):
+            raise self.error(KVM_CREATE_DEVICE.name, errno, type=type)
+        return not errno
+
+    # ---- memory ----
+
+    def set_memory(
+        self, slot: int, gpa: int, size: int, hva: int, *,
+        flags: int = 0, guest_memfd: GuestMemfd | None = None, offset: int = 0,
+    ) -> None:  # fmt: skip
+        """Put memory at ``gpa``: ``size`` bytes at the host's ``hva``, all multiples of 4096.
+
+        With ``guest_memfd`` faults take its pages from ``offset`` on; ``hva`` should then be its mapping, which the
+        kernel's own devices use. ``flags`` are KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY.
+        """
+        if guest_memfd is None:
+            region = kvm_userspace_memory_region(
+                slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=hva
+            )
+            self.call(KVM_SET_USER_MEMORY_REGION, region, slot=slot, gpa=gpa, size=size, hva=hva, flags=flags)
+            return
+        flags |= KVM_MEM_GUEST_MEMFD
+        region2 = kvm_userspace_memory_region2(
+            slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=hva,
+            guest_memfd=guest_memfd.fileno() & 0xFFFF_FFFF, guest_memfd_offset=offset,
+        )  # fmt: skip
+        self.call(
+            KVM_SET_USER_MEMORY_REGION2, region2,
+            slot=slot, gpa=gpa, size=size, hva=hva, flags=flags, guest_memfd=guest_memfd.fileno(), offset=offset,
+        )  # fmt: skip
+
+    def delete_memory(self, slot: int) -> None:
+        """Remove a slot: the guest's accesses there become MMIO exits. EPERM in a protected VM that has run."""
+        self.call(KVM_SET_USER_MEMORY_REGION, kvm_userspace_memory_region(slot=slot), slot=slot, size=0)
+
+    def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
+        """Make a file of guest memory of ``size`` bytes; ``flags`` are GUEST_MEMFD_FLAG_*, and arm64 needs MMAP."""
+        fd = self.call(KVM_CREATE_GUEST_MEMFD, kvm_create_guest_memfd(size=size, flags=flags), size=size, flags=flags)
+        return GuestMemfd(fd, self, size, flags)
+
+    def dirty_log(self, slot: int, pages: int) -> bytes:
+        """Return which of a slot's ``pages`` (all of them) were written: a bit a page, lowest first.
+
+        Starts over, unless KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is enabled: then :meth:`clear_dirty_log` does.
+        """
+        bitmap = (c_uint8 * (-(-pages // 64) * 8))()
+        argument = kvm_dirty_log(slot=slot)
+        argument.dirty_bitmap = addressof(bitmap)
+        self.call(KVM_GET_DIRTY_LOG, argument, slot=slot)
+        return bytes(bitmap)
+
+    def clear_dirty_log(self, slot: int, first: int, pages: int, bitmap: bytes) -> None:
+        """Watch the pages again whose bit is set, counted from ``first`` on.
+
+        ``first`` is a multiple of 64, and so is ``pages``, unless they reach the slot's end.
+        """
+        room = (c_uint8 * (-(-pages // 64) * 8)).from_buffer_copy(bitmap)
+        argument = kvm_clear_dirty_log(slot=slot, num_pages=pages, first_page=first)
+        argument.dirty_bitmap = addressof(room)
+        self.call(KVM_CLEAR_DIRTY_LOG, argument, slot=slot, first=first, pages=pages)
+
+    # ---- hypercalls ----
+
+    def forward_smccc(self, base: int, count: int) -> None:
+        """Have ``count`` SMCCC function ids from ``base`` on come out as KVM_EXIT_HYPERCALL; before the first run.
+
+        Not in a protected VM (EINVAL), nor for the Arm architecture's own ranges (EEXIST).
+        """
+        wanted = kvm_smccc_filter(base=base, nr_functions=count, action=SmcccFilterAction.KVM_SMCCC_FILTER_FWD_TO_USER)
+        argument = kvm_device_attr(group=KVM_ARM_VM_SMCCC_CTRL, attr=KVM_ARM_VM_SMCCC_FILTER, addr=addressof(wanted))
+        self.call(KVM_SET_DEVICE_ATTR, argument, attr="KVM_ARM_VM_SMCCC_FILTER", base=base, count=count)
+
+    # ---- doorbells and interrupts ----
+
+    def ioeventfd(self, fd: int, gpa: int, size: int, *, datamatch: int | None = None, deassign: bool = False) -> None:
+        """Have the guest's stores to ``gpa`` write 1 to an eventfd instead of leaving the kernel; or no longer.
+
+        ``size`` is 1, 2, 4 or 8 bytes, 0 for any (and then no ``datamatch``).
+        """
+        flags = KVM_IOEVENTFD_FLAG_DEASSIGN if deassign else 0
+        flags |= KVM_IOEVENTFD_FLAG_DATAMATCH if datamatch is not None else 0
+        argument = kvm_ioeventfd(fd=fd, addr=gpa, len=size, datamatch=datamatch or 0, flags=flags)
+        self.call(KVM_IOEVENTFD, argument, fd=fd, gpa=gpa, size=size, datamatch=datamatch, flags=flags)
+
+    def irqfd(self, fd: int, gsi: int, *, resample: int | None = None, deassign: bool = False) -> None:
+        """Have writes to an eventfd raise an interrupt; or no longer. ``resample``: an eventfd written at its EOI."""
+        flags = KVM_IRQFD_FLAG_DEASSIGN if deassign else 0
+        flags |= KVM_IRQFD_FLAG_RESAMPLE if resample is not None else 0
+        argument = kvm_irqfd(fd=fd, gsi=gsi, flags=flags, resamplefd=resample or 0)
+        self.call(KVM_IRQFD, argument, fd=fd, gsi=gsi, resample=resample, flags=flags)
+
+    def create_irqchip(self) -> None:
+        """Make x86's interrupt controllers; arm64 has a device instead."""
+        self.call(KVM_CREATE_IRQCHIP)
+
+    def irq_line(self, irq: int, level: bool) -> None:
+        """Set an interrupt line; on arm64 ``irq`` is type << 24 | vCPU << 16 | number (KVM_ARM_IRQ_*)."""
+        argument = kvm_irq_level(level=level)
+        argument.irq = irq
+        self.call(KVM_IRQ_LINE, argument, irq=irq, level=int(level))
+
+    def signal_msi(self, address: int, data: int, *, devid: int | None = None) -> bool:
+        """Deliver a message-signalled interrupt (``devid`` for the ITS); False if the guest has it blocked."""
+        flags = KVM_MSI_VALID_DEVID if devid is not None else 0
+        argument = kvm_msi(
+            address_lo=address & 0xFFFF_FFFF, address_hi=address >> 32, data=data, flags=flags, devid=devid or 0
+        )
+        return self.call(KVM_SIGNAL_MSI, argument, address=address, data=data, devid=devid) > 0
+
+    def set_gsi_routing(self, routes: Iterable[kvm_irq_routing_entry]) -> None:
+        """Replace the whole table that says where a gsi goes: a pin of the interrupt controller, or a message."""
+        entries = list(routes)
+        argument = with_tail(kvm_irq_routing, "entries", entries, kvm_irq_routing_entry)
+        argument.nr = len(entries)
+        self.call(KVM_SET_GSI_ROUTING, argument, routes=len(entries))

@@ -1,0 +1,3 @@
+"""Guest memory: backings, slots over them, the page ledger, guarded access, conversions, the share relay."""
+
+from __future__ import annotations

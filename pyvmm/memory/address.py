@@ -1,0 +1,47 @@
+"""The two kinds of address, kept apart by type, and page arithmetic. Owns nothing; anyone may import it."""
+
+from __future__ import annotations
+
+from typing import NewType
+
+from pyvmm.errors import hex_
+
+Gpa = NewType("Gpa", int)
+"""A guest physical address (the arm64 manuals' IPA), in bytes."""
+
+Hva = NewType("Hva", int)
+"""An address in this process, in bytes. Never dereferenced from Python."""
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+"""Bytes of a page of the guest, the host's stage 2 and the ledger. Hosts with larger pages are refused by `doctor`."""
+
+HUGE_SIZE = 2 << 20
+"""Bytes of a huge page (a PMD of 4 KiB tables)."""
+
+
+def is_aligned(value: int, granule: int = PAGE_SIZE) -> bool:
+    """Whether ``value`` is a multiple of ``granule`` (a power of two)."""
+    return value & (granule - 1) == 0
+
+
+def align_down(value: int, granule: int = PAGE_SIZE) -> int:
+    """Round down to a multiple of ``granule`` (a power of two)."""
+    return value & -granule
+
+
+def align_up(value: int, granule: int = PAGE_SIZE) -> int:
+    """Round up to a multiple of ``granule`` (a power of two)."""
+    return (value + granule - 1) & -granule
+
+
+def pages(start: int, size: int) -> range:
+    """Return the address of every page that ``[start, start + size)`` touches, in order."""
+    if size <= 0:
+        return range(0)
+    return range(align_down(start), align_up(start + size), PAGE_SIZE)
+
+
+def span(start: int, size: int) -> str:
+    """Write a half-open range for a message: ``[0x8000_0000, 0x9000_0000)``."""
+    return f"[{hex_(start)}, {hex_(start + size)})"

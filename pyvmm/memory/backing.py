@@ -1,0 +1,273 @@
+"""What guest memory is made of: memfd (4 KiB, THP advice, hugetlb) and guest_memfd, shared or private.
+
+A backing owns its file descriptor and its mappings; whoever made it closes it, or hands it to a ``Memory``, which
+closes it then. A backing has two addresses: ``hva``, through which KVM faults pages in, and ``view``, through which
+the host's own code (in C, guarded) looks at them. They are one mapping until :meth:`Backing.separate_view`, which the
+emulated protection uses so that a page can be taken from the host without taking it from KVM.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import GuestMemoryError, HostError, UsageError, hex_
+from pyvmm.memory import mman
+from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Hva, is_aligned
+from pyvmm.memory.mman import MappingError
+from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
+from pyvmm.uapi.memfd import (
+    F_ADD_SEALS,
+    F_SEAL_GROW,
+    F_SEAL_SEAL,
+    F_SEAL_SHRINK,
+    MFD_ALLOW_SEALING,
+    MFD_CLOEXEC,
+    MFD_HUGE_2MB,
+    MFD_HUGETLB,
+    MFD_NOEXEC_SEAL,
+)
+from pyvmm.uapi.mman import MADV_HUGEPAGE, MADV_POPULATE_WRITE, PROT_NONE
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.guest_memfd import GuestMemfd
+    from pyvmm.kvm.vm import Vm
+
+HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+
+class Backing:
+    """A file of guest memory, mapped. Close it, or use it as a context manager."""
+
+    kind: str
+    host_access: ClassVar[bool] = True
+    """Whether the host can reach the contents at all while its mapping is accessible."""
+    guest_memfd: GuestMemfd | None = None
+    """The KVM file, where it is one: the slot is bound to it and KVM does not fault through ``hva``."""
+
+    def __init__(self, fd: int, size: int, *, granule: int = PAGE_SIZE, reserve: bool = False) -> None:
+        self.fd = fd
+        self.size = size
+        self.granule = granule
+        """Bytes of the smallest piece the file can be punched in."""
+        self.hva = mman.map_shared(fd, size, reserve=reserve)
+        self.view: Hva = self.hva
+        self._pid = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} of {self.size:#x} bytes, fd {self.fd}>"
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self.fd < 0
+
+    def separate_view(self) -> None:
+        """Give the host's code a mapping of its own; ``hva`` is KVM's alone from now on. Idempotent."""
+        self._check_open()
+        if self.view == self.hva:
+            self.view = mman.map_shared(self.fd, self.size)
+
+    def hide(self, offset: int, size: int) -> None:
+        """Take ``[offset, offset + size)`` of a separate view from the host's code: touching it faults."""
+        self._check_range(offset, size)
+        if self.view == self.hva:
+            raise UsageError(f"{self!r} has one mapping for KVM and the host: hiding it would take it from the guest")
+        mman.protect(self.view + offset, size, PROT_NONE)
+
+    def load(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write ``data`` into the file at ``offset`` through the host's view, before the guest may own it.
+
+        Raises :class:`GuestMemoryError` (its gpa is the offset in the file) where the host cannot.
+        """
+        self._check_range(offset, len(data))
+        done = lib.pv_copy(ffi.cast("void *", self.view + offset), ffi.from_buffer("uint8_t[]", data), len(data))
+        if done < len(data):
+            what = f"loading {len(data)} bytes at {hex_(offset)} of {self!r}"
+            raise GuestMemoryError(what, offset + done, done, "out of the host's reach")
+
+    def punch(self, offset: int, size: int) -> None:
+        """Drop the pages of ``[offset, offset + size)`` from the file; they read as zeros when touched again.
+
+        Both ends must be multiples of ``granule``. A THP or otherwise large folio that is hit in part is zeroed by
+        the kernel through its own mapping: harmless, except to pages donated to a protected guest, which it destroys.
+        """
+        self._check_range(offset, size)
+        if not (is_aligned(offset, self.granule) and is_aligned(size, self.granule)):
+            raise UsageError(
+                f"cannot punch {size:#x} bytes at {hex_(offset)} of {self!r}: both must be multiples of "
+                f"{self.granule:#x}"
+            )
+        mman.fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+
+    def populate(self, offset: int, size: int) -> None:
+        """Allocate and zero the pages of a range now, and map them where KVM looks for them.
+
+        Contents that are there stay. HostError where the kernel lacks MADV_POPULATE_WRITE (before Linux 5.14).
+        """
+        self._check_range(offset, size)
+        try:
+            mman.advise(self.hva + offset, size, MADV_POPULATE_WRITE)
+        except MappingError as error:
+            if error.errno == errno.EINVAL:
+                raise HostError(
+                    f"this kernel cannot populate guest memory in advance: {error.message}",
+                    hint="MADV_POPULATE_WRITE is there since Linux 5.14; leave it out, the guest faults pages in",
+                ) from error
+            if error.errno in (errno.ENOMEM, errno.EFAULT):
+                raise HostError(
+                    f"not all of {size:#x} bytes of guest memory could be allocated: {error.message}",
+                    hint="the machine, this control group or the huge page pool is out of memory; ask for less",
+                ) from error
+            raise
+
+    def close(self) -> None:
+        """Unmap and close. Idempotent. The VM goes first: a live slot would see whatever is mapped here next."""
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1
+        try:
+            # After a fork the mappings are not here (DONTFORK), and something else may be at their address.
+            if self._pid == os.getpid():
+                if self.view != self.hva:
+                    mman.unmap(self.view, self.size)
+                mman.unmap(self.hva, self.size)
+        finally:
+            self._close_file(fd)
+
+    def _close_file(self, fd: int) -> None:
+        os.close(fd)
+
+    def _check_open(self) -> None:
+        if self.fd < 0:
+            raise UsageError(f"{self!r} is closed")
+
+    def _check_range(self, offset: int, size: int) -> None:
+        self._check_open()
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise UsageError(f"[{offset:#x}, {offset + size:#x}) is not inside {self!r}")
+
+
+class Memfd(Backing):
+    """Anonymous shared memory, the backing every protection takes.
+
+    ``thp`` advises huge pages, which has effect where /sys/kernel/mm/transparent_hugepage/shmem_enabled is ``advise``
+    (Debian: ``never``). ``hugetlb`` takes 2 MiB pages from the kernel's pool, all of them now; a protected guest
+    cannot use them. The file is sealed against growing and shrinking, so that no mapping of it ever dangles.
+    """
+
+    kind = "memfd"
+
+    def __init__(self, size: int, *, thp: bool = False, hugetlb: bool = False) -> None:
+        granule = HUGE_SIZE if hugetlb else PAGE_SIZE
+        _check_size(size, granule)
+        if thp and hugetlb:
+            raise UsageError("a memfd takes huge page advice (thp) or hugetlb pages, not both")
+        if hugetlb:
+            self.kind = "memfd of 2 MiB pages"
+        fd = _memfd_create(hugetlb)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL)
+            super().__init__(fd, size, granule=granule, reserve=hugetlb)
+        except BaseException as error:
+            os.close(fd)
+            if hugetlb and isinstance(error, MappingError) and error.errno == errno.ENOMEM:
+                raise _pool_too_small(size) from error
+            if isinstance(error, OSError):
+                raise HostError(f"cannot make guest memory of {size:#x} bytes: {error.strerror}") from error
+            raise
+        self.hugetlb = hugetlb
+        if thp:
+            try:
+                mman.advise(self.hva, size, MADV_HUGEPAGE)
+            except MappingError as error:
+                self.close()
+                raise HostError("this kernel has no transparent huge pages", hint="leave thp out") from error
+
+
+class _GuestMemfdBacking(Backing):
+    def __init__(self, vm: Vm, size: int, flags: int) -> None:
+        _check_size(size, PAGE_SIZE)
+        file = vm.create_guest_memfd(size, flags)
+        try:
+            super().__init__(file.fileno(), size)
+        except BaseException:
+            file.close()
+            raise
+        self.guest_memfd = self._file = file
+
+    def populate(self, offset: int, size: int) -> None:
+        """Allocate and zero the pages of a range now; the guest maps them when it touches them."""
+        self._check_range(offset, size)
+        mman.fallocate(self.fd, FALLOC_FL_KEEP_SIZE, offset, size)
+
+    def _close_file(self, fd: int) -> None:  # noqa: ARG002 - its owner closes it
+        self._file.close()
+
+
+class SharedGuestMemfd(_GuestMemfdBacking):
+    """guest_memfd that the host may map and touch (MMAP and INIT_SHARED), page by page, never huge."""
+
+    kind = "shared guest_memfd"
+
+    def __init__(self, vm: Vm, size: int) -> None:
+        super().__init__(vm, size, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
+
+
+class PrivateGuestMemfd(_GuestMemfdBacking):
+    """guest_memfd that the host may map but not touch (MMAP alone): an access is SIGBUS, so nothing can be loaded."""
+
+    kind = "private guest_memfd"
+    host_access = False
+
+    def __init__(self, vm: Vm, size: int) -> None:
+        super().__init__(vm, size, GUEST_MEMFD_FLAG_MMAP)
+
+
+def _memfd_create(hugetlb: bool) -> int:
+    flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (MFD_HUGETLB | MFD_HUGE_2MB if hugetlb else 0)
+    try:
+        try:
+            return os.memfd_create("pyvmm-guest", flags | MFD_NOEXEC_SEAL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return os.memfd_create("pyvmm-guest", flags)  # before Linux 6.3
+    except OSError as error:
+        if hugetlb and error.errno in (errno.EINVAL, errno.ENODEV, errno.ENOSYS):
+            raise HostError("this kernel has no huge pages of 2 MiB", hint="use a plain memfd, or thp=True") from error
+        raise HostError(
+            f"memfd_create failed: {error.strerror}", hint="see `ulimit -n` and /proc/sys/vm/memfd_noexec"
+        ) from error
+
+
+def _check_size(size: int, granule: int) -> None:
+    if size <= 0 or not is_aligned(size, granule):
+        raise UsageError(f"guest memory of {size:#x} bytes: a multiple of {granule:#x}, at least one, is needed")
+
+
+def _pool_too_small(size: int) -> HostError:
+    def count(name: str) -> str:
+        try:
+            return (HUGE_POOL / name).read_text().strip()
+        except OSError:
+            return "unknown"
+
+    need = size // HUGE_SIZE
+    return HostError(
+        f"guest memory of {size:#x} bytes needs {need} huge pages of 2 MiB: the kernel's pool has "
+        f"{count('nr_hugepages')}, of which {count('free_hugepages')} are free and {count('resv_hugepages')} promised",
+        hint=f"as root: echo N > {HUGE_POOL}/nr_hugepages, N at least {need} more; or use a plain memfd",
+    )

@@ -1,0 +1,132 @@
+"""mmap and its kin through libc, with addresses as integers: Python never holds a view of guest memory.
+
+Owns nothing: whoever maps unmaps. For the memory package only. Every failure names the call, its values, and why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from pyvmm.errors import HostError, PyvmmError, hex_
+from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Hva, align_up
+from pyvmm.uapi.mman import (
+    MADV_DONTDUMP,
+    MADV_DONTFORK,
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PROT_NONE,
+    PROT_READ,
+    PROT_WRITE,
+)
+
+PROT_RW = PROT_READ | PROT_WRITE
+
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class MappingError(PyvmmError):
+    """A call on memory failed; ``errno`` is the kernel's answer."""
+
+    def __init__(self, call: str, values: str, code: int, cause: str | None = None, hint: str | None = None) -> None:
+        name = errno.errorcode.get(code, str(code))
+        super().__init__(f"{call}({values}): {name}: {cause or os.strerror(code)}", hint=hint)
+        self.errno = code
+
+
+def map_shared(fd: int, size: int, *, offset: int = 0, reserve: bool = False) -> Hva:
+    """Map ``size`` bytes of ``fd`` for reading and writing, shared, left out of forks and core dumps.
+
+    A mapping of 2 MiB or more starts on a multiple of 2 MiB, so that huge pages can back an equally aligned gpa.
+    ``reserve`` makes the kernel set the pages aside now (hugetlb: a pool too small is told here, not by a SIGBUS).
+    """
+    # Shared, not private: a pinned page of a private mapping is copied by fork through the kernel's own mapping,
+    # which destroys it once it is donated (copy_present_page, mm/memory.c). DONTFORK and DONTDUMP for the same reason.
+    granule = HUGE_SIZE if size >= HUGE_SIZE else PAGE_SIZE
+    room = size + granule - PAGE_SIZE
+    start = _mmap(0, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    address = align_up(start, granule)
+    flags = MAP_SHARED | MAP_FIXED | (0 if reserve else MAP_NORESERVE)
+    try:
+        _mmap(address, size, PROT_RW, flags, fd, offset)
+        advise(address, size, MADV_DONTFORK)
+        advise(address, size, MADV_DONTDUMP)
+    except BaseException:
+        unmap(start, room)
+        raise
+    if address > start:
+        unmap(start, address - start)
+    if start + room > address + size:
+        unmap(address + size, start + room - address - size)
+    return Hva(address)
+
+
+def map_over(address: int, size: int, fd: int, offset: int, access: int) -> None:
+    """Put another part of a file in the place of an existing mapping, in one step for whoever looks at it."""
+    _mmap(address, size, access, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, offset)
+    advise(address, size, MADV_DONTFORK)
+    advise(address, size, MADV_DONTDUMP)
+
+
+def unmap(address: int, size: int) -> None:
+    """Remove the mappings in a range; an empty range of addresses is no error."""
+    _check(_libc.munmap(address, size), "munmap", address, size)
+
+
+def protect(address: int, size: int, access: int) -> None:
+    """Change the access of a mapping to PROT_NONE or PROT_RW."""
+    _check(
+        _libc.mprotect(address, size, access), "mprotect", address, size, f"prot={access}",
+        hint="every change of access splits a mapping in pieces: raise /proc/sys/vm/max_map_count",
+    )  # fmt: skip
+
+
+def advise(address: int, size: int, advice: int) -> None:
+    """Call madvise; raises :class:`MappingError` with its errno."""
+    _check(_libc.madvise(address, size, advice), "madvise", address, size, f"advice={advice}")
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """Allocate, or with FALLOC_FL_PUNCH_HOLE drop, a range of a file's pages."""
+    if _libc.fallocate(fd, mode, offset, size):
+        code = ctypes.get_errno()
+        raise MappingError("fallocate", f"fd={fd}, mode={mode:#x}, offset={offset:#x}, size={size:#x}", code)
+
+
+def _mmap(address: int, size: int, access: int, flags: int, fd: int, offset: int) -> int:
+    result: int | None = _libc.mmap(address, size, access, flags, fd, offset)
+    if result is None or result == _FAILED:
+        code = ctypes.get_errno()
+        cause = hint = None
+        if code == errno.ENOMEM:
+            cause = "no room: this process's address space or the memory the kernel may commit is used up"
+            hint = "ask for less guest memory; see `ulimit -v`, /proc/sys/vm/max_map_count and overcommit_memory"
+        elif code == errno.EAGAIN:
+            cause = "the mapping would be locked (mlockall) and RLIMIT_MEMLOCK does not allow it"
+        elif code == errno.ENODEV and fd >= 0:
+            raise HostError(
+                f"this kernel cannot map the file behind guest memory (mmap of fd {fd}: ENODEV)",
+                hint="a guest_memfd can be mapped since Linux 6.18 and only if it was created with the MMAP flag",
+            )
+        values = f"size={size:#x}, prot={access}, flags={flags:#x}, fd={fd}, offset={offset:#x}"
+        raise MappingError("mmap", values, code, cause, hint)
+    return result
+
+
+def _check(result: int, call: str, address: int, size: int, more: str = "", hint: str | None = None) -> None:
+    if result:
+        code = ctypes.get_errno()
+        values = ", ".join(filter(None, (hex_(address), f"size={size:#x}", more)))
+        raise MappingError(call, values, code, hint=hint if code == errno.ENOMEM else None)

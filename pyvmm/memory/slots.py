@@ -1,0 +1,252 @@
+"""Slots: which part of guest memory lies on which part of which backing, in KVM's eyes and in the native loop's.
+
+:class:`SlotTable` is the only caller of KVM_SET_USER_MEMORY_REGION2 and the only writer of ``pv_vm.map``; only
+:class:`pyvmm.memory.memory.Memory` uses it, under its lock. What was added whole is one :class:`Slot`, one region of
+the native loop and one area of the ledger for its whole life. KVM may see it in several :class:`Piece` s, after pages
+were moved to another backing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import time
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pyvmm._native import ffi
+from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, span
+from pyvmm.uapi.kvm_cap import KVM_CAP_NR_MEMSLOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyvmm.kvm.vm import Vm
+    from pyvmm.memory.backing import Backing
+    from pyvmm.memory.ledger import Area
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One memslot of KVM: ``[gpa, gpa + size)`` lies at ``offset`` of ``backing``."""
+
+    gpa: Gpa
+    size: int
+    backing: Backing
+    offset: int
+
+    @property
+    def end(self) -> Gpa:
+        """First byte behind it."""
+        return Gpa(self.gpa + self.size)
+
+    def continues(self, before: Piece) -> bool:
+        """Whether it goes on where ``before`` ends, in guest memory and in the backing."""
+        same = self.backing is before.backing and self.offset == before.offset + before.size
+        return same and self.gpa == before.end
+
+    def overlap(self, gpa: int, size: int) -> Piece | None:
+        """Return the part of it that lies in ``[gpa, gpa + size)``."""
+        start, end = max(gpa, self.gpa), min(gpa + size, self.end)
+        if start >= end:
+            return None
+        return Piece(Gpa(start), end - start, self.backing, self.offset + start - self.gpa)
+
+
+def carve(pieces: Sequence[Piece], new: Piece) -> list[Piece]:
+    """Return ``pieces`` with ``new`` in the place of what it covers, neighbours joined where they continue."""
+    left_over = [new]
+    for piece in pieces:
+        left = piece.overlap(piece.gpa, max(0, new.gpa - piece.gpa))
+        right = piece.overlap(new.end, max(0, piece.end - new.end))
+        left_over += [part for part in (left, right) if part]
+    joined: list[Piece] = []
+    for piece in sorted(left_over, key=lambda each: each.gpa):
+        if joined and piece.continues(joined[-1]):
+            before = joined.pop()
+            piece = Piece(before.gpa, before.size + piece.size, before.backing, before.offset)
+        joined.append(piece)
+    return joined
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A range of guest memory as it was added. Only Memory changes it."""
+
+    gpa: Gpa
+    size: int
+    backing: Backing
+    offset: int
+    area: Area
+    pieces: list[Piece] = field(default_factory=list)
+    """The memslots KVM has of it; more than one after pages were moved to another backing."""
+
+    @property
+    def end(self) -> Gpa:
+        """First byte behind it."""
+        return Gpa(self.gpa + self.size)
+
+    @property
+    def hva(self) -> Hva:
+        """Where KVM finds its first byte, unless that page was moved."""
+        return Hva(self.backing.hva + self.offset)
+
+    @property
+    def view(self) -> Hva:
+        """Where the host's own code finds its first byte."""
+        return Hva(self.backing.view + self.offset)
+
+    def __str__(self) -> str:
+        return f"slot {span(self.gpa, self.size)} on {self.backing.kind}"
+
+
+class SlotTable:
+    """The slots of one VM, sorted by gpa."""
+
+    def __init__(self, vm: Vm, native_vm: Any, *, ipa_bits: int | None) -> None:
+        self._vm = vm
+        self._native = native_vm
+        self._ipa_bits = ipa_bits
+        self._most = vm.check(KVM_CAP_NR_MEMSLOTS)
+        self.slots: tuple[Slot, ...] = ()
+        self._numbers: dict[Piece, int] = {}
+        self._free: list[int] = []
+        self._alive: list[Any] = []
+        """Every table and ledger that a vCPU may still be looking at."""
+
+    def at(self, gpa: int) -> Slot | None:
+        """Return the slot that holds ``gpa``."""
+        slots = self.slots
+        index = bisect_right(slots, gpa, key=lambda slot: slot.gpa) - 1
+        return slots[index] if index >= 0 and gpa < slots[index].end else None
+
+    def reach(self, gpa: int, size: int) -> int:
+        """Return how many of the ``size`` bytes from ``gpa`` lie in slots without a gap."""
+        done = 0
+        while done < size and (slot := self.at(gpa + done)):
+            done = slot.end - gpa
+        return min(done, size)
+
+    def pieces(self, gpa: int, size: int) -> list[tuple[Slot, Piece]]:
+        """Return the parts of ``[gpa, gpa + size)``, each with its slot; gaps are left out."""
+        found = []
+        for slot in self.slots:
+            if slot.gpa < gpa + size and gpa < slot.end:
+                found += [(slot, part) for piece in slot.pieces if (part := piece.overlap(gpa, size))]
+        return found
+
+    def check_new(self, gpa: int, size: int, backing: Backing, offset: int) -> None:
+        """Refuse, in words, what KVM would refuse with an errno."""
+        what = f"a slot of {size:#x} bytes at gpa {hex_(gpa)} over {backing!r}"
+        for name, value in (("gpa", gpa), ("size", size), ("offset", offset)):
+            if value < 0 or not is_aligned(value):
+                raise UsageError(f"{what}: its {name} {value:#x} is not a multiple of {PAGE_SIZE:#x}")
+        if backing.closed:
+            raise UsageError(f"{what}: the backing is closed")
+        if size == 0 or offset + size > backing.size:
+            raise UsageError(
+                f"{what}: offset {offset:#x} and the size do not fit the backing's {backing.size:#x} bytes",
+                hint="make the backing larger, or name a part of it with offset= and size=",
+            )
+        if self._ipa_bits is not None and gpa + size > 1 << self._ipa_bits:
+            raise UsageError(
+                f"{what} ends beyond this VM's {self._ipa_bits} bits of guest physical address space",
+                hint="the size is fixed when the VM is created: the low 8 bits of its type",
+            )
+        for slot in self.slots:
+            if gpa < slot.end and slot.gpa < gpa + size:
+                raise UsageError(f"{what}, {span(gpa, size)}, overlaps the {slot}")
+            for piece in slot.pieces:
+                if piece.backing is backing and offset < piece.offset + piece.size and piece.offset < offset + size:
+                    raise UsageError(
+                        f"{what}: bytes [{offset:#x}, {offset + size:#x}) of the backing are in the {slot} already",
+                        hint="one page of guest memory has one address; use another part of the backing",
+                    )
+        if len(self._numbers) >= self._most:
+            raise self._too_many(what)
+
+    def publish(self, slot: Slot) -> None:
+        """Let the native loop see a new slot; KVM sees it with :meth:`switch`."""
+        self._publish(tuple(sorted((*self.slots, slot), key=lambda each: each.gpa)))
+
+    def withdraw(self, slot: Slot) -> None:
+        """Take a slot from the native loop. What it looks at now stays alive until the VM's end."""
+        self._alive.append(slot)
+        self._publish(tuple(each for each in self.slots if each is not slot))
+
+    def room_for(self, slot: Slot, pieces: list[Piece]) -> bool:
+        """Whether KVM can have ``slot`` in these pieces, by number."""
+        return len(self._numbers) - len(slot.pieces) + len(pieces) <= self._most
+
+    def switch(self, slot: Slot, pieces: list[Piece]) -> None:
+        """Make KVM see ``slot`` as ``pieces``; as before where it refuses. There is a moment with neither.
+
+        A vCPU that touches the slot in that moment exits with KVM_EXIT_MMIO: pause the others first.
+        """
+        old = [piece for piece in slot.pieces if piece not in pieces]
+        new = [piece for piece in pieces if piece not in slot.pieces]
+        if not self.room_for(slot, pieces):
+            raise self._too_many(f"the {slot} in {len(pieces)} pieces")
+        undo: list[tuple[bool, Piece]] = []
+        try:
+            for piece in old:
+                self._delete(piece)
+                undo.append((True, piece))
+            for piece in new:
+                self._set(piece)
+                undo.append((False, piece))
+        except BaseException:
+            for restore, piece in reversed(undo):
+                (self._set if restore else self._delete)(piece)
+            raise
+        slot.pieces = pieces
+
+    def close(self) -> None:
+        """Forget everything; take the slots from a VM that still lives, before their addresses mean something else."""
+        self._native.map = ffi.NULL
+        for piece in () if self._vm.closed else tuple(self._numbers):
+            with contextlib.suppress(PyvmmError):  # a protected VM that has run refuses
+                self._delete(piece)
+        self._numbers.clear()
+        self.slots = ()
+        self._alive.clear()
+
+    def _set(self, piece: Piece) -> None:
+        number = heapq.heappop(self._free) if self._free else len(self._numbers)
+        backing = piece.backing
+        try:
+            self._vm.set_memory(
+                number, piece.gpa, piece.size, backing.hva + piece.offset,
+                guest_memfd=backing.guest_memfd, offset=piece.offset if backing.guest_memfd else 0,
+            )  # fmt: skip
+        except BaseException:
+            heapq.heappush(self._free, number)
+            raise
+        self._numbers[piece] = number
+
+    def _delete(self, piece: Piece) -> None:
+        self._vm.delete_memory(self._numbers[piece])
+        heapq.heappush(self._free, self._numbers.pop(piece))
+
+    def _too_many(self, what: str) -> UsageError:
+        return UsageError(
+            f"{what}: the kernel takes {self._most} slots a VM (KVM_CAP_NR_MEMSLOTS)",
+            hint="use fewer and larger slots; adjacent parts of one backing need only one",
+        )
+
+    def _publish(self, slots: tuple[Slot, ...]) -> None:
+        regions = ffi.new("struct pv_region[]", len(slots))
+        for region, slot in zip(regions, slots, strict=True):
+            region.gpa, region.size = slot.gpa, slot.size
+            region.view = ffi.cast("uint8_t *", slot.view)
+            region.ledger = slot.area.entries
+            region.fd, region.fd_offset = slot.backing.fd, slot.offset
+        table = ffi.new("struct pv_map *", {"count": len(slots), "regions": regions})
+        self._alive += [regions, table]
+        # Python has no store-release. Handing over and retaking the interpreter's lock, which this does, is one: the
+        # table is complete in memory before the pointer to it is, and the loop loads that with acquire.
+        time.sleep(0)
+        self._native.map = table
+        self.slots = slots

@@ -18,10 +18,10 @@ Value: TypeAlias = int | str | None
 Values: TypeAlias = Mapping[str, Value]
 
 PAGE = 4096
-_HEX = frozenset(
-    ("gpa", "hva", "size", "offset", "flags", "type", "id", "base", "attr", "value")
-    + ("datamatch", "address", "control", "mode")
-)  # fmt: skip
+_HEX = {
+    "address", "attr", "base", "control", "datamatch", "flags", "gpa", "hva", "id", "mode", "offset", "size", "type",
+    "value",
+}  # fmt: skip
 EHWPOISON = 133  # asm-generic/errno.h; Python's errno has it since 3.14
 
 

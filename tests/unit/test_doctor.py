@@ -1,0 +1,130 @@
+"""The doctor: right about this machine, and helpful about any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+
+import pytest
+
+from pyvmm.cli import doctor, main, probes
+from pyvmm.cli.doctor import Diagnosis
+from pyvmm.cli.probes import FAIL, INFO, OK, WARN, Finding
+from pyvmm.errors import HostError
+
+
+def findings(found):
+    return {finding.name: finding for finding in found}
+
+
+def test_json_is_one_object_that_agrees_with_the_exit_status(capsys):
+    status = main(["doctor", "--json"])
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert out.count("\n") == 1
+    assert err == ""
+    assert status == (0 if answer["direct"] or answer["lab"] else 5)
+    assert {finding["section"] for finding in answer["findings"]} == {"host", "kvm", "python", "lab"}
+    assert {finding["status"] for finding in answer["findings"]} <= {OK, INFO, WARN, FAIL}
+
+
+def test_the_table_names_every_finding_and_ends_with_a_command(capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.splitlines()[-1].startswith("Next: ")
+    for finding in Diagnosis.make().findings:
+        assert finding.name in out
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="says what an x86_64 machine is told")
+def test_an_x86_machine_is_sent_to_the_lab():
+    assert findings(probes.host())["architecture"].value.startswith("x86_64: arm64 guests run in the lab")
+    assert not Diagnosis.make().direct
+
+
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs a /dev/kvm that may be opened")
+def test_the_kernel_is_asked_what_its_kvm_can():
+    assert findings(probes.kvm())["/dev/kvm"].status == OK
+
+
+def no_kvm(*_args):
+    raise HostError("there is no KVM here", hint="load KVM")
+
+
+def test_no_kvm_is_a_fault_only_where_guests_could_run(monkeypatch):
+    monkeypatch.setattr("pyvmm.kvm.system.System.open", no_kvm)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    (found,) = probes.kvm()
+    assert (found.status, found.hint) == (INFO, None)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    (found,) = probes.kvm()
+    assert (found.status, found.hint) == (FAIL, "load KVM")
+
+
+class Kvm:
+    def __init__(self, protected):
+        self.protected = protected
+
+    def supports_protected(self):
+        if isinstance(self.protected, Exception):
+            raise self.protected
+        return self.protected
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "word"),
+    [(True, OK, "pKVM"), (False, FAIL, "not started in protected mode"), (HostError("busy"), FAIL, "busy")],
+)
+def test_whether_the_host_is_pkvm_is_what_it_answers(answer, status, word):
+    found = probes._protected(Kvm(answer))
+    assert found.status == status
+    assert word in found.value
+
+
+def test_large_pages_rule_an_arm64_host_out(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(os, "sysconf", lambda name: 65536 if name == "SC_PAGE_SIZE" else 1 << 20)
+    assert findings(probes.host())["page size"].status == FAIL
+
+
+def test_a_missing_module_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name in ("structlog", "elftools") else object()
+    )
+    found = findings(probes.python())
+    assert (found["structlog"].status, found["structlog"].hint) == (FAIL, "pip install structlog")
+    assert found["pyelftools"].status == WARN
+    assert found["cffi"].status == OK
+
+
+@pytest.mark.parametrize(
+    ("status", "direct", "in_lab", "step"),
+    [
+        ({}, True, False, "pyvmm demo"),
+        ({"kvm": FAIL}, False, True, "pyvmm demo"),
+        ({"kvm": WARN}, True, False, "pyvmm demo"),
+        ({"kvm": FAIL, "lab": FAIL}, False, False, "mend lab"),
+        ({"python": FAIL, "lab": FAIL}, False, False, "mend python"),
+    ],
+)
+def test_an_arm64_machine_is_told_what_it_can_do_and_the_next_step(monkeypatch, status, direct, in_lab, step):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    made = Diagnosis([Finding(s, s, status.get(s, OK), "x", f"mend {s}") for s in ("host", "kvm", "python", "lab")])
+    assert (made.direct, made.in_lab, made.next_step) == (direct, in_lab, step)
+
+
+def test_a_machine_that_can_do_nothing_exits_5_and_says_what_to_do(monkeypatch, capsys):
+    bad = Diagnosis([Finding("lab", "QEMU", FAIL, "not installed", "apt install qemu-system-arm")])
+    monkeypatch.setattr(doctor.Diagnosis, "make", lambda: bad)
+    assert main(["doctor"]) == 5
+    out = capsys.readouterr().out
+    assert "NO  QEMU" in out
+    assert out.endswith("cannot run protected guests yet.\nNext: apt install qemu-system-arm\n")
+
+
+def test_colours_are_for_terminals():
+    made = Diagnosis([Finding("lab", "QEMU", FAIL, "not installed")])
+    assert "\x1b[31mNO\x1b[0m" in "\n".join(made.lines(colours=True))
+    assert "\x1b" not in "\n".join(made.lines())

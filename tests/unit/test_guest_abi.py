@@ -1,0 +1,44 @@
+"""Python's numbers are the header's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pyvmm import abi
+
+HEADER = Path(__file__).parents[2] / "firmware" / "lib" / "abi.h"
+
+
+def _defines() -> tuple[dict[str, int], dict[str, str]]:
+    values: dict[str, int] = {}
+    functions: dict[str, str] = {}
+    for line in HEADER.read_text().splitlines():
+        if found := re.match(r"#define (\w+)\((\w)\)\s+\((.*?)\)\s*(?:/\*|$)", line):
+            functions[found[1]] = found[3].replace(f"({found[2]})", found[2])
+        elif found := re.match(r"#define (\w+)\s+(0x[0-9a-fA-F]+|\d+)\b", line):
+            values[found[1]] = int(found[2], 0)
+    return values, functions
+
+
+def test_every_number_of_the_header_is_there_and_no_other() -> None:
+    values, _ = _defines()
+    mirrored = {name: value for name, value in vars(abi).items() if name.isupper() and isinstance(value, int)}
+    assert len(values) > 40
+    assert mirrored == values
+
+
+def test_every_register_file_of_the_mailbox_is_where_the_header_has_it() -> None:
+    _, functions = _defines()
+    assert set(functions) == {"MAILBOX_ARG", "MAILBOX_RESULT", "MAILBOX_TRAP", "MAILBOX_NOTE"}
+    for name, expression in functions.items():
+        for n in range(8):
+            assert getattr(abi, name)(n) == eval(expression, {}, {"n": n}), name
+
+
+def test_mailbox_registers_do_not_overlap() -> None:
+    rows = {"ARG": 7, "RESULT": 7, "TRAP": 8, "NOTE": 4}
+    offsets = [getattr(abi, f"MAILBOX_{name}")(n) for name, count in rows.items() for n in range(count)]
+    offsets += [abi.MAILBOX_OP, abi.MAILBOX_DONE, abi.MAILBOX_TRAP_BELL]
+    assert len(offsets) == len(set(offsets))
+    assert all(offset % 8 == 0 and offset < 4096 for offset in offsets)

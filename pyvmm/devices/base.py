@@ -30,12 +30,12 @@ class Device:
         """Answer a load of ``size`` bytes; unknown offsets read as zero."""
         return 0
 
-    def write(self, offset: int, size: int, value: int, vcpu: int) -> None:  # noqa: B027
+    def write(self, offset: int, size: int, value: int, vcpu: int) -> None:
         """Take a store of ``size`` bytes; unknown offsets ignore it."""
 
     def properties(self) -> dict[str, Any]:
         """Return more of the device-tree node than ``compatible`` and ``reg``."""
         return {}
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Let go of everything; called once, after the last vCPU has stopped."""

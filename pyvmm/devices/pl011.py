@@ -3,7 +3,7 @@
 Owns ``struct pv_pl011`` with both FIFOs, an eventfd and up to two threads: one writes what the guest prints to a file
 descriptor, one feeds what arrives on another to the guest. Neither descriptor is closed here.
 
-Output waits up to ``LINGER`` seconds for more before it is written, so that a line costs one wake-up and not one a byte;
+Output waits up to ``LINGER`` seconds for more before it is written, so that a line costs one wake-up, not one a byte;
 when the FIFO is full the vCPU waits until it is drained (:meth:`Pl011.drain`), so nothing is lost and a flood costs
 the guest, not the host's memory.
 """

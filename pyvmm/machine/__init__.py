@@ -1,1 +1,6 @@
 """One VM put together: the address map, the boot protocol, the device tree, and the wiring of everything else."""
+
+from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.machine import Machine
+
+__all__ = ["Machine", "MachineConfig"]

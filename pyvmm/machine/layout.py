@@ -102,9 +102,6 @@ PRIVATE_BOOT: Final = 8 * MIB
 #: Where QEMU loads a flat binary too, relative to RAM.
 FLAT_OFFSET: Final = 0x8_0000
 
-#: RAM in front of a private guest_memfd: a memfd, since the host cannot load into the other.
-PRIVATE_BOOT: Final = 16 * MIB
-
 #: Bytes of mailbox a vCPU has; a vCPU finds its own by MPIDR.Aff0, which KVM gives 16 values (reset_mpidr in
 #: arch/arm64/kvm/sys_regs.c), hence MAX_VCPUS.
 MAILBOX_STRIDE: Final = 0x1000

@@ -13,6 +13,7 @@ import contextlib
 import platform
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import structlog
@@ -37,7 +38,8 @@ from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
 from pyvmm.observe.counters import Counters
 from pyvmm.protection import Protection
-from pyvmm.uapi import kvm as uapi
+from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
+from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.vcpu.cold import ColdExits, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
@@ -85,10 +87,10 @@ class Machine:
         config = self.config
         if platform.machine() != "aarch64":
             raise HostError(
-                f"this host is {platform.machine()}: KVM runs guests of the host's own architecture, and pyvmm's are arm64",
+                f"this host is {platform.machine()}, pyvmm's guests are arm64: KVM runs only its own architecture",
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
-        image = boot.read(config.kernel, config.initrd)
+        image = boot.read(config.kernel, config.initrd, room=config.memory)
         push = self._stack.enter_context
         self.system = push(System.open())
         self.vm = push(self._create_vm(self.system))
@@ -99,11 +101,15 @@ class Machine:
         self.native.retry_limit = RETRIES
         self.native.policy[lib.PV_FAIL_EAGAIN] = lib.PV_ACT_RETRY
         self._check(lib.pv_install_signals())
+        if config.protection is Protection.EMULATED:
+            for first, count in FORWARDED:
+                self.vm.forward_smccc(first, count)
         # Memory outlives the VM: the stack unwinds from its end, so it is closed by hand in close().
         self.memory = Memory(self.vm, config.protection, self.native)
         loadable = self._add_ram()
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
+        self.memory.quiesce = self.quiet
         self._place_devices()
         self.vcpus = [push(self.vm.create_vcpu(index)) for index in range(config.cpus)]
         for vcpu in self.vcpus:
@@ -115,16 +121,16 @@ class Machine:
             loadable=loadable,
             cpus=config.cpus,
             command_line=" ".join(config.params),
-            devices=[(placed.device.node(), placed.base) for placed in self.bus.placed],
+            devices=[(placed.device, placed.base) for placed in self.bus.placed],
         )
         first = self.vcpus[0]
-        first.set_register("pc", self.entry.pc)
-        first.set_register("x0", self.entry.fdt)
+        first.set_reg(core_reg("pc"), self.entry.pc)
+        first.set_reg(core_reg("x0"), self.entry.fdt)
         self._make_threads()
 
     def _create_vm(self, system: System) -> Vm:
         if self.config.protection is Protection.PKVM:
-            return system.create_vm(uapi.KVM_VM_TYPE_ARM_PROTECTED)
+            return system.create_vm(KVM_VM_TYPE_ARM_PROTECTED)
         return system.create_vm(0)
 
     @staticmethod
@@ -172,12 +178,13 @@ class Machine:
         for vcpu in self.vcpus:
             native = self._native_vcpu(vcpu)
             cold = ColdExits(
-                native=native, vcpu=vcpu, memory=self.memory, relay=self.relay, bus=self.bus, console=self.console,
-                mailboxes=self.mailboxes, finish=self._finish, unclaimed=self._unclaimed,
+                native=native, vcpu=vcpu, memory=self.memory, relay=self.relay, bus=self.bus,
+                console=self.console, mailboxes=self.mailboxes, finish=self._finish, wanted=self._wanted(vcpu.index), unclaimed=self._unclaimed,
             )  # fmt: skip
-            thread = VcpuThread(native, cold.handle, self._failed, self.mailboxes.wake)
-            cold.wanted = lambda thread=thread: thread.wanted
-            self._threads.append(thread)
+            self._threads.append(VcpuThread(native, cold.handle, self._failed, self.mailboxes.wake))
+
+    def _wanted(self, index: int) -> Callable[[], bool]:
+        return lambda: self._threads[index].wanted
 
     def _native_vcpu(self, vcpu: Vcpu) -> Any:
         records = ffi.new("struct pv_record[]", RING_RECORDS)
@@ -215,6 +222,7 @@ class Machine:
         if not self._done.wait(timeout):
             self._finish(Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s"))
         self._stop_threads()
+        self.console.drain()
         outcome = self._outcome
         if outcome is None:
             raise PyvmmError("the run ended without saying why; this is a bug in pyvmm")
@@ -237,6 +245,20 @@ class Machine:
         """Let every vCPU go on."""
         for thread in self._threads:
             thread.resume()
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keep every vCPU but the caller's own out of the guest: what moving slots under them needs."""
+        others = [thread for thread in self._threads if not thread.is_current]
+        for thread in others:
+            thread.pause()
+        try:
+            for thread in others:
+                thread.wait_outside()
+            yield
+        finally:
+            for thread in others:
+                thread.resume()
 
     @property
     def counters(self) -> Counters:

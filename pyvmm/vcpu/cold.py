@@ -16,7 +16,7 @@ from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, hex_
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
-from pyvmm.uapi import kvm as uapi
+from pyvmm.uapi.kvm_run import ExitReason, SystemEvent
 from pyvmm.vcpu.failure import explain
 from pyvmm.vcpu.outcome import Ending, Outcome
 
@@ -129,12 +129,12 @@ class ColdExits:
     def _system_event(self) -> bool:
         index, event = self.native.index, self.native.event
         match event:
-            case uapi.KVM_SYSTEM_EVENT_SHUTDOWN:
+            case SystemEvent.KVM_SYSTEM_EVENT_SHUTDOWN:
                 return self._end(Outcome(Ending.POWEROFF, "the guest powered off", index))
-            case uapi.KVM_SYSTEM_EVENT_RESET:
+            case SystemEvent.KVM_SYSTEM_EVENT_RESET:
                 # A protected VM's memory cannot be loaded again, so a reset always ends this machine.
                 return self._end(Outcome(Ending.RESET, "the guest asked for a reset", index))
-            case uapi.KVM_SYSTEM_EVENT_CRASH:
+            case SystemEvent.KVM_SYSTEM_EVENT_CRASH:
                 return self._end(Outcome(Ending.CRASH, "the guest reported a crash to KVM", index))
             case _:
                 return self._end(Outcome(Ending.FAILED, f"KVM_EXIT_SYSTEM_EVENT of unknown type {event}", index))
@@ -145,7 +145,7 @@ class ColdExits:
         if stop == lib.PV_STOP_HYPERCALL:
             number = self.vcpu.run.hypercall.nr
             return Outcome(Ending.FAILED, f"KVM_EXIT_HYPERCALL {number:#x} is forwarded but has no handler", index)
-        if reason == uapi.KVM_EXIT_ARM_NISV:
+        if reason == ExitReason.KVM_EXIT_ARM_NISV:
             run = self.vcpu.run.arm_nisv
             return Outcome(
                 Ending.CRASH,
@@ -159,7 +159,7 @@ class ColdExits:
 def kvm_exit_name(reason: int) -> str:
     """Name an exit reason as the kernel does."""
     try:
-        return uapi.KvmExit(reason).name
+        return ExitReason(reason).name
     except ValueError:
         return f"{reason} (unknown)"
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import lib
 from pyvmm.errors import hex_
-from pyvmm.memory.address import Gpa
+from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.ledger import PageState
 from pyvmm.observe.faulttrace import guest_fault
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending, Outcome
@@ -20,6 +21,9 @@ from pyvmm.vcpu.outcome import Ending, Outcome
 if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.memory import Memory
+
+EHWPOISON = 133
+"""include/uapi/asm-generic/errno.h; Python's errno module has no name for it."""
 
 
 def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome:
@@ -40,7 +44,7 @@ def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome:
             gpa = Gpa(native.fault_gpa)
             cause = (
                 "the page is poisoned by a hardware error"
-                if number == errno.EHWPOISON
+                if number == EHWPOISON
                 else "its guest_memfd is gone or cannot give a page"
             )
             return Outcome(
@@ -62,13 +66,13 @@ def _efault(vcpu: Vcpu, native: Any, memory: Memory, prefix: str, where: str) ->
     if gpa is None:
         at = f"some page ({why_not})"
     else:
-        page = Gpa(gpa & -4096)
+        page = Gpa(gpa & -PAGE_SIZE)
         at = f"page at gpa {hex_(page)}"
     if memory.protection is Protection.PKVM and (gpa is None or memory.contains(Gpa(gpa), 1)):
         # A donated page that something in the host reached through the kernel is taken back by force, zeroed and
         # poisoned in the guest's stage 2 (mem_protect.c, __pkvm_host_force_reclaim...): every touch then fails so.
         if gpa is not None:
-            lib.pv_ledger_set(memory.native, gpa & -4096, lib.PV_PAGE_POISONED)
+            memory.ledger.set(gpa & -PAGE_SIZE, PageState.POISONED)
         return Outcome(
             Ending.CRASH,
             f"{prefix}: {at} was reclaimed by the host: its contents are lost and the guest cannot go on ({where})",

@@ -2,7 +2,7 @@
 
     running ──(pause, kick)──> paused ──(resume)──> running ──(stop, kick | the handler says so)──> finished
 
-Three functions, one a state. Anyone may call :meth:`VcpuThread.pause`, :meth:`resume` and :meth:`stop`: each sets what
+Pauses nest: a vCPU runs again when each has been resumed. Anyone may call :meth:`VcpuThread.pause`, :meth:`resume` and :meth:`stop`: each sets what
 is wanted first and kicks afterwards; the vCPU's thread forgets the kick first and looks at what is wanted afterwards,
 so no request is lost. The condition guards the two flags and nothing else; no other lock is taken under it.
 """
@@ -10,6 +10,7 @@ so no request is lost. The condition guards the two flags and nothing else; no o
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,8 @@ class VcpuThread:
         self.native = native
         self._handle, self._failed, self._woken = handle, failed, woken
         self._changed = threading.Condition()
-        self._pausing = self._stopping = self._paused = False
+        self._pauses = 0
+        self._stopping = self._paused = False
         self._thread = threading.Thread(target=self._main, name=f"pyvmm-vcpu{native.index}", daemon=True)
 
     # -- any thread
@@ -44,11 +46,11 @@ class VcpuThread:
 
     def pause(self) -> None:
         """Ask the vCPU to leave the guest and wait; :meth:`wait_paused` says when it has."""
-        self._want(pausing=True)
+        self._want(pauses=1)
 
     def resume(self) -> None:
         """Let a paused vCPU go on."""
-        self._want(pausing=False)
+        self._want(pauses=-1)
 
     def stop(self) -> None:
         """Ask the vCPU to leave the guest for good."""
@@ -59,6 +61,12 @@ class VcpuThread:
         with self._changed:
             return self._changed.wait_for(lambda: self._paused or not self._thread.is_alive(), timeout)
 
+    def wait_outside(self) -> None:
+        """Wait until the vCPU is out of the guest, be it paused or in a handler; it stays out while a pause lasts."""
+        # The kick is remembered until the vCPU's own thread looks at it, so one that is outside cannot slip in again.
+        while self.native.tid:
+            time.sleep(0)
+
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread to end; False after ``timeout`` seconds. A thread never started counts as ended."""
         if self._thread.ident is not None:
@@ -68,14 +76,17 @@ class VcpuThread:
     @property
     def wanted(self) -> bool:
         """Whether the vCPU has been asked to pause or stop: what a handler that waits must watch."""
-        return self._stopping or self._pausing
+        return self._stopping or self._pauses > 0
 
-    def _want(self, *, pausing: bool | None = None, stopping: bool | None = None) -> None:
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs in this very thread."""
+        return threading.current_thread() is self._thread
+
+    def _want(self, *, pauses: int = 0, stopping: bool = False) -> None:
         with self._changed:
-            if pausing is not None:
-                self._pausing = pausing
-            if stopping is not None:
-                self._stopping = stopping
+            self._pauses += pauses
+            self._stopping |= stopping
             self._changed.notify_all()
         lib.pv_kick(self.native)
         self._woken()
@@ -102,7 +113,7 @@ class VcpuThread:
                 unkick(native)
                 if self._stopping:
                     return False
-                if self._pausing:
+                if self._pauses:
                     return True
             elif not handle(stop):
                 return False
@@ -111,5 +122,5 @@ class VcpuThread:
         with self._changed:
             self._paused = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._stopping or not self._pausing)
+            self._changed.wait_for(lambda: self._stopping or not self._pauses)
             self._paused = False

@@ -1,0 +1,50 @@
+"""Whole runs of the shipped payloads, in every protection."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyvmm.protection import Protection
+from pyvmm.vcpu.outcome import Ending
+from tests.pkvm.harness import ALL, Footprint, run
+
+pytestmark = pytest.mark.pkvm
+each_protection = pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
+
+
+@each_protection
+def test_hello_greets_and_powers_off(protection: Protection) -> None:
+    result = run("payload:hello", protection)
+    assert result.outcome.ending is Ending.POWEROFF
+    assert b"hello" in result.output.lower()
+    assert result.output.endswith(b"\n")
+
+
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_echo_prints_the_same_bytes_in_every_protection(cpus: int) -> None:
+    results = {protection: run("payload:echo", protection, cpus=cpus) for protection in ALL}
+    assert {r.outcome.ending for r in results.values()} == {Ending.POWEROFF}, results
+    assert len({r.output for r in results.values()}) == 1, {p.value: r.output for p, r in results.items()}
+    assert results[Protection.PKVM].output.count(b"\n") > cpus
+
+
+def test_echo_shares_are_counted_by_the_relay_in_every_protection() -> None:
+    counted = {p: run("payload:echo", p).counters for p in ALL}
+    assert all(c.shares > 0 and c.unshares > 0 for c in counted.values()), counted
+    assert len({(c.shares, c.unshares) for c in counted.values()}) == 1, counted
+
+
+@each_protection
+def test_smp_brings_up_every_vcpu(protection: Protection) -> None:
+    result = run("payload:smp", protection, cpus=4)
+    assert result.outcome.ending is Ending.POWEROFF, result
+    for index in range(1, 4):
+        assert f"{index}".encode() in result.output
+
+
+def test_many_runs_leak_nothing() -> None:
+    run("payload:echo", Protection.PKVM)  # caches and lazy imports settle
+    before = Footprint.now()
+    outputs = {run("payload:echo", protection).output for protection in ALL for _ in range(8)}
+    assert len(outputs) == 1
+    assert Footprint.now() == before

@@ -1,0 +1,223 @@
+"""Devices without a guest: the bus refuses overlaps, the console loses nothing, echo refuses what was not shared."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pyvmm import abi
+from pyvmm._native import ffi, lib
+from pyvmm.devices.bench import Bench
+from pyvmm.devices.bus import Bus
+from pyvmm.devices.echo import Echo
+from pyvmm.devices.mailbox import Mailboxes
+from pyvmm.devices.pl011 import Pl011
+from pyvmm.devices.share_bell import ShareBell
+from pyvmm.errors import GuestMemoryError, UsageError
+from pyvmm.memory.ledger import PageState
+from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
+
+
+def test_the_bus_refuses_overlapping_devices_by_name() -> None:
+    bus = Bus(ffi.new("struct pv_vm *"))
+    bus.add(Mailboxes(4), 0x920_0000)
+    with pytest.raises(UsageError, match=r"share-doorbell at \[0x920_3000, 0x920_4000\) overlaps mailbox"):
+        bus.add(ShareBell(), 0x920_3000)
+
+
+def test_the_published_table_is_sorted_and_names_every_part() -> None:
+    vm = ffi.new("struct pv_vm *")
+    bus = Bus(vm)
+    bench = Bench()
+    bus.add(bench, 0x930_0000)
+    bus.add(ShareBell(), 0x910_0000)
+    bus.publish()
+    table = vm.bus
+    assert [table.ranges[i].base for i in range(table.count)] == [
+        0x910_0000, 0x930_0000, 0x930_1000, 0x930_2000, 0x930_3000,
+    ]  # fmt: skip
+    bus.close()
+    assert vm.bus == ffi.NULL
+
+
+def _print(uart: Any, text: bytes) -> None:
+    """Do what the loop does for a store to DR, a byte at a time."""
+    fifo = uart.tx
+    for byte in text:
+        fifo.data[fifo.head % fifo.size] = byte
+        fifo.head += 1
+
+
+def test_console_output_arrives_whole_and_in_order() -> None:
+    reader, writer = os.pipe()
+    console = Pl011(out=writer)
+    console.start()
+    text = bytes(range(256)) * 60
+    _print(console.state, text)
+    console.close()
+    os.close(writer)
+    got = b""
+    while chunk := os.read(reader, 1 << 16):
+        got += chunk
+    os.close(reader)
+    assert got == text
+
+
+def test_a_reader_that_never_reads_does_not_hold_up_an_aborted_console() -> None:
+    reader, writer = os.pipe()
+    console = Pl011(out=writer)
+    console.start()
+    for _ in range(8):
+        _print(console.state, b"x" * 16000)
+        console._uart.tx.tail = console._uart.tx.tail  # the FIFO is as full as a flood leaves it
+        time.sleep(0.002)
+    started = time.monotonic()
+    console.abort()
+    console.close()
+    assert time.monotonic() - started < 5
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_closed_reader_does_not_end_the_run() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    console = Pl011(out=writer)
+    console.start()
+    _print(console.state, b"nobody listens")
+    console.close()
+    assert isinstance(console._broken, BrokenPipeError)
+    os.close(writer)
+
+
+def test_console_input_reaches_the_guests_fifo() -> None:
+    reader, writer = os.pipe()
+    console = Pl011(out=None, source=reader)
+    console.start()
+    os.write(writer, b"hi")
+    taken = ffi.new("uint8_t[]", 8)
+    got = b""
+    deadline = time.monotonic() + 5
+    while len(got) < 2 and time.monotonic() < deadline:
+        n = lib.pv_fifo_read(ffi.addressof(console.state, "rx"), taken, 8)
+        got += bytes(ffi.buffer(taken, n))
+    assert got == b"hi"
+    console.close()
+    os.close(writer)
+    os.close(reader)
+
+
+class FakeMemory:
+    """RAM of four pages at 0x8000_0000, of which some are closed to the host."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(4 * 4096)
+        self.closed: set[int] = set()
+
+    def contains(self, gpa: int, size: int) -> bool:
+        return gpa >= 0x8000_0000 and gpa + size <= 0x8000_4000
+
+    def _at(self, gpa: int) -> int:
+        if gpa & -4096 in self.closed:
+            raise GuestMemoryError("test", gpa, 0, "private")
+        return gpa - 0x8000_0000
+
+    def read(self, gpa: int, n: int) -> bytes:
+        at = self._at(gpa)
+        return bytes(self.bytes[at : at + n])
+
+    def write(self, gpa: int, data: bytes) -> None:
+        at = self._at(gpa)
+        self.bytes[at : at + len(data)] = data
+
+
+class FakeLedger:
+    """States set by hand."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, PageState] = {}
+
+    def state(self, gpa: int) -> PageState:
+        return self.states.get(gpa & -4096, PageState.PRIVATE)
+
+    def set(self, gpa: int, state: PageState) -> None:
+        self.states[gpa] = state
+
+
+@pytest.fixture
+def echo() -> Any:
+    memory, ledger = FakeMemory(), FakeLedger()
+    relay = ShareRelay(ffi.new("struct pv_vm *"), ledger)  # type: ignore[arg-type]
+    return SimpleNamespace(
+        device=Echo(memory, relay),  # type: ignore[arg-type]
+        memory=memory, ledger=ledger, relay=relay,
+    )  # fmt: skip
+
+
+PAGE = 0x8000_1000
+
+
+def _share(echo: Any, shared: bool) -> None:
+    echo.ledger.states[PAGE] = PageState.SHARED if shared else PageState.PRIVATE
+    echo.relay.deliver(ShareEvent(shared, PAGE, 1, ShareSource.DOORBELL, 0))
+
+
+def _store(echo: Any, register: int, value: int) -> int:
+    echo.device.write(register, 8, value, 0)
+    return echo.device.read(abi.ECHO_STATUS, 8, 0)
+
+
+def test_echo_answers_through_a_shared_page(echo: Any) -> None:
+    _share(echo, True)
+    assert _store(echo, abi.ECHO_PAGE, PAGE) == abi.ECHO_OK
+    echo.memory.write(PAGE, b"hello")
+    assert _store(echo, abi.ECHO_REQUEST, 5) == abi.ECHO_OK
+    assert echo.memory.read(PAGE + 2048, 5) == b"HELLO"
+    assert echo.device.read(abi.ECHO_COUNT, 8, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpa", "status"),
+    [
+        (PAGE, abi.ECHO_NOT_SHARED),
+        (PAGE + 8, abi.ECHO_BAD),
+        (0x7FFF_F000, abi.ECHO_BAD),
+        (0x8000_4000, abi.ECHO_BAD),
+        ((1 << 64) - 4096, abi.ECHO_BAD),
+    ],
+)
+def test_echo_refuses_any_page_it_may_not_use(echo: Any, gpa: int, status: int) -> None:
+    assert _store(echo, abi.ECHO_PAGE, gpa) == status
+    assert echo.device.page == 0
+
+
+def test_echo_lets_go_of_an_unshared_page(echo: Any) -> None:
+    _share(echo, True)
+    assert _store(echo, abi.ECHO_PAGE, PAGE) == abi.ECHO_OK
+    _share(echo, False)
+    assert _store(echo, abi.ECHO_REQUEST, 5) == abi.ECHO_NO_PAGE
+
+
+def test_echo_survives_a_guest_that_shared_by_words_only(echo: Any) -> None:
+    _share(echo, True)
+    assert _store(echo, abi.ECHO_PAGE, PAGE) == abi.ECHO_OK
+    echo.memory.closed.add(PAGE)
+    assert _store(echo, abi.ECHO_REQUEST, 5) == abi.ECHO_NOT_SHARED
+    assert _store(echo, abi.ECHO_REQUEST, 5) == abi.ECHO_NO_PAGE
+
+
+def test_echo_refuses_a_request_longer_than_half_a_page(echo: Any) -> None:
+    _share(echo, True)
+    _store(echo, abi.ECHO_PAGE, PAGE)
+    assert _store(echo, abi.ECHO_REQUEST, 2049) == abi.ECHO_BAD
+    assert _store(echo, abi.ECHO_REQUEST, (1 << 64) - 1) == abi.ECHO_BAD
+
+
+def test_the_loop_stops_at_shares_only_while_somebody_listens(echo: Any) -> None:
+    assert echo.relay.native.subscribers == 1
+    echo.device.close()
+    assert echo.relay.native.subscribers == 0

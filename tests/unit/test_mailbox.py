@@ -1,0 +1,88 @@
+"""Mailboxes: orders reach the vCPU that waits, answers reach who asked, and nobody waits for a dead machine."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from pyvmm._native import lib
+from pyvmm.devices.mailbox import MachineGone, Mailboxes
+
+
+class Guest:
+    """Plays the vCPU's side of one mailbox: takes an order in `serve`, answers it with the sum of its arguments."""
+
+    def __init__(self, boxes: Mailboxes, vcpu: int = 0, status: int = 0) -> None:
+        self.boxes, self.vcpu, self.leaving = boxes, vcpu, False
+        self.box = boxes.state[vcpu]
+        self.status = status
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self.boxes.serve(self.vcpu, lambda: self.leaving)
+            if self.box.state != lib.PV_MAILBOX_ORDER:
+                return
+            words = list(self.box.order)
+            self.box.result[0], self.box.result[1] = self.status, sum(words[1:])
+            for index in range(8):
+                self.box.trap[index] = 0x100 + index
+            self.box.state = lib.PV_MAILBOX_DONE
+
+    def leave(self) -> None:
+        self.leaving = True
+        self.boxes.wake()
+        self.thread.join(5)
+        assert not self.thread.is_alive()
+
+
+def test_an_order_is_answered_with_its_results() -> None:
+    boxes = Mailboxes(2)
+    guest = Guest(boxes, vcpu=1)
+    assert boxes.order(1, 7, (1, 2, 39), timeout=5).results[0] == 42
+    assert boxes.order(1, 7, (5,), timeout=5).results[0] == 5
+    guest.leave()
+
+
+def test_negative_arguments_are_sent_as_64_bit_words() -> None:
+    boxes = Mailboxes(1)
+    guest = Guest(boxes)
+    assert boxes.order(0, 1, (-1,), timeout=5).results[0] == (1 << 64) - 1
+    guest.leave()
+
+
+def test_a_trapped_order_carries_the_trap() -> None:
+    boxes = Mailboxes(1)
+    guest = Guest(boxes, status=1)
+    answer = boxes.order(0, 1, timeout=5)
+    assert answer.status == 1
+    assert answer.trap is not None
+    assert (answer.trap.esr, answer.trap.far, answer.trap.elr) == (0x101, 0x102, 0x103)
+    guest.leave()
+
+
+def test_no_answer_in_time_raises_timeout() -> None:
+    with pytest.raises(TimeoutError):
+        Mailboxes(1).order(0, 1, timeout=0.01)
+
+
+def test_orders_fail_when_the_machine_goes_away() -> None:
+    boxes = Mailboxes(1)
+    future = boxes.submit(0, 1)
+    boxes.abandon("it crashed")
+    with pytest.raises(MachineGone, match="it crashed"):
+        future.result(1)
+    with pytest.raises(MachineGone, match="it crashed"):
+        boxes.submit(0, 1)
+
+
+def test_more_than_seven_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="7"):
+        Mailboxes(1).submit(0, 1, range(8))
+
+
+def test_a_vcpu_asked_to_leave_stops_waiting() -> None:
+    boxes = Mailboxes(1)
+    Guest(boxes).leave()

@@ -1,0 +1,109 @@
+"""The vCPU thread's states, without KVM: a descriptor that is no vCPU makes every run stop as failed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from pyvmm._native import ffi, lib
+from pyvmm.vcpu.thread import VcpuThread
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> None:
+    assert lib.pv_install_signals() == 0
+
+
+class Vcpu:
+    """A vCPU whose every entry fails at once, so that the handler runs over and over."""
+
+    def __init__(self, handle: Callable[[int], bool]) -> None:
+        self.vm = ffi.new("struct pv_vm *")
+        self.run = ffi.new("uint8_t[]", 4096)
+        self.native = ffi.new("struct pv_vcpu *", {"fd": -1, "vm": self.vm})
+        self.native.run = self.run
+        self.errors: list[BaseException] = []
+        self.thread = VcpuThread(self.native, handle, self.errors.append, lambda: None)
+
+
+def test_the_handler_sees_every_stop_and_ends_the_thread() -> None:
+    stops: list[int] = []
+
+    def handle(stop: int) -> bool:
+        stops.append(stop)
+        return len(stops) < 3
+
+    vcpu = Vcpu(handle)
+    vcpu.thread.start()
+    assert vcpu.thread.join(5)
+    assert stops == [lib.PV_STOP_FAILED] * 3
+
+
+def test_a_pause_holds_until_resume() -> None:
+    count = [0]
+
+    def handle(_: int) -> bool:
+        count[0] += 1
+        return True
+
+    vcpu = Vcpu(handle)
+    vcpu.thread.start()
+    vcpu.thread.pause()
+    assert vcpu.thread.wait_paused(5)
+    held = count[0]
+    time.sleep(0.05)
+    assert count[0] == held
+    vcpu.thread.resume()
+    deadline = time.monotonic() + 5
+    while count[0] == held and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert count[0] > held
+    vcpu.thread.stop()
+    assert vcpu.thread.join(5)
+
+
+def test_stop_ends_a_paused_vcpu() -> None:
+    vcpu = Vcpu(lambda _: True)
+    vcpu.thread.start()
+    vcpu.thread.pause()
+    assert vcpu.thread.wait_paused(5)
+    vcpu.thread.stop()
+    assert vcpu.thread.join(5)
+
+
+def test_stop_before_the_first_run_is_not_lost() -> None:
+    vcpu = Vcpu(lambda _: True)
+    vcpu.thread.stop()
+    vcpu.thread.start()
+    assert vcpu.thread.join(5)
+
+
+def test_what_the_handler_raises_is_reported_and_ends_the_thread() -> None:
+    def handle(_: int) -> bool:
+        raise RuntimeError("broken handler")
+
+    vcpu = Vcpu(handle)
+    vcpu.thread.start()
+    assert vcpu.thread.join(5)
+    assert [str(e) for e in vcpu.errors] == ["broken handler"]
+
+
+def test_hundreds_of_requests_from_other_threads_lose_none() -> None:
+    vcpu = Vcpu(lambda _: True)
+    vcpu.thread.start()
+
+    def pester() -> None:
+        for _ in range(100):
+            vcpu.thread.pause()
+            assert vcpu.thread.wait_paused(5)
+            vcpu.thread.resume()
+
+    pesterer = threading.Thread(target=pester)
+    pesterer.start()
+    pesterer.join(30)
+    assert not pesterer.is_alive()
+    vcpu.thread.stop()
+    assert vcpu.thread.join(5)

@@ -21,7 +21,8 @@ def qemu(payload: str, bootargs: str = "", *, cpus: int = 1, machine: str = "vir
     """Run to power-off and return what came out of the UART; a run that takes longer than ``limit`` is killed."""
     command = [
         str(QEMU), "-M", machine, "-cpu", "neoverse-n1", "-smp", str(cpus), "-m", "128", "-nodefaults",
-        "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", str(payloads.path_of(payload)), "-append", bootargs,
+        "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", str(payloads.path_of(payload)),
+        "-append", bootargs,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=True, stdin=subprocess.DEVNULL)
     return done.stdout

@@ -18,7 +18,8 @@ class MachineConfig:
     """Everything :class:`pyvmm.machine.machine.Machine` needs to know.
 
     ``kernel`` is a path or ``payload:NAME``; ``memory`` is bytes of RAM; ``params`` are joined by spaces into the
-    guest's command line; ``deadline`` is seconds from the first run; ``serial_out`` and ``serial_in`` are descriptors or None.
+    guest's command line; ``deadline`` is seconds from the first run; ``serial_out`` and ``serial_in`` are descriptors
+    or None; ``timed`` keeps histograms of the time in guest and VMM.
     """
 
     kernel: str

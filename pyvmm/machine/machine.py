@@ -102,8 +102,8 @@ class Machine:
         self.native.policy[lib.PV_FAIL_EAGAIN] = lib.PV_ACT_RETRY
         self._check(lib.pv_install_signals())
         if config.protection is Protection.EMULATED:
-            for first, count in FORWARDED:
-                self.vm.forward_smccc(first, count)
+            for function, count in FORWARDED:
+                self.vm.forward_smccc(function, count)
         # Memory outlives the VM: the stack unwinds from its end, so it is closed by hand in close().
         self.memory = Memory(self.vm, config.protection, self.native)
         loadable = self._add_ram()
@@ -179,7 +179,8 @@ class Machine:
             native = self._native_vcpu(vcpu)
             cold = ColdExits(
                 native=native, vcpu=vcpu, memory=self.memory, relay=self.relay, bus=self.bus,
-                console=self.console, mailboxes=self.mailboxes, finish=self._finish, wanted=self._wanted(vcpu.index), unclaimed=self._unclaimed,
+                console=self.console, mailboxes=self.mailboxes, finish=self._finish,
+                wanted=self._wanted(vcpu.index), unclaimed=self._unclaimed,
             )  # fmt: skip
             self._threads.append(VcpuThread(native, cold.handle, self._failed, self.mailboxes.wake))
 

@@ -1,7 +1,8 @@
 """What a failed KVM_RUN means: errno, what the kernel told with it, and what can be found out besides.
 
-Under pKVM the kernel says EFAULT and nothing else (arch/arm64/kvm/mmu.c, pkvm_mem_abort). The address is then asked of
-the one place that knows it, the kvm_guest_fault tracepoint, by letting the vCPU fail once more: the guest has not moved.
+Under pKVM the kernel says EFAULT and nothing else (arch/arm64/kvm/mmu.c, pkvm_mem_abort). The address is then asked
+of the one place that knows it, the kvm_guest_fault tracepoint, by letting the vCPU fail once more: the guest has not
+moved.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome:
                 "replace the slot: delete it, add one over another backing, and run on",
             )
         case lib.PV_FAIL_EFAULT:
-            return _efault(vcpu, native, memory, prefix, where)
+            return _efault(native, memory, prefix, where)
         case _:
             return Outcome(Ending.FAILED, f"{prefix}: {os.strerror(number)} ({where})", index)
 
 
-def _efault(vcpu: Vcpu, native: Any, memory: Memory, prefix: str, where: str) -> Outcome:
+def _efault(native: Any, memory: Memory, prefix: str, where: str) -> Outcome:
     index = native.index
     gpa, why_not = guest_fault(lambda: lib.pv_run(native))
     if gpa is None:

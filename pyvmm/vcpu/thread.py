@@ -1,10 +1,11 @@
 """One vCPU's thread: the only caller of ``pv_run`` for that vCPU, and its state machine.
 
-    running ──(pause, kick)──> paused ──(resume)──> running ──(stop, kick | the handler says so)──> finished
+    running ──(pause)──> paused ──(resume)──> running ──(stop, or the handler says so)──> finished
 
-Pauses nest: a vCPU runs again when each has been resumed. Anyone may call :meth:`VcpuThread.pause`, :meth:`resume` and :meth:`stop`: each sets what
-is wanted first and kicks afterwards; the vCPU's thread forgets the kick first and looks at what is wanted afterwards,
-so no request is lost. The condition guards the two flags and nothing else; no other lock is taken under it.
+Pauses nest: a vCPU runs again when each has been resumed. Anyone may call :meth:`VcpuThread.pause`, :meth:`resume` and
+:meth:`stop`: each sets what is wanted first and kicks afterwards; the vCPU's thread forgets the kick first and looks at
+what is wanted afterwards, so no request is lost. The condition guards what is wanted and nothing else; no other lock is
+taken under it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,451 @@
+"""Memory without KVM: a VM that takes notes, real files, real mappings, real guarded copies."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import contextmanager
+
+import pytest
+from memory_helper import BASE, MIB, assert_counters_agree, build
+
+from pyvmm._native import ffi
+from pyvmm.errors import GuestMemoryError, KvmError, UsageError
+from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.backing import Memfd
+from pyvmm.memory.ledger import PageState
+from pyvmm.protection import Protection
+
+
+def test_what_is_written_is_read_back_at_any_alignment():
+    _, memory, _ = build()
+    with memory:
+        data = bytes(range(256)) * 40
+        memory.write(BASE + 4093, data)
+        assert memory.read(BASE + 4093, len(data)) == data
+        assert memory.read(BASE + 4090, 3) == bytes(3)
+
+
+def test_an_access_runs_across_adjacent_slots():
+    vm, memory, _ = build()
+    with memory:
+        memory.add(BASE + MIB, Memfd(MIB))
+        memory.write(BASE + MIB - 3, b"across")
+        assert memory.read(BASE + MIB - 3, 6) == b"across"
+        assert len(vm.live) == 2
+
+
+def test_an_access_beyond_memory_says_where_and_how_far_it_came():
+    _, memory, _ = build()
+    with memory, pytest.raises(GuestMemoryError, match="in no memory slot") as caught:
+        memory.write(BASE + MIB - 2, b"four")
+    assert (caught.value.gpa, caught.value.done) == (BASE + MIB, 2)
+    _, memory, _ = build()
+    with memory, pytest.raises(GuestMemoryError, match=r"read of 8 bytes at gpa 0x1000: .* after 0 bytes"):
+        memory.read(0x1000, 8)
+
+
+def test_a_huge_length_does_not_allocate_what_is_not_there():
+    _, memory, _ = build()
+    with memory, pytest.raises(GuestMemoryError) as caught:
+        memory.read(BASE, 1 << 62)
+    assert caught.value.done == MIB
+
+
+@pytest.mark.parametrize(("gpa", "size"), [(-1, 4), (BASE, -1), ((1 << 64) - 2, 4)])
+def test_a_range_that_is_none_is_refused(gpa, size):
+    _, memory, _ = build()
+    with memory, pytest.raises(UsageError, match="no range"):
+        memory.read(gpa, size)
+
+
+def test_fill_sets_every_byte_and_no_other():
+    _, memory, _ = build()
+    with memory:
+        memory.fill(BASE + 1, 200_000, 0xA5)
+        assert memory.read(BASE, 200_002) == b"\0" + b"\xa5" * 200_000 + b"\0"
+
+
+def test_private_pages_of_the_emulated_protection_are_out_of_the_hosts_reach_from_the_seal_on():
+    _, memory, slot = build(Protection.EMULATED)
+    with memory:
+        memory.write(BASE, b"image")
+        memory.seal()
+        for access in (lambda: memory.read(BASE, 4), lambda: memory.write(BASE, b"x"), lambda: memory.fill(BASE, 9)):
+            with pytest.raises(GuestMemoryError, match="private to the guest"):
+                access()
+        assert not memory.probe(BASE)
+        # KVM's own mapping is another one, and open.
+        assert slot.hva != slot.view
+        assert ffi.string(ffi.cast("char *", slot.hva)) == b"image"
+
+
+def test_an_access_stops_at_the_first_private_page():
+    _, memory, slot = build(Protection.EMULATED)
+    with memory:
+        slot.backing.hide(2 * PAGE_SIZE, PAGE_SIZE)
+        with pytest.raises(GuestMemoryError) as caught:
+            memory.read(BASE, 4 * PAGE_SIZE)
+        assert (caught.value.gpa, caught.value.done) == (BASE + 2 * PAGE_SIZE, 2 * PAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("protection", "state", "assumed"),
+    [
+        (Protection.NONE, PageState.HOST, False),
+        (Protection.PKVM, PageState.PRIVATE, True),
+        (Protection.EMULATED, PageState.PRIVATE, False),
+    ],
+)
+def test_the_seal_enters_what_the_protection_implies(protection, state, assumed):
+    _, memory, _ = build(protection)
+    with memory:
+        assert memory.ledger.state(BASE) is PageState.HOST
+        memory.seal()
+        memory.seal()
+        assert memory.ledger.state(BASE) is state
+        assert memory.ledger.assumed(BASE) is assumed
+        assert memory.ledger.counts()[state] == MIB // PAGE_SIZE
+        # A slot added from now on starts so too.
+        memory.add(BASE + MIB, Memfd(MIB))
+        assert memory.ledger.state(BASE + MIB) is state
+        assert memory.ledger.assumed(BASE + MIB) is assumed
+        assert_counters_agree(memory)
+
+
+def test_memory_of_a_plain_or_pkvm_guest_has_one_mapping():
+    for protection in (Protection.NONE, Protection.PKVM):
+        _, memory, slot = build(protection)
+        with memory:
+            assert slot.hva == slot.view
+
+
+@pytest.mark.parametrize(
+    ("gpa", "options", "words"),
+    [
+        (BASE + 8 * MIB + 1, {}, "its gpa 0x80800001 is not a multiple of 0x1000"),
+        (-PAGE_SIZE, {}, "its gpa"),
+        (BASE + 8 * MIB, {"size": 100}, "its size 0x64"),
+        (BASE + 8 * MIB, {"size": -PAGE_SIZE}, "its size"),
+        (BASE + 8 * MIB, {"offset": 100, "size": PAGE_SIZE}, "its offset 0x64"),
+        (BASE + 8 * MIB, {"offset": MIB}, "do not fit the backing's 0x100000 bytes"),
+        (BASE + 8 * MIB, {"offset": PAGE_SIZE, "size": MIB}, "do not fit"),
+        (
+            BASE + PAGE_SIZE,
+            {},
+            r"0x8010_1000\), overlaps the slot \[0x8000_0000, 0x8010_0000\) on memfd",
+        ),
+        (BASE - PAGE_SIZE, {"size": 2 * PAGE_SIZE}, "overlaps"),
+        ((1 << 36) - PAGE_SIZE, {}, "36 bits of guest physical address space"),
+    ],
+)
+def test_a_slot_that_kvm_would_refuse_is_refused_in_words_before_it_sees_it(gpa, options, words):
+    vm, memory, _ = build(ipa_bits=36)
+    with memory:
+        calls = len(vm.calls)
+        with pytest.raises(UsageError, match=words):
+            memory.add(gpa, Memfd(MIB), **options)
+        assert len(vm.calls) == calls
+        assert len(memory.slots) == 1
+        assert_counters_agree(memory)
+
+
+def test_one_part_of_a_backing_has_one_address():
+    _, memory, slot = build()
+    with memory, pytest.raises(UsageError, match=r"are in the slot .* already"):
+        memory.add(BASE + MIB, slot.backing, offset=MIB // 2)
+
+
+def test_slots_may_lie_over_parts_of_one_backing():
+    _, memory, _ = build(size=0)
+    with memory:
+        backing = Memfd(MIB)
+        memory.add(BASE, backing, offset=MIB // 2)
+        memory.add(BASE + MIB, backing, size=PAGE_SIZE)
+        memory.write(BASE + MIB, b"low")
+        memory.write(BASE, b"high")
+        assert os.pread(backing.fd, 3, 0) == b"low"
+        assert os.pread(backing.fd, 4, MIB // 2) == b"high"
+
+
+def test_more_slots_than_the_kernel_takes_are_refused():
+    vm, memory, _ = build(size=0)
+    vm.most = 8
+    with memory:
+        backing = Memfd(MIB)
+        for index in range(8):
+            memory.add(BASE + 2 * index * PAGE_SIZE, backing, offset=index * PAGE_SIZE, size=PAGE_SIZE)
+        with pytest.raises(UsageError, match=r"takes 8 slots a VM \(KVM_CAP_NR_MEMSLOTS\)"):
+            memory.add(BASE + 100 * PAGE_SIZE, backing, offset=9 * PAGE_SIZE, size=PAGE_SIZE)
+
+
+def test_a_removed_slot_is_gone_for_kvm_the_loop_and_the_ledger_and_its_number_is_used_again():
+    vm, memory, slot = build()
+    with memory:
+        backing = slot.backing
+        memory.write(BASE, b"kept")
+        memory.remove(slot)
+        assert vm.live == {}
+        assert not memory.contains(BASE)
+        assert memory.ledger.state(BASE) is PageState.ABSENT
+        assert sum(memory.ledger.counts().values()) == 0
+        with pytest.raises(GuestMemoryError, match="in no memory slot"):
+            memory.read(BASE, 1)
+        memory.add(BASE + MIB, backing)
+        assert memory.read(BASE + MIB, 4) == b"kept"
+        assert list(vm.live) == [0]
+        with pytest.raises(UsageError, match="no longer"):
+            memory.remove(slot)
+        assert_counters_agree(memory)
+
+
+def test_what_kvm_refuses_to_add_leaves_no_trace():
+    vm, memory, _ = build()
+    with memory:
+        vm.refuse = len(vm.calls)
+        with pytest.raises(KvmError):
+            memory.add(BASE + MIB, Memfd(MIB))
+        assert memory.slots[0].gpa == BASE
+        assert len(memory.slots) == memory.native.map.count == 1
+        assert_counters_agree(memory)
+        memory.add(BASE + MIB, Memfd(MIB))
+        assert sorted(vm.live) == [0, 1]
+
+
+def test_what_kvm_refuses_to_remove_stays_as_it_was():
+    vm, memory, slot = build()
+    with memory:
+        memory.seal()
+        vm.refuse = len(vm.calls)
+        with pytest.raises(KvmError):
+            memory.remove(slot)
+        assert memory.contains(BASE, MIB)
+        assert memory.ledger.counts()[PageState.HOST] == MIB // PAGE_SIZE
+
+
+def test_a_protected_guest_that_has_run_keeps_its_slots():
+    _, memory, slot = build(Protection.PKVM)
+    with memory:
+        memory.seal()
+        with pytest.raises(UsageError, match="EPERM"):
+            memory.remove(slot)
+        memory.add(BASE + MIB, Memfd(MIB))
+
+
+def test_slots_of_a_protected_guest_can_be_removed_before_it_runs():
+    vm, memory, slot = build(Protection.PKVM)
+    with memory:
+        memory.remove(slot)
+        assert vm.live == {}
+
+
+def test_a_hole_reads_as_zeros_and_is_filled_by_the_access():
+    _, memory, _ = build()
+    with memory:
+        memory.seal()
+        memory.fill(BASE, 4 * PAGE_SIZE, 7)
+        memory.punch(BASE + PAGE_SIZE, 2 * PAGE_SIZE)
+        assert memory.ledger.counts()[PageState.HOLE] == 2
+        assert memory.read(BASE + PAGE_SIZE - 1, 3) == b"\7\0\0"
+        assert memory.ledger.state(BASE + PAGE_SIZE) is PageState.HOST
+        assert memory.ledger.state(BASE + 2 * PAGE_SIZE) is PageState.HOLE
+        memory.write(BASE + 2 * PAGE_SIZE, b"x")
+        assert memory.ledger.counts()[PageState.HOLE] == 0
+        assert memory.read(BASE + 3 * PAGE_SIZE, 1) == b"\7"
+        assert_counters_agree(memory)
+
+
+def test_a_punch_frees_the_pages():
+    _, memory, slot = build()
+    with memory:
+        memory.fill(BASE, MIB, 1)
+        before = os.fstat(slot.backing.fd).st_blocks
+        memory.punch(BASE, MIB // 2)
+        assert os.fstat(slot.backing.fd).st_blocks == before // 2
+
+
+def test_no_hole_is_punched_under_a_protected_guest_unless_it_is_asked_for_by_name():
+    _, memory, _ = build(Protection.PKVM)
+    with memory:
+        memory.punch(BASE, PAGE_SIZE)
+        memory.seal()
+        with pytest.raises(UsageError, match="keeps the pages it was given"):
+            memory.punch(BASE, PAGE_SIZE)
+        assert memory.ledger.state(BASE) is PageState.PRIVATE
+        memory.punch(BASE, PAGE_SIZE, unsafe=True)
+        assert memory.ledger.state(BASE) is PageState.HOLE
+
+
+@pytest.mark.parametrize("act", ["punch", "populate"])
+def test_punching_and_populating_take_whole_pages_of_guest_memory(act):
+    _, memory, _ = build()
+    with memory:
+        for gpa, size in [(BASE + 1, PAGE_SIZE), (BASE, 5), (BASE, 2 * MIB), (0, PAGE_SIZE), (BASE, 0)]:
+            with pytest.raises(UsageError, match="cannot"):
+                getattr(memory, act)(gpa, size)
+
+
+def test_populating_allocates_and_keeps_what_is_there():
+    _, memory, slot = build()
+    with memory:
+        memory.write(BASE, b"kept")
+        memory.populate(BASE, MIB)
+        assert os.fstat(slot.backing.fd).st_blocks * 512 == MIB
+        assert memory.read(BASE, 4) == b"kept"
+
+
+def test_evidence_is_what_an_access_shows_that_the_ledger_did_not():
+    _, memory, slot = build(Protection.PKVM)
+    seen: list[tuple[int, bool]] = []
+    memory.on_evidence = lambda gpa, accessible: seen.append((gpa, accessible))
+    with memory:
+        memory.read(BASE, 1)
+        assert seen == []  # nothing is private before the first run
+        memory.seal()
+        memory.read(BASE + 10, PAGE_SIZE)
+        assert seen == [(BASE, True), (BASE + PAGE_SIZE, True)]
+        seen.clear()
+        memory.ledger.set(BASE, PageState.SHARED)
+        memory.read(BASE, 8)
+        assert seen == []  # shared and open: as expected
+        slot.backing.separate_view()
+        slot.backing.hide(0, MIB)
+        memory._table._publish(memory.slots)
+        with pytest.raises(GuestMemoryError, match="shared by the guest as far as is known, but cannot be reached"):
+            memory.read(BASE, 8)
+        assert seen == [(BASE, False)]
+        seen.clear()
+        with pytest.raises(GuestMemoryError, match=r"private to the guest \(assumed"):
+            memory.write(BASE + PAGE_SIZE, b"x")
+        assert not memory.probe(BASE)
+        assert seen == [(BASE, False)]
+
+
+def test_pages_past_the_end_of_a_file_stop_an_access_instead_of_killing_us():
+    _, memory, slot = build()
+    with memory:
+        backing = slot.backing
+        ordinary = os.memfd_create("short", os.MFD_CLOEXEC)
+        os.ftruncate(ordinary, PAGE_SIZE)
+        backing._close_file(backing.fd)
+        backing.fd = ordinary
+        from pyvmm.memory import mman
+
+        mman.map_over(backing.view, MIB, ordinary, 0, 3)
+        with pytest.raises(GuestMemoryError, match="cannot be reached") as caught:
+            memory.read(BASE, 2 * PAGE_SIZE)
+        assert caught.value.done == PAGE_SIZE
+
+
+def test_unmapped_memory_stops_an_access_instead_of_killing_us():
+    from pyvmm.memory import mman
+
+    _, memory, slot = build()
+    with memory:
+        mman.unmap(slot.view + PAGE_SIZE, PAGE_SIZE)
+        with pytest.raises(GuestMemoryError) as caught:
+            memory.fill(BASE, 3 * PAGE_SIZE, 1)
+        assert (caught.value.gpa, caught.value.done) == (BASE + PAGE_SIZE, PAGE_SIZE)
+
+
+def test_a_fork_is_told_that_the_memory_is_not_its_own():
+    _, memory, slot = build()
+    with memory:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            said = b""
+            try:
+                memory.read(BASE, 1)
+            except UsageError as error:
+                said = error.message.encode()
+            memory.close()
+            with open("/proc/self/maps") as maps:
+                said += b"!" if f"{slot.hva:x}-" in maps.read() else b"."
+            os.write(write, said)
+            os._exit(0)
+        os.close(write)
+        with open(read, "rb") as pipe:
+            said = pipe.read()
+        assert os.waitpid(child, 0)[1] == 0
+        assert b"not inherited by a fork" in said
+        assert said.endswith(b".")
+        memory.write(BASE, b"still ours")
+
+
+def test_a_closed_memory_says_so_and_closing_again_is_nothing():
+    vm, memory, slot = build()
+    memory.close()
+    memory.close()
+    assert vm.live == {}
+    assert slot.backing.closed
+    with pytest.raises(UsageError, match="closed"):
+        memory.read(BASE, 1)
+
+
+def test_a_closed_vm_is_not_called_again():
+    vm, memory, _ = build()
+    vm.closed = True
+    calls = len(vm.calls)
+    memory.close()
+    assert len(vm.calls) == calls
+
+
+@contextmanager
+def nothing_leaks():
+    def usage():
+        with open("/proc/self/maps") as maps:
+            # Allocator mappings come and go; files and reservations of ours do not.
+            lines = [line for line in maps if "pyvmm-guest" in line or "---p" in line]
+        return len(os.listdir("/proc/self/fd")), lines
+
+    before = usage()
+    yield
+    assert usage() == before
+
+
+def test_nothing_leaks_however_far_building_came():
+    _, warm, _ = build(Protection.EMULATED)
+    warm.close()
+    with nothing_leaks():
+        for refused in range(3):
+            for protection in Protection:
+                vm, memory, _ = build(protection, size=0)
+                vm.refuse = refused
+                with memory:
+                    try:
+                        for index in range(3):
+                            memory.add(BASE + index * 4 * MIB, Memfd(4 * MIB))
+                    except KvmError:
+                        pass
+                    memory.seal()
+        with pytest.raises(UsageError):
+            Memfd(5)
+
+
+def test_slots_come_and_go_while_others_read():
+    _, memory, _ = build()
+    stop = threading.Event()
+    wrong: list[object] = []
+
+    def reader():
+        while not stop.is_set():
+            try:
+                if memory.read(BASE + MIB - 4, 4) != bytes(4):
+                    wrong.append("bytes")
+                memory.read(BASE + MIB, 4)
+            except GuestMemoryError as error:
+                if error.gpa != BASE + MIB:
+                    wrong.append(error)
+
+    with memory:
+        threads = [threading.Thread(target=reader) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        backing = Memfd(MIB)
+        for _ in range(300):
+            memory.remove(memory.add(BASE + MIB, backing))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert wrong == []

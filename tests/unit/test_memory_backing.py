@@ -1,0 +1,238 @@
+"""Memfds as guest memory: sealed, kept out of forks and dumps, aligned, and refused in words."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import resource
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import GuestMemoryError, HostError, UsageError
+from pyvmm.memory import backing as backing_module
+from pyvmm.memory import mman
+from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE
+from pyvmm.memory.backing import HUGE_POOL, Memfd
+from pyvmm.uapi.memfd import F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
+
+MIB = 1 << 20
+
+
+def vm_flags(address: int) -> set[str]:
+    """Return the flags of the mapping that starts at ``address``: see VmFlags in Documentation/filesystems/proc.rst."""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            found = line.startswith(f"{address:x}-")
+        elif found and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise LookupError(hex(address))
+
+
+def test_a_memfd_can_be_neither_grown_nor_shrunk_nor_unsealed():
+    with Memfd(MIB) as backing:
+        seals = fcntl.fcntl(backing.fd, F_GET_SEALS)
+        assert seals & (F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) == F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL
+        for size in (0, 2 * MIB):
+            with pytest.raises(PermissionError):
+                os.ftruncate(backing.fd, size)
+
+
+def test_its_descriptor_is_not_inherited():
+    with Memfd(MIB) as backing:
+        assert not os.get_inheritable(backing.fd)
+
+
+def test_both_mappings_are_shared_and_left_out_of_forks_and_dumps():
+    with Memfd(MIB) as backing:
+        backing.separate_view()
+        assert backing.view != backing.hva
+        for address in (backing.hva, backing.view):
+            assert {"sh", "dc", "dd"} <= vm_flags(address)  # shared, don't copy on fork, don't dump
+
+
+def test_a_part_that_was_put_over_a_view_keeps_the_advice():
+    with Memfd(MIB) as backing, Memfd(MIB) as other:
+        backing.separate_view()
+        mman.map_over(backing.view, PAGE_SIZE, other.fd, 0, 0)
+        assert {"sh", "dc", "dd"} <= vm_flags(backing.view)
+
+
+def test_large_memory_starts_on_a_huge_page():
+    for size in (HUGE_SIZE, 3 * HUGE_SIZE + PAGE_SIZE):
+        with Memfd(size) as backing:
+            backing.separate_view()
+            assert backing.hva % HUGE_SIZE == backing.view % HUGE_SIZE == 0
+
+
+def test_hiding_a_view_leaves_kvms_mapping_open():
+    with Memfd(MIB) as backing:
+        backing.load(0, b"data")
+        with pytest.raises(UsageError, match="take it from the guest"):
+            backing.hide(0, MIB)
+        backing.separate_view()
+        backing.hide(0, PAGE_SIZE)
+        with pytest.raises(GuestMemoryError, match="after 0 bytes"):
+            backing.load(0, b"x")
+        backing.load(PAGE_SIZE, b"x")
+        assert "rd" in vm_flags(backing.hva)
+
+
+def test_loading_goes_to_the_file():
+    with Memfd(MIB) as backing:
+        backing.load(MIB - 3, b"end")
+        assert os.pread(backing.fd, 3, MIB - 3) == b"end"
+        with pytest.raises(UsageError, match="not inside"):
+            backing.load(MIB - 3, b"over")
+        with pytest.raises(UsageError, match="not inside"):
+            backing.load(-1, b"under")
+
+
+@pytest.mark.parametrize("size", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1])
+def test_sizes_that_are_not_whole_pages_are_refused(size):
+    with pytest.raises(UsageError, match="a multiple of 0x1000"):
+        Memfd(size)
+
+
+def test_memory_that_does_not_fit_is_explained():
+    with pytest.raises(mman.MappingError, match="ENOMEM: no room") as caught:
+        Memfd(1 << 47)
+    assert caught.value.hint is not None
+
+
+def test_the_address_space_limit_is_explained():
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+            Memfd(2 << 30)
+        except mman.MappingError as error:
+            status = 0 if "no room" in error.message and "ulimit -v" in (error.hint or "") else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_no_descriptor_left_is_explained():
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+            Memfd(MIB)
+        except HostError as error:
+            status = 0 if "Too many open files" in error.message and "ulimit -n" in (error.hint or "") else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_closing_twice_is_nothing_and_use_after_it_is_told():
+    backing = Memfd(MIB)
+    backing.close()
+    backing.close()
+    assert backing.closed
+    for use in (backing.separate_view, lambda: backing.punch(0, PAGE_SIZE), lambda: backing.populate(0, PAGE_SIZE)):
+        with pytest.raises(UsageError, match="is closed"):
+            use()
+
+
+def test_a_kernel_without_populate_write_is_told_from_one_without_memory(monkeypatch):
+    def fail(code):
+        def advise(*_):
+            raise mman.MappingError("madvise", "", code)
+
+        return advise
+
+    with Memfd(MIB) as backing:
+        monkeypatch.setattr(mman, "advise", fail(errno.EINVAL))
+        with pytest.raises(HostError, match="cannot populate") as caught:
+            backing.populate(0, MIB)
+        assert "5.14" in caught.value.hint
+        monkeypatch.setattr(mman, "advise", fail(errno.ENOMEM))
+        with pytest.raises(HostError, match="could be allocated"):
+            backing.populate(0, MIB)
+        monkeypatch.setattr(mman, "advise", fail(errno.EPERM))
+        with pytest.raises(mman.MappingError):
+            backing.populate(0, MIB)
+
+
+def test_thp_is_advice_on_the_mapping_kvm_uses():
+    if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+        pytest.skip("this kernel has no transparent huge pages")
+    with Memfd(2 * HUGE_SIZE, thp=True) as backing:
+        assert "hg" in vm_flags(backing.hva)
+    with pytest.raises(UsageError, match="not both"):
+        Memfd(HUGE_SIZE, thp=True, hugetlb=True)
+
+
+def test_no_thp_in_the_kernel_is_told_and_leaks_nothing(monkeypatch):
+    real = mman.advise
+
+    def advise(address, size, advice):
+        if advice == backing_module.MADV_HUGEPAGE:
+            raise mman.MappingError("madvise", "", errno.EINVAL)
+        real(address, size, advice)
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(mman, "advise", advise)
+    with pytest.raises(HostError, match="no transparent huge pages"):
+        Memfd(HUGE_SIZE, thp=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def free_huge_pages() -> int:
+    if not HUGE_POOL.is_dir():
+        pytest.skip("this kernel has no 2 MiB huge pages")
+    return int((HUGE_POOL / "free_hugepages").read_text())
+
+
+def test_a_pool_too_small_for_hugetlb_is_told_before_a_page_is_touched():
+    need = free_huge_pages() + int((HUGE_POOL / "nr_overcommit_hugepages").read_text()) + 1
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(HostError, match=f"needs {need} huge pages of 2 MiB: the kernel's pool has") as caught:
+        Memfd(need * HUGE_SIZE, hugetlb=True)
+    assert "nr_hugepages" in caught.value.hint
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def huge_pages():
+    """Four free huge pages, of the pool or put there for the test."""
+    missing = 4 - free_huge_pages()
+    size = HUGE_POOL / "nr_hugepages"
+    before = size.read_text()
+    if missing > 0:
+        try:
+            size.write_text(str(int(before) + missing))
+        except OSError:
+            pytest.skip("no huge pages, and no permission to make some")
+    if free_huge_pages() < 4:
+        size.write_text(before)
+        pytest.skip("the kernel finds no huge pages")
+    yield
+    if missing > 0:
+        size.write_text(before)
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_hugetlb_pages_are_taken_and_given_back():
+    free = free_huge_pages()
+    with Memfd(2 * HUGE_SIZE, hugetlb=True) as backing:
+        backing.load(HUGE_SIZE - 2, b"over")
+        backing.separate_view()
+        assert free_huge_pages() == free - 2
+        with pytest.raises(UsageError, match="multiples of 0x200000"):
+            backing.punch(0, PAGE_SIZE)
+        backing.punch(0, HUGE_SIZE)
+        assert free_huge_pages() == free - 1
+    assert free_huge_pages() == free
+
+
+def test_a_size_that_is_not_huge_pages_is_refused_for_hugetlb():
+    with pytest.raises(UsageError, match="a multiple of 0x200000"):
+        Memfd(MIB, hugetlb=True)

@@ -1,0 +1,245 @@
+"""The copy policy: a page moves to another file, slots move around it, and nothing stale stays behind."""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_helper import BASE, MIB, assert_counters_agree, build
+
+from pyvmm._native import lib
+from pyvmm.errors import GuestMemoryError, KvmError, UsageError
+from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.backing import Memfd
+from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.ledger import PageState
+from pyvmm.memory.slots import Piece, carve
+from pyvmm.protection import Protection
+
+PAGES = 16
+SIZE = PAGES * PAGE_SIZE
+
+
+def emulated(most=64):
+    vm, memory, slot = build(Protection.EMULATED, SIZE)
+    memory._table._most = most
+    for page in range(PAGES):
+        memory.fill(BASE + page * PAGE_SIZE, PAGE_SIZE, page + 1)
+    memory.seal()
+    return vm, memory, slot
+
+
+def page(number: int) -> int:
+    return BASE + number * PAGE_SIZE
+
+
+def convert(memory, number: int, shared: bool) -> int:
+    """Do what a guest's hypercall does: convert, and where that went well enter it."""
+    status = memory.convert(page(number), shared)
+    if status == 0:
+        memory.ledger.set(page(number), PageState.SHARED if shared else PageState.PRIVATE)
+    return status
+
+
+def test_each_policy_has_the_native_loops_number():
+    assert [policy.native for policy in Conversion] == [
+        lib.PV_CONVERT_PRESERVE, lib.PV_CONVERT_ZERO, lib.PV_CONVERT_PUNCH, lib.PV_CONVERT_COLD,
+    ]  # fmt: skip
+    assert Conversion("copy") is Conversion.COPY
+
+
+def test_a_shared_page_moves_with_its_contents_and_the_host_can_use_it():
+    vm, memory, slot = emulated()
+    with memory:
+        assert convert(memory, 5, True) == 0
+        assert vm.layout() == [(BASE, 5 * PAGE_SIZE), (page(5), PAGE_SIZE), (page(6), 10 * PAGE_SIZE)]
+        assert memory.read(page(5), PAGE_SIZE) == bytes([6]) * PAGE_SIZE
+        memory.write(page(5), b"host was here")
+        assert not memory.probe(page(4))
+        assert not memory.probe(page(6))
+        assert memory.slots == (slot,)
+        assert_counters_agree(memory)
+
+
+def test_a_page_taken_back_carries_what_the_host_wrote_and_the_slots_grow_together_again():
+    vm, memory, slot = emulated()
+    with memory:
+        convert(memory, 5, True)
+        memory.write(page(5), b"host was here")
+        assert convert(memory, 5, False) == 0
+        assert vm.layout() == [(BASE, SIZE)]
+        assert os.pread(slot.backing.fd, 13, 5 * PAGE_SIZE) == b"host was here"
+        with pytest.raises(GuestMemoryError, match="private to the guest"):
+            memory.read(page(5), 1)
+
+
+def test_no_stale_copy_is_left_on_the_side_a_page_has_left():
+    _, memory, slot = emulated()
+    with memory:
+        convert(memory, 5, True)
+        assert os.pread(slot.backing.fd, PAGE_SIZE, 5 * PAGE_SIZE) == bytes(PAGE_SIZE)
+        [shared] = [piece.backing for piece in slot.pieces if piece.backing is not slot.backing]
+        convert(memory, 5, False)
+        assert os.pread(shared.fd, PAGE_SIZE, 5 * PAGE_SIZE) == bytes(PAGE_SIZE)
+        assert os.fstat(shared.fd).st_blocks == 0
+
+
+def test_neighbours_that_are_shared_need_one_slot():
+    vm, memory, _ = emulated()
+    with memory:
+        for number in (3, 5, 4):
+            assert convert(memory, number, True) == 0
+        assert vm.layout() == [(BASE, 3 * PAGE_SIZE), (page(3), 3 * PAGE_SIZE), (page(6), 10 * PAGE_SIZE)]
+        for number in range(PAGES):
+            convert(memory, number, True)
+        assert vm.layout() == [(BASE, SIZE)]
+        assert memory.read(BASE, SIZE) == b"".join(bytes([n + 1]) * PAGE_SIZE for n in range(PAGES))
+
+
+@pytest.mark.parametrize("gpa", [BASE + 1, BASE - PAGE_SIZE, BASE + SIZE, 0, 1 << 60])
+def test_a_page_that_is_none_gets_the_smccc_error_el2_gives(gpa):
+    _, memory, _ = emulated()
+    with memory:
+        assert memory.convert(gpa, True) == memory.convert(gpa, False) == -3
+
+
+def test_sharing_twice_and_taking_back_what_is_not_shared_are_refused():
+    vm, memory, _ = emulated()
+    with memory:
+        assert convert(memory, 1, False) == -3
+        assert convert(memory, 1, True) == 0
+        calls = len(vm.calls)
+        assert convert(memory, 1, True) == -3
+        assert len(vm.calls) == calls
+
+
+def test_a_guest_that_uses_up_the_slots_is_refused_and_the_rest_goes_on():
+    _, memory, _ = emulated(most=5)
+    with memory:
+        assert [convert(memory, number, True) for number in (1, 3, 5)] == [0, 0, -1]
+        assert convert(memory, 2, True) == 0
+        assert convert(memory, 5, True) == 0
+        assert not memory.probe(page(7))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("call", range(4))
+def test_what_kvm_refuses_is_undone(call, shared):
+    vm, memory, slot = emulated()
+    with memory:
+        if not shared:
+            convert(memory, 5, True)
+        layout, pieces, accessible = vm.layout(), slot.pieces, memory.probe(page(5))
+        vm.refuse = len(vm.calls) + call
+        with pytest.raises(KvmError):
+            memory.convert(page(5), shared)
+        assert (vm.layout(), slot.pieces, memory.probe(page(5))) == (layout, pieces, accessible)
+        vm.refuse = None
+        assert convert(memory, 5, shared) == 0
+        assert memory.probe(page(5)) is shared
+
+
+def test_others_are_kept_out_of_the_guest_while_slots_move():
+    vm, memory, _ = emulated()
+    held: list[str] = []
+
+    class Quiet:
+        def __enter__(self):
+            held.append(f"after {len(vm.calls)}")
+
+        def __exit__(self, *_):
+            held.append(f"after {len(vm.calls)}")
+
+    memory.quiesce = Quiet
+    with memory:
+        convert(memory, 5, True)
+        assert held == ["after 1", "after 5"]
+
+
+def test_only_the_emulated_protection_moves_pages():
+    for protection in (Protection.NONE, Protection.PKVM):
+        _, memory, _ = build(protection)
+        with memory, pytest.raises(UsageError, match="only the emulated"):
+            memory.convert(BASE, True)
+
+
+def test_a_slot_whose_pages_moved_is_removed_whole_and_its_backing_can_be_used_again():
+    vm, memory, slot = emulated()
+    with memory:
+        backing = slot.backing
+        convert(memory, 5, True)
+        convert(memory, 9, True)
+        memory.remove(slot)
+        assert vm.live == {}
+        memory.add(BASE, backing)
+        assert vm.layout() == [(BASE, SIZE)]
+        assert not memory.probe(page(5))
+        assert convert(memory, 4, True) == 0
+        assert memory.read(page(4), 1) == b"\5"
+
+
+def test_a_hole_punched_in_moved_pages_reaches_the_file_they_are_in():
+    _, memory, _ = emulated()
+    with memory:
+        convert(memory, 5, True)
+        memory.punch(page(4), 3 * PAGE_SIZE)
+        assert memory.read(page(5), PAGE_SIZE) == bytes(PAGE_SIZE)
+        assert memory.ledger.state(page(5)) is PageState.SHARED
+        assert memory.ledger.state(page(4)) is PageState.HOLE
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, PAGES - 1), st.booleans()), max_size=24))
+def test_any_order_of_conversions_keeps_every_page_and_its_side(orders):
+    vm, memory, slot = emulated()
+    with memory:
+        shared = set()
+        for number, to_shared in orders:
+            status = convert(memory, number, to_shared)
+            assert status == (-3 if (number in shared) == to_shared else 0)
+            (shared.add if to_shared else shared.discard)(number)
+        for number in range(PAGES):
+            assert memory.probe(page(number)) == (number in shared)
+            [(_, piece)] = memory._table.pieces(page(number), PAGE_SIZE)
+            assert os.pread(piece.backing.fd, PAGE_SIZE, piece.offset) == bytes([number + 1]) * PAGE_SIZE
+        assert vm.layout() == [(piece.gpa, piece.size) for piece in slot.pieces]
+        for before, after in pairwise(slot.pieces):
+            assert before.end == after.gpa
+            assert before.backing is not after.backing
+
+
+@given(st.data())
+def test_carving_covers_the_same_range_without_gap_overlap_or_needless_seam(data):
+    files = ["private", "shared"]
+    pieces = [Piece(Gpa(BASE), SIZE, files[0], 0)]
+    for _ in range(data.draw(st.integers(1, 8))):
+        start = data.draw(st.integers(0, PAGES - 1))
+        count = data.draw(st.integers(1, PAGES - start))
+        which = data.draw(st.sampled_from(files))
+        offset = start * PAGE_SIZE
+        pieces = carve(pieces, Piece(Gpa(BASE + offset), count * PAGE_SIZE, which, offset))
+        assert pieces[0].gpa == BASE
+        assert pieces[-1].end == BASE + SIZE
+        for before, after in pairwise(pieces):
+            assert before.end == after.gpa
+            assert not after.continues(before)
+        inside = [piece for piece in pieces if piece.overlap(BASE + offset, 1)]
+        assert inside[0].backing == which
+
+
+def test_moved_pages_leak_nothing():
+    def usage():
+        with open("/proc/self/maps") as maps:
+            lines = [line for line in maps if "pyvmm-guest" in line or "---p" in line]
+        return len(os.listdir("/proc/self/fd")), lines
+
+    before = usage()
+    _, memory, _ = emulated()
+    with memory:
+        memory.add(BASE + MIB, Memfd(MIB))
+        for number in range(0, PAGES, 2):
+            convert(memory, number, True)
+    assert usage() == before

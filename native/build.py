@@ -34,7 +34,7 @@ IN_PLACE = ROOT / "pyvmm" / EXTENSION
 FOR_LAB = ROOT / "pyvmm" / "lab" / "aarch64" / EXTENSION
 MACHINES = ("x86_64", "aarch64")
 
-COMMON = ["-O2", "-std=gnu11", "-fPIC", "-fvisibility=hidden"]
+COMMON = ["-O2", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
 
 
@@ -59,7 +59,7 @@ def build(
     module: str = "pyvmm._native",
     cdef: str = "",
     sources: Sequence[Path] = (),
-    defines: Sequence[str] = (),
+    flags: Sequence[str] = (),
 ) -> None:
     """Build the extension for ``machine`` at ``destination``; the rest lets tests add their own C to the same sources.
 
@@ -76,7 +76,7 @@ def build(
         include = python_include(work)
         glue = write_glue(work, module, cdef)
         loop = [*sorted(NATIVE.glob("*.c")), *sources]
-        own = [*cc, *COMMON, f"-I{NATIVE}", f'-DPV_SOURCE_HASH="{source_hash()}"', *(f"-D{name}" for name in defines)]
+        own = [*cc, *COMMON, f"-I{NATIVE}", f'-DPV_SOURCE_HASH="{source_hash()}"', *flags]
         run([*own, *STRICT, "-c", *map(str, loop)], work)
         run([*own, "-DPy_LIMITED_API=0x030b0000", *include, "-c", str(glue)], work)
         run([*cc, "-shared", "-o", "built.so", *map(str, sorted(work.glob("*.o")))], work)

@@ -93,6 +93,8 @@ static uint8_t *claim(struct pv_vcpu *vcpu, uint64_t gpa, bool share, enum pv_so
     vcpu->share_gpa = gpa;
     vcpu->share_op = share;
     vcpu->share_source = source;
+    if (!vcpu->left_ns) /* not timed: subscribers still want to know when */
+        vcpu->left_ns = pv_now();
     *region = gpa % PV_PAGE_SIZE ? NULL : pv_region_at(vcpu->vm, gpa);
     return *region ? &(*region)->ledger[(gpa - (*region)->gpa) / PV_PAGE_SIZE] : NULL;
 }

@@ -1,0 +1,26 @@
+/* One exit a fake vCPU is to make, and what was done about it. Read by cffi too. */
+struct fake_exit {
+    int32_t error;          /* not 0: KVM_RUN fails with it */
+    uint32_t exit_reason;
+    uint64_t gpa, data;     /* of an MMIO; of a memory fault: gpa, size */
+    uint32_t len, is_write;
+    uint64_t nr;            /* of a hypercall; of a system event: its type */
+    uint64_t x[4];          /* registers at a hypercall */
+    uint64_t answer;        /* out: what an MMIO load was given */
+    uint64_t out[4];        /* out: the registers as the guest found them */
+};
+struct fake_vcpu {
+    uint8_t *run;           /* struct kvm_run */
+    struct fake_exit *exits;
+    uint32_t count, next;
+    uint32_t entered;       /* calls of KVM_RUN */
+    uint32_t one_regs;      /* calls of KVM_GET_ONE_REG and KVM_SET_ONE_REG */
+    int32_t one_reg_error;
+    uint32_t pad;
+    uint64_t x[4];
+};
+/* File descriptor n of the fake kernel is its nth vCPU. */
+void fake_attach(int fd, struct fake_vcpu *vcpu);
+/* The next so many calls of mprotect fail with ENOMEM. */
+void fake_protect_fails(uint32_t calls);
+uint32_t fake_protects(void);

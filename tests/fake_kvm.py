@@ -1,0 +1,182 @@
+"""The native loop built against a fake kernel, for tests that drive it without /dev/kvm."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import mmap
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "native"))
+
+import build
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+EXIT_MMIO, EXIT_HYPERCALL, EXIT_DEBUG, EXIT_HLT, EXIT_SYSTEM, EXIT_MEMORY_FAULT = 6, 3, 4, 5, 24, 39
+
+
+@functools.cache
+def native() -> Any:
+    """Build and import the loop with ``fake_*`` beside ``pv_*``; skips the test where no compiler is."""
+    if build.compiler(platform.machine()) is None:
+        pytest.skip("no C compiler")
+    folder = tempfile.TemporaryDirectory(prefix="pyvmm-fake-")
+    path = Path(folder.name) / "pyvmm_fake.abi3.so"
+    build.build(
+        platform.machine(),
+        path,
+        module="pyvmm_fake",
+        cdef=(HERE / "fake_kvm.h").read_text(),
+        sources=[HERE / "fake_kvm.c"],
+        flags=[f"-I{HERE}", "-Dioctl=fake_ioctl", "-Dmprotect=fake_mprotect"],
+    )
+    spec = importlib.util.spec_from_file_location("pyvmm_fake", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder.cleanup()
+    assert module.lib.pv_install_signals() == 0
+    return module
+
+
+class Rig:
+    """A VM of one or more vCPUs in the fake kernel, with ``pages`` pages of memory at RAM and ranges as given.
+
+    Bytes behind every pointer live as long as the rig. ``views`` is where the host looks at guest memory.
+    """
+
+    RAM = 0x8000_0000
+
+    def __init__(self, *, protection: str = "NONE", pages: int = 4, vcpus: int = 1) -> None:
+        module = native()
+        self.ffi, self.lib = module.ffi, module.lib
+        self.keep: list[Any] = []
+        self.pages = pages
+        self.vm = self.new("struct pv_vm *")
+        self.vm.protection = getattr(self.lib, f"PV_{protection}")
+        self.memfd = os.memfd_create("rig")
+        os.ftruncate(self.memfd, pages * 4096)
+        self.memory = mmap.mmap(self.memfd, pages * 4096)
+        self.view = int(self.ffi.cast("uintptr_t", self.ffi.from_buffer(self.memory)))
+        self.ledger = self.new("uint8_t[]", pages)
+        regions = self.new("struct pv_region[]", 1)
+        regions[0] = {
+            "gpa": self.RAM, "size": pages * 4096, "view": self.ffi.cast("uint8_t *", self.view),
+            "ledger": self.ledger, "fd": self.memfd,
+        }  # fmt: skip
+        self.vm.map = self.new("struct pv_map *", {"count": 1, "regions": regions})
+        self.vm.pages[0] = pages
+        self.vcpus = [self._vcpu(index) for index in range(vcpus)]
+        self.ranges: Any = None
+
+    def new(self, cdecl: str, init: Any = None) -> Any:
+        """Allocate, and keep."""
+        made = self.ffi.new(cdecl) if init is None else self.ffi.new(cdecl, init)
+        self.keep.append(made)
+        return made
+
+    def _vcpu(self, index: int) -> Any:
+        run = self.new("uint8_t[]", 4096)
+        fake = self.new("struct fake_vcpu *", {"run": run})
+        self.lib.fake_attach(index, fake)
+        vcpu = self.new("struct pv_vcpu *", {"fd": index, "index": index, "vm": self.vm, "run": run})
+        vcpu.ring.size, vcpu.ring.records = 64, self.new("struct pv_record[]", 64)
+        return SimpleNamespace(native=vcpu, fake=fake, run=run, area=memoryview(self.ffi.buffer(run)))
+
+    def state(self, page: int, state: str, *, assumed: bool = False) -> None:
+        """Set a page's ledger entry, and the view of a private page of the emulated protection."""
+        value = getattr(self.lib, f"PV_PAGE_{state}") | (0x80 if assumed else 0)
+        self.lib.pv_ledger_set(self.vm, self.RAM + page * 4096, value)
+
+    def close_view(self, page: int, pages: int = 1) -> None:
+        """Make pages unreadable for the host."""
+        if _libc.mprotect(ctypes.c_void_p(self.view + page * 4096), pages * 4096, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+
+    def open_view(self, page: int, pages: int = 1) -> None:
+        """Make them readable and writable again."""
+        if _libc.mprotect(ctypes.c_void_p(self.view + page * 4096), pages * 4096, 3):
+            raise OSError(ctypes.get_errno(), "mprotect")
+
+    def bus(self, *ranges: tuple[int, int, str, Any]) -> None:
+        """Publish ranges of (base, size, kind, state), in any order."""
+        self.ranges = self.new("struct pv_range[]", len(ranges))
+        for index, (base, size, kind, state) in enumerate(sorted(ranges, key=lambda r: r[0])):
+            self.ranges[index] = {
+                "base": base, "size": size, "kind": getattr(self.lib, f"PV_KIND_{kind}"), "index": index,
+                "state": self.ffi.cast("void *", 0 if state is None else state),
+            }  # fmt: skip
+        self.vm.bus = self.new("struct pv_bus *", {"count": len(ranges), "ranges": self.ranges})
+
+    def script(self, *exits: dict[str, Any], vcpu: int = 0) -> Any:
+        """Have a vCPU make these exits, then a halt; returns them, to look at what was answered."""
+        fake = self.vcpus[vcpu].fake
+        array = self.new("struct fake_exit[]", list(exits))
+        fake.exits, fake.count, fake.next = array, len(exits), 0
+        return array
+
+    def run(self, vcpu: int = 0) -> str:
+        """Run until the loop stops; its reason, without PV_STOP_."""
+        return self.stop_name(self.lib.pv_run(self.vcpus[vcpu].native))
+
+    def stop_name(self, stop: int) -> str:
+        return self._names("PV_STOP_")[stop]
+
+    def exit_name(self, number: int) -> str:
+        return self._names("PV_EXIT_")[number]
+
+    def _names(self, prefix: str) -> dict[int, str]:
+        return {getattr(self.lib, n): n.removeprefix(prefix) for n in dir(self.lib) if n.startswith(prefix)}
+
+    def pl011(self, tx: int = 16, rx: int = 16) -> Any:
+        uart = self.new("struct pv_pl011 *")
+        uart.irq_fd = uart.tx.wake_fd = uart.rx.wake_fd = -1
+        uart.tx.size, uart.tx.data = tx, self.new("uint8_t[]", tx)
+        uart.rx.size, uart.rx.data = rx, self.new("uint8_t[]", rx)
+        return uart
+
+    def records(self, vcpu: int = 0) -> list[Any]:
+        """Take what the ring holds."""
+        to = self.new("struct pv_record[]", 64)
+        native_ring = self.ffi.addressof(self.vcpus[vcpu].native, "ring")
+        return [to[i] for i in range(self.lib.pv_ring_read(native_ring, to, 64))]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.open_view(0, self.pages)
+        self.keep.clear()
+        os.close(self.memfd)
+
+
+def store(gpa: int, data: int, size: int = 8) -> dict[str, Any]:
+    """An MMIO store."""
+    return {"exit_reason": EXIT_MMIO, "gpa": gpa, "data": data, "len": size, "is_write": 1}
+
+
+def load(gpa: int, size: int = 8) -> dict[str, Any]:
+    """An MMIO load."""
+    return {"exit_reason": EXIT_MMIO, "gpa": gpa, "len": size}
+
+
+def hypercall(nr: int, *x: int) -> dict[str, Any]:
+    """A forwarded hypercall with x1, x2, x3."""
+    return {"exit_reason": EXIT_HYPERCALL, "nr": nr, "x": [nr, *x, *[0] * (3 - len(x))]}
+
+
+def failure(error: int, *, gpa: int | None = None, size: int = 4096) -> dict[str, Any]:
+    """KVM_RUN failing; with ``gpa`` it tells where."""
+    if gpa is None:
+        return {"error": error}
+    return {"error": error, "exit_reason": EXIT_MEMORY_FAULT, "gpa": gpa, "data": size}

@@ -1,0 +1,294 @@
+"""The loop and its pure-Python twin decide alike, whatever a guest and a kernel throw at them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter as Bag
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests import twin
+from tests.fake_kvm import EXIT_DEBUG, EXIT_HLT, EXIT_MEMORY_FAULT, EXIT_MMIO, EXIT_SYSTEM, Rig, failure, hypercall
+
+PAGES = 4
+REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD = (0x0930_0000 + 0x10000 * n for n in range(7))
+SIZES = {"REGISTERS": 24, "COUNTER": 8, "DOORBELL": 32, "PL011": 4096, "MAILBOX": 8192, "SHARE": 4096, "COLD": 64}
+BASES = dict(zip(SIZES, (REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD), strict=True))
+SLOTS = ((0, 1, 0), (0, 2, 1), (8, None, 2))
+IRQ = 3
+BOX_OFFSETS = [*range(0, 0xF0, 8), 4, 0x1000, 0x1078]
+UART_OFFSETS = [0, 0, 0, *range(4, 0x50, 4), 0xFE0, 0xFFC, 1]
+
+pages = st.sampled_from([Rig.RAM + 4096 * n for n in range(-1, PAGES + 1)])
+values = st.one_of(st.integers(0, 3), st.sampled_from([0x50, 0x7FF, 2**32 - 1]), st.integers(0, 2**64 - 1))
+
+
+@st.composite
+def mmio(draw: st.DrawFn) -> dict[str, Any]:
+    kind = draw(st.sampled_from(list(SIZES)))
+    size = draw(st.sampled_from([1, 2, 4, 8, 8]))
+    offsets = {
+        "PL011": st.sampled_from(UART_OFFSETS),
+        "MAILBOX": st.sampled_from(BOX_OFFSETS),
+        "DOORBELL": st.sampled_from([0, 8, 16]),
+        "SHARE": st.sampled_from([0, 0, 0, 8]),
+    }
+    offset = draw(offsets.get(kind, st.integers(-1, SIZES[kind])))
+    value = draw(values)
+    if kind == "SHARE":
+        size = draw(st.sampled_from([8, 8, 8, 4]))
+        value = draw(pages) | draw(st.sampled_from([1, 1, 2, 2, 0, 3, 0x11]))
+    is_write = draw(st.integers(0, 1))
+    return {"exit_reason": EXIT_MMIO, "gpa": BASES[kind] + offset, "data": value, "len": size, "is_write": is_write}
+
+
+calls = st.builds(
+    hypercall,
+    st.sampled_from([0xC600_0003, 0xC600_0003, 0xC600_0004, 0xC600_0004, 0xC600_0002, 0x8600_0000, 0x8400_0000]),
+    st.one_of(pages, st.just(0), st.just(Rig.RAM + 8)),
+    st.sampled_from([0, 0, 0, 1]),
+    st.sampled_from([0, 0, 0, 2**63]),
+)
+failures = st.one_of(
+    st.builds(failure, st.sampled_from([errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EFAULT, errno.EIO])),
+    st.builds(failure, st.sampled_from([errno.EFAULT, twin.EHWPOISON, errno.ENOMEM]), gpa=pages),
+)
+others = st.one_of(
+    st.just({"exit_reason": EXIT_DEBUG}),
+    st.builds(lambda n: {"exit_reason": EXIT_SYSTEM, "nr": 1, "len": n, "data": 9}, st.integers(0, 16)),
+    st.just({"exit_reason": 17}),
+)
+exits = st.lists(st.one_of(mmio(), mmio(), calls, calls, failures, others), max_size=40)
+machines = st.fixed_dictionaries(
+    {
+        "protection": st.sampled_from(["NONE", "PKVM", "EMULATED"]),
+        "conversion": st.sampled_from(["PRESERVE", "ZERO", "PUNCH", "COLD"]),
+        "subscribers": st.booleans(),
+        "states": st.lists(
+            st.sampled_from(["ABSENT", "HOST", "PRIVATE", "SHARED", "HOLE", "POISONED"]), min_size=PAGES, max_size=PAGES
+        ),
+        "policy": st.lists(st.sampled_from([0, 1, 2]), min_size=6, max_size=6),
+        "retry_limit": st.integers(0, 3),
+        "closed": st.sets(st.integers(0, PAGES - 1)),
+        "protect_fails": st.integers(0, 2),
+    }
+)
+# What stands for Python when the loop stops: taken in turn.
+replies = st.lists(values, min_size=1, max_size=5)
+
+
+class FakeKernel:
+    """The fake kernel of fake_kvm.c once more, and the host's side of a page."""
+
+    def __init__(self, run: memoryview, script: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+        self.run, self.script, self.next = run, script, 0
+        self.x = [0] * 4
+        self.answers: list[int] = []
+        self.outs: list[list[int]] = []
+        self.rung: Bag[int] = Bag()
+        self.open = [n not in machine["closed"] for n in range(PAGES)]
+        self.dropped: set[int] = set()
+        self.protect_fails = machine["protect_fails"]
+
+    def enter(self) -> int:
+        if self.next:
+            last = self.script[self.next - 1]
+            is_load = not last.get("error") and last["exit_reason"] == EXIT_MMIO and not last["is_write"]
+            size = last.get("len", 0)
+            self.answers.append(int.from_bytes(self.run[40 : 40 + size], "little") if is_load else 0)
+            self.outs.append(list(self.x))
+        if self.next == len(self.script):
+            self.run[8:12] = EXIT_HLT.to_bytes(4, "little")
+            return 0
+        step = self.script[self.next]
+        self.next += 1
+        reason = step.get("exit_reason", 0)
+        self.run[8:12] = reason.to_bytes(4, "little")
+        put = {
+            EXIT_MMIO: lambda: [(32, 8, step["gpa"]), (40, 8, step["data"]), (48, 4, step["len"]), (52, 1, step["is_write"])],
+            3: lambda: [(32, 8, step["nr"])],
+            EXIT_SYSTEM: lambda: [(32, 4, step["nr"]), (36, 4, step["len"])]
+            + [(40 + 8 * n, 8, step["data"] + n) for n in range(16)],
+            EXIT_MEMORY_FAULT: lambda: [(32, 8, 0), (40, 8, step["gpa"]), (48, 8, step["data"])],
+        }  # fmt: skip
+        for at, size, value in put.get(reason, list)():
+            self.run[at : at + size] = value.to_bytes(size, "little")
+        self.x = list(step.get("x", self.x))
+        return int(step.get("error", 0))
+
+    def get_x(self, n: int) -> int:
+        return self.x[n]
+
+    def set_x(self, n: int, value: int) -> None:
+        self.x[n] = value
+
+    def signal(self, fd: int) -> None:
+        self.rung[fd] += 1
+
+    def protect(self, gpa: int, open_: bool) -> bool:
+        if self.protect_fails:
+            self.protect_fails -= 1
+            return False
+        self.open[(gpa - Rig.RAM) // 4096] = open_
+        return True
+
+    def drop(self, gpa: int, conversion: int) -> bool:
+        if conversion in (1, 2):
+            self.dropped.add((gpa - Rig.RAM) // 4096)
+        return True
+
+    def probe(self, gpa: int) -> bool:
+        return self.open[(gpa - Rig.RAM) // 4096]
+
+
+class Native:
+    """The rig with every kind on its bus."""
+
+    def __init__(self, script: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+        rig = self.rig = Rig(protection=machine["protection"], pages=PAGES)
+        rig.memory[:] = b"\x5a" * len(rig.memory)
+        vm = rig.vm
+        vm.conversion = getattr(rig.lib, "PV_CONVERT_" + machine["conversion"])
+        vm.subscribers, vm.retry_limit = machine["subscribers"], machine["retry_limit"]
+        vm.policy = [*machine["policy"], 0, 0]
+        for page, state in enumerate(machine["states"]):
+            rig.state(page, state)
+        for page in machine["closed"]:
+            rig.close_view(page)
+        rig.lib.fake_protect_fails(machine["protect_fails"])
+        self.fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
+        slots = rig.new("struct pv_doorbell_slot[]", [(o, v or 0, self.fds[fd], v is None) for o, v, fd in SLOTS])
+        self.bell = rig.new("struct pv_doorbell *", {"count": len(SLOTS), "slots": slots})
+        self.uart = rig.pl011(tx=4, rx=4)
+        self.uart.irq_fd = self.fds[IRQ]
+        self.boxes = rig.new("struct pv_mailbox[]", 2)
+        self.registers, self.counter = rig.new("uint8_t[]", 24), rig.new("uint64_t *")
+        states = [self.registers, self.counter, self.bell, self.uart, self.boxes, None, None]
+        rig.bus(*[(BASES[kind], SIZES[kind], kind, state) for kind, state in zip(SIZES, states, strict=True)])
+        self.exits = rig.script(*script)
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.rig.lib.fake_protect_fails(0)
+        self.rig.close()
+
+
+def make_twin(script: list[dict[str, Any]], machine: dict[str, Any]) -> twin.Vcpu:
+    lib = twin.lib
+    run = memoryview(bytearray(4096))
+    states = [
+        bytearray(24), twin.Counter(), twin.Doorbell(list(SLOTS)), twin.Pl011(4, 4, IRQ),
+        [twin.Mailbox(), twin.Mailbox()], None, None,
+    ]  # fmt: skip
+    vm = twin.Vm(
+        protection=getattr(lib, "PV_" + machine["protection"]),
+        regions=[twin.Region(Rig.RAM, PAGES * 4096, bytearray(getattr(lib, "PV_PAGE_" + s) for s in machine["states"]))],
+        ranges=[
+            twin.Range(BASES[kind], SIZES[kind], getattr(lib, "PV_KIND_" + kind), state)
+            for kind, state in zip(SIZES, states, strict=True)
+        ],
+        subscribers=machine["subscribers"],
+        conversion=getattr(lib, "PV_CONVERT_" + machine["conversion"]),
+        policy=dict(enumerate(machine["policy"])),
+        retry_limit=machine["retry_limit"],
+    )
+    return twin.Vcpu(vm, 0, run, FakeKernel(run, script, machine))
+
+
+def settle(stop: str, reply: int, native: Native, other: twin.Vcpu) -> None:
+    """What Python does at a stop, the same on both sides."""
+    rig, vcpu = native.rig, native.rig.vcpus[0].native
+    lib = rig.lib
+    uart: twin.Pl011 = other.vm.ranges[3].state
+    box: twin.Mailbox = other.vm.ranges[4].state[0]
+    match stop:
+        case "MMIO" | "UNCLAIMED":
+            lib.pv_mmio_reply(vcpu, reply)
+            other.reply(reply)
+        case "MAILBOX":
+            box.order[:] = [(reply + n) % 2**64 for n in range(8)]
+            native.boxes[0].order = box.order
+            native.boxes[0].state = box.state = lib.PV_MAILBOX_ORDER
+        case "FIFO":
+            n = reply % 4 + 1
+            out = rig.new("uint8_t[]", 4)
+            assert lib.pv_fifo_read(rig.ffi.addressof(native.uart, "tx"), out, n) == n
+            assert bytes(out)[:n] == bytes(uart.tx.popleft() for _ in range(n))
+        case "CONVERT":
+            vcpu.share_status = other.share_status = -(reply % 2)
+        case _:
+            fed = bytes([reply % 256]) * (reply % 3)
+            taken = lib.pv_pl011_feed(native.uart, fed, len(fed))
+            assert taken == min(len(fed), 4 - len(uart.rx))
+            uart.rx.extend(fed[:taken])
+            uart.update(other.kernel)
+
+
+def seen(vcpu: Any, stop: str) -> dict[str, Any]:
+    """The fields that mean something at a stop."""
+    fields = {
+        "MMIO": ["gpa", "offset", "size", "is_write", "value"],
+        "SHARE": ["share_gpa", "share_op", "share_source", "share_status"],
+        "CONVERT": ["share_gpa", "share_op", "share_source"],
+        "SYSTEM": ["event"],
+        "FAILED": ["error", "failure", "fault_gpa", "fault_size"],
+    }
+    names = fields.get("MMIO" if stop == "UNCLAIMED" else stop, [])
+    return {name: getattr(vcpu, name) for name in ["exit", "exit_reason", "retries", *names]}
+
+
+def rung(fd: int) -> int:
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(machine=machines, script=exits, replies=replies)
+def test_loop_and_twin_decide_alike(machine: dict[str, Any], script: list[dict[str, Any]], replies: list[int]) -> None:
+    native, other = Native(script, machine), make_twin(script, machine)
+    try:
+        compare(native, other, replies)
+    finally:
+        native.close()
+
+
+def compare(native: Native, other: twin.Vcpu, replies: list[int]) -> None:
+    rig, vcpu, vm = native.rig, native.rig.vcpus[0].native, other.vm
+    kernel = other.kernel
+    assert isinstance(kernel, FakeKernel)
+    for turn in range(1000):
+        stop = rig.run()
+        assert (turn, stop) == (turn, rig.stop_name(other.run()))
+        assert seen(vcpu, stop) == seen(other, stop)
+        if stop == "OTHER" and vcpu.exit_reason == EXIT_HLT:
+            break
+        if stop == "SYSTEM":
+            assert list(vcpu.event_data)[: vcpu.event_count] == other.event_data
+        settle(stop, replies[turn % len(replies)], native, other)
+    else:
+        raise AssertionError("neither ends")
+
+    assert [e.answer for e in native.exits] == kernel.answers
+    assert [list(e.out) for e in native.exits] == kernel.outs
+    assert [vcpu.stats[n].count for n in range(rig.lib.PV_EXITS)] == other.counts
+    assert [(r.reads, r.writes) for r in rig.ranges] == [(r.reads, r.writes) for r in vm.ranges]
+    assert bytes(rig.ledger) == bytes(vm.regions[0].ledger)
+    assert list(rig.vm.pages) == vm.pages()
+    assert (rig.vm.shares, rig.vm.unshares, rig.vm.refused) == (vm.shares, vm.unshares, vm.refused)
+    assert [rung(fd) for fd in native.fds] == [kernel.rung[n] for n in range(4)]
+    assert [rig.lib.pv_probe(rig.vm, rig.RAM + 4096 * n) for n in range(PAGES)] == kernel.open
+    rig.open_view(0, PAGES)
+    assert [rig.memory[4096 * n] for n in range(PAGES)] == [0 if n in kernel.dropped else 0x5A for n in range(PAGES)]
+    states = [r.state for r in vm.ranges]
+    assert bytes(native.registers) == bytes(states[0])
+    assert (native.counter[0], native.bell.missed) == (states[1].value, states[2].missed)
+    for box, twin_box in zip(native.boxes, states[4], strict=True):
+        assert (box.state, box.trapped) == (twin_box.state, twin_box.trapped)
+        for name in ("order", "result", "trap", "note"):
+            assert list(getattr(box, name)) == getattr(twin_box, name)

@@ -19,7 +19,7 @@ from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 
 LINGER = 0.01
-TX_BYTES = 1 << 14
+TX_BYTES = 1 << 12
 RX_BYTES = 1 << 10
 
 

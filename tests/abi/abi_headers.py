@@ -1,0 +1,77 @@
+"""The kernel's own headers, as the newest linux-libc-dev of Debian (trixie-backports) has them, for both architectures.
+
+Fetched by the lab's apt wrapper, without privileges, and kept unpacked under the user's cache by version; asked for
+again when a day old. Offline, the newest version already there serves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from functools import lru_cache
+from pathlib import Path
+
+from pyvmm.lab.apt import BACKPORTS, CANONICAL_MIRROR, Apt, AptError, machine_mirror
+from pyvmm.lab.cache import Cache, cache_directory
+
+DAY = 86400.0
+
+
+class NoHeaders(Exception):
+    """There are none to be had: no network and nothing cached, or no apt."""
+
+
+@lru_cache
+def root() -> Path:
+    """Return the directory that the package is unpacked in; :class:`NoHeaders` if there is no way to it."""
+    store = cache_directory().parent / "uapi"
+    kept = max(store.glob("*/usr/include"), key=_confirmed, default=None)
+    if kept and time.time() - _confirmed(kept) < DAY:
+        return kept.parents[1]
+    failure: Exception | None = None
+    for mirror in dict.fromkeys((machine_mirror(), CANONICAL_MIRROR)):
+        try:
+            return _newest(store, mirror)
+        except (AptError, OSError) as error:
+            failure = error
+    if kept:
+        return kept.parents[1]
+    raise NoHeaders(f"no kernel headers: {failure}".splitlines()[0])
+
+
+def _confirmed(include: Path) -> float:
+    """Return when these were last found to be the newest."""
+    return include.parents[1].stat().st_mtime
+
+
+def _newest(store: Path, mirror: str) -> Path:
+    cache = Cache(store)  # not the lab's own: a lab that is being built holds that one for minutes
+    with cache.lock(lambda: None):
+        apt = Apt(cache.apt, mirror)
+        apt.prepare()
+        age = apt.newest_age()
+        if age is None or age > DAY:
+            apt.update(lambda _what, _part: None)
+        name, version = next(p for p in apt.resolve("linux-libc-dev", suite=BACKPORTS) if p[0] == "linux-libc-dev")
+        directory = store / re.sub(r"[^\w.+-]", "_", version)
+        if not directory.exists():
+            package = apt.locate([(name, version)])
+            apt.download(package, lambda _what, _part: None)
+            scratch = store / f"partial.{os.getpid()}"
+            try:
+                scratch.mkdir(parents=True)
+                subprocess.run(["dpkg-deb", "-x", apt.archives / package[0].file, scratch], check=True)
+                scratch.rename(directory)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    os.utime(directory)
+    return directory
+
+
+def include_flags(machine: str) -> list[str]:
+    """Return the compiler's options for these headers, and none but these, as ``machine`` (``uname -m``) sees them."""
+    include = root() / "usr/include"
+    return ["-nostdinc", "-isystem", str(include / f"{machine}-linux-gnu"), "-isystem", str(include)]

@@ -146,7 +146,7 @@ class Apt:
             capture_output=True,
             text=True,
             check=False,
-            cwd=self.archives,
+            cwd=self.directory,  # not where packages are: those are left out of --print-uris
             env=_environment(),
         )
         if answer.returncode != 0:

@@ -7,13 +7,15 @@ in the image is a signed Debian package, Python modules included: one mechanism,
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
-from pyvmm.lab import rootfs
+from pyvmm.lab import precompile, rootfs
 from pyvmm.lab.apt import BACKPORTS, CANONICAL_MIRROR, Apt, AptError, Package, Progress, machine_mirror
 from pyvmm.lab.cache import FILES, Cache, FileRecord, Image, Manifest, file_sha256
+from pyvmm.lab.qemu import require_qemu
 
 LISTS_FRESH_SECONDS = 3600
 
@@ -60,6 +62,7 @@ def usable_image(cache: Cache) -> Image | None:
 
 
 def _build(cache: Cache, refresh: bool, progress: Progress) -> Image:
+    require_qemu()
     apt = _updated_apt(cache, refresh, progress)
     progress("resolving packages", 0.0)
     kernel = [pair for pair in apt.resolve(rootfs.KERNEL, suite=BACKPORTS) if rootfs.KERNEL_PARTS.match(pair[0])]
@@ -72,7 +75,7 @@ def _build(cache: Cache, refresh: bool, progress: Progress) -> Image:
             release, modules = rootfs.write_kernel([apt.archives / p.file for p in packages[: len(kernel)]], out)
         progress("root", 0.0)
         with (scratch / "root.cpio").open("wb") as out:
-            rootfs.write_root([apt.archives / p.file for p in packages[len(kernel) :]], modules, out)
+            rootfs.write_root([apt.archives / p.file for p in packages[len(kernel) :]], release, modules, out)
         manifest = Manifest(
             release=release,
             built=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,6 +84,17 @@ def _build(cache: Cache, refresh: bool, progress: Progress) -> Image:
             packages=[(package.name, package.version, package.sha256) for package in packages],
             files={name: _record(scratch / name) for name in FILES},
         )
+        byte_code = cache.directory / f"bytecode-{precompile.key(packages[len(kernel) :])}.cpio"
+        if not byte_code.exists():
+            progress("first boot, byte code", 0.0)
+            with (scratch / byte_code.name).open("wb") as out:
+                precompile.write_byte_code(Image(scratch, manifest), out)
+            for old in cache.directory.glob("bytecode-*.cpio"):
+                old.unlink()
+            (scratch / byte_code.name).rename(byte_code)
+        with (scratch / "root.cpio").open("ab") as out:
+            out.write(byte_code.read_bytes())
+        manifest = replace(manifest, files={name: _record(scratch / name) for name in FILES})
         image = cache.adopt(scratch, manifest)
     _drop_superseded(apt.archives, packages)
     return image

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, Self
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import frames, shares
 from pyvmm.lab.cache import Image
-from pyvmm.lab.image import build_image
 from pyvmm.lab.qemu import LabOptions, Machine
 from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump, Sink
 
@@ -39,7 +38,8 @@ class Completed:
 class Lab:
     """A lab as a context manager.
 
-    ``arguments`` are looked through for files to make visible (see shares.py).
+    ``arguments`` are looked through for files to make visible (see shares.py); a ``bare`` lab sees nothing of the
+    workstation.
     """
 
     def __init__(
@@ -49,19 +49,24 @@ class Lab:
         image: Image | None = None,
         cwd: Path | None = None,
         arguments: Sequence[str] = (),
+        bare: bool = False,
     ) -> None:
         self.options = options or LabOptions()
         self.cwd = Path(os.path.abspath(cwd or Path.cwd()))
         self._image = image
-        self._shares = shares.find_shares(self.cwd, list(arguments))
+        self._shares = [] if bare else shares.find_shares(self.cwd, list(arguments))
         self._machine: Machine | None = None
         self._unpacker = frames.Unpacker()
 
     def __enter__(self) -> Self:
-        image = self._image or build_image()
+        if self._image is None:
+            from pyvmm.lab.image import build_image  # it boots labs itself
+
+            self._image = build_image()
+        image = self._image
         self._machine = Machine(image, self.options, self._shares)
         try:
-            self._boot(self._machine, image)
+            self._boot(self._machine)
         except BaseException:
             self.close()
             raise
@@ -91,14 +96,14 @@ class Lab:
             raise PyvmmError("the lab is not running", hint="use it as a context manager")
         return self._machine
 
-    def _boot(self, machine: Machine, image: Image) -> None:
+    def _boot(self, machine: Machine) -> None:
         deadline = time.monotonic() + self.options.boot_timeout
         if self._wait(deadline) != (frames.READY, b""):
             raise machine.failed("the lab's agent speaks another language", hint="pyvmm lab build --refresh")
         for share in self._shares:
             options = f"trans=virtio,version=9p2000.L,msize=524288,cache=none{',ro' if share.readonly else ''}"
             self._ask(deadline, frames.MOUNT, share.tag, str(share.target), options)
-        if NATIVE.is_file():
+        if self._shares and NATIVE.is_file():
             inside = shares.python_path() / "pyvmm"
             target = inside / "_native.abi3.so"
             if (shares.PACKAGE / target.name).is_file():

@@ -60,10 +60,17 @@ class LabError(PyvmmError):
     """The lab's machine did not start, or ended too early: how it was started, and the last of its console."""
 
     def __init__(self, what: str, command: list[str], console: str, *, hint: str | None = None) -> None:
-        tail = "".join(f"\n  | {line}" for line in console.splitlines()[-20:]) or " (nothing)"
+        tail = "".join(f"\n  | {line}" for line in _telling_lines(console)) or " (nothing)"
         super().__init__(f"{what}\n  started as: {shlex.join(command)}\n  its console:{tail}", hint=hint)
         self.command = command
         self.console = console
+
+
+def _telling_lines(console: str) -> list[str]:
+    """Give the last lines that tell something: a panic's own trace says less than what came before it."""
+    lines = console.splitlines()
+    end = next((i + 1 for i, line in enumerate(lines) if "Kernel panic" in line), len(lines))
+    return lines[max(end - 20, 0) : end]
 
 
 def require_qemu() -> str:
@@ -90,7 +97,7 @@ def command_line(program: str, image: Image, options: LabOptions, shares: list[S
     append = [
         MODES[options.mode],
         "mitigations=off lsm= audit=0 panic=-1",  # nothing that would be measured along, and no hanging
-        "nokaslr kpti=off",
+        "nokaslr kpti=off cryptomgr.notests=1 initcall_blacklist=load_system_certificate_list",  # boot time
         "console=ttyAMA0",
         "" if options.verbose else "loglevel=4",
     ]

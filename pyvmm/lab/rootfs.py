@@ -50,6 +50,8 @@ UNUSED_PATHS = re.compile(
 MODULES = ("9p", "9pnet_virtio")
 XZ_MAGIC = b"\xfd7zXZ\0"
 
+SIGNATURE = b"~Module signature appended~\n"
+
 DIRECTORIES = ("dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/sbin", "var/tmp")
 MERGED = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib", "sbin": "usr/sbin"}
 PROGRAMS = {"init": "init.sh", "pyvmm/agent.py": "agent.py", "pyvmm/frames.py": "frames.py"}
@@ -57,7 +59,8 @@ FILES = {
     "etc/passwd": b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     "etc/group": b"root:x:0:\nnogroup:x:65534:\n",
     "etc/hosts": b"127.0.0.1 localhost\n",
-    "etc/hostname": b"pyvmm-lab\n",
+    "etc/fstab": b"sysfs /sys sysfs\ndevpts /dev/pts devpts ptmxmode=666\n"
+    b"tmpfs /dev/shm tmpfs\ntmpfs /tmp tmpfs\ntmpfs /run tmpfs\n",
 }
 
 
@@ -116,14 +119,15 @@ def _module_closure(available: dict[str, bytes]) -> dict[str, bytes]:
         found = re.search(rb"\0depends=([^\0]*)\0", data)
         for dependency in found[1].decode().split(",") if found else ():
             visit(dependency)
-        ordered[name] = data
+        # Unsigned, they load without a second of cryptography under emulation, and taint a kernel that KVM taints too.
+        ordered[name] = data[: data.rfind(SIGNATURE)] if data.endswith(SIGNATURE) else data
 
     for name in MODULES:
         visit(name)
     return ordered
 
 
-def write_root(packages: list[Path], modules: dict[str, bytes], out: BinaryIO) -> None:
+def write_root(packages: list[Path], release: str, modules: dict[str, bytes], out: BinaryIO) -> None:
     """Write the initramfs: the packages' files, the modules, and our programs."""
     cpio = CpioWriter(out)
     for path in DIRECTORIES:
@@ -137,9 +141,13 @@ def write_root(packages: list[Path], modules: dict[str, bytes], out: BinaryIO) -
         cpio.file(path, (here / source).read_bytes(), mode=0o755)
     for path, data in FILES.items():
         cpio.file(path, data)
+    directory = f"usr/lib/modules/{release}"
     for name, data in modules.items():
-        cpio.file(f"usr/lib/modules/{name}.ko", data)
-    cpio.file("usr/lib/modules/order", "".join(f"{name}.ko\n" for name in modules).encode())
+        cpio.file(f"{directory}/{name}.ko", data)
+    # Each is said to need all before it: more than it does, and in the right order.
+    names = [f"{name}.ko" for name in modules]
+    lines = [f"{name}: {' '.join(reversed(names[:i]))}\n" for i, name in enumerate(names)]
+    cpio.file(f"{directory}/modules.dep", "".join(lines).encode())
     for package in packages:
         with _open_package(package) as tar:
             for member in tar:

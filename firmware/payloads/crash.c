@@ -12,7 +12,7 @@
  *   share-twice     shares one page twice            share-outside    shares a page outside memory
  *   bell-private    announces a page never shared    bell-misaligned  announces an unaligned address
  *   bell-huge       announces an address beyond every address space
- *   flood           writes bytes=N to the UART (default 1 MiB) and never looks whether there is room
+ *   flood           writes bytes=N to the UART (default 64 KiB) and never looks whether there is room
  *   reset           PSCI SYSTEM_RESET                status           ends with exit code code=N (default 1)
  */
 #include "../lib/lib.h"
@@ -29,7 +29,7 @@ static s64 ring(u64 value)
 
 static void flood(void)
 {
-    u64 bytes = argument_number("bytes", 1 << 20);
+    u64 bytes = argument_number("bytes", 1 << 16);
     for (u64 i = 0; i < bytes && board.uart; i++)
         mmio_write32(board.uart, i % 64 == 63 ? '\n' : '0' + i % 64);
 }
@@ -40,6 +40,7 @@ int main(void)
     u64 after = board.memory + board.memory_size, page = page_alloc(1), a, b;
     size_t n = argument("way", &way);
 
+    mmio_write64(page, 0); /* mine now: a protected guest owns what it has touched */
     print("crash: %s\n", n ? board.bootargs : "way=undefined");
     if (!n || argument_is("way", "undefined"))
         __asm__ volatile("udf #1");

@@ -49,7 +49,7 @@ ABOUT: Final = {
         {
             "way": "undefined, unmapped, jump, loop, wait, noslot, sea, share-twice, share-outside, bell-private, "
             "bell-misaligned, bell-huge, flood, reset, status (undefined)",
-            "bytes": "how many flood writes (1048576)",
+            "bytes": "how many flood writes (65536)",
             "code": "the exit code of status (1)",
         },
     ),

@@ -69,6 +69,7 @@ class Machine:
         self._outcome: Outcome | None = None
         self._threads: list[VcpuThread] = []
         self._keep: list[Any] = []
+        self._told = False
         self.started_ns = self.ended_ns = 0
 
     def __enter__(self) -> Machine:
@@ -227,7 +228,9 @@ class Machine:
         outcome = self._outcome
         if outcome is None:
             raise PyvmmError("the run ended without saying why; this is a bug in pyvmm")
-        log.info("ended", ending=outcome.ending.value, reason=outcome.reason, vcpu=outcome.vcpu)
+        if not self._told:
+            self._told = True
+            log.info("ended", ending=outcome.ending.value, reason=outcome.reason, vcpu=outcome.vcpu)
         return outcome
 
     def stop(self, reason: str = "stopped") -> None:

@@ -21,12 +21,12 @@ def guest_fault(fault_again: Callable[[], object]) -> tuple[int | None, str]:
     """Let this thread's vCPU fault once more and return (gpa, "") as the kernel traced it, or (None, why not)."""
     root = next((path for path in TRACEFS if (path / "instances").is_dir()), None)
     if root is None:
-        return None, "where is not known: tracefs is not mounted or not readable"
+        return None, "which, the kernel tells root only, through tracefs: mount -t tracefs nodev /sys/kernel/tracing"
     instance = root / "instances" / f"pyvmm-{os.getpid()}-{threading.get_native_id()}"
     try:
         instance.mkdir()
     except OSError as error:
-        return None, f"where is not known: tracefs: {error.strerror}"
+        return None, f"which is not known: tracefs: {error.strerror}"
     try:
         (instance / "set_event_pid").write_text(str(threading.get_native_id()))
         (instance / EVENT / "enable").write_text("1")
@@ -34,11 +34,11 @@ def guest_fault(fault_again: Callable[[], object]) -> tuple[int | None, str]:
         (instance / EVENT / "enable").write_text("0")
         found = _IPA.findall((instance / "trace").read_text())
     except OSError as error:
-        return None, f"where is not known: tracefs: {error.strerror}"
+        return None, f"which is not known: tracefs: {error.strerror}"
     finally:
         with contextlib.suppress(OSError):
             instance.rmdir()
     if not found:
-        return None, "where is not known: the kernel traced no fault"
+        return None, "which is not known: the kernel traced no fault"
     # The tracepoint prints the IPA's page from HPFAR_EL2; the offset in the page is not told.
     return int(found[-1], 16), ""

@@ -59,7 +59,7 @@ FILES = {
     "etc/passwd": b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     "etc/group": b"root:x:0:\nnogroup:x:65534:\n",
     "etc/hosts": b"127.0.0.1 localhost\n",
-    "etc/fstab": b"sysfs /sys sysfs\ndevpts /dev/pts devpts ptmxmode=666\n"
+    "etc/fstab": b"sysfs /sys sysfs\ntracefs /sys/kernel/tracing tracefs\ndevpts /dev/pts devpts ptmxmode=666\n"
     b"tmpfs /dev/shm tmpfs\ntmpfs /tmp tmpfs\ntmpfs /run tmpfs\n",
 }
 

@@ -101,9 +101,9 @@ def core_reg(name: str) -> int:
     if name in ("fpsr", "fpcr"):
         return _core(f"fp_regs.{name}", KVM_REG_SIZE_U32)
     number = int(name[1:]) if name[1:].isdecimal() and name[1:].isascii() else -1
-    if name == f"x{number}" and number <= 30:
+    if name == f"x{number}" and 0 <= number <= 30:
         return _core("regs.regs", index=number)
-    if name == f"v{number}" and number <= 31:
+    if name == f"v{number}" and 0 <= number <= 31:
         return _core("fp_regs.vregs", KVM_REG_SIZE_U128, number)
     raise KeyError(f"no core register is called {name!r}")
 

@@ -59,9 +59,9 @@ def _walk(kind: Any, prefix: str, alternative: str | None) -> Iterator[tuple[str
         path = prefix + name
         if kind.tag == STRUCT and name:
             yield path, alternative
-        if inner.tag == UNION and kind.tag == STRUCT and not name:
-            if choices := [prefix + _name(choice) for choice in inner.iter_children() if _name(choice)]:
-                yield "|".join(choices), alternative
+        choices = [prefix + _name(choice) for choice in inner.iter_children() if _name(choice)]
+        if inner.tag == UNION and kind.tag == STRUCT and not name and choices:
+            yield "|".join(choices), alternative
         if inner.tag in (STRUCT, UNION) and not _name(inner):
             below = alternative if kind.tag == STRUCT else path if name else None
             if kind.tag == STRUCT or name:

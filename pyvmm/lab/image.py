@@ -53,10 +53,10 @@ def build_image(*, refresh: bool = False, progress: Progress = silent, cache: Ca
             ) from error
 
 
-def usable_image(cache: Cache) -> Image | None:
-    """Give the current image if this version made it and its files look whole."""
-    image = cache.current()
-    if image is None or image.manifest.recipe != rootfs.recipe_hash() or image.damage(thorough=False):
+def usable_image(cache: Cache | None = None, *, thorough: bool = False) -> Image | None:
+    """Give the current image if this version made it and its files look whole; ``thorough`` reads them to be sure."""
+    image = (cache or Cache()).current()
+    if image is None or image.manifest.recipe != rootfs.recipe_hash() or image.damage(thorough=thorough):
         return None
     return image
 

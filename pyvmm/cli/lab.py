@@ -1,0 +1,226 @@
+"""``pyvmm lab``: a pKVM host on any Linux machine; and what ``pyvmm --lab VERB`` is made of.
+
+Owns the progress display while an image is built. Everything of the lab goes to stderr: stdout is the command's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.cli.common import Interrupted, add_common, parse_count, parse_seconds, parse_size
+from pyvmm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from pyvmm.lab import LabOptions
+    from pyvmm.lab.cache import Image
+
+MODES = ("protected", "nvhe", "vhe")
+LIST_COLUMNS = 17
+
+
+def add_lab_options(group: argparse._ArgumentGroup, prefix: str = "--lab-") -> None:
+    """Add what a lab can be told; with ``--lab-`` before their names they stand before a verb."""
+
+    def add(name: str, **how: Any) -> None:
+        group.add_argument(f"{prefix}{name}", dest=f"lab_{name.replace('-', '_')}", **how)
+
+    add("mode", choices=MODES, default="protected", help="KVM's mode on the lab's kernel (protected)")
+    add("icount", action="store_true", help="time counts instructions: measurements repeat; one CPU")
+    add("cpus", type=parse_count, metavar="N", help="CPUs of the lab (2; 1 with icount)")
+    add("mem", type=parse_size, default=2048 << 20, metavar="SIZE", help="memory of the lab, MiB or 2G (2G)")
+    add("console", action="store_true", help="show the lab's console on stderr")
+    add("boot-timeout", type=parse_seconds, default=180.0, metavar="SECONDS", help="give up after (180)")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Define the verb's own verbs and their options."""
+    parser = subparsers.add_parser("lab", help="a pKVM host on any Linux machine", allow_abbrev=False, description=__doc__)
+    add_common(parser)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="lab_action")
+
+    build = actions.add_parser("build", help="make the image, unless there is one", allow_abbrev=False)
+    build.add_argument("--refresh", action="store_true", help="ask the archive for its newest, and check the image")
+
+    status = actions.add_parser("status", help="what there is, and what is missing", allow_abbrev=False)
+    status.add_argument("--json", action="store_true", help="the same for machines")
+
+    run = actions.add_parser("run", help="run a pyvmm verb in a lab, as pyvmm --lab does", allow_abbrev=False)
+    execute = actions.add_parser("exec", help="run any command in a lab, with its output and status", allow_abbrev=False)
+    shell = actions.add_parser("shell", help="a shell in a lab", allow_abbrev=False)
+    for action in (run, execute, shell):
+        add_lab_options(action.add_argument_group("the lab"), "--")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="VERB ...", help="the verb and its arguments")
+    execute.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
+    execute.add_argument("command", nargs=argparse.REMAINDER, metavar="[--] COMMAND ...", help="the command")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what the action says; returns the exit status, a command's own where one was run."""
+    command: list[str] = getattr(args, "command", [])
+    if command[:1] == ["--"]:
+        command = command[1:]
+    match args.lab_action:
+        case "build":
+            return _build(refresh=args.refresh)
+        case "status":
+            return _status(as_json=args.json)
+        case "shell":
+            return _run(["/bin/sh", "-i"], args, is_tty=sys.stdin.isatty())
+        case action if not command:
+            raise UsageError(f"pyvmm lab {action}: what?", hint=f"pyvmm lab {action} --help")
+        case "run":
+            return run_verb(command, args)
+        case _:
+            return _run(command, args, is_tty=args.tty)
+
+
+def run_verb(argv: list[str], args: argparse.Namespace) -> int:
+    """Run ``pyvmm ARGV`` in a lab of its own; files it names are visible there. Returns its exit status."""
+    is_tty = all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+    # -P: the current directory is not a place to import from, and under 9p a slow one.
+    return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=argv)
+
+
+def _run(command: list[str], args: argparse.Namespace, *, is_tty: bool, files: list[str] | None = None) -> int:
+    from pyvmm.lab import Lab
+    from pyvmm.lab.needs import require
+
+    if is_tty and not sys.stdin.isatty():
+        raise UsageError("--tty needs a terminal on stdin")
+    options = _options(args)
+    require(building=False)
+    with _terminable():
+        image = _image(refresh=False)
+        with Lab(options, image=image, arguments=files or []) as lab:
+            return lab.run(command, stdin=sys.stdin.fileno(), is_tty=is_tty)
+
+
+def _options(args: argparse.Namespace) -> LabOptions:
+    from pyvmm.lab import LabOptions
+
+    if not hasattr(args, "lab_mode"):  # a verb that turned to the lab by itself
+        return LabOptions()
+    return LabOptions(
+        mode=args.lab_mode,
+        cpus=args.lab_cpus or (1 if args.lab_icount else 2),
+        memory=args.lab_mem >> 20,
+        icount=args.lab_icount,
+        boot_timeout=args.lab_boot_timeout,
+        verbose=args.lab_console,
+    )
+
+
+def _build(*, refresh: bool) -> int:
+    with _terminable():
+        image = _image(refresh=refresh, thorough=True)
+    print(f"{image.manifest.release}, built {image.manifest.built}, {image.size / 1e6:.0f} MB in {image.directory}")
+    return 0
+
+
+def _image(*, refresh: bool, thorough: bool = False) -> Image:
+    """Give the image, showing how it is built if it must be."""
+    from pyvmm.lab import build_image
+    from pyvmm.lab.image import usable_image
+    from pyvmm.lab.needs import require
+
+    if not refresh and (image := usable_image(thorough=thorough)):
+        return image
+    require(building=True)
+    print("pyvmm: building the lab's image from Debian's packages; this is done once", file=sys.stderr)
+    started = time.monotonic()
+    with _progress() as progress:
+        image = build_image(refresh=refresh, progress=progress)
+    print(f"pyvmm: the lab's image is ready, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return image
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """Show progress on stderr: bars on a terminal, a line for each step elsewhere."""
+    if not sys.stderr.isatty():
+        said: list[str] = []
+
+        def say(what: str, _share: float) -> None:
+            if what not in said:
+                said.append(what)
+                print(f"pyvmm: lab: {what}", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), BarColumn(24), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as display:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, share: float) -> None:
+            if what not in tasks:
+                for task in tasks.values():
+                    display.update(task, total=1.0, completed=1.0)
+                tasks[what] = display.add_task(what, total=None)
+            if share > 0:
+                display.update(tasks[what], total=1.0, completed=share)
+
+        yield show
+        for task in tasks.values():
+            display.update(task, total=1.0, completed=1.0)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP unwind as SIGINT does, so that half-built files go."""
+
+    def unwind(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    old = {number: signal.signal(number, unwind) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _status(*, as_json: bool) -> int:
+    """Say what there is; status 0 if the lab can be used or at least built, 5 otherwise."""
+    from pyvmm.lab.cache import Cache
+    from pyvmm.lab.image import usable_image
+    from pyvmm.lab.needs import needs
+
+    cache = Cache()
+    image = usable_image(thorough=True)
+    missing = [need for need in needs() if need.missing and not (need.building and image)]
+    if as_json:
+        print(json.dumps({
+            "cache": str(cache.directory),
+            "image": None if image is None else {
+                "directory": str(image.directory), "size": image.size, "release": image.manifest.release,
+                "built": image.manifest.built, "mirror": image.manifest.mirror, "packages": image.manifest.packages,
+            },
+            "missing": [{"what": need.what, "why": need.missing, "package": need.package} for need in missing],
+        }))  # fmt: skip
+        return 5 if missing else 0
+    lines = {"cache": str(cache.directory)}
+    if image is None:
+        lines["image"] = "none yet" if cache.current() is None else "to be built again: of another version, or damaged"
+    else:
+        age = (datetime.now(UTC) - datetime.fromisoformat(image.manifest.built)).days
+        lines["image"] = f"{image.size / 1e6:.0f} MB, {age} days old, {len(image.manifest.packages)} packages"
+        lines["kernel"] = f"{image.manifest.release}, {image.kernel}"
+        lines["mirror"] = image.manifest.mirror
+    for need in missing:
+        lines[f"missing {need.what}"] = f"{need.missing}{f' (apt install {need.package})' if need.package else ''}"
+    for name, value in lines.items():
+        print(f"{name:<{LIST_COLUMNS}} {value}")
+    return 5 if missing else 0

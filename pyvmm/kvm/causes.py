@@ -142,7 +142,7 @@ CAUSES = (
     Cause("KVM_IRQFD", _errno.EINVAL, "not an eventfd, no such interrupt, or no interrupt controller in the kernel"),
     Cause("KVM_IOEVENTFD KVM_IRQFD", _errno.EBADF, "the eventfd is closed"),
     Cause("KVM_IRQ_LINE", _errno.ENXIO, "the VM has no interrupt controller in the kernel"),
-    Cause("KVM_SIGNAL_MSI", _errno.ENXIO, "the VM has no interrupt controller in the kernel"),
+    Cause("KVM_SIGNAL_MSI", _errno.EINVAL, "the VM has no interrupt controller in the kernel"),
     # kvm_get_dirty_log_protect
     Cause(_LOG, _errno.ENOENT, "the slot is missing or has no KVM_MEM_LOG_DIRTY_PAGES"),
     Cause(_LOG, _errno.EINVAL, "no such slot number, or pages that are not a multiple of 64 within the slot"),

@@ -1,0 +1,237 @@
+"""A VM's slots, doorbells, interrupts and statistics on a real KVM."""
+
+from __future__ import annotations
+
+import os
+import platform
+import select
+from collections.abc import Iterator
+from ctypes import memmove, string_at
+
+import pytest
+from kvm_guest import PAGE, RealMode, pages
+
+from pyvmm.errors import KvmError
+from pyvmm.kvm.system import System
+from pyvmm.kvm.vm import Vm
+from pyvmm.uapi.kvm import (
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    DeviceType,
+)
+from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD_FLAGS, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NR_MEMSLOTS
+from pyvmm.uapi.kvm_irq import KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry
+from pyvmm.uapi.kvm_run import ExitReason
+
+pytestmark = pytest.mark.kvm
+x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="drives an x86 real-mode guest")
+
+GPA = 0x10_0000
+
+
+@pytest.fixture
+def vm() -> Iterator[Vm]:
+    with System.open() as system, system.create_vm() as vm:
+        yield vm
+
+
+def needs_guest_memfd(vm: Vm) -> None:
+    if not vm.system.check(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
+        pytest.skip("this kernel has no guest_memfd that can be mapped")
+
+
+def test_overlapping_slots_are_refused_with_the_call_and_its_values(vm: Vm) -> None:
+    with pages(4) as hva:
+        vm.set_memory(0, GPA, 4 * PAGE, hva)
+        with pytest.raises(KvmError, match=r"slot=1, gpa=0x10_3000, size=0x1000, .*: EEXIST: .* overlaps another slot"):
+            vm.set_memory(1, GPA + 3 * PAGE, PAGE, hva)
+        vm.set_memory(1, GPA + 4 * PAGE, PAGE, hva)
+
+
+@pytest.mark.parametrize("what", ["gpa", "size", "hva"])
+def test_unaligned_slots_are_refused_in_words(vm: Vm, what: str) -> None:
+    with pages(4) as hva:
+        wanted = {"gpa": GPA, "size": PAGE, "hva": hva}
+        wanted[what] += 8
+        with pytest.raises(KvmError, match="EINVAL: gpa, size, hva and offset must be multiples of 4096"):
+            vm.set_memory(0, **wanted)
+
+
+def test_a_deleted_slot_makes_room_and_a_missing_one_is_an_error(vm: Vm) -> None:
+    with pages(4) as hva:
+        vm.set_memory(3, GPA, 4 * PAGE, hva)
+        vm.delete_memory(3)
+        vm.set_memory(4, GPA, PAGE, hva)
+        with pytest.raises(KvmError, match=r"slot=3, size=0x0\): EINVAL: there is no such slot to delete"):
+            vm.delete_memory(3)
+
+
+def test_a_slot_number_beyond_the_last_points_to_the_capability(vm: Vm) -> None:
+    with pages(1) as hva, pytest.raises(KvmError, match="no such slot number") as caught:
+        vm.set_memory(vm.check(KVM_CAP_NR_MEMSLOTS) + 1, GPA, PAGE, hva)
+    assert "KVM_CAP_NR_MEMSLOTS" in str(caught.value.hint)
+
+
+def test_a_slot_cannot_grow_in_place(vm: Vm) -> None:
+    with pages(4) as hva:
+        vm.set_memory(0, GPA, PAGE, hva)
+        with pytest.raises(KvmError, match="cannot change like this"):
+            vm.set_memory(0, GPA, 2 * PAGE, hva)
+
+
+def test_a_second_vcpu_of_the_same_number_is_refused(vm: Vm) -> None:
+    vm.create_vcpu(1)
+    with pytest.raises(KvmError, match="EEXIST: the VM already has a vCPU of this number"):
+        vm.create_vcpu(1)
+
+
+def test_statistics_come_by_name(vm: Vm) -> None:
+    vcpu = vm.create_vcpu(0)
+    assert vm.stats()["remote_tlb_flush"] == 0
+    assert vcpu.stats()["exits"] == 0
+    histogram = vcpu.stats()["halt_poll_success_hist"]
+    assert isinstance(histogram, tuple)
+    assert len(histogram) > 1
+
+
+def test_a_device_this_host_lacks_is_refused_and_can_be_asked_for(vm: Vm) -> None:
+    assert vm.has_device(DeviceType.KVM_DEV_TYPE_FSL_MPIC_20) is False
+    with pytest.raises(KvmError, match=r"type=KVM_DEV_TYPE_FSL_MPIC_20.*ENODEV: this kernel makes no device"):
+        vm.create_device(DeviceType.KVM_DEV_TYPE_FSL_MPIC_20)
+
+
+def test_a_shared_guest_memfd_maps_punches_and_outlives_nothing(vm: Vm) -> None:
+    needs_guest_memfd(vm)
+    file = vm.create_guest_memfd(4 * PAGE, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
+    hva = file.mmap()
+    assert file.mmap() == hva
+    memmove(hva + PAGE, b"kept", 4)
+    memmove(hva, b"gone", 4)
+    file.punch(0, PAGE)
+    file.allocate(0, PAGE)
+    assert string_at(hva, 4) == bytes(4)
+    assert string_at(hva + PAGE, 4) == b"kept"
+    vm.set_memory(0, GPA, 2 * PAGE, hva + PAGE, guest_memfd=file, offset=PAGE)
+    file.close()
+    with open("/proc/self/maps") as maps:
+        assert f"{hva:x}-" not in maps.read()
+
+
+def test_a_guest_memfd_of_odd_size_or_unknown_flags_is_refused_in_words(vm: Vm) -> None:
+    needs_guest_memfd(vm)
+    with pytest.raises(KvmError, match="size must be a multiple of 4096"):
+        vm.create_guest_memfd(PAGE + 1, GUEST_MEMFD_FLAG_MMAP)
+    with pytest.raises(KvmError, match="does not know these flags"):
+        vm.create_guest_memfd(PAGE, GUEST_MEMFD_FLAG_MMAP | 1 << 40)
+
+
+def test_a_guest_memfd_slot_beyond_the_file_or_logged_is_refused_in_words(vm: Vm) -> None:
+    needs_guest_memfd(vm)
+    with vm.create_guest_memfd(2 * PAGE, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED) as file:
+        for wanted in ({"offset": PAGE}, {"flags": KVM_MEM_LOG_DIRTY_PAGES}):
+            with pytest.raises(
+                KvmError, match=r"KVM_SET_USER_MEMORY_REGION2.*EINVAL: guest_memfd slots cannot"
+            ) as caught:
+                vm.set_memory(0, GPA, 2 * PAGE, file.mmap(), guest_memfd=file, **wanted)
+            assert f"guest_memfd={file.fileno()}" in caught.value.values
+    with pytest.raises(KvmError, match="guest_memfd is closed"), pages(2) as hva:
+        vm.set_memory(0, GPA, 2 * PAGE, hva, flags=KVM_MEM_GUEST_MEMFD, guest_memfd=file)
+
+
+@x86
+def test_stores_ring_an_eventfd_without_leaving_the_kernel(vm: Vm) -> None:
+    bell = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        vm.ioeventfd(bell, 0x4000, 2, datamatch=0x1234)
+        with pytest.raises(KvmError, match=r"gpa=0x4000, size=0x2, datamatch=0x1234, flags=0x1\): EEXIST"):
+            vm.ioeventfd(bell, 0x4000, 2, datamatch=0x1234)
+        guest = RealMode(vm, b"\xc7\x06\x00\x40\x34\x12\xc7\x06\x00\x40\x35\x12\xf4")
+        assert guest.run() == ExitReason.KVM_EXIT_MMIO  # the store that does not match
+        assert bytes(guest.vcpu.run.mmio.data[:2]) == b"\x35\x12"
+        assert os.eventfd_read(bell) == 1
+        vm.ioeventfd(bell, 0x4000, 2, datamatch=0x1234, deassign=True)
+        with pytest.raises(KvmError, match="ENOENT: no such eventfd listens there"):
+            vm.ioeventfd(bell, 0x4000, 2, datamatch=0x1234, deassign=True)
+    finally:
+        os.close(bell)
+
+
+@x86
+def test_interrupts_need_a_controller(vm: Vm) -> None:
+    with pytest.raises(KvmError, match="ENXIO: the VM has no interrupt controller"):
+        vm.irq_line(4, True)
+    with pytest.raises(KvmError, match=r"address=0xfee0_0000, data=65\): EINVAL: the VM has no interrupt controller"):
+        vm.signal_msi(0xFEE0_0000, 65)
+    vm.create_irqchip()
+    vm.irq_line(4, True)
+    vm.irq_line(4, False)
+
+
+@x86
+def test_an_eventfd_drives_a_routed_interrupt_once_only(vm: Vm) -> None:
+    vm.create_irqchip()
+    vm.create_vcpu(0)
+    pin, message = kvm_irq_routing_entry(gsi=5, type=KVM_IRQ_ROUTING_IRQCHIP), kvm_irq_routing_entry(gsi=24)
+    pin.u.irqchip.pin = 5
+    message.type = KVM_IRQ_ROUTING_MSI
+    message.u.msi.address_lo, message.u.msi.data = 0xFEE0_0000, 0x41
+    vm.set_gsi_routing([pin, message])
+    line = os.eventfd(0)
+    try:
+        vm.irqfd(line, 24)
+        with pytest.raises(KvmError, match="EBUSY: the eventfd drives"):
+            vm.irqfd(line, 5)
+        os.eventfd_write(line, 1)
+        ready, _, _ = select.select([line], [], [], 1)
+        assert not ready, "the kernel did not take the interrupt"
+        vm.irqfd(line, 24, deassign=True)
+        os.eventfd_write(line, 1)
+        assert select.select([line], [], [], 0)[0]
+    finally:
+        os.close(line)
+
+
+@x86
+def test_a_message_is_delivered_or_blocked(vm: Vm) -> None:
+    vm.create_irqchip()
+    vm.create_vcpu(0)
+    assert vm.signal_msi(0xFEE0_0000, 0x41) is False  # its APIC is off: the guest has it blocked
+
+
+@x86
+def test_the_dirty_log_tells_written_pages_and_starts_over(vm: Vm) -> None:
+    guest = RealMode(vm, b"\xc6\x06\x00\x30\x07\xf4", flags=KVM_MEM_LOG_DIRTY_PAGES)  # mov byte [0x3000], 7; hlt
+    assert guest.run() == ExitReason.KVM_EXIT_HLT
+    first = vm.dirty_log(0, guest.pages)
+    assert len(first) == 8
+    assert first[0] & 1 << 3
+    assert not vm.dirty_log(0, guest.pages)[0] & 1 << 3
+    with pytest.raises(KvmError, match=r"slot=9\): ENOENT: the slot is missing or has no KVM_MEM_LOG_DIRTY_PAGES"):
+        vm.dirty_log(9, 1)
+
+
+@x86
+def test_the_dirty_log_can_be_cleared_by_hand(vm: Vm) -> None:
+    vm.enable_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+    guest = RealMode(vm, b"\xc6\x06\x00\x30\x07\xf4", flags=KVM_MEM_LOG_DIRTY_PAGES)
+    assert guest.run() == ExitReason.KVM_EXIT_HLT
+    first = vm.dirty_log(0, guest.pages)
+    assert vm.dirty_log(0, guest.pages) == first
+    vm.clear_dirty_log(0, 0, guest.pages, first)
+    assert vm.dirty_log(0, guest.pages) == bytes(8)
+
+
+def test_enabling_an_unknown_capability_names_it(vm: Vm) -> None:
+    with pytest.raises(KvmError, match=r"KVM_ENABLE_CAP\(vm=\d+, cap=65000, args=0x1 0x2\): EINVAL"):
+        vm.enable_cap(65000, 1, 2)
+
+
+@x86
+def test_arm64s_calls_are_refused_on_x86_with_the_reason(vm: Vm) -> None:
+    for call in (vm.preferred_target, lambda: vm.forward_smccc(0x8600_0000, 1)):
+        with pytest.raises(KvmError, match="ENOTTY: this kernel does not know the call") as caught:
+            call()
+        assert "of another architecture" in str(caught.value.hint)

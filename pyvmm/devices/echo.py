@@ -11,6 +11,8 @@ share by words only, keep it private   the guarded copy reports it, the page is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pyvmm import abi
 from pyvmm.devices.base import Device
 from pyvmm.errors import GuestMemoryError
@@ -26,6 +28,7 @@ class Echo(Device):
     """Upper-cases what it finds in the page; registers in firmware/lib/abi.h.
 
     Its lock is the relay's: an unshare from another vCPU waits until the request it would pull the page from is done.
+    It listens only while it holds a page, so that other guests' shares stay in the native loop.
     """
 
     name = "echo"
@@ -35,7 +38,7 @@ class Echo(Device):
         super().__init__()
         self._memory = memory
         self._relay = relay
-        self._unsubscribe = relay.subscribe(self._converted)
+        self._unsubscribe: Callable[[], None] | None = None
         self.page = 0
         self.status = abi.ECHO_OK
         self.answered = 0
@@ -44,7 +47,7 @@ class Echo(Device):
         if event.shared:
             return
         if event.gpa <= self.page < event.gpa + event.npages * PAGE_SIZE:
-            self.page = 0
+            self._let_go()
 
     def read(self, offset: int, size: int, vcpu: int) -> int:  # noqa: ARG002
         """Read PAGE, STATUS or COUNT."""
@@ -69,12 +72,15 @@ class Echo(Device):
 
     def _name(self, gpa: int) -> int:
         with self._relay.hold():
+            self._let_go()
             if gpa == 0:
-                self.page = 0
                 return abi.ECHO_OK
             if gpa % PAGE_SIZE or not self._memory.contains(Gpa(gpa), PAGE_SIZE):
                 return abi.ECHO_BAD
+            # Listening comes first, or an unshare between the look and the listening would go unheard.
+            self._unsubscribe = self._relay.subscribe(self._converted)
             if not self._relay.is_shared(gpa):
+                self._let_go()
                 return abi.ECHO_NOT_SHARED
             self.page = gpa
             return abi.ECHO_OK
@@ -88,11 +94,17 @@ class Echo(Device):
             request = self._memory.read(Gpa(self.page), length)
             self._memory.write(Gpa(self.page + ANSWER_OFFSET), request.upper())
         except GuestMemoryError:
-            self.page = 0
+            self._let_go()
             return abi.ECHO_NOT_SHARED
         self.answered += 1
         return abi.ECHO_OK
 
+    def _let_go(self) -> None:
+        self.page = 0
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+            self._unsubscribe = None
+
     def close(self) -> None:
         """Stop listening to the relay."""
-        self._unsubscribe()
+        self._let_go()

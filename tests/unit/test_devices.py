@@ -218,6 +218,14 @@ def test_echo_refuses_a_request_longer_than_half_a_page(echo: Any) -> None:
 
 
 def test_the_loop_stops_at_shares_only_while_somebody_listens(echo: Any) -> None:
+    assert echo.relay.native.subscribers == 0
+    _share(echo, True)
+    _store(echo, abi.ECHO_PAGE, PAGE)
     assert echo.relay.native.subscribers == 1
-    echo.device.close()
+    _store(echo, abi.ECHO_PAGE, PAGE)
+    assert echo.relay.native.subscribers == 1
+    _share(echo, False)
+    assert echo.relay.native.subscribers == 0
+    _store(echo, abi.ECHO_PAGE, PAGE)
+    assert echo.device.read(abi.ECHO_STATUS, 8, 0) == abi.ECHO_NOT_SHARED
     assert echo.relay.native.subscribers == 0

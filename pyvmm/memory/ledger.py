@@ -37,6 +37,7 @@ class PageState(IntEnum):
     """Taken back by the host by force: its contents are gone, and the guest cannot touch it."""
 
 
+_STATES = tuple(PageState)
 _WORDS = {
     PageState.ABSENT: "in no memory slot",
     PageState.HOST: "the host's",
@@ -49,7 +50,7 @@ _WORDS = {
 
 def describe(entry: int) -> str:
     """Say in words what a ledger entry (with or without ASSUMED) means."""
-    words = _WORDS[PageState(entry & ~ASSUMED)]
+    words = _WORDS[_STATES[entry & ~ASSUMED]]
     return f"{words} (assumed: the kernel does not tell)" if entry & ASSUMED else words
 
 
@@ -73,11 +74,12 @@ class Ledger:
 
     def __init__(self, native_vm: Any) -> None:
         self._vm = native_vm
-        self._areas: tuple[Area, ...] = ()
+        # Starts and areas in one tuple, so that a reader never sees those of different times.
+        self._index: tuple[tuple[int, ...], tuple[Area, ...]] = ((), ())
 
     def state(self, gpa: int) -> PageState:
         """Return what is known of the page that holds ``gpa``; ABSENT outside every slot."""
-        return PageState(self.entry(gpa) & ~ASSUMED)
+        return _STATES[self.entry(gpa) & ~ASSUMED]
 
     def assumed(self, gpa: int) -> bool:
         """Whether the state of the page at ``gpa`` is an assumption, for want of anyone telling."""
@@ -97,7 +99,7 @@ class Ledger:
         old: int = lib.pv_ledger_set(self._vm, gpa, state | ASSUMED if assumed else state)
         if old < 0:
             raise UsageError(f"gpa {hex_(gpa)} is {_WORDS[PageState.ABSENT]}: the ledger has no entry for it")
-        return PageState(old & ~ASSUMED)
+        return _STATES[old & ~ASSUMED]
 
     def counts(self) -> dict[PageState, int]:
         """Count the pages in each state, assumed ones included; ABSENT are holes left by removed slots."""
@@ -109,7 +111,7 @@ class Ledger:
 
     def snapshot(self) -> list[tuple[Gpa, bytes]]:
         """Copy every area's entries: (first gpa, one byte a page), sorted. Areas are copied one after the other."""
-        return [(area.gpa, bytes(ffi.buffer(area.entries))) for area in self._areas]
+        return [(area.gpa, bytes(ffi.buffer(area.entries))) for area in self._index[1]]
 
     def entries(self, gpa: int, size: int) -> bytes:
         """Copy the entries of the pages that ``[gpa, gpa + size)`` touches, as far as one area reaches."""
@@ -124,12 +126,12 @@ class Ledger:
         """Add an area (Memory only)."""
         # Only Memory moves pages to and from ABSENT, under its lock: this counter needs no atomics.
         self._vm.pages[PageState.ABSENT] += area.size >> PAGE_SHIFT
-        self._areas = tuple(sorted((*self._areas, area), key=lambda each: each.gpa))
+        self._replace(sorted((*self._index[1], area), key=lambda each: each.gpa))
 
     def drop(self, area: Area) -> None:
         """Forget an area whose pages are ABSENT again (Memory only)."""
         self._vm.pages[PageState.ABSENT] -= area.size >> PAGE_SHIFT
-        self._areas = tuple(each for each in self._areas if each is not area)
+        self._replace([each for each in self._index[1] if each is not area])
 
     def fill(self, area: Area, gpa: int, size: int, entry: int, *, quiet: bool) -> None:
         """Enter the same byte for every page of a range of a published slot (Memory only).
@@ -148,8 +150,11 @@ class Ledger:
         part[:] = bytes([entry]) * len(before)
 
     def _area(self, gpa: int) -> Area | None:
-        areas = self._areas
-        index = bisect_right(areas, gpa, key=lambda area: area.gpa) - 1
-        if index < 0 or gpa >= areas[index].gpa + areas[index].size:
+        starts, areas = self._index
+        number = bisect_right(starts, gpa) - 1
+        if number < 0 or gpa >= areas[number].gpa + areas[number].size:
             return None
-        return areas[index]
+        return areas[number]
+
+    def _replace(self, areas: list[Area]) -> None:
+        self._index = tuple(area.gpa for area in areas), tuple(areas)

@@ -208,8 +208,7 @@ class Memory:
         self._check_access(gpa, size)
         # A size that a guest made up must not allocate more than there is.
         data = bytearray(self._table.reach(gpa, size))
-        stopped = ffi.new("uint64_t *")
-        done = lib.pv_read(self.native, gpa, ffi.from_buffer("uint8_t[]", data), len(data), stopped)
+        done = lib.pv_read(self.native, gpa, ffi.from_buffer("uint8_t[]", data), len(data), ffi.NULL)
         self._finish("read", gpa, size, done)
         return bytes(data)
 
@@ -218,8 +217,7 @@ class Memory:
         self._check_alive()
         size = len(data)
         self._check_access(gpa, size)
-        stopped = ffi.new("uint64_t *")
-        done = lib.pv_write(self.native, gpa, ffi.from_buffer("uint8_t[]", data), size, stopped)
+        done = lib.pv_write(self.native, gpa, ffi.from_buffer("uint8_t[]", data), size, ffi.NULL)
         self._finish("write", gpa, size, done)
 
     def fill(self, gpa: int, size: int, byte: int = 0) -> None:
@@ -227,11 +225,10 @@ class Memory:
         self._check_alive()
         self._check_access(gpa, size)
         chunk = bytes([byte]) * min(size, FILL_CHUNK)
-        stopped = ffi.new("uint64_t *")
         done = 0
         while done < size:
             part = min(size - done, FILL_CHUNK)
-            now = lib.pv_write(self.native, gpa + done, ffi.from_buffer("uint8_t[]", chunk), part, stopped)
+            now = lib.pv_write(self.native, gpa + done, ffi.from_buffer("uint8_t[]", chunk), part, ffi.NULL)
             done += now
             if now < part:
                 break

@@ -110,17 +110,23 @@ class SlotTable:
         self._native = native_vm
         self._ipa_bits = ipa_bits
         self._most = vm.check(KVM_CAP_NR_MEMSLOTS)
-        self.slots: tuple[Slot, ...] = ()
+        # Starts and slots in one tuple, so that a reader never sees those of different times.
+        self._index: tuple[tuple[int, ...], tuple[Slot, ...]] = ((), ())
         self._numbers: dict[Piece, int] = {}
         self._free: list[int] = []
         self._alive: list[Any] = []
         """Every table and ledger that a vCPU may still be looking at."""
 
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All of them, sorted by gpa."""
+        return self._index[1]
+
     def at(self, gpa: int) -> Slot | None:
         """Return the slot that holds ``gpa``."""
-        slots = self.slots
-        index = bisect_right(slots, gpa, key=lambda slot: slot.gpa) - 1
-        return slots[index] if index >= 0 and gpa < slots[index].end else None
+        starts, slots = self._index
+        number = bisect_right(starts, gpa) - 1
+        return slots[number] if number >= 0 and gpa < slots[number].end else None
 
     def reach(self, gpa: int, size: int) -> int:
         """Return how many of the ``size`` bytes from ``gpa`` lie in slots without a gap."""
@@ -210,7 +216,7 @@ class SlotTable:
             with contextlib.suppress(PyvmmError):  # a protected VM that has run refuses
                 self._delete(piece)
         self._numbers.clear()
-        self.slots = ()
+        self._index = ((), ())
         self._alive.clear()
 
     def _set(self, piece: Piece) -> None:
@@ -249,4 +255,4 @@ class SlotTable:
         # table is complete in memory before the pointer to it is, and the loop loads that with acquire.
         time.sleep(0)
         self._native.map = table
-        self.slots = slots
+        self._index = tuple(slot.gpa for slot in slots), slots

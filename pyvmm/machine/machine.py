@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import structlog
-
 from pyvmm._native import ffi, lib
 from pyvmm.devices.bench import Bench
 from pyvmm.devices.bus import Bus
@@ -29,6 +27,7 @@ from pyvmm.errors import HostError, PyvmmError, hex_
 from pyvmm.kvm.system import System
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
+from pyvmm.log import get_logger
 from pyvmm.machine import boot, layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.memory.address import Gpa
@@ -44,7 +43,7 @@ from pyvmm.vcpu.cold import ColdExits, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
 
-log = structlog.get_logger()
+log = get_logger()
 
 FORWARDED = ((0x8600_0000, 1), (0xC600_0002, 3))
 """FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, hex_
+from pyvmm.log import get_logger
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 from pyvmm.uapi.kvm_run import ExitReason, SystemEvent
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.memory import Memory
 
-log = structlog.get_logger()
+log = get_logger()
 
 Unclaimed = Callable[[Any], bool]
 """Takes the ``struct pv_vcpu`` of an access that no slot and no device claims; True when it completed the access."""

@@ -43,7 +43,7 @@ from pyvmm.vcpu.cold import ColdExits, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
 
-log = get_logger()
+log = get_logger("machine")
 
 FORWARDED = ((0x8600_0000, 1), (0xC600_0002, 3))
 """FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""

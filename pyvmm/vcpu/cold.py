@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.memory import Memory
 
-log = get_logger()
+log = get_logger("vcpu")
 
 Unclaimed = Callable[[Any], bool]
 """Takes the ``struct pv_vcpu`` of an access that no slot and no device claims; True when it completed the access."""

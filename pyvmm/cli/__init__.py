@@ -67,6 +67,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``sys.argv`` unless given) and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _fill_standard_files()
     try:
         args = make_parser(words).parse_args(words)
     except SystemExit as done:
@@ -91,6 +92,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(args, what, hint)
         return 1
     return status
+
+
+def _fill_standard_files() -> None:
+    """Open /dev/null where a standard file is closed: its number must not go to a guest's console or to KVM."""
+    null = os.open(os.devnull, os.O_RDWR)
+    while null < 3:
+        os.set_inheritable(null, True)
+        null = os.dup(null)
+    os.close(null)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
 def _dispatch(args: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def add_common(parser: argparse.ArgumentParser, *, verb: bool = True) -> None:
     group.add_argument("-q", "--quiet", action="count", default=default, help="say only what goes wrong")
     group.add_argument("--log-json", action="store_true", default=default, help="write events as JSON lines")
     if verb:
-        group.add_argument("--lab", action=_Misplaced, nargs=0, help=argparse.SUPPRESS)
+        group.add_argument("--lab", action=_Misplaced, nargs=0, default=default, help=argparse.SUPPRESS)
 
 
 def parse_size(text: str) -> int:

@@ -1,0 +1,88 @@
+"""``pyvmm demo``: the whole story of a protected guest in one screen; on this host if it runs pKVM, else in the lab."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+from pyvmm.cli.common import add_common
+from pyvmm.errors import PyvmmError
+
+if TYPE_CHECKING:
+    from pyvmm.cli.story import Step
+
+_WIDTH = 100
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Define the verb's options."""
+    parser = subparsers.add_parser(
+        "demo", help="the whole story of a protected guest in one screen", allow_abbrev=False,
+        description="Run a protected guest through its whole life and check every step. Uses this host if it runs "
+        "pKVM, else builds and uses the lab. Exit status 1 if anything is not as it should be.",
+    )  # fmt: skip
+    parser.add_argument("--here", action="store_true", help="on this host, whatever it is")
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Tell the story here or in the lab; returns the exit status."""
+    if not (args.here or runs_protected_guests()):
+        from pyvmm.cli.lab import run_verb
+
+        return int(run_verb(["demo", "--here"], args))
+
+    from pyvmm._native_source import require_fresh_native
+
+    require_fresh_native()
+    from pyvmm.cli.story import Story
+
+    colours = sys.stdout.isatty()
+    print(_paint("The life of a protected guest", "1", colours), flush=True)
+    number = 0
+
+    def say(step: Step) -> None:
+        nonlocal number
+        number += 1
+        print("\n".join(lines(number, step, colours=colours)), flush=True)
+
+    story = Story(say)
+    statistics = story.tell()
+    verdict = (
+        "Every step was as it should be."
+        if story.ok
+        else "Not every step was as it should be: see the lines marked NO."
+    )
+    print(_paint(verdict, "32" if story.ok else "31", colours), flush=True)
+    print(f"pyvmm: {statistics}", file=sys.stderr)
+    return 0 if story.ok else 1
+
+
+def runs_protected_guests() -> bool:
+    """Whether this host can run the story itself."""
+    if platform.machine() != "aarch64":
+        return False
+    from pyvmm.kvm.system import System
+
+    try:
+        with System.open() as system:
+            return system.supports_protected()
+    except PyvmmError:
+        return False
+
+
+def lines(number: int, step: Step, *, colours: bool) -> list[str]:
+    """Return a step as it is printed: its title, then a line a fact."""
+    out = [_paint(f"{number}. {step.title}", "1", colours)]
+    for good, what in step.facts:
+        mark = _paint("ok", "32", colours) if good else _paint("NO", "31", colours)
+        first, *more = textwrap.wrap(what, _WIDTH - 7)
+        out += [f"   {mark}  {first}", *(f"{'':7}{line}" for line in more)]
+    return out
+
+
+def _paint(words: str, code: str, colours: bool) -> str:
+    return f"\x1b[{code}m{words}\x1b[0m" if colours else words

@@ -1,0 +1,245 @@
+"""The life of a protected guest, told and checked: what ``pyvmm demo`` prints, step by step.
+
+Owns the machine it makes. Every fact is one that the kernel, the guest or the VMM has just given; one that is not as it
+should be is told as such, and the story goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from typing import TYPE_CHECKING, NamedTuple
+
+from pyvmm import abi
+from pyvmm.cli.probes import DEFAULT_GUEST
+from pyvmm.devices.echo import ANSWER_OFFSET
+from pyvmm.errors import GuestMemoryError, hex_
+from pyvmm.guest.puppet import Puppet
+from pyvmm.machine import layout
+from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.machine import Machine
+from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.memlock import LockedMemory
+from pyvmm.protection import Protection
+from pyvmm.vcpu.outcome import Ending
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pyvmm.memory.relay import ShareEvent
+
+PAGES = 16
+# Far from what is loaded: the payload is at RAM's start, the device tree at its end.
+TOUCHED = Gpa(layout.RAM_BASE + DEFAULT_GUEST // 2)
+SECRET = Gpa(TOUCHED + PAGES * PAGE_SIZE)
+SHARED = Gpa(SECRET + PAGE_SIZE)
+KEPT = Gpa(SHARED + PAGE_SIZE)
+WARM = Gpa(KEPT + PAGE_SIZE)
+
+GREETING = b"from the host, before the run..."
+PRIVATE = b"a guest's secret"
+REQUEST = b"hello from a protected guest...."
+FAREWELL = b"shared to the end..............."
+
+
+class Step(NamedTuple):
+    """One step: what happens, and the facts that show it, each with whether it is as it should be."""
+
+    title: str
+    facts: list[tuple[bool, str]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as it should be."""
+        return all(good for good, _ in self.facts)
+
+
+class Story:
+    """Told once, by :meth:`tell`; ``say`` gets each step when it is over."""
+
+    def __init__(self, say: Callable[[Step], None]) -> None:
+        self._say = say
+        self._facts: list[tuple[bool, str]] = []
+        self._events: list[ShareEvent] = []
+        self.ok = True
+
+    def tell(self) -> str:
+        """Run the guest through its life; returns the line of exit statistics."""
+        before = locked_kib()
+        config = MachineConfig("payload:puppet", Protection.PKVM, DEFAULT_GUEST, serial_out=None)
+        with Machine(config) as machine:
+            self._machine = machine
+            machine.relay.subscribe(self._events.append)
+            self._create(before)
+            guest = self._start()
+            self._donate(guest)
+            self._lock_out(guest)
+            self._share(guest)
+            self._answer(guest)
+            self._take_back(guest)
+            self._end(guest)
+            line = machine.counters.line()
+            self._tear_down(before)
+        return line
+
+    # -- the steps
+
+    def _create(self, before: int) -> None:
+        memory = self._machine.memory
+        with self._step("A protected VM is made"):
+            mib = DEFAULT_GUEST // layout.MIB
+            self._fact(True, f"KVM_CREATE_VM with bit 31 on Linux {platform.release()}; {mib} MiB of memfd, 1 vCPU")
+            memory.write(SECRET, GREETING)
+            seen = memory.read(SECRET, len(GREETING))
+            self._fact(
+                seen == GREETING, f"the host still writes and reads guest memory: {text(seen)} at {hex_(SECRET)}"
+            )
+            self._fact(locked_kib() == before, f"locked by this process (VmLck): {locked_kib()} kB")
+
+    def _start(self) -> Puppet:
+        with self._step("The guest starts"):
+            self._machine.start()
+            guest = Puppet(self._machine.mailboxes, timeout=60.0)
+            pong = guest.ping()
+            self._fact(pong.el == 1, f"a vCPU answers from EL{pong.el}; it takes orders through a mailbox")
+            # Once it has obeyed one, its code and stack are there: growth is what it is told to touch from then on.
+            guest.touch(WARM, 1)
+            self._fact(locked_kib() > 0, f"its code, stack and device tree are its own now: VmLck {locked_kib()} kB")
+        return guest
+
+    def _donate(self, guest: Puppet) -> None:
+        with self._step("Pages are donated as the guest touches them"):
+            before = locked_kib()
+            guest.touch(TOUCHED, PAGES)
+            grown, due = locked_kib() - before, PAGES * PAGE_SIZE // 1024
+            self._fact(
+                grown == due, f"{PAGES} fresh pages touched: VmLck {before} -> {before + grown} kB, {due} expected"
+            )
+
+    def _lock_out(self, guest: Puppet) -> None:
+        with self._step("The host is locked out"):
+            seen = get(guest, SECRET, len(GREETING))
+            self._fact(seen == GREETING, f"the guest reads what the host left: {text(seen)}")
+            put(guest, SECRET, PRIVATE)
+            self._fact(*self._refused(SECRET))
+            pages = [TOUCHED + n * PAGE_SIZE for n in range(PAGES)]
+            closed = sum(not self._machine.memory.probe(page) for page in pages)
+            self._fact(
+                closed == PAGES, f"of the {PAGES} pages donated above {closed} fault too; the guest has noticed nothing"
+            )
+            seen = get(guest, SECRET, len(PRIVATE))
+            self._fact(seen == PRIVATE, f"the guest still reads {text(seen)}")
+
+    def _share(self, guest: Puppet) -> None:
+        with self._step("The guest shares a page, and the VMM is told"):
+            put(guest, SHARED, REQUEST)
+            done = guest.share(SHARED)
+            self._fact(done.status == 0, f"MEM_SHARE of {hex_(SHARED)} returned {done.status} to the guest")
+            self._fact(*self._heard(SHARED, shared=True))
+            seen = self._machine.memory.read(SHARED, len(REQUEST))
+            self._fact(seen == REQUEST, f"the host reads what the guest wrote there: {text(seen)}")
+            guest.share(KEPT)
+            put(guest, KEPT, FAREWELL)
+
+    def _answer(self, guest: Puppet) -> None:
+        with self._step("A device answers through that page"):
+            echo = layout.ECHO.start
+            guest.write64(echo + abi.ECHO_PAGE, SECRET)
+            status = guest.read64(echo + abi.ECHO_STATUS)
+            self._fact(
+                status == abi.ECHO_NOT_SHARED, f"offered the private page, the echo device refuses it: status {status}"
+            )
+            guest.write64(echo + abi.ECHO_PAGE, SHARED)
+            guest.write64(echo + abi.ECHO_REQUEST, len(REQUEST))
+            status, count = guest.read64(echo + abi.ECHO_STATUS), guest.read64(echo + abi.ECHO_COUNT)
+            self._fact(
+                (status, count) == (abi.ECHO_OK, 1),
+                f"given the shared one, it answers: status {status}, answers {count}",
+            )
+            seen = get(guest, SHARED + ANSWER_OFFSET, len(REQUEST))
+            self._fact(seen == REQUEST.upper(), f"the guest reads {text(seen)}")
+
+    def _take_back(self, guest: Puppet) -> None:
+        with self._step("The guest takes the page back"):
+            done = guest.unshare(SHARED)
+            self._fact(done.status == 0, f"MEM_UNSHARE of {hex_(SHARED)} returned {done.status}")
+            self._fact(*self._heard(SHARED, shared=False))
+            page = guest.read64(layout.ECHO.start + abi.ECHO_PAGE)
+            self._fact(page == 0, f"the device has let go of it: its page is {hex_(page)}")
+            self._fact(*self._refused(SHARED))
+            seen = get(guest, SHARED, len(REQUEST))
+            self._fact(seen == REQUEST, f"the guest has kept its contents: {text(seen)}")
+
+    def _end(self, guest: Puppet) -> None:
+        with self._step("The guest powers off"):
+            guest.off()
+            outcome = self._machine.wait(60.0)
+            self._fact(outcome.ending is Ending.POWEROFF, f"{outcome.reason}; exit status {outcome.status}")
+            self._fact(locked_kib() > 0, f"its pages stay locked while the VM lives: VmLck {locked_kib()} kB")
+
+    def _tear_down(self, before: int) -> None:
+        memory = self._machine.memory
+        with self._step("Everything is torn down and scrubbed"):
+            self._machine.close_vm()
+            after = locked_kib()
+            self._fact(after == before, f"VM destroyed: VmLck {after} kB, as before the run")
+            pages = [SECRET, SHARED, *(TOUCHED + n * PAGE_SIZE for n in range(PAGES))]
+            zero = sum(not any(memory.read(page, PAGE_SIZE)) for page in pages)
+            self._fact(
+                zero == len(pages), f"{zero} of {len(pages)} private pages come back as zeros, the secret's among them"
+            )
+            seen = memory.read(KEPT, len(FAREWELL))
+            self._fact(seen == FAREWELL, f"a page still shared keeps its contents: {text(seen)}")
+
+    # -- how facts are found
+
+    @contextlib.contextmanager
+    def _step(self, title: str) -> Iterator[None]:
+        self._facts = []
+        yield
+        step = Step(title, self._facts)
+        self.ok = self.ok and step.ok
+        self._say(step)
+
+    def _fact(self, good: bool, what: str) -> None:
+        self._facts.append((good, what))
+
+    def _refused(self, gpa: int) -> tuple[bool, str]:
+        """Try to read a private page as the host; it must fail, and be survived."""
+        try:
+            seen = self._machine.memory.read(gpa, 8)
+        except GuestMemoryError as error:
+            return True, f"a host load at {hex_(gpa)} faults (SIGSEGV, caught): the page is {error.state}"
+        return False, f"a host load at {hex_(gpa)} went through: {seen.hex()}"
+
+    def _heard(self, gpa: int, *, shared: bool) -> tuple[bool, str]:
+        """Look for the conversion among what the relay has announced."""
+        what = "share" if shared else "unshare"
+        for event in self._events:
+            if event.shared == shared and event.gpa <= gpa < event.gpa + event.npages * PAGE_SIZE:
+                return (
+                    True,
+                    f"the relay announced the {what} before the guest went on (source: {event.source.name.lower()})",
+                )
+        return False, f"the relay has announced no {what} of {hex_(gpa)}"
+
+
+def locked_kib() -> int:
+    """Return this process's VmLck, in KiB."""
+    return LockedMemory.read().locked // 1024
+
+
+def put(guest: Puppet, gpa: int, data: bytes) -> None:
+    """Have the guest store ``data``, whole words of it."""
+    for at in range(0, len(data), 8):
+        guest.write64(gpa + at, int.from_bytes(data[at : at + 8], "little"))
+
+
+def get(guest: Puppet, gpa: int, size: int) -> bytes:
+    """Have the guest load ``size`` bytes, whole words of them."""
+    return b"".join(word.to_bytes(8, "little") for word in guest.words(gpa, size // 8))
+
+
+def text(data: bytes) -> str:
+    """Quote bytes for a sentence, without the dots that fill their last word."""
+    return '"' + data.decode("ascii", "backslashreplace").rstrip(".") + '"'

@@ -1,0 +1,272 @@
+"""The command line: what it takes, what it refuses, and what comes of errors and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pyvmm
+from pyvmm import cli
+from pyvmm.cli import common, run
+from pyvmm.errors import HostError, PyvmmError, UsageError
+
+X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts that are not arm64")
+
+
+def parse(*words):
+    return cli.make_parser(words).parse_args(words)
+
+
+def execute(*words, **options):
+    command = [sys.executable, "-m", "pyvmm", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+# ---- values
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512", 512 << 20), ("512M", 512 << 20), ("1g", 1 << 30), ("64K", 64 << 10), ("4096b", 4096), ("2P", 2 << 50)],
+)  # fmt: skip
+def test_a_size_is_mib_unless_its_unit_says_otherwise(text, size):
+    assert common.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "1X", "1MB", "0x10", " 1", "1 ", "٣"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ArgumentTypeError):
+        common.parse_size(text)
+
+
+@given(st.integers(0, 1 << 60), st.sampled_from("BKMGTP"))
+def test_every_size_is_its_number_times_its_unit(number, unit):
+    assert common.parse_size(f"{number}{unit}") == number << 10 * "BKMGTP".index(unit)
+
+
+def test_memory_may_say_where_it_is():
+    assert common.parse_memory("512M") == (512 << 20, None)
+    assert common.parse_memory("1G@0x80000000") == (1 << 30, 0x8000_0000)
+    for bad in ("1G@", "1G@x", "@0x80000000"):
+        with pytest.raises(ArgumentTypeError):
+            common.parse_memory(bad)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", ""])
+def test_a_deadline_is_a_finite_time_to_come(text):
+    with pytest.raises(ArgumentTypeError):
+        common.parse_seconds(text)
+
+
+# ---- run's options
+
+
+def test_runs_options_have_the_names_other_tools_use():
+    plain = parse("run", "k")
+    assert (plain.kernel, plain.protection, plain.cpus, plain.mem, plain.params) == ("k", "none", 1, (None, None), [])
+    for words in (["--protection", "pkvm"], ["--protected-vm"], ["--pkvm"]):
+        assert parse("run", *words, "k").protection == "pkvm"
+    assert parse("run", "-p", "a", "--params", "b", "--cmdline", "c", "--append", "d", "k").params == list("abcd")
+    assert parse("run", "--initramfs", "i", "k").initrd == parse("run", "-i", "i", "k").initrd == "i"
+    assert parse("run", "-k", "k").kernel_option == "k"
+    assert parse("run", "-m", "1G", "k").mem == (1 << 30, None)
+
+
+def test_runs_choices_are_the_librarys():
+    from pyvmm.machine.config import BACKINGS
+    from pyvmm.memory.conversion import Conversion
+    from pyvmm.protection import Protection
+
+    assert BACKINGS == run.BACKINGS
+    assert tuple(conversion.value for conversion in Conversion) == run.CONVERSIONS
+    assert tuple(protection.value for protection in Protection) == run.PROTECTIONS
+
+
+def test_a_bare_word_for_the_crash_payload_is_its_way():
+    assert run.params("payload:crash", ["undefined"]) == ("way=undefined",)
+    assert run.params("payload:crash", ["way=loop", "bytes=9"]) == ("way=loop", "bytes=9")
+    assert run.params("Image", ["quiet"]) == ("quiet",)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["nonsense"],
+        ["run", "--backing", "floppy", "k"],
+        ["run", "--protection", "total", "k"],
+        ["run", "-m", "lots", "k"],
+        ["run", "-c", "0", "k"],
+        ["run", "--deadline", "0", "k"],
+        ["run", "--prot", "pkvm", "k"],
+        ["run", "a", "b"],
+        ["run"],
+        ["run", "k", "-k", "k"],
+        ["doctor", "--yaml"],
+        ["-m", "1G", "run", "k"],
+    ],
+)
+def test_a_wrong_command_line_exits_2_and_says_so_on_stderr(words, capsys):
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "pyvmm" in err
+
+
+def test_lab_behind_the_verb_is_put_right(capsys):
+    assert cli.main(["run", "--lab", "payload:hello"]) == 2
+    assert "--lab goes before the verb: pyvmm --lab run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["doctor", "-h"], ["demo", "-h"], ["--version"]])
+def test_help_and_version_go_to_stdout_and_exit_0(words, capsys):
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    assert out
+    assert err == ""
+
+
+def test_help_names_every_verb_and_the_exit_statuses(capsys):
+    cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"  {verb} " in out for verb in cli.VERBS)
+    assert "exit status" in out
+
+
+def test_the_version_is_the_packages(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"pyvmm {pyvmm.__version__}\n"
+
+
+def test_message_options_stand_before_or_behind_the_verb():
+    assert parse("-v", "doctor").verbose == parse("doctor", "-v").verbose == 1
+    assert parse("-v", "doctor", "-q").quiet == 1
+    assert parse("-v", "doctor", "-q").verbose == 1
+    assert parse("--log-json", "doctor").log_json
+    assert not parse("doctor").log_json
+
+
+# ---- errors
+
+
+def verb_that(monkeypatch, action):
+    monkeypatch.setattr("pyvmm.cli.doctor.main", lambda _args: action())
+
+
+def raising(error):
+    def raise_it():
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (PyvmmError("it failed", hint="try this"), 1),
+        (UsageError("it failed", hint="try this"), 2),
+        (HostError("it failed", hint="try this"), 5),
+    ],
+)
+def test_our_errors_are_a_message_a_hint_and_a_status(monkeypatch, capsys, error, status):
+    verb_that(monkeypatch, raising(error))
+    assert cli.main(["doctor"]) == status
+    assert capsys.readouterr().err == "pyvmm: it failed\n  hint: try this\n"
+
+
+def test_our_errors_are_an_event_where_events_are_json(monkeypatch, capsys):
+    verb_that(monkeypatch, raising(HostError("no", hint="yes")))
+    assert cli.main(["--log-json", "doctor"]) == 5
+    event = json.loads(capsys.readouterr().err)
+    assert (event["event"], event["error"], event["hint"]) == ("failed", "no", "yes")
+
+
+def test_an_unexpected_error_is_one_line_and_a_hint(monkeypatch, capsys):
+    verb_that(monkeypatch, raising(ZeroDivisionError("division by zero")))
+    assert cli.main(["doctor"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("pyvmm: ZeroDivisionError: division by zero\n  hint: this is a bug")
+    assert err.count("\n") == 2
+
+
+def test_an_unexpected_error_shows_where_with_v(monkeypatch):
+    verb_that(monkeypatch, raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["-v", "doctor"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (common.Interrupted(signal.SIGTERM), 143), (common.Interrupted(signal.SIGINT), 130)],
+)
+def test_an_interruption_exits_with_128_and_the_signal(monkeypatch, capsys, error, status):
+    verb_that(monkeypatch, raising(error))
+    assert cli.main(["doctor"]) == status
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyvmm", "doctor"], stdout=gone, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    assert done.returncode == 141
+    assert done.stderr == b""
+
+
+@X86
+def test_an_x86_host_asked_to_run_a_guest_says_use_the_lab():
+    done = execute("run", "--protection", "pkvm", "-p", "a b", "payload:hello")
+    assert done.returncode == 5
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"pyvmm: this host is {platform.machine()}, and pyvmm's guests are arm64: "
+        "KVM runs guests of its own architecture",
+        "  hint: run it in the lab, an emulated arm64 host: pyvmm --lab run --protection pkvm -p 'a b' payload:hello",
+    ]
+
+
+def test_closed_standard_files_do_not_lend_their_numbers_to_others(tmp_path):
+    out = tmp_path / "out"
+    script = f"exec {sys.executable} -m pyvmm doctor --json >{out} 0<&- 2>&-"
+    done = subprocess.run(["sh", "-c", script], timeout=60, check=False)
+    assert done.returncode in (0, 5)
+    assert json.loads(out.read_text())["pyvmm"] == pyvmm.__version__
+
+
+# ---- the lab
+
+
+def test_lab_hands_the_verb_on_as_it_was_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", lambda argv, _args: seen.append(argv) or 3)
+    assert cli.main(["-v", "--lab", "run", "--protection", "pkvm", "payload:crash", "-p", "a b", "-q"]) == 3
+    assert seen == [["-v", "-q", "run", "--protection", "pkvm", "payload:crash", "-p", "a b", "-q"]]
+
+
+def test_a_wrong_verb_line_is_refused_before_the_lab_starts(monkeypatch, capsys):
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", lambda *_: pytest.fail("the lab was started"))
+    assert cli.main(["--lab", "run", "--backing", "floppy", "k"]) == 2
+    assert "floppy" in capsys.readouterr().err
+
+
+def test_there_is_no_lab_in_the_lab(capsys):
+    assert cli.main(["--lab", "lab", "status"]) == 2
+    assert "hint: pyvmm lab status" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_the_script_does():
+    assert execute("--version").stdout == f"pyvmm {pyvmm.__version__}\n"
+    assert Path(cli.__file__).with_name("run.py").exists()

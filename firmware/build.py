@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 
 COMPILE = [
     "-std=gnu11", "-O2", "-march=armv8-a", "-mcmodel=small", "-mgeneral-regs-only", "-mno-outline-atomics",
-    "-mstrict-align", "-ffreestanding", "-fno-builtin", "-fno-pic", "-fno-pie", "-fno-common", "-fno-stack-protector",
+    "-mstrict-align", "-mbranch-protection=none", "-fno-stack-clash-protection", "-ffreestanding", "-fno-builtin", "-fno-pic", "-fno-pie", "-fno-common", "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns", "-fno-tree-switch-conversion",
     "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra", "-Werror",
 ]  # fmt: skip

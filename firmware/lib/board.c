@@ -25,42 +25,45 @@ static u64 cells(const u8 *at, u32 count)
 struct node {
     const char *type, *compatible;
     const u8 *reg;
-    u32 compatible_size, reg_size, address_cells, size_cells;
+    u32 reg_size, address_cells, size_cells;
 };
 
-static int is_compatible(const struct node *node, const char *with)
-{
-    for (u32 at = 0; at < node->compatible_size; at++) {
-        if (same(node->compatible + at, with))
-            return 1;
-        while (node->compatible[at])
-            at++;
-    }
-    return 0;
-}
-
-/* A node is complete: take from it what is ours. */
+/* A node is complete: take from it what is ours. Of a compatible list, the first and most specific string counts. */
 static void take(const struct node *node, const struct node *parent)
 {
     if (!node->reg || node->reg_size < 4 * (parent->address_cells + parent->size_cells))
         return;
     u64 base = cells(node->reg, parent->address_cells);
-    if (node->type && same(node->type, "memory") && !board.memory_size) {
+    if (same(node->type, "memory") && !board.memory_size) {
         board.memory = base;
         board.memory_size = cells(node->reg + 4 * parent->address_cells, parent->size_cells);
-    } else if (node->type && same(node->type, "cpu") && board.cpu_count < MAX_CPUS) {
+    } else if (same(node->type, "cpu") && board.cpu_count < MAX_CPUS)
         board.mpidr[board.cpu_count++] = base;
-    } else if (is_compatible(node, "arm,pl011")) {
+    else if (same(node->compatible, "arm,pl011"))
         board.uart = base;
-    } else if (is_compatible(node, "pyvmm,mailbox")) {
+    else if (same(node->compatible, "pyvmm,mailbox"))
         board.mailbox = base;
-    } else if (is_compatible(node, "pyvmm,share-doorbell")) {
+    else if (same(node->compatible, "pyvmm,share-doorbell"))
         board.bell = base;
-    } else if (is_compatible(node, "pyvmm,echo")) {
+    else if (same(node->compatible, "pyvmm,echo"))
         board.echo = base;
-    } else if (is_compatible(node, "pyvmm,bench")) {
-        board.bench = base;
-    }
+}
+
+static void property(struct node *node, const char *name, const u8 *value, u32 size)
+{
+    if (same(name, "reg")) {
+        node->reg = value;
+        node->reg_size = size;
+    } else if (same(name, "compatible"))
+        node->compatible = (const char *)value;
+    else if (same(name, "device_type"))
+        node->type = (const char *)value;
+    else if (same(name, "#address-cells"))
+        node->address_cells = be32(value);
+    else if (same(name, "#size-cells"))
+        node->size_cells = be32(value);
+    else if (same(name, "bootargs"))
+        board.bootargs = (const char *)value;
 }
 
 void board_read(const void *fdt)
@@ -83,31 +86,13 @@ void board_read(const void *fdt)
             at = (const u8 *)(((u64)at + 3) & ~3ul);
             if (++depth >= DEPTH)
                 return;
-            nodes[depth] = (struct node){.address_cells = 2, .size_cells = 1};
+            nodes[depth] = (struct node){.type = "", .compatible = "", .address_cells = 2, .size_cells = 1};
         } else if (token == FDT_END && depth) {
             take(&nodes[depth], &nodes[depth - 1]);
             depth--;
         } else if (token == FDT_PROPERTY) {
-            u32 size = be32(at);
-            const char *name = strings + be32(at + 4);
-            const u8 *value = at + 8;
-            struct node *node = &nodes[depth];
-            at = value + ((size + 3) & ~3u);
-            if (same(name, "reg")) {
-                node->reg = value;
-                node->reg_size = size;
-            } else if (same(name, "compatible")) {
-                node->compatible = (const char *)value;
-                node->compatible_size = size;
-            } else if (same(name, "device_type")) {
-                node->type = (const char *)value;
-            } else if (same(name, "#address-cells")) {
-                node->address_cells = be32(value);
-            } else if (same(name, "#size-cells")) {
-                node->size_cells = be32(value);
-            } else if (same(name, "bootargs")) {
-                board.bootargs = (const char *)value;
-            }
+            property(&nodes[depth], strings + be32(at + 4), at + 8, be32(at));
+            at += 8 + ((be32(at) + 3) & ~3u);
         } else if (token != FDT_NOP) {
             return;
         }
@@ -154,24 +139,21 @@ __attribute__((weak)) void secondary(void)
 void start_primary_c(const void *fdt);
 void start_secondary_c(void);
 
-static void number_cpus(void)
+void start_primary_c(const void *fdt)
 {
     for (u64 n = 0; n < MAX_CPUS; n++)
         cpus[n].number = n;
-}
-
-void start_primary_c(const void *fdt)
-{
-    number_cpus();
     board_read(fdt);
     features_read();
     int status = main();
     note(3, (u64)(s64)status);
-    system_off();
+    leave(PSCI_SYSTEM_OFF);
 }
 
 void start_secondary_c(void)
 {
+    struct cpu *cpu = this_cpu();
+    cpu->recover = cpu->executing = cpu->trapping = 0; /* it may have gone off in the middle of an order */
     secondary();
-    cpu_off();
+    leave(PSCI_CPU_OFF);
 }

@@ -1,10 +1,8 @@
 /* Calls to the hypervisor (SMCCC over HVC): sharing, PSCI. */
 #include "lib.h"
 
-#define PSCI_CPU_OFF 0x84000002
+#define PSCI_CPU_ON 0xC4000003
 #define PSCI_AFFINITY_INFO 0xC4000004
-#define PSCI_SYSTEM_OFF 0x84000008
-#define PSCI_SYSTEM_RESET 0x84000009
 #define NOT_SUPPORTED (-1)
 
 extern u8 start_secondary[];
@@ -82,20 +80,8 @@ s64 cpu_state(u64 number)
     return (int)call(PSCI_AFFINITY_INFO, board.mpidr[number], 0, 0);
 }
 
-void cpu_off(void)
+void leave(u64 how)
 {
-    hvc1(PSCI_CPU_OFF, 0);
-    park();
-}
-
-void system_off(void)
-{
-    hvc1(PSCI_SYSTEM_OFF, 0);
-    park();
-}
-
-void system_reset(void)
-{
-    hvc1(PSCI_SYSTEM_RESET, 0);
+    hvc1(how, 0);
     park();
 }

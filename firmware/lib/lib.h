@@ -53,7 +53,7 @@ static inline struct cpu *this_cpu(void)
 struct board {
     u64 fdt, fdt_size;
     u64 memory, memory_size;
-    u64 uart, mailbox, bell, echo, bench;
+    u64 uart, mailbox, bell, echo;
     const char *bootargs; /* never NULL */
     u64 cpu_count;
     u64 mpidr[MAX_CPUS];
@@ -129,15 +129,15 @@ s64 unshare(u64 gpa, u64 how);
 #define SHARE_BOTH (SHARE_HVC | SHARE_BELL)
 s64 cpu_on(u64 number); /* PSCI status */
 s64 cpu_state(u64 number); /* AFFINITY_INFO: 0 on, 1 off, 2 on its way */
-void cpu_off(void) __attribute__((noreturn));
-void system_off(void) __attribute__((noreturn));
-void system_reset(void) __attribute__((noreturn));
-void park(void) __attribute__((noreturn));
-#define PSCI_CPU_ON 0xC4000003
+void leave(u64 how) __attribute__((noreturn)); /* by one of these: */
+#define PSCI_CPU_OFF 0x84000002
+#define PSCI_SYSTEM_OFF 0x84000008
+#define PSCI_SYSTEM_RESET 0x84000009
+void park(void) __attribute__((noreturn)); /* start.S: wait for interrupts for ever */
 
 /* board.c: pages of free memory, contiguous, untouched; 0 when there are not so many. */
 u64 page_alloc(u64 pages);
-/* The address in a page the mailbox of this vCPU, or 0. */
+/* The page of registers of this vCPU's mailbox, or 0. */
 u64 mailbox(void);
 void note(u64 index, u64 value);
 void cache_flush(u64 gpa, u64 bytes); /* to the point of coherency, instruction caches too */

@@ -21,14 +21,9 @@ u64 trap(u64 vector, u64 esr, u64 far, u64 elr, u64 spsr, u64 sp, u64 lr, struct
         return TRAP_RETURN;
     cpu->trapping = 1;
     if (at) {
-        mmio_write64(at + MAILBOX_TRAP(0), vector);
-        mmio_write64(at + MAILBOX_TRAP(1), esr);
-        mmio_write64(at + MAILBOX_TRAP(2), far);
-        mmio_write64(at + MAILBOX_TRAP(3), elr);
-        mmio_write64(at + MAILBOX_TRAP(4), spsr);
-        mmio_write64(at + MAILBOX_TRAP(5), sp);
-        mmio_write64(at + MAILBOX_TRAP(6), lr);
-        mmio_write64(at + MAILBOX_TRAP(7), cpu->number);
+        u64 words[] = {vector, esr, far, elr, spsr, sp, lr, cpu->number};
+        for (u64 n = 0; n < 8; n++)
+            mmio_write64(at + MAILBOX_TRAP(n), words[n]);
     }
     if (cpu->recover) {
         cpu->trapping = 0;

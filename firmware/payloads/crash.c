@@ -70,7 +70,7 @@ int main(void)
     else if (argument_is("way", "flood"))
         flood();
     else if (argument_is("way", "reset"))
-        system_reset();
+        leave(PSCI_SYSTEM_RESET);
     else if (argument_is("way", "status"))
         return (int)argument_number("code", 1);
     else

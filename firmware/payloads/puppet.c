@@ -154,11 +154,11 @@ static void obey(void *order)
         hammer(o);
         break;
     case OP_OFF:
-        system_off();
+        leave(PSCI_SYSTEM_OFF);
     case OP_RESET:
-        system_reset();
+        leave(PSCI_SYSTEM_RESET);
     case OP_CPU_OFF:
-        cpu_off();
+        leave(PSCI_CPU_OFF);
     case OP_MMIO:
         result[0] = accesses(arg[0], arg[1], arg[2], (s64)arg[3]);
         break;

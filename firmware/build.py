@@ -23,9 +23,10 @@ MANIFEST = "manifest.json"
 
 COMPILE = [
     "-std=gnu11", "-O2", "-march=armv8-a", "-mcmodel=small", "-mgeneral-regs-only", "-mno-outline-atomics",
-    "-mstrict-align", "-mbranch-protection=none", "-fno-stack-clash-protection", "-ffreestanding", "-fno-builtin", "-fno-pic", "-fno-pie", "-fno-common", "-fno-stack-protector",
-    "-fno-asynchronous-unwind-tables", "-fno-tree-loop-distribute-patterns", "-fno-tree-switch-conversion",
-    "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra", "-Werror",
+    "-mstrict-align", "-mbranch-protection=none", "-ffreestanding", "-fno-builtin", "-fno-pic", "-fno-pie",
+    "-fno-common", "-fno-stack-protector", "-fno-stack-clash-protection", "-fno-asynchronous-unwind-tables",
+    "-fno-tree-loop-distribute-patterns", "-fno-tree-switch-conversion", "-ffunction-sections", "-fdata-sections",
+    "-Wall", "-Wextra", "-Werror",
 ]  # fmt: skip
 LINK = [
     "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,--gc-sections", "-Wl,--omagic", "-Wl,-z,noexecstack",

@@ -65,10 +65,10 @@ _state = _State()
 
 
 class Log:
-    """A logger. ``event`` is a snake_case name; values stay numbers, gpa and vcpu among them."""
+    """A component's logger. ``event`` is a snake_case name; values stay numbers, gpa and vcpu among them."""
 
-    def __init__(self, component: str | None) -> None:
-        self._values = {} if component is None else {"component": component}
+    def __init__(self, component: str) -> None:
+        self._component = component
         self._made_for: _State | None = None
         self._logger: FilteringBoundLogger | None = None
 
@@ -97,13 +97,13 @@ class Log:
             import structlog
 
             state.ready()
-            self._logger = logger = structlog.get_logger(**self._values).bind()
+            self._logger = logger = structlog.get_logger(component=self._component).bind()
             self._made_for = state
         return logger
 
 
-def get_logger(component: str | None = None) -> Log:
-    """Return a logger that names ``component``, if one is given, in each of its events."""
+def get_logger(component: str) -> Log:
+    """Return a logger that names ``component`` in each of its events."""
     return Log(component)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import platform
+import os
 import sys
 import textwrap
 from typing import TYPE_CHECKING
@@ -63,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
 
 def runs_protected_guests() -> bool:
     """Whether this host can run the story itself."""
-    if platform.machine() != "aarch64":
+    if os.uname().machine != "aarch64":
         return False
     from pyvmm.kvm.system import System
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import shlex
 from typing import TYPE_CHECKING
 
@@ -87,11 +86,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def main(args: argparse.Namespace) -> int:
     """Run the guest; returns the exit status."""
     kernel = _kernel(args)
-    if platform.machine() != "aarch64":
+    if os.uname().machine != "aarch64":
         raise HostError(
-            f"this host is {platform.machine()}, and pyvmm's guests are arm64: KVM runs guests of its own architecture",
+            f"this host is {os.uname().machine}, and pyvmm's guests are arm64: KVM runs guests of its own architecture",
             hint=f"run it in the lab, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
         )
+    from pyvmm._native_source import require_fresh_native
+
+    require_fresh_native()
     from pyvmm.cli.report import report, report_json
     from pyvmm.cli.terminal import Keys, Signals, in_foreground
     from pyvmm.machine.machine import Machine

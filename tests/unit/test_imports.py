@@ -1,0 +1,65 @@
+"""Starting is cheap: no third-party module but structlog and cffi's backend is loaded to parse a command line.
+
+How many milliseconds that takes is for tests/bench/startup.py: a test of time would fail on a busy machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+ALLOWED = {"structlog", "_cffi_backend"}
+
+
+def loaded(code):
+    """Names of the top-level modules a fresh interpreter has loaded after ``code``, without its own and pyvmm's."""
+    report = f"import sys\n{code}\nimport json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, timeout=60, check=True)
+    bare = subprocess.run([sys.executable, "-c", report.replace(code, "")], capture_output=True, text=True, check=True)
+    new = set(json.loads(done.stdout.splitlines()[-1])) - set(json.loads(bare.stdout))
+    names = {name.partition(".")[0] for name in new}
+    return names, {name for name in names if name not in sys.stdlib_module_names} - {"pyvmm", "__mp_main__"}
+
+
+def test_this_test_would_notice():
+    assert loaded("import hypothesis")[1] >= {"hypothesis"}
+
+
+def test_importing_pyvmm_loads_nothing_of_others():
+    assert loaded("import pyvmm")[1] == set()
+
+
+COMMANDS = [
+    ["run", "--protection", "pkvm", "-m", "1G", "-c", "2", "-p", "a=1", "payload:hello"],
+    ["demo"],
+    ["doctor", "--json"],
+    ["lab", "status"],
+    ["--lab", "run", "payload:hello"],
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words[:2]) for words in COMMANDS])
+def test_parsing_a_command_line_loads_nothing_of_others(words):
+    names, others = loaded(f"from pyvmm.cli import make_parser; make_parser({words}).parse_args({words})")
+    assert others <= ALLOWED
+    assert "argparse" in names
+    assert not names & {"asyncio", "logging", "subprocess", "ctypes"}
+
+
+@pytest.mark.parametrize("verb", ["run", "doctor", "demo", "lab"])
+def test_help_loads_the_verb_asked_for_and_no_other(verb):
+    code = f"""
+import sys
+from pyvmm.cli import VERBS, make_parser
+make_parser(['{verb}'])
+assert [v for v in VERBS if f'pyvmm.cli.{{v}}' in sys.modules] == ['{verb}']
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_building_a_machine_from_a_flat_binary_loads_only_what_is_allowed():
+    code = "from pyvmm.machine.machine import Machine\nfrom pyvmm.machine import boot\nboot.read('payload:hello')"
+    assert loaded(code)[1] <= ALLOWED

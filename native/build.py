@@ -76,7 +76,7 @@ def build(
         include = python_include(work)
         glue = write_glue(work, module, cdef)
         loop = [*sorted(NATIVE.glob("*.c")), *sources]
-        own = [*cc, *COMMON, f"-I{NATIVE}", f'-DPV_SOURCE_HASH="{source_hash()}"', *flags]
+        own = [*cc, *COMMON, f"-I{NATIVE}", f'-DPV_SOURCE_HASH="{source_hash(NATIVE)}"', *flags]
         run([*own, *STRICT, "-c", *map(str, loop)], work)
         run([*own, "-DPy_LIMITED_API=0x030b0000", *include, "-c", str(glue)], work)
         run([*cc, "-shared", "-o", "built.so", *map(str, sorted(work.glob("*.o")))], work)

@@ -7,13 +7,13 @@ enum {
     IMSC = 0x38, RIS = 0x3c, MIS = 0x40, ICR = 0x44, DMACR = 0x48, IDS = 0xfe0,
     FR_RXFE = 1 << 4, FR_RXFF = 1 << 6, FR_TXFE = 1 << 7,
     LCR_H_FEN = 1 << 4,
-    INT_RX = 1 << 4, INT_TX = 1 << 5, INT_RT = 1 << 6, INT_ALL = 0x7ff
+    INT_RX = 1 << 4, INT_TX = 1 << 5, INT_ALL = 0x7ff
 };
 
-/* The receive interrupts say whether there is something to read; the line is their only way out. */
+/* The receive interrupt says whether there is something to read; only reading it all clears it. */
 static void update(struct pv_pl011 *uart)
 {
-    uart->ris = pv_fifo_used(&uart->rx) ? uart->ris | INT_RX : uart->ris & ~(uint32_t)(INT_RX | INT_RT);
+    uart->ris = pv_fifo_used(&uart->rx) ? uart->ris | INT_RX : uart->ris & ~(uint32_t)INT_RX;
     uint32_t level = (uart->ris & uart->imsc) != 0;
     if (level && !uart->level && uart->irq_fd >= 0)
         pv_signal(uart->irq_fd);

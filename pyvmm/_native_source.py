@@ -14,7 +14,7 @@ NATIVE = Path(__file__).resolve().parent.parent / "native"
 _HINT = "python native/build.py"
 
 
-def source_hash(folder: Path = NATIVE) -> str:
+def source_hash(folder: Path) -> str:
     """Return the hash of the C sources in ``folder``, as ``pv_source_hash()`` reports the one it was built from."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.[ch]")):
@@ -30,7 +30,7 @@ def require_fresh_native() -> None:
         raise PyvmmError(f"the native loop cannot be imported: {error}", hint=_HINT) from error
     if not (NATIVE / "cdef.h").exists():
         return
-    built, wanted = bytes(ffi.string(lib.pv_source_hash())).decode(), source_hash()
+    built, wanted = bytes(ffi.string(lib.pv_source_hash())).decode(), source_hash(NATIVE)
     if built != wanted:
         message = f"the native loop was built from other sources ({built}) than native/ has ({wanted})"
         raise PyvmmError(message, hint=_HINT)

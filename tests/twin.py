@@ -89,7 +89,7 @@ class Pl011:
     IDS = (0x11, 0x10, 0x14, 0x00, 0x0D, 0xF0, 0x05, 0xB1)
 
     def update(self, kernel: Kernel) -> None:
-        self.ris = self.ris | 0x10 if self.rx else self.ris & ~0x50
+        self.ris = self.ris | 0x10 if self.rx else self.ris & ~0x10
         level = bool(self.ris & self.registers.get(0x38, 0))
         if level and not self.level and self.irq_fd >= 0:
             kernel.signal(self.irq_fd)

@@ -1,0 +1,105 @@
+"""The extension, its typing and its sources belong together, and a build that cannot be says what to install."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvmm import _native_source
+from pyvmm._native import ffi, lib
+from pyvmm.errors import PyvmmError
+from tests.fake_kvm import build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_everything_in_the_loop_is_typed_and_everything_typed_is_there() -> None:
+    stub = ast.parse((ROOT / "pyvmm" / "_native.pyi").read_text())
+    (typed,) = (node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "_Lib")
+    names = {node.name for node in typed.body if isinstance(node, ast.FunctionDef)}
+    names |= {n.target.id for n in typed.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert names == {name for name in dir(lib) if name.lower().startswith("pv_")}
+
+
+def test_typed_functions_take_as_many_arguments_as_the_loops() -> None:
+    stub = ast.parse((ROOT / "pyvmm" / "_native.pyi").read_text())
+    (typed,) = (node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "_Lib")
+    for node in typed.body:
+        if isinstance(node, ast.FunctionDef):
+            taken = len(node.args.posonlyargs or node.args.args) - 1
+            assert taken == len(ffi.typeof(getattr(lib, node.name)).args), node.name
+
+
+def test_structures_have_no_hidden_padding() -> None:
+    for name in ffi.list_types()[1]:
+        fields = ffi.typeof(f"struct {name}").fields or []
+        end = 0
+        for field, described in fields:
+            assert described.offset == end, f"{name}.{field}"
+            end += ffi.sizeof(described.type)
+        assert end == ffi.sizeof(f"struct {name}"), name
+
+
+def test_fresh_build_is_accepted() -> None:
+    _native_source.require_fresh_native()
+
+
+def test_stale_build_is_noticed_with_the_command_that_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "native", tmp_path / "native")
+    with (tmp_path / "native" / "run.c").open("a") as file:
+        file.write("/* newer */\n")
+    monkeypatch.setattr(_native_source, "NATIVE", tmp_path / "native")
+    with pytest.raises(PyvmmError, match=r"built from other sources.*\n.*python native/build\.py"):
+        _native_source.require_fresh_native()
+
+
+def test_installed_package_has_no_sources_to_be_older_than(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native_source, "NATIVE", tmp_path)
+    _native_source.require_fresh_native()
+
+
+def test_missing_extension_is_named_with_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyvmm._native", None)
+    with pytest.raises(PyvmmError, match=r"cannot be imported(.|\n)*python native/build\.py"):
+        _native_source.require_fresh_native()
+
+
+@pytest.mark.parametrize(
+    ("machine", "package"), [(platform.machine(), "gcc"), ("aarch64" if platform.machine() != "aarch64" else "x86_64", "gcc-")]
+)
+def test_missing_compiler_is_named_as_a_package(
+    machine: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.BuildError, match=rf"no C compiler for {machine}: install {package}"):
+        build.build(machine, tmp_path / "out.so")
+
+
+def test_missing_python_header_is_named_as_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(build.BuildError, match=r"Python\.h is missing \(Debian: apt install python3-dev\)"):
+        build.build(platform.machine(), tmp_path / "out.so")
+
+
+def test_error_in_the_sources_is_the_compilers_own(tmp_path: Path) -> None:
+    (tmp_path / "wrong.c").write_text("int wrong(void) { return nothing; }\n")
+    with pytest.raises(build.BuildError, match="nothing"):
+        build.build(platform.machine(), tmp_path / "out.so", sources=[tmp_path / "wrong.c"])
+    assert not (tmp_path / "out.so").exists()
+
+
+def test_loop_exports_nothing_but_its_module() -> None:
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm (binutils)")
+    extension = ROOT / "pyvmm" / build.EXTENSION
+    out = subprocess.run([nm, "-D", "--defined-only", extension], capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in out.splitlines()] == ["PyInit__native"]

@@ -12,15 +12,15 @@ from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 
 from pyvmm.errors import KvmError, hex_
-from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, KVM_MEM_GUEST_MEMFD, KVM_VM_TYPE_ARM_PROTECTED
+from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_VM_TYPE_ARM_PROTECTED
 
 Value: TypeAlias = int | str | None
 Values: TypeAlias = Mapping[str, Value]
 
 PAGE = 4096
 _HEX = {
-    "address", "attr", "base", "control", "datamatch", "flags", "gpa", "hva", "id", "mode", "offset", "size", "type",
-    "value",
+    "address", "attr", "base", "control", "datamatch", "flags", "gpa", "hva", "id", "memfd_flags", "mode", "offset",
+    "size", "type", "value",
 }  # fmt: skip
 EHWPOISON = 133  # asm-generic/errno.h; Python's errno has it since 3.14
 
@@ -92,6 +92,11 @@ CAUSES = (
     ),
     Cause(_SLOT, _errno.EINVAL, "there is no such slot to delete", None, lambda v: not _int(v, "size")),
     Cause(
+        _SLOT, _errno.EINVAL, "arm64 takes only a guest_memfd that was made with GUEST_MEMFD_FLAG_MMAP",
+        "pass GUEST_MEMFD_FLAG_MMAP; without INIT_SHARED the host may map but not touch it",
+        lambda v: "memfd_flags" in v and not _int(v, "memfd_flags") & GUEST_MEMFD_FLAG_MMAP,
+    ),
+    Cause(
         _SLOT, _errno.EINVAL,
         "guest_memfd slots cannot be changed, only deleted, take neither READONLY nor LOG_DIRTY_PAGES, and lie within "
         "a guest_memfd of this VM that no other slot uses there",
@@ -109,14 +114,9 @@ CAUSES = (
     Cause(_SLOT, _errno.EFAULT, "the range ends beyond the VM's address bits", "see System.max_ipa_bits"),
     Cause(_SLOT, _errno.EBADF, "guest_memfd is closed or no guest_memfd at all"),
     Cause(_SLOT, _errno.ENOTTY, "this kernel is older than 6.8, which brought guest_memfd and this call"),
-    # kvm_gmem_create, kvm_arch_supports_gmem_init_shared
+    # kvm_gmem_create
     Cause(_GMEM, _errno.EINVAL, "the size must be a multiple of 4096 bytes, and not 0", None,
           lambda v: _int(v, "size") % PAGE or not _int(v, "size")),
-    Cause(
-        _GMEM, _errno.EINVAL, "arm64 makes no guest_memfd without GUEST_MEMFD_FLAG_MMAP",
-        "pass GUEST_MEMFD_FLAG_MMAP; without INIT_SHARED the host may map but not touch it",
-        lambda v: _int(v, "flags") in (0, GUEST_MEMFD_FLAG_INIT_SHARED),
-    ),
     Cause(_GMEM, _errno.EINVAL, "the kernel does not know these flags", "KVM_CAP_GUEST_MEMFD_FLAGS says which it does"),
     Cause(_GMEM, _errno.ENOTTY, "this kernel has no guest_memfd", "use a memfd; arm64 has it since Linux 6.18"),
     # kvm_ioctl_create_device, vgic-init.c, vgic-its.c
@@ -147,6 +147,10 @@ CAUSES = (
     Cause(_LOG, _errno.ENOENT, "the slot is missing or has no KVM_MEM_LOG_DIRTY_PAGES"),
     Cause(_LOG, _errno.EINVAL, "no such slot number, or pages that are not a multiple of 64 within the slot"),
     # kvm_vcpu_set_target, kvm_arm_vcpu_ioctl
+    Cause(
+        "KVM_ARM_VCPU_INIT", _errno.ENOENT, "this kernel knows no feature of such a number",
+        "newer kernels know more; see KVM_ARM_VCPU_* in pyvmm.uapi.kvm_arm64",
+    ),
     Cause(
         "KVM_ARM_VCPU_INIT", _errno.EINVAL, "this host or this kind of VM lacks a feature asked for, or it was "
         "initialised with others before", "a protected vCPU has PSCI_0_2 and pointer authentication, no SVE and no PMU",

@@ -60,7 +60,10 @@ class System(Fd):
         return self.check(KVM_CAP_ARM_VM_IPA_SIZE)
 
     def create_vm(self, type: int = 0) -> Vm:
-        """Make a VM. ``type``: KVM_VM_TYPE_ARM_PROTECTED or 0, with the number of address bits or 0 for 40 of them."""
+        """Make a VM of a kind (KVM_VM_TYPE_ARM_PROTECTED or 0) and a number of address bits, in one number.
+
+        0 bits are 40. A pKVM host gives all it has, whatever the number (kvm_init_stage2_mmu).
+        """
         return Vm(self.call(KVM_CREATE_VM, type, type=type), self)
 
     def supports_protected(self) -> bool:

@@ -138,6 +138,7 @@ class Vm(MeasuredFd):
         self.call(
             KVM_SET_USER_MEMORY_REGION2, region2,
             slot=slot, gpa=gpa, size=size, hva=hva, flags=flags, guest_memfd=guest_memfd.fileno(), offset=offset,
+            memfd_flags=guest_memfd.flags,
         )  # fmt: skip
 
     def delete_memory(self, slot: int) -> None:
@@ -145,7 +146,7 @@ class Vm(MeasuredFd):
         self.call(KVM_SET_USER_MEMORY_REGION, kvm_userspace_memory_region(slot=slot), slot=slot, size=0)
 
     def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
-        """Make a file of guest memory of ``size`` bytes; ``flags`` are GUEST_MEMFD_FLAG_*, and arm64 needs MMAP."""
+        """Make a file of guest memory of ``size`` bytes; ``flags`` are GUEST_MEMFD_FLAG_*; arm64's slots need MMAP."""
         fd = self.call(KVM_CREATE_GUEST_MEMFD, kvm_create_guest_memfd(size=size, flags=flags), size=size, flags=flags)
         return GuestMemfd(fd, self, size, flags)
 

@@ -15,12 +15,10 @@ from pyvmm.kvm import libc
 from pyvmm.kvm.system import System
 from pyvmm.kvm.vm import Vm
 from pyvmm.uapi.kvm import KVM_RUN, MpState
-from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.kvm_run import ExitReason
 
 pytestmark = pytest.mark.kvm
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="drives an x86 real-mode guest")
-arm64 = pytest.mark.skipif(platform.machine() != "aarch64", reason="needs an arm64 host")
 
 
 @pytest.fixture
@@ -125,33 +123,6 @@ def test_a_register_that_does_not_exist_is_an_error_with_its_id(vm: Vm) -> None:
 def test_a_value_too_big_for_its_register_is_refused(vm: Vm) -> None:
     with pytest.raises(OverflowError):
         vm.create_vcpu(0).set_reg(0x7030_0000_0000_0001, 1 << 64)
-
-
-@arm64
-def test_arm64_registers_read_back(vm: Vm) -> None:
-    vcpu = vm.create_vcpu(0)
-    with pytest.raises(KvmError, match="ENOEXEC: the vCPU is not initialised"):
-        vcpu.get_reg(core_reg("pc"))
-    vcpu.init()
-    for name, value in {"pc": 0x8000_0000, "x0": 2**64 - 1, "sp_el1": 16, "v3": 2**127 + 5, "fpcr": 0}.items():
-        vcpu.set_reg(core_reg(name), value)
-        assert vcpu.get_reg(core_reg(name)) == value
-    assert vcpu.pc == 0x8000_0000
-    assert core_reg("pc") in vcpu.reg_list()
-
-
-@arm64
-def test_a_feature_that_no_cpu_has_is_refused_in_words(vm: Vm) -> None:
-    with pytest.raises(KvmError, match=r"features=2\+77.*EINVAL: this host or this kind of VM lacks a feature"):
-        vm.create_vcpu(0).init(features=[77])
-
-
-@arm64
-def test_a_second_vcpu_can_wait_powered_off(vm: Vm) -> None:
-    first, second = vm.create_vcpu(0), vm.create_vcpu(1)
-    first.init()
-    second.init(power_off=True)
-    assert (first.mp_state, second.mp_state) == (MpState.KVM_MP_STATE_RUNNABLE, MpState.KVM_MP_STATE_STOPPED)
 
 
 def test_running_with_immediate_exit_comes_back_at_once(vm: Vm) -> None:

@@ -1,6 +1,6 @@
 """How long ``import pyvmm`` and parsing a command line take beyond bare Python: python tests/bench/startup.py
 
-Takes the least of many alternating starts, so that what else the machine does is not counted. Exit status 1 above 80 ms.
+Takes the least of many starts, so that what else the machine does is not counted. Exit status 1 above 80 ms.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import errno
 import os
 import select
 import signal
-import sys
 
 import frames
 
@@ -24,18 +23,25 @@ class Port:
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._unpacker = frames.Unpacker()
+        self.arrived: list[tuple[int, bytes]] = []
 
     def send(self, kind: int, payload: bytes = b"") -> None:
         data = memoryview(frames.pack(kind, payload))
         while data:
             data = data[os.write(self.fd, data) :]
 
-    def receive(self) -> list[tuple[int, bytes]]:
-        """Wait for bytes and give the frames they complete; the end of the stream is the end of the lab."""
+    def receive(self) -> None:
+        """Wait for bytes and add the frames they complete to ``arrived``; the stream's end is the lab's."""
         data = os.read(self.fd, CHUNK)
         if not data:
             power_off()
-        return self._unpacker.feed(data)
+        self.arrived += self._unpacker.feed(data)
+
+    def next(self) -> tuple[int, bytes]:
+        """Wait for the next frame."""
+        while not self.arrived:
+            self.receive()
+        return self.arrived.pop(0)
 
 
 def power_off() -> None:
@@ -188,6 +194,10 @@ def run(port: Port, fields: list[bytes]) -> None:
     command = Command(fields)
     ended = False
     while not ended:
+        while port.arrived:
+            obey(command, *port.next())
+        if taken := command.feed():
+            port.send(frames.CREDIT, taken.to_bytes(4, "little"))
         poll = select.poll()
         poll.register(port.fd, select.POLLIN)
         poll.register(command.pidfd, select.POLLIN)
@@ -198,14 +208,11 @@ def run(port: Port, fields: list[bytes]) -> None:
             poll.register(command.input, wanted)
         for fd, _ in poll.poll():
             if fd == port.fd:
-                for kind, payload in port.receive():
-                    obey(command, kind, payload)
+                port.receive()
             elif fd == command.pidfd:
                 ended = True
             elif fd in command.outputs:
                 forward(port, command, fd)
-        if taken := command.feed():
-            port.send(frames.CREDIT, taken.to_bytes(4, "little"))
     try:
         os.kill(-1, signal.SIGKILL)  # from PID 1: everything that is left
     except ProcessLookupError:
@@ -254,18 +261,18 @@ def main() -> None:
     port = Port(find_port())
     port.send(frames.READY)
     while True:
-        for kind, payload in port.receive():
-            fields = payload.split(b"\0")
-            if kind == frames.MOUNT:
-                tag, target, options = map(os.fsdecode, fields)
-                port.send(frames.DONE, mount(tag, target, options).encode())
-            elif kind == frames.BIND:
-                source, target = map(os.fsdecode, fields)
-                port.send(frames.DONE, call("/bin/busybox", "mount", "-o", "bind", source, target).encode())
-            elif kind == frames.EXEC:
-                run(port, fields)
-            # Anything else was meant for a command that has ended meanwhile.
+        kind, payload = port.next()
+        fields = payload.split(b"\0")
+        if kind == frames.MOUNT:
+            tag, target, options = map(os.fsdecode, fields)
+            port.send(frames.DONE, mount(tag, target, options).encode())
+        elif kind == frames.BIND:
+            source, target = map(os.fsdecode, fields)
+            port.send(frames.DONE, call("/bin/busybox", "mount", "-o", "bind", source, target).encode())
+        elif kind == frames.EXEC:
+            run(port, fields)
+        # Anything else was meant for a command that has ended meanwhile.
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

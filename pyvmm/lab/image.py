@@ -84,16 +84,12 @@ def _build(cache: Cache, refresh: bool, progress: Progress) -> Image:
             packages=[(package.name, package.version, package.sha256) for package in packages],
             files={name: _record(scratch / name) for name in FILES},
         )
-        byte_code = cache.directory / f"bytecode-{precompile.key(packages[len(kernel) :])}.cpio"
-        if not byte_code.exists():
-            progress("first boot, byte code", 0.0)
-            with (scratch / byte_code.name).open("wb") as out:
-                precompile.write_byte_code(Image(scratch, manifest), out)
-            for old in cache.directory.glob("bytecode-*.cpio"):
-                old.unlink()
-            (scratch / byte_code.name).rename(byte_code)
+        progress("first boot, byte code", 0.0)
+        with (scratch / "byte-code").open("wb") as out:
+            precompile.write_byte_code(Image(scratch, manifest), packages[len(kernel) :], cache.directory, out)
         with (scratch / "root.cpio").open("ab") as out:
-            out.write(byte_code.read_bytes())
+            out.write((scratch / "byte-code").read_bytes())
+        (scratch / "byte-code").unlink()
         manifest = replace(manifest, files={name: _record(scratch / name) for name in FILES})
         image = cache.adopt(scratch, manifest)
     _drop_superseded(apt.archives, packages)

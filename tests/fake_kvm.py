@@ -19,7 +19,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "native"))
 
-import build
+import build  # noqa: E402
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

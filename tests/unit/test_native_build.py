@@ -73,7 +73,8 @@ def test_missing_extension_is_named_with_the_command_that_builds_it(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("machine", "package"), [(platform.machine(), "gcc"), ("aarch64" if platform.machine() != "aarch64" else "x86_64", "gcc-")]
+    ("machine", "package"),
+    [(platform.machine(), "gcc"), ("x86_64" if platform.machine() == "aarch64" else "aarch64", "gcc-")],
 )
 def test_missing_compiler_is_named_as_a_package(
     machine: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -365,7 +365,7 @@ def test_emulated_ring_only_agrees_with_the_hypercall(bell_rig: Callable[..., Ri
     rig.state(0, "PRIVATE")
     rig.state(1, "SHARED")
     exits = rig.script(
-        *[access for page in (0, 1) for op in (1, 2) for access in (store(BELL, rig.RAM + page * 4096 | op), load(BELL))]
+        *[a for page in (0, 1) for op in (1, 2) for a in (store(BELL, rig.RAM + page * 4096 | op), load(BELL))]
     )
     assert rig.run() == "OTHER"
     assert [exits[n].answer for n in (1, 3, 5, 7)] == [MINUS_1, MINUS_1, 0, 0]
@@ -391,7 +391,7 @@ def test_features_and_meminfo_answer_as_el2_does(emulated: Rig) -> None:
         hypercall(FEATURES, 9, 9, 9), hypercall(MEMINFO), hypercall(MEMINFO, 1), hypercall(MEMINFO, 0, 0, 1)
     )
     assert emulated.run() == "OTHER"
-    assert [list(e.out) for e in exits][0] == [0x1D, 0, 0, 0]
+    assert list(exits[0].out) == [0x1D, 0, 0, 0]
     assert [e.out[0] for e in exits][1:] == [4096, MINUS_3, MINUS_3]
 
 
@@ -432,7 +432,9 @@ def test_unshared_page_closes_after_subscribers_have_let_go(emulated: Rig) -> No
         (SHARE, (Rig.RAM,), "POISONED"), (UNSHARE, (Rig.RAM,), "PRIVATE"), (UNSHARE, (Rig.RAM, 0, 2**63), "SHARED"),
     ],
 )  # fmt: skip
-def test_what_el2_refuses_is_refused_and_changes_nothing(emulated: Rig, nr: int, x: tuple[int, ...], state: str) -> None:
+def test_what_el2_refuses_is_refused_and_changes_nothing(
+    emulated: Rig, nr: int, x: tuple[int, ...], state: str
+) -> None:
     emulated.state(0, state)
     before = emulated.lib.fake_protects()
     exits = emulated.script(hypercall(nr, *x))

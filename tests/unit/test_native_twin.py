@@ -26,7 +26,7 @@ STATES = ["ABSENT", "HOST", "PRIVATE", "PRIVATE", "SHARED", "SHARED", "HOLE", "P
 
 
 class Guest:
-    """What a guest and its kernel may do, evenly spread: Hypothesis's own taste for small lists and zeros finds less."""
+    """What a guest and its kernel may do, evenly spread: Hypothesis's taste for short lists and zeros finds less."""
 
     def __init__(self, random: Random) -> None:
         self.random = random
@@ -123,7 +123,9 @@ class FakeKernel:
         reason = step.get("exit_reason", 0)
         self.run[8:12] = reason.to_bytes(4, "little")
         put = {
-            EXIT_MMIO: lambda: [(32, 8, step["gpa"]), (40, 8, step["data"]), (48, 4, step["len"]), (52, 1, step["is_write"])],
+            EXIT_MMIO: lambda: [
+                (32, 8, step["gpa"]), (40, 8, step["data"]), (48, 4, step["len"]), (52, 1, step["is_write"]),
+            ],
             3: lambda: [(32, 8, step["nr"])],
             EXIT_SYSTEM: lambda: [(32, 4, step["nr"]), (36, 4, step["len"])]
             + [(40 + 8 * n, 8, step["data"] + n) for n in range(16)],
@@ -199,9 +201,10 @@ def make_twin(script: list[dict[str, Any]], machine: dict[str, Any]) -> twin.Vcp
         bytearray(24), twin.Counter(), twin.Doorbell(list(SLOTS)), twin.Pl011(4, 4, IRQ),
         [twin.Mailbox(), twin.Mailbox()], None, None,
     ]  # fmt: skip
+    ledger = bytearray(getattr(lib, "PV_PAGE_" + state) for state in machine["states"])
     vm = twin.Vm(
         protection=getattr(lib, "PV_" + machine["protection"]),
-        regions=[twin.Region(Rig.RAM, PAGES * 4096, bytearray(getattr(lib, "PV_PAGE_" + s) for s in machine["states"]))],
+        regions=[twin.Region(Rig.RAM, PAGES * 4096, ledger)],
         ranges=[
             twin.Range(BASES[kind], SIZES[kind], getattr(lib, "PV_KIND_" + kind), state)
             for kind, state in zip(SIZES, states, strict=True)

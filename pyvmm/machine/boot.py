@@ -166,8 +166,10 @@ def _read_file(path: str, what: str, room: int) -> bytes:
 
 
 def _missing_hint(path: str, what: str) -> str | None:
-    if what == "kernel" and path.isidentifier():
-        return f"the built-in payloads are called payload:NAME; did you mean {PAYLOAD}{path}?"
+    from pyvmm.guest.payloads import names
+
+    if what == "kernel" and path in names():
+        return f"did you mean the built-in {PAYLOAD}{path}?"
     return None
 
 

@@ -217,7 +217,10 @@ def test_a_path_the_system_refuses_is_refused_in_words(path):
 def test_a_payloads_name_without_its_prefix_is_recognised():
     with pytest.raises(UsageError) as caught:
         read("hello")
-    assert caught.value.hint == "the built-in payloads are called payload:NAME; did you mean payload:hello?"
+    assert caught.value.hint == "did you mean the built-in payload:hello?"
+    with pytest.raises(UsageError) as caught:
+        read("vmlinuz")
+    assert caught.value.hint is None
 
 
 def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path):

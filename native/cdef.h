@@ -109,12 +109,14 @@ struct pv_bus {
     struct pv_range *ranges;
 };
 
-/* A store that matches writes 1 to an eventfd. Loads read 0. A slot with match_any set takes any value. */
+/* A store that matches writes 1 to an eventfd. Loads read 0. A slot with match_any set takes any value. With coalesce
+   set, rings that the consumer has not taken yet (pv_doorbell_take) are one and cost no system call. */
 struct pv_doorbell_slot {
     uint64_t offset;
     uint64_t value;
     int32_t fd;
     uint32_t match_any;
+    uint32_t coalesce, rung;
 };
 struct pv_doorbell {
     uint32_t count;
@@ -275,6 +277,8 @@ uint32_t pv_fifo_read(struct pv_fifo *fifo, uint8_t *to, uint32_t n);   /* bytes
 /* The consumer's last word before it sleeps on wake_fd: arms the FIFO, and says with a full barrier whether it is still
    empty (1: sleep; 0: disarmed again, there is something to read). */
 uint32_t pv_fifo_arm(struct pv_fifo *fifo);
+/* The consumer of a coalescing slot, after it has read the eventfd and before it looks for what the rings were about. */
+void pv_doorbell_take(struct pv_doorbell_slot *slot);
 uint32_t pv_pl011_feed(struct pv_pl011 *uart, const uint8_t *from, uint32_t n); /* bytes taken */
 uint32_t pv_ring_read(struct pv_ring *ring, struct pv_record *to, uint32_t n);
 

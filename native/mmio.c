@@ -63,13 +63,20 @@ static void registers(struct pv_vcpu *vcpu, uint8_t *at)
 static void doorbell(const struct pv_vcpu *vcpu, struct pv_doorbell *bell)
 {
     for (uint32_t i = 0; i < bell->count; i++) {
-        const struct pv_doorbell_slot *slot = &bell->slots[i];
+        struct pv_doorbell_slot *slot = &bell->slots[i];
         if (slot->offset == vcpu->offset && (slot->match_any || slot->value == vcpu->value)) {
-            pv_signal(slot->fd);
+            /* A ring that is left out happens before the consumer's take, and so before its look for work. */
+            if (!slot->coalesce || !__atomic_exchange_n(&slot->rung, 1, __ATOMIC_ACQ_REL))
+                pv_signal(slot->fd);
             return;
         }
     }
     add(&bell->missed, 1);
+}
+
+void pv_doorbell_take(struct pv_doorbell_slot *slot)
+{
+    __atomic_exchange_n(&slot->rung, 0, __ATOMIC_ACQ_REL);
 }
 
 /* firmware/lib/abi.h, in 64-bit registers. */
@@ -159,6 +166,14 @@ static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
     }
 }
 
+static uint64_t low_bytes(const uint8_t *data, uint32_t size)
+{
+    uint64_t value;
+
+    memcpy(&value, data, sizeof(value));
+    return size < sizeof(value) ? value & ((UINT64_C(1) << 8 * size) - 1) : value;
+}
+
 uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again)
 {
     struct kvm_run *run = vcpu->run;
@@ -169,9 +184,7 @@ uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again)
     vcpu->gpa = vcpu->offset = gpa;
     vcpu->size = size;
     vcpu->is_write = run->mmio.is_write;
-    vcpu->value = 0;
-    if (vcpu->is_write)
-        memcpy(&vcpu->value, run->mmio.data, size);
+    vcpu->value = vcpu->is_write ? low_bytes(run->mmio.data, size) : 0;
     if (range && size > range->size - (gpa - range->base))
         range = NULL;
     vcpu->range = range;
@@ -185,8 +198,7 @@ uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again)
         add(vcpu->is_write ? &range->writes : &range->reads, 1);
 
     uint32_t stop = carry_out(vcpu, range);
-    if (!vcpu->is_write)
-        memcpy(run->mmio.data, &vcpu->value, size);
+    pv_mmio_reply(vcpu, vcpu->value);
     return stop;
 }
 
@@ -195,5 +207,5 @@ void pv_mmio_reply(struct pv_vcpu *vcpu, uint64_t value)
     struct kvm_run *run = vcpu->run;
 
     if (!vcpu->is_write)
-        memcpy(run->mmio.data, &value, vcpu->size);
+        memcpy(run->mmio.data, &value, sizeof(value)); /* KVM takes as many bytes as it asked for */
 }

@@ -143,6 +143,23 @@ def test_doorbell_rings_only_the_slot_that_matches(rig: Rig) -> None:
     assert exits[5].answer == 0
 
 
+def test_coalescing_doorbell_is_written_once_until_it_is_taken(rig: Rig) -> None:
+    fd = eventfd()
+    slots = rig.new("struct pv_doorbell_slot[]", [(0, 5, fd, 0, 1)])
+    rig.bus((DEVICE, 0x1000, "DOORBELL", rig.new("struct pv_doorbell *", {"count": 1, "slots": slots})))
+    rings = [store(DEVICE, 5)] * 3
+    rig.script(*rings)
+    rig.run()
+    assert rung(fd) == 1
+    rig.script(*rings)
+    rig.run()
+    assert rung(fd) == 0
+    rig.lib.pv_doorbell_take(slots)
+    rig.script(*rings)
+    rig.run()
+    assert rung(fd) == 1
+
+
 # ---- PL011
 
 

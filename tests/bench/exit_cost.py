@@ -1,0 +1,220 @@
+"""What an MMIO exit costs in the native loop, by kind, against a C loop around KVM_RUN: python -m tests.bench.exit_cost
+
+Every kind, the bare loop, a device in Python and the loop's pure-Python twin take turns on one vCPU, and the ratio is
+the median of the turns' own, so that what else the machine does falls on both. Exit status 1 when a bar is missed.
+``--lab`` does it in the lab, where time counts instructions, in a protected VM. ``--part NAME`` measures one kind only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyvmm._native import ffi, lib
+from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
+from tests import twin
+from tests.real_guest import DEVICES, ENDED, Code, RealGuest, uart
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = ROOT / ".bench"
+REGISTERS, FIFO, DOORBELL, COLD, UNTAKEN = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000
+IN_C = ("registers: store", "registers: load", "FIFO", "doorbell")
+NATIVE_BARS = {**dict.fromkeys(IN_C, 1.10), "Python device": 3.0}
+INSTRUCTION_BARS = {**dict.fromkeys(IN_C, 1.05), "Python device": 3.0}
+
+
+def bare_library(machine: str) -> Path:
+    """Return the bare loop for ``machine``, built when there is a compiler and it is missing or old."""
+    source, path = Path(__file__).with_name("bare_loop.c"), BUILT / f"bare_loop.{machine}.so"
+    if path.exists() and path.stat().st_mtime >= source.stat().st_mtime:
+        return path
+    cc = "gcc" if machine == platform.machine() else f"{machine}-linux-gnu-gcc"
+    BUILT.mkdir(exist_ok=True)
+    subprocess.run([cc, "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-o", path, source], check=True)
+    return path
+
+
+class Bench:
+    """One VM whose vCPU makes ``exits`` MMIO exits of a kind, then ends; entered by whoever is measured."""
+
+    def __init__(self, code: Callable[[], Code], exits: int, type_: int) -> None:
+        self.exits = exits
+        self.guest = RealGuest(Code().repeat(exits, code()).end(), type=type_)
+        self.vcpu = self.guest.vcpus[0]
+        self.uart, self._buffers = uart(tx=1 << 15)
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+        # Every ring a system call; and rings that are one until they are taken, as of a device that is busy.
+        slots = ffi.new("struct pv_doorbell_slot[]", [(0, 1, self.fd, 0, 0), (0, 1, self.fd, 0, 1)])
+        bell, untaken = (ffi.new("struct pv_doorbell *", {"count": 1, "slots": slots + n}) for n in range(2))
+        self._keep = [slots, bell, untaken]
+        self.guest.bus(
+            (REGISTERS, 0x1000, lib.PV_KIND_REGISTERS, ffi.new("uint8_t[]", 0x1000)),
+            (FIFO, 0x1000, lib.PV_KIND_PL011, self.uart),
+            (DOORBELL, 0x1000, lib.PV_KIND_DOORBELL, bell),
+            (COLD, 0x1000, lib.PV_KIND_COLD, None),
+            (UNTAKEN, 0x1000, lib.PV_KIND_DOORBELL, untaken),
+        )
+        library = ctypes.CDLL(str(bare_library(platform.machine())))
+        self._bare = library.bare_loop
+        self._bare.restype = ctypes.c_uint64
+        self._bare.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64)]
+        self._area = int(ffi.cast("uintptr_t", self.vcpu.run))
+
+    def _begin(self) -> None:
+        self.guest.start(0)
+        self.uart.tx.tail = self.uart.tx.head
+
+    def bare(self) -> float:
+        """Nanoseconds an exit of the C loop."""
+        self._begin()
+        exits = ctypes.c_uint64()
+        took = int(self._bare(self.vcpu.fd, self._area, ctypes.byref(exits)))
+        return took / self._checked(exits.value)
+
+    def native(self) -> float:
+        """Nanoseconds an exit of pv_run, with a device in Python behind the cold range."""
+        self._begin()
+        run, reply, vcpu, cold = lib.pv_run, lib.pv_mmio_reply, self.vcpu, PythonDevice()
+        stats = vcpu.stats
+        before = sum(stats[n].count for n in range(lib.PV_EXIT_MMIO_UNCLAIMED))
+        start = time.perf_counter_ns()
+        while (stop := run(vcpu)) == lib.PV_STOP_MMIO:
+            if vcpu.is_write:
+                cold.write(vcpu.offset, vcpu.size, vcpu.value)
+            else:
+                reply(vcpu, cold.read(vcpu.offset, vcpu.size))
+        took = time.perf_counter_ns() - start
+        if stop != ENDED:
+            raise RuntimeError(f"pv_run stopped with {stop}")
+        return took / self._checked(sum(stats[n].count for n in range(lib.PV_EXIT_MMIO_UNCLAIMED)) - before)
+
+    def twin(self) -> float:
+        """Nanoseconds an exit of the pure-Python twin."""
+        self._begin()
+        vm = twin.Vm(lib.PV_NONE)
+        vm.ranges = [twin.Range(DEVICES + REGISTERS, 0x1000, lib.PV_KIND_REGISTERS, bytearray(0x1000))]
+        vcpu = twin.Vcpu(vm, 0, self.guest.area(0), TwinKernel(self.guest))
+        start = time.perf_counter_ns()
+        stop = vcpu.run()
+        took = time.perf_counter_ns() - start
+        if stop != ENDED:
+            raise RuntimeError(f"the twin stopped with {stop}")
+        return took / self._checked(sum(vcpu.counts[: lib.PV_EXIT_MMIO_UNCLAIMED]))
+
+    def _checked(self, exits: int) -> int:
+        if exits != self.exits:
+            raise RuntimeError(f"{exits} exits, not {self.exits}")
+        return exits
+
+    def close(self) -> None:
+        self.guest.close()
+        os.close(self.fd)
+
+
+class PythonDevice:
+    """The least a device in Python is: an offset tells what, a value is kept."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def read(self, offset: int, size: int) -> int:  # noqa: ARG002
+        return self.value
+
+    def write(self, offset: int, size: int, value: int) -> None:  # noqa: ARG002
+        self.value = value
+
+
+class TwinKernel:
+    """KVM_RUN and nothing else: what the twin needs here."""
+
+    def __init__(self, guest: RealGuest) -> None:
+        self._guest = guest
+
+    def enter(self) -> int:
+        return self._guest.enter(0)
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(name)
+
+
+PARTS: dict[str, tuple[Callable[[], Code], Callable[[Bench], float]]] = {
+    "registers: store": (lambda: Code().store(REGISTERS, 7), Bench.native),
+    "registers: load": (lambda: Code().load(REGISTERS), Bench.native),
+    "FIFO": (lambda: Code().store(FIFO, 65, 1), Bench.native),
+    "doorbell": (lambda: Code().store(UNTAKEN, 1), Bench.native),
+    "doorbell, written": (lambda: Code().store(DOORBELL, 1), Bench.native),
+    "Python device": (lambda: Code().store(COLD, 7), Bench.native),
+    "twin: registers": (lambda: Code().store(REGISTERS, 7), Bench.twin),
+}
+
+
+def measure(part: str, rounds: int, exits: int, type_: int) -> tuple[float, float, float]:
+    """Return the medians of: the bare loop's ns an exit, the part's, and the ratio within a turn."""
+    code, measured = PARTS[part]
+    bench = Bench(code, exits, type_)
+    pairs = []
+    try:
+        for turn in range(rounds + 1):
+            first, second = (bench.bare, lambda: measured(bench)) if turn % 2 else (lambda: measured(bench), bench.bare)
+            values = first(), second()
+            pairs.append(values if turn % 2 else values[::-1])
+    finally:
+        bench.close()
+    pairs = pairs[1:]  # the first turn warms up
+    bare, own = zip(*pairs, strict=True)
+    ratios = [b / a for a, b in pairs]
+    return statistics.median(bare), statistics.median(own), statistics.median(ratios)
+
+
+def in_lab(arguments: list[str]) -> int:
+    """Run this module in the lab, on one CPU where time counts instructions."""
+    bare_library("aarch64")
+    inside = ["python3", "-m", "tests.bench.exit_cost", "--inside", *arguments]
+    return subprocess.run([sys.executable, "-m", "pyvmm", "lab", "exec", "--icount", "--", *inside], check=False).returncode
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print a table, judge."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.exit_cost", description=__doc__.splitlines()[0])
+    parser.add_argument("--lab", action="store_true", help="in the lab: instructions, in a protected VM")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help="on arm64: a plain VM instead of a protected one")
+    parser.add_argument("--part", choices=PARTS, action="append", help="measure this kind only")
+    parser.add_argument("--rounds", type=int, help="turns of each (41; 5 in the lab)")
+    parser.add_argument("--exits", type=int, help="exits a turn (2000; 500 in the lab)")
+    options = parser.parse_args(arguments)
+    if options.lab:
+        return in_lab([argument for argument in arguments if argument != "--lab"])
+    counted = options.inside
+    bars = INSTRUCTION_BARS if counted else NATIVE_BARS
+    protected = platform.machine() == "aarch64" and not options.plain
+    unit = "instructions" if counted else "ns"
+    print(f"{'an MMIO exit':<18}{'bare ' + unit:>18}{unit:>14}{'ratio':>8}{'bar':>7}")
+    missed = False
+    for part in options.part or PARTS:
+        bare, own, ratio = measure(
+            part,
+            options.rounds or (5 if counted else 41),
+            options.exits or (500 if counted else 2000),
+            KVM_VM_TYPE_ARM_PROTECTED if protected else 0,
+        )
+        bar = bars.get(part)
+        verdict = "" if bar is None else f"{bar:>7.2f}" + ("" if ratio <= bar else "  MISSED")
+        missed = missed or (bar is not None and ratio > bar)
+        print(f"{part:<18}{bare:>18.0f}{own:>14.0f}{ratio:>8.3f}{verdict}", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -126,8 +126,9 @@ class Pl011(Device):
 
     def abort(self) -> None:
         """Stop waiting for whoever reads the console: what cannot be written at once from now on is lost."""
-        self._closing.set()
-        os.write(self._stop_write, b"x")
+        if self._wake >= 0:
+            self._closing.set()
+            os.write(self._stop_write, b"x")
 
     def close(self) -> None:
         """Write out the rest, waiting for the reader unless aborted, and end the threads."""

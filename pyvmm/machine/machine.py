@@ -67,6 +67,7 @@ class Machine:
         self._ending = threading.Lock()
         self._outcome: Outcome | None = None
         self._threads: list[VcpuThread] = []
+        self._natives: list[Any] = []
         self._keep: list[Any] = []
         self._told = False
         self.started_ns = self.ended_ns = 0
@@ -194,7 +195,8 @@ class Machine:
         native.run = ffi.cast("void *", vcpu.run_address)
         native.timed = self.config.timed
         native.ring.size, native.ring.records = RING_RECORDS, records
-        self._keep += [records, native]
+        self._keep.append(records)
+        self._natives.append(native)
         return native
 
     # -- running
@@ -224,6 +226,7 @@ class Machine:
             self._finish(Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s"))
         self._stop_threads()
         self.console.drain()
+        self._abandon_orders()
         outcome = self._outcome
         if outcome is None:
             raise PyvmmError("the run ended without saying why; this is a bug in pyvmm")
@@ -266,7 +269,7 @@ class Machine:
     @property
     def counters(self) -> Counters:
         """What the native loop has counted until now."""
-        return Counters.read(self.native, [thread.native for thread in self._threads], self.elapsed_ns)
+        return Counters.read(self.native, self._natives, self.elapsed_ns)
 
     @property
     def elapsed_ns(self) -> int:
@@ -295,13 +298,18 @@ class Machine:
         for thread in self._threads:
             thread.join()
 
+    def _abandon_orders(self) -> None:
+        self.mailboxes.abandon(self._outcome.reason if self._outcome else "the machine was closed")
+
     # -- teardown
 
     def close_vm(self) -> None:
         """Destroy the VM but keep its memory mapped, to look at what the kernel gave back."""
         self._stop_threads()
+        # A kick writes to the vCPU's run area, which goes with the vCPU.
+        self._threads.clear()
         if hasattr(self, "mailboxes"):
-            self.mailboxes.abandon(self._outcome.reason if self._outcome else "the machine was closed")
+            self._abandon_orders()
         if hasattr(self, "bus"):
             self.bus.close()
         self._stack.close()

@@ -1,0 +1,169 @@
+"""A run borrows the terminal and three signals, and gives them back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import select
+import signal
+import termios
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.cli.common import Interrupted
+from pyvmm.cli.terminal import Keys, Signals, in_foreground, raw
+
+
+@pytest.fixture
+def terminal():
+    ours, theirs = pty.openpty()
+    yield ours, theirs
+    os.close(ours)
+    os.close(theirs)
+
+
+def read_within(fd, seconds=5.0):
+    assert select.select([fd], [], [], seconds)[0], "nothing came"
+    return os.read(fd, 100)
+
+
+def test_keys_reach_the_guest_one_by_one_and_unechoed(terminal):
+    ours, theirs = terminal
+    with Keys(theirs, lambda: None) as keys:
+        os.write(ours, b"a\x03\r\x04")
+        assert read_within(keys.fd) == b"a\x03\r\x04"
+        assert not select.select([ours], [], [], 0.05)[0]
+
+
+def test_ctrl_a_x_quits(terminal):
+    ours, theirs = terminal
+    quits = threading.Event()
+    with Keys(theirs, quits.set):
+        os.write(ours, b"\x01x")
+        assert quits.wait(5)
+
+
+def test_ctrl_a_x_quits_even_when_the_guest_takes_no_keys(terminal):
+    ours, theirs = terminal
+    quits = threading.Event()
+    with Keys(theirs, quits.set):
+        for _ in range(80):
+            os.write(ours, b"k" * 1000)
+        os.write(ours, b"\x01x")
+        assert quits.wait(5)
+
+
+def test_the_terminals_mode_is_put_back_even_after_an_error(terminal):
+    _, theirs = terminal
+    before = termios.tcgetattr(theirs)
+    with contextlib.suppress(ZeroDivisionError), Keys(theirs, lambda: None):
+        assert termios.tcgetattr(theirs) != before
+        raise ZeroDivisionError
+    assert termios.tcgetattr(theirs) == before
+
+
+def test_nothing_is_left_open_or_running(terminal):
+    _, theirs = terminal
+    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(3):
+        with Keys(theirs, lambda: None):
+            pass
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_output_is_left_as_it_is(terminal):
+    _, theirs = terminal
+    mode = termios.tcgetattr(theirs)
+    changed = raw(mode)
+    assert changed[1] == mode[1]
+    assert not changed[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+
+
+@given(st.lists(st.binary(max_size=5), max_size=8))
+def test_the_escape_is_the_same_however_keys_arrive(pieces):
+    """What the guest gets, and whether we quit, depends on the keys and not on how they were cut."""
+
+    def taken(parts):
+        keys, out = Keys(-1, lambda: None), b""
+        for part in parts:
+            if (some := keys.take(part)) is None:
+                return None
+            out += some
+        return out
+
+    whole = b"".join(pieces)
+    assert taken(pieces) == taken([whole]) == taken([bytes([key]) for key in whole])
+
+
+@pytest.mark.parametrize(
+    ("typed", "for_guest"),
+    [(b"abc", b"abc"), (b"\x01\x01", b"\x01"), (b"\x01b", b"\x01b"), (b"a\x01X", None), (b"x", b"x"), (b"\x01", b"")],
+)
+def test_ctrl_a_twice_is_ctrl_a_for_the_guest(typed, for_guest):
+    assert Keys(-1, lambda: None).take(typed) == for_guest
+
+
+def test_what_is_no_terminal_is_not_in_the_foreground(tmp_path, terminal):
+    with open(tmp_path / "file", "w") as file:
+        assert not in_foreground(file.fileno())
+    assert not in_foreground(terminal[1])
+
+
+# ---- signals
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", Signals.CAUGHT)
+def test_the_first_signal_stops_the_run_with_its_name(number):
+    stopped, reasons = threading.Event(), []
+    with Signals() as signals:
+        signals.stop = lambda reason: (reasons.append(reason), stopped.set())
+        send(number)
+        assert stopped.wait(5)
+    assert reasons == [number.name]
+    assert signals.received == number
+
+
+def test_a_second_signal_does_not_wait():
+    with Signals() as signals:
+        signals.stop = lambda _reason: None
+        send(signal.SIGTERM)
+        with pytest.raises(Interrupted) as caught:
+            send(signal.SIGINT)
+    assert caught.value.signal == signal.SIGTERM
+
+
+def test_a_signal_with_nothing_to_stop_unwinds():
+    with Signals(), pytest.raises(Interrupted) as caught:
+        send(signal.SIGTERM)
+    assert caught.value.signal == signal.SIGTERM
+
+
+def test_stopping_may_take_a_lock_that_the_main_thread_holds():
+    lock, stopped = threading.Lock(), threading.Event()
+    with Signals() as signals:
+
+        def stop(_reason):
+            with lock:
+                stopped.set()
+
+        signals.stop = stop
+        with lock:
+            send(signal.SIGTERM)
+        assert stopped.wait(5)
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in Signals.CAUGHT]
+    with Signals():
+        assert [signal.getsignal(number) for number in Signals.CAUGHT] != before
+    assert [signal.getsignal(number) for number in Signals.CAUGHT] == before

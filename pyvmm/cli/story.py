@@ -242,4 +242,4 @@ def get(guest: Puppet, gpa: int, size: int) -> bytes:
 
 def text(data: bytes) -> str:
     """Quote bytes for a sentence, without the dots that fill their last word."""
-    return '"' + data.decode("ascii", "backslashreplace").rstrip(".") + '"'
+    return '"' + data.decode("latin-1").encode("unicode_escape").decode().rstrip(".") + '"'

@@ -1,0 +1,21 @@
+"""The demo, told on a real pKVM host."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.pkvm
+
+
+def test_the_whole_story_is_as_it_should_be() -> None:
+    command = [sys.executable, "-m", "pyvmm", "demo", "--here"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert " NO " not in done.stdout, done.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("Every step was as it should be.\n")
+    assert done.stdout.count("\n   ok ") >= 25
+    assert done.stderr.startswith("pyvmm: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,85 @@
+"""The demo: where it is told, and that it never claims what was not so."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from pyvmm import cli
+from pyvmm.cli import demo
+from pyvmm.cli.story import Step, Story, text
+
+
+def machine(name):
+    return lambda: os.uname_result(("Linux", "h", "7.3", "v", name))
+
+
+def test_a_host_that_is_no_pkvm_host_tells_it_in_the_lab(monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "uname", machine("x86_64"))
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", lambda argv, _args: seen.append(argv) or 1)
+    assert cli.main(["demo"]) == 1
+    assert seen == [["demo", "--here"]]
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_an_arm64_host_tells_it_itself_if_it_runs_pkvm(monkeypatch, protected):
+    class System:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def supports_protected(self):
+            return protected
+
+    monkeypatch.setattr(os, "uname", machine("aarch64"))
+    monkeypatch.setattr("pyvmm.kvm.system.System.open", System)
+    assert demo.runs_protected_guests() is protected
+
+
+def told(monkeypatch, *facts):
+    def tell(self):
+        with self._step("Something happens"):
+            for fact in facts:
+                self._fact(*fact)
+        return "3 exits"
+
+    monkeypatch.setattr(Story, "tell", tell)
+    monkeypatch.setattr("pyvmm._native_source.require_fresh_native", lambda: None)
+    return cli.main(["demo", "--here"])
+
+
+def test_a_story_in_which_all_is_well_exits_0(monkeypatch, capsys):
+    assert told(monkeypatch, (True, "VmLck 8 kB")) == 0
+    out, err = capsys.readouterr()
+    assert "1. Something happens\n   ok  VmLck 8 kB\n" in out
+    assert out.endswith("Every step was as it should be.\n")
+    assert err == "pyvmm: 3 exits\n"
+
+
+def test_one_wrong_fact_is_marked_and_exits_1(monkeypatch, capsys):
+    assert told(monkeypatch, (True, "VmLck 8 kB"), (False, "the secret is still there")) == 1
+    out = capsys.readouterr().out
+    assert "   ok  VmLck 8 kB\n   NO  the secret is still there\n" in out
+    assert "Not every step was as it should be" in out
+
+
+def test_a_long_fact_is_wrapped_under_itself():
+    lines = demo.lines(2, Step("A step", [(True, "word " * 30)]), colours=False)
+    assert lines[0] == "2. A step"
+    assert all(len(line) <= 100 for line in lines)
+    assert lines[2].startswith("       word")
+
+
+def test_colours_are_for_terminals():
+    step = Step("A step", [(True, "good"), (False, "bad")])
+    assert "\x1b" in "".join(demo.lines(1, step, colours=True))
+    assert "\x1b" not in "".join(demo.lines(1, step, colours=False))
+
+
+def test_guest_bytes_are_quoted_whatever_they_are():
+    assert text(b"hello....") == '"hello"'
+    assert text(b"\xff\x00") == '"\\xff\\x00"'

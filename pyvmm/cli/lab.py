@@ -44,7 +44,9 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = "--lab-") -> N
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's own verbs and their options."""
-    parser = subparsers.add_parser("lab", help="a pKVM host on any Linux machine", allow_abbrev=False, description=__doc__)
+    parser = subparsers.add_parser(
+        "lab", help="a pKVM host on any Linux machine", allow_abbrev=False, description=__doc__
+    )
     add_common(parser)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="lab_action")
 
@@ -55,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     status.add_argument("--json", action="store_true", help="the same for machines")
 
     run = actions.add_parser("run", help="run a pyvmm verb in a lab, as pyvmm --lab does", allow_abbrev=False)
-    execute = actions.add_parser("exec", help="run any command in a lab, with its output and status", allow_abbrev=False)
+    execute = actions.add_parser("exec", help="run any command in a lab", allow_abbrev=False)
     shell = actions.add_parser("shell", help="a shell in a lab", allow_abbrev=False)
     for action in (run, execute, shell):
         add_lab_options(action.add_argument_group("the lab"), "--")
@@ -75,7 +77,7 @@ def main(args: argparse.Namespace) -> int:
         case "status":
             return _status(as_json=args.json)
         case "shell":
-            return _run(["/bin/sh", "-i"], args, is_tty=sys.stdin.isatty())
+            return _run(["/bin/sh", "-i"], args, is_tty=sys.stdin.isatty(), live=True)
         case action if not command:
             raise UsageError(f"pyvmm lab {action}: what?", hint=f"pyvmm lab {action} --help")
         case "run":
@@ -91,7 +93,9 @@ def run_verb(argv: list[str], args: argparse.Namespace) -> int:
     return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=argv)
 
 
-def _run(command: list[str], args: argparse.Namespace, *, is_tty: bool, files: list[str] | None = None) -> int:
+def _run(
+    command: list[str], args: argparse.Namespace, *, is_tty: bool, files: list[str] | None = None, live: bool = False
+) -> int:
     from pyvmm.lab import Lab
     from pyvmm.lab.needs import require
 
@@ -101,7 +105,7 @@ def _run(command: list[str], args: argparse.Namespace, *, is_tty: bool, files: l
     require(building=False)
     with _terminable():
         image = _image(refresh=False)
-        with Lab(options, image=image, arguments=files or []) as lab:
+        with Lab(options, image=image, arguments=files or [], live=live) as lab:
             return lab.run(command, stdin=sys.stdin.fileno(), is_tty=is_tty)
 
 
@@ -158,9 +162,9 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
         yield say
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), BarColumn(24), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<28}"), BarColumn(24), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as display:
         tasks: dict[str, TaskID] = {}
 

@@ -1,7 +1,8 @@
 """The lab's first process: mounts what it is told to, runs one command at a time, carries its streams and its status.
 
-Runs inside the lab only, as PID 1 under ``python3 -I -S``; every import here is boot time, so there are few. It owns
-the virtio-serial port and its children. When it dies the kernel panics and QEMU ends, which the workstation reports.
+Runs inside the lab only, as PID 1 under ``python3 -I -S``, from a package that holds nothing but it and ``frames``;
+every import here is boot time, so there are few. It owns the virtio-serial port and its children. When it dies the
+kernel panics and QEMU ends, which the workstation reports.
 """
 
 from __future__ import annotations
@@ -11,10 +12,21 @@ import os
 import select
 import signal
 
-import frames
+from pyvmm.lab import frames
 
 CHUNK = 32 * 1024
 DRAIN_SECONDS = 2.0
+SELF_HOLDING = ("/root", "/home")
+"""Directories of the lab's own that a share may hide."""
+
+
+class Gone:
+    """Ignores that a process has ended already. contextlib's own would be a tenth of a second of boot."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is ProcessLookupError
 
 
 class Port:
@@ -75,7 +87,8 @@ def mount(tag: str, target: str, options: str) -> str:
     """Mount a 9p share; refuse to hide something the lab itself needs."""
     try:
         os.makedirs(target, exist_ok=True)
-        if target not in ("/tmp", "/root", "/home") and os.listdir(target):
+        inside_a_share = os.stat(target).st_dev != os.stat("/").st_dev
+        if not inside_a_share and target not in SELF_HOLDING and os.listdir(target):
             return f"{target} is the lab's own directory"
     except OSError as error:
         return f"{target}: {error.strerror}"
@@ -137,10 +150,8 @@ class Command:
             os._exit(status)
 
     def signal(self, number: int) -> None:
-        try:
+        with Gone():
             os.killpg(self.pid, number)
-        except ProcessLookupError:
-            pass
 
     def feed(self) -> int:
         """Give the command what input it will take; the number of bytes taken or thrown away."""
@@ -213,10 +224,8 @@ def run(port: Port, fields: list[bytes]) -> None:
                 ended = True
             elif fd in command.outputs:
                 forward(port, command, fd)
-    try:
+    with Gone():
         os.kill(-1, signal.SIGKILL)  # from PID 1: everything that is left
-    except ProcessLookupError:
-        pass
     _, status = os.waitpid(command.pid, 0)
     os.close(command.pidfd)
     poll = select.poll()
@@ -230,6 +239,7 @@ def run(port: Port, fields: list[bytes]) -> None:
         os.close(fd)
     command.close_input()
     reap()
+    os.sync()  # what it wrote may still be in the cache of a 9p mount, and this machine ends without notice
     code = os.waitstatus_to_exitcode(status)
     port.send(frames.EXIT, bytes([code if code >= 0 else 128 - code]))
 

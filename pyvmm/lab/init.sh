@@ -7,4 +7,4 @@
 /bin/busybox ifconfig lo up
 /bin/busybox modprobe -a 9p 9pnet_virtio
 export PATH=/usr/bin:/usr/sbin HOME=/root
-exec /usr/bin/python3 -I -S -c 'import sys; sys.path.insert(0, "/pyvmm"); import agent; agent.main()'
+exec /usr/bin/python3 -I -S -c 'import sys; sys.path.insert(0, "/pyvmm/agent"); from pyvmm.lab import agent; agent.main()'

@@ -46,7 +46,7 @@ def write_byte_code(image: Image, packages: list[Package], cache: Path, out: Bin
     """
     kept = cache / f"bytecode-{_key(packages)}.cpio"
     with Lab(LabOptions(), image=image, bare=True) as lab:
-        _compile(lab, "/pyvmm", out)
+        _compile(lab, "/pyvmm/agent", out)
         if not kept.exists():
             fresh = image.directory / kept.name
             with fresh.open("wb") as file:

@@ -11,8 +11,10 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -127,7 +129,7 @@ class Machine:
     def __init__(self, image: Image, options: LabOptions, shares: list[Share]) -> None:
         program = require_qemu()
         self.channel, theirs = socket.socketpair()
-        with theirs:
+        with theirs:  # QEMU has it then
             self.command = command_line(program, image, options, shares, theirs.fileno())
             try:
                 self._process = subprocess.Popen(
@@ -144,13 +146,14 @@ class Machine:
                 raise HostError(f"QEMU could not be started: {error}", hint="apt install util-linux") from error
         self._console: deque[bytes] = deque()
         self._reader = threading.Thread(
-            target=self._keep_console, args=(self._process.stdout, options.verbose), name="pyvmm-lab-console", daemon=True
+            target=self._keep_console,
+            args=(self._process.stdout, options.verbose),
+            name="pyvmm-lab-console",
+            daemon=True,
         )
         self._reader.start()
 
     def _keep_console(self, stream: BinaryIO, verbose: bool) -> None:
-        import sys
-
         kept = 0
         while data := stream.read1(4096):  # type: ignore[attr-defined]
             if verbose:
@@ -186,4 +189,6 @@ class Machine:
         self._reader.join(timeout=5)
         if self._process.stdout is not None:
             self._process.stdout.close()
+        with suppress(OSError):
+            self.channel.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it in another thread
         self.channel.close()

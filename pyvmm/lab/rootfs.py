@@ -54,8 +54,11 @@ SIGNATURE = b"~Module signature appended~\n"
 
 DIRECTORIES = ("dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/sbin", "var/tmp")
 MERGED = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib", "sbin": "usr/sbin"}
-PROGRAMS = {"init": "init.sh", "pyvmm/agent.py": "agent.py", "pyvmm/frames.py": "frames.py"}
+AGENT = "pyvmm/agent/pyvmm"
+PROGRAMS = {"init": "init.sh", f"{AGENT}/lab/agent.py": "agent.py", f"{AGENT}/lab/frames.py": "frames.py"}
 FILES = {
+    f"{AGENT}/__init__.py": b"",
+    f"{AGENT}/lab/__init__.py": b"",
     "etc/passwd": b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     "etc/group": b"root:x:0:\nnogroup:x:65534:\n",
     "etc/hosts": b"127.0.0.1 localhost\n",

@@ -7,16 +7,20 @@ files named on a command line are mounted at their own absolute paths; nothing e
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from pyvmm.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTALLED = Path("/pyvmm/site/pyvmm")
 
 # What the lab has itself or must not be hidden. Directories below them may be mounted.
-RESERVED = frozenset(
-    map(Path, ("/", "/bin", "/dev", "/etc", "/lib", "/proc", "/pyvmm", "/run", "/sbin", "/sys", "/usr", "/usr/bin", "/usr/lib"))
-)
+RESERVED = frozenset(map(Path, (
+    "/", "/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/pyvmm", "/run", "/sbin", "/sys",
+    "/usr", "/usr/bin", "/usr/lib", "/usr/sbin", "/var",
+)))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +43,43 @@ def _is_checkout() -> bool:
 
 
 def find_shares(cwd: Path, arguments: list[str]) -> list[Share]:
-    """Give what must be shared for a command run in ``cwd`` with ``arguments`` to find what it names.
+    """Give what must be shared for a command run in ``cwd`` with ``arguments`` to find what it names, parents first.
 
-    The tree and ``cwd`` are writable; directories of files that are merely named are not.
+    The tree and ``cwd`` are writable; directories of files that are merely named are not. UsageError for a file that
+    cannot be made visible.
     """
-    shares: list[Share] = []
+    wanted = {PACKAGE.parent: False} if _is_checkout() else {}
+    if cwd not in RESERVED and not _covered(cwd, wanted):
+        wanted[cwd] = False
+    for path in _named(cwd, arguments):
+        directory = path if path.is_dir() else path.parent
+        if _covered(directory, wanted):
+            continue
+        if directory not in RESERVED:
+            wanted[directory] = True
+        elif not path.is_dir():
+            raise UsageError(
+                f"{path} cannot be made visible in the lab: {directory} is a directory of its own there",
+                hint="copy the file into the current directory",
+            )
+    sources = {path: (path, readonly) for path, readonly in wanted.items()}
+    if not _is_checkout():
+        sources[INSTALLED] = (PACKAGE, True)
+    return [
+        Share(source, target, f"share{number}", readonly)
+        for number, (target, (source, readonly)) in enumerate(sorted(sources.items()))
+    ]
 
-    def add(source: Path, target: Path | None = None, *, readonly: bool = False) -> None:
-        where = target or source
-        if where in RESERVED or not source.is_dir():
-            return
-        if any(where == share.target or share.target in where.parents for share in shares):
-            return
-        # Nothing that is already there may be hidden by its parent: put the parent first instead.
-        position = next((i for i, share in enumerate(shares) if where in share.target.parents), len(shares))
-        shares.insert(position, Share(source, where, "", readonly))
 
-    if _is_checkout():
-        add(PACKAGE.parent)
-    else:
-        add(PACKAGE, INSTALLED, readonly=True)
-    add(cwd)
+def _covered(path: Path, wanted: dict[Path, bool]) -> bool:
+    return any(other in (path, *path.parents) for other in wanted)
+
+
+def _named(cwd: Path, arguments: list[str]) -> Iterator[Path]:
+    """Give what exists of what the arguments name, as such or behind a ``=``, and what links among it lead to."""
     for argument in arguments:
-        for text in {argument, argument.rpartition("=")[2]}:
+        for text in dict.fromkeys((argument, argument.partition("=")[2])):
             path = Path(os.path.abspath(cwd / text))
             if text and not text.startswith("-") and path.exists():
-                for named in (path, path.resolve()):
-                    add(named if named.is_dir() else named.parent, readonly=True)
-    return [Share(share.source, share.target, f"share{i}", share.readonly) for i, share in enumerate(shares)]
+                yield path
+                yield path.resolve()

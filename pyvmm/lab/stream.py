@@ -111,9 +111,7 @@ class Pump:
             elif not wanted and self._stdin in selector.get_map():
                 selector.unregister(self._stdin)
         # One or the other: the agent reads whenever it does not write, so writing first cannot deadlock.
-        selector.modify(
-            self._channel, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0)
-        )
+        selector.modify(self._channel, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0))
 
     def _read_input(self) -> None:
         if self._stdin is not None:

@@ -8,7 +8,6 @@ import importlib.util
 import mmap
 import os
 import platform
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +15,9 @@ from typing import Any
 
 import pytest
 
+from native import build
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "native"))
-
-import build  # noqa: E402
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 EXIT_MMIO, EXIT_HYPERCALL, EXIT_DEBUG, EXIT_HLT, EXIT_SYSTEM, EXIT_MEMORY_FAULT = 6, 3, 4, 5, 24, 39

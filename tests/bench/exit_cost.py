@@ -181,7 +181,8 @@ def in_lab(arguments: list[str]) -> int:
     """Run this module in the lab, on one CPU where time counts instructions."""
     bare_library("aarch64")
     inside = ["python3", "-m", "tests.bench.exit_cost", "--inside", *arguments]
-    return subprocess.run([sys.executable, "-m", "pyvmm", "lab", "exec", "--icount", "--", *inside], check=False).returncode
+    command = [sys.executable, "-m", "pyvmm", "lab", "exec", "--icount", "--", *inside]
+    return subprocess.run(command, check=False).returncode
 
 
 def main(arguments: list[str]) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from native import build
 from pyvmm import _native_source
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError
-from tests.fake_kvm import build
 
 ROOT = Path(__file__).resolve().parents[2]
 

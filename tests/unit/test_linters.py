@@ -1,0 +1,55 @@
+"""The checkers that keep the code honest have nothing to say."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from native import build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def check(*command: str | Path) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def module(name: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed (it is in the dev dependencies)")
+    return name
+
+
+def test_mypy_is_content() -> None:
+    check(sys.executable, "-m", module("mypy"))
+
+
+def test_pyright_is_content() -> None:
+    check(sys.executable, "-m", module("pyright"), "--pythonpath", sys.executable)
+
+
+def test_ruff_is_content() -> None:
+    check(sys.executable, "-m", module("ruff"), "check", "--no-cache", "pyvmm", "native", "tests")
+
+
+@pytest.mark.parametrize("machine", build.MACHINES)
+def test_compiler_and_its_analyzer_are_content(machine: str, tmp_path: Path) -> None:
+    cc = build.compiler(machine)
+    if cc is None:
+        pytest.skip(f"no C compiler for {machine}")
+    if "Free Software Foundation" not in subprocess.run([*cc, "--version"], capture_output=True, text=True).stdout:
+        pytest.skip(f"{cc[0]} is not gcc: it has no -fanalyzer")
+    own = [*build.COMMON, *build.STRICT, "-fanalyzer", "-Wshadow", "-Wstrict-prototypes", '-DPV_SOURCE_HASH=""']
+    for source in sorted(build.NATIVE.glob("*.c")):
+        check(*cc, *own, "-c", source, "-o", tmp_path / "out.o")
+
+
+def test_loop_neither_allocates_nor_knows_python() -> None:
+    text = "".join(path.read_text() for path in build.NATIVE.glob("*.[ch]"))
+    for word in ("Python.h", "alloc(", "alloca(", "free("):
+        assert word not in text

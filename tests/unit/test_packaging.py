@@ -1,0 +1,137 @@
+"""Wheels carry the loop, for the machine they name, and an install needs nothing of the checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from native import build
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = platform.machine()
+LOOP, LAB_LOOP = "pyvmm/_native.abi3.so", "pyvmm/lab/aarch64/_native.abi3.so"
+ELF_MACHINES = {0x3E: "x86_64", 0xB7: "aarch64"}
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed"),
+    pytest.mark.skipif(build.compiler(HOST) is None, reason="no C compiler"),
+]
+needs_cross = pytest.mark.skipif(build.compiler("aarch64") is None, reason="no C compiler for aarch64")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is built from, with nothing built in it."""
+    copy = tmp_path_factory.mktemp("source") / "pyvmm"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("pyvmm", "native"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+def hatch(source: Path, target: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", out],
+        cwd=source,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def wheel_of(source: Path, out: Path, target: str = "wheel", **environment: str) -> Path:
+    done = hatch(source, target, out, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def elf_machine(data: bytes) -> str:
+    assert data[:4] == b"\x7fELF"
+    return ELF_MACHINES[int.from_bytes(data[18:20], "little")]
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel_of(source, tmp_path_factory.mktemp("host"))
+
+
+def test_wheel_is_for_this_machine_and_any_python_from_3_11(wheel: Path) -> None:
+    assert wheel.name.endswith(f"-cp311-abi3-linux_{HOST}.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        assert elf_machine(packed.read(LOOP)) == HOST
+        assert packed.namelist().count(LOOP) == 1
+
+
+@needs_cross
+@pytest.mark.skipif(HOST == "aarch64", reason="an arm64 host is its own lab")
+def test_wheel_of_a_workstation_carries_the_labs_loop(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        assert elf_machine(packed.read(LAB_LOOP)) == "aarch64"
+
+
+@needs_cross
+@pytest.mark.skipif(HOST == "aarch64", reason="not a cross build")
+def test_wheel_for_arm64_is_cross_built_beside_the_checkout(wheel: Path, source: Path, tmp_path: Path) -> None:
+    before = (source / LOOP).read_bytes()
+    crossed = wheel_of(source, tmp_path, PYVMM_TARGET="aarch64")
+    assert crossed.name.endswith("-cp311-abi3-linux_aarch64.whl")
+    with zipfile.ZipFile(crossed) as packed, zipfile.ZipFile(wheel) as host:
+        assert elf_machine(packed.read(LOOP)) == "aarch64"
+        assert LAB_LOOP not in packed.namelist()
+        python = {name for name in packed.namelist() if name.endswith(".py")}
+        assert python == {name for name in host.namelist() if name.endswith(".py")}
+    assert (source / LOOP).read_bytes() == before
+
+
+def test_wheel_for_a_machine_that_is_not_supported_is_refused(source: Path, tmp_path: Path) -> None:
+    done = hatch(source, "wheel", tmp_path, PYVMM_TARGET="sparc")
+    assert done.returncode != 0
+    assert "sparc is not one of x86_64, aarch64" in done.stderr
+
+
+def test_build_without_a_compiler_says_what_to_install(source: Path, tmp_path: Path) -> None:
+    done = hatch(source, "wheel", tmp_path, PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "no C compiler" in done.stderr
+    assert "apt install gcc" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path)
+    script = """
+import pyvmm, pyvmm._native_source
+from pyvmm._native import ffi, lib
+pyvmm._native_source.require_fresh_native()
+assert lib.pv_install_signals() == 0 == lib.pv_fill(ffi.cast("void *", 8), 0, 8)
+print(pyvmm.__file__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "pyvmm" / "__init__.py"), done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("editables") is None, reason="editables is not installed")
+def test_editable_install_builds_the_loop_in_place(source: Path, tmp_path: Path) -> None:
+    (source / LOOP).unlink(missing_ok=True)
+    editable = wheel_of(source, tmp_path, "wheel:editable")
+    assert elf_machine((source / LOOP).read_bytes()) == HOST
+    with zipfile.ZipFile(editable) as packed:
+        assert LOOP not in packed.namelist()
+        (path,) = (name for name in packed.namelist() if name.endswith(".pth"))
+        assert packed.read(path).decode().strip() == str(source)

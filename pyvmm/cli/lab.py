@@ -100,7 +100,7 @@ def _run(
     from pyvmm.lab.needs import require
 
     if is_tty and not sys.stdin.isatty():
-        raise UsageError("--tty needs a terminal on stdin")
+        raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
     options = _options(args)
     require(building=False)
     with _terminable():

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
+from pyvmm.lab.cache import file_sha256
 
 CANONICAL_MIRROR = "http://deb.debian.org/debian"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -135,7 +136,12 @@ class Apt:
         return [Package(name, version, *found[name]) for name, version in packages]
 
     def download(self, packages: list[Package], progress: Progress) -> None:
-        """Fetch the package files that are not in ``archives`` yet."""
+        """Fetch the package files that are not in ``archives`` yet, or not whole."""
+        for package in packages:
+            path = self.archives / package.file
+            # apt checks what it fetches; of what is there already it looks at the size alone.
+            if path.exists() and file_sha256(path) != package.sha256:
+                path.unlink()
         megabytes = sum(package.size for package in packages) / 1e6
         wanted = [f"{package.name}={package.version}" for package in packages]
         self._watch(["apt-get", "-q", "download", *wanted], f"packages, {megabytes:.0f} MB", progress)

@@ -53,7 +53,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse; ValueError, KeyError or TypeError where it is not a manifest."""
+        """Parse; LookupError, ValueError, TypeError or AttributeError where it is not a manifest."""
         data = json.loads(text)
         data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
         data["packages"] = [(name, version, digest) for name, version, digest in data["packages"]]
@@ -113,7 +113,7 @@ class Cache:
         try:
             directory = self._current.resolve(strict=True)
             return Image(directory, Manifest.from_json((directory / "manifest.json").read_text()))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, or no manifest of ours
             return None
 
     @contextmanager

@@ -36,7 +36,8 @@ MODES = {
 """CPU and kernel parameter of each of KVM's modes.
 
 pKVM gets a CPU without VHE. On one with it the hypervisor runs in the EL2&0 regime (hVHE), where QEMU 7.2 was seen to
-miss invalidations of its TLB: EL2 scrubbed other pages than it meant to, and a guest's came back to the host unscrubbed.
+miss invalidations of its TLB: EL2 scrubbed other pages than it meant to, and a guest's came back to the host as they
+were.
 """
 
 

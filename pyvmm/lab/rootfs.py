@@ -82,9 +82,16 @@ def _open_package(package: Path) -> Iterator[tarfile.TarFile]:
     with subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
+        stdout, stderr = process.stdout, process.stderr
+        if stdout is None or stderr is None:
+            raise RuntimeError("Popen made no pipes")
         try:
-            with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
+            with tarfile.open(fileobj=stdout, mode="r|") as tar:
                 yield tar
+            stdout.read()
+            said = stderr.read().decode(errors="replace").strip()
+            if process.wait() != 0:
+                raise PyvmmError(f"{package.name} is not a readable package: {said}")
         except tarfile.TarError as error:
             raise PyvmmError(f"{package.name} is not a readable package: {error}") from error
         finally:

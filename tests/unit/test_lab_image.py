@@ -1,0 +1,400 @@
+"""How the lab's image is made and kept: packages to archives, the cache, and what is said when it cannot be done."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import lzma
+import random
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.lab import apt, image, rootfs
+from pyvmm.lab.apt import Apt, AptError, Package
+from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
+from pyvmm.lab.cpio import CpioWriter
+
+# ---- archives
+
+
+def read_cpio(data: bytes) -> dict[str, tuple[int, bytes]]:
+    """Read newc archives as the kernel does: mode and contents by path."""
+    entries, at = {}, 0
+    while at < len(data):
+        numbers = [int(data[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
+        assert data[at : at + 6] == b"070701"
+        mode, size, name_size = numbers[1], numbers[6], numbers[11]
+        name = data[at + 110 : at + 110 + name_size - 1].decode()
+        start = (at + 110 + name_size + 3) & ~3
+        at = (start + size + 3) & ~3
+        if name != "TRAILER!!!":
+            entries[name] = (mode, data[start : start + size])
+    return entries
+
+
+def test_cpio_holds_what_was_written_with_parents_first():
+    out = io.BytesIO()
+    cpio = CpioWriter(out)
+    cpio.file("/a/b/file", b"12345", mode=0o755)
+    cpio.symlink("a/link", "b/file")
+    cpio.character_device("dev/console", 5, 1)
+    cpio.finish()
+    entries = read_cpio(out.getvalue())
+    assert list(entries) == ["a", "a/b", "a/b/file", "a/link", "dev", "dev/console"]
+    assert entries["a/b/file"] == (stat.S_IFREG | 0o755, b"12345")
+    assert entries["a/link"] == (stat.S_IFLNK | 0o777, b"b/file")
+    assert stat.S_ISCHR(entries["dev/console"][0])
+
+
+def test_cpio_is_the_same_for_the_same_input():
+    def write() -> bytes:
+        out = io.BytesIO()
+        cpio = CpioWriter(out)
+        cpio.file("x/y", b"z" * 1001)
+        cpio.finish()
+        return out.getvalue()
+
+    assert write() == write()
+
+
+@pytest.fixture
+def make_deb(tmp_path):
+    """Give a function that makes a package of files by path; a value that is a Path is a link's target."""
+
+    def make(name: str, files: dict[str, bytes | Path]) -> Path:
+        tree = tmp_path / f"{name}.tree"
+        control = tree / "DEBIAN" / "control"
+        control.parent.mkdir(parents=True)
+        control.write_text(f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: t\nDescription: t\n")
+        for path, content in files.items():
+            file = tree / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.symlink_to(content) if isinstance(content, Path) else file.write_bytes(content)
+        deb = tmp_path / f"{name}_1_all.deb"
+        subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, deb], check=True, capture_output=True)
+        return deb
+
+    return make
+
+
+def test_root_follows_merged_usr_and_leaves_documentation_out(make_deb):
+    deb = make_deb(
+        "p",
+        {
+            "bin/tool": b"tool",
+            "lib/aarch64-linux-gnu/libx.so.1": b"lib",
+            "usr/lib/libx.so": Path("aarch64-linux-gnu/libx.so.1"),
+            "usr/share/doc/p/copyright": b"words",
+            "etc/p.conf": b"conf",
+        },
+    )
+    out = io.BytesIO()
+    rootfs.write_root([deb], "9.9", {"netfs": b"N", "9p": b"P"}, out)
+    entries = read_cpio(out.getvalue())
+    assert entries["usr/bin/tool"][1] == b"tool"
+    assert entries["usr/lib/aarch64-linux-gnu/libx.so.1"][1] == b"lib"
+    assert stat.S_ISLNK(entries["usr/lib/libx.so"][0])
+    assert entries["bin"] == (stat.S_IFLNK | 0o777, b"usr/bin")
+    assert not any("share/doc" in path or path == "etc/p.conf" for path in entries)
+    assert entries["usr/lib/modules/9.9/modules.dep"][1] == b"netfs.ko: \n9p.ko: netfs.ko\n"
+    assert entries["init"][0] & 0o111
+
+
+def module(depends: str, signature: bytes = b"") -> bytes:
+    return b"\x7fELF\0name=x\0depends=" + depends.encode() + b"\0rest" + signature
+
+
+def test_kernel_gives_only_the_modules_9p_needs_in_loading_order_and_unsigned(make_deb):
+    base = "usr/lib/modules/9.9-arm64"
+    deb = make_deb(
+        "k",
+        {
+            f"{base}/vmlinuz": b"MZkernel",
+            f"{base}/kernel/fs/9p/9p.ko.xz": lzma.compress(module("netfs,9pnet")),
+            f"{base}/kernel/fs/netfs/netfs.ko.xz": lzma.compress(module("", rootfs.SIGNATURE)),
+            f"{base}/kernel/net/9p/9pnet.ko": module("netfs"),
+            f"{base}/kernel/net/9p/9pnet_virtio.ko.xz": lzma.compress(module("9pnet,built_in")),
+            f"{base}/kernel/net/9p/9pnet_rdma.ko.xz": lzma.compress(module("9pnet")),
+        },
+    )
+    kernel = io.BytesIO()
+    release, modules = rootfs.write_kernel([deb], kernel)
+    assert (release, kernel.getvalue()) == ("9.9-arm64", b"MZkernel")
+    assert list(modules) == ["netfs", "9pnet", "9p", "9pnet_virtio"]
+    assert modules["netfs"] == module("")
+
+
+def test_packages_without_a_kernel_are_refused(make_deb):
+    with pytest.raises(PyvmmError, match="hold no kernel"):
+        rootfs.write_kernel([make_deb("k", {"usr/x": b""})], io.BytesIO())
+
+
+@pytest.mark.parametrize("share", [0, 10, 50, 90, 99])
+def test_a_truncated_package_is_refused_by_name(make_deb, share):
+    deb = make_deb("p", {"usr/bin/tool": random.Random(1).randbytes(100000)})
+    whole = deb.read_bytes()
+    deb.write_bytes(whole[: len(whole) * share // 100])
+    with pytest.raises(PyvmmError, match=r"p_1_all\.deb is not a readable package"):
+        rootfs.write_root([deb], "9.9", {}, io.BytesIO())
+
+
+# ---- apt
+
+
+def fake_program(directory: Path, name: str, script: str) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
+
+
+@pytest.fixture
+def fake_bin(tmp_path, monkeypatch):
+    """Give a directory whose programs hide the system's."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", f"{directory}:/usr/sbin:/usr/bin:/sbin:/bin")
+    return directory
+
+
+def test_the_mirror_is_the_one_this_machine_uses(fake_bin):
+    lines = "Ubuntu|main|http://u/ubuntu/\nDebian|contrib|http://c/\nDebian|main|http://local/debian/"
+    fake_program(fake_bin, "apt-get", f"printf '%s\\n' '{lines}'")
+    assert apt.machine_mirror() == "http://local/debian"
+
+
+def test_the_mirror_is_debians_where_this_machine_is_not(fake_bin):
+    fake_program(fake_bin, "apt-get", "echo 'Ubuntu|main|http://u/ubuntu/'")
+    assert apt.machine_mirror() == apt.CANONICAL_MIRROR
+
+
+def test_missing_keys_name_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(apt, "KEYRING", tmp_path / "none.gpg")
+    with pytest.raises(HostError) as caught:
+        Apt(tmp_path, "http://m").prepare()
+    assert caught.value.hint == "apt install debian-archive-keyring"
+
+
+@pytest.mark.parametrize(
+    ("said", "offline", "hint"),
+    [
+        ("E: Failed to fetch http://m/x  Could not resolve 'm'", True, "offline"),
+        ("E: You don't have enough free space in /x.\nE: No space left on device", False, "600 MB"),
+        ("E: Unable to locate package nonsense", False, None),
+    ],
+)
+def test_apt_failing_is_told_in_its_words_with_a_hint(tmp_path, fake_bin, said, offline, hint):
+    fake_program(fake_bin, "apt-get", f"cat >&2 <<'E'\nReading...\n{said}\nE\nexit 100")
+    mine = Apt(tmp_path / "apt", "http://m")
+    (tmp_path / "apt" / "archives").mkdir(parents=True)
+    with pytest.raises(AptError) as caught:
+        mine.update(lambda *_: None)
+    assert said.splitlines()[0] in caught.value.message
+    assert caught.value.offline is offline
+    assert (caught.value.hint is None) if hint is None else (hint in (caught.value.hint or ""))
+
+
+def test_a_corrupt_package_from_an_earlier_build_is_fetched_again(tmp_path, fake_bin):
+    fake_program(fake_bin, "apt-get", "printf whole > p_1_all.deb; echo dlstatus:1:50.0:p; echo dlstatus:1:100.0:p")
+    mine = Apt(tmp_path, "http://m")
+    mine.archives.mkdir()
+    (mine.archives / "p_1_all.deb").write_bytes(b"wrong")
+    whole = hashlib.sha256(b"whole").hexdigest()
+    shares = []
+    mine.download([Package("p", "1", "p_1_all.deb", 5, whole)], lambda _what, share: shares.append(share))
+    assert (mine.archives / "p_1_all.deb").read_bytes() == b"whole"
+    assert shares == [0.0, 0.5, 1.0, 1.0]
+
+
+# ---- the cache
+
+
+def manifest_of(directory: Path, recipe: str | None = None) -> Manifest:
+    files = {n: FileRecord((directory / n).stat().st_size, file_sha256(directory / n)) for n in ("Image", "root.cpio")}
+    recipe = rootfs.recipe_hash() if recipe is None else recipe
+    return Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", recipe, [("p", "1", "00")], files)
+
+
+def fill(cache: Cache, contents: bytes = b"one", recipe: str | None = None) -> Image:
+    with cache.lock(lambda: None), cache.scratch() as scratch:
+        (scratch / "Image").write_bytes(contents)
+        (scratch / "root.cpio").write_bytes(contents * 2)
+        return cache.adopt(scratch, manifest_of(scratch, recipe))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache")
+
+
+def test_an_adopted_image_is_current_and_whole(cache):
+    made = fill(cache)
+    assert cache.current() == made
+    assert made.damage(thorough=True) is None
+    assert image.usable_image(cache) == made
+
+
+def test_a_newer_image_takes_over_and_the_older_one_stays_for_labs_that_start_from_it(cache):
+    old, new = fill(cache, b"one"), fill(cache, b"two")
+    assert cache.current() == new
+    assert old.kernel.read_bytes() == b"one"
+
+
+def test_a_truncated_image_is_not_used(cache):
+    made = fill(cache)
+    made.root.write_bytes(b"")
+    assert image.usable_image(cache) is None
+
+
+def test_a_corrupt_image_is_found_by_a_thorough_look(cache):
+    made = fill(cache)
+    made.root.write_bytes(b"oneonX")
+    assert "corrupt" in (made.damage(thorough=True) or "")
+    assert image.usable_image(cache, thorough=True) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"files": 3}'])
+def test_a_manifest_that_is_none_means_no_image(cache, text):
+    (fill(cache).directory / "manifest.json").write_text(text)
+    assert cache.current() is None
+
+
+def test_an_image_of_another_recipe_is_not_used(cache):
+    fill(cache, recipe="of another version")
+    assert image.usable_image(cache) is None
+
+
+def test_the_second_writer_waits_for_the_first_and_says_so(cache):
+    waits = []
+
+    def wait() -> None:
+        waits.append(1)
+        first.__exit__(None, None, None)
+
+    first = cache.lock(lambda: None)
+    first.__enter__()
+    with cache.lock(wait):
+        assert waits == [1]
+
+
+def test_a_cache_that_cannot_be_written_says_where_and_what_to_do(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PyvmmError) as caught, Cache(tmp_path / "file" / "cache").lock(lambda: None):
+        pass
+    assert "XDG_CACHE_HOME" in (caught.value.hint or "")
+
+
+# ---- building
+
+
+class FakeApt:
+    """An archive of two packages."""
+
+    mirror = "http://m"
+
+    def __init__(self, archives: Path) -> None:
+        self.archives = archives
+
+    def resolve(self, *_names: str, suite: str = "") -> list[tuple[str, str]]:
+        if suite:
+            return [("systemd", "1"), ("linux-binary-9.9-arm64", "1")]
+        return [("p", "1"), ("dpkg", "1")]
+
+    def locate(self, packages: list[tuple[str, str]]) -> list[Package]:
+        files = {"p": "p_1_all.deb", "linux-binary-9.9-arm64": "k_1_all.deb"}
+        return [Package(name, version, files[name], 1, "00") for name, version in packages]
+
+    def download(self, _packages: list[Package], progress: apt.Progress) -> None:
+        progress("packages", 1.0)
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch, make_deb):
+    """Make builds take two tiny packages, and no lab."""
+    make_deb("p", {"usr/bin/tool": b"tool"})
+    make_deb("k", {"boot/vmlinuz-9.9-arm64": b"MZkernel"})
+    monkeypatch.setattr(image, "require_qemu", lambda: "qemu")
+    monkeypatch.setattr(image, "_updated_apt", lambda *_: FakeApt(tmp_path))
+    monkeypatch.setattr(image.precompile, "write_byte_code", lambda _i, _p, _c, out: out.write(b"bytecode"))
+
+
+@pytest.mark.usefixtures("archive")
+def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache):
+    steps = []
+    made = image.build_image(cache=cache, progress=lambda what, _share: steps.append(what))
+    assert made.kernel.read_bytes() == b"MZkernel"
+    assert made.root.read_bytes().endswith(b"bytecode")
+    assert [name for name, _, _ in made.manifest.packages] == ["linux-binary-9.9-arm64", "p"]
+    assert {"packages", "kernel", "root"} <= set(steps)
+    assert image.build_image(cache=cache) == made
+
+
+@pytest.mark.usefixtures("archive")
+def test_a_full_disk_is_said_and_leaves_nothing(cache, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rootfs, "write_root", full)
+    with pytest.raises(PyvmmError, match="no space left") as caught:
+        image.build_image(cache=cache)
+    assert "600 MB" in (caught.value.hint or "")
+    assert [path.name for path in cache.directory.iterdir()] == ["lock"]
+
+
+@pytest.mark.usefixtures("archive")
+def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(cache, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(rootfs, "write_root", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            image.build_image(cache=cache)
+    assert cache.current() is None
+    assert not (cache.directory / "partial").exists()
+    assert image.build_image(cache=cache).damage(thorough=True) is None
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def fail(*_: object) -> None:
+        raise AptError("apt-get update failed:\n  E: Could not resolve", offline=True, hint="once")
+
+    monkeypatch.setattr(image, "require_qemu", lambda: "qemu")
+    monkeypatch.setattr(image, "_updated_apt", fail)
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_without_a_cache_the_error_is_apts(cache):
+    with pytest.raises(AptError, match="Could not resolve"):
+        image.build_image(cache=cache)
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_with_an_image_it_is_used_without_asking_anybody(cache):
+    made = fill(cache)
+    assert image.build_image(cache=cache) == made
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("refresh", [True, False])
+def test_offline_an_older_image_is_better_than_none_and_its_age_is_said(cache, refresh):
+    made = fill(cache, recipe="of another version")
+    steps = []
+    assert image.build_image(cache=cache, refresh=refresh, progress=lambda what, _: steps.append(what)) == made
+    assert steps[-1] == "offline: using the image of 2026-01-02T03:04:05+00:00"
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_a_damaged_image_is_not_used(cache):
+    fill(cache, recipe="of another version").root.write_bytes(b"")
+    with pytest.raises(AptError):
+        image.build_image(cache=cache)
+
+
+def test_a_manifest_survives_json(cache):
+    made = fill(cache).manifest
+    assert Manifest.from_json(made.to_json()) == made
+    assert json.loads(made.to_json())["release"] == "9.9"

@@ -1,0 +1,275 @@
+"""The lab's machine from outside: QEMU's command line, what is shared, the channel, and what is said when it fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import HostError, UsageError
+from pyvmm.lab import frames, qemu, shares
+from pyvmm.lab.cache import Image, Manifest
+from pyvmm.lab.qemu import LabError, LabOptions
+from pyvmm.lab.shares import Share
+from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump
+
+IMAGE = Image(Path("/i"), Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {}))
+
+# ---- QEMU
+
+
+def fake_qemu(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (directory / qemu.PROGRAM).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / qemu.PROGRAM).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+
+def test_missing_qemu_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError) as caught:
+        qemu.require_qemu()
+    assert caught.value.hint == "apt install qemu-system-arm"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo QEMU emulator version 6.2.0", "version 6.2; the lab needs 7.2"),
+        ("echo something else", "does not say its version"),
+    ],
+)
+def test_a_qemu_that_will_not_do_is_refused_with_its_version(tmp_path, monkeypatch, script, words):
+    fake_qemu(tmp_path, script, monkeypatch)
+    with pytest.raises(HostError, match=words):
+        qemu.require_qemu()
+
+
+def test_a_qemu_that_dies_is_told_with_its_command_line_and_words(tmp_path, monkeypatch):
+    from pyvmm.lab import Lab
+
+    script = '[ "$1" = --version ] && echo QEMU emulator version 9.0.0 && exit; echo no such machine; exit 1'
+    fake_qemu(tmp_path, script, monkeypatch)
+    with pytest.raises(LabError) as caught, Lab(image=IMAGE, bare=True):
+        pass
+    assert "ended while it was booting (QEMU exited with status 1)" in caught.value.message
+    assert "-M virt,virtualization=on,gic-version=3" in caught.value.message
+    assert "| no such machine" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("protected", "kvm-arm.mode=protected "), ("nvhe", "kvm-arm.mode=nvhe "), ("vhe", "")]
+)
+def test_modes_reach_the_kernel(mode, words):
+    line = qemu.command_line("q", IMAGE, LabOptions(mode=mode), [], 5)
+    append = line[line.index("-append") + 1]
+    assert append.startswith(words)
+    assert "kvm-arm" in append or mode == "vhe"
+
+
+def test_icount_is_one_cpu_and_repeatable():
+    line = qemu.command_line("q", IMAGE, LabOptions(icount=True, cpus=1), [], 5)
+    assert line[line.index("-icount") + 1] == "shift=0,sleep=off"
+    assert "-seed" in line
+    with pytest.raises(UsageError, match="one CPU"):
+        LabOptions(icount=True, cpus=2)
+
+
+@pytest.mark.parametrize("options", [{"mode": "fast"}, {"cpus": 0}, {"cpus": 9}, {"memory": 64}])
+def test_machines_that_cannot_be_are_refused(options):
+    with pytest.raises(UsageError):
+        LabOptions(**options)
+
+
+def test_a_share_with_a_comma_in_its_path_stays_one_option():
+    line = qemu.command_line("q", IMAGE, LabOptions(), [Share(Path("/a,b"), Path("/a,b"), "t", readonly=True)], 5)
+    option = line[line.index("-virtfs") + 1]
+    assert "path=/a,,b," in option
+    assert option.endswith(",readonly=on")
+
+
+def test_an_error_shows_what_came_before_a_panic_rather_than_its_trace():
+    console = "\n".join(["why it happened", "Kernel panic - not syncing: x"] + [f"trace {i}" for i in range(30)])
+    error = LabError("it ended", ["qemu"], console)
+    assert "why it happened" in error.message
+    assert "trace" not in error.message
+
+
+# ---- what is visible
+
+TREE = shares.PACKAGE.parent
+
+
+def targets(found: list[Share]) -> dict[str, bool]:
+    return {str(share.target): share.readonly for share in found}
+
+
+def test_the_tree_is_shared_at_its_own_path_and_covers_what_is_below():
+    assert targets(shares.find_shares(TREE / "tests", ["tests/conftest.py"])) == {str(TREE): False}
+
+
+def test_a_current_directory_outside_the_tree_is_shared_too(tmp_path):
+    assert targets(shares.find_shares(tmp_path, [])) == {str(TREE): False, str(tmp_path): False}
+
+
+def test_named_files_bring_their_directories_read_only(tmp_path):
+    for name in ("kernels/Image", "elsewhere/initrd", "linked/real"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    (tmp_path / "kernels" / "link").symlink_to(tmp_path / "linked" / "real")
+    found = shares.find_shares(
+        TREE, ["run", str(tmp_path / "kernels" / "link"), f"--initrd={tmp_path}/elsewhere/initrd", "-p", "no=file"]
+    )
+    assert targets(found) == {str(TREE): False} | {
+        str(tmp_path / name): True for name in ("elsewhere", "kernels", "linked")
+    }
+
+
+def test_a_file_in_a_directory_the_lab_has_itself_is_refused_with_a_way_out():
+    with pytest.raises(UsageError, match="/etc/passwd cannot be made visible") as caught:
+        shares.find_shares(TREE, ["run", "/etc/passwd"])
+    assert "copy" in (caught.value.hint or "")
+
+
+def test_the_lab_is_never_covered_by_the_root_directory():
+    assert targets(shares.find_shares(Path("/"), ["/"])) == {str(TREE): False}
+
+
+# ---- the channel
+
+
+def test_frames_survive_being_cut_anywhere():
+    sent = [(frames.OUTPUT, b"abc"), (frames.EXIT, b"\0"), (frames.OUTPUT, b"")]
+    stream = b"".join(frames.pack(kind, payload) for kind, payload in sent)
+    for cut in range(len(stream)):
+        unpacker = frames.Unpacker()
+        assert unpacker.feed(stream[:cut]) + unpacker.feed(stream[cut:]) == sent
+
+
+def test_a_frame_that_claims_too_much_is_refused():
+    with pytest.raises(ValueError, match="claims"):
+        frames.Unpacker().feed(frames.HEADER.pack(1, frames.MAX_PAYLOAD + 1))
+    with pytest.raises(ValueError, match="longer"):
+        frames.pack(1, bytes(frames.MAX_PAYLOAD + 1))
+
+
+class Agent:
+    """The other end of a Pump: says what the test makes it say."""
+
+    def __init__(self) -> None:
+        self.ours, self._channel = socket.socketpair()
+        self._unpacker = frames.Unpacker()
+        self._frames: list[tuple[int, bytes]] = []
+
+    def next(self) -> tuple[int, bytes]:
+        while not self._frames:
+            data = self._channel.recv(65536)
+            if not data:
+                raise EOFError
+            self._frames += self._unpacker.feed(data)
+        return self._frames.pop(0)
+
+    def say(self, kind: int, payload: bytes = b"") -> None:
+        self._channel.sendall(frames.pack(kind, payload))
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def pump(agent: Agent, script, stdin: bytes | int = b"", stdout=None, timeout: float | None = 20.0) -> int:
+    thread = threading.Thread(target=script, args=(agent,))
+    thread.start()
+    try:
+        sink = stdout or bytearray().extend
+        return Pump(agent.ours, stdin, sink, sink, timeout=timeout).run(frames.pack(frames.EXEC))
+    finally:
+        agent.ours.close()
+        thread.join()
+
+
+def test_output_arrives_whole_and_before_the_status():
+    def script(agent: Agent) -> None:
+        agent.say(frames.OUTPUT, bytes(range(256)))
+        agent.say(frames.OUTPUT, b"end")
+        agent.say(frames.EXIT, b"\7")
+
+    out = bytearray()
+    assert pump(Agent(), script, stdout=out.extend) == 7
+    assert out == bytes(range(256)) + b"end"
+
+
+@pytest.mark.parametrize("through", ["bytes", "fd"])
+def test_input_is_never_more_than_the_window_and_arrives_whole(through, tmp_path):
+    blob = os.urandom(3 * frames.WINDOW + 17)
+    got = bytearray()
+    excess = []
+
+    def script(agent: Agent) -> None:
+        agent.next()
+        pending = 0
+        while (frame := agent.next())[1]:
+            got.extend(frame[1])
+            pending += len(frame[1])
+            excess.append(pending > frames.WINDOW)
+            if pending > frames.WINDOW // 2:
+                agent.say(frames.CREDIT, pending.to_bytes(4, "little"))
+                pending = 0
+        agent.say(frames.EXIT, b"\0")
+
+    (tmp_path / "input").write_bytes(blob)
+    with (tmp_path / "input").open("rb") as file:
+        assert pump(Agent(), script, stdin=blob if through == "bytes" else file.fileno()) == 0
+    assert got == blob
+    assert not any(excess)
+
+
+def test_a_reader_that_is_gone_is_told_to_the_command():
+    def gone(_data: bytes) -> None:
+        raise BrokenPipeError
+
+    def script(agent: Agent) -> None:
+        agent.say(frames.OUTPUT, b"x")
+        while agent.next() != (frames.HANGUP, b"\1"):
+            pass
+        agent.say(frames.OUTPUT, b"y")
+        agent.say(frames.EXIT, b"\0")
+
+    assert pump(Agent(), script, stdout=gone) == 0
+
+
+def test_a_lab_that_ends_is_noticed():
+    with pytest.raises(ChannelClosedError):
+        pump(Agent(), Agent.close)
+
+
+def test_a_signal_goes_to_the_command_and_its_status_comes_back():
+    def script(agent: Agent) -> None:
+        agent.next()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while (frame := agent.next())[0] != frames.SIGNAL:
+            pass
+        agent.say(frames.EXIT, bytes([128 + frame[1][0]]))
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert pump(Agent(), script) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_insists():
+    def script(agent: Agent) -> None:
+        agent.next()
+        os.kill(os.getpid(), signal.SIGINT)
+        while agent.next()[0] != frames.SIGNAL:
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InsistedError):
+        pump(Agent(), script)
+
+
+def test_a_command_that_takes_too_long_is_a_timeout():
+    with pytest.raises(TimeoutError):
+        pump(Agent(), lambda agent: agent.next(), timeout=0.2)

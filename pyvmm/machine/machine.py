@@ -142,6 +142,11 @@ class Machine:
     def _add_ram(self) -> int:
         """Add RAM's slots; returns how many bytes from its start can be loaded into."""
         config, base = self.config, Gpa(layout.RAM_BASE)
+        self.memory.check_usable(
+            f"the {config.backing} backing",
+            guest_memfd=config.backing in ("guest_memfd", "private"),
+            huge=config.backing == "hugetlb",
+        )
         if config.backing == "private":
             rest = config.memory - layout.PRIVATE_BOOT
             self.memory.add(base, Memfd(layout.PRIVATE_BOOT))

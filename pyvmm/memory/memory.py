@@ -104,7 +104,8 @@ class Memory:
         size = backing.size - offset if size is None else size
         with self._changing():
             self._own(backing)
-            self._refuse_unusable(backing)
+            huge = isinstance(backing, Memfd) and backing.hugetlb
+            self.check_usable(repr(backing), guest_memfd=backing.guest_memfd is not None, huge=huge)
             self._table.check_new(gpa, size, backing, offset)
             if self.protection is Protection.EMULATED:
                 backing.separate_view()
@@ -281,23 +282,23 @@ class Memory:
                 hint="use threads, or make the VM in the child",
             )
 
-    def _refuse_unusable(self, backing: Backing) -> None:
-        huge = isinstance(backing, Memfd) and backing.hugetlb
-        if self.protection is Protection.PKVM and backing.guest_memfd is not None:
+    def check_usable(self, what: str, *, guest_memfd: bool, huge: bool) -> None:
+        """Raise UsageError for a kind of backing that no slot in this protection can use; ``what`` names it."""
+        if self.protection is Protection.PKVM and guest_memfd:
             raise UsageError(
-                f"{backing!r} cannot back a protected guest: the kernel takes the slot, but pins a protected guest's "
+                f"{what} cannot back a protected guest: the kernel takes the slot, but pins a protected guest's "
                 "pages through the host's mapping, and KVM_RUN fails with EIO on those of a guest_memfd",
                 hint="use a memfd; pKVM makes its pages private when the guest touches them",
             )
         if self.protection is Protection.PKVM and huge:
             raise UsageError(
-                f"{backing!r} cannot back a protected guest: pages are donated one by one, and KVM_RUN fails with EIO "
+                f"{what} cannot back a protected guest: pages are donated one by one, and KVM_RUN fails with EIO "
                 "on hugetlb pages",
                 hint="use a memfd of 4 KiB pages",
             )
         if self.protection is Protection.EMULATED and huge:
             raise UsageError(
-                f"{backing!r} cannot back the emulated protection: 4 KiB pages change hands, and a mapping of huge "
+                f"{what} cannot back the emulated protection: 4 KiB pages change hands, and a mapping of huge "
                 "pages opens and closes by 2 MiB",
                 hint="use a memfd, or guest_memfd",
             )

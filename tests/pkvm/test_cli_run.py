@@ -1,0 +1,129 @@
+"""`pyvmm run` as a user has it: what is on stdout, what on stderr, and the exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.pkvm
+PYVMM = (sys.executable, "-m", "pyvmm")
+
+
+def pyvmm(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PYVMM, *args], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+
+
+def test_hello_puts_the_guest_on_stdout_and_one_line_of_statistics_on_stderr() -> None:
+    done = pyvmm("run", "--protection", "pkvm", "payload:hello")
+    assert done.returncode == 0, done
+    assert done.stdout.startswith("hello from a protected guest\n")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert "exits in" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        (("payload:crash", "-p", "unmapped"), 3, "data abort"),
+        (("payload:crash",), 3, "undefined instruction"),
+        (("payload:crash", "-p", "loop", "--deadline", "1"), 4, "deadline of 1 s"),
+        (("payload:crash", "-p", "reset"), 3, "asked for a reset"),
+        (("payload:nosuch",), 2, "no payload 'nosuch'"),
+        (("/nonexistent/Image",), 2, "no such file"),
+        (("/",), 2, "directory"),
+        (("--backing", "guest_memfd", "payload:hello"), 2, "eio on those of a guest_memfd"),
+        (("--backing", "hugetlb", "payload:hello"), 2, "eio on hugetlb pages"),
+    ],
+    ids=["unmapped", "undefined", "loop", "reset", "payload", "missing", "directory", "guest_memfd", "hugetlb"],
+)
+def test_what_cannot_work_says_why_with_its_own_status(args: tuple[str, ...], status: int, words: str) -> None:
+    done = pyvmm("run", "--protection", "pkvm", *args)
+    assert done.returncode == status, done
+    assert words in done.stderr.lower(), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_its_status_and_statistics(number: signal.Signals) -> None:
+    run = subprocess.Popen(
+        [*PYVMM, "run", "--protection", "pkvm", "-c", "2", "payload:crash", "-p", "loop", "--deadline", "60"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert run.stdout is not None
+    assert "way=loop" in run.stdout.readline()
+    run.send_signal(number)
+    _, stderr = run.communicate(timeout=30)
+    assert run.returncode == 128 + number, stderr
+    assert "exits in" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_reader_that_leaves_does_not_hang_or_trace_the_run() -> None:
+    run = subprocess.Popen(
+        [*PYVMM, "run", "payload:crash", "-p", "way=flood", "-p", "bytes=6000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert run.stdout is not None
+    run.stdout.close()
+    assert run.stderr is not None
+    stderr = run.stderr.read()
+    run.wait(60)
+    assert "Traceback" not in stderr
+
+
+WITHOUT_IPC_LOCK = """
+import ctypes, resource, sys
+class Header(ctypes.Structure): _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+class Data(ctypes.Structure): _fields_ = [(n, ctypes.c_uint32) for n in ("effective", "permitted", "inheritable")]
+libc = ctypes.CDLL(None, use_errno=True)
+header, data = Header(0x20080522, 0), (Data * 2)()
+assert libc.capget(ctypes.byref(header), data) == 0
+for capability in (14, 24):  # CAP_IPC_LOCK; CAP_SYS_RESOURCE may raise any limit
+    data[0].effective &= ~(1 << capability)
+    data[0].permitted &= ~(1 << capability)
+assert libc.capset(ctypes.byref(header), data) == 0
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+from pyvmm.cli import main
+sys.exit(main(["run", "--protection", "pkvm", "-m", "32M", "payload:hello"]))
+"""
+
+
+def test_too_small_a_memlock_limit_is_refused_before_the_run_with_the_exact_need() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_IPC_LOCK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 5, done
+    assert done.stdout == ""
+    assert "MEMLOCK" in done.stderr
+    assert "33554432" in done.stderr.replace("_", "").replace(",", ""), done.stderr
+    assert "ulimit -l" in done.stderr
+
+
+def test_a_killed_vmm_leaves_the_host_clean() -> None:
+    """SIGKILL in the middle of a protected run: the kernel takes everything back, and the next run works."""
+    before = _mlocked_kib()
+    run = subprocess.Popen(
+        [*PYVMM, "run", "--protection", "pkvm", "payload:crash", "-p", "loop", "--deadline", "60"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    assert "way=loop" in run.stdout.readline()
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait(30)
+    deadline = time.monotonic() + 30
+    while _mlocked_kib() > before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _mlocked_kib() <= before
+    assert pyvmm("run", "--protection", "pkvm", "payload:hello").returncode == 0
+
+
+def _mlocked_kib() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Mlocked:"):
+            return int(line.split()[1])
+    return 0

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
-from pyvmm.lab import precompile, rootfs
+from pyvmm.lab import firstboot, rootfs
 from pyvmm.lab.apt import BACKPORTS, CANONICAL_MIRROR, Apt, AptError, Package, Progress, machine_mirror
 from pyvmm.lab.cache import FILES, Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.lab.qemu import require_qemu
@@ -84,12 +84,12 @@ def _build(cache: Cache, refresh: bool, progress: Progress) -> Image:
             packages=[(package.name, package.version, package.sha256) for package in packages],
             files={name: _record(scratch / name) for name in FILES},
         )
-        progress("first boot, byte code", 0.0)
-        with (scratch / "byte-code").open("wb") as out:
-            precompile.write_byte_code(Image(scratch, manifest), packages[len(kernel) :], cache.directory, out)
+        progress("first boot", 0.0)
+        with (scratch / "additions").open("wb") as out:
+            firstboot.write_additions(Image(scratch, manifest), packages[len(kernel) :], cache.directory, out)
         with (scratch / "root.cpio").open("ab") as out:
-            out.write((scratch / "byte-code").read_bytes())
-        (scratch / "byte-code").unlink()
+            out.write((scratch / "additions").read_bytes())
+        (scratch / "additions").unlink()
         manifest = replace(manifest, files={name: _record(scratch / name) for name in FILES})
         image = cache.adopt(scratch, manifest)
     _drop_superseded(apt.archives, packages)

@@ -71,7 +71,7 @@ def recipe_hash() -> str:
     """Give a hash of all that shapes an image besides the packages."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for name in sorted((Path(__file__).name, "cpio.py", *PROGRAMS.values())):
+    for name in sorted((Path(__file__).name, "cpio.py", "firstboot.py", *PROGRAMS.values())):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()
 
@@ -162,7 +162,6 @@ def write_root(packages: list[Path], release: str, modules: dict[str, bytes], ou
         with _open_package(package) as tar:
             for member in tar:
                 _copy(tar, member, cpio)
-    cpio.symlink("usr/bin/sh", "busybox")
     cpio.finish()
 
 

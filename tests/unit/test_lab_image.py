@@ -320,7 +320,7 @@ def archive(tmp_path, monkeypatch, make_deb):
     make_deb("k", {"boot/vmlinuz-9.9-arm64": b"MZkernel"})
     monkeypatch.setattr(image, "require_qemu", lambda: "qemu")
     monkeypatch.setattr(image, "_updated_apt", lambda *_: FakeApt(tmp_path))
-    monkeypatch.setattr(image.precompile, "write_byte_code", lambda _i, _p, _c, out: out.write(b"bytecode"))
+    monkeypatch.setattr(image.firstboot, "write_additions", lambda _i, _p, _c, out: out.write(b"additions"))
 
 
 @pytest.mark.usefixtures("archive")
@@ -328,7 +328,7 @@ def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache):
     steps = []
     made = image.build_image(cache=cache, progress=lambda what, _share: steps.append(what))
     assert made.kernel.read_bytes() == b"MZkernel"
-    assert made.root.read_bytes().endswith(b"bytecode")
+    assert made.root.read_bytes().endswith(b"additions")
     assert [name for name, _, _ in made.manifest.packages] == ["linux-binary-9.9-arm64", "p"]
     assert {"packages", "kernel", "root"} <= set(steps)
     assert image.build_image(cache=cache) == made

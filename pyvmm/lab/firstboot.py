@@ -1,8 +1,8 @@
-"""Byte code for the lab's Python, made by the lab itself when its image is built.
+"""What only the lab itself can say or make: the names of busybox's programs, and byte code for its Python.
 
-Without it every import is a compilation under emulation: structlog takes nine seconds instead of two. Only the lab's
-own Python can make it, so a new image is booted once, which also shows that it works. What belongs to packages is kept
-for as long as they stay the same: it takes a minute, the agent's own a second.
+A new image is booted once for it, which also shows that it works. Without byte code every import is a compilation
+under emulation: structlog takes nine seconds instead of two. What belongs to packages is kept for as long as they stay
+the same: it takes a minute, the agent's own a second.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
 TIMEOUT = 900.0
 
 
-def write_byte_code(image: Image, packages: list[Package], cache: Path, out: BinaryIO) -> None:
-    """Boot ``image``, compile its Python modules, and write them as archives to follow its root.
+def write_additions(image: Image, packages: list[Package], cache: Path, out: BinaryIO) -> None:
+    """Boot ``image`` and write what it says it needs, as archives to follow its root.
 
-    ``packages`` are those of the root; what belongs to them is looked for in ``cache``, and left there.
+    ``packages`` are those of the root; the byte code that belongs to them is looked for in ``cache``, and left there.
     """
     kept = cache / f"bytecode-{_key(packages)}.cpio"
     with Lab(LabOptions(), image=image, bare=True) as lab:
+        _link_busybox(lab, out)
         _compile(lab, "/pyvmm/agent", out)
         if not kept.exists():
             fresh = image.directory / kept.name
@@ -55,6 +56,15 @@ def write_byte_code(image: Image, packages: list[Package], cache: Path, out: Bin
                 old.unlink()
             fresh.rename(kept)
     out.write(kept.read_bytes())
+
+
+def _link_busybox(lab: Lab, out: BinaryIO) -> None:
+    """Let ``ls`` be found as a program; whoever asks for a command in the lab expects no less."""
+    listed = lab.capture(["/bin/busybox", "--list-full"])
+    cpio = CpioWriter(out)
+    for path in sorted(set(listed.stdout.decode().split()) - {"bin/busybox"}):
+        cpio.symlink(f"usr/{path.removeprefix('usr/')}", "/usr/bin/busybox")
+    cpio.finish()
 
 
 def _key(packages: list[Package]) -> str:

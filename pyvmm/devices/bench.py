@@ -37,6 +37,11 @@ class Bench(Device):
             (abi.BENCH_COLD, PART, lib.PV_KIND_COLD, ffi.NULL),
         ]
 
+    @property
+    def registers(self) -> bytes:
+        """What the guest has left in the register file."""
+        return bytes(ffi.buffer(self._registers))
+
     def read(self, offset: int, size: int, vcpu: int) -> int:  # noqa: ARG002
         """Answer from Python, with the last value stored."""
         return self.cold

@@ -132,10 +132,10 @@ class Tiers:
 
 
 def report(item: pytest.Item, outcome: str, longrepr: object) -> pytest.TestReport:
-    """Make a report of a test that was not run here."""
-    return pytest.TestReport(
-        item.nodeid, item.location, dict.fromkeys(item.keywords, 1), outcome, longrepr, "setup", duration=0.0
-    )
+    """Make a report of a test that was not run at all."""
+    when = "call" if outcome == "failed" else "setup"
+    keywords = dict.fromkeys(item.keywords, 1)
+    return pytest.TestReport(item.nodeid, item.location, keywords, outcome, longrepr, when, duration=0.0)
 
 
 def failure(item: pytest.Item, why: str) -> pytest.TestReport:

@@ -1,0 +1,152 @@
+"""The pkvm tier: tests marked so run in the lab and look as if they had run here; and what is said where none can."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvmm.lab.shares import PACKAGE
+
+CONFTEST = """
+from tests.conftest import pytest_configure
+"""
+
+CONFIGURATION = """
+[pytest]
+addopts = --strict-markers -rA
+markers =
+    kvm: a
+    pkvm: b
+    lab: c
+"""
+
+SAMPLE = """
+import os, time, pytest
+
+def here():
+    return os.environ.get("PYVMM_IN_LAB") == "1"
+
+def test_plain_runs_here():
+    assert not here()
+
+@pytest.mark.pkvm
+class TestThere:
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_passes(self, n):
+        time.sleep(0.3)
+        assert here()
+
+    def test_fails_telling_values(self):
+        print("said before")
+        number = 41
+        assert number == 42
+
+    @pytest.mark.skip(reason="not today")
+    def test_skips(self):
+        raise AssertionError
+
+    @pytest.mark.xfail(reason="known")
+    def test_fails_as_known(self):
+        raise AssertionError
+
+    @pytest.fixture
+    def broken(self):
+        raise RuntimeError("no ground")
+
+    def test_breaks_in_setup(self, broken):
+        pass
+
+@pytest.fixture(scope="module")
+def kept():
+    yield 1
+
+def test_here_again_after_them(kept):
+    assert not here()
+
+@pytest.mark.pkvm
+def test_kills_the_lab():
+    open("/proc/sysrq-trigger", "w").write("o" if not here() else "c")
+
+@pytest.mark.pkvm
+def test_comes_too_late():
+    pass
+"""
+
+
+@pytest.fixture
+def sample(tmp_path) -> Path:
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "pytest.ini").write_text(CONFIGURATION)
+    (tmp_path / "test_sample.py").write_text(SAMPLE)
+    return tmp_path
+
+
+def run(directory: Path, *arguments: str, **environment: str) -> str:
+    """Run pytest there; give what it says."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_ADDOPTS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        cwd=directory,
+        env={**kept, "PYTHONPATH": str(PACKAGE.parent), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.lab
+def test_results_look_as_if_they_had_run_here(sample):
+    said = run(sample, "-k", "not late and not kills", "--durations=3", "-vv")
+    assert "1 failed, 4 passed, 1 skipped, 2 deselected, 1 xfailed, 1 error" in said
+    assert "test_sample.py::TestThere::test_passes[1] PASSED" in said
+    assert "assert 41 == 42" in said
+    assert "said before" in said
+    assert "not today" in said
+    assert "RuntimeError: no ground" in said
+    assert "s call     test_sample.py::TestThere::test_passes[2]" in said
+    assert "pkvm tier: 6 tests ran in the lab" in said
+
+
+@pytest.mark.lab
+def test_a_lab_that_dies_fails_what_is_left_with_its_console(sample):
+    said = run(sample, "-k", "kills or late")
+    assert "2 failed" in said
+    assert "FAILED test_sample.py::test_comes_too_late - the lab ended while it ran" in said
+    assert "sysrq: Trigger a crash" in said
+
+
+def without_qemu(directory: Path) -> dict[str, str]:
+    """Give an environment with a PATH of our own, in which there is no QEMU."""
+    programs = directory / "bin"
+    programs.mkdir()
+    return {"PATH": str(programs)}
+
+
+def test_without_a_lab_the_tier_is_skipped_in_one_line(sample):
+    said = run(sample, **without_qemu(sample))
+    assert "2 passed, 8 skipped" in said
+    assert said.count("qemu-system-aarch64 is not installed") == 2  # once folded by -rA, once as the tier's own line
+    assert "pkvm tier: 8 tests not run: the lab needs what is not here: QEMU" in said
+
+
+def test_without_a_lab_the_tier_fails_in_ci(sample):
+    said = run(sample, CI="true", **without_qemu(sample))
+    assert "8 failed, 2 passed" in said
+    assert "the pkvm tier cannot run, and in CI it must" in said
+
+
+def test_the_first_failure_ends_the_run_where_asked(sample):
+    said = run(sample, "-x", CI="true", **without_qemu(sample))
+    assert "1 failed, 1 passed" in said
+
+
+def test_a_tier_nobody_selected_is_not_mentioned(sample):
+    said = run(sample, "-m", "not pkvm", **without_qemu(sample))
+    assert "2 passed, 8 deselected" in said
+    assert "tier: " not in said

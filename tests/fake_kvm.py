@@ -177,3 +177,10 @@ def failure(error: int, *, gpa: int | None = None, size: int = 4096) -> dict[str
     if gpa is None:
         return {"error": error}
     return {"error": error, "exit_reason": EXIT_MEMORY_FAULT, "gpa": gpa, "data": size}
+
+
+def printed(rig: Rig, uart: Any, most: int = 16) -> bytes:
+    """Take what the guest has printed."""
+    out = rig.new("uint8_t[]", 16)
+    n = rig.lib.pv_fifo_read(rig.ffi.addressof(uart, "tx"), out, most)
+    return bytes(out)[:n]

@@ -1,0 +1,275 @@
+"""The share doorbell and the hypercalls of the emulated protection, in a fake kernel."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.fake_kvm import Rig, hypercall, load, store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FEATURES, MEMINFO, SHARE, UNSHARE = 0x8600_0000, 0xC600_0002, 0xC600_0003, 0xC600_0004
+BELL = 0x0910_0000
+MINUS_1, MINUS_3 = 2**64 - 1, 2**64 - 3
+
+
+# ---- the share doorbell
+
+
+@pytest.fixture
+def bell_rig(make_rig: Callable[..., Rig]) -> Callable[..., Rig]:
+    def make(protection: str, *, subscribers: int = 1) -> Rig:
+        rig = make_rig(protection=protection)
+        rig.vm.subscribers = subscribers
+        rig.bus((BELL, 0x1000, "SHARE", None))
+        return rig
+
+    return make
+
+
+@pytest.mark.parametrize("protection", ["NONE", "PKVM"])
+def test_rung_share_and_unshare_are_told_before_the_guest_goes_on(
+    bell_rig: Callable[..., Rig], protection: str
+) -> None:
+    rig = bell_rig(protection)
+    page = rig.RAM + 4096
+    exits = rig.script(store(BELL, page | 1), load(BELL), store(BELL, page | 2), load(BELL, 4))
+    vcpu = rig.vcpus[0]
+    assert rig.run() == "SHARE"
+    assert vcpu.fake.entered == 1
+    assert (vcpu.native.share_gpa, vcpu.native.share_op) == (page, 1)
+    assert vcpu.native.share_source == rig.lib.PV_SOURCE_DOORBELL
+    assert rig.ledger[1] == rig.lib.PV_PAGE_SHARED
+    assert rig.run() == "SHARE"
+    assert (vcpu.native.share_gpa, vcpu.native.share_op) == (page, 0)
+    assert rig.ledger[1] == (rig.lib.PV_PAGE_HOST if protection == "NONE" else rig.lib.PV_PAGE_PRIVATE | 0x80)
+    assert rig.run() == "OTHER"
+    assert (exits[1].answer, exits[3].answer) == (0, 0)
+    assert (rig.vm.shares, rig.vm.unshares, rig.vm.refused) == (1, 1, 0)
+    assert [(r.kind, r.code, r.addr, r.value) for r in rig.records()] == [
+        (rig.lib.PV_REC_SHARE, rig.lib.PV_SOURCE_DOORBELL, page, 0),
+        (rig.lib.PV_REC_UNSHARE, rig.lib.PV_SOURCE_DOORBELL, page, 0),
+    ]
+
+
+def test_page_rung_twice_is_told_once(bell_rig: Callable[..., Rig]) -> None:
+    rig = bell_rig("PKVM")
+    exits = rig.script(store(BELL, rig.RAM | 1), store(BELL, rig.RAM | 1), load(BELL))
+    assert rig.run() == "SHARE"
+    assert rig.run() == "OTHER"
+    assert exits[2].answer == 0
+    assert rig.vm.shares == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (Rig.RAM, 8), (Rig.RAM | 3, 8), (Rig.RAM | 4, 8), (Rig.RAM | 0x801, 8), (1, 8), (Rig.RAM - 4096 | 1, 8),
+        (Rig.RAM + 4 * 4096 | 1, 8), (2**64 - 4096 | 1, 8), (2**63 | 2, 8), (Rig.RAM | 1, 4),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("protection", ["NONE", "PKVM", "EMULATED"])
+def test_bad_ring_is_refused_and_changes_nothing(
+    bell_rig: Callable[..., Rig], protection: str, value: int, size: int
+) -> None:
+    rig = bell_rig(protection)
+    exits = rig.script(store(BELL, value, size), load(BELL), load(BELL, 4))
+    assert rig.run() == "OTHER"
+    assert (exits[1].answer, exits[2].answer) == (MINUS_3, 2**32 - 3)
+    assert bytes(rig.ledger) == bytes(4)
+    assert (rig.vm.shares, rig.vm.refused) == (0, 1)
+
+
+def test_pkvm_does_not_believe_a_share_of_a_page_it_cannot_read(bell_rig: Callable[..., Rig]) -> None:
+    rig = bell_rig("PKVM")
+    rig.close_view(2)
+    exits = rig.script(store(BELL, rig.RAM + 2 * 4096 | 1), load(BELL))
+    assert rig.run() == "OTHER"
+    assert exits[1].answer == MINUS_1
+    assert rig.ledger[2] == rig.lib.PV_PAGE_ABSENT
+
+
+def test_emulated_ring_only_agrees_with_the_hypercall(bell_rig: Callable[..., Rig]) -> None:
+    rig = bell_rig("EMULATED")
+    rig.state(0, "PRIVATE")
+    rig.state(1, "SHARED")
+    exits = rig.script(
+        *[a for page in (0, 1) for op in (1, 2) for a in (store(BELL, rig.RAM + page * 4096 | op), load(BELL))]
+    )
+    assert rig.run() == "OTHER"
+    assert [exits[n].answer for n in (1, 3, 5, 7)] == [MINUS_1, MINUS_1, 0, 0]
+    assert list(rig.ledger)[:2] == [rig.lib.PV_PAGE_PRIVATE, rig.lib.PV_PAGE_SHARED]
+
+
+# ---- hypercalls
+
+
+@pytest.fixture
+def emulated(make_rig: Callable[..., Rig]) -> Rig:
+    rig = make_rig(protection="EMULATED")
+    for page in range(4):
+        rig.state(page, "PRIVATE")
+    rig.memory[:] = b"\x5a" * len(rig.memory)
+    rig.close_view(0, 4)
+    rig.vm.subscribers = 1
+    return rig
+
+
+def test_features_and_meminfo_answer_as_el2_does(emulated: Rig) -> None:
+    exits = emulated.script(
+        hypercall(FEATURES, 9, 9, 9), hypercall(MEMINFO), hypercall(MEMINFO, 1), hypercall(MEMINFO, 0, 0, 1)
+    )
+    assert emulated.run() == "OTHER"
+    assert list(exits[0].out) == [0x1D, 0, 0, 0]
+    assert [e.out[0] for e in exits][1:] == [4096, MINUS_3, MINUS_3]
+
+
+def test_shared_page_opens_before_subscribers_hear_of_it(emulated: Rig) -> None:
+    exits = emulated.script(hypercall(SHARE, emulated.RAM + 4096))
+    assert emulated.run() == "SHARE"
+    native = emulated.vcpus[0].native
+    assert (native.share_gpa, native.share_op, native.share_source) == (
+        emulated.RAM + 4096, 1, emulated.lib.PV_SOURCE_HYPERCALL,
+    )  # fmt: skip
+    assert emulated.memory[4096] == 0x5A
+    assert [emulated.lib.pv_probe(emulated.vm, emulated.RAM + n * 4096) for n in range(4)] == [0, 1, 0, 0]
+    assert emulated.run() == "OTHER"
+    assert (exits[0].out[0], emulated.vm.shares) == (0, 1)
+    assert emulated.vcpus[0].fake.one_regs == 4
+
+
+def test_unshared_page_closes_after_subscribers_have_let_go(emulated: Rig) -> None:
+    emulated.state(1, "SHARED")
+    emulated.open_view(1)
+    exits = emulated.script(hypercall(UNSHARE, emulated.RAM + 4096))
+    assert emulated.run() == "SHARE"
+    assert emulated.vcpus[0].native.share_op == 0
+    assert emulated.lib.pv_probe(emulated.vm, emulated.RAM + 4096) == 1
+    assert emulated.ledger[1] == emulated.lib.PV_PAGE_SHARED
+    assert emulated.run() == "OTHER"
+    assert exits[0].out[0] == 0
+    assert emulated.lib.pv_probe(emulated.vm, emulated.RAM + 4096) == 0
+    assert emulated.ledger[1] == emulated.lib.PV_PAGE_PRIVATE
+    assert emulated.vm.unshares == 1
+
+
+@pytest.mark.parametrize(
+    ("nr", "x", "state"),
+    [
+        (SHARE, (Rig.RAM + 1,), "PRIVATE"), (SHARE, (Rig.RAM - 4096,), "PRIVATE"), (SHARE, (2**64 - 4096,), "PRIVATE"),
+        (SHARE, (Rig.RAM, 1), "PRIVATE"), (SHARE, (Rig.RAM, 0, 1), "PRIVATE"), (SHARE, (Rig.RAM,), "SHARED"),
+        (SHARE, (Rig.RAM,), "POISONED"), (UNSHARE, (Rig.RAM,), "PRIVATE"), (UNSHARE, (Rig.RAM, 0, 2**63), "SHARED"),
+    ],
+)  # fmt: skip
+def test_what_el2_refuses_is_refused_and_changes_nothing(
+    emulated: Rig, nr: int, x: tuple[int, ...], state: str
+) -> None:
+    emulated.state(0, state)
+    before = emulated.lib.fake_protects()
+    exits = emulated.script(hypercall(nr, *x))
+    assert emulated.run() == "OTHER"
+    assert exits[0].out[0] == MINUS_3
+    assert emulated.lib.fake_protects() == before
+    assert emulated.ledger[0] == getattr(emulated.lib, f"PV_PAGE_{state}")
+    assert emulated.vm.refused == 1
+
+
+@pytest.mark.parametrize(("conversion", "contents"), [("PRESERVE", 0x5A), ("ZERO", 0), ("PUNCH", 0)])
+@pytest.mark.parametrize("nr", [SHARE, UNSHARE])
+def test_conversion_does_to_the_contents_what_it_says(emulated: Rig, conversion: str, contents: int, nr: int) -> None:
+    emulated.vm.conversion = getattr(emulated.lib, f"PV_CONVERT_{conversion}")
+    emulated.vm.subscribers = 0
+    if nr == UNSHARE:
+        emulated.state(3, "SHARED")
+        emulated.open_view(3)
+    exits = emulated.script(hypercall(nr, emulated.RAM + 3 * 4096))
+    assert emulated.run() == "OTHER"
+    assert exits[0].out[0] == 0
+    assert emulated.lib.pv_probe(emulated.vm, emulated.RAM + 3 * 4096) == (nr == SHARE)
+    emulated.open_view(0, 4)
+    assert set(emulated.memory[3 * 4096 :]) == {contents}
+    assert set(emulated.memory[: 3 * 4096]) == {0x5A}
+
+
+@pytest.mark.parametrize("nr", [SHARE, UNSHARE])
+def test_exhausted_map_count_fails_the_call_and_leaves_the_page_as_it_was(emulated: Rig, nr: int) -> None:
+    emulated.vm.conversion = emulated.lib.PV_CONVERT_PUNCH
+    emulated.vm.subscribers = 0
+    if nr == UNSHARE:
+        emulated.state(0, "SHARED")
+        emulated.open_view(0)
+    emulated.lib.fake_protect_fails(1)
+    exits = emulated.script(hypercall(nr, emulated.RAM), hypercall(nr, emulated.RAM))
+    emulated.vcpus[0].fake.count = 1
+    assert emulated.run() == "OTHER"
+    assert exits[0].out[0] == MINUS_1
+    assert emulated.lib.pv_probe(emulated.vm, emulated.RAM) == (nr == UNSHARE)
+    assert emulated.ledger[0] == (emulated.lib.PV_PAGE_SHARED if nr == UNSHARE else emulated.lib.PV_PAGE_PRIVATE)
+    emulated.open_view(0, 4)
+    assert emulated.memory[0] == 0x5A
+
+
+def test_failed_punch_puts_the_view_back(emulated: Rig) -> None:
+    emulated.vm.conversion = emulated.lib.PV_CONVERT_PUNCH
+    emulated.vm.map.regions[0].fd = -1
+    exits = emulated.script(hypercall(SHARE, emulated.RAM))
+    assert emulated.run() == "OTHER"
+    assert exits[0].out[0] == MINUS_1
+    assert emulated.lib.pv_probe(emulated.vm, emulated.RAM) == 0
+
+
+@pytest.mark.parametrize("status", [0, -1])
+def test_cold_conversion_is_pythons_and_the_guest_hears_its_outcome(emulated: Rig, status: int) -> None:
+    emulated.vm.conversion = emulated.lib.PV_CONVERT_COLD
+    exits = emulated.script(hypercall(SHARE, emulated.RAM))
+    native = emulated.vcpus[0].native
+    assert emulated.run() == "CONVERT"
+    assert (native.share_gpa, native.share_op) == (emulated.RAM, 1)
+    native.share_status = status
+    assert emulated.run() == ("OTHER" if status else "SHARE")
+    if not status:
+        assert emulated.run() == "OTHER"
+    assert exits[0].out[0] == status % 2**64
+    assert emulated.ledger[0] == (emulated.lib.PV_PAGE_PRIVATE if status else emulated.lib.PV_PAGE_SHARED)
+
+
+def test_cold_unshare_tells_then_converts(emulated: Rig) -> None:
+    emulated.vm.conversion = emulated.lib.PV_CONVERT_COLD
+    emulated.state(0, "SHARED")
+    emulated.script(hypercall(UNSHARE, emulated.RAM))
+    assert [emulated.run() for _ in range(3)] == ["SHARE", "CONVERT", "OTHER"]
+    assert emulated.ledger[0] == emulated.lib.PV_PAGE_PRIVATE
+
+
+def test_two_vcpus_that_unshare_one_page_do_it_once(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(protection="EMULATED", vcpus=2)
+    rig.state(0, "SHARED")
+    rig.vm.subscribers = 1
+    exits = [rig.script(hypercall(UNSHARE, rig.RAM), vcpu=n) for n in range(2)]
+    assert [rig.run(0), rig.run(1), rig.run(0), rig.run(1)] == ["SHARE", "SHARE", "OTHER", "OTHER"]
+    assert [e[0].out[0] for e in exits] == [0, MINUS_3]
+    assert (rig.vm.unshares, rig.vm.refused) == (1, 1)
+
+
+@pytest.mark.parametrize("protection", ["NONE", "PKVM"])
+def test_hypercalls_of_other_protections_and_unknown_ones_are_pythons(
+    make_rig: Callable[..., Rig], protection: str
+) -> None:
+    rig = make_rig(protection=protection)
+    rig.script(hypercall(SHARE, rig.RAM))
+    assert rig.run() == "HYPERCALL"
+    other = make_rig(protection="EMULATED")
+    other.script(hypercall(0x8400_0000))
+    assert other.run() == "HYPERCALL"
+    assert other.vcpus[0].native.value == 0x8400_0000
+
+
+def test_register_that_cannot_be_read_stops_the_vcpu(emulated: Rig) -> None:
+    emulated.vcpus[0].fake.one_reg_error = errno.EIO
+    emulated.script(hypercall(SHARE, emulated.RAM))
+    assert emulated.run() == "FAILED"
+    assert emulated.vcpus[0].native.error == errno.EIO

@@ -115,8 +115,10 @@ def python_include(work: Path) -> list[str]:
     folder = Path(sysconfig.get_path("include"))
     if not (folder / "Python.h").exists():
         raise BuildError(f"{folder}/Python.h is missing (Debian: apt install python3-dev)")
-    # Debian's pyconfig.h includes <TRIPLET/pythonX.Y/pyconfig.h>, which only the host's own triplet has.
-    config = Path(sysconfig.get_config_h_filename())
+    # Debian's pyconfig.h only includes <TRIPLET/pythonX.Y/pyconfig.h> of the compiler's machine, and the host has but
+    # its own: another machine's compiler is shown that one.
+    own = folder.parent / f"{platform.machine()}-linux-gnu" / folder.name / "pyconfig.h"
+    config = own if own.exists() else Path(sysconfig.get_config_h_filename())
     for machine in MACHINES:
         stand_in = work / "include" / f"{machine}-linux-gnu" / folder.name / "pyconfig.h"
         stand_in.parent.mkdir(parents=True)

@@ -241,6 +241,9 @@ struct pv_vcpu {
 
 /* Runs the vCPU until something needs Python. Returns enum pv_stop. Call from one thread at a time. */
 uint32_t pv_run(struct pv_vcpu *vcpu);
+/* Put a complete table in the place of the last one, while vCPUs run; the last one stays alive until they have left. */
+void pv_publish_map(struct pv_vm *vm, struct pv_map *map);
+void pv_publish_bus(struct pv_vm *vm, struct pv_bus *bus);
 /* Makes a running or about-to-run pv_run() return PV_STOP_KICK soon. Any thread. */
 void pv_kick(struct pv_vcpu *vcpu);
 /* Forgets a kick, in the vCPU's own thread, before it looks at why it was kicked. */

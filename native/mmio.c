@@ -26,6 +26,11 @@ static struct pv_range *find(struct pv_vcpu *vcpu, uint64_t gpa)
     return NULL;
 }
 
+void pv_publish_bus(struct pv_vm *vm, struct pv_bus *bus)
+{
+    store_release(&vm->bus, bus);
+}
+
 /* Plain memory: tear-free when aligned. Other vCPUs and Python may be at it too. */
 static void registers(struct pv_vcpu *vcpu, uint8_t *at)
 {

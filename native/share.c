@@ -38,6 +38,11 @@ struct pv_region *pv_region_at(const struct pv_vm *vm, uint64_t gpa)
     return NULL;
 }
 
+void pv_publish_map(struct pv_vm *vm, struct pv_map *map)
+{
+    store_release(&vm->map, map);
+}
+
 static void count_move(struct pv_vm *vm, uint8_t old, uint8_t entry)
 {
     if (state_of(old) != state_of(entry)) {
@@ -151,11 +156,9 @@ int pv_punch(struct pv_vm *vm, uint64_t gpa)
 
 static int drop(const struct pv_vm *vm, const struct pv_region *region, uint64_t offset)
 {
-    static const uint8_t zeros[PV_PAGE_SIZE];
-
     switch (vm->conversion) {
-    case PV_CONVERT_ZERO: /* through the file: the view is closed on one side of either conversion */
-        return pwrite(region->fd, zeros, sizeof(zeros), (off_t)(region->fd_offset + offset)) == sizeof(zeros) ? 0 : -1;
+    case PV_CONVERT_ZERO:
+        return pv_fill(region->view + offset, 0, PV_PAGE_SIZE) == PV_PAGE_SIZE ? 0 : -1;
     case PV_CONVERT_PUNCH:
         return punch(region, offset);
     default:
@@ -163,17 +166,21 @@ static int drop(const struct pv_vm *vm, const struct pv_region *region, uint64_t
     }
 }
 
-/* The view first: it is what fails (vm.max_map_count), and what can be put back. */
+/* The view first: it is what fails (vm.max_map_count), and what can be put back. Where the VMM zeroes a page that goes
+   private, the view stays writable until it has: still a mapping of its own, so that closing it cannot fail. */
 static int32_t convert(const struct pv_vm *vm, const struct pv_region *region, uint64_t offset, bool share)
 {
     uint8_t *page = region->view + offset;
+    int access = share ? PROT_READ | PROT_WRITE : vm->conversion == PV_CONVERT_ZERO ? PROT_WRITE : PROT_NONE;
 
-    if (!region->view || mprotect(page, PV_PAGE_SIZE, share ? PROT_READ | PROT_WRITE : PROT_NONE))
+    if (!region->view || mprotect(page, PV_PAGE_SIZE, access))
         return SMCCC_NOT_SUPPORTED;
     if (drop(vm, region, offset)) {
         mprotect(page, PV_PAGE_SIZE, share ? PROT_NONE : PROT_READ | PROT_WRITE);
         return SMCCC_NOT_SUPPORTED;
     }
+    if (!share && access != PROT_NONE)
+        mprotect(page, PV_PAGE_SIZE, PROT_NONE);
     return SMCCC_SUCCESS;
 }
 

@@ -50,7 +50,7 @@ class KvmError(PyvmmError):
 
 
 class GuestMemoryError(PyvmmError):
-    """Guest memory could not be reached: ``gpa`` is the first byte not done, ``state`` what the ledger says of its page."""
+    """Guest memory could not be reached: ``gpa`` is the first byte not done, ``state`` the ledger's word for it."""
 
     def __init__(self, what: str, gpa: int, done: int, state: str, *, hint: str | None = None) -> None:
         super().__init__(f"{what}: stopped at gpa {hex_(gpa)} after {done} bytes: the page is {state}", hint=hint)

@@ -64,7 +64,7 @@ class Bus:
         table = ffi.new("struct pv_bus *")
         table.count, table.ranges = len(parts), ranges
         self._keep = [ranges, table]
-        self._vm.bus = table
+        lib.pv_publish_bus(self._vm, table)
 
     def answer(self, vcpu: Any) -> None:
         """Complete the cold access that stopped ``vcpu`` (a ``struct pv_vcpu``)."""
@@ -77,7 +77,7 @@ class Bus:
 
     def close(self) -> None:
         """Close every device. The loop must have left."""
-        self._vm.bus = ffi.NULL
+        lib.pv_publish_bus(self._vm, ffi.NULL)
         for placed in self.placed:
             placed.device.close()
         self.placed, self._by_index, self._keep = [], [], []

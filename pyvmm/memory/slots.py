@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import time
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyvmm._native import ffi
+from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, UsageError, hex_
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, span
 from pyvmm.uapi.kvm_cap import KVM_CAP_NR_MEMSLOTS
@@ -211,7 +210,7 @@ class SlotTable:
 
     def close(self) -> None:
         """Forget everything; take the slots from a VM that still lives, before their addresses mean something else."""
-        self._native.map = ffi.NULL
+        lib.pv_publish_map(self._native, ffi.NULL)
         for piece in () if self._vm.closed else tuple(self._numbers):
             with contextlib.suppress(PyvmmError):  # a protected VM that has run refuses
                 self._delete(piece)
@@ -251,8 +250,5 @@ class SlotTable:
             region.fd, region.fd_offset = slot.backing.fd, slot.offset
         table = ffi.new("struct pv_map *", {"count": len(slots), "regions": regions})
         self._alive += [regions, table]
-        # Python has no store-release. Handing over and retaking the interpreter's lock, which this does, is one: the
-        # table is complete in memory before the pointer to it is, and the loop loads that with acquire.
-        time.sleep(0)
-        self._native.map = table
+        lib.pv_publish_map(self._native, table)
         self._index = tuple(slot.gpa for slot in slots), slots

@@ -38,13 +38,17 @@ def test_echo_shares_are_counted_by_the_relay_in_every_protection() -> None:
 def test_smp_brings_up_every_vcpu(protection: Protection) -> None:
     result = run("payload:smp", protection, cpus=4)
     assert result.outcome.ending is Ending.POWEROFF, result
-    for index in range(1, 4):
-        assert f"{index}".encode() in result.output
+    for index in range(4):
+        assert f"vCPU {index}: up".encode() in result.output
+    assert b"counted 4000 of 4000" in result.output
 
 
-def test_many_runs_leak_nothing() -> None:
-    run("payload:echo", Protection.PKVM)  # caches and lazy imports settle
+def test_two_hundred_runs_in_a_row_lose_nothing_and_leak_nothing() -> None:
+    for cpus in (1, 4):
+        run("payload:echo", Protection.PKVM, cpus=cpus)  # caches and lazy imports settle
     before = Footprint.now()
-    outputs = {run("payload:echo", protection).output for protection in ALL for _ in range(8)}
-    assert len(outputs) == 1
+    for cpus, runs in ((1, 60), (4, 7)):
+        results = [run("payload:echo", protection, cpus=cpus) for _ in range(runs) for protection in ALL]
+        assert {result.outcome.ending for result in results} == {Ending.POWEROFF}
+        assert len({result.output for result in results}) == 1
     assert Footprint.now() == before

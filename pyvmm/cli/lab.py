@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MODES = ("protected", "nvhe", "vhe")
 LIST_COLUMNS = 17
+STDIN = 0
 
 
 def add_lab_options(group: argparse._ArgumentGroup, prefix: str = "--lab-") -> None:
@@ -77,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         case "status":
             return _status(as_json=args.json)
         case "shell":
-            return _run(["/bin/sh", "-i"], args, is_tty=sys.stdin.isatty(), live=True)
+            return _run(["/bin/sh", "-i"], args, is_tty=os.isatty(STDIN), live=True)
         case action if not command:
             raise UsageError(f"pyvmm lab {action}: what?", hint=f"pyvmm lab {action} --help")
         case "run":
@@ -88,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
 
 def run_verb(argv: list[str], args: argparse.Namespace) -> int:
     """Run ``pyvmm ARGV`` in a lab of its own; files it names are visible there. Returns its exit status."""
-    is_tty = all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
+    is_tty = all(map(os.isatty, (STDIN, 1, 2)))
     # -P: the current directory is not a place to import from, and under 9p a slow one.
     return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=argv)
 
@@ -99,14 +101,14 @@ def _run(
     from pyvmm.lab import Lab
     from pyvmm.lab.needs import require
 
-    if is_tty and not sys.stdin.isatty():
+    if is_tty and not os.isatty(STDIN):
         raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
     options = _options(args)
     require(building=False)
     with _terminable():
         image = _image(refresh=False)
         with Lab(options, image=image, arguments=files or [], live=live) as lab:
-            return lab.run(command, stdin=sys.stdin.fileno(), is_tty=is_tty)
+            return lab.run(command, stdin=STDIN, is_tty=is_tty)
 
 
 def _options(args: argparse.Namespace) -> LabOptions:

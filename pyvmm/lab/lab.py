@@ -102,7 +102,7 @@ class Lab:
     def _boot(self, machine: Machine) -> None:
         deadline = time.monotonic() + self.options.boot_timeout
         if self._wait(deadline) != (frames.READY, b""):
-            raise machine.failed("the lab's agent speaks another language", hint="pyvmm lab build --refresh")
+            raise machine.failed("the lab's agent is another version's", ended=False, hint="pyvmm lab build --refresh")
         for share in self._shares:
             options = f"trans=virtio,version=9p2000.L,msize=512000,cache={self._caching}"
             options += ",ro" if share.readonly else ""
@@ -129,12 +129,13 @@ class Lab:
             except TimeoutError:
                 raise machine.failed(
                     f"the lab did not come up in {self.options.boot_timeout:.0f} s",
+                    ended=False,
                     hint="on a loaded machine give it longer with --boot-timeout",
                 ) from None
             finally:
                 machine.channel.settimeout(None)
             if not data:
-                raise machine.failed("the lab ended while it was booting")
+                raise machine.failed("the lab ended while it was booting", ended=True)
             if got := self._unpacker.feed(data):
                 return got[0]
 
@@ -142,7 +143,7 @@ class Lab:
         try:
             self._running().channel.sendall(data)
         except OSError:
-            raise self._running().failed("the lab ended") from None
+            raise self._running().failed("the lab ended", ended=True) from None
 
     def run(
         self,
@@ -184,13 +185,13 @@ class Lab:
         )
         try:
             return pump.run(command)
-        except (ChannelClosedError, ValueError) as error:
-            raise machine.failed(f"the lab ended while it ran {argv[0]}") from error
+        except ChannelClosedError as error:
+            raise machine.failed(f"the lab ended while it ran {argv[0]}", ended=True) from error
         except InsistedError as error:
             self.close()
             return 128 + error.number
         except TimeoutError:
-            raise machine.failed(f"{argv[0]} did not end in {timeout:.0f} s") from None
+            raise machine.failed(f"{argv[0]} did not end in {timeout:.0f} s", ended=False) from None
 
     def capture(self, argv: Sequence[str], **options: Any) -> Completed:
         """Run a command as ``run`` does and keep its output."""

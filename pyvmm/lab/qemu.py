@@ -27,6 +27,7 @@ PROGRAM = "qemu-system-aarch64"
 INSTALL = "apt install qemu-system-arm"
 OLDEST = (7, 2)  # Debian 12's; older ones are not known to run a pKVM host
 CONSOLE_BYTES = 64 * 1024
+ENDING_SECONDS = 5.0  # from QEMU's closing the channel to its end
 
 MODES = {
     "protected": ("cortex-a72", "kvm-arm.mode=protected"),
@@ -182,9 +183,15 @@ class Machine:
         """Give the console's last 64 KiB."""
         return b"".join(list(self._console)).decode(errors="replace").replace("\r", "")
 
-    def failed(self, what: str, *, hint: str | None = None) -> LabError:
-        """Give the error that tells this machine's story; it is stopped first, so that the story is whole."""
-        status = self._process.poll()
+    def failed(self, what: str, *, ended: bool, hint: str | None = None) -> LabError:
+        """Give the error that tells this machine's story; it is stopped first, so that the story is whole.
+
+        ``ended`` says that the machine has left the channel by itself: how QEMU ended then belongs to the story.
+        """
+        status = None
+        if ended:
+            with suppress(subprocess.TimeoutExpired):
+                status = self._process.wait(ENDING_SECONDS)
         self.stop()
         if status is not None and status < 0:
             what += f" (QEMU was killed by signal {-status})"

@@ -142,7 +142,11 @@ class Pump:
             raise ChannelClosedError from error
         if not data:
             raise ChannelClosedError
-        for kind, payload in self._unpacker.feed(data):
+        try:
+            arrived = self._unpacker.feed(data)
+        except ValueError as error:
+            raise ChannelClosedError from error
+        for kind, payload in arrived:
             if kind == frames.EXIT:
                 return payload[0]
             if kind == frames.CREDIT:

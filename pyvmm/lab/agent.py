@@ -16,7 +16,7 @@ from pyvmm.lab import frames
 
 CHUNK = 32 * 1024
 DRAIN_SECONDS = 2.0
-SELF_HOLDING = ("/root", "/home")
+MAY_BE_HIDDEN = ("/root", "/home")
 """Directories of the lab's own that a share may hide."""
 
 
@@ -88,7 +88,7 @@ def mount(tag: str, target: str, options: str) -> str:
     try:
         os.makedirs(target, exist_ok=True)
         inside_a_share = os.stat(target).st_dev != os.stat("/").st_dev
-        if not inside_a_share and target not in SELF_HOLDING and os.listdir(target):
+        if not inside_a_share and target not in MAY_BE_HIDDEN and os.listdir(target):
             return f"{target} is the lab's own directory"
     except OSError as error:
         return f"{target}: {error.strerror}"

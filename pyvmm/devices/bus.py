@@ -5,12 +5,15 @@ Built once before the first run. Overlaps are refused by name. C finds the range
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 from pyvmm.errors import UsageError, hex_
+
+D = TypeVar("D", bound=Device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,14 @@ class Bus:
         self.placed: list[Placed] = []
         self._by_index: list[tuple[Device, int]] = []
         self._keep: list[Any] = []
+        self._devices = contextlib.ExitStack()
 
-    def add(self, device: Device, base: int) -> None:
-        """Place ``device`` at ``base``. Raises UsageError where it would overlap another."""
+    def add(self, device: D, base: int) -> D:
+        """Place ``device``, which is the bus's to close from now on, at ``base``, and return it.
+
+        Raises UsageError where it would overlap another.
+        """
+        self._devices.callback(device.close)
         new = Placed(device, base)
         for other in self.placed:
             if new.base < other.end and other.base < new.end:
@@ -46,6 +54,7 @@ class Bus:
                 )
         self.placed.append(new)
         self.placed.sort(key=lambda p: p.base)
+        return device
 
     def publish(self) -> None:
         """Give the loop its table; call when the last device has been added."""
@@ -78,6 +87,5 @@ class Bus:
     def close(self) -> None:
         """Close every device. The loop must have left."""
         lib.pv_publish_bus(self._vm, ffi.NULL)
-        for placed in self.placed:
-            placed.device.close()
+        self._devices.close()
         self.placed, self._by_index, self._keep = [], [], []

@@ -22,7 +22,7 @@ MASK = (1 << 64) - 1
 
 
 class MachineGone(PyvmmError):
-    """The machine stopped before the guest answered."""
+    """The guest will not answer: it, or the whole machine, has stopped or forgotten the order."""
 
 
 class Mailboxes(Device):
@@ -78,6 +78,9 @@ class Mailboxes(Device):
         box = self._boxes[vcpu]
         if box.state == lib.PV_MAILBOX_DONE:
             self._answer(vcpu, box)
+        elif (dropped := self._current[vcpu]) is not None:
+            self._current[vcpu] = None
+            dropped.set_exception(MachineGone(f"vCPU {vcpu} asked for its next order without answering the last"))
         with self._changed:
             while not self._waiting[vcpu]:
                 if leave():

@@ -4,8 +4,8 @@ Owns ``struct pv_pl011`` with both FIFOs, an eventfd and up to two threads: one 
 descriptor, one feeds what arrives on another to the guest. Neither descriptor is closed here.
 
 Output waits up to ``LINGER`` seconds for more before it is written, so that a line costs one wake-up, not one a byte;
-when the FIFO is full the vCPU waits until it is drained (:meth:`Pl011.drain`), so nothing is lost and a flood costs
-the guest, not the host's memory.
+when the FIFO is full the vCPU waits for room (:meth:`Pl011.wait_for_room`), so nothing is lost and a flood costs the
+guest, not the host's memory. Only the console's own thread ever waits for a reader: a vCPU can always be stopped.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
+from pyvmm.log import get_logger
+
+log = get_logger("console")
 
 LINGER = 0.01
+PATIENCE = 1.0
 TX_BYTES = 1 << 12
 RX_BYTES = 1 << 10
 
@@ -36,12 +42,20 @@ class Pl011(Device):
         self.state = self._uart = ffi.new("struct pv_pl011 *")
         self._buffers = [self._fifo(self._uart.tx, TX_BYTES), self._fifo(self._uart.rx, RX_BYTES)]
         self._uart.irq_fd = -1
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        except OSError:
+            os.close(self._stop_read)
+            os.close(self._stop_write)
+            raise
         self._uart.tx.wake_fd = self._wake
         self._draining = threading.Lock()
         self._chunk = ffi.new("uint8_t[]", TX_BYTES)
+        self._room = threading.Condition()
+        self._hurry = threading.Event()
         self._closing = threading.Event()
+        self._give_up_at: float | None = None
         self._broken: OSError | None = None
         self._threads: list[threading.Thread] = []
 
@@ -58,33 +72,54 @@ class Pl011(Device):
             jobs.append(("pyvmm-console-in", self._read_loop))
         for name, job in jobs:
             thread = threading.Thread(target=job, name=name, daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
-    def drain(self) -> int:
-        """Write out what the guest has printed; returns the bytes taken. Any thread."""
+    def wait_for_room(self, leave: Callable[[], bool]) -> None:
+        """Wait until the guest can print on, or ``leave()`` is true; for a vCPU whose transmit FIFO is full."""
+        fifo = self._uart.tx
+        self._hurry.set()
+        with self._room:
+            while (fifo.head - fifo.tail) % (1 << 32) >= fifo.size and not leave():
+                self._room.wait()
+
+    def wake(self) -> None:
+        """Make every vCPU that waits for room ask ``leave()`` again."""
+        with self._room:
+            self._room.notify_all()
+
+    def drain(self) -> None:
+        """Write out what the guest has printed, waiting for the reader unless aborted."""
         with self._draining:
-            taken = 0
             while n := lib.pv_fifo_read(ffi.addressof(self._uart, "tx"), self._chunk, TX_BYTES):
-                taken += n
+                self.wake()
                 self._put(memoryview(ffi.buffer(self._chunk, n)))
-            return taken
 
     def _put(self, data: memoryview) -> None:
-        poll = select.poll()
-        if self._out is not None:
-            poll.register(self._out, select.POLLOUT)
-        poll.register(self._stop_read, select.POLLIN)
-        while data and self._out is not None and self._broken is None:
-            ready = dict(poll.poll())
-            if self._stop_read in ready and self._out not in ready:
-                return
+        out = self._out
+        while data and out is not None and self._broken is None and self._writable(out):
             try:
                 # POLLOUT promises room for PIPE_BUF bytes; more could block where no stop would be heard.
-                data = data[os.write(self._out, data[: select.PIPE_BUF]) :]
+                data = data[os.write(out, data[: select.PIPE_BUF]) :]
+            except BlockingIOError:
+                continue  # another writer was quicker
             except OSError as error:
-                # Whoever read the console has gone. The guest goes on; the run's outcome is not the reader's business.
+                # The guest goes on: what becomes of its output is not its business, but it is the user's.
                 self._broken = error
+                if not isinstance(error, BrokenPipeError):
+                    log.error("console_output_lost", error=error.strerror, fd=out)
+
+    def _writable(self, out: int) -> bool:
+        """Wait for the reader: for ever, or once aborted until its patience is over."""
+        poll = select.poll()
+        poll.register(out, select.POLLOUT)
+        if self._give_up_at is None:
+            poll.register(self._stop_read, select.POLLIN)
+            if out in dict(poll.poll()):
+                return True
+            poll.unregister(self._stop_read)
+        left = (self._give_up_at or 0) - time.monotonic()
+        return bool(poll.poll(max(left, 0) * 1000))
 
     def _write_loop(self) -> None:
         poll = select.poll()
@@ -93,7 +128,8 @@ class Pl011(Device):
             if lib.pv_fifo_arm(ffi.addressof(self._uart, "tx")):
                 poll.poll()
                 os.eventfd_read(self._wake)
-            self._closing.wait(LINGER)
+            self._hurry.wait(LINGER)
+            self._hurry.clear()
             self.drain()
 
     def _read_loop(self) -> None:
@@ -125,9 +161,9 @@ class Pl011(Device):
                 self._closing.wait(LINGER)
 
     def abort(self) -> None:
-        """Stop waiting for whoever reads the console: what cannot be written at once from now on is lost."""
-        if self._wake >= 0:
-            self._closing.set()
+        """Stop waiting for whoever reads the console: what it does not take within ``PATIENCE`` seconds is lost."""
+        if self._wake >= 0 and self._give_up_at is None:
+            self._give_up_at = time.monotonic() + PATIENCE
             os.write(self._stop_write, b"x")
 
     def close(self) -> None:
@@ -135,6 +171,7 @@ class Pl011(Device):
         if self._wake < 0:
             return
         self._closing.set()
+        self._hurry.set()
         os.eventfd_write(self._wake, 1)
         self._join("pyvmm-console-out")
         self.drain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 from pyvmm.errors import UsageError, hex_
@@ -50,12 +51,23 @@ class MachineConfig:
             )
         if self.backing not in BACKINGS:
             raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")
-        if self.deadline is not None and not self.deadline > 0:
-            raise UsageError(f"a deadline of {self.deadline} seconds: it must be more than 0")
+        if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
+            most = f"{threading.TIMEOUT_MAX:.0f}"
+            raise UsageError(f"a deadline of {self.deadline} seconds: it must be more than 0, and {most} at most")
         if self.backing == "private" and self.memory <= layout.PRIVATE_BOOT:
             raise UsageError(
                 f"{self.memory // layout.MIB} MiB of memory with the private backing: the first "
                 f"{layout.PRIVATE_BOOT // layout.MIB} MiB are a memfd, for what is loaded, so more than that is needed"
+            )
+        if (
+            self.backing == "private"
+            and self.protection is Protection.EMULATED
+            and self.conversion is not Conversion.COPY
+        ):
+            raise UsageError(
+                f"the private backing with conversion policy {self.conversion.name.lower()}: the host cannot touch "
+                "these pages even when the guest shares them",
+                hint="use --conversion copy, which puts a shared page into a memfd",
             )
         if self.conversion is not Conversion.PRESERVE and self.protection is not Protection.EMULATED:
             raise UsageError(

@@ -62,6 +62,7 @@ class Machine:
         config.check()
         self.config = config
         self._unclaimed = unclaimed
+        self._memory_stack = contextlib.ExitStack()
         self._stack = contextlib.ExitStack()
         self._done = threading.Event()
         self._ending = threading.Lock()
@@ -105,8 +106,7 @@ class Machine:
         if config.protection is Protection.EMULATED:
             for function, count in FORWARDED:
                 self.vm.forward_smccc(function, count)
-        # Memory outlives the VM: the stack unwinds from its end, so it is closed by hand in close().
-        self.memory = Memory(self.vm, config.protection, self.native)
+        self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native))
         loadable = self._add_ram()
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
@@ -169,15 +169,12 @@ class Machine:
     def _place_devices(self) -> None:
         config = self.config
         self.bus = Bus(self.native)
-        self.console = Pl011(config.serial_out, config.serial_in)
-        self.mailboxes = Mailboxes(config.cpus)
-        self.echo = Echo(self.memory, self.relay)
-        self.bench = Bench()
-        self.bus.add(self.console, layout.PL011.start)
+        self._stack.callback(self.bus.close)
+        self.console = self.bus.add(Pl011(config.serial_out, config.serial_in), layout.PL011.start)
         self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
-        self.bus.add(self.echo, layout.ECHO.start)
-        self.bus.add(self.mailboxes, layout.MAILBOX.start)
-        self.bus.add(self.bench, layout.BENCH.start)
+        self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
+        self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
+        self.bench = self.bus.add(Bench(), layout.BENCH.start)
         self.bus.publish()
 
     def _make_threads(self) -> None:
@@ -188,7 +185,12 @@ class Machine:
                 console=self.console, mailboxes=self.mailboxes, finish=self._finish,
                 wanted=self._wanted(vcpu.index), unclaimed=self._unclaimed,
             )  # fmt: skip
-            self._threads.append(VcpuThread(native, cold.handle, self._failed, self.mailboxes.wake))
+            self._threads.append(VcpuThread(native, cold.handle, self._failed, self._wake))
+        self._stack.callback(self._leave)
+
+    def _wake(self) -> None:
+        self.mailboxes.wake()
+        self.console.wake()
 
     def _wanted(self, index: int) -> Callable[[], bool]:
         return lambda: self._threads[index].wanted
@@ -214,7 +216,7 @@ class Machine:
     def start(self) -> None:
         """Seal memory and let every vCPU go. Raises HostError where a protected guest could not lock its memory."""
         if self.config.protection is Protection.PKVM:
-            require_memlock(self.config.memory)
+            require_memlock(sum(slot.size for slot in self.memory.slots))
         self.memory.seal()
         self.console.start()
         log.info(
@@ -228,6 +230,7 @@ class Machine:
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the run's end; after ``timeout`` seconds end it as past its deadline."""
         if not self._done.wait(timeout):
+            self.console.abort()
             self._finish(Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s"))
         self._stop_threads()
         self.console.drain()
@@ -241,12 +244,14 @@ class Machine:
         return outcome
 
     def stop(self, reason: str = "stopped") -> None:
-        """End the run from outside, from any thread; what the console's reader does not take is lost."""
+        """End the run from outside, from any thread; what the console's reader does not take at once is lost."""
         self.console.abort()
         self._finish(Outcome(Ending.INTERRUPTED, reason))
 
     def pause(self) -> None:
-        """Take every vCPU out of the guest and return when all are."""
+        """Stop every vCPU, in the guest or in a device, and return when all are. Not from a vCPU's own thread."""
+        if any(thread.is_current for thread in self._threads):
+            raise PyvmmError("a vCPU's own thread cannot pause the machine: it would wait for itself")
         for thread in self._threads:
             thread.pause()
         for thread in self._threads:
@@ -304,26 +309,26 @@ class Machine:
             thread.join()
 
     def _abandon_orders(self) -> None:
-        self.mailboxes.abandon(self._outcome.reason if self._outcome else "the machine was closed")
+        self.mailboxes.abandon(self._outcome.reason if self._outcome else "the machine stopped")
 
     # -- teardown
 
-    def close_vm(self) -> None:
-        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back."""
+    def _leave(self) -> None:
+        if self._outcome is None:
+            self.stop("the machine was closed")
         self._stop_threads()
         # A kick writes to the vCPU's run area, which goes with the vCPU.
         self._threads.clear()
-        if hasattr(self, "mailboxes"):
-            self._abandon_orders()
-        if hasattr(self, "bus"):
-            self.bus.close()
+        self._abandon_orders()
+
+    def close_vm(self) -> None:
+        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back."""
         self._stack.close()
 
     def close(self) -> None:
         """Give everything back: threads, devices, descriptors, mappings. Safe at any time, more than once."""
-        self.close_vm()
-        if hasattr(self, "memory"):
-            self.memory.close()
+        with self._memory_stack:
+            self.close_vm()
 
 
 _NATIVE_PROTECTION = {

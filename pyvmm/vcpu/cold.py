@@ -59,7 +59,7 @@ class ColdExits:
             case lib.PV_STOP_MAILBOX:
                 return self._mailbox()
             case lib.PV_STOP_FIFO:
-                self.console.drain()
+                self.console.wait_for_room(self.wanted)
                 return True
             case lib.PV_STOP_SHARE:
                 self._share()
@@ -72,7 +72,10 @@ class ColdExits:
             case lib.PV_STOP_SYSTEM:
                 return self._system_event()
             case lib.PV_STOP_FAILED:
-                return self._end(explain(self.vcpu, self.native, self.memory))
+                why = explain(self.vcpu, self.native, self.memory)
+                return self._end(why) if isinstance(why, Outcome) else self.handle(why)
+            case lib.PV_STOP_KICK:
+                return True
             case _:
                 return self._end(self._unexpected(stop))
 

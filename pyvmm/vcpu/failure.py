@@ -27,8 +27,11 @@ EHWPOISON = 133
 """include/uapi/asm-generic/errno.h; Python's errno module has no name for it."""
 
 
-def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome:
-    """Say why KVM_RUN of ``vcpu`` failed, as the outcome of the run."""
+def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome | int:
+    """Say why KVM_RUN of ``vcpu`` failed, as the outcome of the run.
+
+    Asking may show that the failure has passed: then the enum pv_stop that the vCPU came to instead is returned.
+    """
     index, number = native.index, native.error
     name = errno.errorcode.get(number, str(number))
     prefix = f"KVM_RUN(vcpu={index}): {name}"
@@ -61,9 +64,12 @@ def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome:
             return Outcome(Ending.FAILED, f"{prefix}: {os.strerror(number)} ({where})", index)
 
 
-def _efault(native: Any, memory: Memory, prefix: str, where: str) -> Outcome:
+def _efault(native: Any, memory: Memory, prefix: str, where: str) -> Outcome | int:
     index = native.index
-    gpa, why_not = guest_fault(lambda: lib.pv_run(native))
+    stops: list[int] = []
+    gpa, why_not = guest_fault(lambda: stops.append(lib.pv_run(native)))
+    if stops and not (stops[0] == lib.PV_STOP_FAILED and native.failure == lib.PV_FAIL_EFAULT):
+        return stops[0]
     if gpa is None:
         at = f"some page ({why_not})"
     else:

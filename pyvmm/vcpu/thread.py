@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyvmm._native import lib
+from pyvmm.errors import PyvmmError
 
 
 class VcpuThread:
@@ -50,7 +51,9 @@ class VcpuThread:
         self._want(pauses=1)
 
     def resume(self) -> None:
-        """Let a paused vCPU go on."""
+        """Let a paused vCPU go on. Raises PyvmmError when it was not paused."""
+        if self._pauses <= 0:
+            raise PyvmmError(f"vCPU {self.native.index} is not paused: there is nothing to resume")
         self._want(pauses=-1)
 
     def stop(self) -> None:
@@ -114,7 +117,7 @@ class VcpuThread:
                 unkick(native)
                 if self._stopping:
                     return False
-                if self._pauses:
+                if self._pauses > 0:
                     return True
             elif not handle(stop):
                 return False
@@ -123,5 +126,5 @@ class VcpuThread:
         with self._changed:
             self._paused = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._stopping or not self._pauses)
+            self._changed.wait_for(lambda: self._stopping or self._pauses <= 0)
             self._paused = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +52,9 @@ def _print(uart: Any, text: bytes) -> None:
     for byte in text:
         fifo.data[fifo.head % fifo.size] = byte
         fifo.head += 1
+        if fifo.armed:
+            fifo.armed = 0
+            os.eventfd_write(fifo.wake_fd, 1)
 
 
 def test_console_output_arrives_whole_and_in_order() -> None:
@@ -67,20 +72,70 @@ def test_console_output_arrives_whole_and_in_order() -> None:
     assert got == text
 
 
-def test_a_reader_that_never_reads_does_not_hold_up_an_aborted_console() -> None:
+def test_a_full_console_holds_its_guest_until_there_is_room_and_loses_nothing() -> None:
     reader, writer = os.pipe()
     console = Pl011(out=writer)
     console.start()
-    for _ in range(8):
-        _print(console.state, b"x" * 16000)
-        console._uart.tx.tail = console._uart.tx.tail  # the FIFO is as full as a flood leaves it
-        time.sleep(0.002)
+    text = bytes(range(256)) * 1024  # more than FIFO and pipe together take
+    printed = threading.Event()
+
+    def guest() -> None:
+        for byte in text:
+            while console.state.tx.head - console.state.tx.tail >= console.state.tx.size:
+                console.wait_for_room(lambda: False)
+            _print(console.state, bytes([byte]))
+        printed.set()
+
+    threading.Thread(target=guest, daemon=True).start()
+    assert not printed.wait(0.3)  # nobody reads yet
+    got = b""
+    while len(got) < len(text):
+        got += os.read(reader, 1 << 16)
+    assert printed.wait(5)
+    assert got == text
+    console.close()
+    os.close(writer)
+    os.close(reader)
+
+
+def test_a_guest_that_waits_for_a_reader_can_be_told_to_leave() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x" * 4096):
+            pass
+    console = Pl011(out=writer)
+    console.start()
+    leave = threading.Event()
+
+    def guest() -> None:
+        while not leave.is_set():
+            _print(console.state, b"x" * (console.state.tx.size - (console.state.tx.head - console.state.tx.tail)))
+            console.wait_for_room(leave.is_set)
+
+    waiting = threading.Thread(target=guest, daemon=True)
+    waiting.start()
+    time.sleep(0.1)
+    assert waiting.is_alive()
+    leave.set()
+    console.wake()
+    waiting.join(5)
+    assert not waiting.is_alive()
     started = time.monotonic()
     console.abort()
     console.close()
     assert time.monotonic() - started < 5
     os.close(reader)
     os.close(writer)
+
+
+def test_output_that_cannot_be_written_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        console = Pl011(out=full.fileno())
+        console.start()
+        _print(console.state, b"into the void")
+        console.close()
+    assert "console_output_lost" in capsys.readouterr().err
 
 
 def test_a_closed_reader_does_not_end_the_run() -> None:

@@ -86,3 +86,14 @@ def test_more_than_seven_arguments_are_refused() -> None:
 def test_a_vcpu_asked_to_leave_stops_waiting() -> None:
     boxes = Mailboxes(1)
     Guest(boxes).leave()
+
+
+def test_an_order_the_guest_forgets_is_not_waited_for() -> None:
+    boxes = Mailboxes(1)
+    first, second = boxes.submit(0, 1), boxes.submit(0, 2)
+    boxes.serve(0, lambda: False)
+    boxes.state[0].state = lib.PV_MAILBOX_BUSY
+    boxes.serve(0, lambda: False)  # it asks for the next order, and never said DONE
+    with pytest.raises(MachineGone, match="without answering"):
+        first.result(1)
+    assert not second.done()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from pyvmm._native import ffi, lib
+from pyvmm.errors import PyvmmError
 from pyvmm.vcpu.thread import VcpuThread
 
 
@@ -106,4 +107,33 @@ def test_hundreds_of_requests_from_other_threads_lose_none() -> None:
     pesterer.join(30)
     assert not pesterer.is_alive()
     vcpu.thread.stop()
+    assert vcpu.thread.join(5)
+
+
+def test_a_resume_without_a_pause_is_refused() -> None:
+    vcpu = Vcpu(lambda _: True)
+    vcpu.thread.start()
+    with pytest.raises(PyvmmError, match="not paused"):
+        vcpu.thread.resume()
+    vcpu.thread.pause()
+    assert vcpu.thread.wait_paused(5)
+    vcpu.thread.resume()
+    vcpu.thread.stop()
+    assert vcpu.thread.join(5)
+
+
+def test_a_vcpu_in_a_handler_is_outside_the_guest_though_not_paused() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def handle(_: int) -> bool:
+        entered.set()
+        return not leave.wait(5)
+
+    vcpu = Vcpu(handle)
+    vcpu.thread.start()
+    assert entered.wait(5)
+    vcpu.thread.pause()
+    vcpu.thread.wait_outside()
+    assert not vcpu.thread.wait_paused(0.05)
+    leave.set()
     assert vcpu.thread.join(5)

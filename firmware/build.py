@@ -1,4 +1,4 @@
-"""Build the payloads: firmware/payloads/NAME.c to pyvmm/guest/payloads/NAME.bin, and the manifest beside them.
+"""Build the payloads: firmware/payloads/NAME.c to pyvmm/payloads/NAME.bin, and the manifest beside them.
 
 Run as ``python firmware/build.py``; the tests import it. Standard library only. The same compiler gives the same
 bytes anywhere: no paths, dates or build ids get in. Each payload is linked at two addresses, and the two must be
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OUT = HERE.parent / "pyvmm" / "guest" / "payloads"
+OUT = HERE.parent / "pyvmm" / "payloads"
 MANIFEST = "manifest.json"
 
 COMPILE = [

@@ -1,1 +1,1 @@
-"""Handles on pyvmm's own payloads: what they are called, the ABI they speak, and the puppet."""
+"""Python handles on a running payload: the puppet."""

@@ -104,7 +104,7 @@ def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT
     UsageError for a file that is missing, unreadable, not a file, empty, damaged, or for another machine.
     """
     if kernel.startswith(PAYLOAD):
-        from pyvmm.guest.payloads import memory_of, payload
+        from pyvmm.payloads import memory_of, payload
 
         name = kernel.removeprefix(PAYLOAD)
         image = _flat(payload(name), kernel, memory_of(name))
@@ -166,7 +166,7 @@ def _read_file(path: str, what: str, room: int) -> bytes:
 
 
 def _missing_hint(path: str, what: str) -> str | None:
-    from pyvmm.guest.payloads import names
+    from pyvmm.payloads import names
 
     if what == "kernel" and path in names():
         return f"did you mean the built-in {PAYLOAD}{path}?"

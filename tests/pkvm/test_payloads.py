@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from pyvmm.guest.payloads import payload
 from pyvmm.machine.machine import Machine
+from pyvmm.payloads import payload
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import ALL, DEADLINE, config, run

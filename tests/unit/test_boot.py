@@ -356,7 +356,7 @@ def test_reading_a_flat_binary_does_not_load_the_elf_reader():
 
 
 def test_a_payload_takes_the_memory_it_needs_beyond_its_file():
-    from pyvmm.guest import payloads
+    from pyvmm import payloads
 
     image = read("payload:hello")
     (part,) = image.segments

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from pyvmm.guest import payloads
+from pyvmm import payloads
 
 ROOT = Path(__file__).parents[2]
 FIRMWARE = ROOT / "firmware"

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from pyvmm.guest import payloads
+from pyvmm import payloads
 
 QEMU = shutil.which("qemu-system-aarch64")
 pytestmark = pytest.mark.skipif(QEMU is None, reason="qemu-system-aarch64 is not installed")

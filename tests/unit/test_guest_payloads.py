@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm import payloads
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.guest import payloads
 
 
 def test_every_binary_has_a_description_and_every_description_a_binary() -> None:

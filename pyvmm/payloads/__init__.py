@@ -1,6 +1,6 @@
 """The payloads that ship with pyvmm: flat arm64 binaries by name, built from firmware/payloads by firmware/build.py.
 
-Owns nothing but the directory ``payloads`` beside this file. Anyone may call it; files are read when asked for.
+Owns nothing but its directory. Anyone may call it; files are read when asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from pyvmm.errors import PyvmmError, UsageError
 
-DIRECTORY: Final = Path(__file__).with_name("payloads")
+DIRECTORY: Final = Path(__file__).parent
 MANIFEST: Final = DIRECTORY / "manifest.json"
 
 

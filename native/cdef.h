@@ -10,7 +10,8 @@
 
 /* ---- pages ------------------------------------------------------------------------------------------------- */
 
-/* One byte per page in a region's ledger. */
+/* One byte per page in a region's ledger. Bit 0x40 is the loop's own (PV_PAGE_MOVING of pyvmm.h): the guest is taking
+   the page back and its view is not closed yet. It stands beside PV_PAGE_PRIVATE only; readers mask it out. */
 enum pv_page {
     PV_PAGE_ABSENT, PV_PAGE_HOST, PV_PAGE_PRIVATE, PV_PAGE_SHARED, PV_PAGE_HOLE, PV_PAGE_POISONED,
     PV_PAGE_STATES,
@@ -148,7 +149,12 @@ struct pv_mailbox {
 
 /* ---- a VM -------------------------------------------------------------------------------------------------- */
 
-enum pv_source { PV_SOURCE_DOORBELL = 1, PV_SOURCE_HYPERCALL, PV_SOURCE_ACCESS, PV_SOURCE_EXIT };
+enum pv_source {
+    PV_SOURCE_DOORBELL = 1,
+    PV_SOURCE_HYPERCALL,   /* PV_EMULATED: the loop converts the page and answers */
+    PV_SOURCE_ACCESS,
+    PV_SOURCE_EXIT         /* PV_PKVM: the hypervisor has done it, and the kernel tells */
+};
 
 /* Ways KVM_RUN fails, the index of pv_vm.policy. */
 enum pv_failure {
@@ -164,7 +170,8 @@ struct pv_vm {
     uint32_t protection;     /* enum pv_protection */
     struct pv_map *map;
     struct pv_bus *bus;
-    uint32_t subscribers;    /* not 0: a share or unshare stops the loop so that Python can tell them */
+    uint32_t subscribers;    /* not 0: a share or unshare stops the loop so that Python can tell them; written by
+                                pv_subscribe() */
     uint32_t conversion;     /* enum pv_conversion */
     uint8_t policy[8];       /* enum pv_action by enum pv_failure */
     uint32_t retry_limit;    /* consecutive failures retried before stopping */
@@ -200,7 +207,7 @@ enum pv_stop {
     PV_STOP_UNCLAIMED, /* no slot and no range at gpa: as PV_STOP_MMIO, range NULL */
     PV_STOP_MAILBOX,   /* the guest waits for an order, or has trapped */
     PV_STOP_FIFO,      /* the UART's transmit FIFO is full: drain it and come back */
-    PV_STOP_SHARE,     /* tell subscribers: share_gpa, share_op, share_source; come back */
+    PV_STOP_SHARE,     /* tell subscribers: share_gpa, share_op, share_source; come back. The ledger says so already */
     PV_STOP_CONVERT,   /* PV_CONVERT_COLD: do the conversion, set share_status, come back */
     PV_STOP_HYPERCALL, /* one that is not ours: run->hypercall.nr */
     PV_STOP_SYSTEM,    /* KVM_EXIT_SYSTEM_EVENT: event, event_data */
@@ -244,6 +251,9 @@ uint32_t pv_run(struct pv_vcpu *vcpu);
 /* Put a complete table in the place of the last one, while vCPUs run; the last one stays alive until they have left. */
 void pv_publish_map(struct pv_vm *vm, struct pv_map *map);
 void pv_publish_bus(struct pv_vm *vm, struct pv_bus *bus);
+/* Sets vm->subscribers with a full barrier: a page that the ledger shows as shared afterwards is not taken back
+   without a PV_STOP_SHARE. */
+void pv_subscribe(struct pv_vm *vm, uint32_t count);
 /* Makes a running or about-to-run pv_run() return PV_STOP_KICK soon. Any thread. */
 void pv_kick(struct pv_vcpu *vcpu);
 /* Forgets a kick, in the vCPU's own thread, before it looks at why it was kicked. */
@@ -271,7 +281,8 @@ uint64_t pv_read(const struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uin
 uint64_t pv_write(const struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped);
 /* Whether one byte at gpa can be read: 1, 0, or -1 outside every region. */
 int pv_probe(const struct pv_vm *vm, uint64_t gpa);
-/* Sets the ledger's entry of a page and keeps pv_vm.pages right. Returns the old entry, or -1 outside every region. */
+/* Sets the ledger's entry of a page and keeps pv_vm.pages right. Returns the old entry, or -1 outside every region.
+   A page that is moving only becomes PV_PAGE_ABSENT: where it ends is the loop's to say. */
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
 
 /* ---- FIFOs and rings, Python's side ------------------------------------------------------------------------ */

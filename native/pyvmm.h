@@ -24,6 +24,10 @@ struct pv_memory_fault { uint64_t flags, gpa, size; };
 
 #define PV_PAGE_SIZE 4096u
 
+/* Or-ed into a ledger entry from the moment an unshare of PV_EMULATED takes it out of PV_PAGE_SHARED until the page's
+   view is closed: no other vCPU may share it in between. */
+#define PV_PAGE_MOVING 0x40
+
 /* SMCCC 1.5, section 7.1; what EL2 answers too (arch/arm64/kvm/hyp/nvhe/pkvm.c). */
 enum { SMCCC_SUCCESS = 0, SMCCC_NOT_SUPPORTED = -1, SMCCC_INVALID_PARAMETER = -3 };
 
@@ -31,7 +35,7 @@ enum { SMCCC_SUCCESS = 0, SMCCC_NOT_SUPPORTED = -1, SMCCC_INVALID_PARAMETER = -3
 enum pv_pending {
     PENDING_NONE,
     PENDING_MMIO,      /* carry out the access in kvm_run: it found no room or no order */
-    PENDING_TOLD,      /* subscribers have let go of a page: take it back */
+    PENDING_TOLD,      /* subscribers have let go of a page that is moving: close it */
     PENDING_CONVERTED  /* Python converted a page: share_status is the outcome */
 };
 

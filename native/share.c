@@ -20,6 +20,13 @@ static enum pv_page state_of(uint8_t entry)
     return entry & 7;
 }
 
+/* Whether what the guest says of a page counts: one whose slot is being removed has no future, and one that is being
+   taken back has a vCPU that sees to it. */
+static bool claimable(uint8_t entry)
+{
+    return state_of(entry) != PV_PAGE_ABSENT && !(entry & PV_PAGE_MOVING);
+}
+
 struct pv_region *pv_region_at(const struct pv_vm *vm, uint64_t gpa)
 {
     const struct pv_map *map = load_acquire(&vm->map);
@@ -43,12 +50,34 @@ void pv_publish_map(struct pv_vm *vm, struct pv_map *map)
     store_release(&vm->map, map);
 }
 
-static void count_move(struct pv_vm *vm, uint8_t old, uint8_t entry)
+void pv_subscribe(struct pv_vm *vm, uint32_t count)
 {
-    if (state_of(old) != state_of(entry)) {
-        add(&vm->pages[state_of(old)], -1);
-        add(&vm->pages[state_of(entry)], 1);
+    store(&vm->subscribers, count);
+    fence(); /* pairs with the one in listening(): either we see the page go or it sees us */
+}
+
+/* Asked after the ledger has changed. */
+static bool listening(const struct pv_vm *vm)
+{
+    fence(); /* pairs with the one in pv_subscribe() */
+    return load(&vm->subscribers) != 0;
+}
+
+/* False with what is there now in *old if it has changed. */
+static bool replace(struct pv_vm *vm, uint8_t *entry, uint8_t *old, uint8_t new)
+{
+    if (!__atomic_compare_exchange_n(entry, old, new, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        return false;
+    if (state_of(*old) != state_of(new)) {
+        add(&vm->pages[state_of(*old)], -1);
+        add(&vm->pages[state_of(new)], 1);
     }
+    return true;
+}
+
+static uint8_t *entry_of(const struct pv_region *region, uint64_t gpa)
+{
+    return &region->ledger[(gpa - region->gpa) / PV_PAGE_SIZE];
 }
 
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state)
@@ -57,26 +86,35 @@ int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state)
 
     if (!region || (state & ~PV_PAGE_ASSUMED) >= PV_PAGE_STATES)
         return -1;
-    uint8_t *entry = &region->ledger[(gpa - region->gpa) / PV_PAGE_SIZE];
-    uint8_t old = __atomic_exchange_n(entry, state, __ATOMIC_RELAXED);
-    count_move(vm, old, state);
-    return old;
+    uint8_t *entry = entry_of(region, gpa), old = load(entry);
+    while ((state_of(state) == PV_PAGE_ABSENT || !(old & PV_PAGE_MOVING)) && !replace(vm, entry, &old, state))
+        ;
+    return old & ~PV_PAGE_MOVING;
 }
 
-/* Moves a page to or from SHARED if it is not there yet. Of several vCPUs that say the same at once, one moves it. */
+/* Moves a page to or from SHARED if it is not there yet. Of several vCPUs that say the same at once, one moves it. In
+   PV_EMULATED a page that leaves SHARED is moving until settle(). */
 static bool ledger_move(struct pv_vm *vm, uint8_t *entry, bool share)
 {
     uint8_t old = load(entry), new = PV_PAGE_SHARED;
 
     if (!share)
         new = vm->protection == PV_NONE ? PV_PAGE_HOST
-            : vm->protection == PV_PKVM ? PV_PAGE_PRIVATE | PV_PAGE_ASSUMED : PV_PAGE_PRIVATE;
+            : PV_PAGE_PRIVATE | (vm->protection == PV_PKVM ? PV_PAGE_ASSUMED : PV_PAGE_MOVING);
     do {
-        if ((state_of(old) == PV_PAGE_SHARED) == share)
+        if (!claimable(old) || (state_of(old) == PV_PAGE_SHARED) == share)
             return false;
-    } while (!__atomic_compare_exchange_n(entry, &old, new, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-    count_move(vm, old, new);
+    } while (!replace(vm, entry, &old, new));
     return true;
+}
+
+/* Ends a move: the page is the guest's, or could not be closed. Its slot may have gone meanwhile. */
+static void settle(struct pv_vm *vm, uint8_t *entry, int32_t status)
+{
+    uint8_t old = load(entry);
+
+    while (old & PV_PAGE_MOVING && !replace(vm, entry, &old, status ? PV_PAGE_SHARED : PV_PAGE_PRIVATE))
+        ;
 }
 
 static void record(struct pv_vcpu *vcpu, int32_t status)
@@ -92,7 +130,8 @@ static void record(struct pv_vcpu *vcpu, int32_t status)
               vcpu->share_gpa, (uint64_t)(int64_t)status);
 }
 
-/* What the guest says of a page, before anything is believed of it: its ledger entry, or NULL if there is none. */
+/* What the guest says of a page, before anything is believed of it: its ledger entry, or NULL if there is none. Whether
+   it is claimable() the caller asks. */
 static uint8_t *claim(struct pv_vcpu *vcpu, uint64_t gpa, bool share, enum pv_source source, struct pv_region **region)
 {
     vcpu->share_gpa = gpa;
@@ -101,7 +140,16 @@ static uint8_t *claim(struct pv_vcpu *vcpu, uint64_t gpa, bool share, enum pv_so
     if (!vcpu->left_ns) /* not timed: subscribers still want to know when */
         vcpu->left_ns = pv_now();
     *region = gpa % PV_PAGE_SIZE ? NULL : pv_region_at(vcpu->vm, gpa);
-    return *region ? &(*region)->ledger[(gpa - (*region)->gpa) / PV_PAGE_SIZE] : NULL;
+    return *region ? entry_of(*region, gpa) : NULL;
+}
+
+/* Enters what has happened, and says whether Python must tell of it before the guest goes on. */
+static uint32_t announce(struct pv_vcpu *vcpu, uint8_t *entry, bool share)
+{
+    if (!ledger_move(vcpu->vm, entry, share))
+        return PV_STOP_NONE;
+    record(vcpu, SMCCC_SUCCESS);
+    return listening(vcpu->vm) ? PV_STOP_SHARE : PV_STOP_NONE;
 }
 
 /* ---- the share doorbell ------------------------------------------------------------------------------------ */
@@ -117,7 +165,7 @@ uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value)
     uint8_t *entry = claim(vcpu, value - op, share, PV_SOURCE_DOORBELL, &region);
     int32_t status = SMCCC_SUCCESS;
 
-    if (vcpu->size != 8 || vcpu->offset != 0 || (op != SHARE && op != UNSHARE) || !entry)
+    if (vcpu->size != 8 || vcpu->offset != 0 || (op != SHARE && op != UNSHARE) || !entry || !claimable(load(entry)))
         status = SMCCC_INVALID_PARAMETER;
     else if (vm->protection == PV_EMULATED)
         status = state_of(load(entry)) == PV_PAGE_SHARED ? SMCCC_SUCCESS : SMCCC_NOT_SUPPORTED;
@@ -129,10 +177,7 @@ uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value)
         return PV_STOP_NONE;
     }
     vcpu->share_status = status;
-    if (vm->protection == PV_EMULATED || !ledger_move(vm, entry, share))
-        return PV_STOP_NONE;
-    record(vcpu, status);
-    return load(&vm->subscribers) ? PV_STOP_SHARE : PV_STOP_NONE;
+    return vm->protection == PV_EMULATED ? PV_STOP_NONE : announce(vcpu, entry, share);
 }
 
 /* ---- conversions of PV_EMULATED ---------------------------------------------------------------------------- */
@@ -150,7 +195,9 @@ int pv_punch(struct pv_vm *vm, uint64_t gpa)
     /* A protected guest keeps the page it was given: host and guest would see two different ones from then on. */
     if (!region || vm->protection == PV_PKVM || punch(region, (gpa - region->gpa) & ~(uint64_t)(PV_PAGE_SIZE - 1)))
         return -1;
-    pv_ledger_set(vm, gpa, PV_PAGE_HOLE);
+    uint8_t *entry = entry_of(region, gpa), old = load(entry);
+    while (claimable(old) && !replace(vm, entry, &old, PV_PAGE_HOLE))
+        ;
     return 0;
 }
 
@@ -216,17 +263,17 @@ static uint32_t finish(struct pv_vcpu *vcpu, int32_t status)
 
     record(vcpu, status);
     stop = answer(vcpu, (uint64_t)(int64_t)status);
-    if (stop == PV_STOP_NONE && status == SMCCC_SUCCESS && vcpu->share_op && load(&vcpu->vm->subscribers))
+    if (stop == PV_STOP_NONE && status == SMCCC_SUCCESS && vcpu->share_op && listening(vcpu->vm))
         stop = PV_STOP_SHARE;
     return stop;
 }
 
-static bool movable(uint8_t entry, bool share)
+static bool sharable(uint8_t entry)
 {
-    return (state_of(entry) == PV_PAGE_SHARED) != share && state_of(entry) != PV_PAGE_POISONED;
+    return claimable(entry) && state_of(entry) != PV_PAGE_SHARED && state_of(entry) != PV_PAGE_POISONED;
 }
 
-/* Other vCPUs may have moved the page since it was claimed. */
+/* Other vCPUs may have shared the page since it was claimed, and its slot may have gone; one that is moving is ours. */
 static uint32_t apply(struct pv_vcpu *vcpu, bool converted)
 {
     struct pv_vm *vm = vcpu->vm;
@@ -236,10 +283,12 @@ static uint32_t apply(struct pv_vcpu *vcpu, bool converted)
     int32_t status = SMCCC_INVALID_PARAMETER;
 
     pv_lock(&vm->converting);
-    if (entry && movable(load(entry), share))
+    if (entry && (share ? sharable(load(entry)) : load(entry) & PV_PAGE_MOVING))
         status = converted ? vcpu->share_status : convert(vm, region, vcpu->share_gpa - region->gpa, share);
-    if (status == SMCCC_SUCCESS)
-        ledger_move(vm, entry, share);
+    if (entry && !share)
+        settle(vm, entry, status);
+    else if (status == SMCCC_SUCCESS && !ledger_move(vm, entry, true))
+        status = SMCCC_INVALID_PARAMETER;
     pv_unlock(&vm->converting);
     return finish(vcpu, status);
 }
@@ -258,7 +307,8 @@ uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending)
 }
 
 /* x1 = page, x2 = x3 = 0, one page at a time: Documentation/virt/kvm/arm/hypercalls.rst. Refusing what EL2 refuses is
-   why x2 and x3 are read, at an ioctl each. */
+   why x2 and x3 are read, at an ioctl each. A page shared is converted, entered and told of; one taken back is entered,
+   told of and converted: who looks at the ledger after subscribing sees that it goes, or hears of it. */
 static uint32_t share_call(struct pv_vcpu *vcpu, bool share)
 {
     uint64_t x1, x2, x3;
@@ -266,15 +316,29 @@ static uint32_t share_call(struct pv_vcpu *vcpu, bool share)
 
     if (!get_x(vcpu, 1, &x1) || !get_x(vcpu, 2, &x2) || !get_x(vcpu, 3, &x3))
         return give_up(vcpu);
-    const uint8_t *entry = claim(vcpu, x1, share, PV_SOURCE_HYPERCALL, &region);
-    if (x2 || x3 || !entry || !movable(load(entry), share))
+    uint8_t *entry = claim(vcpu, x1, share, PV_SOURCE_HYPERCALL, &region);
+    if (x2 || x3 || !entry || !(share ? sharable(load(entry)) : ledger_move(vcpu->vm, entry, false)))
         return finish(vcpu, SMCCC_INVALID_PARAMETER);
-    if (!share && load(&vcpu->vm->subscribers)) {
+    if (!share && listening(vcpu->vm)) {
         vcpu->share_status = SMCCC_SUCCESS;
         vcpu->share_pending = PENDING_TOLD;
         return PV_STOP_SHARE;
     }
     return change(vcpu);
+}
+
+/* A kernel with Android's patches exits once the hypervisor has moved a page and answered the guest. No kernel we could
+   run does this: only the tests' fake one has. */
+static uint32_t share_exit(struct pv_vcpu *vcpu, bool share)
+{
+    const struct kvm_run *run = vcpu->run;
+    struct pv_region *region;
+    uint8_t *entry = claim(vcpu, run->hypercall.args[0], share, PV_SOURCE_EXIT, &region);
+
+    if (entry && claimable(load(entry)))
+        return announce(vcpu, entry, share);
+    record(vcpu, SMCCC_INVALID_PARAMETER);
+    return PV_STOP_NONE;
 }
 
 uint32_t pv_hypercall(struct pv_vcpu *vcpu)
@@ -283,6 +347,8 @@ uint32_t pv_hypercall(struct pv_vcpu *vcpu)
     uint64_t x1, x2, x3;
 
     vcpu->value = run->hypercall.nr;
+    if (vcpu->vm->protection == PV_PKVM && (vcpu->value == HVC_SHARE || vcpu->value == HVC_UNSHARE))
+        return share_exit(vcpu, vcpu->value == HVC_SHARE);
     if (vcpu->vm->protection != PV_EMULATED)
         return PV_STOP_HYPERCALL;
     switch (vcpu->value) {

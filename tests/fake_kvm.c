@@ -69,6 +69,7 @@ static int enter(struct fake_vcpu *vcpu)
         break;
     case KVM_EXIT_HYPERCALL:
         run->hypercall.nr = exit->nr;
+        run->hypercall.args[0] = exit->gpa;
         memcpy(vcpu->x, exit->x, sizeof(vcpu->x));
         break;
     case KVM_EXIT_SYSTEM_EVENT:

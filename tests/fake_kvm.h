@@ -2,7 +2,7 @@
 struct fake_exit {
     int32_t error;          /* not 0: KVM_RUN fails with it */
     uint32_t exit_reason;
-    uint64_t gpa, data;     /* of an MMIO; of a memory fault: gpa, size */
+    uint64_t gpa, data;     /* of an MMIO; of a memory fault: gpa, size; of a hypercall: args[0] */
     uint32_t len, is_write;
     uint64_t nr;            /* of a hypercall; of a system event: its type */
     uint64_t x[4];          /* registers at a hypercall */

@@ -20,6 +20,9 @@ from native import build
 HERE = Path(__file__).resolve().parent
 _libc = ctypes.CDLL(None, use_errno=True)
 
+MOVING = 0x40
+"""PV_PAGE_MOVING of native/pyvmm.h."""
+
 EXIT_MMIO, EXIT_HYPERCALL, EXIT_DEBUG, EXIT_HLT, EXIT_SYSTEM, EXIT_MEMORY_FAULT = 6, 3, 4, 5, 24, 39
 
 
@@ -97,6 +100,11 @@ class Rig:
         value = getattr(self.lib, f"PV_PAGE_{state}") | (0x80 if assumed else 0)
         self.lib.pv_ledger_set(self.vm, self.RAM + page * 4096, value)
 
+    def move(self, page: int) -> None:
+        """Make a page look as if another vCPU were taking it back (emulated)."""
+        self.state(page, "PRIVATE")
+        self.ledger[page] |= MOVING
+
     def close_view(self, page: int, pages: int = 1) -> None:
         """Make pages unreadable for the host."""
         if _libc.mprotect(ctypes.c_void_p(self.view + page * 4096), pages * 4096, 0):
@@ -167,9 +175,9 @@ def load(gpa: int, size: int = 8) -> dict[str, Any]:
     return {"exit_reason": EXIT_MMIO, "gpa": gpa, "len": size}
 
 
-def hypercall(nr: int, *x: int) -> dict[str, Any]:
-    """A forwarded hypercall with x1, x2, x3."""
-    return {"exit_reason": EXIT_HYPERCALL, "nr": nr, "x": [nr, *x, *[0] * (3 - len(x))]}
+def hypercall(nr: int, *x: int, told: int = 0) -> dict[str, Any]:
+    """A hypercall with x1, x2, x3; ``told`` is what an Android kernel puts in args[0], where others leave junk."""
+    return {"exit_reason": EXIT_HYPERCALL, "nr": nr, "x": [nr, *x, *[0] * (3 - len(x))], "gpa": told}
 
 
 def failure(error: int, *, gpa: int | None = None, size: int = 4096) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import struct
 from enum import IntEnum
+from typing import TypeGuard
 
 from pyvmm._native import lib
 from tests.twin_state import Counter, Doorbell, Kernel, Mailbox, Pl011, Range, Region, Vm
@@ -18,6 +19,7 @@ PAGE = 4096
 NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
 EXIT_HYPERCALL, EXIT_DEBUG, EXIT_MMIO, EXIT_SYSTEM_EVENT, EXIT_MEMORY_FAULT = 3, 4, 6, 24, 39
 HVC_FEATURES, HVC_MEMINFO, HVC_SHARE, HVC_UNSHARE = 0x8600_0000, 0xC600_0002, 0xC600_0003, 0xC600_0004
+MOVING = 0x40  # PV_PAGE_MOVING of native/pyvmm.h
 EHWPOISON = 133  # errno has it from Python 3.14 on
 MASK64 = (1 << 64) - 1
 
@@ -112,7 +114,9 @@ class Vcpu:
         region = self.vm.region(gpa)
         if region is None or self.vm.protection == lib.PV_PKVM:
             return False
-        region.ledger[(gpa - region.gpa) // PAGE] = lib.PV_PAGE_HOLE
+        index = (gpa - region.gpa) // PAGE
+        if claimable(region.ledger[index]):
+            region.ledger[index] = lib.PV_PAGE_HOLE
         return self.kernel.drop(gpa & -PAGE, lib.PV_CONVERT_PUNCH)
 
     # ---- MMIO
@@ -210,18 +214,21 @@ class Vcpu:
         region = self.vm.region(gpa) if gpa % PAGE == 0 else None
         return None if region is None else region.ledger[(gpa - region.gpa) // PAGE]
 
-    def move(self, gpa: int, share: bool) -> bool:
+    def enter_page(self, gpa: int, entry: int) -> None:
         region = self.vm.region(gpa)
         assert region is not None
-        index = (gpa - region.gpa) // PAGE
-        if (region.ledger[index] & 7 == lib.PV_PAGE_SHARED) == share:
+        region.ledger[(gpa - region.gpa) // PAGE] = entry
+
+    def move(self, gpa: int, share: bool) -> bool:
+        entry = self.entry(gpa)
+        if not claimable(entry) or (entry & 7 == lib.PV_PAGE_SHARED) == share:
             return False
         unshared = {
             lib.PV_NONE: lib.PV_PAGE_HOST,
             lib.PV_PKVM: lib.PV_PAGE_PRIVATE | lib.PV_PAGE_ASSUMED,
-            lib.PV_EMULATED: lib.PV_PAGE_PRIVATE,
+            lib.PV_EMULATED: lib.PV_PAGE_PRIVATE | MOVING,
         }
-        region.ledger[index] = lib.PV_PAGE_SHARED if share else unshared[self.vm.protection]
+        self.enter_page(gpa, lib.PV_PAGE_SHARED if share else unshared[self.vm.protection])
         return True
 
     def count(self, status: int) -> None:
@@ -234,7 +241,7 @@ class Vcpu:
         vm, op = self.vm, value % PAGE
         self.share_gpa, self.share_op, self.share_source = value - op, int(op == 1), lib.PV_SOURCE_DOORBELL
         entry = self.entry(self.share_gpa)
-        if self.size != 8 or self.offset or op not in (1, 2) or entry is None:
+        if self.size != 8 or self.offset or op not in (1, 2) or not claimable(entry):
             status = INVALID_PARAMETER
         elif vm.protection == lib.PV_EMULATED:
             status = 0 if entry & 7 == lib.PV_PAGE_SHARED else NOT_SUPPORTED
@@ -246,13 +253,25 @@ class Vcpu:
             self.count(status)
             return lib.PV_STOP_NONE
         self.share_status = 0
-        if vm.protection == lib.PV_EMULATED or not self.move(self.share_gpa, op == 1):
+        return lib.PV_STOP_NONE if vm.protection == lib.PV_EMULATED else self.announce(op == 1)
+
+    def announce(self, share: bool) -> int:
+        if not self.move(self.share_gpa, share):
             return lib.PV_STOP_NONE
         self.count(0)
-        return lib.PV_STOP_SHARE if vm.subscribers else lib.PV_STOP_NONE
+        return lib.PV_STOP_SHARE if self.vm.subscribers else lib.PV_STOP_NONE
+
+    def share_exit(self, gpa: int, share: bool) -> int:
+        self.share_gpa, self.share_op, self.share_source = gpa, int(share), lib.PV_SOURCE_EXIT
+        if claimable(self.entry(gpa)):
+            return self.announce(share)
+        self.count(INVALID_PARAMETER)
+        return lib.PV_STOP_NONE
 
     def hypercall(self) -> int:
-        (number,) = struct.unpack_from("<Q", self.raw, 32)
+        number, told = struct.unpack_from("<QQ", self.raw, 32)
+        if self.vm.protection == lib.PV_PKVM and number in (HVC_SHARE, HVC_UNSHARE):
+            return self.share_exit(told, number == HVC_SHARE)
         if self.vm.protection != lib.PV_EMULATED:
             return lib.PV_STOP_HYPERCALL
         match number:
@@ -268,16 +287,14 @@ class Vcpu:
                 return lib.PV_STOP_HYPERCALL
         return lib.PV_STOP_NONE
 
-    def movable(self, share: bool) -> bool:
+    def sharable(self) -> bool:
         entry = self.entry(self.share_gpa)
-        if entry is None:
-            return False
-        return (entry & 7 == lib.PV_PAGE_SHARED) != share and entry & 7 != lib.PV_PAGE_POISONED
+        return claimable(entry) and entry not in (lib.PV_PAGE_SHARED, lib.PV_PAGE_POISONED)
 
     def share_call(self, share: bool) -> int:
         self.share_gpa, x2, x3 = (self.kernel.get_x(n) for n in (1, 2, 3))
         self.share_op, self.share_source = int(share), lib.PV_SOURCE_HYPERCALL
-        if x2 or x3 or not self.movable(share):
+        if x2 or x3 or not (self.sharable() if share else self.move(self.share_gpa, share=False)):
             return self.finish(INVALID_PARAMETER)
         if not share and self.vm.subscribers:
             self.share_status, self.pending = 0, Pending.TOLD
@@ -293,9 +310,11 @@ class Vcpu:
     def apply(self, *, converted: bool) -> int:
         share = bool(self.share_op)
         status = INVALID_PARAMETER
-        if self.movable(share):
+        if self.sharable() or not share:
             status = self.share_status if converted else self.convert(share)
-        if status == 0:
+        if not share:
+            self.enter_page(self.share_gpa, lib.PV_PAGE_SHARED if status else lib.PV_PAGE_PRIVATE)
+        elif status == 0:
             self.move(self.share_gpa, share)
         return self.finish(status)
 
@@ -312,6 +331,11 @@ class Vcpu:
         self.kernel.set_x(0, status & MASK64)
         told = status == 0 and self.share_op and self.vm.subscribers
         return lib.PV_STOP_SHARE if told else lib.PV_STOP_NONE
+
+
+def claimable(entry: int | None) -> TypeGuard[int]:
+    """Whether a guest may say something of a page with this ledger entry."""
+    return entry is not None and entry & 7 != lib.PV_PAGE_ABSENT and not entry & MOVING
 
 
 def bucket_of(ns: int) -> int:

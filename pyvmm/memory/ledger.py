@@ -19,6 +19,10 @@ from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 ASSUMED = 0x80
 """Or-ed into an entry: the kernel does not tell, this is what must be assumed (PV_PAGE_ASSUMED)."""
 
+_MOVING = 0x40
+"""The native loop's own mark on a page being taken back (PV_PAGE_MOVING of native/pyvmm.h); no reader sees it."""
+_SETTLED = bytes(entry & ~_MOVING for entry in range(256))
+
 
 class PageState(IntEnum):
     """``enum pv_page`` of native/cdef.h."""
@@ -88,7 +92,7 @@ class Ledger:
     def entry(self, gpa: int) -> int:
         """Return the byte of the page that holds ``gpa``, ASSUMED included."""
         area = self._area(gpa)
-        return area.entries[(gpa - area.gpa) >> PAGE_SHIFT] if area else PageState.ABSENT.value
+        return area.entries[(gpa - area.gpa) >> PAGE_SHIFT] & ~_MOVING if area else PageState.ABSENT.value
 
     def describe(self, gpa: int) -> str:
         """Say in words what is known of the page that holds ``gpa``."""
@@ -111,7 +115,7 @@ class Ledger:
 
     def snapshot(self) -> list[tuple[Gpa, bytes]]:
         """Copy every area's entries: (first gpa, one byte a page), sorted. Areas are copied one after the other."""
-        return [(area.gpa, bytes(ffi.buffer(area.entries))) for area in self._index[1]]
+        return [(area.gpa, bytes(ffi.buffer(area.entries)).translate(_SETTLED)) for area in self._index[1]]
 
     def entries(self, gpa: int, size: int) -> bytes:
         """Copy the entries of the pages that ``[gpa, gpa + size)`` touches, as far as one area reaches."""
@@ -120,7 +124,7 @@ class Ledger:
             return b""
         first = (gpa - area.gpa) >> PAGE_SHIFT
         last = (min(gpa + size, area.gpa + area.size) - area.gpa - 1) >> PAGE_SHIFT
-        return bytes(ffi.buffer(area.entries + first, last - first + 1))
+        return bytes(ffi.buffer(area.entries + first, last - first + 1)).translate(_SETTLED)
 
     def enter(self, area: Area) -> None:
         """Add an area (Memory only)."""

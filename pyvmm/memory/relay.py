@@ -2,8 +2,8 @@
 
 Owns the list of subscribers and ``pv_vm.subscribers`` (which makes the native loop stop at a share). Subscribers run in
 the thread of the vCPU that shared, one event at a time: a share is announced once the page may be used, an unshare
-while it still may, and when the last subscriber returns the page is the guest's alone. With no subscriber the loop
-handles conversions in C and only counts them.
+when the ledger no longer says so but holders still may, and when the last subscriber returns the page is the guest's
+alone. With no subscriber the loop handles conversions in C and only counts them.
 
 Lock order: the relay's lock is taken first, a device's own lock inside it. A subscriber must not wait for a vCPU.
 """
@@ -62,16 +62,19 @@ class ShareRelay:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Call ``subscriber`` for every conversion from now on; returns what ends that."""
+        """Call ``subscriber`` for every conversion from now on; returns what ends that.
+
+        A page that is shared when looked at *after* this is not taken back unheard; one looked at before may be.
+        """
         with self._lock:
             self._subscribers.append(subscriber)
-            self.native.subscribers = len(self._subscribers)
+            lib.pv_subscribe(self.native, len(self._subscribers))
 
         def unsubscribe() -> None:
             with self._lock:
                 if subscriber in self._subscribers:
                     self._subscribers.remove(subscriber)
-                    self.native.subscribers = len(self._subscribers)
+                    lib.pv_subscribe(self.native, len(self._subscribers))
 
         return unsubscribe
 

@@ -57,12 +57,20 @@ def test_failures_are_retried_so_often_in_a_row_and_no_more(rig: Rig) -> None:
 def test_punch_policy_drops_the_page_that_was_told_and_goes_on(rig: Rig) -> None:
     rig.memory[:] = b"\x11" * len(rig.memory)
     rig.vm.policy[rig.lib.PV_FAIL_MEMORY] = rig.vm.policy[rig.lib.PV_FAIL_EFAULT] = rig.lib.PV_ACT_PUNCH
+    rig.state(1, "HOST")
     rig.vm.retry_limit = 5
     rig.script(failure(errno.EFAULT, gpa=rig.RAM + 4096), failure(errno.EFAULT))
     assert rig.run() == "FAILED"
     assert rig.vcpus[0].native.failure == rig.lib.PV_FAIL_EFAULT
     assert rig.ledger[1] == rig.lib.PV_PAGE_HOLE
     assert [rig.memory[n * 4096] for n in range(4)] == [0x11, 0, 0x11, 0x11]
+
+
+def test_punched_page_whose_slot_is_going_is_not_counted_as_a_hole(rig: Rig) -> None:
+    rig.vm.policy[rig.lib.PV_FAIL_MEMORY], rig.vm.retry_limit = rig.lib.PV_ACT_PUNCH, 5
+    rig.script(failure(errno.EFAULT, gpa=rig.RAM))
+    assert rig.run() == "OTHER"
+    assert (rig.ledger[0], rig.vm.pages[rig.lib.PV_PAGE_ABSENT]) == (rig.lib.PV_PAGE_ABSENT, 4)
 
 
 def test_protected_guests_page_is_never_punched_under_it(make_rig: Callable[..., Rig]) -> None:

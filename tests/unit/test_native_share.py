@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fake_kvm import Rig, hypercall, load, store
+from pyvmm.memory import ledger
+from pyvmm.memory.address import Gpa
+from tests.fake_kvm import MOVING, Rig, hypercall, load, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +26,9 @@ MINUS_1, MINUS_3 = 2**64 - 1, 2**64 - 3
 def bell_rig(make_rig: Callable[..., Rig]) -> Callable[..., Rig]:
     def make(protection: str, *, subscribers: int = 1) -> Rig:
         rig = make_rig(protection=protection)
-        rig.vm.subscribers = subscribers
+        rig.lib.pv_subscribe(rig.vm, subscribers)
+        for page in range(rig.pages):
+            rig.state(page, "HOST" if protection == "NONE" else "PRIVATE", assumed=protection == "PKVM")
         rig.bus((BELL, 0x1000, "SHARE", None))
         return rig
 
@@ -77,10 +81,11 @@ def test_bad_ring_is_refused_and_changes_nothing(
     bell_rig: Callable[..., Rig], protection: str, value: int, size: int
 ) -> None:
     rig = bell_rig(protection)
+    before = bytes(rig.ledger)
     exits = rig.script(store(BELL, value, size), load(BELL), load(BELL, 4))
     assert rig.run() == "OTHER"
     assert (exits[1].answer, exits[2].answer) == (MINUS_3, 2**32 - 3)
-    assert bytes(rig.ledger) == bytes(4)
+    assert bytes(rig.ledger) == before
     assert (rig.vm.shares, rig.vm.refused) == (0, 1)
 
 
@@ -90,7 +95,21 @@ def test_pkvm_does_not_believe_a_share_of_a_page_it_cannot_read(bell_rig: Callab
     exits = rig.script(store(BELL, rig.RAM + 2 * 4096 | 1), load(BELL))
     assert rig.run() == "OTHER"
     assert exits[1].answer == MINUS_1
-    assert rig.ledger[2] == rig.lib.PV_PAGE_ABSENT
+    assert rig.ledger[2] == rig.lib.PV_PAGE_PRIVATE | 0x80
+
+
+@pytest.mark.parametrize("protection", ["NONE", "PKVM", "EMULATED"])
+@pytest.mark.parametrize("op", [1, 2])
+def test_ring_for_a_page_whose_slot_is_going_is_refused_and_not_counted_as_a_page(
+    bell_rig: Callable[..., Rig], protection: str, op: int
+) -> None:
+    rig = bell_rig(protection)
+    rig.state(1, "ABSENT")
+    pages = list(rig.vm.pages)
+    exits = rig.script(store(BELL, rig.RAM + 4096 | op), load(BELL))
+    assert rig.run() == "OTHER"
+    assert exits[1].answer == MINUS_3
+    assert (rig.ledger[1], list(rig.vm.pages)) == (rig.lib.PV_PAGE_ABSENT, pages)
 
 
 def test_emulated_ring_only_agrees_with_the_hypercall(bell_rig: Callable[..., Rig]) -> None:
@@ -149,7 +168,7 @@ def test_unshared_page_closes_after_subscribers_have_let_go(emulated: Rig) -> No
     assert emulated.run() == "SHARE"
     assert emulated.vcpus[0].native.share_op == 0
     assert emulated.lib.pv_probe(emulated.vm, emulated.RAM + 4096) == 1
-    assert emulated.ledger[1] == emulated.lib.PV_PAGE_SHARED
+    assert emulated.ledger[1] == emulated.lib.PV_PAGE_PRIVATE | MOVING
     assert emulated.run() == "OTHER"
     assert exits[0].out[0] == 0
     assert emulated.lib.pv_probe(emulated.vm, emulated.RAM + 4096) == 0
@@ -162,7 +181,8 @@ def test_unshared_page_closes_after_subscribers_have_let_go(emulated: Rig) -> No
     [
         (SHARE, (Rig.RAM + 1,), "PRIVATE"), (SHARE, (Rig.RAM - 4096,), "PRIVATE"), (SHARE, (2**64 - 4096,), "PRIVATE"),
         (SHARE, (Rig.RAM, 1), "PRIVATE"), (SHARE, (Rig.RAM, 0, 1), "PRIVATE"), (SHARE, (Rig.RAM,), "SHARED"),
-        (SHARE, (Rig.RAM,), "POISONED"), (UNSHARE, (Rig.RAM,), "PRIVATE"), (UNSHARE, (Rig.RAM, 0, 2**63), "SHARED"),
+        (SHARE, (Rig.RAM,), "POISONED"), (SHARE, (Rig.RAM,), "ABSENT"), (UNSHARE, (Rig.RAM,), "ABSENT"),
+        (UNSHARE, (Rig.RAM,), "PRIVATE"), (UNSHARE, (Rig.RAM, 0, 2**63), "SHARED"),
     ],
 )  # fmt: skip
 def test_what_el2_refuses_is_refused_and_changes_nothing(
@@ -237,12 +257,18 @@ def test_cold_conversion_is_pythons_and_the_guest_hears_its_outcome(emulated: Ri
     assert emulated.ledger[0] == (emulated.lib.PV_PAGE_PRIVATE if status else emulated.lib.PV_PAGE_SHARED)
 
 
-def test_cold_unshare_tells_then_converts(emulated: Rig) -> None:
+@pytest.mark.parametrize("status", [0, -1])
+def test_cold_unshare_tells_then_converts(emulated: Rig, status: int) -> None:
     emulated.vm.conversion = emulated.lib.PV_CONVERT_COLD
     emulated.state(0, "SHARED")
-    emulated.script(hypercall(UNSHARE, emulated.RAM))
-    assert [emulated.run() for _ in range(3)] == ["SHARE", "CONVERT", "OTHER"]
-    assert emulated.ledger[0] == emulated.lib.PV_PAGE_PRIVATE
+    exits = emulated.script(hypercall(UNSHARE, emulated.RAM))
+    moving = emulated.lib.PV_PAGE_PRIVATE | MOVING
+    assert (emulated.run(), emulated.ledger[0]) == ("SHARE", moving)
+    assert (emulated.run(), emulated.ledger[0]) == ("CONVERT", moving)
+    emulated.vcpus[0].native.share_status = status
+    assert emulated.run() == "OTHER"
+    assert exits[0].out[0] == status % 2**64
+    assert emulated.ledger[0] == (emulated.lib.PV_PAGE_SHARED if status else emulated.lib.PV_PAGE_PRIVATE)
 
 
 def test_two_vcpus_that_unshare_one_page_do_it_once(make_rig: Callable[..., Rig]) -> None:
@@ -250,18 +276,140 @@ def test_two_vcpus_that_unshare_one_page_do_it_once(make_rig: Callable[..., Rig]
     rig.state(0, "SHARED")
     rig.vm.subscribers = 1
     exits = [rig.script(hypercall(UNSHARE, rig.RAM), vcpu=n) for n in range(2)]
-    assert [rig.run(0), rig.run(1), rig.run(0), rig.run(1)] == ["SHARE", "SHARE", "OTHER", "OTHER"]
+    assert [rig.run(0), rig.run(1), rig.run(0)] == ["SHARE", "OTHER", "OTHER"]
     assert [e[0].out[0] for e in exits] == [0, MINUS_3]
     assert (rig.vm.unshares, rig.vm.refused) == (1, 1)
 
 
-@pytest.mark.parametrize("protection", ["NONE", "PKVM"])
-def test_hypercalls_of_other_protections_and_unknown_ones_are_pythons(
-    make_rig: Callable[..., Rig], protection: str
-) -> None:
-    rig = make_rig(protection=protection)
-    rig.script(hypercall(SHARE, rig.RAM))
+@pytest.fixture
+def taking_back(make_rig: Callable[..., Rig]) -> Rig:
+    """Two vCPUs, of which the first is stopped so that subscribers hear that it takes back page 1."""
+    rig = make_rig(protection="EMULATED", vcpus=2)
+    for page in range(4):
+        rig.state(page, "SHARED")
+    rig.lib.pv_subscribe(rig.vm, 1)
+    rig.bus((BELL, 0x1000, "SHARE", None))
+    rig.script(hypercall(UNSHARE, rig.RAM + 4096))
+    assert rig.run() == "SHARE"
+    return rig
+
+
+def test_page_being_taken_back_is_neither_shared_nor_to_be_shared_again(taking_back: Rig) -> None:
+    rig, page = taking_back, taking_back.RAM + 4096
+    assert rig.ledger[1] & ~MOVING == rig.lib.PV_PAGE_PRIVATE
+    before = rig.lib.fake_protects()
+    exits = rig.script(hypercall(SHARE, page), store(BELL, page | 1), load(BELL), vcpu=1)
+    assert rig.run(1) == "OTHER"
+    assert (exits[0].out[0], exits[2].answer) == (MINUS_3, MINUS_3)
+    assert rig.lib.fake_protects() == before
+    assert rig.lib.pv_probe(rig.vm, page) == 1
+    assert rig.run(0) == "OTHER"
+    assert rig.vcpus[0].fake.x[0] == 0
+    assert rig.ledger[1] == rig.lib.PV_PAGE_PRIVATE
+    assert rig.lib.pv_probe(rig.vm, page) == 0
+    assert (rig.vm.unshares, rig.vm.shares, rig.vm.refused) == (1, 0, 2)
+    assert (rig.vm.pages[rig.lib.PV_PAGE_PRIVATE], rig.vm.pages[rig.lib.PV_PAGE_SHARED]) == (1, 3)
+
+
+def test_page_taken_back_can_be_shared_again_afterwards(taking_back: Rig) -> None:
+    rig, page = taking_back, taking_back.RAM + 4096
+    assert rig.run(0) == "OTHER"
+    rig.script(hypercall(SHARE, page), vcpu=1)
+    assert rig.run(1) == "SHARE"
+    assert (rig.ledger[1], rig.lib.pv_probe(rig.vm, page)) == (rig.lib.PV_PAGE_SHARED, 1)
+
+
+def test_page_that_cannot_be_closed_is_shared_again(taking_back: Rig) -> None:
+    rig = taking_back
+    rig.lib.fake_protect_fails(1)
+    assert rig.run(0) == "OTHER"
+    assert rig.vcpus[0].fake.x[0] == MINUS_1
+    assert (rig.ledger[1], rig.lib.pv_probe(rig.vm, rig.RAM + 4096)) == (rig.lib.PV_PAGE_SHARED, 1)
+    assert (rig.vm.pages[rig.lib.PV_PAGE_PRIVATE], rig.vm.pages[rig.lib.PV_PAGE_SHARED]) == (0, 4)
+
+
+def test_page_being_taken_back_keeps_its_entry_unless_its_slot_goes(taking_back: Rig) -> None:
+    rig, page = taking_back, taking_back.RAM + 4096
+    for state in ("HOLE", "SHARED"):
+        assert rig.lib.pv_ledger_set(rig.vm, page, getattr(rig.lib, f"PV_PAGE_{state}")) == rig.lib.PV_PAGE_PRIVATE
+        assert rig.ledger[1] == rig.lib.PV_PAGE_PRIVATE | MOVING
+    rig.state(1, "ABSENT")
+    assert rig.run(0) == "OTHER"
+    assert rig.vcpus[0].fake.x[0] == MINUS_3
+    assert rig.ledger[1] == rig.lib.PV_PAGE_ABSENT
+    assert list(rig.vm.pages)[:4] == [1, 0, 0, 3]
+
+
+def test_readers_of_the_ledger_never_see_that_a_page_is_being_taken_back(taking_back: Rig) -> None:
+    rig = taking_back
+    whole = ledger.Ledger(rig.vm)
+    area = ledger.Area.new(Gpa(rig.RAM), 4 * 4096)
+    area.entries[0:4] = bytes(rig.ledger)
+    whole.enter(area)
+    assert area.entries[1] == ledger.PageState.PRIVATE | MOVING
+    assert (whole.state(rig.RAM + 4096), whole.entry(rig.RAM + 4096)) == (ledger.PageState.PRIVATE,) * 2
+    assert "private" in whole.describe(rig.RAM + 4096)
+    assert whole.entries(rig.RAM, 4 * 4096) == whole.snapshot()[0][1] == bytes([3, 2, 3, 3])
+    assert whole.counts()[ledger.PageState.PRIVATE] == 1
+
+
+# ---- exits of Android's kernels
+
+
+@pytest.fixture
+def android(make_rig: Callable[..., Rig]) -> Rig:
+    rig = make_rig(protection="PKVM")
+    for page in range(4):
+        rig.state(page, "PRIVATE", assumed=True)
+    rig.lib.pv_subscribe(rig.vm, 1)
+    return rig
+
+
+def test_share_that_the_kernel_tells_of_is_entered_and_told(android: Rig) -> None:
+    page, native = android.RAM + 4096, android.vcpus[0].native
+    exits = android.script(*[hypercall(nr, 7, 8, 9, told=page) for nr in (SHARE, SHARE, UNSHARE)])
+    assert android.run() == "SHARE"
+    assert (native.share_gpa, native.share_op, native.share_source) == (page, 1, android.lib.PV_SOURCE_EXIT)
+    assert android.ledger[1] == android.lib.PV_PAGE_SHARED
+    assert android.run() == "SHARE"
+    assert (native.share_gpa, native.share_op, native.share_source) == (page, 0, android.lib.PV_SOURCE_EXIT)
+    assert android.ledger[1] == android.lib.PV_PAGE_PRIVATE | 0x80
+    assert android.run() == "OTHER"
+    assert [list(e.out)[1:] for e in exits] == [[7, 8, 9]] * 3
+    assert android.vcpus[0].fake.one_regs == 0
+    assert (android.vm.shares, android.vm.unshares, android.vm.refused) == (1, 1, 0)
+    assert [(r.kind, r.code, r.addr, r.value) for r in android.records()] == [
+        (android.lib.PV_REC_SHARE, android.lib.PV_SOURCE_EXIT, page, 0),
+        (android.lib.PV_REC_UNSHARE, android.lib.PV_SOURCE_EXIT, page, 0),
+    ]
+
+
+def test_share_that_the_kernel_tells_of_is_nobodys_business_without_subscribers(android: Rig) -> None:
+    android.lib.pv_subscribe(android.vm, 0)
+    android.script(hypercall(SHARE, told=android.RAM))
+    assert android.run() == "OTHER"
+    assert (android.ledger[0], android.vm.shares) == (android.lib.PV_PAGE_SHARED, 1)
+
+
+@pytest.mark.parametrize("gpa", [Rig.RAM + 8, Rig.RAM - 4096, Rig.RAM + 4 * 4096, 2**64 - 4096, Rig.RAM + 3 * 4096])
+@pytest.mark.parametrize("nr", [SHARE, UNSHARE])
+def test_share_of_no_page_of_ours_is_counted_and_the_guest_goes_on(android: Rig, gpa: int, nr: int) -> None:
+    android.state(3, "ABSENT")
+    before = bytes(android.ledger)
+    android.script(hypercall(nr, Rig.RAM, told=gpa))
+    assert android.run() == "OTHER"
+    assert bytes(android.ledger) == before
+    assert (android.vm.shares, android.vm.unshares, android.vm.refused) == (0, 0, 1)
+    assert android.vcpus[0].fake.one_regs == 0
+
+
+def test_hypercalls_of_other_protections_and_unknown_ones_are_pythons(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(protection="NONE")
+    rig.script(hypercall(SHARE, rig.RAM, told=rig.RAM))
     assert rig.run() == "HYPERCALL"
+    android = make_rig(protection="PKVM")
+    android.script(hypercall(MEMINFO))
+    assert android.run() == "HYPERCALL"
     other = make_rig(protection="EMULATED")
     other.script(hypercall(0x8400_0000))
     assert other.run() == "HYPERCALL"

@@ -22,7 +22,7 @@ IRQ = 3
 BOX_OFFSETS = [*range(0, 0xF0, 8), 4, 0x1000, 0x1078]
 UART_OFFSETS = [0, 0, 0, *range(4, 0x50, 4), 0xFE0, 0xFFC, 1]
 
-STATES = ["ABSENT", "HOST", "PRIVATE", "PRIVATE", "SHARED", "SHARED", "HOLE", "POISONED"]
+STATES = ["ABSENT", "HOST", "PRIVATE", "PRIVATE", "SHARED", "SHARED", "HOLE", "POISONED", "MOVING"]
 
 
 class Guest:
@@ -83,7 +83,8 @@ class Guest:
     def hypercall(self) -> dict[str, Any]:
         number = self.any([*[twin.HVC_SHARE, twin.HVC_UNSHARE] * 4, twin.HVC_MEMINFO, twin.HVC_FEATURES, 0x8400_0000])
         x1 = self.any([self.page(), self.page(), self.page(), 0, Rig.RAM + 8])
-        return hypercall(number, x1, self.any([0, 0, 0, 0, 1]), self.any([0, 0, 0, 0, 2**63]))
+        told = self.any([self.page(), self.page(), self.page(), Rig.RAM + 8])
+        return hypercall(number, x1, self.any([0, 0, 0, 0, 1]), self.any([0, 0, 0, 0, 2**63]), told=told)
 
     def failure(self) -> dict[str, Any]:
         untold = [errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EFAULT, errno.EIO]
@@ -126,7 +127,7 @@ class FakeKernel:
             EXIT_MMIO: lambda: [
                 (32, 8, step["gpa"]), (40, 8, step["data"]), (48, 4, step["len"]), (52, 1, step["is_write"]),
             ],
-            3: lambda: [(32, 8, step["nr"])],
+            3: lambda: [(32, 8, step["nr"]), (40, 8, step["gpa"])],
             EXIT_SYSTEM: lambda: [(32, 4, step["nr"]), (36, 4, step["len"])]
             + [(40 + 8 * n, 8, step["data"] + n) for n in range(16)],
             EXIT_MEMORY_FAULT: lambda: [(32, 8, 0), (40, 8, step["gpa"]), (48, 8, step["data"])],
@@ -172,7 +173,10 @@ class Native:
         vm.subscribers, vm.retry_limit = machine["subscribers"], machine["retry_limit"]
         vm.policy = [*machine["policy"], 0, 0]
         for page, state in enumerate(machine["states"]):
-            rig.state(page, state)
+            if state == "MOVING":
+                rig.move(page)
+            else:
+                rig.state(page, state)
         for page in machine["closed"]:
             rig.close_view(page)
         rig.lib.fake_protect_fails(machine["protect_fails"])
@@ -201,7 +205,8 @@ def make_twin(script: list[dict[str, Any]], machine: dict[str, Any]) -> twin.Vcp
         bytearray(24), twin.Counter(), twin.Doorbell(list(SLOTS)), twin.Pl011(4, 4, IRQ),
         [twin.Mailbox(), twin.Mailbox()], None, None,
     ]  # fmt: skip
-    ledger = bytearray(getattr(lib, "PV_PAGE_" + state) for state in machine["states"])
+    moving = lib.PV_PAGE_PRIVATE | twin.MOVING
+    ledger = bytearray(getattr(lib, "PV_PAGE_" + state, moving) for state in machine["states"])
     vm = twin.Vm(
         protection=getattr(lib, "PV_" + machine["protection"]),
         regions=[twin.Region(Rig.RAM, PAGES * 4096, ledger)],

@@ -1,7 +1,7 @@
 """The mailboxes of the vCPUs: orders to a puppet, answers, and the report of a trap.
 
 Owns ``struct pv_mailbox[]``. The native loop serves the registers; what reaches Python is a vCPU that waits for an
-order (:meth:`Mailboxes.serve`, in that vCPU's thread) and whoever gives one (:meth:`Mailboxes.order`, any thread).
+order (:meth:`Mailboxes.serve`, in that vCPU's thread) and whoever gives one (:meth:`Mailboxes.submit`, any thread).
 """
 
 from __future__ import annotations
@@ -54,13 +54,6 @@ class Mailboxes(Device):
             self._waiting[vcpu].append((words, future))
             self._changed.notify_all()
         return future
-
-    def order(self, vcpu: int, op: int, args: Sequence[int] = (), timeout: float | None = None) -> MailboxAnswer:
-        """Give an order and wait at most ``timeout`` seconds for the answer.
-
-        Raises MachineGone when the machine ends first, TimeoutError when the guest does not answer in time.
-        """
-        return self.submit(vcpu, op, args).result(timeout)
 
     # -- the vCPU's thread
 

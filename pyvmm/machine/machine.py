@@ -102,7 +102,6 @@ class Machine:
         self.native.conversion = config.conversion.native
         self.native.retry_limit = RETRIES
         self.native.policy[lib.PV_FAIL_EAGAIN] = lib.PV_ACT_RETRY
-        self._check(lib.pv_install_signals())
         if config.protection is Protection.EMULATED:
             for function, count in FORWARDED:
                 self.vm.forward_smccc(function, count)
@@ -133,11 +132,6 @@ class Machine:
         if self.config.protection is Protection.PKVM:
             return system.create_vm(KVM_VM_TYPE_ARM_PROTECTED)
         return system.create_vm(0)
-
-    @staticmethod
-    def _check(result: int) -> None:
-        if result < 0:
-            raise PyvmmError(f"installing the signal handlers of guarded copies failed: errno {-result}")
 
     def _add_ram(self) -> int:
         """Add RAM's slots; returns how many bytes from its start can be loaded into."""

@@ -67,7 +67,8 @@ class CopyConversion:
     def convert(self, gpa: Gpa, *, shared: bool) -> int:
         """Move the page at ``gpa``; returns what the guest is told: 0, or an SMCCC error where its request is wrong.
 
-        Raises KvmError or HostError where the host fails; the page is where it was then.
+        Raises KvmError or HostError where the host fails: the page is where it was then, or, if only dropping the old
+        copy failed, at its new place.
         """
         slot = self._table.at(gpa)
         if slot is None or not is_aligned(gpa):

@@ -1,6 +1,6 @@
 """Slots: which part of guest memory lies on which part of which backing, in KVM's eyes and in the native loop's.
 
-:class:`SlotTable` is the only caller of KVM_SET_USER_MEMORY_REGION2 and the only writer of ``pv_vm.map``; only
+:class:`SlotTable` is the only caller of KVM_SET_USER_MEMORY_REGION(2) and the only writer of ``pv_vm.map``; only
 :class:`pyvmm.memory.memory.Memory` uses it, under its lock. What was added whole is one :class:`Slot`, one region of
 the native loop and one area of the ledger for its whole life. KVM may see it in several :class:`Piece` s, after pages
 were moved to another backing.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -39,17 +38,17 @@ class NativeHook(BuildHookInterface[Any]):
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
         """Drop what was cross-built for this wheel alone."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.cleanup()
 
     def _build(self, machine: str, *, editable: bool, build_data: dict[str, Any]) -> None:
-        self._scratch = tempfile.mkdtemp(prefix="pyvmm-wheel-")
+        self._scratch = tempfile.TemporaryDirectory(prefix="pyvmm-wheel-")
         if machine not in build.MACHINES:
             raise build.BuildError(f"{machine} is not one of {', '.join(build.MACHINES)}")
         if machine != platform.machine():
             if editable:
                 raise build.BuildError(f"an editable install runs here, not on {machine}: unset PYVMM_TARGET")
             # Not in place: what stands there runs on this host.
-            extension = Path(self._scratch) / build.EXTENSION
+            extension = Path(self._scratch.name) / build.EXTENSION
             build.build(machine, extension)
             build_data["force_include"][str(extension)] = f"pyvmm/{build.EXTENSION}"
             return

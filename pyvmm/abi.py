@@ -34,6 +34,8 @@ def MAILBOX_NOTE(n: int) -> int:
     return 0x0C8 + 8 * n
 
 
+NOTE_EXIT_CODE: Final = 3
+
 STATUS_OK: Final = 0
 STATUS_TRAPPED: Final = 1
 STATUS_UNKNOWN: Final = 2

@@ -12,6 +12,7 @@
 #define MAILBOX_TRAP(n)     (0x080 + 8 * (n)) /* WO: 0 vector, 1 ESR, 2 FAR, 3 ELR, 4 SPSR, 5 SP, 6 LR, 7 vCPU */
 #define MAILBOX_TRAP_BELL   0x0c0 /* WO: the trap registers are complete; the vCPU does not go on */
 #define MAILBOX_NOTE(n)     (0x0c8 + 8 * (n)) /* WO: n = 0..3; 0 results gpa, 1 results bytes, 2 count, 3 exit code */
+#define NOTE_EXIT_CODE      3
 
 /* How an order ended. */
 #define STATUS_OK       0

@@ -146,7 +146,7 @@ void start_primary_c(const void *fdt)
     board_read(fdt);
     features_read();
     int status = main();
-    note(3, (u64)(s64)status);
+    note(NOTE_EXIT_CODE, (u64)(s64)status);
     leave(PSCI_SYSTEM_OFF);
 }
 

@@ -48,8 +48,8 @@ def add_common(parser: argparse.ArgumentParser, *, verb: bool = True) -> None:
     # A verb's parser must not undo what stood before the verb, so there an option not given leaves nothing.
     default: Any = argparse.SUPPRESS if verb else 0
     group = parser.add_argument_group("messages")
-    group.add_argument("-v", "--verbose", action="count", default=default, help="say more; twice, everything")
-    group.add_argument("-q", "--quiet", action="count", default=default, help="say only what goes wrong")
+    group.add_argument("-v", "--verbose", action="count", default=default, help="log events; twice, with details")
+    group.add_argument("-q", "--quiet", action="count", default=default, help="log errors only, not warnings")
     group.add_argument("--log-json", action="store_true", default=default, help="write events as JSON lines")
     if verb:
         group.add_argument("--lab", action=_Misplaced, nargs=0, default=default, help=argparse.SUPPRESS)

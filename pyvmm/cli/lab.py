@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         case "shell":
             return _run(["/bin/sh", "-i"], args, is_tty=os.isatty(STDIN), live=True)
         case action if not command:
-            raise UsageError(f"pyvmm lab {action}: what?", hint=f"pyvmm lab {action} --help")
+            raise UsageError(f"pyvmm lab {action}: no command given", hint=f"pyvmm lab {action} --help")
         case "run":
             return run_verb(command, args)
         case _:

@@ -64,12 +64,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
 
     protection = parser.add_argument_group("protection")
-    protection.add_argument(
+    # One of them: who asks for protection must not get a plain VM because another flag came later.
+    which = protection.add_mutually_exclusive_group()
+    which.add_argument(
         "--protection", choices=PROTECTIONS, default="none",
         help="none (default); pkvm: by the hypervisor; emulated: the same calls, served and enforced by pyvmm",
     )  # fmt: skip
     for alias in ("--protected-vm", "--pkvm"):
-        protection.add_argument(
+        which.add_argument(
             alias, dest="protection", action="store_const", const="pkvm", help="the same as --protection pkvm"
         )
     protection.add_argument(

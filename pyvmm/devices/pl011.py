@@ -19,9 +19,6 @@ from typing import Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
-from pyvmm.log import get_logger
-
-log = get_logger("console")
 
 LINGER = 0.01
 PATIENCE = 1.0
@@ -30,14 +27,23 @@ RX_BYTES = 1 << 10
 
 
 class Pl011(Device):
-    """Arm PrimeCell UART, DDI 0183; ``out`` and ``source`` are file descriptors or None."""
+    """Arm PrimeCell UART, DDI 0183; ``out`` and ``source`` are file descriptors or None.
+
+    ``unheard`` is told, once, why output can no longer be written; what the guest prints after that is dropped.
+    """
 
     name = "pl011"
     compatible = "arm,pl011"
     kind = lib.PV_KIND_PL011
 
-    def __init__(self, out: int | None = None, source: int | None = None) -> None:
+    def __init__(
+        self,
+        out: int | None = None,
+        source: int | None = None,
+        unheard: Callable[[OSError], None] = lambda _: None,
+    ) -> None:
         super().__init__()
+        self._unheard = unheard
         self._out, self._source = out, source
         self.state = self._uart = ffi.new("struct pv_pl011 *")
         self._buffers = [self._fifo(self._uart.tx, TX_BYTES), self._fifo(self._uart.rx, RX_BYTES)]
@@ -104,10 +110,8 @@ class Pl011(Device):
             except BlockingIOError:
                 continue  # another writer was quicker
             except OSError as error:
-                # The guest goes on: what becomes of its output is not its business, but it is the user's.
                 self._broken = error
-                if not isinstance(error, BrokenPipeError):
-                    log.error("console_output_lost", error=error.strerror, fd=out)
+                self._unheard(error)
 
     def _writable(self, out: int) -> bool:
         """Wait for the reader: for ever, or once aborted until its patience is over."""

@@ -10,6 +10,7 @@ The VM's last descriptor is closed before its memory is unmapped: only then has 
 from __future__ import annotations
 
 import contextlib
+import errno
 import platform
 import threading
 import time
@@ -23,7 +24,7 @@ from pyvmm.devices.echo import Echo
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
-from pyvmm.errors import HostError, PyvmmError, hex_
+from pyvmm.errors import HostError, KvmError, PyvmmError, hex_
 from pyvmm.kvm.system import System
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
@@ -93,6 +94,7 @@ class Machine:
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
         image = boot.read(config.kernel, config.initrd, room=config.memory)
+        self.kernel_kind = image.kind
         push = self._stack.enter_context
         self.system = push(System.open())
         self.vm = push(self._create_vm(self.system))
@@ -129,9 +131,14 @@ class Machine:
         self._make_threads()
 
     def _create_vm(self, system: System) -> Vm:
-        if self.config.protection is Protection.PKVM:
+        if self.config.protection is not Protection.PKVM:
+            return system.create_vm(0)
+        try:
             return system.create_vm(KVM_VM_TYPE_ARM_PROTECTED)
-        return system.create_vm(0)
+        except KvmError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise HostError(error.message, hint=error.hint) from error
 
     def _add_ram(self) -> int:
         """Add RAM's slots; returns how many bytes from its start can be loaded into."""
@@ -164,7 +171,7 @@ class Machine:
         config = self.config
         self.bus = Bus(self.native)
         self._stack.callback(self.bus.close)
-        self.console = self.bus.add(Pl011(config.serial_out, config.serial_in), layout.PL011.start)
+        self.console = self.bus.add(Pl011(config.serial_out, config.serial_in, self._unheard), layout.PL011.start)
         self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
@@ -215,7 +222,8 @@ class Machine:
         self.console.start()
         log.info(
             "starting", protection=self.config.protection.value, cpus=self.config.cpus,
-            memory_mib=self.config.memory // layout.MIB, backing=self.config.backing, pc=hex_(self.entry.pc),
+            memory_mib=self.config.memory // layout.MIB, backing=self.config.backing, kernel=self.kernel_kind,
+            pc=hex_(self.entry.pc),
         )  # fmt: skip
         self.started_ns = time.monotonic_ns()
         for thread in self._threads:
@@ -225,7 +233,11 @@ class Machine:
         """Wait for the run's end; after ``timeout`` seconds end it as past its deadline."""
         if not self._done.wait(timeout):
             self.console.abort()
-            self._finish(Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s"))
+            self.pause()
+            where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
+            self._finish(
+                Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s: {where}")
+            )
         self._stop_threads()
         self.console.drain()
         self._abandon_orders()
@@ -289,6 +301,9 @@ class Machine:
                 self._outcome = outcome
                 self.ended_ns = time.monotonic_ns()
         self._done.set()
+
+    def _unheard(self, error: OSError) -> None:
+        self._finish(Outcome(Ending.FAILED, f"the guest's output cannot be written: {error.strerror}"))
 
     def _failed(self, error: BaseException) -> None:
         hint = error.hint if isinstance(error, PyvmmError) else None

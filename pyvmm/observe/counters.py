@@ -74,7 +74,7 @@ class Counters:
         """One line: how many exits of which kind, how many conversions, how long."""
         kinds = sorted((e for e in self.exits if e.count), key=lambda e: -e.count)
         parts = ", ".join(f"{e.name} {e.count}" for e in kinds) or "none"
-        text = f"{self.total} exits in {self.elapsed_ns / 1e9:.3f} s: {parts}"
+        text = f"{self.total} exit{'' if self.total == 1 else 's'} in {self.elapsed_ns / 1e9:.3f} s: {parts}"
         if self.shares or self.unshares or self.refused:
             text += f"; {self.shares} shared, {self.unshares} unshared, {self.refused} refused"
         return text

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyvmm import abi
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, hex_
 from pyvmm.log import get_logger
@@ -112,7 +113,7 @@ class ColdExits:
             self._unclaimed_seen += 1
             log.warning(
                 "unclaimed_access", vcpu=native.index, access=what, gpa=hex_(native.gpa), size=native.size,
-                pc=hex_(self.vcpu.pc), limited=self._unclaimed_seen == UNCLAIMED_LOGGED or None,
+                pc=hex_(self.vcpu.pc), last_one_told=self._unclaimed_seen == UNCLAIMED_LOGGED,
             )  # fmt: skip
         try:
             # What a bus answers when nobody decodes the address: the guest's own vectors then say where it was.
@@ -132,6 +133,9 @@ class ColdExits:
         index, event = self.native.index, self.native.event
         match event:
             case SystemEvent.KVM_SYSTEM_EVENT_SHUTDOWN:
+                # A payload leaves its exit code before it powers off; other guests leave nothing, which is 0.
+                if code := self.mailboxes.notes(index)[abi.NOTE_EXIT_CODE]:
+                    return self._end(Outcome(Ending.UNWELL, f"the guest powered off with exit code {code}", index))
                 return self._end(Outcome(Ending.POWEROFF, "the guest powered off", index))
             case SystemEvent.KVM_SYSTEM_EVENT_RESET:
                 # A protected VM's memory cannot be loaded again, so a reset always ends this machine.

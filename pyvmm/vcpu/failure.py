@@ -58,6 +58,15 @@ def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome | int:
                 index,
                 "replace the slot: delete it, add one over another backing, and run on",
             )
+        case lib.PV_FAIL_OTHER if number == errno.ENOSYS:
+            # mmio.c, io_mem_abort: no memslot there, and the syndrome does not say which register the access is for.
+            return Outcome(
+                Ending.CRASH,
+                f"{prefix}: the guest touched an address without memory or device, with an instruction that KVM cannot "
+                f"decode ({where})",
+                index,
+                "use single ldr/str without write-back for device registers",
+            )
         case lib.PV_FAIL_EFAULT:
             return _efault(native, memory, prefix, where)
         case _:

@@ -11,6 +11,7 @@ class Ending(Enum):
 
     POWEROFF = "powered off"
     FAILED = "failed"
+    UNWELL = "reported a failure"
     CRASH = "crashed"
     RESET = "reset"
     DEADLINE = "deadline"
@@ -25,6 +26,7 @@ class Ending(Enum):
 _STATUS = {
     Ending.POWEROFF: 0,
     Ending.FAILED: 1,
+    Ending.UNWELL: 3,
     Ending.CRASH: 3,
     Ending.RESET: 3,
     Ending.DEADLINE: 4,

@@ -65,7 +65,7 @@ def test_a_signal_ends_a_run_with_its_status_and_statistics(number: signal.Signa
     assert "Traceback" not in stderr
 
 
-def test_a_reader_that_leaves_does_not_hang_or_trace_the_run() -> None:
+def test_a_reader_that_leaves_ends_the_run_and_is_told() -> None:
     run = subprocess.Popen(
         [*PYVMM, "run", "payload:crash", "-p", "way=flood", "-p", "bytes=6000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
@@ -74,7 +74,8 @@ def test_a_reader_that_leaves_does_not_hang_or_trace_the_run() -> None:
     run.stdout.close()
     assert run.stderr is not None
     stderr = run.stderr.read()
-    run.wait(60)
+    assert run.wait(60) == 1
+    assert "Broken pipe" in stderr
     assert "Traceback" not in stderr
 
 
@@ -127,3 +128,24 @@ def _mlocked_kib() -> int:
         if line.startswith("Mlocked:"):
             return int(line.split()[1])
     return 0
+
+
+def test_a_payload_that_reports_a_failure_is_not_a_success() -> None:
+    done = pyvmm("run", "--protection", "pkvm", "payload:crash", "-p", "way=status", "-p", "code=7")
+    assert done.returncode == 3, done
+    assert "powered off with exit code 7" in done.stderr
+
+
+def test_output_that_cannot_be_written_ends_the_run_with_status_1() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*PYVMM, "run", "payload:hello"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    assert done.returncode == 1, done
+    assert "No space left on device" in done.stderr
+
+
+def test_two_protections_are_a_contradiction() -> None:
+    done = pyvmm("run", "--pkvm", "--protection", "none", "payload:hello")
+    assert done.returncode == 2
+    assert "not allowed with" in done.stderr

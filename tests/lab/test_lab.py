@@ -160,6 +160,17 @@ def test_two_labs_at_once_in_the_other_two_modes():
         assert shell(vhe, "nproc") == b"2\n"
 
 
+def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others():
+    with Lab(LabOptions(mode="nvhe")) as nvhe:
+        refused = nvhe.capture(["python3", "-m", "pyvmm", "run", "--protection", "pkvm", "payload:hello"])
+        assert refused.status == 5, refused
+        assert b"does not run pKVM" in refused.stderr
+        for protection in ("none", "emulated"):
+            done = nvhe.capture(["python3", "-m", "pyvmm", "run", "--protection", protection, "payload:echo"])
+            assert done.status == 0, done
+            assert b"HELLO, HOST" in done.stdout
+
+
 def test_a_lab_that_is_killed_says_how_it_was_started_and_is_gone():
     with Lab(bare=True) as lab:
         pid = lab.pid

@@ -120,3 +120,11 @@ def test_a_signal_in_the_middle_ends_the_run_cleanly(number: signal.Signals) -> 
         assert heard.is_set()
         assert (outcome.ending, outcome.reason) == (Ending.INTERRUPTED, number.name)
     assert Footprint.now() == before
+
+
+@each_protection
+def test_an_access_kvm_cannot_decode_is_the_guests_crash(protection: Protection) -> None:
+    """Outside memory, with an instruction that carries no syndrome: the kernel says ENOSYS, or aborts the guest."""
+    result = run("payload:crash", protection, params=("way=sea",))
+    assert (result.outcome.ending, result.outcome.status) == (Ending.CRASH, 3)
+    assert "external abort" in result.outcome.reason or "cannot decode" in result.outcome.reason

@@ -7,11 +7,12 @@ import struct
 
 import pytest
 
+from pyvmm import abi
 from pyvmm.machine.machine import Machine
 from pyvmm.payloads import payload
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
-from tests.pkvm.harness import ALL, DEADLINE, config, run
+from tests.pkvm.harness import ALL, config, run
 
 pytestmark = pytest.mark.pkvm
 each_protection = pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
@@ -110,6 +111,7 @@ def test_waiting_for_nothing_ends_at_the_deadline(protection: Protection) -> Non
 @each_protection
 def test_the_exit_code_of_a_payload_reaches_its_runner(protection: Protection) -> None:
     with Machine(config("payload:crash", protection, params=("way=status", "code=42"))) as machine:
-        machine.start()
-        assert machine.wait(DEADLINE).ending is Ending.POWEROFF
-        assert machine.mailboxes.notes()[3] == 42
+        outcome = machine.run()
+        assert (outcome.ending, outcome.status) == (Ending.UNWELL, 3)
+        assert outcome.reason == "the guest powered off with exit code 42"
+        assert machine.mailboxes.notes()[abi.NOTE_EXIT_CODE] == 42

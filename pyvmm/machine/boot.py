@@ -47,6 +47,9 @@ _ZBOOT: Final = struct.Struct("<4s4s2I8x32s")
 _GZIP_MAGIC: Final = b"\x1f\x8b\x08"
 _ELF_MAGIC: Final = b"\x7fELF"
 
+_PEEK: Final = 4096
+_TEXT: Final = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
+
 _UNPACK_HINT = "unpack it to a plain Image first"
 
 
@@ -135,6 +138,12 @@ def identify(data: bytes, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
             f"kernel {source} is an EFI program but no arm64 Linux Image",
             hint="is it a kernel for another machine? an arm64 Image has ARM\\x64 at byte 56",
         )
+    # A flat binary is known by nothing; what can still be told is what holds no instruction a CPU could begin with.
+    start = data[:_PEEK]
+    if start.isascii() and not start.translate(None, _TEXT):
+        raise UsageError(f"kernel {source} is a text file", hint="name an Image, an ELF file, or a flat arm64 binary")
+    if not any(start):
+        raise UsageError(f"kernel {source} starts with {len(start)} bytes of zeros: there is nothing to run")
     return _flat(data, source)
 
 

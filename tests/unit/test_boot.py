@@ -351,7 +351,7 @@ def test_reading_a_flat_binary_does_not_load_the_elf_reader():
     import subprocess
     import sys
 
-    code = "import sys; from pyvmm.machine import boot; boot.identify(b'x', 'k'); sys.exit('elftools' in sys.modules)"
+    code = "import sys; from pyvmm.machine import boot; boot.identify(b'\\x01\\x02', 'k'); sys.exit('elftools' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -368,3 +368,11 @@ def test_an_unknown_payload_is_refused_with_the_names_there_are():
     with pytest.raises(UsageError, match="no payload 'helo'") as caught:
         read("payload:helo")
     assert "payload:hello" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"#!/bin/sh\necho hello\n", "text file"), (bytes(100), "100 bytes of zeros")], ids=["text", "zeros"]
+)
+def test_what_holds_no_instruction_is_no_flat_binary(data: bytes, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        identify(data, "FILE")

@@ -351,7 +351,10 @@ def test_reading_a_flat_binary_does_not_load_the_elf_reader():
     import subprocess
     import sys
 
-    code = "import sys; from pyvmm.machine import boot; boot.identify(b'\\x01\\x02', 'k'); sys.exit('elftools' in sys.modules)"
+    code = (
+        "import sys; from pyvmm.machine import boot; boot.identify(b'\\x01\\x02', 'k'); "
+        "sys.exit('elftools' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -371,7 +374,9 @@ def test_an_unknown_payload_is_refused_with_the_names_there_are():
 
 
 @pytest.mark.parametrize(
-    ("data", "words"), [(b"#!/bin/sh\necho hello\n", "text file"), (bytes(100), "100 bytes of zeros")], ids=["text", "zeros"]
+    ("data", "words"),
+    [(b"#!/bin/sh\necho hello\n", "text file"), (bytes(100), "100 bytes of zeros")],
+    ids=["text", "zeros"],
 )
 def test_what_holds_no_instruction_is_no_flat_binary(data: bytes, words: str) -> None:
     with pytest.raises(UsageError, match=words):

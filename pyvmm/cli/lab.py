@@ -47,7 +47,9 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = "--lab-") -> N
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's own verbs and their options."""
     parser = subparsers.add_parser(
-        "lab", help="a pKVM host on any Linux machine", allow_abbrev=False, description=__doc__
+        "lab", help="a pKVM host on any Linux machine", allow_abbrev=False,
+        description="An emulated arm64 machine whose kernel is a pKVM host. Everything the lab itself says goes to "
+        "stderr; stdout is the command's.",
     )
     add_common(parser)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="lab_action")

@@ -14,7 +14,7 @@ exit status:
   0  done; of run: the guest powered off      4  the deadline passed
   1  pyvmm failed                             5  this host cannot do what was asked
   2  the command line makes no sense        130  interrupted (128 + the signal's number)
-  3  the guest crashed or was reset
+  3  the guest crashed, was reset or failed
 """
 
 _UNITS: Final = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}

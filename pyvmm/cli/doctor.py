@@ -31,7 +31,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "doctor", help="what this machine can do and what is missing", allow_abbrev=False,
         description="What this machine can do, what is missing, and the next step as a command. Exit status 0 when "
         "protected guests run here, directly or in the lab; 5 otherwise.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the same for machines, on one line")
     add_common(parser)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import queue
 import threading
 import time
@@ -40,16 +39,10 @@ def no_kvm() -> str | None:
 
 
 def host_is_pkvm() -> bool:
-    """Ask whether protected VMs run right here. Asking taints the kernel, so only arm64 is asked."""
-    if platform.machine() != "aarch64":
-        return False
-    from pyvmm.kvm.system import System
+    """Ask whether protected VMs run right here."""
+    from pyvmm.cli.demo import runs_protected_guests
 
-    try:
-        with System.open() as system:
-            return system.supports_protected()
-    except PyvmmError:
-        return False
+    return runs_protected_guests()
 
 
 def no_lab() -> str | None:

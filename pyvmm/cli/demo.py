@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def runs_protected_guests() -> bool:
-    """Whether this host can run the story itself."""
+    """Whether this host runs protected guests itself. Asking taints the kernel, so only arm64 is asked."""
     if os.uname().machine != "aarch64":
         return False
     from pyvmm.kvm.system import System

@@ -303,7 +303,12 @@ class Machine:
         self._done.set()
 
     def _unheard(self, error: OSError) -> None:
-        self._finish(Outcome(Ending.FAILED, f"the guest's output cannot be written: {error.strerror}"))
+        lost = Outcome(Ending.FAILED, f"the guest's output cannot be written: {error.strerror}")
+        with self._ending:
+            # The last of it is written after the guest has gone: a run that lost output did not end well all the same.
+            if self._outcome is not None and self._outcome.ending is Ending.POWEROFF:
+                self._outcome = lost
+        self._finish(lost)
 
     def _failed(self, error: BaseException) -> None:
         hint = error.hint if isinstance(error, PyvmmError) else None

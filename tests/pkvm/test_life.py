@@ -69,6 +69,16 @@ def test_a_stuck_reader_does_not_hold_up_a_deadline(protection: Protection) -> N
     assert Footprint.now() == before
 
 
+def test_output_lost_after_the_guest_has_gone_is_still_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyvmm.devices.pl011.LINGER", 5.0)  # all of it is written at the end
+    with open("/dev/full", "wb") as full:
+        settings = config("payload:hello", Protection.PKVM, serial_out=full.fileno())
+        with Machine(settings) as machine:
+            outcome = machine.run()
+    assert (outcome.ending, outcome.status) == (Ending.FAILED, 1)
+    assert "No space left" in outcome.reason
+
+
 def test_slots_move_under_vcpus_that_use_them_and_nobody_notices() -> None:
     """The copy policy takes the slot apart around each shared page while another vCPU hammers its neighbour."""
     with puppet(Protection.EMULATED, cpus=2, conversion=Conversion.COPY) as (machine, guest):

@@ -1,0 +1,1 @@
+"""The atlas: what the kernel really does with guest memory, claim by claim, each one an experiment on this host."""

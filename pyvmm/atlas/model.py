@@ -1,0 +1,185 @@
+"""What an atlas says: results of claims, with their evidence, on one host; and its JSON form.
+
+Data only, owns nothing; the runner makes it, the reports read it. Everything that changes from one run to the next on
+the same machine is in a field called ``times``: two runs differ there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pyvmm.errors import UsageError
+
+FORMAT = 1
+"""Version of the JSON form; a reader refuses others."""
+
+Value = bool | int | str
+"""What was seen: a truth, a number, or text (bytes are said in hex, addresses as 0x8000_0000)."""
+
+Runs = list[tuple[int, int, int]]
+"""A page map: (gpa, pages, ledger entry) of each run of equal pages, sorted; see pyvmm.observe.pagemap."""
+
+
+class Verdict(Enum):
+    """What became of a claim on this host."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    UNTOLD = "cannot be told"
+    """Not on this host, or not now: the reason says why."""
+    CRASHED = "crashed"
+    """The process that ran the experiment died, or was past its deadline and killed."""
+
+    @property
+    def mark(self) -> str:
+        """One character, legible without colour."""
+        return {"holds": "✓", "does not hold": "✗", "cannot be told": "?", "crashed": "!"}[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One thing seen. With ``wanted`` the claim's verdict hangs on ``saw`` being equal to it."""
+
+    what: str
+    saw: Value
+    wanted: Value | None = None
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether it is as the claim says; None for what is only told."""
+        return None if self.wanted is None else self.saw == self.wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The page map at one step of an experiment."""
+
+    title: str
+    runs: Runs
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to guest memory: ``kind`` is fault, share, unshare, punch, convert or slot.
+
+    ``order`` counts events of the experiment from 0; when each happened is in the result's ``times``.
+    """
+
+    order: int
+    kind: str
+    gpa: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A claim's verdict in one protection over one backing. ``says``, ``group`` and ``origin`` are the claim's own."""
+
+    id: str
+    group: str
+    says: str
+    origin: str
+    protection: str
+    backing: str
+    verdict: Verdict
+    reason: str = ""
+    """Why it cannot be told, how it crashed, or what stopped the experiment."""
+    evidence: tuple[Evidence, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    events: tuple[Event, ...] = ()
+    times: dict[str, Any] = field(default_factory=dict)
+    """``seconds`` of the experiment, ``ticks`` by what was timed, ``events`` in ns since the experiment's start."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes it one of its kind in an atlas: (id, protection, backing)."""
+        return self.id, self.protection, self.backing
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "id": self.id, "group": self.group, "says": self.says, "origin": self.origin,
+            "protection": self.protection, "backing": self.backing, "verdict": self.verdict.value,
+            "reason": self.reason,
+            "evidence": [
+                {"what": e.what, "saw": e.saw} | ({} if e.wanted is None else {"wanted": e.wanted})
+                for e in self.evidence
+            ],
+            "pictures": [{"title": p.title, "runs": [list(run) for run in p.runs]} for p in self.pictures],
+            "events": [[e.order, e.kind, e.gpa, e.pages] for e in self.events],
+            "times": self.times,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Result:
+        """Undo :meth:`to_json`; LookupError, TypeError or ValueError for anything else."""
+        return cls(
+            **{name: str(data[name]) for name in ("id", "group", "says", "origin", "protection", "backing", "reason")},
+            verdict=Verdict(data["verdict"]),
+            evidence=tuple(Evidence(e["what"], e["saw"], e.get("wanted")) for e in data["evidence"]),
+            pictures=tuple(
+                Picture(p["title"], [(int(gpa), int(pages), int(entry)) for gpa, pages, entry in p["runs"]])
+                for p in data["pictures"]
+            ),
+            events=tuple(Event(int(o), str(kind), int(gpa), int(pages)) for o, kind, gpa, pages in data["events"]),
+            times=dict(data["times"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Atlas:
+    """All results of one run. ``host`` names kernel, mode and machine as plain values."""
+
+    host: dict[str, Value]
+    results: tuple[Result, ...]
+    times: dict[str, Any] = field(default_factory=dict)
+
+    def groups(self) -> dict[str, list[Result]]:
+        """Return the results by group, both in the order of the run."""
+        found: dict[str, list[Result]] = {}
+        for result in self.results:
+            found.setdefault(result.group, []).append(result)
+        return found
+
+    def columns(self) -> list[tuple[str, str]]:
+        """Return the (protection, backing) pairs that occur, in the order of the run."""
+        return list(dict.fromkeys((result.protection, result.backing) for result in self.results))
+
+    def counts(self) -> dict[Verdict, int]:
+        """Count the results by verdict."""
+        return {verdict: sum(result.verdict is verdict for result in self.results) for verdict in Verdict}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, ``claims`` being the results."""
+        claims = [result.to_json() for result in self.results]
+        return {"atlas": FORMAT, "host": self.host, "claims": claims, "times": self.times}
+
+    @classmethod
+    def from_json(cls, data: Any, name: str = "this") -> Atlas:
+        """Undo :meth:`to_json`. Raises UsageError, with ``name``, for what is not an atlas of this version."""
+        if not isinstance(data, dict) or "claims" not in data:
+            raise UsageError(f"{name} is not an atlas", hint="pyvmm atlas --json FILE writes one")
+        if data.get("atlas") != FORMAT:
+            raise UsageError(f"{name} is an atlas of format {data.get('atlas')!r}; this pyvmm reads format {FORMAT}")
+        try:
+            results = tuple(Result.from_json(claim) for claim in data["claims"])
+            return cls(dict(data["host"]), results, dict(data.get("times", {})))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{name} is not a whole atlas: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Atlas:
+        """Read the file that ``--json`` wrote. Raises UsageError where there is none or it holds something else."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from None
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"{path} is not JSON: {error}", hint="pyvmm atlas --json FILE writes one") from None
+        return cls.from_json(data, str(path))

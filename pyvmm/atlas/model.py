@@ -132,7 +132,12 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Atlas:
-    """All results of one run. ``host`` names kernel, mode and machine as plain values."""
+    """All results of one run, and what they were seen on.
+
+    ``host`` holds plain values. Reports know these and show any other as it is: ``kernel`` (release), ``version`` (of
+    that build), ``mode`` (KVM's: protected, vhe, nvhe), ``machine``, ``cpu``, ``emulated`` (a truth: QEMU's TCG, where
+    times are relative only) and ``pyvmm`` (version). ``times`` holds ``date`` (ISO 8601) and ``seconds``.
+    """
 
     host: dict[str, Value]
     results: tuple[Result, ...]

@@ -1,4 +1,4 @@
-"""What verbs share: options every one of them takes, sizes, the exit statuses in words, and how a signal unwinds."""
+"""What verbs share: options every one of them takes, sizes, output files, statuses in words, how a signal unwinds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 STATUSES: Final = """\
 exit status:
@@ -27,6 +27,48 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
         self.signal = signal
+
+
+class OutputPath(str):
+    """The name of a file to be written, as it was given.
+
+    Options with ``type=OutputPath`` write to the workstation's file even where the verb runs in the lab.
+    """
+
+    __slots__ = ()
+
+    @property
+    def path(self) -> str:
+        """The file's path in what was given."""
+        return str(self)
+
+
+class _OutputBehind(OutputPath):
+    """An output file behind the first ``=``, as in ``file=PATH``."""
+
+    __slots__ = ()
+
+    @property
+    def path(self) -> str:
+        return self.partition("=")[2]
+
+
+def output_behind(word: str) -> Callable[[str], str]:
+    """Return a type for options one of whose forms is ``WORD=FILE`` with a file to be written."""
+    return lambda text: _OutputBehind(text) if text.startswith(f"{word}=") and text != f"{word}=" else text
+
+
+def find_outputs(args: argparse.Namespace) -> list[str]:
+    """Return the paths of all files that the parsed command line says are to be written."""
+
+    def look(value: Any) -> Iterator[str]:
+        if isinstance(value, OutputPath):
+            yield value.path
+        elif isinstance(value, list | tuple):
+            for item in value:
+                yield from look(item)
+
+    return list(dict.fromkeys(look(list(vars(args).values()))))
 
 
 class _Misplaced(argparse.Action):

@@ -8,18 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import Interrupted, add_common, parse_count, parse_seconds, parse_size
+from pyvmm.cli.common import Interrupted, add_common, find_outputs, parse_count, parse_seconds, parse_size
 from pyvmm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
     from pyvmm.lab import LabOptions
@@ -85,31 +87,58 @@ def main(args: argparse.Namespace) -> int:
         case action if not command:
             raise UsageError(f"pyvmm lab {action}: no command given", hint=f"pyvmm lab {action} --help")
         case "run":
-            return run_verb(command, args)
+            return _run_unparsed(command, args)
         case _:
             return _run(command, args, is_tty=args.tty)
 
 
-def run_verb(argv: list[str], args: argparse.Namespace) -> int:
-    """Run ``pyvmm ARGV`` in a lab of its own; files it names are visible there. Returns its exit status."""
+def run_verb(argv: list[str], args: argparse.Namespace, *, outputs: Sequence[str] | None = None) -> int:
+    """Run ``pyvmm ARGV`` in a lab of its own, and return its exit status.
+
+    Files it names are visible there; what it writes to ``outputs``, by default the OutputPaths among ``args``, is
+    here afterwards.
+    """
     is_tty = all(map(os.isatty, (STDIN, 1, 2)))
+    if outputs is None:
+        outputs = find_outputs(args)
     # -P: the current directory is not a place to import from, and under 9p a slow one.
-    return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=argv)
+    return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=argv, outputs=outputs)
+
+
+def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
+    """Run a verb of which nothing is known yet: it is parsed here to learn which files it writes."""
+    from pyvmm.cli import make_parser
+
+    try:
+        verb = make_parser(command).parse_args(command)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 2
+    if verb.lab or verb.verb == "lab":
+        raise UsageError("there is no lab in the lab", hint=f"pyvmm {shlex.join(command)}")
+    return run_verb(command, args, outputs=find_outputs(verb))
 
 
 def _run(
-    command: list[str], args: argparse.Namespace, *, is_tty: bool, files: list[str] | None = None, live: bool = False
+    command: list[str],
+    args: argparse.Namespace,
+    *,
+    is_tty: bool,
+    files: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    live: bool = False,
 ) -> int:
     from pyvmm.lab import Lab
     from pyvmm.lab.needs import require
+    from pyvmm.lab.shares import find_shares
 
     if is_tty and not os.isatty(STDIN):
         raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
     options = _options(args)
+    find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built
     require(building=False)
     with _terminable():
         image = _image(refresh=False)
-        with Lab(options, image=image, arguments=files or [], live=live) as lab:
+        with Lab(options, image=image, arguments=files, outputs=outputs, live=live) as lab:
             return lab.run(command, stdin=STDIN, is_tty=is_tty)
 
 

@@ -12,7 +12,7 @@ import os
 import shlex
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.common import add_common, parse_count, parse_memory, parse_seconds
+from pyvmm.cli.common import OutputPath, add_common, output_behind, parse_count, parse_memory, parse_seconds
 from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
@@ -60,8 +60,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     machine.add_argument("--deadline", metavar="SECONDS", type=parse_seconds, help="end the run then, with status 4")
     machine.add_argument(
-        "--serial", metavar="WHERE", default="stdio", help="the console: stdio (default), file=PATH, or none"
-    )
+        "--serial", metavar="WHERE", type=output_behind("file"), default="stdio",
+        help="the console: stdio (default), file=PATH, or none",
+    )  # fmt: skip
 
     protection = parser.add_argument_group("protection")
     # One of them: who asks for protection must not get a plain VM because another flag came later.
@@ -80,7 +81,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
 
     output = parser.add_argument_group("output")
-    output.add_argument("--dump-dtb", metavar="FILE", help="write the guest's device tree to FILE")
+    output.add_argument("--dump-dtb", type=OutputPath, metavar="FILE", help="write the guest's device tree to FILE")
     output.add_argument("--stats", action="store_true", help="end with a table of exits and what they cost")
     add_common(parser)
 

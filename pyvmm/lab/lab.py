@@ -38,9 +38,9 @@ class Completed:
 class Lab:
     """A lab as a context manager.
 
-    ``arguments`` are looked through for files to make visible (see shares.py); a ``bare`` lab sees nothing of the
-    workstation. What the workstation changes while the lab runs, a ``live`` one sees; the others cache, and start a
-    Python program a second sooner.
+    ``arguments`` are looked through for files to make visible, ``outputs`` name files that commands will write (see
+    shares.py); a ``bare`` lab sees nothing of the workstation. What the workstation changes while the lab runs, a
+    ``live`` one sees; the others cache, and start a Python program a second sooner.
     """
 
     def __init__(
@@ -50,13 +50,14 @@ class Lab:
         image: Image | None = None,
         cwd: Path | None = None,
         arguments: Sequence[str] = (),
+        outputs: Sequence[str] = (),
         bare: bool = False,
         live: bool = False,
     ) -> None:
         self.options = options or LabOptions()
         self.cwd = Path(os.path.abspath(cwd or Path.cwd()))
         self._image = image
-        self._shares = [] if bare else shares.find_shares(self.cwd, list(arguments))
+        self._shares = [] if bare else shares.find_shares(self.cwd, arguments, outputs)
         self._caching = "none" if live else "loose"
         self._machine: Machine | None = None
         self._unpacker = frames.Unpacker()
@@ -205,6 +206,8 @@ class Lab:
         return self.cwd if visible else Path("/root")
 
     def _environment(self) -> dict[str, str]:
+        # Where /tmp is the workstation's, temporary files stay in the lab all the same.
+        shared = any(share.target == shares.TEMPORARY for share in self._shares)
         return {
             "HOME": "/root",
             "LANG": "C.UTF-8",
@@ -212,6 +215,7 @@ class Lab:
             "PYTHONPATH": str(shares.python_path()),
             "PYVMM_IN_LAB": "1",
             "TERM": os.environ.get("TERM", "dumb"),
+            **({"TMPDIR": "/var/tmp"} if shared else {}),
         }
 
 

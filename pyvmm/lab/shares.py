@@ -1,13 +1,15 @@
 """Which of the workstation's directories the lab sees, and where.
 
 The rule: a path means the same inside as outside. The project's tree, the current directory, and the directories of
-files named on a command line are mounted at their own absolute paths; nothing else of the workstation is visible.
+files named on a command line are mounted at their own absolute paths; nothing else of the workstation is visible. What
+a command is said to write must be outside of the lab when that ends: there is no path for which it would be lost.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,10 @@ RESERVED = frozenset(map(Path, (
     "/", "/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/pyvmm", "/run", "/sbin", "/sys",
     "/usr", "/usr/bin", "/usr/lib", "/usr/sbin", "/var",
 )))  # fmt: skip
+
+
+TEMPORARY = Path("/tmp")
+NOWHERE = Path("/dev/null")  # the same on every machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +48,18 @@ def _is_checkout() -> bool:
     return (PACKAGE.parent / "pyproject.toml").is_file()
 
 
-def find_shares(cwd: Path, arguments: list[str]) -> list[Share]:
+def find_shares(cwd: Path, arguments: Sequence[str], outputs: Sequence[str] = ()) -> list[Share]:
     """Give what must be shared for a command run in ``cwd`` with ``arguments`` to find what it names, parents first.
 
-    The tree and ``cwd`` are writable; directories of files that are merely named are not. UsageError for a file that
-    cannot be made visible.
+    The tree, ``cwd`` and the directories of the files ``outputs`` are writable; directories of files that are merely
+    named are not. UsageError for a file that cannot be made visible, and for an output that cannot be written.
     """
     wanted = {PACKAGE.parent: False} if _is_checkout() else {}
     if cwd not in RESERVED and not _covered(cwd, wanted):
         wanted[cwd] = False
+    for directory in _written(cwd, outputs):
+        if not _covered(directory, wanted):
+            wanted[directory] = False
     for path in _named(cwd, arguments):
         directory = path if path.is_dir() else path.parent
         if _covered(directory, wanted):
@@ -75,11 +84,37 @@ def _covered(path: Path, wanted: dict[Path, bool]) -> bool:
     return any(other in (path, *path.parents) for other in wanted)
 
 
-def _named(cwd: Path, arguments: list[str]) -> Iterator[Path]:
+def _written(cwd: Path, outputs: Sequence[str]) -> Iterator[Path]:
+    """Give the directories the outputs are written to, and those that links there lead to."""
+    for text in outputs:
+        path = Path(os.path.abspath(cwd / text))
+        if path == NOWHERE:
+            continue
+        what = f"the output file {text!r} cannot be written"
+        if path.is_dir():
+            raise UsageError(f"{what}: {path} is a directory")
+        for directory in dict.fromkeys((path.parent, path.resolve().parent)):
+            if not directory.is_dir():
+                is_there = directory.exists()
+                raise UsageError(
+                    f"{what}: {directory} {'is not a directory' if is_there else 'does not exist'}",
+                    hint=None if is_there else f"mkdir -p {shlex.quote(str(directory))}",
+                )
+            if directory in RESERVED:
+                raise UsageError(
+                    f"{what} from the lab: {directory} is a directory of its own there",
+                    hint="name a file in the current directory, or in another one such as /tmp",
+                )
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise UsageError(f"{what}: {directory} is not yours to write to")
+            yield directory
+
+
+def _named(cwd: Path, arguments: Sequence[str]) -> Iterator[Path]:
     """Give what exists of what the arguments name, as such or behind a ``=``, and what links among it lead to."""
     for argument in arguments:
         for text in dict.fromkeys((argument, argument.partition("=")[2])):
             path = Path(os.path.abspath(cwd / text))
-            if text and not text.startswith("-") and path.exists():
+            if text and not text.startswith("-") and path != NOWHERE and path.exists():
                 yield path
                 yield path.resolve()

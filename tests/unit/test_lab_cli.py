@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 
 from pyvmm import cli, lab
+from pyvmm.cli.common import OutputPath, find_outputs, output_behind
 from pyvmm.errors import HostError
 from pyvmm.lab import image, needs
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
@@ -60,6 +62,34 @@ def test_lab_run_is_the_same_as_lab_before_the_verb(booted):
     before = booted()["command"]
     cli.main(["lab", "run", "run", "payload:hello"])
     assert booted()["command"] == before
+
+
+@pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
+def test_files_that_a_verb_writes_are_known_to_the_lab(booted, tmp_path, before):
+    dtb, log = str(tmp_path / "a b,c=d"), str(tmp_path / "serial")
+    assert cli.main([*before, "run", "--dump-dtb", dtb, "--serial", f"file={log}", "payload:hello"]) == 42
+    assert sorted(booted()["outputs"]) == [dtb, log]
+
+
+@pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
+def test_a_file_that_cannot_be_written_is_said_before_anything_boots(booted, before, capsys):
+    assert cli.main([*before, "run", "--dump-dtb", "/no/such/place/dtb", "payload:hello"]) == 2
+    assert booted() == {}
+    assert "/no/such/place does not exist" in capsys.readouterr().err
+
+
+def test_outputs_are_found_wherever_a_command_line_has_them():
+    given = Namespace(
+        a=OutputPath("x"), b=["y", OutputPath("z")], c=(output_behind("file")("file=u=v"),), d="w", e=None
+    )
+    assert find_outputs(given) == ["x", "z", "u=v"]
+    assert [type(output_behind("file")(text)) for text in ("stdio", "file=", "filed=x")] == [str] * 3
+
+
+@pytest.mark.parametrize("words", [["run", "--nonsense"], ["--lab", "run", "x"], ["lab", "status"], ["--help"]])
+def test_what_lab_run_cannot_run_is_said_here(booted, words):
+    assert cli.main(["lab", "run", *words]) == (0 if words == ["--help"] else 2)
+    assert booted() == {}
 
 
 @pytest.mark.parametrize(

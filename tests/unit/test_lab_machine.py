@@ -138,6 +138,56 @@ def test_the_lab_is_never_covered_by_the_root_directory():
     assert targets(shares.find_shares(Path("/"), ["/"])) == {str(TREE): False}
 
 
+def test_outputs_bring_their_directories_writable_even_where_a_file_there_is_read(tmp_path):
+    (tmp_path / "a, b=c").mkdir()
+    (tmp_path / "a, b=c" / "Image").write_text("")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "a, b=c" / "link").symlink_to(tmp_path / "far" / "to be made")
+    named = str(tmp_path / "a, b=c" / "Image")
+    directory = str(tmp_path / "a, b=c")
+    assert targets(shares.find_shares(TREE, [named])) == {str(TREE): False, directory: True}
+    assert targets(shares.find_shares(TREE, [named], [f"{directory}/x.json"])) == {str(TREE): False, directory: False}
+    assert targets(shares.find_shares(TREE, [], [f"{directory}/link"])) == {
+        str(TREE): False, directory: False, str(tmp_path / "far"): False,
+    }  # fmt: skip
+
+
+def test_outputs_in_the_current_directory_and_nowhere_need_no_share():
+    outputs = ["out.dtb", "tests/out=1.dtb", "/dev/null"]
+    assert targets(shares.find_shares(TREE, [*outputs, "file=/dev/null"], outputs)) == {str(TREE): False}
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        ("/etc/out.dtb", "/etc is a directory of its own there"),
+        ("/dev/stdout", "/dev is a directory of its own there"),
+        ("/var/run/out", "/run is a directory of its own there"),
+        ("/no/such place/out.dtb", "/no/such place does not exist\n  hint: mkdir -p '/no/such place'"),
+        ("/etc/passwd/out.dtb", "/etc/passwd is not a directory"),
+        ("", "is a directory"),
+        ("/tmp", "/tmp is a directory"),
+    ],
+)
+def test_an_output_that_would_be_lost_is_refused(output, why):
+    with pytest.raises(UsageError) as caught:
+        shares.find_shares(TREE, [], [output])
+    assert f"the output file {output!r} cannot be written" in str(caught.value)
+    assert why in str(caught.value)
+
+
+def test_an_output_in_the_root_directory_is_refused_where_that_is_the_current_one():
+    with pytest.raises(UsageError, match="/ is a directory of its own there"):
+        shares.find_shares(Path("/"), [], ["out.dtb"])
+
+
+def test_temporary_files_stay_in_the_lab_when_its_tmp_is_the_workstations():
+    from pyvmm.lab import Lab
+
+    assert "TMPDIR" not in Lab(cwd=TREE)._environment()
+    assert Lab(cwd=TREE, outputs=["/tmp/out"])._environment()["TMPDIR"] == "/var/tmp"
+
+
 # ---- the channel
 
 

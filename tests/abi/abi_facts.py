@@ -49,6 +49,8 @@ PRELUDE = """
 #include <linux/falloc.h>
 #include <linux/fcntl.h>
 #include <linux/mman.h>
+#include <linux/userfaultfd.h>
+#include <asm/unistd.h>
 """
 
 

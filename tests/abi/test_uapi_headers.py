@@ -15,7 +15,7 @@ import pytest
 from abi_facts import MACHINES, Fact
 
 import pyvmm.uapi
-from pyvmm.uapi import kvm, kvm_arm64, kvm_cap, kvm_run, kvm_x86, psci
+from pyvmm.uapi import kvm, kvm_arm64, kvm_cap, kvm_run, kvm_x86, psci, userfaultfd
 from pyvmm.uapi.ioctl import Ioctl
 
 OTHER_ARCHITECTURES = ("PPC", "S390", "MIPS", "SPAPR", "RISCV", "HYPERV", "XEN", "IRQ_MPIC", "IRQ_XICS", "SW_TLB")
@@ -98,6 +98,17 @@ def test_no_capability_or_exit_reason_of_ours_is_missing(machine: str) -> None:
     reasons = [reason.name for reason in kvm_run.ExitReason]
     assert set(reasons) <= exits
     assert sorted(reason.value for reason in kvm_run.ExitReason) == list(range(len(reasons)))
+
+
+def test_nothing_of_userfaultfd_is_missing(machine: str) -> None:
+    known = {fact.expression for fact in abi_facts.constant_facts(machine)}
+    theirs = {name for name in abi_facts.macros(machine) if name.startswith(("UFFD", "_UFFDIO", "USERFAULTFD"))}
+    assert "UFFD_FEATURE_RWP" in theirs
+    assert theirs - known == set()
+
+
+def test_userfaultfd_has_the_system_call_number_of_its_architecture(machine: str) -> None:
+    assert wrong([Fact("__NR_userfaultfd", userfaultfd.NR_USERFAULTFD[machine])], machine) == []
 
 
 def mutants(kind: Any) -> Iterator[Any]:

@@ -1,0 +1,109 @@
+"""What the kernel's trace of faults says, line by line, and what is said where there is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pyvmm.observe import faulttrace
+from pyvmm.observe.faulttrace import Fault, FaultTrace, access
+
+LINES = b"""\
+         python3-97      [001] .....     6.467611: kvm_guest_fault: ipa 0x80080000, hsr 0x82000004, hxfar 0x0, pc 0x80
+CPU:0 [LOST 33 EVENTS]
+    pyvmm [1] -8-98      [000] .....     6.476583: kvm_guest_fault: ipa 0x80084000, hsr 0x93c68047, hxfar 0x8, pc 0x80
+           <...>-12345   [001] d..1.  1234.000001: kvm_guest_fault: ipa 0, hsr 0x92000007, hxfar 0x8, pc 0x80
+CPU:1 [LOST 2 EVENTS]
+         python3-97      [001] .....     6.467612: kvm_exit: IRQ: HSR_EC: 0x0000 (UNKNOWN), PC: 0x0
+"""
+
+
+@pytest.fixture
+def instances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that looks like tracefs' instances; each new one has a file for a trace_pipe."""
+    root = tmp_path / "tracing"
+    (root / "instances").mkdir(parents=True)
+    (root / faulttrace.EVENT).mkdir(parents=True)
+    make = faulttrace._make
+
+    def make_and_fill(instances: str) -> str:
+        path = make(instances)
+        for directory in ("options", faulttrace.EVENT):
+            Path(path, directory).mkdir(parents=True)
+        Path(path, "trace_pipe").write_bytes(LINES)
+        return path
+
+    monkeypatch.setattr(faulttrace, "_make", make_and_fill)
+    monkeypatch.setattr(faulttrace, "TRACEFS", (str(tmp_path / "none"), str(root)))
+    monkeypatch.setattr(faulttrace, "_INITIAL_PID_NAMESPACE", os.stat("/proc/self/ns/pid").st_ino)
+    return root / "instances"
+
+
+@pytest.mark.usefixtures("instances")
+def test_faults_are_read_with_times_addresses_and_kinds_and_the_lost_are_counted() -> None:
+    with FaultTrace() as trace:
+        assert (trace.available, trace.why_not) == (True, "")
+        first = trace.faults()
+    assert first == trace.faults()
+    assert first == [
+        Fault(6_467_611_000, 0x8008_0000, False, True, 97),
+        Fault(6_476_583_000, 0x8008_4000, True, False, 98),
+        Fault(1234_000_001_000, 0, False, False, 12345),
+    ]
+    assert trace.lost == 35
+
+
+def test_kernel_is_told_threads_clock_and_the_range_that_matters(instances: Path) -> None:
+    with FaultTrace(range(0x1000, 0x2000)):
+        [instance] = instances.iterdir()
+        assert (instance / "trace_clock").read_text() == "mono"
+        assert (instance / "options/event-fork").read_text() == "1"
+        assert str(os.getpid()) in (instance / "set_event_pid").read_text().split()
+        assert (instance / faulttrace.EVENT / "filter").read_text() == "ipa >= 4096 && ipa < 8192"
+        assert (instance / faulttrace.EVENT / "enable").read_text() == "1"
+    assert (instance / faulttrace.EVENT / "enable").read_text() == "0"
+
+
+def test_names_never_meet_and_what_the_dead_left_is_removed(instances: Path) -> None:
+    for name in ("pyvmm-99999999-0", f"pyvmm-{os.getpid()}-0", "somebody-else", "pyvmm-x-0"):
+        (instances / name).mkdir()
+    with FaultTrace(), FaultTrace():
+        names = {path.name for path in instances.iterdir()}
+    pid = os.getpid()
+    assert names == {f"pyvmm-{pid}-0", f"pyvmm-{pid}-1", f"pyvmm-{pid}-2", "somebody-else", "pyvmm-x-0"}
+
+
+def test_without_the_means_nothing_is_raised_and_the_reason_is_said(
+    instances: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: str) -> None:
+        raise PermissionError(13, "Permission denied", str(instances))
+
+    monkeypatch.setattr(faulttrace, "_make", refuse)
+    with FaultTrace() as trace:
+        assert (trace.available, trace.faults()) == (False, [])
+        assert "Permission denied" in trace.why_not
+    monkeypatch.setattr(faulttrace, "_INITIAL_PID_NAMESPACE", 1)
+    with FaultTrace() as trace:
+        assert "container" in trace.why_not
+    monkeypatch.setattr(faulttrace, "TRACEFS", ())
+    with FaultTrace() as trace:
+        assert "mount -t tracefs" in trace.why_not
+    assert faulttrace.guest_fault(lambda: pytest.fail("not to be called"))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("esr", "kind"),
+    [
+        (0x8200_0007, (False, True)),
+        (0x93C2_8046, (True, False)),
+        (0x93C0_8007, (False, False)),
+        (0x9200_0147, (False, False)),  # cache maintenance: a write by its bit only
+        (0x9200_00C7, (None, None)),  # a walk's own access
+        (0x5A00_0000, (None, None)),  # an hvc
+    ],
+)
+def test_syndrome_says_write_or_fetch_where_it_can(esr: int, kind: tuple[bool | None, bool | None]) -> None:
+    assert access(esr) == kind

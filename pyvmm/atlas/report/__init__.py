@@ -1,0 +1,1 @@
+"""What shows an atlas: pure functions from its data to text, HTML, JUnit XML, and the difference of two."""

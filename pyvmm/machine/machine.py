@@ -40,7 +40,7 @@ from pyvmm.observe.counters import Counters
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 from pyvmm.uapi.kvm_arm64 import core_reg
-from pyvmm.vcpu.cold import ColdExits, Unclaimed
+from pyvmm.vcpu.cold import ColdExits, Intercept, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
 
@@ -56,13 +56,17 @@ class Machine:
     """A guest with its memory, vCPUs and devices; a context manager.
 
     ``unclaimed`` completes accesses to addresses without slot or device (see :data:`pyvmm.vcpu.cold.Unclaimed`);
-    without it the guest gets an external abort.
+    without it the guest gets an external abort. ``intercept`` hears of every stop of a vCPU first (see
+    :data:`pyvmm.vcpu.cold.Intercept`).
     """
 
-    def __init__(self, config: MachineConfig, *, unclaimed: Unclaimed | None = None) -> None:
+    def __init__(
+        self, config: MachineConfig, *, unclaimed: Unclaimed | None = None, intercept: Intercept | None = None
+    ) -> None:
         config.check()
         self.config = config
         self._unclaimed = unclaimed
+        self._intercept = intercept
         self._memory_stack = contextlib.ExitStack()
         self._stack = contextlib.ExitStack()
         self._done = threading.Event()
@@ -184,7 +188,7 @@ class Machine:
             cold = ColdExits(
                 native=native, vcpu=vcpu, memory=self.memory, relay=self.relay, bus=self.bus,
                 console=self.console, mailboxes=self.mailboxes, finish=self._finish,
-                wanted=self._wanted(vcpu.index), unclaimed=self._unclaimed,
+                wanted=self._wanted(vcpu.index), unclaimed=self._unclaimed, intercept=self._intercept,
             )  # fmt: skip
             self._threads.append(VcpuThread(native, cold.handle, self._failed, self._wake))
         self._stack.callback(self._leave)

@@ -32,6 +32,10 @@ log = get_logger("vcpu")
 Unclaimed = Callable[[Any], bool]
 """Takes the ``struct pv_vcpu`` of an access that no slot and no device claims; True when it completed the access."""
 
+Intercept = Callable[[int, Any], "bool | None"]
+"""Hears of every stop (enum pv_stop, ``struct pv_vcpu``) first, in the vCPU's thread: True runs on, False ends the vCPU's
+thread, None leaves the stop to pyvmm. What single-stepping and experiments with failing runs are made of."""
+
 UNCLAIMED_LOGGED = 8
 
 
@@ -49,10 +53,13 @@ class ColdExits:
     finish: Callable[[Outcome], None]
     wanted: Callable[[], bool]
     unclaimed: Unclaimed | None = None
+    intercept: Intercept | None = None
     _unclaimed_seen: int = 0
 
     def handle(self, stop: int) -> bool:
         """Deal with ``stop`` (enum pv_stop); True to run on."""
+        if self.intercept is not None and (answer := self.intercept(stop, self.native)) is not None:
+            return answer
         match stop:
             case lib.PV_STOP_MMIO:
                 self.bus.answer(self.native)

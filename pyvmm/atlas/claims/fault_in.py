@@ -1,0 +1,301 @@
+"""How pages get into a guest: each claim about stage 2 starting empty and being filled by faults."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import tempfile
+
+from pyvmm.atlas.claim import group
+from pyvmm.atlas.experiment import BEYOND, Experiment
+from pyvmm.atlas.host.syscalls import drop_capabilities
+from pyvmm.guest.puppet import Access
+from pyvmm.memory import mman
+from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.backing import Backing, Memfd, SharedGuestMemfd
+from pyvmm.memory.memlock import CAP_IPC_LOCK, LockedMemory
+from pyvmm.uapi.mman import PROT_NONE, PROT_READ
+
+claim = group("fault-in")
+
+EMPTY = "thread: \"By default the guest has an empty stage-2 (we don't require pre-faulting everything)\""
+HVA = 'thread: "the host handler finds the corresponding memslot and does the ipa->hva conversion"'
+PIN = 'thread: "In our current implementation it uses a longterm GUP pin on the corresponding page"'
+ABORT = "arch/arm64/kvm/mmu.c, pkvm_mem_abort()"
+RET = 0xD65F_03C0
+CAP_SYS_RESOURCE = 24
+"""include/uapi/linux/capability.h"""
+
+
+@claim(none="memfd guest_memfd private", emulated="memfd guest_memfd", pkvm="memfd", origin=EMPTY, faults=True)
+def every_fresh_page_faults(x: Experiment) -> None:
+    """The guest's stage 2 starts empty: every page of a fresh range faults when the guest first touches it."""
+    x.start()
+    range_ = x.page(32)
+    x.tell("faults in the range before the guest touched it", len(x.faults(range_, 32)))
+    x.picture("before the guest touches the pages")
+    x.time("32 first touches", x.guest.touch(range_, 32).ticks)
+    x.check("pages that faulted, of 32 touched", len({fault.gpa for fault in x.faults(range_, 32)}), 32)
+    x.picture("after it has")
+
+
+@claim(none="memfd guest_memfd private", emulated="memfd guest_memfd", pkvm="memfd", origin=EMPTY, faults=True)
+def a_first_read_faults_once(x: Experiment) -> None:
+    """The first load of a page faults once, and a second load does not fault."""
+    page = x.page()
+    x.time("first load", x.guest.timed_read(page).ticks)
+    x.check("faults after the first load", len(x.faults(page)), 1)
+    x.time("second load", x.guest.timed_read(page).ticks)
+    x.check("faults after the second", len(x.faults(page)), 1)
+
+
+@claim(none="memfd guest_memfd private", emulated="memfd guest_memfd", pkvm="memfd", origin=EMPTY, faults=True)
+def a_first_write_faults_once(x: Experiment) -> None:
+    """The first store to a page faults once, and a second store does not fault."""
+    page = x.page()
+    x.time("first store", x.guest.write64(page, 1))
+    x.check("faults after the first store", len(x.faults(page)), 1)
+    x.time("second store", x.guest.write64(page, 2))
+    x.check("faults after the second", len(x.faults(page)), 1)
+
+
+@claim(none="memfd guest_memfd private", emulated="memfd guest_memfd", pkvm="memfd", origin=EMPTY, faults=True)
+def a_first_fetch_faults_once(x: Experiment) -> None:
+    """The first instruction fetch from a page faults once, and running it again does not fault."""
+    page = x.page()
+    x.time("first fetch", x.guest.touch(page, 1, access=Access.EXECUTE).ticks)
+    x.check("faults after the first fetch", len(x.faults(page)), 1)
+    x.time("second fetch", x.guest.touch(page, 1, access=Access.EXECUTE).ticks)
+    x.check("faults after the second", len(x.faults(page)), 1)
+
+
+@claim(none="memfd guest_memfd private", emulated="memfd guest_memfd", pkvm="memfd",
+       origin="arch/arm64/kvm/mmu.c, user_mem_abort() and gmem_abort(): execute permission on demand", faults=True)  # fmt: skip
+def code_costs_no_second_fault(x: Experiment) -> None:
+    """A page the guest wrote code to runs without another fault."""
+    page = x.page()
+    x.guest.write64(page, RET)
+    x.guest.flush(page, 8)
+    before = len(x.faults(page))
+    x.guest.execute(page)
+    x.check("faults of the fetch", len(x.faults(page)) - before, 0)
+    x.guest.execute(page)
+    x.check("faults of a second call", len(x.faults(page)) - before, 0)
+
+
+@claim(none="memfd guest_memfd private", emulated="memfd", pkvm="memfd",
+       origin="arch/arm64/kvm/mmu.c: a read fault maps writable where the host's page is", faults=True)  # fmt: skip
+def a_write_after_a_read_costs_no_fault(x: Experiment) -> None:
+    """A page the guest has read can be written without another fault."""
+    page = x.page()
+    x.guest.read64(page)
+    before = len(x.faults(page))
+    x.guest.write64(page, 1)
+    x.check("faults of the store", len(x.faults(page)) - before, 0)
+
+
+@claim(none="memfd guest_memfd thp hugetlb", pkvm="memfd thp", emulated="memfd",
+       origin="thread: \"the guest ... possibly faults in many more pages\"", faults=True)  # fmt: skip
+def a_fault_brings_one_page(x: Experiment) -> None:
+    """A fault maps the page that was touched and none of its neighbours."""
+    range_ = x.page(64)
+    x.guest.touch(range_, 8, stride=8)
+    first = len(x.faults(range_, 64))
+    x.guest.touch(range_, 64)
+    x.check("faults when every 8th of 64 pages is touched", first, 8)
+    x.check("faults when all of them are touched after that", len(x.faults(range_, 64)) - first, 56)
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin=HVA)
+def slot_edges_lead_to_the_right_page(x: Experiment) -> None:
+    """On both sides of the border of two slots the guest finds the right file's page, and beyond them nothing."""
+    low, high = Memfd(1 << 16), Memfd(1 << 16)
+    low.load((1 << 16) - 8, (0x1111).to_bytes(8, "little"))
+    high.load(0, (0x2222).to_bytes(8, "little"))
+    x.memory.add(BEYOND, low)
+    x.memory.add(BEYOND + (1 << 16), high)
+    x.check("last word of the lower slot", x.guest.read64(BEYOND + (1 << 16) - 8), 0x1111)
+    x.check("first word of the upper slot", x.guest.read64(BEYOND + (1 << 16)), 0x2222)
+    x.check("a load behind the last page", x.went(x.guest.start_read64(BEYOND + (1 << 17))), "external abort")
+    x.check("a load before the first page", x.went(x.guest.start_read64(BEYOND - 8)), "external abort")
+
+
+@claim(none="memfd guest_memfd", emulated="memfd", pkvm="memfd", origin=HVA)
+def crossed_slots_lead_to_the_right_page(x: Experiment) -> None:
+    """Two slots whose guest addresses are in the reverse order of their places in one file do not mix up pages."""
+    file = SharedGuestMemfd(x.machine.vm, 2 << 16) if x.backing == "guest_memfd" else Memfd(2 << 16)
+    for page in range(32):
+        file.load(page * PAGE_SIZE, (page + 1).to_bytes(8, "little"))
+    x.memory.add(BEYOND, file, offset=1 << 16, size=1 << 16)
+    x.memory.add(BEYOND + (1 << 16), file, offset=0, size=1 << 16)
+    seen = [x.guest.read64(BEYOND + page * PAGE_SIZE) for page in range(32)]
+    x.check("pages found where they belong, of 32", sum(s == w + 1 for s, w in zip(seen, [*range(16, 32), *range(16)])), 32)
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{PIN}; {ABORT}: account_locked_vm(1)")
+def each_page_is_locked_when_touched(x: Experiment) -> None:
+    """Each page the guest touches is charged to the VMM's locked memory (VmLck), one by one."""
+    range_ = x.page(8)
+    x.start()
+    before = LockedMemory.read().locked
+    growth = []
+    for page in range(8):
+        x.guest.read64(range_ + page * PAGE_SIZE)
+        growth.append((LockedMemory.read().locked - before) // 1024)
+    x.check("kB locked after each of 8 first touches", " ".join(map(str, growth)), "4 8 12 16 20 24 28 32")
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{PIN}; Documentation/filesystems/proc.rst: VmPin")
+def pins_are_told_apart(x: Experiment) -> None:
+    """The pages pinned for the guest are counted as pinned memory (VmPin), apart from locked memory."""
+    x.start()
+    before = _status_kib("VmPin")
+    x.guest.touch(x.page(8), 8)
+    x.check("kB of VmPin that 8 touched pages add", _status_kib("VmPin") - before, 32)
+
+
+@claim(pkvm="memfd", emulated="memfd", origin=f"{ABORT}; unpinned in __pkvm_pgtable_stage2_reclaim()")
+def a_share_leaves_the_lock(x: Experiment) -> None:
+    """A page the guest shares stays locked memory of the VMM, and an unshare charges it no second time."""
+    page = x.page()
+    x.start()
+    before = LockedMemory.read().locked
+    x.guest.write64(page, 1)
+    x.check("bytes locked by the first touch", LockedMemory.read().locked - before, PAGE_SIZE)
+    x.guest.share(page)
+    x.check("bytes locked once it is shared", LockedMemory.read().locked - before, PAGE_SIZE)
+    x.guest.unshare(page)
+    x.check("bytes locked once it is taken back", LockedMemory.read().locked - before, PAGE_SIZE)
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{ABORT}; mm/util.c, account_locked_vm(): -ENOMEM")
+def memlock_exhaustion_is_resumable(x: Experiment) -> None:
+    """Where RLIMIT_MEMLOCK ends, KVM_RUN fails with ENOMEM, and after the limit is raised the same access succeeds."""
+    try:
+        drop_capabilities(CAP_IPC_LOCK)
+    except OSError as error:
+        x.cannot(f"CAP_IPC_LOCK cannot be given up: {error.strerror}")
+    range_ = x.page(8)
+    x.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit = LockedMemory.read().locked + 4 * PAGE_SIZE
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, hard))
+    for page in range(4):
+        x.guest.write64(range_ + page * PAGE_SIZE, page)
+    order = x.guest.start_write64(range_ + 4 * PAGE_SIZE, 0x4444)
+    if not x.check("KVM_RUN at the page that is over the limit", x.went(order), "ENOMEM"):
+        return
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit + 64 * PAGE_SIZE, hard))
+    x.retry()
+    order.result()
+    x.check("the page holds what the guest stored", x.guest.read64(range_ + 4 * PAGE_SIZE), 0x4444)
+    x.check("the pages before it are as they were", x.guest.read64(range_ + 3 * PAGE_SIZE), 3)
+    x.tell("soft limit before, unlimited or a number", "unlimited" if soft == resource.RLIM_INFINITY else "a number")
+
+
+@claim(none="memfd", pkvm="memfd", origin=f"{ABORT}: folio_test_swapbacked(), else -EIO; mm/gup.c for file mappings")
+def file_pages_are_refused(x: Experiment) -> None:
+    """Pages of a regular file cannot become guest memory: KVM_RUN fails."""
+    directory = next((d for d in (os.getcwd(), "/root", "/var/tmp") if _is_file_system(d)), None)
+    if directory is None:
+        x.cannot("every directory here is on a tmpfs, whose pages are not a file's")
+    with tempfile.NamedTemporaryFile(dir=directory) as file:
+        file.truncate(1 << 16)
+        file.write(b"on disk.")
+        file.flush()
+        backing = x.stack.enter_context(Backing(os.dup(file.fileno()), 1 << 16))
+        backing.kind = "file"
+        _add_raw(x, BEYOND, backing)
+        ran = x.went(x.guest.start_read64(BEYOND))
+        x.tell("KVM_RUN", ran)
+        x.check("the guest's load fails", ran != "went on")
+
+
+@claim(none="memfd", pkvm="memfd", origin=f"{ABORT}: hugetlb folios are not swapbacked, -EIO")
+def hugetlb_pages_are_refused(x: Experiment) -> None:
+    """Huge pages of hugetlbfs cannot become guest memory: KVM_RUN fails with EIO."""
+    x.stack.enter_context(x.setting("/proc/sys/vm/nr_hugepages", "2"))
+    backing = x.stack.enter_context(Memfd(2 << 20, hugetlb=True))
+    _add_raw(x, BEYOND, backing)
+    x.check("KVM_RUN", x.went(x.guest.start_read64(BEYOND)), "EIO")
+
+
+@claim(none="memfd", pkvm="memfd", origin="arch/arm64/kvm/mmu.c: no page behind the hva, -EFAULT, exit_reason 0")
+def an_unmapped_hva_is_efault(x: Experiment) -> None:
+    """A page whose host mapping is PROT_NONE makes KVM_RUN fail with EFAULT and nothing else told; mapped again, it goes on."""
+    page = x.page()
+    x.start()
+    mman.protect(x.hva(page), PAGE_SIZE, PROT_NONE)
+    order = x.guest.start_write64(page, 7)
+    failure = x.failed(order)
+    x.check("KVM_RUN", failure.name if failure else "went on", "EFAULT")
+    x.check("exit_reason", failure and failure.exit_reason, 0)
+    mman.protect(x.hva(page), PAGE_SIZE, mman.PROT_RW)
+    x.retry()
+    order.result()
+    x.check("then the guest reads its store", x.guest.read64(page), 7)
+
+
+@claim(none="memfd", pkvm="memfd", origin=f"{ABORT}: pin_user_pages(FOLL_WRITE) whatever the access")
+def a_read_only_mapping_serves_loads(x: Experiment) -> None:
+    """A page that the host has mapped read-only can be read by the guest."""
+    page = x.page()
+    x.memory.write(page, (9).to_bytes(8, "little"))
+    x.start()
+    mman.protect(x.hva(page), PAGE_SIZE, PROT_READ)
+    order = x.guest.start_read64(page)
+    if x.check("KVM_RUN", x.went(order), "went on"):
+        x.check("the guest reads", order.result(), 9)
+
+
+@claim(none="memfd guest_memfd", emulated="memfd", pkvm="memfd", cpus=4, faults=True,
+       origin="arch/arm64/kvm/hyp/nvhe/mem_protect.c: a page is donated once; pkvm_mem_abort(): -EAGAIN is retried")  # fmt: skip
+def vcpus_race_for_one_page(x: Experiment) -> None:
+    """Four vCPUs that first touch the same pages at the same moment all get them, and each page is locked once."""
+    x.start()
+    vcpus = [x.guest, *x.others()]
+    range_ = x.page(64)
+    before = LockedMemory.read().locked
+    orders = [vcpu.start_touch(range_, 64, access=Access.WRITE) for vcpu in vcpus]
+    x.check("touches done, of 4 times 64", sum(order.result().pages for order in orders), 256)
+    locked = 64 * PAGE_SIZE if x.protection.by_hypervisor else 0
+    x.check("bytes locked by 64 pages", LockedMemory.read().locked - before, locked)
+    x.check("pages that faulted", len({fault.gpa for fault in x.faults(range_, 64)}), 64)
+
+
+@claim(none="memfd guest_memfd", emulated="memfd", pkvm="memfd", faults=True,
+       origin="Documentation/virt/kvm/api.rst: KVM_PRE_FAULT_MEMORY is not on arm64; madvise(2), MADV_POPULATE_WRITE")  # fmt: skip
+def populating_spares_no_fault(x: Experiment) -> None:
+    """Pages that the host has populated before still cost the guest one fault each."""
+    range_ = x.page(32)
+    x.memory.populate(range_, 32 * PAGE_SIZE)
+    x.time("32 first touches of populated pages", x.guest.touch(range_, 32).ticks)
+    x.time("32 first touches of others", x.guest.touch(x.page(32), 32).ticks)
+    x.check("pages that faulted, of 32", len({fault.gpa for fault in x.faults(range_, 32)}), 32)
+
+
+@claim(none="memfd guest_memfd", pkvm="memfd", origin="mem_protect.c, __pkvm_host_donate_guest(): contents are kept")
+def until_the_first_touch_a_page_is_the_hosts(x: Experiment) -> None:
+    """While the guest runs, a page it has not touched yet can be written by the host, and the guest finds that there."""
+    page = x.page()
+    x.start()
+    x.check("the host stores to it", x.host_stores(page, 0x77))
+    x.check("the guest reads that", x.guest.read64(page), 0x77)
+
+
+def _add_raw(x: Experiment, gpa: Gpa, backing: Backing) -> None:
+    """Make a slot that pyvmm itself would refuse, in KVM alone."""
+    x.machine.vm.set_memory(100, gpa, backing.size, backing.hva, guest_memfd=backing.guest_memfd)
+
+
+def _status_kib(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(f"{field}:"))
+
+
+def _is_file_system(directory: str) -> bool:
+    tmpfs = 0x0102_1994
+    room = (ctypes.c_long * 64)()
+    ok = ctypes.CDLL(None).statfs(directory.encode(), ctypes.byref(room)) == 0
+    return ok and room[0] != tmpfs

@@ -1,0 +1,350 @@
+"""A live guest and a notebook: what a claim is written with, and what a script or the REPL uses to ask the kernel.
+
+    from pyvmm.atlas import Experiment
+    from pyvmm.protection import Protection
+
+    with Experiment(Protection.PKVM) as x:
+        page = x.page()
+        x.guest.write64(page, 42)
+        x.check("the host is locked out", x.host64(page) is None)
+        print(x.result())
+
+The machine is built on entry and started by the first use of :attr:`Experiment.guest`, so that slots and limits can be
+changed before. Owns the machine; everything is given back on exit, whatever state it is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from pyvmm._native import lib
+from pyvmm.atlas.model import Event, Evidence, Picture, Value, Verdict
+from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
+from pyvmm.guest.puppet import GuestFault, Puppet
+from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.layout import MIB, PRIVATE_BOOT, RAM_BASE
+from pyvmm.machine.machine import Machine
+from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva, align_up
+from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.relay import ShareEvent
+from pyvmm.observe.faulttrace import Fault, FaultTrace
+from pyvmm.protection import Protection
+from pyvmm.uapi.kvm_run import ExitReason
+from pyvmm.vcpu.cold import Unclaimed
+from pyvmm.vcpu.failure import EHWPOISON
+
+FREE = Gpa(RAM_BASE + PRIVATE_BOOT)
+"""From here to RAM's last 2 MiB, where the device tree is, nothing is loaded, nor is the payload's stack there."""
+BEYOND = Gpa(RAM_BASE + (1 << 30))
+"""Far above RAM: where experiments put slots of their own."""
+SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+SPARE_HUGE_PAGES = 4
+"""Huge pages kept free beside those of a guest's RAM, for slots of an experiment's own."""
+PATIENCE = 10.0
+"""Seconds to wait for what must come (a failure of KVM_RUN, an answer)."""
+
+
+class Untold(PyvmmError):
+    """The claim cannot be told here: the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailure:
+    """A KVM_RUN that returned -1. ``gpa`` and ``size`` are told with KVM_EXIT_MEMORY_FAULT only (``exit_reason`` 39)."""
+
+    vcpu: int
+    errno: int
+    exit_reason: int
+    gpa: int
+    size: int
+    flags: int
+
+    @property
+    def name(self) -> str:
+        """The errno's name."""
+        return "EHWPOISON" if self.errno == EHWPOISON else errno.errorcode.get(self.errno, str(self.errno))
+
+    def __str__(self) -> str:
+        told = " with KVM_EXIT_MEMORY_FAULT" if self.exit_reason == ExitReason.KVM_EXIT_MEMORY_FAULT else ""
+        return self.name + told
+
+
+class Experiment:
+    """One guest, what was seen of it, and whether that is as claimed.
+
+    ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run; ``unclaimed`` is Machine's.
+    """
+
+    def __init__(
+        self,
+        protection: Protection = Protection.NONE,
+        backing: str = "memfd",
+        *,
+        memory: int = 16,
+        cpus: int = 1,
+        conversion: Conversion | str | None = None,
+        faults: bool = False,
+        unclaimed: Unclaimed | None = None,
+    ) -> None:
+        if conversion is None:
+            copy = protection is Protection.EMULATED and backing == "private"
+            conversion = Conversion.COPY if copy else Conversion.PRESERVE
+        self.protection, self.backing = protection, backing
+        self.config = MachineConfig(
+            "payload:puppet", protection, memory=memory * MIB, cpus=cpus, backing=backing,
+            conversion=Conversion(conversion), serial_out=None, timed=False,
+        )  # fmt: skip
+        self.evidence: list[Evidence] = []
+        self.pictures: list[Picture] = []
+        self.ticks: dict[str, int] = {}
+        self.stack = contextlib.ExitStack()
+        """What else to give back at the end; run before the machine is closed."""
+        self._outer = contextlib.ExitStack()
+        self._want_faults, self._unclaimed = faults, unclaimed
+        self._next = FREE
+        self._events: list[tuple[int, str, int, int]] = []
+        self._failures: queue.Queue[RunFailure] = queue.Queue()
+        self._go = threading.Semaphore(0)
+        self._leaving = False
+        self._begun = 0
+        self._started = False
+
+    def __enter__(self) -> Self:
+        self._begun = time.monotonic_ns()
+        with contextlib.ExitStack() as half_built:
+            if self._want_faults:
+                # Faults on the payload's own pages and on devices are not what an experiment is about.
+                self._trace = half_built.enter_context(FaultTrace(range(FREE, 1 << 52)))
+                if not self._trace.available:
+                    raise Untold(f"faults cannot be counted: {self._trace.why_not}")
+            if self.backing == "hugetlb":
+                need = self.config.memory // HUGE_SIZE
+                half_built.enter_context(self.setting("/proc/sys/vm/nr_hugepages", str(need + SPARE_HUGE_PAGES)))
+            if self.backing == "thp":
+                half_built.enter_context(self.setting(SHMEM_ENABLED, "advise"))
+            self.machine = half_built.enter_context(
+                Machine(self.config, unclaimed=self._unclaimed, intercept=self._intercept)
+            )
+            half_built.callback(self._leave)
+            self._outer = half_built.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the guest and give everything back. Idempotent."""
+        with self._outer:
+            self.stack.close()
+
+    def _leave(self) -> None:
+        self._leaving = True
+        self._go.release(self.config.cpus)
+
+    # -- the guest and its memory
+
+    @property
+    def guest(self) -> Puppet:
+        """The guest's first vCPU, started if it was not yet."""
+        self.start()
+        return self._puppet
+
+    def start(self) -> None:
+        """Let the guest go; nothing can be loaded into its memory from the host after this. Idempotent."""
+        if not self._started:
+            self._started = True
+            self.machine.start()
+            self._puppet = Puppet(self.machine.mailboxes, timeout=PATIENCE)
+            self._puppet.ping()
+
+    def others(self) -> list[Puppet]:
+        """Start every other vCPU and return their handles."""
+        return [self.guest.cpu_on(index) for index in range(1, self.config.cpus)]
+
+    @property
+    def memory(self) -> Any:
+        """The guest's memory, pyvmm.memory.memory.Memory."""
+        return self.machine.memory
+
+    def page(self, pages: int = 1, *, align: int = PAGE_SIZE) -> Gpa:
+        """Return the gpa of ``pages`` pages that nothing has touched and no earlier call has returned."""
+        start = Gpa(align_up(self._next, align))
+        if start + pages * PAGE_SIZE > RAM_BASE + self.config.memory - HUGE_SIZE:
+            raise PyvmmError(f"this guest's memory has no {pages} fresh pages left", hint="give it more with memory=")
+        self._next = Gpa(start + pages * PAGE_SIZE)
+        return start
+
+    def hva(self, gpa: int) -> Hva:
+        """Return the address through which KVM faults the page at ``gpa`` in."""
+        for slot in self.memory.slots:
+            if slot.gpa <= gpa < slot.end:
+                return Hva(slot.hva + gpa - slot.gpa)
+        raise PyvmmError(f"gpa {hex_(gpa)} is in no slot")
+
+    def view(self, gpa: int) -> Hva:
+        """Return the address at which the host's own code may look at ``gpa``; the same unless pyvmm enforces."""
+        for slot in self.memory.slots:
+            if slot.gpa <= gpa < slot.end:
+                return Hva(slot.view + gpa - slot.gpa)
+        raise PyvmmError(f"gpa {hex_(gpa)} is in no slot")
+
+    def host64(self, gpa: int) -> int | None:
+        """Load 64 bits as the host, guarded; None where that faults."""
+        try:
+            return int.from_bytes(self.memory.read(gpa, 8), "little")
+        except GuestMemoryError:
+            return None
+
+    def host_stores(self, gpa: int, value: int) -> bool:
+        """Store 64 bits as the host, guarded; False where that faults."""
+        try:
+            self.memory.write(gpa, value.to_bytes(8, "little"))
+        except GuestMemoryError:
+            return False
+        return True
+
+    # -- what is seen
+
+    def check(self, what: str, saw: Value | None, wanted: Value = True) -> bool:
+        """Note what was seen where the claim says what it must be; the claim holds if every check is as wanted."""
+        entry = Evidence(what, "nothing" if saw is None else saw, wanted)
+        self.evidence.append(entry)
+        return bool(entry.ok)
+
+    def tell(self, what: str, saw: Value | None) -> None:
+        """Note what was seen, for the reader; the verdict does not hang on it."""
+        self.evidence.append(Evidence(what, "nothing" if saw is None else saw))
+
+    def time(self, what: str, ticks: int) -> None:
+        """Note ticks of the guest's counter; they are kept apart from what must repeat."""
+        self.ticks[what] = ticks
+
+    def cannot(self, why: str) -> NoReturn:
+        """End the experiment: the claim cannot be told here."""
+        raise Untold(why)
+
+    def picture(self, title: str) -> None:
+        """Keep the page map as it is now."""
+        from pyvmm.observe.pagemap import PageMap
+
+        self.pictures.append(Picture(title, list(PageMap.of(self.memory.ledger).runs)))
+
+    def event(self, kind: str, gpa: int, pages: int = 1) -> None:
+        """Note for the timeline that something was done to memory now."""
+        self._events.append((time.monotonic_ns(), kind, gpa, pages))
+
+    def watch_shares(self) -> list[ShareEvent]:
+        """Return the list that every share and unshare is appended to from now on, before the guest goes on."""
+        heard: list[ShareEvent] = []
+        self.machine.relay.subscribe(heard.append)
+        return heard
+
+    def faults(self, gpa: int, pages: int = 1) -> list[Fault]:
+        """Return the stage-2 faults the kernel has traced in a range until now; needs ``faults=True``.
+
+        The kernel tells page addresses; nothing in RAM's last 2 MiB or below FREE is recorded.
+        """
+        end = gpa + pages * PAGE_SIZE
+        return [fault for fault in self._trace.faults() if gpa <= fault.gpa < end]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the checks say."""
+        checked = [entry.ok for entry in self.evidence if entry.ok is not None]
+        if not checked:
+            return Verdict.UNTOLD  # an experiment that checks nothing tells nothing
+        return Verdict.HOLDS if all(checked) else Verdict.FAILS
+
+    def events(self) -> tuple[tuple[Event, ...], list[int]]:
+        """Return what happened to memory, in order, and when, in ns since the experiment began."""
+        found = list(self._events)
+        if self._want_faults:
+            tree = range(RAM_BASE + self.config.memory - HUGE_SIZE, RAM_BASE + self.config.memory)
+            found += [(fault.ns, "fault", fault.gpa, 1) for fault in self._trace.faults() if fault.gpa not in tree]
+        found.sort()
+        events = tuple(Event(order, kind, gpa, pages) for order, (_, kind, gpa, pages) in enumerate(found))
+        return events, [ns - self._begun for ns, *_ in found]
+
+    # -- KVM_RUN that fails
+
+    def failure(self, timeout: float = PATIENCE) -> RunFailure:
+        """Wait until a vCPU's KVM_RUN has failed, and return how; that vCPU waits for :meth:`retry`."""
+        try:
+            return self._failures.get(timeout=timeout)
+        except queue.Empty:
+            raise Untold(f"KVM_RUN was expected to fail and has not within {timeout:g} s") from None
+
+    def failed(self, order: Any, timeout: float = PATIENCE) -> RunFailure | None:
+        """Wait for an order's end: None when the guest carried it out, or how KVM_RUN failed."""
+        deadline = time.monotonic() + timeout
+        while not order.done():
+            with contextlib.suppress(queue.Empty):
+                return self._failures.get(timeout=0.005)
+            if time.monotonic() > deadline:
+                raise Untold(f"the guest neither answered nor failed within {timeout:g} s")
+        return None
+
+    def went(self, order: Any, timeout: float = PATIENCE) -> str:
+        """Wait for an order's end and name it: ``went on``, or the errno of KVM_RUN, and what the kernel told with it.
+
+        A vCPU whose KVM_RUN failed waits for :meth:`retry`, or for the experiment's end.
+        """
+        failure = self.failed(order, timeout)
+        if failure is None:
+            try:
+                order.result()
+            except GuestFault as fault:
+                return "external abort" if fault.trap and fault.trap.is_external else "trap"
+            return "went on"
+        return str(failure)
+
+    def retry(self) -> None:
+        """Let the vCPU whose KVM_RUN failed try again."""
+        self._go.release()
+
+    def _intercept(self, stop: int, native: Any) -> bool | None:
+        if stop != lib.PV_STOP_FAILED:
+            return None
+        self._failures.put(
+            RunFailure(
+                native.index, native.error, native.exit_reason, native.fault_gpa, native.fault_size,
+                native.fault_flags,
+            )  # fmt: skip
+        )
+        self._go.acquire()
+        return not self._leaving
+
+    # -- settings of the host
+
+    @contextlib.contextmanager
+    def setting(self, path: str, value: str) -> Iterator[None]:
+        """Change a setting of the whole host while the block runs: only in the lab, where the host is ours."""
+        file = Path(path)
+        try:
+            before = file.read_text().strip()
+        except OSError as error:
+            self.cannot(f"{path}: {error.strerror}")
+        if "[" in before:
+            before = before.partition("[")[2].partition("]")[0]
+        if before == value:
+            yield
+            return
+        if os.environ.get("PYVMM_IN_LAB") != "1":
+            self.cannot(f"{path} is {before}, and the experiment needs {value}; the atlas changes settings in the lab only")
+        try:
+            file.write_text(value)
+        except OSError as error:
+            self.cannot(f"{path} cannot be set to {value}: {error.strerror}")
+        try:
+            yield
+        finally:
+            file.write_text(before)

@@ -1,0 +1,116 @@
+"""System calls that Python has no function for, or only one that takes a buffer: here addresses are plain integers.
+
+Owns nothing. Each call returns an :class:`Answer`: failing is what experiments are about. Numbers of system calls are
+those of include/uapi/asm-generic/unistd.h where they are the same on every architecture, else of both that KVM is on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno as _errno
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+ARM64 = platform.machine() == "aarch64"
+NR_PROCESS_MRELEASE = 448
+NR_FUTEX = 98 if ARM64 else 202
+NR_VMSPLICE = 75 if ARM64 else 278
+NR_PROCESS_VM_READV = 270 if ARM64 else 310
+NR_PROCESS_VM_WRITEV = 271 if ARM64 else 311
+NR_READ = 63 if ARM64 else 0
+NR_WRITE = 64 if ARM64 else 1
+NR_PREAD64 = 67 if ARM64 else 17
+NR_PWRITE64 = 68 if ARM64 else 18
+NR_MADVISE = 233 if ARM64 else 28
+NR_MLOCK = 228 if ARM64 else 149
+NR_MUNLOCK = 229 if ARM64 else 150
+NR_MINCORE = 232 if ARM64 else 27
+NR_PRCTL = 167 if ARM64 else 157
+NR_PTRACE = 117 if ARM64 else 101
+NR_CAPGET = 90 if ARM64 else 125
+NR_CAPSET = 91 if ARM64 else 126
+NR_SWAPON = 224 if ARM64 else 167
+NR_SWAPOFF = 225 if ARM64 else 168
+NR_IO_URING_SETUP, NR_IO_URING_ENTER, NR_IO_URING_REGISTER = 425, 426, 427
+
+FUTEX_WAIT = 0
+PTRACE_PEEKDATA, PTRACE_ATTACH, PTRACE_DETACH = 2, 16, 17
+PR_SET_PDEATHSIG = 1
+PR_SET_PTRACER = 0x59616D61
+CAPABILITY_VERSION_3 = 0x2008_0522
+
+PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the kernel answered: the result (-1 where it failed), errno (0 where it did not), and bytes it gave."""
+
+    result: int
+    errno: int
+    data: bytes = b""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the call succeeded."""
+        return not self.errno
+
+    @property
+    def name(self) -> str:
+        """``ok``, or the errno's name."""
+        return _errno.errorcode.get(self.errno, str(self.errno)) if self.errno else "ok"
+
+    @property
+    def word(self) -> int:
+        """The first 64 bits of the data."""
+        return int.from_bytes(self.data[:8], "little")
+
+
+class Iovec(ctypes.Structure):
+    """``struct iovec``"""
+
+    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
+
+
+def call(number: int, *arguments: Any, data: Any = None) -> Answer:
+    """Make a system call with integers and ctypes pointers; ``data`` is a buffer whose bytes go into the answer."""
+    words = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
+    result = _libc.syscall(ctypes.c_long(number), *words)
+    errno = ctypes.get_errno() if result == -1 else 0
+    return Answer(result, errno, b"" if data is None or errno else bytes(data))
+
+
+def madvise(address: int, size: int, advice: int) -> Answer:
+    """madvise(2)"""
+    return call(NR_MADVISE, address, size, advice)
+
+
+def prctl(option: int, argument: int) -> Answer:
+    """prctl(2) with one argument."""
+    return call(NR_PRCTL, option, argument, 0, 0, 0)
+
+
+def drop_capabilities(*numbers: int) -> None:
+    """Take capabilities (CAP_*) from this thread and those it makes; they do not come back. OSError where refused."""
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words, then high words
+    for number, what in ((NR_CAPGET, "capget"), (NR_CAPSET, "capset")):
+        if number == NR_CAPSET:
+            for capability in numbers:
+                sets[capability // 32 * 3] &= ~(1 << capability % 32)
+        answer = call(number, ctypes.byref(header), ctypes.byref(sets))
+        if not answer.ok:
+            raise OSError(answer.errno, f"{what}: {os.strerror(answer.errno)}")
+
+
+def page_frame(address: int) -> int | None:
+    """Return the number of the physical page behind an address of ours; None where there is none or no permission."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        entry = int.from_bytes(os.pread(file.fileno(), 8, address // PAGE * 8), "little")
+    frame = entry & (1 << 55) - 1
+    return frame if entry >> 63 and frame else None

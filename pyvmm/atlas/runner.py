@@ -1,0 +1,179 @@
+"""Runs experiments, each in a process of its own with a deadline, so that none can hurt its neighbours.
+
+The process is forked from this one, which has everything imported and must have no other thread; it sends its result
+through a pipe and is gone. One that dies, or is past its deadline and killed with all it started, has that for its
+verdict. Owns the child while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from pyvmm import log
+from pyvmm.atlas.claim import Claim, Place
+from pyvmm.atlas.experiment import Experiment, Untold
+from pyvmm.atlas.host.syscalls import PR_SET_PDEATHSIG, prctl
+from pyvmm.atlas.model import Result, Verdict
+from pyvmm.errors import PyvmmError
+
+LAST_WORDS = 2000
+"""Bytes kept of what a process said on stderr before it crashed."""
+
+
+class Task(NamedTuple):
+    """One claim in one place."""
+
+    claim: Claim
+    place: Place
+
+
+def tasks(claims: Iterable[Claim], protections: Iterable[str] = (), backings: Iterable[str] = ()) -> list[Task]:
+    """Return what there is to run, in order; the filters name protections and backings to keep, none keeps all."""
+    protections, backings = set(protections), set(backings)
+    return [
+        Task(claim, place)
+        for claim in claims
+        for place in claim.places
+        if (not protections or place.protection.value in protections) and (not backings or place.backing in backings)
+    ]
+
+
+def run(todo: Iterable[Task], *, deadline: float | None = None) -> Iterator[Result]:
+    """Run one task after the other and yield the results as they come; ``deadline`` replaces the claims' own."""
+    for task in todo:
+        yield run_apart(task, task.claim.seconds if deadline is None else deadline)
+
+
+def conduct(task: Task) -> Result:
+    """Run an experiment in this very process and return its result, whatever the experiment does."""
+    claim, place = task
+    x = Experiment(place.protection, place.backing, **claim.options)
+    begun = time.monotonic()
+    verdict, reason = Verdict.UNTOLD, ""
+    try:
+        with x:
+            claim.function(x)
+            events, ns = x.events()
+        verdict = x.verdict
+    except Untold as untold:
+        events, ns, reason = (), [], untold.message
+    except PyvmmError as error:
+        events, ns, reason = (), [], f"the experiment stopped: {error.message}"
+    except Exception as error:
+        events, ns, verdict = (), [], Verdict.CRASHED
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"the experiment raised {type(error).__name__}: {error} (line {where.lineno} of {where.name})"
+    times = {"seconds": round(time.monotonic() - begun, 3), "ticks": x.ticks, "events": ns}
+    return replace(
+        _result(task, verdict, reason),
+        evidence=tuple(x.evidence), pictures=tuple(x.pictures), events=events, times=times,
+    )  # fmt: skip
+
+
+def run_apart(task: Task, deadline: float) -> Result:
+    """Run an experiment in a process of its own and return its result, or how that process ended."""
+    begun = time.monotonic()
+    with _Child(task) as child:
+        said = child.wait(begun + deadline)
+        if said is None:
+            return _crashed(task, begun, f"not done after {deadline:g} s, and killed{child.last_words()}")
+        try:
+            return Result.from_json(json.loads(said))
+        except ValueError:
+            return _crashed(task, begun, f"the process {child.ending()}{child.last_words()}")
+
+
+def _crashed(task: Task, begun: float, reason: str) -> Result:
+    return replace(_result(task, Verdict.CRASHED, reason), times={"seconds": round(time.monotonic() - begun, 3)})
+
+
+def _result(task: Task, verdict: Verdict, reason: str) -> Result:
+    claim, place = task
+    return Result(
+        claim.id, claim.group, claim.says, claim.origin, place.protection.value, place.backing, verdict, reason
+    )
+
+
+class _Child:
+    """A forked process that runs one experiment; on exit it is dead, with everything it started, and reaped."""
+
+    def __init__(self, task: Task) -> None:
+        self._results, write = os.pipe2(os.O_CLOEXEC)
+        self._stderr = os.memfd_create("stderr")
+        self._status: int | None = None
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(task, write, parent)
+        os.close(write)
+        # Both sides do it, so that it is done whoever is first.
+        with contextlib.suppress(OSError):
+            os.setpgid(self.pid, 0)
+
+    def _become(self, task: Task, write: int, parent: int) -> None:
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+            os.dup2(self._stderr, 2)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+            log.configure(-1, json=False)
+            data = json.dumps(conduct(task).to_json()).encode()
+            while data:
+                data = data[os.write(write, data) :]
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self._status is None:
+            _, self._status = os.waitpid(self.pid, 0)
+        os.close(self._results)
+        os.close(self._stderr)
+
+    def wait(self, until: float) -> bytes | None:
+        """Return all that the process sent until it ended, None if it has not by then (CLOCK_MONOTONIC seconds)."""
+        said = bytearray()
+        while True:
+            ready, _, _ = select.select([self._results], [], [], max(until - time.monotonic(), 0))
+            if not ready:
+                os.killpg(self.pid, signal.SIGKILL)
+                return None
+            data = os.read(self._results, 1 << 16)
+            if not data:
+                break
+            said += data
+        _, self._status = os.waitpid(self.pid, 0)
+        return bytes(said)
+
+    def ending(self) -> str:
+        """Say how the process ended without a result."""
+        code = os.waitstatus_to_exitcode(self._status or 0)
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+    def last_words(self) -> str:
+        """Return what it said on stderr, if anything, as the end of a sentence."""
+        size = os.fstat(self._stderr).st_size
+        text = os.pread(self._stderr, LAST_WORDS, max(0, size - LAST_WORDS)).decode(errors="replace").strip()
+        return f"; it said: {text}" if text else ""

@@ -6,11 +6,12 @@ fcntl.ioctl is not used: it parses its argument as a C int, so that KVM_CREATE_V
 from __future__ import annotations
 
 import errno as _errno
-from ctypes import CDLL, c_int, c_int64, c_size_t, c_ulong, c_void_p, get_errno
+from ctypes import CDLL, c_int, c_int64, c_long, c_size_t, c_ulong, c_void_p, get_errno
 from typing import Any
 
 _libc = CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (c_int, c_ulong, c_void_p)
+_libc.syscall.argtypes = (c_long, c_ulong)
 _libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_int64)
 _libc.mmap.restype = c_void_p
 _libc.munmap.argtypes = (c_void_p, c_size_t)
@@ -22,6 +23,12 @@ _MAP_FAILED = c_void_p(-1).value
 def ioctl(fd: int, number: int, argument: Any) -> tuple[int, int]:
     """Return ioctl's result, or -1, and errno, or 0. ``argument`` is an integer or a ctypes reference."""
     result: int = _libc.ioctl(fd, number, argument)
+    return result, get_errno() if result < 0 else 0
+
+
+def syscall(number: int, argument: int) -> tuple[int, int]:
+    """Return the result of a system call of one argument that libc has no function for, or -1, and errno, or 0."""
+    result: int = _libc.syscall(number, argument)
     return result, get_errno() if result < 0 else 0
 
 

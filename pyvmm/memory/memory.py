@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, UsageError, hex_
-from pyvmm.memory.address import PAGE_SIZE, Gpa, is_aligned, pages, span
+from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, pages, span
 from pyvmm.memory.backing import Backing, Memfd
 from pyvmm.memory.conversion import CopyConversion
 from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
@@ -89,6 +89,17 @@ class Memory:
     def contains(self, gpa: int, size: int = 1) -> bool:
         """Whether all of ``[gpa, gpa + size)`` is guest memory."""
         return 0 < size == self._table.reach(gpa, size)
+
+    def hva(self, gpa: int, size: int = PAGE_SIZE) -> Hva:
+        """Return where KVM faults ``[gpa, gpa + size)`` in: what to register with a ``Userfault``.
+
+        UsageError where that is not one piece of one slot, or for what is no whole pages.
+        """
+        parts = self._parts(gpa, size, "find the address of")
+        if len(parts) != 1:
+            raise UsageError(f"{span(gpa, size)} is not one piece of memory for KVM, but {len(parts)}")
+        [(_, piece)] = parts
+        return Hva(piece.backing.hva + piece.offset)
 
     def describe(self, gpa: int) -> str:
         """Say in words what is known of the page that holds ``gpa``."""

@@ -179,6 +179,20 @@ def test_more_slots_than_the_kernel_takes_are_refused():
             memory.add(BASE + 100 * PAGE_SIZE, backing, offset=9 * PAGE_SIZE, size=PAGE_SIZE)
 
 
+def test_the_address_kvm_faults_pages_in_through_is_told_for_a_range_of_one_piece():
+    _, memory, slot = build(Protection.EMULATED)
+    with memory:
+        memory.seal()
+        assert memory.hva(BASE + PAGE_SIZE, 2 * PAGE_SIZE) == slot.hva + PAGE_SIZE != slot.view + PAGE_SIZE
+        memory.add(BASE + MIB, Memfd(2 * MIB), offset=MIB)
+        assert memory.hva(BASE + MIB) == memory.slots[1].backing.hva + MIB
+        with pytest.raises(UsageError, match="not one piece of memory for KVM, but 2"):
+            memory.hva(BASE + MIB - PAGE_SIZE, 2 * PAGE_SIZE)
+        for gpa, size in [(BASE + 1, PAGE_SIZE), (BASE, 4 * MIB), (0, PAGE_SIZE)]:
+            with pytest.raises(UsageError, match="cannot find the address of"):
+                memory.hva(gpa, size)
+
+
 def test_a_removed_slot_is_gone_for_kvm_the_loop_and_the_ledger_and_its_number_is_used_again():
     vm, memory, slot = build()
     with memory:

@@ -1,0 +1,202 @@
+"""Guest memory at its first touch, by userfaultfd: where a guest's faults can wait for an answer, and where not."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+import pytest
+
+from pyvmm import abi
+from pyvmm.guest.puppet import GuestSilent
+from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
+from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.backing import Memfd, SharedGuestMemfd
+from pyvmm.memory.fault_server import Answer, Server
+from pyvmm.memory.userfault import FaultKind, Userfault, UserfaultError
+from pyvmm.protection import Protection
+from pyvmm.uapi.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_RWPROTECT, UFFDIO_WRITEPROTECT
+from pyvmm.vcpu.outcome import Ending
+from tests.pkvm.harness import DEADLINE, Footprint, puppet
+
+pytestmark = pytest.mark.pkvm
+PAGE = Gpa(RAM_BASE + PRIVATE_BOOT + 0x10_0000)
+BEYOND = Gpa(RAM_BASE + (1 << 30))
+SIZE = 16 * PAGE_SIZE
+VALUE = 0x1122_3344_5566_7788
+waiting = pytest.mark.parametrize("protection", [Protection.NONE, Protection.EMULATED], ids=lambda p: p.value)
+
+
+def contents(gpa: int) -> bytes:
+    """A page that says where it is."""
+    return gpa.to_bytes(8, "little") * (PAGE_SIZE // 8)
+
+
+@waiting
+def test_missing_pages_are_what_a_callback_says_when_the_guest_touches_them(protection):
+    with puppet(protection) as (machine, guest), Userfault.open() as userfault:
+        start = machine.memory.hva(PAGE, SIZE)
+        asked = []
+
+        def resolve(fault):
+            asked.append(fault)
+            gpa = PAGE + fault.page - start
+            return Answer.ZERO if gpa == PAGE + PAGE_SIZE else contents(gpa)
+
+        allowed = userfault.register(start, SIZE, missing=True)
+        assert UFFDIO_COPY in allowed
+        assert not {UFFDIO_CONTINUE, UFFDIO_WRITEPROTECT, UFFDIO_RWPROTECT} & allowed
+        with Server(userfault, resolve) as server:
+            assert guest.read64(PAGE) == PAGE
+            assert guest.read64(PAGE + PAGE_SIZE) == 0
+            guest.write64(PAGE + 2 * PAGE_SIZE, VALUE)
+            assert guest.words(PAGE + 2 * PAGE_SIZE, 2) == (VALUE, PAGE + 2 * PAGE_SIZE)
+            assert guest.read64(PAGE) == PAGE
+            assert server.served == {FaultKind.MISSING: 3}
+        assert [fault.page - start for fault in asked] == [0, PAGE_SIZE, 2 * PAGE_SIZE]
+        assert asked[2].write
+        # KVM faults in the vCPU's own thread.
+        assert len({fault.tid for fault in asked}) == 1
+        assert asked[0].tid not in (None, 0, threading.get_native_id())
+
+
+@waiting
+def test_minor_faults_map_what_another_mapping_has_put_into_the_file(protection):
+    with puppet(protection) as (machine, guest), Userfault.open() as userfault:
+        file = Memfd(SIZE)
+        file.separate_view()
+        file.load(0, contents(BEYOND))
+        machine.memory.add(BEYOND, file)
+        assert UFFDIO_CONTINUE in userfault.register(machine.memory.hva(BEYOND, SIZE), SIZE, minor=True)
+        with Server(userfault, lambda _fault: Answer.CONTINUE) as server:
+            assert guest.read64(BEYOND) == BEYOND
+            guest.write64(BEYOND, VALUE)
+            assert guest.read64(BEYOND) == VALUE
+            assert server.served == {FaultKind.MINOR: 1}
+            # A page that the file has not got is missing, which nobody asked to be told.
+            assert guest.read64(BEYOND + PAGE_SIZE) == 0
+            assert server.served == {FaultKind.MINOR: 1}
+
+
+@waiting
+def test_write_protection_tells_of_stores_and_not_of_loads(protection):
+    with puppet(protection) as (machine, guest), Userfault.open() as userfault:
+        guest.write64(PAGE, VALUE)
+        start = machine.memory.hva(PAGE, SIZE)
+        assert UFFDIO_WRITEPROTECT in userfault.register(start, SIZE, wp=True)
+        userfault.write_protect(start, 2 * PAGE_SIZE)
+        with Server(userfault, lambda _fault: Answer.UNPROTECT) as server:
+            assert guest.read64(PAGE) == VALUE
+            guest.write64(PAGE + 2 * PAGE_SIZE, 1)
+            assert not server.served
+            guest.write64(PAGE, 2)
+            guest.write64(PAGE, 3)
+            assert server.served == {FaultKind.WP: 1}
+            # Of shared memory pages that are not there yet are protected too.
+            guest.write64(PAGE + PAGE_SIZE, 4)
+            assert server.served == {FaultKind.WP: 2}
+        assert guest.read64(PAGE) == 3
+
+
+@waiting
+def test_read_write_protection_tells_of_the_next_access_to_pages_that_are_mapped(protection):
+    with puppet(protection) as (machine, guest), Userfault.open() as userfault:
+        guest.write64(PAGE, VALUE)
+        guest.write64(PAGE + PAGE_SIZE, VALUE)
+        start = machine.memory.hva(PAGE, SIZE)
+        assert UFFDIO_RWPROTECT in userfault.register(start, SIZE, rwp=True)
+        userfault.rwprotect(start, SIZE)
+        asked = []
+        with Server(userfault, lambda fault: asked.append(fault) or Answer.UNPROTECT) as server:
+            assert guest.read64(PAGE) == VALUE
+            guest.write64(PAGE + PAGE_SIZE, 1)
+            assert server.served == {FaultKind.RWP: 2}
+            assert [fault.write for fault in asked] == [False, True]
+            guest.write64(PAGE, 2)
+            # Unlike write protection this leaves nothing where no page was mapped.
+            guest.write64(PAGE + 2 * PAGE_SIZE, 3)
+            assert server.served == {FaultKind.RWP: 2}
+            userfault.rwprotect(start, PAGE_SIZE)
+            assert guest.read64(PAGE) == 2
+            assert server.served == {FaultKind.RWP: 3}
+
+
+def test_vcpus_that_want_the_same_pages_at_once_get_the_same_pages():
+    with puppet(Protection.NONE, cpus=4) as (machine, guest), Userfault.open() as userfault:
+        guests = [guest, *(guest.cpu_on(index) for index in (1, 2, 3))]
+        start = machine.memory.hva(PAGE, 64 * PAGE_SIZE)
+        userfault.register(start, 64 * PAGE_SIZE, missing=True)
+        with Server(userfault, lambda fault: contents(PAGE + fault.page - start)) as server:
+            sums = [each.start(abi.OP_SUM, PAGE, 64 * PAGE_SIZE) for each in guests]
+            expected = sum((PAGE + index * PAGE_SIZE) * (PAGE_SIZE // 8) for index in range(64)) % 2**64
+            assert [each.result()[0] for each in sums] == [expected] * 4
+            assert server.served[FaultKind.MISSING] - server.late == 64
+
+
+def test_a_vcpu_waits_until_its_fault_is_answered_or_the_userfault_is_closed():
+    with puppet(Protection.NONE) as (machine, guest):
+        with Userfault.open() as userfault:
+            userfault.register(machine.memory.hva(PAGE, SIZE), SIZE, missing=True)
+            order = guest.start_read64(PAGE)
+            with pytest.raises(GuestSilent):
+                order.result(0.3)
+            assert userfault.wait(0)
+            assert not machine._threads[0].wait_paused(0)
+        assert order.result() == 0
+
+
+def test_a_callback_that_fails_leaves_the_guest_waiting_and_is_heard_of():
+    heard = []
+    with puppet(Protection.NONE) as (machine, guest), Userfault.open() as userfault:
+        userfault.register(machine.memory.hva(PAGE, SIZE), SIZE, missing=True)
+
+        def serve():
+            with Server(userfault, lambda _fault: {}[5], failed=heard.append) as server:
+                with pytest.raises(GuestSilent):
+                    order.result(0.3)
+                assert (server.failures, server.served.total()) == (1, 0)
+
+        order = guest.start_read64(PAGE)
+        with pytest.raises(KeyError):
+            serve()
+        assert [type(error) for error in heard] == [KeyError]
+
+
+@pytest.mark.parametrize("mode", ["missing", "minor", "wp", "rwp"])
+def test_a_protected_guests_faults_cannot_wait_so_its_vcpu_fails_with_efault(mode):
+    with puppet(Protection.PKVM) as (machine, guest), Userfault.open() as userfault:
+        file = Memfd(SIZE)
+        if mode == "minor":
+            file.separate_view()
+        if mode != "missing":
+            file.load(0, contents(BEYOND))
+        machine.memory.add(BEYOND, file)
+        start = machine.memory.hva(BEYOND, SIZE)
+        userfault.register(start, SIZE, **{mode: True})
+        if mode in ("wp", "rwp"):
+            (userfault.write_protect if mode == "wp" else userfault.rwprotect)(start, SIZE)
+        with Server(userfault, lambda _fault: Answer.UNPROTECT) as server:
+            guest.start_read64(BEYOND)
+            outcome = machine.wait(DEADLINE)
+            assert not server.served
+        assert outcome.ending is Ending.CRASH
+        assert "KVM_RUN(vcpu=0): EFAULT" in outcome.reason
+
+
+def test_a_guest_memfd_has_no_faults_to_tell():
+    with puppet(Protection.NONE) as (machine, _), Userfault.open() as userfault:
+        machine.memory.add(BEYOND, SharedGuestMemfd(machine.vm, SIZE))
+        with pytest.raises(UserfaultError, match="no guest_memfd") as caught:
+            userfault.register(machine.memory.hva(BEYOND, SIZE), SIZE, missing=True)
+        assert caught.value.errno == errno.EINVAL
+
+
+def test_serving_faults_leaves_nothing_behind():
+    with puppet(Protection.NONE) as (_, guest):
+        guest.ping()
+    before = Footprint.now()
+    with puppet(Protection.EMULATED) as (machine, guest), Userfault.open() as userfault:
+        userfault.register(machine.memory.hva(PAGE, SIZE), SIZE, missing=True)
+        with Server(userfault, lambda _fault: Answer.ZERO):
+            guest.touch(PAGE, 16)
+    assert Footprint.now() == before

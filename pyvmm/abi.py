@@ -60,6 +60,7 @@ OP_RESET: Final = 15
 OP_CPU_OFF: Final = 16
 OP_MMIO: Final = 17
 OP_WORDS: Final = 18
+OP_COUNT: Final = 19
 
 ACCESS_READ: Final = 0
 ACCESS_WRITE: Final = 1

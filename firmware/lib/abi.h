@@ -20,7 +20,7 @@
 #define STATUS_UNKNOWN  2 /* no such order */
 
 /* Orders of the puppet. Arguments in ARG, answers in RESULT. */
-#define OP_PING        1 /* -> MPIDR, CurrentEL, SCTLR, CNTFRQ */
+#define OP_PING        1 /* -> MPIDR, CurrentEL, SCTLR, CNTFRQ, TTBR0 */
 #define OP_READ        2 /* gpa, size (1 2 4 8) -> value, ticks */
 #define OP_WRITE       3 /* gpa, size, value -> ticks */
 #define OP_TOUCH       4 /* gpa, pages, stride (pages), access (ACCESS_*), seed or 0, ticks gpa (u32 each) or 0 -> pages, total ticks, max */
@@ -38,6 +38,7 @@
 #define OP_CPU_OFF    16 /* PSCI CPU_OFF of this vCPU */
 #define OP_MMIO       17 /* gpa, size, count, value or -1 for loads -> ticks: count accesses in a loop */
 #define OP_WORDS      18 /* gpa, count (1..7) -> as many 64-bit words */
+#define OP_COUNT      19 /* gpa, count, gpa of a word or 0 -> n: adds 1 to a word count times, atomically, or until the other is not 0 */
 
 #define ACCESS_READ     0
 #define ACCESS_WRITE    1

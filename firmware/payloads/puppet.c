@@ -83,6 +83,24 @@ static u64 accesses(u64 gpa, u64 size, u64 count, s64 value)
     return ticks() - start;
 }
 
+static void increment(u64 gpa)
+{
+    u64 value;
+    u32 failed;
+    __asm__ volatile("1: ldxr %0, [%2]\nadd %0, %0, #1\nstxr %w1, %0, [%2]\ncbnz %w1, 1b"
+                     : "=&r"(value), "=&r"(failed) : "r"(gpa) : "memory");
+}
+
+static void count(struct order *o)
+{
+    u64 stop = o->arg[2];
+    while (o->result[0] < o->arg[1] && !(stop && mmio_read64(stop))) {
+        increment(o->arg[0]);
+        o->result[0]++;
+    }
+    barrier();
+}
+
 static void hvc_order(struct order *o)
 {
     u64 regs[8] = {0}, start;
@@ -106,6 +124,7 @@ static void obey(void *order)
         result[1] = SYSREG(CurrentEL);
         result[2] = SYSREG(sctlr_el1);
         result[3] = SYSREG(cntfrq_el0);
+        result[4] = SYSREG(ttbr0_el1);
         break;
     case OP_READ:
         start = ticks();
@@ -165,6 +184,9 @@ static void obey(void *order)
     case OP_WORDS:
         for (u64 i = 0; i < arg[1] && i < ARGS; i++)
             result[i] = mmio_read64(arg[0] + 8 * i);
+        break;
+    case OP_COUNT:
+        count(o);
         break;
     default:
         o->status = STATUS_UNKNOWN;

@@ -59,6 +59,8 @@ class Pong(NamedTuple):
     el: int
     sctlr: int
     hz: int
+    table: int = 0
+    """TTBR0_EL1: the gpa of its own translation table."""
 
 
 class Timed(NamedTuple):
@@ -181,9 +183,9 @@ class Puppet:
         return Order(what, self._mailboxes.submit(self.vcpu, op, words), decode, self.timeout)
 
     def ping(self) -> Pong:
-        """Ask for MPIDR_EL1, the exception level, SCTLR_EL1 and the counter's frequency in Hz."""
-        mpidr, el, sctlr, hz = self.start(abi.OP_PING).result()[:4]
-        return Pong(mpidr, el >> 2 & 3, sctlr, hz)
+        """Ask for MPIDR_EL1, the exception level, SCTLR_EL1, the counter's frequency in Hz and TTBR0_EL1."""
+        mpidr, el, sctlr, hz, table = self.start(abi.OP_PING).result()[:5]
+        return Pong(mpidr, el >> 2 & 3, sctlr, hz, table)
 
     # -- memory
 
@@ -296,6 +298,13 @@ class Puppet:
     def hammer(self, gpa: int, size: int, rounds: int, access: Access = Access.READ) -> int:
         """Access every word of ``size`` bytes, ``rounds`` times over; returns rounds done."""
         return self.start_hammer(gpa, size, rounds, access).result()
+
+    def start_count(self, gpa: int, count: int, *, until: int = 0) -> Order[int]:
+        """Start adding 1 to a 64-bit word ``count`` times, atomically; the answer is how often that was done.
+
+        It ends early when the word at the gpa ``until`` is not 0, which another vCPU or the host may set.
+        """
+        return self._start(abi.OP_COUNT, (gpa, count, until), _first)
 
     def mmio(self, gpa: int, count: int = 1, *, value: int | None = None, size: int = 8) -> int:
         """Store ``value`` (load, if None) ``count`` times in a loop; returns the ticks of all. Not for 2^64 - 1."""

@@ -152,3 +152,15 @@ def test_what_does_not_answer_is_not_waited_for() -> None:
     guest.reset()
     guest.off()
     assert [op for _, op, _ in box.orders] == [abi.OP_CPU_OFF, abi.OP_RESET, abi.OP_OFF]
+
+
+def test_counting_answers_how_often_it_was_done() -> None:
+    guest, box = answering(12)
+    assert guest.start_count(PAGE, 20, until=PAGE + 8).result() == 12
+    assert guest.start_count(PAGE, 12).result() == 12
+    assert box.orders == [(0, abi.OP_COUNT, [PAGE, 20, PAGE + 8]), (0, abi.OP_COUNT, [PAGE, 12, 0])]
+
+
+def test_a_ping_tells_where_the_guests_translation_table_is() -> None:
+    guest, _ = answering(3, 4, 0x1005, 1000, PAGE)
+    assert guest.ping() == (3, 1, 0x1005, 1000, PAGE)

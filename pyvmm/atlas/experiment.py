@@ -82,6 +82,7 @@ class Experiment:
     """One guest, what was seen of it, and whether that is as claimed.
 
     ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run; ``unclaimed`` is Machine's.
+    ``conversion`` is what the emulated protection does to contents; under the others it is not ours to choose.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Experiment:
         faults: bool = False,
         unclaimed: Unclaimed | None = None,
     ) -> None:
-        if conversion is None:
+        if conversion is None or protection is not Protection.EMULATED:
             copy = protection is Protection.EMULATED and backing == "private"
             conversion = Conversion.COPY if copy else Conversion.PRESERVE
         self.protection, self.backing = protection, backing

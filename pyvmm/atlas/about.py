@@ -74,7 +74,8 @@ def _kernel_log() -> list[str]:
 
 def _cpu() -> str:
     """Name the CPU by its main ID register: implementer and part, as /proc/cpuinfo has them."""
-    found = dict(re.findall(r"^(CPU implementer|CPU part|model name)\s*: (.*)$", _read("/proc/cpuinfo"), re.MULTILINE))
+    lines = (line.partition(":") for line in _read("/proc/cpuinfo").splitlines())
+    found = {name.strip(): value.strip() for name, _, value in lines}
     if "CPU part" in found:
         return f"implementer {found.get('CPU implementer', '?')} part {found['CPU part']}"
     return found.get("model name", "unknown")

@@ -7,7 +7,7 @@
         page = x.page()
         x.guest.write64(page, 42)
         x.check("the host is locked out", x.host64(page) is None)
-        print(x.result())
+        print(x.verdict, x.evidence)
 
 The machine is built on entry and started by the first use of :attr:`Experiment.guest`, so that slots and limits can be
 changed before. Owns the machine; everything is given back on exit, whatever state it is in.
@@ -57,9 +57,18 @@ class Untold(PyvmmError):
     """The claim cannot be told here: the message says why."""
 
 
+class Text(str):
+    """Text that a prompt shows as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 @dataclass(frozen=True, slots=True)
 class RunFailure:
-    """A KVM_RUN that returned -1. ``gpa`` and ``size`` are told with KVM_EXIT_MEMORY_FAULT only (``exit_reason`` 39)."""
+    """A KVM_RUN that returned -1; ``gpa``, ``size`` and ``flags`` are told with KVM_EXIT_MEMORY_FAULT (39) only."""
 
     vcpu: int
     errno: int
@@ -232,6 +241,17 @@ class Experiment:
     def cannot(self, why: str) -> NoReturn:
         """End the experiment: the claim cannot be told here."""
         raise Untold(why)
+
+    def map(self) -> Text:
+        """Draw the page map as it is now."""
+        from pyvmm.observe.mapterm import render
+        from pyvmm.observe.pagemap import PageMap
+
+        return Text("\n".join(render(PageMap.of(self.memory.ledger))))
+
+    def exits(self) -> Text:
+        """Say how many exits of which kind there were, and how many conversions."""
+        return Text(self.machine.counters.line())
 
     def picture(self, title: str) -> None:
         """Keep the page map as it is now."""

@@ -23,7 +23,7 @@ from pyvmm import log
 from pyvmm.atlas.claim import Claim, Place
 from pyvmm.atlas.experiment import Experiment, Untold
 from pyvmm.atlas.host.syscalls import PR_SET_PDEATHSIG, prctl
-from pyvmm.atlas.model import Result, Verdict
+from pyvmm.atlas.model import Event, Result, Verdict
 from pyvmm.errors import PyvmmError
 
 LAST_WORDS = 2000
@@ -60,17 +60,19 @@ def conduct(task: Task) -> Result:
     x = Experiment(place.protection, place.backing, **claim.options)
     begun = time.monotonic()
     verdict, reason = Verdict.UNTOLD, ""
+    events: tuple[Event, ...] = ()
+    ns: list[int] = []
     try:
         with x:
             claim.function(x)
             events, ns = x.events()
         verdict = x.verdict
     except Untold as untold:
-        events, ns, reason = (), [], untold.message
+        reason = untold.message
     except PyvmmError as error:
-        events, ns, reason = (), [], f"the experiment stopped: {error.message}"
+        reason = f"the experiment stopped: {error.message}"
     except Exception as error:
-        events, ns, verdict = (), [], Verdict.CRASHED
+        verdict = Verdict.CRASHED
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"the experiment raised {type(error).__name__}: {error} (line {where.lineno} of {where.name})"
     times = {"seconds": round(time.monotonic() - begun, 3), "ticks": x.ticks, "events": ns}
@@ -110,7 +112,7 @@ class _Child:
     def __init__(self, task: Task) -> None:
         self._results, write = os.pipe2(os.O_CLOEXEC)
         self._stderr = os.memfd_create("stderr")
-        self._status: int | None = None
+        self._code: int | None = None
         parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
@@ -145,12 +147,18 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        if self._status is None:
-            _, self._status = os.waitpid(self.pid, 0)
+        self._reap()
         os.close(self._results)
         os.close(self._stderr)
+
+    def _reap(self) -> int:
+        """Kill whatever is left, collect the child, and return its exit code; a signal's number is negative."""
+        if self._code is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # not its own group's yet, or none left
+                os.killpg(self.pid, signal.SIGKILL)
+            _, status = os.waitpid(self.pid, 0)
+            self._code = os.waitstatus_to_exitcode(status)
+        return self._code
 
     def wait(self, until: float) -> bytes | None:
         """Return all that the process sent until it ended, None if it has not by then (CLOCK_MONOTONIC seconds)."""
@@ -158,18 +166,15 @@ class _Child:
         while True:
             ready, _, _ = select.select([self._results], [], [], max(until - time.monotonic(), 0))
             if not ready:
-                os.killpg(self.pid, signal.SIGKILL)
                 return None
             data = os.read(self._results, 1 << 16)
             if not data:
-                break
+                return bytes(said)
             said += data
-        _, self._status = os.waitpid(self.pid, 0)
-        return bytes(said)
 
     def ending(self) -> str:
         """Say how the process ended without a result."""
-        code = os.waitstatus_to_exitcode(self._status or 0)
+        code = self._reap()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
     def last_words(self) -> str:

@@ -27,6 +27,8 @@ VERBS = {
     "doctor": "what this machine can do, what is missing, how to get it",
     "run": "run a guest: an Image, an ELF, a flat binary, or payload:NAME",
     "lab": "a pKVM host on any Linux machine: build it, run commands in it",
+    "atlas": "what this kernel does with guest memory, claim by claim",
+    "repl": "a live guest at a Python prompt",
 }
 
 

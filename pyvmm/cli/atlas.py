@@ -1,0 +1,270 @@
+"""``pyvmm atlas``: what this kernel really does with guest memory, claim by claim; and ``pyvmm atlas diff``.
+
+Results go to stdout as they come, a table of all verdicts at the end, progress to stderr. Exit status 0 when every
+experiment came to a verdict, whatever it is; 1 when one crashed. Of ``diff``: 0 the same, 1 not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyvmm.cli.common import Interrupted, OutputPath, add_common, parse_seconds
+from pyvmm.errors import HostError, PyvmmError, UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from pyvmm.atlas.model import Atlas, Result
+    from pyvmm.atlas.report.text import Look
+    from pyvmm.atlas.runner import Task
+
+# As in pyvmm.protection and pyvmm.machine.config, which are not worth importing for --help.
+PROTECTIONS = ("none", "emulated", "pkvm")
+BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
+DIFF = "diff"
+FEW = 4
+"""Results that are shown whole; of more, the table tells."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Define the verb's options."""
+    parser = subparsers.add_parser(
+        "atlas", help="what this kernel does with guest memory, claim by claim", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pyvmm atlas [options] [CLAIM ...]\n       pyvmm atlas diff [--json FILE] A.json B.json",
+        description="Try claims about guest memory on this host's kernel, each with a guest of its own, in every\n"
+        "protection and over every backing where it makes sense, and report what holds, with the evidence.",
+        epilog="examples:\n"
+        "  pyvmm --lab atlas                                    everything, in the lab\n"
+        "  pyvmm --lab atlas ownership                          one group\n"
+        "  pyvmm --lab atlas share/contents-are-kept            one claim, with its evidence\n"
+        "  pyvmm --lab --host-kernel stable atlas --json old.json\n"
+        "  pyvmm atlas diff old.json new.json\n"
+        "exit status: 0 every experiment came to a verdict, 1 one crashed; of diff: 0 the same, 1 not",
+    )  # fmt: skip
+    parser.add_argument("claims", metavar="CLAIM", nargs="*", help="an id, a group, or an id without its group")
+    which = parser.add_argument_group("what to try")
+    which.add_argument("--protection", action="append", choices=PROTECTIONS, default=[], help="only this; repeatable")
+    which.add_argument("--backing", action="append", choices=BACKINGS, default=[], help="only this; repeatable")
+    which.add_argument("--list", action="store_true", help="name the claims instead of trying them")
+    which.add_argument("--deadline", type=parse_seconds, metavar="SECONDS", help="for each experiment (20)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=OutputPath, metavar="FILE", help="results for machines, and for diff")
+    output.add_argument("--html", type=OutputPath, metavar="FILE", help="a page to link to, with evidence and pictures")
+    output.add_argument("--junit", type=OutputPath, metavar="FILE", help="results as JUnit's XML")
+    output.add_argument("--map", type=OutputPath, metavar="FILE", help="page maps of the steps, as SVG")
+    output.add_argument("-d", "--details", action="store_true", help="print the evidence of every result")
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit status."""
+    from pyvmm._native_source import require_fresh_native
+
+    if args.claims[:1] == [DIFF]:
+        return _diff(args)
+    require_fresh_native()
+    from pyvmm.atlas.claim import all_claims, select
+    from pyvmm.atlas.runner import tasks
+
+    claims = select(args.claims, all_claims())
+    todo = tasks(claims, args.protection, args.backing)
+    if not todo:
+        wanted = " and ".join(filter(None, (", ".join(args.protection), ", ".join(args.backing))))
+        raise UsageError(f"none of these claims is tried with {wanted}", hint="pyvmm atlas --list says where each is")
+    if args.list:
+        _list(todo)
+        return 0
+    _require_host(args)
+    files = _writable(args)
+    atlas, interrupt = _run(todo, args)
+    for write, path in files:
+        _save(path, write(atlas))
+    if interrupt is not None:
+        raise interrupt
+    return 1 if any(result.verdict.value == "crashed" for result in atlas.results) else 0
+
+
+def _require_host(args: argparse.Namespace) -> None:
+    if os.uname().machine != "aarch64":
+        raise HostError(
+            f"this host is {os.uname().machine}; the atlas asks an arm64 host's kernel",
+            hint=f"ask the lab's, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
+        )
+    from pyvmm.kvm.system import System
+
+    System.open().close()
+
+
+def _run(todo: list[Task], args: argparse.Namespace) -> tuple[Atlas, KeyboardInterrupt | None]:
+    """Try everything and show results as they come; interrupted, return what there is and the interrupt."""
+    from pyvmm.atlas import about
+    from pyvmm.atlas.claim import GROUPS, all_claims
+    from pyvmm.atlas.expected import expected
+    from pyvmm.atlas.model import Atlas
+    from pyvmm.atlas.report.text import Look, details, line, table
+    from pyvmm.atlas.runner import run
+
+    look = Look.of(sys.stdout)
+    host = about.host()
+    wanted = expected(host, all_claims())
+    results: list[Result] = []
+    begun, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    whole = args.details or len(todo) <= FEW
+    interrupt = None
+    with _progress() as progress, _terminable():
+        try:
+            for result in run(todo, deadline=args.deadline):
+                results.append(result)
+                progress("")
+                print((details if whole else line)(result, look, wanted), flush=True)
+                if whole and result.pictures:
+                    print(_steps(result, look), flush=True)
+                progress(f"{len(results)} of {len(todo)}, {time.monotonic() - begun:.0f} s")
+        except KeyboardInterrupt as stop:
+            interrupt = stop
+    times = {"date": date, "seconds": round(time.monotonic() - begun, 1)}
+    atlas = Atlas(host, tuple(results), times)
+    if len(results) > FEW:
+        print(f"\n{table(atlas, look, wanted, GROUPS)}")
+    return atlas, interrupt
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP unwind as SIGINT does, so that what was found is written."""
+
+    def unwind(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    old = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Keep one line of progress at the end of stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _text: None
+        return
+
+    def show(text: str) -> None:
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+    try:
+        yield show
+    finally:
+        show("")
+
+
+def _steps(result: Result, look: Look) -> str:
+    """Draw the page maps of an experiment's steps."""
+    from pyvmm.observe.mapterm import render
+    from pyvmm.observe.pagemap import PageMap
+
+    lines: list[str] = []
+    for picture in result.pictures:
+        page_map = PageMap.from_runs(picture.runs)
+        lines += [f"  {picture.title}", *render(page_map, width=look.width, height=12, colour=look.colours)]
+    return look.finish("\n".join(lines))
+
+
+def _list(todo: list[Task]) -> None:
+    from pyvmm.atlas.claim import GROUPS
+    from pyvmm.atlas.report.text import Look
+
+    look = Look.of(sys.stdout)
+    places: dict[str, list[str]] = {}
+    claims = {}
+    for task in todo:
+        claims[task.claim.id] = task.claim
+        places.setdefault(task.claim.id, []).append(str(task.place))
+    group = None
+    for id, claim in claims.items():
+        if claim.group != group:
+            group = claim.group
+            print(f"{group}: {GROUPS[group]}")
+        print(f"  {id}\n" + "\n".join(look.wrap(claim.says, 6)))
+        print("\n".join(look.wrap(f"tried in {', '.join(places[id])}", 6)))
+    print(f"{len(claims)} claims, {len(todo)} experiments")
+
+
+# -- files
+
+
+def _writable(args: argparse.Namespace) -> list[tuple[Callable[[Atlas], str], str]]:
+    """Return (how to say an atlas, file) for each output asked for; UsageError where one cannot be written."""
+    from pyvmm.atlas.expected import expected
+    from pyvmm.atlas.report import html, junit
+
+    def as_junit(atlas: Atlas) -> str:
+        from pyvmm.atlas.claim import all_claims
+
+        return junit.render(atlas, expected(atlas.host, all_claims()))
+
+    kinds: list[tuple[Callable[[Atlas], str], str | None]] = [
+        (lambda atlas: json.dumps(atlas.to_json(), indent=1) + "\n", args.json),
+        (html.render, args.html),
+        (as_junit, args.junit),
+        (_map, args.map),
+    ]
+    files = [(write, path) for write, path in kinds if path is not None]
+    for _, path in files:
+        try:
+            with open(path, "ab"):
+                pass
+        except OSError as error:
+            raise UsageError(f"{path!r} cannot be written: {error.strerror}") from None
+    return files
+
+
+def _save(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None
+
+
+def _map(atlas: Atlas) -> str:
+    from pyvmm.observe.mapsvg import svg_steps
+    from pyvmm.observe.pagemap import PageMap
+
+    steps = [
+        (f"{result.id} {result.protection}/{result.backing}: {picture.title}", PageMap.from_runs(picture.runs))
+        for result in atlas.results
+        for picture in result.pictures
+    ]
+    if not steps:
+        raise UsageError("none of these experiments keeps a picture", hint="every-fresh-page-faults does")
+    return svg_steps(steps)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from pyvmm.atlas.model import Atlas
+    from pyvmm.atlas.report import diff
+    from pyvmm.atlas.report.text import Look
+
+    names = args.claims[1:]
+    if len(names) != 2:
+        raise UsageError(f"{len(names)} files given: two are compared", hint="pyvmm atlas diff A.json B.json")
+    found = diff.compare(*(Atlas.load(name) for name in names))
+    print(diff.render(found, Look.of(sys.stdout), verbose=args.details))
+    if args.json:
+        _save(args.json, json.dumps(diff.to_json(found), indent=1) + "\n")
+    return 0 if found.same else 1

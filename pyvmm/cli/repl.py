@@ -1,0 +1,112 @@
+"""``pyvmm repl``: a live guest at a Python prompt. ``guest`` takes orders, ``vm`` tells what became of its memory.
+
+What is typed runs in this process; the guest runs on in its own threads and ends with the prompt. Where stdin is not a
+terminal it is a script: run whole, exit status 1 if it raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import code
+import contextlib
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.cli.common import add_common, parse_count, parse_memory
+from pyvmm.cli.run import BACKINGS, CONVERSIONS, PROTECTIONS
+from pyvmm.errors import HostError, PyvmmError, UsageError
+
+if TYPE_CHECKING:
+    from pyvmm.atlas.experiment import Experiment
+
+BANNER = """\
+A {protection} guest of {mib} MiB and {cpus} vCPU{s} is running and takes orders.
+  page = vm.page()           a page that nothing has touched
+  guest.write64(page, 42)    the guest stores to it         guest.read64(page)
+  vm.host64(page)            the host loads from it, guarded: None where it may not
+  guest.share(page)          shares it with the host        guest.unshare(page)
+  vm.map()  vm.exits()  vm.memory.describe(page)            what became of it
+help(guest) and help(vm) tell the rest; vCPU n is vm.others()[n - 1]. Leave with Ctrl-D."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Define the verb's options."""
+    parser = subparsers.add_parser(
+        "repl", help="a live guest at a Python prompt", allow_abbrev=False,
+        description="Start a guest that takes orders, and a Python prompt to give them from: guest.share(...), "
+        "vm.map(), vm.exits(). A script on stdin is run whole.",
+    )  # fmt: skip
+    parser.add_argument("--protection", choices=PROTECTIONS, default="none", help="as of pyvmm run (none)")
+    parser.add_argument("--backing", choices=BACKINGS, default="memfd", help="as of pyvmm run (memfd)")
+    parser.add_argument("--conversion", choices=CONVERSIONS, help="as of pyvmm run (preserve)")
+    parser.add_argument("-m", "--mem", metavar="SIZE", type=parse_memory, default=(64 << 20, None), help="memory (64M)")
+    parser.add_argument("-c", "--cpus", metavar="N", type=parse_count, default=1, help="vCPUs (1)")
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the prompt, or the script on stdin; returns the exit status."""
+    if os.uname().machine != "aarch64":
+        raise HostError(
+            f"this host is {os.uname().machine}, and pyvmm's guests are arm64",
+            hint="in the lab, an emulated arm64 host: pyvmm --lab repl",
+        )
+    from pyvmm._native_source import require_fresh_native
+
+    require_fresh_native()
+    from pyvmm.atlas.experiment import Experiment
+    from pyvmm.protection import Protection
+
+    size, gpa = args.mem
+    if gpa is not None or size % (1 << 20):
+        raise UsageError("memory of a prompt's guest is whole MiB from 0x80000000 on")
+    vm = Experiment(
+        Protection(args.protection), args.backing, memory=size >> 20, cpus=args.cpus, conversion=args.conversion
+    )
+    with vm:
+        names = {"vm": vm, "guest": vm.guest, "__name__": "__main__", "__doc__": None}
+        if not sys.stdin.isatty():
+            return _script(names)
+        _prompt(names, vm)
+    return 0
+
+
+def _script(names: dict[str, Any]) -> int:
+    try:
+        exec(compile(sys.stdin.read(), "<stdin>", "exec"), names)
+    except PyvmmError:
+        raise
+    except Exception:  # the script's own
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _prompt(names: dict[str, Any], vm: Experiment) -> None:
+    with contextlib.suppress(ImportError):
+        import readline
+        import rlcompleter
+
+        readline.set_completer(rlcompleter.Completer(names).complete)
+        readline.parse_and_bind("tab: complete")
+    sys.ps1 = f"{vm.protection.value}> "
+    sys.ps2 = f"{'.' * len(vm.protection.value)}  "
+    banner = BANNER.format(
+        protection="protected" if vm.protection.by_hypervisor else f"{vm.protection.value!r}",
+        mib=vm.config.memory >> 20, cpus=vm.config.cpus, s="" if vm.config.cpus == 1 else "s",
+    )  # fmt: skip
+    _Console(names).interact(banner=banner, exitmsg="")
+
+
+class _Console(code.InteractiveConsole):
+    """Python's own prompt, but what pyvmm refuses is said in its own words, without a traceback."""
+
+    def showtraceback(self) -> None:
+        """Say what was raised."""
+        error = sys.exc_info()[1]
+        if isinstance(error, PyvmmError):
+            self.write(f"{type(error).__name__}: {error}\n")
+        else:
+            super().showtraceback()

@@ -1,0 +1,108 @@
+"""What every claim must be like, and how claims are asked for by name."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+
+from pyvmm.atlas import expected
+from pyvmm.atlas.claim import GROUPS, Claim, all_claims, group, select
+from pyvmm.atlas.model import Verdict
+from pyvmm.atlas.runner import tasks
+from pyvmm.errors import UsageError
+from pyvmm.machine.config import BACKINGS
+from pyvmm.protection import Protection
+
+CLAIMS = all_claims()
+IDS = [claim.id for claim in CLAIMS]
+
+
+def test_there_are_claims_in_every_group_and_60_or_more():
+    assert {claim.group for claim in CLAIMS} == set(GROUPS)
+    assert len(CLAIMS) >= 60
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=IDS)
+def test_a_claim_is_one_sentence_with_an_origin(claim: Claim):
+    assert re.fullmatch(r"[A-Z0-9].*[^.]\.", claim.says), claim.says
+    assert ". " not in claim.says.replace("e.g. ", "")
+    assert len(claim.says) <= 200
+    assert any(word in claim.origin for word in ("thread", "Documentation/", ".c", ".h", "(2)", "(5)")), claim.origin
+    assert claim.id == f"{claim.group}/{claim.function.__name__.replace('_', '-')}"
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=IDS)
+def test_a_claim_is_tried_only_where_a_machine_can_be(claim: Claim):
+    for place in claim.places:
+        assert place.backing in BACKINGS
+        if place.protection is Protection.PKVM:
+            assert place.backing in ("memfd", "thp")
+        if place.protection is Protection.EMULATED:
+            assert place.backing != "hugetlb"
+    assert len(set(claim.places)) == len(claim.places)
+
+
+def test_claims_are_found_by_id_by_group_and_without_the_group():
+    whole = CLAIMS[0]
+    assert select([whole.id], CLAIMS) == [whole]
+    assert select([whole.id.partition("/")[2]], CLAIMS)[0] == whole
+    assert {claim.group for claim in select(["teardown", "share"], CLAIMS)} == {"teardown", "share"}
+    assert select([], CLAIMS) == CLAIMS
+
+
+@pytest.mark.parametrize(
+    ("asked", "offered"),
+    [
+        ("every-fresh-page-fault", "fault-in/every-fresh-page-faults"),
+        ("fault-in/a-first-raed-faults-once", "fault-in/a-first-read-faults-once"),
+        ("shares", "share"),
+        ("memlock", "fault-in/memlock-exhaustion-is-resumable"),
+        ("zzzz", "groups are fault-in"),
+        ("", "groups are fault-in"),
+    ],
+)
+def test_an_unknown_claim_is_refused_and_the_nearest_are_offered(asked: str, offered: str):
+    with pytest.raises(UsageError, match=f"no claim is called '{asked}'") as caught:
+        select([asked], CLAIMS)
+    assert offered in (caught.value.hint or "")
+
+
+def test_places_can_be_narrowed_down():
+    everything = tasks(CLAIMS)
+    assert {task.place.protection for task in tasks(CLAIMS, ["pkvm"])} == {Protection.PKVM}
+    assert {task.place.backing for task in tasks(CLAIMS, [], ["private"])} == {"private"}
+    assert len(everything) == sum(len(claim.places) for claim in CLAIMS)
+
+
+def test_a_group_that_is_not_one_and_a_claim_tried_nowhere_are_refused():
+    with pytest.raises(ValueError, match="no group"):
+        group("nonsense")
+    with pytest.raises(ValueError, match="nowhere"):
+        group("share")(origin="thread")(lambda x: None)
+
+
+# -- the list of what is expected
+
+
+TABLES = tomllib.loads(expected.FILE.read_text())
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_everything_expected_is_of_a_claim_and_a_place_that_there_is(name: str):
+    kernel, _, mode = name.partition(" ")
+    assert set(TABLES[name]) <= set(IDS)
+    verdicts = expected.expected({"kernel": f"{kernel}.1", "mode": mode}, CLAIMS)
+    assert set(verdicts) <= {(c.id, p.protection.value, p.backing) for c in CLAIMS for p in c.places}
+    assert Verdict.CRASHED not in verdicts.values()
+
+
+def test_the_newest_known_kernel_has_an_expectation_for_every_claim_everywhere():
+    verdicts = expected.expected({"kernel": "7.3.4+deb13-arm64", "mode": "protected"}, CLAIMS)
+    assert set(verdicts) == {(c.id, p.protection.value, p.backing) for c in CLAIMS for p in c.places}
+
+
+def test_nothing_is_expected_of_an_unknown_kernel():
+    assert expected.expected({"kernel": "99.1", "mode": "protected"}, CLAIMS) == {}
+    assert expected.expected({}, CLAIMS) == {}

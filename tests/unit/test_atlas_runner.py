@@ -1,0 +1,173 @@
+"""Experiments in processes of their own: whatever they do, their verdict says so and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pyvmm.atlas import runner
+from pyvmm.atlas.claim import Claim, Place
+from pyvmm.atlas.experiment import Untold
+from pyvmm.atlas.model import Evidence, Picture, Result, Verdict
+from pyvmm.errors import HostError
+from pyvmm.protection import Protection
+
+DEADLINE = 20.0
+
+
+class NoGuest:
+    """What an experiment needs of Experiment, without a guest: these tests are about processes."""
+
+    def __init__(self, protection, backing, **options):
+        self.evidence, self.pictures, self.ticks = [], [], {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def check(self, what, saw, wanted=True):
+        self.evidence.append(Evidence(what, saw, wanted))
+
+    def events(self):
+        return (), []
+
+    @property
+    def verdict(self):
+        checked = [entry.ok for entry in self.evidence if entry.ok is not None]
+        return Verdict.UNTOLD if not checked else Verdict.HOLDS if all(checked) else Verdict.FAILS
+
+
+@pytest.fixture(autouse=True)
+def no_guest(monkeypatch):
+    monkeypatch.setattr(runner, "Experiment", NoGuest)
+
+
+def task(function) -> runner.Task:
+    place = Place(Protection.NONE, "memfd")
+    return runner.Task(Claim("share/x", "share", "It is so.", "thread", (place,), function), place)
+
+
+def run(function, deadline=DEADLINE) -> Result:
+    before = set(os.listdir("/proc/self/fd"))
+    result = runner.run_apart(task(function), deadline)
+    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    return result
+
+
+def test_checks_decide_the_verdict():
+    assert run(lambda x: x.check("a", 1, 1)).verdict is Verdict.HOLDS
+    failed = run(lambda x: (x.check("a", 1, 1), x.check("b", 2, 3)))
+    assert failed.verdict is Verdict.FAILS
+    assert failed.evidence == (Evidence("a", 1, 1), Evidence("b", 2, 3))
+
+
+def test_an_experiment_that_checks_nothing_tells_nothing():
+    assert run(lambda x: None).verdict is Verdict.UNTOLD
+
+
+def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before():
+    def experiment(x):
+        x.check("first", 1, 1)
+        raise Untold("no huge pages here")
+
+    result = run(experiment)
+    assert (result.verdict, result.reason) == (Verdict.UNTOLD, "no huge pages here")
+    assert result.evidence == (Evidence("first", 1, 1),)
+
+
+def test_what_the_host_refuses_is_not_told_with_its_words():
+    def experiment(x):
+        raise HostError("KVM_CREATE_VM(type=0x80000000): EINVAL: this host is not pKVM")
+
+    result = run(experiment)
+    assert result.verdict is Verdict.UNTOLD
+    assert "EINVAL: this host is not pKVM" in result.reason
+
+
+def test_a_mistake_in_an_experiment_is_a_crash_that_names_the_line():
+    result = run(lambda x: 1 // 0)
+    assert result.verdict is Verdict.CRASHED
+    assert "ZeroDivisionError" in result.reason
+    assert "line" in result.reason
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL])
+def test_a_process_that_dies_has_that_for_its_verdict(number):
+    result = run(lambda x: os.kill(os.getpid(), number))
+    assert result.verdict is Verdict.CRASHED
+    assert f"killed by {number.name}" in result.reason
+
+
+def test_last_words_are_kept():
+    def experiment(x):
+        os.write(2, b"something terrible\n")
+        os._exit(7)
+
+    result = run(experiment)
+    assert result.verdict is Verdict.CRASHED
+    assert result.reason == "the process exited with status 7; it said: something terrible"
+
+
+def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path):
+    pids = tmp_path / "pids"
+
+    def experiment(x):
+        child = subprocess.Popen(["sleep", "1000"])
+        pids.write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(1000)
+
+    result = run(experiment, deadline=1.0)
+    assert result.verdict is Verdict.CRASHED
+    assert "not done after 1 s" in result.reason
+    for pid in pids.read_text().split():
+        assert _gone(int(pid))
+
+
+def test_what_a_successful_one_leaves_running_is_killed_too(tmp_path):
+    pids = tmp_path / "pids"
+
+    def experiment(x):
+        pids.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+        x.check("done", True)
+
+    assert run(experiment).verdict is Verdict.HOLDS
+    assert _gone(int(pids.read_text()))
+
+
+def _gone(pid: int) -> bool:
+    """Whether a process is gone, or dead and only waits for whoever adopted it."""
+    for _ in range(100):
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_neighbours_of_a_crash_run_on():
+    def die(x):
+        os.abort()
+
+    todo = [task(lambda x: x.check("a", True)), task(die), task(lambda x: x.check("b", True))]
+    assert [result.verdict for result in runner.run(todo)] == [Verdict.HOLDS, Verdict.CRASHED, Verdict.HOLDS]
+
+
+def test_a_long_result_comes_through_whole():
+    def experiment(x):
+        for number in range(20000):
+            x.check(f"check {number}", number, number)
+        x.pictures.append(Picture("all of it", [(0x8000_0000 + 4096 * n, 1, 2) for n in range(5000)]))
+
+    result = run(experiment)
+    assert (len(result.evidence), len(result.pictures[0].runs)) == (20000, 5000)
+    assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result

@@ -8,6 +8,7 @@ verdict. Owns the child while it runs.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import resource
@@ -130,6 +131,8 @@ class _Child:
             if os.getppid() != parent:
                 os._exit(1)
             os.dup2(self._stderr, 2)
+            # The handlers of guarded copies come later, and hand on what is not theirs.
+            faulthandler.enable(2, all_threads=False)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -80,9 +80,9 @@ class PageMap:
         """Take what a ledger says now. vCPUs may run: each page is as it was at some moment of the call."""
         return cls(
             _joined(
-                Run(gpa + (match.start() << PAGE_SHIFT), match.end() - match.start(), match[0][0])
+                Run(gpa + (first << PAGE_SHIFT), count, entry)
                 for gpa, entries in ledger.snapshot()
-                for match in _EQUAL.finditer(entries)
+                for first, count, entry in stretches(entries)
             )
         )
 
@@ -146,6 +146,12 @@ class PageMap:
             "counts": {state.name.lower(): count._asdict() for state, count in self.counts().items()},
             "runs": [list(run) for run in self.runs],
         }
+
+
+def stretches(cells: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
+    """Give (first, count, byte) of each run of equal bytes."""
+    for match in _EQUAL.finditer(cells):
+        yield match.start(), match.end() - match.start(), cells[match.start()]
 
 
 class _Reader:

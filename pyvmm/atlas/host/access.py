@@ -1,8 +1,7 @@
-"""Every way a host's kernel can be made to touch a page: by system calls, by other processes, by devices.
+"""Every way this process can make its kernel touch a page: by system calls, by a device, by the kernel's own mapping.
 
 Each function takes the address of a page in this process (or its file and offset) and returns an :class:`Answer` with
-what was read; none of them raises for what the kernel answers. Those that need another process fork one: the mapping of
-guest memory is kept out of forks, and is let into this one on purpose.
+what was read; none of them raises for what the kernel answers. What takes another process is in ``processes``.
 """
 
 from __future__ import annotations
@@ -11,49 +10,62 @@ import contextlib
 import ctypes
 import mmap
 import os
-import resource
-import signal
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pyvmm.atlas.host.processes import child_load
 from pyvmm.atlas.host.syscalls import (
     FUTEX_WAIT,
     NR_FUTEX,
     NR_PREAD64,
     NR_PROCESS_VM_READV,
     NR_PROCESS_VM_WRITEV,
-    NR_PTRACE,
     NR_PWRITE64,
     NR_READ,
     NR_VMSPLICE,
     NR_WRITE,
     PAGE,
-    PR_SET_PTRACER,
-    PTRACE_ATTACH,
-    PTRACE_DETACH,
-    PTRACE_PEEKDATA,
     Answer,
     Iovec,
     call,
-    madvise,
-    prctl,
+    pread_file,
 )
-from pyvmm.uapi.mman import MADV_DODUMP, MADV_DOFORK, MADV_DONTDUMP, MADV_DONTFORK
 
-PATTERN = bytes(range(256)) * 16
+PATTERN = bytes(range(1, 9)) * (PAGE // 8)
 """A page's worth of bytes to write."""
+EAGAIN, ETIMEDOUT = 11, 110
 
 
 @contextlib.contextmanager
 def _pipe() -> Iterator[tuple[int, int]]:
-    read, write = os.pipe2(os.O_CLOEXEC)
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         yield read, write
     finally:
         os.close(read)
         os.close(write)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _drained(fd: int, moved: Answer) -> Answer:
+    """Add to a successful answer what can be read from a pipe now; an error of that is the answer."""
+    if not moved.ok:
+        return moved
+    buffer = ctypes.create_string_buffer(PAGE)
+    read = call(NR_READ, fd, ctypes.byref(buffer), PAGE)
+    return Answer(read.result, read.errno, buffer.raw[: read.result] if read.ok else b"")
+
+
+# -- by the page's address
 
 
 def read_into(address: int) -> Answer:
@@ -66,8 +78,7 @@ def read_into(address: int) -> Answer:
 def write_from(address: int) -> Answer:
     """write(2) from the page into a pipe: copy_from_user."""
     with _pipe() as (read, write):
-        answer = call(NR_WRITE, write, address, PAGE)
-        return Answer(answer.result, answer.errno, os.read(read, PAGE) if answer.result > 0 else b"")
+        return _drained(read, call(NR_WRITE, write, address, PAGE))
 
 
 def process_vm_readv(address: int) -> Answer:
@@ -85,19 +96,58 @@ def process_vm_writev(address: int) -> Answer:
     return call(NR_PROCESS_VM_WRITEV, os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
 
 
-def proc_mem(address: int) -> Answer:
-    """pread(2) of /proc/self/mem."""
-    fd = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+def proc_mem_read(address: int) -> Answer:
+    """pread(2) of /proc/self/mem, which may look where the mapping lets nobody."""
+    with _opened("/proc/self/mem", os.O_RDONLY) as fd:
         return pread_file(fd, address)
-    finally:
-        os.close(fd)
 
 
-def pread_file(fd: int, offset: int) -> Answer:
-    """pread(2) of a file, such as the memfd behind the page."""
-    buffer = ctypes.create_string_buffer(PAGE)
-    return call(NR_PREAD64, fd, ctypes.byref(buffer), PAGE, offset, data=buffer)
+def proc_mem_write(address: int) -> Answer:
+    """pwrite(2) to /proc/self/mem."""
+    with _opened("/proc/self/mem", os.O_RDWR) as fd:
+        return pwrite_file(fd, address)
+
+
+def vmsplice(address: int) -> Answer:
+    """vmsplice(2) of the page into a pipe, then read(2) of that: the page is pinned first and copied last."""
+    with _pipe() as (read, write):
+        vector = Iovec(address, PAGE)
+        return _drained(read, call(NR_VMSPLICE, write, ctypes.byref(vector), 1, 0))
+
+
+def futex(address: int) -> Answer:
+    """futex(2) FUTEX_WAIT on the page's first word, for a value it does not have: the kernel loads the word.
+
+    The kernel's EAGAIN says that it could, and is ok here; the wait is bounded should the value happen to be there.
+    """
+    timeout = struct.pack("qq", 0, 1_000_000)
+    answer = call(NR_FUTEX, address, FUTEX_WAIT, 0x5A5A_5A5A, ctypes.c_char_p(timeout), 0, 0)
+    return Answer(0, 0) if answer.errno in (EAGAIN, ETIMEDOUT) else answer
+
+
+def direct_write(address: int, device: Path) -> Answer:
+    """An O_DIRECT write of the page to a block device, which is given its physical address; then what arrived."""
+    with _opened(device, os.O_RDWR | os.O_DIRECT) as fd:
+        answer = call(NR_PWRITE64, fd, address, PAGE, 0)
+        return Answer(answer.result, answer.errno, _device_page(fd)) if answer.ok else answer
+
+
+def direct_read(address: int, device: Path) -> Answer:
+    """An O_DIRECT read into the page from a block device, which holds PATTERN."""
+    with _opened(device, os.O_RDWR | os.O_DIRECT) as fd:
+        with mmap.mmap(-1, PAGE) as room:
+            room[:] = PATTERN
+            os.pwritev(fd, [room], 0)
+        return call(NR_PREAD64, fd, address, PAGE, 0)
+
+
+def _device_page(fd: int) -> bytes:
+    with mmap.mmap(-1, PAGE) as room:
+        os.preadv(fd, [room], 0)
+        return room[:]
+
+
+# -- by the page's file
 
 
 def pwrite_file(fd: int, offset: int) -> Answer:
@@ -111,155 +161,24 @@ def splice_file(fd: int, offset: int) -> Answer:
     with _pipe() as (read, write):
         try:
             moved = os.splice(fd, write, PAGE, offset_src=offset)
-            return Answer(moved, 0, os.read(read, PAGE))
         except OSError as error:
             return Answer(-1, error.errno or 0)
+        return _drained(read, Answer(moved, 0))
 
 
-def vmsplice(address: int) -> Answer:
-    """vmsplice(2) of the page into a pipe, then read(2) of that."""
-    with _pipe() as (read, write):
-        vector = Iovec(address, PAGE)
-        answer = call(NR_VMSPLICE, write, ctypes.byref(vector), 1, 0)
-        if not answer.ok:
+def map_file(fd: int, offset: int) -> Answer:
+    """Map the file's page once more and write(2) from there into a pipe: whether a new mapping sees it."""
+    try:
+        with mmap.mmap(fd, PAGE, offset=offset) as mapping:
+            room = ctypes.c_char.from_buffer(mapping)
+            answer = write_from(ctypes.addressof(room))
+            del room
             return answer
-        try:
-            return Answer(answer.result, 0, os.read(read, PAGE))
-        except OSError as error:
-            return Answer(-1, error.errno or 0)
-
-
-def futex(address: int) -> Answer:
-    """futex(2) FUTEX_WAIT on the page's first word, for a value it does not have: the kernel loads the word.
-
-    EAGAIN is the answer of one who could; the wait is bounded should the value happen to be there.
-    """
-    timeout = struct.pack("qq", 0, 1_000_000)
-    return call(NR_FUTEX, address, FUTEX_WAIT, 0x5A5A_5A5A, ctypes.c_char_p(timeout), 0, 0)
-
-
-def direct(address: int, path: Path, *, write: bool) -> Answer:
-    """O_DIRECT write from, or read into, the page: a device's DMA is given its physical address."""
-    fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-    try:
-        if not write:
-            return call(NR_PREAD64, fd, address, PAGE, 0)
-        answer = call(NR_PWRITE64, fd, address, PAGE, 0)
-    finally:
-        os.close(fd)
-    return Answer(answer.result, answer.errno, path_bytes(path)) if answer.ok else answer
-
-
-def path_bytes(path: Path) -> bytes:
-    """Read a page of a device past every cache, into memory of our own."""
-    with mmap.mmap(-1, PAGE) as room:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        try:
-            os.preadv(fd, [room], 0)
-        finally:
-            os.close(fd)
-        return room[:]
-
-
-# -- by another process
-
-
-def _in_child(work: object) -> tuple[int, bytes]:
-    """Run ``work(fd)`` in a forked child that may write to fd; returns its wait status and what it wrote."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        try:
-            work(write)  # type: ignore[operator]
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        said = pipe.read()
-    _, status = os.waitpid(child, 0)
-    return status, said
-
-
-@contextlib.contextmanager
-def _inherited(address: int) -> Iterator[None]:
-    madvise(address, PAGE, MADV_DOFORK)
-    try:
-        yield
-    finally:
-        madvise(address, PAGE, MADV_DONTFORK)
+    except OSError as error:
+        return Answer(-1, error.errno or 0)
 
 
 def fork_load(address: int) -> tuple[str, bytes]:
-    """Fork, and have the child load from its inherited mapping; returns how that ended, and the word it saw."""
-
-    def load(fd: int) -> None:
-        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-        signal.signal(signal.SIGBUS, signal.SIG_DFL)
-        os.write(fd, ctypes.string_at(address, 8))
-
-    with _inherited(address):
-        status, said = _in_child(load)
-    code = os.waitstatus_to_exitcode(status)
-    return (signal.Signals(-code).name if code < 0 else "ok"), said
-
-
-def core_dump(address: int) -> tuple[str, bytes]:
-    """Fork a child that inherits the page, lets it into core dumps, and aborts; returns ok and the page in its core."""
-    with tempfile.TemporaryDirectory() as directory:
-
-        def crash(_fd: int) -> None:
-            os.chdir(directory)
-            madvise(address, PAGE, MADV_DODUMP)
-            resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            Path("/proc/self/coredump_filter").write_text("0x7f")
-            signal.signal(signal.SIGABRT, signal.SIG_DFL)
-            os.abort()
-
-        soft = resource.getrlimit(resource.RLIMIT_CORE)
-        try:
-            with _inherited(address):
-                status, _ = _in_child(crash)
-        finally:
-            madvise(address, PAGE, MADV_DONTDUMP)
-            resource.setrlimit(resource.RLIMIT_CORE, soft)
-        cores = list(Path(directory).iterdir())
-        if not cores:
-            return f"no core file (status {os.waitstatus_to_exitcode(status)})", b""
-        return _page_in_core(cores[0], address)
-
-
-def _page_in_core(path: Path, address: int) -> tuple[str, bytes]:
-    """Find an address in an ELF core file by its program headers."""
-    with path.open("rb") as core:
-        header = core.read(64)
-        offset, size, count = *struct.unpack_from("<Q", header, 32), *struct.unpack_from("<HH", header, 54)
-        for number in range(count):
-            core.seek(offset + number * size)
-            kind, _, start, base, _, file_size, _, _ = struct.unpack("<IIQQQQQQ", core.read(56))
-            if kind == 1 and base <= address < base + file_size:
-                core.seek(start + address - base)
-                return "ok", core.read(PAGE)
-    return "the page is not in the core file", b""
-
-
-def ptrace_peek(address: int) -> Answer:
-    """Have a child attach to this process with ptrace(2) and read a word of it, as a debugger does."""
-    parent = os.getpid()
-    prctl(PR_SET_PTRACER, -1)
-
-    def peek(fd: int) -> None:
-        answer = call(NR_PTRACE, PTRACE_ATTACH, parent, 0, 0)
-        if answer.ok:
-            os.waitpid(parent, 0x4000_0000)  # __WALL
-            word = ctypes.c_uint64()
-            answer = call(NR_PTRACE, PTRACE_PEEKDATA, parent, address, ctypes.byref(word))
-            call(NR_PTRACE, PTRACE_DETACH, parent, 0, 0)
-            os.write(fd, struct.pack("<iQ", answer.errno, word.value))
-        else:
-            os.write(fd, struct.pack("<iQ", answer.errno, 0))
-
-    _, said = _in_child(peek)
-    if len(said) != 12:
-        return Answer(-1, 5)
-    errno, word = struct.unpack("<iQ", said)
-    return Answer(-1 if errno else 0, errno, word.to_bytes(8, "little"))
+    """Have a forked child that inherits the page load a word: how that ended, and the word."""
+    answer = child_load(address)
+    return answer.name, answer.data

@@ -27,6 +27,8 @@ NR_WRITE = 64 if ARM64 else 1
 NR_PREAD64 = 67 if ARM64 else 17
 NR_PWRITE64 = 68 if ARM64 else 18
 NR_MADVISE = 233 if ARM64 else 28
+NR_MREMAP = 216 if ARM64 else 25
+NR_SENDFILE = 71 if ARM64 else 40
 NR_MLOCK = 228 if ARM64 else 149
 NR_MUNLOCK = 229 if ARM64 else 150
 NR_MINCORE = 232 if ARM64 else 27
@@ -39,6 +41,7 @@ NR_SWAPOFF = 225 if ARM64 else 168
 NR_IO_URING_SETUP, NR_IO_URING_ENTER, NR_IO_URING_REGISTER = 425, 426, 427
 
 FUTEX_WAIT = 0
+MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 PTRACE_PEEKDATA, PTRACE_ATTACH, PTRACE_DETACH = 2, 16, 17
 PR_SET_PDEATHSIG = 1
 PR_SET_PTRACER = 0x59616D61
@@ -49,21 +52,25 @@ PAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the kernel answered: the result (-1 where it failed), errno (0 where it did not), and bytes it gave."""
+    """What the kernel answered: the result (-1 where it failed), errno (0 where it did not), and bytes it gave.
+
+    ``died`` is the signal, by name, that ended a process of ours which tried, or why it gave nothing.
+    """
 
     result: int
     errno: int
     data: bytes = b""
+    died: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether the call succeeded."""
-        return not self.errno
+        """Whether the access succeeded."""
+        return not self.errno and not self.died
 
     @property
     def name(self) -> str:
-        """``ok``, or the errno's name."""
-        return _errno.errorcode.get(self.errno, str(self.errno)) if self.errno else "ok"
+        """``ok``, the errno's name, or how it died."""
+        return self.died or (_errno.errorcode.get(self.errno, str(self.errno)) if self.errno else "ok")
 
     @property
     def word(self) -> int:
@@ -85,9 +92,21 @@ def call(number: int, *arguments: Any, data: Any = None) -> Answer:
     return Answer(result, errno, b"" if data is None or errno else bytes(data))
 
 
+def pread_file(fd: int, offset: int) -> Answer:
+    """pread(2) of a page of a file, such as the memfd behind guest memory."""
+    buffer = ctypes.create_string_buffer(PAGE)
+    answer = call(NR_PREAD64, fd, ctypes.byref(buffer), PAGE, offset)
+    return Answer(answer.result, answer.errno, buffer.raw[: answer.result] if answer.ok else b"")
+
+
 def madvise(address: int, size: int, advice: int) -> Answer:
     """madvise(2)"""
     return call(NR_MADVISE, address, size, advice)
+
+
+def mremap(address: int, size: int, to: int) -> Answer:
+    """mremap(2) of a mapping to a fixed other address, whose mapping it replaces."""
+    return call(NR_MREMAP, address, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to)
 
 
 def prctl(option: int, argument: int) -> Answer:

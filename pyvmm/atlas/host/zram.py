@@ -1,0 +1,91 @@
+"""A block device in memory, made for one experiment: something to do O_DIRECT against, or to swap to.
+
+Owns the device while it is open. OSError where the kernel has no zram, or this user may not make one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from pyvmm.atlas.host.syscalls import NR_SWAPOFF, NR_SWAPON, PAGE, call
+
+CONTROL = Path("/sys/class/zram-control")
+SIGNATURE = b"SWAPSPACE2"
+PATIENCE = 5.0
+
+
+class Zram:
+    """A zram device of ``size`` bytes; a context manager. ``path`` is its node in /dev."""
+
+    def __init__(self, size: int) -> None:
+        if not CONTROL.exists():
+            _load_module()
+        self.number = int((CONTROL / "hot_add").read_text())
+        self.path = Path(f"/dev/zram{self.number}")
+        self._swapping = False
+        try:
+            Path(f"/sys/block/zram{self.number}/disksize").write_text(str(size))
+            self._size = size
+            _wait_for(self.path)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def swap(self) -> None:
+        """Swap to it until it is closed."""
+        header = bytearray(PAGE)
+        header[1024:1032] = (1).to_bytes(4, "little") + (self._size // PAGE - 1).to_bytes(4, "little")
+        header[-len(SIGNATURE) :] = SIGNATURE
+        self.path.write_bytes(header)
+        answer = call(NR_SWAPON, os.fsencode(self.path), 0)
+        if not answer.ok:
+            raise OSError(answer.errno, f"swapon: {os.strerror(answer.errno)}")
+        self._swapping = True
+
+    def close(self) -> None:
+        """Swap in again what is there, and remove the device. Idempotent."""
+        number, self.number = self.number, -1
+        if number < 0:
+            return
+        if self._swapping:
+            call(NR_SWAPOFF, os.fsencode(self.path))
+        _retried(lambda: Path(f"/sys/block/zram{number}/reset").write_text("1"))
+        _retried(lambda: (CONTROL / "hot_remove").write_text(str(number)))
+
+
+def _load_module() -> None:
+    done = subprocess.run(["modprobe", "zram", "num_devices=0"], capture_output=True, text=True)
+    if done.returncode or not CONTROL.exists():
+        raise OSError(19, "this kernel has no zram module")
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise OSError(2, f"{path} does not appear")
+        time.sleep(0.01)
+
+
+def _retried(work: Callable[[], object]) -> None:
+    """Do what says EBUSY while somebody else, such as udev, still has the device open."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            work()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)

@@ -292,6 +292,11 @@ class Machine:
         return Counters.read(self.native, self._natives, self.elapsed_ns)
 
     @property
+    def natives(self) -> tuple[Any, ...]:
+        """Each vCPU's ``struct pv_vcpu``: what it counts, and the ring it records shares and faults in."""
+        return tuple(self._natives)
+
+    @property
     def elapsed_ns(self) -> int:
         """Nanoseconds of CLOCK_MONOTONIC since the first run, or of the whole run once it has ended."""
         if not self.started_ns:

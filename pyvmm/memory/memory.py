@@ -21,7 +21,7 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, UsageError, hex_
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, pages, span
 from pyvmm.memory.backing import Backing, Memfd
-from pyvmm.memory.conversion import CopyConversion
+from pyvmm.memory.conversion import SMCCC_SUCCESS, CopyConversion
 from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.slots import Piece, Slot, SlotTable
@@ -55,6 +55,8 @@ class Memory:
         self.on_evidence: Callable[[Gpa, bool], None] | None = None
         """Under pkvm, called after a guarded access with each page whose ledger entry the access bears on: (page,
         accessible). Accessible does not mean shared: a page the guest has not touched yet is open to the host too."""
+        self.on_change: Callable[[str, Gpa, int], None] | None = None
+        """Called after what is done to memory from this side: ("slot", "convert" or "punch", gpa, size)."""
         self.quiesce: Callable[[], AbstractContextManager[object]] = nullcontext
         """What :meth:`convert` runs under: it should keep the other vCPUs out of the guest, as slots move."""
         if ipa_bits is None and platform.machine() == "aarch64":
@@ -135,6 +137,7 @@ class Memory:
                 self._table.withdraw(slot)
                 self.ledger.drop(area)
                 raise
+            self._tell("slot", slot.gpa, size)
             return slot
 
     def remove(self, slot: Slot) -> None:
@@ -157,6 +160,7 @@ class Memory:
             self._table.withdraw(slot)
             self.ledger.drop(slot.area)
             self._copies.forget(slot, pieces)
+            self._tell("slot", slot.gpa, slot.size)
 
     def seal(self) -> None:
         """Enter the protection just before the first run: from here on pages are what it says, not the host's.
@@ -181,7 +185,10 @@ class Memory:
         if self.protection is not Protection.EMULATED:
             raise UsageError(f"protection {self.protection.value}: only the emulated protection's pages move")
         with self.quiesce(), self._changing():
-            return self._copies.convert(Gpa(gpa), shared=shared)
+            status = self._copies.convert(Gpa(gpa), shared=shared)
+            if status == SMCCC_SUCCESS:
+                self._tell("convert", Gpa(gpa), PAGE_SIZE)
+            return status
 
     def punch(self, gpa: int, size: int, *, unsafe: bool = False) -> None:
         """Drop pages from their backing: the next touch, the guest's or the host's, finds zeros, and nobody is told.
@@ -202,6 +209,7 @@ class Memory:
                 piece.backing.punch(piece.offset, piece.size)
                 self.ledger.fill(slot.area, piece.gpa, piece.size, PageState.HOLE, quiet=not self._sealed)
             self._punched = True
+            self._tell("punch", Gpa(gpa), size)
 
     def populate(self, gpa: int, size: int) -> None:
         """Allocate, zero and map pages on the host's side now, so that the guest's first touch costs less.
@@ -272,6 +280,10 @@ class Memory:
             self._owned.clear()
 
     # -- inside
+
+    def _tell(self, kind: str, gpa: Gpa, size: int) -> None:
+        if self.on_change is not None:
+            self.on_change(kind, gpa, size)
 
     def _own(self, backing: Backing) -> None:
         if not any(each is backing for each in self._owned):

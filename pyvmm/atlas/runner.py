@@ -107,21 +107,35 @@ def _result(task: Task, verdict: Verdict, reason: str) -> Result:
     )
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class _Child:
     """A forked process that runs one experiment; on exit it is dead, with everything it started, and reaped."""
 
     def __init__(self, task: Task) -> None:
-        self._results, write = os.pipe2(os.O_CLOEXEC)
+        self._task = task
         self._stderr = os.memfd_create("stderr")
         self._code: int | None = None
+
+    def __enter__(self) -> _Child:
+        self._results, write = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
+        # A signal's handler that raises between the fork and what follows would lose the child, or run in it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         self.pid = os.fork()
         if self.pid == 0:
-            self._become(task, write, parent)
+            self._become(self._task, write, parent)
         os.close(write)
         # Both sides do it, so that it is done whoever is first.
         with contextlib.suppress(OSError):
             os.setpgid(self.pid, 0)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
     def _become(self, task: Task, write: int, parent: int) -> None:
         code = 1
@@ -133,8 +147,9 @@ class _Child:
             os.dup2(self._stderr, 2)
             # The handlers of guarded copies come later, and hand on what is not theirs.
             faulthandler.enable(2, all_threads=False)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in _ENDING:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             log.configure(-1, json=False)
             data = json.dumps(conduct(task).to_json()).encode()
@@ -145,9 +160,6 @@ class _Child:
             traceback.print_exc()
         finally:
             os._exit(code)
-
-    def __enter__(self) -> _Child:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._reap()

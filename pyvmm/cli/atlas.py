@@ -123,10 +123,12 @@ def _run(todo: list[Task], args: argparse.Namespace) -> tuple[Atlas, KeyboardInt
     begun, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     whole = args.details or len(todo) <= FEW
     interrupt = None
-    with _progress() as progress, _terminable():
+    with _progress() as progress, _terminable() as received:
         try:
             for result in run(todo, deadline=args.deadline):
                 results.append(result)
+                if received:  # raised where exceptions are ignored, as in a finalizer
+                    raise Interrupted(received[0])
                 progress("")
                 print((details if whole else line)(result, look, wanted), flush=True)
                 if whole and result.pictures:
@@ -142,15 +144,17 @@ def _run(todo: list[Task], args: argparse.Namespace) -> tuple[Atlas, KeyboardInt
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind as SIGINT does, so that what was found is written."""
+def _terminable() -> Iterator[list[int]]:
+    """Make SIGINT, SIGTERM and SIGHUP unwind, so that what was found is written; yields those that came."""
+    received: list[int] = []
 
     def unwind(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         raise Interrupted(number)
 
-    old = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
+    old = {number: signal.signal(number, unwind) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -210,18 +214,14 @@ def _list(todo: list[Task]) -> None:
 
 def _writable(args: argparse.Namespace) -> list[tuple[Callable[[Atlas], str], str]]:
     """Return (how to say an atlas, file) for each output asked for; UsageError where one cannot be written."""
+    from pyvmm.atlas.claim import GROUPS, all_claims
     from pyvmm.atlas.expected import expected
     from pyvmm.atlas.report import html, junit
 
-    def as_junit(atlas: Atlas) -> str:
-        from pyvmm.atlas.claim import all_claims
-
-        return junit.render(atlas, expected(atlas.host, all_claims()))
-
     kinds: list[tuple[Callable[[Atlas], str], str | None]] = [
         (lambda atlas: json.dumps(atlas.to_json(), indent=1) + "\n", args.json),
-        (html.render, args.html),
-        (as_junit, args.junit),
+        (lambda atlas: html.render(atlas, expected(atlas.host, all_claims()), GROUPS), args.html),
+        (lambda atlas: junit.render(atlas, expected(atlas.host, all_claims())), args.junit),
         (_map, args.map),
     ]
     files = [(write, path) for write, path in kinds if path is not None]

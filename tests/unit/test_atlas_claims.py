@@ -80,7 +80,7 @@ def test_a_group_that_is_not_one_and_a_claim_tried_nowhere_are_refused():
     with pytest.raises(ValueError, match="no group"):
         group("nonsense")
     with pytest.raises(ValueError, match="nowhere"):
-        group("share")(origin="thread")(lambda x: None)
+        group("share")(origin="thread")(lambda _x: None)
 
 
 # -- the list of what is expected

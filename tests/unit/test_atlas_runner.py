@@ -24,7 +24,7 @@ DEADLINE = 20.0
 class NoGuest:
     """What an experiment needs of Experiment, without a guest: these tests are about processes."""
 
-    def __init__(self, protection, backing, **options):
+    def __init__(self, *_place, **_options):
         self.evidence, self.pictures, self.ticks = [], [], {}
 
     def __enter__(self):
@@ -72,7 +72,7 @@ def test_checks_decide_the_verdict():
 
 
 def test_an_experiment_that_checks_nothing_tells_nothing():
-    assert run(lambda x: None).verdict is Verdict.UNTOLD
+    assert run(lambda _x: None).verdict is Verdict.UNTOLD
 
 
 def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before():
@@ -86,7 +86,7 @@ def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before():
 
 
 def test_what_the_host_refuses_is_not_told_with_its_words():
-    def experiment(x):
+    def experiment(_x):
         raise HostError("KVM_CREATE_VM(type=0x80000000): EINVAL: this host is not pKVM")
 
     result = run(experiment)
@@ -95,7 +95,7 @@ def test_what_the_host_refuses_is_not_told_with_its_words():
 
 
 def test_a_mistake_in_an_experiment_is_a_crash_that_names_the_line():
-    result = run(lambda x: 1 // 0)
+    result = run(lambda _x: 1 // 0)
     assert result.verdict is Verdict.CRASHED
     assert "ZeroDivisionError" in result.reason
     assert "line" in result.reason
@@ -103,13 +103,13 @@ def test_a_mistake_in_an_experiment_is_a_crash_that_names_the_line():
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL])
 def test_a_process_that_dies_has_that_for_its_verdict(number):
-    result = run(lambda x: os.kill(os.getpid(), number))
+    result = run(lambda _x: os.kill(os.getpid(), number))
     assert result.verdict is Verdict.CRASHED
     assert f"killed by {number.name}" in result.reason
 
 
 def test_last_words_are_kept():
-    def experiment(x):
+    def experiment(_x):
         os.write(2, b"something terrible\n")
         os._exit(7)
 
@@ -121,7 +121,7 @@ def test_last_words_are_kept():
 def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path):
     pids = tmp_path / "pids"
 
-    def experiment(x):
+    def experiment(_x):
         child = subprocess.Popen(["sleep", "1000"])
         pids.write_text(f"{os.getpid()} {child.pid}")
         time.sleep(1000)
@@ -155,7 +155,7 @@ def _gone(pid: int) -> bool:
 
 
 def test_neighbours_of_a_crash_run_on():
-    def die(x):
+    def die(_x):
         os.abort()
 
     todo = [task(lambda x: x.check("a", True)), task(die), task(lambda x: x.check("b", True))]

@@ -28,6 +28,8 @@ _LINE = re.compile(
     rb"|\[LOST (?P<lost>\d+) EVENTS\]"
 )
 _CHUNK = 1 << 16
+MOST = 1 << 20
+"""Faults kept; a guest must not make the list longer than this. The first ones are."""
 
 # ESR_EL2 (Arm ARM D24.2.40): the exception class, and of an abort's syndrome the bits that say what it was.
 _FETCH, _DATA = 0x20, 0x24
@@ -96,7 +98,7 @@ class FaultTrace:
 
     @property
     def lost(self) -> int:
-        """How many faults the kernel had no room for, as of the last :meth:`faults`: the oldest go first."""
+        """How many faults there was no room for, in the kernel's buffer or here, as of the last :meth:`faults`."""
         return self._lost
 
     def _begin(self) -> str:
@@ -137,6 +139,9 @@ class FaultTrace:
             return
         if match["lost"]:
             self._lost += int(match["lost"])
+            return
+        if len(self._faults) >= MOST:
+            self._lost += 1
             return
         ns = int(match["s"]) * 1_000_000_000 + int(match["us"]) * 1000
         self._faults.append(Fault(ns, int(match["ipa"], 16), *access(int(match["esr"], 16)), int(match["tid"])))

@@ -1,0 +1,119 @@
+"""What happened to guest memory in a run, in order: faults, shares, and what was done from this side.
+
+A :class:`Timeline` owns the list, and is the one reader of the rings of the vCPUs it watches. It costs the guest
+nothing that would not be done anyway: rings are written in any case, the kernel's trace by whoever made it, and it
+subscribes to no shares, which would stop the loop at each.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pyvmm._native import ffi, lib
+from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, Gpa
+
+if TYPE_CHECKING:
+    from pyvmm.memory.memory import Memory
+    from pyvmm.observe.faulttrace import FaultTrace
+
+KINDS: Final = ("fault", "share", "unshare", "convert", "punch", "slot")
+"""A stage-2 fault; a page shared, or taken back; a page moved to another backing, or dropped from its own; a slot added
+or removed."""
+MOST: Final = 1 << 17
+"""Events kept; a guest must not make the list longer than this. The first ones are."""
+_BATCH: Final = 512
+
+
+class Event(NamedTuple):
+    """``kind``, one of KINDS, happened to ``pages`` pages from ``gpa``; ``ns`` is CLOCK_MONOTONIC."""
+
+    ns: int
+    kind: str
+    gpa: int
+    pages: int = 1
+
+
+class Timeline:
+    """Records one machine's events; ``trace`` tells of faults, if it can.
+
+    Faults at the addresses of devices are left to the trace to leave out. Every method may be called from any thread.
+    """
+
+    def __init__(self, trace: FaultTrace | None = None) -> None:
+        self._trace = trace
+        self._natives: Sequence[Any] = ()
+        self._events: list[Event] = []
+        self._left_out = 0
+        self._lock = threading.Lock()
+        self._batch = ffi.new("struct pv_record[]", _BATCH)
+
+    def watch(self, memory: Memory, natives: Sequence[Any]) -> None:
+        """Record what ``natives`` (``struct pv_vcpu``) have in their rings, and what is done to ``memory`` from now on.
+
+        Both must be alive whenever :meth:`events` is called, or :meth:`stop` have been.
+        """
+        self._natives = natives
+        memory.on_change = self._changed
+
+    def stop(self) -> None:
+        """Take what is in the rings, and look at them no more."""
+        self._drain()
+        self._natives = ()
+
+    def events(self) -> tuple[Event, ...]:
+        """Return everything recorded until now, by time.
+
+        Call it now and then in a long run: a ring holds so many records, and what finds no room is only counted.
+        """
+        self._drain()
+        faults = self._trace.faults() if self._trace is not None else []
+        with self._lock:
+            found = [*self._events, *(Event(fault.ns, "fault", fault.gpa) for fault in faults)]
+        return tuple(sorted(found, key=lambda event: event.ns))
+
+    @property
+    def lost(self) -> int:
+        """How many events there was no room for, in a ring, in the kernel's buffer or here."""
+        rings = sum(native.ring.dropped for native in self._natives)
+        return int(rings) + self._left_out + (self._trace.lost if self._trace is not None else 0)
+
+    @property
+    def why_no_faults(self) -> str:
+        """Why faults are not recorded; empty where they are."""
+        return self._trace.why_not if self._trace is not None else "nobody asked for them"
+
+    @property
+    def notes(self) -> list[str]:
+        """What a picture of this must say: what is not in it."""
+        found = [f"faults were not recorded: {self.why_no_faults}"] if self.why_no_faults else []
+        return [*found, *([f"{self.lost:,} events were lost: there was no room for them"] if self.lost else [])]
+
+    def _changed(self, kind: str, gpa: Gpa, size: int) -> None:
+        with self._lock:
+            self._add(Event(time.monotonic_ns(), kind, gpa, size >> PAGE_SHIFT))
+
+    def _add(self, event: Event) -> None:
+        if len(self._events) < MOST:
+            self._events.append(event)
+        else:
+            self._left_out += 1
+
+    def _drain(self) -> None:
+        with self._lock:
+            for native in self._natives:
+                while count := lib.pv_ring_read(ffi.addressof(native.ring), self._batch, _BATCH):
+                    for record in self._batch[0:count]:
+                        self._take(record)
+
+    def _take(self, record: Any) -> None:
+        if record.kind in (lib.PV_REC_SHARE, lib.PV_REC_UNSHARE):
+            # A refused one has changed nothing.
+            if record.value == 0:
+                kind = "share" if record.kind == lib.PV_REC_SHARE else "unshare"
+                self._add(Event(record.ns, kind, record.addr & -PAGE_SIZE))
+        elif record.kind == lib.PV_REC_FAULT and record.size and self.why_no_faults:
+            # KVM_RUN failed and said where; with the kernel's trace that fault is there already.
+            self._add(Event(record.ns, "fault", record.addr & -PAGE_SIZE))

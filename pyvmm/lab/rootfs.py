@@ -1,6 +1,6 @@
 """Turns Debian's package files into the lab's kernel and initramfs; reads packages, writes two files, runs nothing.
 
-The recipe is here: which packages, what is left out of them, which modules are loaded. ``recipe_hash`` changes when it
+The recipe is here: which packages, what is left out of them, which modules there are. ``recipe_hash`` changes when it
 or the programs copied into the image change.
 """
 
@@ -13,6 +13,8 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +22,9 @@ from pyvmm.errors import PyvmmError
 from pyvmm.lab.cpio import CpioWriter
 
 KERNEL = "linux-image-arm64"
+# Debian's releases up to 13 have kernel and modules in linux-image-*; later ones split them, in more than one way.
 KERNEL_PARTS = re.compile(r"linux-(image|binary|modules)-[0-9]")
+KERNEL_FILE = re.compile(r"(?:usr/)?lib/modules/([^/]+)/vmlinuz|boot/vmlinuz-(.+)")
 
 ROOTS = (
     "busybox-static",
@@ -46,8 +50,9 @@ UNUSED_PATHS = re.compile(
     r"usr/lib/python3/dist-packages/[^/]+\.(dist|egg)-info/(?!entry_points)"
 )
 
-# For 9p over virtio; what they depend on comes along.
-MODULES = ("9p", "9pnet_virtio")
+# What they depend on comes along. For 9p over virtio, which init loads; and a block device to load on demand.
+MODULES = ("9p", "9pnet_virtio", "zram")
+MODULE_FILE = re.compile(r"/kernel/(?:crypto|drivers/block|fs|lib|mm|net)/(?:.*/)?([^/]+)\.ko(?:\.xz)?$")
 XZ_MAGIC = b"\xfd7zXZ\0"
 
 SIGNATURE = b"~Module signature appended~\n"
@@ -98,46 +103,60 @@ def _open_package(package: Path) -> Iterator[tarfile.TarFile]:
             process.kill()
 
 
-def write_kernel(packages: list[Path], image: BinaryIO) -> tuple[str, dict[str, bytes]]:
-    """Write the kernel; give its release and the modules that 9p needs, uncompressed, in the order to load them."""
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module, uncompressed and unsigned; ``needs`` are all that must be loaded before it, in that order."""
+
+    data: bytes
+    needs: tuple[str, ...] = ()
+
+
+def write_kernel(packages: list[Path], image: BinaryIO) -> tuple[str, dict[str, Module]]:
+    """Write the kernel; give its release and MODULES with what they depend on."""
     release = ""
     available: dict[str, bytes] = {}
     for package in packages:
         with _open_package(package) as tar:
             for member in tar:
                 name = member.name.removeprefix("./")
-                if found := re.fullmatch(r"usr/lib/modules/([^/]+)/vmlinuz|boot/vmlinuz-(.+)", name):
+                if not member.isfile():
+                    continue
+                if not release and (found := KERNEL_FILE.fullmatch(name)):
                     release = found[1] or found[2]
                     image.write(_contents(tar, member))
-                elif found := re.search(r"/kernel/(?:fs|lib|net)/(?:.*/)?([^/]+\.ko(?:\.xz)?)$", name):
-                    available[found[1].split(".ko")[0].replace("-", "_")] = _contents(tar, member)
+                elif found := MODULE_FILE.search(name):
+                    available[found[1].replace("-", "_")] = _contents(tar, member)
     if not release:
         raise PyvmmError("the kernel packages hold no kernel", hint="the archive has changed: please report this")
     return release, _module_closure(available)
 
 
-def _module_closure(available: dict[str, bytes]) -> dict[str, bytes]:
+def _module_closure(available: dict[str, bytes]) -> dict[str, Module]:
     """Give MODULES and what they depend on, dependencies first. A module that is not there is built in."""
-    ordered: dict[str, bytes] = {}
+    ordered: dict[str, Module] = {}
 
-    def visit(name: str) -> None:
-        if name in ordered or name not in available:
-            return
+    def visit(name: str) -> tuple[str, ...]:
+        """Enter the module; give what must be loaded for who needs it, it included."""
+        if name not in available:
+            return ()
+        if name in ordered:
+            return (*ordered[name].needs, name)
         data = available[name]
         if data.startswith(XZ_MAGIC):
             data = lzma.decompress(data)
         found = re.search(rb"\0depends=([^\0]*)\0", data)
-        for dependency in found[1].decode().split(",") if found else ():
-            visit(dependency)
+        depends = found[1].decode().replace("-", "_").split(",") if found else []
+        needs = tuple(dict.fromkeys(chain.from_iterable(map(visit, depends))))
         # Unsigned, they load without a second of cryptography under emulation, and taint a kernel that KVM taints too.
-        ordered[name] = data[: data.rfind(SIGNATURE)] if data.endswith(SIGNATURE) else data
+        ordered[name] = Module(data[: data.rfind(SIGNATURE)] if data.endswith(SIGNATURE) else data, needs)
+        return (*needs, name)
 
     for name in MODULES:
         visit(name)
     return ordered
 
 
-def write_root(packages: list[Path], release: str, modules: dict[str, bytes], out: BinaryIO) -> None:
+def write_root(packages: list[Path], release: str, modules: dict[str, Module], out: BinaryIO) -> None:
     """Write the initramfs: the packages' files, the modules, and our programs."""
     cpio = CpioWriter(out)
     for path in DIRECTORIES:
@@ -152,11 +171,10 @@ def write_root(packages: list[Path], release: str, modules: dict[str, bytes], ou
     for path, data in FILES.items():
         cpio.file(path, data)
     directory = f"usr/lib/modules/{release}"
-    for name, data in modules.items():
-        cpio.file(f"{directory}/{name}.ko", data)
-    # Each is said to need all before it: more than it does, and in the right order.
-    names = [f"{name}.ko" for name in modules]
-    lines = [f"{name}: {' '.join(reversed(names[:i]))}\n" for i, name in enumerate(names)]
+    lines = []
+    for name, module in modules.items():
+        cpio.file(f"{directory}/{name}.ko", module.data)
+        lines.append(f"{name}.ko: {' '.join(f'{need}.ko' for need in reversed(module.needs))}\n")
     cpio.file(f"{directory}/modules.dep", "".join(lines).encode())
     for package in packages:
         with _open_package(package) as tar:

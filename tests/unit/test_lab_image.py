@@ -19,6 +19,7 @@ from pyvmm.lab import apt, image, rootfs
 from pyvmm.lab.apt import Apt, AptError, Package
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.lab.cpio import CpioWriter
+from pyvmm.lab.rootfs import Module
 
 # ---- archives
 
@@ -95,14 +96,17 @@ def test_root_follows_merged_usr_and_leaves_documentation_out(make_deb):
         },
     )
     out = io.BytesIO()
-    rootfs.write_root([deb], "9.9", {"netfs": b"N", "9p": b"P"}, out)
+    modules = {"netfs": Module(b"N"), "9pnet": Module(b"T", ("netfs",)), "9p": Module(b"P", ("netfs", "9pnet"))}
+    rootfs.write_root([deb], "9.9", modules | {"zram": Module(b"Z")}, out)
     entries = read_cpio(out.getvalue())
     assert entries["usr/bin/tool"][1] == b"tool"
     assert entries["usr/lib/aarch64-linux-gnu/libx.so.1"][1] == b"lib"
     assert stat.S_ISLNK(entries["usr/lib/libx.so"][0])
     assert entries["bin"] == (stat.S_IFLNK | 0o777, b"usr/bin")
     assert not any("share/doc" in path or path == "etc/p.conf" for path in entries)
-    assert entries["usr/lib/modules/9.9/modules.dep"][1] == b"netfs.ko: \n9p.ko: netfs.ko\n"
+    assert entries["usr/lib/modules/9.9/modules.dep"][1] == (
+        b"netfs.ko: \n9pnet.ko: netfs.ko\n9p.ko: 9pnet.ko netfs.ko\nzram.ko: \n"
+    )
     assert entries["init"][0] & 0o111
 
 
@@ -110,7 +114,7 @@ def module(depends: str, signature: bytes = b"") -> bytes:
     return b"\x7fELF\0name=x\0depends=" + depends.encode() + b"\0rest" + signature
 
 
-def test_kernel_gives_only_the_modules_9p_needs_in_loading_order_and_unsigned(make_deb):
+def test_kernel_gives_only_the_modules_wanted_with_what_each_needs_and_unsigned(make_deb):
     base = "usr/lib/modules/9.9-arm64"
     deb = make_deb(
         "k",
@@ -121,13 +125,33 @@ def test_kernel_gives_only_the_modules_9p_needs_in_loading_order_and_unsigned(ma
             f"{base}/kernel/net/9p/9pnet.ko": module("netfs"),
             f"{base}/kernel/net/9p/9pnet_virtio.ko.xz": lzma.compress(module("9pnet,built_in")),
             f"{base}/kernel/net/9p/9pnet_rdma.ko.xz": lzma.compress(module("9pnet")),
+            f"{base}/kernel/drivers/block/zram/zram.ko.xz": lzma.compress(module("zsmalloc,lz4hc-compress")),
+            f"{base}/kernel/lib/lz4/lz4hc_compress.ko.xz": lzma.compress(module("")),
+            f"{base}/kernel/mm/zsmalloc.ko": module(""),
         },
     )
     kernel = io.BytesIO()
     release, modules = rootfs.write_kernel([deb], kernel)
     assert (release, kernel.getvalue()) == ("9.9-arm64", b"MZkernel")
-    assert list(modules) == ["netfs", "9pnet", "9p", "9pnet_virtio"]
-    assert modules["netfs"] == module("")
+    assert modules["netfs"] == Module(module(""))
+    assert {name: found.needs for name, found in modules.items()} == {
+        "netfs": (), "9pnet": ("netfs",), "9p": ("netfs", "9pnet"), "9pnet_virtio": ("netfs", "9pnet"),
+        "zsmalloc": (), "lz4hc_compress": (), "zram": ("zsmalloc", "lz4hc_compress"),
+    }  # fmt: skip
+
+
+def test_kernel_is_found_where_older_releases_have_it_and_once(make_deb):
+    deb = make_deb(
+        "k",
+        {
+            "boot/vmlinuz-6.1-arm64": b"MZkernel",
+            "lib/modules/6.1-arm64/vmlinuz": Path("/boot/vmlinuz-6.1-arm64"),
+            "lib/modules/6.1-arm64/kernel/fs/9p/9p.ko": module(""),
+        },
+    )
+    kernel = io.BytesIO()
+    release, modules = rootfs.write_kernel([deb], kernel)
+    assert (release, kernel.getvalue(), list(modules)) == ("6.1-arm64", b"MZkernel", ["9p"])
 
 
 def test_packages_without_a_kernel_are_refused(make_deb):

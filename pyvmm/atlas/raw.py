@@ -8,16 +8,21 @@ from __future__ import annotations
 import errno as _errno
 import itertools
 import os
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pyvmm._native import ffi, lib
+from pyvmm.atlas.host.syscalls import madvise
 from pyvmm.errors import KvmError
+from pyvmm.kvm import libc
 from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.memory import mman
+from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 from pyvmm.memory.mman import MappingError
 from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from pyvmm.uapi.mman import MADV_HWPOISON, MAP_SHARED, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:
     from pyvmm.atlas.experiment import Experiment
@@ -30,7 +35,9 @@ ORDERS = ("mailbox", "interrupted")
 
 
 def name(errno: int) -> str:
-    """Name an errno as the kernel does."""
+    """Name an errno as the kernel does; ``ok`` for 0."""
+    if not errno:
+        return "ok"
     return "EOPNOTSUPP" if errno == _errno.EOPNOTSUPP else _errno.errorcode.get(errno, str(errno))
 
 
@@ -103,6 +110,24 @@ def allocate(fd: int, offset: int, size: int) -> str:
 def kib(fd: int) -> int:
     """Return what fstat(2) says a file takes (st_blocks), in KiB."""
     return os.fstat(fd).st_blocks // 2
+
+
+def poison(fd: int, offset: int) -> str:
+    """Have a page of a file treated as broken memory (MADV_HWPOISON); returns ``ok``, or the errno's name.
+
+    In a forked child with a mapping of its own: the kernel sends SIGBUS to whoever asks.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGBUS, signal.SIG_DFL)
+            address, _ = libc.mmap(PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset)
+            os._exit(madvise(address, PAGE_SIZE, MADV_HWPOISON).errno)
+        finally:
+            os._exit(_errno.EIO)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return name(0 if code == -signal.SIGBUS else code)
 
 
 def free_kib() -> int:

@@ -76,7 +76,7 @@ def a_page_of_the_guest_cannot_be_populated(x: Experiment) -> None:
 
 @claim(none=FILES, origin="virt/kvm/guest_memfd.c, kvm_gmem_fops: neither read_iter nor write_iter")
 def the_file_cannot_be_read_or_written(x: Experiment) -> None:
-    """read(2) and write(2) on the file are refused (EINVAL, with an offset ESPIPE), and the guest keeps its contents."""
+    """read(2) and write(2) on the file are refused: EINVAL, and with an offset ESPIPE."""
     page = x.page()
     x.guest.write64(page, VALUE)
     file, offset = raw.place(x, page)
@@ -174,6 +174,7 @@ def a_punch_frees_memory(x: Experiment) -> None:
     before = raw.free_kib()
     x.check("punching 8 MiB", raw.punch(file.fd, 0, size), "ok")
     x.event("punch", BEYOND, size // PAGE_SIZE)
+    x.tell("KiB of the file that fstat tells", raw.kib(file.fd))
     x.check("free memory has grown by 6 MiB or more", raw.free_kib() - before >= 6 << 10)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__, log
 from pyvmm.cli.common import STATUSES, Interrupted, add_common
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import PyvmmError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +30,10 @@ VERBS = {
     "atlas": "what this kernel does with guest memory, claim by claim",
     "repl": "a live guest at a Python prompt",
 }
+
+
+# How options begin that stand before a verb and say what lab it is.
+LAB_OPTIONS = ("--lab", "--host-kernel")
 
 
 class _Verbs(argparse._SubParsersAction):  # type: ignore[type-arg]
@@ -55,7 +59,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     add_common(parser, verb=False)
     group = parser.add_argument_group("the lab")
     group.add_argument("--lab", action="store_true", help="run the verb in the lab, a nested pKVM host")
-    if "--lab" in argv:
+    if any(word.startswith(LAB_OPTIONS) for word in argv):
         import_module("pyvmm.cli.lab").add_lab_options(group)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb", action=_Verbs)
     for verb, summary in VERBS.items():
@@ -64,6 +68,16 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         else:
             verbs.add_parser(verb, help=summary, add_help=False)
     return parser
+
+
+def refuse_lab_options(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """UsageError for options that say what lab it is, before a verb that no lab was asked for."""
+    before = words[: len(words) - len(args.verb_argv)]
+    for word in before:
+        if word.startswith(LAB_OPTIONS):
+            verb = " ".join(args.verb_argv[:2] if args.verb == "lab" else args.verb_argv[:1])
+            right = f"pyvmm {verb} --host-kernel ..." if args.verb == "lab" else f"pyvmm --lab {word} ... {verb} ..."
+            raise UsageError(f"{word} says what lab it is to be, but no lab was asked for", hint=right)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return done.code if isinstance(done.code, int) else 2
     log.configure(args.verbose - args.quiet, json=bool(args.log_json))
     try:
-        status = _dispatch(args)
+        status = _dispatch(args, words)
         sys.stdout.flush()
     except PyvmmError as error:
         _complain(args, error.message, error.hint)
@@ -108,11 +122,10 @@ def _fill_standard_files() -> None:
             setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
-def _dispatch(args: argparse.Namespace) -> int:
+def _dispatch(args: argparse.Namespace, words: Sequence[str]) -> int:
     if not args.lab:
+        refuse_lab_options(args, words)
         return int(import_module(f"pyvmm.cli.{args.verb}").main(args))
-    from pyvmm.errors import UsageError
-
     if args.verb == "lab":
         raise UsageError("there is no lab in the lab", hint=f"pyvmm {' '.join(args.verb_argv)}")
     flags = ["-v"] * args.verbose + ["-q"] * args.quiet + ["--log-json"] * bool(args.log_json)

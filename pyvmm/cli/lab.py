@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.cli.common import Interrupted, add_common, find_outputs, parse_count, parse_seconds, parse_size
-from pyvmm.errors import UsageError
+from pyvmm.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from pyvmm.lab import LabOptions
     from pyvmm.lab.cache import Image
 
+BEFORE = "--lab-"
+HOST_KERNEL = "host-kernel"
 MODES = ("protected", "nvhe", "vhe")
 LIST_COLUMNS = 17
 STDIN = 0
 
 
-def add_lab_options(group: argparse._ArgumentGroup, prefix: str = "--lab-") -> None:
+def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> None:
     """Add what a lab can be told; with ``--lab-`` before their names they stand before a verb."""
+    add_host_kernel(group, *([f"{prefix}{HOST_KERNEL}"] if prefix == BEFORE else []))
 
     def add(name: str, **how: Any) -> None:
         group.add_argument(f"{prefix}{name}", dest=f"lab_{name.replace('-', '_')}", **how)
@@ -44,6 +47,15 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = "--lab-") -> N
     add("mem", type=parse_size, default=2048 << 20, metavar="SIZE", help="memory of the lab, MiB or 2G (2G)")
     add("console", action="store_true", help="show the lab's console on stderr")
     add("boot-timeout", type=parse_seconds, default=180.0, metavar="SECONDS", help="give up after (180)")
+
+
+def add_host_kernel(parser: argparse._ActionsContainer, *aliases: str) -> None:
+    """Add the choice of the kernel that the lab's host runs."""
+    parser.add_argument(
+        f"--{HOST_KERNEL}", *aliases, dest="lab_host_kernel", metavar="NAME|FILE",
+        help="the lab's kernel: Debian's stable, backports (the default), unstable or experimental, or a file with an "
+        "arm64 Image",
+    )  # fmt: skip
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,6 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     build = actions.add_parser("build", help="make the image, unless there is one", allow_abbrev=False)
     build.add_argument("--refresh", action="store_true", help="ask the archive for its newest, and check the image")
+    add_host_kernel(build)
 
     status = actions.add_parser("status", help="what there is, and what is missing", allow_abbrev=False)
     status.add_argument("--json", action="store_true", help="the same for machines")
@@ -79,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
         command = command[1:]
     match args.lab_action:
         case "build":
-            return _build(refresh=args.refresh)
+            return _build(_kernel(args), refresh=args.refresh)
         case "status":
             return _status(as_json=args.json)
         case "shell":
@@ -107,7 +120,7 @@ def run_verb(argv: list[str], args: argparse.Namespace, *, outputs: Sequence[str
 
 def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
     """Run a verb of which nothing is known yet: it is parsed here to learn which files it writes."""
-    from pyvmm.cli import make_parser
+    from pyvmm.cli import make_parser, refuse_lab_options
 
     try:
         verb = make_parser(command).parse_args(command)
@@ -115,6 +128,7 @@ def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
         return done.code if isinstance(done.code, int) else 2
     if verb.lab or verb.verb == "lab":
         raise UsageError("there is no lab in the lab", hint=f"pyvmm {shlex.join(command)}")
+    refuse_lab_options(verb, command)
     return run_verb(command, args, outputs=find_outputs(verb))
 
 
@@ -135,9 +149,12 @@ def _run(
         raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
     options = _options(args)
     find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built
+    if os.environ.get("PYVMM_IN_LAB") == "1":
+        raise HostError("there is no lab in the lab, and its kernel does not run protected guests",
+                        hint="the default host kernel does, in the mode protected")  # fmt: skip
     require(building=False)
     with _terminable():
-        image = _image(refresh=False)
+        image = _image(_kernel(args), refresh=False)
         with Lab(options, image=image, arguments=files, outputs=outputs, live=live) as lab:
             return lab.run(command, stdin=STDIN, is_tty=is_tty)
 
@@ -157,27 +174,33 @@ def _options(args: argparse.Namespace) -> LabOptions:
     )
 
 
-def _build(*, refresh: bool) -> int:
+def _kernel(args: argparse.Namespace) -> str:
+    from pyvmm.lab import kernels
+
+    return getattr(args, "lab_host_kernel", None) or kernels.DEFAULT
+
+
+def _build(kernel: str, *, refresh: bool) -> int:
     with _terminable():
-        image = _image(refresh=refresh, thorough=True)
-    print(f"{image.manifest.release}, built {image.manifest.built}, {image.size / 1e6:.0f} MB in {image.directory}")
+        image = _image(kernel, refresh=refresh, thorough=True)
+    print(f"{image.release}, built {image.manifest.built}, {image.size / 1e6:.0f} MB in {image.directory}")
     return 0
 
 
-def _image(*, refresh: bool, thorough: bool = False) -> Image:
-    """Give the image, showing how it is built if it must be."""
+def _image(kernel: str, *, refresh: bool, thorough: bool = False) -> Image:
+    """Give the kernel's image, showing how it is built if it must be."""
     from pyvmm.lab import build_image
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import require
 
-    if not refresh and (image := usable_image(thorough=thorough)):
+    if not refresh and (image := usable_image(kernel=kernel, thorough=thorough)):
         return image
     require(building=True)
-    print("pyvmm: building the lab's image from Debian's packages; this is done once", file=sys.stderr)
+    print(f"pyvmm: building the lab's image from Debian's packages ({kernel}); this is done once", file=sys.stderr)
     started = time.monotonic()
     with _progress() as progress:
-        image = build_image(refresh=refresh, progress=progress)
-    print(f"pyvmm: the lab's image is ready, {time.monotonic() - started:.0f} s", file=sys.stderr)
+        image = build_image(kernel, refresh=refresh, progress=progress)
+    print(f"pyvmm: the lab's image is ready, {time.monotonic() - started:.0f} s: {image.release}", file=sys.stderr)
     return image
 
 
@@ -231,33 +254,41 @@ def _terminable() -> Iterator[None]:
 
 def _status(*, as_json: bool) -> int:
     """Say what there is; status 0 if the lab can be used or at least built, 5 otherwise."""
+    from pyvmm.lab import kernels
     from pyvmm.lab.cache import Cache
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import needs
 
     cache = Cache()
-    image = usable_image(thorough=True)
-    missing = [need for need in needs() if need.missing and not (need.building and image)]
+    known = cache.all_current()
+    images = {name: image for name in known if (image := usable_image(cache, kernel=name, thorough=True))}
+    missing = [need for need in needs() if need.missing and not (need.building and images)]
     if as_json:
         print(json.dumps({
             "cache": str(cache.directory),
-            "image": None if image is None else {
+            "images": {name: {
                 "directory": str(image.directory), "size": image.size, "release": image.manifest.release,
                 "built": image.manifest.built, "mirror": image.manifest.mirror, "packages": image.manifest.packages,
-            },
+            } for name, image in images.items()},
             "missing": [{"what": need.what, "why": need.missing, "package": need.package} for need in missing],
         }))  # fmt: skip
         return 5 if missing else 0
     lines = {"cache": str(cache.directory)}
-    if image is None:
-        lines["image"] = "none yet" if cache.current() is None else "to be built again: of another version, or damaged"
-    else:
-        age = (datetime.now(UTC) - datetime.fromisoformat(image.manifest.built)).days
-        lines["image"] = f"{image.size / 1e6:.0f} MB, {age} days old, {len(image.manifest.packages)} packages"
-        lines["kernel"] = f"{image.manifest.release}, {image.kernel}"
-        lines["mirror"] = image.manifest.mirror
+    for name in dict.fromkeys((kernels.DEFAULT, *known)):
+        lines[name] = _describe(images[name]) if name in images else (
+            "to be built again: of another version, or damaged" if name in known else "none yet"
+        )  # fmt: skip
     for need in missing:
         lines[f"missing {need.what}"] = f"{need.missing}{f' (apt install {need.package})' if need.package else ''}"
     for name, value in lines.items():
         print(f"{name:<{LIST_COLUMNS}} {value}")
     return 5 if missing else 0
+
+
+def _describe(image: Image) -> str:
+    manifest = image.manifest
+    age = (datetime.now(UTC) - datetime.fromisoformat(manifest.built)).days
+    return (
+        f"{manifest.release}, {image.size / 1e6:.0f} MB, {age} days old, {len(manifest.packages)} packages of "
+        f"{manifest.mirror}, in {image.directory}"
+    )

@@ -10,17 +10,16 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab.cache import file_sha256
+from pyvmm.lab.kernels import BACKPORTS, SUITE
 
 CANONICAL_MIRROR = "http://deb.debian.org/debian"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-SUITE = "trixie"
-BACKPORTS = "trixie-backports"
 ARCHITECTURE = "arm64"
 
 Progress = Callable[[str, float], None]
@@ -46,6 +45,11 @@ class Package:
     sha256: str
 
 
+def package_file(name: str, version: str) -> str:
+    """Give the name of a package's file up to the architecture."""
+    return f"{name}_{version.replace(':', '%3a')}"
+
+
 def machine_mirror() -> str:
     """Give the Debian mirror this machine's apt uses (local mirrors are there for a reason), else the canonical one."""
     form = "$(ORIGIN)|$(COMPONENT)|$(REPO_URI)"
@@ -63,12 +67,13 @@ def machine_mirror() -> str:
 
 
 class Apt:
-    """apt for arm64 Debian with its state below ``directory``."""
+    """apt for arm64 Debian with its state below ``directory``; it knows the packages of ``suites`` and no others."""
 
-    def __init__(self, directory: Path, mirror: str) -> None:
+    def __init__(self, directory: Path, mirror: str, suites: Sequence[str] = (SUITE, BACKPORTS)) -> None:
         self.directory = directory
         self.archives = directory / "archives"
         self.mirror = mirror
+        self.suites = suites
         self._config = directory / "apt.conf"
 
     def prepare(self) -> None:
@@ -81,10 +86,11 @@ class Apt:
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         (self.directory / "status").touch()
         (self.directory / "sources.list").write_text(
-            "".join(f"deb [signed-by={KEYRING}] {self.mirror} {suite} main\n" for suite in (SUITE, BACKPORTS))
+            "".join(f"deb [signed-by={KEYRING}] {self.mirror} {suite} main\n" for suite in self.suites)
         )
         settings = {
             "APT::Architecture": ARCHITECTURE,
+            "APT::Get::List-Cleanup": "false",  # who asks for another suite now and then must not fetch this one anew
             "APT::Install-Recommends": "false",
             "APT::Sandbox::User": "root",  # the directory is the user's, apt's own sandbox user may not write there
             "Acquire::ForceHash": "SHA256",
@@ -114,11 +120,19 @@ class Apt:
     def update(self, progress: Progress) -> None:
         """Fetch the package lists."""
         self._watch(["apt-get", "-q", "update", "-o", "APT::Update::Error-Mode=any"], "package lists", progress)
+        for suite in self.suites:
+            self._stamp(suite).write_text(self.mirror)
 
     def newest_age(self) -> float | None:
-        """Give the seconds since the package lists were fetched, None where there are none."""
-        times = [path.stat().st_mtime for path in (self.directory / "lists").glob("*InRelease")]
-        return time.time() - max(times) if times else None
+        """Give the seconds since the package lists were fetched, of all suites and from this mirror, else None."""
+        # The lists' own times are when the mirror changed.
+        stamps = [self._stamp(suite) for suite in self.suites]
+        if not all(stamp.exists() and stamp.read_text() == self.mirror for stamp in stamps):
+            return None
+        return time.time() - min(stamp.stat().st_mtime for stamp in stamps)
+
+    def _stamp(self, suite: str) -> Path:
+        return self.directory / f"fetched-{suite}"
 
     def resolve(self, *names: str, suite: str = SUITE) -> list[tuple[str, str]]:
         """Give (name, version) of all packages that installing ``names`` in an empty system would bring."""

@@ -1,7 +1,8 @@
-"""The lab's cache: where images are, which one is current, whether it is whole, and who may write.
+"""The lab's cache: where images are, which one a kernel's name means, whether it is whole, and who may write.
 
 ``$XDG_CACHE_HOME/pyvmm/lab`` holds ``apt/`` (package lists and files), ``images/KEY/`` (immutable once there, named by
-content) and ``current`` (a link to one of them). Everything appears by rename; writers hold ``lock``.
+content) and a link to one of them for each host kernel: ``current`` for the default one, ``current-KERNEL`` for the
+others. Everything appears by rename; writers hold ``lock``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
+from pyvmm.lab import kernels
 
 FILES = ("Image", "root.cpio")
 GRACE_SECONDS = 600  # an older image stays so long: a lab may just be starting from it
@@ -62,14 +64,25 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A kernel and an initramfs that belong together."""
+    """A kernel and an initramfs that belong together; or that initramfs with a kernel from a ``file``."""
 
     directory: Path
     manifest: Manifest
+    file: kernels.KernelFile | None = None
 
     @property
     def kernel(self) -> Path:
-        return self.directory / "Image"
+        return self.directory / "Image" if self.file is None else self.file.path
+
+    @property
+    def release(self) -> str:
+        """The kernel's release, as ``uname -r`` will say it."""
+        return self.manifest.release if self.file is None else self.file.release
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether the modules in the root are this kernel's."""
+        return self.release == self.manifest.release
 
     @property
     def root(self) -> Path:
@@ -106,15 +119,21 @@ class Cache:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory or cache_directory()
         self.apt = self.directory / "apt"
-        self._current = self.directory / "current"
 
-    def current(self) -> Image | None:
-        """Give the image in use, None where there is none that can be understood. Its files are not checked."""
+    def current(self, kernel: str = kernels.DEFAULT) -> Image | None:
+        """Give the kernel's image, None where there is none that can be understood. Its files are not checked."""
         try:
-            directory = self._current.resolve(strict=True)
+            directory = self._link(kernel).resolve(strict=True)
             return Image(directory, Manifest.from_json((directory / "manifest.json").read_text()))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, or no manifest of ours
             return None
+
+    def all_current(self) -> dict[str, Image]:
+        """Give the images there are by their kernels' names."""
+        return {kernel: image for kernel in kernels.SUITES if (image := self.current(kernel))}
+
+    def _link(self, kernel: str) -> Path:
+        return self.directory / ("current" if kernel == kernels.DEFAULT else f"current-{kernel}")
 
     @contextmanager
     def lock(self, waiting: Callable[[], None]) -> Iterator[None]:
@@ -146,8 +165,8 @@ class Cache:
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
-    def adopt(self, scratch: Path, manifest: Manifest) -> Image:
-        """Make the files in ``scratch`` the current image, drop older ones. The lock must be held."""
+    def adopt(self, scratch: Path, manifest: Manifest, kernel: str = kernels.DEFAULT) -> Image:
+        """Make the files in ``scratch`` the kernel's image, drop those that are no kernel's. The lock must be held."""
         (scratch / "manifest.json").write_text(manifest.to_json())
         key = hashlib.sha256(json.dumps(asdict(manifest)["files"], sort_keys=True).encode()).hexdigest()[:16]
         images = self.directory / "images"
@@ -159,11 +178,12 @@ class Cache:
             (scratch / "manifest.json").replace(directory / "manifest.json")
         else:
             scratch.rename(directory)
-        link = self.directory / "current.new"
+        link = self.directory / "link.new"
         link.unlink(missing_ok=True)
         link.symlink_to(Path("images") / key)
-        link.replace(self._current)
+        link.replace(self._link(kernel))
+        used = {self._link(name).resolve().name for name in kernels.SUITES}
         for other in images.iterdir():
-            if other != directory and time.time() - other.stat().st_mtime > GRACE_SECONDS:
+            if other.name not in used and time.time() - other.stat().st_mtime > GRACE_SECONDS:
                 shutil.rmtree(other, ignore_errors=True)
         return Image(directory, manifest)

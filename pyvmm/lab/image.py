@@ -1,4 +1,4 @@
-"""Builds the lab's image: Debian's newest arm64 kernel and a minimal root, resolved when it is built, then cached.
+"""Builds the lab's images: one of Debian's arm64 kernels and a minimal root, resolved when it is built, then cached.
 
 Nothing is pinned by version, because a mirror drops what is superseded; a manifest records what was taken. Everything
 in the image is a signed Debian package, Python modules included: one mechanism, no second registry to be reached.
@@ -7,13 +7,14 @@ in the image is a signed Debian package, Python modules included: one mechanism,
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
-from pyvmm.lab import firstboot, rootfs
-from pyvmm.lab.apt import BACKPORTS, CANONICAL_MIRROR, Apt, AptError, Package, Progress, machine_mirror
+from pyvmm.lab import firstboot, kernels, rootfs
+from pyvmm.lab.apt import CANONICAL_MIRROR, Apt, AptError, Progress, machine_mirror, package_file
 from pyvmm.lab.cache import FILES, Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.lab.qemu import require_qemu
 
@@ -24,22 +25,34 @@ def silent(_what: str, _share: float) -> None:
     """Report no progress."""
 
 
-def build_image(*, refresh: bool = False, progress: Progress = silent, cache: Cache | None = None) -> Image:
-    """Give the lab's image, building it where there is none, or where ``refresh`` asks for the archive's newest.
+def build_image(
+    kernel: str = kernels.DEFAULT,
+    *,
+    refresh: bool = False,
+    progress: Progress = silent,
+    cache: Cache | None = None,
+) -> Image:
+    """Give the image of a host kernel, building it where there is none, or for ``refresh`` of the archive's newest.
 
-    An image whose recipe is not this version's is built again. Where that needs the network and there is none, an
-    existing image is used and ``progress`` says so. PyvmmError where there is no image and none can be built.
+    ``kernel`` is a name that ``kernels`` knows, or a file: that boots with the root of an image, one with the file's
+    modules if there is one. An image whose recipe is not this version's is built again. Where that needs the network
+    and there is none, an existing image is used and ``progress`` says so. UsageError for a kernel that is none,
+    PyvmmError where there is no image and none can be built.
     """
     cache = cache or Cache()
-    if not refresh and (image := usable_image(cache)):
+    found = kernels.find(kernel)
+    if isinstance(found, kernels.KernelFile):
+        root = build_image(_root_for(found, cache), refresh=refresh, progress=progress, cache=cache)
+        return replace(root, file=found)
+    if not refresh and (image := _usable(cache, found)):
         return image
     with cache.lock(lambda: progress("waiting for another build", 0.0)):
-        if not refresh and (image := usable_image(cache)):  # built by whom we waited for
+        if not refresh and (image := _usable(cache, found)):  # built by whom we waited for
             return image
         try:
-            return _build(cache, refresh, progress)
+            return _build(cache, found, refresh, progress)
         except AptError as error:
-            old = cache.current()
+            old = cache.current(found)
             if not error.offline or old is None or old.damage(thorough=True):
                 raise
             progress(f"offline: using the image of {old.manifest.built}", 1.0)
@@ -53,19 +66,36 @@ def build_image(*, refresh: bool = False, progress: Progress = silent, cache: Ca
             ) from error
 
 
-def usable_image(cache: Cache | None = None, *, thorough: bool = False) -> Image | None:
-    """Give the current image if this version made it and its files look whole; ``thorough`` reads them to be sure."""
-    image = (cache or Cache()).current()
+def usable_image(cache: Cache | None = None, *, kernel: str = kernels.DEFAULT, thorough: bool = False) -> Image | None:
+    """Give a kernel's image if this version made it and its files look whole; ``thorough`` reads them to be sure."""
+    cache = cache or Cache()
+    found = kernels.find(kernel)
+    if isinstance(found, str):
+        return _usable(cache, found, thorough=thorough)
+    root = _usable(cache, _root_for(found, cache), thorough=thorough)
+    return None if root is None else replace(root, file=found)
+
+
+def _root_for(file: kernels.KernelFile, cache: Cache) -> str:
+    """Give the name of the kernel whose image has this one's modules; the default kernel's where none has."""
+    images = {name: _usable(cache, name) for name in kernels.SUITES}
+    matching = [name for name, image in images.items() if image and image.manifest.release == file.release]
+    return matching[0] if matching else kernels.DEFAULT
+
+
+def _usable(cache: Cache, kernel: str, *, thorough: bool = False) -> Image | None:
+    image = cache.current(kernel)
     if image is None or image.manifest.recipe != rootfs.recipe_hash() or image.damage(thorough=thorough):
         return None
     return image
 
 
-def _build(cache: Cache, refresh: bool, progress: Progress) -> Image:
+def _build(cache: Cache, name: str, refresh: bool, progress: Progress) -> Image:
     require_qemu()
-    apt = _updated_apt(cache, refresh, progress)
+    suites = kernels.SUITES[name]
+    apt = _updated_apt(cache, suites, refresh, progress)
     progress("resolving packages", 0.0)
-    kernel = [pair for pair in apt.resolve(rootfs.KERNEL, suite=BACKPORTS) if rootfs.KERNEL_PARTS.match(pair[0])]
+    kernel = [pair for pair in apt.resolve(rootfs.KERNEL, suite=suites[-1]) if rootfs.KERNEL_PARTS.match(pair[0])]
     root = [pair for pair in apt.resolve(*rootfs.ROOTS) if pair[0] not in rootfs.UNUSED_PACKAGES]
     packages = apt.locate(kernel + root)
     apt.download(packages, progress)
@@ -91,16 +121,16 @@ def _build(cache: Cache, refresh: bool, progress: Progress) -> Image:
             out.write((scratch / "additions").read_bytes())
         (scratch / "additions").unlink()
         manifest = replace(manifest, files={name: _record(scratch / name) for name in FILES})
-        image = cache.adopt(scratch, manifest)
-    _drop_superseded(apt.archives, packages)
+        image = cache.adopt(scratch, manifest, name)
+    _drop_superseded(apt.archives, cache)
     return image
 
 
-def _updated_apt(cache: Cache, refresh: bool, progress: Progress) -> Apt:
-    """Give an apt whose lists are recent, from this machine's mirror or else the canonical one."""
+def _updated_apt(cache: Cache, suites: Sequence[str], refresh: bool, progress: Progress) -> Apt:
+    """Give an apt whose lists of these suites are recent, from this machine's mirror or else the canonical one."""
     mirrors = list(dict.fromkeys((machine_mirror(), CANONICAL_MIRROR)))
     for mirror in mirrors:
-        apt = Apt(cache.apt, mirror)
+        apt = Apt(cache.apt, mirror, suites)
         apt.prepare()
         age = apt.newest_age()
         if age is not None and age < LISTS_FRESH_SECONDS and not refresh:
@@ -118,8 +148,10 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, file_sha256(path))
 
 
-def _drop_superseded(archives: Path, packages: list[Package]) -> None:
-    kept = {package.file for package in packages}
+def _drop_superseded(archives: Path, cache: Cache) -> None:
+    """Keep the package files of every kernel's image: for another recipe they are all it takes."""
+    images = cache.all_current().values()
+    kept = {package_file(name, version) for image in images for name, version, _ in image.manifest.packages}
     for path in archives.glob("*.deb"):
-        if path.name not in kept:
+        if path.name.rpartition("_")[0] not in kept:
             path.unlink()

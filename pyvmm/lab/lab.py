@@ -118,7 +118,8 @@ class Lab:
         self._send(frames.pack_fields(kind, *map(os.fsencode, fields)))
         answer, reason = self._wait(deadline)
         if answer != frames.DONE or reason:
-            raise PyvmmError(f"{fields[1]} cannot be made visible in the lab: {reason.decode(errors='replace')}")
+            what = f"{fields[1]} cannot be made visible in the lab: {reason.decode(errors='replace')}"
+            raise PyvmmError(what, hint=self._modules_hint())
 
     def _wait(self, deadline: float) -> tuple[int, bytes]:
         """Wait for one frame outside of any command."""
@@ -131,14 +132,30 @@ class Lab:
                 raise machine.failed(
                     f"the lab did not come up in {self.options.boot_timeout:.0f} s",
                     ended=False,
-                    hint="on a loaded machine give it longer with --boot-timeout",
+                    hint=self._file_hint() or "on a loaded machine give it longer with --boot-timeout",
                 ) from None
             finally:
                 machine.channel.settimeout(None)
             if not data:
-                raise machine.failed("the lab ended while it was booting", ended=True)
+                raise machine.failed("the lab ended while it was booting", ended=True, hint=self._file_hint())
             if got := self._unpacker.feed(data):
                 return got[0]
+
+    def _file_hint(self) -> str | None:
+        """Say what the lab needs of a kernel that does not come with it."""
+        if self._image is None or self._image.file is None:
+            return None
+        return "a host kernel from a file must have virtio-pci, virtio-console, PL011 and an initramfs built in"
+
+    def _modules_hint(self) -> str | None:
+        """Say that the kernel has none of its modules, if so."""
+        if (image := self._image) is None or image.has_modules:
+            return None
+        return (
+            f"the host kernel {image.kernel} ({image.release}) finds none of its modules in the lab's root, which has "
+            f"those of {image.manifest.release}: the 9p file system and its virtio transport must be built in "
+            "(CONFIG_9P_FS=y, CONFIG_NET_9P_VIRTIO=y)"
+        )
 
     def _send(self, data: bytes) -> None:
         try:

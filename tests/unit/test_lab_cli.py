@@ -18,6 +18,7 @@ class FakeLab:
     """Takes notes instead of booting."""
 
     booted: dict[str, object]
+    kernel: str
 
     def __init__(self, options, **how):
         type(self).booted = {"options": options, **how}
@@ -39,7 +40,13 @@ def booted(monkeypatch, tmp_path):
     made = Image(tmp_path, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {}))
     monkeypatch.setattr(lab, "Lab", FakeLab)
     monkeypatch.setattr(needs, "require", lambda **_: None)
-    monkeypatch.setattr(image, "usable_image", lambda **_: made)
+    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+
+    def usable(kernel, **_):
+        FakeLab.kernel = kernel
+        return made
+
+    monkeypatch.setattr(image, "usable_image", usable)
     FakeLab.booted = {}
     return lambda: FakeLab.booted
 
@@ -103,6 +110,60 @@ def test_options_say_what_machine_the_lab_is(booted, words):
 
 
 @pytest.mark.parametrize(
+    ("words", "kernel"),
+    [
+        (["--lab", "--host-kernel", "stable", "run", "x"], "stable"),
+        (["--lab", "--lab-host-kernel", "stable", "run", "x"], "stable"),
+        (["--host-kernel=./Image", "--lab", "run", "x"], "./Image"),
+        (["--lab", "run", "x"], "backports"),
+        (["lab", "exec", "--host-kernel", "unstable", "--", "true"], "unstable"),
+        (["lab", "run", "--host-kernel", "unstable", "run", "x"], "unstable"),
+        (["lab", "shell"], "backports"),
+    ],
+)
+def test_the_hosts_kernel_is_chosen_before_the_verb(booted, words, kernel):
+    assert cli.main(words) == 42
+    assert FakeLab.kernel == kernel
+    assert not {"--host-kernel", kernel} & set(booted()["command"])
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--host-kernel", "stable", "run", "x"], "pyvmm --lab --host-kernel ... run ..."),
+        (["--lab-mode=vhe", "demo"], "pyvmm --lab --lab-mode=vhe ... demo ..."),
+        (["--host-kernel", "stable", "lab", "exec", "true"], "pyvmm lab exec --host-kernel ..."),
+        (["lab", "run", "--mode", "vhe", "--", "--lab-cpus", "1", "run", "x"], "pyvmm --lab --lab-cpus ... run ..."),
+    ],
+)
+def test_options_of_a_lab_nobody_asked_for_are_refused(booted, capsys, words, hint):
+    assert cli.main(words) == 2
+    assert booted() == {}
+    assert f"hint: {hint}\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("booted")
+def test_building_says_which_kernel_it_is(capsys):
+    assert cli.main(["lab", "build", "--host-kernel", "stable"]) == 0
+    assert capsys.readouterr().out.startswith("9.9, built 2026")
+    assert FakeLab.kernel == "stable"
+
+
+def test_an_unknown_kernel_is_a_usage_error_before_anything_is_built(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(needs, "require", lambda **_: None)
+    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+    assert cli.main(["--lab", "--host-kernel", "stabel", "run", "x"]) == 2
+    assert "hint: stable" in capsys.readouterr().err
+
+
+def test_a_verb_in_the_lab_that_turns_to_the_lab_says_why_that_is_none(monkeypatch, capsys):
+    monkeypatch.setenv("PYVMM_IN_LAB", "1")
+    assert cli.main(["lab", "exec", "true"]) == 5
+    assert "does not run protected guests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "status"),
     [
         (["lab", "exec"], 2),
@@ -140,15 +201,34 @@ def test_status_without_an_image_says_so(capsys, monkeypatch, tmp_path):
     assert "none yet" in capsys.readouterr().out
 
 
+def adopt(cache: Cache, kernel: str, recipe: str | None = None) -> None:
+    with cache.lock(lambda: None), cache.scratch() as scratch:
+        (scratch / "Image").write_bytes(kernel[:3].encode())
+        files = {"Image": FileRecord(3, file_sha256(scratch / "Image"))}
+        recipe = recipe or image.rootfs.recipe_hash()
+        cache.adopt(scratch, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", recipe, [], files), kernel)
+
+
 def test_status_for_machines_tells_the_image(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(needs, "needs", list)
-    cache = Cache()
-    with cache.lock(lambda: None), cache.scratch() as scratch:
-        (scratch / "Image").write_bytes(b"abc")
-        files = {"Image": FileRecord(3, file_sha256(scratch / "Image"))}
-        made = Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", image.rootfs.recipe_hash(), [], files)
-        cache.adopt(scratch, made)
+    adopt(Cache(), "backports")
+    adopt(Cache(), "stable")
     assert cli.main(["lab", "status", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["image"]["release"], told["image"]["size"], told["missing"]) == ("9.9", 3, [])
+    assert told["missing"] == []
+    assert {name: (told["images"][name]["release"], told["images"][name]["size"]) for name in told["images"]} == {
+        "backports": ("9.9", 3), "stable": ("9.9", 3),
+    }  # fmt: skip
+
+
+def test_status_shows_every_image_there_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    adopt(Cache(), "stable")
+    adopt(Cache(), "unstable", recipe="of another version")
+    cli.main(["lab", "status"])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["backports"] == "none yet"
+    assert lines["stable"].startswith("9.9, 0 MB")
+    assert lines["unstable"].startswith("to be built again")
+    assert "experimental" not in lines

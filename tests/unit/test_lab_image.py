@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import lzma
 import random
+import shutil
 import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.errors import PyvmmError
 from pyvmm.lab import apt, image, rootfs
-from pyvmm.lab.apt import Apt, AptError, Package
+from pyvmm.lab.apt import AptError, Package
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.lab.cpio import CpioWriter
 from pyvmm.lab.rootfs import Module
@@ -168,73 +168,6 @@ def test_a_truncated_package_is_refused_by_name(make_deb, share):
         rootfs.write_root([deb], "9.9", {}, io.BytesIO())
 
 
-# ---- apt
-
-
-def fake_program(directory: Path, name: str, script: str) -> None:
-    directory.mkdir(exist_ok=True)
-    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
-    (directory / name).chmod(0o755)
-
-
-@pytest.fixture
-def fake_bin(tmp_path, monkeypatch):
-    """Give a directory whose programs hide the system's."""
-    directory = tmp_path / "bin"
-    directory.mkdir()
-    monkeypatch.setenv("PATH", f"{directory}:/usr/sbin:/usr/bin:/sbin:/bin")
-    return directory
-
-
-def test_the_mirror_is_the_one_this_machine_uses(fake_bin):
-    lines = "Ubuntu|main|http://u/ubuntu/\nDebian|contrib|http://c/\nDebian|main|http://local/debian/"
-    fake_program(fake_bin, "apt-get", f"printf '%s\\n' '{lines}'")
-    assert apt.machine_mirror() == "http://local/debian"
-
-
-def test_the_mirror_is_debians_where_this_machine_is_not(fake_bin):
-    fake_program(fake_bin, "apt-get", "echo 'Ubuntu|main|http://u/ubuntu/'")
-    assert apt.machine_mirror() == apt.CANONICAL_MIRROR
-
-
-def test_missing_keys_name_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(apt, "KEYRING", tmp_path / "none.gpg")
-    with pytest.raises(HostError) as caught:
-        Apt(tmp_path, "http://m").prepare()
-    assert caught.value.hint == "apt install debian-archive-keyring"
-
-
-@pytest.mark.parametrize(
-    ("said", "offline", "hint"),
-    [
-        ("E: Failed to fetch http://m/x  Could not resolve 'm'", True, "offline"),
-        ("E: You don't have enough free space in /x.\nE: No space left on device", False, "600 MB"),
-        ("E: Unable to locate package nonsense", False, None),
-    ],
-)
-def test_apt_failing_is_told_in_its_words_with_a_hint(tmp_path, fake_bin, said, offline, hint):
-    fake_program(fake_bin, "apt-get", f"cat >&2 <<'E'\nReading...\n{said}\nE\nexit 100")
-    mine = Apt(tmp_path / "apt", "http://m")
-    (tmp_path / "apt" / "archives").mkdir(parents=True)
-    with pytest.raises(AptError) as caught:
-        mine.update(lambda *_: None)
-    assert said.splitlines()[0] in caught.value.message
-    assert caught.value.offline is offline
-    assert (caught.value.hint is None) if hint is None else (hint in (caught.value.hint or ""))
-
-
-def test_a_corrupt_package_from_an_earlier_build_is_fetched_again(tmp_path, fake_bin):
-    fake_program(fake_bin, "apt-get", "printf whole > p_1_all.deb; echo dlstatus:1:50.0:p; echo dlstatus:1:100.0:p")
-    mine = Apt(tmp_path, "http://m")
-    mine.archives.mkdir()
-    (mine.archives / "p_1_all.deb").write_bytes(b"wrong")
-    whole = hashlib.sha256(b"whole").hexdigest()
-    shares = []
-    mine.download([Package("p", "1", "p_1_all.deb", 5, whole)], lambda _what, share: shares.append(share))
-    assert (mine.archives / "p_1_all.deb").read_bytes() == b"whole"
-    assert shares == [0.0, 0.5, 1.0, 1.0]
-
-
 # ---- the cache
 
 
@@ -317,23 +250,26 @@ def test_a_cache_that_cannot_be_written_says_where_and_what_to_do(tmp_path):
 
 
 class FakeApt:
-    """An archive of two packages."""
+    """An archive of a package, and a kernel in each suite."""
 
     mirror = "http://m"
 
-    def __init__(self, archives: Path) -> None:
-        self.archives = archives
+    def __init__(self, pool: Path) -> None:
+        self.archives = pool / "archives"
+        self._pool = pool
 
     def resolve(self, *_names: str, suite: str = "") -> list[tuple[str, str]]:
         if suite:
-            return [("systemd", "1"), ("linux-binary-9.9-arm64", "1")]
+            return [("systemd", "1"), (f"linux-binary-9.9-{suite}", "1")]
         return [("p", "1"), ("dpkg", "1")]
 
     def locate(self, packages: list[tuple[str, str]]) -> list[Package]:
-        files = {"p": "p_1_all.deb", "linux-binary-9.9-arm64": "k_1_all.deb"}
-        return [Package(name, version, files[name], 1, "00") for name, version in packages]
+        return [Package(name, version, f"{name}_{version}_all.deb", 1, "00") for name, version in packages]
 
-    def download(self, _packages: list[Package], progress: apt.Progress) -> None:
+    def download(self, packages: list[Package], progress: apt.Progress) -> None:
+        for package in packages:
+            self.archives.mkdir(exist_ok=True)
+            shutil.copy(self._pool / package.file, self.archives)
         progress("packages", 1.0)
 
 
@@ -341,7 +277,8 @@ class FakeApt:
 def archive(tmp_path, monkeypatch, make_deb):
     """Make builds take two tiny packages, and no lab."""
     make_deb("p", {"usr/bin/tool": b"tool"})
-    make_deb("k", {"boot/vmlinuz-9.9-arm64": b"MZkernel"})
+    for suite in ("trixie", "trixie-backports"):
+        make_deb(f"linux-binary-9.9-{suite}", {f"boot/vmlinuz-9.9-{suite}": f"MZ{suite}".encode()})
     monkeypatch.setattr(image, "require_qemu", lambda: "qemu")
     monkeypatch.setattr(image, "_updated_apt", lambda *_: FakeApt(tmp_path))
     monkeypatch.setattr(image.firstboot, "write_additions", lambda _i, _p, _c, out: out.write(b"additions"))
@@ -351,11 +288,24 @@ def archive(tmp_path, monkeypatch, make_deb):
 def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache):
     steps = []
     made = image.build_image(cache=cache, progress=lambda what, _share: steps.append(what))
-    assert made.kernel.read_bytes() == b"MZkernel"
+    assert made.kernel.read_bytes() == b"MZtrixie-backports"
     assert made.root.read_bytes().endswith(b"additions")
-    assert [name for name, _, _ in made.manifest.packages] == ["linux-binary-9.9-arm64", "p"]
+    assert [name for name, _, _ in made.manifest.packages] == ["linux-binary-9.9-trixie-backports", "p"]
     assert {"packages", "kernel", "root"} <= set(steps)
     assert image.build_image(cache=cache) == made
+
+
+@pytest.mark.usefixtures("archive")
+def test_building_another_kernel_keeps_the_first_one_and_the_packages_of_both(cache, tmp_path):
+    first = image.build_image(cache=cache)
+    (tmp_path / "archives" / "superseded_1_all.deb").touch()
+    other = image.build_image("stable", cache=cache)
+    assert other.kernel.read_bytes() == b"MZtrixie"
+    assert image.usable_image(cache, thorough=True) == first
+    names = {path.name for path in (tmp_path / "archives").iterdir()}
+    assert names == {
+        f"{name}_1_all.deb" for name in ("linux-binary-9.9-trixie-backports", "linux-binary-9.9-trixie", "p")
+    }
 
 
 @pytest.mark.usefixtures("archive")

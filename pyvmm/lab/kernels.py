@@ -1,0 +1,75 @@
+"""Which kernel the lab's host runs: one of Debian's by name, or a file. Reads the file; owns nothing.
+
+The root is made of one release's packages whatever the kernel; only the modules in it belong to a kernel.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pyvmm.errors import UsageError
+
+SUITE: Final = "trixie"
+BACKPORTS: Final = "trixie-backports"
+
+DEFAULT: Final = "backports"
+SUITES: Final = {
+    "stable": (SUITE,),
+    DEFAULT: (SUITE, BACKPORTS),
+    "unstable": (SUITE, "sid"),
+    "experimental": (SUITE, "sid", "experimental"),  # its packages may need some of sid's
+}
+"""Debian's kernels by name: the suites that apt must know, the kernel's last."""
+
+_BANNER: Final = re.compile(rb"Linux version ([^ \0\n%]{1,128}) \(")
+_UNKNOWN: Final = "of unknown release"
+_WANTED: Final = "an arm64 Image, plain or gzip, such as a kernel build's arch/arm64/boot/Image"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFile:
+    """An arm64 Image, plain or gzip, and the release it says it is."""
+
+    path: Path
+    release: str
+
+
+def find(text: str) -> str | KernelFile:
+    """Give the name or the file that ``text`` is, names first. UsageError where it is neither, or not a kernel's."""
+    if text in SUITES:
+        return text
+    if "/" in text or os.path.lexists(text):
+        return _read(text)
+    names = sorted(SUITES, key=lambda name: _likeness(text, name), reverse=True)
+    known = ", ".join(f"{name} (Debian's {SUITES[name][-1]})" for name in names)
+    raise UsageError(f"no host kernel is called {text!r}, and no file", hint=f"{known}, or a file: {_WANTED}")
+
+
+def _likeness(text: str, name: str) -> float:
+    return max(difflib.SequenceMatcher(None, text, word).ratio() for word in (name, SUITES[name][-1]))
+
+
+def _read(text: str) -> KernelFile:
+    from pyvmm.machine import boot  # a file is the exception
+
+    try:
+        image = boot.read(text)
+    except UsageError as error:
+        raise UsageError(f"the host's {error.message}", hint=f"name {_WANTED}") from None
+    path = Path(os.path.abspath(text))
+    with path.open("rb") as file:
+        start = file.read(8)
+    wrong = None
+    if image.kind != "Image":
+        wrong = "an ELF file" if image.kind == "ELF" else "no arm64 kernel: it has no Image header"
+    elif start == b"MZ\0\0zimg":
+        wrong = "an EFI zboot image, which QEMU does not start"
+    if wrong is not None:
+        raise UsageError(f"the host's kernel {text} is {wrong}", hint=f"name {_WANTED}")
+    found = _BANNER.search(image.segments[0].data)
+    return KernelFile(path, found[1].decode(errors="replace") if found else _UNKNOWN)

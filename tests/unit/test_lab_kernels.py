@@ -1,0 +1,180 @@
+"""Which kernel the lab's host runs: names and files, an image for each, and what apt must know for it."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.lab import Lab, cache, frames, image, kernels, qemu
+from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
+from pyvmm.lab.rootfs import recipe_hash
+
+RELEASE = "6.12.3-mine"
+
+
+def image_bytes(release: str = RELEASE) -> bytes:
+    """Make what an arm64 Image begins with, and the banner every kernel has."""
+    banner = b"Linux version " + release.encode() + b" (me@here) (gcc) #1\0"
+    return struct.pack("<2I3Q24x4sI", 0x91005A4D, 0, 0, 1 << 16, 0xA, b"ARM\x64", 0) + bytes(4096) + banner
+
+
+# ---- names and files
+
+
+@pytest.mark.parametrize("name", ["stable", "backports", "unstable", "experimental"])
+def test_debians_kernels_have_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert kernels.find(name) == name
+    assert kernels.SUITES[name][0] == kernels.SUITE
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("form", ["Image", "./Image", "{}/Image"])
+def test_a_file_says_what_release_it_is(tmp_path, monkeypatch, pack, form):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Image").write_bytes(pack(image_bytes()))
+    assert kernels.find(form.format(tmp_path)) == kernels.KernelFile(tmp_path / "Image", RELEASE)
+
+
+def test_a_kernel_without_a_banner_is_of_unknown_release(tmp_path):
+    (tmp_path / "Image").write_bytes(image_bytes()[:4096])
+    assert "unknown" in kernels.find(str(tmp_path / "Image")).release
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"#!/bin/sh\n", "is a text file"),
+        (b"MZ" + bytes(range(256)), "no arm64 Linux Image"),
+        (bytes(range(1, 256)), "no arm64 kernel: it has no Image header"),
+        (b"", "is empty"),
+        (b"MZ\0\0zimg" + struct.pack("<2I8x32s", 64, 0, b"zstd"), "zboot image compressed with 'zstd'"),
+        (gzip.compress(image_bytes())[:-20], "truncated gzip"),
+    ],
+)
+def test_a_file_that_is_no_arm64_kernel_is_refused_for_what_it_is(tmp_path, data, what):
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(UsageError) as caught:
+        kernels.find(str(tmp_path / "file"))
+    assert f"{tmp_path}/file" in caught.value.message
+    assert what in caught.value.message
+    assert "arch/arm64/boot/Image" in (caught.value.hint or "")
+    assert caught.value.message.startswith("the host's kernel")
+
+
+def test_an_efi_zboot_image_is_refused_though_guests_may_have_it(tmp_path):
+    packed = gzip.compress(image_bytes())
+    header = b"MZ\0\0zimg" + struct.pack("<2I8x32s", 64, len(packed), b"gzip")
+    (tmp_path / "vmlinuz").write_bytes(header.ljust(64, b"\0") + packed)
+    with pytest.raises(UsageError, match="zboot image, which QEMU does not start"):
+        kernels.find(str(tmp_path / "vmlinuz"))
+
+
+@pytest.mark.parametrize(("text", "nearest"), [("stabel", "stable"), ("back-ports", "backports"), ("sid", "unstable")])
+def test_an_unknown_name_is_answered_with_those_there_are_the_nearest_first(text, nearest):
+    with pytest.raises(UsageError, match=f"no host kernel is called '{text}', and no file") as caught:
+        kernels.find(text)
+    hint = caught.value.hint or ""
+    assert hint.startswith(nearest)
+    assert all(name in hint for name in kernels.SUITES)
+    assert "or a file" in hint
+
+
+# ---- an image for each
+
+
+def fill(cache: Cache, kernel: str, release: str = "9.9", recipe: str | None = None) -> Image:
+    with cache.lock(lambda: None), cache.scratch() as scratch:
+        for name in ("Image", "root.cpio"):
+            (scratch / name).write_bytes(f"{kernel} {release} {name}".encode())
+        records = {path.name: FileRecord(path.stat().st_size, file_sha256(path)) for path in scratch.iterdir()}
+        made = Manifest(release, "2026-01-02T03:04:05+00:00", "http://m", recipe or recipe_hash(), [], records)
+        return cache.adopt(scratch, made, kernel)
+
+
+@pytest.fixture
+def store(tmp_path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def test_images_of_several_kernels_live_side_by_side(store, monkeypatch):
+    monkeypatch.setattr(cache, "GRACE_SECONDS", -1)
+    made = {name: fill(store, name) for name in kernels.SUITES}
+    assert {name: image.usable_image(store, kernel=name) for name in kernels.SUITES} == made
+    assert store.all_current() == made
+    newer = fill(store, "stable", "10.0")
+    assert store.all_current() == made | {"stable": newer}
+    assert not made["stable"].directory.exists()
+
+
+def test_the_default_kernels_image_is_where_it_has_always_been(store):
+    fill(store, kernels.DEFAULT)
+    fill(store, "stable")
+    assert {path.name for path in store.directory.iterdir()} >= {"current", "current-stable"}
+    assert image.usable_image(store) == image.usable_image(store, kernel=kernels.DEFAULT)
+
+
+def test_one_image_for_two_names_is_kept_once_and_stays_while_one_needs_it(store, monkeypatch):
+    monkeypatch.setattr(cache, "GRACE_SECONDS", -1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", lambda path, _data: path.write_text("same"))
+        shared = fill(store, "unstable")
+        assert fill(store, "experimental") == shared
+    fill(store, "experimental", "10.0")
+    assert image.usable_image(store, kernel="unstable") == shared
+
+
+def test_a_file_boots_with_the_root_that_has_its_modules(store, tmp_path):
+    (tmp_path / "Image").write_bytes(image_bytes())
+    file = str(tmp_path / "Image")
+    assert image.usable_image(store, kernel=file) is None
+    default = fill(store, kernels.DEFAULT, "7.3.4")
+    found = image.build_image(file, cache=store)
+    assert found == image.usable_image(store, kernel=file) == replace(default, file=kernels.find(file))
+    assert (found.kernel, found.root) == (tmp_path / "Image", default.root)
+    assert (found.release, found.has_modules, default.has_modules) == (RELEASE, False, True)
+    stable = fill(store, "stable", RELEASE)
+    found = image.build_image(file, cache=store)
+    assert (found.kernel, found.root, found.has_modules) == (tmp_path / "Image", stable.root, True)
+
+
+def test_an_image_of_another_recipe_lends_no_root(store, tmp_path):
+    (tmp_path / "Image").write_bytes(image_bytes())
+    default = fill(store, kernels.DEFAULT)
+    fill(store, "stable", RELEASE, recipe="of another version")
+    assert image.build_image(str(tmp_path / "Image"), cache=store).root == default.root
+
+
+def test_a_kernel_that_finds_no_modules_is_named_where_a_share_fails(tmp_path, monkeypatch):
+    file = kernels.KernelFile(tmp_path / "Image", RELEASE)
+    manifest = Manifest("7.3.4", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {})
+    script = '[ "$1" = --version ] && echo QEMU emulator version 9.0.0 && exit; exec sleep 100'
+    (tmp_path / qemu.PROGRAM).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / qemu.PROGRAM).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    answers = [(frames.READY, b""), (frames.DONE, b"mount: No such device")]
+    monkeypatch.setattr(Lab, "_wait", lambda *_: answers.pop(0))
+    with (
+        pytest.raises(PyvmmError, match="cannot be made visible") as caught,
+        Lab(image=Image(tmp_path, manifest, file), cwd=tmp_path),
+    ):
+        pass
+    for word in (str(file.path), RELEASE, "7.3.4", "CONFIG_NET_9P_VIRTIO"):
+        assert word in (caught.value.hint or "")
+
+
+def test_a_kernel_that_does_not_come_up_is_said_to_need_things(tmp_path, monkeypatch):
+    (tmp_path / qemu.PROGRAM).write_text("#!/bin/sh\necho QEMU emulator version 9.0.0; echo panic\n")
+    (tmp_path / qemu.PROGRAM).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    manifest = Manifest("7.3.4", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {})
+    mine = Image(tmp_path, manifest, kernels.KernelFile(tmp_path / "Image", RELEASE))
+    with pytest.raises(PyvmmError, match=f"-kernel {tmp_path}/Image") as caught, Lab(image=mine, bare=True):
+        pass
+    assert "virtio-console" in (caught.value.hint or "")

@@ -92,8 +92,8 @@ def table(
         lines.append(look.paint(words.one_line(group), _BOLD) + (f"  {look.paint(about, _DIM)}" if about else ""))
         rows: dict[str, dict[tuple[str, str], Result]] = {}
         for result in results:
-            rows.setdefault(words.name(result), {})[result.protection, result.backing] = result
-        lines += [columns.row(name, row, look, expected) for name, row in rows.items()]
+            rows.setdefault(result.id, {})[result.protection, result.backing] = result
+        lines += [columns.row(row, look, expected) for row in rows.values()]
     lines += ["", legend(atlas, look), *columns.legend()]
     for verdict in (Verdict.CRASHED, Verdict.UNTOLD):
         lines += _reasons(atlas, verdict, look)
@@ -170,9 +170,9 @@ class _Columns:
         indent = " " * self._names
         return [look.paint((indent + tops).rstrip(), _BOLD), indent + _at(backs)]
 
-    def row(self, name: str, results: Mapping[tuple[str, str], Result], look: Look, expected: Expected) -> str:
+    def row(self, results: Mapping[tuple[str, str], Result], look: Look, expected: Expected) -> str:
         """Return a claim's line."""
-        line = words.shortened(name, self._names - 3)
+        line = words.shortened(words.name(next(iter(results.values()))), self._names - 3)
         line = f"  {line:<{self._names - 2}}"
         at = 0
         for pair, start in self._starts.items():

@@ -129,7 +129,7 @@ def when(result: Result) -> list[int]:
     found = result.times.get("events")
     if not isinstance(found, list) or len(found) != len(result.events):
         return []
-    return [ns for ns in found if isinstance(ns, int)] if all(isinstance(ns, int) for ns in found) else []
+    return found if all(isinstance(ns, int) for ns in found) else []
 
 
 def count_events(events: Iterable[Event]) -> dict[str, int]:

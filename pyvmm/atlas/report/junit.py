@@ -1,0 +1,91 @@
+"""An atlas as JUnit's XML, for machines that keep the results of tests: a suite a group, a case a result.
+
+A case passes when its verdict is the expected one, or when none is expected and there is one. Pure: data to text, in
+ASCII; what XML cannot hold is written out.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterable
+from typing import Final
+
+from pyvmm.atlas.model import Atlas, Result, Verdict
+from pyvmm.atlas.report import words
+from pyvmm.atlas.report.words import NOTHING_EXPECTED, Expected
+
+PASSED: Final = "passed"
+FAILURE: Final = "failure"
+SKIPPED: Final = "skipped"
+ERROR: Final = "error"
+
+
+def outcome(result: Result, expected: Expected = NOTHING_EXPECTED) -> str:
+    """Say what a result is to a machine that counts tests: PASSED, FAILURE, SKIPPED or ERROR."""
+    wanted = expected.get(result.key)
+    if result.verdict is Verdict.CRASHED:
+        return PASSED if wanted is Verdict.CRASHED else ERROR
+    if wanted is not None and wanted is not result.verdict:
+        return FAILURE
+    return SKIPPED if result.verdict is Verdict.UNTOLD else PASSED
+
+
+def render(atlas: Atlas, expected: Expected = NOTHING_EXPECTED) -> str:
+    """Return the document."""
+    root = ET.Element("testsuites", name=f"pyvmm atlas: {words.headline(atlas.host)}")
+    _count(root, atlas.results, expected)
+    for group, results in atlas.groups().items():
+        suite = ET.SubElement(root, "testsuite", name=words.one_line(group))
+        _count(suite, results, expected)
+        if atlas.times.get("date"):
+            suite.set("timestamp", words.one_line(str(atlas.times["date"])))
+        properties = ET.SubElement(suite, "properties")
+        for what, value in words.host_facts(atlas):
+            ET.SubElement(properties, "property", name=what, value=words.one_line(value))
+        for result in results:
+            _case(suite, result, expected)
+    ET.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ET.tostring(root, encoding="us-ascii").decode()}\n'
+
+
+def _count(element: ET.Element, results: Iterable[Result], expected: Expected) -> None:
+    results = list(results)
+    counts = Counter(outcome(result, expected) for result in results)
+    element.set("tests", str(len(results)))
+    element.set("failures", str(counts[FAILURE]))
+    element.set("errors", str(counts[ERROR]))
+    element.set("skipped", str(counts[SKIPPED]))
+    element.set("time", _seconds(sum(words.seconds(result.times) or 0.0 for result in results)))
+
+
+def _case(suite: ET.Element, result: Result, expected: Expected) -> None:
+    name = f"{words.name(result)}[{words.one_line(result.protection)}-{words.one_line(result.backing)}]"
+    case = ET.SubElement(suite, "testcase", classname=words.one_line(result.group), name=name)
+    case.set("time", _seconds(words.seconds(result.times) or 0.0))
+    kind = outcome(result, expected)
+    if kind != PASSED:
+        message = result.verdict.value + (f": {result.reason}" if result.reason else "")
+        message = words.shortened(message, 300)
+        if kind == FAILURE:
+            message = f"{expected[result.key].value} was expected; {message}"
+        element = ET.SubElement(case, kind, message=message)
+        if kind != SKIPPED:
+            element.set("type", result.verdict.name.lower())
+            element.text = words.clean(result.reason)
+    ET.SubElement(case, "system-out").text = _said(result)
+
+
+def _said(result: Result) -> str:
+    lines = [words.one_line(result.says), f"verdict: {result.verdict.value}"]
+    if result.reason:
+        lines.append(f"reason: {words.clean(result.reason)}")
+    for each in result.evidence:
+        mark = {True: "ok", False: "NO", None: "--"}[each.ok]
+        wanted = f" (wanted: {words.said(each.wanted)})" if each.ok is False and each.wanted is not None else ""
+        lines.append(f"{mark}  {words.clean(each.what)}: {words.said(each.saw)}{wanted}")
+    return "\n".join(lines)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}"

@@ -1,0 +1,236 @@
+"""The HTML report: one harmless file, with everything in it, in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from base64 import b64encode
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import atlas_samples as samples
+import pytest
+from hypothesis import given
+
+from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Verdict
+from pyvmm.atlas.report import html, style
+
+REALISTIC = samples.realistic()
+VOID = {"meta", "link", "input", "wbr"}
+OURS = {
+    "html", "head", "meta", "title", "link", "style", "body", "header", "nav", "footer", "section", "fieldset",
+    "legend", "label", "input", "h1", "h2", "small", "p", "dl", "dt", "dd", "div", "span", "a", "b", "i", "code",
+    "button", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption", "wbr",
+    "script", "svg", "defs", "pattern", "path", "rect", "circle", "line", "text", "tspan", "g",
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Parses a page, and fails where it is not well formed or holds what no report does."""
+
+    def __init__(self, source):
+        super().__init__(convert_charrefs=True)
+        self.open, self.ids, self.links, self.scripts, self.words = [], [], [], [], []
+        self.classes = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen(tag, dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append([dict(attrs), ""])
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen(tag, dict(attrs))
+
+    def seen(self, tag, attrs):
+        assert tag in OURS
+        assert not [name for name in attrs if name.startswith("on")]
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs["href"]] if "href" in attrs else []
+        self.classes += [(tag, attrs.get("class"), attrs.get("id"))]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["script"]:
+            self.scripts[-1][1] += data
+        elif self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+    def handle_comment(self, data):
+        raise AssertionError(f"a comment: {data}")
+
+    @property
+    def text(self):
+        return "".join(self.words)
+
+
+def result(name="share/kept", protection="pkvm", backing="memfd", verdict=Verdict.HOLDS, reason="", **more):
+    group = name.partition("/")[0]
+    return Result(name, group, "It is kept.", "thread", protection, backing, verdict, reason, **more)
+
+
+def page(*results, host=None, **options):
+    return Page(html.render(Atlas(host or {}, results), **options))
+
+
+# ---- harmless ----------------------------------------------------------------------------------------------------
+
+
+@samples.arbitrary
+@given(samples.atlases)
+def test_whatever_is_in_an_atlas_the_page_is_sound_and_the_data_in_it_are_the_atlas(some):
+    source = html.render(some)
+    assert source.isascii()
+    parsed = Page(source)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert {link[1:] for link in parsed.links if link.startswith("#") and link != "#"} <= set(parsed.ids)
+    assert all(re.match(r"#|https?://|data:,$", link) for link in parsed.links)
+    (attrs, data), (_, script) = parsed.scripts
+    assert attrs == {"type": "application/json", "id": "_json"}
+    assert Atlas.from_json(json.loads(data)) == some
+    assert script == style.SCRIPT
+
+
+def test_nasty_texts_are_shown_as_they_are():
+    parsed = Page(html.render(samples.nasty()))
+    assert len(parsed.scripts) == 2
+    assert Atlas.from_json(json.loads(parsed.scripts[0][1])) == samples.nasty()
+    for text in samples.NASTY:
+        if text.isprintable():
+            assert text in parsed.text
+    assert "\\x1b[31mred" in parsed.text
+    assert "\\u202egnp.exe" in parsed.text
+
+
+def test_only_the_pages_own_script_may_run():
+    source = html.render(REALISTIC)
+    digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)[1]
+    assert policy.startswith("default-src 'none'; ")
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert f"<script>{style.SCRIPT}</script>" in source
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    source = html.render(REALISTIC)
+    assert re.findall(r"\bsrc=|@import|url\((?!#)|<iframe|<object|<embed|<img", source) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("see https://a.example/x?a=1&b=2.", 'see <a href="https://a.example/x?a=1&amp;b=2" {}>{}</a>.'),
+        ("(http://a.example/)", '(<a href="http://a.example/" {}>{}</a>)'),
+        ('"https://a.example/<b>"', '&quot;<a href="https://a.example/" {}>{}</a>&lt;b&gt;&quot;'),
+        ("javascript:alert(1) //a.example ftp://a.example", None),
+        ("arch/arm64/kvm/mmu.c:1908, f()", "<code>arch/arm64/kvm/mmu.c:1908</code>, f()"),
+    ],
+)
+def test_links_are_made_of_web_addresses_and_nothing_else(said, wanted):
+    made = html.prose(said)
+    url = re.search(r'href="([^"]*)"', made)
+    if wanted is None:
+        assert made == said
+    elif url is None:
+        assert made == wanted
+    else:
+        assert made == wanted.format('rel="noopener noreferrer"', url[1])
+
+
+# ---- what is on it -----------------------------------------------------------------------------------------------
+
+
+def test_the_head_names_the_host():
+    text = Page(html.render(REALISTIC)).text
+    for fact in (
+        "What Linux 7.3.4+deb13-arm64 does with guest memory, KVM in protected mode",
+        "Emulated by QEMU (TCG): times are relative only.",
+        "Neoverse-N1", "0.2.0", "2026-11-24T06:01:11+00:00", "aarch64",
+    ):  # fmt: skip
+        assert fact in text
+
+
+def test_only_an_emulated_host_has_the_stripe():
+    assert "relative only" not in page(result(), host={"kernel": "7.3", "emulated": False}).text
+    assert "relative only" not in page(result()).text
+
+
+def test_groups_claims_and_results_have_anchors_in_the_order_of_the_run():
+    parsed = Page(html.render(REALISTIC))
+    groups = [id for tag, _, id in parsed.classes if tag == "h2"]
+    claims = [id for tag, kind, id in parsed.classes if tag == "details" and kind.startswith("claim")]
+    results = [id for tag, kind, id in parsed.classes if tag == "details" and kind == "result"]
+    assert groups == list(samples.SAYS)
+    assert claims == samples.claim_ids()
+    assert sorted(results) == sorted(f"{one.id}/{one.protection}/{one.backing}" for one in REALISTIC.results)
+    assert "#ownership/host-load" in {f"#{id}" for id in claims}
+
+
+def test_every_verdict_links_to_its_result():
+    parsed = Page(html.render(REALISTIC))
+    cells = [kind.split()[1] for tag, kind, _ in parsed.classes if tag == "a" and kind and kind.startswith("v ")]
+    assert len(cells) == len(REALISTIC.results)
+    assert {f"#{one.id}/{one.protection}/{one.backing}" for one in REALISTIC.results} <= set(parsed.links)
+
+
+def test_anchors_of_names_that_look_alike_differ():
+    parsed = page(result("share/a b"), result("share/a-b"), result("share/a?b"), replace(result("a-b"), group="share"))
+    assert {"share/a-b", "share/a-b-2", "share/a-b-3", "share/a-b-4"} <= set(parsed.ids)
+
+
+def test_a_result_tells_reason_evidence_and_times():
+    evidence = (Evidence("a load faults", True, True), Evidence("kB locked", 8, 16), Evidence("page", "0x8100_0000"))
+    times = {"seconds": 1.5, "ticks": {"touch": 99}}
+    one = result(verdict=Verdict.FAILS, reason="for this", evidence=evidence, times=times)
+    text = page(one).text
+    for fact in ("It is kept.", "thread", "for this", "a load faults", "yes", "kB locked", "16", "1.5 s", "99"):
+        assert fact in text
+
+
+def test_a_long_reason_is_told_whole():
+    assert "x " * 300 + "end" in page(result(verdict=Verdict.CRASHED, reason="x " * 300 + "end")).text
+
+
+def test_few_results_unfold_with_their_claim_and_many_do_not():
+    assert html.render(Atlas({}, (result(), result(backing="thp")))).count(" open>") == 2
+    assert html.render(Atlas({}, tuple(result(backing=each) for each in "abc"))).count(" open>") == 0
+
+
+def test_what_was_not_expected_is_marked():
+    source = html.render(Atlas({}, (result(),)), {result().key: Verdict.FAILS})
+    assert "holds, expected: does not hold" in source
+    assert "(expected: does not hold)" in source
+    assert "expected" not in html.render(Atlas({}, (result(),)), {result().key: Verdict.HOLDS})
+
+
+def test_headings_say_what_groups_are_about():
+    assert Page(html.render(REALISTIC, headings=samples.HEADINGS)).text.count("What conversions do to contents") == 2
+
+
+def test_the_same_page_maps_are_drawn_once():
+    maps = (Picture("before", [(0x8000_0000, 16, 1)]), Picture("after", [(0x8000_0000, 16, 2)]))
+    source = html.render(Atlas({}, (result(pictures=maps), result(backing="thp", pictures=maps))))
+    assert source.count("<figure>") == 1
+    assert 'the same as those of <a href="#share/kept/pkvm/memfd">share/kept pkvm/memfd</a>' in source
+
+
+def test_page_maps_that_no_memory_can_have_are_not_drawn():
+    text = page(result(pictures=(Picture("odd", [(0x8000_0001, 1, 1)]),))).text
+    assert "The page maps cannot be drawn: " in text
+
+
+def test_a_few_hundred_results_with_pictures_stay_small():
+    assert len(REALISTIC.results) > 250
+    assert all(one.pictures for one in REALISTIC.results if one.verdict in (Verdict.HOLDS, Verdict.FAILS))
+    assert len(html.render(REALISTIC)) < 3_000_000
+
+
+def test_an_empty_atlas_is_no_trouble():
+    assert "all 0 results" in page().text

@@ -85,15 +85,20 @@ class FaultTrace:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.faults()
+            self.collect()
         finally:
             self._remove()
 
-    def faults(self) -> list[Fault]:
-        """Return what was recorded until now, the oldest first; also after the end."""
+    def collect(self) -> None:
+        """Take what is in the kernel's buffer."""
         with self._lock:
             if self._pipe is not None:
                 self._drain(self._pipe)
+
+    def faults(self) -> list[Fault]:
+        """Return what was recorded until now, the oldest first; also after the end."""
+        self.collect()
+        with self._lock:
             return sorted(self._faults, key=lambda fault: fault.ns)
 
     @property

@@ -49,28 +49,29 @@ ASSUMED_NOTE: Final = "hatched = assumed: the kernel does not tell"
 
 def svg_map(page_map: PageMap, title: str = "Guest memory", *, inline: bool = False) -> str:
     """Draw one map."""
-    return svg.finish(draw_map(page_map, title), title, definitions=_patterns(), inline=inline)
+    return svg.finish(draw_map(page_map, title), title, definitions=patterns(), inline=inline)
 
 
 def svg_steps(steps: Sequence[tuple[str, PageMap]], title: str = "", *, inline: bool = False) -> str:
     """Draw a map for each step, (its title, the map after it), with cells outlined that changed since the last."""
-    return svg.finish(draw_steps(steps, title), title or "Guest memory", definitions=_patterns(), inline=inline)
+    return svg.finish(draw_steps(steps, title), title or "Guest memory", definitions=patterns(), inline=inline)
 
 
 def svg_defs() -> str:
     """Return what the cells of all inline pictures refer to: an element that takes no room, needed once a page."""
-    return f'<svg width="0" height="0" style="position:absolute" aria-hidden="true">{_patterns()}</svg>'
+    return f'<svg width="0" height="0" style="position:absolute" aria-hidden="true">{patterns()}</svg>'
 
 
-def _patterns() -> str:
-    patterns = "".join(
+def patterns() -> str:
+    """Return the definitions that :func:`draw_map` and :func:`draw_steps` need in a document."""
+    found = "".join(
         f'<pattern id="{_name(level)}" width="{CELL}" height="{CELL}" patternUnits="userSpaceOnUse">'
         f'<path d="M0 0h7v7h-7z" fill="{FILLS[look.state]}"/>{_HATCH if look.assumed else ""}{_MARKS[look.state]}'
         "</pattern>"
         for level, look in enumerate(LOOKS)
         if look is not None
     )
-    return f"<defs>{patterns}</defs>"
+    return f"<defs>{found}</defs>"
 
 
 def _name(level: int) -> str:

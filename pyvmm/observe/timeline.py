@@ -60,15 +60,22 @@ class Timeline:
 
     def stop(self) -> None:
         """Take what is in the rings, and look at them no more."""
-        self._drain()
+        self.collect()
         self._natives = ()
 
-    def events(self) -> tuple[Event, ...]:
-        """Return everything recorded until now, by time.
+    def collect(self) -> None:
+        """Take what is in the rings and in the kernel's buffer: their room is limited, and so a long run wants this."""
+        with self._lock:
+            for native in self._natives:
+                while count := lib.pv_ring_read(ffi.addressof(native.ring), self._batch, _BATCH):
+                    for record in self._batch[0:count]:
+                        self._take(record)
+        if self._trace is not None:
+            self._trace.collect()
 
-        Call it now and then in a long run: a ring holds so many records, and what finds no room is only counted.
-        """
-        self._drain()
+    def events(self) -> tuple[Event, ...]:
+        """Return everything recorded until now, by time."""
+        self.collect()
         faults = self._trace.faults() if self._trace is not None else []
         with self._lock:
             found = [*self._events, *(Event(fault.ns, "fault", fault.gpa) for fault in faults)]
@@ -100,13 +107,6 @@ class Timeline:
             self._events.append(event)
         else:
             self._left_out += 1
-
-    def _drain(self) -> None:
-        with self._lock:
-            for native in self._natives:
-                while count := lib.pv_ring_read(ffi.addressof(native.ring), self._batch, _BATCH):
-                    for record in self._batch[0:count]:
-                        self._take(record)
 
     def _take(self, record: Any) -> None:
         if record.kind in (lib.PV_REC_SHARE, lib.PV_REC_UNSHARE):

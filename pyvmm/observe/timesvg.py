@@ -15,6 +15,8 @@ from pyvmm.errors import hex_
 from pyvmm.memory.address import PAGE_SIZE, span
 from pyvmm.observe import svg
 from pyvmm.observe.grid import size
+from pyvmm.observe.mapsvg import draw_map, patterns
+from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.svg import FAINT, INK, LINE, TEXT, Drawing, num
 from pyvmm.observe.timeline import KINDS, Event
 
@@ -67,6 +69,13 @@ def svg_timeline(
     """
     drawing = draw_timeline(events, title, start=start, by_order=by_order, notes=notes)
     return svg.finish(drawing, title, inline=inline)
+
+
+def svg_run(title: str, page_map: PageMap, events: Iterable[Event], *, start: int, notes: Sequence[str] = ()) -> str:
+    """Draw a run as one document: the map at its end, and what happened on the way, from ``start`` (in ns)."""
+    timeline = draw_timeline(events, "What happened on the way", start=start, notes=notes)
+    drawing = svg.stack([draw_map(page_map, title), timeline], 24)
+    return svg.finish(drawing, title, definitions=patterns())
 
 
 def draw_timeline(

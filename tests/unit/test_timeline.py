@@ -45,6 +45,7 @@ class Trace:
     def __init__(self, *faults: Fault, why_not: str = "", lost: int = 0) -> None:
         self.faults = lambda: list(faults)
         self.why_not, self.lost = why_not, lost
+        self.collect = list
 
 
 def test_shares_of_all_vcpus_are_in_order_and_refused_ones_are_not_there() -> None:

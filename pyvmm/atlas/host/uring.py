@@ -81,3 +81,41 @@ class Ring:
         _, result, _ = struct.unpack_from("<QiI", self._ring, cqes_at + 16 * (head & mask))
         struct.pack_into("<I", self._ring, head_at, head + 1)
         return Answer(result, -result if result < 0 else 0)
+
+
+def register(address: int) -> Answer:
+    """Register a page as the fixed buffer of a ring that is closed again."""
+    try:
+        with Ring() as ring:
+            return ring.register(address)
+    except OSError as error:
+        return Answer(-1, error.errno or 0)
+
+
+def write_fixed(address: int) -> Answer:
+    """Register a page and write from it into a pipe; then what arrived there."""
+    return _through_a_pipe(address, None)
+
+
+def read_fixed(address: int, data: bytes) -> Answer:
+    """Register a page and read ``data`` into it from a pipe."""
+    return _through_a_pipe(address, data)
+
+
+def _through_a_pipe(address: int, data: bytes | None) -> Answer:
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        with Ring() as ring:
+            registered = ring.register(address)
+            if not registered.ok:
+                return registered
+            if data is not None:
+                os.write(write, data)
+                return ring.transfer(read, address, write=False)
+            answer = ring.transfer(write, address, write=True)
+            return Answer(answer.result, answer.errno, os.read(read, PAGE)) if answer.ok else answer
+    except OSError as error:
+        return Answer(-1, error.errno or 0)
+    finally:
+        os.close(read)
+        os.close(write)

@@ -1,0 +1,116 @@
+"""The pages that claims about ownership try an access on, and the words for what became of it.
+
+No claims of its own. An access is tried on a page the guest has not touched, on one it shares, and last on a private
+one, since a vCPU whose page was taken by force does not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyvmm.atlas.experiment import Experiment
+from pyvmm.atlas.host.access import PATTERN
+from pyvmm.atlas.host.syscalls import PAGE, Answer
+from pyvmm.atlas.raw import place
+from pyvmm.guest.puppet import GuestFault
+from pyvmm.memory.address import Gpa
+
+GUESTS = 0x6775_6573_7400_0001
+"""What the guest stores in pages of its own."""
+HOSTS = 0x686F_7374_0000_0002
+"""What the host has put into a page before the guest's first touch."""
+WRITTEN = int.from_bytes(PATTERN[:8], "little")
+"""What accesses that write leave."""
+FRESH, SHARED, PRIVATE = "a page the guest never touched", "a shared page", "a private page"
+ZEROS = "ok, sees zeros"
+FINDS = "the guest then finds in {}"
+WORDS = {GUESTS: "the guest's data", HOSTS: "the host's data", WRITTEN: "what the access wrote", 0: "zeros"}
+
+Access = Callable[[Gpa], Answer]
+
+
+@dataclass(frozen=True)
+class Pages:
+    """One page of each kind, in the guest's address space. There is no shared page where the guest can share none."""
+
+    fresh: Gpa
+    private: Gpa
+    shared: Gpa | None
+
+
+def pages(x: Experiment) -> Pages:
+    """Make them, and start the guest."""
+    fresh, private, shared = x.page(), x.page(), x.page()
+    x.host_stores(fresh, HOSTS)
+    x.guest.write64(private, GUESTS)
+    if not x.protection.isolates:
+        return Pages(fresh, private, None)
+    x.guest.write64(shared, GUESTS)
+    x.guest.share(shared)
+    return Pages(fresh, private, shared)
+
+
+def kept_out(x: Experiment, text: str, access: Access, wanted: str = "an error") -> None:
+    """Check that an access of a private page fails, or answers what is ``wanted``, and does the guest no harm.
+
+    ``text`` names the access of ``{}``. The other pages are tried to show what the access is like there.
+    """
+    each = pages(x)
+    _tell(x, text, access, each.fresh, FRESH)
+    if each.shared is not None:
+        _tell(x, text, access, each.shared, SHARED)
+    answer = access(each.private)
+    x.check(text.format(PRIVATE), said(answer), wanted if answer.ok else said(answer))
+    x.check(FINDS.format(PRIVATE), found(x, each.private), WORDS[GUESTS])
+
+
+def harmless(x: Experiment, text: str, access: Access) -> None:
+    """Check that what is done to a page, whatever it answers, changes nothing for the guest; as in :func:`kept_out`."""
+    each = pages(x)
+    _tell(x, text, access, each.fresh, FRESH)
+    for gpa, kind in ((each.shared, SHARED), (each.private, PRIVATE)):
+        if gpa is not None:
+            x.tell(text.format(kind), said(access(gpa)))
+            x.check(FINDS.format(kind), found(x, gpa), WORDS[GUESTS])
+
+
+def _tell(x: Experiment, text: str, access: Access, gpa: Gpa, kind: str) -> None:
+    x.tell(text.format(kind), said(access(gpa)))
+    x.tell(FINDS.format(kind), found(x, gpa))
+
+
+def said(answer: Answer) -> str:
+    """Say how an access went, and what it saw."""
+    if not answer.ok:
+        return answer.name
+    if answer.data:
+        return f"ok, sees {WORDS.get(answer.word, 'other bytes')}"
+    return "ok" if answer.result in (0, PAGE) else f"ok, {answer.result} bytes"
+
+
+def found(x: Experiment, gpa: int) -> str:
+    """Have the guest load a word, and say what it finds, or how its access fails."""
+    order = x.guest.start_read64(gpa)
+    failure = x.failed(order)
+    if failure is not None:
+        return f"nothing: KVM_RUN fails with {failure}"
+    try:
+        return WORDS.get(order.result(), "other bytes")
+    except GuestFault as fault:
+        return f"nothing: {'an external abort' if fault.trap and fault.trap.is_external else 'a trap'}"
+
+
+def by_address(x: Experiment, access: Callable[[int], Answer]) -> Access:
+    """Turn an access of an address of this process into one of the page that the host's own code sees there."""
+    return lambda gpa: access(x.view(gpa))
+
+
+def by_file(x: Experiment, access: Callable[[int, int], Answer]) -> Access:
+    """Turn an access of a file at an offset into one of the page there."""
+
+    def reach(gpa: Gpa) -> Answer:
+        backing, offset = place(x, gpa)
+        return access(backing.fd, offset)
+
+    return reach

@@ -110,13 +110,15 @@ class Result:
                 for e in self.evidence
             ],
             "pictures": [{"title": p.title, "runs": [list(run) for run in p.runs]} for p in self.pictures],
-            "events": [[e.order, e.kind, e.gpa, e.pages] for e in self.events],
-            "times": self.times,
+            # Their order is one of time: of two vCPUs that fault together, either may be first.
+            "times": self.times | {"happened": [[e.order, e.kind, e.gpa, e.pages] for e in self.events]},
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:
         """Undo :meth:`to_json`; LookupError, TypeError or ValueError for anything else."""
+        times = dict(data["times"])
+        happened = times.pop("happened")
         return cls(
             **{name: str(data[name]) for name in ("id", "group", "says", "origin", "protection", "backing", "reason")},
             verdict=Verdict(data["verdict"]),
@@ -125,8 +127,8 @@ class Result:
                 Picture(p["title"], [(int(gpa), int(pages), int(entry)) for gpa, pages, entry in p["runs"]])
                 for p in data["pictures"]
             ),
-            events=tuple(Event(int(o), str(kind), int(gpa), int(pages)) for o, kind, gpa, pages in data["events"]),
-            times=dict(data["times"]),
+            events=tuple(Event(int(o), str(kind), int(gpa), int(pages)) for o, kind, gpa, pages in happened),
+            times=times,
         )
 
 

@@ -57,7 +57,7 @@ def task(function) -> runner.Task:
 
 def run(function, deadline=DEADLINE) -> Result:
     before = set(os.listdir("/proc/self/fd"))
-    result = runner.run_apart(task(function), deadline)
+    result = runner.conduct_apart(task(function), deadline)
     assert set(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)

@@ -1,0 +1,139 @@
+"""Work in a process of its own, with a deadline, so that whatever it does to itself it does to nobody else.
+
+The process is forked from this one, which has everything imported and must have no other thread; what it returns comes
+back through a pipe, as JSON. Owns the child while it runs; then it is dead, with everything it started, and reaped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import resource
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pyvmm import log
+from pyvmm.errors import PyvmmError
+
+LAST_WORDS = 2000
+"""Bytes kept of what a process said on stderr before it crashed."""
+
+PR_SET_PDEATHSIG = 1
+"""include/uapi/linux/prctl.h"""
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class CrashedError(PyvmmError):
+    """The process died without a result, or was killed at its deadline: the message says which, and its last words."""
+
+
+def run_apart(work: Callable[[], Any], deadline: float) -> Any:
+    """Return what ``work()`` returns in a process of its own, as JSON makes it.
+
+    CrashedError where that process dies first, or has not ended after ``deadline`` seconds.
+    """
+    with _Child(work) as child:
+        said = child.wait(time.monotonic() + deadline)
+        if said is None:
+            raise CrashedError(f"not done after {deadline:g} s, and killed{child.last_words()}")
+        try:
+            return json.loads(said)
+        except ValueError:
+            raise CrashedError(f"the process {child.ending()}{child.last_words()}") from None
+
+
+class _Child:
+    """A forked process; on exit it is dead, with everything it started, and reaped."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._stderr = os.memfd_create("stderr")
+        self._code: int | None = None
+
+    def __enter__(self) -> _Child:
+        self._results, write = os.pipe2(os.O_CLOEXEC)
+        parent = os.getpid()
+        # A signal's handler that raises between the fork and what follows would lose the child, or run in it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(write, parent)
+        os.close(write)
+        # Both sides do it, so that it is done whoever is first.
+        with contextlib.suppress(OSError):
+            os.setpgid(self.pid, 0)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _become(self, write: int, parent: int) -> None:
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)
+            os.dup2(self._stderr, 2)
+            # The handlers of guarded copies come later, and hand on what is not theirs.
+            faulthandler.enable(2, all_threads=False)
+            for number in _ENDING:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+            log.configure(-1, json=False)
+            data = json.dumps(self._work()).encode()
+            while data:
+                data = data[os.write(write, data) :]
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def __exit__(self, *_: object) -> None:
+        self._reap()
+        os.close(self._results)
+        os.close(self._stderr)
+
+    def _reap(self) -> int:
+        """Kill whatever is left, collect the child, and return its exit code; a signal's number is negative."""
+        if self._code is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # not its own group's yet, or none left
+                os.killpg(self.pid, signal.SIGKILL)
+            _, status = os.waitpid(self.pid, 0)
+            self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def wait(self, until: float) -> bytes | None:
+        """Return all that the process sent until it ended, None if it has not by then (CLOCK_MONOTONIC seconds)."""
+        said = bytearray()
+        while True:
+            ready, _, _ = select.select([self._results], [], [], max(until - time.monotonic(), 0))
+            if not ready:
+                return None
+            data = os.read(self._results, 1 << 16)
+            if not data:
+                return bytes(said)
+            said += data
+
+    def ending(self) -> str:
+        """Say how the process ended without a result."""
+        code = self._reap()
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+    def last_words(self) -> str:
+        """Return what it said on stderr, if anything, as the end of a sentence."""
+        size = os.fstat(self._stderr).st_size
+        text = os.pread(self._stderr, LAST_WORDS, max(0, size - LAST_WORDS)).decode(errors="replace").strip()
+        return f"; it said: {text}" if text else ""

@@ -28,10 +28,9 @@ HEADINGS = {
 }
 
 THREAD = (
-    "Quentin Perret, 1 Apr 2022, https://lore.kernel.org/all/YkcTTY4YjQs5BRhE@google.com/: \"once it has a page, the "
-    "host handler issues a hypercall to donate the page to the guest; the hypervisor does a bunch of checks to make "
-    "sure the host owns the page, and if all is fine it will unmap it from the host stage-2\"; "
-    "source: arch/arm64/kvm/mmu.c:1908 pkvm_mem_abort, arch/arm64/kvm/hyp/nvhe/mem_protect.c:1451"
+    "thread, https://lore.example/kvm/1/: \"once it has a page, the host handler issues a hypercall to donate the page "
+    "to the guest; the hypervisor does a bunch of checks to make sure the host owns the page, and if all is fine it "
+    "will unmap it from the host stage-2\"; arch/arm64/kvm/mmu.c, pkvm_mem_abort()"
 )
 
 SAYS = {
@@ -154,7 +153,7 @@ def realistic(seed: int = 1, *, protected: bool = True, kernel: str = "7.3.4+deb
 
 def _result(group, name, says, place, chance, protected) -> Result:
     protection, backing = place
-    origin = THREAD if chance.random() < 0.5 else f"source: arch/arm64/kvm/mmu.c:{chance.randrange(900, 2700)}"
+    origin = THREAD if len(name) % 2 else f"arch/arm64/kvm/mmu.c:{900 + len(says)}"
     base = Result(f"{group}/{name}", group, says, origin, protection, backing, Verdict.HOLDS)
     if protection == "pkvm" and not protected:
         return replace(base, verdict=Verdict.UNTOLD, reason=NO_PVM, times={"seconds": 0.02})

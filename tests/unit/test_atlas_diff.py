@@ -246,7 +246,7 @@ def test_two_kernels_differ_in_what_protection_makes_of_it():
     a, b = samples.realistic(protected=False, kernel="6.12.117"), samples.realistic(kernel="7.3.4")
     lines = said(a, b)
     assert lines[0] == "A: 6.12.117 nvhe (qemu tcg)    B: 7.3.4 protected (qemu tcg)"
-    assert lines[1] == "59 claims in pkvm: cannot be told → holds"
+    assert lines[1] == "60 claims in pkvm: cannot be told → holds"
     assert max(map(len, lines)) <= 80
 
 

@@ -21,8 +21,8 @@ VOID = {"meta", "link", "input", "wbr"}
 OURS = {
     "html", "head", "meta", "title", "link", "style", "body", "header", "nav", "footer", "section", "fieldset",
     "legend", "label", "input", "h1", "h2", "small", "p", "dl", "dt", "dd", "div", "span", "a", "b", "i", "code",
-    "button", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption", "wbr",
-    "script", "svg", "defs", "pattern", "path", "rect", "circle", "line", "text", "tspan", "g",
+    "button", "table", "thead", "tbody", "ul", "li", "tr", "th", "td", "details", "summary", "figure", "figcaption",
+    "wbr", "script", "svg", "defs", "pattern", "path", "rect", "circle", "line", "text", "tspan", "g",
 }  # fmt: skip
 
 
@@ -192,6 +192,13 @@ def test_a_result_tells_reason_evidence_and_times():
     text = page(one).text
     for fact in ("It is kept.", "thread", "for this", "a load faults", "yes", "kB locked", "16", "1.5 s", "99"):
         assert fact in text
+
+
+def test_reasons_are_gathered_above_the_claims():
+    untold = [result(f"share/c{each}", verdict=Verdict.UNTOLD, reason="no pKVM") for each in range(9)]
+    text = page(*untold, result("share/x", verdict=Verdict.CRASHED, reason="SIGBUS")).text
+    assert "! 1 crashed, for one reason1\u00d7 SIGBUSpkvm/memfd: share/x" in text.replace("\n", "")
+    assert "9\u00d7 no pKVMpkvm/memfd: share/c0, share/c1, share/c2 and 6 more" in text.replace("\n", "")
 
 
 def test_a_long_reason_is_told_whole():

@@ -92,7 +92,7 @@ class _Page:
 
     def parts(self) -> Iterable[str]:
         """Give the page, piece by piece."""
-        body = [*self._header(), *self._choices()]
+        body = [*self._header(), *self._choices(), *self._reasons()]
         for group, results in self._atlas.groups().items():
             body += self._group(group, results)
         kinds = [words.SHORT[verdict] for verdict, count in self._atlas.counts().items() if count]
@@ -156,6 +156,19 @@ class _Page:
             yield "<span>A heavy frame: the verdict is not the expected one.</span>"
         yield '<span class="js"><button id="_unfold">unfold all</button> &middot; '
         yield '<button id="_fold">fold all</button></span></p>'
+
+    def _reasons(self) -> Iterable[str]:
+        for verdict in (Verdict.CRASHED, Verdict.UNTOLD):
+            folded = words.fold(self._atlas.results, verdict)
+            if folded:
+                count = sum(len(each.results) for each in folded)
+                few = "for one reason" if len(folded) == 1 else f"for {len(folded)} reasons"
+                title = f"{verdict.mark} {words.counted(verdict, count)}, {few}"
+                yield f'<details class="reasons"><summary>{title}</summary><ul>'
+                for _, reason, results in folded:
+                    why = text(words.shortened(reason or "no reason given", 400))
+                    yield f"<li>{len(results)}&times; {why}<small>{text(words.some(results))}</small></li>"
+                yield "</ul></details>"
 
     def _footer(self) -> Iterable[str]:
         yield "<footer><p>"

@@ -60,6 +60,11 @@ table{border-collapse:collapse;font-size:.9rem}
 .toc .nil{color:var(--line)}
 .tools{font-size:.85rem;color:var(--soft);display:flex;flex-wrap:wrap;gap:.2rem 1rem;align-items:center}
 button{font:inherit;padding:0;border:0;background:none;color:var(--link);text-decoration:underline;cursor:pointer}
+.reasons{margin:.4rem 0;font-size:.9rem}
+.reasons>summary{cursor:pointer}
+.reasons ul{margin:.2rem 0 .6rem;padding-left:1.6rem}
+.reasons li{margin:.2rem 0}
+.reasons small{color:var(--soft);display:block}
 .group{margin:2.2rem 0 0}
 .grid{display:grid;column-gap:2px;align-items:stretch}
 .head{position:sticky;top:0;z-index:1;background:var(--page);border-bottom:1px solid var(--line);padding:.4rem 0 .3rem;
@@ -90,15 +95,15 @@ details[open]>summary>.what::before,.result[open]>summary::before{transform:rota
 white-space:pre-line;max-width:60rem;font-size:.9rem}
 .result{border:1px solid var(--line);border-radius:.4rem;margin:.4rem 0;background:var(--page)}
 .result>summary{position:relative;display:flex;flex-wrap:wrap;align-items:center;gap:.15rem .7rem;list-style:none;
-cursor:pointer;padding:.3rem .6rem .3rem 1.3rem;border-radius:.4rem}
+cursor:pointer;padding:.3rem 1.8rem .3rem 1.3rem;border-radius:.4rem}
 .result>summary::before{left:.55rem;top:1.05em}
 .result>summary .why{color:var(--soft);flex:1 1 20rem}
-.result>summary>a{margin-left:auto;text-decoration:none;color:var(--soft)}
+.result>summary>a{position:absolute;right:.6rem;top:.4rem;text-decoration:none;color:var(--soft)}
 .result>div{padding:.2rem .8rem .8rem 1.3rem}
 .result:target{outline:2px solid var(--link)}
 .result:target>summary,.claim:target>summary{background:var(--mark)}
 .because{margin:.2rem 0 .6rem;white-space:pre-wrap}
-.evidence{margin:.2rem 0 .6rem}
+.evidence{display:block;overflow-x:auto;overflow-wrap:break-word;margin:.2rem 0 .6rem}
 .evidence th{font-weight:400;text-align:left;color:var(--soft);padding:.1rem 1.2rem .1rem 0;font-size:.8rem}
 .evidence td{vertical-align:top;padding:.15rem 1.2rem .15rem 0;border-top:1px solid var(--line)}
 .evidence td.value{white-space:pre-wrap}

@@ -26,6 +26,7 @@ VERBS = {
     "demo": "the whole story of a protected guest in one screen",
     "doctor": "what this machine can do, what is missing, how to get it",
     "run": "run a guest: an Image, an ELF, a flat binary, or payload:NAME",
+    "map": "run a guest and show whose its pages are, live",
     "lab": "a pKVM host on any Linux machine: build it, run commands in it",
     "atlas": "what this kernel does with guest memory, claim by claim",
     "repl": "a live guest at a Python prompt",

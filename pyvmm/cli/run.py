@@ -16,7 +16,10 @@ from pyvmm.cli.common import OutputPath, add_common, output_behind, parse_count,
 from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
+    from pyvmm.cli.watch import Watch
     from pyvmm.machine.config import MachineConfig
+
+STDIN, STDOUT = 0, 1
 
 # As in pyvmm.protection, pyvmm.machine.config and pyvmm.memory.conversion, which are not worth importing for --help.
 PROTECTIONS = ("none", "pkvm", "emulated")
@@ -37,6 +40,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm run --deadline 10 payload:crash -p loop\n"
         "  pyvmm --lab run --protection pkvm payload:hello",
     )  # fmt: skip
+    add_guest_options(parser)
+    add_common(parser)
+
+
+def add_guest_options(parser: argparse.ArgumentParser) -> None:
+    """Define what says which guest to run, how, and what to keep of it: the options of every verb that runs one."""
     parser.add_argument(
         "kernel", metavar="KERNEL", nargs="?",
         help="arm64 Image (plain, gzip or EFI zboot), ELF, flat binary, or payload:NAME",
@@ -83,11 +92,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     output = parser.add_argument_group("output")
     output.add_argument("--dump-dtb", type=OutputPath, metavar="FILE", help="write the guest's device tree to FILE")
     output.add_argument("--stats", action="store_true", help="end with a table of exits and what they cost")
-    add_common(parser)
+    output.add_argument(
+        "--map", type=OutputPath, metavar="FILE.svg",
+        help="draw guest memory as it is at the end, and what happened to it: faults (root only), shares, conversions",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the guest; returns the exit status."""
+    kernel = ready(args)
+    if args.map is None:
+        return run_guest(args, kernel)
+    from pyvmm.cli.watch import Watch
+
+    return run_guest(args, kernel, Watch(args.map))
+
+
+def ready(args: argparse.Namespace) -> str:
+    """Return the kernel to run. Raises UsageError where it is not one, HostError where no guest can run."""
     kernel = _kernel(args)
     if os.uname().machine != "aarch64":
         raise HostError(
@@ -97,13 +119,20 @@ def main(args: argparse.Namespace) -> int:
     from pyvmm._native_source import require_fresh_native
 
     require_fresh_native()
+    return kernel
+
+
+def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None) -> int:
+    """Run ``kernel`` as the options say, ``watch`` looking on, to its end; returns the exit status."""
     from pyvmm.cli.report import report, report_json
     from pyvmm.cli.terminal import Keys, Signals, in_foreground
     from pyvmm.machine.machine import Machine
 
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        serial_out, serial_in = _serial(args.serial, stack)
+        if watch is not None:
+            stack.enter_context(watch)
+        serial_out, serial_in = _serial(args.serial, stack, STDOUT if watch is None else watch.console)
         if serial_in is not None and os.isatty(serial_in):
             # In the background the terminal is not ours to read: it would stop us.
             keys = Keys(serial_in, lambda: signals.end("Ctrl-A x")) if in_foreground(serial_in) else None
@@ -111,8 +140,12 @@ def main(args: argparse.Namespace) -> int:
         machine = stack.enter_context(Machine(_config(args, kernel, serial_out, serial_in)))
         if args.dump_dtb is not None:
             _write(args.dump_dtb, machine.entry.device_tree)
+        if watch is not None:
+            watch.begin(machine)
         signals.stop = machine.stop
         outcome = machine.run()
+        if watch is not None:
+            watch.end(outcome)
         say = report_json if args.log_json else report
         say(outcome, machine.counters, table=args.stats)
         return outcome.status if signals.received is None else 128 + signals.received
@@ -157,10 +190,10 @@ def params(kernel: str, given: list[str]) -> tuple[str, ...]:
     return tuple(f"way={text}" if text and "=" not in text and " " not in text else text for text in given)
 
 
-def _serial(where: str, stack: contextlib.ExitStack) -> tuple[int | None, int | None]:
-    """Return the console's descriptors, output and input."""
+def _serial(where: str, stack: contextlib.ExitStack, stdout: int) -> tuple[int | None, int | None]:
+    """Return the console's descriptors, output and input; ``stdout`` is where stdio's output goes."""
     if where == "stdio":
-        return 1, 0
+        return stdout, STDIN
     if where == "none":
         return None, None
     kind, _, path = where.partition("=")

@@ -87,14 +87,15 @@ def _fill(level: int) -> str:
 # -- one map
 
 
-def draw_map(page_map: PageMap, title: str) -> Drawing:
-    """Draw one map with its title and legend."""
+def draw_map(page_map: PageMap, title: str, *, outlined: Iterable[int] = (), note: str = "") -> Drawing:
+    """Draw one map with its title and legend, with outlines around the pages ``outlined``, which ``note`` explains."""
     if not page_map.pages:
         return svg.stack([svg.heading(title), Drawing(200, LINE, svg.text(0, TEXT, "no guest memory", fill=FAINT))], 4)
     grid = Grid.fit(page_map.areas, columns=COLUMNS, lines=ROWS)
-    picture = _picture(grid, page_map, labels=True)
+    picture = _picture(grid, page_map, labels=True, changed=[(gpa, 1) for gpa in sorted(set(outlined))])
     said = f"{page_map.pages:,} pages, {size(page_map.pages * PAGE_SIZE)}"
-    legend = _legend(tally(page_map), [grid.scale()], max(picture.width, 480))
+    notes = [grid.scale(), *([note] if note else [])]
+    legend = _legend(tally(page_map), notes, max(picture.width, 480))
     return svg.stack([svg.heading(title, said), picture, legend], 10)
 
 

@@ -61,6 +61,7 @@ class Timeline:
     def stop(self) -> None:
         """Take what is in the rings, and look at them no more."""
         self.collect()
+        self._left_out += self._dropped()
         self._natives = ()
 
     def collect(self) -> None:
@@ -84,8 +85,7 @@ class Timeline:
     @property
     def lost(self) -> int:
         """How many events there was no room for, in a ring, in the kernel's buffer or here."""
-        rings = sum(native.ring.dropped for native in self._natives)
-        return int(rings) + self._left_out + (self._trace.lost if self._trace is not None else 0)
+        return self._dropped() + self._left_out + (self._trace.lost if self._trace is not None else 0)
 
     @property
     def why_no_faults(self) -> str:
@@ -97,6 +97,9 @@ class Timeline:
         """What a picture of this must say: what is not in it."""
         found = [f"faults were not recorded: {self.why_no_faults}"] if self.why_no_faults else []
         return [*found, *([f"{self.lost:,} events were lost: there was no room for them"] if self.lost else [])]
+
+    def _dropped(self) -> int:
+        return sum(int(native.ring.dropped) for native in self._natives)
 
     def _changed(self, kind: str, gpa: Gpa, size: int) -> None:
         with self._lock:

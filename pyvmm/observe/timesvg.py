@@ -73,8 +73,12 @@ def svg_timeline(
 
 def svg_run(title: str, page_map: PageMap, events: Iterable[Event], *, start: int, notes: Sequence[str] = ()) -> str:
     """Draw a run as one document: the map at its end, and what happened on the way, from ``start`` (in ns)."""
+    events = list(events)
+    faulted = {event.gpa for event in events if event.kind == "fault"}
+    note = f"outlined = {len(faulted):,} page{'' if len(faulted) == 1 else 's'} that the guest faulted in"
+    picture = draw_map(page_map, title, outlined=faulted, note=note if faulted else "")
     timeline = draw_timeline(events, "What happened on the way", start=start, notes=notes)
-    drawing = svg.stack([draw_map(page_map, title), timeline], 24)
+    drawing = svg.stack([picture, timeline], 24)
     return svg.finish(drawing, title, definitions=patterns())
 
 

@@ -1,0 +1,178 @@
+"""What is seen of a run while it lasts, and kept of it: the page map on a terminal, and a picture in a file.
+
+A :class:`Watch` owns one thread (``pyvmm-watch``), the recording of faults and the picture's file. The vCPUs know
+nothing of it: it reads the ledger and takes what is in the rings, a few times a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING, Self
+
+from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.machine import layout
+from pyvmm.observe.faulttrace import FaultTrace
+from pyvmm.observe.grid import size
+from pyvmm.observe.pagemap import PageMap
+from pyvmm.observe.timeline import Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.cli.screen import Screen
+    from pyvmm.machine.machine import Machine
+    from pyvmm.vcpu.outcome import Outcome
+
+PERIOD = 0.1
+"""Seconds between two looks at least, and so many times what a look took: on a slow machine the guest goes first."""
+PATIENCE = 5
+
+EMULATED = "times are an emulator's (the lab): only their order means something"
+
+
+class Watch:
+    """Watches one run; a context manager, entered before the machine is built and left after it is closed.
+
+    ``svg`` is the file for its picture, ``screen`` a terminal to show the map on as it changes, ``console`` the
+    descriptor that the guest's output goes to. ``finished`` hears of the end while the machine is still there.
+    """
+
+    def __init__(
+        self,
+        svg: str | None = None,
+        *,
+        screen: Screen | None = None,
+        console: int = 1,
+        finished: Callable[[Machine, PageMap, Outcome], None] | None = None,
+    ) -> None:
+        self.console = console
+        self._path, self._screen, self._finished = svg, screen, finished
+        self._picture: Picture | None = None
+        self._timeline: Timeline | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as half:
+            if self._path is not None:
+                self._picture = half.enter_context(Picture(self._path))
+                trace = FaultTrace(range(layout.RAM_BASE, layout.RAM_LIMIT))
+                self._timeline = Timeline(half.enter_context(trace))
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+            half.callback(os.close, self._wake)
+            half.callback(self._stop)
+            self._stack = half.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def begin(self, machine: Machine) -> None:
+        """Start to look, just before the guest does."""
+        self._machine = machine
+        if self._timeline is not None:
+            self._timeline.watch(machine.memory, machine.natives)
+        if self._timeline is not None or self._screen is not None:
+            self._thread = threading.Thread(target=self._look, name="pyvmm-watch", daemon=True)
+            self._thread.start()
+
+    def end(self, outcome: Outcome) -> None:
+        """Look for the last time, and write the picture."""
+        self._stop()
+        page_map = PageMap.of(self._machine.memory.ledger)
+        if self._screen is not None:
+            self._screen.finish(page_map)
+        if self._timeline is not None and self._picture is not None:
+            from pyvmm.observe.timesvg import svg_run
+
+            events = self._timeline.events()
+            notes = [f"the end: {outcome.reason}", *self._timeline.notes]
+            if os.environ.get("PYVMM_IN_LAB") == "1":
+                notes.append(EMULATED)
+            self._picture.write(
+                svg_run(_title(self._machine), page_map, events, start=self._machine.started_ns, notes=notes)
+            )
+        if self._finished is not None:
+            self._finished(self._machine, page_map, outcome)
+
+    def _stop(self) -> None:
+        if self._thread is not None:
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+            self._thread = None
+
+    def _look(self) -> None:
+        try:
+            while True:
+                began = time.monotonic()
+                if self._timeline is not None:
+                    self._timeline.collect()
+                if self._screen is not None:
+                    self._screen.show(PageMap.of(self._machine.memory.ledger))
+                if self._woken(max(PERIOD, PATIENCE * (time.monotonic() - began))):
+                    return
+        except OSError as error:
+            self._machine.stop(f"the map cannot be shown any more: {error.strerror}")
+
+    def _woken(self, seconds: float) -> bool:
+        """Wait, taking guest output as it comes; returns early where it is time to show it, or (True) to stop."""
+        deadline = time.monotonic() + seconds
+        source = None if self._screen is None else self._screen.source
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        if source is not None:
+            poll.register(source, select.POLLIN)
+        while (left := deadline - time.monotonic()) > 0:
+            ready = dict(poll.poll(left * 1000))
+            if self._wake in ready:
+                return True
+            if self._screen is not None and source in ready and not self._screen.take():
+                break
+        return False
+
+
+class Picture:
+    """A file that is written once, at the end; a context manager. Opened at once: what cannot be written is told then.
+
+    A file that was there keeps its contents until then, one that was not goes again if nothing was written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._written = False
+
+    def __enter__(self) -> Self:
+        self._made = not os.path.exists(self._path)
+        try:
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UsageError(f"{self._path!r} cannot be written: {reason}") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+        if self._made and not self._written:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+    def write(self, text: str) -> None:
+        """Put ``text`` in the place of what the file holds."""
+        try:
+            # What is no file, a pipe say, cannot be cut.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+            with open(self._fd, "w", encoding="utf-8", closefd=False) as file:
+                file.write(text)
+        except OSError as error:
+            raise PyvmmError(f"{self._path!r} cannot be written: {error.strerror}") from None
+        self._written = True
+
+
+def _title(machine: Machine) -> str:
+    config = machine.config
+    cpus = f"{config.cpus} vCPU{'' if config.cpus == 1 else 's'}"
+    return f"{config.kernel}: protection {config.protection.value}, {cpus}, {size(config.memory)} of {config.backing}"

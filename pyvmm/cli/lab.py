@@ -64,7 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "lab", help="a pKVM host on any Linux machine", allow_abbrev=False,
         description="An emulated arm64 machine whose kernel is a pKVM host. Everything the lab itself says goes to "
         "stderr; stdout is the command's.",
-    )
+    )  # fmt: skip
     add_common(parser)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="lab_action")
 

@@ -52,7 +52,7 @@ font-weight:700;text-decoration:none;border:1.5px solid transparent}
 .filter .v{border-radius:1rem}
 table{border-collapse:collapse;font-size:.9rem}
 .top{display:flex;flex-wrap:wrap;gap:.6rem 3.5rem;align-items:flex-start}
-.top .facts{flex:0 1 auto;max-width:100%}
+.top .facts{flex:1 1 24rem;max-width:46rem}
 .toc{margin:.2rem 0 .6rem}
 .toc th{text-align:left;font-weight:400;padding:.1rem 1rem .1rem 0;color:var(--soft)}
 .toc td{text-align:right;padding:.1rem .45rem;font-variant-numeric:tabular-nums;min-width:2.7rem}

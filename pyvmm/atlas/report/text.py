@@ -66,9 +66,9 @@ def line(result: Result, look: Look = PLAIN, expected: Expected = NOTHING_EXPECT
     """Return one line for a result that has just come."""
     verdict = result.verdict
     mark = verdict.mark + (_SURPRISE if words.surprises(result, expected) else " ")
-    # Two in three columns for the names: claims' ids are long, and the reasons are told in full below the table.
-    id_width = max(30, look.width * 46 // 100)
-    where = f"{words.full_name(result):<{id_width}} {words.place(result):<20} "
+    # Most of the line is for the names: claims' ids are long, and the reasons are told in full below the table.
+    id_width = max(30, look.width - 54)
+    where = f"{words.full_name(result):<{id_width}} {words.place(result)}".ljust(id_width + 21) + " "
     what = verdict.value
     if words.surprises(result, expected):
         what += f", expected: {expected[result.key].value}"
@@ -236,7 +236,9 @@ def details(result: Result, look: Look = PLAIN, expected: Expected = NOTHING_EXP
 
 def _evidence(result: Result, look: Look) -> list[str]:
     marks = {True: ("ok", "32"), False: ("NO", "31"), None: ("--", _DIM)}
-    room = min(max((len(words.one_line(each.what)) for each in result.evidence), default=0), look.width // 2)
+    longest = max((len(words.one_line(words.said(each.saw))) for each in result.evidence), default=0)
+    room = max(look.width // 2, look.width - longest - 30)
+    room = min(max((len(words.one_line(each.what)) for each in result.evidence), default=0), room)
     lines: list[str] = []
     for each in result.evidence:
         word, code = marks[each.ok]

@@ -95,5 +95,6 @@ class Screen:
             return ""
         up = f"\r\x1b[{len(self._drawn)}A" if self._drawn else "\r"
         self._drawn = frame
-        above = "".join(f"{line}\x1b[K\n" for line in whole)
+        # Cleared first: a line may end in a carriage return.
+        above = "".join(f"\x1b[K{line}\n" for line in whole)
         return f"{up}{above}" + "".join(f"{line}\x1b[K\n" for line in frame) + "\x1b[J"

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from pyvmm._native import lib
 from pyvmm.atlas.model import Event, Evidence, Picture, Value, Verdict
@@ -35,12 +35,16 @@ from pyvmm.machine.layout import MIB, PRIVATE_BOOT, RAM_BASE
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva, align_up
 from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.memory.relay import ShareEvent
 from pyvmm.observe.faulttrace import Fault, FaultTrace
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_run import ExitReason
 from pyvmm.vcpu.cold import Unclaimed
 from pyvmm.vcpu.failure import EHWPOISON
+
+if TYPE_CHECKING:
+    from pyvmm.observe.pagemap import PageMap
 
 FREE = Gpa(RAM_BASE + PRIVATE_BOOT)
 """From here to RAM's last 2 MiB, where the device tree is, nothing is loaded, nor is the payload's stack there."""
@@ -90,7 +94,8 @@ class RunFailure:
 class Experiment:
     """One guest, what was seen of it, and whether that is as claimed.
 
-    ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run; ``unclaimed`` is Machine's.
+    ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run (None: if that is possible);
+    ``unclaimed`` is Machine's.
     ``conversion`` is what the emulated protection does to contents; under the others it is not ours to choose.
     """
 
@@ -102,7 +107,7 @@ class Experiment:
         memory: int = 16,
         cpus: int = 1,
         conversion: Conversion | str | None = None,
-        faults: bool = False,
+        faults: bool | None = False,
         unclaimed: Unclaimed | None = None,
     ) -> None:
         if conversion is None or protection is not Protection.EMULATED:
@@ -131,10 +136,10 @@ class Experiment:
     def __enter__(self) -> Self:
         self._begun = time.monotonic_ns()
         with contextlib.ExitStack() as half_built:
-            if self._want_faults:
+            if self._want_faults is not False:
                 # Faults on the payload's own pages and on devices are not what an experiment is about.
                 self._trace = half_built.enter_context(FaultTrace(range(FREE, 1 << 52)))
-                if not self._trace.available:
+                if self._want_faults and not self._trace.available:
                     raise Untold(f"faults cannot be counted: {self._trace.why_not}")
             if self.backing == "hugetlb":
                 need = self.config.memory // HUGE_SIZE
@@ -245,9 +250,35 @@ class Experiment:
     def map(self) -> Text:
         """Draw the page map as it is now."""
         from pyvmm.observe.mapterm import render
+
+        return Text("\n".join(render(self.page_map())))
+
+    def page_map(self) -> PageMap:
+        """Return what is known of every page now: the ledger's word, and under pkvm what traced faults tell besides.
+
+        The ledger must assume there that the guest has touched every page. A page above FREE without a fault since
+        before the first run was never donated: it is still the host's.
+        """
         from pyvmm.observe.pagemap import PageMap
 
-        return Text("\n".join(render(PageMap.of(self.memory.ledger))))
+        page_map = PageMap.of(self.memory.ledger)
+        if not (self.protection.by_hypervisor and self._started and self._traced):
+            return page_map
+        donated = {fault.gpa for fault in self._trace.faults()}
+        if self._trace.lost:
+            return page_map
+        runs: list[tuple[int, int, int]] = []
+        for gpa, pages, entry in page_map.runs:
+            told = max(gpa, FREE)
+            if entry != PageState.PRIVATE | ASSUMED or told >= gpa + pages * PAGE_SIZE:
+                runs.append((gpa, pages, entry))
+                continue
+            runs += [(gpa, (told - gpa) // PAGE_SIZE, entry)] if told > gpa else []
+            runs += [
+                (page, 1, PageState.PRIVATE if page in donated else PageState.HOST)
+                for page in range(told, gpa + pages * PAGE_SIZE, PAGE_SIZE)
+            ]
+        return PageMap.from_runs(runs)
 
     def exits(self) -> Text:
         """Say how many exits of which kind there were, and how many conversions."""
@@ -255,9 +286,7 @@ class Experiment:
 
     def picture(self, title: str) -> None:
         """Keep the page map as it is now."""
-        from pyvmm.observe.pagemap import PageMap
-
-        self.pictures.append(Picture(title, list(PageMap.of(self.memory.ledger).runs)))
+        self.pictures.append(Picture(title, [(*run,) for run in self.page_map().runs]))
 
     def event(self, kind: str, gpa: int, pages: int = 1) -> None:
         """Note for the timeline that something was done to memory now."""
@@ -278,6 +307,10 @@ class Experiment:
         return [fault for fault in self._trace.faults() if gpa <= fault.gpa < end]
 
     @property
+    def _traced(self) -> bool:
+        return self._want_faults is not False and self._trace.available
+
+    @property
     def verdict(self) -> Verdict:
         """What the checks say."""
         checked = [entry.ok for entry in self.evidence if entry.ok is not None]
@@ -288,7 +321,7 @@ class Experiment:
     def events(self) -> tuple[tuple[Event, ...], list[int]]:
         """Return what happened to memory, in order, and when, in ns since the experiment began."""
         found = list(self._events)
-        if self._want_faults:
+        if self._traced:
             tree = range(RAM_BASE + self.config.memory - HUGE_SIZE, RAM_BASE + self.config.memory)
             found += [(fault.ns, "fault", fault.gpa, 1) for fault in self._trace.faults() if fault.gpa not in tree]
         found.sort()
@@ -335,12 +368,8 @@ class Experiment:
     def _intercept(self, stop: int, native: Any) -> bool | None:
         if stop != lib.PV_STOP_FAILED:
             return None
-        self._failures.put(
-            RunFailure(
-                native.index, native.error, native.exit_reason, native.fault_gpa, native.fault_size,
-                native.fault_flags,
-            )  # fmt: skip
-        )
+        told = native.fault_gpa, native.fault_size, native.fault_flags
+        self._failures.put(RunFailure(native.index, native.error, native.exit_reason, *told))
         self._go.acquire()
         return not self._leaving
 
@@ -360,7 +389,7 @@ class Experiment:
             yield
             return
         if os.environ.get("PYVMM_IN_LAB") != "1":
-            self.cannot(f"{path} is {before}, and the experiment needs {value}; the atlas changes settings in the lab only")
+            self.cannot(f"{path} is {before}, the experiment needs {value}, and only the lab's settings are changed")
         try:
             file.write_text(value)
         except OSError as error:

@@ -236,7 +236,7 @@ def _writable(args: argparse.Namespace) -> list[tuple[Callable[[Atlas], str], st
 
 def _save(path: str, text: str) -> None:
     try:
-        Path(path).write_text(text)
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None
 

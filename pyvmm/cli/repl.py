@@ -63,8 +63,9 @@ def main(args: argparse.Namespace) -> int:
     if gpa is not None or size % (1 << 20):
         raise UsageError("memory of a prompt's guest is whole MiB from 0x80000000 on")
     vm = Experiment(
-        Protection(args.protection), args.backing, memory=size >> 20, cpus=args.cpus, conversion=args.conversion
-    )
+        Protection(args.protection), args.backing, memory=size >> 20, cpus=args.cpus, conversion=args.conversion,
+        faults=None,
+    )  # fmt: skip
     with vm:
         names = {"vm": vm, "guest": vm.guest, "__name__": "__main__", "__doc__": None}
         if not sys.stdin.isatty():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from pyvmm.atlas.model import Atlas, Event, Evidence, Picture, Result, Value
+from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Value
 from pyvmm.atlas.report import words
 from pyvmm.atlas.report.text import PLAIN, Look
 
@@ -19,7 +19,7 @@ MANY = 4
 """As many claims that differ in the same way, for the same reason, are folded to one line."""
 
 
-_REASON, _EVENTS, _MAP = "reason", "events", "page map: "
+_REASON, _MAP = "reason", "page map: "
 
 
 class Line(NamedTuple):
@@ -124,8 +124,8 @@ def _equal(a: Value | None, b: Value | None) -> bool:
 def _lines(a: Result, b: Result) -> tuple[Line, ...]:
     lines = [Line(_REASON, a.reason or None, b.reason or None)] if a.reason != b.reason else []
     lines += _paired(_seen(a.evidence), _seen(b.evidence))
-    lines += _paired(_maps(a.pictures), _maps(b.pictures))
-    return (*lines, *_paired(_happened(a.events), _happened(b.events)))
+    # Events are times: their order is, and with several vCPUs their number.
+    return (*lines, *_paired(_maps(a.pictures), _maps(b.pictures)))
 
 
 def _paired(a: Mapping[tuple[str, int], str], b: Mapping[tuple[str, int], str]) -> list[Line]:
@@ -148,11 +148,6 @@ def _maps(pictures: Iterable[Picture]) -> dict[tuple[str, int], str]:
         runs = ", ".join(f"{pages} pages at {gpa:#x}: {entry:#x}" for gpa, pages, entry in picture.runs)
         found[_free(found, _MAP + picture.title)] = runs
     return found
-
-
-def _happened(events: Iterable[Event]) -> dict[tuple[str, int], str]:
-    said = ", ".join(f"{event.kind} {event.gpa:#x}+{event.pages}" for event in sorted(events, key=lambda e: e.order))
-    return {(_EVENTS, 0): said} if said else {}
 
 
 def _free(found: Mapping[tuple[str, int], str], what: str) -> tuple[str, int]:
@@ -244,19 +239,17 @@ class _Text:
         a, b = change.a, change.b
         what = f"{a.verdict.value} → {b.verdict.value}" if change.turned else f"{a.verdict.value}, but:"
         lines: list[Line] = list(change.lines)
-        besides: list[Line] = []
+        maps: list[Line] = []
         if not self._verbose:
             if not (a.evidence and b.evidence):
                 # Where one of the two came to nothing its reason tells; that all the rest is missing does not.
                 lines = [line for line in lines if line.what == _REASON] or lines
-            besides = [line for line in lines if line.what == _EVENTS or line.what.startswith(_MAP)]
-            lines = [line for line in lines if line not in besides]
+            maps = [line for line in lines if line.what.startswith(_MAP)]
+            lines = [line for line in lines if line not in maps]
         more = [text for line in lines for text in self._line(line)]
-        if besides:
-            maps = sum(line.what != _EVENTS for line in besides)
-            kinds = [f"{maps} page map{'s' if maps > 1 else ''}"] if maps else []
-            kinds += ["the events"] if maps < len(besides) else []
-            more += self._look.wrap(f"{'besides' if lines else 'differing'}: {' and '.join(kinds)}", 9, "      ")
+        if maps:
+            what_else = f"{len(maps)} page map{'s' if len(maps) > 1 else ''}"
+            more += self._look.wrap(f"{'besides' if lines else 'differing'}: {what_else}", 9, "      ")
         reasons = a.reason or b.reason
         alone = change.turned or all(line.what == _REASON for line in change.lines)
         fold = ("change", a.protection, what, a.reason, b.reason) if reasons and alone else None

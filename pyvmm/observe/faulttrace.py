@@ -110,7 +110,9 @@ class FaultTrace:
         """Set the kernel recording; returns why it cannot be, or nothing."""
         root = next((path for path in TRACEFS if os.path.isdir(f"{path}/instances")), None)
         if root is None:
-            return "the kernel tells root only, through tracefs: mount -t tracefs nodev /sys/kernel/tracing"
+            if os.geteuid():
+                return "the kernel tells root only, through tracefs"
+            return "tracefs, through which the kernel tells, is not mounted: mount -t tracefs nodev /sys/kernel/tracing"
         if os.stat("/proc/self/ns/pid").st_ino != _INITIAL_PID_NAMESPACE:
             return "this is a container with process ids of its own, which the kernel's tracing does not know"
         if not os.path.isdir(f"{root}/{EVENT}"):

@@ -89,8 +89,10 @@ def test_without_the_means_nothing_is_raised_and_the_reason_is_said(
     with FaultTrace() as trace:
         assert "container" in trace.why_not
     monkeypatch.setattr(faulttrace, "TRACEFS", ())
-    with FaultTrace() as trace:
-        assert "mount -t tracefs" in trace.why_not
+    for user, words in ((0, "mount -t tracefs"), (1000, "root only")):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        with FaultTrace() as trace:
+            assert words in trace.why_not
     assert faulttrace.guest_fault(lambda: pytest.fail("not to be called"))[0] is None
 
 

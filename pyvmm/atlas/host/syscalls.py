@@ -13,6 +13,8 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+from pyvmm.uapi.mman import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -27,6 +29,7 @@ NR_WRITE = 64 if ARM64 else 1
 NR_PREAD64 = 67 if ARM64 else 17
 NR_PWRITE64 = 68 if ARM64 else 18
 NR_MADVISE = 233 if ARM64 else 28
+NR_MMAP = 222 if ARM64 else 9
 NR_MREMAP = 216 if ARM64 else 25
 NR_MLOCK = 228 if ARM64 else 149
 NR_MUNLOCK = 229 if ARM64 else 150
@@ -106,6 +109,14 @@ def madvise(address: int, size: int, advice: int) -> Answer:
 def mremap(address: int, size: int, to: int) -> Answer:
     """mremap(2) of a mapping to a fixed other address, whose mapping it replaces."""
     return call(NR_MREMAP, address, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, to)
+
+
+def anonymous(size: int) -> int:
+    """Map private anonymous memory and return its address; whoever asks unmaps it."""
+    answer = call(NR_MMAP, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if not answer.ok:
+        raise OSError(answer.errno, f"mmap: {os.strerror(answer.errno)}")
+    return answer.result
 
 
 def prctl(option: int, argument: int) -> Answer:

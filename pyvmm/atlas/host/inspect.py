@@ -1,0 +1,53 @@
+"""What the kernel tells of pages without touching them: page tables, flags, counts, swap, KSM."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from pyvmm.atlas.host.syscalls import NR_MINCORE, PAGE, call, page_frame
+
+KSM = Path("/sys/kernel/mm/ksm")
+
+
+def everything(address: int) -> dict[str, str]:
+    """Ask every such file about a page, and say of each ``ok`` or why not."""
+    frame = page_frame(address)
+    said = {"/proc/self/pagemap": "ok" if frame else "no frame told"}
+    for name in ("smaps", "smaps_rollup", "numa_maps", "maps"):
+        said[f"/proc/self/{name}"] = _read(Path(f"/proc/self/{name}"), 0, 1 << 20)
+    for name in ("kpageflags", "kpagecount"):
+        said[f"/proc/{name}"] = _read(Path(f"/proc/{name}"), frame * 8, 8) if frame else "no frame told"
+    said["mincore(2)"] = call(NR_MINCORE, address, PAGE, ctypes.byref(ctypes.c_uint8())).name
+    return said
+
+
+def _read(path: Path, offset: int, size: int) -> str:
+    try:
+        with path.open("rb", buffering=0) as file:
+            if offset:
+                file.seek(offset)
+            file.read(size)
+    except OSError as error:
+        return str(error.strerror)
+    return "ok"
+
+
+def swap_used() -> int:
+    """Return how much of all swap is in use, in bytes."""
+    lines = Path("/proc/swaps").read_text().splitlines()[1:]
+    return sum(int(line.split()[3]) for line in lines) * 1024
+
+
+def ksm_scans() -> int:
+    """Return how often ksmd has been through all memory it was told of."""
+    return int((KSM / "full_scans").read_text())
+
+
+def ksm_merging() -> int:
+    """Return how many of this process's pages KSM has merged; 0 where the kernel does not tell."""
+    try:
+        words = Path("/proc/self/ksm_stat").read_text().split()
+    except OSError:
+        return 0
+    return int(dict(zip(words[::2], words[1::2], strict=False)).get("ksm_merging_pages", 0))

@@ -1,0 +1,177 @@
+"""``pyvmm atlas`` and ``pyvmm repl`` at the command line: what they refuse, and in which words."""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import pytest
+
+from pyvmm import cli
+from pyvmm.atlas import claim as claims
+from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Verdict
+from pyvmm.cli import atlas as verb
+from pyvmm.kvm.system import System
+
+X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts that are not arm64")
+
+
+@pytest.fixture
+def arm64(monkeypatch):
+    """Let the verb believe that experiments can be made here; none is."""
+    monkeypatch.setattr(verb, "_require_host", lambda _args: None)
+    monkeypatch.setattr("pyvmm.atlas.about.host", lambda: {"kernel": "7.3.4", "mode": "protected"})
+
+
+def answer(monkeypatch, *verdicts: Verdict):
+    """Give these verdicts in turn instead of making experiments."""
+    given = iter(verdicts)
+
+    def run(todo, *, deadline=None):
+        for task in todo:
+            found = next(given, Verdict.HOLDS)
+            if isinstance(found, BaseException):
+                raise found
+            picture = (Picture("before", [(0x8000_0000, 4, 2)]),)
+            yield Result(
+                task.claim.id, task.claim.group, task.claim.says, task.claim.origin, task.place.protection.value,
+                task.place.backing, found, evidence=(Evidence("a", 1, 1),), pictures=picture,
+                times={"seconds": 0.5, "deadline": deadline},
+            )  # fmt: skip
+
+    monkeypatch.setattr("pyvmm.atlas.runner.run", run)
+
+
+def said(capsys, *words: str) -> tuple[int, str, str]:
+    status = cli.main(["atlas", *words])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return status, out, err
+
+
+def test_an_unknown_claim_is_refused_with_the_nearest(capsys):
+    status, _, err = said(capsys, "fault-in/a-first-raed-faults-once")
+    assert status == 2
+    assert "no claim is called 'fault-in/a-first-raed-faults-once'" in err
+    assert "fault-in/a-first-read-faults-once" in err
+
+
+def test_a_place_that_no_claim_is_tried_in_is_refused(capsys):
+    status, _, err = said(capsys, "fault-in/pins-are-told-apart", "--backing", "hugetlb")
+    assert status == 2
+    assert "none of these claims is tried with hugetlb" in err
+
+
+@pytest.mark.parametrize("words", [["--protection", "tdx"], ["--backing", "disk"], ["--deadline", "0"]])
+def test_values_that_are_none_are_usage_errors(words, capsys):
+    assert said(capsys, *words)[0] == 2
+
+
+@X86
+def test_on_a_host_that_is_not_arm64_the_lab_is_named(capsys):
+    status, _, err = said(capsys, "share", "--json", "x.json")
+    assert status == 5
+    assert "pyvmm --lab atlas share --json x.json" in err
+    assert cli.main(["repl"]) == 5
+    assert "pyvmm --lab repl" in capsys.readouterr().err
+
+
+def test_without_kvm_it_says_so(monkeypatch, capsys):
+    class Arm64:
+        machine = "aarch64"
+
+    monkeypatch.setattr(verb.os, "uname", lambda: Arm64)
+    monkeypatch.setattr(System.open.__func__, "__defaults__", ("/nonexistent/kvm",))
+    status, _, err = said(capsys, "share")
+    assert status == 5
+    assert "there is no KVM here" in err
+
+
+def test_the_list_names_every_claim_and_where_it_is_tried(capsys):
+    status, out, _ = said(capsys, "--list")
+    assert status == 0
+    for claim in claims.all_claims():
+        assert f"  {claim.id}\n" in out
+    assert "tried in none/memfd" in out
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--junit", "--map"])
+@pytest.mark.usefixtures("arm64")
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("pyvmm.atlas.runner.run", None)
+    status, _, err = said(capsys, "share", option, str(tmp_path / "none" / "file"))
+    assert status == 2
+    assert "cannot be written: No such file or directory" in err
+
+
+@pytest.mark.usefixtures("arm64")
+def test_every_file_asked_for_is_written(monkeypatch, capsys, tmp_path):
+    answer(monkeypatch, Verdict.FAILS)
+    kinds = {"--json": '{\n "atlas"', "--html": "<!doctype html>", "--junit": "<?xml", "--map": "<"}
+    words = [word for kind in kinds for word in (kind, str(tmp_path / kind))]
+    status, out, _ = said(capsys, "fault-in", "--deadline", "3", *words)
+    assert status == 0
+    assert "does not hold" in out
+    for kind, start in kinds.items():
+        assert (tmp_path / kind).read_text().lower().startswith(start.lower())
+    read = Atlas.load(tmp_path / "--json")
+    assert read.results[0].verdict is Verdict.FAILS
+    assert read.results[0].times["deadline"] == 3.0
+
+
+@pytest.mark.usefixtures("arm64")
+def test_a_crash_is_exit_status_1(monkeypatch, capsys):
+    answer(monkeypatch, Verdict.HOLDS, Verdict.CRASHED)
+    assert said(capsys, "fault-in")[0] == 1
+
+
+@pytest.mark.usefixtures("arm64")
+def test_interrupted_it_writes_what_it_has(monkeypatch, capsys, tmp_path):
+    answer(monkeypatch, Verdict.HOLDS, Verdict.HOLDS, KeyboardInterrupt())  # type: ignore[arg-type]
+    status, _, _ = said(capsys, "fault-in", "--json", str(tmp_path / "a.json"))
+    assert status == 130
+    assert len(Atlas.load(tmp_path / "a.json").results) == 2
+
+
+# -- diff
+
+
+@pytest.mark.usefixtures("arm64")
+def test_diff_tells_same_from_different_by_its_status(monkeypatch, capsys, tmp_path):
+    one, other = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    answer(monkeypatch)
+    said(capsys, "fault-in", "--json", one)
+    answer(monkeypatch, Verdict.FAILS)
+    said(capsys, "fault-in", "--json", other)
+    assert said(capsys, "diff", one, one)[0] == 0
+    status, out, _ = said(capsys, "diff", one, other, "--json", str(tmp_path / "diff.json"))
+    assert status == 1
+    assert "every-fresh-page-faults" in out
+    assert "holds → does not hold" in out
+    assert json.loads((tmp_path / "diff.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (None, "cannot be read"),
+        ("", "is not JSON"),
+        ("[]", "is not an atlas"),
+        ('{"claims": []}', "is an atlas of format None"),
+        ('{"atlas": 1, "claims": [{}], "host": {}}', "is not a whole atlas"),
+    ],
+)
+def test_diff_of_what_is_no_atlas_is_refused(contents, words, capsys, tmp_path):
+    file = tmp_path / "a.json"
+    if contents is not None:
+        file.write_text(contents)
+    status, _, err = said(capsys, "diff", str(file), str(file))
+    assert status == 2
+    assert words in err
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "b", "c"]])
+def test_diff_wants_two_files(names, capsys):
+    status, _, err = said(capsys, "diff", *names)
+    assert status == 2
+    assert "two are compared" in err

@@ -41,7 +41,7 @@ struct pv_region {
     uint64_t fd_offset; /* of gpa in fd */
 };
 
-/* Sorted by gpa, disjoint. Immutable once published in pv_vm.map. */
+/* Sorted by gpa, disjoint. Immutable while published in pv_vm.map. */
 struct pv_map {
     uint32_t count;
     uint32_t pad;
@@ -176,6 +176,8 @@ struct pv_vm {
     uint8_t policy[8];       /* enum pv_action by enum pv_failure */
     uint32_t retry_limit;    /* consecutive failures retried before stopping */
     uint32_t converting;     /* lock: one conversion of a page at a time; the loop's own */
+    uint32_t readers[2];     /* threads that look at the map just now, in the counter that was phase when they began */
+    uint32_t phase, pad;
     uint64_t pages[8];       /* pages by enum pv_page, PV_PAGE_ASSUMED not counted apart */
     uint64_t shares, unshares, refused;
 };
@@ -248,8 +250,10 @@ struct pv_vcpu {
 
 /* Runs the vCPU until something needs Python. Returns enum pv_stop. Call from one thread at a time. */
 uint32_t pv_run(struct pv_vcpu *vcpu);
-/* Put a complete table in the place of the last one, while vCPUs run; the last one stays alive until they have left. */
+/* Puts a complete table in the place of the last one, while vCPUs run and others copy. Returns when nobody looks at the
+   last one any more, nor at a ledger that it alone had: they may be freed. One caller at a time. */
 void pv_publish_map(struct pv_vm *vm, struct pv_map *map);
+/* The same for the bus, except that the last one stays alive until every vCPU has left pv_run(). */
 void pv_publish_bus(struct pv_vm *vm, struct pv_bus *bus);
 /* Sets vm->subscribers with a full barrier: a page that the ledger shows as shared afterwards is not taken back
    without a PV_STOP_SHARE. */
@@ -260,6 +264,9 @@ void pv_kick(struct pv_vcpu *vcpu);
 void pv_unkick(struct pv_vcpu *vcpu);
 /* Answers the load that stopped the loop; value is taken in the guest's byte order, vcpu->size bytes of it. */
 void pv_mmio_reply(struct pv_vcpu *vcpu, uint64_t value);
+/* Answers nothing: the guest makes the access that stopped the loop once more, for its address is memory by now. It is
+   the one way that is right for any access: of one that runs across pages KVM does not tell. arm64 only. */
+void pv_mmio_retry(struct pv_vcpu *vcpu);
 /* Lays an exit counter's bounds open to Python: the smallest value in nanoseconds of a bucket, 0..320. */
 uint64_t pv_bucket_floor(uint32_t bucket);
 uint32_t pv_bucket_of(uint64_t ns);
@@ -277,10 +284,10 @@ size_t pv_fill(void *to, int byte, size_t n);
 /* By guest address, through pv_vm.map, across adjacent regions. Bytes done; on a short count *stopped is the gpa of
    the first byte not done (outside any region, or not accessible). In PV_PKVM a page that turns out accessible or
    not is not entered in the ledger here: Python does, with source PV_SOURCE_ACCESS. */
-uint64_t pv_read(const struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uint64_t *stopped);
-uint64_t pv_write(const struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped);
+uint64_t pv_read(struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uint64_t *stopped);
+uint64_t pv_write(struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped);
 /* Whether one byte at gpa can be read: 1, 0, or -1 outside every region. */
-int pv_probe(const struct pv_vm *vm, uint64_t gpa);
+int pv_probe(struct pv_vm *vm, uint64_t gpa);
 /* Sets the ledger's entry of a page and keeps pv_vm.pages right. Returns the old entry, or -1 outside every region.
    A page that is moving only becomes PV_PAGE_ABSENT: where it ends is the loop's to say. */
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);

@@ -143,19 +143,29 @@ size_t pv_fill(void *to, int byte, size_t n)
     return g.done;
 }
 
+/* Only its view is used, which its backing keeps: a copy may wait for a page that userfaultfd has yet to give. */
+static bool region_at(struct pv_vm *vm, uint64_t gpa, struct pv_region *region)
+{
+    uint32_t phase = pv_map_enter(vm);
+    bool found = pv_region_at(vm, gpa, region);
+
+    pv_map_leave(vm, phase);
+    return found;
+}
+
 /* One direction or the other: guest is the region's side. */
-static uint64_t transfer(const struct pv_vm *vm, uint64_t gpa, uint8_t *host, uint64_t n, uint64_t *stopped, bool out)
+static uint64_t transfer(struct pv_vm *vm, uint64_t gpa, uint8_t *host, uint64_t n, uint64_t *stopped, bool out)
 {
     uint64_t done = 0;
 
     while (done < n) {
-        const struct pv_region *region = pv_region_at(vm, gpa + done);
-        if (!region || !region->view)
+        struct pv_region region;
+        if (!region_at(vm, gpa + done, &region) || !region.view)
             break;
-        uint64_t offset = gpa + done - region->gpa, part = region->size - offset;
+        uint64_t offset = gpa + done - region.gpa, part = region.size - offset;
         if (part > n - done)
             part = n - done;
-        uint8_t *guest = region->view + offset;
+        uint8_t *guest = region.view + offset;
         size_t copied = out ? pv_copy(guest, host + done, part) : pv_copy(host + done, guest, part);
         done += copied;
         if (copied < part)
@@ -166,19 +176,20 @@ static uint64_t transfer(const struct pv_vm *vm, uint64_t gpa, uint8_t *host, ui
     return done;
 }
 
-uint64_t pv_read(const struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uint64_t *stopped)
+uint64_t pv_read(struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uint64_t *stopped)
 {
     return transfer(vm, gpa, to, n, stopped, false);
 }
 
-uint64_t pv_write(const struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped)
+uint64_t pv_write(struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped)
 {
     return transfer(vm, gpa, (uint8_t *)(uintptr_t)from, n, stopped, true);
 }
 
-int pv_probe(const struct pv_vm *vm, uint64_t gpa)
+int pv_probe(struct pv_vm *vm, uint64_t gpa)
 {
+    struct pv_region region;
     uint8_t byte;
 
-    return pv_region_at(vm, gpa) ? pv_read(vm, gpa, &byte, 1, NULL) == 1 : -1;
+    return region_at(vm, gpa, &region) ? pv_read(vm, gpa, &byte, 1, NULL) == 1 : -1;
 }

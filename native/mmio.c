@@ -214,3 +214,12 @@ void pv_mmio_reply(struct pv_vcpu *vcpu, uint64_t value)
     if (!vcpu->is_write)
         memcpy(run->mmio.data, &value, sizeof(value)); /* KVM takes as many bytes as it asked for */
 }
+
+/* KVM takes the answer, and moves the pc on, where it finds KVM_EXIT_MMIO when it is entered (kvm_handle_mmio_return in
+   arch/arm64/kvm/mmio.c). Where it does not, registers and pc are still those of the access. */
+void pv_mmio_retry(struct pv_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+
+    run->exit_reason = KVM_EXIT_UNKNOWN;
+}

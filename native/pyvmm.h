@@ -56,8 +56,21 @@ uint64_t pv_now(void);
 uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again);
 /* pl011.c, with vcpu->offset, size, is_write, value. False: no room to transmit, nothing happened. */
 bool pv_pl011_access(struct pv_pl011 *uart, struct pv_vcpu *vcpu);
+/* map.c: a copy of the region that holds gpa. Between pv_map_enter() and pv_map_leave() its ledger stays alive, even if
+   its slot goes: pv_publish_map() waits. So nothing that may wait for Python, as a page fault can, stands between. */
+bool pv_region_at(const struct pv_vm *vm, uint64_t gpa, struct pv_region *found);
+static inline uint32_t pv_map_enter(struct pv_vm *vm)
+{
+    uint32_t phase = load(&vm->phase);
+
+    __atomic_fetch_add(&vm->readers[phase], 1, __ATOMIC_SEQ_CST);
+    return phase;
+}
+static inline void pv_map_leave(struct pv_vm *vm, uint32_t phase)
+{
+    __atomic_fetch_sub(&vm->readers[phase], 1, __ATOMIC_RELEASE);
+}
 /* share.c */
-struct pv_region *pv_region_at(const struct pv_vm *vm, uint64_t gpa);
 uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value);
 uint32_t pv_hypercall(struct pv_vcpu *vcpu);
 uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending);

@@ -27,29 +27,6 @@ static bool claimable(uint8_t entry)
     return state_of(entry) != PV_PAGE_ABSENT && !(entry & PV_PAGE_MOVING);
 }
 
-struct pv_region *pv_region_at(const struct pv_vm *vm, uint64_t gpa)
-{
-    const struct pv_map *map = load_acquire(&vm->map);
-    uint32_t low = 0, high = map ? map->count : 0;
-
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        struct pv_region *region = &map->regions[middle];
-        if (gpa < region->gpa)
-            high = middle;
-        else if (gpa - region->gpa < region->size)
-            return region;
-        else
-            low = middle + 1;
-    }
-    return NULL;
-}
-
-void pv_publish_map(struct pv_vm *vm, struct pv_map *map)
-{
-    store_release(&vm->map, map);
-}
-
 void pv_subscribe(struct pv_vm *vm, uint32_t count)
 {
     store(&vm->subscribers, count);
@@ -82,14 +59,18 @@ static uint8_t *entry_of(const struct pv_region *region, uint64_t gpa)
 
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state)
 {
-    const struct pv_region *region = pv_region_at(vm, gpa);
+    uint32_t phase = pv_map_enter(vm);
+    struct pv_region region;
+    int before = -1;
 
-    if (!region || (state & ~PV_PAGE_ASSUMED) >= PV_PAGE_STATES)
-        return -1;
-    uint8_t *entry = entry_of(region, gpa), old = load(entry);
-    while ((state_of(state) == PV_PAGE_ABSENT || !(old & PV_PAGE_MOVING)) && !replace(vm, entry, &old, state))
-        ;
-    return old & ~PV_PAGE_MOVING;
+    if ((state & ~PV_PAGE_ASSUMED) < PV_PAGE_STATES && pv_region_at(vm, gpa, &region)) {
+        uint8_t *entry = entry_of(&region, gpa), old = load(entry);
+        while ((state_of(state) == PV_PAGE_ABSENT || !(old & PV_PAGE_MOVING)) && !replace(vm, entry, &old, state))
+            ;
+        before = old & ~PV_PAGE_MOVING;
+    }
+    pv_map_leave(vm, phase);
+    return before;
 }
 
 /* Moves a page to or from SHARED if it is not there yet. Of several vCPUs that say the same at once, one moves it. In
@@ -132,15 +113,14 @@ static void record(struct pv_vcpu *vcpu, int32_t status)
 
 /* What the guest says of a page, before anything is believed of it: its ledger entry, or NULL if there is none. Whether
    it is claimable() the caller asks. */
-static uint8_t *claim(struct pv_vcpu *vcpu, uint64_t gpa, bool share, enum pv_source source, struct pv_region **region)
+static uint8_t *claim(struct pv_vcpu *vcpu, uint64_t gpa, bool share, enum pv_source source, struct pv_region *region)
 {
     vcpu->share_gpa = gpa;
     vcpu->share_op = share;
     vcpu->share_source = source;
     if (!vcpu->left_ns) /* not timed: subscribers still want to know when */
         vcpu->left_ns = pv_now();
-    *region = gpa % PV_PAGE_SIZE ? NULL : pv_region_at(vcpu->vm, gpa);
-    return *region ? entry_of(*region, gpa) : NULL;
+    return gpa % PV_PAGE_SIZE == 0 && pv_region_at(vcpu->vm, gpa, region) ? entry_of(region, gpa) : NULL;
 }
 
 /* Enters what has happened, and says whether Python must tell of it before the guest goes on. */
@@ -154,22 +134,22 @@ static uint32_t announce(struct pv_vcpu *vcpu, uint8_t *entry, bool share)
 
 /* ---- the share doorbell ------------------------------------------------------------------------------------ */
 
+enum { BELL_SHARE = 1, BELL_UNSHARE = 2 };
+
 /* In PV_EMULATED the hypercall is what moves pages and tells subscribers; a ring must only agree with it. */
-uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value)
+static uint32_t bell(struct pv_vcpu *vcpu, uint64_t gpa, uint64_t op, bool readable)
 {
-    enum { SHARE = 1, UNSHARE = 2 };
     struct pv_vm *vm = vcpu->vm;
-    uint64_t op = value % PV_PAGE_SIZE;
-    bool share = op == SHARE;
-    struct pv_region *region;
-    uint8_t *entry = claim(vcpu, value - op, share, PV_SOURCE_DOORBELL, &region);
+    bool share = op == BELL_SHARE;
+    struct pv_region region;
+    uint8_t *entry = claim(vcpu, gpa, share, PV_SOURCE_DOORBELL, &region);
     int32_t status = SMCCC_SUCCESS;
 
-    if (vcpu->size != 8 || vcpu->offset != 0 || (op != SHARE && op != UNSHARE) || !entry || !claimable(load(entry)))
+    if (vcpu->size != 8 || vcpu->offset != 0 || (!share && op != BELL_UNSHARE) || !entry || !claimable(load(entry)))
         status = SMCCC_INVALID_PARAMETER;
     else if (vm->protection == PV_EMULATED)
         status = state_of(load(entry)) == PV_PAGE_SHARED ? SMCCC_SUCCESS : SMCCC_NOT_SUPPORTED;
-    else if (vm->protection == PV_PKVM && share && pv_probe(vm, vcpu->share_gpa) != 1)
+    else if (vm->protection == PV_PKVM && share && !readable)
         status = SMCCC_NOT_SUPPORTED;
 
     if (status) {
@@ -178,6 +158,17 @@ uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value)
     }
     vcpu->share_status = status;
     return vm->protection == PV_EMULATED ? PV_STOP_NONE : announce(vcpu, entry, share);
+}
+
+uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value)
+{
+    struct pv_vm *vm = vcpu->vm;
+    uint64_t op = value % PV_PAGE_SIZE, gpa = value - op;
+    bool readable = vm->protection == PV_PKVM && op == BELL_SHARE && pv_probe(vm, gpa) == 1;
+    uint32_t phase = pv_map_enter(vm), stop = bell(vcpu, gpa, op, readable);
+
+    pv_map_leave(vm, phase);
+    return stop;
 }
 
 /* ---- conversions of PV_EMULATED ---------------------------------------------------------------------------- */
@@ -190,15 +181,20 @@ static int punch(const struct pv_region *region, uint64_t offset)
 
 int pv_punch(struct pv_vm *vm, uint64_t gpa)
 {
-    const struct pv_region *region = pv_region_at(vm, gpa);
+    uint32_t phase = pv_map_enter(vm);
+    struct pv_region region;
+    int result = -1;
 
     /* A protected guest keeps the page it was given: host and guest would see two different ones from then on. */
-    if (!region || vm->protection == PV_PKVM || punch(region, (gpa - region->gpa) & ~(uint64_t)(PV_PAGE_SIZE - 1)))
-        return -1;
-    uint8_t *entry = entry_of(region, gpa), old = load(entry);
-    while (claimable(old) && !replace(vm, entry, &old, PV_PAGE_HOLE))
-        ;
-    return 0;
+    if (vm->protection != PV_PKVM && pv_region_at(vm, gpa, &region) &&
+        !punch(&region, (gpa - region.gpa) & ~(uint64_t)(PV_PAGE_SIZE - 1))) {
+        uint8_t *entry = entry_of(&region, gpa), old = load(entry);
+        while (claimable(old) && !replace(vm, entry, &old, PV_PAGE_HOLE))
+            ;
+        result = 0;
+    }
+    pv_map_leave(vm, phase);
+    return result;
 }
 
 static int drop(const struct pv_vm *vm, const struct pv_region *region, uint64_t offset)
@@ -277,14 +273,14 @@ static bool sharable(uint8_t entry)
 static uint32_t apply(struct pv_vcpu *vcpu, bool converted)
 {
     struct pv_vm *vm = vcpu->vm;
-    struct pv_region *region = NULL;
+    struct pv_region region;
     bool share = vcpu->share_op;
     uint8_t *entry = claim(vcpu, vcpu->share_gpa, share, PV_SOURCE_HYPERCALL, &region);
     int32_t status = SMCCC_INVALID_PARAMETER;
 
     pv_lock(&vm->converting);
     if (entry && (share ? sharable(load(entry)) : load(entry) & PV_PAGE_MOVING))
-        status = converted ? vcpu->share_status : convert(vm, region, vcpu->share_gpa - region->gpa, share);
+        status = converted ? vcpu->share_status : convert(vm, &region, vcpu->share_gpa - region.gpa, share);
     if (entry && !share)
         settle(vm, entry, status);
     else if (status == SMCCC_SUCCESS && !ledger_move(vm, entry, true))
@@ -303,7 +299,10 @@ static uint32_t change(struct pv_vcpu *vcpu)
 
 uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending)
 {
-    return pending == PENDING_TOLD ? change(vcpu) : apply(vcpu, true);
+    uint32_t phase = pv_map_enter(vcpu->vm), stop = pending == PENDING_TOLD ? change(vcpu) : apply(vcpu, true);
+
+    pv_map_leave(vcpu->vm, phase);
+    return stop;
 }
 
 /* x1 = page, x2 = x3 = 0, one page at a time: Documentation/virt/kvm/arm/hypercalls.rst. Refusing what EL2 refuses is
@@ -312,7 +311,7 @@ uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending)
 static uint32_t share_call(struct pv_vcpu *vcpu, bool share)
 {
     uint64_t x1, x2, x3;
-    struct pv_region *region;
+    struct pv_region region;
 
     if (!get_x(vcpu, 1, &x1) || !get_x(vcpu, 2, &x2) || !get_x(vcpu, 3, &x3))
         return give_up(vcpu);
@@ -332,7 +331,7 @@ static uint32_t share_call(struct pv_vcpu *vcpu, bool share)
 static uint32_t share_exit(struct pv_vcpu *vcpu, bool share)
 {
     const struct kvm_run *run = vcpu->run;
-    struct pv_region *region;
+    struct pv_region region;
     uint8_t *entry = claim(vcpu, run->hypercall.args[0], share, PV_SOURCE_EXIT, &region);
 
     if (entry && claimable(load(entry)))
@@ -341,7 +340,7 @@ static uint32_t share_exit(struct pv_vcpu *vcpu, bool share)
     return PV_STOP_NONE;
 }
 
-uint32_t pv_hypercall(struct pv_vcpu *vcpu)
+static uint32_t hypercall(struct pv_vcpu *vcpu)
 {
     const struct kvm_run *run = vcpu->run;
     uint64_t x1, x2, x3;
@@ -368,4 +367,12 @@ uint32_t pv_hypercall(struct pv_vcpu *vcpu)
     default:
         return PV_STOP_HYPERCALL;
     }
+}
+
+uint32_t pv_hypercall(struct pv_vcpu *vcpu)
+{
+    uint32_t phase = pv_map_enter(vcpu->vm), stop = hypercall(vcpu);
+
+    pv_map_leave(vcpu->vm, phase);
+    return stop;
 }

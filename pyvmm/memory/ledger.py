@@ -130,12 +130,16 @@ class Ledger:
         """Add an area (Memory only)."""
         # Only Memory moves pages to and from ABSENT, under its lock: this counter needs no atomics.
         self._vm.pages[PageState.ABSENT] += area.size >> PAGE_SHIFT
-        self._replace(sorted((*self._index[1], area), key=lambda each: each.gpa))
+        starts, areas = self._index
+        at = bisect_right(starts, area.gpa)
+        self._index = (*starts[:at], area.gpa, *starts[at:]), (*areas[:at], area, *areas[at:])
 
     def drop(self, area: Area) -> None:
         """Forget an area whose pages are ABSENT again (Memory only)."""
         self._vm.pages[PageState.ABSENT] -= area.size >> PAGE_SHIFT
-        self._replace([each for each in self._index[1] if each is not area])
+        starts, areas = self._index
+        at = areas.index(area)
+        self._index = starts[:at] + starts[at + 1 :], areas[:at] + areas[at + 1 :]
 
     def fill(self, area: Area, gpa: int, size: int, entry: int, *, quiet: bool) -> None:
         """Enter the same byte for every page of a range of a published slot (Memory only).
@@ -159,6 +163,3 @@ class Ledger:
         if number < 0 or gpa >= areas[number].gpa + areas[number].size:
             return None
         return areas[number]
-
-    def _replace(self, areas: list[Area]) -> None:
-        self._index = tuple(area.gpa for area in areas), tuple(areas)

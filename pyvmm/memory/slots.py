@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +113,11 @@ class SlotTable:
         self._index: tuple[tuple[int, ...], tuple[Slot, ...]] = ((), ())
         self._numbers: dict[Piece, int] = {}
         self._free: list[int] = []
-        self._alive: list[Any] = []
-        """Every table and ledger that a vCPU may still be looking at."""
+        self._used: dict[Backing, list[Piece]] = {}
+        """What KVM has of each backing, sorted by offset."""
+        self._regions: Any = ffi.new("struct pv_region[]", 0)
+        self._map: Any = ffi.NULL
+        """The native loop's table, which these two keep alive."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -136,10 +139,10 @@ class SlotTable:
 
     def pieces(self, gpa: int, size: int) -> list[tuple[Slot, Piece]]:
         """Return the parts of ``[gpa, gpa + size)``, each with its slot; gaps are left out."""
+        starts, slots = self._index
         found = []
-        for slot in self.slots:
-            if slot.gpa < gpa + size and gpa < slot.end:
-                found += [(slot, part) for piece in slot.pieces if (part := piece.overlap(gpa, size))]
+        for slot in slots[max(0, bisect_right(starts, gpa) - 1) : bisect_left(starts, gpa + size)]:
+            found += [(slot, part) for piece in slot.pieces if (part := piece.overlap(gpa, size))]
         return found
 
     def check_new(self, gpa: int, size: int, backing: Backing, offset: int) -> None:
@@ -160,26 +163,36 @@ class SlotTable:
                 f"{what} ends beyond this VM's {self._ipa_bits} bits of guest physical address space",
                 hint="the size is fixed when the VM is created: the low 8 bits of its type",
             )
-        for slot in self.slots:
-            if gpa < slot.end and slot.gpa < gpa + size:
-                raise UsageError(f"{what}, {span(gpa, size)}, overlaps the {slot}")
-            for piece in slot.pieces:
-                if piece.backing is backing and offset < piece.offset + piece.size and piece.offset < offset + size:
-                    raise UsageError(
-                        f"{what}: bytes [{offset:#x}, {offset + size:#x}) of the backing are in the {slot} already",
-                        hint="one page of guest memory has one address; use another part of the backing",
-                    )
-        if len(self._numbers) >= self._most:
+        starts, slots = self._index
+        # Slots are disjoint, and so are pieces of a backing: the last that starts before the end is the one to look at.
+        number = bisect_left(starts, gpa + size) - 1
+        if number >= 0 and gpa < slots[number].end:
+            raise UsageError(f"{what}, {span(gpa, size)}, overlaps the {slots[number]}")
+        pieces = self._used.get(backing, [])
+        number = bisect_left(pieces, offset + size, key=_offset) - 1
+        if number >= 0 and offset < pieces[number].offset + pieces[number].size:
+            raise UsageError(
+                f"{what}: bytes [{offset:#x}, {offset + size:#x}) of the backing are in the "
+                f"{self.at(pieces[number].gpa)} already",
+                hint="one page of guest memory has one address; use another part of the backing",
+            )
+        if not self.free:
             raise self._too_many(what)
+
+    @property
+    def free(self) -> int:
+        """How many more memslots KVM takes."""
+        return self._most - len(self._numbers)
 
     def publish(self, slot: Slot) -> None:
         """Let the native loop see a new slot; KVM sees it with :meth:`switch`."""
-        self._publish(tuple(sorted((*self.slots, slot), key=lambda each: each.gpa)))
+        at = bisect_right(self._index[0], slot.gpa)
+        self._publish(at, at, slot)
 
     def withdraw(self, slot: Slot) -> None:
-        """Take a slot from the native loop. What it looks at now stays alive until the VM's end."""
-        self._alive.append(slot)
-        self._publish(tuple(each for each in self.slots if each is not slot))
+        """Take a slot from the native loop, which has looked at it for the last time when this returns."""
+        at = self.slots.index(slot)
+        self._publish(at, at + 1)
 
     def room_for(self, slot: Slot, pieces: list[Piece]) -> bool:
         """Whether KVM can have ``slot`` in these pieces, by number."""
@@ -215,8 +228,9 @@ class SlotTable:
             with contextlib.suppress(PyvmmError):  # a protected VM that has run refuses
                 self._delete(piece)
         self._numbers.clear()
+        self._used.clear()
         self._index = ((), ())
-        self._alive.clear()
+        self._regions, self._map = ffi.new("struct pv_region[]", 0), ffi.NULL
 
     def _set(self, piece: Piece) -> None:
         number = heapq.heappop(self._free) if self._free else len(self._numbers)
@@ -230,10 +244,15 @@ class SlotTable:
             heapq.heappush(self._free, number)
             raise
         self._numbers[piece] = number
+        insort(self._used.setdefault(backing, []), piece, key=_offset)
 
     def _delete(self, piece: Piece) -> None:
         self._vm.delete_memory(self._numbers[piece])
         heapq.heappush(self._free, self._numbers.pop(piece))
+        used = self._used[piece.backing]
+        del used[bisect_left(used, piece.offset, key=_offset)]
+        if not used:
+            del self._used[piece.backing]
 
     def _too_many(self, what: str) -> UsageError:
         return UsageError(
@@ -241,14 +260,27 @@ class SlotTable:
             hint="use fewer and larger slots; adjacent parts of one backing need only one",
         )
 
-    def _publish(self, slots: tuple[Slot, ...]) -> None:
+    def _publish(self, first: int, end: int, *new: Slot) -> None:
+        """Put ``new`` in the place of the slots numbered ``[first, end)``."""
+        starts, slots = self._index
+        starts = (*starts[:first], *(slot.gpa for slot in new), *starts[end:])
+        slots = (*slots[:first], *new, *slots[end:])
         regions = ffi.new("struct pv_region[]", len(slots))
-        for region, slot in zip(regions, slots, strict=True):
+        each = ffi.sizeof("struct pv_region")
+        ffi.memmove(regions, self._regions, first * each)
+        for number, slot in enumerate(new, first):
+            region = regions[number]
             region.gpa, region.size = slot.gpa, slot.size
             region.view = ffi.cast("uint8_t *", slot.view)
             region.ledger = slot.area.entries
             region.fd, region.fd_offset = slot.backing.fd, slot.offset
+        ffi.memmove(regions + first + len(new), self._regions + end, (len(slots) - first - len(new)) * each)
         table = ffi.new("struct pv_map *", {"count": len(slots), "regions": regions})
-        self._alive += [regions, table]
         lib.pv_publish_map(self._native, table)
-        self._index = tuple(slot.gpa for slot in slots), slots
+        # Nobody looks at the last table now.
+        self._regions, self._map = regions, table
+        self._index = starts, slots
+
+
+def _offset(piece: Piece) -> int:
+    return piece.offset

@@ -49,8 +49,8 @@ class NotedVm:
         return sorted((gpa, size) for gpa, size, _ in self.live.values())
 
 
-def build(protection=Protection.NONE, size=MIB, **options):
-    vm = NotedVm()
+def build(protection=Protection.NONE, size=MIB, most=8, **options):
+    vm = NotedVm(most)
     native = ffi.new("struct pv_vm *")
     native.fd = -1
     native.protection = NATIVE[protection]

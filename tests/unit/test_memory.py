@@ -324,7 +324,8 @@ def test_evidence_is_what_an_access_shows_that_the_ledger_did_not():
         assert seen == []  # shared and open: as expected
         slot.backing.separate_view()
         slot.backing.hide(0, MIB)
-        memory._table._publish(memory.slots)
+        memory._table.withdraw(slot)
+        memory._table.publish(slot)
         with pytest.raises(GuestMemoryError, match="shared by the guest as far as is known, but cannot be reached"):
             memory.read(BASE, 8)
         assert seen == [(BASE, False)]

@@ -1,0 +1,40 @@
+/* The table of memslots: found by address, replaced while others look at it. */
+#include "pyvmm.h"
+
+#include <sched.h>
+
+#define load_ordered(p) __atomic_load_n(p, __ATOMIC_SEQ_CST)
+#define store_ordered(p, v) __atomic_store_n(p, v, __ATOMIC_SEQ_CST)
+
+bool pv_region_at(const struct pv_vm *vm, uint64_t gpa, struct pv_region *found)
+{
+    const struct pv_map *map = load_ordered(&vm->map); /* not before pv_map_enter() has counted us */
+    uint32_t low = 0, high = map ? map->count : 0;
+
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        const struct pv_region *region = &map->regions[middle];
+        if (gpa < region->gpa) {
+            high = middle;
+        } else if (gpa - region->gpa < region->size) {
+            *found = *region;
+            return true;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return false;
+}
+
+/* Whoever has the old table was counted before it looked, so in one of the two counters. Each is waited for while new
+   readers go to the other: nobody is missed, and however many keep coming, the wait ends. */
+void pv_publish_map(struct pv_vm *vm, struct pv_map *map)
+{
+    store_ordered(&vm->map, map);
+    for (int i = 0; i < 2; i++) {
+        uint32_t phase = load(&vm->phase);
+        store_ordered(&vm->phase, !phase);
+        while (load_ordered(&vm->readers[phase]))
+            sched_yield();
+    }
+}

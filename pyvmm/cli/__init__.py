@@ -59,7 +59,9 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pyvmm {__version__}")
     add_common(parser, verb=False)
     group = parser.add_argument_group("the lab")
-    group.add_argument("--lab", action="store_true", help="run the verb in the lab, a nested pKVM host; see --lab --help")
+    group.add_argument(
+        "--lab", action="store_true", help="run the verb in the lab, a nested pKVM host; see --lab --help"
+    )
     if any(word.startswith(LAB_OPTIONS) for word in argv):
         import_module("pyvmm.cli.lab").add_lab_options(group)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb", action=_Verbs)

@@ -95,8 +95,7 @@ class Experiment:
     """One guest, what was seen of it, and whether that is as claimed.
 
     ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run (None: if that is possible);
-    ``unclaimed`` is Machine's.
-    ``conversion`` is what the emulated protection does to contents; under the others it is not ours to choose.
+    ``unclaimed`` is Machine's, and may be set later; ``conversion`` is for the emulated protection alone.
     """
 
     def __init__(
@@ -124,14 +123,13 @@ class Experiment:
         self.stack = contextlib.ExitStack()
         """What else to give back at the end; run before the machine is closed."""
         self._outer = contextlib.ExitStack()
-        self._want_faults, self._unclaimed = faults, unclaimed
+        self._want_faults, self.unclaimed = faults, unclaimed
         self._next = FREE
         self._events: list[tuple[int, str, int, int]] = []
         self._failures: queue.Queue[RunFailure] = queue.Queue()
         self._go = threading.Semaphore(0)
-        self._leaving = False
         self._begun = 0
-        self._started = False
+        self._started = self._leaving = False
 
     def __enter__(self) -> Self:
         self._begun = time.monotonic_ns()
@@ -146,9 +144,8 @@ class Experiment:
                 half_built.enter_context(self.setting("/proc/sys/vm/nr_hugepages", str(need + SPARE_HUGE_PAGES)))
             if self.backing == "thp":
                 half_built.enter_context(self.setting(SHMEM_ENABLED, "advise"))
-            self.machine = half_built.enter_context(
-                Machine(self.config, unclaimed=self._unclaimed, intercept=self._intercept)
-            )
+            machine = Machine(self.config, unclaimed=self._access, intercept=self._intercept)
+            self.machine = half_built.enter_context(machine)
             half_built.callback(self._leave)
             self._outer = half_built.pop_all()
         return self
@@ -364,6 +361,9 @@ class Experiment:
     def retry(self) -> None:
         """Let the vCPU whose KVM_RUN failed try again."""
         self._go.release()
+
+    def _access(self, native: Any) -> bool:
+        return self.unclaimed is not None and self.unclaimed(native)
 
     def _intercept(self, stop: int, native: Any) -> bool | None:
         if stop != lib.PV_STOP_FAILED:

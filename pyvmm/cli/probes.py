@@ -111,8 +111,8 @@ def _protected(system: System) -> Finding:
     if protected:
         return Finding("kvm", "protected VMs", OK, "yes, this host runs pKVM (asking taints the kernel: TAINT_USER)")
     return Finding(
-        "kvm", "protected VMs", FAIL, "no: this kernel was not started in protected mode",
-        "boot it with kvm-arm.mode=protected on its command line, or use pyvmm --lab",
+        "kvm", "protected VMs", FAIL, "no: this kernel was not started in protected mode, or is older than them",
+        "boot a kernel that has them (7.3 does) with kvm-arm.mode=protected, or use pyvmm --lab",
     )  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""What can be seen of a run: counters, and what the kernel's own tracing tells."""
+"""What can be seen of a run: counters, page maps, timelines, and what the kernel's own tracing tells."""

@@ -90,12 +90,12 @@ def draw_timeline(
     head = [svg.heading(title)] if title else []
     if not ordered:
         nothing = svg.text(0, TEXT, "nothing happened", fill=FAINT)
-        return svg.stack([*head, Drawing(200, LINE, nothing), _notes(notes)], 4)
+        return svg.stack([*head, Drawing(200, LINE, nothing), *_notes(notes)], 4)
     times = _Times(ordered, start, by_order)
     addresses = _Addresses(ordered)
     plot = _axes(times, addresses) + _events(ordered, times, addresses)
     picture = Drawing(addresses.indent + WIDTH, addresses.height + 2 * LINE + 4, plot)
-    return svg.stack([*head, picture, _legend(ordered), _notes(notes)], 8)
+    return svg.stack([*head, picture, _legend(ordered), *_notes(notes)], 8)
 
 
 class _Times:
@@ -255,7 +255,7 @@ def _legend(events: Sequence[Event]) -> Drawing:
     return Drawing(x, LINE, "".join(parts))
 
 
-def _notes(notes: Sequence[str]) -> Drawing:
+def _notes(notes: Sequence[str]) -> list[Drawing]:
     lines = [line for note in notes for line in svg.wrapped(note, WIDTH)]
     body = "".join(svg.text(0, index * LINE + TEXT, line, fill=FAINT) for index, line in enumerate(lines))
-    return Drawing(max(map(svg.advance, lines), default=0), len(lines) * LINE, body)
+    return [Drawing(max(map(svg.advance, lines)), len(lines) * LINE, body)] if lines else []

@@ -62,8 +62,10 @@ _REG = "KVM_GET_ONE_REG KVM_SET_ONE_REG"
 CAUSES = (
     # kvm_arch_init_vm, pkvm_init_host_vm
     Cause(
-        "KVM_CREATE_VM", _errno.EINVAL, "this host makes no protected VMs: it does not run pKVM, or a kernel older than them",
-        "boot a newer arm64 kernel (7.3 makes them) with kvm-arm.mode=protected, use `pyvmm --lab`, or ask for --protection emulated",
+        "KVM_CREATE_VM", _errno.EINVAL,
+        "this host makes no protected VMs: it does not run pKVM, or its kernel is older than them",
+        "boot an arm64 kernel that has them (7.3 does) with kvm-arm.mode=protected, use `pyvmm --lab`, or ask for "
+        "--protection emulated",
         _protected,
     ),
     Cause(

@@ -21,9 +21,14 @@ from pyvmm.lab.kernels import BACKPORTS, SUITE
 CANONICAL_MIRROR = "http://deb.debian.org/debian"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 ARCHITECTURE = "arm64"
+LISTS_FRESH_SECONDS = 3600
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of it is, 0 to 1."""
+
+
+def silent(_what: str, _share: float) -> None:
+    """Report no progress."""
 
 
 class AptError(PyvmmError):
@@ -194,6 +199,24 @@ class Apt:
         if process.returncode != 0:
             raise _apt_error(command, "".join(said))
         progress(what, 1.0)
+
+
+def updated_apt(directory: Path, suites: Sequence[str], *, refresh: bool, progress: Progress) -> Apt:
+    """Give an apt whose lists of these suites are recent, from this machine's mirror or else the canonical one."""
+    mirrors = list(dict.fromkeys((machine_mirror(), CANONICAL_MIRROR)))
+    for mirror in mirrors:
+        apt = Apt(directory, mirror, suites)
+        apt.prepare()
+        age = apt.newest_age()
+        if age is not None and age < LISTS_FRESH_SECONDS and not refresh:
+            return apt
+        try:
+            apt.update(progress)
+            return apt
+        except AptError:
+            if mirror == mirrors[-1]:
+                raise
+    raise RuntimeError("no mirror")  # mirrors is never empty
 
 
 def _environment() -> dict[str, str]:

@@ -136,11 +136,11 @@ class Cache:
         return self.directory / ("current" if kernel == kernels.DEFAULT else f"current-{kernel}")
 
     @contextmanager
-    def lock(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Be the only writer; ``waiting`` is called once if another process is."""
+    def lock(self, waiting: Callable[[], None], name: str = "lock") -> Iterator[None]:
+        """Be the only one who holds it; ``waiting`` is called once if another process does."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            file = (self.directory / "lock").open("w")
+            file = (self.directory / name).open("w")
         except OSError as error:
             raise PyvmmError(
                 f"the cache {self.directory} cannot be written: {error.strerror}",
@@ -155,9 +155,9 @@ class Cache:
             yield
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """Give an empty directory beside the images; it is removed whatever happens. The lock must be held."""
-        path = self.directory / "partial"
+    def scratch(self, name: str = "partial") -> Iterator[Path]:
+        """Give an empty directory beside the images; it is removed whatever happens. A lock on it must be held."""
+        path = self.directory / name
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         try:

@@ -7,22 +7,16 @@ in the image is a signed Debian package, Python modules included: one mechanism,
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
 from pyvmm.lab import firstboot, kernels, rootfs
-from pyvmm.lab.apt import CANONICAL_MIRROR, Apt, AptError, Progress, machine_mirror, package_file
+from pyvmm.lab.apt import AptError, Progress, package_file, silent, updated_apt
 from pyvmm.lab.cache import FILES, Cache, FileRecord, Image, Manifest, file_sha256
+from pyvmm.lab.ownkernel import build_kernel, usable_kernel
 from pyvmm.lab.qemu import require_qemu
-
-LISTS_FRESH_SECONDS = 3600
-
-
-def silent(_what: str, _share: float) -> None:
-    """Report no progress."""
 
 
 def build_image(
@@ -35,12 +29,16 @@ def build_image(
     """Give the image of a host kernel, building it where there is none, or for ``refresh`` of the archive's newest.
 
     ``kernel`` is a name that ``kernels`` knows, or a file: that boots with the root of an image, one with the file's
-    modules if there is one. An image whose recipe is not this version's is built again. Where that needs the network
-    and there is none, an existing image is used and ``progress`` says so. UsageError for a kernel that is none,
-    PyvmmError where there is no image and none can be built.
+    modules if there is one. The project's own is built as well if need be, which takes minutes. An image whose recipe
+    is not this version's is built again. Where that needs the network and there is none, an existing image is used and
+    ``progress`` says so. UsageError for a kernel that is none, PyvmmError where there is no image and none can be
+    built.
     """
     cache = cache or Cache()
     found = kernels.find(kernel)
+    if found == kernels.OWN:
+        own = build_kernel(refresh=refresh, progress=progress, cache=cache)
+        found = kernels.KernelFile(own.path, own.release)
     if isinstance(found, kernels.KernelFile):
         root = build_image(_root_for(found, cache), refresh=refresh, progress=progress, cache=cache)
         return replace(root, file=found)
@@ -70,6 +68,10 @@ def usable_image(cache: Cache | None = None, *, kernel: str = kernels.DEFAULT, t
     """Give a kernel's image if this version made it and its files look whole; ``thorough`` reads them to be sure."""
     cache = cache or Cache()
     found = kernels.find(kernel)
+    if found == kernels.OWN:
+        if (own := usable_kernel(cache, thorough=thorough)) is None:
+            return None
+        found = kernels.KernelFile(own.path, own.release)
     if isinstance(found, str):
         return _usable(cache, found, thorough=thorough)
     root = _usable(cache, _root_for(found, cache), thorough=thorough)
@@ -93,7 +95,7 @@ def _usable(cache: Cache, kernel: str, *, thorough: bool = False) -> Image | Non
 def _build(cache: Cache, name: str, refresh: bool, progress: Progress) -> Image:
     require_qemu()
     suites = kernels.SUITES[name]
-    apt = _updated_apt(cache, suites, refresh, progress)
+    apt = updated_apt(cache.apt, suites, refresh=refresh, progress=progress)
     progress("resolving packages", 0.0)
     kernel = [pair for pair in apt.resolve(rootfs.KERNEL, suite=suites[-1]) if rootfs.KERNEL_PARTS.match(pair[0])]
     root = [pair for pair in apt.resolve(*rootfs.ROOTS) if pair[0] not in rootfs.UNUSED_PACKAGES]
@@ -124,24 +126,6 @@ def _build(cache: Cache, name: str, refresh: bool, progress: Progress) -> Image:
         image = cache.adopt(scratch, manifest, name)
     _drop_superseded(apt.archives, cache)
     return image
-
-
-def _updated_apt(cache: Cache, suites: Sequence[str], refresh: bool, progress: Progress) -> Apt:
-    """Give an apt whose lists of these suites are recent, from this machine's mirror or else the canonical one."""
-    mirrors = list(dict.fromkeys((machine_mirror(), CANONICAL_MIRROR)))
-    for mirror in mirrors:
-        apt = Apt(cache.apt, mirror, suites)
-        apt.prepare()
-        age = apt.newest_age()
-        if age is not None and age < LISTS_FRESH_SECONDS and not refresh:
-            return apt
-        try:
-            apt.update(progress)
-            return apt
-        except AptError:
-            if mirror == mirrors[-1]:
-                raise
-    raise RuntimeError("no mirror")  # mirrors is never empty
 
 
 def _record(path: Path) -> FileRecord:

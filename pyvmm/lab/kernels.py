@@ -1,4 +1,4 @@
-"""Which kernel the lab's host runs: one of Debian's by name, or a file. Reads the file; owns nothing.
+"""Which kernel the lab's host runs: one of Debian's, the project's own, or a file. Reads the file; owns nothing.
 
 The root is made of one release's packages whatever the kernel; only the modules in it belong to a kernel.
 """
@@ -26,6 +26,9 @@ SUITES: Final = {
 }
 """Debian's kernels by name: the suites that apt must know, the kernel's last."""
 
+OWN: Final = "own"
+"""The project's kernel, built from Debian's source: see ownkernel."""
+
 _BANNER: Final = re.compile(rb"Linux version ([^ \0\n%]{1,128}) \(")
 _UNKNOWN: Final = "of unknown release"
 _WANTED: Final = "an arm64 Image, plain or gzip, such as a kernel build's arch/arm64/boot/Image"
@@ -41,17 +44,18 @@ class KernelFile:
 
 def find(text: str) -> str | KernelFile:
     """Give the name or the file that ``text`` is, names first. UsageError where it is neither, or not a kernel's."""
-    if text in SUITES:
+    if text in SUITES or text == OWN:
         return text
     if "/" in text or os.path.lexists(text):
         return _read(text)
-    names = sorted(SUITES, key=lambda name: _likeness(text, name), reverse=True)
-    known = ", ".join(f"{name} (Debian's {SUITES[name][-1]})" for name in names)
+    meanings = {name: f"Debian's {suites[-1]}" for name, suites in SUITES.items()} | {OWN: "the project's, built here"}
+    names = sorted(meanings, key=lambda name: _likeness(text, name), reverse=True)
+    known = ", ".join(f"{name} ({meanings[name]})" for name in names)
     raise UsageError(f"no host kernel is called {text!r}, and no file", hint=f"{known}, or a file: {_WANTED}")
 
 
 def _likeness(text: str, name: str) -> float:
-    return max(difflib.SequenceMatcher(None, text, word).ratio() for word in (name, SUITES[name][-1]))
+    return max(difflib.SequenceMatcher(None, text, word).ratio() for word in (name, *SUITES.get(name, ())[-1:]))
 
 
 def _read(text: str) -> KernelFile:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyvmm.errors import HostError
 from pyvmm.lab.apt import KEYRING
 from pyvmm.lab.lab import require_native
+from pyvmm.lab.ownkernel import COMPILER, compiler_version
 from pyvmm.lab.qemu import require_qemu
+
+STDIO = Path("/usr/include/stdio.h")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,7 @@ class Need:
     missing: str | None
     package: str | None
     building: bool = False
-    """Needed only to build the image."""
+    """Needed only to build what the lab boots."""
 
 
 def needs() -> list[Need]:
@@ -29,6 +33,12 @@ def needs() -> list[Need]:
         Need("QEMU", _complaint(require_qemu), "qemu-system-arm"),
         Need("the native loop for arm64", _complaint(require_native), None),
         _program("setpriv", "util-linux"),
+        *_apt_needs(),
+    ]
+
+
+def _apt_needs() -> list[Need]:
+    return [
         _program("apt-get", None, building=True),
         _program("dpkg-deb", "dpkg", building=True),
         Need(
@@ -40,17 +50,37 @@ def needs() -> list[Need]:
     ]
 
 
+def kernel_needs() -> list[Need]:
+    """Look for everything that building the project's own kernel needs."""
+    return [
+        *_apt_needs(),
+        Need("the compiler for arm64", _complaint(compiler_version), COMPILER, building=True),
+        _program("gcc", "gcc", building=True),
+        Need("C headers", None if STDIO.exists() else f"{STDIO} does not exist", "libc6-dev", building=True),
+        *(_program(name, name, building=True) for name in ("make", "bc", "bison", "flex")),
+    ]
+
+
 def require(*, building: bool) -> None:
     """HostError naming all that is missing at once, with the line that installs it."""
-    lacking = [need for need in needs() if need.missing and (building or not need.building)]
+    _refuse((need for need in needs() if building or not need.building), "the lab's image", "the lab")
+
+
+def require_for_kernel() -> None:
+    """HostError naming all that is missing for building the project's own kernel, with the line that installs it."""
+    _refuse(kernel_needs(), "the project's own kernel", "building the project's own kernel")
+
+
+def _refuse(needs: Iterable[Need], made: str, who: str) -> None:
+    lacking = [need for need in needs if need.missing]
     if not lacking:
         return
     if any(need.what == "apt-get" for need in lacking):
-        raise HostError("the lab's image is made of Debian's packages, and this machine has no apt to fetch them with",
+        raise HostError(f"{made} is made of Debian's packages, and this machine has no apt to fetch them with",
                         hint="use Debian or Ubuntu, in a container if need be")  # fmt: skip
-    packages = " ".join(need.package for need in lacking if need.package)
+    packages = " ".join(dict.fromkeys(need.package for need in lacking if need.package))
     what = "; ".join(f"{need.what}: {need.missing}" for need in lacking)
-    raise HostError(f"the lab needs what is not here: {what}", hint=f"apt install {packages}" if packages else None)
+    raise HostError(f"{who} needs what is not here: {what}", hint=f"apt install {packages}" if packages else None)
 
 
 def _complaint(check: Callable[[], object]) -> str | None:

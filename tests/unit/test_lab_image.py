@@ -280,7 +280,7 @@ def archive(tmp_path, monkeypatch, make_deb):
     for suite in ("trixie", "trixie-backports"):
         make_deb(f"linux-binary-9.9-{suite}", {f"boot/vmlinuz-9.9-{suite}": f"MZ{suite}".encode()})
     monkeypatch.setattr(image, "require_qemu", lambda: "qemu")
-    monkeypatch.setattr(image, "_updated_apt", lambda *_: FakeApt(tmp_path))
+    monkeypatch.setattr(image, "updated_apt", lambda *_, **__: FakeApt(tmp_path))
     monkeypatch.setattr(image.firstboot, "write_additions", lambda _i, _p, _c, out: out.write(b"additions"))
 
 
@@ -333,11 +333,11 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(cache, monke
 
 @pytest.fixture
 def offline(monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise AptError("apt-get update failed:\n  E: Could not resolve", offline=True, hint="once")
 
     monkeypatch.setattr(image, "require_qemu", lambda: "qemu")
-    monkeypatch.setattr(image, "_updated_apt", fail)
+    monkeypatch.setattr(image, "updated_apt", fail)
 
 
 @pytest.mark.usefixtures("offline")

@@ -1,0 +1,169 @@
+"""One tree of Linux's source: unpacked from Debian's package, configured, compiled; what goes wrong is told in words.
+
+Owns the directory's contents, the processes of its make, and what is appended to the log. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import re
+import shlex
+import signal
+import subprocess
+import tarfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pyvmm.errors import PyvmmError
+from pyvmm.lab.apt import Progress, silent
+from pyvmm.lab.rootfs import _open_package as open_package
+
+ARCHIVE = re.compile(r"(?:\./)?usr/src/linux-source-[^/]+\.tar\.xz")
+
+# Most of Linux is architectures and drivers that this kernel has not. Their build descriptions stay: kconfig reads all.
+UNUSED = re.compile(
+    r"(?:Documentation|LICENSES|rust|sound|arch/(?!arm64/)[^/]+|"
+    r"drivers/(?:accel|crypto|gpu|iio|infiniband|media|scsi|staging|usb|video|(?:clk|net|pinctrl)/[^/]+)|"
+    r"tools/(?:perf|testing))/"
+)
+DESCRIPTION = re.compile(r"(?:.*/)?(?:(?:Kconfig|Makefile|Kbuild)[^/]*|[^/]*\.tbl)")
+
+STEPS = 2000
+"""Lines that make says while it compiles, about: what its progress is measured by."""
+STEP = re.compile(r"  [A-Z]+ +\S")
+COMPLAINT = re.compile(
+    r"\berror\b|\*\*\*|not found|no such file|no space left|killed|undefined reference", re.IGNORECASE
+)
+PASSED_ON = ("HOME", "PATH", "TMPDIR")
+"""Of the environment: what else there is may be meant for another kernel's make."""
+
+
+class KernelBuildError(PyvmmError):
+    """make gave up; ``log`` has everything it said."""
+
+    def __init__(self, message: str, log: Path, *, hint: str | None = None) -> None:
+        super().__init__(f"{message}\n  everything it said is in {log}", hint=hint)
+        self.log = log
+
+
+class SourceTree:
+    """Linux's source in ``directory``; ``variables`` are given to each make, ``log`` takes what it says."""
+
+    def __init__(self, directory: Path, log: Path, variables: Mapping[str, str]) -> None:
+        self.directory = directory
+        self.log = log
+        self._variables = variables
+
+    @property
+    def image(self) -> Path:
+        """The kernel, once compiled."""
+        return self.directory / "arch/arm64/boot/Image"
+
+    @property
+    def config(self) -> Path:
+        """The whole configuration, once configured."""
+        return self.directory / ".config"
+
+    @property
+    def release(self) -> str:
+        """What ``uname -r`` will say, once compiled."""
+        return (self.directory / "include/config/kernel.release").read_text().strip()
+
+    def unpack(self, package: Path, progress: Progress) -> None:
+        """Take from the package what an arm64 kernel of few drivers is made of."""
+        what = "unpacking the source"
+        progress(what, 0.0)
+        with open_package(package) as outer:
+            for member in outer:
+                if ARCHIVE.fullmatch(member.name) and (packed := outer.extractfile(member)):
+                    break
+            else:
+                raise PyvmmError(f"{package.name} has no source of Linux in it", hint="please report this")
+            try:
+                with lzma.open(packed) as plain, tarfile.open(fileobj=plain, mode="r|", bufsize=1 << 20) as tar:
+                    for number, file in enumerate(tar):
+                        self._place(tar, file)
+                        if number % 1000 == 999:
+                            progress(what, packed.tell() / member.size)
+            except (lzma.LZMAError, EOFError) as error:
+                raise PyvmmError(f"{package.name} is not a readable package: {error}") from error
+
+    def _place(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        name = member.name.partition("/")[2]
+        if UNUSED.match(name) and not DESCRIPTION.fullmatch(name):
+            return
+        path = self.directory / name
+        if ".." in path.parts:
+            raise PyvmmError(f"the source of Linux wants to be outside of its directory: {member.name}")
+        if member.isdir() or not name:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if member.issym():
+            path.symlink_to(member.linkname)
+        elif file := tar.extractfile(member):
+            path.write_bytes(file.read())
+            path.chmod(0o755 if member.mode & 0o100 else 0o644)
+
+    def configure(self, options: Sequence[str]) -> list[str]:
+        """Answer no to everything but ``options``; give those that this source does not take as they are."""
+        wanted = self.directory / "wanted.config"
+        wanted.write_text("".join(f"{line}\n" for line in options))
+        self._make("allnoconfig", {"KCONFIG_ALLCONFIG": wanted.name})
+        taken = set(self.config.read_text().splitlines())
+        taken |= {f"{line.split()[1]}=n" for line in taken if line.endswith(" is not set")}
+        known = {line.partition("=")[0] for line in taken}
+        return [
+            line for line in options
+            if line not in taken and not (line.endswith("=n") and line.removesuffix("=n") not in known)
+        ]  # fmt: skip
+
+    def compile(self, progress: Progress) -> None:
+        """Compile the kernel; KernelBuildError where that fails."""
+        self._make("Image", {}, progress)
+
+    def _make(self, target: str, variables: Mapping[str, str], progress: Progress = silent) -> None:
+        settings = [f"{name}={value}" for name, value in {**self._variables, **variables}.items()]
+        command = ["make", f"-j{len(os.sched_getaffinity(0))}", *settings, target]
+        complaints: list[str] = []
+        last: deque[str] = deque(maxlen=5)
+        steps = 0
+        with self.log.open("a", buffering=1) as log, subprocess.Popen(
+            command,
+            cwd=self.directory,
+            env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a ^C at the terminal is for us; all of make's processes end with this one
+        ) as process:
+            log.write(f"$ {shlex.join(command)}\n")
+            try:
+                for line in map(str.rstrip, process.stdout or ()):
+                    log.write(f"{line}\n")
+                    last.append(line)
+                    if STEP.match(line):
+                        steps += 1
+                        progress(f"compiling, about {STEPS:,} files", min(steps / STEPS, 0.99))
+                    elif COMPLAINT.search(line):
+                        complaints.append(line)
+            except BaseException:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+        if process.returncode != 0:
+            raise self._failure(f"make {target} ended with status {process.returncode}", complaints, last)
+
+    def _failure(self, what: str, complaints: list[str], last: Sequence[str]) -> KernelBuildError:
+        told = "".join(f"\n  | {line}" for line in dict.fromkeys((*complaints[:8], *last)))
+        all_told = "".join(complaints)
+        hint = None
+        if "No space left" in all_told:
+            hint = "free some space in the lab's cache, or set XDG_CACHE_HOME to a larger place"
+        elif "Killed" in all_told:
+            hint = "the machine ran out of memory: a compiler takes up to 500 MB for each CPU"
+        return KernelBuildError(f"the kernel could not be built: {what}; it said:{told}", self.log, hint=hint)

@@ -1,0 +1,525 @@
+"""The project's own kernel: what it is made of, when it is made again, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from pyvmm import cli, lab
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.lab import image, kernels, needs, ownkernel
+from pyvmm.lab.apt import AptError, Package
+from pyvmm.lab.cache import Cache, FileRecord, Image, file_sha256
+from pyvmm.lab.cache import Manifest as ImageManifest
+from pyvmm.lab.kbuild import KernelBuildError, SourceTree
+
+# make, as far as a kernel's build is concerned: takes notes, configures, compiles; $HOME/fail is what it does instead.
+MAKE = r"""
+echo "$*" >> "$HOME/made"
+env > "$HOME/environment"
+for word in "$@"; do case "$word" in KCONFIG_ALLCONFIG=*) wanted=${word#*=};; esac; done
+case "$*" in
+*allnoconfig)
+    cat $wanted "$HOME/instead" 2>/dev/null | grep -v '=n$' > .config
+    echo "# CONFIG_NOT_HERE is not set" >> .config;;
+*Image)
+    [ ! -e "$HOME/fail" ] || { . "$HOME/fail"; exit 2; }
+    for i in 1 2 3 4 5; do echo "  CC      kernel/error$i.o"; done
+    mkdir -p arch/arm64/boot include/config
+    echo 9.9.1-pyvmm > include/config/kernel.release
+    cat source > arch/arm64/boot/Image;;
+esac
+"""
+
+COMPILE_ERROR = """
+echo "  CC      kernel/fork.o"
+echo "kernel/fork.c:12:3: error: expected ';' before 'return'"
+for i in 1 2 3 4 5 6; do echo "  CC      mm/$i.o"; done
+echo "make[1]: *** [scripts/Makefile.build:9: kernel/fork.o] Error 1"
+"""
+
+
+def program(directory: Path, name: str, script: str) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
+
+
+def source_package(directory: Path, version: str, files: dict[str, bytes | None]) -> Path:
+    """Make a package with the source of Linux: contents by path, None for a link to ``source``."""
+    archive = directory / f"{version}.tree" / "usr" / "src" / f"linux-source-{version}.tar.xz"
+    archive.parent.mkdir(parents=True)
+    with tarfile.open(archive, "w:xz") as tar:
+        for path, data in {"source": version.encode(), **files}.items():
+            member = tarfile.TarInfo(f"linux-source-{version}/{path}")
+            member.mode = 0o755 if path.endswith(".sh") else 0o644
+            if data is None:
+                member.type, member.linkname = tarfile.SYMTYPE, "source"
+            member.size = len(data or b"")
+            tar.addfile(member, io.BytesIO(data or b""))
+    control = directory / f"{version}.tree" / "DEBIAN" / "control"
+    control.parent.mkdir()
+    fields = {"Package": f"linux-source-{version}", "Version": "1", "Architecture": "all", "Maintainer": "t"}
+    control.write_text("".join(f"{name}: {value}\n" for name, value in {**fields, "Description": "t"}.items()))
+    deb = directory / f"linux-source-{version}_1_all.deb"
+    subprocess.run(["dpkg-deb", "--build", control.parent.parent, deb], check=True, capture_output=True)
+    return deb
+
+
+class FakeApt:
+    """An archive with one source."""
+
+    def __init__(self, deb: Path) -> None:
+        self.deb = deb
+        self.archives = deb.parent
+
+    def resolve(self, name: str, suite: str) -> list[tuple[str, str]]:
+        assert (name, suite) == ("linux-source", "trixie-backports")
+        return [("bzip2", "1"), (self.deb.name.split("_")[0], "1"), ("linux-source", "1")]
+
+    def locate(self, packages: list[tuple[str, str]]) -> list[Package]:
+        (name, version) = packages[0]
+        return [Package(name, version, self.deb.name, self.deb.stat().st_size, file_sha256(self.deb))]
+
+    def download(self, _packages: list[Package], _progress: object) -> None:
+        (self.archives / self.deb.name).write_bytes(self.deb.read_bytes())
+
+
+class World:
+    """A cache, an archive, a make and a compiler, all small."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory, self._monkeypatch = directory, monkeypatch
+        self.home = directory / "home"
+        self.home.mkdir()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
+        self.cache = Cache()
+        self.bin = directory / "bin"
+        self.steps: list[str] = []
+        monkeypatch.setenv("PATH", f"{self.bin}:/usr/bin:/bin")
+        monkeypatch.setenv("HOME", str(self.home))
+        monkeypatch.setenv("MAKEFLAGS", "--nonsense")
+        monkeypatch.setenv("KCFLAGS", "-O0")
+        monkeypatch.setattr(ownkernel, "DISK", 0)
+        program(self.bin, "make", MAKE)
+        self.compiler("12.2.0")
+        self.fragment('CONFIG_KVM=y  # why\nCONFIG_LOCALVERSION="-x"  # whose\nCONFIG_SLOW=n  # so\n')
+        self.source("7.3")
+
+    def compiler(self, version: str) -> None:
+        program(self.bin, f"{ownkernel.CROSS}gcc", f"echo gcc {version}; echo more")
+
+    def fragment(self, text: str) -> None:
+        path = self.directory / "fragment"
+        path.write_text(text)
+        self._monkeypatch.setattr(ownkernel, "FRAGMENT", path)
+
+    def source(self, version: str, files: dict[str, bytes | None] | None = None) -> None:
+        apt = FakeApt(source_package(self.directory, version, files or {}))
+        self._monkeypatch.setattr(ownkernel, "updated_apt", lambda *_, **__: apt)
+
+    def offline(self) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise AptError("apt-get update failed", offline=True)
+
+        self._monkeypatch.setattr(ownkernel, "updated_apt", fail)
+
+    def fail(self, script: str) -> None:
+        (self.home / "fail").write_text(script)
+
+    def build(self, *, refresh: bool = False) -> ownkernel.OwnKernel:
+        return ownkernel.build_kernel(refresh=refresh, cache=self.cache, progress=self._progress)
+
+    def _progress(self, what: str, _share: float) -> None:
+        self.steps.append(what)
+
+    @property
+    def made(self) -> list[str]:
+        """The command lines of make until now."""
+        path = self.home / "made"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> World:
+    return World(tmp_path, monkeypatch)
+
+
+# ---- making it
+
+
+def test_the_kernel_is_what_make_made_of_the_source_and_its_manifest_says_of_what(world):
+    kernel = world.build()
+    assert kernel.path.read_bytes() == b"7.3"
+    assert kernel.release == "9.9.1-pyvmm"
+    assert kernel.manifest.source[:2] == ("linux-source-7.3", "1")
+    assert kernel.manifest.compiler == "gcc 12.2.0"
+    assert "CONFIG_KVM=y" in (kernel.directory / "config").read_text()
+    assert kernel.is_whole(thorough=True)
+    assert {"unpacking the source", "configuring"} <= set(world.steps)
+    assert any(step.startswith("compiling") for step in world.steps)
+
+
+def test_make_is_told_the_architecture_and_the_options_and_nothing_of_this_environment(world):
+    world.build()
+    configure, compile_ = world.made
+    for command in (configure, compile_):
+        assert re.match(r"-j\d+ ARCH=arm64 ", command)
+        assert f"CROSS_COMPILE={ownkernel.CROSS} " in command
+    assert configure.endswith("KCONFIG_ALLCONFIG=wanted.config allnoconfig")
+    assert compile_.endswith(" Image")
+    environment = (world.home / "environment").read_text()
+    assert "LC_ALL=C\n" in environment
+    assert not re.search("MAKEFLAGS|KCFLAGS", environment)
+
+
+def test_only_kernel_and_manifest_and_log_are_kept(world):
+    kernel = world.build()
+    home = world.cache.directory / "kernels"
+    assert sorted(path.name for path in home.iterdir()) == sorted(["build.log", "current", kernel.directory.name])
+    assert sorted(path.name for path in kernel.directory.iterdir()) == ["Image", "config", "manifest.json"]
+    assert not (world.cache.directory / "kernel-partial").exists()
+
+
+def test_the_second_call_asks_nobody(world):
+    kernel = world.build()
+    world.offline()
+    program(world.bin, "make", "exit 1")
+    assert world.build() == kernel
+
+
+def test_it_is_made_again_for_other_options_but_not_for_other_reasons(world):
+    first = world.build()
+    world.fragment('# a title\nCONFIG_KVM=y  # said better\n\nCONFIG_LOCALVERSION="-x"  # whose\nCONFIG_SLOW=n  # so\n')
+    assert world.build() == first
+    world.fragment("CONFIG_KVM=y  # why\n")
+    second = world.build()
+    assert second.directory != first.directory
+    assert first.path.exists()  # a lab may be starting from it
+
+
+def test_it_is_made_again_by_another_compiler_and_found_again_for_the_first(world):
+    first = world.build()
+    world.compiler("14.1.0")
+    assert world.build().manifest.compiler == "gcc 14.1.0"
+    world.compiler("12.2.0")
+    made = len(world.made)
+    assert world.build() == first
+    assert len(world.made) == made
+
+
+def test_a_kernel_stays_usable_when_its_compiler_is_gone(world, monkeypatch):
+    kernel = world.build()
+    monkeypatch.setenv("PATH", str(world.home))
+    with pytest.raises(HostError):
+        ownkernel.compiler_version()
+    assert world.build() == kernel
+
+
+def test_refresh_takes_a_newer_source_and_makes_nothing_of_the_same(world):
+    first = world.build()
+    assert world.build(refresh=True) == first
+    assert len(world.made) == 2
+    world.source("7.4")
+    assert world.build() == first
+    assert world.build(refresh=True).path.read_bytes() == b"7.4"
+    assert world.build().path.read_bytes() == b"7.4"
+
+
+def test_offline_the_kernel_that_is_there_is_better_than_none(world):
+    first = world.build()
+    world.offline()
+    assert world.build(refresh=True) == first
+    assert world.steps[-1] == f"offline: using the kernel of {first.manifest.built}"
+    first.path.unlink()
+    with pytest.raises(AptError):
+        world.build(refresh=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"7.X"])
+def test_a_damaged_kernel_is_found_and_made_again(world, damage):
+    kernel = world.build()
+    kernel.path.write_bytes(damage)
+    assert ownkernel.usable_kernel(world.cache, thorough=True) is None
+    assert world.build(refresh=True).path.read_bytes() == b"7.3"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"source": 3}', '{"source": ["a", "b", "c"], "more": 1}'])
+def test_a_manifest_that_is_none_means_no_kernel(world, text):
+    (world.build().directory / "manifest.json").write_text(text)
+    assert ownkernel.current_kernel(world.cache) is None
+
+
+def test_while_a_kernel_is_made_images_can_be(world, monkeypatch):
+    taken = []
+
+    def take(*_: object) -> list[str]:
+        with world.cache.lock(lambda: taken.append("waited")):
+            taken.append("taken")
+        return []
+
+    monkeypatch.setattr(SourceTree, "configure", take)
+    monkeypatch.setattr(SourceTree, "compile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        world.build()
+    assert taken == ["taken"]
+
+
+# ---- the source
+
+
+def test_only_what_an_arm64_kernel_is_made_of_is_unpacked(world):
+    files: dict[str, bytes | None] = dict.fromkeys((
+        "kernel/fork.c", "arch/arm64/kvm/arm.c", "drivers/net/virtio_net.c", "scripts/run.sh",
+        "arch/x86/entry/syscalls/syscall_32.tbl", "arch/x86/Kconfig", "drivers/gpu/drm/Kconfig.debug",
+        "drivers/gpu/Makefile",
+        "arch/x86/kernel/setup.c", "drivers/gpu/drm/drm.c", "drivers/net/ethernet/e.c", "Documentation/x.rst",
+        "tools/testing/t.c",
+    ), b"x")  # fmt: skip
+    world.source("7.5", {**files, "include/link": None})
+    log = world.directory / "log"
+    tree = SourceTree(world.directory / "tree", log, {})
+    shares = []
+    tree.unpack(world.directory / "linux-source-7.5_1_all.deb", lambda _what, share: shares.append(share))
+    found = {str(path.relative_to(tree.directory)) for path in tree.directory.rglob("*") if not path.is_dir()}
+    assert found == {"source", "include/link", *list(files)[:8]}
+    assert (tree.directory / "include/link").readlink() == Path("source")
+    assert (tree.directory / "scripts/run.sh").stat().st_mode & 0o111
+    assert not (tree.directory / "kernel/fork.c").stat().st_mode & 0o111
+
+
+def test_a_source_that_would_leave_its_directory_is_refused(world):
+    world.source("7.5", {"a/../../../escaped": b"x"})
+    with pytest.raises(PyvmmError, match="outside of its directory"):
+        world.build(refresh=True)
+    assert not list(world.directory.rglob("escaped"))
+
+
+def test_a_truncated_package_is_refused_by_name(world):
+    deb = world.directory / "linux-source-7.3_1_all.deb"
+    deb.write_bytes(deb.read_bytes()[:-200])
+    with pytest.raises(PyvmmError, match=r"linux-source-7.3_1_all\.deb is not a readable package"):
+        world.build()
+
+
+# ---- when it cannot be made
+
+
+def test_a_failing_build_says_what_the_compiler_said_and_where_the_rest_is(world):
+    world.fail(COMPILE_ERROR)
+    with pytest.raises(KernelBuildError) as caught:
+        world.build()
+    assert "make Image ended with status 2" in caught.value.message
+    assert "kernel/fork.c:12:3: error: expected ';' before 'return'" in caught.value.message
+    assert "| make[1]: *** [scripts/Makefile.build:9: kernel/fork.o] Error 1" in caught.value.message
+    assert "mm/1.o" not in caught.value.message
+    assert str(caught.value.log) in caught.value.message
+    log = caught.value.log.read_text()
+    assert log.startswith("linux-source-7.3 1, gcc 12.2.0\n$ make -j")
+    assert "  CC      mm/1.o\n" in log
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("fatal error: error writing to /tmp/x.s: No space left on device", "XDG_CACHE_HOME"),
+        ("gcc: fatal error: Killed signal terminated program cc1", "out of memory"),
+    ],
+)
+def test_what_a_machine_lacks_is_hinted_at(world, said, hint):
+    world.fail(f"echo '{said}'")
+    with pytest.raises(KernelBuildError) as caught:
+        world.build()
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_failed_build_leaves_the_source_and_nothing_half(world):
+    world.fail("exit 2")
+    with pytest.raises(KernelBuildError):
+        world.build()
+    home = world.cache.directory / "kernels"
+    assert sorted(path.name for path in home.iterdir()) == ["build.log", "source"]
+    assert not (world.cache.directory / "kernel-partial").exists()
+    (world.home / "fail").unlink()
+    assert world.build().path.read_bytes() == b"7.3"
+    assert not (home / "source").exists()
+
+
+def test_an_interrupted_build_ends_its_processes_and_leaves_nothing(world):
+    world.fail('echo $$ > "$HOME/pid"; echo "  CC      x.o"; sleep 100 & echo $! >> "$HOME/pid"; wait')
+
+    def interrupt(what: str, _share: float) -> None:
+        if what.startswith("compiling"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ownkernel.build_kernel(cache=world.cache, progress=interrupt)
+    assert not (world.cache.directory / "kernel-partial").exists()
+    assert ownkernel.current_kernel(world.cache) is None
+    deadline = time.monotonic() + 5
+    for pid in (world.home / "pid").read_text().split():
+        while Path(f"/proc/{pid}/stat").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text():
+            assert time.monotonic() < deadline, pid
+            time.sleep(0.02)
+
+
+def test_too_little_room_is_said_before_anything_is_fetched(world, monkeypatch):
+    monkeypatch.setattr(ownkernel, "DISK", 1 << 60)
+    with pytest.raises(PyvmmError, match=r"no space in .* MB are free") as caught:
+        world.build()
+    assert "XDG_CACHE_HOME" in (caught.value.hint or "")
+    assert not (world.cache.directory / "kernels" / "source").exists()
+
+
+def test_a_full_disk_is_said(world, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SourceTree, "unpack", full)
+    with pytest.raises(PyvmmError, match="the disk is full"):
+        world.build()
+
+
+def test_options_that_the_source_does_not_know_are_told_and_do_not_stop_the_build(world):
+    world.fragment("CONFIG_KVM=y  # a\nCONFIG_NOT_HERE=y  # b\nCONFIG_QUITE_GONE=n  # c\nCONFIG_STUBBORN=n  # d\n")
+    program(world.bin, "make", MAKE.replace("cat $wanted", "sed /NOT_HERE/d $wanted"))
+    (world.home / "instead").write_text("CONFIG_STUBBORN=y\n")
+    kernel = world.build()
+    assert kernel.manifest.refused == ["CONFIG_NOT_HERE=y", "CONFIG_STUBBORN=n"]
+    assert "not as asked in this source: CONFIG_NOT_HERE=y CONFIG_STUBBORN=n" in world.steps
+
+
+def test_without_a_compiler_the_package_is_named(world, monkeypatch):
+    monkeypatch.setenv("PATH", str(world.home))
+    with pytest.raises(HostError) as caught:
+        world.build()
+    assert caught.value.hint == f"apt install {ownkernel.COMPILER}"
+
+
+def test_everything_that_building_needs_is_named_at_once_and_the_lab_does_not_ask_for_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(needs, "STDIO", tmp_path / "stdio.h")
+    (tmp_path / "apt-get").touch(mode=0o755)
+    with pytest.raises(HostError) as caught:
+        needs.require_for_kernel()
+    wanted = f"{ownkernel.COMPILER} gcc libc6-dev make bc bison flex" if ownkernel.CROSS else "gcc libc6-dev make bc"
+    assert f"dpkg {wanted}" in (caught.value.hint or "").replace("debian-archive-keyring ", "")
+    assert "there is no bison" in caught.value.message
+    with pytest.raises(HostError) as caught:
+        needs.require(building=True)
+    assert "bison" not in str(caught.value)
+
+
+# ---- the options
+
+
+def test_every_option_has_its_reason_and_is_there_once():
+    lines = [line for line in ownkernel.FRAGMENT.read_text().splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        assert re.fullmatch(r'CONFIG_[A-Z0-9_]+=([yn]|\d+|"[^"#]+")  # \S.+', line), line
+        assert len(line) <= 120
+    names = [line.partition("=")[0] for line in lines]
+    assert sorted(set(names)) == sorted(names)
+    assert len(ownkernel.options()) == len(lines)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["KVM", "NVHE_EL2_DEBUG", "FTRACE", "ARM_PKVM_GUEST", "DMA_RESTRICTED_POOL", "9P_FS", "NET_9P_VIRTIO", "VIRTIO_BLK",
+     "VIRTIO_CONSOLE", "USERFAULTFD", "MEMORY_FAILURE", "ZRAM", "KSM"],
+)  # fmt: skip
+def test_what_it_is_for_is_among_the_options(option):
+    assert f"CONFIG_{option}=y" in ownkernel.options()
+
+
+# ---- as the lab's host
+
+
+@pytest.fixture
+def debians(world, monkeypatch) -> Image:
+    """Put an image of Debian's into the cache."""
+    monkeypatch.setattr(image.rootfs, "recipe_hash", lambda: "r")
+    with world.cache.lock(lambda: None), world.cache.scratch() as scratch:
+        files = {}
+        for name in ("Image", "root.cpio"):
+            (scratch / name).write_bytes(b"debian")
+            files[name] = FileRecord(6, file_sha256(scratch / name))
+        manifest = ImageManifest("9.9-arm64", "2026-01-02T03:04:05+00:00", "http://m", "r", [], files)
+        return world.cache.adopt(scratch, manifest)
+
+
+def test_own_boots_it_with_the_root_of_debians_image_and_makes_it_first(world, debians):
+    assert kernels.find("own") == kernels.OWN
+    assert image.usable_image(world.cache, kernel="own") is None
+    made = image.build_image("own", cache=world.cache)
+    assert (made.root, made.release) == (debians.root, "9.9.1-pyvmm")
+    assert made.kernel.read_bytes() == b"7.3"
+    assert not made.has_modules
+    assert image.usable_image(world.cache, kernel="own", thorough=True) == made
+
+
+# ---- the command
+
+
+@pytest.fixture
+def no_needs(monkeypatch):
+    for check in ("require", "require_for_kernel"):
+        monkeypatch.setattr(needs, check, lambda **_: None)
+
+
+@pytest.mark.usefixtures("no_needs")
+def test_lab_kernel_says_what_it_takes_then_which_it_is_and_where(world, capsys):
+    assert cli.main(["lab", "kernel"]) == 0
+    said = capsys.readouterr()
+    kernel = ownkernel.current_kernel(world.cache)
+    assert said.out == f"9.9.1-pyvmm, of linux-source-7.3 1: {kernel.path}\n"
+    assert "6 to 10 minutes" in said.err
+    assert "pyvmm: lab: unpacking the source\n" in said.err
+    assert cli.main(["lab", "kernel"]) == 0
+    assert capsys.readouterr() == (said.out, "")
+
+
+@pytest.mark.usefixtures("no_needs", "debians")
+def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(world, monkeypatch, capsys):
+    booted = []
+
+    class FakeLab:
+        def __init__(self, _options, *, image, **_):
+            booted.append(image)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def run(self, *_, **__):
+            return 42
+
+    monkeypatch.setattr(lab, "Lab", FakeLab)
+    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+    assert cli.main(["lab", "exec", "--host-kernel", "own", "true"]) == 42
+    assert booted[0].kernel == ownkernel.current_kernel(world.cache).path
+    assert "building the project's own kernel" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_needs")
+def test_status_tells_of_the_kernel(world, monkeypatch, capsys):
+    monkeypatch.setattr(needs, "needs", list)
+    cli.main(["lab", "status"])
+    assert re.search(r"^own +none yet \(pyvmm lab kernel\)$", capsys.readouterr().out, re.MULTILINE)
+    kernel = world.build()
+    cli.main(["lab", "status"])
+    assert re.search(rf"^own +9.9.1-pyvmm, .*{kernel.path}$", capsys.readouterr().out, re.MULTILINE)
+    cli.main(["lab", "status", "--json"])
+    assert json.loads(capsys.readouterr().out)["kernel"]["path"] == str(kernel.path)
+    world.compiler("14.1.0")
+    cli.main(["lab", "status"])
+    assert re.search(r"^own +to be built again: .*another compiler", capsys.readouterr().out, re.MULTILINE)

@@ -124,30 +124,28 @@ class Experiment:
         """What else to give back at the end; run before the machine is closed."""
         self._outer = contextlib.ExitStack()
         self._want_faults, self.unclaimed = faults, unclaimed
-        self._next = FREE
+        self._begun, self._next = 0, FREE
         self._events: list[tuple[int, str, int, int]] = []
         self._failures: queue.Queue[RunFailure] = queue.Queue()
         self._go = threading.Semaphore(0)
-        self._begun = 0
         self._started = self._leaving = False
 
     def __enter__(self) -> Self:
         self._begun = time.monotonic_ns()
-        with contextlib.ExitStack() as half_built:
+        with contextlib.ExitStack() as undo:
             if self._want_faults is not False:
                 # Faults on the payload's own pages and on devices are not what an experiment is about.
-                self._trace = half_built.enter_context(FaultTrace(range(FREE, 1 << 52)))
+                self._trace = undo.enter_context(FaultTrace(range(FREE, 1 << 52)))
                 if self._want_faults and not self._trace.available:
                     raise Untold(f"faults cannot be counted: {self._trace.why_not}")
             if self.backing == "hugetlb":
                 need = self.config.memory // HUGE_SIZE
-                half_built.enter_context(self.setting("/proc/sys/vm/nr_hugepages", str(need + SPARE_HUGE_PAGES)))
+                undo.enter_context(self.setting("/proc/sys/vm/nr_hugepages", str(need + SPARE_HUGE_PAGES)))
             if self.backing == "thp":
-                half_built.enter_context(self.setting(SHMEM_ENABLED, "advise"))
-            machine = Machine(self.config, unclaimed=self._access, intercept=self._intercept)
-            self.machine = half_built.enter_context(machine)
-            half_built.callback(self._leave)
-            self._outer = half_built.pop_all()
+                undo.enter_context(self.setting(SHMEM_ENABLED, "advise"))
+            self.machine = undo.enter_context(Machine(self.config, unclaimed=self._access, intercept=self._intercept))
+            undo.callback(self.end)
+            self._outer = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,9 +156,11 @@ class Experiment:
         with self._outer:
             self.stack.close()
 
-    def _leave(self) -> None:
+    def end(self) -> None:
+        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back. Idempotent."""
         self._leaving = True
         self._go.release(self.config.cpus)
+        self.machine.close_vm()
 
     # -- the guest and its memory
 

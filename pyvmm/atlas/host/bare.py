@@ -1,0 +1,122 @@
+"""A VM made of nothing but its descriptors and mappings, each of which can be let go of alone, in any order.
+
+Its guest stores a word to every page of its memory but the first, which holds its code, and powers itself off. What is
+let go of is replaced, not closed, so that numbers and addresses stay taken and nothing else of this process is hit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from errno import errorcode
+from typing import Self
+
+from pyvmm._native import ffi, lib
+from pyvmm.kvm.system import System
+from pyvmm.memory import mman
+from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.backing import Memfd
+from pyvmm.protection import Protection
+from pyvmm.uapi.kvm import KVM_RUN, KVM_VM_TYPE_ARM_PROTECTED
+from pyvmm.uapi.kvm_arm64 import core_reg
+from pyvmm.uapi.kvm_run import ExitReason
+
+BASE = Gpa(0x8000_0000)
+WORD = 0x5EC2_E75E_C2E7
+# 1: STR X3, [X1]; ADD X1, X1, #1, LSL #12; SUBS X2, X2, #1; B.NE 1b; HVC #0
+CODE = (0xF900_0023, 0x9140_0421, 0xF100_0442, 0x54FF_FFA1, 0xD400_0002)
+SYSTEM_OFF = 0x8400_0008
+HOLDERS = ("vm", "vcpu", "run", "memory", "memfd")
+"""What can be let go of: two descriptors, the mapping of kvm_run, that of guest memory, and its descriptor."""
+
+
+class Bare:
+    """A VM of one vCPU and ``pages`` pages of a memfd; a context manager. ``witness`` is another mapping of that."""
+
+    def __init__(self, protection: Protection, pages: int = 4) -> None:
+        self.pages = pages
+        self._protected = protection is Protection.PKVM
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as half_built:
+            push = half_built.enter_context
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            half_built.callback(os.close, null)
+            size = self.pages * PAGE_SIZE
+            self.memfd = push(Memfd(size))
+            self.witness = mman.map_shared(self.memfd.fd, size)
+            half_built.callback(mman.unmap, self.witness, size)
+            self.memfd.load(0, b"".join(word.to_bytes(4, "little") for word in CODE))
+            self.system = push(System.open())
+            self.vm = push(self.system.create_vm(KVM_VM_TYPE_ARM_PROTECTED if self._protected else 0))
+            self.vm.set_memory(0, BASE, size, self.memfd.hva)
+            self.vcpu = push(self.vm.create_vcpu(0))
+            self.vcpu.init()
+            self.rewind()
+            self._null = null
+            self._stack = half_built.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+        self._stack.close()
+
+    def rewind(self) -> None:
+        """Set the guest to its start."""
+        values = {"pc": BASE, "x0": SYSTEM_OFF, "x1": BASE + PAGE_SIZE, "x2": self.pages - 1, "x3": WORD}
+        for name, value in values.items():
+            self.vcpu.set_reg(core_reg(name), value)
+
+    def run(self) -> str:
+        """Run the guest to its end: ``off``, the errno of KVM_RUN, or the number of another exit."""
+        _, error = self.vcpu.attempt(KVM_RUN)
+        if error:
+            return errorcode.get(error, str(error))
+        reason = self.vcpu.run.exit_reason
+        return "off" if reason == ExitReason.KVM_EXIT_SYSTEM_EVENT else f"exit {reason}"
+
+    def let_go(self, holder: str) -> None:
+        """Drop one reference, a key of HOLDERS."""
+        match holder:
+            case "vm":
+                os.dup2(self._null, self.vm.fileno(), inheritable=False)
+            case "vcpu":
+                os.dup2(self._null, self.vcpu.fileno(), inheritable=False)
+            case "memfd":
+                os.dup2(self._null, self.memfd.fd, inheritable=False)
+            case "run":
+                self._cover(self.vcpu.run_address, self.system.vcpu_mmap_size)
+            case "memory":
+                self._cover(self.memfd.hva, self.memfd.size)
+
+    def clear_pages(self) -> int:
+        """Count the pages that the guest stored to and that read as zeros through the witness."""
+        data = [look(self.witness + page * PAGE_SIZE) for page in range(1, self.pages)]
+        return sum(page == bytes(PAGE_SIZE) for page in data)
+
+    def _cover(self, address: int, size: int) -> None:
+        with contextlib.closing(Memfd(size)) as other:
+            mman.map_over(address, size, other.fd, 0, mman.PROT_RW)
+
+
+def look(address: int, size: int = PAGE_SIZE) -> bytes | None:
+    """Load bytes from an address of ours, guarded; None where that faults."""
+    room = bytearray(size)
+    done = lib.pv_copy(ffi.from_buffer("uint8_t[]", room), ffi.cast("void *", address), size)
+    return bytes(room) if done == size else None
+
+
+def store(address: int, value: int) -> bool:
+    """Store 64 bits to an address of ours, guarded; False where that faults."""
+    return int(lib.pv_copy(ffi.cast("void *", address), value.to_bytes(8, "little"), 8)) == 8
+
+
+def locked() -> tuple[int, int]:
+    """Return VmLck and VmPin of this process, in kB."""
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status if ":" in line)
+    return int(fields["VmLck"].split()[0]), int(fields["VmPin"].split()[0])

@@ -107,6 +107,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         recorder.watch(memory, [ring.native])
         assert [event.ns for event in recorder.events()] == [0, 1]
         assert recorder.lost == 3 + 3 + 4
+        recorder.stop()
         assert recorder.notes == [
             "faults were not recorded: no tracefs",
             "10 events were lost: there was no room for them",

@@ -19,6 +19,7 @@ from pyvmm.errors import GuestMemoryError, HostError, UsageError, hex_
 from pyvmm.memory import mman
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Hva, is_aligned
 from pyvmm.memory.mman import MappingError
+from pyvmm.protection import Protection
 from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
 from pyvmm.uapi.memfd import (
@@ -234,6 +235,28 @@ class PrivateGuestMemfd(_GuestMemfdBacking):
 
     def __init__(self, vm: Vm, size: int) -> None:
         super().__init__(vm, size, GUEST_MEMFD_FLAG_MMAP)
+
+
+def check_usable(protection: Protection, what: str, *, guest_memfd: bool, huge: bool) -> None:
+    """Raise UsageError for a kind of backing that no slot in this protection can use; ``what`` names it."""
+    if protection is Protection.PKVM and guest_memfd:
+        raise UsageError(
+            f"{what} cannot back a protected guest: the kernel takes the slot, but pins a protected guest's "
+            "pages through the host's mapping, and KVM_RUN fails with EIO on those of a guest_memfd",
+            hint="use a memfd; pKVM makes its pages private when the guest touches them",
+        )
+    if protection is Protection.PKVM and huge:
+        raise UsageError(
+            f"{what} cannot back a protected guest: pages are donated one by one, and KVM_RUN fails with EIO "
+            "on hugetlb pages",
+            hint="use a memfd of 4 KiB pages",
+        )
+    if protection is Protection.EMULATED and huge:
+        raise UsageError(
+            f"{what} cannot back the emulated protection: 4 KiB pages change hands, and a mapping of huge "
+            "pages opens and closes by 2 MiB",
+            hint="use a memfd, or guest_memfd",
+        )
 
 
 def _memfd_create(hugetlb: bool) -> int:

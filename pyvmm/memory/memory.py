@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, UsageError, hex_
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, pages, span
-from pyvmm.memory.backing import Backing, Memfd
+from pyvmm.memory.backing import Backing, Memfd, check_usable
 from pyvmm.memory.conversion import SMCCC_SUCCESS, CopyConversion
 from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
 from pyvmm.memory.memlock import LockedMemory
@@ -84,6 +84,11 @@ class Memory:
         return self._table.slots
 
     @property
+    def free_slots(self) -> int:
+        """How many more memslots the kernel takes."""
+        return self._table.free
+
+    @property
     def sealed(self) -> bool:
         """Whether the guest may have run: :meth:`seal` was called."""
         return self._sealed
@@ -116,10 +121,7 @@ class Memory:
         """
         size = backing.size - offset if size is None else size
         with self._changing():
-            self._own(backing)
-            huge = isinstance(backing, Memfd) and backing.hugetlb
-            self.check_usable(repr(backing), guest_memfd=backing.guest_memfd is not None, huge=huge)
-            self._table.check_new(gpa, size, backing, offset)
+            self._take(gpa, size, backing, offset)
             if self.protection is Protection.EMULATED:
                 backing.separate_view()
                 if self._sealed:
@@ -139,6 +141,14 @@ class Memory:
                 raise
             self._tell("slot", slot.gpa, size)
             return slot
+
+    def reserve(self, gpa: int, backing: Backing) -> None:
+        """Close ``backing`` with this memory, and check as :meth:`add` does that it could be added at ``gpa``, whole.
+
+        Adds nothing: parts of it may be added later, where they would have been.
+        """
+        with self._changing():
+            self._take(gpa, backing.size, backing, 0)
 
     def remove(self, slot: Slot) -> None:
         """Take a slot away; its backing stays open until it is closed, or this memory is.
@@ -285,6 +295,12 @@ class Memory:
         if self.on_change is not None:
             self.on_change(kind, gpa, size)
 
+    def _take(self, gpa: int, size: int, backing: Backing, offset: int) -> None:
+        self._own(backing)
+        huge = isinstance(backing, Memfd) and backing.hugetlb
+        self.check_usable(repr(backing), guest_memfd=backing.guest_memfd is not None, huge=huge)
+        self._table.check_new(gpa, size, backing, offset)
+
     def _own(self, backing: Backing) -> None:
         if not any(each is backing for each in self._owned):
             self._owned = [*(each for each in self._owned if not each.closed), backing]
@@ -307,24 +323,7 @@ class Memory:
 
     def check_usable(self, what: str, *, guest_memfd: bool, huge: bool) -> None:
         """Raise UsageError for a kind of backing that no slot in this protection can use; ``what`` names it."""
-        if self.protection is Protection.PKVM and guest_memfd:
-            raise UsageError(
-                f"{what} cannot back a protected guest: the kernel takes the slot, but pins a protected guest's "
-                "pages through the host's mapping, and KVM_RUN fails with EIO on those of a guest_memfd",
-                hint="use a memfd; pKVM makes its pages private when the guest touches them",
-            )
-        if self.protection is Protection.PKVM and huge:
-            raise UsageError(
-                f"{what} cannot back a protected guest: pages are donated one by one, and KVM_RUN fails with EIO "
-                "on hugetlb pages",
-                hint="use a memfd of 4 KiB pages",
-            )
-        if self.protection is Protection.EMULATED and huge:
-            raise UsageError(
-                f"{what} cannot back the emulated protection: 4 KiB pages change hands, and a mapping of huge "
-                "pages opens and closes by 2 MiB",
-                hint="use a memfd, or guest_memfd",
-            )
+        check_usable(self.protection, what, guest_memfd=guest_memfd, huge=huge)
 
     def _enter(self, slot: Slot, entry: int) -> None:
         self.ledger.fill(slot.area, slot.gpa, slot.size, entry, quiet=not self._sealed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,7 +20,7 @@ from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.memory import Memory
 from pyvmm.protection import Protection
-from tests.pkvm.harness import Footprint, puppet
+from tests.pkvm.harness import DEADLINE, Footprint, puppet
 
 pytestmark = pytest.mark.pkvm
 PAGE = Gpa(RAM_BASE + PRIVATE_BOOT + 0x10_0000)
@@ -235,6 +237,45 @@ def _drop_capabilities(*numbers: int) -> None:
     for number in numbers:
         data[0].effective &= ~(1 << number)
     assert libc.capset(ctypes.byref(header), data) == 0
+
+
+@isolating
+def test_slots_come_and_go_while_vcpus_share_pages_and_copies_read_them(protection):
+    with puppet(protection, cpus=3) as (machine, guest):
+        memory, pages, many = machine.memory, 8, 60
+        guests = [guest.cpu_on(1), guest.cpu_on(2)]
+        guest.share(PAGE - PAGE_SIZE)
+        guest.write64(PAGE - PAGE_SIZE, VALUE)
+        stop, wrong = threading.Event(), []
+
+        def reader():
+            while not stop.is_set():
+                if memory.read(PAGE - PAGE_SIZE, 8) != VALUE.to_bytes(8, "little"):
+                    wrong.append(1)
+
+        def sharer(each, start):
+            while not stop.is_set():
+                each.share(start, pages)
+                each.unshare(start, pages)
+
+        with ThreadPoolExecutor(4) as pool:
+            working = [pool.submit(reader)]
+            working += [pool.submit(sharer, each, PAGE + at * 16 * PAGE_SIZE) for at, each in enumerate(guests)]
+            try:
+                files = [Memfd(many * PAGE_SIZE), Memfd(PAGE_SIZE)]
+                for index in range(many):
+                    gpa = BEYOND + 2 * index * PAGE_SIZE
+                    memory.add(gpa, files[0], offset=index * PAGE_SIZE, size=PAGE_SIZE)
+                    if protection is not Protection.PKVM:
+                        memory.remove(memory.add(gpa + PAGE_SIZE, files[1]))
+            finally:
+                stop.set()
+            for each in working:
+                each.result(DEADLINE)
+        assert wrong == []
+        assert machine.native.map.count == many + 1
+        assert machine.native.shares >= 2 * pages
+        assert {state: machine.native.pages[state] for state in PageState} == memory.ledger.counts()
 
 
 def test_guest_memory_leaves_nothing_behind():

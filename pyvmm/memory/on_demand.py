@@ -1,0 +1,158 @@
+"""Guest memory that comes into being at its first access: slots added when a guest reaches where none is.
+
+An ``OnDemand`` owns nothing: its files are the ``Memory``'s. vCPU threads call it, one at a time gets through; its lock
+is taken before the memory's. It is the one way to fill a protected guest's memory lazily, as the faults of one cannot
+wait for userfaultfd: an access without a memslot leaves the guest as an MMIO exit, in every protection.
+
+The access is never carried out here. The guest makes it again when there is memory (``pv_mmio_retry``): whatever its
+width, across pages too, of whose parts KVM tells neither which are there nor where they are; and after another vCPU has
+had the page donated, when the host could not carry it out any more. Only what KVM can decode leaves the guest: plain
+loads and stores. At pairs, write-back and instruction fetches a guest gets an abort, or its VMM ENOSYS.
+
+Hostile guests: every gpa is looked up in fixed ranges; there are ``limit`` slots at most; whoever wants more, or asks
+elsewhere, gets the external abort that any address without memory gives.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pyvmm._native import lib
+from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, is_aligned, span
+from pyvmm.memory.backing import Memfd
+from pyvmm.memory.memlock import require_memlock
+from pyvmm.protection import Protection
+
+if TYPE_CHECKING:
+    from pyvmm.memory.memory import Memory
+
+LIMIT = 1024
+
+Fill: TypeAlias = "Callable[[Gpa, int], bytes | bytearray | memoryview | None]"
+"""Says what ``[gpa, gpa + size)`` holds at first: ``size`` bytes at most, zeros behind them; None: zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    gpa: int
+    size: int
+    file: Memfd
+
+
+class OnDemand:
+    """Memory for ``ranges`` of (gpa, size), in slots of ``granule`` bytes, the last of a range maybe smaller.
+
+    Make it the machine's ``unclaimed``, and attach it before the start::
+
+        lazy = OnDemand([(0x2000_0000, 64 << 20)], granule=1 << 16, fill=lambda gpa, size: contents(gpa, size))
+        with Machine(config, unclaimed=lazy) as machine:
+            lazy.attach(machine.memory)
+            machine.run()
+
+    ``fill`` runs in the thread of the vCPU that waits, while the others may have to wait too: it must wait for none of
+    them. What it raises ends the run.
+    """
+
+    def __init__(
+        self,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        granule: int = HUGE_SIZE,
+        fill: Fill | None = None,
+        limit: int = LIMIT,
+    ) -> None:
+        self.ranges = sorted(ranges)
+        self.granule = granule
+        self.limit = limit
+        """How many slots there may be."""
+        self.slots = 0
+        """How many were added."""
+        self.late = 0
+        """Accesses that found their slot there already, added for another vCPU's."""
+        self.refused = 0
+        """Accesses that would have been a slot too many."""
+        self._fill = fill
+        self._lock = threading.Lock()
+        self._memory: Memory | None = None
+        self._windows: list[_Window] = []
+        self._filled: set[int] = set()
+        self._check()
+
+    def attach(self, memory: Memory) -> None:
+        """Serve the guest of ``memory``. Once, before it runs: a protected guest's memory must be lockable, all of it.
+
+        UsageError where a range is, or overlaps, memory or a device; HostError where so much cannot be locked.
+        """
+        if self._memory:
+            raise UsageError("memory on demand serves one guest, and has one already")
+        for gpa, size in self.ranges:
+            self._check_devices(memory, gpa, size)
+        if memory.protection is Protection.PKVM:
+            most = min(self.limit * self.granule, sum(size for _, size in self.ranges))
+            require_memlock(sum(slot.size for slot in memory.slots) + most)
+        windows = []
+        for gpa, size in self.ranges:
+            # One sparse file a range, not a slot: descriptors are few.
+            file = Memfd(size)
+            memory.reserve(gpa, file)
+            windows.append(_Window(gpa, size, file))
+        self._windows = windows
+        self._memory = memory
+
+    def __call__(self, native: Any) -> bool:
+        """Provide memory for the access that ``native`` (``struct pv_vcpu *``) is stopped at; False if it has none."""
+        memory = self._memory
+        if memory is None:
+            raise PyvmmError("memory on demand is not attached", hint="call attach(machine.memory) before the start")
+        gpa = native.gpa
+        number = bisect_right(self.ranges, gpa, key=lambda each: each[0]) - 1
+        if number < 0 or gpa - self.ranges[number][0] >= self.ranges[number][1]:
+            return False
+        with self._lock:
+            if memory.contains(gpa):
+                self.late += 1
+            elif self.slots >= self.limit or not memory.free_slots:
+                self.refused += 1
+                return False
+            else:
+                self._provide(memory, self._windows[number], gpa)
+        lib.pv_mmio_retry(native)
+        return True
+
+    def _provide(self, memory: Memory, window: _Window, gpa: int) -> None:
+        offset = (gpa - window.gpa) // self.granule * self.granule
+        start, size = Gpa(window.gpa + offset), min(self.granule, window.size - offset)
+        # One that was removed comes back as it was.
+        if self._fill and start not in self._filled and (data := self._fill(start, size)):
+            if len(data) > size:
+                raise UsageError(f"{len(data)} bytes were given to fill {span(start, size)}, of {size} bytes")
+            window.file.load(offset, data)
+        memory.add(start, window.file, offset=offset, size=size)
+        self._filled.add(start)
+        self.slots += 1
+
+    def _check(self) -> None:
+        if self.granule <= 0 or not is_aligned(self.granule):
+            raise UsageError(f"a granule of {self.granule:#x} bytes: a multiple of {PAGE_SIZE:#x} is needed")
+        if self.limit < 1:
+            raise UsageError(f"memory on demand of at most {self.limit} slots: at least one is needed")
+        before = 0
+        for gpa, size in self.ranges:
+            if gpa < 0 or size <= 0 or not (is_aligned(gpa) and is_aligned(size)):
+                raise UsageError(f"no memory on demand at {gpa:#x}, {size:#x} bytes: whole pages are needed")
+            if gpa < before:
+                raise UsageError(f"memory on demand at {span(gpa, size)} overlaps the range before it")
+            before = gpa + size
+
+    def _check_devices(self, memory: Memory, gpa: int, size: int) -> None:
+        bus = memory.native.bus
+        for window in bus.ranges[0 : bus.count] if bus else ():
+            if window.base < gpa + size and gpa < window.base + window.size:
+                raise UsageError(
+                    f"memory on demand at {span(gpa, size)} would hide the device at {hex_(window.base)} from the guest"
+                )

@@ -1,0 +1,256 @@
+"""Memory on demand without KVM: what an unclaimed access makes of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from memory_helper import BASE, MIB, build
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import GuestMemoryError, HostError, KvmError, PyvmmError, UsageError
+from pyvmm.memory import on_demand
+from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.on_demand import OnDemand
+from pyvmm.protection import Protection
+
+START = 0x2000_0000
+GRANULE = 2 * PAGE_SIZE
+EXIT_MMIO = 6
+
+
+class Access:
+    """A vCPU stopped at an access."""
+
+    def __init__(self, gpa: int) -> None:
+        self.run = ffi.new("uint32_t[]", 1024)
+        self.run[2] = EXIT_MMIO
+        self.native = ffi.new("struct pv_vcpu *", {"gpa": gpa, "size": 8, "run": self.run})
+
+    @property
+    def made_again(self) -> bool:
+        return self.run[2] == 0
+
+
+def contents(gpa: int, size: int) -> bytes:
+    assert size % PAGE_SIZE == 0
+    return b"".join(page.to_bytes(8, "little") * 512 for page in range(gpa, gpa + size, PAGE_SIZE))
+
+
+def attached(protection=Protection.NONE, ranges=((START, 8 * GRANULE),), **options):
+    vm, memory, _ = build(protection, most=64)
+    lazy = OnDemand(ranges, **{"granule": GRANULE, "fill": contents} | options)
+    lazy.attach(memory)
+    memory.seal()
+    return vm, memory, lazy
+
+
+def test_an_access_brings_its_granule_and_is_made_again():
+    vm, memory, lazy = attached()
+    with memory:
+        access = Access(START + 3 * GRANULE + PAGE_SIZE + 4092)
+        assert lazy(access.native)
+        assert access.made_again
+        assert vm.layout() == [(START + 3 * GRANULE, GRANULE), (BASE, MIB)]
+        assert memory.read(START + 3 * GRANULE, GRANULE) == contents(START + 3 * GRANULE, GRANULE)
+        assert (lazy.slots, lazy.late, lazy.refused) == (1, 0, 0)
+
+
+def test_an_access_elsewhere_is_not_ours():
+    vm, memory, lazy = attached()
+    with memory:
+        for gpa in (0, START - 1, START + 8 * GRANULE, (1 << 64) - 1):
+            access = Access(gpa)
+            assert not lazy(access.native)
+            assert not access.made_again
+        assert len(vm.live) == 1
+
+
+def test_an_access_that_finds_its_memory_there_is_only_made_again():
+    _, memory, lazy = attached()
+    with memory:
+        lazy(Access(START).native)
+        memory.write(START, b"changed")
+        access = Access(START + 8)
+        assert lazy(access.native)
+        assert access.made_again
+        assert memory.read(START, 7) == b"changed"
+        assert (lazy.slots, lazy.late) == (1, 1)
+
+
+def test_the_last_granule_ends_with_its_range():
+    vm, memory, lazy = attached(ranges=[(START + 16 * MIB, PAGE_SIZE), (START, GRANULE + PAGE_SIZE)])
+    with memory:
+        lazy(Access(START + GRANULE + 1).native)
+        lazy(Access(START + 16 * MIB).native)
+        assert vm.layout()[:2] == [(START + GRANULE, PAGE_SIZE), (START + 16 * MIB, PAGE_SIZE)]
+
+
+def test_what_is_not_filled_is_zeros():
+    for fill in (None, lambda _gpa, _size: None, lambda _gpa, _size: b"", lambda _gpa, _size: b"some"):
+        _, memory, lazy = attached(fill=fill)
+        with memory:
+            lazy(Access(START).native)
+            assert memory.read(START, GRANULE).lstrip(b"some") == bytes(GRANULE - (4 if fill and fill(0, 0) else 0))
+
+
+@pytest.mark.parametrize("protection", list(Protection), ids=lambda p: p.value)
+def test_contents_are_there_before_the_guest_and_then_the_guests_alone(protection):
+    _, memory, lazy = attached(protection)
+    with memory:
+        lazy(Access(START).native)
+        slot = memory.slots[0]
+        assert bytes(ffi.buffer(ffi.cast("uint8_t *", slot.hva), 8)) == START.to_bytes(8, "little")
+        assert memory.ledger.entry(START) == memory.ledger.entry(BASE)
+        if protection is Protection.EMULATED:
+            with pytest.raises(GuestMemoryError, match="private to the guest"):
+                memory.read(START, 8)
+
+
+def test_a_guest_gets_so_many_slots_and_no_more():
+    vm, memory, lazy = attached(limit=3)
+    with memory:
+        assert [lazy(Access(START + index * GRANULE).native) for index in range(8)] == [True] * 3 + [False] * 5
+        assert lazy(Access(START).native)
+        assert (lazy.slots, lazy.late, lazy.refused) == (3, 1, 5)
+        assert len(vm.live) == 4
+
+
+def test_a_kernel_that_has_no_slot_left_is_not_asked():
+    _, memory, lazy = attached()
+    with memory:
+        memory._table._most = 2
+        assert lazy(Access(START).native)
+        assert memory.free_slots == 0
+        assert not lazy(Access(START + GRANULE).native)
+        assert lazy.refused == 1
+
+
+def test_a_slot_that_was_removed_comes_back_as_it_was():
+    _, memory, lazy = attached()
+    with memory:
+        lazy(Access(START).native)
+        memory.write(START, b"changed")
+        memory.remove(memory.slots[0])
+        assert lazy(Access(START).native)
+        assert memory.read(START, 7) == b"changed"
+
+
+def test_vcpus_that_reach_for_one_granule_at_once_get_one_slot():
+    filled = []
+
+    def fill(gpa, size):
+        filled.append(gpa)
+        time.sleep(0.01)
+        return contents(gpa, size)
+
+    vm, memory, lazy = attached(fill=fill)
+    with memory, ThreadPoolExecutor(8) as pool:
+        accesses = [Access(START + index % 4 * GRANULE) for index in range(32)]
+        assert all(pool.map(lambda access: lazy(access.native), accesses))
+        assert all(access.made_again for access in accesses)
+        assert sorted(filled) == [START + index * GRANULE for index in range(4)]
+        assert len(vm.live) == 5
+        assert (lazy.slots, lazy.late) == (4, 28)
+
+
+def test_what_fill_raises_reaches_the_caller_and_leaves_no_slot():
+    vm, memory, lazy = attached(fill=lambda gpa, _size: {}[gpa])
+    with memory:
+        with pytest.raises(KeyError):
+            lazy(Access(START).native)
+        assert len(vm.live) == 1
+    vm, memory, lazy = attached(fill=lambda _gpa, size: bytes(size + 1))
+    with memory:
+        with pytest.raises(UsageError, match=r"8193 bytes were given to fill .* of 8192 bytes"):
+            lazy(Access(START).native)
+        assert len(vm.live) == 1
+
+
+def test_what_kvm_refuses_reaches_the_caller_and_can_be_tried_again():
+    vm, memory, lazy = attached()
+    with memory:
+        vm.refuse = len(vm.calls)
+        with pytest.raises(KvmError):
+            lazy(Access(START).native)
+        assert lazy(Access(START).native)
+        assert lazy.slots == 1
+
+
+def test_its_files_are_few_and_go_with_the_memory():
+    before = len(os.listdir("/proc/self/fd"))
+    _, memory, lazy = attached(ranges=[(START, GRANULE), (1 << 38, 1 << 38)])
+    with memory:
+        for index in range(30):
+            assert lazy(Access((1 << 38) + index * index * MIB).native)
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("ranges", "options", "words"),
+    [
+        ([(START, GRANULE)], {"granule": 100}, "a granule of 0x64 bytes"),
+        ([(START, GRANULE)], {"granule": 0}, "a granule"),
+        ([(START, GRANULE)], {"limit": 0}, "at least one"),
+        ([(START + 1, GRANULE)], {}, "whole pages"),
+        ([(START, 5)], {}, "whole pages"),
+        ([(START, 0)], {}, "whole pages"),
+        ([(-PAGE_SIZE, PAGE_SIZE)], {}, "whole pages"),
+        ([(START, 2 * GRANULE), (START + GRANULE, GRANULE)], {}, "overlaps the range before"),
+    ],
+)
+def test_ranges_that_make_no_sense_are_refused(ranges, options, words):
+    with pytest.raises(UsageError, match=words):
+        OnDemand(ranges, **options)
+
+
+def test_ranges_lie_where_neither_memory_nor_a_device_is():
+    _, memory, _ = build(ipa_bits=36)
+    ranges = ffi.new("struct pv_range[]", [{"base": 0x900_0000, "size": 0x1000}])
+    bus = ffi.new("struct pv_bus *", {"count": 1, "ranges": ranges})
+    memory.native.bus = bus
+    with memory:
+        with pytest.raises(UsageError, match="overlaps the slot"):
+            OnDemand([(BASE - PAGE_SIZE, GRANULE)]).attach(memory)
+        with pytest.raises(UsageError, match="36 bits"):
+            OnDemand([((1 << 36) - PAGE_SIZE, GRANULE)]).attach(memory)
+        with pytest.raises(UsageError, match="hide the device at 0x900_0000"):
+            OnDemand([(0x800_0000, 32 * MIB)]).attach(memory)
+        OnDemand([(0x900_1000, MIB), (0x800_0000, 16 * MIB)]).attach(memory)
+
+
+def test_a_protected_guests_memory_must_be_lockable_as_far_as_the_limit_goes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(on_demand, "require_memlock", asked.append)
+    for limit, most in ((2, 2 * GRANULE), (1000, 8 * GRANULE)):
+        _, memory, _ = attached(Protection.PKVM, limit=limit)
+        memory.close()
+        assert asked.pop() == MIB + most
+
+    def refuse(_bytes):
+        raise HostError("too little")
+
+    monkeypatch.setattr(on_demand, "require_memlock", refuse)
+    with pytest.raises(HostError, match="too little"):
+        attached(Protection.PKVM)
+
+
+def test_it_is_attached_once_and_before_it_is_called():
+    lazy = OnDemand([(START, GRANULE)])
+    with pytest.raises(PyvmmError, match="is not attached"):
+        lazy(Access(START).native)
+    _, memory, _ = build()
+    with memory:
+        lazy.attach(memory)
+        with pytest.raises(UsageError, match="one guest"):
+            lazy.attach(memory)
+
+
+def test_an_answer_withheld_changes_only_why_the_guest_came_out():
+    access = Access(START)
+    access.run[3] = 77
+    lib.pv_mmio_retry(access.native)
+    assert list(access.run[0:4]) == [0, 0, 0, 77]

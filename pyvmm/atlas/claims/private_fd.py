@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from functools import partial
@@ -22,6 +23,7 @@ from pyvmm.uapi.falloc import (
     FALLOC_FL_ZERO_RANGE,
 )
 from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED
+from pyvmm.uapi.memfd import F_GET_SEALS
 from pyvmm.uapi.mman import MADV_DONTNEED, MADV_POPULATE_WRITE, MADV_REMOVE
 
 claim = group("private-fd")
@@ -76,7 +78,7 @@ def a_page_of_the_guest_cannot_be_populated(x: Experiment) -> None:
 
 @claim(none=FILES, origin="virt/kvm/guest_memfd.c, kvm_gmem_fops: neither read_iter nor write_iter")
 def the_file_cannot_be_read_or_written(x: Experiment) -> None:
-    """read(2) and write(2) on the file are refused: EINVAL, and with an offset ESPIPE."""
+    """The file can be neither read nor written: read(2) and write(2) are EINVAL, pread(2) and pwrite(2) ESPIPE."""
     page = x.page()
     x.guest.write64(page, VALUE)
     file, offset = raw.place(x, page)
@@ -89,7 +91,7 @@ def the_file_cannot_be_read_or_written(x: Experiment) -> None:
 
 @claim(none=FILES, pkvm="memfd", origin="virt/kvm/guest_memfd.c, kvm_gmem_mmap(): VM_SHARED or -EINVAL")
 def a_private_mapping_is_refused(x: Experiment) -> None:
-    """mmap(2) of the file with MAP_PRIVATE, which would hand out copies, is refused with EINVAL."""
+    """The file cannot be mapped MAP_PRIVATE, which would hand out copies: mmap(2) refuses with EINVAL."""
     file = raw.make(x, SIZE)
     x.check("MAP_PRIVATE", raw.answer(lambda: mmap.mmap(file.fd, SIZE, flags=mmap.MAP_PRIVATE).close()), "EINVAL")
     x.check("MAP_SHARED", raw.answer(lambda: mmap.mmap(file.fd, SIZE, flags=mmap.MAP_SHARED).close()), "ok")
@@ -144,6 +146,7 @@ def the_size_is_final(x: Experiment) -> None:
         refused = raw.answer(partial(os.ftruncate, file.fd, size))
         x.tell(f"ftruncate {what}", refused)
         x.check(f"ftruncate {what} is refused", refused != "ok")
+    x.tell("its seals (F_GET_SEALS)", raw.answer(lambda: fcntl.fcntl(file.fd, F_GET_SEALS)))
     x.check("the guest reads", x.guest.read64(BEYOND), VALUE)
 
 
@@ -152,7 +155,7 @@ def the_size_is_final(x: Experiment) -> None:
 
 @claim(none=FILES, pkvm="memfd", origin="fstat(2), st_blocks; virt/kvm/guest_memfd.c, kvm_gmem_get_folio()")
 def fstat_counts_the_pages(x: Experiment) -> None:
-    """st_blocks of the file counts the pages that are there: touched or allocated, and not punched again."""
+    """The st_blocks of the file count the pages that are there: touched or allocated, and not punched again."""
     file = x.memory.add(BEYOND, raw.make(x, 1 << 20)).backing
     x.start()
     x.check("KiB before a touch", raw.kib(file.fd), 0)
@@ -180,7 +183,7 @@ def a_punch_frees_memory(x: Experiment) -> None:
 
 @claim(none=FILES, pkvm="memfd", origin=f"{FALLOCATE}: FALLOC_FL_KEEP_SIZE alone allocates what is missing")
 def allocating_keeps_what_is_there(x: Experiment) -> None:
-    """fallocate(2) over pages that are there leaves their contents alone, and the guest does not leave KVM_RUN."""
+    """Allocating pages that are there (fallocate(2)) leaves their contents alone, and the guest in KVM_RUN."""
     page = x.page(2)
     x.guest.write64(page, VALUE)
     file, offset = raw.place(x, page)
@@ -261,8 +264,10 @@ def after_a_punch_both_see_the_same_page(x: Experiment) -> None:
     page = x.page()
     x.guest.write64(page, VALUE)
     x.tell("before the punch the host reads", x.host64(page))
+    x.picture("before the punch")
     x.memory.punch(page, PAGE_SIZE, unsafe=True)
     x.event("punch", page)
+    x.picture("after it")
     x.check("the host reads after it", x.host64(page), 0)
     x.check("the host can store", x.host_stores(page, 5))
     x.check("the guest reads", x.guest.read64(page), 5)
@@ -320,7 +325,7 @@ def a_hole_spans_two_slots_on_two_files(x: Experiment) -> None:
 
 @claim(none="memfd guest_memfd", emulated="memfd", pkvm="memfd", origin="madvise(2), MADV_REMOVE: a punch by address")
 def madv_remove_punches_too(x: Experiment) -> None:
-    """madvise(MADV_REMOVE) on the host's mapping is a punch: the guest finds zeros."""
+    """MADV_REMOVE on the host's mapping is a punch: the guest finds zeros."""
     page = x.page()
     x.guest.write64(page, VALUE)
     x.check("MADV_REMOVE", madvise(x.hva(page), PAGE_SIZE, MADV_REMOVE).name, "ok")
@@ -330,7 +335,7 @@ def madv_remove_punches_too(x: Experiment) -> None:
 
 @claim(none=FILES, emulated="memfd", pkvm="memfd", origin="madvise(2), MADV_DONTNEED: shared mappings lose no contents")
 def madv_dontneed_takes_nothing(x: Experiment) -> None:
-    """madvise(MADV_DONTNEED) on the host's mapping takes the page from nobody: the guest keeps its contents."""
+    """MADV_DONTNEED on the host's mapping takes the page from nobody: the guest keeps its contents."""
     page = x.page()
     x.guest.write64(page, VALUE)
     x.check("MADV_DONTNEED", madvise(x.hva(page), PAGE_SIZE, MADV_DONTNEED).name, "ok")

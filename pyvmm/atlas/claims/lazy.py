@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
+from pyvmm._native import lib
 from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.experiment import BEYOND, Experiment
-from pyvmm.memory.address import PAGE_SIZE, Hva
+from pyvmm.guest.puppet import Access
+from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.fault_server import Answer, Server
+from pyvmm.memory.memlock import LockedMemory
+from pyvmm.memory.on_demand import OnDemand
 from pyvmm.memory.userfault import Fault, FaultKind, Userfault
 
 claim = group("lazy")
 
 WAIT = "mm/userfaultfd.c, handle_userfault(): the vCPU's thread sleeps inside KVM_RUN"
-NO_RETRY = "pkvm_mem_abort() pins without FOLL_UNLOCKABLE, so handle_userfault() may not wait: SIGBUS, -EFAULT"
+NO_RETRY = "arch/arm64/kvm/mmu.c, pkvm_mem_abort(): pins without FOLL_UNLOCKABLE, so no fault may wait: -EFAULT"
 UFFD = "Documentation/admin-guide/mm/userfaultfd.rst"
+SLOT = "virt/kvm/kvm_main.c, kvm_set_memory_region(): a slot can be made while vCPUs run"
+HVA = 'thread: "the host handler finds the corresponding memslot and does the ipa->hva conversion"'
+DONATED = 'thread: "once it has a page, the host handler issues a hypercall to donate the page to the guest"'
 POPULATED = "thread: \"we don't require pre-faulting everything\""
 VALUE = 42
 PAGES = 4
@@ -148,10 +156,11 @@ def pages_put_in_advance_do_not_wait(x: Experiment) -> None:
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.start()
     userfault.register(hva, SIZE, missing=True)
-    userfault.copy(hva, _page(VALUE))
+    userfault.copy(hva, _page(VALUE) * 2)
     order = x.guest.start_read64(page)
     if x.check("the guest's load", x.went(order), "went on"):
         x.check("the guest reads", order.result(), VALUE)
+        x.time("load of a page put there before", x.guest.timed_read(page + PAGE_SIZE).ticks)
     x.check("faults told", len(userfault.read()), 0)
 
 
@@ -245,3 +254,117 @@ def closing_the_userfaultfd_lets_the_guest_go(x: Experiment) -> None:
     x.check("the vCPU waits", not order.done())
     userfault.close()
     x.check("the guest reads", order.result(), 0)
+
+
+# -- memory that comes with its slot
+
+
+def _on_demand(x: Experiment, size: int, **more: Any) -> OnDemand:
+    """Have memory of ``size`` bytes at BEYOND come by slots, each page of it filled with its number, from 1 on."""
+
+    def fill(gpa: Gpa, size: int) -> bytes:
+        first = (gpa - BEYOND) // PAGE_SIZE + 1
+        return b"".join(map(_page, range(first, first + size // PAGE_SIZE)))
+
+    x.unclaimed = lazy = OnDemand([(BEYOND, size)], fill=fill, **more)
+    lazy.attach(x.memory)
+    x.start()
+    return lazy
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin="arch/arm64/kvm/mmio.c, io_mem_abort(): KVM_EXIT_MMIO")
+def an_access_without_memory_is_told(x: Experiment) -> None:
+    """An access where the guest has no slot leaves KVM_RUN with its address, its width and what a store stores."""
+    told: list[str] = []
+
+    def answer(native: Any) -> bool:
+        at, bits = native.gpa - BEYOND, native.size * 8
+        told.append(f"store {native.value:#x} {at:#x}/{bits}" if native.is_write else f"load {at:#x}/{bits}")
+        if not native.is_write:
+            lib.pv_mmio_reply(native, VALUE)
+        return True
+
+    x.unclaimed = answer
+    x.check("a load is answered", x.guest.read64(BEYOND + 0x18), VALUE)
+    x.check("of 16 bits", x.guest.read16(BEYOND + 0x22), VALUE)
+    x.guest.write64(BEYOND + 0x1000, 0x1122_3344_5566_7788)
+    x.guest.write8(BEYOND + 0x1001, 0x99)
+    wanted = "load 0x18/64, load 0x22/16, store 0x1122334455667788 0x1000/64, store 0x99 0x1001/8"
+    x.check("told", ", ".join(told), wanted)
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{SLOT}; {HVA}")
+def memory_comes_at_the_first_load(x: Experiment) -> None:
+    """A slot made while the guest waits in its load serves that very load, and what the file holds is what it reads."""
+    lazy = _on_demand(x, SIZE, granule=SIZE)
+    before = raw.exits(x)
+    x.check("the guest reads", x.guest.read64(BEYOND + PAGE_SIZE), 2)
+    x.event("slot", BEYOND, PAGES)
+    x.picture("after the first load")
+    x.check("and in the next page", x.guest.read64(BEYOND + 2 * PAGE_SIZE), 3)
+    x.check("slots made", lazy.slots, 1)
+    x.check("exits", raw.exits(x) - before, 1)
+    x.check("beyond the range", x.went(x.guest.start_read64(BEYOND + SIZE)), "external abort")
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{SLOT}; {HVA}")
+def memory_comes_at_the_first_store(x: Experiment) -> None:
+    """A slot made while the guest waits in its store takes that very store, and the rest of the page is as filled."""
+    lazy = _on_demand(x, SIZE, granule=SIZE)
+    before = raw.exits(x)
+    x.time("first store, slot and all", x.guest.write64(BEYOND, VALUE))
+    x.event("slot", BEYOND, PAGES)
+    x.check("the guest reads its store", x.guest.read64(BEYOND), VALUE)
+    x.check("and behind it", x.guest.read64(BEYOND + 8), 1)
+    x.check("slots made", lazy.slots, 1)
+    x.check("exits", raw.exits(x) - before, 1)
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin=DONATED)
+def late_memory_is_the_guests_alone(x: Experiment) -> None:
+    """A page that came at its first access is the guest's from then on: the host can touch it no more."""
+    _on_demand(x, SIZE, granule=SIZE)
+    before = LockedMemory.read().locked
+    x.guest.write64(BEYOND, VALUE)
+    x.tell("bytes locked by that page", LockedMemory.read().locked - before)
+    x.check("a host load faults", x.host64(BEYOND) is None)
+    x.check("a host store faults", not x.host_stores(BEYOND, 1))
+    x.check("the guest reads", x.guest.read64(BEYOND), VALUE)
+    x.guest.share(BEYOND)
+    x.check("when the guest shares it the host reads", x.host64(BEYOND), VALUE)
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{SLOT}; KVM_CAP_NR_MEMSLOTS")
+def memory_comes_piece_by_piece(x: Experiment) -> None:
+    """Memory can come in 64 slots, each at the first touch of its own 16 KiB, in any order, and costs an exit each."""
+    lazy = _on_demand(x, 64 * SIZE, granule=SIZE)
+    before = raw.exits(x)
+    x.time("first touches of 64 slots", x.guest.touch(BEYOND, 64, stride=PAGES, seed=7).ticks)
+    x.check("slots made", lazy.slots, 64)
+    x.check("exits", raw.exits(x) - before, 64)
+    x.picture("all 64 slots")
+    words = PAGE_SIZE // 8
+    x.check("the sum of all words", x.guest.sum(BEYOND, 64 * SIZE), words * sum(range(1, 64 * PAGES + 1)))
+    x.check("exits when all of it is touched", raw.exits(x) - before, 64)
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", cpus=4, origin=f"{SLOT}, under srcu")
+def vcpus_race_for_late_memory(x: Experiment) -> None:
+    """Four vCPUs that first touch the same 16 slots at the same moment all go on, and with the same memory."""
+    lazy = _on_demand(x, 16 * SIZE, granule=SIZE)
+    vcpus = [x.guest, *x.others()]
+    orders = [vcpu.start_touch(BEYOND, 16 * PAGES, access=Access.WRITE) for vcpu in vcpus]
+    x.check("touches done, of 4 times 64", sum(order.result().pages for order in orders), 4 * 16 * PAGES)
+    x.check("slots made", lazy.slots, 16)
+    for number, vcpu in enumerate(vcpus):
+        vcpu.write64(BEYOND + 8 * number, number + 10)
+    words = {vcpu.vcpu: vcpu.words(BEYOND, 4) for vcpu in vcpus}
+    x.check("vCPUs that read all four's stores", sum(each == (10, 11, 12, 13) for each in words.values()), 4)
+
+
+@claim(none="memfd", emulated="memfd", pkvm="memfd", origin="arch/arm64/kvm/mmu.c, kvm_handle_guest_abort()")
+def a_fetch_brings_memory_too(x: Experiment) -> None:
+    """An instruction fetch from where no slot is can be answered with a slot, as a load can."""
+    lazy = _on_demand(x, SIZE, granule=SIZE)
+    x.check("the guest's fetch", x.went(x.guest.start_touch(BEYOND, 1, access=Access.EXECUTE)), "went on")
+    x.check("slots made", lazy.slots, 1)

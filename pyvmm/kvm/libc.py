@@ -1,6 +1,7 @@
-"""The system calls the wrappers make, through ctypes and with errno; owns nothing. For pyvmm.kvm only.
+"""The system calls that pyvmm.kvm and pyvmm.memory make, through ctypes and with errno; owns nothing.
 
-fcntl.ioctl is not used: it parses its argument as a C int, so that KVM_CREATE_VM(1 << 31) raises OverflowError.
+Addresses are integers, errors are numbers: what they mean is for the callers to say. fcntl.ioctl is not used: it parses
+its argument as a C int, so that KVM_CREATE_VM(1 << 31) raises OverflowError.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any
 _libc = CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (c_int, c_ulong, c_void_p)
 _libc.syscall.argtypes = (c_long, c_ulong)
+_libc.syscall.restype = c_long
 _libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_int64)
 _libc.mmap.restype = c_void_p
 _libc.munmap.argtypes = (c_void_p, c_size_t)
+_libc.mprotect.argtypes = (c_void_p, c_size_t, c_int)
+_libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
 _libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
 
 _MAP_FAILED = c_void_p(-1).value
@@ -32,21 +36,34 @@ def syscall(number: int, argument: int) -> tuple[int, int]:
     return result, get_errno() if result < 0 else 0
 
 
-def mmap(size: int, prot: int, flags: int, fd: int, offset: int) -> tuple[int, int]:
-    """Return the address of a new mapping wherever the kernel likes, or 0, and errno, or 0."""
-    address: int | None = _libc.mmap(None, size, prot, flags, fd, offset)
-    return (0, get_errno()) if address is None or address == _MAP_FAILED else (address, 0)
+def mmap(size: int, prot: int, flags: int, fd: int, offset: int, address: int = 0) -> tuple[int, int]:
+    """Return the address of a new mapping, or 0, and errno, or 0."""
+    result: int | None = _libc.mmap(address, size, prot, flags, fd, offset)
+    return (0, get_errno()) if result is None or result == _MAP_FAILED else (result, 0)
 
 
-def munmap(address: int, size: int) -> None:
-    """Remove a mapping that :func:`mmap` made."""
-    if _libc.munmap(address, size):
-        raise OSError(get_errno(), f"munmap({address:#x}, {size:#x})")
+def munmap(address: int, size: int) -> int:
+    """Return errno, or 0."""
+    return _errno_of(_libc.munmap(address, size))
+
+
+def mprotect(address: int, size: int, prot: int) -> int:
+    """Return errno, or 0."""
+    return _errno_of(_libc.mprotect(address, size, prot))
+
+
+def madvise(address: int, size: int, advice: int) -> int:
+    """Return errno, or 0."""
+    return _errno_of(_libc.madvise(address, size, advice))
 
 
 def fallocate(fd: int, mode: int, offset: int, size: int) -> int:
     """Return errno, or 0; calls again when a signal came in between."""
-    while _libc.fallocate(fd, mode, offset, size):
-        if (error := get_errno()) != _errno.EINTR:
+    while error := _errno_of(_libc.fallocate(fd, mode, offset, size)):
+        if error != _errno.EINTR:
             return error
     return 0
+
+
+def _errno_of(result: int) -> int:
+    return get_errno() if result else 0

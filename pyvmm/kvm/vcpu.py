@@ -64,9 +64,9 @@ class Vcpu(MeasuredFd):
             raise
 
     def _release(self) -> None:
-        if self._run_size:
-            libc.munmap(self._address, self._run_size)
-            self._run_size = 0
+        size, self._run_size = self._run_size, 0
+        if size and (errno := libc.munmap(self._address, size)):
+            raise self.error("munmap", errno, address=self._address, size=size)
 
     @property
     def run_address(self) -> int:

@@ -1,15 +1,15 @@
-"""mmap and its kin through libc, with addresses as integers: Python never holds a view of guest memory.
+"""How guest memory is mapped, with addresses as integers: Python never holds a view of it.
 
-Owns nothing: whoever maps unmaps. For the memory package only. Every failure names the call, its values, and why.
+Owns nothing: whoever maps unmaps. Every failure names the call, its values, and why.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 
 from pyvmm.errors import HostError, PyvmmError, hex_
+from pyvmm.kvm import libc
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Hva, align_up
 from pyvmm.uapi.mman import (
     MADV_DONTDUMP,
@@ -25,16 +25,6 @@ from pyvmm.uapi.mman import (
 )
 
 PROT_RW = PROT_READ | PROT_WRITE
-
-_FAILED = ctypes.c_void_p(-1).value
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class MappingError(PyvmmError):
@@ -82,51 +72,48 @@ def map_over(address: int, size: int, fd: int, offset: int, access: int) -> None
 
 def unmap(address: int, size: int) -> None:
     """Remove the mappings in a range; an empty range of addresses is no error."""
-    _check(_libc.munmap(address, size), "munmap", address, size)
+    _check(libc.munmap(address, size), "munmap", address, size)
 
 
 def protect(address: int, size: int, access: int) -> None:
     """Change the access of a mapping to PROT_NONE or PROT_RW."""
     _check(
-        _libc.mprotect(address, size, access), "mprotect", address, size, f"prot={access}",
+        libc.mprotect(address, size, access), "mprotect", address, size, f"prot={access}",
         hint="every change of access splits a mapping in pieces: raise /proc/sys/vm/max_map_count",
     )  # fmt: skip
 
 
 def advise(address: int, size: int, advice: int) -> None:
     """Call madvise; raises :class:`MappingError` with its errno."""
-    _check(_libc.madvise(address, size, advice), "madvise", address, size, f"advice={advice}")
+    _check(libc.madvise(address, size, advice), "madvise", address, size, f"advice={advice}")
 
 
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
     """Allocate, or with FALLOC_FL_PUNCH_HOLE drop, a range of a file's pages."""
-    if _libc.fallocate(fd, mode, offset, size):
-        code = ctypes.get_errno()
+    if code := libc.fallocate(fd, mode, offset, size):
         raise MappingError("fallocate", f"fd={fd}, mode={mode:#x}, offset={offset:#x}, size={size:#x}", code)
 
 
 def _mmap(address: int, size: int, access: int, flags: int, fd: int, offset: int) -> int:
-    result: int | None = _libc.mmap(address, size, access, flags, fd, offset)
-    if result is None or result == _FAILED:
-        code = ctypes.get_errno()
-        cause = hint = None
-        if code == errno.ENOMEM:
-            cause = "no room: this process's address space or the memory the kernel may commit is used up"
-            hint = "ask for less guest memory; see `ulimit -v`, /proc/sys/vm/max_map_count and overcommit_memory"
-        elif code == errno.EAGAIN:
-            cause = "the mapping would be locked (mlockall) and RLIMIT_MEMLOCK does not allow it"
-        elif code == errno.ENODEV and fd >= 0:
-            raise HostError(
-                f"this kernel cannot map the file behind guest memory (mmap of fd {fd}: ENODEV)",
-                hint="a guest_memfd can be mapped since Linux 6.18 and only if it was created with the MMAP flag",
-            )
-        values = f"size={size:#x}, prot={access}, flags={flags:#x}, fd={fd}, offset={offset:#x}"
-        raise MappingError("mmap", values, code, cause, hint)
-    return result
+    result, code = libc.mmap(size, access, flags, fd, offset, address)
+    if not code:
+        return result
+    cause = hint = None
+    if code == errno.ENOMEM:
+        cause = "no room: this process's address space or the memory the kernel may commit is used up"
+        hint = "ask for less guest memory; see `ulimit -v`, /proc/sys/vm/max_map_count and overcommit_memory"
+    elif code == errno.EAGAIN:
+        cause = "the mapping would be locked (mlockall) and RLIMIT_MEMLOCK does not allow it"
+    elif code == errno.ENODEV and fd >= 0:
+        raise HostError(
+            f"this kernel cannot map the file behind guest memory (mmap of fd {fd}: ENODEV)",
+            hint="a guest_memfd can be mapped since Linux 6.18 and only if it was created with the MMAP flag",
+        )
+    values = f"size={size:#x}, prot={access}, flags={flags:#x}, fd={fd}, offset={offset:#x}"
+    raise MappingError("mmap", values, code, cause, hint)
 
 
-def _check(result: int, call: str, address: int, size: int, more: str = "", hint: str | None = None) -> None:
-    if result:
-        code = ctypes.get_errno()
+def _check(code: int, call: str, address: int, size: int, more: str = "", hint: str | None = None) -> None:
+    if code:
         values = ", ".join(filter(None, (hex_(address), f"size={size:#x}", more)))
         raise MappingError(call, values, code, hint=hint if code == errno.ENOMEM else None)

@@ -52,6 +52,7 @@ class Backing:
     """The KVM file, where it is one: the slot is bound to it and KVM does not fault through ``hva``."""
 
     def __init__(self, fd: int, size: int, *, granule: int = PAGE_SIZE, reserve: bool = False) -> None:
+        guard_copies()
         self.fd = fd
         self.size = size
         self.granule = granule
@@ -235,6 +236,12 @@ class PrivateGuestMemfd(_GuestMemfdBacking):
 
     def __init__(self, vm: Vm, size: int) -> None:
         super().__init__(vm, size, GUEST_MEMFD_FLAG_MMAP)
+
+
+def guard_copies() -> None:
+    """Make guarded copies safe in this process, with signal handlers; idempotent. HostError where it refuses them."""
+    if error := lib.pv_install_signals():
+        raise HostError(f"the handlers that guarded copies need cannot be installed: {os.strerror(-error)}")
 
 
 def check_usable(protection: Protection, what: str, *, guest_memfd: bool, huge: bool) -> None:

@@ -18,9 +18,9 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import GuestMemoryError, HostError, UsageError, hex_
+from pyvmm.errors import GuestMemoryError, UsageError, hex_
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, pages, span
-from pyvmm.memory.backing import Backing, Memfd, check_usable
+from pyvmm.memory.backing import Backing, Memfd, check_usable, guard_copies
 from pyvmm.memory.conversion import SMCCC_SUCCESS, CopyConversion
 from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
 from pyvmm.memory.memlock import LockedMemory
@@ -46,9 +46,7 @@ class Memory:
     """
 
     def __init__(self, vm: Vm, protection: Protection, native_vm: Any, *, ipa_bits: int | None = None) -> None:
-        error = lib.pv_install_signals()
-        if error:
-            raise HostError(f"the handlers that guarded copies need cannot be installed: {os.strerror(-error)}")
+        guard_copies()
         self.protection = protection
         self.native = native_vm
         self.ledger = Ledger(native_vm)

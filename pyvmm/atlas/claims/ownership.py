@@ -184,14 +184,7 @@ def a_fixed_buffers_read_fails(x: Experiment) -> None:
 @claim(emulated="memfd", pkvm="memfd", origin="fs/proc/kcore.c: copy_from_kernel_nofault(), whose faults are fixed up")
 def kcore_is_without_it(x: Experiment) -> None:
     """/proc/kcore, all memory as the kernel maps it, shows zeros for a private page, and does the guest no harm."""
-    if not Path("/proc/kcore").exists():
-        x.cannot("this kernel has no /proc/kcore")
-
-    def read(gpa: int) -> Answer:
-        frame = page_frame(x.hva(gpa))
-        return Answer(-1, 0, b"", "no page known there") if frame is None else elf.kcore_page(frame)
-
-    kept_out(x, "pread(2) of /proc/kcore at {}", read, ZEROS)
+    kept_out(x, "pread(2) of /proc/kcore at {}", by_address(x, _kcore, x.hva), ZEROS)
 
 
 @claim(emulated="memfd", pkvm="memfd", origin='thread: "maps the page back in the host stage-2"')
@@ -219,8 +212,13 @@ def a_shared_page_is_open_to_all(x: Experiment) -> None:
     x.check("in the end the guest finds there", found(x, page), WORDS[GUESTS])
 
 
+def _kcore(address: int) -> Answer:
+    frame = page_frame(address)
+    return Answer(-1, 0, b"", "no page known there") if frame is None else elf.kcore_page(frame)
+
+
 def _disk(x: Experiment) -> Path:
     try:
         return x.stack.enter_context(Zram(1 << 20)).path
     except OSError as error:
-        x.cannot(f"no block device to try it with: {error.strerror}")
+        x.cannot(f"no block device to try it with: {error.strerror or error}")

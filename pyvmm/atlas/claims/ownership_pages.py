@@ -6,6 +6,8 @@ one, since a vCPU whose page was taken by force does not run again.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,9 +103,25 @@ def found(x: Experiment, gpa: int) -> str:
         return f"nothing: {'an external abort' if fault.trap and fault.trap.is_external else 'a trap'}"
 
 
-def by_address(x: Experiment, access: Callable[[int], Answer]) -> Access:
-    """Turn an access of an address of this process into one of the page that the host's own code sees there."""
-    return lambda gpa: access(x.view(gpa))
+def by_address(x: Experiment, access: Callable[[int], Answer], where: Callable[[int], int] | None = None) -> Access:
+    """Turn an access of an address of this process into one of a page of the guest's.
+
+    ``where`` tells at which address, x.view if not given: there the host's own code sees it. The access is tried on a
+    page of this process first: where it fails there too, nothing can be told of the guest's.
+    """
+    with mmap.mmap(-1, PAGE) as own:
+        own[:8] = GUESTS.to_bytes(8, "little")
+        word = ctypes.c_uint64.from_buffer(own)
+        try:
+            answer = access(ctypes.addressof(word))
+        except OSError as error:
+            x.cannot(f"the access fails on any page here: {error}")
+        finally:
+            del word
+    if not answer.ok or (answer.data and answer.word != GUESTS):
+        x.cannot(f"the access fails on any page here: {said(answer)}")
+    at = where or x.view
+    return lambda gpa: access(at(gpa))
 
 
 def by_file(x: Experiment, access: Callable[[int, int], Answer]) -> Access:

@@ -43,7 +43,9 @@ class Zram:
         self.close()
 
     def swap(self) -> None:
-        """Swap to it until it is closed."""
+        """Swap to it until it is closed: in the lab only, for all of the host does."""
+        if os.environ.get("PYVMM_IN_LAB") != "1":
+            raise OSError(1, "swap is switched on in the lab only")
         header = bytearray(PAGE)
         header[1024:1032] = (1).to_bytes(4, "little") + (self._size // PAGE - 1).to_bytes(4, "little")
         header[-len(SIGNATURE) :] = SIGNATURE
@@ -65,6 +67,8 @@ class Zram:
 
 
 def _load_module() -> None:
+    if os.environ.get("PYVMM_IN_LAB") != "1":
+        raise OSError(19, "zram is not loaded, and modules are loaded in the lab only")
     done = subprocess.run(["modprobe", "zram", "num_devices=0"], capture_output=True, text=True)
     if done.returncode or not CONTROL.exists():
         raise OSError(19, "this kernel has no zram module")

@@ -72,43 +72,43 @@ def a_new_mapping_is_locked_out(x: Experiment) -> None:
 
 @anywhere(origin=USER)
 def read_into_it_fails(x: Experiment) -> None:
-    """read(2) into a private page fails and does the guest no harm."""
+    """A read(2) into a private page fails and does the guest no harm."""
     kept_out(x, "read(2) into {}", by_address(x, access.read_into))
 
 
 @anywhere(origin=USER)
 def write_from_it_fails(x: Experiment) -> None:
-    """write(2) from a private page fails and does the guest no harm."""
+    """A write(2) from a private page fails and does the guest no harm."""
     kept_out(x, "write(2) from {}", by_address(x, access.write_from))
 
 
 @anywhere(origin=f"{USER}; kernel/futex, futex_get_value_locked()")
 def a_futex_in_it_fails(x: Experiment) -> None:
-    """futex(2) on a word of a private page fails and does the guest no harm."""
+    """A futex(2) on a word of a private page fails and does the guest no harm."""
     kept_out(x, "FUTEX_WAIT on {}", by_address(x, access.futex))
 
 
 @anywhere(origin=f"{LINEAR}; mm/process_vm_access.c")
 def process_vm_readv_fails(x: Experiment) -> None:
-    """process_vm_readv(2) of a private page fails and does the guest no harm."""
+    """A process_vm_readv(2) of a private page fails and does the guest no harm."""
     kept_out(x, "process_vm_readv(2) of {}", by_address(x, access.process_vm_readv))
 
 
 @anywhere(origin=f"{LINEAR}; mm/process_vm_access.c")
 def process_vm_writev_fails(x: Experiment) -> None:
-    """process_vm_writev(2) of a private page fails and does the guest no harm."""
+    """A process_vm_writev(2) of a private page fails and does the guest no harm."""
     kept_out(x, "process_vm_writev(2) of {}", by_address(x, access.process_vm_writev))
 
 
 @anywhere(origin=f"{LINEAR}; fs/proc/base.c, mem_rw()")
 def reading_proc_mem_fails(x: Experiment) -> None:
-    """pread(2) of a private page through /proc/self/mem fails and does the guest no harm."""
+    """A pread(2) of a private page through /proc/self/mem fails and does the guest no harm."""
     kept_out(x, "pread(2) of /proc/self/mem at {}", by_address(x, access.proc_mem_read))
 
 
 @anywhere(origin=f"{LINEAR}; fs/proc/base.c, mem_rw()")
 def writing_proc_mem_fails(x: Experiment) -> None:
-    """pwrite(2) to a private page through /proc/self/mem fails and does the guest no harm."""
+    """A pwrite(2) to a private page through /proc/self/mem fails and does the guest no harm."""
     kept_out(x, "pwrite(2) to /proc/self/mem at {}", by_address(x, access.proc_mem_write))
 
 
@@ -127,25 +127,25 @@ def a_core_dump_is_without_it(x: Experiment) -> None:
 
 @anywhere(origin=f"{LINEAR}; fs/splice.c, vmsplice_to_pipe()")
 def vmsplice_fails(x: Experiment) -> None:
-    """vmsplice(2) of a private page into a pipe, or reading it there, fails and does the guest no harm."""
+    """A vmsplice(2) of a private page into a pipe, or reading it there, fails and does the guest no harm."""
     kept_out(x, "vmsplice(2) of {} and a read", by_address(x, access.vmsplice))
 
 
 @anywhere(origin=f"{LINEAR}; mm/shmem.c, shmem_file_read_iter()")
 def reading_the_file_fails(x: Experiment) -> None:
-    """pread(2) of a private page from the file behind it fails and does the guest no harm."""
+    """A pread(2) of a private page from the file behind it fails and does the guest no harm."""
     kept_out(x, "pread(2) of the file at {}", by_file(x, pread_file))
 
 
 @anywhere(origin=f"{LINEAR}; mm/shmem.c, shmem_file_write_iter()")
 def writing_the_file_fails(x: Experiment) -> None:
-    """pwrite(2) to a private page in the file behind it fails and does the guest no harm."""
+    """A pwrite(2) to a private page in the file behind it fails and does the guest no harm."""
     kept_out(x, "pwrite(2) to the file at {}", by_file(x, access.pwrite_file))
 
 
 @anywhere(origin=f"{LINEAR}; mm/shmem.c, shmem_file_splice_read()")
 def splicing_the_file_fails(x: Experiment) -> None:
-    """splice(2) of a private page from the file into a pipe, or reading it there, fails and does the guest no harm."""
+    """A splice(2) of a private page from the file into a pipe, or reading it there, fails and does the guest no harm."""
     kept_out(x, "splice(2) of the file at {} and a read", by_file(x, access.splice_file))
 
 
@@ -183,7 +183,7 @@ def a_fixed_buffers_read_fails(x: Experiment) -> None:
 
 @claim(emulated="memfd", pkvm="memfd", origin="fs/proc/kcore.c: copy_from_kernel_nofault(), whose faults are fixed up")
 def kcore_is_without_it(x: Experiment) -> None:
-    """/proc/kcore, all memory as the kernel maps it, shows zeros for a private page, and does the guest no harm."""
+    """The kernel's mapping of all memory, as /proc/kcore, shows zeros for a private page, and does the guest no harm."""
     kept_out(x, "pread(2) of /proc/kcore at {}", by_address(x, _kcore, x.hva), ZEROS)
 
 

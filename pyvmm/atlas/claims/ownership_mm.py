@@ -156,7 +156,7 @@ def ksm_does_no_harm(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", origin=f"{LINEAR}; mm/memory.c, copy_present_page(): copied since pinned")
 def a_fork_does_no_harm_to_anonymous_memory(x: Experiment) -> None:
-    """fork(2) with private anonymous memory behind a slot does the guest no harm."""
+    """A fork(2) with private anonymous memory behind a slot does the guest no harm."""
     gpa, _ = _anonymous(x, 1)
     x.guest.write64(gpa, GUESTS)
     processes.in_child(lambda fd: os.close(fd))
@@ -175,7 +175,7 @@ def reading_page_tables_does_no_harm(x: Experiment) -> None:
 
 @anywhere(origin="mlock(2); mm/gup.c, populate_vma_page_range()")
 def mlock_does_no_harm(x: Experiment) -> None:
-    """mlock(2) of a private page does the guest no harm."""
+    """An mlock(2) of a private page does the guest no harm."""
     page = _held(x)
     before = LockedMemory.read().locked
     x.tell(f"mlock(2) of {PRIVATE}", call(NR_MLOCK, x.hva(page), PAGE).name)
@@ -185,7 +185,7 @@ def mlock_does_no_harm(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{PIN}; fsync(2), posix_fadvise(2), fallocate(2)")
 def upkeep_of_the_file_does_no_harm(x: Experiment) -> None:
-    """fsync(2), POSIX_FADV_DONTNEED and fallocate(2) of the file that a private page is in do the guest no harm."""
+    """An fsync(2), POSIX_FADV_DONTNEED and fallocate(2) of the file that a private page is in do the guest no harm."""
     page = _held(x)
     backing, offset = raw.place(x, page)
     dontneed = os.POSIX_FADV_DONTNEED

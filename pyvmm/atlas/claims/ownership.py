@@ -145,7 +145,7 @@ def writing_the_file_fails(x: Experiment) -> None:
 
 @anywhere(origin=f"{LINEAR}; mm/shmem.c, shmem_file_splice_read()")
 def splicing_the_file_fails(x: Experiment) -> None:
-    """A splice(2) of a private page from the file into a pipe, or reading it there, fails and does the guest no harm."""
+    """A splice(2) of a private page from its file to a pipe, or reading it there, fails and does the guest no harm."""
     kept_out(x, "splice(2) of the file at {} and a read", by_file(x, access.splice_file))
 
 
@@ -183,7 +183,7 @@ def a_fixed_buffers_read_fails(x: Experiment) -> None:
 
 @claim(emulated="memfd", pkvm="memfd", origin="fs/proc/kcore.c: copy_from_kernel_nofault(), whose faults are fixed up")
 def kcore_is_without_it(x: Experiment) -> None:
-    """The kernel's mapping of all memory, as /proc/kcore, shows zeros for a private page, and does the guest no harm."""
+    """The kernel's mapping of all memory, /proc/kcore, shows zeros for a private page, and does the guest no harm."""
     kept_out(x, "pread(2) of /proc/kcore at {}", by_address(x, _kcore, x.hva), ZEROS)
 
 

@@ -147,7 +147,7 @@ def _nearest(name: str, claims: list[Claim]) -> str:
     known = {claim.id.partition("/")[2]: claim.id for claim in claims} | {key: key for key in GROUPS}
     known |= {claim.id: claim.id for claim in claims}
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    near += [key for key in known if name in key][:3]
+    near += [key for key in known if name and name in key][:3]
     if near:
         return f"the nearest: {', '.join(dict.fromkeys(known[key] for key in near))}"
     return f"groups are {', '.join(GROUPS)}; pyvmm atlas --list names every claim"

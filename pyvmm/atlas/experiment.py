@@ -283,7 +283,7 @@ class Experiment:
 
     def picture(self, title: str) -> None:
         """Keep the page map as it is now."""
-        self.pictures.append(Picture(title, [(*run,) for run in self.page_map().runs]))
+        self.pictures.append(Picture(title, [(gpa, pages, entry) for gpa, pages, entry in self.page_map().runs]))
 
     def event(self, kind: str, gpa: int, pages: int = 1) -> None:
         """Note for the timeline that something was done to memory now."""

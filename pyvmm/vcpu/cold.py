@@ -33,7 +33,7 @@ Unclaimed = Callable[[Any], bool]
 """Takes the ``struct pv_vcpu`` of an access that no slot and no device claims; True when it completed the access."""
 
 Intercept = Callable[[int, Any], "bool | None"]
-"""Hears of every stop (enum pv_stop, ``struct pv_vcpu``) first, in the vCPU's thread: True runs on, False ends the vCPU's
+"""Hears of every stop (enum pv_stop, ``struct pv_vcpu``) first, in the vCPU's thread: True runs on, False ends that
 thread, None leaves the stop to pyvmm. What single-stepping and experiments with failing runs are made of."""
 
 UNCLAIMED_LOGGED = 8

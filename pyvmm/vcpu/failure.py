@@ -94,7 +94,8 @@ def _efault(native: Any, memory: Memory, prefix: str, where: str) -> Outcome | i
             f"{prefix}: {at} was reclaimed by the host: its contents are lost and the guest cannot go on ({where})",
             index,
             "something read the guest's private memory through the kernel (a debugger, process_vm_readv, "
-            "/proc/PID/mem, a core dump, a read of the memfd)",
+            "/proc/PID/mem, a core dump, a read of the memfd); or, if the guest had not touched it yet, the kernel "
+            "could not pin it (a userfaultfd, or a mapping that is gone or closed)",
         )
     return Outcome(
         Ending.CRASH,

@@ -39,7 +39,7 @@ def test_an_x86_host_has_no_protected_vms_and_says_why() -> None:
     with System.open() as system:
         assert system.supports_protected() is False
         assert system.max_ipa_bits == 0
-        with pytest.raises(KvmError, match="this host does not run pKVM") as caught:
+        with pytest.raises(KvmError, match="it does not run pKVM") as caught:
             system.create_vm(KVM_VM_TYPE_ARM_PROTECTED)
     assert "--protection emulated" in str(caught.value.hint)
 

@@ -96,7 +96,7 @@ def slots_are_cut_and_joined(x: Experiment) -> None:
     x.check("slots more once all are private again", len(slot.pieces) - before, 0)
 
 
-@claim(emulated=PLAIN, pkvm="memfd thp", conversion="preserve", faults=True, origin=IN_PLACE)
+@claim(emulated="memfd guest_memfd", pkvm="memfd thp", conversion="preserve", faults=True, origin=IN_PLACE)
 def other_pages_stay_mapped(x: Experiment) -> None:
     """A conversion in place costs the guest no new fault on any page, the converted one included."""
     _neighbours(x)

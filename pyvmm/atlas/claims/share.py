@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Sequence
 
 from pyvmm import abi
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.experiment import Experiment
+from pyvmm.atlas.host.syscalls import NR_VMSPLICE, Iovec, call
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.relay import ShareEvent
@@ -255,6 +258,24 @@ def a_share_is_told_before_the_guest_goes_on(x: Experiment) -> None:
         x.check("the page to be taken back is still open when that is told", still == [True, True])
         x.check("they were told in order", (first.shared, second.shared, back.shared) == (True, True, False))
     x.check("the host reaches the page that was taken back", x.host64(range_) is not None, False)
+
+
+@claim(emulated="memfd", pkvm="memfd thp", origin="vmsplice(2); arch/arm64/mm/fault.c: a fault in the kernel")
+def a_reference_is_of_no_use_after_an_unshare(x: Experiment) -> None:
+    """A pipe that the host put a shared page into shows nothing of it after the unshare, and harms no guest."""
+    page = x.page()
+    x.guest.share(page)
+    read, write = os.pipe2(os.O_CLOEXEC)
+    x.stack.callback(os.close, read)
+    x.stack.callback(os.close, write)
+    if not (answer := call(NR_VMSPLICE, write, ctypes.byref(Iovec(x.view(page), PAGE_SIZE)), 1, 0)).ok:
+        x.cannot(f"vmsplice of the shared page: {answer.name}")
+    x.guest.unshare(page)
+    x.guest.write64(page, 0x5EC2E7)
+    x.check("the pipe shows what the guest stored since", os.read(read, 8) == (0x5EC2E7).to_bytes(8, "little"), False)
+    order = x.guest.start_read64(page)
+    if x.check("KVM_RUN at the guest's next load", x.went(order), "went on"):
+        x.check("the guest reads", order.result(), 0x5EC2E7)
 
 
 def _write_code(x: Experiment, page: Gpa, code: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyvmm import abi
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.experiment import BEYOND, Experiment
+from pyvmm.atlas.host.access import process_vm_readv
 from pyvmm.guest.puppet import GuestFault, Hvc, Order
 from pyvmm.memory.address import PAGE_SIZE
 
@@ -111,6 +112,17 @@ def an_address_outside_memory_is_answered(x: Experiment) -> None:
     page = x.page()
     x.guest.share(page)
     x.check("the guest goes on, and shares another page", x.host64(page), 0)
+
+
+@claim(pkvm="memfd thp", origin=f"{STATES}: the page's state must be OWNED, and a poisoned one has none")
+def a_page_taken_by_force_cannot_be_shared(x: Experiment) -> None:
+    """A share of a page that the host took back by force is answered INVALID_PARAMETER (-3), so the guest can tell."""
+    page = x.page()
+    x.guest.write64(page, 0x11)
+    x.check("process_vm_readv of the page reads", process_vm_readv(x.hva(page)).word, 0)
+    x.check("MEM_SHARE", _answer(x.guest.start_hvc(abi.HVC_SHARE, page)), "x0 = -3")
+    x.check("MEM_UNSHARE", _answer(x.guest.start_hvc(abi.HVC_UNSHARE, page)), "x0 = -3")
+    x.check("KVM_RUN at the guest's next load", x.went(x.guest.start_read64(page)), "EFAULT")
 
 
 @claim(emulated="memfd guest_memfd private", pkvm="memfd", cpus=2, origin=f"{STATES}: owned by the VM, not by a vCPU")

@@ -13,7 +13,6 @@ from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm.causes import CAUSES, EHWPOISON, explain, kvm_error
 from pyvmm.kvm.device import Device
 from pyvmm.kvm.fd import AttributeFd, Fd
-from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.kvm.system import System
 from pyvmm.uapi import kvm, kvm_arm64, kvm_irq, kvm_x86
 from pyvmm.uapi.ioctl import Ioctl
@@ -160,12 +159,6 @@ def test_asking_a_closed_device_for_an_attribute_is_an_error(pipe: Fd) -> None:
     device.close()
     with pytest.raises(KvmError, match="it is closed"):
         device.has_attr(0, 0)
-
-
-def test_a_file_that_cannot_be_mapped_says_which(pipe: Fd) -> None:
-    file = GuestMemfd(os.dup(pipe.fileno()), pipe, 0x4000, 1)  # type: ignore[arg-type]
-    with pytest.raises(KvmError, match=r"mmap\(guest_memfd=\d+, size=0x4000, flags=0x1\)"):
-        file.mmap()
 
 
 def test_a_host_without_kvm_is_told_what_to_do(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def thousands_of_pages_can_be_shared(x: Experiment) -> None:
     done = x.guest.share(range_, 4096)
     x.time("4096 shares", done.ticks)
     x.check("pages shared", done.pages, 4096)
-    x.check("the host reads all of them", not any(x.memory.read(range_, 16 * MIB)))
+    x.check("the host reads all of them", x.memory.read(range_, 16 * MIB) == bytes(16 * MIB))
     x.picture("4096 pages are shared")
     done = x.guest.unshare(range_, 4096)
     x.time("4096 unshares", done.ticks)

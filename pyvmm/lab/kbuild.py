@@ -26,7 +26,7 @@ ARCHIVE = re.compile(r"(?:\./)?usr/src/linux-source-[^/]+\.tar\.xz")
 # Most of Linux is architectures and drivers that this kernel has not. Their build descriptions stay: kconfig reads all.
 UNUSED = re.compile(
     r"(?:Documentation|LICENSES|rust|sound|arch/(?!arm64/)[^/]+|"
-    r"drivers/(?:accel|crypto|gpu|iio|infiniband|media|scsi|staging|usb|video|(?:clk|net|pinctrl)/[^/]+)|"
+    r"drivers/(?:accel|crypto|gpu|iio|infiniband|media|scsi|staging|usb|(?:clk|net|pinctrl)/[^/]+)|"
     r"tools/(?:perf|testing))/"
 )
 DESCRIPTION = re.compile(r"(?:.*/)?(?:(?:Kconfig|Makefile|Kbuild)[^/]*|[^/]*\.tbl)")

@@ -70,8 +70,10 @@ def test_every_claim_was_tried_everywhere_and_none_crashed(first: dict[str, Any]
 
 
 def test_a_second_run_differs_in_times_only(first: dict[str, Any], tmp_path: Path) -> None:
-    _, second = atlas(tmp_path)
+    """Of protected guests here; the whole is two commands: the README has them."""
+    _, second = atlas(tmp_path, "--protection", "pkvm")
     before, after = without_times(first), without_times(second)
+    before["claims"] = [claim for claim in before["claims"] if claim["protection"] == "pkvm"]
     differ = [(a, b) for a, b in zip(before["claims"], after["claims"], strict=True) if a != b]
     assert not differ, json.dumps(differ[:3], indent=1)
     assert before == after
@@ -86,7 +88,8 @@ def test_for_a_user_without_any_right_everything_is_a_verdict(tmp_path: Path) ->
     for parent in tmp_path.parents:
         if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o755)
-    done, data = atlas(tmp_path, user=65534, group=65534, extra_groups=[])
+    places = ("--protection", "none", "--protection", "pkvm")
+    done, data = atlas(tmp_path, *places, user=65534, group=65534, extra_groups=[])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     seen = Atlas.from_json(data)
     crashed = [f"{r.id} {r.protection}/{r.backing}: {r.reason}" for r in seen.results if r.verdict is Verdict.CRASHED]

@@ -1,0 +1,49 @@
+"""The atlas on hosts that lack something: a kernel without guest_memfd and protected VMs, a mode without pKVM."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pyvmm.atlas.claim import all_claims
+from pyvmm.atlas.expected import expected
+from pyvmm.atlas.model import Atlas, Verdict
+from pyvmm.lab import Lab, LabOptions, build_image
+
+pytestmark = pytest.mark.lab
+
+
+def atlas(kernel: str, mode: str, *words: str) -> Atlas:
+    command = ["python3", "-P", "-m", "pyvmm", "atlas", *words, "--json", "/var/tmp/atlas.json"]
+    with Lab(LabOptions(mode=mode), image=build_image(kernel)) as lab:
+        done = lab.capture(command, timeout=600)
+        assert done.status == 0, done.stdout.decode()[-3000:] + done.stderr.decode()
+        assert b"Traceback" not in done.stdout + done.stderr
+        return Atlas.from_json(json.loads(lab.capture(["cat", "/var/tmp/atlas.json"]).stdout))
+
+
+OLD = ("fault-in", "private-fd", "lazy", "teardown")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mode", "groups"), [("stable", "protected", OLD), ("backports", "nvhe", ("fault-in", "share"))]
+)
+def test_what_a_host_lacks_is_a_reason_and_the_rest_is_told(kernel: str, mode: str, groups: tuple[str, ...]) -> None:
+    seen = atlas(kernel, mode, *groups)
+    assert seen.host["mode"] == mode
+    protected = [result for result in seen.results if result.protection == "pkvm"]
+    assert {result.verdict for result in protected} == {Verdict.UNTOLD}
+    assert all("makes no protected VMs" in result.reason for result in protected)
+    plain = [result for result in seen.results if (result.protection, result.backing) == ("none", "memfd")]
+    assert any(result.verdict is Verdict.HOLDS for result in plain)
+    if kernel == "stable":
+        files = [result for result in seen.results if result.backing in ("guest_memfd", "private")]
+        assert {result.verdict for result in files} == {Verdict.UNTOLD}
+    wanted = expected(seen.host, all_claims())
+    differ = [
+        f"{r.id} {r.protection}/{r.backing}: {r.verdict.value} ({r.reason}), not {wanted[r.key].value}"
+        for r in seen.results
+        if r.key in wanted and r.verdict is not wanted[r.key]
+    ]
+    assert not differ, "\n".join(differ)

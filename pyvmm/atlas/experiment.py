@@ -23,10 +23,10 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from pyvmm._native import lib
+from pyvmm.atlas.host import settings
 from pyvmm.atlas.model import Event, Evidence, Picture, Value, Verdict
 from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.guest.puppet import GuestFault, Puppet
@@ -50,7 +50,6 @@ FREE = Gpa(RAM_BASE + PRIVATE_BOOT)
 """From here to RAM's last 2 MiB, where the device tree is, nothing is loaded, nor is the payload's stack there."""
 BEYOND = Gpa(RAM_BASE + (1 << 30))
 """Far above RAM: where experiments put slots of their own."""
-SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 SPARE_HUGE_PAGES = 4
 """Huge pages kept free beside those of a guest's RAM, for slots of an experiment's own."""
 PATIENCE = 10.0
@@ -140,9 +139,9 @@ class Experiment:
                     raise Untold(f"faults cannot be counted: {self._trace.why_not}")
             if self.backing == "hugetlb":
                 need = self.config.memory // HUGE_SIZE
-                undo.enter_context(self.setting("/proc/sys/vm/nr_hugepages", str(need + SPARE_HUGE_PAGES)))
+                undo.enter_context(self.setting(settings.HUGE_PAGES, str(need + SPARE_HUGE_PAGES)))
             if self.backing == "thp":
-                undo.enter_context(self.setting(SHMEM_ENABLED, "advise"))
+                undo.enter_context(self.setting(settings.SHMEM_ENABLED, "advise"))
             self.machine = undo.enter_context(Machine(self.config, unclaimed=self._access, intercept=self._intercept))
             undo.callback(self.end)
             self._outer = undo.pop_all()
@@ -378,23 +377,20 @@ class Experiment:
     @contextlib.contextmanager
     def setting(self, path: str, value: str) -> Iterator[None]:
         """Change a setting of the whole host while the block runs: only in the lab, where the host is ours."""
-        file = Path(path)
         try:
-            before = file.read_text().strip()
+            before = settings.read(path)
         except OSError as error:
             self.cannot(f"{path}: {error.strerror}")
-        if "[" in before:
-            before = before.partition("[")[2].partition("]")[0]
         if before == value:
             yield
             return
         if os.environ.get("PYVMM_IN_LAB") != "1":
             self.cannot(f"{path} is {before}, the experiment needs {value}, and only the lab's settings are changed")
         try:
-            file.write_text(value)
+            settings.write(path, value)
         except OSError as error:
             self.cannot(f"{path} cannot be set to {value}: {error.strerror}")
         try:
             yield
         finally:
-            file.write_text(before)
+            settings.write(path, before)

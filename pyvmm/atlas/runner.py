@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pyvmm.apart import CrashedError, run_apart
 from pyvmm.atlas.claim import Claim, Place
 from pyvmm.atlas.experiment import Experiment, Untold
+from pyvmm.atlas.host.settings import Snapshot
 from pyvmm.atlas.model import Event, Result, Verdict
 from pyvmm.errors import PyvmmError
 
@@ -38,8 +39,12 @@ def tasks(claims: Iterable[Claim], protections: Iterable[str] = (), backings: It
 
 def run(todo: Iterable[Task], *, deadline: float | None = None) -> Iterator[Result]:
     """Run one task after the other and yield the results as they come; ``deadline`` replaces the claims' own."""
+    before = Snapshot()
     for task in todo:
-        yield conduct_apart(task, task.claim.seconds if deadline is None else deadline)
+        result = conduct_apart(task, task.claim.seconds if deadline is None else deadline)
+        if result.verdict is Verdict.CRASHED:
+            before.restore()
+        yield result
 
 
 def conduct(task: Task) -> Result:

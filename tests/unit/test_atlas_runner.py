@@ -14,6 +14,7 @@ import pytest
 from pyvmm.atlas import runner
 from pyvmm.atlas.claim import Claim, Place
 from pyvmm.atlas.experiment import Untold
+from pyvmm.atlas.host import settings
 from pyvmm.atlas.model import Evidence, Picture, Result, Verdict
 from pyvmm.errors import HostError
 from pyvmm.protection import Protection
@@ -160,6 +161,22 @@ def test_neighbours_of_a_crash_run_on():
 
     todo = [task(lambda x: x.check("a", True)), task(die), task(lambda x: x.check("b", True))]
     assert [result.verdict for result in runner.run(todo)] == [Verdict.HOLDS, Verdict.CRASHED, Verdict.HOLDS]
+
+
+def test_settings_that_a_killed_one_leaves_changed_are_put_back(monkeypatch, tmp_path):
+    setting, other = tmp_path / "enabled", tmp_path / "none"
+    setting.write_text("always [never] advise\n")
+    monkeypatch.setattr(settings, "KNOWN", (str(setting), str(other)))
+
+    def die(_x):
+        settings.write(str(setting), "always")
+        os.abort()
+
+    done = [result.verdict for result in runner.run([task(die), task(lambda x: x.check("a", True))])]
+    assert done == [Verdict.CRASHED, Verdict.HOLDS]
+    assert setting.read_text() == "never"
+    with pytest.raises(ValueError, match="no setting"):
+        settings.write("/proc/sys/kernel/panic", "1")
 
 
 def test_a_long_result_comes_through_whole():

@@ -9,6 +9,7 @@ import tempfile
 
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.experiment import BEYOND, Experiment
+from pyvmm.atlas.host import settings
 from pyvmm.atlas.host.syscalls import drop_capabilities
 from pyvmm.guest.puppet import Access
 from pyvmm.memory import mman
@@ -222,7 +223,7 @@ def file_pages_are_refused(x: Experiment) -> None:
 @claim(none="memfd", pkvm="memfd", origin=f"{ABORT}: hugetlb folios are not swapbacked, -EIO")
 def hugetlb_pages_are_refused(x: Experiment) -> None:
     """Huge pages of hugetlbfs cannot become guest memory: KVM_RUN fails with EIO."""
-    x.stack.enter_context(x.setting("/proc/sys/vm/nr_hugepages", "2"))
+    x.stack.enter_context(x.setting(settings.HUGE_PAGES, "2"))
     backing = x.stack.enter_context(Memfd(2 << 20, hugetlb=True))
     _add_raw(x, BEYOND, backing)
     x.check("KVM_RUN", x.went(x.guest.start_read64(BEYOND)), "EIO")

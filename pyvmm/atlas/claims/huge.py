@@ -7,6 +7,7 @@ from functools import partial
 from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.experiment import BEYOND, Experiment
+from pyvmm.atlas.host import settings
 from pyvmm.atlas.host.syscalls import madvise
 from pyvmm.errors import KvmError
 from pyvmm.guest.puppet import Access
@@ -27,7 +28,6 @@ ONE_PAGE = "arch/arm64/kvm/pkvm.c, pkvm_pgtable_stage2_map(): pages only for a p
 LOGGED = "arch/arm64/kvm/mmu.c, user_mem_abort(): force_pte where the slot is logged"
 NOTIFIER = "arch/arm64/kvm/mmu.c, kvm_unmap_gfn_range(), by MMU notifiers"
 TRUNCATE = "mm/truncate.c, truncate_inode_partial_folio(): the hole is zeroed through the kernel's mapping"
-MTHP = "/sys/kernel/mm/transparent_hugepage/hugepages-64kB/shmem_enabled"
 PAGES = HUGE_SIZE // PAGE_SIZE
 SOME = PAGES // 8
 """Pages that are touched of a huge page where that tells as much as touching all."""
@@ -103,7 +103,7 @@ def a_block_ends_with_its_slot(x: Experiment) -> None:
 @claim(none="memfd", pkvm="memfd", faults=True, origin="arch/arm64/kvm/mmu.c: contiguous mappings for hugetlb only")
 def a_folio_of_64_kib_costs_one_fault(x: Experiment) -> None:
     """Of memory in folios of 64 KiB (mTHP) the guest gets a whole one with each fault."""
-    x.stack.enter_context(x.setting(MTHP, "advise"))
+    x.stack.enter_context(x.setting(settings.SHMEM_64K, "advise"))
     backing = x.stack.enter_context(Memfd(HUGE_SIZE, thp=True))
     raw.slot(x, BEYOND, HUGE_SIZE, backing.hva)
     x.guest.write8(BEYOND, 1)

@@ -19,7 +19,7 @@ from pyvmm.atlas.claims.ownership_pages import (
     said,
 )
 from pyvmm.atlas.experiment import Experiment
-from pyvmm.atlas.host import access, elf, processes, uring
+from pyvmm.atlas.host import access, elf, processes, settings, uring
 from pyvmm.atlas.host.syscalls import Answer, page_frame, pread_file
 from pyvmm.atlas.host.zram import Zram
 
@@ -121,7 +121,7 @@ def a_debugger_reads_nothing(x: Experiment) -> None:
 @anywhere(origin=f"{LINEAR}; mm/gup.c, get_dump_page()")
 def a_core_dump_is_without_it(x: Experiment) -> None:
     """A core dump of a process that has a private page mapped has zeros in its place, and does the guest no harm."""
-    x.stack.enter_context(x.setting("/proc/sys/kernel/core_pattern", "core"))
+    x.stack.enter_context(x.setting(settings.CORE_PATTERN, "core"))
     kept_out(x, "a core dump with {}", by_address(x, processes.core_dump), ZEROS)
 
 

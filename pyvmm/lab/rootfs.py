@@ -39,9 +39,8 @@ ROOTS = (
 # Needed only to install packages, or by parts of Python's library that nothing here uses.
 UNUSED_PACKAGES = frozenset({
     "debconf", "dpkg", "gcc-14-base", "libacl1", "libdb5.3t64", "libmd0", "libncursesw6", "libpcre2-8-0",
-    "libreadline8t64", "libselinux1", "libsqlite3-0", "libssl3t64", "libtinfo6", "libuuid1", "libzstd1",
-    "media-types", "netbase", "openssl-provider-legacy", "python3", "python3-typing-extensions", "readline-common",
-    "tar", "tzdata",
+    "libselinux1", "libsqlite3-0", "libssl3t64", "libuuid1", "libzstd1", "media-types", "netbase",
+    "openssl-provider-legacy", "python3", "python3-typing-extensions", "readline-common", "tar", "tzdata",
 })  # fmt: skip
 
 UNUSED_PATHS = re.compile(

@@ -30,6 +30,7 @@ from pyvmm.atlas.host import settings
 from pyvmm.atlas.model import Event, Evidence, Picture, Value, Verdict
 from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.guest.puppet import GuestFault, Puppet
+from pyvmm.kvm.system import System
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.layout import MIB, PRIVATE_BOOT, RAM_BASE
 from pyvmm.machine.machine import Machine
@@ -39,6 +40,7 @@ from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.memory.relay import ShareEvent
 from pyvmm.observe.faulttrace import Fault, FaultTrace
 from pyvmm.protection import Protection
+from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD
 from pyvmm.uapi.kvm_run import ExitReason
 from pyvmm.vcpu.cold import Unclaimed
 from pyvmm.vcpu.failure import EHWPOISON
@@ -131,6 +133,7 @@ class Experiment:
 
     def __enter__(self) -> Self:
         self._begun = time.monotonic_ns()
+        self._require()
         with contextlib.ExitStack() as undo:
             if self._want_faults is not False:
                 # Faults on the payload's own pages and on devices are not what an experiment is about.
@@ -146,6 +149,14 @@ class Experiment:
             undo.callback(self.end)
             self._outer = undo.pop_all()
         return self
+
+    def _require(self) -> None:
+        """Say in one way what a host may lack, whatever the experiment needs it for."""
+        with System.open() as system:
+            if self.backing in ("guest_memfd", "private") and not system.check(KVM_CAP_GUEST_MEMFD):
+                self.cannot("this kernel has no guest_memfd (KVM_CAP_GUEST_MEMFD is 0)")
+            if self.protection.by_hypervisor and not system.supports_protected():
+                self.cannot("this host makes no protected VMs (KVM_CREATE_VM refuses bit 31: EINVAL)")
 
     def __exit__(self, *_: object) -> None:
         self.close()

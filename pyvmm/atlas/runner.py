@@ -5,6 +5,7 @@ A process that dies, or is past its deadline and killed with all it started, has
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,8 @@ from pyvmm.atlas.experiment import Experiment, Untold
 from pyvmm.atlas.host.settings import Snapshot
 from pyvmm.atlas.model import Event, Result, Verdict
 from pyvmm.errors import PyvmmError
+
+_DESCRIPTOR = re.compile(r"\b(?:kvm|vm|vcpu\d+|fd)=\d+(?:, |(?=\)))")
 
 
 class Task(NamedTuple):
@@ -63,7 +66,8 @@ def conduct(task: Task) -> Result:
     except Untold as untold:
         reason = untold.message
     except PyvmmError as error:
-        reason = f"the experiment stopped: {error.message}"
+        # Numbers of descriptors tell nothing, and are others when anything else is.
+        reason = f"the experiment stopped: {_DESCRIPTOR.sub('', error.message)}"
     except Exception as error:
         verdict = Verdict.CRASHED
         where = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,7 +1,7 @@
 """Work in a process of its own, with a deadline, so that whatever it does to itself it does to nobody else.
 
 The process is forked from this one, which has everything imported and must have no other thread; what it returns comes
-back through a pipe, as JSON. Owns the child while it runs; then it is dead, with everything it started, and reaped.
+back through a pipe, as JSON. Owns the child while it runs; then it is reaped, and what it started and left is killed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run_apart(work: Callable[[], Any], deadline: float) -> Any:
 
 
 class _Child:
-    """A forked process; on exit it is dead, with everything it started, and reaped."""
+    """A forked process; on exit it is dead and reaped, and so is, in time, everything of its process group."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
@@ -67,6 +67,7 @@ class _Child:
         if self.pid == 0:
             self._become(write, parent)
         os.close(write)
+        self._pidfd = os.pidfd_open(self.pid)
         # Both sides do it, so that it is done whoever is first.
         with contextlib.suppress(OSError):
             os.setpgid(self.pid, 0)
@@ -103,8 +104,8 @@ class _Child:
 
     def __exit__(self, *_: object) -> None:
         self._reap()
-        os.close(self._results)
-        os.close(self._stderr)
+        for fd in (self._results, self._stderr, self._pidfd):
+            os.close(fd)
 
     def _reap(self) -> int:
         """Kill whatever is left, collect the child, and return its exit code; a signal's number is negative."""
@@ -118,14 +119,19 @@ class _Child:
     def wait(self, until: float) -> bytes | None:
         """Return all that the process sent until it ended, None if it has not by then (CLOCK_MONOTONIC seconds)."""
         said = bytearray()
+        os.set_blocking(self._results, False)
+        watched = [self._pidfd, self._results]
         while True:
-            ready, _, _ = select.select([self._results], [], [], max(until - time.monotonic(), 0))
+            ready, _, _ = select.select(watched, [], [], max(until - time.monotonic(), 0))
             if not ready:
                 return None
-            data = os.read(self._results, 1 << 16)
-            if not data:
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(self._results, 1 << 16):
+                    said += data
+                watched = [self._pidfd]
+            # What it has started may hold the pipe open; when it is dead there is no more to come.
+            if self._pidfd in ready:
                 return bytes(said)
-            said += data
 
     def ending(self) -> str:
         """Say how the process ended without a result."""

@@ -32,7 +32,7 @@ from pyvmm.protection import Protection
 if TYPE_CHECKING:
     from pyvmm.atlas.experiment import Experiment
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 """Seconds an experiment may take before its process is killed, unless the claim says otherwise."""
 
 Function = Callable[["Experiment"], None]

@@ -54,7 +54,7 @@ BEYOND = Gpa(RAM_BASE + (1 << 30))
 """Far above RAM: where experiments put slots of their own."""
 SPARE_HUGE_PAGES = 4
 """Huge pages kept free beside those of a guest's RAM, for slots of an experiment's own."""
-PATIENCE = 10.0
+PATIENCE = 20.0
 """Seconds to wait for what must come (a failure of KVM_RUN, an answer)."""
 
 
@@ -263,8 +263,8 @@ class Experiment:
     def page_map(self) -> PageMap:
         """Return what is known of every page now: the ledger's word, and under pkvm what traced faults tell besides.
 
-        The ledger must assume there that the guest has touched every page. A page above FREE without a fault since
-        before the first run was never donated: it is still the host's.
+        The ledger must assume there that the guest has touched every page. A page above FREE with a fault was donated;
+        one without is assumed to be the host's still, as long as a fault brings one page.
         """
         from pyvmm.observe.pagemap import PageMap
 
@@ -282,7 +282,7 @@ class Experiment:
                 continue
             runs += [(gpa, (told - gpa) // PAGE_SIZE, entry)] if told > gpa else []
             runs += [
-                (page, 1, PageState.PRIVATE if page in donated else PageState.HOST)
+                (page, 1, PageState.PRIVATE if page in donated else PageState.HOST | ASSUMED)
                 for page in range(told, gpa + pages * PAGE_SIZE, PAGE_SIZE)
             ]
         return PageMap.from_runs(runs)
@@ -353,6 +353,14 @@ class Experiment:
             if time.monotonic() > deadline:
                 raise Untold(f"the guest neither answered nor failed within {timeout:g} s")
         return None
+
+    def unasked_failures(self) -> list[RunFailure]:
+        """Return the failures of KVM_RUN that the experiment has not asked for."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._failures.get_nowait())
+        return found
 
     def went(self, order: Any, timeout: float = PATIENCE) -> str:
         """Wait for an order's end and name it: ``went on``, or the errno of KVM_RUN, and what the kernel told with it.

@@ -44,9 +44,13 @@ def run(todo: Iterable[Task], *, deadline: float | None = None) -> Iterator[Resu
     """Run one task after the other and yield the results as they come; ``deadline`` replaces the claims' own."""
     before = Snapshot()
     for task in todo:
-        result = conduct_apart(task, task.claim.seconds if deadline is None else deadline)
-        if result.verdict is Verdict.CRASHED:
-            before.restore()
+        orderly = False
+        try:
+            result = conduct_apart(task, task.claim.seconds if deadline is None else deadline)
+            orderly = result.verdict is not Verdict.CRASHED
+        finally:
+            if not orderly:  # it crashed, or was killed because we are to end
+                before.restore()
         yield result
 
 
@@ -63,11 +67,13 @@ def conduct(task: Task) -> Result:
             claim.function(x)
             events, ns = x.events()
         verdict = x.verdict
-    except Untold as untold:
-        reason = untold.message
-    except PyvmmError as error:
+    except (PyvmmError, OSError) as error:
+        message = error.message if isinstance(error, PyvmmError) else str(error)
         # Numbers of descriptors tell nothing, and are others when anything else is.
-        reason = f"the experiment stopped: {_DESCRIPTOR.sub('', error.message)}"
+        reason = _DESCRIPTOR.sub("", message if isinstance(error, Untold) else f"the experiment stopped: {message}")
+        reason += "".join(f"; KVM_RUN of vCPU {failure.vcpu} failed: {failure}" for failure in x.unasked_failures())
+        if any(entry.ok is False for entry in x.evidence):
+            verdict = Verdict.FAILS  # what was seen before contradicts the claim, whatever came after
     except Exception as error:
         verdict = Verdict.CRASHED
         where = traceback.extract_tb(error.__traceback__)[-1]

@@ -70,7 +70,7 @@ def test_every_claim_was_tried_everywhere_and_none_crashed(first: dict[str, Any]
 
 
 def test_a_second_run_differs_in_times_only(first: dict[str, Any], tmp_path: Path) -> None:
-    """Of protected guests here; the whole is two commands: the README has them."""
+    """Of protected guests here; `pyvmm atlas diff` compares two runs of the whole."""
     _, second = atlas(tmp_path, "--protection", "pkvm")
     before, after = without_times(first), without_times(second)
     before["claims"] = [claim for claim in before["claims"] if claim["protection"] == "pkvm"]

@@ -17,6 +17,7 @@ from pyvmm.atlas.experiment import Untold
 from pyvmm.atlas.host import settings
 from pyvmm.atlas.model import Evidence, Picture, Result, Verdict
 from pyvmm.errors import HostError
+from pyvmm.guest.puppet import GuestSilent
 from pyvmm.protection import Protection
 
 DEADLINE = 20.0
@@ -39,6 +40,9 @@ class NoGuest:
 
     def events(self):
         return (), []
+
+    def unasked_failures(self):
+        return []
 
     @property
     def verdict(self):
@@ -153,6 +157,57 @@ def _gone(pid: int) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+@pytest.mark.parametrize("ending", ["result", "crash"])
+def test_a_result_does_not_wait_for_what_the_process_left_behind(ending):
+    """A forked process holds the pipe open: what counts is the experiment's own end."""
+
+    def experiment(x):
+        if os.fork() == 0:
+            time.sleep(1000)
+        x.check("done", True)
+        if ending == "crash":
+            os.abort()
+
+    begun = time.monotonic()
+    result = run(experiment)
+    assert result.verdict is (Verdict.HOLDS if ending == "result" else Verdict.CRASHED)
+    assert "not done" not in result.reason
+    assert time.monotonic() - begun < DEADLINE
+
+
+def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after():
+    def experiment(x):
+        x.check("the host reads a private page", True, False)
+        raise GuestSilent("OP_READ was not answered within 10 s")
+
+    result = run(experiment)
+    assert (result.verdict, result.reason) == (
+        Verdict.FAILS, "the experiment stopped: OP_READ was not answered within 10 s"
+    )  # fmt: skip
+
+
+def test_what_the_system_refuses_an_experiment_is_not_told():
+    def experiment(_x):
+        open("/nonexistent/file").close()
+
+    assert run(experiment).verdict is Verdict.UNTOLD
+
+
+def test_an_interrupt_puts_settings_back_too(monkeypatch, tmp_path):
+    setting = tmp_path / "enabled"
+    setting.write_text("never")
+    monkeypatch.setattr(settings, "KNOWN", (str(setting),))
+
+    def interrupt(*_):
+        setting.write_text("always")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "conduct_apart", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(runner.run([task(lambda _x: None)]))
+    assert setting.read_text() == "never"
 
 
 def test_neighbours_of_a_crash_run_on():

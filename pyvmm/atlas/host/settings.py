@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from pyvmm.atlas.host import zram
+
 THP = "/sys/kernel/mm/transparent_hugepage"
 SHMEM_ENABLED = f"{THP}/shmem_enabled"
 SHMEM_64K = f"{THP}/hugepages-64kB/shmem_enabled"
@@ -35,16 +37,20 @@ def write(path: str, value: str) -> None:
 
 
 class Snapshot:
-    """What the settings are now, as far as they can be read."""
+    """What the settings are now, as far as they can be read, and which zram devices there are."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
         for path in KNOWN:
             with contextlib.suppress(OSError):
                 self._values[path] = read(path)
+        self._zram = zram.devices()
 
     def restore(self) -> None:
-        """Put back every setting that is another by now."""
+        """Put back every setting that is another by now, and remove the zram devices that came since."""
+        for number in zram.devices() - self._zram:
+            with contextlib.suppress(OSError):
+                zram.remove(number)
         for path, value in self._values.items():
             with contextlib.suppress(OSError):
                 if read(path) != value:

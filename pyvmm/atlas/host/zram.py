@@ -27,7 +27,6 @@ class Zram:
             _load_module()
         self.number = int((CONTROL / "hot_add").read_text())
         self.path = Path(f"/dev/zram{self.number}")
-        self._swapping = False
         try:
             Path(f"/sys/block/zram{self.number}/disksize").write_text(str(size))
             self._size = size
@@ -53,17 +52,25 @@ class Zram:
         answer = call(NR_SWAPON, os.fsencode(self.path), 0)
         if not answer.ok:
             raise OSError(answer.errno, f"swapon: {os.strerror(answer.errno)}")
-        self._swapping = True
 
     def close(self) -> None:
         """Swap in again what is there, and remove the device. Idempotent."""
         number, self.number = self.number, -1
         if number < 0:
             return
-        if self._swapping:
-            call(NR_SWAPOFF, os.fsencode(self.path))
-        _retried(lambda: Path(f"/sys/block/zram{number}/reset").write_text("1"))
-        _retried(lambda: (CONTROL / "hot_remove").write_text(str(number)))
+        remove(number)
+
+
+def devices() -> set[int]:
+    """Return the numbers of all zram devices there are."""
+    return {int(path.name.removeprefix("zram")) for path in Path("/sys/block").glob("zram*")}
+
+
+def remove(number: int) -> None:
+    """Swap in again what is on a device, if it is swapped to, and remove it."""
+    call(NR_SWAPOFF, f"/dev/zram{number}".encode())
+    _retried(lambda: Path(f"/sys/block/zram{number}/reset").write_text("1"))
+    _retried(lambda: (CONTROL / "hot_remove").write_text(str(number)))
 
 
 def _load_module() -> None:

@@ -95,7 +95,12 @@ class Server:
             poll.register(fd, select.POLLIN)
         while not self._stopping:
             poll.poll()
-            for fault in () if self._stopping else self.userfault.read():
+            try:
+                faults = [] if self._stopping else self.userfault.read()
+            except BaseException as error:
+                self._fail(error)
+                return
+            for fault in faults:
                 try:
                     self._serve(fault)
                 except BaseException as error:

@@ -218,8 +218,11 @@ def _own_kernel(*, refresh: bool, thorough: bool) -> OwnKernel:
     if not refresh and (kernel := usable_kernel(thorough=thorough)):
         return kernel
     require_for_kernel()
-    print(f"pyvmm: building the project's own kernel from Debian's source; this is done once, and takes {COST}",
-          file=sys.stderr)  # fmt: skip
+    if refresh and usable_kernel():
+        print("pyvmm: looking for a newer source than that of the kernel there is", file=sys.stderr)
+    else:
+        print(f"pyvmm: building the project's own kernel from Debian's source; this is done once, and takes {COST}",
+              file=sys.stderr)  # fmt: skip
     started = time.monotonic()
     with _progress() as progress:
         kernel = build_kernel(refresh=refresh, progress=progress)

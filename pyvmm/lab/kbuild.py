@@ -31,7 +31,7 @@ UNUSED = re.compile(
 )
 DESCRIPTION = re.compile(r"(?:.*/)?(?:(?:Kconfig|Makefile|Kbuild)[^/]*|[^/]*\.tbl)")
 
-STEPS = 2000
+STEPS = 1750
 """Lines that make says while it compiles, about: what its progress is measured by."""
 STEP = re.compile(r"  [A-Z]+ +\S")
 COMPLAINT = re.compile(

@@ -112,9 +112,16 @@ def kib(fd: int) -> int:
     return os.fstat(fd).st_blocks // 2
 
 
+def present(address: int) -> bool:
+    """Whether the page tables of this process have a page at an address of ours, which is not touched."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        return bool(int.from_bytes(os.pread(file.fileno(), 8, address // PAGE_SIZE * 8), "little") >> 63)
+
+
 def poison(fd: int, offset: int) -> str:
     """Have a page of a file treated as broken memory (MADV_HWPOISON); returns ``ok``, or the errno's name.
 
+    The frame is lost to the host until it boots again, so this is for the lab.
     In a forked child with a mapping of its own: the kernel sends SIGBUS to whoever asks.
     """
     child = os.fork()

@@ -1,10 +1,12 @@
 """A block device in memory, made for one experiment: something to do O_DIRECT against, or to swap to.
 
-Owns the device while it is open. OSError where the kernel has no zram, or this user may not make one.
+Owns the device while it is open. OSError where the kernel has no zram, this user may not make one, or
+this is not the lab: the device, its module and swap are the whole host's.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -23,6 +25,8 @@ class Zram:
     """A zram device of ``size`` bytes; a context manager. ``path`` is its node in /dev."""
 
     def __init__(self, size: int) -> None:
+        if os.environ.get("PYVMM_IN_LAB") != "1":
+            raise OSError(errno.EPERM, "block devices are made in the lab only")
         if not CONTROL.exists():
             _load_module()
         self.number = int((CONTROL / "hot_add").read_text())
@@ -42,9 +46,7 @@ class Zram:
         self.close()
 
     def swap(self) -> None:
-        """Swap to it until it is closed: in the lab only, for all of the host does."""
-        if os.environ.get("PYVMM_IN_LAB") != "1":
-            raise OSError(1, "swap is switched on in the lab only")
+        """Swap to it until it is closed, as all of the host then does."""
         header = bytearray(PAGE)
         header[1024:1032] = (1).to_bytes(4, "little") + (self._size // PAGE - 1).to_bytes(4, "little")
         header[-len(SIGNATURE) :] = SIGNATURE
@@ -74,18 +76,16 @@ def remove(number: int) -> None:
 
 
 def _load_module() -> None:
-    if os.environ.get("PYVMM_IN_LAB") != "1":
-        raise OSError(19, "zram is not loaded, and modules are loaded in the lab only")
     done = subprocess.run(["modprobe", "zram", "num_devices=0"], capture_output=True, text=True)
     if done.returncode or not CONTROL.exists():
-        raise OSError(19, "this kernel has no zram module")
+        raise OSError(errno.ENODEV, "this kernel has no zram module")
 
 
 def _wait_for(path: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not path.exists():
         if time.monotonic() > deadline:
-            raise OSError(2, f"{path} does not appear")
+            raise OSError(errno.ENOENT, f"{path} does not appear")
         time.sleep(0.01)
 
 

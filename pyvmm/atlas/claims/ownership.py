@@ -9,7 +9,6 @@ from pyvmm.atlas.claim import group
 from pyvmm.atlas.claims.ownership_pages import (
     GUESTS,
     WORDS,
-    ZEROS,
     Access,
     by_address,
     by_file,
@@ -122,7 +121,7 @@ def a_debugger_reads_nothing(x: Experiment) -> None:
 def a_core_dump_is_without_it(x: Experiment) -> None:
     """A core dump of a process that has a private page mapped has zeros in its place, and does the guest no harm."""
     x.stack.enter_context(x.setting(settings.CORE_PATTERN, "core"))
-    kept_out(x, "a core dump with {}", by_address(x, processes.core_dump), ZEROS)
+    kept_out(x, "a core dump with {}", by_address(x, processes.core_dump), zeros=True)
 
 
 @anywhere(origin=f"{LINEAR}; fs/splice.c, vmsplice_to_pipe()")
@@ -184,7 +183,7 @@ def a_fixed_buffers_read_fails(x: Experiment) -> None:
 @claim(emulated="memfd", pkvm="memfd", origin="fs/proc/kcore.c: copy_from_kernel_nofault(), whose faults are fixed up")
 def kcore_is_without_it(x: Experiment) -> None:
     """The kernel's mapping of all memory, /proc/kcore, shows zeros for a private page, and does the guest no harm."""
-    kept_out(x, "pread(2) of /proc/kcore at {}", by_address(x, _kcore, x.hva), ZEROS)
+    kept_out(x, "pread(2) of /proc/kcore at {}", by_address(x, _kcore, x.hva), zeros=True)
 
 
 @claim(emulated="memfd", pkvm="memfd", origin='thread: "maps the page back in the host stage-2"')

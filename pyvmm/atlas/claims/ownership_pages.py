@@ -53,17 +53,21 @@ def pages(x: Experiment) -> Pages:
     return Pages(fresh, private, shared)
 
 
-def kept_out(x: Experiment, text: str, access: Access, wanted: str = "an error") -> None:
-    """Check that an access of a private page fails, or answers what is ``wanted``, and does the guest no harm.
+def kept_out(x: Experiment, text: str, access: Access, *, zeros: bool = False) -> None:
+    """Check that an access of a private page fails, or shows ``zeros``, and does the guest no harm.
 
     ``text`` names the access of ``{}``. The other pages are tried to show what the access is like there.
+    An access that is to show zeros dies only for want of anything to look at, which tells nothing.
     """
     each = pages(x)
     _tell(x, text, access, each.fresh, FRESH)
     if each.shared is not None:
         _tell(x, text, access, each.shared, SHARED)
     answer = access(each.private)
-    x.check(text.format(PRIVATE), said(answer), wanted if answer.ok else said(answer))
+    if zeros and answer.died:
+        x.cannot(f"{text.format(PRIVATE)}: {answer.died}")
+    due = ZEROS if zeros else "an error" if answer.ok else said(answer)
+    x.check(text.format(PRIVATE), said(answer), due)
     x.check(FINDS.format(PRIVATE), found(x, each.private), WORDS[GUESTS])
 
 

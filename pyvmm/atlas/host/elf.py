@@ -10,11 +10,11 @@ from pathlib import Path
 from pyvmm.atlas.host.syscalls import PAGE, Answer, pread_file
 
 PT_LOAD = 1
-ESRCH = 3
+ABSENT = "the page is not in the file"
 
 
 def core_page(path: Path, address: int) -> Answer:
-    """Read a page of a process from its core file; ESRCH where it is not in there."""
+    """Read a page of a process from its core file; ABSENT where it is not in there."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for offset, start, _, size in _segments(fd):
@@ -22,11 +22,11 @@ def core_page(path: Path, address: int) -> Answer:
                 return pread_file(fd, offset + address - start)
     finally:
         os.close(fd)
-    return Answer(-1, ESRCH)
+    return Answer(-1, 0, b"", ABSENT)
 
 
 def kcore_page(frame: int) -> Answer:
-    """pread(2) of the physical page with a frame number in /proc/kcore; ESRCH where it is not in there."""
+    """pread(2) of the physical page with a frame number in /proc/kcore; ABSENT where it is not in there."""
     fd = os.open("/proc/kcore", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for offset, _, physical, size in _segments(fd):
@@ -34,7 +34,7 @@ def kcore_page(frame: int) -> Answer:
                 return pread_file(fd, offset + frame * PAGE - physical)
     finally:
         os.close(fd)
-    return Answer(-1, ESRCH)
+    return Answer(-1, 0, b"", ABSENT)
 
 
 def _segments(fd: int) -> Iterator[tuple[int, int, int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyvmm import abi
 from pyvmm.atlas.claim import group
+from pyvmm.atlas.claims.share_together import together
 from pyvmm.atlas.experiment import Experiment
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
@@ -186,7 +187,7 @@ def two_vcpus_move_slots_at_once(x: Experiment) -> None:
 def _two_at_once(x: Experiment) -> None:
     other = x.others()[0]
     first, second = x.page(16), x.page(16)
-    for what in ("start_share", "start_unshare"):
-        orders = [getattr(vcpu, what)(gpa, 16, abi.SHARE_HVC) for vcpu, gpa in ((x.guest, first), (other, second))]
-        pages = sum(order.result(30).pages for order in orders)
-        x.check(f"pages of 32 {'shared' if what == 'start_share' else 'taken back'}", pages, 32)
+    for call, done in ((abi.HVC_SHARE, "shared"), (abi.HVC_UNSHARE, "taken back")):
+        answers = together(x, (x.guest, other), call, (first, second), 16)
+        pages = sum(answer == 0 for both in answers for answer in both)
+        x.check(f"pages of 32 {done}", pages, 32)

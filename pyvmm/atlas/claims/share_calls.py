@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyvmm import abi
 from pyvmm.atlas.claim import group
+from pyvmm.atlas.claims.share_together import together
 from pyvmm.atlas.experiment import BEYOND, Experiment
 from pyvmm.atlas.host.access import process_vm_readv
 from pyvmm.guest.puppet import GuestFault, Hvc, Order
@@ -18,6 +19,7 @@ EXIT = 'thread: "the host kernel at that point can exit back to userspace to rel
 ALL = "memfd thp guest_memfd private"
 INVALID_PARAMETER = -3
 NOT_SUPPORTED = -1
+PAGES = 64
 CALL_UID = 0x8600_FF01
 UID = "0xb66fb428 0xe911c52e 0x564bcaa9 0x743a004d"
 """28b46fb6-2ec5-11e9-a9ca-4b564d003a74 as x0..x3."""
@@ -139,12 +141,14 @@ def one_vcpu_unshares_what_another_shared(x: Experiment) -> None:
 @claim(emulated="memfd guest_memfd private", pkvm="memfd", cpus=2, origin=f"{STATES}: under both components' locks")
 def of_two_shares_at_once_one_is_refused(x: Experiment) -> None:
     """Of two vCPUs that share the same page at the same time one is answered 0 and the other INVALID_PARAMETER (-3)."""
-    range_, other = x.page(20), x.others()[0]
-    both = 0
-    for page in range(range_, range_ + 20 * PAGE_SIZE, PAGE_SIZE):
-        orders = [vcpu.start_share(page, how=abi.SHARE_HVC) for vcpu in (x.guest, other)]
-        both += sorted(order.result().status for order in orders) == [INVALID_PARAMETER, 0]
-    x.check("pages, of 20, that one vCPU shared and the other was refused", both, 20)
+    range_, other = x.page(PAGES), x.others()[0]
+    answers = together(x, (x.guest, other), abi.HVC_SHARE, (range_, range_), PAGES)
+    served = sum(answer == 0 for both in answers for answer in both)
+    refused = sum(answer == INVALID_PARAMETER for both in answers for answer in both)
+    once = sum(sorted(both) == [INVALID_PARAMETER, 0] for both in answers)
+    x.check(f"shares answered 0, of two of each of {PAGES} pages", served, PAGES)
+    x.check("shares answered -3", refused, PAGES)
+    x.check("pages that one vCPU shared and the other was refused", once, PAGES)
 
 
 @claim(emulated="memfd guest_memfd private", pkvm="memfd", origin=EXIT)

@@ -266,27 +266,30 @@ def a_write_back_outside_memory_is_an_abort(x: Experiment) -> None:
 
 @everywhere(origin="virt/kvm/kvm_main.c: -EIO where kvm->mm is not the caller's")
 def a_forked_child_is_refused(x: Experiment) -> None:
-    """A child that inherits the descriptors of a VM and of its vCPUs is refused every call on them with EIO."""
+    """A child that inherits a VM's descriptors is refused calls on it and its vCPUs with EIO: two of each are tried."""
     x.start()
     vm, vcpu = x.machine.vm, x.machine.vcpus[0]
 
     def child(fd: int) -> None:
         answers = (
             raw.name(vm.attempt(KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY)[1]),
+            raw.answer(lambda: vm.create_vcpu(1)),
             raw.name(vcpu.attempt(KVM_GET_MP_STATE, kvm_mp_state())[1]),
+            raw.answer(lambda: vcpu.get_reg(core_reg("pc"))),
         )
         os.write(fd, " ".join(answers).encode())
 
     code, said = processes.in_child(child)
     if code:
         x.cannot(f"the child ended with status {code}")
-    x.check("the child's calls on the VM and on a vCPU", said.decode(), "EIO EIO")
+    what = "KVM_CHECK_EXTENSION and KVM_CREATE_VCPU of the VM, KVM_GET_MP_STATE and KVM_GET_ONE_REG of a vCPU"
+    x.check(f"the child's {what}", said.decode(), "EIO EIO EIO EIO")
     x.check("the guest goes on", x.went(x.guest.start_read64(x.page())), "went on")
 
 
 @claim(pkvm="memfd", origin="arch/arm64/kvm/pkvm.c: add_taint(TAINT_USER), with a warning")
 def making_one_taints_the_kernel(x: Experiment) -> None:
-    """Making a protected VM taints the host's kernel with TAINT_USER (U)."""
+    """The host's kernel is tainted (TAINT_USER, U) once a protected VM has been made."""
     with open("/proc/sys/kernel/tainted") as file:
         x.check("TAINT_USER is set", bool(int(file.read()) & TAINT_USER))
 

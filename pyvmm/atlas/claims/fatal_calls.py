@@ -18,7 +18,7 @@ from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.protection import Protection
 from pyvmm.uapi import kvm_cap as cap
-from pyvmm.uapi.ioctl import IOR, IOW
+from pyvmm.uapi.ioctl import IOW
 from pyvmm.uapi.kvm import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
@@ -57,20 +57,13 @@ class kvm_arm_device_addr(Structure):
     _fields_ = (("id", c_uint64), ("addr", c_uint64))
 
 
-class kvm_arm_copy_mte_tags(Structure):
-    """asm/kvm.h; here without a name for each word."""
-
-    _fields_ = (("words", c_uint64 * 6),)
-
-
 KVM_ARM_SET_DEVICE_ADDR = IOW("KVM_ARM_SET_DEVICE_ADDR", KVMIO, 0xAB, kvm_arm_device_addr)
-KVM_ARM_MTE_COPY_TAGS = IOR("KVM_ARM_MTE_COPY_TAGS", KVMIO, 0xB4, kvm_arm_copy_mte_tags)
 ID_REGISTER_WORDS = 3 * 8 * 8
 
 
 @claim(none="memfd", pkvm="memfd", origin=FILTER)
 def these_calls_are_refused(x: Experiment) -> None:
-    """A VM's hypercall filter, counter offset, tags, register masks and old device addresses are refused: EINVAL."""
+    """A VM's hypercall filter, counter offset, register masks and old device addresses are refused: EINVAL."""
     vm = _vm(x)
     masks = (c_uint64 * ID_REGISTER_WORDS)()
     ways: dict[str, Callable[[], object]] = {
@@ -81,7 +74,6 @@ def these_calls_are_refused(x: Experiment) -> None:
             KVM_ARM_GET_REG_WRITABLE_MASKS, reg_mask_range(addr=addressof(masks))
         ),
         "KVM_ARM_SET_DEVICE_ADDR": lambda: vm.call(KVM_ARM_SET_DEVICE_ADDR, kvm_arm_device_addr()),
-        "KVM_ARM_MTE_COPY_TAGS": lambda: vm.call(KVM_ARM_MTE_COPY_TAGS, kvm_arm_copy_mte_tags()),
     }
     for name, way in ways.items():
         x.check(name, raw.answer(way), "EINVAL")

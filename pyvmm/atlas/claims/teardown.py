@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from errno import errorcode
 
+from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.experiment import BEYOND, Experiment
 from pyvmm.atlas.host.access import process_vm_readv
@@ -176,7 +176,7 @@ def a_guest_memfd_outlives_its_vm(x: Experiment) -> None:
             other.vm.set_memory(1, BEYOND, 1 << 16, address, guest_memfd=file)
             x.check("a slot of another VM over it", "taken", "EINVAL")
         except KvmError as error:
-            x.check("a slot of another VM over it", errorcode[error.errno], "EINVAL")
+            x.check("a slot of another VM over it", raw.name(error.errno or 0), "EINVAL")
 
 
 @claim(pkvm="memfd", origin=f"{GMEM}; {UNPIN}")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pyvmm.errors import PyvmmError
 from pyvmm.lab.apt import Progress, silent
-from pyvmm.lab.rootfs import _open_package as open_package
+from pyvmm.lab.rootfs import open_package
 
 ARCHIVE = re.compile(r"(?:\./)?usr/src/linux-source-[^/]+\.tar\.xz")
 

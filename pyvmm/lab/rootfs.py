@@ -81,7 +81,7 @@ def recipe_hash() -> str:
 
 
 @contextmanager
-def _open_package(package: Path) -> Iterator[tarfile.TarFile]:
+def open_package(package: Path) -> Iterator[tarfile.TarFile]:
     """Read the files of a .deb as a tar stream."""
     with subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -115,7 +115,7 @@ def write_kernel(packages: list[Path], image: BinaryIO) -> tuple[str, dict[str, 
     release = ""
     available: dict[str, bytes] = {}
     for package in packages:
-        with _open_package(package) as tar:
+        with open_package(package) as tar:
             for member in tar:
                 name = member.name.removeprefix("./")
                 if not member.isfile():
@@ -176,7 +176,7 @@ def write_root(packages: list[Path], release: str, modules: dict[str, Module], o
         lines.append(f"{name}.ko: {' '.join(f'{need}.ko' for need in reversed(module.needs))}\n")
     cpio.file(f"{directory}/modules.dep", "".join(lines).encode())
     for package in packages:
-        with _open_package(package) as tar:
+        with open_package(package) as tar:
             for member in tar:
                 _copy(tar, member, cpio)
     cpio.finish()

@@ -39,7 +39,7 @@ DISK = 1000 << 20
 VARIABLES = {
     "ARCH": "arm64",
     "CROSS_COMPILE": CROSS,
-    # The same kernel from the same source, whoever builds it and when.
+    # The same kernel from the same source by the same tools, whoever builds it, where and when.
     "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 1970",
     "KBUILD_BUILD_USER": "pyvmm",
     "KBUILD_BUILD_HOST": "lab",

@@ -62,10 +62,15 @@ def task(function) -> runner.Task:
 
 def run(function, deadline=DEADLINE) -> Result:
     before = set(os.listdir("/proc/self/fd"))
-    result = runner.conduct_apart(task(function), deadline)
+    children: list[int] = []
+    fork = os.fork
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
+        result = runner.conduct_apart(task(function), deadline)
     assert set(os.listdir("/proc/self/fd")) == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    (child,) = children
+    with pytest.raises(ChildProcessError):  # it is reaped
+        os.waitpid(child, os.WNOHANG)
     return result
 
 

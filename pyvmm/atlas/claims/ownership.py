@@ -216,10 +216,11 @@ def _kcore(address: int) -> Answer:
     if frame is None:
         return Answer(-1, 0, b"", "no page known there")
     # A load that the kernel gives up on reads as zeros too, now and then of ordinary memory: one that sees more tells.
-    for _ in range(8):
-        answer = elf.kcore_page(frame)
+    answer = elf.kcore_page(frame)
+    for _ in range(7):
         if any(answer.data):
             break
+        answer = elf.kcore_page(frame)
     return answer
 
 

@@ -7,13 +7,14 @@ import os
 import resource
 import tempfile
 
+from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.experiment import BEYOND, Experiment
 from pyvmm.atlas.host import settings
 from pyvmm.atlas.host.syscalls import drop_capabilities
 from pyvmm.guest.puppet import Access
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Backing, Memfd, SharedGuestMemfd
 from pyvmm.memory.memlock import CAP_IPC_LOCK, LockedMemory
 from pyvmm.uapi.mman import PROT_NONE, PROT_READ
@@ -214,7 +215,7 @@ def file_pages_are_refused(x: Experiment) -> None:
         file.flush()
         backing = x.stack.enter_context(Backing(os.dup(file.fileno()), 1 << 16))
         backing.kind = "file"
-        _add_raw(x, BEYOND, backing)
+        raw.slot(x, BEYOND, backing.size, backing.hva)
         ran = x.went(x.guest.start_read64(BEYOND))
         x.tell("KVM_RUN", ran)
         x.check("the guest's load fails", ran != "went on")
@@ -225,7 +226,7 @@ def hugetlb_pages_are_refused(x: Experiment) -> None:
     """Huge pages of hugetlbfs cannot become guest memory: KVM_RUN fails with EIO."""
     x.stack.enter_context(x.setting(settings.HUGE_PAGES, "2"))
     backing = x.stack.enter_context(Memfd(2 << 20, hugetlb=True))
-    _add_raw(x, BEYOND, backing)
+    raw.slot(x, BEYOND, backing.size, backing.hva)
     x.check("KVM_RUN", x.went(x.guest.start_read64(BEYOND)), "EIO")
 
 
@@ -297,11 +298,6 @@ def until_the_first_touch_a_page_is_the_hosts(x: Experiment) -> None:
     x.start()
     x.check("the host stores to it", x.host_stores(page, 0x77))
     x.check("the guest reads that", x.guest.read64(page), 0x77)
-
-
-def _add_raw(x: Experiment, gpa: Gpa, backing: Backing) -> None:
-    """Make a slot that pyvmm itself would refuse, in KVM alone."""
-    x.machine.vm.set_memory(100, gpa, backing.size, backing.hva, guest_memfd=backing.guest_memfd)
 
 
 def _status_kib(field: str) -> int:

@@ -118,12 +118,19 @@ def group(name: str) -> Decorator:
     return decorator
 
 
-def all_claims() -> list[Claim]:
-    """Import every module of claims and return their claims, group by group."""
+def all_claims(names: Iterable[str] = ()) -> list[Claim]:
+    """Import the modules of claims and return their claims, group by group.
+
+    Where every one of ``names`` tells its group, only these groups' modules are imported: a module's name starts with
+    its group's.
+    """
     from pyvmm.atlas import claims
 
+    groups = {name.partition("/")[0] for name in names}
+    prefixes = tuple(group.replace("-", "_") for group in (groups if groups and groups <= set(GROUPS) else GROUPS))
     for info in pkgutil.iter_modules(claims.__path__):
-        importlib.import_module(f"pyvmm.atlas.claims.{info.name}")
+        if info.name.startswith(prefixes):
+            importlib.import_module(f"pyvmm.atlas.claims.{info.name}")
     order = list(GROUPS)
     return sorted(REGISTRY.values(), key=lambda each: order.index(each.group))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -67,6 +69,19 @@ def test_an_unknown_claim_is_refused_and_the_nearest_are_offered(asked: str, off
     with pytest.raises(UsageError, match=f"no claim is called '{asked}'") as caught:
         select([asked], CLAIMS)
     assert offered in (caught.value.hint or "")
+
+
+def test_every_module_of_claims_is_named_after_its_group():
+    """So that asking for one group imports no other."""
+    for claim in CLAIMS:
+        module = claim.function.__module__.rpartition(".")[2]
+        assert module.startswith(claim.group.replace("-", "_"))
+    script = (
+        "import sys; from pyvmm.atlas.claim import all_claims; all_claims(['huge', 'lazy/x']); "
+        "print({m.rpartition('.')[2] for m in sys.modules if 'atlas.claims.' in m})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("{'huge', 'lazy'}", "{'lazy', 'huge'}")
 
 
 def test_places_can_be_narrowed_down():

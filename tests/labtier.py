@@ -20,7 +20,7 @@ import pytest
 from pyvmm.errors import PyvmmError
 
 IN_LAB = os.environ.get("PYVMM_IN_LAB") == "1"
-PATIENCE = float(os.environ.get("PYVMM_LAB_TEST_TIMEOUT", "600"))
+PATIENCE = float(os.environ.get("PYVMM_LAB_TEST_TIMEOUT", "1800"))
 """Seconds that a test may take in the lab, its share of other tests' time on a busy machine included."""
 
 Why = Callable[[], str | None]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.lab
 def atlas(kernel: str, mode: str, *words: str) -> Atlas:
     command = ["python3", "-P", "-m", "pyvmm", "atlas", *words, "--json", "/var/tmp/atlas.json"]
     with Lab(LabOptions(mode=mode), image=build_image(kernel)) as lab:
-        done = lab.capture(command, timeout=600)
+        done = lab.capture(command, timeout=1700)
         assert done.status == 0, done.stdout.decode()[-3000:] + done.stderr.decode()
         assert b"Traceback" not in done.stdout + done.stderr
         return Atlas.from_json(json.loads(lab.capture(["cat", "/var/tmp/atlas.json"]).stdout))

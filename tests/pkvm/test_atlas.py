@@ -27,7 +27,7 @@ def atlas(directory: Path, *words: str, **options: Any) -> tuple[subprocess.Comp
     """Run ``pyvmm atlas`` with --json and return how it ended and what it wrote."""
     file = directory / f"atlas{len(list(directory.iterdir()))}.json"
     command = [sys.executable, "-m", "pyvmm", "atlas", "--json", str(file), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False, **options)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700, check=False, **options)
     assert "Traceback" not in done.stdout + done.stderr
     return done, json.loads(file.read_text()) if file.exists() else {}
 

@@ -18,8 +18,8 @@ from pyvmm.atlas.claims.ownership_pages import (
     said,
 )
 from pyvmm.atlas.experiment import Experiment
-from pyvmm.atlas.host import access, elf, processes, settings, uring
-from pyvmm.atlas.host.syscalls import Answer, page_frame, pread_file
+from pyvmm.atlas.host import access, processes, settings, uring
+from pyvmm.atlas.host.syscalls import Answer, pread_file
 from pyvmm.atlas.host.zram import Zram
 
 claim = group("ownership")
@@ -180,12 +180,6 @@ def a_fixed_buffers_read_fails(x: Experiment) -> None:
     kept_out(x, "IORING_OP_READ_FIXED into {}", by_address(x, lambda a: uring.read_fixed(a, access.PATTERN)))
 
 
-@claim(emulated="memfd", pkvm="memfd", origin="fs/proc/kcore.c: copy_from_kernel_nofault(), whose faults are fixed up")
-def kcore_is_without_it(x: Experiment) -> None:
-    """The kernel's mapping of all memory, /proc/kcore, shows zeros for a private page, and does the guest no harm."""
-    kept_out(x, "pread(2) of /proc/kcore at {}", by_address(x, _kcore, x.hva), zeros=True)
-
-
 @claim(emulated="memfd", pkvm="memfd", origin='thread: "maps the page back in the host stage-2"')
 def a_shared_page_is_open_to_all(x: Experiment) -> None:
     """What works on ordinary memory works on a page the guest shares: each access sees the guest's data."""
@@ -209,19 +203,6 @@ def a_shared_page_is_open_to_all(x: Experiment) -> None:
         x.check(name, said(way(page)), "ok, sees the guest's data")
         x.guest.unshare(page)
     x.check("in the end the guest finds there", found(x, page), WORDS[GUESTS])
-
-
-def _kcore(address: int) -> Answer:
-    frame = page_frame(address)
-    if frame is None:
-        return Answer(-1, 0, b"", "no page known there")
-    # A load that the kernel gives up on reads as zeros too, now and then of ordinary memory: one that sees more tells.
-    answer = elf.kcore_page(frame)
-    for _ in range(7):
-        if any(answer.data):
-            break
-        answer = elf.kcore_page(frame)
-    return answer
 
 
 def _disk(x: Experiment) -> Path:

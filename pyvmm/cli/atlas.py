@@ -215,14 +215,10 @@ def _list(todo: list[Task]) -> None:
 
 def _writable(args: argparse.Namespace, claims: list[Claim]) -> list[tuple[Callable[[Atlas], str], str]]:
     """Return (how to say an atlas, file) for each output asked for; UsageError where one cannot be written."""
-    from pyvmm.atlas.claim import GROUPS
-    from pyvmm.atlas.expected import expected
-    from pyvmm.atlas.report import html, junit
-
     kinds: list[tuple[Callable[[Atlas], str], str | None]] = [
         (lambda atlas: json.dumps(atlas.to_json(), indent=1) + "\n", args.json),
-        (lambda atlas: html.render(atlas, expected(atlas.host, claims), GROUPS), args.html),
-        (lambda atlas: junit.render(atlas, expected(atlas.host, claims)), args.junit),
+        (lambda atlas: _html(atlas, claims), args.html),
+        (lambda atlas: _junit(atlas, claims), args.junit),
         (_map, args.map),
     ]
     files = [(write, path) for write, path in kinds if path is not None]
@@ -240,6 +236,21 @@ def _save(path: str, text: str) -> None:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None
+
+
+def _html(atlas: Atlas, claims: list[Claim]) -> str:
+    from pyvmm.atlas.claim import GROUPS
+    from pyvmm.atlas.expected import expected
+    from pyvmm.atlas.report.html import render
+
+    return render(atlas, expected(atlas.host, claims), GROUPS)
+
+
+def _junit(atlas: Atlas, claims: list[Claim]) -> str:
+    from pyvmm.atlas.expected import expected
+    from pyvmm.atlas.report.junit import render
+
+    return render(atlas, expected(atlas.host, claims))
 
 
 def _map(atlas: Atlas) -> str:

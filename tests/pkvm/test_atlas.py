@@ -48,15 +48,25 @@ def without_times(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def test_every_verdict_is_as_expected_of_this_kernel(first: dict[str, Any]) -> None:
+STRAY = 3
+"""Experiments of 800 that may stop for reasons of the emulator's own, such as an SError out of the blue."""
+
+
+def test_every_verdict_is_as_expected_of_this_kernel(first: dict[str, Any], tmp_path: Path) -> None:
     seen = Atlas.from_json(first)
     wanted = expected(seen.host, all_claims())
     if not wanted:
         pytest.skip(f"nothing is known of {seen.host['kernel']} in mode {seen.host['mode']} to compare with")
+    results = {result.key: result for result in seen.results}
+    stopped = [r.key for r in seen.results if r.verdict is Verdict.UNTOLD and wanted.get(r.key) is not Verdict.UNTOLD]
+    assert len(stopped) <= STRAY, [results[key].reason for key in stopped]
+    if stopped:  # they told nothing: tried again, they must
+        _, again = atlas(tmp_path, *sorted({key[0] for key in stopped}))
+        results |= {result.key: result for result in Atlas.from_json(again).results if result.key in stopped}
     differ = [
         f"{result.id} {result.protection}/{result.backing}: {result.verdict.value}, not {wanted[result.key].value}; "
         f"{result.reason} {[e for e in result.evidence if e.ok is False]}"
-        for result in seen.results
+        for result in results.values()
         if result.key in wanted and result.verdict is not wanted[result.key]
     ]
     assert not differ, "\n".join(differ)
@@ -74,6 +84,10 @@ def test_a_second_run_differs_in_times_only(first: dict[str, Any], tmp_path: Pat
     _, second = atlas(tmp_path, "--protection", "pkvm")
     before, after = without_times(first), without_times(second)
     before["claims"] = [claim for claim in before["claims"] if claim["protection"] == "pkvm"]
+    pairs = zip(before["claims"], after["claims"], strict=True)
+    told = [(a, b) for a, b in pairs if Verdict.UNTOLD.value not in (a["verdict"], b["verdict"])]
+    assert len(told) >= len(after["claims"]) - STRAY
+    before["claims"], after["claims"] = [a for a, _ in told], [b for _, b in told]
     differ = [(a, b) for a, b in zip(before["claims"], after["claims"], strict=True) if a != b]
     assert not differ, json.dumps(differ[:3], indent=1)
     assert before == after

@@ -1,0 +1,1 @@
+"""Measures what a fault, an exit, a share and a conversion cost: cases, clocks, statistics, reports, sweeps."""

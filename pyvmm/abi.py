@@ -61,6 +61,16 @@ OP_CPU_OFF: Final = 16
 OP_MMIO: Final = 17
 OP_WORDS: Final = 18
 OP_COUNT: Final = 19
+OP_SERIES: Final = 20
+
+TOUCHED_SIZE: Final = 8
+
+SERIES_NOTHING: Final = 0
+SERIES_LOAD: Final = 1
+SERIES_STORE: Final = 2
+SERIES_HVC: Final = 3
+SERIES_SHARE: Final = 4
+SERIES_UNSHARE: Final = 5
 
 ACCESS_READ: Final = 0
 ACCESS_WRITE: Final = 1

@@ -23,7 +23,7 @@
 #define OP_PING        1 /* -> MPIDR, CurrentEL, SCTLR, CNTFRQ, TTBR0 */
 #define OP_READ        2 /* gpa, size (1 2 4 8) -> value, ticks */
 #define OP_WRITE       3 /* gpa, size, value -> ticks */
-#define OP_TOUCH       4 /* gpa, pages, stride (pages), access (ACCESS_*), seed or 0, ticks gpa (u32 each) or 0 -> pages, total ticks, max */
+#define OP_TOUCH       4 /* gpa, pages, stride (pages), access (ACCESS_*), seed or 0, gpa of as many TOUCHED or 0 -> pages, total ticks, max */
 #define OP_EXECUTE     5 /* gpa -> x0 the code returned (it is called with x0 = ARG1), ticks */
 #define OP_SHARE       6 /* gpa, pages, SHARE_* how -> last status, pages done, ticks */
 #define OP_UNSHARE     7 /* gpa, pages, SHARE_* how -> last status, pages done, ticks */
@@ -39,6 +39,19 @@
 #define OP_MMIO       17 /* gpa, size, count, value or -1 for loads -> ticks: count accesses in a loop */
 #define OP_WORDS      18 /* gpa, count (1..7) -> as many 64-bit words */
 #define OP_COUNT      19 /* gpa, count, gpa of a word or 0 -> n: adds 1 to a word count times, atomically, or until the other is not 0 */
+
+#define OP_SERIES     20 /* SERIES_* what, gpa, count, stride (bytes), value, gpa of a u32 each or 0 -> last status, done, total ticks */
+
+/* What a touch leaves of each page, by page number: two u32, its ticks and how many were touched before it. */
+#define TOUCHED_SIZE    8
+
+/* What is done over and over, each time timed by itself; a hypervisor call or a share that fails is the last. */
+#define SERIES_NOTHING  0 /* the clock read twice: what timing costs */
+#define SERIES_LOAD     1 /* of 64 bits */
+#define SERIES_STORE    2 /* of 64 bits: value */
+#define SERIES_HVC      3 /* x0 = value; its status is not looked at */
+#define SERIES_SHARE    4 /* of a page, by the hypervisor's call alone */
+#define SERIES_UNSHARE  5
 
 #define ACCESS_READ     0
 #define ACCESS_WRITE    1

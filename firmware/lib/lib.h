@@ -146,9 +146,12 @@ void cache_flush(u64 gpa, u64 bytes); /* to the point of coherency, instruction 
 u64 guarded(void (*function)(void *), void *argument);
 
 /* touch.c */
+struct touched {
+    u32 ticks, nth; /* nth: how many pages were touched before it */
+};
 struct touch {
     u64 gpa, pages, stride, access, seed;
-    u32 *ticks; /* one a page, by page number, or NULL */
+    struct touched *each; /* one a page, by page number, or NULL */
     u64 done, total, max;
 };
 void touch(struct touch *t);

@@ -50,15 +50,15 @@ void touch(struct touch *t)
     touch_one((u64)&own_page, t->access); /* this code, the stacks and the vectors are there before the first tick */
     while (t->pages > 1ul << bits)
         bits++;
-    for (u64 i = 0; i < t->pages && t->ticks; i++)
-        t->ticks[i] = 0; /* its own faults come before the ones to measure */
+    for (u64 i = 0; i < t->pages && t->each; i++)
+        t->each[i].ticks = 0; /* its own faults come before the ones to measure */
     for (u64 i = 0; i < 1ul << bits; i++) {
         u64 n = t->seed ? permute(i, bits, t->seed) : i;
         if (n >= t->pages)
             continue;
         u64 spent = touch_one(t->gpa + n * t->stride * PAGE, t->access);
-        if (t->ticks)
-            t->ticks[n] = spent > UINT32_MAX ? UINT32_MAX : (u32)spent;
+        if (t->each)
+            t->each[n] = (struct touched){spent > UINT32_MAX ? UINT32_MAX : (u32)spent, (u32)t->done};
         t->total += spent;
         if (spent > t->max)
             t->max = spent;

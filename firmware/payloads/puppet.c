@@ -47,7 +47,7 @@ static void order_touch(struct order *o)
 {
     struct touch t = {
         .gpa = o->arg[0], .pages = o->arg[1], .stride = o->arg[2], .access = o->arg[3], .seed = o->arg[4],
-        .ticks = (u32 *)o->arg[5],
+        .each = (struct touched *)o->arg[5],
     };
     touch(&t);
     o->result[0] = t.done;
@@ -81,6 +81,34 @@ static u64 accesses(u64 gpa, u64 size, u64 count, s64 value)
             store(gpa, size, (u64)value);
     }
     return ticks() - start;
+}
+
+static s64 series_one(u64 what, u64 gpa, u64 value)
+{
+    switch (what) {
+    case SERIES_LOAD: mmio_read64(gpa); barrier(); return 0;
+    case SERIES_STORE: mmio_write64(gpa, value); barrier(); return 0;
+    case SERIES_HVC: hvc1(value, 0); return 0;
+    case SERIES_SHARE: return share(gpa, SHARE_HVC);
+    case SERIES_UNSHARE: return unshare(gpa, SHARE_HVC);
+    default: return 0;
+    }
+}
+
+static void series(struct order *o)
+{
+    u32 *each = (u32 *)o->arg[5];
+    for (u64 i = 0; i < o->arg[2] && each; i++)
+        each[i] = 0; /* its own faults come before what is measured */
+    for (u64 i = 0; i < o->arg[2] && !o->result[0]; i++) {
+        u64 start = ticks(), spent;
+        o->result[0] = (u64)series_one(o->arg[0], o->arg[1] + i * o->arg[3], o->arg[4]);
+        spent = ticks() - start;
+        if (each)
+            each[i] = spent > UINT32_MAX ? UINT32_MAX : (u32)spent;
+        o->result[1] += !o->result[0];
+        o->result[2] += spent;
+    }
 }
 
 static void increment(u64 gpa)
@@ -187,6 +215,9 @@ static void obey(void *order)
         break;
     case OP_COUNT:
         count(o);
+        break;
+    case OP_SERIES:
+        series(o);
         break;
     default:
         o->status = STATUS_UNKNOWN;

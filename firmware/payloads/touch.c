@@ -1,6 +1,6 @@
 /*
- * Touches pages of fresh memory and times each access. The ticks (u32, CNTVCT) of every page stay in an area shared
- * with the host: its gpa, bytes and count are in NOTE(0..2), pass after pass, by page number. Parameters:
+ * Touches pages of fresh memory and times each access. What abi.h calls TOUCHED (ticks are CNTVCT's) stays of every page
+ * in an area shared with the host: its gpa, bytes and count are in NOTE(0..2), pass after pass. Parameters:
  *
  *   order=sequential|random|strided   (sequential)   access=read|write|execute   (read)
  *   pages=N    pages touched a pass   (256)          stride=N   pages from one to the next when strided   (16)
@@ -12,13 +12,13 @@
 #include "../lib/lib.h"
 
 /* The smallest value that at least half of them do not exceed; in place nothing moves. */
-static u64 median(const u32 *values, u64 count)
+static u64 median(const struct touched *each, u64 count)
 {
     u64 low = 0, high = UINT32_MAX;
     while (low < high) {
         u64 middle = (low + high) / 2, below = 0;
         for (u64 i = 0; i < count; i++)
-            below += values[i] <= middle;
+            below += each[i].ticks <= middle;
         if (2 * below >= count)
             high = middle;
         else
@@ -27,11 +27,11 @@ static u64 median(const u32 *values, u64 count)
     return low;
 }
 
-static u64 least(const u32 *values, u64 count)
+static u64 least(const struct touched *each, u64 count)
 {
     u32 min = UINT32_MAX;
     for (u64 i = 0; i < count; i++)
-        min = values[i] < min ? values[i] : min;
+        min = each[i].ticks < min ? each[i].ticks : min;
     return min;
 }
 
@@ -39,7 +39,7 @@ int main(void)
 {
     const char *access = "read", *order = "sequential";
     u64 pages = argument_number("pages", 256), passes = argument_number("repeat", 2), stride = 1, seed = 0;
-    u64 code = ACCESS_READ, area, results, result_pages = (pages * passes * sizeof(u32) + PAGE - 1) / PAGE;
+    u64 code = ACCESS_READ, area, results, result_pages = (pages * passes * TOUCHED_SIZE + PAGE - 1) / PAGE;
 
     if (argument_is("access", "write"))
         access = "write", code = ACCESS_WRITE;
@@ -66,11 +66,11 @@ int main(void)
     for (u64 pass = 0; pass < passes; pass++) {
         struct touch t = {
             .gpa = area, .pages = pages, .stride = stride, .access = code, .seed = seed,
-            .ticks = (u32 *)results + pass * pages,
+            .each = (struct touched *)results + pass * pages,
         };
         touch(&t);
         print("touch: pass=%lu order=%s access=%s pages=%lu stride=%lu min=%lu median=%lu max=%lu total=%lu hz=%lu\n",
-              pass, order, access, t.done, stride, least(t.ticks, pages), median(t.ticks, pages), t.max, t.total,
+              pass, order, access, t.done, stride, least(t.each, pages), median(t.each, pages), t.max, t.total,
               SYSREG(cntfrq_el0));
     }
     note(0, results);

@@ -71,12 +71,39 @@ class Timed(NamedTuple):
 
 
 class Touch(NamedTuple):
-    """Pages touched; ``per_page`` holds each page's ticks, by page number, if they were asked for."""
+    """Pages touched; if they were asked for, each page's ticks by page number, and the page numbers in their order."""
 
     pages: int
     ticks: int
     max: int
     per_page: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
+
+    def with_each(self, data: bytes) -> Touch:
+        """Return the same with what the guest left of every page, 8 bytes each (TOUCHED in abi.h)."""
+        words = struct.unpack_from(f"<{2 * self.pages}I", data)
+        order = sorted(range(self.pages), key=words[1::2].__getitem__)
+        return self._replace(per_page=words[::2], order=tuple(order))
+
+
+class What(IntEnum):
+    """What is done over and over, each time timed by itself."""
+
+    NOTHING = abi.SERIES_NOTHING
+    """The clock is read twice: what timing costs."""
+    LOAD = abi.SERIES_LOAD
+    STORE = abi.SERIES_STORE
+    HVC = abi.SERIES_HVC
+    SHARE = abi.SERIES_SHARE
+    UNSHARE = abi.SERIES_UNSHARE
+
+
+class Series(NamedTuple):
+    """How a series went: status (0, or the SMCCC error that ended it), times done, ticks of all of them."""
+
+    status: int
+    done: int
+    ticks: int
 
 
 class Conversion(NamedTuple):
@@ -262,7 +289,7 @@ class Puppet:
     def start_touch(
         self, gpa: int, pages: int, *, stride: int = 1, access: Access = Access.READ, seed: int = 0, ticks_at: int = 0
     ) -> Order[Touch]:
-        """Start touching; see :meth:`touch`. Per-page ticks stay at ``ticks_at``, 4 bytes each."""
+        """Start touching; see :meth:`touch`. What :meth:`Touch.with_each` reads stays at ``ticks_at``, 8 bytes a page."""
         order = (gpa, pages, stride, access, seed, ticks_at)
         return self._start(abi.OP_TOUCH, order, lambda r: Touch(r[0], r[1], r[2]))
 
@@ -271,7 +298,7 @@ class Puppet:
     ) -> Touch:
         """Touch ``pages`` pages, every ``stride``-th, once each.
 
-        ``seed`` other than 0 gives a random order. With ``ticks_at``, the gpa of 4 bytes a page of other memory, each
+        ``seed`` other than 0 gives a random order. With ``ticks_at``, the gpa of 8 bytes a page of other memory, each
         page's ticks are left there and read back through the guest (it may be private). Executing a page calls it: it
         holds code that returns, or zeros.
         """
@@ -279,9 +306,24 @@ class Puppet:
         done = order.result()
         if not ticks_at:
             return done
-        words = self.words(ticks_at, (pages + 1) // 2)
-        halves = struct.unpack(f"<{2 * len(words)}I", struct.pack(f"<{len(words)}Q", *words))
-        return done._replace(per_page=halves[:pages])
+        return done.with_each(struct.pack(f"<{pages}Q", *self.words(ticks_at, pages)))
+
+    def start_series(
+        self, what: What, gpa: int = 0, count: int = 1, *, stride: int = 0, value: int = 0, ticks_at: int = 0
+    ) -> Order[Series]:
+        """Start doing ``what`` ``count`` times, at addresses ``stride`` bytes apart, each time timed by itself.
+
+        ``value`` is what a STORE stores and the function that an HVC calls. Each time's ticks stay at ``ticks_at``,
+        4 bytes each. SHARE and UNSHARE end at the first that is refused.
+        """
+        order = (what, gpa, count, stride, value, ticks_at)
+        return self._start(abi.OP_SERIES, order, lambda r: Series(signed(r[0]), r[1], r[2]))
+
+    def series(
+        self, what: What, gpa: int = 0, count: int = 1, *, stride: int = 0, value: int = 0, ticks_at: int = 0
+    ) -> Series:
+        """Do as :meth:`start_series` says, and wait."""
+        return self.start_series(what, gpa, count, stride=stride, value=value, ticks_at=ticks_at).result()
 
     def start_execute(self, gpa: int, argument: int = 0) -> Order[Timed]:
         """Start calling the code at ``gpa``."""

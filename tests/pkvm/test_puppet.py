@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from pyvmm import abi
 from pyvmm.errors import GuestMemoryError
-from pyvmm.guest.puppet import Access, GuestFault, GuestRefused
+from pyvmm.guest.puppet import Access, GuestFault, GuestRefused, What
 from pyvmm.machine import layout
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
@@ -109,7 +111,24 @@ def test_a_first_touch_takes_longer_than_a_second(protection: Protection) -> Non
     assert cold.pages == mapped.pages == 32
     assert sum(cold.per_page) == cold.ticks
     assert max(cold.per_page) == cold.max
+    assert sorted(cold.order) == list(range(32))
+    assert cold.order == mapped.order != tuple(range(32))
     assert sorted(cold.per_page)[16] > 5 * sorted(mapped.per_page)[16]
+
+
+@each_protection
+def test_each_time_of_a_series_is_timed(protection: Protection) -> None:
+    with puppet(protection) as (machine, guest):
+        guest.share(SPARE)
+        done = guest.series(What.STORE, layout.BENCH.start, 20, value=7, ticks_at=SPARE)
+        each = struct.unpack("<20I", machine.memory.read(SPARE, 80))
+        assert done == (0, 20, sum(each))
+        assert min(each) > 0
+        assert machine.bench.registers[:8] == (7).to_bytes(8, "little")
+        done = guest.series(What.SHARE, PAGE, 8, stride=4096)
+        assert done[:2] == (0, 8)
+        again = guest.series(What.SHARE, PAGE, 8, stride=4096)
+        assert again[:2] == ((-3, 0) if protection.isolates else (0, 8))
 
 
 @each_protection

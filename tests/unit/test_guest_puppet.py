@@ -10,7 +10,7 @@ import pytest
 from pyvmm import abi
 from pyvmm.devices.trap import MailboxAnswer, Trap
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.guest.puppet import Access, GuestFault, GuestRefused, GuestSilent, Puppet, Timed, Touch
+from pyvmm.guest.puppet import Access, GuestFault, GuestRefused, GuestSilent, Puppet, Series, Timed, Touch, What
 
 PAGE = 0x8100_0000
 Play = Callable[[int, int, list[int]], MailboxAnswer | None]
@@ -128,13 +128,19 @@ def test_ticks_of_each_page_are_read_back_through_the_guest() -> None:
     def play(_: int, op: int, args: list[int]) -> MailboxAnswer:
         if op == abi.OP_TOUCH:
             return MailboxAnswer(abi.STATUS_OK, (3, 60, 30, 0, 0, 0, 0))
-        assert args == [0x8200_0000, 2]
-        return MailboxAnswer(abi.STATUS_OK, (10 | 20 << 32, 30, 0, 0, 0, 0, 0))
+        assert args == [0x8200_0000, 3]
+        return MailboxAnswer(abi.STATUS_OK, (10 | 2 << 32, 20 | 0 << 32, 30 | 1 << 32, 0, 0, 0, 0))
 
     box = Mailbox(play)
     touched = Puppet(box).touch(PAGE, 3, access=Access.WRITE, seed=9, ticks_at=0x8200_0000)
-    assert touched == Touch(3, 60, 30, (10, 20, 30))
+    assert touched == Touch(3, 60, 30, (10, 20, 30), (1, 2, 0))
     assert box.orders[0] == (0, abi.OP_TOUCH, [PAGE, 3, 1, abi.ACCESS_WRITE, 9, 0x8200_0000])
+
+
+def test_a_series_that_is_refused_says_how_far_it_came() -> None:
+    guest, box = answering(-3 & (1 << 64) - 1, 5, 900)
+    assert guest.series(What.SHARE, PAGE, 9, stride=4096, ticks_at=0x8200_0000) == Series(-3, 5, 900)
+    assert box.orders == [(0, abi.OP_SERIES, [abi.SERIES_SHARE, PAGE, 9, 4096, 0, 0x8200_0000])]
 
 
 def test_the_value_that_means_loads_cannot_be_stored_by_mistake() -> None:

@@ -64,8 +64,9 @@ enum pv_record_kind { PV_REC_EXIT = 1, PV_REC_SHARE, PV_REC_UNSHARE, PV_REC_FAUL
 
 /* 32 bytes of trace. */
 struct pv_record {
-    uint64_t ns;      /* CLOCK_MONOTONIC */
-    uint16_t kind;    /* enum pv_record_kind */
+    uint64_t ns;      /* CLOCK_MONOTONIC; of an exit, when KVM_RUN returned */
+    uint8_t kind;     /* enum pv_record_kind */
+    uint8_t lost;     /* not 0: records found no room between the last one and this */
     uint8_t code;     /* enum pv_exit of an exit, enum pv_source of a share, errno of a fault */
     uint8_t vcpu;
     uint32_t size;    /* bytes; bit 31: a write */
@@ -77,6 +78,7 @@ struct pv_record {
 struct pv_ring {
     uint64_t head, tail;
     uint64_t dropped;
+    uint64_t marked;   /* of dropped, what a record's lost has told; the loop's own */
     uint32_t size;     /* records, a power of two */
     uint32_t exits;    /* not 0: record every exit; shares and faults are always recorded */
     struct pv_record *records;

@@ -76,7 +76,7 @@ uint32_t pv_hypercall(struct pv_vcpu *vcpu);
 uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending);
 int pv_punch(struct pv_vm *vm, uint64_t gpa);
 /* stats.c */
-void pv_record(struct pv_vcpu *vcpu, enum pv_record_kind kind, uint8_t code, uint32_t size, uint64_t addr,
+void pv_record(struct pv_vcpu *vcpu, uint64_t ns, enum pv_record_kind kind, uint8_t code, uint32_t size, uint64_t addr,
                uint64_t value);
 /* Adds 1 to an eventfd. One that is full is already as readable as it gets. */
 void pv_signal(int fd);

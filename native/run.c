@@ -81,7 +81,8 @@ static uint32_t failed(struct pv_vcpu *vcpu, int error)
     vcpu->fault_flags = told ? fault->flags : 0;
     if (told)
         run->exit_reason = KVM_EXIT_UNKNOWN;
-    pv_record(vcpu, PV_REC_FAULT, (uint8_t)error, (uint32_t)vcpu->fault_size, vcpu->fault_gpa, vcpu->exit_reason);
+    pv_record(vcpu, pv_now(), PV_REC_FAULT, (uint8_t)error, (uint32_t)vcpu->fault_size, vcpu->fault_gpa,
+              vcpu->exit_reason);
 
     action = load(&vcpu->vm->policy[vcpu->failure]);
     if (action == PV_ACT_STOP || vcpu->retries >= load(&vcpu->vm->retry_limit))
@@ -163,9 +164,10 @@ static uint32_t enter(struct pv_vcpu *vcpu)
     if (timed)
         account(&stats->guest, &stats->guest_ns, guest_ns);
     if (vcpu->ring.exits && vcpu->exit <= PV_EXIT_MMIO_UNCLAIMED)
-        pv_record(vcpu, PV_REC_EXIT, (uint8_t)vcpu->exit, vcpu->size | vcpu->is_write << 31, vcpu->gpa, guest_ns);
+        pv_record(vcpu, vcpu->left_ns, PV_REC_EXIT, (uint8_t)vcpu->exit, vcpu->size | vcpu->is_write << 31, vcpu->gpa,
+                  guest_ns);
     else if (vcpu->ring.exits)
-        pv_record(vcpu, PV_REC_EXIT, (uint8_t)vcpu->exit, 0, 0, guest_ns);
+        pv_record(vcpu, vcpu->left_ns, PV_REC_EXIT, (uint8_t)vcpu->exit, 0, 0, guest_ns);
     return stop;
 }
 

@@ -107,8 +107,8 @@ static void record(struct pv_vcpu *vcpu, int32_t status)
         add(&vm->refused, 1);
     else
         add(vcpu->share_op ? &vm->shares : &vm->unshares, 1);
-    pv_record(vcpu, vcpu->share_op ? PV_REC_SHARE : PV_REC_UNSHARE, (uint8_t)vcpu->share_source, PV_PAGE_SIZE,
-              vcpu->share_gpa, (uint64_t)(int64_t)status);
+    pv_record(vcpu, pv_now(), vcpu->share_op ? PV_REC_SHARE : PV_REC_UNSHARE, (uint8_t)vcpu->share_source,
+              PV_PAGE_SIZE, vcpu->share_gpa, (uint64_t)(int64_t)status);
 }
 
 /* What the guest says of a page, before anything is believed of it: its ledger entry, or NULL if there is none. Whether

@@ -34,7 +34,7 @@ uint64_t pv_bucket_floor(uint32_t bucket)
     return bucket < 8 ? bucket : (uint64_t)(8 + bucket % 8) << (bucket / 8 - 1);
 }
 
-void pv_record(struct pv_vcpu *vcpu, enum pv_record_kind kind, uint8_t code, uint32_t size, uint64_t addr,
+void pv_record(struct pv_vcpu *vcpu, uint64_t ns, enum pv_record_kind kind, uint8_t code, uint32_t size, uint64_t addr,
                uint64_t value)
 {
     struct pv_ring *ring = &vcpu->ring;
@@ -45,9 +45,10 @@ void pv_record(struct pv_vcpu *vcpu, enum pv_record_kind kind, uint8_t code, uin
         return;
     }
     ring->records[head & (ring->size - 1)] = (struct pv_record){
-        .ns = pv_now(), .kind = kind, .code = code, .vcpu = (uint8_t)vcpu->index,
-        .size = size, .addr = addr, .value = value,
+        .ns = ns, .kind = (uint8_t)kind, .lost = ring->dropped != ring->marked, .code = code,
+        .vcpu = (uint8_t)vcpu->index, .size = size, .addr = addr, .value = value,
     };
+    ring->marked = ring->dropped;
     store_release(&ring->head, head + 1);
 }
 

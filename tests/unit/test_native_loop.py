@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from typing import TYPE_CHECKING
 
 from tests.fake_kvm import EXIT_DEBUG, EXIT_SYSTEM, failure, printed, store
@@ -156,6 +157,8 @@ def test_histograms_and_trace_hold_every_exit_once(rig: Rig) -> None:
     ] * 10
     assert (records[10].code, len(records)) == (rig.lib.PV_EXIT_OTHER, 11)
     assert sum(r.value for r in records[:10]) == stats.guest_ns
+    # Each begins, guest time before it, after the last one ended: a trace has slices that do not overlap.
+    assert all(before.ns <= after.ns - after.value for before, after in itertools.pairwise(records))
 
 
 def test_counts_are_kept_without_histograms(rig: Rig) -> None:

@@ -134,11 +134,11 @@ def test_ring_keeps_the_oldest_counts_the_rest_and_starts_again(rig: Rig) -> Non
     native.ring.head = native.ring.tail = 2**40 + 3
     rig.script(*[store(DEVICE, 1, size) for size in (1, 2, 4, 8, 1, 2)])
     rig.run()
-    assert [r.size & 0xFF for r in rig.records()] == [1, 2, 4, 8]
+    assert [(r.size & 0xFF, r.lost) for r in rig.records()] == [(1, 0), (2, 0), (4, 0), (8, 0)]
     assert native.ring.dropped == 3
     rig.script(store(DEVICE, 1, 2))
     rig.run()
-    assert [r.size & 0xFF for r in rig.records()] == [2, 0]
+    assert [(r.size & 0xFF, r.lost) for r in rig.records()] == [(2, 1), (0, 0)]
 
 
 def test_ring_without_room_is_allowed(rig: Rig) -> None:

@@ -1,0 +1,234 @@
+"""What two runs of the same benchmark say differently: the ratio of medians, how sure it is, and a word for it.
+
+Series are matched by what they are of. Where both have the same number of rounds, these are taken as pairs, as two
+builds measured in turn leave them, and tested by Wilcoxon's signed ranks on the rounds' medians; else by Mann and
+Whitney's rank sum, and the result says that it is unpaired. Both tests are exact, with ties, for as many rounds as one
+has. Over all series of a comparison p is corrected by Holm's method. Pure: data to data, and that to plain values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.bench import statistics
+from pyvmm.bench.environment import SAME
+from pyvmm.bench.model import BenchError, Run, Series, Value
+from pyvmm.bench.significance import rank_sum, signed_ranks
+
+if TYPE_CHECKING:
+    from pyvmm.bench.statistics import Floats
+
+ALPHA: Final = 0.05
+MUST_MATCH: Final = (*SAME, "counter hz", "lab recipe")
+"""Of the environment; what neither run tells is the same."""
+
+SLOWER, FASTER, MORE, LESS = "slower", "faster", "more", "less"
+SAME_AS, TOO_FEW = "no difference shown", "too few rounds to tell"
+PAIRED, UNPAIRED, UNPAIRED_VALUES = "paired", "unpaired", "unpaired, values taken as independent"
+
+_TIMES = ("ns", "instructions")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What became of one series from run ``a`` to run ``b``."""
+
+    a: Series
+    b: Series
+    test: str
+    """PAIRED, UNPAIRED or UNPAIRED_VALUES."""
+    rounds: tuple[int, int]
+    """How many medians of rounds (values, for UNPAIRED_VALUES) were compared, of each."""
+    ratio: float | None
+    """Median of b by median of a; None where that is 0."""
+    low: float | None
+    """Of the ratio's bootstrap interval."""
+    high: float | None
+    p: float | None
+    """None where there are too few rounds."""
+    corrected: float | None = None
+    """p by Holm's method."""
+    verdict: str = TOO_FEW
+
+    @property
+    def differs(self) -> bool:
+        """Whether a difference is shown."""
+        return self.verdict not in (SAME_AS, TOO_FEW)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that two runs have in common, and what only one has."""
+
+    a: Run
+    b: Run
+    environment: dict[str, tuple[Value, Value]]
+    """What differs between the environments, and may."""
+    differences: tuple[Difference, ...]
+    only_a: tuple[Series, ...]
+    only_b: tuple[Series, ...]
+    """Without values in the other run, or not in it at all."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether any series is shown to differ."""
+        return any(each.differs for each in self.differences)
+
+
+def compare(a: Run, b: Run) -> Comparison:
+    """Compare two runs.
+
+    Raises BenchError where they are of different machines or clocks, so that no number of one says anything of the
+    other, and where they have nothing in common.
+    """
+    statistics.require()
+    _refuse(a, b)
+    in_a, in_b = _merged(a), _merged(b)
+    both = [key for key in in_a if key in in_b]
+    if not both:
+        raise BenchError(
+            "the two runs have no series in common: there is nothing to compare",
+            hint="measure the same cases at the same points for both",
+        )
+    told = dict.fromkeys([*a.environment, *b.environment])
+    changed = {name: (a.environment.get(name), b.environment.get(name)) for name in told}
+    return Comparison(
+        a, b,
+        {name: pair for name, pair in changed.items() if not _equal(*pair)},
+        tuple(_corrected([_difference(in_a[key], in_b[key]) for key in both])),
+        tuple(series for key, series in in_a.items() if key not in in_b),
+        tuple(series for key, series in in_b.items() if key not in in_a),
+    )  # fmt: skip
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as plain values, without the runs."""
+
+    def named(series: Series) -> dict[str, Any]:
+        return {"case": series.case, "point": series.point, "metric": series.metric, "clock": series.clock}
+
+    return {
+        "differs": comparison.differs,
+        "environment": {name: list(pair) for name, pair in comparison.environment.items()},
+        "series": [
+            named(each.a) | {
+                "unit": each.a.unit, "per": each.a.per, "a": statistics.summary(each.a).median,
+                "b": statistics.summary(each.b).median, "ratio": each.ratio, "low": each.low, "high": each.high,
+                "test": each.test, "rounds": list(each.rounds), "p": each.p, "corrected": each.corrected,
+                "verdict": each.verdict,
+            }
+            for each in comparison.differences
+        ],
+        "only_a": [named(series) for series in comparison.only_a],
+        "only_b": [named(series) for series in comparison.only_b],
+    }  # fmt: skip
+
+
+# -- what is compared with what
+
+
+def _refuse(a: Run, b: Run) -> None:
+    differ = [
+        f"{name} ({_said(a.environment.get(name))} and {_said(b.environment.get(name))})"
+        for name in MUST_MATCH
+        if not _equal(a.environment.get(name), b.environment.get(name))
+    ]
+    if differ:
+        raise BenchError(
+            f"the two runs cannot be compared, they are not of the same {', '.join(differ)}",
+            hint="measure both on one machine with the same clock, in turn if it is a small difference that counts",
+        )
+
+
+def _said(value: Value) -> str:
+    return "not told" if value is None else repr(value)
+
+
+def _equal(one: Value, other: Value) -> bool:
+    # In Python True is 1; in an environment they are not the same.
+    return type(one) is type(other) and one == other
+
+
+def _merged(run: Run) -> dict[tuple[Value, ...], Series]:
+    """Return a run's series that have values; those of the same thing, measured again, as further rounds of one."""
+    found: dict[tuple[Value, ...], list[Series]] = {}
+    for series in run.series:
+        if series.kept and not series.unavailable:
+            found.setdefault(series.key, []).append(series)
+    merged: dict[tuple[Value, ...], Series] = {}
+    for key, same in found.items():
+        merged[key] = same[0]
+        if len(same) > 1:
+            parts = [part for series in same for part in statistics.rounds(series)]
+            merged[key] = replace(
+                same[0], values=tuple(float(value) for part in parts for value in part), warmup=0,
+                rounds=tuple(len(part) for part in parts), places=(), began=(),
+            )  # fmt: skip
+    return merged
+
+
+def _difference(a: Series, b: Series) -> Difference:
+    import numpy as np
+
+    if a.unit != b.unit:
+        raise BenchError(f"{a.case}, {a.metric}: one run has it in {a.unit}, the other in {b.unit}")
+    parts_a, parts_b = statistics.rounds(a), statistics.rounds(b)
+    if not a.rounds and not b.rounds:
+        test, units_a, units_b = UNPAIRED_VALUES, parts_a[0], parts_b[0]
+    else:
+        units_a, units_b = (np.array([np.median(part) for part in parts]) for parts in (parts_a, parts_b))
+        test = PAIRED if len(parts_a) == len(parts_b) else UNPAIRED
+    if test == PAIRED:
+        p = signed_ranks(units_b - units_a) if len(units_a) >= statistics.FEW else None
+        moved = float(np.median(units_b - units_a)) or float((units_b - units_a).mean())
+    else:
+        p = rank_sum(units_a, units_b) if _enough(len(units_a), len(units_b)) else None
+        moved = float(np.median(units_b) - np.median(units_a)) or float(units_b.mean() - units_a.mean())
+    ratio, low, high = _ratio(parts_a, parts_b, paired=test == PAIRED)
+    if ratio is not None and ratio != 1:
+        moved = ratio - 1
+    up, down = (SLOWER, FASTER) if a.unit in _TIMES else (MORE, LESS)
+    word = TOO_FEW if p is None else up if moved > 0 else down if moved < 0 else SAME_AS
+    return Difference(a, b, test, (len(units_a), len(units_b)), ratio, low, high, p, verdict=word)
+
+
+def _enough(one: int, other: int) -> bool:
+    """Whether the most extreme choice of rounds is rare enough to show a difference."""
+    return min(one, other) >= statistics.FEW or 2 / math.comb(one + other, one) < ALPHA
+
+
+def _ratio(
+    a: list[Floats], b: list[Floats], *, paired: bool
+) -> tuple[float | None, float | None, float | None]:  # fmt: skip
+    """Return the ratio of the medians with its interval, for which rounds of pairs are drawn together."""
+    import numpy as np
+
+    median_a, median_b = (float(np.median(np.concatenate(parts))) for parts in (a, b))
+    if paired and len(a) > 1:
+        weights = statistics.draws(len(a))
+        drawn_a, drawn_b = (statistics.drawn_medians(parts, weights) for parts in (a, b))
+    else:
+        drawn_a, drawn_b = statistics.drawn_medians(a), statistics.drawn_medians(b, seed=statistics.SEED + 1)
+    if median_a == 0 or (drawn_a == 0).any():
+        return (median_b / median_a if median_a else None), None, None
+    low, high = statistics.interval(drawn_b / drawn_a)
+    return median_b / median_a, low, high
+
+
+def _corrected(differences: Sequence[Difference]) -> Iterable[Difference]:
+    """Correct p for there being many tests, and take verdicts back that do not stand then."""
+    tested = sorted(each.p for each in differences if each.p is not None)
+    corrected: dict[float, float] = {}
+    highest = 0.0
+    for rank, p in enumerate(tested):
+        highest = max(highest, min((len(tested) - rank) * p, 1.0))
+        corrected.setdefault(p, highest)
+    for each in differences:
+        if each.p is None:
+            yield each
+        else:
+            holm = corrected[each.p]
+            yield replace(each, corrected=holm, verdict=each.verdict if holm < ALPHA else SAME_AS)

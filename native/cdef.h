@@ -294,6 +294,19 @@ int pv_probe(struct pv_vm *vm, uint64_t gpa);
    A page that is moving only becomes PV_PAGE_ABSENT: where it ends is the loop's to say. */
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
 
+/* ---- userfaultfd -------------------------------------------------------------------------------------------- */
+
+/* Missing pages of [hva, hva + size) come from the same offset of source. served and late may be read meanwhile. */
+struct pv_fault_server {
+    int32_t fd, stop_fd;     /* the userfaultfd, non-blocking; an eventfd */
+    uint64_t hva, size;      /* whole pages */
+    const uint8_t *source;
+    uint64_t served, late;   /* late: those of them whose page had come meanwhile */
+};
+/* Serves until stop_fd is readable. 0, or -errno of what failed for good: -EINVAL for a fault outside the range, who
+   waits there and elsewhere goes on waiting. In a thread of its own. */
+int pv_serve_faults(struct pv_fault_server *server);
+
 /* ---- FIFOs and rings, Python's side ------------------------------------------------------------------------ */
 
 uint32_t pv_fifo_read(struct pv_fifo *fifo, uint8_t *to, uint32_t n);   /* bytes read */

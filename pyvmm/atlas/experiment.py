@@ -96,7 +96,8 @@ class Experiment:
     """One guest, what was seen of it, and whether that is as claimed.
 
     ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run (None: if that is possible);
-    ``unclaimed`` is Machine's, and may be set later; ``conversion`` is for the emulated protection alone.
+    ``unclaimed`` is Machine's, and may be set later; ``conversion`` is for the emulated protection alone; ``timed``
+    keeps the native loop's histograms.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Experiment:
         conversion: Conversion | str | None = None,
         faults: bool | None = False,
         unclaimed: Unclaimed | None = None,
+        timed: bool = False,
     ) -> None:
         if conversion is None or protection is not Protection.EMULATED:
             copy = protection is Protection.EMULATED and backing == "private"
@@ -116,7 +118,7 @@ class Experiment:
         self.protection, self.backing = protection, backing
         self.config = MachineConfig(
             "payload:puppet", protection, memory=memory * MIB, cpus=cpus, backing=backing,
-            conversion=Conversion(conversion), serial_out=None, timed=False,
+            conversion=Conversion(conversion), serial_out=None, timed=timed,
         )  # fmt: skip
         self.evidence: list[Evidence] = []
         self.pictures: list[Picture] = []

@@ -1,8 +1,8 @@
-"""What a benchmark's results are made of: plain values, and the JSON lines they are kept in. Nothing is dropped here.
+"""What a benchmark's results are made of: plain values, and the JSON lines they are kept in. Nothing is dropped.
 
-A results file is JSON lines. The first is the header: the format, the environment, what was asked for. Then one line for
-each :class:`Series` as it was measured, and one last line that says that the run was whole. A file without the last line
-is of a run that was cut off; what it has is good all the same.
+A results file is JSON lines. The first is the header: the format, the environment, what was asked for. Then one line
+for each :class:`Series` as it was measured, and one last line that says that the run was whole. A file without the
+last line is of a run that was cut off; what it has is good all the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMAT: Final = 1
 
 Value = str | int | float | bool | None
 Point = dict[str, Value]
-"""The axes of a case and where on each a series was measured; with the case's name and the metric it says what it is."""
+"""The axes of a case and where on each a series was measured; with case and metric it says what was measured."""
 
 
 class BenchError(PyvmmError):
@@ -31,13 +31,13 @@ class Series:
     """Values of one metric at one point of one case, raw and in the order they were measured.
 
     ``clock`` says which clock they come from: ``guest`` (CNTVCT in the guest), ``vmm`` (CLOCK_MONOTONIC in the native
-    loop), ``host`` (CLOCK_MONOTONIC around a call), ``el2`` (the hypervisor's trace buffer), ``kvm`` (KVM's statistics)
-    or ``memory``. ``unit`` is ``ns``, ``instructions`` (where time counts them), ``bytes`` or ``count``; values are
-    per ``per``: a page, an exit, a call. ``warmup`` values at the beginning are warm-up by ``rule``: kept, and left out
-    of every statistic. ``rounds`` says how many values each round brought, warm-up included; a round is a fresh range
-    of memory or a fresh guest, and values within one are not independent. ``places`` and ``began`` are there where a
-    series has a picture: page numbers in the range touched, and ns since its first touch. ``unavailable`` says why there
-    are no values, where there are none.
+    loop), ``host`` (CLOCK_MONOTONIC around a call), ``el2`` (the hypervisor's trace buffer), ``kvm`` (KVM's
+    statistics) or ``memory``. ``unit`` is ``ns``, ``instructions`` (where time counts them), ``bytes`` or ``count``;
+    values are per ``per``: a page, an exit, a call. ``warmup`` values at the beginning are warm-up by ``rule``: kept,
+    and left out of every statistic. ``rounds`` says how many values each round brought, warm-up included; a round is a
+    fresh range of memory or a fresh guest, and values within one are not independent. ``places`` and ``began`` are
+    there where a series has a picture: page numbers in the range touched, and ns since its first touch.
+    ``unavailable`` says why there are no values, where there are none.
     """
 
     case: str
@@ -63,7 +63,8 @@ class Series:
     @property
     def key(self) -> tuple[Value, ...]:
         """What must be the same in two runs for their values to be of the same thing."""
-        return (self.case, self.metric, self.clock, self.per, *(f"{axis}={self.point[axis]}" for axis in sorted(self.point)))
+        axes = (f"{axis}={self.point[axis]}" for axis in sorted(self.point))
+        return (self.case, self.metric, self.clock, self.per, *axes)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what is empty is left out."""

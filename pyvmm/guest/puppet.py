@@ -289,7 +289,7 @@ class Puppet:
     def start_touch(
         self, gpa: int, pages: int, *, stride: int = 1, access: Access = Access.READ, seed: int = 0, ticks_at: int = 0
     ) -> Order[Touch]:
-        """Start touching; see :meth:`touch`. What :meth:`Touch.with_each` reads stays at ``ticks_at``, 8 bytes a page."""
+        """Start touching; see :meth:`touch`. What :meth:`Touch.with_each` reads stays at ``ticks_at``."""
         order = (gpa, pages, stride, access, seed, ticks_at)
         return self._start(abi.OP_TOUCH, order, lambda r: Touch(r[0], r[1], r[2]))
 

@@ -112,6 +112,7 @@ def command_line(program: str, image: Image, options: LabOptions, shares: list[S
         "mitigations=off lsm= audit=0 panic=-1",  # nothing that would be measured along, and no hanging
         "nokaslr kpti=off cryptomgr.notests=1 initcall_blacklist=load_system_certificate_list",  # boot time
         "console=ttyAMA0",
+        "pyvmm.counts=instructions" if options.icount else "",  # for whoever reads times in there
         "" if options.verbose else "loglevel=4",
     ]
     arguments = [

@@ -1,0 +1,147 @@
+"""What a case is, the list of all of them, and which of its points are measured.
+
+A case is a function of one :class:`pyvmm.bench.measure.Bench`, in a module of its own. Its axes say where it can be
+measured; the first value of each is the *base*, and it is a star around the base that is measured unless axes are
+chosen: every value of every axis, one axis at a time, in every protection. A case registers itself:
+
+    @case(says="...", axes={"protection": PROTECTIONS, "access": ("read", "write")}, quick=("access",))
+    def fault(bench): ...
+
+Owns nothing but the registry, which is filled when the modules in ``pyvmm.bench.cases`` are imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyvmm.bench.model import Point, Value
+from pyvmm.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyvmm.bench.measure import Bench
+
+PROTECTIONS = ("none", "emulated", "pkvm")
+DEADLINE = 120.0
+"""Seconds a point may take before its process is killed, unless the case says otherwise."""
+
+Function = Callable[["Bench"], None]
+Axes = Mapping[str, tuple[Value, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Something whose cost is measured. ``extra`` are points besides the star, as what differs from the base."""
+
+    name: str
+    says: str
+    axes: Axes
+    function: Function
+    quick: tuple[str, ...]
+    """The axes that the quick set varies."""
+    extra: tuple[Point, ...]
+    nonsense: Callable[[Point], str]
+    """Says why a point makes no sense; nothing where it does."""
+    seconds: float = DEADLINE
+
+    @property
+    def base(self) -> Point:
+        """The first value of every axis."""
+        return {axis: values[0] for axis, values in self.axes.items()}
+
+    def points(self, *, quick: bool = False) -> list[Point]:
+        """Return the star around the base, in every protection."""
+        axes = self.quick if quick else tuple(self.axes)
+        stars: list[Point] = [{}, *({axis: value} for axis in axes for value in self.axes[axis][1:])]
+        stars += [] if quick else self.extra
+        found: list[Point] = []
+        for protection in self.axes.get("protection", (None,)):
+            own: Point = {} if protection is None else {"protection": protection}
+            for star in stars:
+                point = {**self.base, **own, **star}
+                if point not in found and not self.nonsense(point):
+                    found.append(point)
+        return found
+
+    def cross(self, chosen: Mapping[str, Sequence[Value]]) -> list[Point]:
+        """Return every combination of the values chosen, the other axes at their base.
+
+        UsageError for an unknown axis or value, with the nearest known one, and where no combination makes sense.
+        """
+        axes = {axis: [self._value(axis, value) for value in values] for axis, values in chosen.items()}
+        points = [{**self.base, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
+        whys = [self.nonsense(point) for point in points]
+        if points and all(whys):
+            raise UsageError(f"nothing of {self.name} to measure: {whys[0]}")
+        return [point for point, why in zip(points, whys, strict=True) if not why]
+
+    def check(self, point: Mapping[str, Value]) -> Point:
+        """Return the whole point that ``point``, some of its axes, stands for. UsageError as of :meth:`cross`."""
+        [whole] = self.cross({axis: [value] for axis, value in point.items()})
+        return whole
+
+    def _value(self, axis: str, value: Value) -> Value:
+        """Return the value of an axis that ``value``, perhaps as typed, means; numbers may be others than those known."""
+        if axis not in self.axes:
+            raise UsageError(f"{self.name} has no axis {axis!r}", hint=nearest(axis, self.axes))
+        known = self.axes[axis]
+        for each in known:
+            if value == each or str(value) == str(each):
+                return each
+        if all(isinstance(each, int) for each in known):
+            number = int(value) if isinstance(value, int) or str(value).isdecimal() else 0
+            if number > 0:
+                return number
+            raise UsageError(f"{axis} of {self.name} is a number above 0, not {value!r}")
+        hint = nearest(str(value), map(str, known))
+        raise UsageError(f"{axis} of {self.name} is never {value!r}", hint=hint)
+
+
+REGISTRY: dict[str, Case] = {}
+
+
+def case(
+    *, says: str, axes: Axes, quick: tuple[str, ...] = (), extra: tuple[Point, ...] = (),
+    nonsense: Callable[[Point], str] = lambda _: "", seconds: float = DEADLINE,
+) -> Callable[[Function], Function]:  # fmt: skip
+    """Register a function as the case of its name."""
+
+    def register(function: Function) -> Function:
+        name = function.__name__
+        if name in REGISTRY:
+            raise ValueError(f"two cases are called {name}")
+        REGISTRY[name] = Case(name, says, axes, function, quick, extra, nonsense, seconds)
+        return function
+
+    return register
+
+
+def all_cases() -> dict[str, Case]:
+    """Import the modules of cases and return their cases by name."""
+    from pyvmm.bench import cases
+
+    for info in pkgutil.iter_modules(cases.__path__):
+        importlib.import_module(f"pyvmm.bench.cases.{info.name}")
+    return REGISTRY
+
+
+def select(names: Iterable[str]) -> list[Case]:
+    """Return the cases of these names, all for none. UsageError for an unknown one, with the nearest known."""
+    known = all_cases()
+    wanted = list(dict.fromkeys(names)) or list(known)
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"no case is called {name!r}", hint=nearest(name, known))
+    return [known[name] for name in wanted]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known names are like ``name``, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"the nearest: {', '.join(near)}" if near else f"known are {', '.join(names)}"

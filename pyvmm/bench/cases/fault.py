@@ -1,0 +1,206 @@
+"""What a page's first touch costs: from a guest's access to the instruction after it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Final
+
+from pyvmm.atlas import raw
+from pyvmm.atlas.experiment import BEYOND, Experiment
+from pyvmm.atlas.host.syscalls import madvise
+from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.measure import Bench, Ticks, kvm_exits
+from pyvmm.bench.model import Point
+from pyvmm.guest.puppet import Access, Puppet, Touch
+from pyvmm.machine.config import BACKINGS
+from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa
+from pyvmm.memory.fault_server import Server
+from pyvmm.memory.on_demand import OnDemand
+from pyvmm.memory.source_server import SourceServer
+from pyvmm.memory.userfault import Userfault
+from pyvmm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES
+from pyvmm.uapi.mman import MADV_DONTNEED
+
+PAGES: Final = 256
+HUGE_PAGES: Final = 8
+"""Touched a round where a touch brings 2 MiB: one in each."""
+STRIDE: Final = 16
+IN_A_HUGE_PAGE: Final = HUGE_SIZE // PAGE_SIZE
+ACCESSES: Final = {"read": Access.READ, "write": Access.WRITE, "execute": Access.EXECUTE}
+STATES: Final = ("cold", "allocated", "populated", "punched", "dontneed", "relaxed", "write-protected", "mapped")
+PROVIDERS: Final = ("the VMM", "userfaultfd in C", "userfaultfd in Python", "slot on demand")
+HUGE: Final = ("thp", "hugetlb")
+
+
+def _nonsense(point: Point) -> str:
+    state, access, backing = point["state"], point["access"], point["backing"]
+    if state == "relaxed" and access != "execute":
+        return "relaxed pages were read before and are executed now: access is execute"
+    if state == "write-protected" and (access != "write" or backing != "memfd"):
+        return "write-protected pages, of a memfd, are written: access is write"
+    if point["provider"] != PROVIDERS[0] and (state, backing) != ("cold", "memfd"):
+        return f"{point['provider']} provides cold pages of a memfd"
+    if point["provider"] == PROVIDERS[3] and point["cpus"] != 1:
+        return "slots on demand are measured with one vCPU"
+    if point["range"] == "same" and point["cpus"] == 1:
+        return "one vCPU alone is on no range with others"
+    if backing in HUGE and state != "cold":
+        return "huge pages are measured cold"
+    return ""
+
+
+@case(
+    says="a page's first touch: by access, order, what is there before, the backing, the number of vCPUs at it, and who"
+    " provides the page; mapped is a second touch, the measuring itself",
+    axes={
+        "protection": PROTECTIONS,
+        "state": STATES,
+        "access": tuple(ACCESSES),
+        "order": ("sequential", "random", "strided"),
+        "backing": BACKINGS,
+        "cpus": (1, 2, 3, 4),
+        "range": ("distinct", "same"),
+        "provider": PROVIDERS,
+        "pages": (PAGES, 1024, 4096),
+    },
+    quick=("state", "access"),
+    extra=(
+        {"state": "relaxed", "access": "execute"},
+        {"state": "write-protected", "access": "write"},
+        {"cpus": 2, "range": "same"},
+        {"cpus": 4, "range": "same"},
+    ),
+    nonsense=_nonsense,
+    seconds=300.0,
+)
+def fault(bench: Bench) -> None:
+    """Touch a fresh range each round, every page timed by the guest; all vCPUs begin at once."""
+    plan = _Plan(bench)
+    on_demand = OnDemand([(BEYOND, plan.room)], granule=PAGE_SIZE) if bench["provider"] == PROVIDERS[3] else None
+    with bench.guest(room=plan.room, cpus=plan.cpus, unclaimed=on_demand) as x:
+        if on_demand:
+            on_demand.attach(x.memory)
+        guests = [x.guest, *x.others()]
+        ticks = [Ticks(x, plan.pages, guest) for guest in guests]
+        area = BEYOND if on_demand else plan.area(x)
+        values, last, exits, walls = [], list[Touch](), [], []
+        for number in range(bench.rounds):
+            begin = Gpa(area + number * plan.round)
+            plan.prepare(x, begin)
+            with plan.provided(x, begin):
+                before = sum(kvm_exits(x, vcpu) for vcpu in range(plan.cpus))
+                last = _touch(bench, x, plan, begin, guests, ticks, number + 1)
+            touched = sum(each.pages for each in last)
+            exits.append([(sum(kvm_exits(x, vcpu) for vcpu in range(plan.cpus)) - before) / touched])
+            walls.append([max(each.ticks for each in last) * ticks[0].scale / (touched / len(last))])
+            values.append([each.per_page[page] * ticks[0].scale for each in last for page in each.order])
+        places = [vcpu * plan.apart + page * plan.stride for vcpu, each in enumerate(last) for page in each.order]
+        bench.keep(
+            "touch", values, pages=plan.pages * plan.cpus, stride=plan.stride,
+            **_picture(last, ticks[0].scale, places, values),
+        )  # fmt: skip
+        bench.keep("whole range", walls, per="page")
+        bench.keep("KVM's exits", exits, clock="kvm", unit="count")
+
+
+def _touch(
+    bench: Bench, x: Experiment, plan: _Plan, begin: Gpa, guests: list[Puppet], ticks: list[Ticks], seed: int
+) -> list[Touch]:
+    """Have every vCPU touch its part of a round, and return what each saw."""
+    orders = [
+        guest.start_touch(
+            begin + vcpu * plan.apart * PAGE_SIZE, plan.pages, stride=plan.stride, access=ACCESSES[bench["access"]],
+            seed=seed if bench["order"] == "random" else 0, ticks_at=ticks[vcpu].gpa,
+        )
+        for vcpu, guest in enumerate(guests)
+    ]  # fmt: skip
+    seen = []
+    for order, buffer in zip(orders, ticks, strict=True):
+        if failure := x.failed(order, timeout=240):
+            bench.cannot(f"KVM_RUN failed at the guest's first touch: {failure}")
+        seen.append(order.result().with_each(buffer.read(8 * plan.pages)))
+    return seen
+
+
+def _picture(last: list[Touch], scale: float, places: list[int], values: list[list[float]]) -> dict[str, list[float]]:
+    """Return what a heat map of the last round needs, each vCPU's clock from its own first touch on."""
+    warm = [0] * sum(map(len, values[:-1]))
+    began = []
+    for each in last:
+        at = 0.0
+        for page in each.order:
+            began.append(at)
+            at += each.per_page[page] * scale
+    return {"places": [*warm, *places], "began": [*map(float, warm), *began]}
+
+
+class _Plan:
+    """How many pages, how far apart, and what is done to them before they are touched."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.cpus: int = bench["cpus"]
+        huge = bench["backing"] in HUGE
+        self.pages: int = HUGE_PAGES * bench["pages"] // PAGES if huge else bench["pages"]
+        self.stride = IN_A_HUGE_PAGE if huge else STRIDE if bench["order"] == "strided" else 1
+        self.apart = 0 if bench["range"] == "same" else self.pages * self.stride
+        """Pages from one vCPU's part to the next one's."""
+        span = self.pages * self.stride if bench["range"] == "same" else self.cpus * self.apart
+        self.round = span * PAGE_SIZE
+        """Bytes of a round."""
+        self.room = bench.rounds * self.round
+        self._slot = False
+
+    def area(self, x: Experiment) -> Gpa:
+        """Return where the first round begins."""
+        if self._bench["state"] != "write-protected":
+            return x.page(self.room // PAGE_SIZE, align=HUGE_SIZE)
+        file = raw.make(x, self.room)
+        self._number = raw.slot(x, BEYOND, self.room, file.hva)
+        self._hva = file.hva
+        return BEYOND
+
+    def prepare(self, x: Experiment, begin: Gpa) -> None:
+        """Bring the pages of a round into the state that they are to be touched in."""
+        state, pages = self._bench["state"], self.round // PAGE_SIZE
+        match state:
+            case "allocated":
+                backing, offset = raw.place(x, begin)
+                if (answer := raw.allocate(backing.fd, offset, self.round)) != "ok":
+                    self._bench.cannot(f"fallocate(2): {answer}")
+            case "populated":
+                x.memory.populate(begin, self.round)
+            case "punched" | "dontneed" | "relaxed" | "mapped" | "write-protected":
+                access = Access.READ if state == "relaxed" else ACCESSES[self._bench["access"]]
+                x.guest.touch(begin, pages, access=access)
+        if state == "punched":
+            x.memory.punch(begin, self.round)
+        elif state == "dontneed":
+            madvise(x.hva(begin), self.round, MADV_DONTNEED)
+        elif state == "write-protected":
+            self._log_dirty(x)
+
+    def _log_dirty(self, x: Experiment) -> None:
+        """Have stores logged, from now on or anew, which write-protects what the guest has mapped."""
+        vm = x.machine.vm
+        if not self._slot:
+            flags = KVM_MEM_LOG_DIRTY_PAGES
+            vm.set_memory(self._number, BEYOND, self.room, self._hva, flags=flags)
+            self._slot = True
+        else:
+            vm.dirty_log(self._number, self.room // PAGE_SIZE)
+
+    @contextlib.contextmanager
+    def provided(self, x: Experiment, begin: Gpa) -> Iterator[None]:
+        """Serve the round's missing pages while the block runs, where a userfaultfd is to."""
+        provider = self._bench["provider"]
+        if not provider.startswith("userfaultfd"):
+            yield
+            return
+        hva, page = x.hva(begin), bytes(PAGE_SIZE)
+        with Userfault.open() as userfault:
+            userfault.register(hva, self.round, missing=True)
+            in_c = provider == PROVIDERS[1]
+            with SourceServer(userfault, hva, bytes(self.round)) if in_c else Server(userfault, lambda _: page):
+                yield

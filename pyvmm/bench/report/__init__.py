@@ -1,0 +1,1 @@
+"""What shows a benchmark's results: pure functions from a run to text, HTML, and figures."""

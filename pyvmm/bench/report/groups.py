@@ -1,0 +1,204 @@
+"""How every report puts a run: cases, in each the groups of series that have a scale in common, in each its rows.
+
+Pure: data to data, and numbers to text. What others wrote is made harmless here, so that reports only escape it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pyvmm.atlas.report.words import one_line
+from pyvmm.bench.model import Point, Run, Series, Value
+from pyvmm.bench.statistics import Summary, summary
+
+CLOCKS: Final = {
+    "guest": "the guest's counter", "vmm": "the host's clock, in the loop", "host": "the host's clock",
+    "el2": "the hypervisor's trace", "kvm": "KVM's statistics", "memory": "memory",
+}  # fmt: skip
+
+EMULATED: Final = "emulated: relative only"
+"""Said of whatever was measured under TCG."""
+
+_COLUMNS: Final = 3
+"""Where more axes vary, a row says what differs from the most frequent point instead of having them all."""
+
+_SCALES: Final = {
+    "ns": ((1.0, "ns"), (1e3, "µs"), (1e6, "ms"), (1e9, "s")),
+    "instructions": ((1.0, "instructions"), (1e3, "thousand instructions"), (1e6, "million instructions")),
+    "bytes": ((1.0, "bytes"), (1024.0, "KiB"), (1024.0**2, "MiB"), (1024.0**3, "GiB")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What values are divided by to be shown, and what unit they have then."""
+
+    factor: float
+    unit: str
+
+    def show(self, value: float | None) -> str:
+        """Write a value in this unit, to four digits; nothing known is a dash."""
+        return "-" if value is None else number(value / self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One series with what is said of it; ``cells`` are its values on the group's ``columns``."""
+
+    series: Series
+    summary: Summary
+    cells: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The row's name, on one line."""
+        return " ".join(self.cells) or "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The series of one case that are of the same thing, in the same unit, at different points."""
+
+    case: str
+    metric: str
+    clock: str
+    per: str
+    scale: Scale
+    columns: tuple[str, ...]
+    base: Point
+    """What rows have that is not in their cells."""
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """What is measured."""
+        return self.metric + (f" per {self.per}" if self.per else "")
+
+    @property
+    def clocked(self) -> str:
+        """Whose values they are."""
+        return CLOCKS.get(self.clock, self.clock)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A case: its groups, and what of it could not be measured, by reason."""
+
+    case: str
+    groups: tuple[Group, ...]
+    missing: tuple[tuple[str, tuple[Series, ...]], ...]
+
+
+def sections(run: Run) -> list[Section]:
+    """Put a run's series in the order in which cases and metrics first come. Raises BenchError for values that are none."""
+    cases: dict[str, list[Series]] = {}
+    for series in run.series:
+        cases.setdefault(str(series.case), []).append(series)
+    return [_section(one_line(case), found) for case, found in cases.items()]
+
+
+def _section(case: str, found: list[Series]) -> Section:
+    kinds: dict[tuple[str, ...], list[tuple[Series, Summary]]] = {}
+    missing: dict[str, list[Series]] = {}
+    for series in found:
+        said = summary(series)
+        if series.unavailable or not said.n:
+            reason = one_line(str(series.unavailable)) or "it has no values but warm-up"
+            missing.setdefault(reason, []).append(series)
+        else:
+            kind = (str(series.metric), str(series.clock), str(series.per), str(series.unit))
+            kinds.setdefault(kind, []).append((series, said))
+    groups = tuple(_group(case, kind, rows) for kind, rows in kinds.items())
+    return Section(case, groups, tuple((reason, tuple(some)) for reason, some in missing.items()))
+
+
+def _group(case: str, kind: tuple[str, ...], rows: Sequence[tuple[Series, Summary]]) -> Group:
+    metric, clock, per, unit = map(one_line, kind)
+    points = [series.point for series, _ in rows]
+    columns, base = columns_of(points)
+    scale = scale_of(unit, [said.median for _, said in rows if said.median is not None])
+    cells = [cells_of(point, columns, base) for point in points]
+    made = tuple(Row(series, said, some) for (series, said), some in zip(rows, cells, strict=True))
+    return Group(case, metric, clock, per, scale, columns, base, made)
+
+
+# -- points in words
+
+
+def columns_of(points: Sequence[Point]) -> tuple[tuple[str, ...], Point]:
+    """Return the axes that vary, as the columns of a table, and the most frequent value of each of the others.
+
+    Where too many vary the columns are ``protection``, if that does, and what differs from the most frequent point.
+    """
+    axes = list(dict.fromkeys(axis for point in points for axis in point))
+    counts = {axis: Counter(_plain(point.get(axis)) for point in points) for axis in axes}
+    varying = [axis for axis in axes if len(counts[axis]) > 1]
+    if len(varying) > _COLUMNS:
+        varying = [axis for axis in varying if axis == "protection"]
+        columns = (*varying, "")
+    else:
+        columns = tuple(varying)
+    values = {axis: {_plain(point.get(axis)): point.get(axis) for point in points} for axis in axes}
+    base = {axis: values[axis][counts[axis].most_common(1)[0][0]] for axis in axes if axis not in varying}
+    return columns, base
+
+
+def cells_of(point: Point, columns: Iterable[str], base: Point) -> tuple[str, ...]:
+    """Return what a row says of its point, cell by cell; the column without a name says what differs from ``base``."""
+    differs = " ".join(
+        f"{one_line(axis)}={said(point.get(axis))}"
+        for axis in base
+        if _plain(point.get(axis)) != _plain(base[axis])
+    )  # fmt: skip
+    return tuple(said(point.get(axis)) if axis else differs for axis in columns)
+
+
+def said(value: Value) -> str:
+    """Say where on an axis a point is."""
+    if value is None:
+        return "-"
+    return ("yes" if value else "no") if isinstance(value, bool) else one_line(str(value))
+
+
+def point_of(point: Point) -> str:
+    """Say a whole point."""
+    return " ".join(f"{one_line(axis)}={said(value)}" for axis, value in point.items())
+
+
+def _plain(value: Value) -> str:
+    return f"{type(value).__name__} {value}"
+
+
+# -- numbers in words
+
+
+def number(value: float) -> str:
+    """Write a number to four digits, whole from 1,000 on, with commas between thousands."""
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    digits = 3 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{min(max(digits, 0), 9)}f}"
+
+
+def scale_of(unit: str, values: Iterable[float]) -> Scale:
+    """Return the unit in which numbers of the size of ``values`` read best; all of them get the same."""
+    scales = _SCALES.get(unit, ((1.0, unit),))
+    sizes = [math.log(abs(value)) for value in values if value]
+    # Instructions are counted one by one, and are shown so as long as a column has room for that.
+    least = 100.0 if unit == "instructions" else 1.0
+    middle = math.exp(sum(sizes) / len(sizes)) if sizes else 0.0
+    return Scale(*next((each for each in reversed(scales[1:]) if middle >= least * each[0]), scales[0]))
+
+
+def count(series: Summary) -> str:
+    """Write how many values there are, and of how many rounds."""
+    return f"{series.n:,}" + (f"/{series.rounds}" if series.rounds else "")
+
+
+def emulated(run: Run) -> bool:
+    """Whether the run's times are relative only. What does not tell is taken to be."""
+    return run.environment.get("emulated", True) is not False

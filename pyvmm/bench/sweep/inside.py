@@ -1,0 +1,68 @@
+"""``python3 -P -m pyvmm.bench.sweep.inside REQUEST``: measures one point and prints it as a results file.
+
+The other side of ``work.request``: what a sweep runs wherever a point is measured, in the lab too. The status is 0
+when the results are whole, an error's own otherwise, and stderr then says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from pyvmm import log
+from pyvmm.bench.model import Point, Series, Value, footer, header, line
+from pyvmm.errors import PyvmmError
+
+PR_SET_PDEATHSIG = 1
+"""include/uapi/linux/prctl.h"""
+
+Measure = Callable[[str, Point, float], list[Series]]
+
+
+def main(argv: list[str]) -> int:
+    """Measure what the only argument asks for."""
+    asked: dict[str, Any] = json.loads(argv[0])
+    if asked["parent"] is not None and not _ends_with(asked["parent"]):
+        return 1
+    log.configure(-1, json=False)
+    from pyvmm._native_source import require_fresh_native
+    from pyvmm.bench.environment import environment
+    from pyvmm.bench.runner import measure_point
+
+    def measure(case: str, point: Point, deadline: float) -> list[Series]:
+        require_fresh_native()
+        return measure_point(case, point, deadline=deadline)
+
+    return tell(asked, environment, measure)
+
+
+def tell(asked: dict[str, Any], environment: Callable[[], dict[str, Value]], measure: Measure) -> int:
+    """Measure, and print a whole results file, or the error."""
+    begun = time.monotonic()
+    try:
+        series = measure(asked["case"], asked["point"], asked["deadline"])
+        sys.stdout.write(header(environment(), {"case": asked["case"], "point": asked["point"]}))
+        sys.stdout.writelines(line(each) for each in series)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        sys.stdout.write(footer({"seconds": round(time.monotonic() - begun, 3), "date": date}))
+    except PyvmmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def _ends_with(parent: int) -> bool:
+    """Have the kernel kill this process when the one that started it ends; False where it has ended already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    return os.getppid() == parent
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""Brings a sweep's points, workers and store together: each result is stored as it comes, what is lost tried again.
+
+Runs in the main thread; owns nothing but the queue in which results and signals arrive.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from typing import Final
+
+from pyvmm.bench.sweep.plan import Task
+from pyvmm.bench.sweep.store import Counts, Store
+from pyvmm.bench.sweep.work import Answer, LostError, PointError
+from pyvmm.bench.sweep.workers import Workers
+
+TRIES: Final = 3
+"""How often a point is measured whose worker is lost, before it counts as failed."""
+
+TICK: Final = 1.0
+"""Seconds between two reports of progress."""
+
+Show = Callable[[Counts, float | None], None]
+"""Is told how far the sweep is, and how many seconds it will take, if that can be said."""
+
+
+class Sweep:
+    """One go at a sweep: from what is waiting in the store to nothing more, or to a signal."""
+
+    def __init__(self, store: Store, workers: Workers, show: Show) -> None:
+        self._store = store
+        self._workers = workers
+        self._show = show
+        self._events: queue.SimpleQueue[Future[Answer] | int] = queue.SimpleQueue()
+        self._running: dict[Future[Answer], Task] = {}
+        self._losses: Counter[int] = Counter()
+        self._settled = 0
+
+    def interrupt(self, number: int) -> None:
+        """End the sweep because of a signal; for its handler."""
+        self._events.put(number)
+
+    def run(self) -> int | None:
+        """Measure what is waiting; returns the number of the signal that ended it, None when nothing is left.
+
+        Raises PyvmmError where going on makes no sense, as with a full disk. What was stored by then is whole.
+        """
+        waiting = deque(self._store.waiting())
+        begun = time.monotonic()
+        while True:
+            while waiting and (self._workers.window is None or len(self._running) < self._workers.window):
+                self._submit(waiting.popleft())
+            counts = self._store.counts()
+            self._show(counts, self._left(counts, begun))
+            if not self._running:
+                return None
+            try:
+                event = self._events.get(timeout=TICK)
+            except queue.Empty:
+                continue
+            if isinstance(event, int):
+                return event
+            task = self._running.pop(event)
+            if not self._settle(task, event):
+                waiting.appendleft(task)
+
+    def _submit(self, task: Task) -> None:
+        future = self._workers.submit(task)
+        self._running[future] = task
+        future.add_done_callback(self._events.put)
+
+    def _settle(self, task: Task, future: Future[Answer]) -> bool:
+        """Store what came of a point; False where it is to be tried again."""
+        try:
+            answer = future.result()
+        except (Exception, CancelledError) as raised:
+            error = self._workers.judge(raised)
+            if isinstance(error, LostError):
+                self._losses[task.number] += 1
+                if self._losses[task.number] < TRIES:
+                    self._store.lost(task, str(error))
+                    return False
+                self._store.fail(task, f"tried {TRIES} times: {error}")
+            elif isinstance(error, PointError):
+                self._store.fail(task, str(error))
+            else:
+                raise error from raised
+        else:
+            self._store.done(task, answer)
+        self._settled += 1
+        return True
+
+    def _left(self, counts: Counts, begun: float) -> float | None:
+        if not self._settled:
+            return None
+        return (time.monotonic() - begun) / self._settled * counts.waiting

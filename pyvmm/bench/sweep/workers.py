@@ -1,0 +1,264 @@
+"""Where a sweep's points are measured: on this machine, in labs, or by a fleet; each a ``concurrent.futures.Executor``.
+
+A set of workers owns its executor and whatever that needs: processes, labs, a connection. ``stop`` ends all of it, what
+is being measured included; the owner calls it, in the thread that made the workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from pyvmm import __version__
+from pyvmm.bench.model import BenchError
+from pyvmm.bench.sweep import work
+from pyvmm.bench.sweep.plan import Task
+from pyvmm.bench.sweep.work import Answer, Job, LostError, MismatchError, PointError
+from pyvmm.errors import HostError, PyvmmError, UsageError
+
+if TYPE_CHECKING:
+    from pyvmm.lab import Lab
+
+CONNECT_SECONDS: Final = 15.0
+
+
+class Workers(ABC):
+    """An executor and what its workers do with a point. ``window`` points are submitted at a time, None for all."""
+
+    window: int | None
+
+    def __init__(self) -> None:
+        self._sweep = uuid.uuid4().hex
+        """Names what is measured for us, where others measure too."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """Says who measures, now."""
+
+    @abstractmethod
+    def submit(self, task: Task) -> Future[Answer]:
+        """Have a point measured."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End everything, at once. May be called again."""
+
+    def judge(self, error: BaseException) -> PyvmmError:
+        """Return LostError to try a point again, PointError to give it up; any other error ends the sweep."""
+        if isinstance(error, PyvmmError):
+            return error
+        return BenchError(f"{type(error).__name__}: {error}")
+
+    def _job(self, task: Task, python: tuple[str, ...] = ()) -> Job:
+        return Job(task.case, task.point, task.deadline, self._sweep, python=python)
+
+
+class Here(Workers):
+    """This machine, one point at a time."""
+
+    window = 1
+
+    def __init__(self, python: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self._python = python
+        # A thread waits for the process that measures: a process may fork, which one with threads had better not.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="pyvmm-sweep")
+
+    @property
+    def title(self) -> str:
+        return "this machine"
+
+    def submit(self, task: Task) -> Future[Answer]:
+        return self._executor.submit(work.measure, self._job(task, self._python))
+
+    def stop(self) -> None:
+        work.cancel(self._sweep)
+        self._executor.shutdown(cancel_futures=True)
+
+
+class Labs(Workers):
+    """Several labs at once. A lab is booted at its first point, and again at the next after it was lost."""
+
+    def __init__(self, count: int, make: Callable[[], Lab], python: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.window = count
+        self._make = make
+        self._python = python or ("python3", *work.INSIDE)
+        self._own = threading.local()
+        self._guard = threading.Lock()
+        self._labs: list[Lab] = []
+        self._stopped = False
+        # A lab ends with the thread that booted it: each belongs to a thread of the pool.
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix="pyvmm-sweep-lab")
+
+    @property
+    def title(self) -> str:
+        return f"{self.window} lab{'s' if self.window != 1 else ''}"
+
+    @property
+    def pids(self) -> list[int]:
+        """The QEMU processes of the labs that run."""
+        with self._guard:
+            return [lab.pid for lab in self._labs]
+
+    def submit(self, task: Task) -> Future[Answer]:
+        return self._executor.submit(self._measure, self._job(task))
+
+    def stop(self) -> None:
+        with self._guard:
+            self._stopped = True
+            doomed, self._labs = self._labs, []
+        for lab in doomed:
+            lab.close()
+        self._executor.shutdown(cancel_futures=True)
+
+    def _measure(self, job: Job) -> Answer:
+        from pyvmm.lab import LabError
+
+        lab = self._lab()
+        started = time.time()
+        try:
+            done = lab.capture([*self._python, work.request(job)], timeout=job.deadline + work.GRACE)
+        except LabError as error:
+            self._drop(lab)
+            raise LostError(str(error)) from error
+        name = f"lab of {threading.current_thread().name} on {socket.gethostname()}"
+        return work.answer(done.status, done.stdout, done.stderr, name, started)
+
+    def _lab(self) -> Lab:
+        """Return this thread's lab. LabError where it does not boot: none of the others would."""
+        lab: Lab | None = getattr(self._own, "lab", None)
+        if lab is not None:
+            return lab
+        lab = self._make()
+        lab.__enter__()
+        with self._guard:
+            if not self._stopped:
+                self._labs.append(lab)
+                self._own.lab = lab
+                return lab
+        lab.close()
+        raise LostError("the sweep has ended")
+
+    def _drop(self, lab: Lab) -> None:
+        self._own.lab = None
+        with self._guard, contextlib.suppress(ValueError):
+            self._labs.remove(lab)
+        lab.close()
+
+
+class Fleet(Workers):
+    """The workers of a dask.distributed scheduler at ``address``, as they come and go.
+
+    The scheduler gives the point of a lost worker to another one; where it loses several with the same point, it gives
+    that up (its setting ``distributed.scheduler.allowed-failures``).
+    """
+
+    window = None
+
+    def __init__(self, address: str, python: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self._address = address
+        self._python = python
+        self._client = _connect(address)
+        try:
+            self._check()
+        except BaseException:
+            self._client.close()
+            raise
+        # Not pure: the same point may be asked for again. No retries: what fails, and not is lost, fails again.
+        self._executor = self._client.get_executor(pure=False, retries=0)
+
+    @property
+    def title(self) -> str:
+        try:
+            count = len(self._client.nthreads())
+        except Exception:  # a scheduler that is gone: its points' futures tell
+            return self._address
+        return f"{count} worker{'s' if count != 1 else ''} of {self._address}"
+
+    def submit(self, task: Task) -> Future[Answer]:
+        future: Future[Answer] = self._executor.submit(measure_for_fleet, self._job(task, self._python))
+        return future
+
+    def stop(self) -> None:
+        self._executor.shutdown(wait=False)
+        with contextlib.suppress(Exception):  # workers that cannot be told end with their points' deadlines
+            self._client.run(work.cancel, self._sweep)
+        self._client.close()
+
+    def judge(self, error: BaseException) -> PyvmmError:
+        from distributed import KilledWorker
+        from distributed.comm.core import CommClosedError
+
+        if isinstance(error, KilledWorker):
+            return PointError(f"the scheduler gave it up: {error}")
+        if isinstance(error, CancelledError | CommClosedError):
+            return BenchError(f"the scheduler at {self._address} is gone")
+        return super().judge(error)
+
+    def _check(self) -> None:
+        """MismatchError where a worker is not fit; those that come later are looked at with their first point."""
+        try:
+            self._client.run(check_worker, __version__)
+        except MismatchError:
+            raise
+        except Exception as error:  # whatever a machine without pyvmm makes of it
+            raise BenchError(
+                f"a worker of {self._address} cannot measure: {type(error).__name__}: {error}",
+                hint="pyvmm must be installed where the workers and the scheduler run, in the same version",
+            ) from None
+
+
+def measure_for_fleet(job: Job) -> Answer:
+    """Measure a point on a worker of a fleet; raises as :func:`pyvmm.bench.sweep.work.measure`."""
+    from distributed import get_worker
+
+    check_worker(job.version)
+    return work.measure(job, f"{get_worker().address} on {socket.gethostname()}")
+
+
+def check_worker(version: str) -> None:
+    """MismatchError where the worker this runs on must not measure for a sweep of pyvmm ``version``."""
+    from distributed import get_worker
+
+    work.check_version(version)
+    worker = get_worker()
+    if worker.state.nthreads > 1:
+        raise MismatchError(
+            f"the worker {worker.address} would measure {worker.state.nthreads} points at once, which cost each other",
+            hint="start it with: dask worker --nthreads 1",
+        )
+
+
+def _connect(address: str) -> Any:
+    """Return a client of a scheduler, whose methods have no types."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise HostError(f"a fleet needs dask.distributed: {error}", hint="pip install 'pyvmm[fleet]'") from None
+    try:
+        return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{address!r} is no scheduler's address: {error}", hint="tcp://HOST:8786 is") from None
+    except (OSError, TimeoutError) as error:
+        raise BenchError(
+            f"no scheduler answers at {address}: {error}", hint="dask scheduler --port 8786 starts one"
+        ) from None

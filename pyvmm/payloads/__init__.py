@@ -43,6 +43,10 @@ ABOUT: Final = {
             "seed": "of the random order (1)",
         },
     ),
+    "exits": About(
+        "makes exits on any VMM that has a PL011, and times them",
+        {"count": "exits a round (1000)", "rounds": "rounds of each kind (5)"},
+    ),
     "smp": About("starts every vCPU by PSCI, counts with atomics, stops them", {"rounds": "additions a vCPU (1000)"}),
     "crash": About(
         "misbehaves in one way",

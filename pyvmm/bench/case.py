@@ -86,7 +86,7 @@ class Case:
         return whole
 
     def _value(self, axis: str, value: Value) -> Value:
-        """Return the value of an axis that ``value``, perhaps as typed, means; numbers may be others than those known."""
+        """Return what ``value``, perhaps as typed, means on an axis; numbers may be others than those known."""
         if axis not in self.axes:
             raise UsageError(f"{self.name} has no axis {axis!r}", hint=nearest(axis, self.axes))
         known = self.axes[axis]

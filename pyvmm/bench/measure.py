@@ -35,8 +35,8 @@ class Unavailable(PyvmmError):
 class Bench:
     """One point of a case while it is measured: ``bench["backing"]`` is where on an axis it is."""
 
-    def __init__(self, case: str, point: Point, *, rounds: int = ROUNDS) -> None:
-        self.case, self.point, self.rounds = case, point, rounds
+    def __init__(self, case: str, point: Point, *, rounds: int = ROUNDS, seconds: float = 60.0) -> None:
+        self.case, self.point, self.rounds, self.seconds = case, point, rounds, seconds
         self.series: list[Series] = []
         self.unit = "instructions" if counts() == INSTRUCTIONS else "ns"
         """Of times: with icount a nanosecond of the machine's time is an instruction."""

@@ -55,7 +55,7 @@ def _apart(task: Task, deadline: float | None) -> list[Series]:
 
 
 def _measure(task: Task) -> list[dict[str, Any]]:
-    bench = Bench(task.case.name, task.point)
+    bench = Bench(task.case.name, task.point, seconds=task.case.seconds)
     try:
         task.case.function(bench)
     except (PyvmmError, OSError) as error:

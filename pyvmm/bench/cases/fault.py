@@ -25,6 +25,8 @@ from pyvmm.uapi.mman import MADV_DONTNEED
 PAGES: Final = 256
 HUGE_PAGES: Final = 8
 """Touched a round where a touch brings 2 MiB: one in each."""
+SLOW: Final = 4
+"""Only one page in so many is touched where each takes a thread or a slot of its own."""
 STRIDE: Final = 16
 IN_A_HUGE_PAGE: Final = HUGE_SIZE // PAGE_SIZE
 ACCESSES: Final = {"read": Access.READ, "write": Access.WRITE, "execute": Access.EXECUTE}
@@ -143,6 +145,8 @@ class _Plan:
         self.cpus: int = bench["cpus"]
         huge = bench["backing"] in HUGE
         self.pages: int = HUGE_PAGES * bench["pages"] // PAGES if huge else bench["pages"]
+        if bench["provider"] != PROVIDERS[0]:
+            self.pages //= SLOW
         self.stride = IN_A_HUGE_PAGE if huge else STRIDE if bench["order"] == "strided" else 1
         self.apart = 0 if bench["range"] == "same" else self.pages * self.stride
         """Pages from one vCPU's part to the next one's."""

@@ -1,0 +1,38 @@
+"""What it costs to end a VM, by how much of its memory is resident."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.measure import MIB, Bench
+from pyvmm.guest.puppet import Access
+from pyvmm.memory.address import PAGE_SIZE
+
+SIZES: Final = (1, 4, 16, 64)
+"""MiB that the guest has touched."""
+
+
+@case(
+    says="a VM's end, per page that its guest has touched: first the VM (under pkvm the hypervisor scrubs each page and"
+    " hands it back), then the memory",
+    axes={"protection": PROTECTIONS, "size": SIZES, "backing": ("memfd", "thp", "guest_memfd")},
+    quick=("size",),
+    seconds=300.0,
+)
+def teardown(bench: Bench) -> None:
+    """Make a guest each round, have it touch its memory, and time its end by the host's clock."""
+    size = bench["size"] * MIB
+    pages = size // PAGE_SIZE
+    vm: list[float] = []
+    memory: list[float] = []
+    for _ in range(bench.rounds):
+        with bench.guest(room=size) as x:
+            x.guest.start_touch(x.page(pages), pages, access=Access.WRITE).result(bench.seconds)
+            x.machine.stop("the guest has done its work")
+            with bench.stopwatch(vm, per=pages):
+                x.end()
+            with bench.stopwatch(memory, per=pages):
+                x.close()
+    bench.keep("VM", [[value] for value in vm], clock="host")
+    bench.keep("memory", [[value] for value in memory], clock="host")

@@ -9,13 +9,17 @@ has. Over all series of a comparison p is corrected by Holm's method. Pure: data
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from pyvmm.atlas.report.text import PLAIN, Look
+from pyvmm.atlas.report.words import one_line
 from pyvmm.bench import statistics
 from pyvmm.bench.environment import SAME
 from pyvmm.bench.model import BenchError, Run, Series, Value
+from pyvmm.bench.report import groups, table
 from pyvmm.bench.significance import rank_sum, signed_ranks
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ SAME_AS, TOO_FEW = "no difference shown", "too few rounds to tell"
 PAIRED, UNPAIRED, UNPAIRED_VALUES = "paired", "unpaired", "unpaired, values taken as independent"
 
 _TIMES = ("ns", "instructions")
+_VERDICTS: Final = (SLOWER, FASTER, MORE, LESS, SAME_AS, TOO_FEW)
+_COLOURS: Final = {SLOWER: "31", MORE: "31", FASTER: "32", LESS: "32", TOO_FEW: table.DIM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,7 @@ class Difference:
     """Of the ratio's bootstrap interval."""
     high: float | None
     p: float | None
-    """None where there are too few rounds."""
+    """None where there are so few rounds that it could not be below ALPHA."""
     corrected: float | None = None
     """p by Holm's method."""
     verdict: str = TOO_FEW
@@ -127,6 +133,75 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def text(comparison: Comparison, look: Look = PLAIN) -> str:
+    """Return a comparison for the terminal: what differs and may, a row a series, and what that comes to."""
+    lines = [f"A: {groups.host(comparison.a)}", f"B: {groups.host(comparison.b)}"]
+    if groups.emulated(comparison.a):
+        lines.append(look.paint(f"== {groups.EMULATED} ".ljust(min(look.width, 60), "="), table.STRIPE))
+    for name, pair in comparison.environment.items():
+        lines += look.wrap(f"{one_line(name)}: {groups.said(pair[0])} -> {groups.said(pair[1])}", 4, "  ")
+    for case in dict.fromkeys(each.a.case for each in comparison.differences):
+        lines += ["", *_rows([each for each in comparison.differences if each.a.case == case], look)]
+    for name, only in (("A", comparison.only_a), ("B", comparison.only_b)):
+        if only:
+            some = "; ".join(_name(series) for series in only[:3]) + ("; …" if len(only) > 3 else "")
+            lines += ["", *look.wrap(f"only in {name}, {len(only)}: {some}", 4)]
+    verdicts = Counter(each.verdict for each in comparison.differences)
+    total = ", ".join(f"{verdicts[word]} {word}" for word in _VERDICTS if verdicts[word])
+    lines += ["", look.paint(f"B against A: {total}", table.BOLD)]
+    lines += [look.paint(each, table.DIM) for each in look.wrap(_note(comparison), 0)]
+    shown = "\n".join(each.rstrip() for each in lines)
+    return look.finish(shown.replace("µ", "u") if look.ascii else shown)
+
+
+def _rows(some: Sequence[Difference], look: Look) -> list[str]:
+    columns, base = groups.columns_of([each.a.point for each in some])
+    names = [name if name else "differs in" for name in columns]
+    rows = []
+    for each in some:
+        medians = [statistics.summary(series).median for series in (each.a, each.b)]
+        scale = groups.scale_of(each.a.unit, [median for median in medians if median is not None])
+        ratio = "-" if each.ratio is None else f"{each.ratio:.3f}"
+        interval = "" if each.low is None or each.high is None else f"[{each.low:.3f}, {each.high:.3f}]"
+        p = "-" if each.corrected is None else f"{each.corrected:.3f}" if each.corrected >= 0.001 else "<0.001"
+        kind = each.test if each.test == PAIRED else UNPAIRED
+        rows.append([
+            one_line(each.a.metric), *groups.cells_of(each.a.point, columns, base),
+            *map(scale.show, medians), one_line(scale.unit), ratio, interval,
+            "x".join(map(str, sorted(set(each.rounds)))), kind, p, each.verdict,
+        ])  # fmt: skip
+    head = ["metric", *names, "A", "B", "unit", "B/A", "95 % CI", "rounds", "test", "p", "verdict"]
+    drawn = table.grid(head, rows, 1 + len(names))
+    # What is needed least goes first where there is no room for all.
+    for name in ("test", "rounds", "95 % CI", "unit"):
+        if max(map(len, drawn)) > look.width:
+            at = head.index(name)
+            head = head[:at] + head[at + 1 :]
+            rows = [row[:at] + row[at + 1 :] for row in rows]
+            drawn = table.grid(head, rows, 1 + len(names))
+    lines = [look.paint(one_line(some[0].a.case), table.BOLD)]
+    if base:
+        lines += [look.paint(each, table.DIM) for each in look.wrap("at " + groups.point_of(base), 4, "    ")]
+    lines.append(look.paint(drawn[0], table.DIM))
+    return lines + [look.paint(drawn[at], _COLOURS.get(each.verdict, "")) for at, each in enumerate(some, 1)]
+
+
+def _name(series: Series) -> str:
+    return one_line(f"{series.case}, {series.metric}, {groups.point_of(series.point)}")
+
+
+def _note(comparison: Comparison) -> str:
+    tests = {each.test for each in comparison.differences}
+    said = "B/A: ratio of the medians; p: corrected for the number of tests (Holm)"
+    said += "; paired: Wilcoxon's signed ranks on the rounds' medians" if PAIRED in tests else ""
+    said += "; unpaired: Mann-Whitney on the rounds' medians" if UNPAIRED in tests else ""
+    if UNPAIRED_VALUES in tests:
+        said += "; unpaired, where no rounds are told: Mann-Whitney on values taken as independent"
+    if any(each.verdict == TOO_FEW for each in comparison.differences):
+        said += f"; to tell takes {_needed(len(comparison.differences))} rounds in both for as many series as these"
+    return said
+
+
 # -- what is compared with what
 
 
@@ -182,22 +257,32 @@ def _difference(a: Series, b: Series) -> Difference:
         units_a, units_b = (np.array([np.median(part) for part in parts]) for parts in (parts_a, parts_b))
         test = PAIRED if len(parts_a) == len(parts_b) else UNPAIRED
     if test == PAIRED:
-        p = signed_ranks(units_b - units_a) if len(units_a) >= statistics.FEW else None
+        p = signed_ranks(units_b - units_a)
         moved = float(np.median(units_b - units_a)) or float((units_b - units_a).mean())
     else:
-        p = rank_sum(units_a, units_b) if _enough(len(units_a), len(units_b)) else None
+        p = rank_sum(units_a, units_b)
         moved = float(np.median(units_b) - np.median(units_a)) or float(units_b.mean() - units_a.mean())
     ratio, low, high = _ratio(parts_a, parts_b, paired=test == PAIRED)
     if ratio is not None and ratio != 1:
         moved = ratio - 1
     up, down = (SLOWER, FASTER) if a.unit in _TIMES else (MORE, LESS)
-    word = TOO_FEW if p is None else up if moved > 0 else down if moved < 0 else SAME_AS
-    return Difference(a, b, test, (len(units_a), len(units_b)), ratio, low, high, p, verdict=word)
+    word = up if moved > 0 else down if moved < 0 else SAME_AS
+    sizes = len(units_a), len(units_b)
+    return Difference(a, b, test, sizes, ratio, low, high, p if _least(test, sizes) < ALPHA else None, verdict=word)
 
 
-def _enough(one: int, other: int) -> bool:
-    """Whether the most extreme choice of rounds is rare enough to show a difference."""
-    return min(one, other) >= statistics.FEW or 2 / math.comb(one + other, one) < ALPHA
+def _least(test: str, rounds: tuple[int, int]) -> float:
+    """Return the smallest p that so many rounds can give."""
+    one, other = rounds
+    if test == PAIRED:
+        return 2.0 ** (1 - one)
+    # Of very many the number of choices is no float any more, and it does not matter.
+    return 2 / math.comb(one + other, one) if one + other <= 1000 else 2 / math.comb(1000, min(one, other, 500))
+
+
+def _needed(tests: int) -> int:
+    """Return how many pairs of rounds can show a difference in one of so many series."""
+    return next(count for count in range(1, 1000) if 2.0 ** (1 - count) * tests < ALPHA)
 
 
 def _ratio(
@@ -227,8 +312,9 @@ def _corrected(differences: Sequence[Difference]) -> Iterable[Difference]:
         highest = max(highest, min((len(tested) - rank) * p, 1.0))
         corrected.setdefault(p, highest)
     for each in differences:
-        if each.p is None:
-            yield each
-        else:
-            holm = corrected[each.p]
-            yield replace(each, corrected=holm, verdict=each.verdict if holm < ALPHA else SAME_AS)
+        holm = None if each.p is None else corrected[each.p]
+        verdict = each.verdict
+        if holm is None or holm >= ALPHA:
+            able = _least(each.test, each.rounds) * max(len(tested), 1) < ALPHA
+            verdict = SAME_AS if able else TOO_FEW
+        yield replace(each, corrected=holm, verdict=verdict)

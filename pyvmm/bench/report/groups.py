@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pyvmm.atlas.report.words import one_line
+from pyvmm.atlas.report.words import headline, one_line
 from pyvmm.bench.model import Point, Run, Series, Value
 from pyvmm.bench.statistics import Summary, summary
 
@@ -42,7 +42,9 @@ class Scale:
 
     def show(self, value: float | None) -> str:
         """Write a value in this unit, to four digits; nothing known is a dash."""
-        return "-" if value is None else number(value / self.factor)
+        if value is None:
+            return "-"
+        return f"{int(value):,}" if self.factor == 1 and value == int(value) else number(value / self.factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,10 @@ class Section:
 
 
 def sections(run: Run) -> list[Section]:
-    """Put a run's series in the order in which cases and metrics first come. Raises BenchError for values that are none."""
+    """Return a run's cases, in the order in which they and their metrics first come.
+
+    Raises BenchError for values that are none.
+    """
     cases: dict[str, list[Series]] = {}
     for series in run.series:
         cases.setdefault(str(series.case), []).append(series)
@@ -154,7 +159,7 @@ def cells_of(point: Point, columns: Iterable[str], base: Point) -> tuple[str, ..
         for axis in base
         if _plain(point.get(axis)) != _plain(base[axis])
     )  # fmt: skip
-    return tuple(said(point.get(axis)) if axis else differs for axis in columns)
+    return tuple(said(point.get(axis)) if axis else differs or "(base)" for axis in columns)
 
 
 def said(value: Value) -> str:
@@ -178,8 +183,8 @@ def _plain(value: Value) -> str:
 
 def number(value: float) -> str:
     """Write a number to four digits, whole from 1,000 on, with commas between thousands."""
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
+    if not value:
+        return "0"
     digits = 3 - math.floor(math.log10(abs(value)))
     return f"{value:,.{min(max(digits, 0), 9)}f}"
 
@@ -197,6 +202,11 @@ def scale_of(unit: str, values: Iterable[float]) -> Scale:
 def count(series: Summary) -> str:
     """Write how many values there are, and of how many rounds."""
     return f"{series.n:,}" + (f"/{series.rounds}" if series.rounds else "")
+
+
+def host(run: Run) -> str:
+    """Name the host in a few words."""
+    return headline({name: value for name, value in run.environment.items() if value is not None})
 
 
 def emulated(run: Run) -> bool:

@@ -9,11 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from pyvmm.atlas.report.text import PLAIN, Look
-from pyvmm.atlas.report.words import headline
 from pyvmm.bench.model import Run
-from pyvmm.bench.report.groups import (
-    EMULATED, Group, Row, Section, count, emulated, point_of, sections,
-)  # fmt: skip
+from pyvmm.bench.report.groups import EMULATED, Group, Row, Section, count, emulated, host, point_of, sections
 
 BOLD, DIM, STRIPE = "1", "2", "33;1"
 FEW: Final = "~"
@@ -43,7 +40,7 @@ NOTES: Final = {
 
 def text(run: Run, look: Look = PLAIN) -> str:
     """Return all of a run. Raises BenchError for values that are none, HostError without numpy."""
-    lines = [headline(run.environment)]
+    lines = [host(run)]
     if emulated(run):
         lines.append(look.paint(f"== {EMULATED} ".ljust(min(look.width, 60), "="), STRIPE))
     if run.end is None:

@@ -52,6 +52,9 @@ class KernelBuildError(PyvmmError):
 class SourceTree:
     """Linux's source in ``directory``; ``variables`` are given to each make, ``log`` takes what it says."""
 
+    made = "the kernel"
+    """What a build that fails says it was to be."""
+
     def __init__(self, directory: Path, log: Path, variables: Mapping[str, str]) -> None:
         self.directory = directory
         self.log = log
@@ -73,7 +76,7 @@ class SourceTree:
         return (self.directory / "include/config/kernel.release").read_text().strip()
 
     def unpack(self, package: Path, progress: Progress) -> None:
-        """Take from the package what an arm64 kernel of few drivers is made of."""
+        """Take from the package what is wanted of it."""
         what = "unpacking the source"
         progress(what, 0.0)
         with open_package(package) as outer:
@@ -91,9 +94,13 @@ class SourceTree:
             except (lzma.LZMAError, EOFError) as error:
                 raise PyvmmError(f"{package.name} is not a readable package: {error}") from error
 
+    def _is_wanted(self, name: str) -> bool:
+        """Whether a file is of what an arm64 kernel of few drivers is made of."""
+        return not UNUSED.match(name) or DESCRIPTION.fullmatch(name) is not None
+
     def _place(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         name = member.name.partition("/")[2]
-        if UNUSED.match(name) and not DESCRIPTION.fullmatch(name):
+        if not self._is_wanted(name):
             return
         path = self.directory / name
         if ".." in path.parts:
@@ -166,4 +173,4 @@ class SourceTree:
             hint = "free some space in the lab's cache, or set XDG_CACHE_HOME to a larger place"
         elif "Killed" in all_told:
             hint = "the machine ran out of memory: a compiler takes up to 500 MB for each CPU"
-        return KernelBuildError(f"the kernel could not be built: {what}; it said:{told}", self.log, hint=hint)
+        return KernelBuildError(f"{self.made} could not be built: {what}; it said:{told}", self.log, hint=hint)

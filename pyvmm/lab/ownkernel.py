@@ -180,13 +180,13 @@ def _build(cache: Cache, refresh: bool, progress: Progress) -> OwnKernel:
     with cache.lock(lambda: progress("waiting for another build", 0.0)):
         apt = updated_apt(cache.apt, SUITES, refresh=refresh, progress=progress)
         progress("resolving packages", 0.0)
-        source = _find_source(apt)
+        source = find_source(apt)
         directory = home / hashlib.sha256(json.dumps([source.sha256, recipe]).encode()).hexdigest()[:16]
         if (made := _read(directory)) and made.is_whole(thorough=True):
             return _adopt(home, made)
         if (free := shutil.disk_usage(home).free) < DISK:
             raise _no_space(cache, f"{free / 1e6:.0f} MB are free")
-        package = _download(apt, source, home / "source", progress)
+        package = download_source(apt, source, home / "source", progress)
     with cache.scratch("kernel-partial") as scratch:
         made = _make(source, package, scratch, home / "build.log", progress, compiler, recipe)
         shutil.rmtree(directory, ignore_errors=True)  # damaged, if it is there
@@ -195,14 +195,15 @@ def _build(cache: Cache, refresh: bool, progress: Progress) -> OwnKernel:
     return _adopt(home, OwnKernel(directory, made.manifest))
 
 
-def _find_source(apt: Apt) -> Package:
+def find_source(apt: Apt) -> Package:
+    """Give the package with the newest source of Linux."""
     found = [pair for pair in apt.resolve(PACKAGE, suite=SUITES[-1]) if SOURCE.match(pair[0])]
     if not found:
         raise PyvmmError(f"{SUITES[-1]} has no {PACKAGE}", hint="the archive has changed: please report this")
     return apt.locate(found[:1])[0]
 
 
-def _download(apt: Apt, source: Package, directory: Path, progress: Progress) -> Path:
+def download_source(apt: Apt, source: Package, directory: Path, progress: Progress) -> Path:
     """Fetch the source into ``directory``, where builds of images do not clear up."""
     directory.mkdir(exist_ok=True)
     for other in directory.iterdir():

@@ -36,7 +36,7 @@ INSTRUCTION_BARS = {**dict.fromkeys(IN_C, 1.05), "Python device": 3.0}
 
 def bare_library(machine: str) -> Path:
     """Return the bare loop for ``machine``, built when there is a compiler and it is missing or old."""
-    source, path = Path(__file__).with_name("bare_loop.c"), BUILT / f"bare_loop.{machine}.so"
+    source, path = ROOT / "pyvmm" / "bench" / "peers" / "bare_loop.c", BUILT / f"bare_loop.{machine}.so"
     if path.exists() and path.stat().st_mtime >= source.stat().st_mtime:
         return path
     cc = "gcc" if machine == platform.machine() else f"{machine}-linux-gnu-gcc"

@@ -1,0 +1,85 @@
+"""The kernel's own KVM selftests, built from Debian's linux-source: three of them, linked statically.
+
+The source is the one that the project's kernel is made of. What was printed while they were built is in the log.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pyvmm.errors import HostError
+from pyvmm.lab.apt import Progress, silent, updated_apt
+from pyvmm.lab.kbuild import SourceTree
+from pyvmm.lab.needs import kernel_needs
+from pyvmm.lab.ownkernel import SUITES, VARIABLES, compiler_version, download_source, find_source
+from pyvmm.lab.trees import Recipe, Scratch, digest_of
+
+NAME = "selftests"
+PROGRAMS = ("demand_paging_test", "access_tracking_perf_test", "guest_memfd_test")
+DIRECTORY = "tools/testing/selftests/kvm"
+HEADERS = "headers"
+"""make's headers_install without the copy, for which it wants rsync."""
+LINKED = "-static -s"
+UNNEEDED = ("bc", "bison", "flex")
+"""What a kernel needs and these do not."""
+
+# The headers' and the tests' own makefiles, and what those include.
+WANTED = re.compile(
+    r"Makefile|Kbuild|scripts/.*|usr/.*|include/(?:uapi|asm-generic)/.*|lib/[^/]*\.c|"
+    r"arch/arm64/(?:Makefile|include/.*|tools/.*)|"
+    r"tools/(?:include|scripts|build|lib|arch/arm64)/.*|"
+    r"tools/testing/selftests/(?:(?:kvm|rseq|cgroup)/.*|lib\.mk|.*\.h)"
+)
+
+
+class SelftestTree(SourceTree):
+    """As much of Linux's source as the tests are made of."""
+
+    made = "the kernel's KVM selftests"
+
+    def _is_wanted(self, name: str) -> bool:
+        return WANTED.fullmatch(name) is not None
+
+    def build(self, out: Path, progress: Progress) -> list[Path]:
+        """Compile the tests; give the programs, in ``out``. KernelBuildError where that fails."""
+        progress("installing the kernel's headers", 0.0)
+        self._make(HEADERS, {})
+        tests = SelftestTree(self.directory / DIRECTORY, self.log, self._variables)
+        programs = [out / name for name in PROGRAMS]
+        for number, program in enumerate(programs):
+            progress("compiling selftests", number / len(programs))
+            tests._make(str(program), {"OUTPUT": str(out), "LDLIBS": LINKED})
+        return programs
+
+
+def recipe() -> Recipe:
+    """Tell how the tree of selftests is made here. HostError where there is no compiler."""
+    return Recipe(NAME, digest_of(PROGRAMS, VARIABLES, LINKED, WANTED.pattern, compiler_version()), _make)
+
+
+def require() -> None:
+    """HostError naming all that is missing for building them, with the line that installs it."""
+    lacking = [need for need in kernel_needs() if need.missing and need.what not in UNNEEDED]
+    if lacking:
+        what = "; ".join(f"{need.what}: {need.missing}" for need in lacking)
+        packages = " ".join(dict.fromkeys(need.package for need in lacking if need.package))
+        raise HostError(f"building the kernel's KVM selftests needs what is not here: {what}",
+                        hint=f"apt install {packages}" if packages else None)  # fmt: skip
+
+
+def _make(scratch: Scratch, progress: Progress = silent) -> str:
+    require()
+    with scratch.cache.lock(lambda: progress("waiting for another build", 0.0)):
+        apt = updated_apt(scratch.cache.apt, SUITES, refresh=False, progress=progress)
+        progress("resolving packages", 0.0)
+        source = find_source(apt)
+        package = download_source(apt, source, scratch.downloads, progress)
+    scratch.log.write_text(f"{source.name} {source.version}, {compiler_version()}\n")
+    tree = SelftestTree(scratch.work / "linux", scratch.log, VARIABLES)
+    tree.unpack(package, progress)
+    built = scratch.work / "built"
+    built.mkdir()
+    for program in tree.build(built, progress):
+        program.rename(scratch.tree / program.name)
+    return f"{source.name} {source.version}"

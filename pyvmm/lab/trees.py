@@ -1,0 +1,136 @@
+"""Programs that a lab's image has not: trees of them, made once on the workstation and shown to a lab as they are.
+
+``peers/NAME/`` in the lab's cache holds ``KEY/`` (immutable once there, named by what it was made of) and ``current``,
+a link to one of them. Everything appears by rename; who makes a tree holds ``peers.lock``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyvmm.errors import PyvmmError
+from pyvmm.lab.apt import AptError, Progress, silent
+from pyvmm.lab.cache import GRACE_SECONDS, Cache
+
+HOME = "peers"
+MANIFEST = "manifest.json"
+CURRENT = "current"
+VARIABLE = "PYVMM_PEERS"
+"""In the environment of who uses trees: NAME=DIRECTORY, more of them behind colons."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where a tree is made: ``tree`` becomes it, ``work`` is as empty and goes, ``downloads`` outlives a failure."""
+
+    cache: Cache
+    tree: Path
+    work: Path
+    downloads: Path
+    log: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a tree is made. ``digest`` is of all that shapes it besides what is fetched; ``make`` gives what that was."""
+
+    name: str
+    digest: str
+    make: Callable[[Scratch, Progress], str]
+
+
+def digest_of(*parts: object) -> str:
+    """Hash what shapes a tree."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def usable_tree(recipe: Recipe, cache: Cache | None = None) -> Path | None:
+    """Give the directory of the tree if it was made by this recipe and has all its files."""
+    try:
+        directory = (_home(cache or Cache(), recipe) / CURRENT).resolve(strict=True)
+        manifest = json.loads((directory / MANIFEST).read_text())
+        whole = all((directory / name).stat().st_size == size for name, size in manifest["files"].items())
+        return directory if whole and manifest["recipe"] == recipe.digest else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, damaged, or no manifest of ours
+        return None
+
+
+def find_tree(name: str) -> Path | None:
+    """Give where a tree is: where the environment says, or else in this user's cache, whatever made it."""
+    for entry in os.environ.get(VARIABLE, "").split(os.pathsep):
+        called, equals, path = entry.partition("=")
+        if equals and called == name and Path(path, MANIFEST).is_file():
+            return Path(path)
+    directory = Cache().directory / HOME / name / CURRENT
+    return directory.resolve() if (directory / MANIFEST).is_file() else None
+
+
+def made_tree(
+    recipe: Recipe, *, refresh: bool = False, progress: Progress = silent, cache: Cache | None = None
+) -> Path:
+    """Give the directory of the tree, making it where there is none, or for ``refresh`` of the archive's newest.
+
+    Where that needs the network and there is none, a tree of another day is used and ``progress`` says so. PyvmmError
+    where it cannot be made.
+    """
+    cache = cache or Cache()
+    if not refresh and (directory := usable_tree(recipe, cache)):
+        return directory
+    with cache.lock(lambda: progress(f"waiting for another build of {recipe.name}", 0.0), "peers.lock"):
+        old = usable_tree(recipe, cache)
+        if old and not refresh:  # made by whom we waited for
+            return old
+        try:
+            return _make(recipe, cache, progress)
+        except AptError as error:
+            if not error.offline or old is None:
+                raise
+            progress(f"offline: using the {recipe.name} there are", 1.0)
+            return old
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise PyvmmError(
+                f"no space left in {cache.directory} for {recipe.name}",
+                hint="free about 600 MB there, or set XDG_CACHE_HOME to a larger place",
+            ) from error
+
+
+def _home(cache: Cache, recipe: Recipe) -> Path:
+    return cache.directory / HOME / recipe.name
+
+
+def _make(recipe: Recipe, cache: Cache, progress: Progress) -> Path:
+    home = _home(cache, recipe)
+    downloads = cache.directory / HOME / "downloads" / recipe.name
+    for directory in (home, downloads):
+        directory.mkdir(parents=True, exist_ok=True)
+    with cache.scratch("peers-partial") as scratch:
+        tree, work = scratch / "tree", scratch / "work"
+        tree.mkdir()
+        work.mkdir()
+        source = recipe.make(Scratch(cache, tree, work, downloads, home / "build.log"), progress)
+        files = {str(path.relative_to(tree)): path.stat().st_size for path in sorted(tree.rglob("*")) if path.is_file()}
+        manifest = {"recipe": recipe.digest, "source": source, "files": files}
+        (tree / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        directory = home / digest_of(recipe.digest, source)[:16]
+        shutil.rmtree(directory, ignore_errors=True)  # damaged, if it is there
+        tree.rename(directory)
+    shutil.rmtree(downloads)  # kept until here: who corrects what made a build fail need not fetch it again
+    link = home / "current.new"
+    link.unlink(missing_ok=True)
+    link.symlink_to(directory.name)
+    link.replace(home / CURRENT)
+    for other in home.iterdir():
+        old = not other.is_symlink() and other.is_dir() and time.time() - other.stat().st_mtime > GRACE_SECONDS
+        if old and other != directory:
+            shutil.rmtree(other, ignore_errors=True)  # no lab can be starting from it
+    return directory

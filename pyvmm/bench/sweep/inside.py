@@ -29,7 +29,7 @@ Measure = Callable[[str, Point, float], list[Series]]
 def main(argv: list[str]) -> int:
     """Measure what the only argument asks for."""
     asked: dict[str, Any] = json.loads(argv[0])
-    if asked["parent"] is not None and not _ends_with(asked["parent"]):
+    if asked["parent"] is not None and not ends_with(asked["parent"]):
         return 1
     log.configure(-1, json=False)
     from pyvmm._native_source import require_fresh_native
@@ -58,7 +58,7 @@ def tell(asked: dict[str, Any], environment: Callable[[], dict[str, Value]], mea
     return 0
 
 
-def _ends_with(parent: int) -> bool:
+def ends_with(parent: int) -> bool:
     """Have the kernel kill this process when the one that started it ends; False where it has ended already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     return os.getppid() == parent

@@ -251,11 +251,12 @@ def check_worker(version: str) -> None:
 def _connect(address: str) -> Any:
     """Return a client of a scheduler, whose methods have no types."""
     try:
-        from distributed import Client
+        import distributed
     except ImportError as error:
         raise HostError(f"a fleet needs dask.distributed: {error}", hint="pip install 'pyvmm[fleet]'") from None
     try:
-        return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+        client: Any = distributed.Client
+        return client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{address!r} is no scheduler's address: {error}", hint="tcp://HOST:8786 is") from None
     except (OSError, TimeoutError) as error:

@@ -1,0 +1,244 @@
+"""``pyvmm bench sweep``: measures all points that a TOML file names, here, in several labs, or over a fleet.
+
+Progress and all else goes to stderr; results go to the sweep's database, and from there to results files. Exit status
+0 when every point was measured, 1 when some could not be, 128 + a signal's number when one ended it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.cli.common import Interrupted, OutputPath, parse_count, parse_size
+from pyvmm.errors import HostError, UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from pyvmm.bench.sweep.plan import Plan
+    from pyvmm.bench.sweep.store import Counts, Store
+    from pyvmm.bench.sweep.workers import Workers
+    from pyvmm.lab import Lab
+
+SILENCE = 10.0
+"""Seconds between two lines of progress where stderr is no terminal."""
+FEW = 10
+"""Failed points that are named one by one."""
+
+DESCRIPTION = (
+    "Measure every combination of the values that FILE gives to axes. Each point's result is kept in a database\n"
+    "as it arrives, and the same command goes on where it stopped, however that was."
+)
+EPILOG = """\
+the file:
+  case = "fault"
+  repeat = 3                    every point three times, in turns
+  [axes]
+  protection = ["none", "pkvm"]
+  pages = [256, 1024]
+  [lab]                         measure in labs: host-kernel, mode, icount, mem, cpus
+  icount = true
+Several cases: [[sweep]] tables, each with case, repeat and axes. Labs at once share this machine's CPUs: only
+with icount are their numbers those of one alone.
+
+examples:
+  pyvmm bench sweep faults.toml --labs 2 --json faults.json
+  pyvmm bench sweep faults.toml --scheduler tcp://10.0.0.1:8786
+a fleet: on one machine "dask scheduler", on every one "dask worker --nthreads 1 tcp://10.0.0.1:8786"
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``pyvmm bench sweep`` takes."""
+    parser.add_argument("file", metavar="FILE", help="what to measure, in TOML")
+    where = parser.add_argument_group("where to measure").add_mutually_exclusive_group()
+    where.add_argument("--labs", type=parse_count, metavar="N", help="in N labs at once (1 if FILE has a [lab])")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="at the workers of a dask scheduler: tcp://HOST:8786")
+    keep = parser.add_argument_group("results")
+    keep.add_argument("--database", type=OutputPath, metavar="DB", help="where they are kept (FILE with .sqlite)")
+    keep.add_argument("--json", type=OutputPath, metavar="RESULTS",
+                      help="write a results file; where machines differ, one for each kind")  # fmt: skip
+    keep.add_argument("--restart", action="store_true", help="forget what the database has, and begin anew")
+    keep.add_argument("--retry-failed", action="store_true", help="measure points that failed once more")
+    keep.add_argument("--list", action="store_true", help="name the points instead of measuring them")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns the exit status."""
+    from pyvmm.bench.case import all_cases
+    from pyvmm.bench.sweep import plan as plans
+    from pyvmm.bench.sweep.store import Store
+
+    if os.environ.get("PYVMM_IN_LAB") == "1":
+        raise UsageError("a sweep boots its labs itself", hint=f"pyvmm bench sweep --labs 1 {args.file}")
+    plan = plans.read(args.file, all_cases())
+    if args.list:
+        print("\n".join(task.key for task in plan.tasks))
+        return 0
+    if plan.left_out:
+        _say(f"{plan.left_out} combinations make no sense and are left out")
+    database = args.database or str(Path(args.file).with_suffix(".sqlite"))
+    with Store(database, plan, restart=args.restart) as store, _Signals() as signals:
+        if args.retry_failed:
+            store.retry_failed()
+        number = None
+        if waiting := store.counts().waiting:
+            if waiting < len(plan.tasks):
+                _say(f"{database}: going on with {waiting} of {len(plan.tasks)} points")
+            with _workers(args, plan) as workers:
+                number = _run(store, workers, signals)
+        _tell(store, args)
+        if args.json is not None and store.counts().done:
+            from pyvmm.bench.sweep.export import export
+
+            files = export(store, plan, args.json)
+            if len(files) > 1:
+                _say(f"measured in {len(files)} environments, each in a file of its own: {' '.join(files)}")
+        failed = store.counts().failed
+    if number is not None:
+        raise Interrupted(number)
+    return 1 if failed else 0
+
+
+def _run(store: Store, workers: Workers, signals: _Signals) -> int | None:
+    from pyvmm.bench.sweep.run import Sweep
+
+    with _progress() as show:
+        sweep = Sweep(store, workers, lambda counts, left: show(_progress_line(counts, left, workers.title)))
+        with signals.handled(sweep.interrupt):
+            return sweep.run()
+
+
+def _workers(args: argparse.Namespace, plan: Plan) -> Workers:
+    from pyvmm.bench.sweep import workers
+
+    if args.scheduler is not None:
+        if plan.lab is not None:
+            raise UsageError(f"{plan.file} has a [lab], and a fleet measures on its own machines",
+                             hint="leave one of them out")  # fmt: skip
+        return workers.Fleet(args.scheduler)
+    if args.labs is not None or plan.lab is not None:
+        return workers.Labs(args.labs or 1, _lab_maker(plan.file, plan.lab or {}))
+    if os.uname().machine != "aarch64":
+        raise HostError(
+            f"this host is {os.uname().machine}; costs are measured on an arm64 one",
+            hint="--labs 1 measures in the lab, an emulated arm64 host",
+        )
+    return workers.Here()
+
+
+def _lab_maker(file: str, table: dict[str, Any]) -> Callable[[], Lab]:
+    """Return what makes labs as a plan's table says, which see the project's tree and nothing else."""
+    from pyvmm.lab import Lab, LabOptions, build_image, kernels
+    from pyvmm.lab.image import usable_image
+    from pyvmm.lab.needs import require
+
+    icount = table.get("icount", False)
+    try:
+        options = LabOptions(
+            mode=table.get("mode", "protected"),
+            cpus=table.get("cpus", 1 if icount else 2),
+            memory=parse_size(str(table.get("mem", "2G"))) >> 20,
+            icount=icount,
+        )
+    except (UsageError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{file}: [lab]: {error}") from None
+    kernel = table.get("host-kernel", kernels.DEFAULT)
+    require(building=usable_image(kernel=kernel) is None)
+    with _progress() as show:
+        image = build_image(kernel, progress=lambda what, _share: show(f"lab: {what}"))
+    return lambda: Lab(options, image=image, cwd=Path(os.sep))
+
+
+class _Signals:
+    """Makes SIGINT, SIGTERM and SIGHUP unwind; within :meth:`handled`, handed on; on the way out they wait."""
+
+    def __init__(self) -> None:
+        self._hand_on: Callable[[int], object] | None = None
+        self._received = False
+
+    def __enter__(self) -> _Signals:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._old = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def handled(self, hand_on: Callable[[int], object]) -> Iterator[None]:
+        self._hand_on = hand_on
+        yield
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._hand_on is not None:
+            self._hand_on(number)
+        elif not self._received:
+            self._received = True
+            raise Interrupted(number)
+
+
+def _tell(store: Store, args: argparse.Namespace) -> None:
+    """Say how it ended, and what goes on with it."""
+    counts = store.counts()
+    again = shlex.join(["pyvmm", *(word for word in args.verb_argv if word not in ("--restart", "--retry-failed"))])
+    failures = store.failures()
+    for task, reason in failures[:FEW]:
+        _say(f"failed: {task.key}: {reason}")
+    if len(failures) > FEW:
+        _say(f"failed: {len(failures) - FEW} more, in {store.path}")
+    _say(f"{counts.done} of {counts.total} points measured, in {store.path}")
+    if counts.waiting:
+        _say(f"{counts.waiting} points are left; to go on: {again}")
+    elif counts.failed:
+        _say(f"to try those that failed again: {again} --retry-failed")
+
+
+def _progress_line(counts: Counts, left: float | None, who: str) -> str:
+    failed = f", {counts.failed} failed" if counts.failed else ""
+    time_left = "" if left is None or not counts.waiting else f", {_duration(left)} left"
+    return f"{counts.done + counts.failed} of {counts.total} points{failed}{time_left}; {who}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Keep a line of progress on stderr: always there on a terminal, now and then elsewhere."""
+    if sys.stderr.isatty():
+
+        def show(text: str) -> None:
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+
+        try:
+            yield show
+        finally:
+            show("")
+        return
+    last = ("", 0.0)
+
+    def say(text: str) -> None:
+        nonlocal last
+        if text != last[0] and time.monotonic() - last[1] > SILENCE:
+            _say(text)
+            last = (text, time.monotonic())
+
+    yield say
+
+
+def _say(text: str) -> None:
+    print(f"pyvmm: {text}", file=sys.stderr, flush=True)

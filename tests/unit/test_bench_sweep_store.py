@@ -1,0 +1,109 @@
+"""A sweep's database: what is stored stays, what does not belong together is refused."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from pyvmm.bench.model import BenchError
+from pyvmm.bench.sweep import store as stores
+from pyvmm.bench.sweep.store import Store
+from tests.unit.bench_sweep_samples import FOUR, answer, plan
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "sweep.sqlite")
+
+
+def refusal(path: str, text: str = FOUR, **options: bool) -> str:
+    with pytest.raises(BenchError) as caught, Store(path, plan(text), **options):
+        pass
+    return str(caught.value)
+
+
+def test_what_was_stored_is_not_waiting_when_the_sweep_goes_on(path: str) -> None:
+    with Store(path, plan()) as store:
+        tasks = store.waiting()
+        assert tasks == list(plan().tasks)
+        store.done(tasks[1], answer())
+        store.fail(tasks[2], "it does not work")
+        store.lost(tasks[3], "the lab ended")
+    with Store(path, plan()) as store:
+        assert store.waiting() == [tasks[0], tasks[3]]
+        assert store.counts() == (4, 1, 1)
+        assert store.failures() == [(tasks[2], "it does not work")]
+        assert [(task, series.values) for task, series in store.results(1)] == [(tasks[1], (1.0,))]
+        store.retry_failed()
+        assert store.waiting() == [tasks[0], *tasks[2:]]
+
+
+def test_a_database_of_another_plan_is_refused_with_what_differs(path: str) -> None:
+    with Store(path, plan()):
+        pass
+    said = refusal(path, FOUR.replace("1024", "2048"))
+    assert "sweep 1.axes.pages: [256, 1024] there, [256, 2048] here" in said
+    assert "--restart" in said
+
+
+def test_results_of_another_pyvmm_are_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "__version__", "0.0.7")
+    with Store(path, plan()):
+        pass
+    monkeypatch.undo()
+    assert "it was measured with pyvmm 0.0.7, this is " in refusal(path)
+
+
+def test_another_format_is_refused_and_restart_forgets_it(path: str) -> None:
+    with Store(path, plan()) as store:
+        store.done(plan().tasks[0], answer())
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+        db.execute("DROP TABLE points")
+    assert "its format is 99, this pyvmm's is 1" in refusal(path)
+    with Store(path, plan(), restart=True) as store:
+        assert len(store.waiting()) == 4
+        assert list(store.environments()) == []
+
+
+def test_what_is_no_sweeps_is_refused_and_not_even_restart_harms_it(path: str) -> None:
+    Path(path).write_text("my thesis\n" * 100)
+    assert "is no database" in refusal(path, restart=True)
+    assert Path(path).read_text().startswith("my thesis")
+    Path(path).unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE points (mine)")
+    assert "no sweep's" in refusal(path, restart=True)
+
+
+def test_a_second_process_is_refused_while_the_first_is_there(path: str) -> None:
+    with Store(path, plan()):
+        assert "is in use" in refusal(path)
+        assert "is in use" in refusal(path, restart=True)
+    with Store(path, plan()):
+        pass
+
+
+def test_a_full_disk_costs_nothing_that_was_stored_and_the_sweep_goes_on_with_room(path: str) -> None:
+    big = answer()
+    big.series[0]["values"] = [1.5] * 20_000
+    with Store(path, plan()) as store:
+        tasks = store.waiting()
+        store.done(tasks[0], answer())
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {pages + 5}")
+        with pytest.raises(BenchError, match="the disk is full") as caught:
+            store.done(tasks[1], big)
+        assert "goes on" in (caught.value.hint or "")
+        assert store.counts() == (4, 1, 0)
+    with Store(path, plan()) as store:
+        assert store.waiting() == tasks[1:]
+        assert [series.values for _, series in store.results(1)] == [(1.0,)]
+        store.done(tasks[1], big)
+        assert store.counts().done == 2
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    assert "cannot be written: No such file or directory" in refusal(str(tmp_path / "no" / "a.sqlite"))

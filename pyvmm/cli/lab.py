@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyvmm.lab import LabOptions
     from pyvmm.lab.cache import Image
     from pyvmm.lab.ownkernel import OwnKernel
+    from pyvmm.lab.stream import Sink
 
 BEFORE = "--lab-"
 HOST_KERNEL = "host-kernel"
@@ -119,17 +120,20 @@ def main(args: argparse.Namespace) -> int:
             return _run(command, args, is_tty=args.tty)
 
 
-def run_verb(argv: list[str], args: argparse.Namespace, *, outputs: Sequence[str] | None = None) -> int:
+def run_verb(
+    argv: list[str], args: argparse.Namespace, *, outputs: Sequence[str] | None = None, stdout: Sink | None = None
+) -> int:
     """Run ``pyvmm ARGV`` in a lab of its own, and return its exit status.
 
     Files it names are visible there; what it writes to ``outputs``, by default the OutputPaths among ``args``, is
-    here afterwards.
+    here afterwards. Its output is ours unless ``stdout`` takes it.
     """
-    is_tty = all(map(os.isatty, (STDIN, 1, 2)))
+    is_tty = stdout is None and all(map(os.isatty, (STDIN, 1, 2)))
     if outputs is None:
         outputs = find_outputs(args)
     # -P: the current directory is not a place to import from, and under 9p a slow one.
-    return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=argv, outputs=outputs)
+    return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=argv, outputs=outputs,
+                stdout=stdout)  # fmt: skip
 
 
 def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
@@ -154,6 +158,7 @@ def _run(
     files: Sequence[str] = (),
     outputs: Sequence[str] = (),
     live: bool = False,
+    stdout: Sink | None = None,
 ) -> int:
     from pyvmm.lab import Lab
     from pyvmm.lab.needs import require
@@ -170,7 +175,7 @@ def _run(
     with _terminable():
         image = _image(_kernel(args), refresh=False)
         with Lab(options, image=image, arguments=files, outputs=outputs, live=live) as lab:
-            return lab.run(command, stdin=STDIN, is_tty=is_tty)
+            return lab.run(command, stdin=STDIN, stdout=stdout, is_tty=is_tty)
 
 
 def _options(args: argparse.Namespace) -> LabOptions:

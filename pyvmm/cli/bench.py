@@ -1,0 +1,344 @@
+"""``pyvmm bench``: what a fault, an exit, a share, a conversion costs on this host, measured and shown.
+
+Measuring and reporting are apart: results are lines, made where the guest runs, and the table and the pages are made of
+them where there is numpy. For ``pyvmm --lab bench`` that is the workstation: the lab only measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, TextIO
+
+from pyvmm.cli.common import OutputPath, add_common, parse_count, parse_seconds
+from pyvmm.errors import HostError, PyvmmError, UsageError
+
+if TYPE_CHECKING:
+    from pyvmm.bench.collect import Plan
+    from pyvmm.bench.model import Run, Series, Value
+
+COMPARE, REPORT, SWEEP = "compare", "report", "sweep"
+STILL = 15.0
+"""Seconds between two lines of progress where stderr is no terminal."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Define the verb's options."""
+    parser = subparsers.add_parser(
+        "bench", help="what a fault, an exit, a share, a conversion costs", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pyvmm bench [options] [CASE ...]\n"
+        "       pyvmm bench compare A.jsonl [B.jsonl]\n"
+        "       pyvmm bench report [--html FILE] [--figures DIR] RESULTS\n"
+        "       pyvmm bench sweep [options] PLAN.toml",
+        description="Measure what guest memory costs: each case at the points of its axes, in a process of its own.\n"
+        "Without --axis, every value of every axis is measured once, the others at their first value.",
+        epilog="examples:\n"
+        "  pyvmm --lab bench --quick --html bench.html           the quick set, in the lab\n"
+        "  pyvmm --lab --lab-icount bench fault exit             in instructions, which repeat\n"
+        "  pyvmm --lab bench fault --axis protection=none,pkvm --axis cpus=1,4 --json a.jsonl\n"
+        "  pyvmm --lab bench fault --axis protection=pkvm --versus state=populated\n"
+        "exit status of compare: 0 no difference shown, 1 something differs",
+    )  # fmt: skip
+    parser.add_argument("words", metavar="CASE", nargs="*", help="cases to measure (all); --list names them")
+    which = parser.add_argument_group("what to measure")
+    which.add_argument("--quick", action="store_true", help="a few points of each case")
+    which.add_argument("--axis", action="append", default=[], metavar="AXIS=VALUE[,VALUE...]",
+                       help="these values, and every combination with other --axis")  # fmt: skip
+    which.add_argument("--versus", metavar="AXIS=VALUE", help="measure each point by turns with this one, and compare")
+    which.add_argument("--turns", type=parse_count, default=6, metavar="N", help="of --versus (6)")
+    which.add_argument("--peers", action="store_true", help="measure others beside us: a bare C loop, QEMU, selftests")
+    which.add_argument("--list", action="store_true", help="name cases and axes instead of measuring")
+    which.add_argument("--deadline", type=parse_seconds, metavar="SECONDS", help="for each point (the case's own)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=OutputPath, metavar="FILE", help="the raw results, JSON lines, as they come")
+    output.add_argument("--html", type=OutputPath, metavar="FILE", help="one page with figures and the raw results")
+    output.add_argument("--figures", type=OutputPath, metavar="DIR", help="the figures as SVG and PNG")
+    parser.add_argument("--collect", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--point", metavar="JSON", help=argparse.SUPPRESS)
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what the command line says on this very host; returns the exit status."""
+    if args.point is not None:
+        return _measure_point(args)
+    if (sub := _SUBVERBS.get(_first(args))) is not None:
+        return sub(args)
+    plan = _plan(args)
+    if args.list:
+        _list(args.words)
+        return 0
+    _require_host(args)
+    if args.collect:
+        _collect(plan, args, sys.stdout.write)
+        return 0
+    return _run(args, lambda take: _collect(plan, args, take))
+
+
+def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
+    """Measure in a lab and report here; ``flags`` are the words that stand before the verb there."""
+    if _first(args) in _SUBVERBS:
+        raise UsageError(f"bench {_first(args)} is no verb for the lab", hint="pyvmm " + shlex.join(args.verb_argv))
+    if args.list:
+        return main(args)
+    _plan(args)  # what makes no sense is said before anything is booted
+
+    def collect(take: Callable[[str], None]) -> int:
+        from pyvmm.cli.lab import run_verb
+
+        words = [word for word in args.verb_argv if word != "--collect"]
+        return run_verb([*flags, *words, "--collect"], args, outputs=(), stdout=Lines(take))
+
+    return _run(args, collect)
+
+
+class Lines:
+    """Cuts a stream of bytes into lines."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take, self._rest = take, b""
+
+    def __call__(self, data: bytes) -> None:
+        """Take some bytes."""
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        for each in whole:
+            self._take(each.decode() + "\n")
+
+
+def _first(args: argparse.Namespace) -> str:
+    return args.words[0] if args.words else ""
+
+
+# -- measuring
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from pyvmm.bench.collect import Plan
+
+    axes: dict[str, list[Value]] = {}
+    for text in args.axis:
+        axis, value = _pair("--axis", text)
+        axes.setdefault(axis, []).extend(value.split(","))
+    versus = _pair("--versus", args.versus) if args.versus else None
+    plan = Plan(tuple(args.words), axes, args.quick, versus, args.turns)
+    plan.steps()
+    return plan
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    axis, _, value = text.partition("=")
+    if not axis or not value:
+        raise UsageError(f"{option} {text}: AXIS=VALUE is what it takes, like {option} protection=pkvm")
+    return axis, value
+
+
+def _collect(plan: Plan, args: argparse.Namespace, say: Callable[[str], object]) -> int:
+    from pyvmm._native_source import require_fresh_native
+    from pyvmm.bench.collect import measure
+
+    require_fresh_native()
+
+    def tell(text: str) -> None:
+        say(text)
+        if args.collect:
+            sys.stdout.flush()
+
+    measure(plan, tell, deadline=args.deadline, peers=_peers if args.peers else None)
+    return 0
+
+
+def _peers() -> list[Series]:
+    from pyvmm.bench.peers import PEERS
+
+    return [series for peer in PEERS.values() for series in peer()]
+
+
+def _measure_point(args: argparse.Namespace) -> int:
+    from pyvmm.bench.model import line
+    from pyvmm.bench.runner import measure_point
+
+    try:
+        asked = json.loads(args.point)
+        case, point = asked["case"], dict(asked["point"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--point {args.point}: no case and point in JSON: {error}") from None
+    for series in measure_point(case, point, deadline=args.deadline):
+        print(line(series), end="", flush=True)
+    return 0
+
+
+def _require_host(args: argparse.Namespace) -> None:
+    if os.uname().machine != "aarch64":
+        raise HostError(
+            f"this host is {os.uname().machine}; the benchmark's guests are arm64",
+            hint=f"measure in the lab, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
+        )
+    from pyvmm.kvm.system import System
+
+    System.open().close()
+
+
+def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], int]) -> int:
+    """Measure with ``collect`` and report, what there is even where that was cut short."""
+    from pyvmm.bench.collect import Collector
+    from pyvmm.bench.statistics import require
+
+    require()
+    status, interrupt = 0, None
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_writable(args.json)) if args.json else None
+        if args.html:
+            stack.enter_context(_writable(args.html)).close()
+        collector = Collector(file, args.json or "", stack.enter_context(_progress()))
+        try:
+            status = collect(collector.take)
+        except KeyboardInterrupt as stop:
+            interrupt = stop
+    run = collector.run()
+    if run is not None and run.series:
+        _show(run, args)
+    if interrupt is not None:
+        raise interrupt
+    if collector.failed is not None:
+        raise collector.failed
+    crashed = run is not None and any(series.notes.get("crashed") for series in run.series)
+    return status or (1 if crashed else 0)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """Show points done and the time left on stderr: a bar on a terminal, now and then a line elsewhere."""
+    if not sys.stderr.isatty():
+        begun = said = time.monotonic()
+
+        def tell(done: int, points: int, _last: str) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= STILL and done < points:
+                said = now
+                left = (now - begun) / done * (points - done)
+                print(f"pyvmm: bench: {done} of {points} points, {left:.0f} s left", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<20}"), BarColumn(30), MofNCompleteColumn(), TextColumn("left"),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+        task = display.add_task("starting", total=None)
+        yield lambda done, points, last: display.update(task, completed=done, total=points or None, description=last)
+
+
+@contextlib.contextmanager
+def _writable(path: str) -> Iterator[TextIO]:
+    """Open a file before hours are spent on what goes into it."""
+    try:
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"{path!r} cannot be written: {error.strerror}") from None
+    with file:
+        yield file
+
+
+# -- reporting
+
+
+def _show(run: Run, args: argparse.Namespace) -> None:
+    from pyvmm.atlas.report.text import Look
+    from pyvmm.bench.report import table
+
+    look = Look.of(sys.stdout)
+    if run.asked.get("versus"):
+        _compare_runs(run, None)
+    else:
+        print(table.text(run, look), flush=True)
+    _save(run, args)
+
+
+def _save(run: Run, args: argparse.Namespace) -> None:
+    from pyvmm.bench.report import figures, html
+
+    if args.html:
+        try:
+            with open(args.html, "w", encoding="utf-8") as file:
+                file.write(html.page(run))
+        except OSError as error:
+            raise PyvmmError(f"{args.html!r} cannot be written: {error.strerror}") from None
+    if args.figures:
+        figures.save(run, args.figures)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pyvmm.bench.statistics import require
+
+    require()
+    [path] = _files(args, "report", 1, 1)
+    _show(_read(path), args)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from pyvmm.bench.statistics import require
+
+    require()
+    paths = _files(args, "compare", 1, 2)
+    runs = [_read(path) for path in paths]
+    return _compare_runs(runs[0], runs[1] if len(runs) > 1 else None)
+
+
+def _compare_runs(run: Run, other: Run | None) -> int:
+    from pyvmm.atlas.report.text import Look
+    from pyvmm.bench import compare
+    from pyvmm.bench.collect import sides
+
+    one, two = (run, other) if other is not None else sides(run)
+    comparison = compare.compare(one, two)
+    print(compare.text(comparison, Look.of(sys.stdout)), flush=True)
+    return 1 if comparison.differs else 0
+
+
+def _read(path: str) -> Run:
+    from pyvmm.bench import model
+
+    if path.endswith((".html", ".htm")):
+        from pyvmm.bench.report import html
+
+        return html.read_html(path)
+    return model.read(path)
+
+
+def _files(args: argparse.Namespace, verb: str, least: int, most: int) -> list[str]:
+    files: list[str] = args.words[1:]
+    if not least <= len(files) <= most:
+        wanted = str(least) if least == most else f"{least} or {most}"
+        raise UsageError(f"bench {verb}: {len(files)} files given, it takes {wanted}")
+    return files
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    raise UsageError("sweeps are not wired")
+
+
+_SUBVERBS: Mapping[str, Callable[[argparse.Namespace], int]] = {COMPARE: _compare, REPORT: _report, SWEEP: _sweep}
+
+
+def _list(words: list[str]) -> None:
+    """Name cases, what they are about, and their axes."""
+    import textwrap
+
+    from pyvmm.bench.case import select
+
+    for case in select(words):
+        print(f"{case.name}: {len(case.points())} points, {len(case.points(quick=True))} of them quick")
+        print(textwrap.fill(case.says, 110, initial_indent="  ", subsequent_indent="  "))
+        for axis, values in case.axes.items():
+            print(f"    {axis:<12} {', '.join(map(str, values))}")

@@ -8,7 +8,7 @@ from typing import Any, Final
 from pyvmm import abi
 from pyvmm.atlas.experiment import Experiment
 from pyvmm.bench.case import PROTECTIONS, case
-from pyvmm.bench.measure import Bench, Ticks, kvm_exits
+from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.guest.puppet import What
 from pyvmm.machine import layout
@@ -58,12 +58,12 @@ def exit(bench: Bench) -> None:
             x.machine.vm.ioeventfd(fd, address, 8)
         ticks = Ticks(x, COUNT)
         call: dict[str, Any] = {"value": address} if what is What.HVC else {"gpa": address, "value": 1}
-        rounds, vmm, kvm = [], [], []
+        rounds, vmm, kvm, exits = [], [], [], Exits(x)
         for _ in range(bench.rounds):
-            before, exits = _vmm(x, told), kvm_exits(x)
+            before = _vmm(x, told)
+            exits.begin()
             x.guest.series(what, count=COUNT, ticks_at=ticks.gpa, **call)
-            # The order's own exits, 17 or so, are among KVM's.
-            kvm.append([(kvm_exits(x) - exits) / COUNT])
+            kvm.append([exits.end() / COUNT])
             vmm.append([(_vmm(x, told) - before) / COUNT])
             rounds.append(ticks.each(COUNT))
         bench.keep("exit", rounds, per="exit")

@@ -10,7 +10,7 @@ from pyvmm.atlas import raw
 from pyvmm.atlas.experiment import BEYOND, Experiment
 from pyvmm.atlas.host.syscalls import madvise
 from pyvmm.bench.case import PROTECTIONS, case
-from pyvmm.bench.measure import Bench, Ticks, kvm_exits
+from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.guest.puppet import Access, Puppet, Touch
 from pyvmm.machine.config import BACKINGS
@@ -86,15 +86,15 @@ def fault(bench: Bench) -> None:
         guests = [x.guest, *x.others()]
         ticks = [Ticks(x, plan.pages, guest) for guest in guests]
         area = BEYOND if on_demand else plan.area(x)
-        values, last, exits, walls = [], list[Touch](), [], []
+        values, last, kvm, walls, exits = [], list[Touch](), [], [], Exits(x)
         for number in range(bench.rounds):
             begin = Gpa(area + number * plan.round)
             plan.prepare(x, begin)
             with plan.provided(x, begin):
-                before = sum(kvm_exits(x, vcpu) for vcpu in range(plan.cpus))
+                exits.begin()
                 last = _touch(bench, x, plan, begin, guests, ticks, number + 1)
             touched = sum(each.pages for each in last)
-            exits.append([(sum(kvm_exits(x, vcpu) for vcpu in range(plan.cpus)) - before) / touched])
+            kvm.append([exits.end(plan.cpus) / touched])
             walls.append([max(each.ticks for each in last) * ticks[0].scale / (touched / len(last))])
             values.append([each.per_page[page] * ticks[0].scale for each in last for page in each.order])
         places = [vcpu * plan.apart + page * plan.stride for vcpu, each in enumerate(last) for page in each.order]
@@ -103,7 +103,7 @@ def fault(bench: Bench) -> None:
             **_picture(last, ticks[0].scale, places, values),
         )  # fmt: skip
         bench.keep("whole range", walls, per="page")
-        bench.keep("KVM's exits", exits, clock="kvm", unit="count")
+        bench.keep("KVM's exits", kvm, clock="kvm", unit="count")
 
 
 def _touch(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.lab import Lab
 
 CONNECT_SECONDS: Final = 15.0
+"""How long a scheduler is looked for, at first and when it is lost."""
 
 
 class Workers(ABC):
@@ -235,15 +236,19 @@ def measure_for_fleet(job: Job) -> Answer:
     return work.measure(job, f"{get_worker().address} on {socket.gethostname()}")
 
 
-def check_worker(version: str) -> None:
-    """MismatchError where the worker this runs on must not measure for a sweep of pyvmm ``version``."""
-    from distributed import get_worker
+def check_worker(version: str, dask_worker: Any = None) -> None:
+    """MismatchError where a worker must not measure for a sweep of pyvmm ``version``.
 
+    ``dask_worker`` is what ``Client.run`` gives to a parameter of that name; in a task, the worker is asked for.
+    """
     work.check_version(version)
-    worker = get_worker()
-    if worker.state.nthreads > 1:
+    if dask_worker is None:
+        from distributed import get_worker
+
+        dask_worker = get_worker()
+    if (threads := dask_worker.state.nthreads) > 1:
         raise MismatchError(
-            f"the worker {worker.address} would measure {worker.state.nthreads} points at once, which cost each other",
+            f"the worker {dask_worker.address} would measure {threads} points at once, which cost each other",
             hint="start it with: dask worker --nthreads 1",
         )
 

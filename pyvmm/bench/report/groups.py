@@ -206,7 +206,8 @@ def count(series: Summary) -> str:
 
 def host(run: Run) -> str:
     """Name the host in a few words."""
-    return headline({name: value for name, value in run.environment.items() if value is not None})
+    told = {name: value for name, value in run.environment.items() if value is not None}
+    return headline({name: str(value) if isinstance(value, float) else value for name, value in told.items()})
 
 
 def emulated(run: Run) -> bool:

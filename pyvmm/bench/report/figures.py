@@ -1,0 +1,265 @@
+"""Which figures a run has: distributions of everything, cost against an axis, where the time goes, pictures of ranges.
+
+The same figures are in the HTML report and, as SVG and PNG, in a directory for papers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from pyvmm.bench.model import BenchError, Point, Run
+from pyvmm.bench.report import charts, plot
+from pyvmm.bench.report.groups import Group, Row, Section, emulated, point_of, said, scale_of, sections
+from pyvmm.bench.report.plot import Picture
+from pyvmm.bench.statistics import require
+
+PARTS: Final = ("el2", "account and pin", "allocation and zeroing", "exit and entry")
+"""Metrics of the case ``split`` that sum up to its metric ``whole``, in the order in which they are stacked."""
+SIZES: Final = ("size", "resident", "pages")
+"""Axes that are how much memory a guest has: bytes, or with K, M, G behind the number; pages are counted."""
+OURS: Final = "pyvmm"
+"""Where on the axis ``peer`` we are ourselves."""
+
+ROWS: Final = 30
+"""In one chart of distributions."""
+LINES: Final = 6
+"""In one chart that has a line a series."""
+HEATS: Final = 8
+"""Pictures of ranges that are drawn of a case."""
+_ENOUGH: Final = 20
+"""Values from which on a distribution is drawn as a line."""
+
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def pictures(section: Section, *, relative: bool) -> Iterator[Picture]:
+    """Give a case's figures; ``relative`` marks them as from an emulated machine."""
+    names = _Names(section.case)
+    if section.case == "split":
+        yield from _split(section, names, relative)
+    if section.case == "peer" or any("peer" in group.columns for group in section.groups):
+        yield from _peers(section, names, relative)
+    for group in section.groups:
+        yield from _against(group, names, relative)
+    for group in section.groups:
+        yield from _distributions(group, names, relative)
+    yield from _heats(section, names, relative)
+
+
+def save(run: Run, directory: str | Path) -> list[Path]:
+    """Write all figures of a run, each as SVG and PNG, and return where. The directory is made.
+
+    Raises BenchError where they cannot be written, HostError without matplotlib.
+    """
+    require()
+    where, written = Path(directory), list[Path]()
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        for section in sections(run):
+            for picture in pictures(section, relative=emulated(run)):
+                for ending, made in ((".svg", plot.svg(picture).encode()), (".png", plot.png(picture))):
+                    path = where / (picture.name + ending)
+                    path.write_bytes(made)
+                    written.append(path)
+    except OSError as error:
+        raise BenchError(f"figures cannot be written to {where}: {error.strerror}") from None
+    return written
+
+
+class _Names:
+    """Names for files: harmless, short, and each once in a run as they begin with the case's."""
+
+    _MOST: Final = 80
+
+    def __init__(self, case: str) -> None:
+        self._case, self._taken = case, set[str]()
+
+    def of(self, *words: str) -> str:
+        """Return a name made of the case's and ``words``."""
+        plain = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join((self._case, *words))).strip("-_")[: self._MOST] or "figure"
+        name, number = plain, 1
+        while name in self._taken:
+            number += 1
+            name = f"{plain}-{number}"
+        self._taken.add(name)
+        return name
+
+
+# -- distributions
+
+
+def _distributions(group: Group, names: _Names, relative: bool) -> Iterator[Picture]:
+    what = f"{group.case}: {group.title}"
+    parts = [group.rows[at : at + ROWS] for at in range(0, len(group.rows), ROWS)]
+    for number, rows in enumerate(parts, 1):
+        title = f"{what}: distributions" + (f" ({number} of {len(parts)})" if len(parts) > 1 else "")
+        yield Picture(
+            names.of(group.metric, "distributions"), title,
+            "Shade: density (its root); bar: the middle half; circle: median with its 95 % interval; "
+            "small circles: outliers, some of them where there are many.",
+            partial(charts.rows, group, rows, title, relative=relative),
+        )  # fmt: skip
+    some = [row for row in group.rows if row.summary.n >= _ENOUGH]
+    if len(some) > LINES:
+        some = [row for row in some if "(base)" in row.cells]
+    if 2 <= len(some) <= LINES and group.case != "split":
+        title = f"{what}: shares"
+        yield Picture(
+            names.of(group.metric, "shares"), title, "What share of the values is at most so large (ECDF).",
+            partial(charts.cumulative, group, some, title, relative=relative),
+        )  # fmt: skip
+
+
+# -- against an axis
+
+
+def _against(group: Group, names: _Names, relative: bool) -> Iterator[Picture]:
+    for axis in ("cpus", *SIZES):
+        place = _count if axis in ("cpus", "pages") else _mebibytes
+        lines = _lines(group, axis, place)
+        title = f"{group.case}: {group.title}, by " + ("number of vCPUs" if axis == "cpus" else axis)
+        for at in range(0, len(lines), LINES):
+            yield Picture(
+                names.of(group.metric, "by", axis), title, "Medians with their 95 % intervals.",
+                partial(charts.against, group, axis, lines[at : at + LINES], title, relative=relative,
+                        log=axis != "cpus"),
+            )  # fmt: skip
+
+
+def _lines(
+    group: Group, axis: str, place: Callable[[object], float | None]
+) -> list[tuple[str, list[tuple[float, Row]]]]:
+    """Return what varies along an axis and in nothing else: the name of each line, and its rows by place."""
+    found: dict[tuple[tuple[str, str], ...], dict[float, Row]] = {}
+    for row in group.rows:
+        at = place(row.series.point.get(axis))
+        if at is not None:
+            rest = tuple((name, said(value)) for name, value in row.series.point.items() if name != axis)
+            found.setdefault(rest, {}).setdefault(at, row)
+    lines = {rest: sorted(points.items()) for rest, points in found.items() if len(points) > 1}
+    # What all lines have in common is no part of their names.
+    varying = [name for name in dict.fromkeys(name for rest in lines for name, _ in rest)
+               if len({dict(rest).get(name) for rest in lines}) > 1]  # fmt: skip
+    return [
+        (" ".join(dict(rest).get(name, "-") for name in varying) or "all", points) for rest, points in lines.items()
+    ]
+
+
+def _count(value: object) -> float | None:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _mebibytes(value: object) -> float | None:
+    found = re.fullmatch(r"(\d{1,15})([KMG]?)(?:i?B)?", str(value)) if not isinstance(value, bool) else None
+    return int(found[1]) * _UNITS[found[2]] / (1 << 20) or None if found else None
+
+
+# -- where the time goes
+
+
+def _split(section: Section, names: _Names, relative: bool) -> Iterator[Picture]:
+    units = dict.fromkeys((row.series.unit, group.per) for group in section.groups for row in group.rows)
+    for unit, per in units:
+        medians: dict[str, dict[str, float]] = {}
+        counts: dict[str, list[int]] = {}
+        for group in section.groups:
+            for row in group.rows:
+                if (row.series.unit, group.per) == (unit, per) and row.summary.median is not None:
+                    label = _without_common(section, row)
+                    medians.setdefault(label, {})[group.metric] = row.summary.median
+                    counts.setdefault(label, []).append(row.summary.n)
+        parts = [part for part in PARTS if any(part in each for each in medians.values())]
+        bars = [
+            (label, each, each.get("whole"), min(counts[label]))
+            for label, each in medians.items() if set(each) & set(parts)
+        ]  # fmt: skip
+        if bars:
+            scale = scale_of(unit, [whole or max(each.values()) for _, each, whole, _ in bars])
+            what = f"time per {per}" if per else "time"
+            title = f"split: where the {what.replace('time', 'time goes', 1)}"
+            yield Picture(
+                names.of("stacked"), title,
+                "Medians of the parts, stacked; beneath them the whole as it was measured. Parts that were not "
+                "available are missing from the sum.",
+                partial(charts.split, bars, parts, scale, what, title, relative=relative),
+            )  # fmt: skip
+
+
+def _without_common(section: Section, row: Row) -> str:
+    """Say a row's point by the axes that vary in its case."""
+    points = [other.series.point for group in section.groups for other in group.rows]
+    point = row.series.point
+    varying: Point = {name: value for name, value in point.items() if any(other.get(name) != value for other in points)}
+    return point_of(varying) or point_of(point) or "all"
+
+
+# -- peers
+
+
+def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Picture]:
+    kinds = dict.fromkeys((row.series.unit, group.per) for group in section.groups for row in group.rows)
+    for unit, per in kinds:
+        rows = [
+            (group, row) for group in section.groups for row in group.rows
+            if (row.series.unit, group.per) == (unit, per) and ("peer" in row.series.point or section.case == "peer")
+        ]  # fmt: skip
+        metrics = dict.fromkeys(group.metric for group, _ in rows)
+        ours = {_rest(group, row): row for group, row in rows if row.series.point.get("peer") == OURS}
+        bars = []
+        for group, row in rows[:ROWS]:
+            mine = ours.get(_rest(group, row))
+            times = None
+            if mine is not None and mine.summary.median and row.summary.median is not None:
+                times = row.summary.median / mine.summary.median if mine is not row else 1.0
+            label = _without_common(section, row).replace("peer=", "", 1)
+            bars.append((f"{group.metric}, {label}" if len(metrics) > 1 else label, row, times))
+        if len(bars) > 1:
+            scale = scale_of(unit, [row.summary.median for _, row, _ in bars if row.summary.median is not None])
+            what = (next(iter(metrics)) if len(metrics) == 1 else "cost") + (f" per {per}" if per else "")
+            title = f"{section.case}: {what}, by who does it"
+            yield Picture(
+                names.of("peers", per), title, "Medians with their 95 % intervals; ours in another colour.",
+                partial(charts.peers, bars, scale, what, title, relative=relative),
+            )  # fmt: skip
+
+
+def _rest(group: Group, row: Row) -> tuple[str, ...]:
+    return (group.metric, *(f"{name}={said(value)}" for name, value in row.series.point.items() if name != "peer"))
+
+
+# -- pictures of ranges
+
+
+def _heats(section: Section, names: _Names, relative: bool) -> Iterator[Picture]:
+    for group, row in _chosen(section):
+        cells = zip(group.columns, row.cells, strict=True)
+        point = " ".join(f"{name}={cell}" if name else cell for name, cell in cells)
+        title = f"{section.case}: {group.metric}, page by page" + (f", {point}" if point else "")
+        yield Picture(
+            names.of(group.metric, "pages", row.label), title,
+            "The last round: a page's touch from its begin to its end. Where several fall together the dearest is "
+            "shown.",
+            partial(charts.heat, row, group.scale, title, relative=relative),
+        )  # fmt: skip
+
+
+def pictured(section: Section) -> list[tuple[Group, Row]]:
+    """Return the series of a case that tell where and when each value was measured."""
+    return [(group, row) for group in section.groups for row in group.rows if charts.has_places(row.series)]
+
+
+def _chosen(section: Section) -> Iterable[tuple[Group, Row]]:
+    """Choose the most telling: the base of every protection, then orders and numbers of vCPUs, then what is left."""
+
+    def telling(pair: tuple[Group, Row]) -> int:
+        words = pair[1].cells[-1:] or ("",)
+        return 0 if words[0] == "(base)" else 1 if words[0].startswith(("order=", "cpus=")) else 2
+
+    chosen: Sequence[tuple[Group, Row]] = sorted(pictured(section), key=telling)[:HEATS]
+    return chosen
+
+

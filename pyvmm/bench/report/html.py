@@ -1,0 +1,195 @@
+"""A run as one HTML file that needs nothing else: the host, tables, figures, and the results themselves.
+
+Pure: data to text. Whatever others wrote is escaped, and a policy in the page lets no script run but the page's own.
+The text is ASCII, so that it is the same file in whatever encoding it is written; of the same run it is the same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from base64 import b64encode
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from pyvmm.atlas.report.html import text
+from pyvmm.bench.model import Run, Series
+from pyvmm.bench.report import embedded, figures, plot, style
+from pyvmm.bench.report.embedded import read_html
+from pyvmm.bench.report.groups import (
+    EMULATED,
+    Group,
+    Row,
+    Section,
+    count,
+    emulated,
+    host,
+    point_of,
+    said,
+    sections,
+)
+from pyvmm.bench.report.table import interval
+from pyvmm.bench.statistics import FEW, RESAMPLES, require
+
+__all__ = ["page", "read_html"]
+
+_CELLS: Final[dict[str, Callable[[Row, Group], str]]] = {
+    "n": lambda row, _: count(row.summary),
+    "min": lambda row, group: group.scale.show(row.summary.minimum),
+    "median": lambda row, group: group.scale.show(row.summary.median),
+    "95 % CI": interval,
+    "mean": lambda row, group: group.scale.show(row.summary.mean),
+    "p90": lambda row, group: group.scale.show(row.summary.p90),
+    "p99": lambda row, group: group.scale.show(row.summary.p99),
+    "p99.9": lambda row, group: group.scale.show(row.summary.p999),
+    "max": lambda row, group: group.scale.show(row.summary.maximum),
+    "outliers": lambda row, _: f"{row.summary.outliers:,}",
+}
+_HOWTO: Final = {
+    "n": "values/rounds. A round is a fresh range of memory or a fresh guest. Warm-up is left out by the rule that the "
+    "results tell; nothing else is.",
+    "median, 95 % CI": f"percentile bootstrap of {RESAMPLES:,} samples with a fixed seed; where there are several "
+    "rounds whole rounds are drawn, as values within one are not independent. "
+    f"~ marks an interval of fewer than {FEW} rounds, which may be too narrow.",
+    "p90, p99, p99.9": "where there are 10, 100, 1,000 values at least; else a dash.",
+    "outliers": "values above the third quartile by more than three times the interquartile range. They are counted in "
+    "everything and drawn.",
+}
+_NAMES: Final = 6
+"""Points named that could not be measured for one reason."""
+
+
+def page(run: Run) -> str:
+    """Return the page. Raises BenchError for values that are none, HostError where what it needs is not installed."""
+    require()
+    return "\n".join(_Page(run).parts()).encode("ascii", "xmlcharrefreplace").decode()
+
+
+class _Page:
+    def __init__(self, run: Run) -> None:
+        self._run, self._sections, self._relative = run, sections(run), emulated(run)
+        self._figures = 0
+
+    def parts(self) -> Iterable[str]:
+        """Give the page, piece by piece."""
+        digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
+        yield "<!doctype html>"
+        yield '<html lang="en"><head><meta charset="utf-8">'
+        yield (
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+            f"img-src data:; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'\">"
+        )
+        yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        yield f"<title>{text(host(self._run))} - pyvmm bench</title>"
+        yield '<link rel="icon" href="data:,">'
+        yield f"<style>{style.CSS}</style></head><body>"
+        yield from self._header()
+        for number, section in enumerate(self._sections):
+            yield from self._section(section, f"case-{number}")
+        yield from self._footer()
+        yield embedded.element(self._run)
+        yield f"<script>{style.SCRIPT}</script>"
+        yield "</body></html>\n"
+
+    # -- above the cases
+
+    def _header(self) -> Iterable[str]:
+        environment = self._run.environment
+        kernel, mode = (said(environment.get(name)) for name in ("kernel", "mode"))
+        yield '<header><p class="kicker">pyvmm bench</p>'
+        yield f"<h1>{text(f'What guest memory costs on Linux {kernel}, KVM in {mode} mode')}</h1>"
+        if self._relative:
+            yield f'<p class="stripe">{EMULATED}: times are those of QEMU (TCG), not of hardware.</p>'
+        if self._run.end is None:
+            yield '<p class="stripe">Cut off: the run was not whole; this is what it had measured.</p>'
+        facts = [(name, said(value)) for name, value in environment.items()]
+        facts += [(f"asked: {name}", _asked(value)) for name, value in self._run.asked.items()]
+        facts += [(name, said(value)) for name, value in (self._run.end or {}).items()]
+        listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value or '(empty)')}</dd>" for name, value in facts)
+        yield f'</header><div class="top"><dl class="facts">{listed}</dl>'
+        yield from self._contents()
+        yield "</div>"
+        howto = "".join(f"<dt>{text(name)}</dt><dd>{text(words)}</dd>" for name, words in _HOWTO.items())
+        yield f'<details class="howto"><summary>How to read this</summary><dl class="facts">{howto}</dl></details>'
+        if not self._sections:
+            yield "<p>No series: nothing was measured.</p>"
+
+    def _contents(self) -> Iterable[str]:
+        yield '<nav><table class="toc"><thead><tr><td></td><th scope="col">series</th><th scope="col">values</th>'
+        yield '<th scope="col">not available</th></tr></thead><tbody>'
+        for number, section in enumerate(self._sections):
+            rows = [row for group in section.groups for row in group.rows]
+            missing = sum(len(some) for _, some in section.missing)
+            yield f'<tr><th scope="row"><a href="#case-{number}">{text(section.case) or "(empty)"}</a></th>'
+            yield f"<td>{len(rows):,}</td><td>{sum(row.summary.n for row in rows):,}</td><td>{missing:,}</td></tr>"
+        yield "</tbody></table></nav>"
+
+    def _footer(self) -> Iterable[str]:
+        yield "<footer><p>"
+        name = text(self._file_name())
+        yield f'<span class="js"><a id="_download" href="#" download="{name}">Download the results</a> as JSON lines: '
+        yield "</span>they are in this page's source, in the element <code>_data</code>. "
+        yield "<code>pyvmm bench report FILE.html</code> reads them, "
+        yield "<code>pyvmm bench compare A.jsonl B.jsonl</code> compares two runs.</p></footer>"
+
+    def _file_name(self) -> str:
+        kernel = re.sub(r"[^\w.+-]+", "-", str(self._run.environment.get("kernel", ""))).strip("-.")
+        return f"bench-{kernel}.jsonl" if kernel else "bench.jsonl"
+
+    # -- a case
+
+    def _section(self, section: Section, anchor: str) -> Iterable[str]:
+        yield f'<section><h2 id="{anchor}"><a href="#{anchor}">{text(section.case) or "(empty)"}</a></h2>'
+        for group in section.groups:
+            yield from self._group(group)
+        for reason, missing in section.missing:
+            yield f'<p class="missing">not available: {text(reason)}{_points(missing)}</p>'
+        drawn = [self._figure(picture) for picture in figures.pictures(section, relative=self._relative)]
+        if drawn:
+            yield '<div class="figures">'
+            yield from drawn
+            yield "</div>"
+        more = len(figures.pictured(section)) - figures.HEATS
+        if more > 0:
+            yield f'<p class="at">Of {more} more series there are pictures of pages in the results, not drawn here.</p>'
+        yield "</section>"
+
+    def _group(self, group: Group) -> Iterable[str]:
+        relative = f'<span class="relative">{EMULATED}</span>' if self._relative else ""
+        yield f"<h3>{text(group.title)}<small>{text(group.scale.unit)}, {text(group.clocked)}</small>{relative}</h3>"
+        if group.base:
+            words = "base: " if "" in group.columns else "at "
+            yield f'<p class="at">{words}{text(point_of(group.base))}</p>'
+        names = "".join(f'<th scope="col" class="name">{text(name or "differs in")}</th>' for name in group.columns)
+        heads = "".join(f'<th scope="col">{name}</th>' for name in _CELLS)
+        yield f'<div class="wide"><table class="numbers"><thead><tr>{names}{heads}</tr></thead><tbody>'
+        for row in group.rows:
+            cells = "".join(f'<td class="name">{text(cell)}</td>' for cell in row.cells)
+            for name, cell in _CELLS.items():
+                shown = text(cell(row, group))
+                cells += f"<td><b>{shown}</b></td>" if name == "median" else f"<td>{shown}</td>"
+            yield f'<tr title="{text(_told(row.series))}">{cells}</tr>'
+        yield "</tbody></table></div>"
+
+    def _figure(self, picture: plot.Picture) -> str:
+        self._figures += 1
+        drawn = plot.inline(plot.svg(picture), f"f{self._figures}", text(picture.title))
+        return f"<figure>{drawn}<figcaption>{text(picture.caption)}</figcaption></figure>"
+
+
+def _asked(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _told(series: Series) -> str:
+    """Say of a series what has no column."""
+    parts = [point_of(series.point)]
+    if series.warmup:
+        parts.append(f"{series.warmup:,} values of warm-up left out" + (f" ({series.rule})" if series.rule else ""))
+    return "; ".join([*parts, *(f"{name}: {said(value)}" for name, value in series.notes.items())])
+
+
+def _points(missing: Iterable[Series]) -> str:
+    names = list(dict.fromkeys(point_of(series.point) for series in missing))
+    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+    return f"<small>{text('; '.join(names[:_NAMES]) + more)}</small>" if any(names) else ""

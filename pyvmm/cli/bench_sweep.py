@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,59 +34,47 @@ SILENCE = 10.0
 FEW = 10
 """Failed points that are named one by one."""
 
-DESCRIPTION = (
-    "Measure every combination of the values that FILE gives to axes. Each point's result is kept in a database\n"
-    "as it arrives, and the same command goes on where it stopped, however that was."
-)
-EPILOG = """\
-the file:
-  case = "fault"
-  repeat = 3                    every point three times, in turns
-  [axes]
-  protection = ["none", "pkvm"]
-  pages = [256, 1024]
-  [lab]                         measure in labs: host-kernel, mode, icount, mem, cpus
-  icount = true
-Several cases: [[sweep]] tables, each with case, repeat and axes. Labs at once share this machine's CPUs: only
-with icount are their numbers those of one alone.
-
-examples:
-  pyvmm bench sweep faults.toml --labs 2 --json faults.json
-  pyvmm bench sweep faults.toml --scheduler tcp://10.0.0.1:8786
-a fleet: on one machine "dask scheduler", on every one "dask worker --nthreads 1 tcp://10.0.0.1:8786"
-"""
+ABOUT = """\
+PLAN.toml names values of axes, and every combination is measured:  case = "fault", repeat = 3, then [axes] with
+protection = ["none", "pkvm"], pages = [256, 1024]; [lab] with host-kernel, mode, icount, mem, cpus where it is to be
+measured in labs; several cases as [[sweep]] tables. Results are kept as they arrive, and the same command goes on where
+it stopped. A fleet is "dask scheduler" on one machine and "dask worker --nthreads 1 tcp://HOST:8786" on every one."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``pyvmm bench sweep`` takes."""
-    parser.add_argument("file", metavar="FILE", help="what to measure, in TOML")
-    where = parser.add_argument_group("where to measure").add_mutually_exclusive_group()
-    where.add_argument("--labs", type=parse_count, metavar="N", help="in N labs at once (1 if FILE has a [lab])")
-    where.add_argument("--scheduler", metavar="ADDRESS", help="at the workers of a dask scheduler: tcp://HOST:8786")
-    keep = parser.add_argument_group("results")
-    keep.add_argument("--database", type=OutputPath, metavar="DB", help="where they are kept (FILE with .sqlite)")
-    keep.add_argument("--json", type=OutputPath, metavar="RESULTS",
-                      help="write a results file; where machines differ, one for each kind")  # fmt: skip
-    keep.add_argument("--restart", action="store_true", help="forget what the database has, and begin anew")
-    keep.add_argument("--retry-failed", action="store_true", help="measure points that failed once more")
-    keep.add_argument("--list", action="store_true", help="name the points instead of measuring them")
+    """Add what ``bench sweep`` takes besides options that ``bench`` has anyway: --json, --list and --deadline."""
+    group = parser.add_argument_group("sweep", ABOUT)
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--labs", type=parse_count, metavar="N", help="measure in N labs at once (1 with a [lab])")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="measure at the workers of a dask scheduler")
+    group.add_argument("--database", type=OutputPath, metavar="FILE", help="where results are kept (PLAN.sqlite)")
+    group.add_argument("--restart", action="store_true", help="forget what the database has, and begin anew")
+    group.add_argument("--retry-failed", action="store_true", help="measure points that failed once more")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what the command line says; returns the exit status."""
+    """Do what ``bench sweep PLAN.toml`` says; returns the exit status.
+
+    With --json, environments that differ make a results file each.
+    """
     from pyvmm.bench.case import all_cases
     from pyvmm.bench.sweep import plan as plans
     from pyvmm.bench.sweep.store import Store
 
+    files = args.words[1:]
+    if len(files) != 1:
+        raise UsageError(f"bench sweep: {len(files)} files given, it takes 1")
     if os.environ.get("PYVMM_IN_LAB") == "1":
-        raise UsageError("a sweep boots its labs itself", hint=f"pyvmm bench sweep --labs 1 {args.file}")
-    plan = plans.read(args.file, all_cases())
+        raise UsageError("a sweep boots its labs itself", hint=f"pyvmm bench sweep --labs 1 {files[0]}")
+    plan = plans.read(files[0], all_cases())
+    if args.deadline is not None:
+        plan = replace(plan, tasks=tuple(replace(task, deadline=args.deadline) for task in plan.tasks))
     if args.list:
         print("\n".join(task.key for task in plan.tasks))
         return 0
     if plan.left_out:
         _say(f"{plan.left_out} combinations make no sense and are left out")
-    database = args.database or str(Path(args.file).with_suffix(".sqlite"))
+    database = args.database or str(Path(files[0]).with_suffix(".sqlite"))
     with Store(database, plan, restart=args.restart) as store, _Signals() as signals:
         if args.retry_failed:
             store.retry_failed()

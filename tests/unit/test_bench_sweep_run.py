@@ -222,8 +222,13 @@ def test_environments_do_not_meet_in_a_file_and_an_unfinished_one_says_so(path: 
 
 def command(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*")
+    for option in ("--json", "--deadline"):
+        parser.add_argument(option)
+    parser.add_argument("--list", action="store_true")
     bench_sweep.add_options(parser)
-    return parser.parse_args(words, argparse.Namespace(verb_argv=["bench", "sweep", *words]))
+    argv = ["sweep", *words]
+    return parser.parse_args(argv, argparse.Namespace(verb_argv=["bench", *argv]))
 
 
 def test_a_sweep_from_its_file_to_its_results(

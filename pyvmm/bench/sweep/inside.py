@@ -33,12 +33,15 @@ def main(argv: list[str]) -> int:
         return 1
     log.configure(-1, json=False)
     from pyvmm._native_source import require_fresh_native
+    from pyvmm.bench.case import select
     from pyvmm.bench.environment import environment
-    from pyvmm.bench.runner import measure_point
+    from pyvmm.bench.runner import Task, run
 
     def measure(case: str, point: Point, deadline: float) -> list[Series]:
         require_fresh_native()
-        return measure_point(case, point, deadline=deadline)
+        [found] = select([case])
+        [(_, series)] = run([Task(found, found.check(point))], deadline=deadline)
+        return series
 
     return tell(asked, environment, measure)
 

@@ -27,6 +27,8 @@ VERBS = {
     "doctor": "what this machine can do, what is missing, how to get it",
     "run": "run a guest: an Image, an ELF, a flat binary, or payload:NAME",
     "map": "run a guest and show whose its pages are, live",
+    "top": "how busy a running guest is: exits by kind, where its time goes",
+    "trace": "run a guest and record its exits for ui.perfetto.dev",
     "lab": "a pKVM host on any Linux machine: build it, run commands in it",
     "atlas": "what this kernel does with guest memory, claim by claim",
     "bench": "what a fault, an exit, a share, a conversion costs",

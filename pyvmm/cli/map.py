@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import add_common
-from pyvmm.cli.run import add_guest_options, ready, run_guest
+from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,13 +46,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(args: argparse.Namespace) -> int:
     """Run the guest and show its map; returns the exit status of the run."""
-    kernel = ready(args)
+    kernel, tracing = ready(args), traced(args)
     from pyvmm.cli.watch import Watch
 
     finished = _print_json if args.json else None if _is_live(args) else _print
-    with _screen(args) as screen:
+    with screen_for(args) as screen:
         console = STDERR if screen is None or screen.console is None else screen.console
-        return run_guest(args, kernel, Watch(args.map, screen=screen, console=console, finished=finished))
+        watch = Watch(args.map, trace=tracing, screen=screen, console=console, finished=finished)
+        return run_guest(args, kernel, watch)
 
 
 def _is_live(args: argparse.Namespace) -> bool:
@@ -60,15 +61,19 @@ def _is_live(args: argparse.Namespace) -> bool:
 
 
 @contextlib.contextmanager
-def _screen(args: argparse.Namespace) -> Iterator[Screen | None]:
-    """Make stdout the live map's terminal if it can be; what else would be written there then comes through it."""
+def screen_for(args: argparse.Namespace, *, shared: bool | None = None) -> Iterator[Screen | None]:
+    """Make stdout the terminal of something live if it can be; what else would be written there comes through it.
+
+    ``shared`` says whether there is anything else; if stderr is the same terminal, unless told.
+    """
     if not _is_live(args):
         yield None
         return
     from pyvmm import log
     from pyvmm.cli.screen import Screen
 
-    shared = os.path.samestat(os.fstat(STDOUT), os.fstat(STDERR))
+    if shared is None:
+        shared = os.path.samestat(os.fstat(STDOUT), os.fstat(STDERR))
     sys.stdout.flush()
     with Screen(STDOUT, colour=_colours(), shared=shared) as screen, contextlib.ExitStack() as stack:
         if screen.console is not None:

@@ -1,4 +1,4 @@
-"""A page map at the bottom of a terminal, drawn over and over, with the guest's output scrolling by above it.
+"""A page map, or other lines, at the bottom of a terminal, drawn over and over, with the guest's output above it.
 
 A :class:`Screen` owns what is on the terminal from its first line to the cursor, and the pipe through which output
 comes that would otherwise go to the same terminal. One thread at a time uses it.
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Self
 from pyvmm.observe.mapterm import render
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.observe.pagemap import PageMap
 
 MOST_LINES = 40
@@ -44,7 +46,7 @@ class Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._drain()
+        self.drain()
         # What came when the map was no longer looked at; nobody can be told that it cannot be written.
         with contextlib.suppress(OSError):
             self._write(self._pending)
@@ -62,18 +64,22 @@ class Screen:
 
     def show(self, page_map: PageMap) -> None:
         """Write what output there is, and the map below it."""
+        self.draw(lambda width, height: render(page_map, width=width, height=height, colour=self._colour))
+
+    def draw(self, lines: Callable[[int, int], list[str]]) -> None:
+        """Write what output there is, and below it what ``lines`` makes of a width and a height."""
         columns, rows = os.get_terminal_size(self._terminal)
         # A line as wide as the terminal would leave some in doubt where the cursor is.
         height = min(rows - 1 - LINES_ABOVE, MOST_LINES)
-        lines = render(page_map, width=columns - 1, height=height, colour=self._colour)
-        self._write(self.frame(lines, columns - 1).encode(errors="surrogateescape"))
+        self._write(self.frame(lines(columns - 1, height), columns - 1).encode(errors="surrogateescape"))
 
     def finish(self, page_map: PageMap) -> None:
         """Show the last map below everything that was written."""
-        self._drain()
+        self.drain()
         self.show(page_map)
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Take all output that has come."""
         with contextlib.suppress(BlockingIOError):
             while self.source is not None:
                 self._pending += os.read(self.source, _CHUNK)

@@ -1,7 +1,7 @@
-"""What is seen of a run while it lasts, and kept of it: the page map on a terminal, and a picture in a file.
+"""What is seen of a run while it lasts, and kept of it: on a terminal, as a picture in a file, as a trace in another.
 
-A :class:`Watch` owns one thread (``pyvmm-watch``), the recording of faults and the picture's file. The vCPUs know
-nothing of it: it reads the ledger and takes what is in the rings, a few times a second.
+A :class:`Watch` owns one thread (``pyvmm-watch``), the recording of faults and the files. The vCPUs know nothing of it:
+it reads the ledger and takes what is in the rings, a few times a second.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pyvmm.cli.screen import Screen
+    from pyvmm.cli.trace import Tracing
     from pyvmm.machine.machine import Machine
     from pyvmm.vcpu.outcome import Outcome
 
 PERIOD = 0.1
 """Seconds between two looks at least, and so many times what a look took: on a slow machine the guest goes first."""
 PATIENCE = 5
+_BUFFER = 1 << 20
 
 EMULATED = "times are an emulator's (the lab): only their order means something"
 
@@ -37,30 +39,36 @@ EMULATED = "times are an emulator's (the lab): only their order means something"
 class Watch:
     """Watches one run; a context manager, entered before the machine is built and left after it is closed.
 
-    ``svg`` is the file for its picture, ``screen`` a terminal to show the map on as it changes, ``console`` the
-    descriptor that the guest's output goes to. ``finished`` hears of the end while the machine is still there.
+    ``svg`` is the file for its picture and ``trace`` what is to be traced, ``screen`` a terminal to show the map on as
+    it changes, ``console`` the descriptor that the guest's output goes to. ``finished`` hears of the end while the
+    machine is still there.
     """
 
     def __init__(
         self,
         svg: str | None = None,
         *,
+        trace: Tracing | None = None,
         screen: Screen | None = None,
         console: int = 1,
         finished: Callable[[Machine, PageMap, Outcome], None] | None = None,
     ) -> None:
         self.console = console
-        self._path, self._screen, self._finished = svg, screen, finished
+        self._path, self._tracing, self._screen, self._finished = svg, trace, screen, finished
         self._picture: Picture | None = None
         self._timeline: Timeline | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as half:
+            faults = None
+            if self._path is not None or (self._tracing is not None and self._tracing.faults):
+                faults = half.enter_context(FaultTrace(range(layout.RAM_BASE, layout.RAM_LIMIT)))
             if self._path is not None:
                 self._picture = half.enter_context(Picture(self._path))
-                trace = FaultTrace(range(layout.RAM_BASE, layout.RAM_LIMIT))
-                self._timeline = Timeline(half.enter_context(trace))
+                self._timeline = Timeline(faults)
+            if self._tracing is not None:
+                self._timeline = half.enter_context(self._tracing).record(faults)
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
             half.callback(os.close, self._wake)
             half.callback(self._stop)
@@ -72,19 +80,20 @@ class Watch:
 
     def begin(self, machine: Machine) -> None:
         """Start to look, just before the guest does."""
-        self._machine = machine
+        self.machine = machine
         if self._timeline is not None:
             self._timeline.watch(machine.memory, machine.natives)
-        if self._timeline is not None or self._screen is not None:
+        if self._tracing is not None:
+            self._tracing.begin(machine)
+        if self._timeline is not None or self.looks:
             self._thread = threading.Thread(target=self._look, name="pyvmm-watch", daemon=True)
             self._thread.start()
 
     def end(self, outcome: Outcome) -> None:
-        """Look for the last time, and write the picture."""
+        """Look for the last time, and write the files."""
         self._stop()
-        page_map = PageMap.of(self._machine.memory.ledger)
-        if self._screen is not None:
-            self._screen.finish(page_map)
+        page_map = PageMap.of(self.machine.memory.ledger)
+        self.show_last(page_map)
         if self._timeline is not None and self._picture is not None:
             from pyvmm.observe.timesvg import svg_run
 
@@ -93,10 +102,27 @@ class Watch:
             if os.environ.get("PYVMM_IN_LAB") == "1":
                 notes.append(EMULATED)
             self._picture.write(
-                svg_run(_title(self._machine), page_map, events, start=self._machine.started_ns, notes=notes)
+                svg_run(_title(self.machine), page_map, events, start=self.machine.started_ns, notes=notes)
             )
+        if self._tracing is not None:
+            self._tracing.end(self.machine)
         if self._finished is not None:
-            self._finished(self._machine, page_map, outcome)
+            self._finished(self.machine, page_map, outcome)
+
+    @property
+    def looks(self) -> bool:
+        """Whether there is something to show while the run lasts."""
+        return self._screen is not None
+
+    def show(self, machine: Machine) -> None:
+        """Show how things are, in the thread, several times a second."""
+        if self._screen is not None:
+            self._screen.show(PageMap.of(machine.memory.ledger))
+
+    def show_last(self, page_map: PageMap) -> None:
+        """Show how things were at the end."""
+        if self._screen is not None:
+            self._screen.finish(page_map)
 
     def _stop(self) -> None:
         if self._thread is not None:
@@ -110,12 +136,12 @@ class Watch:
                 began = time.monotonic()
                 if self._timeline is not None:
                     self._timeline.collect()
-                if self._screen is not None:
-                    self._screen.show(PageMap.of(self._machine.memory.ledger))
+                if self.looks:
+                    self.show(self.machine)
                 if self._woken(max(PERIOD, PATIENCE * (time.monotonic() - began))):
                     return
         except OSError as error:
-            self._machine.stop(f"the map cannot be shown any more: {error.strerror}")
+            self.machine.stop(f"what is to be seen of the run cannot be shown any more: {error.strerror}")
 
     def _woken(self, seconds: float) -> bool:
         """Wait, taking guest output as it comes; returns early where it is time to show it, or (True) to stop."""
@@ -161,12 +187,18 @@ class Picture:
 
     def write(self, text: str) -> None:
         """Put ``text`` in the place of what the file holds."""
+        with self.writing() as put:
+            put(text.encode())
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Callable[[bytes], object]]:
+        """Put what is given to the function that this yields, piece by piece, in the place of what the file holds."""
         try:
             # What is no file, a pipe say, cannot be cut.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, 0)
-            with open(self._fd, "w", encoding="utf-8", closefd=False) as file:
-                file.write(text)
+            with open(self._fd, "wb", buffering=_BUFFER, closefd=False) as file:
+                yield file.write
         except OSError as error:
             raise PyvmmError(f"{self._path!r} cannot be written: {error.strerror}") from None
         self._written = True

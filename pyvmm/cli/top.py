@@ -1,0 +1,111 @@
+"""``pyvmm top``: how busy a running guest is, now and again: exits by kind, where each vCPU's time goes, pages.
+
+With a number, or nothing, it watches the guest of a ``pyvmm run`` in another process of the same user; with a kernel it
+runs that guest itself, as ``run`` does, and watches it: what one does in the lab, where every command has a lab of its
+own. The report is on stdout, and the guest's output then on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+
+from pyvmm.cli.common import add_common, parse_seconds
+from pyvmm.cli.map import screen_for
+from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
+from pyvmm.errors import UsageError
+
+INTERVAL = 1.0
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Define the verb's options."""
+    parser = subparsers.add_parser(
+        "top", help="how busy a running guest is", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pyvmm top [-h] [--interval SECONDS] [--once] [--json] [PID | [run options] KERNEL]",
+        description="Show exits a second, where the vCPUs' time goes, and pages: of the guest that process PID runs,\n"
+        "of the only one that runs, or of KERNEL, which is then run here as run does.",
+        epilog="times, as shares of each vCPU's:\n"
+        "  guest    in the guest and at EL2, as the kernel accounts it, in ticks of 10 ms\n"
+        "  kernel   in the host's kernel, likewise\n"
+        "  vmm      between two entries into the guest, by the native loop's clock\n"
+        "  waiting  the rest: the vCPU is halted or off, or other tasks have the CPU\n"
+        "\n"
+        "examples:\n"
+        "  pyvmm top                      # the guest of the pyvmm run in another terminal\n"
+        "  pyvmm top --json 1234 | jq .exits_per_second\n"
+        "  pyvmm --lab top --protection pkvm -c 4 payload:smp",
+    )  # fmt: skip
+    parser.add_argument(
+        "--interval", metavar="SECONDS", type=parse_seconds, default=INTERVAL, help="between two reports (default 1)"
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="report once: after one interval, of a guest run here on all of its run"
+    )
+    parser.add_argument("--json", action="store_true", help="write each report as a line of JSON")
+    add_guest_options(parser)
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Watch a guest, to its end or the user's; returns 0, or the exit status of a guest run here."""
+    if args.kernel_option is not None or (args.kernel is not None and not args.kernel.isdecimal()):
+        return _run(args)
+    return _attach(args, None if args.kernel is None else int(args.kernel))
+
+
+# -- a guest of another process
+
+
+def _attach(args: argparse.Namespace, pid: int | None) -> int:
+    from pyvmm.cli.control import Connection
+    from pyvmm.cli.topview import View
+    from pyvmm.observe.rates import report
+
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(Connection(_only_one() if pid is None else pid))
+        screen = None if args.once else stack.enter_context(screen_for(args, shared=False))
+        view = View(screen, as_json=args.json)
+        before = connection.ask("counters")
+        while before is not None:
+            time.sleep(args.interval)
+            if (now := connection.ask("counters")) is None:
+                break
+            view.put(report(before, now))
+            if args.once:
+                return 0
+            before = now
+    print(f"pyvmm: the guest of process {connection.pid} has ended", file=sys.stderr)
+    return 0
+
+
+def _only_one() -> int:
+    from pyvmm.cli.control import directory, running
+
+    pids = running()
+    if len(pids) == 1:
+        return pids[0]
+    if pids:
+        raise UsageError(
+            f"{len(pids)} guests run, of processes {', '.join(map(str, pids))}", hint=f"say which: pyvmm top {pids[0]}"
+        )
+    raise UsageError(
+        f"no guest of this user runs: no run has its socket in {directory()}",
+        hint="pyvmm top KERNEL runs one itself, also in the lab, where every command has a lab of its own",
+    )
+
+
+# -- a guest run here
+
+
+def _run(args: argparse.Namespace) -> int:
+    kernel, tracing = ready(args), traced(args)
+    from pyvmm.cli.topview import Top, View
+
+    with contextlib.ExitStack() as stack:
+        screen = None if args.once else stack.enter_context(screen_for(args))
+        interval = None if args.once else args.interval
+        return run_guest(args, kernel, Top(View(screen, as_json=args.json), args.map, trace=tracing, interval=interval))

@@ -1,0 +1,87 @@
+"""How ``pyvmm top`` shows its reports: drawn over and over on a terminal, one after the other elsewhere, or as JSON.
+
+A :class:`View` owns no descriptor; the screen is its maker's. A :class:`Top` watches a guest of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+from pyvmm.cli.watch import Watch
+from pyvmm.observe.rates import lines, report, since_start, snapshot
+
+if TYPE_CHECKING:
+    from pyvmm.cli.screen import Screen
+    from pyvmm.cli.trace import Tracing
+    from pyvmm.machine.machine import Machine
+    from pyvmm.observe.pagemap import PageMap
+    from pyvmm.observe.rates import Report, Snapshot
+
+STDERR = 2
+
+
+class View:
+    """Puts reports where they are to be seen: on ``screen``, or stdout where that is None."""
+
+    def __init__(self, screen: Screen | None, *, as_json: bool) -> None:
+        self.screen, self._as_json = screen, as_json
+        self._shown: Report | None = None
+
+    def put(self, found: Report) -> None:
+        """Show a report."""
+        first, self._shown = self._shown is None, found
+        if self.screen is not None:
+            self.again()
+        elif self._as_json:
+            print(json.dumps(found), flush=True)
+        else:
+            print("\n".join([*([] if first else [""]), *lines(found)]), flush=True)
+
+    def again(self) -> None:
+        """Show output of the guest that has come, above the last report."""
+        found = self._shown
+        if self.screen is not None:
+            self.screen.draw(lambda width, height: lines(found, width=width, height=height) if found else [])
+
+
+class Top(Watch):
+    """Watches a run with reports in the place of page maps: one an ``interval`` (seconds), and one at the end.
+
+    Without an interval there is but that one, on the whole run, as there is on a terminal.
+    """
+
+    def __init__(self, view: View, svg: str | None, *, trace: Tracing | None, interval: float | None) -> None:
+        console = STDERR if view.screen is None or view.screen.console is None else view.screen.console
+        super().__init__(svg, trace=trace, screen=view.screen, console=console)
+        self._view, self._interval = view, interval
+        self._before: Snapshot | None = None
+        self._last: Snapshot | None = None
+        self._due = 0.0
+
+    @property
+    def looks(self) -> bool:
+        """Always: what the kernel accounts to a thread is gone when the thread is."""
+        return True
+
+    def show(self, machine: Machine) -> None:
+        """Report when it is time, and show the guest's output whenever there is some."""
+        self._last = now = snapshot(machine)
+        if time.monotonic() < self._due or self._interval is None:
+            self._view.again()
+            return
+        if self._before is not None:
+            self._view.put(report(self._before, now))
+        self._before, self._due = now, time.monotonic() + self._interval
+
+    def show_last(self, page_map: PageMap) -> None:  # noqa: ARG002 - a report says of pages how many
+        """Report on what no report was on yet, or on all of the run."""
+        now = snapshot(self.machine)
+        for vcpu, last in zip(now["vcpus"], self._last["vcpus"] if self._last else (), strict=False):
+            for key in ("guest_cpu_ns", "kernel_cpu_ns"):
+                vcpu[key] = last[key] if vcpu[key] is None else vcpu[key]
+        if self._view.screen is not None:
+            self._view.screen.drain()
+        whole = self._before is None or self._interval is None or self._view.screen is not None
+        self._view.put(since_start(now) if whole or self._before is None else report(self._before, now))

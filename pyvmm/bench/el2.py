@@ -15,10 +15,12 @@ Times are as events have them: ns, cut to the microsecond. Sums over many are go
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 from pyvmm.observe.hyptrace import HypEvent
@@ -147,18 +149,20 @@ def trips(seen: Iterable[Visit], vcpu: int) -> list[Trip]:
     return found
 
 
-def residency(seen: Iterable[Visit], window: Window, *, cpus: Iterable[int] | None = None) -> Residency:
+def residency(seen: Sequence[Visit], window: Window, *, cpus: Iterable[int] | None = None) -> Residency:
     """Return what an operation of the ``window`` cost at EL2, on ``cpus`` (all unless told).
 
-    Visits count where they begin in the window. ValueError for a window without operations.
+    ``seen`` is in order, as of :func:`visits`; visits count where they begin in the window. ValueError for a window
+    without operations.
     """
     if window.operations < 1:
         raise ValueError("no operations, nothing to divide by")
     wanted = None if cpus is None else frozenset(cpus)
     ns: Counter[str] = Counter()
     entries: Counter[str] = Counter()
-    for visit in seen:
-        if window.begin <= visit.begin < window.end and (wanted is None or visit.cpu in wanted):
+    first, last = (bisect_left(seen, moment, key=attrgetter("begin")) for moment in (window.begin, window.end))
+    for visit in seen[first:last]:
+        if wanted is None or visit.cpu in wanted:
             ns[visit.reason] += visit.ns
             entries[visit.reason] += 1
     return Residency(window.operations, _over(ns, window.operations), _over(entries, window.operations))
@@ -168,9 +172,8 @@ def of_trips(some: Sequence[Trip]) -> Residency:
     """Return what a trip cost at EL2, in the mean. ValueError for none."""
     if not some:
         raise ValueError("no trips, nothing to divide by")
-    everything = [visit for trip in some for visit in trip.visits]
-    window = Window(min(visit.begin for visit in everything), max(visit.end for visit in everything) + 1, len(some))
-    return residency(everything, window)
+    everything = sorted((visit for trip in some for visit in trip.visits), key=attrgetter("begin"))
+    return residency(everything, Window(everything[0].begin, everything[-1].begin + 1, len(some)))
 
 
 def mean_gaps(some: Iterable[Trip]) -> list[float]:

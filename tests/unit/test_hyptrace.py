@@ -55,6 +55,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(os, "sched_setaffinity", pin)
+    monkeypatch.setattr(hyptrace, "now", lambda: 6_467_000_000)
     return remote
 
 
@@ -78,6 +79,15 @@ def test_events_of_every_cpu_are_read_up_to_its_mark_and_the_lost_are_counted(re
     ]
     assert (trace.lost, trace.whole_since) == (33, 6_467_611_000)
     assert (remote / "write_event").read_text() == str(hyptrace._MARK)
+
+
+def test_stamps_of_another_time_are_refused(remote: Path) -> None:
+    pipe = remote / "per_cpu/cpu1/trace_pipe"
+    pipe.write_bytes(pipe.read_bytes().replace(b"    6.467612", b"576460758.467612"))
+    with HypTrace() as trace:
+        assert trace.available
+    assert "KVM_ARM_SET_COUNTER_OFFSET" in trace.why_not
+    assert trace.events() == []
 
 
 def test_what_was_set_is_set_back(remote: Path) -> None:

@@ -1,0 +1,77 @@
+"""How long the hypervisor runs, with nothing else on its CPU, for an operation: EL2 residency, from its own trace."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pyvmm.bench.case import case
+from pyvmm.bench.measure import Bench
+from pyvmm.bench.residency import NOBODYS_CALL, Recorder
+from pyvmm.guest.puppet import Access, What
+from pyvmm.memory.address import PAGE_SIZE
+
+PAGES: Final = 256
+ENDS: Final = 3
+"""Rounds of two VMs' ends."""
+
+
+@case(
+    says="the hypervisor's time in an exit, a first touch of a page (cold, and populated by the host before), a share,"
+    " an unshare, a share of a page never touched, and at the VM's end for a page and for all the rest; tracing's own"
+    " cost is taken off",
+    axes={"protection": ("pkvm", "none", "emulated"), "pages": (PAGES, 1024)},
+    quick=("protection",),
+)
+def residency(bench: Bench) -> None:
+    """Trace the hypervisor while a guest does each of them, and in each of a few VMs' ends."""
+    pages: int = bench["pages"]
+    protected = bench.protection.by_hypervisor
+    with bench.guest(room=(3 * bench.rounds + 1) * pages * PAGE_SIZE) as x:
+        with Recorder(x) as recorder:
+            if recorder.why_not:
+                bench.cannot(recorder.why_not)
+            for _ in range(bench.rounds):
+                cold, there, untouched = (x.page(pages) for _ in range(3))
+                x.memory.populate(there, pages * PAGE_SIZE)
+                with recorder.over("exit", pages):
+                    x.guest.series(What.HVC, count=pages, value=NOBODYS_CALL)
+                for name, begin in (("first touch", cold), ("populated page's first touch", there)):
+                    with recorder.over(name, pages):
+                        x.guest.touch(begin, pages, access=Access.WRITE)
+                if not protected:
+                    continue
+                for name, what, begin in (
+                    ("share", What.SHARE, cold),
+                    ("unshare", What.UNSHARE, cold),
+                    ("untouched page's share", What.SHARE, untouched),
+                ):
+                    with recorder.over(name, pages):
+                        x.guest.series(what, begin, pages, stride=PAGE_SIZE)
+        recorder.keep(bench, "exit", per="exit")
+        recorder.keep(bench, "first touch")
+        recorder.keep(bench, "populated page's first touch")
+        if protected:
+            recorder.keep(bench, "share")
+            recorder.keep(bench, "unshare")
+            recorder.keep(bench, "untouched page's share")
+    _ends(bench, pages)
+
+
+def _ends(bench: Bench, pages: int) -> None:
+    """End VMs whose guests have touched ``pages`` pages and others that have touched none: pages are the difference."""
+    per_page, rest = [], []
+    for _ in range(ENDS):
+        ends = []
+        for touched in (0, pages):
+            with bench.guest(room=pages * PAGE_SIZE) as x:
+                if touched:
+                    x.guest.touch(x.page(touched), touched, access=Access.WRITE)
+                with Recorder(x) as recorder, recorder.over("end", 1, orders=0):
+                    x.end()
+                if recorder.why_not:
+                    bench.cannot(recorder.why_not)
+                ends.append(recorder.residencies("end")[0].without_tracing(recorder.event).total)
+        per_page.append([(ends[1] - ends[0]) / pages])
+        rest.append([ends[0]])
+    bench.keep("page at the VM's end", per_page, clock="el2")
+    bench.keep("rest of the VM's end", rest, clock="el2", per="VM")

@@ -1,0 +1,187 @@
+"""Records the hypervisor while a guest is told to do something, and says what one operation of it cost.
+
+    with Recorder(x) as recorder:
+        for _ in range(bench.rounds):
+            with recorder.over("share", pages):
+                x.guest.series(What.SHARE, begin, pages, stride=PAGE_SIZE)
+    recorder.keep(bench, "share")
+
+While it is entered the caller and the guest's only vCPU are on one CPU, the only one that is looked at, and each entry
+to EL2 costs more than otherwise: what is measured by other clocks is measured apart from this. It owns the hypervisor's
+trace buffer and these threads' affinity meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from typing import Final, NamedTuple, Self
+
+from pyvmm.atlas.experiment import Experiment
+from pyvmm.bench.el2 import Residency, Window, residency, visits
+from pyvmm.bench.measure import RULE, Bench
+from pyvmm.bench.model import Series
+from pyvmm.guest.puppet import Puppet, What
+from pyvmm.observe.hyptrace import HypTrace, now
+from pyvmm.uapi.kvm_arm64 import KVM_ARM_SET_COUNTER_OFFSET, kvm_arm_counter_offset
+
+NOBODYS_CALL: Final = 0x8600_00FE
+"""A vendor's call that nobody has: KVM in the host says so. The least that an exit to the host can be."""
+_EXITS: Final = 256
+_TRIES: Final = 3
+_PINGS: Final = 16
+_PATIENCE: Final = 1000
+"""Milliseconds."""
+_ORDER, _EXIT = "an order by itself", "an exit, to tell what tracing costs"
+
+
+class Cost(NamedTuple):
+    """What one operation took, in ns, while the hypervisor was traced and as if it had not been.
+
+    ``traced`` is by the clock of who waited for it, ``el2`` what the trace says, ``event`` what one event costs. Of the
+    two events of a visit one is within what the trace says: an entry's, which is stamped first and written then.
+    """
+
+    traced: float
+    el2: Residency
+    event: float
+
+    @property
+    def whole(self) -> float:
+        """All of it."""
+        return self.traced - 2 * self.event * self.el2.visits
+
+    @property
+    def hypervisor(self) -> float:
+        """EL2's part."""
+        return self.el2.without_tracing(self.event).total
+
+    @property
+    def rest(self) -> float:
+        """The guest's and the host's part."""
+        return self.whole - self.hypervisor
+
+
+class Recorder:
+    """Counts what happens at EL2 in blocks of code; a context manager, for a guest with one vCPU that has been started.
+
+    Where nothing can be recorded the blocks run all the same, and :attr:`why_not` says why.
+    """
+
+    def __init__(self, x: Experiment) -> None:
+        self._x = x
+        self._trace = HypTrace()
+        self._windows: dict[str, list[Window]] = {}
+        self._orders: dict[str, int] = {}
+        self._threads = {0: set[int]()}
+        self._cpu = max(os.sched_getaffinity(0))
+        self._scale = self._tracing = 0.0
+        self.event = 0.0
+        """ns that writing one event takes EL2; known at the end, 0 where it cannot be told from noise."""
+        self.why_not = "it has not begun"
+        """Why there are no numbers; empty where there are."""
+        self._found: dict[str, list[Residency]] = {}
+
+    def __enter__(self) -> Self:
+        guest = self._x.guest
+        self._scale = 1e9 / guest.ping().hz
+        self._align_clocks()
+        vcpu = next(each for each in threading.enumerate() if each.name == "pyvmm-vcpu0").native_id
+        for thread in (0, vcpu or 0):
+            self._threads[thread] = os.sched_getaffinity(thread)
+            os.sched_setaffinity(thread, {self._cpu})
+        try:
+            untraced = self._exit(guest)
+            self._trace.__enter__()
+            self.why_not = self._trace.why_not
+            if not self.why_not:
+                with self.over(_ORDER, _PINGS, orders=0):
+                    for _ in range(_PINGS):
+                        guest.ping()
+                with self.over(_EXIT, _TRIES * _EXITS, orders=_TRIES):
+                    self._tracing = self._exit(guest) - untraced
+        except BaseException:
+            self._trace.__exit__()
+            self._unpin()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unpin()
+        self._trace.__exit__()
+        self.why_not = self.why_not or self._trace.why_not
+        if self.why_not:
+            return
+        if self._trace.whole_since > min(each.begin for windows in self._windows.values() for each in windows):
+            self.why_not = f"the hypervisor's trace buffer was too small: {self._trace.lost} events were lost"
+            return
+        seen = [visit for visit in visits(self._trace.events()) if visit.cpu == self._cpu]
+        [order] = (residency(seen, window) for window in self._windows.pop(_ORDER))
+        for name, windows in self._windows.items():
+            self._found[name] = [
+                residency(seen, each).less(order, times=self._orders[name] / each.operations) for each in windows
+            ]
+        [probe] = self._found.pop(_EXIT)
+        self.event = max(self._tracing / (2 * probe.visits), 0.0)
+
+    @contextlib.contextmanager
+    def over(self, name: str, operations: int, *, orders: int = 1) -> Iterator[None]:
+        """Count the block as ``operations`` of ``name``; what ``orders`` to the guest take by themselves is not."""
+        begin = now()
+        yield
+        self._windows.setdefault(name, []).append(Window(begin, now(), operations))
+        self._orders[name] = orders
+
+    def residencies(self, name: str) -> list[Residency]:
+        """Return what an operation cost at EL2 in each block of that name, tracing included; nothing before the end."""
+        return self._found.get(name, [])
+
+    def keep(self, bench: Bench, name: str, *, per: str = "page") -> None:
+        """Keep a series of the ns at EL2 an operation, one value a block, or why there is none.
+
+        Notes say how much of the mean came by which reason, and how often EL2 was entered.
+        """
+        found = self.residencies(name)
+        warm = int(len(found) > 1)
+        kept = [each.without_tracing(self.event) for each in found[warm:]]
+        notes = {}
+        for reason in sorted({reason for each in kept for reason in each.ns}):
+            notes[f"{reason} {bench.unit}"] = _mean(each.ns.get(reason, 0.0) for each in kept)
+            notes[f"{reason} entries"] = _mean(each.entries.get(reason, 0.0) for each in kept)
+        bench.series.append(
+            Series(
+                bench.case, bench.point, name, "el2", bench.unit, per,
+                tuple(round(each.without_tracing(self.event).total, 1) for each in found),
+                warmup=warm, rule=RULE if warm else "", rounds=(1,) * len(found),
+                unavailable="" if found else self.why_not or "nothing was counted", notes=dict(notes),
+            )
+        )  # fmt: skip
+
+    def _align_clocks(self) -> None:
+        """Have the guest's counter show what the host's does, as a protected guest's does: the trace depends on it."""
+        if self._x.protection.by_hypervisor:
+            return
+        for _ in range(_PATIENCE):
+            _, error = self._x.machine.vm.attempt(KVM_ARM_SET_COUNTER_OFFSET, kvm_arm_counter_offset())
+            if error != errno.EBUSY:  # the vCPU is still on its way to where it waits for orders
+                return
+            time.sleep(0.001)
+
+    def _exit(self, guest: Puppet) -> float:
+        """Return the ns of an exit that does nothing, the least of a few tries."""
+        tries = [guest.series(What.HVC, count=_EXITS, value=NOBODYS_CALL).ticks for _ in range(_TRIES)]
+        return min(tries) * self._scale / _EXITS
+
+    def _unpin(self) -> None:
+        for thread, cpus in self._threads.items():
+            with contextlib.suppress(ProcessLookupError):  # the guest may have ended meanwhile
+                os.sched_setaffinity(thread, cpus)
+
+
+def _mean(values: Iterator[float]) -> float:
+    return round(statistics.fmean(values), 2)

@@ -1,0 +1,68 @@
+"""First touches beside the kernel's demand_paging_test: the same backing, access, order and number of pages, by turns.
+
+The test times, on the host, a vCPU thread from its start to its end: in between its guest writes the first word of
+every page. Among that are its guest's own pages, a few dozen, and the thread's start; of several thousand pages they
+are less than one in a hundred. pyvmm's guest times each access by its counter, and those times are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from pyvmm.atlas.experiment import Experiment
+from pyvmm.bench.model import Point, Series
+from pyvmm.bench.peers import TURNS, kept, pair
+from pyvmm.bench.peers.selftests import PAGES, mode_of, run, total
+from pyvmm.guest.puppet import Access
+from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.protection import Protection
+
+NAME: Final = "demand_paging_test"
+FEW: Final = 1024
+"""Pages a turn where a thread in user space serves each."""
+MIB: Final = 1 << 20
+SPARE: Final = 12
+"""MiB of a guest besides what is touched."""
+
+OTHERS: Final[Mapping[str, tuple[Point, tuple[str, ...], int]]] = {
+    "anonymous": ({"what": "first write", "backing": "anonymous"}, ("-s", "anonymous"), PAGES),
+    "missing": ({"what": "first write, userfaultfd copies", "backing": "memfd"}, ("-s", "shmem", "-u", "MISSING"), FEW),
+    "minor": ({"what": "first write, userfaultfd maps", "backing": "memfd"}, ("-s", "shmem", "-u", "MINOR"), FEW),
+}
+"""What the test can besides, and options of it: what a VMM of another make would see."""
+
+
+def theirs(pages: int, *options: str) -> float:
+    """Return the ns a page that demand_paging_test says its guest took."""
+    said = run(NAME, "-m", mode_of(NAME), "-v", "1", "-b", str(pages * PAGE_SIZE), *options)
+    return total(said) / pages
+
+
+def ours(pages: int) -> float:
+    """Return the ns a page that a plain guest of pyvmm's took, by its own counter."""
+    with Experiment(Protection.NONE, "memfd", memory=pages * PAGE_SIZE // MIB + SPARE) as x:
+        touched = x.guest.touch(x.page(pages), pages, access=Access.WRITE)
+        return touched.ticks * 1e9 / x.guest.ping().hz / pages
+
+
+def fault_in() -> list[Series]:
+    """Measure first writes of a memfd by turns, who begins alternating; then what else the test can."""
+    mode_of(NAME)  # where the test is not there, nothing is measured
+    peer: list[list[float]] = []
+    own: list[list[float]] = []
+    for turn in range(TURNS):
+        sides: list[tuple[list[list[float]], Callable[[], float]]] = [
+            (peer, lambda: theirs(PAGES, "-s", "shmem")), (own, lambda: ours(PAGES)),
+        ]  # fmt: skip
+        for values, measured in sides if turn % 2 else reversed(sides):
+            values.append([measured()])
+    point: Point = {"what": "first write", "backing": "memfd"}
+    series = pair(NAME, point, "fault-in", own, peer, clocks=("host", "guest"), per="page", pages=PAGES)
+    for others, options, pages in OTHERS.values():
+        turns = [[theirs(pages, *options)] for _ in range(TURNS)]
+        series.append(kept({**others, "peer": NAME}, "fault-in", turns, clock="host", per="page", pages=pages))
+    return series
+
+
+PEERS: Final[Mapping[str, Callable[[], list[Series]]]] = {NAME: fault_in}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyvmm.bench.sweep.workers import Workers
     from pyvmm.lab import Lab
 
-SILENCE = 10.0
+SILENCE = 30.0
 """Seconds between two lines of progress where stderr is no terminal."""
 FEW = 10
 """Failed points that are named one by one."""

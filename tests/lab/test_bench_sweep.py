@@ -23,6 +23,7 @@ case = "exit"
 repeat = 2
 [axes]
 protection = ["none", "pkvm"]
+kind = "nothing"
 """
 
 

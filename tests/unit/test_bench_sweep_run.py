@@ -155,6 +155,14 @@ def test_a_process_that_does_not_tell_is_a_point_that_failed(
         assert reason in said
 
 
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="it can be measured here")
+def test_a_host_that_cannot_measure_ends_the_sweep_rather_than_fail_every_point(path: str) -> None:
+    with pytest.raises(HostError, match=f"cannot measure: this host is {platform.machine()}"):
+        sweep(path, Here())
+    with Store(path, plan()) as store:
+        assert store.counts() == (4, 0, 0)
+
+
 def test_a_signal_ends_what_is_being_measured_and_the_rest_is_for_the_next_time(path: str, tmp_path: Path) -> None:
     python = pretend(tmp_path, "if name == 'pkvm-256' and tries == 1: time.sleep(1000)")
     with Store(path, plan()) as store, Here(python) as workers:

@@ -18,7 +18,7 @@ from typing import Any
 
 from pyvmm import log
 from pyvmm.bench.model import Point, Series, Value, footer, header, line
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 
 PR_SET_PDEATHSIG = 1
 """include/uapi/linux/prctl.h"""
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     from pyvmm.bench.runner import Task, run
 
     def measure(case: str, point: Point, deadline: float) -> list[Series]:
+        _require_host()
         require_fresh_native()
         [found] = select([case])
         [(_, series)] = run([Task(found, found.check(point))], deadline=deadline)
@@ -59,6 +60,15 @@ def tell(asked: dict[str, Any], environment: Callable[[], dict[str, Value]], mea
         print(error, file=sys.stderr)
         return error.exit_status
     return 0
+
+
+def _require_host() -> None:
+    """HostError where no point can be measured, lest all of a sweep's be of this host, and unavailable."""
+    if os.uname().machine != "aarch64":
+        raise HostError(f"this host is {os.uname().machine}; the benchmark's guests are arm64")
+    from pyvmm.kvm.system import System
+
+    System.open().close()
 
 
 def ends_with(parent: int) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from pyvmm import __version__
 from pyvmm.bench.model import BenchError, Point, Value, parse
+from pyvmm.errors import HostError
 
 GRACE: Final = 60.0
 """Seconds that a process has on top of a point's own deadline, to start and to tell: an emulated one is slow."""
@@ -83,7 +84,8 @@ def request(job: Job, *, parent: int | None = None) -> str:
 def measure(job: Job, worker: str = "") -> Answer:
     """Measure a point on this machine.
 
-    Raises LostError where its process was killed, PointError where it failed, MismatchError for another pyvmm's job.
+    Raises LostError where its process was killed, PointError where it failed, HostError where every point would fail
+    here, MismatchError for another pyvmm's job.
     """
     check_version(job.version)
     worker = worker or socket.gethostname()
@@ -125,6 +127,8 @@ def answer(status: int, stdout: bytes, stderr: bytes, worker: str, started: floa
         except ValueError:
             name = f"signal {status - 128}"
         raise LostError(f"the process that measured it was killed by {name}{words}")
+    if status == HostError.exit_status:
+        raise HostError(f"{worker} cannot measure: {said}")
     if status:
         raise PointError(f"the process that measured it ended with status {status}{words}")
     try:
@@ -141,7 +145,7 @@ def check_version(version: str) -> None:
     """MismatchError where a sweep is of another pyvmm than this one."""
     if version != __version__:
         raise MismatchError(
-            f"the worker on {socket.gethostname()} has pyvmm {__version__}, the sweep is of {version}",
+            f"{socket.gethostname()} has pyvmm {__version__}, the sweep is of {version}",
             hint="install the same version on every machine of the fleet",
         )
 

@@ -213,19 +213,25 @@ class Fleet(Workers):
             return PointError(f"the scheduler gave it up: {error}")
         if isinstance(error, CancelledError | CommClosedError):
             return BenchError(f"the scheduler at {self._address} is gone")
-        return super().judge(error)
+        if isinstance(error, PyvmmError):
+            return error
+        return self._unfit(error)
 
     def _check(self) -> None:
-        """MismatchError where a worker is not fit; those that come later are looked at with their first point."""
+        """MismatchError where a machine is not fit; workers that come later are looked at with their first point."""
         try:
+            self._client.run_on_scheduler(work.check_version, __version__)  # it unpacks what is sent to workers
             self._client.run(check_worker, __version__)
         except MismatchError:
             raise
         except Exception as error:  # whatever a machine without pyvmm makes of it
-            raise BenchError(
-                f"a worker of {self._address} cannot measure: {type(error).__name__}: {error}",
-                hint="pyvmm must be installed where the workers and the scheduler run, in the same version",
-            ) from None
+            raise self._unfit(error) from None
+
+    def _unfit(self, error: BaseException) -> BenchError:
+        return BenchError(
+            f"the fleet at {self._address} cannot measure: {type(error).__name__}: {error}",
+            hint="pyvmm must be installed where the scheduler and the workers run, in the same version",
+        )
 
 
 def measure_for_fleet(job: Job) -> Answer:

@@ -35,8 +35,9 @@ _SUFFIX: Final = ".sock"
 
 def directory() -> str:
     """Return where this user's runs have their sockets; it need not be there."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return f"{runtime}/pyvmm" if runtime else f"/tmp/pyvmm-{os.geteuid()}"
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return f"{runtime}/pyvmm"
+    return f"/tmp/pyvmm-{os.geteuid()}" if os.geteuid() else "/run/pyvmm"
 
 
 class Control:

@@ -69,6 +69,8 @@ class Screen:
     def draw(self, lines: Callable[[int, int], list[str]]) -> None:
         """Write what output there is, and below it what ``lines`` makes of a width and a height."""
         columns, rows = os.get_terminal_size(self._terminal)
+        if not columns or not rows:  # it has not been told
+            columns, rows = 80, 24
         # A line as wide as the terminal would leave some in doubt where the cursor is.
         height = min(rows - 1 - LINES_ABOVE, MOST_LINES)
         self._write(self.frame(lines(columns - 1, height), columns - 1).encode(errors="surrogateescape"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 # Fields, named after their messages.
 _TRACE_PACKET = 1
@@ -46,6 +46,13 @@ Note = bool | int | str | Pointer
 """What an annotation may be; integers of 64 bits with a sign, a Pointer's without."""
 
 
+class Event(NamedTuple):
+    """An event without its time: the bytes before and behind it. It can be put as often as it happens."""
+
+    head: bytes
+    tail: bytes
+
+
 class Writer:
     """Encodes a trace and hands it to ``write``, packet by packet. Times are nanoseconds of CLOCK_MONOTONIC.
 
@@ -55,7 +62,7 @@ class Writer:
     def __init__(self, write: Callable[[bytes], object]) -> None:
         self._write = write
         self._known: dict[tuple[int, str], int] = {}
-        self._upper, self._upper_bytes = 0, b"\0"
+        self._upper, self._upper_bytes = -1, b""
         clocks = {_MONOTONIC: time.CLOCK_MONOTONIC, _BOOTTIME: time.CLOCK_BOOTTIME, _REALTIME: time.CLOCK_REALTIME}
         snapshot = b"".join(
             _message(_CLOCKS_CLOCK, _number(_CLOCK_ID, number) + _number(_CLOCK_TIME, time.clock_gettime_ns(clock)))
@@ -103,8 +110,8 @@ class Writer:
         notes: Mapping[str, Note] | None = None,
         flow: int = 0,
         last: bool = False,
-    ) -> bytes:
-        """Encode an event without its time, to be given to :meth:`put`, as often as it happens.
+    ) -> Event:
+        """Encode an event, to be given to :meth:`put`.
 
         ``flow`` connects events that have the same, not 0, in the order of time; ``last`` ends it.
         """
@@ -117,26 +124,28 @@ class Writer:
             body += _message(_EVENT_NOTE, _number(_NOTE_NAME, self._intern(NOTE, key)) + _note(value))
         if flow:
             body += _fixed(_EVENT_LAST_FLOW if last else _EVENT_FLOW, flow)
-        return self._timed(body)
+        return _event(body)
 
-    def put(self, ns: int, event: bytes) -> None:
-        """Write an event that :meth:`event` has encoded."""
-        # What is done most often. Times of one trace have their upper bits in common for two milliseconds each.
-        if ns >> 21 != self._upper:
-            self._upper, self._upper_bytes = ns >> 21, _varint(ns >> 21)
-        lower = bytes((ns & 0x7F | 0x80, ns >> 7 & 0x7F | 0x80, ns >> 14 & 0x7F | 0x80))
-        packet = b"".join((_TAG_TIME, lower, self._upper_bytes, event))
-        size = len(packet)
-        self._write(b"".join((_TAG_PACKET, bytes((size,)) if size < 0x80 else _varint(size), packet)))
+    def put(self, ns: int, event: Event) -> None:
+        """Write an event."""
+        self._write(b"".join((event.head, self._time(ns), event.tail)))
+
+    def put_both(self, ns: int, event: Event, next: Event) -> None:
+        """Write two events of the same time, as where one slice ends and another begins."""
+        time = self._time(ns)
+        self._write(b"".join((event.head, time, event.tail, next.head, time, next.tail)))
 
     def count(self, ns: int, track: int, value: int) -> None:
         """Write the value of a counter from ``ns`` on."""
         body = _number(_EVENT_TYPE, COUNT) + _number(_EVENT_TRACK, track) + _number(_EVENT_COUNT, value)
-        self.put(ns, self._timed(body))
+        self.put(ns, _event(body))
 
-    @staticmethod
-    def _timed(body: bytes) -> bytes:
-        return _number(_PACKET_SEQUENCE, _SEQUENCE) + _number(_PACKET_FLAGS, _NEEDED) + _message(_PACKET_EVENT, body)
+    def _time(self, ns: int) -> bytes:
+        """Encode a time, what is done most often: so the rest of a packet is encoded once, for any time."""
+        # Times of one trace have their upper bits in common for two milliseconds each.
+        if ns >> 21 != self._upper:
+            self._upper, self._upper_bytes = ns >> 21, _long_varint(ns >> 21, _TIME_BYTES - 3)
+        return bytes((ns & 0x7F | 0x80, ns >> 7 & 0x7F | 0x80, ns >> 14 & 0x7F | 0x80)) + self._upper_bytes
 
     def _intern(self, table: int, text: str) -> int:
         number = self._known.get((table, text))
@@ -162,6 +171,11 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def _long_varint(value: int, size: int) -> bytes:
+    """Encode an integer of at most 7 * ``size`` bits in ``size`` bytes, some of which it would not need."""
+    return bytes(value >> 7 * at & 0x7F | (0x80 if at < size - 1 else 0) for at in range(size))
 
 
 def _number(field: int, value: int) -> bytes:
@@ -192,4 +206,11 @@ def _note(value: Note) -> bytes:
             return _text(_NOTE_TEXT, value)
 
 
-_TAG_PACKET, _TAG_TIME = _varint(_TRACE_PACKET << 3 | 2), _varint(_PACKET_TIME << 3)
+_TIME_BYTES: Final = 10
+
+
+def _event(body: bytes) -> Event:
+    """Make a TrackEvent's packet, without its time."""
+    tail = _number(_PACKET_SEQUENCE, _SEQUENCE) + _number(_PACKET_FLAGS, _NEEDED) + _message(_PACKET_EVENT, body)
+    tag = _varint(_PACKET_TIME << 3)
+    return Event(_varint(_TRACE_PACKET << 3 | 2) + _varint(len(tag) + _TIME_BYTES + len(tail)) + tag, tail)

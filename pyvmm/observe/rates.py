@@ -149,9 +149,10 @@ def _vcpu(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> 
 
 def _times(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) -> dict[str, float | None]:
     vmm = min(max(0.0, (now["vmm_ns"] - before["vmm_ns"]) / 1e9 / seconds), 1.0)
-    if now["guest_cpu_ns"] is None or before["guest_cpu_ns"] is None:
+    if now["guest_cpu_ns"] is None:
         return {"guest": None, "kernel": None, "vmm": vmm, "waiting": None}
-    guest, kernel = (max(0.0, (now[k] - before[k]) / 1e9 / seconds) for k in ("guest_cpu_ns", "kernel_cpu_ns"))
+    # Before there was a thread nothing was accounted to it.
+    guest, kernel = (max(0.0, (now[k] - (before[k] or 0)) / 1e9 / seconds) for k in ("guest_cpu_ns", "kernel_cpu_ns"))
     # Ticks may say a little more than there was; and what the kernel did for the VMM's own calls is in "vmm" already.
     guest = min(guest, 1.0 - vmm)
     kernel = min(kernel, 1.0 - vmm - guest)
@@ -190,7 +191,7 @@ def lines(report: Report, *, width: int = 80, height: int = 40) -> list[str]:
     ]
     room = height - len(found) - len(rest)
     each = [_row(str(index), vcpu) for index, vcpu in enumerate(vcpus)] if len(vcpus) > 1 else []
-    if len(each) > room:
+    if len(each) > max(room, 0):
         each = [*each[: max(room - 1, 0)], f"and {len(each) - max(room - 1, 0)} vCPUs more"]
     return [line[:width] for line in (*found, *each, *rest)][:height]
 

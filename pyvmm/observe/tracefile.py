@@ -23,13 +23,13 @@ from pyvmm._native import lib
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.relay import ShareSource
 from pyvmm.observe.counters import EXITS
-from pyvmm.observe.perfetto import BEGIN, END, INSTANT, Note, Pointer, Writer
-from pyvmm.observe.recorder import MOST_RECORDS
+from pyvmm.observe.perfetto import BEGIN, END, INSTANT, Event, Note, Pointer, Writer
+from pyvmm.observe.recorder import MOST_RECORDS, Record
 
 if TYPE_CHECKING:
     from pyvmm.observe.faulttrace import Fault
     from pyvmm.observe.hyptrace import HypEvent
-    from pyvmm.observe.recorder import Heard, Record, Recorder
+    from pyvmm.observe.recorder import Heard, Recorder
 
 GUEST_IS: Final = "guest: from entering KVM_RUN to its return, with what EL2 and the host kernel do, and waiting"
 BINS: Final = 1000
@@ -112,7 +112,7 @@ class _Trace:
     about: About
     flows: _Flows = field(default_factory=_Flows)
     exits: dict[int, int] = field(default_factory=dict)
-    names: dict[tuple[int, int, int], bytes] = field(default_factory=dict)
+    names: dict[tuple[int, int, int], Event] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
 
     def write(self, el2: Sequence[HypEvent]) -> None:
@@ -170,13 +170,13 @@ class _Trace:
 
     def _conversions(self, index: int) -> list[Record]:
         kinds = (lib.PV_REC_SHARE, lib.PV_REC_UNSHARE)
-        return [record for record in self.recorder.records(index) if record.kind in kinds]
+        return [Record._make(record) for record in self.recorder.records(index) if record[1] in kinds]
 
     def _connect(self, records: Iterable[Record], heard: Iterable[Heard]) -> None:
         done = [(record.ns, 0, record) for record in records if record.value == 0]
         events: list[tuple[int, int, Record | Heard]] = [*done, *((h.ns, 1, h) for h in heard)]
         for _, _, item in sorted(events, key=lambda event: event[:2]):
-            if isinstance(item, tuple):
+            if isinstance(item, Record):
                 self.flows.add(item, item.addr & -PAGE_SIZE, item.kind == lib.PV_REC_SHARE, True)
             elif item.what != "asked" or item.shared:
                 self.flows.add(item, item.gpa & -PAGE_SIZE, item.shared, False)
@@ -196,38 +196,38 @@ class _Trace:
 
     def _vcpu(self, index: int, conversions: Iterator[Record], faults: Sequence[Fault]) -> None:
         writer, track = self.writer, _VCPUS + index
-        put, names, exits = writer.put, self.names, self.exits
+        put, put_both, names, exits = writer.put, writer.put_both, self.names, self.exits
         guest, end = writer.event(BEGIN, track, "guest", "guest"), writer.event(END, track)
         inside: list[Record] = []
         """Records of what the open exit slice did, and the next one's."""
         open_ns, last_fault, lost = 0, 0, False
         for record in self.recorder.records(index):
-            lost = lost or bool(record.lost)
-            if record.kind != lib.PV_REC_EXIT:
-                inside.append(record if record.kind == lib.PV_REC_FAULT else next(conversions, record))
+            ns, kind, missing, code, _, size, addr, guest_ns = record
+            lost = lost or bool(missing)
+            if kind != lib.PV_REC_EXIT:
+                inside.append(Record._make(record) if kind == lib.PV_REC_FAULT else next(conversions))
                 continue
-            ns, entered = record.ns, record.ns - record.value
-            if open_ns:
-                # Where records are missing, nobody knows when this exit was over.
-                limit = open_ns if lost else entered
-                inside = self._inside(track, limit, inside)
-                put(limit, end)
-                if lost:
-                    put(limit, writer.event(INSTANT, track, "records lost", "lost"))
+            entered = ns - guest_ns
+            if open_ns and inside:
+                inside = self._inside(track, open_ns if lost else entered, inside)
+            if open_ns and not lost:
+                put_both(entered, end, guest)
+            else:
+                if open_ns:
+                    # Nobody knows when that exit was over.
+                    put_both(open_ns, end, writer.event(INSTANT, track, "records lost", "lost"))
+                put(entered, guest)
             lost = False
-            put(entered, guest)
             while last_fault < len(faults) and faults[last_fault].ns <= ns:
                 # Their times are cut to microseconds.
                 put(max(entered, faults[last_fault].ns), self._fault(faults[last_fault], track))
                 last_fault += 1
-            put(ns, end)
-            key = (index << 8 | record.code, record.addr, record.size)
-            event = names.get(key)
+            event = names.get((index << 8 | code, addr, size))
             if event is None:
                 if len(names) >= MOST_NAMES:
                     names.clear()
-                event = names[key] = self._exit(record, track)
-            put(ns, event)
+                event = names[index << 8 | code, addr, size] = self._exit(Record._make(record), track)
+            put_both(ns, end, event)
             open_ns = ns
             exits[ns >> 20] = exits.get(ns >> 20, 0) + 1
         if open_ns:
@@ -245,7 +245,7 @@ class _Trace:
                 later.append(record)
         return later
 
-    def _exit(self, record: Record, track: int) -> bytes:
+    def _exit(self, record: Record, track: int) -> Event:
         code = record.code
         if code not in _MMIO:
             return self.writer.event(BEGIN, track, f"exit: {_WORDS.get(code, EXITS.get(code, '?'))}", "exit")
@@ -265,7 +265,7 @@ class _Trace:
         category = "exit,python" if code in (lib.PV_EXIT_MMIO_COLD, lib.PV_EXIT_MMIO_UNCLAIMED) else "exit"
         return self.writer.event(BEGIN, track, name, category, notes)
 
-    def _instant(self, record: Record, track: int) -> bytes:
+    def _instant(self, record: Record, track: int) -> Event:
         notes: dict[str, Note] = {"gpa": Pointer(record.addr)}
         if record.kind == lib.PV_REC_FAULT:
             notes |= {"errno": record.code, "size": record.size}
@@ -277,7 +277,7 @@ class _Trace:
         flow, last = self.flows.of.get(id(record), (0, False))
         return self.writer.event(INSTANT, track, name if status == 0 else f"{name} refused", "share", notes, flow, last)
 
-    def _fault(self, fault: Fault, track: int) -> bytes:
+    def _fault(self, fault: Fault, track: int) -> Event:
         kind = "fault" if fault.write is None else "fetch" if fault.fetch else "write" if fault.write else "read"
         name = "fault" if kind == "fault" else f"fault: {kind}"
         return self.writer.event(INSTANT, track, name, "fault", {"gpa": Pointer(fault.gpa)})

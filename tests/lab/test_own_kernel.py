@@ -5,49 +5,49 @@ Elsewhere than in CI a kernel that nobody has built yet is not built for these t
 
 from __future__ import annotations
 
+import json
 import os
-import re
 from collections.abc import Iterator
 from itertools import pairwise
+from statistics import median
 
 import pytest
 
+from pyvmm.bench.model import Series
+from pyvmm.bench.split import PARTS, WHOLE
 from pyvmm.lab import Lab, LabOptions, build_image
 from pyvmm.lab.cache import Image
 from pyvmm.lab.needs import require_for_kernel
 from pyvmm.lab.ownkernel import build_kernel, usable_kernel
+from pyvmm.observe.hyptrace import HypEvent
 
 pytestmark = pytest.mark.lab
 
-# Every entry to EL2 and every exit while a protected guest runs, CPU by CPU, between two readings of the clock. The
-# marker is the last event of each CPU: a pipe that has no more blocks, and the file that does not may leave some out.
+# Every entry to EL2 and every exit while a protected guest runs, and whether the trace buffer is then as it was.
 TRACE = """
-import os, subprocess, time
+import json, subprocess, sys
+from pathlib import Path
+from pyvmm.observe.hyptrace import HypTrace, now
 
-def put(name, text):
-    with open(name, "w") as file:
-        file.write(text)
-
-os.chdir("/sys/kernel/tracing/remotes/hypervisor")
-put("buffer_size_kb", "4096")
-put("events/enable", "1")
-put("tracing_on", "1")
-print(open("trace_clock").read(), time.clock_gettime(time.CLOCK_BOOTTIME))
-run = ["python3", "-P", "-m", "pyvmm", "run", "--protection", "pkvm", "payload:echo"]
-print(subprocess.run(run, capture_output=True).returncode)
-for cpu in sorted(os.sched_getaffinity(0)):
-    os.sched_setaffinity(0, {cpu})
-    put("write_event", "4711")
-print(time.clock_gettime(time.CLOCK_BOOTTIME))
-put("tracing_on", "0")
-for name in sorted(os.listdir("per_cpu")):
-    with open(f"per_cpu/{name}/trace_pipe") as pipe:
-        for line in pipe:
-            print(line, end="")
-            if "selftest id=4711" in line:
-                break
+remote = Path("/sys/kernel/tracing/remotes/hypervisor")
+files = [remote / "tracing_on", remote / "buffer_size_kb", *remote.glob("events/*/*/enable")]
+before = [file.read_text() for file in files]
+with HypTrace() as trace:
+    begin = now()
+    run = ["python3", "-P", "-m", "pyvmm", "run", "--protection", "pkvm", "payload:echo"]
+    status = subprocess.run(run, capture_output=True).returncode
+    end = now()
+restored = before == [file.read_text() for file in files]
+json.dump([trace.why_not, trace.lost, status, restored, begin, end, trace.events()], sys.stdout)
 """
-LINE = re.compile(r"\[(\d+)\]\s+(\d+\.\d{6}): (?:hyp_(enter|exit) reason=(\w+) vcpu=(\d+)|selftest id=4711)")
+
+# A case of the benchmark at one point, as the runner measures it.
+MEASURE = """
+import json, sys
+from pyvmm.bench.runner import measure_point
+
+json.dump([series.to_json() for series in measure_point(sys.argv[1], json.loads(sys.argv[2]))], sys.stdout)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -84,24 +84,57 @@ def test_it_is_pkvm_and_took_every_option(lab, image):
 def test_its_hypervisor_says_when_it_was_entered_and_left_and_why(lab):
     done = lab.capture(["python3", "-P", "-c", TRACE], timeout=300)
     assert done.status == 0, done.stderr
-    clock, before, status, after, *lines = done.stdout.decode().split("\n")[:-1]
-    assert (clock, status) == ("[boot]", "0")
-    events = [match.groups() for match in map(LINE.fullmatch, lines) if match]
-    assert len(events) == len(lines), set(lines) - {line for line in lines if LINE.fullmatch(line)}
-    reasons = {(which, why) for _, _, which, why, _ in events}
-    assert {("enter", "hvc"), ("enter", "host_abort"), ("exit", "eret_host")} <= reasons
+    why_not, lost, status, restored, begin, end, found = json.loads(done.stdout)
+    assert (why_not, lost, status, restored) == ("", 0, 0, True)
+    events = [HypEvent(*event) for event in found]
+    reasons = {(event.entered, event.reason) for event in events}
+    assert {(True, "hvc"), (True, "host_abort"), (False, "eret_host")} <= reasons
     # The guest's vCPU is one thread, and whatever goes into it comes out again.
-    entries = [vcpu for _, _, _, why, vcpu in events if why == "eret_guest"]
-    assert entries == [vcpu for _, _, _, why, vcpu in events if why == "guest_exit"]
+    entries = [event.vcpu for event in events if event.reason == "eret_guest"]
+    assert entries == [event.vcpu for event in events if event.reason == "guest_exit"]
     assert len(set(entries)) == 1
     assert len(entries) > 400  # the payload's exits, most of them letters
-    for cpu in {event[0] for event in events}:
-        mine = [event for event in events if event[0] == cpu]
-        moments = [float(moment) for _, moment, *_ in mine]
-        assert moments == sorted(moments)
-        assert float(before) - 1 < moments[0] <= moments[-1] <= float(after)
-        turns = [which for _, _, which, *_ in mine if which]
-        assert all(here != there for here, there in pairwise(turns))
+    for cpu in {event.cpu for event in events}:
+        mine = [event for event in events if event.cpu == cpu]
+        # Stamps are cut to the microsecond; recording begins a little earlier than the run.
+        assert begin - 1_000_000_000 < mine[0].ns <= mine[-1].ns <= end + 1_000_000_000
+        assert all(here.entered != there.entered for here, there in pairwise(mine))
+
+
+@pytest.fixture(scope="module")
+def counting(image) -> Iterator[Lab]:
+    """A lab in which time counts instructions."""
+    with Lab(LabOptions(icount=True, cpus=1), image=image) as lab:
+        yield lab
+
+
+def measured(lab: Lab, case: str, **point: object) -> dict[str, Series]:
+    """The series of a case at one point, by metric."""
+    done = lab.capture(["python3", "-P", "-c", MEASURE, case, json.dumps(point)], timeout=300)
+    assert done.status == 0, done.stderr
+    found = [Series.from_json(each) for each in json.loads(done.stdout)]
+    assert not [each.unavailable for each in found if each.unavailable]
+    return {each.metric: each for each in found}
+
+
+def test_a_cold_donation_is_explained_by_parts_measured_apart(counting):
+    found = measured(counting, "split")
+    cost = {metric: median(series.kept) for metric, series in found.items()}
+    assert all(cost[part] > 0 for part in PARTS)
+    assert sum(cost[part] for part in PARTS) == pytest.approx(cost[WHOLE], rel=0.1)
+    # What was taken off for tracing is what it cost: without it the guest waits as long.
+    assert cost[WHOLE] == pytest.approx(cost["whole, not traced"], rel=0.15)
+    assert cost["tracing"] > 0
+
+
+@pytest.mark.parametrize("protection", ["pkvm", "none"])
+def test_residency_is_counted_in_every_protection(counting, protection):
+    found = measured(counting, "residency", protection=protection, pages=64)
+    assert all(value > 0 for series in found.values() for value in series.kept)
+    # Whatever a page's first touch takes, the guest leaves for it once.
+    assert found["first touch"].notes["guest_exit entries"] == pytest.approx(1, abs=0.1)
+    if protection == "pkvm":
+        assert median(found["first touch"].kept) > median(found["share"].kept) > 0
 
 
 def test_it_boots_without_protection_too(image):

@@ -34,6 +34,7 @@ TICK = 16.0
 def series(values, *, case="fault", metric="touch", point=None, rounds=(), warmup=0, unit="ns", **more) -> Series:
     """A series in few words."""
     more = {"clock": "guest", "per": "page"} | more
+    more |= {name: tuple(more[name]) for name in ("places", "began") if name in more}
     point = {"protection": "none"} if point is None else point
     return Series(
         case, point, metric, unit=unit, values=tuple(values), warmup=warmup, rounds=tuple(rounds), **more
@@ -53,18 +54,23 @@ def per_round(middles, count=40, *, seed=1, spread=0.02, **more) -> Series:
 
 
 def hostile() -> Run:
-    """A run every text of which tries to be more than text."""
-    some = [
-        series(
-            [1.0, 2.0, 3.0] * 10, case=text, metric=text, clock=text, unit=text, per=text,
-            point={text: text, "cpus": cpus, "protection": text}, notes={text: text},
-        )
-        for text in HOSTILE for cpus in (1, 2)
-    ]  # fmt: skip
-    some += [series([], case=text, unavailable=text, point={text: text}) for text in HOSTILE]
-    some += [
-        series([5.0, 6.0], case="split", metric=text, point={text: text}) for text in [*HOSTILE, "whole", "el2"]
-    ]  # fmt: skip
+    """A run every text of which tries to be more than text: as case, metric, axis, place on it, reason and note."""
+    some = []
+    for at in range(0, len(HOSTILE), 3):
+        text = " ".join(HOSTILE[at : at + 3])
+        for cpus in (1, 2):
+            point = {text: text, "cpus": cpus}
+            some.append(
+                series([1.0, 2.0, 3.0] * 10, case=HOSTILE[0], metric=text, clock=text, unit=text, per=text, point=point,
+                       rule=text, warmup=1, notes={text: text})
+            )  # fmt: skip
+    values = [1.0, 2.0, 3.0]
+    for text in HOSTILE:
+        some.append(series(values, case="fault", point={"what": text}, rounds=[3], places=(0, 1, 2), began=values))
+        some.append(series([], case="fault", point={text: text}, unavailable=text))
+        some.append(series(values, case="split", metric="whole", point={"what": text}))
+        some.append(series(values, case="split", metric="el2", point={"what": text}))
+        some.append(series(values, case="peer", point={"peer": text}))
     return Run({**ENVIRONMENT, **{text: text for text in HOSTILE}, "kernel": HOSTILE[0]}, {"a": HOSTILE}, tuple(some))
 
 

@@ -47,7 +47,7 @@ def _wide(values: Floats) -> bool:
 
 def _axis(axes: Axes, group: Group, *, log: bool, which: str = "x") -> None:
     words = f"{group.title}, {group.scale.unit}" + (" (log scale)" if log else "")
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)(plot.safe(words))
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)(plot.safe(plot.shortened(words, 70)))
     if log:
         plot.plain_log(axes, which)
 
@@ -250,8 +250,16 @@ def split(
 
 def has_places(series: Series) -> bool:
     """Whether a series tells, for each value of its last round at least, where and when it was measured."""
+    import numpy as np
+
     length = series.rounds[-1] if series.rounds else len(series.values)
-    return 0 < length <= min(len(series.values), len(series.places), len(series.began))
+    if not 0 < length <= min(len(series.values), len(series.places), len(series.began)):
+        return False
+    try:
+        told = np.array((series.places[-length:], series.began[-length:]), dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return bool(np.isfinite(told).all())
 
 
 def heat(row: Row, scale: Scale, title: str, *, relative: bool) -> Figure:
@@ -289,8 +297,9 @@ def heat(row: Row, scale: Scale, title: str, *, relative: bool) -> Figure:
     names = [*(f"below {edge}" for edge in bounds[:1]), *map("{} to {}".format, bounds, bounds[1:])]
     names += [f"from {bounds[-1]} (5 medians)"] if bounds else ["all"]
     patches = [
-        Patch(facecolor=plot.CLASSES[at], edgecolor=plot.SOFT, linewidth=0.6, label=f"{name}: {counts[at]:,}") for at, name in enumerate(names)
-    ]  # fmt: skip
+        Patch(facecolor=plot.CLASSES[at], edgecolor=plot.SOFT, linewidth=0.6, label=f"{name}: {counts[at]:,}")
+        for at, name in enumerate(names)
+    ]
     heading = f"{scale.unit} a touch: pages"
     key = axes.legend(
         handles=patches, title=heading, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8,
@@ -304,6 +313,8 @@ def heat(row: Row, scale: Scale, title: str, *, relative: bool) -> Figure:
 def _cells(began: Floats, took: Floats, places: Floats, kinds: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return a grid, in time and in address: the highest class of the touches under way in each cell, or -1."""
     import numpy as np
+
+    took = np.maximum(took, 0)
 
     finer = 1 if len(took) <= _FEW else 2
     width, height = finer * _CELLS[0], min(finer * _CELLS[1], len(np.unique(places)))

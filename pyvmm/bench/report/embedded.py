@@ -36,7 +36,7 @@ def element(run: Run) -> str:
     text = lines(run)
     data = {"encoding": PLAIN, "lines": text}
     if len(text) > _SHORT:
-        packed = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+        packed = base64.b64encode(zlib.compress(text.encode())).decode()
         data = {"encoding": DEFLATED, "lines": packed}
     said = json.dumps(data, separators=(",", ":"))
     for char in "<>&":

@@ -34,10 +34,10 @@ from pyvmm.bench.statistics import FEW, RESAMPLES, require
 __all__ = ["page", "read_html"]
 
 _CELLS: Final[dict[str, Callable[[Row, Group], str]]] = {
-    "n": lambda row, _: count(row.summary),
-    "min": lambda row, group: group.scale.show(row.summary.minimum),
     "median": lambda row, group: group.scale.show(row.summary.median),
     "95 % CI": interval,
+    "n": lambda row, _: count(row.summary),
+    "min": lambda row, group: group.scale.show(row.summary.minimum),
     "mean": lambda row, group: group.scale.show(row.summary.mean),
     "p90": lambda row, group: group.scale.show(row.summary.p90),
     "p99": lambda row, group: group.scale.show(row.summary.p99),

@@ -68,17 +68,12 @@ def paper(title: str, height: float, *, relative: bool, left: float = 0.85, righ
     axes = figure.add_subplot()
     figure.text(0.1 / WIDTH, 1 - 0.12 / height, safe(shortened(title, 88)), va="top", size=11, weight="bold")
     if relative:
-        stripe(figure, height)
+        where = 0.1 / WIDTH, 0.1 / height  # to the left, so that a narrow screen shows it
+        figure.text(*where, EMULATED, va="bottom", size=8, weight="bold", color=COLOURS[1])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
-
-
-def stripe(figure: Figure, height: float) -> None:
-    """Write on a figure that what it shows is relative only."""
-    words = EMULATED
-    figure.text(1 - 0.1 / WIDTH, 0.1 / height, words, ha="right", va="bottom", size=8, weight="bold", color=COLOURS[1])
 
 
 def margin(labels: list[str]) -> float:

@@ -94,14 +94,14 @@ def _group(group: Group, look: Look, *, relative: bool) -> list[str]:
         lines += [look.paint(each, DIM) for each in look.wrap(at, 4, "    ")]
     names = [name if name else "differs in" for name in group.columns]
     labels = [list(row.cells) for row in group.rows]
-    shown = dict(_CELLS)
-    for left_out in (None, *_LEAST):
-        shown.pop(left_out or "", None)
+    shown, left_out = dict(_CELLS), iter(_LEAST)
+    while True:
         cells = [[cell(row, group) for cell in shown.values()] for row in group.rows]
         drawn = grid([*names, *shown], [[*label, *some] for label, some in zip(labels, cells, strict=True)], len(names))
-        if max(map(len, drawn)) <= look.width:
-            break
-    return [*lines, look.paint(drawn[0], DIM), *drawn[1:]]
+        least = next(left_out, None) if max(map(len, drawn)) > look.width else None
+        if least is None:
+            return [*lines, look.paint(drawn[0], DIM), *drawn[1:]]
+        del shown[least]
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:

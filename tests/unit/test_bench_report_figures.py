@@ -1,0 +1,182 @@
+"""The figures: what there is to draw is drawn, says what it is, and is the same file each time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import bench_samples as samples
+import pytest
+
+from pyvmm.bench.model import BenchError
+from pyvmm.bench.report import figures, groups
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("matplotlib")
+
+from pyvmm.bench.report import charts, plot  # noqa: E402 - they need what may be missing
+
+REALISTIC = samples.realistic(32)
+
+
+def drawn(run, *, relative=True):
+    return [each for section in groups.sections(run) for each in figures.pictures(section, relative=relative)]
+
+
+def names(*some):
+    return [picture.name for picture in drawn(samples.run(*some))]
+
+
+def words(document):
+    return " ".join(element.text or "" for element in ElementTree.fromstring(document).iter() if element.text)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return {picture: plot.svg(picture) for picture in drawn(REALISTIC)}
+
+
+def test_there_is_a_figure_of_everything():
+    found = {picture.name for picture in drawn(REALISTIC)}
+    assert {
+        "fault-touch-by-cpus", "fault-touch-distributions", "fault-touch-shares", "fault-touch-pages-pkvm-base",
+        "teardown-close-by-size", "split-stacked", "peer-peers-exit",
+    } <= found  # fmt: skip
+    for section in groups.sections(REALISTIC):
+        assert any(name.startswith(section.case) for name in found)
+
+
+def test_every_figure_says_what_it_is_of_how_many_and_that_it_is_relative_only(documents):
+    for picture, document in documents.items():
+        said = words(document)
+        assert picture.title in said
+        assert groups.EMULATED in said
+        assert re.search(r"n=\d", said), picture.name
+        assert re.search(r"\b(µs|ms|ns|MiB|count)\b", said), picture.name
+
+
+def test_figures_of_hardware_are_not_called_relative():
+    (picture, *_) = drawn(REALISTIC, relative=False)
+    assert groups.EMULATED not in plot.svg(picture)
+
+
+def test_figures_are_the_same_each_time_and_of_nowhere_else(documents):
+    for picture in list(documents)[:3]:
+        assert plot.svg(picture) == documents[picture]
+    for document in documents.values():
+        assert set(re.findall(r'https?://[^"\s<]*', document)) <= {
+            "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink", "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd"
+        }  # fmt: skip
+        assert "<metadata" not in document
+
+
+def test_files_are_written_twice_each_under_names_that_do_no_harm(tmp_path):
+    hostile = samples.hostile()
+    few = hostile.with_series(each for each in hostile.series[:4] if each.case != "fault")
+    written = figures.save(few, tmp_path / "new" / "figures")
+    assert sorted(written) == sorted((tmp_path / "new" / "figures").iterdir())
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,90}\.(svg|png)", path.name) for path in written)
+    assert len({path.stem for path in written}) * 2 == len(written)
+    assert all(path.read_bytes().startswith((b"<?xml", b"\x89PNG")) for path in written)
+
+
+def test_files_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BenchError, match=r"figures cannot be written to .*file: "):
+        figures.save(REALISTIC, tmp_path / "file")
+
+
+# ---- what is drawn of what ---------------------------------------------------------------------------------------
+
+
+def line_names(group, axis):
+    place = figures._count if axis == "cpus" else figures._mebibytes
+    return {name: [at for at, _ in points] for name, points in figures._lines(group, axis, place)}
+
+
+def test_a_line_has_what_varies_along_the_axis_and_in_nothing_else():
+    points = [("none", 1, "x"), ("none", 4, "x"), ("none", 2, "x"), ("pkvm", 1, "x"), ("pkvm", 2, "x"), ("pkvm", 1, "y")]
+    some = [samples.series([1.0], point=dict(zip(("p", "cpus", "o"), point, strict=True))) for point in points]
+    run = samples.run(*some)
+    (section,) = groups.sections(run)
+    assert line_names(section.groups[0], "cpus") == {"none": [1, 2, 4], "pkvm": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("value", "mebibytes"),
+    [("16M", 16), ("1G", 1024), ("64MiB", 64), (1 << 20, 1), ("512K", 0.5), ("big", None), (True, None), (0, None)],
+)
+def test_sizes_are_understood_as_they_are_typed(value, mebibytes):
+    assert figures._mebibytes(value) == mebibytes
+
+
+def test_one_place_is_no_line():
+    assert names(samples.series([1.0, 2.0], point={"cpus": 2})) == ["fault-touch-distributions"]
+
+
+def test_parts_are_stacked_beside_the_whole_and_their_sum_is_told():
+    shares = {"whole": 100.0, "el2": 40.0, "account and pin": 30.0, "exit and entry": 25.0}
+    some = [samples.series([value] * 9, case="split", metric=metric) for metric, value in shares.items()]
+    (picture, *_) = drawn(samples.run(*some))
+    said = words(plot.svg(picture))
+    assert picture.name == "split-stacked"
+    assert "sum 95.00: 95.0 %" in said
+    assert all(part in said for part in shares)
+    assert "allocation" not in said
+
+
+def test_peers_are_told_as_multiples_of_ours():
+    some = [
+        samples.series([cost] * 9, case="peer", metric="exit", per="exit", point={"peer": peer})
+        for peer, cost in {"pyvmm": 200.0, "QEMU": 500.0}.items()
+    ]
+    said = words(plot.svg(drawn(samples.run(*some))[0]))
+    assert "500, 2.50 times ours" in said
+
+
+def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its_place():
+    made = samples.series([1.0, 2.0, 4.0, 8.0], rounds=[2, 2], warmup=2, places=(0, 0, 7, 9), began=(0, 0, 0, 4))
+    assert "fault-touch-pages-all" in names(made)
+    assert "fault-touch-pages-all" not in names(replace(made, places=(7,)))
+    assert "fault-touch-pages-all" not in names(replace(made, places=(), began=()))
+    assert "fault-touch-pages-all" not in names(replace(made, began=(0, 0, 0, "x")))
+    assert "fault-touch-pages-all" not in names(replace(made, began=(0, 0, 0, float("nan"))))
+
+
+def test_cells_have_a_touch_from_its_begin_to_its_end_and_the_dearest_where_they_meet():
+    began, took = np.array([0.0, 80.0, 0.0]), np.array([80.0, 79.0, 1.0])
+    cells = charts._cells(began, took, np.array([0.0, 1.0, 1.0]), np.array([4, 1, 2]))
+    assert cells.shape == (2, 160)
+    assert cells[0].tolist() == [4] * 81 + [-1] * 79
+    assert cells[1].tolist() == [2] * 2 + [-1] * 78 + [1] * 80
+
+
+def test_classes_are_multiples_of_the_median():
+    assert charts.class_edges(np.array([10.0, 20.0, 1000.0])) == [16, 25, 40, 100]
+    assert charts.class_edges(np.zeros(3)) == []
+
+
+def test_a_series_however_long_has_a_figure_of_a_size():
+    rng = np.random.default_rng(1)
+    count = 65_536
+    long = samples.series(
+        rng.lognormal(7, 1, count), rounds=[count], places=tuple(range(count)),
+        began=tuple(float(at) for at in range(count)),
+    )  # fmt: skip
+    other = replace(long, point={"protection": "pkvm"})
+    for picture in drawn(samples.run(long, other)):
+        assert len(plot.svg(picture)) < 150_000, picture.name
+
+
+@pytest.mark.parametrize("values", [[5.0] * 30, [0.0] * 30, [-1.0, 1.0] * 15, [1e-9, 1e9] * 15, [7.0]])
+def test_odd_values_are_drawn_without_a_complaint(values, recwarn):
+    point = [{"cpus": cpus, "protection": "none"} for cpus in (1, 2)]
+    some = [
+        samples.series(values, point=each, places=range(len(values)), began=[0.0] * len(values)) for each in point
+    ]  # fmt: skip
+    some += [replace(each, case="peer", point={"peer": each.point["cpus"]}) for each in some]
+    some += [samples.series(values, case="split", metric=metric) for metric in ("whole", "el2")]
+    for picture in drawn(samples.run(*some)):
+        plot.svg(picture)
+    assert [str(each.message) for each in recwarn] == []

@@ -1,0 +1,231 @@
+"""The HTML report: one harmless file with everything in it, the results among it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from base64 import b64decode, b64encode
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import bench_samples as samples
+import pytest
+
+from pyvmm.bench.model import BenchError
+from pyvmm.bench.report import embedded, html
+
+pytest.importorskip("numpy")
+pytest.importorskip("matplotlib")
+
+from pyvmm.bench.report import plot, style
+
+VOID = {"meta", "link", "wbr"}
+OURS = {
+    "html", "head", "meta", "title", "link", "style", "body", "header", "nav", "footer", "section", "h1", "h2", "h3",
+    "small", "p", "dl", "dt", "dd", "div", "span", "a", "b", "code", "table", "thead", "tbody", "tr", "th", "td",
+    "details", "summary", "figure", "figcaption", "script", "svg", "g", "path", "text", "tspan", "defs", "use",
+    "clippath", "rect", "image",
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Parses a page, and fails where it is not well formed or holds what no report does."""
+
+    def __init__(self, source):
+        super().__init__(convert_charrefs=True)
+        self.open, self.ids, self.links, self.scripts, self.words, self.styles = [], [], [], [], [], []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen(tag, dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append([dict(attrs), ""])
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen(tag, dict(attrs))
+
+    def seen(self, tag, attrs):
+        assert tag in OURS
+        assert not [name for name in attrs if name.startswith("on") or name in ("src", "xlink:href")]
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs["href"]] if "href" in attrs else []
+        words = ("title", "aria-label", "download")
+        self.links += re.findall(r"url\(([^)]*)\)", " ".join(attrs[name] or "" for name in attrs if name not in words))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["script"]:
+            self.scripts[-1][1] += data
+        elif self.open[-1:] == ["style"]:
+            self.styles.append(data)
+        else:
+            self.words.append(data)
+
+    def handle_comment(self, data):
+        # What matplotlib leaves between elements: a text once more, in which no comment can end.
+        assert "--" not in data
+        assert ">" not in data
+
+    @property
+    def text(self):
+        return " ".join("".join(self.words).split())
+
+
+REALISTIC, HOSTILE = samples.realistic(24), samples.hostile()
+
+
+@pytest.fixture(scope="module")
+def source():
+    return html.page(REALISTIC)
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    return html.page(HOSTILE)
+
+
+def small(**more):
+    return samples.run(samples.series([1.0, 2.0, 3.0], **more))
+
+
+# ---- harmless ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["source", "hostile"])
+def test_a_page_is_sound_and_needs_nothing_else(which, request):
+    source = request.getfixturevalue(which)
+    parsed = Page(source)
+    assert source.isascii()
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    inside = {link[1:] for link in parsed.links if link.startswith("#") and link != "#"}
+    assert inside <= set(parsed.ids)
+    assert all(re.match(r"#|data:,$|data:image/png;base64,", link) for link in parsed.links)
+    assert len(parsed.styles) == 1
+    assert not re.search(r"@import|url\(", parsed.styles[0])
+    assert [attrs.get("id") for attrs, _ in parsed.scripts] == ["_data", None]
+    assert parsed.scripts[1][1] == style.SCRIPT
+
+
+def test_hostile_texts_are_shown_as_they_are(hostile):
+    said = Page(hostile).text
+    for text in samples.HOSTILE:
+        if text.isprintable():
+            assert text in said
+    assert "\\x1b[31mred" in said
+    assert "\\u202egnp.exe" in said
+
+
+def test_only_the_pages_own_script_may_run(source):
+    digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)[1]
+    assert policy.startswith("default-src 'none'; ")
+    assert f"script-src 'sha256-{digest}';" in policy
+
+
+def test_colours_in_words_are_not_taken_for_colours():
+    document = f'<svg viewBox="0 0 1 1"><text style="fill: {plot.INK}" id="a">{plot.INK} id="a"</text></svg>'
+    inlined = plot.inline(document, "f1", "x")
+    assert 'style="fill: var(--ink)"' in inlined
+    assert f'>{plot.INK} id="a"</text>' in inlined
+
+
+def test_of_the_same_run_it_is_the_same_page():
+    assert html.page(small()) == html.page(small())
+
+
+# ---- what is on it -----------------------------------------------------------------------------------------------
+
+
+def test_everything_of_the_environment_is_told(source):
+    said = Page(source).text
+    for name, value in samples.ENVIRONMENT.items():
+        assert name in said
+        assert {True: "yes", False: "no"}.get(value, str(value)) in said
+    assert "171.3" in said
+
+
+def test_what_is_emulated_is_said_above_at_every_table_and_in_every_figure(source):
+    said = Page(source).text
+    tables, figures = source.count('<table class="numbers">'), source.count("<figure>")
+    assert figures > 20
+    assert said.count("emulated: relative only") == 1 + tables + figures
+    assert "relative only" not in Page(html.page(small_on_hardware())).text
+
+
+def small_on_hardware():
+    return replace(small(), environment={**samples.ENVIRONMENT, "emulated": False})
+
+
+def test_what_is_not_available_is_told_with_the_reason(source):
+    assert "not available: no EL2 trace: the kernel has no remotes/hypervisor" in Page(source).text
+
+
+def test_a_run_that_was_cut_off_says_so_and_an_empty_one_too():
+    said = Page(html.page(replace(samples.run(), end=None))).text
+    assert "Cut off" in said
+    assert "nothing was measured" in said
+
+
+# ---- the results inside ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["source", "hostile"])
+def test_the_results_can_be_read_back(which, request, tmp_path):
+    (tmp_path / "a.html").write_text(request.getfixturevalue(which))
+    assert html.read_html(tmp_path / "a.html") == {"source": REALISTIC, "hostile": HOSTILE}[which]
+
+
+def test_long_results_are_deflated_and_read_back_all_the_same(tmp_path):
+    long = samples.run(samples.series([float(at % 997) for at in range(300_000)]))
+    element = embedded.element(long)
+    assert len(element) < len(samples.text(long)) / 3
+    (tmp_path / "a.html").write_text(element)
+    assert html.read_html(tmp_path / "a.html") == long
+
+
+def packed(**data):
+    return f'<script type="application/json" id="_data">{json.dumps(data)}</script>'
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("<p>hello</p>", "is no report of a benchmark"),
+        (packed(encoding="zip", lines=""), "does not know"),
+        (packed(lines=""), "damaged"),
+        (packed(encoding="deflate+base64", lines="!"), "damaged"),
+        (packed(encoding="deflate+base64", lines="aGVsbG8="), "damaged"),
+        (packed(encoding="deflate+base64", lines=7), "damaged"),
+        (packed(encoding="plain", lines="{}"), "format"),
+        ('<script type="application/json" id="_data">[</script>', "damaged"),
+        ('<script type="application/json" id="_data">[]</script>', "damaged"),
+    ],
+)
+def test_what_is_no_report_or_damaged_is_refused(text, why, tmp_path):
+    (tmp_path / "a.html").write_text(text)
+    with pytest.raises(BenchError, match=rf"a\.html.*{why}"):
+        html.read_html(tmp_path / "a.html")
+
+
+def test_results_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "_SHORT", 0)
+    (tmp_path / "a.html").write_text(embedded.element(small()))
+    assert html.read_html(tmp_path / "a.html") == small()
+    monkeypatch.setattr(embedded, "_MOST", 100)
+    with pytest.raises(BenchError, match="longer than can be"):
+        html.read_html(tmp_path / "a.html")
+
+
+def test_a_file_that_is_none_is_named(tmp_path):
+    with pytest.raises(BenchError, match=r"none\.html cannot be read: No such file"):
+        html.read_html(tmp_path / "none.html")
+    (tmp_path / "binary.html").write_bytes(b64decode("/////w=="))
+    with pytest.raises(BenchError, match="it is not text"):
+        html.read_html(tmp_path / "binary.html")

@@ -1,0 +1,121 @@
+"""The tables in the terminal: what varies, what it cost, what could not be had, in the width there is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import bench_samples as samples
+import pytest
+
+from pyvmm.atlas.report.text import Look
+from pyvmm.bench.report import groups, table
+
+pytest.importorskip("numpy")
+
+WIDE = Look(120)
+
+
+def rows(text, *words):
+    return [line for line in text.splitlines() if all(word in line for word in words)]
+
+
+def test_a_row_says_all_that_its_values_support():
+    made = samples.series(range(1, 1001), point={"protection": "pkvm"}, rounds=[250] * 4)
+    (row,) = rows(table.text(samples.run(made), WIDE), "1,000/4")
+    assert row.split() == ["1,000/4", "500.5", "~[167,", "834]", "900.1", "990.0", "999.0", "1,000", "0"]
+
+
+def test_what_values_do_not_support_is_a_dash():
+    (row,) = rows(table.text(samples.run(samples.series([5.0])), WIDE), " 1 ")
+    assert row.split() == ["1", "5", "-", "-", "-", "-", "5", "0"]
+
+
+def test_columns_are_the_axes_that_vary_and_the_others_are_said_once():
+    some = [
+        samples.series([1.0, 2.0], point={"protection": protection, "backing": "memfd"})
+        for protection in ("none", "pkvm")
+    ]
+    said = table.text(samples.run(*some), WIDE)
+    assert len(rows(said, "memfd")) == 1
+    (head,) = rows(said, "median", "p99.9")
+    assert head.split()[0] == "protection"
+    assert "backing" not in head
+
+
+def test_where_many_axes_vary_a_row_says_what_differs_from_the_base():
+    base = {"protection": "none", "state": "cold", "access": "write", "order": "sequential"}
+    stars = [{}, {"state": "mapped"}, {"access": "read"}, {"order": "random"}]
+    some = [
+        samples.series([1.0], point={**base, "protection": protection, **star})
+        for protection in ("none", "pkvm") for star in stars
+    ]  # fmt: skip
+    said = table.text(samples.run(*some), WIDE)
+    assert rows(said, "base: state=cold access=write order=sequential")
+    assert [row.split()[:2] for row in rows(said, "pkvm")] == [
+        ["pkvm", what] for what in ("(base)", "state=mapped", "access=read", "order=random")
+    ]
+
+
+def test_series_of_different_clocks_and_units_are_not_put_in_one_table():
+    made = samples.series([1.0])
+    some = [made, replace(made, clock="el2"), replace(made, unit="count"), replace(made, per="exit")]
+    said = table.text(samples.run(*some), WIDE)
+    assert len(rows(said, "median", "p99.9")) == 4
+    assert rows(said, "touch per page, ns, the hypervisor's trace")
+
+
+@pytest.mark.parametrize("emulated", [True, False, None])
+def test_what_is_emulated_is_relative_only_with_every_table_and_so_is_what_does_not_tell(emulated):
+    environment = {**samples.ENVIRONMENT, "emulated": emulated}
+    said = table.text(samples.run(samples.series([1.0]), environment=environment), WIDE)
+    assert len(rows(said, groups.EMULATED)) == (0 if emulated is False else 2)
+
+
+def test_reasons_are_told_once_each():
+    some = [samples.series([], unavailable="no EL2 trace", point={"at": at}) for at in range(5)]
+    said = table.text(samples.run(*some), WIDE)
+    assert rows(said, "not available: no EL2 trace")
+    assert rows(said, "at=0; at=1; at=2 and 2 more")
+    assert not rows(said, "median", "p99.9")
+
+
+def test_a_run_that_was_cut_off_says_so():
+    assert "cut off" in table.text(replace(samples.run(samples.series([1.0])), end=None))
+
+
+def test_of_nothing_nothing_is_said():
+    assert "nothing was measured" in table.text(samples.run())
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_narrow_table_loses_columns_and_not_the_median(width):
+    said = table.text(samples.realistic(8), Look(width))
+    assert max(map(len, said.splitlines())) <= width
+    assert all("median" in head for head in rows(said, " n "))
+
+
+def test_text_of_others_cannot_act():
+    said = table.text(samples.hostile(), Look(100, colours=False))
+    assert "\x1b" not in said
+    assert "\u202e" not in said
+    assert "\\x1b[31mred" in said
+
+
+def test_ascii_stays_ascii_and_is_read_well():
+    said = table.text(samples.realistic(8), Look(100, ascii=True))
+    assert said.isascii()
+    assert rows(said, ", us, ")
+
+
+@pytest.mark.parametrize(
+    ("unit", "middle", "shown"),
+    [
+        ("ns", 12.34567, "ns 12.35"), ("ns", 4321.0, "µs 4.321"), ("ns", 5e9, "s 5.000"),
+        ("instructions", 834.0, "instructions 834"), ("instructions", 54_321.0, "instructions 54,321"),
+        ("instructions", 543_210.0, "thousand instructions 543.2"), ("bytes", 3 * 2**20, "MiB 3.000"),
+        ("count", 0.0, "count 0"), ("parsec", 0.00123456, "parsec 0.001235"), ("ns", -4321.0, "µs -4.321"),
+    ],
+)  # fmt: skip
+def test_numbers_have_four_digits_in_the_unit_that_suits(unit, middle, shown):
+    scale = groups.scale_of(unit, [middle])
+    assert f"{scale.unit} {scale.show(middle)}" == shown

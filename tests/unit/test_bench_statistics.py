@@ -1,0 +1,149 @@
+"""What is said of a series is right, also where there is little to say it of."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import bench_samples as samples
+import pytest
+
+from pyvmm.bench import statistics
+from pyvmm.bench.model import BenchError
+from pyvmm.errors import HostError
+
+np = pytest.importorskip("numpy")
+scipy_stats = pytest.importorskip("scipy.stats")
+
+
+def of(values, **more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return statistics.summary(samples.series(values, **more))
+
+
+def test_nothing_is_said_of_nothing():
+    assert of([]) == statistics.Summary(0, 0)
+
+
+def test_one_value_is_its_own_median_and_has_no_interval():
+    one = of([5.0])
+    assert (one.n, one.median, one.minimum, one.maximum, one.mean) == (1, 5, 5, 5, 5)
+    assert (one.low, one.high, one.p90, one.outliers) == (None, None, None, 0)
+
+
+def test_two_values_have_both_as_their_interval_which_is_of_few():
+    two = of([1.0, 2.0])
+    assert (two.median, two.low, two.high) == (1.5, 1, 2)
+    assert two.few
+
+
+@pytest.mark.parametrize("rounds", [(), (50, 50), (1,) * 100, (0, 100)])
+def test_equal_values_are_everything_there_is_to_say(rounds):
+    said = of([0.1] * 100, rounds=rounds)
+    told = (said.minimum, said.low, said.median, said.mean, said.high, said.p90, said.p99, said.maximum)
+    assert set(told) == {0.1}
+    assert said.outliers == 0
+
+
+@pytest.mark.parametrize(("n", "known"), [(9, 0), (10, 1), (99, 1), (100, 2), (999, 2), (1000, 3)])
+def test_percentiles_need_values_enough(n, known):
+    said, names = of(range(n)), ["p90", "p99", "p999"]
+    assert [name for name in names if getattr(said, name) is not None] == names[:known]
+
+
+def test_percentiles_are_those_of_numpy():
+    values = list(np.random.default_rng(1).lognormal(7, 1, 1234))
+    said = of(values)
+    assert (said.p90, said.p99, said.p999) == tuple(np.quantile(values, (0.9, 0.99, 0.999)))
+
+
+def test_warm_up_is_left_out_and_its_round_with_it():
+    made = samples.series([9e9, 9e9, 9e9, 1.0, 2.0, 3.0, 4.0], warmup=3, rounds=(2, 3, 2))
+    assert [list(part) for part in statistics.rounds(made)] == [[1, 2], [3, 4]]
+    said = statistics.summary(made)
+    assert (said.n, said.rounds, said.maximum) == (4, 2, 4)
+
+
+def test_outliers_are_counted_and_kept():
+    said = of([10.0, 11.0, 12.0, 13.0] * 5 + [1000.0, 2000.0])
+    assert said.outliers == 2
+    assert (said.n, said.maximum) == (22, 2000)
+
+
+def test_a_value_on_the_fence_is_no_outlier():
+    values = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    fence = of(values).fence
+    assert fence == 6 + 3 * 4
+    # The quartiles stay, as a value above them is replaced by another.
+    assert of([*values[:-1], fence]).outliers == 0
+    assert of([*values[:-1], fence + 0.1]).outliers == 1
+
+
+@pytest.mark.parametrize("n", [7, 8, 50, 301])
+def test_interval_of_independent_values_is_the_bootstraps(n):
+    """Ours draws ranks, scipy's whole samples: the ends are the same order statistics, or next to these."""
+    values = np.sort(np.random.default_rng(n).normal(100, 15, n))
+    said = of(list(values))
+    theirs = scipy_stats.bootstrap((values,), np.median, n_resamples=9999, method="percentile").confidence_interval
+    for ours, other in ((said.low, theirs.low), (said.high, theirs.high)):
+        assert abs(np.searchsorted(values, ours) - np.searchsorted(values, other)) <= max(1, 0.02 * n)
+
+
+def test_samples_of_rounds_are_as_if_put_together_by_hand():
+    rng = np.random.default_rng(3)
+    parts = [rng.integers(0, 9, size).astype(float) for size in (1, 4, 7, 2, 12)]
+    weights = statistics.draws(len(parts))
+    wanted = [
+        np.median(np.concatenate([np.tile(part, times) for part, times in zip(parts, row, strict=True)]))
+        for row in weights
+    ]
+    assert statistics.drawn_medians(parts, weights).tolist() == wanted
+
+
+def test_rounds_that_differ_make_the_interval_wide():
+    shifted = samples.per_round([100, 104, 108, 112, 116, 120, 124, 128], 200, spread=0.005)
+    of_rounds, of_values = statistics.summary(shifted), of(shifted.values)
+    assert of_rounds.high - of_rounds.low > 3 * (of_values.high - of_values.low)
+    assert (of_rounds.few, of_rounds.rounds) == (False, 8)
+
+
+def test_interval_holds_the_median_as_often_as_it_says():
+    rng = np.random.default_rng(4)
+    held = 0
+    for _ in range(200):
+        said = statistics.summary(samples.series(rng.lognormal(0, 1, 60)))
+        held += said.low <= 1 <= said.high
+    assert 180 <= held <= 198
+
+
+def test_the_same_series_gives_the_same_again():
+    made = samples.per_round([100, 101, 103, 99, 98, 100, 102])
+    first = statistics.summary(made)
+    statistics._summarised.cache_clear()
+    assert statistics.summary(made) == first
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (samples.series([1.0, "2 apples"]), "no numbers"),
+        (samples.series([1.0, None]), "numbers"),
+        (samples.series([1.0, [2.0]]), "no numbers"),
+        (samples.series([1.0, float("nan")]), "finite"),
+        (samples.series([1.0, float("inf")]), "finite"),
+        (samples.series([1.0, 2.0], rounds=(1, 2)), "add up"),
+        (samples.series([1.0, 2.0], rounds=(3, -1)), "add up"),
+    ],
+)
+def test_damaged_series_are_refused_by_name(made, why):
+    with pytest.raises(BenchError, match=f"fault, touch: .*{why}"):
+        statistics.summary(made)
+
+
+def test_what_is_not_installed_is_named_with_how_to_get_it(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
+    with pytest.raises(HostError, match=r"need scipy, which") as error:
+        statistics.summary(samples.series([1.0]))
+    assert "pip install 'pyvmm[bench]'" in error.value.hint

@@ -74,6 +74,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if plan.left_out:
         _say(f"{plan.left_out} combinations make no sense and are left out")
+    if args.json is not None and not os.access(Path(args.json).parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{args.json!r} cannot be written: no directory to write to is there")
     database = args.database or str(Path(files[0]).with_suffix(".sqlite"))
     with Store(database, plan, restart=args.restart) as store, _Signals() as signals:
         if args.retry_failed:
@@ -182,7 +184,7 @@ def _tell(store: Store, args: argparse.Namespace) -> None:
     again = shlex.join(["pyvmm", *(word for word in args.verb_argv if word not in ("--restart", "--retry-failed"))])
     failures = store.failures()
     for task, reason in failures[:FEW]:
-        _say(f"failed: {task.key}: {reason}")
+        _say(f"failed: {task.key}: {reason.splitlines()[0]}")
     if len(failures) > FEW:
         _say(f"failed: {len(failures) - FEW} more, in {store.path}")
     _say(f"{counts.done} of {counts.total} points measured, in {store.path}")
@@ -218,7 +220,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         finally:
             show("")
         return
-    last = ("", 0.0)
+    last = ("", float("-inf"))
 
     def say(text: str) -> None:
         nonlocal last

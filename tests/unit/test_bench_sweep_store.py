@@ -41,8 +41,10 @@ def test_what_was_stored_is_not_waiting_when_the_sweep_goes_on(path: str) -> Non
 
 
 def test_a_database_of_another_plan_is_refused_with_what_differs(path: str) -> None:
-    with Store(path, plan()):
+    with Store(path, plan("case = 'exit'")):
         pass
+    with Store(path, plan()) as store:  # nothing was measured for the other
+        store.lost(store.waiting()[0], "the lab ended")
     said = refusal(path, FOUR.replace("1024", "2048"))
     assert "sweep 1.axes.pages: [256, 1024] there, [256, 2048] here" in said
     assert "--restart" in said
@@ -50,8 +52,8 @@ def test_a_database_of_another_plan_is_refused_with_what_differs(path: str) -> N
 
 def test_results_of_another_pyvmm_are_refused(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "__version__", "0.0.7")
-    with Store(path, plan()):
-        pass
+    with Store(path, plan()) as store:
+        store.done(store.waiting()[0], answer())
     monkeypatch.undo()
     assert "it was measured with pyvmm 0.0.7, this is " in refusal(path)
 

@@ -23,6 +23,9 @@ from pyvmm.bench.sweep.work import Answer
 FORMAT: Final = 1
 """Of the database; another one's are refused."""
 
+PATIENCE: Final = 60.0
+"""Seconds that whoever reads the database may keep it from being written."""
+
 _APPLICATION: Final = 0x7056_4D53
 """Marks SQLite files that are a sweep's ("pVMS")."""
 
@@ -55,7 +58,8 @@ class Store:
     """A sweep's database, as a context manager.
 
     Raises BenchError where ``path`` is in use, is of another plan, format or pyvmm (saying what differs), is no
-    sweep's at all, or cannot be written. ``restart`` forgets what is in it, unless it is no sweep's.
+    sweep's at all, or cannot be written. ``restart`` forgets what is in it, unless it is no sweep's. One in which
+    nothing was measured yet becomes this plan's.
     """
 
     def __init__(self, path: str, plan: Plan, *, restart: bool = False) -> None:
@@ -64,7 +68,7 @@ class Store:
         self._lock = self._locked()
         try:
             with self._told():
-                self._db = sqlite3.connect(path, timeout=5, isolation_level=None)
+                self._db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
             try:
                 self._open(restart)
             except BaseException:
@@ -195,6 +199,10 @@ class Store:
         with self._told():
             rows = self._db.execute("SELECT identity, asked, pyvmm FROM sweep")
             identity, asked, version = rows.fetchone()
+            is_untouched = not self._db.execute("SELECT 1 FROM points WHERE tries > 0").fetchone()
+        if is_untouched and (identity, version) != (self._plan.identity, __version__):
+            self._create()  # there is nothing in it to be mixed with other results
+            return
         if version != __version__:
             self._refuse(f"it was measured with pyvmm {version}, this is {__version__}")
         if identity != self._plan.identity:

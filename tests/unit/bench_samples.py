@@ -69,7 +69,7 @@ def hostile() -> Run:
         some.append(series(values, case="fault", point={"what": text}, rounds=[3], places=(0, 1, 2), began=values))
         some.append(series([], case="fault", point={text: text}, unavailable=text))
         some.append(series(values, case="split", metric="whole", point={"what": text}))
-        some.append(series(values, case="split", metric="el2", point={"what": text}))
+        some.append(series(values, case="split", metric="EL2", point={"what": text}))
         some.append(series(values, case="peer", point={"peer": text}))
     return Run({**ENVIRONMENT, **{text: text for text in HOSTILE}, "kernel": HOSTILE[0]}, {"a": HOSTILE}, tuple(some))
 
@@ -78,7 +78,7 @@ def hostile() -> Run:
 
 _COST = {"none": 14_000.0, "emulated": 15_500.0, "pkvm": 31_000.0}
 _STATES = {"cold": 1.0, "allocated": 0.8, "populated": 0.55, "punched": 1.05, "dontneed": 0.95, "mapped": 0.011}
-_SPLIT = {"el2": 0.34, "account and pin": 0.21, "allocation and zeroing": 0.19, "exit and entry": 0.23}
+_SPLIT = {"EL2": 0.34, "account and pin": 0.21, "allocation and zeroing": 0.19, "exit and entry": 0.23}
 _BASE = {"protection": "none", "state": "cold", "access": "write", "order": "sequential", "backing": "memfd", "cpus": 1}
 
 
@@ -144,10 +144,10 @@ def realistic(pages: int = 256) -> Run:
         made.keep("fault", "el2", base, cost * 0.3, pages=32, clock="el2")
         made.keep("fault", "KVM's exits", base, 32.0, pages=1, clock="kvm", unit="count")
         for size in (16, 64, 256, 1024):
-            made.keep("teardown", "close", {"protection": protection, "size": f"{size}M"}, cost * 40 * size, pages=8,
-                      clock="host", per="guest")  # fmt: skip
+            made.keep("teardown", "close", {"protection": protection, "size": size}, cost * 40 * size, pages=8,
+                      clock="host", per="VM")  # fmt: skip
         made.keep("footprint", "PSS less guest memory", {"protection": protection}, 9e6, pages=2, clock="memory",
-                  unit="bytes", per="guest")  # fmt: skip
+                  unit="bytes", per="VM")  # fmt: skip
     exits = {"hvc": 2_300.0, "MMIO in KVM": 2_900.0, "MMIO in C": 4_800.0, "MMIO in Python": 31_000.0}
     for what, cost in exits.items():
         made.keep("exit", "trip", {"protection": "none", "what": what}, cost, per="exit", pages=1200 * pages // 256)
@@ -156,12 +156,15 @@ def realistic(pages: int = 256) -> Run:
     for protection in ("none", "pkvm"):
         for what, share in {"whole": 1.0, **_SPLIT}.items():
             point = {"protection": protection, "backing": "memfd"}
-            if protection == "none" and what == "el2":
+            if protection == "none" and what == "EL2":
                 made.cannot("split", point, "no EL2 trace: the kernel has no remotes/hypervisor")
             else:
                 made.keep("split", what, point, _COST[protection] * share)
-    for peer, cost in {"pyvmm": 4_800.0, "a bare C loop": 4_650.0, "pure Python": 38_000.0, "QEMU": 11_200.0}.items():
-        made.keep("peer", "MMIO exit", {"peer": peer}, cost, per="exit")
+    for peer, cost in {"bare loop": 4_650.0, "twin": 38_000.0, "qemu": 11_200.0}.items():
+        point = {"what": "store to a register file", "beside": peer}
+        made.keep("peer", "exit", {**point, "peer": peer}, cost, pages=1, per="exit", clock="host")
+        made.keep("peer", "exit", {**point, "peer": "pyvmm"}, 4_800.0, pages=1, per="exit", clock="host")
+    made.cannot("peer", {"peer": "demand_paging_test"}, "demand_paging_test is not there: it has not been built")
     return Run(ENVIRONMENT, {"cases": ["all"]}, tuple(made.series), {"seconds": 171.3, "date": "2026-01-02 03:04 UTC"})
 
 

@@ -33,8 +33,8 @@ _ROW: Final = 0.27
 """Inches a row of a chart is high."""
 _CLASSES: Final = (0.8, 1.25, 2.0, 5.0)
 """Limits between classes of durations, in medians."""
-_AXES: Final = {"cpus": "vCPUs", "size": "size, MiB (log scale)", "resident": "resident, MiB (log scale)",
-                "pages": "pages (log scale)"}  # fmt: skip
+_AXES: Final = {"cpus": "vCPUs", "size": "size, MiB (log scale)", "memory": "memory, MiB (log scale)",
+                "resident": "resident, MiB (log scale)", "pages": "pages (log scale)"}  # fmt: skip
 _CELLS: Final = (160, 80)
 """Of a heat map, in time and in address; twice as many for more touches than :data:`_FEW`."""
 _FEW: Final = 1000

@@ -15,12 +15,11 @@ from pyvmm.bench.model import BenchError, Point, Run
 from pyvmm.bench.report import charts, plot
 from pyvmm.bench.report.groups import Group, Row, Section, emulated, point_of, said, scale_of, sections
 from pyvmm.bench.report.plot import Picture
+from pyvmm.bench.split import PARTS, WHOLE
 from pyvmm.bench.statistics import require
 
-PARTS: Final = ("el2", "account and pin", "allocation and zeroing", "exit and entry")
-"""Metrics of the case ``split`` that sum up to its metric ``whole``, in the order in which they are stacked."""
-SIZES: Final = ("size", "resident", "pages")
-"""Axes that are how much memory a guest has: bytes, or with K, M, G behind the number; pages are counted."""
+SIZES: Final = ("size", "memory", "resident")
+"""Axes that are how much memory a guest has: MiB, unless K, M or G is behind the number."""
 OURS: Final = "pyvmm"
 """Where on the axis ``peer`` we are ourselves."""
 
@@ -33,7 +32,7 @@ HEATS: Final = 8
 _ENOUGH: Final = 20
 """Values from which on a distribution is drawn as a line."""
 
-_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_MIB: Final = {"": 1.0, "K": 1 / 1024, "M": 1.0, "G": 1024.0}
 
 
 def pictures(section: Section, *, relative: bool) -> Iterator[Picture]:
@@ -118,7 +117,7 @@ def _distributions(group: Group, names: _Names, relative: bool) -> Iterator[Pict
 
 
 def _against(group: Group, names: _Names, relative: bool) -> Iterator[Picture]:
-    for axis in ("cpus", *SIZES):
+    for axis in ("cpus", "pages", *SIZES):
         place = _count if axis in ("cpus", "pages") else _mebibytes
         lines = _lines(group, axis, place)
         title = f"{group.case}: {group.title}, by " + ("number of vCPUs" if axis == "cpus" else axis)
@@ -154,8 +153,8 @@ def _count(value: object) -> float | None:
 
 
 def _mebibytes(value: object) -> float | None:
-    found = re.fullmatch(r"(\d{1,15})([KMG]?)(?:i?B)?", str(value)) if not isinstance(value, bool) else None
-    return int(found[1]) * _UNITS[found[2]] / (1 << 20) or None if found else None
+    found = re.fullmatch(r"(\d{1,15})([KMG]?)(?:i?B)?", str(value))
+    return int(found[1]) * _MIB[found[2]] or None if found else None
 
 
 # -- where the time goes
@@ -174,7 +173,7 @@ def _split(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
                     counts.setdefault(label, []).append(row.summary.n)
         parts = [part for part in PARTS if any(part in each for each in medians.values())]
         bars = [
-            (label, each, each.get("whole"), min(counts[label]))
+            (label, each, each.get(WHOLE), min(counts[label]))
             for label, each in medians.items() if set(each) & set(parts)
         ]  # fmt: skip
         if bars:
@@ -215,8 +214,7 @@ def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
             times = None
             if mine is not None and mine.summary.median and row.summary.median is not None:
                 times = row.summary.median / mine.summary.median if mine is not row else 1.0
-            label = _without_common(section, row).replace("peer=", "", 1)
-            bars.append((f"{group.metric}, {label}" if len(metrics) > 1 else label, row, times))
+            bars.append((_peer(section, group, row, several=len(metrics) > 1), row, times))
         if len(bars) > 1:
             scale = scale_of(unit, [row.summary.median for _, row, _ in bars if row.summary.median is not None])
             what = (next(iter(metrics)) if len(metrics) == 1 else "cost") + (f" per {per}" if per else "")
@@ -225,6 +223,16 @@ def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
                 names.of("peers", per), title, "Medians with their 95 % intervals; ours in another colour.",
                 partial(charts.peers, bars, scale, what, title, relative=relative),
             )  # fmt: skip
+
+
+def _peer(section: Section, group: Group, row: Row, *, several: bool) -> str:
+    """Name a peer, and what it does where others do something else; ourselves with whom we took turns."""
+    point = {name: said(value) for name, value in row.series.point.items()}
+    who, beside = point.pop("peer", ""), point.pop("beside", "")
+    points = [other.series.point for group in section.groups for other in group.rows]
+    what = [value for name, value in point.items() if any(said(other.get(name)) != value for other in points)]
+    name = f"{who} beside {beside}" if who == OURS and beside else who
+    return ", ".join(each for each in (name, group.metric if several else "", *what) if each) or "all"
 
 
 def _rest(group: Group, row: Row) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def measured(lab: Lab, case: str, **point: object) -> dict[str, Series]:
 
 
 def test_a_cold_donation_is_explained_by_parts_measured_apart(counting):
-    found = measured(counting, "split")
+    found = measured(counting, "split", pages=128)
     cost = {metric: median(series.kept) for metric, series in found.items()}
     assert all(cost[part] > 0 for part in PARTS)
     assert sum(cost[part] for part in PARTS) == pytest.approx(cost[WHOLE], rel=0.1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pyvmm.bench.el2 import Residency, Window, mean_gaps, of_trips, residency, trips, visits
+from pyvmm.bench.residency import Cost
+from pyvmm.bench.split import PARTS, WHOLE, Measured
 from pyvmm.observe.hyptrace import HypEvent
 
 VCPU = 97
@@ -65,3 +67,23 @@ def test_what_does_not_belong_to_an_operation_is_taken_off() -> None:
     rest = both.less(of_trips([share]), times=0.5)
     assert (rest.ns["guest_exit"], rest.entries["guest_exit"]) == (15 - 10, 1 - 0.5)
     assert both.without_tracing(2).total == 40 - 5
+
+
+def traced(el2: float, visits: int, rest: float, event: float) -> Cost:
+    """What is measured of an operation that takes so long without tracing: one of a visit's two events is in EL2's."""
+    seen = Residency(1, {"hvc": el2 + event * visits}, {"hvc": visits})
+    return Cost(el2 + rest + 2 * event * visits, seen, event)
+
+
+@pytest.mark.parametrize("event", [0, 100])
+def test_parts_are_those_of_a_donation_that_nobody_traced(event: float) -> None:
+    way, pin, allocation, call = 1500, 2600, 6200, 40
+    found = Measured(
+        cold=traced(7500, 4, way + pin + allocation, event),
+        populated=traced(6000, 3, way + pin, event),
+        exit=traced(2500, 2, way, event),
+        populating=traced(1500, 1, allocation + call, event),
+        again=traced(0, 0, call, event),
+    ).split()
+    assert [found[part] for part in PARTS] == [7500, pin, allocation, way]
+    assert found[WHOLE] == sum(found[part] for part in PARTS)

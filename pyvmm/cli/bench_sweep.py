@@ -38,7 +38,8 @@ ABOUT = """\
 PLAN.toml names values of axes, and every combination is measured:  case = "fault", repeat = 3, then [axes] with
 protection = ["none", "pkvm"], pages = [256, 1024]; [lab] with host-kernel, mode, icount, mem, cpus where it is to be
 measured in labs; several cases as [[sweep]] tables. Results are kept as they arrive, and the same command goes on where
-it stopped. A fleet is "dask scheduler" on one machine and "dask worker --nthreads 1 tcp://HOST:8786" on every one."""
+it stopped. A fleet is "dask scheduler" on one machine and "dask worker --nthreads 1 tcp://HOST:8786" on every one.
+Labs at once share this machine's CPUs: only where they count instructions (icount) do they not disturb each other."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ says how a lab gets to see it. Owns nothing.
 from __future__ import annotations
 
 import importlib
+import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +42,8 @@ _MODULES: Final = {
 
 def measure(name: str) -> list[Series]:
     """Measure a peer and pyvmm by turns; one series without values says why, where that cannot be done here."""
+    if platform.machine() != "aarch64":
+        return [missing(name, f"peers are arm64 programs, and this is {platform.machine()}: see pyvmm --lab")]
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     function: Callable[[], list[Series]] = module.PEERS[name]
     try:

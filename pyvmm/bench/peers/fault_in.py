@@ -19,7 +19,7 @@ from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.protection import Protection
 
 NAME: Final = "demand_paging_test"
-FEW: Final = 1024
+FEW: Final = 512
 """Pages a turn where a thread in user space serves each."""
 MIB: Final = 1 << 20
 SPARE: Final = 12

@@ -1,0 +1,90 @@
+"""Peers in the lab, where time counts instructions: pyvmm is not slower than what does the same with less in between.
+
+Elsewhere than in CI what nobody has built yet is not built for these tests: it takes a minute and 200 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pyvmm.bench.model import Series
+from pyvmm.lab import Lab, LabOptions
+from pyvmm.lab.peers import RECIPES, Prepared, prepare
+from pyvmm.lab.trees import usable_tree
+
+pytestmark = pytest.mark.lab
+
+MEASURE = """
+import json, sys
+from pyvmm.bench.peers import PEERS
+json.dump([[series.to_json() for series in PEERS[name]()] for name in sys.argv[1:]], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Prepared:
+    if not os.environ.get("CI") and not all(usable_tree(recipe()) for recipe in RECIPES.values()):
+        pytest.skip("what the peers need is not built yet: pyvmm.lab.peers.prepare() does it")
+    return prepare()
+
+
+@pytest.fixture(scope="module")
+def lab(prepared: Prepared) -> Iterator[Lab]:
+    with Lab(LabOptions(icount=True, cpus=1), arguments=prepared.paths) as lab:
+        yield lab
+
+
+def measure(lab: Lab, prepared: Prepared, name: str) -> list[Series]:
+    done = lab.capture(["python3", "-P", "-c", MEASURE, name], env=prepared.environment, timeout=600)
+    assert done.status == 0, done.stderr.decode()
+    [found] = json.loads(done.stdout)
+    return [Series.from_json(each) for each in found]
+
+
+def ratio(series: list[Series], **point: str) -> float:
+    [own] = [each for each in series if each.point["peer"] == "pyvmm" and point.items() <= each.point.items()]
+    assert own.unit == "instructions"
+    assert own.kept
+    [value] = [value for note, value in own.notes.items() if note.startswith("ratio to ")]
+    assert isinstance(value, float)
+    return value
+
+
+def test_everything_could_be_prepared(prepared: Prepared) -> None:
+    assert prepared.lacking == {}
+    assert set(prepared.trees) == set(RECIPES)
+
+
+def test_a_first_touch_costs_what_it_costs_the_kernels_own_test(lab: Lab, prepared: Prepared) -> None:
+    series = measure(lab, prepared, "demand_paging_test")
+    assert ratio(series, what="first write", backing="memfd") <= 1.05
+    others = {each.point["what"]: each.kept for each in series if each.point["peer"] == "demand_paging_test"}
+    assert min(others["first write, userfaultfd copies"]) > max(others["first write"])
+
+
+def test_an_exit_costs_no_more_than_under_qemu(lab: Lab, prepared: Prepared) -> None:
+    series = measure(lab, prepared, "qemu")
+    assert ratio(series, what="store to the UART") < 1
+    assert ratio(series, what="load from the UART") < 1
+    assert ratio(series, what="PSCI version") < 1.05
+
+
+def test_the_loop_costs_little_more_than_none_and_much_less_than_its_twin(lab: Lab, prepared: Prepared) -> None:
+    assert ratio(measure(lab, prepared, "bare loop")) <= 1.05
+    assert ratio(measure(lab, prepared, "twin")) < 0.7
+
+
+def test_the_kernels_test_of_guest_memfd_passes(lab: Lab, prepared: Prepared) -> None:
+    [series] = measure(lab, prepared, "guest_memfd_test")
+    assert series.notes == {"passed": True}
+    assert series.kept
+
+
+def test_what_a_host_lacks_is_told_in_the_selftests_own_words(lab: Lab, prepared: Prepared) -> None:
+    series = measure(lab, prepared, "access_tracking_perf_test")
+    # A Cortex-A72 does not keep access bits; a kernel with CONFIG_IDLE_PAGE_TRACKING can do without.
+    assert series[0].kept or "IDLE_PAGE_TRACKING" in series[0].unavailable

@@ -1,0 +1,260 @@
+"""Peers: what is read out of what they print, what is said where they are not, and how their trees are kept."""
+
+from __future__ import annotations
+
+import stat
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pyvmm.bench import peers
+from pyvmm.bench.peers import fault_in, loops, qemu, selftests
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.lab import peers as lab_peers
+from pyvmm.lab import selftests as tests_of_the_kernel
+from pyvmm.lab import trees
+from pyvmm.lab.apt import AptError, silent
+from pyvmm.lab.cache import Cache
+from pyvmm.lab.kbuild import KernelBuildError
+from pyvmm.lab.trees import Recipe, Scratch, find_tree, made_tree, usable_tree
+
+USAGE = """
+     Guest mode IDs:
+         3:    PA-bits:48,  VA-bits:48,  4K pages{0}
+         4:    PA-bits:48,  VA-bits:48, 16K pages (supported)
+         6:    PA-bits:40,  VA-bits:48,  4K pages{1}
+         8:    PA-bits:40,  VA-bits:48, 64K pages (supported)
+"""
+
+TRACKED = """Using lru_gen for aging
+Populating memory             : 0.111778688s
+Initial aging pass (lru_gen)
+Mark memory idle (lru_gen)    : 0.012072928s
+Writing to idle memory        : 0.004647536s
+Mark memory idle (lru_gen)    : 0.015298752s
+"""
+
+EXITS = """exits: what=store round=0 count=1000 ticks=1250000 hz=62500000\r
+exits: what=hvc round=0 count=1000 ticks=62500 hz=62500000
+exits: what=store round=1 count=500 ticks=625 hz=62500000
+exits: what=store round=2 count=10
+"""
+
+
+@pytest.mark.parametrize(("in_48", "in_40", "wanted"), [(True, True, "6"), (True, False, "3"), (False, True, "6")])
+def test_a_selftest_runs_a_guest_with_small_pages_and_our_address_size(in_48: bool, in_40: bool, wanted: str) -> None:
+    marks = (" (supported)" if each else "" for each in (in_48, in_40))
+    assert selftests.guest_mode(USAGE.format(*marks)) == wanted
+
+
+def test_a_host_without_small_pages_is_no_host_to_compare_on() -> None:
+    with pytest.raises(HostError, match="pages of 4 KiB"):
+        selftests.guest_mode(USAGE.format("", ""))
+
+
+def test_steps_and_totals_are_read_in_ns() -> None:
+    assert selftests.steps(TRACKED) == {
+        "Populating memory": 111778688,
+        "Mark memory idle (lru_gen)": 15298752,
+        "Writing to idle memory": 4647536,
+    }
+    assert selftests.total("All joined\nTotal guest execution time:\t1.886359104s\nPer-vcpu: 2\n") == 1886359104
+    with pytest.raises(PyvmmError, match=r"does not say.*Killed"):
+        selftests.total("Started all vCPUs\nKilled\n")
+
+
+def test_the_payloads_lines_become_ns_an_exit() -> None:
+    assert qemu.parse(EXITS) == {"store": [20000.0, 20.0], "hvc": [1000.0]}
+
+
+def test_a_ratio_is_of_the_same_turn_and_leaves_the_first_out() -> None:
+    own, other = [[900.0], [110.0], [300.0], [95.0]], [[100.0], [100.0], [200.0], [100.0]]
+    assert peers.ratio(own, other) == 1.1
+
+
+def test_a_pair_is_told_apart_by_who_it_is() -> None:
+    theirs, ours = peers.pair(
+        "qemu", {"what": "store"}, "exit", [[2.0], [3.0]], [[4.0], [4.0]], clocks=("guest", "host"), per="exit"
+    )
+    assert (theirs.point["peer"], theirs.clock, theirs.kept) == ("qemu", "guest", (4.0,))
+    assert (ours.point["peer"], ours.clock, ours.kept) == ("pyvmm", "host", (3.0,))
+    assert ours.notes == {"ratio to qemu": 0.75}
+    assert theirs.key != ours.key
+
+
+def test_every_peer_has_its_measurement() -> None:
+    there = {**fault_in.PEERS, **loops.PEERS, **qemu.PEERS, **selftests.PEERS}
+    assert set(there) == set(peers.PEERS)
+
+
+def test_where_a_peer_is_not_there_a_series_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(trees.VARIABLE, f"selftests={tmp_path}/gone")
+    [elsewhere] = peers.measure("qemu") if peers.platform.machine() != "aarch64" else [peers.missing("qemu", "--lab")]
+    assert "--lab" in elsewhere.unavailable
+    monkeypatch.setattr(peers.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(qemu.shutil, "which", lambda _: None)
+    for name in peers.PEERS:
+        if name == "twin":
+            continue  # it needs nothing but the checkout that this is
+        [series] = peers.measure(name)
+        assert series.point == {"peer": name}
+        assert not series.values
+        assert "is not here\n  hint: " in series.unavailable or "apt install qemu-system-arm" in series.unavailable
+
+
+# -- trees
+
+
+class Maker:
+    """Makes a tree of one file, as often as it is asked."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.raises: Exception | None = None
+
+    def __call__(self, scratch: Scratch, _progress: object) -> str:
+        if self.raises:
+            raise self.raises
+        self.made += 1
+        (scratch.downloads / "package").write_text("big")
+        (scratch.work / "between").write_text("")
+        (scratch.tree / "program").write_text(f"made {self.made}")
+        return f"source {self.made}"
+
+    def recipe(self, digest: str = "one", name: str = "things") -> Recipe:
+        return Recipe(name, digest, self)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "lab")
+
+
+def test_a_tree_is_made_once_and_again_for_another_recipe(cache: Cache) -> None:
+    maker = Maker()
+    first = made_tree(maker.recipe(), cache=cache)
+    assert made_tree(maker.recipe(), cache=cache) == first == usable_tree(maker.recipe(), cache)
+    assert sorted(path.name for path in first.iterdir()) == ["manifest.json", "program"]
+    second = made_tree(maker.recipe("two"), cache=cache)
+    assert (maker.made, second != first) == (2, True)
+    assert first.is_dir(), "a lab may be starting from it"
+    assert not list(cache.directory.glob("peers/downloads/*"))
+    assert not (cache.directory / "peers-partial").exists()
+
+
+def test_a_damaged_tree_is_made_again(cache: Cache) -> None:
+    maker = Maker()
+    (made_tree(maker.recipe(), cache=cache) / "program").write_text("")
+    assert usable_tree(maker.recipe(), cache) is None
+    assert (made_tree(maker.recipe(), cache=cache) / "program").read_text() == "made 2"
+
+
+def test_offline_a_tree_of_another_day_does(cache: Cache) -> None:
+    maker, said = Maker(), []
+    tree = made_tree(maker.recipe(), cache=cache)
+    maker.raises = AptError("apt-get update failed", offline=True)
+    assert made_tree(maker.recipe(), refresh=True, cache=cache, progress=lambda what, _: said.append(what)) == tree
+    assert said == ["offline: using the things there are"]
+    with pytest.raises(AptError):
+        made_tree(maker.recipe("two"), cache=cache)
+
+
+def test_a_full_disk_is_told_with_what_to_do(cache: Cache) -> None:
+    maker = Maker()
+    maker.raises = OSError(28, "No space left on device")
+    with pytest.raises(PyvmmError, match="no space left") as caught:
+        made_tree(maker.recipe(), cache=cache)
+    assert "XDG_CACHE_HOME" in (caught.value.hint or "")
+
+
+def test_the_environment_says_where_trees_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tree = made_tree(Maker().recipe())
+    assert find_tree("things") == tree
+    elsewhere = tmp_path / "shown"
+    tree.rename(elsewhere)
+    assert find_tree("things") is None
+    shown = lab_peers.Prepared({"a": tmp_path, "things": elsewhere}, {})
+    monkeypatch.setenv(trees.VARIABLE, shown.environment[trees.VARIABLE])
+    assert find_tree("things") == elsewhere
+    assert find_tree("a") is None
+
+
+def test_what_cannot_be_prepared_is_left_out_with_the_reason(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = Maker(), Maker()
+    bad.raises = HostError("there is no compiler", hint="apt install one")
+    monkeypatch.setattr(lab_peers, "RECIPES", {"good": good.recipe, "bad": lambda: bad.recipe(name="bad")})
+    prepared = lab_peers.prepare(("good", "bad"), cache=cache)
+    assert list(prepared.trees) == ["good"]
+    assert prepared.lacking == {"bad": "there is no compiler\n  hint: apt install one"}
+    assert prepared.paths == [str(prepared.trees["good"])]
+
+
+# -- building the selftests
+
+MAKE = r"""
+echo "$*" >> "$HOME/made"
+for word in "$@"; do
+    case "$word" in
+    /*_test) [ ! -e "$HOME/fail" ] || { echo "lib/x.c:1:2: error: no such thing"; exit 2; }; echo ELF > "$word";;
+    esac
+done
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tests_of_the_kernel.SelftestTree:
+    make = tmp_path / "bin" / "make"
+    make.parent.mkdir()
+    make.write_text(f"#!/bin/sh\n{MAKE}")
+    make.chmod(make.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{make.parent}:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "linux" / tests_of_the_kernel.DIRECTORY).mkdir(parents=True)
+    return tests_of_the_kernel.SelftestTree(tmp_path / "linux", tmp_path / "log", {"ARCH": "arm64"})
+
+
+def test_headers_come_before_the_three_programs(tree: tests_of_the_kernel.SelftestTree, tmp_path: Path) -> None:
+    built = tree.build(tmp_path, silent)
+    assert [path.name for path in built] == list(tests_of_the_kernel.PROGRAMS)
+    assert all(path.read_text() == "ELF\n" for path in built)
+    made = (tmp_path / "made").read_text().splitlines()
+    assert made[0].endswith("headers")
+    assert all("ARCH=arm64" in line and "LDLIBS=-static -s" in line for line in made[1:])
+
+
+def test_a_failed_build_names_what_it_was_and_what_the_compiler_said(
+    tree: tests_of_the_kernel.SelftestTree, tmp_path: Path
+) -> None:
+    (tmp_path / "fail").touch()
+    with pytest.raises(KernelBuildError, match="the kernel's KVM selftests could not be built") as caught:
+        tree.build(tmp_path, silent)
+    assert "| lib/x.c:1:2: error: no such thing" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("Makefile", True),
+        ("tools/testing/selftests/kvm/lib/kvm_util.c", True),
+        ("tools/testing/selftests/clone3/clone3_selftests.h", True),
+        ("tools/testing/selftests/net/tls.c", False),
+        ("lib/rbtree.c", True),
+        ("lib/crypto/aes.c", False),
+        ("drivers/tty/serial/amba-pl011.c", False),
+        ("include/uapi/linux/kvm.h", True),
+        ("include/linux/kvm_host.h", False),
+    ],
+)
+def test_of_the_kernels_source_only_what_the_tests_are_made_of_is_unpacked(
+    tree: tests_of_the_kernel.SelftestTree, tmp_path: Path, path: str, wanted: bool
+) -> None:
+    member = tarfile.TarInfo(f"linux-source-7.3/{path}")
+    archive = tmp_path / "archive.tar"
+    with tarfile.open(archive, "w") as out:
+        out.addfile(member)
+    with tarfile.open(archive) as tar:
+        tree._place(tar, member)
+    assert (tree.directory / path).exists() == wanted

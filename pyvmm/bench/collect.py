@@ -102,11 +102,15 @@ def measure(
     steps, begun = plan.steps(), time.monotonic()
     say(header(environment(), {**plan.to_json(), "points": len(steps)}))
     results = run((Task(step.case, step.point) for step in steps), deadline=deadline)
+    last = begun
     for step, (_, series) in zip(steps, results, strict=True):
         for each in series:
             notes = {**each.notes, "side": step.side, "turn": step.turn} if step.side else each.notes
             say(line(replace(each, notes=notes)))
-        say(json.dumps({"done": {"case": step.case.name, "point": step.point}}) + "\n")
+        now = time.monotonic()
+        done = {"case": step.case.name, "point": step.point, "seconds": round(now - last, 3)}
+        say(json.dumps({"done": done}) + "\n")
+        last = now
     for each in peers() if peers else ():
         say(line(each))
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -133,8 +137,7 @@ class Collector:
             self._done += 1
             point = data["done"]
             self._progress(self._done, self._points, f"{point['case']} {point['point'].get('protection', '')}")
-            return
-        if not self._lines:
+        elif not self._lines:
             self._points = data.get("asked", {}).get("points", 0)
         self._lines.append(text)
         if self._file is not None and self.failed is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -30,6 +29,8 @@ STILL = 15.0
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
+    from pyvmm.cli import bench_sweep
+
     parser = subparsers.add_parser(
         "bench", help="what a fault, an exit, a share, a conversion costs", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,14 +62,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     output.add_argument("--html", type=OutputPath, metavar="FILE", help="one page with figures and the raw results")
     output.add_argument("--figures", type=OutputPath, metavar="DIR", help="the figures as SVG and PNG")
     parser.add_argument("--collect", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--point", metavar="JSON", help=argparse.SUPPRESS)
+    bench_sweep.add_options(parser)
     add_common(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Do what the command line says on this very host; returns the exit status."""
-    if args.point is not None:
-        return _measure_point(args)
     if (sub := _SUBVERBS.get(_first(args))) is not None:
         return sub(args)
     plan = _plan(args)
@@ -158,20 +157,6 @@ def _peers() -> list[Series]:
     from pyvmm.bench.peers import PEERS
 
     return [series for peer in PEERS.values() for series in peer()]
-
-
-def _measure_point(args: argparse.Namespace) -> int:
-    from pyvmm.bench.model import line
-    from pyvmm.bench.runner import measure_point
-
-    try:
-        asked = json.loads(args.point)
-        case, point = asked["case"], dict(asked["point"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--point {args.point}: no case and point in JSON: {error}") from None
-    for series in measure_point(case, point, deadline=args.deadline):
-        print(line(series), end="", flush=True)
-    return 0
 
 
 def _require_host(args: argparse.Namespace) -> None:
@@ -325,7 +310,9 @@ def _files(args: argparse.Namespace, verb: str, least: int, most: int) -> list[s
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    raise UsageError("sweeps are not wired")
+    from pyvmm.cli import bench_sweep
+
+    return bench_sweep.main(args)
 
 
 _SUBVERBS: Mapping[str, Callable[[argparse.Namespace], int]] = {COMPARE: _compare, REPORT: _report, SWEEP: _sweep}

@@ -38,6 +38,8 @@ COMMANDS = [
     ["doctor", "--json"],
     ["lab", "status"],
     ["atlas", "share", "--json", "a.json"],
+    ["bench", "fault", "--quick", "--json", "a.jsonl"],
+    ["bench", "sweep", "a.toml", "--labs", "2"],
     ["map", "payload:echo"],
     ["repl", "--protection", "pkvm"],
     ["--lab", "run", "payload:hello"],

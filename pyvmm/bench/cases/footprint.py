@@ -20,17 +20,14 @@ KIB: Final = 1024
     axes={"protection": PROTECTIONS, "cpus": (1, 4), "memory": (16, 256)},
 )
 def footprint(bench: Bench) -> None:
-    """Run this module in a fresh interpreter each round: a forked one would share its memory with us."""
-    rounds = []
-    for _ in range(bench.rounds):
-        words = [bench["protection"], str(bench["cpus"]), str(bench["memory"])]
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", __name__, *words], capture_output=True, text=True, check=False, timeout=60
-        )
-        if done.returncode:
-            bench.cannot(f"the process to be measured failed: {done.stderr.strip()[-500:]}")
-        rounds.append([float(done.stdout)])
-    bench.keep("PSS less guest memory", rounds, clock="memory", unit="bytes", per="VM")
+    """Run this module in a fresh interpreter, for a forked one would share its memory with us; once, for it repeats."""
+    words = [bench["protection"], str(bench["cpus"]), str(bench["memory"])]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", __name__, *words], capture_output=True, text=True, check=False, timeout=60
+    )
+    if done.returncode:
+        bench.cannot(f"the process to be measured failed: {done.stderr.strip()[-500:]}")
+    bench.keep("PSS less guest memory", [[float(done.stdout)]], clock="memory", unit="bytes", per="VM")
 
 
 def measure(protection: str, cpus: int, memory: int) -> int:

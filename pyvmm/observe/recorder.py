@@ -30,7 +30,7 @@ MOST_RECORDS: Final = 1 << 20
 RING_RECORDS: Final = 1 << 16
 """Of a vCPU, fewer where there are many of them: at a million exits a second, 65 ms of one."""
 _ALL_RINGS: Final = 1 << 19
-PERIOD = 0.02
+PERIOD = 0.05
 """Seconds between two looks at the rings at least, and so many times what a look took; none while a ring fills fast."""
 PATIENCE = 5
 _BATCH: Final = 1 << 12
@@ -103,6 +103,8 @@ class Recorder(Timeline):
             size //= 2
         for native in natives:
             records = ffi.new("struct pv_record[]", size)
+            # Its pages are there from now on: the vCPU must not fault for them.
+            ffi.memmove(records, bytes(ffi.sizeof(records)), ffi.sizeof(records))
             self._rings.append(records)
             native.ring.records, native.ring.size, native.ring.exits = records, size, 1
         self._raw = [[] for _ in natives]

@@ -90,10 +90,13 @@ def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
     _plan(args)  # what makes no sense is said before anything is booted
 
     def collect(take: Callable[[str], None]) -> int:
-        from pyvmm.cli.lab import run_verb
+        from pyvmm.cli.lab import prepare_peers, run_verb
 
-        words = [word for word in args.verb_argv if word != "--collect"]
-        return run_verb([*flags, *words, "--collect"], args, outputs=(), stdout=Lines(take))
+        peers = prepare_peers() if args.peers else None
+        return run_verb(
+            [*flags, *args.verb_argv, "--collect"], args, outputs=(), stdout=Lines(take),
+            visible=peers.paths if peers else (), env=peers.environment if peers else None,
+        )  # fmt: skip
 
     return _run(args, collect)
 

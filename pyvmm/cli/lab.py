@@ -21,12 +21,13 @@ from pyvmm.cli.common import Interrupted, add_common, find_outputs, parse_count,
 from pyvmm.errors import HostError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import FrameType
 
     from pyvmm.lab import LabOptions
     from pyvmm.lab.cache import Image
     from pyvmm.lab.ownkernel import OwnKernel
+    from pyvmm.lab.peers import Prepared
     from pyvmm.lab.stream import Sink
 
 BEFORE = "--lab-"
@@ -121,19 +122,26 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run_verb(
-    argv: list[str], args: argparse.Namespace, *, outputs: Sequence[str] | None = None, stdout: Sink | None = None
+    argv: list[str],
+    args: argparse.Namespace,
+    *,
+    outputs: Sequence[str] | None = None,
+    stdout: Sink | None = None,
+    visible: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> int:
     """Run ``pyvmm ARGV`` in a lab of its own, and return its exit status.
 
     Files it names are visible there; what it writes to ``outputs``, by default the OutputPaths among ``args``, is
-    here afterwards. Its output is ours unless ``stdout`` takes it.
+    here afterwards. Its output is ours unless ``stdout`` takes it. ``visible`` are more paths to be seen there, ``env``
+    more variables.
     """
     is_tty = stdout is None and all(map(os.isatty, (STDIN, 1, 2)))
     if outputs is None:
         outputs = find_outputs(args)
     # -P: the current directory is not a place to import from, and under 9p a slow one.
-    return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=argv, outputs=outputs,
-                stdout=stdout)  # fmt: skip
+    return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=[*argv, *visible],
+                outputs=outputs, stdout=stdout, env=env)  # fmt: skip
 
 
 def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
@@ -159,6 +167,7 @@ def _run(
     outputs: Sequence[str] = (),
     live: bool = False,
     stdout: Sink | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> int:
     from pyvmm.lab import Lab
     from pyvmm.lab.needs import require
@@ -175,7 +184,7 @@ def _run(
     with _terminable():
         image = _image(_kernel(args), refresh=False)
         with Lab(options, image=image, arguments=files, outputs=outputs, live=live) as lab:
-            return lab.run(command, stdin=STDIN, stdout=stdout, is_tty=is_tty)
+            return lab.run(command, stdin=STDIN, stdout=stdout, is_tty=is_tty, env=env)
 
 
 def _options(args: argparse.Namespace) -> LabOptions:
@@ -213,6 +222,17 @@ def _build_kernel(*, refresh: bool) -> int:
     if kernel.manifest.refused:
         print(f"pyvmm: not as asked in this source: {' '.join(kernel.manifest.refused)}", file=sys.stderr)
     return 0
+
+
+def prepare_peers() -> Prepared:
+    """Build or fetch what a benchmark's peers need, showing how, and say of which there is none."""
+    from pyvmm.lab import peers
+
+    with _progress() as progress:
+        prepared = peers.prepare(progress=progress)
+    for name, why in prepared.lacking.items():
+        print(f"pyvmm: bench: no {name}: {why}", file=sys.stderr)
+    return prepared
 
 
 def _own_kernel(*, refresh: bool, thorough: bool) -> OwnKernel:

@@ -125,8 +125,12 @@ class Tracing:
             log.warning("trace_incomplete", file=self._path, reason=note)
         if self.faults and self._recorder is not None and self._recorder.why_no_faults:
             log.warning("trace_without_faults", reason=self._recorder.why_no_faults)
-        if self._hypervisor is not None and self._hypervisor.why_not:
-            log.warning("trace_without_el2", reason=self._hypervisor.why_not)
+        if self._hypervisor is not None:
+            if self._hypervisor.why_not:
+                log.warning("trace_without_el2", reason=self._hypervisor.why_not)
+            if self._hypervisor.lost:
+                reason = f"{self._hypervisor.lost:,} of the hypervisor's events were overwritten, the oldest"
+                log.warning("trace_incomplete", file=self._path, reason=reason)
 
 
 def _about(machine: Machine) -> About:

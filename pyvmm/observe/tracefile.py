@@ -200,7 +200,7 @@ class _Trace:
         guest, end = writer.event(BEGIN, track, "guest", "guest"), writer.event(END, track)
         inside: list[Record] = []
         """Records of what the open exit slice did, and the next one's."""
-        open_ns, last_fault, lost = 0, 0, False
+        open_ns, last_fault, lost = -1, 0, False
         for record in self.recorder.records(index):
             ns, kind, missing, code, _, size, addr, guest_ns = record
             lost = lost or bool(missing)
@@ -208,12 +208,12 @@ class _Trace:
                 inside.append(Record._make(record) if kind == lib.PV_REC_FAULT else next(conversions))
                 continue
             entered = ns - guest_ns
-            if open_ns and inside:
+            if open_ns >= 0 and inside:
                 inside = self._inside(track, open_ns if lost else entered, inside)
-            if open_ns and not lost:
+            if open_ns >= 0 and not lost:
                 put_both(entered, end, guest)
             else:
-                if open_ns:
+                if open_ns >= 0:
                     # Nobody knows when that exit was over.
                     put_both(open_ns, end, writer.event(INSTANT, track, "records lost", "lost"))
                 put(entered, guest)
@@ -230,7 +230,7 @@ class _Trace:
             put_both(ns, end, event)
             open_ns = ns
             exits[ns >> 20] = exits.get(ns >> 20, 0) + 1
-        if open_ns:
+        if open_ns >= 0:
             over = max(open_ns, self.about.end_ns)
             self._inside(track, over, inside)
             put(over, end)
@@ -302,22 +302,22 @@ class _Trace:
     def _el2(self, events: Sequence[HypEvent]) -> None:
         writer = self.writer
         behind = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
-        inside: set[int] = set()
-        tracks: set[int] = set()
+        cpus = {tid: index for index, tid in self.recorder.tids.items()}
+        inside: dict[int, bool] = {}
         for event in events:
             ns, track = event.ns - behind, _EL2 + event.cpu
-            if ns < self.about.start_ns or event.entered == (event.cpu in inside):
+            if not self.about.start_ns <= ns <= self.about.end_ns or event.entered == inside.get(track, False):
                 continue
-            if track not in tracks:
-                tracks.add(track)
+            if track not in inside:
                 writer.track(track, _PROCESS, f"EL2 on CPU {event.cpu}", (1 << 11) + event.cpu)
+            inside[track] = event.entered
             if event.entered:
-                inside.add(event.cpu)
-                notes: dict[str, Note] = {"thread of the vCPU": event.vcpu}
+                notes: dict[str, Note] = {"vCPU": cpus[event.vcpu]} if event.vcpu in cpus else {}
                 writer.put(ns, writer.event(BEGIN, track, f"EL2: {event.reason}", "el2", notes))
             else:
-                inside.remove(event.cpu)
                 writer.put(ns, writer.event(END, track))
+        for track in (track for track, is_open in inside.items() if is_open):
+            writer.put(self.about.end_ns, writer.event(END, track))
 
     def _counters(self, conversions: Sequence[Record]) -> None:
         writer, about = self.writer, self.about

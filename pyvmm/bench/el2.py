@@ -15,6 +15,7 @@ Times are as events have them: ns, cut to the microsecond. Sums over many are go
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,8 @@ from typing import NamedTuple
 
 from pyvmm.observe.hyptrace import HypEvent
 
+_CUT = 1000
+"""ns."""
 GUEST_EXIT, ERET_GUEST = "guest_exit", "eret_guest"
 HVC, HOST_ABORT = "hvc", "host_abort"
 
@@ -104,6 +107,12 @@ class Residency:
         """Entries an operation."""
         return sum(self.entries.values())
 
+    @property
+    def error(self) -> float:
+        """Ns by which :attr:`total` may be off, one standard deviation, for stamps are cut to the microsecond."""
+        stamps = 2 * max(self.visits, 0.0) * self.operations
+        return _CUT / math.sqrt(12) * math.sqrt(stamps) / self.operations
+
     def less(self, rest: Residency, *, times: float = 1.0) -> Residency:
         """Return what is left without ``times`` of the ``rest`` in each operation: an order's own exits, say."""
         return Residency(self.operations, _minus(self.ns, rest.ns, times), _minus(self.entries, rest.entries, times))
@@ -112,6 +121,33 @@ class Residency:
         """Return it less the cost of being traced: ``event`` ns for each visit, what one event takes EL2 to write."""
         ns = {reason: value - event * self.entries.get(reason, 0.0) for reason, value in self.ns.items()}
         return Residency(self.operations, ns, self.entries)
+
+
+class Cost(NamedTuple):
+    """What one operation took, in ns, while the hypervisor was traced and as if it had not been.
+
+    ``traced`` is by the clock of who waited for it, ``el2`` what the trace says, ``event`` what one event costs. Of the
+    two events of a visit one is within what the trace says: an entry's, which is stamped first and written then.
+    """
+
+    traced: float
+    el2: Residency
+    event: float
+
+    @property
+    def whole(self) -> float:
+        """All of it."""
+        return self.traced - 2 * self.event * self.el2.visits
+
+    @property
+    def hypervisor(self) -> float:
+        """EL2's part."""
+        return self.el2.without_tracing(self.event).total
+
+    @property
+    def rest(self) -> float:
+        """The guest's and the host's part."""
+        return self.whole - self.hypervisor
 
 
 def visits(events: Iterable[HypEvent]) -> list[Visit]:

@@ -20,7 +20,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from pyvmm.atlas.experiment import Experiment
 from pyvmm.bench.el2 import Residency, Window, residency, visits
@@ -32,39 +32,12 @@ from pyvmm.uapi.kvm_arm64 import KVM_ARM_SET_COUNTER_OFFSET, kvm_arm_counter_off
 
 NOBODYS_CALL: Final = 0x8600_00FE
 """A vendor's call that nobody has: KVM in the host says so. The least that an exit to the host can be."""
-_EXITS: Final = 256
-_TRIES: Final = 3
+_EXITS: Final = 64
+_TRIES: Final = 10
 _PINGS: Final = 16
 _PATIENCE: Final = 1000
 """Milliseconds."""
 _ORDER, _EXIT = "an order by itself", "an exit, to tell what tracing costs"
-
-
-class Cost(NamedTuple):
-    """What one operation took, in ns, while the hypervisor was traced and as if it had not been.
-
-    ``traced`` is by the clock of who waited for it, ``el2`` what the trace says, ``event`` what one event costs. Of the
-    two events of a visit one is within what the trace says: an entry's, which is stamped first and written then.
-    """
-
-    traced: float
-    el2: Residency
-    event: float
-
-    @property
-    def whole(self) -> float:
-        """All of it."""
-        return self.traced - 2 * self.event * self.el2.visits
-
-    @property
-    def hypervisor(self) -> float:
-        """EL2's part."""
-        return self.el2.without_tracing(self.event).total
-
-    @property
-    def rest(self) -> float:
-        """The guest's and the host's part."""
-        return self.whole - self.hypervisor
 
 
 class Recorder:
@@ -144,12 +117,13 @@ class Recorder:
     def keep(self, bench: Bench, name: str, *, per: str = "page") -> None:
         """Keep a series of the ns at EL2 an operation, one value a block, or why there is none.
 
-        Notes say how much of the mean came by which reason, and how often EL2 was entered.
+        Notes say how much of the mean came by which reason, how often EL2 was entered, and how far a value may be off
+        because the kernel cuts its stamps.
         """
         found = self.residencies(name)
         warm = int(len(found) > 1)
         kept = [each.without_tracing(self.event) for each in found[warm:]]
-        notes = {}
+        notes = {f"stamps' error {bench.unit}": _mean(each.error for each in kept)} if kept else {}
         for reason in sorted({reason for each in kept for reason in each.ns}):
             notes[f"{reason} {bench.unit}"] = _mean(each.ns.get(reason, 0.0) for each in kept)
             notes[f"{reason} entries"] = _mean(each.entries.get(reason, 0.0) for each in kept)

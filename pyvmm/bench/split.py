@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from pyvmm.bench.residency import Cost
+from pyvmm.bench.el2 import Cost
 
 WHOLE: Final = "whole"
 PARTS: Final = ("EL2", "account and pin", "allocation and zeroing", "exit and entry")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyvmm.bench.el2 import Residency, Window, mean_gaps, of_trips, residency, trips, visits
-from pyvmm.bench.residency import Cost
+from pyvmm.bench.el2 import Cost, Residency, Window, mean_gaps, of_trips, residency, trips, visits
 from pyvmm.bench.split import PARTS, WHOLE, Measured
 from pyvmm.observe.hyptrace import HypEvent
 
@@ -56,6 +55,7 @@ def test_residency_is_the_mean_of_what_begins_in_the_window_by_reason() -> None:
     )
     assert residency(seen, Window(100, 300, 2)).total == 30 + 10
     assert residency(seen, Window(0, 50, 2)).total == 0
+    assert Residency(1, {}, {"hvc": 0.5}).error == pytest.approx(1000 / 12**0.5)  # of one stamp
     with pytest.raises(ValueError, match="no operations"):
         residency(seen, Window(100, 300, 0))
 

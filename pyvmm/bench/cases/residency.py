@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from pyvmm.bench.case import case
+from pyvmm.bench.el2 import Residency
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.residency import NOBODYS_CALL, Recorder
 from pyvmm.guest.puppet import Access, What
@@ -31,22 +32,23 @@ def residency(bench: Bench) -> None:
             if recorder.why_not:
                 bench.cannot(recorder.why_not)
             for _ in range(bench.rounds):
-                cold, there, untouched = (x.page(pages) for _ in range(3))
+                touched, untouched = x.page(2 * pages), x.page(pages)
+                cold, there = touched, touched + pages * PAGE_SIZE
                 x.memory.populate(there, pages * PAGE_SIZE)
-                with recorder.over("exit", pages):
-                    x.guest.series(What.HVC, count=pages, value=NOBODYS_CALL)
+                with recorder.over("exit", 2 * pages):
+                    x.guest.series(What.HVC, count=2 * pages, value=NOBODYS_CALL)
                 for name, begin in (("first touch", cold), ("populated page's first touch", there)):
                     with recorder.over(name, pages):
                         x.guest.touch(begin, pages, access=Access.WRITE)
                 if not protected:
                     continue
-                for name, what, begin in (
-                    ("share", What.SHARE, cold),
-                    ("unshare", What.UNSHARE, cold),
-                    ("untouched page's share", What.SHARE, untouched),
+                for name, what, begin, count in (
+                    ("share", What.SHARE, touched, 2 * pages),
+                    ("unshare", What.UNSHARE, touched, 2 * pages),
+                    ("untouched page's share", What.SHARE, untouched, pages),
                 ):
-                    with recorder.over(name, pages):
-                        x.guest.series(what, begin, pages, stride=PAGE_SIZE)
+                    with recorder.over(name, count):
+                        x.guest.series(what, begin, count, stride=PAGE_SIZE)
         recorder.keep(bench, "exit", per="exit")
         recorder.keep(bench, "first touch")
         recorder.keep(bench, "populated page's first touch")
@@ -60,6 +62,7 @@ def residency(bench: Bench) -> None:
 def _ends(bench: Bench, pages: int) -> None:
     """End VMs whose guests have touched ``pages`` pages and others that have touched none: pages are the difference."""
     per_page, rest = [], []
+    ends: list[Residency] = []
     for _ in range(ENDS):
         ends = []
         for touched in (0, pages):
@@ -70,8 +73,11 @@ def _ends(bench: Bench, pages: int) -> None:
                     x.end()
                 if recorder.why_not:
                     bench.cannot(recorder.why_not)
-                ends.append(recorder.residencies("end")[0].without_tracing(recorder.event).total)
-        per_page.append([(ends[1] - ends[0]) / pages])
-        rest.append([ends[0]])
-    bench.keep("page at the VM's end", per_page, clock="el2")
-    bench.keep("rest of the VM's end", rest, clock="el2", per="VM")
+                ends.append(recorder.residencies("end")[0].without_tracing(recorder.event))
+        per_page.append([(ends[1].total - ends[0].total) / pages])
+        rest.append([ends[0].total])
+    errors: list[dict[str, Any]] = [
+        {f"stamps' error {bench.unit}": round(error, 2)} for error in (ends[1].error / pages, ends[0].error)
+    ]
+    bench.keep("page at the VM's end", per_page, clock="el2", **errors[0])
+    bench.keep("rest of the VM's end", rest, clock="el2", per="VM", **errors[1])

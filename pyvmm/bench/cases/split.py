@@ -7,8 +7,9 @@ from collections import defaultdict
 from typing import Final
 
 from pyvmm.bench.case import case
+from pyvmm.bench.el2 import Cost
 from pyvmm.bench.measure import Bench
-from pyvmm.bench.residency import NOBODYS_CALL, Cost, Recorder
+from pyvmm.bench.residency import NOBODYS_CALL, Recorder
 from pyvmm.bench.split import PARTS, WHOLE, Measured
 from pyvmm.guest.puppet import Access, What
 from pyvmm.memory import mman

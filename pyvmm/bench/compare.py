@@ -92,7 +92,7 @@ def compare(a: Run, b: Run) -> Comparison:
     """
     statistics.require()
     _refuse(a, b)
-    in_a, in_b = _merged(a), _merged(b)
+    in_a, in_b = ({series.key: series for series in statistics.merged(run.series)} for run in (a, b))
     both = [key for key in in_a if key in in_b]
     if not both:
         raise BenchError(
@@ -225,24 +225,6 @@ def _said(value: Value) -> str:
 def _equal(one: Value, other: Value) -> bool:
     # In Python True is 1; in an environment they are not the same.
     return type(one) is type(other) and one == other
-
-
-def _merged(run: Run) -> dict[tuple[Value, ...], Series]:
-    """Return a run's series that have values; those of the same thing, measured again, as further rounds of one."""
-    found: dict[tuple[Value, ...], list[Series]] = {}
-    for series in run.series:
-        if series.kept and not series.unavailable:
-            found.setdefault(series.key, []).append(series)
-    merged: dict[tuple[Value, ...], Series] = {}
-    for key, same in found.items():
-        merged[key] = same[0]
-        if len(same) > 1:
-            parts = [part for series in same for part in statistics.rounds(series)]
-            merged[key] = replace(
-                same[0], values=tuple(float(value) for part in parts for value in part), warmup=0,
-                rounds=tuple(len(part) for part in parts), places=(), began=(),
-            )  # fmt: skip
-    return merged
 
 
 def _difference(a: Series, b: Series) -> Difference:

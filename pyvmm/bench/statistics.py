@@ -9,7 +9,8 @@ type 7), and are given only where there are values enough.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -105,6 +106,28 @@ def rounds(series: Series) -> list[Floats]:
         if len(of_round):
             found.append(of_round)
     return found
+
+
+def merged(some: Iterable[Series]) -> list[Series]:
+    """Return the series that have values, those of the same thing, measured several times, as further rounds of one.
+
+    Its picture is that of the last round. Raises BenchError for values that are none.
+    """
+    found: dict[tuple[object, ...], list[Series]] = {}
+    for series in some:
+        if series.kept and not series.unavailable:
+            found.setdefault((*series.key, series.unit), []).append(series)
+    return [same[0] if len(same) == 1 else _merged(same) for same in found.values()]
+
+
+def _merged(same: Sequence[Series]) -> Series:
+    parts = [part for series in same for part in rounds(series)]
+    last = same[-1]
+    tail = -len(parts[-1])
+    return replace(
+        same[0], values=tuple(float(value) for part in parts for value in part), warmup=0,
+        rounds=tuple(len(part) for part in parts), places=last.places[tail:], began=last.began[tail:],
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)

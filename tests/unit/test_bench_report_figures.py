@@ -145,6 +145,16 @@ def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its
     assert "fault-touch-pages-all" not in names(replace(made, began=(0, 0, 0, float("nan"))))
 
 
+def test_every_protection_has_pictures_where_there_are_too_many():
+    some = [
+        samples.series([1.0], point={"protection": protection, "at": at}, places=(0,), began=(0.0,))
+        for protection in ("none", "emulated", "pkvm") for at in range(9)
+    ]  # fmt: skip
+    found = [name for name in names(*some) if "-pages-" in name]
+    assert len(found) == figures.HEATS
+    assert {name.split("-")[3] for name in found} == {"none", "emulated", "pkvm"}
+
+
 def test_cells_have_a_touch_from_its_begin_to_its_end_and_the_dearest_where_they_meet():
     began, took = np.array([0.0, 80.0, 0.0]), np.array([80.0, 79.0, 1.0])
     cells = charts._cells(began, took, np.array([0.0, 1.0, 1.0]), np.array([4, 1, 2]))

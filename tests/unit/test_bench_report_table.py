@@ -64,6 +64,18 @@ def test_series_of_different_clocks_and_units_are_not_put_in_one_table():
     assert rows(said, "touch per page, ns, the hypervisor's trace")
 
 
+def test_what_was_measured_by_turns_is_one_row():
+    turns = [
+        samples.series([9.0, value, value], rounds=[1, 1, 1], warmup=1, places=(0, 0, 5), began=(0, 0, 0))
+        for value in (1.0, 2.0, 3.0)
+    ]  # fmt: skip
+    run = samples.run(*turns)
+    (row,) = rows(table.text(run, WIDE), "6/6")
+    assert row.split()[1] == "2"
+    (section,) = groups.sections(run)
+    assert section.groups[0].rows[0].series.places == (5,)
+
+
 @pytest.mark.parametrize("emulated", [True, False, None])
 def test_what_is_emulated_is_relative_only_with_every_table_and_so_is_what_does_not_tell(emulated):
     environment = {**samples.ENVIRONMENT, "emulated": emulated}

@@ -6,8 +6,9 @@ The same figures are in the HTML report and, as SVG and PNG, in a directory for 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +28,7 @@ ROWS: Final = 30
 """In one chart of distributions."""
 LINES: Final = 6
 """In one chart that has a line a series."""
-HEATS: Final = 8
+HEATS: Final = 9
 """Pictures of ranges that are drawn of a case."""
 _ENOUGH: Final = 20
 """Values from which on a distribution is drawn as a line."""
@@ -260,14 +261,15 @@ def pictured(section: Section) -> list[tuple[Group, Row]]:
     return [(group, row) for group in section.groups for row in group.rows if charts.has_places(row.series)]
 
 
-def _chosen(section: Section) -> Iterable[tuple[Group, Row]]:
-    """Choose the most telling: the base of every protection, then orders and numbers of vCPUs, then what is left."""
+def _chosen(section: Section) -> list[tuple[Group, Row]]:
+    """Choose the most telling, as many of each protection: the base, then orders and numbers of vCPUs, then others."""
 
     def telling(pair: tuple[Group, Row]) -> int:
         words = pair[1].cells[-1:] or ("",)
         return 0 if words[0] == "(base)" else 1 if words[0].startswith(("order=", "cpus=")) else 2
 
-    chosen: Sequence[tuple[Group, Row]] = sorted(pictured(section), key=telling)[:HEATS]
-    return chosen
-
-
+    found: dict[str, list[tuple[Group, Row]]] = {}
+    for pair in sorted(pictured(section), key=telling):
+        found.setdefault(said(pair[1].series.point.get("protection")), []).append(pair)
+    by_turns = zip_longest(*found.values())
+    return [pair for turn in by_turns for pair in turn if pair is not None][:HEATS]

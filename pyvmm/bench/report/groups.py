@@ -13,7 +13,7 @@ from typing import Final
 
 from pyvmm.atlas.report.words import headline, one_line
 from pyvmm.bench.model import Point, Run, Series, Value
-from pyvmm.bench.statistics import Summary, summary
+from pyvmm.bench.statistics import Summary, merged, summary
 
 CLOCKS: Final = {
     "guest": "the guest's counter", "vmm": "the host's clock, in the loop", "host": "the host's clock",
@@ -108,15 +108,14 @@ def sections(run: Run) -> list[Section]:
 
 def _section(case: str, found: list[Series]) -> Section:
     kinds: dict[tuple[str, ...], list[tuple[Series, Summary]]] = {}
+    for series in merged(found):
+        kind = (str(series.metric), str(series.clock), str(series.per), str(series.unit))
+        kinds.setdefault(kind, []).append((series, summary(series)))
     missing: dict[str, list[Series]] = {}
     for series in found:
-        said = summary(series)
-        if series.unavailable or not said.n:
+        if series.unavailable or not series.kept:
             reason = one_line(str(series.unavailable)) or "it has no values but warm-up"
             missing.setdefault(reason, []).append(series)
-        else:
-            kind = (str(series.metric), str(series.clock), str(series.per), str(series.unit))
-            kinds.setdefault(kind, []).append((series, said))
     groups = tuple(_group(case, kind, rows) for kind, rows in kinds.items())
     return Section(case, groups, tuple((reason, tuple(some)) for reason, some in missing.items()))
 

@@ -103,7 +103,7 @@ class _Page:
         if self._run.end is None:
             yield '<p class="stripe">Cut off: the run was not whole; this is what it had measured.</p>'
         facts = [(name, said(value)) for name, value in environment.items()]
-        facts += [(f"asked: {name}", _asked(value)) for name, value in self._run.asked.items()]
+        facts += [(f"asked: {name}", _asked(value)) for name, value in self._run.asked.items() if value]
         facts += [(name, said(value)) for name, value in (self._run.end or {}).items()]
         listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value or '(empty)')}</dd>" for name, value in facts)
         yield f'</header><div class="top"><dl class="facts">{listed}</dl>'
@@ -178,7 +178,9 @@ class _Page:
 
 
 def _asked(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, dict):
+        return " ".join(f"{axis}={_asked(values)}" for axis, values in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "yes" if value is True else str(value)
 
 
 def _told(series: Series) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
+_SPAN: Final = 20
+"""From this factor between the largest and the least on an axis is logarithmic."""
 _BINS: Final = 50
 _STEPS: Final = 200
 """Quantiles that a distribution's line is drawn through."""
@@ -40,16 +42,23 @@ _CELLS: Final = (160, 80)
 _FEW: Final = 1000
 
 
-def _wide(values: Floats) -> bool:
-    """Whether values span so much that only a logarithmic axis shows them all."""
-    return bool(values.min() > 0 and values.max() / values.min() > 20)
+def _floor(values: Floats) -> float | None:
+    """Return the least that is drawn on a logarithmic axis, where only such a one shows values that span so much.
+
+    None where a linear one does, or has to. Zeros, which a logarithmic axis has no place for, are drawn at the least.
+    """
+    positive = values[values > 0]
+    if values.min() < 0 or not len(positive) or positive.max() / positive.min() <= _SPAN:
+        return None
+    return float(positive.min() / (2 if values.min() == 0 else 1))
 
 
-def _axis(axes: Axes, group: Group, *, log: bool, which: str = "x") -> None:
-    words = f"{group.title}, {group.scale.unit}" + (" (log scale)" if log else "")
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)(plot.safe(plot.shortened(words, 70)))
+def _axis(axes: Axes, group: Group, *, log: bool, zeros: bool = False, which: str = "x") -> None:
+    words = f"{group.title}, {group.scale.unit}"
     if log:
-        plot.plain_log(axes, which)
+        words += " (log scale, 0 at the edge)" if zeros else " (log scale)"
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)(plot.safe(plot.shortened(words, 80)))
+    (plot.plain_log if log else plot.plain)(axes, which)
 
 
 def rows(group: Group, some: Sequence[Row], title: str, *, relative: bool) -> Figure:
@@ -58,24 +67,29 @@ def rows(group: Group, some: Sequence[Row], title: str, *, relative: bool) -> Fi
 
     values = [statistics.values(row.series) / group.scale.factor for row in some]
     labels = [plot.safe(plot.shortened(row.label)) for row in some]
+    beside = [_beside(row, group.scale) for row in some]
     height = 1.3 + _ROW * len(some)
-    figure, axes = plot.paper(title, height, relative=relative, left=plot.margin(labels), right=1.55)
+    right = 0.25 + 0.061 * max(map(len, beside))
+    figure, axes = plot.paper(title, height, relative=relative, left=plot.margin(labels), right=right)
     everything = np.concatenate(values)
-    log = _wide(everything)
+    floor = _floor(everything)
     low, high = float(everything.min()), float(everything.max())
     # A row of equal values has a width of its own, so that an axis of nothing else is not one point.
-    axes.set_xlim(*((low / 1.15, high * 1.15) if log else _padded(low, high)))
-    for at, (row, mine) in enumerate(zip(some, values, strict=True)):
-        _density(axes, mine, at, log=log)
-        _one(axes, row, mine, at, group.scale)
-        said = f"{group.scale.show(row.summary.median)} · n={count(row.summary)}"
-        said += f" · {row.summary.outliers:,} out" if row.summary.outliers else ""
-        axes.text(1.01, at, said, transform=axes.get_yaxis_transform(), va="center", size=7.5)
+    axes.set_xlim(*(_padded(low, high) if floor is None else (floor / 1.15, high * 1.15)))
+    for at, (row, mine, words) in enumerate(zip(some, values, beside, strict=True)):
+        _density(axes, mine, at, floor)
+        _one(axes, row, mine, at, group.scale, floor)
+        axes.text(1.01, at, words, transform=axes.get_yaxis_transform(), va="center", size=7.5)
     axes.set_yticks(range(len(some)), labels)
     axes.set_ylim(len(some) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    _axis(axes, group, log=log)
+    _axis(axes, group, log=floor is not None, zeros=low == 0)
     return figure
+
+
+def _beside(row: Row, scale: Scale) -> str:
+    said = f"{scale.show(row.summary.median)} · n={count(row.summary)}"
+    return said + (f" · {row.summary.outliers:,} out" if row.summary.outliers else "")
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -83,9 +97,11 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _density(axes: Axes, mine: Floats, at: int, *, log: bool) -> None:
+def _density(axes: Axes, mine: Floats, at: int, floor: float | None) -> None:
     import numpy as np
 
+    log = floor is not None
+    mine = mine if floor is None else np.maximum(mine, floor)
     low, high = float(mine.min()), float(mine.max())
     if len(mine) < _ENOUGH:
         axes.plot(mine, np.full(len(mine), at), "o", color=plot.COLOURS[0], markersize=3, alpha=0.6)
@@ -103,13 +119,14 @@ def _density(axes: Axes, mine: Floats, at: int, *, log: bool) -> None:
     )  # fmt: skip
 
 
-def _one(axes: Axes, row: Row, mine: Floats, at: int, scale: Scale) -> None:
+def _one(axes: Axes, row: Row, mine: Floats, at: int, scale: Scale, floor: float | None) -> None:
     import numpy as np
 
-    q1, median, q3 = np.quantile(mine, (0.25, 0.5, 0.75))
+    least = -math.inf if floor is None else floor
+    q1, median, q3 = np.maximum(np.quantile(mine, (0.25, 0.5, 0.75)), least)
     axes.hlines(at, q1, q3, color=plot.COLOURS[0], linewidth=4)
     if row.summary.low is not None and row.summary.high is not None:
-        low, high = row.summary.low / scale.factor, row.summary.high / scale.factor
+        low, high = (max(end / scale.factor, least) for end in (row.summary.low, row.summary.high))
         axes.hlines(at, low, high, color=plot.INK, linewidth=1.2)
         axes.vlines((low, high), at - 0.18, at + 0.18, color=plot.INK, linewidth=1.2)
     axes.plot(median, at, "o", color=plot.INK, markersize=4, markerfacecolor=plot.PAPER, markeredgewidth=1.2)
@@ -132,16 +149,18 @@ def cumulative(group: Group, some: Sequence[Row], title: str, *, relative: bool)
     # More steps towards the end, as that is where the tail is.
     shares = np.unique(np.concatenate((np.linspace(0, 1, _STEPS), 1 - np.geomspace(1e-4, 0.1, 40))))
     values = [statistics.values(row.series) / group.scale.factor for row in some]
-    log = _wide(np.concatenate(values))
+    everything = np.concatenate(values)
+    floor = _floor(everything)
     for at, (mine, label) in enumerate(zip(values, labels, strict=True)):
         drawn = np.quantile(mine, shares, method="inverted_cdf")
+        drawn = drawn if floor is None else np.maximum(drawn, floor)
         axes.plot(
             drawn, shares, drawstyle="steps-post", label=plot.safe(label), color=plot.COLOURS[at % len(plot.COLOURS)],
             linestyle=plot.DASHES[at % len(plot.DASHES)], linewidth=1.5,
         )  # fmt: skip
     axes.set_ylim(0, 1.01)
     axes.set_ylabel("share of values at most so large")
-    _axis(axes, group, log=log)
+    _axis(axes, group, log=floor is not None, zeros=float(everything.min()) == 0)
     plot.key(axes, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
@@ -176,7 +195,7 @@ def against(group: Group, axis: str, lines: Sequence[tuple[str, Sequence[tuple[f
         plot.plain_log(axes, "x")
     axes.set_xticks(every, [f"{x:,.6g}" for x in every])
     axes.minorticks_off()
-    tall = least > 0 and most / least > 20
+    tall = least > 0 and most / least > _SPAN
     if not tall:
         axes.set_ylim(bottom=0)
     _axis(axes, group, log=tall, which="y")
@@ -209,6 +228,7 @@ def peers(bars: Sequence[tuple[str, Row, float | None]], scale: Scale, what: str
     axes.set_xlim(left=0)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(plot.safe(f"{what}, {scale.unit}"))
+    plot.plain(axes, "x")
     return figure
 
 
@@ -244,6 +264,7 @@ def split(
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(plot.safe(f"{what}, {scale.unit}, medians"))
+    plot.plain(axes, "x")
     plot.key(axes, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=6, columnspacing=1.2)
     return figure
 
@@ -290,8 +311,8 @@ def heat(row: Row, scale: Scale, title: str, *, relative: bool) -> Figure:
     )  # fmt: skip
     axes.set_xlabel(f"since the first touch, {time.unit}")
     axes.set_ylabel("page of the range touched")
-    for each in (axes.xaxis, axes.yaxis):
-        each.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    plot.plain(axes, "x")
+    plot.plain(axes, "y")
     counts = np.bincount(kinds, minlength=len(edges) + 1)
     bounds = [number(edge) for edge in edges]
     names = [*(f"below {edge}" for edge in bounds[:1]), *map("{} to {}".format, bounds, bounds[1:])]

@@ -98,9 +98,15 @@ def key(axes: Axes, **options: Any) -> None:
         axes.legend(handles, labels, frameon=False, fontsize=8, handlelength=2.6, **options)
 
 
+def plain(axes: Axes, which: str) -> None:
+    """Write the numbers on an axis as people do."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(lambda value, _: f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}")
+
+
 def plain_log(axes: Axes, which: str) -> None:
     """Make an axis logarithmic, with numbers on it as people write them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     scale = axes.set_xscale if which == "x" else axes.set_yscale
     scale("log")
@@ -108,7 +114,7 @@ def plain_log(axes: Axes, which: str) -> None:
     low, high = sorted(axes.get_xlim() if which == "x" else axes.get_ylim())
     wide = high / max(low, 1e-300) > 300
     axis.set_major_locator(LogLocator(10, subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=30))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}" if value < 1e6 else f"{value:,.0f}"))
+    plain(axes, which)
     axis.set_minor_formatter(NullFormatter())
 
 

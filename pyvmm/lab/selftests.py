@@ -20,7 +20,8 @@ PROGRAMS = ("demand_paging_test", "access_tracking_perf_test", "guest_memfd_test
 DIRECTORY = "tools/testing/selftests/kvm"
 HEADERS = "headers"
 """make's headers_install without the copy, for which it wants rsync."""
-LINKED = "-static -s"
+OPTIONS = {"LDLIBS": "-static -s", "CPPFLAGS": "-DPRINT_PER_VCPU_UPDATES"}
+"""Linked for any root; and the tests' own switch to say what each vCPU took, without its thread's start and end."""
 UNNEEDED = ("bc", "bison", "flex")
 """What a kernel needs and these do not."""
 
@@ -49,13 +50,13 @@ class SelftestTree(SourceTree):
         programs = [out / name for name in PROGRAMS]
         for number, program in enumerate(programs):
             progress("compiling selftests", number / len(programs))
-            tests._make(str(program), {"OUTPUT": str(out), "LDLIBS": LINKED})
+            tests._make(str(program), {"OUTPUT": str(out), **OPTIONS})
         return programs
 
 
 def recipe() -> Recipe:
     """Tell how the tree of selftests is made here. HostError where there is no compiler."""
-    return Recipe(NAME, digest_of(PROGRAMS, VARIABLES, LINKED, WANTED.pattern, compiler_version()), _make)
+    return Recipe(NAME, digest_of(PROGRAMS, VARIABLES, OPTIONS, WANTED.pattern, compiler_version()), _make)
 
 
 def require() -> None:

@@ -31,7 +31,7 @@ CONTROLLERS: Final = CGROUPS / "cgroup.subtree_control"
 
 _MODE = re.compile(r"^\s+(\d+):\s+(PA-bits:\S+).*\b4K pages \(supported\)", re.MULTILINE)
 _STEP = re.compile(r"^(\S.*?)\s*: (\d+\.\d{9})s$", re.MULTILINE)
-_TOTAL = re.compile(r"^Total guest execution time:\s+(\d+\.\d{9})s$", re.MULTILINE)
+_VCPU = re.compile(r"^vCPU \d+ execution time: (\d+\.\d{9})s$", re.MULTILINE)
 
 
 class SelftestError(PyvmmError):
@@ -88,17 +88,19 @@ def steps(said: str) -> dict[str, float]:
     return {what: float(seconds) * 1e9 for what, seconds in _STEP.findall(said)}
 
 
-def total(said: str) -> float:
-    """Return what demand_paging_test says the guest took, in ns. SelftestError where it does not say."""
-    found = _TOTAL.search(said)
-    if found is None:
-        raise SelftestError(f"demand_paging_test does not say what the guest took: {_last(said)}")
-    return float(found[1]) * 1e9
+def longest(said: str) -> float:
+    """Return what demand_paging_test says its slowest vCPU took, in ns. SelftestError where it does not say."""
+    found = _VCPU.findall(said)
+    if not found:
+        raise SelftestError(f"demand_paging_test does not say what a vCPU took: {_last(said)}")
+    return max(map(float, found)) * 1e9
 
 
 def access_tracking() -> list[Series]:
     """Ask what touching pages costs that are mapped, and that the host has marked idle to learn who touches them."""
     name = "access_tracking_perf_test"
+    if len(os.sched_getaffinity(0)) < 2:
+        raise HostError(f"a thread of {name} spins while its guest runs: on one CPU they would share it")
     seen: dict[str, list[list[float]]] = {}
     with _tracking():
         for _ in range(TURNS):

@@ -97,7 +97,7 @@ class Experiment:
 
     ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run (None: if that is possible);
     ``unclaimed`` is Machine's, and may be set later; ``conversion`` is for the emulated protection alone; ``timed``
-    keeps the native loop's histograms.
+    keeps the native loop's histograms; ``prefault`` is the machine's.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Experiment:
         faults: bool | None = False,
         unclaimed: Unclaimed | None = None,
         timed: bool = False,
+        prefault: bool = False,
     ) -> None:
         if conversion is None or protection is not Protection.EMULATED:
             copy = protection is Protection.EMULATED and backing == "private"
@@ -118,7 +119,7 @@ class Experiment:
         self.protection, self.backing = protection, backing
         self.config = MachineConfig(
             "payload:puppet", protection, memory=memory * MIB, cpus=cpus, backing=backing,
-            conversion=Conversion(conversion), serial_out=None, timed=timed,
+            conversion=Conversion(conversion), serial_out=None, timed=timed, prefault=prefault,
         )  # fmt: skip
         self.evidence: list[Evidence] = []
         self.pictures: list[Picture] = []

@@ -38,7 +38,7 @@ class Plan:
     axes: Mapping[str, Sequence[Value]] | None = None
     quick: bool = False
     versus: tuple[str, Value] | None = None
-    turns: int = 6
+    turns: int = 10
 
     def steps(self) -> list[Step]:
         """Return the points in the order in which they are measured. UsageError where there is nothing to measure."""

@@ -49,10 +49,10 @@ class Bench:
         """The protection of this point."""
         return Protection(self.point["protection"])
 
-    def guest(self, *, room: int = 0, cpus: int = 1, **options: Any) -> Experiment:
+    def guest(self, *, room: int = 0, cpus: int = 1, backing: str = "", **options: Any) -> Experiment:
         """Return a guest, to be entered, of this point's protection and backing, with ``room`` bytes to touch."""
         memory = align_up(room + SPARE, 2 * MIB) // MIB
-        backing = str(self.point.get("backing", "memfd"))
+        backing = backing or str(self.point.get("backing", "memfd"))
         return Experiment(self.protection, backing, memory=memory, cpus=cpus, **options)
 
     def cannot(self, why: str) -> NoReturn:

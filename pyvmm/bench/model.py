@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Self
 
 from pyvmm.errors import PyvmmError
@@ -68,7 +68,8 @@ class Series:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what is empty is left out."""
-        return {name: value for name, value in asdict(self).items() if value not in ((), {}, "", 0) or name in _ALWAYS}
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if value not in ((), {}, "", 0) or name in _ALWAYS}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     which.add_argument("--axis", action="append", default=[], metavar="AXIS=VALUE[,VALUE...]",
                        help="these values, and every combination with other --axis")  # fmt: skip
     which.add_argument("--versus", metavar="AXIS=VALUE", help="measure each point by turns with this one, and compare")
-    which.add_argument("--turns", type=parse_count, default=6, metavar="N", help="of --versus (6)")
+    which.add_argument("--turns", type=parse_count, default=10, metavar="N", help="of --versus (10)")
     which.add_argument("--peers", action="store_true", help="measure others beside us: a bare C loop, QEMU, selftests")
     which.add_argument("--list", action="store_true", help="name cases and axes instead of measuring")
     which.add_argument("--deadline", type=parse_seconds, metavar="SECONDS", help="for each point (the case's own)")

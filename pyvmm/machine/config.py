@@ -20,7 +20,8 @@ class MachineConfig:
 
     ``kernel`` is a path or ``payload:NAME``; ``memory`` is bytes of RAM; ``params`` are joined by spaces into the
     guest's command line; ``deadline`` is seconds from the first run; ``serial_out`` and ``serial_in`` are descriptors
-    or None; ``timed`` keeps histograms of the time in guest and VMM.
+    or None; ``timed`` keeps histograms of the time in guest and VMM; ``prefault`` populates all memory before the first
+    run, in huge pages where the host gives them: a first touch then costs what the protection asks, and no more.
     """
 
     kernel: str
@@ -35,6 +36,7 @@ class MachineConfig:
     serial_out: int | None = 1
     serial_in: int | None = None
     timed: bool = True
+    prefault: bool = False
 
     def check(self) -> None:
         """Raise UsageError for values that no machine can have, or that make no sense together."""

@@ -1,0 +1,54 @@
+"""What cuts the cost of first touches: memory made ready before, in one of several ways, and what that costs itself."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Final
+
+from pyvmm.atlas import raw
+from pyvmm.atlas.host import settings
+from pyvmm.bench.case import case
+from pyvmm.bench.measure import MIB, Bench, Ticks
+from pyvmm.guest.puppet import Access
+from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE
+
+MEANS: Final = ("nothing", "allocate", "populate", "huge pages", "populated huge pages", "--prefault")
+
+
+@case(
+    says="first touches of all pages of a fresh range, in order, and what was done before: nothing, fallocate(2),"
+    " MADV_POPULATE_WRITE, huge pages (shmem_enabled: advise), both, or what pyvmm run --prefault does; together is the"
+    " preparation and the touches",
+    axes={"protection": ("pkvm", "none", "emulated"), "means": MEANS, "size": (1, 32)},
+    quick=("means",),
+    seconds=300.0,
+)
+def prefault(bench: Bench) -> None:
+    """Make a guest each round, prepare its memory by the host's clock, and have it touched by the guest's."""
+    size, means = bench["size"] * MIB, bench["means"]
+    pages = size // PAGE_SIZE
+    prepared: list[float] = []
+    touched: list[float] = []
+    for _ in range(bench.rounds):
+        with contextlib.ExitStack() as stack:
+            backing = "thp" if "huge" in means else "memfd"
+            x = bench.guest(room=size + HUGE_SIZE, backing=backing, prefault=means == "--prefault")
+            if x.config.prefault:
+                stack.enter_context(x.setting(settings.SHMEM_ENABLED, "advise"))
+            stack.enter_context(x)
+            whole = x.config.memory // PAGE_SIZE if x.config.prefault else pages
+            area = x.page(pages, align=HUGE_SIZE)
+            with bench.stopwatch(prepared, per=whole):
+                if x.config.prefault:
+                    x.machine.prefault()
+                elif means == "allocate":
+                    file, offset = raw.place(x, area)
+                    raw.allocate(file.fd, offset, size)
+                elif "populate" in means:
+                    x.memory.populate(area, size)
+            scale = Ticks(x, 1).scale
+            done = x.guest.start_touch(area, pages, access=Access.WRITE).result(bench.seconds)
+            touched.append(done.ticks * scale / pages)
+    bench.keep("prepare", [[each] for each in prepared], clock="host")
+    bench.keep("touch", [[each] for each in touched])
+    bench.keep("together", [[sum(each)] for each in zip(prepared, touched, strict=True)], clock="host and guest")

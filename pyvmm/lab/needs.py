@@ -71,6 +71,18 @@ def require_for_kernel() -> None:
     _refuse(kernel_needs(), "the project's own kernel", "building the project's own kernel")
 
 
+def require_for_selftests() -> None:
+    """HostError naming all that is missing for building the kernel's KVM selftests, with the line that installs it."""
+    only_the_kernel = ("bc", "bison", "flex")
+    selftests = (need for need in kernel_needs() if need.what not in only_the_kernel)
+    _refuse(selftests, "the kernel's KVM selftests", "building the kernel's KVM selftests")
+
+
+def require_for_packages(made: str) -> None:
+    """HostError where Debian's packages, of which ``made`` is, cannot be fetched and unpacked."""
+    _refuse(_apt_needs(), made, f"fetching {made}")
+
+
 def _refuse(needs: Iterable[Need], made: str, who: str) -> None:
     lacking = [need for need in needs if need.missing]
     if not lacking:

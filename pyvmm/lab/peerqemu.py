@@ -13,6 +13,7 @@ from pathlib import Path
 from pyvmm.errors import PyvmmError
 from pyvmm.lab.apt import Progress, updated_apt
 from pyvmm.lab.kernels import DEFAULT, SUITES
+from pyvmm.lab.needs import require_for_packages
 from pyvmm.lab.rootfs import open_package
 from pyvmm.lab.trees import Recipe, Scratch, digest_of
 
@@ -34,6 +35,7 @@ def command(tree: Path) -> list[str]:
 
 
 def _make(scratch: Scratch, progress: Progress) -> str:
+    require_for_packages("a QEMU for the lab")
     with scratch.cache.lock(lambda: progress("waiting for another build", 0.0)):
         apt = updated_apt(scratch.cache.apt, SUITES[DEFAULT], refresh=False, progress=progress)
         progress("resolving packages", 0.0)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pyvmm.errors import HostError
-from pyvmm.lab.apt import Progress, silent, updated_apt
+from pyvmm.lab.apt import Progress, updated_apt
 from pyvmm.lab.kbuild import SourceTree
-from pyvmm.lab.needs import kernel_needs
+from pyvmm.lab.needs import require_for_selftests
 from pyvmm.lab.ownkernel import SUITES, VARIABLES, compiler_version, download_source, find_source
 from pyvmm.lab.trees import Recipe, Scratch, digest_of
 
@@ -22,8 +21,6 @@ HEADERS = "headers"
 """make's headers_install without the copy, for which it wants rsync."""
 OPTIONS = {"LDLIBS": "-static -s", "CPPFLAGS": "-DPRINT_PER_VCPU_UPDATES"}
 """Linked for any root; and the tests' own switch to say what each vCPU took, without its thread's start and end."""
-UNNEEDED = ("bc", "bison", "flex")
-"""What a kernel needs and these do not."""
 
 # The headers' and the tests' own makefiles, and what those include.
 WANTED = re.compile(
@@ -59,18 +56,8 @@ def recipe() -> Recipe:
     return Recipe(NAME, digest_of(PROGRAMS, VARIABLES, OPTIONS, WANTED.pattern, compiler_version()), _make)
 
 
-def require() -> None:
-    """HostError naming all that is missing for building them, with the line that installs it."""
-    lacking = [need for need in kernel_needs() if need.missing and need.what not in UNNEEDED]
-    if lacking:
-        what = "; ".join(f"{need.what}: {need.missing}" for need in lacking)
-        packages = " ".join(dict.fromkeys(need.package for need in lacking if need.package))
-        raise HostError(f"building the kernel's KVM selftests needs what is not here: {what}",
-                        hint=f"apt install {packages}" if packages else None)  # fmt: skip
-
-
-def _make(scratch: Scratch, progress: Progress = silent) -> str:
-    require()
+def _make(scratch: Scratch, progress: Progress) -> str:
+    require_for_selftests()
     with scratch.cache.lock(lambda: progress("waiting for another build", 0.0)):
         apt = updated_apt(scratch.cache.apt, SUITES, refresh=False, progress=progress)
         progress("resolving packages", 0.0)

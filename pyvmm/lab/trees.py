@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
-from pyvmm.lab.apt import AptError, Progress, silent
+from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import GRACE_SECONDS, Cache
 
 HOME = "peers"
@@ -73,28 +73,16 @@ def find_tree(name: str) -> Path | None:
     return directory.resolve() if (directory / MANIFEST).is_file() else None
 
 
-def made_tree(
-    recipe: Recipe, *, refresh: bool = False, progress: Progress = silent, cache: Cache | None = None
-) -> Path:
-    """Give the directory of the tree, making it where there is none, or for ``refresh`` of the archive's newest.
-
-    Where that needs the network and there is none, a tree of another day is used and ``progress`` says so. PyvmmError
-    where it cannot be made.
-    """
+def made_tree(recipe: Recipe, *, progress: Progress = silent, cache: Cache | None = None) -> Path:
+    """Give the directory of the tree, making it where there is none by this recipe. PyvmmError where that fails."""
     cache = cache or Cache()
-    if not refresh and (directory := usable_tree(recipe, cache)):
+    if directory := usable_tree(recipe, cache):
         return directory
     with cache.lock(lambda: progress(f"waiting for another build of {recipe.name}", 0.0), "peers.lock"):
-        old = usable_tree(recipe, cache)
-        if old and not refresh:  # made by whom we waited for
-            return old
+        if directory := usable_tree(recipe, cache):  # made by whom we waited for
+            return directory
         try:
             return _make(recipe, cache, progress)
-        except AptError as error:
-            if not error.offline or old is None:
-                raise
-            progress(f"offline: using the {recipe.name} there are", 1.0)
-            return old
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -14,7 +14,7 @@ from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import peers as lab_peers
 from pyvmm.lab import selftests as tests_of_the_kernel
 from pyvmm.lab import trees
-from pyvmm.lab.apt import AptError, silent
+from pyvmm.lab.apt import silent
 from pyvmm.lab.cache import Cache
 from pyvmm.lab.kbuild import KernelBuildError
 from pyvmm.lab.trees import Recipe, Scratch, find_tree, made_tree, usable_tree
@@ -149,16 +149,6 @@ def test_a_damaged_tree_is_made_again(cache: Cache) -> None:
     (made_tree(maker.recipe(), cache=cache) / "program").write_text("")
     assert usable_tree(maker.recipe(), cache) is None
     assert (made_tree(maker.recipe(), cache=cache) / "program").read_text() == "made 2"
-
-
-def test_offline_a_tree_of_another_day_does(cache: Cache) -> None:
-    maker, said = Maker(), []
-    tree = made_tree(maker.recipe(), cache=cache)
-    maker.raises = AptError("apt-get update failed", offline=True)
-    assert made_tree(maker.recipe(), refresh=True, cache=cache, progress=lambda what, _: said.append(what)) == tree
-    assert said == ["offline: using the things there are"]
-    with pytest.raises(AptError):
-        made_tree(maker.recipe("two"), cache=cache)
 
 
 def test_a_full_disk_is_told_with_what_to_do(cache: Cache) -> None:

@@ -25,8 +25,8 @@ from pyvmm.errors import PyvmmError
 
 CASE: Final = "peer"
 OWN: Final = "pyvmm"
-TURNS: Final = 5
-"""Of a peer and of pyvmm: one that warms up and four that count."""
+TURNS: Final = 7
+"""Of a peer and of pyvmm: one that warms up and six that count."""
 
 PATIENCE: Final = 300.0
 

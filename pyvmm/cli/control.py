@@ -149,14 +149,18 @@ def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
         with contextlib.suppress(_Gone):
             _connect(path).close()
             raise PyvmmError(f"{path} is in use: it is of a process with the same number in another namespace")
-        os.unlink(path)
     listener = socket.socket(socket.AF_UNIX)
     with contextlib.ExitStack() as half:
         half.callback(listener.close)
-        listener.bind(path)
-        stack.callback(_unlink, path)
-        os.chmod(path, 0o600)
+        # It gets its name when it listens: one that does not is what a killed run has left, and anyone removes it.
+        young = f"{path}.new"
+        _unlink(young)
+        listener.bind(young)
+        half.callback(_unlink, young)
+        os.chmod(young, 0o600)
         listener.listen()
+        os.rename(young, path)
+        stack.callback(_unlink, path)
         half.pop_all()
     return listener
 

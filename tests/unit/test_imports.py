@@ -41,6 +41,8 @@ COMMANDS = [
     ["bench", "fault", "--quick", "--json", "a.jsonl"],
     ["bench", "sweep", "a.toml", "--labs", "2"],
     ["map", "payload:echo"],
+    ["top", "--json", "123"],
+    ["trace", "-o", "echo.pftrace", "payload:echo"],
     ["repl", "--protection", "pkvm"],
     ["--lab", "run", "payload:hello"],
 ]

@@ -138,20 +138,28 @@ def parse(lines: Iterable[str], name: str) -> Run:
                 break  # a run that was cut off in the middle of a line
             raise BenchError(f"{name}: line {number} is not of a benchmark's results: {error}") from None
         if head is None:
-            head = data
-            if data.get("pyvmm bench") != FORMAT:
-                said = data.get("pyvmm bench", "none")
-                raise BenchError(
-                    f"{name}: its format is {said}, this pyvmm reads {FORMAT}",
-                    hint="measure again, or read it with the pyvmm that wrote it",
-                )
+            head = _header(data, name)
         elif "series" in data:
-            series.append(Series.from_json(data["series"]))
+            try:
+                series.append(Series.from_json(data["series"]))
+            except BenchError as error:
+                raise BenchError(f"{name}: line {number}: {error.message}") from None
         elif "end" in data:
             end = data["end"]
     if head is None:
         raise BenchError(f"{name} is empty: no benchmark's results", hint="pyvmm bench --json FILE writes them")
     return Run(head["environment"], head.get("asked", {}), tuple(series), end)
+
+
+def _header(data: dict[str, Any], name: str) -> dict[str, Any]:
+    if data.get("pyvmm bench") != FORMAT:
+        raise BenchError(
+            f"{name}: its format is {data.get('pyvmm bench', 'none')}, this pyvmm reads {FORMAT}",
+            hint="measure again, or read it with the pyvmm that wrote it",
+        )
+    if not isinstance(data.get("environment"), dict) or not isinstance(data.get("asked", {}), dict):
+        raise BenchError(f"{name}: line 1 is not of a benchmark's results: no environment, or nothing asked for")
+    return data
 
 
 def read(path: str) -> Run:

@@ -1,0 +1,98 @@
+"""Cases know their points: a star around the base unless axes are chosen, and nothing that makes no sense."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from pyvmm.bench import case as module
+from pyvmm.bench.case import Case, all_cases, nearest, select
+from pyvmm.errors import UsageError
+
+AXES = {"protection": ("none", "pkvm"), "state": ("cold", "mapped"), "cpus": (1, 2)}
+
+
+def no_pairs_under_pkvm(point):
+    return "pkvm has no pairs" if (point["protection"], point["cpus"]) == ("pkvm", 2) else ""
+
+
+CASE = Case("fault", "says", AXES, lambda _: None, ("state",), ({"state": "mapped", "cpus": 2},), no_pairs_under_pkvm)
+
+
+def point(protection="none", state="cold", cpus=1):
+    return {"protection": protection, "state": state, "cpus": cpus}
+
+
+def test_a_star_is_every_value_of_every_axis_one_at_a_time_in_every_protection():
+    found = CASE.points()
+    assert len(found) == 6
+    for each in (
+        point(), point(state="mapped"), point(cpus=2), point(state="mapped", cpus=2),
+        point("pkvm"), point("pkvm", "mapped"),
+    ):  # fmt: skip
+        assert each in found
+    assert CASE.points(quick=True) == [point(*both) for both in itertools.product(("none", "pkvm"), AXES["state"])]
+    assert replace(CASE, axes={"size": (1, 2)}, nonsense=lambda _: "", extra=()).points() == [{"size": 1}, {"size": 2}]
+
+
+def test_chosen_values_are_combined_and_what_makes_no_sense_is_left_out():
+    found = CASE.cross({"protection": ["pkvm", "none"], "cpus": ["1", "2"]})
+    assert found == [point("pkvm"), point(), point(cpus=2)]
+    with pytest.raises(UsageError, match="nothing of fault to measure: pkvm has no pairs"):
+        CASE.cross({"protection": ["pkvm"], "cpus": [2]})
+
+
+@pytest.mark.parametrize("typed", ["4", 4])
+def test_a_number_may_be_another_than_those_known(typed):
+    assert CASE.check({"cpus": typed}) == point(cpus=4)
+
+
+@pytest.mark.parametrize(
+    ("axis", "value", "words", "hint"),
+    [
+        ("stat", "cold", "fault has no axis 'stat'", "the nearest: state"),
+        ("xyz", "cold", "fault has no axis 'xyz'", "known are protection, state, cpus"),
+        ("state", "clod", "state of fault is never 'clod'", "the nearest: cold"),
+        ("state", None, "state of fault is never None", "known are cold, mapped"),
+        *(("cpus", bad, f"cpus of fault is a number above 0, not {bad!r}", None) for bad in ("", "0", -1, "two", 1.5)),
+    ],
+)
+def test_what_is_not_known_is_refused_with_the_nearest(axis, value, words, hint):
+    with pytest.raises(UsageError, match=words) as caught:
+        CASE.check({axis: value})
+    assert caught.value.hint == hint
+
+
+def test_cases_are_found_by_name_in_the_order_asked_for_and_once():
+    assert [each.name for each in select(["share", "exit", "share"])] == ["share", "exit"]
+    assert select([]) == list(all_cases().values())
+    with pytest.raises(UsageError, match="no case is called 'shaer'") as caught:
+        select(["exit", "shaer"])
+    assert caught.value.hint == "the nearest: share"
+    assert nearest("", ["a", "b"]) == "known are a, b"
+
+
+def test_two_cases_of_a_name_are_a_mistake():
+    name = next(iter(all_cases()))
+    function = lambda _: None  # noqa: E731
+    function.__name__ = name
+    with pytest.raises(ValueError, match=f"two cases are called {name}"):
+        module.case(says="again", axes={})(function)
+
+
+@pytest.mark.parametrize("case", all_cases().values(), ids=lambda case: case.name)
+def test_every_case_tells_its_points_and_only_such_as_make_sense(case):
+    points, quick = case.points(), case.points(quick=True)
+    assert points
+    assert quick
+    for some in (points, quick):
+        assert len({tuple(each.items()) for each in some}) == len(some)
+    for each in points:
+        assert case.check(each) == each
+        assert list(each) == list(case.axes)
+    varied = {axis: {each[axis] for each in points} for axis in case.axes}
+    assert all(varied[axis] >= set(values) for axis, values in case.axes.items())
+    assert all(any(extra.items() <= each.items() for each in points) for extra in case.extra)
+    assert set(case.quick) <= set(case.axes)

@@ -1,0 +1,93 @@
+"""A results file holds everything that was measured, and what is none, or is damaged, is refused by name."""
+
+from __future__ import annotations
+
+import bench_samples as samples
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyvmm.bench import model
+from pyvmm.bench.model import BenchError, Run, Series
+
+HEADER = model.header(samples.ENVIRONMENT, {"points": 2})
+LINE = model.line(samples.series([1.0, 2.5]))
+
+numbers = st.floats(allow_nan=False)
+texts = st.text(max_size=5)
+values = st.one_of(texts, st.integers(), st.booleans(), numbers, st.none())
+some_series = st.builds(
+    Series, case=texts, point=st.dictionaries(texts, values, max_size=3), metric=texts, clock=texts, unit=texts,
+    per=texts, values=st.lists(numbers, max_size=4).map(tuple), warmup=st.integers(0, 4), rule=texts,
+    rounds=st.lists(st.integers(0, 4), max_size=3).map(tuple), places=st.lists(st.integers(0), max_size=3).map(tuple),
+    began=st.lists(numbers, max_size=3).map(tuple), unavailable=texts,
+    notes=st.dictionaries(texts, values, max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(st.lists(some_series, max_size=3), st.booleans())
+def test_a_run_is_read_back_as_it_was_written(series, whole):
+    run = Run(samples.ENVIRONMENT, {"cases": ["fault"]}, tuple(series), {"seconds": 1.5} if whole else None)
+    assert model.parse(samples.text(run).splitlines(keepends=True), "a") == run
+
+
+def test_warm_up_is_kept_and_left_out():
+    series = samples.series([9.0, 1.0, 2.0], rounds=[1, 2], warmup=1)
+    assert (series.values, series.kept) == ((9.0, 1.0, 2.0), (1.0, 2.0))
+
+
+def test_what_a_series_is_of_does_not_depend_on_the_order_of_axes_and_not_on_values():
+    one = samples.series([1.0], point={"a": 1, "b": 2})
+    assert one.key == samples.series([2.0], point={"b": 2, "a": 1}, rounds=[1]).key
+    others = [samples.series([1.0], point=one.point, **{name: "x"}) for name in ("case", "metric", "clock", "per")]
+    others.append(samples.series([1.0], point={"a": 1, "b": 3}))
+    assert len({one.key, *(each.key for each in others)}) == 6
+
+
+@pytest.mark.parametrize("rest", [LINE[:-10], LINE[:1], "\n", LINE])
+def test_a_run_that_was_cut_off_is_good_up_to_there(rest):
+    run = model.parse([HEADER, LINE, rest], "a")
+    assert run.end is None
+    assert [series.values for series in run.series] == [(1.0, 2.5)] * (2 if rest == LINE else 1)
+
+
+def test_lines_of_another_kind_are_passed_over():
+    run = model.parse([HEADER, '{"done": {"case": "fault"}}\n', LINE, model.footer({"seconds": 1})], "a")
+    assert (len(run.series), run.end) == (1, {"seconds": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "a is empty"),
+        ("what is this\n", "line 1 is not of a benchmark's results"),
+        ("[1]\n", "line 1 is not of a benchmark's results: no object"),
+        (HEADER[:40], "line 1 is not of a benchmark's results"),
+        ('{"pyvmm atlas": 1}\n', "its format is none, this pyvmm reads 1"),
+        (HEADER.replace('bench":1', 'bench":2'), "its format is 2, this pyvmm reads 1"),
+        ('{"pyvmm bench": 1}\n', "line 1 is not of a benchmark's results: no environment"),
+        ('{"pyvmm bench": 1, "environment": 3}\n', "line 1 is not of a benchmark's results: no environment"),
+        (HEADER + LINE[:-10] + "\n" + LINE, "line 2 is not of a benchmark's results"),
+        (HEADER + "\n" + LINE, "line 2 is not of a benchmark's results"),
+        (HEADER + LINE.replace('"unit"', '"unti"') + LINE, "line 2: a series that is none: .*'unti'"),
+        (HEADER + LINE.replace('"unit":"ns",', "") + LINE, "line 2: a series that is none: .*'unit'"),
+        (HEADER + LINE.replace("[1.0,2.5]", "7") + LINE, "line 2: a series that is none"),
+        (HEADER + '{"series": [1]}\n' + LINE, "line 2: a series that is none"),
+    ],
+)
+def test_what_is_no_results_file_is_refused_with_the_line(text, why):
+    with pytest.raises(BenchError, match=why) as caught:
+        model.parse(text.splitlines(keepends=True), "a")
+    assert caught.value.message.startswith("a")
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    file = tmp_path / "a.jsonl"
+    with pytest.raises(BenchError, match=rf"{file} cannot be read: No such file"):
+        model.read(str(file))
+    with pytest.raises(BenchError, match="cannot be read: Is a directory"):
+        model.read(str(tmp_path))
+    file.write_bytes(b"\x80\x81\xff")
+    with pytest.raises(BenchError, match="cannot be read: it is not text"):
+        model.read(str(file))

@@ -65,6 +65,7 @@ def _attach(args: argparse.Namespace, pid: int | None) -> int:
     from pyvmm.cli.topview import View
     from pyvmm.observe.rates import report
 
+    _refuse_guest_options(args)
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(Connection(_only_one() if pid is None else pid))
         screen = None if args.once else stack.enter_context(screen_for(args, shared=False))
@@ -80,6 +81,18 @@ def _attach(args: argparse.Namespace, pid: int | None) -> int:
             before = now
     print(f"pyvmm: the guest of process {connection.pid} has ended", file=sys.stderr)
     return 0
+
+
+def _refuse_guest_options(args: argparse.Namespace) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    add_guest_options(parser)
+    unset = vars(parser.parse_args([]))
+    given = [f"--{name.replace('_', '-')}" for name in unset if name != "kernel" and getattr(args, name) != unset[name]]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: options of a guest to be run, and no kernel is named; one that runs has its own",
+            hint="pyvmm top KERNEL runs one",
+        )
 
 
 def _only_one() -> int:

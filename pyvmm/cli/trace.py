@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from pyvmm.cli.common import OutputPath, add_common
 from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
+from pyvmm.log import get_logger
 
 if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pyvmm.observe.tracefile import About
 
 DEFAULT = "trace.pftrace"
+LARGE = 1 << 17
+"""Records after which writing is told of: it takes a second or so, and in the lab a quarter of a minute."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -111,14 +114,14 @@ class Tracing:
         if self._hypervisor is not None:
             self._listening.close()
             events = self._hypervisor.events()
+        if self._recorder.kept > LARGE:
+            get_logger("trace").warning("trace_is_large", records=self._recorder.kept, now="writing it takes a while")
         with self._file.writing() as put:
             notes = write_trace(put, self._recorder, _about(machine), events)
         self._tell(notes)
 
     def _tell(self, lost: list[str]) -> None:
         """Say what was asked for but is not in the trace."""
-        from pyvmm.log import get_logger
-
         log = get_logger("trace")
         log.info("trace_written", file=self._path)
         for note in lost:

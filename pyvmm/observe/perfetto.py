@@ -42,8 +42,8 @@ class Pointer(int):
     """An annotation that is an address: shown in hexadecimal."""
 
 
-Note = bool | int | str | Pointer
-"""What an annotation may be; integers of 64 bits with a sign, a Pointer's without."""
+Note = bool | int | str
+"""What an annotation may be; integers of 64 bits with a sign, a Pointer without."""
 
 
 class Event(NamedTuple):

@@ -188,6 +188,11 @@ class Recorder(Timeline):
         return self._lost_in_rings
 
     @property
+    def kept(self) -> int:
+        """Records there are."""
+        return self._kept
+
+    @property
     def left(self) -> int:
         """Records beyond those kept."""
         return self._left

@@ -234,7 +234,9 @@ def test_top_watches_the_only_run_or_the_one_that_is_named(sockets: Path) -> Non
 
 def test_top_says_what_it_lacks(sockets: Path) -> None:
     none, stranger = top(runtime=sockets.parent), top("1", runtime=sockets.parent)
-    assert (none.returncode, stranger.returncode) == (2, 2)
+    pointless = top("-c", "4", "--trace", "x", "1", runtime=sockets.parent)
+    assert (none.returncode, stranger.returncode, pointless.returncode) == (2, 2, 2)
+    assert "--cpus, --trace: options of a guest to be run" in pointless.stderr
     assert f"no run has its socket in {sockets}" in none.stderr
     assert "process 1 runs no guest that can be watched" in stranger.stderr
     sockets.mkdir(0o700)

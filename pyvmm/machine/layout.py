@@ -44,9 +44,9 @@ from typing import Final, NamedTuple
 # Half-open ranges. One a row: MAP below; sizes of the rows that depend on the number of vCPUs are their room.
 #
 #   name             start        end          size
-#   GICv3 dist       0x0800_0000  0x0801_0000  0x1_0000   reserved
+#   GICv3 dist       0x0800_0000  0x0801_0000  0x1_0000   in the kernel
 #   GICv3 ITS        0x0808_0000  0x080a_0000  0x2_0000   reserved
-#   GICv3 redist     0x080a_0000  0x0900_0000  0xf6_0000  reserved; 0x2_0000 a vCPU
+#   GICv3 redist     0x080a_0000  0x0900_0000  0xf6_0000  in the kernel; 0x2_0000 a vCPU
 #   PL011            0x0900_0000  0x0900_1000  0x1000     SPI 1 reserved
 #   share doorbell   0x0910_0000  0x0910_1000  0x1000
 #   echo             0x0911_0000  0x0911_1000  0x1000

@@ -31,6 +31,7 @@ from pyvmm.kvm.vm import Vm
 from pyvmm.log import get_logger
 from pyvmm.machine import boot, layout
 from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.gic import create_gic
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 from pyvmm.memory.memlock import require_memlock
@@ -120,6 +121,8 @@ class Machine:
         self.vcpus = [push(self.vm.create_vcpu(index)) for index in range(config.cpus)]
         for vcpu in self.vcpus:
             vcpu.init(power_off=vcpu.index > 0)
+        if gic := create_gic(self.vm):
+            push(gic)
         self.entry = boot.place(
             image,
             self.memory,

@@ -29,7 +29,8 @@ def measure_point(case: str, point: Mapping[str, Value], *, deadline: float | No
     Raises UsageError for an unknown case, axis or value. Must be called in a process without other threads.
     """
     [found] = select([case])
-    return _apart(Task(found, found.check(point)), deadline)
+    [(_, series)] = run([Task(found, found.check(point))], deadline=deadline)
+    return series
 
 
 def run(tasks: Iterable[Task], *, deadline: float | None = None) -> Iterator[tuple[Task, list[Series]]]:

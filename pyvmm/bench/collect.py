@@ -18,16 +18,24 @@ from pyvmm.bench.model import Point, Run, Series, Value, footer, header, line, p
 from pyvmm.errors import PyvmmError, UsageError
 
 Say = Callable[[str], None]
+_Turns = dict[tuple[Value, ...], dict[Value, Series]]
+"""Series by what they are of and their turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A point to measure; ``turn`` and ``side`` are of runs that measure two things by turns."""
+    """A point to measure; the others are of runs that measure two things by turns: ``pair`` says which two."""
 
     case: Case
     point: Point
     turn: int = 0
     side: str = ""
+    pair: str = ""
+
+    @property
+    def notes(self) -> dict[str, Value]:
+        """What its series need to tell to be put together again."""
+        return {"side": self.side, "turn": self.turn, "pair": self.pair} if self.side else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +66,36 @@ class Plan:
         return points if self.versus is None else self._by_turns(points)
 
     def _check_axes(self) -> None:
-        known = dict.fromkeys(axis for case in select(self.cases) for axis in case.axes)
+        cases = select(self.cases)
+        known = dict.fromkeys(axis for case in cases for axis in case.axes)
         for axis in [*(self.axes or {}), *([self.versus[0]] if self.versus else [])]:
             if axis not in known:
                 raise UsageError(f"no axis of what is to be measured is called {axis!r}", hint=nearest(axis, known))
+        if self.cases:
+            return  # they say themselves what they do not know
+        for axis, values in (self.axes or {}).items():
+            there = dict.fromkeys(str(point[axis]) for case in cases for point in case.points() if axis in point)
+            for value in map(str, values):
+                if value not in there:
+                    raise UsageError(f"{axis} is never {value!r} in any case", hint=nearest(value, there))
 
     def _by_turns(self, points: list[Step]) -> list[Step]:
         axis, value = self.versus or ("", None)
-        pairs = []
+        pairs: list[tuple[Step, Step]] = []
+        why = UsageError(f"every point has {axis}={value} already: there is nothing to compare it with")
         for step in points:
-            if axis in step.case.axes:
+            if axis not in step.case.axes:
+                continue
+            try:
                 other = step.case.check({**step.point, axis: value})
-                if other != step.point:
-                    pairs.append((replace(step, side="A"), replace(step, point=other, side="B")))
+            except UsageError as error:  # of some points the other side makes no sense: they are left out
+                why = error
+                continue
+            if other != step.point:
+                both = replace(step, pair=f"{step.point[axis]} / {other[axis]}")
+                pairs.append((replace(both, side="A"), replace(both, point=other, side="B")))
         if not pairs:
-            raise UsageError(f"none of these cases has the axis {axis!r}", hint="pyvmm bench --list names them")
+            raise why
         return [
             replace(each, turn=turn)
             for turn in range(self.turns)
@@ -105,8 +128,7 @@ def measure(
     last = begun
     for step, (_, series) in zip(steps, results, strict=True):
         for each in series:
-            notes = {**each.notes, "side": step.side, "turn": step.turn} if step.side else each.notes
-            say(line(replace(each, notes=notes)))
+            say(line(replace(each, notes={**each.notes, **step.notes})))
         now = time.monotonic()
         done = {"case": step.case.name, "point": step.point, "seconds": round(now - last, 3)}
         say(json.dumps({"done": done}) + "\n")
@@ -156,9 +178,10 @@ class Collector:
 
 
 def sides(run: Run) -> tuple[Run, Run]:
-    """Return the two sides of a run that measured by turns, each turn a round; the axis that differs is taken out.
+    """Return the two sides of a run that measured by turns, each turn a round; the axis that differs names both.
 
-    UsageError for a run that has none.
+    Turns that only one side has, of a run that was cut off or where one crashed, are no pairs, and left out.
+    UsageError for a run that has no sides.
     """
     versus = run.asked.get("versus")
     if not versus:
@@ -167,21 +190,23 @@ def sides(run: Run) -> tuple[Run, Run]:
             hint="name a second file, or measure by turns: pyvmm bench CASE --versus AXIS=VALUE",
         )
     axis = versus[0]
-    found: dict[str, dict[tuple[Value, ...], list[Series]]] = {"A": {}, "B": {}}
+    found: dict[str, _Turns] = {"A": {}, "B": {}}
     for series in run.series:
-        point = {name: value for name, value in series.point.items() if name != axis}
-        plain = replace(series, point=point)
-        found.get(str(series.notes.get("side")), {}).setdefault(plain.key, []).append(plain)
-    return _merged(run, found["A"]), _merged(run, found["B"])
+        plain = replace(series, point={**series.point, axis: series.notes.get("pair")})
+        found.get(str(series.notes.get("side")), {}).setdefault(plain.key, {})[series.notes.get("turn")] = plain
+    return _merged(run, found["A"], found["B"]), _merged(run, found["B"], found["A"])
 
 
-def _merged(run: Run, found: Mapping[tuple[Value, ...], list[Series]]) -> Run:
+def _merged(run: Run, found: _Turns, others: _Turns) -> Run:
     merged = []
-    for turns in found.values():
-        whole = [each for each in turns if each.kept]
+    for key, by_turn in found.items():
+        turns = list(by_turn.values())
+        there = {turn for turn, each in others.get(key, {}).items() if each.kept}
+        paired = [each for turn, each in by_turn.items() if each.kept and turn in there]
+        whole = paired or [each for each in turns if each.kept]
         values = tuple(value for each in whole for value in each.kept)
         rounds = tuple(len(each.kept) for each in whole)
         merged.append(
-            replace(turns[0], values=values, rounds=rounds, warmup=0, rule="", places=(), began=(), notes={})
+            replace((whole or turns)[0], values=values, rounds=rounds, warmup=0, rule="", places=(), began=(), notes={})
         )  # fmt: skip
     return run.with_series(merged)

@@ -1,0 +1,184 @@
+"""A run from its plan to its lines: what is measured in which order, and that nothing of it is lost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import bench_samples as samples
+import pytest
+
+from pyvmm.bench import case as cases
+from pyvmm.bench import collect, model
+from pyvmm.bench.case import Case
+from pyvmm.bench.collect import Collector, Plan, measure, sides
+from pyvmm.errors import UsageError
+
+STATES = ("cold", "populated", "mapped")
+
+
+def huge_is_cold(point):
+    return "huge pages are cold" if point["backing"] == "thp" and point["state"] != "cold" else ""
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """Two cases, and an environment, that are quick to measure; the second always refuses."""
+    axes = {"protection": ("none", "pkvm"), "state": STATES, "backing": ("memfd", "thp")}
+    some = [
+        Case("fault", "says", axes, lambda bench: bench.keep("touch", [[9.0], [1.0, 2.0]]), ("state",), (),
+             huge_is_cold),
+        Case("exit", "says", {"protection": ("none",), "cpus": (1, 2)}, lambda bench: bench.cannot("no"), (), (),
+             lambda _: ""),
+    ]  # fmt: skip
+    monkeypatch.setattr(cases, "all_cases", lambda: {case.name: case for case in some})
+    monkeypatch.setattr("pyvmm.bench.environment.environment", lambda: dict(samples.ENVIRONMENT))
+
+
+def counted(plan: Plan) -> Counter[str]:
+    return Counter(step.case.name for step in plan.steps())
+
+
+def test_all_is_every_cases_star_and_quick_is_less():
+    assert counted(Plan()) == {"fault": 8, "exit": 2}
+    assert counted(Plan(quick=True)) == {"fault": 6, "exit": 1}
+    assert counted(Plan(("exit",))) == {"exit": 2}
+
+
+def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named():
+    axes = {"state": ["mapped", "cold"], "protection": ["none"]}
+    named = Plan(("fault", "exit"), axes).steps()
+    assert [(step.case.name, step.point.get("state")) for step in named] == [
+        ("fault", "mapped"), ("fault", "cold"), ("exit", None)
+    ]  # fmt: skip
+    assert counted(Plan(axes=axes)) == {"fault": 3, "exit": 2}  # the star has thp where it is cold
+    assert counted(Plan(axes={"cpus": ["2"]})) == {"fault": 8, "exit": 1}
+
+
+@pytest.mark.parametrize(
+    ("plan", "words", "hint"),
+    [
+        (Plan(("fualt",)), "no case is called 'fualt'", "nearest: fault"),
+        (Plan(axes={"stat": ["cold"]}), "called 'stat'", "nearest: state"),
+        (Plan(("exit",), versus=("state", "cold")), "called 'state'", "known are protection, cpus"),
+        (Plan(("fault",), {"state": ["clod"]}), "state of fault is never 'clod'", "nearest: cold"),
+        (Plan(axes={"state": ["clod"]}), "state is never 'clod' in any case", "nearest: cold"),
+        (Plan(("fault",), versus=("state", "clod")), "state of fault is never 'clod'", "nearest: cold"),
+        (Plan(("fault",), {"state": ["mapped"], "backing": ["thp"]}), "huge pages are cold", None),
+        (Plan(("fault",), {"backing": ["thp"]}, versus=("state", "mapped")), "huge pages are cold", None),
+        (Plan(("fault",), {"state": ["cold"]}, versus=("state", "cold")), "every point has state=cold already", None),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_the_nearest(plan, words, hint):
+    with pytest.raises(UsageError, match=words) as caught:
+        plan.steps()
+    assert hint is None or hint in caught.value.hint
+
+
+def test_two_sides_take_turns_and_who_begins_changes():
+    steps = Plan(("fault",), {"protection": ["pkvm"]}, versus=("state", "mapped"), turns=3).steps()
+    assert [(step.turn, step.side, step.point["state"]) for step in steps] == [
+        (0, "A", "cold"), (0, "B", "mapped"), (1, "B", "mapped"), (1, "A", "cold"), (2, "A", "cold"), (2, "B", "mapped")
+    ]  # fmt: skip
+
+
+def test_points_whose_other_side_makes_no_sense_are_left_out():
+    plan = Plan(versus=("state", "mapped"), turns=1)
+    assert counted(plan) == {"fault": 8}
+    assert all(step.point["backing"] == "memfd" for step in plan.steps())
+    assert counted(Plan(versus=("protection", "pkvm"), turns=1)) == {"fault": 8}
+
+
+def test_every_line_is_said_as_it_comes_and_they_are_a_whole_run():
+    said = []
+    measure(Plan(axes={"protection": ["none"]}), said.append, peers=lambda: [samples.series([1.0], case="peer")])
+    assert all(line.endswith("\n") for line in said)
+    assert ["done" in json.loads(line) for line in said[1:]] == [False, True] * 6 + [False, False]
+    run = model.parse(said, "a")
+    assert run.environment == samples.ENVIRONMENT
+    assert run.asked["points"] == 6
+    assert run.end is not None
+    assert [each.values or each.unavailable for each in run.series] == [(9, 1, 2)] * 4 + ["no"] * 2 + [(1,)]
+
+
+def collector(file=None):
+    progress = []
+    return Collector(file, "a.jsonl", lambda *told: progress.append(told)), progress
+
+
+def test_a_collector_counts_points_and_keeps_what_it_took(tmp_path):
+    with open(tmp_path / "a.jsonl", "w") as file:
+        taker, progress = collector(file)
+        assert taker.run() is None
+        said = []
+
+        def take(line):
+            taker.take(line)
+            said.append(line)
+            # What has come is in the file, and is a run, whatever happens next.
+            assert (tmp_path / "a.jsonl").read_text() == "".join(said)
+
+        measure(Plan(("exit",)), take)
+    assert progress == [(1, 2, "exit none"), (2, 2, "exit none")]
+    assert taker.run() == model.read(str(tmp_path / "a.jsonl"))
+    assert taker.failed is None
+
+
+def test_a_full_disk_costs_the_file_and_nothing_else():
+    file = open("/dev/full", "w")  # noqa: SIM115
+    taker, progress = collector(file)
+    measure(Plan(("exit",)), taker.take)
+    assert len(taker.run().series) == 2
+    assert len(progress) == 2
+    assert "a.jsonl cannot be written any more: No space left on device" in taker.failed.message
+    with pytest.raises(OSError, match="No space"):
+        file.close()
+
+
+# -- sides
+
+
+def by_turns(*some):
+    """A run by turns, of (side, turn, values)."""
+    found = [
+        samples.series(
+            values, point={"protection": "none", "state": {"A": "cold", "B": "mapped"}[side]}, rounds=[1, 2],
+            warmup=1, notes={"side": side, "turn": turn, "pair": "cold / mapped"},
+            unavailable="" if values else "it crashed",
+        )
+        for side, turn, values in some
+    ]  # fmt: skip
+    return collect.Run(samples.ENVIRONMENT, {"versus": ["state", "mapped"]}, tuple(found))
+
+
+def test_each_turn_is_a_round_of_its_side_without_what_differs():
+    run = by_turns(("A", 0, [9, 1, 2]), ("B", 0, [9, 5, 6]), ("B", 1, [9, 7, 8]), ("A", 1, [9, 3, 4]))
+    [a], [b] = (side.series for side in sides(run))
+    assert (a.values, b.values) == ((1, 2, 3, 4), (5, 6, 7, 8))
+    assert a.rounds == b.rounds == (2, 2)
+    assert (a.warmup, b.warmup, a.point, b.point) == (0, 0, *[{"protection": "none", "state": "cold / mapped"}] * 2)
+
+
+def test_several_points_beside_the_same_one_stay_apart():
+    said = []
+    measure(Plan(("fault",), {"state": ["cold", "populated"]}, versus=("state", "mapped"), turns=2), said.append)
+    for side in sides(model.parse(said, "a")):
+        assert [each.point["state"] for each in side.series] == ["cold / mapped", "populated / mapped"]
+        assert [each.rounds for each in side.series] == [(2, 2), (2, 2)]
+
+
+def test_a_turn_that_one_side_lacks_is_a_pair_of_none():
+    run = by_turns(("A", 0, []), ("B", 0, [9, 5, 6]), ("B", 1, [9, 7, 8]), ("A", 1, [9, 3, 4]), ("A", 2, [9, 1, 1]))
+    [a], [b] = (side.series for side in sides(run))
+    assert (a.values, b.values, a.unavailable) == ((3, 4), (7, 8), "")
+
+
+def test_a_side_that_never_was_says_why():
+    [a], [b] = (side.series for side in sides(by_turns(("A", 0, []), ("B", 0, [9, 5, 6]))))
+    assert (a.values, a.unavailable, b.values) == ((), "it crashed", (5, 6))
+
+
+def test_a_run_of_one_side_is_nothing_to_compare():
+    with pytest.raises(UsageError, match="one side only") as caught:
+        sides(samples.run())
+    assert "--versus" in caught.value.hint

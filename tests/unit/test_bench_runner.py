@@ -1,0 +1,123 @@
+"""Points are measured in processes of their own, and whatever becomes of these is a series that says so."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from pyvmm.bench import case as cases
+from pyvmm.bench import runner
+from pyvmm.bench.case import Case
+from pyvmm.errors import KvmError, PyvmmError, UsageError
+
+DEADLINE = 20.0
+
+
+def case(function, **more) -> Case:
+    axes = {"protection": ("pkvm",), "size": (1, 2)}
+    return Case("fault", "says", axes, function, (), (), lambda _: "", **{"seconds": DEADLINE, **more})
+
+
+def measure(function, *, deadline=None, **more):
+    task = runner.Task(case(function, **more), {"protection": "pkvm", "size": 2})
+    [(same, series)] = runner.run([task], deadline=deadline)
+    assert same is task
+    return series
+
+
+def test_a_series_is_all_rounds_the_first_of_them_as_warm_up():
+    def keep(bench):
+        bench.keep("touch", [[9.0, 8.0], [1.0004, 2.0]], places=[0, 0, 1, 0], began=[0, 0, 0, 1.26], seed=3)
+        bench.keep("PSS", [[float(os.getpid())]], clock="memory", unit="bytes", per="VM")
+
+    touch, pss = measure(keep)
+    assert (touch.values, touch.rounds, touch.warmup, touch.rule) == ((9, 8, 1, 2), (2, 2), 2, "the first round")
+    assert (touch.case, touch.point) == ("fault", {"protection": "pkvm", "size": 2})
+    assert (touch.unit, touch.clock, touch.per) == ("ns", "guest", "page")
+    assert (touch.places, touch.began, touch.notes) == ((0, 0, 1, 0), (0, 0, 0, 1.3), {"seed": 3})
+    assert (pss.warmup, pss.rule, pss.rounds) == (0, "", (1,))
+    assert pss.values != (os.getpid(),)  # of a process of its own
+
+
+def test_where_time_counts_instructions_so_do_series(monkeypatch):
+    monkeypatch.setattr("pyvmm.bench.measure.counts", lambda: "instructions")
+    [touch, count] = measure(lambda bench: (bench.keep("a", [[1.0]]), bench.keep("b", [[1.0]], unit="count")))
+    assert (touch.unit, count.unit) == ("instructions", "count")
+
+
+def refuse(error):
+    def function(bench):
+        bench.keep("before", [[1.0]])
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KvmError("KVM_CREATE_GUEST_MEMFD", "vm=7", 22), r"KVM_CREATE_GUEST_MEMFD\(vm=7\): EINVAL: Invalid argument"),
+        (PyvmmError("not here", hint="there"), "not here"),
+        (OSError(28, "No space left on device"), r"\[Errno 28\] No space left on device"),
+    ],
+)
+def test_what_is_refused_is_a_series_that_says_why_behind_what_there_was(error, words):
+    before, nothing = measure(refuse(error))
+    assert before.values == (1.0,)
+    assert (nothing.values, nothing.notes, nothing.point) == ((), {}, {"protection": "pkvm", "size": 2})
+    assert re.fullmatch(words, nothing.unavailable)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda _: os.kill(os.getpid(), signal.SIGKILL), "the process was killed by SIGKILL"),
+        (lambda _: (os.write(2, b"alas\n"), os._exit(3)), "the process exited with status 3; it said: alas"),
+        (lambda bench: bench["nothing"], "the process exited with status 1.*"),
+    ],
+)
+def test_a_crash_is_a_series_with_its_last_words_and_the_next_point_is_measured(function, words):
+    tasks = [runner.Task(case(each), {}) for each in (function, lambda bench: bench.keep("touch", [[1.0]]))]
+    [(_, [crashed]), (_, [good])] = runner.run(tasks)
+    assert (crashed.values, crashed.notes) == ((), {"crashed": True})
+    assert re.fullmatch(words, crashed.unavailable, re.DOTALL)
+    assert good.values == (1.0,)
+
+
+@pytest.mark.parametrize("more", [{"deadline": 0.2}, {"seconds": 0.2}])
+def test_past_its_deadline_a_point_is_a_series_that_says_so_whoever_set_it(more):
+    [late] = measure(lambda _: time.sleep(60), **more)
+    assert (late.unavailable, late.notes) == ("not done after 0.2 s, and killed", {"crashed": True})
+
+
+def test_the_cases_own_deadline_is_told_to_it_and_replaced_for_good():
+    [kept] = measure(lambda bench: bench.keep("seconds", [[bench.seconds]]), seconds=0.001, deadline=DEADLINE)
+    assert kept.values == (0.001,)
+
+
+def test_settings_are_restored_for_who_was_killed(monkeypatch):
+    seen = []
+
+    class Snapshot:
+        def restore(self):
+            seen.append("restored")
+
+    monkeypatch.setattr(runner, "Snapshot", Snapshot)
+    list(runner.run([runner.Task(case(refuse(PyvmmError("no"))), {})]))
+    assert seen == []
+    monkeypatch.setitem(cases.all_cases(), "fault", case(lambda _: os._exit(1)))
+    assert runner.measure_point("fault", {"size": 2})[0].notes == {"crashed": True}
+    assert seen == ["restored"]
+
+
+def test_one_point_is_measured_by_name_and_some_of_its_axes(monkeypatch):
+    monkeypatch.setitem(cases.all_cases(), "fault", case(lambda bench: bench.keep("touch", [[bench["size"]]])))
+    [found] = runner.measure_point("fault", {"size": "2"})
+    assert (found.point, found.values) == ({"protection": "pkvm", "size": 2}, (2,))
+    for name, point, words in (("fualt", {}, "'fualt'"), ("fault", {"siez": 1}, "'siez'"), ("fault", {"size": 0}, "0")):
+        with pytest.raises(UsageError, match=words):
+            runner.measure_point(name, point)

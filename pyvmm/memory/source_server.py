@@ -29,12 +29,12 @@ class SourceServer:
             raise UsageError(f"serving {len(source)} bytes at {hex_(hva)}: whole pages are needed")
         self._source = ffi.from_buffer("uint8_t[]", source)
         self._userfault = userfault
+        userfault.attach(self.stop)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._native = ffi.new("struct pv_fault_server *")
         self._native.fd, self._native.stop_fd = userfault.fd, self._stop_fd
         self._native.hva, self._native.size, self._native.source = hva, len(source), self._source
         self._error = 0
-        userfault.attach(self.stop)
         self._thread = threading.Thread(target=self._main, name="pyvmm-userfault", daemon=True)
         self._thread.start()
 

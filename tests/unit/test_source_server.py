@@ -1,0 +1,120 @@
+"""Missing pages served from a buffer by C: everyone gets the page that is theirs, and a refusal comes out in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import HostError, UsageError
+from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.backing import Memfd
+from pyvmm.memory.fault_server import Answer, Server
+from pyvmm.memory.source_server import SourceServer
+from pyvmm.memory.userfault import Userfault, UserfaultError
+
+PAGES = 64
+SIZE = PAGES * PAGE_SIZE
+SOURCE = b"".join(page.to_bytes(8, "little") * (PAGE_SIZE // 8) for page in range(PAGES))
+
+
+@pytest.fixture
+def userfault():
+    assert lib.pv_install_signals() == 0
+    try:
+        opened = Userfault.open(user_mode_only=True)
+    except HostError as error:
+        pytest.skip(error.message)
+    with opened:
+        yield opened
+
+
+@pytest.fixture
+def memory(userfault):
+    """Guest memory that is nobody's yet, and registered."""
+    with Memfd(SIZE) as backing:
+        userfault.register(backing.hva, SIZE, missing=True)
+        yield backing
+        userfault.close()  # who waits still goes on
+
+
+def look(address: int, size: int = 8) -> bytes:
+    """Read memory as guarded copies do: without Python's lock."""
+    data = bytearray(size)
+    done = lib.pv_copy(ffi.from_buffer(data), ffi.cast("void *", address), size)
+    return bytes(data[:done])
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_every_page_is_its_own_part_of_the_buffer_whoever_comes_first(userfault, memory, kind):
+    asked = [page * 7 % PAGES for page in range(4 * PAGES)]  # each by several threads, in no order
+    with SourceServer(userfault, memory.hva, kind(SOURCE)) as server, ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda page: look(memory.hva + page * PAGE_SIZE + 16), asked))
+        assert seen == [page.to_bytes(8, "little") for page in asked]
+        assert look(memory.hva, SIZE) == SOURCE
+        assert PAGES <= server.served <= len(asked)
+
+
+def test_what_one_server_leaves_the_next_one_answers_with_its_own(userfault, memory):
+    with SourceServer(userfault, memory.hva, SOURCE) as first:
+        assert look(memory.hva + PAGE_SIZE) == (1).to_bytes(8, "little")
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(look, memory.hva + 2 * PAGE_SIZE)
+        assert userfault.wait(10)
+        assert not reader.done()
+        with SourceServer(userfault, memory.hva, b"\1" * SIZE) as second:
+            assert reader.result(10) == b"\1" * 8
+    assert (first.served, second.served) == (1, 1)
+
+
+def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault, memory):
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(look, memory.hva)
+        with (
+            pytest.raises(UserfaultError, match=r"UFFDIO_COPY\(after 0 faults served\): EINVAL") as caught,
+            SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:]) as server,
+        ):
+            server._thread.join(10)
+            assert not reader.done()
+        assert caught.value.errno == errno.EINVAL
+        userfault.zeropage(memory.hva)
+        assert reader.result(10) == bytes(8)
+
+
+def test_an_error_of_the_block_goes_before_the_servers(userfault, memory):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look, memory.hva)
+        with pytest.raises(KeyError), SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:]) as server:
+            server._thread.join(10)
+            raise KeyError
+        userfault.zeropage(memory.hva)
+
+
+@pytest.mark.parametrize(("at", "size"), [(8, PAGE_SIZE), (0, 8), (0, 0), (0, PAGE_SIZE + 8)])
+def test_what_is_not_whole_pages_is_refused(userfault, memory, at, size):
+    with pytest.raises(UsageError, match=rf"serving {size} bytes at 0x.*: whole pages are needed"):
+        SourceServer(userfault, memory.hva + at, bytes(size))
+
+
+def test_closing_the_userfaultfd_stops_it(userfault, memory):
+    server = SourceServer(userfault, memory.hva, SOURCE)
+    userfault.close()
+    assert not server._thread.is_alive()
+    server.stop()
+
+
+def test_it_leaves_no_thread_and_no_descriptor_not_even_where_another_serves(userfault, memory):
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for _ in range(3):
+        with SourceServer(userfault, memory.hva, SOURCE) as server:
+            look(memory.hva)
+            with pytest.raises(UsageError, match="being served already"):
+                SourceServer(userfault, memory.hva, SOURCE)
+        server.stop()
+    with Server(userfault, lambda _fault: Answer.ZERO), pytest.raises(UsageError, match="being served already"):
+        SourceServer(userfault, memory.hva, SOURCE)
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before

@@ -62,7 +62,7 @@ def test_every_page_is_its_own_part_of_the_buffer_whoever_comes_first(userfault,
 def test_what_one_server_leaves_the_next_one_answers_with_its_own(userfault, memory):
     with SourceServer(userfault, memory.hva, SOURCE) as first:
         assert look(memory.hva + PAGE_SIZE) == (1).to_bytes(8, "little")
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, userfault:
         reader = pool.submit(look, memory.hva + 2 * PAGE_SIZE)
         assert userfault.wait(10)
         assert not reader.done()
@@ -72,13 +72,11 @@ def test_what_one_server_leaves_the_next_one_answers_with_its_own(userfault, mem
 
 
 def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault, memory):
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, userfault:
         reader = pool.submit(look, memory.hva)
-        with (
-            pytest.raises(UserfaultError, match=r"UFFDIO_COPY\(after 0 faults served\): EINVAL") as caught,
-            SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:]) as server,
-        ):
-            server._thread.join(10)
+        server = SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:])
+        server._thread.join(10)
+        with pytest.raises(UserfaultError, match=r"UFFDIO_COPY\(after 0 faults served\): EINVAL") as caught, server:
             assert not reader.done()
         assert caught.value.errno == errno.EINVAL
         userfault.zeropage(memory.hva)
@@ -86,10 +84,11 @@ def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault, me
 
 
 def test_an_error_of_the_block_goes_before_the_servers(userfault, memory):
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, userfault:
         pool.submit(look, memory.hva)
-        with pytest.raises(KeyError), SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:]) as server:
-            server._thread.join(10)
+        server = SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:])
+        server._thread.join(10)
+        with pytest.raises(KeyError), server:
             raise KeyError
         userfault.zeropage(memory.hva)
 

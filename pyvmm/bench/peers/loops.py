@@ -102,7 +102,7 @@ def bare_loop() -> Callable[[LoopVm], float]:
     """Return what measures the bare loop. HostError where it has not been built."""
     tree = find_tree("loop")
     if tree is None:
-        raise HostError("the bare loop is not here", hint="pyvmm --lab bench builds it where peers are asked for")
+        raise HostError("the bare loop is not here", hint="pyvmm --lab bench --peers builds it")
     function = ctypes.CDLL(str(tree / LIBRARY)).bare_loop
     function.restype = ctypes.c_uint64
     function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64)]

@@ -22,7 +22,7 @@ from pyvmm.lab.trees import find_tree
 
 SKIPPED: Final = 4
 """A selftest's exit status where the host lacks what it needs."""
-HINT: Final = "pyvmm --lab bench builds it where peers are asked for; on this machine, pyvmm.lab.peers.prepare() does"
+HINT: Final = "pyvmm --lab bench --peers builds it"
 PAGES: Final = 4096
 LRU_GEN: Final = Path("/sys/kernel/mm/lru_gen/enabled")
 CGROUPS: Final = Path("/sys/fs/cgroup")

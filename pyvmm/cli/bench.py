@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm --lab --lab-icount bench fault exit             in instructions, which repeat\n"
         "  pyvmm --lab bench fault --axis protection=none,pkvm --axis cpus=1,4 --json a.jsonl\n"
         "  pyvmm --lab bench fault --axis protection=pkvm --versus state=populated\n"
-        "exit status of compare: 0 no difference shown, 1 something differs",
+        "exit status of compare: 0 no difference shown, 1 something differs, 2 nothing can be compared",
     )  # fmt: skip
     parser.add_argument("words", metavar="CASE", nargs="*", help="cases to measure (all); --list names them")
     which = parser.add_argument_group("what to measure")
@@ -176,10 +176,9 @@ def _require_host(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], int]) -> int:
     """Measure with ``collect`` and report, what there is even where that was cut short."""
     from pyvmm.bench.collect import Collector
-    from pyvmm.bench.statistics import require
 
-    require()
-    status, interrupt = 0, None
+    no_report = _why_no_report(args)
+    status, stopped = 0, None
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_writable(args.json)) if args.json else None
         if args.html:
@@ -187,17 +186,36 @@ def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], in
         collector = Collector(file, args.json or "", stack.enter_context(_progress()))
         try:
             status = collect(collector.take)
-        except KeyboardInterrupt as stop:
-            interrupt = stop
+        except (KeyboardInterrupt, PyvmmError) as why:
+            stopped = why
     run = collector.run()
-    if run is not None and run.series:
-        _show(run, args)
-    if interrupt is not None:
-        raise interrupt
+    if no_report:
+        print(f"pyvmm: there is no table: {no_report}", file=sys.stderr)
+    elif run is not None and run.series:
+        try:
+            _show(run, args)
+        except PyvmmError:
+            if stopped is None:  # which says more
+                raise
+    if stopped is not None:
+        raise stopped
     if collector.failed is not None:
         raise collector.failed
     crashed = run is not None and any(series.notes.get("crashed") for series in run.series)
     return status or (1 if crashed else 0)
+
+
+def _why_no_report(args: argparse.Namespace) -> str:
+    """Say why there will be no report, where the raw results are enough; HostError where they are not."""
+    from pyvmm.bench.statistics import require
+
+    try:
+        require()
+    except HostError as error:
+        if not args.json or args.html or args.figures:
+            raise
+        return error.message
+    return ""
 
 
 @contextlib.contextmanager
@@ -233,8 +251,12 @@ def _writable(path: str) -> Iterator[TextIO]:
         file = open(path, "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise UsageError(f"{path!r} cannot be written: {error.strerror}") from None
-    with file:
+    try:
         yield file
+    finally:
+        # Every line was flushed by who wrote it, and told of then if that failed.
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 # -- reporting
@@ -275,12 +297,16 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from pyvmm.bench.model import BenchError
     from pyvmm.bench.statistics import require
 
     require()
     paths = _files(args, "compare", 1, 2)
     runs = [_read(path) for path in paths]
-    return _compare_runs(runs[0], runs[1] if len(runs) > 1 else None)
+    try:
+        return _compare_runs(runs[0], runs[1] if len(runs) > 1 else None)
+    except BenchError as error:
+        raise UsageError(error.message, hint=error.hint) from None
 
 
 def _compare_runs(run: Run, other: Run | None) -> int:
@@ -296,12 +322,12 @@ def _compare_runs(run: Run, other: Run | None) -> int:
 
 def _read(path: str) -> Run:
     from pyvmm.bench import model
+    from pyvmm.bench.report import html
 
-    if path.endswith((".html", ".htm")):
-        from pyvmm.bench.report import html
-
-        return html.read_html(path)
-    return model.read(path)
+    try:
+        return html.read_html(path) if path.endswith((".html", ".htm")) else model.read(path)
+    except model.BenchError as error:
+        raise UsageError(error.message, hint=error.hint) from None
 
 
 def _files(args: argparse.Namespace, verb: str, least: int, most: int) -> list[str]:

@@ -1,0 +1,385 @@
+"""``pyvmm bench`` at the command line: what it refuses and in which words, and that nothing measured is lost."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+
+import bench_samples as samples
+import pytest
+
+from pyvmm import cli
+from pyvmm.bench import model
+from pyvmm.cli import bench as verb
+from pyvmm.errors import PyvmmError
+
+X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts that are not arm64")
+NEEDED = ("numpy", "scipy", "matplotlib")
+if any(importlib.util.find_spec(name) is None for name in NEEDED):
+    pytest.skip("reports need numpy, scipy and matplotlib", allow_module_level=True)
+
+STEADY = [100.0, 101, 99, 100.5, 99.5, 100.2, 99.8, 100.1]
+FEW = samples.run(samples.per_round(STEADY), samples.per_round(STEADY, metric="whole range"))
+
+
+def lines(run=FEW):
+    """A run as it comes: each series with the line that says that its point is done."""
+    found = []
+    for line in samples.text(run).splitlines(keepends=True):
+        found.append(line)
+        if '"series"' in line[:12]:
+            found.append('{"done": {"case": "fault", "point": {"protection": "none"}, "seconds": 1}}\n')
+    return found
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Have these lines said instead of measuring, and what is no line raised."""
+    said = lines()
+
+    def measure(_plan, say, **_options):
+        for each in said:
+            if isinstance(each, BaseException):
+                raise each
+            say(each)
+
+    monkeypatch.setattr(verb, "_require_host", lambda _args: None)
+    monkeypatch.setattr("pyvmm.bench.collect.measure", measure)
+    return said
+
+
+def told(capfd, *words, lab=()):
+    status = cli.main([*lab, "bench", *map(str, words)])
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert "bug in pyvmm" not in err
+    return status, out, err
+
+
+def write(path, *some):
+    path.write_text("".join(some))
+    return path
+
+
+# -- what makes no sense
+
+
+@pytest.mark.parametrize(
+    ("words", "why", "hint"),
+    [
+        (["fualt"], "no case is called 'fualt'", "nearest: fault"),
+        (["fault", "--axis", "stat=cold"], "called 'stat'", "nearest: state"),
+        (["fault", "--axis", "state=cold,clod"], "state of fault is never 'clod'", "nearest: cold"),
+        (["--axis", "protection=pkmv"], "protection is never 'pkmv' in any case", "nearest: pkvm"),
+        (["fault", "--axis", "cpus=0"], "cpus of fault is a number above 0, not '0'", ""),
+        (["fault", "--axis", "cpus=1,"], "cpus of fault is a number above 0, not ''", ""),
+        (["fault", "--axis", "state"], "--axis state: AXIS=VALUE is what it takes", ""),
+        (["fault", "--versus", "state="], "--versus state=: AXIS=VALUE is what it takes", ""),
+        (["fault", "--versus", "=cold"], "--versus =cold: AXIS=VALUE", ""),
+        (["fault", "--versus", "state=clod"], "state of fault is never 'clod'", "nearest: cold"),
+        (["fault", "--versus", "stat=cold"], "called 'stat'", "nearest: state"),
+        (["--list", "fualt"], "no case is called 'fualt'", "nearest: fault"),
+        (["compare"], "bench compare: 0 files given, it takes 1 or 2", ""),
+        (["compare", "a", "b", "c"], "3 files given", ""),
+        (["report"], "bench report: 0 files given, it takes 1", ""),
+    ],
+)
+@pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
+def test_what_makes_no_sense_is_said_before_anything_runs(words, why, hint, lab, capfd, monkeypatch):
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", None)
+    status, out, err = told(capfd, *words, lab=lab)
+    assert (status, out) == (2, "")
+    if lab and words[0] in ("compare", "report"):
+        why, hint = f"bench {words[0]} is no verb for the lab", f"pyvmm bench {words[0]}"
+    assert why in err
+    assert hint in err
+
+
+@pytest.mark.parametrize("words", [["--turns", "0"], ["--deadline", "0"], ["--deadline", "soon"]])
+def test_values_that_are_none_are_usage_errors(words, capfd):
+    assert told(capfd, "fault", *words)[0] == 2
+
+
+@X86
+def test_on_a_host_that_is_not_arm64_the_lab_is_named(capfd):
+    status, _, err = told(capfd, "fault", "--json", "x y")
+    assert status == 5
+    assert "pyvmm --lab bench fault --json 'x y'" in err
+
+
+@pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
+def test_the_list_names_cases_axes_and_values(capfd, lab):
+    status, out, _ = told(capfd, "--list", lab=lab)
+    assert status == 0
+    assert "share: " in out
+    assert "\n    policy       preserve, zero, punch, copy\n" in out
+    only = told(capfd, "--list", "convert")[1]
+    assert "convert: " in only
+    assert "share: " not in only
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option, lab, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(verb, "_require_host", lambda _args: None)
+    monkeypatch.setattr("pyvmm.bench.collect.measure", None)
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", None)
+    status, _, err = told(capfd, "fault", option, tmp_path / "none" / "file", lab=lab)
+    assert status == 2
+    assert "cannot be written: No such file or directory" in err
+
+
+# -- measuring
+
+
+def test_everything_asked_for_is_there(measured, capfd, tmp_path):
+    status, out, err = told(
+        capfd, "fault", "--json", tmp_path / "a.jsonl", "--html", tmp_path / "a.html", "--figures", tmp_path / "f"
+    )
+    assert (status, err) == (0, "")
+    assert "whole range" in out
+    assert "emulated: relative only" in out
+    assert (tmp_path / "a.jsonl").read_text() == "".join(measured)
+    assert model.read(str(tmp_path / "a.jsonl")) == FEW
+    assert "<!doctype html>" in (tmp_path / "a.html").read_text().lower()
+    assert list((tmp_path / "f").glob("*.svg"))
+    for source in ("a.jsonl", "a.html"):
+        assert told(capfd, "report", tmp_path / source)[:2] == (0, out)
+
+
+def test_where_a_point_crashed_the_status_is_1(measured, capfd):
+    crashed = samples.series([], unavailable="the process was killed by SIGSEGV", notes={"crashed": True})
+    measured[-1:] = [model.line(crashed)]
+    status, out, _ = told(capfd, "fault")
+    assert status == 1
+    assert "killed by SIGSEGV" in out
+
+
+def test_a_full_disk_costs_the_file_only_and_is_told(measured, capfd):
+    status, out, err = told(capfd, "fault", "--json", "/dev/full")
+    assert measured
+    assert status == 1
+    assert "whole range" in out
+    assert "/dev/full cannot be written any more: No space left on device" in err
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (PyvmmError("the lab ended", hint="look at its console"), 1, "pyvmm: the lab ended\n  hint: look"),
+    ],
+)
+def test_cut_short_it_reports_what_there_is_and_says_why(end, status, words, measured, capfd, tmp_path):
+    measured[3:] = [end]
+    found, out, err = told(capfd, "fault", "--json", tmp_path / "a.jsonl", "--html", tmp_path / "a.html")
+    assert found == status
+    assert words in err
+    assert "touch" in out
+    assert "whole range" not in out
+    run = model.read(str(tmp_path / "a.jsonl"))
+    assert (run.series, run.end) == (FEW.series[:1], None)
+    assert (tmp_path / "a.html").stat().st_size > 1000
+
+
+def test_cut_short_before_anything_came_there_is_nothing_to_report(measured, capfd):
+    for rest in (1, 0):
+        measured[rest:] = [KeyboardInterrupt()]
+        assert told(capfd, "fault") == (130, "", "")
+
+
+def sides(differ=1.5, turns=8, b_turns=None):
+    """A run by turns, the second side slower."""
+    found = []
+    for turn in range(turns):
+        for side, factor, state in (("A", 1, "cold"), ("B", differ, "mapped")):
+            if side == "A" or turn < (turns if b_turns is None else b_turns):
+                point, notes = {"state": state}, {"side": side, "turn": turn, "pair": "cold / mapped"}
+                values = [9.0, *(factor * (STEADY[turn] + each) for each in range(3))]
+                found.append(samples.series(values, point=point, rounds=[1, 3], warmup=1, notes=notes))
+    return replace(samples.run(*found), asked={"versus": ["state", "mapped"]})
+
+
+def test_measured_by_turns_it_compares(measured, capfd, tmp_path):
+    measured[:] = lines(sides())
+    status, out, _ = told(capfd, "fault", "--versus", "state=mapped", "--json", tmp_path / "a.jsonl")
+    assert status == 0
+    assert "slower" in out
+    assert "cold / mapped" in out
+    assert told(capfd, "compare", tmp_path / "a.jsonl")[:2] == (1, out)
+    # A turn that was cut off takes nothing from the others.
+    write(tmp_path / "b.jsonl", samples.text(sides(b_turns=7)))
+    status, out, _ = told(capfd, "compare", tmp_path / "b.jsonl")
+    assert status == 1
+    assert "unpaired" not in out
+
+
+def test_by_turns_cut_short_before_the_second_side_the_reason_is_what_is_told(measured, capfd):
+    measured[:] = [*lines(sides(turns=1, b_turns=0)), KeyboardInterrupt()]
+    assert told(capfd, "fault", "--versus", "state=mapped")[0] == 130
+
+
+# -- in the lab
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    """Stand in for a lab: what it says comes in pieces of a size, and then its end."""
+
+    class Lab(argparse.Namespace):
+        text, size, status, seen = "".join(lines()).encode(), 7, 0, None
+
+    stand_in = Lab()
+
+    def run_verb(argv, _args, *, outputs, stdout, visible, env):
+        stand_in.seen = (argv, outputs, visible, env)
+        for at in range(0, len(stand_in.text), stand_in.size):
+            stdout(stand_in.text[at : at + stand_in.size])
+        return stand_in.status
+
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", run_verb)
+    return stand_in
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096, 1 << 20])
+def test_the_lab_measures_and_the_report_is_made_here(lab, size, capfd, tmp_path):
+    lab.size = size
+    file = tmp_path / "a.jsonl"
+    status, out, err = told(capfd, "fault", "--quick", "--json", file, lab=("-v", "--lab"))
+    assert (status, err) == (0, "")
+    assert "whole range" in out
+    assert file.read_bytes() == lab.text
+    argv, outputs, visible, env = lab.seen
+    assert argv == ["-v", "bench", "fault", "--quick", "--json", str(file), "--collect"]
+    assert (outputs, visible, env) == ((), (), None)
+
+
+def test_a_lab_that_ends_in_the_middle_of_a_line_leaves_what_was_whole(lab, capfd, tmp_path):
+    whole = "".join(lines()[:3]).encode()
+    lab.text, lab.status = whole + lines()[3].encode()[:-20], 1
+    status, out, _ = told(capfd, "fault", "--json", tmp_path / "a.jsonl", lab=("--lab",))
+    assert status == 1
+    assert "touch" in out
+    assert (tmp_path / "a.jsonl").read_bytes() == whole
+
+
+def test_a_lab_that_says_nothing_hands_on_its_status(lab, capfd):
+    lab.text, lab.status = b"", 5
+    assert told(capfd, "fault", lab=("--lab",)) == (5, "", "")
+
+
+# -- without numpy
+
+
+@pytest.fixture
+def no_numpy(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "numpy" else find(name, *rest))
+
+
+@pytest.mark.usefixtures("no_numpy", "measured")
+@pytest.mark.parametrize("words", [["fault"], ["compare", "a"], ["report", "a"], ["--json", "a", "--html", "b"]])
+def test_without_numpy_it_says_what_to_install_before_it_measures(words, capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = told(capfd, *words)
+    assert (status, out) == (5, "")
+    assert "need numpy, which this Python does not have" in err
+    assert "pip install 'pyvmm[bench]', or keep the raw results with --json" in err
+
+
+@pytest.mark.usefixtures("no_numpy")
+def test_without_numpy_raw_results_are_kept_all_the_same(measured, capfd, tmp_path):
+    status, out, err = told(capfd, "fault", "--json", tmp_path / "a.jsonl")
+    assert (status, out) == (0, "")
+    assert "there is no table: statistics and reports need numpy" in err
+    assert (tmp_path / "a.jsonl").read_text() == "".join(measured)
+
+
+@pytest.mark.usefixtures("no_numpy")
+def test_where_only_lines_are_collected_numpy_is_not_asked_for(measured, capfd):
+    assert told(capfd, "fault", "--collect") == (0, "".join(measured), "")
+
+
+# -- reading
+
+
+@pytest.mark.parametrize("words", [["report"], ["compare"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        ("", "is empty: no benchmark's results"),
+        ("what is this", "line 1 is not of a benchmark's results"),
+        ('{"pyvmm bench": 2}\n', "its format is 2, this pyvmm reads 1"),
+        ("".join(lines()).replace('"per":', '"pre":', 1), "line 2: a series that is none"),
+        ("".join(lines()).replace('"values":[', '"values":', 1), "line 2 is not of a benchmark's results"),
+    ],
+)
+def test_a_file_that_is_no_results_or_damaged_is_refused_by_name(words, text, why, capfd, tmp_path):
+    file = tmp_path / "a.jsonl"
+    if text is not None:
+        file.write_text(text)
+    good = [write(tmp_path / "b.jsonl", *lines())] if words == ["compare"] else []
+    status, out, err = told(capfd, *words, file, *good)
+    assert (status, out) == (2, "")
+    assert why in err
+
+
+@pytest.mark.parametrize("subverb", ["report", "compare"])
+def test_values_that_are_no_numbers_are_refused_by_the_series_name(subverb, capfd, tmp_path):
+    file = write(tmp_path / "a", samples.text(samples.run(samples.series([1.0, "x"]))))
+    status, out, err = told(capfd, subverb, *[file] * (2 if subverb == "compare" else 1))
+    assert status in (1, 2)
+    assert out == ""
+    assert "fault, touch" in err
+
+
+def test_a_file_cut_off_in_its_last_line_is_good_up_to_there(capfd, tmp_path):
+    file = write(tmp_path / "a.jsonl", "".join(lines())[:-300])
+    status, out, _ = told(capfd, "report", file)
+    assert status == 0
+    assert "touch" in out
+    assert "whole range" not in out
+
+
+def test_compare_tells_same_from_different_by_its_status(capfd, tmp_path):
+    slower = [replace(each, values=tuple(2 * value for value in each.values)) for each in FEW.series]
+    one, other = (write(tmp_path / name, samples.text(run)) for name, run in (("a", FEW), ("b", samples.run(*slower))))
+    assert told(capfd, "compare", one, one)[0] == 0
+    status, out, _ = told(capfd, "compare", one, other)
+    assert status == 1
+    assert "slower" in out
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"environment": {**samples.ENVIRONMENT, "cpu": "another"}}, "not of the same cpu"),
+        ({"environment": {**samples.ENVIRONMENT, "counts": "instructions"}}, "not of the same counts"),
+        ({"series": (replace(FEW.series[0], case="exit"),)}, "no series in common"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_a_status_of_their_own(changed, why, capfd, tmp_path):
+    one = write(tmp_path / "a", samples.text(FEW))
+    other = write(tmp_path / "b", samples.text(replace(FEW, **changed)))
+    status, out, err = told(capfd, "compare", one, other)
+    assert (status, out) == (2, "")
+    assert why in err
+    status, _, err = told(capfd, "compare", one)
+    assert status == 2
+    assert "this run has one side only" in err
+
+
+def test_a_command_line_is_parsed_without_anything_heavy():
+    code = (
+        "import sys; from pyvmm.cli import make_parser;"
+        "words = ['bench', 'fault', '--axis', 'cpus=1']; make_parser(words).parse_args(words);"
+        "import json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert not {"numpy", "scipy", "matplotlib", "rich", "dask"} & set(loaded)

@@ -82,6 +82,11 @@ def test_runs_options_have_the_names_other_tools_use():
     assert parse("run", "-m", "1G", "k").mem == (1 << 30, None)
 
 
+@pytest.mark.parametrize("words", [[], ["--prefault"]])
+def test_prefaulting_is_asked_for(words):
+    assert run._config(parse("run", *words, "k"), "k", None, None).prefault is bool(words)
+
+
 def test_runs_choices_are_the_librarys():
     from pyvmm.machine.config import BACKINGS
     from pyvmm.memory.conversion import Conversion

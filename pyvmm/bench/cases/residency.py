@@ -12,7 +12,7 @@ from pyvmm.guest.puppet import Access, What
 from pyvmm.memory.address import PAGE_SIZE
 
 PAGES: Final = 256
-ENDS: Final = 3
+ENDS: Final = 5
 """Rounds of two VMs' ends."""
 
 

@@ -1,0 +1,42 @@
+"""The benchmark as its users run it: measured in a lab, reported here; and whether what it says repeats."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from pyvmm.bench.model import read
+from pyvmm.bench.report.html import read_html
+from tests.bench.bench_bars import repeats
+
+pytestmark = pytest.mark.lab
+
+WORDS = ("bench", "exit", "share", "--axis", "protection=pkvm")
+
+
+def bench(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pyvmm", "--lab", "--lab-icount", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+
+
+def test_two_fresh_labs_count_the_same_instructions(tmp_path):
+    runs = []
+    for name in ("a.jsonl", "b.jsonl"):
+        done = bench(*WORDS, "--json", str(tmp_path / name), "--html", str(tmp_path / f"{name}.html"))
+        assert done.returncode == 0, done.stderr
+        assert "emulated: relative only" in done.stdout
+        assert "announced share" in done.stdout
+        runs.append(read(str(tmp_path / name)))
+    assert {each.unit for each in runs[0].series} == {"instructions", "count"}
+    assert runs[0].environment["counts"] == "instructions"
+    worst, where = repeats(*runs)
+    assert worst <= 0.01, where
+    assert read_html(str(tmp_path / "a.jsonl.html")).series == runs[0].series
+
+
+def test_two_values_of_an_axis_are_measured_by_turns_and_compared():
+    done = bench("bench", "fault", "--axis", "protection=pkvm", "--axis", "pages=64", "--versus", "state=populated")
+    assert done.returncode == 0, done.stderr
+    assert "faster" in done.stdout, done.stdout

@@ -94,7 +94,7 @@ class Case:
             if value == each or str(value) == str(each):
                 return each
         if all(isinstance(each, int) for each in known):
-            number = int(value) if isinstance(value, int) or str(value).isdecimal() else 0
+            number = int(str(value)) if str(value).isdecimal() else 0
             if number > 0:
                 return number
             raise UsageError(f"{axis} of {self.name} is a number above 0, not {value!r}")

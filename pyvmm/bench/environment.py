@@ -19,7 +19,7 @@ SAME = ("machine", "cpu", "cpus", "emulated", "counts", "page size")
 
 def environment() -> dict[str, Value]:
     """Return what is known of this host, the same at every call."""
-    found = dict(about.host())
+    found: dict[str, Value] = {**about.host()}
     line = str(found["command line"])
     found |= {
         "counts": counts(line),

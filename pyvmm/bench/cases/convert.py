@@ -38,7 +38,8 @@ def convert(bench: Bench) -> None:
     apart = APART[bench["of"]]
     with bench.guest(room=bench.rounds * PAGES * apart * PAGE_SIZE, conversion=bench["policy"]) as x:
         ticks = Ticks(x, PAGES)
-        found = {"share": [], "touch after share": [], "unshare": [], "touch after unshare": []}
+        names = ("share", "touch after share", "unshare", "touch after unshare")
+        found: dict[str, list[list[float]]] = {name: [] for name in names}
         for _ in range(bench.rounds):
             begin = x.page(PAGES * apart)
             x.guest.touch(begin, PAGES, stride=apart, access=Access.WRITE)

@@ -92,15 +92,18 @@ def fault(bench: Bench) -> None:
             plan.prepare(x, begin)
             with plan.provided(x, begin):
                 exits.begin()
-                last = _touch(bench, x, plan, begin, guests, ticks, number + 1)
+                seen = _touch(bench, x, plan, begin, guests, ticks, number + 1)
+                exited = exits.end(plan.cpus)  # what it takes to read ticks is none of the touches'
+            last = [each.with_each(buffer.read(8 * plan.pages)) for each, buffer in zip(seen, ticks, strict=True)]
             touched = sum(each.pages for each in last)
-            kvm.append([exits.end(plan.cpus) / touched])
+            kvm.append([exited / touched])
             walls.append([max(each.ticks for each in last) * ticks[0].scale / (touched / len(last))])
             values.append([each.per_page[page] * ticks[0].scale for each in last for page in each.order])
         places = [vcpu * plan.apart + page * plan.stride for vcpu, each in enumerate(last) for page in each.order]
+        warm, began = _before(values, last, ticks[0].scale)
         bench.keep(
-            "touch", values, pages=plan.pages * plan.cpus, stride=plan.stride,
-            **_picture(last, ticks[0].scale, places, values),
+            "touch", values, places=[*(0 for _ in warm), *places], began=[*warm, *began],
+            pages=plan.pages * plan.cpus, stride=plan.stride,
         )  # fmt: skip
         bench.keep("whole range", walls, per="page")
         bench.keep("KVM's exits", kvm, clock="kvm", unit="count")
@@ -118,23 +121,22 @@ def _touch(
         for vcpu, guest in enumerate(guests)
     ]  # fmt: skip
     seen = []
-    for order, buffer in zip(orders, ticks, strict=True):
+    for order in orders:
         if failure := x.failed(order, timeout=240):
             bench.cannot(f"KVM_RUN failed at the guest's first touch: {failure}")
-        seen.append(order.result().with_each(buffer.read(8 * plan.pages)))
+        seen.append(order.result())
     return seen
 
 
-def _picture(last: list[Touch], scale: float, places: list[int], values: list[list[float]]) -> dict[str, list[float]]:
-    """Return what a heat map of the last round needs, each vCPU's clock from its own first touch on."""
-    warm = [0] * sum(map(len, values[:-1]))
+def _before(values: list[list[float]], last: list[Touch], scale: float) -> tuple[list[float], list[float]]:
+    """Return when accesses began: zeros but for the last round, whose picture is drawn, each vCPU by its own clock."""
     began = []
     for each in last:
         at = 0.0
         for page in each.order:
             began.append(at)
             at += each.per_page[page] * scale
-    return {"places": [*warm, *places], "began": [*map(float, warm), *began]}
+    return [0.0] * sum(map(len, values[:-1])), began
 
 
 class _Plan:

@@ -35,7 +35,9 @@ def share(bench: Bench) -> None:
     rounds = 2 if pages > PAGES else bench.rounds
     with bench.guest(room=rounds * (pages + WITH_BELL) * PAGE_SIZE + 2 * pages * PAGE_SIZE) as x:
         ticks = Ticks(x, pages)
-        shares, unshares, announced = [], [], []
+        shares: list[list[float]] = []
+        unshares: list[list[float]] = []
+        announced: list[list[float]] = []
         for _ in range(rounds):
             begin, other = x.page(pages), x.page(WITH_BELL)
             if bench["state"] == "touched":

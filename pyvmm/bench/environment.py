@@ -23,6 +23,7 @@ def environment() -> dict[str, Value]:
     line = str(found["command line"])
     found |= {
         "counts": counts(line),
+        "emulator": os.environ.get("PYVMM_EMULATOR", ""),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "none",
         "pinning": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "clock source": _read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),

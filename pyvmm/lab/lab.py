@@ -184,7 +184,7 @@ class Lab:
         """
         machine = self._running()
         rows, columns = termios.tcgetwinsize(stdin) if is_tty and isinstance(stdin, int) else (0, 0)
-        variables = {**self._environment(), **(env or {})}
+        variables = {**self._environment(), "PYVMM_EMULATOR": f"QEMU {machine.version}", **(env or {})}
         command = frames.pack_fields(
             frames.EXEC,
             frames.TTY if is_tty else b"",

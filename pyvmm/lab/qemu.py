@@ -87,6 +87,11 @@ def _telling_lines(console: str) -> list[str]:
 
 def require_qemu() -> str:
     """Give QEMU's path. HostError where it is missing or too old, saying what to install."""
+    return _find_qemu()[0]
+
+
+def _find_qemu() -> tuple[str, str]:
+    """Give QEMU's path and version."""
     path = shutil.which(PROGRAM)
     if path is None:
         raise HostError(f"{PROGRAM} is not installed", hint=INSTALL)
@@ -94,14 +99,14 @@ def require_qemu() -> str:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HostError(f"{path} does not run: {error}", hint=f"{INSTALL} --reinstall") from error
-    found = re.search(r"version (\d+)\.(\d+)", answer)
+    found = re.search(r"version (\d+)\.(\d+)\S*", answer)
     if found is None:
         raise HostError(f"{path} does not say its version: {answer[:80]!r}", hint=f"{INSTALL} --reinstall")
     if (int(found[1]), int(found[2])) < OLDEST:
         raise HostError(
             f"{path} is version {found[1]}.{found[2]}; the lab needs {OLDEST[0]}.{OLDEST[1]} or newer", hint=INSTALL
         )
-    return path
+    return path, found[0].removeprefix("version ")
 
 
 def command_line(program: str, image: Image, options: LabOptions, shares: list[Share], channel: int) -> list[str]:
@@ -139,7 +144,7 @@ class Machine:
     """A running QEMU. ``channel`` is our end of the agent's port."""
 
     def __init__(self, image: Image, options: LabOptions, shares: list[Share]) -> None:
-        program = require_qemu()
+        program, self.version = _find_qemu()
         self.channel, theirs = socket.socketpair()
         with theirs:  # QEMU has it then
             self.command = command_line(program, image, options, shares, theirs.fileno())

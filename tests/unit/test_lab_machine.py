@@ -185,7 +185,7 @@ def test_temporary_files_stay_in_the_lab_when_its_tmp_is_the_workstations():
     from pyvmm.lab import Lab
 
     assert "TMPDIR" not in Lab(cwd=TREE)._environment()
-    assert Lab(cwd=TREE, outputs=["/tmp/out"])._environment()["TMPDIR"] == "/var/tmp"
+    assert Lab(cwd=TREE, outputs=["/tmp/no-such-file-of-pyvmm"])._environment()["TMPDIR"] == "/var/tmp"
 
 
 # ---- the channel

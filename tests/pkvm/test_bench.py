@@ -1,0 +1,166 @@
+"""The benchmark on a real host: each case's shape, what KVM counts of it, and points that cannot be measured.
+
+How long anything took is nothing that a test could hold; that there is a plausible value for every page is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from statistics import median
+
+import pytest
+
+from pyvmm.atlas import raw
+from pyvmm.bench import case as cases
+from pyvmm.bench.measure import ROUNDS
+from pyvmm.bench.model import Series
+from pyvmm.bench.runner import Task, measure_point, run
+from pyvmm.guest.puppet import Access
+from pyvmm.machine.layout import RAM_BASE
+from pyvmm.memory.address import Gpa
+from tests.pkvm.harness import ALL, puppet
+
+pytestmark = pytest.mark.pkvm
+PAGES = 16
+
+# A point of each case, and how many values a round of each metric brings.
+POINTS = [
+    ("fault", {"protection": "pkvm", "pages": PAGES}, {"touch": PAGES, "whole range": 1, "KVM's exits": 1}),
+    ("fault", {"protection": "none", "pages": PAGES, "cpus": 2, "order": "random"},
+     {"touch": 2 * PAGES, "whole range": 1, "KVM's exits": 1}),
+    ("fault", {"protection": "emulated", "provider": "userfaultfd in C", "pages": 64},
+     {"touch": 16, "whole range": 1, "KVM's exits": 1}),
+    ("exit", {"protection": "pkvm", "kind": "registers"}, {"exit": 500, "in the VMM": 1, "KVM's exits": 1}),
+    ("exit", {"protection": "none", "kind": "ioeventfd"}, {"exit": 500, "KVM's exits": 1}),
+    ("share", {"protection": "pkvm", "pages": PAGES}, {"share": PAGES, "unshare": PAGES, "announced share": 1}),
+    ("convert", {"policy": "zero"},
+     dict.fromkeys(("share", "unshare", "touch after share", "touch after unshare"), 64)),
+    ("punch", {"protection": "none", "hole": "range"}, {"punch": 4}),
+    ("punch", {"protection": "pkvm", "hole": "page"}, {"punch": 64}),
+    ("teardown", {"protection": "pkvm", "size": 1}, {"VM": 1, "memory": 1}),
+    ("prefault", {"protection": "pkvm", "size": 1, "means": "--prefault"},
+     {"prepare": 1, "touch": 1, "together": 1}),
+]  # fmt: skip
+
+
+def named(value: object) -> str | None:
+    return "-".join(map(str, value.values())) if isinstance(value, dict) and "protection" in value else None
+
+
+def of(series: list[Series], metric: str) -> Series:
+    (found,) = (each for each in series if each.metric == metric)
+    assert not found.unavailable
+    return found
+
+
+@pytest.mark.parametrize(("name", "point", "wanted"), POINTS, ids=named)
+def test_a_case_leaves_every_value_of_every_round_and_the_first_is_warm_up(name, point, wanted):
+    series = measure_point(name, point)
+    assert {each.unavailable for each in series} == {""}
+    assert {each.metric: each.rounds for each in series} == {
+        metric: (count,) * ROUNDS for metric, count in wanted.items()
+    }
+    for each in series:
+        assert each.warmup == wanted[each.metric]
+        assert len(each.values) == ROUNDS * wanted[each.metric]
+        assert point.items() <= each.point.items()
+        # Less than a second each; and where nothing is counted, there is nothing but what is taken off.
+        assert all(-1e6 < value < 1e9 for value in each.values)
+        if each.unit == "ns":
+            assert max(each.kept) > 0
+
+
+def test_the_footprint_is_some_megabytes_and_measured_once():
+    series = of(measure_point("footprint", {"protection": "pkvm"}), "PSS less guest memory")
+    assert (series.rounds, series.warmup, series.unit) == ((1,), 0, "bytes")
+    assert 1e6 < series.values[0] < 100e6
+
+
+@pytest.mark.parametrize(
+    ("point", "exits"),
+    [
+        ({"protection": "pkvm"}, 1.0),
+        ({"protection": "pkvm", "state": "mapped"}, 0.0),
+        ({"protection": "none", "state": "mapped"}, 0.0),
+        ({"protection": "none", "state": "punched"}, 1.0),
+        ({"protection": "none", "state": "dontneed", "backing": "private"}, 1.0),
+        ({"protection": "none", "state": "write-protected", "access": "write"}, 1.0),
+    ],
+    ids=named,
+)
+def test_a_fault_exits_once_a_page_and_what_is_mapped_never(point, exits):
+    counted = of(measure_point("fault", {"pages": 64, **point}), "KVM's exits")
+    # The host's timer interrupts are exits as well, in some rounds.
+    assert median(counted.kept) == pytest.approx(exits, abs=0.1)
+
+
+def test_each_vcpus_touches_have_their_places():
+    series = of(measure_point("fault", {"protection": "pkvm", "cpus": 2, "order": "strided", "pages": 4}), "touch")
+    last = slice(-series.rounds[-1], None)
+    assert series.places[last] == tuple(range(0, 8 * 16, 16))
+    assert len(series.began) == len(series.values)
+    for vcpu in (0, 4):
+        began = series.began[last][vcpu : vcpu + 4]
+        assert began[0] == 0
+        assert list(began) == sorted(began)
+
+
+# -- what cannot be measured
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "why"),
+    [
+        ("fault", {"protection": "pkvm", "state": "write-protected", "access": "write"},
+         r"KVM_SET_USER_MEMORY_REGION\(.*flags=0x1\): EPERM"),
+        ("fault", {"protection": "pkvm", "provider": "userfaultfd in C"}, "KVM_RUN failed at .*: EFAULT"),
+        ("punch", {"protection": "pkvm", "backing": "guest_memfd"}, "cannot back a protected guest: .*EIO"),
+    ],
+    ids=named,
+)  # fmt: skip
+def test_what_the_kernel_refuses_is_a_series_with_its_errno(name, point, why):
+    *_, nothing = measure_point(name, point)
+    assert (nothing.values, nothing.notes) == ((), {})
+    assert re.search(why, nothing.unavailable)
+
+
+def test_a_crash_and_a_deadline_leave_series_that_say_so_and_the_next_point_is_measured():
+    def made(function, seconds: float = 60.0) -> Task:
+        known = cases.all_cases()["fault"]
+        return Task(cases.Case("fault", "", known.axes, function, (), (), known.nonsense, seconds), known.base)
+
+    def crash(bench):
+        with bench.guest() as x:
+            x.guest.ping()
+            os.abort()
+
+    def sleep(bench):
+        with bench.guest() as x:
+            x.guest.ping()
+            time.sleep(60)
+
+    def touch(bench):
+        with bench.guest() as x:
+            bench.keep("touch", [[x.guest.touch(x.page(), 1, access=Access.WRITE).ticks]])
+
+    (_, [crashed]), (_, [late]), (_, [good]) = run([made(crash), made(sleep, 3.0), made(touch)])
+    assert crashed.unavailable.startswith("the process was killed by SIGABRT")
+    assert late.unavailable.startswith("not done after 3 s, and killed")
+    assert crashed.notes == late.notes == {"crashed": True}
+    assert good.values[0] > 0
+
+
+# -- memory populated before the start
+
+
+@pytest.mark.parametrize("protection", ALL, ids=lambda each: each.value)
+@pytest.mark.parametrize("prefault", [False, True], ids=["", "prefault"])
+def test_a_prefaulted_machine_has_pages_that_nobody_touched(protection, prefault):
+    with puppet(protection, prefault=prefault) as (machine, guest):
+        guest.ping()
+        page = Gpa(RAM_BASE + machine.config.memory // 2)
+        assert raw.present(machine.memory.hva(page)) is prefault
+        guest.write64(page, 1)
+        assert guest.read64(page) == 1

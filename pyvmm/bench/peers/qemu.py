@@ -36,7 +36,7 @@ def qemu() -> list[str]:
         return command(tree)
     if (path := shutil.which(PROGRAM)) is not None:
         return [path]
-    raise HostError(f"there is no {PROGRAM} here", hint=f"apt install {PACKAGE}; pyvmm --lab bench --peers brings it to a lab")
+    raise HostError(f"there is no {PROGRAM} here", hint=f"apt install {PACKAGE}, or pyvmm --lab bench --peers")
 
 
 def theirs() -> dict[str, list[float]]:

@@ -50,13 +50,13 @@ def run(tasks: Iterable[Task], *, deadline: float | None = None) -> Iterator[tup
 def _apart(task: Task, deadline: float | None) -> list[Series]:
     seconds = task.case.seconds if deadline is None else deadline
     try:
-        return [Series.from_json(each) for each in run_apart(lambda: _measure(task), seconds)]
+        return [Series.from_json(each) for each in run_apart(lambda: _measure(task, seconds), seconds)]
     except CrashedError as crash:
         return [_nothing(task, crash.message, crashed=True)]
 
 
-def _measure(task: Task) -> list[dict[str, Any]]:
-    bench = Bench(task.case.name, task.point, seconds=task.case.seconds)
+def _measure(task: Task, seconds: float) -> list[dict[str, Any]]:
+    bench = Bench(task.case.name, task.point, seconds=seconds)
     try:
         task.case.function(bench)
     except (PyvmmError, OSError) as error:

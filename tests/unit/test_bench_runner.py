@@ -94,9 +94,10 @@ def test_past_its_deadline_a_point_is_a_series_that_says_so_whoever_set_it(more)
     assert (late.unavailable, late.notes) == ("not done after 0.2 s, and killed", {"crashed": True})
 
 
-def test_the_cases_own_deadline_is_told_to_it_and_replaced_for_good():
-    [kept] = measure(lambda bench: bench.keep("seconds", [[bench.seconds]]), seconds=0.001, deadline=DEADLINE)
-    assert kept.values == (0.001,)
+@pytest.mark.parametrize(("more", "seconds"), [({}, DEADLINE), ({"seconds": 0.001, "deadline": 9.0}, 9.0)])
+def test_a_case_may_wait_for_its_guest_as_long_as_its_deadline_whoever_set_it(more, seconds):
+    [kept] = measure(lambda bench: bench.keep("seconds", [[bench.seconds]]), **more)
+    assert kept.values == (seconds,)
 
 
 def test_settings_are_restored_for_who_was_killed(monkeypatch):

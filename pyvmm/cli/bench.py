@@ -239,9 +239,12 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
     columns = (TextColumn("{task.description:<20}"), BarColumn(30), MofNCompleteColumn(), TextColumn("left"),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    # Without a thread that refreshes it: on this very host each point is measured in a fork of this process.
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as display:
         task = display.add_task("starting", total=None)
-        yield lambda done, points, last: display.update(task, completed=done, total=points or None, description=last)
+        yield lambda done, points, last: display.update(
+            task, completed=done, total=points or None, description=last, refresh=True
+        )
 
 
 @contextlib.contextmanager

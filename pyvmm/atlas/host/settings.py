@@ -17,8 +17,10 @@ SHMEM_64K = f"{THP}/hugepages-64kB/shmem_enabled"
 HUGE_PAGES = "/proc/sys/vm/nr_hugepages"
 CORE_PATTERN = "/proc/sys/kernel/core_pattern"
 KSM = "/sys/kernel/mm/ksm"
+HYP_TRACING = "/sys/kernel/tracing/remotes/hypervisor/tracing_on"
+"""Left on, every entry to EL2 costs more from then on."""
 
-KNOWN = (SHMEM_ENABLED, SHMEM_64K, HUGE_PAGES, CORE_PATTERN, *(f"{KSM}/{name}" for name in (
+KNOWN = (SHMEM_ENABLED, SHMEM_64K, HUGE_PAGES, CORE_PATTERN, HYP_TRACING, *(f"{KSM}/{name}" for name in (
     "run", "sleep_millisecs", "pages_to_scan", "smart_scan", "use_zero_pages", "advisor_mode",
 )))  # fmt: skip
 

@@ -75,5 +75,3 @@ def exit(bench: Bench) -> None:
 def _vmm(x: Experiment, told: str) -> int:
     """Return the ns from KVM_RUN's return to its next call, of one class of exits."""
     return sum(each.vmm_ns for each in x.machine.counters.exits if each.name == told)
-
-

@@ -46,13 +46,14 @@ def _pss(guest_memory: int) -> int:
     """Add up the PSS of every mapping but those of the guest's file."""
     import os
 
-    inode = str(os.fstat(guest_memory).st_ino)
+    file = os.fstat(guest_memory)
+    theirs = [f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}", str(file.st_ino)]
     total, ours = 0, True
     with open("/proc/self/smaps") as lines:
         for line in lines:
             words = line.split()
             if not words[0].endswith(":"):
-                ours = words[4] != inode
+                ours = words[3:5] != theirs
             elif words[0] == "Pss:" and ours:
                 total += int(words[1]) * KIB
     if not total:

@@ -43,7 +43,8 @@ def prefault(bench: Bench) -> None:
                     x.machine.prefault()
                 elif means == "allocate":
                     file, offset = raw.place(x, area)
-                    raw.allocate(file.fd, offset, size)
+                    if (answer := raw.allocate(file.fd, offset, size)) != "ok":
+                        bench.cannot(f"fallocate(2): {answer}")
                 elif "populate" in means:
                     x.memory.populate(area, size)
             scale = Ticks(x, 1).scale

@@ -48,7 +48,9 @@ def residency(bench: Bench) -> None:
                     ("untouched page's share", What.SHARE, untouched, pages),
                 ):
                     with recorder.over(name, count):
-                        x.guest.series(what, begin, count, stride=PAGE_SIZE)
+                        done = x.guest.series(what, begin, count, stride=PAGE_SIZE)
+                    if done.status:
+                        bench.cannot(f"the {name} of page {done.done} was refused: {done.status}")
         recorder.keep(bench, "exit", per="exit")
         recorder.keep(bench, "first touch")
         recorder.keep(bench, "populated page's first touch")

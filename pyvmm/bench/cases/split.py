@@ -34,9 +34,12 @@ CLOCKS: Final = {
 def split(bench: Bench) -> None:
     """Touch a cold range, populate and touch another, and exit for nothing, round after round under the trace."""
     pages: int = bench["pages"]
-    with bench.guest(room=(2 * bench.rounds + 1) * pages * PAGE_SIZE) as x:
+    with bench.guest(room=3 * bench.rounds * pages * PAGE_SIZE) as x:
         scale = 1e9 / x.guest.ping().hz
-        untraced = x.guest.touch(x.page(pages), pages, access=Access.WRITE).ticks * scale / pages
+        untraced = [
+            [x.guest.touch(x.page(pages), pages, access=Access.WRITE).ticks * scale / pages]
+            for _ in range(bench.rounds)
+        ]
         took = defaultdict[str, list[float]](list)
         with Recorder(x) as recorder:
             if recorder.why_not:
@@ -65,5 +68,5 @@ def split(bench: Bench) -> None:
     ]
     for metric in (WHOLE, *PARTS):
         bench.keep(metric, [[each.split()[metric]] for each in found], clock=CLOCKS[metric])
-    bench.keep("whole, not traced", [[untraced]])
+    bench.keep("whole, not traced", untraced)
     bench.keep("tracing", [[each.cold.traced - each.cold.whole] for each in found], clock="el2")

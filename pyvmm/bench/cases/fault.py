@@ -111,10 +111,10 @@ def fault(bench: Bench) -> None:
             bench.cannot(f"nothing faulted: {faulted:.2f} exits a page; what the guest has had it keeps")
         bench.keep(
             "touch", values, places=[*(0 for _ in warm), *places], began=[*warm, *began],
-            pages=sum(each.pages for each in last), stride=plan.stride,
+            per=plan.per, pages=sum(each.pages for each in last), stride=plan.stride,
         )  # fmt: skip
-        bench.keep("whole range", walls, per="page")
-        bench.keep("KVM's exits", kvm, clock="kvm", unit="count")
+        bench.keep("whole range", walls, per=plan.per)
+        bench.keep("KVM's exits", kvm, clock="kvm", unit="count", per=plan.per)
 
 
 def _touch(
@@ -130,7 +130,7 @@ def _touch(
     ]  # fmt: skip
     seen = []
     for order in orders:
-        if failure := x.failed(order, timeout=240):
+        if failure := x.failed(order, timeout=bench.seconds):
             bench.cannot(f"KVM_RUN failed at the guest's first touch: {failure}")
         seen.append(order.result())
     return seen
@@ -160,6 +160,8 @@ class _Plan:
         self._bench = bench
         self.cpus: int = bench["cpus"]
         huge = bench["backing"] in HUGE
+        self.per = "huge page" if huge else "page"
+        """What is touched once: values are per that."""
         self.pages: int = HUGE_PAGES * bench["pages"] // PAGES if huge else bench["pages"]
         if bench["provider"] != PROVIDERS[0]:
             self.pages //= SLOW
@@ -193,7 +195,7 @@ class _Plan:
                 x.memory.populate(begin, self.round)
             case "punched" | "dontneed" | "relaxed" | "mapped" | "write-protected":
                 access = Access.READ if state == "relaxed" else ACCESSES[self._bench["access"]]
-                x.guest.touch(begin, pages, access=access)
+                x.guest.start_touch(begin, pages, access=access).result(self._bench.seconds)
         if state == "punched":
             x.memory.punch(begin, self.round)
         elif state == "dontneed":

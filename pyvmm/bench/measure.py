@@ -59,11 +59,7 @@ class Bench:
         """End the measurement of this point."""
         raise Unavailable(why)
 
-    # -- clocks
-
-    def hz(self, guest: Puppet) -> int:
-        """Return the frequency of the guest's counter, CNTFRQ_EL0."""
-        return guest.ping().hz
+    # -- what it leaves
 
     def keep(
         self, metric: str, rounds: Sequence[Sequence[float]], *, clock: str = "guest", unit: str | None = None,

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 #   0x0000_0000 +------------------------------+
 #               | nothing: an access exits     |
 #   0x0800_0000 +------------------------------+
-#               | interrupt controller         |   reserved: comes with guests that take interrupts
+#               | interrupt controller         |   in the kernel; guests are not told of it yet
 #   0x0900_0000 +------------------------------+
 #               | PL011 UART                   |
 #   0x0910_0000 +------------------------------+

@@ -59,6 +59,7 @@ class Server:
         self._resolve = resolve
         self._failed = failed
         self._stopping = False
+        self._wake = -1
         userfault.attach(self.stop)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._main, name="pyvmm-userfault", daemon=True)

@@ -29,6 +29,7 @@ class SourceServer:
             raise UsageError(f"serving {len(source)} bytes at {hex_(hva)}: whole pages are needed")
         self._source = ffi.from_buffer("uint8_t[]", source)
         self._userfault = userfault
+        self._stop_fd = -1
         userfault.attach(self.stop)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._native = ffi.new("struct pv_fault_server *")

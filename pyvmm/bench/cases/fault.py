@@ -220,11 +220,9 @@ class _Plan:
         if not provider.startswith("userfaultfd"):
             yield
             return
-        hva, page = x.hva(begin), b"\0" * PAGE_SIZE
+        hva, page = x.hva(begin), bytes(PAGE_SIZE)
         with Userfault.open() as userfault:
             userfault.register(hva, self.round, missing=True)
             in_c = provider == PROVIDERS[1]
-            # Zeros that were written: those of bytes(n) are not there yet, and each answer would fault them in first.
-            source = b"\0" * self.round
-            with SourceServer(userfault, hva, source) if in_c else Server(userfault, lambda _: page):
+            with SourceServer(userfault, hva, bytes(self.round)) if in_c else Server(userfault, lambda _: page):
                 yield

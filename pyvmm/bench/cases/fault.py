@@ -108,7 +108,7 @@ def fault(bench: Bench) -> None:
         warm, began = _before(values, last, ticks[0].scale)
         faulted = statistics.median(each for [each] in kvm)
         if bench["state"] != "mapped" and faulted < LEAST:
-            bench.cannot(f"nothing faulted: {faulted:.2f} exits a page; what the guest has had it keeps")
+            bench.cannot(f"most pages were there already, for the guest keeps what it had: {faulted:.2f} exits a page")
         bench.keep(
             "touch", values, places=[*(0 for _ in warm), *places], began=[*warm, *began],
             per=plan.per, pages=sum(each.pages for each in last), stride=plan.stride,

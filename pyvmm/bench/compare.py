@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from pyvmm.bench.statistics import Floats
 
 ALPHA: Final = 0.05
-MUST_MATCH: Final = (*SAME, "counter hz", "lab recipe")
-"""Of the environment; what neither run tells is the same."""
-
 SLOWER, FASTER, MORE, LESS = "slower", "faster", "more", "less"
 SAME_AS, TOO_FEW = "no difference shown", "too few rounds to tell"
 PAIRED, UNPAIRED, UNPAIRED_VALUES = "paired", "unpaired", "unpaired, values taken as independent"
@@ -208,7 +205,7 @@ def _note(comparison: Comparison) -> str:
 def _refuse(a: Run, b: Run) -> None:
     differ = [
         f"{name} ({_said(a.environment.get(name))} and {_said(b.environment.get(name))})"
-        for name in MUST_MATCH
+        for name in SAME
         if not _equal(a.environment.get(name), b.environment.get(name))
     ]
     if differ:

@@ -13,7 +13,7 @@ from pyvmm.atlas import about
 from pyvmm.bench.model import Value
 
 TIME, INSTRUCTIONS = "time", "instructions"
-SAME = ("machine", "cpu", "cpus", "emulated", "counts", "page size")
+SAME = ("machine", "cpu", "cpus", "emulated", "emulator", "counts", "page size")
 """What must be the same in two runs for their numbers to be comparable."""
 
 

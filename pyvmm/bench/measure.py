@@ -7,6 +7,7 @@ the first are warm-up (the payload's own pages, the kernel's caches). Owns the s
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,8 @@ class Bench:
 
     def guest(self, *, room: int = 0, cpus: int = 1, backing: str = "", **options: Any) -> Experiment:
         """Return a guest, to be entered, of this point's protection and backing, with ``room`` bytes to touch."""
+        if cpus > (here := len(os.sched_getaffinity(0))):
+            self.cannot(f"{cpus} vCPUs at once need as many CPUs, and here are {here}: pyvmm --lab --lab-cpus {cpus} …")
         memory = align_up(room + SPARE, 2 * MIB) // MIB
         backing = backing or str(self.point.get("backing", "memfd"))
         return Experiment(self.protection, backing, memory=memory, cpus=cpus, **options)

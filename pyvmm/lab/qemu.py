@@ -112,6 +112,8 @@ def _find_qemu() -> tuple[str, str]:
 def command_line(program: str, image: Image, options: LabOptions, shares: list[Share], channel: int) -> list[str]:
     """Give QEMU's arguments; ``channel`` is the inherited socket's number."""
     cpu, parameter = MODES[options.mode]
+    if options.icount:
+        cpu += ",cntfrq=1000000000"  # a tick of the counter is an instruction
     append = [
         parameter,
         "mitigations=off lsm= audit=0 panic=-1",  # nothing that would be measured along, and no hanging

@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "protected VMs": "yes", "cpu": "implementer 0x41 part 0xd0c", "cpus": 4, "emulated": True, "page size": 4096,
     "command line": "kvm-arm.mode=protected mitigations=off lsm= audit=0 panic=-1", "pyvmm": "0.1.0",
     "python": "3.13.5", "counts": "time", "governor": "none", "pinning": "0,1,2,3", "clock source": "arch_sys_counter",
-    "shmem huge pages": "never", "EL2 trace": "yes", "memory MiB": 3913, "counter hz": 62_500_000,
+    "shmem huge pages": "never", "EL2 trace": "yes", "memory MiB": 3913, "emulator": "QEMU 7.2.22",
 }  # fmt: skip
 
 HOSTILE = [

@@ -74,6 +74,7 @@ def test_icount_is_one_cpu_and_repeatable():
     line = qemu.command_line("q", IMAGE, LabOptions(icount=True, cpus=1), [], 5)
     assert line[line.index("-icount") + 1] == "shift=0,sleep=off"
     assert "-seed" in line
+    assert line[line.index("-cpu") + 1].endswith(",cntfrq=1000000000")
     with pytest.raises(UsageError, match="one CPU"):
         LabOptions(icount=True, cpus=2)
 

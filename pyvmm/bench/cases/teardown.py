@@ -18,9 +18,8 @@ SETTLED: Final = 0.1
 
 
 @case(
-    says="a VM's end, per page that its guest has touched, what any VM's end takes among that: first the VM (under pkvm"
-    " the hypervisor scrubs each page and hands it back), then the memory; both at once where it is a guest_memfd,"
-    " which keeps its VM",
+    says="a VM's end by the MiB that its guest has touched: first the VM (under pkvm the hypervisor scrubs each page"
+    " and hands it back), then the memory; both at once where it is a guest_memfd, which keeps its VM",
     axes={"protection": PROTECTIONS, "size": SIZES, "backing": ("memfd", "thp", "guest_memfd")},
     quick=("size",),
     extra=({"size": LARGE},),
@@ -37,12 +36,13 @@ def teardown(bench: Bench) -> None:
             x.guest.start_touch(x.page(pages), pages, access=Access.WRITE).result(bench.seconds)
             x.machine.stop("the guest has done its work")
             time.sleep(SETTLED)
-            with bench.stopwatch(vm, per=pages):
+            with bench.stopwatch(vm):
                 x.end()
-            with bench.stopwatch(memory, per=pages):
+            with bench.stopwatch(memory):
                 x.close()
     if bench["backing"] == "guest_memfd":  # its last descriptor is the VM's last reference
-        bench.keep("VM and memory", [[sum(both)] for both in zip(vm, memory, strict=True)], clock="host")
+        both = [sum(each) for each in zip(vm, memory, strict=True)]
+        bench.keep("VM and memory", [[value] for value in both], clock="host", per="VM")
         return
-    bench.keep("VM", [[value] for value in vm], clock="host")
-    bench.keep("memory", [[value] for value in memory], clock="host")
+    bench.keep("VM", [[value] for value in vm], clock="host", per="VM")
+    bench.keep("memory", [[value] for value in memory], clock="host", per="VM")

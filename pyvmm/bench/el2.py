@@ -1,12 +1,11 @@
 """How long the hypervisor ran for an operation: EL2 residency, from its entries and exits. Pure functions.
 
-A *visit* is a stretch at EL2, from an entry to the exit that follows on the same CPU. A *trip* is what a vCPU's guest
-waits for: from the exit that ends a stretch of guest to the one that begins the next, visits with the host's *gaps*
-between them. The share that EL2 answers itself is a trip of one visit:
+A *visit* is a stretch at EL2, from an entry to the exit that follows on the same CPU. The share that EL2 answers itself
+is one visit:
 
     guest ─ guest_exit … eret_guest ─ guest
 
-The donation of a page is one of three or more, and what runs in the gaps is the host:
+The donation of a page is three or more, and what runs in the gaps is the host:
 
     guest ─ guest_exit … eret_host ─ gap ─ hvc … eret_host ─ gap ─ hvc … eret_guest ─ guest
 
@@ -17,10 +16,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -28,8 +26,6 @@ from pyvmm.observe.hyptrace import HypEvent
 
 _CUT = 1000
 """ns."""
-GUEST_EXIT, ERET_GUEST = "guest_exit", "eret_guest"
-HVC, HOST_ABORT = "hvc", "host_abort"
 
 
 class Window(NamedTuple):
@@ -41,52 +37,16 @@ class Window(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """One stretch at EL2; ``reason`` is why it was entered, ``left`` how it was left.
-
-    ``vcpu`` is whose guest came or went, 0 for what the host does on its own account.
-    """
+    """One stretch at EL2; ``reason`` is why it was entered."""
 
     begin: int
     end: int
     cpu: int
     reason: str
-    left: str
-    vcpu: int
 
     @property
     def ns(self) -> int:
         return self.end - self.begin
-
-
-class Trip(NamedTuple):
-    """What lies between two stretches of one vCPU's guest."""
-
-    vcpu: int
-    visits: tuple[Visit, ...]
-
-    @property
-    def begin(self) -> int:
-        return self.visits[0].begin
-
-    @property
-    def ns(self) -> int:
-        """All of it."""
-        return self.visits[-1].end - self.visits[0].begin
-
-    @property
-    def el2(self) -> int:
-        """The hypervisor's part, in ns."""
-        return sum(visit.ns for visit in self.visits)
-
-    @property
-    def gaps(self) -> tuple[int, ...]:
-        """The host's parts, in ns, in order."""
-        return tuple(later.begin - earlier.end for earlier, later in pairwise(self.visits))
-
-    @property
-    def calls(self) -> int:
-        """How many hypervisor calls the host made, that which runs the vCPU again among them."""
-        return sum(visit.reason == HVC for visit in self.visits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,30 +118,8 @@ def visits(events: Iterable[HypEvent]) -> list[Visit]:
         if event.entered:
             inside[event.cpu] = event
         elif entry := inside.pop(event.cpu, None):
-            vcpu = event.vcpu or entry.vcpu
-            found.append(Visit(entry.ns, event.ns, event.cpu, entry.reason, event.reason, vcpu))
+            found.append(Visit(entry.ns, event.ns, event.cpu, entry.reason))
     found.sort(key=lambda visit: visit.begin)
-    return found
-
-
-def trips(seen: Iterable[Visit], vcpu: int) -> list[Trip]:
-    """Return a vCPU's trips out of its guest, in order.
-
-    What its CPU does meanwhile for others is in them: pin the thread, and leave the CPU to it. A trip that ends on
-    another CPU than it began on is left out.
-    """
-    out: dict[int, list[Visit]] = {}
-    found = []
-    for visit in seen:
-        mine = visit.vcpu == vcpu
-        if mine and visit.reason == GUEST_EXIT:
-            out.clear()  # it left its guest here; what it began elsewhere has ended where it was not seen
-            out[visit.cpu] = []
-        if visit.cpu not in out:
-            continue
-        out[visit.cpu].append(visit)
-        if mine and visit.left == ERET_GUEST:
-            found.append(Trip(vcpu, tuple(out.pop(visit.cpu))))
     return found
 
 
@@ -202,23 +140,6 @@ def residency(seen: Sequence[Visit], window: Window, *, cpus: Iterable[int] | No
             ns[visit.reason] += visit.ns
             entries[visit.reason] += 1
     return Residency(window.operations, _over(ns, window.operations), _over(entries, window.operations))
-
-
-def of_trips(some: Sequence[Trip]) -> Residency:
-    """Return what a trip cost at EL2, in the mean. ValueError for none."""
-    if not some:
-        raise ValueError("no trips, nothing to divide by")
-    everything = sorted((visit for trip in some for visit in trip.visits), key=attrgetter("begin"))
-    return residency(everything, Window(everything[0].begin, everything[-1].begin + 1, len(some)))
-
-
-def mean_gaps(some: Iterable[Trip]) -> list[float]:
-    """Return the host's mean ns in the first gap, the second, and so on, of trips that all have as many."""
-    columns: defaultdict[int, list[int]] = defaultdict(list)
-    for trip in some:
-        for place, gap in enumerate(trip.gaps):
-            columns[place].append(gap)
-    return [sum(values) / len(values) for _, values in sorted(columns.items())]
 
 
 def _over(counts: Counter[str], operations: int) -> dict[str, float]:

@@ -1,49 +1,35 @@
-"""What is made of the hypervisor's entries and exits: visits, trips, and what an operation cost at EL2."""
+"""What is made of the hypervisor's entries and exits: visits, and what an operation cost at EL2."""
 
 from __future__ import annotations
 
 import pytest
 
-from pyvmm.bench.el2 import Cost, Residency, Window, mean_gaps, of_trips, residency, trips, visits
+from pyvmm.bench.el2 import Cost, Residency, Window, residency, visits
 from pyvmm.bench.split import PARTS, WHOLE, Measured
 from pyvmm.observe.hyptrace import HypEvent
 
-VCPU = 97
 
-
-def stretch(cpu: int, begin: int, end: int, reason: str, left: str = "eret_host", vcpu: int = 0) -> list[HypEvent]:
-    """A visit; the vCPU is told with the guest's own exits and entries only, as the kernel does."""
-    return [
-        HypEvent(begin, cpu, True, reason, vcpu if reason == "guest_exit" else 0),
-        HypEvent(end, cpu, False, left, vcpu if left == "eret_guest" else 0),
-    ]
+def stretch(cpu: int, begin: int, end: int, reason: str, left: str = "eret_host") -> list[HypEvent]:
+    """A visit."""
+    return [HypEvent(begin, cpu, True, reason, 0), HypEvent(end, cpu, False, left, 0)]
 
 
 DONATION = [
-    *stretch(0, 100, 110, "guest_exit", vcpu=VCPU),
+    *stretch(0, 100, 110, "guest_exit"),
     *stretch(0, 150, 155, "host_abort"),
     *stretch(0, 170, 200, "hvc"),
-    *stretch(0, 230, 245, "hvc", "eret_guest", VCPU),
+    *stretch(0, 230, 245, "hvc", "eret_guest"),
 ]
-SHARE = stretch(0, 300, 320, "guest_exit", "eret_guest", VCPU)
-OTHERS = [*stretch(1, 105, 125, "hvc"), *stretch(1, 310, 340, "guest_exit", "eret_guest", 98)]
+SHARE = stretch(0, 300, 320, "guest_exit", "eret_guest")
+OTHERS = [*stretch(1, 105, 125, "hvc"), *stretch(1, 310, 340, "guest_exit", "eret_guest")]
 
 
 def in_time(*parts: list[HypEvent]) -> list[HypEvent]:
     return sorted((event for part in parts for event in part), key=lambda event: event.ns)
 
 
-def test_a_trip_is_all_that_a_guest_waits_for_and_the_gaps_are_the_hosts() -> None:
-    donation, share = trips(visits(in_time(DONATION, SHARE, OTHERS)), VCPU)
-    assert (donation.ns, donation.el2, donation.gaps, donation.calls) == (145, 10 + 5 + 30 + 15, (40, 15, 30), 2)
-    assert (share.ns, share.el2, share.gaps, share.calls) == (20, 20, (), 0)
-    assert mean_gaps([donation, share, donation]) == [40, 15, 30]
-
-
-def test_halves_at_the_ends_and_a_vcpu_that_moved_make_no_trip() -> None:
+def test_halves_at_the_ends_make_no_visit() -> None:
     assert visits([HypEvent(5, 0, False, "eret_host", 0), *DONATION[:-1]]) == visits(DONATION[:-2])
-    moved = [*DONATION[:-2], *stretch(1, 230, 245, "hvc", "eret_guest", VCPU), *SHARE]
-    assert [trip.begin for trip in trips(visits(moved), VCPU)] == [300]
 
 
 def test_residency_is_the_mean_of_what_begins_in_the_window_by_reason() -> None:
@@ -61,10 +47,10 @@ def test_residency_is_the_mean_of_what_begins_in_the_window_by_reason() -> None:
 
 
 def test_what_does_not_belong_to_an_operation_is_taken_off() -> None:
-    donation, share = trips(visits(in_time(DONATION, SHARE)), VCPU)
-    both = of_trips([donation, share])
+    seen = visits(in_time(DONATION, SHARE))
+    both = residency(seen, Window(100, 320, 2))
     assert (both.total, both.visits) == (40, 2.5)
-    rest = both.less(of_trips([share]), times=0.5)
+    rest = both.less(residency(seen, Window(300, 320)), times=0.5)
     assert (rest.ns["guest_exit"], rest.entries["guest_exit"]) == (15 - 10, 1 - 0.5)
     assert both.without_tracing(2).total == 40 - 5
 

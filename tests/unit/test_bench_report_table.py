@@ -8,7 +8,8 @@ import bench_samples as samples
 import pytest
 
 from pyvmm.atlas.report.text import Look
-from pyvmm.bench.report import groups, table
+from pyvmm.bench import peers
+from pyvmm.bench.report import groups, html, table
 
 pytest.importorskip("numpy")
 
@@ -74,6 +75,31 @@ def test_what_was_measured_by_turns_is_one_row():
     assert row.split()[1] == "2"
     (section,) = groups.sections(run)
     assert section.groups[0].rows[0].series.places == (5,)
+
+
+def test_pyvmms_row_beside_a_peer_has_the_ratio_whatever_the_width():
+    turns = [[10.0], [30.0], [33.0]], [[10.0], [20.0], [22.0]]
+    run = samples.run(
+        samples.series([1.0]),
+        *peers.pair("qemu", {"what": "store"}, "exit", *turns, clocks=("guest", "guest"), per="exit"),
+    )
+    for width in (60, 120):
+        said = table.text(run, Look(width))
+        plain, beside = rows(said, " n ", "median")
+        assert ("ratio" in plain, "ratio" in beside) == (False, True)
+        assert [row.split()[:2] for row in rows(said, "2/2")] == [["qemu", "-"], ["pyvmm", "1.500"]]
+        assert "; ratio: pyvmm's to that of what it is beside" in " ".join(said.split())
+    assert html.page(run).count('<th scope="col">ratio</th>') == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "1.5", None])
+def test_what_is_no_ratio_is_not_shown_as_one(value):
+    made = samples.series([1.0], case="peer", point={"beside": "qemu"}, notes={"ratio to qemu": value})
+    assert "ratio" not in table.text(samples.run(made), WIDE)
+
+
+def test_a_run_without_peers_says_nothing_of_ratios():
+    assert "ratio" not in table.text(samples.run(samples.series([1.0])), WIDE)
 
 
 @pytest.mark.parametrize("emulated", [True, False, None])

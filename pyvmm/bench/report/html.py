@@ -28,7 +28,7 @@ from pyvmm.bench.report.groups import (
     said,
     sections,
 )
-from pyvmm.bench.report.table import interval
+from pyvmm.bench.report.table import RATIO, RATIO_NOTE, has_ratio, interval, ratio
 from pyvmm.bench.statistics import FEW, RESAMPLES, require
 
 __all__ = ["page", "read_html"]
@@ -54,6 +54,7 @@ _HOWTO: Final = {
     "p90, p99, p99.9": "where there are 10, 100, 1,000 values at least; else a dash.",
     "outliers": "values above the third quartile by more than three times the interquartile range. They are counted in "
     "everything and drawn.",
+    RATIO: f"{RATIO_NOTE}.",
 }
 _NAMES: Final = 6
 """Points named that could not be measured for one reason."""
@@ -161,11 +162,13 @@ class _Page:
             words = "base: " if "" in group.columns else "at "
             yield f'<p class="at">{words}{text(point_of(group.base))}</p>'
         names = "".join(f'<th scope="col" class="name">{text(name or "differs in")}</th>' for name in group.columns)
-        heads = "".join(f'<th scope="col">{name}</th>' for name in _CELLS)
+        extra: dict[str, Callable[[Row, Group], str]] = {RATIO: lambda row, _: ratio(row)} if has_ratio(group) else {}
+        columns = {**extra, **_CELLS}
+        heads = "".join(f'<th scope="col">{name}</th>' for name in columns)
         yield f'<div class="wide"><table class="numbers"><thead><tr>{names}{heads}</tr></thead><tbody>'
         for row in group.rows:
             cells = "".join(f'<td class="name">{text(cell)}</td>' for cell in row.cells)
-            for name, cell in _CELLS.items():
+            for name, cell in columns.items():
                 shown = text(cell(row, group))
                 cells += f"<td><b>{shown}</b></td>" if name == "median" else f"<td>{shown}</td>"
             yield f'<tr title="{text(_told(row.series))}">{cells}</tr>'

@@ -10,15 +10,21 @@ from typing import Final
 
 from pyvmm.atlas.report.text import PLAIN, Look
 from pyvmm.bench.model import Run
-from pyvmm.bench.report.groups import EMULATED, Group, Row, Section, count, emulated, host, point_of, sections
+from pyvmm.bench.report.groups import EMULATED, Group, Row, Section, count, emulated, host, number, point_of, sections
 
 BOLD, DIM, STRIPE = "1", "2", "33;1"
 FEW: Final = "~"
 """Before an interval that is of few rounds."""
 
+RATIO: Final = "ratio"
+"""The column of a group in which pyvmm was measured beside a peer."""
+RATIO_NOTE: Final = "pyvmm's to that of what it is beside, the median over turns of both"
+
 _LEAST: Final = ("p90", "out", "p99.9", "max", "p99", "95 % CI")
 """Columns that are left out of a narrow table, the first of them first."""
 _REASON: Final = 400
+_RATIOS: Final = 1e9
+"""Beyond this a ratio was not measured, whatever a file says; nor is it one that is not a number."""
 
 Cell = Callable[[Row, Group], str]
 _CELLS: Final[dict[str, Cell]] = {
@@ -65,9 +71,23 @@ def interval(row: Row, group: Group) -> str:
     return f"{mark}[{group.scale.show(summary.low)}, {group.scale.show(summary.high)}]"
 
 
+def ratio(row: Row) -> str:
+    """Write how many times what the series' peer took pyvmm did in the same turn; a dash where that is not known."""
+    value = row.series.notes.get(f"ratio to {row.series.point.get('beside')}")
+    return number(value) if isinstance(value, int | float) and 0 < value < _RATIOS else "-"
+
+
+def has_ratio(group: Group) -> bool:
+    """Whether any of a group's rows has a ratio."""
+    return any(ratio(row) != "-" for row in group.rows)
+
+
 def _notes(found: Sequence[Section]) -> list[str]:
     notes = [*NOTES.values()]
-    rows = [row for section in found for group in section.groups for row in group.rows]
+    groups = [group for section in found for group in section.groups]
+    if any(map(has_ratio, groups)):
+        notes.append(f"{RATIO}: {RATIO_NOTE}")
+    rows = [row for group in groups for row in group.rows]
     if any(row.summary.few for row in rows):
         notes.append(f"{FEW}: of fewer than 6 rounds, so that the interval may be too narrow")
     return ["; ".join(notes)]
@@ -94,7 +114,8 @@ def _group(group: Group, look: Look, *, relative: bool) -> list[str]:
         lines += [look.paint(each, DIM) for each in look.wrap(at, 4, "    ")]
     names = [name if name else "differs in" for name in group.columns]
     labels = [list(row.cells) for row in group.rows]
-    shown, left_out = dict(_CELLS), iter(_LEAST)
+    extra: dict[str, Cell] = {RATIO: lambda row, _: ratio(row)} if has_ratio(group) else {}
+    shown, left_out = {**extra, **_CELLS}, iter(_LEAST)
     while True:
         cells = [[cell(row, group) for cell in shown.values()] for row in group.rows]
         drawn = grid([*names, *shown], [[*label, *some] for label, some in zip(labels, cells, strict=True)], len(names))
@@ -114,5 +135,3 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[
         )
         for row in (head, *rows)
     ]  # fmt: skip
-
-

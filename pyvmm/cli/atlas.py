@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.common import Interrupted, OutputPath, add_common, parse_seconds
+from pyvmm.cli.common import Interrupted, OutputPath, add_common, parse_seconds, terminable
 from pyvmm.errors import HostError, PyvmmError, UsageError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from pyvmm.atlas.claim import Claim
     from pyvmm.atlas.model import Atlas, Result
     from pyvmm.atlas.report.text import Look
@@ -124,7 +121,7 @@ def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tup
     begun, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     whole = args.details or len(todo) <= FEW
     interrupt = None
-    with _progress() as progress, _terminable() as received:
+    with _progress() as progress, terminable() as received:
         try:
             for result in run(todo, deadline=args.deadline):
                 results.append(result)
@@ -142,23 +139,6 @@ def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tup
     if len(results) > FEW:
         print(f"\n{table(atlas, look, wanted, GROUPS)}")
     return atlas, interrupt
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[list[int]]:
-    """Make SIGINT, SIGTERM and SIGHUP unwind, so that what was found is written; yields those that came."""
-    received: list[int] = []
-
-    def unwind(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        raise Interrupted(number)
-
-    old = {number: signal.signal(number, unwind) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

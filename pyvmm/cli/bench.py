@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from pyvmm.cli.common import OutputPath, add_common, parse_count, parse_seconds
+from pyvmm.cli.common import Interrupted, OutputPath, add_common, parse_count, parse_seconds, terminable
 from pyvmm.errors import HostError, PyvmmError, UsageError
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     _require_host(args)
     if args.collect:
-        _collect(plan, args, sys.stdout.write)
-        return 0
+        with _interruptible(sys.stdout.write) as take:
+            return _collect(plan, args, take)
     return _run(args, lambda take: _collect(plan, args, take))
 
 
@@ -185,7 +185,8 @@ def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], in
             stack.enter_context(_writable(args.html)).close()
         collector = Collector(file, args.json or "", stack.enter_context(_progress()))
         try:
-            status = collect(collector.take)
+            with _interruptible(collector.take) as take:
+                status = collect(take)
         except (KeyboardInterrupt, PyvmmError) as why:
             stopped = why
     run = collector.run()
@@ -203,6 +204,19 @@ def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], in
         raise collector.failed
     crashed = run is not None and any(series.notes.get("crashed") for series in run.series)
     return status or (1 if crashed else 0)
+
+
+@contextlib.contextmanager
+def _interruptible(take: Callable[[str], object]) -> Iterator[Callable[[str], None]]:
+    """Have a signal end the measuring, which then puts the host's settings back; yields what takes lines."""
+    with terminable(once=True) as received:
+
+        def take_until(text: str) -> None:
+            take(text)
+            if received:  # raised where exceptions are ignored, as in a finalizer
+                raise Interrupted(received[0])
+
+        yield take_until
 
 
 def _why_no_report(args: argparse.Namespace) -> str:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import Interrupted, OutputPath, parse_count, parse_size
+from pyvmm.cli.common import Interrupted, OutputPath, parse_count, parse_size, terminable
 from pyvmm.errors import HostError, UsageError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from pyvmm.bench.sweep.plan import Plan
     from pyvmm.bench.sweep.store import Counts, Store
     from pyvmm.bench.sweep.workers import Workers
@@ -78,7 +75,8 @@ def main(args: argparse.Namespace) -> int:
     if args.json is not None and not os.access(Path(args.json).parent, os.W_OK | os.X_OK):
         raise UsageError(f"{args.json!r} cannot be written: no directory to write to is there")
     database = args.database or str(Path(files[0]).with_suffix(".sqlite"))
-    with Store(database, plan, restart=args.restart) as store, _Signals() as signals:
+    with Store(database, plan, restart=args.restart) as store, contextlib.ExitStack() as signals:
+        signals.enter_context(terminable(once=True))
         if args.retry_failed:
             store.retry_failed()
         number = None
@@ -100,13 +98,13 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _run(store: Store, workers: Workers, signals: _Signals) -> int | None:
+def _run(store: Store, workers: Workers, signals: contextlib.ExitStack) -> int | None:
     from pyvmm.bench.sweep.run import Sweep
 
     with _progress() as show:
         sweep = Sweep(store, workers, lambda counts, left: show(_progress_line(counts, left, workers.title)))
-        with signals.handled(sweep.interrupt):
-            return sweep.run()
+        signals.enter_context(terminable(sweep.interrupt))  # to the end: on the way out, signals wait
+        return sweep.run()
 
 
 def _workers(args: argparse.Namespace, plan: Plan) -> Workers:
@@ -148,35 +146,6 @@ def _lab_maker(file: str, table: dict[str, Any]) -> Callable[[], Lab]:
     with _progress() as show:
         image = build_image(kernel, progress=lambda what, _share: show(f"lab: {what}"))
     return lambda: Lab(options, image=image, cwd=Path(os.sep))
-
-
-class _Signals:
-    """Makes SIGINT, SIGTERM and SIGHUP unwind; within :meth:`handled`, handed on; on the way out they wait."""
-
-    def __init__(self) -> None:
-        self._hand_on: Callable[[int], object] | None = None
-        self._received = False
-
-    def __enter__(self) -> _Signals:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self._old = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def handled(self, hand_on: Callable[[int], object]) -> Iterator[None]:
-        self._hand_on = hand_on
-        yield
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._hand_on is not None:
-            self._hand_on(number)
-        elif not self._received:
-            self._received = True
-            raise Interrupted(number)
 
 
 def _tell(store: Store, args: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -17,12 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import Interrupted, add_common, find_outputs, parse_count, parse_seconds, parse_size
+from pyvmm.cli.common import add_common, find_outputs, parse_count, parse_seconds, parse_size, terminable
 from pyvmm.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from types import FrameType
 
     from pyvmm.lab import LabOptions
     from pyvmm.lab.cache import Image
@@ -181,7 +179,7 @@ def _run(
         raise HostError("there is no lab in the lab, and its kernel does not run protected guests",
                         hint="the default host kernel does, in the mode protected")  # fmt: skip
     require(building=False)
-    with _terminable():
+    with terminable():
         image = _image(_kernel(args), refresh=False)
         with Lab(options, image=image, arguments=files, outputs=outputs, live=live) as lab:
             return lab.run(command, stdin=STDIN, stdout=stdout, is_tty=is_tty, env=env)
@@ -209,14 +207,14 @@ def _kernel(args: argparse.Namespace) -> str:
 
 
 def _build(kernel: str, *, refresh: bool) -> int:
-    with _terminable():
+    with terminable():
         image = _image(kernel, refresh=refresh, thorough=True)
     print(f"{image.release}, built {image.manifest.built}, {image.size / 1e6:.0f} MB in {image.directory}")
     return 0
 
 
 def _build_kernel(*, refresh: bool) -> int:
-    with _terminable():
+    with terminable():
         kernel = _own_kernel(refresh=refresh, thorough=True)
     print(f"{kernel.release}, of {kernel.manifest.source[0]} {kernel.manifest.source[1]}: {kernel.path}")
     if kernel.manifest.refused:
@@ -310,21 +308,6 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
         yield show
         for task in tasks.values():
             display.update(task, total=1.0, completed=1.0)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind as SIGINT does, so that half-built files go."""
-
-    def unwind(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    old = {number: signal.signal(number, unwind) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _status(*, as_json: bool) -> int:

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -185,6 +186,35 @@ def test_cut_short_it_reports_what_there_is_and_says_why(end, status, words, mea
     run = model.read(str(tmp_path / "a.jsonl"))
     assert (run.series, run.end) == (FEW.series[:1], None)
     assert (tmp_path / "a.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("words", [[], ["--collect"]], ids=["here", "in the lab"])
+def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(words, capfd, monkeypatch):
+    way_out = []
+
+    def measure(_plan, say, **_options):
+        for each in lines()[:3]:
+            say(each)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            say(lines()[3])
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            way_out.append("whole")
+
+    monkeypatch.setattr(verb, "_require_host", lambda _args: None)
+    monkeypatch.setattr("pyvmm.bench.collect.measure", measure)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    old = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # who does not handle them fails, and lives
+    try:
+        status, out, _ = told(capfd, "fault", *words)
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN, signal.SIG_IGN]
+    finally:
+        for number, handler in zip(numbers, old, strict=True):
+            signal.signal(number, handler)
+    assert (status, way_out) == (128 + signal.SIGTERM, ["whole"])
+    assert "touch" in out
+    assert "whole range" not in out
 
 
 def test_cut_short_before_anything_came_there_is_nothing_to_report(measured, capfd):

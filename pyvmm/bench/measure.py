@@ -19,6 +19,7 @@ from pyvmm.bench.model import Point, Series, Value
 from pyvmm.errors import GuestMemoryError, PyvmmError
 from pyvmm.guest.puppet import Puppet
 from pyvmm.memory.address import PAGE_SIZE, Gpa, align_up
+from pyvmm.memory.backing import Memfd
 from pyvmm.protection import Protection
 
 ROUNDS = 7
@@ -57,6 +58,15 @@ class Bench:
         memory = align_up(room + SPARE, 2 * MIB) // MIB
         backing = backing or str(self.point.get("backing", "memfd"))
         return Experiment(self.protection, backing, memory=memory, cpus=cpus, **options)
+
+    def recycle(self, size: int) -> None:
+        """Have the host touch ``size`` bytes and more of its memory, and give them back: the guest's come from there.
+
+        A pKVM host's first touch of a page since boot faults to EL2 itself (host_abort). That is the page's history,
+        nothing of the guest's, and without this it is chance how many pages it falls on.
+        """
+        with Memfd(align_up(2 * size, PAGE_SIZE)) as file:
+            file.populate(0, file.size)
 
     def cannot(self, why: str) -> NoReturn:
         """End the measurement of this point."""

@@ -84,6 +84,7 @@ def fault(bench: Bench) -> None:
     """Touch a fresh range each round, every page timed by the guest; vCPUs are told to begin one after the other."""
     plan = _Plan(bench)
     on_demand = OnDemand([(BEYOND, plan.room)], granule=PAGE_SIZE) if bench["provider"] == PROVIDERS[3] else None
+    bench.recycle(plan.room)
     with bench.guest(room=plan.room, cpus=plan.cpus, unclaimed=on_demand) as x:
         if on_demand:
             on_demand.attach(x.memory)

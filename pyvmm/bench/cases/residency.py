@@ -27,7 +27,9 @@ def residency(bench: Bench) -> None:
     """Trace the hypervisor while a guest does each of them, and in each of a few VMs' ends."""
     pages: int = bench["pages"]
     protected = bench.protection.by_hypervisor
-    with bench.guest(room=(3 * bench.rounds + 1) * pages * PAGE_SIZE) as x:
+    room = (3 * bench.rounds + 1) * pages * PAGE_SIZE
+    bench.recycle(room)
+    with bench.guest(room=room) as x:
         with Recorder(x) as recorder:
             if recorder.why_not:
                 bench.cannot(recorder.why_not)

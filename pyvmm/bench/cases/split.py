@@ -34,7 +34,9 @@ CLOCKS: Final = {
 def split(bench: Bench) -> None:
     """Touch a cold range, populate and touch another, and exit for nothing, round after round under the trace."""
     pages: int = bench["pages"]
-    with bench.guest(room=3 * bench.rounds * pages * PAGE_SIZE) as x:
+    room = 3 * bench.rounds * pages * PAGE_SIZE
+    bench.recycle(room)
+    with bench.guest(room=room) as x:
         scale = 1e9 / x.guest.ping().hz
         untraced = [
             [x.guest.touch(x.page(pages), pages, access=Access.WRITE).ticks * scale / pages]

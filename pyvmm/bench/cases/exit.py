@@ -13,7 +13,7 @@ from pyvmm.bench.model import Point
 from pyvmm.guest.puppet import What
 from pyvmm.machine import layout
 
-COUNT: Final = 500
+COUNT: Final = 300
 IOEVENTFD: Final = 0x800
 """Where in the bench device's doorbell page the kernel itself takes the stores."""
 UNKNOWN_HVC: Final = 0x8600_00FE

@@ -19,7 +19,7 @@ MEANS: Final = ("nothing", "allocate", "populate", "huge pages", "populated huge
     says="first touches of all pages of a fresh range, in order, and what was done before: nothing, fallocate(2),"
     " MADV_POPULATE_WRITE, huge pages (shmem_enabled: advise), both, or what pyvmm run --prefault does; together is the"
     " preparation and the touches",
-    axes={"protection": ("pkvm", "none", "emulated"), "means": MEANS, "size": (2, 32)},
+    axes={"protection": ("pkvm", "none"), "means": MEANS, "size": (2, 32)},
     quick=("means",),
     seconds=300.0,
 )

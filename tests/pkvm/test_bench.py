@@ -14,6 +14,7 @@ import pytest
 
 from pyvmm.atlas import raw
 from pyvmm.bench import case as cases
+from pyvmm.bench.cases.exit import COUNT as EXITS
 from pyvmm.bench.measure import ROUNDS
 from pyvmm.bench.model import Series
 from pyvmm.bench.runner import Task, measure_point, run
@@ -32,8 +33,8 @@ POINTS = [
      {"touch": 2 * PAGES, "whole range": 1, "KVM's exits": 1}),
     ("fault", {"protection": "emulated", "provider": "userfaultfd in C", "pages": 64},
      {"touch": 16, "whole range": 1, "KVM's exits": 1}),
-    ("exit", {"protection": "pkvm", "kind": "registers"}, {"exit": 500, "in the VMM": 1, "KVM's exits": 1}),
-    ("exit", {"protection": "none", "kind": "ioeventfd"}, {"exit": 500, "KVM's exits": 1}),
+    ("exit", {"protection": "pkvm", "kind": "registers"}, {"exit": EXITS, "in the VMM": 1, "KVM's exits": 1}),
+    ("exit", {"protection": "none", "kind": "ioeventfd"}, {"exit": EXITS, "KVM's exits": 1}),
     ("share", {"protection": "pkvm", "pages": PAGES}, {"share": PAGES, "unshare": PAGES, "announced share": 1}),
     ("convert", {"policy": "zero"},
      dict.fromkeys(("share", "unshare", "touch after share", "touch after unshare"), 64)),

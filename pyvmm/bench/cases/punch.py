@@ -6,7 +6,7 @@ import statistics
 from typing import Any, Final
 
 from pyvmm.atlas import raw
-from pyvmm.atlas.experiment import BEYOND
+from pyvmm.atlas.experiment import BEYOND, Experiment
 from pyvmm.bench.case import PROTECTIONS, case
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import Point
@@ -44,12 +44,12 @@ def punch(bench: Bench) -> None:
     busy = bench["load"] == "busy"
     with bench.guest(cpus=2 if busy else 1) as x:
         rounds: list[list[float]] = []
+        gpa, file = BEYOND, _file(x, BEYOND, size)
         for number in range(bench.rounds):
             # A protected guest does not ask for pages again that it keeps: its file would be one hole from then on.
-            if number == 0 or bench.protection.by_hypervisor:
+            if number and bench.protection.by_hypervisor:
                 gpa = Gpa(BEYOND + number * size)
-                file = raw.make(x, size)
-                raw.slot(x, gpa, size, file.hva, file=file.guest_memfd)
+                file = _file(x, gpa, size)
             x.guest.touch(gpa, PAGES, access=Access.WRITE)
             if busy and number == 0:
                 x.others()[0].start_hammer(gpa, size, FOREVER, Access.WRITE)  # until the machine ends
@@ -61,6 +61,13 @@ def punch(bench: Bench) -> None:
             _punch(bench, empty, 0, hole, call)
         notes: dict[str, Any] = {f"with no page there {bench.unit}": round(statistics.median(call), 1)}
         bench.keep("punch", rounds, clock="host", **notes)
+
+
+def _file(x: Experiment, gpa: Gpa, size: int) -> Backing:
+    """Give the guest a file of this point's kind in a slot of its own."""
+    file = raw.make(x, size)
+    raw.slot(x, gpa, size, file.hva, file=file.guest_memfd)
+    return file
 
 
 def _punch(bench: Bench, file: Backing, offset: int, size: int, took: list[float]) -> None:

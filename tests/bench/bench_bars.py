@@ -27,8 +27,8 @@ from pyvmm.bench.split import PARTS, WHOLE
 TICK = 1.0
 """Instructions: with icount the lab's counter runs at 1 GHz."""
 STAMPED = ("residency", "split")
-"""Cases made of the hypervisor's stamps, which are cut to 1,000 instructions: a loop's period and theirs beat, so not all
-averages out. "rest of the VM's end" is of a few stamps only, and its note says how far it may be off."""
+"""Cases made of the hypervisor's stamps, which are cut to 1,000 instructions: a loop's period and theirs beat, and not
+all averages out. "rest of the VM's end" is of a few stamps only, and its note says how far it may be off."""
 
 
 def measure(file: Path, *words: str) -> Run:

@@ -1,4 +1,4 @@
-"""Rigs in the fake kernel, for the native loop's tests."""
+"""What several unit tests need: rigs in the fake kernel, and a userfaultfd."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pyvmm._native import lib
+from pyvmm.errors import HostError
+from pyvmm.memory.userfault import Userfault
 from tests.fake_kvm import Rig
 
 if TYPE_CHECKING:
@@ -28,3 +31,14 @@ def make_rig() -> Iterator[Callable[..., Rig]]:
 @pytest.fixture
 def rig(make_rig: Callable[..., Rig]) -> Rig:
     return make_rig()
+
+
+@pytest.fixture
+def userfault() -> Iterator[Userfault]:
+    assert lib.pv_install_signals() == 0
+    try:
+        opened = Userfault.open(user_mode_only=True)
+    except HostError as error:
+        pytest.skip(error.message)
+    with opened:
+        yield opened

@@ -10,27 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import HostError, UsageError
+from pyvmm.errors import UsageError
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.source_server import SourceServer
-from pyvmm.memory.userfault import Userfault, UserfaultError
+from pyvmm.memory.userfault import UserfaultError
 
 PAGES = 64
 SIZE = PAGES * PAGE_SIZE
 SOURCE = b"".join(page.to_bytes(8, "little") * (PAGE_SIZE // 8) for page in range(PAGES))
-
-
-@pytest.fixture
-def userfault():
-    assert lib.pv_install_signals() == 0
-    try:
-        opened = Userfault.open(user_mode_only=True)
-    except HostError as error:
-        pytest.skip(error.message)
-    with opened:
-        yield opened
 
 
 @pytest.fixture

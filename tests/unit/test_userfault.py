@@ -24,17 +24,6 @@ SIZE = 16 * PAGE_SIZE
 
 
 @pytest.fixture
-def userfault():
-    assert lib.pv_install_signals() == 0
-    try:
-        opened = Userfault.open(user_mode_only=True)
-    except HostError as error:
-        pytest.skip(error.message)
-    with opened:
-        yield opened
-
-
-@pytest.fixture
 def memory():
     """Guest memory that is nobody's yet."""
     with Memfd(SIZE) as backing:

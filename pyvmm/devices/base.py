@@ -37,5 +37,25 @@ class Device:
         """Return more of the device-tree node than ``compatible`` and ``reg``."""
         return {}
 
+    def pause(self) -> None:
+        """Begin nothing more, in guest memory or of interrupts, and return when nothing is under way.
+
+        Called when the vCPUs stand still, in any thread but theirs; :meth:`resume` comes before they go on. Never twice
+        in a row.
+        """
+
+    def resume(self) -> None:
+        """Go on with what :meth:`pause` stopped."""
+
+    def save(self) -> dict[str, Any]:
+        """Return what the device would need to go on elsewhere: plain values of JSON. Called while paused.
+
+        UsageError where that cannot be had.
+        """
+        return {}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Be as :meth:`save` found another such device; called before the start. UsageError for what cannot be that."""
+
     def close(self) -> None:
         """Let go of everything; called once, after the last vCPU has stopped."""

@@ -72,6 +72,8 @@ class Machine:
         self._stack = contextlib.ExitStack()
         self._done = threading.Event()
         self._ending = threading.Lock()
+        self._pausing = threading.Lock()
+        self._pauses = 0
         self._outcome: Outcome | None = None
         self._threads: list[VcpuThread] = []
         self._natives: list[Any] = []
@@ -253,7 +255,8 @@ class Machine:
         """Wait for the run's end; after ``timeout`` seconds end it as past its deadline."""
         if not self._done.wait(timeout):
             self.console.abort()
-            self.pause()
+            # Devices may go on: one that is stuck must not keep the deadline from being told.
+            self._pause_vcpus()
             where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
             self._finish(
                 Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s: {where}")
@@ -275,7 +278,18 @@ class Machine:
         self._finish(Outcome(Ending.INTERRUPTED, reason))
 
     def pause(self) -> None:
-        """Stop every vCPU, in the guest or in a device, and return when all are. Not from a vCPU's own thread."""
+        """Stop every vCPU and then every device, and return when all stand still. Not from a vCPU's own thread.
+
+        Pauses nest: all goes on when each has been resumed.
+        """
+        self._pause_vcpus()
+        with self._pausing:
+            self._pauses += 1
+            if self._pauses == 1:
+                for placed in self.bus.placed:
+                    placed.device.pause()
+
+    def _pause_vcpus(self) -> None:
         if any(thread.is_current for thread in self._threads):
             raise PyvmmError("a vCPU's own thread cannot pause the machine: it would wait for itself")
         for thread in self._threads:
@@ -284,9 +298,21 @@ class Machine:
             thread.wait_paused()
 
     def resume(self) -> None:
-        """Let every vCPU go on."""
+        """Let every device and vCPU go on."""
+        with self._pausing:
+            if not self._pauses:
+                raise PyvmmError("the machine is not paused: there is nothing to resume")
+            self._pauses -= 1
+            if not self._pauses:
+                for placed in self.bus.placed:
+                    placed.device.resume()
         for thread in self._threads:
             thread.resume()
+
+    @property
+    def paused(self) -> bool:
+        """Whether :meth:`pause` holds it."""
+        return self._pauses > 0
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from pyvmm.lab.cache import Image
 from pyvmm.lab.qemu import LabOptions, Machine
 from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump, Sink
 
+PATH = "/usr/bin:/usr/sbin"
 NATIVE = shares.PACKAGE / "lab" / "aarch64" / "_native.abi3.so"
 
 
@@ -228,7 +229,7 @@ class Lab:
         return {
             "HOME": "/root",
             "LANG": "C.UTF-8",
-            "PATH": "/usr/bin:/usr/sbin",
+            "PATH": PATH,
             "PYTHONPATH": str(shares.python_path()),
             "PYVMM_IN_LAB": "1",
             "TERM": os.environ.get("TERM", "dumb"),

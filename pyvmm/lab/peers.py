@@ -1,7 +1,7 @@
-"""What a benchmark's peers need of the workstation before a lab boots: built or fetched here, once, and then kept.
+"""What a benchmark's peers and others need of the workstation before a lab boots: built or fetched once, then kept.
 
-``prepare`` gives the directories to make visible in the lab, and the variable by which the peers find them there. On
-arm64 hardware the same trees serve the machine itself.
+``prepare`` gives the directories to make visible in the lab, and the variables by which they are found there: trees by
+name (``trees.find_tree``), their programs on PATH. On arm64 hardware the same trees serve the machine itself.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.lab import peerqemu, selftests
+from pyvmm.lab import programs, selftests
 from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import Cache
+from pyvmm.lab.lab import PATH
 from pyvmm.lab.ownkernel import CROSS, compiler_version
+from pyvmm.lab.programs import BIN
 from pyvmm.lab.trees import VARIABLE, Recipe, Scratch, digest_of, made_tree
 
 LOOP = "loop"
@@ -41,8 +43,11 @@ def _make_loop(scratch: Scratch, _progress: Progress) -> str:
 RECIPES: Mapping[str, Callable[[], Recipe]] = {
     LOOP: loop_recipe,
     selftests.NAME: selftests.recipe,
-    peerqemu.NAME: peerqemu.recipe,
+    programs.QEMU.name: programs.QEMU.recipe,
 }
+"""What the benchmark's peers need."""
+ALL: Mapping[str, Callable[[], Recipe]] = {**RECIPES, **programs.RECIPES}
+"""Everything that can be asked for by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,11 @@ class Prepared:
     @property
     def environment(self) -> dict[str, str]:
         """What a command in the lab needs in its environment."""
-        return {VARIABLE: os.pathsep.join(f"{name}={path}" for name, path in self.trees.items())}
+        bins = [str(path / BIN) for path in self.trees.values() if (path / BIN).is_dir()]
+        return {
+            VARIABLE: os.pathsep.join(f"{name}={path}" for name, path in self.trees.items()),
+            **({"PATH": os.pathsep.join([*bins, PATH])} if bins else {}),
+        }
 
 
 def prepare(
@@ -68,13 +77,14 @@ def prepare(
 ) -> Prepared:
     """Make the trees of these names that there are none of; one that cannot be made is left out, with the reason.
 
-    The first time that takes about two minutes and 200 MB of downloads, of which 70 MB stay on the disk, unpacked.
+    What the peers need takes about two minutes and 200 MB of downloads, of which 70 MB stay on the disk, unpacked. A
+    program of Debian's alone takes seconds. KeyError for a name that is not in ``ALL``.
     """
     trees: dict[str, Path] = {}
     lacking: dict[str, str] = {}
     for name in names:
         try:
-            trees[name] = made_tree(RECIPES[name](), progress=progress, cache=cache)
+            trees[name] = made_tree(ALL[name](), progress=progress, cache=cache)
         except PyvmmError as error:
             lacking[name] = str(error)
     return Prepared(trees, lacking)

@@ -175,7 +175,7 @@ def test_the_environment_says_where_trees_are(monkeypatch: pytest.MonkeyPatch, t
 def test_what_cannot_be_prepared_is_left_out_with_the_reason(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = Maker(), Maker()
     bad.raises = HostError("there is no compiler", hint="apt install one")
-    monkeypatch.setattr(lab_peers, "RECIPES", {"good": good.recipe, "bad": lambda: bad.recipe(name="bad")})
+    monkeypatch.setattr(lab_peers, "ALL", {"good": good.recipe, "bad": lambda: bad.recipe(name="bad")})
     prepared = lab_peers.prepare(("good", "bad"), cache=cache)
     assert list(prepared.trees) == ["good"]
     assert prepared.lacking == {"bad": "there is no compiler\n  hint: apt install one"}

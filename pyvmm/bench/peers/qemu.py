@@ -17,7 +17,7 @@ from pyvmm import payloads
 from pyvmm.bench.model import Series
 from pyvmm.bench.peers import OWN, PATIENCE, TURNS, pair, patience
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.lab.peerqemu import PACKAGE, PROGRAM, command
+from pyvmm.lab.programs import QEMU
 from pyvmm.lab.trees import find_tree
 
 NAME: Final = "qemu"
@@ -32,11 +32,12 @@ _LINE = re.compile(r"^exits: what=(\w+) round=\d+ count=(\d+) ticks=(\d+) hz=(\d
 
 def qemu() -> list[str]:
     """Return the beginning of QEMU's command, that of the tree or else this machine's own. HostError without any."""
-    if (tree := find_tree(NAME)) is not None:
-        return command(tree)
-    if (path := shutil.which(PROGRAM)) is not None:
+    [program] = QEMU.programs
+    if (tree := find_tree(QEMU.name)) is not None:
+        return QEMU.command(tree)
+    if (path := shutil.which(program)) is not None:
         return [path]
-    raise HostError(f"there is no {PROGRAM} here", hint=f"apt install {PACKAGE}, or pyvmm --lab bench --peers")
+    raise HostError(f"there is no {program} here", hint=f"apt install {QEMU.package}, or pyvmm --lab bench --peers")
 
 
 def theirs() -> dict[str, list[float]]:

@@ -1,0 +1,54 @@
+"""Debian's programs as trees: they run from wherever they are, and what cannot be given is told."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pyvmm.cli import lab as cli
+from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.lab import peers, programs
+
+
+def test_a_launcher_runs_its_program_from_wherever_the_tree_is(tmp_path: Path) -> None:
+    tree = tmp_path / "a tree"
+    (tree / programs.BIN).mkdir(parents=True)
+    loader = tree / programs.LOADER
+    loader.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    loader.chmod(0o755)
+    [program] = programs.GDB.programs
+    launcher = tree / programs.BIN / program
+    launcher.write_text(programs.launcher(programs.GDB, program))
+    launcher.chmod(0o755)
+    said = subprocess.run([launcher, "-x", "a file"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [word.replace(f"/{programs.BIN}/..", "") for word in said] == [
+        *programs.GDB.command(tree)[1:], "-x", "a file",
+    ]  # fmt: skip
+
+
+def test_every_program_is_found_by_its_name() -> None:
+    assert set(programs.RECIPES) == {"passt", "gdb", "e2fsprogs", "qemu"}
+    digests = {recipe().digest for recipe in programs.RECIPES.values()}
+    assert len(digests) == len(programs.RECIPES)
+
+
+def test_programs_are_on_path_before_the_labs_own(tmp_path: Path) -> None:
+    (tmp_path / "one" / programs.BIN).mkdir(parents=True)
+    shown = peers.Prepared({"one": tmp_path / "one", "two": tmp_path / "two"}, {})
+    assert shown.environment["PATH"] == f"{tmp_path}/one/bin:/usr/bin:/usr/sbin"
+    assert "PATH" not in peers.Prepared({"two": tmp_path / "two"}, {}).environment
+
+
+def test_a_name_that_is_none_is_told_before_a_lab_boots() -> None:
+    with pytest.raises(UsageError, match=r"called 'past'") as caught:
+        cli._run(["true"], argparse.Namespace(lab_with=["past"]), is_tty=False)
+    assert "passt" in (caught.value.hint or "")
+
+
+def test_a_program_that_cannot_be_had_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "prepare", lambda _names, **_: peers.Prepared({}, {"passt": "no mirror"}))
+    with pytest.raises(PyvmmError, match=r"no passt for the lab: no mirror"):
+        cli.prepare(["passt"])

@@ -6,9 +6,23 @@ A device that answers in Python implements :meth:`Device.read` and :meth:`Device
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from pyvmm._native import ffi, lib
+
+
+class Line(Protocol):
+    """A device's interrupt line, as far as its device-tree node goes; see pyvmm.machine.irq."""
+
+    @property
+    def spi(self) -> int:
+        """The number of the shared interrupt, from 0."""
+        ...
+
+    @property
+    def kind(self) -> int:
+        """1 for an edge, 4 for a level (Linux include/dt-bindings/interrupt-controller/irq.h)."""
+        ...
 
 
 class Device:

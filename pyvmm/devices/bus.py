@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pyvmm._native import ffi, lib
-from pyvmm.devices.base import Device
+from pyvmm.devices.base import Device, Line
 from pyvmm.errors import UsageError, hex_
 
 D = TypeVar("D", bound=Device)
@@ -18,10 +18,11 @@ D = TypeVar("D", bound=Device)
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A device and the gpa of its first register."""
+    """A device, the gpa of its first register, and its interrupt line, if it has one."""
 
     device: Device
     base: int
+    line: Line | None = None
 
     @property
     def end(self) -> int:
@@ -39,13 +40,14 @@ class Bus:
         self._keep: list[Any] = []
         self._devices = contextlib.ExitStack()
 
-    def add(self, device: D, base: int) -> D:
+    def add(self, device: D, base: int, line: Line | None = None) -> D:
         """Place ``device``, which is the bus's to close from now on, at ``base``, and return it.
 
+        ``line`` is the interrupt line that the device was made with: the guest is told of it, the bus does not use it.
         Raises UsageError where it would overlap another.
         """
         self._devices.callback(device.close)
-        new = Placed(device, base)
+        new = Placed(device, base, line)
         for other in self.placed:
             if new.base < other.end and other.base < new.end:
                 raise UsageError(

@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
-from pyvmm.machine.fdt import Describable, describe, machine_tree
+from pyvmm.machine.fdt import Describable, GicNode, describe, machine_tree
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from pyvmm.devices.base import Line
 
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
 FDT_ROOM: Final = 2 * layout.MIB
@@ -275,18 +277,22 @@ def place(
     ram_size: int,
     cpus: int,
     command_line: str,
-    devices: Sequence[tuple[Describable, int]],
+    devices: Sequence[tuple[Describable, int, Line | None]],
+    gic: GicNode | None = None,
     loadable: int | None = None,
 ) -> Entry:
     """Load ``image`` and the device tree that describes the machine into ``memory``.
 
-    ``devices`` is each device with its gpa; a PL011 among them is the console. Raises UsageError as :func:`plan` does,
-    and for a command line that makes the device tree too large.
+    ``devices`` is each device with its gpa and interrupt line; a PL011 among them is the console. Raises UsageError as
+    :func:`plan` does, and for a command line that makes the device tree too large.
     """
     parts = plan(image, ram_size=ram_size, loadable=loadable)
     by_name = {part.what: part for part in parts}
     initrd = by_name.get("the initrd")
-    nodes = [describe(device, base) for device, base in devices]
+    nodes = [
+        describe(device, base) if line is None else describe(device, base, line.spi, line.kind)
+        for device, base, line in devices
+    ]
     tree = machine_tree(
         ram=[(layout.RAM_BASE, ram_size)],
         mpidrs=[layout.mpidr(index) for index in range(cpus)],
@@ -294,6 +300,7 @@ def place(
         bootargs=command_line,
         stdout=next((node for node in nodes if "arm,pl011" in node.compatible), None),
         initrd=None if initrd is None else (initrd.gpa, initrd.size),
+        gic=gic,
     ).to_bytes()
     if len(tree) > FDT_ROOM:
         raise UsageError(

@@ -161,11 +161,30 @@ def _padded(data: bytes) -> bytes:
 # ---- this machine's tree -----------------------------------------------------------------------------------------
 
 
+# Linux include/dt-bindings/interrupt-controller/{irq,arm-gic}.h.
+TRIGGER_EDGE: Final = 1
+TRIGGER_LEVEL: Final = 4
+_LEVEL_LOW: Final = 8
+_SPI, _PPI = 0, 1
+#: The generic timer's interrupts: secure, non-secure (the physical one), virtual, hypervisor; PPI n is number 16 + n.
+_TIMER_PPIS: Final = (13, 14, 11, 10)
+
+
+@dataclass(frozen=True)
+class GicNode:
+    """A GICv3: (gpa, bytes) of its distributor, of its redistributors, and of its ITS, if it has one."""
+
+    distributor: tuple[int, int]
+    redistributors: tuple[int, int]
+    its: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True)
 class DeviceNode:
     """What a device says about itself and the machine about its place; ``base`` is a gpa, ``size`` bytes.
 
-    ``clocks`` names the device's clock inputs: all are wired to one fixed clock.
+    ``clocks`` names the device's clock inputs: all are wired to one fixed clock. ``spi`` is the number of its shared
+    interrupt, from 0, and ``trigger`` how that is given: TRIGGER_EDGE or TRIGGER_LEVEL.
     """
 
     name: str
@@ -174,6 +193,8 @@ class DeviceNode:
     size: int
     properties: Mapping[str, Value] = field(default_factory=dict)
     clocks: Sequence[str] = ()
+    spi: int | None = None
+    trigger: int = TRIGGER_LEVEL
 
 
 class Describable(Protocol):
@@ -188,15 +209,16 @@ class Describable(Protocol):
         ...
 
 
-def describe(device: Describable, base: int) -> DeviceNode:
-    """Return the node of a device placed at gpa ``base``."""
-    more, clocks = _BINDINGS.get(device.compatible, ((), ()))
-    return DeviceNode(device.name, (device.compatible, *more), base, device.size, device.properties(), clocks)
+def describe(device: Describable, base: int, spi: int | None = None, trigger: int = TRIGGER_LEVEL) -> DeviceNode:
+    """Return the node of a device placed at gpa ``base``, whose interrupt, if it has one, is SPI ``spi``."""
+    name, more, clocks = _BINDINGS.get(device.compatible, (device.name, (), ()))
+    compatible = (device.compatible, *more)
+    return DeviceNode(name, compatible, base, device.size, device.properties(), clocks, spi, trigger)
 
 
-#: What Linux Documentation/devicetree/bindings asks of a node beyond what the device knows: further compatible
-#: strings, and its clock inputs (serial/pl011.yaml).
-_BINDINGS: Final = {"arm,pl011": (("arm,primecell",), ("uartclk", "apb_pclk"))}
+#: What Linux Documentation/devicetree/bindings asks of a node beyond what the device knows: its name, further
+#: compatible strings, and its clock inputs (serial/pl011.yaml).
+_BINDINGS: Final = {"arm,pl011": ("serial", ("arm,primecell",), ("uartclk", "apb_pclk"))}
 
 #: The UART's reference clock, Hz: what QEMU's virt machine says, and drivers accept any baud rate from.
 CLOCK_HZ: Final = 24_000_000
@@ -210,12 +232,13 @@ def machine_tree(
     bootargs: str = "",
     stdout: DeviceNode | None = None,
     initrd: tuple[int, int] | None = None,
+    gic: GicNode | None = None,
 ) -> Tree:
     """Describe the machine to its guest.
 
     ``ram`` is (gpa, bytes) of each bank; ``mpidrs`` the affinity value of each vCPU, the booting one first; ``initrd``
-    its gpa and bytes; ``stdout`` one of ``devices``. The generic timer carries no interrupts: there is no interrupt
-    controller to name them to.
+    its gpa and bytes; ``stdout`` one of ``devices``. Without ``gic`` neither devices nor the generic timer carry
+    interrupts: there is no controller to name them to.
     """
     tree = Tree()
     root = tree.root
@@ -240,7 +263,10 @@ def machine_tree(
     root.add("psci", {"compatible": ("arm,psci-1.0", "arm,psci-0.2"), "method": "hvc"})
 
     # bindings/timer/arm,arch_timer.yaml; always-on: a vCPU's timer never loses its state to idle.
-    root.add("timer", {"compatible": "arm,armv8-timer", "always-on": True})
+    timer = root.add("timer", {"compatible": "arm,armv8-timer", "always-on": True})
+    if gic is not None:
+        root.properties["interrupt-parent"] = tree.phandle(_add_gic(root, gic))
+        timer.properties["interrupts"] = [cell for ppi in _TIMER_PPIS for cell in (_PPI, ppi, _LEVEL_LOW)]
 
     clock: Node | None = None
     if any(device.clocks for device in devices):
@@ -251,11 +277,25 @@ def machine_tree(
         if device.clocks and clock is not None:
             node.properties["clocks"] = [tree.phandle(clock)] * len(device.clocks)
             node.properties["clock-names"] = device.clocks
+        if device.spi is not None and gic is not None:
+            node.properties["interrupts"] = (_SPI, device.spi, device.trigger)
         for name, value in device.properties.items():
             if name in node.properties:
                 raise UsageError(f"device {device.name} at gpa {hex_(device.base)} may not set {name!r} itself")
             node.properties[name] = value
     return tree
+
+
+def _add_gic(root: Node, gic: GicNode) -> Node:
+    # bindings/interrupt-controller/arm,gic-v3.yaml
+    node = root.add(f"interrupt-controller@{gic.distributor[0]:x}", {"compatible": "arm,gic-v3"})
+    node.properties |= {"interrupt-controller": True, "#interrupt-cells": 3}
+    node.properties["reg"] = cells64(*gic.distributor, *gic.redistributors)
+    node.properties |= {"#address-cells": 2, "#size-cells": 2, "ranges": True}
+    if gic.its is not None:
+        its = node.add(f"msi-controller@{gic.its[0]:x}", {"compatible": "arm,gic-v3-its", "reg": cells64(*gic.its)})
+        its.properties |= {"msi-controller": True, "#msi-cells": 1}
+    return node
 
 
 def _unit(device: DeviceNode) -> str:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 #   0x0000_0000 +------------------------------+
 #               | nothing: an access exits     |
 #   0x0800_0000 +------------------------------+
-#               | interrupt controller         |   in the kernel; guests are not told of it yet
+#               | interrupt controller         |   in the kernel
 #   0x0900_0000 +------------------------------+
 #               | PL011 UART                   |
 #   0x0910_0000 +------------------------------+
@@ -45,9 +45,9 @@ from typing import Final, NamedTuple
 #
 #   name             start        end          size
 #   GICv3 dist       0x0800_0000  0x0801_0000  0x1_0000   in the kernel
-#   GICv3 ITS        0x0808_0000  0x080a_0000  0x2_0000   reserved
+#   GICv3 ITS        0x0808_0000  0x080a_0000  0x2_0000   in the kernel
 #   GICv3 redist     0x080a_0000  0x0900_0000  0xf6_0000  in the kernel; 0x2_0000 a vCPU
-#   PL011            0x0900_0000  0x0900_1000  0x1000     SPI 1 reserved
+#   PL011            0x0900_0000  0x0900_1000  0x1000     SPI 1
 #   share doorbell   0x0910_0000  0x0910_1000  0x1000
 #   echo             0x0911_0000  0x0911_1000  0x1000
 #   mailbox          0x0920_0000  0x0930_0000  0x10_0000  0x1000 a vCPU
@@ -60,7 +60,7 @@ MIB: Final = 1 << 20
 
 
 class Window(NamedTuple):
-    """A named, half-open range of guest addresses; ``spi`` is the shared interrupt kept for it."""
+    """A named, half-open range of guest addresses; ``spi`` is the (first) shared interrupt kept for it."""
 
     name: str
     start: int
@@ -82,6 +82,10 @@ ECHO: Final = Window("echo", 0x0911_0000, 0x0911_1000)
 MAILBOX: Final = Window("mailbox", 0x0920_0000, 0x0930_0000)
 BENCH: Final = Window("bench", 0x0930_0000, 0x0930_4000)
 VIRTIO_MMIO: Final = Window("virtio-mmio", 0x0A00_0000, 0x0A10_0000, spi=32)
+
+#: Shared peripheral interrupts that the controller has: SPI 0 to SPIS - 1. With a vCPU's own 32 that is what KVM gives
+#: where nobody asks (VGIC_NR_IRQS_LEGACY).
+SPIS: Final = 224
 
 #: Every window below RAM, by address.
 MAP: Final = (

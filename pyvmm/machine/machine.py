@@ -2,7 +2,8 @@
 
 Order of construction, and the reverse of it for teardown, which works from any half-built state:
 
-    /dev/kvm -> VM -> slots -> devices on the bus -> vCPUs -> image, device tree -> threads
+    /dev/kvm -> VM -> slots -> vCPUs -> interrupt controller, lines -> devices on the bus -> image, device tree
+    -> threads
 
 The VM's last descriptor is closed before its memory is unmapped: only then has the kernel given every page back.
 """
@@ -32,6 +33,7 @@ from pyvmm.log import get_logger
 from pyvmm.machine import boot, layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.gic import create_gic
+from pyvmm.machine.irq import Interrupts
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 from pyvmm.memory.memlock import require_memlock
@@ -119,12 +121,15 @@ class Machine:
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
         self.memory.quiesce = self.quiet
-        self._place_devices()
         self.vcpus = [push(self.vm.create_vcpu(index)) for index in range(config.cpus)]
         for vcpu in self.vcpus:
             vcpu.init(power_off=vcpu.index > 0)
-        if gic := create_gic(self.vm):
-            push(gic)
+        self.gic = create_gic(self.vm, config.cpus)
+        if self.gic is not None:
+            self._stack.callback(self.gic.close)
+        self.interrupts = Interrupts(self.vm, present=self.gic is not None)
+        self._stack.callback(self.interrupts.close)
+        self._place_devices()
         self.entry = boot.place(
             image,
             self.memory,
@@ -132,7 +137,8 @@ class Machine:
             loadable=loadable,
             cpus=config.cpus,
             command_line=" ".join(config.params),
-            devices=[(placed.device, placed.base) for placed in self.bus.placed],
+            devices=[(placed.device, placed.base, placed.line) for placed in self.bus.placed],
+            gic=None if self.gic is None else self.gic.node,
         )
         first = self.vcpus[0]
         first.set_reg(core_reg("pc"), self.entry.pc)

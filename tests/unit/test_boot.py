@@ -327,11 +327,12 @@ class Uart:
 def test_each_part_is_written_once_and_the_device_tree_last():
     memory = Recorder()
     entry = place(
-        flat(initrd=b"cpio"), memory, ram_size=64 * MIB, cpus=2, command_line="a=1", devices=[(Uart(), 0x0900_0000)]
-    )
+        flat(initrd=b"cpio"), memory, ram_size=64 * MIB, cpus=2, command_line="a=1",
+        devices=[(Uart(), 0x0900_0000, None)],
+    )  # fmt: skip
     assert memory.writes == [(0x8008_0000, CODE), (0x83DF_F000, b"cpio"), (0x83E0_0000, entry.device_tree)]
     assert (entry.pc, entry.fdt) == (0x8008_0000, 0x83E0_0000)
-    for text in (b"a=1\0", b"/pl011@9000000\0", b"cpu@1\0", struct.pack(">QQ", 0x8000_0000, 64 * MIB)):
+    for text in (b"a=1\0", b"/serial@9000000\0", b"cpu@1\0", struct.pack(">QQ", 0x8000_0000, 64 * MIB)):
         assert text in entry.device_tree
 
 

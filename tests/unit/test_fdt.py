@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
-from pyvmm.machine.fdt import DeviceNode, Node, Tree, cells32, cells64, describe, encode, machine_tree
+from pyvmm.machine.fdt import (
+    TRIGGER_EDGE,
+    DeviceNode,
+    GicNode,
+    Node,
+    Tree,
+    cells32,
+    cells64,
+    describe,
+    encode,
+    machine_tree,
+)
 
 DTC = shutil.which("dtc")
 needs_dtc = pytest.mark.skipif(DTC is None, reason="dtc (package device-tree-compiler) is not installed")
@@ -190,7 +201,7 @@ def test_the_machines_tree_says_what_a_guest_needs():
     assert nodes["/memory@80000000"] == {"device_type": b"memory\0", "reg": cells64(0x8000_0000, 256 << 20)}
     assert nodes["/chosen"] == {
         "bootargs": b"way=undefined\0",
-        "stdout-path": b"/pl011@9000000\0",
+        "stdout-path": b"/serial@9000000\0",
         "linux,initrd-start": cells64(0x8800_0000),
         "linux,initrd-end": cells64(0x8800_1234),
     }
@@ -209,13 +220,38 @@ def test_the_uart_is_a_primecell_with_its_clocks():
     _, nodes = read(example())
     clock = nodes["/clock"]
     assert clock["compatible"] == b"fixed-clock\0"
-    assert nodes["/pl011@9000000"] == {
+    assert nodes["/serial@9000000"] == {
         "compatible": b"arm,pl011\0arm,primecell\0",
         "reg": cells64(0x0900_0000, 0x1000),
         "clocks": clock["phandle"] * 2,
         "clock-names": b"uartclk\0apb_pclk\0",
         "current-speed": cells32(115200),
     }
+
+
+GIC = GicNode(distributor=(0x0800_0000, 0x1_0000), redistributors=(0x080A_0000, 0x4_0000), its=(0x0808_0000, 0x2_0000))
+
+
+def test_with_an_interrupt_controller_devices_and_the_timer_have_interrupts():
+    edge = describe(Uart(), layout.PL011.start, 1, TRIGGER_EDGE)
+    _, nodes = read(example(gic=GIC, devices=[edge, ECHO], stdout=edge))
+    gic = nodes["/interrupt-controller@8000000"]
+    assert gic["reg"] == cells64(0x0800_0000, 0x1_0000, 0x080A_0000, 0x4_0000)
+    assert (gic["interrupt-controller"], gic["#interrupt-cells"]) == (b"", cells32(3))
+    assert nodes["/"]["interrupt-parent"] == gic["phandle"]
+    its = nodes["/interrupt-controller@8000000/msi-controller@8080000"]
+    assert (its["compatible"], its["msi-controller"], its["reg"]) == (
+        b"arm,gic-v3-its\0", b"", cells64(0x0808_0000, 0x2_0000)
+    )  # fmt: skip
+    # Private interrupts 13, 14, 11 and 10, active low; the device's is shared interrupt 1, on an edge.
+    assert nodes["/timer"]["interrupts"] == cells32(1, 13, 8, 1, 14, 8, 1, 11, 8, 1, 10, 8)
+    assert nodes["/serial@9000000"]["interrupts"] == cells32(0, 1, 1)
+    assert "interrupts" not in nodes["/echo@9110000"]
+
+
+def test_without_an_interrupt_controller_nothing_has_interrupts():
+    level = describe(Uart(), layout.PL011.start, 1)
+    assert example(devices=[level, ECHO], stdout=level) == example()
 
 
 def test_without_initrd_console_or_clocks_the_tree_is_smaller():
@@ -229,8 +265,10 @@ def test_the_same_machine_gives_the_same_bytes():
 
 
 @needs_dtc
-def test_dtc_has_nothing_to_say_about_the_machines_tree():
-    source = dtc(example(), "dts")
+@pytest.mark.parametrize("gic", [None, GIC])
+def test_dtc_has_nothing_to_say_about_the_machines_tree(gic):
+    uart = describe(Uart(), layout.PL011.start, 1)
+    source = dtc(example(gic=gic, devices=[uart, ECHO], stdout=uart), "dts")
     assert source.returncode == 0
     assert source.stderr == b""
     assert b'bootargs = "way=undefined"' in source.stdout

@@ -1,0 +1,110 @@
+"""Interrupt lines from devices to the guest: shared peripheral interrupts (SPIs) of the controller in the kernel.
+
+Owns the eventfds of edge lines. The machine makes one :class:`Interrupts` once the controller is initialised, and hands
+devices their lines; it closes them after the devices, whose threads may pull a line to the end, and before the VM.
+
+An edge line is an eventfd bound by KVM_IRQFD: whoever writes to it (:meth:`EdgeLine.trigger`, or C through
+``pv_signal``) gives one pulse; pulses that the guest has not taken yet are one. A level line is KVM_IRQ_LINE on the
+VM's descriptor, so that C can raise and lower it: the device keeps its state, and says only when it changes.
+
+Both work in a protected VM, where KVM_CHECK_EXTENSION of the VM denies irqfd. On a host without a GICv3 the lines lead
+nowhere, and the device tree names none.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+from pyvmm.errors import UsageError
+from pyvmm.machine import layout
+from pyvmm.uapi.kvm_arm64 import KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vm import Vm
+
+#: Interrupt numbers below are a vCPU's own (Arm IHI 0069, 2.2.1); SPI n is number SPI_BASE + n.
+SPI_BASE: Final = 32
+
+
+class Trigger(IntEnum):
+    """What a line's device tree cell says (Linux include/dt-bindings/interrupt-controller/irq.h)."""
+
+    EDGE = 1
+    LEVEL = 4
+
+
+class EdgeLine:
+    """A line that is pulsed; ``fd`` is the eventfd to write to. Any thread."""
+
+    kind = Trigger.EDGE
+
+    def __init__(self, spi: int, fd: int) -> None:
+        self.spi = spi
+        self.fd = fd
+
+    def trigger(self) -> None:
+        """Give one pulse."""
+        os.eventfd_write(self.fd, 1)
+
+
+class LevelLine:
+    """A line that is held; ``vm_fd`` (-1: it leads nowhere) and ``irq`` are what KVM_IRQ_LINE wants."""
+
+    kind = Trigger.LEVEL
+
+    def __init__(self, spi: int, vm_fd: int) -> None:
+        self.spi = spi
+        self.vm_fd = vm_fd
+        self.irq = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (SPI_BASE + spi)
+
+
+Line = EdgeLine | LevelLine
+
+
+class Interrupts:
+    """All lines of one VM; ``present`` says whether there is a controller that is initialised."""
+
+    def __init__(self, vm: Vm, *, present: bool) -> None:
+        self.present = present
+        self._vm = vm
+        self._taken: set[int] = set()
+        self._edges: list[EdgeLine] = []
+
+    def edge(self, spi: int) -> EdgeLine:
+        """Make the line of SPI ``spi``, 0 to layout.SPIS - 1; UsageError if it is taken or out of range."""
+        self._take(spi)
+        line = EdgeLine(spi, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        try:
+            if self.present:
+                # The default routing: gsi n is the controller's pin n, SPI n (kvm_vgic_setup_default_irq_routing).
+                self._vm.irqfd(line.fd, spi)
+        except BaseException:
+            os.close(line.fd)
+            raise
+        self._edges.append(line)
+        return line
+
+    def level(self, spi: int) -> LevelLine:
+        """Make the line of SPI ``spi``, low; errors as :meth:`edge`."""
+        self._take(spi)
+        return LevelLine(spi, self._vm.fileno() if self.present else -1)
+
+    def _take(self, spi: int) -> None:
+        if not 0 <= spi < layout.SPIS:
+            raise UsageError(f"SPI {spi}: this machine's interrupt controller has SPIs 0 to {layout.SPIS - 1}")
+        if spi in self._taken:
+            raise UsageError(f"SPI {spi} is another device's already")
+        self._taken.add(spi)
+
+    def close(self) -> None:
+        """Unbind and close the eventfds; idempotent. Nobody may trigger a line any more."""
+        lines, self._edges = self._edges, []
+        try:
+            for line in lines:
+                if self.present:
+                    self._vm.irqfd(line.fd, line.spi, deassign=True)
+        finally:
+            for line in lines:
+                os.close(line.fd)

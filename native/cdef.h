@@ -134,8 +134,10 @@ struct pv_pl011 {
     struct pv_fifo rx;     /* host to guest; producer Python through pv_pl011_feed() */
     uint32_t lock;         /* several vCPUs may print */
     uint32_t cr, lcr_h, ibrd, fbrd, ifls, imsc, ris, dmacr, ilpr;
-    int32_t irq_fd;        /* eventfd of the interrupt line when it rises, or -1 */
-    uint32_t level;        /* the line as last computed: (ris & imsc) != 0 */
+    int32_t vm_fd;         /* whose KVM_IRQ_LINE moves the interrupt line, or -1 */
+    uint32_t irq;          /* the line, as KVM_IRQ_LINE names it */
+    uint32_t level;        /* the line as last told: (ris & imsc) != 0 */
+    uint32_t pad;
 };
 
 /* One vCPU's mailbox; offsets in firmware/lib/abi.h. */

@@ -1,5 +1,6 @@
 /* Arm PrimeCell UART (PL011), DDI 0183. The wire is infinitely fast: the transmitter is always empty, and an access
- * waits only when the host's own FIFO is full. Several vCPUs may print; Python feeds. */
+ * waits only when the host's own FIFO is full. Several vCPUs may print; Python feeds. The interrupt line is a level, and
+ * moves under the lock: KVM hears of its changes in their order. */
 #include "pyvmm.h"
 
 enum {
@@ -14,10 +15,13 @@ enum {
 static void update(struct pv_pl011 *uart)
 {
     uart->ris = pv_fifo_used(&uart->rx) ? uart->ris | INT_RX : uart->ris & ~(uint32_t)INT_RX;
-    uint32_t level = (uart->ris & uart->imsc) != 0;
-    if (level && !uart->level && uart->irq_fd >= 0)
-        pv_signal(uart->irq_fd);
-    uart->level = level;
+    struct kvm_irq_level line = {.irq = uart->irq, .level = (uart->ris & uart->imsc) != 0};
+    if (line.level == uart->level)
+        return;
+    uart->level = line.level;
+    /* It fails where the VM is gone or has no controller, and then nobody waits for the line. */
+    if (uart->vm_fd >= 0)
+        ioctl(uart->vm_fd, KVM_IRQ_LINE, &line);
 }
 
 static uint32_t take(struct pv_pl011 *uart)

@@ -8,11 +8,25 @@
 #include "fake_kvm.h"
 
 static struct fake_vcpu *vcpus[8];
+static struct fake_line lines[8];
 static uint32_t protect_fails, protects;
 
 void fake_attach(int fd, struct fake_vcpu *vcpu)
 {
     vcpus[fd] = vcpu;
+}
+
+struct fake_line *fake_line(uint32_t irq)
+{
+    return &lines[irq % 8];
+}
+
+static void set_line(const struct kvm_irq_level *told)
+{
+    struct fake_line *line = fake_line(told->irq);
+
+    (*(told->level ? &line->raised : &line->lowered))++;
+    line->level = told->level;
 }
 
 void fake_protect_fails(uint32_t calls)
@@ -97,8 +111,13 @@ int fake_ioctl(int fd, unsigned long request, ...)
     if (request == KVM_RUN)
         return enter(vcpu);
     va_start(arguments, request);
-    const struct kvm_one_reg *reg = va_arg(arguments, const struct kvm_one_reg *);
+    const void *argument = va_arg(arguments, const void *);
+    const struct kvm_one_reg *reg = argument;
     va_end(arguments);
+    if (request == KVM_IRQ_LINE) {
+        set_line(argument);
+        return 0;
+    }
     vcpu->one_regs++;
     if (vcpu->one_reg_error) {
         errno = vcpu->one_reg_error;

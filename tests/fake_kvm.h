@@ -19,6 +19,9 @@ struct fake_vcpu {
     uint32_t pad;
     uint64_t x[4];
 };
+/* What was told of an interrupt line, a number below 8. */
+struct fake_line { uint32_t raised, lowered, level; };
+struct fake_line *fake_line(uint32_t irq);
 /* File descriptor n of the fake kernel is its nth vCPU. */
 void fake_attach(int fd, struct fake_vcpu *vcpu);
 /* The next so many calls of mprotect fail with ENOMEM. */

@@ -147,10 +147,16 @@ class Rig:
 
     def pl011(self, tx: int = 16, rx: int = 16) -> Any:
         uart = self.new("struct pv_pl011 *")
-        uart.irq_fd = uart.tx.wake_fd = uart.rx.wake_fd = -1
+        uart.vm_fd = uart.tx.wake_fd = uart.rx.wake_fd = -1
         uart.tx.size, uart.tx.data = tx, self.new("uint8_t[]", tx)
         uart.rx.size, uart.rx.data = rx, self.new("uint8_t[]", rx)
         return uart
+
+    def line(self, irq: int) -> Any:
+        """A line of the fake kernel: how often it was raised and lowered, and where it is now. Starts at nothing."""
+        line = self.lib.fake_line(irq)
+        line[0] = {"raised": 0, "lowered": 0, "level": 0}
+        return line
 
     def records(self, vcpu: int = 0) -> list[Any]:
         """Take what the ring holds."""

@@ -169,9 +169,9 @@ class RealGuest:
 
 
 def uart(tx: int = 64, rx: int = 16) -> tuple[Any, list[Any]]:
-    """A struct pv_pl011 without eventfds, and what must be kept with it."""
+    """A struct pv_pl011 without eventfds and interrupt, and what must be kept with it."""
     made = ffi.new("struct pv_pl011 *")
-    made.irq_fd = made.tx.wake_fd = made.rx.wake_fd = -1
+    made.vm_fd = made.tx.wake_fd = made.rx.wake_fd = -1
     buffers = [ffi.new("uint8_t[]", tx), ffi.new("uint8_t[]", rx)]
     made.tx.size, made.tx.data, made.rx.size, made.rx.data = tx, buffers[0], rx, buffers[1]
     return made, buffers

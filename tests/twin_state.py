@@ -16,6 +16,7 @@ class Kernel(Protocol):
     def get_x(self, n: int) -> int: ...
     def set_x(self, n: int, value: int) -> None: ...
     def signal(self, fd: int) -> None: ...
+    def irq_line(self, irq: int, level: bool) -> None: ...
     def protect(self, gpa: int, open_: bool) -> bool: ...
     def drop(self, gpa: int, conversion: int) -> bool: ...
     def probe(self, gpa: int) -> bool: ...
@@ -63,7 +64,7 @@ class Mailbox:
 class Pl011:
     tx_size: int
     rx_size: int
-    irq_fd: int = -1
+    irq: int = -1
     tx: deque[int] = field(default_factory=deque)
     rx: deque[int] = field(default_factory=deque)
     registers: dict[int, int] = field(default_factory=dict)
@@ -76,8 +77,8 @@ class Pl011:
     def update(self, kernel: Kernel) -> None:
         self.ris = self.ris | 0x10 if self.rx else self.ris & ~0x10
         level = bool(self.ris & self.registers.get(0x38, 0))
-        if level and not self.level and self.irq_fd >= 0:
-            kernel.signal(self.irq_fd)
+        if level != self.level and self.irq >= 0:
+            kernel.irq_line(self.irq, level)
         self.level = level
 
     def load(self, offset: int) -> int:

@@ -15,7 +15,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
@@ -26,8 +26,22 @@ TX_BYTES = 1 << 12
 RX_BYTES = 1 << 10
 
 
+class HeldLine(Protocol):
+    """A level interrupt line: what KVM_IRQ_LINE wants; see pyvmm.machine.irq."""
+
+    @property
+    def vm_fd(self) -> int:
+        """The VM's descriptor, or -1."""
+        ...
+
+    @property
+    def irq(self) -> int:
+        """The line's number."""
+        ...
+
+
 class Pl011(Device):
-    """Arm PrimeCell UART, DDI 0183; ``out`` and ``source`` are file descriptors or None.
+    """Arm PrimeCell UART, DDI 0183; ``out`` and ``source`` are file descriptors or None, ``line`` its interrupt.
 
     ``unheard`` is told, once, why output can no longer be written; what the guest prints after that is dropped.
     """
@@ -41,13 +55,16 @@ class Pl011(Device):
         out: int | None = None,
         source: int | None = None,
         unheard: Callable[[OSError], None] = lambda _: None,
+        line: HeldLine | None = None,
     ) -> None:
         super().__init__()
         self._unheard = unheard
         self._out, self._source = out, source
         self.state = self._uart = ffi.new("struct pv_pl011 *")
         self._buffers = [self._fifo(self._uart.tx, TX_BYTES), self._fifo(self._uart.rx, RX_BYTES)]
-        self._uart.irq_fd = -1
+        self._uart.vm_fd = -1
+        if line is not None:
+            self._uart.vm_fd, self._uart.irq = line.vm_fd, line.irq
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
@@ -163,6 +180,14 @@ class Pl011(Device):
             done += taken
             if not taken:
                 self._closing.wait(LINGER)
+
+    def offer(self, data: bytes) -> bool:
+        """Give the guest ``data`` to read if there is room for it now; any thread."""
+        fifo = self._uart.rx
+        if fifo.size - (fifo.head - fifo.tail) % (1 << 32) < len(data):
+            return False
+        # Whoever types at the same time may have taken some of the room.
+        return bool(lib.pv_pl011_feed(self._uart, data, len(data)) == len(data))
 
     def abort(self) -> None:
         """Stop waiting for whoever reads the console: what it does not take within ``PATIENCE`` seconds is lost."""

@@ -73,19 +73,22 @@ class Window(NamedTuple):
         return self.end - self.start
 
 
+#: Shared peripheral interrupts that the controller has: SPI 0 to SPIS - 1. With a vCPU's own 32 that is what KVM gives
+#: where nobody asks (VGIC_NR_IRQS_LEGACY).
+SPIS: Final = 224
+PL011_SPI: Final = 1
+#: Of the first virtio device; the next ones follow.
+VIRTIO_SPI: Final = 32
+
 GIC_DISTRIBUTOR: Final = Window("GICv3 dist", 0x0800_0000, 0x0801_0000)
 GIC_ITS: Final = Window("GICv3 ITS", 0x0808_0000, 0x080A_0000)
 GIC_REDISTRIBUTORS: Final = Window("GICv3 redist", 0x080A_0000, 0x0900_0000)
-PL011: Final = Window("PL011", 0x0900_0000, 0x0900_1000, spi=1)
+PL011: Final = Window("PL011", 0x0900_0000, 0x0900_1000, PL011_SPI)
 SHARE_DOORBELL: Final = Window("share doorbell", 0x0910_0000, 0x0910_1000)
 ECHO: Final = Window("echo", 0x0911_0000, 0x0911_1000)
 MAILBOX: Final = Window("mailbox", 0x0920_0000, 0x0930_0000)
 BENCH: Final = Window("bench", 0x0930_0000, 0x0930_4000)
-VIRTIO_MMIO: Final = Window("virtio-mmio", 0x0A00_0000, 0x0A10_0000, spi=32)
-
-#: Shared peripheral interrupts that the controller has: SPI 0 to SPIS - 1. With a vCPU's own 32 that is what KVM gives
-#: where nobody asks (VGIC_NR_IRQS_LEGACY).
-SPIS: Final = 224
+VIRTIO_MMIO: Final = Window("virtio-mmio", 0x0A00_0000, 0x0A10_0000, VIRTIO_SPI)
 
 #: Every window below RAM, by address.
 MAP: Final = (

@@ -192,7 +192,9 @@ class Machine:
         config = self.config
         self.bus = Bus(self.native)
         self._stack.callback(self.bus.close)
-        self.console = self.bus.add(Pl011(config.serial_out, config.serial_in, self._unheard), layout.PL011.start)
+        line = self.interrupts.level(layout.PL011_SPI)
+        uart = Pl011(config.serial_out, config.serial_in, self._unheard, line)
+        self.console = self.bus.add(uart, layout.PL011.start, line)
         self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)

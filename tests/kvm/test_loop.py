@@ -223,6 +223,9 @@ class KvmKernel:
     def signal(self, fd: int) -> None:
         self.rung.append(fd)
 
+    def irq_line(self, irq: int, level: bool) -> None:
+        raise AssertionError("this guest's UART has no interrupt line")
+
     def get_x(self, n: int) -> int:
         return self.guest.kvm_vcpus[0].get_reg(twin_core_x(n))
 

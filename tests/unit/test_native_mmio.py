@@ -169,37 +169,54 @@ def test_full_uart_stops_and_loses_or_repeats_no_byte(rig: Rig) -> None:
     assert rig.vcpus[0].native.stats[rig.lib.PV_EXIT_MMIO_PL011].count == len(text)
 
 
-def test_uart_interrupt_rises_once_and_falls_when_its_cause_is_gone(rig: Rig) -> None:
+def with_line(rig: Rig) -> tuple[Any, Any]:
+    """A UART and the fake kernel's interrupt line that it moves."""
     uart = rig.pl011()
-    uart.irq_fd = eventfd()
+    uart.vm_fd, uart.irq = 0, 5
     rig.bus((DEVICE, 0x1000, "PL011", uart))
+    return uart, rig.line(5)
+
+
+def moves(line: Any) -> tuple[int, int]:
+    return line.raised, line.lowered
+
+
+def test_uart_interrupt_is_held_until_its_cause_is_gone(rig: Rig) -> None:
+    uart, line = with_line(rig)
     rig.script(store(DEVICE + 0x38, 0x50, 4))
     rig.run()
+    assert moves(line) == (0, 0)
     for byte in b"xy":
         rig.lib.pv_pl011_feed(uart, bytes([byte]), 1)
-    assert (rung(uart.irq_fd), uart.level) == (1, 1)
-    exits = rig.script(
-        load(DEVICE + 0x40, 4), store(DEVICE + 0x44, 0x7FF, 4), load(DEVICE + 0x3C, 4), load(DEVICE, 4),
-        load(DEVICE, 4), load(DEVICE + 0x40, 4),
-    )  # fmt: skip
+    assert moves(line) == (1, 0)
+    exits = rig.script(load(DEVICE + 0x40, 4), store(DEVICE + 0x44, 0x7FF, 4), load(DEVICE + 0x3C, 4), load(DEVICE, 4))
     rig.run()
-    assert [exits[n].answer for n in (0, 2, 5)] == [0x10, 0x10, 0]
-    assert uart.level == 0
+    assert [exits[n].answer for n in (0, 2)] == [0x10, 0x10]
+    assert moves(line) == (1, 0)
+    exits = rig.script(load(DEVICE, 4), load(DEVICE + 0x40, 4))
+    rig.run()
+    assert exits[1].answer == 0
+    assert moves(line) == (1, 1)
     rig.lib.pv_pl011_feed(uart, b"z", 1)
-    assert rung(uart.irq_fd) == 1
+    assert moves(line) == (2, 1)
 
 
 def test_transmit_interrupt_is_set_by_a_byte_and_cleared_by_icr(rig: Rig) -> None:
-    uart = rig.pl011()
-    uart.irq_fd = eventfd()
-    rig.bus((DEVICE, 0x1000, "PL011", uart))
+    _, line = with_line(rig)
     exits = rig.script(
         store(DEVICE, 65, 1), load(DEVICE + 0x3C, 4), load(DEVICE + 0x40, 4), store(DEVICE + 0x38, 0x20, 4),
         load(DEVICE + 0x40, 4), store(DEVICE + 0x44, 0x20, 4), load(DEVICE + 0x3C, 4),
     )  # fmt: skip
     rig.run()
     assert [exits[n].answer for n in (1, 2, 4, 6)] == [0x20, 0, 0x20, 0]
-    assert rung(uart.irq_fd) == 1
+    assert moves(line) == (1, 1)
+
+
+def test_masking_an_interrupt_lowers_its_line_and_unmasking_raises_it_again(rig: Rig) -> None:
+    _, line = with_line(rig)
+    rig.script(store(DEVICE, 65, 1), *[store(DEVICE + 0x38, mask, 4) for mask in (0x20, 0, 0x20, 0x7FF, 0)])
+    rig.run()
+    assert moves(line) == (2, 2)
 
 
 def test_uart_is_known_by_its_id_registers(rig: Rig) -> None:

@@ -66,7 +66,7 @@ def take(rig: Rig, fifo: Any, n: int) -> bytes:
     start=st.integers(0, 2**32 - 1),
 )
 def test_fifo_keeps_order_and_never_overfills(steps: list[bytes | int], start: int) -> None:
-    uart = ffi.new("struct pv_pl011 *", {"irq_fd": -1})
+    uart = ffi.new("struct pv_pl011 *", {"vm_fd": -1})
     data = ffi.new("uint8_t[]", 8)
     rx = uart.rx
     rx.size, rx.wake_fd, rx.data, rx.head, rx.tail = 8, -1, data, start, start

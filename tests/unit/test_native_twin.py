@@ -105,6 +105,7 @@ class FakeKernel:
         self.answers: list[int] = []
         self.outs: list[list[int]] = []
         self.rung: Bag[int] = Bag()
+        self.moves: list[bool] = []
         self.open = [n not in machine["closed"] for n in range(PAGES)]
         self.dropped: set[int] = set()
         self.protect_fails = machine["protect_fails"]
@@ -146,6 +147,10 @@ class FakeKernel:
     def signal(self, fd: int) -> None:
         self.rung[fd] += 1
 
+    def irq_line(self, irq: int, level: bool) -> None:
+        assert irq == IRQ
+        self.moves.append(level)
+
     def protect(self, gpa: int, open_: bool) -> bool:
         if self.protect_fails:
             self.protect_fails -= 1
@@ -180,11 +185,11 @@ class Native:
         for page in machine["closed"]:
             rig.close_view(page)
         rig.lib.fake_protect_fails(machine["protect_fails"])
-        self.fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
+        self.fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3)]
         slots = rig.new("struct pv_doorbell_slot[]", [(o, v or 0, self.fds[fd], v is None) for o, v, fd in SLOTS])
         self.bell = rig.new("struct pv_doorbell *", {"count": len(SLOTS), "slots": slots})
         self.uart = rig.pl011(tx=4, rx=4)
-        self.uart.irq_fd = self.fds[IRQ]
+        self.uart.vm_fd, self.uart.irq, self.line = 0, IRQ, rig.line(IRQ)
         self.boxes = rig.new("struct pv_mailbox[]", 2)
         self.registers, self.counter = rig.new("uint8_t[]", 24), rig.new("uint64_t *")
         states = [self.registers, self.counter, self.bell, self.uart, self.boxes, None, None]
@@ -319,7 +324,9 @@ def compare(native: Native, other: twin.Vcpu, replies: list[int]) -> None:
     assert bytes(rig.ledger) == bytes(vm.regions[0].ledger)
     assert list(rig.vm.pages) == vm.pages()
     assert (rig.vm.shares, rig.vm.unshares, rig.vm.refused) == (vm.shares, vm.unshares, vm.refused)
-    assert [rung(fd) for fd in native.fds] == [kernel.rung[n] for n in range(4)]
+    assert [rung(fd) for fd in native.fds] == [kernel.rung[n] for n in range(3)]
+    assert kernel.moves == [n % 2 == 0 for n in range(len(kernel.moves))]
+    assert (native.line.raised + native.line.lowered, native.line.level) == (len(kernel.moves), len(kernel.moves) % 2)
     assert [rig.lib.pv_probe(rig.vm, rig.RAM + 4096 * n) for n in range(PAGES)] == kernel.open
     rig.open_view(0, PAGES)
     assert [rig.memory[4096 * n] for n in range(PAGES)] == [0 if n in kernel.dropped else 0x5A for n in range(PAGES)]

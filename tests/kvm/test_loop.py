@@ -224,7 +224,7 @@ class KvmKernel:
         self.rung.append(fd)
 
     def irq_line(self, irq: int, level: bool) -> None:
-        raise AssertionError("this guest's UART has no interrupt line")
+        raise AssertionError(f"line {irq} set to {level}: this guest's UART has none")
 
     def get_x(self, n: int) -> int:
         return self.guest.kvm_vcpus[0].get_reg(twin_core_x(n))

@@ -27,6 +27,7 @@ VERBS = {
     "doctor": "what this machine can do, what is missing, how to get it",
     "run": "run a guest: an Image, an ELF, a flat binary, or payload:NAME",
     "map": "run a guest and show whose its pages are, live",
+    "ctl": "ask or tell a running guest: info, counters, pause, resume, stop",
     "top": "how busy a running guest is: exits by kind, where its time goes",
     "trace": "run a guest and record its exits for ui.perfetto.dev",
     "lab": "a pKVM host on any Linux machine: build it, run commands in it",

@@ -1,9 +1,10 @@
 """The way into a running guest from other processes: a socket for each ``pyvmm run``, of the user's own.
 
-A :class:`Control` owns the socket ``PID.sock`` in the user's directory for such files and one thread
-(``pyvmm-control``), in the process that runs the guest. A request is one line, a JSON object that says what to do,
-``{"do": "counters"}``; the answer is one line too, ``{"counters": ...}`` or ``{"error": "..."}``. :func:`ask` is the
-other side. The vCPUs have no part in it, and a run that nobody could ask, for it is short, never makes a socket.
+A :class:`Control` owns the socket ``PID.sock`` in the user's directory for such files, another where the user named
+one, and one thread (``pyvmm-control``), in the process that runs the guest. A request is one line, a JSON object that
+says what to do and with what, ``{"do": "kick", "text": "ls"}``; the answer is one line too, ``{"kick": ...}`` or
+``{"error": "...", "hint": ...}``. :class:`Connection` is the other side. The vCPUs have no part in it, and a run that
+nobody could ask, for it is short, never makes a socket of its own accord.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import select
 import stat
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from pyvmm.errors import PyvmmError, UsageError
@@ -21,6 +23,8 @@ from pyvmm.log import get_logger
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping
+
+    Requests = Mapping[str, Callable[..., object]]
 
 log = get_logger("control")
 
@@ -43,49 +47,69 @@ def directory() -> str:
 class Control:
     """Answers requests while it is entered; ``requests`` has a function for each word that may stand after ``do``.
 
-    They run in the thread, one at a time. A directory or a socket that cannot be made is told as an event, and harms
-    nothing else.
+    They run in the thread, one at a time, and take the request's other members by name; what they raise is the answer.
+    ``named`` is a path for one more socket, there from the start: UsageError where it cannot be. A directory or socket
+    of our own that cannot be made is told as an event, and harms nothing else.
     """
 
-    def __init__(self, requests: Mapping[str, Callable[[], object]]) -> None:
+    def __init__(self, requests: Requests, named: str | None = None) -> None:
         self._requests = requests
+        self._named = named
+        self._clients: dict[int, _Client] = {}
 
     def __enter__(self) -> Self:
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._main, name="pyvmm-control", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as half:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+            half.callback(os.close, self._wake)
+            self._listeners = [] if self._named is None else [_listen_named(self._named, half)]
+            self._thread = threading.Thread(target=self._main, name="pyvmm-control", daemon=True)
+            self._thread.start()
+            half.callback(self._thread.join)
+            half.callback(os.eventfd_write, self._wake, 1)
+            self._stack = half.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.eventfd_write(self._wake, 1)
-        self._thread.join()
-        os.close(self._wake)
+        self._stack.close()
 
     def _main(self) -> None:
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        if poll.poll(1000 * SETTLED):
-            return
-        try:
-            with contextlib.ExitStack() as stack:
-                listener = stack.enter_context(_listen(f"{_own_directory()}/{os.getpid()}{_SUFFIX}", stack))
-                self._serve(poll, listener, stack)
-        except (OSError, PyvmmError) as error:
-            log.info("control_unavailable", reason=str(error))
-
-    def _serve(self, poll: select.poll, listener: socket.socket, stack: contextlib.ExitStack) -> None:
-        clients: dict[int, _Client] = {}
-        stack.callback(lambda: [client.close() for client in clients.values()])
-        poll.register(listener, select.POLLIN)
-        while True:
-            ready = dict(poll.poll())
-            if self._wake in ready:
+        with contextlib.ExitStack() as stack:
+            # A run that is over before anyone could ask makes no socket; one that was asked for is there at once.
+            until = time.monotonic() + SETTLED
+            if self._serve(self._listeners, stack, until):
                 return
+            try:
+                own = _listen(f"{_own_directory()}/{os.getpid()}{_SUFFIX}", stack)
+            except (OSError, PyvmmError) as error:
+                log.info("control_unavailable", reason=str(error))
+                if not self._listeners:
+                    return
+            else:
+                self._listeners.append(own)
+            self._serve(self._listeners, stack)
+
+    def _serve(self, listeners: list[socket.socket], stack: contextlib.ExitStack, until: float | None = None) -> bool:
+        """Serve until the end (True) or a point in time (False)."""
+        clients = self._clients
+        if not clients:
+            stack.callback(lambda: [client.close() for client in clients.values()])
+        poll = select.poll()
+        for fd in (self._wake, *(listener.fileno() for listener in listeners), *clients):
+            poll.register(fd, select.POLLIN)
+        while True:
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            ready = dict(poll.poll(None if left is None else 1000 * left))
+            if self._wake in ready:
+                return True
             for fd in ready:
                 if fd in clients and not clients[fd].serve(self._answer):
                     poll.unregister(fd)
                     clients.pop(fd).close()
-            if listener.fileno() in ready:
+            for listener in listeners:
+                if listener.fileno() not in ready:
+                    continue
                 client = _Client(listener.accept()[0])
                 if len(clients) >= MOST_CLIENTS:
                     client.close()
@@ -94,16 +118,30 @@ class Control:
                 poll.register(client.fd, select.POLLIN)
 
     def _answer(self, line: bytes) -> dict[str, object]:
+        import inspect
         import json
 
         try:
             request = json.loads(line)
         except ValueError:
             return {"error": "that is no JSON"}
-        what = request.get("do") if isinstance(request, dict) else None
+        what = request.pop("do", None) if isinstance(request, dict) else None
         if not isinstance(what, str) or what not in self._requests:
             return {"error": f"what to do is not known: {what!r}", "known": sorted(self._requests)}
-        return {what: self._requests[what]()}
+        handle = self._requests[what]
+        try:
+            inspect.signature(handle).bind(**request)
+        except TypeError as error:
+            return {"error": f"{what!r} cannot be asked like this: {error}"}
+        except ValueError:
+            pass  # a function of C, which says so itself
+        try:
+            return {what: handle(**request)}
+        except PyvmmError as error:
+            return {"error": error.message, "hint": error.hint}
+        except Exception as error:
+            log.error("request_failed", request=what, error=str(error), exc_info=error)
+            return {"error": f"{type(error).__name__}: {error}"}
 
 
 class _Client:
@@ -141,14 +179,29 @@ def _own_directory() -> str:
     return path
 
 
+def _listen_named(path: str, stack: contextlib.ExitStack) -> socket.socket:
+    """Listen at a path of the user's. UsageError where another does, or something else is there."""
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise UsageError(f"--socket {path}: there is something, and no socket", hint="name a path that is free")
+    try:
+        return _listen(path, stack)
+    except _InUse:
+        raise UsageError(
+            f"--socket {path} is in use: a process answers there", hint="end it, or name another path"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"--socket {path} cannot be made: {error.strerror or error}") from None
+
+
 def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
     import socket
 
-    # The number is this process's: what has this name was left by one that is gone, or is of another pid namespace.
+    # Where nobody answers it was left by a process that is gone; in our own directory names are numbers of processes,
+    # so one that does is of another pid namespace.
     if os.path.lexists(path):
         with contextlib.suppress(_Gone):
             _connect(path).close()
-            raise PyvmmError(f"{path} is in use: it is of a process with the same number in another namespace")
+            raise _InUse(f"{path} is in use: it is of a process with the same number in another namespace")
     listener = socket.socket(socket.AF_UNIX)
     with contextlib.ExitStack() as half:
         half.callback(listener.close)
@@ -159,15 +212,23 @@ def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
         half.callback(_unlink, young)
         os.chmod(young, 0o600)
         listener.listen()
+        made = os.stat(young).st_ino
         os.rename(young, path)
-        stack.callback(_unlink, path)
+        stack.callback(listener.close)
+        stack.callback(_unlink, path, made)
         half.pop_all()
     return listener
 
 
-def _unlink(path: str) -> None:
+def _unlink(path: str, inode: int | None = None) -> None:
+    """Remove a socket, if it is there; with ``inode`` only if it is still that one."""
     with contextlib.suppress(OSError):
-        os.unlink(path)
+        if inode is None or os.lstat(path).st_ino == inode:
+            os.unlink(path)
+
+
+class _InUse(PyvmmError):
+    """Somebody answers there."""
 
 
 # -- the other side
@@ -199,18 +260,22 @@ def running() -> list[int]:
 
 
 class Connection:
-    """A connection to the run of process ``pid``; a context manager. Raises PyvmmError where there is none."""
+    """A connection to the run of process ``where``, or with a socket at that path; a context manager.
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        path = f"{directory()}/{pid}{_SUFFIX}"
+    Raises UsageError where there is none.
+    """
+
+    def __init__(self, where: int | str) -> None:
+        path = f"{directory()}/{where}{_SUFFIX}" if isinstance(where, int) else where
+        self.name = f"process {where}" if isinstance(where, int) else f"the run at {where}"
         try:
             self._socket = _connect(path)
         except _Gone:
             raise UsageError(
-                f"process {pid} runs no guest that can be watched: nobody listens at {path}",
+                f"{self.name} runs no guest that can be watched: nobody listens at {path}"
+                if isinstance(where, int) else f"nobody listens at {path}",
                 hint="pyvmm top lists those that can; a run has its socket a quarter of a second after its start",
-            ) from None
+            ) from None  # fmt: skip
         self._file = self._socket.makefile("rb")
 
     def __enter__(self) -> Self:
@@ -220,24 +285,54 @@ class Connection:
         self._file.close()
         self._socket.close()
 
-    def ask(self, what: str) -> Any | None:
-        """Return the answer to ``what``; None when the run is over. Raises PyvmmError where it is refused."""
+    def ask(self, what: str, *, patience: float = PATIENCE, **members: object) -> Any | None:
+        """Return the answer to ``what``, within ``patience`` seconds; None when the run is over.
+
+        ``members`` go with the request. Raises PyvmmError where it is refused.
+        """
         import json
 
         try:
-            self._socket.sendall(json.dumps({"do": what}).encode() + b"\n")
+            self._socket.settimeout(patience)
+            self._socket.sendall(json.dumps({"do": what, **members}).encode() + b"\n")
             line = self._file.readline()
         except TimeoutError:
-            raise PyvmmError(f"process {self.pid} does not answer; is it stopped?") from None
+            raise PyvmmError(f"{self.name} does not answer; is it stopped?") from None
         except OSError:
             return None
         if not line.endswith(b"\n"):
             return None
         answer = json.loads(line)
-        if what not in answer:
-            raise PyvmmError(f"process {self.pid} does not do {what!r}: {answer.get('error', answer)}",
+        if what in answer:
+            return answer[what]
+        if "known" in answer or "error" not in answer:
+            raise PyvmmError(f"{self.name} does not do {what!r}: {answer.get('error', answer)}",
                              hint="is it another version of pyvmm?")  # fmt: skip
-        return answer[what]
+        raise PyvmmError(f"{self.name}: {answer['error']}", hint=answer.get("hint"))
+
+    def wait_for_end(self, patience: float) -> bool:
+        """Wait until the run is over; False after ``patience`` seconds."""
+        self._socket.settimeout(patience)
+        try:
+            return not self._file.read(1)
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+
+def only_one() -> int:
+    """Return the process of this user's only run. UsageError where there is none, or more."""
+    pids = running()
+    if len(pids) == 1:
+        return pids[0]
+    if pids:
+        raise UsageError(f"{len(pids)} guests run, of processes {', '.join(map(str, pids))}",
+                         hint=f"say which, {pids[0]} for example")  # fmt: skip
+    raise UsageError(
+        f"no guest of this user runs: no run has its socket in {directory()}",
+        hint="in the lab every command has a lab of its own: pyvmm --lab top KERNEL runs a guest and watches it",
+    )
 
 
 def _connect(path: str) -> socket.socket:

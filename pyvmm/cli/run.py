@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import OutputPath, add_common, output_behind, parse_count, parse_memory, parse_seconds
 from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pyvmm.cli.trace import Tracing
     from pyvmm.cli.watch import Watch
     from pyvmm.machine.config import MachineConfig
-    from pyvmm.machine.machine import Machine
 
 STDIN, STDOUT = 0, 1
 
@@ -74,6 +73,9 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         help="populate all memory before the start, in huge pages where the host gives them: first touches cost less",
     )  # fmt: skip
     machine.add_argument("--deadline", metavar="SECONDS", type=parse_seconds, help="end the run then, with status 4")
+    machine.add_argument(
+        "--socket", metavar="PATH", help="make a socket there for pyvmm ctl, besides the one that every run has"
+    )
     machine.add_argument(
         "--serial", metavar="WHERE", type=output_behind("file"), default="stdio",
         help="the console: stdio (default), file=PATH, or none",
@@ -157,6 +159,7 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
     """Run ``kernel`` as the options say, ``watch`` looking on, to its end; returns the exit status."""
     from pyvmm.cli.control import Control
     from pyvmm.cli.report import report, report_json
+    from pyvmm.cli.requests import Requests
     from pyvmm.cli.terminal import Keys, Signals, in_foreground
     from pyvmm.machine.machine import Machine
 
@@ -175,7 +178,7 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
         if watch is not None:
             watch.begin(machine)
         signals.stop = machine.stop
-        with Control({"counters": lambda: _counters(machine)}):
+        with Control(Requests(machine).verbs, args.socket):
             outcome = machine.run()
         say = report_json if args.log_json else report
         try:
@@ -184,12 +187,6 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
         finally:
             say(outcome, machine.counters, table=args.stats)
         return outcome.status if signals.received is None else 128 + signals.received
-
-
-def _counters(machine: Machine) -> dict[str, Any]:
-    from pyvmm.observe.rates import snapshot
-
-    return snapshot(machine)
 
 
 def _kernel(args: argparse.Namespace) -> str:

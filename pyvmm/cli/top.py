@@ -61,13 +61,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace, pid: int | None) -> int:
-    from pyvmm.cli.control import Connection
+    from pyvmm.cli.control import Connection, only_one
     from pyvmm.cli.topview import View
     from pyvmm.observe.rates import report
 
     _refuse_guest_options(args)
     with contextlib.ExitStack() as stack:
-        connection = stack.enter_context(Connection(_only_one() if pid is None else pid))
+        connection = stack.enter_context(Connection(only_one() if pid is None else pid))
         screen = None if args.once else stack.enter_context(screen_for(args, shared=False))
         view = View(screen, as_json=args.json)
         before = connection.ask("counters")
@@ -79,7 +79,7 @@ def _attach(args: argparse.Namespace, pid: int | None) -> int:
             if args.once:
                 return 0
             before = now
-    print(f"pyvmm: the guest of process {connection.pid} has ended", file=sys.stderr)
+    print(f"pyvmm: the guest of {connection.name} has ended", file=sys.stderr)
     return 0
 
 
@@ -93,22 +93,6 @@ def _refuse_guest_options(args: argparse.Namespace) -> None:
             f"{', '.join(given)}: options of a guest to be run, and no kernel is named; one that runs has its own",
             hint="pyvmm top KERNEL runs one",
         )
-
-
-def _only_one() -> int:
-    from pyvmm.cli.control import directory, running
-
-    pids = running()
-    if len(pids) == 1:
-        return pids[0]
-    if pids:
-        raise UsageError(
-            f"{len(pids)} guests run, of processes {', '.join(map(str, pids))}", hint=f"say which: pyvmm top {pids[0]}"
-        )
-    raise UsageError(
-        f"no guest of this user runs: no run has its socket in {directory()}",
-        hint="pyvmm top KERNEL runs one itself, also in the lab, where every command has a lab of its own",
-    )
 
 
 # -- a guest run here

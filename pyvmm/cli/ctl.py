@@ -1,0 +1,136 @@
+"""``pyvmm ctl``: tell a run of another process what to do, or ask how it is; through its socket.
+
+The run is named by its process, or by the path that its ``--socket`` gave; with neither, it is the user's only one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pyvmm.cli.common import add_common
+from pyvmm.errors import PyvmmError, UsageError, hex_
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PATIENCE: Final = 60.0
+"""Seconds that a run has to do what it is asked, and to end when it is stopped."""
+
+
+class Order(NamedTuple):
+    """What may be asked: its argument's name, whether it must be there, and the line of --help."""
+
+    argument: str | None
+    needed: bool
+    help: str
+
+
+ORDERS: Final = {
+    "info": Order(None, False, "what the machine is, and whether it runs or is paused"),
+    "counters": Order(None, False, "what has been counted: exits, shares, pages"),
+    "pause": Order(None, False, "make vCPUs and devices stand still; a deadline goes on"),
+    "resume": Order(None, False, "let them go on"),
+    "stop": Order(None, False, "end the run, and return when it has ended"),
+    "kick": Order("text", False, "press Return on the console, behind TEXT if there is any"),
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Define the verb's options."""
+    orders = "".join(
+        f"  {name + (f' {_shown(order)}' if order.argument else ''):16} {order.help}\n"
+        for name, order in ORDERS.items()
+    )
+    parser = subparsers.add_parser(
+        "ctl", help="ask or tell a running guest", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pyvmm ctl [-h] [--json] [PID|PATH] ORDER [ARGUMENT]",
+        description="Give an order to the run of process PID, to the one whose --socket is PATH, or to the only one.",
+        epilog=f"orders:\n{orders}\n"
+        "exit status: 0 done, 1 the run refused or ended first, 2 there is no such run or order\n\n"
+        "examples:\n"
+        "  pyvmm ctl info\n"
+        "  pyvmm ctl 1234 pause\n"
+        "  pyvmm ctl --json ./vm.sock counters | jq .pages",
+    )  # fmt: skip
+    parser.add_argument("words", nargs="+", metavar="ORDER", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print the answer as a line of JSON")
+    add_common(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Give the order, print the answer; returns the exit status."""
+    from pyvmm.cli.control import Connection, only_one
+
+    where, name, members = parse(args.words)
+    with Connection(only_one() if where is None else where) as connection:
+        answer = connection.ask(name, patience=PATIENCE, **members)
+        if name == "stop":
+            if not connection.wait_for_end(PATIENCE):
+                raise PyvmmError(f"{connection.name} was told to stop, and has not ended in {PATIENCE:g} s")
+            answer = {"state": "ended"}
+        if answer is None:
+            raise PyvmmError(f"{connection.name} ended before it could answer")
+    print(json.dumps(answer) if args.json else "\n".join(_TEXT.get(name, _plain)(answer)))
+    return 0
+
+
+def parse(words: list[str]) -> tuple[int | str | None, str, dict[str, object]]:
+    """Return the run that ``words`` name (None: the only one), the order, and its members. UsageError for no order."""
+    where: int | str | None = None
+    if words[0] not in ORDERS:
+        where = int(words[0]) if words[0].isascii() and words[0].isdecimal() else words[0]
+        words = words[1:]
+    if not words or words[0] not in ORDERS:
+        said = f"{words[0]!r} is no order" if words else f"no order for {where}"
+        raise UsageError(said, hint=f"the orders are {', '.join(ORDERS)}; pyvmm ctl --help tells more")
+    name, *rest = words
+    order = ORDERS[name]
+    if order.needed and not rest:
+        raise UsageError(f"{name} needs a {order.argument}", hint=f"pyvmm ctl {name} {_shown(order)}")
+    if len(rest) > (order.argument is not None):
+        raise UsageError(f"{name} takes {'one argument' if order.argument else 'no argument'}, not {' '.join(rest)!r}")
+    return where, name, {str(order.argument): rest[0]} if rest else {}
+
+
+def _shown(order: Order) -> str:
+    word = str(order.argument).upper()
+    return word if order.needed else f"[{word}]"
+
+
+# -- answers in words
+
+
+def _plain(answer: Any) -> list[str]:
+    return [f"{name}: {value}" for name, value in answer.items()]
+
+
+def _info(answer: Any) -> list[str]:
+    mib = answer["memory"] >> 20
+    lines = [
+        f"{answer['kernel']}: {answer['state']}, {answer['elapsed_ns'] / 1e9:.1f} s since its start, "
+        f"process {answer['pid']}",
+        f"protection {answer['protection']}, {mib} MiB of {answer['backing']}, {answer['cpus']} "
+        f"vCPU{'' if answer['cpus'] == 1 else 's'}",
+    ]
+    rows = [(slot["gpa"], slot["size"], f"memory, a {slot['backing']}", None) for slot in answer["slots"]]
+    rows += [(device["gpa"], device["size"], device["name"], device["spi"]) for device in answer["devices"]]
+    for gpa, size, name, spi in sorted(rows):
+        lines.append(f"  {hex_(gpa):>12} {size:#10x}  {name}{'' if spi is None else f', SPI {spi}'}")
+    return lines
+
+
+def _counters(answer: Any) -> list[str]:
+    lines = [f"{answer['elapsed_ns'] / 1e9:.1f} s"]
+    for number, vcpu in enumerate(answer["vcpus"]):
+        exits = ", ".join(f"{name} {count[0]}" for name, count in vcpu["exits"].items()) or "none"
+        lines.append(f"vCPU {number} exits: {exits}")
+    pages = ", ".join(f"{name} {count}" for name, count in answer["pages"].items() if count) or "none"
+    lines.append(f"pages: {pages}")
+    lines.append(f"shares {answer['shares']}, unshares {answer['unshares']}, refused {answer['refused']}")
+    return lines
+
+
+_TEXT: Final[dict[str, Callable[[Any], list[str]]]] = {"info": _info, "counters": _counters}

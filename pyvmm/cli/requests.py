@@ -1,0 +1,116 @@
+"""What a run answers to other processes: its state, its counters, and the orders that a user may give it.
+
+A :class:`Requests` owns nothing; its methods run in the thread of the :class:`~pyvmm.cli.control.Control` that it is
+given to, one at a time, and return plain values of JSON.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from pyvmm import __version__
+from pyvmm.errors import PyvmmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.machine.machine import Machine
+
+RETURN = "\r"
+"""What a terminal sends for the Return key."""
+
+
+class Requests:
+    """The requests of one run; ``stop`` ends it as a signal would, with the reason."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._holding = False
+
+    @property
+    def verbs(self) -> dict[str, Callable[..., object]]:
+        """Each request by its name."""
+        return {
+            "info": self.info, "counters": self.counters, "pause": self.pause, "resume": self.resume,
+            "stop": self.stop, "kick": self.kick,
+        }  # fmt: skip
+
+    @property
+    def state(self) -> str:
+        """``running``, ``paused``, ``starting`` or ``ended``."""
+        machine = self._machine
+        if machine.ended_ns:
+            return "ended"
+        if machine.paused:
+            return "paused"
+        return "running" if machine.started_ns else "starting"
+
+    def info(self) -> dict[str, Any]:
+        """Say what the machine is: sizes in bytes, addresses as numbers, ``elapsed_ns`` since the first run."""
+        machine = self._machine
+        config = machine.config
+        return {
+            "pyvmm": __version__,
+            "pid": os.getpid(),
+            "state": self.state,
+            "elapsed_ns": machine.elapsed_ns,
+            "kernel": config.kernel,
+            "protection": config.protection.value,
+            "memory": config.memory,
+            "backing": config.backing,
+            "cpus": config.cpus,
+            "slots": [
+                {"gpa": slot.gpa, "size": slot.size, "backing": slot.backing.kind} for slot in machine.memory.slots
+            ],
+            "devices": [
+                {"name": placed.device.name, "gpa": placed.base, "size": placed.device.size, "spi": _spi(placed)}
+                for placed in machine.bus.placed
+            ],
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """Return what has been counted until now."""
+        from pyvmm.observe.rates import snapshot
+
+        return snapshot(self._machine)
+
+    def pause(self) -> dict[str, Any]:
+        """Make vCPUs and devices stand still, if they do not; a deadline goes on all the same."""
+        if not self._holding:
+            self._refuse_unless_started("pause")
+            self._machine.pause()
+            self._holding = True
+        return {"state": self.state}
+
+    def resume(self) -> dict[str, Any]:
+        """Let all go on that :meth:`pause` stopped."""
+        if self._holding:
+            self._holding = False
+            self._machine.resume()
+        return {"state": self.state}
+
+    def stop(self) -> dict[str, Any]:
+        """End the run."""
+        self._machine.stop("pyvmm ctl stop")
+        return {"state": self.state}
+
+    def kick(self, text: str = "") -> dict[str, Any]:
+        """Type ``text`` and the Return key on the console: a shell that was lost out of sight prompts again.
+
+        Refused where the console has no room for all of it, as when the guest does not read.
+        """
+        keys = (text + RETURN).encode()
+        if not self._machine.console.offer(keys):
+            raise PyvmmError(f"the console has no room for {len(keys)} bytes: the guest does not read what it has got")
+        return {"typed": len(keys)}
+
+    def _refuse_unless_started(self, what: str) -> None:
+        if self.state not in ("running", "paused"):
+            raise PyvmmError(f"a run that is {self.state} cannot be asked to {what}")
+
+
+def _spi(placed: Any) -> int | None:
+    """Return the shared interrupt of a device that has one."""
+    line = getattr(placed, "line", None)
+    return None if line is None else int(line.spi)

@@ -1,0 +1,234 @@
+"""Orders to a run of another process: the socket that a user names, what a run answers, and the verb that asks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pyvmm.cli import control, ctl
+from pyvmm.cli.control import Connection, Control
+from pyvmm.cli.requests import Requests
+from pyvmm.devices.pl011 import RX_BYTES, Pl011
+from pyvmm.errors import PyvmmError, UsageError
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path
+
+
+class Stub:
+    """As much of a machine as orders need."""
+
+    def __init__(self) -> None:
+        self.started_ns, self.ended_ns, self.elapsed_ns = 1, 0, 1_500_000_000
+        self.paused = False
+        self.told: list[str] = []
+        self.console = Pl011()
+        self.config = SimpleNamespace(
+            kernel="payload:smp", protection=SimpleNamespace(value="none"), memory=64 << 20, backing="memfd", cpus=2
+        )
+        slot = SimpleNamespace(gpa=0x8000_0000, size=64 << 20, backing=SimpleNamespace(kind="memfd"))
+        self.memory = SimpleNamespace(slots=[slot])
+        line = SimpleNamespace(spi=1)
+        self.bus = SimpleNamespace(placed=[SimpleNamespace(device=self.console, base=0x0900_0000, line=line)])
+
+    def pause(self) -> None:
+        self.told.append("pause")
+        self.paused = True
+
+    def resume(self) -> None:
+        self.told.append("resume")
+        self.paused = False
+
+    def stop(self, reason: str) -> None:
+        self.told.append(reason)
+        self.ended_ns = 2
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    made = Stub()
+    yield made
+    made.console.close()
+
+
+@contextmanager
+def serving(stub: Any, path: Path) -> Iterator[None]:
+    with Control(Requests(stub).verbs, str(path)):
+        yield
+
+
+def run_ctl(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pyvmm", "ctl", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+# -- the socket that the user names
+
+
+def test_a_named_socket_is_there_at_once_and_gone_at_the_end(runtime: Path) -> None:
+    path = runtime / "vm.sock"
+    with Control({"counters": lambda: 1}, str(path)), Connection(str(path)) as connection:
+        assert connection.ask("counters") == 1
+        assert not (runtime / "pyvmm").exists()
+    assert not path.exists()
+
+
+def test_the_named_and_the_usual_socket_lead_to_one_run(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "SETTLED", 0.01)
+    path = runtime / "vm.sock"
+    with Control({"counters": lambda: 1}, str(path)), Connection(str(path)) as early:
+        while not control.running():
+            assert early.ask("counters") == 1
+        with Connection(os.getpid()) as usual:
+            assert [early.ask("counters"), usual.ask("counters")] == [1, 1]
+    assert list((runtime / "pyvmm").iterdir()) == []
+
+
+def test_a_path_in_use_is_refused_and_one_that_a_killed_run_left_is_taken_over(runtime: Path) -> None:
+    path = runtime / "vm.sock"
+    with Control({}, str(path)), pytest.raises(UsageError, match=r"--socket .* is in use"), Control({}, str(path)):
+        pass
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    with Control({"counters": lambda: 2}, str(path)), Connection(str(path)) as connection:
+        assert connection.ask("counters") == 2
+
+
+@pytest.mark.parametrize("name", ["file", "missing/vm.sock", "x" * 120])
+def test_a_path_where_no_socket_can_be_is_refused_with_the_reason(runtime: Path, name: str) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    (runtime / "file").write_text("precious")
+    with pytest.raises(UsageError, match="--socket"), Control({}, str(runtime / name)):
+        pass
+    assert (runtime / "file").read_text() == "precious"
+    assert "pyvmm-control" not in {thread.name for thread in threading.enumerate()}
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+# -- requests
+
+
+def test_what_a_request_raises_is_its_answer_and_takes_nothing_down(runtime: Path) -> None:
+    def refuse() -> None:
+        raise PyvmmError("not today", hint="tomorrow")
+
+    def broken() -> None:
+        raise ZeroDivisionError("oh")
+
+    path = str(runtime / "vm.sock")
+    verbs = {"refuse": refuse, "broken": broken, "double": lambda number: 2 * number}
+    with Control(verbs, path), Connection(path) as connection:
+        with pytest.raises(PyvmmError, match="not today") as refused:
+            connection.ask("refuse")
+        assert refused.value.hint == "tomorrow"
+        with pytest.raises(PyvmmError, match="ZeroDivisionError: oh"):
+            connection.ask("broken")
+        with pytest.raises(PyvmmError, match="cannot be asked like this: missing a required"):
+            connection.ask("double", much=1)
+        assert connection.ask("double", number=4) == 8
+
+
+def test_a_pause_asked_for_twice_is_one_and_so_is_a_resume(stub: Any) -> None:
+    requests = Requests(stub)
+    answers = [requests.verbs[word]()["state"] for word in ("pause", "pause", "resume", "resume")]  # type: ignore[index]
+    assert answers == ["paused", "paused", "running", "running"]
+    assert stub.told == ["pause", "resume"]
+
+
+def test_a_run_that_has_not_begun_cannot_be_paused(stub: Any) -> None:
+    stub.started_ns = 0
+    with pytest.raises(PyvmmError, match="is starting"):
+        Requests(stub).pause()
+
+
+def test_a_kick_types_a_line_or_nothing_of_it(stub: Any) -> None:
+    requests = Requests(stub)
+    assert requests.kick() == {"typed": 1}
+    assert requests.kick("ls") == {"typed": 3}
+    with pytest.raises(PyvmmError, match="does not read"):
+        requests.kick("x" * (RX_BYTES - 4))
+    assert requests.kick("x" * (RX_BYTES - 5)) == {"typed": RX_BYTES - 4}
+
+
+# -- the verb
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("info", (None, "info", {})),
+        ("1234 stop", (1234, "stop", {})),
+        ("./vm.sock kick", ("./vm.sock", "kick", {})),
+        ("kick ls", (None, "kick", {"text": "ls"})),
+        ("stop stop", "takes no argument"),
+        ("1234", "no order for 1234"),
+        ("1234 halt", "'halt' is no order"),
+        ("kick a b", "takes one argument"),
+    ],
+)
+def test_an_order_may_say_whose_it_is(words: str, meant: object) -> None:
+    if isinstance(meant, str):
+        with pytest.raises(UsageError, match=meant):
+            ctl.parse(words.split())
+    else:
+        assert ctl.parse(words.split()) == meant
+
+
+def test_every_order_is_one_that_a_run_knows(stub: Any) -> None:
+    assert set(ctl.ORDERS) == set(Requests(stub).verbs)
+
+
+def test_orders_to_a_run_by_its_path(runtime: Path, stub: Any) -> None:
+    path = runtime / "vm.sock"
+    with serving(stub, path):
+        info, paused = run_ctl(str(path), "info"), run_ctl("--json", str(path), "pause")
+    assert info.stdout == (
+        f"payload:smp: running, 1.5 s since its start, process {os.getpid()}\n"
+        "protection none, 64 MiB of memfd, 2 vCPUs\n"
+        "    0x900_0000     0x1000  pl011, SPI 1\n"
+        "   0x8000_0000  0x4000000  memory, a memfd\n"
+    )
+    assert json.loads(paused.stdout) == {"state": "paused"}
+    assert (info.returncode, paused.returncode) == (0, 0)
+
+
+def test_stop_returns_when_the_run_has_ended(runtime: Path, stub: Any) -> None:
+    path = runtime / "vm.sock"
+    stopped = threading.Event()
+    stub.stop = lambda _reason: stopped.set()
+    with serving(stub, path):
+        asking = subprocess.Popen([sys.executable, "-m", "pyvmm", "ctl", str(path), "stop"], stdout=subprocess.PIPE)
+        assert stopped.wait(60)
+        with pytest.raises(subprocess.TimeoutExpired):
+            asking.wait(0.2)
+    assert asking.communicate(timeout=60) == (b"state: ended\n", None)
+    assert asking.returncode == 0
+
+
+def test_which_run_is_meant_must_be_clear(runtime: Path, stub: Any) -> None:
+    nobody, stranger, nowhere = run_ctl("info"), run_ctl("1", "info"), run_ctl("./nowhere", "info")
+    assert [done.returncode for done in (nobody, stranger, nowhere)] == [2, 2, 2]
+    assert "no guest of this user runs" in nobody.stderr
+    assert "process 1 runs no guest" in stranger.stderr
+    assert "nobody listens at ./nowhere" in nowhere.stderr
+    sockets = runtime / "pyvmm"
+    sockets.mkdir(0o700)
+    with serving(stub, sockets / "11.sock"), serving(stub, sockets / "12.sock"):
+        several, refused = run_ctl("info"), run_ctl("12", "kick", "x" * RX_BYTES)
+    assert (several.returncode, refused.returncode) == (2, 1)
+    assert "2 guests run, of processes 11, 12" in several.stderr
+    assert "does not read" in refused.stderr

@@ -1,4 +1,4 @@
-"""The system calls that pyvmm.kvm and pyvmm.memory make, through ctypes and with errno; owns nothing.
+"""The system calls of pyvmm.kvm, pyvmm.memory and the devices, through ctypes and with errno; owns nothing.
 
 Addresses are integers, errors are numbers: what they mean is for the callers to say. fcntl.ioctl is not used: it parses
 its argument as a C int, so that KVM_CREATE_VM(1 << 31) raises OverflowError.
@@ -7,7 +7,7 @@ its argument as a C int, so that KVM_CREATE_VM(1 << 31) raises OverflowError.
 from __future__ import annotations
 
 import errno as _errno
-from ctypes import CDLL, c_int, c_int64, c_long, c_size_t, c_ulong, c_void_p, get_errno
+from ctypes import CDLL, byref, c_int, c_int64, c_long, c_size_t, c_ulong, c_void_p, get_errno
 from typing import Any
 
 _libc = CDLL(None, use_errno=True)
@@ -20,6 +20,7 @@ _libc.munmap.argtypes = (c_void_p, c_size_t)
 _libc.mprotect.argtypes = (c_void_p, c_size_t, c_int)
 _libc.madvise.argtypes = (c_void_p, c_size_t, c_int)
 _libc.fallocate.argtypes = (c_int, c_int, c_int64, c_int64)
+_libc.fstatfs.argtypes = (c_int, c_void_p)
 
 _MAP_FAILED = c_void_p(-1).value
 
@@ -63,6 +64,13 @@ def fallocate(fd: int, mode: int, offset: int, size: int) -> int:
         if error != _errno.EINTR:
             return error
     return 0
+
+
+def file_system(fd: int) -> tuple[int, int]:
+    """Return the number of the file system that holds ``fd`` (linux/magic.h), or 0, and errno, or 0."""
+    status = (c_long * 32)()  # struct statfs, whose first word it is, and then some
+    error = _errno_of(_libc.fstatfs(fd, byref(status)))
+    return (0, error) if error else (status[0] & 0xFFFF_FFFF, 0)
 
 
 def _errno_of(result: int) -> int:

@@ -1,0 +1,182 @@
+"""A file or block device as a virtual disk's medium: what it can do, who else uses it, how parts of it are dropped.
+
+A ``DiskFile`` owns its descriptor and, through it, a lock on the whole file; :meth:`DiskFile.close` gives both back.
+What is read and written goes through the descriptor in C (native/blk.c); any thread may call the methods here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from ctypes import byref, c_int, c_uint, c_uint64
+from pathlib import Path
+from typing import Final, Self
+
+from pyvmm.errors import UsageError
+from pyvmm.kvm import libc
+from pyvmm.log import get_logger
+from pyvmm.uapi import fs
+from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+
+log = get_logger("disk")
+
+SECTOR: Final = 512
+"""Bytes; what virtio counts capacity and positions in, whatever the medium's blocks (virtio 1.2, 5.2.4)."""
+
+_ZEROS: Final = 1 << 20
+_FLOCK: Final = "hhqqi4x"
+"""struct flock: type, whence, start, length (0: to the end of time), pid (0 for a lock of the open file)."""
+
+#: File systems whose reads and writes copy through the page cache, so that a user address they cannot touch is an
+#: error. Others may pin the pages behind it (9p and FUSE can), and the kernel takes a pinned private page by force.
+_COPYING: Final = frozenset(
+    (fs.EXT4_SUPER_MAGIC, fs.XFS_SUPER_MAGIC, fs.BTRFS_SUPER_MAGIC, fs.TMPFS_MAGIC, fs.RAMFS_MAGIC)
+)
+
+
+class DiskFile:
+    """An open, locked medium of ``size`` bytes, whole sectors.
+
+    ``block_size`` and ``physical_size`` are bytes of a logical and of a physical block; ``regular`` tells a file from a
+    block device; ``copies`` whether its reads and writes are the kernel's copies (else they may pin the memory given).
+    """
+
+    def __init__(self, path: str, *, read_only: bool = False) -> None:
+        """Open and lock ``path``; UsageError says what is wrong with it and what to do."""
+        self.path = path
+        self.read_only = read_only
+        self.fd = _open(path, read_only)
+        try:
+            self.regular = stat.S_ISREG(os.fstat(self.fd).st_mode)
+            self.size = self._measure()
+            self._lock()
+            self.block_size, self.physical_size = self._blocks()
+            self.copies = not self.regular or libc.file_system(self.fd)[0] in _COPYING
+            self.can_discard = not read_only and self._can_discard()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def sectors(self) -> int:
+        """What it holds, in sectors of 512 bytes."""
+        return self.size // SECTOR
+
+    def close(self) -> None:
+        """Close and unlock. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def discard(self, offset: int, size: int) -> None:
+        """Say that the bytes are not needed any more; they may read as anything. OSError where that fails."""
+        if self.regular:
+            self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+            return
+        result, code = libc.ioctl(self.fd, fs.BLKDISCARD.number, byref((c_uint64 * 2)(offset, size)))
+        if result < 0:
+            raise OSError(code, os.strerror(code))
+
+    def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
+        """Make the bytes read as zeros, with ``unmap`` giving up what they take. OSError where that fails."""
+        # On a block device these are the kernel's own zeroing of it (blkdev_fallocate, block/fops.c).
+        ways = [FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE]
+        if unmap:
+            ways.insert(0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+        for mode in ways:
+            try:
+                self._fallocate(mode, offset, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+            else:
+                return
+        zeros = bytes(min(size, _ZEROS))
+        end = offset + size
+        while offset < end:
+            offset += os.pwrite(self.fd, zeros[: end - offset], offset)
+
+    def _fallocate(self, mode: int, offset: int, size: int) -> None:
+        if code := libc.fallocate(self.fd, mode, offset, size):
+            raise OSError(code, os.strerror(code))
+
+    def _measure(self) -> int:
+        size = os.lseek(self.fd, 0, os.SEEK_END)
+        if not size:
+            raise UsageError(f"disk {self.path!r} is empty", hint=f"give it a size: truncate -s 1G {self.path}")
+        if size % SECTOR:
+            raise UsageError(
+                f"disk {self.path!r} has {size} bytes, which are not whole sectors of {SECTOR}",
+                hint=f"is it an image of another format than raw? if not: truncate -s %{SECTOR} {self.path}",
+            )
+        return size
+
+    def _lock(self) -> None:
+        # Of the open file, not the process: two disks of one VM exclude each other too. QEMU locks single bytes of a
+        # file the same way, and a lock on all bytes conflicts with any of those.
+        lock = struct.pack(_FLOCK, fcntl.F_RDLCK if self.read_only else fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, lock)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UsageError(
+                    f"disk {self.path!r} is in use: another VM, or another disk of this one, "
+                    + ("writes to it" if self.read_only else "has it open"),
+                    hint="make a copy of it; several may use it at once where all do so with ,ro",
+                ) from None
+            log.warning(
+                "disk_not_locked", path=self.path, reason=error.strerror,
+                hint="nothing keeps another VM from writing to it at the same time",
+            )  # fmt: skip
+
+    def _blocks(self) -> tuple[int, int]:
+        if self.regular:
+            return SECTOR, 4096
+        logical, physical = c_int(SECTOR), c_uint(SECTOR)
+        libc.ioctl(self.fd, fs.BLKSSZGET.number, byref(logical))
+        libc.ioctl(self.fd, fs.BLKPBSZGET.number, byref(physical))
+        return logical.value, max(logical.value, physical.value)
+
+    def _can_discard(self) -> bool:
+        if self.regular:
+            # Behind the file's end, where there is nothing to lose.
+            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            return not libc.fallocate(self.fd, mode, self.size, SECTOR)
+        number = os.fstat(self.fd).st_rdev
+        device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        for queue in (device / "queue", device / "../queue"):  # a partition has its disk's
+            try:
+                return int((queue / "discard_max_bytes").read_text()) > 0
+            except (OSError, ValueError):
+                continue
+        return False
+
+
+def _open(path: str, read_only: bool) -> int:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        hint = f"make one: truncate -s 1G {path}" if isinstance(error, FileNotFoundError) else None
+        raise UsageError(f"disk {path!r} cannot be opened: {reason}", hint=hint) from None
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
+        hint = f"make an image of it: mke2fs -t ext4 -d {path} IMAGE 1G" if stat.S_ISDIR(mode) else None
+        raise UsageError(f"disk {path!r} is {what}", hint=hint)
+    try:
+        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        readable = not read_only and os.access(path, os.R_OK)
+        raise UsageError(
+            f"disk {path!r} cannot be opened for {'reading' if read_only else 'reading and writing'}: {error.strerror}",
+            hint=f"to only read it: --disk {path},ro" if readable else None,
+        ) from None

@@ -1,0 +1,22 @@
+"""linux/fs.h: requests of block devices; linux/magic.h: what statfs(2) says a file system is."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pyvmm.uapi.ioctl import IO
+
+_GROUP = 0x12
+
+BLKDISCARD = IO("BLKDISCARD", _GROUP, 119)
+"""From a pair of 64-bit words: first byte, bytes."""
+BLKSSZGET = IO("BLKSSZGET", _GROUP, 104)
+"""Bytes of a logical block, into an int."""
+BLKPBSZGET = IO("BLKPBSZGET", _GROUP, 123)
+"""Bytes of a physical block, into an unsigned int."""
+
+EXT4_SUPER_MAGIC: Final = 0xEF53
+XFS_SUPER_MAGIC: Final = 0x5846_5342
+BTRFS_SUPER_MAGIC: Final = 0x9123_683E
+TMPFS_MAGIC: Final = 0x0102_1994
+RAMFS_MAGIC: Final = 0x8584_58F6

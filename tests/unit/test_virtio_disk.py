@@ -1,0 +1,115 @@
+"""Media of virtual disks: what is refused and how it is put, who may share one, and dropping parts of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvmm.devices.virtio.disk import SECTOR, DiskFile
+from pyvmm.errors import UsageError
+from pyvmm.kvm import libc
+
+
+def make(path: Path, size: int = 1 << 20, fill: bytes = b"\xa5") -> str:
+    path.write_bytes(fill * size)
+    return str(path)
+
+
+def refusal(path: object, *, read_only: bool = False) -> str:
+    with pytest.raises(UsageError) as caught:
+        DiskFile(str(path), read_only=read_only).close()
+    return str(caught.value)
+
+
+def test_what_is_no_disk_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    assert "No such file" in (missing := refusal(tmp_path / "none"))
+    assert f"truncate -s 1G {tmp_path}/none" in missing
+    assert "is a directory" in (folder := refusal(tmp_path))
+    assert f"mke2fs -t ext4 -d {tmp_path}" in folder
+    assert "neither a file nor a block device" in refusal("/dev/null")
+    os.mkfifo(tmp_path / "fifo")
+    assert "neither a file nor a block device" in refusal(tmp_path / "fifo")
+    assert "is empty" in refusal(make(tmp_path / "empty", 0))
+    odd = refusal(make(tmp_path / "odd", 1000))
+    assert "1000 bytes, which are not whole sectors of 512" in odd
+    assert f"truncate -s %512 {tmp_path}/odd" in odd
+    assert "null byte" in refusal("a\0b")
+
+
+def test_disk_that_may_only_be_read_says_how_to_have_it(tmp_path: Path) -> None:
+    # A program that runs can be read and not written, whoever asks.
+    running = tmp_path / "running"
+    shutil.copy(os.path.realpath(sys.executable), running)
+    os.truncate(running, (running.stat().st_size + SECTOR - 1) // SECTOR * SECTOR)
+    with subprocess.Popen([running, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        try:
+            assert f"--disk {running},ro" in refusal(running)
+            with DiskFile(str(running), read_only=True) as disk:
+                assert not disk.can_discard
+        finally:
+            process.communicate(b"\n")
+
+
+def test_writer_excludes_all_others_and_readers_share(tmp_path: Path) -> None:
+    path = make(tmp_path / "disk")
+    with DiskFile(path):
+        assert "in use" in refusal(path)
+        assert "writes to it" in refusal(path, read_only=True)
+    with DiskFile(path, read_only=True), DiskFile(path, read_only=True):
+        assert "has it open" in refusal(path)
+    with DiskFile(path) as disk:
+        assert disk.sectors == (1 << 20) // SECTOR
+    disk.close()
+
+
+def test_lock_holds_against_another_process_and_ends_with_it(tmp_path: Path) -> None:
+    path = make(tmp_path / "disk")
+    script = "import sys; from pyvmm.devices.virtio.disk import DiskFile as D; d = D(sys.argv[1]); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert "in use" in refusal(path)
+        process.kill()
+    DiskFile(path).close()
+
+
+def test_discarded_part_is_given_up_and_its_neighbours_stay(tmp_path: Path) -> None:
+    path = make(tmp_path / "disk")
+    with DiskFile(path) as disk:
+        assert disk.can_discard
+        before = os.stat(path).st_blocks
+        disk.discard(1 << 18, 1 << 18)
+        os.fsync(disk.fd)
+        assert os.stat(path).st_blocks <= before - (1 << 18) // SECTOR
+        assert os.stat(path).st_size == 1 << 20
+        assert os.pread(disk.fd, 1, (1 << 18) - 1) == os.pread(disk.fd, 1, 1 << 19) == b"\xa5"
+
+
+@pytest.mark.parametrize("unmap", [False, True])
+@pytest.mark.parametrize("supported", [True, False])
+def test_zeroed_part_reads_as_zeros_and_nothing_else_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unmap: bool, supported: bool
+) -> None:
+    path = make(tmp_path / "disk", 3 << 20)
+    with DiskFile(path) as disk:
+        if not supported:
+            monkeypatch.setattr(libc, "fallocate", lambda *_: errno.EOPNOTSUPP)
+        disk.write_zeroes(SECTOR, (2 << 20) + SECTOR, unmap=unmap)
+    data = Path(path).read_bytes()
+    assert data == b"\xa5" * SECTOR + bytes((2 << 20) + SECTOR) + b"\xa5" * ((1 << 20) - 2 * SECTOR)
+
+
+def test_dropping_that_fails_raises_and_is_not_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DiskFile(make(tmp_path / "disk")) as disk:
+        monkeypatch.setattr(libc, "fallocate", lambda *_: errno.ENOSPC)
+        for drop in (disk.discard, lambda at, n: disk.write_zeroes(at, n, unmap=True)):
+            with pytest.raises(OSError, match="No space left"):
+                drop(0, SECTOR)

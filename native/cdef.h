@@ -94,6 +94,7 @@ enum pv_kind {
     PV_KIND_PL011,         /* state: pv_pl011 */
     PV_KIND_MAILBOX,       /* state: pv_mailbox[], one per vCPU, 4096 bytes of gpa each */
     PV_KIND_SHARE,         /* state: none; the share doorbell */
+    PV_KIND_VIRTIO,        /* state: pv_interrupt; a virtio-mmio transport's registers 0x60 and 0x64 */
     PV_KINDS
 };
 
@@ -151,6 +152,96 @@ struct pv_mailbox {
     uint64_t note[4];      /* words a payload leaves for its runner (results gpa, size, ...) */
 };
 
+/* ---- virtio ------------------------------------------------------------------------------------------------ */
+
+/* A device's line to the guest: InterruptStatus of virtio-mmio, and the eventfd that an irqfd makes an edge of. */
+enum pv_interrupt_bit { PV_INTERRUPT_USED = 1, PV_INTERRUPT_CONFIG = 2 };
+struct pv_interrupt {
+    uint32_t status;       /* atomic; or of enum pv_interrupt_bit, until the driver acknowledges them */
+    int32_t fd;            /* or -1 */
+    uint64_t sent;         /* edges */
+};
+
+struct pv_segment {
+    uint64_t gpa;
+    uint32_t size;         /* not 0; gpa + size does not overflow. Whether there is memory is not known yet */
+    uint32_t writable;
+};
+
+/* One request as the driver laid it out: `readable` segments for the device to read, then those it may write. */
+struct pv_chain {
+    uint32_t room;         /* segments there is room for, Python's; a chain that needs more breaks the queue */
+    uint32_t count, readable;
+    uint32_t id;           /* what the driver knows it by */
+    uint32_t slots;        /* ring entries it takes (packed rings: its descriptors; else 1) */
+    uint32_t pad;
+    uint64_t in_bytes;     /* sum of the readable segments: from the driver. With the other below 4 GiB */
+    uint64_t out_bytes;    /* sum of the writable ones: to the driver */
+    struct pv_segment *segments;
+};
+
+enum pv_queue_flag { PV_QUEUE_PACKED = 1, PV_QUEUE_EVENT_IDX = 2, PV_QUEUE_INDIRECT = 4 };
+enum pv_queue_area { PV_AREA_DESCRIPTORS, PV_AREA_DRIVER, PV_AREA_DEVICE, PV_AREAS };
+/* What a driver did that no queue survives. */
+enum pv_queue_error {
+    PV_QUEUE_OK,
+    PV_QUEUE_RING,         /* a ring cannot be touched: private, gone, or no memory */
+    PV_QUEUE_TABLE,        /* nor can an indirect table */
+    PV_QUEUE_INDEX,        /* more is available than there are descriptors */
+    PV_QUEUE_DESCRIPTOR,   /* a descriptor's number beyond the table's end */
+    PV_QUEUE_LOOP,         /* more descriptors in a chain than there are */
+    PV_QUEUE_SEGMENT,      /* an empty segment, or one beyond 2^64 */
+    PV_QUEUE_ORDER,        /* a readable segment after a writable one */
+    PV_QUEUE_LENGTH,       /* 4 GiB or more in one chain */
+    PV_QUEUE_INDIRECTION,  /* an indirect table that was not negotiated, is empty, odd, in another, or has a next */
+    PV_QUEUE_ROOM,         /* more segments than the device takes */
+    PV_QUEUE_ERRORS
+};
+
+/* A virtqueue, the device's side. Touched by one thread at a time, `stop` and the counters apart. */
+struct pv_queue {
+    struct pv_vm *vm;
+    struct pv_interrupt *interrupt;
+    struct pv_doorbell_slot *bell;          /* that rings `kick`, or NULL */
+    uint32_t size, flags;                   /* entries: 1 to 32768, a power of two unless packed; enum pv_queue_flag */
+    uint64_t descriptors, driver, device;   /* gpas of the areas */
+    int32_t kick;                           /* eventfd, non-blocking */
+    uint32_t stop;         /* atomic; not 0: who serves the queue comes back to Python after the request at hand */
+    uint32_t error;        /* enum pv_queue_error: not 0: nothing is done any more until the device is reset */
+    uint32_t pad;
+    uint64_t error_gpa;
+    uint64_t kicks, chains, bytes;          /* since it was made; bytes of whole chains */
+    /* C's own from here on. Ring positions: free-running modulo 2^16 in a split ring, slots in a packed one. */
+    uint32_t next, next_wrap;               /* what is popped next */
+    uint32_t used, used_wrap;               /* where the next used entry goes */
+    uint32_t available;                     /* the index last seen (split) */
+    uint32_t taken;                         /* slots popped and not pushed (packed) */
+    uint32_t unsaid;                        /* slots pushed and not told of by an interrupt */
+    uint32_t asked;                         /* not 0: the driver was asked to kick */
+    uint64_t seen;                          /* pv_vm.published + 1 when views were found */
+    uint8_t *views[3];                      /* by enum pv_queue_area, or NULL */
+};
+
+/* Forgets where the queue was; size, flags and areas have been set. */
+void pv_queue_start(struct pv_queue *queue);
+/* The next request: 1; there is none: 0; the queue is broken: -1, and `error` says how. */
+int pv_queue_pop(struct pv_queue *queue, struct pv_chain *chain);
+/* Gives a chain that was popped back as used, `written` bytes of it written; no interrupt yet. 0, or -1. */
+int pv_queue_push(struct pv_queue *queue, const struct pv_chain *chain, uint32_t written);
+/* After a batch of pushes: interrupts the driver if it wants to know of them. */
+void pv_queue_interrupt(struct pv_queue *queue);
+/* Asks to be kicked from now on. 1: nothing has come meanwhile, sleep; 0: there is something to pop; -1: broken. */
+int pv_queue_arm(struct pv_queue *queue);
+/* When `kick` is readable: clears it, and lets the doorbell ring again. Look at the ring after it, not before. */
+void pv_queue_take(struct pv_queue *queue);
+/* Guarded copies by offset into the chain's readable (read) or writable (write) bytes. Bytes done: fewer where the
+   chain ends, or a page cannot be touched. */
+uint64_t pv_chain_read(struct pv_queue *queue, const struct pv_chain *chain, uint64_t offset, void *to, uint64_t n);
+uint64_t pv_chain_write(struct pv_queue *queue, const struct pv_chain *chain, uint64_t offset, const void *from,
+                        uint64_t n);
+/* Sets bits of the status, and signals unless all of them were waiting to be acknowledged. Any thread. */
+void pv_interrupt(struct pv_interrupt *interrupt, uint32_t bits);
+
 /* ---- a VM -------------------------------------------------------------------------------------------------- */
 
 enum pv_source {
@@ -182,6 +273,7 @@ struct pv_vm {
     uint32_t converting;     /* lock: one conversion of a page at a time; the loop's own */
     uint32_t readers[2];     /* threads that look at the map just now, in the counter that was phase when they began */
     uint32_t phase, pad;
+    uint64_t published;      /* maps until now: whoever remembers what a map said sees that there is another */
     uint64_t pages[8];       /* pages by enum pv_page, PV_PAGE_ASSUMED not counted apart */
     uint64_t shares, unshares, refused;
 };
@@ -191,7 +283,7 @@ struct pv_vm {
 /* Classes of exits that are counted and timed apart. The MMIO kinds come first, in enum pv_kind's order. */
 enum pv_exit {
     PV_EXIT_MMIO_COLD, PV_EXIT_MMIO_REGISTERS, PV_EXIT_MMIO_COUNTER, PV_EXIT_MMIO_DOORBELL, PV_EXIT_MMIO_PL011,
-    PV_EXIT_MMIO_MAILBOX, PV_EXIT_MMIO_SHARE,
+    PV_EXIT_MMIO_MAILBOX, PV_EXIT_MMIO_SHARE, PV_EXIT_MMIO_VIRTIO,
     PV_EXIT_MMIO_UNCLAIMED, PV_EXIT_HYPERCALL, PV_EXIT_SYSTEM, PV_EXIT_DEBUG, PV_EXIT_INTR, PV_EXIT_FAILED,
     PV_EXIT_OTHER, PV_EXITS
 };

@@ -5,6 +5,7 @@
 
 #define load_ordered(p) __atomic_load_n(p, __ATOMIC_SEQ_CST)
 #define store_ordered(p, v) __atomic_store_n(p, v, __ATOMIC_SEQ_CST)
+#define add_ordered(p, v) __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST)
 
 bool pv_region_at(const struct pv_vm *vm, uint64_t gpa, struct pv_region *found)
 {
@@ -31,6 +32,7 @@ bool pv_region_at(const struct pv_vm *vm, uint64_t gpa, struct pv_region *found)
 void pv_publish_map(struct pv_vm *vm, struct pv_map *map)
 {
     store_ordered(&vm->map, map);
+    add_ordered(&vm->published, 1);
     for (int i = 0; i < 2; i++) {
         uint32_t phase = load(&vm->phase);
         store_ordered(&vm->phase, !phase);

@@ -136,6 +136,17 @@ static uint32_t mailbox(struct pv_vcpu *vcpu, struct pv_mailbox *boxes)
                           : mailbox_load(vcpu, &boxes[vcpu->index], number);
 }
 
+/* Registers InterruptStatus and InterruptACK of a virtio-mmio transport (virtio 1.2, 4.2.2), 32 bits wide. */
+static void interrupt(struct pv_vcpu *vcpu, struct pv_interrupt *line)
+{
+    if (vcpu->size != 4)
+        return;
+    if (!vcpu->is_write && vcpu->offset == 0)
+        vcpu->value = __atomic_load_n(&line->status, __ATOMIC_SEQ_CST);
+    else if (vcpu->is_write && vcpu->offset == 4)
+        __atomic_fetch_and(&line->status, ~(uint32_t)vcpu->value, __ATOMIC_SEQ_CST);
+}
+
 static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
 {
     uint64_t *counter = range->state;
@@ -165,6 +176,9 @@ static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
         if (vcpu->is_write)
             return pv_share_bell(vcpu, vcpu->value);
         vcpu->value = (uint64_t)(int64_t)vcpu->share_status;
+        return PV_STOP_NONE;
+    case PV_KIND_VIRTIO:
+        interrupt(vcpu, range->state);
         return PV_STOP_NONE;
     default:
         return PV_STOP_MMIO;

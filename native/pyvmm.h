@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/uio.h>
 
 #include "cdef.h"
 
@@ -70,6 +71,13 @@ static inline void pv_map_leave(struct pv_vm *vm, uint32_t phase)
 {
     __atomic_fetch_sub(&vm->readers[phase], 1, __ATOMIC_RELEASE);
 }
+/* virtqueue.c: bytes [offset, offset + n) of a chain's readable or writable part as iovecs over the views, for readv() and
+   its kin: the kernel's copies to and from user addresses answer EFAULT where a page is not ours to touch, and take
+   nothing from the guest. Never for O_DIRECT, fixed buffers of io_uring, vmsplice or MSG_ZEROCOPY, which pin pages. The
+   number of iovecs, which hold fewer bytes where the chain ends; or -1 where there is no memory, or more than `most` are
+   needed. */
+int pv_chain_iovecs(struct pv_queue *queue, const struct pv_chain *chain, bool writable, uint64_t offset, uint64_t n,
+                    struct iovec *to, int most);
 /* share.c */
 uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value);
 uint32_t pv_hypercall(struct pv_vcpu *vcpu);

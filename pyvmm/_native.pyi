@@ -66,12 +66,38 @@ class _Lib:
     PV_KIND_PL011: Final[int]
     PV_KIND_MAILBOX: Final[int]
     PV_KIND_SHARE: Final[int]
+    PV_KIND_VIRTIO: Final[int]
     PV_KINDS: Final[int]
 
     PV_MAILBOX_IDLE: Final[int]
     PV_MAILBOX_ORDER: Final[int]
     PV_MAILBOX_BUSY: Final[int]
     PV_MAILBOX_DONE: Final[int]
+
+    PV_INTERRUPT_USED: Final[int]
+    PV_INTERRUPT_CONFIG: Final[int]
+
+    PV_QUEUE_PACKED: Final[int]
+    PV_QUEUE_EVENT_IDX: Final[int]
+    PV_QUEUE_INDIRECT: Final[int]
+
+    PV_AREA_DESCRIPTORS: Final[int]
+    PV_AREA_DRIVER: Final[int]
+    PV_AREA_DEVICE: Final[int]
+    PV_AREAS: Final[int]
+
+    PV_QUEUE_OK: Final[int]
+    PV_QUEUE_RING: Final[int]
+    PV_QUEUE_TABLE: Final[int]
+    PV_QUEUE_INDEX: Final[int]
+    PV_QUEUE_DESCRIPTOR: Final[int]
+    PV_QUEUE_LOOP: Final[int]
+    PV_QUEUE_SEGMENT: Final[int]
+    PV_QUEUE_ORDER: Final[int]
+    PV_QUEUE_LENGTH: Final[int]
+    PV_QUEUE_INDIRECTION: Final[int]
+    PV_QUEUE_ROOM: Final[int]
+    PV_QUEUE_ERRORS: Final[int]
 
     PV_SOURCE_DOORBELL: Final[int]
     PV_SOURCE_HYPERCALL: Final[int]
@@ -97,6 +123,7 @@ class _Lib:
     PV_EXIT_MMIO_PL011: Final[int]
     PV_EXIT_MMIO_MAILBOX: Final[int]
     PV_EXIT_MMIO_SHARE: Final[int]
+    PV_EXIT_MMIO_VIRTIO: Final[int]
     PV_EXIT_MMIO_UNCLAIMED: Final[int]
     PV_EXIT_HYPERCALL: Final[int]
     PV_EXIT_SYSTEM: Final[int]
@@ -145,6 +172,15 @@ class _Lib:
     def pv_doorbell_take(self, slot: _CData, /) -> None: ...
     def pv_pl011_feed(self, uart: _CData, source: _CData | bytes, n: int, /) -> int: ...
     def pv_ring_read(self, ring: _CData, to: _CData, n: int, /) -> int: ...
+    def pv_queue_start(self, queue: _CData, /) -> None: ...
+    def pv_queue_pop(self, queue: _CData, chain: _CData, /) -> int: ...
+    def pv_queue_push(self, queue: _CData, chain: _CData, written: int, /) -> int: ...
+    def pv_queue_interrupt(self, queue: _CData, /) -> None: ...
+    def pv_queue_arm(self, queue: _CData, /) -> int: ...
+    def pv_queue_take(self, queue: _CData, /) -> None: ...
+    def pv_chain_read(self, queue: _CData, chain: _CData, offset: int, to: _CData, n: int, /) -> int: ...
+    def pv_chain_write(self, queue: _CData, chain: _CData, offset: int, source: _CData | bytes, n: int, /) -> int: ...
+    def pv_interrupt(self, interrupt: _CData, bits: int, /) -> None: ...
     def pv_source_hash(self) -> _CData: ...
 
 ffi: Final[_Ffi]

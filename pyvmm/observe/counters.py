@@ -18,6 +18,7 @@ EXITS = {
         "MMIO_PL011": "uart",
         "MMIO_MAILBOX": "mailbox",
         "MMIO_SHARE": "share-bell",
+        "MMIO_VIRTIO": "virtio",
         "MMIO_UNCLAIMED": "unclaimed",
         "HYPERCALL": "hypercall",
         "SYSTEM": "system",

@@ -228,6 +228,10 @@ void pv_queue_start(struct pv_queue *queue);
 int pv_queue_pop(struct pv_queue *queue, struct pv_chain *chain);
 /* Gives a chain that was popped back as used, `written` bytes of it written; no interrupt yet. 0, or -1. */
 int pv_queue_push(struct pv_queue *queue, const struct pv_chain *chain, uint32_t written);
+/* The same for several at once: a driver that looks meanwhile sees none of them, or all. */
+int pv_queue_push_all(struct pv_queue *queue, const struct pv_chain *chains, const uint32_t *written, uint32_t count);
+/* Takes back a pop: of all chains that were popped and not pushed, the newest. */
+void pv_queue_unpop(struct pv_queue *queue, const struct pv_chain *newest);
 /* After a batch of pushes: interrupts the driver if it wants to know of them. */
 void pv_queue_interrupt(struct pv_queue *queue);
 /* Asks to be kicked from now on. 1: nothing has come meanwhile, sleep; 0: there is something to pop; -1: broken. */

@@ -196,14 +196,15 @@ static int split_pop(struct pv_queue *queue, struct pv_chain *chain)
     return 1;
 }
 
-static bool split_push(struct pv_queue *queue, const struct pv_chain *chain, uint32_t written)
+static bool split_push(struct pv_queue *queue, const struct pv_chain *chains, const uint32_t *written, uint32_t count)
 {
-    struct used entry = {.id = chain->id, .size = written};
-    uint16_t used = (uint16_t)(queue->used + 1);
+    uint16_t used = (uint16_t)queue->used;
 
-    if (!ring_write(queue, PV_AREA_DEVICE, 4 + sizeof(entry) * (queue->used & (queue->size - 1)), &entry,
-                    sizeof(entry)))
-        return false;
+    for (uint32_t i = 0; i < count; i++, used++) {
+        struct used entry = {.id = chains[i].id, .size = written[i]};
+        if (!ring_write(queue, PV_AREA_DEVICE, 4 + sizeof(entry) * (used & (queue->size - 1)), &entry, sizeof(entry)))
+            return false;
+    }
     __atomic_thread_fence(__ATOMIC_RELEASE); /* what the driver gets before the index that says so */
     queue->used = used;
     return ring_write(queue, PV_AREA_DEVICE, 2, &used, sizeof(used));
@@ -264,18 +265,27 @@ static int packed_pop(struct pv_queue *queue, struct pv_chain *chain)
     return 1;
 }
 
-static bool packed_push(struct pv_queue *queue, const struct pv_chain *chain, uint32_t written)
+/* The driver comes to the first entry before the others: until its flags say so, it sees none of them. */
+static bool packed_push(struct pv_queue *queue, const struct pv_chain *chains, const uint32_t *written, uint32_t count)
 {
-    uint32_t at = queue->used * DESCRIPTOR_BYTES;
-    struct { uint32_t size; uint16_t id; } done = {written, (uint16_t)chain->id};
-    uint16_t flags = (uint16_t)((queue->used_wrap ? AVAILABLE | USED : 0) | (written ? WRITE : 0));
+    uint32_t first = queue->used * DESCRIPTOR_BYTES;
+    uint16_t first_flags = 0;
 
-    if (!ring_write(queue, PV_AREA_DESCRIPTORS, at + 8, &done, 6))
-        return false;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t at = queue->used * DESCRIPTOR_BYTES;
+        struct { uint32_t size; uint16_t id; } done = {written[i], (uint16_t)chains[i].id};
+        uint16_t flags = (uint16_t)((queue->used_wrap ? AVAILABLE | USED : 0) | (written[i] ? WRITE : 0));
+
+        if (!ring_write(queue, PV_AREA_DESCRIPTORS, at + 8, &done, 6) ||
+            (i && !ring_write(queue, PV_AREA_DESCRIPTORS, at + FLAGS_AT, &flags, sizeof(flags))))
+            return false;
+        if (!i)
+            first_flags = flags;
+        advance(queue, &queue->used, &queue->used_wrap, chains[i].slots);
+        queue->taken -= chains[i].slots;
+    }
     __atomic_thread_fence(__ATOMIC_RELEASE); /* what the driver gets before the flags that say so */
-    advance(queue, &queue->used, &queue->used_wrap, chain->slots);
-    queue->taken -= chain->slots;
-    return ring_write(queue, PV_AREA_DESCRIPTORS, at + FLAGS_AT, &flags, sizeof(flags));
+    return ring_write(queue, PV_AREA_DESCRIPTORS, first + FLAGS_AT, &first_flags, sizeof(first_flags));
 }
 
 /* ---- notifications */
@@ -355,16 +365,40 @@ int pv_queue_pop(struct pv_queue *queue, struct pv_chain *chain)
     return 1;
 }
 
-int pv_queue_push(struct pv_queue *queue, const struct pv_chain *chain, uint32_t written)
+void pv_queue_unpop(struct pv_queue *queue, const struct pv_chain *newest)
+{
+    queue->chains--;
+    queue->bytes -= newest->in_bytes + newest->out_bytes;
+    if (!(queue->flags & PV_QUEUE_PACKED)) {
+        queue->next = (uint16_t)(queue->next - 1);
+        return;
+    }
+    queue->taken -= newest->slots;
+    if (queue->next < newest->slots) {
+        queue->next += queue->size;
+        queue->next_wrap ^= 1;
+    }
+    queue->next -= newest->slots;
+}
+
+int pv_queue_push_all(struct pv_queue *queue, const struct pv_chain *chains, const uint32_t *written, uint32_t count)
 {
     if (queue->error)
         return -1;
+    if (!count)
+        return 0;
     look(queue);
     bool packed = queue->flags & PV_QUEUE_PACKED;
-    if (!(packed ? packed_push(queue, chain, written) : split_push(queue, chain, written)))
+    if (!(packed ? packed_push(queue, chains, written, count) : split_push(queue, chains, written, count)))
         return -1;
-    queue->unsaid += chain->slots;
+    for (uint32_t i = 0; i < count; i++)
+        queue->unsaid += chains[i].slots;
     return 0;
+}
+
+int pv_queue_push(struct pv_queue *queue, const struct pv_chain *chain, uint32_t written)
+{
+    return pv_queue_push_all(queue, chain, &written, 1);
 }
 
 void pv_queue_interrupt(struct pv_queue *queue)

@@ -1,0 +1,209 @@
+"""Virtqueues for devices written in Python; devices written in C call what native/virtqueue.c offers themselves.
+
+A :class:`Queue` owns one ``struct pv_queue`` and the eventfd that the guest's kicks arrive at. The transport sets it up
+and says when it is ready; between the device's start and stop it belongs to one thread, the device's worker.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import PyvmmError, hex_
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: A chain may take an indirect table, which is not bound to the queue's size: as many segments as this it may have.
+LEAST_ROOM: Final = 256
+
+_ERRORS: Final = {
+    lib.PV_QUEUE_RING: "one of its rings cannot be touched: it is private, gone, or no memory",
+    lib.PV_QUEUE_TABLE: "an indirect table cannot be touched: it is private, gone, or no memory",
+    lib.PV_QUEUE_INDEX: "more is available than the ring has descriptors",
+    lib.PV_QUEUE_DESCRIPTOR: "a descriptor is named that the table does not have",
+    lib.PV_QUEUE_LOOP: "a chain has more descriptors than there are: it runs in a loop",
+    lib.PV_QUEUE_SEGMENT: "a descriptor is empty, or ends beyond 2^64",
+    lib.PV_QUEUE_ORDER: "a descriptor to be read stands behind one to be written",
+    lib.PV_QUEUE_LENGTH: "a chain has 4 GiB or more",
+    lib.PV_QUEUE_INDIRECTION: "an indirect table was not negotiated, or is empty, odd, in another, or not the last",
+    lib.PV_QUEUE_ROOM: "a chain has more segments than the device takes",
+}
+
+
+class QueueBroken(PyvmmError):
+    """The driver broke the rules, or took the rings away: nothing is done any more before the device is reset."""
+
+
+class ChainFault(PyvmmError):
+    """A request's bytes at ``gpa`` cannot be touched: private, gone, or no memory. The request fails, not the queue."""
+
+    def __init__(self, gpa: int) -> None:
+        super().__init__(f"a request names memory at gpa {hex_(gpa)} that the host may not touch, or that is none")
+        self.gpa = gpa
+
+
+class Chain:
+    """One request; valid until it is pushed. Offsets count from the first byte to be read, or to be written."""
+
+    __slots__ = ("_queue", "_segments", "native")
+
+    def __init__(self, queue: Any, room: int) -> None:
+        self._queue = queue
+        self._segments = ffi.new("struct pv_segment[]", room)
+        self.native = ffi.new("struct pv_chain *", {"room": room, "segments": self._segments})
+
+    @property
+    def readable_size(self) -> int:
+        """Bytes from the driver."""
+        return int(self.native.in_bytes)
+
+    @property
+    def writable_size(self) -> int:
+        """Bytes to the driver."""
+        return int(self.native.out_bytes)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Copy up to ``size`` bytes, fewer where the chain ends; the driver chose its size, so ``size`` has a bound.
+
+        Raises ChainFault where a page cannot be touched.
+        """
+        size = min(size, max(self.readable_size - offset, 0))
+        into = ffi.new("uint8_t[]", size)
+        done = lib.pv_chain_read(self._queue, self.native, offset, into, size)
+        if done < size:
+            raise ChainFault(self._gpa(offset + done, writable=False))
+        return bytes(ffi.buffer(into))
+
+    def write(self, offset: int, data: bytes) -> int:
+        """Copy ``data``, or as much as the chain has room for; returns the bytes. Raises ChainFault."""
+        size = min(len(data), max(self.writable_size - offset, 0))
+        done = lib.pv_chain_write(self._queue, self.native, offset, data, size)
+        if done < size:
+            raise ChainFault(self._gpa(offset + done, writable=True))
+        return size
+
+    def _gpa(self, offset: int, *, writable: bool) -> int:
+        for segment in self._segments[0 : self.native.count]:
+            if bool(segment.writable) != writable:
+                continue
+            if offset < segment.size:
+                return int(segment.gpa) + offset
+            offset -= segment.size
+        raise AssertionError("an offset within the chain is in one of its segments")
+
+
+class Queue:
+    """One virtqueue of at most ``most`` entries. ``native_vm`` is a ``struct pv_vm *``, ``interrupt`` the device's."""
+
+    def __init__(self, native_vm: Any, interrupt: Any, index: int, most: int) -> None:
+        self.index = index
+        self.most = most
+        self.ready = False
+        self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.native = ffi.new("struct pv_queue *")
+        self._keep = (native_vm, interrupt)
+        self.native.vm, self.native.interrupt, self.native.kick = native_vm, interrupt, self.kick
+        self._spare: list[Chain] = []
+
+    @property
+    def size(self) -> int:
+        """Entries, while it is ready."""
+        return int(self.native.size)
+
+    @property
+    def room(self) -> int:
+        """The most segments a chain may have."""
+        return max(self.size, LEAST_ROOM)
+
+    # -- the transport's
+
+    def setup(self, size: int, flags: int, descriptors: int, driver: int, device: int) -> None:
+        """Make it ready, at its start: ``flags`` are of enum pv_queue_flag, the areas gpas, all checked."""
+        native = self.native
+        native.size, native.flags = size, flags
+        native.descriptors, native.driver, native.device = descriptors, driver, device
+        native.stop = 0
+        self._spare = []
+        lib.pv_queue_start(native)
+        self.ready = True
+
+    def reset(self) -> None:
+        """Make it not ready; nobody uses it any more."""
+        self.ready = False
+        native = self.native
+        native.size = native.flags = native.descriptors = native.driver = native.device = 0
+        lib.pv_queue_start(native)
+        lib.pv_queue_take(native)
+
+    def close(self) -> None:
+        """Close the eventfd; idempotent."""
+        self.ready = False
+        if self.kick >= 0:
+            os.close(self.kick)
+            self.kick = self.native.kick = -1
+
+    # -- the device's
+
+    @property
+    def leaving(self) -> bool:
+        """Whether who serves the queue is to return after the request at hand."""
+        return bool(self.native.stop)
+
+    @property
+    def problem(self) -> str | None:
+        """What broke the queue, in words; None where nothing did."""
+        error = self.native.error
+        if error == lib.PV_QUEUE_OK:
+            return None
+        return f"queue {self.index}: {_ERRORS[error]} (at gpa {hex_(self.native.error_gpa)})"
+
+    def pop(self) -> Chain | None:
+        """Return the next request, or None. Raises QueueBroken."""
+        chain = self._spare.pop() if self._spare else Chain(self.native, self.room)
+        found = lib.pv_queue_pop(self.native, chain.native)
+        if found > 0:
+            return chain
+        self._spare.append(chain)
+        self._check(found)
+        return None
+
+    def push(self, chain: Chain, written: int = 0) -> None:
+        """Give a request back, ``written`` bytes of its writable part from the start being valid; no interrupt yet."""
+        self._check(lib.pv_queue_push(self.native, chain.native, written))
+        self._spare.append(chain)
+
+    def interrupt(self) -> None:
+        """After a batch of pushes: interrupt the driver if it wants to know. Raises QueueBroken."""
+        lib.pv_queue_interrupt(self.native)
+        self._check(-1 if self.native.error else 0)
+
+    def arm(self) -> bool:
+        """Ask to be kicked. True: sleep until then; False: look again. Raises QueueBroken."""
+        armed = lib.pv_queue_arm(self.native)
+        self._check(armed)
+        return armed > 0
+
+    def take(self) -> None:
+        """Clear the kick; look at the ring after it, not before."""
+        lib.pv_queue_take(self.native)
+
+    def serve(self, handle: Callable[[Chain], int]) -> None:
+        """Answer every request there is with ``handle``, which returns the bytes written, until told to leave.
+
+        Afterwards the queue is armed, or is to be served again when the worker resumes. Raises QueueBroken.
+        """
+        while not self.leaving:
+            chain = self.pop()
+            if chain is not None:
+                self.push(chain, handle(chain))
+                continue
+            self.interrupt()
+            if self.arm():
+                return
+        self.interrupt()
+
+    def _check(self, result: int) -> None:
+        if result < 0:
+            raise QueueBroken(self.problem or f"queue {self.index} is broken")

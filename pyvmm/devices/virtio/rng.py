@@ -1,0 +1,57 @@
+"""The entropy device (virtio 1.2, 5.4): fills what the driver gives it from the host's random number generator."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
+from pyvmm.devices.virtio.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST: Final = 4096
+"""Bytes for one request: a driver that asks for more gets these, and asks again."""
+
+
+class Rng(VirtioDevice):
+    """Asks the host's kernel for every byte, keeps none."""
+
+    device_id = 4
+    name = "rng"
+    queue_sizes = (64,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._worker = Worker("pyvmm-rng", self.failed)
+
+    def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002
+        """Serve requests."""
+        queue = queues[0]
+        self._worker.watch(queue, lambda: queue.serve(self._fill))
+        self._worker.start(queues)
+
+    def _fill(self, chain: Chain) -> int:
+        try:
+            return chain.write(0, os.getrandom(min(chain.writable_size, MOST)))
+        except ChainFault as fault:
+            self.complaints.warn("request_failed", reason=str(fault))
+            return 0
+
+    def stop(self) -> None:
+        """Stop serving."""
+        self._worker.stop()
+
+    def pause(self) -> None:
+        """Stand still."""
+        self._worker.pause()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._worker.resume()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._worker.close()

@@ -1,0 +1,175 @@
+"""The thread of a device: waits for kicks and other descriptors, and stands still when it is told to.
+
+A worker lives from the device's start to its stop. It has two forms. With callbacks (:meth:`Worker.watch`,
+:meth:`Worker.add`) it waits itself. With ``serve`` it calls that, over and over: a loop in C that waits for its queues'
+kicks, for ``stop_fd`` and for what else it needs, and returns to Python for everything that is policy.
+
+Who tells a worker to stand still sets ``stop`` of its queues and makes ``stop_fd`` readable; the worker ends the
+request at hand, and then waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.errors import PyvmmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pyvmm.devices.virtio.queue import Queue
+
+PATIENCE: Final = 30.0
+"""Seconds that a request at hand may take to end before the device counts as stuck."""
+
+
+class Stuck(PyvmmError):
+    """A device's request does not end, so its queues cannot be let go of."""
+
+
+class Worker:
+    """One thread named ``name``; what it serves must not raise, or it ends and tells ``failed`` why.
+
+    ``failed`` is called in the thread. Methods are for other threads, :meth:`add` and :meth:`remove` for any.
+    """
+
+    def __init__(self, name: str, failed: Callable[[Exception], None], serve: Callable[[], None] | None = None) -> None:
+        self.name = name
+        self._failed = failed
+        self._serve = serve
+        self._queues: Sequence[Queue] = ()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._changed = threading.Condition()
+        self._halted = self._ending = False
+        self._resting = True
+        self._thread: threading.Thread | None = None
+        self._files = contextlib.ExitStack()
+        self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._files.callback(os.close, self.stop_fd)
+        self._epoll: Any = select.epoll()
+        self._files.callback(self._epoll.close)
+        self._epoll.register(self.stop_fd, select.EPOLLIN)
+
+    # -- what to wait for
+
+    def add(self, fd: int, callback: Callable[[int], None], events: int = select.EPOLLIN) -> None:
+        """Call ``callback`` with what poll says of ``fd`` whenever it says one of ``events``; again changes both."""
+        new = fd not in self._callbacks
+        self._callbacks[fd] = callback
+        if new:
+            self._epoll.register(fd, events)
+        else:
+            self._epoll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Forget ``fd``, before it is closed; nothing if it is not known."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def watch(self, queue: Queue, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when ``queue`` was kicked, and once whenever the worker starts or resumes."""
+
+        def kicked(_events: int) -> None:
+            queue.take()
+            callback()
+
+        self.add(queue.kick, kicked)
+
+    # -- life
+
+    def start(self, queues: Sequence[Queue]) -> None:
+        """Begin to serve; ``queues`` are those that are looked at first, and told of when the worker is to stop."""
+        self._queues = [queue for queue in queues if queue.ready]
+        self._ending = False
+        self._resting = False
+        self._release()
+        self._thread = threading.Thread(target=self._main, name=self.name, daemon=True)
+        self._thread.start()
+
+    def pause(self, patience: float = PATIENCE) -> None:
+        """Return when the thread stands still, having finished what was at hand. Raises Stuck after ``patience`` s."""
+        with self._changed:
+            self._halted = True
+            self._halt()
+            if not self._changed.wait_for(lambda: self._resting, patience):
+                raise Stuck(f"{self.name} has not finished its request within {patience:g} s")
+
+    def resume(self) -> None:
+        """Go on; every queue is looked at."""
+        with self._changed:
+            self._halted = False
+            if self._ending:
+                return
+            self._release()
+            self._changed.notify_all()
+
+    def stop(self, patience: float = PATIENCE) -> None:
+        """End the thread, having finished what was at hand; idempotent, may start again. Raises Stuck."""
+        thread = self._thread
+        if thread is None:
+            return
+        with self._changed:
+            self._ending = True
+            self._halt()
+            self._changed.notify_all()
+        thread.join(patience)
+        if thread.is_alive():
+            raise Stuck(f"{self.name} has not finished its request within {patience:g} s")
+        self._thread = None
+        self._halted = False
+        for fd in list(self._callbacks):
+            self.remove(fd)
+
+    def close(self) -> None:
+        """Stop, and close what is the worker's own; idempotent."""
+        self.stop()
+        self._files.close()
+
+    def _halt(self) -> None:
+        for queue in self._queues:
+            queue.native.stop = 1
+        os.eventfd_write(self.stop_fd, 1)
+
+    def _release(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.stop_fd)
+        for queue in self._queues:
+            queue.native.stop = 0
+            os.eventfd_write(queue.kick, 1)
+
+    # -- the thread
+
+    def _main(self) -> None:
+        try:
+            while self._may_go_on():
+                if self._serve is not None:
+                    self._serve()
+                else:
+                    self._wait()
+        except Exception as error:
+            self._failed(error)
+        finally:
+            with self._changed:
+                self._resting = True
+                self._changed.notify_all()
+
+    def _may_go_on(self) -> bool:
+        with self._changed:
+            while self._halted and not self._ending:
+                self._resting = True
+                self._changed.notify_all()
+                self._changed.wait()
+            self._resting = False
+            return not self._ending
+
+    def _wait(self) -> None:
+        for fd, events in self._epoll.poll():
+            if self._ending or self._halted:
+                return
+            callback = self._callbacks.get(fd)
+            if callback is not None:
+                callback(events)

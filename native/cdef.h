@@ -246,6 +246,51 @@ uint64_t pv_chain_write(struct pv_queue *queue, const struct pv_chain *chain, ui
 /* Sets bits of the status, and signals unless all of them were waiting to be acknowledged. Any thread. */
 void pv_interrupt(struct pv_interrupt *interrupt, uint32_t bits);
 
+/* ---- virtio-blk -------------------------------------------------------------------------------------------- */
+
+enum pv_blk_limit { PV_BLK_SEGMENTS = 512 /* the most of a chain, and so the most entries of a queue */ };
+enum pv_blk_flag {
+    PV_BLK_READ_ONLY = 1,
+    PV_BLK_REGULAR = 2,    /* a file that somebody may cut short */
+    PV_BLK_THROUGH = 4     /* a write is on the medium before it is answered: the driver has no flush */
+};
+/* Why pv_blk_serve() came back. */
+enum pv_blk_stop {
+    PV_BLK_NONE,
+    PV_BLK_STOPPED,        /* queue->stop */
+    PV_BLK_REQUEST,        /* one that is Python's to carry out: type, sector, and what the chain says */
+    PV_BLK_FAILED,         /* the file's fault: type, sector, error; ENODATA: it has become shorter */
+    PV_BLK_BROKEN          /* queue->error */
+};
+
+/* Who serves one queue of a disk. Positions are in sectors of 512 bytes. */
+struct pv_blk {
+    struct pv_queue *queue;
+    struct pv_chain *chain;  /* the request at hand; with room for PV_BLK_SEGMENTS at most */
+    uint8_t *bounce;         /* not NULL: data goes by way of here, as the file's reads and writes might pin pages */
+    uint64_t bounce_size;    /* bytes, whole sectors */
+    int32_t file;
+    int32_t stop_fd;         /* eventfd: readable when queue->stop has been set */
+    uint32_t flags;          /* enum pv_blk_flag */
+    uint32_t abandon;        /* atomic; not 0: a request may be left undone, nobody waits for its answer */
+    uint64_t capacity;       /* sectors */
+    uint64_t most;           /* bytes of data in one request */
+    uint32_t open;           /* not 0: the chain has not been answered */
+    uint32_t type;           /* of the request at hand */
+    uint64_t sector;
+    uint64_t data;           /* bytes from the chain's first writable one that have been written */
+    int32_t error;           /* errno */
+    uint32_t untold;         /* requests answered since the driver was last told */
+    uint64_t untold_bytes;
+    uint64_t done, failed;   /* requests answered: with OK, and with anything else */
+    uint64_t denied;         /* failed ones whose memory was not the host's to touch */
+    uint64_t bytes_read, bytes_written;
+};
+/* Serves reads, writes and flushes until something needs Python. In a thread of its own. Returns enum pv_blk_stop. */
+uint32_t pv_blk_serve(struct pv_blk *blk);
+/* Ends the request that came back: its status byte, blk->data bytes written besides. 0, or -1: the queue is broken. */
+int pv_blk_answer(struct pv_blk *blk, uint32_t status);
+
 /* ---- a VM -------------------------------------------------------------------------------------------------- */
 
 enum pv_source {

@@ -1,0 +1,230 @@
+/* virtio-blk (virtio 1.2, 5.2): reads and writes go between the file and guest memory here, in a thread that waits for
+ * kicks itself; what is policy goes to Python.
+ *
+ * Data moves by the kernel's copies between the page cache and user addresses of guest memory, which end with EFAULT at
+ * a page that is the guest's alone. Where the file's own file system might pin pages instead (pv_blk.bounce), it goes by
+ * way of a buffer and guarded copies: a pinned page of a protected guest is one that the kernel takes back by force. */
+#include "pyvmm.h"
+
+#include <endian.h>
+#include <poll.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* 5.2.6. */
+enum { BLK_T_IN = 0, BLK_T_OUT = 1, BLK_T_FLUSH = 4 };
+enum { BLK_S_OK = 0, BLK_S_IOERR = 1 };
+enum { SECTOR = 512, STATUS_BYTES = 1 };
+
+/* What is moved between two looks at pv_blk.abandon. */
+enum { PIECE = 1 << 20 };
+
+/* Enough for a piece: one for each of PV_BLK_SEGMENTS, and for each page where those are in slots of their own. */
+enum { VECTORS = 1024 };
+_Static_assert(PV_BLK_SEGMENTS + PIECE / PV_PAGE_SIZE < VECTORS, "pieces of one call");
+
+/* A driver hears of what is done once so much is, and before we sleep. Reads of a MiB should overlap with what it does
+   with the last one; small ones should not cost an interrupt each. */
+enum { BATCH = 16, BATCH_BYTES = 128 << 10 };
+
+struct header { uint32_t type, reserved; uint64_t sector; };
+
+static ssize_t denied(void)
+{
+    errno = EFAULT;
+    return -1;
+}
+
+static ssize_t bounce_in(const struct pv_blk *blk, uint64_t at, uint64_t offset, size_t n)
+{
+    ssize_t got = pread(blk->file, blk->bounce, n, (off_t)at);
+
+    if (got <= 0)
+        return got;
+    got = (ssize_t)pv_chain_write(blk->queue, blk->chain, offset, blk->bounce, (uint64_t)got);
+    return got ? got : denied();
+}
+
+static ssize_t bounce_out(const struct pv_blk *blk, uint64_t at, uint64_t offset, size_t n, int flags)
+{
+    struct iovec whole = {blk->bounce, pv_chain_read(blk->queue, blk->chain, offset, blk->bounce, n)};
+
+    return whole.iov_len ? pwritev2(blk->file, &whole, 1, (off_t)at, flags) : denied();
+}
+
+/* Bytes moved at the file's `at`, of the chain's data from `done` on: 0 at the file's end, -1 with errno. */
+static ssize_t move(const struct pv_blk *blk, uint64_t at, uint64_t done, uint64_t n)
+{
+    bool in = blk->type == BLK_T_IN;
+    uint64_t offset = done + (in ? 0 : sizeof(struct header));
+    int flags = blk->flags & PV_BLK_THROUGH ? RWF_DSYNC : 0;
+    struct iovec vectors[VECTORS];
+
+    if (blk->bounce) {
+        n = n < blk->bounce_size ? n : blk->bounce_size;
+        return in ? bounce_in(blk, at, offset, n) : bounce_out(blk, at, offset, n, flags);
+    }
+    int count = pv_chain_iovecs(blk->queue, blk->chain, in, offset, n, vectors, VECTORS);
+    if (count <= 0)
+        return denied();
+    return in ? preadv(blk->file, vectors, count, (off_t)at) : pwritev2(blk->file, vectors, count, (off_t)at, flags);
+}
+
+/* A write beyond the end of a file that was cut short would make it long again, with zeros in the place of what was
+   lost. */
+static bool cut_short(const struct pv_blk *blk)
+{
+    struct stat status;
+
+    return blk->flags & PV_BLK_REGULAR && blk->type == BLK_T_OUT &&
+           (fstat(blk->file, &status) || (uint64_t)status.st_size / SECTOR < blk->capacity);
+}
+
+/* 0, or the errno of what went wrong: EFAULT is the guest's own doing, ENODATA a file that has become shorter. */
+static int transfer(struct pv_blk *blk, uint64_t size, uint64_t *done)
+{
+    if (cut_short(blk))
+        return ENODATA;
+    while (*done < size) {
+        uint64_t left = size - *done;
+        if (load(&blk->abandon))
+            return ECANCELED;
+        ssize_t moved = move(blk, blk->sector * SECTOR + *done, *done, left < PIECE ? left : PIECE);
+        if (moved < 0 && errno == EINTR)
+            continue;
+        if (moved < 0)
+            return errno;
+        if (moved == 0)
+            return ENODATA;
+        *done += (uint64_t)moved;
+    }
+    return 0;
+}
+
+/* Whether [sector, sector + size / SECTOR) is all of the disk's, whatever the guest says. */
+static bool on_disk(const struct pv_blk *blk, uint64_t size)
+{
+    return size % SECTOR == 0 && size <= blk->most && blk->sector <= blk->capacity &&
+           size / SECTOR <= blk->capacity - blk->sector;
+}
+
+/* One that cannot even be told its status is given back all the same. */
+static int answer(struct pv_blk *blk, uint8_t status, uint64_t data)
+{
+    uint64_t room = blk->chain->out_bytes;
+    bool told = room && pv_chain_write(blk->queue, blk->chain, room - STATUS_BYTES, &status, STATUS_BYTES);
+    /* The bytes written from the first on: the status is the last, and counts if all before it were written. */
+    uint64_t written = data + (told && data + STATUS_BYTES == room);
+
+    add(status == BLK_S_OK ? &blk->done : &blk->failed, 1);
+    blk->open = 0;
+    blk->untold++;
+    return pv_queue_push(blk->queue, blk->chain, (uint32_t)written);
+}
+
+static void interrupt(struct pv_blk *blk)
+{
+    pv_queue_interrupt(blk->queue);
+    blk->untold = blk->untold_bytes = 0;
+}
+
+int pv_blk_answer(struct pv_blk *blk, uint32_t status)
+{
+    int result = blk->open ? answer(blk, (uint8_t)status, blk->data) : -1;
+
+    interrupt(blk);
+    return result;
+}
+
+static uint32_t data_request(struct pv_blk *blk)
+{
+    bool in = blk->type == BLK_T_IN;
+    uint64_t size = in ? blk->chain->out_bytes - STATUS_BYTES : blk->chain->in_bytes - sizeof(struct header), done = 0;
+
+    if (!on_disk(blk, size) || (!in && blk->flags & PV_BLK_READ_ONLY)) {
+        answer(blk, BLK_S_IOERR, 0);
+        return PV_BLK_NONE;
+    }
+    blk->error = transfer(blk, size, &done);
+    add(in ? &blk->bytes_read : &blk->bytes_written, done);
+    blk->untold_bytes += done;
+    blk->data = in ? done : 0;
+    switch (blk->error) {
+    case 0:
+        answer(blk, BLK_S_OK, blk->data);
+        return PV_BLK_NONE;
+    case EFAULT:
+        add(&blk->denied, 1);
+        answer(blk, BLK_S_IOERR, blk->data);
+        return PV_BLK_NONE;
+    case ECANCELED:
+        return PV_BLK_STOPPED;
+    default:
+        return PV_BLK_FAILED;
+    }
+}
+
+/* Carries out the request in blk->chain. */
+static uint32_t serve(struct pv_blk *blk)
+{
+    struct header header;
+
+    blk->open = 1;
+    blk->error = 0;
+    blk->data = 0;
+    if (!blk->chain->out_bytes ||
+        pv_chain_read(blk->queue, blk->chain, 0, &header, sizeof(header)) != sizeof(header)) {
+        answer(blk, BLK_S_IOERR, 0);
+        return PV_BLK_NONE;
+    }
+    blk->type = le32toh(header.type);
+    blk->sector = le64toh(header.sector);
+    switch (blk->type) {
+    case BLK_T_IN:
+    case BLK_T_OUT:
+        return data_request(blk);
+    case BLK_T_FLUSH:
+        if (fdatasync(blk->file)) {
+            blk->error = errno;
+            return PV_BLK_FAILED;
+        }
+        answer(blk, BLK_S_OK, 0);
+        return PV_BLK_NONE;
+    default:
+        return PV_BLK_REQUEST;
+    }
+}
+
+static void sleep_until_kicked(struct pv_blk *blk)
+{
+    struct pollfd watched[] = {{.fd = blk->queue->kick, .events = POLLIN}, {.fd = blk->stop_fd, .events = POLLIN}};
+
+    poll(watched, 2, -1);
+    if (watched[0].revents)
+        pv_queue_take(blk->queue);
+}
+
+uint32_t pv_blk_serve(struct pv_blk *blk)
+{
+    uint32_t stop = PV_BLK_NONE;
+
+    while (stop == PV_BLK_NONE) {
+        int found;
+        if (load_acquire(&blk->queue->stop)) {
+            stop = PV_BLK_STOPPED;
+        } else if ((found = pv_queue_pop(blk->queue, blk->chain)) > 0) {
+            stop = serve(blk);
+            if (blk->untold >= BATCH || blk->untold_bytes >= BATCH_BYTES)
+                interrupt(blk);
+        } else if (found == 0) {
+            interrupt(blk);
+            if (pv_queue_arm(blk->queue) > 0)
+                sleep_until_kicked(blk);
+        }
+        if (load(&blk->queue->error))
+            stop = PV_BLK_BROKEN;
+    }
+    interrupt(blk);
+    return stop;
+}

@@ -347,6 +347,11 @@ class Machine:
         return tuple(self._natives)
 
     @property
+    def threads(self) -> tuple[VcpuThread, ...]:
+        """Each vCPU's thread, to pause and let go one by one; none once the machine is closed."""
+        return tuple(self._threads)
+
+    @property
     def elapsed_ns(self) -> int:
         """Nanoseconds of CLOCK_MONOTONIC since the first run, or of the whole run once it has ended."""
         if not self.started_ns:

@@ -21,7 +21,8 @@ from pathlib import Path
 from pyvmm.errors import PyvmmError
 from pyvmm.lab import kernels
 
-FILES = ("Image", "root.cpio")
+FILES = ("Image", "root.cpio", "modules.cpio", "busybox")
+"""What an image is: the two that the lab boots, and two of which guests' initramfs are made (see guests)."""
 GRACE_SECONDS = 600  # an older image stays so long: a lab may just be starting from it
 
 

@@ -13,10 +13,10 @@ import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
+from pyvmm.cpio import CpioWriter
 from pyvmm.errors import PyvmmError
 from pyvmm.lab.apt import Package
 from pyvmm.lab.cache import Image
-from pyvmm.lab.cpio import CpioWriter
 from pyvmm.lab.lab import Lab
 from pyvmm.lab.qemu import LabOptions
 

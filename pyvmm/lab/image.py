@@ -106,8 +106,12 @@ def _build(cache: Cache, name: str, refresh: bool, progress: Progress) -> Image:
         with (scratch / "Image").open("wb") as out:
             release, modules = rootfs.write_kernel([apt.archives / p.file for p in packages[: len(kernel)]], out)
         progress("root", 0.0)
+        files = [apt.archives / p.file for p in packages[len(kernel) :]]
         with (scratch / "root.cpio").open("wb") as out:
-            rootfs.write_root([apt.archives / p.file for p in packages[len(kernel) :]], release, modules, out)
+            rootfs.write_root(files, release, modules, out)
+        with (scratch / "modules.cpio").open("wb") as out:
+            rootfs.write_guest_modules(release, modules, out)
+        (scratch / "busybox").write_bytes(rootfs.read_busybox(files))
         manifest = Manifest(
             release=release,
             built=datetime.now(UTC).isoformat(timespec="seconds"),

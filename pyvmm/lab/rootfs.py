@@ -18,16 +18,17 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from pyvmm.cpio import CpioWriter
 from pyvmm.errors import PyvmmError
-from pyvmm.lab.cpio import CpioWriter
 
 KERNEL = "linux-image-arm64"
 # Debian's releases up to 13 have kernel and modules in linux-image-*; later ones split them, in more than one way.
 KERNEL_PARTS = re.compile(r"linux-(image|binary|modules)-[0-9]")
 KERNEL_FILE = re.compile(r"(?:usr/)?lib/modules/([^/]+)/vmlinuz|boot/vmlinuz-(.+)")
 
+BUSYBOX = "busybox-static"
 ROOTS = (
-    "busybox-static",
+    BUSYBOX,
     "libpython3-stdlib",
     "python3-cffi-backend",
     "python3-minimal",
@@ -49,9 +50,17 @@ UNUSED_PATHS = re.compile(
     r"usr/lib/python3/dist-packages/[^/]+\.(dist|egg)-info/(?!entry_points)"
 )
 
-# What they depend on comes along. For 9p over virtio, which init loads; and a block device to load on demand.
-MODULES = ("9p", "9pnet_virtio", "zram")
-MODULE_FILE = re.compile(r"/kernel/(?:crypto|drivers/block|fs|lib|mm|net)/(?:.*/)?([^/]+)\.ko(?:\.xz)?$")
+# What they depend on comes along. For 9p over virtio, which init loads; a block device and taps to load on demand.
+MODULES = ("9p", "9pnet_virtio", "tun", "zram")
+GUEST_MODULES = (
+    "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "vmw_vsock_virtio_transport",
+    "ext4", "crc32c_generic",
+)  # fmt: skip
+"""What a guest of this kernel needs for its devices; ext4 of old kernels asks for a checksum by another name."""
+MODULE_FILE = re.compile(
+    r"/kernel/(?:crypto|drivers/(?:block|char/hw_random|net(?=/[^/]+$)|virtio)|fs|lib|mm|net)/"
+    r"(?:.*/)?([^/]+)\.ko(?:\.xz)?$"
+)
 XZ_MAGIC = b"\xfd7zXZ\0"
 
 SIGNATURE = b"~Module signature appended~\n"
@@ -75,7 +84,7 @@ def recipe_hash() -> str:
     """Give a hash of all that shapes an image besides the packages."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for name in sorted((Path(__file__).name, "cpio.py", "firstboot.py", *PROGRAMS.values())):
+    for name in sorted((Path(__file__).name, "../cpio.py", "firstboot.py", *PROGRAMS.values())):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()
 
@@ -111,7 +120,7 @@ class Module:
 
 
 def write_kernel(packages: list[Path], image: BinaryIO) -> tuple[str, dict[str, Module]]:
-    """Write the kernel; give its release and MODULES with what they depend on."""
+    """Write the kernel; give its release, and MODULES and GUEST_MODULES with what they depend on."""
     release = ""
     available: dict[str, bytes] = {}
     for package in packages:
@@ -131,7 +140,7 @@ def write_kernel(packages: list[Path], image: BinaryIO) -> tuple[str, dict[str, 
 
 
 def _module_closure(available: dict[str, bytes]) -> dict[str, Module]:
-    """Give MODULES and what they depend on, dependencies first. A module that is not there is built in."""
+    """Give modules and what they depend on, dependencies first. A module that is not there is built in."""
     ordered: dict[str, Module] = {}
 
     def visit(name: str) -> tuple[str, ...]:
@@ -150,9 +159,40 @@ def _module_closure(available: dict[str, bytes]) -> dict[str, Module]:
         ordered[name] = Module(data[: data.rfind(SIGNATURE)] if data.endswith(SIGNATURE) else data, needs)
         return (*needs, name)
 
-    for name in MODULES:
+    for name in (*MODULES, *GUEST_MODULES):
         visit(name)
     return ordered
+
+
+def write_guest_modules(release: str, modules: dict[str, Module], out: BinaryIO) -> None:
+    """Write an archive of GUEST_MODULES that may follow a guest's initramfs."""
+    cpio = CpioWriter(out)
+    _write_modules(cpio, "lib/modules", release, modules, GUEST_MODULES)
+    cpio.finish()
+
+
+def _write_modules(
+    cpio: CpioWriter, home: str, release: str, modules: dict[str, Module], names: tuple[str, ...]
+) -> None:
+    """Write those of these names that there are, with what they need, as modprobe looks for them."""
+    wanted = dict.fromkeys(chain.from_iterable((*modules[name].needs, name) for name in names if name in modules))
+    lines = []
+    for name in wanted:
+        cpio.file(f"{home}/{release}/{name}.ko", modules[name].data)
+        lines.append(f"{name}.ko: {' '.join(f'{need}.ko' for need in reversed(modules[name].needs))}\n")
+    cpio.file(f"{home}/{release}/modules.dep", "".join(lines).encode())
+
+
+def read_busybox(packages: list[Path]) -> bytes:
+    """Give the program, linked statically, from where the packages have it."""
+    for package in packages:
+        if not package.name.startswith(BUSYBOX + "_"):
+            continue
+        with open_package(package) as tar:
+            for member in tar:
+                if member.isfile() and re.fullmatch(r"(?:\./)?(?:usr/)?bin/busybox", member.name):
+                    return _contents(tar, member)
+    raise PyvmmError(f"there is no busybox in {BUSYBOX}", hint="the archive has changed: please report this")
 
 
 def write_root(packages: list[Path], release: str, modules: dict[str, Module], out: BinaryIO) -> None:
@@ -169,12 +209,7 @@ def write_root(packages: list[Path], release: str, modules: dict[str, Module], o
         cpio.file(path, (here / source).read_bytes(), mode=0o755)
     for path, data in FILES.items():
         cpio.file(path, data)
-    directory = f"usr/lib/modules/{release}"
-    lines = []
-    for name, module in modules.items():
-        cpio.file(f"{directory}/{name}.ko", module.data)
-        lines.append(f"{name}.ko: {' '.join(f'{need}.ko' for need in reversed(module.needs))}\n")
-    cpio.file(f"{directory}/modules.dep", "".join(lines).encode())
+    _write_modules(cpio, "usr/lib/modules", release, modules, MODULES)
     for package in packages:
         with open_package(package) as tar:
             for member in tar:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.cpio import CpioWriter
 from pyvmm.errors import PyvmmError
 from pyvmm.lab import apt, image, rootfs
 from pyvmm.lab.apt import AptError, Package
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
-from pyvmm.lab.cpio import CpioWriter
 from pyvmm.lab.rootfs import Module
 
 # ---- archives
@@ -97,7 +97,7 @@ def test_root_follows_merged_usr_and_leaves_documentation_out(make_deb):
     )
     out = io.BytesIO()
     modules = {"netfs": Module(b"N"), "9pnet": Module(b"T", ("netfs",)), "9p": Module(b"P", ("netfs", "9pnet"))}
-    rootfs.write_root([deb], "9.9", modules | {"zram": Module(b"Z")}, out)
+    rootfs.write_root([deb], "9.9", modules | {"zram": Module(b"Z"), "ext4": Module(b"a guest's")}, out)
     entries = read_cpio(out.getvalue())
     assert entries["usr/bin/tool"][1] == b"tool"
     assert entries["usr/lib/aarch64-linux-gnu/libx.so.1"][1] == b"lib"
@@ -138,6 +138,35 @@ def test_kernel_gives_only_the_modules_wanted_with_what_each_needs_and_unsigned(
         "netfs": (), "9pnet": ("netfs",), "9p": ("netfs", "9pnet"), "9pnet_virtio": ("netfs", "9pnet"),
         "zsmalloc": (), "lz4hc_compress": (), "zram": ("zsmalloc", "lz4hc_compress"),
     }  # fmt: skip
+
+
+def test_a_guests_modules_are_an_archive_of_their_own_that_modprobe_understands():
+    modules = {
+        "9p": Module(b"9P"), "failover": Module(b"F"), "net_failover": Module(b"NF", ("failover",)),
+        "virtio_net": Module(b"VN", ("failover", "net_failover")), "virtio_rng": Module(b"VR"),
+    }  # fmt: skip
+    out = io.BytesIO()
+    rootfs.write_guest_modules("9.9", modules, out)
+    entries = read_cpio(out.getvalue())
+    assert entries["lib/modules/9.9/modules.dep"][1] == (
+        b"failover.ko: \nnet_failover.ko: failover.ko\nvirtio_net.ko: net_failover.ko failover.ko\nvirtio_rng.ko: \n"
+    )
+    assert entries["lib/modules/9.9/virtio_net.ko"][1] == b"VN"
+    assert "lib/modules/9.9/9p.ko" not in entries
+
+
+@pytest.mark.parametrize("path", ["kernel/drivers/virtio/virtio_mmio.ko", "kernel/drivers/net/tun.ko.xz"])
+def test_modules_of_guests_and_labs_are_looked_for_where_they_are(path):
+    assert rootfs.MODULE_FILE.search(f"usr/lib/modules/9.9/{path}")
+
+
+def test_network_cards_of_others_are_not_read():
+    assert not rootfs.MODULE_FILE.search("usr/lib/modules/9.9/kernel/drivers/net/ethernet/intel/e1000.ko.xz")
+
+
+def test_a_package_without_busybox_is_told(make_deb):
+    with pytest.raises(PyvmmError, match="no busybox"):
+        rootfs.read_busybox([make_deb("busybox-static", {"usr/bin/sh": b""})])
 
 
 def test_kernel_is_found_where_older_releases_have_it_and_once(make_deb):
@@ -261,7 +290,7 @@ class FakeApt:
     def resolve(self, *_names: str, suite: str = "") -> list[tuple[str, str]]:
         if suite:
             return [("systemd", "1"), (f"linux-binary-9.9-{suite}", "1")]
-        return [("p", "1"), ("dpkg", "1")]
+        return [("p", "1"), ("busybox-static", "1"), ("dpkg", "1")]
 
     def locate(self, packages: list[tuple[str, str]]) -> list[Package]:
         return [Package(name, version, f"{name}_{version}_all.deb", 1, "00") for name, version in packages]
@@ -277,6 +306,7 @@ class FakeApt:
 def archive(tmp_path, monkeypatch, make_deb):
     """Make builds take two tiny packages, and no lab."""
     make_deb("p", {"usr/bin/tool": b"tool"})
+    make_deb("busybox-static", {"usr/bin/busybox": b"busybox"})
     for suite in ("trixie", "trixie-backports"):
         make_deb(f"linux-binary-9.9-{suite}", {f"boot/vmlinuz-9.9-{suite}": f"MZ{suite}".encode()})
     monkeypatch.setattr(image, "require_qemu", lambda: "qemu")
@@ -290,7 +320,10 @@ def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache):
     made = image.build_image(cache=cache, progress=lambda what, _share: steps.append(what))
     assert made.kernel.read_bytes() == b"MZtrixie-backports"
     assert made.root.read_bytes().endswith(b"additions")
-    assert [name for name, _, _ in made.manifest.packages] == ["linux-binary-9.9-trixie-backports", "p"]
+    assert [name for name, _, _ in made.manifest.packages] == [
+        "linux-binary-9.9-trixie-backports", "p", "busybox-static",
+    ]  # fmt: skip
+    assert (made.directory / "busybox").read_bytes() == b"busybox"
     assert {"packages", "kernel", "root"} <= set(steps)
     assert image.build_image(cache=cache) == made
 
@@ -304,7 +337,8 @@ def test_building_another_kernel_keeps_the_first_one_and_the_packages_of_both(ca
     assert image.usable_image(cache, thorough=True) == first
     names = {path.name for path in (tmp_path / "archives").iterdir()}
     assert names == {
-        f"{name}_1_all.deb" for name in ("linux-binary-9.9-trixie-backports", "linux-binary-9.9-trixie", "p")
+        f"{name}_1_all.deb"
+        for name in ("linux-binary-9.9-trixie-backports", "linux-binary-9.9-trixie", "p", "busybox-static")
     }
 
 

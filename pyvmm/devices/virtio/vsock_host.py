@@ -1,0 +1,167 @@
+"""The host's end of a guest's vsock: a Unix socket that programs connect to and name a port of the guest.
+
+Firecracker's convention: a client sends ``CONNECT <port>\\n`` and reads ``OK <port of the host's side>\\n`` once the
+guest has accepted; where it does not, the connection is closed. A :class:`Door` owns the listening socket, its name in
+the file system, and the clients that have not said which port they want; at most ``MOST_GUESTS`` of them, the oldest of
+which has to go for another. Used by one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import socket
+import stat
+from collections.abc import Callable
+from typing import Final
+
+from pyvmm.devices.virtio.vsock_packet import PORT_ANY
+from pyvmm.devices.virtio.vsock_table import Watch
+from pyvmm.errors import HostError, UsageError
+
+MOST_GUESTS: Final = 32
+_MOST_LINE: Final = 32
+_ACCEPTED_AT_ONCE: Final = 16
+_LINE: Final = re.compile(rb"connect +([0-9]{1,10})\r?\n", re.IGNORECASE)
+LONGEST_PATH: Final = 107 - len("_4294967295")
+"""Bytes of a path that leave room for a port behind it in a Unix socket's address."""
+
+
+class Door:
+    """Listens at ``path`` while it is open; ``connect`` takes a client's socket and the port it asked for.
+
+    UsageError where the path cannot be listened at; a socket that a program has left behind there is replaced.
+    """
+
+    def __init__(self, path: str, connect: Callable[[socket.socket, int], object], watch: Watch) -> None:
+        self._path = path
+        self._connect = connect
+        self._watch = watch
+        self._clients: dict[int, tuple[socket.socket, bytes]] = {}
+        self._open = False
+        self._listener = _listen(path)
+        self._id = _identity(path)
+
+    def open(self) -> None:
+        """Let clients in from now on; those that came before have waited."""
+        if not self._open:
+            self._open = True
+            self._watch(self._listener.fileno(), select.POLLIN)
+
+    def shut(self) -> None:
+        """Let nobody in, and send away who has not said what it wants. Idempotent."""
+        if self._open:
+            self._open = False
+            self._watch(self._listener.fileno(), None)
+        for fd in list(self._clients):
+            self._take(fd).close()
+
+    def close(self) -> None:
+        """Stop listening, and remove the name if it is still this socket's."""
+        self.shut()
+        self._listener.close()
+        if _identity(self._path) == self._id:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+
+    def ready(self, fd: int) -> bool:
+        """Be told that a watched descriptor is readable; False where it is none of these."""
+        if fd == self._listener.fileno():
+            self._accept()
+        elif fd in self._clients:
+            self._hear(fd)
+        else:
+            return False
+        return True
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                # Nobody is there any more, or there are no descriptors left: then it waits, as do those that come.
+                return
+            client.setblocking(False)
+            if len(self._clients) >= MOST_GUESTS:
+                self._take(next(iter(self._clients))).close()
+            self._clients[client.fileno()] = client, b""
+            self._watch(client.fileno(), select.POLLIN)
+
+    def _hear(self, fd: int) -> None:
+        client, line = self._clients[fd]
+        try:
+            # What comes behind the line is for the guest: no byte more than the line is taken.
+            ahead = client.recv(_MOST_LINE - len(line), socket.MSG_PEEK)
+            end = ahead.find(b"\n") + 1 or len(ahead)
+            line += client.recv(end) if end else b""
+        except BlockingIOError:
+            return
+        except OSError:
+            end = 0
+        if end and not line.endswith(b"\n") and len(line) < _MOST_LINE:
+            self._clients[fd] = client, line
+            return
+        self._take(fd)
+        asked = _LINE.fullmatch(line)
+        if asked is None or int(asked[1]) >= PORT_ANY:
+            client.close()
+        else:
+            self._connect(client, int(asked[1]))
+
+    def _take(self, fd: int) -> socket.socket:
+        self._watch(fd, None)
+        return self._clients.pop(fd)[0]
+
+
+def _listen(path: str) -> socket.socket:
+    name = os.fsencode(path)
+    if not name or b"\0" in name or len(name) > LONGEST_PATH:
+        raise UsageError(
+            f"the vsock path {path!r} has {len(name)} bytes: 1 to {LONGEST_PATH} can be the address of a Unix socket "
+            "with a port behind it",
+            hint="use a shorter path, or one relative to the working directory",
+        )
+    _make_way(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(name)
+        listener.listen(MOST_GUESTS)
+    except OSError as error:
+        listener.close()
+        raise UsageError(f"the vsock path {path!r} cannot be listened at: {error.strerror}") from None
+    return listener
+
+
+def _make_way(path: str) -> None:
+    """Remove a socket that nobody listens at any more. UsageError where the path is somebody's."""
+    try:
+        about = os.lstat(path)
+    except OSError:
+        return  # nothing is there, or the bind will say what is wrong
+    if not stat.S_ISSOCK(about.st_mode):
+        raise UsageError(f"the vsock path {path!r} exists and is no socket: it is not replaced",
+                         hint="name a path that is free")  # fmt: skip
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(os.fsencode(path))
+        except ConnectionRefusedError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                raise HostError(f"the vsock path {path!r} cannot be looked at: {error.strerror}") from None
+    raise UsageError(f"the vsock path {path!r} is in use: a program, another VM perhaps, listens there",
+                     hint="name another path: each VM needs its own")  # fmt: skip
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        about = os.lstat(path)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino

@@ -1,0 +1,208 @@
+"""All connections of one guest: which packet is whose, whose turn it is, and how many there may be.
+
+A :class:`Table` owns the streams and their sockets, and is used by one thread. Packets go in with :meth:`from_guest`
+and come out of :meth:`to_guest`, one connection after the other; sockets are watched by whoever gave ``watch``.
+
+=======================================  ==========================================================================
+what a hostile guest may do              what happens
+=======================================  ==========================================================================
+ask for ever more connections            reset beyond ``MOST_STREAMS``; of those it does not confirm to be over one
+                                         is forgotten instead
+never take packets                       at most ``MOST_REFUSALS`` answers wait, then nothing more of it is heard
+name other cids, types, connections      reset; what it says it did not send itself is dropped
+=======================================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_REQUEST, OP_RST, STREAM, Header
+from pyvmm.devices.virtio.vsock_stream import State, Stream
+
+MOST_STREAMS: Final = 256
+MOST_REFUSALS: Final = 64
+_FIRST_HOST_PORT: Final = 1 << 30
+"""Connections that the host begins have ports from here on; guests see them as the peer's."""
+_HOST_PORTS: Final = 1 << 30
+
+Watch = Callable[[int, int | None], None]
+"""Watches a descriptor for poll events (0: only whether it is closed), or with None no more."""
+
+
+class Table:
+    """The connections of the guest ``cid``; those it asks for go to the sockets ``PATH_PORT``."""
+
+    def __init__(self, cid: int, path: str, watch: Watch) -> None:
+        self._cid = cid
+        self._path = path
+        self._watch = watch
+        self._streams: dict[tuple[int, int], Stream] = {}
+        self._by_fd: dict[int, Stream] = {}
+        self._watched: dict[int, int] = {}
+        self._turns: deque[Stream] = deque()
+        self._refusals: deque[Header] = deque()
+        self._next_port = 0
+        self.dropped = 0
+        """Packets that nobody can have meant: of another sender."""
+        self.refused = 0
+        """Packets answered with a reset, for there is no such connection or there can be none."""
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    @property
+    def congested(self) -> bool:
+        """Whether so many answers wait for the guest that it is not to be heard before it has taken some."""
+        return len(self._refusals) >= MOST_REFUSALS
+
+    @property
+    def pending(self) -> bool:
+        """Whether :meth:`to_guest` may have something."""
+        return bool(self._refusals or self._turns)
+
+    # -- from the guest
+
+    def from_guest(self, header: Header, payload: bytes) -> None:
+        """Take one packet. ``payload`` shorter than the header says is one whose length lies: a reset."""
+        if header.src_cid != self._cid:
+            self.dropped += 1
+            return
+        stream = self._streams.get((header.src_port, header.dst_port))
+        if stream is not None and stream.state is State.CLOSING and header.op == OP_REQUEST:
+            # The guest has forgotten the old connection: its port is free for a new one.
+            stream.die()
+            self._settle(stream)
+            stream = None
+        if header.dst_cid != CID_HOST or header.type != STREAM or stream is None:
+            self._stray(header)
+            return
+        if len(payload) < header.size and header.op != OP_RST:
+            stream.refuse()
+        else:
+            stream.receive(header, payload)
+        self._settle(stream)
+
+    def _stray(self, header: Header) -> None:
+        if header.op == OP_RST:
+            return
+        if header.op == OP_REQUEST and header.dst_cid == CID_HOST and header.type == STREAM and self._room():
+            sock = _connect(f"{self._path}_{header.dst_port}")
+            if sock is not None:
+                stream = Stream(sock, self._cid, header.src_port, header.dst_port, by_host=False)
+                stream.begin(header)
+                self._add(stream)
+                return
+        self.refused += 1
+        self._refusals.append(header.reset())
+
+    # -- from the host
+
+    def connect(self, sock: socket.socket, port: int) -> bool:
+        """Ask the guest for a connection of its ``port`` with ``sock``, which is the table's from now on.
+
+        False, and it is closed, where there are too many connections.
+        """
+        if not self._room():
+            sock.close()
+            return False
+        host_port = _FIRST_HOST_PORT + self._next_port
+        while (port, host_port) in self._streams:
+            self._next_port = (self._next_port + 1) % _HOST_PORTS
+            host_port = _FIRST_HOST_PORT + self._next_port
+        self._next_port = (self._next_port + 1) % _HOST_PORTS
+        self._add(Stream(sock, self._cid, port, host_port, by_host=True))
+        return True
+
+    def ready(self, fd: int, events: int) -> None:
+        """Be told that a watched socket is as it was watched for."""
+        stream = self._by_fd.get(fd)
+        if stream is None:
+            return
+        watched = self._watched.get(fd, 0)
+        if events & select.POLLOUT:
+            stream.flush()
+        if watched & select.POLLIN and events & (select.POLLIN | select.POLLHUP | select.POLLERR):
+            stream.readable = True
+        elif events & (select.POLLHUP | select.POLLERR):
+            stream.hung_up()
+        self._settle(stream)
+
+    # -- to the guest
+
+    def to_guest(self, room: int) -> tuple[Header, bytes] | None:
+        """Return the next packet, at most ``room`` bytes (at least 1) behind its header; None where none is due."""
+        if self._refusals:
+            return self._refusals.popleft(), b""
+        while self._turns:
+            stream = self._turns.popleft()
+            stream.queued = False
+            packet = stream.next_packet(room)
+            self._settle(stream)
+            if packet is not None:
+                return packet
+        return None
+
+    def clear(self) -> None:
+        """Close every connection without a word: the guest has been reset."""
+        for stream in list(self._streams.values()):
+            stream.die()
+            self._settle(stream)
+        self._turns.clear()
+        self._refusals.clear()
+
+    # -- inside
+
+    def _add(self, stream: Stream) -> None:
+        self._streams[stream.guest_port, stream.host_port] = stream
+        self._by_fd[stream.fd] = stream
+        self._settle(stream)
+
+    def _room(self) -> bool:
+        """Whether one more connection can be; makes room at the cost of one that only lacks the guest's word."""
+        if len(self._streams) < MOST_STREAMS:
+            return True
+        for stream in self._streams.values():
+            if stream.state is State.CLOSING:
+                stream.die()
+                self._settle(stream)
+                return True
+        return False
+
+    def _settle(self, stream: Stream) -> None:
+        """After anything was done to ``stream``: watch for what it waits for, give it its turn, or let go of it."""
+        if self._by_fd.get(stream.fd) is stream:
+            wanted = stream.interest
+            if wanted != self._watched.get(stream.fd):
+                self._watch(stream.fd, wanted)
+                if wanted is None:
+                    self._watched.pop(stream.fd, None)
+                else:
+                    self._watched[stream.fd] = wanted
+            if stream.done:
+                del self._by_fd[stream.fd]
+                stream.socket.close()
+        if stream.state is State.DEAD:
+            self._streams.pop((stream.guest_port, stream.host_port), None)
+        elif stream.pending and not stream.queued:
+            stream.queued = True
+            self._turns.append(stream)
+
+
+def _connect(path: str) -> socket.socket | None:
+    """Connect to who listens at ``path``; None where nobody does, or is quick enough."""
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        sock.connect(os.fsencode(path))
+    except OSError:
+        sock.close()
+        return None
+    return sock

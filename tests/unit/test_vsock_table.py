@@ -1,0 +1,513 @@
+"""Connections between a guest and the host's sockets, packet by packet: the table, its streams, the door."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from vsock_peer import CID, Peer
+
+from pyvmm.devices.virtio import vsock_packet as vs
+from pyvmm.devices.virtio.vsock_host import MOST_GUESTS, Door
+from pyvmm.devices.virtio.vsock_packet import (
+    OP_CREDIT_REQUEST,
+    OP_CREDIT_UPDATE,
+    OP_REQUEST,
+    OP_RESPONSE,
+    OP_RST,
+    OP_RW,
+    OP_SHUTDOWN,
+    SHUTDOWN_BOTH,
+    SHUTDOWN_RECEIVE,
+    SHUTDOWN_SEND,
+    Header,
+)
+from pyvmm.devices.virtio.vsock_stream import BUFFER
+from pyvmm.devices.virtio.vsock_table import MOST_REFUSALS, MOST_STREAMS
+from pyvmm.errors import UsageError
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Peer]:
+    peer = Peer(tmp_path)
+    yield peer
+    peer.table.clear()
+    assert not peer.watched
+
+
+@pytest.fixture
+def host(peer: Peer) -> Iterator[socket.socket]:
+    """The host's end of a connection that port 1000 of the guest asked for, of port 5."""
+    with peer.listen(5) as listener:
+        peer.send(OP_REQUEST, 1000, 5)
+        assert peer.ops() == [OP_RESPONSE]
+        with listener.accept()[0] as end:
+            end.settimeout(5)
+            yield end
+
+
+def by_host(peer: Peer, port: int = 7) -> tuple[socket.socket, int]:
+    """A connection that the host began and the guest accepted: the host's end and its port."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(5)
+    assert peer.table.connect(theirs, port)
+    [(asked, _)] = peer.turn()
+    assert (asked.op, asked.dst_port, asked.src_cid, asked.dst_cid) == (OP_REQUEST, port, 2, CID)
+    peer.send(OP_RESPONSE, port, asked.src_port)
+    assert ours.recv(64) == f"OK {asked.src_port}\n".encode()
+    return ours, asked.src_port
+
+
+def test_header_is_44_bytes_as_the_specification_lays_them_out() -> None:
+    header = Header(3, 2, 0x11, 0x22, 5, 1, 6, 7, 8, 9)
+    data = header.pack()
+    assert len(data) == vs.HEADER_SIZE == 44
+    assert Header.unpack(data) == header
+    assert data[16:20] == b"\x11\0\0\0"
+    assert data[28:32] == b"\x01\0\x06\0"
+
+
+def test_guest_talks_to_a_host_socket_and_back(peer: Peer, host: socket.socket) -> None:
+    peer.send(OP_RW, 1000, 5, b"hello")
+    assert host.recv(64) == b"hello"
+    host.sendall(b"world")
+    [(header, data)] = peer.turn()
+    assert (header.op, header.size, data) == (OP_RW, 5, b"world")
+    assert (header.src_port, header.dst_port, header.fwd_cnt) == (5, 1000, 5)
+
+
+def test_host_talks_to_a_guest_that_listens(peer: Peer) -> None:
+    end, port = by_host(peer)
+    with end:
+        end.sendall(b"ping")
+        assert [data for _, data in peer.turn()] == [b"ping"]
+        peer.send(OP_RW, 7, port, b"pong")
+        assert end.recv(64) == b"pong"
+
+
+def test_port_nobody_listens_at_is_a_reset(peer: Peer) -> None:
+    peer.send(OP_REQUEST, 1000, 6)
+    [(header, _)] = peer.turn()
+    assert (header.op, header.src_port, header.dst_port) == (OP_RST, 6, 1000)
+
+
+def test_guest_that_refuses_closes_the_hosts_socket_without_an_ok(peer: Peer) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        peer.table.connect(theirs, 7)
+        [(asked, _)] = peer.turn()
+        peer.send(OP_RST, 7, asked.src_port)
+        assert ours.recv(64) == b""
+    assert len(peer.table) == 0
+
+
+@pytest.mark.parametrize("fields", [{"dst_cid": 4}, {"type": 2}, {"type": 0}])
+def test_other_cids_and_types_are_reset(peer: Peer, host: socket.socket, fields: dict[str, int]) -> None:
+    peer.send(OP_RW, 1000, 5, b"x", **fields)
+    [(header, _)] = peer.turn()
+    assert header.op == OP_RST
+    assert {key: {"dst_cid": header.src_cid, "type": header.type}[key] for key in fields} == fields
+    host.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        host.recv(1)
+
+
+def test_packet_of_another_sender_is_dropped(peer: Peer, host: socket.socket) -> None:
+    peer.send(OP_RW, 1000, 5, b"x", src_cid=9)
+    assert peer.turn() == []
+    assert peer.table.dropped == 1
+    assert host
+
+
+@pytest.mark.parametrize("op", [0, OP_REQUEST, OP_RESPONSE, 8, 0xFFFF])
+def test_what_no_open_connection_takes_resets_it(peer: Peer, host: socket.socket, op: int) -> None:
+    peer.send(op, 1000, 5)
+    assert peer.ops() == [OP_RST]
+    assert host.recv(1) == b""
+    assert len(peer.table) == 0
+
+
+def test_length_that_lies_resets_the_connection(peer: Peer, host: socket.socket) -> None:
+    peer.send(OP_RW, 1000, 5, b"x", size=100)
+    assert peer.ops() == [OP_RST]
+    assert host.recv(1) == b""
+
+
+def test_reset_is_never_answered_with_a_reset(peer: Peer) -> None:
+    peer.send(OP_RST, 1, 2)
+    assert peer.turn() == []
+
+
+def test_host_is_sent_to_the_guest_only_as_far_as_it_has_room(peer: Peer, host: socket.socket) -> None:
+    peer.send(OP_CREDIT_UPDATE, 1000, 5, buf_alloc=10, fwd_cnt=0)
+    host.sendall(b"0123456789abcdef")
+    packets = peer.turn()
+    assert [(header.op, data) for header, data in packets] == [(OP_RW, b"0123456789"), (OP_CREDIT_REQUEST, b"")]
+    peer.send(OP_CREDIT_UPDATE, 1000, 5, buf_alloc=10, fwd_cnt=0)
+    assert peer.turn() == [], "an answer without credit must not be asked about again"
+    peer.send(OP_CREDIT_UPDATE, 1000, 5, buf_alloc=10, fwd_cnt=4)
+    assert [data for _, data in peer.turn()] == [b"abcd", b""]
+
+
+def test_credit_of_a_guest_that_took_more_than_it_was_sent_is_none(peer: Peer, host: socket.socket) -> None:
+    peer.send(OP_CREDIT_UPDATE, 1000, 5, buf_alloc=100, fwd_cnt=50)
+    host.sendall(b"x" * 200)
+    assert peer.ops() == [OP_CREDIT_REQUEST]
+
+
+def test_slow_reader_of_the_host_bounds_what_the_guest_may_send(peer: Peer, host: socket.socket) -> None:
+    sent = 0
+    while OP_RST not in peer.ops():
+        peer.send(OP_RW, 1000, 5, b"x" * 4096)
+        sent += 4096
+        assert sent < 1 << 21
+    # What the kernel's socket buffers hold, and one BUFFER; the packet that was too much not counted.
+    assert sent > BUFFER
+    assert host.recv(1) == b"x"
+
+
+def test_guest_is_told_of_room_as_the_host_reads(peer: Peer, host: socket.socket) -> None:
+    peer.send(OP_RW, 1000, 5, b"x" * (BUFFER // 2))
+    assert len(host.recv(BUFFER)) == BUFFER // 2
+    [(header, _)] = peer.turn()
+    assert (header.op, header.buf_alloc, header.fwd_cnt) == (OP_CREDIT_UPDATE, BUFFER, BUFFER // 2)
+    peer.send(OP_CREDIT_REQUEST, 1000, 5)
+    assert peer.ops() == [OP_CREDIT_UPDATE]
+
+
+def test_close_of_the_host_reaches_the_guest_after_its_last_byte(peer: Peer, host: socket.socket) -> None:
+    host.sendall(b"last words")
+    host.close()
+    packets = peer.turn()
+    assert [(header.op, data) for header, data in packets] == [(OP_RW, b"last words"), (OP_SHUTDOWN, b"")]
+    assert packets[-1][0].flags == SHUTDOWN_BOTH
+    assert not peer.watched
+    peer.send(OP_RST, 1000, 5)
+    assert len(peer.table) == 0
+
+
+def test_half_a_close_of_the_host_leaves_the_other_half_open(peer: Peer, host: socket.socket) -> None:
+    host.shutdown(socket.SHUT_WR)
+    [(header, _)] = peer.turn()
+    assert (header.op, header.flags) == (OP_SHUTDOWN, SHUTDOWN_SEND)
+    peer.send(OP_RW, 1000, 5, b"still here")
+    assert host.recv(64) == b"still here"
+    host.close()
+    [(header, _)] = peer.turn()
+    assert (header.op, header.flags) == (OP_SHUTDOWN, SHUTDOWN_BOTH)
+
+
+def test_half_a_close_of_the_guest_leaves_the_other_half_open(peer: Peer, host: socket.socket) -> None:
+    peer.send(OP_RW, 1000, 5, b"question")
+    peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_SEND)
+    assert host.recv(64) == b"question"
+    assert host.recv(64) == b""
+    host.sendall(b"answer")
+    assert [data for _, data in peer.turn()] == [b"answer"]
+    peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_RECEIVE)
+    assert peer.ops() == [OP_RST]
+    assert len(peer.table) == 0
+
+
+def test_close_of_the_guest_is_confirmed_when_the_host_has_all_its_bytes(peer: Peer, host: socket.socket) -> None:
+    host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sent = 0
+    while not any(select.POLLOUT & events for events in peer.watched.values()):
+        peer.send(OP_RW, 1000, 5, b"y" * 4096)
+        sent += 4096
+    peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_BOTH)
+    assert OP_RST not in peer.ops()
+    got = 0
+    while data := host.recv(1 << 16):
+        got += len(data)
+        peer.turn()
+    assert got == sent
+    assert peer.got[-1][0].op == OP_RST
+
+
+def test_clients_that_give_up_before_the_guest_answers_are_forgotten(peer: Peer) -> None:
+    ours, theirs = socket.socketpair()
+    peer.table.connect(theirs, 7)
+    assert peer.ops() == [OP_REQUEST]
+    ours.close()
+    assert peer.ops() == [OP_RST]
+    assert len(peer.table) == 0
+
+
+def test_flood_of_requests_is_bounded(peer: Peer) -> None:
+    with peer.listen(5) as listener:
+        ends = []
+        for port in range(MOST_STREAMS + 3):
+            peer.send(OP_REQUEST, port, 5)
+            if port < MOST_STREAMS:
+                ends.append(listener.accept()[0])
+        assert len(peer.table) == MOST_STREAMS
+        assert peer.ops(2 * MOST_STREAMS).count(OP_RST) == 3
+        ends[0].close()
+        assert peer.ops() == [OP_SHUTDOWN]
+        # The guest has not confirmed that one's end: it has to go for another.
+        peer.send(OP_REQUEST, 5000, 5)
+        assert peer.ops() == [OP_RESPONSE]
+        assert len(peer.table) == MOST_STREAMS
+        for end in ends:
+            end.close()
+
+
+def test_guest_that_takes_no_answers_is_not_heard_for_ever(peer: Peer) -> None:
+    while not peer.table.congested:
+        peer.send(OP_RW, 1, 2, b"x")
+    assert peer.ops(1000) == [OP_RST] * MOST_REFUSALS
+    assert not peer.table.congested
+
+
+# ---- the door
+
+
+@pytest.fixture
+def door(peer: Peer) -> Iterator[Door]:
+    door = Door(peer.path, peer.table.connect, peer.watch)
+    yield door
+    door.close()
+    assert not os.path.lexists(peer.path)
+
+
+def enter(peer: Peer, door: Door, *lines: bytes) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(5)
+    client.connect(peer.path)
+    turn(peer, door)
+    for line in lines:
+        with contextlib.suppress(BrokenPipeError):
+            client.sendall(line)
+        turn(peer, door)
+    return client
+
+
+def turn(peer: Peer, door: Door) -> None:
+    poll = select.poll()
+    for fd, events in peer.watched.items():
+        poll.register(fd, events)
+    for fd, _ in poll.poll(0):
+        if fd in peer.watched:
+            door.ready(fd)
+
+
+@pytest.mark.parametrize(
+    "lines", [(b"CONNECT 7\n",), (b"connect 7\r\n",), (b"CONN", b"ECT 7", b"\n"), (b"CONNECT 7\nearly",)]
+)
+def test_client_names_a_port_and_what_follows_is_the_guests(peer: Peer, door: Door, lines: tuple[bytes, ...]) -> None:
+    door.open()
+    with enter(peer, door, *lines) as client:
+        [(asked, _)] = peer.turn()
+        assert (asked.op, asked.dst_port) == (OP_REQUEST, 7)
+        peer.send(OP_RESPONSE, 7, asked.src_port)
+        assert client.recv(64) == f"OK {asked.src_port}\n".encode()
+        assert b"".join(data for _, data in peer.turn()) == (b"early" if b"early" in lines[0] else b"")
+
+
+@pytest.mark.parametrize(
+    "line", [b"GET / HTTP/1.1\n", b"CONNECT\n", b"CONNECT -1\n", b"CONNECT 4294967295\n", b"CONNECT 7" + b" " * 40]
+)
+def test_client_that_says_something_else_is_sent_away(peer: Peer, door: Door, line: bytes) -> None:
+    door.open()
+    with enter(peer, door, line) as client, contextlib.suppress(ConnectionResetError):
+        assert client.recv(64) == b""
+    assert len(peer.table) == 0
+    assert len(peer.watched) == 1
+
+
+def test_clients_that_say_nothing_are_bounded_and_the_oldest_goes(peer: Peer, door: Door) -> None:
+    door.open()
+    clients = [enter(peer, door) for _ in range(MOST_GUESTS + 1)]
+    assert len(peer.watched) == 1 + MOST_GUESTS
+    assert clients[0].recv(1) == b""
+    for client in clients:
+        client.close()
+
+
+def test_client_waits_for_a_guest_that_is_not_up(peer: Peer, door: Door) -> None:
+    with enter(peer, door, b"CONNECT 7\n"):
+        assert not peer.watched
+        door.open()
+        turn(peer, door)
+        turn(peer, door)
+        assert peer.ops() == [OP_REQUEST]
+
+
+def test_path_in_use_is_refused_and_a_stale_one_is_replaced(peer: Peer, door: Door) -> None:
+    with pytest.raises(UsageError, match="in use"):
+        Door(peer.path, peer.table.connect, peer.watch)
+    stale = f"{peer.path}-stale"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(stale)
+    again = Door(stale, peer.table.connect, peer.watch)
+    assert stat.S_ISSOCK(os.lstat(stale).st_mode)
+    os.unlink(stale)
+    Path(stale).write_text("somebody else's by now")
+    again.close()
+    assert Path(stale).read_text()
+    with pytest.raises(UsageError, match="no socket"):
+        Door(stale, peer.table.connect, peer.watch)
+    assert door
+
+
+@pytest.mark.parametrize("path", ["x" * 98, "/nowhere/there/is/v"])
+def test_path_that_cannot_be_is_refused(peer: Peer, path: str) -> None:
+    with pytest.raises(UsageError, match=r"bytes|No such file"):
+        Door(path, peer.table.connect, peer.watch)
+
+
+# ---- everything at once
+
+
+class Guest:
+    """What the model knows of one connection."""
+
+    def __init__(self, port: int, host_port: int, end: socket.socket) -> None:
+        self.port, self.host_port, self.end = port, host_port, end
+        self.to_host = self.to_guest = b""
+        self.sent = self.taken = self.freed = 0
+        self.room = 1 << 16
+        self.fwd_cnt = 0
+        self.over = False
+
+
+class Connections(RuleBasedStateMachine):
+    """Bytes arrive whole and in order, credit is kept by the host's side, and whatever is over is let go of."""
+
+    streams: Bundle[Guest] = Bundle("streams")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.mkdtemp()
+        self.peer = Peer(Path(self.directory))
+        self.listener = self.peer.listen(5)
+        self.alive: dict[tuple[int, int], Guest] = {}
+        self.port = 1000
+
+    def teardown(self) -> None:
+        self.peer.table.clear()
+        assert not self.peer.watched
+        assert len(self.peer.table) == 0
+        for guest in self.alive.values():
+            guest.end.close()
+        self.listener.close()
+        shutil.rmtree(self.directory)
+
+    def step(self, rounds: int = 8, room: int = 512) -> None:
+        for header, data in self.peer.turn(rounds, room):
+            guest = self.alive.get((header.dst_port, header.src_port))
+            if guest is None:
+                assert header.op in (OP_RST, OP_RESPONSE, OP_REQUEST)
+                continue
+            guest.fwd_cnt = header.fwd_cnt
+            assert header.fwd_cnt <= guest.sent
+            if header.op == OP_RW:
+                assert guest.to_guest.startswith(data)
+                guest.to_guest = guest.to_guest[len(data) :]
+                guest.taken += len(data)
+                assert guest.taken - guest.freed <= guest.room
+            elif header.op == OP_RST or (header.op == OP_SHUTDOWN and header.flags == SHUTDOWN_BOTH):
+                guest.over = True
+
+    @rule(target=streams)
+    def guest_asks(self) -> Guest:
+        self.port += 1
+        self.peer.send(OP_REQUEST, self.port, 5)
+        end = self.listener.accept()[0]
+        return self.born(Guest(self.port, 5, end))
+
+    @rule(target=streams)
+    def host_asks(self) -> object:
+        end, theirs = socket.socketpair()
+        self.peer.table.connect(theirs, 7)
+        self.step(64)
+        asked = self.peer.got[-1][0]
+        if asked.op != OP_REQUEST:
+            end.close()
+            return multiple()
+        self.peer.send(OP_RESPONSE, 7, asked.src_port)
+        assert end.recv(64) == f"OK {asked.src_port}\n".encode()
+        return self.born(Guest(7, asked.src_port, end))
+
+    def born(self, guest: Guest) -> Guest:
+        guest.end.setblocking(False)
+        self.alive[guest.port, guest.host_port] = guest
+        return guest
+
+    @rule(guest=streams, data=st.binary(min_size=1, max_size=2000))
+    def guest_sends(self, guest: Guest, data: bytes) -> None:
+        if not guest.over and guest.sent + len(data) - guest.fwd_cnt <= BUFFER:
+            self.packet(guest, OP_RW, data)
+            guest.sent += len(data)
+            guest.to_host += data
+
+    @rule(guest=streams)
+    def guest_overruns(self, guest: Guest) -> None:
+        for _ in range(80):
+            self.packet(guest, OP_RW, b"z" * 8192)
+        guest.to_host = b""
+        guest.sent = 1 << 40
+        self.step(64)
+        assert guest.over
+
+    @rule(guest=streams, data=st.binary(min_size=1, max_size=2000))
+    def host_sends(self, guest: Guest, data: bytes) -> None:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            guest.to_guest += data[: guest.end.send(data)]
+
+    @rule(guest=streams, size=st.integers(1, 5000))
+    def host_reads(self, guest: Guest, size: int) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            data = guest.end.recv(size)
+            if guest.sent < 1 << 40:
+                assert guest.to_host.startswith(data)
+                guest.to_host = guest.to_host[len(data) :]
+
+    @rule(guest=streams, room=st.integers(0, 4000))
+    def guest_makes_room(self, guest: Guest, room: int) -> None:
+        guest.freed = guest.taken
+        guest.room = max(room, guest.room if room % 2 else 0)
+        self.packet(guest, OP_CREDIT_UPDATE)
+
+    @rule(guest=streams, op=st.integers(0, 9), flags=st.integers(0, 7), size=st.integers(0, 9))
+    def guest_babbles(self, guest: Guest, op: int, flags: int, size: int) -> None:
+        if op in (OP_RW, OP_SHUTDOWN) or size:
+            guest.over = True
+            guest.sent = 1 << 40
+        self.packet(guest, op, flags=flags, size=size)
+
+    @rule(guest=consumes(streams))
+    def host_closes(self, guest: Guest) -> None:
+        guest.end.close()
+
+    @rule()
+    def turns(self) -> None:
+        self.step()
+
+    def packet(self, guest: Guest, op: int, data: bytes = b"", **fields: int) -> None:
+        room = {"buf_alloc": guest.room, "fwd_cnt": guest.freed}
+        self.peer.send(op, guest.port, guest.host_port, data, **room, **fields)
+
+    @invariant()
+    def watches_only_what_is_open(self) -> None:
+        for fd in self.peer.watched:
+            os.fstat(fd)
+        assert len(self.peer.watched) <= len(self.peer.table)
+
+
+Connections.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestConnections = Connections.TestCase

@@ -437,6 +437,46 @@ int pv_probe(struct pv_vm *vm, uint64_t gpa);
    A page that is moving only becomes PV_PAGE_ABSENT: where it ends is the loop's to say. */
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
 
+/* ---- virtio-net -------------------------------------------------------------------------------------------- */
+
+enum pv_net_backend {
+    PV_NET_NONE,           /* nobody: what the guest sends is dropped */
+    PV_NET_TAP,            /* frames behind the guest's own header: IFF_VNET_HDR, 12 bytes, non-blocking */
+    PV_NET_STREAM          /* a socket: frames behind their length, 4 bytes, big-endian */
+};
+/* Why pv_net_serve() returned. */
+enum pv_net_end {
+    PV_NET_STOPPED,        /* stop_fd is readable */
+    PV_NET_BROKEN,         /* a queue is: its error says how */
+    PV_NET_GONE,           /* the backend has: error is an errno, or 0 where it hung up */
+    PV_NET_FAILED          /* poll(2): error */
+};
+
+/* Frames and bytes that went over, without headers. Both may be read meanwhile. */
+struct pv_net_traffic {
+    uint64_t frames, bytes;
+    uint64_t dropped;      /* frames: too short, too long, with no room for them, or refused by the backend */
+    uint64_t faults;       /* buffers with a page that cannot be touched */
+};
+
+struct pv_net {
+    struct pv_queue *rx, *tx;      /* NULL: the driver has made none */
+    int32_t fd, stop_fd;           /* of the backend; an eventfd */
+    uint32_t backend;              /* enum pv_net_backend */
+    uint32_t mergeable;            /* VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may lie in several buffers */
+    uint32_t longest;              /* bytes of a tap's longest frame, header included */
+    int32_t error;
+    struct pv_chain *chain;        /* with room for what either queue may hold */
+    void *work;                    /* pv_net_room() bytes, zeros at first; C's own, and kept from call to call */
+    struct pv_net_traffic sent, received;   /* by the guest */
+};
+
+uint64_t pv_net_room(void);
+/* Moves frames until there is a reason to come back: enum pv_net_end. In a thread of its own. */
+int pv_net_serve(struct pv_net *net);
+/* After it has returned, and the queues are to be used or looked at by others: gives back what it has taken of rx. */
+void pv_net_settle(struct pv_net *net);
+
 /* ---- userfaultfd -------------------------------------------------------------------------------------------- */
 
 /* Missing pages of [hva, hva + size) come from the same offset of source. served and late may be read meanwhile. */

@@ -99,6 +99,14 @@ class _Lib:
     PV_QUEUE_ROOM: Final[int]
     PV_QUEUE_ERRORS: Final[int]
 
+    PV_NET_NONE: Final[int]
+    PV_NET_TAP: Final[int]
+    PV_NET_STREAM: Final[int]
+    PV_NET_STOPPED: Final[int]
+    PV_NET_BROKEN: Final[int]
+    PV_NET_GONE: Final[int]
+    PV_NET_FAILED: Final[int]
+
     PV_SOURCE_DOORBELL: Final[int]
     PV_SOURCE_HYPERCALL: Final[int]
     PV_SOURCE_ACCESS: Final[int]
@@ -196,6 +204,9 @@ class _Lib:
     def pv_blk_serve(self, blk: _CData, /) -> int: ...
     def pv_blk_answer(self, blk: _CData, status: int, /) -> int: ...
     def pv_interrupt(self, interrupt: _CData, bits: int, /) -> None: ...
+    def pv_net_room(self) -> int: ...
+    def pv_net_serve(self, net: _CData, /) -> int: ...
+    def pv_net_settle(self, net: _CData, /) -> None: ...
     def pv_source_hash(self) -> _CData: ...
 
 ffi: Final[_Ffi]

@@ -98,7 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return done.code if isinstance(done.code, int) else 2
     log.configure(args.verbose - args.quiet, json=bool(args.log_json))
     try:
-        status = _dispatch(args, words)
+        if getattr(args, "config", None) is not None:
+            words = import_module("pyvmm.cli.config").expand(words, args)
+            args = make_parser(words).parse_args(words)
+        if getattr(args, "print_config", False):
+            print(import_module("pyvmm.cli.config").as_toml(args), end="")
+            status = 0
+        else:
+            status = _dispatch(args, words)
         sys.stdout.flush()
     except PyvmmError as error:
         _complain(args, error.message, error.hint)

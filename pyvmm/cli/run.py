@@ -97,6 +97,12 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         help="what becomes of a page's contents when it changes hands (emulated only; default preserve)",
     )  # fmt: skip
 
+    config = parser.add_argument_group("configuration")
+    config.add_argument(
+        "--config", metavar="FILE.toml", help="options from a file: long names as keys; what is said here goes first"
+    )
+    config.add_argument("--print-config", action="store_true", help="print such a file of these options, run nothing")
+
     output = parser.add_argument_group("output")
     output.add_argument("--dump-dtb", type=OutputPath, metavar="FILE", help="write the guest's device tree to FILE")
     output.add_argument("--stats", action="store_true", help="end with a table of exits and what they cost")
@@ -139,6 +145,11 @@ def traced(args: argparse.Namespace) -> Tracing | None:
     from pyvmm.cli.trace import Tracing
 
     return Tracing(args.trace, faults=args.trace_faults, el2=args.trace_el2)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UsageError for options that make no sense together, whatever the host and the kernel's file are."""
+    _config(args, _kernel(args), None, None).check()
 
 
 def ready(args: argparse.Namespace) -> str:

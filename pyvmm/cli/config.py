@@ -1,0 +1,304 @@
+"""A run's options from a file: ``--config FILE.toml``, and ``--print-config``, which writes such a file.
+
+A key is the long name of an option of the verb, and that is all of the schema: it is asked of the parser, so an option
+that is new is a key too. What the file says is put in front of the command line's own words, unless those say the same
+thing themselves: from there on, nobody knows where an option came from.
+
+    kernel = "payload:echo"
+    mem = "256M"                     # as on the command line; a number where a number will do
+    protection = "pkvm"
+    prefault = true                  # an option without a value
+    params = ["quiet", "way=loop"]   # one that may be repeated
+
+    [[disk]]                         # one of key=value parts: a table is those parts, true the key alone
+    path = "root.img"
+    ro = true
+
+Paths are relative to the current directory, as on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    Action = argparse.Action
+
+OPTION: Final = "--config"
+LEFT_OUT: Final = {"help", "config", "print-config", "dry-run", "lab", "verbose", "quiet", "log-json"}
+"""Options that are about one invocation, not about the guest."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key of the file, with its value, and the lines where it is said: one, or one for each of its tables."""
+
+    key: str
+    value: Any
+    lines: tuple[int, ...]
+
+    def line(self, number: int = 0) -> int:
+        """Return where the value's part of this number is said."""
+        return self.lines[min(number, len(self.lines) - 1)]
+
+
+def expand(words: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Return the command line ``words``, of which ``args`` was parsed, with its file's options in the file's place.
+
+    Raises UsageError, with the key and its line, for a file that cannot be read, a key that is no option, a value that
+    the option does not take, and for keys that contradict each other.
+    """
+    head = list(words[: len(words) - len(args.verb_argv)])
+    verb, *rest = args.verb_argv
+    rest = _without(rest)
+    path: str = args.config
+    parser = verb_parser(verb)
+    entries = read(path)
+    actions = {entry.key: _action(parser, entry, path) for entry in entries}
+    _refuse_contradictions(parser, entries, actions, path)
+    spoken_for = _spoken_for(parser, vars(given(verb, rest)))
+    kept = [entry for entry in entries if actions[entry.key].dest not in spoken_for]
+    said = {entry.key: list(_words(actions[entry.key], entry, path)) for entry in kept}
+
+    def line_without(left_out: str | None) -> list[str]:
+        return [*head, verb, *(word for key in said if key != left_out for word in said[key]), *rest]
+
+    if error := _refusal(line_without(None)):
+        blamed = [entry for entry in kept if _refusal(line_without(entry.key)) is None]
+        if blamed:
+            where = " and ".join(f"{entry.key} (line {entry.line()})" for entry in blamed)
+            raise UsageError(f"{path}: {where}: {error.message}", hint=error.hint)
+    return line_without(None)
+
+
+def verb_parser(verb: str) -> argparse.ArgumentParser:
+    """Return the parser of a verb's own options."""
+    verbs = argparse.ArgumentParser(prog="pyvmm", allow_abbrev=False).add_subparsers()
+    import_module(f"pyvmm.cli.{verb}").add_parser(verbs)
+    parser: argparse.ArgumentParser = verbs.choices[verb]
+    return parser
+
+
+def given(verb: str, words: Sequence[str]) -> argparse.Namespace:
+    """Return what ``words`` themselves say of the options of ``verb``, as text, and nothing of what they do not."""
+    parser = verb_parser(verb)
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default, action.type, action.choices = argparse.SUPPRESS, None, None
+    return parser.parse_args(words)
+
+
+def _long(action: Action) -> list[str]:
+    return [option[2:] for option in action.option_strings if option.startswith("--")]
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, Action]:
+    return {name: action for action in parser._actions for name in _long(action) if not LEFT_OUT & set(_long(action))}
+
+
+def _without(words: list[str]) -> list[str]:
+    left = []
+    skip = False
+    for word in words:
+        if not skip and word != OPTION and not word.startswith(f"{OPTION}="):
+            left.append(word)
+        skip = not skip and word == OPTION
+    return left
+
+
+def _refusal(words: list[str]) -> UsageError | None:
+    """Return why a guest of such options makes no sense, if it is known without building one."""
+    from pyvmm.cli import make_parser
+    from pyvmm.cli.run import check_options
+
+    try:
+        check_options(make_parser(words).parse_args(words))
+    except UsageError as error:
+        return error
+    return None
+
+
+# -- the file
+
+
+def read(path: str) -> list[Entry]:
+    """Return what a file says, in its order. Raises UsageError for one that cannot be read or is no TOML."""
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode()
+        whole = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"{OPTION} {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise UsageError(f"{OPTION} {path} is no TOML: {error}", hint="pyvmm run --print-config shows one") from None
+    lines: dict[str, list[int]] = {}
+    for number, key, header in _statements(text):
+        if header or key not in lines:
+            lines.setdefault(key, []).append(number)
+    return [Entry(key, value, tuple(lines[key])) for key, value in whole.items()]
+
+
+def _statements(text: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, key at the top, whether it is a table's header) of each statement; ``text`` is TOML.
+
+    A statement is over when what there is of it is TOML by itself: until then a string or an array is still open.
+    """
+    import tomllib
+
+    first, lines, table = 1, "", ""
+    for number, line in enumerate(text.split("\n"), 1):
+        lines = f"{lines}{line}\n"
+        try:
+            statement = tomllib.loads(lines)
+        except tomllib.TOMLDecodeError:
+            continue
+        header = lines.lstrip().startswith("[")
+        for key in statement:
+            table = key if header else table
+            yield first, table or key, header
+        first, lines = number + 1, ""
+
+
+def _action(parser: argparse.ArgumentParser, entry: Entry, path: str) -> Action:
+    options = _options(parser)
+    if entry.key in options:
+        return options[entry.key]
+    near = difflib.get_close_matches(entry.key, options, 1)
+    raise UsageError(
+        f"{path}, line {entry.line()}: {entry.key} is no option of {parser.prog} that a file may give",
+        hint=f"did you mean {near[0]}?" if near else f"pyvmm {parser.prog.split()[-1]} --help lists them",
+    )
+
+
+def _refuse_contradictions(
+    parser: argparse.ArgumentParser, entries: list[Entry], actions: dict[str, Action], path: str
+) -> None:
+    said: dict[int, Entry] = {}
+    for entry in entries:
+        if entry.value is False:
+            continue
+        rivals = [id(action) for action in _rivals(parser, actions[entry.key])]
+        if other := next((said[rival] for rival in rivals if rival in said), None):
+            raise UsageError(
+                f"{path}, line {entry.line()}: {entry.key} contradicts {other.key} of line {other.line()}",
+                hint="leave one of them out",
+            )
+        said[id(actions[entry.key])] = entry
+
+
+def _rivals(parser: argparse.ArgumentParser, action: Action) -> list[Action]:
+    """Return the options of which only one may be said, ``action`` with them."""
+    groups = [group._group_actions for group in parser._mutually_exclusive_groups]
+    same = [each for each in parser._actions if each.dest == action.dest]
+    return same + [each for group in groups if action in group for each in group]
+
+
+def _spoken_for(parser: argparse.ArgumentParser, said: dict[str, Any]) -> set[str]:
+    """Return what the file has no say in, as the command line says it."""
+    dests = {rival.dest for action in parser._actions if action.dest in said for rival in _rivals(parser, action)}
+    # The kernel can be said in two ways.
+    return dests | ({"kernel", "kernel_option"} if dests & {"kernel", "kernel_option"} else set())
+
+
+def _words(action: Action, entry: Entry, path: str) -> Iterator[str]:
+    """Yield the words of a command line for an entry."""
+    if action.nargs == 0:
+        if not isinstance(entry.value, bool):
+            raise _wrong(entry, path, f"{entry.value!r} is given to an option without a value: true or false")
+        if entry.value:
+            yield f"--{entry.key}"
+        return
+    several = isinstance(action, argparse._AppendAction)
+    if isinstance(entry.value, list) and not several:
+        raise _wrong(entry, path, "a list is given to an option that is given once")
+    for number, value in enumerate(entry.value if isinstance(entry.value, list) else [entry.value]):
+        text = _text(entry, number, value, path)
+        try:
+            checked = text if action.type is None else action.type(text)  # type: ignore[operator]
+        except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+            raise _wrong(entry, path, str(error), number) from None
+        except UsageError as error:
+            raise _wrong(entry, path, error.message, number) from None
+        if action.choices is not None and checked not in action.choices:
+            raise _wrong(entry, path, f"{text!r} is none of {', '.join(map(str, action.choices))}", number)
+        yield f"--{entry.key}={text}"
+
+
+def _wrong(entry: Entry, path: str, why: str, number: int = 0) -> UsageError:
+    return UsageError(f"{path}, line {entry.line(number)}: {entry.key}: {why}")
+
+
+def _text(entry: Entry, number: int, value: Any, path: str) -> str:
+    match value:
+        case str():
+            return value
+        case bool():
+            raise _wrong(entry, path, f"{str(value).lower()} is given to an option that has a value", number)
+        case int() | float():
+            return str(value)
+        case dict():
+            return ",".join(_part(entry, number, key, each, path) for key, each in value.items() if each is not False)
+        case _:
+            raise _wrong(entry, path, f"no option takes a {type(value).__name__}", number)
+
+
+def _part(entry: Entry, number: int, key: str, value: Any, path: str) -> str:
+    if value is True:
+        return key
+    text = _text(entry, number, value, path)
+    if isinstance(value, dict) or "," in text:
+        raise _wrong(entry, path, f"{key}: {value!r} cannot be said here, where a comma ends a part", number)
+    return f"{key}={text}"
+
+
+# -- the other way
+
+
+def as_toml(args: argparse.Namespace) -> str:
+    """Return the options that ``args`` was parsed of, and the defaults of others that have a value, as such a file."""
+    verb, *rest = args.verb_argv
+    said = vars(given(verb, rest))
+    parser = verb_parser(verb)
+    if (kernel := said.pop("kernel", None)) is not None:
+        said["kernel_option"] = kernel
+    lines = []
+    for action in {action.dest: action for action in reversed(_options(parser).values())}.values():
+        if action.dest in said:
+            value = said[action.dest]
+        else:
+            value = parser.get_default(action.dest)
+            if value in (None, False) or not isinstance(value, bool | int | float | str) or value == argparse.SUPPRESS:
+                continue
+        lines.append(f"{_long(action)[0]} = {_value(action, value)}\n")
+    return "".join(reversed(lines))
+
+
+def _value(action: Action, value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_quoted(each) for each in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    if action.type is not None and text.isascii() and text.isdecimal() and str(int(text)) == text:
+        return text
+    return _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    import json
+
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{text!r} cannot be said in TOML, which is UTF-8") from None
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

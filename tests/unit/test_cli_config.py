@@ -1,0 +1,216 @@
+"""Options from a file: what it may say, what the command line says over it, and what is refused, and where."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyvmm.cli import common, config, make_parser, run
+from pyvmm.errors import UsageError
+
+EXAMPLE = """\
+# what a guest is to be
+kernel = "payload:echo"
+mem = 256
+params = [
+  "a=1",   # protection = "pkvm"
+  '''
+conversion = "x"''',
+]
+protection = "emulated"
+prefault = true
+"""
+
+
+def parse(*words: str) -> argparse.Namespace:
+    return make_parser(words).parse_args(words)
+
+
+def applied(text: str, folder: Path, *words: str) -> argparse.Namespace:
+    """The options of a file and a command line."""
+    path = folder / "vm.toml"
+    path.write_text(text)
+    line = ["run", "--config", str(path), *words]
+    return parse(*config.expand(line, parse(*line)))
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key, value in vars(args).items() if key not in ("verb_argv", "config", "print_config")}
+
+
+def test_a_file_says_what_the_command_line_would(tmp_path: Path) -> None:
+    words = ("-m", "256", "-p", "a=1", "-p", 'conversion = "x"', "--protection", "emulated", "--prefault")
+    assert plain(applied(EXAMPLE, tmp_path)) == plain(parse("run", *words, "-k", "payload:echo"))
+
+
+def test_the_command_line_goes_first_whole_lists_and_other_spellings_included(tmp_path: Path) -> None:
+    args = applied(EXAMPLE, tmp_path, "--pkvm", "-p", "z", "-c", "2", "payload:hello")
+    assert (args.protection, args.params, args.cpus, args.mem) == ("pkvm", ["z"], 2, (256 << 20, None))
+    assert (args.kernel, args.kernel_option) == ("payload:hello", None)
+
+
+def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text('map = "a.svg"\nkernel = "payload:hello"\n')
+    line = ["--lab", "-v", "run", f"--config={path}", "-c", "2"]
+    args = parse(*config.expand(line, parse(*line)))
+    assert args.verb_argv == ["run", "--map=a.svg", "--kernel=payload:hello", "-c", "2"]
+    assert common.find_outputs(args) == ["a.svg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cpus = 2\n\ncpu = 3\n", "line 3: cpu is no option of pyvmm run"),
+        ("config = 'x'", "line 1: config is no option"),
+        ("params = [\n'''a\ncpus = 4\n''']\n[cpus]\nx = 1\n", r"line 5: cpus: 'x=1' is no count"),
+        ("cpus = 0", "line 1: cpus: '0' is no count"),
+        ("cpus = true", "line 1: cpus: true is given to an option that has a value"),
+        ("cpus = [1, 2]", "line 1: cpus: a list is given to an option that is given once"),
+        ("backing = 'memfd'\nprefault = 'yes'", "line 2: prefault: 'yes' is given to an option without a value"),
+        ("\nbacking = 'paper'", "line 2: backing: 'paper' is none of memfd,"),
+        ("deadline = 1979-05-27", "line 1: deadline: no option takes a date"),
+        ("protection = 'none'\n\npkvm = true\n", "line 3: pkvm contradicts protection of line 1"),
+        ("params = 'a'\nappend = 'b'\n", "line 2: append contradicts params of line 1"),
+        ("mem = 64\nmem = 65\n", r"no TOML.*line 2"),
+        ("mem = [", "no TOML"),
+        ("protection = 'none'\n\nconversion = 'zero'\n", r"conversion \(line 3\): .*policy zero with protection none"),
+        ("cpus = 1000\n", r"cpus \(line 1\): 1000 vCPUs"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_its_key_and_its_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        applied(text, tmp_path, "payload:hello")
+
+
+def test_a_key_that_is_nearly_an_option_is_told_which(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        applied("protecton = 'pkvm'", tmp_path)
+    assert refused.value.hint == "did you mean protection?"
+
+
+def test_what_the_command_line_contradicts_in_the_file_is_blamed_on_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"vm.toml: conversion \(line 2\): .* with protection pkvm"):
+        applied("# one\nconversion = 'zero'\n", tmp_path, "--pkvm", "payload:hello")
+
+
+@pytest.mark.parametrize("what", ["missing", "directory", "binary"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path if what == "directory" else tmp_path / what
+    if what == "binary":
+        path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="--config"):
+        config.read(str(path))
+
+
+# -- options of parts
+
+
+@pytest.fixture
+def disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verb with an option of key=value parts, which may be repeated."""
+
+    def disk(text: str) -> str:
+        if "path=" not in text:
+            raise argparse.ArgumentTypeError("a disk needs a path")
+        return text
+
+    def verb_parser(_verb: str) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser("pyvmm run")
+        parser.add_argument("--disk", type=disk, action="append")
+        return parser
+
+    monkeypatch.setattr(config, "verb_parser", verb_parser)
+    monkeypatch.setattr(config, "_refusal", lambda _words: None)
+
+
+def expanded(text: str, folder: Path) -> list[str]:
+    path = folder / "vm.toml"
+    path.write_text(text)
+    return config.expand(["run"], argparse.Namespace(verb_argv=["run"], config=str(path)))[1:]
+
+
+@pytest.mark.usefixtures("disks")
+def test_tables_are_the_parts_of_an_option(tmp_path: Path) -> None:
+    text = "[[disk]]\npath = 'a b'\nro = true\nqueues = 2\nsync = false\n[[disk]]\npath = 'c'\n"
+    assert expanded(text, tmp_path) == ["--disk=path=a b,ro,queues=2", "--disk=path=c"]
+    assert expanded("disk = [{path = 'a'}, 'path=b,ro']", tmp_path) == ["--disk=path=a", "--disk=path=b,ro"]
+    assert expanded("disk.path = 'a'\n", tmp_path) == ["--disk=path=a"]
+
+
+@pytest.mark.usefixtures("disks")
+def test_a_wrong_table_is_refused_with_the_line_of_its_header(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"line 4: disk: a disk needs a path"):
+        expanded("[[disk]]\npath = 'a'\n\n[[disk]]\nro = true\n", tmp_path)
+    with pytest.raises(UsageError, match=r"line 1: disk: path: 'a,b' cannot be said here"):
+        expanded("[[disk]]\npath = 'a,b'\n", tmp_path)
+
+
+# -- the other way
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options need not make sense together."""
+    monkeypatch.setattr(config, "_refusal", lambda _words: None)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "-m": st.integers(4, 1 << 20).map(str) | st.just("1G@0x80000000"),
+        "-c": st.integers(1, 16).map(str),
+        "--backing": st.sampled_from(run.BACKINGS),
+        "--protection": st.sampled_from(run.PROTECTIONS),
+        "--deadline": st.floats(0.1, 1e6).map(str) | st.just("10"),
+        "--initrd": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+        "--map": st.just("a.svg"),
+    },
+)
+
+
+@pytest.mark.usefixtures("unchecked")
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(OPTIONS, st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3), st.booleans())
+def test_what_is_printed_reads_back_as_the_same_options(
+    options: dict[str, str], params: list[str], prefault: bool
+) -> None:
+    words = [f"{option}={text}" if option.startswith("--") else f"{option}{text}" for option, text in options.items()]
+    words += [f"--params={text}" for text in params] + ["--prefault"] * prefault
+    before = parse("run", *words, "payload:hello")
+    printed = config.as_toml(before)
+    fd = os.memfd_create("config")
+    with open(fd, "w") as file:
+        file.write(printed)
+        file.flush()
+        line = ["run", "--config", f"/proc/self/fd/{fd}"]
+        after = parse(*config.expand(line, parse(*line)))
+    assert plain(after) == {**plain(before), "kernel": None, "kernel_option": "payload:hello"}
+    assert config.as_toml(after) == printed
+
+
+def test_the_configuration_in_effect_is_printed_and_nothing_runs(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text(EXAMPLE)
+    command = [sys.executable, "-m", "pyvmm", "run", "--config", str(path), "-c", "3", "--print-config"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        'kernel = "payload:echo"\n'
+        'params = ["a=1", "conversion = \\"x\\""]\n'
+        "mem = 256\n"
+        "cpus = 3\n"
+        'backing = "memfd"\n'
+        "prefault = true\n"
+        'serial = "stdio"\n'
+        'protection = "emulated"\n'
+        'conversion = "preserve"\n'
+    )

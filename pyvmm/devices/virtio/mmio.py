@@ -1,0 +1,309 @@
+"""virtio over MMIO, version 2 (virtio 1.2, 4.2): how a driver finds, sets up and resets a device.
+
+Owns the device's queues, its interrupt and its doorbell. Kicks, and the reading and acknowledging of interrupts, are
+the native loop's; the rest comes here, from any vCPU, under one lock. The device's own threads take only a second one,
+so that a reset may wait for them.
+
+=====================================  ==========================================================================
+what a hostile guest may do            what happens
+=====================================  ==========================================================================
+access a register with another width   reads 0, writes nothing (4.2.2.2); configuration space takes any width
+take steps out of order                ignored: features after FEATURES_OK, queues before it or after DRIVER_OK
+ask for features that are not offered  FEATURES_OK is not set
+make a queue of 0, 3 or 65535 entries  QueueReady stays 0
+put a ring where there is no memory    the queue breaks when it is used: DEVICE_NEEDS_RESET
+kick before DRIVER_OK                  nothing looks at the queue before that
+reset in the middle of requests        waits until the request at hand has ended
+=====================================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm._native import ffi, lib
+from pyvmm.devices.base import Device
+from pyvmm.devices.virtio.device import Complaints, Feature, VirtioDevice, log
+from pyvmm.devices.virtio.queue import Queue
+from pyvmm.devices.virtio.registers import (
+    AREAS,
+    BEFORE,
+    CONFIG,
+    LOW,
+    MAGIC,
+    SIZE,
+    VENDOR,
+    VERSION,
+    Register,
+    Setup,
+    Status,
+    objection,
+)
+from pyvmm.errors import PyvmmError, hex_
+
+if TYPE_CHECKING:
+    from pyvmm.machine.irq import EdgeLine
+
+# The doorbell takes QueueNotify and the reserved word behind it, the interrupt InterruptStatus and InterruptACK: a load
+# or store of 8 bytes is still inside one window.
+_NOTIFY_SIZE: Final = 8
+_INTERRUPT_SIZE: Final = 8
+
+
+class VirtioMmio(Device):
+    """A transport; ``device`` is its to close. ``native_vm`` is a ``struct pv_vm *``, ``line`` its interrupt.
+
+    ``private`` says whether the guest's memory is closed to the host: then ACCESS_PLATFORM is offered, and insisted on,
+    because a driver without it puts its rings where the host cannot look.
+    """
+
+    name = "virtio_mmio"
+    compatible = "virtio,mmio"
+
+    def __init__(self, device: VirtioDevice, native_vm: Any, line: EdgeLine | None = None, *, private: bool) -> None:
+        super().__init__(size=SIZE)
+        self.device = device
+        self.private = private
+        self.offered = device.features | (
+            Feature.VERSION_1 | Feature.RING_PACKED | Feature.INDIRECT_DESC | Feature.EVENT_IDX
+        )
+        if private:
+            self.offered |= Feature.ACCESS_PLATFORM
+        self.interrupt = ffi.new("struct pv_interrupt *", {"fd": -1 if line is None else line.fd})
+        self.queues: list[Queue] = []
+        self._complaints = Complaints(device.label)
+        self._lock = threading.Lock()
+        # For what the device's own threads change too, the status and the generation. Taken last, held for a moment.
+        self._state = threading.Lock()
+        self._status = Status(0)
+        self._generation = 0
+        self._slots = ffi.new("struct pv_doorbell_slot[]", len(device.queue_sizes))
+        self._bell = ffi.new("struct pv_doorbell *", {"count": len(device.queue_sizes), "slots": self._slots})
+        for index, most in enumerate(device.queue_sizes):
+            self._add_queue(native_vm, index, most)
+        self._forget()
+        device.transport = self
+
+    def _add_queue(self, native_vm: Any, index: int, most: int) -> None:
+        queue = Queue(native_vm, self.interrupt, index, most)
+        self.queues.append(queue)
+        slot = self._slots[index]
+        slot.value, slot.fd, slot.coalesce = index, queue.kick, 1
+        queue.native.bell = ffi.addressof(self._slots, index)
+
+    def _forget(self) -> None:
+        """Be as after a reset, the status apart."""
+        self._features = 0
+        self._device_sel = self._driver_sel = self._queue_sel = 0
+        self._setups = [Setup() for _ in self.queues]
+
+    def windows(self) -> list[tuple[int, int, int, Any]]:
+        """Registers in Python, but for kicks and interrupts."""
+        notify, interrupt = Register.QUEUE_NOTIFY, Register.INTERRUPT_STATUS
+        behind = interrupt + _INTERRUPT_SIZE
+        return [
+            (0, notify, lib.PV_KIND_COLD, ffi.NULL),
+            (notify, _NOTIFY_SIZE, lib.PV_KIND_DOORBELL, self._bell),
+            (notify + _NOTIFY_SIZE, interrupt - notify - _NOTIFY_SIZE, lib.PV_KIND_COLD, ffi.NULL),
+            (interrupt, _INTERRUPT_SIZE, lib.PV_KIND_VIRTIO, self.interrupt),
+            (behind, SIZE - behind, lib.PV_KIND_COLD, ffi.NULL),
+        ]
+
+    def properties(self) -> dict[str, Any]:
+        """Say that no caches are to be flushed."""
+        return {"dma-coherent": True}
+
+    @property
+    def status(self) -> Status:
+        """The device status register."""
+        return self._status
+
+    @property
+    def features(self) -> int:
+        """What the driver asked for; negotiated once FEATURES_OK is set."""
+        return self._features
+
+    # -- the device's, from any thread
+
+    def needs_reset(self) -> None:
+        """Set DEVICE_NEEDS_RESET, and tell a driver that is there."""
+        with self._state:
+            self._status |= Status.NEEDS_RESET
+            told = Status.DRIVER_OK in self._status
+        if told:
+            lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
+
+    def config_changed(self) -> None:
+        """Count a new configuration, and tell a driver that is there."""
+        with self._state:
+            self._generation = (self._generation + 1) & LOW
+            told = Status.DRIVER_OK in self._status
+        if told:
+            lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
+
+    # -- registers
+
+    def read(self, offset: int, size: int, vcpu: int) -> int:  # noqa: ARG002
+        """Answer a load."""
+        with self._lock:
+            if offset >= CONFIG:
+                start = offset - CONFIG
+                return int.from_bytes(self.device.config()[start : start + size], "little")
+            return self._register(offset) if size == 4 else 0
+
+    def _register(self, offset: int) -> int:
+        match offset:
+            case Register.MAGIC:
+                return MAGIC
+            case Register.VERSION:
+                return VERSION
+            case Register.DEVICE_ID:
+                return self.device.device_id
+            case Register.VENDOR_ID:
+                return VENDOR
+            case Register.DEVICE_FEATURES:
+                return self.offered >> 32 * self._device_sel & LOW if self._device_sel < 4 else 0
+            case Register.QUEUE_SIZE_MAX:
+                return self.queues[self._queue_sel].most if self._queue_sel < len(self.queues) else 0
+            case Register.QUEUE_READY:
+                return int(self._queue_sel < len(self.queues) and self.queues[self._queue_sel].ready)
+            case Register.STATUS:
+                return int(self._status)
+            case Register.SHM_LEN_LOW | Register.SHM_LEN_HIGH | Register.SHM_BASE_LOW | Register.SHM_BASE_HIGH:
+                return LOW  # there is no such region
+            case Register.CONFIG_GENERATION:
+                return self._generation
+            case _:
+                return 0
+
+    def write(self, offset: int, size: int, value: int, vcpu: int) -> None:  # noqa: ARG002
+        """Take a store. Raises Stuck where a reset does not get the device to let go."""
+        with self._lock:
+            if offset >= CONFIG:
+                start = offset - CONFIG
+                if start + size <= len(self.device.config()):
+                    self.device.write_config(start, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
+            elif size == 4:
+                self._set_register(offset, value & LOW)
+
+    def _set_register(self, offset: int, value: int) -> None:
+        match offset:
+            case Register.DEVICE_FEATURES_SEL:
+                self._device_sel = value
+            case Register.DRIVER_FEATURES_SEL:
+                self._driver_sel = value
+            case Register.DRIVER_FEATURES:
+                self._set_features(value)
+            case Register.QUEUE_SEL:
+                self._queue_sel = value
+            case Register.STATUS:
+                self._set_status(value)
+            case Register.QUEUE_SIZE | Register.QUEUE_READY:
+                self._set_queue(offset, value)
+            case _ if offset in AREAS:
+                self._set_queue(offset, value)
+
+    # -- features and status
+
+    def _set_features(self, value: int) -> None:
+        if Status.FEATURES_OK in self._status or self._driver_sel >= 4:
+            return
+        shift = 32 * self._driver_sel
+        self._features = self._features & ~(LOW << shift) | value << shift
+
+    def _set_status(self, value: int) -> None:
+        if value == 0:
+            self._reset()
+            return
+        # A driver that saw an older status must not undo what was set since (2.1.1); unknown bits are nobody's.
+        for bit, before in BEFORE.items():
+            if not value & bit or bit in self._status:
+                continue
+            if before not in self._status:
+                self._complaints.warn("status_out_of_order", wanted=hex(value), status=hex(self._status))
+                return
+            if bit is Status.FEATURES_OK and (reason := self._refusal()) is not None:
+                self._complaints.warn("features_refused", reason=reason, features=hex_(self._features))
+                return
+            with self._state:
+                self._status |= bit
+            if bit is Status.DRIVER_OK:
+                self._start()
+
+    def _refusal(self) -> str | None:
+        if unknown := self._features & ~self.offered:
+            return f"{hex_(unknown)} is not offered"
+        if not self._features & Feature.VERSION_1:
+            return "the driver is older than virtio 1.0 (no VERSION_1)"
+        if self.private and not self._features & Feature.ACCESS_PLATFORM:
+            return "the guest's memory is private, and the driver would not share its rings (no ACCESS_PLATFORM)"
+        return self.device.refuse(self._features)
+
+    def _start(self) -> None:
+        log.info("device_started", device=self.device.label, features=hex_(self._features))
+        try:
+            self.device.start(self.queues, self._features)
+        except (PyvmmError, OSError) as error:
+            self.device.failed(error)
+
+    def _reset(self) -> None:
+        self.device.stop()
+        for queue in self.queues:
+            queue.reset()
+        self._forget()
+        with self._state:
+            self._status = Status(0)
+            self.interrupt.status = 0
+
+    # -- queues
+
+    def _set_queue(self, offset: int, value: int) -> None:
+        if self._queue_sel >= len(self.queues):
+            return
+        queue, setup = self.queues[self._queue_sel], self._setups[self._queue_sel]
+        if offset == Register.QUEUE_READY and value == 0 and not queue.ready:
+            return  # what drivers do after a reset
+        if Status.FEATURES_OK not in self._status or Status.DRIVER_OK in self._status:
+            self._complaints.warn("queue_out_of_order", queue=queue.index, status=hex(self._status))
+        elif offset == Register.QUEUE_READY:
+            self._set_ready(queue, setup, value)
+        elif queue.ready:
+            self._complaints.warn("queue_changed_while_ready", queue=queue.index)
+        elif offset == Register.QUEUE_SIZE:
+            setup.size = value
+        else:
+            area, shift = AREAS[Register(offset)]
+            setattr(setup, area, getattr(setup, area) & ~(LOW << shift) | value << shift)
+
+    def _set_ready(self, queue: Queue, setup: Setup, value: int) -> None:
+        if value != 1:
+            queue.reset()
+        elif not queue.ready:
+            packed = bool(self._features & Feature.RING_PACKED)
+            if (reason := objection(setup, queue.most, packed=packed)) is not None:
+                self._complaints.warn("queue_refused", queue=queue.index, reason=reason)
+                return
+            flags = lib.PV_QUEUE_PACKED if packed else 0
+            flags |= lib.PV_QUEUE_EVENT_IDX if self._features & Feature.EVENT_IDX else 0
+            flags |= lib.PV_QUEUE_INDIRECT if self._features & Feature.INDIRECT_DESC else 0
+            queue.setup(setup.size, flags, setup.descriptors, setup.driver, setup.device)
+
+    # -- life
+
+    def pause(self) -> None:
+        """Make the device stand still."""
+        self.device.pause()
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.device.resume()
+
+    def close(self) -> None:
+        """Stop the device and close it."""
+        try:
+            self.device.stop()
+        finally:
+            self.device.close()
+            for queue in self.queues:
+                queue.close()

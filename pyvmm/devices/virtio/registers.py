@@ -1,0 +1,113 @@
+"""The registers of virtio over MMIO, version 2 (virtio 1.2, 4.2.2), and what may be written to them when.
+
+Data and pure functions; :mod:`pyvmm.devices.virtio.mmio` acts on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Final
+
+from pyvmm.errors import hex_
+
+#: Bytes of a transport.
+SIZE: Final = 0x200
+MAGIC: Final = int.from_bytes(b"virt", "little")
+VERSION: Final = 2
+VENDOR: Final = int.from_bytes(b"pyvm", "little")
+#: Where the configuration space begins.
+CONFIG: Final = 0x100
+#: A register's bits.
+LOW: Final = 0xFFFF_FFFF
+_MOST_ENTRIES: Final = 1 << 15
+
+
+class Register(IntEnum):
+    """Offsets (4.2.2)."""
+
+    MAGIC = 0x000
+    VERSION = 0x004
+    DEVICE_ID = 0x008
+    VENDOR_ID = 0x00C
+    DEVICE_FEATURES = 0x010
+    DEVICE_FEATURES_SEL = 0x014
+    DRIVER_FEATURES = 0x020
+    DRIVER_FEATURES_SEL = 0x024
+    QUEUE_SEL = 0x030
+    QUEUE_SIZE_MAX = 0x034
+    QUEUE_SIZE = 0x038
+    QUEUE_READY = 0x044
+    QUEUE_NOTIFY = 0x050
+    INTERRUPT_STATUS = 0x060
+    INTERRUPT_ACK = 0x064
+    STATUS = 0x070
+    QUEUE_DESC_LOW = 0x080
+    QUEUE_DESC_HIGH = 0x084
+    QUEUE_DRIVER_LOW = 0x090
+    QUEUE_DRIVER_HIGH = 0x094
+    QUEUE_DEVICE_LOW = 0x0A0
+    QUEUE_DEVICE_HIGH = 0x0A4
+    SHM_LEN_LOW = 0x0B0
+    SHM_LEN_HIGH = 0x0B4
+    SHM_BASE_LOW = 0x0B8
+    SHM_BASE_HIGH = 0x0BC
+    CONFIG_GENERATION = 0x0FC
+
+
+class Status(IntFlag):
+    """Device status (2.1)."""
+
+    ACKNOWLEDGE = 1
+    DRIVER = 2
+    DRIVER_OK = 4
+    FEATURES_OK = 8
+    NEEDS_RESET = 64
+    FAILED = 128
+
+
+#: Bits a driver sets, and those that must be there first; FEATURES_OK is the device's to grant.
+BEFORE: Final = {
+    Status.ACKNOWLEDGE: Status(0),
+    Status.DRIVER: Status.ACKNOWLEDGE,
+    Status.FEATURES_OK: Status.ACKNOWLEDGE | Status.DRIVER,
+    Status.DRIVER_OK: Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK,
+    Status.FAILED: Status(0),
+}
+
+
+@dataclass
+class Setup:
+    """What the driver has said of a queue."""
+
+    size: int = 0
+    descriptors: int = 0
+    driver: int = 0
+    device: int = 0
+
+
+#: Registers that hold half of an area's gpa: which, and from which bit.
+AREAS: Final = {
+    Register.QUEUE_DESC_LOW: ("descriptors", 0), Register.QUEUE_DESC_HIGH: ("descriptors", 32),
+    Register.QUEUE_DRIVER_LOW: ("driver", 0), Register.QUEUE_DRIVER_HIGH: ("driver", 32),
+    Register.QUEUE_DEVICE_LOW: ("device", 0), Register.QUEUE_DEVICE_HIGH: ("device", 32),
+}  # fmt: skip
+
+
+def objection(setup: Setup, most: int, *, packed: bool) -> str | None:
+    """Say why a queue cannot be as the driver wants it; None where it can."""
+    size = setup.size
+    if not 1 <= size <= min(most, _MOST_ENTRIES) or (not packed and size & (size - 1)):
+        kind = "1" if packed else "a power of two"
+        return f"{size} entries: {kind} to {most} are possible"
+    # 2.7 and 2.8.10.1: alignment and bytes.
+    areas = {
+        "descriptors": (16, 16 * size),
+        "driver": (4, 4) if packed else (2, 6 + 2 * size),
+        "device": (4, 4) if packed else (4, 6 + 8 * size),
+    }
+    for area, (alignment, length) in areas.items():
+        gpa = getattr(setup, area)
+        if gpa % alignment or gpa + length > 1 << 64:
+            return f"the {area} area at gpa {hex_(gpa)}: it has {length} bytes, at a multiple of {alignment}"
+    return None

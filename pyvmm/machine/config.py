@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
+from pyvmm.machine.devices import DeviceSpec
 from pyvmm.memory.conversion import Conversion
 from pyvmm.protection import Protection
 
@@ -21,7 +22,8 @@ class MachineConfig:
     ``kernel`` is a path or ``payload:NAME``; ``memory`` is bytes of RAM; ``params`` are joined by spaces into the
     guest's command line; ``deadline`` is seconds from the first run; ``serial_out`` and ``serial_in`` are descriptors
     or None; ``timed`` keeps histograms of the time in guest and VMM; ``prefault`` populates all memory before the first
-    run, in huge pages where the host gives them: a first touch then costs what the protection asks, and no more.
+    run, in huge pages where the host gives them: a first touch then costs what the protection asks, and no more;
+    ``devices`` are the virtio devices, in the order of their addresses.
     """
 
     kernel: str
@@ -37,6 +39,7 @@ class MachineConfig:
     serial_in: int | None = None
     timed: bool = True
     prefault: bool = False
+    devices: tuple[DeviceSpec, ...] = ()
 
     def check(self) -> None:
         """Raise UsageError for values that no machine can have, or that make no sense together."""

@@ -34,8 +34,8 @@ from pyvmm.machine import boot, layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
-from pyvmm.memory.address import Gpa
-from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
+from pyvmm.machine.ram import add_ram
+from pyvmm.machine.virtio import Context, attach
 from pyvmm.memory.memlock import require_memlock
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
@@ -117,7 +117,7 @@ class Machine:
             for function, count in FORWARDED:
                 self.vm.forward_smccc(function, count)
         self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native))
-        loadable = self._add_ram()
+        loadable = add_ram(self.memory, self.vm, config)
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
         self.memory.quiesce = self.quiet
@@ -155,39 +155,6 @@ class Machine:
                 raise
             raise HostError(error.message, hint=error.hint) from error
 
-    def _add_ram(self) -> int:
-        """Add RAM's slots; returns how many bytes from its start can be loaded into."""
-        config, base = self.config, Gpa(layout.RAM_BASE)
-        self.memory.check_usable(
-            f"the {config.backing} backing",
-            guest_memfd=config.backing in ("guest_memfd", "private"),
-            huge=config.backing == "hugetlb",
-        )
-        if config.backing == "private":
-            rest = config.memory - layout.PRIVATE_BOOT
-            self.memory.add(base, Memfd(layout.PRIVATE_BOOT))
-            self.memory.add(Gpa(base + layout.PRIVATE_BOOT), PrivateGuestMemfd(self.vm, rest))
-            return layout.PRIVATE_BOOT
-        self.memory.add(base, self._backing(config.memory))
-        return config.memory
-
-    def _backing(self, size: int) -> Backing:
-        match self.config.backing:
-            case "thp":
-                return Memfd(size, thp=True)
-            case "memfd" if self.config.prefault:
-                # Populated a huge page at a time, memory costs an eighth (pyvmm bench prefault). Advice that the host
-                # may not take, so a kernel that does not even know it is none to stop at.
-                with contextlib.suppress(HostError):
-                    return Memfd(size, thp=True)
-                return Memfd(size)
-            case "hugetlb":
-                return Memfd(size, hugetlb=True)
-            case "guest_memfd":
-                return SharedGuestMemfd(self.vm, size)
-            case _:
-                return Memfd(size)
-
     def _place_devices(self) -> None:
         config = self.config
         self.bus = Bus(self.native)
@@ -199,6 +166,8 @@ class Machine:
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
         self.bench = self.bus.add(Bench(), layout.BENCH.start)
+        context = Context(self.native, config.protection)
+        self.virtio = attach(config.devices, context, self.bus, self.interrupts)
         self.bus.publish()
 
     def _make_threads(self) -> None:

@@ -81,8 +81,13 @@ class VirtioDevice:
     def __init__(self) -> None:
         self.transport: Transport | None = None
         self.label = self.name
-        """What messages and threads call it; the machine numbers devices of a kind: ``blk0``."""
+        """What messages call it: the machine numbers devices of a kind."""
         self.complaints = Complaints(self.label)
+
+    def name_it(self, label: str) -> None:
+        """Be called ``label`` from now on, like ``blk0``; before the transport is made."""
+        self.label = label
+        self.complaints = Complaints(label)
 
     # -- what a kind of device fills in
 

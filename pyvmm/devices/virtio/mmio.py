@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
-from pyvmm.devices.virtio.device import Complaints, Feature, VirtioDevice, log
+from pyvmm.devices.virtio.device import Feature, VirtioDevice, log
 from pyvmm.devices.virtio.queue import Queue
 from pyvmm.devices.virtio.registers import (
     AREAS,
@@ -72,7 +72,6 @@ class VirtioMmio(Device):
             self.offered |= Feature.ACCESS_PLATFORM
         self.interrupt = ffi.new("struct pv_interrupt *", {"fd": -1 if line is None else line.fd})
         self.queues: list[Queue] = []
-        self._complaints = Complaints(device.label)
         self._lock = threading.Lock()
         # For what the device's own threads change too, the status and the generation. Taken last, held for a moment.
         self._state = threading.Lock()
@@ -221,10 +220,10 @@ class VirtioMmio(Device):
             if not value & bit or bit in self._status:
                 continue
             if before not in self._status:
-                self._complaints.warn("status_out_of_order", wanted=hex(value), status=hex(self._status))
+                self.device.complaints.warn("status_out_of_order", wanted=hex(value), status=hex(self._status))
                 return
             if bit is Status.FEATURES_OK and (reason := self._refusal()) is not None:
-                self._complaints.warn("features_refused", reason=reason, features=hex_(self._features))
+                self.device.complaints.warn("features_refused", reason=reason, features=hex_(self._features))
                 return
             with self._state:
                 self._status |= bit
@@ -265,11 +264,11 @@ class VirtioMmio(Device):
         if offset == Register.QUEUE_READY and value == 0 and not queue.ready:
             return  # what drivers do after a reset
         if Status.FEATURES_OK not in self._status or Status.DRIVER_OK in self._status:
-            self._complaints.warn("queue_out_of_order", queue=queue.index, status=hex(self._status))
+            self.device.complaints.warn("queue_out_of_order", queue=queue.index, status=hex(self._status))
         elif offset == Register.QUEUE_READY:
             self._set_ready(queue, setup, value)
         elif queue.ready:
-            self._complaints.warn("queue_changed_while_ready", queue=queue.index)
+            self.device.complaints.warn("queue_changed_while_ready", queue=queue.index)
         elif offset == Register.QUEUE_SIZE:
             setup.size = value
         else:
@@ -282,7 +281,7 @@ class VirtioMmio(Device):
         elif not queue.ready:
             packed = bool(self._features & Feature.RING_PACKED)
             if (reason := objection(setup, queue.most, packed=packed)) is not None:
-                self._complaints.warn("queue_refused", queue=queue.index, reason=reason)
+                self.device.complaints.warn("queue_refused", queue=queue.index, reason=reason)
                 return
             flags = lib.PV_QUEUE_PACKED if packed else 0
             flags |= lib.PV_QUEUE_EVENT_IDX if self._features & Feature.EVENT_IDX else 0

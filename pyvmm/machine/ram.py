@@ -1,0 +1,52 @@
+"""Guest RAM as a configuration wants it: which backing, and how much of it can be loaded into."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from pyvmm.errors import HostError
+from pyvmm.machine import layout
+from pyvmm.memory.address import Gpa
+from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vm import Vm
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.memory.memory import Memory
+
+
+def add_ram(memory: Memory, vm: Vm, config: MachineConfig) -> int:
+    """Add RAM's slots to ``memory``; returns how many bytes from its start can be loaded into. Raises as add() does."""
+    base = Gpa(layout.RAM_BASE)
+    memory.check_usable(
+        f"the {config.backing} backing",
+        guest_memfd=config.backing in ("guest_memfd", "private"),
+        huge=config.backing == "hugetlb",
+    )
+    if config.backing == "private":
+        rest = config.memory - layout.PRIVATE_BOOT
+        memory.add(base, Memfd(layout.PRIVATE_BOOT))
+        memory.add(Gpa(base + layout.PRIVATE_BOOT), PrivateGuestMemfd(vm, rest))
+        return layout.PRIVATE_BOOT
+    memory.add(base, _backing(vm, config))
+    return config.memory
+
+
+def _backing(vm: Vm, config: MachineConfig) -> Backing:
+    size = config.memory
+    match config.backing:
+        case "thp":
+            return Memfd(size, thp=True)
+        case "memfd" if config.prefault:
+            # Populated a huge page at a time, memory costs an eighth (pyvmm bench prefault). Advice that the host may
+            # not take, so a kernel that does not even know it is none to stop at.
+            with contextlib.suppress(HostError):
+                return Memfd(size, thp=True)
+            return Memfd(size)
+        case "hugetlb":
+            return Memfd(size, hugetlb=True)
+        case "guest_memfd":
+            return SharedGuestMemfd(vm, size)
+        case _:
+            return Memfd(size)

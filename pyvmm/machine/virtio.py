@@ -1,0 +1,77 @@
+"""Makes the virtio devices that a configuration names, and places them: a window and an interrupt line for each.
+
+The devices belong to the bus, which closes them. Their order is the configuration's, and so is that of their windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.devices.virtio.mmio import VirtioMmio
+from pyvmm.devices.virtio.registers import SIZE
+from pyvmm.errors import UsageError
+from pyvmm.log import get_logger
+from pyvmm.machine import devices, layout
+from pyvmm.protection import Protection
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyvmm.devices.bus import Bus
+    from pyvmm.devices.virtio.device import VirtioDevice
+    from pyvmm.machine.irq import Interrupts
+
+log = get_logger("virtio")
+
+#: A device has an interrupt, and those have an end.
+MOST_DEVICES: Final = min(layout.VIRTIO_MMIO.size // SIZE, layout.SPIS - layout.VIRTIO_SPI)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a device may need to know of its machine; ``native`` is the ``struct pv_vm *``."""
+
+    native: Any
+    protection: Protection
+
+    @property
+    def private(self) -> bool:
+        """Whether the guest's memory is closed to the host."""
+        return self.protection is not Protection.NONE
+
+
+def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
+    """Make the device that ``spec`` describes, behind no transport yet. Raises as the device does."""
+    match spec:
+        case devices.Rng():
+            from pyvmm.devices.virtio.rng import Rng
+
+            if context.private:
+                log.warning(
+                    "entropy_from_the_host", protection=context.protection.value,
+                    meaning="a guest that does not trust the host must not count what this device gives as random",
+                )  # fmt: skip
+            return Rng()
+
+
+def attach(
+    specs: Sequence[devices.DeviceSpec], context: Context, bus: Bus, interrupts: Interrupts
+) -> tuple[VirtioMmio, ...]:
+    """Make all devices and put them on the bus. Raises UsageError where there are too many, and as devices do."""
+    if len(specs) > MOST_DEVICES:
+        raise UsageError(f"{len(specs)} virtio devices: a machine has {MOST_DEVICES} at most")
+    placed = []
+    kinds: dict[str, int] = {}
+    for number, spec in enumerate(specs):
+        device = create(spec, context)
+        try:
+            count = kinds[device.name] = kinds.get(device.name, -1) + 1
+            device.name_it(f"{device.name}{count}")
+            line = interrupts.edge(layout.VIRTIO_SPI + number)
+            transport = VirtioMmio(device, context.native, line, private=context.private)
+        except BaseException:
+            device.close()
+            raise
+        placed.append(bus.add(transport, layout.VIRTIO_MMIO.start + number * SIZE, line))
+    return tuple(placed)

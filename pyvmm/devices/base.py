@@ -51,6 +51,10 @@ class Device:
         """Return more of the device-tree node than ``compatible`` and ``reg``."""
         return {}
 
+    def about(self) -> str:
+        """Say in a few words what name and window do not: what is behind it, its queues."""
+        return ""
+
     def pause(self) -> None:
         """Begin nothing more, in guest memory or of interrupts, and return when nothing is under way.
 

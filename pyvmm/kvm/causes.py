@@ -194,11 +194,12 @@ def explain(call: str, errno: int, values: Values) -> tuple[str | None, str | No
 
 def kvm_error(call: str, errno: int, values: Values) -> KvmError:
     """Make the error of a call that failed with ``errno``; the value under "" is text that stands by itself."""
-    said = ", ".join(filter(None, (_text(name, value) for name, value in values.items())))
+    said = ", ".join(filter(None, (shown(name, value) for name, value in values.items())))
     return KvmError(call, said, errno, *explain(call, errno, values))
 
 
-def _text(name: str, value: Value) -> str:
+def shown(name: str, value: Value) -> str:
+    """Say an argument as ``name=value``; nothing of what is None."""
     if value is None:
         return ""
     if not name:

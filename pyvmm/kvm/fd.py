@@ -12,6 +12,7 @@ from pyvmm.kvm.causes import Value, kvm_error
 from pyvmm.uapi.kvm import KVM_GET_DEVICE_ATTR, KVM_HAS_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, kvm_device_attr
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
     from pyvmm.errors import KvmError
@@ -20,15 +21,35 @@ if TYPE_CHECKING:
 CData: TypeAlias = "Structure | _SimpleCData[Any]"
 
 
+class Kernel:
+    """Makes the calls of every :class:`Fd`: the one place to look on (pyvmm.kvm.stand_in), or to stand in for it."""
+
+    def open(self, path: str) -> int:
+        """Open KVM's device; OSError."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def ioctl(
+        self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]
+    ) -> tuple[int, int]:  # fmt: skip
+        """Return the result, or -1, and errno, or 0; ``values`` say in words what ``argument`` holds."""
+        del values
+        return libc.ioctl(fd.fileno(), request.number, argument if isinstance(argument, int) else byref(argument))
+
+
+KERNEL = Kernel()
+
+
 class Fd:
     """Owns a file descriptor and everything made from it; closing is idempotent, children first, newest first.
 
-    ``label`` names it in errors (``vm=7``). After close every call fails with EBADF and says so.
+    ``label`` names it in errors (``vm=7``). After close every call fails with EBADF and says so. ``kernel`` answers the
+    calls of one that has no owner, and of all that is made from it.
     """
 
     kind = "fd"
 
-    def __init__(self, fd: int, owner: Fd | None = None) -> None:
+    def __init__(self, fd: int, owner: Fd | None = None, kernel: Kernel = KERNEL) -> None:
+        self.kernel: Kernel = kernel if owner is None else owner.kernel
         self._fd = fd
         self._owner = owner
         self._children: list[Fd] = []
@@ -70,7 +91,7 @@ class Fd:
     def _release(self) -> None:
         """Give back what hangs on the descriptor, such as mappings; called once, before it is closed."""
 
-    def attempt(self, request: Ioctl, argument: int | CData = 0) -> tuple[int, int]:
+    def attempt(self, request: Ioctl, argument: int | CData = 0, /, **values: Value) -> tuple[int, int]:
         """Return the call's result (-1: it failed) and its errno (0: it did not), where failing is an answer.
 
         ``argument`` must be of the type that ``request`` carries, or an integer if it carries none: TypeError.
@@ -79,10 +100,9 @@ class Fd:
         if wanted is None:
             if not isinstance(argument, int):
                 raise TypeError(f"{request.name} takes an integer, not {type(argument).__name__}")
-            return libc.ioctl(self._fd, request.number, argument)
-        if not isinstance(argument, wanted):
+        elif not isinstance(argument, wanted):
             raise TypeError(f"{request.name} takes a {wanted.__name__}, not {type(argument).__name__}")
-        return libc.ioctl(self._fd, request.number, byref(argument))
+        return self.kernel.ioctl(self, request, argument, values)
 
     def call(self, request: Ioctl, argument: int | CData = 0, /, **values: Value) -> int:
         """Make the call and return its result; KvmError with ``values`` in its message if it fails.
@@ -90,7 +110,7 @@ class Fd:
         A call that a signal interrupted is made again.
         """
         while True:
-            result, errno = self.attempt(request, argument)
+            result, errno = self.attempt(request, argument, **values)
             if not errno:
                 return result
             if errno != _errno.EINTR:
@@ -117,7 +137,7 @@ class AttributeFd(Fd):
 
     def has_attr(self, group: int, attr: int) -> bool:
         """Whether this kernel knows an attribute here."""
-        _, errno = self.attempt(KVM_HAS_DEVICE_ATTR, kvm_device_attr(group=group, attr=attr))
+        _, errno = self.attempt(KVM_HAS_DEVICE_ATTR, kvm_device_attr(group=group, attr=attr), group=group, attr=attr)
         if errno not in (0, _errno.ENXIO, _errno.EPERM, _errno.EINVAL, _errno.ENOTTY):
             raise self.error(KVM_HAS_DEVICE_ATTR.name, errno, group=group, attr=attr)
         return not errno

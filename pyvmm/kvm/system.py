@@ -7,7 +7,7 @@ import os
 from typing import Self
 
 from pyvmm.errors import HostError
-from pyvmm.kvm.fd import Fd
+from pyvmm.kvm.fd import KERNEL, Fd, Kernel
 from pyvmm.kvm.vm import Vm
 from pyvmm.uapi.kvm import (
     KVM_API_VERSION,
@@ -28,13 +28,13 @@ class System(Fd):
     kind = "kvm"
 
     @classmethod
-    def open(cls, path: str = "/dev/kvm") -> Self:
+    def open(cls, path: str = "/dev/kvm", kernel: Kernel = KERNEL) -> Self:
         """Open KVM; HostError, with what to do about it, where that is not possible or ``path`` is not KVM."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = kernel.open(path)
         except OSError as error:
             raise _cannot_open(path, error) from error
-        system = cls(fd)
+        system = cls(fd, kernel=kernel)
         version, errno = system.attempt(KVM_GET_API_VERSION)
         if errno or version != KVM_API_VERSION:
             system.close()

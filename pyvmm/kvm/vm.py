@@ -108,7 +108,8 @@ class Vm(MeasuredFd):
 
     def has_device(self, type: DeviceType) -> bool:
         """Whether the kernel could make such a device, without making it."""
-        _, errno = self.attempt(KVM_CREATE_DEVICE, kvm_create_device(type=type, flags=KVM_CREATE_DEVICE_TEST))
+        asked = kvm_create_device(type=type, flags=KVM_CREATE_DEVICE_TEST)
+        _, errno = self.attempt(KVM_CREATE_DEVICE, asked, type=type, flags=KVM_CREATE_DEVICE_TEST)
         if errno not in (0, _errno.ENODEV):
             raise self.error(KVM_CREATE_DEVICE.name, errno, type=type)
         return not errno

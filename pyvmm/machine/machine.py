@@ -26,6 +26,7 @@ from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
 from pyvmm.errors import HostError, KvmError, PyvmmError, hex_
+from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.kvm.system import System
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
@@ -60,16 +61,23 @@ class Machine:
 
     ``unclaimed`` completes accesses to addresses without slot or device (see :data:`pyvmm.vcpu.cold.Unclaimed`);
     without it the guest gets an external abort. ``intercept`` hears of every stop of a vCPU first (see
-    :data:`pyvmm.vcpu.cold.Intercept`).
+    :data:`pyvmm.vcpu.cold.Intercept`). ``kernel`` answers its calls instead of this host's KVM: see
+    :mod:`pyvmm.machine.plan`.
     """
 
     def __init__(
-        self, config: MachineConfig, *, unclaimed: Unclaimed | None = None, intercept: Intercept | None = None
+        self,
+        config: MachineConfig,
+        *,
+        unclaimed: Unclaimed | None = None,
+        intercept: Intercept | None = None,
+        kernel: Kernel | None = None,
     ) -> None:
         config.check()
         self.config = config
         self._unclaimed = unclaimed
         self._intercept = intercept
+        self._kernel = kernel
         self._memory_stack = contextlib.ExitStack()
         self._stack = contextlib.ExitStack()
         self._done = threading.Event()
@@ -97,7 +105,7 @@ class Machine:
 
     def _build(self) -> None:
         config = self.config
-        if platform.machine() != "aarch64":
+        if self._kernel is None and platform.machine() != "aarch64":
             raise HostError(
                 f"this host is {platform.machine()}, pyvmm's guests are arm64: KVM runs only its own architecture",
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
@@ -105,7 +113,7 @@ class Machine:
         image = boot.read(config.kernel, config.initrd, room=config.memory)
         self.kernel_kind = image.kind
         push = self._stack.enter_context
-        self.system = push(System.open())
+        self.system = push(System.open(kernel=self._kernel or KERNEL))
         self.vm = push(self._create_vm(self.system))
         self.native = ffi.new("struct pv_vm *")
         self.native.fd = self.vm.fileno()

@@ -1,0 +1,95 @@
+"""A kernel that only answers, and one that writes down what it is asked: what a plan is made of.
+
+Both are :class:`~pyvmm.kvm.fd.Kernel` s, given to ``System.open``. Nothing here opens /dev/kvm but what is recorded of
+the real one; a stand-in's descriptors are memfds, so that what maps or closes them works as ever.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pyvmm.kvm.fd import KERNEL, Kernel
+from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_create_guest_memfd
+from pyvmm.uapi.kvm_arm64 import KVM_ARM_TARGET_GENERIC_V8, kvm_vcpu_init
+from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_VM_IPA_SIZE, KVM_CAP_NR_MEMSLOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pyvmm.kvm.causes import Value
+    from pyvmm.kvm.fd import CData, Fd
+    from pyvmm.uapi.ioctl import Ioctl
+
+_RUN_AREA: Final = 0x2000
+_CAPABILITIES: Final = {KVM_CAP_NR_MEMSLOTS: 32767, KVM_CAP_ARM_VM_IPA_SIZE: 40}
+"""Those whose answer is a number, as Linux 7.3 says on arm64; the others are there."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """An ioctl that was made: on what (``vcpu0``), with which values; ``result`` is -1 where it failed."""
+
+    name: str
+    on: str
+    values: Mapping[str, Value]
+    result: int
+
+
+class Recording(Kernel):
+    """Has another kernel answer, and keeps every call in ``calls``, in order."""
+
+    def __init__(self, kernel: Kernel = KERNEL) -> None:
+        self.calls: list[Call] = []
+        self._kernel = kernel
+
+    def open(self, path: str) -> int:
+        """Open what the other does."""
+        return self._kernel.open(path)
+
+    def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
+        """Ask the other."""
+        # What it is called while it is open, without the descriptor's number.
+        on = fd.label.partition("=")[0]
+        result, errno = self._kernel.ioctl(fd, request, argument, values)
+        self.calls.append(Call(request.name, on, dict(values), result))
+        return result, errno
+
+
+class StandIn(Kernel):
+    """Answers as an arm64 pKVM host would while a machine is made; no guest can run."""
+
+    def open(self, path: str) -> int:
+        """Return a descriptor that means nothing to the kernel."""
+        return _descriptor(path.rpartition("/")[2])
+
+    def ioctl(
+        self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]
+    ) -> tuple[int, int]:  # fmt: skip
+        """Say that it was done; give what is made a descriptor."""
+        del fd, values
+        match request.name, argument:
+            case "KVM_GET_API_VERSION", _:
+                return KVM_API_VERSION, 0
+            case "KVM_CHECK_EXTENSION", int():
+                return _CAPABILITIES.get(argument, 1), 0
+            case "KVM_GET_VCPU_MMAP_SIZE", _:
+                return _RUN_AREA, 0
+            case "KVM_CREATE_VM", _:
+                return _descriptor("vm"), 0
+            case "KVM_CREATE_VCPU", _:
+                return _descriptor("vcpu", _RUN_AREA), 0
+            case "KVM_CREATE_GUEST_MEMFD", kvm_create_guest_memfd():
+                return _descriptor("guest_memfd", argument.size), 0
+            case "KVM_CREATE_DEVICE", kvm_create_device() if not argument.flags & KVM_CREATE_DEVICE_TEST:
+                argument.fd = _descriptor("device")
+            case "KVM_ARM_PREFERRED_TARGET", kvm_vcpu_init():
+                argument.target = KVM_ARM_TARGET_GENERIC_V8
+        return 0, 0
+
+
+def _descriptor(name: str, size: int = 0) -> int:
+    fd = os.memfd_create(f"pyvmm-plan-{name}", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    return fd

@@ -1,0 +1,125 @@
+"""What a machine would be and ask of the kernel, found out by building it against a kernel that only answers.
+
+The very code that makes a machine makes the plan, so the two cannot differ; ``/dev/kvm`` is not opened, no guest runs,
+and any workstation will do. What lies outside KVM is real: files are read, and guest memory is allocated for what is
+loaded into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from pyvmm.errors import hex_
+from pyvmm.kvm.causes import Value, shown
+from pyvmm.kvm.stand_in import Call, Recording, StandIn
+from pyvmm.machine import layout
+from pyvmm.machine.machine import Machine
+from pyvmm.uapi import kvm_arm64
+from pyvmm.uapi.kvm_arm64 import core_reg
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyvmm.machine.config import MachineConfig
+
+_REGISTERS: Final = {core_reg(name): name for name in ("pc", "x0")}
+_GROUPS: Final = {
+    value: name.removeprefix("KVM_DEV_ARM_VGIC_GRP_")
+    for name, value in vars(kvm_arm64).items()
+    if name.startswith("KVM_DEV_ARM_VGIC_GRP_")
+}
+_EVENTFDS: Final = ("KVM_IRQFD", "KVM_IOEVENTFD")
+
+
+class Plan:
+    """The plan of one machine; a context manager, within which ``machine`` is there to be looked at."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self._kernel = Recording(StandIn())
+        # What the console goes to is none of a plan's business.
+        self.machine = Machine(replace(config, serial_out=None, serial_in=None), kernel=self._kernel)
+
+    def __enter__(self) -> Plan:
+        self.machine.__enter__()
+        self.calls = tuple(self._kernel.calls)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.machine.__exit__(*error)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the plan in words: the address map, memory slots, devices, vCPUs, and the ioctls in their order."""
+        yield from self._addresses()
+        yield from self._slots()
+        yield from self._devices()
+        yield from self._vcpus()
+        yield "ioctls, in order:"
+        for line in calls(self.machine, self.calls):
+            yield f"  {line}"
+        yield "  then KVM_RUN of each vCPU, in a thread of its own"
+
+    def _addresses(self) -> Iterator[str]:
+        yield "guest addresses, half-open:"
+        used = [(placed.base, placed.end) for placed in self.machine.bus.placed]
+        in_kernel = (layout.GIC_DISTRIBUTOR, layout.GIC_ITS, layout.GIC_REDISTRIBUTORS)
+        for window in layout.MAP:
+            if window in in_kernel:
+                where = "in the kernel" if self.machine.gic is not None else "not there"
+            else:
+                where = "" if any(base < window.end and window.start < end for base, end in used) else "free"
+            yield _row(window.start, window.end, window.name, where)
+        config, entry = self.machine.config, self.machine.entry
+        yield _row(layout.RAM_BASE, layout.RAM_BASE + config.memory, "RAM", f"{config.memory // layout.MIB} MiB")
+        for part in entry.plan:
+            size = len(entry.device_tree) if part.gpa == entry.fdt else part.size
+            yield _row(part.gpa, part.gpa + size, f"  {part.what}", f"{size} bytes")
+
+    def _slots(self) -> Iterator[str]:
+        yield "memory slots:"
+        for slot in self.machine.memory.slots:
+            for piece in slot.pieces:
+                yield _row(piece.gpa, piece.end, piece.backing.kind, f"from byte {piece.offset:#x} of it")
+
+    def _devices(self) -> Iterator[str]:
+        yield "devices:"
+        for placed in self.machine.bus.placed:
+            spi = "" if placed.line is None else f"SPI {placed.line.spi}"
+            details = ", ".join(filter(None, (spi, placed.device.about())))
+            yield _row(placed.base, placed.end, placed.device.name, details)
+
+    def _vcpus(self) -> Iterator[str]:
+        yield "vCPUs:"
+        entry = self.machine.entry
+        for vcpu in self.machine.vcpus:
+            begins = f"pc {hex_(entry.pc)}, x0 {hex_(entry.fdt)}" if vcpu.index == 0 else "off, until PSCI CPU_ON"
+            yield f"  {vcpu.index}: {begins}"
+
+
+def _row(start: int, end: int, name: str, details: str) -> str:
+    return f"  {hex_(start):>12}  {hex_(end):>12}  {name}{', ' if details else ''}{details}"
+
+
+def calls(machine: Machine, made: tuple[Call, ...]) -> Iterator[str]:
+    """Yield ioctls that were made for ``machine`` as text: without descriptors' numbers, and hvas by their backing."""
+    for call in made:
+        values = ", ".join(filter(None, (_value(machine, call, name, value) for name, value in call.values.items())))
+        failed = " fails" if call.result < 0 else ""
+        yield f"{call.name}({call.on}{', ' if values else ''}{values}){failed}"
+
+
+def _value(machine: Machine, call: Call, name: str, value: Value) -> str:
+    if name == "hva" and isinstance(value, int):
+        for slot in machine.memory.slots:
+            backing = slot.backing
+            if backing.hva <= value < backing.hva + backing.size:
+                return f"hva={backing.kind}+{value - backing.hva:#x}"
+    if name == "id" and isinstance(value, int) and value in _REGISTERS:
+        return f"id={_REGISTERS[value]}"
+    if name == "group" and isinstance(value, int) and call.on.startswith("ARM_VGIC"):
+        return f"group={_GROUPS.get(value, value)}"
+    if name in ("fd", "resample") and call.name in _EVENTFDS and value is not None:
+        return f"{name}=eventfd"
+    if name == "guest_memfd":
+        return "guest_memfd=that one"
+    return shown(name, value)

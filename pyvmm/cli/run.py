@@ -109,6 +109,10 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--map", type=OutputPath, metavar="FILE.svg",
         help="draw guest memory as it is at the end, and what happened to it: faults (root only), shares, conversions",
+    config.add_argument(
+        "--dry-run", action="store_true",
+        help="print what the machine would be, and every ioctl that would make it; needs no KVM, on any workstation",
+    )  # fmt: skip
     )  # fmt: skip
     output.add_argument(
         "--trace", type=OutputPath, metavar="FILE",
@@ -132,6 +136,8 @@ def main(args: argparse.Namespace) -> int:
     from pyvmm.cli.watch import Watch
 
     return run_guest(args, kernel, Watch(args.map, trace=tracing))
+    if args.dry_run:
+        return dry_run(args)
 
 
 def traced(args: argparse.Namespace) -> Tracing | None:
@@ -173,6 +179,21 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
     from pyvmm.cli.requests import Requests
     from pyvmm.cli.terminal import Keys, Signals, in_foreground
     from pyvmm.machine.machine import Machine
+def dry_run(args: argparse.Namespace) -> int:
+    """Print the plan of the machine; returns 0."""
+    kernel = _kernel(args)
+    from pyvmm._native_source import require_fresh_native
+
+    require_fresh_native()
+    from pyvmm.machine.plan import Plan
+
+    with Plan(_config(args, kernel, None, None)) as plan:
+        if args.dump_dtb is not None:
+            _write(args.dump_dtb, plan.machine.entry.device_tree)
+        print("\n".join(plan.lines()))
+    return 0
+
+
 
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())

@@ -1,0 +1,424 @@
+"""The block device, driven over plain memory: what each request does, and that none does anything else."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import struct
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyvmm._native import lib
+from pyvmm.devices.virtio.blk import _CONFIG, IOERR, OK, UNSUPP, Blk, BlkFeature, Request
+from pyvmm.devices.virtio.disk import SECTOR, DiskFile
+from pyvmm.errors import UsageError
+from pyvmm.kvm import libc
+from tests.unit.blk_driver import BASE, DATA, PAGE, RINGS, SIZE, Driver, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.devices.virtio.device import Complaints
+
+SECTORS = 64
+CONTENTS = b"".join(bytes([n]) * SECTOR for n in range(1, SECTORS + 1))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "disk"
+    file.write_bytes(CONTENTS)
+    return file
+
+
+def blk(path: Path, *, read_only: bool = False, **more: Any) -> Blk:
+    return Blk(DiskFile(str(path), read_only=read_only), **more)
+
+
+def hear(device: Blk) -> list[dict[str, object]]:
+    """Collect what the device complains of."""
+    heard: list[dict[str, object]] = []
+
+    class Ear:
+        def warn(self, event: str, **values: object) -> None:
+            heard.append({"event": event, **values})
+
+    ear: Complaints = Ear()  # type: ignore[assignment]
+    device.complaints = ear
+    return heard
+
+
+# ---- each request
+
+
+def test_reads_and_writes_reach_their_sectors_and_no_others(path: Path) -> None:
+    with Driver(blk(path)) as driver:
+        assert driver.request(Request.IN, 3, room=2 * SECTOR) == (OK, CONTENTS[3 * SECTOR : 5 * SECTOR], 2 * SECTOR + 1)
+        assert driver.request(Request.OUT, 10, b"\xab" * SECTOR) == (OK, b"", 1)
+        assert driver.request(Request.FLUSH, 0)[0] == OK
+        assert driver.device.counters() == {
+            "done": 3, "failed": 0, "denied": 0, "bytes_read": 2 * SECTOR, "bytes_written": SECTOR,
+        }  # fmt: skip
+    assert path.read_bytes() == CONTENTS[: 10 * SECTOR] + b"\xab" * SECTOR + CONTENTS[11 * SECTOR :]
+
+
+@pytest.mark.parametrize(
+    ("sector", "size"),
+    [(SECTORS, SECTOR), (SECTORS - 1, 2 * SECTOR), (2**64 - 1, SECTOR), (2**55, SECTOR), (0, 511), (0, 513)],
+)
+def test_request_beyond_the_disk_or_of_odd_length_fails(path: Path, sector: int, size: int) -> None:
+    with Driver(blk(path)) as driver:
+        assert driver.request(Request.IN, sector, room=size)[::2] == (IOERR, 0)
+        assert driver.request(Request.OUT, sector, bytes(size))[0] == IOERR
+        assert driver.request(Request.IN, SECTORS - 1, room=SECTOR)[0] == OK
+    assert path.read_bytes() == CONTENTS
+
+
+def test_request_of_no_data_is_done(path: Path) -> None:
+    with Driver(blk(path)) as driver:
+        assert driver.request(Request.IN, SECTORS)[0] == OK
+        assert driver.request(Request.OUT, 0)[0] == OK
+
+
+def test_request_larger_than_drivers_are_told_to_make_fails_unread(path: Path) -> None:
+    os.truncate(path, 1 << 30)
+    with Driver(blk(path)) as driver:
+        driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 0))
+        data = [Segment(BASE + (1 << 20), 3 << 20, True)] * 200
+        driver.submit([Segment(DATA, 16), *data, Segment(DATA + 16, 1, True)])
+        assert driver.wait() == [(0, 0)]
+        assert driver.read(DATA + 16, 1)[0] == IOERR
+        assert driver.device.counters()["bytes_read"] == 0
+
+
+def test_id_is_the_serial_padded_to_twenty_bytes(path: Path) -> None:
+    with Driver(blk(path, serial="root")) as driver:
+        assert driver.request(Request.GET_ID, 0, room=20) == (OK, b"root".ljust(20, b"\0"), 21)
+        assert driver.request(Request.GET_ID, 0, room=2)[:2] == (OK, b"ro")
+
+
+def test_unknown_request_is_unsupported(path: Path) -> None:
+    with Driver(blk(path)) as driver:
+        assert driver.request(99, 0, room=512)[0] == UNSUPP
+        assert driver.request(99, 0)[0] == UNSUPP
+
+
+def segments(*ranges: tuple[int, int, int]) -> bytes:
+    return b"".join(struct.pack("<QII", *one) for one in ranges)
+
+
+def test_discard_and_write_zeroes_do_what_they_say(path: Path) -> None:
+    with Driver(blk(path)) as driver:
+        assert driver.request(Request.WRITE_ZEROES, 0, segments((2, 3, 0)))[0] == OK
+        assert driver.request(Request.WRITE_ZEROES, 0, segments((8, 1, 1)))[0] == OK
+        assert driver.request(Request.DISCARD, 0, segments((16, 8, 0), (32, 16, 0)))[0] == OK
+    data = path.read_bytes()
+    kept = [n for n in range(SECTORS) if data[n * SECTOR] == n + 1]
+    assert kept == [n for n in range(SECTORS) if n not in {2, 3, 4, 8, *range(16, 24), *range(32, 48)}]
+    assert len(data) == len(CONTENTS)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "discard", "zeroes"),
+    [
+        (b"", IOERR, IOERR),
+        (bytes(15), IOERR, IOERR),
+        (segments((0, 1, 2)), UNSUPP, UNSUPP),
+        (segments((0, 1, 1)), UNSUPP, OK),
+        (segments((SECTORS, 1, 0)), IOERR, IOERR),
+        (segments((SECTORS - 1, 2, 0)), IOERR, IOERR),
+        (segments((2**64 - 1, 1, 0)), IOERR, IOERR),
+        (segments((0, 2**32 - 1, 0)), IOERR, IOERR),
+        (segments(*[(0, 0, 0)] * 65), IOERR, IOERR),
+    ],
+)
+def test_ranges_that_make_no_sense_are_refused_whole(path: Path, ranges: bytes, discard: int, zeroes: int) -> None:
+    with Driver(blk(path)) as driver:
+        assert driver.request(Request.DISCARD, 0, ranges)[0] == discard
+        assert driver.request(Request.WRITE_ZEROES, 0, ranges)[0] == zeroes
+    if zeroes != OK:
+        assert path.read_bytes() == CONTENTS
+
+
+def test_one_bad_range_spares_the_good_ones(path: Path) -> None:
+    with Driver(blk(path)) as driver:
+        assert driver.request(Request.DISCARD, 0, segments((0, 8, 0), (SECTORS, 1, 0)))[0] == IOERR
+    assert path.read_bytes() == CONTENTS
+
+
+def test_read_only_disk_is_offered_as_one_and_stays_what_it_was(path: Path) -> None:
+    device = blk(path, read_only=True)
+    assert device.features & BlkFeature.RO
+    with Driver(device) as driver:
+        assert driver.request(Request.OUT, 0, bytes(SECTOR))[0] == IOERR
+        for kind in (Request.DISCARD, Request.WRITE_ZEROES):
+            assert driver.request(kind, 0, segments((0, 1, 0)))[0] == UNSUPP
+        assert driver.request(Request.IN, 0, room=SECTOR)[0] == OK
+        assert driver.request(Request.FLUSH, 0)[0] == OK
+    assert path.read_bytes() == CONTENTS
+
+
+# ---- how requests may be laid out
+
+
+def test_header_may_be_split_anywhere_and_status_stand_alone_or_not(path: Path) -> None:
+    with Driver(blk(path)) as driver:
+        driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 7))
+        for cut in range(1, 16):
+            chain = [Segment(DATA, cut), Segment(DATA + cut, 16 - cut), Segment(DATA + PAGE, SECTOR + 1, True)]
+            driver.write(DATA + PAGE, b"\xee" * (SECTOR + 1))
+            driver.submit(chain)
+            assert driver.wait() == [(0, SECTOR + 1)]
+            assert driver.read(DATA + PAGE, SECTOR + 1) == CONTENTS[7 * SECTOR : 8 * SECTOR] + b"\0"
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [Segment(DATA, 16)],
+        [Segment(DATA, 15), Segment(DATA + 64, 1, True)],
+        [Segment(DATA + 64, 1, True)],
+        [Segment(BASE + SIZE - 8, 16), Segment(DATA + 64, 1, True)],
+        [Segment(0x1000, 16), Segment(DATA + 64, 1, True)],
+        [Segment(DATA, 16), Segment(0x1000, 1, True)],
+        [Segment(DATA, 16), Segment(0x1000, SECTOR, True), Segment(DATA + 64, 1, True)],
+        [Segment(DATA, 16), Segment(BASE + SIZE - 100, SECTOR, True), Segment(DATA + 64, 1, True)],
+    ],
+)
+def test_request_that_cannot_be_done_comes_back_and_the_next_one_works(path: Path, chain: list[Segment]) -> None:
+    with Driver(blk(path)) as driver:
+        driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 0))
+        driver.write(DATA + 64, b"\xee")
+        driver.submit(chain)
+        driver.wait()
+        assert driver.read(DATA + 64, 1)[0] in ((IOERR,) if chain[-1] == Segment(DATA + 64, 1, True) else (0xEE,))
+        assert driver.request(Request.IN, 0, room=SECTOR)[0] == OK
+        assert not driver.transport.reset_needed
+
+
+def test_ring_that_goes_away_ends_the_queue_and_not_the_device(path: Path) -> None:
+    device = blk(path)
+    with Driver(device) as driver:
+        heard = hear(device)
+        assert driver.request(Request.IN, 0, room=SECTOR)[0] == OK
+        driver.hide(RINGS, DATA - RINGS)
+        os.eventfd_write(driver.queue.kick, 1)
+        for _ in range(2000):
+            if driver.transport.reset_needed:
+                break
+            threading.Event().wait(0.005)
+        assert driver.transport.reset_needed
+        assert "cannot be touched" in str(heard[0]["reason"])
+        driver.hide(RINGS, DATA - RINGS, hidden=False)
+
+
+@pytest.mark.parametrize("bounce", [False, True])
+def test_page_that_is_private_fails_its_request_alone(path: Path, bounce: bool) -> None:
+    device = blk(path)
+    device.bounce = bounce
+    with Driver(device) as driver:
+        driver.hide(DATA + 2 * PAGE)
+        for kind, writable in ((Request.IN, True), (Request.OUT, False)):
+            driver.write(DATA, struct.pack("<IIQ", kind, 0, 0))
+            driver.write(DATA + 16, b"\xee")
+            driver.submit([Segment(DATA, 16), Segment(DATA + PAGE, 2 * PAGE, writable), Segment(DATA + 16, 1, True)])
+            driver.wait()
+            assert driver.read(DATA + 16, 1)[0] == IOERR
+        assert device.counters()["denied"] == 2
+        driver.hide(DATA + 2 * PAGE, hidden=False)
+        assert driver.request(Request.IN, 0, room=3 * PAGE)[0] == OK
+
+
+class Oracle:
+    """What a disk of CONTENTS does with a request, in ten lines."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(CONTENTS)
+
+    def status(self, readable: bytes, room: int, hidden_data: bool) -> tuple[int, bytes | None]:
+        """(status, what is read); None where that is not told."""
+        if len(readable) < 16:
+            return IOERR, None
+        kind, _, sector = struct.unpack_from("<IIQ", readable)
+        size = room if kind == Request.IN else len(readable) - 16
+        if kind not in (Request.IN, Request.OUT):
+            return (OK if kind == Request.FLUSH else UNSUPP), None
+        if size % SECTOR or sector * SECTOR + size > len(self.data) or hidden_data:
+            return IOERR, None
+        at = sector * SECTOR
+        if kind == Request.IN:
+            return OK, bytes(self.data[at : at + size])
+        self.data[at : at + size] = readable[16:]
+        return OK, None
+
+
+def cut(data: bytes, cuts: list[int]) -> list[bytes]:
+    points = sorted({0, len(data), *(c % (len(data) + 1) for c in cuts)})
+    return [data[a:b] for a, b in itertools.pairwise(points)]
+
+
+requests = st.tuples(
+    st.sampled_from([0, 0, 0, 1, 1, 1, 4, 99]),
+    st.one_of(st.integers(0, SECTORS + 1), st.integers(0, 2**64 - 1)),
+    st.one_of(st.integers(0, 8).map(lambda n: n * SECTOR), st.integers(0, 2000)),
+    st.lists(st.integers(0, 6000), max_size=12),
+    st.integers(0, 18),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=8), st.booleans(), st.booleans())
+def test_any_request_does_what_a_simple_disk_does(given_: list[Any], bounce: bool, all_at_once: bool) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(CONTENTS)
+        file.flush()
+        device = Blk(DiskFile(file.name))
+        device.bounce = bounce
+        oracle = Oracle()
+        with Driver(device) as driver:
+            chains, expected, at = [], [], DATA
+            for number, (kind, sector, size, cuts, header) in enumerate(given_):
+                head = struct.pack("<IIQ", kind, 0xFFFF_FFFF, sector)[:header]
+                readable = head + (bytes([0x80 + number]) * size if kind == Request.OUT and header >= 16 else b"")
+                room = size if kind == Request.IN else 0
+                chain = []
+                for part in cut(readable, cuts):
+                    driver.write(at, part)
+                    chain.append(Segment(at, len(part)))
+                    at += len(part) + number
+                where = at
+                driver.write(at, b"\xee" * (room + 1))
+                for part in cut(bytes(room + 1), cuts):
+                    chain.append(Segment(at, len(part), True))
+                    at += len(part)
+                chains.append(chain)
+                expected.append((where, room, *oracle.status(readable, room, False)))
+                if not all_at_once:
+                    driver.submit(chains.pop())
+                    driver.wait()
+            if chains:
+                driver.submit(*chains)
+                driver.wait(len(chains))
+            for where, room, status, data in expected:
+                assert driver.read(where + room, 1)[0] == status
+                assert driver.read(where, room) == (b"\xee" * room if data is None else data)
+        assert Path(file.name).read_bytes() == oracle.data
+
+
+# ---- a medium that fails
+
+
+def test_file_cut_short_fails_what_is_lost_and_is_not_made_long_again(path: Path) -> None:
+    device = blk(path)
+    heard = hear(device)
+    with Driver(device) as driver:
+        os.truncate(path, 32 * SECTOR)
+        assert driver.request(Request.IN, 31, room=SECTOR)[0] == OK
+        assert driver.request(Request.IN, 31, room=2 * SECTOR)[::2] == (IOERR, SECTOR)
+        assert driver.request(Request.OUT, 40, bytes(SECTOR))[0] == IOERR
+        assert path.stat().st_size == 32 * SECTOR
+    assert [(one["event"], one["errno"]) for one in heard] == [("disk_failed", "ENODATA")] * 2
+    assert f"shorter than its {SECTORS * SECTOR} bytes" in str(heard[0]["reason"])
+
+
+def test_full_medium_is_told_to_both_sides(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = blk(path)
+    heard = hear(device)
+    with Driver(device) as driver:
+        monkeypatch.setattr(libc, "fallocate", lambda *_: errno.ENOSPC)
+        assert driver.request(Request.WRITE_ZEROES, 0, segments((0, 1, 0)))[0] == IOERR
+    assert heard[0]["errno"] == "ENOSPC"
+    assert "make room" in str(heard[0]["hint"])
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no /dev/full here")
+def test_write_that_finds_no_room_fails_and_is_told(path: Path) -> None:
+    device = blk(path)
+    heard = hear(device)
+    full = os.open("/dev/full", os.O_RDWR)
+    try:
+        os.dup2(full, device.disk.fd)
+        device.disk.regular = False
+        with Driver(device) as driver:
+            assert driver.request(Request.OUT, 0, bytes(SECTOR))[0] == IOERR
+    finally:
+        os.close(full)
+    assert (heard[0]["errno"], heard[0]["request"]) == ("ENOSPC", "OUT")
+
+
+# ---- life
+
+
+def test_reset_leaves_a_request_under_way_and_the_device_starts_again(path: Path) -> None:
+    os.truncate(path, 1 << 30)
+    device = blk(path)
+    with Driver(device) as driver:
+        driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 0))
+        data = [Segment(BASE + (1 << 20), 2 << 20, True)] * 240  # some tenths of a second
+        for _ in range(10):
+            driver.submit([Segment(DATA, 16), *data, Segment(DATA + 16, 1, True)])
+            threading.Event().wait(0.003)
+            device.stop()
+            device.stop()
+            driver.restart()
+        assert driver.request(Request.IN, 0, room=SECTOR)[0] == OK
+
+
+def test_paused_device_takes_nothing_and_goes_on_where_it_was(path: Path) -> None:
+    device = blk(path)
+    with Driver(device) as driver:
+        device.pause()
+        driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 0))
+        driver.submit([Segment(DATA, 16), Segment(DATA + PAGE, SECTOR + 1, True)])
+        with pytest.raises(AssertionError, match="0 of 1"):
+            driver.wait(timeout=0.2)
+        saved = device.save()
+        device.resume()
+        driver.wait()
+        device.load(saved)
+        with pytest.raises(UsageError, match="64 sectors, and had 65"):
+            device.load({**saved, "sectors": 65})
+
+
+def test_queues_are_served_side_by_side_and_stop_together(path: Path) -> None:
+    before = threading.active_count()
+    device = blk(path, queues=4)
+    assert struct.unpack_from("<H", device.config(), 34) == (4,)
+    with Driver(device):
+        pass
+    assert threading.active_count() == before
+
+
+def test_configuration_space_is_as_the_specification_lays_it_out(path: Path) -> None:
+    device = blk(path)
+    config = device.config()
+    assert len(config) == _CONFIG.size == 72
+    assert struct.unpack_from("<Q", config, 0) == (SECTORS,)
+    assert struct.unpack_from("<I", config, 12) == (lib.PV_BLK_SEGMENTS - 2,)
+    assert struct.unpack_from("<I", config, 20) == (SECTOR,)
+    assert struct.unpack_from("<BBH", config, 24) == (3, 0, 8)
+    assert config[32] == 1
+    assert struct.unpack_from("<5IB", config, 36)[1:3] == (64, 8)
+    device.close()
+
+
+def test_driver_without_flush_or_without_cache_writes_through(path: Path) -> None:
+    through: Callable[[Blk], bool] = lambda device: bool(device.flags & lib.PV_BLK_THROUGH)  # noqa: E731
+    device = blk(path)
+    with Driver(device, features=0) as driver:
+        assert through(device)
+        assert driver.request(Request.OUT, 0, bytes(SECTOR))[0] == OK
+    device = blk(path)
+    with Driver(device) as driver:
+        assert not through(device)
+        device.write_config(32, b"\0")
+        assert through(device)
+        assert device.config()[32] == 0
+        assert driver.request(Request.OUT, 0, bytes(SECTOR))[0] == OK

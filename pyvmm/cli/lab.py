@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.cli.common import add_common, find_outputs, parse_count, parse_seconds, parse_size, terminable
-from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +51,10 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
     add("cpus", type=parse_count, metavar="N", help="CPUs of the lab (2; 1 with icount)")
     add("mem", type=parse_size, default=2048 << 20, metavar="SIZE", help="memory of the lab, MiB or 2G (2G)")
     add("console", action="store_true", help="show the lab's console on stderr")
-    help_with = "show Debian's NAME there, on PATH: passt, gdb, e2fsprogs or qemu; fetched once; may be repeated"
+    help_with = (
+        "show NAME there: Debian's passt, gdb, e2fsprogs or qemu, on PATH, fetched once; or a guest's kernel, debian: "
+        "or own:; may be repeated"
+    )
     add("with", action="append", default=[], metavar="NAME", help=help_with)
     add("boot-timeout", type=parse_seconds, default=180.0, metavar="SECONDS", help="give up after (180)")
 
@@ -169,14 +172,17 @@ def _run(
     stdout: Sink | None = None,
     env: Mapping[str, str] | None = None,
 ) -> int:
-    from pyvmm.lab import Lab
+    from pyvmm.guest.kernels import named
+    from pyvmm.lab import Lab, peers
     from pyvmm.lab.needs import require
     from pyvmm.lab.shares import find_shares
 
     if is_tty and not os.isatty(STDIN):
         raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
     options = _options(args)
-    programs = _programs(getattr(args, "lab_with", []))
+    wanted = list(dict.fromkeys([*getattr(args, "lab_with", []), *named(files)]))
+    for name in set(wanted) - set(peers.ALL):
+        raise UsageError(f"nothing that a lab can be shown is called {name!r}", hint=", ".join(peers.ALL))
     find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built
     if os.environ.get("PYVMM_IN_LAB") == "1":
         raise HostError("there is no lab in the lab, and its kernel does not run protected guests",
@@ -184,32 +190,13 @@ def _run(
     require(building=False)
     with terminable():
         image = _image(_kernel(args), refresh=False)
-        trees = prepare(programs) if programs else None
-        if trees is not None:
-            files, env = [*files, *trees.paths], {**trees.environment, **(env or {})}
+        if wanted:
+            with _progress() as progress:
+                trees = peers.require(wanted, progress=progress)
+            files = [*files, *trees.paths]
+            env = peers.joined(trees.environment, env or {})
         with Lab(options, image=image, arguments=files, outputs=outputs, live=live) as lab:
             return lab.run(command, stdin=STDIN, stdout=stdout, is_tty=is_tty, env=env)
-
-
-def _programs(names: Sequence[str]) -> list[str]:
-    """Give the names without what occurs twice; UsageError for one that is none's."""
-    from pyvmm.lab.peers import ALL
-
-    for name in names:
-        if name not in ALL:
-            raise UsageError(f"nothing that a lab can be given is called {name!r}", hint=f"there are {', '.join(ALL)}")
-    return list(dict.fromkeys(names))
-
-
-def prepare(names: Sequence[str]) -> Prepared:
-    """Build or fetch the trees of these names, showing how; PyvmmError where there is one that cannot be made."""
-    from pyvmm.lab import peers
-
-    with _progress() as progress:
-        prepared = peers.prepare(names, progress=progress)
-    for name, why in prepared.lacking.items():
-        raise PyvmmError(f"there is no {name} for the lab: {why}")
-    return prepared
 
 
 def _options(args: argparse.Namespace) -> LabOptions:

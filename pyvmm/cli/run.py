@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import OutputPath, add_common, output_behind, parse_count, parse_memory, parse_seconds
@@ -39,6 +40,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm run payload:hello\n"
         "  pyvmm run --protection pkvm -m 256M -c 2 payload:echo\n"
         "  pyvmm run --deadline 10 payload:crash -p loop\n"
+        "  pyvmm run --protection pkvm -i shell: debian:\n"
+        "  pyvmm run -i shell: -p 'quiet -- cat /proc/cpuinfo' own:\n"
         "  pyvmm --lab run --protection pkvm payload:hello",
     )  # fmt: skip
     add_guest_options(parser)
@@ -49,10 +52,14 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     """Define what says which guest to run, how, and what to keep of it: the options of every verb that runs one."""
     parser.add_argument(
         "kernel", metavar="KERNEL", nargs="?",
-        help="arm64 Image (plain, gzip or EFI zboot), ELF, flat binary, or payload:NAME",
+        help="arm64 Image (plain, gzip or EFI zboot), ELF, flat binary, payload:NAME, debian: or debian:stable "
+        "(Debian's kernels that the lab has), or own: (of pyvmm lab kernel)",
     )  # fmt: skip
     parser.add_argument("-k", "--kernel", dest="kernel_option", metavar="KERNEL", help="the same, as an option")
-    parser.add_argument("-i", "--initrd", "--initramfs", metavar="FILE", help="initial root file system")
+    parser.add_argument(
+        "-i", "--initrd", "--initramfs", metavar="FILE",
+        help="initial root file system; or shell:, a shell on the console, or the command behind ' -- ' in the params",
+    )  # fmt: skip
     parser.add_argument(
         "-p", "--params", "--cmdline", "--append", metavar="TEXT", action="append", default=[],
         help="kernel command line or payload parameters; may be repeated",
@@ -61,7 +68,7 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "-m", "--mem", metavar="SIZE[@GPA]", type=parse_memory, default=(None, None),
-        help="memory: 512M, 1G, or MiB without a unit (default 64M); it starts at 0x80000000",
+        help="memory: 512M, 1G, or MiB without a unit (64M; 256M for debian: and own:); it starts at 0x80000000",
     )  # fmt: skip
     machine.add_argument("-c", "--cpus", metavar="N", type=parse_count, default=1, help="vCPUs (default 1)")
     machine.add_argument(
@@ -102,6 +109,10 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE.toml", help="options from a file: long names as keys; what is said here goes first"
     )
     config.add_argument("--print-config", action="store_true", help="print such a file of these options, run nothing")
+    config.add_argument(
+        "--dry-run", action="store_true",
+        help="print what the machine would be, and every ioctl that would make it; needs no KVM, on any workstation",
+    )  # fmt: skip
 
     output = parser.add_argument_group("output")
     output.add_argument("--dump-dtb", type=OutputPath, metavar="FILE", help="write the guest's device tree to FILE")
@@ -109,10 +120,6 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--map", type=OutputPath, metavar="FILE.svg",
         help="draw guest memory as it is at the end, and what happened to it: faults (root only), shares, conversions",
-    config.add_argument(
-        "--dry-run", action="store_true",
-        help="print what the machine would be, and every ioctl that would make it; needs no KVM, on any workstation",
-    )  # fmt: skip
     )  # fmt: skip
     output.add_argument(
         "--trace", type=OutputPath, metavar="FILE",
@@ -129,6 +136,8 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the guest; returns the exit status."""
+    if args.dry_run:
+        return dry_run(args)
     kernel = ready(args)
     tracing = traced(args)
     if args.map is None and tracing is None:
@@ -136,8 +145,6 @@ def main(args: argparse.Namespace) -> int:
     from pyvmm.cli.watch import Watch
 
     return run_guest(args, kernel, Watch(args.map, trace=tracing))
-    if args.dry_run:
-        return dry_run(args)
 
 
 def traced(args: argparse.Namespace) -> Tracing | None:
@@ -172,13 +179,6 @@ def ready(args: argparse.Namespace) -> str:
     return kernel
 
 
-def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None) -> int:
-    """Run ``kernel`` as the options say, ``watch`` looking on, to its end; returns the exit status."""
-    from pyvmm.cli.control import Control
-    from pyvmm.cli.report import report, report_json
-    from pyvmm.cli.requests import Requests
-    from pyvmm.cli.terminal import Keys, Signals, in_foreground
-    from pyvmm.machine.machine import Machine
 def dry_run(args: argparse.Namespace) -> int:
     """Print the plan of the machine; returns 0."""
     kernel = _kernel(args)
@@ -194,6 +194,13 @@ def dry_run(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None) -> int:
+    """Run ``kernel`` as the options say, ``watch`` looking on, to its end; returns the exit status."""
+    from pyvmm.cli.control import Control
+    from pyvmm.cli.report import report, report_json
+    from pyvmm.cli.requests import Requests
+    from pyvmm.cli.terminal import Keys, Signals, in_foreground
+    from pyvmm.machine.machine import Machine
 
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
@@ -204,7 +211,7 @@ def dry_run(args: argparse.Namespace) -> int:
             # In the background the terminal is not ours to read: it would stop us.
             keys = Keys(serial_in, lambda: signals.end("Ctrl-A x")) if in_foreground(serial_in) else None
             serial_in = stack.enter_context(keys).fd if keys is not None else None
-        machine = stack.enter_context(Machine(_config(args, kernel, serial_out, serial_in)))
+        machine = stack.enter_context(Machine(found(_config(args, kernel, serial_out, serial_in))))
         if args.dump_dtb is not None:
             _write(args.dump_dtb, machine.entry.device_tree)
         if watch is not None:
@@ -230,6 +237,7 @@ def _kernel(args: argparse.Namespace) -> str:
 
 
 def _config(args: argparse.Namespace, kernel: str, serial_out: int | None, serial_in: int | None) -> MachineConfig:
+    from pyvmm.guest.kernels import MEMORY, is_kernel
     from pyvmm.machine import layout
     from pyvmm.machine.config import DEFAULT_MEMORY, MachineConfig
     from pyvmm.memory.conversion import Conversion
@@ -241,7 +249,7 @@ def _config(args: argparse.Namespace, kernel: str, serial_out: int | None, seria
     return MachineConfig(
         kernel=kernel,
         protection=Protection(args.protection),
-        memory=DEFAULT_MEMORY if size is None else size,
+        memory=(MEMORY if is_kernel(kernel) else DEFAULT_MEMORY) if size is None else size,
         cpus=args.cpus,
         params=params(kernel, args.params),
         initrd=args.initrd,
@@ -252,6 +260,19 @@ def _config(args: argparse.Namespace, kernel: str, serial_out: int | None, seria
         serial_out=serial_out,
         serial_in=serial_in,
     )
+
+
+def found(config: MachineConfig) -> MachineConfig:
+    """Return it with files for names of kernels and initramfs. Raises HostError where there is none."""
+    from pyvmm.guest.kernels import resolve
+
+    def make(name: str) -> str:
+        from pyvmm.lab.guests import made
+
+        return made(name)
+
+    kernel, initrd = resolve(config.kernel, config.initrd, make)
+    return replace(config, kernel=kernel, initrd=initrd)
 
 
 def params(kernel: str, given: list[str]) -> tuple[str, ...]:

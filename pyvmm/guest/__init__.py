@@ -1,1 +1,1 @@
-"""Python handles on a running payload: the puppet."""
+"""Guests: handles on a running payload (the puppet), and kernels and initramfs by name."""

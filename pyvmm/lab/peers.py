@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.lab import programs, selftests
+from pyvmm.lab import guests, programs, selftests
 from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import Cache
 from pyvmm.lab.lab import PATH
 from pyvmm.lab.ownkernel import CROSS, compiler_version
 from pyvmm.lab.programs import BIN
-from pyvmm.lab.trees import VARIABLE, Recipe, Scratch, digest_of, made_tree
+from pyvmm.lab.trees import Recipe, Scratch, digest_of, made_tree
+from pyvmm.shown import VARIABLE
 
 LOOP = "loop"
 LOOP_SOURCE = Path(__file__).parents[1] / "bench" / "peers" / "bare_loop.c"
@@ -46,13 +47,13 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
     programs.QEMU.name: programs.QEMU.recipe,
 }
 """What the benchmark's peers need."""
-ALL: Mapping[str, Callable[[], Recipe]] = {**RECIPES, **programs.RECIPES}
-"""Everything that can be asked for by name."""
+ALL: Mapping[str, Callable[[], Recipe]] = {**RECIPES, **programs.RECIPES, **guests.RECIPES}
+"""Everything that can be asked for by name; guests' kernels by what ``pyvmm run`` calls them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Trees by name, and why there is none where one could not be made."""
+    """Trees by their own name, and by what was asked for why there is none where one could not be made."""
 
     trees: dict[str, Path]
     lacking: dict[str, str]
@@ -78,13 +79,24 @@ def prepare(
     """Make the trees of these names that there are none of; one that cannot be made is left out, with the reason.
 
     What the peers need takes about two minutes and 200 MB of downloads, of which 70 MB stay on the disk, unpacked. A
-    program of Debian's alone takes seconds. KeyError for a name that is not in ``ALL``.
+    program of Debian's alone takes seconds, a guest's kernel none. KeyError for a name that is not in ``ALL``.
     """
-    trees: dict[str, Path] = {}
-    lacking: dict[str, str] = {}
+    prepared = Prepared({}, {})
     for name in names:
         try:
-            trees[name] = made_tree(ALL[name](), progress=progress, cache=cache)
+            prepared.trees.update(require([name], progress=progress, cache=cache).trees)
         except PyvmmError as error:
-            lacking[name] = str(error)
-    return Prepared(trees, lacking)
+            prepared.lacking[name] = str(error)
+    return prepared
+
+
+def require(names: Iterable[str], *, progress: Progress = silent, cache: Cache | None = None) -> Prepared:
+    """Make the trees of these names that there are none of; PyvmmError where there is one that cannot be made."""
+    recipes = [ALL[name]() for name in names]
+    return Prepared({recipe.name: made_tree(recipe, progress=progress, cache=cache) for recipe in recipes}, {})
+
+
+def joined(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    """Give the variables of both; those that are lists in both are longer lists."""
+    both = {name: os.pathsep.join((one[name], other[name])) for name in one.keys() & other.keys()}
+    return {**one, **other, **both}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,12 +18,10 @@ from pathlib import Path
 from pyvmm.errors import PyvmmError
 from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import GRACE_SECONDS, Cache
+from pyvmm.shown import MANIFEST, shown
 
 HOME = "peers"
-MANIFEST = "manifest.json"
 CURRENT = "current"
-VARIABLE = "PYVMM_PEERS"
-"""In the environment of who uses trees: NAME=DIRECTORY, more of them behind colons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +62,8 @@ def usable_tree(recipe: Recipe, cache: Cache | None = None) -> Path | None:
 
 def find_tree(name: str) -> Path | None:
     """Give where a tree is: where the environment says, or else in this user's cache, whatever made it."""
-    for entry in os.environ.get(VARIABLE, "").split(os.pathsep):
-        called, equals, path = entry.partition("=")
-        if equals and called == name and Path(path, MANIFEST).is_file():
-            return Path(path)
+    if path := shown(name):
+        return Path(path)
     directory = Cache().directory / HOME / name / CURRENT
     return directory.resolve() if (directory / MANIFEST).is_file() else None
 

@@ -13,11 +13,11 @@ from pyvmm.bench.peers import fault_in, loops, qemu, selftests
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import peers as lab_peers
 from pyvmm.lab import selftests as tests_of_the_kernel
-from pyvmm.lab import trees
 from pyvmm.lab.apt import silent
 from pyvmm.lab.cache import Cache
 from pyvmm.lab.kbuild import KernelBuildError
 from pyvmm.lab.trees import Recipe, Scratch, find_tree, made_tree, usable_tree
+from pyvmm.shown import VARIABLE
 
 USAGE = """
      Guest mode IDs:
@@ -90,7 +90,7 @@ def test_every_peer_has_its_measurement() -> None:
 
 def test_where_a_peer_is_not_there_a_series_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(trees.VARIABLE, f"selftests={tmp_path}/gone")
+    monkeypatch.setenv(VARIABLE, f"selftests={tmp_path}/gone")
     [elsewhere] = peers.measure("qemu") if peers.platform.machine() != "aarch64" else [peers.missing("qemu", "--lab")]
     assert "--lab" in elsewhere.unavailable
     monkeypatch.setattr(peers.platform, "machine", lambda: "aarch64")
@@ -167,7 +167,7 @@ def test_the_environment_says_where_trees_are(monkeypatch: pytest.MonkeyPatch, t
     tree.rename(elsewhere)
     assert find_tree("things") is None
     shown = lab_peers.Prepared({"a": tmp_path, "things": elsewhere}, {})
-    monkeypatch.setenv(trees.VARIABLE, shown.environment[trees.VARIABLE])
+    monkeypatch.setenv(VARIABLE, shown.environment[VARIABLE])
     assert find_tree("things") == elsewhere
     assert find_tree("a") is None
 
@@ -177,9 +177,9 @@ def test_what_cannot_be_prepared_is_left_out_with_the_reason(cache: Cache, monke
     bad.raises = HostError("there is no compiler", hint="apt install one")
     monkeypatch.setattr(lab_peers, "ALL", {"good": good.recipe, "bad": lambda: bad.recipe(name="bad")})
     prepared = lab_peers.prepare(("good", "bad"), cache=cache)
-    assert list(prepared.trees) == ["good"]
+    assert list(prepared.trees) == ["things"]
     assert prepared.lacking == {"bad": "there is no compiler\n  hint: apt install one"}
-    assert prepared.paths == [str(prepared.trees["good"])]
+    assert prepared.paths == [str(prepared.trees["things"])]
 
 
 # -- building the selftests

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cli import lab as cli
-from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.errors import HostError, UsageError
 from pyvmm.lab import peers, programs
+from pyvmm.lab.trees import Recipe
 
 
 def test_a_launcher_runs_its_program_from_wherever_the_tree_is(tmp_path: Path) -> None:
@@ -48,7 +49,16 @@ def test_a_name_that_is_none_is_told_before_a_lab_boots() -> None:
     assert "passt" in (caught.value.hint or "")
 
 
-def test_a_program_that_cannot_be_had_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "prepare", lambda _names, **_: peers.Prepared({}, {"passt": "no mirror"}))
-    with pytest.raises(PyvmmError, match=r"no passt for the lab: no mirror"):
-        cli.prepare(["passt"])
+def test_a_program_that_cannot_be_had_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline() -> Recipe:
+        raise HostError("no mirror")
+
+    monkeypatch.setattr(peers, "ALL", {"passt": offline})
+    with pytest.raises(HostError, match="no mirror"):
+        peers.require(["passt"])
+    assert peers.prepare(["passt"]).lacking == {"passt": "no mirror"}
+
+
+def test_variables_of_two_who_need_trees_are_joined() -> None:
+    ours, theirs = {"PATH": "/a", "X": "1=2"}, {"PATH": "/b", "Y": "3"}
+    assert peers.joined(ours, theirs) == {"PATH": "/a:/b", "X": "1=2", "Y": "3"}

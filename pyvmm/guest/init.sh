@@ -1,0 +1,83 @@
+#!/bin/busybox sh
+# A guest's init: a shell on the kernel's console that ends with the guest, or one command and its exit status.
+#
+# The command is what stands behind " -- " on the kernel's command line, or pyvmm.run="COMMAND" on it.
+
+/bin/busybox mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root TERM=linux PS1='\w # '
+cd /root
+
+# Of a kernel with modules those for the devices that there are: each costs a guest memory and time.
+if [ -d /lib/modules ]; then
+    modprobe virtio_mmio 2>/dev/null
+    wanted=
+    for device in /sys/bus/virtio/devices/*/device; do
+        id=
+        [ -e "$device" ] && read -r id <"$device"
+        case $id in
+        0x0001) wanted="$wanted virtio_net" ;;
+        0x0002) wanted="$wanted virtio_blk crc32c_generic ext4" ;;
+        0x0004) wanted="$wanted virtio_rng" ;;
+        0x0005) wanted="$wanted virtio_balloon" ;;
+        0x0013) wanted="$wanted vmw_vsock_virtio_transport" ;;
+        esac
+    done
+    for module in $wanted; do
+        case $module in
+        crc32c_generic) modprobe -q $module 2>/dev/null ;;  # not a module in every kernel
+        *) modprobe $module ;;
+        esac
+    done
+fi
+
+consoles=
+read -r consoles </sys/class/tty/console/active
+tty=/dev/${consoles##* }
+[ -c "$tty" ] || tty=/dev/null
+
+end() {
+    trap '' USR1 USR2 TERM
+    while read -r source where rest; do
+        case $source in
+        /dev/*) umount -r "$where" ;;
+        esac
+    done </proc/mounts
+    sync
+    "$1" -f
+}
+# What halt, poweroff and reboot send to process 1.
+trap 'end poweroff' USR1 USR2
+trap 'end reboot' TERM
+
+read -r line </proc/cmdline
+command=
+case " $line" in
+*' -- '*)
+    command=${line#*-- }
+    ;;
+*' pyvmm.run="'*)
+    command=${line#*pyvmm.run=\"}
+    command=${command%%\"*}
+    ;;
+*' pyvmm.run='*)
+    command=${line#*pyvmm.run=}
+    command=${command%% *}
+    ;;
+esac
+
+# In the background and waited for: a shell that waits in the foreground would look at signals only afterwards.
+if [ -n "$command" ]; then
+    setsid -c sh -c "$command" <"$tty" >"$tty" 2>&1 &
+    wait $!
+    status=$?
+    printf '\npyvmm: exit status %d\n' $status >"$tty"
+else
+    setsid -c sh -i <"$tty" >"$tty" 2>&1 &
+    wait $!
+fi
+stty <"$tty" >/dev/null 2>&1  # returns once everything has been sent
+end poweroff

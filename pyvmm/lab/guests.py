@@ -1,0 +1,76 @@
+"""Guests' kernels and initramfs, as trees made of what the lab has: its images, and the project's own kernel.
+
+Nothing is fetched: where there is no such image or kernel, the error says which command gets it. The kernel in a tree
+is a link to the one there is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from pyvmm.errors import HostError, UsageError
+from pyvmm.guest import initramfs
+from pyvmm.guest.kernels import DEBIAN, IMAGE, INITRAMFS, OWN, SHELL, directory_name, is_kernel
+from pyvmm.lab import kernels
+from pyvmm.lab.apt import Progress
+from pyvmm.lab.cache import Cache, Image
+from pyvmm.lab.image import usable_image
+from pyvmm.lab.ownkernel import usable_kernel
+from pyvmm.lab.trees import Recipe, Scratch, digest_of, made_tree
+
+
+def recipe(text: str, cache: Cache | None = None) -> Recipe:
+    """Tell how the directory of a kernel, or of ``shell:`` alone, is made.
+
+    UsageError for a kernel of Debian's that the lab does not know, HostError where there is none yet.
+    """
+    cache = cache or Cache()
+    suite = text.removeprefix(DEBIAN) or kernels.DEFAULT if text.startswith(DEBIAN) else kernels.DEFAULT
+    if suite not in kernels.SUITES:
+        known = ", ".join(DEBIAN + name for name in kernels.SUITES)
+        raise UsageError(f"no kernel of Debian's is called {text!r}", hint=f"there are {DEBIAN} and {known}")
+    kernel = None
+    if text == OWN:
+        if (own := usable_kernel(cache)) is None:
+            raise HostError("the project's own kernel is not built here", hint="pyvmm lab kernel builds it")
+        kernel = own.path
+    image = _image(text, suite, cache)
+    if text.startswith(DEBIAN):
+        kernel = image.kernel
+    modules = image.directory / "modules.cpio" if text.startswith(DEBIAN) else None
+    parts = [str(kernel), str(image.directory), initramfs.digest()]
+    return Recipe(directory_name(text), digest_of(*parts), partial(_make, image.directory / "busybox", kernel, modules))
+
+
+def _image(text: str, suite: str, cache: Cache) -> Image:
+    if (image := usable_image(cache, kernel=suite)) is not None:
+        return image
+    command = "pyvmm lab build" + (f" --host-kernel {suite}" if suite != kernels.DEFAULT else "")
+    what = "this kernel of Debian's" if is_kernel(text) and text != OWN else "busybox, which shell: is made of,"
+    raise HostError(f"{text}: {what} is not here", hint=f"{command} fetches it, on any machine with apt and QEMU")
+
+
+def _make(busybox: Path, kernel: Path | None, modules: Path | None, scratch: Scratch, _progress: Progress) -> str:
+    archive = initramfs.write(busybox.read_bytes())
+    (scratch.tree / INITRAMFS).write_bytes(archive + (modules.read_bytes() if modules else b""))
+    if kernel is not None:
+        try:
+            os.link(kernel, scratch.tree / IMAGE)
+        except OSError:
+            shutil.copyfile(kernel, scratch.tree / IMAGE)
+    return str(kernel or busybox)
+
+
+def made(text: str) -> str:
+    """Give the directory of a kernel, or of ``shell:`` alone, making it where there is none of what the lab has."""
+    return str(made_tree(recipe(text)))
+
+
+RECIPES: Final[Mapping[str, Callable[[], Recipe]]] = {
+    name: partial(recipe, name) for name in (DEBIAN, *(DEBIAN + suite for suite in kernels.SUITES), OWN, SHELL)
+}

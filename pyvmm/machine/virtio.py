@@ -53,6 +53,12 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
                     meaning="a guest that does not trust the host must not count what this device gives as random",
                 )  # fmt: skip
             return Rng()
+        case devices.Disk():
+            from pyvmm.devices.virtio.blk import Blk
+            from pyvmm.devices.virtio.disk import DiskFile
+
+            disk = DiskFile(spec.path, read_only=spec.read_only)
+            return Blk(disk, queues=spec.queues, serial=spec.serial, isolates=context.private)
 
 
 def attach(

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 QUEUE_SIZE: Final = lib.PV_BLK_SEGMENTS
 """So that a MiB of scattered pages is one request."""
-MOST_QUEUES: Final = 16
 MOST_SERIAL: Final = 20
 """Bytes of the string that GET_ID gives."""
 

@@ -84,6 +84,11 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--socket", metavar="PATH", help="make a socket there for pyvmm ctl, besides the one that every run has"
     )
     machine.add_argument(
+        "--gdb", metavar="WHERE",
+        help="wait for gdb before the guest's first instruction: a unix socket's path, or tcp:[HOST:]PORT (HOST is "
+        "127.0.0.1 unless said); WHERE,nowait does not wait",
+    )  # fmt: skip
+    machine.add_argument(
         "--serial", metavar="WHERE", type=output_behind("file"), default="stdio",
         help="the console: stdio (default), file=PATH, or none",
     )  # fmt: skip
@@ -136,8 +141,6 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the guest; returns the exit status."""
-    if args.dry_run:
-        return dry_run(args)
     kernel = ready(args)
     tracing = traced(args)
     if args.map is None and tracing is None:
@@ -180,7 +183,7 @@ def ready(args: argparse.Namespace) -> str:
 
 
 def dry_run(args: argparse.Namespace) -> int:
-    """Print the plan of the machine; returns 0."""
+    """Print the plan of the machine, for any verb that would run it; returns 0."""
     kernel = _kernel(args)
     from pyvmm._native_source import require_fresh_native
 
@@ -211,14 +214,24 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
             # In the background the terminal is not ours to read: it would stop us.
             keys = Keys(serial_in, lambda: signals.end("Ctrl-A x")) if in_foreground(serial_in) else None
             serial_in = stack.enter_context(keys).fd if keys is not None else None
-        machine = stack.enter_context(Machine(found(_config(args, kernel, serial_out, serial_in))))
+        debugger = None
+        if args.gdb is not None:
+            from pyvmm.debug.server import GdbServer
+
+            debugger = stack.enter_context(GdbServer(args.gdb))
+        config = found(_config(args, kernel, serial_out, serial_in))
+        machine = stack.enter_context(Machine(config, intercept=debugger.intercept if debugger else None))
         if args.dump_dtb is not None:
             _write(args.dump_dtb, machine.entry.device_tree)
         if watch is not None:
             watch.begin(machine)
         signals.stop = machine.stop
+        if debugger is not None:
+            stack.enter_context(debugger.serving(machine))
         with Control(Requests(machine).verbs, args.socket):
             outcome = machine.run()
+        if debugger is not None:
+            debugger.ended(outcome)
         say = report_json if args.log_json else report
         try:
             if watch is not None:

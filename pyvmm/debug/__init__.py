@@ -1,0 +1,1 @@
+"""A debugger's way into a guest: GDB's remote serial protocol, over KVM's guest debugging."""

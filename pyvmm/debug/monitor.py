@@ -1,0 +1,68 @@
+"""What `monitor` commands do in a debugger: ways to look at the guest that GDB's own commands have no word for."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from pyvmm.debug.errors import Refused
+from pyvmm.errors import hex_
+
+if TYPE_CHECKING:
+    from pyvmm.debug.target import GuestTarget
+    from pyvmm.machine.machine import Machine
+
+HELP = """\
+monitor help          this
+monitor info          protection, pages by state, breakpoint registers, why the last request failed
+monitor info ADDRESS  where an address leads, and whose the page there is
+monitor phys on|off   take addresses as guest physical ones, or translate them by the guest's tables (as at first)
+"""
+
+
+def answer(target: GuestTarget, machine: Machine, thread: int, command: str) -> str:
+    """Carry out ``command`` and return what there is to say."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        return f"{error}\n"
+    match words:
+        case ["phys", "on" | "off" as which]:
+            target.physical = which == "on"
+            return f"addresses are {'guest physical' if target.physical else 'virtual'}\n"
+        case ["phys"]:
+            return f"addresses are {'guest physical' if target.physical else 'virtual'}\n"
+        case ["info"]:
+            return _about(target, machine)
+        case ["info", text]:
+            return _about_address(target, machine, thread, text)
+        case [] | ["help"]:
+            return HELP
+        case _:
+            return f"{command!r} is not known\n{HELP}"
+
+
+def _about(target: GuestTarget, machine: Machine) -> str:
+    counts = ", ".join(
+        f"{count} {state.name.lower()}" for state, count in machine.memory.ledger.counts().items() if count
+    )
+    lines = [
+        f"protection {machine.config.protection.value}, {len(machine.vcpus)} vCPUs",
+        f"pages: {counts}",
+        f"{target.points.breaks} breakpoint and {target.points.watches} watchpoint registers",
+    ]
+    if target.last_refusal is not None:
+        lines.append(f"last request that failed: {target.last_refusal}")
+    return "\n".join(lines) + "\n"
+
+
+def _about_address(target: GuestTarget, machine: Machine, thread: int, text: str) -> str:
+    try:
+        address = int(text, 0)
+        gpa = address if target.physical else target.translate(thread, address).gpa
+    except ValueError:
+        return f"{text!r} is no address\n"
+    except Refused as refused:
+        return f"{refused.why}\n"
+    where = "" if target.physical else f"{hex_(address)} is "
+    return f"{where}gpa {hex_(gpa)}: {machine.memory.describe(gpa)}\n"

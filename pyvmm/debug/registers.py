@@ -1,0 +1,65 @@
+"""The registers that GDB knows a 64-bit Arm CPU by: their order, their sizes, and the description it reads.
+
+The features are GDB's own, org.gnu.gdb.aarch64.core and .fpu (GDB's manual, "AArch64 Features"). Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """One register; ``size`` in bytes."""
+
+    name: str
+    size: int
+
+
+CORE: Final = (*(Register(f"x{n}", 8) for n in range(31)), Register("sp", 8), Register("pc", 8), Register("cpsr", 4))
+FPU: Final = (*(Register(f"v{n}", 16) for n in range(32)), Register("fpsr", 4), Register("fpcr", 4))
+REGISTERS: Final = CORE + FPU
+"""By GDB's number."""
+
+NUMBER: Final = {register.name: number for number, register in enumerate(REGISTERS)}
+EXPEDITED: Final = tuple(NUMBER[name] for name in ("x29", "sp", "pc"))
+"""What a debugger asks for after every stop, so it is told with it."""
+
+_FLAGS: Final = {
+    "SP": 0, "F": 6, "I": 7, "A": 8, "D": 9, "IL": 20, "SS": 21, "PAN": 22, "UAO": 23, "V": 28, "C": 29, "Z": 30,
+    "N": 31,
+}  # fmt: skip
+_TYPES: Final = {"sp": "data_ptr", "pc": "code_ptr", "cpsr": "cpsr_flags"}
+_LANES: Final = (("d", "ieee_double", 2), ("q", "uint64", 2), ("s", "ieee_single", 4), ("w", "uint32", 4),
+                 ("h", "uint16", 8), ("b", "uint8", 16))  # fmt: skip
+
+
+def description() -> bytes:
+    """Write the target description (target.xml)."""
+    lines = [
+        '<?xml version="1.0"?>',
+        '<!DOCTYPE target SYSTEM "gdb-target.dtd">',
+        '<target version="1.0">',
+        "<architecture>aarch64</architecture>",
+        '<feature name="org.gnu.gdb.aarch64.core">',
+        '<flags id="cpsr_flags" size="4">',
+        *(f'<field name="{name}" start="{bit}" end="{bit}"/>' for name, bit in _FLAGS.items()),
+        '<field name="EL" start="2" end="3"/>',
+        "</flags>",
+        *(_register(register, _TYPES.get(register.name, "int")) for register in CORE),
+        "</feature>",
+        '<feature name="org.gnu.gdb.aarch64.fpu">',
+        *(f'<vector id="lanes_{name}" type="{kind}" count="{count}"/>' for name, kind, count in _LANES),
+        '<union id="vector">',
+        *(f'<field name="{name}" type="lanes_{name}"/>' for name, _, _ in _LANES),
+        "</union>",
+        *(_register(register, "vector" if register.size == 16 else "int") for register in FPU),
+        "</feature>",
+        "</target>",
+    ]
+    return "\n".join(lines).encode()
+
+
+def _register(register: Register, kind: str) -> str:
+    return f'<reg name="{register.name}" bitsize="{8 * register.size}" type="{kind}"/>'

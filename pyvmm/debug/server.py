@@ -1,0 +1,263 @@
+"""Where a debugger connects: a unix or TCP socket, the thread that serves it, and what becomes of the guest meanwhile.
+
+A :class:`GdbServer` owns the socket from its making on, so that one that is in use is refused before a machine is
+built, and one thread (``pyvmm-gdb``) while it serves. One debugger at a time: others are turned away. A debugger that
+goes, by ``detach`` or without a word, leaves a guest that runs on without breakpoints; another may come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from pyvmm.debug.packets import Decoder, Token, frame
+from pyvmm.debug.protocol import SIGINT, Session, Stop
+from pyvmm.debug.target import GuestTarget
+from pyvmm.errors import UsageError
+from pyvmm.log import get_logger
+
+if TYPE_CHECKING:
+    from pyvmm.machine.machine import Machine
+    from pyvmm.vcpu.outcome import Outcome
+
+log = get_logger("gdb")
+
+LOCALHOST: Final = "127.0.0.1"
+PATIENCE: Final = 5.0
+"""Seconds that a debugger may take to read what it is sent."""
+_CHUNK: Final = 1 << 16
+_NOWAIT: Final = ",nowait"
+_TCP: Final = "tcp:"
+
+
+class GdbServer:
+    """Listens at ``where``: a path, or ``tcp:[HOST:]PORT``; with ``,nowait`` the guest starts without a debugger.
+
+    UsageError where that is no place to listen at, or somebody else does.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.waits = not where.endswith(_NOWAIT)
+        self.where = where.removesuffix(_NOWAIT)
+        self._path: str | None = None
+        self._socket = self._listen(self.where)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._target: GuestTarget | None = None
+        self._outcome: Outcome | None = None
+        self._closing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening; idempotent."""
+        if self._socket.fileno() >= 0:
+            self._socket.close()
+            os.close(self._wake)
+            if self._path is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)
+
+    @property
+    def address(self) -> str:
+        """What the debugger's ``target remote`` takes."""
+        if self._path is not None:
+            return self._path
+        host, port, *_ = self._socket.getsockname()
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def intercept(self, stop: int, native: Any) -> bool | None:
+        """Hear of a vCPU's stops (see :data:`pyvmm.vcpu.cold.Intercept`)."""
+        return None if self._target is None else self._target.intercept(stop, native)
+
+    @contextlib.contextmanager
+    def serving(self, machine: Machine) -> Iterator[None]:
+        """Serve ``machine``, which is built with :meth:`intercept` and not started; call :meth:`ended` at its end."""
+        self._target = GuestTarget(machine, self._ring)
+        if self.waits:
+            self._target.halt()
+        thread = threading.Thread(target=self._main, name="pyvmm-gdb", daemon=True)
+        thread.start()
+        if self.waits:
+            log.warning("waiting_for_debugger", gdb=f"target remote {self.address}")
+        try:
+            yield
+        finally:
+            self._closing = True
+            self._ring()
+            thread.join()
+
+    def ended(self, outcome: Outcome) -> None:
+        """Say how the run ended: a debugger that waits for the guest is told."""
+        self._outcome = outcome
+        self._ring()
+
+    # -- inside
+
+    def _listen(self, where: str) -> socket.socket:
+        if not where:
+            raise UsageError("no place for a debugger to connect to", hint="a path, or tcp:PORT")
+        try:
+            if where.startswith(_TCP):
+                address, family = _tcp(where)
+                return socket.create_server(address, family=family, backlog=1)
+            listener = socket.socket(socket.AF_UNIX)
+            try:
+                listener.bind(where)
+                self._path = where
+                # Its owner's alone before anyone can connect: who does may read and write the guest.
+                os.chmod(where, 0o600)
+                listener.listen(1)
+            except BaseException:
+                listener.close()
+                raise
+            return listener
+        except OSError as error:
+            hint = None
+            if error.errno == errno.EADDRINUSE:
+                hint = "another run listens there; name another place"
+                if not where.startswith(_TCP):
+                    hint = f"another run listens there, or one that was killed has left it: rm {where}"
+            raise UsageError(f"no debugger can connect at {where}: {error.strerror or error}", hint=hint) from None
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._wake, 1)
+
+    def _main(self) -> None:
+        target = self._target
+        if target is None:
+            return
+        debugger: _Debugger | None = None
+        while True:
+            poll = select.poll()
+            for fd in (self._wake, self._socket.fileno(), *([debugger.fd] if debugger else [])):
+                poll.register(fd, select.POLLIN)
+            ready = dict(poll.poll())
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+                if self._outcome is not None or self._closing:
+                    if debugger is not None:
+                        debugger.finish(self._outcome)
+                    return
+                if debugger is None:
+                    target.detach()
+                elif not debugger.guest_stopped():
+                    debugger = None
+            if debugger is not None and debugger.fd in ready and not debugger.serve():
+                debugger = None
+            if self._socket.fileno() in ready:
+                with contextlib.suppress(OSError):
+                    connection, _ = self._socket.accept()
+                    if debugger is not None:
+                        log.warning("second_debugger_refused")
+                        connection.close()
+                    else:
+                        debugger = _Debugger(connection, target)
+
+
+class _Debugger:
+    """One connection. Its methods say whether it is still there; when it is not, the guest has been let go."""
+
+    def __init__(self, connection: socket.socket, target: GuestTarget) -> None:
+        self._connection = connection
+        self._target = target
+        self._decoder = Decoder()
+        self._last = b""
+        connection.settimeout(PATIENCE)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.fd = connection.fileno()
+        self._session = Session(target, target.take_stop() or Stop(1))
+        log.info("debugger_attached")
+
+    def serve(self) -> bool:
+        """Take what has come and answer it."""
+        return self._kept(self._serve)
+
+    def guest_stopped(self) -> bool:
+        """Tell that a vCPU has come to a debug exit."""
+        return self._kept(self._tell_stop)
+
+    def finish(self, outcome: Outcome | None) -> None:
+        """Tell of the run's end who waits for it, and hang up."""
+        with contextlib.suppress(OSError):
+            if outcome is not None and self._session.running:
+                self._send(self._session.ended(outcome.status))
+        self._connection.close()
+
+    # -- inside
+
+    def _kept(self, do: Callable[[], None]) -> bool:
+        try:
+            do()
+        except OSError as error:
+            log.info("debugger_lost", reason=str(error))
+        except Exception as error:
+            # Whatever a debugger sends, the guest must not be left standing.
+            log.error("debugger_dropped", error=str(error), exc_info=error)
+        else:
+            if not self._session.over:
+                return True
+        self._connection.close()
+        if not self._session.over:
+            self._target.detach()
+        log.info("debugger_gone")
+        return False
+
+    def _serve(self) -> None:
+        data = self._connection.recv(_CHUNK)
+        if not data:
+            raise ConnectionResetError("it hung up")
+        for event in self._decoder.feed(data):
+            match event:
+                case bytes():
+                    self._answer(event)
+                case Token.INTERRUPT if self._session.running:
+                    self._tell_stop()
+                case Token.NAK:
+                    self._connection.sendall(self._last)
+                case Token.OVERLONG:
+                    self._acknowledge(b"+")
+                    self._send(b"E22")
+                case Token.DAMAGED:
+                    self._acknowledge(b"-")
+            if self._session.over:
+                return
+
+    def _answer(self, packet: bytes) -> None:
+        self._acknowledge(b"+")
+        # A guest that runs cannot be asked anything; only 0x03 has a meaning then.
+        if not self._session.running and (reply := self._session.handle(packet)) is not None:
+            self._send(reply)
+
+    def _tell_stop(self) -> None:
+        stop = self._target.take_stop()
+        if self._session.running:
+            self._send(self._session.stopped(stop or Stop(1, SIGINT)))
+
+    def _acknowledge(self, mark: bytes) -> None:
+        if not self._session.no_acks:
+            self._connection.sendall(mark)
+
+    def _send(self, reply: bytes) -> None:
+        self._last = frame(reply)
+        self._connection.sendall(self._last)
+
+
+def _tcp(where: str) -> tuple[tuple[str, int], socket.AddressFamily]:
+    host, _, port = where.removeprefix(_TCP).rpartition(":")
+    if not (port.isdecimal() and port.isascii() and int(port) < 1 << 16):
+        raise UsageError(f"{where}: {port or 'nothing'} is no TCP port", hint="tcp:PORT, or tcp:HOST:PORT")
+    host = host.removeprefix("[").removesuffix("]") or LOCALHOST
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return (host, int(port)), family

@@ -1,0 +1,297 @@
+"""A machine as a debugger sees it: its vCPUs stopped and let go, their registers, its memory by virtual address.
+
+Owns no descriptor and no thread. One thread at a time calls it, the debugger's; :meth:`GuestTarget.intercept` alone is
+called in the vCPUs' threads. From :meth:`halt` to :meth:`resume` the debugger holds one pause of each vCPU's thread;
+others, such as the control socket's, nest with it. Devices go on while vCPUs stand still.
+
+What KVM lets a debugger do is the same in every protection, registers of a protected guest included: EL2 takes them
+from the host at every entry. Memory is not: where the host may not look, nor may the debugger.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm._native import lib
+from pyvmm.debug.breakpoints import REASON, Breakpoints, Kind
+from pyvmm.debug.errors import EFAULT, EINVAL, Refused
+from pyvmm.debug.exception import enter_el1
+from pyvmm.debug.protocol import Go, Stop
+from pyvmm.debug.registers import REGISTERS
+from pyvmm.debug.stage1 import Regime, Translation, Untranslated, translate
+from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
+from pyvmm.log import get_logger
+from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.uapi.kvm import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, MpState
+from pyvmm.uapi.kvm_arm64 import ARM64_SYS_REG, KVM_GUESTDBG_USE_HW, core_reg
+from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_DEBUG_HW_BPS, KVM_CAP_GUEST_DEBUG_HW_WPS
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.machine.machine import Machine
+    from pyvmm.vcpu.thread import VcpuThread
+
+log = get_logger("gdb")
+
+SCTLR_EL1: Final = ARM64_SYS_REG(3, 0, 1, 0, 0)
+TTBR0_EL1: Final = ARM64_SYS_REG(3, 0, 2, 0, 0)
+TTBR1_EL1: Final = ARM64_SYS_REG(3, 0, 2, 0, 1)
+TCR_EL1: Final = ARM64_SYS_REG(3, 0, 2, 0, 2)
+
+_EC_SHIFT: Final = 26
+_EC_WATCHPOINT: Final = 0x34
+_EC_BRK: Final = 0x3C
+_EL1H: Final = 0b0101
+_MODE: Final = 0b1111
+_CPSR: Final = 0xFFFF_FFFF
+_REFUSALS_LOGGED: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _DebugExit:
+    """A KVM_EXIT_DEBUG: what the CPU said, where."""
+
+    index: int
+    syndrome: int
+    address: int
+
+
+class GuestTarget:
+    """A machine, built and not started; ``wake`` is called, in a vCPU's thread, when one has stopped."""
+
+    def __init__(self, machine: Machine, wake: Callable[[], None]) -> None:
+        self._machine = machine
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._exits: list[_DebugExit] = []
+        self._halted: set[int] = set()
+        self._stepping: set[int] = set()
+        self._debugging: set[int] = set()
+        self._refusals = 0
+        self.last_refusal: str | None = None
+        """Why the last request for memory or a breakpoint failed, in words."""
+        # Asked of /dev/kvm: a protected VM's own descriptor says 0 to either.
+        check = machine.system.check
+        self.points = Breakpoints(check(KVM_CAP_GUEST_DEBUG_HW_BPS), check(KVM_CAP_GUEST_DEBUG_HW_WPS))
+        self.physical = False
+        """Whether the debugger's addresses are guest physical ones."""
+
+    # -- the vCPUs' threads
+
+    def intercept(self, stop: int, native: Any) -> bool | None:
+        """Stop a vCPU at a debug exit (see :data:`pyvmm.vcpu.cold.Intercept`), until the debugger lets it go on."""
+        if stop != lib.PV_STOP_DEBUG:
+            return None
+        index = native.index
+        vcpu = self._machine.vcpus[index]
+        told = vcpu.run.debug_arm64
+        if told.hsr >> _EC_SHIFT == _EC_BRK:
+            # KVM takes every BRK away from a guest that is debugged; none of them is ours.
+            enter_el1(vcpu, told.hsr)
+            return True
+        with self._lock:
+            self._exits.append(_DebugExit(index, told.hsr, told.far))
+        self._threads[index].pause()
+        self._wake()
+        return True
+
+    # -- stopping and going on
+
+    def halt(self) -> None:
+        """Stop every vCPU that the debugger let go, and return when they are out of the guest."""
+        threads = self._threads
+        going = [index for index in range(len(threads)) if index not in self._halted]
+        for index in going:
+            threads[index].pause()
+        for index in going:
+            threads[index].wait_paused()
+        self._halted.update(going)
+
+    def take_stop(self) -> Stop | None:
+        """Halt the guest and return why it stopped; None where no vCPU came to a debug exit."""
+        self.halt()
+        with self._lock:
+            exits, self._exits = self._exits, []
+        for each in exits:
+            self._threads[each.index].resume()  # the pause of its own; the one of halt() remains
+        # Those that are not told come to the same again, unless what stopped them is taken away.
+        exits.sort(key=lambda each: each.index not in self._stepping)
+        self._stepping.clear()
+        return self._reason(exits[0]) if exits else None
+
+    def resume(self, actions: Mapping[int, Go]) -> None:
+        """Let vCPUs go on."""
+        chosen = {thread - 1: go for thread, go in actions.items()}
+        for index, go in chosen.items():
+            self._debug(index, step=go is Go.STEP)
+        self._stepping = {index for index, go in chosen.items() if go is Go.STEP}
+        for index in chosen:
+            self._halted.discard(index)
+            self._threads[index].resume()
+
+    def detach(self) -> None:
+        """Forget every breakpoint and let all vCPUs go on."""
+        self.take_stop()
+        self.points.clear()
+        self.physical = False
+        self.resume(dict.fromkeys(self.threads(), Go.CONTINUE))
+
+    def kill(self) -> None:
+        """End the run."""
+        self._machine.stop("killed by the debugger")
+
+    # -- threads
+
+    def threads(self) -> Sequence[int]:
+        """Return a number for each vCPU, from 1."""
+        return range(1, len(self._machine.vcpus) + 1)
+
+    def describe(self, thread: int) -> str:
+        """Name the vCPU, and say whether it is on."""
+        vcpu = self._vcpu(thread)
+        off = vcpu.mp_state is MpState.KVM_MP_STATE_STOPPED
+        return f"vCPU {vcpu.index}{' (off)' if off else ''}"
+
+    # -- registers
+
+    def read_register(self, thread: int, number: int) -> bytes:
+        """Return a register."""
+        register, vcpu = REGISTERS[number], self._vcpu(thread)
+        value: int = _checked(lambda: vcpu.get_reg(_register_id(vcpu, register.name)))
+        return (value & (1 << 8 * register.size) - 1).to_bytes(register.size, "little")
+
+    def write_register(self, thread: int, number: int, value: bytes) -> None:
+        """Set a register; KVM refuses a cpsr that is none."""
+        register, vcpu = REGISTERS[number], self._vcpu(thread)
+        new = int.from_bytes(value, "little")
+        if register.name == "cpsr":
+            new |= vcpu.get_reg(core_reg("pstate")) & ~_CPSR
+        _checked(lambda: vcpu.set_reg(_register_id(vcpu, register.name), new))
+
+    # -- memory
+
+    def read_memory(self, thread: int, address: int, size: int) -> bytes:
+        """Return as much as can be read, in one piece from ``address`` on."""
+        data = bytearray()
+        while len(data) < size:
+            try:
+                gpa, room = self._place(thread, address + len(data))
+                data += self._machine.memory.read(gpa, min(size - len(data), room))
+            except (Refused, PyvmmError) as error:
+                if not data:
+                    raise self._noted(error) from None
+                break
+        return bytes(data)
+
+    def write_memory(self, thread: int, address: int, data: bytes) -> None:
+        """Write all of it, or up to the page where that fails."""
+        while data:
+            try:
+                gpa, room = self._place(thread, address)
+                self._machine.memory.write(gpa, data[:room])
+            except (Refused, PyvmmError) as error:
+                raise self._noted(error) from None
+            data = data[room:]
+            address += room
+
+    def translate(self, thread: int, address: int) -> Translation:
+        """Find where an address leads in the guest's memory, by its own tables. Refused where it leads nowhere."""
+        vcpu, memory = self._vcpu(thread), self._machine.memory
+        get = vcpu.get_reg
+        regime = Regime(sctlr=get(SCTLR_EL1), tcr=get(TCR_EL1), ttbr0=get(TTBR0_EL1), ttbr1=get(TTBR1_EL1))
+
+        def read64(gpa: int) -> int:
+            try:
+                return int.from_bytes(memory.read(gpa, 8), "little")
+            except PyvmmError:
+                raise Refused(EFAULT, f"{hex_(address)} cannot be translated: the guest's table at gpa {hex_(gpa)} "
+                                      f"is {memory.describe(gpa)}; `monitor phys on` takes addresses as guest "
+                                      "physical") from None  # fmt: skip
+
+        try:
+            return translate(address, regime, read64)
+        except Untranslated as why:
+            raise Refused(EFAULT, str(why)) from None
+
+    # -- breakpoints
+
+    def insert(self, kind: Kind, address: int, length: int) -> None:
+        """Set one; it is the CPU's from the next time that the guest goes on."""
+        try:
+            self.points.insert(kind, address, length)
+        except Refused as refused:
+            raise self._noted(refused) from None
+
+    def remove(self, kind: Kind, address: int, length: int) -> None:
+        """Take one away."""
+        self.points.remove(kind, address, length)
+
+    def monitor(self, thread: int, command: str) -> str:
+        """Carry out a ``monitor`` command."""
+        from pyvmm.debug.monitor import answer
+
+        return answer(self, self._machine, thread, command)
+
+    # -- inside
+
+    @property
+    def _threads(self) -> Sequence[VcpuThread]:
+        return self._machine.threads
+
+    def _vcpu(self, thread: int) -> Vcpu:
+        return self._machine.vcpus[thread - 1]
+
+    def _debug(self, index: int, *, step: bool) -> None:
+        wanted = KVM_GUESTDBG_SINGLESTEP if step else 0
+        wanted |= KVM_GUESTDBG_USE_HW if self.points else 0
+        if not wanted and index not in self._debugging:
+            return
+        control = wanted | KVM_GUESTDBG_ENABLE if wanted else 0
+        vcpu = self._machine.vcpus[index]
+        _checked(lambda: vcpu.set_guest_debug(control, self.points.registers()))
+        (self._debugging.add if wanted else self._debugging.discard)(index)
+
+    def _reason(self, told: _DebugExit) -> Stop:
+        thread = told.index + 1
+        if told.syndrome >> _EC_SHIFT == _EC_WATCHPOINT:
+            if hit := self.points.watching(told.address):
+                return Stop(thread, reason=f"{REASON[hit[0]]}:{hit[1]:x}")
+        elif kind := self.points.at(self._vcpu(thread).pc):
+            return Stop(thread, reason=f"{REASON[kind]}:")
+        return Stop(thread)
+
+    def _place(self, thread: int, address: int) -> tuple[int, int]:
+        """Return where an address leads, and how many bytes there are up to the end of its page."""
+        if address >> 64:
+            raise Refused(EFAULT, "beyond the last address")
+        gpa = address if self.physical else self.translate(thread, address).gpa
+        return gpa, PAGE_SIZE - gpa % PAGE_SIZE
+
+    def _noted(self, error: Refused | PyvmmError) -> Refused:
+        """Return what the debugger is told; the log has the words, which the protocol has no room for."""
+        if isinstance(error, GuestMemoryError):
+            error = Refused(EFAULT, f"the page at gpa {hex_(error.gpa)} is {error.state}; a debugger sees no more "
+                                    "than the host may")  # fmt: skip
+        elif isinstance(error, PyvmmError):
+            error = Refused(EFAULT, error.message)
+        self.last_refusal = error.why
+        self._refusals += 1
+        if self._refusals <= _REFUSALS_LOGGED:
+            log.warning("refused_the_debugger", why=error.why, last_one_told=self._refusals == _REFUSALS_LOGGED)
+        return error
+
+
+def _checked(do: Callable[[], Any]) -> Any:
+    try:
+        return do()
+    except PyvmmError as error:
+        raise Refused(EINVAL, error.message) from None
+
+
+def _register_id(vcpu: Vcpu, name: str) -> int:
+    if name == "sp" and vcpu.get_reg(core_reg("pstate")) & _MODE == _EL1H:
+        return core_reg("sp_el1")
+    return core_reg("pstate" if name == "cpsr" else name)

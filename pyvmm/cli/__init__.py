@@ -139,6 +139,8 @@ def _fill_standard_files() -> None:
 def _dispatch(args: argparse.Namespace, words: Sequence[str]) -> int:
     if not args.lab:
         refuse_lab_options(args, words)
+        if getattr(args, "dry_run", False):
+            return int(import_module("pyvmm.cli.run").dry_run(args))
         return int(import_module(f"pyvmm.cli.{args.verb}").main(args))
     if args.verb == "lab":
         raise UsageError("there is no lab in the lab", hint=f"pyvmm {' '.join(args.verb_argv)}")

@@ -1,0 +1,39 @@
+"""A plan is what really happens: the ioctls of a machine on this host are those of its plan, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pyvmm.kvm.stand_in import Recording
+from pyvmm.machine import Machine
+from pyvmm.machine.plan import Plan, calls
+from pyvmm.memory.conversion import Conversion
+from pyvmm.protection import Protection
+from pyvmm.vcpu.outcome import Ending
+from tests.pkvm.harness import config
+
+pytestmark = pytest.mark.pkvm
+
+
+@pytest.mark.parametrize(
+    ("protection", "more"),
+    [
+        (Protection.NONE, {"cpus": 2}),
+        (Protection.PKVM, {"cpus": 4}),
+        (Protection.EMULATED, {"backing": "private", "conversion": Conversion.COPY}),
+    ],
+    ids=lambda value: value.value if isinstance(value, Protection) else "",
+)
+def test_a_machine_asks_kvm_what_its_plan_said(protection: Protection, more: dict[str, Any]) -> None:
+    settings = config("payload:hello", protection, **more)
+    with Plan(settings) as plan:
+        planned = list(calls(plan.machine, plan.calls))
+    recording = Recording()
+    with Machine(settings, kernel=recording) as machine:
+        made = tuple(recording.calls)
+        assert list(calls(machine, made)) == planned
+        assert machine.run().ending is Ending.POWEROFF
+        # The run itself asks nothing more in Python: KVM_RUN and what goes with it are the native loop's.
+        assert recording.calls == list(made)

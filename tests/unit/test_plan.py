@@ -1,0 +1,103 @@
+"""What a machine would be and ask of KVM, without KVM."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import UsageError
+from pyvmm.kvm.fd import Kernel
+from pyvmm.kvm.stand_in import Recording, StandIn
+from pyvmm.kvm.system import System
+from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.plan import Plan, calls
+from pyvmm.protection import Protection
+
+HELLO = MachineConfig("payload:hello", cpus=2, memory=32 << 20)
+
+
+@pytest.fixture(autouse=True)
+def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that opens KVM's device fails."""
+
+    def refuse(_self: Kernel, path: str) -> int:
+        raise AssertionError(f"{path} is opened")
+
+    monkeypatch.setattr(Kernel, "open", refuse)
+
+
+def asked(config: MachineConfig) -> list[str]:
+    with Plan(config) as plan:
+        return list(calls(plan.machine, plan.calls))
+
+
+def test_a_protected_machine_is_made_in_the_order_that_pkvm_insists_on() -> None:
+    lines = asked(replace(HELLO, protection=Protection.PKVM))
+    assert lines[1] == "KVM_CREATE_VM(kvm, type=0x8000_0000)"
+    first = {name: next(n for n, line in enumerate(lines) if line.startswith(name)) for name in (
+        "KVM_CREATE_VCPU(vm, index=1", "KVM_CREATE_DEVICE(vm, type=KVM_DEV_TYPE_ARM_VGIC_V3",
+        "KVM_SET_DEVICE_ATTR(ARM_VGIC_V3, group=CTRL, attr=0x0)", "KVM_SET_ONE_REG(vcpu0, id=pc, value=0x8008_0000)",
+    )}  # fmt: skip
+    assert list(first.values()) == sorted(first.values())
+    assert "KVM_SET_USER_MEMORY_REGION(vm, slot=0, gpa=0x8000_0000, size=0x200_0000, hva=memfd+0x0, flags=0x0)" in lines
+    assert not any("SMCCC" in line for line in lines)
+
+
+def test_the_emulated_protection_forwards_calls_and_a_plain_machine_does_not() -> None:
+    filters = [line for line in asked(replace(HELLO, protection=Protection.EMULATED)) if "SMCCC" in line]
+    assert [line.partition("base=")[2] for line in filters] == ["0x8600_0000, count=1)", "0xc600_0002, count=3)"]
+    assert not any("SMCCC" in line for line in asked(HELLO))
+
+
+def test_a_private_backing_is_two_slots_the_second_a_guest_memfd_s() -> None:
+    lines = [line for line in asked(replace(HELLO, backing="private")) if "MEM" in line]
+    assert [line.partition("(")[0] for line in lines] == [
+        "KVM_CHECK_EXTENSION", "KVM_SET_USER_MEMORY_REGION", "KVM_CREATE_GUEST_MEMFD", "KVM_SET_USER_MEMORY_REGION2",
+    ]  # fmt: skip
+    assert "hva=private guest_memfd+0x0" in lines[-1]
+
+
+def test_the_same_plan_is_the_same_text_and_nothing_is_left_of_it() -> None:
+    with Plan(HELLO) as plan:
+        first = list(plan.lines())
+    before = set(os.listdir("/proc/self/fd"))
+    with Plan(HELLO) as plan:
+        assert list(plan.lines()) == first
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_plan_refuses_what_a_run_would() -> None:
+    with pytest.raises(UsageError, match="EIO"), Plan(replace(HELLO, protection=Protection.PKVM, backing="hugetlb")):
+        pass
+
+
+def test_a_call_that_failed_is_recorded_as_one() -> None:
+    class Refusing(StandIn):
+        def ioctl(self, *_: object) -> tuple[int, int]:
+            return -1, 22
+
+    recording = Recording(Refusing())
+    with pytest.raises(Exception, match="EINVAL"):
+        System.open(kernel=recording)
+    assert [(call.name, call.on, call.result) for call in recording.calls] == [("KVM_GET_API_VERSION", "kvm", -1)]
+
+
+def test_dry_run_prints_the_plan_on_any_workstation(tmp_path: Path) -> None:
+    tree = tmp_path / "a.dtb"
+    words = ("run", "--dry-run", "--pkvm", "-m", "32M", "-c", "2", "--dump-dtb", str(tree), "payload:hello")
+    done = subprocess.run([sys.executable, "-m", "pyvmm", *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in (
+        "   0x8000_0000   0x8200_0000  RAM, 32 MiB",
+        "   0x8000_0000   0x8200_0000  memfd, from byte 0x0 of it",
+        "    0x900_0000    0x900_1000  pl011, SPI 1",
+        "  1: off, until PSCI CPU_ON",
+        "  KVM_CREATE_VM(kvm, type=0x8000_0000)",
+    ):
+        assert line in done.stdout.splitlines(), done.stdout
+    assert tree.read_bytes()[:4] == b"\xd0\x0d\xfe\xed"

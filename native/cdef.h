@@ -36,7 +36,7 @@ struct pv_region {
     uint8_t *view;      /* where the host's own code may look at it; never the address KVM faults through in
                            PV_EMULATED with a memfd, where a private page's view is PROT_NONE */
     uint8_t *ledger;    /* size / 4096 bytes of enum pv_page */
-    int32_t fd;         /* backing file */
+    int32_t fd;         /* backing file, or -1: the view is anonymous memory, and KVM's own mapping */
     uint32_t flags;     /* 0 */
     uint64_t fd_offset; /* of gpa in fd */
 };

@@ -175,6 +175,8 @@ uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value)
 
 static int punch(const struct pv_region *region, uint64_t offset)
 {
+    if (region->fd < 0)
+        return madvise(region->view + offset, PV_PAGE_SIZE, MADV_DONTNEED);
     return fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(region->fd_offset + offset),
                      PV_PAGE_SIZE);
 }

@@ -25,7 +25,7 @@ STDIN, STDOUT = 0, 1
 
 # As in pyvmm.protection, pyvmm.machine.config and pyvmm.memory.conversion, which are not worth importing for --help.
 PROTECTIONS = ("none", "pkvm", "emulated")
-BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
+BACKINGS = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
 CONVERSIONS = ("preserve", "zero", "punch", "copy")
 
 CRASH = "payload:crash"

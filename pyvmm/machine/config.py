@@ -11,7 +11,7 @@ from pyvmm.machine.devices import DeviceSpec
 from pyvmm.memory.conversion import Conversion
 from pyvmm.protection import Protection
 
-BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
+BACKINGS = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
 DEFAULT_MEMORY = 64 * layout.MIB
 
 
@@ -59,6 +59,12 @@ class MachineConfig:
         if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
             most = f"{threading.TIMEOUT_MAX:.0f}"
             raise UsageError(f"a deadline of {self.deadline} seconds: it must be more than 0, and {most} at most")
+        if self.backing == "anonymous" and self.protection is Protection.EMULATED:
+            raise UsageError(
+                "the anonymous backing with protection emulated: a private page is closed to the host in a second "
+                "mapping of guest memory, and this memory cannot have one",
+                hint="use a memfd, the default there",
+            )
         if self.backing == "private" and self.memory <= layout.PRIVATE_BOOT:
             raise UsageError(
                 f"{self.memory // layout.MIB} MiB of memory with the private backing: the first "

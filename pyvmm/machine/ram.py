@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pyvmm.errors import HostError
 from pyvmm.machine import layout
 from pyvmm.memory.address import Gpa
-from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
+from pyvmm.memory.backing import Anonymous, Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
@@ -36,6 +36,8 @@ def add_ram(memory: Memory, vm: Vm, config: MachineConfig) -> int:
 def _backing(vm: Vm, config: MachineConfig) -> Backing:
     size = config.memory
     match config.backing:
+        case "anonymous":
+            return Anonymous(size)
         case "thp":
             return Memfd(size, thp=True)
         case "memfd" if config.prefault:

@@ -1,6 +1,6 @@
-"""What guest memory is made of: memfd (4 KiB, THP advice, hugetlb) and guest_memfd, shared or private.
+"""What guest memory is made of: anonymous memory, memfd (4 KiB, THP advice, hugetlb), guest_memfd, shared or private.
 
-A backing owns its file descriptor and its mappings; whoever made it closes it, or hands it to a ``Memory``, which
+A backing owns its file descriptor, if it has one, and its mappings; whoever made it closes it, or hands it to a ``Memory``, which
 closes it then. A backing has two addresses: ``hva``, through which KVM faults pages in, and ``view``, through which
 the host's own code (in C, guarded) looks at them. They are one mapping until :meth:`Backing.separate_view`, which the
 emulated protection uses so that a page can be taken from the host without taking it from KVM.
@@ -8,6 +8,7 @@ emulated protection uses so that a page can be taken from the host without takin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -33,7 +34,7 @@ from pyvmm.uapi.memfd import (
     MFD_HUGETLB,
     MFD_NOEXEC_SEAL,
 )
-from pyvmm.uapi.mman import MADV_HUGEPAGE, MADV_POPULATE_WRITE, PROT_NONE
+from pyvmm.uapi.mman import MADV_DONTNEED, MADV_HUGEPAGE, MADV_POPULATE_WRITE, PROT_NONE
 
 if TYPE_CHECKING:
     from pyvmm.kvm.guest_memfd import GuestMemfd
@@ -43,7 +44,7 @@ HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 
 class Backing:
-    """A file of guest memory, mapped. Close it, or use it as a context manager."""
+    """Guest memory, mapped at ``hva``. Close it, or use it as a context manager."""
 
     kind: str
     host_access: ClassVar[bool] = True
@@ -51,14 +52,16 @@ class Backing:
     guest_memfd: GuestMemfd | None = None
     """The KVM file, where it is one: the slot is bound to it and KVM does not fault through ``hva``."""
 
-    def __init__(self, fd: int, size: int, *, granule: int = PAGE_SIZE, reserve: bool = False) -> None:
-        guard_copies()
+    def __init__(self, size: int, hva: Hva, *, fd: int = -1, granule: int = PAGE_SIZE) -> None:
         self.fd = fd
+        """The file, or -1 where there is none, and once it is closed."""
         self.size = size
         self.granule = granule
-        """Bytes of the smallest piece the file can be punched in."""
-        self.hva = mman.map_shared(fd, size, reserve=reserve)
-        self.view: Hva = self.hva
+        """Bytes of the smallest piece that can be punched."""
+        self.hva = hva
+        self.view: Hva = hva
+        self.closed = False
+        """Whether :meth:`close` was called."""
         self._pid = os.getpid()
 
     def __enter__(self) -> Self:
@@ -69,11 +72,6 @@ class Backing:
 
     def __repr__(self) -> str:
         return f"<{self.kind} of {self.size:#x} bytes, fd {self.fd}>"
-
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self.fd < 0
 
     def separate_view(self) -> None:
         """Give the host's code a mapping of its own; ``hva`` is KVM's alone from now on. Idempotent."""
@@ -99,18 +97,25 @@ class Backing:
             what = f"loading {len(data)} bytes at {hex_(offset)} of {self!r}"
             raise GuestMemoryError(what, offset + done, done, "out of the host's reach")
 
+    def load_file(self, offset: int, fd: int, at: int, size: int) -> int:
+        """Read ``size`` bytes at ``at`` of another file to ``offset``, in one copy, before the guest may own it.
+
+        Returns how many there were. OSError where they cannot be read, or the host cannot write here (EFAULT).
+        """
+        self._check_range(offset, size)
+        room = memoryview(ffi.buffer(ffi.cast("uint8_t *", self.view + offset), size))
+        done = 0
+        while done < size and (now := os.preadv(fd, [room[done:]], at + done)):
+            done += now
+        return done
+
     def punch(self, offset: int, size: int) -> None:
         """Drop the pages of ``[offset, offset + size)`` from the file; they read as zeros when touched again.
 
         Both ends must be multiples of ``granule``. A THP or otherwise large folio that is hit in part is zeroed by
         the kernel through its own mapping: harmless, except to pages donated to a protected guest, which it destroys.
         """
-        self._check_range(offset, size)
-        if not (is_aligned(offset, self.granule) and is_aligned(size, self.granule)):
-            raise UsageError(
-                f"cannot punch {size:#x} bytes at {hex_(offset)} of {self!r}: both must be multiples of "
-                f"{self.granule:#x}"
-            )
+        self._check_granules(offset, size)
         mman.fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
 
     def populate(self, offset: int, size: int) -> None:
@@ -136,8 +141,9 @@ class Backing:
 
     def close(self) -> None:
         """Unmap and close. Idempotent. The VM goes first: a live slot would see whatever is mapped here next."""
-        if self.fd < 0:
+        if self.closed:
             return
+        self.closed = True
         fd, self.fd = self.fd, -1
         try:
             # After a fork the mappings are not here (DONTFORK), and something else may be at their address.
@@ -152,13 +158,52 @@ class Backing:
         os.close(fd)
 
     def _check_open(self) -> None:
-        if self.fd < 0:
+        if self.closed:
             raise UsageError(f"{self!r} is closed")
+
+    def _check_granules(self, offset: int, size: int) -> None:
+        self._check_range(offset, size)
+        if not (is_aligned(offset, self.granule) and is_aligned(size, self.granule)):
+            raise UsageError(
+                f"cannot punch {size:#x} bytes at {hex_(offset)} of {self!r}: both must be multiples of "
+                f"{self.granule:#x}"
+            )
 
     def _check_range(self, offset: int, size: int) -> None:
         self._check_open()
         if offset < 0 or size < 0 or offset + size > self.size:
             raise UsageError(f"[{offset:#x}, {offset + size:#x}) is not inside {self!r}")
+
+
+class Anonymous(Backing):
+    """This process's own memory, which most hosts back by huge pages unasked: the cheapest to touch first.
+
+    Not for the emulated protection, whose private pages need a second mapping of the same memory.
+    """
+
+    kind = "anonymous memory"
+
+    def __init__(self, size: int) -> None:
+        _check_size(size, PAGE_SIZE)
+        guard_copies()
+        super().__init__(size, mman.map_anonymous(size))
+        with contextlib.suppress(MappingError):  # a kernel without huge pages gives small ones
+            mman.advise(self.hva, size, MADV_HUGEPAGE)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} of {self.size:#x} bytes>"
+
+    def separate_view(self) -> None:
+        """Refuse: there is nothing to map a second time."""
+        raise UsageError(f"{self!r} cannot be mapped a second time, for the host alone", hint="use a memfd")
+
+    def punch(self, offset: int, size: int) -> None:
+        """Drop the pages of a range, as :class:`Backing` does; of a huge page hit in part the rest stays."""
+        self._check_granules(offset, size)
+        mman.advise(self.hva + offset, size, MADV_DONTNEED)
+
+    def _close_file(self, fd: int) -> None:
+        """There is none."""
 
 
 class Memfd(Backing):
@@ -178,11 +223,12 @@ class Memfd(Backing):
             raise UsageError("a memfd takes huge page advice (thp) or hugetlb pages, not both")
         if hugetlb:
             self.kind = "memfd of 2 MiB pages"
+        guard_copies()
         fd = _memfd_create(hugetlb)
         try:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL)
-            super().__init__(fd, size, granule=granule, reserve=hugetlb)
+            super().__init__(size, mman.map_shared(fd, size, reserve=hugetlb), fd=fd, granule=granule)
         except BaseException as error:
             os.close(fd)
             if hugetlb and isinstance(error, MappingError) and error.errno == errno.ENOMEM:
@@ -202,9 +248,10 @@ class Memfd(Backing):
 class _GuestMemfdBacking(Backing):
     def __init__(self, vm: Vm, size: int, flags: int) -> None:
         _check_size(size, PAGE_SIZE)
+        guard_copies()
         file = vm.create_guest_memfd(size, flags)
         try:
-            super().__init__(file.fileno(), size)
+            super().__init__(size, mman.map_shared(file.fileno(), size), fd=file.fileno())
         except BaseException:
             file.close()
             raise

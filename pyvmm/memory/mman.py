@@ -42,15 +42,23 @@ def map_shared(fd: int, size: int, *, offset: int = 0, reserve: bool = False) ->
     A mapping of 2 MiB or more starts on a multiple of 2 MiB, so that huge pages can back an equally aligned gpa.
     ``reserve`` makes the kernel set the pages aside now (hugetlb: a pool too small is told here, not by a SIGBUS).
     """
-    # Shared, not private: a pinned page of a private mapping is copied by fork through the kernel's own mapping,
-    # which destroys it once it is donated (copy_present_page, mm/memory.c). DONTFORK and DONTDUMP for the same reason.
+    return _map_aligned(size, MAP_SHARED | (0 if reserve else MAP_NORESERVE), fd, offset)
+
+
+def map_anonymous(size: int) -> Hva:
+    """Map ``size`` bytes of this process's own memory, aligned and left out of forks and core dumps as above."""
+    return _map_aligned(size, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+
+
+def _map_aligned(size: int, flags: int, fd: int, offset: int) -> Hva:
+    # A fork copies the pinned pages of a private mapping, and a core dump reads all, through the kernel's own mapping,
+    # which destroys what is donated (copy_present_page, mm/memory.c; get_dump_page, mm/gup.c).
     granule = HUGE_SIZE if size >= HUGE_SIZE else PAGE_SIZE
     room = size + granule - PAGE_SIZE
     start = _mmap(0, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
     address = align_up(start, granule)
-    flags = MAP_SHARED | MAP_FIXED | (0 if reserve else MAP_NORESERVE)
     try:
-        _mmap(address, size, PROT_RW, flags, fd, offset)
+        _mmap(address, size, PROT_RW, flags | MAP_FIXED, fd, offset)
         advise(address, size, MADV_DONTFORK)
         advise(address, size, MADV_DONTDUMP)
     except BaseException:

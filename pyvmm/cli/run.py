@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import OutputPath, add_common, output_behind, parse_count, parse_memory, parse_seconds
+from pyvmm.cli.devices import add_device_options, device_specs
 from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--serial", metavar="WHERE", type=output_behind("file"), default="stdio",
         help="the console: stdio (default), file=PATH, or none",
     )  # fmt: skip
+
+    add_device_options(parser)
 
     protection = parser.add_argument_group("protection")
     # One of them: who asks for protection must not get a plain VM because another flag came later.
@@ -272,6 +275,7 @@ def _config(args: argparse.Namespace, kernel: str, serial_out: int | None, seria
         deadline=args.deadline,
         serial_out=serial_out,
         serial_in=serial_in,
+        devices=device_specs(args),
     )
 
 

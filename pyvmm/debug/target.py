@@ -259,7 +259,7 @@ class GuestTarget:
         if told.syndrome >> _EC_SHIFT == _EC_WATCHPOINT:
             if hit := self.points.watching(told.address):
                 return Stop(thread, reason=f"{REASON[hit[0]]}:{hit[1]:x}")
-        elif kind := self.points.at(self._vcpu(thread).pc):
+        elif (kind := self.points.at(self._vcpu(thread).pc)) is not None:
             return Stop(thread, reason=f"{REASON[kind]}:")
         return Stop(thread)
 

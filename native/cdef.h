@@ -407,6 +407,10 @@ void pv_subscribe(struct pv_vm *vm, uint32_t count);
 void pv_kick(struct pv_vcpu *vcpu);
 /* Forgets a kick, in the vCPU's own thread, before it looks at why it was kicked. */
 void pv_unkick(struct pv_vcpu *vcpu);
+/* Has KVM finish the exit at hand, so that the registers are those of an instruction that has not begun; nothing where
+   the loop would carry out the access when it is entered again: then that instruction has not. For a vCPU that stands
+   still; any thread. 0, or the errno of a KVM_RUN that failed for another reason than having nothing more to do. */
+int pv_settle(struct pv_vcpu *vcpu);
 /* Answers the load that stopped the loop; value is taken in the guest's byte order, vcpu->size bytes of it. */
 void pv_mmio_reply(struct pv_vcpu *vcpu, uint64_t value);
 /* Answers nothing: the guest makes the access that stopped the loop once more, for its address is memory by now. It is

@@ -197,3 +197,19 @@ uint32_t pv_run(struct pv_vcpu *vcpu)
     store(&vcpu->tid, 0);
     return stop;
 }
+
+int pv_settle(struct pv_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    int error;
+
+    if (vcpu->share_pending != PENDING_NONE)
+        return 0;
+    store(&run->immediate_exit, 1);
+    fence();
+    error = ioctl(vcpu->fd, KVM_RUN, 0) ? errno : 0;
+    /* A kick that comes now is seen by the loop before KVM_RUN is. */
+    store(&run->immediate_exit, 0);
+    fence();
+    return error == EINTR ? 0 : error;
+}

@@ -6,7 +6,7 @@ import errno
 import itertools
 from typing import TYPE_CHECKING
 
-from tests.fake_kvm import EXIT_DEBUG, EXIT_SYSTEM, failure, printed, store
+from tests.fake_kvm import EXIT_DEBUG, EXIT_SYSTEM, failure, load, printed, store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,6 +113,27 @@ def test_immediate_exit_left_without_a_kick_does_not_spin(rig: Rig) -> None:
     rig.vcpus[0].area[1] = 1
     assert rig.run() == "OTHER"
     assert rig.vcpus[0].fake.entered == 2
+
+
+def test_settling_takes_the_answer_to_kvm_and_no_guest_further(rig: Rig) -> None:
+    exits = rig.script(load(DEVICE, 4), store(DEVICE, 2, 1))
+    vcpu = rig.vcpus[0]
+    assert rig.run() == "UNCLAIMED"
+    rig.lib.pv_mmio_reply(vcpu.native, 0x1234)
+    assert exits[0].answer == 0
+    assert rig.lib.pv_settle(vcpu.native) == 0
+    assert (exits[0].answer, vcpu.fake.next, vcpu.fake.entered, vcpu.area[1]) == (0x1234, 1, 2, 0)
+    assert rig.run() == "UNCLAIMED"
+
+
+def test_settling_leaves_an_access_undone_that_the_loop_would_carry_out_later(rig: Rig) -> None:
+    uart = rig.pl011(tx=1)
+    rig.bus((DEVICE, 0x1000, "PL011", uart))
+    rig.script(store(DEVICE, 1, 1), store(DEVICE, 2, 1))
+    assert rig.run() == "FIFO"
+    assert rig.lib.pv_settle(rig.vcpus[0].native) == 0
+    assert rig.vcpus[0].fake.entered == 2
+    assert printed(rig, uart) == b"\1"
 
 
 def test_kick_does_not_lose_what_was_left_to_do(rig: Rig) -> None:

@@ -20,6 +20,9 @@ import pytest
 from pyvmm.errors import PyvmmError
 
 IN_LAB = os.environ.get("PYVMM_IN_LAB") == "1"
+SHOWN = ("debian:", "own:", "passt", "e2fsprogs", "gdb")
+"""What tests find in the lab beside what it has: guests' kernels, programs on PATH. The project's kernel is built for
+that in CI only; elsewhere tests that need what there is none of are skipped (see tests/pkvm/shown.py)."""
 PATIENCE = float(os.environ.get("PYVMM_LAB_TEST_TIMEOUT", "1800"))
 """Seconds that a test may take in the lab, its share of other tests' time on a busy machine included."""
 
@@ -140,6 +143,8 @@ class InnerPytest:
 
     def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
         from pyvmm.lab import Lab, build_image
+        from pyvmm.lab.ownkernel import build_kernel
+        from pyvmm.lab.peers import prepare
 
         self._config = config
         self._queue: queue.Queue[dict[str, object] | None] = queue.Queue()
@@ -148,10 +153,14 @@ class InnerPytest:
         self._ended: str | None = None
         self._said = bytearray()
         self._pending = b""
-        image = build_image(progress=self._progress())
+        progress = self._progress()
+        image = build_image(progress=progress)
+        if os.environ.get("CI"):
+            build_kernel(progress=progress)
+        self._shown = prepare(SHOWN, progress=progress)
         self.title = f"{image.manifest.release} under QEMU"
         # Booted here, not in the thread: QEMU is told to end with the thread that started it.
-        self._lab = Lab(image=image, cwd=config.rootpath)
+        self._lab = Lab(image=image, cwd=config.rootpath, arguments=self._shown.paths)
         self._lab.__enter__()
         self._worker = threading.Thread(target=self._run, args=(nodeids,), name="pyvmm-lab-tests")
         self._worker.start()
@@ -174,13 +183,14 @@ class InnerPytest:
             "python3", "-m", "pytest", "-p", "no:cacheprovider", f"--tb={option.tbstyle}", "-q", "-rN",
             *(["-l"] if option.showlocals else []), *(["--runxfail"] if option.runxfail else []), *nodeids,
         ]  # fmt: skip
+        ci = {"CI": os.environ["CI"]} if os.environ.get("CI") else {}
         try:
             status = self._lab.run(
                 # Reports are what its stdout carries; everything else it says goes to stderr.
                 ["/bin/sh", "-c", 'exec "$@" 3>&1 1>&2', "sh", *command],
                 stdout=self._take,
                 stderr=self._said.extend,
-                env={"PYVMM_REPORTS_FD": "3", "COLUMNS": "120"},
+                env={"PYVMM_REPORTS_FD": "3", "COLUMNS": "120", **self._shown.environment, **ci},
             )
             said = bytes(self._said[-3000:]).decode(errors="replace")
             self._ended = f"the lab's pytest ended with status {status} before this test; it said:\n{said}"

@@ -4,7 +4,8 @@
     own:            the project's, built by pyvmm lab kernel
     shell:          as initramfs: a shell on the kernel's console, with the named kernel's modules (see initramfs)
 
-A kernel and its initramfs are in one directory that pyvmm.lab.guests makes and a lab is shown. Owns nothing.
+A kernel, its initramfs and the busybox in that are in one directory, which pyvmm.lab.guests makes and a lab is shown.
+Owns nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SHELL: Final = "shell:"
 
 IMAGE: Final = "Image"
 INITRAMFS: Final = "shell.cpio"
+BUSYBOX: Final = "busybox"
 MEMORY: Final = 256 << 20
 """Bytes for a guest with one of these kernels, unless it is said how many."""
 
@@ -57,14 +59,15 @@ def resolve(kernel: str, initrd: str | None, make: Callable[[str], str] | None =
     name = kernel if is_kernel(kernel) else SHELL
     if name == SHELL and initrd != SHELL:
         return kernel, initrd
-    directory = _directory(name, make)
+    where = directory(name, make)
     return (
-        kernel if name == SHELL else os.path.join(directory, IMAGE),
-        os.path.join(directory, INITRAMFS) if initrd == SHELL else initrd,
+        kernel if name == SHELL else os.path.join(where, IMAGE),
+        os.path.join(where, INITRAMFS) if initrd == SHELL else initrd,
     )
 
 
-def _directory(name: str, make: Callable[[str], str] | None) -> str:
+def directory(name: str, make: Callable[[str], str] | None) -> str:
+    """Return where a named kernel's files are, or those of ``shell:`` without one; as :func:`resolve` does."""
     found = shown(directory_name(name))
     if found is None and make is not None and not in_lab():
         found = make(name)

@@ -15,7 +15,7 @@ from typing import Final
 
 from pyvmm.errors import HostError, UsageError
 from pyvmm.guest import initramfs
-from pyvmm.guest.kernels import DEBIAN, IMAGE, INITRAMFS, OWN, SHELL, directory_name, is_kernel
+from pyvmm.guest.kernels import BUSYBOX, DEBIAN, IMAGE, INITRAMFS, OWN, SHELL, directory_name, is_kernel
 from pyvmm.lab import kernels
 from pyvmm.lab.apt import Progress
 from pyvmm.lab.cache import Cache, Image
@@ -43,7 +43,7 @@ def recipe(text: str, cache: Cache | None = None) -> Recipe:
     if text.startswith(DEBIAN):
         kernel = image.kernel
     modules = image.directory / "modules.cpio" if text.startswith(DEBIAN) else None
-    parts = [str(kernel), str(image.directory), initramfs.digest()]
+    parts = [str(kernel), str(image.directory), initramfs.digest(), BUSYBOX]
     return Recipe(directory_name(text), digest_of(*parts), partial(_make, image.directory / "busybox", kernel, modules))
 
 
@@ -58,11 +58,13 @@ def _image(text: str, suite: str, cache: Cache) -> Image:
 def _make(busybox: Path, kernel: Path | None, modules: Path | None, scratch: Scratch, _progress: Progress) -> str:
     archive = initramfs.write(busybox.read_bytes())
     (scratch.tree / INITRAMFS).write_bytes(archive + (modules.read_bytes() if modules else b""))
-    if kernel is not None:
+    for name, file in {BUSYBOX: busybox, IMAGE: kernel}.items():
+        if file is None:
+            continue
         try:
-            os.link(kernel, scratch.tree / IMAGE)
+            os.link(file, scratch.tree / name)
         except OSError:
-            shutil.copyfile(kernel, scratch.tree / IMAGE)
+            shutil.copyfile(file, scratch.tree / name)
     return str(kernel or busybox)
 
 

@@ -66,7 +66,7 @@ PASST: Final = Programs("passt", "passt", ("passt",))
 GDB: Final = Programs(
     "gdb", "gdb-multiarch", ("gdb-multiarch",), "usr/share/gdb", ("--data-directory", "{tree}/usr/share/gdb")
 )
-E2FSPROGS: Final = Programs("e2fsprogs", "e2fsprogs", ("mke2fs", "e2fsck"))
+E2FSPROGS: Final = Programs("e2fsprogs", "e2fsprogs", ("mke2fs", "e2fsck", "debugfs"))
 
 RECIPES: Final[Mapping[str, Callable[[], Recipe]]] = {
     programs.name: programs.recipe for programs in (QEMU, PASST, GDB, E2FSPROGS)

@@ -1,0 +1,208 @@
+"""Kernels and initramfs by name: which files they are, what a lab is shown, what is said where there is none."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pyvmm.cli import main
+from pyvmm.cpio import CpioWriter
+from pyvmm.errors import HostError, UsageError
+from pyvmm.guest import initramfs
+from pyvmm.guest.kernels import directory_name, named, resolve
+from pyvmm.lab import guests, rootfs
+from pyvmm.lab.cache import FILES, Cache, FileRecord, Manifest, file_sha256
+from pyvmm.lab.ownkernel import OwnKernel
+from pyvmm.lab.peers import ALL
+from pyvmm.lab.trees import find_tree, made_tree, usable_tree
+from pyvmm.shown import VARIABLE
+from tests.unit.test_lab_image import read_cpio
+
+# -- names
+
+
+def never(name: str) -> str:
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("kernel", ["Image", "payload:hello", "./own:", "debian", "shell:"])
+def test_what_is_no_name_stays_as_it_is(kernel: str) -> None:
+    assert resolve(kernel, None, never) == (kernel, None)
+    assert resolve(kernel, "root.cpio", never) == (kernel, "root.cpio")
+
+
+def test_a_shell_is_the_named_kernels_own_or_one_without_modules() -> None:
+    asked: list[str] = []
+
+    def make(name: str) -> str:
+        asked.append(name)
+        return "/made"
+
+    assert resolve("debian:stable", "shell:", make) == ("/made/Image", "/made/shell.cpio")
+    assert resolve("own:", None, make) == ("/made/Image", None)
+    assert resolve("own:", "mine", make) == ("/made/Image", "mine")
+    assert resolve("Image", "shell:", make) == ("Image", "/made/shell.cpio")
+    assert asked == ["debian:stable", "own:", "own:", "shell:"]
+
+
+@pytest.mark.parametrize(("words", "shown"), [
+    ("run -i shell: debian:", ["debian:"]),
+    ("run --kernel=own: --initrd=shell:", ["own:"]),
+    ("bench boot --axis kernel=own:,debian:stable,own:", ["own:", "debian:stable"]),
+    ("run -i shell: Image", ["shell:"]),
+    ("run payload:hello -i root.cpio", []),
+    ("run debian own", []),
+])  # fmt: skip
+def test_a_lab_is_shown_what_a_command_line_names_and_no_more(words: str, shown: list[str]) -> None:
+    assert named(words.split()) == shown
+    assert set(shown) <= set(ALL)
+
+
+def test_a_lab_finds_what_it_was_shown_and_says_so_where_it_was_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    monkeypatch.setenv("PYVMM_IN_LAB", "1")
+    monkeypatch.setenv(VARIABLE, f"other=/x:{directory_name('own:')}={tmp_path}")
+    assert resolve("own:", "shell:", never) == (f"{tmp_path}/Image", f"{tmp_path}/shell.cpio")
+    with pytest.raises(HostError, match="was not shown it") as caught:
+        resolve("debian:", None, never)
+    assert "--with debian:" in (caught.value.hint or "")
+
+
+# -- what they are made of
+
+
+def entry(path: str, data: bytes) -> bytes:
+    out = io.BytesIO()
+    cpio = CpioWriter(out)
+    cpio.file(path, data)
+    cpio.finish()
+    return out.getvalue()
+
+
+MODULES = entry("lib/modules/9.9/virtio_mmio.ko", b"M")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """A lab's cache with an image of the default kernel; every other name's image is none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+    cache = Cache()
+    with cache.lock(lambda: None), cache.scratch() as scratch:
+        for name, data in zip(FILES, (b"kernel", b"root", MODULES, b"busybox"), strict=True):
+            (scratch / name).write_bytes(data)
+        files = {name: FileRecord((scratch / name).stat().st_size, file_sha256(scratch / name)) for name in FILES}
+        manifest = Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", rootfs.recipe_hash(), [], files)
+        cache.adopt(scratch, manifest)
+    return cache
+
+
+def test_debians_kernel_comes_with_its_modules_and_takes_no_space(cache: Cache) -> None:
+    directory = made_tree(guests.recipe("debian:"))
+    assert sorted(path.name for path in directory.iterdir()) == ["Image", "busybox", "manifest.json", "shell.cpio"]
+    current = cache.current()
+    assert current is not None
+    assert (directory / "Image").samefile(current.kernel)
+    archive = (directory / "shell.cpio").read_bytes()
+    assert archive == initramfs.write(b"busybox") + MODULES
+    assert find_tree(directory_name("debian:")) == directory
+    assert guests.made("debian:") == str(directory)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_shell_for_other_kernels_has_no_modules() -> None:
+    directory = made_tree(guests.recipe("shell:"))
+    assert (directory / "shell.cpio").read_bytes() == initramfs.write(b"busybox")
+    assert not (directory / "Image").exists()
+    assert usable_tree(guests.recipe("debian:")) is None
+
+
+def test_the_projects_kernel_is_the_one_that_was_built(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = cache.directory / "kernels" / "one"
+    built.mkdir(parents=True)
+    (built / "Image").write_bytes(b"own")
+    monkeypatch.setattr(guests, "usable_kernel", lambda _cache: OwnKernel(built, None))  # type: ignore[arg-type]
+    directory = made_tree(guests.recipe("own:"))
+    assert (directory / "Image").read_bytes() == b"own"
+    assert (directory / "shell.cpio").read_bytes() == initramfs.write(b"busybox")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(("name", "hint"), [
+    ("debian:stable", "pyvmm lab build --host-kernel stable"), ("own:", "pyvmm lab kernel"),
+])  # fmt: skip
+def test_where_there_is_none_the_command_that_gets_it_is_said(name: str, hint: str) -> None:
+    with pytest.raises(HostError, match="not") as caught:
+        guests.recipe(name)
+    assert hint in (caught.value.hint or "")
+
+
+def test_without_any_image_a_shell_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(HostError, match="busybox") as caught:
+        guests.recipe("shell:")
+    assert "pyvmm lab build fetches it" in (caught.value.hint or "")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_kernel_that_debian_has_not_is_told_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="debian:sid") as caught:
+        guests.recipe("debian:sid")
+    assert "debian:unstable" in (caught.value.hint or "")
+
+
+def test_a_lab_does_not_boot_for_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--lab", "run", "debian:sid"]) == 2
+    assert "'debian:sid'" in capsys.readouterr().err
+
+
+# -- the initramfs
+
+
+def test_the_same_input_gives_the_same_bytes() -> None:
+    assert initramfs.write(b"busybox") == initramfs.write(b"busybox")
+    assert initramfs.digest() == initramfs.digest()
+
+
+def test_the_initramfs_has_what_a_kernel_starts_and_a_script_asks_for() -> None:
+    entries = read_cpio(initramfs.write(b"busybox"))
+    assert entries["bin/busybox"][1] == b"busybox"
+    assert entries["init"][1].startswith(b"#!/bin/busybox sh\n")
+    assert entries["init"][0] & 0o111
+    assert entries["bin/sh"][1] == b"busybox"
+    assert entries["sbin/modprobe"][1] == b"../bin/busybox"
+    assert sum(len(data) for path, (_, data) in entries.items() if path != "bin/busybox") < 8192
+
+
+def test_its_scripts_are_shell() -> None:
+    for script in (initramfs.INIT.read_bytes(), initramfs.UDHCPC):
+        subprocess.run(["/bin/sh", "-n"], input=script, check=True)
+
+
+COMMANDS = [
+    ("quiet console=ttyAMA0", ""),
+    ("quiet -- uname -a; echo 'a  b' | wc -c", "uname -a; echo 'a  b' | wc -c"),
+    ("-- true", "true"),
+    ('pyvmm.run="echo a; exit 3" quiet', "echo a; exit 3"),
+    ("quiet pyvmm.run=poweroff ro", "poweroff"),
+]
+
+
+@pytest.mark.parametrize(("line", "command"), COMMANDS)
+def test_a_command_is_read_off_the_kernels_command_line(line: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / "cmdline").write_text(line + "\n")
+    init = initramfs.INIT.read_text()
+    part = init[init.index("read -r line") : init.index("# In the background")]
+    script = part.replace("/proc/cmdline", str(tmp_path / "cmdline")) + 'printf %s "$command"'
+    assert subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True).stdout == command
+
+
+def test_the_exit_status_is_read_off_the_console() -> None:
+    assert initramfs.exit_status(b"x\r\npyvmm: exit status 3\r\n[    1.0] reboot: Power down\r\n") == 3
+    assert initramfs.exit_status(b"pyvmm: exit status 0\n") == 0
+    assert initramfs.exit_status(b"echo pyvmm: exit status 3\r\n") is None

@@ -59,10 +59,12 @@ def _likeness(text: str, name: str) -> float:
 
 
 def _read(text: str) -> KernelFile:
-    from pyvmm.machine import boot  # a file is the exception
+    from pyvmm.machine import boot, content  # a file is the exception
 
     try:
         image = boot.read(text)
+        data = content.whole(image.segments[0].data)
+        image.close()
     except UsageError as error:
         raise UsageError(f"the host's {error.message}", hint=f"name {_WANTED}") from None
     path = Path(os.path.abspath(text))
@@ -75,5 +77,5 @@ def _read(text: str) -> KernelFile:
         wrong = "an EFI zboot image, which QEMU does not start"
     if wrong is not None:
         raise UsageError(f"the host's kernel {text} is {wrong}", hint=f"name {_WANTED}")
-    found = _BANNER.search(image.segments[0].data)
+    found = _BANNER.search(data)
     return KernelFile(path, found[1].decode(errors="replace") if found else _UNKNOWN)

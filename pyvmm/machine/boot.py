@@ -1,29 +1,28 @@
 """Boot protocol: what a kernel file is, where its parts go in guest memory, and what the first vCPU starts with.
 
-Owns no resource. The machine calls :func:`read` before it opens anything and :func:`place` once memory has its slots
-and the devices their places; each file is read once, each part written once, the device tree last. Everything but the
-writing is a pure function of bytes.
+The machine calls :func:`read` before it opens anything else and :func:`place` once memory has its slots and the devices
+their places; each file is read once, straight to where it belongs, the device tree is written last. Owns the files of a
+:class:`BootImage` in between. Everything but the loading is a pure function of bytes.
 
-    1. read the file, or the built-in payload; unpack gzip and EFI zboot
+    1. open the file, or the built-in payload, and look at its header, through gzip and EFI zboot
     2. say what it is: arm64 Image, ELF, or else a flat binary
     3. place it: an Image at RAM's start + text_offset, an ELF where its program headers say, a flat binary at 512 KiB
     4. place the device tree in the last 2 MiB-aligned 2 MiB of memory, the initrd right below it
     5. refuse what overlaps or lies outside memory
-    6. write it all; pc = the entry, x0 = the device tree's gpa
+    6. load it all, unpacking on the way; pc = the entry, x0 = the device tree's gpa
 """
 
 from __future__ import annotations
 
-import os
-import stat
+import contextlib
 import struct
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
+from pyvmm.machine.content import NOTHING, PEEK, Bytes, Content, FilePart, Gzip, Known, Loadable, OpenFile
 from pyvmm.machine.fdt import Describable, GicNode, describe, machine_tree
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 
@@ -49,18 +48,9 @@ _ZBOOT: Final = struct.Struct("<4s4s2I8x32s")
 _GZIP_MAGIC: Final = b"\x1f\x8b\x08"
 _ELF_MAGIC: Final = b"\x7fELF"
 
-_PEEK: Final = 4096
 _TEXT: Final = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
 
 _UNPACK_HINT = "unpack it to a plain Image first"
-
-
-class Writable(Protocol):
-    """As much of guest memory as loading needs."""
-
-    def write(self, gpa: Gpa, data: bytes, /) -> None:
-        """Copy ``data`` to ``gpa``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Segment:
     what: str
     gpa: int
     size: int
-    data: bytes = b""
+    data: Content = NOTHING
 
     @property
     def end(self) -> int:
@@ -80,13 +70,21 @@ class Segment:
 
 @dataclass(frozen=True)
 class BootImage:
-    """A kernel file taken apart: ``kind`` is Image, ELF or flat; ``pc`` the gpa of its first instruction."""
+    """A kernel file taken apart: ``kind`` is Image, ELF or flat; ``pc`` the gpa of its first instruction.
+
+    It holds files open, from which its parts are loaded: close it.
+    """
 
     kind: str
     source: str
     pc: int
     segments: tuple[Segment, ...]
-    initrd: bytes | None = None
+    initrd: Known | None = None
+    files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False, repr=False)
+
+    def close(self) -> None:
+        """Close the files; idempotent."""
+        self.files.close()
 
 
 @dataclass(frozen=True)
@@ -103,45 +101,48 @@ class Entry:
 
 
 def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT) -> BootImage:
-    """Read and identify ``kernel`` (a path, or ``payload:NAME``) and read ``initrd``.
+    """Open and identify ``kernel`` (a path, or ``payload:NAME``) and open ``initrd``; close the result.
 
     ``room`` is the bytes of memory there will be: larger files are refused before they are read or unpacked. Raises
     UsageError for a file that is missing, unreadable, not a file, empty, damaged, or for another machine.
     """
-    if kernel.startswith(PAYLOAD):
-        from pyvmm.payloads import memory_of, payload
+    with contextlib.ExitStack() as files:
+        if kernel.startswith(PAYLOAD):
+            from pyvmm.payloads import memory_of, payload
 
-        name = kernel.removeprefix(PAYLOAD)
-        image = _flat(payload(name), kernel, memory_of(name))
-    else:
-        image = identify(_read_file(kernel, "kernel", room), kernel, room=room)
-    if initrd is None:
-        return image
-    return BootImage(image.kind, image.source, image.pc, image.segments, _read_file(initrd, "initrd", room))
+            name = kernel.removeprefix(PAYLOAD)
+            image = _flat(Bytes(payload(name)), kernel, memory_of(name))
+        else:
+            image = identify(_open(kernel, "kernel", room, files), kernel, room=room)
+        ramdisk = None if initrd is None else _open(initrd, "initrd", room, files)
+        return replace(image, initrd=ramdisk, files=files.pop_all())
 
 
-def identify(data: bytes, source: str, *, room: int = layout.RAM_LIMIT) -> BootImage:
+def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootImage:
     """Say what ``data`` is and where its parts go; ``source`` names it in errors."""
-    if not data:
+    if not data.size:
         raise UsageError(f"kernel {source} is empty")
+    whole: Content = data
     if data[:8] == b"MZ\0\0zimg":
-        data = _unpack_zboot(data, source, room)
+        whole = Gzip(_zboot_payload(data, source), f"kernel {source}")
     elif data[: len(_GZIP_MAGIC)] == _GZIP_MAGIC:
-        data = _unpack_gzip(data, source, room)
+        whole = Gzip(data, f"kernel {source}")
+    if whole[_IMAGE_MAGIC_AT : _IMAGE_MAGIC_AT + 4] == _IMAGE_MAGIC and whole[: len(_ELF_MAGIC)] != _ELF_MAGIC:
+        return _image(whole, source, room)
+    if isinstance(whole, Gzip):
+        data = _unpack(whole, source, room)
     if data[: len(_ELF_MAGIC)] == _ELF_MAGIC:
         from pyvmm.machine.elf import segments
 
         pc, parts = segments(data, source)
         return BootImage("ELF", source, pc, parts)
-    if data[_IMAGE_MAGIC_AT : _IMAGE_MAGIC_AT + 4] == _IMAGE_MAGIC:
-        return _image(data, source)
     if data[:2] == b"MZ":
         raise UsageError(
             f"kernel {source} is an EFI program but no arm64 Linux Image",
             hint="is it a kernel for another machine? an arm64 Image has ARM\\x64 at byte 56",
         )
     # A flat binary is known by nothing; what can still be told is what holds no instruction a CPU could begin with.
-    start = data[:_PEEK]
+    start = data[:PEEK]
     if start.isascii() and not start.translate(None, _TEXT):
         raise UsageError(f"kernel {source} is a text file", hint="name an Image, an ELF file, or a flat arm64 binary")
     if not any(start):
@@ -149,31 +150,12 @@ def identify(data: bytes, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
     return _flat(data, source)
 
 
-def _read_file(path: str, what: str, room: int) -> bytes:
-    try:
-        # O_NONBLOCK: a FIFO without a writer must be refused, not waited for.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise UsageError(f"{what} {path}: no such file", hint=_missing_hint(path, what)) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError(f"{what} {path!r} cannot be opened: {reason}") from None
-    try:
-        status = os.fstat(fd)
-        if stat.S_ISDIR(status.st_mode):
-            raise UsageError(f"{what} {path} is a directory", hint=f"name the {what} file itself")
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{what} {path} is not a regular file", hint="copy it to one")
-        if status.st_size == 0:
-            raise UsageError(f"{what} {path} is empty")
-        if status.st_size > room:
-            raise _too_big(f"{what} {path}", status.st_size, room)
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(status.st_size)
-    except OSError as error:
-        raise UsageError(f"{what} {path} cannot be read: {error.strerror}") from None
-    finally:
-        os.close(fd)
+def _open(path: str, what: str, room: int, files: contextlib.ExitStack) -> FilePart:
+    file = OpenFile(path, what, missing_hint=_missing_hint(path, what))
+    files.callback(file.close)
+    if file.size > room:
+        raise _too_big(file.what, file.size, room)
+    return FilePart(file, 0, file.size)
 
 
 def _missing_hint(path: str, what: str) -> str | None:
@@ -191,54 +173,56 @@ def _too_big(what: str, size: int, room: int) -> UsageError:
     )
 
 
-def _unpack_gzip(data: bytes, source: str, room: int) -> bytes:
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        # One byte more than fits tells a file that is too big from one that just fits, whatever it would unpack to.
-        unpacked = unpacker.decompress(data, room + 1)
-    except zlib.error as error:
-        raise UsageError(f"kernel {source} starts like a gzip file, but is damaged: {error}") from None
-    if len(unpacked) > room:
-        raise _too_big(f"kernel {source}, unpacked,", len(unpacked), room)
-    if not unpacker.eof:
-        raise UsageError(f"kernel {source} is a truncated gzip file: it ends after {len(unpacked)} bytes unpacked")
+def _unpack(packed: Gzip, source: str, room: int) -> Bytes:
+    """Unpack what has to be looked at as a whole, or does not say how large it is."""
+    unpacked = bytearray()
+    for chunk in packed.chunks():
+        unpacked += chunk
+        if len(unpacked) > room:
+            # It may unpack to anything: this much is known.
+            raise _too_big(f"kernel {source}, unpacked,", room + 1, room)
     if not unpacked:
         raise UsageError(f"kernel {source} is a gzip file of nothing")
-    return unpacked
+    return Bytes(bytes(unpacked))
 
 
-def _unpack_zboot(data: bytes, source: str, room: int) -> bytes:
-    if len(data) < _ZBOOT.size:
+def _zboot_payload(data: Known, source: str) -> Known:
+    header = data[: _ZBOOT.size]
+    if len(header) < _ZBOOT.size:
         raise UsageError(f"kernel {source} is truncated: it ends within its EFI zboot header")
-    _, _, offset, size, name = _ZBOOT.unpack_from(data)
+    _, _, offset, size, name = _ZBOOT.unpack(header)
     method = name.split(b"\0")[0].decode("ascii", "replace")
     if method != "gzip":
         raise UsageError(f"kernel {source} is an EFI zboot image compressed with {method!r}", hint=_UNPACK_HINT)
-    if offset + size > len(data):
+    if offset + size > data.size:
         raise UsageError(
-            f"kernel {source} is truncated: its EFI zboot payload ends at byte {offset + size}, the file at {len(data)}"
+            f"kernel {source} is truncated: its EFI zboot payload ends at byte {offset + size}, the file at {data.size}"
         )
-    return _unpack_gzip(data[offset : offset + size], source, room)
+    return data.part(offset, size)
 
 
-def _image(data: bytes, source: str) -> BootImage:
-    if len(data) < _IMAGE.size:
+def _image(data: Content, source: str, room: int) -> BootImage:
+    header = data[: _IMAGE.size]
+    if len(header) < _IMAGE.size:
         raise UsageError(f"kernel {source} is truncated: it ends within its Image header ({_IMAGE.size} bytes)")
-    _, _, text_offset, image_size, flags, magic, _ = _IMAGE.unpack_from(data)
-    if magic != _IMAGE_MAGIC:
-        raise UsageError(f"kernel {source} has no valid Image header")
+    _, _, text_offset, image_size, flags, _, _ = _IMAGE.unpack(header)
     if flags & _IMAGE_BIG_ENDIAN:
-        raise UsageError(f"kernel {source} is big-endian; only little-endian guests are supported")
+        raise UsageError(
+            f"kernel {source} is big-endian; only little-endian guests are supported",
+            hint="build it with CONFIG_CPU_BIG_ENDIAN off",
+        )
     if image_size == 0:
         text_offset = _IMAGE_OLD_OFFSET
+        if isinstance(data, Gzip):
+            data = _unpack(data, source, room)
     # image_size counts bss, which the file does not have; a file may also carry more than its header says.
-    gpa, size = layout.RAM_BASE + text_offset, max(image_size, len(data))
+    gpa, size = layout.RAM_BASE + text_offset, max(image_size, data.size or 0)
     return BootImage("Image", source, gpa, (Segment(f"Image {source}", gpa, size, data),))
 
 
-def _flat(data: bytes, source: str, size: int = 0) -> BootImage:
+def _flat(data: Known, source: str, size: int = 0) -> BootImage:
     gpa = layout.RAM_BASE + layout.FLAT_OFFSET
-    return BootImage("flat", source, gpa, (Segment(f"flat binary {source}", gpa, max(size, len(data)), data),))
+    return BootImage("flat", source, gpa, (Segment(f"flat binary {source}", gpa, max(size, data.size), data),))
 
 
 # ---- placing -----------------------------------------------------------------------------------------------------
@@ -255,8 +239,8 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
     fdt = (end - FDT_ROOM) // FDT_ROOM * FDT_ROOM
     parts = [*image.segments, Segment("the device tree", fdt, FDT_ROOM)]
     if image.initrd is not None:
-        gpa = (fdt - len(image.initrd)) // PAGE_SIZE * PAGE_SIZE
-        parts.append(Segment("the initrd", gpa, len(image.initrd), image.initrd))
+        gpa = (fdt - image.initrd.size) // PAGE_SIZE * PAGE_SIZE
+        parts.append(Segment("the initrd", gpa, image.initrd.size, image.initrd))
     parts.sort(key=lambda part: (part.gpa, part.end))
     for part in parts:
         if part.gpa < layout.RAM_BASE or part.end > end:
@@ -272,7 +256,7 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
 
 def place(
     image: BootImage,
-    memory: Writable,
+    memory: Loadable,
     *,
     ram_size: int,
     cpus: int,
@@ -308,8 +292,7 @@ def place(
         )
     fdt = Gpa(by_name["the device tree"].gpa)
     for part in parts:
-        if part.data:
-            memory.write(Gpa(part.gpa), part.data)
+        part.data.load(memory, part.gpa, part.size)
     memory.write(fdt, tree)
     return Entry(Gpa(image.pc), fdt, tree, parts)
 
@@ -319,7 +302,7 @@ def _named(part: Segment) -> str:
 
 
 def _room_hint(image: BootImage, room: int, ram_size: int) -> str:
-    need = sum(part.size for part in image.segments) + len(image.initrd or b"") + 2 * FDT_ROOM
+    need = sum(part.size for part in image.segments) + (0 if image.initrd is None else image.initrd.size) + 2 * FDT_ROOM
     lowest = min(part.gpa for part in image.segments)
     if lowest < layout.RAM_BASE or lowest >= layout.RAM_LIMIT:
         return "link the kernel for this address map, or load its Image form"

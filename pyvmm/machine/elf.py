@@ -6,13 +6,16 @@ over becomes a UsageError that names the file.
 
 from __future__ import annotations
 
-import io
+from typing import TYPE_CHECKING
 
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine.boot import Segment
 
+if TYPE_CHECKING:
+    from pyvmm.machine.content import Known
 
-def segments(data: bytes, source: str) -> tuple[int, tuple[Segment, ...]]:
+
+def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
     """Return the gpa of the first instruction and the loadable segments by physical address.
 
     Raises UsageError for anything but a little-endian, 64-bit, static arm64 executable that is all there.
@@ -27,7 +30,7 @@ def segments(data: bytes, source: str) -> tuple[int, tuple[Segment, ...]]:
         ) from None
 
     try:
-        stream = io.BytesIO(data)
+        stream = data.stream()
         file = ELFFile(stream)
         machine, kind, entry = file.get_machine_arch(), str(file["e_type"]), int(file["e_entry"])
         # Not iter_segments(): it looks into sections, which a kernel need not have and a damaged file has too many of.
@@ -58,11 +61,11 @@ def segments(data: bytes, source: str) -> tuple[int, tuple[Segment, ...]]:
         offset, in_file, in_memory = header["p_offset"], header["p_filesz"], header["p_memsz"]
         virtual, physical = header["p_vaddr"], header["p_paddr"]
         name = f"segment {len(found)} of {source}"
-        if offset + in_file > len(data):
-            raise UsageError(f"kernel {source} is truncated: {name} ends at byte {offset + in_file} of {len(data)}")
+        if offset + in_file > data.size:
+            raise UsageError(f"kernel {source} is truncated: {name} ends at byte {offset + in_file} of {data.size}")
         if in_file > in_memory:
             raise UsageError(f"kernel {source} is damaged: {name} has {in_file} bytes in the file, {in_memory} in all")
-        found.append(Segment(name, physical, in_memory, data[offset : offset + in_file]))
+        found.append(Segment(name, physical, in_memory, data.part(offset, in_file)))
         if virtual <= entry < virtual + in_memory:
             pc = entry - virtual + physical
     if not found:

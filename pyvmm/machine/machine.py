@@ -111,6 +111,7 @@ class Machine:
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
         image = boot.read(config.kernel, config.initrd, room=config.memory)
+        self._stack.callback(image.close)
         self.kernel_kind = image.kind
         push = self._stack.enter_context
         self.system = push(System.open(kernel=self._kernel or KERNEL))
@@ -148,6 +149,7 @@ class Machine:
             devices=[(placed.device, placed.base, placed.line) for placed in self.bus.placed],
             gic=None if self.gic is None else self.gic.node,
         )
+        image.close()
         first = self.vcpus[0]
         first.set_reg(core_reg("pc"), self.entry.pc)
         first.set_reg(core_reg("x0"), self.entry.fdt)

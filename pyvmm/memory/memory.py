@@ -228,6 +228,24 @@ class Memory:
             for _, piece in self._parts(gpa, size, "populate"):
                 piece.backing.populate(piece.offset, piece.size)
 
+    def load_file(self, gpa: int, fd: int, at: int, size: int) -> int:
+        """Read ``size`` bytes at ``at`` of a file straight to ``gpa``, before :meth:`seal`.
+
+        Returns how many there were; OSError where they cannot be read.
+        """
+        with self._changing():
+            if self._sealed:
+                raise UsageError(f"{span(gpa, size)} may be the guest's by now: a file is loaded before the first run")
+            start = gpa // PAGE_SIZE * PAGE_SIZE
+            done = 0
+            for _, piece in self._parts(start, -(-(gpa + size) // PAGE_SIZE) * PAGE_SIZE - start, "load"):
+                low, high = max(gpa, piece.gpa), min(gpa + size, piece.end)
+                now = piece.backing.load_file(piece.offset + low - piece.gpa, fd, at + low - gpa, high - low)
+                done += now
+                if now < high - low:
+                    break
+            return done
+
     # -- guarded access
 
     def read(self, gpa: int, size: int) -> bytes:

@@ -5,16 +5,32 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
-from pyvmm.machine import layout
-from pyvmm.machine.boot import FDT_ROOM, BootImage, Segment, identify, place, plan, read
+from pyvmm.machine import boot, layout
+from pyvmm.machine.boot import FDT_ROOM, BootImage, Segment, place, plan, read
+from pyvmm.machine.content import Bytes
 
 MIB = layout.MIB
+
+
+def identify(data, source, **more):
+    return boot.identify(Bytes(data), source, **more)
+
+
+def loaded(image):
+    """What loading an image writes, by gpa."""
+    memory = Recorder()
+    for part in image.segments:
+        part.data.load(memory, part.gpa, part.size)
+    return b"".join(data for _, data in memory.writes), [part.gpa for part in image.segments], image.pc, image.kind
+
+
 CODE = bytes(range(1, 65)) * 4
 
 
@@ -53,7 +69,7 @@ def elf(
 def test_a_flat_binary_goes_512_kib_into_memory_and_starts_at_its_first_byte():
     image = identify(CODE, "x.bin")
     assert (image.kind, image.pc) == ("flat", 0x8008_0000)
-    assert [(part.gpa, part.data) for part in image.segments] == [(0x8008_0000, CODE)]
+    assert [(part.gpa, part.data) for part in image.segments] == [(0x8008_0000, Bytes(CODE))]
 
 
 def test_an_image_goes_where_its_text_offset_says():
@@ -64,7 +80,7 @@ def test_an_image_goes_where_its_text_offset_says():
 
 def test_an_images_bss_counts_as_memory_but_is_not_written():
     (part,) = identify(linux_image(4096, image_size=MIB), "Image").segments
-    assert (part.size, len(part.data)) == (MIB, 4096)
+    assert (part.size, part.data.size) == (MIB, 4096)
 
 
 def test_an_image_from_before_3_17_gets_the_offset_of_its_time():
@@ -75,7 +91,7 @@ def test_an_elf_goes_where_its_physical_addresses_say():
     data = elf(entry=0xFFFF_0010, vaddr=0xFFFF_0000)
     image = identify(data, "vmlinux")
     assert (image.kind, image.pc) == ("ELF", 0x8010_0010)
-    assert [(part.gpa, part.size, part.data) for part in image.segments] == [(0x8010_0000, 4096, CODE)]
+    assert [(part.gpa, part.size, part.data) for part in image.segments] == [(0x8010_0000, 4096, Bytes(CODE))]
 
 
 def test_an_elfs_notes_and_empty_segments_are_not_loaded():
@@ -85,14 +101,38 @@ def test_an_elfs_notes_and_empty_segments_are_not_loaded():
 
 @pytest.mark.parametrize("inner", [linux_image(), CODE, elf()])
 def test_a_gzip_file_is_what_is_in_it(inner):
-    plain, packed = identify(inner, "x"), identify(gzip.compress(inner), "x")
-    assert packed == plain
+    assert loaded(identify(gzip.compress(inner), "x")) == loaded(identify(inner, "x"))
+
+
+def test_a_packed_image_is_unpacked_chunk_by_chunk_to_where_it_goes(monkeypatch):
+    monkeypatch.setattr("pyvmm.machine.content.CHUNK", 700)
+    data = linux_image(5000)[:64] + os.urandom(4936)
+    memory = Recorder()
+    (part,) = identify(gzip.compress(data), "x").segments
+    assert memory.writes == []
+    part.data.load(memory, part.gpa, part.size)
+    assert len(memory.writes) > 7
+    assert b"".join(piece for _, piece in memory.writes) == data
+    assert all(b == a + len(piece) for (a, piece), (b, _) in pairwise(memory.writes))
+
+
+@pytest.mark.parametrize(
+    ("packed", "why"),
+    [
+        (gzip.compress(linux_image(9000, image_size=9000))[:-9], "truncated gzip file"),
+        (gzip.compress(linux_image(1 << 20, image_size=4096)), "unpacks to more than the 4096 bytes its header says"),
+    ],
+)
+def test_a_packed_image_whose_rest_is_bad_is_refused_when_it_is_loaded(packed, why):
+    (part,) = identify(packed, "x").segments
+    with pytest.raises(UsageError, match=why):
+        part.data.load(Recorder(), part.gpa, part.size)
 
 
 def test_an_efi_zboot_of_gzip_is_what_is_in_it():
     payload = gzip.compress(linux_image())
     head = struct.pack("<4s4s2I8x32s", b"MZ\0\0", b"zimg", 64, len(payload), b"gzip").ljust(64, b"\0")
-    assert identify(head + payload, "vmlinuz") == identify(linux_image(), "vmlinuz")
+    assert loaded(identify(head + payload, "vmlinuz")) == loaded(identify(linux_image(), "vmlinuz"))
 
 
 # ---- what is refused, and how
@@ -153,7 +193,7 @@ def test_no_damage_to_an_elf_gets_past_as_anything_but_a_clear_error(data):
         plan(image, ram_size=64 * MIB)
     except UsageError:
         return
-    assert all(len(part.data) <= part.size for part in image.segments)
+    assert all(part.data.size <= part.size for part in image.segments)
 
 
 @settings(max_examples=200, deadline=None)
@@ -174,7 +214,34 @@ def test_a_file_is_read(tmp_path):
     (tmp_path / "Image").write_bytes(linux_image())
     (tmp_path / "initrd").write_bytes(b"cpio")
     image = read(str(tmp_path / "Image"), str(tmp_path / "initrd"))
-    assert (image.kind, image.initrd) == ("Image", b"cpio")
+    assert (image.kind, image.segments[0].data[:], image.initrd[:]) == ("Image", linux_image(), b"cpio")
+    image.close()
+
+
+@pytest.mark.parametrize("kernel", [linux_image(3 * 4096 + 5), elf(), CODE, gzip.compress(linux_image(9000))])
+def test_a_file_goes_straight_to_where_it_is_placed(tmp_path, kernel):
+    (tmp_path / "kernel").write_bytes(kernel)
+    image = read(str(tmp_path / "kernel"))
+    assert loaded(image) == loaded(identify(kernel, "x"))
+    image.close()
+
+
+def test_a_file_that_becomes_shorter_before_it_is_loaded_is_refused(tmp_path):
+    path = tmp_path / "initrd"
+    path.write_bytes(bytes(9000))
+    image = read("payload:hello", str(path))
+    os.truncate(path, 5000)
+    with pytest.raises(UsageError, match=r"initrd .*initrd has become shorter .* ends at byte 5000, 9000 were there"):
+        place(image, Recorder(), ram_size=64 * MIB, cpus=1, command_line="", devices=[])
+    image.close()
+
+
+def test_what_is_refused_leaves_no_file_open(tmp_path):
+    (tmp_path / "k").write_bytes(CODE)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(UsageError):
+        read(str(tmp_path / "k"), str(tmp_path / "none"))
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize("which", ["kernel", "initrd"])
@@ -239,7 +306,8 @@ def test_a_gzip_file_that_unpacks_to_more_than_memory_is_refused_early():
 
 
 def flat(size=256, initrd=None):
-    return BootImage("flat", "k", 0x8008_0000, (Segment("k", 0x8008_0000, size, CODE),), initrd)
+    ramdisk = None if initrd is None else Bytes(initrd)
+    return BootImage("flat", "k", 0x8008_0000, (Segment("k", 0x8008_0000, size, Bytes(CODE)),), ramdisk)
 
 
 def ranges(parts):
@@ -316,6 +384,11 @@ class Recorder:
     def write(self, gpa, data):
         self.writes.append((gpa, bytes(data)))
 
+    def load_file(self, gpa, fd, at, size):
+        data = os.pread(fd, size, at)
+        self.writes.append((gpa, data))
+        return len(data)
+
 
 class Uart:
     name, compatible, size = "pl011", "arm,pl011", 0x1000
@@ -353,7 +426,7 @@ def test_reading_a_flat_binary_does_not_load_the_elf_reader():
     import sys
 
     code = (
-        "import sys; from pyvmm.machine import boot; boot.identify(b'\\x01\\x02', 'k'); "
+        "import sys; from pyvmm.machine import boot, content; boot.identify(content.Bytes(b'\\x01\\x02'), 'k'); "
         "sys.exit('elftools' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -364,8 +437,8 @@ def test_a_payload_takes_the_memory_it_needs_beyond_its_file():
 
     image = read("payload:hello")
     (part,) = image.segments
-    assert (image.kind, part.gpa, part.data) == ("flat", 0x8008_0000, payloads.payload("hello"))
-    assert part.size == payloads.memory_of("hello") >= len(part.data)
+    assert (image.kind, part.gpa, part.data) == ("flat", 0x8008_0000, Bytes(payloads.payload("hello")))
+    assert part.size == payloads.memory_of("hello") >= part.data.size
 
 
 def test_an_unknown_payload_is_refused_with_the_names_there_are():

@@ -38,13 +38,14 @@ if GIC_REDISTRIBUTORS.size < MAX_VCPUS * KVM_VGIC_V3_REDIST_SIZE:
 
 
 class Gic:
-    """The controller of one VM, initialised; ``node`` is its part of the device tree."""
+    """The controller of one VM, initialised; ``node`` is its part of the device tree, ``device`` the GICv3 itself."""
 
     def __init__(self, vm: Vm, cpus: int) -> None:
         self._files = contextlib.ExitStack()
         with contextlib.ExitStack() as half_built:
             half_built.callback(self.close)
             gic = self._files.enter_context(vm.create_device(DeviceType.KVM_DEV_TYPE_ARM_VGIC_V3))
+            self.device = gic
             gic.set_attr(KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, c_uint32(_PRIVATE + SPIS))
             for kind, window in (
                 (KVM_VGIC_V3_ADDR_TYPE_DIST, GIC_DISTRIBUTOR),

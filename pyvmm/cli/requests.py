@@ -98,11 +98,12 @@ class Requests:
     def kick(self, text: str = "") -> dict[str, Any]:
         """Type ``text`` and the Return key on the console: a shell that was lost out of sight prompts again.
 
-        Refused where the console has no room for all of it, as when the guest does not read.
+        Refused where the console has no room for all of it, as when the guest does not read or is paused.
         """
         keys = (text + RETURN).encode()
         if not self._machine.console.offer(keys):
-            raise PyvmmError(f"the console has no room for {len(keys)} bytes: the guest does not read what it has got")
+            why = "the guest is paused" if self._machine.paused else "it does not read what it has got"
+            raise PyvmmError(f"the guest's console takes no {len(keys)} bytes now: {why}")
         return {"typed": len(keys)}
 
     def _refuse_unless_started(self, what: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 from pyvmm._native import ffi, lib
+from pyvmm.errors import UsageError
 
 
 class Line(Protocol):
@@ -68,9 +69,9 @@ class Device:
     def save(self) -> dict[str, Any]:
         """Return what the device would need to go on elsewhere: plain values of JSON. Called while paused.
 
-        UsageError where that cannot be had.
+        UsageError where that cannot be had, as it is of a device that does not say.
         """
-        return {}
+        raise UsageError(f"the device {self.name} cannot be saved", hint="run the guest without it")
 
     def load(self, saved: dict[str, Any]) -> None:
         """Be as :meth:`save` found another such device; called before the start. UsageError for what cannot be that."""

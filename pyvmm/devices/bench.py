@@ -50,6 +50,15 @@ class Bench(Device):
         """Take a value in Python."""
         self.cold = value
 
+    def save(self) -> dict[str, Any]:
+        """Return what registers, counter and the last store hold."""
+        return {"registers": self.registers.hex(), "counter": int(self._counter[0]), "cold": self.cold}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Hold that."""
+        ffi.memmove(self._registers, bytes.fromhex(saved["registers"]), PART)
+        self._counter[0], self.cold = saved["counter"], saved["cold"]
+
     def close(self) -> None:
         """Close the doorbell's eventfd."""
         if self.eventfd >= 0:

@@ -12,6 +12,7 @@ share by words only, keep it private   the guarded copy reports it, the page is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from pyvmm import abi
 from pyvmm.devices.base import Device
@@ -104,6 +105,15 @@ class Echo(Device):
         if self._unsubscribe is not None:
             self._unsubscribe()
             self._unsubscribe = None
+
+    def save(self) -> dict[str, Any]:
+        """Return the registers."""
+        return {"page": self.page, "status": self.status, "answered": self.answered}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take the page again, if it may, and be as then."""
+        self._name(saved["page"])
+        self.status, self.answered = saved["status"], saved["answered"]
 
     def close(self) -> None:
         """Stop listening to the relay."""

@@ -15,7 +15,7 @@ from typing import Any
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 from pyvmm.devices.trap import MailboxAnswer, Trap
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import PyvmmError, UsageError
 
 WORDS = 7
 MASK = (1 << 64) - 1
@@ -109,3 +109,14 @@ class Mailboxes(Device):
             self._changed.notify_all()
         for future in left:
             future.set_exception(MachineGone(f"the guest did not answer: {why}"))
+
+    def save(self) -> dict[str, Any]:
+        """Return every box as the guest has it; who waits for an answer is not part of the guest."""
+        return {"boxes": bytes(ffi.buffer(self._boxes)).hex()}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Have such boxes. UsageError for another number of them."""
+        data, room = bytes.fromhex(saved["boxes"]), ffi.buffer(self._boxes)
+        if len(data) != len(room):
+            raise UsageError(f"{len(data)} bytes of mailboxes were saved, this machine has {len(room)}")
+        room[:] = data

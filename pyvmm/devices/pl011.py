@@ -19,11 +19,13 @@ from typing import Any, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
+from pyvmm.errors import UsageError
 
 LINGER = 0.01
 PATIENCE = 1.0
 TX_BYTES = 1 << 12
 RX_BYTES = 1 << 10
+REGISTERS = ("cr", "lcr_h", "ibrd", "fbrd", "ifls", "imsc", "ris", "dmacr", "ilpr")
 
 
 class HeldLine(Protocol):
@@ -78,6 +80,7 @@ class Pl011(Device):
         self._room = threading.Condition()
         self._hurry = threading.Event()
         self._closing = threading.Event()
+        self._feeding = threading.Lock()
         self._give_up_at: float | None = None
         self._broken: OSError | None = None
         self._threads: list[threading.Thread] = []
@@ -176,18 +179,47 @@ class Pl011(Device):
         """Give the guest ``data`` to read, waiting for room as long as the console is open."""
         done = 0
         while done < len(data) and not self._closing.is_set():
-            taken = lib.pv_pl011_feed(self._uart, data[done:], len(data) - done)
+            taken = 0
+            if self._feeding.acquire(timeout=LINGER):
+                taken = lib.pv_pl011_feed(self._uart, data[done:], len(data) - done)
+                self._feeding.release()
             done += taken
             if not taken:
                 self._closing.wait(LINGER)
 
     def offer(self, data: bytes) -> bool:
-        """Give the guest ``data`` to read if there is room for it now; any thread."""
-        fifo = self._uart.rx
-        if fifo.size - (fifo.head - fifo.tail) % (1 << 32) < len(data):
+        """Give the guest ``data`` to read if there is room for it now; any thread. Not while paused."""
+        if not self._feeding.acquire(blocking=False):
             return False
-        # Whoever types at the same time may have taken some of the room.
-        return bool(lib.pv_pl011_feed(self._uart, data, len(data)) == len(data))
+        try:
+            fifo = self._uart.rx
+            room = fifo.size - (fifo.head - fifo.tail) % (1 << 32)
+            return len(data) <= room and bool(lib.pv_pl011_feed(self._uart, data, len(data)) == len(data))
+        finally:
+            self._feeding.release()
+
+    def pause(self) -> None:
+        """Give the guest nothing more to read; what it has printed goes out all the same."""
+        self._feeding.acquire()
+
+    def resume(self) -> None:
+        """Give it more again."""
+        self._feeding.release()
+
+    def save(self) -> dict[str, Any]:
+        """Return registers and what is there to read; what is printed is the host's already."""
+        fifo = self._uart.rx
+        there = (fifo.head - fifo.tail) % (1 << 32)
+        waiting = bytes(fifo.data[at % fifo.size] for at in range(fifo.tail, fifo.tail + there))
+        return {name: int(getattr(self._uart, name)) for name in REGISTERS} | {"rx": waiting.hex()}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Be as then, with the interrupt line where it was. UsageError for more to read than there can be."""
+        data = bytes.fromhex(saved["rx"])
+        for name in REGISTERS:
+            setattr(self._uart, name, saved[name])
+        if lib.pv_pl011_feed(self._uart, data, len(data)) != len(data):
+            raise UsageError(f"{len(data)} bytes to read were saved of a console, which takes {RX_BYTES}")
 
     def abort(self) -> None:
         """Stop waiting for whoever reads the console: what it does not take within ``PATIENCE`` seconds is lost."""

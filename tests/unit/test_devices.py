@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import threading
 import time
@@ -289,3 +290,49 @@ def test_the_loop_stops_at_shares_only_while_somebody_listens(echo: Any) -> None
     _store(echo, abi.ECHO_PAGE, PAGE)
     assert echo.device.read(abi.ECHO_STATUS, 8, 0) == abi.ECHO_NOT_SHARED
     assert echo.relay.native.subscribers == 0
+
+
+@pytest.mark.parametrize("kind", ["pl011", "mailbox", "bench", "share-doorbell"])
+def test_a_device_goes_on_elsewhere_as_it_was(kind: str) -> None:
+    def make() -> Any:
+        made = {"pl011": Pl011, "mailbox": lambda: Mailboxes(2), "bench": Bench, "share-doorbell": ShareBell}[kind]
+        return made()
+
+    one, other = make(), make()
+    with contextlib.closing(one), contextlib.closing(other):
+        match one:
+            case Pl011():
+                one._uart.imsc, one._uart.ibrd = 0x10, 13
+                one._uart.rx.head = one._uart.rx.tail = (1 << 32) - 2
+                one.feed(b"typed")
+            case Mailboxes():
+                one._boxes[1].order[3], one._boxes[1].note[0] = 7, 9
+            case Bench():
+                one._registers[5], one._counter[0], one.cold = 1, 2, 3
+        saved = json.loads(json.dumps(one.save()))
+        assert other.save() != saved or kind == "share-doorbell"
+        other.load(saved)
+        assert other.save() == saved
+        if kind == "pl011":
+            assert other._uart.level == 1
+
+
+def test_a_paused_console_gives_the_guest_nothing_to_read() -> None:
+    source, typist = os.pipe()
+    console = Pl011(source=source)
+    console.start()
+    console.pause()
+    os.write(typist, b"x")
+    assert not console.offer(b"y")
+    time.sleep(0.05)
+    assert console.save()["rx"] == ""
+    console.resume()
+    deadline = time.monotonic() + 20
+    while console.save()["rx"] != b"x".hex() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert console.save()["rx"] == b"x".hex()
+    console.pause()
+    os.write(typist, b"z")
+    console.close()
+    os.close(source)
+    os.close(typist)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import parse_count
+from pyvmm.cli.common import parse_count, parse_size
 from pyvmm.cli.suboptions import parse
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rng", action=argparse.BooleanOptionalAction, default=False,
         help="an entropy device that gives the guest the host's random numbers (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--swiotlb", metavar="MiB", type=parse_size,
+        help="how much a guest with private memory shares, to copy through it all that its devices read and write; "
+        "0 for none (default: 16, a quarter of memory at most, where memory is private and there are devices)",
     )  # fmt: skip
 
 

@@ -276,6 +276,7 @@ def _config(args: argparse.Namespace, kernel: str, serial_out: int | None, seria
         serial_out=serial_out,
         serial_in=serial_in,
         devices=device_specs(args),
+        swiotlb=args.swiotlb,
     )
 
 

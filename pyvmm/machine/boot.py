@@ -24,6 +24,7 @@ from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.content import NOTHING, PEEK, Bytes, Content, FilePart, Gzip, Known, Loadable, OpenFile
 from pyvmm.machine.fdt import Describable, GicNode, describe, machine_tree
+from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 
 if TYPE_CHECKING:
@@ -263,12 +264,14 @@ def place(
     command_line: str,
     devices: Sequence[tuple[Describable, int, Line | None]],
     gic: GicNode | None = None,
+    pool: int = 0,
     loadable: int | None = None,
 ) -> Entry:
     """Load ``image`` and the device tree that describes the machine into ``memory``.
 
-    ``devices`` is each device with its gpa and interrupt line; a PL011 among them is the console. Raises UsageError as
-    :func:`plan` does, and for a command line that makes the device tree too large.
+    ``devices`` is each device with its gpa and interrupt line; a PL011 among them is the console. ``pool`` is bytes of
+    the guest's DMA pool, 0 for none. Raises UsageError as :func:`plan` does, and for a command line that makes the
+    device tree too large.
     """
     parts = plan(image, ram_size=ram_size, loadable=loadable)
     by_name = {part.what: part for part in parts}
@@ -277,7 +280,7 @@ def place(
         describe(device, base) if line is None else describe(device, base, line.spi, line.kind)
         for device, base, line in devices
     ]
-    tree = machine_tree(
+    described = machine_tree(
         ram=[(layout.RAM_BASE, ram_size)],
         mpidrs=[layout.mpidr(index) for index in range(cpus)],
         devices=nodes,
@@ -285,7 +288,10 @@ def place(
         stdout=next((node for node in nodes if "arm,pl011" in node.compatible), None),
         initrd=None if initrd is None else (initrd.gpa, initrd.size),
         gic=gic,
-    ).to_bytes()
+    )
+    if pool:
+        add_pool(described, pool)
+    tree = described.to_bytes()
     if len(tree) > FDT_ROOM:
         raise UsageError(
             f"the device tree has {len(tree)} bytes, {FDT_ROOM} is the most", hint="shorten the parameters"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.devices import DeviceSpec
+from pyvmm.machine.swiotlb import pool_size
 from pyvmm.memory.conversion import Conversion
 from pyvmm.protection import Protection
 
@@ -23,7 +24,8 @@ class MachineConfig:
     guest's command line; ``deadline`` is seconds from the first run; ``serial_out`` and ``serial_in`` are descriptors
     or None; ``timed`` keeps histograms of the time in guest and VMM; ``prefault`` populates all memory before the first
     run, in huge pages where the host gives them: a first touch then costs what the protection asks, and no more;
-    ``devices`` are the virtio devices, in the order of their addresses.
+    ``devices`` are the virtio devices, in the order of their addresses; ``swiotlb`` is bytes of the pool through which
+    the guest copies what they read and write: None for what the protection needs, 0 for no pool.
     """
 
     kernel: str
@@ -40,6 +42,7 @@ class MachineConfig:
     timed: bool = True
     prefault: bool = False
     devices: tuple[DeviceSpec, ...] = ()
+    swiotlb: int | None = None
 
     def check(self) -> None:
         """Raise UsageError for values that no machine can have, or that make no sense together."""
@@ -56,6 +59,7 @@ class MachineConfig:
             )
         if self.backing not in BACKINGS:
             raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")
+        pool_size(self)
         if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
             most = f"{threading.TIMEOUT_MAX:.0f}"
             raise UsageError(f"a deadline of {self.deadline} seconds: it must be more than 0, and {most} at most")

@@ -36,6 +36,7 @@ from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
+from pyvmm.machine.swiotlb import pool_size
 from pyvmm.machine.virtio import Context, attach
 from pyvmm.memory.memlock import require_memlock
 from pyvmm.memory.memory import Memory
@@ -148,6 +149,7 @@ class Machine:
             command_line=" ".join(config.params),
             devices=[(placed.device, placed.base, placed.line) for placed in self.bus.placed],
             gic=None if self.gic is None else self.gic.node,
+            pool=pool_size(config),
         )
         image.close()
         first = self.vcpus[0]

@@ -48,6 +48,10 @@ PRELUDE = """
 #include <linux/memfd.h>
 #include <linux/falloc.h>
 #include <linux/fcntl.h>
+#include <linux/fs.h>
+#include <linux/if_tun.h>
+#include <linux/magic.h>
+#include <linux/sockios.h>
 #include <linux/mman.h>
 #include <linux/userfaultfd.h>
 #include <asm/unistd.h>

@@ -1,0 +1,164 @@
+"""The network device (virtio 1.2, 5.1): one queue each way, moved by native/net.c in a thread of the device's own.
+
+================================================  ===============================================================
+what a hostile guest may do                       what happens
+================================================  ===============================================================
+send what is no frame, or with a header of lies   dropped and counted; a tap's kernel checks the header
+name private pages, or memory that is none        the kernel's copy ends there: the frame is lost, and counted
+give no receive buffers                           the backend is not read: frames pile up, and are dropped, there
+================================================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm._native import ffi, lib
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
+from pyvmm.devices.virtio.queue import QueueBroken
+from pyvmm.devices.virtio.worker import Worker
+from pyvmm.errors import HostError, UsageError
+from pyvmm.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyvmm.devices.virtio.queue import Queue
+
+log = get_logger("net")
+
+RECEIVE, SEND = 0, 1
+LINK_UP: Final = 1
+ETHERNET: Final = 14 + 4
+"""Bytes of a frame that are no packet: its header, and a tag."""
+LONGEST: Final = HEADER + ETHERNET + 65535
+"""Bytes of what a tap gives a guest that does the segmentation itself."""
+
+_SEGMENTS_RECEIVED: Final = NetFeature.GUEST_TSO4 | NetFeature.GUEST_TSO6
+_SEGMENTS_SENT: Final = NetFeature.HOST_TSO4 | NetFeature.HOST_TSO6
+_NEEDS: Final = {
+    _SEGMENTS_SENT: NetFeature.CSUM,
+    _SEGMENTS_RECEIVED: NetFeature.GUEST_CSUM,
+    NetFeature.HOST_ECN: _SEGMENTS_SENT,
+    NetFeature.GUEST_ECN: _SEGMENTS_RECEIVED,
+}
+"""What features are good for only with one of which others (virtio 1.2, 5.1.3.1)."""
+
+
+def parse_mac(text: str) -> bytes:
+    """Return a card's address; UsageError where ``text`` is none."""
+    if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", text):
+        raise UsageError(f"{text!r} is no MAC address", hint="six bytes, as 02:00:00:12:34:56")
+    mac = bytes.fromhex(text.replace(":", ""))
+    if mac[0] & 1 or not any(mac):
+        what = "of nobody" if not any(mac) else "of a group"
+        raise UsageError(f"{text} is an address {what}, no card's", hint="make the first byte 02, which is free to use")
+    return mac
+
+
+def default_mac(name: str) -> bytes:
+    """Make an address that is the same whenever this host's ``name`` is served, and probably nobody else's."""
+    digest = hashlib.sha256(f"{os.uname().nodename}/{name}".encode()).digest()
+    return bytes([0x02]) + digest[:5]
+
+
+class Net(VirtioDevice):
+    """A card with the address ``mac`` before ``backend``, which it closes."""
+
+    device_id = 1
+    name = "net"
+    queue_sizes = (256, 256)
+
+    def __init__(self, backend: NetBackend, mac: bytes) -> None:
+        super().__init__()
+        self.backend = backend
+        self.mac = mac
+        self.link_up = True
+        own = NetFeature.MAC | NetFeature.STATUS | NetFeature.MTU | NetFeature.MRG_RXBUF
+        self.features = int(own | backend.offloads)
+        self._keep: list[Any] = [ffi.new("uint8_t[]", lib.pv_net_room())]
+        self.native = ffi.new("struct pv_net *")
+        self.native.work = self._keep[0]
+        self.native.fd, self.native.backend = backend.fd, backend.kind
+        self._queues: Sequence[Queue] = ()
+        self._worker = Worker("pyvmm-net", self.failed, self._serve)
+        self.native.stop_fd = self._worker.stop_fd
+
+    def config(self) -> bytes:
+        """Return address, link, the number of queue pairs and the MTU."""
+        return struct.pack("<6sHHH", self.mac, LINK_UP if self.link_up else 0, 1, self.backend.mtu)
+
+    def refuse(self, features: int) -> str | None:
+        """Refuse a feature without the one it stands on."""
+        for feature, one_of in _NEEDS.items():
+            if features & feature and not features & one_of:
+                return f"{NetFeature(features & feature)!r} without {one_of!r}"
+        return None
+
+    def start(self, queues: Sequence[Queue], features: int) -> None:
+        """Move frames."""
+        native, wanted = self.native, NetFeature(features & self.features)
+        self._queues = queues
+        if self.link_up:
+            self.backend.use(wanted)
+        native.rx, native.tx = (queue.native if queue.ready else ffi.NULL for queue in queues)
+        native.mergeable = bool(wanted & NetFeature.MRG_RXBUF)
+        native.longest = LONGEST if wanted & _SEGMENTS_RECEIVED else HEADER + ETHERNET + self.backend.mtu
+        room = max(queue.room for queue in queues)
+        segments = ffi.new("struct pv_segment[]", room)
+        chain = ffi.new("struct pv_chain *", {"room": room, "segments": segments})
+        self._keep[1:] = [segments, chain]
+        native.chain = chain
+        self._worker.start(queues)
+
+    def _serve(self) -> None:
+        """Move frames until told to stand still, or there is something to decide."""
+        end = lib.pv_net_serve(self.native)
+        if end == lib.PV_NET_BROKEN:
+            broken = [queue.problem for queue in self._queues if queue.problem]
+            raise QueueBroken("; ".join(broken))
+        if end == lib.PV_NET_GONE:
+            self._link_lost(self.native.error)
+        elif end == lib.PV_NET_FAILED:
+            raise HostError(f"{self.label}: poll: {os.strerror(self.native.error)}")
+
+    def _link_lost(self, error: int) -> None:
+        """Go on with nobody at the other end, and tell the guest and the user."""
+        why = "; ".join(filter(None, [os.strerror(error) if error else "it hung up", self.backend.last_words()]))
+        log.warning("link_down", device=self.label, backend=self.backend.name, reason=why)
+        self.native.fd, self.native.backend = -1, lib.PV_NET_NONE
+        self.link_up = False
+        self.config_changed()
+
+    def stop(self) -> None:
+        """Move nothing any more."""
+        self._worker.stop()
+        lib.pv_net_settle(self.native)
+        self.native.rx = self.native.tx = ffi.NULL
+
+    def pause(self) -> None:
+        """Stand still; every buffer of the guest's is in its queue again."""
+        self._worker.pause()
+        lib.pv_net_settle(self.native)
+
+    def resume(self) -> None:
+        """Go on."""
+        self._worker.resume()
+
+    def save(self) -> dict[str, Any]:
+        """Return what the driver has read and will not read again."""
+        return {"mac": self.mac.hex()}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Be the same card; what is behind it may be another."""
+        self.mac = bytes.fromhex(saved["mac"])
+
+    def close(self) -> None:
+        """End the thread, and what is behind the card."""
+        self._worker.close()
+        self.backend.close()

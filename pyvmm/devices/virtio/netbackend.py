@@ -1,0 +1,80 @@
+"""What is behind a network card: a descriptor that native/net.c moves frames to and from, and what it can do."""
+
+from __future__ import annotations
+
+import os
+import socket
+from enum import IntFlag
+from pathlib import Path
+from typing import ClassVar, Final
+
+from pyvmm._native import lib
+from pyvmm.errors import HostError, UsageError
+
+HEADER: Final = 12
+"""Bytes of ``struct virtio_net_hdr_v1``, in front of every frame of a guest and of a tap."""
+
+
+class NetFeature(IntFlag):
+    """Feature bits of the network device that are used here (virtio 1.2, 5.1.3)."""
+
+    CSUM = 1 << 0
+    GUEST_CSUM = 1 << 1
+    MTU = 1 << 3
+    MAC = 1 << 5
+    GUEST_TSO4 = 1 << 7
+    GUEST_TSO6 = 1 << 8
+    GUEST_ECN = 1 << 9
+    HOST_TSO4 = 1 << 11
+    HOST_TSO6 = 1 << 12
+    HOST_ECN = 1 << 13
+    MRG_RXBUF = 1 << 15
+    STATUS = 1 << 16
+
+
+class NetBackend:
+    """Owns ``fd``. ``kind`` is of enum pv_net_backend; ``offloads`` what of NetFeature it can do; ``mtu`` bytes."""
+
+    kind: ClassVar[int]
+    offloads: NetFeature = NetFeature(0)
+    mtu: int = 1500
+
+    def __init__(self, name: str, fd: int) -> None:
+        self.name = name
+        self.fd = fd
+
+    def use(self, features: NetFeature) -> None:
+        """Leave undone of checksums and segmentation what ``features``, as negotiated, let it. Raises HostError."""
+
+    def last_words(self) -> str:
+        """Say what is known of why it has gone; waits for nothing."""
+        return ""
+
+    def close(self) -> None:
+        """Close the descriptor, and end what was started; idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class Stream(NetBackend):
+    """A program's socket, each frame behind its length in 4 bytes, big-endian: what passt and QEMU speak."""
+
+    kind = lib.PV_NET_STREAM
+    mtu = 65520
+    """The largest of an IPv4 packet that passt takes, as it tells its guests."""
+
+    @classmethod
+    def connect(cls, path: str) -> Stream:
+        """Connect to the Unix socket of a program that runs. Raises UsageError or HostError."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+            try:
+                connection.connect(path)
+            except OSError as error:
+                if not Path(path).exists():
+                    raise UsageError(f"no socket is at {path!r}", hint=f"passt --socket {path}") from error
+                raise HostError(
+                    f"nothing answers at the socket {path!r}: {error.strerror or error}",
+                    hint="is passt still running there? It serves one guest, and ends with it",
+                ) from error
+            return cls(path, connection.detach())

@@ -1,0 +1,182 @@
+"""Taps: interfaces of the host's kernel whose other end is ours. One that is there is used, else one is made."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import os
+import re
+import socket
+import struct
+from ctypes import Array, byref, c_char, c_int, c_uint, create_string_buffer
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pyvmm._native import lib
+from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
+from pyvmm.errors import HostError, UsageError
+from pyvmm.kvm import libc
+from pyvmm.log import get_logger
+from pyvmm.uapi import if_tun
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Interface
+
+log = get_logger("net")
+
+CLONE: Final = "/dev/net/tun"
+SYSFS: Final = Path("/sys/class/net")
+
+# linux/if.h: a name of 16 bytes, then a union.
+_IFNAMSIZ: Final = 16
+_IFREQ: Final = 40
+_IFF_UP: Final = 1 << 0
+
+_TO_GUEST: Final = {
+    NetFeature.GUEST_CSUM: if_tun.TUN_F_CSUM,
+    NetFeature.GUEST_TSO4: if_tun.TUN_F_TSO4,
+    NetFeature.GUEST_TSO6: if_tun.TUN_F_TSO6,
+    NetFeature.GUEST_ECN: if_tun.TUN_F_TSO_ECN,
+}
+_FROM_GUEST: Final = NetFeature.CSUM | NetFeature.HOST_TSO4 | NetFeature.HOST_TSO6 | NetFeature.HOST_ECN
+"""What a tap takes whether it is told of it or not: the header says what is left to do."""
+
+
+class Tap(NetBackend):
+    """The tap ``name``; ``address`` is what the host's end is given, as no other program can give it in time."""
+
+    kind = lib.PV_NET_TAP
+
+    def __init__(self, name: str, address: IPv4Interface | None = None) -> None:
+        """Open or make it. UsageError for a name that is none, HostError where the host does not let us."""
+        if not re.fullmatch(r"[^\s/:%]{1,15}", name) or name in (".", ".."):
+            raise UsageError(f"{name!r} cannot be the name of a tap: 1 to 15 bytes, no space, slash, colon or percent")
+        there = _flags_of(name)
+        super().__init__(name, _open())
+        try:
+            self._attach(there)
+            self._call("TUNSETVNETHDRSZ", if_tun.TUNSETVNETHDRSZ.number, byref(c_int(HEADER)))
+            self.use(NetFeature(0))
+            if address is not None:
+                self._give(address)
+            if there is None or address is not None:
+                self._bring_up()
+            elif not self.is_up:
+                log.warning("tap_down", tap=name, hint=f"ip link set {name} up")
+            self.mtu = int((SYSFS / name / "mtu").read_text())
+        except BaseException:
+            self.close()
+            raise
+        self.offloads = _FROM_GUEST | NetFeature(sum(_TO_GUEST))
+
+    def use(self, features: NetFeature) -> None:
+        """Have the kernel leave to the guest what ``features`` say that it can do."""
+        flags = sum(flag for feature, flag in _TO_GUEST.items() if features & feature)
+        self._call("TUNSETOFFLOAD", if_tun.TUNSETOFFLOAD.number, flags)
+
+    def last_words(self) -> str:
+        """Say whether it was deleted."""
+        return "" if (SYSFS / self.name).exists() else "the tap was deleted"
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the host uses its end."""
+        return bool(int((SYSFS / self.name / "flags").read_text(), 16) & _IFF_UP)
+
+    def _attach(self, there: int | None) -> None:
+        flags = if_tun.IFF_TAP | if_tun.IFF_NO_PI | if_tun.IFF_VNET_HDR
+        # One that was made for several queues can be had with one of them only as that.
+        flags |= (there or 0) & if_tun.IFF_MULTI_QUEUE
+        request = _ifreq(self.name, struct.pack("H", flags))
+        result, code = libc.ioctl(self.fd, if_tun.TUNSETIFF.number, byref(request))
+        if result >= 0:
+            return
+        user = _user()
+        make = f"as root: ip tuntap add {self.name} mode tap user {user} && ip link set {self.name} up"
+        match code:
+            case errno.EPERM if there is None:
+                raise HostError(f"there is no tap {self.name!r}, and {user} may not make one", hint=make)
+            case errno.EPERM:
+                raise HostError(
+                    f"the tap {self.name!r} is not {user}'s", hint=f"as root: ip link delete {self.name}; then {make}"
+                )
+            case errno.EBUSY:
+                raise HostError(
+                    f"the tap {self.name!r} is in use: a tap serves one VM at a time", hint=f"fuser -v {CLONE}"
+                )
+            case _:
+                raise HostError(
+                    f"TUNSETIFF({self.name!r}, flags {flags:#x}): {os.strerror(code)}",
+                    hint="is it a tap, not a tun?" if there is not None else None,
+                )
+
+    def _give(self, address: IPv4Interface) -> None:
+        for call, number, value in (
+            ("SIOCSIFADDR", if_tun.SIOCSIFADDR, address.ip),
+            ("SIOCSIFNETMASK", if_tun.SIOCSIFNETMASK, address.netmask),
+        ):
+            sockaddr = struct.pack("HH4s8x", socket.AF_INET, 0, value.packed)
+            self._interface_call(call, number, sockaddr, f"given the address {address}")
+
+    def _bring_up(self) -> None:
+        flags = int((SYSFS / self.name / "flags").read_text(), 16) | _IFF_UP
+        self._interface_call("SIOCSIFFLAGS", if_tun.SIOCSIFFLAGS, struct.pack("H", flags & 0xFFFF), "brought up")
+
+    def _interface_call(self, call: str, number: int, value: bytes, what: str) -> None:
+        request = _ifreq(self.name, value)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
+            result, code = libc.ioctl(any_socket.fileno(), number, byref(request))
+        if result < 0:
+            raise HostError(
+                f"the tap {self.name!r} cannot be {what} ({call}: {os.strerror(code)})",
+                hint="this takes root, or CAP_NET_ADMIN; without it leave host= out, and have root set the tap up",
+            )
+
+    def _call(self, name: str, number: int, argument: object) -> None:
+        result, code = libc.ioctl(self.fd, number, argument)
+        if result < 0:
+            raise HostError(f"{name} of the tap {self.name!r}: {os.strerror(code)}")
+
+
+def _flags_of(name: str) -> int | None:
+    """Return an interface's IFF_ flags as a tap; None where there is no such interface."""
+    if not (SYSFS / name).exists():
+        return None
+    try:
+        flags = int((SYSFS / name / "tun_flags").read_text(), 16)
+    except FileNotFoundError:
+        flags = 0
+    if not flags & if_tun.IFF_TAP:
+        raise UsageError(f"the interface {name!r} is no tap", hint="name another one: it is made if it is not there")
+    return flags
+
+
+def _open() -> int:
+    try:
+        fd = os.open(CLONE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        hint = {
+            errno.ENOENT: "as root: modprobe tun",
+            errno.ENODEV: "as root: modprobe tun",
+            errno.ENXIO: "as root: modprobe tun",
+            errno.EACCES: f"as root: chmod 666 {CLONE}; who may have a tap, the kernel asks apart",
+            errno.EPERM: "this container may not use taps; --net passt needs none",
+        }.get(error.errno or 0)
+        raise HostError(f"{CLONE} cannot be opened: {error.strerror}", hint=hint) from error
+    features = c_uint()
+    _, code = libc.ioctl(fd, if_tun.TUNGETFEATURES.number, byref(features))
+    if code or not features.value & if_tun.IFF_VNET_HDR:
+        os.close(fd)
+        raise HostError(f"{CLONE} knows no header for offloads (IFF_VNET_HDR)")
+    return fd
+
+
+def _ifreq(name: str, value: bytes) -> Array[c_char]:
+    return create_string_buffer(struct.pack(f"{_IFNAMSIZ}s", name.encode()) + value, _IFREQ)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())

@@ -1,0 +1,387 @@
+"""A network card over plain memory: frames between its rings and a socket, whatever the driver and the socket do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from net_driver import BASE, DATA, PAGE, PATIENCE, SIZE, Driver, eventually
+
+from pyvmm.devices.virtio.net import Net, default_mac, parse_mac
+from pyvmm.devices.virtio.netbackend import HEADER, NetFeature, Stream
+from pyvmm.errors import HostError, UsageError
+
+MAC = bytes.fromhex("020000000001")
+MOST = 65535 + 18
+
+
+def pair() -> tuple[Net, socket.socket]:
+    """Return a card, and the socket at its other end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    theirs.settimeout(PATIENCE)
+    return Net(Stream("peer", ours.detach()), MAC), theirs
+
+
+@pytest.fixture(params=[False, True], ids=["split", "packed"])
+def wired(request: pytest.FixtureRequest) -> Iterator[tuple[Driver, socket.socket]]:
+    device, peer = pair()
+    with peer, Driver(device, packed=request.param) as driver:
+        yield driver, peer
+
+
+def pattern(n: int, seed: int = 0) -> bytes:
+    return bytes((seed + 7 * i + i // 251) & 0xFF for i in range(n))
+
+
+def framed(frame: bytes) -> bytes:
+    return struct.pack(">I", len(frame)) + frame
+
+
+def receive(peer: socket.socket) -> bytes:
+    def exactly(n: int) -> bytes:
+        data = b""
+        while len(data) < n:
+            part = peer.recv(n - len(data))
+            assert part, "the card hung up"
+            data += part
+        return data
+
+    (length,) = struct.unpack(">I", exactly(4))
+    return exactly(length)
+
+
+def send(driver: Driver, frame: bytes, cuts: tuple[int, ...] = (), header: bytes = bytes(HEADER)) -> None:
+    """Give the card a frame, header first, in segments that end at ``cuts``."""
+    data = header + frame
+    driver.write(DATA, data)
+    ends = [*sorted({cut for cut in cuts if 0 < cut < len(data)}), len(data)]
+    starts = [0, *ends[:-1]]
+    driver.tx.give([(DATA + start, end - start, False) for start, end in zip(starts, ends, strict=True)])
+
+
+def buffers(driver: Driver, count: int, size: int, *, at: int = DATA) -> list[int]:
+    """Give the card receive buffers of one segment each, one behind the other."""
+    places = [at + n * size for n in range(count)]
+    driver.rx.give(*([(place, size, True)] for place in places))
+    return places
+
+
+# ---- what a driver reads
+
+
+def test_configuration_says_address_link_queues_and_mtu() -> None:
+    device, peer = pair()
+    with peer, Driver(device):
+        assert device.config() == MAC + struct.pack("<HHH", 1, 1, 65520)
+        assert device.features == NetFeature.MAC | NetFeature.STATUS | NetFeature.MTU | NetFeature.MRG_RXBUF
+
+
+def test_features_are_refused_without_those_they_stand_on() -> None:
+    device, peer = pair()
+    with peer, Driver(device):
+        assert "CSUM" in (device.refuse(NetFeature.HOST_TSO4) or "")
+        assert "GUEST_CSUM" in (device.refuse(NetFeature.CSUM | NetFeature.GUEST_TSO6) or "")
+        assert device.refuse(NetFeature.CSUM | NetFeature.HOST_TSO6 | NetFeature.HOST_ECN) is None
+        assert device.refuse(0) is None
+
+
+@pytest.mark.parametrize("text", ["", "02:00:00:00:00", "02:00:00:00:00:0g", "01:00:5e:00:00:01", "00:00:00:00:00:00"])
+def test_what_is_no_cards_address_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_mac(text)
+
+
+def test_default_address_is_local_stable_and_different_for_others() -> None:
+    assert default_mac("tap0") == default_mac("tap0") != default_mac("tap1")
+    assert default_mac("tap0")[0] == 0x02
+    assert parse_mac("02:aB:00:00:00:01") == bytes.fromhex("02ab00000001")
+
+
+# ---- from the guest
+
+
+@pytest.mark.parametrize("cuts", [(), (12,), (1, 11, 13, 14), (20, 30, 40)])
+def test_frame_goes_out_without_its_header_however_it_is_laid_out(
+    wired: tuple[Driver, socket.socket], cuts: tuple[int, ...]
+) -> None:
+    driver, peer = wired
+    for n in (14, 60, 1514, MOST):
+        frame = pattern(n, n)
+        send(driver, frame, cuts, header=b"\xff" * HEADER)
+        assert receive(peer) == frame
+        [(_, written)] = driver.wait(driver.tx)
+        assert written == 0
+    assert driver.device.native.sent.frames == 4
+
+
+@pytest.mark.parametrize("n", [0, 1, 13, MOST + 1, 3 << 20])
+def test_what_is_no_frame_is_dropped_and_the_next_one_goes(wired: tuple[Driver, socket.socket], n: int) -> None:
+    driver, peer = wired
+    driver.tx.give([(DATA, HEADER + n, False)])
+    driver.wait(driver.tx)
+    send(driver, pattern(60))
+    assert receive(peer) == pattern(60)
+    assert driver.device.native.sent.dropped == 1
+
+
+def test_peer_that_does_not_read_holds_the_sender_up_and_gets_every_frame(wired: tuple[Driver, socket.socket]) -> None:
+    driver, peer = wired
+    frames = [pattern(30000 + n, n) for n in range(60)]
+    for n, frame in enumerate(frames):
+        driver.write(DATA + n * 0x8000, bytes(HEADER) + frame)
+    driver.tx.give(*([(DATA + n * 0x8000, HEADER + len(frame), False)] for n, frame in enumerate(frames)))
+    eventually(lambda: driver.device.native.sent.frames > 0, "a frame goes")
+    assert [receive(peer) for _ in frames] == frames
+    assert len(driver.wait(driver.tx, len(frames))) == len(frames)
+    assert driver.device.native.sent.dropped == 0
+
+
+def test_frame_in_a_private_page_is_lost_and_no_other(wired: tuple[Driver, socket.socket]) -> None:
+    driver, peer = wired
+    driver.hide(DATA + PAGE)
+    frame = pattern(2 * PAGE)
+    driver.tx.give([(DATA, HEADER, False), (DATA + PAGE - 100, 200, False)])
+    driver.tx.give([(BASE + SIZE, 100, False)])
+    driver.wait(driver.tx, 2)
+    driver.write(DATA + 2 * PAGE, bytes(HEADER) + frame)
+    driver.tx.give([(DATA + 2 * PAGE, HEADER + len(frame), False)])
+    assert receive(peer) == frame
+    assert driver.device.native.sent.faults == 2
+
+
+def test_private_page_in_the_middle_of_a_long_frame_does_not_lose_the_streams_place(
+    wired: tuple[Driver, socket.socket],
+) -> None:
+    """The socket takes a large frame in parts: the first is gone when the kernel comes to the page."""
+    driver, peer = wired
+    at = DATA + PAGE
+    driver.hide(at + 15 * PAGE)
+    driver.write(at, pattern(15 * PAGE))
+    driver.tx.give(*([(DATA, HEADER, False), (at, 15 * PAGE + 100, False)] for _ in range(20)))
+    send(driver, b"the end of the test", ())
+    while receive(peer) != b"the end of the test":
+        pass
+    assert driver.device.native.sent.faults == 20
+
+
+# ---- to the guest
+
+
+def test_frame_lies_behind_a_header_that_counts_its_buffers(wired: tuple[Driver, socket.socket]) -> None:
+    driver, peer = wired
+    places = buffers(driver, 40, 2000)
+    frames = [pattern(n, n) for n in (14, 1988, 1989, 9000, 60)]
+    peer.sendall(b"".join(map(framed, frames)))
+    needed = [-(-(HEADER + len(frame)) // 2000) for frame in frames]
+    back = driver.wait(driver.rx, sum(needed))
+    assert len(back) == sum(needed)
+    for frame, count in zip(frames, needed, strict=True):
+        parts = [driver.read(places[ident], written) for ident, written in back[:count]]
+        back = back[count:]
+        assert b"".join(parts) == struct.pack("<10xH", count) + frame
+    assert driver.device.native.received.bytes == sum(map(len, frames))
+
+
+def test_without_merged_buffers_a_frame_takes_one_or_is_dropped() -> None:
+    device, peer = pair()
+    with peer, Driver(device, NetFeature.MAC) as driver:
+        driver.rx.give(*([(DATA + n * PAGE, 500, True), (DATA + n * PAGE + 500, 500, True)] for n in range(3)))
+        peer.sendall(framed(pattern(989)) + framed(pattern(988)) + framed(pattern(100)))
+        back = driver.wait(driver.rx, 2)
+        assert [written for _, written in back] == [1000, 112]
+        assert driver.read(DATA, 1000) == struct.pack("<10xH", 1) + pattern(988)
+        assert device.native.received.dropped == 1
+
+
+def test_frames_wait_for_buffers_and_none_is_lost(wired: tuple[Driver, socket.socket]) -> None:
+    driver, peer = wired
+    frames = [pattern(3000, n) for n in range(5)]
+    peer.sendall(b"".join(map(framed, frames)))
+    got: list[bytes] = []
+    for n in range(10):  # two to a frame
+        [place] = buffers(driver, 1, 2000, at=DATA + n * PAGE)
+        if n % 2:
+            parts = [(DATA + (n - 1) * PAGE), place]
+            back = driver.wait(driver.rx, 2)
+            data = b"".join(driver.read(at, written) for at, (_, written) in zip(parts, back, strict=True))
+            got.append(data[HEADER:])
+        else:
+            assert driver.rx.used() == []
+    assert got == frames
+    assert driver.device.native.received.dropped == 0
+
+
+def test_buffers_that_cannot_be_written_come_back_empty(wired: tuple[Driver, socket.socket]) -> None:
+    driver, peer = wired
+    driver.hide(DATA)
+    driver.rx.give([(DATA, 2000, True)], [(BASE + SIZE, 2000, True)], [(DATA + PAGE, HEADER - 1, True)],
+                   [(DATA + PAGE, 2000, False)])  # fmt: skip
+    peer.sendall(framed(pattern(100)) + framed(pattern(200)))
+    assert {written for _, written in driver.wait(driver.rx, 4)} == {0}
+    driver.rx.give([(DATA + PAGE, 2000, True)])
+    assert [written for _, written in driver.wait(driver.rx)] == [212]
+    assert driver.device.native.received.faults == 4
+
+
+@pytest.mark.parametrize("n", [0, 1, 13])
+def test_too_short_frames_of_the_peer_are_dropped(n: int) -> None:
+    device, peer = pair()
+    with peer, Driver(device) as driver:
+        buffers(driver, 1, 2000)
+        peer.sendall(framed(bytes(n)) + framed(pattern(14)))
+        assert [written for _, written in driver.wait(driver.rx)] == [26]
+
+
+# ---- the peer's end
+
+
+@pytest.mark.parametrize("last", [b"", b"\0\0", framed(pattern(100))[:50], b"\xff\xff\xff\xff"])
+def test_peer_that_goes_takes_the_link_down_and_the_guest_may_go_on(last: bytes) -> None:
+    device, peer = pair()
+    with peer, Driver(device) as driver:
+        buffers(driver, 1, 2000)
+        peer.sendall(last)
+        peer.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: driver.transport.changes == 1, "the configuration changes")
+        assert device.config()[6:8] == b"\0\0"
+        send(driver, pattern(60))
+        driver.wait(driver.tx)
+        assert device.native.sent.dropped == 1
+        assert not driver.transport.reset_needed
+
+
+def test_sending_notices_that_the_peer_has_gone() -> None:
+    device, peer = pair()
+    with Driver(device) as driver:
+        peer.close()
+        send(driver, pattern(60))
+        driver.wait(driver.tx)
+        eventually(lambda: driver.transport.changes == 1, "the configuration changes")
+
+
+def test_socket_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match="no socket"):
+        Stream.connect("/nonexistent/passt.sock")
+
+
+def test_socket_that_nobody_serves_is_named(tmp_path: object) -> None:
+    path = f"{tmp_path}/socket"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    with pytest.raises(HostError, match="nothing answers"):
+        Stream.connect(path)
+
+
+# ---- life
+
+
+def test_broken_ring_needs_a_reset_and_works_after_it() -> None:
+    device, peer = pair()
+    with peer, Driver(device) as driver:
+        driver.write(driver.tx.base + 0x8002, struct.pack("<H", 999))
+        os.eventfd_write(driver.tx.queue.kick, 1)
+        eventually(lambda: driver.transport.reset_needed, "the device gives up")
+        device.stop()
+        for ring in (driver.rx, driver.tx):
+            ring.queue.reset()
+            ring.__init__(driver, ring.queue.index, ring.size, packed=False)
+            driver.write(ring.base + 0x8000, bytes(4))
+        device.start([driver.rx.queue, driver.tx.queue], device.features)
+        send(driver, pattern(60))
+        assert receive(peer) == pattern(60)
+
+
+def test_paused_card_has_given_every_buffer_back_and_goes_on(wired: tuple[Driver, socket.socket]) -> None:
+    driver, peer = wired
+    places = buffers(driver, 8, 2000)
+    peer.sendall(framed(pattern(60000)))  # more than there is room for: all eight are taken, and it waits
+    eventually(lambda: driver.rx.queue.native.chains == 8, "the buffers are taken")
+    driver.device.pause()
+    assert driver.rx.queue.native.chains == 0
+    assert driver.rx.used() == []
+    driver.device.resume()
+    more = buffers(driver, 23, 2000, at=DATA + 8 * 2000)
+    back = driver.wait(driver.rx, 31)
+    data = b"".join(driver.read(at, written) for at, (_, written) in zip(places + more, back, strict=True))
+    assert data == struct.pack("<10xH", 31) + pattern(60000)
+
+
+def test_reset_in_the_middle_of_a_stream_keeps_its_place() -> None:
+    device, peer = pair()
+    with peer, Driver(device) as driver:
+        buffers(driver, 1, 2000)
+        peer.sendall(framed(pattern(1000))[:500])
+        eventually(lambda: driver.rx.queue.native.kicks > 0, "it is served")
+        device.stop()
+        device.start([driver.rx.queue, driver.tx.queue], device.features)
+        peer.sendall(framed(pattern(1000))[500:])
+        assert [written for _, written in driver.wait(driver.rx)] == [1012]
+
+
+def test_queue_that_the_driver_did_not_make_is_left_alone() -> None:
+    device, peer = pair()
+    with peer, Driver(device) as driver:
+        device.stop()
+        driver.rx.queue.ready = False
+        device.start([driver.rx.queue, driver.tx.queue], device.features)
+        peer.sendall(framed(pattern(60)))
+        send(driver, pattern(60))
+        assert receive(peer) == pattern(60)
+
+
+# ---- whatever comes
+
+SEGMENT = st.tuples(
+    st.one_of(st.integers(DATA, DATA + 8 * PAGE), st.sampled_from([0, BASE + SIZE - 10, BASE, 2**64 - 2**40])),
+    st.one_of(st.integers(1, 3000), st.sampled_from([1 << 16, 1 << 20, 1 << 28])),
+    st.booleans(),
+)
+
+
+END = DATA + 16 * PAGE
+
+
+def well_ordered(chain: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
+    return sorted(chain, key=lambda segment: segment[2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sent=st.lists(st.lists(SEGMENT, min_size=1, max_size=4).map(well_ordered), max_size=12),
+    room=st.lists(st.lists(SEGMENT, min_size=1, max_size=3).map(well_ordered), max_size=12),
+    frames=st.lists(st.binary(max_size=3000), max_size=8),
+    hidden=st.sets(st.integers(0, 8), max_size=4),
+    packed=st.booleans(),
+    merged=st.booleans(),
+)
+def test_every_chain_comes_back_and_the_card_still_works(
+    sent: list[list[tuple[int, int, bool]]],
+    room: list[list[tuple[int, int, bool]]],
+    frames: list[bytes],
+    hidden: set[int],
+    packed: bool,
+    merged: bool,
+) -> None:
+    device, peer = pair()
+    features = device.features if merged else NetFeature.MAC
+    with peer, Driver(device, features, packed=packed) as driver:
+        for page in hidden:
+            driver.hide(DATA + page * PAGE)
+        if room:
+            driver.rx.give(*room)
+        if sent:
+            driver.tx.give(*sent)
+        peer.sendall(b"".join(map(framed, frames)))
+        driver.write(END, bytes(HEADER) + b"the end of the test")
+        driver.tx.give([(END, HEADER + 19, False)])
+        while receive(peer) != b"the end of the test":
+            pass
+        assert len(driver.wait(driver.tx, len(sent) + 1)) == len(sent) + 1
+        device.pause()
+        assert not driver.transport.reset_needed
+        assert not driver.rx.queue.problem

@@ -45,7 +45,9 @@ class Door:
         self._id = _identity(path)
 
     def open(self) -> None:
-        """Let clients in from now on; those that came before have waited."""
+        """Let clients in from now on; those that came before have waited. Again does no harm, and is needed where
+        there were no descriptors left for one.
+        """
         if not self._open:
             self._open = True
             self._watch(self._listener.fileno(), select.POLLIN)
@@ -80,8 +82,12 @@ class Door:
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
                 client, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
             except OSError:
-                # Nobody is there any more, or there are no descriptors left: then it waits, as do those that come.
+                # No descriptors left: it waits, and would be told of again and again.
+                self._open = False
+                self._watch(self._listener.fileno(), None)
                 return
             client.setblocking(False)
             if len(self._clients) >= MOST_GUESTS:

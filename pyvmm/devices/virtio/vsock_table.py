@@ -148,6 +148,13 @@ class Table:
                 return packet
         return None
 
+    def lost(self, header: Header) -> None:
+        """Be told that a packet did not reach the guest, which could not say so: its connection is reset."""
+        stream = self._streams.get((header.dst_port, header.src_port))
+        if stream is not None:
+            stream.refuse()
+            self._settle(stream)
+
     def clear(self) -> None:
         """Close every connection without a word: the guest has been reset."""
         for stream in list(self._streams.values()):

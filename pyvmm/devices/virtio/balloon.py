@@ -1,0 +1,239 @@
+"""The balloon device (virtio 1.2, 5.5): takes memory that the guest does not need, and gives it back to the host.
+
+The host says how much the balloon should hold (:meth:`Balloon.aim`); the guest names pages, which are punched out of
+their backing. What the guest takes back it only touches: the kernel gives it a page of zeros. With free page reporting
+the guest names memory that is free as it is; nothing of that is remembered either. Owns its worker.
+
+It is for guests whose memory the host may see. Linux's driver keeps its rings in memory that it does not share, even
+where other drivers do (it clears ACCESS_PLATFORM, virtballoon_validate in drivers/virtio/virtio_balloon.c).
+
+=======================================  ==========================================================================
+what a hostile guest may do              what happens
+=======================================  ==========================================================================
+name what is no memory, or not RAM       left alone, counted
+name a page twice, or one in use         it is zeros for the guest, as often as it likes
+name its own rings                       left alone
+name more than it has, for ever          ``_BATCH`` requests at a time, each of at most ``MOST`` pages
+=======================================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
+from pyvmm.devices.virtio.worker import Worker
+from pyvmm.errors import PyvmmError, UsageError, hex_
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+F_DEFLATE_ON_OOM: Final = 1 << 2
+F_REPORTING: Final = 1 << 5
+INFLATE, DEFLATE = 0, 1
+MOST: Final = 4096
+"""Pages one request may name; Linux names 256."""
+_BATCH: Final = 32
+_PAGE: Final = 4096
+_CONFIG: Final = struct.Struct("<IIII")
+_ACTUAL: Final = 4
+"""The offset of ``actual`` in the configuration space: what the guest says it has given."""
+
+
+class Punchable(Protocol):
+    """What a balloon asks of guest memory."""
+
+    def contains(self, gpa: int, size: int = 1) -> bool:
+        """Whether all of a range is in slots."""
+        ...
+
+    def punch(self, gpa: int, size: int) -> None:
+        """Drop whole pages from their backing."""
+        ...
+
+
+class Balloon(VirtioDevice):
+    """A balloon in RAM ``[ram.start, ram.stop)`` of ``memory``, which is to hold ``size`` bytes from the start."""
+
+    device_id = 5
+    name = "balloon"
+    # The specification gives free page reporting queue 4. Linux numbers the queues that there are without a gap, and
+    # calls it 2, as there are neither statistics nor hints: whichever of the last three it sets up, it is that.
+    queue_sizes = (128,) * 5
+    features = F_DEFLATE_ON_OOM | F_REPORTING
+
+    def __init__(self, memory: Punchable, ram: range, size: int = 0) -> None:
+        super().__init__()
+        self._memory = memory
+        self._ram = ram
+        self._target = self._pages(size)
+        self._actual = bytearray(4)
+        self._served: list[tuple[Queue, Callable[[Chain], None]]] = []
+        self._rings: frozenset[int] = frozenset()
+        self.punched = 0
+        """Bytes given back to the host, again and again for a page that comes and goes."""
+        self.refused = 0
+        """Pages and ranges named that are no RAM, or hold the rings."""
+        self._worker = Worker("pyvmm-balloon", self.failed)
+        self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    # -- the host's
+
+    def aim(self, size: int) -> None:
+        """Ask the guest to give ``size`` bytes, or to take back what is more; rounded down to pages. Any thread.
+
+        Raises UsageError for more than there is.
+        """
+        self._target = self._pages(size)
+        self.config_changed()
+
+    @property
+    def target(self) -> int:
+        """Bytes the balloon should hold."""
+        return self._target * _PAGE
+
+    @property
+    def actual(self) -> int:
+        """Bytes the balloon holds, as the guest says, up to all of RAM."""
+        return min(int.from_bytes(self._actual, "little") * _PAGE, len(self._ram))
+
+    def _pages(self, size: int) -> int:
+        if not 0 <= size <= len(self._ram):
+            raise UsageError(f"a balloon of {size:#x} bytes: the guest has {len(self._ram):#x}",
+                             hint="name what the guest is to give up, not what it is to keep")  # fmt: skip
+        return size // _PAGE
+
+    # -- the device
+
+    def config(self) -> bytes:
+        """Return how many pages it should hold, and does; there are no hints and no poison."""
+        return _CONFIG.pack(self._target, int.from_bytes(self._actual, "little"), 0, 0)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take what the guest says the balloon holds."""
+        if offset >= _ACTUAL and offset + len(data) <= _ACTUAL + len(self._actual):
+            self._actual[offset - _ACTUAL : offset - _ACTUAL + len(data)] = data
+
+    def start(self, queues: Sequence[Queue], features: int) -> None:
+        """Serve the guest."""
+        self._rings = frozenset(page for queue in queues if queue.ready for page in _ring_pages(queue))
+        self._served = list(self._roles(queues, features))
+        for queue, _ in self._served:
+            self._worker.watch(queue, self._serve)
+        self._worker.add(self._more, lambda _events: self._go_on())
+        self._worker.start(queues)
+
+    def _roles(self, queues: Sequence[Queue], features: int) -> Iterator[tuple[Queue, Callable[[Chain], None]]]:
+        if queues[INFLATE].ready:
+            yield queues[INFLATE], self._inflate
+        if queues[DEFLATE].ready:
+            yield queues[DEFLATE], lambda _chain: None
+        reporting = next((queue for queue in queues[DEFLATE + 1 :] if queue.ready), None)
+        if features & F_REPORTING and reporting is not None:
+            yield reporting, self._report
+
+    def stop(self) -> None:
+        """Stop serving. A guest that is reset has no balloon any more."""
+        self._worker.stop()
+        self._served = []
+        self._actual[:] = bytes(len(self._actual))
+
+    def pause(self) -> None:
+        """Stand still."""
+        self._worker.pause()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._worker.resume()
+
+    def save(self) -> dict[str, Any]:
+        """Return the sizes."""
+        return {"target": self.target, "actual": self.actual}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Take over the sizes."""
+        self._target = self._pages(saved["target"])
+        self._actual[:] = self._pages(saved["actual"]).to_bytes(len(self._actual), "little")
+
+    def close(self) -> None:
+        """End the thread."""
+        self._worker.close()
+        os.close(self._more)
+
+    # -- in the worker's thread
+
+    def _go_on(self) -> None:
+        os.eventfd_read(self._more)
+        self._serve()
+
+    def _serve(self) -> None:
+        for queue, handle in self._served:
+            for _ in range(_BATCH):
+                if queue.leaving:
+                    break
+                chain = queue.pop()
+                if chain is not None:
+                    self._handle(chain, handle)
+                    queue.push(chain)
+                elif queue.arm():
+                    break
+            else:
+                os.eventfd_write(self._more, 1)
+            queue.interrupt()
+
+    def _handle(self, chain: Chain, handle: Callable[[Chain], None]) -> None:
+        try:
+            handle(chain)
+        except ChainFault as fault:
+            self.complaints.warn("request_failed", reason=str(fault))
+
+    def _inflate(self, chain: Chain) -> None:
+        data = chain.read(0, 4 * MOST)
+        numbers = struct.unpack(f"<{len(data) // 4}I", data[: len(data) // 4 * 4])
+        for first, pages in _runs(numbers):
+            self._punch(first * _PAGE, pages * _PAGE)
+
+    def _report(self, chain: Chain) -> None:
+        # What is reported is where the chain's segments are: there is nothing to read or write.
+        for segment in chain.native.segments[0 : chain.native.count]:
+            if segment.writable:
+                # Whole pages alone: of one that is in the report in part, nothing is known.
+                start = -(-segment.gpa // _PAGE) * _PAGE
+                self._punch(start, (segment.gpa + segment.size) // _PAGE * _PAGE - start)
+
+    def _punch(self, gpa: int, size: int) -> None:
+        if size <= 0:
+            return
+        inside = gpa in self._ram and gpa + size <= self._ram.stop and self._memory.contains(gpa, size)
+        if not inside or any(gpa <= page < gpa + size for page in self._rings):
+            self.refused += 1
+            return
+        try:
+            self._memory.punch(gpa, size)
+            self.punched += size
+        except PyvmmError as error:
+            self.complaints.warn("not_given_back", gpa=hex_(gpa), size=size, reason=str(error))
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Give page numbers, each once, as runs: the first, and how many follow each other from it."""
+    first = count = 0
+    for number in sorted(set(numbers)):
+        if count and number == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
+
+
+def _ring_pages(queue: Queue) -> Iterator[int]:
+    """Give the gpas of the pages that a queue's areas may be in, whichever kind of ring it is."""
+    native = queue.native
+    for gpa, entry in ((native.descriptors, 16), (native.driver, 2), (native.device, 8)):
+        yield from range(gpa // _PAGE * _PAGE, gpa + entry * queue.size + 6, _PAGE)

@@ -1,0 +1,306 @@
+"""The console device (virtio 1.2, 5.3): one port, ``hvc0`` of a Linux guest, between a guest and two descriptors.
+
+Owns its worker, at most ``PART`` bytes of what the guest has printed and as many of what it is to read; the rest stays
+in the guest's memory and in the descriptor. Neither descriptor is closed here. Only the worker, and who closes the
+console or drains it, ever waits for a reader.
+
+=======================================  ==========================================================================
+what a hostile guest may do              what happens
+=======================================  ==========================================================================
+print more than the reader takes         its requests wait in its own memory
+print by emergency writes for ever       those the reader does not take at once are dropped beyond ``PART`` bytes
+never take what is typed                 nothing more is read from the descriptor
+=======================================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
+from pyvmm.devices.virtio.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+F_SIZE: Final = 1 << 0
+F_EMERG_WRITE: Final = 1 << 2
+RX, TX = 0, 1
+PART: Final = 4096
+PATIENCE: Final = 1.0
+"""Seconds that a reader has left once the console was told to give up on it."""
+_BATCH: Final = 64
+_CONFIG: Final = struct.Struct("<HHII")
+_EMERGENCY: Final = 8
+"""The offset of ``emerg_wr`` in the configuration space."""
+
+
+class Console(VirtioDevice):
+    """``out`` and ``source`` are file descriptors or None; ``size`` a terminal's columns and rows, where there is one.
+
+    ``unheard`` is told, once, why output can no longer be written; what the guest prints after that is dropped.
+    """
+
+    device_id = 3
+    name = "console"
+    queue_sizes = (64, 64)
+
+    def __init__(
+        self,
+        out: int | None = None,
+        source: int | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        unheard: Callable[[OSError], None] = lambda _: None,
+    ) -> None:
+        super().__init__()
+        self._out, self._source = out, source
+        self._size = size or (0, 0)
+        self.features = F_EMERG_WRITE | (F_SIZE if size is not None else 0)
+        self.unheard = unheard
+        self._worker = Worker("pyvmm-hvc", self.failed)
+        self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._queues: Sequence[Queue] = ()
+        self._chain: Chain | None = None
+        self._offset = 0
+        self._left = b""
+        self._typed = b""
+        # Of what writes to ``out``: two threads may, and each must find the room that it was told of.
+        self._writing = threading.Lock()
+        self._emergency = bytearray()
+        self._serving = self._busy = False
+        self._idle = threading.Condition(threading.RLock())
+        self._give_up_at: float | None = None
+
+    # -- configuration space
+
+    def config(self) -> bytes:
+        """Return columns, rows, the number of ports, and the emergency register, which reads as zero."""
+        return _CONFIG.pack(*self._size, 1, 0)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Print a character that is written to the emergency register, whether or not the driver has begun."""
+        if offset != _EMERGENCY:
+            return
+        with self._writing:
+            if len(self._emergency) < PART:
+                self._emergency += data[:1]
+            self._put_emergency()
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Tell the guest of its terminal's size, each up to 65535; from any thread."""
+        self._size = min(columns, 0xFFFF), min(rows, 0xFFFF)
+        self.config_changed()
+
+    # -- life
+
+    def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002
+        """Move what there is, in both directions."""
+        self._queues = queues
+        self._worker.add(self._more, lambda _events: self._go_on())
+        if queues[RX].ready:
+            self._worker.watch(queues[RX], self._to_guest)
+        if queues[TX].ready:
+            self._worker.watch(queues[TX], self._from_guest)
+            self._serving = True
+        self._worker.start(queues)
+
+    def stop(self) -> None:
+        """Let go of the guest; what it has printed and is here already will still be written."""
+        self._worker.stop()
+        self._leave()
+        self._queues, self._chain = (), None
+
+    def pause(self) -> None:
+        """Stand still."""
+        self._worker.pause()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._worker.resume()
+
+    def save(self) -> dict[str, Any]:
+        """Return nothing of its own; the request at hand ends, though the rest of it may not have been written."""
+        if self._chain is not None:
+            self._finish(self._queues[TX], self._chain)
+            self._queues[TX].interrupt()
+        return {}
+
+    def failed(self, error: Exception) -> None:
+        """Let nobody wait for what will not be written."""
+        self._leave()
+        super().failed(error)
+
+    def abort(self) -> None:
+        """Stop waiting for whoever reads: what it does not take within ``PATIENCE`` seconds is lost. Any thread."""
+        with self._idle:
+            if self._give_up_at is None:
+                self._give_up_at = time.monotonic() + PATIENCE
+            self._idle.notify_all()
+
+    def drain(self) -> None:
+        """Return when all that the guest has printed is written, or given up. Not while paused."""
+        with self._idle:
+            if not self._serving:
+                return
+            self._busy = True
+            os.eventfd_write(self._more, 1)
+            while self._serving and self._busy and self._time_left() > 0:
+                self._idle.wait(min(self._time_left(), PATIENCE))
+
+    def close(self) -> None:
+        """Write out what is here, waiting for the reader unless aborted, and end the thread."""
+        self.stop()
+        self._worker.close()
+        with self._writing:
+            self._left = bytes(self._emergency) + self._left
+            self._emergency.clear()
+            while self._left and self._out is not None and (patience := self._time_left()) > 0:
+                if self._ready(patience):
+                    self._left = self._write(self._left)
+        os.close(self._more)
+
+    def _time_left(self) -> float:
+        """Return for how many seconds to wait now, before asking again; 0 when it is over."""
+        with self._idle:
+            return PATIENCE if self._give_up_at is None else max(0.0, self._give_up_at - time.monotonic())
+
+    def _leave(self) -> None:
+        with self._idle:
+            self._serving = False
+            self._idle.notify_all()
+
+    # -- in the worker's thread: from the guest
+
+    def _go_on(self) -> None:
+        os.eventfd_read(self._more)
+        if self._queues[TX].ready:
+            self._from_guest()
+        if self._queues[RX].ready:
+            self._to_guest()
+
+    def _from_guest(self) -> None:
+        queue = self._queues[TX]
+        for _ in range(_BATCH):
+            if queue.leaving or not self._put():
+                break
+            if self._chain is None:
+                self._chain, self._offset = queue.pop(), 0
+            if self._chain is not None:
+                self._take(queue, self._chain)
+            elif queue.arm():
+                with self._idle:
+                    self._busy = False
+                    self._idle.notify_all()
+                break
+        else:
+            os.eventfd_write(self._more, 1)
+        queue.interrupt()
+
+    def _take(self, queue: Queue, chain: Chain) -> None:
+        try:
+            self._left = chain.read(self._offset, PART)
+        except ChainFault as fault:
+            self.complaints.warn("output_lost", reason=str(fault))
+            self._offset = chain.readable_size
+        self._offset += len(self._left)
+        if self._offset >= chain.readable_size:
+            self._finish(queue, chain)
+
+    def _finish(self, queue: Queue, chain: Chain) -> None:
+        self._chain = None
+        queue.push(chain)
+
+    def _put(self) -> bool:
+        """Write what is left to write, as far as the reader takes it; False where it must be waited for."""
+        with self._writing:
+            while self._left and self._out is not None:
+                if not self._ready(0):
+                    self._worker.add(self._out, lambda _events: self._taken(), select.EPOLLOUT)
+                    return False
+                self._left = self._write(self._left)
+            self._left = b""
+            self._put_emergency()
+        return True
+
+    def _taken(self) -> None:
+        if self._out is not None:
+            self._worker.remove(self._out)
+        self._from_guest()
+
+    def _put_emergency(self) -> None:
+        if self._emergency and (self._out is None or self._ready(0)):
+            self._emergency[:] = self._write(bytes(self._emergency))
+
+    def _ready(self, patience: float) -> bool:
+        poll = select.poll()
+        if self._out is not None:
+            poll.register(self._out, select.POLLOUT)
+        return bool(poll.poll(patience * 1000))
+
+    def _write(self, data: bytes) -> bytes:
+        """Write to a descriptor that is ready; returns what it has not taken."""
+        if self._out is None:
+            return b""
+        try:
+            # POLLOUT promises room for PIPE_BUF bytes; more could block where no stop would be heard.
+            return data[os.write(self._out, data[: select.PIPE_BUF]) :]
+        except BlockingIOError:
+            return data  # another writer was quicker
+        except OSError as error:
+            self._out = None
+            self.unheard(error)
+            return b""
+
+    # -- in the worker's thread: to the guest
+
+    def _to_guest(self) -> None:
+        queue = self._queues[RX]
+        for _ in range(_BATCH):
+            if queue.leaving or (not self._typed and not self._read()):
+                break
+            buffer = queue.pop()
+            if buffer is None:
+                if queue.arm():
+                    break
+                continue
+            queue.push(buffer, self._give(buffer))
+        else:
+            os.eventfd_write(self._more, 1)
+        queue.interrupt()
+
+    def _give(self, buffer: Chain) -> int:
+        try:
+            given = buffer.write(0, self._typed)
+        except ChainFault as fault:
+            self.complaints.warn("input_delayed", reason=str(fault))
+            return 0
+        self._typed = self._typed[given:]
+        return given
+
+    def _read(self) -> bool:
+        """Take what is typed, or wait for it; whether there is some."""
+        source = self._source
+        if source is None:
+            return False
+        poll = select.poll()
+        poll.register(source, select.POLLIN)
+        if not poll.poll(0):
+            self._worker.add(source, lambda _events: self._arrived(source))
+            return False
+        with contextlib.suppress(OSError):
+            self._typed = os.read(source, PART)
+        if not self._typed:
+            self._source = None
+        return bool(self._typed)
+
+    def _arrived(self, source: int) -> None:
+        self._worker.remove(source)
+        self._to_guest()

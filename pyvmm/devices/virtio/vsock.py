@@ -1,0 +1,232 @@
+"""The socket device (virtio 1.2, 5.10): the guest's stream sockets meet Unix sockets of the host.
+
+A program of the host connects to ``PATH`` and names a port of the guest (:mod:`pyvmm.devices.virtio.vsock_host`); a
+guest that connects to port P of cid 2 reaches the program that listens at ``PATH_P``. The device owns its worker, the
+door, and through the table every connection; all of them are the worker's while it runs.
+
+=======================================  ==========================================================================
+what a hostile guest may do              what happens
+=======================================  ==========================================================================
+break its rings                          every connection is closed, the device needs a reset
+give buffers that cannot be written      the connection whose packet is lost is reset
+send more than is taken                  it is not heard while ``MOST_REFUSALS`` answers wait; see also
+                                         :mod:`~pyvmm.devices.virtio.vsock_table` and ``vsock_stream``
+=======================================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
+from pyvmm.devices.virtio.vsock_host import Door
+from pyvmm.devices.virtio.vsock_packet import CID_FIRST, CID_LAST, HEADER_SIZE, OP_RW, Header
+from pyvmm.devices.virtio.vsock_stream import MOST_PAYLOAD
+from pyvmm.devices.virtio.vsock_table import Table
+from pyvmm.devices.virtio.worker import Worker
+from pyvmm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+F_STREAM: Final = 1 << 0
+RX, TX, EVENT = 0, 1, 2
+_BATCH: Final = 64
+"""Packets in one direction before the other gets its turn."""
+_TRANSPORT_RESET: Final = struct.pack("<I", 0)
+
+
+class Vsock(VirtioDevice):
+    """The guest's sockets; ``cid`` is its address, ``path`` where the host's programs find it.
+
+    UsageError where the cid cannot be a guest's, or the path not be listened at.
+    """
+
+    device_id = 19
+    name = "vsock"
+    queue_sizes = (256, 256, 64)
+    features = F_STREAM
+
+    def __init__(self, path: str, cid: int) -> None:
+        if not CID_FIRST <= cid <= CID_LAST:
+            raise UsageError(f"vsock cid {cid}: a guest's is {CID_FIRST} to {CID_LAST}; 2 is the host's own")
+        super().__init__()
+        self._cid = cid
+        self._table = Table(cid, path, self._watch)
+        self._door = Door(path, self._table.connect, self._watch)
+        try:
+            self._worker = Worker("pyvmm-vsock", self.failed)
+            # Rings by itself: what a turn has not got done is the next one's, after whatever else is due.
+            self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except BaseException:
+            self._door.close()
+            raise
+        self._queues: Sequence[Queue] = ()
+        self._buffer: Chain | None = None
+        self._held = False
+        self._reset_due = False
+
+    def config(self) -> bytes:
+        """Return the guest's cid."""
+        return struct.pack("<Q", self._cid)
+
+    def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002
+        """Let connections come, from both sides."""
+        self._queues = queues
+        self._buffer = None
+        self._held = False
+        self._worker.add(self._more, lambda _events: self._go_on())
+        if queues[RX].ready and queues[TX].ready:
+            self._worker.watch(queues[RX], self._to_guest)
+            self._worker.watch(queues[TX], self._from_guest)
+            self._door.open()
+        if queues[EVENT].ready:
+            self._worker.watch(queues[EVENT], self._tell)
+        self._worker.start(queues)
+
+    def stop(self) -> None:
+        """Close every connection."""
+        self._worker.stop()
+        self._let_go()
+        self._queues, self._buffer = (), None
+
+    def pause(self) -> None:
+        """Stand still; connections stay."""
+        self._worker.pause()
+
+    def resume(self) -> None:
+        """Go on."""
+        self._worker.resume()
+
+    def save(self) -> dict[str, Any]:
+        """Return nothing: connections do not move. The buffer at hand goes back to the guest."""
+        if self._buffer is not None:
+            buffer, self._buffer = self._buffer, None
+            self._queues[RX].push(buffer)
+            self._queues[RX].interrupt()
+        return {}
+
+    def load(self, saved: dict[str, Any]) -> None:  # noqa: ARG002
+        """Be such a device without its connections, which the guest is told are gone (5.10.6.7)."""
+        self._reset_due = True
+
+    def close(self) -> None:
+        """Stop listening, and give everything back."""
+        self._worker.close()
+        self._let_go()
+        self._door.close()
+        os.close(self._more)
+
+    def failed(self, error: Exception) -> None:
+        """End every connection, since nobody serves them now."""
+        self._let_go()
+        super().failed(error)
+
+    def _let_go(self) -> None:
+        self._door.shut()
+        self._table.clear()
+
+    # -- in the worker's thread
+
+    def _watch(self, fd: int, events: int | None) -> None:
+        if events is None:
+            self._worker.remove(fd)
+        else:
+            self._worker.add(fd, lambda found: self._socket(fd, found), events)
+
+    def _socket(self, fd: int, events: int) -> None:
+        if not self._door.ready(fd):
+            self._table.ready(fd, events)
+        self._to_guest()
+
+    def _go_on(self) -> None:
+        os.eventfd_read(self._more)
+        self._from_guest()
+
+    def _from_guest(self) -> None:
+        queue = self._queues[TX]
+        for _ in range(_BATCH):
+            self._held = self._table.congested
+            if self._held or queue.leaving:
+                break
+            chain = queue.pop()
+            if chain is None:
+                if queue.arm():
+                    break
+                continue
+            self._packet(chain)
+            queue.push(chain)
+        else:
+            os.eventfd_write(self._more, 1)
+        queue.interrupt()
+        self._to_guest()
+
+    def _packet(self, chain: Chain) -> None:
+        try:
+            head = chain.read(0, HEADER_SIZE)
+            if len(head) < HEADER_SIZE:
+                self.complaints.warn("packet_dropped", reason=f"its header has {len(head)} bytes")
+                return
+            header = Header.unpack(head)
+        except ChainFault as fault:
+            self.complaints.warn("packet_dropped", reason=str(fault))
+            return
+        payload = b""
+        if header.op == OP_RW and header.size <= MOST_PAYLOAD:
+            try:
+                payload = chain.read(HEADER_SIZE, header.size)
+            except ChainFault as fault:
+                self.complaints.warn("packet_failed", reason=str(fault))
+        self._table.from_guest(header, payload)
+
+    def _to_guest(self) -> None:
+        queue = self._queues[RX]
+        self._door.open()
+        for _ in range(_BATCH):
+            if not self._table.pending or queue.leaving:
+                break
+            buffer, self._buffer = self._buffer or queue.pop(), None
+            if buffer is None:
+                if queue.arm():
+                    break
+                continue
+            room = buffer.writable_size - HEADER_SIZE
+            packet = self._table.to_guest(room) if room > 0 else None
+            if packet is None and room > 0:
+                self._buffer = buffer
+                break
+            queue.push(buffer, self._put(buffer, packet) if packet else 0)
+        else:
+            os.eventfd_write(self._more, 1)
+        queue.interrupt()
+        if self._held and not self._table.congested:
+            self._held = False
+            os.eventfd_write(self._more, 1)
+
+    def _put(self, buffer: Chain, packet: tuple[Header, bytes]) -> int:
+        header, payload = packet
+        try:
+            return buffer.write(0, header.pack() + payload)
+        except ChainFault as fault:
+            self.complaints.warn("packet_lost", reason=str(fault))
+            self._table.lost(header)
+            return 0
+
+    def _tell(self) -> None:
+        queue = self._queues[EVENT]
+        while self._reset_due and not queue.leaving:
+            buffer = queue.pop()
+            if buffer is None:
+                if queue.arm():
+                    break
+                continue
+            try:
+                written = buffer.write(0, _TRANSPORT_RESET)
+            except ChainFault:
+                written = 0
+            self._reset_due = written < len(_TRANSPORT_RESET)
+            queue.push(buffer, written)
+        queue.interrupt()

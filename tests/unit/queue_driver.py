@@ -1,0 +1,158 @@
+"""A driver of a device with several queues over plain memory, without KVM: split rings, chains of any length."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
+
+from pyvmm._native import ffi, lib
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.queue import Queue
+from pyvmm.memory import mman
+from pyvmm.uapi.mman import PROT_NONE
+
+PAGE = 4096
+BASE = 0x8000_0000
+SIZE = 4 << 20
+RAM = range(BASE, BASE + SIZE)
+_RING_ROOM = 0x4000
+_DRIVER, _DEVICE = 0x2000, 0x3000
+_NEXT, _WRITE = 1, 2
+
+
+class Segment(NamedTuple):
+    gpa: int
+    size: int
+    writable: bool = False
+
+
+class Transport:
+    """Hears what a device tells its transport."""
+
+    def __init__(self) -> None:
+        self.reset_needed = False
+        self.changes = 0
+
+    def needs_reset(self) -> None:
+        self.reset_needed = True
+
+    def config_changed(self) -> None:
+        self.changes += 1
+
+
+class Ring:
+    """The driver's side of one queue."""
+
+    def __init__(self, driver: Driver, queue: Queue) -> None:
+        self._driver = driver
+        self.queue = queue
+        self.base = BASE + queue.index * _RING_ROOM
+        self._given = self._seen = self._next = 0
+
+    def setup(self) -> None:
+        self._given = self._seen = self._next = 0
+        self._driver.write(self.base, bytes(_RING_ROOM))
+        self.queue.reset()
+        self.queue.setup(self.queue.most, 0, self.base, self.base + _DRIVER, self.base + _DEVICE)
+
+    def give(self, *segments: Segment, kick: bool = True) -> int:
+        """Make one chain available; returns its head. Descriptors are taken in turn, so not too many at once."""
+        size = self.queue.most
+        head = self._next
+        for n, segment in enumerate(segments):
+            at, self._next = self._next, (self._next + 1) % size
+            flags = (_NEXT if n + 1 < len(segments) else 0) | (_WRITE if segment.writable else 0)
+            self._driver.write(self.base + 16 * at, struct.pack("<QIHH", *segment[:2], flags, self._next))
+        self._driver.write(self.base + _DRIVER + 4 + 2 * (self._given % size), struct.pack("<H", head))
+        self._given += 1
+        self._driver.write(self.base + _DRIVER + 2, struct.pack("<H", self._given & 0xFFFF))
+        if kick:
+            os.eventfd_write(self.queue.kick, 1)
+        return head
+
+    def used(self) -> list[tuple[int, int]]:
+        """Return what came back since: (head, bytes written) each."""
+        found = []
+        (index,) = struct.unpack("<H", self._driver.read(self.base + _DEVICE + 2, 2))
+        while self._seen & 0xFFFF != index:
+            entry = self._driver.read(self.base + _DEVICE + 4 + 8 * (self._seen % self.queue.most), 8)
+            found.append(struct.unpack("<II", entry))
+            self._seen += 1
+        return found
+
+    def wait(self, count: int = 1) -> list[tuple[int, int]]:
+        """Wait until so many chains came back."""
+        found: list[tuple[int, int]] = []
+        self._driver.until(lambda: found.extend(self.used()) or len(found) >= count)
+        return found
+
+
+class Driver:
+    """Guest memory, a started device and its rings; a context manager that stops and closes the device."""
+
+    def __init__(self, device: VirtioDevice, *, queues: Sequence[int] | None = None, start: bool = True) -> None:
+        lib.pv_install_signals()
+        self.device = device
+        self.fd = os.memfd_create("guest")
+        os.ftruncate(self.fd, SIZE)
+        self.hva = mman.map_shared(self.fd, SIZE)
+        self._ledger = ffi.new("uint8_t[]", SIZE // PAGE)
+        self._regions = ffi.new("struct pv_region[]", 1)
+        region = self._regions[0]
+        region.gpa, region.size, region.ledger = BASE, SIZE, self._ledger
+        region.view = ffi.cast("uint8_t *", self.hva)
+        self._map = ffi.new("struct pv_map *", {"count": 1, "regions": self._regions})
+        self.vm = ffi.new("struct pv_vm *", {"map": self._map})
+        self.interrupts = os.eventfd(0, os.EFD_CLOEXEC)
+        self.line = ffi.new("struct pv_interrupt *", {"fd": self.interrupts})
+        self.transport = device.transport = Transport()
+        self.queues = [Queue(self.vm, self.line, index, most) for index, most in enumerate(device.queue_sizes)]
+        self.rings = [Ring(self, queue) for queue in self.queues]
+        self._wanted = range(len(self.queues)) if queues is None else queues
+        if start:
+            self.restart()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.device.stop()
+        self.device.close()
+        for queue in self.queues:
+            queue.close()
+        os.close(self.interrupts)
+        mman.unmap(self.hva, SIZE)
+        os.close(self.fd)
+
+    def restart(self) -> None:
+        """Reset, set the queues up and start the device, as a driver does."""
+        self.device.stop()
+        for index in self._wanted:
+            self.rings[index].setup()
+        self.device.start(self.queues, self.device.features)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Store into guest memory, as the guest may: whatever the host may touch."""
+        os.pwrite(self.fd, data, gpa - BASE)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        return os.pread(self.fd, size, gpa - BASE)
+
+    def hide(self, gpa: int, size: int = PAGE, *, hidden: bool = True) -> None:
+        """Take pages from the host, or give them back."""
+        mman.protect(self.hva + gpa - BASE, size, PROT_NONE if hidden else mman.PROT_RW)
+
+    def until(self, condition: Callable[[], object], timeout: float = 20.0) -> None:
+        """Wait until ``condition`` is true; looks again at every interrupt, and now and then without one."""
+        end = time.monotonic() + timeout
+        while not condition():
+            self.line.status = 0  # acknowledged, before the rings are looked at
+            if condition():
+                return
+            assert time.monotonic() < end, f"it has not come true within {timeout:g} s"
+            if select.select([self.interrupts], [], [], 0.02)[0]:
+                os.eventfd_read(self.interrupts)

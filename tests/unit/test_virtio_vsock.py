@@ -1,0 +1,217 @@
+"""The socket device over its rings: what the table is told, what the guest's buffers get, and what breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from queue_driver import BASE, PAGE, Driver, Segment
+from vsock_peer import CID
+
+from pyvmm.devices.virtio import vsock_packet as vs
+from pyvmm.devices.virtio.vsock import EVENT, RX, TX, Vsock
+from pyvmm.devices.virtio.vsock_packet import HEADER_SIZE, OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, Header
+from pyvmm.devices.virtio.vsock_table import MOST_REFUSALS
+from pyvmm.errors import UsageError
+
+SEND = BASE + 0x10_0000
+RECEIVE = BASE + 0x20_0000
+ROOM = 4096
+
+
+class Guest:
+    """A driver of the device that gives packets and takes them, one page each."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = str(directory / "v")
+        self.device = Vsock(self.path, CID)
+        self.driver = Driver(self.device)
+        self.rx, self.tx, self.event = (self.driver.rings[index] for index in (RX, TX, EVENT))
+        self.buffers: dict[int, int] = {}
+        self.sent = self.given = 0
+
+    def send(self, op: int, port: int, to: int, payload: bytes = b"", *, cut: int | None = None, **fields: int) -> None:
+        header = {
+            "src_cid": CID, "dst_cid": vs.CID_HOST, "src_port": port, "dst_port": to, "size": len(payload),
+            "type": vs.STREAM, "op": op, "flags": 0, "buf_alloc": 1 << 16, "fwd_cnt": 0, **fields,
+        }  # fmt: skip
+        data = Header(**header).pack() + payload
+        gpa = SEND + self.sent % 64 * PAGE
+        self.sent += 1
+        self.driver.write(gpa, data)
+        self.tx.give(Segment(gpa, len(data) if cut is None else cut))
+
+    def offer(self, count: int = 1) -> None:
+        for _ in range(count):
+            gpa = RECEIVE + self.given % 64 * PAGE
+            self.given += 1
+            self.buffers[self.rx.give(Segment(gpa, ROOM, True))] = gpa
+
+    def packet(self) -> tuple[Header, bytes]:
+        """Give a buffer, and wait for what comes in it."""
+        self.offer()
+        return self.next()
+
+    def next(self) -> tuple[Header, bytes]:
+        [(head, written)] = self.rx.wait()
+        data = self.driver.read(self.buffers[head], written)
+        header = Header.unpack(data[:HEADER_SIZE])
+        assert header.size == written - HEADER_SIZE
+        return header, data[HEADER_SIZE:]
+
+    def listen(self, port: int) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{self.path}_{port}")
+        listener.listen(16)
+        listener.settimeout(20)
+        return listener
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Iterator[Guest]:
+    guest = Guest(tmp_path)
+    with guest.driver:
+        yield guest
+    assert not os.path.lexists(guest.path)
+
+
+def connected(guest: Guest, listener: socket.socket, port: int = 1000) -> socket.socket:
+    guest.send(OP_REQUEST, port, 5)
+    end = listener.accept()[0]
+    end.settimeout(20)
+    assert guest.packet()[0].op == OP_RESPONSE
+    return end
+
+
+def test_cid_is_in_the_configuration_space_and_must_be_a_guests(guest: Guest, tmp_path: Path) -> None:
+    assert guest.device.config() == struct.pack("<Q", CID)
+    for cid in (0, 2, (1 << 32) - 1, 1 << 40):
+        with pytest.raises(UsageError, match="cid"):
+            Vsock(str(tmp_path / "w"), cid)
+
+
+def test_echo_of_a_guest_that_connects(guest: Guest) -> None:
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        guest.send(OP_RW, 1000, 5, b"hello")
+        assert end.recv(64) == b"hello"
+        end.sendall(b"world")
+        header, data = guest.packet()
+        assert (header.op, data, header.fwd_cnt) == (OP_RW, b"world", 5)
+
+
+def test_echo_of_a_host_that_connects(guest: Guest) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(guest.path)
+        client.sendall(b"CONNECT 7\n")
+        asked, _ = guest.packet()
+        assert (asked.op, asked.dst_port) == (OP_REQUEST, 7)
+        guest.send(OP_RESPONSE, 7, asked.src_port)
+        assert client.recv(64) == f"OK {asked.src_port}\n".encode()
+        client.sendall(b"ping")
+        assert guest.packet()[1] == b"ping"
+
+
+def test_more_than_the_credit_arrives_whole_in_buffers_given_one_by_one(guest: Guest) -> None:
+    data = os.urandom(1 << 18)
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        end.setblocking(False)
+        sent, got = 0, b""
+        while len(got) < len(data):
+            if sent < len(data):
+                with contextlib.suppress(BlockingIOError):
+                    sent += end.send(data[sent:])
+            header, part = guest.packet()
+            got += part
+            if header.op != OP_RW or len(got) % 5 == 0 or len(got) > 1 << 15:
+                guest.send(vs.OP_CREDIT_UPDATE, 1000, 5, fwd_cnt=len(got))
+        assert got == data
+
+
+def test_packet_shorter_than_a_header_is_dropped_and_one_whose_length_lies_is_a_reset(guest: Guest) -> None:
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        guest.send(OP_RW, 1000, 5, b"hello", cut=HEADER_SIZE - 1)
+        guest.send(OP_RW, 1000, 5, b"hello", cut=HEADER_SIZE + 4)
+        assert guest.packet()[0].op == OP_RST
+        assert end.recv(64) == b""
+
+
+def test_payload_the_host_may_not_see_resets_the_connection(guest: Guest) -> None:
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        guest.driver.hide(SEND + 0x3F_000)
+        header = Header(CID, 2, 1000, 5, 4, vs.STREAM, OP_RW, 0, 1 << 16, 0).pack()
+        guest.driver.write(SEND + 0x3E_000, header)
+        guest.tx.give(Segment(SEND + 0x3E_000, HEADER_SIZE), Segment(SEND + 0x3F_000, 4))
+        assert guest.packet()[0].op == OP_RST
+        assert end.recv(64) == b""
+
+
+def test_buffer_the_host_may_not_touch_resets_the_connection_whose_bytes_are_lost(guest: Guest) -> None:
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        guest.driver.hide(RECEIVE + 0x3F_000)
+        end.sendall(b"lost")
+        guest.rx.give(Segment(RECEIVE + 0x3F_000, ROOM, True))
+        assert guest.rx.wait()[0][1] == 0
+        assert guest.packet()[0].op == OP_RST
+
+
+def test_buffers_too_small_for_a_header_go_back_empty(guest: Guest) -> None:
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        guest.rx.give(Segment(RECEIVE, HEADER_SIZE, True))
+        end.sendall(b"x")
+        assert guest.rx.wait()[0][1] == 0
+        assert guest.packet()[1] == b"x"
+
+
+def test_guest_that_takes_no_answers_is_not_heard_until_it_does(guest: Guest) -> None:
+    for _ in range(MOST_REFUSALS + 20):
+        guest.send(OP_RW, 1, 2, b"x")
+    back = guest.tx.wait(MOST_REFUSALS)
+    assert len(back) == MOST_REFUSALS
+    ops = [guest.packet()[0].op for _ in range(MOST_REFUSALS + 20)]
+    assert set(ops) == {OP_RST}
+    assert len(guest.tx.wait(20)) == 20
+
+
+def test_reset_of_the_guest_closes_its_connections_and_new_ones_come(guest: Guest) -> None:
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        guest.driver.restart()
+        assert end.recv(64) == b""
+        with connected(guest, listener) as again:
+            again.sendall(b"x")
+            assert guest.packet()[1] == b"x"
+
+
+def test_broken_rings_close_every_connection(guest: Guest) -> None:
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        guest.tx.give(Segment(SEND, 0))
+        assert end.recv(64) == b""
+        guest.driver.until(lambda: guest.driver.transport.reset_needed)
+
+
+def test_pause_keeps_connections_and_saving_gives_the_buffer_at_hand_back(guest: Guest) -> None:
+    with guest.listen(5) as listener, connected(guest, listener) as end:
+        guest.device.pause()
+        end.sendall(b"meanwhile")
+        assert guest.device.save() == {}
+        guest.device.resume()
+        assert guest.packet()[1] == b"meanwhile"
+
+
+def test_guest_restored_elsewhere_is_told_that_its_connections_are_gone(guest: Guest) -> None:
+    guest.device.stop()
+    guest.device.load({})
+    guest.driver.restart()
+    guest.event.give(Segment(RECEIVE, 4, True))
+    assert guest.event.wait() == [(0, 4)]
+    assert guest.driver.read(RECEIVE, 4) == bytes(4)
+    # Once: the next buffer waits for another such event.
+    guest.event.give(Segment(RECEIVE, 4, True))
+    guest.send(OP_RW, 1, 2, b"x")
+    assert guest.packet()[0].op == OP_RST
+    assert guest.event.used() == []

@@ -20,6 +20,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         help="a disk, from a raw image or a block device; may be repeated: the guest's vda, vdb and so on",
     )  # fmt: skip
     group.add_argument(
+        "--net", action="append", default=[], type=parse_net,
+        metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST]|socket=PATH[,mac=MAC]",
+        help="a network card: before a tap, which is made if it is not there; before a passt that is started with it, "
+        "and needs no privilege; or before one that runs. More ports to forward follow a +. May be repeated",
+    )  # fmt: skip
+    group.add_argument(
         "--rng", action=argparse.BooleanOptionalAction, default=False,
         help="an entropy device that gives the guest the host's random numbers (default: none)",
     )  # fmt: skip
@@ -38,6 +44,26 @@ def parse_disk(text: str) -> dict[str, Any]:
     return values
 
 
+def parse_net(text: str) -> dict[str, Any]:
+    """Return what ``tap=NAME,host=ADDR/LEN``, ``passt,fwd=HOST:GUEST+...`` or ``socket=PATH`` say, by key."""
+    keys = {"tap": str, "passt": None, "socket": str, "mac": str, "host": str, "fwd": parse_forwards}
+    values = parse(text, keys)
+    if sum(kind in values for kind in ("tap", "passt", "socket")) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is to have one of tap=NAME, passt and socket=PATH")
+    return values
+
+
+def parse_forwards(text: str) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of ``HOST:GUEST+HOST:GUEST``."""
+    pairs = []
+    for part in text.split("+"):
+        host, colon, guest = part.partition(":")
+        if not (colon and host.isdecimal() and guest.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a pair of TCP ports, as 8080:80")
+        pairs.append((int(host), int(guest)))
+    return tuple(pairs)
+
+
 def device_specs(args: argparse.Namespace) -> tuple[DeviceSpec, ...]:
     """Return what the options ask for; devices of a kind in the order they were given."""
     from pyvmm.machine import devices
@@ -46,6 +72,28 @@ def device_specs(args: argparse.Namespace) -> tuple[DeviceSpec, ...]:
         devices.Disk(disk["path"], disk.get("ro", False), disk.get("queues", 1), disk.get("serial", ""))
         for disk in args.disk
     ]
+    specs += [
+        devices.Net(
+            net.get("tap", ""), find_passt() if net.get("passt") else "", net.get("socket", ""), net.get("mac", ""),
+            net.get("host", ""), net.get("fwd", ()),
+        )
+        for net in args.net
+    ]  # fmt: skip
     if args.rng:
         specs.append(devices.Rng())
     return tuple(specs)
+
+
+def find_passt() -> str:
+    """Return the program to start: the one in PATH, or in the lab the one that it was given."""
+    import shutil
+
+    from pyvmm.errors import HostError
+    from pyvmm.lab.programs import BIN
+    from pyvmm.lab.trees import find_tree
+
+    if found := shutil.which("passt"):
+        return found
+    if tree := find_tree("passt"):
+        return str(tree / BIN / "passt")
+    raise HostError("passt is not in PATH", hint="Debian: apt install passt; or use a tap: --net tap=NAME")

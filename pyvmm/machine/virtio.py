@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pyvmm.devices.bus import Bus
     from pyvmm.devices.virtio.device import VirtioDevice
+    from pyvmm.devices.virtio.netbackend import NetBackend
     from pyvmm.machine.irq import Interrupts
 
 log = get_logger("virtio")
@@ -44,6 +45,10 @@ class Context:
 def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
     """Make the device that ``spec`` describes, behind no transport yet. Raises as the device does."""
     match spec:
+        case devices.Net():
+            from pyvmm.devices.virtio.net import Net, parse_mac
+
+            return Net(_network(spec), parse_mac(spec.mac) if spec.mac else None)
         case devices.Rng():
             from pyvmm.devices.virtio.rng import Rng
 
@@ -59,6 +64,25 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
 
             disk = DiskFile(spec.path, read_only=spec.read_only)
             return Blk(disk, queues=spec.queues, serial=spec.serial, isolates=context.private)
+
+
+def _network(spec: devices.Net) -> NetBackend:
+    if spec.tap:
+        from ipaddress import IPv4Interface
+
+        from pyvmm.devices.virtio.tap import Tap
+
+        try:
+            return Tap(spec.tap, IPv4Interface(spec.address) if spec.address else None)
+        except ValueError:
+            raise UsageError(f"{spec.address!r} is no IPv4 address with a prefix, as 10.0.0.1/24") from None
+    if spec.passt:
+        from pyvmm.devices.virtio.passt import Passt
+
+        return Passt(spec.passt, spec.forwards)
+    from pyvmm.devices.virtio.netbackend import Stream
+
+    return Stream.connect(spec.socket)
 
 
 def attach(

@@ -6,13 +6,11 @@ from typing import Final
 
 from pyvmm.uapi.ioctl import IO
 
-_GROUP = 0x12
-
-BLKDISCARD = IO("BLKDISCARD", _GROUP, 119)
+BLKDISCARD = IO("BLKDISCARD", 0x12, 119)
 """From a pair of 64-bit words: first byte, bytes."""
-BLKSSZGET = IO("BLKSSZGET", _GROUP, 104)
+BLKSSZGET = IO("BLKSSZGET", 0x12, 104)
 """Bytes of a logical block, into an int."""
-BLKPBSZGET = IO("BLKPBSZGET", _GROUP, 123)
+BLKPBSZGET = IO("BLKPBSZGET", 0x12, 123)
 """Bytes of a physical block, into an unsigned int."""
 
 EXT4_SUPER_MAGIC: Final = 0xEF53

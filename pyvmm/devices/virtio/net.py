@@ -68,16 +68,17 @@ def default_mac(name: str) -> bytes:
 
 
 class Net(VirtioDevice):
-    """A card with the address ``mac`` before ``backend``, which it closes."""
+    """A card with the address ``mac``, or one made from names, before ``backend``, which it closes."""
 
     device_id = 1
     name = "net"
     queue_sizes = (256, 256)
 
-    def __init__(self, backend: NetBackend, mac: bytes) -> None:
+    def __init__(self, backend: NetBackend, mac: bytes | None = None) -> None:
         super().__init__()
         self.backend = backend
-        self.mac = mac
+        self._own_mac = mac
+        self.mac = mac or default_mac(f"{backend.name}/{self.label}")
         self.link_up = True
         own = NetFeature.MAC | NetFeature.STATUS | NetFeature.MTU | NetFeature.MRG_RXBUF
         self.features = int(own | backend.offloads)
@@ -88,6 +89,12 @@ class Net(VirtioDevice):
         self._queues: Sequence[Queue] = ()
         self._worker = Worker("pyvmm-net", self.failed, self._serve)
         self.native.stop_fd = self._worker.stop_fd
+
+    def name_it(self, label: str) -> None:
+        """Be called so, the thread and an address made from names too."""
+        super().name_it(label)
+        self._worker.name = f"pyvmm-{label}"
+        self.mac = self._own_mac or default_mac(f"{self.backend.name}/{label}")
 
     def config(self) -> bytes:
         """Return address, link, the number of queue pairs and the MTU."""

@@ -19,6 +19,7 @@ from pyvmm._native import lib
 from pyvmm.debug.breakpoints import REASON, Breakpoints, Kind
 from pyvmm.debug.errors import EFAULT, EINVAL, Refused
 from pyvmm.debug.exception import enter_el1
+from pyvmm.debug.interrupts import HeldInterrupts
 from pyvmm.debug.protocol import Go, Stop
 from pyvmm.debug.registers import REGISTERS
 from pyvmm.debug.stage1 import Regime, Translation, Untranslated, translate
@@ -28,6 +29,7 @@ from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.uapi.kvm import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, MpState
 from pyvmm.uapi.kvm_arm64 import ARM64_SYS_REG, KVM_GUESTDBG_USE_HW, core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_DEBUG_HW_BPS, KVM_CAP_GUEST_DEBUG_HW_WPS
+from pyvmm.uapi.kvm_run import ExitReason
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import Vcpu
@@ -47,7 +49,6 @@ _EC_BRK: Final = 0x3C
 _EL1H: Final = 0b0101
 _MODE: Final = 0b1111
 _CPSR: Final = 0xFFFF_FFFF
-_REFUSALS_LOGGED: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class GuestTarget:
         self._halted: set[int] = set()
         self._stepping: set[int] = set()
         self._debugging: set[int] = set()
-        self._refusals = 0
+        self._interrupts = HeldInterrupts(machine.gic.device if machine.gic is not None else None)
+        self._tell_refusal = log.warning if machine.config.protection.isolates else log.info
         self.last_refusal: str | None = None
         """Why the last request for memory or a breakpoint failed, in words."""
         # Asked of /dev/kvm: a protected VM's own descriptor says 0 to either.
@@ -108,11 +110,13 @@ class GuestTarget:
             threads[index].pause()
         for index in going:
             threads[index].wait_paused()
+            self._settle(index)
         self._halted.update(going)
 
     def take_stop(self) -> Stop | None:
         """Halt the guest and return why it stopped; None where no vCPU came to a debug exit."""
         self.halt()
+        self._interrupts.give_back()
         with self._lock:
             exits, self._exits = self._exits, []
         for each in exits:
@@ -128,6 +132,8 @@ class GuestTarget:
         for index, go in chosen.items():
             self._debug(index, step=go is Go.STEP)
         self._stepping = {index for index, go in chosen.items() if go is Go.STEP}
+        for index in self._stepping:
+            self._interrupts.hold(self._machine.vcpus[index])
         for index in chosen:
             self._halted.discard(index)
             self._threads[index].resume()
@@ -223,7 +229,9 @@ class GuestTarget:
         try:
             self.points.insert(kind, address, length)
         except Refused as refused:
-            raise self._noted(refused) from None
+            log.warning("breakpoint_refused", why=refused.why)
+            self.last_refusal = refused.why
+            raise
 
     def remove(self, kind: Kind, address: int, length: int) -> None:
         """Take one away."""
@@ -243,6 +251,12 @@ class GuestTarget:
 
     def _vcpu(self, thread: int) -> Vcpu:
         return self._machine.vcpus[thread - 1]
+
+    def _settle(self, index: int) -> None:
+        """Have KVM finish an access to a device, so that registers are those between two instructions."""
+        native = self._machine.natives[index]
+        if native.exit_reason == ExitReason.KVM_EXIT_MMIO and (errno := lib.pv_settle(native)):
+            log.warning("access_not_finished", vcpu=index, errno=errno)
 
     def _debug(self, index: int, *, step: bool) -> None:
         wanted = KVM_GUESTDBG_SINGLESTEP if step else 0
@@ -278,9 +292,9 @@ class GuestTarget:
         elif isinstance(error, PyvmmError):
             error = Refused(EFAULT, error.message)
         self.last_refusal = error.why
-        self._refusals += 1
-        if self._refusals <= _REFUSALS_LOGGED:
-            log.warning("refused_the_debugger", why=error.why, last_one_told=self._refusals == _REFUSALS_LOGGED)
+        # A debugger looks wherever a register points, so once is enough.
+        tell, self._tell_refusal = self._tell_refusal, log.info
+        tell("refused_the_debugger", why=error.why, more="monitor info")
         return error
 
 

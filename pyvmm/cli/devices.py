@@ -88,12 +88,8 @@ def find_passt() -> str:
     """Return the program to start: the one in PATH, or in the lab the one that it was given."""
     import shutil
 
-    from pyvmm.errors import HostError
     from pyvmm.lab.programs import BIN
     from pyvmm.lab.trees import find_tree
 
-    if found := shutil.which("passt"):
-        return found
-    if tree := find_tree("passt"):
-        return str(tree / BIN / "passt")
-    raise HostError("passt is not in PATH", hint="Debian: apt install passt; or use a tap: --net tap=NAME")
+    tree = None if shutil.which("passt") else find_tree("passt")
+    return str(tree / BIN / "passt") if tree else "passt"

@@ -55,7 +55,9 @@ class Net:
         given = [kind for kind in ("tap", "passt", "socket") if getattr(self, kind)]
         if len(given) != 1:
             what = f"{' and '.join(given)} at once" if given else "nothing"
-            raise UsageError(f"a network card connected to {what}", hint="--net tap=NAME, --net passt or --net socket=PATH")
+            raise UsageError(
+                f"a network card connected to {what}", hint="--net tap=NAME, --net passt or --net socket=PATH"
+            )
         if self.address and not self.tap:
             raise UsageError(f"an address of the host's end ({self.address}) with {given[0]}: only a tap has one")
         if self.forwards and not self.passt:

@@ -38,7 +38,9 @@ if GIC_REDISTRIBUTORS.size < MAX_VCPUS * KVM_VGIC_V3_REDIST_SIZE:
 
 
 class Gic:
-    """The controller of one VM, initialised; ``node`` is its part of the device tree, ``device`` the GICv3 itself."""
+    """The controller of one VM, initialised; ``node`` is its part of the device tree, ``device`` the GICv3
+    itself, ``its`` its ITS where there is one.
+    """
 
     def __init__(self, vm: Vm, cpus: int) -> None:
         self._files = contextlib.ExitStack()
@@ -54,8 +56,9 @@ class Gic:
                 gic.set_attr(KVM_DEV_ARM_VGIC_GRP_ADDR, kind, c_uint64(window.start))
             gic.set_attr(KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT)
             self.has_its = vm.has_device(DeviceType.KVM_DEV_TYPE_ARM_VGIC_ITS)
+            self.its = None
             if self.has_its:
-                its = self._files.enter_context(vm.create_device(DeviceType.KVM_DEV_TYPE_ARM_VGIC_ITS))
+                self.its = its = self._files.enter_context(vm.create_device(DeviceType.KVM_DEV_TYPE_ARM_VGIC_ITS))
                 its.set_attr(KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_VGIC_ITS_ADDR_TYPE, c_uint64(GIC_ITS.start))
                 its.set_attr(KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT)
             half_built.pop_all()

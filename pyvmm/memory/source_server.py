@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Self
 
 from pyvmm._native import ffi, lib
@@ -21,14 +22,21 @@ class SourceServer:
     """Serves ``[hva, hva + len(source))``, registered for missing pages; whole pages. Stop it, or use it as a context.
 
     What is not answered when it stops waits for the next server. Leaving the context raises UserfaultError where the
-    kernel refused an answer: who waited then waits on.
+    kernel refused an answer: who waited then waits on. ``failed`` hears of that at once, in the server's thread.
     """
 
-    def __init__(self, userfault: Userfault, hva: int, source: bytes | bytearray | memoryview) -> None:
+    def __init__(
+        self,
+        userfault: Userfault,
+        hva: int,
+        source: bytes | bytearray | memoryview,
+        failed: Callable[[UserfaultError], object] = lambda _: None,
+    ) -> None:
         if not (is_aligned(hva) and is_aligned(len(source)) and len(source)):
             raise UsageError(f"serving {len(source)} bytes at {hex_(hva)}: whole pages are needed")
         self._source = ffi.from_buffer("uint8_t[]", source)
         self._userfault = userfault
+        self._failed = failed
         self._stop_fd = -1
         userfault.attach(self.stop)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
@@ -45,7 +53,7 @@ class SourceServer:
     def __exit__(self, kind: object, *_: object) -> None:
         self.stop()
         if self._error and kind is None:
-            raise UserfaultError("UFFDIO_COPY", f"after {self.served} faults served", self._error)
+            raise self._why()
 
     @property
     def served(self) -> int:
@@ -64,3 +72,8 @@ class SourceServer:
 
     def _main(self) -> None:
         self._error = -lib.pv_serve_faults(self._native)
+        if self._error:
+            self._failed(self._why())
+
+    def _why(self) -> UserfaultError:
+        return UserfaultError("UFFDIO_COPY", f"after {self.served} faults served", self._error)

@@ -1,0 +1,226 @@
+"""What KVM holds of a machine beside its memory: registers of vCPUs, the interrupt controller, the clock.
+
+Plain functions between KVM's objects and plain values of JSON, for snapshots of unprotected VMs. What is saved stands
+still meanwhile; what is loaded has not run. Numbers are written in hexadecimal, for they are registers.
+
+Linux Documentation/virt/kvm/devices/arm-vgic-v3.rst and arm-vgic-its.rst say what must come before what. A register
+that holds the saved value already is not written: so what cannot be written, and is the same on both hosts, is no
+obstacle.
+"""
+
+from __future__ import annotations
+
+import errno
+from ctypes import c_uint32, c_uint64, sizeof
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.errors import HostError, KvmError, UsageError
+from pyvmm.machine import layout
+from pyvmm.uapi import kvm_arm64 as uapi
+from pyvmm.uapi.kvm import MpState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pyvmm.kvm.device import Device
+    from pyvmm.kvm.vcpu import Vcpu
+
+State = dict[str, Any]
+
+CLOCKS: Final = (uapi.KVM_REG_ARM_TIMER_CNT, uapi.KVM_REG_ARM_PTIMER_CNT)
+"""Counters, which are the whole VM's and go on while it is saved and loaded: see :func:`load_clock`."""
+
+# ---- vCPUs -------------------------------------------------------------------------------------------------------
+
+
+def save_vcpu(vcpu: Vcpu) -> State:
+    """Return everything of a vCPU; its exit must be finished (``pv_settle``)."""
+    events = uapi.kvm_vcpu_events()
+    vcpu.call(uapi.KVM_GET_VCPU_EVENTS, events)
+    return {
+        "mp_state": vcpu.mp_state.name,
+        "events": bytes(events).hex(),
+        "registers": {f"{id:#x}": f"{vcpu.get_reg(id):#x}" for id in vcpu.reg_list()},
+    }
+
+
+def load_vcpu(vcpu: Vcpu, saved: State) -> None:
+    """Make a vCPU that one, but for the clock. HostError where this host's vCPUs cannot be like it."""
+    known = set(vcpu.reg_list())
+    for name, text in saved["registers"].items():
+        id, value = int(name, 16), int(text, 16)
+        if id in CLOCKS:
+            continue
+        if id not in known:
+            raise HostError(
+                f"{vcpu.label}: this host's vCPUs have no register {name}, which was saved", hint=_OTHER_HOST
+            )
+        if vcpu.get_reg(id) == value:
+            continue
+        try:
+            vcpu.set_reg(id, value)
+        except (KvmError, OverflowError) as error:
+            raise HostError(
+                f"{vcpu.label}: register {name} cannot be {text} here: {error}", hint=_OTHER_HOST
+            ) from error
+    events = uapi.kvm_vcpu_events.from_buffer_copy(bytes.fromhex(saved["events"]))
+    vcpu.call(uapi.KVM_SET_VCPU_EVENTS, events)
+    vcpu.mp_state = MpState[saved["mp_state"]]
+
+
+_OTHER_HOST: Final = "restore it on a host with the same kind of CPU, and the same kernel or a newer one"
+
+
+def load_clock(vcpu: Vcpu, saved: State) -> None:
+    """Have the counters of the VM go on from where ``saved`` has them; last of all, for from here on they run."""
+    for id in CLOCKS:
+        if text := saved["registers"].get(f"{id:#x}"):
+            vcpu.set_reg(id, int(text, 16))
+
+
+# ---- the interrupt controller ------------------------------------------------------------------------------------
+
+_CTRL: Final = uapi.KVM_DEV_ARM_VGIC_GRP_CTRL
+_DIST: Final = uapi.KVM_DEV_ARM_VGIC_GRP_DIST_REGS
+_REDIST: Final = uapi.KVM_DEV_ARM_VGIC_GRP_REDIST_REGS
+_SYSREGS: Final = uapi.KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS
+_LEVEL: Final = uapi.KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO
+_ITS: Final = uapi.KVM_DEV_ARM_VGIC_GRP_ITS_REGS
+
+# Offsets: Arm IHI 0069, 12.8 (GICD_*), 12.10 and 12.11 (GICR_*), 12.18 (GITS_*).
+_GICD_CTLR, _GICD_TYPER, _GICD_IIDR = 0x0, 0x4, 0x8
+_IGROUPR, _ISENABLER, _ISPENDR, _ISACTIVER, _IPRIORITYR, _ICFGR, _IROUTER = (
+    0x80, 0x100, 0x200, 0x300, 0x400, 0xC00, 0x6000,
+)  # fmt: skip
+_GICR_CTLR, _GICR_WAKER, _GICR_PROPBASER, _GICR_PENDBASER, _SGI_FRAME = 0x0, 0x14, 0x70, 0x78, 0x1_0000
+_GITS_CTLR, _GITS_IIDR, _GITS_CBASER, _GITS_CWRITER, _GITS_CREADR, _GITS_BASER = 0x0, 0x4, 0x80, 0x88, 0x90, 0x100
+
+
+def _icc(crm: int, op2: int, crn: int = 12) -> int:
+    return uapi.ARM64_SYS_REG(3, 0, crn, crm, op2) & uapi.KVM_DEV_ARM_VGIC_SYSREG_INSTR_MASK
+
+
+_ICC: Final = {
+    "SRE": _icc(12, 5), "CTLR": _icc(12, 4), "PMR": _icc(6, 0, crn=4), "BPR0": _icc(8, 3), "BPR1": _icc(12, 3),
+    "AP0R0": _icc(8, 4), "AP0R1": _icc(8, 5), "AP0R2": _icc(8, 6), "AP0R3": _icc(8, 7),
+    "AP1R0": _icc(9, 0), "AP1R1": _icc(9, 1), "AP1R2": _icc(9, 2), "AP1R3": _icc(9, 3),
+    "IGRPEN0": _icc(12, 6), "IGRPEN1": _icc(12, 7),
+}  # fmt: skip
+_PERHAPS: Final = ("AP0R1", "AP0R2", "AP0R3", "AP1R1", "AP1R2", "AP1R3")
+"""There are so many of them as there are bits of priority."""
+
+
+def save_gic(gic: Device, its: Device | None, cpus: int) -> State:
+    """Return the controller's state. Before memory is saved: the tables of LPIs and of the ITS are written to it."""
+    gic.set_attr(_CTRL, uapi.KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES)
+    if its is not None:
+        its.set_attr(_CTRL, uapi.KVM_DEV_ARM_ITS_SAVE_TABLES)
+    return {
+        "registers": [[group, f"{attr:#x}", f"{_get(gic, group, attr):#x}"] for group, attr in _registers(gic, cpus)],
+        "its": None
+        if its is None
+        else {f"{offset:#x}": f"{_get(its, _ITS, offset):#x}" for offset in _its_registers()},
+    }
+
+
+def load_gic(gic: Device, its: Device | None, saved: State) -> None:
+    """Make a new controller that one; vCPUs have their registers, guest memory its contents."""
+    for group, attr, text in saved["registers"]:
+        _put(gic, group, int(attr, 16), int(text, 16))
+    if (saved["its"] is None) != (its is None):
+        raise UsageError("the snapshot and this host disagree on there being an ITS", hint=_OTHER_HOST)
+    if its is None:
+        return
+    registers = {int(offset, 16): int(text, 16) for offset, text in saved["its"].items()}
+    enable = registers.pop(_GITS_CTLR)
+    for offset, value in registers.items():
+        _put(its, _ITS, offset, value)
+    its.set_attr(_CTRL, uapi.KVM_DEV_ARM_ITS_RESTORE_TABLES)
+    _put(its, _ITS, _GITS_CTLR, enable)
+
+
+def _registers(gic: Device, cpus: int) -> Iterator[tuple[int, int]]:
+    """Yield (group, attribute) of all there is to save, in the order in which it is to be loaded."""
+    interrupts = 32 * ((_get(gic, _DIST, _GICD_TYPER) & 0x1F) + 1)
+    affinities = [layout.mpidr(index) << uapi.KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT for index in range(cpus)]
+    # What the guest was told the controller is, before anything that depends on it.
+    yield _DIST, _GICD_IIDR
+    yield _DIST, _GICD_CTLR
+    for affinity in affinities:
+        # The tables' addresses, before CTLR lets LPIs be looked up in them.
+        for offset in (_GICR_WAKER, _GICR_PROPBASER, _GICR_PROPBASER + 4, _GICR_PENDBASER, _GICR_PENDBASER + 4):
+            yield _REDIST, affinity | offset
+        yield _REDIST, affinity | _GICR_CTLR
+        for offset in _banks(range(32), first=_SGI_FRAME):
+            yield _REDIST, affinity | offset
+        yield _LEVEL, affinity | uapi.VGIC_LEVEL_INFO_LINE_LEVEL << uapi.KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT
+        for offset in _pending(range(32), first=_SGI_FRAME):
+            yield _REDIST, affinity | offset
+    for offset in _banks(range(32, interrupts)):
+        yield _DIST, offset
+    for interrupt in range(32, interrupts):
+        yield _DIST, _IROUTER + 8 * interrupt
+        yield _DIST, _IROUTER + 8 * interrupt + 4
+    for interrupt in range(32, interrupts, 32):
+        yield _LEVEL, affinities[0] | interrupt
+    for offset in _pending(range(32, interrupts)):
+        yield _DIST, offset
+    for affinity in affinities:
+        for name, instruction in _ICC.items():
+            if name not in _PERHAPS or _there(gic, _SYSREGS, affinity | instruction):
+                yield _SYSREGS, affinity | instruction
+
+
+def _banks(interrupts: range, first: int = 0) -> Iterator[int]:
+    """Yield the offsets of what configures ``interrupts``: a bit, two, or a byte for each."""
+    for base, bits in ((_IGROUPR, 1), (_ICFGR, 2), (_IPRIORITYR, 8), (_ISENABLER, 1)):
+        for interrupt in interrupts[:: 32 // bits]:
+            yield first + base + interrupt * bits // 8
+
+
+def _pending(interrupts: range, first: int = 0) -> Iterator[int]:
+    """Yield the offsets of what is pending and active: to be loaded once it is known what is edge and what level."""
+    for base in (_ISPENDR, _ISACTIVER):
+        for interrupt in interrupts[::32]:
+            yield first + base + interrupt // 8
+
+
+def _its_registers() -> Sequence[int]:
+    # CBASER first: a write of it moves the other two of the command queue back.
+    return (
+        _GITS_IIDR, _GITS_CBASER, _GITS_CREADR, _GITS_CWRITER, *(_GITS_BASER + 8 * index for index in range(8)),
+        _GITS_CTLR,
+    )  # fmt: skip
+
+
+def _room(group: int) -> c_uint32 | c_uint64:
+    return c_uint64() if group in (_SYSREGS, _ITS) else c_uint32()
+
+
+def _get(device: Device, group: int, attr: int) -> int:
+    room = _room(group)
+    device.get_attr(group, attr, room)
+    return room.value
+
+
+def _there(device: Device, group: int, attr: int) -> bool:
+    try:
+        _get(device, group, attr)
+    except KvmError as error:
+        if error.errno not in (errno.EINVAL, errno.ENXIO):
+            raise
+        return False
+    return True
+
+
+def _put(device: Device, group: int, attr: int, value: int) -> None:
+    room = _room(group)
+    try:
+        if value >> 8 * sizeof(room):
+            raise UsageError(f"{value:#x} is wider than the register")
+        if _get(device, group, attr) != value:
+            room.value = value
+            device.set_attr(group, attr, room)
+    except (KvmError, UsageError) as error:
+        what = f"{device.label}: group {group}, register {attr:#x} cannot be {value:#x} here"
+        raise HostError(f"{what}: {error}", hint=_OTHER_HOST) from error

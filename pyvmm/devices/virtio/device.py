@@ -6,7 +6,7 @@ Feature bits are written as their masks. The transport adds those that are its o
 from __future__ import annotations
 
 import time
-from enum import IntFlag
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from pyvmm.devices.virtio.queue import Queue, QueueBroken
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 log = get_logger("virtio")
 
 
-class Feature(IntFlag):
-    """Feature bits that are no device's own (virtio 1.2, 6)."""
+class Feature(IntEnum):
+    """Masks of feature bits that are no device's own (virtio 1.2, 6)."""
 
     INDIRECT_DESC = 1 << 28
     EVENT_IDX = 1 << 29
@@ -125,8 +125,23 @@ class VirtioDevice:
     def load(self, saved: dict[str, Any]) -> None:
         """Be as :meth:`save` found another such device; before the start."""
 
+    def drain(self) -> None:
+        """Finish what the guest has begun, at its end, waiting for who reads it unless aborted."""
+
+    def abort(self) -> None:
+        """Have no more than a moment's patience with who reads what the guest writes. Any thread."""
+
     def close(self) -> None:
         """Give back files, sockets, threads; once, after :meth:`stop`."""
+
+    # -- what single kinds can be asked for, from any thread
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Be told of a terminal's size."""
+
+    def balloon(self, size: int | None) -> dict[str, int] | None:  # noqa: ARG002 - of a balloon alone
+        """Tell the guest how many bytes to give up, unless None, and say how many it has; None for no balloon."""
+        return None
 
     # -- what a kind of device uses
 

@@ -65,7 +65,7 @@ class VirtioMmio(Device):
         super().__init__(size=SIZE)
         self.device = device
         self.private = private
-        self.offered = device.features | (
+        self.offered = int(device.features) | (
             Feature.VERSION_1 | Feature.RING_PACKED | Feature.INDIRECT_DESC | Feature.EVENT_IDX
         )
         if private:

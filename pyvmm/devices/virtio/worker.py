@@ -81,6 +81,11 @@ class Worker:
 
     # -- life
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread is there: it was started, and nothing has failed."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self, queues: Sequence[Queue]) -> None:
         """Begin to serve; ``queues`` are those that are looked at first, and told of when the worker is to stop."""
         self._queues = [queue for queue in queues if queue.ready]

@@ -182,6 +182,11 @@ class Vcpu:
                 if self.is_write:
                     return self.bell(value)
                 self.value = self.share_status & MASK64
+            case lib.PV_KIND_VIRTIO if self.size == 4:
+                if self.is_write and self.offset == 4:
+                    state.value &= ~value
+                elif not self.is_write and self.offset == 0:
+                    self.value = state.value
             case lib.PV_KIND_COLD:
                 return lib.PV_STOP_MMIO
         return lib.PV_STOP_NONE

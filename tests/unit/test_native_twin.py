@@ -14,9 +14,13 @@ from tests import twin
 from tests.fake_kvm import EXIT_DEBUG, EXIT_HLT, EXIT_MEMORY_FAULT, EXIT_MMIO, EXIT_SYSTEM, Rig, failure, hypercall
 
 PAGES = 4
-REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD = (0x0930_0000 + 0x10000 * n for n in range(7))
-SIZES = {"REGISTERS": 24, "COUNTER": 8, "DOORBELL": 32, "PL011": 4096, "MAILBOX": 8192, "SHARE": 4096, "COLD": 64}
-BASES = dict(zip(SIZES, (REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD), strict=True))
+REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD, VIRTIO = (0x0930_0000 + 0x10000 * n for n in range(8))
+SIZES = {
+    "REGISTERS": 24, "COUNTER": 8, "DOORBELL": 32, "PL011": 4096, "MAILBOX": 8192, "SHARE": 4096, "COLD": 64,
+    "VIRTIO": 8,
+}  # fmt: skip
+BASES = dict(zip(SIZES, (REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD, VIRTIO), strict=True))
+INTERRUPTS = 0x53
 SLOTS = ((0, 1, 0), (0, 2, 1), (8, None, 2))
 IRQ = 3
 BOX_OFFSETS = [*range(0, 0xF0, 8), 4, 0x1000, 0x1078]
@@ -69,7 +73,7 @@ class Guest:
         kind = kind or self.any(list(SIZES))
         if kind == "SHARE":
             return self.bell()
-        offsets = {"PL011": UART_OFFSETS, "MAILBOX": BOX_OFFSETS, "DOORBELL": [0, 8, 16]}
+        offsets = {"PL011": UART_OFFSETS, "MAILBOX": BOX_OFFSETS, "DOORBELL": [0, 8, 16], "VIRTIO": [0, 0, 4, 4, 1]}
         offset = self.any(offsets.get(kind, range(-1, SIZES[kind] + 1)))
         return self.access(BASES[kind] + offset, self.any([1, 2, 4, 8, 8]), self.value())
 
@@ -192,7 +196,8 @@ class Native:
         self.uart.vm_fd, self.uart.irq, self.line = 0, IRQ, rig.line(IRQ)
         self.boxes = rig.new("struct pv_mailbox[]", 2)
         self.registers, self.counter = rig.new("uint8_t[]", 24), rig.new("uint64_t *")
-        states = [self.registers, self.counter, self.bell, self.uart, self.boxes, None, None]
+        self.interrupt = rig.new("struct pv_interrupt *", {"status": INTERRUPTS, "fd": -1})
+        states = [self.registers, self.counter, self.bell, self.uart, self.boxes, None, None, self.interrupt]
         rig.bus(*[(BASES[kind], SIZES[kind], kind, state) for kind, state in zip(SIZES, states, strict=True)])
         self.exits = rig.script(*script)
 
@@ -208,7 +213,7 @@ def make_twin(script: list[dict[str, Any]], machine: dict[str, Any]) -> twin.Vcp
     run = memoryview(bytearray(4096))
     states = [
         bytearray(24), twin.Counter(), twin.Doorbell(list(SLOTS)), twin.Pl011(4, 4, IRQ),
-        [twin.Mailbox(), twin.Mailbox()], None, None,
+        [twin.Mailbox(), twin.Mailbox()], None, None, twin.Counter(INTERRUPTS),
     ]  # fmt: skip
     moving = lib.PV_PAGE_PRIVATE | twin.MOVING
     ledger = bytearray(getattr(lib, "PV_PAGE_" + state, moving) for state in machine["states"])
@@ -333,6 +338,7 @@ def compare(native: Native, other: twin.Vcpu, replies: list[int]) -> None:
     states = [r.state for r in vm.ranges]
     assert bytes(native.registers) == bytes(states[0])
     assert (native.counter[0], native.bell.missed) == (states[1].value, states[2].missed)
+    assert native.interrupt.status == states[7].value
     for box, twin_box in zip(native.boxes, states[4], strict=True):
         assert (box.state, box.trapped) == (twin_box.state, twin_box.trapped)
         for name in ("order", "result", "trap", "note"):

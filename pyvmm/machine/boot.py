@@ -23,17 +23,20 @@ from typing import TYPE_CHECKING, Final
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.content import NOTHING, PEEK, Bytes, Content, FilePart, Gzip, Known, Loadable, OpenFile
-from pyvmm.machine.fdt import Describable, GicNode, describe, machine_tree
+from pyvmm.machine.fdt import Describable, GicNode, check_header, describe, machine_tree
 from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pyvmm.devices.base import Line
 
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
 FDT_ROOM: Final = 2 * layout.MIB
+
+#: Bytes of entropy for a Linux guest: 8 for the place of its kernel, 64 for its random numbers.
+SEEDS: Final = 8 + 64
 
 PAYLOAD: Final = "payload:"
 
@@ -151,6 +154,15 @@ def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
     return _flat(data, source)
 
 
+def read_tree(path: str) -> bytes:
+    """Return the device tree in a file, to be used as it is; UsageError for what is none, or more than FDT_ROOM."""
+    with contextlib.closing(OpenFile(path, "device tree")) as file:
+        if file.size > FDT_ROOM:
+            raise UsageError(f"{file.what} has {file.size} bytes, {FDT_ROOM} is the most")
+        data = file.read(0, file.size)
+    return data[: check_header(data, file.what)]
+
+
 def _open(path: str, what: str, room: int, files: contextlib.ExitStack) -> FilePart:
     file = OpenFile(path, what, missing_hint=_missing_hint(path, what))
     files.callback(file.close)
@@ -255,52 +267,62 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
     return tuple(parts)
 
 
-def place(
-    image: BootImage,
-    memory: Loadable,
-    *,
-    ram_size: int,
-    cpus: int,
-    command_line: str,
-    devices: Sequence[tuple[Describable, int, Line | None]],
-    gic: GicNode | None = None,
-    pool: int = 0,
-    loadable: int | None = None,
-) -> Entry:
-    """Load ``image`` and the device tree that describes the machine into ``memory``.
+@dataclass(frozen=True)
+class Board:
+    """What a guest is told of its machine beside its memory.
 
     ``devices`` is each device with its gpa and interrupt line; a PL011 among them is the console. ``pool`` is bytes of
-    the guest's DMA pool, 0 for none. Raises UsageError as :func:`plan` does, and for a command line that makes the
-    device tree too large.
+    the guest's DMA pool, 0 for none. ``entropy`` gives bytes that nobody can guess: a Linux Image is given some.
+    """
+
+    cpus: int
+    command_line: str = ""
+    devices: Sequence[tuple[Describable, int, Line | None]] = ()
+    gic: GicNode | None = None
+    pool: int = 0
+    entropy: Callable[[int], bytes] | None = None
+
+
+def place(
+    image: BootImage, memory: Loadable, board: Board | bytes, *, ram_size: int, loadable: int | None = None
+) -> Entry:
+    """Load ``image`` and the device tree that describes ``board`` into ``memory``; a tree in bytes is loaded as it is.
+
+    Raises UsageError as :func:`plan` does, and for a command line that makes the device tree too large.
     """
     parts = plan(image, ram_size=ram_size, loadable=loadable)
     by_name = {part.what: part for part in parts}
-    initrd = by_name.get("the initrd")
-    nodes = [
-        describe(device, base) if line is None else describe(device, base, line.spi, line.kind)
-        for device, base, line in devices
-    ]
-    described = machine_tree(
-        ram=[(layout.RAM_BASE, ram_size)],
-        mpidrs=[layout.mpidr(index) for index in range(cpus)],
-        devices=nodes,
-        bootargs=command_line,
-        stdout=next((node for node in nodes if "arm,pl011" in node.compatible), None),
-        initrd=None if initrd is None else (initrd.gpa, initrd.size),
-        gic=gic,
-    )
-    if pool:
-        add_pool(described, pool)
-    tree = described.to_bytes()
-    if len(tree) > FDT_ROOM:
-        raise UsageError(
-            f"the device tree has {len(tree)} bytes, {FDT_ROOM} is the most", hint="shorten the parameters"
-        )
     fdt = Gpa(by_name["the device tree"].gpa)
+    tree = board if isinstance(board, bytes) else _tree(board, image, by_name.get("the initrd"), ram_size)
     for part in parts:
         part.data.load(memory, part.gpa, part.size)
     memory.write(fdt, tree)
     return Entry(Gpa(image.pc), fdt, tree, parts)
+
+
+def _tree(board: Board, image: BootImage, initrd: Segment | None, ram_size: int) -> bytes:
+    nodes = [
+        describe(device, base) if line is None else describe(device, base, line.spi, line.kind)
+        for device, base, line in board.devices
+    ]
+    tree = machine_tree(
+        ram=[(layout.RAM_BASE, ram_size)],
+        mpidrs=[layout.mpidr(index) for index in range(board.cpus)],
+        devices=nodes,
+        bootargs=board.command_line,
+        stdout=next((node for node in nodes if "arm,pl011" in node.compatible), None),
+        initrd=None if initrd is None else (initrd.gpa, initrd.size),
+        gic=board.gic,
+        entropy=board.entropy(SEEDS) if board.entropy is not None and image.kind == "Image" else b"",
+    )
+    if board.pool:
+        add_pool(tree, board.pool)
+    data = tree.to_bytes()
+    if len(data) > FDT_ROOM:
+        raise UsageError(
+            f"the device tree has {len(data)} bytes, {FDT_ROOM} is the most", hint="shorten the parameters"
+        )
+    return data
 
 
 def _named(part: Segment) -> str:

@@ -25,7 +25,8 @@ class MachineConfig:
     or None; ``timed`` keeps histograms of the time in guest and VMM; ``prefault`` populates all memory before the first
     run, in huge pages where the host gives them: a first touch then costs what the protection asks, and no more;
     ``devices`` are the virtio devices, in the order of their addresses; ``swiotlb`` is bytes of the pool through which
-    the guest copies what they read and write: None for what the protection needs, 0 for no pool.
+    the guest copies what they read and write: None for what the protection needs, 0 for no pool; ``dtb`` is the path of
+    a device tree to be used as it is, in place of the one that describes the machine.
     """
 
     kernel: str
@@ -43,6 +44,7 @@ class MachineConfig:
     prefault: bool = False
     devices: tuple[DeviceSpec, ...] = ()
     swiotlb: int | None = None
+    dtb: str | None = None
 
     def check(self) -> None:
         """Raise UsageError for values that no machine can have, or that make no sense together."""
@@ -56,6 +58,11 @@ class MachineConfig:
             raise UsageError(
                 f"{self.memory // layout.MIB} MiB of memory end beyond gpa {hex_(layout.RAM_LIMIT)}, "
                 "the end of what a guest can address"
+            )
+        if self.dtb is not None and self.params:
+            raise UsageError(
+                f"parameters for a guest with a device tree of its own, {self.dtb}: that is taken as it is",
+                hint="write them into its /chosen/bootargs",
             )
         if self.backing not in BACKINGS:
             raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")

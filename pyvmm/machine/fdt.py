@@ -107,6 +107,24 @@ class Tree:
         return header + reserved + bytes(structure) + bytes(strings.block)
 
 
+def check_header(data: bytes, what: str) -> int:
+    """Return how many bytes the flattened tree that ``data`` starts with has; UsageError, naming ``what``, if none."""
+    if len(data) < _HEADER.size or int.from_bytes(data[:4], "big") != _MAGIC:
+        raise UsageError(
+            f"{what} is no flattened device tree: it does not start with {_MAGIC:#x}",
+            hint="dtc -I dts -O dtb makes one of a source; pyvmm run --dump-dtb writes this machine's own",
+        )
+    _, total, structure, strings, reserved, version, compatible, _, n_strings, n_structure = _HEADER.unpack_from(data)
+    if compatible > _VERSION or version < _LAST_COMPATIBLE:
+        raise UsageError(f"{what} has version {version}, readable as {compatible}; {_VERSION} is what kernels read")
+    if total > len(data):
+        raise UsageError(f"{what} is truncated: its header says {total} bytes, and there are {len(data)}")
+    ends = (structure + n_structure, strings + n_strings, reserved + _RESERVATION.size)
+    if max(ends) > total or min(structure, strings, reserved) < _HEADER.size:
+        raise UsageError(f"{what} is damaged: its parts end at byte {max(ends)}, and it at {total}")
+    return int(total)
+
+
 class _Strings:
     """The strings block (v0.4, 5.5): each property name once."""
 
@@ -233,12 +251,14 @@ def machine_tree(
     stdout: DeviceNode | None = None,
     initrd: tuple[int, int] | None = None,
     gic: GicNode | None = None,
+    entropy: bytes = b"",
 ) -> Tree:
     """Describe the machine to its guest.
 
     ``ram`` is (gpa, bytes) of each bank; ``mpidrs`` the affinity value of each vCPU, the booting one first; ``initrd``
     its gpa and bytes; ``stdout`` one of ``devices``. Without ``gic`` neither devices nor the generic timer carry
-    interrupts: there is no controller to name them to.
+    interrupts: there is no controller to name them to. ``entropy`` is what the guest may begin with: the first 8 bytes
+    choose where its kernel lies, the others seed its random numbers; without it, the tree names none.
     """
     tree = Tree()
     root = tree.root
@@ -251,6 +271,10 @@ def machine_tree(
     if initrd is not None:
         start, size = initrd
         chosen.properties |= {"linux,initrd-start": cells64(start), "linux,initrd-end": cells64(start + size)}
+
+    if entropy:
+        # dt-schema's chosen.yaml; Linux takes both out of the tree that it shows to its user space.
+        chosen.properties |= {"kaslr-seed": entropy[:8], "rng-seed": entropy[8:]}
 
     for gpa, size in ram:
         root.add(f"memory@{gpa:x}", {"device_type": "memory", "reg": cells64(gpa, size)})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import platform
 import threading
 import time
@@ -140,17 +141,16 @@ class Machine:
         self.interrupts = Interrupts(self.vm, present=self.gic is not None)
         self._stack.callback(self.interrupts.close)
         self._place_devices()
-        self.entry = boot.place(
-            image,
-            self.memory,
-            ram_size=config.memory,
-            loadable=loadable,
+        board = boot.Board(
             cpus=config.cpus,
             command_line=" ".join(config.params),
             devices=[(placed.device, placed.base, placed.line) for placed in self.bus.placed],
             gic=None if self.gic is None else self.gic.node,
             pool=pool_size(config),
+            entropy=os.urandom,
         )
+        tree = board if config.dtb is None else boot.read_tree(config.dtb)
+        self.entry = boot.place(image, self.memory, tree, ram_size=config.memory, loadable=loadable)
         image.close()
         first = self.vcpus[0]
         first.set_reg(core_reg("pc"), self.entry.pc)

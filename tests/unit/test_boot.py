@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
 from pyvmm.machine import boot, layout
-from pyvmm.machine.boot import FDT_ROOM, BootImage, Segment, place, plan, read
+from pyvmm.machine.boot import FDT_ROOM, Board, BootImage, Segment, place, plan, read
 from pyvmm.machine.content import Bytes
+from pyvmm.machine.fdt import Node, Tree
 
 MIB = layout.MIB
 
@@ -232,7 +233,7 @@ def test_a_file_that_becomes_shorter_before_it_is_loaded_is_refused(tmp_path):
     image = read("payload:hello", str(path))
     os.truncate(path, 5000)
     with pytest.raises(UsageError, match=r"initrd .*initrd has become shorter .* ends at byte 5000, 9000 were there"):
-        place(image, Recorder(), ram_size=64 * MIB, cpus=1, command_line="", devices=[])
+        place(image, Recorder(), Board(cpus=1), ram_size=64 * MIB)
     image.close()
 
 
@@ -399,19 +400,63 @@ class Uart:
 
 def test_each_part_is_written_once_and_the_device_tree_last():
     memory = Recorder()
-    entry = place(
-        flat(initrd=b"cpio"), memory, ram_size=64 * MIB, cpus=2, command_line="a=1",
-        devices=[(Uart(), 0x0900_0000, None)],
-    )  # fmt: skip
+    board = Board(cpus=2, command_line="a=1", devices=[(Uart(), 0x0900_0000, None)], entropy=bytes)
+    entry = place(flat(initrd=b"cpio"), memory, board, ram_size=64 * MIB)
     assert memory.writes == [(0x8008_0000, CODE), (0x83DF_F000, b"cpio"), (0x83E0_0000, entry.device_tree)]
     assert (entry.pc, entry.fdt) == (0x8008_0000, 0x83E0_0000)
     for text in (b"a=1\0", b"/serial@9000000\0", b"cpu@1\0", struct.pack(">QQ", 0x8000_0000, 64 * MIB)):
         assert text in entry.device_tree
+    assert b"seed" not in entry.device_tree
+
+
+def test_linux_alone_is_given_entropy_and_a_run_without_it_repeats():
+    image = identify(linux_image(), "Image")
+    trees = [
+        place(image, Recorder(), Board(cpus=1, entropy=entropy), ram_size=64 * MIB).device_tree
+        for entropy in (None, lambda size: bytes(range(size)), None)
+    ]
+    assert trees[0] == trees[2]
+    for name, value in ((b"kaslr-seed\0", bytes(range(8))), (b"rng-seed\0", bytes(range(8, 72)))):
+        assert name not in trees[0]
+        assert name in trees[1]
+        assert value in trees[1]
+
+
+def test_a_device_tree_from_a_file_is_loaded_as_it_is(tmp_path):
+    data = Tree(Node("", {"a": 1})).to_bytes()
+    (tmp_path / "dtb").write_bytes(data + b"padding")
+    tree = boot.read_tree(str(tmp_path / "dtb"))
+    memory = Recorder()
+    assert place(flat(), memory, tree, ram_size=64 * MIB).device_tree == data
+    assert memory.writes[-1] == (0x83E0_0000, data)
+
+
+TREE = Tree(Node("", {"a": 1})).to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"/dts-v1/;\n/ {};\n" + bytes(40), "no flattened device tree: it does not start with 0xd00dfeed"),
+        (TREE[:20], "no flattened device tree"),
+        (TREE[:-1], f"truncated: its header says {len(TREE)} bytes, and there are {len(TREE) - 1}"),
+        (TREE[:20] + struct.pack(">2I", 18, 18) + TREE[28:], "has version 18, readable as 18"),
+        (TREE[:20] + struct.pack(">2I", 3, 1) + TREE[28:], "has version 3"),
+        (TREE[:8] + struct.pack(">I", 1 << 31) + TREE[12:], "is damaged: its parts end at byte"),
+        (TREE.ljust(FDT_ROOM + 1, b"\0"), "2097153 bytes, 2097152 is the most"),
+    ],
+    ids=["source", "short", "truncated", "newer", "older", "damaged", "large"],
+)
+def test_a_file_that_is_no_device_tree_is_refused_with_the_reason(tmp_path, data, why):
+    (tmp_path / "dtb").write_bytes(data)
+    with pytest.raises(UsageError, match=why) as caught:
+        boot.read_tree(str(tmp_path / "dtb"))
+    assert str(tmp_path / "dtb") in caught.value.message
 
 
 def test_a_command_line_too_long_for_the_device_tree_is_refused():
     with pytest.raises(UsageError, match="2097152 is the most"):
-        place(flat(), Recorder(), ram_size=64 * MIB, cpus=1, command_line="x" * FDT_ROOM, devices=[])
+        place(flat(), Recorder(), Board(cpus=1, command_line="x" * FDT_ROOM), ram_size=64 * MIB)
 
 
 def test_an_elf_reader_that_is_not_installed_is_named(monkeypatch):

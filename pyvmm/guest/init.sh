@@ -3,6 +3,27 @@
 #
 # The command is what stands behind " -- " on the kernel's command line, or pyvmm.run="COMMAND" on it.
 
+end() {
+    trap '' USR1 USR2 TERM
+    while read -r source where rest; do
+        case $source in
+        /dev/*) umount -r "$where" ;;
+        esac
+    done </proc/mounts
+    sync
+    "$1" -f
+}
+
+# Process 1 waits for the shell and can do nothing else meanwhile. Of halt, poweroff and reboot, busybox's send what
+# they want done to a process called linuxrc if there is one: this script again, by its other name.
+if [ "$0" = /linuxrc ]; then
+    trap 'end poweroff' USR1 USR2
+    trap 'end reboot' TERM
+    sleep 2147483647 &
+    wait
+    exit
+fi
+
 /bin/busybox mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
@@ -39,20 +60,6 @@ read -r consoles </sys/class/tty/console/active
 tty=/dev/${consoles##* }
 [ -c "$tty" ] || tty=/dev/null
 
-end() {
-    trap '' USR1 USR2 TERM
-    while read -r source where rest; do
-        case $source in
-        /dev/*) umount -r "$where" ;;
-        esac
-    done </proc/mounts
-    sync
-    "$1" -f
-}
-# What halt, poweroff and reboot send to process 1.
-trap 'end poweroff' USR1 USR2
-trap 'end reboot' TERM
-
 read -r line </proc/cmdline
 command=
 case " $line" in
@@ -69,15 +76,13 @@ case " $line" in
     ;;
 esac
 
-# In the background and waited for: a shell that waits in the foreground would look at signals only afterwards.
 if [ -n "$command" ]; then
-    setsid -c sh -c "$command" <"$tty" >"$tty" 2>&1 &
-    wait $!
+    setsid -c sh -c "$command" <"$tty" >"$tty" 2>&1
     status=$?
     printf '\npyvmm: exit status %d\n' $status >"$tty"
 else
-    setsid -c sh -i <"$tty" >"$tty" 2>&1 &
-    wait $!
+    /linuxrc &
+    setsid -c sh -i <"$tty" >"$tty" 2>&1
 fi
 stty <"$tty" >/dev/null 2>&1  # returns once everything has been sent
 end poweroff

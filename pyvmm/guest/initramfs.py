@@ -16,8 +16,8 @@ from pyvmm.cpio import CpioWriter
 INIT: Final = Path(__file__).with_name("init.sh")
 BUSYBOX: Final = "bin/busybox"
 DIRECTORIES: Final = ("dev", "mnt", "proc", "root", "sys", "tmp", "usr/bin", "usr/sbin", "var/run")
-LINKS: Final = {"bin/sh": "busybox", "sbin/modprobe": f"../{BUSYBOX}"}
-"""The shell runs busybox's programs without links; these are for the kernel and for scripts."""
+LINKS: Final = {"bin/sh": "busybox", "sbin/modprobe": f"../{BUSYBOX}", "linuxrc": "init"}
+"""The shell runs busybox's programs without links; these are for the kernel, for scripts, and for init."""
 FILES: Final = {
     "etc/passwd": b"root:x:0:0:root:/root:/bin/sh\n",
     "etc/group": b"root:x:0:\n",

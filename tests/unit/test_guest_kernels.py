@@ -197,7 +197,7 @@ COMMANDS = [
 def test_a_command_is_read_off_the_kernels_command_line(line: str, command: str, tmp_path: Path) -> None:
     (tmp_path / "cmdline").write_text(line + "\n")
     init = initramfs.INIT.read_text()
-    part = init[init.index("read -r line") : init.index("# In the background")]
+    part = init[init.index("read -r line") : init.index("if [ -n \"$command\" ]")]
     script = part.replace("/proc/cmdline", str(tmp_path / "cmdline")) + 'printf %s "$command"'
     assert subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True).stdout == command
 

@@ -42,8 +42,8 @@ class Case:
     says: str
     axes: Axes
     function: Function
-    quick: tuple[str, ...]
-    """The axes that the quick set varies."""
+    quick: tuple[str, ...] | None
+    """The axes that the quick set varies; None where it leaves this case out."""
     extra: tuple[Point, ...]
     nonsense: Callable[[Point], str]
     """Says why a point makes no sense; nothing where it does."""
@@ -56,7 +56,9 @@ class Case:
 
     def points(self, *, quick: bool = False) -> list[Point]:
         """Return the star around the base, in every protection."""
-        axes = self.quick if quick else tuple(self.axes)
+        if quick and self.quick is None:
+            return []
+        axes = (self.quick or ()) if quick else tuple(self.axes)
         stars: list[Point] = [{}, *({axis: value} for axis in axes for value in self.axes[axis][1:])]
         stars += [] if quick else self.extra
         found: list[Point] = []
@@ -106,7 +108,7 @@ REGISTRY: dict[str, Case] = {}
 
 
 def case(
-    *, says: str, axes: Axes, quick: tuple[str, ...] = (), extra: tuple[Point, ...] = (),
+    *, says: str, axes: Axes, quick: tuple[str, ...] | None = (), extra: tuple[Point, ...] = (),
     nonsense: Callable[[Point], str] = lambda _: "", seconds: float = DEADLINE,
 ) -> Callable[[Function], Function]:  # fmt: skip
     """Register a function as the case of its name."""

@@ -87,7 +87,9 @@ def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
         raise UsageError(f"bench {_first(args)} is no verb for the lab", hint="pyvmm " + shlex.join(args.verb_argv))
     if args.list:
         return main(args)
-    _plan(args)  # what makes no sense is said before anything is booted
+    plan = _plan(args)  # what makes no sense is said before anything is booted
+    guests = [str(step.point["kernel"]) for step in plan.steps() if "kernel" in step.point]
+    args.lab_with = list(dict.fromkeys(guests))
 
     def collect(take: Callable[[str], None]) -> int:
         from pyvmm.cli.lab import prepare_peers, run_verb

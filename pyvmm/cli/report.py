@@ -32,6 +32,7 @@ def report_json(outcome: Outcome, counters: Counters, *, table: bool) -> None:
         "reason": outcome.reason,
         "hint": outcome.hint,
         "vcpu": outcome.vcpu,
+        "started_ns": counters.started_ns,
         "elapsed_ns": counters.elapsed_ns,
         "exits": {exit_.name: exit_.count for exit_ in counters.exits if exit_.count},
         "shares": counters.shares,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
+from pyvmm.guest.kernels import OWN
 from pyvmm.lab import guests, programs, selftests
 from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import Cache
@@ -45,6 +46,7 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
     LOOP: loop_recipe,
     selftests.NAME: selftests.recipe,
     programs.QEMU.name: programs.QEMU.recipe,
+    OWN: guests.RECIPES[OWN],
 }
 """What the benchmark's peers need."""
 ALL: Mapping[str, Callable[[], Recipe]] = {**RECIPES, **programs.RECIPES, **guests.RECIPES}

@@ -17,7 +17,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.bench import Bench
@@ -26,7 +26,7 @@ from pyvmm.devices.echo import Echo
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
-from pyvmm.errors import HostError, KvmError, PyvmmError, hex_
+from pyvmm.errors import HostError, KvmError, PyvmmError, UsageError, hex_
 from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.kvm.system import System
 from pyvmm.kvm.vcpu import Vcpu
@@ -39,6 +39,7 @@ from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
 from pyvmm.machine.swiotlb import pool_size
 from pyvmm.machine.virtio import Context, attach
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.memlock import require_memlock
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
@@ -49,6 +50,9 @@ from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.vcpu.cold import ColdExits, Intercept, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
+
+if TYPE_CHECKING:
+    from pyvmm.machine.snapshot import Snapshot
 
 log = get_logger("machine")
 
@@ -64,7 +68,8 @@ class Machine:
     ``unclaimed`` completes accesses to addresses without slot or device (see :data:`pyvmm.vcpu.cold.Unclaimed`);
     without it the guest gets an external abort. ``intercept`` hears of every stop of a vCPU first (see
     :data:`pyvmm.vcpu.cold.Intercept`). ``kernel`` answers its calls instead of this host's KVM: see
-    :mod:`pyvmm.machine.plan`.
+    :mod:`pyvmm.machine.plan`. ``restore`` is what to go on from, instead of loading a kernel; it stays open until this
+    is closed, and is closed with it.
     """
 
     def __init__(
@@ -74,12 +79,14 @@ class Machine:
         unclaimed: Unclaimed | None = None,
         intercept: Intercept | None = None,
         kernel: Kernel | None = None,
+        restore: Snapshot | None = None,
     ) -> None:
         config.check()
         self.config = config
         self._unclaimed = unclaimed
         self._intercept = intercept
         self._kernel = kernel
+        self.restored_from = restore
         self._memory_stack = contextlib.ExitStack()
         self._stack = contextlib.ExitStack()
         self._done = threading.Event()
@@ -112,9 +119,13 @@ class Machine:
                 f"this host is {platform.machine()}, pyvmm's guests are arm64: KVM runs only its own architecture",
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
-        image = boot.read(config.kernel, config.initrd, room=config.memory)
-        self._stack.callback(image.close)
-        self.kernel_kind = image.kind
+        image = None
+        if self.restored_from is not None:
+            self.kernel_kind = "snapshot"
+        else:
+            image = boot.read(config.kernel, config.initrd, room=config.memory)
+            self._stack.callback(image.close)
+            self.kernel_kind = image.kind
         push = self._stack.enter_context
         self.system = push(System.open(kernel=self._kernel or KERNEL))
         self.vm = push(self._create_vm(self.system))
@@ -128,6 +139,8 @@ class Machine:
             for function, count in FORWARDED:
                 self.vm.forward_smccc(function, count)
         self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native))
+        if self.restored_from is not None:
+            self._memory_stack.callback(self.restored_from.close)
         loadable = add_ram(self.memory, self.vm, config)
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
@@ -141,6 +154,12 @@ class Machine:
         self.interrupts = Interrupts(self.vm, present=self.gic is not None)
         self._stack.callback(self.interrupts.close)
         self._place_devices()
+        self.entry = self._restore(self.restored_from) if image is None else self._load(image, loadable)
+        self._make_threads()
+
+    def _load(self, image: boot.BootImage, loadable: int) -> boot.Entry:
+        """Load the kernel, and have the first vCPU start with it."""
+        config = self.config
         board = boot.Board(
             cpus=config.cpus,
             command_line=" ".join(config.params),
@@ -150,12 +169,19 @@ class Machine:
             entropy=os.urandom,
         )
         tree = board if config.dtb is None else boot.read_tree(config.dtb)
-        self.entry = boot.place(image, self.memory, tree, ram_size=config.memory, loadable=loadable)
+        entry = boot.place(image, self.memory, tree, ram_size=config.memory, loadable=loadable)
         image.close()
         first = self.vcpus[0]
-        first.set_reg(core_reg("pc"), self.entry.pc)
-        first.set_reg(core_reg("x0"), self.entry.fdt)
-        self._make_threads()
+        first.set_reg(core_reg("pc"), entry.pc)
+        first.set_reg(core_reg("x0"), entry.fdt)
+        return entry
+
+    def _restore(self, snapshot: Snapshot | None) -> boot.Entry:
+        """Be what was saved; nothing is loaded."""
+        if snapshot is None:
+            raise PyvmmError("there is neither a kernel nor a snapshot; this is a bug in pyvmm")
+        snapshot.restore(self, self._failed)
+        return boot.Entry(Gpa(self.vcpus[0].pc), Gpa(0), b"", ())
 
     def _create_vm(self, system: System) -> Vm:
         if self.config.protection is not Protection.PKVM:
@@ -178,7 +204,8 @@ class Machine:
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
         self.bench = self.bus.add(Bench(), layout.BENCH.start)
-        context = Context(self.native, config.protection)
+        ram = range(layout.RAM_BASE, layout.RAM_BASE + config.memory)
+        context = Context(self.native, config.protection, self.memory, ram, self._unheard)
         self.virtio = attach(config.devices, context, self.bus, self.interrupts)
         self.bus.publish()
 
@@ -243,7 +270,7 @@ class Machine:
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the run's end; after ``timeout`` seconds end it as past its deadline."""
         if not self._done.wait(timeout):
-            self.console.abort()
+            self._abort_output()
             # Devices may go on: one that is stuck must not keep the deadline from being told.
             self._pause_vcpus()
             where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
@@ -252,6 +279,8 @@ class Machine:
             )
         self._stop_threads()
         self.console.drain()
+        for transport in self.virtio:
+            transport.device.drain()
         self._abandon_orders()
         outcome = self._outcome
         if outcome is None:
@@ -263,8 +292,29 @@ class Machine:
 
     def stop(self, reason: str = "stopped") -> None:
         """End the run from outside, from any thread; what the console's reader does not take at once is lost."""
-        self.console.abort()
+        self._abort_output()
         self._finish(Outcome(Ending.INTERRUPTED, reason))
+
+    def _abort_output(self) -> None:
+        self.console.abort()
+        for transport in self.virtio:
+            transport.device.abort()
+
+    def resize_console(self, columns: int, rows: int) -> None:
+        """Tell the guest the size of the terminal that its virtio console is; from any thread."""
+        for transport in self.virtio:
+            transport.device.resize(columns, rows)
+
+    def balloon(self, size: int | None = None) -> dict[str, int]:
+        """Say what the balloon holds, after telling the guest what it should, if ``size`` says so; all in bytes.
+
+        ``target`` and ``actual``, and ``given_back``: what the host has been given until now, by it and by reports of
+        free pages. UsageError where there is no balloon, or not so much memory.
+        """
+        for transport in self.virtio:
+            if (answer := transport.device.balloon(size)) is not None:
+                return answer
+        raise UsageError("this guest has no balloon", hint="--balloon 0 gives it one that is empty")
 
     def pause(self) -> None:
         """Stop every vCPU and then every device, and return when all stand still. Not from a vCPU's own thread.
@@ -320,7 +370,7 @@ class Machine:
     @property
     def counters(self) -> Counters:
         """What the native loop has counted until now."""
-        return Counters.read(self.native, self._natives, self.elapsed_ns)
+        return Counters.read(self.native, self._natives, self.elapsed_ns, self.started_ns)
 
     @property
     def natives(self) -> tuple[Any, ...]:

@@ -49,9 +49,11 @@ class Counters:
     unshares: int
     refused: int
     elapsed_ns: int
+    started_ns: int = 0
+    """When the first vCPU was entered, of CLOCK_MONOTONIC; 0 before."""
 
     @classmethod
-    def read(cls, vm: Any, vcpus: Sequence[Any], elapsed_ns: int) -> Counters:
+    def read(cls, vm: Any, vcpus: Sequence[Any], elapsed_ns: int, started_ns: int = 0) -> Counters:
         """Add up ``struct pv_vcpu.stats``; the vCPUs may be running."""
         exits = []
         for code, name in EXITS.items():
@@ -64,7 +66,7 @@ class Counters:
                     sum(s.vmm_ns for s in stats),
                 )
             )
-        return cls(tuple(exits), vm.shares, vm.unshares, vm.refused, elapsed_ns)
+        return cls(tuple(exits), vm.shares, vm.unshares, vm.refused, elapsed_ns, started_ns)
 
     @property
     def total(self) -> int:

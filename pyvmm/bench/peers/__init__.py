@@ -35,6 +35,7 @@ _MODULES: Final = {
     "access_tracking_perf_test": "selftests",
     "guest_memfd_test": "selftests",
     "qemu": "qemu",
+    "qemu boot": "boot",
     "bare loop": "loops",
     "twin": "loops",
 }

@@ -1,0 +1,128 @@
+"""A Linux guest started as a user starts one, in a process of its own, and when it did what.
+
+Every side runs the same kernel with the same initramfs of one line of shell: what a VMM adds is all that differs. The
+init says a word on the console and powers off; when that word comes out of the VMM's stdout is when init ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from pyvmm.cpio import CpioWriter
+from pyvmm.errors import PyvmmError
+from pyvmm.guest.kernels import BUSYBOX, IMAGE, directory
+
+WORD: Final = b"PYVMM-INIT"
+INIT: Final = b"#!/bin/busybox sh\necho " + WORD + b"\nexec /bin/busybox poweroff -f\n"
+PARAMETERS: Final = "console=ttyAMA0 quiet panic=-1"
+MEMORY: Final = 256
+"""MiB."""
+_TAIL: Final = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """A named kernel and the initramfs to start with it."""
+
+    kernel: str
+    initrd: str
+
+
+@contextlib.contextmanager
+def files(kernel: str, init: bytes = INIT) -> Iterator[Files]:
+    """Make an initramfs of busybox and ``init``. HostError where there is no kernel of this name."""
+    where = directory(kernel, None)
+    archive = io.BytesIO()
+    cpio = CpioWriter(archive)
+    with tempfile.NamedTemporaryFile(prefix="pyvmm-bench-", suffix=".cpio") as file:
+        cpio.character_device("dev/console", 5, 1)
+        with open(os.path.join(where, BUSYBOX), "rb") as busybox:
+            cpio.file("bin/busybox", busybox.read(), mode=0o755)
+        cpio.file("init", init, mode=0o755)
+        cpio.finish()
+        file.write(archive.getvalue())
+        file.flush()
+        yield Files(os.path.join(where, IMAGE), file.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """When a VMM did what, in ns of CLOCK_MONOTONIC; ``entered``, its first KVM_RUN, only pyvmm tells."""
+
+    executed: int
+    entered: int
+    init: int
+    ended: int
+
+
+def pyvmm(guest: Files, protection: str, cpus: int, *options: str) -> list[str]:
+    """Return the command that boots ``guest``."""
+    return [
+        sys.executable, "-P", "-m", "pyvmm", "run", "--log-json", "--protection", protection, "--cpus", str(cpus),
+        "--mem", f"{MEMORY}M", "--params", PARAMETERS, "--initrd", guest.initrd, *options, guest.kernel,
+    ]  # fmt: skip
+
+
+def qemu(program: Sequence[str], guest: Files, cpus: int, *options: str) -> list[str]:
+    """Return the command that boots ``guest`` under QEMU with KVM, with no device that it is not asked for."""
+    return [
+        *program, "-M", "virt,gic-version=host", "-accel", "kvm", "-cpu", "host", "-smp", str(cpus), "-m", str(MEMORY),
+        "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
+        "-kernel", guest.kernel, "-initrd", guest.initrd, "-append", PARAMETERS, *options,
+    ]  # fmt: skip
+
+
+def boot(argv: Sequence[str], seconds: float) -> Boot:
+    """Run a VMM to its guest's end. PyvmmError where that does not come within ``seconds``, or init never ran."""
+    with tempfile.TemporaryFile() as said:
+        executed = time.monotonic_ns()
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+        try:
+            init, console = _watch(process, executed + int(seconds * 1e9))
+        finally:
+            process.kill()
+            process.wait()
+        ended = time.monotonic_ns()
+        said.seek(0)
+        words = said.read()
+    if process.returncode or not init:
+        tail = (words or console).decode(errors="replace").strip()[-_TAIL:]
+        raise PyvmmError(f"{argv[0]} ended with status {process.returncode} before the guest's init did: {tail}")
+    return Boot(executed, _entered(words), init, ended)
+
+
+def _watch(process: subprocess.Popen[bytes], until: int) -> tuple[int, bytes]:
+    """Return when the word came, 0 if it did not, and all that was printed, once the process has ended."""
+    assert process.stdout is not None
+    import select
+
+    console, init = b"", 0
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    while poll.poll(max(until - time.monotonic_ns(), 0) / 1e6):
+        data = os.read(process.stdout.fileno(), 1 << 16)
+        if not data:
+            process.wait()
+            return init, console
+        console += data
+        if not init and WORD in console:
+            init = time.monotonic_ns()
+    raise PyvmmError(f"the guest did not end in time; the last it printed: {console[-_TAIL:].decode(errors='replace')}")
+
+
+def _entered(words: bytes) -> int:
+    for each in words.splitlines():
+        with contextlib.suppress(ValueError):
+            if (event := json.loads(each)).get("event") == "run_ended":
+                return int(event["started_ns"])
+    return 0

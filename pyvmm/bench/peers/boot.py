@@ -1,0 +1,31 @@
+"""Boots beside QEMU's with KVM: the same kernel, initramfs, memory and console, from exec to what init says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from pyvmm.bench import linux
+from pyvmm.bench.model import Point, Series
+from pyvmm.bench.peers import PATIENCE, TURNS, pair
+from pyvmm.bench.peers.qemu import qemu
+from pyvmm.guest.kernels import OWN
+
+NAME: Final = "qemu boot"
+
+
+def boots() -> list[Series]:
+    """Boot by turns, who begins alternating."""
+    program = qemu()
+    times: dict[str, list[list[float]]] = {"qemu": [], "pyvmm": []}
+    with linux.files(OWN) as guest:
+        sides = {"qemu": linux.qemu(program, guest, 1), "pyvmm": linux.pyvmm(guest, "none", 1)}
+        for turn in range(TURNS):
+            for side in list(sides) if turn % 2 else reversed(sides):
+                boot = linux.boot(sides[side], PATIENCE)
+                times[side].append([float(boot.init - boot.executed)])
+    point: Point = {"what": "boot", "kernel": OWN}
+    return pair(NAME, point, "exec to init", times["pyvmm"], times["qemu"], clocks=("host", "host"), per="boot")
+
+
+PEERS: Final[Mapping[str, Callable[[], list[Series]]]] = {NAME: boots}

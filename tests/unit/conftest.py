@@ -1,15 +1,20 @@
-"""What several unit tests need: rigs in the fake kernel, and a userfaultfd."""
+"""What several unit tests need: rigs in the fake kernel, a userfaultfd, a virtio device in guest memory, events."""
 
 from __future__ import annotations
 
+import io
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pyvmm import log
 from pyvmm._native import lib
 from pyvmm.errors import HostError
 from pyvmm.memory.userfault import Userfault
 from tests.fake_kvm import Rig
+from tests.virtio_board import Board, Toy
+from tests.virtqueue_rig import SIZE, Guest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,3 +47,33 @@ def userfault() -> Iterator[Userfault]:
         pytest.skip(error.message)
     with opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def guest_memory() -> Iterator[Guest]:
+    guest = Guest()
+    yield guest
+    guest.close()
+
+
+@pytest.fixture
+def guest(guest_memory: Guest) -> Guest:
+    guest_memory.close_pages(())
+    guest_memory.load(bytes(SIZE))
+    return guest_memory
+
+
+@pytest.fixture
+def toy(guest: Guest) -> Iterator[Board]:
+    board = Board(guest, Toy())
+    yield board
+    board.device.hold.set()  # type: ignore[attr-defined]
+    board.close()
+
+
+@pytest.fixture
+def events() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    stream = io.StringIO()
+    log.configure(0, json=True, stream=stream)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    log.configure(0)

@@ -20,6 +20,7 @@ reset in the middle of requests        waits until the request at hand has ended
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
@@ -40,7 +41,7 @@ from pyvmm.devices.virtio.registers import (
     Status,
     objection,
 )
-from pyvmm.errors import PyvmmError, hex_
+from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
     from pyvmm.machine.irq import EdgeLine
@@ -297,6 +298,53 @@ class VirtioMmio(Device):
     def resume(self) -> None:
         """Let it go on."""
         self.device.resume()
+
+    def save(self) -> dict[str, Any]:
+        """Return all of it and of the device, while paused. UsageError where the device has requests in its hands."""
+        if held := [queue.index for queue in self.queues if queue.held]:
+            raise UsageError(f"{self.device.label} cannot be saved: it holds requests of queue {held[0]}")
+        return {
+            "device": self.device.name,
+            "status": int(self._status),
+            "generation": self._generation,
+            "interrupt": int(self.interrupt.status),
+            "features": self._features,
+            "select": [self._device_sel, self._driver_sel, self._queue_sel],
+            "queues": [
+                {**asdict(setup), "at": queue.save() if queue.ready else None}
+                for setup, queue in zip(self._setups, self.queues, strict=True)
+            ],
+            "own": self.device.save(),
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on as another was, the device with it. UsageError where that was another device, or none there can be."""
+        if saved.get("device") != self.device.name:
+            raise UsageError(f"{self.device.label} was a {saved.get('device')} where it was saved")
+        try:
+            self._load(saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{self.device.label} cannot be what was saved: {error}") from None
+        if Status.DRIVER_OK in self._status:
+            self._start()
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self._features = saved["features"]
+        status = Status(saved["status"])
+        if Status.FEATURES_OK in status and (reason := self._refusal()) is not None:
+            raise ValueError(reason)
+        self._device_sel, self._driver_sel, self._queue_sel = saved["select"]
+        for number, (queue, each) in enumerate(zip(self.queues, saved["queues"], strict=True)):
+            at = each.pop("at")
+            self._setups[number] = setup = Setup(**each)
+            if at is not None:
+                self._set_ready(queue, setup, 1)
+                if not queue.ready:
+                    raise ValueError(f"queue {number} is refused")
+                queue.load(at)
+        self.device.load(saved["own"])
+        self._generation, self.interrupt.status = saved["generation"], saved["interrupt"]
+        self._status = status
 
     def close(self) -> None:
         """Stop the device and close it."""

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 #: A chain may take an indirect table, which is not bound to the queue's size: as many segments as this it may have.
 LEAST_ROOM: Final = 256
 
+_INDEX: Final = 0xFFFF
+#: What of a queue is more than its setup, and where it ends; None: with the ring.
+_POSITION: Final[dict[str, int | None]] = {
+    "next": None, "next_wrap": 2, "used": None, "used_wrap": 2, "available": None, "asked": 2,
+    "error": lib.PV_QUEUE_ERRORS, "error_gpa": 1 << 64,
+}  # fmt: skip
 _ERRORS: Final = {
     lib.PV_QUEUE_RING: "one of its rings cannot be touched: it is private, gone, or no memory",
     lib.PV_QUEUE_TABLE: "an indirect table cannot be touched: it is private, gone, or no memory",
@@ -136,6 +142,26 @@ class Queue:
         native.size = native.flags = native.descriptors = native.driver = native.device = 0
         lib.pv_queue_start(native)
         lib.pv_queue_take(native)
+
+    @property
+    def held(self) -> int:
+        """Entries of requests that were popped and not pushed."""
+        native = self.native
+        packed = native.flags & lib.PV_QUEUE_PACKED
+        return int(native.taken if packed else (native.next - native.used) & _INDEX)
+
+    def save(self) -> dict[str, int]:
+        """Return where it is, while nobody serves it."""
+        return {name: int(getattr(self.native, name)) for name in _POSITION}
+
+    def load(self, saved: dict[str, int]) -> None:
+        """Go on, once set up, from where another was. ValueError where no queue of this size can be there."""
+        native = self.native
+        end = native.size if native.flags & lib.PV_QUEUE_PACKED else _INDEX + 1
+        for name, most in _POSITION.items():
+            if not 0 <= saved[name] < (end if most is None else most):
+                raise ValueError(f"queue {self.index} cannot have {name} {saved[name]}")
+            setattr(native, name, saved[name])
 
     def close(self) -> None:
         """Close the eventfd; idempotent."""

@@ -1,0 +1,189 @@
+"""A transport and a device that does little, as a vCPU reaches them, and a driver that keeps to the rules."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from pyvmm._native import lib
+from pyvmm.devices.virtio.device import Feature, VirtioDevice
+from pyvmm.devices.virtio.mmio import VirtioMmio
+from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
+from pyvmm.devices.virtio.registers import Register, Status
+from pyvmm.devices.virtio.worker import Worker
+from tests.twin_virtqueue import Driver, Rings
+from tests.unit.memory_helper import BASE
+from tests.virtqueue_rig import HALF, PAGE, Guest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MINE = 1 << 5
+TABLES, DATA = BASE + 8 * PAGE, BASE + HALF
+ACKNOWLEDGED = Status.ACKNOWLEDGE | Status.DRIVER
+RUNNING = ACKNOWLEDGED | Status.FEATURES_OK | Status.DRIVER_OK
+
+
+class Toy(VirtioDevice):
+    """Answers with what it was given, in upper case; ``hold`` makes it wait in the middle of that."""
+
+    device_id: ClassVar[int] = 42
+    name: ClassVar[str] = "toy"
+    queue_sizes = (8, 4)
+    features = MINE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worker = Worker("toy", self.failed)
+        self.hold = threading.Event()
+        self.hold.set()
+        self.busy = threading.Event()
+        self.started: list[int] = []
+        self.settings = bytearray(b"\x01\x02\x03\x04toy!")
+
+    def config(self) -> bytes:
+        return bytes(self.settings)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        self.settings[offset : offset + len(data)] = data
+
+    def start(self, queues: Sequence[Queue], features: int) -> None:
+        self.started.append(features)
+        for queue in queues:
+            if queue.ready:
+                self.worker.watch(queue, lambda queue=queue: queue.serve(self.answer))  # type: ignore[misc]
+        self.worker.start(queues)
+
+    def answer(self, chain: Chain) -> int:
+        self.busy.set()
+        self.hold.wait()
+        try:
+            return chain.write(0, chain.read(0, 4096).upper())
+        except ChainFault:
+            return 0
+
+    def stop(self) -> None:
+        self.worker.stop(patience=5)
+
+    def pause(self) -> None:
+        self.worker.pause(patience=5)
+
+    def resume(self) -> None:
+        self.worker.resume()
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+class Board:
+    """A transport as a vCPU reaches it: what the native loop answers by itself is answered here."""
+
+    def __init__(self, guest: Guest, device: VirtioDevice, *, private: bool = False) -> None:
+        self.guest, self.device = guest, device
+        self.transport = VirtioMmio(device, guest.native, private=private)
+        self.windows = self.transport.windows()
+
+    def _window(self, offset: int, size: int) -> int | None:
+        """The kind of the window; None for an access that no window holds, which aborts in the guest."""
+        for start, length, kind, _ in self.windows:
+            if start <= offset and offset + size <= start + length:
+                return kind
+        return None
+
+    def load(self, offset: int, size: int = 4) -> int:
+        match self._window(offset, size):
+            case lib.PV_KIND_COLD:
+                value = self.transport.read(offset, size, 0)
+                assert 0 <= value < 1 << 8 * size
+                return value
+            case lib.PV_KIND_VIRTIO if (offset, size) == (Register.INTERRUPT_STATUS, 4):
+                return int(self.transport.interrupt.status)
+        return 0
+
+    def store(self, offset: int, value: int, size: int = 4) -> None:
+        value &= (1 << 8 * size) - 1
+        match self._window(offset, size):
+            case lib.PV_KIND_COLD:
+                self.transport.write(offset, size, value, 0)
+            case lib.PV_KIND_DOORBELL if offset == Register.QUEUE_NOTIFY and value < len(self.transport.queues):
+                os.eventfd_write(self.transport.queues[value].kick, 1)
+            case lib.PV_KIND_VIRTIO if (offset, size) == (Register.INTERRUPT_ACK, 4):
+                self.transport.interrupt.status &= ~value & 0xFFFF_FFFF
+
+    # -- a driver that follows the rules
+
+    @property
+    def status(self) -> Status:
+        return Status(self.load(Register.STATUS))
+
+    def offered(self) -> int:
+        features = 0
+        for number in range(4):
+            self.store(Register.DEVICE_FEATURES_SEL, number)
+            features |= self.load(Register.DEVICE_FEATURES) << 32 * number
+        return features
+
+    def negotiate(self, features: int) -> bool:
+        """Reset, ask for features; whether they were granted."""
+        for status in (0, Status.ACKNOWLEDGE, ACKNOWLEDGED):
+            self.store(Register.STATUS, status)
+        for number in range(4):
+            self.store(Register.DRIVER_FEATURES_SEL, number)
+            self.store(Register.DRIVER_FEATURES, features >> 32 * number)
+        self.store(Register.STATUS, ACKNOWLEDGED | Status.FEATURES_OK)
+        return Status.FEATURES_OK in self.status
+
+    def set_queue(self, number: int, size: int, descriptors: int, driver: int, device: int) -> bool:
+        """Whether it is ready."""
+        self.store(Register.QUEUE_SEL, number)
+        self.store(Register.QUEUE_SIZE, size)
+        for register, gpa in (
+            (Register.QUEUE_DESC_LOW, descriptors),
+            (Register.QUEUE_DRIVER_LOW, driver),
+            (Register.QUEUE_DEVICE_LOW, device),
+        ):
+            self.store(register, gpa)
+            self.store(register + 4, gpa >> 32)
+        self.store(Register.QUEUE_READY, 1)
+        return bool(self.load(Register.QUEUE_READY))
+
+    def drive(self, *, packed: bool = False, event_idx: bool = False, more: int = 0) -> list[Driver]:
+        """Do all of it; returns a driver for each queue."""
+        features = Feature.VERSION_1 | Feature.INDIRECT_DESC | more
+        features |= Feature.RING_PACKED * packed | Feature.EVENT_IDX * event_idx
+        assert self.negotiate(features)
+        drivers = []
+        for number, size in enumerate(self.device.queue_sizes):
+            at = BASE + number * 3 * PAGE
+            size = min(size, 16)
+            rings = Rings(size, at, at + PAGE, at + 2 * PAGE, packed, event_idx)
+            for area in (rings.descriptors, rings.driver, rings.device):
+                self.guest.write(area, bytes(PAGE))
+            assert self.set_queue(number, size, rings.descriptors, rings.driver, rings.device)
+            drivers.append(Driver(self.guest, rings, TABLES))
+        self.store(Register.STATUS, RUNNING)
+        return drivers
+
+    def close(self) -> None:
+        self.transport.close()
+
+
+def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def ask(board: Board, driver: Driver, text: bytes, queue: int = 0) -> None:
+    board.guest.write(DATA, text)
+    assert driver.add([(DATA, len(text), False), (DATA + PAGE, 64, True)]) is not None
+    board.store(Register.QUEUE_NOTIFY, queue)
+
+
+def answer(board: Board, driver: Driver) -> bytes:
+    done: list[tuple[int, int]] = []
+    eventually(lambda: done.extend(driver.used()) or done)
+    return board.guest.read(DATA + PAGE, done[0][1])

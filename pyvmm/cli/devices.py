@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import parse_count, parse_size
+from pyvmm.cli.common import output_behind, parse_count, parse_size
+from pyvmm.cli.consoles import Ends, terminal_size
 from pyvmm.cli.suboptions import parse
 
 if TYPE_CHECKING:
@@ -24,6 +25,20 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST]|socket=PATH[,mac=MAC]",
         help="a network card: before a tap, which is made if it is not there; before a passt that is started with it, "
         "and needs no privilege; or before one that runs. More ports to forward follow a +. May be repeated",
+    )  # fmt: skip
+    group.add_argument(
+        "--console", metavar="WHERE", type=output_behind("file"),
+        help="a virtio console, hvc0 of a Linux guest: stdio (not --serial's then), file=PATH, or none (default)",
+    )  # fmt: skip
+    group.add_argument(
+        "--vsock", metavar="uds=PATH,cid=N", type=parse_vsock,
+        help="sockets between guest and host: a program that connects to PATH and sends CONNECT PORT reaches the "
+        "guest, whose cid is N (3 or more); the guest reaches port P of cid 2 where a program listens at PATH_P",
+    )  # fmt: skip
+    group.add_argument(
+        "--balloon", metavar="SIZE", type=parse_size,
+        help="a balloon that takes SIZE of the guest's memory, and what the guest says is free; pyvmm ctl balloon SIZE "
+        "changes it (protection none only)",
     )  # fmt: skip
     group.add_argument(
         "--rng", action=argparse.BooleanOptionalAction, default=False,
@@ -64,8 +79,16 @@ def parse_forwards(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def device_specs(args: argparse.Namespace) -> tuple[DeviceSpec, ...]:
-    """Return what the options ask for; devices of a kind in the order they were given."""
+def parse_vsock(text: str) -> dict[str, Any]:
+    """Return what ``uds=PATH,cid=N`` says, by key."""
+    values = parse(text, {"uds": str, "cid": parse_count})
+    if lacking := [key for key in ("uds", "cid") if key not in values]:
+        raise argparse.ArgumentTypeError(f"{text!r} lacks {' and '.join(lacking)}; uds=guest.sock,cid=3 has both")
+    return values
+
+
+def device_specs(args: argparse.Namespace, console: Ends = (None, None)) -> tuple[DeviceSpec, ...]:
+    """Return what the options ask for; devices of a kind in the order they were given. ``console`` is --console's."""
     from pyvmm.machine import devices
 
     specs: list[DeviceSpec] = [
@@ -79,6 +102,12 @@ def device_specs(args: argparse.Namespace) -> tuple[DeviceSpec, ...]:
         )
         for net in args.net
     ]  # fmt: skip
+    if args.console not in (None, "none"):
+        specs.append(devices.Console(*console, size=terminal_size(console[0])))
+    if args.vsock is not None:
+        specs.append(devices.Vsock(args.vsock["uds"], args.vsock["cid"]))
+    if args.balloon is not None:
+        specs.append(devices.Balloon(args.balloon))
     if args.rng:
         specs.append(devices.Rng())
     return tuple(specs)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import OutputPath, add_common, output_behind, parse_count, parse_memory, parse_seconds
+from pyvmm.cli.consoles import Ends, following_size, open_place, places
 from pyvmm.cli.devices import add_device_options, device_specs
 from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pyvmm.cli.watch import Watch
     from pyvmm.machine.config import MachineConfig
 
-STDIN, STDOUT = 0, 1
+STDOUT = 1
 
 # As in pyvmm.protection, pyvmm.machine.config and pyvmm.memory.conversion, which are not worth importing for --help.
 PROTECTIONS = ("none", "pkvm", "emulated")
@@ -90,8 +91,8 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "127.0.0.1 unless said); WHERE,nowait does not wait",
     )  # fmt: skip
     machine.add_argument(
-        "--serial", metavar="WHERE", type=output_behind("file"), default="stdio",
-        help="the console: stdio (default), file=PATH, or none",
+        "--serial", metavar="WHERE", type=output_behind("file"),
+        help="the UART, the console of most guests: stdio (default, unless --console has it), file=PATH, or none",
     )  # fmt: skip
 
     add_device_options(parser)
@@ -168,7 +169,8 @@ def traced(args: argparse.Namespace) -> Tracing | None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise UsageError for options that make no sense together, whatever the host and the kernel's file are."""
-    _config(args, _kernel(args), None, None).check()
+    places(args)
+    _config(args, _kernel(args)).check()
 
 
 def ready(args: argparse.Namespace) -> str:
@@ -193,7 +195,7 @@ def dry_run(args: argparse.Namespace) -> int:
     require_fresh_native()
     from pyvmm.machine.plan import Plan
 
-    with Plan(_config(args, kernel, None, None)) as plan:
+    with Plan(_config(args, kernel)) as plan:
         if args.dump_dtb is not None:
             _write(args.dump_dtb, plan.machine.entry.device_tree)
         print("\n".join(plan.lines()))
@@ -212,17 +214,18 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
         signals = stack.enter_context(Signals())
         if watch is not None:
             stack.enter_context(watch)
-        serial_out, serial_in = _serial(args.serial, stack, STDOUT if watch is None else watch.console)
-        if serial_in is not None and os.isatty(serial_in):
-            # In the background the terminal is not ours to read: it would stop us.
-            keys = Keys(serial_in, lambda: signals.end("Ctrl-A x")) if in_foreground(serial_in) else None
-            serial_in = stack.enter_context(keys).fd if keys is not None else None
+        ends = [open_place(where, stack, STDOUT if watch is None else watch.console) for where in places(args)]
+        for number, (out, source) in enumerate(ends):
+            if source is not None and os.isatty(source):
+                # In the background the terminal is not ours to read: it would stop us.
+                keys = Keys(source, lambda: signals.end("Ctrl-A x")) if in_foreground(source) else None
+                ends[number] = out, stack.enter_context(keys).fd if keys is not None else None
         debugger = None
         if args.gdb is not None:
             from pyvmm.debug.server import GdbServer
 
             debugger = stack.enter_context(GdbServer(args.gdb))
-        config = found(_config(args, kernel, serial_out, serial_in))
+        config = found(_config(args, kernel, *ends))
         machine = stack.enter_context(Machine(config, intercept=debugger.intercept if debugger else None))
         if args.dump_dtb is not None:
             _write(args.dump_dtb, machine.entry.device_tree)
@@ -231,7 +234,7 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
         signals.stop = machine.stop
         if debugger is not None:
             stack.enter_context(debugger.serving(machine))
-        with Control(Requests(machine).verbs, args.socket):
+        with Control(Requests(machine).verbs, args.socket), following_size(machine, ends[1][0]):
             outcome = machine.run()
         if debugger is not None:
             debugger.ended(outcome)
@@ -252,7 +255,9 @@ def _kernel(args: argparse.Namespace) -> str:
     return str(given[0])
 
 
-def _config(args: argparse.Namespace, kernel: str, serial_out: int | None, serial_in: int | None) -> MachineConfig:
+def _config(
+    args: argparse.Namespace, kernel: str, serial: Ends = (None, None), console: Ends = (None, None)
+) -> MachineConfig:
     from pyvmm.guest.kernels import MEMORY, is_kernel
     from pyvmm.machine import layout
     from pyvmm.machine.config import DEFAULT_MEMORY, MachineConfig
@@ -273,9 +278,9 @@ def _config(args: argparse.Namespace, kernel: str, serial_out: int | None, seria
         prefault=args.prefault,
         conversion=Conversion(args.conversion),
         deadline=args.deadline,
-        serial_out=serial_out,
-        serial_in=serial_in,
-        devices=device_specs(args),
+        serial_out=serial[0],
+        serial_in=serial[1],
+        devices=device_specs(args, console),
         swiotlb=args.swiotlb,
     )
 
@@ -298,20 +303,6 @@ def params(kernel: str, given: list[str]) -> tuple[str, ...]:
     if kernel != CRASH:
         return tuple(given)
     return tuple(f"way={text}" if text and "=" not in text and " " not in text else text for text in given)
-
-
-def _serial(where: str, stack: contextlib.ExitStack, stdout: int) -> tuple[int | None, int | None]:
-    """Return the console's descriptors, output and input; ``stdout`` is where stdio's output goes."""
-    if where == "stdio":
-        return stdout, STDIN
-    if where == "none":
-        return None, None
-    kind, _, path = where.partition("=")
-    if kind != "file" or not path:
-        raise UsageError(f"--serial {where}: stdio, file=PATH and none are known")
-    fd = _open(path)
-    stack.callback(os.close, fd)
-    return fd, None
 
 
 def _open(path: str) -> int:

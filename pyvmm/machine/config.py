@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
-from pyvmm.machine.devices import DeviceSpec
+from pyvmm.machine.devices import Balloon, DeviceSpec
 from pyvmm.machine.swiotlb import pool_size
 from pyvmm.memory.conversion import Conversion
 from pyvmm.protection import Protection
@@ -67,6 +67,9 @@ class MachineConfig:
         if self.backing not in BACKINGS:
             raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")
         pool_size(self)
+        for device in self.devices:
+            if isinstance(device, Balloon):
+                device.check(self)
         if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
             most = f"{threading.TIMEOUT_MAX:.0f}"
             raise UsageError(f"a deadline of {self.deadline} seconds: it must be more than 0, and {most} at most")

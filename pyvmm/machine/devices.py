@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from pyvmm.devices.virtio.vsock_packet import check_cid
 from pyvmm.errors import UsageError
+from pyvmm.protection import Protection
+
+if TYPE_CHECKING:
+    from pyvmm.machine.config import MachineConfig
 
 DISK_QUEUES: Final = 16
 DISK_SERIAL: Final = 20
@@ -67,5 +72,57 @@ class Net:
                 raise UsageError(f"port {port}: ports are 1 to 65535")
 
 
+@dataclass(frozen=True)
+class Console:
+    """A virtio console, ``hvc0`` of a Linux guest, between descriptors that somebody else closes.
+
+    ``size`` is columns and rows of the terminal it goes to, None where it is none.
+    """
+
+    out: int | None = None
+    source: int | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Vsock:
+    """The guest's stream sockets at ``cid``, and the host's at the Unix socket ``path`` and ``path_PORT``."""
+
+    path: str
+    cid: int
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a cid that no guest can have."""
+        check_cid(self.cid)
+
+
+@dataclass(frozen=True)
+class Balloon:
+    """A balloon that is to hold ``size`` bytes of the guest's memory from the start, and hears of what is free."""
+
+    size: int = 0
+
+    def check(self, config: MachineConfig) -> None:
+        """Raise UsageError where nothing could be given back, or not so much."""
+        if config.protection is Protection.PKVM:
+            raise UsageError(
+                "a balloon with protection pkvm: the host's kernel pins what a protected guest touches until its end, "
+                "so nothing could be given back; and Linux's driver keeps its rings where the host cannot look",
+                hint="give the guest less memory: it takes what it touches, no more",
+            )
+        if config.protection is Protection.EMULATED:
+            raise UsageError(
+                "a balloon with protection emulated: Linux's driver keeps its rings in private memory (it turns "
+                "ACCESS_PLATFORM down), where the host does not look",
+                hint="use --protection none for a balloon",
+            )
+        if config.backing == "hugetlb":
+            raise UsageError("a balloon with the hugetlb backing: the guest gives pages of 4 KiB, and these have 2 MiB",
+                             hint="use --backing thp for huge pages that can be taken apart")  # fmt: skip
+        if not 0 <= self.size <= config.memory:
+            raise UsageError(f"a balloon of {self.size:#x} bytes: the guest has {config.memory:#x}",
+                             hint="name what the guest is to give up, not what it is to keep")  # fmt: skip
+
+
 #: Everything that :attr:`pyvmm.machine.config.MachineConfig.devices` may hold.
-DeviceSpec = Rng | Disk | Net
+DeviceSpec = Rng | Disk | Net | Console | Vsock | Balloon

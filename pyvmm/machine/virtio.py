@@ -16,12 +16,13 @@ from pyvmm.machine import devices, layout
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pyvmm.devices.bus import Bus
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.devices.virtio.netbackend import NetBackend
     from pyvmm.machine.irq import Interrupts
+    from pyvmm.memory.memory import Memory
 
 log = get_logger("virtio")
 
@@ -35,6 +36,10 @@ class Context:
 
     native: Any
     protection: Protection
+    memory: Memory
+    ram: range
+    unheard: Callable[[OSError], None]
+    """Told why a console's output can no longer be written."""
 
     @property
     def private(self) -> bool:
@@ -58,6 +63,18 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
                     meaning="a guest that does not trust the host must not count what this device gives as random",
                 )  # fmt: skip
             return Rng()
+        case devices.Console():
+            from pyvmm.devices.virtio.console import Console
+
+            return Console(spec.out, spec.source, size=spec.size, unheard=context.unheard)
+        case devices.Vsock():
+            from pyvmm.devices.virtio.vsock import Vsock
+
+            return Vsock(spec.path, spec.cid)
+        case devices.Balloon():
+            from pyvmm.devices.virtio.balloon import Balloon
+
+            return Balloon(context.memory, context.ram, spec.size)
         case devices.Disk():
             from pyvmm.devices.virtio.blk import Blk
             from pyvmm.devices.virtio.disk import DiskFile

@@ -84,7 +84,7 @@ def test_runs_options_have_the_names_other_tools_use():
 
 @pytest.mark.parametrize("words", [[], ["--prefault"]])
 def test_prefaulting_is_asked_for(words):
-    assert run._config(parse("run", *words, "k"), "k", None, None).prefault is bool(words)
+    assert run._config(parse("run", *words, "k"), "k").prefault is bool(words)
 
 
 def test_runs_choices_are_the_librarys():

@@ -210,7 +210,6 @@ def test_the_configuration_in_effect_is_printed_and_nothing_runs(tmp_path: Path)
         "cpus = 3\n"
         'backing = "memfd"\n'
         "prefault = true\n"
-        'serial = "stdio"\n'
         'protection = "emulated"\n'
         'conversion = "preserve"\n'
     )

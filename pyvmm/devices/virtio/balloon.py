@@ -90,6 +90,12 @@ class Balloon(VirtioDevice):
         self._target = self._pages(size)
         self.config_changed()
 
+    def balloon(self, size: int | None) -> dict[str, int]:
+        """Aim, unless at None, and say what there is, in bytes."""
+        if size is not None:
+            self.aim(size)
+        return {"target": self.target, "actual": self.actual, "given_back": self.punched}
+
     @property
     def target(self) -> int:
         """Bytes the balloon should hold."""

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any, Final
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
 from pyvmm.devices.virtio.vsock_host import Door
-from pyvmm.devices.virtio.vsock_packet import CID_FIRST, CID_LAST, HEADER_SIZE, OP_RW, Header
+from pyvmm.devices.virtio.vsock_packet import HEADER_SIZE, OP_RW, Header, check_cid
 from pyvmm.devices.virtio.vsock_stream import MOST_PAYLOAD
 from pyvmm.devices.virtio.vsock_table import Table
 from pyvmm.devices.virtio.worker import Worker
-from pyvmm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,8 +50,7 @@ class Vsock(VirtioDevice):
     features = F_STREAM
 
     def __init__(self, path: str, cid: int) -> None:
-        if not CID_FIRST <= cid <= CID_LAST:
-            raise UsageError(f"vsock cid {cid}: a guest's is {CID_FIRST} to {CID_LAST}; 2 is the host's own")
+        check_cid(cid)
         super().__init__()
         self._cid = cid
         self._table = Table(cid, path, self._watch)

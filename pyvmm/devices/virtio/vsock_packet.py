@@ -9,6 +9,8 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from pyvmm.errors import UsageError
+
 CID_HOST: Final = 2
 CID_FIRST: Final = 3
 """The lowest cid a guest can have."""
@@ -36,6 +38,12 @@ SHUTDOWN_BOTH: Final = SHUTDOWN_RECEIVE | SHUTDOWN_SEND
 
 _HEADER: Final = struct.Struct("<QQIIIHHIII")
 HEADER_SIZE: Final = _HEADER.size
+
+
+def check_cid(cid: int) -> None:
+    """Raise UsageError for a cid that no guest can have."""
+    if not CID_FIRST <= cid <= CID_LAST:
+        raise UsageError(f"vsock cid {cid}: a guest's is {CID_FIRST} to {CID_LAST}; 2 is the host's own")
 
 
 @dataclass(frozen=True, slots=True)

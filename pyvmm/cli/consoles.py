@@ -1,0 +1,94 @@
+"""Where a guest's consoles go: the UART of ``--serial``, the virtio console of ``--console``, one of them to stdio.
+
+Owns the files that are named, and SIGWINCH while a run lasts; used by ``run``, from the main thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Final
+
+from pyvmm.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from pyvmm.machine.machine import Machine
+
+STDIN: Final = 0
+KNOWN: Final = "stdio, file=PATH and none are known"
+
+Ends = tuple[int | None, int | None]
+"""Descriptors of a console: output and input."""
+
+
+def places(args: argparse.Namespace) -> tuple[str, str]:
+    """Return where the UART and the virtio console go. The UART has stdio unless the other one wants it.
+
+    Raises UsageError where both are told to have it, or a place is none.
+    """
+    console: str = args.console or "none"
+    serial: str = args.serial or ("none" if console == "stdio" else "stdio")
+    for option, where in (("--serial", serial), ("--console", console)):
+        if where not in ("stdio", "none") and not where.removeprefix("file=") != where != "file=":
+            raise UsageError(f"{option} {where}: {KNOWN}")
+    if serial == console != "none":
+        raise UsageError(
+            f"--serial {serial} and --console {console}: only one of the two can have it",
+            hint="leave --serial out, or say --serial none, or file=PATH for each",
+        )
+    return serial, console
+
+
+def open_place(where: str, stack: contextlib.ExitStack, stdout: int) -> Ends:
+    """Return the descriptors of a place; ``stdout`` is where stdio's output goes. Raises UsageError."""
+    if where == "stdio":
+        return stdout, STDIN
+    if where == "none":
+        return None, None
+    path = where.partition("=")[2]
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{path!r} cannot be written: {reason}") from None
+    stack.callback(os.close, fd)
+    return fd, None
+
+
+def terminal_size(out: int | None) -> tuple[int, int] | None:
+    """Return columns and rows of the terminal that ``out`` is; None where it is none."""
+    if out is None or not os.isatty(out):
+        return None
+    try:
+        columns, rows = os.get_terminal_size(out)
+    except OSError:
+        return None
+    return columns, rows
+
+
+@contextlib.contextmanager
+def following_size(machine: Machine, out: int | None) -> Iterator[None]:
+    """Tell the guest's virtio console whenever the terminal ``out`` gets another size."""
+    if terminal_size(out) is None:
+        yield
+        return
+
+    def tell() -> None:
+        size = terminal_size(out)
+        if size is not None:
+            machine.resize_console(*size)
+
+    def changed(_number: int, _frame: object) -> None:
+        # A thread of its own: a handler runs between any two lines of the main thread, whose locks it must not take.
+        threading.Thread(target=tell, name="pyvmm-resize", daemon=True).start()
+
+    old = signal.signal(signal.SIGWINCH, changed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGWINCH, old)

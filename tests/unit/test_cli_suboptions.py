@@ -1,0 +1,48 @@
+"""Options that describe a device: parts, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from pyvmm.cli.common import parse_count
+from pyvmm.cli.suboptions import one_of, parse
+
+KEYS = {"path": str, "ro": None, "queues": parse_count, "cache": one_of("on", "off")}
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("disk.img", {"path": "disk.img"}),
+        ("path=disk.img", {"path": "disk.img"}),
+        ("disk.img,ro,queues=4", {"path": "disk.img", "ro": True, "queues": 4}),
+        ("queues=4,path=a=b,cache=off", {"queues": 4, "path": "a=b", "cache": "off"}),
+        ("ro", {"ro": True}),
+        ("", {}),
+    ],
+)
+def test_parts_are_told_apart(text: str, values: dict[str, object]) -> None:
+    assert parse(text, KEYS, main="path") == values
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("disk.img,rw", "'rw' in 'disk.img,rw' is not known; known are path=, ro, queues=, cache="),
+        ("disk.img,readonly=on", "'readonly' in 'disk.img,readonly=on' is not known"),
+        ("a.img,path=b.img", "path is twice"),
+        ("ro=yes,path=a", "ro has no value, ro alone says it"),
+        ("a.img,queues", "queues needs a value: queues=..."),
+        ("a.img,queues=", "queues in 'a.img,queues=' is empty"),
+        ("a.img,queues=0", "queues in 'a.img,queues=0': '0' is no count"),
+        ("a.img,cache=maybe", "cache in 'a.img,cache=maybe': 'maybe' is none of on, off"),
+        (",ro", "path in ',ro' is empty"),
+        ("a.img,", "'' in 'a.img,' is not known"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as raised:
+        parse(text, KEYS, main="path")
+    assert said in str(raised.value)

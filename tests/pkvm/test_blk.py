@@ -1,0 +1,52 @@
+"""Linux with its root file system on a disk of ours, in every protection: what it wrote is there, and whole."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+from pyvmm.machine.devices import Disk
+from pyvmm.protection import Protection
+from pyvmm.vcpu.outcome import Ending
+from tests.pkvm import disks
+from tests.pkvm.harness import ALL, run
+from tests.pkvm.shown import kernel_directory
+
+pytestmark = pytest.mark.pkvm
+
+DEADLINE = 600.0
+MIB = 1 << 20
+WRITTEN = 64 * MIB
+PARAMS = ("root=/dev/vda", "rw", "init=/init", "console=ttyAMA0", "quiet", "panic=-1", "audit=0", "mitigations=off")
+
+INIT = f"""
+busybox=/bin/busybox
+$busybox mount -t proc proc /proc
+$busybox dd if=/dev/urandom of=/data bs=1M count={WRITTEN // MIB} 2>/dev/null
+echo "written $($busybox md5sum </data)"
+$busybox sync
+echo 3 >/proc/sys/vm/drop_caches
+echo "read $($busybox md5sum </data)"
+$busybox mount -o remount,ro /
+$busybox poweroff -f
+"""
+
+
+@pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
+def test_what_linux_writes_to_its_root_is_on_the_disk_when_it_is_off(protection: Protection, tmp_path: Path) -> None:
+    image = tmp_path / "root.img"
+    disks.make_root(image, WRITTEN + 32 * MIB, INIT)
+    kernel = str(kernel_directory("own:") / "Image")
+    ended = run(kernel, protection, memory=192 * MIB, params=PARAMS, devices=(Disk(str(image)),), deadline=DEADLINE)
+    said = ended.output.decode(errors="replace")
+    assert ended.outcome.ending is Ending.POWEROFF, said
+    sums = dict(re.findall(r"(written|read) ([0-9a-f]{32})", said))
+    assert sums["written"] == sums["read"], said
+    disks.check(image)
+    data = disks.read_file(image, "/data")
+    assert len(data) == WRITTEN
+    assert hashlib.md5(data, usedforsecurity=False).hexdigest() == sums["written"], said
+    assert "swiotlb buffer is full" not in said

@@ -91,8 +91,8 @@ def find_outputs(args: argparse.Namespace) -> list[str]:
     def look(value: Any) -> Iterator[str]:
         if isinstance(value, OutputPath):
             yield value.path
-        elif isinstance(value, list | tuple):
-            for item in value:
+        elif isinstance(value, list | tuple | dict):
+            for item in value.values() if isinstance(value, dict) else value:
                 yield from look(item)
 
     return list(dict.fromkeys(look(list(vars(args).values()))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import output_behind, parse_count, parse_size
+from pyvmm.cli.common import OutputPath, output_behind, parse_count, parse_size
 from pyvmm.cli.consoles import Ends, terminal_size
 from pyvmm.cli.suboptions import parse
 
@@ -56,7 +56,7 @@ def parse_disk(text: str) -> dict[str, Any]:
     values = parse(text, {"path": str, "ro": None, "queues": parse_count, "serial": str}, main="path")
     if "path" not in values:
         raise argparse.ArgumentTypeError(f"{text!r} names no file; disk.img,ro does")
-    return values
+    return values if values.get("ro") else {**values, "path": OutputPath(values["path"])}
 
 
 def parse_net(text: str) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _run(
     if is_tty and not os.isatty(STDIN):
         raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
     options = _options(args)
-    wanted = list(dict.fromkeys([*getattr(args, "lab_with", []), *named(files)]))
+    wanted = list(dict.fromkeys([*getattr(args, "lab_with", []), *named(files, ("passt",))]))
     for name in set(wanted) - set(peers.ALL):
         raise UsageError(f"nothing that a lab can be shown is called {name!r}", hint=", ".join(peers.ALL))
     find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built

@@ -17,7 +17,7 @@ from pyvmm.errors import HostError
 from pyvmm.shown import in_lab, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
 DEBIAN: Final = "debian:"
 OWN: Final = "own:"
@@ -40,14 +40,14 @@ def directory_name(text: str) -> str:
     return "guest-" + text.rstrip(":").replace(":", "-")
 
 
-def named(words: Iterable[str]) -> list[str]:
-    """Return what must be shown to a lab for a command line of these words: names, each once.
+def named(words: Iterable[str], others: Collection[str] = ()) -> list[str]:
+    """Return what must be shown to a lab for a command line of these words: kernels, and ``others``, each once.
 
     A word may have a name as a whole, or between its ``=`` and commas.
     """
     parts = [part for word in words for part in word.replace("=", ",").split(",")]
-    kernels = list(dict.fromkeys(filter(is_kernel, parts)))
-    return kernels or [SHELL] * (SHELL in parts)
+    kernels = list(filter(is_kernel, parts)) or [SHELL] * (SHELL in parts)
+    return list(dict.fromkeys([*kernels, *(part for part in parts if part in others)]))
 
 
 def resolve(kernel: str, initrd: str | None, make: Callable[[str], str] | None = None) -> tuple[str, str | None]:

@@ -111,9 +111,13 @@ def _written(cwd: Path, outputs: Sequence[str]) -> Iterator[Path]:
 
 
 def _named(cwd: Path, arguments: Sequence[str]) -> Iterator[Path]:
-    """Give what exists of what the arguments name, as such or behind a ``=``, and what links among it lead to."""
+    """Give what exists of what the arguments name, and what links among it lead to.
+
+    That is all of an argument, or what is behind a ``=`` in it, or either up to a comma: ``path=a.img,ro``.
+    """
     for argument in arguments:
-        for text in dict.fromkeys((argument, argument.partition("=")[2])):
+        texts = (argument, argument.partition("=")[2])
+        for text in dict.fromkeys((*texts, *(text.partition(",")[0] for text in texts))):
             path = Path(os.path.abspath(cwd / text))
             if text and not text.startswith("-") and path != NOWHERE and path.exists():
                 yield path

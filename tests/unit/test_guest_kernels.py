@@ -73,6 +73,11 @@ def test_a_lab_finds_what_it_was_shown_and_says_so_where_it_was_not(
     assert "--with debian:" in (caught.value.hint or "")
 
 
+def test_a_lab_is_shown_other_things_by_their_names_too() -> None:
+    words = ["run", "--net", "passt,fwd=8080:80", "debian:", "passt-1"]
+    assert named(words, ("passt", "gdb")) == ["debian:", "passt"]
+
+
 # -- what they are made of
 
 

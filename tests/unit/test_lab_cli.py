@@ -78,6 +78,11 @@ def test_files_that_a_verb_writes_are_known_to_the_lab(booted, tmp_path, before)
     assert sorted(booted()["outputs"]) == [dtb, log]
 
 
+def test_a_disk_that_is_not_read_only_is_written(booted):
+    assert cli.main(["--lab", "run", "-d", "a.img", "--disk", "b.img,ro", "-d", "path=c.img", "payload:hello"]) == 42
+    assert booted()["outputs"] == ["a.img", "c.img"]
+
+
 @pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
 def test_a_file_that_cannot_be_written_is_said_before_anything_boots(booted, before, capsys):
     assert cli.main([*before, "run", "--dump-dtb", "/no/such/place/dtb", "payload:hello"]) == 2

@@ -153,6 +153,13 @@ def test_outputs_bring_their_directories_writable_even_where_a_file_there_is_rea
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["{},ro", "path={},ro", "--disk={},queues=2", "{}"])
+def test_a_file_with_more_behind_a_comma_is_named_too(tmp_path, form):
+    (tmp_path / "a.img").touch()
+    found = shares.find_shares(TREE, ["run", form.format(tmp_path / "a.img")])
+    assert targets(found) == {str(TREE): False, str(tmp_path): True}
+
+
 def test_outputs_in_the_current_directory_and_nowhere_need_no_share():
     outputs = ["out.dtb", "tests/out=1.dtb", "/dev/null"]
     assert targets(shares.find_shares(TREE, [*outputs, "file=/dev/null"], outputs)) == {str(TREE): False}

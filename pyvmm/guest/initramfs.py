@@ -26,6 +26,9 @@ FILES: Final = {
 UDHCPC: Final = b"""\
 #!/bin/sh
 case $1 in
+deconfig)
+    ifconfig "$interface" up
+    ;;
 bound | renew)
     ifconfig "$interface" "$ip" ${subnet:+netmask "$subnet"} ${mtu:+mtu "$mtu"}
     for each in $router; do route add default gw "$each" dev "$interface"; done

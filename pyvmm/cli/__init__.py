@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return done.code if isinstance(done.code, int) else 2
     log.configure(args.verbose - args.quiet, json=bool(args.log_json))
     try:
-        if getattr(args, "config", None) is not None:
+        if (getattr(args, "config", None) or getattr(args, "restore", None)) is not None:
             words = import_module("pyvmm.cli.config").expand(words, args)
             args = make_parser(words).parse_args(words)
         if getattr(args, "print_config", False):

@@ -1,5 +1,7 @@
 """A run's options from a file: ``--config FILE.toml``, and ``--print-config``, which writes such a file.
 
+A snapshot holds the options of its machine in the same form, and they are taken from there in the same way.
+
 A key is the long name of an option of the verb, and that is all of the schema: it is asked of the parser, so an option
 that is new is a key too. What the file says is put in front of the command line's own words, unless those say the same
 thing themselves: from there on, nobody knows where an option came from.
@@ -28,13 +30,18 @@ from typing import TYPE_CHECKING, Any, Final
 from pyvmm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     Action = argparse.Action
 
 OPTION: Final = "--config"
-LEFT_OUT: Final = {"help", "config", "print-config", "dry-run", "lab", "verbose", "quiet", "log-json"}
+RESTORE: Final = "--restore"
+LEFT_OUT: Final = {"help", "config", "restore", "print-config", "dry-run", "lab", "verbose", "quiet", "log-json"}
 """Options that are about one invocation, not about the guest."""
+OURS: Final = {
+    "deadline", "dump-dtb", "gdb", "map", "prefault", "serial", "socket", "stats", "trace", "trace-el2", "trace-faults",
+}  # fmt: skip
+"""Options about this side of a run, which whoever restores a snapshot of it says anew."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +58,17 @@ class Entry:
 
 
 def expand(words: Sequence[str], args: argparse.Namespace) -> list[str]:
-    """Return the command line ``words``, of which ``args`` was parsed, with its file's options in the file's place.
+    """Return the command line ``words``, of which ``args`` was parsed, with the options of its file in front.
 
+    That is the file of ``--config``, or the snapshot of ``--restore``, which has those that it was saved with.
     Raises UsageError, with the key and its line, for a file that cannot be read, a key that is no option, a value that
     the option does not take, and for keys that contradict each other.
     """
     head = list(words[: len(words) - len(args.verb_argv)])
     verb, *rest = args.verb_argv
     rest = _without(rest)
-    path: str = args.config
     parser = verb_parser(verb)
-    entries = read(path)
+    path, entries = _sources(args)
     actions = {entry.key: _action(parser, entry, path) for entry in entries}
     _refuse_contradictions(parser, entries, actions, path)
     spoken_for = _spoken_for(parser, vars(given(verb, rest)))
@@ -77,6 +84,21 @@ def expand(words: Sequence[str], args: argparse.Namespace) -> list[str]:
             where = " and ".join(f"{entry.key} (line {entry.line()})" for entry in blamed)
             raise UsageError(f"{path}: {where}: {error.message}", hint=error.hint)
     return line_without(None)
+
+
+def _sources(args: argparse.Namespace) -> tuple[str, list[Entry]]:
+    if args.restore is None:
+        return args.config, read(args.config)
+    if args.config is not None:
+        raise UsageError(
+            f"{OPTION} and {RESTORE}: a snapshot brings the options of its machine", hint=f"leave {OPTION} out"
+        )
+    if args.kernel is not None:
+        raise UsageError(f"{args.kernel} with {RESTORE}: a snapshot brings its kernel", hint="leave the kernel out")
+    from pyvmm.machine.snapshot import Snapshot
+
+    with Snapshot(args.restore) as snapshot:
+        return args.restore, parse(snapshot.options)
 
 
 def verb_parser(verb: str) -> argparse.ArgumentParser:
@@ -131,16 +153,20 @@ def _refusal(words: list[str]) -> UsageError | None:
 
 def read(path: str) -> list[Entry]:
     """Return what a file says, in its order. Raises UsageError for one that cannot be read or is no TOML."""
-    import tomllib
-
     try:
         with open(path, "rb") as file:
-            text = file.read().decode()
-        whole = tomllib.loads(text)
+            return parse(file.read().decode())
     except OSError as error:
         raise UsageError(f"{OPTION} {path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # of TOML, or of UTF-8
         raise UsageError(f"{OPTION} {path} is no TOML: {error}", hint="pyvmm run --print-config shows one") from None
+
+
+def parse(text: str) -> list[Entry]:
+    """Return what TOML says, in its order; ValueError for what is none."""
+    import tomllib
+
+    whole = tomllib.loads(text)
     lines: dict[str, list[int]] = {}
     for number, key, header in _statements(text):
         if header or key not in lines:
@@ -264,8 +290,16 @@ def _part(entry: Entry, number: int, key: str, value: Any, path: str) -> str:
 # -- the other way
 
 
-def as_toml(args: argparse.Namespace) -> str:
-    """Return the options that ``args`` was parsed of, and the defaults of others that have a value, as such a file."""
+def machine_options(args: argparse.Namespace) -> str:
+    """Return, as such a file, those options of ``args`` that make a machine what it is."""
+    return as_toml(args, only=_options(verb_parser("run")).keys() - OURS)
+
+
+def as_toml(args: argparse.Namespace, *, only: Collection[str] | None = None) -> str:
+    """Return the options that ``args`` was parsed of, and the defaults of others that have a value, as such a file.
+
+    ``only`` are the names of those that may be in it, all unless told.
+    """
     verb, *rest = args.verb_argv
     said = vars(given(verb, rest))
     parser = verb_parser(verb)
@@ -273,6 +307,8 @@ def as_toml(args: argparse.Namespace) -> str:
         said["kernel_option"] = kernel
     lines = []
     for action in {action.dest: action for action in reversed(_options(parser).values())}.values():
+        if only is not None and _long(action)[0] not in only:
+            continue
         if action.dest in said:
             value = said[action.dest]
         else:

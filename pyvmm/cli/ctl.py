@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pyvmm.cli.common import add_common
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 PATIENCE: Final = 60.0
 """Seconds that a run has to do what it is asked, and to end when it is stopped."""
+LONG: Final = 3600.0
+"""Seconds that it has to write all of its memory."""
 
 
 class Order(NamedTuple):
@@ -34,6 +37,7 @@ ORDERS: Final = {
     "resume": Order(None, False, "let them go on"),
     "stop": Order(None, False, "end the run, and return when it has ended"),
     "kick": Order("text", False, "press Return on the console, behind TEXT if there is any"),
+    "snapshot": Order("file", True, "write it to FILE, for pyvmm run --restore; protection none only"),
 }
 
 
@@ -66,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 
     where, name, members = parse(args.words)
     with Connection(only_one() if where is None else where) as connection:
-        answer = connection.ask(name, patience=PATIENCE, **members)
+        answer = connection.ask(name, patience=LONG if name == "snapshot" else PATIENCE, **members)
         if name == "stop":
             if not connection.wait_for_end(PATIENCE):
                 raise PyvmmError(f"{connection.name} was told to stop, and has not ended in {PATIENCE:g} s")
@@ -92,6 +96,8 @@ def parse(words: list[str]) -> tuple[int | str | None, str, dict[str, object]]:
         raise UsageError(f"{name} needs a {order.argument}", hint=f"pyvmm ctl {name} {_shown(order)}")
     if len(rest) > (order.argument is not None):
         raise UsageError(f"{name} takes {'one argument' if order.argument else 'no argument'}, not {' '.join(rest)!r}")
+    if order.argument == "file":
+        rest = [os.path.abspath(rest[0])]  # the run may have another directory
     return where, name, {str(order.argument): rest[0]} if rest else {}
 
 

@@ -22,10 +22,11 @@ RETURN = "\r"
 
 
 class Requests:
-    """The requests of one run; ``stop`` ends it as a signal would, with the reason."""
+    """The requests of one run; ``options`` tells those of its machine, for a snapshot to hold."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, options: Callable[[], str] = str) -> None:
         self._machine = machine
+        self._options = options
         self._holding = False
 
     @property
@@ -33,7 +34,7 @@ class Requests:
         """Each request by its name."""
         return {
             "info": self.info, "counters": self.counters, "pause": self.pause, "resume": self.resume,
-            "stop": self.stop, "kick": self.kick,
+            "stop": self.stop, "kick": self.kick, "snapshot": self.snapshot,
         }  # fmt: skip
 
     @property
@@ -78,7 +79,7 @@ class Requests:
     def pause(self) -> dict[str, Any]:
         """Make vCPUs and devices stand still, if they do not; a deadline goes on all the same."""
         if not self._holding:
-            self._refuse_unless_started("pause")
+            self._refuse_unless_started("be paused")
             self._machine.pause()
             self._holding = True
         return {"state": self.state}
@@ -107,8 +108,15 @@ class Requests:
         return {"typed": len(keys)}
 
     def _refuse_unless_started(self, what: str) -> None:
+    def snapshot(self, file: str) -> dict[str, Any]:
+        """Write the machine to ``file``, an absolute path; it stands still meanwhile."""
+        from pyvmm.machine import snapshot
+
+        self._refuse_unless_started("be saved")
+        return snapshot.save(self._machine, file, options=self._options())
+
         if self.state not in ("running", "paused"):
-            raise PyvmmError(f"a run that is {self.state} cannot be asked to {what}")
+            raise PyvmmError(f"a run that is {self.state} cannot {what}")
 
 
 def _spi(placed: Any) -> int | None:

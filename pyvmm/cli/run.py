@@ -119,6 +119,9 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )
     config.add_argument("--print-config", action="store_true", help="print such a file of these options, run nothing")
     config.add_argument(
+        "--restore", metavar="FILE", help="go on from a snapshot (pyvmm ctl snapshot), which brings kernel and options"
+    )
+    config.add_argument(
         "--dry-run", action="store_true",
         help="print what the machine would be, and every ioctl that would make it; needs no KVM, on any workstation",
     )  # fmt: skip
@@ -176,6 +179,8 @@ def check_options(args: argparse.Namespace) -> None:
 def ready(args: argparse.Namespace) -> str:
     """Return the kernel to run. Raises UsageError where it is not one, HostError where no guest can run."""
     kernel = _kernel(args)
+    if args.restore is not None and args.dump_dtb is not None:
+        raise UsageError("--dump-dtb with --restore: the device tree was made long ago, and is not in the snapshot")
     if os.uname().machine != "aarch64":
         raise HostError(
             f"this host is {os.uname().machine}, and pyvmm's guests are arm64: KVM runs guests of its own architecture",
@@ -189,6 +194,8 @@ def ready(args: argparse.Namespace) -> str:
 
 def dry_run(args: argparse.Namespace) -> int:
     """Print the plan of the machine, for any verb that would run it; returns 0."""
+    if args.restore is not None:
+        raise UsageError("--dry-run with --restore: what is planned is a machine from its start")
     kernel = _kernel(args)
     from pyvmm._native_source import require_fresh_native
 
@@ -204,6 +211,7 @@ def dry_run(args: argparse.Namespace) -> int:
 
 def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None) -> int:
     """Run ``kernel`` as the options say, ``watch`` looking on, to its end; returns the exit status."""
+    from pyvmm.cli.config import machine_options
     from pyvmm.cli.control import Control
     from pyvmm.cli.report import report, report_json
     from pyvmm.cli.requests import Requests
@@ -225,8 +233,15 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
             from pyvmm.debug.server import GdbServer
 
             debugger = stack.enter_context(GdbServer(args.gdb))
-        config = found(_config(args, kernel, *ends))
-        machine = stack.enter_context(Machine(config, intercept=debugger.intercept if debugger else None))
+        config, snapshot = _config(args, kernel, *ends), None
+        if args.restore is None:
+            config = found(config)
+        else:
+            from pyvmm.machine.snapshot import Snapshot
+
+            snapshot = stack.enter_context(Snapshot(args.restore))
+        intercept = debugger.intercept if debugger else None
+        machine = stack.enter_context(Machine(config, intercept=intercept, restore=snapshot))
         if args.dump_dtb is not None:
             _write(args.dump_dtb, machine.entry.device_tree)
         if watch is not None:
@@ -234,7 +249,8 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
         signals.stop = machine.stop
         if debugger is not None:
             stack.enter_context(debugger.serving(machine))
-        with Control(Requests(machine).verbs, args.socket), following_size(machine, ends[1][0]):
+        requests = Requests(machine, lambda: machine_options(args))
+        with Control(requests.verbs, args.socket), following_size(machine, ends[1][0]):
             outcome = machine.run()
         if debugger is not None:
             debugger.ended(outcome)

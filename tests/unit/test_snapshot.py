@@ -1,0 +1,196 @@
+"""Snapshots as files: sparse, whole or nothing, and refused when they are not what was written. No KVM needed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.cli import config, make_parser
+from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.machine import snapshot as snapshots
+from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.machine import Machine
+from pyvmm.machine.plan import Plan
+from pyvmm.machine.snapshot import VERSION, Snapshot
+from pyvmm.memory.userfault import Userfault
+from pyvmm.protection import Protection
+
+RAM, PAGE, MIB = 0x8000_0000, 4096, 1 << 20
+STATE: dict[str, Any] = {"vcpus": [], "gic": None, "devices": []}
+
+
+def plan(protection: Protection = Protection.NONE, **more: Any) -> Plan:
+    return Plan(MachineConfig("payload:hello", protection, memory=8 * MIB, **more))
+
+
+def broken(error: PyvmmError) -> None:
+    raise AssertionError(error)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A machine of which only memory is real, with a page written here and there."""
+    monkeypatch.setattr(snapshots, "_state", lambda _machine: STATE)
+    with plan() as made:
+        made.machine.memory.write(RAM + 3 * MIB + 5, b"here")
+        made.machine.memory.write(RAM + 5 * MIB, bytes(2 * PAGE))  # allocated, and zeros
+        yield made.machine
+
+
+def test_memory_is_sparse_in_the_file_and_comes_back_as_it_was(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "guest")
+    written = snapshots.save(machine, path, options="cpus = 1\n")
+    about = os.stat(path)
+    assert about.st_size == written["bytes"]
+    assert about.st_mode & 0o777 == 0o600
+    assert about.st_blocks * 512 <= written["pages"] * PAGE + 64 * 1024
+    contents = machine.memory.read(RAM, 8 * MIB)
+    assert written["pages"] == sum(any(contents[at : at + PAGE]) for at in range(0, 8 * MIB, PAGE))
+    monkeypatch.setattr(Userfault, "open", lambda: (_ for _ in ()).throw(HostError("no userfaultfd here")))
+    with Snapshot(path) as snapshot, plan(cpus=1) as other:
+        assert snapshot.options == "cpus = 1\n"
+        [slot] = other.machine.memory.slots
+        other.machine.memory.fill(RAM, 8 * MIB)
+        snapshot._restore_memory(other.machine, slot, snapshot.description["memory"][0]["offset"], broken)
+        assert other.machine.memory.read(RAM, 8 * MIB) == contents
+
+
+def test_a_snapshot_of_what_may_be_to_come_looks_at_all_of_memory(machine: Machine, tmp_path: Path) -> None:
+    whole, sparse = snapshots.save(machine, str(tmp_path / "a")), None
+    machine.restored_from = SimpleNamespace()  # type: ignore[assignment]
+    sparse = snapshots.save(machine, str(tmp_path / "b"))
+    machine.restored_from = None
+    assert whole == sparse
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("fails", ["pwrite", "ftruncate", "rename"])
+def test_what_cannot_be_written_leaves_nothing_and_the_old_file_as_it_was(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    path = tmp_path / "guest"
+    path.write_text("the last one")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, fails, full)
+    with pytest.raises(PyvmmError, match="cannot be written: No space left"):
+        snapshots.save(machine, str(path))
+    assert path.read_text() == "the last one"
+    assert [each.name for each in tmp_path.iterdir()] == ["guest"]
+    assert not machine.paused
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda _: b"", "is no snapshot"),
+        (lambda data: b"#!/bin/sh\n" + data, "is no snapshot"),
+        (lambda data: data[:8] + struct.pack("<I", VERSION + 1) + data[12:], "format 2, this pyvmm reads format 1"),
+        (lambda data: data[:-PAGE], "is damaged: it should have"),
+        (lambda data: data + b"x", "is damaged: it should have"),
+        (lambda data: data[:4200] + b"\0" + data[4201:], "description is not what was written"),
+        (lambda data: data[:20] + b"\xff" * 3 + data[23:], "description is not what was written"),
+    ],
+    ids=["empty", "another", "version", "cut", "longer", "description", "size"],
+)
+def test_a_file_that_is_not_what_was_written_is_refused(
+    machine: Machine, tmp_path: Path, damage: Any, words: str
+) -> None:
+    path = tmp_path / "guest"
+    snapshots.save(machine, str(path))
+    path.write_bytes(damage(path.read_bytes()))
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(UsageError, match=words):
+        Snapshot(str(path))
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UsageError, match=r"snapshot .* cannot be"):
+            Snapshot(str(path))
+
+
+@pytest.mark.parametrize("protection", [Protection.PKVM, Protection.EMULATED])
+def test_a_protected_guest_is_refused_with_the_reason(protection: Protection, tmp_path: Path) -> None:
+    with plan(protection) as made, pytest.raises(UsageError, match=r"cannot be saved: .* host"):
+        snapshots.save(made.machine, str(tmp_path / "guest"))
+
+
+def test_memory_that_the_host_cannot_read_is_refused(tmp_path: Path) -> None:
+    with (
+        Plan(MachineConfig("payload:hello", memory=16 * MIB, backing="private")) as made,
+        pytest.raises(UsageError, match="the host cannot read a private guest_memfd"),
+    ):
+        snapshots.save(made.machine, str(tmp_path / "guest"))
+
+
+def test_another_machine_is_refused_by_what_differs(machine: Machine, tmp_path: Path) -> None:
+    path = str(tmp_path / "guest")
+    snapshots.save(machine, path)
+    with (
+        Snapshot(path) as snapshot,
+        plan(cpus=2) as other,
+        pytest.raises(UsageError, match="of a machine with cpus 1, and this one has 2"),
+    ):
+        snapshot.restore(other.machine, broken)
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_runs_are_the_pages_that_are_not_zeros(pages: list[bool]) -> None:
+    data = b"".join((b"\0" * 4095 + b"\1") if page else bytes(PAGE) for page in pages)
+    runs = list(snapshots._runs(data))
+    assert [any(first <= PAGE * page < last for first, last in runs) for page in range(len(pages))] == pages
+    assert all(left[1] < right[0] for left, right in pairwise(runs))
+
+
+# -- the command line
+
+
+def parse(*words: str) -> Any:
+    return make_parser(words).parse_args(words)
+
+
+def test_a_snapshot_brings_the_options_of_its_machine_and_no_others(machine: Machine, tmp_path: Path) -> None:
+    path = str(tmp_path / "guest")
+    saved = parse(
+        "run", "-c", "2", "-p", "a b", "--serial", "none", "--socket", "x", "--deadline", "9", "payload:puppet"
+    )
+    snapshots.save(machine, path, options=config.machine_options(saved))
+    line = ["run", "--restore", path, "--deadline", "5"]
+    expanded = config.expand(line, parse(*line))
+    args = parse(*expanded)
+    assert (args.kernel_option, args.cpus, args.params) == ("payload:puppet", 2, ["a b"])
+    assert args.serial == parse("run").serial != "none"
+    assert (args.socket, args.deadline, args.restore) == (None, 5.0, path)
+    # What was sent to the lab is read there again, and says the same.
+    assert vars(parse(*config.expand(expanded, args))) == vars(args)
+
+
+@pytest.mark.parametrize("words", [("payload:hello",), ("--config", "f")])
+def test_what_a_snapshot_brings_is_not_to_be_said_as_well(words: tuple[str, ...]) -> None:
+    line = ["run", "--restore", "guest", *words]
+    with pytest.raises(UsageError, match="a snapshot brings"):
+        config.expand(line, parse(*line))
+
+
+def test_descriptions_are_json_that_says_what_is_where(machine: Machine, tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+    snapshots.save(machine, str(path))
+    text = path.read_bytes()[4096:].split(b"\0", 1)[0]
+    assert json.loads(text)["machine"]["slots"] == [[RAM, 8 * MIB]]

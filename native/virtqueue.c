@@ -19,7 +19,7 @@ struct descriptor {
     };
 };
 struct used { uint32_t id, size; };
-struct event { uint16_t at, flags; };
+struct event { uint16_t at, flags; } __attribute__((aligned(4))); /* copied as one word */
 
 _Static_assert(sizeof(struct descriptor) == DESCRIPTOR_BYTES, "as the driver lays it out");
 

@@ -56,6 +56,10 @@ class Device:
         """Say in a few words what name and window do not: what is behind it, its queues."""
         return ""
 
+    def info(self) -> dict[str, Any]:
+        """Say more of itself, plain values of JSON, to who asks a running machine; any thread."""
+        return {}
+
     def pause(self) -> None:
         """Begin nothing more, in guest memory or of interrupts, and return when nothing is under way.
 

@@ -36,6 +36,9 @@ def test_requests_are_answered_with_an_interrupt(toy: Board, packed: bool, event
             eventually(lambda: toy.load(Register.INTERRUPT_STATUS) == 1)
             assert answer(toy, driver) == text.upper()
             toy.store(Register.INTERRUPT_ACK, 1)
+    told = toy.transport.info()
+    assert (told["device"], told["status"], told["interrupts"]) == ("toy", RUNNING, 40)
+    assert [(queue["size"], queue["chains"]) for queue in told["queues"]] == [(8, 20), (4, 20)]
 
 
 def test_kicks_before_the_start_are_nothing_and_what_was_there_is_seen_then(toy: Board) -> None:

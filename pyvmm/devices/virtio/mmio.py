@@ -19,6 +19,7 @@ reset in the middle of requests        waits until the request at hand has ended
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
@@ -80,17 +81,20 @@ class VirtioMmio(Device):
         self._generation = 0
         self._slots = ffi.new("struct pv_doorbell_slot[]", len(device.queue_sizes))
         self._bell = ffi.new("struct pv_doorbell *", {"count": len(device.queue_sizes), "slots": self._slots})
-        for index, most in enumerate(device.queue_sizes):
-            self._add_queue(native_vm, index, most)
+        with contextlib.ExitStack() as half_built:
+            for index, most in enumerate(device.queue_sizes):
+                half_built.callback(self._add_queue(native_vm, index, most).close)
+            half_built.pop_all()
         self._forget()
         device.transport = self
 
-    def _add_queue(self, native_vm: Any, index: int, most: int) -> None:
+    def _add_queue(self, native_vm: Any, index: int, most: int) -> Queue:
         queue = Queue(native_vm, self.interrupt, index, most)
         self.queues.append(queue)
         slot = self._slots[index]
         slot.value, slot.fd, slot.coalesce = index, queue.kick, 1
         queue.native.bell = ffi.addressof(self._slots, index)
+        return queue
 
     def _forget(self) -> None:
         """Be as after a reset, the status apart."""
@@ -123,6 +127,19 @@ class VirtioMmio(Device):
     def features(self) -> int:
         """What the driver asked for; negotiated once FEATURES_OK is set."""
         return self._features
+
+    def info(self) -> dict[str, Any]:
+        """Say what the device is called and how far its driver is, and what each queue has carried."""
+        return {
+            "device": self.device.label,
+            "status": int(self._status),
+            "features": self._features,
+            "interrupts": int(self.interrupt.sent),
+            "queues": [
+                {name: int(getattr(queue.native, name)) for name in ("size", "kicks", "chains", "bytes")}
+                for queue in self.queues
+            ],
+        }
 
     # -- the device's, from any thread
 

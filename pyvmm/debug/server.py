@@ -149,20 +149,28 @@ class GdbServer:
                     if debugger is not None:
                         debugger.finish(self._outcome)
                     return
-                if debugger is None:
-                    target.detach()
-                elif not debugger.guest_stopped():
-                    debugger = None
+                if target.has_stopped:
+                    if debugger is None:
+                        target.detach()
+                    elif not debugger.guest_stopped():
+                        debugger = None
             if debugger is not None and debugger.fd in ready and not debugger.serve():
                 debugger = None
             if self._socket.fileno() in ready:
-                with contextlib.suppress(OSError):
-                    connection, _ = self._socket.accept()
-                    if debugger is not None:
-                        log.warning("second_debugger_refused")
-                        connection.close()
-                    else:
-                        debugger = _Debugger(connection, target)
+                debugger = self._accept(debugger, target)
+
+    def _accept(self, debugger: _Debugger | None, target: GuestTarget) -> _Debugger | None:
+        try:
+            connection, _ = self._socket.accept()
+        except OSError as error:
+            log.info("debugger_lost", reason=str(error))
+            return debugger
+        if debugger is not None:
+            log.warning("second_debugger_refused")
+            connection.close()
+            return debugger
+        debugger = _Debugger(connection, target)
+        return debugger if debugger.begin() else None
 
 
 class _Debugger:
@@ -172,13 +180,13 @@ class _Debugger:
         self._connection = connection
         self._target = target
         self._decoder = Decoder()
+        self._session = Session(target, Stop(1))
         self._last = b""
-        connection.settimeout(PATIENCE)
-        if connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.fd = connection.fileno()
-        self._session = Session(target, target.take_stop() or Stop(1))
-        log.info("debugger_attached")
+
+    def begin(self) -> bool:
+        """Stop the guest."""
+        return self._kept(self._begin)
 
     def serve(self) -> bool:
         """Take what has come and answer it."""
@@ -214,6 +222,13 @@ class _Debugger:
         log.info("debugger_gone")
         return False
 
+    def _begin(self) -> None:
+        self._connection.settimeout(PATIENCE)
+        if self._connection.family != socket.AF_UNIX:
+            self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._session = Session(self._target, self._target.take_stop() or Stop(1))
+        log.info("debugger_attached")
+
     def _serve(self) -> None:
         data = self._connection.recv(_CHUNK)
         if not data:
@@ -228,7 +243,8 @@ class _Debugger:
                     self._connection.sendall(self._last)
                 case Token.OVERLONG:
                     self._acknowledge(b"+")
-                    self._send(b"E22")
+                    if not self._session.running:
+                        self._send(b"E22")
                 case Token.DAMAGED:
                     self._acknowledge(b"-")
             if self._session.over:

@@ -113,6 +113,12 @@ class GuestTarget:
             self._settle(index)
         self._halted.update(going)
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a vCPU has come to a debug exit that nobody has taken note of."""
+        with self._lock:
+            return bool(self._exits)
+
     def take_stop(self) -> Stop | None:
         """Halt the guest and return why it stopped; None where no vCPU came to a debug exit."""
         self.halt()
@@ -139,11 +145,17 @@ class GuestTarget:
             self._threads[index].resume()
 
     def detach(self) -> None:
-        """Forget every breakpoint and let all vCPUs go on."""
+        """Forget every breakpoint and let all vCPUs go on, whatever KVM has to say to that."""
         self.take_stop()
         self.points.clear()
         self.physical = False
-        self.resume(dict.fromkeys(self.threads(), Go.CONTINUE))
+        halted, self._halted = self._halted, set()
+        for index in sorted(halted):
+            try:
+                self._debug(index, step=False)
+            except Refused as refused:
+                log.warning("still_debugged", vcpu=index, why=refused.why)
+            self._threads[index].resume()
 
     def kill(self) -> None:
         """End the run."""

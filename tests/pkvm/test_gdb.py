@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pyvmm.debug.exception import VBAR_EL1
 from pyvmm.debug.server import GdbServer
 from pyvmm.devices.trap import Trap
 from pyvmm.guest.puppet import GuestFault, Puppet
@@ -19,6 +23,7 @@ from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.gdb_client import Client, field
 from tests.pkvm.harness import ALL, DEADLINE, config
+from tests.pkvm.shown import kernel_directory, program
 
 pytestmark = pytest.mark.pkvm
 each_protection = pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
@@ -27,6 +32,7 @@ CODE = 0x8080_0000
 DATA = 0x8090_0000
 NOP, ADD_X0_X0_1, BRK, RET = 0xD503_201F, 0x9100_0400, 0xD420_0000, 0xD65F_03C0
 BRK_CLASS = 0x3C
+MODE = 0b1111
 
 
 @dataclass
@@ -50,12 +56,12 @@ class Debugged:
 
 @contextlib.contextmanager
 def debugged(
-    protection: Protection, tmp_path: Path, kernel: str = "payload:puppet", where: str = "", cpus: int = 1
+    protection: Protection, tmp_path: Path, kernel: str = "payload:puppet", where: str = "", **more: object
 ) -> Iterator[Debugged]:
     path = str(tmp_path / "gdb")
     with (
         GdbServer(path + where) as server,
-        Machine(config(kernel, protection, cpus=cpus), intercept=server.intercept) as machine,
+        Machine(config(kernel, protection, **more), intercept=server.intercept) as machine,
         server.serving(machine),
     ):
         machine.start()
@@ -160,9 +166,12 @@ def test_memory_is_seen_as_far_as_the_host_may_see_it(protection: Protection, tm
 
 @each_protection
 def test_the_end_of_the_run_is_told_and_the_debugger_can_bring_it_about(protection: Protection, tmp_path: Path) -> None:
-    with debugged(protection, tmp_path, kernel="payload:hello") as run, run.client() as gdb:
-        gdb.send("vCont;c")
-        assert run.machine.wait(DEADLINE).ending is Ending.POWEROFF
+    with contextlib.ExitStack() as stack:
+        with debugged(protection, tmp_path, kernel="payload:hello") as run:
+            gdb = stack.enter_context(run.client())
+            gdb.send("vCont;c")
+            assert run.machine.wait(DEADLINE).ending is Ending.POWEROFF
+        assert gdb.answer() == "W00"
     with debugged(protection, tmp_path) as run, run.client(acks=True) as gdb:
         gdb.send("k")
         outcome = run.machine.wait(DEADLINE)
@@ -231,6 +240,68 @@ def test_the_guests_own_breakpoint_instructions_stay_its_own(protection: Protect
             assert isinstance(trap, Trap)
             assert (trap.esr >> 26, trap.elr) == (BRK_CLASS, code)
             assert run.guest.ping().el == 1
+
+
+def test_a_linux_that_is_stepped_takes_no_interrupt_and_breakpoints_are_stepped_over(tmp_path: Path) -> None:
+    files = kernel_directory("own:")
+    console = os.memfd_create("console")
+    more = {
+        "memory": 256 << 20, "initrd": str(files / "shell.cpio"), "serial_out": console, "deadline": 4 * DEADLINE,
+        "params": ("quiet -- echo ready; while :; do :; done",),
+    }  # fmt: skip
+    try:
+        with debugged(Protection.PKVM, tmp_path, str(files / "Image"), ",nowait", **more) as run:
+            deadline = time.monotonic() + 3 * DEADLINE
+            while b"ready" not in os.pread(console, 1 << 16, 0):
+                assert time.monotonic() < deadline, os.pread(console, 1 << 16, 0)
+                time.sleep(0.1)
+            with run.client() as gdb:
+                while gdb.register("cpsr") & MODE:  # until it is seen in the shell, where interrupts are not masked
+                    gdb.send("vCont;c")
+                    time.sleep(0.02)
+                    gdb.interrupt()
+                vectors = run.machine.vcpus[0].get_reg(VBAR_EL1)
+                for _ in range(4):
+                    time.sleep(0.02)  # the timer of its scheduler ticks meanwhile
+                    gdb.go("vCont;s:1")
+                    assert gdb.register("pc") not in range(vectors, vectors + 0x800)
+                pc = gdb.register("pc")
+                for _ in range(3):
+                    assert gdb.ask(f"Z1,{pc:x},4") == "OK"
+                    gdb.go("vCont;c")
+                    assert gdb.register("pc") == pc
+                    assert gdb.ask(f"z1,{pc:x},4") == "OK"
+                    gdb.go("vCont;s:1")
+                    assert gdb.register("pc") != pc
+    finally:
+        os.close(console)
+
+
+COMMANDS = (
+    'printf "at %#lx in %d threads\\n", $pc, $_inferior_thread_count', "stepi", "hbreak *($pc + 8)", "continue",
+    'printf "stopped at %#lx, sp %#lx\\n", $pc, $sp', "x/i $pc", "monitor info", "delete", "continue",
+)  # fmt: skip
+
+
+def test_gdb_itself_debugs_a_protected_guest(tmp_path: Path) -> None:
+    gdb = program("gdb-multiarch", "gdb")
+    with debugged(Protection.PKVM, tmp_path, "payload:hello", cpus=2) as run:
+        commands = [f"--eval-command={text}" for text in (f"target remote {run.path}", *COMMANDS)]
+        debugger = subprocess.Popen(
+            [gdb, "-nx", "-batch", "-l", "60", *commands],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        outcome = run.machine.wait(4 * DEADLINE)
+        start = run.machine.entry.pc
+    said, _ = debugger.communicate(timeout=4 * DEADLINE)
+    assert outcome.ending is Ending.POWEROFF, said
+    assert f"at {start:#x} in 2 threads" in said
+    place = re.search(r"Hardware assisted breakpoint 1 at (0x\w+)", said)
+    assert place is not None, said
+    assert re.search(rf"stopped at {place[1]}, sp 0x8\w+", said), said
+    assert f"Cannot access memory at address {place[1]}" in said
+    assert "is private to the guest" in said
+    assert "exited normally" in said
 
 
 def test_a_place_that_is_taken_is_refused_before_anything_runs(tmp_path: Path) -> None:

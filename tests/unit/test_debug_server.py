@@ -1,15 +1,26 @@
-"""Where a debugger connects: places that are none, or taken, are refused with what to do."""
+"""Where a debugger connects, and what becomes of the guest there whatever the debugger does; the guest is none."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pyvmm.debug import server as module
+from pyvmm.debug.packets import PACKET_SIZE, frame
+from pyvmm.debug.protocol import Go, Stop
+from pyvmm.debug.registers import REGISTERS
 from pyvmm.debug.server import GdbServer
 from pyvmm.errors import UsageError
+from pyvmm.vcpu.outcome import Ending, Outcome
 
 
 @pytest.mark.parametrize(
@@ -56,3 +67,187 @@ def test_a_socket_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> N
 def test_a_place_that_is_none_is_refused(where: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         GdbServer(where)
+
+
+class Target:
+    """A guest of one thread that says what it is told; ``free`` is set while it runs without a debugger."""
+
+    def __init__(self, _machine: Any, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self.stops: list[Stop] = []
+        self.halts = 0
+        self.killed = False
+        self.running = threading.Event()
+        self.free = threading.Event()
+        made.append(self)
+
+    @property
+    def has_stopped(self) -> bool:
+        return bool(self.stops)
+
+    def stop(self, stop: Stop) -> None:
+        """Come to a breakpoint."""
+        self.stops.append(stop)
+        self._wake()
+
+    def halt(self) -> None:
+        self.running.clear()
+        self.free.clear()
+
+    def take_stop(self) -> Stop | None:
+        self.halt()
+        self.halts += 1
+        return self.stops.pop(0) if self.stops else None
+
+    def resume(self, _: Mapping[int, Go]) -> None:
+        self.running.set()
+
+    def detach(self) -> None:
+        self.running.set()
+        self.free.set()
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def threads(self) -> range:
+        return range(1, 2)
+
+    def describe(self, _: int) -> str:
+        return "all there is"
+
+    def read_register(self, _: int, number: int) -> bytes:
+        return bytes(REGISTERS[number].size)
+
+    def write_register(self, *_: object) -> None:
+        raise RuntimeError("a fault of this program's own")
+
+    def read_memory(self, _thread: int, _address: int, size: int) -> bytes:
+        return bytes(size)
+
+    def write_memory(self, *_: object) -> None:
+        pass
+
+    insert = remove = write_memory
+
+    def monitor(self, _: int, command: str) -> str:
+        return command
+
+
+made: list[Target] = []
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[tuple[GdbServer, Target]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "GuestTarget", Target)
+        with GdbServer("tcp:0") as server, server.serving(None):  # type: ignore[arg-type]
+            yield server, made[-1]
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[GdbServer, Target]]:
+    with serving() as both:
+        yield both
+
+
+def connect(server: GdbServer) -> socket.socket:
+    host, port = server.address.split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def take(connection: socket.socket, size: int) -> bytes:
+    """Receive ``size`` bytes, or fewer where the connection ends."""
+    data = b""
+    while len(data) < size and (more := connection.recv(size - len(data))):
+        data += more
+    return data
+
+
+def exchange(connection: socket.socket, packet: bytes, answer: bytes) -> None:
+    connection.sendall(frame(packet))
+    expected = b"+" + frame(answer)
+    assert take(connection, len(expected)) == expected
+
+
+def test_packets_are_acknowledged_until_that_is_switched_off_and_sent_again_when_lost(
+    served: tuple[GdbServer, Target],
+) -> None:
+    with connect(served[0]) as debugger:
+        exchange(debugger, b"qC", b"QC1")
+        debugger.sendall(b"+-")
+        assert take(debugger, 7) == frame(b"QC1")
+        debugger.sendall(b"$qC#00")
+        assert take(debugger, 1) == b"-"
+        exchange(debugger, b"a" * (PACKET_SIZE + 1), b"E22")
+        exchange(debugger, b"QStartNoAckMode", b"OK")
+        debugger.sendall(frame(b"qC"))
+        assert take(debugger, 7) == frame(b"QC1")
+
+
+def test_a_guest_that_stops_is_told_once_and_an_interrupt_stops_one_that_does_not(
+    served: tuple[GdbServer, Target],
+) -> None:
+    server, target = served
+    with connect(server) as debugger:
+        exchange(debugger, b"qC", b"QC1")
+        debugger.sendall(frame(b"c"))
+        assert take(debugger, 1) == b"+"
+        assert target.running.wait(10)
+        target.stop(Stop(1, reason="hwbreak:"))
+        said = take(debugger, 4)
+        while not said.endswith(b"#"):
+            said += take(debugger, 1)
+        assert said.startswith(b"$T05")
+        assert said.endswith(b"thread:1;hwbreak:;#")
+        take(debugger, 2)
+        debugger.sendall(frame(b"c"))
+        assert take(debugger, 1) == b"+"
+        debugger.sendall(b"\x03")
+        assert take(debugger, 4) == b"$T02"
+        assert not target.running.is_set()
+
+
+def test_one_debugger_at_a_time_and_the_guest_runs_on_without(served: tuple[GdbServer, Target]) -> None:
+    server, target = served
+    for _ in range(2):
+        with connect(server) as debugger:
+            exchange(debugger, b"qC", b"QC1")
+            assert not target.free.is_set()
+            with connect(server) as second:
+                assert take(second, 1) == b""
+            exchange(debugger, b"qC", b"QC1")
+        assert target.free.wait(10)
+
+
+def test_a_fault_of_our_own_costs_the_connection_and_not_the_guest(served: tuple[GdbServer, Target]) -> None:
+    server, target = served
+    with connect(server) as debugger:
+        debugger.sendall(frame(b"P0=0000000000000000"))
+        assert take(debugger, 2) == b"+"
+    assert target.free.wait(10)
+
+
+@pytest.mark.parametrize(("ending", "told"), [(Ending.POWEROFF, b"W00"), (Ending.CRASH, b"W03")])
+def test_who_waits_is_told_how_the_run_ended(ending: Ending, told: bytes) -> None:
+    with contextlib.ExitStack() as stack:
+        with serving() as (server, _):
+            debugger = stack.enter_context(connect(server))
+            exchange(debugger, b"qC", b"QC1")
+            debugger.sendall(frame(b"c"))
+            assert take(debugger, 1) == b"+"
+            server.ended(Outcome(ending, "so it ended"))
+        assert take(debugger, 100) == frame(told)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.one_of(st.binary(max_size=100), st.binary(max_size=20).map(frame),
+                          st.sampled_from([b"$", b"\x03", b"#", frame(b"c"), frame(b"?"), frame(b"D"), frame(b"G")])),
+                max_size=8))  # fmt: skip
+def test_whatever_is_sent_the_guest_runs_on_afterwards(parts: list[bytes]) -> None:
+    with serving() as (server, target):
+        with connect(server) as debugger, contextlib.suppress(ConnectionError, BrokenPipeError):
+            for part in parts:
+                debugger.sendall(part)
+        assert target.free.wait(10) or target.killed
+        with connect(server) as debugger:
+            exchange(debugger, b"qC", b"QC1")

@@ -1,31 +1,21 @@
 /* Virtqueues, the device's side: split rings (virtio 1.2, 2.7) and packed ones (2.8) in guest memory that may go, or be
- * closed to us, at any time. Whatever a driver wrote is copied once and then checked: what may change between the two is
- * not looked at again. A queue is served by one thread at a time. Both sides are little-endian. */
+ * closed to us, at any time. Whatever a driver wrote is copied once and then checked: what may change between the two
+ * is not looked at again. A queue is served by one thread at a time. Both sides are little-endian. */
 #include "pyvmm.h"
 
 #include <unistd.h>
 
-enum { NEXT = 1, WRITE = 2, INDIRECT = 4, AVAILABLE = 1 << 7, USED = 1 << 15 }; /* a descriptor's flags, 2.7.5, 2.8.1 */
+enum { AVAILABLE = 1 << 7, USED = 1 << 15 };        /* a packed descriptor's flags, 2.8.1 */
 enum { QUIET = 1 };                                 /* a split ring's flags: do not interrupt, do not kick */
 enum { EVENTS_ON, EVENTS_OFF, EVENTS_AT };          /* a packed ring's, 2.8.10 */
-enum { FLAGS_AT = 14, DESCRIPTOR_BYTES = 16, WINDOW = 32 };
+enum { FLAGS_AT = 14 };
 
-struct descriptor {
-    uint64_t address;
-    uint32_t size;
-    union {
-        struct { uint16_t flags, next; } split;
-        struct { uint16_t id, flags; } packed;
-    };
-};
 struct used { uint32_t id, size; };
 struct event { uint16_t at, flags; } __attribute__((aligned(4))); /* copied as one word */
 
-_Static_assert(sizeof(struct descriptor) == DESCRIPTOR_BYTES, "as the driver lays it out");
-
 /* ---- the rings' memory */
 
-static bool fail(struct pv_queue *queue, enum pv_queue_error error, uint64_t gpa)
+bool pv_queue_fail(struct pv_queue *queue, enum pv_queue_error error, uint64_t gpa)
 {
     queue->error_gpa = gpa;
     store_release(&queue->error, error);
@@ -40,14 +30,14 @@ static uint64_t area_gpa(const struct pv_queue *queue, enum pv_queue_area area)
 static uint32_t area_size(const struct pv_queue *queue, enum pv_queue_area area)
 {
     if (area == PV_AREA_DESCRIPTORS)
-        return DESCRIPTOR_BYTES * queue->size;
+        return PV_DESCRIPTOR_BYTES * queue->size;
     if (queue->flags & PV_QUEUE_PACKED)
         return sizeof(struct event);
     return area == PV_AREA_DRIVER ? 6 + 2 * queue->size : 6 + 8 * queue->size;
 }
 
-/* Finds each ring's view once for every map that is published: a view stays mapped while its backing is open, as it does
-   for a guarded copy. A ring that no single region holds has none, and is looked up at every access. */
+/* Finds each ring's view once for every map that is published: a view stays mapped while its backing is open, as it
+   does for a guarded copy. A ring that no single region holds has none, and is looked up at every access. */
 static void look(struct pv_queue *queue)
 {
     uint64_t published = load_acquire(&queue->vm->published) + 1;
@@ -73,7 +63,7 @@ static bool ring_read(struct pv_queue *queue, enum pv_queue_area area, uint32_t 
 
     if (view ? pv_copy(to, view + offset, n) == n : pv_read(queue->vm, gpa, to, n, NULL) == n)
         return true;
-    return fail(queue, PV_QUEUE_RING, gpa);
+    return pv_queue_fail(queue, PV_QUEUE_RING, gpa);
 }
 
 static bool ring_write(struct pv_queue *queue, enum pv_queue_area area, uint32_t offset, const void *from, uint32_t n)
@@ -83,59 +73,7 @@ static bool ring_write(struct pv_queue *queue, enum pv_queue_area area, uint32_t
 
     if (view ? pv_copy(view + offset, from, n) == n : pv_write(queue->vm, gpa, from, n, NULL) == n)
         return true;
-    return fail(queue, PV_QUEUE_RING, gpa);
-}
-
-/* ---- chains */
-
-static bool take(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool writable)
-{
-    if (!size || gpa > UINT64_MAX - size)
-        return fail(queue, PV_QUEUE_SEGMENT, gpa);
-    if (!writable && chain->count > chain->readable)
-        return fail(queue, PV_QUEUE_ORDER, gpa);
-    if (chain->in_bytes + chain->out_bytes + size > UINT32_MAX)
-        return fail(queue, PV_QUEUE_LENGTH, gpa);
-    if (chain->count >= chain->room)
-        return fail(queue, PV_QUEUE_ROOM, gpa);
-    chain->segments[chain->count++] = (struct pv_segment){.gpa = gpa, .size = size, .writable = writable};
-    *(writable ? &chain->out_bytes : &chain->in_bytes) += size;
-    chain->readable += !writable;
-    return true;
-}
-
-/* An indirect table (2.7.5.3, 2.8.7), some of it at a time: a table may be as long as the driver likes, and the chain in
-   a split ring's wanders through it. Bounded by the chain's room: every step takes some. */
-static bool walk_table(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool packed)
-{
-    struct descriptor window[WINDOW];
-    uint32_t count = size / DESCRIPTOR_BYTES, from = 0, held = 0;
-
-    if (!(queue->flags & PV_QUEUE_INDIRECT) || !count || size % DESCRIPTOR_BYTES || gpa > UINT64_MAX - size)
-        return fail(queue, PV_QUEUE_INDIRECTION, gpa);
-    for (uint32_t i = 0, steps = 1;; steps++) {
-        if (i - from >= held) {
-            from = i;
-            held = count - i < WINDOW ? count - i : WINDOW;
-            uint64_t stopped = 0, bytes = (uint64_t)held * DESCRIPTOR_BYTES;
-            if (pv_read(queue->vm, gpa + (uint64_t)i * DESCRIPTOR_BYTES, window, bytes, &stopped) < bytes)
-                return fail(queue, PV_QUEUE_TABLE, stopped);
-        }
-        struct descriptor *found = &window[i - from];
-        uint16_t flags = packed ? found->packed.flags : found->split.flags;
-        if (flags & INDIRECT)
-            return fail(queue, PV_QUEUE_INDIRECTION, gpa + (uint64_t)i * DESCRIPTOR_BYTES);
-        if (!take(queue, chain, found->address, found->size, flags & WRITE))
-            return false;
-        /* A packed ring's table has no chain: all of it is the request. */
-        if (packed ? i + 1 == count : !(flags & NEXT))
-            return true;
-        i = packed ? i + 1 : found->split.next;
-        if (i >= count)
-            return fail(queue, PV_QUEUE_DESCRIPTOR, gpa);
-        if (steps >= count)
-            return fail(queue, PV_QUEUE_LOOP, gpa);
-    }
+    return pv_queue_fail(queue, PV_QUEUE_RING, gpa);
 }
 
 /* ---- split rings */
@@ -143,23 +81,23 @@ static bool walk_table(struct pv_queue *queue, struct pv_chain *chain, uint64_t 
 static bool split_walk(struct pv_queue *queue, struct pv_chain *chain, uint32_t head)
 {
     for (uint32_t index = head, steps = 0;; steps++) {
-        uint64_t gpa = queue->descriptors + (uint64_t)index * DESCRIPTOR_BYTES;
-        struct descriptor found;
+        uint64_t gpa = queue->descriptors + (uint64_t)index * PV_DESCRIPTOR_BYTES;
+        struct pv_descriptor found;
 
         if (index >= queue->size)
-            return fail(queue, PV_QUEUE_DESCRIPTOR, gpa);
+            return pv_queue_fail(queue, PV_QUEUE_DESCRIPTOR, gpa);
         if (steps >= queue->size)
-            return fail(queue, PV_QUEUE_LOOP, gpa);
-        if (!ring_read(queue, PV_AREA_DESCRIPTORS, index * DESCRIPTOR_BYTES, &found, sizeof(found)))
+            return pv_queue_fail(queue, PV_QUEUE_LOOP, gpa);
+        if (!ring_read(queue, PV_AREA_DESCRIPTORS, index * PV_DESCRIPTOR_BYTES, &found, sizeof(found)))
             return false;
-        if (found.split.flags & INDIRECT) {
-            if (found.split.flags & NEXT)
-                return fail(queue, PV_QUEUE_INDIRECTION, gpa);
-            return walk_table(queue, chain, found.address, found.size, false);
+        if (found.split.flags & PV_DESC_INDIRECT) {
+            if (found.split.flags & PV_DESC_NEXT)
+                return pv_queue_fail(queue, PV_QUEUE_INDIRECTION, gpa);
+            return pv_chain_table(queue, chain, found.address, found.size, false);
         }
-        if (!take(queue, chain, found.address, found.size, found.split.flags & WRITE))
+        if (!pv_chain_take(queue, chain, found.address, found.size, found.split.flags & PV_DESC_WRITE))
             return false;
-        if (!(found.split.flags & NEXT))
+        if (!(found.split.flags & PV_DESC_NEXT))
             return true;
         index = found.split.next;
     }
@@ -174,7 +112,7 @@ static bool split_look(struct pv_queue *queue)
     __atomic_thread_fence(__ATOMIC_ACQUIRE); /* the entries after the index that promises them */
     /* No honest driver has more requests under way than there are descriptors. */
     if ((uint16_t)(available - queue->next) > queue->size || (uint16_t)(available - queue->used) > queue->size)
-        return fail(queue, PV_QUEUE_INDEX, queue->driver + 2);
+        return pv_queue_fail(queue, PV_QUEUE_INDEX, queue->driver + 2);
     queue->available = available;
     return true;
 }
@@ -223,7 +161,7 @@ static void advance(const struct pv_queue *queue, uint32_t *slot, uint32_t *wrap
 
 static int packed_available(struct pv_queue *queue, uint16_t *flags)
 {
-    if (!ring_read(queue, PV_AREA_DESCRIPTORS, queue->next * DESCRIPTOR_BYTES + FLAGS_AT, flags, sizeof(*flags)))
+    if (!ring_read(queue, PV_AREA_DESCRIPTORS, queue->next * PV_DESCRIPTOR_BYTES + FLAGS_AT, flags, sizeof(*flags)))
         return -1;
     __atomic_thread_fence(__ATOMIC_ACQUIRE); /* the rest of it, and of its chain */
     return !!(*flags & AVAILABLE) == queue->next_wrap && !!(*flags & USED) != queue->next_wrap;
@@ -238,23 +176,23 @@ static int packed_pop(struct pv_queue *queue, struct pv_chain *chain)
     if (available <= 0)
         return available;
     for (bool more = true; more;) {
-        uint64_t gpa = queue->descriptors + (uint64_t)slot * DESCRIPTOR_BYTES;
-        struct descriptor found;
+        uint64_t gpa = queue->descriptors + (uint64_t)slot * PV_DESCRIPTOR_BYTES;
+        struct pv_descriptor found;
 
         if (slots >= queue->size - queue->taken)
-            return fail(queue, queue->taken ? PV_QUEUE_INDEX : PV_QUEUE_LOOP, gpa), -1;
-        if (!ring_read(queue, PV_AREA_DESCRIPTORS, slot * DESCRIPTOR_BYTES, &found, sizeof(found)))
+            return pv_queue_fail(queue, queue->taken ? PV_QUEUE_INDEX : PV_QUEUE_LOOP, gpa), -1;
+        if (!ring_read(queue, PV_AREA_DESCRIPTORS, slot * PV_DESCRIPTOR_BYTES, &found, sizeof(found)))
             return -1;
         uint16_t flags = slots++ ? found.packed.flags : first;
         advance(queue, &slot, &wrap, 1);
         chain->id = found.packed.id;
-        more = flags & NEXT;
-        if (flags & INDIRECT) {
+        more = flags & PV_DESC_NEXT;
+        if (flags & PV_DESC_INDIRECT) {
             if (more)
-                return fail(queue, PV_QUEUE_INDIRECTION, gpa), -1;
-            if (!walk_table(queue, chain, found.address, found.size, true))
+                return pv_queue_fail(queue, PV_QUEUE_INDIRECTION, gpa), -1;
+            if (!pv_chain_table(queue, chain, found.address, found.size, true))
                 return -1;
-        } else if (!take(queue, chain, found.address, found.size, flags & WRITE)) {
+        } else if (!pv_chain_take(queue, chain, found.address, found.size, flags & PV_DESC_WRITE)) {
             return -1;
         }
     }
@@ -268,13 +206,13 @@ static int packed_pop(struct pv_queue *queue, struct pv_chain *chain)
 /* The driver comes to the first entry before the others: until its flags say so, it sees none of them. */
 static bool packed_push(struct pv_queue *queue, const struct pv_chain *chains, const uint32_t *written, uint32_t count)
 {
-    uint32_t first = queue->used * DESCRIPTOR_BYTES;
+    uint32_t first = queue->used * PV_DESCRIPTOR_BYTES;
     uint16_t first_flags = 0;
 
     for (uint32_t i = 0; i < count; i++) {
-        uint32_t at = queue->used * DESCRIPTOR_BYTES;
+        uint32_t at = queue->used * PV_DESCRIPTOR_BYTES;
         struct { uint32_t size; uint16_t id; } done = {written[i], (uint16_t)chains[i].id};
-        uint16_t flags = (uint16_t)((queue->used_wrap ? AVAILABLE | USED : 0) | (written[i] ? WRITE : 0));
+        uint16_t flags = (uint16_t)((queue->used_wrap ? AVAILABLE | USED : 0) | (written[i] ? PV_DESC_WRITE : 0));
 
         if (!ring_write(queue, PV_AREA_DESCRIPTORS, at + 8, &done, 6) ||
             (i && !ring_write(queue, PV_AREA_DESCRIPTORS, at + FLAGS_AT, &flags, sizeof(flags))))
@@ -450,86 +388,4 @@ void pv_interrupt(struct pv_interrupt *interrupt, uint32_t bits)
         return;
     add(&interrupt->sent, 1);
     pv_signal(interrupt->fd);
-}
-
-/* ---- a chain's bytes */
-
-/* The part of [offset, offset + n) of the readable or writable bytes that lies in segment *at or, failing that, in the
-   next one that has some; 0 at the chain's end. *at starts as 0, and is where to go on; *before are the bytes of those
-   segments that lie before it. */
-struct cursor { uint32_t at; uint64_t before; };
-
-static uint64_t part(const struct pv_chain *chain, bool writable, struct cursor *cursor, uint64_t offset, uint64_t n,
-                     uint64_t *gpa)
-{
-    uint32_t first = writable ? chain->readable : 0, end = writable ? chain->count : chain->readable;
-
-    for (; first + cursor->at < end; cursor->before += chain->segments[first + cursor->at++].size) {
-        const struct pv_segment *segment = &chain->segments[first + cursor->at];
-        if (offset - cursor->before < segment->size) {
-            uint64_t skip = offset - cursor->before, left = segment->size - skip;
-            *gpa = segment->gpa + skip;
-            return left < n ? left : n;
-        }
-    }
-    return 0;
-}
-
-static uint64_t transfer(struct pv_queue *queue, const struct pv_chain *chain, uint64_t offset, uint8_t *host,
-                         uint64_t n, bool writable)
-{
-    struct cursor cursor = {0};
-    uint64_t done = 0, gpa, size;
-
-    while (done < n && (size = part(chain, writable, &cursor, offset + done, n - done, &gpa))) {
-        uint64_t copied = writable ? pv_write(queue->vm, gpa, host + done, size, NULL)
-                                   : pv_read(queue->vm, gpa, host + done, size, NULL);
-        done += copied;
-        if (copied < size)
-            break;
-    }
-    return done;
-}
-
-uint64_t pv_chain_read(struct pv_queue *queue, const struct pv_chain *chain, uint64_t offset, void *to, uint64_t n)
-{
-    return transfer(queue, chain, offset, to, n, false);
-}
-
-uint64_t pv_chain_write(struct pv_queue *queue, const struct pv_chain *chain, uint64_t offset, const void *from,
-                        uint64_t n)
-{
-    return transfer(queue, chain, offset, (uint8_t *)(uintptr_t)from, n, true);
-}
-
-int pv_chain_iovecs(struct pv_queue *queue, const struct pv_chain *chain, bool writable, uint64_t offset, uint64_t n,
-                    struct iovec *to, int most)
-{
-    struct cursor cursor = {0};
-    struct pv_region region = {0};
-    uint64_t done = 0, gpa, size;
-    int count = 0;
-
-    while (done < n && (size = part(chain, writable, &cursor, offset + done, n - done, &gpa))) {
-        if (!region.size || gpa - region.gpa >= region.size) {
-            uint32_t phase = pv_map_enter(queue->vm);
-            bool found = pv_region_at(queue->vm, gpa, &region);
-            pv_map_leave(queue->vm, phase);
-            if (!found || !region.view)
-                return -1;
-        }
-        uint64_t inside = gpa - region.gpa;
-        if (size > region.size - inside)
-            size = region.size - inside;
-        uint8_t *view = region.view + inside;
-        if (count && (uint8_t *)to[count - 1].iov_base + to[count - 1].iov_len == view) {
-            to[count - 1].iov_len += size;
-        } else if (count < most) {
-            to[count++] = (struct iovec){.iov_base = view, .iov_len = size};
-        } else {
-            return -1;
-        }
-        done += size;
-    }
-    return count;
 }

@@ -22,6 +22,7 @@ from pyvmm.lab import frames, shares
 from pyvmm.lab.cache import Image
 from pyvmm.lab.qemu import LabOptions, Machine
 from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump, Sink
+from pyvmm.shown import MANIFEST
 
 PATH = "/usr/bin:/usr/sbin"
 NATIVE = shares.PACKAGE / "lab" / "aarch64" / "_native.abi3.so"
@@ -106,7 +107,9 @@ class Lab:
         if self._wait(deadline) != (frames.READY, b""):
             raise machine.failed("the lab's agent is another version's", ended=False, hint="pyvmm lab build --refresh")
         for share in self._shares:
-            options = f"trans=virtio,version=9p2000.L,msize=512000,cache={self._caching}"
+            is_tree = share.readonly and (share.source / MANIFEST).is_file()  # which never changes
+            caching = "loose" if is_tree else self._caching
+            options = f"trans=virtio,version=9p2000.L,msize=512000,cache={caching}"
             options += ",ro" if share.readonly else ""
             self._ask(deadline, frames.MOUNT, share.tag, str(share.target), options)
         if self._shares and NATIVE.is_file():

@@ -202,7 +202,7 @@ def dry_run(args: argparse.Namespace) -> int:
     require_fresh_native()
     from pyvmm.machine.plan import Plan
 
-    with Plan(_config(args, kernel)) as plan:
+    with Plan(found(_config(args, kernel))) as plan:
         if args.dump_dtb is not None:
             _write(args.dump_dtb, plan.machine.entry.device_tree)
         print("\n".join(plan.lines()))

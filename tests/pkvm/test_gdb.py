@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm import abi
 from pyvmm.debug.exception import VBAR_EL1
 from pyvmm.debug.server import GdbServer
 from pyvmm.devices.trap import Trap
 from pyvmm.guest.puppet import GuestFault, Puppet
+from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
@@ -129,6 +131,51 @@ def test_breakpoints_and_watchpoints_stop_it_and_registers_reach_it(protection: 
                 gdb.interrupt()
             gdb.send("vCont;c")
             assert run.guest.read64(DATA) == 9
+
+
+@each_protection
+def test_vector_registers_reach_the_guest_and_come_back(protection: Protection, tmp_path: Path) -> None:
+    with debugged(protection, tmp_path, where=",nowait") as run:
+        # movz x1, #0x30, lsl #16; msr cpacr_el1, x1; isb; fmov x0, d0; fmov d1, x1; nop; ret
+        code = run.code(0xD2A0_0601, 0xD518_1041, 0xD503_3FDF, 0x9E66_0000, 0x9E67_0021, NOP, RET)
+        with run.client() as gdb:
+            assert gdb.ask(f"Z1,{code:x},4") == "OK"
+            gdb.send("vCont;c")
+            order = run.guest.start_execute(code)
+            assert gdb.answer().startswith("T05")
+            gdb.set_register("v0", 5 << 64 | 0x1234_5678_9ABC)
+            assert gdb.ask(f"z1,{code:x},4") == "OK"
+            assert gdb.ask(f"Z1,{code + 20:x},4") == "OK"
+            assert gdb.go().startswith("T05")
+            assert (gdb.register("v0"), gdb.register("v1")) == (5 << 64 | 0x1234_5678_9ABC, 0x30_0000)
+            assert gdb.ask("D") == "OK"
+        assert order.result().value == 0x1234_5678_9ABC
+
+
+@each_protection
+def test_a_guest_stops_between_instructions_also_at_a_device(protection: Protection, tmp_path: Path) -> None:
+    with debugged(protection, tmp_path, where=",nowait") as run:
+        # str x1, [x0]; subs x2, x2, #1; b.ne .-8; ret: each store adds x1 to the counter
+        code = run.code(0xF900_0001, 0xF100_0442, 0x54FF_FFC1, RET)
+        rounds = 1 << 40
+        with run.client() as gdb:
+            assert gdb.ask(f"Z1,{code:x},4") == "OK"
+            gdb.send("vCont;c")
+            order = run.guest.start_execute(code, layout.BENCH.start + abi.BENCH_COUNTER)
+            assert gdb.answer().startswith("T05")
+            gdb.set_register("x1", 1)
+            gdb.set_register("x2", rounds)
+            assert gdb.ask(f"z1,{code:x},4") == "OK"
+            for _ in range(5):
+                gdb.send("vCont;c")
+                time.sleep(0.02)
+                assert gdb.interrupt().startswith("T02")
+                stored = run.machine.bench.save()["counter"]
+                done = {code: 0, code + 4: 1, code + 8: 0}[gdb.register("pc")]
+                assert stored == rounds - gdb.register("x2") + done > 0
+            gdb.set_register("pc", code + 12)
+            assert gdb.ask("D") == "OK"
+        order.result()
 
 
 @each_protection

@@ -90,7 +90,7 @@ bool pv_chain_table(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa
 /* Bytes [offset, offset + n) of a chain's readable or writable part as iovecs over the views, for readv() and its kin:
    the kernel's copies to and from user addresses answer EFAULT where a page is not ours to touch, and take nothing from
    the guest. Never for O_DIRECT, fixed buffers of io_uring, vmsplice or MSG_ZEROCOPY, which pin pages. The number of
-   iovecs, which hold fewer bytes where the chain ends; or -1 where there is no memory, or more than `most` are needed. */
+   iovecs, which hold fewer bytes where the chain ends; -1 where there is no memory, or more than `most` are needed. */
 int pv_chain_iovecs(struct pv_queue *queue, const struct pv_chain *chain, bool writable, uint64_t offset, uint64_t n,
                     struct iovec *to, int most);
 /* share.c */

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyvmm.cli import main
 from pyvmm.debug import server as module
 from pyvmm.debug.packets import PACKET_SIZE, frame
 from pyvmm.debug.protocol import Go, Stop
@@ -67,6 +68,11 @@ def test_a_socket_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> N
 def test_a_place_that_is_none_is_refused(where: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         GdbServer(where)
+
+
+def test_a_lab_that_nobody_can_connect_to_is_not_booted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--lab", "run", "--gdb", "tcp:1234", "payload:hello"]) == 2
+    assert "pyvmm lab shell --with gdb" in capsys.readouterr().err
 
 
 class Target:

@@ -186,7 +186,7 @@ int pv_net_serve(struct pv_net *net)
 {
     struct net_work *work = net->work;
     /* Whatever came before is looked for; nobody tells of it again. */
-    bool sending = net->tx, receiving = net->rx, starved = false;
+    bool sending = net->tx, receiving = net->rx, starved = !net->rx;
 
     for (;;) {
         short events = (short)((net->rx && !starved && !receiving ? POLLIN : 0) | (rest_left(work) ? POLLOUT : 0));
@@ -194,8 +194,7 @@ int pv_net_serve(struct pv_net *net)
             [STOP] = {.fd = net->stop_fd, .events = POLLIN},
             [SEND] = {.fd = net->tx ? net->tx->kick : -1, .events = POLLIN},
             [RECEIVE] = {.fd = net->rx ? net->rx->kick : -1, .events = POLLIN},
-            /* One that has hung up is ready for ever: while nothing is wanted of it, it is not looked at. */
-            [BACKEND] = {.fd = events ? net->fd : -1, .events = events},
+            [BACKEND] = {.fd = net->fd, .events = events},
         };
         bool busy = receiving || (sending && !rest_left(work));
         if (poll(watched, WATCHED, busy ? 0 : -1) < 0 && errno != EINTR) {
@@ -213,7 +212,8 @@ int pv_net_serve(struct pv_net *net)
 
         short ready = watched[BACKEND].revents;
         enum net_moved sent = NET_MOVED, received = NET_MOVED;
-        if (ready & (POLLERR | POLLNVAL))
+        /* One that has hung up may have more to give, but is ready for ever: nobody waits for buffers to take that. */
+        if (ready & (POLLERR | POLLNVAL) || (ready & POLLHUP && starved))
             sent = pv_net_gone(net, ready & POLLNVAL ? EBADF : net->backend == PV_NET_TAP ? ENODEV : ECONNRESET);
         else if (ready && rest_left(work))
             sent = send_rest(net);

@@ -332,6 +332,8 @@ def test_queue_that_the_driver_did_not_make_is_left_alone() -> None:
         peer.sendall(framed(pattern(60)))
         send(driver, pattern(60))
         assert receive(peer) == pattern(60)
+        peer.close()
+        eventually(lambda: not device.link_up, "the link goes")
 
 
 # ---- whatever comes

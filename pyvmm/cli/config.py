@@ -238,11 +238,13 @@ def _spoken_for(parser: argparse.ArgumentParser, said: dict[str, Any]) -> set[st
 
 def _words(action: Action, entry: Entry, path: str) -> Iterator[str]:
     """Yield the words of a command line for an entry."""
-    if action.nargs == 0:
+    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(entry.value, bool):
             raise _wrong(entry, path, f"{entry.value!r} is given to an option without a value: true or false")
         if entry.value:
             yield f"--{entry.key}"
+        elif isinstance(action, argparse.BooleanOptionalAction):
+            yield f"--no-{entry.key}"
         return
     several = isinstance(action, argparse._AppendAction)
     if isinstance(entry.value, list) and not several:

@@ -10,7 +10,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pyvmm.cli.common import add_common
+from pyvmm.cli.common import add_common, parse_size
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ ORDERS: Final = {
     "resume": Order(None, False, "let them go on"),
     "stop": Order(None, False, "end the run, and return when it has ended"),
     "kick": Order("text", False, "press Return on the console, behind TEXT if there is any"),
+    "balloon": Order("size", False, "what its balloon holds, which is to take SIZE of its memory if one is said"),
     "snapshot": Order("file", True, "write it to FILE, for pyvmm run --restore; protection none only"),
 }
 
@@ -96,9 +97,19 @@ def parse(words: list[str]) -> tuple[int | str | None, str, dict[str, object]]:
         raise UsageError(f"{name} needs a {order.argument}", hint=f"pyvmm ctl {name} {_shown(order)}")
     if len(rest) > (order.argument is not None):
         raise UsageError(f"{name} takes {'one argument' if order.argument else 'no argument'}, not {' '.join(rest)!r}")
+    return where, name, {str(order.argument): _member(order, rest[0])} if rest else {}
+
+
+def _member(order: Order, text: str) -> object:
+    """Return what is sent for an argument."""
     if order.argument == "file":
-        rest = [os.path.abspath(rest[0])]  # the run may have another directory
-    return where, name, {str(order.argument): rest[0]} if rest else {}
+        return os.path.abspath(text)  # the run may have another directory
+    if order.argument == "size":
+        try:
+            return parse_size(text)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(str(error)) from None
+    return text
 
 
 def _shown(order: Order) -> str:
@@ -122,7 +133,9 @@ def _info(answer: Any) -> list[str]:
         f"vCPU{'' if answer['cpus'] == 1 else 's'}",
     ]
     rows = [(slot["gpa"], slot["size"], f"memory, a {slot['backing']}", None) for slot in answer["slots"]]
-    rows += [(device["gpa"], device["size"], device["name"], device["spi"]) for device in answer["devices"]]
+    for device in answer["devices"]:
+        name = ", ".join(filter(None, (device["name"], device.get("about"))))
+        rows.append((device["gpa"], device["size"], name, device["spi"]))
     for gpa, size, name, spi in sorted(rows):
         lines.append(f"  {hex_(gpa):>12} {size:#10x}  {name}{'' if spi is None else f', SPI {spi}'}")
     return lines

@@ -35,6 +35,7 @@ class Requests:
         return {
             "info": self.info, "counters": self.counters, "pause": self.pause, "resume": self.resume,
             "stop": self.stop, "kick": self.kick, "snapshot": self.snapshot,
+            "balloon": self.balloon,
         }  # fmt: skip
 
     @property
@@ -65,7 +66,14 @@ class Requests:
                 {"gpa": slot.gpa, "size": slot.size, "backing": slot.backing.kind} for slot in machine.memory.slots
             ],
             "devices": [
-                {"name": placed.device.name, "gpa": placed.base, "size": placed.device.size, "spi": _spi(placed)}
+                {
+                    "name": placed.device.name,
+                    "gpa": placed.base,
+                    "size": placed.device.size,
+                    "spi": _spi(placed),
+                    "about": placed.device.about(),
+                }
+                | placed.device.info()
                 for placed in machine.bus.placed
             ],
         }
@@ -107,7 +115,10 @@ class Requests:
             raise PyvmmError(f"the guest's console takes no {len(keys)} bytes now: {why}")
         return {"typed": len(keys)}
 
-    def _refuse_unless_started(self, what: str) -> None:
+    def balloon(self, size: int | None = None) -> dict[str, Any]:
+        """Have the balloon take ``size`` bytes of the guest's memory, unless None; say what it holds."""
+        return self._machine.balloon(size)
+
     def snapshot(self, file: str) -> dict[str, Any]:
         """Write the machine to ``file``, an absolute path; it stands still meanwhile."""
         from pyvmm.machine import snapshot
@@ -115,6 +126,7 @@ class Requests:
         self._refuse_unless_started("be saved")
         return snapshot.save(self._machine, file, options=self._options())
 
+    def _refuse_unless_started(self, what: str) -> None:
         if self.state not in ("running", "paused"):
             raise PyvmmError(f"a run that is {self.state} cannot {what}")
 

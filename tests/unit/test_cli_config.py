@@ -111,6 +111,13 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, what: str) -> Non
         config.read(str(path))
 
 
+def test_what_is_on_or_off_can_be_said_both_ways(tmp_path: Path) -> None:
+    said = [applied(text, tmp_path, *words, "payload:hello").rng for text, words in (
+        ("rng = true", ()), ("rng = false", ()), ("rng = true", ("--no-rng",)), ("rng = false", ("--rng",)),
+    )]  # fmt: skip
+    assert said == [True, False, False, True]
+
+
 # -- options of parts
 
 
@@ -173,6 +180,8 @@ OPTIONS = st.fixed_dictionaries(
         "--deadline": st.floats(0.1, 1e6).map(str) | st.just("10"),
         "--initrd": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
         "--map": st.just("a.svg"),
+        "--disk": st.just("root.img,ro,queues=2"),
+        "--vsock": st.just("uds=a.sock,cid=3"),
     },
 )
 

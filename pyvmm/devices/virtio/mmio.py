@@ -128,6 +128,10 @@ class VirtioMmio(Device):
         """What the driver asked for; negotiated once FEATURES_OK is set."""
         return self._features
 
+    def about(self) -> str:
+        """Name the device, and how many entries its queues may have."""
+        return f"{self.device.label}, queues of {', '.join(str(queue.most) for queue in self.queues)}"
+
     def info(self) -> dict[str, Any]:
         """Say what the device is called and how far its driver is, and what each queue has carried."""
         return {

@@ -10,7 +10,10 @@ import pytest
 from pyvmm.guest import initramfs
 from pyvmm.guest.kernels import BUSYBOX, IMAGE, INITRAMFS
 from pyvmm.machine import boot
+from pyvmm.protection import Protection
 from pyvmm.shown import in_lab
+from pyvmm.vcpu.outcome import Ending
+from tests.pkvm.harness import run
 from tests.pkvm.shown import kernel_directory, program
 
 pytestmark = pytest.mark.pkvm
@@ -34,6 +37,18 @@ def test_a_kernel_comes_with_an_initramfs_of_its_own(name: str) -> None:
     base = initramfs.write((where / BUSYBOX).read_bytes())
     assert archive.startswith(base)
     assert (b"virtio_blk.ko" in archive[len(base) :]) == (name == "debian:")
+
+
+def test_a_command_runs_instead_of_a_shell_and_its_status_is_told_before_the_guest_is_off() -> None:
+    where = kernel_directory("own:")
+    command = "quiet console=ttyAMA0 -- cd /tmp; echo 'a  b' $(pwd); exit 5"
+    ended = run(
+        str(where / IMAGE), Protection.NONE, initrd=str(where / INITRAMFS), params=(command,),
+        memory=128 << 20, deadline=300.0,
+    )  # fmt: skip
+    assert ended.outcome.ending is Ending.POWEROFF, ended.output
+    assert b"a  b /tmp\r\n" in ended.output
+    assert initramfs.exit_status(ended.output) == 5
 
 
 @pytest.mark.skipif(not in_lab(), reason="what modules this host has is its own affair")

@@ -14,17 +14,9 @@ from pyvmm.protection import Protection
 from pyvmm.shown import in_lab
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import run
-from tests.pkvm.shown import kernel_directory, program
+from tests.pkvm.shown import kernel_directory
 
 pytestmark = pytest.mark.pkvm
-
-
-@pytest.mark.parametrize(("name", "package", "option"), [
-    ("passt", "passt", "--version"), ("gdb-multiarch", "gdb-multiarch", "--version"), ("mke2fs", "e2fsprogs", "-V"),
-    ("e2fsck", "e2fsprogs", "-V"), ("debugfs", "e2fsprogs", "-V"),
-])  # fmt: skip
-def test_a_program_of_debians_runs(name: str, package: str, option: str) -> None:
-    subprocess.run([program(name, package), option], capture_output=True, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("name", ["debian:", "own:"])

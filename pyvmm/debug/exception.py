@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pyvmm.uapi.kvm_arm64 import ARM64_SYS_REG, PSR_MODE_EL1h, core_reg
+from pyvmm.debug.registers import SYSTEM
+from pyvmm.uapi.kvm_arm64 import PSR_MODE_EL1h, core_reg
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import Vcpu
-
-SCTLR_EL1: Final = ARM64_SYS_REG(3, 0, 1, 0, 0)
-ESR_EL1: Final = ARM64_SYS_REG(3, 0, 5, 2, 0)
-VBAR_EL1: Final = ARM64_SYS_REG(3, 0, 12, 0, 0)
 
 _NZCV: Final = 0xF000_0000
 _DIT: Final = 1 << 24
@@ -45,8 +42,8 @@ def handler_state(pstate: int, sctlr: int) -> int:
 def enter_el1(vcpu: Vcpu, syndrome: int) -> None:
     """Have ``vcpu`` take a synchronous exception with this ESR, at the instruction it stands at."""
     pstate, pc = vcpu.get_reg(core_reg("pstate")), vcpu.pc
-    vcpu.set_reg(ESR_EL1, syndrome)
+    vcpu.set_reg(SYSTEM["ESR_EL1"], syndrome)
     vcpu.set_reg(core_reg("spsr_el1"), pstate)
     vcpu.set_reg(core_reg("elr_el1"), pc)
-    vcpu.set_reg(core_reg("pc"), vcpu.get_reg(VBAR_EL1) + vector(pstate))
-    vcpu.set_reg(core_reg("pstate"), handler_state(pstate, vcpu.get_reg(SCTLR_EL1)))
+    vcpu.set_reg(core_reg("pc"), vcpu.get_reg(SYSTEM["VBAR_EL1"]) + vector(pstate))
+    vcpu.set_reg(core_reg("pstate"), handler_state(pstate, vcpu.get_reg(SYSTEM["SCTLR_EL1"])))

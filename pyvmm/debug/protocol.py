@@ -19,6 +19,7 @@ from pyvmm.debug.registers import EXPEDITED, REGISTERS, description
 
 SIGINT: Final = 2
 SIGTRAP: Final = 5
+SIGSEGV: Final = 11
 _ALL: Final = -1
 _ANY: Final = 0
 

@@ -1,12 +1,15 @@
 """The registers that GDB knows a 64-bit Arm CPU by: their order, their sizes, and the description it reads.
 
-The features are GDB's own, org.gnu.gdb.aarch64.core and .fpu (GDB's manual, "AArch64 Features"). Pure.
+Two features are GDB's own, org.gnu.gdb.aarch64.core and .fpu (GDB's manual, "AArch64 Features"); the third shows system
+registers to people (``info registers system``). Pure.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
+
+from pyvmm.uapi.kvm_arm64 import ARM64_SYS_REG, core_reg
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +22,27 @@ class Register:
 
 CORE: Final = (*(Register(f"x{n}", 8) for n in range(31)), Register("sp", 8), Register("pc", 8), Register("cpsr", 4))
 FPU: Final = (*(Register(f"v{n}", 16) for n in range(32)), Register("fpsr", 4), Register("fpcr", 4))
-REGISTERS: Final = CORE + FPU
+SYSTEM: Final = {
+    "SP_EL0": core_reg("sp"),
+    "SP_EL1": core_reg("sp_el1"),
+    "ELR_EL1": core_reg("elr_el1"),
+    "SPSR_EL1": core_reg("spsr_el1"),
+    "ESR_EL1": ARM64_SYS_REG(3, 0, 5, 2, 0),
+    "FAR_EL1": ARM64_SYS_REG(3, 0, 6, 0, 0),
+    "VBAR_EL1": ARM64_SYS_REG(3, 0, 12, 0, 0),
+    "SCTLR_EL1": ARM64_SYS_REG(3, 0, 1, 0, 0),
+    "CPACR_EL1": ARM64_SYS_REG(3, 0, 1, 0, 2),
+    "TCR_EL1": ARM64_SYS_REG(3, 0, 2, 0, 2),
+    "TTBR0_EL1": ARM64_SYS_REG(3, 0, 2, 0, 0),
+    "TTBR1_EL1": ARM64_SYS_REG(3, 0, 2, 0, 1),
+    "MAIR_EL1": ARM64_SYS_REG(3, 0, 10, 2, 0),
+    "CONTEXTIDR_EL1": ARM64_SYS_REG(3, 0, 13, 0, 1),
+    "TPIDR_EL1": ARM64_SYS_REG(3, 0, 13, 0, 4),
+    "TPIDR_EL0": ARM64_SYS_REG(3, 3, 13, 0, 2),
+}
+"""System registers that tell of a guest's exceptions and translation, by name: their ONE_REG ids."""
+
+REGISTERS: Final = CORE + FPU + tuple(Register(name, 8) for name in SYSTEM)
 """By GDB's number."""
 
 NUMBER: Final = {register.name: number for number, register in enumerate(REGISTERS)}
@@ -55,6 +78,9 @@ def description() -> bytes:
         *(f'<field name="{name}" type="lanes_{name}"/>' for name, _, _ in _LANES),
         "</union>",
         *(_register(register, "vector" if register.size == 16 else "int") for register in FPU),
+        "</feature>",
+        '<feature name="org.pyvmm.aarch64.system">',
+        *(f'<reg name="{name}" bitsize="64" type="uint64" group="system"/>' for name in SYSTEM),
         "</feature>",
         "</target>",
     ]

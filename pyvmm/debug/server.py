@@ -227,6 +227,7 @@ class _Debugger:
         if self._connection.family != socket.AF_UNIX:
             self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._session = Session(self._target, self._target.take_stop() or Stop(1))
+        self._target.watched = True
         log.info("debugger_attached")
 
     def _serve(self) -> None:

@@ -24,9 +24,13 @@ _TG1: Final = {0b01: 14, 0b10: 12, 0b11: 16}
 _LAST: Final = 3
 
 
+REGIME: Final = ("SCTLR_EL1", "TCR_EL1", "TTBR0_EL1", "TTBR1_EL1")
+"""The registers of a :class:`Regime`, in its order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """SCTLR_EL1, TCR_EL1, TTBR0_EL1 and TTBR1_EL1 as a vCPU has them."""
+    """What says how a vCPU translates."""
 
     sctlr: int
     tcr: int

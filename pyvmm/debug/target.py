@@ -20,14 +20,14 @@ from pyvmm.debug.breakpoints import REASON, Breakpoints, Kind
 from pyvmm.debug.errors import EFAULT, EINVAL, Refused
 from pyvmm.debug.exception import enter_el1
 from pyvmm.debug.interrupts import HeldInterrupts
-from pyvmm.debug.protocol import Go, Stop
-from pyvmm.debug.registers import REGISTERS
-from pyvmm.debug.stage1 import Regime, Translation, Untranslated, translate
+from pyvmm.debug.protocol import SIGSEGV, SIGTRAP, Go, Stop
+from pyvmm.debug.registers import REGISTERS, SYSTEM
+from pyvmm.debug.stage1 import REGIME, Regime, Translation, Untranslated, translate
 from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.log import get_logger
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.uapi.kvm import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, MpState
-from pyvmm.uapi.kvm_arm64 import ARM64_SYS_REG, KVM_GUESTDBG_USE_HW, core_reg
+from pyvmm.uapi.kvm_arm64 import KVM_GUESTDBG_USE_HW, core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_DEBUG_HW_BPS, KVM_CAP_GUEST_DEBUG_HW_WPS
 from pyvmm.uapi.kvm_run import ExitReason
 
@@ -38,11 +38,6 @@ if TYPE_CHECKING:
 
 log = get_logger("gdb")
 
-SCTLR_EL1: Final = ARM64_SYS_REG(3, 0, 1, 0, 0)
-TTBR0_EL1: Final = ARM64_SYS_REG(3, 0, 2, 0, 0)
-TTBR1_EL1: Final = ARM64_SYS_REG(3, 0, 2, 0, 1)
-TCR_EL1: Final = ARM64_SYS_REG(3, 0, 2, 0, 2)
-
 _EC_SHIFT: Final = 26
 _EC_WATCHPOINT: Final = 0x34
 _EC_BRK: Final = 0x3C
@@ -52,12 +47,13 @@ _CPSR: Final = 0xFFFF_FFFF
 
 
 @dataclass(frozen=True, slots=True)
-class _DebugExit:
-    """A KVM_EXIT_DEBUG: what the CPU said, where."""
+class _Exit:
+    """Why a vCPU stands still: a KVM_EXIT_DEBUG and what the CPU said of it, or (SIGSEGV) a KVM_RUN that failed."""
 
     index: int
-    syndrome: int
-    address: int
+    signal: int
+    syndrome: int = 0
+    address: int = 0
 
 
 class GuestTarget:
@@ -67,10 +63,13 @@ class GuestTarget:
         self._machine = machine
         self._wake = wake
         self._lock = threading.Lock()
-        self._exits: list[_DebugExit] = []
+        self._exits: list[_Exit] = []
         self._halted: set[int] = set()
         self._stepping: set[int] = set()
         self._debugging: set[int] = set()
+        self._failed: set[int] = set()
+        self.watched = False
+        """Whether there is a debugger."""
         self._interrupts = HeldInterrupts(machine.gic.device if machine.gic is not None else None)
         self._tell_refusal = log.warning if machine.config.protection.isolates else log.info
         self.last_refusal: str | None = None
@@ -85,18 +84,25 @@ class GuestTarget:
 
     def intercept(self, stop: int, native: Any) -> bool | None:
         """Stop a vCPU at a debug exit (see :data:`pyvmm.vcpu.cold.Intercept`), until the debugger lets it go on."""
+        index = native.index
+        if stop == lib.PV_STOP_FAILED and self.watched and index not in self._failed:
+            # A last look at it. When it goes on it fails once more, unless what it failed of is mended.
+            self._failed.add(index)
+            return self._hold(_Exit(index, SIGSEGV))
         if stop != lib.PV_STOP_DEBUG:
             return None
-        index = native.index
         vcpu = self._machine.vcpus[index]
         told = vcpu.run.debug_arm64
         if told.hsr >> _EC_SHIFT == _EC_BRK:
             # KVM takes every BRK away from a guest that is debugged; none of them is ours.
             enter_el1(vcpu, told.hsr)
             return True
+        return self._hold(_Exit(index, SIGTRAP, told.hsr, told.far))
+
+    def _hold(self, exit: _Exit) -> bool:
         with self._lock:
-            self._exits.append(_DebugExit(index, told.hsr, told.far))
-        self._threads[index].pause()
+            self._exits.append(exit)
+        self._threads[exit.index].pause()
         self._wake()
         return True
 
@@ -147,6 +153,7 @@ class GuestTarget:
     def detach(self) -> None:
         """Forget every breakpoint and let all vCPUs go on, whatever KVM has to say to that."""
         self.take_stop()
+        self.watched = False
         self.points.clear()
         self.physical = False
         halted, self._halted = self._halted, set()
@@ -218,8 +225,7 @@ class GuestTarget:
     def translate(self, thread: int, address: int) -> Translation:
         """Find where an address leads in the guest's memory, by its own tables. Refused where it leads nowhere."""
         vcpu, memory = self._vcpu(thread), self._machine.memory
-        get = vcpu.get_reg
-        regime = Regime(sctlr=get(SCTLR_EL1), tcr=get(TCR_EL1), ttbr0=get(TTBR0_EL1), ttbr1=get(TTBR1_EL1))
+        regime = Regime(*(vcpu.get_reg(SYSTEM[name]) for name in REGIME))
 
         def read64(gpa: int) -> int:
             try:
@@ -280,8 +286,10 @@ class GuestTarget:
         _checked(lambda: vcpu.set_guest_debug(control, self.points.registers()))
         (self._debugging.add if wanted else self._debugging.discard)(index)
 
-    def _reason(self, told: _DebugExit) -> Stop:
+    def _reason(self, told: _Exit) -> Stop:
         thread = told.index + 1
+        if told.signal != SIGTRAP:
+            return Stop(thread, told.signal)
         if told.syndrome >> _EC_SHIFT == _EC_WATCHPOINT:
             if hit := self.points.watching(told.address):
                 return Stop(thread, reason=f"{REASON[hit[0]]}:{hit[1]:x}")
@@ -318,6 +326,8 @@ def _checked(do: Callable[[], Any]) -> Any:
 
 
 def _register_id(vcpu: Vcpu, name: str) -> int:
+    if name in SYSTEM:
+        return SYSTEM[name]
     if name == "sp" and vcpu.get_reg(core_reg("pstate")) & _MODE == _EL1H:
         return core_reg("sp_el1")
     return core_reg("pstate" if name == "cpsr" else name)

@@ -64,7 +64,7 @@ def test_a_reset_ends_the_run_with_status_3(protection: Protection) -> None:
     assert (result.outcome.ending, result.outcome.status) == (Ending.RESET, 3)
 
 
-def _read_through_the_kernel(address: int) -> bytes:
+def read_through_the_kernel(address: int) -> bytes:
     """process_vm_readv of this very process: what a debugger does."""
 
     class Iovec(ctypes.Structure):
@@ -84,7 +84,7 @@ def test_a_page_reclaimed_by_force_ends_the_run_naming_it() -> None:
         guest.write64(gpa, 0x1234_5678)
         slot = next(slot for slot in machine.memory.slots if slot.gpa <= gpa < slot.end)
         hva = slot.hva + gpa - slot.gpa
-        assert _read_through_the_kernel(hva) == bytes(4096)
+        assert read_through_the_kernel(hva) == bytes(4096)
         order = guest.start_read64(gpa)
         outcome = machine.wait(10)
         assert outcome.ending is Ending.CRASH

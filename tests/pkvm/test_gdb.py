@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from pyvmm import abi
-from pyvmm.debug.exception import VBAR_EL1
 from pyvmm.debug.server import GdbServer
 from pyvmm.devices.trap import Trap
 from pyvmm.guest.puppet import GuestFault, Puppet
@@ -26,6 +25,7 @@ from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.gdb_client import Client, field
 from tests.pkvm.harness import ALL, DEADLINE, config
 from tests.pkvm.shown import kernel_directory, program
+from tests.pkvm.test_faults import read_through_the_kernel
 
 pytestmark = pytest.mark.pkvm
 each_protection = pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
@@ -92,6 +92,9 @@ def test_a_guest_waits_before_its_first_instruction_and_is_stepped_from_there(
         for name, value in values.items():
             gdb.set_register(name, value)
         assert {name: gdb.register(name) for name in values} == values
+        assert gdb.register("SP_EL1") == gdb.register("sp") != gdb.register("SP_EL0")
+        gdb.set_register("TPIDR_EL1", 2**63)
+        assert gdb.register("TPIDR_EL1") == 2**63
         everything = gdb.ask("g")
         assert gdb.ask(f"G{everything}") == "OK"
         assert gdb.ask("g") == everything
@@ -274,6 +277,21 @@ def test_a_debugger_that_goes_without_a_word_leaves_a_guest_that_runs_on(tmp_pat
         run.guest.execute(code)
 
 
+def test_a_vcpu_that_fails_can_be_looked_at_before_the_run_ends(tmp_path: Path) -> None:
+    with debugged(Protection.PKVM, tmp_path, where=",nowait") as run, run.client() as gdb:
+        gdb.send("vCont;c")
+        run.guest.write64(DATA, 1)
+        read_through_the_kernel(run.machine.memory.hva(DATA))
+        run.guest.start_read64(DATA)
+        stop = gdb.answer()
+        assert (stop[:3], field(stop, "thread")) == ("T0b", "1")
+        assert gdb.register("SP_EL1") == gdb.register("sp")
+        gdb.send("vCont;c")
+        outcome = run.machine.wait(DEADLINE)
+        assert outcome.ending is Ending.CRASH
+        assert "page at gpa 0x8090_0000 was reclaimed by the host" in outcome.reason
+
+
 @each_protection
 def test_the_guests_own_breakpoint_instructions_stay_its_own(protection: Protection, tmp_path: Path) -> None:
     with debugged(protection, tmp_path, where=",nowait") as run:
@@ -307,7 +325,7 @@ def test_a_linux_that_is_stepped_takes_no_interrupt_and_breakpoints_are_stepped_
                     gdb.send("vCont;c")
                     time.sleep(0.02)
                     gdb.interrupt()
-                vectors = run.machine.vcpus[0].get_reg(VBAR_EL1)
+                vectors = gdb.register("VBAR_EL1")
                 for _ in range(4):
                     time.sleep(0.02)  # the timer of its scheduler ticks meanwhile
                     gdb.go("vCont;s:1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.debug.packets import PACKET_SIZE, Decoder, Event, Token, escape, frame, unescape
@@ -13,6 +13,7 @@ def decode(*parts: bytes) -> list[Event]:
     return [event for part in parts for event in decoder.feed(part)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=5), st.data())
 def test_packets_survive_however_the_stream_is_cut(payloads: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(frame(escape(payload)) for payload in payloads)
@@ -21,6 +22,7 @@ def test_packets_survive_however_the_stream_is_cut(payloads: list[bytes], data: 
     assert decode(*(bytes([byte]) for byte in stream)) == payloads
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_escapes_are_undone_and_leave_nothing_that_ends_a_packet(data: bytes) -> None:
     escaped = escape(data)
@@ -28,6 +30,7 @@ def test_escapes_are_undone_and_leave_nothing_that_ends_a_packet(data: bytes) ->
     assert unescape(escaped) == data
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=200)))
 def test_no_stream_raises_and_the_next_packet_is_found(parts: list[bytes]) -> None:
     decoder = Decoder()

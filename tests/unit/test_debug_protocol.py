@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.debug.breakpoints import Kind
@@ -107,7 +107,7 @@ def test_the_description_comes_in_pieces_and_lists_every_register_in_order(sessi
     sizes = [(reg.attrib["name"], int(reg.attrib["bitsize"]) // 8) for reg in root.iter("reg")]
     assert sizes == [(register.name, register.size) for register in REGISTERS]
     assert [feature.attrib["name"] for feature in root.iter("feature")] == [
-        "org.gnu.gdb.aarch64.core", "org.gnu.gdb.aarch64.fpu",
+        "org.gnu.gdb.aarch64.core", "org.gnu.gdb.aarch64.fpu", "org.pyvmm.aarch64.system",
     ]  # fmt: skip
 
 
@@ -228,6 +228,7 @@ REQUESTS = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(REQUESTS, st.one_of(st.binary(max_size=40), st.text("0123456789abcdef,:;=-", max_size=40))),
                 max_size=20))  # fmt: skip
 def test_no_request_raises(requests: list[tuple[bytes, bytes | str]]) -> None:

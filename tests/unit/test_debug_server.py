@@ -82,7 +82,7 @@ class Target:
         self._wake = wake
         self.stops: list[Stop] = []
         self.halts = 0
-        self.killed = False
+        self.killed = self.watched = False
         self.running = threading.Event()
         self.free = threading.Event()
         made.append(self)

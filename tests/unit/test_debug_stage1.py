@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.debug.stage1 import Regime, Untranslated, translate
@@ -66,6 +66,7 @@ def test_with_the_mmu_off_an_address_is_its_own() -> None:
 
 @pytest.mark.parametrize(("granule", "bits"), [(12, 39), (12, 48), (12, 25), (14, 47), (14, 36), (16, 48), (16, 42)])
 @pytest.mark.parametrize("upper", [False, True])
+@settings(deadline=None)
 @given(data=st.data())
 def test_every_granule_maps_pages_in_both_halves(granule: int, bits: int, upper: bool, data: st.DataObject) -> None:
     tables = Tables(granule, bits)
@@ -125,6 +126,7 @@ def test_a_half_that_is_switched_off_leads_nowhere() -> None:
         tables.go(0xFFFF_FFFF_FFFF_0000)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), *[st.integers(0, 2**64 - 1)] * 3, st.integers(0, 2**64 - 1))
 def test_no_register_or_table_of_a_guests_leads_astray(va: int, tcr: int, ttbr0: int, ttbr1: int, entry: int) -> None:
     reads = []

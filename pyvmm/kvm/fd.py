@@ -24,6 +24,9 @@ CData: TypeAlias = "Structure | _SimpleCData[Any]"
 class Kernel:
     """Makes the calls of every :class:`Fd`: the one place to look on (pyvmm.kvm.stand_in), or to stand in for it."""
 
+    pretends = False
+    """Whether what it makes is of no use: nothing outside is to be changed for it."""
+
     def open(self, path: str) -> int:
         """Open KVM's device; OSError."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -43,6 +43,7 @@ class Recording(Kernel):
     def __init__(self, kernel: Kernel = KERNEL) -> None:
         self.calls: list[Call] = []
         self._kernel = kernel
+        self.pretends = kernel.pretends
 
     def open(self, path: str) -> int:
         """Open what the other does."""
@@ -59,6 +60,8 @@ class Recording(Kernel):
 
 class StandIn(Kernel):
     """Answers as an arm64 pKVM host would while a machine is made; no guest can run."""
+
+    pretends = True
 
     def open(self, path: str) -> int:
         """Return a descriptor that means nothing to the kernel."""

@@ -11,12 +11,12 @@ The VM's last descriptor is closed before its memory is unmapped: only then has 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi, lib
@@ -38,14 +38,13 @@ from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
 from pyvmm.machine.swiotlb import pool_size
-from pyvmm.machine.virtio import Context, attach
+from pyvmm.machine.VIRTIO import Context, attach
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.memlock import require_memlock
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
 from pyvmm.observe.counters import Counters
 from pyvmm.protection import Protection
-from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.vcpu.cold import ColdExits, Intercept, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
@@ -128,7 +127,8 @@ class Machine:
             self.kernel_kind = image.kind
         push = self._stack.enter_context
         self.system = push(System.open(kernel=self._kernel or KERNEL))
-        self.vm = push(self._create_vm(self.system))
+        vm, bits = create_vm(self.system, config)
+        self.vm = push(vm)
         self.native = ffi.new("struct pv_vm *")
         self.native.fd = self.vm.fileno()
         self.native.protection = _NATIVE_PROTECTION[config.protection]
@@ -138,7 +138,7 @@ class Machine:
         if config.protection is Protection.EMULATED:
             for function, count in FORWARDED:
                 self.vm.forward_smccc(function, count)
-        self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native))
+        self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native, ipa_bits=bits))
         if self.restored_from is not None:
             self._memory_stack.callback(self.restored_from.close)
         loadable = add_ram(self.memory, self.vm, config)
@@ -183,16 +183,6 @@ class Machine:
         snapshot.restore(self, self._failed)
         return boot.Entry(Gpa(self.vcpus[0].pc), Gpa(0), b"", ())
 
-    def _create_vm(self, system: System) -> Vm:
-        if self.config.protection is not Protection.PKVM:
-            return system.create_vm(0)
-        try:
-            return system.create_vm(KVM_VM_TYPE_ARM_PROTECTED)
-        except KvmError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            raise HostError(error.message, hint=error.hint) from error
-
     def _place_devices(self) -> None:
         config = self.config
         self.bus = Bus(self.native)
@@ -206,6 +196,8 @@ class Machine:
         self.bench = self.bus.add(Bench(), layout.BENCH.start)
         ram = range(layout.RAM_BASE, layout.RAM_BASE + config.memory)
         context = Context(self.native, config.protection, self.memory, ram, self._unheard)
+        if self._kernel is not None and self._kernel.pretends:
+            context = replace(context, planned=True)
         self.virtio = attach(config.devices, context, self.bus, self.interrupts)
         self.bus.publish()
 

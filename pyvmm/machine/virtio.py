@@ -40,6 +40,8 @@ class Context:
     ram: range
     unheard: Callable[[OSError], None]
     """Told why a console's output can no longer be written."""
+    planned: bool = False
+    """The machine is a plan: no interface is made, no program started, for what would be behind a network card."""
 
     @property
     def private(self) -> bool:
@@ -53,7 +55,8 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
         case devices.Net():
             from pyvmm.devices.virtio.net import Net, parse_mac
 
-            return Net(_network(spec), parse_mac(spec.mac) if spec.mac else None)
+            backend = _planned_network() if context.planned else _network(spec)
+            return Net(backend, parse_mac(spec.mac) if spec.mac else None)
         case devices.Rng():
             from pyvmm.devices.virtio.rng import Rng
 
@@ -81,6 +84,14 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
 
             disk = DiskFile(spec.path, read_only=spec.read_only)
             return Blk(disk, queues=spec.queues, serial=spec.serial, isolates=context.private)
+
+
+def _planned_network() -> NetBackend:
+    import os
+
+    from pyvmm.devices.virtio.netbackend import Stream
+
+    return Stream("planned", os.eventfd(0, os.EFD_CLOEXEC))
 
 
 def _network(spec: devices.Net) -> NetBackend:

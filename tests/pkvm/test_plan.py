@@ -8,6 +8,7 @@ import pytest
 
 from pyvmm.kvm.stand_in import Recording
 from pyvmm.machine import Machine
+from pyvmm.machine.devices import Rng
 from pyvmm.machine.plan import Plan, calls
 from pyvmm.memory.conversion import Conversion
 from pyvmm.protection import Protection
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.pkvm
     ("protection", "more"),
     [
         (Protection.NONE, {"cpus": 2}),
-        (Protection.PKVM, {"cpus": 4}),
+        (Protection.PKVM, {"cpus": 4, "devices": (Rng(), Rng())}),
         (Protection.EMULATED, {"backing": "private", "conversion": Conversion.COPY}),
     ],
     ids=lambda value: value.value if isinstance(value, Protection) else "",

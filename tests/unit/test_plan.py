@@ -15,6 +15,7 @@ from pyvmm.kvm.fd import Kernel
 from pyvmm.kvm.stand_in import Recording, StandIn
 from pyvmm.kvm.system import System
 from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.devices import Net, Rng
 from pyvmm.machine.plan import Plan, calls
 from pyvmm.protection import Protection
 
@@ -71,6 +72,15 @@ def test_the_same_plan_is_the_same_text_and_nothing_is_left_of_it() -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_plan_of_devices_makes_no_interface_and_starts_no_program() -> None:
+    devices = (Rng(), Net(tap="nosuch0", address="10.9.8.1/24"), Net(passt="/nonexistent/passt"))
+    with Plan(replace(HELLO, devices=devices)) as plan:
+        lines = list(plan.lines())
+    assert "    0xa00_0000    0xa00_0200  virtio_mmio, SPI 32, rng0, queues of 64" in lines
+    assert "  KVM_IRQFD(vm, fd=eventfd, gsi=34, flags=0x0)" in lines
+    assert not Path("/sys/class/net/nosuch0").exists()
+
+
 def test_a_plan_refuses_what_a_run_would() -> None:
     with pytest.raises(UsageError, match="EIO"), Plan(replace(HELLO, protection=Protection.PKVM, backing="hugetlb")):
         pass
@@ -78,7 +88,8 @@ def test_a_plan_refuses_what_a_run_would() -> None:
 
 def test_a_call_that_failed_is_recorded_as_one() -> None:
     class Refusing(StandIn):
-        def ioctl(self, *_: object) -> tuple[int, int]:
+        def ioctl(self, fd: object, request: object, argument: object, values: object) -> tuple[int, int]:
+            del fd, request, argument, values
             return -1, 22
 
     recording = Recording(Refusing())

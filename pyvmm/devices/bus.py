@@ -6,8 +6,7 @@ Built once before the first run. Overlaps are refused by name. C finds the range
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device, Line
@@ -16,8 +15,7 @@ from pyvmm.errors import UsageError, hex_
 D = TypeVar("D", bound=Device)
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A device, the gpa of its first register, and its interrupt line, if it has one."""
 
     device: Device

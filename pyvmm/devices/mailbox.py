@@ -9,13 +9,16 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
-from pyvmm.devices.trap import MailboxAnswer, Trap
 from pyvmm.errors import PyvmmError, UsageError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from pyvmm.devices.trap import MailboxAnswer, Trap
 
 WORDS = 7
 MASK = (1 << 64) - 1
@@ -47,6 +50,8 @@ class Mailboxes(Device):
         if len(args) > WORDS:
             raise ValueError(f"an order has at most {WORDS} arguments, not {len(args)}")
         words = [op, *(arg & MASK for arg in args)]
+        from concurrent.futures import Future  # only a guest that takes orders is worth what it costs to import
+
         future: Future[MailboxAnswer] = Future()
         with self._changed:
             if self._gone is not None:
@@ -59,6 +64,8 @@ class Mailboxes(Device):
 
     def trap(self, vcpu: int) -> Trap | None:
         """Return what the vectors of ``vcpu`` reported, if they rang the bell."""
+        from pyvmm.devices.trap import Trap  # as above
+
         box = self._boxes[vcpu]
         return Trap.from_words(tuple(box.trap)) if box.trapped else None
 
@@ -85,6 +92,8 @@ class Mailboxes(Device):
         box.state = lib.PV_MAILBOX_ORDER
 
     def _answer(self, vcpu: int, box: Any) -> None:
+        from pyvmm.devices.trap import MailboxAnswer, Trap
+
         status, *results = box.result
         trap = Trap.from_words(tuple(box.trap)) if status == 1 else None
         box.state = lib.PV_MAILBOX_IDLE

@@ -5,8 +5,7 @@ Names and codes are those of the Arm Architecture Reference Manual, DDI 0487, ES
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyvmm.errors import hex_
 
@@ -51,8 +50,7 @@ def fault_status(code: int) -> str:
     return f"fault status {code:#04x}"
 
 
-@dataclass(frozen=True)
-class Trap:
+class Trap(NamedTuple):
     """The registers at an exception: ``vector`` is 0..15 in the order of the vector table, the rest 64-bit values."""
 
     vector: int
@@ -117,8 +115,7 @@ class Trap:
         return f"{self.what()}{source}; vCPU {self.vcpu}, {values}"
 
 
-@dataclass(frozen=True)
-class MailboxAnswer:
+class MailboxAnswer(NamedTuple):
     """What came of an order: ``status`` is abi.STATUS_*, ``results`` the seven words, ``trap`` if it trapped."""
 
     status: int

@@ -26,11 +26,10 @@ from pyvmm.devices.echo import Echo
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
-from pyvmm.errors import HostError, KvmError, PyvmmError, UsageError, hex_
+from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
 from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.kvm.system import System
 from pyvmm.kvm.vcpu import Vcpu
-from pyvmm.kvm.vm import Vm
 from pyvmm.log import get_logger
 from pyvmm.machine import boot, layout
 from pyvmm.machine.config import MachineConfig
@@ -38,12 +37,12 @@ from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
 from pyvmm.machine.swiotlb import pool_size
-from pyvmm.machine.VIRTIO import Context, attach
+from pyvmm.machine.virtio import Context, attach
+from pyvmm.machine.vm import create_vm
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.memlock import require_memlock
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
-from pyvmm.observe.counters import Counters
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.vcpu.cold import ColdExits, Intercept, Unclaimed
@@ -52,6 +51,7 @@ from pyvmm.vcpu.thread import VcpuThread
 
 if TYPE_CHECKING:
     from pyvmm.machine.snapshot import Snapshot
+    from pyvmm.observe.counters import Counters
 
 log = get_logger("machine")
 
@@ -362,6 +362,8 @@ class Machine:
     @property
     def counters(self) -> Counters:
         """What the native loop has counted until now."""
+        from pyvmm.observe.counters import Counters  # of a run that has begun
+
         return Counters.read(self.native, self._natives, self.elapsed_ns, self.started_ns)
 
     @property

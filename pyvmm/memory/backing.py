@@ -1,9 +1,10 @@
 """What guest memory is made of: anonymous memory, memfd (4 KiB, THP advice, hugetlb), guest_memfd, shared or private.
 
-A backing owns its file descriptor, if it has one, and its mappings; whoever made it closes it, or hands it to a ``Memory``, which
-closes it then. A backing has two addresses: ``hva``, through which KVM faults pages in, and ``view``, through which
-the host's own code (in C, guarded) looks at them. They are one mapping until :meth:`Backing.separate_view`, which the
-emulated protection uses so that a page can be taken from the host without taking it from KVM.
+A backing owns its file descriptor, if it has one, and its mappings; whoever made it closes it, or hands it to a
+``Memory``, which closes it then. A backing has two addresses: ``hva``, through which KVM faults pages in, and ``view``,
+through which the host's own code (in C, guarded) looks at them. They are one mapping until
+:meth:`Backing.separate_view`, which the emulated protection uses so that a page can be taken from the host without
+taking it from KVM.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Backing:
         self.closed = False
         """Whether :meth:`close` was called."""
         self._pid = os.getpid()
+        guard_copies()
 
     def __enter__(self) -> Self:
         return self
@@ -185,7 +187,6 @@ class Anonymous(Backing):
 
     def __init__(self, size: int) -> None:
         _check_size(size, PAGE_SIZE)
-        guard_copies()
         super().__init__(size, mman.map_anonymous(size))
         with contextlib.suppress(MappingError):  # a kernel without huge pages gives small ones
             mman.advise(self.hva, size, MADV_HUGEPAGE)
@@ -206,7 +207,16 @@ class Anonymous(Backing):
         """There is none."""
 
 
-class Memfd(Backing):
+class FileBacking(Backing):
+    """All of a file whose descriptor it takes, mapped shared; ``reserve`` sets the pages aside now."""
+
+    kind = "file"
+
+    def __init__(self, fd: int, size: int, *, granule: int = PAGE_SIZE, reserve: bool = False) -> None:
+        super().__init__(size, mman.map_shared(fd, size, reserve=reserve), fd=fd, granule=granule)
+
+
+class Memfd(FileBacking):
     """Anonymous shared memory, the backing every protection takes.
 
     ``thp`` advises huge pages, which has effect where /sys/kernel/mm/transparent_hugepage/shmem_enabled is ``advise``
@@ -223,12 +233,11 @@ class Memfd(Backing):
             raise UsageError("a memfd takes huge page advice (thp) or hugetlb pages, not both")
         if hugetlb:
             self.kind = "memfd of 2 MiB pages"
-        guard_copies()
         fd = _memfd_create(hugetlb)
         try:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL)
-            super().__init__(size, mman.map_shared(fd, size, reserve=hugetlb), fd=fd, granule=granule)
+            super().__init__(fd, size, granule=granule, reserve=hugetlb)
         except BaseException as error:
             os.close(fd)
             if hugetlb and isinstance(error, MappingError) and error.errno == errno.ENOMEM:
@@ -245,13 +254,12 @@ class Memfd(Backing):
                 raise HostError("this kernel has no transparent huge pages", hint="leave thp out") from error
 
 
-class _GuestMemfdBacking(Backing):
+class _GuestMemfdBacking(FileBacking):
     def __init__(self, vm: Vm, size: int, flags: int) -> None:
         _check_size(size, PAGE_SIZE)
-        guard_copies()
         file = vm.create_guest_memfd(size, flags)
         try:
-            super().__init__(size, mman.map_shared(file.fileno(), size), fd=file.fileno())
+            super().__init__(file.fileno(), size)
         except BaseException:
             file.close()
             raise

@@ -8,7 +8,6 @@ the state before or after a change, never a mixture.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -58,14 +57,16 @@ def describe(entry: int) -> str:
     return f"{words} (assumed: the kernel does not tell)" if entry & ASSUMED else words
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Area:
     """The entries of one range that was added whole; slots over parts of it use parts of the array."""
 
-    gpa: Gpa
-    size: int
-    entries: Any
-    """``uint8_t[size / 4096]``"""
+    __slots__ = ("entries", "gpa", "size")
+
+    def __init__(self, gpa: Gpa, size: int, entries: Any) -> None:
+        self.gpa = gpa
+        self.size = size
+        self.entries = entries
+        """``uint8_t[size / 4096]``"""
 
     @classmethod
     def new(cls, gpa: Gpa, size: int) -> Area:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 from pyvmm.errors import HostError
 from pyvmm.memory.address import PAGE_SIZE, align_up
@@ -20,12 +19,11 @@ INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 """Inode of /proc/PID/ns/user of the first user namespace: PROC_USER_INIT_INO in include/linux/proc_ns.h."""
 
 MIB = 1 << 20
-STATUS = Path("/proc/self/status")
-NAMESPACE = Path("/proc/self/ns/user")
+STATUS = "/proc/self/status"
+NAMESPACE = "/proc/self/ns/user"
 
 
-@dataclass(frozen=True, slots=True)
-class LockedMemory:
+class LockedMemory(NamedTuple):
     """What this process may pin, in bytes; a limit of None is "unlimited"."""
 
     locked: int
@@ -37,7 +35,8 @@ class LockedMemory:
     @classmethod
     def read(cls) -> LockedMemory:
         """Ask the kernel about this process."""
-        fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+        with open(STATUS) as status:
+            fields = dict(line.split(":", 1) for line in status if ":" in line)
         soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         capable = bool(int(fields["CapEff"], 16) >> CAP_IPC_LOCK & 1)
         return cls(
@@ -98,7 +97,7 @@ def _in_initial_user_namespace() -> bool:
     # The kernel asks capable(), which counts capabilities of the first user namespace only: root in a rootless
     # container shows CAP_IPC_LOCK and is limited all the same.
     try:
-        return NAMESPACE.stat().st_ino == INITIAL_USER_NAMESPACE
+        return os.stat(NAMESPACE).st_ino == INITIAL_USER_NAMESPACE
     except OSError:
         return True  # a kernel without user namespaces has no other
 

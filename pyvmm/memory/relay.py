@@ -13,9 +13,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm._native import lib
 from pyvmm.memory.address import PAGE_SIZE, Gpa
@@ -38,8 +37,7 @@ class ShareSource(IntEnum):
     """A kernel that exits on a protected guest's shares (Android's)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShareEvent:
+class ShareEvent(NamedTuple):
     """One conversion of ``npages`` 4 KiB pages from ``gpa``; ``ns`` is CLOCK_MONOTONIC."""
 
     shared: bool
@@ -52,14 +50,14 @@ class ShareEvent:
 Subscriber = Callable[[ShareEvent], None]
 
 
-@dataclass
 class ShareRelay:
     """The one place where conversions are announced."""
 
-    native: Any
-    ledger: Ledger
-    _subscribers: list[Subscriber] = field(default_factory=list)
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    def __init__(self, native: Any, ledger: Ledger) -> None:
+        self.native = native
+        self.ledger = ledger
+        self._subscribers: list[Subscriber] = []
+        self._lock = threading.RLock()
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call ``subscriber`` for every conversion from now on; returns what ends that.

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 from bisect import bisect_left, bisect_right, insort
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, UsageError, hex_
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.memory.ledger import Area
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One memslot of KVM: ``[gpa, gpa + size)`` lies at ``offset`` of ``backing``."""
 
     gpa: Gpa
@@ -70,17 +68,19 @@ def carve(pieces: Sequence[Piece], new: Piece) -> list[Piece]:
     return joined
 
 
-@dataclass(slots=True, eq=False)
 class Slot:
     """A range of guest memory as it was added. Only Memory changes it."""
 
-    gpa: Gpa
-    size: int
-    backing: Backing
-    offset: int
-    area: Area
-    pieces: list[Piece] = field(default_factory=list)
-    """The memslots KVM has of it; more than one after pages were moved to another backing."""
+    __slots__ = ("area", "backing", "gpa", "offset", "pieces", "size")
+
+    def __init__(self, gpa: Gpa, size: int, backing: Backing, offset: int, area: Area) -> None:
+        self.gpa = gpa
+        self.size = size
+        self.backing = backing
+        self.offset = offset
+        self.area = area
+        self.pieces: list[Piece] = []
+        """The memslots KVM has of it; more than one after pages were moved to another backing."""
 
     @property
     def end(self) -> Gpa:

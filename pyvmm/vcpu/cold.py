@@ -7,7 +7,6 @@ machine stops the other vCPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import abi
@@ -17,7 +16,6 @@ from pyvmm.log import get_logger
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 from pyvmm.uapi.kvm_run import ExitReason, SystemEvent
-from pyvmm.vcpu.failure import explain
 from pyvmm.vcpu.outcome import Ending, Outcome
 
 if TYPE_CHECKING:
@@ -39,22 +37,19 @@ thread, None leaves the stop to pyvmm. What single-stepping and experiments with
 UNCLAIMED_LOGGED = 8
 
 
-@dataclass
 class ColdExits:
     """The context of one vCPU's cold exits."""
 
-    native: Any
-    vcpu: Vcpu
-    memory: Memory
-    relay: ShareRelay
-    bus: Bus
-    console: Pl011
-    mailboxes: Mailboxes
-    finish: Callable[[Outcome], None]
-    wanted: Callable[[], bool]
-    unclaimed: Unclaimed | None = None
-    intercept: Intercept | None = None
-    _unclaimed_seen: int = 0
+    def __init__(
+        self, *, native: Any, vcpu: Vcpu, memory: Memory, relay: ShareRelay, bus: Bus, console: Pl011,
+        mailboxes: Mailboxes, finish: Callable[[Outcome], None], wanted: Callable[[], bool],
+        unclaimed: Unclaimed | None = None, intercept: Intercept | None = None,
+    ) -> None:  # fmt: skip
+        self.native, self.vcpu, self.memory, self.relay, self.bus = native, vcpu, memory, relay, bus
+        self.console, self.mailboxes = console, mailboxes
+        self.finish, self.wanted = finish, wanted
+        self.unclaimed, self.intercept = unclaimed, intercept
+        self._unclaimed_seen = 0
 
     def handle(self, stop: int) -> bool:
         """Deal with ``stop`` (enum pv_stop); True to run on."""
@@ -80,6 +75,8 @@ class ColdExits:
             case lib.PV_STOP_SYSTEM:
                 return self._system_event()
             case lib.PV_STOP_FAILED:
+                from pyvmm.vcpu.failure import explain  # few runs fail
+
                 why = explain(self.vcpu, self.native, self.memory)
                 return self._end(why) if isinstance(why, Outcome) else self.handle(why)
             case lib.PV_STOP_KICK:

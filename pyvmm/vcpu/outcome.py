@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Ending(Enum):
@@ -34,8 +34,7 @@ _STATUS = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Why the machine stopped; ``vcpu`` is the one that brought it about, if one did."""
 
     ending: Ending

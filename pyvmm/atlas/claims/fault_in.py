@@ -15,7 +15,7 @@ from pyvmm.atlas.host.syscalls import drop_capabilities
 from pyvmm.guest.puppet import Access
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE
-from pyvmm.memory.backing import Backing, Memfd, SharedGuestMemfd
+from pyvmm.memory.backing import FileBacking, Memfd, SharedGuestMemfd
 from pyvmm.memory.memlock import CAP_IPC_LOCK, LockedMemory
 from pyvmm.uapi.mman import PROT_NONE, PROT_READ
 
@@ -213,7 +213,7 @@ def file_pages_are_refused(x: Experiment) -> None:
         file.truncate(1 << 16)
         file.write(b"on disk.")
         file.flush()
-        backing = x.stack.enter_context(Backing(os.dup(file.fileno()), 1 << 16))
+        backing = x.stack.enter_context(FileBacking(os.dup(file.fileno()), 1 << 16))
         backing.kind = "file"
         raw.slot(x, BEYOND, backing.size, backing.hva)
         ran = x.went(x.guest.start_read64(BEYOND))

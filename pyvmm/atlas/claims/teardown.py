@@ -17,7 +17,7 @@ from pyvmm.errors import KvmError
 from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE, Gpa
-from pyvmm.memory.backing import Backing
+from pyvmm.memory.backing import FileBacking
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
 from pyvmm.vcpu.outcome import Ending
@@ -204,10 +204,10 @@ def _zero_pages(x: Experiment, gpa: Gpa, pages: int) -> int:
     return sum(look(x.hva(gpa + page * PAGE_SIZE)) == bytes(PAGE_SIZE) for page in range(pages))
 
 
-def _end_and_keep(x: Experiment) -> Backing:
+def _end_and_keep(x: Experiment) -> FileBacking:
     """End the VM and return its memory's file, for the next one to own."""
     old = x.memory.slots[0].backing
-    file = Backing(os.dup(old.fd), old.size)
+    file = FileBacking(os.dup(old.fd), old.size)
     file.kind = old.kind
     x.end()
     return file

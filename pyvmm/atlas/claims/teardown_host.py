@@ -17,7 +17,7 @@ from pyvmm.errors import KvmError
 from pyvmm.guest.puppet import Access
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory.address import PAGE_SIZE, Gpa
-from pyvmm.memory.backing import Backing, Memfd
+from pyvmm.memory.backing import FileBacking, Memfd
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 
@@ -159,7 +159,7 @@ def _vmm_ends(x: Experiment, number: signal.Signals | None) -> None:
 def _vmm(protection: Protection, fd: int, other: Forked) -> None:
     """Run a guest of two vCPUs over a file, in a process of its own, until told to exit."""
     with Experiment(protection, cpus=2) as x:
-        backing = Backing(os.dup(fd), PAGES * PAGE_SIZE)
+        backing = FileBacking(os.dup(fd), PAGES * PAGE_SIZE)
         backing.kind = "memfd"
         x.memory.add(BEYOND, backing)
         x.guest.fill(BEYOND, PAGES * PAGE_SIZE, WORD)

@@ -181,8 +181,7 @@ def _run(
         raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
     options = _options(args)
     wanted = list(dict.fromkeys([*getattr(args, "lab_with", []), *named(files, ("passt",))]))
-    for name in set(wanted) - set(peers.ALL):
-        raise UsageError(f"nothing that a lab can be shown is called {name!r}", hint=", ".join(peers.ALL))
+    peers.check(wanted)
     find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built
     if os.environ.get("PYVMM_IN_LAB") == "1":
         raise HostError("there is no lab in the lab, and its kernel does not run protected guests",

@@ -30,10 +30,7 @@ def recipe(text: str, cache: Cache | None = None) -> Recipe:
     UsageError for a kernel of Debian's that the lab does not know, HostError where there is none yet.
     """
     cache = cache or Cache()
-    suite = text.removeprefix(DEBIAN) or kernels.DEFAULT if text.startswith(DEBIAN) else kernels.DEFAULT
-    if suite not in kernels.SUITES:
-        known = ", ".join(DEBIAN + name for name in kernels.SUITES)
-        raise UsageError(f"no kernel of Debian's is called {text!r}", hint=f"there are {DEBIAN} and {known}")
+    suite = suite_of(text)
     kernel = None
     if text == OWN:
         if (own := usable_kernel(cache)) is None:
@@ -45,6 +42,15 @@ def recipe(text: str, cache: Cache | None = None) -> Recipe:
     modules = image.directory / "modules.cpio" if text.startswith(DEBIAN) else None
     parts = [str(kernel), str(image.directory), initramfs.digest(), BUSYBOX]
     return Recipe(directory_name(text), digest_of(*parts), partial(_make, image.directory / "busybox", kernel, modules))
+
+
+def suite_of(text: str) -> str:
+    """Give the name of the image that a guest's kernel, or busybox for it, is of. UsageError where none can be."""
+    suite = text.removeprefix(DEBIAN) if text.startswith(DEBIAN) else ""
+    if suite and suite not in kernels.SUITES:
+        known = ", ".join(DEBIAN + name for name in kernels.SUITES)
+        raise UsageError(f"no kernel of Debian's is called {text!r}", hint=f"there are {DEBIAN} and {known}")
+    return suite or kernels.DEFAULT
 
 
 def _image(text: str, suite: str, cache: Cache) -> Image:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyvmm.errors import HostError, PyvmmError
-from pyvmm.guest.kernels import OWN
+from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.guest.kernels import DEBIAN, OWN, is_kernel
 from pyvmm.lab import guests, programs, selftests
 from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import Cache
@@ -90,6 +90,18 @@ def prepare(
         except PyvmmError as error:
             prepared.lacking[name] = str(error)
     return prepared
+
+
+def check(names: Iterable[str]) -> None:
+    """Raise UsageError for a name that is not in ``ALL``."""
+    for name in names:
+        if is_kernel(name):
+            guests.suite_of(name)
+        elif name not in ALL:
+            raise UsageError(
+                f"nothing that a lab can be shown is called {name!r}",
+                hint=f"there are {', '.join(programs.RECIPES)}, and guests' kernels as {DEBIAN} and {OWN}",
+            )
 
 
 def require(names: Iterable[str], *, progress: Progress = silent, cache: Cache | None = None) -> Prepared:

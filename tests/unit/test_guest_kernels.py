@@ -163,7 +163,9 @@ def test_a_kernel_that_debian_has_not_is_told_with_those_there_are() -> None:
 
 def test_a_lab_does_not_boot_for_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--lab", "run", "debian:sid"]) == 2
-    assert "'debian:sid'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'debian:sid'" in said
+    assert "debian:unstable" in said
 
 
 # -- the initramfs

@@ -41,7 +41,8 @@ class Context:
     unheard: Callable[[OSError], None]
     """Told why a console's output can no longer be written."""
     planned: bool = False
-    """The machine is a plan: no interface is made, no program started, for what would be behind a network card."""
+    """The machine is a plan: no interface is made, no program started, for what would be behind a network card, and no
+    disk locked."""
 
     @property
     def private(self) -> bool:
@@ -82,7 +83,7 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
             from pyvmm.devices.virtio.blk import Blk
             from pyvmm.devices.virtio.disk import DiskFile
 
-            disk = DiskFile(spec.path, read_only=spec.read_only)
+            disk = DiskFile(spec.path, read_only=spec.read_only, lock=not context.planned)
             return Blk(disk, queues=spec.queues, serial=spec.serial, isolates=context.private)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import shutil
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.cli.devices import add_device_options, device_specs, parse_disk
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
+from pyvmm.machine.devices import Disk
 
 
 def make(path: Path, size: int = 1 << 20, fill: bytes = b"\xa5") -> str:
@@ -65,6 +68,7 @@ def test_writer_excludes_all_others_and_readers_share(tmp_path: Path) -> None:
         assert "has it open" in refusal(path)
     with DiskFile(path) as disk:
         assert disk.sectors == (1 << 20) // SECTOR
+        DiskFile(path, lock=False).close()
     disk.close()
 
 
@@ -113,3 +117,36 @@ def test_dropping_that_fails_raises_and_is_not_made_up_for(tmp_path: Path, monke
         for drop in (disk.discard, lambda at, n: disk.write_zeroes(at, n, unmap=True)):
             with pytest.raises(OSError, match="No space left"):
                 drop(0, SECTOR)
+
+
+def test_option_says_path_and_what_kind_of_disk() -> None:
+    parser = argparse.ArgumentParser()
+    add_device_options(parser)
+    words = ["-d", "a.img", "--disk", "b=c.img,ro,queues=4,serial=root"]
+    with pytest.raises(SystemExit):  # b is no key
+        parser.parse_args(words)
+    specs = device_specs(parser.parse_args(["-d", "a.img", "--disk", "path=b=c.img,ro,queues=4,serial=root"]))
+    assert specs == (Disk("a.img"), Disk("b=c.img", read_only=True, queues=4, serial="root"))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "names no file"),
+        ("ro", "names no file"),
+        ("a,r0", "'r0' in 'a,r0' is not known; known are path=, ro, queues=, serial="),
+        ("a,ro,ro", "ro is twice"),
+        ("a,queues=0", "1 is the least"),
+        ("a,ro=no", "ro alone says it"),
+    ],
+)
+def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=complaint):
+        parse_disk(text)
+
+
+def test_disk_has_bounds() -> None:
+    with pytest.raises(UsageError, match="17 queues: it can have 1 to 16"):
+        Disk("a", queues=17)
+    with pytest.raises(UsageError, match="more than 20 bytes"):
+        Disk("a", serial="x" * 21)

@@ -1,6 +1,6 @@
 """A file or block device as a virtual disk's medium: what it can do, who else uses it, how parts of it are dropped.
 
-A ``DiskFile`` owns its descriptor and, through it, a lock on the whole file; :meth:`DiskFile.close` gives both back.
+A ``DiskFile`` owns its descriptor and, through that, a lock on the whole file; :meth:`DiskFile.close` gives both back.
 What is read and written goes through the descriptor in C (native/blk.c); any thread may call the methods here.
 """
 
@@ -38,21 +38,22 @@ _COPYING: Final = frozenset(
 
 
 class DiskFile:
-    """An open, locked medium of ``size`` bytes, whole sectors.
+    """An open medium of ``size`` bytes, whole sectors.
 
     ``block_size`` and ``physical_size`` are bytes of a logical and of a physical block; ``regular`` tells a file from a
     block device; ``copies`` whether its reads and writes are the kernel's copies (else they may pin the memory given).
     """
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
-        """Open and lock ``path``; UsageError says what is wrong with it and what to do."""
+    def __init__(self, path: str, *, read_only: bool = False, lock: bool = True) -> None:
+        """Open ``path``, and lock it unless told otherwise; UsageError says what is wrong with it and what to do."""
         self.path = path
         self.read_only = read_only
         self.fd = _open(path, read_only)
         try:
             self.regular = stat.S_ISREG(os.fstat(self.fd).st_mode)
             self.size = self._measure()
-            self._lock()
+            if lock:
+                self._lock()
             self.block_size, self.physical_size = self._blocks()
             self.copies = not self.regular or libc.file_system(self.fd)[0] in _COPYING
             self.can_discard = not read_only and self._can_discard()

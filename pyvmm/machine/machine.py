@@ -311,14 +311,18 @@ class Machine:
     def pause(self) -> None:
         """Stop every vCPU and then every device, and return when all stand still. Not from a vCPU's own thread.
 
-        Pauses nest: all goes on when each has been resumed.
+        Pauses nest: all goes on when each has been resumed. Where a device does not come to rest nothing is paused, and
+        what it raises says so.
         """
         self._pause_vcpus()
-        with self._pausing:
-            self._pauses += 1
-            if self._pauses == 1:
+        with contextlib.ExitStack() as half, self._pausing:
+            half.callback(self._resume_vcpus)
+            if not self._pauses:
                 for placed in self.bus.placed:
                     placed.device.pause()
+                    half.callback(placed.device.resume)
+            self._pauses += 1
+            half.pop_all()
 
     def _pause_vcpus(self) -> None:
         if any(thread.is_current for thread in self._threads):
@@ -337,6 +341,9 @@ class Machine:
             if not self._pauses:
                 for placed in self.bus.placed:
                     placed.device.resume()
+        self._resume_vcpus()
+
+    def _resume_vcpus(self) -> None:
         for thread in self._threads:
             thread.resume()
 

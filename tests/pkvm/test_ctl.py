@@ -17,7 +17,7 @@ PYVMM = (sys.executable, "-m", "pyvmm")
 
 def test_a_protected_run_is_asked_paused_resumed_and_stopped(tmp_path: Path) -> None:
     path = str(tmp_path / "vm.sock")
-    command = [*PYVMM, "run", "--pkvm", "-c", "2", "--socket", path, "payload:crash", "-p", "loop", "--deadline", "100"]
+    command = [*PYVMM, "run", "--pkvm", "-c", "2", "--rng", "--socket", path, "-k", "payload:crash", "-p", "loop"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     assert run.stdout is not None
     assert "way=loop" in run.stdout.readline()
@@ -33,6 +33,8 @@ def test_a_protected_run_is_asked_paused_resumed_and_stopped(tmp_path: Path) -> 
         assert after is not None
         assert [vcpu["exits"] for vcpu in before["vcpus"]] == [vcpu["exits"] for vcpu in after["vcpus"]]
         assert connection.ask("resume", patience=30) == {"state": "running"}
+        # What is paused can be stopped, with all its devices.
+        assert connection.ask("pause", patience=30) == {"state": "paused"}
     done = subprocess.run([*PYVMM, "ctl", path, "stop"], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "state: ended\n"), done
     _, stderr = run.communicate(timeout=60)

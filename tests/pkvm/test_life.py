@@ -48,6 +48,23 @@ def test_a_paused_guest_stands_still_and_goes_on() -> None:
         assert not order.done()
 
 
+def test_a_device_that_does_not_come_to_rest_leaves_nothing_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with puppet(Protection.PKVM, cpus=2) as (machine, guest):
+
+        def stuck(_self: Bench) -> None:
+            raise PyvmmError("stuck on purpose")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bench, "pause", stuck)
+            with pytest.raises(PyvmmError, match="on purpose"):
+                machine.pause()
+        assert not machine.paused
+        guest.write64(PAGE, 1)
+        machine.pause()
+        machine.resume()
+        assert guest.read64(PAGE) == 1
+
+
 @pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
 def test_a_stuck_reader_does_not_hold_up_a_deadline(protection: Protection) -> None:
     before = Footprint.now()

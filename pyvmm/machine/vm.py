@@ -1,0 +1,49 @@
+"""Makes the VM that a configuration asks for: its kind, and the address bits that its memory needs and the host has."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from pyvmm.errors import HostError, KvmError, hex_
+from pyvmm.machine import layout
+from pyvmm.protection import Protection
+from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.system import System
+    from pyvmm.kvm.vm import Vm
+    from pyvmm.machine.config import MachineConfig
+
+#: What a VM has that asks for no number of its own (KVM_CREATE_VM in Documentation/virt/kvm/api.rst).
+IPA_BITS: Final = 40
+
+
+def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
+    """Make the VM; returns it with the number of bits in its guest's physical addresses.
+
+    Raises HostError where the host makes none of this kind, or none with so much memory.
+    """
+    kind = KVM_VM_TYPE_ARM_PROTECTED if config.protection is Protection.PKVM else 0
+    bits = IPA_BITS
+    try:
+        try:
+            return system.create_vm(kind), bits
+        except KvmError as error:
+            # A CPU with fewer bits: the kernel makes VMs of what it has, if asked for just that.
+            bits = system.max_ipa_bits
+            if error.errno != errno.EINVAL or not 0 < bits < IPA_BITS:
+                raise
+        end = layout.RAM_BASE + config.memory
+        if end > 1 << bits:
+            most = ((1 << bits) - layout.RAM_BASE) // layout.MIB
+            raise HostError(
+                f"{config.memory // layout.MIB} MiB of memory end at gpa {hex_(end)}, and guests of this host have "
+                f"{bits} address bits",
+                hint=f"-m {most}M is the most" if most > 0 else None,
+            )
+        return system.create_vm(kind | bits), bits
+    except KvmError as error:
+        if kind and error.errno == errno.EINVAL:
+            raise HostError(error.message, hint=error.hint) from error
+        raise

@@ -349,7 +349,7 @@ COMMANDS = (
 
 
 def test_gdb_itself_debugs_a_protected_guest(tmp_path: Path) -> None:
-    gdb = program("gdb-multiarch", "gdb")
+    gdb = program("gdb-multiarch", "gdb-multiarch")
     with debugged(Protection.PKVM, tmp_path, "payload:hello", cpus=2) as run:
         commands = [f"--eval-command={text}" for text in (f"target remote {run.path}", *COMMANDS)]
         debugger = subprocess.Popen(

@@ -1,0 +1,112 @@
+"""Builds and runs the fuzz targets: C of the native loop under sanitizers, with gcc's coverage and a small engine.
+
+A target is ``target_NAME.c``; its corpus is ``corpus/NAME``. Inputs are what a hostile guest may do, byte by byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from native import build
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HERE = Path(__file__).resolve().parent
+TARGETS = tuple(sorted(path.stem.removeprefix("target_") for path in HERE.glob("target_*.c")))
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
+# The loops under test would sleep in poll(): each target says instead when they are to leave.
+REPLACED = ("-Dpoll=fuzz_poll",)
+#: Faults are the guarded copies' to handle.
+OPTIONS = {"ASAN_OPTIONS": "handle_segv=0:handle_sigbus=0:detect_leaks=0"}
+
+
+class Unavailable(Exception):
+    """No compiler here, or none that has what is needed."""
+
+
+class Failed(Exception):
+    """What must hold did not: ``input`` is what the guest did, ``said`` what the process wrote."""
+
+    def __init__(self, target: str, status: int, said: str, data: bytes) -> None:
+        super().__init__(f"{target}: status {status}\n{said}\ninput: {data.hex()}")
+        self.input = data
+
+
+@dataclass(frozen=True)
+class Result:
+    """Inputs tried, inputs in the corpus, new ones that reached more, and edges reached by all."""
+
+    runs: int
+    corpus: int
+    found: int
+    edges: int
+
+
+def corpus(target: str) -> Path:
+    return HERE / "corpus" / target
+
+
+@functools.cache
+def _built() -> tuple[list[str], tempfile.TemporaryDirectory[str]]:
+    """Compile what all targets share, once; returns the compiler with its flags, and the folder of the objects."""
+    cc = build.compiler(platform.machine())
+    if cc is None:
+        raise Unavailable("no C compiler")
+    common = [*cc, "-g", "-std=gnu11", "-fno-strict-aliasing", *build.STRICT, f"-I{build.NATIVE}", f"-I{HERE}"]
+    watched = [*common, "-O1", *SANITIZE, "-fsanitize-coverage=trace-pc", '-DPV_SOURCE_HASH="fuzz"']
+    folder = tempfile.TemporaryDirectory(prefix="pyvmm-fuzz-")
+    for source in sorted(build.NATIVE.glob("*.c")):
+        _run([*watched, *REPLACED, "-c", str(source), "-o", f"{folder.name}/{source.stem}.o"])
+    _run([*watched, "-c", str(HERE / "guest.c"), "-o", f"{folder.name}/guest-of-fuzz.o"])
+    _run([*common, "-O2", "-c", str(HERE / "engine.c"), "-o", f"{folder.name}/engine.o"])
+    return watched, folder
+
+
+def make(target: str, folder: Path) -> Path:
+    """Build a target's executable in ``folder``. Raises Unavailable."""
+    watched, objects = _built()
+    program = folder / target
+    source = str(HERE / f"target_{target}.c")
+    _run([*watched, "-o", str(program), source, *map(str, sorted(Path(objects.name).glob("*.o")))])
+    return program
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and any(word in done.stderr for word in ("asan", "ubsan", "unrecognized")):
+        raise Unavailable(f"no sanitizers: {done.stderr.strip().splitlines()[-1]}")
+    assert not done.returncode, done.stderr
+
+
+def run(target: str, seconds: float, seed: int, *, keep: bool = False) -> Result:
+    """Try the corpus, and new inputs for ``seconds``; ``keep`` makes what was found the corpus. Raises Failed."""
+    with tempfile.TemporaryDirectory(prefix="pyvmm-fuzz-") as name:
+        folder = Path(name)
+        program = make(target, folder)
+        current, found = folder / "current", folder / "found"
+        arguments = [str(corpus(target)), str(seconds), str(seed), str(current), *([str(found)] if keep else [])]
+        done = subprocess.run(
+            [str(program), *arguments], env=os.environ | OPTIONS, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raw = current.read_bytes() if current.exists() else b"\0\0"
+            raise Failed(target, done.returncode, done.stderr[-4000:], raw[2 : 2 + int.from_bytes(raw[:2], "little")])
+        if keep:
+            corpus(target).parent.mkdir(exist_ok=True)
+            corpus(target).write_bytes(found.read_bytes())
+        return Result(**json.loads(done.stdout))
+
+
+def add(target: str, data: bytes) -> None:
+    """Put an input into the corpus."""
+    with corpus(target).open("ab") as file:
+        file.write(len(data).to_bytes(2, "little") + data)

@@ -39,7 +39,8 @@ RESTORE: Final = "--restore"
 LEFT_OUT: Final = {"help", "config", "restore", "print-config", "dry-run", "lab", "verbose", "quiet", "log-json"}
 """Options that are about one invocation, not about the guest."""
 OURS: Final = {
-    "deadline", "dump-dtb", "gdb", "map", "prefault", "serial", "socket", "stats", "trace", "trace-el2", "trace-faults",
+    "deadline", "dump-dtb", "gdb", "map", "prefault", "reboot", "serial", "socket", "stats", "trace", "trace-el2",
+    "trace-faults",
 }  # fmt: skip
 """Options about this side of a run, which whoever restores a snapshot of it says anew."""
 

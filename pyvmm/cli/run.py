@@ -47,6 +47,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm --lab run --protection pkvm payload:hello",
     )  # fmt: skip
     add_guest_options(parser)
+    parser.add_argument(
+        "--reboot", action="store_true", help="start the guest again, in a new VM, when it asks for a reset"
+    )
     add_common(parser)
 
 
@@ -65,6 +68,10 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--params", "--cmdline", "--append", metavar="TEXT", action="append", default=[],
         help="kernel command line or payload parameters; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtb", metavar="FILE",
+        help="give the guest this device tree as it is, not one that describes the machine (--dump-dtb writes that)",
     )  # fmt: skip
 
     machine = parser.add_argument_group("machine")
@@ -158,10 +165,14 @@ def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Run the guest; returns the exit status."""
+    if args.reboot:
+        for option in ("restore", "gdb", "map", "trace"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--reboot with --{option}: that is about one VM, and a reset makes another")
     kernel = ready(args)
     tracing = traced(args)
     if args.map is None and tracing is None:
-        return run_guest(args, kernel)
+        return run_guest(args, kernel, reboot=args.reboot)
     from pyvmm.cli.watch import Watch
 
     return run_guest(args, kernel, Watch(args.map, trace=tracing))
@@ -219,14 +230,18 @@ def dry_run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None) -> int:
-    """Run ``kernel`` as the options say, ``watch`` looking on, to its end; returns the exit status."""
+def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None, *, reboot: bool = False) -> int:
+    """Run ``kernel`` as the options say, ``watch`` looking on, to its end; returns the exit status.
+
+    With ``reboot`` a reset by the guest is no end: the VM is destroyed, and another one starts in its place.
+    """
     from pyvmm.cli.config import machine_options
     from pyvmm.cli.control import Control
     from pyvmm.cli.report import report, report_json
     from pyvmm.cli.requests import Requests
     from pyvmm.cli.terminal import Keys, Signals, in_foreground
     from pyvmm.machine.machine import Machine
+    from pyvmm.vcpu.outcome import Ending
 
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
@@ -251,17 +266,26 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
 
             snapshot = stack.enter_context(Snapshot(args.restore))
         intercept = debugger.intercept if debugger else None
-        machine = stack.enter_context(Machine(config, intercept=intercept, restore=snapshot))
-        if args.dump_dtb is not None:
-            _write(args.dump_dtb, machine.entry.device_tree)
-        if watch is not None:
-            watch.begin(machine)
-        signals.stop = machine.stop
-        if debugger is not None:
-            stack.enter_context(debugger.serving(machine))
-        requests = Requests(machine, lambda: machine_options(args))
-        with Control(requests.verbs, args.socket), following_size(machine, ends[1][0]):
-            outcome = machine.run()
+        while True:
+            life = stack.enter_context(contextlib.ExitStack())
+            machine = life.enter_context(Machine(config, intercept=intercept, restore=snapshot))
+            if args.dump_dtb is not None:
+                _write(args.dump_dtb, machine.entry.device_tree)
+            if watch is not None:
+                watch.begin(machine)
+            signals.stop = machine.stop
+            if signals.received is not None:  # between two VMs
+                machine.stop("interrupted")
+            if debugger is not None:
+                life.enter_context(debugger.serving(machine))
+            requests = Requests(machine, lambda: machine_options(args))
+            with Control(requests.verbs, args.socket), following_size(machine, ends[1][0]):
+                outcome = machine.run()
+            if not reboot or outcome.ending is not Ending.RESET or signals.received is not None:
+                break
+            # A protected VM's memory cannot be loaded again: a reset makes another VM, for every protection alike.
+            config = _rest_of(config, machine.elapsed_ns)
+            life.close()
         if debugger is not None:
             debugger.ended(outcome)
         say = report_json if args.log_json else report
@@ -271,6 +295,13 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None)
         finally:
             say(outcome, machine.counters, table=args.stats)
         return outcome.status if signals.received is None else 128 + signals.received
+
+
+def _rest_of(config: MachineConfig, spent_ns: int) -> MachineConfig:
+    """Return the machine to go on with after one that ran so long: what is left of its deadline."""
+    if config.deadline is None:
+        return config
+    return replace(config, deadline=max(config.deadline - spent_ns / 1e9, 1e-3))
 
 
 def _kernel(args: argparse.Namespace) -> str:
@@ -303,6 +334,7 @@ def _config(
         backing=args.backing,
         prefault=args.prefault,
         conversion=Conversion(args.conversion),
+        dtb=args.dtb,
         deadline=args.deadline,
         serial_out=serial[0],
         serial_in=serial[1],

@@ -149,3 +149,18 @@ def test_two_protections_are_a_contradiction() -> None:
     done = pyvmm("run", "--pkvm", "--protection", "none", "payload:hello")
     assert done.returncode == 2
     assert "not allowed with" in done.stderr
+
+
+@pytest.mark.parametrize("protection", ["none", "pkvm"])
+def test_a_guest_that_resets_is_started_again_in_a_new_vm(protection: str) -> None:
+    run = subprocess.Popen(
+        [*PYVMM, "run", "--reboot", "--protection", protection, "payload:crash", "-p", "way=reset"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert run.stdout is not None
+    for _ in range(3):
+        assert "way=reset" in run.stdout.readline()
+    run.terminate()
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, stderr
+    assert "Traceback" not in stderr

@@ -195,7 +195,8 @@ class Machine:
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
         self.bench = self.bus.add(Bench(), layout.BENCH.start)
         ram = range(layout.RAM_BASE, layout.RAM_BASE + config.memory)
-        context = Context(self.native, config.protection, self.memory, ram, self._unheard)
+        pooled = pool_size(config) > 0
+        context = Context(self.native, config.protection, self.memory, ram, self._unheard, pooled=pooled)
         if self._kernel is not None and self._kernel.pretends:
             context = replace(context, planned=True)
         self.virtio = attach(config.devices, context, self.bus, self.interrupts)

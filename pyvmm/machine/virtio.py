@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.mmio import VirtioMmio
 from pyvmm.devices.virtio.registers import SIZE
 from pyvmm.errors import UsageError
@@ -43,6 +44,9 @@ class Context:
     planned: bool = False
     """The machine is a plan: no interface is made, no program started, for what would be behind a network card, and no
     disk locked."""
+
+    pooled: bool = False
+    """The guest has a DMA pool: its drivers are to use it, also where they need not."""
 
     @property
     def private(self) -> bool:
@@ -129,6 +133,8 @@ def attach(
             device.name_it(f"{device.name}{count}")
             line = interrupts.edge(layout.VIRTIO_SPI + number)
             transport = VirtioMmio(device, context.native, line, private=context.private)
+            if context.pooled:
+                transport.offered |= Feature.ACCESS_PLATFORM  # without it drivers hand devices any address
         except BaseException:
             device.close()
             raise

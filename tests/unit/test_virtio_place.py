@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pyvmm.devices.bus import Bus
+from pyvmm.devices.virtio.device import Feature
 from pyvmm.errors import UsageError
 from pyvmm.machine import devices, layout
 from pyvmm.machine import virtio as placing
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class Context:
     """Of the machine's context what placing itself needs."""
 
-    def __init__(self, guest: Guest, *, private: bool) -> None:
-        self.native, self.private = guest.native, private
+    def __init__(self, guest: Guest, *, private: bool, pooled: bool) -> None:
+        self.native, self.private, self.pooled = guest.native, private, pooled
 
 
 @pytest.fixture
@@ -40,8 +41,9 @@ def machine(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(placing, "create", create)
 
-    def build(count: int, *, private: bool = False) -> Any:
-        return attach([devices.Rng()] * count, Context(guest, private=private), bus, interrupts)  # type: ignore[arg-type]
+    def build(count: int, *, private: bool = False, pooled: bool = False) -> Any:
+        context: Any = Context(guest, private=private, pooled=pooled)
+        return attach([devices.Rng()] * count, context, bus, interrupts)
 
     build.bus, build.interrupts, build.made = bus, interrupts, made  # type: ignore[attr-defined]
     yield build
@@ -73,3 +75,9 @@ def test_a_device_that_cannot_be_placed_is_closed(machine: Any) -> None:
     with pytest.raises(UsageError, match="SPI 33"):
         machine(2)
     assert [getattr(device, "closed", False) for device in machine.made] == [False, True]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_drivers_are_asked_to_go_by_way_of_a_pool_where_there_is_one(machine: Any, pooled: bool) -> None:
+    [transport] = machine(1, pooled=pooled)
+    assert bool(transport.offered & Feature.ACCESS_PLATFORM) == pooled

@@ -242,7 +242,7 @@ class Oracle:
     def __init__(self) -> None:
         self.data = bytearray(CONTENTS)
 
-    def status(self, readable: bytes, room: int, hidden_data: bool) -> tuple[int, bytes | None]:
+    def status(self, readable: bytes, room: int) -> tuple[int, bytes | None]:
         """(status, what is read); None where that is not told."""
         if len(readable) < 16:
             return IOERR, None
@@ -250,7 +250,7 @@ class Oracle:
         size = room if kind == Request.IN else len(readable) - 16
         if kind not in (Request.IN, Request.OUT):
             return (OK if kind == Request.FLUSH else UNSUPP), None
-        if size % SECTOR or sector * SECTOR + size > len(self.data) or hidden_data:
+        if size % SECTOR or sector * SECTOR + size > len(self.data):
             return IOERR, None
         at = sector * SECTOR
         if kind == Request.IN:
@@ -299,7 +299,7 @@ def test_any_request_does_what_a_simple_disk_does(given_: list[Any], bounce: boo
                     chain.append(Segment(at, len(part), True))
                     at += len(part)
                 chains.append(chain)
-                expected.append((where, room, *oracle.status(readable, room, False)))
+                expected.append((where, room, *oracle.status(readable, room)))
                 if not all_at_once:
                     driver.submit(chains.pop())
                     driver.wait()

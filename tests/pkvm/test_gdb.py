@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,14 @@ DATA = 0x8090_0000
 NOP, ADD_X0_X0_1, BRK, RET = 0xD503_201F, 0x9100_0400, 0xD420_0000, 0xD65F_03C0
 BRK_CLASS = 0x3C
 MODE = 0b1111
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for the guest to get somewhere; AssertionError where it never does."""
+    deadline = time.monotonic() + 4 * DEADLINE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @dataclass
@@ -169,13 +177,14 @@ def test_a_guest_stops_between_instructions_also_at_a_device(protection: Protect
             gdb.set_register("x1", 1)
             gdb.set_register("x2", rounds)
             assert gdb.ask(f"z1,{code:x},4") == "OK"
+            stored = 0
             for _ in range(5):
                 gdb.send("vCont;c")
-                time.sleep(0.02)
+                wait_until(lambda before=stored: run.machine.bench.save()["counter"] > before)
                 assert gdb.interrupt().startswith("T02")
                 stored = run.machine.bench.save()["counter"]
                 done = {code: 0, code + 4: 1, code + 8: 0}[gdb.register("pc")]
-                assert stored == rounds - gdb.register("x2") + done > 0
+                assert stored == rounds - gdb.register("x2") + done
             gdb.set_register("pc", code + 12)
             assert gdb.ask("D") == "OK"
         order.result()
@@ -316,15 +325,16 @@ def test_a_linux_that_is_stepped_takes_no_interrupt_and_breakpoints_are_stepped_
     }  # fmt: skip
     try:
         with debugged(Protection.PKVM, tmp_path, str(files / "Image"), ",nowait", **more) as run:
-            deadline = time.monotonic() + 3 * DEADLINE
-            while b"ready" not in os.pread(console, 1 << 16, 0):
-                assert time.monotonic() < deadline, os.pread(console, 1 << 16, 0)
-                time.sleep(0.1)
+            wait_until(lambda: b"ready" in os.pread(console, 1 << 16, 0))
             with run.client() as gdb:
-                while gdb.register("cpsr") & MODE:  # until it is seen in the shell, where interrupts are not masked
+
+                def in_the_shell() -> bool:  # where interrupts are not masked
                     gdb.send("vCont;c")
                     time.sleep(0.02)
                     gdb.interrupt()
+                    return not gdb.register("cpsr") & MODE
+
+                wait_until(in_the_shell)
                 vectors = gdb.register("VBAR_EL1")
                 for _ in range(4):
                     time.sleep(0.02)  # the timer of its scheduler ticks meanwhile

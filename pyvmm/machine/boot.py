@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
-from pyvmm.machine.content import NOTHING, PEEK, Bytes, Content, FilePart, Gzip, Known, Loadable, OpenFile
+from pyvmm.machine.content import NOTHING, PEEK, Bytes, Content, FilePart, Gzip, Known, Loadable, OpenFile, damaged
 from pyvmm.machine.fdt import Describable, GicNode, check_header, describe, machine_tree
 from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import PAGE_SIZE, Gpa
@@ -54,7 +54,8 @@ _ELF_MAGIC: Final = b"\x7fELF"
 
 _TEXT: Final = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
 
-_UNPACK_HINT = "unpack it to a plain Image first"
+_UNPACK_HINT: Final = "unpack it to a plain Image first"
+BIG_ENDIAN_HINT: Final = "build it with CONFIG_CPU_BIG_ENDIAN off"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT
 def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootImage:
     """Say what ``data`` is and where its parts go; ``source`` names it in errors."""
     if not data.size:
-        raise UsageError(f"kernel {source} is empty")
+        raise damaged(f"kernel {source} is empty")
     whole: Content = data
     if data[:8] == b"MZ\0\0zimg":
         whole = Gzip(_zboot_payload(data, source), f"kernel {source}")
@@ -150,7 +151,7 @@ def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
     if start.isascii() and not start.translate(None, _TEXT):
         raise UsageError(f"kernel {source} is a text file", hint="name an Image, an ELF file, or a flat arm64 binary")
     if not any(start):
-        raise UsageError(f"kernel {source} starts with {len(start)} bytes of zeros: there is nothing to run")
+        raise damaged(f"kernel {source} starts with {len(start)} bytes of zeros: there is nothing to run")
     return _flat(data, source)
 
 
@@ -195,20 +196,20 @@ def _unpack(packed: Gzip, source: str, room: int) -> Bytes:
             # It may unpack to anything: this much is known.
             raise _too_big(f"kernel {source}, unpacked,", room + 1, room)
     if not unpacked:
-        raise UsageError(f"kernel {source} is a gzip file of nothing")
+        raise damaged(f"kernel {source} is a gzip file of nothing")
     return Bytes(bytes(unpacked))
 
 
 def _zboot_payload(data: Known, source: str) -> Known:
     header = data[: _ZBOOT.size]
     if len(header) < _ZBOOT.size:
-        raise UsageError(f"kernel {source} is truncated: it ends within its EFI zboot header")
+        raise damaged(f"kernel {source} is truncated: it ends within its EFI zboot header")
     _, _, offset, size, name = _ZBOOT.unpack(header)
     method = name.split(b"\0")[0].decode("ascii", "replace")
     if method != "gzip":
         raise UsageError(f"kernel {source} is an EFI zboot image compressed with {method!r}", hint=_UNPACK_HINT)
     if offset + size > data.size:
-        raise UsageError(
+        raise damaged(
             f"kernel {source} is truncated: its EFI zboot payload ends at byte {offset + size}, the file at {data.size}"
         )
     return data.part(offset, size)
@@ -217,12 +218,12 @@ def _zboot_payload(data: Known, source: str) -> Known:
 def _image(data: Content, source: str, room: int) -> BootImage:
     header = data[: _IMAGE.size]
     if len(header) < _IMAGE.size:
-        raise UsageError(f"kernel {source} is truncated: it ends within its Image header ({_IMAGE.size} bytes)")
+        raise damaged(f"kernel {source} is truncated: it ends within its Image header ({_IMAGE.size} bytes)")
     _, _, text_offset, image_size, flags, _, _ = _IMAGE.unpack(header)
     if flags & _IMAGE_BIG_ENDIAN:
         raise UsageError(
             f"kernel {source} is big-endian; only little-endian guests are supported",
-            hint="build it with CONFIG_CPU_BIG_ENDIAN off",
+            hint=BIG_ENDIAN_HINT,
         )
     if image_size == 0:
         text_offset = _IMAGE_OLD_OFFSET

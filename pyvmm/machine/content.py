@@ -26,6 +26,11 @@ CHUNK: Final = 1 << 20
 PEEK: Final = 4096
 
 
+def damaged(what: str) -> UsageError:
+    """Make the error of a file that is not as it was made, and can only be got again."""
+    return UsageError(what, hint="copy, download or build it again")
+
+
 class Loadable(Protocol):
     """As much of guest memory as loading needs."""
 
@@ -129,7 +134,7 @@ class OpenFile:
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"{self.what} is not a regular file", hint="copy it to one")
             if status.st_size == 0:
-                raise UsageError(f"{self.what} is empty")
+                raise damaged(f"{self.what} is empty")
         except BaseException:
             self.close()
             raise
@@ -182,7 +187,8 @@ class FilePart:
         if done < self.size:
             raise UsageError(
                 f"{self.file.what} has become shorter while it was loaded: it ends at byte {self.start + done}, "
-                f"{self.start + self.size} were there"
+                f"{self.start + self.size} were there",
+                hint="wait until whatever writes it is done",
             )
 
 
@@ -215,12 +221,9 @@ class Gzip:
             try:
                 chunk = unpacker.decompress(packed, most)
             except zlib.error as error:
-                raise UsageError(f"{self._what} starts like a gzip file, but is damaged: {error}") from None
+                raise damaged(f"{self._what} starts like a gzip file, but is damaged: {error}") from None
             if not chunk and not packed:
-                raise UsageError(
-                    f"{self._what} is a truncated gzip file: it ends after {total} bytes unpacked",
-                    hint="copy or download it again",
-                )
+                raise damaged(f"{self._what} is a truncated gzip file: it ends after {total} bytes unpacked")
             total += len(chunk)
             if chunk:
                 yield chunk
@@ -230,6 +233,6 @@ class Gzip:
         done = 0
         for chunk in self.chunks():
             if done + len(chunk) > room:
-                raise UsageError(f"{self._what} is damaged: it unpacks to more than the {room} bytes its header says")
+                raise damaged(f"{self._what} is damaged: it unpacks to more than the {room} bytes its header says")
             memory.write(Gpa(gpa + done), chunk)
             done += len(chunk)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.machine.boot import Segment
+from pyvmm.machine.boot import BIG_ENDIAN_HINT, Segment
+from pyvmm.machine.content import damaged
 
 if TYPE_CHECKING:
     from pyvmm.machine.content import Known
@@ -38,16 +39,18 @@ def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
         headers = [struct_parse(file.structs.Elf_Phdr, stream, stream_pos=place) for place in places]
     except Exception as error:
         # pyelftools lets out whatever its parser met: ELFError, struct.error, UnicodeDecodeError, KeyError, ...
-        raise UsageError(
-            f"kernel {source} is a damaged or truncated ELF file ({type(error).__name__}: {error})"
-        ) from None
+        raise damaged(f"kernel {source} is a damaged or truncated ELF file ({type(error).__name__}: {error})") from None
 
     if machine != "AArch64":
-        raise UsageError(f"kernel {source} is an ELF file for {machine}, not for arm64")
+        raise UsageError(f"kernel {source} is an ELF file for {machine}, not for arm64", hint="build it for arm64")
     if file.elfclass != 64:
-        raise UsageError(f"kernel {source} is a {file.elfclass}-bit ELF file; 64-bit guests only")
+        raise UsageError(
+            f"kernel {source} is a {file.elfclass}-bit ELF file; 64-bit guests only", hint="build it for arm64"
+        )
     if not file.little_endian:
-        raise UsageError(f"kernel {source} is big-endian; only little-endian guests are supported")
+        raise UsageError(
+            f"kernel {source} is big-endian; only little-endian guests are supported", hint=BIG_ENDIAN_HINT
+        )
     if kind not in ("ET_EXEC", "ET_DYN"):
         raise UsageError(f"kernel {source} is an ELF file of type {kind}, not an executable", hint="link it first")
     if any(header["p_type"] == "PT_INTERP" for header in headers):
@@ -62,14 +65,14 @@ def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
         virtual, physical = header["p_vaddr"], header["p_paddr"]
         name = f"segment {len(found)} of {source}"
         if offset + in_file > data.size:
-            raise UsageError(f"kernel {source} is truncated: {name} ends at byte {offset + in_file} of {data.size}")
+            raise damaged(f"kernel {source} is truncated: {name} ends at byte {offset + in_file} of {data.size}")
         if in_file > in_memory:
-            raise UsageError(f"kernel {source} is damaged: {name} has {in_file} bytes in the file, {in_memory} in all")
+            raise damaged(f"kernel {source} is damaged: {name} has {in_file} bytes in the file, {in_memory} in all")
         found.append(Segment(name, physical, in_memory, data.part(offset, in_file)))
         if virtual <= entry < virtual + in_memory:
             pc = entry - virtual + physical
     if not found:
-        raise UsageError(f"kernel {source} is an ELF file with nothing to load")
+        raise UsageError(f"kernel {source} is an ELF file with nothing to load", hint="link it with program headers")
     if pc is None:
-        raise UsageError(f"kernel {source} is damaged: its entry {entry:#x} lies in none of its segments")
+        raise damaged(f"kernel {source} is damaged: its entry {entry:#x} lies in none of its segments")
     return pc, tuple(found)

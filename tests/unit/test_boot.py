@@ -179,6 +179,7 @@ def test_a_bad_kernel_is_refused_with_the_reason(data, why):
     with pytest.raises(UsageError, match=why) as caught:
         identify(data, "k")
     assert "k" in caught.value.message
+    assert caught.value.hint
     assert caught.value.exit_status == 2
 
 
@@ -355,13 +356,17 @@ def test_the_least_memory_there_may_be_takes_a_payload():
         (flat(65 * MIB), r"k at \[0x8008_0000, 0x8418_0000\) does not fit .* \[0x8000_0000, 0x8400_0000\)"),
         (flat(60 * MIB, bytes(2 * MIB)), r"k at .* overlaps the initrd"),
         (flat(initrd=bytes(63 * MIB)), "the initrd at .* does not fit"),
+        (identify(linux_image(image_size=65 * MIB), "k"), r"Image k at \[0x8000_0000, .* does not fit"),
+        (identify(linux_image(image_size=63 * MIB), "k"), "Image k at .* overlaps the device tree"),
+        (identify(linux_image(text_offset=1 << 60), "k"), "Image k at .* does not fit"),
         (identify(elf(entry=0x4000_0000, segments=((1, 0x4000_0000, CODE, 4096),)), "k"), "does not fit"),
         (
             identify(elf(segments=((1, 0x8010_0000, CODE, 4096), (1, 0x8010_0800, CODE, 4096))), "k"),
             "segment 0 of k .* overlaps segment 1 of k",
         ),
     ],
-    ids=["tree", "memory", "initrd", "initrd below memory", "elf elsewhere", "elf in itself"],
+    ids=["tree", "memory", "initrd", "initrd below memory", "large Image", "Image over tree", "Image far away",
+         "elf elsewhere", "elf in itself"],
 )
 def test_what_overlaps_or_does_not_fit_is_refused_with_both_ranges(image, why):
     with pytest.raises(UsageError, match=why) as caught:

@@ -60,8 +60,8 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
         case devices.Net():
             from pyvmm.devices.virtio.net import Net, parse_mac
 
-            backend = _planned_network() if context.planned else _network(spec)
-            return Net(backend, parse_mac(spec.mac) if spec.mac else None)
+            mac = parse_mac(spec.mac) if spec.mac else None
+            return Net(_planned_network() if context.planned else _network(spec), mac)
         case devices.Rng():
             from pyvmm.devices.virtio.rng import Rng
 

@@ -1,0 +1,161 @@
+"""A passt of ours, played by scripts: how it is started, heard and ended; and the options that say what a card is at."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from net_driver import DATA, Driver, eventually
+
+from pyvmm.cli.devices import add_device_options, device_specs, parse_net
+from pyvmm.devices.virtio import passt
+from pyvmm.devices.virtio.net import Net
+from pyvmm.devices.virtio.netbackend import HEADER
+from pyvmm.devices.virtio.passt import Passt
+from pyvmm.errors import HostError, UsageError
+from pyvmm.machine import devices
+
+PRELUDE = """
+import signal, socket, struct, sys, time
+connection = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
+def frame(data): connection.sendall(struct.pack(">I", len(data)) + data)
+"""
+
+
+def script(folder: Path, body: str) -> str:
+    path = folder / "passt"
+    path.write_text(f"#!{sys.executable}\n{PRELUDE}\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_it_is_told_its_socket_and_its_ports(tmp_path: Path) -> None:
+    program = script(tmp_path, 'frame(" ".join(sys.argv[1:]).encode().ljust(60)); connection.recv(1)')
+    with Driver(Net(Passt(program, [(8080, 80), (2222, 22)]))) as driver:
+        driver.rx.give([(DATA, 2000, True)])
+        [(_, written)] = driver.wait(driver.rx)
+        words = driver.read(DATA + HEADER, written - HEADER).decode().split()
+    fd = words[words.index("--fd") + 1]
+    assert words == ["--foreground", "--quiet", "--fd", fd, "--tcp-ports", "8080:80,2222:22"]
+
+
+def test_it_ends_when_it_is_hung_up_on(tmp_path: Path) -> None:
+    backend = Passt(script(tmp_path, "connection.recv(1)"))
+    pid = backend._process.pid
+    began = time.monotonic()
+    backend.close()
+    backend.close()
+    assert backend._process.returncode == 0
+    assert not alive(pid)
+    assert time.monotonic() - began < passt.PATIENCE
+
+
+@pytest.mark.parametrize("deaf", [(), ("SIGTERM",)])
+def test_one_that_goes_on_is_ended(tmp_path: Path, deaf: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored = "".join(f"signal.signal(signal.{name}, signal.SIG_IGN); " for name in deaf)
+    backend = Passt(script(tmp_path, f"{ignored}frame(b'x'); time.sleep(600)"))
+    assert os.read(backend.fd, 5)  # it has begun
+    monkeypatch.setattr(passt, "PATIENCE", 0.1)
+    backend.close()
+    assert backend._process.returncode == -(signal.SIGKILL if deaf else signal.SIGTERM)
+
+
+def test_its_end_takes_the_link_down_with_its_last_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = script(tmp_path, 'print("no route", file=sys.stderr); sys.exit(1)')
+    device = Net(Passt(program))
+    with Driver(device) as driver:
+        eventually(lambda: driver.transport.changes == 1, "the configuration changes")
+        assert not device.link_up
+        eventually(lambda: "status 1" in device.backend.last_words(), "it has ended")
+    assert "no route" in capfd.readouterr().err
+
+
+def test_one_that_says_too_much_is_not_held_up_by_it(tmp_path: Path) -> None:
+    program = script(
+        tmp_path,
+        "import os\n"
+        "try:\n"
+        "    while True: os.write(2, b'x' * 4096)\n"
+        "except BlockingIOError: frame(bytes(14)); connection.recv(1)",
+    )
+    with Driver(Net(Passt(program))) as driver:
+        driver.rx.give([(DATA, 2000, True)])
+        assert [written for _, written in driver.wait(driver.rx)] == [HEADER + 14]
+
+
+def test_program_that_is_not_there_is_named_with_what_to_install() -> None:
+    with pytest.raises(HostError, match="No such file") as error:
+        Passt("/nonexistent/passt")
+    assert "apt install passt" in str(error.value)
+
+
+# ---- options
+
+
+def specs(*words: str) -> tuple[devices.DeviceSpec, ...]:
+    parser = argparse.ArgumentParser()
+    add_device_options(parser)
+    return device_specs(parser.parse_args(words))
+
+
+def test_options_say_what_a_card_is_at() -> None:
+    found = specs(
+        "--net", "tap=t0", "--net", "tap=t1,host=10.0.0.1/24,mac=02:00:00:00:00:01", "--net", "socket=/run/passt.sock",
+        "--net", "passt,fwd=8080:80+2222:22",
+    )  # fmt: skip
+    assert found[:3] == (
+        devices.Net(tap="t0"),
+        devices.Net(tap="t1", address="10.0.0.1/24", mac="02:00:00:00:00:01"),
+        devices.Net(socket="/run/passt.sock"),
+    )
+    last = found[3]
+    assert isinstance(last, devices.Net)
+    assert Path(last.passt).name == "passt"
+    assert last.forwards == ((8080, 80), (2222, 22))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "one of tap=NAME, passt and socket=PATH"),
+        ("mac=02:00:00:00:00:01", "one of tap=NAME"),
+        ("tap=t0,passt", "one of tap=NAME"),
+        ("tap", "needs a value: tap="),
+        ("passt=x", "passt alone says it"),
+        ("passt,fwd=80", "'80' is not a pair of TCP ports"),
+        ("passt,fwd=80:80+", "'' is not a pair"),
+        ("bridge=br0", "'bridge' in 'bridge=br0' is not known; known are tap=, passt, socket=, mac=, host=, fwd="),
+    ],
+)
+def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=complaint):
+        parse_net(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({}, "connected to nothing"),
+        ({"tap": "t0", "socket": "s"}, "tap and socket at once"),
+        ({"socket": "s", "address": "10.0.0.1/24"}, "only a tap has one"),
+        ({"tap": "t0", "forwards": ((80, 80),)}, "only a passt that is started here"),
+        ({"passt": "passt", "forwards": ((0, 80),)}, "ports are 1 to 65535"),
+        ({"passt": "passt", "forwards": ((80, 65536),)}, "ports are 1 to 65535"),
+    ],
+)
+def test_card_is_at_one_thing_and_asks_only_what_that_can(values: dict[str, object], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        devices.Net(**values)  # type: ignore[arg-type]

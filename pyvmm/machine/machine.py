@@ -15,11 +15,11 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pyvmm._native import ffi, lib
+from pyvmm._native import ffi
 from pyvmm.devices.bench import Bench
 from pyvmm.devices.bus import Bus
 from pyvmm.devices.echo import Echo
@@ -37,8 +37,9 @@ from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
 from pyvmm.machine.swiotlb import pool_size
+from pyvmm.machine.threads import Threads
 from pyvmm.machine.virtio import Context, attach
-from pyvmm.machine.vm import create_vm
+from pyvmm.machine.vm import create_vm, protect
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.memlock import require_memlock
 from pyvmm.memory.memory import Memory
@@ -50,14 +51,13 @@ from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from pyvmm.machine.snapshot import Snapshot
     from pyvmm.observe.counters import Counters
 
 log = get_logger("machine")
 
-FORWARDED = ((0x8600_0000, 1), (0xC600_0002, 3))
-"""FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
-RETRIES = 64
 RING_RECORDS = 1 << 12
 
 
@@ -90,10 +90,8 @@ class Machine:
         self._stack = contextlib.ExitStack()
         self._done = threading.Event()
         self._ending = threading.Lock()
-        self._pausing = threading.Lock()
-        self._pauses = 0
         self._outcome: Outcome | None = None
-        self._threads: list[VcpuThread] = []
+        self._threads = Threads(lambda: [placed.device for placed in self.bus.placed])
         self._natives: list[Any] = []
         self._keep: list[Any] = []
         self._told = False
@@ -129,15 +127,7 @@ class Machine:
         self.system = push(System.open(kernel=self._kernel or KERNEL))
         vm, bits = create_vm(self.system, config)
         self.vm = push(vm)
-        self.native = ffi.new("struct pv_vm *")
-        self.native.fd = self.vm.fileno()
-        self.native.protection = _NATIVE_PROTECTION[config.protection]
-        self.native.conversion = config.conversion.native
-        self.native.retry_limit = RETRIES
-        self.native.policy[lib.PV_FAIL_EAGAIN] = lib.PV_ACT_RETRY
-        if config.protection is Protection.EMULATED:
-            for function, count in FORWARDED:
-                self.vm.forward_smccc(function, count)
+        self.native = protect(self.vm, config)
         self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native, ipa_bits=bits))
         if self.restored_from is not None:
             self._memory_stack.callback(self.restored_from.close)
@@ -210,7 +200,7 @@ class Machine:
                 console=self.console, mailboxes=self.mailboxes, finish=self._finish,
                 wanted=self._wanted(vcpu.index), unclaimed=self._unclaimed, intercept=self._intercept,
             )  # fmt: skip
-            self._threads.append(VcpuThread(native, cold.handle, self._failed, self._wake))
+            self._threads.add(VcpuThread(native, cold.handle, self._failed, self._wake))
         self._stack.callback(self._leave)
 
     def _wake(self) -> None:
@@ -252,8 +242,7 @@ class Machine:
             pc=hex_(self.entry.pc),
         )  # fmt: skip
         self.started_ns = time.monotonic_ns()
-        for thread in self._threads:
-            thread.start()
+        self._threads.start()
 
     def prefault(self) -> None:
         """Populate all memory, before the start; HostError where there is not so much, or no way."""
@@ -265,12 +254,12 @@ class Machine:
         if not self._done.wait(timeout):
             self._abort_output()
             # Devices may go on: one that is stuck must not keep the deadline from being told.
-            self._pause_vcpus()
+            self._threads.pause_alone()
             where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
             self._finish(
                 Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s: {where}")
             )
-        self._stop_threads()
+        self._threads.stop()
         self.console.drain()
         for transport in self.virtio:
             transport.device.drain()
@@ -315,57 +304,20 @@ class Machine:
         Pauses nest: all goes on when each has been resumed. Where a device does not come to rest nothing is paused, and
         what it raises says so.
         """
-        self._pause_vcpus()
-        with contextlib.ExitStack() as half, self._pausing:
-            half.callback(self._resume_vcpus)
-            if not self._pauses:
-                for placed in self.bus.placed:
-                    placed.device.pause()
-                    half.callback(placed.device.resume)
-            self._pauses += 1
-            half.pop_all()
-
-    def _pause_vcpus(self) -> None:
-        if any(thread.is_current for thread in self._threads):
-            raise PyvmmError("a vCPU's own thread cannot pause the machine: it would wait for itself")
-        for thread in self._threads:
-            thread.pause()
-        for thread in self._threads:
-            thread.wait_paused()
+        self._threads.pause()
 
     def resume(self) -> None:
         """Let every device and vCPU go on."""
-        with self._pausing:
-            if not self._pauses:
-                raise PyvmmError("the machine is not paused: there is nothing to resume")
-            self._pauses -= 1
-            if not self._pauses:
-                for placed in self.bus.placed:
-                    placed.device.resume()
-        self._resume_vcpus()
-
-    def _resume_vcpus(self) -> None:
-        for thread in self._threads:
-            thread.resume()
+        self._threads.resume()
 
     @property
     def paused(self) -> bool:
         """Whether :meth:`pause` holds it."""
-        return self._pauses > 0
+        return self._threads.paused
 
-    @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
+    def quiet(self) -> AbstractContextManager[None]:
         """Keep every vCPU but the caller's own out of the guest: what moving slots under them needs."""
-        others = [thread for thread in self._threads if not thread.is_current]
-        for thread in others:
-            thread.pause()
-        try:
-            for thread in others:
-                thread.wait_outside()
-            yield
-        finally:
-            for thread in others:
-                thread.resume()
+        return self._threads.quiet()
 
     @property
     def counters(self) -> Counters:
@@ -413,12 +365,6 @@ class Machine:
         log.error("vcpu_thread_failed", error=text, exc_info=error if not isinstance(error, PyvmmError) else None)
         self._finish(Outcome(Ending.FAILED, text, hint=hint))
 
-    def _stop_threads(self) -> None:
-        for thread in self._threads:
-            thread.stop()
-        for thread in self._threads:
-            thread.join()
-
     def _abandon_orders(self) -> None:
         self.mailboxes.abandon(self._outcome.reason if self._outcome else "the machine stopped")
 
@@ -427,7 +373,7 @@ class Machine:
     def _leave(self) -> None:
         if self._outcome is None:
             self.stop("the machine was closed")
-        self._stop_threads()
+        self._threads.stop()
         # A kick writes to the vCPU's run area, which goes with the vCPU.
         self._threads.clear()
         self._abandon_orders()
@@ -440,10 +386,3 @@ class Machine:
         """Give everything back: threads, devices, descriptors, mappings. Safe at any time, more than once."""
         with self._memory_stack:
             self.close_vm()
-
-
-_NATIVE_PROTECTION = {
-    Protection.NONE: lib.PV_NONE,
-    Protection.PKVM: lib.PV_PKVM,
-    Protection.EMULATED: lib.PV_EMULATED,
-}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from pyvmm._native import ffi, lib
 from pyvmm.errors import HostError, KvmError, hex_
 from pyvmm.machine import layout
 from pyvmm.protection import Protection
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 
 #: What a VM has that asks for no number of its own (KVM_CREATE_VM in Documentation/virt/kvm/api.rst).
 IPA_BITS: Final = 40
+
+FORWARDED: Final = ((0x8600_0000, 1), (0xC600_0002, 3))
+"""FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
+RETRIES: Final = 64
+_NATIVE: Final = {
+    Protection.NONE: lib.PV_NONE,
+    Protection.PKVM: lib.PV_PKVM,
+    Protection.EMULATED: lib.PV_EMULATED,
+}
 
 
 def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
@@ -47,3 +57,17 @@ def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
         if kind and error.errno == errno.EINVAL:
             raise HostError(error.message, hint=error.hint) from error
         raise
+
+
+def protect(vm: Vm, config: MachineConfig) -> Any:
+    """Tell the VM, and the native loop, of its protection; returns the ``struct pv_vm *``, without memory yet."""
+    native = ffi.new("struct pv_vm *")
+    native.fd = vm.fileno()
+    native.protection = _NATIVE[config.protection]
+    native.conversion = config.conversion.native
+    native.retry_limit = RETRIES
+    native.policy[lib.PV_FAIL_EAGAIN] = lib.PV_ACT_RETRY
+    if config.protection is Protection.EMULATED:
+        for function, count in FORWARDED:
+            vm.forward_smccc(function, count)
+    return native

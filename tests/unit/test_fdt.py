@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -272,6 +275,40 @@ def test_dtc_has_nothing_to_say_about_the_machines_tree(gic):
     assert source.returncode == 0
     assert source.stderr == b""
     assert b'bootargs = "way=undefined"' in source.stdout
+
+
+BINDINGS = (
+    "arm/cpus", "arm/primecell", "arm/psci", "clock/fixed-clock", "interrupt-controller/arm,gic-v3", "opp/opp-v1",
+    "serial/pl011", "serial/serial", "timer/arm,arch_timer", "virtio/mmio",
+)  # fmt: skip
+"""Of Linux Documentation/devicetree/bindings what speaks of nodes that the machine has, and what those refer to."""
+
+
+def linux_bindings() -> Path | None:
+    """Where PYVMM_DT_BINDINGS says they are, or in an unpacked kernel source."""
+    named = os.environ.get("PYVMM_DT_BINDINGS")
+    found = [Path(named)] if named else sorted(Path("/usr/src").glob("linux*/Documentation/devicetree/bindings"))
+    return found[-1] if found else None
+
+
+@pytest.mark.skipif(shutil.which("dt-validate") is None, reason="dt-validate (pip install dtschema) is not installed")
+@pytest.mark.skipif(linux_bindings() is None, reason="Linux's bindings are not there: PYVMM_DT_BINDINGS=DIRECTORY")
+def test_the_machines_tree_is_as_linux_bindings_ask(tmp_path):
+    source = linux_bindings()
+    assert source is not None
+    for name in BINDINGS:
+        (tmp_path / "bindings" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bindings" / f"{name}.yaml").symlink_to(source / f"{name}.yaml")
+    uart = replace(describe(Uart(), layout.PL011.start, layout.PL011_SPI), properties={})
+    coherent = {"dma-coherent": True}
+    virtio = DeviceNode("virtio", ("virtio,mmio",), layout.VIRTIO_MMIO.start, 0x200, coherent, (), 32, TRIGGER_EDGE)
+    tree = example(gic=GIC, devices=[uart, ECHO, virtio], stdout=uart, entropy=bytes(range(72)))
+    (tmp_path / "machine.dtb").write_bytes(tree)
+    command = ["dt-validate", "-s", str(tmp_path / "bindings"), str(tmp_path / "machine.dtb")]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    complaints = [line for line in (said.stdout + said.stderr).splitlines() if "machine.dtb:" in line]
+    assert complaints == []
+    assert said.returncode == 0
 
 
 def test_a_device_may_not_override_its_place():

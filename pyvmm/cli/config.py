@@ -22,7 +22,6 @@ Paths are relative to the current directory, as on the command line.
 from __future__ import annotations
 
 import argparse
-import difflib
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -200,6 +199,8 @@ def _action(parser: argparse.ArgumentParser, entry: Entry, path: str) -> Action:
     options = _options(parser)
     if entry.key in options:
         return options[entry.key]
+    import difflib
+
     near = difflib.get_close_matches(entry.key, options, 1)
     raise UsageError(
         f"{path}, line {entry.line()}: {entry.key} is no option of {parser.prog} that a file may give",

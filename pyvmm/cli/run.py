@@ -235,7 +235,6 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
 
     With ``reboot`` a reset by the guest is no end: the VM is destroyed, and another one starts in its place.
     """
-    from pyvmm.cli.config import machine_options
     from pyvmm.cli.control import Control
     from pyvmm.cli.report import report, report_json
     from pyvmm.cli.requests import Requests
@@ -278,7 +277,7 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
                 machine.stop("interrupted")
             if debugger is not None:
                 life.enter_context(debugger.serving(machine))
-            requests = Requests(machine, lambda: machine_options(args))
+            requests = Requests(machine, lambda: _machine_options(args))
             with Control(requests.verbs, args.socket), following_size(machine, ends[1][0]):
                 outcome = machine.run()
             if not reboot or outcome.ending is not Ending.RESET or signals.received is not None:
@@ -295,6 +294,12 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
         finally:
             say(outcome, machine.counters, table=args.stats)
         return outcome.status if signals.received is None else 128 + signals.received
+
+
+def _machine_options(args: argparse.Namespace) -> str:
+    from pyvmm.cli.config import machine_options  # for the few runs that are saved
+
+    return machine_options(args)
 
 
 def _rest_of(config: MachineConfig, spent_ns: int) -> MachineConfig:

@@ -48,6 +48,13 @@ class Case:
     nonsense: Callable[[Point], str]
     """Says why a point makes no sense; nothing where it does."""
     seconds: float = DEADLINE
+    kernel: str = ""
+    """The name of the kernel that its guests need, unless an axis of this name says."""
+
+    def kernels(self, point: Mapping[str, Value]) -> list[str]:
+        """Return which kernels must be there, by name, for a point to be measured."""
+        kernel = str(point.get("kernel", self.kernel))
+        return [kernel] if kernel else []
 
     @property
     def base(self) -> Point:
@@ -109,7 +116,7 @@ REGISTRY: dict[str, Case] = {}
 
 def case(
     *, says: str, axes: Axes, quick: tuple[str, ...] | None = (), extra: tuple[Point, ...] = (),
-    nonsense: Callable[[Point], str] = lambda _: "", seconds: float = DEADLINE,
+    nonsense: Callable[[Point], str] = lambda _: "", seconds: float = DEADLINE, kernel: str = "",
 ) -> Callable[[Function], Function]:  # fmt: skip
     """Register a function as the case of its name."""
 
@@ -117,7 +124,7 @@ def case(
         name = function.__name__
         if name in REGISTRY:
             raise ValueError(f"two cases are called {name}")
-        REGISTRY[name] = Case(name, says, axes, function, quick, extra, nonsense, seconds)
+        REGISTRY[name] = Case(name, says, axes, function, quick, extra, nonsense, seconds, kernel)
         return function
 
     return register

@@ -88,8 +88,7 @@ def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
     if args.list:
         return main(args)
     plan = _plan(args)  # what makes no sense is said before anything is booted
-    guests = [str(step.point["kernel"]) for step in plan.steps() if "kernel" in step.point]
-    args.lab_with = list(dict.fromkeys(guests))
+    args.lab_with = list(dict.fromkeys(kernel for step in plan.steps() for kernel in step.case.kernels(step.point)))
 
     def collect(take: Callable[[str], None]) -> int:
         from pyvmm.cli.lab import prepare_peers, run_verb

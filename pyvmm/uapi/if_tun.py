@@ -8,6 +8,8 @@ from pyvmm.uapi.ioctl import IOR, IOW
 
 TUNSETIFF = IOW("TUNSETIFF", ord("T"), 202, c_int)
 """Takes a ``struct ifreq`` all the same."""
+TUNSETPERSIST = IOW("TUNSETPERSIST", ord("T"), 203, c_int)
+"""Takes 0 or 1 itself."""
 TUNGETFEATURES = IOR("TUNGETFEATURES", ord("T"), 207, c_uint)
 TUNSETOFFLOAD = IOW("TUNSETOFFLOAD", ord("T"), 208, c_uint)
 """Takes the flags themselves."""

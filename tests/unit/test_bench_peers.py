@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.bench import peers
-from pyvmm.bench.peers import boot, fault_in, loops, qemu, selftests
+from pyvmm.bench.peers import boot, fault_in, loops, qemu, selftests, transfers
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import peers as lab_peers
 from pyvmm.lab import selftests as tests_of_the_kernel
@@ -84,7 +84,7 @@ def test_a_pair_is_told_apart_by_who_it_is() -> None:
 
 
 def test_every_peer_has_its_measurement() -> None:
-    there = {**boot.PEERS, **fault_in.PEERS, **loops.PEERS, **qemu.PEERS, **selftests.PEERS}
+    there = {**boot.PEERS, **fault_in.PEERS, **loops.PEERS, **qemu.PEERS, **selftests.PEERS, **transfers.PEERS}
     assert set(there) == set(peers.PEERS)
 
 

@@ -36,6 +36,7 @@ _MODULES: Final = {
     "guest_memfd_test": "selftests",
     "qemu": "qemu",
     "qemu boot": "boot",
+    "qemu virtio": "transfers",
     "bare loop": "loops",
     "twin": "loops",
 }

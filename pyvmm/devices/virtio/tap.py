@@ -74,6 +74,10 @@ class Tap(NetBackend):
         flags = sum(flag for feature, flag in _TO_GUEST.items() if features & feature)
         self._call("TUNSETOFFLOAD", if_tun.TUNSETOFFLOAD.number, flags)
 
+    def persist(self, stay: bool) -> None:
+        """Have the tap outlive who has it open, or go with the last of them."""
+        self._call("TUNSETPERSIST", if_tun.TUNSETPERSIST.number, int(stay))
+
     def last_words(self) -> str:
         """Say whether it was deleted."""
         return "" if (SYSFS / self.name).exists() else "the tap was deleted"

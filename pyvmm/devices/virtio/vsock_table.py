@@ -196,6 +196,9 @@ class Table:
                 stream.socket.close()
         if stream.state is State.DEAD:
             self._streams.pop((stream.guest_port, stream.host_port), None)
+            if stream.queued:  # while the guest takes nothing, nobody else would take it out
+                stream.queued = False
+                self._turns.remove(stream)
         elif stream.pending and not stream.queued:
             stream.queued = True
             self._turns.append(stream)

@@ -87,6 +87,8 @@ class Machine:
         self._kernel = kernel
         self.restored_from = restore
         self._memory_stack = contextlib.ExitStack()
+        if restore is not None:
+            self._memory_stack.callback(restore.close)
         self._stack = contextlib.ExitStack()
         self._done = threading.Event()
         self._ending = threading.Lock()
@@ -129,7 +131,7 @@ class Machine:
         self.vm = push(vm)
         self.native = protect(self.vm, config)
         self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native, ipa_bits=bits))
-        if self.restored_from is not None:
+        if self.restored_from is not None:  # which serves memory: it ends before that does
             self._memory_stack.callback(self.restored_from.close)
         loadable = add_ram(self.memory, self.vm, config)
         self.relay = ShareRelay(self.native, self.memory.ledger)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pyvmm.cli import config, make_parser
 from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.kvm.stand_in import StandIn
 from pyvmm.machine import snapshot as snapshots
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
@@ -149,6 +150,19 @@ def test_another_machine_is_refused_by_what_differs(machine: Machine, tmp_path: 
         pytest.raises(UsageError, match="of a machine with cpus 1, and this one has 2"),
     ):
         snapshot.restore(other.machine, broken)
+
+
+def test_a_machine_that_is_not_even_begun_closes_its_snapshot(machine: Machine, tmp_path: Path) -> None:
+    class NoKvm(StandIn):
+        def open(self, path: str) -> int:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+
+    path = str(tmp_path / "guest")
+    snapshots.save(machine, path)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(HostError, match="no KVM"), Machine(machine.config, kernel=NoKvm(), restore=Snapshot(path)):
+        pass
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 @given(st.lists(st.booleans(), max_size=40))

@@ -6,8 +6,8 @@
 
 :func:`save` writes one, by way of another name, so that there is never half a snapshot. A :class:`Snapshot` is one that
 has been opened and found whole; :meth:`Snapshot.restore` makes a machine that has just been built the one it was saved
-of. Its memory comes in page by page as it is touched, through userfaultfd, where this process may have one; elsewhere
-all of it is loaded first. The file must stay as it is while such a guest runs.
+of. Its memory comes in page by page as it is touched, through userfaultfd, where this process may have one; elsewhere,
+and where there is a balloon, all of it is loaded first. The file must stay as it is while such a guest runs.
 
 The guest's counters go on from where they stood: a guest sees of the time between only what its devices tell, and what
 passes between reading and setting them. A protected guest cannot be saved: the host may not read its memory, and under
@@ -129,10 +129,12 @@ def _state(machine: Machine) -> dict[str, Any]:
         if error := lib.pv_settle(native):
             raise PyvmmError(f"vCPU {native.index} cannot finish its exit: KVM_RUN fails with {os.strerror(error)}")
     gic = machine.gic
+    # Devices first: one that hands a request back before it is saved interrupts the guest.
+    devices = [placed.device.save() for placed in machine.bus.placed]
     return {
-        "vcpus": [state.save_vcpu(vcpu) for vcpu in machine.vcpus],
+        "devices": devices,
         "gic": None if gic is None else state.save_gic(gic.device, gic.its, len(machine.vcpus)),
-        "devices": [placed.device.save() for placed in machine.bus.placed],
+        "vcpus": [state.save_vcpu(vcpu) for vcpu in machine.vcpus],
     }
 
 
@@ -293,7 +295,9 @@ class Snapshot:
         self, machine: Machine, slot: Slot, offset: int, failed: Callable[[PyvmmError], None]
     ) -> None:  # fmt: skip
         lazy = None
-        if slot.backing.guest_memfd is None:
+        # What a balloon gives back is zeros when it is touched again, and not what was saved.
+        balloon = any(each.get("device") == "balloon" for each in self.description["devices"])
+        if slot.backing.guest_memfd is None and not balloon:
             try:
                 lazy = _Lazy(self._fd, offset, slot, failed)
             except (HostError, MappingError) as error:

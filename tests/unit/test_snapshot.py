@@ -17,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.cli import config, make_parser
+from pyvmm.devices.bench import Bench
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.stand_in import StandIn
 from pyvmm.machine import snapshot as snapshots
+from pyvmm.machine import state
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.plan import Plan
@@ -150,6 +152,46 @@ def test_another_machine_is_refused_by_what_differs(machine: Machine, tmp_path: 
         pytest.raises(UsageError, match="of a machine with cpus 1, and this one has 2"),
     ):
         snapshot.restore(other.machine, broken)
+
+
+def test_devices_are_saved_before_the_interrupts_that_they_may_still_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def saves(what: str) -> Any:
+        def save(*_: object) -> dict[str, Any]:
+            order.append(what)
+            return {}
+
+        return save
+
+    monkeypatch.setattr(Bench, "save", saves("device"))
+    monkeypatch.setattr(state, "save_gic", saves("gic"))
+    monkeypatch.setattr(state, "save_vcpu", lambda _vcpu: {})
+    monkeypatch.setattr(snapshots, "lib", SimpleNamespace(pv_settle=lambda _native: 0))
+    with plan() as made:
+        snapshots.save(made.machine, str(tmp_path / "guest"))
+    assert order == ["device", "gic"]
+
+
+@pytest.mark.parametrize("kind", ["rng", "balloon"])
+def test_memory_comes_at_once_where_a_balloon_would_find_it_again(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = str(tmp_path / "guest")
+    snapshots.save(machine, path)
+    opened: list[int] = []
+
+    def no_userfault() -> None:
+        opened.append(1)
+        raise HostError("no userfaultfd here")
+
+    monkeypatch.setattr(Userfault, "open", no_userfault)
+    with Snapshot(path) as snapshot, plan() as other:
+        snapshot.description["devices"] = [{"device": kind}]
+        snapshot._restore_memory(other.machine, other.machine.memory.slots[0], 1 << 20, broken)
+    assert bool(opened) is (kind == "rng")
 
 
 def test_a_machine_that_is_not_even_begun_closes_its_snapshot(machine: Machine, tmp_path: Path) -> None:

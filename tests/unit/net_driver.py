@@ -44,16 +44,20 @@ class Ring:
     """The driver's side of one queue."""
 
     def __init__(self, driver: Driver, index: int, size: int, *, packed: bool) -> None:
-        self.driver, self.size, self.packed = driver, size, packed
+        self.driver, self.size = driver, size
         self.base = BASE + index * AREA
         self.queue = Queue(driver.vm, driver.line, index, size)
-        self.queue.setup(size, lib.PV_QUEUE_PACKED if packed else 0, self.base, self.base + 0x8000, self.base + 0xC000)
+        self.setup(packed=packed)
+
+    def setup(self, *, packed: bool) -> None:
+        """Be empty, in memory that is zero."""
+        self.packed = packed
+        flags = lib.PV_QUEUE_PACKED if packed else 0
+        self.queue.setup(self.size, flags, self.base, self.base + 0x8000, self.base + 0xC000)
         self.given = self.seen = 0
         self.at, self.wrap = 0, 1
         self.seen_at, self.seen_wrap = 0, 1
         self.chains: dict[int, int] = {}
-        if packed:  # no event index: 0 means "kick and interrupt always" on both sides
-            driver.write(self.base + 0x8000, bytes(4))
 
     def give(self, *chains: Sequence[tuple[int, int, bool]], kick: bool = True) -> list[int]:
         """Make chains of (gpa, size, whether writable) available; returns their ids."""
@@ -134,7 +138,8 @@ class Driver:
         self.line = ffi.new("struct pv_interrupt *", {"fd": self.interrupts})
         self.transport = device.transport = Transport()
         self.rx, self.tx = (Ring(self, index, size, packed=packed) for index in range(2))
-        device.start([self.rx.queue, self.tx.queue], device.features if features is None else features)
+        self.features = device.features if features is None else features
+        device.start([self.rx.queue, self.tx.queue], self.features)
 
     def __enter__(self) -> Self:
         return self
@@ -147,6 +152,15 @@ class Driver:
         os.close(self.interrupts)
         mman.unmap(self.hva, SIZE)
         os.close(self.fd)
+
+    def reset(self, *, packed: bool) -> None:
+        """Reset the card and begin again with empty rings."""
+        self.device.stop()
+        for ring in (self.rx, self.tx):
+            ring.queue.reset()
+            self.write(ring.base, bytes(AREA))
+            ring.setup(packed=packed)
+        self.device.start([self.rx.queue, self.tx.queue], self.features)
 
     def write(self, gpa: int, data: bytes) -> None:
         os.pwrite(self.fd, data, gpa - BASE)

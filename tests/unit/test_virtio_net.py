@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -286,14 +289,48 @@ def test_broken_ring_needs_a_reset_and_works_after_it() -> None:
         driver.write(driver.tx.base + 0x8002, struct.pack("<H", 999))
         os.eventfd_write(driver.tx.queue.kick, 1)
         eventually(lambda: driver.transport.reset_needed, "the device gives up")
-        device.stop()
-        for ring in (driver.rx, driver.tx):
-            ring.queue.reset()
-            ring.__init__(driver, ring.queue.index, ring.size, packed=False)
-            driver.write(ring.base + 0x8000, bytes(4))
-        device.start([driver.rx.queue, driver.tx.queue], device.features)
+        driver.reset(packed=True)
         send(driver, pattern(60))
         assert receive(peer) == pattern(60)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_rings_written_over_while_frames_go_both_ways_break_nothing_but_the_card(packed: bool) -> None:
+    device, peer = pair()
+    chance = random.Random(5)
+    peer.settimeout(None)
+
+    def flood() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            while True:
+                peer.sendall(framed(pattern(1500)))
+
+    def drain() -> None:
+        while peer.recv(1 << 16):
+            pass
+
+    with peer, Driver(device, packed=packed) as driver:
+        threads = [threading.Thread(target=job, daemon=True) for job in (flood, drain)]
+        for thread in threads:
+            thread.start()
+        for _ in range(40):
+            buffers(driver, 8, 2000)
+            driver.tx.give(*([(DATA, 1000, False)] for _ in range(4)))
+            for _ in range(30):
+                ring = chance.choice((driver.rx, driver.tx))
+                at = ring.base + chance.choice((chance.randrange(16 * 64), 0x8000 + chance.randrange(160)))
+                driver.write(at, chance.randbytes(chance.choice((1, 2, 4, 8))))
+                os.eventfd_write(ring.queue.kick, 1)
+            driver.reset(packed=packed)
+        assert driver.transport.reset_needed
+        buffers(driver, 8, 2000, at=DATA + PAGE)
+        driver.wait(driver.rx, 8)
+        send(driver, pattern(60))
+        driver.wait(driver.tx)
+        assert device.link_up
+        peer.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
 
 
 def test_paused_card_has_given_every_buffer_back_and_goes_on(wired: tuple[Driver, socket.socket]) -> None:

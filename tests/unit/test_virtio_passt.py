@@ -1,4 +1,4 @@
-"""A passt of ours, played by scripts: how it is started, heard and ended; and the options that say what a card is at."""
+"""A passt of ours, played by scripts: how it is started, heard and ended; and the options that say where a card is."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi
@@ -38,7 +37,6 @@ from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
 from pyvmm.machine.swiotlb import pool_size
 from pyvmm.machine.threads import Threads
-from pyvmm.machine.virtio import Context, attach
 from pyvmm.machine.vm import create_vm, protect
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.memlock import require_memlock
@@ -53,6 +51,7 @@ from pyvmm.vcpu.thread import VcpuThread
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from pyvmm.devices.virtio.mmio import VirtioMmio
     from pyvmm.machine.snapshot import Snapshot
     from pyvmm.observe.counters import Counters
 
@@ -186,13 +185,19 @@ class Machine:
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
         self.bench = self.bus.add(Bench(), layout.BENCH.start)
-        ram = range(layout.RAM_BASE, layout.RAM_BASE + config.memory)
-        pooled = pool_size(config) > 0
-        context = Context(self.native, config.protection, self.memory, ram, self._unheard, pooled=pooled)
-        if self._kernel is not None and self._kernel.pretends:
-            context = replace(context, planned=True)
-        self.virtio = attach(config.devices, context, self.bus, self.interrupts)
+        self.virtio = self._attach() if config.devices else ()
         self.bus.publish()
+
+    def _attach(self) -> tuple[VirtioMmio, ...]:
+        from pyvmm.machine.virtio import Context, attach  # of guests that have such devices
+
+        config = self.config
+        context = Context(
+            self.native, config.protection, self.memory,
+            range(layout.RAM_BASE, layout.RAM_BASE + config.memory), self._unheard,
+            pool=pool_size(config), planned=self._kernel is not None and self._kernel.pretends,
+        )  # fmt: skip
+        return attach(config.devices, context, self.bus, self.interrupts)
 
     def _make_threads(self) -> None:
         for vcpu in self.vcpus:

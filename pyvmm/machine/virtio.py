@@ -45,8 +45,8 @@ class Context:
     """The machine is a plan: no interface is made, no program started, for what would be behind a network card, and no
     disk locked."""
 
-    pooled: bool = False
-    """The guest has a DMA pool: its drivers are to use it, also where they need not."""
+    pool: int = 0
+    """Bytes of the guest's DMA pool: where there is one, drivers are to use it, also where they need not."""
 
     @property
     def private(self) -> bool:
@@ -88,7 +88,7 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
             from pyvmm.devices.virtio.disk import DiskFile
 
             disk = DiskFile(spec.path, read_only=spec.read_only, lock=not context.planned)
-            return Blk(disk, queues=spec.queues, serial=spec.serial, isolates=context.private)
+            return Blk(disk, queues=spec.queues, serial=spec.serial, isolates=context.private, pool=context.pool)
 
 
 def _planned_network() -> NetBackend:
@@ -133,8 +133,9 @@ def attach(
             device.name_it(f"{device.name}{count}")
             line = interrupts.edge(layout.VIRTIO_SPI + number)
             transport = VirtioMmio(device, context.native, line, private=context.private)
-            if context.pooled:
+            if context.pool:
                 transport.offered |= Feature.ACCESS_PLATFORM  # without it drivers hand devices any address
+                transport.offered &= ~device.unpooled
         except BaseException:
             device.close()
             raise

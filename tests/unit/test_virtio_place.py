@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Context:
     """Of the machine's context what placing itself needs."""
 
-    def __init__(self, guest: Guest, *, private: bool, pooled: bool) -> None:
-        self.native, self.private, self.pooled = guest.native, private, pooled
+    def __init__(self, guest: Guest, *, private: bool, pool: int) -> None:
+        self.native, self.private, self.pool = guest.native, private, pool
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def machine(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(placing, "create", create)
 
-    def build(count: int, *, private: bool = False, pooled: bool = False) -> Any:
-        context: Any = Context(guest, private=private, pooled=pooled)
+    def build(count: int, *, private: bool = False, pool: int = 0) -> Any:
+        context: Any = Context(guest, private=private, pool=pool)
         return attach([devices.Rng()] * count, context, bus, interrupts)
 
     build.bus, build.interrupts, build.made = bus, interrupts, made  # type: ignore[attr-defined]
@@ -77,7 +77,11 @@ def test_a_device_that_cannot_be_placed_is_closed(machine: Any) -> None:
     assert [getattr(device, "closed", False) for device in machine.made] == [False, True]
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_drivers_are_asked_to_go_by_way_of_a_pool_where_there_is_one(machine: Any, pooled: bool) -> None:
-    [transport] = machine(1, pooled=pooled)
-    assert bool(transport.offered & Feature.ACCESS_PLATFORM) == pooled
+@pytest.mark.parametrize("pool", [0, 1 << 20])
+def test_drivers_are_asked_to_go_by_way_of_a_pool_where_there_is_one(
+    machine: Any, pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Toy, "unpooled", Feature.RING_PACKED)
+    [transport] = machine(1, pool=pool)
+    assert bool(transport.offered & Feature.ACCESS_PLATFORM) == bool(pool)
+    assert bool(transport.offered & Feature.RING_PACKED) == (not pool)

@@ -17,7 +17,7 @@ from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
-from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.device import Feature, VirtioDevice
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import Worker
@@ -35,6 +35,10 @@ SEGMENT_MOST: Final = 1 << 20
 """Bytes of one segment that drivers are told to keep to."""
 SEGMENTS_MOST: Final = QUEUE_SIZE - 2
 """Of data, in one request: header and status take one each."""
+POOL_SEGMENT: Final = 16 << 10
+"""Instead of SEGMENT_MOST where data goes through a pool of the guest's: a piece that is found in a crowded one."""
+POOL_SHARE: Final = 4
+"""And a request may take one part in so many of the pool: one that does not fit is made again and again, for ever."""
 DISCARD_SEGMENTS: Final = 64
 DISCARD_SECTORS: Final = 1 << 22
 ZEROES_SECTORS: Final = 1 << 16
@@ -82,17 +86,25 @@ class Blk(VirtioDevice):
     """A disk with 1 to 16 ``queues``; it closes ``disk`` with itself.
 
     ``serial`` is what the guest's /dev/disk/by-id knows it by. ``isolates``: guest memory can be private.
+    ``pool`` is bytes of the guest's DMA pool, 0 for none.
     """
 
     device_id = 2
     name = "blk"
+    # When the pool is full, Linux makes the request again with a split ring, and fails it with a packed one: it takes
+    # -ENOMEM for a wait and the -EIO of virtqueue_add_packed() for the disk's fault (drivers/block/virtio_blk.c).
+    unpooled = Feature.RING_PACKED
 
-    def __init__(self, disk: DiskFile, *, queues: int = 1, serial: str = "", isolates: bool = False) -> None:
+    def __init__(
+        self, disk: DiskFile, *, queues: int = 1, serial: str = "", isolates: bool = False, pool: int = 0
+    ) -> None:
         super().__init__()
         self.disk = disk
         self.serial = serial.encode()
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self.bounce = isolates and not disk.copies
+        self.segment_most = POOL_SEGMENT if pool else SEGMENT_MOST
+        self.segments_most = min(SEGMENTS_MOST, max(pool // POOL_SHARE // POOL_SEGMENT, 1)) if pool else SEGMENTS_MOST
         self.writeback = True
         self._features = BlkFeature(0)
         self._servers: list[_Server] = []
@@ -112,7 +124,7 @@ class Blk(VirtioDevice):
         """Return struct virtio_blk_config."""
         blocks = self.disk.physical_size // self.disk.block_size
         return _CONFIG.pack(
-            self.disk.sectors, SEGMENT_MOST, SEGMENTS_MOST, self.disk.block_size,
+            self.disk.sectors, self.segment_most, self.segments_most, self.disk.block_size,
             blocks.bit_length() - 1, 0, blocks, 0, self.writeback, len(self.queue_sizes),
             DISCARD_SECTORS, DISCARD_SEGMENTS, self.disk.physical_size // SECTOR,
             ZEROES_SECTORS, 1, 1,
@@ -256,7 +268,7 @@ class _Server:
             {
                 "queue": queue.native, "chain": self.chain.native, "file": device.disk.fd,
                 "stop_fd": self.worker.stop_fd, "flags": device.flags, "capacity": device.disk.sectors,
-                "most": SEGMENTS_MOST * SEGMENT_MOST,
+                "most": device.segments_most * device.segment_most,
             },
         )  # fmt: skip
         if device.bounce:

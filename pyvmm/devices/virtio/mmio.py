@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
@@ -294,7 +293,7 @@ class VirtioMmio(Device):
         elif offset == Register.QUEUE_SIZE:
             setup.size = value
         else:
-            area, shift = AREAS[Register(offset)]
+            area, shift = AREAS[offset]
             setattr(setup, area, getattr(setup, area) & ~(LOW << shift) | value << shift)
 
     def _set_ready(self, queue: Queue, setup: Setup, value: int) -> None:
@@ -332,7 +331,7 @@ class VirtioMmio(Device):
             "features": self._features,
             "select": [self._device_sel, self._driver_sel, self._queue_sel],
             "queues": [
-                {**asdict(setup), "at": queue.save() if queue.ready else None}
+                {**setup.save(), "at": queue.save() if queue.ready else None}
                 for setup, queue in zip(self._setups, self.queues, strict=True)
             ],
             "own": self.device.save(),

@@ -5,8 +5,7 @@ Data and pure functions; :mod:`pyvmm.devices.virtio.mmio` acts on them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntFlag
 from typing import Final
 
 from pyvmm.errors import hex_
@@ -23,36 +22,36 @@ LOW: Final = 0xFFFF_FFFF
 _MOST_ENTRIES: Final = 1 << 15
 
 
-class Register(IntEnum):
-    """Offsets (4.2.2)."""
+class Register:
+    """Offsets (4.2.2). Plain numbers: an enumeration of so many takes longer to make than a guest to find a device."""
 
-    MAGIC = 0x000
-    VERSION = 0x004
-    DEVICE_ID = 0x008
-    VENDOR_ID = 0x00C
-    DEVICE_FEATURES = 0x010
-    DEVICE_FEATURES_SEL = 0x014
-    DRIVER_FEATURES = 0x020
-    DRIVER_FEATURES_SEL = 0x024
-    QUEUE_SEL = 0x030
-    QUEUE_SIZE_MAX = 0x034
-    QUEUE_SIZE = 0x038
-    QUEUE_READY = 0x044
-    QUEUE_NOTIFY = 0x050
-    INTERRUPT_STATUS = 0x060
-    INTERRUPT_ACK = 0x064
-    STATUS = 0x070
-    QUEUE_DESC_LOW = 0x080
-    QUEUE_DESC_HIGH = 0x084
-    QUEUE_DRIVER_LOW = 0x090
-    QUEUE_DRIVER_HIGH = 0x094
-    QUEUE_DEVICE_LOW = 0x0A0
-    QUEUE_DEVICE_HIGH = 0x0A4
-    SHM_LEN_LOW = 0x0B0
-    SHM_LEN_HIGH = 0x0B4
-    SHM_BASE_LOW = 0x0B8
-    SHM_BASE_HIGH = 0x0BC
-    CONFIG_GENERATION = 0x0FC
+    MAGIC: Final = 0x000
+    VERSION: Final = 0x004
+    DEVICE_ID: Final = 0x008
+    VENDOR_ID: Final = 0x00C
+    DEVICE_FEATURES: Final = 0x010
+    DEVICE_FEATURES_SEL: Final = 0x014
+    DRIVER_FEATURES: Final = 0x020
+    DRIVER_FEATURES_SEL: Final = 0x024
+    QUEUE_SEL: Final = 0x030
+    QUEUE_SIZE_MAX: Final = 0x034
+    QUEUE_SIZE: Final = 0x038
+    QUEUE_READY: Final = 0x044
+    QUEUE_NOTIFY: Final = 0x050
+    INTERRUPT_STATUS: Final = 0x060
+    INTERRUPT_ACK: Final = 0x064
+    STATUS: Final = 0x070
+    QUEUE_DESC_LOW: Final = 0x080
+    QUEUE_DESC_HIGH: Final = 0x084
+    QUEUE_DRIVER_LOW: Final = 0x090
+    QUEUE_DRIVER_HIGH: Final = 0x094
+    QUEUE_DEVICE_LOW: Final = 0x0A0
+    QUEUE_DEVICE_HIGH: Final = 0x0A4
+    SHM_LEN_LOW: Final = 0x0B0
+    SHM_LEN_HIGH: Final = 0x0B4
+    SHM_BASE_LOW: Final = 0x0B8
+    SHM_BASE_HIGH: Final = 0x0BC
+    CONFIG_GENERATION: Final = 0x0FC
 
 
 class Status(IntFlag):
@@ -76,14 +75,17 @@ BEFORE: Final = {
 }
 
 
-@dataclass
 class Setup:
-    """What the driver has said of a queue."""
+    """What the driver has said of a queue: entries, and the gpas of its areas."""
 
-    size: int = 0
-    descriptors: int = 0
-    driver: int = 0
-    device: int = 0
+    __slots__ = ("descriptors", "device", "driver", "size")
+
+    def __init__(self, size: int = 0, descriptors: int = 0, driver: int = 0, device: int = 0) -> None:
+        self.size, self.descriptors, self.driver, self.device = size, descriptors, driver, device
+
+    def save(self) -> dict[str, int]:
+        """Return it as arguments of another."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 #: Registers that hold half of an area's gpa: which, and from which bit.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
-from pyvmm.machine.devices import Balloon, DeviceSpec
 from pyvmm.machine.swiotlb import pool_size
 from pyvmm.memory.conversion import Conversion
 from pyvmm.protection import Protection
+
+if TYPE_CHECKING:
+    from pyvmm.machine.devices import DeviceSpec
 
 BACKINGS = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
 DEFAULT_MEMORY = 64 * layout.MIB
@@ -68,8 +71,7 @@ class MachineConfig:
             raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")
         pool_size(self)
         for device in self.devices:
-            if isinstance(device, Balloon):
-                device.check(self)
+            device.check(self)
         if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
             most = f"{threading.TIMEOUT_MAX:.0f}"
             raise UsageError(f"a deadline of {self.deadline} seconds: it must be more than 0, and {most} at most")

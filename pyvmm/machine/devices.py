@@ -17,13 +17,20 @@ DISK_SERIAL: Final = 20
 """Bytes of the string that a disk answers GET_ID with (virtio 1.2, 5.2.6)."""
 
 
+class Spec:
+    """What every device's is."""
+
+    def check(self, config: MachineConfig) -> None:
+        """Raise UsageError where a machine of ``config`` cannot have it."""
+
+
 @dataclass(frozen=True)
-class Rng:
+class Rng(Spec):
     """An entropy device, fed by the host's random number generator."""
 
 
 @dataclass(frozen=True)
-class Disk:
+class Disk(Spec):
     """A raw image or a block device at ``path``; ``queues`` are 1 to 16, ``serial`` has 20 bytes at most."""
 
     path: str
@@ -40,7 +47,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Net:
+class Net(Spec):
     """A network card; exactly one of ``tap``, ``passt`` and ``socket`` is not empty: what it is connected to.
 
     ``tap`` is a tap's name, ``passt`` the program to start, ``socket`` the path of one that runs. ``address`` is what
@@ -73,7 +80,7 @@ class Net:
 
 
 @dataclass(frozen=True)
-class Console:
+class Console(Spec):
     """A virtio console, ``hvc0`` of a Linux guest, between descriptors that somebody else closes.
 
     ``size`` is columns and rows of the terminal it goes to, None where it is none.
@@ -85,7 +92,7 @@ class Console:
 
 
 @dataclass(frozen=True)
-class Vsock:
+class Vsock(Spec):
     """The guest's stream sockets at ``cid``, and the host's at the Unix socket ``path`` and ``path_PORT``."""
 
     path: str
@@ -97,7 +104,7 @@ class Vsock:
 
 
 @dataclass(frozen=True)
-class Balloon:
+class Balloon(Spec):
     """A balloon that is to hold ``size`` bytes of the guest's memory from the start, and hears of what is free."""
 
     size: int = 0

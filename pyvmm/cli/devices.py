@@ -89,6 +89,9 @@ def parse_vsock(text: str) -> dict[str, Any]:
 
 def device_specs(args: argparse.Namespace, console: Ends = (None, None)) -> tuple[DeviceSpec, ...]:
     """Return what the options ask for; devices of a kind in the order they were given. ``console`` is --console's."""
+    asked = [args.disk, args.net, args.console not in (None, "none"), args.vsock, args.balloon is not None, args.rng]
+    if not any(asked):
+        return ()  # and spare most guests the import
     from pyvmm.machine import devices
 
     specs: list[DeviceSpec] = [

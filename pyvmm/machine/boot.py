@@ -250,6 +250,13 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
     """
     room = ram_size if loadable is None else loadable
     end = layout.RAM_BASE + room
+    if image.source.startswith(PAYLOAD) and layout.RAM_BASE + ram_size > layout.PAYLOAD_LIMIT:
+        most = (layout.PAYLOAD_LIMIT - layout.RAM_BASE) // layout.MIB
+        raise UsageError(
+            f"{image.source} with {ram_size // layout.MIB} MiB of memory: a payload reaches no address from "
+            f"{hex_(layout.PAYLOAD_LIMIT)} on",
+            hint=f"-m {most}M is the most for one",
+        )
     fdt = (end - FDT_ROOM) // FDT_ROOM * FDT_ROOM
     parts = [*image.segments, Segment("the device tree", fdt, FDT_ROOM)]
     if image.initrd is not None:

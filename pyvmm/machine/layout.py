@@ -99,6 +99,8 @@ RAM_BASE: Final = 0x8000_0000
 #: RAM ends at 2^40 or below: a protected VM's guest addresses have no more bits (its PARange, which
 #: arch/arm64/kvm/hyp/nvhe/sys_regs.c sets).
 RAM_LIMIT: Final = 1 << 40
+#: The built-in payloads map addresses below this and no others (firmware/start.S); their device tree must be there.
+PAYLOAD_LIMIT: Final = 1 << 39
 #: Room for a flat binary at FLAT_OFFSET and a device tree's 2 MiB.
 RAM_MINIMUM: Final = 4 * MIB
 

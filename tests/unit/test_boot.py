@@ -374,6 +374,14 @@ def test_what_overlaps_or_does_not_fit_is_refused_with_both_ranges(image, why):
     assert caught.value.hint
 
 
+def test_a_payload_is_given_no_more_memory_than_it_reaches():
+    image = read("payload:hello")
+    plan(image, ram_size=layout.PAYLOAD_LIMIT - layout.RAM_BASE)
+    with pytest.raises(UsageError, match=r"522241 MiB .* no address from 0x80_0000_0000 on") as caught:
+        plan(image, ram_size=layout.PAYLOAD_LIMIT - layout.RAM_BASE + MIB)
+    assert caught.value.hint == "-m 522240M is the most for one"
+
+
 def test_the_hint_gives_memory_that_is_enough():
     image = flat(65 * MIB, bytes(3 * MIB))
     with pytest.raises(UsageError) as caught:

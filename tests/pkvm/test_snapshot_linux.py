@@ -1,4 +1,4 @@
-"""Linux goes on from a snapshot: a loop in its shell, two vCPUs, timers, interrupts, entropy and a disk over virtio."""
+"""Linux goes on from a snapshot: a loop in its shell, two vCPUs, timers, interrupts, and its virtio devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from pyvmm.machine import snapshot as snapshots
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Disk, Rng
+from pyvmm.machine.devices import Console, Disk, Rng, Vsock
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.snapshot import Snapshot
 from pyvmm.protection import Protection
@@ -73,9 +73,11 @@ class Guest:
 def test_linux_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     kernel, disk, path = kernel_directory("own:"), tmp_path / "disk", str(tmp_path / "guest")
     disk.write_bytes(bytes(1 << 20))
+    printed = os.memfd_create("hvc0")
+    devices = (Rng(), Disk(str(disk)), Console(printed), Vsock(str(tmp_path / "vsock"), 3))
     settings = config(
         str(kernel / "Image"), Protection.NONE, initrd=str(kernel / "shell.cpio"), params=PARAMS, cpus=2,
-        memory=128 << 20, devices=(Rng(), Disk(str(disk))), deadline=None,
+        memory=128 << 20, devices=devices, deadline=None,
     )  # fmt: skip
     with Guest(settings) as guest:
         guest.expect(b"# ")
@@ -91,6 +93,8 @@ def test_linux_goes_on_where_it_was_saved(tmp_path: Path) -> None:
         guest.expect(rb"on 1: 42|on 2: 42")
         guest.type("dd if=/dev/hwrng of=/dev/vda bs=512 count=8 && sync && echo written $((6 * 7))")
         guest.expect(rb"written 42")
-        guest.type("poweroff")
+        guest.type("echo to the other console >/dev/hvc0; poweroff")
         assert guest.machine.wait(DEADLINE).ending is Ending.POWEROFF
     assert any(disk.read_bytes()[:4096])
+    assert os.pread(printed, 100, 0) == b"to the other console\r\n"
+    os.close(printed)

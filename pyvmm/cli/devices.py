@@ -22,9 +22,10 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--net", action="append", default=[], type=parse_net,
-        metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST]|socket=PATH[,mac=MAC]",
+        metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST][,loopback]|socket=PATH[,mac=MAC]",
         help="a network card: before a tap, which is made if it is not there; before a passt that is started with it, "
-        "and needs no privilege; or before one that runs. More ports to forward follow a +. May be repeated",
+        "and needs no privilege; or before one that runs. More ports to forward follow a +; loopback lets the guest "
+        "reach the host's 127.0.0.1 at its gateway's address. May be repeated",
     )  # fmt: skip
     group.add_argument(
         "--console", metavar="WHERE", type=output_behind("file"),
@@ -61,7 +62,9 @@ def parse_disk(text: str) -> dict[str, Any]:
 
 def parse_net(text: str) -> dict[str, Any]:
     """Return what ``tap=NAME,host=ADDR/LEN``, ``passt,fwd=HOST:GUEST+...`` or ``socket=PATH`` say, by key."""
-    keys = {"tap": str, "passt": None, "socket": str, "mac": str, "host": str, "fwd": parse_forwards}
+    keys = {
+        "tap": str, "passt": None, "socket": str, "mac": str, "host": str, "fwd": parse_forwards, "loopback": None,
+    }  # fmt: skip
     values = parse(text, keys)
     if sum(kind in values for kind in ("tap", "passt", "socket")) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is to have one of tap=NAME, passt and socket=PATH")
@@ -101,7 +104,7 @@ def device_specs(args: argparse.Namespace, console: Ends = (None, None)) -> tupl
     specs += [
         devices.Net(
             net.get("tap", ""), find_passt() if net.get("passt") else "", net.get("socket", ""), net.get("mac", ""),
-            net.get("host", ""), net.get("fwd", ()),
+            net.get("host", ""), net.get("fwd", ()), net.get("loopback", False),
         )
         for net in args.net
     ]  # fmt: skip

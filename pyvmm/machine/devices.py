@@ -52,7 +52,8 @@ class Net(Spec):
 
     ``tap`` is a tap's name, ``passt`` the program to start, ``socket`` the path of one that runs. ``address`` is what
     the host's end of a tap is to have, ``10.0.0.1/24``; ``forwards`` are TCP ports that passt takes for the guest, the
-    host's first; ``mac`` is the card's, made from the host's and the tap's name where it is empty.
+    host's first; with ``loopback`` passt lets the guest reach what listens on the host's 127.0.0.1; ``mac`` is the
+    card's, made from the host's and the tap's name where it is empty.
     """
 
     tap: str = ""
@@ -61,6 +62,7 @@ class Net(Spec):
     mac: str = ""
     address: str = ""
     forwards: tuple[tuple[int, int], ...] = ()
+    loopback: bool = False
 
     def __post_init__(self) -> None:
         """Raise UsageError for what makes no sense together."""
@@ -72,8 +74,9 @@ class Net(Spec):
             )
         if self.address and not self.tap:
             raise UsageError(f"an address of the host's end ({self.address}) with {given[0]}: only a tap has one")
-        if self.forwards and not self.passt:
-            raise UsageError(f"ports to forward with {given[0]}: only a passt that is started here is told of them")
+        for what, asked in (("ports to forward", self.forwards), ("the host's loopback", self.loopback)):
+            if asked and not self.passt:
+                raise UsageError(f"{what} with {given[0]}: only a passt that is started here can be told of that")
         for port in (port for pair in self.forwards for port in pair):
             if not 1 <= port <= 65535:
                 raise UsageError(f"port {port}: ports are 1 to 65535")

@@ -112,7 +112,7 @@ def _network(spec: devices.Net) -> NetBackend:
     if spec.passt:
         from pyvmm.devices.virtio.passt import Passt
 
-        return Passt(spec.passt, spec.forwards)
+        return Passt(spec.passt, spec.forwards, loopback=spec.loopback)
     from pyvmm.devices.virtio.netbackend import Stream
 
     return Stream.connect(spec.socket)

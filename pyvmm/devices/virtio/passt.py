@@ -24,13 +24,19 @@ SAID: Final = 4096
 
 
 class Passt(Stream):
-    """A passt that lives as long as its socket. ``forwards`` are TCP ports, the host's and the guest's."""
+    """A passt that lives as long as its socket. ``forwards`` are TCP ports, the host's and the guest's.
 
-    def __init__(self, program: str, forwards: Sequence[tuple[int, int]] = ()) -> None:
+    With ``loopback`` the address of the guest's gateway is the host's own: all that listens on 127.0.0.1 can be reached
+    there. A guest that is not trusted must not, so passt is told, which would have it otherwise.
+    """
+
+    def __init__(self, program: str, forwards: Sequence[tuple[int, int]] = (), *, loopback: bool = False) -> None:
         """Start ``program``; HostError where that fails. What it cannot do, it says later: :meth:`last_words`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._said, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # what finds no room in it, it need not say
         command = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
+        if not loopback:
+            command.append("--no-map-gw")
         if forwards:
             command += ["--tcp-ports", ",".join(f"{host}:{guest}" for host, guest in forwards)]
         try:

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 #   0x0930_0000 +------------------------------+
 #               | bench device                 |
 #   0x0a00_0000 +------------------------------+
-#               | virtio-mmio                  |   reserved
+#               | virtio-mmio                  |   a device every 0x200 bytes
 #   0x0a10_0000 +------------------------------+
 #               | nothing: an access exits,    |
 #               | slots may be added on demand |
@@ -52,7 +52,7 @@ from typing import Final, NamedTuple
 #   echo             0x0911_0000  0x0911_1000  0x1000
 #   mailbox          0x0920_0000  0x0930_0000  0x10_0000  0x1000 a vCPU
 #   bench            0x0930_0000  0x0930_4000  0x4000
-#   virtio-mmio      0x0a00_0000  0x0a10_0000  0x10_0000  reserved; SPIs 32 and up
+#   virtio-mmio      0x0a00_0000  0x0a10_0000  0x10_0000  0x200 a device; SPIs 32 and up
 #   RAM              0x8000_0000  (as asked)
 
 KIB: Final = 1 << 10

@@ -409,6 +409,15 @@ def test_configuration_space_is_as_the_specification_lays_it_out(path: Path) -> 
     device.close()
 
 
+@pytest.mark.parametrize("mib", [1, 2, 4, 16, 64, 1024])
+def test_request_through_a_pool_takes_no_more_than_its_share(path: Path, mib: int) -> None:
+    device = blk(path, pool=mib << 20)
+    size, count = struct.unpack_from("<II", device.config(), 8)
+    assert 0 < size * count <= mib << 18
+    assert 16 <= count <= lib.PV_BLK_SEGMENTS - 2
+    device.close()
+
+
 def test_driver_without_flush_or_without_cache_writes_through(path: Path) -> None:
     through: Callable[[Blk], bool] = lambda device: bool(device.flags & lib.PV_BLK_THROUGH)  # noqa: E731
     device = blk(path)

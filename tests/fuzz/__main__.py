@@ -1,19 +1,30 @@
-"""``python -m tests.fuzz TARGET SECONDS``: fuzz, and keep in the corpus what was found, or what failed."""
+"""``python -m tests.fuzz TARGET SECONDS``: fuzz, and keep in the corpus what was found, or what failed.
+
+``python -m tests.fuzz TARGET FILE`` tries the inputs of a file, like the one that a failure has left.
+"""
 
 from __future__ import annotations
 
 import secrets
 import sys
+from pathlib import Path
 
-from tests.fuzz.fuzzer import TARGETS, Failed, add, run
+from tests.fuzz import TARGETS
+from tests.fuzz.fuzzer import Failed, corpus, packed
 
 
-def main(target: str, seconds: str) -> int:
+def main(target: str, what: str) -> int:
+    run = TARGETS[target]
     seed = secrets.randbits(32)
     try:
-        print(f"{target}, seed {seed}: {run(target, float(seconds), seed, keep=True)}")
+        if Path(what).exists():
+            print(f"{target}: {run(target, Path(what), 0, seed)}")
+        else:
+            print(f"{target}, seed {seed}: {run(target, corpus(target), float(what), seed, corpus(target))}")
     except Failed as error:
-        add(target, error.input)
+        if not Path(what).exists():
+            with corpus(target).open("ab") as file:
+                file.write(packed(error.input))
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -21,5 +32,5 @@ def main(target: str, seconds: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in TARGETS:
-        sys.exit(f"usage: python -m tests.fuzz {{{','.join(TARGETS)}}} SECONDS")
+        sys.exit(f"usage: python -m tests.fuzz {{{','.join(TARGETS)}}} SECONDS|FILE")
     sys.exit(main(*sys.argv[1:]))

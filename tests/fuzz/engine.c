@@ -24,6 +24,7 @@ static uintptr_t last_pc;
 static struct kept pool[POOL];
 static size_t pool_size;
 static uint64_t runs, state;
+static bool once; /* how often something is reached is of no interest */
 static struct { uint16_t size; uint8_t data[MOST]; } *current;
 
 void __sanitizer_cov_trace_pc(void);
@@ -82,7 +83,7 @@ static bool run(const uint8_t *data, size_t size)
     fuzz_one(current->data, size);
     runs++;
     for (size_t i = 0; i < EDGES; i++) {
-        uint8_t reached = hits[i] ? bucket(hits[i]) : 0;
+        uint8_t reached = hits[i] ? bucket(once ? 1 : hits[i]) : 0;
         news |= reached & ~known[i];
         known[i] |= reached;
     }
@@ -195,6 +196,7 @@ static void write_found(const char *path)
 
     qsort(pool, pool_size, sizeof(pool[0]), by_size);
     memset(known, 0, sizeof(known));
+    once = true;
     for (size_t i = 0; i < pool_size && written; i++) {
         uint16_t size = (uint16_t)pool[i].size;
         if (run(pool[i].data, size))

@@ -1,11 +1,13 @@
-"""Builds and runs the fuzz targets: C of the native loop under sanitizers, with gcc's coverage and a small engine.
+"""Builds and runs the fuzz targets in C: the native loop under sanitizers, with gcc's coverage and a small engine.
 
 A target is ``target_NAME.c``; its corpus is ``corpus/NAME``. Inputs are what a hostile guest may do, byte by byte.
+Those in Python are :mod:`tests.fuzz.devices`.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -34,11 +36,15 @@ class Unavailable(Exception):
 
 
 class Failed(Exception):
-    """What must hold did not: ``input`` is what the guest did, ``said`` what the process wrote."""
+    """What must hold did not: ``input`` is what the guest did, ``said`` what is known of it."""
 
-    def __init__(self, target: str, status: int, said: str, data: bytes) -> None:
-        super().__init__(f"{target}: status {status}\n{said}\ninput: {data.hex()}")
+    def __init__(self, target: str, said: str, data: bytes) -> None:
         self.input = data
+        path = Path(tempfile.gettempdir()) / f"pyvmm-fuzz-{target}-{hashlib.sha256(data).hexdigest()[:12]}"
+        path.write_bytes(packed(data))
+        super().__init__(
+            f"{target}: {said}\ninput: {data.hex()}\nkept at {path}; again: python -m tests.fuzz {target} {path}"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,26 +93,29 @@ def _run(command: Sequence[str]) -> None:
     assert not done.returncode, done.stderr
 
 
-def run(target: str, seconds: float, seed: int, *, keep: bool = False) -> Result:
-    """Try the corpus, and new inputs for ``seconds``; ``keep`` makes what was found the corpus. Raises Failed."""
+def run(target: str, inputs: Path, seconds: float, seed: int, keep: Path | None = None) -> Result:
+    """Try ``inputs``, and new ones for ``seconds``; the shortest of all that reach the same go to ``keep``.
+
+    Raises Failed.
+    """
     with tempfile.TemporaryDirectory(prefix="pyvmm-fuzz-") as name:
         folder = Path(name)
         program = make(target, folder)
         current, found = folder / "current", folder / "found"
-        arguments = [str(corpus(target)), str(seconds), str(seed), str(current), *([str(found)] if keep else [])]
+        arguments = [str(inputs), str(seconds), str(seed), str(current), *([str(found)] if keep else [])]
         done = subprocess.run(
             [str(program), *arguments], env=os.environ | OPTIONS, capture_output=True, text=True, check=False
         )
         if done.returncode:
             raw = current.read_bytes() if current.exists() else b"\0\0"
-            raise Failed(target, done.returncode, done.stderr[-4000:], raw[2 : 2 + int.from_bytes(raw[:2], "little")])
+            data = raw[2 : 2 + int.from_bytes(raw[:2], "little")]
+            raise Failed(target, f"status {done.returncode}\n{done.stderr[-4000:]}", data)
         if keep:
-            corpus(target).parent.mkdir(exist_ok=True)
-            corpus(target).write_bytes(found.read_bytes())
+            keep.parent.mkdir(exist_ok=True)
+            keep.write_bytes(found.read_bytes())
         return Result(**json.loads(done.stdout))
 
 
-def add(target: str, data: bytes) -> None:
-    """Put an input into the corpus."""
-    with corpus(target).open("ab") as file:
-        file.write(len(data).to_bytes(2, "little") + data)
+def packed(data: bytes) -> bytes:
+    """An input as a corpus holds it."""
+    return len(data).to_bytes(2, "little") + data

@@ -1,0 +1,287 @@
+"""What is around each device while it is fuzzed: what made it, the requests its driver makes, the host's other end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pyvmm._native import lib
+from pyvmm.devices.virtio.balloon import Balloon
+from pyvmm.devices.virtio.blk import Blk
+from pyvmm.devices.virtio.console import F_SIZE, PART, Console
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.disk import DiskFile
+from pyvmm.devices.virtio.net import Net
+from pyvmm.devices.virtio.netbackend import NetBackend, NetFeature
+from pyvmm.devices.virtio.rng import Rng
+from pyvmm.devices.virtio.vsock import Vsock
+from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_RW, STREAM, Header
+from pyvmm.devices.virtio.vsock_table import MOST_REFUSALS, MOST_STREAMS
+from tests.unit.memory_helper import BASE
+from tests.virtqueue_rig import PAGE, SIZE, Guest
+
+if TYPE_CHECKING:
+    from tests.fuzz.devices import Input
+
+CID, PORT = 3, 5000
+SECTORS: Final = 64
+
+
+class Host:
+    """Of the entropy device, which nobody is behind; what others differ in is theirs.
+
+    One lives for all inputs; :meth:`make` begins one, :meth:`end` is called after the device was closed.
+    """
+
+    device: VirtioDevice
+
+    def __init__(self, folder: Path, guest: Guest) -> None:
+        self.folder, self.guest = folder, guest
+
+    def make(self, how: int) -> VirtioDevice:  # noqa: ARG002
+        self.device = Rng()
+        return self.device
+
+    def request(self, input: Input) -> tuple[int, bytes, int]:
+        """What a driver may ask: its queue, the bytes to be read, how many may be written."""
+        return 0, b"", input.u16() % 9000
+
+    def act(self, input: Input) -> None:
+        """Something that the host does."""
+
+    def check(self) -> None:
+        """What must hold between any two steps."""
+
+    def leave(self) -> None:
+        """Be gone before the device is closed, which may wait for who reads of it."""
+
+    def end(self) -> None:
+        """Give back what was opened for this device."""
+
+    def close(self) -> None:
+        """Give back the rest."""
+
+
+class BalloonHost(Host):
+    device: Balloon
+
+    def make(self, how: int) -> VirtioDevice:
+        ram = range(BASE, BASE + SIZE)
+        self.device = Balloon(self.guest.memory, ram, how % 32 * PAGE)
+        return self.device
+
+    def request(self, input: Input) -> tuple[int, bytes, int]:
+        queue, count = input.u8() % 6, input.u8() % 32
+        pages = (BASE // PAGE + input.u8() % 40 if input.left() else input.u32() for _ in range(count))
+        return queue, struct.pack(f"<{count}I", *pages), input.u16() if queue > 1 else 0
+
+    def act(self, input: Input) -> None:
+        self.device.balloon(input.u8() % 33 * PAGE)
+
+    def check(self) -> None:
+        assert self.device.actual <= SIZE
+
+
+class ConsoleHost(Host):
+    device: Console
+
+    def make(self, how: int) -> VirtioDevice:
+        self._mine = [*os.pipe2(os.O_NONBLOCK), *os.pipe2(os.O_NONBLOCK)]
+        self._out, out, source, self._typed = self._mine
+        fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, 4096)
+        size = (80, 25) if how & 1 else None
+        self.device = Console(None if how & 2 else out, None if how & 4 else source, size=size)
+        return self.device
+
+    def request(self, input: Input) -> tuple[int, bytes, int]:
+        queue = input.u8()
+        return (1, bytes(input.u16() % 6000), 0) if queue & 1 else (0, b"", input.u16() % 5000)
+
+    def act(self, input: Input) -> None:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            match input.u8() % 6:
+                case 0 if self._typed in self._mine:
+                    os.write(self._typed, bytes(input.u16() % 5000))
+                case 1 if self._out in self._mine:
+                    os.read(self._out, 1 << 16)
+                case 2 if self.device.features & F_SIZE:
+                    self.device.resize(input.u32(), input.u32())
+                case 3:
+                    self._shut(self._typed)
+                case 4:
+                    self._shut(self._out)
+                case _:
+                    self.device.abort()
+
+    def _shut(self, fd: int) -> None:
+        if fd in self._mine:
+            self._mine.remove(fd)
+            os.close(fd)
+
+    def check(self) -> None:
+        device = self.device
+        assert max(len(device._emergency), len(device._left), len(device._typed)) <= PART
+
+    def leave(self) -> None:
+        self._shut(self._out)
+
+    def end(self) -> None:
+        for fd in self._mine:
+            os.close(fd)
+
+
+class BlkHost(Host):
+    device: Blk
+
+    def __init__(self, folder: Path, guest: Guest) -> None:
+        super().__init__(folder, guest)
+        self._path = folder / "disk"
+
+    def make(self, how: int) -> VirtioDevice:
+        self._path.write_bytes(bytes(SECTORS * 512))
+        disk = DiskFile(str(self._path), read_only=bool(how & 1), lock=False)
+        self.device = Blk(disk, queues=1 + (how >> 4) % 3, serial="a disk", isolates=bool(how & 2))
+        self.device.bounce = bool(how & 4)
+        return self.device
+
+    def request(self, input: Input) -> tuple[int, bytes, int]:
+        how = input.u8()
+        kind = (0, 1, 4, 8, 11, 13, how, 13)[how & 7]
+        data = struct.pack("<IIQ", kind, 0, input.u8() % (SECTORS + 4))
+        for _ in range(how >> 3 & 3 if kind > 8 else 0):
+            data += struct.pack("<QII", input.u8() % (SECTORS + 4), input.u8() % 70, input.u8() & 1)
+        if kind == 1:
+            data += bytes(512 * (input.u8() & 7))
+        return how >> 6, data, 1 + (512 * (input.u8() & 7) if kind == 0 else 20 if kind == 8 else 0)
+
+    def act(self, input: Input) -> None:
+        os.truncate(self._path, 512 * (input.u8() % (SECTORS + 1)))
+
+    def check(self) -> None:
+        assert self._path.stat().st_size <= SECTORS * 512
+
+
+class Wire(NetBackend):
+    """One end of a pair of sockets: with frames as datagrams it stands for a tap."""
+
+    def __init__(self, fd: int, kind: int) -> None:
+        super().__init__("wire", fd)
+        self.kind = kind  # type: ignore[misc]
+        if kind == lib.PV_NET_TAP:
+            self.offloads = NetFeature.CSUM | NetFeature.GUEST_CSUM | NetFeature.GUEST_TSO4 | NetFeature.HOST_TSO4
+
+
+class NetHost(Host):
+    device: Net
+
+    def make(self, how: int) -> VirtioDevice:
+        self._stream = bool(how & 1)
+        kind = socket.SOCK_STREAM if self._stream else socket.SOCK_DGRAM
+        self._peer, other = socket.socketpair(socket.AF_UNIX, kind)
+        self._peer.setblocking(False)
+        other.setblocking(False)
+        backend = Wire(other.detach(), lib.PV_NET_STREAM if self._stream else lib.PV_NET_TAP)
+        self.device = Net(backend, bytes(range(2, 8)))
+        return self.device
+
+    def request(self, input: Input) -> tuple[int, bytes, int]:
+        queue = input.u8()
+        return (1, bytes(input.u16() % 4000), 0) if queue & 1 else (0, b"", input.u16() % 4000)
+
+    def act(self, input: Input) -> None:
+        with contextlib.suppress(OSError):
+            match input.u8() % 4:
+                case 0:
+                    self._peer.recv(1 << 17)
+                case 1:
+                    self._peer.shutdown(socket.SHUT_RDWR)
+                case _:
+                    frame = bytes(input.u16() % 3000)
+                    self._peer.send(struct.pack(">I", len(frame)) + frame if self._stream else frame)
+
+    def end(self) -> None:
+        self._peer.close()
+
+
+class VsockHost(Host):
+    device: Vsock
+
+    def __init__(self, folder: Path, guest: Guest) -> None:
+        super().__init__(folder, guest)
+        self._path = str(folder / "v")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f"{self._path}_{PORT}")
+        self._listener.listen(64)
+        self._listener.setblocking(False)
+        self._programs: list[socket.socket] = []
+
+    def make(self, how: int) -> VirtioDevice:  # noqa: ARG002
+        self.device = Vsock(self._path, CID)
+        return self.device
+
+    def request(self, input: Input) -> tuple[int, bytes, int]:
+        how = input.u8()
+        if how & 3 == 0:
+            return 0, b"", input.u16() % 5000
+        if how & 3 == 1:
+            return 2, b"", input.u8()
+        op, flags = input.u8() % 10, input.u8()
+        size = input.u16() % 4000 if op == OP_RW else 0
+        host_port = PORT if how & 4 else (1 << 30) + (how >> 6)
+        header = Header(
+            CID if how & 8 or how & 0x10 else flags, CID_HOST, 1 + (how >> 5 & 1), host_port,
+            size, STREAM, op, flags & 3, input.u32() if flags & 0x80 else 1 << 16, input.u16(),
+        )  # fmt: skip
+        return 1, header.pack() + bytes(size), 0
+
+    def act(self, input: Input) -> None:
+        how = input.u8()
+        program = self._programs[how >> 4 & 3 if how >> 4 & 3 < len(self._programs) else 0] if self._programs else None
+        with contextlib.suppress(OSError):
+            match how & 7:
+                case 0:
+                    self._programs.append(self._listener.accept()[0])
+                    self._programs[-1].setblocking(False)
+                case 1 | 2:
+                    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                    self._programs.append(client)
+                    client.connect(self._path)
+                    client.send(b"CONNECT %d\n" % (1 + (how >> 4 & 1)) if how & 1 else b"CONNECT")
+                case 3 | 4 if program is not None:
+                    program.send(bytes(input.u16() % 5000))
+                case 5 if program is not None:
+                    program.recv(1 << 16)
+                case 6 if program is not None:
+                    program.shutdown(how >> 6 & 1)
+                case 7 if program is not None:
+                    self._programs.remove(program)
+                    program.close()
+
+    def check(self) -> None:
+        table = self.device._table
+        # A stream may be told of once more after the queue of those was found full.
+        assert len(table) <= MOST_STREAMS
+        assert len(table._refusals) <= MOST_REFUSALS
+        assert len(table._turns) <= MOST_STREAMS
+
+    def end(self) -> None:
+        for program in self._programs:
+            program.close()
+        self._programs = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._listener.accept()[0].close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+HOSTS: Final[dict[str, type[Host]]] = {
+    "rng": Host, "balloon": BalloonHost, "console": ConsoleHost, "disk": BlkHost, "card": NetHost, "vsock": VsockHost,
+}  # fmt: skip
+"""By the name of the target."""

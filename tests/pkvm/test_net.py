@@ -122,5 +122,5 @@ def test_linux_gets_its_network_from_passt_without_any_privilege_of_ours(
     passt = program("passt", "passt")
     with uplink():
         setup = "udhcpc -q -n -i eth0; gateway=$(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p')"
-        said = exchange(server, protection, Net(passt=passt), setup, "$gateway")
+        said = exchange(server, protection, Net(passt=passt, loopback=True), setup, "$gateway")
     assert "lease of" in said

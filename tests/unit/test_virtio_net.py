@@ -363,6 +363,14 @@ def test_reset_in_the_middle_of_a_stream_keeps_its_place() -> None:
         assert [written for _, written in driver.wait(driver.rx)] == [1012]
 
 
+def test_card_that_is_restored_has_the_address_its_driver_knows() -> None:
+    (device, peer), (other, its_peer) = pair(), pair()
+    other.mac = bytes.fromhex("020000000002")
+    with peer, its_peer, Driver(device), Driver(other):
+        other.load(device.save())
+        assert other.config() == device.config()
+
+
 def test_queue_that_the_driver_did_not_make_is_left_alone() -> None:
     device, peer = pair()
     with peer, Driver(device) as driver:

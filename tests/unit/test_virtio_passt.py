@@ -42,14 +42,16 @@ def alive(pid: int) -> bool:
     return True
 
 
-def test_it_is_told_its_socket_and_its_ports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loopback", [False, True])
+def test_it_is_told_its_socket_its_ports_and_what_the_guest_may_reach(tmp_path: Path, loopback: bool) -> None:
     program = script(tmp_path, 'frame(" ".join(sys.argv[1:]).encode().ljust(60)); connection.recv(1)')
-    with Driver(Net(Passt(program, [(8080, 80), (2222, 22)]))) as driver:
+    with Driver(Net(Passt(program, [(8080, 80), (2222, 22)], loopback=loopback))) as driver:
         driver.rx.give([(DATA, 2000, True)])
         [(_, written)] = driver.wait(driver.rx)
         words = driver.read(DATA + HEADER, written - HEADER).decode().split()
     fd = words[words.index("--fd") + 1]
-    assert words == ["--foreground", "--quiet", "--fd", fd, "--tcp-ports", "8080:80,2222:22"]
+    kept = [] if loopback else ["--no-map-gw"]
+    assert words == ["--foreground", "--quiet", "--fd", fd, *kept, "--tcp-ports", "8080:80,2222:22"]
 
 
 def test_it_ends_when_it_is_hung_up_on(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def specs(*words: str) -> tuple[devices.DeviceSpec, ...]:
 def test_options_say_what_a_card_is_at() -> None:
     found = specs(
         "--net", "tap=t0", "--net", "tap=t1,host=10.0.0.1/24,mac=02:00:00:00:00:01", "--net", "socket=/run/passt.sock",
-        "--net", "passt,fwd=8080:80+2222:22",
+        "--net", "passt,loopback,fwd=8080:80+2222:22",
     )  # fmt: skip
     assert found[:3] == (
         devices.Net(tap="t0"),
@@ -125,6 +127,7 @@ def test_options_say_what_a_card_is_at() -> None:
     assert isinstance(last, devices.Net)
     assert Path(last.passt).name == "passt"
     assert last.forwards == ((8080, 80), (2222, 22))
+    assert last.loopback
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,7 @@ def test_options_say_what_a_card_is_at() -> None:
         ("passt=x", "passt alone says it"),
         ("passt,fwd=80", "'80' is not a pair of TCP ports"),
         ("passt,fwd=80:80+", "'' is not a pair"),
-        ("bridge=br0", "'bridge' in 'bridge=br0' is not known; known are tap=, passt, socket=, mac=, host=, fwd="),
+        ("bridge=br0", "'bridge' in 'bridge=br0' is not known; known are tap=, passt, socket=, mac=, host=, fwd=, loopback"),
     ],
 )
 def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:
@@ -152,6 +155,7 @@ def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> Non
         ({"tap": "t0", "socket": "s"}, "tap and socket at once"),
         ({"socket": "s", "address": "10.0.0.1/24"}, "only a tap has one"),
         ({"tap": "t0", "forwards": ((80, 80),)}, "only a passt that is started here"),
+        ({"socket": "s", "loopback": True}, "only a passt that is started here"),
         ({"passt": "passt", "forwards": ((0, 80),)}, "ports are 1 to 65535"),
         ({"passt": "passt", "forwards": ((80, 65536),)}, "ports are 1 to 65535"),
     ],

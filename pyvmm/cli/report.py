@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -42,6 +41,8 @@ def report_json(outcome: Outcome, counters: Counters, *, table: bool) -> None:
     if table:
         values["guest_ns"] = {exit_.name: exit_.guest_ns for exit_ in counters.exits if exit_.count}
         values["vmm_ns"] = {exit_.name: exit_.vmm_ns for exit_ in counters.exits if exit_.count}
+    import json
+
     print(json.dumps(values), file=sys.stderr)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable
@@ -112,9 +111,9 @@ class Machine:
 
     def _build(self) -> None:
         config = self.config
-        if self._kernel is None and platform.machine() != "aarch64":
+        if self._kernel is None and (here := os.uname().machine) != "aarch64":
             raise HostError(
-                f"this host is {platform.machine()}, pyvmm's guests are arm64: KVM runs only its own architecture",
+                f"this host is {here}, pyvmm's guests are arm64: KVM runs only its own architecture",
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
         image = None

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import fcntl
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from pyvmm._native import ffi, lib
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.guest_memfd import GuestMemfd
     from pyvmm.kvm.vm import Vm
 
-HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+HUGE_POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
 
 
 class Backing:
@@ -346,7 +345,8 @@ def _check_size(size: int, granule: int) -> None:
 def _pool_too_small(size: int) -> HostError:
     def count(name: str) -> str:
         try:
-            return (HUGE_POOL / name).read_text().strip()
+            with open(f"{HUGE_POOL}/{name}") as file:
+                return file.read().strip()
         except OSError:
             return "unknown"
 

@@ -12,7 +12,6 @@ Teardown: vCPUs, then the VM, then memory. Pages of a protected guest are given 
 from __future__ import annotations
 
 import os
-import platform
 import threading
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
@@ -57,7 +56,7 @@ class Memory:
         """Called after what is done to memory from this side: ("slot", "convert" or "punch", gpa, size)."""
         self.quiesce: Callable[[], AbstractContextManager[object]] = nullcontext
         """What :meth:`convert` runs under: it should keep the other vCPUs out of the guest, as slots move."""
-        if ipa_bits is None and platform.machine() == "aarch64":
+        if ipa_bits is None and os.uname().machine == "aarch64":
             ipa_bits = DEFAULT_IPA_BITS
         self._table = SlotTable(vm, native_vm, ipa_bits=ipa_bits)
         self._owned: list[Backing] = []

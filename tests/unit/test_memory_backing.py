@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm._native import ffi
 from pyvmm.errors import GuestMemoryError, HostError, UsageError
 from pyvmm.memory import backing as backing_module
 from pyvmm.memory import mman
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE
-from pyvmm.memory.backing import HUGE_POOL, Memfd
+from pyvmm.memory.backing import Anonymous, Memfd
 from pyvmm.uapi.memfd import F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
 
 MIB = 1 << 20
+HUGE_POOL = Path(backing_module.HUGE_POOL)
 
 
 def vm_flags(address: int) -> set[str]:
@@ -236,3 +238,29 @@ def test_hugetlb_pages_are_taken_and_given_back():
 def test_a_size_that_is_not_huge_pages_is_refused_for_hugetlb():
     with pytest.raises(UsageError, match="a multiple of 0x200000"):
         Memfd(MIB, hugetlb=True)
+
+
+def test_anonymous_memory_is_kept_out_of_forks_and_dumps_and_advised_to_be_huge():
+    with Anonymous(4 * MIB) as memory:
+        assert memory.hva % HUGE_SIZE == 0
+        assert memory.fd == -1
+        assert {"dc", "dd", "hg"} <= vm_flags(memory.hva)
+        assert "sh" not in vm_flags(memory.hva)
+    assert memory.closed
+
+
+def test_anonymous_memory_reads_as_zeros_where_it_was_punched():
+    with Anonymous(2 * MIB) as memory:
+        memory.load(0, b"x" * 2 * PAGE_SIZE)
+        memory.punch(PAGE_SIZE, PAGE_SIZE)
+        there = ffi.buffer(ffi.cast("uint8_t *", memory.view), 2 * PAGE_SIZE)[:]
+        assert there == b"x" * PAGE_SIZE + bytes(PAGE_SIZE)
+        with pytest.raises(UsageError, match="multiples of 0x1000"):
+            memory.punch(1, PAGE_SIZE)
+
+
+def test_anonymous_memory_has_no_second_view():
+    with Anonymous(PAGE_SIZE) as memory, pytest.raises(UsageError, match="cannot be mapped a second time"):
+        memory.separate_view()
+    with pytest.raises(UsageError, match="is closed"):
+        memory.load(0, b"x")

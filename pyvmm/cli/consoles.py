@@ -34,7 +34,7 @@ def places(args: argparse.Namespace) -> tuple[str, str]:
     console: str = args.console or "none"
     serial: str = args.serial or ("none" if console == "stdio" else "stdio")
     for option, where in (("--serial", serial), ("--console", console)):
-        if where not in ("stdio", "none") and not where.removeprefix("file=") != where != "file=":
+        if where not in ("stdio", "none") and not (where.startswith("file=") and where != "file="):
             raise UsageError(f"{option} {where}: {KNOWN}")
     if serial == console != "none":
         raise UsageError(

@@ -193,7 +193,6 @@ def traced(args: argparse.Namespace) -> Tracing | None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise UsageError for options that make no sense together, whatever the host and the kernel's file are."""
-    places(args)
     _config(args, _kernel(args)).check()
 
 
@@ -326,6 +325,7 @@ def _config(
     from pyvmm.memory.conversion import Conversion
     from pyvmm.protection import Protection
 
+    places(args)
     size, gpa = args.mem
     if gpa is not None and gpa != layout.RAM_BASE:
         raise UsageError(f"memory at gpa {hex_(gpa)}: this machine's memory starts at {hex_(layout.RAM_BASE)}")

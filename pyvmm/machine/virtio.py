@@ -42,8 +42,8 @@ class Context:
     unheard: Callable[[OSError], None]
     """Told why a console's output can no longer be written."""
     planned: bool = False
-    """The machine is a plan: no interface is made, no program started, for what would be behind a network card, and no
-    disk locked."""
+    """The machine is a plan: no interface is made, no program started, for what would be behind a network card, no disk
+    locked, no socket listened at."""
 
     pool: int = 0
     """Bytes of the guest's DMA pool: where there is one, drivers are to use it, also where they need not."""
@@ -78,7 +78,7 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
         case devices.Vsock():
             from pyvmm.devices.virtio.vsock import Vsock
 
-            return Vsock(spec.path, spec.cid)
+            return Vsock(spec.path, spec.cid, listen=not context.planned)
         case devices.Balloon():
             from pyvmm.devices.virtio.balloon import Balloon
 

@@ -41,7 +41,8 @@ _TRANSPORT_RESET: Final = struct.pack("<I", 0)
 class Vsock(VirtioDevice):
     """The guest's sockets; ``cid`` is its address, ``path`` where the host's programs find it.
 
-    UsageError where the cid cannot be a guest's, or the path not be listened at.
+    UsageError where the cid cannot be a guest's, or the path not be listened at. Without ``listen`` that is only looked
+    at, and the device cannot start.
     """
 
     device_id = 19
@@ -49,12 +50,12 @@ class Vsock(VirtioDevice):
     queue_sizes = (256, 256, 64)
     features = F_STREAM
 
-    def __init__(self, path: str, cid: int) -> None:
+    def __init__(self, path: str, cid: int, *, listen: bool = True) -> None:
         check_cid(cid)
         super().__init__()
         self._cid = cid
         self._table = Table(cid, path, self._watch)
-        self._door = Door(path, self._table.connect, self._watch)
+        self._door = Door(path, self._table.connect, self._watch, listen=listen)
         try:
             self._worker = Worker("pyvmm-vsock", self.failed)
             # Rings by itself: what a turn has not got done is the next one's, after whatever else is due.

@@ -32,29 +32,33 @@ LONGEST_PATH: Final = 107 - len("_4294967295")
 class Door:
     """Listens at ``path`` while it is open; ``connect`` takes a client's socket and the port it asked for.
 
-    UsageError where the path cannot be listened at; a socket that a program has left behind there is replaced.
+    UsageError where the path cannot be listened at; a socket that a program has left behind there is replaced. Without
+    ``listen`` only the path is checked, and the door stays shut.
     """
 
-    def __init__(self, path: str, connect: Callable[[socket.socket, int], object], watch: Watch) -> None:
+    def __init__(
+        self, path: str, connect: Callable[[socket.socket, int], object], watch: Watch, *, listen: bool = True
+    ) -> None:
         self._path = path
         self._connect = connect
         self._watch = watch
         self._clients: dict[int, tuple[socket.socket, bytes]] = {}
         self._open = False
-        self._listener = _listen(path)
+        _check(path)
+        self._listener = _listen(path) if listen else None
         self._id = _identity(path)
 
     def open(self) -> None:
         """Let clients in from now on; those that came before have waited. Again does no harm, and is needed where
         there were no descriptors left for one.
         """
-        if not self._open:
+        if not self._open and self._listener is not None:
             self._open = True
             self._watch(self._listener.fileno(), select.POLLIN)
 
     def shut(self) -> None:
         """Let nobody in, and send away who has not said what it wants. Idempotent."""
-        if self._open:
+        if self._open and self._listener is not None:
             self._open = False
             self._watch(self._listener.fileno(), None)
         for fd in list(self._clients):
@@ -63,6 +67,8 @@ class Door:
     def close(self) -> None:
         """Stop listening, and remove the name if it is still this socket's."""
         self.shut()
+        if self._listener is None:
+            return
         self._listener.close()
         if _identity(self._path) == self._id:
             with contextlib.suppress(OSError):
@@ -70,24 +76,24 @@ class Door:
 
     def ready(self, fd: int) -> bool:
         """Be told that a watched descriptor is readable; False where it is none of these."""
-        if fd == self._listener.fileno():
-            self._accept()
+        if self._listener is not None and fd == self._listener.fileno():
+            self._accept(self._listener)
         elif fd in self._clients:
             self._hear(fd)
         else:
             return False
         return True
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError:
                 # No descriptors left: it waits, and would be told of again and again.
                 self._open = False
-                self._watch(self._listener.fileno(), None)
+                self._watch(listener.fileno(), None)
                 return
             client.setblocking(False)
             if len(self._clients) >= MOST_GUESTS:
@@ -121,7 +127,7 @@ class Door:
         return self._clients.pop(fd)[0]
 
 
-def _listen(path: str) -> socket.socket:
+def _check(path: str) -> None:
     name = os.fsencode(path)
     if not name or b"\0" in name or len(name) > LONGEST_PATH:
         raise UsageError(
@@ -129,10 +135,13 @@ def _listen(path: str) -> socket.socket:
             "with a port behind it",
             hint="use a shorter path, or one relative to the working directory",
         )
+
+
+def _listen(path: str) -> socket.socket:
     _make_way(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        listener.bind(name)
+        listener.bind(os.fsencode(path))
         listener.listen(MOST_GUESTS)
     except OSError as error:
         listener.close()

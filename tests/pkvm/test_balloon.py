@@ -1,0 +1,73 @@
+"""Linux gives memory up to a balloon and takes it back, and tells what is free: the host gets the pages each time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyvmm.machine.devices import Balloon
+from pyvmm.machine.machine import Machine
+from pyvmm.memory.ledger import PageState
+from pyvmm.protection import Protection
+from pyvmm.vcpu.outcome import Ending
+from tests.pkvm.linux_guest import DEADLINE, Linux, initrd
+
+pytestmark = pytest.mark.pkvm
+
+MIB = 1 << 20
+FILE = 32 * MIB
+FREE = "awk '/MemFree/ {print $2}' /proc/meminfo"
+"""What prints how much the guest has free, in KiB."""
+
+
+def resident(machine: Machine) -> int:
+    """Bytes of guest memory that the host has pages for."""
+    fds = {slot.backing.fd for slot in machine.memory.slots}
+    return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
+
+
+def free(guest: Linux) -> int:
+    """Bytes that the guest has free."""
+    return int(guest.sh(FREE)) << 10
+
+
+def until(condition: Callable[[], bool], what: Callable[[], object]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, what()
+        time.sleep(0.1)
+
+
+def test_memory_goes_to_the_host_and_comes_back(tmp_path: Path) -> None:
+    with Linux(Protection.NONE, initrd(tmp_path / "initrd"), Balloon(), memory=160 * MIB) as guest:
+        machine = guest.machine
+        guest.sh(f"mount -t tmpfs -o size=80% tmpfs /tmp && dd if=/dev/zero of=/tmp/a bs=1M count={FILE // MIB}")
+        full = resident(machine)
+        assert full > FILE
+
+        # What is deleted is free, and as much of it as makes large blocks is reported within seconds.
+        guest.sh("rm /tmp/a")
+        until(lambda: resident(machine) < full - FILE // 4, lambda: (full, resident(machine), machine.balloon()))
+        assert machine.memory.ledger.counts()[PageState.HOLE] > FILE // 2 // 4096
+
+        asked = 64 * MIB
+        before = machine.balloon(asked)
+        until(lambda: machine.balloon()["actual"] == asked, machine.balloon)
+        assert machine.balloon()["given_back"] >= before["given_back"] + asked
+        less = free(guest)
+
+        machine.balloon(0)
+        until(lambda: machine.balloon()["actual"] == 0, machine.balloon)
+        # Free pages on their way to a report count as nobody's for a moment.
+        enough = less + asked * 3 // 4 >> 10
+        guest.sh(f"until [ $({FREE}) -gt {enough} ]; do sleep 0.2; done")
+        # And it is memory: what is written reads as what was written.
+        empty = resident(machine)
+        guest.sh("dd if=/dev/urandom of=/tmp/b bs=1M count=8 && cp /tmp/b /tmp/c && cmp /tmp/b /tmp/c")
+        assert resident(machine) > empty + 8 * MIB
+        outcome = guest.poweroff()
+    assert outcome.ending is Ending.POWEROFF

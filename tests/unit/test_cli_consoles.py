@@ -1,0 +1,94 @@
+"""The options of consoles, sockets and balloons: what they mean together, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+from pyvmm.cli import consoles, make_parser
+from pyvmm.cli.devices import device_specs
+from pyvmm.cli.run import _config, check_options
+from pyvmm.errors import UsageError
+from pyvmm.machine.devices import Balloon, Console, Vsock
+from pyvmm.machine.plan import Plan
+
+
+def parse(*words: str) -> argparse.Namespace:
+    return make_parser(["run", *words]).parse_args(["run", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], ("stdio", "none")),
+        (["--console", "stdio"], ("none", "stdio")),
+        (["--console", "file=/x"], ("stdio", "file=/x")),
+        (["--console", "none", "--serial", "none"], ("none", "none")),
+        (["--console", "stdio", "--serial", "file=/x"], ("file=/x", "stdio")),
+    ],
+)
+def test_one_of_two_consoles_has_stdio(words: list[str], wanted: tuple[str, str]) -> None:
+    assert consoles.places(parse(*words, "k")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--console", "stdio", "--serial", "stdio"], "only one"),
+        (["--console", "file=/x", "--serial", "file=/x"], "only one"),
+        (["--console", "pty"], "known"),
+        (["--serial", "file="], "known"),
+        (["--pkvm", "--balloon", "0"], "pins"),
+        (["--protection", "emulated", "--balloon", "0"], "rings in private memory"),
+        (["--backing", "hugetlb", "--balloon", "0"], "2 MiB"),
+        (["--balloon", "65M"], "the guest has 0x4000000"),
+        (["--vsock", "uds=x,cid=2"], "cid 2"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(words: list[str], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        check_options(parse(*words, "payload:hello"))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("uds=x", "lacks cid"), ("cid=3", "lacks uds"), ("uds=x,cid=3,port=1", "known are")]
+)
+def test_vsock_needs_both_of_its_parts_and_knows_no_other(
+    text: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--vsock", text, "k")
+    assert why in capsys.readouterr().err
+
+
+def test_devices_are_as_they_were_asked_for() -> None:
+    words = ["--console", "stdio", "--vsock", "uds=v,cid=7", "--balloon", "8M"]
+    specs = device_specs(parse(*words, "k"), (1, None))
+    assert [spec for spec in specs if not isinstance(spec, Console)] == [Vsock("v", 7), Balloon(8 << 20)]
+    [console] = [spec for spec in specs if isinstance(spec, Console)]
+    assert (console.out, console.source) == (1, None)
+
+
+def test_plan_listens_at_no_path(tmp_path: Path) -> None:
+    path = tmp_path / "v"
+    args = parse("--vsock", f"uds={path},cid=3", "--balloon", "0", "payload:hello")
+    with Plan(_config(args, "payload:hello")) as plan:
+        assert not path.exists()
+        assert "vsock0" in "\n".join(plan.lines())
+
+
+def test_files_are_opened_and_closed_and_one_that_cannot_be_is_named(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        out, source = consoles.open_place(f"file={tmp_path}/out", stack, 1)
+        assert out is not None
+        assert source is None
+        os.write(out, b"x")
+        assert consoles.terminal_size(out) is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(out)
+    with contextlib.ExitStack() as stack, pytest.raises(UsageError, match="cannot be written"):
+        consoles.open_place(f"file={tmp_path}", stack, 1)

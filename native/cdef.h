@@ -230,7 +230,7 @@ int pv_queue_pop(struct pv_queue *queue, struct pv_chain *chain);
 int pv_queue_push(struct pv_queue *queue, const struct pv_chain *chain, uint32_t written);
 /* The same for several at once: a driver that looks meanwhile sees none of them, or all. */
 int pv_queue_push_all(struct pv_queue *queue, const struct pv_chain *chains, const uint32_t *written, uint32_t count);
-/* Takes back a pop: of all chains that were popped and not pushed, the newest. */
+/* Takes back the last pop, or the last that was not taken back; its chain was not pushed. */
 void pv_queue_unpop(struct pv_queue *queue, const struct pv_chain *newest);
 /* After a batch of pushes: interrupts the driver if it wants to know of them. */
 void pv_queue_interrupt(struct pv_queue *queue);

@@ -151,10 +151,9 @@ def run(
             raise Failed(target, "".join(traceback.format_exception(error)[-6:]), data) from error
         finally:
             signal.alarm(0)
-        if often:
-            new = not reached <= known
-        else:
-            new = not {step for step, _ in reached} <= {step for step, _ in known}
+        if not often:
+            reached = {(step, 0) for step, _ in reached}
+        new = not reached <= known
         known.update(reached)
         return new
 

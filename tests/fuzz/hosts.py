@@ -57,6 +57,9 @@ class Host:
     def check(self) -> None:
         """What must hold between any two steps."""
 
+    def take(self) -> None:
+        """Read what the device has for the host's end, so that it need not wait."""
+
     def leave(self) -> None:
         """Be gone before the device is closed, which may wait for who reads of it."""
 
@@ -126,6 +129,10 @@ class ConsoleHost(Host):
     def check(self) -> None:
         device = self.device
         assert max(len(device._emergency), len(device._left), len(device._typed)) <= PART
+
+    def take(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._out, 1 << 16)
 
     def leave(self) -> None:
         self._shut(self._out)

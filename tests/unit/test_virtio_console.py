@@ -197,6 +197,27 @@ def test_abort_gives_up_on_a_reader_that_takes_nothing(ends: Ends) -> None:
     assert ends.console._give_up_at is not None
 
 
+def test_what_is_on_its_way_is_saved_and_goes_on_elsewhere(ends: Ends) -> None:
+    for n in range(20):
+        ends.print(bytes([n]) * PAGE, DATA + n * PAGE)
+    ends.driver.until(lambda: not select.select([], [ends._out], [], 0)[1])
+    ends.console.pause()
+    saved = ends.console.save()
+    back = len(ends.tx.used())
+    written = b""
+    while select.select([ends.out], [], [], 0)[0]:
+        written += os.read(ends.out, PAGE)
+    read, write = os.pipe()
+    with open(read, "rb") as reader, open(write, "wb") as out:
+        other = Console(out.fileno())
+        other.load(saved)
+        other.close()
+        out.close()
+        written += reader.read()
+    assert written == b"".join(bytes([n]) * PAGE for n in range(back))
+    ends.console.resume()
+
+
 def test_pause_keeps_what_is_printed_until_resume(ends: Ends) -> None:
     ends.console.pause()
     ends.print(b"later")

@@ -194,11 +194,21 @@ def test_broken_rings_close_every_connection(guest: Guest) -> None:
         guest.driver.until(lambda: guest.driver.transport.reset_needed)
 
 
-def test_pause_keeps_connections_and_saving_gives_the_buffer_at_hand_back(guest: Guest) -> None:
+def test_pause_keeps_connections_and_gives_the_buffer_at_hand_back(guest: Guest) -> None:
     with guest.listen(5) as listener, connected(guest, listener) as end:
+        # A socket that says it is readable and is not after all leaves a buffer at hand.
+        guest.offer()
+        stream = next(iter(guest.device._table._streams.values()))
         guest.device.pause()
-        end.sendall(b"meanwhile")
+        stream.readable = True
+        guest.device._table._settle(stream)
+        guest.device.resume()
+        guest.driver.until(lambda: guest.device._buffer)
+        guest.device.pause()
+        assert not guest.driver.queues[RX].held
         assert guest.device.save() == {}
+        end.sendall(b"meanwhile")
+        assert [written for _, written in guest.rx.used()] == [0]
         guest.device.resume()
         assert guest.packet()[1] == b"meanwhile"
 

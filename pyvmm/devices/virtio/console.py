@@ -24,7 +24,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.devices.virtio.device import VirtioDevice
-from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
+from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import Worker
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ F_SIZE: Final = 1 << 0
 F_EMERG_WRITE: Final = 1 << 2
 RX, TX = 0, 1
 PART: Final = 4096
+MOST_KEPT: Final = 1 << 16
+"""Bytes of a request that are kept while paused; Linux's have 4096 at most."""
 PATIENCE: Final = 1.0
 """Seconds that a reader has left once the console was told to give up on it."""
 _BATCH: Final = 64
@@ -119,19 +121,26 @@ class Console(VirtioDevice):
         self._queues, self._chain = (), None
 
     def pause(self) -> None:
-        """Stand still."""
+        """Stand still. A request at hand ends: what is left of it is here then."""
         self._worker.pause()
+        if self._chain is not None:
+            with contextlib.suppress(ChainFault):
+                self._left += self._chain.read(self._offset, MOST_KEPT)
+            with contextlib.suppress(QueueBroken):  # the worker is told, too, when it goes on
+                self._finish(self._queues[TX], self._chain)
+                self._queues[TX].interrupt()
 
     def resume(self) -> None:
         """Go on."""
         self._worker.resume()
 
     def save(self) -> dict[str, Any]:
-        """Return nothing of its own; the request at hand ends, though the rest of it may not have been written."""
-        if self._chain is not None:
-            self._finish(self._queues[TX], self._chain)
-            self._queues[TX].interrupt()
-        return {}
+        """Return what is here on its way, in either direction."""
+        return {"printed": self._left.hex(), "typed": self._typed.hex()}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on with what was on its way."""
+        self._left, self._typed = bytes.fromhex(saved["printed"]), bytes.fromhex(saved["typed"])
 
     def failed(self, error: Exception) -> None:
         """Let nobody wait for what will not be written."""

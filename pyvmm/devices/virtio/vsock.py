@@ -16,12 +16,13 @@ send more than is taken                  it is not heard while ``MOST_REFUSALS``
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.devices.virtio.device import VirtioDevice
-from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
+from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.vsock_host import Door
 from pyvmm.devices.virtio.vsock_packet import HEADER_SIZE, OP_RW, Header, check_cid
 from pyvmm.devices.virtio.vsock_stream import MOST_PAYLOAD
@@ -93,19 +94,20 @@ class Vsock(VirtioDevice):
         self._queues, self._buffer = (), None
 
     def pause(self) -> None:
-        """Stand still; connections stay."""
+        """Stand still; connections stay. The buffer at hand goes back to the guest, empty."""
         self._worker.pause()
+        if self._buffer is not None:
+            buffer, self._buffer = self._buffer, None
+            with contextlib.suppress(QueueBroken):  # the worker is told, too, when it goes on
+                self._queues[RX].push(buffer)
+                self._queues[RX].interrupt()
 
     def resume(self) -> None:
         """Go on."""
         self._worker.resume()
 
     def save(self) -> dict[str, Any]:
-        """Return nothing: connections do not move. The buffer at hand goes back to the guest."""
-        if self._buffer is not None:
-            buffer, self._buffer = self._buffer, None
-            self._queues[RX].push(buffer)
-            self._queues[RX].interrupt()
+        """Return nothing: connections do not move."""
         return {}
 
     def load(self, saved: dict[str, Any]) -> None:  # noqa: ARG002
@@ -143,7 +145,9 @@ class Vsock(VirtioDevice):
 
     def _go_on(self) -> None:
         os.eventfd_read(self._more)
-        self._from_guest()
+        # It may have been rung before a reset, and the driver have set up less since.
+        if all(queue.ready for queue in self._queues[:EVENT]):
+            self._from_guest()
 
     def _from_guest(self) -> None:
         queue = self._queues[TX]

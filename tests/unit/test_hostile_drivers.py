@@ -201,6 +201,8 @@ def queue_sizes(driver: Driver) -> None:
         driver.board.store(Register.QUEUE_READY, 0)
     driver.board.store(Register.STATUS, RUNNING)
     driver.kick()
+    driver.board.transport.pause()  # once it has seen to the kick
+    driver.board.transport.resume()
     assert driver.board.status == RUNNING
 
 

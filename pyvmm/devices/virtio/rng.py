@@ -30,7 +30,8 @@ class Rng(VirtioDevice):
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002
         """Serve requests."""
         queue = queues[0]
-        self._worker.watch(queue, lambda: queue.serve(self._fill))
+        if queue.ready:
+            self._worker.watch(queue, lambda: queue.serve(self._fill))
         self._worker.start(queues)
 
     def _fill(self, chain: Chain) -> int:

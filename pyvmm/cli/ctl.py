@@ -132,7 +132,7 @@ def _info(answer: Any) -> list[str]:
         f"protection {answer['protection']}, {mib} MiB of {answer['backing']}, {answer['cpus']} "
         f"vCPU{'' if answer['cpus'] == 1 else 's'}",
     ]
-    rows = [(slot["gpa"], slot["size"], f"memory, a {slot['backing']}", None) for slot in answer["slots"]]
+    rows = [(slot["gpa"], slot["size"], f"memory: {slot['backing']}", None) for slot in answer["slots"]]
     for device in answer["devices"]:
         name = ", ".join(filter(None, (device["name"], device.get("about"))))
         rows.append((device["gpa"], device["size"], name, device["spi"]))

@@ -81,8 +81,9 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     machine.add_argument("-c", "--cpus", metavar="N", type=parse_count, default=1, help="vCPUs (default 1)")
     machine.add_argument(
-        "--backing", choices=BACKINGS, default="memfd",
-        help="what guest memory is: a memfd (default), one with huge pages, or a guest_memfd",
+        "--backing", choices=BACKINGS,
+        help="what guest memory is: anonymous memory (default, but for emulated), which most hosts back by huge pages,"
+        " a memfd, one with huge pages, or a guest_memfd",
     )  # fmt: skip
     machine.add_argument(
         "--prefault", action="store_true",
@@ -321,7 +322,7 @@ def _config(
 ) -> MachineConfig:
     from pyvmm.guest.kernels import MEMORY, is_kernel
     from pyvmm.machine import layout
-    from pyvmm.machine.config import DEFAULT_MEMORY, MachineConfig
+    from pyvmm.machine.config import DEFAULT_MEMORY, MachineConfig, usual_backing
     from pyvmm.memory.conversion import Conversion
     from pyvmm.protection import Protection
 
@@ -329,14 +330,15 @@ def _config(
     size, gpa = args.mem
     if gpa is not None and gpa != layout.RAM_BASE:
         raise UsageError(f"memory at gpa {hex_(gpa)}: this machine's memory starts at {hex_(layout.RAM_BASE)}")
+    protection = Protection(args.protection)
     return MachineConfig(
         kernel=kernel,
-        protection=Protection(args.protection),
+        protection=protection,
         memory=(MEMORY if is_kernel(kernel) else DEFAULT_MEMORY) if size is None else size,
         cpus=args.cpus,
         params=params(kernel, args.params),
         initrd=args.initrd,
-        backing=args.backing,
+        backing=args.backing or usual_backing(protection),
         prefault=args.prefault,
         conversion=Conversion(args.conversion),
         dtb=args.dtb,

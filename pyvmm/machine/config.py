@@ -19,6 +19,14 @@ BACKINGS = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
 DEFAULT_MEMORY = 64 * layout.MIB
 
 
+def usual_backing(protection: Protection) -> str:
+    """Return what a guest's memory is unless somebody chooses: what is cheapest to touch first.
+
+    The emulated protection needs memory that can be mapped twice.
+    """
+    return "memfd" if protection is Protection.EMULATED else "anonymous"
+
+
 @dataclass(frozen=True)
 class MachineConfig:
     """Everything :class:`pyvmm.machine.machine.Machine` needs to know.

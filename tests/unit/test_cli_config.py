@@ -217,7 +217,6 @@ def test_the_configuration_in_effect_is_printed_and_nothing_runs(tmp_path: Path)
         'params = ["a=1", "conversion = \\"x\\""]',
         "mem = 256",
         "cpus = 3",
-        'backing = "memfd"',
         "prefault = true",
         'protection = "emulated"',
     ]

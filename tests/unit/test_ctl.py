@@ -205,7 +205,7 @@ def test_orders_to_a_run_by_its_path(runtime: Path, stub: Any) -> None:
         f"payload:smp: running, 1.5 s since its start, process {os.getpid()}\n"
         "protection none, 64 MiB of memfd, 2 vCPUs\n"
         "    0x900_0000     0x1000  pl011, SPI 1\n"
-        "   0x8000_0000  0x4000000  memory, a memfd\n"
+        "   0x8000_0000  0x4000000  memory: memfd\n"
     )
     assert json.loads(paused.stdout) == {"state": "paused"}
     assert (info.returncode, paused.returncode) == (0, 0)

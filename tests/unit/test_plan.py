@@ -105,7 +105,7 @@ def test_dry_run_prints_the_plan_on_any_workstation(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for line in (
         "   0x8000_0000   0x8200_0000  RAM, 32 MiB",
-        "   0x8000_0000   0x8200_0000  memfd, from byte 0x0 of it",
+        "   0x8000_0000   0x8200_0000  anonymous memory, from byte 0x0 of it",
         "    0x900_0000    0x900_1000  pl011, SPI 1",
         "  1: off, until PSCI CPU_ON",
         "  KVM_CREATE_VM(kvm, type=0x8000_0000)",

@@ -110,7 +110,7 @@ class Requests:
         Refused where the console has no room for all of it, as when the guest does not read or is paused.
         """
         keys = (text + RETURN).encode()
-        if not self._machine.console.offer(keys):
+        if not self._machine.type(keys):
             why = "the guest is paused" if self._machine.paused else "it does not read what it has got"
             raise PyvmmError(f"the guest's console takes no {len(keys)} bytes now: {why}")
         return {"typed": len(keys)}

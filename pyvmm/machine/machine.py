@@ -288,6 +288,12 @@ class Machine:
         for transport in self.virtio:
             transport.device.abort()
 
+    def type(self, keys: bytes) -> bool:
+        """Type on the guest's console, the UART or, where that goes nowhere, the virtio console; False without room."""
+        if self.config.serial_out is None:
+            return any(transport.device.offer(keys) for transport in self.virtio)
+        return self.console.offer(keys)
+
     def resize_console(self, columns: int, rows: int) -> None:
         """Tell the guest the size of the terminal that its virtio console is; from any thread."""
         for transport in self.virtio:

@@ -64,6 +64,18 @@ def test_what_is_typed_waits_for_the_guests_buffers_and_is_spread_over_them(ends
     assert ends.driver.read(DATA, 11) == b"hello world"
 
 
+def test_keys_that_are_offered_reach_the_guest_as_far_as_there_is_room(ends: Ends) -> None:
+    assert ends.console.offer(b"x" * PART)
+    assert not ends.console.offer(b"x" * PART + b"y")
+    ends.rx.give(Segment(DATA, PART, True))
+    assert ends.rx.wait() == [(0, PART)]
+    ends.driver.until(lambda: ends.console.offer(b"\r"))
+    ends.rx.give(Segment(DATA, 8, True))
+    assert ends.rx.wait() == [(1, 1)]
+    ends.console.stop()
+    assert not ends.console.offer(b"\r")
+
+
 def test_guest_that_reads_nothing_leaves_what_is_typed_where_it_was_typed(ends: Ends) -> None:
     os.set_blocking(ends.keys, False)
     sent = 0

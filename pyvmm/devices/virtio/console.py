@@ -77,7 +77,8 @@ class Console(VirtioDevice):
         # Of what writes to ``out``: two threads may, and each must find the room that it was told of.
         self._writing = threading.Lock()
         self._emergency = bytearray()
-        self._serving = self._busy = False
+        self._serving = self._reading = self._busy = False
+        self._offered = bytearray()
         self._idle = threading.Condition(threading.RLock())
         self._give_up_at: float | None = None
 
@@ -109,6 +110,7 @@ class Console(VirtioDevice):
         self._worker.add(self._more, lambda _events: self._go_on())
         if queues[RX].ready:
             self._worker.watch(queues[RX], self._to_guest)
+            self._reading = True
         if queues[TX].ready:
             self._worker.watch(queues[TX], self._from_guest)
             self._serving = True
@@ -176,6 +178,15 @@ class Console(VirtioDevice):
                     self._left = self._write(self._left)
         os.close(self._more)
 
+    def offer(self, keys: bytes) -> bool:
+        """Type ``keys`` before what the descriptor has next; False, and none of them, without room. Any thread."""
+        with self._idle:
+            if not self._reading or len(self._offered) + len(keys) > PART:
+                return False
+            self._offered += keys
+        os.eventfd_write(self._more, 1)
+        return True
+
     def _time_left(self) -> float:
         """Return for how many seconds to wait now, before asking again; 0 when it is over."""
         with self._idle:
@@ -183,7 +194,7 @@ class Console(VirtioDevice):
 
     def _leave(self) -> None:
         with self._idle:
-            self._serving = False
+            self._serving = self._reading = False
             self._idle.notify_all()
 
     # -- in the worker's thread: from the guest
@@ -296,6 +307,11 @@ class Console(VirtioDevice):
 
     def _read(self) -> bool:
         """Take what is typed, or wait for it; whether there is some."""
+        with self._idle:
+            self._typed = bytes(self._offered)
+            self._offered.clear()
+        if self._typed:
+            return True
         source = self._source
         if source is None:
             return False

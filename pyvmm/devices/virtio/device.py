@@ -141,6 +141,10 @@ class VirtioDevice:
     def resize(self, columns: int, rows: int) -> None:
         """Be told of a terminal's size."""
 
+    def offer(self, keys: bytes) -> bool:  # noqa: ARG002 - of a console alone
+        """Type on a console; False for none, or one that has no room for all of them."""
+        return False
+
     def balloon(self, size: int | None) -> dict[str, int] | None:  # noqa: ARG002 - of a balloon alone
         """Tell the guest how many bytes to give up, unless None, and say how many it has; None for no balloon."""
         return None

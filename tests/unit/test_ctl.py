@@ -37,6 +37,7 @@ class Stub:
         self.paused = False
         self.told: list[str] = []
         self.console = Pl011()
+        self.type = self.console.offer
         self.config = SimpleNamespace(
             kernel="payload:smp", protection=SimpleNamespace(value="none"), memory=64 << 20, backing="memfd", cpus=2
         )

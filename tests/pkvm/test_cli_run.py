@@ -164,3 +164,12 @@ def test_a_guest_that_resets_is_started_again_in_a_new_vm(protection: str) -> No
     _, stderr = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGTERM, stderr
     assert "Traceback" not in stderr
+
+
+def test_a_guest_takes_the_device_tree_it_is_given(tmp_path: Path) -> None:
+    tree = tmp_path / "machine.dtb"
+    assert pyvmm("run", "--dump-dtb", str(tree), "-p", "way=status", "-p", "code=7", "payload:crash").returncode == 3
+    done = pyvmm("run", "--dtb", str(tree), "payload:crash")
+    assert done.returncode == 3
+    assert "exit code 7" in done.stderr
+    assert pyvmm("run", "--dtb", str(tree), "-p", "code=8", "payload:crash").returncode == 2

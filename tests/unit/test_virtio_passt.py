@@ -8,12 +8,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from net_driver import DATA, Driver, eventually
 
 from pyvmm.cli.devices import add_device_options, device_specs, parse_net
-from pyvmm.devices.virtio import passt
+from pyvmm.devices.virtio import net, passt
 from pyvmm.devices.virtio.net import Net
 from pyvmm.devices.virtio.netbackend import HEADER
 from pyvmm.devices.virtio.passt import Passt
@@ -75,14 +76,17 @@ def test_one_that_goes_on_is_ended(tmp_path: Path, deaf: tuple[str, ...], monkey
     assert backend._process.returncode == -(signal.SIGKILL if deaf else signal.SIGTERM)
 
 
-def test_its_end_takes_the_link_down_with_its_last_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    program = script(tmp_path, 'print("no route", file=sys.stderr); sys.exit(1)')
+def test_its_end_takes_the_link_down_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, str]] = []
+    monkeypatch.setattr(net, "log", SimpleNamespace(warning=lambda _, **values: said.append(values)))
+    program = script(tmp_path, 'print("no route", file=sys.stderr, flush=True); sys.exit(1)')
     device = Net(Passt(program))
     with Driver(device) as driver:
         eventually(lambda: driver.transport.changes == 1, "the configuration changes")
         assert not device.link_up
         eventually(lambda: "status 1" in device.backend.last_words(), "it has ended")
-    assert "no route" in capfd.readouterr().err
+    [values] = said
+    assert "no route" in values["reason"]
 
 
 def test_one_that_says_too_much_is_not_held_up_by_it(tmp_path: Path) -> None:
@@ -140,7 +144,10 @@ def test_options_say_what_a_card_is_at() -> None:
         ("passt=x", "passt alone says it"),
         ("passt,fwd=80", "'80' is not a pair of TCP ports"),
         ("passt,fwd=80:80+", "'' is not a pair"),
-        ("bridge=br0", "'bridge' in 'bridge=br0' is not known; known are tap=, passt, socket=, mac=, host=, fwd=, loopback"),
+        (
+            "bridge=br0",
+            "'bridge' in 'bridge=br0' is not known; known are tap=, passt, socket=, mac=, host=, fwd=, loopback",
+        ),
     ],
 )
 def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:

@@ -40,7 +40,10 @@ def initrd(path: Path, *programs: str) -> str:
 class Linux:
     """A running guest; a context manager that stops it."""
 
-    def __init__(self, protection: Protection, initrd: str, *devices: DeviceSpec, memory: int = 128 << 20) -> None:
+    def __init__(
+        self, protection: Protection, initrd: str, *devices: DeviceSpec, memory: int = 128 << 20,
+        params: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self._out, self._out_end = os.pipe()
         self._source_end, self._keys = os.pipe()
         self._serial = os.memfd_create("serial")
@@ -51,7 +54,7 @@ class Linux:
                 str(kernel_directory("own:") / "Image"),
                 protection,
                 initrd=initrd,
-                params=PARAMS,
+                params=(*PARAMS, *params),
                 memory=memory,
                 serial_out=self._serial,
                 devices=(console, *devices),

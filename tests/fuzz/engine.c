@@ -4,8 +4,8 @@
  *   fuzz CORPUS SECONDS SEED CURRENT [FOUND]
  *
  * CORPUS is a file of inputs, each behind its size in two bytes; all are tried first. CURRENT is such a file with the
- * input at hand, and so with the one that was the last. FOUND is one for the inputs kept at the end: of those that reach
- * the same, the shortest. The same seed and corpus give the same inputs in the same order. */
+ * input at hand, and so with the one that was the last. FOUND is one for the inputs kept at the end: of those that
+ * reach the same, the shortest. The same seed and corpus give the same inputs in the same order. */
 #include "fuzz.h"
 
 #include <fcntl.h>
@@ -67,7 +67,9 @@ static uint32_t any(uint32_t below)
 /* One bit for how often: 1, 2, 3, 4.., 8.., 16.., 32.., 128.. */
 static uint8_t bucket(uint8_t count)
 {
-    return count < 4 ? (uint8_t)(1 << count >> 1) : (uint8_t)(8 << (count >= 8) << (count >= 16) << (count >= 32) << (count >= 128));
+    if (count < 4)
+        return (uint8_t)(1 << count >> 1);
+    return (uint8_t)(8 << (count >= 8) << (count >= 16) << (count >= 32) << (count >= 128));
 }
 
 /* Whether the input reached anything new. */
@@ -130,7 +132,8 @@ static size_t mutate(uint8_t *data)
 
     if (pool_size) {
         /* The newest are the least explored. */
-        size_t which = any(2) ? any((uint32_t)pool_size) : pool_size - 1 - any((uint32_t)(pool_size < 16 ? pool_size : 16));
+        size_t newest = pool_size < 16 ? pool_size : 16;
+        size_t which = any(2) ? any((uint32_t)pool_size) : pool_size - 1 - any((uint32_t)newest);
         size = pool[which].size;
         memcpy(data, pool[which].data, size);
     }

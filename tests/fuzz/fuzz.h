@@ -18,7 +18,7 @@ uint8_t next8(struct input *input);
 uint16_t next16(struct input *input);
 uint32_t next32(struct input *input);
 
-/* ---- guest.c: a guest with two slots side by side, one that the host cannot look at, and a driver that does anything */
+/* ---- guest.c: two slots side by side, one that the host cannot look at, and a driver that does anything */
 
 enum { PAGES = 24, OPS = 6 };
 #define RAM UINT64_C(0x80000000)

@@ -63,7 +63,9 @@ static uint64_t place(struct input *input)
 
 static uint32_t length(struct input *input)
 {
-    static const uint32_t lengths[] = {16, 64, 1, 32, 48, 512, 4096, 8192, 1 << 20, 0, UINT32_MAX, 1u << 31, 528, 12, 1514};
+    static const uint32_t lengths[] = {
+        16, 64, 1, 32, 48, 512, 4096, 8192, 1 << 20, 0, UINT32_MAX, 1u << 31, 528, 12, 1514,
+    };
     uint8_t which = next8(input);
 
     return which >= 0xf0 ? next32(input) : lengths[which % (sizeof(lengths) / sizeof(lengths[0]))];

@@ -51,7 +51,9 @@ static void begin(void)
     for (uint32_t i = 0; i < VCPUS; i++)
         vcpus[i] = (struct pv_vcpu){.fd = -1, .index = i, .vm = &guest.vm, .run = &run[i]};
     for (uint32_t i = 0; i < SLOTS; i++)
-        slots[i] = (struct pv_doorbell_slot){.value = i, .offset = i & 1, .fd = rung, .match_any = i == 2, .coalesce = i == 1};
+        slots[i] = (struct pv_doorbell_slot){
+            .value = i, .offset = i & 1, .fd = rung, .match_any = i == 2, .coalesce = i == 1,
+        };
     uart = (struct pv_pl011){.vm_fd = -1, .tx = {.size = sizeof(tx), .wake_fd = rung, .data = tx},
                              .rx = {.size = sizeof(rx), .wake_fd = -1, .data = rx}};
     memset(boxes, 0, sizeof(boxes));

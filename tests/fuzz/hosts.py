@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from pyvmm._native import lib
 from pyvmm.devices.virtio.balloon import Balloon
 from pyvmm.devices.virtio.blk import Blk
-from pyvmm.devices.virtio.console import F_SIZE, PART, Console
+from pyvmm.devices.virtio.console import F_SIZE, MOST_KEPT, PART, Console
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.disk import DiskFile
 from pyvmm.devices.virtio.net import Net
@@ -128,7 +128,8 @@ class ConsoleHost(Host):
 
     def check(self) -> None:
         device = self.device
-        assert max(len(device._emergency), len(device._left), len(device._typed)) <= PART
+        assert max(len(device._emergency), len(device._typed)) <= PART
+        assert len(device._left) <= PART + MOST_KEPT
 
     def take(self) -> None:
         with contextlib.suppress(BlockingIOError):

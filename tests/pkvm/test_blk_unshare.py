@@ -72,12 +72,13 @@ class DiskCard(Card):
 @contextlib.contextmanager
 def disk(protection: Protection, path: Path, kind: Request) -> Iterator[tuple[Blk, DiskCard, Puppet]]:
     """A started device of two vCPUs: one is its driver, the other takes pages back."""
-    with puppet(protection, cpus=2, devices=(Disk(str(path)),)) as (machine, guest):
+    # Without a pool, whose size would limit that of a request.
+    with puppet(protection, cpus=2, devices=(Disk(str(path)),), swiotlb=0) as (machine, guest):
         guest.fill(DATA, PAGES * PAGE, PUBLIC)
         guest.share(DATA, PAGES)
         card = DiskCard(guest, protection)
         card.set_up(kind)
-        device = machine.virtio[0].device
+        device = next(transport.device for transport in machine.virtio)
         assert isinstance(device, Blk)
         yield device, card, guest.cpu_on(1)
         assert card.load(Register.STATUS) == RUNNING

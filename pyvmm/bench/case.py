@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from pyvmm.bench.model import Point, Value
 from pyvmm.errors import UsageError
+from pyvmm.guest.kernels import is_kernel
 
 if TYPE_CHECKING:
     from pyvmm.bench.measure import Bench
@@ -54,7 +55,7 @@ class Case:
     def kernels(self, point: Mapping[str, Value]) -> list[str]:
         """Return which kernels must be there, by name, for a point to be measured."""
         kernel = str(point.get("kernel", self.kernel))
-        return [kernel] if kernel else []
+        return [kernel] if is_kernel(kernel) else []
 
     @property
     def base(self) -> Point:

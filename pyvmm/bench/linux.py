@@ -103,8 +103,26 @@ def boot(argv: Sequence[str], seconds: float) -> Boot:
     return Boot(executed, _entered(words), init, ended)
 
 
-def _watch(process: subprocess.Popen[bytes], until: int) -> tuple[int, bytes]:
-    """Return when the word came, 0 if it did not, and all that was printed, once the process has ended."""
+@contextlib.contextmanager
+def booted(argv: Sequence[str], seconds: float) -> Iterator[int]:
+    """Run a VMM whose guest's init says the word and stays, and yield its pid. PyvmmError as of :func:`boot`."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+        try:
+            if not _watch(process, time.monotonic_ns() + int(seconds * 1e9), stay=True)[0]:
+                said.seek(0)
+                raise PyvmmError(f"{argv[0]} ended before the guest's init did: {said.read()[-_TAIL:].decode()}")
+            yield process.pid
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _watch(process: subprocess.Popen[bytes], until: int, *, stay: bool = False) -> tuple[int, bytes]:
+    """Return when the word came, 0 if it did not, and all that was printed, once the process has ended.
+
+    ``stay``: return once the word has come.
+    """
     assert process.stdout is not None
     import select
 
@@ -119,6 +137,8 @@ def _watch(process: subprocess.Popen[bytes], until: int) -> tuple[int, bytes]:
         console += data
         if not init and WORD in console:
             init = time.monotonic_ns()
+            if stay:
+                return init, console
     raise PyvmmError(f"the guest did not end in time; the last it printed: {console[-_TAIL:].decode(errors='replace')}")
 
 

@@ -4,30 +4,66 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from typing import Final
 
+from pyvmm.bench import linux
 from pyvmm.bench.case import PROTECTIONS, case
 from pyvmm.bench.measure import MIB, SPARE, Bench
 from pyvmm.errors import PyvmmError
+from pyvmm.guest.kernels import OWN
 
 PAGES: Final = 256
 KIB: Final = 1024
+GUEST: Final = "/memfd:pyvmm-guest"
+"""What the mappings of guest memory are called in smaps."""
+INIT: Final = b"#!/bin/busybox sh\necho " + linux.WORD + b"\nexec /bin/busybox sleep 1000000\n"
+TAP: Final = "tap=pvbench1,host=10.219.80.5/30"
 
 
 @case(
     says="PSS of a process of its own that runs a guest (smaps), less that of the guest's memory, once the guest has"
-    " touched 1 MiB of it; PSS shares what several processes map among them",
-    axes={"protection": PROTECTIONS, "cpus": (1, 4), "memory": (16, 256)},
+    " touched 1 MiB of it, or is a Linux with every device that its protection allows, at its init; PSS shares what"
+    " several processes map among them",
+    axes={"protection": PROTECTIONS, "cpus": (1, 4), "memory": (16, 256), "kernel": ("payload:puppet", OWN)},
+    nonsense=lambda point: (
+        "a Linux does not fit 16 MiB" if point["kernel"] == OWN and point["memory"] != linux.MEMORY else ""
+    ),
+    extra=({"kernel": OWN, "memory": linux.MEMORY}, {"kernel": OWN, "memory": linux.MEMORY, "cpus": 4}),
 )
 def footprint(bench: Bench) -> None:
-    """Run this module in a fresh interpreter, for a forked one would share its memory with us; once, for it repeats."""
+    """Measure a fresh process, for a forked one would share its memory with us; once, for it repeats."""
+    took = _linux(bench) if bench["kernel"] == OWN else _payload(bench)
+    bench.keep("PSS less guest memory", [[float(took)]], clock="memory", unit="bytes", per="VM")
+
+
+def _payload(bench: Bench) -> int:
+    """Run this module in a fresh interpreter."""
     words = [bench["protection"], str(bench["cpus"]), str(bench["memory"])]
     done = subprocess.run(
         [sys.executable, "-P", "-m", __name__, *words], capture_output=True, text=True, check=False, timeout=60
     )
     if done.returncode:
         bench.cannot(f"the process to be measured failed: {done.stderr.strip()[-500:]}")
-    bench.keep("PSS less guest memory", [[float(done.stdout)]], clock="memory", unit="bytes", per="VM")
+    return int(done.stdout)
+
+
+def _linux(bench: Bench) -> int:
+    """Run pyvmm with all devices, until its guest's init has spoken."""
+    subprocess.run(["modprobe", "-q", "tun"], check=False)
+    with linux.files(OWN, INIT) as guest, tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
+        with open(f"{folder}/disk", "wb") as disk:
+            disk.truncate(16 * MIB)
+        devices = [
+            "--disk", disk.name, "--net", TAP, "--vsock", f"uds={folder}/vsock,cid=3", "--rng",
+            "--console", f"file={folder}/console",
+        ]  # fmt: skip
+        if bench["protection"] == "none":
+            devices += ["--balloon", "0"]
+        # A memfd is told from the VMM's own memory.
+        argv = linux.pyvmm(guest, bench["protection"], bench["cpus"], "--backing", "memfd", *devices)
+        with linux.booted(argv, bench.seconds) as pid:
+            return pss(pid)
 
 
 def measure(protection: str, cpus: int, memory: int) -> int:
@@ -39,25 +75,21 @@ def measure(protection: str, cpus: int, memory: int) -> int:
     with Experiment(Protection(protection), memory=memory + SPARE // MIB, cpus=cpus) as x:
         x.guest.touch(x.page(PAGES), PAGES, access=Access.WRITE)
         x.others()
-        return _pss(x.memory.slots[0].backing.fd)
+        return pss("self")
 
 
-def _pss(guest_memory: int) -> int:
-    """Add up the PSS of every mapping but those of the guest's file."""
-    import os
-
-    file = os.fstat(guest_memory)
-    theirs = [f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}", str(file.st_ino)]
+def pss(process: int | str) -> int:
+    """Add up the PSS of every mapping of a process but those of guest memory, in bytes."""
     total, ours = 0, True
-    with open("/proc/self/smaps") as lines:
+    with open(f"/proc/{process}/smaps") as lines:
         for line in lines:
             words = line.split()
             if not words[0].endswith(":"):
-                ours = words[3:5] != theirs
+                ours = words[5:6] != [GUEST]
             elif words[0] == "Pss:" and ours:
                 total += int(words[1]) * KIB
     if not total:
-        raise PyvmmError("/proc/self/smaps tells no Pss: this kernel keeps none (CONFIG_PROC_PAGE_MONITOR)")
+        raise PyvmmError(f"/proc/{process}/smaps tells no Pss: this kernel keeps none (CONFIG_PROC_PAGE_MONITOR)")
     return total
 
 

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import os
 import shlex
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import OutputPath, add_common, output_behind, parse_count, parse_memory, parse_seconds
@@ -306,7 +305,7 @@ def _rest_of(config: MachineConfig, spent_ns: int) -> MachineConfig:
     """Return the machine to go on with after one that ran so long: what is left of its deadline."""
     if config.deadline is None:
         return config
-    return replace(config, deadline=max(config.deadline - spent_ns / 1e9, 1e-3))
+    return config._replace(deadline=max(config.deadline - spent_ns / 1e9, 1e-3))
 
 
 def _kernel(args: argparse.Namespace) -> str:
@@ -360,7 +359,7 @@ def found(config: MachineConfig) -> MachineConfig:
         return made(name)
 
     kernel, initrd = resolve(config.kernel, config.initrd, make)
-    return replace(config, kernel=kernel, initrd=initrd)
+    return config._replace(kernel=kernel, initrd=initrd)
 
 
 def params(kernel: str, given: list[str]) -> tuple[str, ...]:

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
@@ -58,8 +57,7 @@ _UNPACK_HINT: Final = "unpack it to a plain Image first"
 BIG_ENDIAN_HINT: Final = "build it with CONFIG_CPU_BIG_ENDIAN off"
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """``size`` bytes at ``gpa`` that start with ``data``; the rest is zero, as fresh memory is, and not written."""
 
     what: str
@@ -73,8 +71,7 @@ class Segment:
         return self.gpa + self.size
 
 
-@dataclass(frozen=True)
-class BootImage:
+class BootImage(NamedTuple):
     """A kernel file taken apart: ``kind`` is Image, ELF or flat; ``pc`` the gpa of its first instruction.
 
     It holds files open, from which its parts are loaded: close it.
@@ -85,15 +82,15 @@ class BootImage:
     pc: int
     segments: tuple[Segment, ...]
     initrd: Known | None = None
-    files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False, repr=False)
+    files: contextlib.ExitStack | None = None
 
     def close(self) -> None:
         """Close the files; idempotent."""
-        self.files.close()
+        if self.files is not None:
+            self.files.close()
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """What the first vCPU starts with, and the device tree as written; ``plan`` is everything that was loaded."""
 
     pc: Gpa
@@ -120,7 +117,7 @@ def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT
         else:
             image = identify(_open(kernel, "kernel", room, files), kernel, room=room)
         ramdisk = None if initrd is None else _open(initrd, "initrd", room, files)
-        return replace(image, initrd=ramdisk, files=files.pop_all())
+        return image._replace(initrd=ramdisk, files=files.pop_all())
 
 
 def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootImage:
@@ -275,8 +272,7 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
     return tuple(parts)
 
 
-@dataclass(frozen=True)
-class Board:
+class Board(NamedTuple):
     """What a guest is told of its machine beside its memory.
 
     ``devices`` is each device with its gpa and interrupt line; a PL011 among them is the console. ``pool`` is bytes of

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
@@ -27,8 +26,7 @@ def usual_backing(protection: Protection) -> str:
     return "memfd" if protection is Protection.EMULATED else "anonymous"
 
 
-@dataclass(frozen=True)
-class MachineConfig:
+class MachineConfig(NamedTuple):
     """Everything :class:`pyvmm.machine.machine.Machine` needs to know.
 
     ``kernel`` is a path or ``payload:NAME``; ``memory`` is bytes of RAM; ``params`` are joined by spaces into the

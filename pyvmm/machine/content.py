@@ -11,7 +11,6 @@ import io
 import os
 import stat
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 from pyvmm.errors import UsageError
@@ -77,11 +76,19 @@ class Known(Content, Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class Bytes:
     """Bytes that are in memory already."""
 
-    data: bytes = b""
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = data
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bytes) and self.data == other.data
+
+    def __hash__(self) -> int:
+        return hash(self.data)
 
     @property
     def size(self) -> int:
@@ -158,13 +165,15 @@ class OpenFile:
             os.close(fd)
 
 
-@dataclass(frozen=True)
 class FilePart:
     """``size`` bytes of an open file from ``start`` on."""
 
-    file: OpenFile
-    start: int
-    size: int
+    __slots__ = ("file", "size", "start")
+
+    def __init__(self, file: OpenFile, start: int, size: int) -> None:
+        self.file = file
+        self.start = start
+        self.size = size
 
     def __getitem__(self, which: slice, /) -> bytes:
         start, stop, _ = which.indices(self.size)

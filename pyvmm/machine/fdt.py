@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from pyvmm.errors import UsageError, hex_
 
@@ -57,13 +57,15 @@ def encode(value: Value) -> bytes:
     return b"".join(_string(part) if isinstance(part, str) else cells32(part) for part in value)
 
 
-@dataclass
 class Node:
     """One node: ``name`` with its unit address, properties in the order they were set, then children."""
 
-    name: str
-    properties: dict[str, Value] = field(default_factory=dict)
-    children: list[Node] = field(default_factory=list)
+    def __init__(
+        self, name: str, properties: dict[str, Value] | None = None, children: list[Node] | None = None
+    ) -> None:
+        self.name = name
+        self.properties = {} if properties is None else properties
+        self.children = [] if children is None else children
 
     def add(self, name: str, properties: Mapping[str, Value] | None = None) -> Node:
         """Append a child and return it."""
@@ -72,14 +74,16 @@ class Node:
         return child
 
 
-@dataclass
 class Tree:
     """A device tree: ``root`` (whose name is empty), reserved (gpa, bytes) pairs, and the CPU that boots."""
 
-    root: Node = field(default_factory=lambda: Node(""))
-    reservations: list[tuple[int, int]] = field(default_factory=list)
-    boot_cpu: int = 0
-    _phandles: int = 0
+    def __init__(
+        self, root: Node | None = None, reservations: list[tuple[int, int]] | None = None, boot_cpu: int = 0
+    ) -> None:
+        self.root = Node("") if root is None else root
+        self.reservations = [] if reservations is None else reservations
+        self.boot_cpu = boot_cpu
+        self._phandles = 0
 
     def phandle(self, node: Node) -> int:
         """Give ``node`` a phandle (once) and return it, for the properties that refer to the node."""
@@ -188,8 +192,7 @@ _SPI, _PPI = 0, 1
 _TIMER_PPIS: Final = (13, 14, 11, 10)
 
 
-@dataclass(frozen=True)
-class GicNode:
+class GicNode(NamedTuple):
     """A GICv3: (gpa, bytes) of its distributor, of its redistributors, and of its ITS, if it has one."""
 
     distributor: tuple[int, int]
@@ -197,8 +200,7 @@ class GicNode:
     its: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True)
-class DeviceNode:
+class DeviceNode(NamedTuple):
     """What a device says about itself and the machine about its place; ``base`` is a gpa, ``size`` bytes.
 
     ``clocks`` names the device's clock inputs: all are wired to one fixed clock. ``spi`` is the number of its shared
@@ -209,7 +211,7 @@ class DeviceNode:
     compatible: Sequence[str]
     base: int
     size: int
-    properties: Mapping[str, Value] = field(default_factory=dict)
+    properties: Mapping[str, Value] = MappingProxyType({})
     clocks: Sequence[str] = ()
     spi: int | None = None
     trigger: int = TRIGGER_LEVEL

@@ -7,7 +7,6 @@ loaded into it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import hex_
@@ -38,7 +37,7 @@ class Plan:
     def __init__(self, config: MachineConfig) -> None:
         self._kernel = Recording(StandIn())
         # What the console goes to is none of a plan's business.
-        self.machine = Machine(replace(config, serial_out=None, serial_in=None), kernel=self._kernel)
+        self.machine = Machine(config._replace(serial_out=None, serial_in=None), kernel=self._kernel)
 
     def __enter__(self) -> Plan:
         self.machine.__enter__()

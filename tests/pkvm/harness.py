@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyvmm.guest.puppet import Puppet
@@ -31,7 +31,7 @@ class Run:
 def config(kernel: str, protection: Protection, **more: object) -> MachineConfig:
     """Return a small machine with a deadline."""
     base = MachineConfig(kernel, protection, memory=16 << 20, deadline=DEADLINE, serial_out=None)
-    return replace(base, **more)  # type: ignore[arg-type]
+    return base._replace(**more)  # type: ignore[arg-type]
 
 
 def run(kernel: str, protection: Protection, **more: object) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,7 @@ def test_what_may_not_or_cannot_be_restored_is_refused_with_the_reason(tmp_path:
     with puppet(Protection.NONE) as (machine, _):
         snapshots.save(machine, str(path))
         settings = machine.config
-    for other in (replace(settings, cpus=2), replace(settings, memory=settings.memory * 2)):
+    for other in (settings._replace(cpus=2), settings._replace(memory=settings.memory * 2)):
         with pytest.raises(UsageError, match="is of a machine with"), Machine(other, restore=Snapshot(str(path))):
             pass
 

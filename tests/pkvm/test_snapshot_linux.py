@@ -6,7 +6,6 @@ import os
 import re
 import select
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -37,7 +36,7 @@ class Guest:
         source, self._keys = os.pipe()
         self._ends = (self._out, out, source, self._keys)
         self._seen = b""
-        self.machine = Machine(replace(settings, serial_out=out, serial_in=source), restore=snapshot)
+        self.machine = Machine(settings._replace(serial_out=out, serial_in=source), restore=snapshot)
 
     def __enter__(self) -> Self:
         self.machine.__enter__()

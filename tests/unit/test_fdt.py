@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -299,7 +298,7 @@ def test_the_machines_tree_is_as_linux_bindings_ask(tmp_path):
     for name in BINDINGS:
         (tmp_path / "bindings" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "bindings" / f"{name}.yaml").symlink_to(source / f"{name}.yaml")
-    uart = replace(describe(Uart(), layout.PL011.start, layout.PL011_SPI), properties={})
+    uart = describe(Uart(), layout.PL011.start, layout.PL011_SPI)._replace(properties={})
     coherent = {"dma-coherent": True}
     virtio = DeviceNode("virtio", ("virtio,mmio",), layout.VIRTIO_MMIO.start, 0x200, coherent, (), 32, TRIGGER_EDGE)
     tree = example(gic=GIC, devices=[uart, ECHO, virtio], stdout=uart, entropy=bytes(range(72)))

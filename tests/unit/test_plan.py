@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def asked(config: MachineConfig) -> list[str]:
 
 
 def test_a_protected_machine_is_made_in_the_order_that_pkvm_insists_on() -> None:
-    lines = asked(replace(HELLO, protection=Protection.PKVM))
+    lines = asked(HELLO._replace(protection=Protection.PKVM))
     assert lines[1] == "KVM_CREATE_VM(kvm, type=0x8000_0000)"
     first = {name: next(n for n, line in enumerate(lines) if line.startswith(name)) for name in (
         "KVM_CREATE_VCPU(vm, index=1", "KVM_CREATE_DEVICE(vm, type=KVM_DEV_TYPE_ARM_VGIC_V3",
@@ -50,13 +49,13 @@ def test_a_protected_machine_is_made_in_the_order_that_pkvm_insists_on() -> None
 
 
 def test_the_emulated_protection_forwards_calls_and_a_plain_machine_does_not() -> None:
-    filters = [line for line in asked(replace(HELLO, protection=Protection.EMULATED)) if "SMCCC" in line]
+    filters = [line for line in asked(HELLO._replace(protection=Protection.EMULATED)) if "SMCCC" in line]
     assert [line.partition("base=")[2] for line in filters] == ["0x8600_0000, count=1)", "0xc600_0002, count=3)"]
     assert not any("SMCCC" in line for line in asked(HELLO))
 
 
 def test_a_private_backing_is_two_slots_the_second_a_guest_memfd_s() -> None:
-    lines = [line for line in asked(replace(HELLO, backing="private")) if "MEM" in line]
+    lines = [line for line in asked(HELLO._replace(backing="private")) if "MEM" in line]
     assert [line.partition("(")[0] for line in lines] == [
         "KVM_CHECK_EXTENSION", "KVM_SET_USER_MEMORY_REGION", "KVM_CREATE_GUEST_MEMFD", "KVM_SET_USER_MEMORY_REGION2",
     ]  # fmt: skip
@@ -74,7 +73,7 @@ def test_the_same_plan_is_the_same_text_and_nothing_is_left_of_it() -> None:
 
 def test_a_plan_of_devices_makes_no_interface_and_starts_no_program() -> None:
     devices = (Rng(), Net(tap="nosuch0", address="10.9.8.1/24"), Net(passt="/nonexistent/passt"))
-    with Plan(replace(HELLO, devices=devices)) as plan:
+    with Plan(HELLO._replace(devices=devices)) as plan:
         lines = list(plan.lines())
     assert "    0xa00_0000    0xa00_0200  virtio_mmio, SPI 32, rng0, queues of 64" in lines
     assert "  KVM_IRQFD(vm, fd=eventfd, gsi=34, flags=0x0)" in lines
@@ -82,7 +81,7 @@ def test_a_plan_of_devices_makes_no_interface_and_starts_no_program() -> None:
 
 
 def test_a_plan_refuses_what_a_run_would() -> None:
-    with pytest.raises(UsageError, match="EIO"), Plan(replace(HELLO, protection=Protection.PKVM, backing="hugetlb")):
+    with pytest.raises(UsageError, match="EIO"), Plan(HELLO._replace(protection=Protection.PKVM, backing="hugetlb")):
         pass
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from pyvmm.errors import UsageError
@@ -19,24 +17,24 @@ PROTECTED = MachineConfig("payload:hello", Protection.PKVM, memory=256 * MIB, de
 
 
 def test_pool_is_for_devices_of_guests_with_private_memory() -> None:
-    assert pool_size(PROTECTED) == pool_size(replace(PROTECTED, protection=Protection.EMULATED)) == DEFAULT
-    assert pool_size(replace(PROTECTED, protection=Protection.NONE)) == 0
-    assert pool_size(replace(PROTECTED, devices=())) == 0
+    assert pool_size(PROTECTED) == pool_size(PROTECTED._replace(protection=Protection.EMULATED)) == DEFAULT
+    assert pool_size(PROTECTED._replace(protection=Protection.NONE)) == 0
+    assert pool_size(PROTECTED._replace(devices=())) == 0
 
 
 def test_small_guest_keeps_most_of_its_memory() -> None:
-    assert pool_size(replace(PROTECTED, memory=32 * MIB)) == 8 * MIB
+    assert pool_size(PROTECTED._replace(memory=32 * MIB)) == 8 * MIB
 
 
 def test_size_that_was_asked_for_is_given_or_refused() -> None:
-    assert pool_size(replace(PROTECTED, swiotlb=64 * MIB)) == 64 * MIB
-    assert pool_size(replace(PROTECTED, swiotlb=0)) == 0
-    assert pool_size(replace(PROTECTED, protection=Protection.NONE, swiotlb=4 * MIB)) == 4 * MIB
+    assert pool_size(PROTECTED._replace(swiotlb=64 * MIB)) == 64 * MIB
+    assert pool_size(PROTECTED._replace(swiotlb=0)) == 0
+    assert pool_size(PROTECTED._replace(protection=Protection.NONE, swiotlb=4 * MIB)) == 4 * MIB
     with pytest.raises(UsageError, match="129 MiB in 256 MiB of memory: half of it") as caught:
-        replace(PROTECTED, swiotlb=129 * MIB).check()
+        PROTECTED._replace(swiotlb=129 * MIB).check()
     assert caught.value.hint == "give the guest more memory: -m 258M"
     with pytest.raises(UsageError, match="whole MiB"):
-        replace(PROTECTED, swiotlb=4096).check()
+        PROTECTED._replace(swiotlb=4096).check()
 
 
 def test_every_virtio_device_is_told_of_the_pool_and_no_other_device() -> None:

@@ -24,6 +24,8 @@ def test_nothing_a_guest_does_breaks_what_must_hold(target: str) -> None:
     try:
         result = TARGETS[target](target, corpus(target), SECONDS / len(TARGETS), SEED)
     except Unavailable as why:
+        if os.environ.get("CI"):
+            raise
         pytest.skip(f"{why}: gcc with libasan and libubsan is needed")
     assert result.edges >= REACHED[target], result
     assert result.runs >= result.corpus

@@ -15,6 +15,7 @@ import pytest
 
 from pyvmm.devices.virtio.registers import Register, Status
 from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_RST, STREAM, Header
+from pyvmm.errors import HostError
 from tests.fuzz.devices import DATA, ENTRIES, TABLES, Input, Play
 from tests.fuzz.hosts import CID, HOSTS
 from tests.twin_virtqueue import AVAILABLE, DESCRIPTOR, INDIRECT, NEXT, USED, WRITE
@@ -32,6 +33,8 @@ HONEST: Final[dict[str, tuple[int, bytes, int]]] = {
     "vsock": (1, Header(CID, CID_HOST, 1, 1, 0, STREAM, OP_RST, 0, 0, 0).pack(), 0),
 }
 PACKED_EMPTY: Final = AVAILABLE | USED
+#: A page that no request names.
+UNNAMED: Final = BASE + 24 * PAGE
 
 
 class Driver:
@@ -289,11 +292,32 @@ def driver(request: pytest.FixtureRequest, packed: bool, guest: Guest, tmp_path:
     assert threading.active_count() == threads
 
 
+def test_a_driver_that_meets_the_same_fault_again_and_again_does_not_fill_the_log(
+    guest: Guest, tmp_path: Path, events: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise HostError("its tap has gone")
+
+    host = HOSTS["card"](tmp_path, guest)
+    play = Play(guest, host, Input(bytes([0, 4])))
+    monkeypatch.setattr(play.board.device.backend, "use", fail)  # type: ignore[attr-defined]
+    for _ in range(50):
+        assert play.drive(play.features)
+        assert Status.NEEDS_RESET in play.board.status
+    play.board.close()
+    host.end()
+    said = [event["event"] for event in events()]
+    assert 1 <= said.count("device_failed") <= 6
+    assert len(said) <= 12
+
+
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 def test_an_attack_costs_its_driver_a_request_or_a_reset(
     driver: Driver, attack: Callable[[Driver], None], events: Callable[[], list[dict[str, Any]]]
 ) -> None:
+    driver.guest.write(UNNAMED, b"\xc5" * PAGE)
     attack(driver)
     driver.guest.close_pages(())
+    assert driver.guest.read(UNNAMED, PAGE) == b"\xc5" * PAGE
     driver.serve()
     assert len(events()) < 12

@@ -14,7 +14,7 @@ from pyvmm.errors import PyvmmError
 from pyvmm.log import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 log = get_logger("virtio")
 
@@ -42,7 +42,7 @@ class Transport(Protocol):
 
 
 class Complaints:
-    """Warnings about one device: a few at once, then one every ``EVERY`` seconds. A guest must not fill the disk."""
+    """What is wrong with a device: a few at once, then one every ``EVERY`` seconds. A guest must not fill the disk."""
 
     BURST: Final = 5
     EVERY: Final = 10.0
@@ -55,6 +55,13 @@ class Complaints:
 
     def warn(self, event: str, **values: object) -> None:
         """Say it, or count it."""
+        self._say(log.warning, event, values)
+
+    def error(self, event: str, **values: object) -> None:
+        """The same for what is wrong on this side."""
+        self._say(log.error, event, values)
+
+    def _say(self, say: Callable[..., None], event: str, values: dict[str, object]) -> None:
         now = time.monotonic()
         self._left = min(self._left + (now - self._at) / self.EVERY, self.BURST)
         self._at = now
@@ -63,7 +70,7 @@ class Complaints:
             return
         self._left -= 1
         dropped, self._dropped = self._dropped, 0
-        log.warning(event, device=self._device, **values, **({"not_told": dropped} if dropped else {}))
+        say(event, device=self._device, **values, **({"not_told": dropped} if dropped else {}))
 
 
 class VirtioDevice:
@@ -85,11 +92,14 @@ class VirtioDevice:
         self.label = self.name
         """What messages call it: the machine numbers devices of a kind."""
         self.complaints = Complaints(self.label)
+        # Apart, so that a driver's own faults do not hide them; a driver that starts over meets them again.
+        self._faults = Complaints(self.label)
 
     def name_it(self, label: str) -> None:
         """Be called ``label`` from now on, like ``blk0``; before the transport is made."""
         self.label = label
         self.complaints = Complaints(label)
+        self._faults = Complaints(label)
 
     # -- what a kind of device fills in
 
@@ -166,5 +176,5 @@ class VirtioDevice:
         """What a worker tells when it ends: the driver broke a queue, or something is wrong on this side."""
         if not isinstance(error, QueueBroken):
             unexpected = not isinstance(error, PyvmmError | OSError)
-            log.error("device_failed", device=self.label, error=str(error), exc_info=error if unexpected else None)
+            self._faults.error("device_failed", error=str(error), exc_info=error if unexpected else None)
         self.needs_reset(str(error))

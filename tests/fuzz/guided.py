@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.fuzz.fuzzer import Failed, Result, packed
@@ -22,15 +21,16 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
-MOST: Final = 1024
+MOST: Final = 256
 """Bytes of the longest input."""
 _NEWEST: Final = 16
 _PATIENCE: Final = 30
 """Seconds that one input may take."""
 _TELLING: Final = bytes([0, 1, 2, 3, 4, 7, 8, 15, 16, 0x7F, 0x80, 0xFE, 0xFF])
 
-Step = tuple[int, int, int]
-"""A file, and two of its lines."""
+Step = int
+"""A file's number and two of its lines, ``_LINE`` bits each."""
+_LINE: Final = 16
 
 
 class Coverage:
@@ -39,7 +39,7 @@ class Coverage:
     def __init__(self, watched: Path) -> None:
         self._watched = str(watched)
         self._numbers: dict[str, int] = {}
-        self._steps: Counter[Step] = Counter()
+        self._steps: dict[Step, int] = {}
 
     def of(self, function: Callable[[bytes], None], data: bytes) -> set[tuple[Step, int]]:
         """Call ``function``; returns the steps, each with the number of bits of its count."""
@@ -58,13 +58,14 @@ class Coverage:
             number = self._numbers[name] = len(self._numbers) + 1 if name.startswith(self._watched) else 0
         if not number:
             return None
-        steps, last = self._steps, 0
+        steps, last, file = self._steps, 0, number << 2 * _LINE
 
         def line(frame: FrameType, event: str, _argument: Any) -> Any:
             nonlocal last
             if event == "line":
                 now = frame.f_lineno
-                steps[number, last, now] += 1
+                step = file | last << _LINE | now
+                steps[step] = steps.get(step, 0) + 1
                 last = now
             return line
 

@@ -10,6 +10,7 @@ reset, 4 deadline, 5 this host cannot do what was asked; 128 + the signal's numb
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from importlib import import_module
@@ -36,6 +37,9 @@ VERBS = {
     "repl": "a live guest at a Python prompt",
 }
 
+
+GARBAGE = 100_000
+"""Objects, net of those freed, after which the collector looks for garbage."""
 
 # How options begin that stand before a verb and say what lab it is.
 LAB_OPTIONS = ("--lab", "--host-kernel")
@@ -89,6 +93,8 @@ def refuse_lab_options(args: argparse.Namespace, words: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``sys.argv`` unless given) and return its exit status."""
+    # What a verb imports and builds stays: the collector would look through it every few hundred objects, for nothing.
+    gc.set_threshold(GARBAGE)
     words = list(sys.argv[1:] if argv is None else argv)
     _fill_standard_files()
     try:

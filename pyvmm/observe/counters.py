@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyvmm._native import lib
 
@@ -30,18 +29,19 @@ EXITS = {
 }
 
 
-@dataclass(frozen=True)
 class ExitCount:
     """One class of exits, over all vCPUs; nanoseconds are 0 where the run was not timed."""
 
-    name: str
-    count: int
-    guest_ns: int
-    vmm_ns: int
+    __slots__ = ("count", "guest_ns", "name", "vmm_ns")
+
+    def __init__(self, name: str, count: int, guest_ns: int, vmm_ns: int) -> None:
+        self.name = name
+        self.count = count
+        self.guest_ns = guest_ns
+        self.vmm_ns = vmm_ns
 
 
-@dataclass(frozen=True)
-class Counters:
+class Counters(NamedTuple):
     """A snapshot: exits by class, conversions, and the wall time it covers."""
 
     exits: tuple[ExitCount, ...]

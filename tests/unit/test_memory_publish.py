@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import random
 import subprocess
 import threading
@@ -146,11 +147,12 @@ def race(
         sources.append(tmp_path / path.name)
         sources[-1].write_text(text)
     flags = ["-O1", "-g", "-w", "-std=gnu11", f"-fsanitize={sanitizer}", "-include", HERE / "memory_publish.h"]
-    where = [f"-I{native_build.NATIVE}", '-DPV_SOURCE_HASH=""']
+    where = [f"-I{native_build.NATIVE}", "-D_GNU_SOURCE", '-DPV_SOURCE_HASH=""']
     out = tmp_path / "race"
     command = [*cc, *flags, *where, *sources, HERE / "memory_publish.c", "-o", out, "-lpthread"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode:
+        assert re.search(r"lib[at]san|-l[at]san|-fsanitize", built.stderr), built.stderr
         pytest.skip(f"this compiler has no {sanitizer} sanitizer: {built.stderr.strip().splitlines()[-1]}")
     done = subprocess.run([out, str(rounds)], capture_output=True, text=True, timeout=300, check=False)
     if "FATAL: ThreadSanitizer" in done.stderr or "Shadow memory range interleaves" in done.stderr:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import random
+import re
 import subprocess
 import threading
 import tracemalloc

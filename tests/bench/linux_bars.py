@@ -1,0 +1,123 @@
+"""Whether the bars of Linux guests are met: python -m tests.bench.linux_bars [BAR…]
+
+Boots a lab with QEMU and the project's kernel and measures there by turns. Prints what was found beside each bar. Exit
+status 1 where one is missed.
+
+    boot        exec to the guest's init, plain protection: at most 0.7 times QEMU's with KVM
+    blk         sequential reads of 1 MiB past the cache, plain protection: at least 0.8 times QEMU's speed
+    protection  the same under pkvm, beside plain: no bar
+    footprint   PSS of the VMM less guest memory, with every device: at most 25 MiB in every protection
+    boots       50 boots in a row in every protection
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+from pyvmm.bench import linux, peers, transfers
+from pyvmm.bench.case import PROTECTIONS
+from pyvmm.bench.model import Series
+from pyvmm.bench.runner import measure_point
+from pyvmm.guest.kernels import OWN
+
+BOOTS = 50
+PATIENCE = 600.0
+MIB = 1 << 20
+
+Finding = tuple[str, float, float | None, float | None]
+"""What, the value found, at most, at least."""
+
+
+def ratios(name: str) -> dict[str, float]:
+    """Measure a peer; return pyvmm's time over the peer's by what was done."""
+    found = {}
+    for series in peers.measure(name):
+        if series.unavailable:
+            raise SystemExit(f"{name}: {series.unavailable}")
+        for note, value in series.notes.items():
+            if note.startswith("ratio to "):
+                found[str(series.point["what"])] = float(str(value))
+    return found
+
+
+def median(series: list[Series]) -> float:
+    """Return the median of the only series. SystemExit where there is none."""
+    if series[0].unavailable:
+        raise SystemExit(series[0].unavailable)
+    return statistics.median(series[0].kept)
+
+
+def boot() -> Iterator[Finding]:
+    yield "boot: exec to init, times QEMU's", ratios("qemu boot")["boot"], 0.7, None
+
+
+def blk() -> Iterator[Finding]:
+    found = ratios("qemu virtio")
+    yield "blk: 1 MiB reads, QEMU's time over ours", 1 / found["blk read"], None, 0.8
+    yield "net: receives, QEMU's time over ours", 1 / found["net receive"], None, None
+    yield "net: sends, QEMU's time over ours", 1 / found["net send"], None, None
+
+
+def protection() -> Iterator[Finding]:
+    for operation in ("blk read", "net receive", "net send"):
+        took = {
+            each: median(measure_point("virtio", {"protection": each, "operation": operation}))
+            for each in ("none", "pkvm")
+        }
+        yield f"protection: {operation}, pkvm's time over none's", took["pkvm"] / took["none"], None, None
+
+
+def footprint() -> Iterator[Finding]:
+    for each in PROTECTIONS:
+        series = measure_point("footprint", {"protection": each, "kernel": OWN, "memory": linux.MEMORY})
+        yield f"footprint: MiB, {each}, every device", median(series) / MIB, 25.0, None
+
+
+def boots() -> Iterator[Finding]:
+    parameters = f"{linux.PARAMETERS} -- dd if=/dev/vda of=/dev/null bs=1M count=1"
+    with transfers.host() as here:
+        for each in PROTECTIONS:
+            argv = linux.pyvmm(here.guest, each, 1, "--disk", here.disk, "--rng", parameters=parameters)
+            good = sum(re.search(rb"exit status 0\b", ended(argv)) is not None for _ in range(BOOTS))
+            yield f"boots: of {BOOTS} in a row, {each}, a MiB read of a disk each", good, None, BOOTS
+
+
+def ended(argv: list[str]) -> bytes:
+    """Run a guest to its end; return its console where the VMM ended well, nothing else."""
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, check=False)
+    return done.stdout if not done.returncode else b""
+
+
+BARS: dict[str, Callable[[], Iterator[Finding]]] = {
+    each.__name__: each for each in (boot, blk, protection, footprint, boots)
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print, judge: in a lab, unless this is an arm64 host."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.linux_bars", description=__doc__.splitlines()[0])
+    parser.add_argument("bars", nargs="*", metavar="BAR", help=f"of {', '.join(BARS)} (default: all)")
+    wanted = parser.parse_args(arguments).bars or list(BARS)
+    if unknown := [each for each in wanted if each not in BARS]:
+        parser.error(f"no bar is called {', '.join(unknown)}; there are {', '.join(BARS)}")
+    if platform.machine() != "aarch64":
+        lab = ["lab", "exec", "--with", "qemu", "--with", OWN, "--", "python3", "-m", "tests.bench.linux_bars", *wanted]
+        return subprocess.run([sys.executable, "-m", "pyvmm", *lab], check=False).returncode
+    missed = 0
+    for name in wanted:
+        for what, found, most, least in BARS[name]():
+            bad = (most is not None and found > most) or (least is not None and found < least)
+            missed += bad
+            limit = f"at most {most}" if most is not None else f"at least {least}" if least is not None else ""
+            print(f"{what:<60} {found:>8.3f}   {limit:<14} {'MISSED' if bad else 'met' if limit else ''}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -5,32 +5,47 @@ Only a checkout can go stale: an installed pyvmm has no ``native`` folder beside
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+import os
+from importlib import import_module
 
 from pyvmm.errors import PyvmmError
 
-NATIVE = Path(__file__).resolve().parent.parent / "native"
+NATIVE = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "native")
 _HINT = "python native/build.py"
 
 
-def source_hash(folder: Path) -> str:
+def sources(folder: str) -> list[str]:
+    """Return the C sources in ``folder``, by name."""
+    return sorted(entry.path for entry in os.scandir(folder) if entry.name.endswith((".c", ".h")))
+
+
+def source_hash(folder: str | os.PathLike[str]) -> str:
     """Return the hash of the C sources in ``folder``, as ``pv_source_hash()`` reports the one it was built from."""
+    import hashlib
+
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.[ch]")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sources(os.fspath(folder)):
+        with open(path, "rb") as file:
+            digest.update(os.path.basename(path).encode() + b"\0" + file.read() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def require_fresh_native() -> None:
     """Raise PyvmmError unless the native loop can be imported and, in a checkout, was built from the sources there."""
     try:
-        from pyvmm._native import ffi, lib
+        native = import_module("pyvmm._native")
     except ImportError as error:
         raise PyvmmError(f"the native loop cannot be imported: {error}", hint=_HINT) from error
-    if not (NATIVE / "cdef.h").exists():
+    folder = os.fspath(NATIVE)
+    if not os.path.exists(os.path.join(folder, "cdef.h")) or _all_older(folder, str(native.__file__)):
         return
-    built, wanted = bytes(ffi.string(lib.pv_source_hash())).decode(), source_hash(NATIVE)
+    built, wanted = bytes(native.ffi.string(native.lib.pv_source_hash())).decode(), source_hash(folder)
     if built != wanted:
         message = f"the native loop was built from other sources ({built}) than native/ has ({wanted})"
         raise PyvmmError(message, hint=_HINT)
+
+
+def _all_older(folder: str, built: str) -> bool:
+    """Whether neither ``folder`` nor a source in it has changed since the loop was ``built``: no need to read them."""
+    newest = max(os.stat(path).st_mtime_ns for path in [folder, *sources(folder)])
+    return newest < os.stat(built).st_mtime_ns

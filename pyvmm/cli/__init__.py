@@ -72,8 +72,14 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     if any(word.startswith(LAB_OPTIONS) for word in argv):
         import_module("pyvmm.cli.lab").add_lab_options(group)
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb", action=_Verbs)
-    for verb, summary in VERBS.items():
+    # What the verb's own usage begins with: argparse would lay out a page to find that.
+    verbs = parser.add_subparsers(
+        title="verbs", metavar="VERB", required=True, dest="verb", action=_Verbs, prog=parser.prog
+    )
+    # Verbs that are not meant are there for help and for errors alone.
+    first = next((word for word in argv if not word.startswith("-")), "")
+    known = {first: VERBS[first]} if first in VERBS else VERBS
+    for verb, summary in known.items():
         if verb in argv:
             import_module(f"pyvmm.cli.{verb}").add_parser(verbs)
         else:

@@ -60,7 +60,8 @@ class Threads:
         what it raises says so.
         """
         self.pause_alone()
-        with contextlib.ExitStack() as half, self._pausing:
+        # The lock is let go of last: nobody else may find devices at rest that are about to go on.
+        with self._pausing, contextlib.ExitStack() as half:
             half.callback(self._resume_alone)
             if not self._pauses:
                 for device in self._devices():

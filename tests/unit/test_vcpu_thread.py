@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError
+from pyvmm.machine.threads import Threads
 from pyvmm.vcpu.thread import VcpuThread
 
 
@@ -137,3 +139,35 @@ def test_a_vcpu_in_a_handler_is_outside_the_guest_though_not_paused() -> None:
     assert not vcpu.thread.wait_paused(0.05)
     leave.set()
     assert vcpu.thread.join(5)
+
+
+class Part:
+    """A device that notes what it is told; ``stuck`` makes it refuse to rest."""
+
+    def __init__(self, told: list[str], name: str, *, stuck: bool = False) -> None:
+        self.told, self.name, self.stuck = told, name, stuck
+
+    def pause(self) -> None:
+        if self.stuck:
+            raise PyvmmError("it does not rest")
+        self.told.append(f"{self.name} rests")
+
+    def resume(self) -> None:
+        self.told.append(f"{self.name} goes on")
+
+
+def test_one_device_that_does_not_rest_leaves_the_others_and_the_vcpus_going() -> None:
+    told: list[str] = []
+    parts: list[Any] = [Part(told, "a"), Part(told, "b", stuck=True)]
+    threads = Threads(lambda: parts)
+    vcpu = Vcpu(lambda _: True)
+    threads.add(vcpu.thread)
+    threads.start()
+    with pytest.raises(PyvmmError, match="does not rest"):
+        threads.pause()
+    assert told == ["a rests", "a goes on"]
+    assert not threads.paused
+    assert not vcpu.thread.wanted
+    with pytest.raises(PyvmmError, match="nothing to resume"):
+        threads.resume()
+    threads.stop()

@@ -119,6 +119,21 @@ def test_a_device_that_does_not_let_go_is_told_in_bounded_time(toy: Board, monke
         toy.store(Register.STATUS, 0)
 
 
+def test_a_device_that_does_not_come_to_rest_goes_on_when_it_can(toy: Board) -> None:
+    device = toy.device
+    assert isinstance(device, Toy)
+    [driver, _] = toy.drive()
+    device.hold.clear()
+    ask(toy, driver, b"slow")
+    assert device.busy.wait(20)
+    with pytest.raises(Stuck, match="toy has not finished"):
+        device.worker.pause(patience=0.05)
+    device.hold.set()
+    assert answer(toy, driver) == b"SLOW"
+    ask(toy, driver, b"next")
+    assert answer(toy, driver) == b"NEXT"
+
+
 def test_a_paused_device_stands_still_and_sees_what_came_when_it_resumes(toy: Board) -> None:
     [driver, _] = toy.drive()
     toy.transport.pause()

@@ -10,6 +10,7 @@ and a reset does not wait for its end).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -169,9 +170,12 @@ class Blk(VirtioDevice):
         self.writeback = True
 
     def pause(self) -> None:
-        """Stand still between two requests."""
-        for server in self._servers:
-            server.worker.pause()
+        """Stand still between two requests, all of it or nothing."""
+        with contextlib.ExitStack() as half:
+            for server in self._servers:
+                server.worker.pause()
+                half.callback(server.worker.resume)
+            half.pop_all()
 
     def resume(self) -> None:
         """Go on."""

@@ -96,11 +96,15 @@ class Worker:
         self._thread.start()
 
     def pause(self, patience: float = PATIENCE) -> None:
-        """Return when the thread stands still, having finished what was at hand. Raises Stuck after ``patience`` s."""
+        """Return when the thread stands still, having finished what was at hand.
+
+        Raises Stuck after ``patience`` seconds: then it goes on when that has ended, as if it had not been asked.
+        """
         with self._changed:
             self._halted = True
             self._halt()
             if not self._changed.wait_for(lambda: self._resting, patience):
+                self.resume()
                 raise Stuck(f"{self.name} has not finished its request within {patience:g} s")
 
     def resume(self) -> None:

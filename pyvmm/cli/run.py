@@ -165,10 +165,6 @@ def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Run the guest; returns the exit status."""
-    if args.reboot:
-        for option in ("restore", "gdb", "map", "trace"):
-            if getattr(args, option) is not None:
-                raise UsageError(f"--reboot with --{option}: that is about one VM, and a reset makes another")
     kernel = ready(args)
     tracing = traced(args)
     if args.map is None and tracing is None:
@@ -179,12 +175,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def traced(args: argparse.Namespace) -> Tracing | None:
-    """Return what is to be traced. Raises UsageError where something is, but no file is named."""
+    """Return what is to be traced, if anything is."""
     if args.trace is None:
-        for option in ("faults", "el2"):
-            if getattr(args, f"trace_{option}"):
-                raise UsageError(f"--trace-{option} says what goes into a trace, but no file for it is named",
-                                 hint="--trace FILE")  # fmt: skip
         return None
     from pyvmm.cli.trace import Tracing
 
@@ -193,14 +185,28 @@ def traced(args: argparse.Namespace) -> Tracing | None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise UsageError for options that make no sense together, whatever the host and the kernel's file are."""
+    _refuse_contradictions(args)
     _config(args, _kernel(args)).check()
+
+
+def _refuse_contradictions(args: argparse.Namespace) -> None:
+    """Raise UsageError for options about this side of a run that make no sense together."""
+    if getattr(args, "reboot", False):
+        for option in ("restore", "gdb", "map", "trace"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--reboot with --{option}: that is about one VM, and a reset makes another")
+    if args.restore is not None and args.dump_dtb is not None:
+        raise UsageError("--dump-dtb with --restore: the device tree was made long ago, and is not in the snapshot")
+    for option in ("faults", "el2"):
+        if args.trace is None and getattr(args, f"trace_{option}"):
+            raise UsageError(f"--trace-{option} says what goes into a trace, but no file for it is named",
+                             hint="--trace FILE")  # fmt: skip
 
 
 def ready(args: argparse.Namespace) -> str:
     """Return the kernel to run. Raises UsageError where it is not one, HostError where no guest can run."""
+    _refuse_contradictions(args)
     kernel = _kernel(args)
-    if args.restore is not None and args.dump_dtb is not None:
-        raise UsageError("--dump-dtb with --restore: the device tree was made long ago, and is not in the snapshot")
     if os.uname().machine != "aarch64":
         raise HostError(
             f"this host is {os.uname().machine}, and pyvmm's guests are arm64: KVM runs guests of its own architecture",
@@ -216,6 +222,7 @@ def dry_run(args: argparse.Namespace) -> int:
     """Print the plan of the machine, for any verb that would run it; returns 0."""
     if args.restore is not None:
         raise UsageError("--dry-run with --restore: what is planned is a machine from its start")
+    _refuse_contradictions(args)
     kernel = _kernel(args)
     from pyvmm._native_source import require_fresh_native
 

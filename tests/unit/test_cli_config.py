@@ -84,6 +84,8 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
         ("mem = [", "no TOML"),
         ("protection = 'none'\n\nconversion = 'zero'\n", r"conversion \(line 3\): .*policy zero with protection none"),
         ("cpus = 1000\n", r"cpus \(line 1\): 1000 vCPUs"),
+        ("reboot = true\n\ngdb = 'x'\n", r"reboot \(line 1\) and gdb \(line 3\): --reboot with --gdb"),
+        ("trace-el2 = true\n", r"trace-el2 \(line 1\): .* no file for it is named"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_key_and_its_line(tmp_path: Path, text: str, words: str) -> None:

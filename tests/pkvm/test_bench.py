@@ -14,6 +14,7 @@ import pytest
 
 from pyvmm.atlas import raw
 from pyvmm.bench import case as cases
+from pyvmm.bench import linux, transfers
 from pyvmm.bench.cases.exit import COUNT as EXITS
 from pyvmm.bench.measure import ROUNDS
 from pyvmm.bench.model import Series
@@ -22,6 +23,7 @@ from pyvmm.guest.puppet import Access
 from pyvmm.machine.layout import RAM_BASE
 from pyvmm.memory.address import Gpa
 from tests.pkvm.harness import ALL, puppet
+from tests.pkvm.shown import kernel_directory
 
 pytestmark = pytest.mark.pkvm
 PAGES = 16
@@ -165,3 +167,25 @@ def test_a_prefaulted_machine_has_pages_that_nobody_touched(protection, prefault
         assert raw.present(machine.memory.hva(page)) is prefault
         guest.write64(page, 1)
         assert guest.read64(page) == 1
+
+
+# -- Linux guests
+
+
+def test_of_a_boot_every_phase_is_timed_in_its_order():
+    kernel_directory("own:")
+    with linux.files("own:") as guest:
+        boot = linux.boot(linux.pyvmm(guest, "pkvm", 1), 600)
+    assert boot.executed < boot.entered < boot.init < boot.ended
+
+
+@pytest.mark.parametrize("operation", ["blk read", "net round trip"])
+def test_a_linux_guest_times_what_its_devices_do(operation):
+    kernel_directory("own:")
+    wanted = transfers.OPERATIONS[operation]
+    with transfers.host() as here:
+        if wanted.device == "net":
+            here.serve()
+        took = transfers.passes(transfers.pyvmm(here, wanted, "pkvm", 2), wanted, 600)
+    assert len(took) == 2
+    assert min(took) > 0

@@ -28,6 +28,8 @@ class Requests:
         self._machine = machine
         self._options = options
         self._holding = False
+        self.stopped = False
+        """Whether the run was told to stop."""
 
     @property
     def verbs(self) -> dict[str, Callable[..., object]]:
@@ -89,6 +91,10 @@ class Requests:
         if not self._holding:
             self._refuse_unless_started("be paused")
             self._machine.pause()
+            if self._machine.ended_ns:
+                # It ended of its own accord meanwhile, and is not to wait for a resume with what it still has to do.
+                self._machine.resume()
+                self._refuse_unless_started("be paused")
             self._holding = True
         return {"state": self.state}
 
@@ -101,6 +107,7 @@ class Requests:
 
     def stop(self) -> dict[str, Any]:
         """End the run."""
+        self.stopped = True
         self._machine.stop("pyvmm ctl stop")
         return {"state": self.state}
 

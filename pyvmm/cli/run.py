@@ -272,34 +272,33 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
             snapshot = stack.enter_context(Snapshot(args.restore))
         intercept = debugger.intercept if debugger else None
         while True:
-            life = stack.enter_context(contextlib.ExitStack())
-            machine = life.enter_context(Machine(config, intercept=intercept, restore=snapshot))
-            if args.dump_dtb is not None:
-                _write(args.dump_dtb, machine.entry.device_tree)
-            if watch is not None:
-                watch.begin(machine)
-            signals.stop = machine.stop
-            if signals.received is not None:  # between two VMs
-                machine.stop("interrupted")
-            if debugger is not None:
-                life.enter_context(debugger.serving(machine))
-            requests = Requests(machine, lambda: _machine_options(args))
-            with Control(requests.verbs, args.socket), following_size(machine, ends[1][0]):
-                outcome = machine.run()
-            if not reboot or outcome.ending is not Ending.RESET or signals.received is not None:
-                break
+            with Machine(config, intercept=intercept, restore=snapshot) as machine, contextlib.ExitStack() as life:
+                if args.dump_dtb is not None:
+                    _write(args.dump_dtb, machine.entry.device_tree)
+                if watch is not None:
+                    watch.begin(machine)
+                signals.stop = machine.stop
+                if signals.asked is not None:  # before there was this machine
+                    machine.stop(signals.asked)
+                if debugger is not None:
+                    life.enter_context(debugger.serving(machine))
+                requests = Requests(machine, lambda: _machine_options(args))
+                with Control(requests.verbs, args.socket), following_size(machine, ends[1][0]):
+                    outcome = machine.run()
+                # A wish for the end that came too late to be this VM's is for the next one.
+                wanted = signals.asked is not None or requests.stopped
+                if not reboot or outcome.ending is not Ending.RESET or wanted:
+                    if debugger is not None:
+                        debugger.ended(outcome)
+                    try:
+                        if watch is not None:
+                            watch.end(outcome)
+                    finally:
+                        say = report_json if args.log_json else report
+                        say(outcome, machine.counters, table=args.stats)
+                    return outcome.status if signals.received is None else 128 + signals.received
             # A protected VM's memory cannot be loaded again: a reset makes another VM, for every protection alike.
             config = _rest_of(config, machine.elapsed_ns)
-            life.close()
-        if debugger is not None:
-            debugger.ended(outcome)
-        say = report_json if args.log_json else report
-        try:
-            if watch is not None:
-                watch.end(outcome)
-        finally:
-            say(outcome, machine.counters, table=args.stats)
-        return outcome.status if signals.received is None else 128 + signals.received
 
 
 def _machine_options(args: argparse.Namespace) -> str:

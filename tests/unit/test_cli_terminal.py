@@ -142,6 +142,24 @@ def test_a_second_signal_does_not_wait():
     assert caught.value.signal == signal.SIGTERM
 
 
+def test_what_unwinds_after_a_second_signal_is_not_cut_short_by_a_third():
+    with Signals() as signals:
+        signals.stop = lambda _reason: None
+        send(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            send(signal.SIGINT)
+        send(signal.SIGINT)
+    assert signals.received == signal.SIGTERM
+
+
+def test_quitting_before_there_is_a_machine_is_not_forgotten():
+    with Signals() as signals:
+        assert signals.asked is None
+        signals.end("Ctrl-A x")
+        signals.end("again")
+    assert (signals.asked, signals.received) == ("Ctrl-A x", None)
+
+
 def test_a_signal_with_nothing_to_stop_unwinds():
     with Signals(), pytest.raises(Interrupted) as caught:
         send(signal.SIGTERM)

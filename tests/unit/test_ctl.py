@@ -156,6 +156,24 @@ def test_a_run_that_has_not_begun_cannot_be_paused(stub: Any) -> None:
         Requests(stub).pause()
 
 
+def test_a_run_that_ends_while_it_is_paused_is_not_held(stub: Any) -> None:
+    def pause() -> None:
+        Stub.pause(stub)
+        stub.ended_ns = 2
+
+    stub.pause = pause
+    with pytest.raises(PyvmmError, match="is ended cannot be paused"):
+        Requests(stub).pause()
+    assert stub.told == ["pause", "resume"]
+
+
+def test_a_run_that_was_told_to_stop_says_so(stub: Any) -> None:
+    requests = Requests(stub)
+    assert not requests.stopped
+    requests.stop()
+    assert requests.stopped
+
+
 def test_a_kick_types_a_line_or_nothing_of_it(stub: Any) -> None:
     requests = Requests(stub)
     assert requests.kick() == {"typed": 1}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.mmio import VirtioMmio
 from pyvmm.devices.virtio.registers import SIZE
 from pyvmm.errors import UsageError
@@ -132,10 +131,7 @@ def attach(
             count = kinds[device.name] = kinds.get(device.name, -1) + 1
             device.name_it(f"{device.name}{count}")
             line = interrupts.edge(layout.VIRTIO_SPI + number)
-            transport = VirtioMmio(device, context.native, line, private=context.private)
-            if context.pool:
-                transport.offered |= Feature.ACCESS_PLATFORM  # without it drivers hand devices any address
-                transport.offered &= ~device.unpooled
+            transport = VirtioMmio(device, context.native, line, private=context.private, pooled=bool(context.pool))
         except BaseException:
             device.close()
             raise

@@ -78,10 +78,9 @@ def test_a_device_that_cannot_be_placed_is_closed(machine: Any) -> None:
 
 
 @pytest.mark.parametrize("pool", [0, 1 << 20])
-def test_drivers_are_asked_to_go_by_way_of_a_pool_where_there_is_one(
-    machine: Any, pool: int, monkeypatch: pytest.MonkeyPatch
+def test_drivers_are_asked_to_go_by_way_of_a_pool_where_there_is_one_with_rings_that_wait_for_it(
+    machine: Any, pool: int
 ) -> None:
-    monkeypatch.setattr(Toy, "unpooled", Feature.RING_PACKED)
     [transport] = machine(1, pool=pool)
     assert bool(transport.offered & Feature.ACCESS_PLATFORM) == bool(pool)
     assert bool(transport.offered & Feature.RING_PACKED) == (not pool)

@@ -18,7 +18,7 @@ from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
-from pyvmm.devices.virtio.device import Feature, VirtioDevice
+from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import Worker
@@ -92,9 +92,6 @@ class Blk(VirtioDevice):
 
     device_id = 2
     name = "blk"
-    # When the pool is full, Linux makes the request again with a split ring, and fails it with a packed one: it takes
-    # -ENOMEM for a wait and the -EIO of virtqueue_add_packed() for the disk's fault (drivers/block/virtio_blk.c).
-    unpooled = Feature.RING_PACKED
 
     def __init__(
         self, disk: DiskFile, *, queues: int = 1, serial: str = "", isolates: bool = False, pool: int = 0

@@ -84,8 +84,6 @@ class VirtioDevice:
     name: ClassVar[str]
     queue_sizes: tuple[int, ...] = (256,)
     features: int = 0
-    unpooled: ClassVar[int] = 0
-    """Features, the transport's among them, that are not offered to a guest that copies through a DMA pool."""
 
     def __init__(self) -> None:
         self.transport: Transport | None = None

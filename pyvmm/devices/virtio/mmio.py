@@ -56,21 +56,26 @@ class VirtioMmio(Device):
     """A transport; ``device`` is its to close. ``native_vm`` is a ``struct pv_vm *``, ``line`` its interrupt.
 
     ``private`` says whether the guest's memory is closed to the host: then ACCESS_PLATFORM is offered, and insisted on,
-    because a driver without it puts its rings where the host cannot look.
+    because a driver without it puts its rings where the host cannot look. ``pooled`` says whether the guest has a DMA
+    pool: drivers without ACCESS_PLATFORM would not use it, and those of packed rings fail where it is full. Linux's
+    drivers wait and try again after -ENOMEM, which is what virtqueue_add_split() says then; virtqueue_add_packed() says
+    -EIO, which is the disk's fault to virtio_blk.c, and to virtio_net.c no reason to look for receive buffers again.
     """
 
     name = "virtio_mmio"
     compatible = "virtio,mmio"
 
-    def __init__(self, device: VirtioDevice, native_vm: Any, line: EdgeLine | None = None, *, private: bool) -> None:
+    def __init__(
+        self, device: VirtioDevice, native_vm: Any, line: EdgeLine | None = None, *, private: bool, pooled: bool = False
+    ) -> None:
         super().__init__(size=SIZE)
         self.device = device
         self.private = private
-        self.offered = int(device.features) | (
-            Feature.VERSION_1 | Feature.RING_PACKED | Feature.INDIRECT_DESC | Feature.EVENT_IDX
-        )
-        if private:
+        self.offered = int(device.features) | Feature.VERSION_1 | Feature.INDIRECT_DESC | Feature.EVENT_IDX
+        if private or pooled:
             self.offered |= Feature.ACCESS_PLATFORM
+        if not pooled:
+            self.offered |= Feature.RING_PACKED
         self.interrupt = ffi.new("struct pv_interrupt *", {"fd": -1 if line is None else line.fd})
         self.queues: list[Queue] = []
         self._lock = threading.Lock()

@@ -83,12 +83,23 @@ def following_size(machine: Machine, out: int | None) -> Iterator[None]:
         if size is not None:
             machine.resize_console(*size)
 
-    def changed(_number: int, _frame: object) -> None:
-        # A thread of its own: a handler runs between any two lines of the main thread, whose locks it must not take.
-        threading.Thread(target=tell, name="pyvmm-resize", daemon=True).start()
+    changed = os.eventfd(0, os.EFD_CLOEXEC)
+    over = threading.Event()
 
-    old = signal.signal(signal.SIGWINCH, changed)
+    def follow() -> None:
+        while os.eventfd_read(changed) and not over.is_set():
+            tell()
+
+    # A thread of its own: a handler runs between any two lines of the main thread, whose locks it must not take.
+    thread = threading.Thread(target=follow, name="pyvmm-resize", daemon=True)
+    thread.start()
+    old = signal.signal(signal.SIGWINCH, lambda _number, _frame: os.eventfd_write(changed, 1))
     try:
         yield
     finally:
         signal.signal(signal.SIGWINCH, old)
+        # Not later than this: the machine's descriptors may be another's once it is closed.
+        over.set()
+        os.eventfd_write(changed, 1)
+        thread.join()
+        os.close(changed)

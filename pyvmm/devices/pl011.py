@@ -81,6 +81,8 @@ class Pl011(Device):
         self._hurry = threading.Event()
         self._closing = threading.Event()
         self._feeding = threading.Lock()
+        # Of who aborts and who closes: a descriptor that is closed may be another's at once.
+        self._ends = threading.Lock()
         self._give_up_at: float | None = None
         self._broken: OSError | None = None
         self._threads: list[threading.Thread] = []
@@ -223,9 +225,10 @@ class Pl011(Device):
 
     def abort(self) -> None:
         """Stop waiting for whoever reads the console: what it does not take within ``PATIENCE`` seconds is lost."""
-        if self._wake >= 0 and self._give_up_at is None:
-            self._give_up_at = time.monotonic() + PATIENCE
-            os.write(self._stop_write, b"x")
+        with self._ends:
+            if self._wake >= 0 and self._give_up_at is None:
+                self._give_up_at = time.monotonic() + PATIENCE
+                os.write(self._stop_write, b"x")
 
     def close(self) -> None:
         """Write out the rest, waiting for the reader unless aborted, and end the threads."""
@@ -238,9 +241,10 @@ class Pl011(Device):
         self.drain()
         os.write(self._stop_write, b"x")
         self._join("pyvmm-console-in")
-        for fd in (self._wake, self._stop_read, self._stop_write):
-            os.close(fd)
-        self._wake = -1
+        with self._ends:
+            for fd in (self._wake, self._stop_read, self._stop_write):
+                os.close(fd)
+            self._wake = -1
 
     def _join(self, name: str) -> None:
         for thread in self._threads:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -92,3 +97,19 @@ def test_files_are_opened_and_closed_and_one_that_cannot_be_is_named(tmp_path: P
         os.fstat(out)
     with contextlib.ExitStack() as stack, pytest.raises(UsageError, match="cannot be written"):
         consoles.open_place(f"file={tmp_path}", stack, 1)
+
+
+def test_a_new_size_of_the_terminal_is_told_until_the_run_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    machine: Any = SimpleNamespace(resize_console=lambda *size: told.append(size))
+    monkeypatch.setattr(consoles, "terminal_size", lambda _out: (120, 40))
+    threads = threading.active_count()
+    with consoles.following_size(machine, 1):
+        os.kill(os.getpid(), signal.SIGWINCH)
+        end = time.monotonic() + 20
+        while not told and time.monotonic() < end:
+            time.sleep(0.001)
+    assert told == [(120, 40)]
+    assert threading.active_count() == threads
+    os.kill(os.getpid(), signal.SIGWINCH)
+    assert told == [(120, 40)]

@@ -131,6 +131,25 @@ def test_a_guest_that_waits_for_a_reader_can_be_told_to_leave() -> None:
     os.close(writer)
 
 
+def test_an_abort_during_the_close_touches_nothing_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Pl011()
+    aborting = threading.Thread(target=console.abort)
+    close, closed, errors = os.close, [], []  # type: ignore[var-annotated]
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+
+    def closing(fd: int) -> None:
+        close(fd)
+        closed.append(fd)
+        if len(closed) == 3:
+            aborting.start()
+            aborting.join(0.2)
+
+    monkeypatch.setattr(os, "close", closing)
+    console.close()
+    aborting.join(5)
+    assert (len(closed), errors) == (3, [])
+
+
 def test_output_that_cannot_be_written_is_said() -> None:
     told: list[OSError] = []
     with open("/dev/full", "wb") as full:

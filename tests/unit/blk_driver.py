@@ -86,6 +86,7 @@ class Driver:
         self.write(RINGS, bytes(DATA - RINGS))
         self.queue.reset()
         self.queue.setup(self.size, 0, RINGS, RINGS + DRIVER_OFFSET, RINGS + DEVICE_OFFSET)
+        assert self.device.negotiate(self._features) is None
         self.device.start([self.queue], self._features)
 
     def write(self, gpa: int, data: bytes) -> None:

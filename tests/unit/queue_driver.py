@@ -133,6 +133,7 @@ class Driver:
         self.device.stop()
         for index in self._wanted:
             self.rings[index].setup()
+        assert self.device.negotiate(self.device.features) is None
         self.device.start(self.queues, self.device.features)
 
     def write(self, gpa: int, data: bytes) -> None:

@@ -17,15 +17,19 @@ from hypothesis import strategies as st
 
 from pyvmm._native import lib
 from pyvmm.devices.virtio.blk import _CONFIG, IOERR, OK, UNSUPP, Blk, BlkFeature, Request
+from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
+from pyvmm.devices.virtio.registers import CONFIG, Register
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
 from tests.unit.blk_driver import BASE, DATA, PAGE, RINGS, SIZE, Driver, Segment
+from tests.virtio_board import RUNNING, Board
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.devices.virtio.device import Complaints
+    from tests.virtqueue_rig import Guest
 
 SECTORS = 64
 CONTENTS = b"".join(bytes([n]) * SECTOR for n in range(1, SECTORS + 1))
@@ -431,3 +435,33 @@ def test_driver_without_flush_or_without_cache_writes_through(path: Path) -> Non
         assert through(device)
         assert device.config()[32] == 0
         assert driver.request(Request.OUT, 0, bytes(SECTOR))[0] == OK
+
+
+WRITEBACK = CONFIG + 32
+
+
+def test_drivers_choice_to_cache_no_writes_counts_before_the_start_and_is_restored(path: Path, guest: Guest) -> None:
+    board = Board(guest, blk(path))
+    assert board.negotiate(Feature.VERSION_1 | BlkFeature.CONFIG_WCE | BlkFeature.FLUSH)
+    assert board.load(WRITEBACK, 1) == 1
+    board.store(WRITEBACK, 0, 1)
+    board.store(Register.STATUS, RUNNING)
+    assert board.load(WRITEBACK, 1) == 0
+    board.transport.pause()
+    saved = board.transport.save()
+    board.close()
+    other = Board(guest, blk(path))
+    other.transport.load(saved)
+    assert other.load(WRITEBACK, 1) == 0
+    other.close()
+
+
+def test_writes_are_not_cached_for_a_driver_that_cannot_flush_and_the_next_driver_starts_anew(
+    path: Path, guest: Guest
+) -> None:
+    board = Board(guest, blk(path))
+    assert board.negotiate(Feature.VERSION_1 | BlkFeature.CONFIG_WCE)
+    assert board.load(WRITEBACK, 1) == 0
+    assert board.negotiate(Feature.VERSION_1 | BlkFeature.CONFIG_WCE | BlkFeature.FLUSH)
+    assert board.load(WRITEBACK, 1) == 1
+    board.close()

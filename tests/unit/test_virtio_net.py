@@ -88,10 +88,10 @@ def test_configuration_says_address_link_queues_and_mtu() -> None:
 def test_features_are_refused_without_those_they_stand_on() -> None:
     device, peer = pair()
     with peer, Driver(device):
-        assert "CSUM" in (device.refuse(NetFeature.HOST_TSO4) or "")
-        assert "GUEST_CSUM" in (device.refuse(NetFeature.CSUM | NetFeature.GUEST_TSO6) or "")
-        assert device.refuse(NetFeature.CSUM | NetFeature.HOST_TSO6 | NetFeature.HOST_ECN) is None
-        assert device.refuse(0) is None
+        assert "CSUM" in (device.negotiate(NetFeature.HOST_TSO4) or "")
+        assert "GUEST_CSUM" in (device.negotiate(NetFeature.CSUM | NetFeature.GUEST_TSO6) or "")
+        assert device.negotiate(NetFeature.CSUM | NetFeature.HOST_TSO6 | NetFeature.HOST_ECN) is None
+        assert device.negotiate(0) is None
 
 
 @pytest.mark.parametrize("text", ["", "02:00:00:00:00", "02:00:00:00:00:0g", "01:00:5e:00:00:01", "00:00:00:00:00:00"])

@@ -148,10 +148,14 @@ class Blk(VirtioDevice):
 
     # -- life
 
-    def start(self, queues: Sequence[Queue], features: int) -> None:
-        """Serve every queue that is there, each in a thread of its own."""
+    def negotiate(self, features: int) -> str | None:
+        """Cache writes for a driver that can have the cache flushed, and no other (5.2.5.2)."""
         self._features = BlkFeature(features & self.features)
-        self.writeback = True
+        self.writeback = BlkFeature.FLUSH in self._features
+        return None
+
+    def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002 - negotiated
+        """Serve every queue that is there, each in a thread of its own."""
         self._servers = [_Server(self, queue) for queue in queues if queue.ready]
         for server in self._servers:
             server.worker.start([server.queue])

@@ -108,8 +108,11 @@ class VirtioDevice:
     def write_config(self, offset: int, data: bytes) -> None:
         """Take a write of 1, 2, 4 or 8 bytes, all of it within the configuration space."""
 
-    def refuse(self, features: int) -> str | None:  # noqa: ARG002 - most take what was offered
-        """Say why the driver may not have just these of the features offered; None where it may."""
+    def negotiate(self, features: int) -> str | None:  # noqa: ARG002 - most take what was offered
+        """Take the driver's choice of what was offered, or say why it cannot have just these; before the start.
+
+        It may write the configuration space from then on (3.1.1).
+        """
         return None
 
     def start(self, queues: Sequence[Queue], features: int) -> None:

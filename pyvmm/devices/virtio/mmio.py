@@ -263,7 +263,7 @@ class VirtioMmio(Device):
             return "the driver is older than virtio 1.0 (no VERSION_1)"
         if self.private and not self._features & Feature.ACCESS_PLATFORM:
             return "the guest's memory is private, and the driver would not share its rings (no ACCESS_PLATFORM)"
-        return self.device.refuse(self._features)
+        return self.device.negotiate(self._features)
 
     def _start(self) -> None:
         log.info("device_started", device=self.device.label, features=hex_(self._features))

@@ -100,7 +100,7 @@ class Net(VirtioDevice):
         """Return address, link, the number of queue pairs and the MTU."""
         return struct.pack("<6sHHH", self.mac, LINK_UP if self.link_up else 0, 1, self.backend.mtu)
 
-    def refuse(self, features: int) -> str | None:
+    def negotiate(self, features: int) -> str | None:
         """Refuse a feature without the one it stands on."""
         for feature, one_of in _NEEDS.items():
             if features & feature and not features & one_of:

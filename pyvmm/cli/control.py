@@ -32,6 +32,8 @@ SETTLED: Final = 0.25
 """Seconds after which a run is worth a socket."""
 PATIENCE: Final = 2.0
 """Seconds that one side waits for the other to read or to write."""
+BREATH: Final = 0.1
+"""Seconds until a client that could not be let in is tried again."""
 MOST_CLIENTS: Final = 16
 MOST_LINE: Final = 1 << 16
 _SUFFIX: Final = ".sock"
@@ -110,7 +112,13 @@ class Control:
             for listener in listeners:
                 if listener.fileno() not in ready:
                     continue
-                client = _Client(listener.accept()[0])
+                try:
+                    client = _Client(listener.accept()[0])
+                except OSError as error:
+                    # No descriptors left: who has connected waits, and that would be told again at once.
+                    log.info("control_client_waits", reason=str(error))
+                    time.sleep(BREATH)
+                    continue
                 if len(clients) >= MOST_CLIENTS:
                     client.close()
                     continue
@@ -123,7 +131,7 @@ class Control:
 
         try:
             request = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {"error": "that is no JSON"}
         what = request.pop("do", None) if isinstance(request, dict) else None
         if not isinstance(what, str) or what not in self._requests:

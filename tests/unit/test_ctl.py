@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +68,7 @@ def stub() -> Iterator[Stub]:
     made.console.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(stub: Any, path: Path) -> Iterator[None]:
     with Control(Requests(stub).verbs, str(path)):
         yield
@@ -141,6 +143,39 @@ def test_what_a_request_raises_is_its_answer_and_takes_nothing_down(runtime: Pat
         with pytest.raises(PyvmmError, match="cannot be asked like this: missing a required"):
             connection.ask("double", much=1)
         assert connection.ask("double", number=4) == 8
+
+
+def test_a_request_that_nobody_can_read_takes_nothing_down(runtime: Path) -> None:
+    path = str(runtime / "vm.sock")
+    with Control({"counters": lambda: 1}, path), socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        client.settimeout(20)
+        for line in (b"[" * 60_000, b"\xff", b"", b"1"):
+            client.sendall(line + b"\n")
+            assert b'"error"' in client.recv(4096)
+        client.sendall(b'{"do": "counters"}\n')
+        assert json.loads(client.recv(4096)) == {"counters": 1}
+
+
+def test_who_comes_when_there_are_no_descriptors_left_is_let_in_later(runtime: Path) -> None:
+    path = str(runtime / "vm.sock")
+    with Control({"counters": lambda: 1}, path), socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+        taken = []
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            client.connect(path)
+            time.sleep(3 * control.BREATH)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in taken:
+                os.close(fd)
+        client.sendall(b'{"do": "counters"}\n')
+        assert json.loads(client.recv(4096)) == {"counters": 1}
 
 
 def test_a_pause_asked_for_twice_is_one_and_so_is_a_resume(stub: Any) -> None:

@@ -327,8 +327,9 @@ def test_file_cut_short_fails_what_is_lost_and_is_not_made_long_again(path: Path
         assert driver.request(Request.IN, 31, room=SECTOR)[0] == OK
         assert driver.request(Request.IN, 31, room=2 * SECTOR)[::2] == (IOERR, SECTOR)
         assert driver.request(Request.OUT, 40, bytes(SECTOR))[0] == IOERR
+        assert driver.request(Request.WRITE_ZEROES, 0, segments((40, 1, 0)))[0] == IOERR
         assert path.stat().st_size == 32 * SECTOR
-    assert [(one["event"], one["errno"]) for one in heard] == [("disk_failed", "ENODATA")] * 2
+    assert [(one["event"], one["errno"]) for one in heard] == [("disk_failed", "ENODATA")] * 3
     assert f"shorter than its {SECTORS * SECTOR} bytes" in str(heard[0]["reason"])
 
 
@@ -420,6 +421,15 @@ def test_request_through_a_pool_takes_no_more_than_its_share(path: Path, mib: in
     assert 0 < size * count <= mib << 18
     assert 16 <= count <= lib.PV_BLK_SEGMENTS - 2
     device.close()
+
+
+def test_zeroes_are_on_the_medium_where_no_flush_follows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    for more, expected in (({}, 0), ({"features": int(BlkFeature.WRITE_ZEROES)}, 1)):
+        with Driver(blk(path), **more) as driver:
+            assert driver.request(Request.WRITE_ZEROES, 0, segments((0, 1, 0)))[0] == OK
+            assert synced == [driver.device.disk.fd] * expected
 
 
 def test_driver_without_flush_or_without_cache_writes_through(path: Path) -> None:

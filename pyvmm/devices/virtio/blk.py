@@ -242,6 +242,8 @@ class Blk(VirtioDevice):
                 self.disk.write_zeroes(first * SECTOR, count * SECTOR, unmap=bool(flags & _UNMAP))
             else:
                 self.disk.discard(first * SECTOR, count * SECTOR)
+        if zero and self.flags & lib.PV_BLK_THROUGH:
+            os.fdatasync(self.disk.fd)
         return OK
 
     def medium_failed(self, what: str, code: int) -> None:

@@ -88,7 +88,12 @@ class DiskFile:
             raise OSError(code, os.strerror(code))
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
-        """Make the bytes read as zeros, with ``unmap`` giving up what they take. OSError where that fails."""
+        """Make the bytes read as zeros, with ``unmap`` giving up what they take. OSError where that fails.
+
+        ENODATA where the file has become shorter: zeros behind its end would make it long again.
+        """
+        if self.regular and os.fstat(self.fd).st_size < self.size:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         # On a block device these are the kernel's own zeroing of it (blkdev_fallocate, block/fops.c).
         ways = [FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE]
         if unmap:

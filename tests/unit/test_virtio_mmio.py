@@ -149,6 +149,17 @@ def test_a_guest_that_errs_for_ever_fills_no_log(toy: Board, events: Any) -> Non
     assert 1 <= len(events()) <= 10
 
 
+def test_a_guest_that_starts_a_device_for_ever_fills_no_log(toy: Board, capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure(1)
+    try:
+        for _ in range(20):
+            assert toy.negotiate(Feature.VERSION_1)
+            toy.store(Register.STATUS, RUNNING)
+    finally:
+        log.configure(0)
+    assert 1 <= capsys.readouterr().err.count("device_started") <= 10
+
+
 # ---- anything
 
 

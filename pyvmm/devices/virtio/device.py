@@ -61,6 +61,10 @@ class Complaints:
         """The same for what is wrong on this side."""
         self._say(log.error, event, values)
 
+    def info(self, event: str, **values: object) -> None:
+        """The same for what is nothing wrong, but the guest's to make happen as often as it likes."""
+        self._say(log.info, event, values)
+
     def _say(self, say: Callable[..., None], event: str, values: dict[str, object]) -> None:
         now = time.monotonic()
         self._left = min(self._left + (now - self._at) / self.EVERY, self.BURST)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
-from pyvmm.devices.virtio.device import Feature, VirtioDevice, log
+from pyvmm.devices.virtio.device import Complaints, Feature, VirtioDevice
 from pyvmm.devices.virtio.queue import Queue
 from pyvmm.devices.virtio.registers import (
     AREAS,
@@ -83,6 +83,7 @@ class VirtioMmio(Device):
         self._state = threading.Lock()
         self._status = Status(0)
         self._generation = 0
+        self._news = Complaints(device.label)  # apart: they must not keep the device's own from being said
         self._slots = ffi.new("struct pv_doorbell_slot[]", len(device.queue_sizes))
         self._bell = ffi.new("struct pv_doorbell *", {"count": len(device.queue_sizes), "slots": self._slots})
         with contextlib.ExitStack() as half_built:
@@ -266,7 +267,7 @@ class VirtioMmio(Device):
         return self.device.negotiate(self._features)
 
     def _start(self) -> None:
-        log.info("device_started", device=self.device.label, features=hex_(self._features))
+        self._news.info("device_started", features=hex_(self._features))
         try:
             self.device.start(self.queues, self._features)
         except (PyvmmError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -10,6 +11,8 @@ from pyvmm.errors import UsageError
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
+    from ipaddress import IPv4Interface
+
     from pyvmm.machine.config import MachineConfig
 
 DISK_QUEUES: Final = 16
@@ -80,6 +83,26 @@ class Net(Spec):
         for port in (port for pair in self.forwards for port in pair):
             if not 1 <= port <= 65535:
                 raise UsageError(f"port {port}: ports are 1 to 65535")
+        if self.tap:
+            from pyvmm.devices.virtio.tap import check_name
+
+            check_name(self.tap)
+        if self.mac:
+            from pyvmm.devices.virtio.net import parse_mac
+
+            parse_mac(self.mac)
+        self.interface()
+
+    def interface(self) -> IPv4Interface | None:
+        """Return what the host's end of a tap is to have; UsageError where that is no such address."""
+        if not self.address:
+            return None
+        from ipaddress import IPv4Interface
+
+        with contextlib.suppress(ValueError):
+            if "/" in self.address:
+                return IPv4Interface(self.address)
+        raise UsageError(f"{self.address!r} is no IPv4 address with a prefix, as 10.0.0.1/24")
 
 
 @dataclass(frozen=True)

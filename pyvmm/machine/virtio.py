@@ -100,14 +100,9 @@ def _planned_network() -> NetBackend:
 
 def _network(spec: devices.Net) -> NetBackend:
     if spec.tap:
-        from ipaddress import IPv4Interface
-
         from pyvmm.devices.virtio.tap import Tap
 
-        try:
-            return Tap(spec.tap, IPv4Interface(spec.address) if spec.address else None)
-        except ValueError:
-            raise UsageError(f"{spec.address!r} is no IPv4 address with a prefix, as 10.0.0.1/24") from None
+        return Tap(spec.tap, spec.interface())
     if spec.passt:
         from pyvmm.devices.virtio.passt import Passt
 

@@ -85,6 +85,7 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
         ("protection = 'none'\n\nconversion = 'zero'\n", r"conversion \(line 3\): .*policy zero with protection none"),
         ("cpus = 1000\n", r"cpus \(line 1\): 1000 vCPUs"),
         ("reboot = true\n\ngdb = 'x'\n", r"reboot \(line 1\) and gdb \(line 3\): --reboot with --gdb"),
+        ("[net]\ntap = 't0'\nhost = '10.0.0.1'\n", r"net \(line 1\): '10.0.0.1' is no IPv4 address"),
         ("trace-el2 = true\n", r"trace-el2 \(line 1\): .* no file for it is named"),
     ],
 )

@@ -165,6 +165,11 @@ def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> Non
         ({"socket": "s", "loopback": True}, "only a passt that is started here"),
         ({"passt": "passt", "forwards": ((0, 80),)}, "ports are 1 to 65535"),
         ({"passt": "passt", "forwards": ((80, 65536),)}, "ports are 1 to 65535"),
+        ({"tap": "t0", "address": "10.0.0.1"}, "no IPv4 address with a prefix"),
+        ({"tap": "t0", "address": "fd00::1/64"}, "no IPv4 address with a prefix"),
+        ({"tap": "sixteen-letters-"}, "cannot be the name of a tap"),
+        ({"tap": "\N{SNOWMAN}" * 6}, "cannot be the name of a tap"),
+        ({"passt": "passt", "mac": "zz"}, "no MAC address"),
     ],
 )
 def test_card_is_at_one_thing_and_asks_only_what_that_can(values: dict[str, object], complaint: str) -> None:

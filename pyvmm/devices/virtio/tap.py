@@ -42,6 +42,13 @@ _FROM_GUEST: Final = NetFeature.CSUM | NetFeature.HOST_TSO4 | NetFeature.HOST_TS
 """What a tap takes whether it is told of it or not: the header says what is left to do."""
 
 
+def check_name(name: str) -> None:
+    """Raise UsageError for a name that no tap can have."""
+    # As the kernel counts: bytes, one of them the zero at the end.
+    if not re.fullmatch(r"[^\s/:%\0]+", name) or name in (".", "..") or len(os.fsencode(name)) >= _IFNAMSIZ:
+        raise UsageError(f"{name!r} cannot be the name of a tap: 1 to 15 bytes, no space, slash, colon or percent")
+
+
 class Tap(NetBackend):
     """The tap ``name``; ``address`` is what the host's end is given, as no other program can give it in time."""
 
@@ -49,8 +56,7 @@ class Tap(NetBackend):
 
     def __init__(self, name: str, address: IPv4Interface | None = None) -> None:
         """Open or make it. UsageError for a name that is none, HostError where the host does not let us."""
-        if not re.fullmatch(r"[^\s/:%]{1,15}", name) or name in (".", ".."):
-            raise UsageError(f"{name!r} cannot be the name of a tap: 1 to 15 bytes, no space, slash, colon or percent")
+        check_name(name)
         there = _flags_of(name)
         super().__init__(name, _open())
         try:

@@ -19,7 +19,7 @@ from pyvmm._native import lib
 from pyvmm.devices.virtio.blk import _CONFIG, IOERR, OK, UNSUPP, Blk, BlkFeature, Request
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
-from pyvmm.devices.virtio.registers import CONFIG, Register
+from pyvmm.devices.virtio.registers import CONFIG, Register, Status
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
 from tests.unit.blk_driver import BASE, DATA, PAGE, RINGS, SIZE, Driver, Segment
@@ -399,6 +399,24 @@ def test_queues_are_served_side_by_side_and_stop_together(path: Path) -> None:
     with Driver(device):
         pass
     assert threading.active_count() == before
+
+
+def test_disk_that_cannot_serve_all_its_queues_serves_none_and_leaks_nothing(
+    path: Path, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def eventfd(*_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    board = Board(guest, blk(path, queues=2))
+    before, threads = os.listdir("/proc/self/fd"), threading.active_count()
+    making, left = os.eventfd, [1]
+    monkeypatch.setattr(os, "eventfd", lambda *how: making(*how) if left and left.pop() else eventfd())
+    board.drive()
+    assert Status.NEEDS_RESET in board.status
+    board.store(Register.STATUS, 0)
+    assert os.listdir("/proc/self/fd") == before
+    assert threading.active_count() == threads
+    board.close()
 
 
 def test_configuration_space_is_as_the_specification_lays_it_out(path: Path) -> None:

@@ -119,6 +119,24 @@ def test_a_device_that_does_not_let_go_is_told_in_bounded_time(toy: Board, monke
         toy.store(Register.STATUS, 0)
 
 
+def test_a_device_without_a_thread_needs_a_reset_and_works_after_it(
+    toy: Board, events: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        toy.drive()
+    assert Status.NEEDS_RESET in toy.status
+    assert "can't start new thread" in events()[0]["error"]
+    toy.transport.pause()
+    toy.transport.resume()
+    [driver, _] = toy.drive()
+    ask(toy, driver, b"better")
+    assert answer(toy, driver) == b"BETTER"
+
+
 def test_a_device_that_does_not_come_to_rest_goes_on_when_it_can(toy: Board) -> None:
     device = toy.device
     assert isinstance(device, Toy)

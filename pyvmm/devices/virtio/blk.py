@@ -156,9 +156,11 @@ class Blk(VirtioDevice):
 
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002 - negotiated
         """Serve every queue that is there, each in a thread of its own."""
-        self._servers = [_Server(self, queue) for queue in queues if queue.ready]
-        for server in self._servers:
-            server.worker.start([server.queue])
+        for queue in queues:
+            if queue.ready:
+                server = _Server(self, queue)
+                self._servers.append(server)  # stop() ends those that there are where the next one cannot be had
+                server.worker.start([queue])
 
     def stop(self) -> None:
         """Leave what is under way, and end the threads."""

@@ -16,7 +16,7 @@ import select
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,12 +47,13 @@ class Worker:
         self._halted = self._ending = False
         self._resting = True
         self._thread: threading.Thread | None = None
-        self._files = contextlib.ExitStack()
-        self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._files.callback(os.close, self.stop_fd)
-        self._epoll: Any = select.epoll()
-        self._files.callback(self._epoll.close)
-        self._epoll.register(self.stop_fd, select.EPOLLIN)
+        with contextlib.ExitStack() as files:
+            self.stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            files.callback(os.close, self.stop_fd)
+            self._epoll: Any = select.epoll()
+            files.callback(self._epoll.close)
+            self._epoll.register(self.stop_fd, select.EPOLLIN)
+            self._files = files.pop_all()
 
     # -- what to wait for
 
@@ -87,13 +88,21 @@ class Worker:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, queues: Sequence[Queue]) -> None:
-        """Begin to serve; ``queues`` are those that are looked at first, and told of when the worker is to stop."""
+        """Begin to serve; ``queues`` are those that are looked at first, and told of when the worker is to stop.
+
+        Raises HostError where the host gives no thread.
+        """
         self._queues = [queue for queue in queues if queue.ready]
         self._ending = False
-        self._resting = False
         self._release()
-        self._thread = threading.Thread(target=self._main, name=self.name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._main, name=self.name, daemon=True)
+        self._resting = False
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._resting = True
+            raise HostError(f"{self.name} gets no thread: {error}", hint="see ulimit -u") from error
+        self._thread = thread
 
     def pause(self, patience: float = PATIENCE) -> None:
         """Return when the thread stands still, having finished what was at hand.

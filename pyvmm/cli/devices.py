@@ -22,14 +22,16 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--net", action="append", default=[], type=parse_net,
-        metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST][,loopback]|socket=PATH[,mac=MAC]",
+        metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST+...][,loopback]|socket=PATH",
         help="a network card: before a tap, which is made if it is not there; before a passt that is started with it, "
-        "and needs no privilege; or before one that runs. More ports to forward follow a +; loopback lets the guest "
-        "reach the host's 127.0.0.1 at its gateway's address. May be repeated",
+        "and needs no privilege; or before one that runs. TCP ports that are forwarded are taken on all of the host's "
+        "addresses; loopback lets the guest reach the host's 127.0.0.1 at its gateway's address. Each takes mac=MAC "
+        "too. May be repeated",
     )  # fmt: skip
     group.add_argument(
         "--console", metavar="WHERE", type=output_behind("file"),
-        help="a virtio console, hvc0 of a Linux guest: stdio (not --serial's then), file=PATH, or none (default)",
+        help="a virtio console, hvc0 of a Linux guest, which uses it if told (-p console=hvc0): stdio (not --serial's "
+        "then), file=PATH, or none (default)",
     )  # fmt: skip
     group.add_argument(
         "--vsock", metavar="uds=PATH,cid=N", type=parse_vsock,

@@ -70,7 +70,8 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--dtb", metavar="FILE",
-        help="give the guest this device tree as it is, not one that describes the machine (--dump-dtb writes that)",
+        help="give the guest this device tree as it is, not one that describes the machine (--dump-dtb writes that); "
+        "where the initrd is, it must say itself",
     )  # fmt: skip
 
     machine = parser.add_argument_group("machine")

@@ -111,8 +111,8 @@ def eventually(condition: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def card(protection: Protection, cpus: int = 1) -> Iterator[tuple[Puppet, Card]]:
-    """A device whose rings and one page of data are shared; the page behind that is not."""
-    with puppet(protection, devices=(Rng(),), cpus=cpus) as (_, guest):
+    """A device whose rings and one page of data are shared, by a guest that needs no pool; the page behind is not."""
+    with puppet(protection, devices=(Rng(),), cpus=cpus, swiotlb=0) as (_, guest):
         guest.fill(RINGS, 5 * 4096)
         guest.share(RINGS, 4)
         yield guest, Card(guest, protection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -16,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from net_driver import BASE, DATA, PAGE, PATIENCE, SIZE, Driver, eventually
 
+from pyvmm.devices.virtio import tap
 from pyvmm.devices.virtio.net import Net, default_mac, parse_mac
 from pyvmm.devices.virtio.netbackend import HEADER, NetFeature, Stream
 from pyvmm.errors import HostError, UsageError
+from pyvmm.uapi import if_tun
 
 MAC = bytes.fromhex("020000000001")
 MOST = 65535 + 18
@@ -98,6 +101,35 @@ def test_features_are_refused_without_those_they_stand_on() -> None:
 def test_what_is_no_cards_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_mac(text)
+
+
+@pytest.mark.parametrize(
+    ("there", "code", "words", "hint"),
+    [
+        (None, errno.EPERM, "there is no tap 'pvno', and .* may not make one", "ip tuntap add pvno mode tap user "),
+        (if_tun.IFF_TAP, errno.EPERM, "the tap 'pvno' is not .*'s", "ip link delete pvno; then ip tuntap add"),
+        (if_tun.IFF_TAP, errno.EBUSY, "the tap 'pvno' is in use", "fuser"),
+        (if_tun.IFF_TAP, errno.EINVAL, "TUNSETIFF.*Invalid argument", "a tap, not a tun"),
+    ],
+)
+def test_tap_that_may_not_be_had_says_what_root_would_do(
+    monkeypatch: pytest.MonkeyPatch, there: int | None, code: int, words: str, hint: str
+) -> None:
+    monkeypatch.setattr(tap, "_open", lambda: os.open(os.devnull, os.O_RDWR))
+    monkeypatch.setattr(tap, "_flags_of", lambda _name: there)
+    monkeypatch.setattr(tap.libc, "ioctl", lambda *_: (-1, code))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(HostError, match=words) as refused:
+        tap.Tap("pvno")
+    assert hint in (refused.value.hint or "")
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_host_without_taps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tap, "CLONE", "/nonexistent/tun")
+    with pytest.raises(HostError, match="/nonexistent/tun cannot be opened") as refused:
+        tap.Tap("pvno")
+    assert refused.value.hint == "as root: modprobe tun"
 
 
 def test_default_address_is_local_stable_and_different_for_others() -> None:

@@ -13,7 +13,6 @@ from pyvmm.devices.virtio.registers import SIZE
 from pyvmm.errors import UsageError
 from pyvmm.log import get_logger
 from pyvmm.machine import devices, layout
-from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.virtio.netbackend import NetBackend
     from pyvmm.machine.irq import Interrupts
     from pyvmm.memory.memory import Memory
+    from pyvmm.protection import Protection
 
 log = get_logger("virtio")
 
@@ -50,7 +50,7 @@ class Context:
     @property
     def private(self) -> bool:
         """Whether the guest's memory is closed to the host."""
-        return self.protection is not Protection.NONE
+        return self.protection.isolates
 
 
 def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
@@ -87,7 +87,7 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
             from pyvmm.devices.virtio.disk import DiskFile
 
             disk = DiskFile(spec.path, read_only=spec.read_only, lock=not context.planned)
-            return Blk(disk, queues=spec.queues, serial=spec.serial, isolates=context.private, pool=context.pool)
+            return Blk(disk, queues=spec.queues, serial=spec.serial, private=context.private, pool=context.pool)
 
 
 def _planned_network() -> NetBackend:

@@ -153,7 +153,7 @@ class BlkHost(Host):
     def make(self, how: int) -> VirtioDevice:
         self._path.write_bytes(bytes(SECTORS * 512))
         disk = DiskFile(str(self._path), read_only=bool(how & 1), lock=False)
-        self.device = Blk(disk, queues=1 + (how >> 4) % 3, serial="a disk", isolates=bool(how & 2))
+        self.device = Blk(disk, queues=1 + (how >> 4) % 3, serial="a disk", private=bool(how & 2))
         self.device.bounce = bool(how & 4)
         return self.device
 

@@ -86,7 +86,7 @@ _UNMAP: Final = 1
 class Blk(VirtioDevice):
     """A disk with 1 to 16 ``queues``; it closes ``disk`` with itself.
 
-    ``serial`` is what the guest's /dev/disk/by-id knows it by. ``isolates``: guest memory can be private.
+    ``serial`` is what the guest's /dev/disk/by-id knows it by. ``private``: guest memory can be closed to the host.
     ``pool`` is bytes of the guest's DMA pool, 0 for none.
     """
 
@@ -94,13 +94,13 @@ class Blk(VirtioDevice):
     name = "blk"
 
     def __init__(
-        self, disk: DiskFile, *, queues: int = 1, serial: str = "", isolates: bool = False, pool: int = 0
+        self, disk: DiskFile, *, queues: int = 1, serial: str = "", private: bool = False, pool: int = 0
     ) -> None:
         super().__init__()
         self.disk = disk
         self.serial = serial.encode()
         self.queue_sizes = (QUEUE_SIZE,) * queues
-        self.bounce = isolates and not disk.copies
+        self.bounce = private and not disk.copies
         self.segment_most = POOL_SEGMENT if pool else SEGMENT_MOST
         self.segments_most = min(SEGMENTS_MOST, max(pool // POOL_SHARE // POOL_SEGMENT, 1)) if pool else SEGMENTS_MOST
         self.writeback = True

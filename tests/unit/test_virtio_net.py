@@ -107,7 +107,7 @@ def test_what_is_no_cards_address_is_refused(text: str) -> None:
     ("there", "code", "words", "hint"),
     [
         (None, errno.EPERM, "there is no tap 'pvno', and .* may not make one", "ip tuntap add pvno mode tap user "),
-        (if_tun.IFF_TAP, errno.EPERM, "the tap 'pvno' is not .*'s", "ip link delete pvno; then ip tuntap add"),
+        (if_tun.IFF_TAP, errno.EPERM, "the tap 'pvno' is not .*'s", "as root: ip link delete pvno && ip tuntap add"),
         (if_tun.IFF_TAP, errno.EBUSY, "the tap 'pvno' is in use", "fuser"),
         (if_tun.IFF_TAP, errno.EINVAL, "TUNSETIFF.*Invalid argument", "a tap, not a tun"),
     ],

@@ -102,13 +102,13 @@ class Tap(NetBackend):
         if result >= 0:
             return
         user = _user()
-        make = f"as root: ip tuntap add {self.name} mode tap user {user} && ip link set {self.name} up"
+        make = f"ip tuntap add {self.name} mode tap user {user} && ip link set {self.name} up"
         match code:
             case errno.EPERM if there is None:
-                raise HostError(f"there is no tap {self.name!r}, and {user} may not make one", hint=make)
+                raise HostError(f"there is no tap {self.name!r}, and {user} may not make one", hint=f"as root: {make}")
             case errno.EPERM:
                 raise HostError(
-                    f"the tap {self.name!r} is not {user}'s", hint=f"as root: ip link delete {self.name}; then {make}"
+                    f"the tap {self.name!r} is not {user}'s", hint=f"as root: ip link delete {self.name} && {make}"
                 )
             case errno.EBUSY:
                 raise HostError(

@@ -154,11 +154,12 @@ static size_t bulk(uintptr_t to, uintptr_t from, bool fill, uint8_t byte, size_t
     if (sigsetjmp(g.out, 0) == 0) {
         current = &g;
         for (size_t i = 0; g.n - i >= BULK; i += BULK, g.done = i) {
+            __asm__ volatile("" ::: "memory"); /* a piece is begun under the guard, and done when counted */
             if (fill)
                 memset((void *)(g.to + i), byte, BULK);
             else
                 memcpy((void *)(g.to + i), (const void *)(g.from + i), BULK);
-            __asm__ volatile("" ::: "memory"); /* a piece is done before it is counted */
+            __asm__ volatile("" ::: "memory");
         }
     }
     current = NULL;

@@ -195,7 +195,9 @@ def test_what_cannot_be_is_not_loaded(toy: Board) -> None:
         {"queues": saved["queues"][:1]},
         {"queues": [{**saved["queues"][0], "size": 3}, saved["queues"][1]]},
         {"queues": [{**saved["queues"][0], "at": {**saved["queues"][0]["at"], "next": 1 << 16}}, saved["queues"][1]]},
+        {"queues": [{**saved["queues"][0], "device": -4096}, saved["queues"][1]]},
         {"select": 1},
+        {"interrupt": 1 << 32},
     ):
         other = Board(toy.guest, Toy())
         with pytest.raises(UsageError, match="cannot be what was saved"):

@@ -349,7 +349,7 @@ class VirtioMmio(Device):
             raise UsageError(f"{self.device.label} was a {saved.get('device')} where it was saved")
         try:
             self._load(saved)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"{self.device.label} cannot be what was saved: {error}") from None
         if Status.DRIVER_OK in self._status:
             self._start()

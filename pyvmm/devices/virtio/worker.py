@@ -30,6 +30,12 @@ PATIENCE: Final = 30.0
 class Stuck(PyvmmError):
     """A device's request does not end, so its queues cannot be let go of."""
 
+    def __init__(self, name: str, patience: float) -> None:
+        super().__init__(
+            f"{name} has not finished its request within {patience:g} s",
+            hint="what it waits for does not answer: the storage of a disk, or who is at the other end of a console",
+        )
+
 
 class Worker:
     """One thread named ``name``; what it serves must not raise, or it ends and tells ``failed`` why.
@@ -114,7 +120,7 @@ class Worker:
             self._halt()
             if not self._changed.wait_for(lambda: self._resting, patience):
                 self.resume()
-                raise Stuck(f"{self.name} has not finished its request within {patience:g} s")
+                raise Stuck(self.name, patience)
 
     def resume(self) -> None:
         """Go on; every queue is looked at."""
@@ -136,7 +142,7 @@ class Worker:
             self._changed.notify_all()
         thread.join(patience)
         if thread.is_alive():
-            raise Stuck(f"{self.name} has not finished its request within {patience:g} s")
+            raise Stuck(self.name, patience)
         self._thread = None
         self._halted = False
         for fd in list(self._callbacks):

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.common import Interrupted, OutputPath, add_common, parse_seconds, terminable
-from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.cli.common import (
+    Interrupted,
+    OutputPath,
+    add_common,
+    open_output,
+    parse_seconds,
+    require_arm64,
+    terminable,
+)
+from pyvmm.errors import PyvmmError, UsageError
 
 if TYPE_CHECKING:
     from pyvmm.atlas.claim import Claim
@@ -84,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         _list(todo)
         return 0
-    _require_host(args)
+    require_arm64(args, "the atlas asks an arm64 host's kernel", kvm=True)
     files = _writable(args, claims)
     atlas, interrupt = _run(todo, claims, args)
     for write, path in files:
@@ -92,17 +99,6 @@ def main(args: argparse.Namespace) -> int:
     if interrupt is not None:
         raise interrupt
     return 1 if any(result.verdict.value == "crashed" for result in atlas.results) else 0
-
-
-def _require_host(args: argparse.Namespace) -> None:
-    if os.uname().machine != "aarch64":
-        raise HostError(
-            f"this host is {os.uname().machine}; the atlas asks an arm64 host's kernel",
-            hint=f"ask the lab's, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
-        )
-    from pyvmm.kvm.system import System
-
-    System.open().close()
 
 
 def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tuple[Atlas, KeyboardInterrupt | None]:
@@ -203,11 +199,7 @@ def _writable(args: argparse.Namespace, claims: list[Claim]) -> list[tuple[Calla
     ]
     files = [(write, path) for write, path in kinds if path is not None]
     for _, path in files:
-        try:
-            with open(path, "ab"):
-                pass
-        except OSError as error:
-            raise UsageError(f"{path!r} cannot be written: {error.strerror}") from None
+        os.close(open_output(path, keep=True))
     return files
 
 

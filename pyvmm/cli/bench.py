@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from pyvmm.cli.common import Interrupted, OutputPath, add_common, parse_count, parse_seconds, terminable
+from pyvmm.cli.common import (
+    Interrupted,
+    OutputPath,
+    add_common,
+    open_output,
+    parse_count,
+    parse_seconds,
+    require_arm64,
+    terminable,
+)
 from pyvmm.errors import HostError, PyvmmError, UsageError
 
 if TYPE_CHECKING:
@@ -74,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         _list(args.words)
         return 0
-    _require_host(args)
+    require_arm64(args, "the benchmark's guests are arm64", kvm=True)
     if args.collect:
         with _interruptible(sys.stdout.write) as take:
             return _collect(plan, args, take)
@@ -161,17 +169,6 @@ def _peers() -> list[Series]:
     from pyvmm.bench.peers import PEERS
 
     return [series for peer in PEERS.values() for series in peer()]
-
-
-def _require_host(args: argparse.Namespace) -> None:
-    if os.uname().machine != "aarch64":
-        raise HostError(
-            f"this host is {os.uname().machine}; the benchmark's guests are arm64",
-            hint=f"measure in the lab, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
-        )
-    from pyvmm.kvm.system import System
-
-    System.open().close()
 
 
 def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], int]) -> int:
@@ -265,10 +262,7 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 @contextlib.contextmanager
 def _writable(path: str) -> Iterator[TextIO]:
     """Open a file before hours are spent on what goes into it."""
-    try:
-        file = open(path, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"{path!r} cannot be written: {error.strerror}") from None
+    file = open(open_output(path), "w", encoding="utf-8")  # noqa: SIM115
     try:
         yield file
     finally:

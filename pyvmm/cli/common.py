@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import signal
 from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.errors import HostError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +86,33 @@ class _OutputBehind(OutputPath):
 def output_behind(word: str) -> Callable[[str], str]:
     """Return a type for options one of whose forms is ``WORD=FILE`` with a file to be written."""
     return lambda text: _OutputBehind(text) if text.startswith(f"{word}=") and text != f"{word}=" else text
+
+
+def open_output(path: str, *, keep: bool = False) -> int:
+    """Return a descriptor to write a file by, which is emptied unless ``keep``. UsageError where that cannot be."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC), 0o666)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{path!r} cannot be written: {reason}") from None
+
+
+def require_arm64(args: argparse.Namespace, why: str, *, kvm: bool = False) -> None:
+    """Raise HostError, which says ``why``, where KVM runs no arm64 guests; with ``kvm`` also where it may not be used.
+
+    Asked before a verb does anything that takes long.
+    """
+    if (machine := os.uname().machine) != "aarch64":
+        import shlex
+
+        raise HostError(
+            f"this host is {machine}, and {why}",
+            hint=f"run it in the lab, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
+        )
+    if kvm:
+        from pyvmm.kvm.system import System
+
+        System.open().close()
 
 
 def find_outputs(args: argparse.Namespace) -> list[str]:

@@ -11,6 +11,7 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Final
 
+from pyvmm.cli.common import open_output
 from pyvmm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,12 +51,7 @@ def open_place(where: str, stack: contextlib.ExitStack, stdout: int) -> Ends:
         return stdout, STDIN
     if where == "none":
         return None, None
-    path = where.partition("=")[2]
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError(f"{path!r} cannot be written: {reason}") from None
+    fd = open_output(where.partition("=")[2])
     stack.callback(os.close, fd)
     return fd, None
 

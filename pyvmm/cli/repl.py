@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import code
 import contextlib
-import os
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import add_common, parse_count, parse_memory
+from pyvmm.cli.common import add_common, parse_count, parse_memory, require_arm64
 from pyvmm.cli.run import BACKINGS, CONVERSIONS, PROTECTIONS
-from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.errors import PyvmmError, UsageError
 
 if TYPE_CHECKING:
     from pyvmm.atlas.experiment import Experiment
@@ -48,11 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(args: argparse.Namespace) -> int:
     """Run the prompt, or the script on stdin; returns the exit status."""
-    if os.uname().machine != "aarch64":
-        raise HostError(
-            f"this host is {os.uname().machine}, and pyvmm's guests are arm64",
-            hint="in the lab, an emulated arm64 host: pyvmm --lab repl",
-        )
+    require_arm64(args, "pyvmm's guests are arm64")
     from pyvmm._native_source import require_fresh_native
 
     require_fresh_native()

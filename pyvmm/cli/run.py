@@ -9,13 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shlex
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.common import OutputPath, add_common, output_behind, parse_count, parse_memory, parse_seconds
+from pyvmm.cli.common import (
+    OutputPath,
+    add_common,
+    open_output,
+    output_behind,
+    parse_count,
+    parse_memory,
+    parse_seconds,
+    require_arm64,
+)
 from pyvmm.cli.consoles import Ends, following_size, open_place, places
 from pyvmm.cli.devices import add_device_options, device_specs
-from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
+from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
     from pyvmm.cli.trace import Tracing
@@ -208,11 +216,7 @@ def ready(args: argparse.Namespace) -> str:
     """Return the kernel to run. Raises UsageError where it is not one, HostError where no guest can run."""
     _refuse_contradictions(args)
     kernel = _kernel(args)
-    if os.uname().machine != "aarch64":
-        raise HostError(
-            f"this host is {os.uname().machine}, and pyvmm's guests are arm64: KVM runs guests of its own architecture",
-            hint=f"run it in the lab, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
-        )
+    require_arm64(args, "pyvmm's guests are arm64: KVM runs guests of its own architecture")
     from pyvmm._native_source import require_fresh_native
 
     require_fresh_native()
@@ -376,16 +380,8 @@ def params(kernel: str, given: list[str]) -> tuple[str, ...]:
     return tuple(f"way={text}" if text and "=" not in text and " " not in text else text for text in given)
 
 
-def _open(path: str) -> int:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UsageError(f"{path!r} cannot be written: {reason}") from None
-
-
 def _write(path: str, data: bytes) -> None:
-    with open(_open(path), "wb") as file:
+    with open(open_output(path), "wb") as file:
         try:
             file.write(data)
             file.flush()

@@ -13,7 +13,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
-from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.cli.common import open_output
+from pyvmm.errors import PyvmmError
 from pyvmm.machine import layout
 from pyvmm.observe.faulttrace import FaultTrace
 from pyvmm.observe.grid import size
@@ -172,11 +173,7 @@ class Picture:
 
     def __enter__(self) -> Self:
         self._made = not os.path.exists(self._path)
-        try:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise UsageError(f"{self._path!r} cannot be written: {reason}") from None
+        self._fd = open_output(self._path, keep=True)
         return self
 
     def __exit__(self, *_: object) -> None:

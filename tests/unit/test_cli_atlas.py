@@ -11,6 +11,7 @@ from pyvmm import cli
 from pyvmm.atlas import claim as claims
 from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Verdict
 from pyvmm.cli import atlas as verb
+from pyvmm.kvm.fd import KERNEL
 from pyvmm.kvm.system import System
 
 X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts that are not arm64")
@@ -19,7 +20,7 @@ X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts th
 @pytest.fixture
 def arm64(monkeypatch):
     """Let the verb believe that experiments can be made here; none is."""
-    monkeypatch.setattr(verb, "_require_host", lambda _args: None)
+    monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
     monkeypatch.setattr("pyvmm.atlas.about.host", lambda: {"kernel": "7.3.4", "mode": "protected"})
 
 
@@ -81,7 +82,7 @@ def test_without_kvm_it_says_so(monkeypatch, capsys):
         machine = "aarch64"
 
     monkeypatch.setattr(verb.os, "uname", lambda: Arm64)
-    monkeypatch.setattr(System.open.__func__, "__defaults__", ("/nonexistent/kvm",))
+    monkeypatch.setattr(System.open.__func__, "__defaults__", ("/nonexistent/kvm", KERNEL))
     status, _, err = said(capsys, "share")
     assert status == 5
     assert "there is no KVM here" in err

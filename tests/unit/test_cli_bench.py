@@ -49,7 +49,7 @@ def measured(monkeypatch):
                 raise each
             say(each)
 
-    monkeypatch.setattr(verb, "_require_host", lambda _args: None)
+    monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
     monkeypatch.setattr("pyvmm.bench.collect.measure", measure)
     return said
 
@@ -127,7 +127,7 @@ def test_the_list_names_cases_axes_and_values(capfd, lab):
 @pytest.mark.parametrize("option", ["--json", "--html"])
 @pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
 def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option, lab, capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr(verb, "_require_host", lambda _args: None)
+    monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
     monkeypatch.setattr("pyvmm.bench.collect.measure", None)
     monkeypatch.setattr("pyvmm.cli.lab.run_verb", None)
     status, _, err = told(capfd, "fault", option, tmp_path / "none" / "file", lab=lab)
@@ -202,7 +202,7 @@ def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(words, capfd,
             signal.raise_signal(signal.SIGHUP)
             way_out.append("whole")
 
-    monkeypatch.setattr(verb, "_require_host", lambda _args: None)
+    monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
     monkeypatch.setattr("pyvmm.bench.collect.measure", measure)
     numbers = (signal.SIGTERM, signal.SIGHUP)
     old = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # who does not handle them fails, and lives

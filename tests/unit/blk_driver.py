@@ -5,66 +5,28 @@ from __future__ import annotations
 import os
 import select
 import struct
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
-from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.queue import Queue
-from pyvmm.memory import mman
-from pyvmm.uapi.mman import PROT_NONE
+from tests.unit.plain_guest import BASE, NEXT, PAGE, WRITE, PlainGuest, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyvmm.devices.virtio.blk import Blk
 
-PAGE = 4096
-BASE = 0x8000_0000
-SIZE = 4 << 20
 RINGS = BASE
 DATA = BASE + 0x1_0000
 DRIVER_OFFSET, DEVICE_OFFSET = 0x4000, 0x8000
-_NEXT, _WRITE = 1, 2
 
 
-class Segment(NamedTuple):
-    gpa: int
-    size: int
-    writable: bool = False
-
-
-class Transport:
-    """Hears what a device tells its transport."""
-
-    def __init__(self) -> None:
-        self.reset_needed = False
-        self.changes = 0
-
-    def needs_reset(self) -> None:
-        self.reset_needed = True
-
-    def config_changed(self) -> None:
-        self.changes += 1
-
-
-class Driver:
+class Driver(PlainGuest):
     """Drives queue 0 of a started device; a context manager that stops and closes it."""
 
     def __init__(self, device: Blk, features: int | None = None, *, size: int = 256) -> None:
-        lib.pv_install_signals()
+        super().__init__()
         self.device = device
-        self.fd = os.memfd_create("guest")
-        os.ftruncate(self.fd, SIZE)
-        self.hva = mman.map_shared(self.fd, SIZE)
-        self._ledger = ffi.new("uint8_t[]", SIZE // PAGE)
-        self._regions = ffi.new("struct pv_region[]", 1)
-        region = self._regions[0]
-        region.gpa, region.size, region.ledger = BASE, SIZE, self._ledger
-        region.view = ffi.cast("uint8_t *", self.hva)
-        self._map = ffi.new("struct pv_map *", {"count": 1, "regions": self._regions})
-        self.vm = ffi.new("struct pv_vm *", {"map": self._map})
-        self.interrupts = os.eventfd(0, os.EFD_CLOEXEC)
-        self.line = ffi.new("struct pv_interrupt *", {"fd": self.interrupts})
-        self.transport = device.transport = Transport()
+        device.transport = self.transport
         self.queue = Queue(self.vm, self.line, 0, size)
         self.size = size
         self._features = device.features if features is None else features
@@ -76,9 +38,7 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         self.device.close()
         self.queue.close()
-        os.close(self.interrupts)
-        mman.unmap(self.hva, SIZE)
-        os.close(self.fd)
+        self.close()
 
     def restart(self) -> None:
         """Set the queue up as a driver does after a reset, and start the device."""
@@ -89,24 +49,13 @@ class Driver:
         assert self.device.negotiate(self._features) is None
         self.device.start([self.queue], self._features)
 
-    def write(self, gpa: int, data: bytes) -> None:
-        """Store into guest memory, as the guest may: whatever the host may touch."""
-        os.pwrite(self.fd, data, gpa - BASE)
-
-    def read(self, gpa: int, size: int) -> bytes:
-        return os.pread(self.fd, size, gpa - BASE)
-
-    def hide(self, gpa: int, size: int = PAGE, *, hidden: bool = True) -> None:
-        """Take pages from the host, or give them back."""
-        mman.protect(self.hva + gpa - BASE, size, PROT_NONE if hidden else mman.PROT_RW)
-
     def submit(self, *chains: Sequence[Segment]) -> list[int]:
         """Make requests available, all at once, and kick; returns their heads. The next ones use the same table."""
         heads, at = [], 0
         for segments in chains:
             heads.append(at)
             for n, segment in enumerate(segments):
-                flags = (_NEXT if n + 1 < len(segments) else 0) | (_WRITE if segment.writable else 0)
+                flags = (NEXT if n + 1 < len(segments) else 0) | (WRITE if segment.writable else 0)
                 entry = struct.pack("<QIHH", segment.gpa, segment.size, flags, at + 1)
                 self.write(RINGS + 16 * at, entry)
                 at += 1

@@ -8,36 +8,21 @@ import struct
 import time
 from typing import TYPE_CHECKING, Self
 
-from pyvmm._native import ffi, lib
+from plain_guest import BASE, NEXT, WRITE, PlainGuest
+
+from pyvmm._native import lib
 from pyvmm.devices.virtio.queue import Queue
-from pyvmm.memory import mman
-from pyvmm.uapi.mman import PROT_NONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyvmm.devices.virtio.net import Net
 
-PAGE = 4096
-BASE = 0x8000_0000
-SIZE = 4 << 20
 AREA = 0x1_0000
 """Bytes of a queue's rings; buffers follow those of both."""
 DATA = BASE + 2 * AREA
-NEXT, WRITE, AVAILABLE, USED = 1, 2, 1 << 7, 1 << 15
+AVAILABLE, USED = 1 << 7, 1 << 15
 PATIENCE = 20.0
-
-
-class Transport:
-    def __init__(self) -> None:
-        self.reset_needed = False
-        self.changes = 0
-
-    def needs_reset(self) -> None:
-        self.reset_needed = True
-
-    def config_changed(self) -> None:
-        self.changes += 1
 
 
 class Ring:
@@ -118,25 +103,13 @@ class Ring:
                 self.seen_at, self.seen_wrap = self.seen_at - self.size, self.seen_wrap ^ 1
 
 
-class Driver:
+class Driver(PlainGuest):
     """Drives a card, which it stops and closes in the end."""
 
     def __init__(self, device: Net, features: int | None = None, *, size: int = 64, packed: bool = False) -> None:
-        lib.pv_install_signals()
+        super().__init__()
         self.device = device
-        self.fd = os.memfd_create("guest")
-        os.ftruncate(self.fd, SIZE)
-        self.hva = mman.map_shared(self.fd, SIZE)
-        ledger = ffi.new("uint8_t[]", SIZE // PAGE)
-        regions = ffi.new("struct pv_region[]", 1)
-        regions[0].gpa, regions[0].size, regions[0].ledger = BASE, SIZE, ledger
-        regions[0].view = ffi.cast("uint8_t *", self.hva)
-        map_ = ffi.new("struct pv_map *", {"count": 1, "regions": regions})
-        self._keep = [ledger, regions, map_]
-        self.vm = ffi.new("struct pv_vm *", {"map": map_})
-        self.interrupts = os.eventfd(0, os.EFD_CLOEXEC)
-        self.line = ffi.new("struct pv_interrupt *", {"fd": self.interrupts})
-        self.transport = device.transport = Transport()
+        device.transport = self.transport
         self.rx, self.tx = (Ring(self, index, size, packed=packed) for index in range(2))
         self.features = device.features if features is None else features
         device.start([self.rx.queue, self.tx.queue], self.features)
@@ -149,9 +122,7 @@ class Driver:
         self.device.close()
         self.rx.queue.close()
         self.tx.queue.close()
-        os.close(self.interrupts)
-        mman.unmap(self.hva, SIZE)
-        os.close(self.fd)
+        self.close()
 
     def reset(self, *, packed: bool) -> None:
         """Reset the card and begin again with empty rings."""
@@ -161,16 +132,6 @@ class Driver:
             self.write(ring.base, bytes(AREA))
             ring.setup(packed=packed)
         self.device.start([self.rx.queue, self.tx.queue], self.features)
-
-    def write(self, gpa: int, data: bytes) -> None:
-        os.pwrite(self.fd, data, gpa - BASE)
-
-    def read(self, gpa: int, size: int) -> bytes:
-        return os.pread(self.fd, size, gpa - BASE)
-
-    def hide(self, gpa: int, size: int = PAGE, *, hidden: bool = True) -> None:
-        """Take pages from the host, or give them back."""
-        mman.protect(self.hva + gpa - BASE, size, PROT_NONE if hidden else mman.PROT_RW)
 
     def wait(self, ring: Ring, count: int = 1) -> list[tuple[int, int]]:
         """Wait for so many used entries of a ring."""

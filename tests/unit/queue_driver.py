@@ -7,41 +7,16 @@ import select
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
-from pyvmm._native import ffi, lib
+from plain_guest import BASE, NEXT, SIZE, WRITE, PlainGuest, Segment
+
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Queue
-from pyvmm.memory import mman
-from pyvmm.uapi.mman import PROT_NONE
 
-PAGE = 4096
-BASE = 0x8000_0000
-SIZE = 4 << 20
 RAM = range(BASE, BASE + SIZE)
 _RING_ROOM = 0x4000
 _DRIVER, _DEVICE = 0x2000, 0x3000
-_NEXT, _WRITE = 1, 2
-
-
-class Segment(NamedTuple):
-    gpa: int
-    size: int
-    writable: bool = False
-
-
-class Transport:
-    """Hears what a device tells its transport."""
-
-    def __init__(self) -> None:
-        self.reset_needed = False
-        self.changes = 0
-
-    def needs_reset(self) -> None:
-        self.reset_needed = True
-
-    def config_changed(self) -> None:
-        self.changes += 1
 
 
 class Ring:
@@ -65,7 +40,7 @@ class Ring:
         head = self._next
         for n, segment in enumerate(segments):
             at, self._next = self._next, (self._next + 1) % size
-            flags = (_NEXT if n + 1 < len(segments) else 0) | (_WRITE if segment.writable else 0)
+            flags = (NEXT if n + 1 < len(segments) else 0) | (WRITE if segment.writable else 0)
             self._driver.write(self.base + 16 * at, struct.pack("<QIHH", *segment[:2], flags, self._next))
         self._driver.write(self.base + _DRIVER + 4 + 2 * (self._given % size), struct.pack("<H", head))
         self._given += 1
@@ -91,25 +66,13 @@ class Ring:
         return found
 
 
-class Driver:
+class Driver(PlainGuest):
     """Guest memory, a started device and its rings; a context manager that stops and closes the device."""
 
     def __init__(self, device: VirtioDevice, *, queues: Sequence[int] | None = None, start: bool = True) -> None:
-        lib.pv_install_signals()
+        super().__init__()
         self.device = device
-        self.fd = os.memfd_create("guest")
-        os.ftruncate(self.fd, SIZE)
-        self.hva = mman.map_shared(self.fd, SIZE)
-        self._ledger = ffi.new("uint8_t[]", SIZE // PAGE)
-        self._regions = ffi.new("struct pv_region[]", 1)
-        region = self._regions[0]
-        region.gpa, region.size, region.ledger = BASE, SIZE, self._ledger
-        region.view = ffi.cast("uint8_t *", self.hva)
-        self._map = ffi.new("struct pv_map *", {"count": 1, "regions": self._regions})
-        self.vm = ffi.new("struct pv_vm *", {"map": self._map})
-        self.interrupts = os.eventfd(0, os.EFD_CLOEXEC)
-        self.line = ffi.new("struct pv_interrupt *", {"fd": self.interrupts})
-        self.transport = device.transport = Transport()
+        device.transport = self.transport
         self.queues = [Queue(self.vm, self.line, index, most) for index, most in enumerate(device.queue_sizes)]
         self.rings = [Ring(self, queue) for queue in self.queues]
         self._wanted = range(len(self.queues)) if queues is None else queues
@@ -124,9 +87,7 @@ class Driver:
         self.device.close()
         for queue in self.queues:
             queue.close()
-        os.close(self.interrupts)
-        mman.unmap(self.hva, SIZE)
-        os.close(self.fd)
+        self.close()
 
     def restart(self) -> None:
         """Reset, set the queues up and start the device, as a driver does."""
@@ -135,17 +96,6 @@ class Driver:
             self.rings[index].setup()
         assert self.device.negotiate(self.device.features) is None
         self.device.start(self.queues, self.device.features)
-
-    def write(self, gpa: int, data: bytes) -> None:
-        """Store into guest memory, as the guest may: whatever the host may touch."""
-        os.pwrite(self.fd, data, gpa - BASE)
-
-    def read(self, gpa: int, size: int) -> bytes:
-        return os.pread(self.fd, size, gpa - BASE)
-
-    def hide(self, gpa: int, size: int = PAGE, *, hidden: bool = True) -> None:
-        """Take pages from the host, or give them back."""
-        mman.protect(self.hva + gpa - BASE, size, PROT_NONE if hidden else mman.PROT_RW)
 
     def until(self, condition: Callable[[], object], timeout: float = 20.0) -> None:
         """Wait until ``condition`` is true; looks again at every interrupt, and now and then without one."""

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from queue_driver import BASE, PAGE, RAM, SIZE, Driver, Segment
+from plain_guest import BASE, PAGE, SIZE, Segment
+from queue_driver import RAM, Driver
 
 from pyvmm.devices.virtio.balloon import DEFLATE, F_DEFLATE_ON_OOM, F_REPORTING, INFLATE, MOST, Balloon
 from pyvmm.errors import PyvmmError, UsageError

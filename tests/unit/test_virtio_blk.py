@@ -22,7 +22,8 @@ from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.devices.virtio.registers import CONFIG, Register, Status
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
-from tests.unit.blk_driver import BASE, DATA, PAGE, RINGS, SIZE, Driver, Segment
+from tests.unit.blk_driver import DATA, RINGS, Driver
+from tests.unit.plain_guest import BASE, PAGE, SIZE, Segment
 from tests.virtio_board import RUNNING, Board
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from queue_driver import BASE, PAGE, SIZE, Driver, Segment
+from plain_guest import BASE, PAGE, SIZE, Segment
+from queue_driver import Driver
 
 from pyvmm.devices.virtio.console import F_EMERG_WRITE, F_SIZE, PART, RX, TX, Console
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from net_driver import BASE, DATA, PAGE, PATIENCE, SIZE, Driver, eventually
+from net_driver import DATA, PATIENCE, Driver, eventually
+from plain_guest import BASE, PAGE, SIZE
 
 from pyvmm.devices.virtio import tap
 from pyvmm.devices.virtio.net import Net, default_mac, parse_mac

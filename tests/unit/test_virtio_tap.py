@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from net_driver import DATA, PAGE, Driver, eventually
+from net_driver import DATA, Driver, eventually
+from plain_guest import PAGE
 
 from pyvmm.devices.virtio.net import Net
 from pyvmm.devices.virtio.netbackend import HEADER, NetFeature

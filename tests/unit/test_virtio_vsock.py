@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from queue_driver import BASE, PAGE, Driver, Segment
+from plain_guest import BASE, PAGE, Segment
+from queue_driver import Driver
 from vsock_peer import CID
 
 from pyvmm.devices.virtio import vsock_packet as vs

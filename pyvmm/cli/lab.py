@@ -139,12 +139,20 @@ def run_verb(
     here afterwards. Its output is ours unless ``stdout`` takes it. ``visible`` are more paths to be seen there, ``env``
     more variables.
     """
+    _refuse_debugger(args)
     is_tty = stdout is None and all(map(os.isatty, (STDIN, 1, 2)))
     if outputs is None:
         outputs = find_outputs(args)
     # -P: the current directory is not a place to import from, and under 9p a slow one.
     return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=[*argv, *visible],
                 outputs=outputs, stdout=stdout, env=env)  # fmt: skip
+
+
+def _refuse_debugger(verb: argparse.Namespace) -> None:
+    """Raise UsageError for a guest that would wait for a debugger which cannot come."""
+    if getattr(verb, "gdb", None) is not None:
+        raise UsageError("--gdb in a lab of the run's own: no debugger can connect to what is in there",
+                         hint="run both in one lab: pyvmm lab shell --with gdb")  # fmt: skip
 
 
 def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
@@ -158,6 +166,7 @@ def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
     if verb.lab or verb.verb == "lab":
         raise UsageError("there is no lab in the lab", hint=f"pyvmm {shlex.join(command)}")
     refuse_lab_options(verb, command)
+    _refuse_debugger(verb)
     return run_verb(command, args, outputs=find_outputs(verb))
 
 

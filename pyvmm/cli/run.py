@@ -162,16 +162,6 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
-    """Run the guest in a lab of its own; returns the exit status."""
-    if args.gdb is not None:
-        raise UsageError("--gdb in a lab of the run's own: no debugger can connect to what is in there",
-                         hint="run both in one lab: pyvmm lab shell --with gdb")  # fmt: skip
-    from pyvmm.cli.lab import run_verb
-
-    return run_verb([*flags, *args.verb_argv], args)
-
-
 def main(args: argparse.Namespace) -> int:
     """Run the guest; returns the exit status."""
     kernel = ready(args)

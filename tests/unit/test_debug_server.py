@@ -70,8 +70,9 @@ def test_a_place_that_is_none_is_refused(where: str, words: str) -> None:
         GdbServer(where)
 
 
-def test_a_lab_that_nobody_can_connect_to_is_not_booted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--lab", "run", "--gdb", "tcp:1234", "payload:hello"]) == 2
+@pytest.mark.parametrize("words", ["--lab run", "--lab map", "--lab trace", "lab run run"])
+def test_a_lab_that_nobody_can_connect_to_is_not_booted(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words.split(), "--gdb", "tcp:1234", "payload:hello"]) == 2
     assert "pyvmm lab shell --with gdb" in capsys.readouterr().err
 
 

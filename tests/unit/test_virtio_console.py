@@ -231,6 +231,19 @@ def test_what_is_on_its_way_is_saved_and_goes_on_elsewhere(ends: Ends) -> None:
     ends.console.resume()
 
 
+def test_keys_that_are_offered_while_it_stands_still_are_saved_too(ends: Ends) -> None:
+    ends.rx.give(Segment(DATA, 2, True))
+    assert ends.console.offer(b"ls")
+    assert ends.rx.wait() == [(0, 2)]
+    os.write(ends.keys, b" -l")
+    ends.driver.until(lambda: not select.select([ends._source], [], [], 0)[0])
+    ends.console.pause()
+    assert ends.console.offer(b"\r")
+    saved = ends.console.save()
+    ends.console.resume()
+    assert bytes.fromhex(saved["typed"]) == b" -l\r"
+
+
 def test_pause_keeps_what_is_printed_until_resume(ends: Ends) -> None:
     ends.console.pause()
     ends.print(b"later")

@@ -138,7 +138,9 @@ class Console(VirtioDevice):
 
     def save(self) -> dict[str, Any]:
         """Return what is here on its way, in either direction."""
-        return {"printed": self._left.hex(), "typed": self._typed.hex()}
+        with self._idle:
+            typed = self._typed + self._offered
+        return {"printed": self._left.hex(), "typed": typed.hex()}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Go on with what was on its way."""

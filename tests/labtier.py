@@ -1,19 +1,21 @@
 """The test tiers: what cannot run on this machine runs in the lab, or is counted in one line that says why not.
 
 ``kvm`` tests need a /dev/kvm of any architecture. ``pkvm`` tests need a pKVM host: this one if it is one, else a lab in
-which a second pytest runs all selected ones in one boot and streams its reports back; they are replayed here as if the
-tests had run here. ``lab`` tests need what the lab needs. In CI (``CI`` set) a tier without its means fails; elsewhere
-it is skipped.
+which a second pytest runs all selected ones in one boot while the others run here; its reports are replayed last, as
+if the tests had run here. ``lab`` tests need what the lab needs. In CI (``CI`` set) a tier without its means fails;
+elsewhere it is skipped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import queue
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,9 @@ SHOWN = ("debian:", "own:", "passt", "e2fsprogs", "gdb")
 that in CI only; elsewhere tests that need what there is none of are skipped (see tests/pkvm/shown.py)."""
 PATIENCE = float(os.environ.get("PYVMM_LAB_TEST_TIMEOUT", "1800"))
 """Seconds that a test may take in the lab, its share of other tests' time on a busy machine included."""
+
+POLL = 0.05
+"""Seconds between two looks at what has come from the lab."""
 
 Why = Callable[[], str | None]
 """Says why a tier cannot run, None where it can."""
@@ -80,12 +85,19 @@ class Tiers:
         for tier, why_not in checks.items():
             if any(item.get_closest_marker(tier) for item in session.items) and (why := why_not()):
                 self._missing[tier] = why
+        # Last, when the lab has had all the time that the others take.
+        session.items.sort(key=lambda item: item.nodeid in self._forwarded)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Stand in for the test where it cannot run here."""
-        if item.nodeid in self._forwarded and self._lab is None and "pkvm" not in self._missing:
-            self._start_lab()
+        if self._forwarded and self._lab is None and "pkvm" not in self._missing:
+            self._lab = InnerPytest(self._config, list(self._forwarded))
+        if self._lab is not None and item.nodeid in self._forwarded:
+            try:
+                self._lab.wait_for_lab()
+            except PyvmmError as error:
+                self._missing["pkvm"] = str(error)
         for tier, why in self._missing.items():
             if item.get_closest_marker(tier):
                 self._skipped[tier] = self._skipped.get(tier, 0) + 1
@@ -95,12 +107,6 @@ class Tiers:
             return None
         self._replay(item, nextitem, self._lab.reports(item))
         return True
-
-    def _start_lab(self) -> None:
-        try:
-            self._lab = InnerPytest(self._config, list(self._forwarded))
-        except PyvmmError as error:
-            self._missing["pkvm"] = str(error)
 
     def _replay(self, item: pytest.Item, nextitem: pytest.Item | None, reports: Iterator[pytest.TestReport]) -> None:
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -123,7 +129,7 @@ class Tiers:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for tier, count in self._skipped.items():
             terminalreporter.write_line(f"{tier} tier: {count} tests not run: {self._missing[tier].splitlines()[0]}")
-        if self._lab is not None:
+        if self._lab is not None and self._lab.title is not None:
             terminalreporter.write_line(f"pkvm tier: {len(self._forwarded)} tests ran in the lab: {self._lab.title}")
 
 
@@ -139,94 +145,95 @@ def failure(item: pytest.Item, why: str) -> pytest.TestReport:
 
 
 class InnerPytest:
-    """A pytest in a lab, running ``nodeids`` in order while its reports are taken one test at a time."""
+    """A pytest in a lab, running ``nodeids`` in order while its reports are taken one test at a time.
+
+    It has a process of its own (labrun.py) and writes to a file, so that tests that run here meanwhile, and count
+    threads, fork, or look at the clock, have nothing of it but its share of the CPUs.
+    """
 
     def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
-        from pyvmm.lab import Lab, build_image
-        from pyvmm.lab.ownkernel import build_kernel
-        from pyvmm.lab.peers import prepare
-
         self._config = config
-        self._queue: queue.Queue[dict[str, object] | None] = queue.Queue()
         self._early: dict[str, list[pytest.TestReport]] = {}
         self._finished: set[str] = set()
         self._ended: str | None = None
-        self._said = bytearray()
+        self._position = 0
         self._pending = b""
-        progress = self._progress()
-        image = build_image(progress=progress)
-        if os.environ.get("CI"):
-            build_kernel(progress=progress)
-        self._shown = prepare(SHOWN, progress=progress)
-        self.title = f"{image.manifest.release} under QEMU"
-        # Booted here, not in the thread: QEMU is told to end with the thread that started it.
-        self._lab = Lab(image=image, cwd=config.rootpath, arguments=self._shown.paths)
-        self._lab.__enter__()
-        self._worker = threading.Thread(target=self._run, args=(nodeids,), name="pyvmm-lab-tests")
-        self._worker.start()
-
-    def _progress(self) -> Callable[[str, float], None]:
-        terminal = self._config.pluginmanager.getplugin("terminalreporter")
-        steps: list[str] = []
-
-        def progress(what: str, _share: float) -> None:
-            if what not in steps:
-                steps.append(what)
-                if terminal is not None:
-                    terminal.write_line(f"building the lab: {what}")
-
-        return progress
-
-    def _run(self, nodeids: list[str]) -> None:
-        option = self._config.option
+        self._steps: list[str] = []
+        self.title: str | None = None
+        option = config.option
         command = [
             "python3", "-m", "pytest", "-p", "no:cacheprovider", f"--tb={option.tbstyle}", "-q", "-rN",
             *(["-l"] if option.showlocals else []), *(["--runxfail"] if option.runxfail else []), *nodeids,
         ]  # fmt: skip
-        ci = {"CI": os.environ["CI"]} if os.environ.get("CI") else {}
-        try:
-            status = self._lab.run(
-                # Reports are what its stdout carries; everything else it says goes to stderr.
-                ["/bin/sh", "-c", 'exec "$@" 3>&1 1>&2', "sh", *command],
-                stdout=self._take,
-                stderr=self._said.extend,
-                env={"PYVMM_REPORTS_FD": "3", "COLUMNS": "120", **self._shown.environment, **ci},
-            )
-            said = bytes(self._said[-3000:]).decode(errors="replace")
-            self._ended = f"the lab's pytest ended with status {status} before this test; it said:\n{said}"
-        except Exception as error:
-            self._ended = str(error)
-        self._queue.put(None)
+        environment = {"CI": os.environ["CI"]} if os.environ.get("CI") else {}
+        asked = {"command": command, "environment": environment, "shown": SHOWN}
+        self._answers, self._said = os.memfd_create("reports"), os.memfd_create("said")
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("labrun.py"), str(self._answers)],
+            cwd=config.rootpath, pass_fds=[self._answers], stdin=subprocess.PIPE, stdout=self._said,
+            stderr=self._said, start_new_session=True,
+        )  # fmt: skip
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+        self._process.stdin.flush()
 
-    def _take(self, data: bytes) -> None:
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        for line in lines:
-            self._queue.put(json.loads(line))
+    def wait_for_lab(self) -> None:
+        """Wait until the lab is there, telling what has to be built. Raises PyvmmError where there will be none."""
+        while self.title is None:
+            if not self._read() and self._process.poll() is not None and not self._read():
+                self._ended = self._ended or self._last_words()
+            if self.title is None and self._ended is not None:
+                raise PyvmmError(self._ended)
+            time.sleep(POLL)
 
     def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
         """Give a test's reports as they come in; a failure where they never will."""
-        yield from self._early.pop(item.nodeid, [])
         deadline = time.monotonic() + PATIENCE
-        while item.nodeid not in self._finished:
-            if self._ended is not None and self._queue.empty():
+        while True:
+            finished = item.nodeid in self._finished
+            yield from self._early.pop(item.nodeid, [])
+            if finished:
+                return
+            if self._read():
+                continue
+            if self._process.poll() is not None and not self._read():
+                self._ended = self._ended or self._last_words()
+            elif time.monotonic() > deadline:
+                self._ended = f"no word from the lab for {PATIENCE:.0f} s"
+                self.close()
+            if self._ended is not None:
                 yield failure(item, self._ended)
                 return
-            try:
-                message = self._queue.get(timeout=max(deadline - time.monotonic(), 0.01))
-            except queue.Empty:
-                self._ended = f"no word from the lab for {PATIENCE:.0f} s; its console:\n{self._lab.console()[-2000:]}"
-                self.close()
-                continue
-            if message is None:
-                continue
-            if "finished" in message:
-                self._finished.add(str(message["finished"]))
-                continue
+            time.sleep(POLL)
+
+    def _read(self) -> bool:
+        """Take what has come; False where that is nothing."""
+        data = os.pread(self._answers, 1 << 20, self._position)
+        self._position += len(data)
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            self._take(json.loads(line))
+        return bool(data)
+
+    def _take(self, message: dict[str, object]) -> None:
+        if "step" in message:
+            self._tell(str(message["step"]))
+        elif "title" in message:
+            self.title = str(message["title"])
+        elif "failed" in message or "ended" in message:
+            self._ended = str(message.get("failed", message.get("ended")))
+        elif "finished" in message:
+            self._finished.add(str(message["finished"]))
+        else:
             got = self._restore(message)
-            if got.nodeid == item.nodeid:
-                yield got
-            else:  # this session runs in another order
-                self._early.setdefault(got.nodeid, []).append(got)
+            self._early.setdefault(got.nodeid, []).append(got)
+
+    def _tell(self, step: str) -> None:
+        terminal = self._config.pluginmanager.getplugin("terminalreporter")
+        if step not in self._steps:
+            self._steps.append(step)
+            if terminal is not None:
+                terminal.write_line(f"building the lab: {step}")
 
     def _restore(self, data: dict[str, object]) -> pytest.TestReport:
         got = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
@@ -236,10 +243,20 @@ class InnerPytest:
             got.longrepr = tuple(got.longrepr)
         return got
 
+    def _last_words(self) -> str:
+        said = os.pread(self._said, 1 << 20, 0)[-3000:].decode(errors="replace")
+        return f"the lab's process ended with status {self._process.returncode}:\n{said}"
+
     def close(self) -> None:
         """End the lab, and with it the pytest in it."""
-        self._lab.close()
-        self._worker.join(timeout=30)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class Reporter:

@@ -157,7 +157,7 @@ static enum net_moved send_batch(struct pv_net *net)
     }
     if (pushed)
         pv_queue_interrupt(net->tx);
-    return moved;
+    return net->tx->error ? NET_BROKEN : moved;
 }
 
 static enum net_moved receive_batch(struct pv_net *net)
@@ -171,7 +171,7 @@ static enum net_moved receive_batch(struct pv_net *net)
         work->returned = false;
         pv_queue_interrupt(net->rx);
     }
-    return moved;
+    return net->rx->error ? NET_BROKEN : moved;
 }
 
 static bool kicked(const struct pollfd *watched, struct pv_queue *queue)

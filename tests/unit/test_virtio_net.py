@@ -328,6 +328,19 @@ def test_broken_ring_needs_a_reset_and_works_after_it() -> None:
         assert receive(peer) == pattern(60)
 
 
+@pytest.mark.parametrize("sending", [False, True], ids=["received", "sent"])
+def test_ring_that_does_not_say_whether_to_interrupt_needs_a_reset_at_once(sending: bool) -> None:
+    device, peer = pair()
+    with peer, Driver(device, packed=True) as driver:
+        ring = driver.tx if sending else driver.rx
+        driver.hide(ring.base + 0x8000)
+        buffers(driver, 1, 2000)
+        peer.sendall(framed(pattern(100)))
+        send(driver, pattern(60))
+        eventually(lambda: driver.transport.reset_needed, "the card needs a reset")
+        assert "one of its rings cannot be touched" in str(ring.queue.problem)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 def test_rings_written_over_while_frames_go_both_ways_break_nothing_but_the_card(packed: bool) -> None:
     device, peer = pair()

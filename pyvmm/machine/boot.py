@@ -51,6 +51,14 @@ _ZBOOT: Final = struct.Struct("<4s4s2I8x32s")
 _GZIP_MAGIC: Final = b"\x1f\x8b\x08"
 _ELF_MAGIC: Final = b"\x7fELF"
 
+_OTHERS: Final = {
+    b"\xfd7zXZ\0": "compressed with xz", b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\x04\x22\x4d\x18": "compressed with lz4", b"\x02\x21\x4c\x18": "compressed with lz4",
+    b"BZh": "compressed with bzip2", b"\x27\x05\x19\x56": "a U-Boot image", b"ANDROID!": "an Android boot image",
+    b"QFI\xfb": "a qcow2 disk image", b"070701": "a cpio archive, as initrds are", b"!<arch>": "an archive",
+}  # fmt: skip
+"""How files begin that somebody may take for a kernel; as instructions, no program would begin with these."""
+
 _TEXT: Final = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
 
 _UNPACK_HINT: Final = "unpack it to a plain Image first"
@@ -145,6 +153,9 @@ def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
         )
     # A flat binary is known by nothing; what can still be told is what holds no instruction a CPU could begin with.
     start = data[:PEEK]
+    for magic, what in _OTHERS.items():
+        if start.startswith(magic):
+            raise UsageError(f"kernel {source} is {what}", hint=_UNPACK_HINT if "compressed" in what else None)
     if start.isascii() and not start.translate(None, _TEXT):
         raise UsageError(f"kernel {source} is a text file", hint="name an Image, an ELF file, or a flat arm64 binary")
     if not any(start):

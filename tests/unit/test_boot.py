@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
 import struct
 from itertools import pairwise
@@ -507,8 +509,15 @@ def test_an_unknown_payload_is_refused_with_the_names_there_are():
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [(b"#!/bin/sh\necho hello\n", "text file"), (bytes(100), "100 bytes of zeros")],
-    ids=["text", "zeros"],
+    [
+        (b"#!/bin/sh\necho hello\n", "text file"),
+        (bytes(100), "100 bytes of zeros"),
+        (lzma.compress(CODE), "compressed with xz"),
+        (bz2.compress(CODE), "compressed with bzip2"),
+        (b"\x28\xb5\x2f\xfd" + bytes(60), "compressed with zstd"),
+        (b"ANDROID!" + bytes(60), "an Android boot image"),
+    ],
+    ids=["text", "zeros", "xz", "bzip2", "zstd", "Android"],
 )
 def test_what_holds_no_instruction_is_no_flat_binary(data: bytes, words: str) -> None:
     with pytest.raises(UsageError, match=words):

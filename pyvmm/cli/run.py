@@ -143,7 +143,10 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
     output = parser.add_argument_group("output")
-    output.add_argument("--dump-dtb", type=OutputPath, metavar="FILE", help="write the guest's device tree to FILE")
+    output.add_argument(
+        "--dump-dtb", type=OutputPath, metavar="FILE",
+        help="write the guest's device tree to FILE, without the seeds of its random numbers",
+    )  # fmt: skip
     output.add_argument("--stats", action="store_true", help="end with a table of exits and what they cost")
     output.add_argument(
         "--map", type=OutputPath, metavar="FILE.svg",
@@ -226,7 +229,7 @@ def dry_run(args: argparse.Namespace) -> int:
 
     with Plan(found(_config(args, kernel))) as plan:
         if args.dump_dtb is not None:
-            _write(args.dump_dtb, plan.machine.entry.device_tree)
+            _write(args.dump_dtb, plan.machine.entry.described())
         print("\n".join(plan.lines()))
     return 0
 
@@ -269,7 +272,7 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
         while True:
             with Machine(config, intercept=intercept, restore=snapshot) as machine, contextlib.ExitStack() as life:
                 if args.dump_dtb is not None:
-                    _write(args.dump_dtb, machine.entry.device_tree)
+                    _write(args.dump_dtb, machine.entry.described())
                 if watch is not None:
                     watch.begin(machine)
                 signals.stop = machine.stop

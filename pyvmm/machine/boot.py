@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.content import NOTHING, PEEK, Bytes, Content, FilePart, Gzip, Known, Loadable, OpenFile, damaged
-from pyvmm.machine.fdt import Describable, GicNode, check_header, describe, machine_tree
+from pyvmm.machine.fdt import Describable, GicNode, Tree, check_header, describe, machine_tree, without_entropy
 from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 
@@ -105,6 +105,11 @@ class Entry(NamedTuple):
     fdt: Gpa
     device_tree: bytes
     plan: tuple[Segment, ...]
+    tree: Tree | None = None
+
+    def described(self) -> bytes:
+        """Return the device tree for others: without the seeds of this guest's random numbers, if they are ours."""
+        return self.device_tree if self.tree is None else without_entropy(self.tree).to_bytes()
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -308,14 +313,18 @@ def place(
     parts = plan(image, ram_size=ram_size, loadable=loadable)
     by_name = {part.what: part for part in parts}
     fdt = Gpa(by_name["the device tree"].gpa)
-    tree = board if isinstance(board, bytes) else _tree(board, image, by_name.get("the initrd"), ram_size)
+    if isinstance(board, bytes):
+        tree, data = None, board
+    else:
+        tree = _tree(board, image, by_name.get("the initrd"), ram_size)
+        data = _flattened(tree)
     for part in parts:
         part.data.load(memory, part.gpa, part.size)
-    memory.write(fdt, tree)
-    return Entry(Gpa(image.pc), fdt, tree, parts)
+    memory.write(fdt, data)
+    return Entry(Gpa(image.pc), fdt, data, parts, tree)
 
 
-def _tree(board: Board, image: BootImage, initrd: Segment | None, ram_size: int) -> bytes:
+def _tree(board: Board, image: BootImage, initrd: Segment | None, ram_size: int) -> Tree:
     nodes = [
         describe(device, base) if line is None else describe(device, base, line.spi, line.kind)
         for device, base, line in board.devices
@@ -332,6 +341,10 @@ def _tree(board: Board, image: BootImage, initrd: Segment | None, ram_size: int)
     )
     if board.pool:
         add_pool(tree, board.pool)
+    return tree
+
+
+def _flattened(tree: Tree) -> bytes:
     data = tree.to_bytes()
     if len(data) > FDT_ROOM:
         raise UsageError(

@@ -244,6 +244,18 @@ _BINDINGS: Final = {"arm,pl011": ("serial", ("arm,primecell",), ("uartclk", "apb
 CLOCK_HZ: Final = 24_000_000
 
 
+_SEEDS: Final = ("kaslr-seed", "rng-seed")
+
+
+def without_entropy(tree: Tree) -> Tree:
+    """Take the seeds out of a tree of :func:`machine_tree`, and return it: who had them could guess a guest's keys."""
+    for node in tree.root.children:
+        if node.name == "chosen":
+            for seed in _SEEDS:
+                node.properties.pop(seed, None)
+    return tree
+
+
 def machine_tree(
     *,
     ram: Sequence[tuple[int, int]],
@@ -276,7 +288,7 @@ def machine_tree(
 
     if entropy:
         # dt-schema's chosen.yaml; Linux takes both out of the tree that it shows to its user space.
-        chosen.properties |= {"kaslr-seed": entropy[:8], "rng-seed": entropy[8:]}
+        chosen.properties |= dict(zip(_SEEDS, (entropy[:8], entropy[8:]), strict=True))
 
     for gpa, size in ram:
         root.add(f"memory@{gpa:x}", {"device_type": "memory", "reg": cells64(gpa, size)})

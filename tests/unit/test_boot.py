@@ -426,11 +426,13 @@ def test_each_part_is_written_once_and_the_device_tree_last():
 
 def test_linux_alone_is_given_entropy_and_a_run_without_it_repeats():
     image = identify(linux_image(), "Image")
-    trees = [
-        place(image, Recorder(), Board(cpus=1, entropy=entropy), ram_size=64 * MIB).device_tree
+    entries = [
+        place(image, Recorder(), Board(cpus=1, entropy=entropy), ram_size=64 * MIB)
         for entropy in (None, lambda size: bytes(range(size)), None)
     ]
+    trees = [entry.device_tree for entry in entries]
     assert trees[0] == trees[2]
+    assert entries[1].described() == trees[0], "what is written down has no seeds that a guest would use again"
     for name, value in ((b"kaslr-seed\0", bytes(range(8))), (b"rng-seed\0", bytes(range(8, 72)))):
         assert name not in trees[0]
         assert name in trees[1]

@@ -25,6 +25,12 @@ static void forget(struct net_work *work, uint32_t buffers)
     }
 }
 
+static void empty(struct net_work *work)
+{
+    work->stash_first = work->stashed = work->vector_first = work->vectors = 0;
+    work->room = 0;
+}
+
 /* Behind what is in them there is always room for another stash: there they are twice as large. */
 static void compact(struct net_work *work)
 {
@@ -40,8 +46,21 @@ static void compact(struct net_work *work)
     }
 }
 
-/* Takes the buffer in net->chain; false: it is none, and goes back as it is. */
-static bool keep(struct pv_net *net)
+/* All of the stash goes back as it is. 0, or -1: the queue is broken. */
+static int return_stash(struct pv_net *net)
+{
+    struct net_work *work = net->work;
+    const uint32_t none[STASH] = {0};
+    int pushed = pv_queue_push_all(net->rx, stash(work), none, work->stashed);
+
+    work->returned = true;
+    empty(work);
+    return pushed;
+}
+
+/* Takes the buffer in net->chain. One that is none goes back as it is, and those before it do first: what is left of the
+   stash must be the last that was taken, or it could not be given back. */
+static void keep(struct pv_net *net)
 {
     struct net_work *work = net->work;
     struct pv_chain *chain = net->chain;
@@ -51,16 +70,15 @@ static bool keep(struct pv_net *net)
 
     if (used < 0) {
         add(&net->received.faults, 1);
-        work->returned = true;
-        pv_queue_push(net->rx, chain, 0);
-        return false;
+        if (!return_stash(net))
+            pv_queue_push(net->rx, chain, 0);
+        return;
     }
     stash(work)[work->stashed] = *chain;
     work->stash_vectors[work->stash_first + work->stashed] = (uint32_t)used;
     work->vectors += (uint32_t)used;
     work->room += chain->out_bytes;
     work->stashed++;
-    return true;
 }
 
 /* Takes buffers until they have room for `need` bytes. STARVED: there are no more, and the driver will kick when it
@@ -94,15 +112,11 @@ static void dropped(struct pv_net *net) { add(&net->received.dropped, 1); }
 /* Somewhere in the stash is a page that cannot be written: all of it goes back as it is, and the frame is lost. */
 static enum net_moved fault(struct pv_net *net)
 {
-    struct net_work *work = net->work;
-    const uint32_t none[STASH] = {0};
-    int pushed = pv_queue_push_all(net->rx, stash(work), none, work->stashed);
+    const struct net_work *work = net->work;
 
     add(&net->received.faults, work->stashed);
     dropped(net);
-    work->returned = true;
-    forget(work, work->stashed);
-    return pushed ? NET_BROKEN : NET_MOVED;
+    return return_stash(net) ? NET_BROKEN : NET_MOVED;
 }
 
 /* Guarded: n bytes to the stash's [offset, offset + n), which must be in it. */
@@ -264,9 +278,7 @@ void pv_net_give_back(struct pv_net *net)
 {
     struct net_work *work = net->work;
 
-    while (work->stashed) {
+    while (work->stashed)
         pv_queue_unpop(net->rx, &stash(work)[--work->stashed]);
-    }
-    work->stash_first = work->vector_first = work->vectors = 0;
-    work->room = 0;
+    empty(work);
 }

@@ -397,6 +397,20 @@ def test_paused_card_has_given_every_buffer_back_and_goes_on(wired: tuple[Driver
     assert data == struct.pack("<10xH", 31) + pattern(60000)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_buffers_before_one_that_is_none_go_back_with_it_and_none_comes_twice(packed: bool) -> None:
+    device, peer = pair()
+    with peer, Driver(device, packed=packed) as driver:
+        given = driver.rx.give([(DATA, 100, True)], [(DATA + 100, 50, True), (DATA + 150, 50, True)],
+                               [(BASE + SIZE, 2000, True)], [(DATA + 200, 100, True)])  # fmt: skip
+        peer.sendall(framed(pattern(500)))  # all four are looked at for it, and it waits
+        assert driver.wait(driver.rx, 3) == [(each, 0) for each in given[:3]]
+        device.pause()
+        device.resume()
+        given += driver.rx.give([(DATA + 300, 2000, True)])
+        assert driver.wait(driver.rx, 2) == [(given[3], 100), (given[4], 412)]
+
+
 def test_reset_in_the_middle_of_a_stream_keeps_its_place() -> None:
     device, peer = pair()
     with peer, Driver(device) as driver:

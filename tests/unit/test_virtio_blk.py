@@ -415,7 +415,7 @@ def test_disk_that_cannot_serve_all_its_queues_serves_none_and_leaks_nothing(
     board.drive()
     assert Status.NEEDS_RESET in board.status
     board.store(Register.STATUS, 0)
-    assert os.listdir("/proc/self/fd") == before
+    assert set(os.listdir("/proc/self/fd")) <= set(before)
     assert threading.active_count() == threads
     board.close()
 

@@ -235,7 +235,7 @@ def test_exhausted_map_count_fails_the_call_and_leaves_the_page_as_it_was(emulat
 
 def test_failed_punch_puts_the_view_back(emulated: Rig) -> None:
     emulated.vm.conversion = emulated.lib.PV_CONVERT_PUNCH
-    emulated.vm.map.regions[0].fd = -1
+    emulated.vm.map.regions[0].fd = 1 << 20  # no such descriptor
     exits = emulated.script(hypercall(SHARE, emulated.RAM))
     assert emulated.run() == "OTHER"
     assert exits[0].out[0] == MINUS_1

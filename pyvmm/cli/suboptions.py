@@ -45,16 +45,5 @@ def _value(function: Callable[[str], Any], key: str, value: str, text: str) -> A
         raise argparse.ArgumentTypeError(f"{key} in {text!r}: {error}") from None
 
 
-def one_of(*words: str) -> Callable[[str], str]:
-    """Return a function for values that are one of ``words``."""
-
-    def check(value: str) -> str:
-        if value not in words:
-            raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(words)}")
-        return value
-
-    return check
-
-
 def _known(keys: Mapping[str, Callable[[str], Any] | None]) -> str:
     return ", ".join(key if function is None else f"{key}=" for key, function in keys.items())

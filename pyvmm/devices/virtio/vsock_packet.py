@@ -21,7 +21,6 @@ PORT_ANY: Final = (1 << 32) - 1
 STREAM: Final = 1
 """The type of connection that is an ordered stream of bytes."""
 
-OP_INVALID: Final = 0
 OP_REQUEST: Final = 1
 OP_RESPONSE: Final = 2
 OP_RST: Final = 3

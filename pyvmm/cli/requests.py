@@ -1,19 +1,23 @@
 """What a run answers to other processes: its state, its counters, and the orders that a user may give it.
 
-A :class:`Requests` owns nothing; its methods run in the thread of the :class:`~pyvmm.cli.control.Control` that it is
-given to, one at a time, and return plain values of JSON.
+A :class:`Requests` owns nothing; what it answers with runs in the thread of the :class:`~pyvmm.cli.control.Control`
+that it is given to, one at a time, and returns plain values of JSON. The machine may change while it does not: one that
+resets has another in its place.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
 from pyvmm.errors import PyvmmError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pyvmm.machine.machine import Machine
 
@@ -24,26 +28,55 @@ RETURN = "\r"
 class Requests:
     """The requests of one run; ``options`` tells those of its machine, for a snapshot to hold."""
 
-    def __init__(self, machine: Machine, options: Callable[[], str] = str) -> None:
-        self._machine = machine
+    def __init__(self, machine: Machine | None = None, options: Callable[[], str] = str) -> None:
+        self._current = machine
         self._options = options
         self._holding = False
-        self.stopped = False
-        """Whether the run was told to stop."""
+        self._answering = threading.Lock()
+        self.asked: str | None = None
+        """Why the run is to end, if it was told to stop."""
+
+    @contextlib.contextmanager
+    def about(self, machine: Machine) -> Iterator[None]:
+        """Answer for ``machine``, which is built; on return nothing is asked of it any more."""
+        with self._answering:
+            self._current = machine
+        try:
+            yield
+        finally:
+            with self._answering:
+                self._current, self._holding = None, False
 
     @property
     def verbs(self) -> dict[str, Callable[..., object]]:
         """Each request by its name."""
-        return {
+        verbs: dict[str, Callable[..., object]] = {
             "info": self.info, "counters": self.counters, "pause": self.pause, "resume": self.resume,
             "stop": self.stop, "kick": self.kick, "snapshot": self.snapshot,
             "balloon": self.balloon,
         }  # fmt: skip
+        return {name: self._alone(answer) for name, answer in verbs.items()}
+
+    def _alone(self, answer: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(answer)
+        def alone(**members: object) -> object:
+            with self._answering:
+                return answer(**members)
+
+        return alone
+
+    @property
+    def _machine(self) -> Machine:
+        if self._current is None:
+            raise PyvmmError("the machine is being made: there is none that could do this now", hint="ask again")
+        return self._current
 
     @property
     def state(self) -> str:
         """``running``, ``paused``, ``starting`` or ``ended``."""
-        machine = self._machine
+        machine = self._current
+        if machine is None:
+            return "starting"
         if machine.ended_ns:
             return "ended"
         if machine.paused:
@@ -107,8 +140,9 @@ class Requests:
 
     def stop(self) -> dict[str, Any]:
         """End the run."""
-        self.stopped = True
-        self._machine.stop("pyvmm ctl stop")
+        self.asked = "pyvmm ctl stop"
+        if self._current is not None:
+            self._current.stop(self.asked)
         return {"state": self.state}
 
     def kick(self, text: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -269,6 +270,8 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
 
             snapshot = stack.enter_context(Snapshot(args.restore))
         intercept = debugger.intercept if debugger else None
+        requests = Requests(options=lambda: _machine_options(args))
+        stack.enter_context(Control(requests.verbs, args.socket))
         while True:
             with Machine(config, intercept=intercept, restore=snapshot) as machine, contextlib.ExitStack() as life:
                 if args.dump_dtb is not None:
@@ -276,16 +279,14 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
                 if watch is not None:
                     watch.begin(machine)
                 signals.stop = machine.stop
-                if signals.asked is not None:  # before there was this machine
-                    machine.stop(signals.asked)
                 if debugger is not None:
                     life.enter_context(debugger.serving(machine))
-                requests = Requests(machine, lambda: _machine_options(args))
-                with Control(requests.verbs, args.socket), following_size(machine, ends[1][0]):
+                with requests.about(machine), following_size(machine, ends[1][0]):
+                    if asked := signals.asked or requests.asked:  # before there was this machine
+                        machine.stop(asked)
                     outcome = machine.run()
                 # A wish for the end that came too late to be this VM's is for the next one.
-                wanted = signals.asked is not None or requests.stopped
-                if not reboot or outcome.ending is not Ending.RESET or wanted:
+                if not reboot or outcome.ending is not Ending.RESET or signals.asked or requests.asked:
                     if debugger is not None:
                         debugger.ended(outcome)
                     try:
@@ -297,6 +298,9 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
                     return outcome.status if signals.received is None else 128 + signals.received
             # A protected VM's memory cannot be loaded again: a reset makes another VM, for every protection alike.
             config = _rest_of(config, machine.elapsed_ns)
+            # A machine is full of cycles, and nobody else looks for garbage as often as a guest may reset.
+            del machine, life
+            gc.collect()
 
 
 def _machine_options(args: argparse.Namespace) -> str:

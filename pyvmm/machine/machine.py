@@ -350,10 +350,10 @@ class Machine:
 
     @property
     def elapsed_ns(self) -> int:
-        """Nanoseconds of CLOCK_MONOTONIC since the first run, or of the whole run once it has ended."""
+        """Nanoseconds of CLOCK_MONOTONIC since the first run, or of the whole run once it has ended; from 0."""
         if not self.started_ns:
             return 0
-        return (self.ended_ns or time.monotonic_ns()) - self.started_ns
+        return max((self.ended_ns or time.monotonic_ns()) - self.started_ns, 0)
 
     def _finish(self, outcome: Outcome) -> None:
         """End the run; the first to say why is believed."""

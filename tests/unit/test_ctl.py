@@ -204,9 +204,25 @@ def test_a_run_that_ends_while_it_is_paused_is_not_held(stub: Any) -> None:
 
 def test_a_run_that_was_told_to_stop_says_so(stub: Any) -> None:
     requests = Requests(stub)
-    assert not requests.stopped
+    assert requests.asked is None
     requests.stop()
-    assert requests.stopped
+    assert requests.asked == stub.told[-1] == "pyvmm ctl stop"
+
+
+def test_a_run_between_two_machines_answers_and_does_not_forget_a_stop(stub: Any, runtime: Path) -> None:
+    requests = Requests()
+    with Control(requests.verbs, str(runtime / "s")), Connection(str(runtime / "s")) as connection:
+        with pytest.raises(PyvmmError, match="is being made"):
+            connection.ask("info")
+        with requests.about(stub):
+            assert connection.ask("pause") == {"state": "paused"}
+        with pytest.raises(PyvmmError, match="that is starting cannot be paused"):
+            connection.ask("pause")
+        assert connection.ask("stop") == {"state": "starting"}
+        assert requests.asked
+        with requests.about(stub):
+            stub.paused = False
+            assert connection.ask("pause") == {"state": "paused"}, "the next machine is not paused yet"
 
 
 def test_a_kick_types_a_line_or_nothing_of_it(stub: Any) -> None:

@@ -130,7 +130,8 @@ def test_vcpus_that_want_the_same_pages_at_once_get_the_same_pages():
             sums = [each.start(abi.OP_SUM, PAGE, 64 * PAGE_SIZE) for each in guests]
             expected = sum((PAGE + index * PAGE_SIZE) * (PAGE_SIZE // 8) for index in range(64)) % 2**64
             assert [each.result()[0] for each in sums] == [expected] * 4
-            assert server.served[FaultKind.MISSING] - server.late == 64
+        # Once it has ended: a fault that came too late may have been on its way when its guest had its page.
+        assert server.served[FaultKind.MISSING] - server.late == 64
 
 
 def test_a_vcpu_waits_until_its_fault_is_answered_or_the_userfault_is_closed():

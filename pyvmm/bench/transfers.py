@@ -30,9 +30,12 @@ SIZE: Final = 64
 """MiB of a pass."""
 SMALL: Final = 4096
 """Requests of a pass where each is 4 KiB, and packets there and back."""
+LINE: Final = b"\n"
 TAP: Final = "pvbench0"
 NETWORK: Final = IPv4Interface("10.219.80.1/30")
 GUEST: Final = NETWORK.ip + 1
+CONNECT: Final = f"nc {NETWORK.ip} {{port}} -e sh -c"
+"""Runs a line of shell whose stdin and stdout are a connection: no program between copies by the KiB."""
 
 _UP: Final = re.compile(r"^up (\d+\.\d+)\r?$", re.MULTILINE)
 _TAIL: Final = 400
@@ -52,14 +55,14 @@ OPERATIONS: Final = {
     "blk read": Operation("blk", f"dd if=/dev/vda of=/dev/null bs=1M count={SIZE} iflag=direct", SIZE, "MiB"),
     "blk write": Operation("blk", f"dd if=/dev/zero of=/dev/vda bs=1M count={SIZE} oflag=direct", SIZE, "MiB"),
     "blk 4 KiB read": Operation("blk", f"dd if=/dev/vda of=/dev/null bs=4k count={SMALL} iflag=direct", SMALL, "read"),
-    "net receive": Operation("net", f"nc {NETWORK.ip} {{port}} </dev/null >/dev/null", SIZE, "MiB"),
-    "net send": Operation("net", f"head -c {SIZE}M /dev/zero | nc {NETWORK.ip} {{port}}", SIZE, "MiB"),
+    "net receive": Operation("net", f"{CONNECT} 'echo; dd of=/dev/null bs=1M'", SIZE, "MiB"),
+    "net send": Operation("net", f"{CONNECT} 'dd if=/dev/zero bs=1M count={SIZE}; read taken'", SIZE, "MiB"),
     "net round trip": Operation("net", f"ping -A -q -c {SMALL} {NETWORK.ip} >/dev/null", SMALL, "packet"),
 }
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """Sends a pass of bytes to who sends nothing, and takes what others send."""
+    """Sends a pass of bytes to who sends a line, and a line to who sends a pass."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -68,13 +71,14 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Sender(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # the guest is free to go
-            first = self.request.recv(MIB)
-            if not first:
-                data = bytes(MIB)
-                for _ in range(SIZE):
-                    self.request.sendall(data)
-            while self.request.recv(MIB):
-                pass
+            left = SIZE * MIB
+            while left and (data := self.request.recv(MIB)):
+                if data == LINE:
+                    for each in itertools.repeat(bytes(MIB), SIZE):
+                        self.request.sendall(each)
+                    return
+                left -= len(data)
+            self.request.sendall(LINE)
 
 
 class Host:

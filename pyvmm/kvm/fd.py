@@ -8,7 +8,6 @@ from ctypes import Structure, _SimpleCData, addressof, byref, sizeof
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from pyvmm.kvm import libc
-from pyvmm.kvm.causes import Value, kvm_error
 from pyvmm.uapi.kvm import KVM_GET_DEVICE_ATTR, KVM_HAS_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, kvm_device_attr
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pyvmm.errors import KvmError
+    from pyvmm.kvm.causes import Value
     from pyvmm.uapi.ioctl import Ioctl
 
 CData: TypeAlias = "Structure | _SimpleCData[Any]"
@@ -121,6 +121,8 @@ class Fd:
 
     def error(self, call: str, errno: int, /, **values: Value) -> KvmError:
         """Make the KvmError of a call on this descriptor."""
+        from pyvmm.kvm.causes import kvm_error  # a table that most runs never look at
+
         return kvm_error(call, errno, {"": self.label} | values)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.kvm import libc
 from pyvmm.kvm.stats import MeasuredFd
-from pyvmm.uapi import kvm_arm64, kvm_x86
+from pyvmm.uapi import kvm_arm64
 from pyvmm.uapi.kvm import (
     KVM_GET_MP_STATE,
     KVM_GET_ONE_REG,
@@ -30,7 +30,6 @@ from pyvmm.uapi.kvm import (
     kvm_reg_list,
 )
 from pyvmm.uapi.kvm_arm64 import core_reg
-from pyvmm.uapi.kvm_run import kvm_run
 from pyvmm.uapi.layout import with_tail
 from pyvmm.uapi.mman import MAP_SHARED, PROT_READ, PROT_WRITE
 
@@ -38,8 +37,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pyvmm.kvm.vm import Vm
+    from pyvmm.uapi.kvm_run import kvm_run
 
 _X86 = os.uname().machine == "x86_64"
+
+if TYPE_CHECKING or _X86:
+    from pyvmm.uapi import kvm_x86
 
 
 class Vcpu(MeasuredFd):
@@ -78,6 +81,8 @@ class Vcpu(MeasuredFd):
     @property
     def run(self) -> kvm_run:
         """A view of ``struct kvm_run``; not to be kept after close."""
+        from pyvmm.uapi.kvm_run import kvm_run  # the native loop has its own: few runs need these structures
+
         return kvm_run.from_address(self.run_address)
 
     # ---- arm64 ----

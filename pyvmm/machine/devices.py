@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -47,6 +48,18 @@ class Disk(Spec):
             raise UsageError(f"disk {self.path!r} with {self.queues} queues: it can have 1 to {DISK_QUEUES}")
         if len(self.serial.encode()) > DISK_SERIAL:
             raise UsageError(f"disk {self.path!r}: serial {self.serial!r} has more than {DISK_SERIAL} bytes")
+
+    def check(self, config: MachineConfig) -> None:
+        """Raise UsageError for a file that two of the guest's disks are to be, one of them writable."""
+        same = [
+            disk for disk in config.devices
+            if isinstance(disk, Disk) and os.path.realpath(disk.path) == os.path.realpath(self.path)
+        ]  # fmt: skip
+        if len(same) > 1 and not all(disk.read_only for disk in same):
+            raise UsageError(
+                f"disk {self.path!r} is given {len(same)} times, and the guest may write to it",
+                hint="make a copy of it, or add ,ro to each",
+            )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ from pyvmm.machine.swiotlb import pool_size
 from pyvmm.machine.threads import Threads
 from pyvmm.machine.vm import create_vm, protect
 from pyvmm.memory.address import Gpa
-from pyvmm.memory.memlock import require_memlock
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
 from pyvmm.protection import Protection
@@ -237,6 +236,8 @@ class Machine:
     def start(self) -> None:
         """Seal memory and let every vCPU go. Raises HostError where a protected guest could not lock its memory."""
         if self.config.protection is Protection.PKVM:
+            from pyvmm.memory.memlock import require_memlock
+
             require_memlock(sum(slot.size for slot in self.memory.slots))
         if self.config.prefault:
             self.prefault()

@@ -22,7 +22,6 @@ from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, pages, span
 from pyvmm.memory.backing import Backing, Memfd, check_usable, guard_copies
 from pyvmm.memory.conversion import SMCCC_SUCCESS, CopyConversion
 from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
-from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.slots import Piece, Slot, SlotTable
 from pyvmm.protection import Protection
 
@@ -290,6 +289,8 @@ class Memory:
 
     def locked_report(self) -> str:
         """Say how much memory this process has locked, and its limit."""
+        from pyvmm.memory.memlock import LockedMemory
+
         return str(LockedMemory.read())
 
     def close(self) -> None:

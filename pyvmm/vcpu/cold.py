@@ -15,7 +15,6 @@ from pyvmm.errors import PyvmmError, hex_
 from pyvmm.log import get_logger
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
-from pyvmm.uapi.kvm_run import ExitReason, SystemEvent
 from pyvmm.vcpu.outcome import Ending, Outcome
 
 if TYPE_CHECKING:
@@ -134,6 +133,8 @@ class ColdExits:
         return True
 
     def _system_event(self) -> bool:
+        from pyvmm.uapi.kvm_run import SystemEvent  # all the structures, which no guest needs before its end
+
         index, event = self.native.index, self.native.event
         match event:
             case SystemEvent.KVM_SYSTEM_EVENT_SHUTDOWN:
@@ -150,6 +151,8 @@ class ColdExits:
                 return self._end(Outcome(Ending.FAILED, f"KVM_EXIT_SYSTEM_EVENT of unknown type {event}", index))
 
     def _unexpected(self, stop: int) -> Outcome:
+        from pyvmm.uapi.kvm_run import ExitReason
+
         index, reason = self.native.index, self.native.exit_reason
         where = f"pc {hex_(self.vcpu.pc)}"
         if stop == lib.PV_STOP_HYPERCALL:
@@ -168,6 +171,8 @@ class ColdExits:
 
 def kvm_exit_name(reason: int) -> str:
     """Name an exit reason as the kernel does."""
+    from pyvmm.uapi.kvm_run import ExitReason
+
     try:
         return ExitReason(reason).name
     except ValueError:

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from pyvmm.cli.devices import add_device_options, device_specs, parse_disk
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
+from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Disk
 
 
@@ -43,6 +46,19 @@ def test_what_is_no_disk_is_refused_with_what_to_do(tmp_path: Path) -> None:
     assert "1000 bytes, which are not whole sectors of 512" in odd
     assert f"truncate -s %512 {tmp_path}/odd" in odd
     assert "null byte" in refusal("a\0b")
+
+
+@pytest.mark.parametrize(("begins", "name"), [(b"QFI\xfb\0\0\0\3", "qcow2"), (b"KDMV", "VMDK"), (b"raw", None)])
+def test_image_of_another_format_is_served_as_it_is_and_told(
+    tmp_path: Path, events: Callable[[], list[dict[str, Any]]], begins: bytes, name: str | None
+) -> None:
+    path = make(tmp_path / "image")
+    with open(path, "r+b") as file:
+        file.write(begins)
+    with DiskFile(path) as disk:
+        assert disk.size == 1 << 20
+    said = [(event["event"], event["path"], event["looks_like"]) for event in events()]
+    assert said == ([("disk_served_raw", path, name)] if name else [])
 
 
 def test_disk_that_may_only_be_read_says_how_to_have_it(tmp_path: Path) -> None:
@@ -150,3 +166,13 @@ def test_disk_has_bounds() -> None:
         Disk("a", queues=17)
     with pytest.raises(UsageError, match="more than 20 bytes"):
         Disk("a", serial="x" * 21)
+
+
+def test_file_is_twice_a_disk_only_where_it_cannot_change(tmp_path: Path) -> None:
+    path = make(tmp_path / "image")
+    os.symlink(path, tmp_path / "link")
+    other = str(tmp_path / "link")
+    MachineConfig("k", devices=(Disk(path, read_only=True), Disk(other, read_only=True))).check()
+    for devices in ((Disk(path), Disk(other)), (Disk(path, read_only=True), Disk(other))):
+        with pytest.raises(UsageError, match="is given 2 times, and the guest may write to it"):
+            MachineConfig("k", devices=devices).check()

@@ -37,6 +37,10 @@ _COPYING: Final = frozenset(
 )
 
 
+#: How files of other formats than raw begin.
+_FORMATS: Final = {b"QFI\xfb": "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX"}
+
+
 class DiskFile:
     """An open medium of ``size`` bytes, whole sectors.
 
@@ -52,6 +56,7 @@ class DiskFile:
         try:
             self.regular = stat.S_ISREG(os.fstat(self.fd).st_mode)
             self.size = self._measure()
+            self._tell_format()
             if lock:
                 self._lock()
             self.block_size, self.physical_size = self._blocks()
@@ -125,6 +130,16 @@ class DiskFile:
                 hint=f"is it an image of another format than raw? if not: truncate -s %{SECTOR} {self.path}",
             )
         return size
+
+    def _tell_format(self) -> None:
+        """Warn of what looks like another format: a guest may have written that, so it is no reason to refuse it."""
+        begins = os.pread(self.fd, 8, 0)
+        for magic, name in _FORMATS.items():
+            if begins.startswith(magic):
+                log.warning(
+                    "disk_served_raw", path=self.path, looks_like=name,
+                    hint="the guest sees the file's bytes as they are: qemu-img convert -O raw makes a raw image of it",
+                )  # fmt: skip
 
     def _lock(self) -> None:
         # Of the open file, not the process: two disks of one VM exclude each other too. QEMU locks single bytes of a

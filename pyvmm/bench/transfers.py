@@ -88,7 +88,7 @@ class Host:
         kernel, initrd = resolve(OWN, SHELL, None)
         assert initrd is not None
         # A file system that the lab is shown cannot map files, which QEMU does with the kernel.
-        self.guest = linux.Files(*(shutil.copy(path, folder) for path in (kernel, initrd)))
+        self.guest = linux.Files(shutil.copy(kernel, folder), shutil.copy(initrd, folder), linux.install(folder))
         self.disk = str(Path(folder, "disk"))
         Path(self.disk).write_bytes(bytes(MIB) * SIZE)
         self._stack = stack

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__, log
-from pyvmm.cli.common import STATUSES, Interrupted, add_common
+from pyvmm.cli.common import STATUSES, Help, Interrupted, add_common
 from pyvmm.errors import PyvmmError, UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog="pyvmm",
         description="A VMM for protected arm64 guests.",
         epilog=STATUSES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"pyvmm {__version__}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import (
+    Help,
     Interrupted,
     OutputPath,
     add_common,
@@ -46,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Define the verb's options."""
     parser = subparsers.add_parser(
         "atlas", help="what this kernel does with guest memory, claim by claim", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         usage="pyvmm atlas [options] [CLAIM ...]\n       pyvmm atlas diff [--json FILE] A.json B.json",
         description="Try claims about guest memory on this host's kernel, each with a guest of its own, in every\n"
         "protection and over every backing where it makes sense, and report what holds, with the evidence.",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from pyvmm.cli.common import (
+    Help,
     Interrupted,
     OutputPath,
     add_common,
@@ -41,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     parser = subparsers.add_parser(
         "bench", help="what a fault, an exit, a share, a conversion costs", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         usage="pyvmm bench [options] [CASE ...]\n"
         "       pyvmm bench compare A.jsonl [B.jsonl]\n"
         "       pyvmm bench report [--html FILE] [--figures DIR] RESULTS\n"

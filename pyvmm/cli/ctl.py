@@ -10,7 +10,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pyvmm.cli.common import add_common, parse_size
+from pyvmm.cli.common import Help, add_common, parse_size
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser = subparsers.add_parser(
         "ctl", help="ask or tell a running guest", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         usage="pyvmm ctl [-h] [--json] [PID|PATH] ORDER [ARGUMENT]",
         description="Give an order to the run of process PID, to the one whose --socket is PATH, or to the only one.",
         epilog=f"orders:\n{orders}\n"

@@ -13,7 +13,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.common import add_common
+from pyvmm.cli.common import Help, add_common
 from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Define the verb's options."""
     parser = subparsers.add_parser(
         "map", help="run a guest and show its page map", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         description="Run a guest until it powers off, and show whose its pages are: on stdout, while it runs if that\n"
         "is a terminal, and at the end. The guest's output goes to stderr. Exit status as of run.",
         epilog="examples:\n"

@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import (
+    Help,
     OutputPath,
     add_common,
     open_output,
@@ -44,7 +45,7 @@ CRASH = "payload:crash"
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "run", help="run a guest", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "run", help="run a guest", allow_abbrev=False, formatter_class=Help,
         description="Run a guest until it powers off. Its console is stdin and stdout; on a terminal Ctrl-A x quits.",
         epilog="examples:\n"
         "  pyvmm run payload:hello\n"

@@ -12,7 +12,7 @@ import contextlib
 import sys
 import time
 
-from pyvmm.cli.common import add_common, parse_seconds
+from pyvmm.cli.common import Help, add_common, parse_seconds
 from pyvmm.cli.map import screen_for
 from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
 from pyvmm.errors import UsageError
@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Define the verb's options."""
     parser = subparsers.add_parser(
         "top", help="how busy a running guest is", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         usage="pyvmm top [-h] [--interval SECONDS] [--once] [--json] [PID | [run options] KERNEL]",
         description="Show exits a second, where the vCPUs' time goes, and pages: of the guest that process PID runs,\n"
         "of the only one that runs, or of KERNEL, which is then run here as run does.",

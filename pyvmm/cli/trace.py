@@ -13,7 +13,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Self
 
-from pyvmm.cli.common import OutputPath, add_common
+from pyvmm.cli.common import Help, OutputPath, add_common
 from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
 from pyvmm.log import get_logger
 
@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Define the verb's options."""
     parser = subparsers.add_parser(
         "trace", help="run a guest and record its exits", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         description="Run a guest as run does, and write what happened, exit by exit, to a file for\n"
         "https://ui.perfetto.dev. Exit status as of run.",
         epilog="examples:\n"

@@ -178,14 +178,14 @@ def read_tree(path: str) -> bytes:
 
 
 def _open(path: str, what: str, room: int, files: contextlib.ExitStack) -> FilePart:
-    file = OpenFile(path, what, missing_hint=_missing_hint(path, what))
+    file = OpenFile(path, what, missing_hint=_missing_hint)
     files.callback(file.close)
     if file.size > room:
         raise _too_big(file.what, file.size, room)
     return FilePart(file, 0, file.size)
 
 
-def _missing_hint(path: str, what: str) -> str | None:
+def _missing_hint(what: str, path: str) -> str | None:
     from pyvmm.payloads import names
 
     if what == "kernel" and path in names():

@@ -17,7 +17,7 @@ from pyvmm.errors import UsageError
 from pyvmm.memory.address import Gpa
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 #: Bytes of a packed file read, and unpacked, at once.
 CHUNK: Final = 1 << 20
@@ -122,15 +122,20 @@ NOTHING: Final = Bytes()
 
 
 class OpenFile:
-    """A regular file, open to be read; ``what`` names it in errors ("kernel path"). Close it."""
+    """A regular file, open to be read; ``what`` names it in errors ("kernel path"). Close it.
 
-    def __init__(self, path: str, what: str, *, missing_hint: str | None = None) -> None:
+    ``missing_hint`` is asked with ``what`` and ``path`` where there is no such file.
+    """
+
+    def __init__(
+        self, path: str, what: str, *, missing_hint: Callable[[str, str], str | None] = lambda _what, _path: None
+    ) -> None:
         self.what = f"{what} {path}"
         try:
             # O_NONBLOCK: a FIFO without a writer must be refused, not waited for.
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
-            raise UsageError(f"{self.what}: no such file", hint=missing_hint) from None
+            raise UsageError(f"{self.what}: no such file", hint=missing_hint(what, path)) from None
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise UsageError(f"{what} {path!r} cannot be opened: {reason}") from None

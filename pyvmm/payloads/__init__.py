@@ -5,7 +5,6 @@ Owns nothing but its directory. Anyone may call it; files are read when asked fo
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -71,6 +70,8 @@ def payload(name: str) -> bytes:
     UsageError for a name there is none of; PyvmmError when the installation has lost the file.
     """
     if name not in ABOUT:
+        import difflib
+
         close = difflib.get_close_matches(name, names(), n=1)
         raise UsageError(
             f"there is no payload {name!r}; there are: {', '.join(names())}",

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
+from pyvmm.devices.outlet import Outlet
 from pyvmm.errors import UsageError
 
 LINGER = 0.01
@@ -61,7 +62,7 @@ class Pl011(Device):
     ) -> None:
         super().__init__()
         self._unheard = unheard
-        self._out, self._source = out, source
+        self._source = source
         self.state = self._uart = ffi.new("struct pv_pl011 *")
         self._buffers = [self._fifo(self._uart.tx, TX_BYTES), self._fifo(self._uart.rx, RX_BYTES)]
         self._uart.vm_fd = -1
@@ -75,6 +76,7 @@ class Pl011(Device):
             os.close(self._stop_write)
             raise
         self._uart.tx.wake_fd = self._wake
+        self._out = None if out is None else Outlet(out)
         self._draining = threading.Lock()
         self._chunk = ffi.new("uint8_t[]", TX_BYTES)
         self._room = threading.Condition()
@@ -127,21 +129,24 @@ class Pl011(Device):
         out = self._out
         while data and out is not None and self._broken is None and self._writable(out):
             try:
-                # POLLOUT promises room for PIPE_BUF bytes; more could block where no stop would be heard.
-                data = data[os.write(out, data[: select.PIPE_BUF]) :]
-            except BlockingIOError:
-                continue  # another writer was quicker
+                taken = out.write(data)
             except OSError as error:
                 self._broken = error
                 self._unheard(error)
+                return
+            data = data[taken:]
+            if not taken:  # another writer was quicker
+                time.sleep(LINGER)
+                if self._give_up_at is not None and time.monotonic() > self._give_up_at:
+                    return
 
-    def _writable(self, out: int) -> bool:
+    def _writable(self, out: Outlet) -> bool:
         """Wait for the reader: for ever, or once aborted until its patience is over."""
         poll = select.poll()
         poll.register(out, select.POLLOUT)
         if self._give_up_at is None:
             poll.register(self._stop_read, select.POLLIN)
-            if out in dict(poll.poll()):
+            if out.fileno() in dict(poll.poll()):
                 return True
             poll.unregister(self._stop_read)
         left = (self._give_up_at or 0) - time.monotonic()
@@ -245,6 +250,8 @@ class Pl011(Device):
             for fd in (self._wake, self._stop_read, self._stop_write):
                 os.close(fd)
             self._wake = -1
+        if self._out is not None:
+            self._out.close()
 
     def _join(self, name: str) -> None:
         for thread in self._threads:

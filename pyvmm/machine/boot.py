@@ -7,7 +7,7 @@ their places; each file is read once, straight to where it belongs, the device t
     1. open the file, or the built-in payload, and look at its header, through gzip and EFI zboot
     2. say what it is: arm64 Image, ELF, or else a flat binary
     3. place it: an Image at RAM's start + text_offset, an ELF where its program headers say, a flat binary at 512 KiB
-    4. place the device tree in the last 2 MiB-aligned 2 MiB of memory, the initrd right below it
+    4. place the device tree in the last 2 MiB-aligned 2 MiB of memory, or of its first 32 GiB, the initrd right below
     5. refuse what overlaps or lies outside memory
     6. load it all, unpacking on the way; pc = the entry, x0 = the device tree's gpa
 """
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
 FDT_ROOM: Final = 2 * layout.MIB
+
+#: booting.rst: an initrd lies with its kernel in one window of so much, which starts on a multiple of 1 GiB, as RAM does.
+INITRD_WINDOW: Final = 32 << 30
 
 #: Bytes of entropy for a Linux guest: 8 for the place of its kernel, 64 for its random numbers.
 SEEDS: Final = 8 + 64
@@ -270,7 +273,7 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
             f"{hex_(layout.PAYLOAD_LIMIT)} on",
             hint=f"-m {most}M is the most for one",
         )
-    fdt = (end - FDT_ROOM) // FDT_ROOM * FDT_ROOM
+    fdt = (min(end, layout.RAM_BASE + INITRD_WINDOW) - FDT_ROOM) // FDT_ROOM * FDT_ROOM
     parts = [*image.segments, Segment("the device tree", fdt, FDT_ROOM)]
     if image.initrd is not None:
         gpa = (fdt - image.initrd.size) // PAGE_SIZE * PAGE_SIZE

@@ -36,7 +36,8 @@ from typing import Final, NamedTuple
 #               |..............................|   2 MiB aligned
 #               | device tree, 2 MiB at most   |
 #               |..............................|
-#               | less than 2 MiB              |   nothing when the RAM's end is 2 MiB aligned
+#               | less than 2 MiB, but for     |   nothing when the RAM's end is 2 MiB aligned
+#               | what is beyond 32 GiB        |
 #               +------------------------------+ RAM_BASE + the RAM's size
 #
 # With the private backing all of that is in RAM's first PRIVATE_BOOT bytes, and what follows them is free.

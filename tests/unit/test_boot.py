@@ -346,6 +346,18 @@ def test_what_is_planned_is_inside_memory_aligned_and_disjoint(ram_pages, kernel
     assert where.get("the initrd", (0, 0))[0] % 4096 == 0
 
 
+@pytest.mark.parametrize("gib", [31, 33, 500])
+def test_an_initrd_is_no_further_from_its_kernel_than_linux_maps(gib):
+    image = identify(linux_image(), "Image")._replace(initrd=Bytes(bytes(5000)))
+    where = ranges(plan(image, ram_size=gib << 30))
+    top = layout.RAM_BASE + (min(gib, 32) << 30)
+    assert where["the device tree"] == (top - FDT_ROOM, top)
+    assert where["the initrd"] == (top - FDT_ROOM - 8192, top - FDT_ROOM - 8192 + 5000)
+    # Documentation/arch/arm64/booting.rst: a window of 32 GiB at most, from a multiple of 1 GiB, with the kernel in it.
+    window = min(start for start, _ in where.values()) >> 30 << 30
+    assert max(end for _, end in where.values()) <= window + (32 << 30)
+
+
 def test_the_least_memory_there_may_be_takes_a_payload():
     plan(flat(MIB), ram_size=layout.RAM_MINIMUM)
     plan(flat(MIB), ram_size=64 * MIB, loadable=layout.PRIVATE_BOOT)

@@ -77,6 +77,16 @@ def test_keys_that_are_offered_reach_the_guest_as_far_as_there_is_room(ends: End
     assert not ends.console.offer(b"\r")
 
 
+def test_keys_are_told_of_before_the_descriptor_for_that_can_be_closed(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+    monkeypatch.setattr(os, "eventfd_write", lambda _fd, _n: held.append(ends.console._idle._is_owned()))  # type: ignore[attr-defined]
+    assert ends.console.offer(b"x")
+    monkeypatch.undo()
+    assert held == [True]
+
+
 def test_guest_that_reads_nothing_leaves_what_is_typed_where_it_was_typed(ends: Ends) -> None:
     os.set_blocking(ends.keys, False)
     sent = 0

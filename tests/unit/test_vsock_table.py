@@ -236,6 +236,77 @@ def test_close_of_the_guest_is_confirmed_when_the_host_has_all_its_bytes(peer: P
     assert peer.got[-1][0].op == OP_RST
 
 
+def stall(peer: Peer, port: int = 1000, to: int = 5) -> int:
+    """Send until the host's reader takes no more, and some wait with us; how many bytes that were."""
+    sent = 0
+    while not any(select.POLLOUT & events for events in peer.watched.values()):
+        peer.send(OP_RW, port, to, b"y" * 4096)
+        sent += 4096
+    return sent
+
+
+def rest(end: socket.socket, peer: Peer) -> int:
+    """Read to the end; how many bytes came."""
+    got = 0
+    while data := end.recv(1 << 16):
+        got += len(data)
+        peer.turn()
+    return got
+
+
+@pytest.mark.parametrize("flags", [SHUTDOWN_BOTH, SHUTDOWN_SEND])
+def test_guest_that_waits_no_longer_for_the_end_of_its_close_loses_no_byte(
+    peer: Peer, host: socket.socket, flags: int
+) -> None:
+    sent = stall(peer)
+    peer.send(OP_SHUTDOWN, 1000, 5, flags=flags)
+    peer.send(OP_RST, 1000, 5)  # Linux does after VSOCK_CLOSE_TIMEOUT, 8 s
+    peer.got.clear()
+    assert rest(host, peer) == sent
+    assert peer.got == [], "the guest knows nothing of it any more"
+    assert not peer.watched
+    assert len(peer.table) == 0
+
+
+def test_guest_that_breaks_off_is_not_waited_for(peer: Peer, host: socket.socket) -> None:
+    sent = stall(peer)
+    peer.send(OP_RST, 1000, 5)
+    assert len(peer.table) == 0
+    assert rest(host, peer) < sent
+
+
+def test_reader_that_goes_ends_what_waits_for_it(peer: Peer, host: socket.socket) -> None:
+    stall(peer)
+    peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_BOTH)
+    peer.send(OP_RST, 1000, 5)
+    host.close()
+    assert peer.turn() == []
+    assert not peer.watched
+    assert len(peer.table) == 0
+
+
+def test_ports_are_free_again_while_bytes_wait_and_those_that_wait_are_bounded(peer: Peer) -> None:
+    with contextlib.ExitStack() as ends, peer.listen(5) as listener:
+        for _ in range(MOST_STREAMS):
+            peer.send(OP_REQUEST, 1000, 5)
+            end = ends.enter_context(listener.accept()[0])
+            assert peer.ops() == [OP_RESPONSE]
+            sent = 0
+            while len(peer.watched) < len(peer.table) or not select.POLLOUT & [*peer.watched.values()][-1]:
+                peer.send(OP_RW, 1000, 5, b"y" * (BUFFER - 4096))
+                sent += BUFFER - 4096
+            peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_BOTH)
+            peer.send(OP_RST, 1000, 5)
+        assert len(peer.table) == MOST_STREAMS
+        peer.send(OP_REQUEST, 1000, 5)
+        assert peer.ops() == [OP_RST]
+        end.settimeout(5)
+        assert rest(end, peer) == sent
+        peer.send(OP_REQUEST, 1000, 5)
+        assert peer.ops() == [OP_RESPONSE]
+        assert len(peer.table) == MOST_STREAMS
+
+
 def test_clients_that_give_up_before_the_guest_answers_are_forgotten(peer: Peer) -> None:
     ours, theirs = socket.socketpair()
     peer.table.connect(theirs, 7)
@@ -502,6 +573,11 @@ class Connections(RuleBasedStateMachine):
             guest.over = True
             guest.sent = 1 << 40
         self.packet(guest, op, flags=flags, size=size)
+        # Where it was over, it has asked for another one, which must not be taken for the next guest's.
+        if op == OP_REQUEST and select.select([self.listener], [], [], 0)[0]:
+            guest.over = True
+            guest.sent = 1 << 40
+            self.listener.accept()[0].close()
 
     @rule(guest=consumes(streams))
     def host_closes(self, guest: Guest) -> None:

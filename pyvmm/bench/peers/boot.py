@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -16,10 +17,10 @@ NAME: Final = "qemu boot"
 
 def boots() -> list[Series]:
     """Boot by turns, who begins alternating."""
-    program = qemu()
+    qemu()
     times: dict[str, list[list[float]]] = {"qemu": [], "pyvmm": []}
-    with linux.files(OWN) as guest:
-        sides = {"qemu": linux.qemu(program, guest, 1), "pyvmm": linux.pyvmm(guest, "none", 1)}
+    with linux.files(OWN) as guest, tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
+        sides = {"qemu": linux.qemu(qemu(folder), guest, 1), "pyvmm": linux.pyvmm(guest, "none", 1)}
         for turn in range(TURNS):
             for side in list(sides) if turn % 2 else reversed(sides):
                 boot = linux.boot(sides[side], PATIENCE)

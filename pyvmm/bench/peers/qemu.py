@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Final
 
 from pyvmm import payloads
@@ -30,11 +31,14 @@ WHAT: Final = {"store": "store to the UART", "load": "load from the UART", "hvc"
 _LINE = re.compile(r"^exits: what=(\w+) round=\d+ count=(\d+) ticks=(\d+) hz=(\d+)\r?$", re.MULTILINE)
 
 
-def qemu() -> list[str]:
-    """Return the beginning of QEMU's command, that of the tree or else this machine's own. HostError without any."""
+def qemu(folder: str | None = None) -> list[str]:
+    """Return the beginning of QEMU's command, that of the tree or else this machine's own. HostError without any.
+
+    With ``folder`` the tree is copied there: onto a file system of the host's own, as what is installed is.
+    """
     [program] = QEMU.programs
     if (tree := find_tree(QEMU.name)) is not None:
-        return QEMU.command(tree)
+        return QEMU.command(tree if folder is None else Path(shutil.copytree(tree, Path(folder, "qemu"))))
     if (path := shutil.which(program)) is not None:
         return [path]
     raise HostError(f"there is no {program} here", hint=f"apt install {QEMU.package}, or pyvmm --lab bench --peers")

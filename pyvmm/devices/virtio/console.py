@@ -23,6 +23,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from pyvmm.devices.outlet import Outlet
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import Worker
@@ -39,6 +40,8 @@ MOST_KEPT: Final = 1 << 16
 PATIENCE: Final = 1.0
 """Seconds that a reader has left once the console was told to give up on it."""
 _BATCH: Final = 64
+_BREATH: Final = 0.01
+"""Seconds until the room that another writer took is looked for again."""
 _CONFIG: Final = struct.Struct("<HHII")
 _EMERGENCY: Final = 8
 """The offset of ``emerg_wr`` in the configuration space."""
@@ -63,7 +66,9 @@ class Console(VirtioDevice):
         unheard: Callable[[OSError], None] = lambda _: None,
     ) -> None:
         super().__init__()
-        self._out, self._source = out, source
+        self._out = None if out is None else Outlet(out)
+        self._source = source
+        self._broken = False
         self._size = size or (0, 0)
         self.features = F_EMERG_WRITE | (F_SIZE if size is not None else 0)
         self.unheard = unheard
@@ -74,7 +79,7 @@ class Console(VirtioDevice):
         self._offset = 0
         self._left = b""
         self._typed = b""
-        # Of what writes to ``out``: two threads may, and each must find the room that it was told of.
+        # Of what writes to ``out``, which two threads may. Neither waits there.
         self._writing = threading.Lock()
         self._emergency = bytearray()
         self._serving = self._reading = self._busy = False
@@ -175,10 +180,20 @@ class Console(VirtioDevice):
         with self._writing:
             self._left = bytes(self._emergency) + self._left
             self._emergency.clear()
-            while self._left and self._out is not None and (patience := self._time_left()) > 0:
-                if self._ready(patience):
-                    self._left = self._write(self._left)
+            if self._out is not None:
+                self._write_out(self._out)
+                self._out.close()
+                self._out = None
         os.close(self._more)
+
+    def _write_out(self, out: Outlet) -> None:
+        poll = select.poll()
+        poll.register(out, select.POLLOUT)
+        while (before := self._left) and (patience := self._time_left()) > 0:
+            if poll.poll(patience * 1000):
+                self._left = self._write(before)
+                if self._left == before:  # another writer was quicker
+                    time.sleep(_BREATH)
 
     def offer(self, keys: bytes) -> bool:
         """Type ``keys`` before what the descriptor has next; False, and none of them, without room. Any thread."""
@@ -186,7 +201,8 @@ class Console(VirtioDevice):
             if not self._reading or len(self._offered) + len(keys) > PART:
                 return False
             self._offered += keys
-        os.eventfd_write(self._more, 1)
+            # While it reads: once nobody does, this descriptor is closed, and may be another's.
+            os.eventfd_write(self._more, 1)
         return True
 
     def _time_left(self) -> float:
@@ -243,41 +259,31 @@ class Console(VirtioDevice):
     def _put(self) -> bool:
         """Write what is left to write, as far as the reader takes it; False where it must be waited for."""
         with self._writing:
-            while self._left and self._out is not None:
-                if not self._ready(0):
-                    self._worker.add(self._out, lambda _events: self._taken(), select.EPOLLOUT)
+            while before := self._left:
+                self._left = self._write(before)
+                if self._left == before and self._out is not None:
+                    self._worker.add(self._out.fileno(), lambda _events: self._taken(), select.EPOLLOUT)
                     return False
-                self._left = self._write(self._left)
-            self._left = b""
             self._put_emergency()
         return True
 
     def _taken(self) -> None:
         if self._out is not None:
-            self._worker.remove(self._out)
+            self._worker.remove(self._out.fileno())
         self._from_guest()
 
     def _put_emergency(self) -> None:
-        if self._emergency and (self._out is None or self._ready(0)):
+        if self._emergency:
             self._emergency[:] = self._write(bytes(self._emergency))
 
-    def _ready(self, patience: float) -> bool:
-        poll = select.poll()
-        if self._out is not None:
-            poll.register(self._out, select.POLLOUT)
-        return bool(poll.poll(patience * 1000))
-
     def _write(self, data: bytes) -> bytes:
-        """Write to a descriptor that is ready; returns what it has not taken."""
-        if self._out is None:
+        """Write without waiting; returns what was not taken, nothing where nobody is there to take it."""
+        if self._out is None or self._broken:
             return b""
         try:
-            # POLLOUT promises room for PIPE_BUF bytes; more could block where no stop would be heard.
-            return data[os.write(self._out, data[: select.PIPE_BUF]) :]
-        except BlockingIOError:
-            return data  # another writer was quicker
+            return data[self._out.write(data) :]
         except OSError as error:
-            self._out = None
+            self._broken = True
             self.unheard(error)
             return b""
 

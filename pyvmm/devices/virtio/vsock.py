@@ -67,6 +67,7 @@ class Vsock(VirtioDevice):
         self._queues: Sequence[Queue] = ()
         self._buffer: Chain | None = None
         self._held = False
+        self._closed = 0
         self._reset_due = False
 
     def config(self) -> bytes:
@@ -187,7 +188,6 @@ class Vsock(VirtioDevice):
 
     def _to_guest(self) -> None:
         queue = self._queues[RX]
-        self._door.open()
         for _ in range(_BATCH):
             if not self._table.pending or queue.leaving:
                 break
@@ -208,6 +208,9 @@ class Vsock(VirtioDevice):
         if self._held and not self._table.congested:
             self._held = False
             os.eventfd_write(self._more, 1)
+        if self._closed != self._table.closed:
+            self._closed = self._table.closed
+            self._door.open()
 
     def _put(self, buffer: Chain, packet: tuple[Header, bytes]) -> int:
         header, payload = packet

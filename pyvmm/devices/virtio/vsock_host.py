@@ -50,7 +50,7 @@ class Door:
 
     def open(self) -> None:
         """Let clients in from now on; those that came before have waited. Again does no harm, and is needed where
-        there were no descriptors left for one.
+        there were no descriptors left for one: when some may be free.
         """
         if not self._open and self._listener is not None:
             self._open = True
@@ -91,7 +91,7 @@ class Door:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError:
-                # No descriptors left: it waits, and would be told of again and again.
+                # No descriptors left: it waits until one is let go of, and would be told of again and again.
                 self._open = False
                 self._watch(listener.fileno(), None)
                 return
@@ -119,6 +119,7 @@ class Door:
         asked = _LINE.fullmatch(line)
         if asked is None or int(asked[1]) >= PORT_ANY:
             client.close()
+            self.open()
         else:
             self._connect(client, int(asked[1]))
 

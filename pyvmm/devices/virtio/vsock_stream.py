@@ -54,6 +54,8 @@ class State(Enum):
     OPEN = "open"
     CLOSING = "closing"
     """The host's side has gone, the guest was told, and has not confirmed."""
+    LINGERING = "lingering"
+    """The guest's side has gone, its last bytes wait for the host's reader; packets do not belong to it any more."""
     DEAD = "dead"
     """Nothing is to be sent or expected any more."""
 
@@ -98,7 +100,7 @@ class Stream:
         self._peer(header)
         op = header.op
         if op == OP_RST:
-            self.die()
+            self._abandoned()
         elif self._refused:
             pass  # it hears of it with the next packet
         elif self.state is State.CLOSING:
@@ -108,6 +110,14 @@ class Stream:
             self._answered(op)
         elif self.state is State.OPEN:
             self._proceed(header, payload)
+
+    def _abandoned(self) -> None:
+        # A guest that has sent all it will, and is told by nobody that it was read, gives up with a reset after a while
+        # (VSOCK_CLOSE_TIMEOUT of Linux): that must not cost a slow reader the end of what was sent.
+        if self.state is State.OPEN and self._guest_over & SHUTDOWN_SEND and self._out:
+            self.state = State.LINGERING
+        else:
+            self.die()
 
     def _answered(self, op: int) -> None:
         if op != OP_RESPONSE or self._first is not None:
@@ -157,7 +167,7 @@ class Stream:
 
     def flush(self) -> None:
         """Give the host's reader what it takes of what the guest has sent."""
-        while self._out and self.state is State.OPEN:
+        while self._out and self.state in (State.OPEN, State.LINGERING):
             try:
                 done = self.socket.send(self._out)
             except BlockingIOError:
@@ -196,7 +206,11 @@ class Stream:
 
     def _settle(self) -> None:
         """Do what is due once the guest's last byte has been passed on."""
-        if self.state is not State.OPEN or self._out:
+        if self._out:
+            return
+        if self.state is State.LINGERING:
+            self.die()
+        if self.state is not State.OPEN:
             return
         if self._guest_over == SHUTDOWN_BOTH:
             self.refuse()
@@ -233,7 +247,7 @@ class Stream:
     @property
     def pending(self) -> bool:
         """Whether :meth:`next_packet` may have one."""
-        if self.state is State.DEAD:
+        if self.gone:
             return False
         return bool(
             self._refused
@@ -244,7 +258,7 @@ class Stream:
 
     def next_packet(self, room: int) -> tuple[Header, bytes] | None:
         """Return a header and up to ``room`` (at least 1) bytes for the guest; None where there is nothing to say."""
-        if self.state is State.DEAD:
+        if self.gone:
             return None
         if self._refused:
             self.die()
@@ -282,6 +296,8 @@ class Stream:
             return None
         if self.state is State.REQUESTED:
             return 0
+        if self.state is State.LINGERING:
+            return select.POLLOUT
         events = (select.POLLIN if self._may_read and self.credit and not self.readable else 0) | (
             select.POLLOUT if self._out else 0
         )
@@ -290,6 +306,11 @@ class Stream:
         # Not while there is something to read: an end that is closed stays so, and would be told again and again.
         over = not self._may_read and not self._host_over & SHUTDOWN_RECEIVE
         return 0 if over and self._first is None else None
+
+    @property
+    def gone(self) -> bool:
+        """Whether the guest has no such connection any more: its ports may be another's."""
+        return self.state in (State.LINGERING, State.DEAD)
 
     @property
     def done(self) -> bool:

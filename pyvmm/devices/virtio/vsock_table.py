@@ -7,7 +7,7 @@ and come out of :meth:`to_guest`, one connection after the other; sockets are wa
 what a hostile guest may do              what happens
 =======================================  ==========================================================================
 ask for ever more connections            reset beyond ``MOST_STREAMS``; of those it does not confirm to be over one
-                                         is forgotten instead
+                                         is forgotten instead, none of those whose bytes wait for a reader
 never take packets                       at most ``MOST_REFUSALS`` answers wait, then nothing more of it is heard
 name other cids, types, connections      reset; what it says it did not send itself is dropped
 =======================================  ==========================================================================
@@ -43,6 +43,8 @@ class Table:
         self._path = path
         self._watch = watch
         self._streams: dict[tuple[int, int], Stream] = {}
+        self._lingering: set[Stream] = set()
+        """Those whose ports are free: only the host's reader has yet to take the last bytes."""
         self._by_fd: dict[int, Stream] = {}
         self._watched: dict[int, int] = {}
         self._turns: deque[Stream] = deque()
@@ -52,9 +54,11 @@ class Table:
         """Packets that nobody can have meant: of another sender."""
         self.refused = 0
         """Packets answered with a reset, for there is no such connection or there can be none."""
+        self.closed = 0
+        """Sockets that were let go of."""
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self._streams) + len(self._lingering)
 
     @property
     def congested(self) -> bool:
@@ -157,7 +161,7 @@ class Table:
 
     def clear(self) -> None:
         """Close every connection without a word: the guest has been reset."""
-        for stream in list(self._streams.values()):
+        for stream in (*self._streams.values(), *self._lingering):
             stream.die()
             self._settle(stream)
         self._turns.clear()
@@ -172,7 +176,7 @@ class Table:
 
     def _room(self) -> bool:
         """Whether one more connection can be; makes room at the cost of one that only lacks the guest's word."""
-        if len(self._streams) < MOST_STREAMS:
+        if len(self) < MOST_STREAMS:
             return True
         for stream in self._streams.values():
             if stream.state is State.CLOSING:
@@ -194,8 +198,15 @@ class Table:
             if stream.done:
                 del self._by_fd[stream.fd]
                 stream.socket.close()
-        if stream.state is State.DEAD:
-            self._streams.pop((stream.guest_port, stream.host_port), None)
+                self.closed += 1
+        if stream.gone:
+            ports = stream.guest_port, stream.host_port
+            if self._streams.get(ports) is stream:
+                del self._streams[ports]
+            if stream.state is State.LINGERING:
+                self._lingering.add(stream)
+            else:
+                self._lingering.discard(stream)
             if stream.queued:  # while the guest takes nothing, nobody else would take it out
                 stream.queued = False
                 self._turns.remove(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -177,6 +178,40 @@ def test_guest_that_takes_no_answers_is_not_heard_until_it_does(guest: Guest) ->
     ops = [guest.packet()[0].op for _ in range(MOST_REFUSALS + 20)]
     assert set(ops) == {OP_RST}
     assert len(guest.tx.wait(20)) == 20
+
+
+def turns(device: Vsock) -> int:
+    """Do what a paused device's thread would do, until there is nothing to do; how often that was, at most 10 times."""
+    worker = device._worker
+    for turn in range(10):
+        found = [(fd, events) for fd, events in worker._epoll.poll(0) if fd in worker._callbacks]
+        if not found:
+            return turn
+        for fd, events in found:
+            worker._callbacks[fd](events)
+    return 10
+
+
+def test_clients_for_whom_there_is_no_descriptor_wait_until_one_is_let_go_of(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accept(_: socket.socket) -> tuple[socket.socket, object]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with guest.listen(5) as listener, connected(guest, listener) as end, socket.socket(socket.AF_UNIX) as client:
+        guest.device.pause()
+        client.connect(guest.path)
+        client.sendall(b"CONNECT 7\n")
+        with monkeypatch.context() as full:
+            full.setattr(socket.socket, "accept", accept)
+            assert turns(guest.device) == 1
+            assert turns(guest.device) == 0
+        end.close()
+        guest.send(OP_RST, 1000, 5)
+        turns(guest.device)
+        guest.device.resume()
+        asked, _ = guest.packet()
+        assert (asked.op, asked.dst_port) == (OP_REQUEST, 7)
 
 
 def test_reset_of_the_guest_closes_its_connections_and_new_ones_come(guest: Guest) -> None:

@@ -152,6 +152,7 @@ class Vsock(VirtioDevice):
 
     def _from_guest(self) -> None:
         queue = self._queues[TX]
+        self._door.open()  # others may have let go of descriptors, of which nobody tells
         for _ in range(_BATCH):
             self._held = self._table.congested
             if self._held or queue.leaving:

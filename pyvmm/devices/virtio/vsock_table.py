@@ -114,6 +114,7 @@ class Table:
         """
         if not self._room():
             sock.close()
+            self.closed += 1
             return False
         host_port = _FIRST_HOST_PORT + self._next_port
         while (port, host_port) in self._streams:

@@ -12,13 +12,13 @@ their places; each file is read once, straight to where it belongs, the device t
     6. load it all, unpacking on the way; pc = the entry, x0 = the device tree's gpa
 """
 
-from __future__ import annotations
-
 import contextlib
 import struct
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from pyvmm.devices.base import Line
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.content import NOTHING, PEEK, Bytes, Content, FilePart, Gzip, Known, Loadable, OpenFile, damaged
@@ -26,15 +26,10 @@ from pyvmm.machine.fdt import Describable, GicNode, Tree, check_header, describe
 from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from pyvmm.devices.base import Line
-
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
 FDT_ROOM: Final = 2 * layout.MIB
 
-#: booting.rst: an initrd lies with its kernel in one window of so much, which starts on a multiple of 1 GiB, as RAM does.
+#: booting.rst: an initrd lies with its kernel in a window of so much that starts on a multiple of 1 GiB, as RAM does.
 INITRD_WINDOW: Final = 32 << 30
 
 #: Bytes of entropy for a Linux guest: 8 for the place of its kernel, 64 for its random numbers.
@@ -367,5 +362,7 @@ def _room_hint(image: BootImage, room: int, ram_size: int) -> str:
         return "link the kernel for this address map, or load its Image form"
     if room < ram_size:
         return f"with this backing only the first {room // layout.MIB} MiB can be loaded; use another backing"
+    if need > INITRD_WINDOW:
+        return f"a kernel, its initrd and its device tree have to be within {INITRD_WINDOW >> 30} GiB"
     highest = max(part.end for part in image.segments) - layout.RAM_BASE
     return f"give the guest more memory, for example -m {max(need, highest + FDT_ROOM * 2) // layout.MIB + 1}M"

@@ -1,18 +1,14 @@
 """What a machine is to be: plain values, checked together before anything is opened."""
 
-from __future__ import annotations
-
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.swiotlb import pool_size
+from pyvmm.memory.address import HUGE_SIZE
 from pyvmm.memory.conversion import Conversion
 from pyvmm.protection import Protection
-
-if TYPE_CHECKING:
-    from pyvmm.machine.devices import DeviceSpec
 
 BACKINGS = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
 DEFAULT_MEMORY = 64 * layout.MIB
@@ -24,6 +20,13 @@ def usual_backing(protection: Protection) -> str:
     The emulated protection needs memory that can be mapped twice.
     """
     return "memfd" if protection is Protection.EMULATED else "anonymous"
+
+
+class DeviceSpec:
+    """What a device of those that are asked for is to be; :mod:`pyvmm.machine.devices` has a class for each kind."""
+
+    def check(self, config: "MachineConfig") -> None:
+        """Raise UsageError where a machine of ``config`` cannot have it."""
 
 
 class MachineConfig(NamedTuple):
@@ -73,8 +76,19 @@ class MachineConfig(NamedTuple):
                 f"parameters for a guest with a device tree of its own, {self.dtb}: that is taken as it is",
                 hint="write them into its /chosen/bootargs",
             )
+        if self.dtb is not None and self.swiotlb is not None:
+            raise UsageError(
+                f"a DMA pool of {self.swiotlb // layout.MIB} MiB for a guest with a device tree of its own, "
+                f"{self.dtb}: that is taken as it is",
+                hint="write the pool into its /reserved-memory",
+            )
         if self.backing not in BACKINGS:
             raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")
+        if self.backing == "hugetlb" and self.memory % HUGE_SIZE:
+            raise UsageError(
+                f"{self.memory // layout.MIB} MiB of memory with the hugetlb backing: its pages have "
+                f"{HUGE_SIZE // layout.MIB} MiB each"
+            )
         pool_size(self)
         for device in self.devices:
             device.check(self)

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from pyvmm.memory.memory import Memory
 
 
+class _PlannedHugePages(Memfd):
+    """What a plan has for a memfd of huge pages: it takes none of the host's, of which there may not be enough."""
+
+    kind = "memfd of 2 MiB pages"
+
+
 def add_ram(memory: Memory, vm: Vm, config: MachineConfig) -> int:
     """Add RAM's slots to ``memory``; returns how many bytes from its start can be loaded into. Raises as add() does."""
     base = Gpa(layout.RAM_BASE)
@@ -46,6 +52,8 @@ def _backing(vm: Vm, config: MachineConfig) -> Backing:
             with contextlib.suppress(HostError):
                 return Memfd(size, thp=True)
             return Memfd(size)
+        case "hugetlb" if vm.kernel.pretends:
+            return _PlannedHugePages(size)
         case "hugetlb":
             return Memfd(size, hugetlb=True)
         case "guest_memfd":

@@ -356,6 +356,9 @@ def test_an_initrd_is_no_further_from_its_kernel_than_linux_maps(gib):
     # Documentation/arch/arm64/booting.rst: a window of 32 GiB at most, from a multiple of 1 GiB, with the kernel in it.
     window = min(start for start, _ in where.values()) >> 30 << 30
     assert max(end for _, end in where.values()) <= window + (32 << 30)
+    with pytest.raises(UsageError, match="overlaps the device tree") as caught:
+        plan(flat(32 << 30), ram_size=64 << 30)
+    assert caught.value.hint == "a kernel, its initrd and its device tree have to be within 32 GiB"
 
 
 def test_the_least_memory_there_may_be_takes_a_payload():

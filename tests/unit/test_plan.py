@@ -80,6 +80,28 @@ def test_a_plan_of_devices_makes_no_interface_and_starts_no_program() -> None:
     assert not Path("/sys/class/net/nosuch0").exists()
 
 
+def test_a_plan_of_huge_pages_takes_none() -> None:
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    before = pool.read_text() if pool.exists() else ""
+    with Plan(HELLO._replace(backing="hugetlb", memory=64 << 30)) as plan:
+        lines = list(plan.lines())
+        assert (pool.read_text() if pool.exists() else "") == before
+    assert "   0x8000_0000  0x10_8000_0000  memfd of 2 MiB pages, from byte 0x0 of it" in lines
+    assert any("hva=memfd of 2 MiB pages+0x0" in line for line in lines)
+
+
+def test_a_plan_tells_of_the_pool_that_devices_of_a_protected_guest_go_through(tmp_path: Path) -> None:
+    def pools(**more: object) -> list[str]:
+        with Plan(HELLO._replace(devices=(Rng(),), **more)) as plan:
+            (tmp_path / "dtb").write_bytes(plan.machine.entry.device_tree)
+            return [line.strip() for line in plan.lines() if "pool" in line]
+
+    assert pools(protection=Protection.PKVM) == ["DMA pool, 8 MiB of it, where the guest chooses"]
+    assert pools(swiotlb=4 << 20) == ["DMA pool, 4 MiB of it, where the guest chooses"]
+    assert pools() == pools(protection=Protection.PKVM, swiotlb=0) == []
+    assert pools(protection=Protection.PKVM, dtb=str(tmp_path / "dtb")) == []
+
+
 def test_a_plan_refuses_what_a_run_would() -> None:
     with pytest.raises(UsageError, match="EIO"), Plan(HELLO._replace(protection=Protection.PKVM, backing="hugetlb")):
         pass

@@ -37,6 +37,13 @@ def test_size_that_was_asked_for_is_given_or_refused() -> None:
         PROTECTED._replace(swiotlb=4096).check()
 
 
+def test_a_size_for_a_guest_whose_device_tree_is_taken_as_it_is_is_refused() -> None:
+    PROTECTED._replace(dtb="a.dtb").check()
+    with pytest.raises(UsageError, match=r"pool of 4 MiB for a guest .* its own, a\.dtb") as caught:
+        PROTECTED._replace(dtb="a.dtb", swiotlb=4 * MIB).check()
+    assert caught.value.hint == "write the pool into its /reserved-memory"
+
+
 def test_every_virtio_device_is_told_of_the_pool_and_no_other_device() -> None:
     devices = [
         DeviceNode("virtio_mmio", ("virtio,mmio",), 0xA00_0000, 0x200),

@@ -56,6 +56,13 @@ def open_place(where: str, stack: contextlib.ExitStack, stdout: int) -> Ends:
     return fd, None
 
 
+def nobody(stack: contextlib.ExitStack) -> int:
+    """Return an input where nothing ever arrives: of a console that has stdio, on a terminal not ours to read."""
+    fd = os.eventfd(0, os.EFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
 def terminal_size(out: int | None) -> tuple[int, int] | None:
     """Return columns and rows of the terminal that ``out`` is; None where it is none."""
     if out is None or not os.isatty(out):

@@ -23,7 +23,7 @@ from pyvmm.cli.common import (
     parse_seconds,
     require_arm64,
 )
-from pyvmm.cli.consoles import Ends, following_size, open_place, places
+from pyvmm.cli.consoles import Ends, following_size, nobody, open_place, places
 from pyvmm.cli.devices import add_device_options, device_specs
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
@@ -257,7 +257,7 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
             if source is not None and os.isatty(source):
                 # In the background the terminal is not ours to read: it would stop us.
                 keys = Keys(source, lambda: signals.end("Ctrl-A x")) if in_foreground(source) else None
-                ends[number] = out, stack.enter_context(keys).fd if keys is not None else None
+                ends[number] = out, nobody(stack) if keys is None else stack.enter_context(keys).fd
         debugger = None
         if args.gdb is not None:
             from pyvmm.debug.server import GdbServer

@@ -290,8 +290,11 @@ class Machine:
             transport.device.abort()
 
     def type(self, keys: bytes) -> bool:
-        """Type on the guest's console, the UART or, where that goes nowhere, the virtio console; False without room."""
-        if self.config.serial_out is None:
+        """Type on the virtio console where that has an input or the UART goes nowhere, else on it; False without room."""
+        from pyvmm.machine.devices import Console  # of a run that is kicked
+
+        read = any(isinstance(spec, Console) and spec.source is not None for spec in self.config.devices)
+        if read or self.config.serial_out is None:
             return any(transport.device.offer(keys) for transport in self.virtio)
         return self.console.offer(keys)
 

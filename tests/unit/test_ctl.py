@@ -18,11 +18,14 @@ from typing import Any
 
 import pytest
 
-from pyvmm.cli import control, ctl
+from pyvmm.cli import consoles, control, ctl, make_parser
 from pyvmm.cli.control import Connection, Control
 from pyvmm.cli.requests import Requests
+from pyvmm.cli.run import _config
 from pyvmm.devices.pl011 import RX_BYTES, Pl011
+from pyvmm.devices.virtio.console import Console
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.machine.plan import Plan
 
 
 @pytest.fixture
@@ -232,6 +235,39 @@ def test_a_kick_types_a_line_or_nothing_of_it(stub: Any) -> None:
     with pytest.raises(PyvmmError, match="does not read"):
         requests.kick("x" * (RX_BYTES - 4))
     assert requests.kick("x" * (RX_BYTES - 5)) == {"typed": RX_BYTES - 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "console"),
+    [
+        ([], "uart"),
+        (["--console", "file=b"], "uart"),
+        (["--console", "file=b", "--serial", "file=a"], "uart"),
+        (["--console", "file=b", "--serial", "none"], "virtio"),
+        (["--console", "stdio"], "virtio"),
+        (["--console", "stdio", "--serial", "file=a"], "virtio"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+@pytest.mark.parametrize("terminal", [False, True], ids=["", "in the background of a terminal"])
+def test_a_kick_goes_to_the_console_that_has_stdio(
+    words: list[str], console: str, terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["run", *words, "payload:hello"]
+    args = make_parser(line).parse_args(line)
+    kicked: list[str] = []
+    monkeypatch.setattr(Pl011, "offer", lambda *_: kicked.append("uart") or True)
+    monkeypatch.setattr(Console, "offer", lambda *_: kicked.append("virtio") or True)
+    with contextlib.ExitStack() as stack:
+        ends = [consoles.open_place(where, stack, 1) for where in consoles.places(args)]
+        if terminal:
+            ends = [(out, None if source is None else consoles.nobody(stack)) for out, source in ends]
+        config = _config(args, "payload:hello", *ends)
+        with Plan(config) as plan:
+            plan.machine.config = config  # a plan's UART goes nowhere
+            assert Requests(plan.machine).kick("ls") == {"typed": 3}
+    assert kicked == [console]
 
 
 # -- the verb

@@ -290,7 +290,7 @@ class Machine:
             transport.device.abort()
 
     def type(self, keys: bytes) -> bool:
-        """Type on the UART, or on the virtio console that has an input, or has no UART beside it; False without room."""
+        """Type on the virtio console if that has an input or is the only one, else on the UART; False without room."""
         from pyvmm.machine.devices import Console  # of a run that is kicked
 
         read = any(isinstance(spec, Console) and spec.source is not None for spec in self.config.devices)

@@ -10,7 +10,7 @@ from pyvmm.cli.consoles import Ends, terminal_size
 from pyvmm.cli.suboptions import parse
 
 if TYPE_CHECKING:
-    from pyvmm.machine.devices import DeviceSpec
+    from pyvmm.machine.config import DeviceSpec
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

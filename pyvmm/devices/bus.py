@@ -3,7 +3,7 @@
 Built once before the first run. Overlaps are refused by name. C finds the range; Python only looks up its index.
 """
 
-from __future__ import annotations
+# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
 
 import contextlib
 from typing import Any, NamedTuple, TypeVar

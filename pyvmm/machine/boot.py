@@ -12,6 +12,8 @@ their places; each file is read once, straight to where it belongs, the device t
     6. load it all, unpacking on the way; pc = the entry, x0 = the device tree's gpa
 """
 
+# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+
 import contextlib
 import struct
 from collections.abc import Callable, Sequence

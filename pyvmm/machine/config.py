@@ -1,5 +1,7 @@
 """What a machine is to be: plain values, checked together before anything is opened."""
 
+# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+
 import threading
 from typing import NamedTuple
 

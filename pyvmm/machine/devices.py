@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.virtio.vsock_packet import check_cid
 from pyvmm.errors import UsageError
+from pyvmm.machine.config import DeviceSpec
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
@@ -21,20 +22,13 @@ DISK_SERIAL: Final = 20
 """Bytes of the string that a disk answers GET_ID with (virtio 1.2, 5.2.6)."""
 
 
-class Spec:
-    """What every device's is."""
-
-    def check(self, config: MachineConfig) -> None:
-        """Raise UsageError where a machine of ``config`` cannot have it."""
-
-
 @dataclass(frozen=True)
-class Rng(Spec):
+class Rng(DeviceSpec):
     """An entropy device, fed by the host's random number generator."""
 
 
 @dataclass(frozen=True)
-class Disk(Spec):
+class Disk(DeviceSpec):
     """A raw image or a block device at ``path``; ``queues`` are 1 to 16, ``serial`` has 20 bytes at most."""
 
     path: str
@@ -63,7 +57,7 @@ class Disk(Spec):
 
 
 @dataclass(frozen=True)
-class Net(Spec):
+class Net(DeviceSpec):
     """A network card; exactly one of ``tap``, ``passt`` and ``socket`` is not empty: what it is connected to.
 
     ``tap`` is a tap's name, ``passt`` the program to start, ``socket`` the path of one that runs. ``address`` is what
@@ -119,7 +113,7 @@ class Net(Spec):
 
 
 @dataclass(frozen=True)
-class Console(Spec):
+class Console(DeviceSpec):
     """A virtio console, ``hvc0`` of a Linux guest, between descriptors that somebody else closes.
 
     ``size`` is columns and rows of the terminal it goes to, None where it is none.
@@ -131,7 +125,7 @@ class Console(Spec):
 
 
 @dataclass(frozen=True)
-class Vsock(Spec):
+class Vsock(DeviceSpec):
     """The guest's stream sockets at ``cid``, and the host's at the Unix socket ``path`` and ``path_PORT``."""
 
     path: str
@@ -143,7 +137,7 @@ class Vsock(Spec):
 
 
 @dataclass(frozen=True)
-class Balloon(Spec):
+class Balloon(DeviceSpec):
     """A balloon that is to hold ``size`` bytes of the guest's memory from the start, and hears of what is free."""
 
     size: int = 0
@@ -168,7 +162,3 @@ class Balloon(Spec):
         if not 0 <= self.size <= config.memory:
             raise UsageError(f"a balloon of {self.size:#x} bytes: the guest has {config.memory:#x}",
                              hint="name what the guest is to give up, not what it is to keep")  # fmt: skip
-
-
-#: Everything that :attr:`pyvmm.machine.config.MachineConfig.devices` may hold.
-DeviceSpec = Rng | Disk | Net | Console | Vsock | Balloon

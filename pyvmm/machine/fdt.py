@@ -5,7 +5,7 @@ Owns nothing; the machine calls :func:`machine_tree` with what its devices say a
 the same bytes every time.
 """
 
-from __future__ import annotations
+# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
 
 import re
 import struct
@@ -61,13 +61,13 @@ class Node:
     """One node: ``name`` with its unit address, properties in the order they were set, then children."""
 
     def __init__(
-        self, name: str, properties: dict[str, Value] | None = None, children: list[Node] | None = None
+        self, name: str, properties: dict[str, Value] | None = None, children: "list[Node] | None" = None
     ) -> None:
         self.name = name
         self.properties = {} if properties is None else properties
         self.children = [] if children is None else children
 
-    def add(self, name: str, properties: Mapping[str, Value] | None = None) -> Node:
+    def add(self, name: str, properties: Mapping[str, Value] | None = None) -> "Node":
         """Append a child and return it."""
         child = Node(name, dict(properties or {}))
         self.children.append(child)

@@ -4,7 +4,7 @@ Owns no resource; data only. The machine places devices with it, the boot protoc
 payloads know none of these addresses (the device tree tells the guest).
 """
 
-from __future__ import annotations
+# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
 
 from typing import Final, NamedTuple
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.bus import Bus
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.devices.virtio.netbackend import NetBackend
+    from pyvmm.machine.config import DeviceSpec
     from pyvmm.machine.irq import Interrupts
     from pyvmm.memory.memory import Memory
     from pyvmm.protection import Protection
@@ -53,7 +54,7 @@ class Context:
         return self.protection.isolates
 
 
-def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
+def create(spec: DeviceSpec, context: Context) -> VirtioDevice:
     """Make the device that ``spec`` describes, behind no transport yet. Raises as the device does."""
     match spec:
         case devices.Net():
@@ -88,6 +89,8 @@ def create(spec: devices.DeviceSpec, context: Context) -> VirtioDevice:
 
             disk = DiskFile(spec.path, read_only=spec.read_only, lock=not context.planned)
             return Blk(disk, queues=spec.queues, serial=spec.serial, private=context.private, pool=context.pool)
+        case _:
+            raise TypeError(f"{spec!r} is no device that pyvmm knows")
 
 
 def _planned_network() -> NetBackend:
@@ -113,7 +116,7 @@ def _network(spec: devices.Net) -> NetBackend:
 
 
 def attach(
-    specs: Sequence[devices.DeviceSpec], context: Context, bus: Bus, interrupts: Interrupts
+    specs: Sequence[DeviceSpec], context: Context, bus: Bus, interrupts: Interrupts
 ) -> tuple[VirtioMmio, ...]:
     """Make all devices and put them on the bus. Raises UsageError where there are too many, and as devices do."""
     if len(specs) > MOST_DEVICES:

@@ -8,20 +8,17 @@ alone. With no subscriber the loop handles conversions in C and only counts them
 Lock order: the relay's lock is taken first, a device's own lock inside it. A subscriber must not wait for a vCPU.
 """
 
-from __future__ import annotations
+# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
 
 import threading
 import time
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pyvmm._native import lib
 from pyvmm.memory.address import PAGE_SIZE, Gpa
-from pyvmm.memory.ledger import PageState
-
-if TYPE_CHECKING:
-    from pyvmm.memory.ledger import Ledger
+from pyvmm.memory.ledger import Ledger, PageState
 
 
 class ShareSource(IntEnum):

@@ -35,7 +35,7 @@ s16: TypeAlias = Annotated[int, c_int16]
 s32: TypeAlias = Annotated[int, c_int32]
 s64: TypeAlias = Annotated[int, c_int64]
 
-T = TypeVar("T", bound="type[Structure] | type[Union]")
+T = TypeVar("T", bound=type[Structure] | type[Union])
 S = TypeVar("S", bound=Structure)
 
 

@@ -1,6 +1,6 @@
 """How a run ended, in the words the user reads and the exit status the shell gets."""
 
-from __future__ import annotations
+# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
 
 from enum import Enum
 from typing import NamedTuple

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Self
 
 from pyvmm.cpio import CpioWriter
-from pyvmm.machine.devices import Console, DeviceSpec
+from pyvmm.machine.config import DeviceSpec
+from pyvmm.machine.devices import Console
 from pyvmm.machine.machine import Machine
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Outcome

@@ -6,10 +6,13 @@ How many milliseconds that takes is for tests/bench/startup.py: a test of time w
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+
+from pyvmm.payloads import payload
 
 ALLOWED = {"structlog", "_cffi_backend"}
 
@@ -72,3 +75,33 @@ assert [v for v in VERBS if f'pyvmm.cli.{{v}}' in sys.modules] == {wanted}
 def test_building_a_machine_from_a_flat_binary_loads_only_what_is_allowed():
     code = "from pyvmm.machine.machine import Machine\nfrom pyvmm.machine import boot\nboot.read('payload:hello')"
     assert loaded(code)[1] <= ALLOWED
+
+
+NEEDLESS = {"dataclasses", "difflib", "inspect", "json", "logging", "pathlib", "shutil", "socket", "subprocess"}
+TO_THE_GUEST = f"""
+import sys
+compiled = []
+def hear(event, values):
+    if event == "compile" and values[1] == "<string>" and b"_tuple_new" not in values[0]:  # a namedtuple's __new__
+        compiled.append(values[0])
+sys.addaudithook(hear)
+before = set(sys.modules)
+from pyvmm.cli import make_parser
+words = ["run", "-m", "64M", "-p", "quiet", sys.argv[1]]
+make_parser(words).parse_args(words)
+import pyvmm.cli.control, pyvmm.cli.requests, pyvmm.cli.terminal, pyvmm.cli.report
+from pyvmm.machine.machine import Machine
+from pyvmm.machine import boot
+boot.read(sys.argv[1]).close()
+print(sorted((set(sys.modules) - before) & {NEEDLESS}), compiled)
+"""
+
+
+def test_way_to_a_guest_loads_and_compiles_nothing_that_it_does_not_need(tmp_path):
+    # Compiling a first string costs as much as a dozen imports; an annotation of a NamedTuple that is one is compiled.
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(payload("hello"))
+    command = [sys.executable, "-S", "-c", TO_THE_GUEST, str(kernel)]
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path})
+    assert done.stdout == "[] []\n"

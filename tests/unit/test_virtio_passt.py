@@ -20,6 +20,7 @@ from pyvmm.devices.virtio.netbackend import HEADER
 from pyvmm.devices.virtio.passt import Passt
 from pyvmm.errors import HostError, UsageError
 from pyvmm.machine import devices
+from pyvmm.machine.config import DeviceSpec
 
 PRELUDE = """
 import signal, socket, struct, sys, time
@@ -111,7 +112,7 @@ def test_program_that_is_not_there_is_named_with_what_to_install() -> None:
 # ---- options
 
 
-def specs(*words: str) -> tuple[devices.DeviceSpec, ...]:
+def specs(*words: str) -> tuple[DeviceSpec, ...]:
     parser = argparse.ArgumentParser()
     add_device_options(parser)
     return device_specs(parser.parse_args(words))

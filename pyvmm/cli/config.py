@@ -22,6 +22,7 @@ Paths are relative to the current directory, as on the command line.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -42,6 +43,9 @@ OURS: Final = {
     "trace-faults",
 }  # fmt: skip
 """Options about this side of a run, which whoever restores a snapshot of it says anew."""
+
+PATHS: Final = {"disk": "path", "net": "socket", "vsock": "uds", "console": "file"}
+"""Options of a machine that name a file which whoever restores it needs, and the word before the file's path."""
 
 
 @dataclass(frozen=True)
@@ -295,14 +299,17 @@ def _part(entry: Entry, number: int, key: str, value: Any, path: str) -> str:
 
 
 def machine_options(args: argparse.Namespace) -> str:
-    """Return, as such a file, those options of ``args`` that make a machine what it is."""
-    return as_toml(args, only=_options(verb_parser("run")).keys() - OURS)
+    """Return, as such a file, those options of ``args`` that make a machine what it is, for use in any directory."""
+    return as_toml(args, only=_options(verb_parser("run")).keys() - OURS, directory=os.getcwd())
 
 
-def as_toml(args: argparse.Namespace, *, only: Collection[str] | None = None) -> str:
+def as_toml(
+    args: argparse.Namespace, *, only: Collection[str] | None = None, directory: str | None = None
+) -> str:  # fmt: skip
     """Return the options that ``args`` was parsed of, and the defaults of others that have a value, as such a file.
 
-    ``only`` are the names of those that may be in it, all unless told.
+    ``only`` are the names of those that may be in it, all unless told. With ``directory`` the paths of :data:`PATHS`
+    are absolute; they are relative to it. UsageError for what cannot be said.
     """
     verb, *rest = args.verb_argv
     said = vars(given(verb, rest))
@@ -319,8 +326,28 @@ def as_toml(args: argparse.Namespace, *, only: Collection[str] | None = None) ->
             value = parser.get_default(action.dest)
             if value in (None, False) or not isinstance(value, bool | int | float | str) or value == argparse.SUPPRESS:
                 continue
+        if directory is not None:
+            value = _absolute(_long(action)[0], value, directory)
         lines.append(f"{_long(action)[0]} = {_value(action, value)}\n")
     return "".join(reversed(lines))
+
+
+def _absolute(option: str, value: Any, directory: str) -> Any:
+    if option not in PATHS:
+        return value
+    if isinstance(value, list):
+        return [_absolute(option, each, directory) for each in value]
+    parts = value.split(",")
+    for number, part in enumerate(parts):
+        key, equals, path = part.partition("=")
+        if option == "disk" and number == 0 and not equals and key != "ro":
+            key, path = "path", part
+        if key == PATHS[option]:
+            parts[number] = f"{key}={os.path.join(directory, path)}"
+            if "," in parts[number] and option != "console":
+                raise UsageError(f"{path!r} in {directory!r} cannot be said: a comma ends a part",
+                                 hint="run the guest in a directory without one")  # fmt: skip
+    return ",".join(parts)
 
 
 def _value(action: Action, value: Any) -> str:

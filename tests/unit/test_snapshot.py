@@ -238,6 +238,24 @@ def test_a_snapshot_brings_the_options_of_its_machine_and_no_others(machine: Mac
     assert vars(parse(*config.expand(expanded, args))) == vars(args)
 
 
+def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = parse(
+        "run", "-d", "a.img,ro", "-d", "queues=2,path=b.img", "--disk=/c,serial=x", "--net", "socket=p,mac=2:0:0:0:0:1",
+        "--net", "tap=t", "--vsock", "cid=3,uds=dir/v", "--console", "file=log,1", "-k", "payload:puppet",
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    read = {entry.key: entry.value for entry in config.parse(config.machine_options(saved))}
+    assert read["disk"] == [f"path={tmp_path}/a.img,ro", f"queues=2,path={tmp_path}/b.img", "path=/c,serial=x"]
+    assert read["net"] == [f"socket={tmp_path}/p,mac=2:0:0:0:0:1", "tap=t"]
+    assert (read["vsock"], read["console"]) == (f"cid=3,uds={tmp_path}/dir/v", f"file={tmp_path}/log,1")
+    assert read["kernel"] == "payload:puppet"
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path / "a,b")
+    with pytest.raises(UsageError, match="a comma ends a part"):
+        config.machine_options(saved)
+    assert "file=" in config.machine_options(parse("run", "--console", "file=log", "-k", "payload:puppet"))
+
+
 @pytest.mark.parametrize("words", [("payload:hello",), ("--config", "f")])
 def test_what_a_snapshot_brings_is_not_to_be_said_as_well(words: tuple[str, ...]) -> None:
     line = ["run", "--restore", "guest", *words]

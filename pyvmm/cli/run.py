@@ -66,7 +66,7 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     """Define what says which guest to run, how, and what to keep of it: the options of every verb that runs one."""
     parser.add_argument(
         "kernel", metavar="KERNEL", nargs="?",
-        help="arm64 Image (plain, gzip or EFI zboot), ELF, flat binary, payload:NAME, debian: or debian:stable "
+        help="arm64 Image (plain, gzip or EFI zboot of gzip), ELF, flat binary, payload:NAME, debian: or debian:stable "
         "(Debian's kernels that the lab has), or own: (of pyvmm lab kernel)",
     )  # fmt: skip
     parser.add_argument("-k", "--kernel", dest="kernel_option", metavar="KERNEL", help="the same, as an option")

@@ -1,0 +1,31 @@
+"""CI's nightly mode: longer fuzzing from a seed that is told, so that a night can be repeated."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+NIGHTLY = Path(__file__).parents[2] / ".ci" / "nightly"
+
+
+def night(folder: Path, **environment: str) -> list[str]:
+    """What a night says, and what CI finds in its environment."""
+    shutil.copy(NIGHTLY, folder)
+    (folder / "run").write_text('#!/bin/sh\necho "$PYVMM_FUZZ_SECONDS $PYVMM_FUZZ_SEED"\n')
+    (folder / "run").chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYVMM_FUZZ_")}
+    done = subprocess.run(
+        [folder / "nightly"], env=inherited | environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_night_is_ten_minutes_of_fuzzing_from_a_seed_that_repeats_it(tmp_path: Path) -> None:
+    said, found = night(tmp_path)
+    seconds, seed = found.split()
+    assert seconds == "600"
+    assert int(seed) > 1
+    assert f"PYVMM_FUZZ_SEED={seed} " in said
+    assert night(tmp_path, PYVMM_FUZZ_SEED=seed) == [said, found]

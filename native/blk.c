@@ -24,8 +24,8 @@ enum { PIECE = 1 << 20 };
 enum { VECTORS = 1024 };
 _Static_assert(PV_BLK_SEGMENTS + PIECE / PV_PAGE_SIZE < VECTORS, "pieces of one call");
 
-/* A driver hears of what is done once so much is, and before we sleep. Reads of a MiB should overlap with what it does
-   with the last one; small ones should not cost an interrupt each. */
+/* A driver hears of what is done once so much is, and before we sleep or wait for the medium. Reads of a MiB should
+   overlap with what it does with the last one; small ones should not cost an interrupt each. */
 enum { BATCH = 16, BATCH_BYTES = 128 << 10 };
 
 struct header { uint32_t type, reserved; uint64_t sector; };
@@ -129,6 +129,13 @@ static void interrupt(struct pv_blk *blk)
     blk->untold = blk->untold_bytes = 0;
 }
 
+/* What is done does not wait for what the medium takes its time for. */
+static void interrupt_before_long(struct pv_blk *blk)
+{
+    if (blk->untold)
+        interrupt(blk);
+}
+
 int pv_blk_answer(struct pv_blk *blk, uint32_t status)
 {
     int result = blk->open ? answer(blk, (uint8_t)status, blk->data) : -1;
@@ -146,6 +153,8 @@ static uint32_t data_request(struct pv_blk *blk)
         answer(blk, BLK_S_IOERR, 0);
         return PV_BLK_NONE;
     }
+    if (!in && blk->flags & PV_BLK_THROUGH)
+        interrupt_before_long(blk);
     blk->error = transfer(blk, size, &done);
     add(in ? &blk->bytes_read : &blk->bytes_written, done);
     blk->untold_bytes += done;
@@ -185,6 +194,7 @@ static uint32_t serve(struct pv_blk *blk)
     case BLK_T_OUT:
         return data_request(blk);
     case BLK_T_FLUSH:
+        interrupt_before_long(blk);
         if (fdatasync(blk->file)) {
             blk->error = errno;
             return PV_BLK_FAILED;

@@ -22,9 +22,9 @@ from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.devices.virtio.registers import CONFIG, Register, Status
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
-from tests.unit.blk_driver import DATA, RINGS, Driver
+from tests.unit.blk_driver import DATA, DEVICE_OFFSET, RINGS, Driver
 from tests.unit.plain_guest import BASE, PAGE, SIZE, Segment
-from tests.virtio_board import RUNNING, Board
+from tests.virtio_board import RUNNING, Board, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,6 +103,28 @@ def test_request_larger_than_drivers_are_told_to_make_fails_unread(path: Path) -
         assert driver.device.counters()["bytes_read"] == 0
 
 
+@pytest.mark.parametrize(
+    ("features", "most", "status"),
+    [
+        (0, 510 << 20, OK),
+        (BlkFeature.SIZE_MAX, 510 << 16, OK),
+        (BlkFeature.SEG_MAX, 64 << 20, OK),
+        (BlkFeature.SIZE_MAX | BlkFeature.SEG_MAX, 4 << 20, IOERR),
+    ],
+)
+def test_pools_share_is_asked_of_drivers_that_know_of_it_alone(
+    path: Path, features: int, most: int, status: int
+) -> None:
+    os.truncate(path, 8 << 20)
+    with Driver(blk(path, pool=16 << 20), features) as driver:
+        assert driver.device.most == most
+        driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 0))
+        data = [Segment(BASE + (1 << 20), 5 << 19, True)] * 2
+        driver.submit([Segment(DATA, 16), *data, Segment(DATA + 16, 1, True)])
+        driver.wait()
+        assert driver.read(DATA + 16, 1)[0] == status
+
+
 def test_id_is_the_serial_padded_to_twenty_bytes(path: Path) -> None:
     with Driver(blk(path, serial="root")) as driver:
         assert driver.request(Request.GET_ID, 0, room=20) == (OK, b"root".ljust(20, b"\0"), 21)
@@ -152,6 +174,21 @@ def test_ranges_that_make_no_sense_are_refused_whole(path: Path, ranges: bytes, 
         assert path.read_bytes() == CONTENTS
 
 
+def test_discard_that_nobody_waits_for_ends_with_the_range_at_hand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = blk(path)
+    dropped: list[int] = []
+
+    def discard(offset: int, _: int) -> None:
+        dropped.append(offset)
+        [server] = device._servers
+        server.native.abandon = 1
+
+    with Driver(device) as driver:
+        monkeypatch.setattr(device.disk, "discard", discard)
+        assert driver.request(Request.DISCARD, 0, segments((8, 8, 0), (16, 8, 0), (24, 8, 0)))[0] == IOERR
+    assert dropped == [8 * SECTOR]
+
+
 def test_one_bad_range_spares_the_good_ones(path: Path) -> None:
     with Driver(blk(path)) as driver:
         assert driver.request(Request.DISCARD, 0, segments((0, 8, 0), (SECTORS, 1, 0)))[0] == IOERR
@@ -168,6 +205,32 @@ def test_read_only_disk_is_offered_as_one_and_stays_what_it_was(path: Path) -> N
         assert driver.request(Request.IN, 0, room=SECTOR)[0] == OK
         assert driver.request(Request.FLUSH, 0)[0] == OK
     assert path.read_bytes() == CONTENTS
+
+
+FULL = (1 << 64) - 2
+"""Of an eventfd: whoever writes one more waits."""
+
+
+@pytest.mark.parametrize(
+    ("slow", "features", "done_when_told"),
+    [(Request.FLUSH, None, 1), (Request.OUT, 0, 1), (Request.OUT, None, 2), (Request.IN, None, 2)],
+)
+def test_what_is_done_is_told_before_the_medium_is_waited_for(
+    path: Path, slow: Request, features: int | None, done_when_told: int
+) -> None:
+    with Driver(blk(path), features) as driver:
+        os.eventfd_write(driver.interrupts, FULL)
+        for at, kind in ((DATA, Request.IN), (DATA + PAGE, slow)):
+            driver.write(at, struct.pack("<IIQ", kind, 0, 0))
+        data = [] if slow is Request.FLUSH else [Segment(DATA + 2 * PAGE, SECTOR, slow is Request.IN)]
+        driver.submit(
+            [Segment(DATA, 16), Segment(DATA + SECTOR, SECTOR, True), Segment(DATA + 16, 1, True)],
+            [Segment(DATA + PAGE, 16), *data, Segment(DATA + PAGE + 16, 1, True)],
+        )
+        eventually(lambda: driver.line.sent)
+        assert driver.read(RINGS + DEVICE_OFFSET + 2, 2) == struct.pack("<H", done_when_told)
+        os.eventfd_read(driver.interrupts)
+        assert len(driver.wait(2)) == 2
 
 
 # ---- how requests may be laid out
@@ -439,6 +502,8 @@ def test_request_through_a_pool_takes_no_more_than_its_share(path: Path, mib: in
     size, count = struct.unpack_from("<II", device.config(), 8)
     assert 0 < size * count <= mib << 18
     assert 16 <= count <= lib.PV_BLK_SEGMENTS - 2
+    # A page of the guest's, which may have 64 KiB, is the least that Linux takes for a segment.
+    assert size == min(mib << 14, 64 << 10)
     device.close()
 
 

@@ -25,7 +25,7 @@ from pyvmm.devices.virtio.worker import Worker
 from pyvmm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 QUEUE_SIZE: Final = lib.PV_BLK_SEGMENTS
 """So that a MiB of scattered pages is one request."""
@@ -36,10 +36,14 @@ SEGMENT_MOST: Final = 1 << 20
 """Bytes of one segment that drivers are told to keep to."""
 SEGMENTS_MOST: Final = QUEUE_SIZE - 2
 """Of data, in one request: header and status take one each."""
-POOL_SEGMENT: Final = 16 << 10
-"""Instead of SEGMENT_MOST where data goes through a pool of the guest's: a piece that is found in a crowded one."""
+POOL_SEGMENT: Final = 64 << 10
+"""Instead of SEGMENT_MOST where data goes through a pool of the guest's: a piece that is found in a crowded one. No
+less, as Linux takes no disk whose segments do not hold a page of its own (blk_validate_limits), which may have 64 KiB.
+Nor could it be more than 256 KiB: what swiotlb gives at once (IO_TLB_SEGSIZE)."""
 POOL_SHARE: Final = 4
 """And a request may take one part in so many of the pool: one that does not fit is made again and again, for ever."""
+POOL_SEGMENTS: Final = 16
+"""So many a request may have all the same: in a pool of less than 4 MiB they are smaller for that."""
 DISCARD_SEGMENTS: Final = 64
 DISCARD_SECTORS: Final = 1 << 22
 ZEROES_SECTORS: Final = 1 << 16
@@ -87,7 +91,7 @@ class Blk(VirtioDevice):
     """A disk with 1 to 16 ``queues``; it closes ``disk`` with itself.
 
     ``serial`` is what the guest's /dev/disk/by-id knows it by. ``private``: guest memory can be closed to the host.
-    ``pool`` is bytes of the guest's DMA pool, 0 for none.
+    ``pool`` is bytes of the guest's DMA pool, whole MiB, 0 for none.
     """
 
     device_id = 2
@@ -101,8 +105,7 @@ class Blk(VirtioDevice):
         self.serial = serial.encode()
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self.bounce = private and not disk.copies
-        self.segment_most = POOL_SEGMENT if pool else SEGMENT_MOST
-        self.segments_most = min(SEGMENTS_MOST, max(pool // POOL_SHARE // POOL_SEGMENT, 1)) if pool else SEGMENTS_MOST
+        self.segment_most, self.segments_most = _pieces(pool // POOL_SHARE) if pool else (SEGMENT_MOST, SEGMENTS_MOST)
         self.writeback = True
         self._features = BlkFeature(0)
         self._servers: list[_Server] = []
@@ -145,6 +148,12 @@ class Blk(VirtioDevice):
         if not (self.writeback and self._features & BlkFeature.FLUSH):
             flags |= lib.PV_BLK_THROUGH
         return flags
+
+    @property
+    def most(self) -> int:
+        """Bytes of data in one request: what the driver has been told of pieces counts where it has listened."""
+        size = self.segment_most if self._features & BlkFeature.SIZE_MAX else SEGMENT_MOST
+        return size * (self.segments_most if self._features & BlkFeature.SEG_MAX else SEGMENTS_MOST)
 
     # -- life
 
@@ -209,17 +218,17 @@ class Blk(VirtioDevice):
 
     # -- requests that C leaves to us
 
-    def carry_out(self, kind: int, chain: Chain) -> tuple[int, int]:
-        """Do what a request asks; returns its status, and the bytes it got."""
+    def carry_out(self, kind: int, chain: Chain, abandoned: Callable[[], bool]) -> tuple[int, int]:
+        """Do what a request asks; returns its status, and the bytes it got. Once ``abandoned`` it need not be whole."""
         try:
             match kind:
                 case Request.GET_ID:
                     room = min(MOST_SERIAL, chain.writable_size - 1)
                     return OK, chain.write(0, self.serial.ljust(MOST_SERIAL, b"\0")[:room])
                 case Request.DISCARD if self._features & BlkFeature.DISCARD:
-                    return self._drop(chain, DISCARD_SEGMENTS, DISCARD_SECTORS, zero=False), 0
+                    return self._drop(chain, DISCARD_SEGMENTS, DISCARD_SECTORS, abandoned, zero=False), 0
                 case Request.WRITE_ZEROES if self._features & BlkFeature.WRITE_ZEROES:
-                    return self._drop(chain, 1, ZEROES_SECTORS, zero=True), 0
+                    return self._drop(chain, 1, ZEROES_SECTORS, abandoned, zero=True), 0
         except ChainFault:
             return IOERR, 0
         except OSError as error:
@@ -227,7 +236,7 @@ class Blk(VirtioDevice):
             return IOERR, 0
         return UNSUPP, 0
 
-    def _drop(self, chain: Chain, most: int, sectors_most: int, *, zero: bool) -> int:
+    def _drop(self, chain: Chain, most: int, sectors_most: int, abandoned: Callable[[], bool], *, zero: bool) -> int:
         size = chain.readable_size - _HEADER
         if size <= 0 or size % _RANGE.size or size > most * _RANGE.size:
             return IOERR
@@ -238,6 +247,8 @@ class Blk(VirtioDevice):
         if any(count > sectors_most or first + count > self.disk.sectors for first, count, _ in ranges):
             return IOERR
         for first, count, flags in ranges:
+            if abandoned():
+                return IOERR
             if not count:
                 continue
             if zero:
@@ -263,6 +274,12 @@ class Blk(VirtioDevice):
         )  # fmt: skip
 
 
+def _pieces(share: int) -> tuple[int, int]:
+    """Return the bytes of a segment and how many a request may have, together at most ``share`` bytes of a pool."""
+    size = min(POOL_SEGMENT, share // POOL_SEGMENTS)
+    return size, min(SEGMENTS_MOST, share // size)
+
+
 class _Server:
     """One queue of a disk, its thread, and what C needs to serve it."""
 
@@ -277,7 +294,7 @@ class _Server:
             {
                 "queue": queue.native, "chain": self.chain.native, "file": device.disk.fd,
                 "stop_fd": self.worker.stop_fd, "flags": device.flags, "capacity": device.disk.sectors,
-                "most": device.segments_most * device.segment_most,
+                "most": device.most,
             },
         )  # fmt: skip
         if device.bounce:
@@ -290,7 +307,7 @@ class _Server:
         if stop == lib.PV_BLK_BROKEN:
             raise QueueBroken(self.queue.problem or f"queue {self.queue.index} is broken")
         if stop == lib.PV_BLK_REQUEST:
-            status, native.data = self.device.carry_out(native.type, self.chain)
+            status, native.data = self.device.carry_out(native.type, self.chain, lambda: bool(native.abandon))
             lib.pv_blk_answer(native, status)
         elif stop == lib.PV_BLK_FAILED:
             self.device.medium_failed(Request(native.type).name, native.error)

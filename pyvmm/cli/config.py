@@ -23,14 +23,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+from pyvmm.cli.entries import Entry, parse
+from pyvmm.cli.suboptions import PartError
 from pyvmm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     Action = argparse.Action
 
@@ -46,19 +47,6 @@ OURS: Final = {
 
 PATHS: Final = {"disk": "path", "net": "socket", "vsock": "uds", "console": "file"}
 """Options of a machine that name a file which whoever restores it needs, and the word before the file's path."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A key of the file, with its value, and the lines where it is said: one, or one for each of its tables."""
-
-    key: str
-    value: Any
-    lines: tuple[int, ...]
-
-    def line(self, number: int = 0) -> int:
-        """Return where the value's part of this number is said."""
-        return self.lines[min(number, len(self.lines) - 1)]
 
 
 def expand(words: Sequence[str], args: argparse.Namespace) -> list[str]:
@@ -79,15 +67,35 @@ def expand(words: Sequence[str], args: argparse.Namespace) -> list[str]:
     kept = [entry for entry in entries if actions[entry.key].dest not in spoken_for]
     said = {entry.key: list(_words(actions[entry.key], entry, path)) for entry in kept}
 
-    def line_without(left_out: str | None) -> list[str]:
-        return [*head, verb, *(word for key in said if key != left_out for word in said[key]), *rest]
+    def line(words: Mapping[str, list[str]]) -> list[str]:
+        return [*head, verb, *(word for each in words.values() for word in each), *rest]
 
-    if error := _refusal(line_without(None)):
-        blamed = [entry for entry in kept if _refusal(line_without(entry.key)) is None]
+    def is_right_with(entry: Entry) -> bool:
+        """Whether there is nothing to refuse once an entry says this."""
+        try:
+            words = list(_words(actions[entry.key], entry, path))
+        except UsageError:
+            return False
+        return _refusal(line({**said, entry.key: words})) is None
+
+    if error := _refusal(line(said)):
+        blamed = [entry for entry in kept if _refusal(line({**said, entry.key: []})) is None]
         if blamed:
-            where = " and ".join(f"{entry.key} (line {entry.line()})" for entry in blamed)
+            where = " and ".join(place for entry in blamed for place in _places(entry, is_right_with))
             raise UsageError(f"{path}: {where}: {error.message}", hint=error.hint)
-    return line_without(None)
+    return line(said)
+
+
+def _places(entry: Entry, is_right_with: Callable[[Entry], bool]) -> list[str]:
+    """Name what of an entry alone is wrong, with its line: keys in tables, or else elements, or else all of it."""
+    parts = [
+        f"{entry.key}.{part} (line {entry.line(number, part)})"
+        for number, element in enumerate(entry.elements) if isinstance(element, dict)
+        for part in element if is_right_with(entry.without(number, part))
+    ]  # fmt: skip
+    several = range(len(entry.elements)) if len(entry.elements) > 1 and not parts else ()
+    elements = [n for n in several if is_right_with(entry.without(n))] or [0]
+    return parts or [f"{entry.key} (line {entry.line(number)})" for number in elements]
 
 
 def _sources(args: argparse.Namespace) -> tuple[str, list[Entry]]:
@@ -166,39 +174,6 @@ def read(path: str) -> list[Entry]:
         raise UsageError(f"{OPTION} {path} is no TOML: {error}", hint="pyvmm run --print-config shows one") from None
 
 
-def parse(text: str) -> list[Entry]:
-    """Return what TOML says, in its order; ValueError for what is none."""
-    import tomllib
-
-    whole = tomllib.loads(text)
-    lines: dict[str, list[int]] = {}
-    for number, key, header in _statements(text):
-        if header or key not in lines:
-            lines.setdefault(key, []).append(number)
-    return [Entry(key, value, tuple(lines[key])) for key, value in whole.items()]
-
-
-def _statements(text: str) -> Iterator[tuple[int, str, bool]]:
-    """Yield (line, key at the top, whether it is a table's header) of each statement; ``text`` is TOML.
-
-    A statement is over when what there is of it is TOML by itself: until then a string or an array is still open.
-    """
-    import tomllib
-
-    first, lines, table = 1, "", ""
-    for number, line in enumerate(text.split("\n"), 1):
-        lines = f"{lines}{line}\n"
-        try:
-            statement = tomllib.loads(lines)
-        except tomllib.TOMLDecodeError:
-            continue
-        header = lines.lstrip().startswith("[")
-        for key in statement:
-            table = key if header else table
-            yield first, table or key, header
-        first, lines = number + 1, ""
-
-
 def _action(parser: argparse.ArgumentParser, entry: Entry, path: str) -> Action:
     options = _options(parser)
     if entry.key in options:
@@ -255,10 +230,14 @@ def _words(action: Action, entry: Entry, path: str) -> Iterator[str]:
     several = isinstance(action, argparse._AppendAction)
     if isinstance(entry.value, list) and not several:
         raise _wrong(entry, path, "a list is given to an option that is given once")
-    for number, value in enumerate(entry.value if isinstance(entry.value, list) else [entry.value]):
+    for number, value in enumerate(entry.elements):
         text = _text(entry, number, value, path)
         try:
+            if isinstance(value, dict):
+                _refuse_unknown(action, value)
             checked = text if action.type is None else action.type(text)  # type: ignore[operator]
+        except PartError as error:
+            raise _wrong(entry, path, str(error), number, error.key) from None
         except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
             raise _wrong(entry, path, str(error), number) from None
         except UsageError as error:
@@ -268,30 +247,47 @@ def _words(action: Action, entry: Entry, path: str) -> Iterator[str]:
         yield f"--{entry.key}={text}"
 
 
-def _wrong(entry: Entry, path: str, why: str, number: int = 0) -> UsageError:
-    return UsageError(f"{path}, line {entry.line(number)}: {entry.key}: {why}")
+def _refuse_unknown(action: Action, table: Mapping[str, Any]) -> None:
+    """Raise PartError for a first key without a value that is none of the option's.
+
+    Alone it would be taken for the value of the main one; said twice, the second says itself what it is.
+    """
+    first = next(iter(table), "")
+    if action.type is None or table.get(first) is not True:
+        return
+    try:
+        action.type(f"{first},{first}")  # type: ignore[operator]
+    except PartError as error:
+        if error.unknown:
+            raise PartError(first, str(error).replace(f"{first},{first}", first), unknown=True) from None
+    except (argparse.ArgumentTypeError, ValueError, TypeError, UsageError):
+        pass
 
 
-def _text(entry: Entry, number: int, value: Any, path: str) -> str:
+def _wrong(entry: Entry, path: str, why: str, number: int = 0, part: str | None = None) -> UsageError:
+    return UsageError(f"{path}, line {entry.line(number, part)}: {entry.key}: {why}")
+
+
+def _text(entry: Entry, number: int, value: Any, path: str, part: str | None = None) -> str:
     match value:
         case str():
             return value
         case bool():
-            raise _wrong(entry, path, f"{str(value).lower()} is given to an option that has a value", number)
+            raise _wrong(entry, path, f"{str(value).lower()} is given to an option that has a value", number, part)
         case int() | float():
             return str(value)
         case dict():
             return ",".join(_part(entry, number, key, each, path) for key, each in value.items() if each is not False)
         case _:
-            raise _wrong(entry, path, f"no option takes a {type(value).__name__}", number)
+            raise _wrong(entry, path, f"no option takes a {type(value).__name__}", number, part)
 
 
 def _part(entry: Entry, number: int, key: str, value: Any, path: str) -> str:
     if value is True:
         return key
-    text = _text(entry, number, value, path)
+    text = _text(entry, number, value, path, key)
     if isinstance(value, dict) or "," in text:
-        raise _wrong(entry, path, f"{key}: {value!r} cannot be said here, where a comma ends a part", number)
+        raise _wrong(entry, path, f"{key}: {value!r} cannot be said here, where a comma ends a part", number, key)
     return f"{key}={text}"
 
 

@@ -85,7 +85,16 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
         ("protection = 'none'\n\nconversion = 'zero'\n", r"conversion \(line 3\): .*policy zero with protection none"),
         ("cpus = 1000\n", r"cpus \(line 1\): 1000 vCPUs"),
         ("reboot = true\n\ngdb = 'x'\n", r"reboot \(line 1\) and gdb \(line 3\): --reboot with --gdb"),
-        ("[net]\ntap = 't0'\nhost = '10.0.0.1'\n", r"net \(line 1\): '10.0.0.1' is no IPv4 address"),
+        ("[net]\ntap = 't0'\nhost = '10.0.0.1'\n", r"net\.host \(line 3\): '10.0.0.1' is no IPv4 address"),
+        ("[net]\ntap = 't0'\nmtu = 9000\n", r"line 3: net: 'mtu' in 'tap=t0,mtu=9000' is not known"),
+        ("net = [\n  {tap = 't0'},  # a = 1\n\n  {tap = 't1', mtu = 9},\n]", "line 4: net: 'mtu' in .* is not known"),
+        ("rng = true\nnet.passt = true\nnet.mtu = 1\n", "line 3: net: 'mtu' in"),
+        ("[[disk]]\npath = 'a'\n\n[[disk]]\nreadonly = true\n", "line 5: disk: 'readonly' in 'readonly' is not known"),
+        ("[[disk]]\nreadonly = true\npath = 'a'\n", "line 2: disk: 'readonly' in 'readonly' is not known"),
+        ("disk = [\n'a,ro',\n'b,readonly']\n", "line 3: disk: 'readonly' in"),
+        ("[[disk]]\npath = 'a'\n[disk.x]\ny = 1\n", "line 3: disk: x: {'y': 1} cannot"),
+        ("[[disk]]\npath = 'a'\n[[disk]]\npath = 'b'\nqueues = 17\n", r"disk\.queues \(line 5\): .*17 queues"),
+        ("[[disk]]\npath = 'a'\n[[disk]]\npath = 'a'\n", r"disk \(line 1\) and disk \(line 3\): .*given 2 times"),
         ("trace-el2 = true\n", r"trace-el2 \(line 1\): .* no file for it is named"),
     ],
 )
@@ -157,10 +166,10 @@ def test_tables_are_the_parts_of_an_option(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("disks")
-def test_a_wrong_table_is_refused_with_the_line_of_its_header(tmp_path: Path) -> None:
+def test_a_wrong_table_is_refused_with_the_line_of_its_header_or_of_the_wrong_key(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"line 4: disk: a disk needs a path"):
         expanded("[[disk]]\npath = 'a'\n\n[[disk]]\nro = true\n", tmp_path)
-    with pytest.raises(UsageError, match=r"line 1: disk: path: 'a,b' cannot be said here"):
+    with pytest.raises(UsageError, match=r"line 2: disk: path: 'a,b' cannot be said here"):
         expanded("[[disk]]\npath = 'a,b'\n", tmp_path)
 
 

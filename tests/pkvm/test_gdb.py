@@ -358,9 +358,10 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def test_gdb_itself_debugs_a_protected_guest(tmp_path: Path) -> None:
+@each_protection
+def test_gdb_itself_debugs_a_guest(protection: Protection, tmp_path: Path) -> None:
     gdb = program("gdb-multiarch", "gdb-multiarch")
-    with debugged(Protection.PKVM, tmp_path, "payload:hello", cpus=2) as run:
+    with debugged(protection, tmp_path, "payload:hello", cpus=2) as run:
         commands = [f"--eval-command={text}" for text in (f"target remote {run.path}", *COMMANDS)]
         debugger = subprocess.Popen(
             [gdb, "-nx", "-batch", "-l", "60", *commands],
@@ -374,8 +375,10 @@ def test_gdb_itself_debugs_a_protected_guest(tmp_path: Path) -> None:
     place = re.search(r"Hardware assisted breakpoint 1 at (0x\w+)", said)
     assert place is not None, said
     assert re.search(rf"stopped at {place[1]}, sp 0x8\w+", said), said
-    assert f"Cannot access memory at address {place[1]}" in said
-    assert "is private to the guest" in said
+    private = protection.isolates
+    assert (f"Cannot access memory at address {place[1]}" in said) == private
+    assert ("is private to the guest" in said) == private
+    assert (re.search(rf"=> {place[1]}:\s+[a-z]", said) is None) == private, said
     assert "exited normally" in said
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from pyvmm.errors import PyvmmError
 from pyvmm.lab.apt import Progress, updated_apt
+from pyvmm.lab.cache import Cache, cache_directory
 from pyvmm.lab.ownkernel import SUITES, download_source
 from pyvmm.lab.rootfs import open_package
 from pyvmm.lab.trees import Recipe, Scratch, digest_of, made_tree
@@ -37,8 +38,9 @@ def recipe() -> Recipe:
 
 
 def _make(scratch: Scratch, progress: Progress) -> str:
-    with scratch.cache.lock(lambda: progress("waiting for another build", 0.0)):
-        apt = updated_apt(scratch.cache.apt, SUITES, refresh=False, progress=progress)
+    lab = Cache()
+    with lab.lock(lambda: progress("waiting for another build", 0.0)):
+        apt = updated_apt(lab.apt, SUITES, refresh=False, progress=progress)
         newest = [pair for pair in apt.resolve(PACKAGE, suite=SUITES[-1]) if re.match(rf"{PACKAGE}-\d", pair[0])]
         [source] = apt.locate(newest[:1])
         package = download_source(apt, source, scratch.downloads, progress)
@@ -64,7 +66,8 @@ def complaints(*trees: Path) -> list[str]:
     if not program.exists():
         _lack("dt-validate is not installed: pip install dtschema")
     try:
-        bindings = made_tree(recipe())
+        # Not in the lab's cache, where the project's kernel may just be built, and all others would wait for it.
+        bindings = made_tree(recipe(), cache=Cache(cache_directory().with_name("tests")))
     except PyvmmError as error:
         _lack(f"Linux's bindings cannot be had: {error}")
     done = subprocess.run(

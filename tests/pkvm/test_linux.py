@@ -1,4 +1,4 @@
-"""Debian's stock arm64 kernel to a shell on its serial console, and off again."""
+"""Debian's stock arm64 kernel to a shell on its serial console, its modules for the devices there, and off again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from tests.pkvm import disks
 
 pytestmark = pytest.mark.pkvm
 
@@ -16,6 +19,9 @@ DEADLINE = 600.0
 """Seconds; an idle lab needs about 15."""
 QUICKER = "console=ttyAMA0 quiet audit=0 lsm= mitigations=off panic=-1"
 """A serial console, and less of what takes an emulator long and says nothing about a VMM."""
+TAP, HOST, GUEST = "pvdeb0", "10.219.82.1", "10.219.82.2"
+DRIVERS = ["virtio_balloon", "virtio_blk", "virtio_net", "virtio_rng", "vmw_vsock_virtio_transport"]
+
 
 class Console:
     """A guest's serial console, on pipes."""
@@ -56,15 +62,55 @@ class Console:
         _, said = self.run.communicate(timeout=DEADLINE)
         return self.run.returncode, said.decode()
 
+    def sh(self, command: str) -> str:
+        """Run a command at the prompt, and return what it printed; fails where its exit status is not 0."""
+        # The line comes back as it was typed: there the two words are apart.
+        self.type(f"printf '[%s]' begin; {command}; printf '[%s %d]' end $?")
+        self.expect(b"[begin]")
+        said = self.expect(b"[end ").decode(errors="replace").replace("\r", "")
+        status = self.expect(b"]")
+        self.expect(b" # ")
+        assert status == b"0", f"{command!r} ended with {status.decode()}: {said}"
+        return said
+
 
 @pytest.mark.parametrize("cpus", [1, 4])
 @pytest.mark.parametrize("protection", ["none", "pkvm"])
-def test_debians_kernel_gets_to_a_shell_and_powers_off(protection: str, cpus: int) -> None:
-    with Console("--protection", protection, "-c", str(cpus), "-i", "shell:", "-p", QUICKER, "debian:") as console:
-        console.expect(b" # ")
-        console.type("echo cpus=$(nproc) product=$((6 * 7))")
-        console.expect(f"cpus={cpus} product=42".encode())
-        console.expect(b" # ")
+def test_debians_kernel_gets_to_a_shell_and_powers_off(protection: str, cpus: int, tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    # Its devices are for a plain guest: this kernel shares nothing.
+    devices = devices_in(tmp_path, image) if protection == "none" else []
+    options = ["--protection", protection, "-c", str(cpus), *devices, "-i", "shell:", "-p", QUICKER, "debian:"]
+    with Console(*options) as console:
+        said_by_init = console.expect(b" # ")
+        assert console.sh("echo cpus=$(nproc) product=$((6 * 7))") == f"cpus={cpus} product=42\n"
+        if devices:
+            assert b"modprobe" not in said_by_init
+            use_devices(console)
         console.type("poweroff")
         status, said = console.end()
     assert status == 0, said
+    if devices:
+        disks.check(image)
+        assert disks.read_file(image, "/answer") == b"written by the guest\n"
+
+
+def devices_in(directory: Path, image: Path) -> list[str]:
+    """Return options for one of each device that Debian's kernel has a module for; the disk is a new ``image``."""
+    subprocess.run(["modprobe", "tun"], check=False)
+    disks.make_root(image, 16 << 20, "", {"question": b"written by the host\n"})
+    return [
+        "-d", str(image), "--net", f"tap={TAP},host={HOST}/30", "--rng", "--balloon", "0",
+        "--vsock", f"uds={directory / 'vsock'},cid=3",
+    ]  # fmt: skip
+
+
+def use_devices(console: Console) -> None:
+    """Have the guest use what :func:`devices_in` gave it."""
+    drivers = console.sh("for each in /sys/bus/virtio/devices/*/driver; do basename $(readlink $each); done")
+    assert sorted(drivers.split()) == DRIVERS
+    assert console.sh("mount -t ext4 /dev/vda /mnt && cat /mnt/question") == "written by the host\n"
+    console.sh("echo written by the guest >/mnt/answer")
+    console.sh(f"ifconfig eth0 {GUEST} netmask 255.255.255.252 && ping -c 1 -W {DEADLINE:.0f} {HOST}")
+    assert console.sh("head -c 16 /dev/hwrng | wc -c") == "16\n"
+    console.sh("[ -c /dev/vsock ]")

@@ -133,7 +133,8 @@ class ConsoleHost(Host):
 
     def take(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.read(self._out, 1 << 16)
+            if self._out in self._mine:
+                os.read(self._out, 1 << 16)
 
     def leave(self) -> None:
         self._shut(self._out)

@@ -1,19 +1,29 @@
-"""The transport's registers, met by drivers that keep to the rules, that do not, and that do anything."""
+"""The transport's registers, met by drivers that keep to the rules, that do not, and that do anything.
+
+What does anything meets each device in its own threads; tests/fuzz has one input after the other for them instead.
+"""
 
 from __future__ import annotations
 
+import shutil
 import struct
-from typing import Any
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from memory_helper import BASE
+from test_hostile_drivers import HONEST
 
 from pyvmm import log
-from pyvmm.devices.virtio.device import Feature
+from pyvmm.devices.virtio.device import Feature, VirtioDevice
 from pyvmm.devices.virtio.registers import Register, Status
+from tests.fuzz.devices import Input
+from tests.fuzz.hosts import HOSTS
 from tests.twin_virtqueue import Driver
 from tests.virtio_board import ACKNOWLEDGED, DATA, MINE, RUNNING, Board, Toy, answer, ask, eventually
 from tests.virtqueue_rig import PAGE, SIZE, Guest
@@ -182,10 +192,13 @@ class Anything(RuleBasedStateMachine):
         self.guest = Guest()
         log.configure(-1)
 
-    @initialize(private=st.booleans())
-    def build(self, private: bool) -> None:
+    def make(self, how: int) -> VirtioDevice:  # noqa: ARG002
+        return Toy()
+
+    @initialize(private=st.booleans(), how=st.integers(0, 255))
+    def build(self, private: bool, how: int) -> None:
         self.private = private
-        self.board = Board(self.guest, Toy(), private=private)
+        self.board = Board(self.guest, self.make(how), private=private)
         self.drivers: list[Driver] = []
 
     @rule(offset=OFFSETS, size=st.sampled_from([4, 4, 4, 1, 2, 8]))
@@ -196,14 +209,15 @@ class Anything(RuleBasedStateMachine):
     def write(self, offset: int, size: int, value: int) -> None:
         self.board.store(offset, value, size)
 
-    @rule(packed=st.booleans(), event_idx=st.booleans())
-    def behave(self, packed: bool, event_idx: bool) -> None:
+    @rule(packed=st.booleans(), event_idx=st.booleans(), own=st.booleans())
+    def behave(self, packed: bool, event_idx: bool, own: bool) -> None:
         more = Feature.ACCESS_PLATFORM if self.private else 0
+        more |= self.board.device.features if own else 0
         self.drivers = self.board.drive(packed=packed, event_idx=event_idx, more=more)
 
-    @rule(queue=st.integers(0, 1), indirect=st.booleans(), count=st.integers(1, 4))
+    @rule(queue=st.integers(0, 5), indirect=st.booleans(), count=st.integers(1, 4))
     def request(self, queue: int, indirect: bool, count: int) -> None:
-        if self.drivers:
+        if queue < len(self.drivers):
             segments = [(DATA + 64 * number, 64, number > 0) for number in range(count)]
             self.drivers[queue].add(segments, indirect=indirect)
             self.board.store(Register.QUEUE_NOTIFY, queue)
@@ -222,19 +236,21 @@ class Anything(RuleBasedStateMachine):
     @invariant()
     def stands(self) -> None:
         device = self.board.device
-        assert isinstance(device, Toy)
         status = self.board.transport.status
-        if Status.DRIVER_OK in status and Status.NEEDS_RESET not in status:
+        if isinstance(device, Toy) and Status.DRIVER_OK in status and Status.NEEDS_RESET not in status:
             # Whoever looks while it gives up sees it run, or the bit.
             eventually(lambda: device.worker.alive or Status.NEEDS_RESET in self.board.transport.status)
+
+    def serve(self, drivers: list[Driver]) -> None:
+        """Have the device do what it is for."""
+        ask(self.board, drivers[0], b"after all")
+        assert answer(self.board, drivers[0]) == b"AFTER ALL"
 
     def teardown(self) -> None:
         self.board.store(Register.STATUS, 0)
         assert self.board.status == 0
         assert self.board.load(Register.INTERRUPT_STATUS) == 0
-        [driver, _] = self.board.drive(packed=True, more=Feature.ACCESS_PLATFORM if self.private else 0)
-        ask(self.board, driver, b"after all")
-        assert answer(self.board, driver) == b"AFTER ALL"
+        self.serve(self.board.drive(packed=True, more=Feature.ACCESS_PLATFORM if self.private else 0))
         self.board.close()
         self.guest.close()
         log.configure(0)
@@ -242,3 +258,59 @@ class Anything(RuleBasedStateMachine):
 
 Anything.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestAnything = Anything.TestCase
+
+
+class AnythingToDevice(Anything):
+    """The same to the device ``kind``, whose driver makes requests too, with the host at its other end."""
+
+    kind: ClassVar[str]
+
+    def make(self, how: int) -> VirtioDevice:
+        self.threads = threading.active_count()
+        self.folder = Path(tempfile.mkdtemp())
+        self.host = HOSTS[self.kind](self.folder, self.guest)
+        return self.host.make(how)
+
+    @rule(what=st.binary(max_size=16))
+    def honest(self, what: bytes) -> None:
+        queue, data, room = self.host.request(Input(what))
+        if queue < len(self.drivers):
+            self.guest.write(DATA, data)
+            segments = [(DATA, len(data), False)] * bool(data) + [(DATA + 4 * PAGE, room, True)] * bool(room)
+            if segments:
+                self.drivers[queue].add(segments)
+                self.board.store(Register.QUEUE_NOTIFY, queue)
+
+    @rule(what=st.binary(max_size=6))
+    def act(self, what: bytes) -> None:
+        self.host.act(Input(what))
+
+    @invariant()
+    def keeps_its_bounds(self) -> None:
+        self.host.check()
+
+    def serve(self, drivers: list[Driver]) -> None:
+        queue, data, room = HONEST[self.kind]
+        self.guest.write(DATA, data)
+        segments = [(DATA, len(data), False)] * bool(data) + [(DATA + PAGE, room, True)] * bool(room)
+        assert drivers[queue].add(segments) is not None
+        self.board.store(Register.QUEUE_NOTIFY, queue)
+
+        def done() -> object:
+            self.host.take()
+            return drivers[queue].used()
+
+        eventually(done)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.host.end()
+        self.host.close()
+        shutil.rmtree(self.folder)
+        assert threading.active_count() == self.threads
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_device_stands_whatever_its_driver_does(kind: str) -> None:
+    machine = type("AnythingTo" + kind.capitalize(), (AnythingToDevice,), {"kind": kind})
+    run_state_machine_as_test(machine, settings=settings(max_examples=20, stateful_step_count=40, deadline=None))

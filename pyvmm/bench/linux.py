@@ -107,13 +107,16 @@ def qemu(
     ]  # fmt: skip
 
 
-def boot(argv: Sequence[str], seconds: float) -> Boot:
-    """Run a VMM to its guest's end. PyvmmError where that does not come within ``seconds``, or init never ran."""
+def boot(argv: Sequence[str], seconds: float | None) -> Boot:
+    """Run a VMM to its guest's end. PyvmmError where that does not come within ``seconds``, or init never ran.
+
+    None waits as long as it takes.
+    """
     with tempfile.TemporaryFile() as said:
         executed = time.monotonic_ns()
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
         try:
-            init, console = _watch(process, executed + int(seconds * 1e9))
+            init, console = _watch(process, None if seconds is None else executed + int(seconds * 1e9))
         finally:
             process.kill()
             process.wait()
@@ -141,7 +144,7 @@ def booted(argv: Sequence[str], seconds: float) -> Iterator[int]:
             process.wait()
 
 
-def _watch(process: subprocess.Popen[bytes], until: int, *, stay: bool = False) -> tuple[int, bytes]:
+def _watch(process: subprocess.Popen[bytes], until: int | None, *, stay: bool = False) -> tuple[int, bytes]:
     """Return when the word came, 0 if it did not, and all that was printed, once the process has ended.
 
     ``stay``: return once the word has come.
@@ -152,7 +155,7 @@ def _watch(process: subprocess.Popen[bytes], until: int, *, stay: bool = False) 
     console, init = b"", 0
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)
-    while poll.poll(max(until - time.monotonic_ns(), 0) / 1e6):
+    while poll.poll(None if until is None else max(until - time.monotonic_ns(), 0) / 1e6):
         data = os.read(process.stdout.fileno(), 1 << 16)
         if not data:
             process.wait()

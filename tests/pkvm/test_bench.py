@@ -81,6 +81,13 @@ def test_the_footprint_is_some_megabytes_and_measured_once():
     assert 1e6 < series.values[0] < 100e6
 
 
+def test_a_linux_guest_with_every_device_leaves_the_vmm_small():
+    kernel_directory("own:")
+    point = {"protection": "pkvm", "kernel": "own:", "memory": 256}
+    series = of(measure_point("footprint", point), "PSS less guest memory")
+    assert 1e6 < series.values[0] < 25 << 20
+
+
 @pytest.mark.parametrize(
     ("point", "exits"),
     [

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from pyvmm.bench.environment import INSTRUCTIONS, counts
 from pyvmm.bench.measure import Bench
@@ -42,19 +42,22 @@ _MODULES: Final = {
 }
 
 
-def measure(name: str) -> list[Series]:
-    """Measure a peer and pyvmm by turns; one series without values says why, where that cannot be done here."""
+def measure(name: str, **how: Any) -> list[Series]:
+    """Measure a peer and pyvmm by turns; one series without values says why, where that cannot be done here.
+
+    ``how`` is what that peer's own function takes, to do less than it does by itself.
+    """
     if platform.machine() != "aarch64":
         return [missing(name, f"peers are arm64 programs, and this is {platform.machine()}: see pyvmm --lab")]
     module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    function: Callable[[], list[Series]] = module.PEERS[name]
+    function: Callable[..., list[Series]] = module.PEERS[name]
     try:
-        return function()
+        return function(**how)
     except (PyvmmError, OSError) as error:
         return [missing(name, str(error))]
 
 
-PEERS: Final[Mapping[str, Callable[[], list[Series]]]] = {name: partial(measure, name) for name in _MODULES}
+PEERS: Final[Mapping[str, Callable[..., list[Series]]]] = {name: partial(measure, name) for name in _MODULES}
 """Every peer by name; each measures by turns with pyvmm, in this process, which must have no other threads."""
 
 

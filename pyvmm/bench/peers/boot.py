@@ -8,25 +8,25 @@ from typing import Final
 
 from pyvmm.bench import linux
 from pyvmm.bench.model import Point, Series
-from pyvmm.bench.peers import PATIENCE, TURNS, pair
+from pyvmm.bench.peers import TURNS, pair, patience
 from pyvmm.bench.peers.qemu import qemu
 from pyvmm.guest.kernels import OWN
 
 NAME: Final = "qemu boot"
 
 
-def boots() -> list[Series]:
+def boots(*, turns: int = TURNS) -> list[Series]:
     """Boot by turns, who begins alternating."""
     qemu()
     times: dict[str, list[list[float]]] = {"qemu": [], "pyvmm": []}
     with linux.files(OWN) as guest, tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
         sides = {"qemu": linux.qemu(qemu(folder), guest, 1), "pyvmm": linux.pyvmm(guest, "none", 1)}
-        for turn in range(TURNS):
+        for turn in range(turns):
             for side in list(sides) if turn % 2 else reversed(sides):
-                boot = linux.boot(sides[side], PATIENCE)
+                boot = linux.boot(sides[side], patience())
                 times[side].append([float(boot.init - boot.executed)])
     point: Point = {"what": "boot", "kernel": OWN}
     return pair(NAME, point, "exec to init", times["pyvmm"], times["qemu"], clocks=("host", "host"), per="boot")
 
 
-PEERS: Final[Mapping[str, Callable[[], list[Series]]]] = {NAME: boots}
+PEERS: Final[Mapping[str, Callable[..., list[Series]]]] = {NAME: boots}

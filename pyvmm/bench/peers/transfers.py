@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pyvmm.bench import transfers
@@ -12,33 +12,34 @@ from pyvmm.bench.peers import OWN, TURNS, pair, patience
 from pyvmm.bench.peers.qemu import qemu
 
 NAME: Final = "qemu virtio"
-COMPARED: Final = ("blk read", "net receive", "net send")
 PASSES: Final = 4
 """Of a guest; the first is not counted."""
 
 
-def virtio() -> list[Series]:
+def virtio(
+    operations: Sequence[str] = tuple(transfers.OPERATIONS), *, turns: int = TURNS, passes: int = PASSES
+) -> list[Series]:
     """Boot a guest a turn and operation, who begins alternating."""
     program = qemu()
     series: list[Series] = []
     with transfers.host() as here:
         here.serve()
-        for name in COMPARED:
+        for name in operations:
             operation = transfers.OPERATIONS[name]
             sides = {
-                "qemu": transfers.qemu(program, here, operation, PASSES),
-                OWN: transfers.pyvmm(here, operation, "none", PASSES),
+                "qemu": transfers.qemu(program, here, operation, passes),
+                OWN: transfers.pyvmm(here, operation, "none", passes),
             }
-            turns: dict[str, list[list[float]]] = {side: [] for side in sides}
-            for turn in range(TURNS):
+            found: dict[str, list[list[float]]] = {side: [] for side in sides}
+            for turn in range(turns):
                 for side in list(sides) if turn % 2 else reversed(sides):
                     took = transfers.passes(sides[side], operation, patience())
-                    turns[side].append([statistics.median(took[1:])])
+                    found[side].append([statistics.median(took[1:])])
             what: Point = {"what": name}
             series += pair(
-                NAME, what, name, turns[OWN], turns["qemu"], clocks=("guest", "guest"), per=operation.per
+                NAME, what, name, found[OWN], found["qemu"], clocks=("guest", "guest"), per=operation.per
             )  # fmt: skip
     return series
 
 
-PEERS: Final[Mapping[str, Callable[[], list[Series]]]] = {NAME: virtio}
+PEERS: Final[Mapping[str, Callable[..., list[Series]]]] = {NAME: virtio}

@@ -174,6 +174,29 @@ def test_offloads_are_what_was_negotiated() -> None:
         tap.close()
 
 
+SOL_PACKET, PACKET_VNET_HDR = 263, 15
+
+
+@pytest.mark.parametrize("fewer", [False, True])
+def test_driver_gets_no_frame_that_leaves_undone_what_it_cannot_do(fewer: bool) -> None:
+    with card() as (driver, host):
+        driver.device.stop()
+        host.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        unfinished = struct.pack("<BBHHHH", NEEDS_CSUM, 0, 0, 0, 34, 16) + frame(100)
+        for _ in range(3):
+            host.send(unfinished)  # waits in the tap, as the last driver would have had it
+        if fewer:
+            driver.features = 0
+        driver.reset(packed=False)
+        driver.rx.give(*([(DATA + n * PAGE, PAGE, True)] for n in range(8)))
+        host.send(bytes(10) + frame(200))
+        came = []
+        while not came or came[-1][1] != HEADER + 200:
+            came += driver.wait(driver.rx)
+        flags = [driver.read(DATA + n * PAGE, 1)[0] for n in range(len(came))]
+        assert flags == ([] if fewer else [NEEDS_CSUM] * 3) + [0]
+
+
 # ---- taps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import getpass
 import os
@@ -32,6 +33,9 @@ _IFNAMSIZ: Final = 16
 _IFREQ: Final = 40
 _IFF_UP: Final = 1 << 0
 
+_BEGINNING: Final = 64
+"""Bytes that are read of a frame that nobody wants; the kernel forgets the rest."""
+
 _TO_GUEST: Final = {
     NetFeature.GUEST_CSUM: if_tun.TUN_F_CSUM,
     NetFeature.GUEST_TSO4: if_tun.TUN_F_TSO4,
@@ -59,6 +63,8 @@ class Tap(NetBackend):
         check_name(name)
         there = _flags_of(name)
         super().__init__(name, _open())
+        self._left = 0
+        """TUN_F_ flags of what frames that wait may have undone."""
         try:
             self._attach(there)
             self._call("TUNSETVNETHDRSZ", if_tun.TUNSETVNETHDRSZ.number, byref(c_int(HEADER)))
@@ -76,9 +82,18 @@ class Tap(NetBackend):
         self.offloads = _FROM_GUEST | NetFeature(sum(_TO_GUEST))
 
     def use(self, features: NetFeature) -> None:
-        """Have the kernel leave to the guest what ``features`` say that it can do."""
+        """Have the kernel leave to the guest what ``features`` say that it can do, and frames that wait no more."""
         flags = sum(flag for feature, flag in _TO_GUEST.items() if features & feature)
         self._call("TUNSETOFFLOAD", if_tun.TUNSETOFFLOAD.number, flags)
+        if self._left & ~flags:
+            self._drop()
+        self._left = flags
+
+    def _drop(self) -> None:
+        # At most as many as wait: what comes meanwhile is as the new driver wants it.
+        with contextlib.suppress(OSError):  # there are no more (EAGAIN), or the tap was deleted
+            for _ in range(int((SYSFS / self.name / "tx_queue_len").read_text())):
+                os.read(self.fd, _BEGINNING)
 
     def persist(self, stay: bool) -> None:
         """Have the tap outlive who has it open, or go with the last of them."""

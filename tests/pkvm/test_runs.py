@@ -34,13 +34,30 @@ def test_echo_shares_are_counted_by_the_relay_in_every_protection() -> None:
     assert len({(c.shares, c.unshares) for c in counted.values()}) == 1, counted
 
 
+def check_smp(protection: Protection, cpus: int) -> None:
+    result = run("payload:smp", protection, cpus=cpus)
+    assert result.outcome.ending is Ending.POWEROFF, result
+    for index in range(cpus):
+        assert f"vCPU {index}: up".encode() in result.output
+    assert b"counted %d of %d" % (1000 * cpus, 1000 * cpus) in result.output
+
+
 @each_protection
 def test_smp_brings_up_every_vcpu(protection: Protection) -> None:
-    result = run("payload:smp", protection, cpus=4)
+    check_smp(protection, 4)
+
+
+@pytest.mark.parametrize("cpus", [8, 16])
+@pytest.mark.parametrize("protection", [Protection.NONE, Protection.PKVM], ids=lambda p: p.value)
+def test_smp_brings_up_as_many_vcpus_as_a_guest_may_have(protection: Protection, cpus: int) -> None:
+    check_smp(protection, cpus)
+
+
+def test_sixty_four_gib_of_memory_need_no_more_of_the_host_than_is_touched() -> None:
+    size = 64 << 30
+    result = run("payload:hello", Protection.NONE, memory=size, backing="anonymous")
     assert result.outcome.ending is Ending.POWEROFF, result
-    for index in range(4):
-        assert f"vCPU {index}: up".encode() in result.output
-    assert b"counted 4000 of 4000" in result.output
+    assert b"%d MiB of memory" % (size >> 20) in result.output
 
 
 def test_two_hundred_runs_in_a_row_lose_nothing_and_leak_nothing() -> None:

@@ -399,6 +399,14 @@ class Machine:
         self._stack.close()
 
     def close(self) -> None:
-        """Give everything back: threads, devices, descriptors, mappings. Safe at any time, more than once."""
+        """Give everything back: threads, devices, descriptors, mappings. Safe at any time, more than once.
+
+        Memory stays mapped where a device cannot be closed: what it waits for may still write there, and must not
+        find anybody else's.
+        """
         with self._memory_stack:
-            self.close_vm()
+            try:
+                self.close_vm()
+            except PyvmmError:
+                self._memory_stack.pop_all()
+                raise

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.virtio.worker import Stuck
 from pyvmm.errors import UsageError
 from pyvmm.kvm.fd import Kernel
 from pyvmm.kvm.stand_in import Recording, StandIn
@@ -105,6 +106,23 @@ def test_a_plan_tells_of_the_pool_that_devices_of_a_protected_guest_go_through(t
 def test_a_plan_refuses_what_a_run_would() -> None:
     with pytest.raises(UsageError, match="EIO"), Plan(HELLO._replace(protection=Protection.PKVM, backing="hugetlb")):
         pass
+
+
+def test_memory_outlives_a_device_whose_request_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Plan(HELLO._replace(devices=(Rng(),))).machine.__enter__()
+    view = machine.memory.slots[0].backing.view
+    [transport] = machine.virtio
+    stop = transport.device.stop
+
+    def stuck() -> None:
+        stop()
+        raise Stuck("rng0", 30)
+
+    monkeypatch.setattr(transport.device, "stop", stuck)
+    with pytest.raises(Stuck):
+        machine.close()
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert any(int(start, 16) <= view < int(end, 16) for start, end in ranges)
 
 
 def test_a_call_that_failed_is_recorded_as_one() -> None:

@@ -211,6 +211,16 @@ def test_tap_of_ours_is_up_has_its_address_and_goes_when_it_is_closed() -> None:
     assert not Path("/sys/class/net", NAME).exists()
 
 
+def test_tap_that_is_made_again_has_the_address_that_a_saved_guest_knows() -> None:
+    addresses = []
+    for name in (NAME, NAME, f"{NAME}x"):
+        tap = Tap(name)
+        addresses.append(Path("/sys/class/net", name, "address").read_text())
+        tap.close()
+    assert addresses[0] == addresses[1] != addresses[2]
+    assert addresses[0].startswith("fe:")
+
+
 def test_tap_serves_one_at_a_time() -> None:
     tap = Tap(NAME)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import getpass
+import hashlib
 import os
 import re
 import socket
@@ -32,6 +33,7 @@ SYSFS: Final = Path("/sys/class/net")
 _IFNAMSIZ: Final = 16
 _IFREQ: Final = 40
 _IFF_UP: Final = 1 << 0
+_ARPHRD_ETHER: Final = 1
 
 _BEGINNING: Final = 64
 """Bytes that are read of a frame that nobody wants; the kernel forgets the rest."""
@@ -69,6 +71,8 @@ class Tap(NetBackend):
             self._attach(there)
             self._call("TUNSETVNETHDRSZ", if_tun.TUNSETVNETHDRSZ.number, byref(c_int(HEADER)))
             self.use(NetFeature(0))
+            if there is None:
+                self._be_known()
             if address is not None:
                 self._give(address)
             if there is None or address is not None:
@@ -134,6 +138,13 @@ class Tap(NetBackend):
                     f"TUNSETIFF({self.name!r}, flags {flags:#x}): {os.strerror(code)}",
                     hint="is it a tap, not a tun?" if there is not None else None,
                 )
+
+    def _be_known(self) -> None:
+        # A guest that was saved, or moved to another host, knows the host's end by this. FE, as a bridge takes the
+        # lowest of its ports' addresses for its own, which is not to be this one.
+        mac = b"\xfe" + hashlib.sha256(os.fsencode(self.name)).digest()[:5]
+        sockaddr = struct.pack("H6s8x", _ARPHRD_ETHER, mac)
+        self._interface_call("SIOCSIFHWADDR", if_tun.SIOCSIFHWADDR, sockaddr, f"given the address {mac.hex(':')}")
 
     def _give(self, address: IPv4Interface) -> None:
         for call, number, value in (

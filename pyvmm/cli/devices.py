@@ -50,7 +50,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--swiotlb", metavar="MiB", type=parse_size,
         help="how much a guest with private memory shares, to copy through it all that its devices read and write; "
-        "0 for none (default: 16, a quarter of memory at most, where memory is private and there are devices)",
+        "0 for none (default: 16, an eighth of memory at most, where memory is private and there are devices)",
     )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def _missing_hint(what: str, path: str) -> str | None:
 def _too_big(what: str, size: int, room: int) -> UsageError:
     return UsageError(
         f"{what} has {size} bytes, but the guest only {room} bytes of memory",
-        hint=f"give it more, for example -m {(size + 4 * FDT_ROOM) // layout.MIB + 1}M",
+        hint=f"give it more, for example -m {2 * ((size + 4 * FDT_ROOM) // layout.MIB + 1)}M",
     )
 
 
@@ -367,4 +367,5 @@ def _room_hint(image: BootImage, room: int, ram_size: int) -> str:
     if need > INITRD_WINDOW:
         return f"a kernel, its initrd and its device tree have to be within {INITRD_WINDOW >> 30} GiB"
     highest = max(part.end for part in image.segments) - layout.RAM_BASE
-    return f"give the guest more memory, for example -m {max(need, highest + FDT_ROOM * 2) // layout.MIB + 1}M"
+    # Twice what it takes to load it all: the guest is to run as well.
+    return f"give the guest more memory, for example -m {2 * (max(need, highest + FDT_ROOM * 2) // layout.MIB + 1)}M"

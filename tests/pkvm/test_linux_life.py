@@ -78,7 +78,7 @@ def test_a_guest_that_resets_finds_its_disk_its_card_and_its_sockets_again(tmp_p
     host.start()
     ended = subprocess.run(
         [
-            sys.executable, "-m", "pyvmm", "run", "--protection", "pkvm", "-m", str(LEAST), "--swiotlb", "4",
+            sys.executable, "-m", "pyvmm", "run", "--protection", "pkvm", "-m", str(LEAST),
             "--reboot", "--deadline", str(DEADLINE),
             "-d", str(disk), "--net", f"tap={TAP},host={HOST}/30", "--vsock", f"uds={sockets},cid=3",
             "-i", files, "-p", " ".join((*PARAMS, "-- twice")), "own:",

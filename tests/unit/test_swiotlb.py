@@ -23,7 +23,7 @@ def test_pool_is_for_devices_of_guests_with_private_memory() -> None:
 
 
 def test_small_guest_keeps_most_of_its_memory() -> None:
-    assert pool_size(PROTECTED._replace(memory=32 * MIB)) == 8 * MIB
+    assert pool_size(PROTECTED._replace(memory=32 * MIB)) == 4 * MIB
 
 
 def test_size_that_was_asked_for_is_given_or_refused() -> None:

@@ -1,16 +1,24 @@
-"""Linux goes on from a snapshot: a loop in its shell, two vCPUs, timers, interrupts, and its virtio devices."""
+"""Linux goes on from a snapshot: a loop in its shell, two vCPUs, timers, interrupts, and its virtio devices.
+
+Once in this process, where memory comes page by page, and once by the commands that a user has.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
+from pyvmm.cli.control import Connection
 from pyvmm.machine import snapshot as snapshots
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Console, Disk, Rng, Vsock
@@ -97,3 +105,127 @@ def test_linux_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     assert any(disk.read_bytes()[:4096])
     assert os.pread(printed, 100, 0) == b"to the other console\r\n"
     os.close(printed)
+
+
+# ---- by commands
+
+PYVMM = (sys.executable, "-m", "pyvmm")
+HOST, CARD = "10.219.80.1", "10.219.80.2"
+NET = f"tap=pvsnap0,host={HOST}/30"
+MIB = 1 << 20
+HELD = 24 * MIB
+
+
+class Run:
+    """A ``pyvmm run`` with the guest's console on its stdin and stdout; a context manager that kills it."""
+
+    def __init__(self, directory: Path | str, *words: str) -> None:
+        self._process = subprocess.Popen(
+            [*PYVMM, "run", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=directory
+        )
+        self._seen = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def expect(self, pattern: bytes) -> re.Match[bytes]:
+        """Read until ``pattern`` comes; what is behind it stays to be read."""
+        out = self._process.stdout
+        assert out is not None
+        end = time.monotonic() + DEADLINE
+        while (match := re.search(pattern, self._seen)) is None:
+            ready, _, _ = select.select([out], [], [], max(end - time.monotonic(), 0))
+            data = os.read(out.fileno(), 1 << 16) if ready else b""
+            assert data, f"no {pattern!r} but {self._seen!r}"
+            self._seen += data
+        self._seen = self._seen[match.end() :]
+        return match
+
+    def begin(self, command: str) -> None:
+        """Have the shell run ``command``."""
+        assert self._process.stdin is not None
+        # What is typed is echoed: that has no such digits.
+        self._process.stdin.write(f"printf '[%s]' begin; {command}; printf '[%s %d]' end $?\n".encode())
+        self._process.stdin.flush()
+
+    def done(self) -> str:
+        """Return what the command printed, at its end; fails where its status is not 0."""
+        match = self.expect(rb"(?s)\[begin\](.*?)\[end (\d+)\]")
+        assert match[2] == b"0", match
+        return match[1].decode().replace("\r", "")
+
+    def sh(self, command: str) -> str:
+        """Run a command to its end, and return what it printed."""
+        self.begin(command)
+        return self.done()
+
+    def wait(self) -> int:
+        return self._process.wait(DEADLINE)
+
+
+def ctl(directory: Path, *words: str) -> Any:
+    """Give an order to the run whose socket is ``vm.sock`` in ``directory``, and return the answer."""
+    command = [*PYVMM, "ctl", "--json", "./vm.sock", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, cwd=directory)
+    assert done.returncode == 0, done
+    return json.loads(done.stdout)
+
+
+def until_held(directory: Path, size: int) -> None:
+    """Wait until the balloon of that run has so much."""
+    end = time.monotonic() + DEADLINE
+    with Connection(str(directory / "vm.sock")) as run:
+        while (balloon := run.ask("balloon", patience=DEADLINE))["actual"] != size:  # type: ignore[index]
+            assert time.monotonic() < end, balloon
+            time.sleep(0.1)
+
+
+def greeted(guest: Run) -> bytes:
+    """What comes by a connection that the guest makes through its card."""
+    with socket.create_server((HOST, 0)) as listener:
+        listener.settimeout(DEADLINE)
+        guest.begin(f"echo hello | nc {HOST} {listener.getsockname()[1]}")
+        with listener.accept()[0] as peer:
+            said = peer.recv(64)
+        guest.done()
+        return said
+
+
+def test_a_run_is_kicked_and_saved_by_commands_and_goes_on_from_another_directory(tmp_path: Path) -> None:
+    kernel, snapshot = kernel_directory("own:"), tmp_path / "saved" / "guest"
+    snapshot.parent.mkdir()
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    subprocess.run(["modprobe", "tun"], check=False)
+    options = (
+        "-c", "2", "-m", "128M", "-i", str(kernel / "shell.cpio"), "-p", " ".join(("console=hvc0", *PARAMS[1:])),
+        "-d", "disk", "--net", NET, "--balloon", "0", "--serial", "file=uart", "--console", "stdio",
+    )  # fmt: skip
+    with Run(tmp_path, "--socket", "vm.sock", *options, str(kernel / "Image")) as guest:
+        guest.expect(b"# ")
+        ctl(tmp_path, "kick", "echo kicked $((6 * 7))")
+        guest.expect(b"kicked 42")
+        guest.sh(f"ifconfig eth0 {CARD} netmask 255.255.255.252; n=41")
+        assert greeted(guest) == b"hello\n"
+        ctl(tmp_path, "balloon", str(HELD // MIB))
+        until_held(tmp_path, HELD)
+        about = ctl(tmp_path, "snapshot", "saved/guest")
+        assert about["bytes"] == snapshot.stat().st_size > about["pages"] * 4096 > MIB
+        # It goes on itself, until the same devices are wanted.
+        guest.sh("n=0; true")
+        assert ctl(tmp_path, "stop") == {"state": "ended"}
+        assert guest.wait() == 130
+    with Run("/", "--socket", str(tmp_path / "vm.sock"), "--restore", str(snapshot)) as guest:
+        assert guest.sh("echo $((n + 1))") == "42\n"
+        assert greeted(guest) == b"hello\n"
+        guest.sh("dd if=/dev/zero bs=512 count=8 | tr '\\0' x | dd of=/dev/vda bs=512 && sync")
+        with Connection(str(tmp_path / "vm.sock")) as run:
+            assert run.ask("balloon") == {"target": HELD, "actual": HELD, "given_back": 0}
+            run.ask("balloon", size=0)
+        until_held(tmp_path, 0)
+        guest.begin("poweroff")
+        assert guest.wait() == 0
+    assert (tmp_path / "disk").read_bytes() == b"x" * 4096 + bytes(MIB - 4096)

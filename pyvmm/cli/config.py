@@ -1,6 +1,7 @@
 """A run's options from a file: ``--config FILE.toml``, and ``--print-config``, which writes such a file.
 
-A snapshot holds the options of its machine in the same form, and they are taken from there in the same way.
+A snapshot holds the options of its machine in the same form, but with absolute paths, and they are taken from there in
+the same way.
 
 A key is the long name of an option of the verb, and that is all of the schema: it is asked of the parser, so an option
 that is new is a key too. What the file says is put in front of the command line's own words, unless those say the same

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
+import socket
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Interface
 from pathlib import Path
@@ -27,6 +31,7 @@ DEADLINE = 600.0
 MIB = 1 << 20
 FETCHED = 16 * MIB
 PARAMS = ("console=ttyAMA0", "quiet", "panic=-1", "audit=0", "mitigations=off")
+NOBODY = 65534
 TAP, HOST, GUEST = "pvnet0", "10.219.78.1", "10.219.78.2"
 
 
@@ -69,34 +74,41 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def exchange(server: Server, protection: Protection, card: Net, setup: str, host: str) -> str:
-    """Boot, fetch the server's bytes, send some of them back, power off; returns what was said on the console."""
-    files = kernel_directory("own:")
-    sent = (files / "busybox").read_bytes()
+def orders(server: Server, setup: str, host: str) -> tuple[str, ...]:
+    """Return a command line that has the guest fetch the server's bytes, send some of its own, and power off."""
     # busybox's wget sends a file up to its first zero.
     # No double quotes, and no word of its own for init: it takes 32 at most.
-    head = f"POST / HTTP/1.0\\r\\nContent-Length: {len(sent)}\\r\\n\\r\\n"
+    head = f"POST / HTTP/1.0\\r\\nContent-Length: {len(busybox())}\\r\\n\\r\\n"
     command = (
         f"{setup}; wget -q -O - http://{host}:{server.server_port}/ | md5sum; "
         f"{{ printf '{head}'; cat /bin/busybox; }} | nc {host} {server.server_port}; cat /proc/interrupts"
     )
-    ended = run(
-        str(files / "Image"), protection, initrd=str(files / "shell.cpio"), memory=192 * MIB, devices=(card,),
-        params=(*PARAMS, f'pyvmm.run="{command}"'), deadline=DEADLINE,
-    )  # fmt: skip
-    said = ended.output.decode(errors="replace")
-    assert ended.outcome.ending is Ending.POWEROFF, said
+    return (*PARAMS, f'pyvmm.run="{command}"')
+
+
+def busybox() -> bytes:
+    return (kernel_directory("own:") / "busybox").read_bytes()
+
+
+def check(server: Server, said: str) -> None:
+    """Fail where one of the two got something else."""
     assert hashlib.md5(server.data, usedforsecurity=False).hexdigest() in said, said
-    assert server.sent == sent, said
+    assert server.sent == busybox(), said
     assert "swiotlb buffer is full" not in said
-    return said
 
 
 @pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
 def test_linux_fetches_and_sends_a_file_through_a_tap(protection: Protection, server: Server) -> None:
     subprocess.run(["modprobe", "tun"], check=False)
-    card = Net(tap=TAP, address=f"{HOST}/30")
-    exchange(server, protection, card, f"ifconfig eth0 {GUEST} netmask 255.255.255.252", HOST)
+    files = kernel_directory("own:")
+    ended = run(
+        str(files / "Image"), protection, initrd=str(files / "shell.cpio"), memory=192 * MIB,
+        devices=(Net(tap=TAP, address=f"{HOST}/30"),), deadline=DEADLINE,
+        params=orders(server, f"ifconfig eth0 {GUEST} netmask 255.255.255.252", HOST),
+    )  # fmt: skip
+    said = ended.output.decode(errors="replace")
+    assert ended.outcome.ending is Ending.POWEROFF, said
+    check(server, said)
     assert not Path("/sys/class/net", TAP).exists()
 
 
@@ -115,12 +127,69 @@ def uplink() -> Iterator[None]:
         tap.close()
 
 
-@pytest.mark.parametrize("protection", [Protection.PKVM], ids=lambda p: p.value)
-def test_linux_gets_its_network_from_passt_without_any_privilege_of_ours(
-    protection: Protection, server: Server
-) -> None:
-    passt = program("passt", "passt")
-    with uplink():
-        setup = "udhcpc -q -n -i eth0; gateway=$(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p')"
-        said = exchange(server, protection, Net(passt=passt, loopback=True), setup, "$gateway")
+@contextmanager
+def for_everybody(device: Path) -> Iterator[None]:
+    """Let whoever asks have the device."""
+    mode = device.stat().st_mode
+    device.chmod(0o666)
+    try:
+        yield
+    finally:
+        device.chmod(mode)
+
+
+@contextmanager
+def unlimited_pins() -> Iterator[None]:
+    """Let what is started here pin all the memory it likes, which a protected guest's is."""
+    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, limits)
+
+
+def fetch(port: int, run: subprocess.Popen[str]) -> str:
+    """Read what a server of the guest's says through a port of the host's, as soon as there is one."""
+    while run.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            if data := connection.makefile("rb").read():
+                return data.decode()
+        time.sleep(0.1)
+    raise AssertionError("the run has ended")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_linux_gets_its_network_from_passt_without_any_privilege_of_ours(server: Server) -> None:
+    program("passt", "passt")
+    files = kernel_directory("own:")
+    port = free_port()
+    setup = (
+        "udhcpc -q -n -i eth0; gateway=$(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'); "
+        "md5sum /bin/busybox | nc -l -p 80"
+    )
+    command = [
+        sys.executable, "-m", "pyvmm", "run", "--protection", "pkvm", "-m", "192M", "--deadline", f"{DEADLINE:.0f}",
+        "--net", f"passt,fwd={port}:80,loopback", "-i", str(files / "shell.cpio"), str(files / "Image"),
+    ]  # fmt: skip
+    for word in orders(server, setup, "$gateway"):
+        command += ["-p", word]
+    with uplink(), for_everybody(Path("/dev/kvm")), unlimited_pins(), subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", user=NOBODY, group=NOBODY, extra_groups=[],
+    ) as vmm:  # fmt: skip
+        forwarded: list[str] = []
+        reader = threading.Thread(target=lambda: forwarded.append(fetch(port, vmm)))
+        reader.start()
+        said, _ = vmm.communicate(timeout=2 * DEADLINE)
+        reader.join()
+    assert vmm.returncode == 0, said
+    check(server, said)
     assert "lease of" in said
+    assert hashlib.md5(busybox(), usedforsecurity=False).hexdigest() in "".join(forwarded), said

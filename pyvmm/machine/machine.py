@@ -118,6 +118,7 @@ class Machine:
         image = None
         if self.restored_from is not None:
             self.kernel_kind = "snapshot"
+            self.restored_from.require_disks(config)
         else:
             image = boot.read(config.kernel, config.initrd, room=config.memory)
             self._stack.callback(image.close)

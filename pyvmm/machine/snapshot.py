@@ -32,6 +32,7 @@ from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
 from pyvmm.kvm import libc
 from pyvmm.log import get_logger
 from pyvmm.machine import state
+from pyvmm.machine.devices import Disk
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
@@ -44,6 +45,7 @@ from pyvmm.uapi.mman import MAP_SHARED, PROT_NONE, PROT_READ
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.machine import Machine
     from pyvmm.memory.slots import Slot
 
@@ -264,6 +266,15 @@ class Snapshot:
             raise UsageError(f"{self.path} is damaged: its description is not what was written")
         description: dict[str, Any] = json.loads(text)
         return description
+
+    def require_disks(self, config: MachineConfig) -> None:
+        """Raise UsageError for a disk that is not where it was: its guest goes on with what it knows to be on that."""
+        for spec in config.devices:
+            if isinstance(spec, Disk) and not os.path.exists(spec.path):
+                raise UsageError(
+                    f"disk {spec.path!r}, which the guest of {self.path} had, is not there",
+                    hint="put it back as it was when the guest was saved; an empty one will not do",
+                )
 
     def restore(self, machine: Machine, failed: Callable[[PyvmmError], None]) -> None:
         """Make ``machine``, built and not run, the one that was saved.

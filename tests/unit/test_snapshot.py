@@ -23,6 +23,7 @@ from pyvmm.kvm.stand_in import StandIn
 from pyvmm.machine import snapshot as snapshots
 from pyvmm.machine import state
 from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.devices import Disk
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.plan import Plan
 from pyvmm.machine.snapshot import VERSION, Snapshot
@@ -152,6 +153,15 @@ def test_another_machine_is_refused_by_what_differs(machine: Machine, tmp_path: 
         pytest.raises(UsageError, match="of a machine with cpus 1, and this one has 2"),
     ):
         snapshot.restore(other.machine, broken)
+
+
+def test_a_disk_that_is_not_there_is_to_be_put_back_and_not_to_be_made(machine: Machine, tmp_path: Path) -> None:
+    path = str(tmp_path / "guest")
+    snapshots.save(machine, path)
+    settings = machine.config._replace(devices=(Disk(str(tmp_path / "disk")),))
+    with pytest.raises(UsageError, match=r"disk .* is not there") as refused:
+        Machine(settings, kernel=StandIn(), restore=Snapshot(path)).__enter__()
+    assert "put it back" in str(refused.value.hint)
 
 
 def test_devices_are_saved_before_the_interrupts_that_they_may_still_raise(

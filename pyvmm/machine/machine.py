@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pyvmm._native import ffi
 from pyvmm.devices.bench import Bench
 from pyvmm.devices.bus import Bus
 from pyvmm.devices.echo import Echo
@@ -27,7 +26,6 @@ from pyvmm.devices.share_bell import ShareBell
 from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
 from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.kvm.system import System
-from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.log import get_logger
 from pyvmm.machine import boot, layout
 from pyvmm.machine.config import MachineConfig
@@ -36,7 +34,7 @@ from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
 from pyvmm.machine.swiotlb import pool_size
 from pyvmm.machine.threads import Threads
-from pyvmm.machine.vm import create_vm, protect
+from pyvmm.machine.vm import create_vm, native_vcpu, protect
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
@@ -54,8 +52,6 @@ if TYPE_CHECKING:
     from pyvmm.observe.counters import Counters
 
 log = get_logger("machine")
-
-RING_RECORDS = 1 << 12
 
 
 class Machine:
@@ -200,7 +196,9 @@ class Machine:
 
     def _make_threads(self) -> None:
         for vcpu in self.vcpus:
-            native = self._native_vcpu(vcpu)
+            native, records = native_vcpu(vcpu, self.native, timed=self.config.timed)
+            self._natives.append(native)
+            self._keep.append(records)
             cold = ColdExits(
                 native=native, vcpu=vcpu, memory=self.memory, relay=self.relay, bus=self.bus,
                 console=self.console, mailboxes=self.mailboxes, finish=self._finish,
@@ -215,17 +213,6 @@ class Machine:
 
     def _wanted(self, index: int) -> Callable[[], bool]:
         return lambda: self._threads[index].wanted
-
-    def _native_vcpu(self, vcpu: Vcpu) -> Any:
-        records = ffi.new("struct pv_record[]", RING_RECORDS)
-        native = ffi.new("struct pv_vcpu *")
-        native.fd, native.index, native.vm = vcpu.fileno(), vcpu.index, self.native
-        native.run = ffi.cast("void *", vcpu.run_address)
-        native.timed = self.config.timed
-        native.ring.size, native.ring.records = RING_RECORDS, records
-        self._keep.append(records)
-        self._natives.append(native)
-        return native
 
     # -- running
 

@@ -1,4 +1,4 @@
-"""Makes the VM that a configuration asks for: its kind, and the address bits that its memory needs and the host has."""
+"""Makes the VM that a configuration asks for, with the address bits that it needs, and tells the native loop of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 
 if TYPE_CHECKING:
     from pyvmm.kvm.system import System
+    from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.kvm.vm import Vm
     from pyvmm.machine.config import MachineConfig
 
@@ -22,6 +23,7 @@ IPA_BITS: Final = 40
 FORWARDED: Final = ((0x8600_0000, 1), (0xC600_0002, 3))
 """FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
 RETRIES: Final = 64
+RING_RECORDS: Final = 1 << 12
 _NATIVE: Final = {
     Protection.NONE: lib.PV_NONE,
     Protection.PKVM: lib.PV_PKVM,
@@ -71,3 +73,14 @@ def protect(vm: Vm, config: MachineConfig) -> Any:
         for function, count in FORWARDED:
             vm.forward_smccc(function, count)
     return native
+
+
+def native_vcpu(vcpu: Vcpu, native_vm: Any, *, timed: bool) -> tuple[Any, Any]:
+    """Tell the native loop of a vCPU; returns its ``struct pv_vcpu *``, and the records to be kept as long as that."""
+    records = ffi.new("struct pv_record[]", RING_RECORDS)
+    native = ffi.new("struct pv_vcpu *")
+    native.fd, native.index, native.vm = vcpu.fileno(), vcpu.index, native_vm
+    native.run = ffi.cast("void *", vcpu.run_address)
+    native.timed = timed
+    native.ring.size, native.ring.records = RING_RECORDS, records
+    return native, records

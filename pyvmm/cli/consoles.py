@@ -45,14 +45,19 @@ def places(args: argparse.Namespace) -> tuple[str, str]:
     return serial, console
 
 
-def open_place(where: str, stack: contextlib.ExitStack, stdout: int) -> Ends:
-    """Return the descriptors of a place; ``stdout`` is where stdio's output goes. Raises UsageError."""
+def open_place(where: str, stack: contextlib.ExitStack, stdout: int, *, keep: bool = False) -> Ends:
+    """Return the descriptors of a place; ``stdout`` is where stdio's output goes. Raises UsageError.
+
+    A file is emptied, unless ``keep`` says that a guest goes on which wrote there before.
+    """
     if where == "stdio":
         return stdout, STDIN
     if where == "none":
         return None, None
-    fd = open_output(where.partition("=")[2])
+    fd = open_output(where.partition("=")[2], keep=keep)
     stack.callback(os.close, fd)
+    with contextlib.suppress(OSError):  # what is no file has no end
+        os.lseek(fd, 0, os.SEEK_END)
     return fd, None
 
 

@@ -252,7 +252,8 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
         signals = stack.enter_context(Signals())
         if watch is not None:
             stack.enter_context(watch)
-        ends = [open_place(where, stack, STDOUT if watch is None else watch.console) for where in places(args)]
+        stdout = STDOUT if watch is None else watch.console
+        ends = [open_place(where, stack, stdout, keep=args.restore is not None) for where in places(args)]
         for number, (out, source) in enumerate(ends):
             if source is not None and os.isatty(source):
                 # In the background the terminal is not ours to read: it would stop us.

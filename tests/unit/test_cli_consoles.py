@@ -95,6 +95,14 @@ def test_files_are_opened_and_closed_and_one_that_cannot_be_is_named(tmp_path: P
         assert consoles.terminal_size(out) is None
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(out)
+    with contextlib.ExitStack() as stack:
+        out, _ = consoles.open_place(f"file={tmp_path}/out", stack, 1, keep=True)
+        assert out is not None
+        os.write(out, b"y")
+    assert (tmp_path / "out").read_bytes() == b"xy"
+    with contextlib.ExitStack() as stack:
+        consoles.open_place(f"file={tmp_path}/out", stack, 1)
+    assert (tmp_path / "out").read_bytes() == b""
     with contextlib.ExitStack() as stack, pytest.raises(UsageError, match="cannot be written"):
         consoles.open_place(f"file={tmp_path}", stack, 1)
 

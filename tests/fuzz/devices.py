@@ -132,11 +132,14 @@ class Play:
         at, (slot, wrap) = BASE + number * PAGE, self.next[number]
         last = len(segments) - 1
         if self.packed:
+            entries = []
             for place, (gpa, size, flags) in enumerate(segments):
                 flags |= (AVAILABLE if wrap else USED) | NEXT * (place < last)
-                self.write(at + DESCRIPTOR * slot, struct.pack("<QIHH", gpa, size, number, flags))
+                entries.append((at + DESCRIPTOR * slot, struct.pack("<QIHH", gpa, size, number, flags)))
                 slot, wrap = (0, wrap ^ 1) if slot + 1 == ENTRIES else (slot + 1, wrap)
             self.next[number] = slot, wrap
+            for where, entry in reversed(entries):  # the first makes all available, and the device may look at once
+                self.write(where, entry)
             return
         head = slot * 4 % ENTRIES
         for place, (gpa, size, flags) in enumerate(segments):

@@ -11,6 +11,7 @@ import pytest
 from pyvmm._native import ffi, lib
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
+from pyvmm.machine.swiotlb import MOST_SHARE
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.protection import Protection
 from tests.pkvm.linux_guest import Linux, initrd
@@ -18,7 +19,7 @@ from tests.pkvm.linux_guest import Linux, initrd
 pytestmark = pytest.mark.pkvm
 
 MEMORY = 64 * layout.MIB
-POOL = 16 * layout.MIB
+POOL = MEMORY // MOST_SHARE
 SEED = "told to the guest, and to the host"
 SECRET = hashlib.sha256(SEED.encode()).hexdigest()
 """What the guest computes of it: nothing that goes in or out has it."""

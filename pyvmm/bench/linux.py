@@ -48,8 +48,8 @@ class Files:
 def install(folder: str) -> tuple[str, ...]:
     """Install this pyvmm in ``folder``, compiled and with a script, as pip does; return the beginning of its command.
 
-    A lab has the modules on a file system of the workstation's, where each costs several messages to open. What is
-    installed is on one of the host's own, and takes a fifth less to the guest's first instruction.
+    A lab has the modules on a file system of the workstation's, where each costs several messages to open; what is
+    installed is on one of the host's own.
     """
     site = os.path.join(folder, "site")
     shutil.copytree(os.path.dirname(_package), os.path.join(site, "pyvmm"))

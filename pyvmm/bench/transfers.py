@@ -78,7 +78,8 @@ class _Sender(socketserver.BaseRequestHandler):
                         self.request.sendall(each)
                     return
                 left -= len(data)
-            self.request.sendall(LINE)
+            if not left:
+                self.request.sendall(LINE)
 
 
 class Host:

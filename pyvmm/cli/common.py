@@ -30,8 +30,8 @@ _SIZE: Final = re.compile(r"([0-9]+)([BKMGTP]?)", re.IGNORECASE)
 class Help(argparse.RawDescriptionHelpFormatter):
     """Lays help out as wide as the terminal is.
 
-    argparse makes one for every option that it checks, and its own asks shutil for the width, whose import is a tenth
-    of what a short run takes to its guest's start.
+    argparse makes one for every option that it checks, and its own asks shutil for the width: an import of six million
+    instructions on the way to every guest.
     """
 
     def __init__(self, prog: str) -> None:

@@ -5,12 +5,12 @@ not enough for that: of a terminal it says that there is some room, and a blocki
 that there is room for PIPE_BUF bytes, until somebody else writes there too. And O_NONBLOCK is not ours to set on what
 is the user's shell's as well. An :class:`Outlet` owns a description of its own where it needs one.
 
-=============================================  =====================================================================
-terminal, pipe                                 opened once more, by /proc/self/fd, not to block
-socket                                         sent to with MSG_DONTWAIT
-terminal, pipe that cannot be (another user's)  a byte at a time, when POLLOUT promises room for one
-anything else: files, devices                  written to; there is no reader to wait for
-=============================================  =====================================================================
+==============================  ====================================================
+terminal, pipe                  opened once more, by /proc/self/fd, not to block
+one that cannot be: another's   a byte at a time, when POLLOUT promises room for one
+socket                          sent to with MSG_DONTWAIT
+anything else: files, devices   written to; there is no reader to wait for
+==============================  ====================================================
 """
 
 from __future__ import annotations

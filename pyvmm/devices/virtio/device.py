@@ -121,7 +121,6 @@ class VirtioDevice:
 
     def start(self, queues: Sequence[Queue], features: int) -> None:
         """Begin: the driver is there, with these features. Queues it did not set up are not ``ready``."""
-        raise NotImplementedError
 
     def stop(self) -> None:
         """Let go: on return no queue and no guest memory is used any more. Idempotent.

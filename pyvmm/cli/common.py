@@ -35,10 +35,13 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """
 
     def __init__(self, prog: str) -> None:
-        columns = 80
-        with contextlib.suppress(OSError, ValueError):
-            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
-        super().__init__(prog, width=columns - 2)
+        columns = 0  # what a terminal says too that does not know, such as a serial one
+        with contextlib.suppress(ValueError):
+            columns = int(os.environ.get("COLUMNS", 0))
+        if columns <= 0:
+            with contextlib.suppress(OSError):
+                columns = os.get_terminal_size().columns
+        super().__init__(prog, width=(columns if columns > 0 else 80) - 2)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -7,6 +7,7 @@ import os
 from ctypes import Structure, _SimpleCData, addressof, byref, sizeof
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+from pyvmm.errors import KvmError
 from pyvmm.kvm import libc
 from pyvmm.uapi.kvm import KVM_GET_DEVICE_ATTR, KVM_HAS_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, kvm_device_attr
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
-    from pyvmm.errors import KvmError
     from pyvmm.kvm.causes import Value
     from pyvmm.uapi.ioctl import Ioctl
 
@@ -121,8 +121,10 @@ class Fd:
 
     def error(self, call: str, errno: int, /, **values: Value) -> KvmError:
         """Make the KvmError of a call on this descriptor."""
-        from pyvmm.kvm.causes import kvm_error  # a table that most runs never look at
-
+        try:
+            from pyvmm.kvm.causes import kvm_error  # a table that most runs never look at
+        except OSError as unread:  # no descriptor left to read it with, which may be what the call died of as well
+            return KvmError(call, self.label, errno, f"no more can be said: {unread.strerror}", "raise `ulimit -n`")
         return kvm_error(call, errno, {"": self.label} | values)
 
 

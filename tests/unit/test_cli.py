@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -275,3 +276,19 @@ def test_there_is_no_lab_in_the_lab(capsys):
 def test_the_module_runs_as_the_script_does():
     assert execute("--version").stdout == f"pyvmm {pyvmm.__version__}\n"
     assert Path(cli.__file__).with_name("run.py").exists()
+
+
+@pytest.mark.parametrize("columns", [None, "0", "-5", "wide", ""])
+@pytest.mark.parametrize(("terminal", "widest"), [(0, 80), (None, 80), (60, 60)])
+def test_help_fits_a_terminal_whatever_it_says_of_itself(monkeypatch, columns, terminal, widest):
+    def size():
+        if terminal is None:
+            raise OSError(errno.ENOTTY, "no terminal")
+        return os.terminal_size((terminal, 24))
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    lines = cli.make_parser(["run"]).format_usage().splitlines()
+    assert widest - 20 < max(map(len, lines)) <= widest

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import sys
 from collections.abc import Iterator
 from ctypes import c_int, c_uint32
 from pathlib import Path
@@ -97,6 +99,20 @@ def test_a_failing_call_names_itself_and_its_values(pipe: Fd) -> None:
     with pytest.raises(KvmError, match=r"^KVM_CREATE_VCPU\(fd=\d+, index=3\): ENOTTY: ") as caught:
         pipe.call(kvm.KVM_CREATE_VCPU, 3, index=3)
     assert caught.value.errno == errno.ENOTTY
+
+
+def test_a_failure_for_want_of_descriptors_needs_none_to_be_told(pipe: Fd, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        @staticmethod
+        def find_spec(*_: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.delitem(sys.modules, "pyvmm.kvm.causes")
+    monkeypatch.setattr(sys, "meta_path", [Full])
+    error = pipe.error("KVM_CREATE_VCPU", errno.EMFILE)
+    assert error.errno == errno.EMFILE
+    assert re.fullmatch(r"KVM_CREATE_VCPU\(fd=\d+\): EMFILE: .*Too many open files", error.message)
+    assert error.hint == "raise `ulimit -n`"
 
 
 def test_an_attempt_answers_with_the_errno(pipe: Fd) -> None:

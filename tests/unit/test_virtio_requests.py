@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from memory_helper import BASE
 
+from pyvmm._native import lib
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.registers import Register, Status
 from pyvmm.devices.virtio.rng import MOST, Rng
@@ -117,6 +119,28 @@ def test_a_device_that_does_not_let_go_is_told_in_bounded_time(toy: Board, monke
     monkeypatch.setattr(device, "stop", lambda: device.worker.stop(patience=0.05))
     with pytest.raises(Stuck, match="toy has not finished"):
         toy.store(Register.STATUS, 0)
+
+
+def test_a_device_that_does_not_let_go_interrupts_nobody_once_it_is_closed(
+    toy: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = toy.device
+    assert isinstance(device, Toy)
+    [driver, _] = toy.drive()
+    driver.interrupts(on=True)
+    device.hold.clear()
+    ask(toy, driver, b"stuck")
+    assert device.busy.wait(20)
+    others = os.eventfd(0, os.EFD_NONBLOCK)  # a file that has got the eventfd's number since
+    toy.transport.interrupt.fd = others
+    monkeypatch.setattr(device, "stop", lambda: device.worker.stop(patience=0.05))
+    with pytest.raises(Stuck, match="toy has not finished"):
+        toy.transport.close()
+    device.hold.set()
+    lib.pv_interrupt(toy.transport.interrupt, lib.PV_INTERRUPT_USED)  # as a disk's thread does that was waiting in C
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(others)
+    os.close(others)
 
 
 def test_a_device_without_a_thread_needs_a_reset_and_works_after_it(

@@ -376,6 +376,10 @@ class VirtioMmio(Device):
         """Stop the device and close it."""
         try:
             self.device.stop()
+        except BaseException:
+            # What it waits for may end yet and interrupt, when the eventfd's number is another file's.
+            self.interrupt.fd = -1
+            raise
         finally:
             self.device.close()
             for queue in self.queues:

@@ -10,12 +10,14 @@ import socket
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 from vsock_peer import Peer
 
 from pyvmm.devices.virtio.vsock_packet import (
+    OP_CREDIT_REQUEST,
     OP_CREDIT_UPDATE,
     OP_REQUEST,
     OP_RESPONSE,
@@ -148,6 +150,28 @@ class Connections(RuleBasedStateMachine):
             guest.over = True
             guest.sent = 1 << 40
             self.listener.accept()[0].close()
+
+    @rule(guest=consumes(streams))
+    def guest_gives_up(self, guest: Guest) -> None:
+        """It says all it may and goes, which costs the host's reader no byte, and its writer no wait."""
+        self.packet(guest, OP_CREDIT_REQUEST)  # whose answer says what is free, or that it is over
+        self.step(100)
+        while not guest.over and guest.sent + 4096 - guest.fwd_cnt <= BUFFER:
+            self.guest_sends(guest, b"y" * 4096)
+            self.step()
+        if guest.over:
+            return
+        self.packet(guest, OP_SHUTDOWN, flags=SHUTDOWN_BOTH)
+        self.packet(guest, OP_RST)
+        guest.over = True
+        with pytest.raises(BrokenPipeError):
+            guest.end.send(b"x")
+        with contextlib.suppress(ConnectionResetError):
+            while data := guest.end.recv(1 << 16):
+                assert guest.to_host.startswith(data)
+                guest.to_host = guest.to_host[len(data) :]
+                self.step()
+        assert not guest.to_host
 
     @rule(guest=consumes(streams))
     def host_closes(self, guest: Guest) -> None:

@@ -280,11 +280,31 @@ def test_reader_that_goes_ends_what_waits_for_it(peer: Peer, host: socket.socket
     assert len(peer.table) == 0
 
 
+def test_service_that_writes_before_it_reads_is_told_that_nobody_does(peer: Peer, host: socket.socket) -> None:
+    sent = stall(peer)
+    host.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            host.send(b"x" * 65536)
+    peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_BOTH, buf_alloc=0)
+    peer.send(OP_RST, 1000, 5)
+    with pytest.raises(BrokenPipeError):
+        host.send(b"x")
+    got = 0
+    with contextlib.suppress(ConnectionResetError):  # what it wrote itself was never read
+        while data := host.recv(1 << 16):
+            got += len(data)
+            peer.turn()
+    assert got == sent
+    assert len(peer.table) == 0
+
+
 def test_ports_are_free_again_while_bytes_wait_and_those_that_wait_are_bounded(peer: Peer) -> None:
-    with contextlib.ExitStack() as ends, peer.listen(5) as listener:
+    with contextlib.ExitStack() as stack, peer.listen(5) as listener:
+        ends = []
         for _ in range(MOST_STREAMS):
             peer.send(OP_REQUEST, 1000, 5)
-            end = ends.enter_context(listener.accept()[0])
+            ends.append(stack.enter_context(listener.accept()[0]))
             assert peer.ops() == [OP_RESPONSE]
             sent = 0
             while len(peer.watched) < len(peer.table) or not select.POLLOUT & [*peer.watched.values()][-1]:
@@ -293,13 +313,22 @@ def test_ports_are_free_again_while_bytes_wait_and_those_that_wait_are_bounded(p
             peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_BOTH)
             peer.send(OP_RST, 1000, 5)
         assert len(peer.table) == MOST_STREAMS
-        peer.send(OP_REQUEST, 1000, 5)
-        assert peer.ops() == [OP_RST]
-        end.settimeout(5)
-        assert rest(end, peer) == sent
+        peer.send(OP_REQUEST, 1000, 6)
+        assert peer.ops() == [OP_RST], "nobody listens there"
+        assert peer.table.closed == 0
         peer.send(OP_REQUEST, 1000, 5)
         assert peer.ops() == [OP_RESPONSE]
         assert len(peer.table) == MOST_STREAMS
+        assert peer.table.closed == 1
+        # One that lacks only the guest's word goes before any whose bytes wait.
+        listener.accept()[0].close()
+        assert peer.ops() == [OP_SHUTDOWN]
+        by_host(peer)[0].close()
+        assert len(peer.table) == MOST_STREAMS
+        for end in ends:
+            end.settimeout(5)
+        assert rest(ends[0], peer) < sent, "it has waited longest"
+        assert [rest(end, peer) for end in ends[1:]] == [sent] * (MOST_STREAMS - 1)
 
 
 def test_clients_that_give_up_before_the_guest_answers_are_forgotten(peer: Peer) -> None:

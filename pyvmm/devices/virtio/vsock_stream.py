@@ -116,6 +116,9 @@ class Stream:
         # (VSOCK_CLOSE_TIMEOUT of Linux): that must not cost a slow reader the end of what was sent.
         if self.state is State.OPEN and self._guest_over & SHUTDOWN_SEND and self._out:
             self.state = State.LINGERING
+            # A program that writes all it has before it reads would wait for us to read, as we for it.
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RD)
         else:
             self.die()
 

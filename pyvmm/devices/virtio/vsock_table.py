@@ -6,8 +6,8 @@ and come out of :meth:`to_guest`, one connection after the other; sockets are wa
 =======================================  ==========================================================================
 what a hostile guest may do              what happens
 =======================================  ==========================================================================
-ask for ever more connections            reset beyond ``MOST_STREAMS``; of those it does not confirm to be over one
-                                         is forgotten instead, none of those whose bytes wait for a reader
+ask for ever more connections            reset beyond ``MOST_STREAMS``; one that it does not confirm to be over is
+                                         forgotten instead, or else the oldest whose bytes only wait for a reader
 never take packets                       at most ``MOST_REFUSALS`` answers wait, then nothing more of it is heard
 name other cids, types, connections      reset; what it says it did not send itself is dropped
 =======================================  ==========================================================================
@@ -20,6 +20,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 from typing import Final
 
 from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_REQUEST, OP_RST, STREAM, Header
@@ -43,8 +44,8 @@ class Table:
         self._path = path
         self._watch = watch
         self._streams: dict[tuple[int, int], Stream] = {}
-        self._lingering: set[Stream] = set()
-        """Those whose ports are free: only the host's reader has yet to take the last bytes."""
+        self._lingering: dict[Stream, None] = {}
+        """Those whose ports are free, the oldest first: only the host's reader has yet to take the last bytes."""
         self._by_fd: dict[int, Stream] = {}
         self._watched: dict[int, int] = {}
         self._turns: deque[Stream] = deque()
@@ -171,20 +172,23 @@ class Table:
     # -- inside
 
     def _add(self, stream: Stream) -> None:
+        if len(self) >= MOST_STREAMS and (least := self._least()):
+            least.die()
+            self._settle(least)
         self._streams[stream.guest_port, stream.host_port] = stream
         self._by_fd[stream.fd] = stream
         self._settle(stream)
 
     def _room(self) -> bool:
-        """Whether one more connection can be; makes room at the cost of one that only lacks the guest's word."""
-        if len(self) < MOST_STREAMS:
-            return True
-        for stream in self._streams.values():
-            if stream.state is State.CLOSING:
-                stream.die()
-                self._settle(stream)
-                return True
-        return False
+        """Whether one more connection can be, if at another's cost: which only one that comes about is worth."""
+        return len(self) < MOST_STREAMS or self._least() is not None
+
+    def _least(self) -> Stream | None:
+        """Return what goes first for another: what only lacks the guest's word, or else has waited longest for a
+        reader, who may never come.
+        """
+        closing = (stream for stream in self._streams.values() if stream.state is State.CLOSING)
+        return next(chain(closing, self._lingering), None)
 
     def _settle(self, stream: Stream) -> None:
         """After anything was done to ``stream``: watch for what it waits for, give it its turn, or let go of it."""
@@ -205,9 +209,9 @@ class Table:
             if self._streams.get(ports) is stream:
                 del self._streams[ports]
             if stream.state is State.LINGERING:
-                self._lingering.add(stream)
+                self._lingering[stream] = None
             else:
-                self._lingering.discard(stream)
+                self._lingering.pop(stream, None)
             if stream.queued:  # while the guest takes nothing, nobody else would take it out
                 stream.queued = False
                 self._turns.remove(stream)

@@ -1,7 +1,7 @@
 """A run's options from a file: ``--config FILE.toml``, and ``--print-config``, which writes such a file.
 
-A snapshot holds the options of its machine in the same form, but with absolute paths, and they are taken from there in
-the same way.
+A snapshot holds the options of its machine in the same form, but with absolute paths (of a socket: where that can be
+its address), and they are taken from there in the same way.
 
 A key is the long name of an option of the verb, and that is all of the schema: it is asked of the parser, so an option
 that is new is a key too. What the file says is put in front of the command line's own words, unless those say the same
@@ -23,6 +23,7 @@ Paths are relative to the current directory, as on the command line.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -306,7 +307,7 @@ def as_toml(
     """Return the options that ``args`` was parsed of, and the defaults of others that have a value, as such a file.
 
     ``only`` are the names of those that may be in it, all unless told. With ``directory`` the paths of :data:`PATHS`
-    are absolute; they are relative to it. UsageError for what cannot be said.
+    are absolute, of sockets as far as they can be; they are relative to it. UsageError for what cannot be said.
     """
     verb, *rest = args.verb_argv
     said = vars(given(verb, rest))
@@ -340,11 +341,23 @@ def _absolute(option: str, value: Any, directory: str) -> Any:
         if option == "disk" and number == 0 and not equals and key != "ro":
             key, path = "path", part
         if key == PATHS[option]:
-            parts[number] = f"{key}={os.path.join(directory, path)}"
+            absolute = os.path.join(directory, path)
+            if len(os.fsencode(absolute)) > _longest(option):
+                continue  # it would be refused wherever it is restored: as it was said it serves in this directory
+            parts[number] = f"{key}={absolute}"
             if "," in parts[number] and option != "console":
                 raise UsageError(f"{path!r} in {directory!r} cannot be said: a comma ends a part",
                                  hint="run the guest in a directory without one")  # fmt: skip
     return ",".join(parts)
+
+
+def _longest(option: str) -> float:
+    """Return how many bytes a path of an option may have: a Unix socket's address has few."""
+    if option == "vsock":
+        from pyvmm.devices.virtio.vsock_host import LONGEST_PATH
+
+        return LONGEST_PATH
+    return 107 if option == "net" else math.inf
 
 
 def _value(action: Action, value: Any) -> str:

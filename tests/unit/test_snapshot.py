@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pyvmm.cli import config, make_parser
 from pyvmm.devices.bench import Bench
+from pyvmm.devices.virtio import vsock_host
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.stand_in import StandIn
 from pyvmm.machine import snapshot as snapshots
@@ -264,6 +265,21 @@ def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, mon
     with pytest.raises(UsageError, match="a comma ends a part"):
         config.machine_options(saved)
     assert "file=" in config.machine_options(parse("run", "--console", "file=log", "-k", "payload:puppet"))
+
+
+@pytest.mark.parametrize(
+    ("option", "rest", "longest"), [("net", "", 107), ("vsock", ",cid=3", vsock_host.LONGEST_PATH)]
+)
+def test_a_socket_stays_relative_where_its_absolute_path_would_be_no_address(
+    option: str, rest: str, longest: int
+) -> None:
+    key = config.PATHS[option]
+    directory = "/" + "é" * 20  # of two bytes each
+    directory += "/" + "d" * (longest - len(os.fsencode(directory)) - len("//vv"))
+    for said, saved in (("vv", f"{directory}/vv"), ("vvv", "vvv"), ("/" + "v" * 120, "/" + "v" * 120)):
+        args = parse("run", f"--{option}", f"{key}={said}{rest}", "-k", "payload:puppet")
+        [entry] = [each for each in config.parse(config.as_toml(args, directory=directory)) if each.key == option]
+        assert entry.elements == [f"{key}={saved}{rest}"]
 
 
 @pytest.mark.parametrize("words", [("payload:hello",), ("--config", "f")])

@@ -81,7 +81,8 @@ def orders(server: Server, setup: str, host: str) -> tuple[str, ...]:
     head = f"POST / HTTP/1.0\\r\\nContent-Length: {len(busybox())}\\r\\n\\r\\n"
     command = (
         f"{setup}; wget -q -O - http://{host}:{server.server_port}/ | md5sum; "
-        f"{{ printf '{head}'; cat /bin/busybox; }} | nc {host} {server.server_port}; cat /proc/interrupts; dmesg | grep swiotlb"
+        f"{{ printf '{head}'; cat /bin/busybox; }} | nc {host} {server.server_port}; "
+        "cat /proc/interrupts; dmesg | grep swiotlb"
     )
     return (*PARAMS, f'pyvmm.run="{command}"')
 

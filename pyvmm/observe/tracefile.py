@@ -322,7 +322,8 @@ class _Trace:
     def _counters(self, conversions: Sequence[Record]) -> None:
         writer, about = self.writer, self.about
         self._rate()
-        # Between two looks at the pages the guest's own shares are what changes; the next look says what else did.
+        # Between two looks at the pages the guest's own shares are what changes; the next look says what else did. A move
+        # is recorded once it is done, so a look in the middle of one counts it already, and it must not go below zero.
         moves = sorted((r for r in conversions if r.value == 0), key=lambda record: record.ns)
         done = 0
         samples = self.recorder.samples
@@ -339,10 +340,10 @@ class _Trace:
                 if move.ns < sample.ns:
                     continue
                 step = 1 if move.kind == lib.PV_REC_SHARE else -1
-                shared += step
+                shared = max(shared + step, 0)
                 writer.count(move.ns, _SHARED, shared)
                 if about.protected:
-                    private -= step
+                    private = max(private - step, 0)
                     writer.count(move.ns, _PRIVATE, private)
 
     def _rate(self) -> None:

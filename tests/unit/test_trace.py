@@ -202,6 +202,18 @@ def test_page_counters_follow_the_guests_shares_between_two_looks() -> None:
     assert (shared, private) == ([1, 0], [9, 10])
 
 
+def test_no_page_counter_goes_below_zero_where_a_look_came_before_a_moves_record() -> None:
+    vcpus = Vcpus()
+    vcpus.recorder.collect()
+    first = recorder.time.monotonic_ns()
+    for at, kind in enumerate((lib.PV_REC_UNSHARE, lib.PV_REC_SHARE, lib.PV_REC_SHARE, lib.PV_REC_UNSHARE), start=1):
+        vcpus.put(first + at, kind, addr=PAGE)
+    trace = vcpus.trace(protected=True)
+    shared = [value.value for value in trace.track("shared pages").values if first < value.ns <= first + 4]
+    private = [value.value for value in trace.track("private pages").values if first < value.ns <= first + 4]
+    assert (shared, private) == ([0, 1, 2, 1], [1, 0, 0, 1])
+
+
 # -- the recorder
 
 

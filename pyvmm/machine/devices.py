@@ -45,15 +45,18 @@ class Disk(DeviceSpec):
 
     def check(self, config: MachineConfig) -> None:
         """Raise UsageError for a file that two of the guest's disks are to be, one of them writable."""
-        same = [
-            disk for disk in config.devices
-            if isinstance(disk, Disk) and os.path.realpath(disk.path) == os.path.realpath(self.path)
-        ]  # fmt: skip
-        if len(same) > 1 and not all(disk.read_only for disk in same):
-            raise UsageError(
-                f"disk {self.path!r} is given {len(same)} times, and the guest may write to it",
-                hint="make a copy of it, or add ,ro to each",
-            )
+        disks = [disk for disk in config.devices if isinstance(disk, Disk)]
+        if self is not disks[0]:  # which answers for all: to resolve a path takes a system call for each part of it
+            return
+        files: dict[str, list[Disk]] = {}
+        for disk in disks:
+            files.setdefault(os.path.realpath(disk.path), []).append(disk)
+        for same in files.values():
+            if len(same) > 1 and not all(disk.read_only for disk in same):
+                raise UsageError(
+                    f"disk {same[0].path!r} is given {len(same)} times, and the guest may write to it",
+                    hint="make a copy of it, or add ,ro to each",
+                )
 
 
 @dataclass(frozen=True)

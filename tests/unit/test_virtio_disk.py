@@ -19,7 +19,7 @@ from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Disk
+from pyvmm.machine.devices import Disk, Rng
 
 
 def make(path: Path, size: int = 1 << 20, fill: bytes = b"\xa5") -> str:
@@ -176,3 +176,12 @@ def test_file_is_twice_a_disk_only_where_it_cannot_change(tmp_path: Path) -> Non
     for devices in ((Disk(path), Disk(other)), (Disk(path, read_only=True), Disk(other))):
         with pytest.raises(UsageError, match="is given 2 times, and the guest may write to it"):
             MachineConfig("k", devices=devices).check()
+
+
+def test_files_of_many_disks_are_looked_up_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    resolve = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: seen.append(path) or resolve(path))
+    paths = [f"/nonexistent/{number}" for number in range(64)]
+    MachineConfig("k", devices=(Rng(), *map(Disk, paths))).check()
+    assert seen == paths

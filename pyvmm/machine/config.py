@@ -40,7 +40,8 @@ class MachineConfig(NamedTuple):
     run, in huge pages where the host gives them: a first touch then costs what the protection asks, and no more;
     ``devices`` are the virtio devices, in the order of their addresses; ``swiotlb`` is bytes of the pool through which
     the guest copies what they read and write: None for what the protection needs, 0 for no pool; ``dtb`` is the path of
-    a device tree to be used as it is, in place of the one that describes the machine.
+    a device tree to be used as it is, in place of the one that describes the machine; devices are then told
+    of its pool.
     """
 
     kernel: str

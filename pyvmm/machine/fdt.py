@@ -1,4 +1,4 @@
-"""Writes flattened device trees, and the one this machine hands its guest.
+"""Writes flattened device trees, and the one this machine hands its guest; reads those that others wrote.
 
 Owns nothing; the machine calls :func:`machine_tree` with what its devices say about themselves, then
 :meth:`Tree.to_bytes`. The format is that of the Devicetree Specification, release v0.4, chapter 5; the same tree gives
@@ -25,7 +25,14 @@ _VERSION: Final = 17
 _LAST_COMPATIBLE: Final = 16
 _HEADER: Final = struct.Struct(">10I")
 _RESERVATION: Final = struct.Struct(">QQ")
-_BEGIN_NODE, _END_NODE, _PROP, _END = 1, 2, 3, 9
+_BEGIN_NODE, _END_NODE, _PROP, _NOP, _END = 1, 2, 3, 4, 9
+_CELL: Final = struct.Struct(">I")
+_PROPERTY: Final = struct.Struct(">2I")
+
+#: Linux drivers/of/fdt.c, FDT_MAX_DEPTH: it looks no deeper.
+_DEEPEST: Final = 64
+#: Bytes of a property's name that are looked at: some have more than the 31 they should, and share their ends.
+_LONGEST_NAME: Final = 256
 
 # v0.4, 2.2.1 and 2.2.4.1: names.
 _NODE_NAME: Final = re.compile(r"[a-zA-Z][0-9a-zA-Z,._+-]{0,30}(@[0-9a-zA-Z,._+-]+)?")
@@ -127,6 +134,46 @@ def check_header(data: bytes, what: str) -> int:
     if max(ends) > total or min(structure, strings, reserved) < _HEADER.size:
         raise UsageError(f"{what} is damaged: its parts end at byte {max(ends)}, and it at {total}")
     return int(total)
+
+
+def parse(data: bytes, what: str) -> Node:
+    """Return the root of a flattened tree that anybody may have made, properties as bytes.
+
+    Raises UsageError, naming ``what``, for one that is damaged.
+    """
+    check_header(data, what)
+    _, _, structure, strings, _, _, _, _, n_strings, n_structure = _HEADER.unpack_from(data)
+    try:
+        return _parse(data[structure : structure + n_structure], data[strings : strings + n_strings])
+    except (ValueError, struct.error):  # no NUL where a name should end; a token that is not there as a whole
+        raise UsageError(f"{what} is damaged: its nodes cannot be read") from None
+
+
+def _parse(block: bytes, names: bytes) -> Node:
+    path = [Node("")]
+    at = 0
+    while True:
+        (token,) = _CELL.unpack_from(block, at)
+        at += _CELL.size
+        if token == _BEGIN_NODE and len(path) <= _DEEPEST:
+            end = block.index(b"\0", at)
+            path.append(path[-1].add(block[at:end].decode("latin-1")))
+            at = end + 4 - end % 4
+        elif token == _PROP and len(path) > 1:
+            size, name = _PROPERTY.unpack_from(block, at)
+            at += _PROPERTY.size
+            if at + size > len(block):
+                raise ValueError("a property ends outside")
+            end = names.index(b"\0", name, name + _LONGEST_NAME)
+            path[-1].properties[names[name:end].decode("latin-1")] = block[at : at + size]
+            at += size + -size % 4
+        elif token == _END_NODE and len(path) > 1:
+            path.pop()
+        elif token == _END and len(path) == 1:
+            (root,) = path[0].children  # ValueError for none, or two
+            return root
+        elif token != _NOP:
+            raise ValueError("no token that could be here")
 
 
 class _Strings:

@@ -112,6 +112,8 @@ class Machine:
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
         image = None
+        tree = None if config.dtb is None else boot.read_tree(config.dtb)
+        self._pool = pool_size(config, tree)
         if self.restored_from is not None:
             self.kernel_kind = "snapshot"
             self.restored_from.require_disks(config)
@@ -140,10 +142,10 @@ class Machine:
         self.interrupts = Interrupts(self.vm, present=self.gic is not None)
         self._stack.callback(self.interrupts.close)
         self._place_devices()
-        self.entry = self._restore(self.restored_from) if image is None else self._load(image, loadable)
+        self.entry = self._restore(self.restored_from) if image is None else self._load(image, loadable, tree)
         self._make_threads()
 
-    def _load(self, image: boot.BootImage, loadable: int) -> boot.Entry:
+    def _load(self, image: boot.BootImage, loadable: int, tree: bytes | None) -> boot.Entry:
         """Load the kernel, and have the first vCPU start with it."""
         config = self.config
         board = boot.Board(
@@ -151,15 +153,13 @@ class Machine:
             command_line=" ".join(config.params),
             devices=[(placed.device, placed.base, placed.line) for placed in self.bus.placed],
             gic=None if self.gic is None else self.gic.node,
-            pool=pool_size(config),
+            pool=self._pool,
             entropy=os.urandom,
         )
-        tree = board if config.dtb is None else boot.read_tree(config.dtb)
-        entry = boot.place(image, self.memory, tree, ram_size=config.memory, loadable=loadable)
+        entry = boot.place(image, self.memory, tree or board, ram_size=config.memory, loadable=loadable)
         image.close()
-        first = self.vcpus[0]
-        first.set_reg(core_reg("pc"), entry.pc)
-        first.set_reg(core_reg("x0"), entry.fdt)
+        for name, value in (("pc", entry.pc), ("x0", entry.fdt)):
+            self.vcpus[0].set_reg(core_reg(name), value)
         return entry
 
     def _restore(self, snapshot: Snapshot | None) -> boot.Entry:
@@ -190,7 +190,7 @@ class Machine:
         context = Context(
             self.native, config.protection, self.memory,
             range(layout.RAM_BASE, layout.RAM_BASE + config.memory), self._unheard,
-            pool=pool_size(config), planned=self._kernel is not None and self._kernel.pretends,
+            pool=self._pool, planned=self._kernel is not None and self._kernel.pretends,
         )  # fmt: skip
         return attach(config.devices, context, self.bus, self.interrupts)
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
-from pyvmm.machine.fdt import cells64, encode
+from pyvmm.machine.fdt import cells64, encode, parse
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
     from pyvmm.machine.config import MachineConfig
-    from pyvmm.machine.fdt import Tree
+    from pyvmm.machine.fdt import Node, Tree
 
 DEFAULT: Final = 16 * layout.MIB
 """Sharing it is 4096 calls, about 80 million instructions of a protected guest's boot under pkvm, as many as through
@@ -30,8 +30,13 @@ MOST_SHARE: Final = 8
 """A pool may take one part in so many of the guest's memory, unless told: a Linux of 32 MiB has 13 left to run in."""
 
 
-def pool_size(config: MachineConfig) -> int:
-    """Return the pool's bytes, 0 for none. Raises UsageError for a size that the guest's memory does not hold."""
+def pool_size(config: MachineConfig, tree: bytes | None = None) -> int:
+    """Return the pool's bytes, whole MiB, 0 for none; where the guest has a ``tree`` of its own, what that says.
+
+    Raises UsageError for a size that the guest's memory does not hold, and for a tree that cannot be read.
+    """
+    if tree is not None:
+        return _pool_in(tree, f"device tree {config.dtb}") if config.devices else 0
     if config.swiotlb is None:
         if config.protection is Protection.NONE or not config.devices:
             return 0
@@ -45,6 +50,40 @@ def pool_size(config: MachineConfig) -> int:
             hint=f"give the guest more memory: -m {2 * config.swiotlb // layout.MIB}M",
         )
     return config.swiotlb
+
+
+def _pool_in(tree: bytes, what: str) -> int:
+    # Of several pools the smallest: a device may be sent to any, and what fits that one fits the others.
+    sizes = [
+        _size(pool, reserved, what)
+        for reserved in parse(tree, what).children if reserved.name == "reserved-memory"
+        for pool in reserved.children if "restricted-dma-pool" in _strings(pool, "compatible")
+        if _strings(pool, "status")[0] in ("", "okay", "ok")
+    ]  # fmt: skip
+    if sizes and min(sizes) < layout.MIB:
+        raise UsageError(
+            f"{what} has a DMA pool of {min(sizes)} bytes: a disk's requests need 1 MiB",
+            hint="make it larger, or leave it out of the tree's /reserved-memory",
+        )
+    return min(sizes, default=0) // layout.MIB * layout.MIB
+
+
+def _size(pool: Node, reserved: Node, what: str) -> int:
+    # Devicetree Specification v0.4, 3.5.1: reg, if it is there, says more than size. 2.3.5: cells, unless told.
+    address, size = (
+        4 * int.from_bytes(encode(reserved.properties.get(name, usual)), "big")
+        for name, usual in (("#address-cells", 2), ("#size-cells", 1))
+    )
+    said = encode(pool.properties.get("size", b""))
+    if "reg" in pool.properties:
+        said = encode(pool.properties["reg"])[address:]
+    if not 0 < size <= 8 or len(said) < size:
+        raise UsageError(f"{what} does not say how large its DMA pool {pool.name!r} is, in reg or in size")
+    return int.from_bytes(said[:size], "big")
+
+
+def _strings(node: Node, name: str) -> list[str]:
+    return encode(node.properties.get(name, b"")).decode("latin-1").split("\0")
 
 
 def add_pool(tree: Tree, size: int) -> None:

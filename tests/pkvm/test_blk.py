@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from pyvmm.machine.devices import Disk
+from pyvmm.machine.plan import Plan
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm import disks
-from tests.pkvm.harness import ALL, run
+from tests.pkvm.harness import ALL, config, run
 from tests.pkvm.shown import kernel_directory
 
 pytestmark = pytest.mark.pkvm
@@ -39,6 +40,16 @@ echo "queues: $(echo /sys/block/vda/mq/*)."
 $busybox fstrim /
 $busybox dmesg | $busybox grep -E 'swiotlb buffer|I/O error'
 echo "errors: $($busybox dmesg | $busybox grep -c 'I/O error')."
+$busybox mount -o remount,ro /
+$busybox poweroff -f
+"""
+
+READ = """
+busybox=/bin/busybox
+$busybox mount -t sysfs sysfs /sys
+echo 8192 >/sys/block/vda/queue/read_ahead_kb
+echo 4096 >/sys/block/vda/queue/max_sectors_kb
+echo "read $($busybox cat /dev/vda | $busybox wc -c)."
 $busybox mount -o remount,ro /
 $busybox poweroff -f
 """
@@ -69,3 +80,17 @@ def test_what_linux_writes_to_its_root_is_on_the_disk_when_it_is_off(protection:
     assert "errors: 0." in said
     assert f"queues: {' '.join(f'/sys/block/vda/mq/{number}' for number in range(cpus))}." in said
     assert WRITTEN < image.stat().st_blocks * 512 < WRITTEN + FREE // 2
+
+
+def test_a_disk_keeps_to_the_pool_in_the_tree_that_its_guest_is_given(tmp_path: Path) -> None:
+    # A request that does not fit the pool would be made again and again.
+    image, tree = tmp_path / "root.img", tmp_path / "a.dtb"
+    disks.make_root(image, 16 * MIB, READ)
+    kernel = str(kernel_directory("own:") / "Image")
+    usual = {"memory": 192 * MIB, "devices": (Disk(str(image)),)}
+    with Plan(config(kernel, Protection.PKVM, params=PARAMS, swiotlb=MIB, **usual)) as plan:
+        tree.write_bytes(plan.machine.entry.device_tree)
+    ended = run(kernel, Protection.PKVM, dtb=str(tree), deadline=DEADLINE, **usual)
+    said = ended.output.decode(errors="replace")
+    assert ended.outcome.ending is Ending.POWEROFF, said
+    assert f"read {16 * MIB}." in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import struct
@@ -27,6 +28,7 @@ from pyvmm.machine.fdt import (
     describe,
     encode,
     machine_tree,
+    parse,
 )
 from pyvmm.machine.plan import Plan
 from pyvmm.protection import Protection
@@ -80,6 +82,14 @@ def read(data: bytes) -> tuple[list[tuple[int, int]], dict]:
             assert token == 4
 
 
+def flat(node: Node, path: str = "") -> dict[str, dict[str, object]]:
+    """The same of a tree that was parsed."""
+    found: dict[str, dict[str, object]] = {path or "/": dict(node.properties)}
+    for child in node.children:
+        found |= flat(child, f"{path}/{child.name}")
+    return found
+
+
 names = st.from_regex(r"[a-zA-Z][0-9a-zA-Z,._+-]{0,20}", fullmatch=True)
 # linux,phandle and phandle mean something to dtc; a random one would be a wrong tree.
 properties = st.from_regex(r"[0-9a-zA-Z,._+?#-]{1,31}", fullmatch=True).filter(lambda name: "phandle" not in name)
@@ -112,6 +122,66 @@ def test_dtc_reads_back_every_tree(children, reserved):
     again = dtc(data, "dtb", "-f", "-q", "-q")
     assert again.returncode == 0, again.stderr.decode()
     assert read(again.stdout) == read(data)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(children=st.lists(nodes, max_size=4, unique_by=lambda node: node.name))
+def test_every_tree_is_parsed_to_what_was_written(children):
+    data = Tree(Node("", {"a": 1}, children)).to_bytes()
+    assert flat(parse(data, "a tree")) == read(data)[1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0), byte=st.integers(0, 255))
+def test_a_byte_of_a_tree_may_be_any_other(at, byte):
+    data = bytearray(example())
+    data[at % len(data)] = byte
+    with contextlib.suppress(UsageError):
+        parse(bytes(data), "a tree")
+
+
+def tree_of(structure: bytes, strings: bytes = b"a\0") -> bytes:
+    at = 40 + 16
+    sizes = (at + len(structure) + len(strings), at, at + len(structure), 40, 17, 16, 0, len(strings), len(structure))
+    return struct.pack(">10I", 0xD00DFEED, *sizes) + bytes(16) + structure + strings
+
+
+BEGIN, END_NODE, END = cells32(1, 0), cells32(2), cells32(9)
+
+
+def test_what_means_nothing_in_a_tree_is_passed_over():
+    nop = cells32(4)
+    root = parse(tree_of(nop + BEGIN + nop + cells32(3, 1, 0) + b"x\0\0\0" + nop + END_NODE + nop + END), "a tree")
+    assert (root.name, root.properties, root.children) == ("", {"a": b"x"}, [])
+    assert parse(tree_of(BEGIN * 64 + END_NODE * 64 + END), "a tree").children
+
+
+@pytest.mark.parametrize(
+    ("structure", "strings"),
+    [
+        (b"", b""),
+        (END, b""),
+        (BEGIN + END, b""),
+        (BEGIN + END_NODE, b""),
+        (BEGIN + END_NODE + END_NODE + END, b""),
+        ((BEGIN + END_NODE) * 2 + END, b""),
+        (cells32(3, 0, 0) + BEGIN + END_NODE + END, b"a\0"),
+        (BEGIN + cells32(3, 13, 0) + END_NODE + END, b"a\0"),
+        (BEGIN + cells32(3, 0, 2) + END_NODE + END, b"a\0"),
+        (BEGIN + cells32(3, 0, 0) + END_NODE + END, b"a" * 5000 + b"\0"),
+        (BEGIN + cells32(5) + END_NODE + END, b""),
+        (cells32(1) + b"name", b""),
+        (BEGIN * 65 + END_NODE * 65 + END, b""),
+        (BEGIN * 200_000, b""),
+    ],
+    ids=[
+        "nothing", "no root", "root open", "no end", "closed twice", "two roots", "outside", "long", "nameless",
+        "long name", "token", "name open", "deep", "deeper",
+    ],
+)  # fmt: skip
+def test_a_tree_whose_nodes_are_damaged_is_refused(structure, strings):
+    with pytest.raises(UsageError, match=r"^a tree is damaged: its nodes cannot be read"):
+        parse(tree_of(structure, strings), "a tree")
 
 
 @given(value=values)

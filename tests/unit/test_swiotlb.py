@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import struct
+from pathlib import Path
+
 import pytest
 
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Rng
-from pyvmm.machine.fdt import DeviceNode, cells64, machine_tree
+from pyvmm.machine.devices import Disk, Rng
+from pyvmm.machine.fdt import DeviceNode, Node, Tree, Value, cells32, cells64, machine_tree
+from pyvmm.machine.plan import Plan
 from pyvmm.machine.swiotlb import DEFAULT, add_pool, pool_size
 from pyvmm.protection import Protection
 
 MIB = layout.MIB
+Properties = dict[str, Value]
 PROTECTED = MachineConfig("payload:hello", Protection.PKVM, memory=256 * MIB, devices=(Rng(),))
 
 
@@ -60,3 +65,84 @@ def test_every_virtio_device_is_told_of_the_pool_and_no_other_device() -> None:
     assert nodes["virtio_mmio@a000000"].properties["memory-region"] == handle
     assert nodes["virtio_mmio@a000200"].properties["memory-region"] == handle
     assert "memory-region" not in nodes["serial@9000000"].properties
+
+
+def own_tree(*pools: Properties, cells: Properties | None = None) -> bytes:
+    """A tree as somebody else may write one, with ``pools`` under a /reserved-memory of such ``cells``."""
+    usual: Properties = {"#address-cells": 2, "#size-cells": 2}
+    nodes = [
+        Node(f"pool{number}", {"compatible": "restricted-dma-pool"} | pool) for number, pool in enumerate(pools)
+    ]  # fmt: skip
+    beside = Node("memory@80000000", {"compatible": "restricted-dma-pool", "size": cells64(64 * MIB)})
+    reserved = Node("reserved-memory", usual if cells is None else cells, nodes)
+    return Tree(Node("", children=[beside, reserved])).to_bytes()
+
+
+WITH_TREE = PROTECTED._replace(dtb="a.dtb")
+ONE_CELL: Properties = {"#address-cells": 2, "#size-cells": 1}
+
+
+@pytest.mark.parametrize(
+    ("tree", "pool"),
+    [
+        (own_tree({"size": cells64(MIB)}), 1),
+        (own_tree({"reg": cells64(0x9000_0000, 2 * MIB), "size": cells64(MIB)}), 2),
+        (own_tree({"size": cells32(3 * MIB)}, cells=ONE_CELL), 3),
+        (own_tree({"reg": cells64(0x9000_0000) + cells32(3 * MIB)}, cells=ONE_CELL), 3),
+        (own_tree({"reg": cells32(0x9000_0000, 3 * MIB)}, cells={"#address-cells": 1, "#size-cells": 1}), 3),
+        (own_tree({"reg": cells64(0x9000_0000) + cells32(3 * MIB)}, cells={}), 3),
+        (own_tree({"size": cells64(8 * MIB)}, {"size": cells64(4 * MIB)}), 4),
+        (own_tree({"size": cells64(5 * MIB - 4096)}), 4),
+        (own_tree({"size": cells64(MIB), "status": "okay"}), 1),
+        (own_tree({"size": cells64(MIB), "status": "disabled"}), 0),
+        (own_tree({"size": cells64(MIB), "compatible": "shared-dma-pool"}), 0),
+        (own_tree(), 0),
+        (Tree().to_bytes(), 0),
+    ],
+    ids=[
+        "size", "reg", "one cell", "one cell in reg", "one cell each", "usual cells", "two", "odd", "okay", "disabled",
+        "another kind", "none", "empty",
+    ],
+)  # fmt: skip
+def test_pool_of_a_guest_with_a_tree_of_its_own_is_what_that_says(tree: bytes, pool: int) -> None:
+    assert pool_size(WITH_TREE, tree) == pool * MIB
+    assert pool_size(WITH_TREE._replace(protection=Protection.NONE), tree) == pool * MIB
+    assert pool_size(WITH_TREE._replace(devices=()), tree) == 0
+
+
+@pytest.mark.parametrize(
+    ("tree", "why"),
+    [
+        (own_tree({}), "does not say how large its DMA pool 'pool0' is"),
+        (own_tree({"size": cells32(MIB)}), "does not say how large"),
+        (own_tree({"reg": cells64(0x9000_0000)}), "does not say how large"),
+        (own_tree({"size": cells64(MIB)}, cells={"#size-cells": 0}), "does not say how large"),
+        (own_tree({"size": bytes(1 << 16)}, cells={"#size-cells": 1 << 31}), "does not say how large"),
+        (own_tree({"size": cells64(MIB - 4096)}), "a DMA pool of 1044480 bytes: a disk's requests need 1 MiB"),
+        (own_tree()[:-1], "truncated"),
+    ],
+    ids=["no size", "half a size", "half a reg", "no cells", "many cells", "small", "truncated"],
+)
+def test_a_tree_whose_pool_cannot_be_told_is_refused(tree: bytes, why: str) -> None:
+    with pytest.raises(UsageError, match=why) as caught:
+        pool_size(WITH_TREE, tree)
+    assert caught.value.message.startswith("device tree a.dtb ")
+
+
+def test_a_disk_keeps_to_the_pool_in_the_tree_that_its_guest_is_given(tmp_path: Path) -> None:
+    disk, tree = tmp_path / "disk", tmp_path / "a.dtb"
+    disk.write_bytes(bytes(MIB))
+    usual = PROTECTED._replace(devices=(Disk(str(disk)),))
+
+    def request(**more: object) -> int:
+        """How many bytes it may have; the tree is written down."""
+        with Plan(usual._replace(**more)) as plan:  # type: ignore[arg-type]
+            tree.write_bytes(plan.machine.entry.device_tree)
+            [transport] = plan.machine.virtio
+            size, count = struct.unpack_from("<II", transport.device.config(), 8)
+            return int(size * count)
+
+    for pool in (1, 4, 0):
+        assert request(swiotlb=pool * MIB) == request(dtb=str(tree))
+    assert request(swiotlb=MIB) == MIB // 4
+    assert request(dtb=str(tree)) == MIB // 4

@@ -3,15 +3,25 @@
 Owns structlog's configuration. Anyone may call :func:`get_logger` at import time; the CLI alone calls
 :func:`configure`, once. structlog itself is imported at the first event that is wanted: its import costs more than a
 short run does, and most runs have nothing to say. Never on the exit path: that writes records to the trace ring.
+
+Who says an event may hold locks that others need, and its reader may not read: in :func:`never_waiting` what finds no
+room is dropped, and counted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from structlog.typing import FilteringBoundLogger
+
+    from pyvmm.outlet import Outlet
 
 DEBUG: Final = 10
 INFO: Final = 20
@@ -19,6 +29,88 @@ WARNING: Final = 30
 ERROR: Final = 40
 
 _BY_VERBOSITY: Final = {-1: ERROR, 0: WARNING, 1: INFO, 2: DEBUG}
+
+
+class _Lines:
+    """What structlog gives its lines to: writes them, and waits for their reader unless told not to."""
+
+    note: Callable[[int], str]
+    """The line that says how many others were dropped."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        import threading  # which runs have loaded, and --help has not
+
+        self._lock = threading.Lock()
+        self._stream = stream
+        self._fd: int | None = None
+        """What is written to without waiting."""
+        self._outlet: Outlet | None = None
+        self._rest = b""
+        """Of the one line that was written in part: nothing else is before it is whole."""
+        self._dropped = 0
+
+    @property
+    def stream(self) -> TextIO:
+        """Where lines go."""
+        return self._stream or sys.stderr
+
+    def write(self, line: str) -> None:
+        """Write a line, or drop it."""
+        with self._lock:
+            if self._fd is None:
+                self.stream.write(line + "\n")
+                self.stream.flush()
+            else:
+                self._offer(self._fd, line)
+
+    debug = info = warning = error = write
+
+    def _offer(self, fd: int, line: str) -> None:
+        if self._outlet is None:  # most runs have nothing to say
+            from pyvmm.outlet import Outlet
+
+            self._outlet = Outlet(fd)
+        self._rest = _written(self._outlet, self._rest)
+        if not self._rest:
+            data = self._told() + self._encoded(line)
+            rest = _written(self._outlet, data)
+            if len(rest) < len(data):
+                self._rest, self._dropped = rest, 0
+                return
+        self._dropped += 1
+
+    def _told(self) -> bytes:
+        return self._encoded(self.note(self._dropped)) if self._dropped else b""
+
+    def _encoded(self, line: str) -> bytes:
+        return (line + "\n").encode(self.stream.encoding, "backslashreplace")
+
+    def stop_waiting(self) -> None:
+        """Drop what finds no room, from now on; nothing where the stream is no file."""
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._fd = self.stream.fileno()
+
+    def wait(self) -> None:
+        """Wait from now on, and first with what is left to say."""
+        with self._lock:
+            fd, outlet = self._fd, self._outlet
+            self._fd = self._outlet = None
+            if fd is None or outlet is None:
+                return
+            outlet.close()
+            left = self._rest + self._told()
+            self._rest, self._dropped = b"", 0
+            # Whoever writes next meets the same error: this must not keep a run from its end.
+            with contextlib.suppress(OSError):
+                while left:
+                    left = left[os.write(fd, left) :]
+
+
+def _written(outlet: Outlet, data: bytes) -> bytes:
+    """Write what there is room for, and return the rest."""
+    while data and (taken := outlet.write(data)):
+        data = data[taken:]
+    return data
 
 
 class _State:
@@ -30,13 +122,18 @@ class _State:
         self.stream = stream
         self.configured = False
 
+    @functools.cached_property
+    def lines(self) -> _Lines:
+        """What writes them, made when it is first needed."""
+        return _Lines(self.stream)
+
     def ready(self) -> None:
         """Configure structlog, the first time."""
         if self.configured:
             return
         import structlog
 
-        stream = self.stream or sys.stderr
+        lines = self.lines
         processors: list[Any] = [structlog.processors.add_log_level]
         if self.json:
             processors += [
@@ -49,13 +146,21 @@ class _State:
                 structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
                 # The first parameter, the width events are padded to, has had two names.
                 structlog.dev.ConsoleRenderer(
-                    0, colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
+                    0, colors=lines.stream.isatty(), exception_formatter=structlog.dev.plain_traceback
                 ),
             ]
+        # Said whatever the level is: what was dropped was wanted.
+        note = structlog.wrap_logger(
+            structlog.ReturnLogger(),
+            processors=processors,
+            wrapper_class=structlog.make_filtering_bound_logger(WARNING),
+            component="log",
+        )
+        lines.note = lambda count: note.warning("log_dropped", count=count)
         structlog.configure(
             processors=processors,
             wrapper_class=structlog.make_filtering_bound_logger(self.level),
-            logger_factory=structlog.WriteLoggerFactory(file=stream),
+            logger_factory=lambda *_: lines,
             cache_logger_on_first_use=True,
         )
         self.configured = True
@@ -114,3 +219,17 @@ def configure(verbosity: int = 0, *, json: bool = False, stream: TextIO | None =
     """
     global _state
     _state = _State(_BY_VERBOSITY[max(-1, min(2, verbosity))], json, stream)
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """While a guest runs: wait for no reader of events. What finds no room is dropped, the next line says how many.
+
+    Leaving it waits, until what is left of them is written. Call :func:`configure` before.
+    """
+    lines = _state.lines
+    lines.stop_waiting()
+    try:
+        yield
+    finally:
+        lines.wait()

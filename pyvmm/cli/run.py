@@ -12,6 +12,7 @@ import gc
 import os
 from typing import TYPE_CHECKING
 
+from pyvmm import log
 from pyvmm.cli.common import (
     Help,
     OutputPath,
@@ -249,6 +250,9 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
     from pyvmm.vcpu.outcome import Ending
 
     with contextlib.ExitStack() as stack:
+        # Between two lives of the guest too: its last one may have left no room for what the next one's start says.
+        unread = stack.enter_context(contextlib.ExitStack())
+        unread.enter_context(log.never_waiting())
         signals = stack.enter_context(Signals())
         if watch is not None:
             stack.enter_context(watch)
@@ -292,6 +296,8 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
                     if debugger is not None:
                         debugger.ended(outcome)
                     try:
+                        # What is said from here on is what the user waits for: it waits for the user.
+                        unread.close()
                         if watch is not None:
                             watch.end(outcome)
                     finally:

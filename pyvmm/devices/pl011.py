@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
-from pyvmm.devices.outlet import Outlet
 from pyvmm.errors import UsageError
+from pyvmm.outlet import Outlet
 
 LINGER = 0.01
 PATIENCE = 1.0

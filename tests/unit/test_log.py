@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
+import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
-from pyvmm import log
+from pyvmm import cli, log
+from pyvmm.cli import run
+from pyvmm.errors import HostError
+from pyvmm.observe.counters import Counters
+from pyvmm.vcpu.outcome import Ending, Outcome
 
 
 class Terminal(io.StringIO):
@@ -100,3 +110,213 @@ def test_events_nobody_wants_do_not_load_structlog():
         "sys.exit('structlog' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- a reader that does not read
+
+
+class Unread:
+    """A pipe for events that holds a page, and whose reader reads when it is told to."""
+
+    def __init__(self, stack, **options):
+        self.reader, writer = os.pipe()
+        stack.callback(os.close, self.reader)
+        self.stream = stack.enter_context(os.fdopen(writer, "w"))
+        self.size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1)
+        log.configure(stream=self.stream, **options)
+
+    def fill(self):
+        """Leave no room."""
+        os.write(self.stream.fileno(), b"x" * self.size)
+
+    def emptied(self):
+        """What a read returns."""
+        return os.read(self.reader, 1 << 16).decode()
+
+    def read_to_the_end(self):
+        """A thread that reads from now on, slowly, and what it has got when it is joined."""
+        got = []
+
+        def read():
+            time.sleep(0.3)
+            while part := os.read(self.reader, 1000):
+                got.append(part)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+
+        def end():
+            self.stream.close()
+            thread.join()
+            return b"".join(got).decode()
+
+        return end
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def within(seconds, work):
+    """Fail where ``work`` takes longer: it waits for somebody."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive()
+
+
+def said(text, as_json):
+    """Events and their counts."""
+    if as_json:
+        return [(line["event"], line.get("count")) for line in map(json.loads, text.splitlines())]
+    form = re.compile(r"\S+ \[\w+ *\] (\w+) +component=\w+(?: count=(\d+))?(?: text=y+)?")
+    return [(line[1], line[2] and int(line[2])) for line in map(form.fullmatch, text.splitlines())]
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+def test_what_finds_no_room_while_a_guest_runs_is_dropped_and_the_next_line_says_how_many(stack, as_json):
+    pipe = Unread(stack, json=as_json)
+    logger = log.get_logger("x")
+    with log.never_waiting():
+        logger.warning("first")
+        assert said(pipe.emptied(), as_json) == [("first", None)]
+        pipe.fill()
+        for _ in range(3):
+            within(20, lambda: logger.warning("lost"))
+        assert pipe.emptied() == "x" * pipe.size
+        logger.warning("second")
+        logger.warning("third")
+        expected = [("log_dropped", 3), ("second", None), ("third", None)]
+        assert said(pipe.emptied(), as_json) == expected
+    logger.warning("after")
+    assert said(pipe.emptied(), as_json) == [("after", None)]
+
+
+def test_what_was_dropped_is_told_where_errors_alone_are_wanted(stack):
+    pipe = Unread(stack, verbosity=-1, json=True)
+    logger = log.get_logger("x")
+    with log.never_waiting():
+        pipe.fill()
+        within(20, lambda: logger.error("lost"))
+        pipe.emptied()
+        logger.error("found")
+    assert said(pipe.emptied(), True) == [("log_dropped", 1), ("found", None)]
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+def test_a_line_written_in_part_is_made_whole_before_any_other(stack, as_json):
+    pipe = Unread(stack, json=as_json)
+    logger = log.get_logger("x")
+    with log.never_waiting():
+        # Longer than PIPE_BUF: of that a pipe takes what it has room for.
+        within(20, lambda: logger.warning("long", text="y" * 2 * pipe.size))
+        within(20, lambda: logger.warning("lost"))
+        text = pipe.emptied()
+        assert len(text) == pipe.size
+        for _ in range(2):
+            within(20, lambda: logger.warning("lost"))
+            text += pipe.emptied()
+        logger.warning("found")
+        text += pipe.emptied()
+    assert said(text, as_json)[0] == ("long", None)
+    assert text.count("y") == 2 * pipe.size
+    events = said(text, as_json)[1:]
+    # The last two may find room behind the rest.
+    assert sum(count or 0 for _, count in events) + [event for event, _ in events].count("lost") == 3
+    assert events[-1] == ("found", None)
+
+
+def test_the_end_waits_until_a_half_line_is_whole_and_the_count_is_said(stack):
+    before = os.listdir("/proc/self/fd")
+    pipe = Unread(stack, json=True)
+    logger = log.get_logger("x")
+    with log.never_waiting():
+        within(20, lambda: logger.warning("long", text="y" * 2 * pipe.size))
+        within(20, lambda: logger.warning("lost"))
+        end = pipe.read_to_the_end()
+    logger.warning("after")
+    assert said(end(), True) == [("long", None), ("log_dropped", 1), ("after", None)]
+    stack.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_reader_that_has_gone_does_not_keep_a_run_from_its_end(stack):
+    pipe = Unread(stack)
+    with log.never_waiting():
+        pipe.fill()
+        within(20, lambda: log.get_logger("x").warning("lost"))
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, pipe.reader)
+        os.close(null)
+
+
+def test_a_stream_that_is_no_file_is_written_to_as_ever():
+    stream = io.StringIO()
+    log.configure(stream=stream)
+    with log.never_waiting():
+        log.get_logger("x").warning("odd")
+    assert "odd" in stream.getvalue()
+
+
+def test_never_to_wait_loads_nothing_before_there_is_an_event():
+    code = (
+        "import sys, threading; from pyvmm import log; log.configure(); old = set(sys.modules)\n"
+        "with log.never_waiting(): log.get_logger('x').info('a')\n"
+        "sys.exit(set(sys.modules) != old)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Machine:
+    """One whose guest fills stderr, and whose vCPU then has something to say."""
+
+    counters = Counters((), 0, 0, 0, 0)
+
+    def __init__(self, pipe, ending):
+        self.pipe, self.ending = pipe, ending
+        self.read = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def stop(self, reason):
+        pass
+
+    def run(self):
+        self.pipe.fill()
+        within(20, lambda: log.get_logger("guest").warning("lost"))
+        self.read = self.pipe.read_to_the_end()
+        if isinstance(self.ending, Exception):
+            raise self.ending
+        return self.ending
+
+
+@pytest.mark.parametrize(
+    ("flags", "ending", "status", "last"),
+    [
+        ([], Outcome(Ending.DEADLINE, "enough"), 4, ["pyvmm: deadline: enough", "pyvmm: 0 exits in"]),
+        (["--log-json"], Outcome(Ending.DEADLINE, "enough"), 4, ['"event": "run_ended"']),
+        ([], HostError("no KVM", hint="buy one"), 5, ["pyvmm: no KVM", "hint: buy one"]),
+        (["--log-json"], HostError("no KVM"), 5, ['"error": "no KVM"']),
+    ],
+)
+def test_a_run_waits_for_no_reader_before_its_end_which_loses_nothing(
+    stack, monkeypatch, tmp_path, flags, ending, status, last
+):
+    pipe = Unread(stack)
+    machine = Machine(pipe, ending)
+    monkeypatch.setattr(sys, "stderr", pipe.stream)
+    monkeypatch.setattr(run, "ready", lambda _args: "payload:hello")
+    monkeypatch.setattr("pyvmm.machine.machine.Machine", lambda *_, **__: machine)
+    words = [*flags, "run", "--socket", str(tmp_path / "socket"), "--serial", "none", "payload:hello"]
+    assert cli.main(words) == status
+    lines = machine.read().removeprefix("x" * pipe.size).splitlines()
+    assert "log_dropped" in lines[0]
+    assert len(lines) == 1 + len(last)
+    for line, words in zip(lines[1:], last, strict=True):
+        assert words in line

@@ -16,9 +16,9 @@ from plain_guest import BASE, PAGE, Segment
 from queue_driver import Driver
 
 from pyvmm.devices import pl011
-from pyvmm.devices.outlet import Outlet
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.virtio.console import PART, Console
+from pyvmm.outlet import Outlet
 
 ODD = 1000
 """Bytes that do not end where a terminal's buffers do, so that it comes to have some room and not enough."""

@@ -5,6 +5,8 @@ What does anything meets each device in its own threads; tests/fuzz has one inpu
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import struct
 import tempfile
@@ -168,6 +170,33 @@ def test_a_guest_that_starts_a_device_for_ever_fills_no_log(toy: Board, capsys: 
     finally:
         log.configure(0)
     assert 1 <= capsys.readouterr().err.count("device_started") <= 10
+
+
+def test_a_guest_that_errs_before_a_stderr_that_nobody_reads_is_not_kept_in_the_transport(toy: Board) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * PAGE)
+    os.set_blocking(writer, True)
+    try:
+        with open(writer, "w") as stream:
+            log.configure(stream=stream)
+            done = threading.Event()
+
+            def guest() -> None:
+                toy.store(Register.STATUS, RUNNING ^ Status.DRIVER)
+                toy.load(Register.STATUS)
+                done.set()
+
+            with log.never_waiting():
+                threading.Thread(target=guest, daemon=True).start()
+                in_time = done.wait(20)
+                os.read(reader, 1 << 20)
+    finally:
+        log.configure(0)
+        os.close(reader)
+    assert in_time
 
 
 # ---- anything

@@ -23,10 +23,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.devices.outlet import Outlet
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import Worker
+from pyvmm.outlet import Outlet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Where a console's output goes: a descriptor of somebody else's, written to without ever waiting for its reader.
+"""Where consoles' output and events go: somebody else's descriptor, written to without ever waiting for its reader.
 
 Who writes holds locks that others need, so a write takes what there is room for, and returns. Having seen POLLOUT is
 not enough for that: of a terminal it says that there is some room, and a blocking write waits for all of it; of a pipe

@@ -322,8 +322,8 @@ class _Trace:
     def _counters(self, conversions: Sequence[Record]) -> None:
         writer, about = self.writer, self.about
         self._rate()
-        # Between two looks at the pages the guest's own shares are what changes; the next look says what else did. A move
-        # is recorded once it is done, so a look in the middle of one counts it already, and it must not go below zero.
+        # Between two looks at the pages the guest's own shares are what changes; the next look says what else did. A
+        # move is recorded once it is done, so a look in its middle counts it already: no counter goes below zero.
         moves = sorted((r for r in conversions if r.value == 0), key=lambda record: record.ns)
         done = 0
         samples = self.recorder.samples

@@ -52,12 +52,17 @@ def install(folder: str) -> tuple[str, ...]:
     installed is on one of the host's own.
     """
     site = os.path.join(folder, "site")
-    shutil.copytree(os.path.dirname(_package), os.path.join(site, "pyvmm"))
+    # A lab may list what it does not find: what another has compiled since it looked.
+    shutil.copytree(os.path.dirname(_package), os.path.join(site, "pyvmm"), ignore=_unseen)
     compileall.compile_dir(site, quiet=2)
     script = os.path.join(site, "main.py")
     with open(script, "w") as file:
         file.write(_SCRIPT)
     return (sys.executable, script)
+
+
+def _unseen(folder: str, names: Sequence[str]) -> set[str]:
+    return {name for name in names if ".pyc." in name or not os.path.exists(os.path.join(folder, name))}
 
 
 @contextlib.contextmanager
@@ -96,9 +101,7 @@ def pyvmm(guest: Files, protection: str, cpus: int, *options: str, parameters: s
     ]  # fmt: skip
 
 
-def qemu(
-    program: Sequence[str], guest: Files, cpus: int, *options: str, parameters: str = PARAMETERS
-) -> list[str]:
+def qemu(program: Sequence[str], guest: Files, cpus: int, *options: str, parameters: str = PARAMETERS) -> list[str]:
     """Return the command that boots ``guest`` under QEMU with KVM, with no device that it is not asked for."""
     return [
         *program, "-M", "virt,gic-version=host", "-accel", "kvm", "-cpu", "host", "-smp", str(cpus), "-m", str(MEMORY),

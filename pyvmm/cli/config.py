@@ -47,8 +47,8 @@ OURS: Final = {
 }  # fmt: skip
 """Options about this side of a run, which whoever restores a snapshot of it says anew."""
 
-PATHS: Final = {"disk": "path", "net": "socket", "vsock": "uds", "console": "file"}
-"""Options of a machine that name a file which whoever restores it needs, and the word before the file's path."""
+PATHS: Final = {"disk": "path", "net": "socket", "vsock": "uds", "console": "file", "dtb": None}
+"""Options of a machine that name a file which whoever restores it needs; what is before the path, None: it is all."""
 
 
 def expand(words: Sequence[str], args: argparse.Namespace) -> list[str]:
@@ -335,6 +335,8 @@ def _absolute(option: str, value: Any, directory: str) -> Any:
         return value
     if isinstance(value, list):
         return [_absolute(option, each, directory) for each in value]
+    if PATHS[option] is None:
+        return os.path.join(directory, value)
     parts = value.split(",")
     for number, part in enumerate(parts):
         key, equals, path = part.partition("=")
@@ -353,11 +355,9 @@ def _absolute(option: str, value: Any, directory: str) -> Any:
 
 def _longest(option: str) -> float:
     """Return how many bytes a path of an option may have: a Unix socket's address has few."""
-    if option == "vsock":
-        from pyvmm.devices.virtio.vsock_host import LONGEST_PATH
+    from pyvmm.devices.virtio.vsock_host import LONGEST_ADDRESS, LONGEST_PATH
 
-        return LONGEST_PATH
-    return 107 if option == "net" else math.inf
+    return {"net": LONGEST_ADDRESS, "vsock": LONGEST_PATH}.get(option, math.inf)
 
 
 def _value(action: Action, value: Any) -> str:

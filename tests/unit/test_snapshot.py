@@ -282,6 +282,12 @@ def test_a_socket_stays_relative_where_its_absolute_path_would_be_no_address(
         assert entry.elements == [f"{key}={saved}{rest}"]
 
 
+def test_a_snapshot_finds_the_device_tree_from_any_directory() -> None:
+    args = parse("run", "--dtb", "a,b.dtb", "-k", "payload:puppet")
+    [entry] = [each for each in config.parse(config.as_toml(args, directory="/from,there")) if each.key == "dtb"]
+    assert entry.value == "/from,there/a,b.dtb"
+
+
 @pytest.mark.parametrize("words", [("payload:hello",), ("--config", "f")])
 def test_what_a_snapshot_brings_is_not_to_be_said_as_well(words: tuple[str, ...]) -> None:
     line = ["run", "--restore", "guest", *words]

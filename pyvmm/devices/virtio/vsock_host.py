@@ -25,7 +25,9 @@ MOST_GUESTS: Final = 32
 _MOST_LINE: Final = 32
 _ACCEPTED_AT_ONCE: Final = 16
 _LINE: Final = re.compile(rb"connect +([0-9]{1,10})\r?\n", re.IGNORECASE)
-LONGEST_PATH: Final = 107 - len("_4294967295")
+LONGEST_ADDRESS: Final = 107
+"""Bytes of a Unix socket's path, without the NUL behind it (unix(7))."""
+LONGEST_PATH: Final = LONGEST_ADDRESS - len("_4294967295")
 """Bytes of a path that leave room for a port behind it in a Unix socket's address."""
 
 

@@ -29,8 +29,14 @@ COMPILE = [
     "-Wall", "-Wextra", "-Werror",
 ]  # fmt: skip
 LINK = [
-    "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,--gc-sections", "-Wl,--omagic", "-Wl,-z,noexecstack",
-]  # fmt: skip
+    "-nostdlib",
+    "-static",
+    "-no-pie",
+    "-Wl,--build-id=none",
+    "-Wl,--gc-sections",
+    "-Wl,--omagic",
+    "-Wl,-z,noexecstack",
+]
 LINK_ADDRESSES = (0, 0x4_4000_1000)
 
 HEADER = struct.Struct("<IIQ")  # a branch, the magic, the memory it occupies: start.S

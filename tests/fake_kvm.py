@@ -73,9 +73,12 @@ class Rig:
         self.ledger = self.new("uint8_t[]", pages)
         regions = self.new("struct pv_region[]", 1)
         regions[0] = {
-            "gpa": self.RAM, "size": pages * 4096, "view": self.ffi.cast("uint8_t *", self.view),
-            "ledger": self.ledger, "fd": self.memfd,
-        }  # fmt: skip
+            "gpa": self.RAM,
+            "size": pages * 4096,
+            "view": self.ffi.cast("uint8_t *", self.view),
+            "ledger": self.ledger,
+            "fd": self.memfd,
+        }
         self.vm.map = self.new("struct pv_map *", {"count": 1, "regions": regions})
         self.vm.pages[0] = pages
         self.vcpus = [self._vcpu(index) for index in range(vcpus)]
@@ -120,9 +123,12 @@ class Rig:
         self.ranges = self.new("struct pv_range[]", len(ranges))
         for index, (base, size, kind, state) in enumerate(sorted(ranges, key=lambda r: r[0])):
             self.ranges[index] = {
-                "base": base, "size": size, "kind": getattr(self.lib, f"PV_KIND_{kind}"), "index": index,
+                "base": base,
+                "size": size,
+                "kind": getattr(self.lib, f"PV_KIND_{kind}"),
+                "index": index,
                 "state": self.ffi.cast("void *", 0 if state is None else state),
-            }  # fmt: skip
+            }
         self.vm.bus = self.new("struct pv_bus *", {"count": len(ranges), "ranges": self.ranges})
 
     def script(self, *exits: dict[str, Any], vcpu: int = 0) -> Any:

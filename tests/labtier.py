@@ -162,17 +162,30 @@ class InnerPytest:
         self.title: str | None = None
         option = config.option
         command = [
-            "python3", "-m", "pytest", "-p", "no:cacheprovider", f"--tb={option.tbstyle}", "-q", "-rN",
-            *(["-l"] if option.showlocals else []), *(["--runxfail"] if option.runxfail else []), *nodeids,
-        ]  # fmt: skip
+            "python3",
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            f"--tb={option.tbstyle}",
+            "-q",
+            "-rN",
+            *(["-l"] if option.showlocals else []),
+            *(["--runxfail"] if option.runxfail else []),
+            *nodeids,
+        ]
         environment = {"CI": os.environ["CI"]} if os.environ.get("CI") else {}
         asked = {"command": command, "environment": environment, "shown": SHOWN}
         self._answers, self._said = os.memfd_create("reports"), os.memfd_create("said")
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("labrun.py"), str(self._answers)],
-            cwd=config.rootpath, pass_fds=[self._answers], stdin=subprocess.PIPE, stdout=self._said,
-            stderr=self._said, start_new_session=True,
-        )  # fmt: skip
+            cwd=config.rootpath,
+            pass_fds=[self._answers],
+            stdin=subprocess.PIPE,
+            stdout=self._said,
+            stderr=self._said,
+            start_new_session=True,
+        )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         self._process.stdin.flush()

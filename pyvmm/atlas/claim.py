@@ -85,9 +85,15 @@ class Decorator(Protocol):
     """What :func:`group` returns."""
 
     def __call__(
-        self, *, origin: str, none: str = "", emulated: str = "", pkvm: str = "", seconds: float = DEADLINE,
+        self,
+        *,
+        origin: str,
+        none: str = "",
+        emulated: str = "",
+        pkvm: str = "",
+        seconds: float = DEADLINE,
         **options: Any,
-    ) -> Callable[[Function], Function]:  # fmt: skip
+    ) -> Callable[[Function], Function]:
         """Register a function as a claim of the group; the protections name the backings it is tried over."""
         ...
 

@@ -52,7 +52,9 @@ def written(host: Mapping[str, Value], results: Iterable[Result]) -> str:
         if len(verdicts) == 1:
             lines.append(f'"{id}" = "{next(iter(verdicts))}"')
             continue
-        parts = (f'"{verdict}" = [{", ".join(f"{chr(34)}{each}{chr(34)}" for each in places)}]'
-                 for verdict, places in verdicts.items())  # fmt: skip
+        parts = (
+            f'"{verdict}" = [{", ".join(f"{chr(34)}{each}{chr(34)}" for each in places)}]'
+            for verdict, places in verdicts.items()
+        )
         lines.append(f'"{id}" = {{ {", ".join(parts)} }}')
     return "\n".join(lines) + "\n"

@@ -118,9 +118,16 @@ class Experiment:
             conversion = Conversion.COPY if copy else Conversion.PRESERVE
         self.protection, self.backing = protection, backing
         self.config = MachineConfig(
-            "payload:puppet", protection, memory=memory * MIB, cpus=cpus, backing=backing,
-            conversion=Conversion(conversion), serial_out=None, timed=timed, prefault=prefault,
-        )  # fmt: skip
+            "payload:puppet",
+            protection,
+            memory=memory * MIB,
+            cpus=cpus,
+            backing=backing,
+            conversion=Conversion(conversion),
+            serial_out=None,
+            timed=timed,
+            prefault=prefault,
+        )
         self.evidence: list[Evidence] = []
         self.pictures: list[Picture] = []
         self.ticks: dict[str, int] = {}

@@ -102,8 +102,13 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {
-            "id": self.id, "group": self.group, "says": self.says, "origin": self.origin,
-            "protection": self.protection, "backing": self.backing, "verdict": self.verdict.value,
+            "id": self.id,
+            "group": self.group,
+            "says": self.says,
+            "origin": self.origin,
+            "protection": self.protection,
+            "backing": self.backing,
+            "verdict": self.verdict.value,
             "reason": self.reason,
             "evidence": [
                 {"what": e.what, "saw": e.saw} | ({} if e.wanted is None else {"wanted": e.wanted})
@@ -112,7 +117,7 @@ class Result:
             "pictures": [{"title": p.title, "runs": [list(run) for run in p.runs]} for p in self.pictures],
             # Their order is one of time: of two vCPUs that fault together, either may be first.
             "times": self.times | {"happened": [[e.order, e.kind, e.gpa, e.pages] for e in self.events]},
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:

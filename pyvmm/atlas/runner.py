@@ -81,8 +81,11 @@ def conduct(task: Task) -> Result:
     times = {"seconds": round(time.monotonic() - begun, 3), "ticks": x.ticks, "events": ns}
     return replace(
         _result(task, verdict, reason),
-        evidence=tuple(x.evidence), pictures=tuple(x.pictures), events=events, times=times,
-    )  # fmt: skip
+        evidence=tuple(x.evidence),
+        pictures=tuple(x.pictures),
+        events=events,
+        times=times,
+    )
 
 
 def conduct_apart(task: Task, deadline: float) -> Result:

@@ -116,9 +116,15 @@ REGISTRY: dict[str, Case] = {}
 
 
 def case(
-    *, says: str, axes: Axes, quick: tuple[str, ...] | None = (), extra: tuple[Point, ...] = (),
-    nonsense: Callable[[Point], str] = lambda _: "", seconds: float = DEADLINE, kernel: str = "",
-) -> Callable[[Function], Function]:  # fmt: skip
+    *,
+    says: str,
+    axes: Axes,
+    quick: tuple[str, ...] | None = (),
+    extra: tuple[Point, ...] = (),
+    nonsense: Callable[[Point], str] = lambda _: "",
+    seconds: float = DEADLINE,
+    kernel: str = "",
+) -> Callable[[Function], Function]:
     """Register a function as the case of its name."""
 
     def register(function: Function) -> Function:

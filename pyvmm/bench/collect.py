@@ -106,9 +106,11 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return it as a results file has it."""
         return {
-            "cases": list(self.cases), "axes": {axis: list(values) for axis, values in (self.axes or {}).items()},
-            "quick": self.quick, "versus": list(self.versus) if self.versus else None,
-        }  # fmt: skip
+            "cases": list(self.cases),
+            "axes": {axis: list(values) for axis, values in (self.axes or {}).items()},
+            "quick": self.quick,
+            "versus": list(self.versus) if self.versus else None,
+        }
 
 
 def _within(point: Point, chosen: Mapping[str, Sequence[Value]]) -> bool:
@@ -208,5 +210,5 @@ def _merged(run: Run, found: _Turns, others: _Turns) -> Run:
         rounds = tuple(len(each.kept) for each in whole)
         merged.append(
             replace((whole or turns)[0], values=values, rounds=rounds, warmup=0, rule="", places=(), began=(), notes={})
-        )  # fmt: skip
+        )
     return run.with_series(merged)

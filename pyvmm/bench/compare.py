@@ -99,12 +99,13 @@ def compare(a: Run, b: Run) -> Comparison:
     told = dict.fromkeys([*a.environment, *b.environment])
     changed = {name: (a.environment.get(name), b.environment.get(name)) for name in told}
     return Comparison(
-        a, b,
+        a,
+        b,
         {name: pair for name, pair in changed.items() if not _equal(*pair)},
         tuple(_corrected([_difference(in_a[key], in_b[key]) for key in both])),
         tuple(series for key, series in in_a.items() if key not in in_b),
         tuple(series for key, series in in_b.items() if key not in in_a),
-    )  # fmt: skip
+    )
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -117,17 +118,26 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "differs": comparison.differs,
         "environment": {name: list(pair) for name, pair in comparison.environment.items()},
         "series": [
-            named(each.a) | {
-                "unit": each.a.unit, "per": each.a.per, "a": statistics.summary(each.a).median,
-                "b": statistics.summary(each.b).median, "ratio": each.ratio, "low": each.low, "high": each.high,
-                "test": each.test, "rounds": list(each.rounds), "p": each.p, "corrected": each.corrected,
+            named(each.a)
+            | {
+                "unit": each.a.unit,
+                "per": each.a.per,
+                "a": statistics.summary(each.a).median,
+                "b": statistics.summary(each.b).median,
+                "ratio": each.ratio,
+                "low": each.low,
+                "high": each.high,
+                "test": each.test,
+                "rounds": list(each.rounds),
+                "p": each.p,
+                "corrected": each.corrected,
                 "verdict": each.verdict,
             }
             for each in comparison.differences
         ],
         "only_a": [named(series) for series in comparison.only_a],
         "only_b": [named(series) for series in comparison.only_b],
-    }  # fmt: skip
+    }
 
 
 def text(comparison: Comparison, look: Look = PLAIN) -> str:
@@ -162,11 +172,20 @@ def _rows(some: Sequence[Difference], look: Look) -> list[str]:
         interval = "" if each.low is None or each.high is None else f"[{each.low:.3f}, {each.high:.3f}]"
         p = "-" if each.corrected is None else f"{each.corrected:.3f}" if each.corrected >= 0.001 else "<0.001"
         kind = each.test if each.test == PAIRED else UNPAIRED
-        rows.append([
-            one_line(each.a.metric), *groups.cells_of(each.a.point, columns, base),
-            *map(scale.show, medians), one_line(scale.unit), ratio, interval,
-            "x".join(map(str, sorted(set(each.rounds)))), kind, p, each.verdict,
-        ])  # fmt: skip
+        rows.append(
+            [
+                one_line(each.a.metric),
+                *groups.cells_of(each.a.point, columns, base),
+                *map(scale.show, medians),
+                one_line(scale.unit),
+                ratio,
+                interval,
+                "x".join(map(str, sorted(set(each.rounds)))),
+                kind,
+                p,
+                each.verdict,
+            ]
+        )
     head = ["metric", *names, "A", "B", "unit", "B/A", "95 % CI", "rounds", "test", "p", "verdict"]
     drawn = table.grid(head, rows, 1 + len(names))
     # What is needed least goes first where there is no room for all.
@@ -264,9 +283,7 @@ def _needed(tests: int) -> int:
     return next(count for count in range(1, 1000) if 2.0 ** (1 - count) * tests < ALPHA)
 
 
-def _ratio(
-    a: list[Floats], b: list[Floats], *, paired: bool
-) -> tuple[float | None, float | None, float | None]:  # fmt: skip
+def _ratio(a: list[Floats], b: list[Floats], *, paired: bool) -> tuple[float | None, float | None, float | None]:
     """Return the ratio of the medians with its interval, for which rounds of pairs are drawn together."""
     import numpy as np
 

@@ -96,18 +96,53 @@ class Boot:
 def pyvmm(guest: Files, protection: str, cpus: int, *options: str, parameters: str = PARAMETERS) -> list[str]:
     """Return the command that boots ``guest``."""
     return [
-        *guest.program, "run", "--log-json", "--protection", protection, "--cpus", str(cpus),
-        "--mem", f"{MEMORY}M", "--params", parameters, "--initrd", guest.initrd, *options, guest.kernel,
-    ]  # fmt: skip
+        *guest.program,
+        "run",
+        "--log-json",
+        "--protection",
+        protection,
+        "--cpus",
+        str(cpus),
+        "--mem",
+        f"{MEMORY}M",
+        "--params",
+        parameters,
+        "--initrd",
+        guest.initrd,
+        *options,
+        guest.kernel,
+    ]
 
 
 def qemu(program: Sequence[str], guest: Files, cpus: int, *options: str, parameters: str = PARAMETERS) -> list[str]:
     """Return the command that boots ``guest`` under QEMU with KVM, with no device that it is not asked for."""
     return [
-        *program, "-M", "virt,gic-version=host", "-accel", "kvm", "-cpu", "host", "-smp", str(cpus), "-m", str(MEMORY),
-        "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
-        "-kernel", guest.kernel, "-initrd", guest.initrd, "-append", parameters, *options,
-    ]  # fmt: skip
+        *program,
+        "-M",
+        "virt,gic-version=host",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-smp",
+        str(cpus),
+        "-m",
+        str(MEMORY),
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-no-reboot",
+        "-kernel",
+        guest.kernel,
+        "-initrd",
+        guest.initrd,
+        "-append",
+        parameters,
+        *options,
+    ]
 
 
 def boot(argv: Sequence[str], seconds: float | None) -> Boot:

@@ -75,20 +75,37 @@ class Bench:
     # -- what it leaves
 
     def keep(
-        self, metric: str, rounds: Sequence[Sequence[float]], *, clock: str = "guest", unit: str | None = None,
-        per: str = "page", places: Sequence[int] = (), began: Sequence[float] = (), **notes: Value,
-    ) -> None:  # fmt: skip
+        self,
+        metric: str,
+        rounds: Sequence[Sequence[float]],
+        *,
+        clock: str = "guest",
+        unit: str | None = None,
+        per: str = "page",
+        places: Sequence[int] = (),
+        began: Sequence[float] = (),
+        **notes: Value,
+    ) -> None:
         """Keep a series; values are ns unless ``unit`` says otherwise, the first of several rounds is warm-up."""
         lengths = tuple(len(each) for each in rounds)
         warm = len(rounds) > 1
         self.series.append(
             Series(
-                self.case, self.point, metric, clock, unit or self.unit, per,
+                self.case,
+                self.point,
+                metric,
+                clock,
+                unit or self.unit,
+                per,
                 tuple(round(value, 3) for each in rounds for value in each),
-                warmup=lengths[0] if warm else 0, rule=RULE if warm else "", rounds=lengths,
-                places=tuple(places), began=tuple(round(value, 1) for value in began), notes=dict(notes),
+                warmup=lengths[0] if warm else 0,
+                rule=RULE if warm else "",
+                rounds=lengths,
+                places=tuple(places),
+                began=tuple(round(value, 1) for value in began),
+                notes=dict(notes),
             )
-        )  # fmt: skip
+        )
 
     @contextlib.contextmanager
     def stopwatch(self, into: list[float], *, per: int = 1) -> Iterator[None]:

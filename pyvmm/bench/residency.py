@@ -129,12 +129,20 @@ class Recorder:
             notes[f"{reason} entries"] = _mean(each.entries.get(reason, 0.0) for each in kept)
         bench.series.append(
             Series(
-                bench.case, bench.point, name, "el2", bench.unit, per,
+                bench.case,
+                bench.point,
+                name,
+                "el2",
+                bench.unit,
+                per,
                 tuple(round(each.without_tracing(self.event).total, 1) for each in found),
-                warmup=warm, rule=RULE if warm else "", rounds=(1,) * len(found),
-                unavailable="" if found else self.why_not or "nothing was counted", notes=dict(notes),
+                warmup=warm,
+                rule=RULE if warm else "",
+                rounds=(1,) * len(found),
+                unavailable="" if found else self.why_not or "nothing was counted",
+                notes=dict(notes),
             )
-        )  # fmt: skip
+        )
 
     def _align_clocks(self) -> None:
         """Have the guest's counter show what the host's does, as a protected guest's does: the trace depends on it."""

@@ -125,9 +125,13 @@ def _merged(same: Sequence[Series]) -> Series:
     last = same[-1]
     tail = -len(parts[-1])
     return replace(
-        same[0], values=tuple(float(value) for part in parts for value in part), warmup=0,
-        rounds=tuple(len(part) for part in parts), places=last.places[tail:], began=last.began[tail:],
-    )  # fmt: skip
+        same[0],
+        values=tuple(float(value) for part in parts for value in part),
+        warmup=0,
+        rounds=tuple(len(part) for part in parts),
+        places=last.places[tail:],
+        began=last.began[tail:],
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -151,10 +155,18 @@ def _summarised(kept: bytes, sizes: tuple[int, ...], told: bool) -> Summary:
     # A mean is rounded, and of equal values must not come out beside them.
     mean = min(max(float(array.mean()), float(array.min())), float(array.max()))
     return Summary(
-        len(array), len(parts) if told else 0,
-        float(array.min()), median, mean, float(array.max()),
-        **percentiles, low=low, high=high, outliers=int((array > fence).sum()), fence=fence,
-    )  # fmt: skip
+        len(array),
+        len(parts) if told else 0,
+        float(array.min()),
+        median,
+        mean,
+        float(array.max()),
+        **percentiles,
+        low=low,
+        high=high,
+        outliers=int((array > fence).sum()),
+        fence=fence,
+    )
 
 
 def summary(series: Series) -> Summary:

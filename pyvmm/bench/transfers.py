@@ -138,12 +138,21 @@ def pyvmm(here: Host, operation: Operation, protection: str, passes: int) -> lis
 
 def qemu(program: Sequence[str], here: Host, operation: Operation, passes: int) -> list[str]:
     """Return QEMU's."""
-    device = [
-        "-drive", f"file={here.disk},if=none,format=raw,id=disk", "-device", "virtio-blk-device,drive=disk",
-    ] if operation.device == "blk" else [
-        "-netdev", f"tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off", "-device",
-        "virtio-net-device,netdev=net",
-    ]  # fmt: skip
+    device = (
+        [
+            "-drive",
+            f"file={here.disk},if=none,format=raw,id=disk",
+            "-device",
+            "virtio-blk-device,drive=disk",
+        ]
+        if operation.device == "blk"
+        else [
+            "-netdev",
+            f"tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off",
+            "-device",
+            "virtio-net-device,netdev=net",
+        ]
+    )
     modern = ["-global", "virtio-mmio.force-legacy=false"]
     return linux.qemu(program, here.guest, 1, *modern, *device, parameters=here.parameters(operation, passes))
 

@@ -46,7 +46,9 @@ FEW = 4
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "atlas", help="what this kernel does with guest memory, claim by claim", allow_abbrev=False,
+        "atlas",
+        help="what this kernel does with guest memory, claim by claim",
+        allow_abbrev=False,
         formatter_class=Help,
         usage="pyvmm atlas [options] [CLAIM ...]\n       pyvmm atlas diff [--json FILE] A.json B.json",
         description="Try claims about guest memory on this host's kernel, each with a guest of its own, in every\n"
@@ -58,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm --lab --host-kernel stable atlas --json old.json\n"
         "  pyvmm atlas diff old.json new.json\n"
         "exit status: 0 every experiment came to a verdict, 1 one crashed; of diff: 0 the same, 1 not",
-    )  # fmt: skip
+    )
     parser.add_argument("claims", metavar="CLAIM", nargs="*", help="an id, a group, or an id without its group")
     which = parser.add_argument_group("what to try")
     which.add_argument("--protection", action="append", choices=PROTECTIONS, default=[], help="only this; repeatable")

@@ -41,7 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     from pyvmm.cli import bench_sweep
 
     parser = subparsers.add_parser(
-        "bench", help="what a fault, an exit, a share, a conversion costs", allow_abbrev=False,
+        "bench",
+        help="what a fault, an exit, a share, a conversion costs",
+        allow_abbrev=False,
         formatter_class=Help,
         usage="pyvmm bench [options] [CASE ...]\n"
         "       pyvmm bench compare A.jsonl [B.jsonl]\n"
@@ -55,12 +57,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm --lab bench fault --axis protection=none,pkvm --axis cpus=1,4 --json a.jsonl\n"
         "  pyvmm --lab bench fault --axis protection=pkvm --versus state=populated\n"
         "exit status of compare: 0 no difference shown, 1 something differs, 2 nothing can be compared",
-    )  # fmt: skip
+    )
     parser.add_argument("words", metavar="CASE", nargs="*", help="cases to measure (all); --list names them")
     which = parser.add_argument_group("what to measure")
     which.add_argument("--quick", action="store_true", help="a few points of each case")
-    which.add_argument("--axis", action="append", default=[], metavar="AXIS=VALUE[,VALUE...]",
-                       help="these values, and every combination with other --axis")  # fmt: skip
+    which.add_argument(
+        "--axis",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE[,VALUE...]",
+        help="these values, and every combination with other --axis",
+    )
     which.add_argument("--versus", metavar="AXIS=VALUE", help="measure each point by turns with this one, and compare")
     which.add_argument("--turns", type=parse_count, default=10, metavar="N", help="of --versus (10)")
     which.add_argument("--peers", action="store_true", help="measure others beside us: a bare C loop, QEMU, selftests")
@@ -104,9 +111,13 @@ def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
 
         peers = prepare_peers() if args.peers else None
         return run_verb(
-            [*flags, *args.verb_argv, "--collect"], args, outputs=(), stdout=Lines(take),
-            visible=peers.paths if peers else (), env=peers.environment if peers else None,
-        )  # fmt: skip
+            [*flags, *args.verb_argv, "--collect"],
+            args,
+            outputs=(),
+            stdout=Lines(take),
+            visible=peers.paths if peers else (),
+            env=peers.environment if peers else None,
+        )
 
     return _run(args, collect)
 
@@ -250,8 +261,13 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:<20}"), BarColumn(30), MofNCompleteColumn(), TextColumn("left"),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(30),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     # Without a thread that refreshes it: on this very host each point is measured in a fork of this process.
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as display:
         task = display.add_task("starting", total=None)

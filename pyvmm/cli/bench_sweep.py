@@ -112,8 +112,9 @@ def _workers(args: argparse.Namespace, plan: Plan) -> Workers:
 
     if args.scheduler is not None:
         if plan.lab is not None:
-            raise UsageError(f"{plan.file} has a [lab], and a fleet measures on its own machines",
-                             hint="leave one of them out")  # fmt: skip
+            raise UsageError(
+                f"{plan.file} has a [lab], and a fleet measures on its own machines", hint="leave one of them out"
+            )
         return workers.Fleet(args.scheduler)
     if args.labs is not None or plan.lab is not None:
         return workers.Labs(args.labs or 1, _lab_maker(plan.file, plan.lab or {}))

@@ -42,9 +42,19 @@ RESTORE: Final = "--restore"
 LEFT_OUT: Final = {"help", "config", "restore", "print-config", "dry-run", "lab", "verbose", "quiet", "log-json"}
 """Options that are about one invocation, not about the guest."""
 OURS: Final = {
-    "deadline", "dump-dtb", "gdb", "map", "prefault", "reboot", "serial", "socket", "stats", "trace", "trace-el2",
+    "deadline",
+    "dump-dtb",
+    "gdb",
+    "map",
+    "prefault",
+    "reboot",
+    "serial",
+    "socket",
+    "stats",
+    "trace",
+    "trace-el2",
     "trace-faults",
-}  # fmt: skip
+}
 """Options about this side of a run, which whoever restores a snapshot of it says anew."""
 
 PATHS: Final = {"disk": "path", "net": "socket", "vsock": "uds", "console": "file", "dtb": None}
@@ -92,9 +102,11 @@ def _places(entry: Entry, is_right_with: Callable[[Entry], bool]) -> list[str]:
     """Name what of an entry alone is wrong, with its line: keys in tables, or else elements, or else all of it."""
     parts = [
         f"{entry.key}.{part} (line {entry.line(number, part)})"
-        for number, element in enumerate(entry.elements) if isinstance(element, dict)
-        for part in element if is_right_with(entry.without(number, part))
-    ]  # fmt: skip
+        for number, element in enumerate(entry.elements)
+        if isinstance(element, dict)
+        for part in element
+        if is_right_with(entry.without(number, part))
+    ]
     several = range(len(entry.elements)) if len(entry.elements) > 1 and not parts else ()
     elements = [n for n in several if is_right_with(entry.without(n))] or [0]
     return parts or [f"{entry.key} (line {entry.line(number)})" for number in elements]
@@ -301,9 +313,7 @@ def machine_options(args: argparse.Namespace) -> str:
     return as_toml(args, only=_options(verb_parser("run")).keys() - OURS, directory=os.getcwd())
 
 
-def as_toml(
-    args: argparse.Namespace, *, only: Collection[str] | None = None, directory: str | None = None
-) -> str:  # fmt: skip
+def as_toml(args: argparse.Namespace, *, only: Collection[str] | None = None, directory: str | None = None) -> str:
     """Return the options that ``args`` was parsed of, and the defaults of others that have a value, as such a file.
 
     ``only`` are the names of those that may be in it, all unless told. With ``directory`` the paths of :data:`PATHS`
@@ -348,8 +358,10 @@ def _absolute(option: str, value: Any, directory: str) -> Any:
                 continue  # it would be refused wherever it is restored: as it was said it serves in this directory
             parts[number] = f"{key}={absolute}"
             if "," in parts[number] and option != "console":
-                raise UsageError(f"{path!r} in {directory!r} cannot be said: a comma ends a part",
-                                 hint="run the guest in a directory without one")  # fmt: skip
+                raise UsageError(
+                    f"{path!r} in {directory!r} cannot be said: a comma ends a part",
+                    hint="run the guest in a directory without one",
+                )
     return ",".join(parts)
 
 

@@ -281,9 +281,10 @@ class Connection:
         except _Gone:
             raise UsageError(
                 f"{self.name} runs no guest that can be watched: nobody listens at {path}"
-                if isinstance(where, int) else f"nobody listens at {path}",
+                if isinstance(where, int)
+                else f"nobody listens at {path}",
                 hint="pyvmm top lists those that can; a run has its socket a quarter of a second after its start",
-            ) from None  # fmt: skip
+            ) from None
         self._file = self._socket.makefile("rb")
 
     def __enter__(self) -> Self:
@@ -314,8 +315,10 @@ class Connection:
         if what in answer:
             return answer[what]
         if "known" in answer or "error" not in answer:
-            raise PyvmmError(f"{self.name} does not do {what!r}: {answer.get('error', answer)}",
-                             hint="is it another version of pyvmm?")  # fmt: skip
+            raise PyvmmError(
+                f"{self.name} does not do {what!r}: {answer.get('error', answer)}",
+                hint="is it another version of pyvmm?",
+            )
         raise PyvmmError(f"{self.name}: {answer['error']}", hint=answer.get("hint"))
 
     def wait_for_end(self, patience: float) -> bool:
@@ -335,8 +338,10 @@ def only_one() -> int:
     if len(pids) == 1:
         return pids[0]
     if pids:
-        raise UsageError(f"{len(pids)} guests run, of processes {', '.join(map(str, pids))}",
-                         hint=f"say which, {pids[0]} for example")  # fmt: skip
+        raise UsageError(
+            f"{len(pids)} guests run, of processes {', '.join(map(str, pids))}",
+            hint=f"say which, {pids[0]} for example",
+        )
     raise UsageError(
         f"no guest of this user runs: no run has its socket in {directory()}",
         hint="in the lab every command has a lab of its own: pyvmm --lab top KERNEL runs a guest and watches it",

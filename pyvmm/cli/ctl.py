@@ -49,7 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         for name, order in ORDERS.items()
     )
     parser = subparsers.add_parser(
-        "ctl", help="ask or tell a running guest", allow_abbrev=False,
+        "ctl",
+        help="ask or tell a running guest",
+        allow_abbrev=False,
         formatter_class=Help,
         usage="pyvmm ctl [-h] [--json] [PID|PATH] ORDER [ARGUMENT]",
         description="Give an order to the run of process PID, to the one whose --socket is PATH, or to the only one.",
@@ -59,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm ctl info\n"
         "  pyvmm ctl 1234 pause\n"
         "  pyvmm ctl --json ./vm.sock counters | jq .pages",
-    )  # fmt: skip
+    )
     parser.add_argument("words", nargs="+", metavar="ORDER", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the answer as a line of JSON")
     add_common(parser)

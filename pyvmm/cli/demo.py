@@ -20,10 +20,12 @@ _WIDTH = 100
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "demo", help="the whole story of a protected guest in one screen", allow_abbrev=False,
+        "demo",
+        help="the whole story of a protected guest in one screen",
+        allow_abbrev=False,
         description="Run a protected guest through its whole life and check every step. Uses this host if it runs "
         "pKVM, else builds and uses the lab. Exit status 1 if anything is not as it should be.",
-    )  # fmt: skip
+    )
     parser.add_argument("--here", action="store_true", help="on this host, whatever it is")
     add_common(parser)
 

@@ -17,41 +17,59 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Define them. Each has a ``dest`` of its own: the configuration file's keys are told apart by it."""
     group = parser.add_argument_group("devices")
     group.add_argument(
-        "-d", "--disk", action="append", default=[], metavar="PATH[,ro][,queues=N][,serial=TEXT]", type=parse_disk,
+        "-d",
+        "--disk",
+        action="append",
+        default=[],
+        metavar="PATH[,ro][,queues=N][,serial=TEXT]",
+        type=parse_disk,
         help="a disk, from a raw image or a block device; may be repeated: the guest's vda, vdb and so on",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--net", action="append", default=[], type=parse_net,
+        "--net",
+        action="append",
+        default=[],
+        type=parse_net,
         metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST+...][,loopback]|socket=PATH",
         help="a network card: before a tap, which is made if it is not there; before a passt that is started with it, "
         "and needs no privilege; or before one that runs. TCP ports that are forwarded are taken on all of the host's "
         "addresses; loopback lets the guest reach the host's 127.0.0.1 at its gateway's address. Each takes mac=MAC "
         "too. May be repeated",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--console", metavar="WHERE", type=output_behind("file"),
+        "--console",
+        metavar="WHERE",
+        type=output_behind("file"),
         help="a virtio console, hvc0 of a Linux guest, which uses it if told (-p console=hvc0): stdio (not --serial's "
         "then), file=PATH, or none (default)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--vsock", metavar="uds=PATH,cid=N", type=parse_vsock,
+        "--vsock",
+        metavar="uds=PATH,cid=N",
+        type=parse_vsock,
         help="sockets between guest and host: a program that connects to PATH and sends CONNECT PORT reaches the "
         "guest, whose cid is N (3 or more); the guest reaches port P of cid 2 where a program listens at PATH_P",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--balloon", metavar="SIZE", type=parse_size,
+        "--balloon",
+        metavar="SIZE",
+        type=parse_size,
         help="a balloon that takes SIZE of the guest's memory, and what the guest says is free; pyvmm ctl balloon SIZE "
         "changes it (protection none only)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--rng", action=argparse.BooleanOptionalAction, default=False,
+        "--rng",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="an entropy device that gives the guest the host's random numbers (default: none)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--swiotlb", metavar="MiB", type=parse_size,
+        "--swiotlb",
+        metavar="MiB",
+        type=parse_size,
         help="how much a guest with private memory shares, to copy through it all that its devices read and write; "
         "0 for none (default: 16, an eighth of memory at most, where memory is private and there are devices)",
-    )  # fmt: skip
+    )
 
 
 def parse_disk(text: str) -> dict[str, Any]:
@@ -65,8 +83,14 @@ def parse_disk(text: str) -> dict[str, Any]:
 def parse_net(text: str) -> dict[str, Any]:
     """Return what ``tap=NAME,host=ADDR/LEN``, ``passt,fwd=HOST:GUEST+...`` or ``socket=PATH`` say, by key."""
     keys = {
-        "tap": str, "passt": None, "socket": str, "mac": str, "host": str, "fwd": parse_forwards, "loopback": None,
-    }  # fmt: skip
+        "tap": str,
+        "passt": None,
+        "socket": str,
+        "mac": str,
+        "host": str,
+        "fwd": parse_forwards,
+        "loopback": None,
+    }
     values = parse(text, keys)
     if sum(kind in values for kind in ("tap", "passt", "socket")) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is to have one of tap=NAME, passt and socket=PATH")
@@ -105,11 +129,16 @@ def device_specs(args: argparse.Namespace, console: Ends = (None, None)) -> tupl
     ]
     specs += [
         devices.Net(
-            net.get("tap", ""), find_passt() if net.get("passt") else "", net.get("socket", ""), net.get("mac", ""),
-            net.get("host", ""), net.get("fwd", ()), net.get("loopback", False),
+            net.get("tap", ""),
+            find_passt() if net.get("passt") else "",
+            net.get("socket", ""),
+            net.get("mac", ""),
+            net.get("host", ""),
+            net.get("fwd", ()),
+            net.get("loopback", False),
         )
         for net in args.net
-    ]  # fmt: skip
+    ]
     if args.console not in (None, "none"):
         specs.append(devices.Console(*console, size=terminal_size(console[0])))
     if args.vsock is not None:

@@ -28,10 +28,12 @@ _NO_LAB = Finding("lab", "the lab", INFO, "not needed: this host runs protected 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "doctor", help="what this machine can do and what is missing", allow_abbrev=False,
+        "doctor",
+        help="what this machine can do and what is missing",
+        allow_abbrev=False,
         description="What this machine can do, what is missing, and the next step as a command. Exit status 0 when "
         "protected guests run here, directly or in the lab; 5 otherwise.",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="the same for machines, on one line")
     add_common(parser)
 

@@ -62,19 +62,24 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
 def add_host_kernel(parser: argparse._ActionsContainer, *aliases: str) -> None:
     """Add the choice of the kernel that the lab's host runs."""
     parser.add_argument(
-        f"--{HOST_KERNEL}", *aliases, dest="lab_host_kernel", metavar="NAME|FILE",
+        f"--{HOST_KERNEL}",
+        *aliases,
+        dest="lab_host_kernel",
+        metavar="NAME|FILE",
         help="the lab's kernel: Debian's stable, backports (the default), unstable or experimental; own, the project's "
         "(see pyvmm lab kernel); or a file with an arm64 Image",
-    )  # fmt: skip
+    )
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's own verbs and their options."""
     parser = subparsers.add_parser(
-        "lab", help="a pKVM host on any Linux machine", allow_abbrev=False,
+        "lab",
+        help="a pKVM host on any Linux machine",
+        allow_abbrev=False,
         description="An emulated arm64 machine whose kernel is a pKVM host. Everything the lab itself says goes to "
         "stderr; stdout is the command's.",
-    )  # fmt: skip
+    )
     add_common(parser)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="lab_action")
 
@@ -83,7 +88,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_host_kernel(build)
 
     kernel = actions.add_parser(
-        "kernel", help="build the project's own kernel, unless there is one", allow_abbrev=False,
+        "kernel",
+        help="build the project's own kernel, unless there is one",
+        allow_abbrev=False,
         description="Build the kernel that --host-kernel own boots, from Debian's linux-source: its hypervisor can be "
         f"traced, and protected guests can run it. It takes {COST}.",
     )
@@ -144,15 +151,24 @@ def run_verb(
     if outputs is None:
         outputs = find_outputs(args)
     # -P: the current directory is not a place to import from, and under 9p a slow one.
-    return _run(["python3", "-P", "-m", "pyvmm", *argv], args, is_tty=is_tty, files=[*argv, *visible],
-                outputs=outputs, stdout=stdout, env=env)  # fmt: skip
+    return _run(
+        ["python3", "-P", "-m", "pyvmm", *argv],
+        args,
+        is_tty=is_tty,
+        files=[*argv, *visible],
+        outputs=outputs,
+        stdout=stdout,
+        env=env,
+    )
 
 
 def _refuse_debugger(verb: argparse.Namespace) -> None:
     """Raise UsageError for a guest that would wait for a debugger which cannot come."""
     if getattr(verb, "gdb", None) is not None:
-        raise UsageError("--gdb in a lab of the run's own: no debugger can connect to what is in there",
-                         hint="run both in one lab: pyvmm lab shell --with gdb")  # fmt: skip
+        raise UsageError(
+            "--gdb in a lab of the run's own: no debugger can connect to what is in there",
+            hint="run both in one lab: pyvmm lab shell --with gdb",
+        )
 
 
 def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
@@ -193,8 +209,10 @@ def _run(
     peers.check(wanted)
     find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built
     if os.environ.get("PYVMM_IN_LAB") == "1":
-        raise HostError("there is no lab in the lab, and its kernel does not run protected guests",
-                        hint="the default host kernel does, in the mode protected")  # fmt: skip
+        raise HostError(
+            "there is no lab in the lab, and its kernel does not run protected guests",
+            hint="the default host kernel does, in the mode protected",
+        )
     require(building=False)
     with terminable():
         image = _image(_kernel(args), refresh=False)
@@ -266,8 +284,10 @@ def _own_kernel(*, refresh: bool, thorough: bool) -> OwnKernel:
     if refresh and usable_kernel():
         print("pyvmm: looking for a newer source than that of the kernel there is", file=sys.stderr)
     else:
-        print(f"pyvmm: building the project's own kernel from Debian's source; this is done once, and takes {COST}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"pyvmm: building the project's own kernel from Debian's source; this is done once, and takes {COST}",
+            file=sys.stderr,
+        )
     started = time.monotonic()
     with _progress() as progress:
         kernel = build_kernel(refresh=refresh, progress=progress)
@@ -346,24 +366,44 @@ def _status(*, as_json: bool) -> int:
     images = {name: image for name in known if (image := usable_image(cache, kernel=name, thorough=True))}
     missing = [need for need in needs() if need.missing and not (need.building and images)]
     if as_json:
-        print(json.dumps({
-            "cache": str(cache.directory),
-            "images": {name: {
-                "directory": str(image.directory), "size": image.size, "release": image.manifest.release,
-                "built": image.manifest.built, "mirror": image.manifest.mirror, "packages": image.manifest.packages,
-            } for name, image in images.items()},
-            "kernel": None if own is None else {
-                "path": str(own.path), "size": own.manifest.size, "release": own.release, "built": own.manifest.built,
-                "source": own.manifest.source, "compiler": own.manifest.compiler, "refused": own.manifest.refused,
-            },
-            "missing": [{"what": need.what, "why": need.missing, "package": need.package} for need in missing],
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "cache": str(cache.directory),
+                    "images": {
+                        name: {
+                            "directory": str(image.directory),
+                            "size": image.size,
+                            "release": image.manifest.release,
+                            "built": image.manifest.built,
+                            "mirror": image.manifest.mirror,
+                            "packages": image.manifest.packages,
+                        }
+                        for name, image in images.items()
+                    },
+                    "kernel": None
+                    if own is None
+                    else {
+                        "path": str(own.path),
+                        "size": own.manifest.size,
+                        "release": own.release,
+                        "built": own.manifest.built,
+                        "source": own.manifest.source,
+                        "compiler": own.manifest.compiler,
+                        "refused": own.manifest.refused,
+                    },
+                    "missing": [{"what": need.what, "why": need.missing, "package": need.package} for need in missing],
+                }
+            )
+        )
         return 5 if missing else 0
     lines = {"cache": str(cache.directory)}
     for name in dict.fromkeys((kernels.DEFAULT, *known)):
-        lines[name] = _describe(images[name]) if name in images else (
-            "to be built again: of another version, or damaged" if name in known else "none yet"
-        )  # fmt: skip
+        lines[name] = (
+            _describe(images[name])
+            if name in images
+            else ("to be built again: of another version, or damaged" if name in known else "none yet")
+        )
     if own is not None:
         lines[kernels.OWN] = f"{own.release}, of {own.manifest.source[0]} {own.manifest.source[1]}, {own.path}"
     else:

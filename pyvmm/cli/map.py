@@ -30,7 +30,9 @@ STDOUT, STDERR = 1, 2
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "map", help="run a guest and show its page map", allow_abbrev=False,
+        "map",
+        help="run a guest and show its page map",
+        allow_abbrev=False,
         formatter_class=Help,
         description="Run a guest until it powers off, and show whose its pages are: on stdout, while it runs if that\n"
         "is a terminal, and at the end. The guest's output goes to stderr. Exit status as of run.",
@@ -38,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm map --protection pkvm -c 4 payload:echo\n"
         "  pyvmm map --protection emulated --map echo.svg payload:echo\n"
         "  pyvmm map --json payload:touch | jq .counts",
-    )  # fmt: skip
+    )
     add_guest_options(parser)
     parser.add_argument("--json", action="store_true", help="write the last map as JSON: runs of pages, and counts")
     add_common(parser)
@@ -101,8 +103,17 @@ def _print(_machine: Machine, page_map: PageMap, _outcome: Outcome) -> None:
 
 def _print_json(machine: Machine, page_map: PageMap, outcome: Outcome) -> None:
     config = machine.config
-    print(json.dumps({
-        "kernel": config.kernel, "protection": config.protection.value, "backing": config.backing,
-        "conversion": config.conversion.value, "cpus": config.cpus, "ending": outcome.ending.name.lower(),
-        **page_map.to_json(),
-    }), flush=True)  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "kernel": config.kernel,
+                "protection": config.protection.value,
+                "backing": config.backing,
+                "conversion": config.conversion.value,
+                "cpus": config.cpus,
+                "ending": outcome.ending.name.lower(),
+                **page_map.to_json(),
+            }
+        ),
+        flush=True,
+    )

@@ -111,9 +111,12 @@ def _protected(system: System) -> Finding:
     if protected:
         return Finding("kvm", "protected VMs", OK, "yes, this host runs pKVM (asking taints the kernel: TAINT_USER)")
     return Finding(
-        "kvm", "protected VMs", FAIL, "no: this kernel was not started in protected mode, or is older than them",
+        "kvm",
+        "protected VMs",
+        FAIL,
+        "no: this kernel was not started in protected mode, or is older than them",
         "boot a kernel that has them (7.3 does) with kvm-arm.mode=protected, or use pyvmm --lab",
-    )  # fmt: skip
+    )
 
 
 def _capabilities(system: System, arm64: bool) -> Iterable[Finding]:
@@ -140,10 +143,12 @@ def _locked_memory(arm64: bool) -> Finding:
         limit = "unlimited" if state.hard is None else f"{state.hard >> 20} MiB"
         return Finding("kvm", "locked memory", OK, f"the hard limit is {limit}; a protected guest needs all its memory")
     return Finding(
-        "kvm", "locked memory", WARN if arm64 else INFO,
+        "kvm",
+        "locked memory",
+        WARN if arm64 else INFO,
         f"the hard limit is {state.hard >> 10} KiB; a protected guest of {mib} MiB needs {DEFAULT_GUEST >> 10} KiB",
         f"as root: ulimit -l {DEFAULT_GUEST >> 10}; or hard memlock in /etc/security/limits.conf" if arm64 else None,
-    )  # fmt: skip
+    )
 
 
 def _huge_pages() -> Finding:

@@ -33,10 +33,12 @@ help(guest) and help(vm) tell the rest; vCPU n is vm.others()[n - 1]. Leave with
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "repl", help="a live guest at a Python prompt", allow_abbrev=False,
+        "repl",
+        help="a live guest at a Python prompt",
+        allow_abbrev=False,
         description="Start a guest that takes orders, and a Python prompt to give them from: guest.share(...), "
         "vm.map(), vm.exits(). A script on stdin is run whole.",
-    )  # fmt: skip
+    )
     parser.add_argument("--protection", choices=PROTECTIONS, default="none", help="as of pyvmm run (none)")
     parser.add_argument("--backing", choices=BACKINGS, default="memfd", help="as of pyvmm run (memfd)")
     parser.add_argument("--conversion", choices=CONVERSIONS, help="as of pyvmm run (preserve)")
@@ -58,9 +60,13 @@ def main(args: argparse.Namespace) -> int:
     if gpa is not None or size % (1 << 20):
         raise UsageError("memory of a prompt's guest is whole MiB from 0x80000000 on")
     vm = Experiment(
-        Protection(args.protection), args.backing, memory=size >> 20, cpus=args.cpus, conversion=args.conversion,
+        Protection(args.protection),
+        args.backing,
+        memory=size >> 20,
+        cpus=args.cpus,
+        conversion=args.conversion,
         faults=None,
-    )  # fmt: skip
+    )
     with vm:
         names = {"vm": vm, "guest": vm.guest, "__name__": "__main__", "__doc__": None}
         if not sys.stdin.isatty():
@@ -91,8 +97,10 @@ def _prompt(names: dict[str, Any], vm: Experiment) -> None:
     sys.ps2 = f"{'.' * len(vm.protection.value)}  "
     banner = BANNER.format(
         protection="protected" if vm.protection.by_hypervisor else f"{vm.protection.value!r}",
-        mib=vm.config.memory >> 20, cpus=vm.config.cpus, s="" if vm.config.cpus == 1 else "s",
-    )  # fmt: skip
+        mib=vm.config.memory >> 20,
+        cpus=vm.config.cpus,
+        s="" if vm.config.cpus == 1 else "s",
+    )
     _Console(names).interact(banner=banner, exitmsg="")
 
 

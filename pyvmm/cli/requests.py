@@ -51,10 +51,15 @@ class Requests:
     def verbs(self) -> dict[str, Callable[..., object]]:
         """Each request by its name."""
         verbs: dict[str, Callable[..., object]] = {
-            "info": self.info, "counters": self.counters, "pause": self.pause, "resume": self.resume,
-            "stop": self.stop, "kick": self.kick, "snapshot": self.snapshot,
+            "info": self.info,
+            "counters": self.counters,
+            "pause": self.pause,
+            "resume": self.resume,
+            "stop": self.stop,
+            "kick": self.kick,
+            "snapshot": self.snapshot,
             "balloon": self.balloon,
-        }  # fmt: skip
+        }
         return {name: self._alone(answer) for name, answer in verbs.items()}
 
     def _alone(self, answer: Callable[..., object]) -> Callable[..., object]:

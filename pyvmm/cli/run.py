@@ -46,7 +46,10 @@ CRASH = "payload:crash"
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "run", help="run a guest", allow_abbrev=False, formatter_class=Help,
+        "run",
+        help="run a guest",
+        allow_abbrev=False,
+        formatter_class=Help,
         description="Run a guest until it powers off. Its console is stdin and stdout; on a terminal Ctrl-A x quits.",
         epilog="examples:\n"
         "  pyvmm run payload:hello\n"
@@ -55,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm run --protection pkvm -i shell: debian:\n"
         "  pyvmm run -i shell: -p 'quiet -- cat /proc/cpuinfo' own:\n"
         "  pyvmm --lab run --protection pkvm payload:hello",
-    )  # fmt: skip
+    )
     add_guest_options(parser)
     parser.add_argument(
         "--reboot", action="store_true", help="start the guest again, in a new VM, when it asks for a reset"
@@ -66,53 +69,74 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def add_guest_options(parser: argparse.ArgumentParser) -> None:
     """Define what says which guest to run, how, and what to keep of it: the options of every verb that runs one."""
     parser.add_argument(
-        "kernel", metavar="KERNEL", nargs="?",
+        "kernel",
+        metavar="KERNEL",
+        nargs="?",
         help="arm64 Image (plain, gzip or EFI zboot of gzip), ELF, flat binary, payload:NAME, debian: or debian:stable "
         "(Debian's kernels that the lab has), or own: (of pyvmm lab kernel)",
-    )  # fmt: skip
+    )
     parser.add_argument("-k", "--kernel", dest="kernel_option", metavar="KERNEL", help="the same, as an option")
     parser.add_argument(
-        "-i", "--initrd", "--initramfs", metavar="FILE",
+        "-i",
+        "--initrd",
+        "--initramfs",
+        metavar="FILE",
         help="initial root file system; or shell:, a shell on the console, or the command behind ' -- ' in the params",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "-p", "--params", "--cmdline", "--append", metavar="TEXT", action="append", default=[],
+        "-p",
+        "--params",
+        "--cmdline",
+        "--append",
+        metavar="TEXT",
+        action="append",
+        default=[],
         help="kernel command line or payload parameters; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--dtb", metavar="FILE",
+        "--dtb",
+        metavar="FILE",
         help="give the guest this device tree as it is, not one that describes the machine (--dump-dtb writes that); "
         "where the initrd is, it must say itself",
-    )  # fmt: skip
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "-m", "--mem", metavar="SIZE[@GPA]", type=parse_memory, default=(None, None),
+        "-m",
+        "--mem",
+        metavar="SIZE[@GPA]",
+        type=parse_memory,
+        default=(None, None),
         help="memory: 512M, 1G, or MiB without a unit (64M; 256M for debian: and own:); it starts at 0x80000000",
-    )  # fmt: skip
+    )
     machine.add_argument("-c", "--cpus", metavar="N", type=parse_count, default=1, help="vCPUs (default 1)")
     machine.add_argument(
-        "--backing", choices=BACKINGS,
+        "--backing",
+        choices=BACKINGS,
         help="what guest memory is: anonymous memory (default, but for emulated), which most hosts back by huge pages,"
         " a memfd, one with huge pages, or a guest_memfd",
-    )  # fmt: skip
+    )
     machine.add_argument(
-        "--prefault", action="store_true",
+        "--prefault",
+        action="store_true",
         help="populate all memory before the start, in huge pages where the host gives them: first touches cost less",
-    )  # fmt: skip
+    )
     machine.add_argument("--deadline", metavar="SECONDS", type=parse_seconds, help="end the run then, with status 4")
     machine.add_argument(
         "--socket", metavar="PATH", help="make a socket there for pyvmm ctl, besides the one that every run has"
     )
     machine.add_argument(
-        "--gdb", metavar="WHERE",
+        "--gdb",
+        metavar="WHERE",
         help="wait for gdb before the guest's first instruction: a unix socket's path, or tcp:[HOST:]PORT (HOST is "
         "127.0.0.1 unless said); WHERE,nowait does not wait",
-    )  # fmt: skip
+    )
     machine.add_argument(
-        "--serial", metavar="WHERE", type=output_behind("file"),
+        "--serial",
+        metavar="WHERE",
+        type=output_behind("file"),
         help="the UART, the console of most guests: stdio (default, unless --console has it), file=PATH, or none",
-    )  # fmt: skip
+    )
 
     add_device_options(parser)
 
@@ -120,17 +144,21 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     # One of them: who asks for protection must not get a plain VM because another flag came later.
     which = protection.add_mutually_exclusive_group()
     which.add_argument(
-        "--protection", choices=PROTECTIONS, default="none",
+        "--protection",
+        choices=PROTECTIONS,
+        default="none",
         help="none (default); pkvm: by the hypervisor; emulated: the same calls, served and enforced by pyvmm",
-    )  # fmt: skip
+    )
     for alias in ("--protected-vm", "--pkvm"):
         which.add_argument(
             alias, dest="protection", action="store_const", const="pkvm", help="the same as --protection pkvm"
         )
     protection.add_argument(
-        "--conversion", choices=CONVERSIONS, default="preserve",
+        "--conversion",
+        choices=CONVERSIONS,
+        default="preserve",
         help="what becomes of a page's contents when it changes hands (emulated only; default preserve)",
-    )  # fmt: skip
+    )
 
     config = parser.add_argument_group("configuration")
     config.add_argument(
@@ -141,31 +169,39 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--restore", metavar="FILE", help="go on from a snapshot (pyvmm ctl snapshot), which brings kernel and options"
     )
     config.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="print what the machine would be, and every ioctl that would make it; needs no KVM, on any workstation",
-    )  # fmt: skip
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--dump-dtb", type=OutputPath, metavar="FILE",
+        "--dump-dtb",
+        type=OutputPath,
+        metavar="FILE",
         help="write the guest's device tree to FILE, without the seeds of its random numbers",
-    )  # fmt: skip
+    )
     output.add_argument("--stats", action="store_true", help="end with a table of exits and what they cost")
     output.add_argument(
-        "--map", type=OutputPath, metavar="FILE.svg",
+        "--map",
+        type=OutputPath,
+        metavar="FILE.svg",
         help="draw guest memory as it is at the end, and what happened to it: faults (root only), shares, conversions",
-    )  # fmt: skip
+    )
     output.add_argument(
-        "--trace", type=OutputPath, metavar="FILE",
+        "--trace",
+        type=OutputPath,
+        metavar="FILE",
         help="record every exit, share and conversion for https://ui.perfetto.dev; costs less than 3 %% of an exit",
-    )  # fmt: skip
+    )
     output.add_argument(
         "--trace-faults", action="store_true", help="and the guest's faults (root only); costs some 5 %% of an exit"
     )
     output.add_argument(
-        "--trace-el2", action="store_true",
+        "--trace-el2",
+        action="store_true",
         help="and when the hypervisor ran (root only, on a kernel that tells: --lab --host-kernel own); costs more",
-    )  # fmt: skip
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -204,8 +240,9 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise UsageError("--dump-dtb with --restore: the device tree was made long ago, and is not in the snapshot")
     for option in ("faults", "el2"):
         if args.trace is None and getattr(args, f"trace_{option}"):
-            raise UsageError(f"--trace-{option} says what goes into a trace, but no file for it is named",
-                             hint="--trace FILE")  # fmt: skip
+            raise UsageError(
+                f"--trace-{option} says what goes into a trace, but no file for it is named", hint="--trace FILE"
+            )
 
 
 def ready(args: argparse.Namespace) -> str:

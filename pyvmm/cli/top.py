@@ -23,7 +23,9 @@ INTERVAL = 1.0
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "top", help="how busy a running guest is", allow_abbrev=False,
+        "top",
+        help="how busy a running guest is",
+        allow_abbrev=False,
         formatter_class=Help,
         usage="pyvmm top [-h] [--interval SECONDS] [--once] [--json] [PID | [run options] KERNEL]",
         description="Show exits a second, where the vCPUs' time goes, and pages: of the guest that process PID runs,\n"
@@ -38,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm top                      # the guest of the pyvmm run in another terminal\n"
         "  pyvmm top --json 1234 | jq .exits_per_second\n"
         "  pyvmm --lab top --protection pkvm -c 4 payload:smp",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--interval", metavar="SECONDS", type=parse_seconds, default=INTERVAL, help="between two reports (default 1)"
     )

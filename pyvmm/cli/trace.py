@@ -32,14 +32,16 @@ LARGE = 1 << 17
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Define the verb's options."""
     parser = subparsers.add_parser(
-        "trace", help="run a guest and record its exits", allow_abbrev=False,
+        "trace",
+        help="run a guest and record its exits",
+        allow_abbrev=False,
         formatter_class=Help,
         description="Run a guest as run does, and write what happened, exit by exit, to a file for\n"
         "https://ui.perfetto.dev. Exit status as of run.",
         epilog="examples:\n"
         "  pyvmm --lab trace -o echo.pftrace --protection pkvm -c 4 payload:echo\n"
         "  pyvmm --lab trace --trace-faults --protection pkvm payload:touch",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "-o", "--output", dest="trace", type=OutputPath, metavar="FILE", help=f"the file to write (default {DEFAULT})"
     )

@@ -102,8 +102,11 @@ class Breakpoints:
         if watch in self._watches:
             return
         if not 0 < length <= (_MOST_MASKED if watch.masked else _DOUBLEWORD * self.watches):
-            raise Refused(EINVAL, f"{length} bytes at {hex_(address)} cannot be watched: where {self.watches} times "
-                                  f"{_DOUBLEWORD} bytes are too few, it must be an aligned power of two")  # fmt: skip
+            raise Refused(
+                EINVAL,
+                f"{length} bytes at {hex_(address)} cannot be watched: where {self.watches} times "
+                f"{_DOUBLEWORD} bytes are too few, it must be an aligned power of two",
+            )
         if sum(len(each.pairs()) for each in [*self._watches, watch]) > self.watches:
             raise Refused(
                 ENOSPC,

@@ -73,8 +73,9 @@ def translate(va: int, regime: Regime, read64: Callable[[int], int]) -> Translat
         descriptor = read64(table + 8 * index)
         leaf = level == _LAST or not descriptor & 2
         if not descriptor & 1 or (level == _LAST and not descriptor & 2):
-            raise Untranslated(f"{hex_(va)} is not mapped: entry {hex_(descriptor)} at level {level}, "
-                               f"gpa {hex_(table + 8 * index)}")  # fmt: skip
+            raise Untranslated(
+                f"{hex_(va)} is not mapped: entry {hex_(descriptor)} at level {level}, gpa {hex_(table + 8 * index)}"
+            )
         if leaf and level < (1 if granule == PAGE_BITS else 2) - (wide or lpa):
             raise Untranslated(f"{hex_(va)} leads to a block at level {level}, where there can be none")
         table = _output(descriptor, shift if leaf else granule, wide=wide, lpa=lpa)

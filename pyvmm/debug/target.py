@@ -231,9 +231,12 @@ class GuestTarget:
             try:
                 return int.from_bytes(memory.read(gpa, 8), "little")
             except PyvmmError:
-                raise Refused(EFAULT, f"{hex_(address)} cannot be translated: the guest's table at gpa {hex_(gpa)} "
-                                      f"is {memory.describe(gpa)}; `monitor phys on` takes addresses as guest "
-                                      "physical") from None  # fmt: skip
+                raise Refused(
+                    EFAULT,
+                    f"{hex_(address)} cannot be translated: the guest's table at gpa {hex_(gpa)} "
+                    f"is {memory.describe(gpa)}; `monitor phys on` takes addresses as guest "
+                    "physical",
+                ) from None
 
         try:
             return translate(address, regime, read64)
@@ -307,8 +310,9 @@ class GuestTarget:
     def _noted(self, error: Refused | PyvmmError) -> Refused:
         """Return what the debugger is told; the log has the words, which the protocol has no room for."""
         if isinstance(error, GuestMemoryError):
-            error = Refused(EFAULT, f"the page at gpa {hex_(error.gpa)} is {error.state}; a debugger sees no more "
-                                    "than the host may")  # fmt: skip
+            error = Refused(
+                EFAULT, f"the page at gpa {hex_(error.gpa)} is {error.state}; a debugger sees no more than the host may"
+            )
         elif isinstance(error, PyvmmError):
             error = Refused(EFAULT, error.message)
         self.last_refusal = error.why

@@ -31,14 +31,24 @@ _FAR_IS_VALID: Final = (0x20, 0x21, 0x22, 0x24, 0x25, 0x34, 0x35)
 
 #: DFSC and IFSC, bits 5:2 of a fault whose bits 1:0 are a level.
 _LEVELLED: Final = {
-    0b0000: "address size fault", 0b0001: "translation fault", 0b0010: "access flag fault", 0b0011: "permission fault",
-    0b0101: "external abort on a translation table walk", 0b0111: "parity error on a translation table walk",
-}  # fmt: skip
+    0b0000: "address size fault",
+    0b0001: "translation fault",
+    0b0010: "access flag fault",
+    0b0011: "permission fault",
+    0b0101: "external abort on a translation table walk",
+    0b0111: "parity error on a translation table walk",
+}
 _STATUS: Final = {
-    0b010000: "external abort", 0b010001: "synchronous tag check fault", 0b010011: "external abort on a table walk",
-    0b011000: "parity error", 0b100001: "alignment fault", 0b110000: "TLB conflict abort",
-    0b110001: "unsupported atomic update", 0b110100: "lockdown fault", 0b110101: "unsupported exclusive access",
-}  # fmt: skip
+    0b010000: "external abort",
+    0b010001: "synchronous tag check fault",
+    0b010011: "external abort on a table walk",
+    0b011000: "parity error",
+    0b100001: "alignment fault",
+    0b110000: "TLB conflict abort",
+    0b110001: "unsupported atomic update",
+    0b110100: "lockdown fault",
+    0b110101: "unsupported exclusive access",
+}
 
 
 def fault_status(code: int) -> str:

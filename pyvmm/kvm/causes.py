@@ -19,9 +19,22 @@ Values: TypeAlias = Mapping[str, Value]
 
 PAGE = 4096
 _HEX = {
-    "address", "attr", "base", "control", "datamatch", "flags", "gpa", "hva", "id", "memfd_flags", "mode", "offset",
-    "size", "type", "value",
-}  # fmt: skip
+    "address",
+    "attr",
+    "base",
+    "control",
+    "datamatch",
+    "flags",
+    "gpa",
+    "hva",
+    "id",
+    "memfd_flags",
+    "mode",
+    "offset",
+    "size",
+    "type",
+    "value",
+}
 EHWPOISON = 133  # asm-generic/errno.h; Python's errno has it since 3.14
 
 

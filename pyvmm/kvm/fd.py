@@ -31,9 +31,7 @@ class Kernel:
         """Open KVM's device; OSError."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def ioctl(
-        self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]
-    ) -> tuple[int, int]:  # fmt: skip
+    def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
         """Return the result, or -1, and errno, or 0; ``values`` say in words what ``argument`` holds."""
         del values
         return libc.ioctl(fd.fileno(), request.number, argument if isinstance(argument, int) else byref(argument))

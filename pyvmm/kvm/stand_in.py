@@ -67,9 +67,7 @@ class StandIn(Kernel):
         """Return a descriptor that means nothing to the kernel."""
         return _descriptor(path.rpartition("/")[2])
 
-    def ioctl(
-        self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]
-    ) -> tuple[int, int]:  # fmt: skip
+    def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
         """Say that it was done; give what is made a descriptor."""
         del fd, values
         match request.name, argument:

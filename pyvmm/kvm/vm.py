@@ -117,9 +117,16 @@ class Vm(MeasuredFd):
     # ---- memory ----
 
     def set_memory(
-        self, slot: int, gpa: int, size: int, hva: int, *,
-        flags: int = 0, guest_memfd: GuestMemfd | None = None, offset: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        hva: int,
+        *,
+        flags: int = 0,
+        guest_memfd: GuestMemfd | None = None,
+        offset: int = 0,
+    ) -> None:
         """Put memory at ``gpa``: ``size`` bytes at the host's ``hva``, all multiples of 4096.
 
         With ``guest_memfd`` faults take its pages from ``offset`` on; ``hva`` should then be its mapping, which the
@@ -133,14 +140,26 @@ class Vm(MeasuredFd):
             return
         flags |= KVM_MEM_GUEST_MEMFD
         region2 = kvm_userspace_memory_region2(
-            slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=hva,
-            guest_memfd=guest_memfd.fileno() & 0xFFFF_FFFF, guest_memfd_offset=offset,
-        )  # fmt: skip
+            slot=slot,
+            flags=flags,
+            guest_phys_addr=gpa,
+            memory_size=size,
+            userspace_addr=hva,
+            guest_memfd=guest_memfd.fileno() & 0xFFFF_FFFF,
+            guest_memfd_offset=offset,
+        )
         self.call(
-            KVM_SET_USER_MEMORY_REGION2, region2,
-            slot=slot, gpa=gpa, size=size, hva=hva, flags=flags, guest_memfd=guest_memfd.fileno(), offset=offset,
+            KVM_SET_USER_MEMORY_REGION2,
+            region2,
+            slot=slot,
+            gpa=gpa,
+            size=size,
+            hva=hva,
+            flags=flags,
+            guest_memfd=guest_memfd.fileno(),
+            offset=offset,
             memfd_flags=guest_memfd.flags,
-        )  # fmt: skip
+        )
 
     def delete_memory(self, slot: int) -> None:
         """Remove a slot: the guest's accesses there become MMIO exits. EPERM in a protected VM that has run."""

@@ -123,9 +123,10 @@ class SourceTree:
         taken |= {f"{line.split()[1]}=n" for line in taken if line.endswith(" is not set")}
         known = {line.partition("=")[0] for line in taken}
         return [
-            line for line in options
+            line
+            for line in options
             if line not in taken and not (line.endswith("=n") and line.removesuffix("=n") not in known)
-        ]  # fmt: skip
+        ]
 
     def compile(self, progress: Progress) -> None:
         """Compile the kernel; KernelBuildError where that fails."""
@@ -137,17 +138,20 @@ class SourceTree:
         complaints: list[str] = []
         last: deque[str] = deque(maxlen=5)
         steps = 0
-        with self.log.open("a", buffering=1) as log, subprocess.Popen(
-            command,
-            cwd=self.directory,
-            env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # a ^C at the terminal is for us; all of make's processes end with this one
-        ) as process:
+        with (
+            self.log.open("a", buffering=1) as log,
+            subprocess.Popen(
+                command,
+                cwd=self.directory,
+                env={name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a ^C at the terminal is for us; all of make's processes end with this one
+            ) as process,
+        ):
             log.write(f"$ {shlex.join(command)}\n")
             try:
                 for line in map(str.rstrip, process.stdout or ()):

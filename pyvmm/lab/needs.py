@@ -88,8 +88,10 @@ def _refuse(needs: Iterable[Need], made: str, who: str) -> None:
     if not lacking:
         return
     if any(need.what == "apt-get" for need in lacking):
-        raise HostError(f"{made} is made of Debian's packages, and this machine has no apt to fetch them with",
-                        hint="use Debian or Ubuntu, in a container if need be")  # fmt: skip
+        raise HostError(
+            f"{made} is made of Debian's packages, and this machine has no apt to fetch them with",
+            hint="use Debian or Ubuntu, in a container if need be",
+        )
     packages = " ".join(dict.fromkeys(need.package for need in lacking if need.package))
     what = "; ".join(f"{need.what}: {need.missing}" for need in lacking)
     raise HostError(f"{who} needs what is not here: {what}", hint=f"apt install {packages}" if packages else None)

@@ -123,13 +123,35 @@ def command_line(program: str, image: Image, options: LabOptions, shares: list[S
         "" if options.verbose else "loglevel=4",
     ]
     arguments = [
-        program, "-M", "virt,virtualization=on,gic-version=3", "-cpu", cpu,
-        "-smp", str(options.cpus), "-m", str(options.memory),
-        "-kernel", str(image.kernel), "-initrd", str(image.root), "-append", " ".join(filter(None, append)),
-        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
-        "-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,fd={channel}",
-        "-device", f"virtserialport,chardev=agent,name={PORT_NAME}",
-    ]  # fmt: skip
+        program,
+        "-M",
+        "virt,virtualization=on,gic-version=3",
+        "-cpu",
+        cpu,
+        "-smp",
+        str(options.cpus),
+        "-m",
+        str(options.memory),
+        "-kernel",
+        str(image.kernel),
+        "-initrd",
+        str(image.root),
+        "-append",
+        " ".join(filter(None, append)),
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-serial",
+        "stdio",
+        "-device",
+        "virtio-serial-pci",
+        "-chardev",
+        f"socket,id=agent,fd={channel}",
+        "-device",
+        f"virtserialport,chardev=agent,name={PORT_NAME}",
+    ]
     if options.icount:
         arguments += ["-icount", "shift=0,sleep=off", "-seed", "1"]
     for share in shares:

@@ -38,11 +38,31 @@ ROOTS = (
 )
 
 # Needed only to install packages, or by parts of Python's library that nothing here uses.
-UNUSED_PACKAGES = frozenset({
-    "debconf", "dpkg", "gcc-14-base", "libacl1", "libdb5.3t64", "libmd0", "libncursesw6", "libpcre2-8-0",
-    "libselinux1", "libsqlite3-0", "libssl3t64", "libuuid1", "libzstd1", "media-types", "netbase",
-    "openssl-provider-legacy", "python3", "python3-typing-extensions", "readline-common", "tar", "tzdata",
-})  # fmt: skip
+UNUSED_PACKAGES = frozenset(
+    {
+        "debconf",
+        "dpkg",
+        "gcc-14-base",
+        "libacl1",
+        "libdb5.3t64",
+        "libmd0",
+        "libncursesw6",
+        "libpcre2-8-0",
+        "libselinux1",
+        "libsqlite3-0",
+        "libssl3t64",
+        "libuuid1",
+        "libzstd1",
+        "media-types",
+        "netbase",
+        "openssl-provider-legacy",
+        "python3",
+        "python3-typing-extensions",
+        "readline-common",
+        "tar",
+        "tzdata",
+    }
+)
 
 UNUSED_PATHS = re.compile(
     r"usr/share/|etc/|var/|usr/lib/[^/]+/gconv/|usr/lib/valgrind|usr/lib/binfmt|"
@@ -53,9 +73,15 @@ UNUSED_PATHS = re.compile(
 # What they depend on comes along. For 9p over virtio, which init loads; a block device and taps to load on demand.
 MODULES = ("9p", "9pnet_virtio", "tun", "zram")
 GUEST_MODULES = (
-    "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_balloon", "vmw_vsock_virtio_transport",
-    "ext4", "crc32c_generic",
-)  # fmt: skip
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+    "ext4",
+    "crc32c_generic",
+)
 """What a guest of this kernel needs for its devices; ext4 of old kernels asks for a checksum by another name."""
 MODULE_FILE = re.compile(
     r"/kernel/(?:crypto|drivers/(?:block|char/hw_random|net(?=/[^/]+$)|virtio)|fs|lib|mm|net)/"

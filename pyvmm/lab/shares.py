@@ -19,10 +19,29 @@ PACKAGE = Path(__file__).resolve().parent.parent
 INSTALLED = Path("/pyvmm/site/pyvmm")
 
 # What the lab has itself or must not be hidden. Directories below them may be mounted.
-RESERVED = frozenset(map(Path, (
-    "/", "/bin", "/boot", "/dev", "/etc", "/lib", "/proc", "/pyvmm", "/run", "/sbin", "/sys",
-    "/usr", "/usr/bin", "/usr/lib", "/usr/sbin", "/var",
-)))  # fmt: skip
+RESERVED = frozenset(
+    map(
+        Path,
+        (
+            "/",
+            "/bin",
+            "/boot",
+            "/dev",
+            "/etc",
+            "/lib",
+            "/proc",
+            "/pyvmm",
+            "/run",
+            "/sbin",
+            "/sys",
+            "/usr",
+            "/usr/bin",
+            "/usr/lib",
+            "/usr/sbin",
+            "/var",
+        ),
+    )
+)
 
 
 TEMPORARY = Path("/tmp")

@@ -52,11 +52,17 @@ _GZIP_MAGIC: Final = b"\x1f\x8b\x08"
 _ELF_MAGIC: Final = b"\x7fELF"
 
 _OTHERS: Final = {
-    b"\xfd7zXZ\0": "compressed with xz", b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"\x04\x22\x4d\x18": "compressed with lz4", b"\x02\x21\x4c\x18": "compressed with lz4",
-    b"BZh": "compressed with bzip2", b"\x27\x05\x19\x56": "a U-Boot image", b"ANDROID!": "an Android boot image",
-    b"QFI\xfb": "a qcow2 disk image", b"070701": "a cpio archive, as initrds are", b"!<arch>": "an archive",
-}  # fmt: skip
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"\x02\x21\x4c\x18": "compressed with lz4",
+    b"BZh": "compressed with bzip2",
+    b"\x27\x05\x19\x56": "a U-Boot image",
+    b"ANDROID!": "an Android boot image",
+    b"QFI\xfb": "a qcow2 disk image",
+    b"070701": "a cpio archive, as initrds are",
+    b"!<arch>": "an archive",
+}
 """How files begin that somebody may take for a kernel; as instructions, no program would begin with these."""
 
 _TEXT: Final = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"

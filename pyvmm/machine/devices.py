@@ -160,8 +160,12 @@ class Balloon(DeviceSpec):
                 hint="use --protection none for a balloon",
             )
         if config.backing == "hugetlb":
-            raise UsageError("a balloon with the hugetlb backing: the guest gives pages of 4 KiB, and these have 2 MiB",
-                             hint="use --backing thp for huge pages that can be taken apart")  # fmt: skip
+            raise UsageError(
+                "a balloon with the hugetlb backing: the guest gives pages of 4 KiB, and these have 2 MiB",
+                hint="use --backing thp for huge pages that can be taken apart",
+            )
         if not 0 <= self.size <= config.memory:
-            raise UsageError(f"a balloon of {self.size:#x} bytes: the guest has {config.memory:#x}",
-                             hint="name what the guest is to give up, not what it is to keep")  # fmt: skip
+            raise UsageError(
+                f"a balloon of {self.size:#x} bytes: the guest has {config.memory:#x}",
+                hint="name what the guest is to give up, not what it is to keep",
+            )

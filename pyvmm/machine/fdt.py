@@ -112,9 +112,17 @@ class Tree:
         strings_at = structure_at + len(structure)
         total = strings_at + len(strings.block)
         header = _HEADER.pack(
-            _MAGIC, total, structure_at, strings_at, _HEADER.size, _VERSION, _LAST_COMPATIBLE, self.boot_cpu,
-            len(strings.block), len(structure),
-        )  # fmt: skip
+            _MAGIC,
+            total,
+            structure_at,
+            strings_at,
+            _HEADER.size,
+            _VERSION,
+            _LAST_COMPATIBLE,
+            self.boot_cpu,
+            len(strings.block),
+            len(structure),
+        )
         return header + reserved + bytes(structure) + bytes(strings.block)
 
 

@@ -93,8 +93,16 @@ VIRTIO_MMIO: Final = Window("virtio-mmio", 0x0A00_0000, 0x0A10_0000, VIRTIO_SPI)
 
 #: Every window below RAM, by address.
 MAP: Final = (
-    GIC_DISTRIBUTOR, GIC_ITS, GIC_REDISTRIBUTORS, PL011, SHARE_DOORBELL, ECHO, MAILBOX, BENCH, VIRTIO_MMIO,
-)  # fmt: skip
+    GIC_DISTRIBUTOR,
+    GIC_ITS,
+    GIC_REDISTRIBUTORS,
+    PL011,
+    SHARE_DOORBELL,
+    ECHO,
+    MAILBOX,
+    BENCH,
+    VIRTIO_MMIO,
+)
 
 RAM_BASE: Final = 0x8000_0000
 #: RAM ends at 2^40 or below: a protected VM's guest addresses have no more bits (its PARange, which

@@ -188,10 +188,14 @@ class Machine:
 
         config = self.config
         context = Context(
-            self.native, config.protection, self.memory,
-            range(layout.RAM_BASE, layout.RAM_BASE + config.memory), self._unheard,
-            pool=self._pool, planned=self._kernel is not None and self._kernel.pretends,
-        )  # fmt: skip
+            self.native,
+            config.protection,
+            self.memory,
+            range(layout.RAM_BASE, layout.RAM_BASE + config.memory),
+            self._unheard,
+            pool=self._pool,
+            planned=self._kernel is not None and self._kernel.pretends,
+        )
         return attach(config.devices, context, self.bus, self.interrupts)
 
     def _make_threads(self) -> None:
@@ -200,10 +204,18 @@ class Machine:
             self._natives.append(native)
             self._keep.append(records)
             cold = ColdExits(
-                native=native, vcpu=vcpu, memory=self.memory, relay=self.relay, bus=self.bus,
-                console=self.console, mailboxes=self.mailboxes, finish=self._finish,
-                wanted=self._wanted(vcpu.index), unclaimed=self._unclaimed, intercept=self._intercept,
-            )  # fmt: skip
+                native=native,
+                vcpu=vcpu,
+                memory=self.memory,
+                relay=self.relay,
+                bus=self.bus,
+                console=self.console,
+                mailboxes=self.mailboxes,
+                finish=self._finish,
+                wanted=self._wanted(vcpu.index),
+                unclaimed=self._unclaimed,
+                intercept=self._intercept,
+            )
             self._threads.add(VcpuThread(native, cold.handle, self._failed, self._wake))
         self._stack.callback(self._leave)
 
@@ -232,10 +244,14 @@ class Machine:
         self.memory.seal()
         self.console.start()
         log.info(
-            "starting", protection=self.config.protection.value, cpus=self.config.cpus,
-            memory_mib=self.config.memory // layout.MIB, backing=self.config.backing, kernel=self.kernel_kind,
+            "starting",
+            protection=self.config.protection.value,
+            cpus=self.config.cpus,
+            memory_mib=self.config.memory // layout.MIB,
+            backing=self.config.backing,
+            kernel=self.kernel_kind,
             pc=hex_(self.entry.pc),
-        )  # fmt: skip
+        )
         self.started_ns = time.monotonic_ns()
         self._threads.start()
 

@@ -121,8 +121,10 @@ def _refuse(machine: Machine) -> None:
             )
     for slot in machine.memory.slots:
         if not slot.backing.host_access:
-            raise UsageError(f"the {slot} cannot be saved: the host cannot read a {slot.backing.kind}",
-                             hint="run the guest with another --backing")  # fmt: skip
+            raise UsageError(
+                f"the {slot} cannot be saved: the host cannot read a {slot.backing.kind}",
+                hint="run the guest with another --backing",
+            )
 
 
 def _state(machine: Machine) -> dict[str, Any]:
@@ -256,8 +258,10 @@ class Snapshot:
             raise UsageError(f"{self.path} is no snapshot of a machine", hint="pyvmm ctl snapshot FILE writes one")
         _, version, size, end, digest = _HEADER.unpack(head)
         if version != VERSION:
-            raise UsageError(f"{self.path} is a snapshot of format {version}, this pyvmm reads format {VERSION}",
-                             hint="restore it with the pyvmm that wrote it")  # fmt: skip
+            raise UsageError(
+                f"{self.path} is a snapshot of format {version}, this pyvmm reads format {VERSION}",
+                hint="restore it with the pyvmm that wrote it",
+            )
         there = os.fstat(self._fd).st_size
         if there != end:
             raise UsageError(f"{self.path} is damaged: it should have {end} bytes, and has {there}")
@@ -302,9 +306,7 @@ class Snapshot:
             placed.device.load(each)
         state.load_clock(machine.vcpus[0], saved[0])
 
-    def _restore_memory(
-        self, machine: Machine, slot: Slot, offset: int, failed: Callable[[PyvmmError], None]
-    ) -> None:  # fmt: skip
+    def _restore_memory(self, machine: Machine, slot: Slot, offset: int, failed: Callable[[PyvmmError], None]) -> None:
         lazy = None
         # What a balloon gives back is zeros when it is touched again, and not what was saved.
         balloon = any(each.get("device") == "balloon" for each in self.description["devices"])
@@ -363,8 +365,12 @@ class _Lazy:
             half.pop_all()
 
     def _failed(self, error: PyvmmError) -> None:
-        self._tell(PyvmmError(f"a page of the snapshot cannot be had any more: {error.message}",
-                              hint="was its file changed, or cut, while the guest ran?"))  # fmt: skip
+        self._tell(
+            PyvmmError(
+                f"a page of the snapshot cannot be had any more: {error.message}",
+                hint="was its file changed, or cut, while the guest ran?",
+            )
+        )
         self._giving_up = threading.Thread(target=self._give_up, name="pyvmm-restore", daemon=True)
         self._giving_up.start()
 

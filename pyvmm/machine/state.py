@@ -90,8 +90,14 @@ _ITS: Final = uapi.KVM_DEV_ARM_VGIC_GRP_ITS_REGS
 # Offsets: Arm IHI 0069, 12.8 (GICD_*), 12.10 and 12.11 (GICR_*), 12.18 (GITS_*).
 _GICD_CTLR, _GICD_TYPER, _GICD_IIDR = 0x0, 0x4, 0x8
 _IGROUPR, _ISENABLER, _ISPENDR, _ISACTIVER, _IPRIORITYR, _ICFGR, _IROUTER = (
-    0x80, 0x100, 0x200, 0x300, 0x400, 0xC00, 0x6000,
-)  # fmt: skip
+    0x80,
+    0x100,
+    0x200,
+    0x300,
+    0x400,
+    0xC00,
+    0x6000,
+)
 _GICR_CTLR, _GICR_WAKER, _GICR_PROPBASER, _GICR_PENDBASER, _SGI_FRAME = 0x0, 0x14, 0x70, 0x78, 0x1_0000
 _GITS_CTLR, _GITS_IIDR, _GITS_CBASER, _GITS_CWRITER, _GITS_CREADR, _GITS_BASER = 0x0, 0x4, 0x80, 0x88, 0x90, 0x100
 
@@ -188,9 +194,13 @@ def _pending(interrupts: range, first: int = 0) -> Iterator[int]:
 def _its_registers() -> Sequence[int]:
     # CBASER first: a write of it moves the other two of the command queue back.
     return (
-        _GITS_IIDR, _GITS_CBASER, _GITS_CREADR, _GITS_CWRITER, *(_GITS_BASER + 8 * index for index in range(8)),
+        _GITS_IIDR,
+        _GITS_CBASER,
+        _GITS_CREADR,
+        _GITS_CWRITER,
+        *(_GITS_BASER + 8 * index for index in range(8)),
         _GITS_CTLR,
-    )  # fmt: skip
+    )
 
 
 def _room(group: int) -> c_uint32 | c_uint64:

@@ -56,10 +56,12 @@ def _pool_in(tree: bytes, what: str) -> int:
     # Of several pools the smallest: a device may be sent to any, and what fits that one fits the others.
     sizes = [
         _size(pool, reserved, what)
-        for reserved in parse(tree, what).children if reserved.name == "reserved-memory"
-        for pool in reserved.children if "restricted-dma-pool" in _strings(pool, "compatible")
+        for reserved in parse(tree, what).children
+        if reserved.name == "reserved-memory"
+        for pool in reserved.children
+        if "restricted-dma-pool" in _strings(pool, "compatible")
         if _strings(pool, "status")[0] in ("", "okay", "ok")
-    ]  # fmt: skip
+    ]
     if sizes and min(sizes) < layout.MIB:
         raise UsageError(
             f"{what} has a DMA pool of {min(sizes)} bytes: a disk's requests need 1 MiB",

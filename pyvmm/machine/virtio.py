@@ -67,9 +67,10 @@ def create(spec: DeviceSpec, context: Context) -> VirtioDevice:
 
             if context.private:
                 log.warning(
-                    "entropy_from_the_host", protection=context.protection.value,
+                    "entropy_from_the_host",
+                    protection=context.protection.value,
                     meaning="a guest that does not trust the host must not count what this device gives as random",
-                )  # fmt: skip
+                )
             return Rng()
         case devices.Console():
             from pyvmm.devices.virtio.console import Console
@@ -115,9 +116,7 @@ def _network(spec: devices.Net) -> NetBackend:
     return Stream.connect(spec.socket)
 
 
-def attach(
-    specs: Sequence[DeviceSpec], context: Context, bus: Bus, interrupts: Interrupts
-) -> tuple[VirtioMmio, ...]:
+def attach(specs: Sequence[DeviceSpec], context: Context, bus: Bus, interrupts: Interrupts) -> tuple[VirtioMmio, ...]:
     """Make all devices and put them on the bus. Raises UsageError where there are too many, and as devices do."""
     if len(specs) > MOST_DEVICES:
         raise UsageError(f"{len(specs)} virtio devices: a machine has {MOST_DEVICES} at most")

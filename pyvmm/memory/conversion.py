@@ -126,8 +126,13 @@ def _copy(here: Piece, there: Piece) -> None:
     with _reach(here) as source, _reach(there) as target:
         done = lib.pv_copy(ffi.cast("void *", target), ffi.cast("void *", source), PAGE_SIZE)
     if done < PAGE_SIZE:
-        raise GuestMemoryError("moving a page to another backing", here.gpa + done, done, "out of the host's reach",
-                               hint="the machine or this control group is out of memory")  # fmt: skip
+        raise GuestMemoryError(
+            "moving a page to another backing",
+            here.gpa + done,
+            done,
+            "out of the host's reach",
+            hint="the machine or this control group is out of memory",
+        )
 
 
 @contextmanager

@@ -86,9 +86,13 @@ def unmap(address: int, size: int) -> None:
 def protect(address: int, size: int, access: int) -> None:
     """Change the access of a mapping to PROT_NONE or PROT_RW."""
     _check(
-        libc.mprotect(address, size, access), "mprotect", address, size, f"prot={access}",
+        libc.mprotect(address, size, access),
+        "mprotect",
+        address,
+        size,
+        f"prot={access}",
         hint="every change of access splits a mapping in pieces: raise /proc/sys/vm/max_map_count",
-    )  # fmt: skip
+    )
 
 
 def advise(address: int, size: int, advice: int) -> None:

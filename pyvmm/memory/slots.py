@@ -236,9 +236,13 @@ class SlotTable:
         backing = piece.backing
         try:
             self._vm.set_memory(
-                number, piece.gpa, piece.size, backing.hva + piece.offset,
-                guest_memfd=backing.guest_memfd, offset=piece.offset if backing.guest_memfd else 0,
-            )  # fmt: skip
+                number,
+                piece.gpa,
+                piece.size,
+                backing.hva + piece.offset,
+                guest_memfd=backing.guest_memfd,
+                offset=piece.offset if backing.guest_memfd else 0,
+            )
         except BaseException:
             heapq.heappush(self._free, number)
             raise

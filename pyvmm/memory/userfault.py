@@ -33,14 +33,20 @@ from pyvmm.uapi.ioctl import Ioctl
 
 DEVICE = "/dev/userfaultfd"
 EVENTS: Final = (
-    uapi.UFFD_FEATURE_EVENT_FORK | uapi.UFFD_FEATURE_EVENT_REMAP | uapi.UFFD_FEATURE_EVENT_REMOVE
+    uapi.UFFD_FEATURE_EVENT_FORK
+    | uapi.UFFD_FEATURE_EVENT_REMAP
+    | uapi.UFFD_FEATURE_EVENT_REMOVE
     | uapi.UFFD_FEATURE_EVENT_UNMAP
-)  # fmt: skip
+)
 """Messages about other things than faults: their sender blocks until they are read, and nobody here does."""
 FEATURES: Final = (
-    uapi.UFFD_FEATURE_PAGEFAULT_FLAG_WP | uapi.UFFD_FEATURE_MISSING_SHMEM | uapi.UFFD_FEATURE_MINOR_SHMEM
-    | uapi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM | uapi.UFFD_FEATURE_THREAD_ID | uapi.UFFD_FEATURE_RWP
-)  # fmt: skip
+    uapi.UFFD_FEATURE_PAGEFAULT_FLAG_WP
+    | uapi.UFFD_FEATURE_MISSING_SHMEM
+    | uapi.UFFD_FEATURE_MINOR_SHMEM
+    | uapi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    | uapi.UFFD_FEATURE_THREAD_ID
+    | uapi.UFFD_FEATURE_RWP
+)
 """What is asked for where the kernel has it."""
 
 _BATCH = 64
@@ -287,7 +293,7 @@ class Userfault:
 
     def _fill(
         self, request: Ioctl, rest: Callable[[int], Structure], field: str, hva: int, size: int, mode: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Make a request that says in ``field`` how many bytes it did, again until all are."""
         done = 0
         while True:

@@ -35,9 +35,7 @@ def render(page_map: PageMap, *, width: int = 80, height: int = 24, colour: bool
     legend = _legend(page_map, width, colour)
     columns, indent = _columns(page_map, width)
     # Whether the scale needs saying of depends on it: two lines are kept for what follows the counts.
-    grid = Grid.fit(
-        page_map.areas, columns=columns, lines=height - len(legend) - 2, rows_in_line=2 if colour else 1
-    )  # fmt: skip
+    grid = Grid.fit(page_map.areas, columns=columns, lines=height - len(legend) - 2, rows_in_line=2 if colour else 1)
     lines: list[str] = []
     for block, cells in zip(grid.blocks, grid.levels(page_map), strict=True):
         if block.gap:

@@ -42,8 +42,10 @@ _DEVICES, _EL2, _VCPUS = 1 << 8, 1 << 16, 1 << 17
 _SOURCES: Final = {int(source): source.name.lower() for source in ShareSource}
 _MMIO: Final = range(lib.PV_EXIT_MMIO_COLD, lib.PV_EXIT_MMIO_UNCLAIMED + 1)
 _WORDS: Final = {
-    lib.PV_EXIT_SYSTEM: "system event", lib.PV_EXIT_INTR: "interrupted", lib.PV_EXIT_FAILED: "KVM_RUN failed",
-}  # fmt: skip
+    lib.PV_EXIT_SYSTEM: "system event",
+    lib.PV_EXIT_INTR: "interrupted",
+    lib.PV_EXIT_FAILED: "KVM_RUN failed",
+}
 
 
 @dataclass(frozen=True, slots=True)

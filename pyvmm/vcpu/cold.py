@@ -40,10 +40,20 @@ class ColdExits:
     """The context of one vCPU's cold exits."""
 
     def __init__(
-        self, *, native: Any, vcpu: Vcpu, memory: Memory, relay: ShareRelay, bus: Bus, console: Pl011,
-        mailboxes: Mailboxes, finish: Callable[[Outcome], None], wanted: Callable[[], bool],
-        unclaimed: Unclaimed | None = None, intercept: Intercept | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        native: Any,
+        vcpu: Vcpu,
+        memory: Memory,
+        relay: ShareRelay,
+        bus: Bus,
+        console: Pl011,
+        mailboxes: Mailboxes,
+        finish: Callable[[Outcome], None],
+        wanted: Callable[[], bool],
+        unclaimed: Unclaimed | None = None,
+        intercept: Intercept | None = None,
+    ) -> None:
         self.native, self.vcpu, self.memory, self.relay, self.bus = native, vcpu, memory, relay, bus
         self.console, self.mailboxes = console, mailboxes
         self.finish, self.wanted = finish, wanted
@@ -115,9 +125,14 @@ class ColdExits:
         if self._unclaimed_seen < UNCLAIMED_LOGGED:
             self._unclaimed_seen += 1
             log.warning(
-                "unclaimed_access", vcpu=native.index, access=what, gpa=hex_(native.gpa), size=native.size,
-                pc=hex_(self.vcpu.pc), last_one_told=self._unclaimed_seen == UNCLAIMED_LOGGED,
-            )  # fmt: skip
+                "unclaimed_access",
+                vcpu=native.index,
+                access=what,
+                gpa=hex_(native.gpa),
+                size=native.size,
+                pc=hex_(self.vcpu.pc),
+                last_one_told=self._unclaimed_seen == UNCLAIMED_LOGGED,
+            )
         try:
             # What a bus answers when nobody decodes the address: the guest's own vectors then say where it was.
             self.vcpu.inject_abort()
@@ -177,5 +192,3 @@ def kvm_exit_name(reason: int) -> str:
         return ExitReason(reason).name
     except ValueError:
         return f"{reason} (unknown)"
-
-

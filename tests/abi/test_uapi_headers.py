@@ -67,9 +67,15 @@ def test_functions_compute_what_the_macros_do(machine: str) -> None:
     if machine == "aarch64":
         core = "KVM_REG_ARM64 | KVM_REG_ARM_CORE | KVM_REG_ARM_CORE_REG"
         named = {
-            "x0": "regs.regs[0]", "x30": "regs.regs[30]", "sp": "regs.sp", "pc": "regs.pc", "pstate": "regs.pstate",
-            "sp_el1": "sp_el1", "elr_el1": "elr_el1", "spsr_el1": "spsr[KVM_SPSR_EL1]",
-        }  # fmt: skip
+            "x0": "regs.regs[0]",
+            "x30": "regs.regs[30]",
+            "sp": "regs.sp",
+            "pc": "regs.pc",
+            "pstate": "regs.pstate",
+            "sp_el1": "sp_el1",
+            "elr_el1": "elr_el1",
+            "spsr_el1": "spsr[KVM_SPSR_EL1]",
+        }
         facts += [Fact(f"{core}({c}) | KVM_REG_SIZE_U64", kvm_arm64.core_reg(name)) for name, c in named.items()]
         vectors = {f"v{n}": f"{core}(fp_regs.vregs[{n}]) | KVM_REG_SIZE_U128" for n in (0, 7, 31)}
         words = {name: f"{core}(fp_regs.{name}) | KVM_REG_SIZE_U32" for name in ("fpsr", "fpcr")}

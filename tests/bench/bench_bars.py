@@ -88,14 +88,17 @@ def main(arguments: list[str]) -> int:
     bar("stamps", *_with(repeats(one, other, stamped=True), 0.01))
     mapped = of(one, "fault", "whole range", state="mapped", protection="pkvm")
     cheapest = min(
-        median for median, each in medians(one).values()
+        median
+        for median, each in medians(one).values()
         if each.case == "fault" and each.metric == "touch" and each.point["state"] not in ("mapped", "dontneed")
-    )  # fmt: skip
+    )
     bar("measuring", mapped / cheapest, 0.02, f"{mapped:.1f} instructions a page; the cheapest fault {cheapest:.0f}")
     [ratio] = [
-        value for each in peers.series for note, value in each.notes.items()
+        value
+        for each in peers.series
+        for note, value in each.notes.items()
         if each.point.get("beside") == "demand_paging_test" and note.startswith("ratio to ")
-    ]  # fmt: skip
+    ]
     bar("fault-in", float(str(ratio)), 1.05, "times demand_paging_test, by turns")
     whole = of(one, "split", WHOLE)
     parts = {part: of(one, "split", part) for part in PARTS}

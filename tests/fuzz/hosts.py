@@ -243,9 +243,17 @@ class VsockHost(Host):
         size = input.u16() % 4000 if op == OP_RW else 0
         host_port = PORT if how & 4 else (1 << 30) + (how >> 6)
         header = Header(
-            CID if how & 8 or how & 0x10 else flags, CID_HOST, 1 + (how >> 5 & 1), host_port,
-            size, STREAM, op, flags & 3, input.u32() if flags & 0x80 else 1 << 16, input.u16(),
-        )  # fmt: skip
+            CID if how & 8 or how & 0x10 else flags,
+            CID_HOST,
+            1 + (how >> 5 & 1),
+            host_port,
+            size,
+            STREAM,
+            op,
+            flags & 3,
+            input.u32() if flags & 0x80 else 1 << 16,
+            input.u16(),
+        )
         return 1, header.pack() + bytes(size), 0
 
     def act(self, input: Input) -> None:
@@ -291,6 +299,11 @@ class VsockHost(Host):
 
 
 HOSTS: Final[dict[str, type[Host]]] = {
-    "rng": Host, "balloon": BalloonHost, "console": ConsoleHost, "disk": BlkHost, "card": NetHost, "vsock": VsockHost,
-}  # fmt: skip
+    "rng": Host,
+    "balloon": BalloonHost,
+    "console": ConsoleHost,
+    "disk": BlkHost,
+    "card": NetHost,
+    "vsock": VsockHost,
+}
 """By the name of the target."""

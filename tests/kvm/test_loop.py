@@ -53,9 +53,11 @@ def test_counter_doorbell_and_uart_are_done_without_python() -> None:
         bell = ffi.new("struct pv_doorbell *", {"count": 1, "slots": slots})
         counter, registers, (made, keep) = ffi.new("uint64_t *"), ffi.new("uint32_t *"), uart()
         guest.bus(
-            (REGISTERS, 4, lib.PV_KIND_REGISTERS, registers), (COUNTER, 8, lib.PV_KIND_COUNTER, counter),
-            (DOORBELL, 8, lib.PV_KIND_DOORBELL, bell), (UART, 0x1000, lib.PV_KIND_PL011, made),
-        )  # fmt: skip
+            (REGISTERS, 4, lib.PV_KIND_REGISTERS, registers),
+            (COUNTER, 8, lib.PV_KIND_COUNTER, counter),
+            (DOORBELL, 8, lib.PV_KIND_DOORBELL, bell),
+            (UART, 0x1000, lib.PV_KIND_PL011, made),
+        )
         assert lib.pv_run(guest.vcpus[0]) == ENDED
         assert (counter[0], registers[0], os.eventfd_read(fd), bell.missed) == (300, 300, 2, 1)
         assert read_tx(made) == b"hello"

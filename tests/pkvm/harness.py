@@ -72,9 +72,7 @@ class Footprint:
     @classmethod
     def now(cls) -> Footprint:
         """Count the calling process's own."""
-        status = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
-        )
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
         fds = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _alive(fd)]
         maps = Path("/proc/self/maps").read_text()
         return cls(

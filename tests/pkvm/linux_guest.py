@@ -42,9 +42,13 @@ class Linux:
     """A running guest; a context manager that stops it."""
 
     def __init__(
-        self, protection: Protection, initrd: str, *devices: DeviceSpec, memory: int = 128 << 20,
+        self,
+        protection: Protection,
+        initrd: str,
+        *devices: DeviceSpec,
+        memory: int = 128 << 20,
         params: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._out, self._out_end = os.pipe()
         self._source_end, self._keys = os.pipe()
         self._serial = os.memfd_create("serial")

@@ -123,13 +123,16 @@ def test_each_vcpus_touches_have_their_places():
 @pytest.mark.parametrize(
     ("name", "point", "why"),
     [
-        ("fault", {"protection": "pkvm", "state": "write-protected", "access": "write"},
-         r"KVM_SET_USER_MEMORY_REGION\(.*flags=0x1\): EPERM"),
+        (
+            "fault",
+            {"protection": "pkvm", "state": "write-protected", "access": "write"},
+            r"KVM_SET_USER_MEMORY_REGION\(.*flags=0x1\): EPERM",
+        ),
         ("fault", {"protection": "pkvm", "provider": "userfaultfd in C"}, "KVM_RUN failed at .*: EFAULT"),
         ("punch", {"protection": "pkvm", "backing": "guest_memfd"}, "cannot back a protected guest: .*EIO"),
     ],
     ids=named,
-)  # fmt: skip
+)
 def test_what_the_kernel_refuses_is_a_series_with_its_errno(name, point, why):
     *_, nothing = measure_point(name, point)
     assert (nothing.values, nothing.notes) == ((), {})

@@ -65,9 +65,14 @@ def test_what_linux_writes_to_its_root_is_on_the_disk_when_it_is_off(protection:
     # Two CPUs write faster than we do: at times they find the default pool full, and wait, of which Linux complains.
     cpus = 2 if protection is Protection.NONE else 1
     ended = run(
-        kernel, protection, cpus=cpus, memory=192 * MIB, params=PARAMS, devices=(Disk(str(image), queues=2),),
+        kernel,
+        protection,
+        cpus=cpus,
+        memory=192 * MIB,
+        params=PARAMS,
+        devices=(Disk(str(image), queues=2),),
         deadline=DEADLINE,
-    )  # fmt: skip
+    )
     said = ended.output.decode(errors="replace")
     assert ended.outcome.ending is Ending.POWEROFF, said
     sums = dict(re.findall(r"(written|read) ([0-9a-f]{32})", said))

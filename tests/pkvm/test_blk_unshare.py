@@ -144,7 +144,11 @@ def test_page_that_is_gone_before_its_request_fails_it(protection: Protection, t
             card.end()
             other.share(page)
         assert device.counters() | {"bytes_read": 0} == {
-            "done": 0, "failed": 2, "denied": 1, "bytes_read": 0, "bytes_written": 0,
-        }  # fmt: skip
+            "done": 0,
+            "failed": 2,
+            "denied": 1,
+            "bytes_read": 0,
+            "bytes_written": 0,
+        }
         card.begin()
         assert card.end() == OK

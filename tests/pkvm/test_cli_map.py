@@ -153,8 +153,10 @@ def test_holes_and_moves_are_events() -> None:
         guest.share(PAGE)
         machine.memory.punch(PAGE + SIZE, 2 * SIZE)
         assert [event[1:] for event in recorder.events()] == [
-            ("convert", PAGE, 1), ("share", PAGE, 1), ("punch", PAGE + SIZE, 2),
-        ]  # fmt: skip
+            ("convert", PAGE, 1),
+            ("share", PAGE, 1),
+            ("punch", PAGE + SIZE, 2),
+        ]
         assert PageMap.of(machine.memory.ledger).counts()[PageState.HOLE].pages == 2
         assert recorder.notes == ["faults were not recorded: nobody asked for them"]
         assert isinstance(recorder.events()[0], Event)
@@ -226,8 +228,11 @@ def test_a_signal_ends_a_watched_run_with_its_map(tmp_path: Path) -> None:
     file = tmp_path / "run.svg"
     run = subprocess.Popen(
         [*PYVMM, "map", "--map", str(file), "payload:crash", "-p", "loop", "--deadline", "60"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert run.stderr is not None
     assert "way=loop" in run.stderr.readline()
     run.send_signal(signal.SIGTERM)

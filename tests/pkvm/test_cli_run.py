@@ -54,8 +54,11 @@ def test_what_cannot_work_says_why_with_its_own_status(args: tuple[str, ...], st
 def test_a_signal_ends_a_run_with_its_status_and_statistics(number: signal.Signals) -> None:
     run = subprocess.Popen(
         [*PYVMM, "run", "--protection", "pkvm", "-c", "2", "payload:crash", "-p", "loop", "--deadline", "60"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert run.stdout is not None
     assert "way=loop" in run.stdout.readline()
     run.send_signal(number)
@@ -68,8 +71,11 @@ def test_a_signal_ends_a_run_with_its_status_and_statistics(number: signal.Signa
 def test_a_reader_that_leaves_ends_the_run_and_is_told() -> None:
     run = subprocess.Popen(
         [*PYVMM, "run", "payload:crash", "-p", "way=flood", "-p", "bytes=6000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert run.stdout is not None
     run.stdout.close()
     assert run.stderr is not None
@@ -110,8 +116,10 @@ def test_a_killed_vmm_leaves_the_host_clean() -> None:
     before = _mlocked_kib()
     run = subprocess.Popen(
         [*PYVMM, "run", "--protection", "pkvm", "payload:crash", "-p", "loop", "--deadline", "60"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert run.stdout is not None
     assert "way=loop" in run.stdout.readline()
     os.kill(run.pid, signal.SIGKILL)
@@ -155,8 +163,11 @@ def test_two_protections_are_a_contradiction() -> None:
 def test_a_guest_that_resets_is_started_again_in_a_new_vm(protection: str) -> None:
     run = subprocess.Popen(
         [*PYVMM, "run", "--reboot", "--protection", protection, "payload:crash", "-p", "way=reset"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert run.stdout is not None
     for _ in range(3):
         assert "way=reset" in run.stdout.readline()

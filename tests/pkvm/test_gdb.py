@@ -320,9 +320,12 @@ def test_a_linux_that_is_stepped_takes_no_interrupt_and_breakpoints_are_stepped_
     files = kernel_directory("own:")
     console = os.memfd_create("console")
     more = {
-        "memory": 256 << 20, "initrd": str(files / "shell.cpio"), "serial_out": console, "deadline": 4 * DEADLINE,
+        "memory": 256 << 20,
+        "initrd": str(files / "shell.cpio"),
+        "serial_out": console,
+        "deadline": 4 * DEADLINE,
         "params": ("quiet -- echo ready; while :; do :; done",),
-    }  # fmt: skip
+    }
     try:
         with debugged(Protection.PKVM, tmp_path, str(files / "Image"), ",nowait", **more) as run:
             wait_until(lambda: b"ready" in os.pread(console, 1 << 16, 0))
@@ -353,9 +356,16 @@ def test_a_linux_that_is_stepped_takes_no_interrupt_and_breakpoints_are_stepped_
 
 
 COMMANDS = (
-    'printf "at %#lx in %d threads\\n", $pc, $_inferior_thread_count', "stepi", "hbreak *($pc + 8)", "continue",
-    'printf "stopped at %#lx, sp %#lx\\n", $pc, $sp', "x/i $pc", "monitor info", "delete", "continue",
-)  # fmt: skip
+    'printf "at %#lx in %d threads\\n", $pc, $_inferior_thread_count',
+    "stepi",
+    "hbreak *($pc + 8)",
+    "continue",
+    'printf "stopped at %#lx, sp %#lx\\n", $pc, $sp',
+    "x/i $pc",
+    "monitor info",
+    "delete",
+    "continue",
+)
 
 
 @each_protection
@@ -365,8 +375,11 @@ def test_gdb_itself_debugs_a_guest(protection: Protection, tmp_path: Path) -> No
         commands = [f"--eval-command={text}" for text in (f"target remote {run.path}", *COMMANDS)]
         debugger = subprocess.Popen(
             [gdb, "-nx", "-batch", "-l", "60", *commands],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
         outcome = run.machine.wait(4 * DEADLINE)
         start = run.machine.entry.pc
     said, _ = debugger.communicate(timeout=4 * DEADLINE)
@@ -387,7 +400,10 @@ def test_a_place_that_is_taken_is_refused_before_anything_runs(tmp_path: Path) -
     path.touch()
     done = subprocess.run(
         [sys.executable, "-m", "pyvmm", "run", "--gdb", path, "payload:hello"],
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
     assert (done.returncode, done.stdout) == (2, ""), done
     assert f"no debugger can connect at {path}" in done.stderr

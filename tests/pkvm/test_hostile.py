@@ -154,9 +154,12 @@ def reset_meanwhile(victim: Victim, _other: Puppet) -> None:
 
 
 ATTACKS = (
-    keep_the_rings_private, take_the_rings_back_meanwhile, take_the_data_back_meanwhile,
-    write_over_the_rings_meanwhile, reset_meanwhile,
-)  # fmt: skip
+    keep_the_rings_private,
+    take_the_rings_back_meanwhile,
+    take_the_data_back_meanwhile,
+    write_over_the_rings_meanwhile,
+    reset_meanwhile,
+)
 
 
 @contextlib.contextmanager
@@ -171,9 +174,12 @@ def victims(protection: Protection, folder: Path) -> Iterator[tuple[dict[str, Vi
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         stack.callback(os.close, nowhere)
         devices = {
-            "rng": Rng(), "disk": Disk(str(disk)), "console": Console(nowhere), "vsock": Vsock(str(folder / "v"), CID),
+            "rng": Rng(),
+            "disk": Disk(str(disk)),
+            "console": Console(nowhere),
+            "vsock": Vsock(str(folder / "v"), CID),
             "card": Net(socket=str(folder / "peer")),
-        }  # fmt: skip
+        }
         _, guest = stack.enter_context(puppet(protection, cpus=2, devices=tuple(devices.values())))
         guest.fill(RINGS, (QUEUES + 1) * PAGE)
         guest.share(RINGS, QUEUES + 1)

@@ -148,8 +148,10 @@ def test_four_vcpus_fill_and_sum_a_range_none_of_which_is_there(protection):
         ]
         assert [each.result().pages for each in touches] == [pages] * 4
         assert lazy.slots == pages
-        quarters = [guest.start(abi.OP_FILL, START + cpu * pages * 1024, pages * 1024, cpu + 1)
-                    for cpu, guest in enumerate(guests)]  # fmt: skip
+        quarters = [
+            guest.start(abi.OP_FILL, START + cpu * pages * 1024, pages * 1024, cpu + 1)
+            for cpu, guest in enumerate(guests)
+        ]
         for each in quarters:
             each.result()
         total = sum((cpu + 1) * pages * 1024 // 8 for cpu in range(4))

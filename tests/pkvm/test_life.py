@@ -124,12 +124,21 @@ def test_two_vcpus_convert_at_once_without_waiting_for_each_other() -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (Vm, "create_vcpu"), (Vcpu, "init"), (Vcpu, "set_reg"), (SlotTable, "check_new"), (Pl011, "__init__"),
-        (Mailboxes, "__init__"), (Bench, "__init__"), (boot, "place"), (Vm, "set_memory"), (Memory, "seal"),
-        (Pl011, "start"), (threading.Thread, "start"),
+        (Vm, "create_vcpu"),
+        (Vcpu, "init"),
+        (Vcpu, "set_reg"),
+        (SlotTable, "check_new"),
+        (Pl011, "__init__"),
+        (Mailboxes, "__init__"),
+        (Bench, "__init__"),
+        (boot, "place"),
+        (Vm, "set_memory"),
+        (Memory, "seal"),
+        (Pl011, "start"),
+        (threading.Thread, "start"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition(".")[2],
-)  # fmt: skip
+)
 def test_a_machine_that_breaks_while_it_is_built_leaves_nothing(
     owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,8 +29,10 @@ class Console:
     def __init__(self, *options: str) -> None:
         self.run = subprocess.Popen(
             [sys.executable, "-m", "pyvmm", "run", "--deadline", str(DEADLINE), *options],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.seen = b""
 
     def __enter__(self) -> Console:
@@ -100,9 +102,16 @@ def devices_in(directory: Path, image: Path) -> list[str]:
     subprocess.run(["modprobe", "tun"], check=False)
     disks.make_root(image, 16 << 20, "", {"question": b"written by the host\n"})
     return [
-        "-d", str(image), "--net", f"tap={TAP},host={HOST}/30", "--rng", "--balloon", "0",
-        "--vsock", f"uds={directory / 'vsock'},cid=3",
-    ]  # fmt: skip
+        "-d",
+        str(image),
+        "--net",
+        f"tap={TAP},host={HOST}/30",
+        "--rng",
+        "--balloon",
+        "0",
+        "--vsock",
+        f"uds={directory / 'vsock'},cid=3",
+    ]
 
 
 def use_devices(console: Console) -> None:

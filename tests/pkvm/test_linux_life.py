@@ -42,9 +42,13 @@ reboot -f
 def test_thirty_two_mib_are_enough() -> None:
     files = kernel_directory("own:")
     ended = run(
-        str(files / "Image"), Protection.NONE, initrd=str(files / "shell.cpio"), memory=LEAST * layout.MIB,
-        params=(*PARAMS, "-- true"), deadline=DEADLINE,
-    )  # fmt: skip
+        str(files / "Image"),
+        Protection.NONE,
+        initrd=str(files / "shell.cpio"),
+        memory=LEAST * layout.MIB,
+        params=(*PARAMS, "-- true"),
+        deadline=DEADLINE,
+    )
     assert ended.outcome.ending is Ending.POWEROFF, ended
     assert b"pyvmm: exit status 0" in ended.output
 
@@ -78,13 +82,34 @@ def test_a_guest_that_resets_finds_its_disk_its_card_and_its_sockets_again(tmp_p
     host.start()
     ended = subprocess.run(
         [
-            sys.executable, "-m", "pyvmm", "run", "--protection", "pkvm", "-m", str(LEAST),
-            "--reboot", "--deadline", str(DEADLINE),
-            "-d", str(disk), "--net", f"tap={TAP},host={HOST}/30", "--vsock", f"uds={sockets},cid=3",
-            "-i", files, "-p", " ".join((*PARAMS, "-- twice")), "own:",
+            sys.executable,
+            "-m",
+            "pyvmm",
+            "run",
+            "--protection",
+            "pkvm",
+            "-m",
+            str(LEAST),
+            "--reboot",
+            "--deadline",
+            str(DEADLINE),
+            "-d",
+            str(disk),
+            "--net",
+            f"tap={TAP},host={HOST}/30",
+            "--vsock",
+            f"uds={sockets},cid=3",
+            "-i",
+            files,
+            "-p",
+            " ".join((*PARAMS, "-- twice")),
+            "own:",
         ],
-        capture_output=True, text=True, check=False, timeout=2 * DEADLINE,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * DEADLINE,
+    )
     said = ended.stdout + ended.stderr
     assert ended.returncode == 0, said
     first, _, second = ended.stdout.partition("the disk says: one boot.")

@@ -103,10 +103,14 @@ def test_linux_fetches_and_sends_a_file_through_a_tap(protection: Protection, se
     subprocess.run(["modprobe", "tun"], check=False)
     files = kernel_directory("own:")
     ended = run(
-        str(files / "Image"), protection, initrd=str(files / "shell.cpio"), memory=192 * MIB,
-        devices=(Net(tap=TAP, address=f"{HOST}/30"),), deadline=DEADLINE,
+        str(files / "Image"),
+        protection,
+        initrd=str(files / "shell.cpio"),
+        memory=192 * MIB,
+        devices=(Net(tap=TAP, address=f"{HOST}/30"),),
+        deadline=DEADLINE,
         params=orders(server, f"ifconfig eth0 {GUEST} netmask 255.255.255.252", HOST),
-    )  # fmt: skip
+    )
     said = ended.output.decode(errors="replace")
     assert ended.outcome.ending is Ending.POWEROFF, said
     check(server, said)
@@ -176,15 +180,40 @@ def test_linux_gets_its_network_from_passt_without_any_privilege_of_ours(server:
         "md5sum /bin/busybox | nc -l -p 80"
     )
     command = [
-        sys.executable, "-m", "pyvmm", "run", "--protection", "pkvm", "-m", "192M", "--deadline", f"{DEADLINE:.0f}",
-        "--net", f"passt,fwd={port}:80,loopback", "-i", str(files / "shell.cpio"), str(files / "Image"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pyvmm",
+        "run",
+        "--protection",
+        "pkvm",
+        "-m",
+        "192M",
+        "--deadline",
+        f"{DEADLINE:.0f}",
+        "--net",
+        f"passt,fwd={port}:80,loopback",
+        "-i",
+        str(files / "shell.cpio"),
+        str(files / "Image"),
+    ]
     for word in orders(server, setup, "$gateway"):
         command += ["-p", word]
-    with uplink(), for_everybody(Path("/dev/kvm")), unlimited_pins(), subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", user=NOBODY, group=NOBODY, extra_groups=[],
-    ) as vmm:  # fmt: skip
+    with (
+        uplink(),
+        for_everybody(Path("/dev/kvm")),
+        unlimited_pins(),
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            user=NOBODY,
+            group=NOBODY,
+            extra_groups=[],
+        ) as vmm,
+    ):
         forwarded: list[str] = []
         reader = threading.Thread(target=lambda: forwarded.append(fetch(port, vmm)))
         reader.start()

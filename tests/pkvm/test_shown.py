@@ -35,9 +35,13 @@ def test_a_command_runs_instead_of_a_shell_and_its_status_is_told_before_the_gue
     where = kernel_directory("own:")
     command = "quiet console=ttyAMA0 -- cd /tmp; echo 'a  b' $(pwd); exit 5"
     ended = run(
-        str(where / IMAGE), Protection.NONE, initrd=str(where / INITRAMFS), params=(command,),
-        memory=128 << 20, deadline=300.0,
-    )  # fmt: skip
+        str(where / IMAGE),
+        Protection.NONE,
+        initrd=str(where / INITRAMFS),
+        params=(command,),
+        memory=128 << 20,
+        deadline=300.0,
+    )
     assert ended.outcome.ending is Ending.POWEROFF, ended.output
     assert b"a  b /tmp\r\n" in ended.output
     assert initramfs.exit_status(ended.output) == 5

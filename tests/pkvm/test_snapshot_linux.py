@@ -83,9 +83,15 @@ def test_linux_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     printed = os.memfd_create("hvc0")
     devices = (Rng(), Disk(str(disk)), Console(printed), Vsock(str(tmp_path / "vsock"), 3))
     settings = config(
-        str(kernel / "Image"), Protection.NONE, initrd=str(kernel / "shell.cpio"), params=PARAMS, cpus=2,
-        memory=128 << 20, devices=devices, deadline=None,
-    )  # fmt: skip
+        str(kernel / "Image"),
+        Protection.NONE,
+        initrd=str(kernel / "shell.cpio"),
+        params=PARAMS,
+        cpus=2,
+        memory=128 << 20,
+        devices=devices,
+        deadline=None,
+    )
     with Guest(settings) as guest:
         guest.expect(b"# ")
         guest.type(COUNT)
@@ -201,9 +207,25 @@ def test_a_run_is_kicked_and_saved_by_commands_and_goes_on_from_another_director
     (tmp_path / "disk").write_bytes(bytes(MIB))
     subprocess.run(["modprobe", "tun"], check=False)
     options = (
-        "-c", "2", "-m", "128M", "-i", str(kernel / "shell.cpio"), "-p", " ".join(("console=hvc0", *PARAMS[1:])),
-        "-d", "disk", "--net", NET, "--balloon", "0", "--serial", "file=uart", "--console", "stdio",
-    )  # fmt: skip
+        "-c",
+        "2",
+        "-m",
+        "128M",
+        "-i",
+        str(kernel / "shell.cpio"),
+        "-p",
+        " ".join(("console=hvc0", *PARAMS[1:])),
+        "-d",
+        "disk",
+        "--net",
+        NET,
+        "--balloon",
+        "0",
+        "--serial",
+        "file=uart",
+        "--console",
+        "stdio",
+    )
     with Run(tmp_path, "--socket", "vm.sock", *options, str(kernel / "Image")) as guest:
         guest.expect(b"# ")
         ctl(tmp_path, "kick", "echo kicked $((6 * 7))")

@@ -28,9 +28,9 @@ HEADINGS = {
 }
 
 THREAD = (
-    "thread, https://lore.example/kvm/1/: \"once it has a page, the host handler issues a hypercall to donate the page "
+    'thread, https://lore.example/kvm/1/: "once it has a page, the host handler issues a hypercall to donate the page '
     "to the guest; the hypervisor does a bunch of checks to make sure the host owns the page, and if all is fine it "
-    "will unmap it from the host stage-2\"; arch/arm64/kvm/mmu.c, pkvm_mem_abort()"
+    'will unmap it from the host stage-2"; arch/arm64/kvm/mmu.c, pkvm_mem_abort()'
 )
 
 SAYS = {
@@ -125,10 +125,16 @@ NO_FILTER = (
 )
 
 HOST = {
-    "kernel": "7.3.4+deb13-arm64", "version": "#1 SMP Debian 7.3.4-1~bpo13+1 (2026-11-02)", "mode": "protected",
-    "machine": "aarch64", "cpu": "Neoverse-N1 (implementer 0x41, part 0xd0c)", "emulated": True, "pyvmm": "0.2.0",
-    "page size": 4096, "cpus": 2,
-}  # fmt: skip
+    "kernel": "7.3.4+deb13-arm64",
+    "version": "#1 SMP Debian 7.3.4-1~bpo13+1 (2026-11-02)",
+    "mode": "protected",
+    "machine": "aarch64",
+    "cpu": "Neoverse-N1 (implementer 0x41, part 0xd0c)",
+    "emulated": True,
+    "pyvmm": "0.2.0",
+    "page size": 4096,
+    "cpus": 2,
+}
 
 FREE = 0x8100_0000
 
@@ -162,7 +168,7 @@ def _result(group, name, says, place, chance, protected) -> Result:
     if protection == "emulated" and group == "fatal":
         return replace(base, verdict=Verdict.UNTOLD, reason=NO_FILTER, times={"seconds": 0.04})
     if name == "two-vcpus-one-page" and protection == "emulated":
-        said = "not done after 20 s, and killed; it said: Traceback (most recent call last):\n  File \"x.py\", line 9"
+        said = 'not done after 20 s, and killed; it said: Traceback (most recent call last):\n  File "x.py", line 9'
         return replace(base, verdict=Verdict.CRASHED, reason=said, times={"seconds": 20.01})
     fails = chance.random() < (0.05 if protection == "pkvm" else 0.2)
     return replace(
@@ -238,14 +244,21 @@ def nasty() -> Atlas:
     """Return an atlas with every nasty text in every field."""
     results = [
         Result(
-            f"{text}/{number}", text, text, text, text, text, list(Verdict)[number % 4], text,
+            f"{text}/{number}",
+            text,
+            text,
+            text,
+            text,
+            text,
+            list(Verdict)[number % 4],
+            text,
             (Evidence(text, text), Evidence(text, text, text), Evidence(text, text, text + "!")),
             (Picture(text, [(0, 1, 1), (4096, 3, 0x82)]), Picture(text, [(0, 1, 3), (4096, 3, 255)])),
             (Event(0, text, 0, 1), Event(1, text, 1 << 63, 1 << 40)),
             {"seconds": 0.1, "ticks": {text: 3}, "events": [1, 2], text: text},
         )
         for number, text in enumerate(NASTY)
-    ]  # fmt: skip
+    ]
     host = {text: text for text in NASTY} | {"kernel": NASTY[0]}
     return Atlas(host, tuple(results), {"date": NASTY[0], "x": NASTY[3]})
 

@@ -21,10 +21,22 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 HOSTILE = [
-    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!--", "]]>", "&amp;&lt;", "'\"`",
-    "\x1b[31mred\x1b[0m", "$\\frac{$", "\u202egnp.exe", "_hidden", 'id="a" url(#b) href="#c"', "#1b1f24 var(--x)",
-    "https://evil.example/", "漢字 \U0001f600", "",
-]  # fmt: skip
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<!--",
+    "]]>",
+    "&amp;&lt;",
+    "'\"`",
+    "\x1b[31mred\x1b[0m",
+    "$\\frac{$",
+    "\u202egnp.exe",
+    "_hidden",
+    'id="a" url(#b) href="#c"',
+    "#1b1f24 var(--x)",
+    "https://evil.example/",
+    "漢字 \U0001f600",
+    "",
+]
 
 ROUNDS = 5
 TICK = 16.0
@@ -36,9 +48,7 @@ def series(values, *, case="fault", metric="touch", point=None, rounds=(), warmu
     more = {"clock": "guest", "per": "page"} | more
     more |= {name: tuple(more[name]) for name in ("places", "began") if name in more}
     point = {"protection": "none"} if point is None else point
-    return Series(
-        case, point, metric, unit=unit, values=tuple(values), warmup=warmup, rounds=tuple(rounds), **more
-    )  # fmt: skip
+    return Series(case, point, metric, unit=unit, values=tuple(values), warmup=warmup, rounds=tuple(rounds), **more)
 
 
 def run(*some, environment=None, **more) -> Run:
@@ -61,9 +71,19 @@ def hostile() -> Run:
         for cpus in (1, 2):
             point = {text: text, "cpus": cpus}
             some.append(
-                series([1.0, 2.0, 3.0] * 10, case=HOSTILE[0], metric=text, clock=text, unit=text, per=text, point=point,
-                       rule=text, warmup=1, notes={text: text})
-            )  # fmt: skip
+                series(
+                    [1.0, 2.0, 3.0] * 10,
+                    case=HOSTILE[0],
+                    metric=text,
+                    clock=text,
+                    unit=text,
+                    per=text,
+                    point=point,
+                    rule=text,
+                    warmup=1,
+                    notes={text: text},
+                )
+            )
     values = [1.0, 2.0, 3.0]
     for text in HOSTILE:
         some.append(series(values, case="fault", point={"what": text}, rounds=[3], places=(0, 1, 2), began=values))
@@ -109,10 +129,20 @@ class _Making:
             picture = {"places": (*none, *places), "began": (*map(float, none), *began)}
         self.series.append(
             Series(
-                case, point, metric, clock, unit, per, tuple(values), warmup=pages, rule="the first round",
-                rounds=(pages,) * ROUNDS, notes=notes, **picture,
+                case,
+                point,
+                metric,
+                clock,
+                unit,
+                per,
+                tuple(values),
+                warmup=pages,
+                rule="the first round",
+                rounds=(pages,) * ROUNDS,
+                notes=notes,
+                **picture,
             )
-        )  # fmt: skip
+        )
 
     def cannot(self, case, point, why):
         self.series.append(Series(case, point, "cost", "guest", "ns", "page", unavailable=why))
@@ -144,10 +174,25 @@ def realistic(pages: int = 256) -> Run:
         made.keep("fault", "el2", base, cost * 0.3, pages=32, clock="el2")
         made.keep("fault", "KVM's exits", base, 32.0, pages=1, clock="kvm", unit="count")
         for size in (16, 64, 256, 1024):
-            made.keep("teardown", "close", {"protection": protection, "size": size}, cost * 40 * size, pages=8,
-                      clock="host", per="VM")  # fmt: skip
-        made.keep("footprint", "PSS less guest memory", {"protection": protection}, 9e6, pages=2, clock="memory",
-                  unit="bytes", per="VM")  # fmt: skip
+            made.keep(
+                "teardown",
+                "close",
+                {"protection": protection, "size": size},
+                cost * 40 * size,
+                pages=8,
+                clock="host",
+                per="VM",
+            )
+        made.keep(
+            "footprint",
+            "PSS less guest memory",
+            {"protection": protection},
+            9e6,
+            pages=2,
+            clock="memory",
+            unit="bytes",
+            per="VM",
+        )
     exits = {"hvc": 2_300.0, "MMIO in KVM": 2_900.0, "MMIO in C": 4_800.0, "MMIO in Python": 31_000.0}
     for what, cost in exits.items():
         made.keep("exit", "trip", {"protection": "none", "what": what}, cost, per="exit", pages=1200 * pages // 256)

@@ -13,8 +13,15 @@ from pyvmm.bench.sweep.plan import Plan
 from pyvmm.bench.sweep.work import Answer
 
 ENVIRONMENT = {"kernel": "6.99", "machine": "aarch64"}
-SERIES = {"case": "fault", "point": {}, "metric": "first touch", "clock": "guest", "unit": "ns", "per": "page",
-          "values": [1.0, 2.0]}  # fmt: skip
+SERIES = {
+    "case": "fault",
+    "point": {},
+    "metric": "first touch",
+    "clock": "guest",
+    "unit": "ns",
+    "per": "page",
+    "values": [1.0, 2.0],
+}
 
 
 def _nonsense(point: Point) -> str:

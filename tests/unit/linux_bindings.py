@@ -25,9 +25,17 @@ from pyvmm.lab.trees import Recipe, Scratch, digest_of, made_tree
 PACKAGE: Final = "linux-doc"
 FILE: Final = re.compile(r".*/Documentation/devicetree/bindings/(.*)\.yaml(\.gz)?")
 NAMES: Final = (
-    "arm/cpus", "arm/primecell", "arm/psci", "clock/fixed-clock", "interrupt-controller/arm,gic-v3", "opp/opp-v1",
-    "serial/pl011", "serial/serial", "timer/arm,arch_timer", "virtio/mmio",
-)  # fmt: skip
+    "arm/cpus",
+    "arm/primecell",
+    "arm/psci",
+    "clock/fixed-clock",
+    "interrupt-controller/arm,gic-v3",
+    "opp/opp-v1",
+    "serial/pl011",
+    "serial/serial",
+    "timer/arm,arch_timer",
+    "virtio/mmio",
+)
 """What speaks of nodes that the machine has, and what those refer to. dt-schema itself has memory, CPUs, /chosen and
 /reserved-memory with its pools."""
 
@@ -71,9 +79,13 @@ def complaints(*trees: Path) -> list[str]:
     except PyvmmError as error:
         _lack(f"Linux's bindings cannot be had: {error}")
     done = subprocess.run(
-        [program, "-s", bindings, *trees], capture_output=True, text=True, timeout=300, check=False,
+        [program, "-s", bindings, *trees],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env={**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"},
-    )  # fmt: skip
+    )
     said = re.split(r"\n(?!\t)", (done.stdout + done.stderr).strip("\n"))
     # What it says of the bindings themselves, which refer to others that are not there, is about no tree.
     return [" ".join(each.split()) for each in said if each and not each.startswith(f"{bindings}/")]

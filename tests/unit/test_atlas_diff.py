@@ -102,8 +102,11 @@ def test_evidence_is_compared_by_what_it_is_called():
     b = result(evidence=(Evidence("twice", 1), Evidence("n", 2, 1), Evidence("twice", 3), Evidence("new", True)))
     (change,) = compare(atlas(a), atlas(b)).evidence
     assert change.lines == (
-        Line("n", "1", "2 (wanted: 1)"), Line("page", "0x1", None), Line("twice", "2", "3"), Line("new", None, "yes"),
-    )  # fmt: skip
+        Line("n", "1", "2 (wanted: 1)"),
+        Line("page", "0x1", None),
+        Line("twice", "2", "3"),
+        Line("new", None, "yes"),
+    )
 
 
 def test_true_is_not_one():
@@ -116,16 +119,22 @@ def test_reasons_and_page_maps_are_compared_but_not_when_what_happened():
     b = result(reason="b", pictures=(Picture("before", [(0, 1, 2)]),), events=())
     (change,) = compare(atlas(a), atlas(b)).evidence
     assert change.lines == (
-        Line("reason", "a", "b"), Line("page map: before", "1 pages at 0x0: 0x1", "1 pages at 0x0: 0x2"),
-    )  # fmt: skip
+        Line("reason", "a", "b"),
+        Line("page map: before", "1 pages at 0x0: 0x1", "1 pages at 0x0: 0x2"),
+    )
 
 
 # ---- how it is said ----------------------------------------------------------------------------------------------
 
 
 def test_a_verdict_that_differs_is_said_with_its_group_and_place():
-    a = atlas(result("share/kept"), result("fault-in/one", verdict=UNTOLD, reason=NO_PVM), kernel="6.12.117",
-              mode="protected", emulated=True)  # fmt: skip
+    a = atlas(
+        result("share/kept"),
+        result("fault-in/one", verdict=UNTOLD, reason=NO_PVM),
+        kernel="6.12.117",
+        mode="protected",
+        emulated=True,
+    )
     b = atlas(result("share/kept"), result("fault-in/one"), kernel="7.3.4", mode="protected", emulated=True)
     assert said(a, b) == [
         "A: 6.12.117 protected (qemu tcg)    B: 7.3.4 protected (qemu tcg)",
@@ -258,11 +267,21 @@ def test_plain_values_have_all_of_it():
     b = atlas(result(), result("share/new", "none"), other, kernel="7")
     here = {"group": "share", "protection": "pkvm", "backing": "memfd"}
     assert diff.to_json(compare(a, b)) == {
-        "same": False, "a": {"kernel": "6"}, "b": {"kernel": "7"}, "host": {"kernel": ["6", "7"]},
+        "same": False,
+        "a": {"kernel": "6"},
+        "b": {"kernel": "7"},
+        "host": {"kernel": ["6", "7"]},
         "only_a": [{"id": "share/old", **here, "verdict": "holds"}],
         "only_b": [{"id": "share/new", **here, "protection": "none", "verdict": "holds"}],
-        "verdicts": [{"id": "share/kept", **here, "a": "cannot be told", "b": "holds",
-                      "lines": [{"what": "reason", "a": NO_PVM, "b": None}]}],
+        "verdicts": [
+            {
+                "id": "share/kept",
+                **here,
+                "a": "cannot be told",
+                "b": "holds",
+                "lines": [{"what": "reason", "a": NO_PVM, "b": None}],
+            }
+        ],
         "evidence": [{"id": "share/e", **here, "verdict": "holds", "lines": [{"what": "n", "a": "1", "b": "2"}]}],
         "equal": 0,
-    }  # fmt: skip
+    }

@@ -152,8 +152,11 @@ def test_the_head_names_the_host():
     for fact in (
         "What Linux 7.3.4+deb13-arm64 does with guest memory, KVM in protected mode",
         "Emulated by QEMU (TCG): times are relative only.",
-        "Neoverse-N1", "0.2.0", "2026-11-24T06:01:11+00:00", "aarch64",
-    ):  # fmt: skip
+        "Neoverse-N1",
+        "0.2.0",
+        "2026-11-24T06:01:11+00:00",
+        "aarch64",
+    ):
         assert fact in text
 
 

@@ -24,12 +24,24 @@ def result(verdict=HOLDS, reason="", **more):
 @pytest.mark.parametrize(
     ("verdict", "expected", "wanted"),
     [
-        (HOLDS, None, "passed"), (FAILS, None, "passed"), (UNTOLD, None, "skipped"), (CRASHED, None, "error"),
-        (HOLDS, HOLDS, "passed"), (FAILS, FAILS, "passed"), (UNTOLD, UNTOLD, "skipped"), (CRASHED, CRASHED, "passed"),
-        (HOLDS, FAILS, "failure"), (FAILS, HOLDS, "failure"), (HOLDS, UNTOLD, "failure"), (HOLDS, CRASHED, "failure"),
-        (UNTOLD, HOLDS, "failure"), (UNTOLD, FAILS, "failure"), (CRASHED, HOLDS, "error"), (CRASHED, UNTOLD, "error"),
+        (HOLDS, None, "passed"),
+        (FAILS, None, "passed"),
+        (UNTOLD, None, "skipped"),
+        (CRASHED, None, "error"),
+        (HOLDS, HOLDS, "passed"),
+        (FAILS, FAILS, "passed"),
+        (UNTOLD, UNTOLD, "skipped"),
+        (CRASHED, CRASHED, "passed"),
+        (HOLDS, FAILS, "failure"),
+        (FAILS, HOLDS, "failure"),
+        (HOLDS, UNTOLD, "failure"),
+        (HOLDS, CRASHED, "failure"),
+        (UNTOLD, HOLDS, "failure"),
+        (UNTOLD, FAILS, "failure"),
+        (CRASHED, HOLDS, "error"),
+        (CRASHED, UNTOLD, "error"),
     ],
-)  # fmt: skip
+)
 def test_what_a_verdict_is_to_a_machine_that_counts_tests(verdict, expected, wanted):
     one = result(verdict)
     assert junit.outcome(one, {} if expected is None else {one.key: expected}) == wanted
@@ -43,11 +55,17 @@ def test_a_case_says_where_what_and_why():
     assert root.get("name") == "pyvmm atlas: 7.3 (qemu tcg)"
     suite = root.find("testsuite")
     assert {name: suite.get(name) for name in ("name", "tests", "failures", "errors", "skipped", "time")} == {
-        "name": "share", "tests": "1", "failures": "1", "errors": "0", "skipped": "0", "time": "1.250",
-    }  # fmt: skip
+        "name": "share",
+        "tests": "1",
+        "failures": "1",
+        "errors": "0",
+        "skipped": "0",
+        "time": "1.250",
+    }
     assert {each.get("name"): each.get("value") for each in suite.find("properties")} == {
-        "kernel": "7.3", "emulated": "yes, QEMU TCG",
-    }  # fmt: skip
+        "kernel": "7.3",
+        "emulated": "yes, QEMU TCG",
+    }
     case = suite.find("testcase")
     assert case.attrib == {"classname": "share", "name": "kept[pkvm-memfd]", "time": "1.250"}
     failure = case.find("failure")

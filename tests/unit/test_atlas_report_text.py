@@ -135,8 +135,13 @@ def test_where_names_do_not_fit_each_backing_has_a_letter_of_its_own():
     assert "m memfd   t thp   h hugetlb   g guest_memfd   p private" in said
     assert "m memfd" not in text.table(REALISTIC, Look(160))
     assert text._letters(["memfd", "mem", "m", "md", "", "-"]) == {
-        "memfd": "m", "mem": "e", "m": "a", "md": "d", "": "b", "-": "c",
-    }  # fmt: skip
+        "memfd": "m",
+        "mem": "e",
+        "m": "a",
+        "md": "d",
+        "": "b",
+        "-": "c",
+    }
 
 
 def test_groups_have_their_headings():

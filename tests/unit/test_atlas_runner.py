@@ -189,8 +189,9 @@ def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after():
 
     result = run(experiment)
     assert (result.verdict, result.reason) == (
-        Verdict.FAILS, "the experiment stopped: OP_READ was not answered within 10 s"
-    )  # fmt: skip
+        Verdict.FAILS,
+        "the experiment stopped: OP_READ was not answered within 10 s",
+    )
 
 
 def test_what_the_system_refuses_an_experiment_is_not_told():

@@ -29,9 +29,13 @@ def test_a_star_is_every_value_of_every_axis_one_at_a_time_in_every_protection()
     found = CASE.points()
     assert len(found) == 6
     for each in (
-        point(), point(state="mapped"), point(cpus=2), point(state="mapped", cpus=2),
-        point("pkvm"), point("pkvm", "mapped"),
-    ):  # fmt: skip
+        point(),
+        point(state="mapped"),
+        point(cpus=2),
+        point(state="mapped", cpus=2),
+        point("pkvm"),
+        point("pkvm", "mapped"),
+    ):
         assert each in found
     assert CASE.points(quick=True) == [point(*both) for both in itertools.product(("none", "pkvm"), AXES["state"])]
     assert replace(CASE, axes={"size": (1, 2)}, nonsense=lambda _: "", extra=()).points() == [{"size": 1}, {"size": 2}]

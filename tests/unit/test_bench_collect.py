@@ -26,11 +26,19 @@ def known(monkeypatch):
     """Two cases, and an environment, that are quick to measure; the second always refuses."""
     axes = {"protection": ("none", "pkvm"), "state": STATES, "backing": ("memfd", "thp")}
     some = [
-        Case("fault", "says", axes, lambda bench: bench.keep("touch", [[9.0], [1.0, 2.0]]), ("state",), (),
-             huge_is_cold),
-        Case("exit", "says", {"protection": ("none",), "cpus": (1, 2)}, lambda bench: bench.cannot("no"), (), (),
-             lambda _: ""),
-    ]  # fmt: skip
+        Case(
+            "fault", "says", axes, lambda bench: bench.keep("touch", [[9.0], [1.0, 2.0]]), ("state",), (), huge_is_cold
+        ),
+        Case(
+            "exit",
+            "says",
+            {"protection": ("none",), "cpus": (1, 2)},
+            lambda bench: bench.cannot("no"),
+            (),
+            (),
+            lambda _: "",
+        ),
+    ]
     monkeypatch.setattr(cases, "all_cases", lambda: {case.name: case for case in some})
     monkeypatch.setattr("pyvmm.bench.environment.environment", lambda: dict(samples.ENVIRONMENT))
 
@@ -49,8 +57,10 @@ def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named()
     axes = {"state": ["mapped", "cold"], "protection": ["none"]}
     named = Plan(("fault", "exit"), axes).steps()
     assert [(step.case.name, step.point.get("state")) for step in named] == [
-        ("fault", "mapped"), ("fault", "cold"), ("exit", None)
-    ]  # fmt: skip
+        ("fault", "mapped"),
+        ("fault", "cold"),
+        ("exit", None),
+    ]
     assert counted(Plan(axes=axes)) == {"fault": 3, "exit": 2}  # the star has thp where it is cold
     assert counted(Plan(axes={"cpus": ["2"]})) == {"fault": 8, "exit": 1}
 
@@ -78,8 +88,13 @@ def test_what_cannot_be_measured_is_refused_with_the_nearest(plan, words, hint):
 def test_two_sides_take_turns_and_who_begins_changes():
     steps = Plan(("fault",), {"protection": ["pkvm"]}, versus=("state", "mapped"), turns=3).steps()
     assert [(step.turn, step.side, step.point["state"]) for step in steps] == [
-        (0, "A", "cold"), (0, "B", "mapped"), (1, "B", "mapped"), (1, "A", "cold"), (2, "A", "cold"), (2, "B", "mapped")
-    ]  # fmt: skip
+        (0, "A", "cold"),
+        (0, "B", "mapped"),
+        (1, "B", "mapped"),
+        (1, "A", "cold"),
+        (2, "A", "cold"),
+        (2, "B", "mapped"),
+    ]
 
 
 def test_points_whose_other_side_makes_no_sense_are_left_out():
@@ -142,12 +157,15 @@ def by_turns(*some):
     """A run by turns, of (side, turn, values)."""
     found = [
         samples.series(
-            values, point={"protection": "none", "state": {"A": "cold", "B": "mapped"}[side]}, rounds=[1, 2],
-            warmup=1, notes={"side": side, "turn": turn, "pair": "cold / mapped"},
+            values,
+            point={"protection": "none", "state": {"A": "cold", "B": "mapped"}[side]},
+            rounds=[1, 2],
+            warmup=1,
+            notes={"side": side, "turn": turn, "pair": "cold / mapped"},
             unavailable="" if values else "it crashed",
         )
         for side, turn, values in some
-    ]  # fmt: skip
+    ]
     return collect.Run(samples.ENVIRONMENT, {"versus": ["state", "mapped"]}, tuple(found))
 
 

@@ -62,8 +62,9 @@ def test_series_are_matched_by_what_they_are_of():
 
 
 def test_a_series_without_values_is_in_one_run_only():
-    comparison = compare(samples.run(ONE, replace(ONE, case="exit")),
-                         samples.run(ONE, samples.series([], case="exit", unavailable="no")))  # fmt: skip
+    comparison = compare(
+        samples.run(ONE, replace(ONE, case="exit")), samples.run(ONE, samples.series([], case="exit", unavailable="no"))
+    )
     assert [series.case for series in comparison.only_a] == ["exit"]
 
 

@@ -40,9 +40,14 @@ def documents():
 def test_there_is_a_figure_of_everything():
     found = {picture.name for picture in drawn(REALISTIC)}
     assert {
-        "fault-touch-by-cpus", "fault-touch-distributions", "fault-touch-shares", "fault-touch-pages-pkvm-base",
-        "teardown-close-by-size", "split-stacked", "peer-peers-exit",
-    } <= found  # fmt: skip
+        "fault-touch-by-cpus",
+        "fault-touch-distributions",
+        "fault-touch-shares",
+        "fault-touch-pages-pkvm-base",
+        "teardown-close-by-size",
+        "split-stacked",
+        "peer-peers-exit",
+    } <= found
     for section in groups.sections(REALISTIC):
         assert any(name.startswith(section.case) for name in found)
 
@@ -66,8 +71,10 @@ def test_figures_are_the_same_each_time_and_of_nowhere_else(documents):
         assert plot.svg(picture) == documents[picture]
     for document in documents.values():
         assert set(re.findall(r'https?://[^"\s<]*', document)) <= {
-            "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink", "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd"
-        }  # fmt: skip
+            "http://www.w3.org/2000/svg",
+            "http://www.w3.org/1999/xlink",
+            "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd",
+        }
         assert "<metadata" not in document
 
 
@@ -148,8 +155,9 @@ def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its
 def test_every_protection_has_pictures_where_there_are_too_many():
     some = [
         samples.series([1.0], point={"protection": protection, "at": at}, places=(0,), began=(0.0,))
-        for protection in ("none", "emulated", "pkvm") for at in range(9)
-    ]  # fmt: skip
+        for protection in ("none", "emulated", "pkvm")
+        for at in range(9)
+    ]
     found = [name for name in names(*some) if "-pages-" in name]
     assert len(found) == figures.HEATS
     assert {name.split("-")[3] for name in found} == {"none", "emulated", "pkvm"}
@@ -172,9 +180,11 @@ def test_a_series_however_long_has_a_figure_of_a_size():
     rng = np.random.default_rng(1)
     count = 65_536
     long = samples.series(
-        rng.lognormal(7, 1, count), rounds=[count], places=tuple(range(count)),
+        rng.lognormal(7, 1, count),
+        rounds=[count],
+        places=tuple(range(count)),
         began=tuple(float(at) for at in range(count)),
-    )  # fmt: skip
+    )
     other = replace(long, point={"protection": "pkvm"})
     for picture in drawn(samples.run(long, other)):
         assert len(plot.svg(picture)) < 150_000, picture.name
@@ -183,9 +193,7 @@ def test_a_series_however_long_has_a_figure_of_a_size():
 @pytest.mark.parametrize("values", [[5.0] * 30, [0.0] * 30, [-1.0, 1.0] * 15, [1e-9, 1e9] * 15, [7.0]])
 def test_odd_values_are_drawn_without_a_complaint(values, recwarn):
     point = [{"cpus": cpus, "protection": "none"} for cpus in (1, 2)]
-    some = [
-        samples.series(values, point=each, places=range(len(values)), began=[0.0] * len(values)) for each in point
-    ]  # fmt: skip
+    some = [samples.series(values, point=each, places=range(len(values)), began=[0.0] * len(values)) for each in point]
     some += [replace(each, case="peer", point={"peer": each.point["cpus"]}) for each in some]
     some += [samples.series(values, case="split", metric=metric) for metric in ("whole", "EL2")]
     for picture in drawn(samples.run(*some)):

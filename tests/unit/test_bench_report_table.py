@@ -48,8 +48,9 @@ def test_where_many_axes_vary_a_row_says_what_differs_from_the_base():
     stars = [{}, {"state": "mapped"}, {"access": "read"}, {"order": "random"}]
     some = [
         samples.series([1.0], point={**base, "protection": protection, **star})
-        for protection in ("none", "pkvm") for star in stars
-    ]  # fmt: skip
+        for protection in ("none", "pkvm")
+        for star in stars
+    ]
     said = table.text(samples.run(*some), WIDE)
     assert rows(said, "base: state=cold access=write order=sequential")
     assert [row.split()[:2] for row in rows(said, "pkvm")] == [
@@ -69,7 +70,7 @@ def test_what_was_measured_by_turns_is_one_row():
     turns = [
         samples.series([9.0, value, value], rounds=[1, 1, 1], warmup=1, places=(0, 0, 5), began=(0, 0, 0))
         for value in (1.0, 2.0, 3.0)
-    ]  # fmt: skip
+    ]
     run = samples.run(*turns)
     (row,) = rows(table.text(run, WIDE), "6/6")
     assert row.split()[1] == "2"
@@ -148,12 +149,18 @@ def test_ascii_stays_ascii_and_is_read_well():
 @pytest.mark.parametrize(
     ("unit", "middle", "shown"),
     [
-        ("ns", 12.34567, "ns 12.35"), ("ns", 4321.0, "µs 4.321"), ("ns", 5e9, "s 5.000"),
-        ("instructions", 834.0, "instructions 834"), ("instructions", 54_321.0, "instructions 54,321"),
-        ("instructions", 543_210.0, "thousand instructions 543.2"), ("bytes", 3 * 2**20, "MiB 3.000"),
-        ("count", 0.0, "count 0"), ("parsec", 0.00123456, "parsec 0.001235"), ("ns", -4321.0, "µs -4.321"),
+        ("ns", 12.34567, "ns 12.35"),
+        ("ns", 4321.0, "µs 4.321"),
+        ("ns", 5e9, "s 5.000"),
+        ("instructions", 834.0, "instructions 834"),
+        ("instructions", 54_321.0, "instructions 54,321"),
+        ("instructions", 543_210.0, "thousand instructions 543.2"),
+        ("bytes", 3 * 2**20, "MiB 3.000"),
+        ("count", 0.0, "count 0"),
+        ("parsec", 0.00123456, "parsec 0.001235"),
+        ("ns", -4321.0, "µs -4.321"),
     ],
-)  # fmt: skip
+)
 def test_numbers_have_four_digits_in_the_unit_that_suits(unit, middle, shown):
     scale = groups.scale_of(unit, [middle])
     assert f"{scale.unit} {scale.show(middle)}" == shown

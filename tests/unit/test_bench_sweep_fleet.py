@@ -52,8 +52,11 @@ class Dask:
         with open(self._directory / f"{what}.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", f"distributed.cli.dask_{what}", "--no-dashboard", *options],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._directory,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._directory,
+            )
         self.processes.append(process)
         return process
 
@@ -88,8 +91,10 @@ def test_points_of_a_worker_killed_while_it_measures_are_measured_by_the_other(d
             killed = thread.submit(kill)
             assert Sweep(store, fleet, lambda *_: None).run() is None
         assert store.counts() == (4, 4, 0)
-    ran = {name: sorted(int(note.read_text()) for note in tmp_path.glob(f"{name}.*"))
-           for name in ("none-256", "none-1024", "pkvm-256", "pkvm-1024")}  # fmt: skip
+    ran = {
+        name: sorted(int(note.read_text()) for note in tmp_path.glob(f"{name}.*"))
+        for name in ("none-256", "none-1024", "pkvm-256", "pkvm-1024")
+    }
     [survivor] = set(workers) - {killed.result()}
     assert ran["none-256"] == sorted((killed.result(), survivor))
     assert all(survivor in pids for pids in ran.values())
@@ -161,5 +166,3 @@ def test_what_is_no_scheduler_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch
         Fleet("nonsense://127.0.0.1:1")
     with pytest.raises(BenchError, match=r"no scheduler answers at tcp://127\.0\.0\.1:1"):
         Fleet("tcp://127.0.0.1:1")
-
-

@@ -40,8 +40,11 @@ deadline = 7
 kind = ["hvc", "mmio"]
 """)
     assert [(task.case, task.point.get("pages"), task.point.get("kind"), task.repetition) for task in made.tasks] == [
-        ("fault", 512, None, 1), ("exit", None, "hvc", 1), ("exit", None, "mmio", 1), ("fault", 512, None, 2),
-    ]  # fmt: skip
+        ("fault", 512, None, 1),
+        ("exit", None, "hvc", 1),
+        ("exit", None, "mmio", 1),
+        ("fault", 512, None, 2),
+    ]
     assert [task.deadline for task in made.tasks] == [120, 7, 7, 120]
 
 
@@ -91,7 +94,8 @@ def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path) -> None:
 def test_plans_differ_in_words_and_in_identity_but_not_by_their_deadlines() -> None:
     other = plan(FOUR.replace("1024", "2048") + "[lab]\nicount = true\n")
     assert plans.differences(plan().asked, other.asked) == [
-        "sweep 1.axes.pages: [256, 2048] there, [256, 1024] here", "lab.icount: true there, nothing here"
-    ]  # fmt: skip
+        "sweep 1.axes.pages: [256, 2048] there, [256, 1024] here",
+        "lab.icount: true there, nothing here",
+    ]
     assert plan().identity != other.identity
     assert plan().identity == plan("deadline = 5\n" + FOUR).identity

@@ -145,9 +145,7 @@ def test_processes_measure_and_killed_ones_run_again(path: str, tmp_path: Path) 
         ("from pyvmm.bench.model import header; print(header({}, {}), end=''); sys.exit(0)", "end in the middle"),
     ],
 )
-def test_a_process_that_does_not_tell_is_a_point_that_failed(
-    path: str, tmp_path: Path, what: str, reason: str
-) -> None:
+def test_a_process_that_does_not_tell_is_a_point_that_failed(path: str, tmp_path: Path, what: str, reason: str) -> None:
     assert sweep(path, Here(pretend(tmp_path, f"if name == 'none-256':\n    {what}"))) is None
     with Store(path, plan()) as store:
         [(task, said)] = store.failures()
@@ -177,10 +175,7 @@ def test_a_signal_ends_what_is_being_measured_and_the_rest_is_for_the_next_time(
 
 def test_a_sweep_killed_at_any_time_goes_on_with_what_is_missing(path: str, tmp_path: Path) -> None:
     python = pretend(tmp_path, "if name == 'pkvm-256' and tries == 1: time.sleep(1000)")
-    script = (
-        "from tests.unit.test_bench_sweep_run import *\n"
-        f"sweep({path!r}, Here({python!r}))\n"
-    )  # fmt: skip
+    script = f"from tests.unit.test_bench_sweep_run import *\nsweep({path!r}, Here({python!r}))\n"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
     try:
         wait_for(lambda: list(tmp_path.glob("pkvm-256.*")), "the third point runs")
@@ -193,8 +188,10 @@ def test_a_sweep_killed_at_any_time_goes_on_with_what_is_missing(path: str, tmp_
         assert [task.number for task in store.waiting()] == [2, 3]
     assert sweep(path, Here(python)) is None
     assert {name: len(list(tmp_path.glob(f"{name}.*"))) for name in ("none-256", "none-1024", "pkvm-256")} == {
-        "none-256": 1, "none-1024": 1, "pkvm-256": 2,
-    }  # fmt: skip
+        "none-256": 1,
+        "none-1024": 1,
+        "pkvm-256": 2,
+    }
 
 
 # -- results files
@@ -221,8 +218,9 @@ def test_environments_do_not_meet_in_a_file_and_an_unfinished_one_says_so(path: 
     assert [Path(name).name for name in names] == ["all-1.json", "all-2.json"]
     runs = [model.read(name) for name in names]
     assert [(run.environment["cpu"], len(run.series), run.end) for run in runs] == [
-        ("kind 0", 2, None), ("kind 1", 1, None),
-    ]  # fmt: skip
+        ("kind 0", 2, None),
+        ("kind 1", 1, None),
+    ]
 
 
 # -- the command line
@@ -277,5 +275,3 @@ def test_a_lab_that_cannot_be_is_refused_before_anything_is_booted() -> None:
         bench_sweep._workers(command("sweep.toml"), plan(FOUR + "[lab]\nicount = true\ncpus = 2"))
     with pytest.raises(PyvmmError, match="its own machines"):
         bench_sweep._workers(command("sweep.toml", "--scheduler", "tcp://a:1"), plan(FOUR + "[lab]\ncpus = 2"))
-
-

@@ -382,8 +382,17 @@ def test_the_least_memory_there_may_be_takes_a_payload():
             "segment 0 of k .* overlaps segment 1 of k",
         ),
     ],
-    ids=["tree", "memory", "initrd", "initrd below memory", "large Image", "Image over tree", "Image far away",
-         "elf elsewhere", "elf in itself"],
+    ids=[
+        "tree",
+        "memory",
+        "initrd",
+        "initrd below memory",
+        "large Image",
+        "Image over tree",
+        "Image far away",
+        "elf elsewhere",
+        "elf in itself",
+    ],
 )
 def test_what_overlaps_or_does_not_fit_is_refused_with_both_ranges(image, why):
     with pytest.raises(UsageError, match=why) as caught:

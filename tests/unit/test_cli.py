@@ -39,7 +39,7 @@ def execute(*words, **options):
 @pytest.mark.parametrize(
     ("text", "size"),
     [("512", 512 << 20), ("512M", 512 << 20), ("1g", 1 << 30), ("64K", 64 << 10), ("4096b", 4096), ("2P", 2 << 50)],
-)  # fmt: skip
+)
 def test_a_size_is_mib_unless_its_unit_says_otherwise(text, size):
     assert common.parse_size(text) == size
 

@@ -35,10 +35,17 @@ def answer(monkeypatch, *verdicts: Verdict):
                 raise found
             picture = (Picture("before", [(0x8000_0000, 4, 2)]),)
             yield Result(
-                task.claim.id, task.claim.group, task.claim.says, task.claim.origin, task.place.protection.value,
-                task.place.backing, found, evidence=(Evidence("a", 1, 1),), pictures=picture,
+                task.claim.id,
+                task.claim.group,
+                task.claim.says,
+                task.claim.origin,
+                task.place.protection.value,
+                task.place.backing,
+                found,
+                evidence=(Evidence("a", 1, 1),),
+                pictures=picture,
                 times={"seconds": 0.5, "deadline": deadline},
-            )  # fmt: skip
+            )
 
     monkeypatch.setattr("pyvmm.atlas.runner.run", run)
 

@@ -124,9 +124,15 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, what: str) -> Non
 
 
 def test_what_is_on_or_off_can_be_said_both_ways(tmp_path: Path) -> None:
-    said = [applied(text, tmp_path, *words, "payload:hello").rng for text, words in (
-        ("rng = true", ()), ("rng = false", ()), ("rng = true", ("--no-rng",)), ("rng = false", ("--rng",)),
-    )]  # fmt: skip
+    said = [
+        applied(text, tmp_path, *words, "payload:hello").rng
+        for text, words in (
+            ("rng = true", ()),
+            ("rng = false", ()),
+            ("rng = true", ("--no-rng",)),
+            ("rng = false", ("--rng",)),
+        )
+    ]
     assert said == [True, False, False, True]
 
 

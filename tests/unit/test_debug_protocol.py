@@ -107,8 +107,10 @@ def test_the_description_comes_in_pieces_and_lists_every_register_in_order(sessi
     sizes = [(reg.attrib["name"], int(reg.attrib["bitsize"]) // 8) for reg in root.iter("reg")]
     assert sizes == [(register.name, register.size) for register in REGISTERS]
     assert [feature.attrib["name"] for feature in root.iter("feature")] == [
-        "org.gnu.gdb.aarch64.core", "org.gnu.gdb.aarch64.fpu", "org.pyvmm.aarch64.system",
-    ]  # fmt: skip
+        "org.gnu.gdb.aarch64.core",
+        "org.gnu.gdb.aarch64.fpu",
+        "org.pyvmm.aarch64.system",
+    ]
 
 
 def test_registers_are_the_selected_threads(session: Session, fake: Fake) -> None:
@@ -208,13 +210,37 @@ def test_leaving(session: Session, fake: Fake, packet: bytes, said: str, reply: 
 @pytest.mark.parametrize(
     "packet",
     [
-        b"P99=00", b"P1=00", b"P1", b"p", b"pzz", b"G00", b"m", b"m1000", b"m-1,1", b"m1000,0x10",
+        b"P99=00",
+        b"P1=00",
+        b"P1",
+        b"p",
+        b"pzz",
+        b"G00",
+        b"m",
+        b"m1000",
+        b"m-1,1",
+        b"m1000,0x10",
         b"mffffffffffffffff0,1",
-        b"M1000,4:00", b"M1000,1:0", b"X1000,4:abc", b"Z9,0,4", b"Z1,0", b"Z1,0,4,5", b"z", b"H", b"Hg9", b"Hgxyz",
-        b"vCont;x", b"vCont;c:9", b"vCont;", b"qThreadExtraInfo,9", b"qRcmd,1", b"qXfer:features:read:target.xml:0",
-        b"T", b"c12345678901234567",
+        b"M1000,4:00",
+        b"M1000,1:0",
+        b"X1000,4:abc",
+        b"Z9,0,4",
+        b"Z1,0",
+        b"Z1,0,4,5",
+        b"z",
+        b"H",
+        b"Hg9",
+        b"Hgxyz",
+        b"vCont;x",
+        b"vCont;c:9",
+        b"vCont;",
+        b"qThreadExtraInfo,9",
+        b"qRcmd,1",
+        b"qXfer:features:read:target.xml:0",
+        b"T",
+        b"c12345678901234567",
     ],
-)  # fmt: skip
+)
 def test_a_malformed_request_is_an_error_and_nothing_happens(session: Session, fake: Fake, packet: bytes) -> None:
     before = [bytes(registers) for registers in fake.registers], bytes(fake.memory)
     assert session.handle(packet) == b"E22"
@@ -229,8 +255,12 @@ REQUESTS = st.sampled_from(
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(REQUESTS, st.one_of(st.binary(max_size=40), st.text("0123456789abcdef,:;=-", max_size=40))),
-                max_size=20))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(REQUESTS, st.one_of(st.binary(max_size=40), st.text("0123456789abcdef,:;=-", max_size=40))),
+        max_size=20,
+    )
+)
 def test_no_request_raises(requests: list[tuple[bytes, bytes | str]]) -> None:
     session = Session(Fake(), Stop(1))
     for verb, rest in requests:

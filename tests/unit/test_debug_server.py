@@ -247,9 +247,16 @@ def test_who_waits_is_told_how_the_run_ended(ending: Ending, told: bytes) -> Non
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.one_of(st.binary(max_size=100), st.binary(max_size=20).map(frame),
-                          st.sampled_from([b"$", b"\x03", b"#", frame(b"c"), frame(b"?"), frame(b"D"), frame(b"G")])),
-                max_size=8))  # fmt: skip
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=100),
+            st.binary(max_size=20).map(frame),
+            st.sampled_from([b"$", b"\x03", b"#", frame(b"c"), frame(b"?"), frame(b"D"), frame(b"G")]),
+        ),
+        max_size=8,
+    )
+)
 def test_whatever_is_sent_the_guest_runs_on_afterwards(parts: list[bytes]) -> None:
     with serving() as (server, target):
         with connect(server) as debugger, contextlib.suppress(ConnectionError, BrokenPipeError):

@@ -42,8 +42,12 @@ def test_the_published_table_is_sorted_and_names_every_part() -> None:
     bus.publish()
     table = vm.bus
     assert [table.ranges[i].base for i in range(table.count)] == [
-        0x910_0000, 0x930_0000, 0x930_1000, 0x930_2000, 0x930_3000,
-    ]  # fmt: skip
+        0x910_0000,
+        0x930_0000,
+        0x930_1000,
+        0x930_2000,
+        0x930_3000,
+    ]
     bus.close()
     assert vm.bus == ffi.NULL
 
@@ -234,8 +238,10 @@ def echo() -> Any:
     relay = ShareRelay(ffi.new("struct pv_vm *"), ledger)  # type: ignore[arg-type]
     return SimpleNamespace(
         device=Echo(memory, relay),  # type: ignore[arg-type]
-        memory=memory, ledger=ledger, relay=relay,
-    )  # fmt: skip
+        memory=memory,
+        ledger=ledger,
+        relay=relay,
+    )
 
 
 PAGE = 0x8000_1000

@@ -175,10 +175,22 @@ def test_what_means_nothing_in_a_tree_is_passed_over():
         (BEGIN * 200_000, b""),
     ],
     ids=[
-        "nothing", "no root", "root open", "no end", "closed twice", "two roots", "outside", "long", "nameless",
-        "long name", "token", "name open", "deep", "deeper",
+        "nothing",
+        "no root",
+        "root open",
+        "no end",
+        "closed twice",
+        "two roots",
+        "outside",
+        "long",
+        "nameless",
+        "long name",
+        "token",
+        "name open",
+        "deep",
+        "deeper",
     ],
-)  # fmt: skip
+)
 def test_a_tree_whose_nodes_are_damaged_is_refused(structure, strings):
     with pytest.raises(UsageError, match=r"^a tree is damaged: its nodes cannot be read"):
         parse(tree_of(structure, strings), "a tree")
@@ -318,8 +330,10 @@ def test_with_an_interrupt_controller_devices_and_the_timer_have_interrupts():
     assert nodes["/"]["interrupt-parent"] == gic["phandle"]
     its = nodes["/interrupt-controller@8000000/msi-controller@8080000"]
     assert (its["compatible"], its["msi-controller"], its["reg"]) == (
-        b"arm,gic-v3-its\0", b"", cells64(0x0808_0000, 0x2_0000)
-    )  # fmt: skip
+        b"arm,gic-v3-its\0",
+        b"",
+        cells64(0x0808_0000, 0x2_0000),
+    )
     # Private interrupts 13, 14, 11 and 10, active low; the device's is shared interrupt 1, on an edge.
     assert nodes["/timer"]["interrupts"] == cells32(1, 13, 8, 1, 14, 8, 1, 11, 8, 1, 10, 8)
     assert nodes["/serial@9000000"]["interrupts"] == cells32(0, 1, 1)
@@ -361,17 +375,20 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[Protection, Path]
     (place / "kernel").write_bytes(struct.pack("<2I3Q24x4sI", 0, 0x1400_0000, 0, 4096, 0b1010, b"ARM\x64", 0))
     trees = {}
     for protection in Protection:
-        devices = [
-            Disk(str(place / "disk")), Net(passt="passt"), Console(), Vsock(str(place / "vsock"), 3), Rng()
-        ]  # fmt: skip
+        devices = [Disk(str(place / "disk")), Net(passt="passt"), Console(), Vsock(str(place / "vsock"), 3), Rng()]
         if not protection.isolates:  # others refuse a balloon
             devices.append(Balloon())
             there_are = {kind for kind in Rng.__base__.__subclasses__() if kind.__module__ == Rng.__module__}
             assert {type(device) for device in devices} == there_are
         config = MachineConfig(
-            str(place / "kernel"), protection, memory=256 << 20, cpus=3, params=("quiet",),
-            initrd=str(place / "initrd"), devices=tuple(devices),
-        )  # fmt: skip
+            str(place / "kernel"),
+            protection,
+            memory=256 << 20,
+            cpus=3,
+            params=("quiet",),
+            initrd=str(place / "initrd"),
+            devices=tuple(devices),
+        )
         with Plan(config) as plan:
             trees[protection] = place / f"{protection.value}.dtb"
             trees[protection].write_bytes(plan.machine.entry.device_tree)

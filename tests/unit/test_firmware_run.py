@@ -20,10 +20,26 @@ pytestmark = pytest.mark.skipif(QEMU is None, reason="qemu-system-aarch64 is not
 def qemu(payload: str, bootargs: str = "", *, cpus: int = 1, machine: str = "virt", limit: float = 60) -> str:
     """Run to power-off and return what came out of the UART; a run that takes longer than ``limit`` is killed."""
     command = [
-        str(QEMU), "-M", machine, "-cpu", "neoverse-n1", "-smp", str(cpus), "-m", "128", "-nodefaults",
-        "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", str(payloads.path_of(payload)),
-        "-append", bootargs,
-    ]  # fmt: skip
+        str(QEMU),
+        "-M",
+        machine,
+        "-cpu",
+        "neoverse-n1",
+        "-smp",
+        str(cpus),
+        "-m",
+        "128",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-no-reboot",
+        "-kernel",
+        str(payloads.path_of(payload)),
+        "-append",
+        bootargs,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=True, stdin=subprocess.DEVNULL)
     return done.stdout
 
@@ -31,9 +47,23 @@ def qemu(payload: str, bootargs: str = "", *, cpus: int = 1, machine: str = "vir
 def qemu_until(payload: str, pattern: str, bootargs: str = "") -> re.Match[str]:
     """Run something that never ends until a line matches; then kill it."""
     command = [
-        str(QEMU), "-M", "virt", "-cpu", "neoverse-n1", "-m", "128", "-nodefaults", "-display", "none",
-        "-serial", "stdio", "-kernel", str(payloads.path_of(payload)), "-append", bootargs,
-    ]  # fmt: skip
+        str(QEMU),
+        "-M",
+        "virt",
+        "-cpu",
+        "neoverse-n1",
+        "-m",
+        "128",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-kernel",
+        str(payloads.path_of(payload)),
+        "-append",
+        bootargs,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
@@ -67,8 +97,9 @@ def test_touch_measures_every_page_of_every_pass(order: str, access: str) -> Non
     passes = re.findall(
         r"^touch: pass=(\d) order=(\w+) access=(\w+) pages=100 stride=(\d+) min=(\d+) median=(\d+) max=(\d+) "
         r"total=(\d+) hz=\d+$",
-        printed, re.M,
-    )  # fmt: skip
+        printed,
+        re.M,
+    )
     assert [p[:4] for p in passes] == [(str(n), order, access, "3" if order == "strided" else "1") for n in range(3)]
     for least, median, most, total in [map(int, p[4:]) for p in passes]:
         assert 0 < least <= median <= most < total

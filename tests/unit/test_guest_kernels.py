@@ -48,14 +48,17 @@ def test_a_shell_is_the_named_kernels_own_or_one_without_modules() -> None:
     assert asked == ["debian:stable", "own:", "own:", "shell:"]
 
 
-@pytest.mark.parametrize(("words", "shown"), [
-    ("run -i shell: debian:", ["debian:"]),
-    ("run --kernel=own: --initrd=shell:", ["own:"]),
-    ("bench boot --axis kernel=own:,debian:stable,own:", ["own:", "debian:stable"]),
-    ("run -i shell: Image", ["shell:"]),
-    ("run payload:hello -i root.cpio", []),
-    ("run debian own", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("run -i shell: debian:", ["debian:"]),
+        ("run --kernel=own: --initrd=shell:", ["own:"]),
+        ("bench boot --axis kernel=own:,debian:stable,own:", ["own:", "debian:stable"]),
+        ("run -i shell: Image", ["shell:"]),
+        ("run payload:hello -i root.cpio", []),
+        ("run debian own", []),
+    ],
+)
 def test_a_lab_is_shown_what_a_command_line_names_and_no_more(words: str, shown: list[str]) -> None:
     assert named(words.split()) == shown
     assert set(shown) <= set(ALL)
@@ -138,9 +141,13 @@ def test_the_projects_kernel_is_the_one_that_was_built(cache: Cache, monkeypatch
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(("name", "hint"), [
-    ("debian:stable", "pyvmm lab build --host-kernel stable"), ("own:", "pyvmm lab kernel"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("debian:stable", "pyvmm lab build --host-kernel stable"),
+        ("own:", "pyvmm lab kernel"),
+    ],
+)
 def test_where_there_is_none_the_command_that_gets_it_is_said(name: str, hint: str) -> None:
     with pytest.raises(HostError, match="not") as caught:
         guests.recipe(name)
@@ -204,7 +211,7 @@ COMMANDS = [
 def test_a_command_is_read_off_the_kernels_command_line(line: str, command: str, tmp_path: Path) -> None:
     (tmp_path / "cmdline").write_text(line + "\n")
     init = initramfs.INIT.read_text()
-    part = init[init.index("read -r line") : init.index("if [ -n \"$command\" ]")]
+    part = init[init.index("read -r line") : init.index('if [ -n "$command" ]')]
     script = part.replace("/proc/cmdline", str(tmp_path / "cmdline")) + 'printf %s "$command"'
     assert subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True).stdout == command
 

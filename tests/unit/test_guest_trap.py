@@ -55,8 +55,10 @@ def test_where_it_came_from_is_said_when_it_is_not_the_payload_itself() -> None:
 
 def test_a_level_is_part_of_the_fault_status() -> None:
     assert [fault_status(code) for code in (0b000110, 0b001101, 0b111111)] == [
-        "translation fault, level 2", "permission fault, level 1", "fault status 0x3f",
-    ]  # fmt: skip
+        "translation fault, level 2",
+        "permission fault, level 1",
+        "fault status 0x3f",
+    ]
 
 
 @given(st.lists(WORD, min_size=8, max_size=8))

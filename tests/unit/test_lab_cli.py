@@ -105,9 +105,12 @@ def test_what_lab_run_cannot_run_is_said_here(booted, words):
 
 
 @pytest.mark.parametrize(
-    "words", [["--lab", "--lab-mode", "nvhe", "--lab-icount", "--lab-mem", "1G", "run", "payload:hello"],
-              ["lab", "exec", "--mode", "nvhe", "--icount", "--mem", "1G", "true"]],
-)  # fmt: skip
+    "words",
+    [
+        ["--lab", "--lab-mode", "nvhe", "--lab-icount", "--lab-mem", "1G", "run", "payload:hello"],
+        ["lab", "exec", "--mode", "nvhe", "--icount", "--mem", "1G", "true"],
+    ],
+)
 def test_options_say_what_machine_the_lab_is(booted, words):
     cli.main(words)
     options = booted()["options"]
@@ -223,8 +226,9 @@ def test_status_for_machines_tells_the_image(capsys, monkeypatch, tmp_path):
     told = json.loads(capsys.readouterr().out)
     assert told["missing"] == []
     assert {name: (told["images"][name]["release"], told["images"][name]["size"]) for name in told["images"]} == {
-        "backports": ("9.9", 3), "stable": ("9.9", 3),
-    }  # fmt: skip
+        "backports": ("9.9", 3),
+        "stable": ("9.9", 3),
+    }
 
 
 def test_status_shows_every_image_there_is(capsys, monkeypatch, tmp_path):

@@ -135,16 +135,24 @@ def test_kernel_gives_only_the_modules_wanted_with_what_each_needs_and_unsigned(
     assert (release, kernel.getvalue()) == ("9.9-arm64", b"MZkernel")
     assert modules["netfs"] == Module(module(""))
     assert {name: found.needs for name, found in modules.items()} == {
-        "netfs": (), "9pnet": ("netfs",), "9p": ("netfs", "9pnet"), "9pnet_virtio": ("netfs", "9pnet"),
-        "zsmalloc": (), "lz4hc_compress": (), "zram": ("zsmalloc", "lz4hc_compress"),
-    }  # fmt: skip
+        "netfs": (),
+        "9pnet": ("netfs",),
+        "9p": ("netfs", "9pnet"),
+        "9pnet_virtio": ("netfs", "9pnet"),
+        "zsmalloc": (),
+        "lz4hc_compress": (),
+        "zram": ("zsmalloc", "lz4hc_compress"),
+    }
 
 
 def test_a_guests_modules_are_an_archive_of_their_own_that_modprobe_understands():
     modules = {
-        "9p": Module(b"9P"), "failover": Module(b"F"), "net_failover": Module(b"NF", ("failover",)),
-        "virtio_net": Module(b"VN", ("failover", "net_failover")), "virtio_rng": Module(b"VR"),
-    }  # fmt: skip
+        "9p": Module(b"9P"),
+        "failover": Module(b"F"),
+        "net_failover": Module(b"NF", ("failover",)),
+        "virtio_net": Module(b"VN", ("failover", "net_failover")),
+        "virtio_rng": Module(b"VR"),
+    }
     out = io.BytesIO()
     rootfs.write_guest_modules("9.9", modules, out)
     entries = read_cpio(out.getvalue())
@@ -321,8 +329,10 @@ def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache):
     assert made.kernel.read_bytes() == b"MZtrixie-backports"
     assert made.root.read_bytes().endswith(b"additions")
     assert [name for name, _, _ in made.manifest.packages] == [
-        "linux-binary-9.9-trixie-backports", "p", "busybox-static",
-    ]  # fmt: skip
+        "linux-binary-9.9-trixie-backports",
+        "p",
+        "busybox-static",
+    ]
     assert (made.directory / "busybox").read_bytes() == b"busybox"
     assert {"packages", "kernel", "root"} <= set(steps)
     assert image.build_image(cache=cache) == made

@@ -149,8 +149,10 @@ def test_outputs_bring_their_directories_writable_even_where_a_file_there_is_rea
     assert targets(shares.find_shares(TREE, [named])) == {str(TREE): False, directory: True}
     assert targets(shares.find_shares(TREE, [named], [f"{directory}/x.json"])) == {str(TREE): False, directory: False}
     assert targets(shares.find_shares(TREE, [], [f"{directory}/link"])) == {
-        str(TREE): False, directory: False, str(tmp_path / "far"): False,
-    }  # fmt: skip
+        str(TREE): False,
+        directory: False,
+        str(tmp_path / "far"): False,
+    }
 
 
 @pytest.mark.parametrize("form", ["{},ro", "path={},ro", "--disk={},queues=2", "{}"])

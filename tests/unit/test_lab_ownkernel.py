@@ -276,13 +276,24 @@ def test_while_a_kernel_is_made_images_can_be(world, monkeypatch):
 
 
 def test_only_what_an_arm64_kernel_is_made_of_is_unpacked(world):
-    files: dict[str, bytes | None] = dict.fromkeys((
-        "kernel/fork.c", "arch/arm64/kvm/arm.c", "drivers/net/virtio_net.c", "scripts/run.sh",
-        "arch/x86/entry/syscalls/syscall_32.tbl", "arch/x86/Kconfig", "drivers/gpu/drm/Kconfig.debug",
-        "drivers/gpu/Makefile",
-        "arch/x86/kernel/setup.c", "drivers/gpu/drm/drm.c", "drivers/net/ethernet/e.c", "Documentation/x.rst",
-        "tools/testing/t.c",
-    ), b"x")  # fmt: skip
+    files: dict[str, bytes | None] = dict.fromkeys(
+        (
+            "kernel/fork.c",
+            "arch/arm64/kvm/arm.c",
+            "drivers/net/virtio_net.c",
+            "scripts/run.sh",
+            "arch/x86/entry/syscalls/syscall_32.tbl",
+            "arch/x86/Kconfig",
+            "drivers/gpu/drm/Kconfig.debug",
+            "drivers/gpu/Makefile",
+            "arch/x86/kernel/setup.c",
+            "drivers/gpu/drm/drm.c",
+            "drivers/net/ethernet/e.c",
+            "Documentation/x.rst",
+            "tools/testing/t.c",
+        ),
+        b"x",
+    )
     world.source("7.5", {**files, "include/link": None})
     log = world.directory / "log"
     tree = SourceTree(world.directory / "tree", log, {})
@@ -432,9 +443,22 @@ def test_every_option_has_its_reason_and_is_there_once():
 
 @pytest.mark.parametrize(
     "option",
-    ["KVM", "NVHE_EL2_DEBUG", "FTRACE", "ARM_PKVM_GUEST", "DMA_RESTRICTED_POOL", "9P_FS", "NET_9P_VIRTIO", "VIRTIO_BLK",
-     "VIRTIO_CONSOLE", "USERFAULTFD", "MEMORY_FAILURE", "ZRAM", "KSM"],
-)  # fmt: skip
+    [
+        "KVM",
+        "NVHE_EL2_DEBUG",
+        "FTRACE",
+        "ARM_PKVM_GUEST",
+        "DMA_RESTRICTED_POOL",
+        "9P_FS",
+        "NET_9P_VIRTIO",
+        "VIRTIO_BLK",
+        "VIRTIO_CONSOLE",
+        "USERFAULTFD",
+        "MEMORY_FAILURE",
+        "ZRAM",
+        "KSM",
+    ],
+)
 def test_what_it_is_for_is_among_the_options(option):
     assert f"CONFIG_{option}=y" in ownkernel.options()
 

@@ -26,8 +26,10 @@ def test_a_launcher_runs_its_program_from_wherever_the_tree_is(tmp_path: Path) -
     launcher.chmod(0o755)
     said = subprocess.run([launcher, "-x", "a file"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert [word.replace(f"/{programs.BIN}/..", "") for word in said] == [
-        *programs.GDB.command(tree)[1:], "-x", "a file",
-    ]  # fmt: skip
+        *programs.GDB.command(tree)[1:],
+        "-x",
+        "a file",
+    ]
 
 
 def test_every_program_is_found_by_its_name() -> None:

@@ -16,11 +16,15 @@ from pyvmm.uapi.kvm import MpState
 
 X0, PC, CNT = uapi.core_reg("x0"), uapi.core_reg("pc"), uapi.KVM_REG_ARM_TIMER_CNT
 DIST, REDIST, LEVEL = (
-    uapi.KVM_DEV_ARM_VGIC_GRP_DIST_REGS, uapi.KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, uapi.KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO,
-)  # fmt: skip
+    uapi.KVM_DEV_ARM_VGIC_GRP_DIST_REGS,
+    uapi.KVM_DEV_ARM_VGIC_GRP_REDIST_REGS,
+    uapi.KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO,
+)
 SYSREGS, CTRL, ITS = (
-    uapi.KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_GRP_ITS_REGS,
-)  # fmt: skip
+    uapi.KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS,
+    uapi.KVM_DEV_ARM_VGIC_GRP_CTRL,
+    uapi.KVM_DEV_ARM_VGIC_GRP_ITS_REGS,
+)
 SECOND = layout.mpidr(1) << 32
 
 
@@ -121,8 +125,13 @@ def test_the_tables_go_to_memory_before_registers_are_read_and_are_read_back_bef
     fresh: Any = Device("its")
     state.load_gic(Device("gic"), fresh, saved)  # type: ignore[arg-type]
     assert fresh.written == [
-        (ITS, 0x80), (ITS, 0x90), (ITS, 0x88), (ITS, 0x108), (CTRL, uapi.KVM_DEV_ARM_ITS_RESTORE_TABLES), (ITS, 0x0),
-    ]  # fmt: skip
+        (ITS, 0x80),
+        (ITS, 0x90),
+        (ITS, 0x88),
+        (ITS, 0x108),
+        (CTRL, uapi.KVM_DEV_ARM_ITS_RESTORE_TABLES),
+        (ITS, 0x0),
+    ]
 
 
 def test_what_is_pending_comes_after_what_it_is_and_lpis_after_their_tables() -> None:

@@ -46,8 +46,11 @@ def convert(memory, number: int, shared: bool) -> int:
 
 def test_each_policy_has_the_native_loops_number():
     assert [policy.native for policy in Conversion] == [
-        lib.PV_CONVERT_PRESERVE, lib.PV_CONVERT_ZERO, lib.PV_CONVERT_PUNCH, lib.PV_CONVERT_COLD,
-    ]  # fmt: skip
+        lib.PV_CONVERT_PRESERVE,
+        lib.PV_CONVERT_ZERO,
+        lib.PV_CONVERT_PUNCH,
+        lib.PV_CONVERT_COLD,
+    ]
     assert Conversion("copy") is Conversion.COPY
 
 

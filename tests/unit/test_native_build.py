@@ -50,9 +50,7 @@ def test_fresh_build_is_accepted() -> None:
     _native_source.require_fresh_native()
 
 
-def test_stale_build_is_noticed_with_the_command_that_mends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stale_build_is_noticed_with_the_command_that_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "native", tmp_path / "native")
     with (tmp_path / "native" / "run.c").open("a") as file:
         file.write("/* newer */\n")

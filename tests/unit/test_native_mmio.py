@@ -108,9 +108,13 @@ def test_doorbell_rings_only_the_slot_that_matches(rig: Rig) -> None:
     bell = rig.new("struct pv_doorbell *", {"count": 3, "slots": slots})
     rig.bus((DEVICE, 0x1000, "DOORBELL", bell))
     exits = rig.script(
-        store(DEVICE + 0x50, 2, 4), store(DEVICE + 0x50, 2, 4), store(DEVICE + 0x50, 3, 4), store(DEVICE + 0x58, 77, 2),
-        store(DEVICE + 0x60, 1, 4), load(DEVICE + 0x50, 4),
-    )  # fmt: skip
+        store(DEVICE + 0x50, 2, 4),
+        store(DEVICE + 0x50, 2, 4),
+        store(DEVICE + 0x50, 3, 4),
+        store(DEVICE + 0x58, 77, 2),
+        store(DEVICE + 0x60, 1, 4),
+        load(DEVICE + 0x50, 4),
+    )
     exits[5].data = MINUS_1
     assert rig.run() == "OTHER"
     assert [rung(fd) for fd in fds] == [0, 2, 1]
@@ -143,9 +147,13 @@ def test_uart_carries_bytes_both_ways_and_says_so_in_its_flags(rig: Rig) -> None
     rig.bus((DEVICE, 0x1000, "PL011", uart))
     rig.lib.pv_pl011_feed(uart, b"ab", 2)
     exits = rig.script(
-        *[store(DEVICE, c, 1) for c in b"hi"], load(DEVICE + 0x18, 4), load(DEVICE, 4), load(DEVICE, 4),
-        load(DEVICE + 0x18, 4), load(DEVICE, 4),
-    )  # fmt: skip
+        *[store(DEVICE, c, 1) for c in b"hi"],
+        load(DEVICE + 0x18, 4),
+        load(DEVICE, 4),
+        load(DEVICE, 4),
+        load(DEVICE + 0x18, 4),
+        load(DEVICE, 4),
+    )
     assert rig.run() == "OTHER"
     assert printed(rig, uart) == b"hi"
     assert [exits[n].answer for n in range(2, 7)] == [0xC0, ord("a"), ord("b"), 0x90, 0]
@@ -204,9 +212,14 @@ def test_uart_interrupt_is_held_until_its_cause_is_gone(rig: Rig) -> None:
 def test_transmit_interrupt_is_set_by_a_byte_and_cleared_by_icr(rig: Rig) -> None:
     _, line = with_line(rig)
     exits = rig.script(
-        store(DEVICE, 65, 1), load(DEVICE + 0x3C, 4), load(DEVICE + 0x40, 4), store(DEVICE + 0x38, 0x20, 4),
-        load(DEVICE + 0x40, 4), store(DEVICE + 0x44, 0x20, 4), load(DEVICE + 0x3C, 4),
-    )  # fmt: skip
+        store(DEVICE, 65, 1),
+        load(DEVICE + 0x3C, 4),
+        load(DEVICE + 0x40, 4),
+        store(DEVICE + 0x38, 0x20, 4),
+        load(DEVICE + 0x40, 4),
+        store(DEVICE + 0x44, 0x20, 4),
+        load(DEVICE + 0x3C, 4),
+    )
     rig.run()
     assert [exits[n].answer for n in (1, 2, 4, 6)] == [0x20, 0, 0x20, 0]
     assert moves(line) == (1, 1)
@@ -233,10 +246,14 @@ def test_uart_registers_keep_only_their_bits_and_odd_accesses_do_nothing(rig: Ri
     rig.bus((DEVICE, 0x1000, "PL011", rig.pl011()))
     bits = {0x20: 0xFF, 0x24: 0xFFFF, 0x28: 0x3F, 0x2C: 0xFF, 0x30: 0xFFFF, 0x34: 0x3F, 0x38: 0x7FF, 0x48: 7}
     exits = rig.script(
-        *[store(DEVICE + offset, 0xFFFF_FFFF, 4) for offset in bits], *[load(DEVICE + offset, 4) for offset in bits],
-        store(DEVICE + 0x31, 0, 1), store(DEVICE + 0x30, 0, 8), load(DEVICE + 0x30, 4), load(DEVICE + 0x30, 8),
+        *[store(DEVICE + offset, 0xFFFF_FFFF, 4) for offset in bits],
+        *[load(DEVICE + offset, 4) for offset in bits],
+        store(DEVICE + 0x31, 0, 1),
+        store(DEVICE + 0x30, 0, 8),
+        load(DEVICE + 0x30, 4),
+        load(DEVICE + 0x30, 8),
         load(DEVICE + 0x50, 4),
-    )  # fmt: skip
+    )
     rig.run()
     assert [exits[len(bits) + n].answer for n in range(len(bits))] == list(bits.values())
     assert [exits[2 * len(bits) + n].answer for n in (2, 3, 4)] == [0xFFFF, 0, 0]
@@ -249,9 +266,16 @@ def test_puppet_gets_its_order_and_returns_results(rig: Rig) -> None:
     box = rig.new("struct pv_mailbox[]", 1)
     rig.bus((DEVICE, 0x1000, "MAILBOX", box))
     exits = rig.script(
-        load(DEVICE), load(DEVICE + 8), load(DEVICE + 0x38), store(DEVICE + 0x40, 11), store(DEVICE + 0x70, 17),
-        store(DEVICE + 0x78, 1), store(DEVICE + 0xC8, 5), store(DEVICE + 0xE0, 8), load(DEVICE),
-    )  # fmt: skip
+        load(DEVICE),
+        load(DEVICE + 8),
+        load(DEVICE + 0x38),
+        store(DEVICE + 0x40, 11),
+        store(DEVICE + 0x70, 17),
+        store(DEVICE + 0x78, 1),
+        store(DEVICE + 0xC8, 5),
+        store(DEVICE + 0xE0, 8),
+        load(DEVICE),
+    )
     assert rig.run() == "MAILBOX"
     assert rig.run() == "MAILBOX"  # still no order
     box[0].order = [42, 1, 2, 3, 4, 5, 6, 7]

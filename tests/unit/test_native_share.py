@@ -72,10 +72,18 @@ def test_page_rung_twice_is_told_once(bell_rig: Callable[..., Rig]) -> None:
 @pytest.mark.parametrize(
     ("value", "size"),
     [
-        (Rig.RAM, 8), (Rig.RAM | 3, 8), (Rig.RAM | 4, 8), (Rig.RAM | 0x801, 8), (1, 8), (Rig.RAM - 4096 | 1, 8),
-        (Rig.RAM + 4 * 4096 | 1, 8), (2**64 - 4096 | 1, 8), (2**63 | 2, 8), (Rig.RAM | 1, 4),
+        (Rig.RAM, 8),
+        (Rig.RAM | 3, 8),
+        (Rig.RAM | 4, 8),
+        (Rig.RAM | 0x801, 8),
+        (1, 8),
+        (Rig.RAM - 4096 | 1, 8),
+        (Rig.RAM + 4 * 4096 | 1, 8),
+        (2**64 - 4096 | 1, 8),
+        (2**63 | 2, 8),
+        (Rig.RAM | 1, 4),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("protection", ["NONE", "PKVM", "EMULATED"])
 def test_bad_ring_is_refused_and_changes_nothing(
     bell_rig: Callable[..., Rig], protection: str, value: int, size: int
@@ -152,8 +160,10 @@ def test_shared_page_opens_before_subscribers_hear_of_it(emulated: Rig) -> None:
     assert emulated.run() == "SHARE"
     native = emulated.vcpus[0].native
     assert (native.share_gpa, native.share_op, native.share_source) == (
-        emulated.RAM + 4096, 1, emulated.lib.PV_SOURCE_HYPERCALL,
-    )  # fmt: skip
+        emulated.RAM + 4096,
+        1,
+        emulated.lib.PV_SOURCE_HYPERCALL,
+    )
     assert emulated.memory[4096] == 0x5A
     assert [emulated.lib.pv_probe(emulated.vm, emulated.RAM + n * 4096) for n in range(4)] == [0, 1, 0, 0]
     assert emulated.run() == "OTHER"
@@ -179,12 +189,19 @@ def test_unshared_page_closes_after_subscribers_have_let_go(emulated: Rig) -> No
 @pytest.mark.parametrize(
     ("nr", "x", "state"),
     [
-        (SHARE, (Rig.RAM + 1,), "PRIVATE"), (SHARE, (Rig.RAM - 4096,), "PRIVATE"), (SHARE, (2**64 - 4096,), "PRIVATE"),
-        (SHARE, (Rig.RAM, 1), "PRIVATE"), (SHARE, (Rig.RAM, 0, 1), "PRIVATE"), (SHARE, (Rig.RAM,), "SHARED"),
-        (SHARE, (Rig.RAM,), "POISONED"), (SHARE, (Rig.RAM,), "ABSENT"), (UNSHARE, (Rig.RAM,), "ABSENT"),
-        (UNSHARE, (Rig.RAM,), "PRIVATE"), (UNSHARE, (Rig.RAM, 0, 2**63), "SHARED"),
+        (SHARE, (Rig.RAM + 1,), "PRIVATE"),
+        (SHARE, (Rig.RAM - 4096,), "PRIVATE"),
+        (SHARE, (2**64 - 4096,), "PRIVATE"),
+        (SHARE, (Rig.RAM, 1), "PRIVATE"),
+        (SHARE, (Rig.RAM, 0, 1), "PRIVATE"),
+        (SHARE, (Rig.RAM,), "SHARED"),
+        (SHARE, (Rig.RAM,), "POISONED"),
+        (SHARE, (Rig.RAM,), "ABSENT"),
+        (UNSHARE, (Rig.RAM,), "ABSENT"),
+        (UNSHARE, (Rig.RAM,), "PRIVATE"),
+        (UNSHARE, (Rig.RAM, 0, 2**63), "SHARED"),
     ],
-)  # fmt: skip
+)
 def test_what_el2_refuses_is_refused_and_changes_nothing(
     emulated: Rig, nr: int, x: tuple[int, ...], state: str
 ) -> None:

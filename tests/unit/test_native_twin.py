@@ -16,9 +16,15 @@ from tests.fake_kvm import EXIT_DEBUG, EXIT_HLT, EXIT_MEMORY_FAULT, EXIT_MMIO, E
 PAGES = 4
 REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD, VIRTIO = (0x0930_0000 + 0x10000 * n for n in range(8))
 SIZES = {
-    "REGISTERS": 24, "COUNTER": 8, "DOORBELL": 32, "PL011": 4096, "MAILBOX": 8192, "SHARE": 4096, "COLD": 64,
+    "REGISTERS": 24,
+    "COUNTER": 8,
+    "DOORBELL": 32,
+    "PL011": 4096,
+    "MAILBOX": 8192,
+    "SHARE": 4096,
+    "COLD": 64,
     "VIRTIO": 8,
-}  # fmt: skip
+}
 BASES = dict(zip(SIZES, (REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD, VIRTIO), strict=True))
 INTERRUPTS = 0x53
 SLOTS = ((0, 1, 0), (0, 2, 1), (8, None, 2))
@@ -130,13 +136,17 @@ class FakeKernel:
         self.run[8:12] = reason.to_bytes(4, "little")
         put = {
             EXIT_MMIO: lambda: [
-                (32, 8, step["gpa"]), (40, 8, step["data"]), (48, 4, step["len"]), (52, 1, step["is_write"]),
+                (32, 8, step["gpa"]),
+                (40, 8, step["data"]),
+                (48, 4, step["len"]),
+                (52, 1, step["is_write"]),
             ],
             3: lambda: [(32, 8, step["nr"]), (40, 8, step["gpa"])],
-            EXIT_SYSTEM: lambda: [(32, 4, step["nr"]), (36, 4, step["len"])]
-            + [(40 + 8 * n, 8, step["data"] + n) for n in range(16)],
+            EXIT_SYSTEM: lambda: (
+                [(32, 4, step["nr"]), (36, 4, step["len"])] + [(40 + 8 * n, 8, step["data"] + n) for n in range(16)]
+            ),
             EXIT_MEMORY_FAULT: lambda: [(32, 8, 0), (40, 8, step["gpa"]), (48, 8, step["data"])],
-        }  # fmt: skip
+        }
         for at, size, value in put.get(reason, list)():
             self.run[at : at + size] = value.to_bytes(size, "little")
         self.x = list(step.get("x", self.x))
@@ -212,9 +222,15 @@ def make_twin(script: list[dict[str, Any]], machine: dict[str, Any]) -> twin.Vcp
     lib = twin.lib
     run = memoryview(bytearray(4096))
     states = [
-        bytearray(24), twin.Counter(), twin.Doorbell(list(SLOTS)), twin.Pl011(4, 4, IRQ),
-        [twin.Mailbox(), twin.Mailbox()], None, None, twin.Counter(INTERRUPTS),
-    ]  # fmt: skip
+        bytearray(24),
+        twin.Counter(),
+        twin.Doorbell(list(SLOTS)),
+        twin.Pl011(4, 4, IRQ),
+        [twin.Mailbox(), twin.Mailbox()],
+        None,
+        None,
+        twin.Counter(INTERRUPTS),
+    ]
     moving = lib.PV_PAGE_PRIVATE | twin.MOVING
     ledger = bytearray(getattr(lib, "PV_PAGE_" + state, moving) for state in machine["states"])
     vm = twin.Vm(

@@ -120,9 +120,13 @@ assert lib.pv_install_signals() == 0 == lib.pv_fill(ffi.cast("void *", 8), 0, 8)
 print(pyvmm.__file__)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.strip() == str(tmp_path / "pyvmm" / "__init__.py"), done.stderr
 
 

@@ -40,10 +40,15 @@ def asked(config: MachineConfig) -> list[str]:
 def test_a_protected_machine_is_made_in_the_order_that_pkvm_insists_on() -> None:
     lines = asked(HELLO._replace(protection=Protection.PKVM))
     assert lines[1] == "KVM_CREATE_VM(kvm, type=0x8000_0000)"
-    first = {name: next(n for n, line in enumerate(lines) if line.startswith(name)) for name in (
-        "KVM_CREATE_VCPU(vm, index=1", "KVM_CREATE_DEVICE(vm, type=KVM_DEV_TYPE_ARM_VGIC_V3",
-        "KVM_SET_DEVICE_ATTR(ARM_VGIC_V3, group=CTRL, attr=0x0)", "KVM_SET_ONE_REG(vcpu0, id=pc, value=0x8008_0000)",
-    )}  # fmt: skip
+    first = {
+        name: next(n for n, line in enumerate(lines) if line.startswith(name))
+        for name in (
+            "KVM_CREATE_VCPU(vm, index=1",
+            "KVM_CREATE_DEVICE(vm, type=KVM_DEV_TYPE_ARM_VGIC_V3",
+            "KVM_SET_DEVICE_ATTR(ARM_VGIC_V3, group=CTRL, attr=0x0)",
+            "KVM_SET_ONE_REG(vcpu0, id=pc, value=0x8008_0000)",
+        )
+    }
     assert list(first.values()) == sorted(first.values())
     assert "KVM_SET_USER_MEMORY_REGION(vm, slot=0, gpa=0x8000_0000, size=0x200_0000, hva=memfd+0x0, flags=0x0)" in lines
     assert not any("SMCCC" in line for line in lines)
@@ -58,8 +63,11 @@ def test_the_emulated_protection_forwards_calls_and_a_plain_machine_does_not() -
 def test_a_private_backing_is_two_slots_the_second_a_guest_memfd_s() -> None:
     lines = [line for line in asked(HELLO._replace(backing="private")) if "MEM" in line]
     assert [line.partition("(")[0] for line in lines] == [
-        "KVM_CHECK_EXTENSION", "KVM_SET_USER_MEMORY_REGION", "KVM_CREATE_GUEST_MEMFD", "KVM_SET_USER_MEMORY_REGION2",
-    ]  # fmt: skip
+        "KVM_CHECK_EXTENSION",
+        "KVM_SET_USER_MEMORY_REGION",
+        "KVM_CREATE_GUEST_MEMFD",
+        "KVM_SET_USER_MEMORY_REGION2",
+    ]
     assert "hva=private guest_memfd+0x0" in lines[-1]
 
 

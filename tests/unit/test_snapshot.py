@@ -251,9 +251,23 @@ def test_a_snapshot_brings_the_options_of_its_machine_and_no_others(machine: Mac
 
 def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = parse(
-        "run", "-d", "a.img,ro", "-d", "queues=2,path=b.img", "--disk=/c,serial=x", "--net", "socket=p,mac=2:0:0:0:0:1",
-        "--net", "tap=t", "--vsock", "cid=3,uds=dir/v", "--console", "file=log,1", "-k", "payload:puppet",
-    )  # fmt: skip
+        "run",
+        "-d",
+        "a.img,ro",
+        "-d",
+        "queues=2,path=b.img",
+        "--disk=/c,serial=x",
+        "--net",
+        "socket=p,mac=2:0:0:0:0:1",
+        "--net",
+        "tap=t",
+        "--vsock",
+        "cid=3,uds=dir/v",
+        "--console",
+        "file=log,1",
+        "-k",
+        "payload:puppet",
+    )
     monkeypatch.chdir(tmp_path)
     read = {entry.key: entry.value for entry in config.parse(config.machine_options(saved))}
     assert read["disk"] == [f"path={tmp_path}/a.img,ro", f"queues=2,path={tmp_path}/b.img", "path=/c,serial=x"]

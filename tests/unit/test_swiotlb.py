@@ -70,9 +70,7 @@ def test_every_virtio_device_is_told_of_the_pool_and_no_other_device() -> None:
 def own_tree(*pools: Properties, cells: Properties | None = None) -> bytes:
     """A tree as somebody else may write one, with ``pools`` under a /reserved-memory of such ``cells``."""
     usual: Properties = {"#address-cells": 2, "#size-cells": 2}
-    nodes = [
-        Node(f"pool{number}", {"compatible": "restricted-dma-pool"} | pool) for number, pool in enumerate(pools)
-    ]  # fmt: skip
+    nodes = [Node(f"pool{number}", {"compatible": "restricted-dma-pool"} | pool) for number, pool in enumerate(pools)]
     beside = Node("memory@80000000", {"compatible": "restricted-dma-pool", "size": cells64(64 * MIB)})
     reserved = Node("reserved-memory", usual if cells is None else cells, nodes)
     return Tree(Node("", children=[beside, reserved])).to_bytes()
@@ -100,10 +98,21 @@ ONE_CELL: Properties = {"#address-cells": 2, "#size-cells": 1}
         (Tree().to_bytes(), 0),
     ],
     ids=[
-        "size", "reg", "one cell", "one cell in reg", "one cell each", "usual cells", "two", "odd", "okay", "disabled",
-        "another kind", "none", "empty",
+        "size",
+        "reg",
+        "one cell",
+        "one cell in reg",
+        "one cell each",
+        "usual cells",
+        "two",
+        "odd",
+        "okay",
+        "disabled",
+        "another kind",
+        "none",
+        "empty",
     ],
-)  # fmt: skip
+)
 def test_pool_of_a_guest_with_a_tree_of_its_own_is_what_that_says(tree: bytes, pool: int) -> None:
     assert pool_size(WITH_TREE, tree) == pool * MIB
     assert pool_size(WITH_TREE._replace(protection=Protection.NONE), tree) == pool * MIB

@@ -30,10 +30,23 @@ S = 1_000_000_000
 
 def taken(ns: int, *vcpus: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {
-        "pyvmm": "0", "pid": 7, "kernel": "payload:smp", "protection": "none", "backing": "memfd", "memory": 64 << 20,
-        "emulated": False, "ns": ns, "elapsed_ns": ns - 100 * S, "pages": {"host": 16384, "private": 0, "shared": 0},
-        "donated": None, "shares": 0, "unshares": 0, "refused": 0, "vcpus": list(vcpus), **more,
-    }  # fmt: skip
+        "pyvmm": "0",
+        "pid": 7,
+        "kernel": "payload:smp",
+        "protection": "none",
+        "backing": "memfd",
+        "memory": 64 << 20,
+        "emulated": False,
+        "ns": ns,
+        "elapsed_ns": ns - 100 * S,
+        "pages": {"host": 16384, "private": 0, "shared": 0},
+        "donated": None,
+        "shares": 0,
+        "unshares": 0,
+        "refused": 0,
+        "vcpus": list(vcpus),
+        **more,
+    }
 
 
 def vcpu(exits: dict[str, list[int]], vmm: float, guest: float | None, kernel: float | None) -> dict[str, Any]:
@@ -41,16 +54,22 @@ def vcpu(exits: dict[str, list[int]], vmm: float, guest: float | None, kernel: f
         return None if seconds is None else round(seconds * S)
 
     return {
-        "exits": exits, "kvm_run_ns": 0, "vmm_ns": ns(vmm), "guest_cpu_ns": ns(guest), "kernel_cpu_ns": ns(kernel),
-    }  # fmt: skip
+        "exits": exits,
+        "kvm_run_ns": 0,
+        "vmm_ns": ns(vmm),
+        "guest_cpu_ns": ns(guest),
+        "kernel_cpu_ns": ns(kernel),
+    }
 
 
 def test_a_report_is_of_the_time_between_two_snapshots() -> None:
     before = taken(101 * S, vcpu({"uart": [100, 5, 5]}, 0.1, 0.5, 0.2), vcpu({}, 0, 0, 0), shares=5)
     now = taken(
-        103 * S, vcpu({"uart": [300, 4_000_005, 400_005], "system": [1, 9000, 0]}, 0.3, 1.5, 0.6), vcpu({}, 0, 0, 0),
+        103 * S,
+        vcpu({"uart": [300, 4_000_005, 400_005], "system": [1, 9000, 0]}, 0.3, 1.5, 0.6),
+        vcpu({}, 0, 0, 0),
         shares=9,
-    )  # fmt: skip
+    )
     found = report(before, now)
     assert (found["seconds"], found["exits_per_second"], found["shares_per_second"]) == (2, 100.5, 2)
     assert found["exits"] == {
@@ -90,9 +109,7 @@ def test_shares_of_time_make_one_and_lines_fit(
 
 
 def test_a_snapshot_counts_time_that_is_not_over_yet_where_the_vcpu_is() -> None:
-    config = SimpleNamespace(
-        kernel="payload:smp", protection=Protection.NONE, backing="memfd", memory=64 << 20
-    )  # fmt: skip
+    config = SimpleNamespace(kernel="payload:smp", protection=Protection.NONE, backing="memfd", memory=64 << 20)
     vm = ffi.new("struct pv_vm *")
     vm.pages[lib.PV_PAGE_HOST] = 16384
     inside, outside = (ffi.new("struct pv_vcpu *", {"index": n, "vm": vm, "tid": tid}) for n, tid in enumerate((5, 0)))

@@ -67,9 +67,11 @@ def test_guest_and_exit_slices_take_turns_without_a_gap() -> None:
     trace = vcpus.trace(end_ns=1700)
     track = trace.track("vCPU 0")
     assert spans(track) == [
-        ("guest", 600, 1000), ("exit: MMIO pl011+0x0", 1000, 1200), ("guest", 1200, 1500),
+        ("guest", 600, 1000),
+        ("exit: MMIO pl011+0x0", 1000, 1200),
+        ("guest", 1200, 1500),
         ("exit: hypercall", 1500, 1700),
-    ]  # fmt: skip
+    ]
     assert track.slices[1].notes == {"gpa": UART, "size": 4, "write": True, "class": "uart"}
     assert track.slices[1].depth == 0
     assert sum(value.value or 0 for value in trace.track("exits/s").values) > 0
@@ -92,9 +94,11 @@ def test_what_an_exit_did_is_in_its_slice_and_a_fault_in_the_guests() -> None:
     trace = vcpus.trace()
     inside = [(i.ns, i.name, i.depth, i.notes["gpa"]) for i in trace.track("vCPU 0").instants]
     assert inside == [
-        (1010, "share", 1, PAGE), (1100, "unshare refused", 1, PAGE), (1250, "fault: write", 1, BASE),
+        (1010, "share", 1, PAGE),
+        (1100, "unshare refused", 1, PAGE),
+        (1250, "fault: write", 1, BASE),
         (1600, "KVM_RUN failed", 1, PAGE),
-    ]  # fmt: skip
+    ]
     assert trace.track("vCPU 0").instants[1].notes["status"] == -3
     assert [i.name for i in trace.track("faults of some vCPU").instants] == ["fault"]
 
@@ -167,8 +171,9 @@ def test_a_share_flows_to_the_device_that_asks_for_the_page_and_an_unshare_throu
     ]
     asked = trace.track("device echo").instants
     assert [(i.name, i.notes["gpa"], i.last) for i in asked] == [
-        ("asks: not shared", page, False), ("asks: shared", page, True),
-    ]  # fmt: skip
+        ("asks: not shared", page, False),
+        ("asks: shared", page, True),
+    ]
 
 
 def test_el2_is_on_a_track_of_each_cpu_from_the_runs_start_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +182,15 @@ def test_el2_is_on_a_track_of_each_cpu_from_the_runs_start_to_its_end(monkeypatc
     start = recorder.time.monotonic_ns()
     vcpus.exit(start + 10_000_000, 100)
     ms = [start + n * 1_000_000 for n in range(12)]
-    events = [(ms[0] - 50_000_000, 0, True), (ms[1], 0, False), (ms[2], 0, True), (ms[3], 1, True), (ms[4], 0, False),
-              (ms[5], 1, True), (ms[6], 0, True)]  # fmt: skip
+    events = [
+        (ms[0] - 50_000_000, 0, True),
+        (ms[1], 0, False),
+        (ms[2], 0, True),
+        (ms[3], 1, True),
+        (ms[4], 0, False),
+        (ms[5], 1, True),
+        (ms[6], 0, True),
+    ]
     trace = vcpus.trace(
         el2=tuple(HypEvent(ns, cpu, entered, "hvc", 100) for ns, cpu, entered in events), start_ns=start, end_ns=ms[8]
     )
@@ -275,8 +287,10 @@ def test_perfettos_own_classes_read_what_is_written(ns: int, name: str, notes: d
     assert read.packet[1].trace_packet_defaults.timestamp_clock_id == 3
     process, thread, counter = (p.track_descriptor for p in read.packet if p.HasField("track_descriptor"))
     assert (process.process.pid, process.process.process_name, list(process.process.process_labels)) == (
-        42, name, ["a label"],
-    )  # fmt: skip
+        42,
+        name,
+        ["a label"],
+    )
     assert (thread.parent_uuid, thread.thread.tid, thread.thread.thread_name) == (1, 43, "vCPU 0")
     assert (counter.name, counter.counter.unit_name, counter.sibling_order_rank) == ("pages", "pages", 7)
     packets = [packet for packet in read.packet if packet.HasField("track_event")]
@@ -284,8 +298,11 @@ def test_perfettos_own_classes_read_what_is_written(ns: int, name: str, notes: d
     begin, end, instant, count = (packet.track_event for packet in packets)
     kinds = proto.TrackEvent
     assert [event.type for event in (begin, end, instant, count)] == [
-        kinds.TYPE_SLICE_BEGIN, kinds.TYPE_SLICE_END, kinds.TYPE_INSTANT, kinds.TYPE_COUNTER,
-    ]  # fmt: skip
+        kinds.TYPE_SLICE_BEGIN,
+        kinds.TYPE_SLICE_END,
+        kinds.TYPE_INSTANT,
+        kinds.TYPE_COUNTER,
+    ]
     assert names[begin.name_iid] == name
     assert (list(begin.flow_ids), list(instant.terminating_flow_ids), count.counter_value) == ([flow], [flow], -5)
     values = [getattr(note, note.WhichOneof("value")) for note in begin.debug_annotations]

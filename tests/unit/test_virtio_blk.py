@@ -69,8 +69,12 @@ def test_reads_and_writes_reach_their_sectors_and_no_others(path: Path) -> None:
         assert driver.request(Request.OUT, 10, b"\xab" * SECTOR) == (OK, b"", 1)
         assert driver.request(Request.FLUSH, 0)[0] == OK
         assert driver.device.counters() == {
-            "done": 3, "failed": 0, "denied": 0, "bytes_read": 2 * SECTOR, "bytes_written": SECTOR,
-        }  # fmt: skip
+            "done": 3,
+            "failed": 0,
+            "denied": 0,
+            "bytes_read": 2 * SECTOR,
+            "bytes_written": SECTOR,
+        }
     assert path.read_bytes() == CONTENTS[: 10 * SECTOR] + b"\xab" * SECTOR + CONTENTS[11 * SECTOR :]
 
 

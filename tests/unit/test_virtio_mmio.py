@@ -256,8 +256,13 @@ class Anything(RuleBasedStateMachine):
         self.guest.write(BASE + area * PAGE + offset, data)
         self.board.store(Register.QUEUE_NOTIFY, area // 3)
 
-    @rule(gpa=st.sampled_from([DATA, BASE, BASE + SIZE, 0]), size=st.sampled_from([0, 16, 64, 0xFFFF_FFFF]),
-          flags=st.integers(0, 7), following=st.integers(0, 8), place=st.integers(0, 7))  # fmt: skip
+    @rule(
+        gpa=st.sampled_from([DATA, BASE, BASE + SIZE, 0]),
+        size=st.sampled_from([0, 16, 64, 0xFFFF_FFFF]),
+        flags=st.integers(0, 7),
+        following=st.integers(0, 8),
+        place=st.integers(0, 7),
+    )
     def describe(self, gpa: int, size: int, flags: int, following: int, place: int) -> None:
         self.guest.write(BASE + 16 * place, struct.pack("<QIHH", gpa, size, flags, following))
         self.board.store(Register.QUEUE_NOTIFY, 0)

@@ -256,8 +256,12 @@ def test_frames_wait_for_buffers_and_none_is_lost(wired: tuple[Driver, socket.so
 def test_buffers_that_cannot_be_written_come_back_empty(wired: tuple[Driver, socket.socket]) -> None:
     driver, peer = wired
     driver.hide(DATA)
-    driver.rx.give([(DATA, 2000, True)], [(BASE + SIZE, 2000, True)], [(DATA + PAGE, HEADER - 1, True)],
-                   [(DATA + PAGE, 2000, False)])  # fmt: skip
+    driver.rx.give(
+        [(DATA, 2000, True)],
+        [(BASE + SIZE, 2000, True)],
+        [(DATA + PAGE, HEADER - 1, True)],
+        [(DATA + PAGE, 2000, False)],
+    )
     peer.sendall(framed(pattern(100)) + framed(pattern(200)))
     assert {written for _, written in driver.wait(driver.rx, 4)} == {0}
     driver.rx.give([(DATA + PAGE, 2000, True)])
@@ -401,8 +405,12 @@ def test_paused_card_has_given_every_buffer_back_and_goes_on(wired: tuple[Driver
 def test_buffers_before_one_that_is_none_go_back_with_it_and_none_comes_twice(packed: bool) -> None:
     device, peer = pair()
     with peer, Driver(device, packed=packed) as driver:
-        given = driver.rx.give([(DATA, 100, True)], [(DATA + 100, 50, True), (DATA + 150, 50, True)],
-                               [(BASE + SIZE, 2000, True)], [(DATA + 200, 100, True)])  # fmt: skip
+        given = driver.rx.give(
+            [(DATA, 100, True)],
+            [(DATA + 100, 50, True), (DATA + 150, 50, True)],
+            [(BASE + SIZE, 2000, True)],
+            [(DATA + 200, 100, True)],
+        )
         peer.sendall(framed(pattern(500)))  # all four are looked at for it, and it waits
         assert driver.wait(driver.rx, 3) == [(each, 0) for each in given[:3]]
         device.pause()

@@ -120,9 +120,15 @@ def specs(*words: str) -> tuple[DeviceSpec, ...]:
 
 def test_options_say_what_a_card_is_at() -> None:
     found = specs(
-        "--net", "tap=t0", "--net", "tap=t1,host=10.0.0.1/24,mac=02:00:00:00:00:01", "--net", "socket=/run/passt.sock",
-        "--net", "passt,loopback,fwd=8080:80+2222:22",
-    )  # fmt: skip
+        "--net",
+        "tap=t0",
+        "--net",
+        "tap=t1,host=10.0.0.1/24,mac=02:00:00:00:00:01",
+        "--net",
+        "socket=/run/passt.sock",
+        "--net",
+        "passt,loopback,fwd=8080:80+2222:22",
+    )
     assert found[:3] == (
         devices.Net(tap="t0"),
         devices.Net(tap="t1", address="10.0.0.1/24", mac="02:00:00:00:00:01"),

@@ -146,9 +146,11 @@ def one() -> Iterator[tuple[Driver, socket.socket]]:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    flags=st.integers(0, 255), kind=st.one_of(st.integers(0, 255), st.sampled_from([TCPV4, TCPV6, TCPV4 | ECN])),
-    numbers=st.tuples(*[st.integers(0, 0xFFFF)] * 4), length=st.integers(14, 3000),
-)  # fmt: skip
+    flags=st.integers(0, 255),
+    kind=st.one_of(st.integers(0, 255), st.sampled_from([TCPV4, TCPV6, TCPV4 | ECN])),
+    numbers=st.tuples(*[st.integers(0, 0xFFFF)] * 4),
+    length=st.integers(14, 3000),
+)
 def test_no_header_stops_the_card(
     one: tuple[Driver, socket.socket], flags: int, kind: int, numbers: tuple[int, int, int, int], length: int
 ) -> None:

@@ -47,9 +47,18 @@ class Guest:
 
     def send(self, op: int, port: int, to: int, payload: bytes = b"", *, cut: int | None = None, **fields: int) -> None:
         header = {
-            "src_cid": CID, "dst_cid": vs.CID_HOST, "src_port": port, "dst_port": to, "size": len(payload),
-            "type": vs.STREAM, "op": op, "flags": 0, "buf_alloc": 1 << 16, "fwd_cnt": 0, **fields,
-        }  # fmt: skip
+            "src_cid": CID,
+            "dst_cid": vs.CID_HOST,
+            "src_port": port,
+            "dst_port": to,
+            "size": len(payload),
+            "type": vs.STREAM,
+            "op": op,
+            "flags": 0,
+            "buf_alloc": 1 << 16,
+            "fwd_cnt": 0,
+            **fields,
+        }
         data = Header(**header).pack() + payload
         gpa = SEND + self.sent % 64 * PAGE
         self.sent += 1

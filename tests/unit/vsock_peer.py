@@ -38,9 +38,18 @@ class Peer:
     def send(self, op: int, port: int, to: int, payload: bytes = b"", **fields: int) -> None:
         """Send a packet from the guest's ``port`` to the host's port ``to``."""
         header = {
-            "src_cid": CID, "dst_cid": vs.CID_HOST, "src_port": port, "dst_port": to, "size": len(payload),
-            "type": vs.STREAM, "op": op, "flags": 0, "buf_alloc": 1 << 16, "fwd_cnt": 0, **fields,
-        }  # fmt: skip
+            "src_cid": CID,
+            "dst_cid": vs.CID_HOST,
+            "src_port": port,
+            "dst_port": to,
+            "size": len(payload),
+            "type": vs.STREAM,
+            "op": op,
+            "flags": 0,
+            "buf_alloc": 1 << 16,
+            "fwd_cnt": 0,
+            **fields,
+        }
         self.table.from_guest(Header(**header), payload)
 
     def turn(self, rounds: int = 64, room: int = 4096) -> list[tuple[Header, bytes]]:

@@ -109,8 +109,12 @@ def a_hole_unmaps_one_page(x: Experiment) -> None:
     _neighbours(x, itself=1)
 
 
-@claim(emulated="memfd guest_memfd", conversion="copy", faults=True,
-       origin="virt/kvm/kvm_main.c: deleting a slot drops every stage-2 mapping of it")  # fmt: skip
+@claim(
+    emulated="memfd guest_memfd",
+    conversion="copy",
+    faults=True,
+    origin="virt/kvm/kvm_main.c: deleting a slot drops every stage-2 mapping of it",
+)
 def moving_slots_unmaps_one_page(x: Experiment) -> None:
     """A conversion that moves slots costs the guest a new fault on the converted page, but on none beside it."""
     _neighbours(x, itself=1)

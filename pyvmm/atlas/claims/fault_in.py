@@ -21,7 +21,7 @@ from pyvmm.uapi.mman import PROT_NONE, PROT_READ
 
 claim = group("fault-in")
 
-EMPTY = "thread: \"initially the guest has an empty stage-2 (we don't require pre-faulting everything)\""
+EMPTY = 'thread: "initially the guest has an empty stage-2 (we don\'t require pre-faulting everything)"'
 HVA = 'thread: "the host handler finds the corresponding memslot and does the ipa->hva conversion"'
 PIN = 'thread: "In our current implementation it uses a longterm GUP pin on the corresponding page"'
 ABORT = "arch/arm64/kvm/mmu.c, pkvm_mem_abort()"
@@ -73,9 +73,12 @@ def a_first_fetch_faults_once(x: Experiment) -> None:
 
 
 @claim(
-    none="memfd guest_memfd private", emulated="memfd guest_memfd", pkvm="memfd", faults=True,
+    none="memfd guest_memfd private",
+    emulated="memfd guest_memfd",
+    pkvm="memfd",
+    faults=True,
     origin="arch/arm64/kvm/mmu.c, user_mem_abort() and gmem_abort(): execute permission on demand",
-)  # fmt: skip
+)
 def code_costs_no_second_fault(x: Experiment) -> None:
     """A page the guest wrote code to runs without another fault."""
     page = x.page()
@@ -89,9 +92,12 @@ def code_costs_no_second_fault(x: Experiment) -> None:
 
 
 @claim(
-    none="memfd guest_memfd private", emulated="memfd", pkvm="memfd", faults=True,
+    none="memfd guest_memfd private",
+    emulated="memfd",
+    pkvm="memfd",
+    faults=True,
     origin="arch/arm64/kvm/mmu.c: a read fault maps writable where the host's page is",
-)  # fmt: skip
+)
 def a_write_after_a_read_costs_no_fault(x: Experiment) -> None:
     """A page the guest has read can be written without another fault."""
     page = x.page()
@@ -102,9 +108,12 @@ def a_write_after_a_read_costs_no_fault(x: Experiment) -> None:
 
 
 @claim(
-    none="memfd guest_memfd thp hugetlb", pkvm="memfd thp", emulated="memfd", faults=True,
+    none="memfd guest_memfd thp hugetlb",
+    pkvm="memfd thp",
+    emulated="memfd",
+    faults=True,
     origin='thread: "the guest can then proceed to run, and possibly faults in many more pages"',
-)  # fmt: skip
+)
 def a_fault_brings_one_page(x: Experiment) -> None:
     """A fault maps the page that was touched and none of its neighbours."""
     range_ = x.page(64)
@@ -259,9 +268,13 @@ def a_read_only_mapping_serves_loads(x: Experiment) -> None:
 
 
 @claim(
-    none="memfd guest_memfd", emulated="memfd", pkvm="memfd", cpus=4, faults=True,
+    none="memfd guest_memfd",
+    emulated="memfd",
+    pkvm="memfd",
+    cpus=4,
+    faults=True,
     origin="arch/arm64/kvm/hyp/nvhe/mem_protect.c: a page is donated once; pkvm_mem_abort(): -EAGAIN is retried",
-)  # fmt: skip
+)
 def vcpus_race_for_one_page(x: Experiment) -> None:
     """Four vCPUs that first touch the same pages at the same moment all get them, and no page is locked twice."""
     x.start()
@@ -279,9 +292,12 @@ def vcpus_race_for_one_page(x: Experiment) -> None:
 
 
 @claim(
-    none="memfd guest_memfd", emulated="memfd", pkvm="memfd", faults=True,
+    none="memfd guest_memfd",
+    emulated="memfd",
+    pkvm="memfd",
+    faults=True,
     origin="Documentation/virt/kvm/api.rst: KVM_PRE_FAULT_MEMORY is not on arm64; madvise(2), MADV_POPULATE_WRITE",
-)  # fmt: skip
+)
 def populating_spares_no_fault(x: Experiment) -> None:
     """Pages that the host has populated before still cost the guest one fault each."""
     range_ = x.page(32)

@@ -53,8 +53,13 @@ def _late(x: Experiment, gpa: int, size: int, *, flags: int = 0) -> int:
     return raw.slot(x, gpa, size, backing.hva, flags=flags, file=backing.guest_memfd)
 
 
-@claim(none="thp hugetlb memfd guest_memfd private", emulated="thp", pkvm="thp memfd", faults=True,
-       origin=f"{HUGE}; {ADJUST}; {ONE_PAGE}")  # fmt: skip
+@claim(
+    none="thp hugetlb memfd guest_memfd private",
+    emulated="thp",
+    pkvm="thp memfd",
+    faults=True,
+    origin=f"{HUGE}; {ADJUST}; {ONE_PAGE}",
+)
 def a_huge_page_costs_one_fault(x: Experiment) -> None:
     """When the guest touches all 512 pages of an aligned 2 MiB, one of them faults."""
     block = _block(x)
@@ -62,8 +67,13 @@ def a_huge_page_costs_one_fault(x: Experiment) -> None:
     x.check("pages that fault", _touch(x, block, stride=1), 1)
 
 
-@claim(none="thp hugetlb", emulated="thp", pkvm="thp", faults=True,
-       origin="arch/arm64/kvm/mmu.c, user_mem_abort(): mapped writable where the host's page is")  # fmt: skip
+@claim(
+    none="thp hugetlb",
+    emulated="thp",
+    pkvm="thp",
+    faults=True,
+    origin="arch/arm64/kvm/mmu.c, user_mem_abort(): mapped writable where the host's page is",
+)
 def a_load_maps_the_block_for_stores(x: Experiment) -> None:
     """A load maps the whole 2 MiB for loads and stores: of all that follows nothing faults."""
     block = _block(x)
@@ -115,8 +125,12 @@ def a_folio_of_64_kib_costs_one_fault(x: Experiment) -> None:
 # -- what takes it apart
 
 
-@claim(none="thp hugetlb guest_memfd", emulated="thp", pkvm="thp",
-       origin=f"{TRUNCATE}, which takes donated pages back by force")  # fmt: skip
+@claim(
+    none="thp hugetlb guest_memfd",
+    emulated="thp",
+    pkvm="thp",
+    origin=f"{TRUNCATE}, which takes donated pages back by force",
+)
 def a_small_hole_is_zeros_and_nothing_else(x: Experiment) -> None:
     """A hole of one page in a huge page is zeros to the guest, and leaves the pages beside it as they are."""
     block = _block(x)
@@ -132,8 +146,9 @@ def a_small_hole_is_zeros_and_nothing_else(x: Experiment) -> None:
         x.check(f"page {number}: the guest reads", order.result(), wanted)
 
 
-@claim(none="thp hugetlb", emulated="thp", pkvm="thp", faults=True,
-       origin=f"{NOTIFIER}; mm/shmem.c: the folio is split")  # fmt: skip
+@claim(
+    none="thp hugetlb", emulated="thp", pkvm="thp", faults=True, origin=f"{NOTIFIER}; mm/shmem.c: the folio is split"
+)
 def a_small_hole_costs_the_guest_its_block(x: Experiment) -> None:
     """After a hole of one page in a huge page, the other pages fault again, one by one."""
     block = _block(x)
@@ -148,8 +163,13 @@ def a_small_hole_costs_the_guest_its_block(x: Experiment) -> None:
     x.check("faults of 64 other pages", _touch(x, block), SOME)
 
 
-@claim(none="thp", emulated="thp", pkvm="thp", faults=True,
-       origin=f"{NOTIFIER}; {ADJUST}: no larger than the host's own mapping")  # fmt: skip
+@claim(
+    none="thp",
+    emulated="thp",
+    pkvm="thp",
+    faults=True,
+    origin=f"{NOTIFIER}; {ADJUST}: no larger than the host's own mapping",
+)
 def mprotect_of_one_page_costs_the_guest_its_block(x: Experiment) -> None:
     """When the host makes one page of its mapping read-only, the guest's other pages fault again, one by one."""
     block = _block(x)
@@ -161,8 +181,13 @@ def mprotect_of_one_page_costs_the_guest_its_block(x: Experiment) -> None:
     x.tell("faults of those when it is writable again", _touch(x, block))
 
 
-@claim(none="memfd", emulated="memfd", pkvm="memfd", faults=True,
-       origin="madvise(2), MADV_COLLAPSE; mm/khugepaged.c, collapse_file()")  # fmt: skip
+@claim(
+    none="memfd",
+    emulated="memfd",
+    pkvm="memfd",
+    faults=True,
+    origin="madvise(2), MADV_COLLAPSE; mm/khugepaged.c, collapse_file()",
+)
 def small_pages_collapse_under_the_guest(x: Experiment) -> None:
     """MADV_COLLAPSE makes a huge page of what a guest has in small ones: contents stay, and one fault maps it all."""
     block = _block(x)
@@ -212,8 +237,12 @@ def the_dirty_log_names_exactly_what_was_written(x: Experiment) -> None:
     x.check("named after one more store", log(), "5")
 
 
-@claim(none="thp hugetlb", pkvm="thp", faults=True,
-       origin=f"{LOGGED}; kvm_mmu_split_memory_region(): no split in advance unless told")  # fmt: skip
+@claim(
+    none="thp hugetlb",
+    pkvm="thp",
+    faults=True,
+    origin=f"{LOGGED}; kvm_mmu_split_memory_region(): no split in advance unless told",
+)
 def logging_takes_a_block_apart(x: Experiment) -> None:
     """Logging switched on under the guest takes its 2 MiB apart: every page faults at its next store."""
     backing, vm = raw.make(x, HUGE_SIZE), x.machine.vm

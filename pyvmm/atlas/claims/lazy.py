@@ -26,7 +26,7 @@ UFFD = "Documentation/admin-guide/mm/userfaultfd.rst"
 SLOT = "virt/kvm/kvm_main.c, kvm_set_memory_region(): a slot can be made while vCPUs run"
 HVA = 'thread: "the host handler finds the corresponding memslot and does the ipa->hva conversion"'
 DONATED = 'thread: "once it has a page, the host handler issues a hypercall to donate the page to the guest"'
-POPULATED = "thread: \"we don't require pre-faulting everything\""
+POPULATED = 'thread: "we don\'t require pre-faulting everything"'
 VALUE = 42
 PAGES = 4
 SIZE = PAGES * PAGE_SIZE
@@ -176,8 +176,11 @@ def without_privilege_the_guest_can_be_served(x: Experiment) -> None:
         x.check("faults told", server.served[FaultKind.MISSING], 1)
 
 
-@claim(none="memfd thp hugetlb guest_memfd private", pkvm="memfd",
-       origin="mm/userfaultfd.c, vma_can_userfault(): vm_ops->uffd_ops")  # fmt: skip
+@claim(
+    none="memfd thp hugetlb guest_memfd private",
+    pkvm="memfd",
+    origin="mm/userfaultfd.c, vma_can_userfault(): vm_ops->uffd_ops",
+)
 def the_mapping_takes_a_userfaultfd(x: Experiment) -> None:
     """The mapping of the guest's memory can be registered with a userfaultfd, for missing and for minor faults."""
     size = 2 << 20

@@ -125,8 +125,12 @@ def it_is_not_collapsed(x: Experiment) -> None:
     _still_there(x, range_)
 
 
-@claim(none="memfd guest_memfd private", emulated="memfd", pkvm="memfd",
-       origin=f"{PIN}; mm/memory-failure.c, soft_offline_page(): the contents move to another page")  # fmt: skip
+@claim(
+    none="memfd guest_memfd private",
+    emulated="memfd",
+    pkvm="memfd",
+    origin=f"{PIN}; mm/memory-failure.c, soft_offline_page(): the contents move to another page",
+)
 def it_does_not_migrate(x: Experiment) -> None:
     """MADV_SOFT_OFFLINE, which moves contents to another frame, fails on a page of the guest's and does it no harm."""
     if os.environ.get("PYVMM_IN_LAB") != "1":

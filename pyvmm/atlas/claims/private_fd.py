@@ -100,8 +100,12 @@ def a_private_mapping_is_refused(x: Experiment) -> None:
 # -- making one
 
 
-@claim(none="memfd", emulated="memfd", pkvm="memfd",
-       origin="arch/arm64/kvm/mmu.c, kvm_arch_prepare_memory_region(): only slots of mappable files")  # fmt: skip
+@claim(
+    none="memfd",
+    emulated="memfd",
+    pkvm="memfd",
+    origin="arch/arm64/kvm/mmu.c, kvm_arch_prepare_memory_region(): only slots of mappable files",
+)
 def without_mmap_there_is_no_slot(x: Experiment) -> None:
     """A guest_memfd without GUEST_MEMFD_FLAG_MMAP can be made, but not be mapped (ENODEV), nor get a slot (EINVAL)."""
     spare, vm = x.stack.enter_context(Memfd(SIZE)), x.machine.vm
@@ -243,8 +247,13 @@ def a_punch_is_fatal_to_the_guest(x: Experiment) -> None:
     x.check("it fails", went != "went on")
 
 
-@claim(none=FILES, emulated="memfd guest_memfd", pkvm="memfd", faults=True,
-       origin='thread: "the host can\'t unmap anything from the guest stage-2, it can only tear it down"')  # fmt: skip
+@claim(
+    none=FILES,
+    emulated="memfd guest_memfd",
+    pkvm="memfd",
+    faults=True,
+    origin='thread: "the host can\'t unmap anything from the guest stage-2, it can only tear it down"',
+)
 def a_punch_unmaps_the_page_from_the_guest(x: Experiment) -> None:
     """A punch takes the page out of the guest's stage 2: its next access faults, once."""
     page = x.page()

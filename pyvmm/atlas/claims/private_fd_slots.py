@@ -255,8 +255,11 @@ def a_slot_moves_to_another_file_while_the_guest_lives(x: Experiment) -> None:
     x.check("exits for that", raw.exits(x) - before, 0)
 
 
-@claim(none="guest_memfd", pkvm="memfd",
-       origin="virt/kvm/guest_memfd.c, kvm_gmem_error_folio(); arch/arm64/kvm/mmu.c, gmem_abort()")  # fmt: skip
+@claim(
+    none="guest_memfd",
+    pkvm="memfd",
+    origin="virt/kvm/guest_memfd.c, kvm_gmem_error_folio(); arch/arm64/kvm/mmu.c, gmem_abort()",
+)
 def a_poisoned_page_is_told_and_a_punch_cures_it(x: Experiment) -> None:
     """A guest's access to broken memory makes KVM_RUN fail with EHWPOISON, and succeeds once that page is punched."""
     if os.environ.get("PYVMM_IN_LAB") != "1":

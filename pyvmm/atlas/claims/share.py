@@ -136,8 +136,12 @@ def no_host_store_arrives_after_an_unshare(x: Experiment) -> None:
     x.check("unshares, of 10, after which no store of the host arrived", good, 10)
 
 
-@claim(emulated=ALL, pkvm="memfd thp", cpus=2,
-       origin=f"{IN_PLACE}: kvm_pgtable_stage2_map() of a page that is mapped: break before make")  # fmt: skip
+@claim(
+    emulated=ALL,
+    pkvm="memfd thp",
+    cpus=2,
+    origin=f"{IN_PLACE}: kvm_pgtable_stage2_map() of a page that is mapped: break before make",
+)
 def no_store_of_another_vcpu_is_lost(x: Experiment) -> None:
     """A vCPU that keeps storing to a page while another shares and unshares it loses no store and takes no trap."""
     page, stop = x.page(), x.page()
@@ -154,8 +158,12 @@ def no_store_of_another_vcpu_is_lost(x: Experiment) -> None:
         x.check("the page has every store", x.guest.read64(page) == counting.result())
 
 
-@claim(none="memfd private", emulated=ALL, pkvm="memfd thp",
-       origin=f"{CALLS}: MEM_SHARE grants the host access, to one page that both have mapped")  # fmt: skip
+@claim(
+    none="memfd private",
+    emulated=ALL,
+    pkvm="memfd thp",
+    origin=f"{CALLS}: MEM_SHARE grants the host access, to one page that both have mapped",
+)
 def both_see_each_others_stores_at_once(x: Experiment) -> None:
     """While a page is shared, each side loads what the other has just stored, without a further call."""
     page = x.page()

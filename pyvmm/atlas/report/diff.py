@@ -74,14 +74,15 @@ def compare(a: Atlas, b: Atlas) -> Diff:
     fields = dict.fromkeys([*a.host, *b.host])
     hosts = {field: (a.host.get(field), b.host.get(field)) for field in fields}
     return Diff(
-        a, b,
+        a,
+        b,
         {field: (one, other) for field, (one, other) in hosts.items() if not _equal(one, other)},
         tuple(result for key, result in in_a.items() if key not in in_b),
         tuple(result for key, result in in_b.items() if key not in in_a),
         tuple(change for change in changed if change.turned),
         tuple(change for change in changed if not change.turned),
         len(changes) - len(changed),
-    )  # fmt: skip
+    )
 
 
 def to_json(diff: Diff) -> dict[str, Any]:

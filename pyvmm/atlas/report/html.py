@@ -26,9 +26,7 @@ _FEW = 2
 """Results of one claim that are unfolded with it."""
 
 
-def render(
-    atlas: Atlas, expected: Expected = NOTHING_EXPECTED, headings: Mapping[str, str] | None = None
-) -> str:  # fmt: skip
+def render(atlas: Atlas, expected: Expected = NOTHING_EXPECTED, headings: Mapping[str, str] | None = None) -> str:
     """Return the page. ``headings`` says what a group is about; verdicts other than ``expected`` are outlined."""
     page = _Page(atlas, expected, headings or {})
     return "\n".join(page.parts()).encode("ascii", "xmlcharrefreplace").decode()
@@ -190,9 +188,7 @@ class _Page:
             f'<b class="first" style="grid-column:span {len(backings)}">{_breakable(protection)}</b>'
             for protection, backings in self._columns.items()
         )
-        seconds = "".join(
-            f'<span{self._edge(place)}>{_breakable(place[1])}</span>' for place in self._places
-        )  # fmt: skip
+        seconds = "".join(f"<span{self._edge(place)}>{_breakable(place[1])}</span>" for place in self._places)
         small = f" <small>{text(about)}</small>" if about else ""
         title = f'<h2 id="{anchor}"><a href="#{anchor}">{text(group)}</a>{small}</h2>'
         yield f'<div class="grid head">{title}{tops}{seconds}</div>'

@@ -53,9 +53,13 @@ class Look:
     def wrap(self, text: str, indent: int, first: str = "") -> list[str]:
         """Fill lines with ``text``, all indented, the first one after ``first``."""
         filled = textwrap.wrap(
-            text, max(self.width, indent + 20), initial_indent=first.ljust(indent), subsequent_indent=" " * indent,
-            break_long_words=True, break_on_hyphens=False,
-        )  # fmt: skip
+            text,
+            max(self.width, indent + 20),
+            initial_indent=first.ljust(indent),
+            subsequent_indent=" " * indent,
+            break_long_words=True,
+            break_on_hyphens=False,
+        )
         return filled or [first.rstrip()]
 
 

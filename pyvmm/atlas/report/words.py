@@ -28,9 +28,14 @@ _PROTECTIONS = ("none", "emulated", "pkvm")
 _BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
 
 HOST = {
-    "kernel": "kernel", "version": "version", "mode": "KVM mode", "machine": "machine", "cpu": "CPU",
-    "emulated": "emulated", "pyvmm": "pyvmm",
-}  # fmt: skip
+    "kernel": "kernel",
+    "version": "version",
+    "mode": "KVM mode",
+    "machine": "machine",
+    "cpu": "CPU",
+    "emulated": "emulated",
+    "pyvmm": "pyvmm",
+}
 """The host's fields that reports know, in their order, with what they are called."""
 
 

@@ -111,9 +111,14 @@ def fault(bench: Bench) -> None:
         if bench["state"] != "mapped" and faulted < LEAST:
             bench.cannot(f"most pages were there already, for the guest keeps what it had: {faulted:.2f} exits a page")
         bench.keep(
-            "touch", values, places=[*(0 for _ in warm), *places], began=[*warm, *began],
-            per=plan.per, pages=sum(each.pages for each in last), stride=plan.stride,
-        )  # fmt: skip
+            "touch",
+            values,
+            places=[*(0 for _ in warm), *places],
+            began=[*warm, *began],
+            per=plan.per,
+            pages=sum(each.pages for each in last),
+            stride=plan.stride,
+        )
         bench.keep("whole range", walls, per=plan.per)
         bench.keep("KVM's exits", kvm, clock="kvm", unit="count", per=plan.per)
 
@@ -124,11 +129,15 @@ def _touch(
     """Have every vCPU touch its part of a round, and return what each saw."""
     orders = [
         guest.start_touch(
-            begin + vcpu * plan.apart * PAGE_SIZE, plan.pages, stride=plan.stride, access=ACCESSES[bench["access"]],
-            seed=seed if bench["order"] == "random" else 0, ticks_at=ticks[vcpu].gpa,
+            begin + vcpu * plan.apart * PAGE_SIZE,
+            plan.pages,
+            stride=plan.stride,
+            access=ACCESSES[bench["access"]],
+            seed=seed if bench["order"] == "random" else 0,
+            ticks_at=ticks[vcpu].gpa,
         )
         for vcpu, guest in enumerate(guests)
-    ]  # fmt: skip
+    ]
     seen = []
     for order in orders:
         if failure := x.failed(order, timeout=bench.seconds):

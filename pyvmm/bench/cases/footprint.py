@@ -55,9 +55,16 @@ def _linux(bench: Bench) -> int:
         with open(f"{folder}/disk", "wb") as disk:
             disk.truncate(16 * MIB)
         devices = [
-            "--disk", disk.name, "--net", TAP, "--vsock", f"uds={folder}/vsock,cid=3", "--rng",
-            "--console", f"file={folder}/console",
-        ]  # fmt: skip
+            "--disk",
+            disk.name,
+            "--net",
+            TAP,
+            "--vsock",
+            f"uds={folder}/vsock,cid=3",
+            "--rng",
+            "--console",
+            f"file={folder}/console",
+        ]
         if bench["protection"] == "none":
             devices += ["--balloon", "0"]
         # A memfd is told from the VMM's own memory.

@@ -84,9 +84,16 @@ def kept(
 
 
 def pair(
-    name: str, what: Point, metric: str, own: Sequence[Sequence[float]], other: Sequence[Sequence[float]], *,
-    clocks: tuple[str, str], per: str, **notes: Value,
-) -> list[Series]:  # fmt: skip
+    name: str,
+    what: Point,
+    metric: str,
+    own: Sequence[Sequence[float]],
+    other: Sequence[Sequence[float]],
+    *,
+    clocks: tuple[str, str],
+    per: str,
+    **notes: Value,
+) -> list[Series]:
     """Return the series of a peer and of pyvmm beside it, whose clocks are named in this order, the ratio with them."""
     point: Point = {**what, "beside": name}
     told: dict[str, Value] = {**notes, f"ratio to {name}": ratio(own, other)}

@@ -54,8 +54,9 @@ def fault_in() -> list[Series]:
     own: list[list[float]] = []
     for turn in range(TURNS):
         sides: list[tuple[list[list[float]], Callable[[], float]]] = [
-            (peer, lambda: theirs(PAGES, "-s", "shmem")), (own, lambda: ours(PAGES)),
-        ]  # fmt: skip
+            (peer, lambda: theirs(PAGES, "-s", "shmem")),
+            (own, lambda: ours(PAGES)),
+        ]
         for values, measured in sides if turn % 2 else reversed(sides):
             values.append([measured()])
     point: Point = {"what": "first write", "backing": "memfd"}

@@ -46,19 +46,52 @@ def qemu(folder: str | None = None) -> list[str]:
 
 def theirs() -> dict[str, list[float]]:
     """Run the payload under QEMU; return ns an exit of every round, by kind."""
-    return _run([
-        *qemu(), "-M", "virt,gic-version=host", "-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", MEMORY,
-        "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
-        "-kernel", str(payloads.path_of("exits")), "-append", f"count={COUNT} rounds={ROUNDS}",
-    ])  # fmt: skip
+    return _run(
+        [
+            *qemu(),
+            "-M",
+            "virt,gic-version=host",
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host",
+            "-smp",
+            "1",
+            "-m",
+            MEMORY,
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+            "-no-reboot",
+            "-kernel",
+            str(payloads.path_of("exits")),
+            "-append",
+            f"count={COUNT} rounds={ROUNDS}",
+        ]
+    )
 
 
 def ours() -> dict[str, list[float]]:
     """Run the payload in a plain guest of pyvmm's; return the same."""
-    return _run([
-        sys.executable, "-P", "-m", "pyvmm", "run", "--mem", MEMORY, "-p", f"count={COUNT}", "-p", f"rounds={ROUNDS}",
-        "payload:exits",
-    ])  # fmt: skip
+    return _run(
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "pyvmm",
+            "run",
+            "--mem",
+            MEMORY,
+            "-p",
+            f"count={COUNT}",
+            "-p",
+            f"rounds={ROUNDS}",
+            "payload:exits",
+        ]
+    )
 
 
 def _run(argv: list[str]) -> dict[str, list[float]]:

@@ -36,9 +36,7 @@ def virtio(
                     took = transfers.passes(sides[side], operation, patience())
                     found[side].append([statistics.median(took[1:])])
             what: Point = {"what": name}
-            series += pair(
-                NAME, what, name, found[OWN], found["qemu"], clocks=("guest", "guest"), per=operation.per
-            )  # fmt: skip
+            series += pair(NAME, what, name, found[OWN], found["qemu"], clocks=("guest", "guest"), per=operation.per)
     return series
 
 

@@ -35,8 +35,13 @@ _ROW: Final = 0.27
 """Inches a row of a chart is high."""
 _CLASSES: Final = (0.8, 1.25, 2.0, 5.0)
 """Limits between classes of durations, in medians."""
-_AXES: Final = {"cpus": "vCPUs", "size": "size, MiB (log scale)", "memory": "memory, MiB (log scale)",
-                "resident": "resident, MiB (log scale)", "pages": "pages (log scale)"}  # fmt: skip
+_AXES: Final = {
+    "cpus": "vCPUs",
+    "size": "size, MiB (log scale)",
+    "memory": "memory, MiB (log scale)",
+    "resident": "resident, MiB (log scale)",
+    "pages": "pages (log scale)",
+}
 _CELLS: Final = (160, 80)
 """Of a heat map, in time and in address; twice as many for more touches than :data:`_FEW`."""
 _FEW: Final = 1000
@@ -114,9 +119,7 @@ def _density(axes: Axes, mine: Floats, at: int, floor: float | None) -> None:
     middles = np.sqrt(edges[1:] * edges[:-1]) if log else (edges[1:] + edges[:-1]) / 2
     places = np.concatenate((edges[:1], middles, edges[-1:]))
     some = (tall > 0) | (np.roll(tall, 1) > 0) | (np.roll(tall, -1) > 0)  # no points along nothing
-    axes.fill_between(
-        places[some], at - tall[some], at + tall[some], color=plot.COLOURS[0], alpha=0.25, linewidth=0
-    )  # fmt: skip
+    axes.fill_between(places[some], at - tall[some], at + tall[some], color=plot.COLOURS[0], alpha=0.25, linewidth=0)
 
 
 def _one(axes: Axes, row: Row, mine: Floats, at: int, scale: Scale, floor: float | None) -> None:
@@ -135,9 +138,14 @@ def _one(axes: Axes, row: Row, mine: Floats, at: int, scale: Scale, floor: float
         if len(out) > _POINTS:
             out = out[np.linspace(0, len(out) - 1, _POINTS).astype(np.int64)]
         axes.plot(
-            out, np.full(len(out), at), "o", color=plot.COLOURS[1], markersize=3, markerfacecolor="none",
+            out,
+            np.full(len(out), at),
+            "o",
+            color=plot.COLOURS[1],
+            markersize=3,
+            markerfacecolor="none",
             markeredgewidth=0.7,
-        )  # fmt: skip
+        )
 
 
 def cumulative(group: Group, some: Sequence[Row], title: str, *, relative: bool) -> Figure:
@@ -155,9 +163,14 @@ def cumulative(group: Group, some: Sequence[Row], title: str, *, relative: bool)
         drawn = np.quantile(mine, shares, method="inverted_cdf")
         drawn = drawn if floor is None else np.maximum(drawn, floor)
         axes.plot(
-            drawn, shares, drawstyle="steps-post", label=plot.safe(label), color=plot.COLOURS[at % len(plot.COLOURS)],
-            linestyle=plot.DASHES[at % len(plot.DASHES)], linewidth=1.5,
-        )  # fmt: skip
+            drawn,
+            shares,
+            drawstyle="steps-post",
+            label=plot.safe(label),
+            color=plot.COLOURS[at % len(plot.COLOURS)],
+            linestyle=plot.DASHES[at % len(plot.DASHES)],
+            linewidth=1.5,
+        )
     axes.set_ylim(0, 1.01)
     axes.set_ylabel("share of values at most so large")
     _axis(axes, group, log=floor is not None, zeros=float(everything.min()) == 0)
@@ -169,8 +182,15 @@ def _key_width(labels: Sequence[str]) -> float:
     return 0.75 + 0.066 * max(map(len, labels))
 
 
-def against(group: Group, axis: str, lines: Sequence[tuple[str, Sequence[tuple[float, Row]]]], title: str, *,
-            relative: bool, log: bool) -> Figure:  # fmt: skip
+def against(
+    group: Group,
+    axis: str,
+    lines: Sequence[tuple[str, Sequence[tuple[float, Row]]]],
+    title: str,
+    *,
+    relative: bool,
+    log: bool,
+) -> Figure:
     """Draw medians with their intervals against an axis of the case; a line is what is else at the same point."""
     labels = [f"{plot.shortened(name, 40)}, {_counts(points)}" for name, points in lines]
     figure, axes = plot.paper(title, 3.6, relative=relative, right=_key_width(labels))
@@ -184,10 +204,17 @@ def against(group: Group, axis: str, lines: Sequence[tuple[str, Sequence[tuple[f
         above = [high - median for median, high in zip(medians, highs, strict=True)]
         colour = plot.COLOURS[at % len(plot.COLOURS)]
         axes.errorbar(
-            xs, medians, (below, above), label=plot.safe(label), color=colour,
-            linestyle=plot.DASHES[at % len(plot.DASHES)], marker=plot.MARKS[at % len(plot.MARKS)],
-            markersize=5, linewidth=1.4, capsize=3,
-        )  # fmt: skip
+            xs,
+            medians,
+            (below, above),
+            label=plot.safe(label),
+            color=colour,
+            linestyle=plot.DASHES[at % len(plot.DASHES)],
+            marker=plot.MARKS[at % len(plot.MARKS)],
+            markersize=5,
+            linewidth=1.4,
+            capsize=3,
+        )
         least, most = min(least, *medians), max(most, *medians)
     every = sorted({x for _, points in lines for x, _ in points})
     axes.set_xlabel(_AXES.get(axis, axis))
@@ -208,8 +235,9 @@ def _counts(points: Sequence[tuple[float, Row]]) -> str:
     return f"n={ns[0]:,}" + (f" to {ns[-1]:,}" if len(ns) > 1 else "")
 
 
-def peers(bars: Sequence[tuple[str, Row, float | None]], scale: Scale, what: str, title: str, *,
-          relative: bool) -> Figure:  # fmt: skip
+def peers(
+    bars: Sequence[tuple[str, Row, float | None]], scale: Scale, what: str, title: str, *, relative: bool
+) -> Figure:
     """Draw a bar a peer: the median with its interval, and how many times ours it is where ours is known."""
     labels = [plot.safe(plot.shortened(label)) for label, _, _ in bars]
     height = 1.3 + 0.36 * len(bars)
@@ -221,8 +249,9 @@ def peers(bars: Sequence[tuple[str, Row, float | None]], scale: Scale, what: str
         axes.barh(at, median, 0.6, color=colour, alpha=0.75)
         axes.errorbar(median, at, xerr=([median - low], [high - median]), color=plot.INK, capsize=3, linewidth=1.2)
         said = scale.show(row.summary.median) + (f", {times:.2f} times ours" if times not in (None, 1) else "")
-        axes.text(1.01, at, f"{said} · n={count(row.summary)}", transform=axes.get_yaxis_transform(), va="center",
-                  size=7.5)  # fmt: skip
+        axes.text(
+            1.01, at, f"{said} · n={count(row.summary)}", transform=axes.get_yaxis_transform(), va="center", size=7.5
+        )
     axes.set_yticks(range(len(bars)), labels)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(left=0)
@@ -237,9 +266,14 @@ def _side(end: float | None, row: Row, scale: Scale) -> float:
 
 
 def split(
-    bars: Sequence[tuple[str, dict[str, float], float | None, int]], parts: Sequence[str], scale: Scale, what: str,
-    title: str, *, relative: bool,
-) -> Figure:  # fmt: skip
+    bars: Sequence[tuple[str, dict[str, float], float | None, int]],
+    parts: Sequence[str],
+    scale: Scale,
+    what: str,
+    title: str,
+    *,
+    relative: bool,
+) -> Figure:
     """Draw where the time goes: a bar a point, its parts one after the other, and beneath it the whole as measured."""
     labels = [plot.safe(plot.shortened(bar[0])) for bar in bars]
     height = 1.75 + 0.62 * len(bars)
@@ -250,9 +284,15 @@ def split(
         for number_, part in enumerate(parts):
             size = medians.get(part, 0.0) / scale.factor
             axes.barh(
-                at - 0.12, size, 0.42, left=end, color=plot.COLOURS[number_ % len(plot.COLOURS)], linewidth=1,
-                edgecolor=plot.PAPER, label=plot.safe(part) if at == 0 else None,
-            )  # fmt: skip
+                at - 0.12,
+                size,
+                0.42,
+                left=end,
+                color=plot.COLOURS[number_ % len(plot.COLOURS)],
+                linewidth=1,
+                edgecolor=plot.PAPER,
+                label=plot.safe(part) if at == 0 else None,
+            )
             end += size
         said = f"sum {number(end)}"
         if whole:
@@ -303,12 +343,20 @@ def heat(row: Row, scale: Scale, title: str, *, relative: bool) -> Figure:
     axes.set_facecolor(plot.PANEL)
     axes.grid(visible=False)
     axes.imshow(
-        np.ma.masked_less(cells, 0), cmap=ListedColormap(plot.CLASSES), vmin=0, vmax=len(plot.CLASSES) - 1,
-        interpolation="nearest", aspect="auto", origin="lower",
+        np.ma.masked_less(cells, 0),
+        cmap=ListedColormap(plot.CLASSES),
+        vmin=0,
+        vmax=len(plot.CLASSES) - 1,
+        interpolation="nearest",
+        aspect="auto",
+        origin="lower",
         extent=(
-            float(began.min()) / time.factor, end / time.factor or 1.0, float(places.min()), float(places.max()) + 1,
+            float(began.min()) / time.factor,
+            end / time.factor or 1.0,
+            float(places.min()),
+            float(places.max()) + 1,
         ),
-    )  # fmt: skip
+    )
     axes.set_xlabel(f"since the first touch, {time.unit}")
     axes.set_ylabel("page of the range touched")
     plot.plain(axes, "x")
@@ -323,9 +371,15 @@ def heat(row: Row, scale: Scale, title: str, *, relative: bool) -> Figure:
     ]
     heading = f"{scale.unit} a touch: pages"
     key = axes.legend(
-        handles=patches, title=heading, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8,
-        title_fontsize=8, alignment="left",
-    )  # fmt: skip
+        handles=patches,
+        title=heading,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        frameon=False,
+        fontsize=8,
+        title_fontsize=8,
+        alignment="left",
+    )
     key.get_title().set_fontweight("bold")
     axes.text(1.03, 0.02, f"n={len(took):,}, one round", transform=axes.transAxes, size=8)
     return figure

@@ -98,20 +98,23 @@ def _distributions(group: Group, names: _Names, relative: bool) -> Iterator[Pict
     for number, rows in enumerate(parts, 1):
         title = f"{what}: distributions" + (f" ({number} of {len(parts)})" if len(parts) > 1 else "")
         yield Picture(
-            names.of(group.metric, "distributions"), title,
+            names.of(group.metric, "distributions"),
+            title,
             "Shade: density (its root); bar: the middle half; circle: median with its 95 % interval; "
             "small circles: outliers, some of them where there are many.",
             partial(charts.rows, group, rows, title, relative=relative),
-        )  # fmt: skip
+        )
     some = [row for row in group.rows if row.summary.n >= _ENOUGH]
     if len(some) > LINES:
         some = [row for row in some if "(base)" in row.cells]
     if 2 <= len(some) <= LINES and group.case != "split":
         title = f"{what}: shares"
         yield Picture(
-            names.of(group.metric, "shares"), title, "What share of the values is at most so large (ECDF).",
+            names.of(group.metric, "shares"),
+            title,
+            "What share of the values is at most so large (ECDF).",
             partial(charts.cumulative, group, some, title, relative=relative),
-        )  # fmt: skip
+        )
 
 
 # -- against an axis
@@ -124,10 +127,13 @@ def _against(group: Group, names: _Names, relative: bool) -> Iterator[Picture]:
         title = f"{group.case}: {group.title}, by " + ("number of vCPUs" if axis == "cpus" else axis)
         for at in range(0, len(lines), LINES):
             yield Picture(
-                names.of(group.metric, "by", axis), title, "Medians with their 95 % intervals.",
-                partial(charts.against, group, axis, lines[at : at + LINES], title, relative=relative,
-                        log=axis != "cpus"),
-            )  # fmt: skip
+                names.of(group.metric, "by", axis),
+                title,
+                "Medians with their 95 % intervals.",
+                partial(
+                    charts.against, group, axis, lines[at : at + LINES], title, relative=relative, log=axis != "cpus"
+                ),
+            )
 
 
 def _lines(
@@ -142,8 +148,11 @@ def _lines(
             found.setdefault(rest, {}).setdefault(at, row)
     lines = {rest: sorted(points.items()) for rest, points in found.items() if len(points) > 1}
     # What all lines have in common is no part of their names.
-    varying = [name for name in dict.fromkeys(name for rest in lines for name, _ in rest)
-               if len({dict(rest).get(name) for rest in lines}) > 1]  # fmt: skip
+    varying = [
+        name
+        for name in dict.fromkeys(name for rest in lines for name, _ in rest)
+        if len({dict(rest).get(name) for rest in lines}) > 1
+    ]
     return [
         (" ".join(dict(rest).get(name, "-") for name in varying) or "all", points) for rest, points in lines.items()
     ]
@@ -175,18 +184,20 @@ def _split(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
         parts = [part for part in PARTS if any(part in each for each in medians.values())]
         bars = [
             (label, each, each.get(WHOLE), min(counts[label]))
-            for label, each in medians.items() if set(each) & set(parts)
-        ]  # fmt: skip
+            for label, each in medians.items()
+            if set(each) & set(parts)
+        ]
         if bars:
             scale = scale_of(unit, [whole or max(each.values()) for _, each, whole, _ in bars])
             what = f"time per {per}" if per else "time"
             title = f"split: where the {what.replace('time', 'time goes', 1)}"
             yield Picture(
-                names.of("stacked"), title,
+                names.of("stacked"),
+                title,
                 "Medians of the parts, stacked; beneath them the whole as it was measured. Parts that were not "
                 "available are missing from the sum.",
                 partial(charts.split, bars, parts, scale, what, title, relative=relative),
-            )  # fmt: skip
+            )
 
 
 def _without_common(section: Section, row: Row) -> str:
@@ -204,9 +215,11 @@ def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
     kinds = dict.fromkeys((row.series.unit, group.per) for group in section.groups for row in group.rows)
     for unit, per in kinds:
         rows = [
-            (group, row) for group in section.groups for row in group.rows
+            (group, row)
+            for group in section.groups
+            for row in group.rows
             if (row.series.unit, group.per) == (unit, per) and ("peer" in row.series.point or section.case == "peer")
-        ]  # fmt: skip
+        ]
         metrics = dict.fromkeys(group.metric for group, _ in rows)
         ours = {_rest(group, row): row for group, row in rows if row.series.point.get("peer") == OURS}
         bars = []
@@ -221,9 +234,11 @@ def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
             what = (next(iter(metrics)) if len(metrics) == 1 else "cost") + (f" per {per}" if per else "")
             title = f"{section.case}: {what}, by who does it"
             yield Picture(
-                names.of("peers", per), title, "Medians with their 95 % intervals; ours in another colour.",
+                names.of("peers", per),
+                title,
+                "Medians with their 95 % intervals; ours in another colour.",
                 partial(charts.peers, bars, scale, what, title, relative=relative),
-            )  # fmt: skip
+            )
 
 
 def _peer(section: Section, group: Group, row: Row, *, several: bool) -> str:
@@ -249,11 +264,12 @@ def _heats(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
         point = " ".join(f"{name}={cell}" if name else cell for name, cell in cells)
         title = f"{section.case}: {group.metric}, page by page" + (f", {point}" if point else "")
         yield Picture(
-            names.of(group.metric, "pages", row.label), title,
+            names.of(group.metric, "pages", row.label),
+            title,
             "The last round: a page's touch from its begin to its end. Where several fall together the dearest is "
             "shown.",
             partial(charts.heat, row, group.scale, title, relative=relative),
-        )  # fmt: skip
+        )
 
 
 def pictured(section: Section) -> list[tuple[Group, Row]]:

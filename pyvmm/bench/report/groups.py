@@ -16,9 +16,13 @@ from pyvmm.bench.model import Point, Run, Series, Value
 from pyvmm.bench.statistics import Summary, merged, summary
 
 CLOCKS: Final = {
-    "guest": "the guest's counter", "vmm": "the host's clock, in the loop", "host": "the host's clock",
-    "el2": "the hypervisor's trace", "kvm": "KVM's statistics", "memory": "memory",
-}  # fmt: skip
+    "guest": "the guest's counter",
+    "vmm": "the host's clock, in the loop",
+    "host": "the host's clock",
+    "el2": "the hypervisor's trace",
+    "kvm": "KVM's statistics",
+    "memory": "memory",
+}
 
 EMULATED: Final = "emulated: relative only"
 """Said of whatever was measured under TCG."""
@@ -154,10 +158,8 @@ def columns_of(points: Sequence[Point]) -> tuple[tuple[str, ...], Point]:
 def cells_of(point: Point, columns: Iterable[str], base: Point) -> tuple[str, ...]:
     """Return what a row says of its point, cell by cell; the column without a name says what differs from ``base``."""
     differs = " ".join(
-        f"{one_line(axis)}={said(point.get(axis))}"
-        for axis in base
-        if _plain(point.get(axis)) != _plain(base[axis])
-    )  # fmt: skip
+        f"{one_line(axis)}={said(point.get(axis))}" for axis in base if _plain(point.get(axis)) != _plain(base[axis])
+    )
     return tuple(said(point.get(axis)) if axis else differs or "(base)" for axis in columns)
 
 

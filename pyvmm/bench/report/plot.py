@@ -62,9 +62,7 @@ def paper(title: str, height: float, *, relative: bool, left: float = 0.85, righ
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), facecolor=PAPER)
-    figure.subplots_adjust(
-        left=left / WIDTH, right=1 - right / WIDTH, top=1 - 0.55 / height, bottom=0.62 / height
-    )  # fmt: skip
+    figure.subplots_adjust(left=left / WIDTH, right=1 - right / WIDTH, top=1 - 0.55 / height, bottom=0.62 / height)
     axes = figure.add_subplot()
     figure.text(0.1 / WIDTH, 1 - 0.12 / height, safe(shortened(title, 88)), va="top", size=11, weight="bold")
     if relative:
@@ -130,13 +128,27 @@ def _settings() -> Iterator[None]:
         matplotlib.rcdefaults()
         # What the font lacks a browser's may have.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        matplotlib.rcParams.update({
-            "font.family": "DejaVu Sans", "font.size": _FONT, "axes.labelsize": _FONT, "text.parse_math": False,
-            "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": SOFT,
-            "ytick.color": SOFT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.facecolor": "none",
-            "svg.fonttype": "none", "svg.hashsalt": "pyvmm", "axes.formatter.useoffset": False,
-            "path.simplify": True, "axes.unicode_minus": False,
-        })  # fmt: skip
+        matplotlib.rcParams.update(
+            {
+                "font.family": "DejaVu Sans",
+                "font.size": _FONT,
+                "axes.labelsize": _FONT,
+                "text.parse_math": False,
+                "text.color": INK,
+                "axes.labelcolor": INK,
+                "axes.edgecolor": SOFT,
+                "xtick.color": SOFT,
+                "ytick.color": SOFT,
+                "xtick.labelcolor": INK,
+                "ytick.labelcolor": INK,
+                "axes.facecolor": "none",
+                "svg.fonttype": "none",
+                "svg.hashsalt": "pyvmm",
+                "axes.formatter.useoffset": False,
+                "path.simplify": True,
+                "axes.unicode_minus": False,
+            }
+        )
         yield
 
 

@@ -17,10 +17,12 @@ def _variables(colours: tuple[str, ...]) -> str:
     return ";".join(f"--c{at}:{colour}" for at, colour in enumerate(colours))
 
 
-CSS: Final = f"""{style.CSS}
+CSS: Final = (
+    f"""{style.CSS}
 :root{{{_variables(COLOURS)}}}
 @media (prefers-color-scheme:dark){{:root{{{_variables(_DARK)}}}}}
-""" + """
+"""
+    + """
 html{scroll-padding-top:1rem}
 section{margin:2.4rem 0 0;border-top:1px solid var(--line);padding-top:1rem}
 h3{font-size:1rem;margin:1.4rem 0 .1rem}
@@ -49,6 +51,7 @@ figcaption{color:var(--soft);font-size:.82rem;padding:0 .3rem}
 .facts{grid-template-columns:minmax(0,1fr)}.facts dd{margin-bottom:.3rem}}
 @media print{.wide{overflow:visible}}
 """
+)
 """The style sheet; ``--c0`` and further are the figures' colours."""
 
 SCRIPT: Final = """"use strict";

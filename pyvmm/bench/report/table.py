@@ -129,9 +129,10 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[
     """Line cells up in columns, the first ``left`` of them to the left; every line is indented."""
     widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
     return [
-        "    " + "  ".join(
+        "    "
+        + "  ".join(
             cell.ljust(width) if at < left else cell.rjust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in (head, *rows)
-    ]  # fmt: skip
+    ]

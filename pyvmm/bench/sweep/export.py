@@ -27,9 +27,11 @@ def export(store: Store, plan: Plan, file: str) -> list[str]:
     """
     environments = store.environments()
     path = Path(file)
-    names = [file] if len(environments) == 1 else [
-        str(path.with_name(f"{path.stem}-{number}{path.suffix}")) for number, _ in environments
-    ]  # fmt: skip
+    names = (
+        [file]
+        if len(environments) == 1
+        else [str(path.with_name(f"{path.stem}-{number}{path.suffix}")) for number, _ in environments]
+    )
     for name, (number, environment) in zip(names, environments, strict=True):
         _write(Path(name), _lines(store, plan, number, environment))
     return names

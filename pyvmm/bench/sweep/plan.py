@@ -158,8 +158,9 @@ class _Reader:
         name = table.get("case")
         if not isinstance(name, str):
             hint = f"known are {', '.join(self._cases)}"
-            self._refuse("case must name what is measured" if "case" in table else "no case is named",
-                         "case", number, hint=hint)  # fmt: skip
+            self._refuse(
+                "case must name what is measured" if "case" in table else "no case is named", "case", number, hint=hint
+            )
         if name not in self._cases:
             self._refuse(f"no case is called {name!r}", "case", number, hint=nearest(name, self._cases))
         case = self._cases[name]

@@ -108,8 +108,10 @@ class Balloon(VirtioDevice):
 
     def _pages(self, size: int) -> int:
         if not 0 <= size <= len(self._ram):
-            raise UsageError(f"a balloon of {size:#x} bytes: the guest has {len(self._ram):#x}",
-                             hint="name what the guest is to give up, not what it is to keep")  # fmt: skip
+            raise UsageError(
+                f"a balloon of {size:#x} bytes: the guest has {len(self._ram):#x}",
+                hint="name what the guest is to give up, not what it is to keep",
+            )
         return size // _PAGE
 
     # -- the device

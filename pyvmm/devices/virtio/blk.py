@@ -125,11 +125,23 @@ class Blk(VirtioDevice):
         """Return struct virtio_blk_config."""
         blocks = self.disk.physical_size // self.disk.block_size
         return _CONFIG.pack(
-            self.disk.sectors, self.segment_most, self.segments_most, self.disk.block_size,
-            blocks.bit_length() - 1, 0, blocks, 0, self.writeback, len(self.queue_sizes),
-            DISCARD_SECTORS, DISCARD_SEGMENTS, self.disk.physical_size // SECTOR,
-            ZEROES_SECTORS, 1, 1,
-        )  # fmt: skip
+            self.disk.sectors,
+            self.segment_most,
+            self.segments_most,
+            self.disk.block_size,
+            blocks.bit_length() - 1,
+            0,
+            blocks,
+            0,
+            self.writeback,
+            len(self.queue_sizes),
+            DISCARD_SECTORS,
+            DISCARD_SEGMENTS,
+            self.disk.physical_size // SECTOR,
+            ZEROES_SECTORS,
+            1,
+            1,
+        )
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Take the driver's choice whether writes may be cached (CONFIG_WCE); the rest is not its to change."""
@@ -269,9 +281,13 @@ class Blk(VirtioDevice):
         elif code in (errno.ENOSPC, errno.EDQUOT):
             hint += "; make room where the disk's file is"
         self.complaints.warn(
-            "disk_failed", path=self.disk.path, request=what, errno=errno.errorcode.get(code, code), reason=reason,
+            "disk_failed",
+            path=self.disk.path,
+            request=what,
+            errno=errno.errorcode.get(code, code),
+            reason=reason,
             hint=hint,
-        )  # fmt: skip
+        )
 
 
 def _pieces(share: int) -> tuple[int, int]:
@@ -292,11 +308,15 @@ class _Server:
         self.native = ffi.new(
             "struct pv_blk *",
             {
-                "queue": queue.native, "chain": self.chain.native, "file": device.disk.fd,
-                "stop_fd": self.worker.stop_fd, "flags": device.flags, "capacity": device.disk.sectors,
+                "queue": queue.native,
+                "chain": self.chain.native,
+                "file": device.disk.fd,
+                "stop_fd": self.worker.stop_fd,
+                "flags": device.flags,
+                "capacity": device.disk.sectors,
                 "most": device.most,
             },
-        )  # fmt: skip
+        )
         if device.bounce:
             self._bounce = ffi.new("uint8_t[]", BOUNCE)
             self.native.bounce, self.native.bounce_size = self._bounce, BOUNCE

@@ -137,9 +137,11 @@ class DiskFile:
         for magic, name in _FORMATS.items():
             if begins.startswith(magic):
                 log.warning(
-                    "disk_served_raw", path=self.path, looks_like=name,
+                    "disk_served_raw",
+                    path=self.path,
+                    looks_like=name,
                     hint="the guest sees the file's bytes as they are: qemu-img convert -O raw makes a raw image of it",
-                )  # fmt: skip
+                )
 
     def _lock(self) -> None:
         # Of the open file, not the process: two disks of one VM exclude each other too. QEMU locks single bytes of a
@@ -155,9 +157,11 @@ class DiskFile:
                     hint="make a copy of it; several may use it at once where all do so with ,ro",
                 ) from None
             log.warning(
-                "disk_not_locked", path=self.path, reason=error.strerror,
+                "disk_not_locked",
+                path=self.path,
+                reason=error.strerror,
                 hint="nothing keeps another VM from writing to it at the same time",
-            )  # fmt: skip
+            )
 
     def _blocks(self) -> tuple[int, int]:
         if self.regular:

@@ -41,9 +41,13 @@ class Passt(Stream):
             command += ["--tcp-ports", ",".join(f"{host}:{guest}" for host, guest in forwards)]
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=tell, stderr=tell, pass_fds=(theirs.fileno(),),
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=tell,
+                stderr=tell,
+                pass_fds=(theirs.fileno(),),
                 process_group=0,  # a Ctrl-C on the terminal is for us, and for it when we have done
-            )  # fmt: skip
+            )
         except OSError as error:
             ours.close()
             os.close(self._said)

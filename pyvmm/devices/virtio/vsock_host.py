@@ -159,8 +159,9 @@ def _make_way(path: str) -> None:
     except OSError:
         return  # nothing is there, or the bind will say what is wrong
     if not stat.S_ISSOCK(about.st_mode):
-        raise UsageError(f"the vsock path {path!r} exists and is no socket: it is not replaced",
-                         hint="name a path that is free")  # fmt: skip
+        raise UsageError(
+            f"the vsock path {path!r} exists and is no socket: it is not replaced", hint="name a path that is free"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(os.fsencode(path))
@@ -173,8 +174,10 @@ def _make_way(path: str) -> None:
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 raise HostError(f"the vsock path {path!r} cannot be looked at: {error.strerror}") from None
-    raise UsageError(f"the vsock path {path!r} is in use: a program, another VM perhaps, listens there",
-                     hint="name another path: each VM needs its own")  # fmt: skip
+    raise UsageError(
+        f"the vsock path {path!r} is in use: a program, another VM perhaps, listens there",
+        hint="name another path: each VM needs its own",
+    )
 
 
 def _identity(path: str) -> tuple[int, int] | None:

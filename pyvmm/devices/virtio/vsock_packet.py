@@ -68,9 +68,17 @@ class Header:
     def pack(self) -> bytes:
         """Put the header together."""
         return _HEADER.pack(
-            self.src_cid, self.dst_cid, self.src_port, self.dst_port, self.size, self.type, self.op, self.flags,
-            self.buf_alloc, self.fwd_cnt,
-        )  # fmt: skip
+            self.src_cid,
+            self.dst_cid,
+            self.src_port,
+            self.dst_port,
+            self.size,
+            self.type,
+            self.op,
+            self.flags,
+            self.buf_alloc,
+            self.fwd_cnt,
+        )
 
     def reset(self) -> Header:
         """Return what tells the sender of this packet that there is no such connection (5.10.6.4)."""

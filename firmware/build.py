@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build the payloads: firmware/payloads/NAME.c to pyvmm/payloads/NAME.bin, and the manifest beside them.
 
 Run as ``python firmware/build.py``; the tests import it. Standard library only. The same compiler gives the same

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * How a payload starts. Flat binary, entered at its first byte at EL1 with the MMU off, x0 = device tree; secondary
  * vCPUs enter at start_secondary by PSCI CPU_ON. Both turn the MMU and caches on before any C runs: exclusives need

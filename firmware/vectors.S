@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Exception vectors. Every one of the 16 ends in trap() (lib/trap.c), which says what becomes of the vCPU; it runs on
  * a stack of its own, so that a bad stack pointer is reported as well. Nothing of the interrupted code is kept: it

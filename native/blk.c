@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* virtio-blk (virtio 1.2, 5.2): reads and writes go between the file and guest memory here, in a thread that waits for
  * kicks itself; what is policy goes to Python.
  *

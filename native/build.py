@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build the native loop: cffi writes the glue, one C compiler makes a stable-ABI extension of it; no setuptools.
 
 ``python native/build.py`` rebuilds in place what this checkout uses; the hatch hook calls the same functions.

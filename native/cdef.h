@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The contract between the run loop and Python, read by both: the C sources include it, cffi parses it. Only plain
  * declarations here (no preprocessor), fixed-width types, no padding left to chance.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hatchling's way to native/build.py: the extension is built into every wheel and every editable install.
 
 ``PYVMM_TARGET=aarch64`` cross-builds a wheel for that machine.

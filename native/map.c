@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The table of memslots: found by address, replaced while others look at it. */
 #include "pyvmm.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* MMIO exits: finds the range, and carries out the access if its kind is one of the loop's. */
 #include "pyvmm.h"
 

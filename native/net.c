@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* virtio-net: serves a card's two queues and what is behind them, in one thread that Python lends. */
 #include "net.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What the two directions of virtio-net share: net.c sends and serves, net_rx.c receives. */
 #ifndef PYVMM_NET_H
 #define PYVMM_NET_H

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Arm PrimeCell UART (PL011), DDI 0183. The wire is infinitely fast: the transmitter is always empty, and an access
  * waits only when the host's own FIFO is full. Several vCPUs may print; Python feeds. The interrupt line is a level, and
  * moves under the lock: KVM hears of its changes in their order. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What the files of the run loop share with each other. Python sees only cdef.h. */
 #ifndef PYVMM_H
 #define PYVMM_H

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Pages that change hands: the ledger, the share doorbell, the hypercalls of the emulated protection. */
 #include "pyvmm.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Histograms, the trace ring and byte FIFOs: what is counted and carried, never what it means. */
 #include "pyvmm.h"
 

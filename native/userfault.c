@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Serves the missing pages of a userfaultfd from memory of ours, without Python in between. */
 #include "pyvmm.h"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m pyvmm``: the command line without the installed script."""
 
 from __future__ import annotations

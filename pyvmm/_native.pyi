@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native loop as Python sees it: native/cdef.h says what every structure, constant and function means.
 
 Structures are cffi's (``ffi.new("struct pv_vm *")``) and not typed here; whoever allocates one keeps it alive.

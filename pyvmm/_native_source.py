@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notice a native loop that is missing or older than its sources; owns nothing, any entry point may call it.
 
 Only a checkout can go stale: an installed pyvmm has no ``native`` folder beside it and is what it was built as.

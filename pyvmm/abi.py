@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a payload and pyvmm say to each other: the numbers of firmware/lib/abi.h, which says what each means.
 
 Data only; anyone may import it. A test reads the header and compares.

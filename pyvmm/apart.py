@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work in a process of its own, with a deadline, so that whatever it does to itself it does to nobody else.
 
 The process is forked from this one, which has everything imported and must have no other thread; what it returns comes

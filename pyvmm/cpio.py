@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a newc cpio archive, the form of an initramfs, without touching the disk or needing root.
 
 The format is described in the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. Entries are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can go wrong, in words: every error says what was tried, with which values, why it failed, and what to do.
 
 The library raises; only the CLI prints and exits (with ``exit_status``).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events: what happened, with values, to stderr; readable on a terminal, JSON lines for machines.
 
 Owns structlog's configuration. Anyone may call :func:`get_logger` at import time; the CLI alone calls

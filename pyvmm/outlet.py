@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where consoles' output and events go: somebody else's descriptor, written to without ever waiting for its reader.
 
 Who writes holds locks that others need, so a write takes what there is room for, and returns. Having seen POLLOUT is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The three ways a guest can be kept from its host, as everyone in pyvmm names them."""
 
 from __future__ import annotations

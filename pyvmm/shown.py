@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the workstation shows a lab beside its files: directories by name, told by one variable of the environment.
 
 Read where a guest is started, so it imports next to nothing; what such a directory has is its maker's to say.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where each tier of tests runs: see tests/labtier.py."""
 
 from __future__ import annotations

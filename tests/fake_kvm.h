@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* One exit a fake vCPU is to make, and what was done about it. Read by cffi too. */
 struct fake_exit {
     int32_t error;          /* not 0: KVM_RUN fails with it */

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native loop built against a fake kernel, for tests that drive it without /dev/kvm."""
 
 from __future__ import annotations

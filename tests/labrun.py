@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a pytest in a lab for another one, in a process of its own: that one has neither threads nor a QEMU of it.
 
     labrun.py FD    what to run is one line of JSON on stdin, at whose end everything is torn down

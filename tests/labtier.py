@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The test tiers: what cannot run on this machine runs in the lab, or is counted in one line that says why not.
 
 ``kvm`` tests need a /dev/kvm of any architecture. ``pkvm`` tests need a pKVM host: this one if it is one, else a lab in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a Perfetto trace as far as tests need it: tracks, what is on them, flows.
 
 Runs in the lab too, where there is no protobuf; a unit test holds it against Perfetto's own classes.

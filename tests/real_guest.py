@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest that does nothing but MMIO, on a real /dev/kvm of either architecture: code is put together here.
 
 On x86 it is real-mode code in the first 64 KiB and devices are at 0xd_0000; on arm64, code at 0x8000_0000 and devices

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native loop's twin in pure Python: the same decisions, written from native/cdef.h and firmware/lib/abi.h.
 
 Oracle of the differential tests, baseline of the benchmark. It owns its state; the kernel is whatever ``Kernel`` is.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the twin keeps of a VM: memory, ranges and the devices in them. Owned by tests.twin."""
 
 from __future__ import annotations

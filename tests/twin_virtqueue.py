@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both ends of a virtqueue in pure Python, written from virtio 1.2: the driver, and the device that C is too.
 
 :class:`Driver` lays requests out in memory and takes back what was used. :class:`Device` is the oracle of the

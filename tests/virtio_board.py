@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A transport and a device that does little, as a vCPU reaches them, and a driver that keeps to the rules."""
 
 from __future__ import annotations

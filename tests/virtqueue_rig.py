@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A virtqueue of the native loop, in memory of two slots side by side; pages may be closed to the host."""
 
 from __future__ import annotations

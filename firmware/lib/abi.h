@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What a payload and pyvmm say to each other. Bases come from the device tree; only offsets are fixed here.
  * Assembler includes this too: plain #defines only. Python reads these lines as they are (pyvmm/abi.py has the
  * same numbers and a test compares). */

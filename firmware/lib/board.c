@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* What the machine is: the device tree read once, free memory, this vCPU's mailbox. Owns `board`. */
 #include "lib.h"
 

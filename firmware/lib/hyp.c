@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Calls to the hypervisor (SMCCC over HVC): sharing, PSCI. */
 #include "lib.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What every payload can use. Everything here may be called on any vCPU; print() and page_alloc() lock. No floating
  * point, no libc, no recursion: a stack is STACK_SIZE.

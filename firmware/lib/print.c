@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The UART, lines, boot arguments, and the few string functions a compiler expects. */
 #include "lib.h"
 

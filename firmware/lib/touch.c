@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Touching pages, each access timed: the orders of the puppet and the payload `touch` share it. */
 #include "lib.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* What becomes of an exception: reported, then recovered from or the end of the vCPU. Called by vectors.S only. */
 #include "lib.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * Misbehaves, one way at a time: way=WAY in the boot arguments. `ways` below is the list; the ones that end in a
  * trap report it through the vectors, the others show what the VMM makes of them and power off.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * The story of a share, on every vCPU: the device refuses a private page; shares one, is answered through it; takes
  * the page back, and the device has let go. One vCPU at a time has the device; what each saw is printed at the end in

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * Makes exits and times them: the same accesses on any VMM with a PL011 in its device tree. Parameters:
  *

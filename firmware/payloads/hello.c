@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The shortest payload: says what it is and powers off. No parameters. */
 #include "../lib/lib.h"
 

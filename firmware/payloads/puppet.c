@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * Takes orders through the mailbox, on any vCPU, until one of them powers it off. Orders and their arguments are in
  * abi.h; pyvmm/guest/puppet.py is the other end. An order that traps is answered with DONE = 1 and the trap registers.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * Brings every vCPU up by PSCI, lets them count with atomics, and takes them down again. Prints in vCPU order, so the
  * output is the same every time. Parameters: rounds=N additions a vCPU (default 1000).

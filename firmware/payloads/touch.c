@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /*
  * Touches pages of fresh memory and times each access. What abi.h calls TOUCHED (ticks are CNTVCT's) stays of every page
  * in an area shared with the host: its gpa, bytes and count are in NOTE(0..2), pass after pass. Parameters:

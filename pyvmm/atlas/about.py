@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names the host an atlas is of: kernel, KVM's mode, machine; everything that verdicts may depend on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a claim is, and the list of all of them.
 
 A claim is a function of one :class:`pyvmm.atlas.experiment.Experiment`. Its docstring is the statement; what it checks

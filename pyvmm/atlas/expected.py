@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What claims are expected to be on the kernels we know: a second list beside the claims, compared with and no more.
 
 ``expected.toml`` has a table for each kernel series and mode of KVM. A claim's entry is a verdict where it is the same

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A live guest and a notebook: what a claim is written with, and what a script or the REPL uses to ask the kernel.
 
     from pyvmm.atlas import Experiment

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an atlas says: results of claims, with their evidence, on one host; and its JSON form.
 
 Data only, owns nothing; the runner makes it, the reports read it. Everything that changes from one run to the next on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files, slots and mappings without pyvmm's own refusals: what experiments ask of the kernel and a machine never does.
 
 Owns nothing: what is made here is given back by the experiment's stack or by the machine.

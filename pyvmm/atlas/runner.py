@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs experiments, each in a process of its own with a deadline, so that none can hurt its neighbours.
 
 A process that dies, or is past its deadline and killed with all it started, has that for its verdict.

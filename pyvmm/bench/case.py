@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a case is, the list of all of them, and which of its points are measured.
 
 A case is a function of one :class:`pyvmm.bench.measure.Bench`, in a module of its own. Its axes say where it can be

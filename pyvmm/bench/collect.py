@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run from its plan to its results: what is measured, in which order, and the lines that come of it.
 
 The lines are made where the guest runs and taken where the report is made, which may be another machine. A line

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two runs of the same benchmark say differently: the ratio of medians, how sure it is, and a word for it.
 
 Series are matched by what they are of. Where both have the same number of rounds, these are taken as pairs, as two

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long the hypervisor ran for an operation: EL2 residency, from its entries and exits. Pure functions.
 
 A *visit* is a stretch at EL2, from an entry to the exit that follows on the same CPU. The share that EL2 answers itself

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What numbers depend on besides the code: the machine, its kernel, its clock; recorded with every run.
 
 Owns nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Linux guest started as a user starts one, in a process of its own, and when it did what.
 
 Every side runs the same kernel with the same initramfs of one line of shell: what a VMM adds is all that differs. The

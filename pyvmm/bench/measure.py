@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a case measures with: a guest at one point of the case's axes, clocks, and the series it leaves.
 
 Every case goes round and round: a round has memory that nothing has touched, or a guest of its own, and the values of

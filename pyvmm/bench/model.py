@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a benchmark's results are made of: plain values, and the JSON lines they are kept in. Nothing is dropped.
 
 A results file is JSON lines. The first is the header: the format, the environment, what was asked for. Then one line

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records the hypervisor while a guest is told to do something, and says what one operation of it cost.
 
     with Recorder(x) as recorder:

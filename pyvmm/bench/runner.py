@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures points, each in a process of its own with a deadline, so that none can hurt its neighbours.
 
 A point that cannot be measured, crashes, or is past its deadline leaves a series without values that says why.

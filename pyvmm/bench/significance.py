@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two rank tests, both two-sided and exact for as few values as rounds are, with the ties that a clock's ticks make.
 
 Pure; numpy and scipy are loaded on use.

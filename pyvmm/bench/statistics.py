@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is said of a series: its median with a confidence interval, its percentiles, its outliers. Nothing is dropped.
 
 Made on the workstation from raw values; numpy is loaded on use. The interval is a percentile bootstrap with a fixed

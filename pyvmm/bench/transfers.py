@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Linux guests read and write, receive and send through their devices, and what it takes by their own clocks.
 
 A guest of the project's kernel does one operation a number of times and says its uptime between; the disk is a file

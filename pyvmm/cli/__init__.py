@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: one module a verb, this one finds it, runs it, and turns what it raises into words and a status.
 
 A verb's module defines ``add_parser(subparsers)`` and ``main(args) -> int``. It is imported only when its name is on

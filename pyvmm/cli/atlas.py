@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm atlas``: what this kernel really does with guest memory, claim by claim; and ``pyvmm atlas diff``.
 
 Results go to stdout as they come, a table of all verdicts at the end, progress to stderr. Exit status 0 when every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm bench``: what a fault, an exit, a share, a conversion costs on this host, measured and shown.
 
 Measuring and reporting are apart: results are lines, made where the guest runs, and the table and the pages are made of

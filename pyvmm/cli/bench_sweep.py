@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm bench sweep``: measures all points that a TOML file names, here, in several labs, or over a fleet.
 
 Progress and all else goes to stderr; results go to the sweep's database, and from there to results files. Exit status

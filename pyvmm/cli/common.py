@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What verbs share: options every one of them takes, sizes, output files, statuses in words, how a signal unwinds."""
 
 from __future__ import annotations

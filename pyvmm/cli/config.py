@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run's options from a file: ``--config FILE.toml``, and ``--print-config``, which writes such a file.
 
 A snapshot holds the options of its machine in the same form, but with absolute paths (of a socket: where that can be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a guest's consoles go: the UART of ``--serial``, the virtio console of ``--console``, one of them to stdio.
 
 Owns the files that are named, and SIGWINCH while a run lasts; used by ``run``, from the main thread.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The way into a running guest from other processes: a socket for each ``pyvmm run``, of the user's own.
 
 A :class:`Control` owns the socket ``PID.sock`` in the user's directory for such files, another where the user named

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm ctl``: tell a run of another process what to do, or ask how it is; through its socket.
 
 The run is named by its process, or by the path that its ``--socket`` gave; with neither, it is the user's only one.

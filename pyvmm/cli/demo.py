@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm demo``: the whole story of a protected guest in one screen; on this host if it runs pKVM, else in the lab."""
 
 from __future__ import annotations

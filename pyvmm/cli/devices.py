@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of ``run`` that give a guest its virtio devices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm doctor``: what this machine can do, what is missing, and the next step as a command.
 
 Exit status 0 when protected guests run here, directly or in the lab; 5 otherwise.

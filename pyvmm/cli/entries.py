@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a file of options says, key by key, and on which line of it.
 
 The lines are for whoever has to say what is wrong with the file: tomllib, which reads it, tells none.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm lab``: a pKVM host on any Linux machine; and what ``pyvmm --lab VERB`` is made of.
 
 Owns the progress display while an image is built. Everything of the lab goes to stderr: stdout is the command's.

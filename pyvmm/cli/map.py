@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm map``: run a guest as ``run`` does and show its page map, live on a terminal, and as it is at the end.
 
 A verb's product is on stdout: of ``run`` that is the guest's output, of ``map`` it is the map, and the guest's output

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``doctor`` looks at: each probe asks the system one question and answers with a finding, whatever it meets.
 
 Owns nothing for longer than a probe. Nothing here may raise for what the machine is like, or need the native loop.

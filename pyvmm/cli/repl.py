@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm repl``: a live guest at a Python prompt. ``guest`` takes orders, ``vm`` tells what became of its memory.
 
 What is typed runs in this process; the guest runs on in its own threads and ends with the prompt. Where stdin is not a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``run`` says at the end, on stderr: how it ended, and always one line of exit statistics, the last."""
 
 from __future__ import annotations

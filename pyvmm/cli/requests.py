@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run answers to other processes: its state, its counters, and the orders that a user may give it.
 
 A :class:`Requests` owns nothing; what it answers with runs in the thread of the :class:`~pyvmm.cli.control.Control`

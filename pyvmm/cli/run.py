@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm run``: one guest from start to end. Guest output on stdout; ours, the closing statistics last, on stderr.
 
 The default protection is ``none``: it works on every arm64 host, and a guest is called protected only when protection

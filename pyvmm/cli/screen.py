@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A page map, or other lines, at the bottom of a terminal, drawn over and over, with the guest's output above it.
 
 A :class:`Screen` owns what is on the terminal from its first line to the cursor, and the pipe through which output

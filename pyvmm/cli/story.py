@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The life of a protected guest, told and checked: what ``pyvmm demo`` prints, step by step.
 
 Owns the machine it makes. Every fact is one that the kernel, the guest or the VMM has just given; one that is not as it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shape of options that describe a device: ``PATH,ro,queues=2``, parts between commas.
 
 A part is ``key=value``, a key that has no value, or, first and where the option has such, the value of the main key

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The user's side of a run: keys from a terminal to the guest, and signals that end the run.
 
 Owns the terminal's mode, which is put back however the run ends, one thread (``pyvmm-keys``), and the handlers of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm top``: how busy a running guest is, now and again: exits by kind, where each vCPU's time goes, pages.
 
 With a number, or nothing, it watches the guest of a ``pyvmm run`` in another process of the same user; with a kernel it

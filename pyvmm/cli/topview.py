@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How ``pyvmm top`` shows its reports: drawn over and over on a terminal, one after the other elsewhere, or as JSON.
 
 A :class:`View` owns no descriptor; the screen is its maker's. A :class:`Top` watches a guest of this process.

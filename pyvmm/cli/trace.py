@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm trace``: run a guest as ``run`` does and write a trace of it, for https://ui.perfetto.dev.
 
 Also what ``--trace`` does, of every verb that runs a guest.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is seen of a run while it lasts, and kept of it: on a terminal, as a picture in a file, as a trace in another.
 
 A :class:`Watch` owns one thread (``pyvmm-watch``), the recording of faults and the files. The vCPUs know nothing of it:

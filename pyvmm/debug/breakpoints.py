@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Breakpoints and watchpoints, as a debugger asks for them and as the CPU's debug registers take them. Pure.
 
 All are the hardware's, software ones too: patching a BRK into code needs a host that may write it, which no host of a

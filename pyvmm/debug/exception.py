@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An exception that a guest would have taken, had the debugger not been there: entry into EL1, done by hand.
 
 Arm Architecture Reference Manual, AArch64.TakeException; what arch/arm64/kvm/hyp/exception.c does for KVM's own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interrupts of vCPUs that are being stepped: held back for that one instruction.
 
 While a guest stands still its timer goes on, so an interrupt is nearly always pending when it is stepped, and a step

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `monitor` commands do in a debugger: ways to look at the guest that GDB's own commands have no word for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frames of GDB's remote serial protocol: bytes to packets and back. Knows neither what they mean nor where they go.
 
 A frame is ``$payload#xx``, xx the sum of the payload's bytes in two hexadecimal digits; in the payload ``}`` stands

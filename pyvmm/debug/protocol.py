@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the packets of GDB's remote protocol ask for, and the answers: all-stop, a thread for each vCPU.
 
 A :class:`Session` is one debugger's connection, without the connection: packets in, answers out. It asks a

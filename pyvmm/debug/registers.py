@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registers that GDB knows a 64-bit Arm CPU by: their order, their sizes, and the description it reads.
 
 Two features are GDB's own, org.gnu.gdb.aarch64.core and .fpu (GDB's manual, "AArch64 Features"); the third shows system

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a debugger connects: a unix or TCP socket, the thread that serves it, and what becomes of the guest meanwhile.
 
 A :class:`GdbServer` owns the socket from its making on, so that one that is in use is refused before a machine is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guest's own address translation, done by hand: VMSAv8-64 stage 1 of EL1&0, out of the tables in guest memory.
 
 Arm Architecture Reference Manual, D8: granules of 4, 16 and 64 KiB, 16 to 52 bits of input, block entries, both halves

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine as a debugger sees it: its vCPUs stopped and let go, their registers, its memory by virtual address.
 
 Owns no descriptor and no thread. One thread at a time calls it, the debugger's; :meth:`GuestTarget.intercept` alone is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every device is to the machine: a window of registers, how the native loop treats it, and its device-tree node.
 
 A device that answers in Python implements :meth:`Device.read` and :meth:`Device.write`; the others hand the loop a

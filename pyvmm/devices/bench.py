@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kinds of the native loop side by side, for measuring what an exit costs: registers, counter, doorbell, cold."""
 
 from __future__ import annotations

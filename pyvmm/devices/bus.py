@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The MMIO table: owns ``pv_vm.bus`` and knows which device answers a cold exit.
 
 Built once before the first run. Overlaps are refused by name. C finds the range; Python only looks up its index.

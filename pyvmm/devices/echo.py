@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers requests through a page the guest shared: the smallest device that shows what a share is for.
 
 =====================================  ==========================================================================

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mailboxes of the vCPUs: orders to a puppet, answers, and the report of a trap.
 
 Owns ``struct pv_mailbox[]``. The native loop serves the registers; what reaches Python is a vCPU that waits for an

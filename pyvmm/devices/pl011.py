@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console: a PL011 whose registers and FIFOs are the native loop's, and the threads that move its bytes.
 
 Owns ``struct pv_pl011`` with both FIFOs, an eventfd and up to two threads: one writes what the guest prints to a file

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The share doorbell: one register by which a guest says what it shares, since pKVM's kernel tells nobody.
 
 The native loop does all of it: checks the address, believes a protected guest only if the page can really be read,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trap of a payload as its vectors reported it, and an order's answer. Data only; devices make it, anyone reads it.
 
 Names and codes are those of the Arm Architecture Reference Manual, DDI 0487, ESR_EL1.

@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# SPDX-License-Identifier: Apache-2.0
 # A guest's init: a shell on the kernel's console that ends with the guest, or one command and its exit status.
 #
 # The command is what stands behind " -- " on the kernel's command line, or pyvmm.run="COMMAND" on it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The initramfs ``shell:`` of guests: busybox, an init, what little they look for; modules follow as an archive.
 
 The same input gives the same bytes. Everything is uncompressed: unpacking costs a guest more than the pages it saves.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests' kernels and initramfs by name: which file ``debian:``, ``own:`` and ``shell:`` are, here or in a lab.
 
     debian:         Debian's arm64 kernel that the lab boots by default; debian:stable and others, those it can boot

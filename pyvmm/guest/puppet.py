@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest that does what Python says: a handle on one vCPU of the payload ``puppet``.
 
     with Machine(MachineConfig("payload:puppet", Protection.PKVM)) as machine:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The objects behind /dev/kvm, one module for each kind of file descriptor, each a context manager.
 
 ::

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why KVM refuses a call: errno and arguments to a cause in words and a next step. Data, and one way to ask it.
 
 Whoever issues one of these calls raises :func:`kvm_error`; where a kernel's answer has several reasons, the arguments

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device inside the kernel (KVM_CREATE_DEVICE): its file descriptor. Made by Vm.create_device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One file descriptor of KVM's: calls, errors with names in them, closing in order. Base of the other modules."""
 
 from __future__ import annotations

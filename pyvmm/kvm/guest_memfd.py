@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest_memfd: a file of guest memory that belongs to one VM. Made by Vm.create_guest_memfd.
 
 Guest memory is mapped, punched and allocated by the memory package: see SharedGuestMemfd and PrivateGuestMemfd.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The system calls of pyvmm.kvm, pyvmm.memory and the devices, through ctypes and with errno; owns nothing.
 
 Addresses are integers, errors are numbers: what they mean is for the callers to say. fcntl.ioctl is not used: it parses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A kernel that only answers, and one that writes down what it is asked: what a plan is made of.
 
 Both are :class:`~pyvmm.kvm.fd.Kernel` s, given to ``System.open``. Nothing here opens /dev/kvm but what is recorded of

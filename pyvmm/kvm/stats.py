@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The statistics the kernel keeps of a VM or a vCPU (KVM_GET_STATS_FD): their names once, their values at any time."""
 
 from __future__ import annotations

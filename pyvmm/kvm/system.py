@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """/dev/kvm itself: what this host can do, and the way to VMs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A virtual CPU: its registers, its state, and the page it shares with whoever runs it. Made by Vm.create_vcpu.
 
 KVM_RUN is not here: the native loop issues it, on :meth:`Vcpu.fileno` and :attr:`Vcpu.run_address`. Registers are read

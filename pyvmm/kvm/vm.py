@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A virtual machine: its slots, vCPUs, devices, doorbells and interrupts. Made by System.create_vm."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab: any Linux machine with QEMU becomes a pKVM host.
 
 ``Lab`` boots one and runs commands in it; ``build_image`` makes what it boots. Used by the CLI and the tests; nothing

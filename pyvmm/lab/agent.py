@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's first process: mounts what it is told to, runs one command at a time, carries its streams and its status.
 
 Runs inside the lab only, as PID 1 under ``python3 -I -S``, from a package that holds nothing but it and ``frames``;

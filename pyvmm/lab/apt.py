@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's packages for the lab, by apt with a state of its own: nothing of this machine's apt is changed or needed.
 
 Owns one directory. Runs as root or as anybody; apt checks signatures and hashes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's cache: where images are, which one a kernel's name means, whether it is whole, and who may write.
 
 ``$XDG_CACHE_HOME/pyvmm/lab`` holds ``apt/`` (package lists and files), ``images/KEY/`` (immutable once there, named by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What only the lab itself can say or make: the names of busybox's programs, and byte code for its Python.
 
 A new image is booted once for it, which also shows that it works. Without byte code every import is a compilation

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the workstation and the lab's agent say to each other: the frames, and nothing that does I/O.
 
 One virtio-serial port carries everything, in order, in both directions: a header (kind, length), then the payload.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests' kernels and initramfs, as trees made of what the lab has: its images, and the project's own kernel.
 
 Nothing is fetched: where there is no such image or kernel, the error says which command gets it. The kernel in a tree

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the lab's images: one of Debian's arm64 kernels and a minimal root, resolved when it is built, then cached.
 
 Nothing is pinned by version, because a mirror drops what is superseded; a manifest records what was taken. Everything

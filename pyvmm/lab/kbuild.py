@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One tree of Linux's source: unpacked from Debian's package, configured, compiled; what goes wrong is told in words.
 
 Owns the directory's contents, the processes of its make, and what is appended to the log. One thread at a time.

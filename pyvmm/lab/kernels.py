@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernel the lab's host runs: one of Debian's, the project's own, or a file. Reads the file; owns nothing.
 
 The root is made of one release's packages whatever the kernel; only the modules in it belong to a kernel.

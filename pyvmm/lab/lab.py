@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab: a pKVM host one can run commands in. Boots on entry, runs any number of commands, is gone on exit.
 
 Owns a ``Machine`` and speaks to its agent. One thread at a time; signals are forwarded only from the main thread. The

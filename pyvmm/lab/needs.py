@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this machine must have for the lab, and the one line that installs what it has not."""
 
 from __future__ import annotations

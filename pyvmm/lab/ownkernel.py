@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The project's own kernel, built from Debian's linux-source: it opens its hypervisor, and a protected VM can run it.
 
 ``kernels/`` in the lab's cache holds ``KEY/`` (immutable once there, named by what it was made of: the source, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a benchmark's peers and others need of the workstation before a lab boots: built or fetched once, then kept.
 
 ``prepare`` gives the directories to make visible in the lab, and the variables by which they are found there: trees by

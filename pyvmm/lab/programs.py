@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's arm64 programs as trees: a program, the libraries it needs, and the loader that finds them.
 
 The lab's root has another set of packages and no room for these: nothing of such a tree is where programs look for it,

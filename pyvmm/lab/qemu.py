@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The QEMU process that is the lab's machine: its command line, its console, its end.
 
 Owns the process (in a group of its own, told by the kernel to die with us) and a thread that keeps the console's last

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns Debian's package files into the lab's kernel and initramfs; reads packages, writes two files, runs nothing.
 
 The recipe is here: which packages, what is left out of them, which modules there are. ``recipe_hash`` changes when it

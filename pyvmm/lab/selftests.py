@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's own KVM selftests, built from Debian's linux-source: three of them, linked statically.
 
 The source is the one that the project's kernel is made of. What was printed while they were built is in the log.

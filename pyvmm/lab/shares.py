@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which of the workstation's directories the lab sees, and where.
 
 The rule: a path means the same inside as outside. The project's tree, the current directory, and the directories of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Carries one command's streams between the workstation and the lab's agent, and gives its exit status.
 
 Used by ``Lab`` alone, for the length of one command. Owns nothing but the terminal's mode and the signal handlers,

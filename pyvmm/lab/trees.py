@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs that a lab's image has not: trees of them, made once on the workstation and shown to a lab as they are.
 
 ``peers/NAME/`` in the lab's cache holds ``KEY/`` (immutable once there, named by what it was made of) and ``current``,

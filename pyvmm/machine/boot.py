@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boot protocol: what a kernel file is, where its parts go in guest memory, and what the first vCPU starts with.
 
 The machine calls :func:`read` before it opens anything else and :func:`place` once memory has its slots and the devices

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a machine is to be: plain values, checked together before anything is opened."""
 
 # Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the bytes that are loaded come from: memory, a file, or a gzip stream; each goes to guest memory in one copy.
 
 :class:`OpenFile` owns a descriptor; what is taken from it (:class:`FilePart`, :class:`Gzip` over one) lives as long as

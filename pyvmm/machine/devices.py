@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The devices a machine is to have beside its own: plain values, one class for each kind, checked when it is made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes an ELF executable apart for the boot protocol, which alone calls it and alone pays for pyelftools.
 
 The file is whatever a user named: every number in it is checked before it is used, and whatever the parser stumbles

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes flattened device trees, and the one this machine hands its guest; reads those that others wrote.
 
 Owns nothing; the machine calls :func:`machine_tree` with what its devices say about themselves, then

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interrupt controller in the kernel: a GICv3 and its ITS at the addresses that the layout keeps for them.
 
 Every machine has it, one whose guest takes no interrupts too: without it, KVM sees at every exit and every entry to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interrupt lines from devices to the guest: shared peripheral interrupts (SPIs) of the controller in the kernel.
 
 Owns the eventfds of edge lines. The machine makes one :class:`Interrupts` once the controller is initialised, and hands

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where everything is: the guest's physical address map and its interrupt numbers.
 
 Owns no resource; data only. The machine places devices with it, the boot protocol places files with it; devices and

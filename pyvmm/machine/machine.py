@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one place that wires: from a configuration to a running guest and back to nothing.
 
 Order of construction, and the reverse of it for teardown, which works from any half-built state:

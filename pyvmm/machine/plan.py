@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a machine would be and ask of the kernel, found out by building it against a kernel that only answers.
 
 The very code that makes a machine makes the plan, so the two cannot differ; ``/dev/kvm`` is not opened, no guest runs,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guest RAM as a configuration wants it: which backing, and how much of it can be loaded into."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine in a file: everything an unprotected guest needs to go on, written while it stands still.
 
     byte 0          magic, format version, size of the description, size of the file, SHA-256 of the description

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What KVM holds of a machine beside its memory: registers of vCPUs, the interrupt controller, the clock.
 
 Plain functions between KVM's objects and plain values of JSON, for snapshots of unprotected VMs. What is saved stands

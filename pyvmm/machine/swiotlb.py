@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pool through which a guest with private memory does its I/O: how large it is, and how the guest is told.
 
 Linux knows it as a restricted DMA pool (Documentation/devicetree/bindings/reserved-memory/shared-dma-pool.yaml): memory

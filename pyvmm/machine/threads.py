@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vCPUs' threads of a machine: let go together, kept out of the guest, paused with the devices, stopped.
 
 Owns the threads. Any thread may call, but a vCPU's own only what says so: it would wait for itself.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the virtio devices that a configuration names, and places them: a window and an interrupt line for each.
 
 The devices belong to the bus, which closes them. Their order is the configuration's, and so is that of their windows.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the VM that a configuration asks for, with the address bits that it needs, and tells the native loop of it."""
 
 from __future__ import annotations

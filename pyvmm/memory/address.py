@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two kinds of address, kept apart by type, and page arithmetic. Owns nothing; anyone may import it."""
 
 from __future__ import annotations

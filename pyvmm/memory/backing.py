@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What guest memory is made of: anonymous memory, memfd (4 KiB, THP advice, hugetlb), guest_memfd, shared or private.
 
 A backing owns its file descriptor, if it has one, and its mappings; whoever made it closes it, or hands it to a

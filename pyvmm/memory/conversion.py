@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What becomes of a page's contents when it changes hands in the emulated protection, and the policy that Python does.
 
 Owns the files that shared pages are copied to, through the ``Memory`` that closes them. Only ``Memory`` calls it,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A thread that answers the page faults of a userfaultfd with what a callback says.
 
 A ``Server`` owns its thread and the eventfd that stops it. Anyone may make and stop one; the callback runs in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known about every guest page, one byte each, in memory that the native loop writes too.
 
 Owns the byte arrays (one :class:`Area` for each range of guest memory ever added) and the counters ``pv_vm.pages``.

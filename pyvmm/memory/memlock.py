@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks before a pkvm run that the kernel will let every donated page be pinned.
 
 Owns nothing. Each page that a protected guest touches is charged to the VMM's locked memory when it is donated, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guest memory: slots over backings, guarded access by guest address, and the ledger of who may touch what.
 
 A ``Memory`` owns the backings it was given (open or not any more), the table in ``pv_vm.map`` and the ledger. It

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How guest memory is mapped, with addresses as integers: Python never holds a view of it.
 
 Owns nothing: whoever maps unmaps. Every failure names the call, its values, and why.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guest memory that comes into being at its first access: slots added when a guest reaches where none is.
 
 An ``OnDemand`` owns nothing: its files are the ``Memory``'s. vCPU threads call it, one at a time gets through; its lock

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tells devices what the guest shares and takes back, whatever the source, before the guest goes on.
 
 Owns the list of subscribers and ``pv_vm.subscribers`` (which makes the native loop stop at a share). Subscribers run in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slots: which part of guest memory lies on which part of which backing, in KVM's eyes and in the native loop's.
 
 :class:`SlotTable` is the only caller of KVM_SET_USER_MEMORY_REGION(2) and the only writer of ``pv_vm.map``; only

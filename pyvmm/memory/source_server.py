@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A thread that serves the missing pages of a userfaultfd from one buffer, without Python on the way.
 
 What :class:`pyvmm.memory.fault_server.Server` is for any answer, this is for the commonest: every page is there

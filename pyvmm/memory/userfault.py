@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Page faults on guest memory told to this process (userfaultfd), and the requests that answer them.
 
 A ``Userfault`` owns its descriptor; ``fault_server`` has a thread that reads one. KVM faults through ``Slot.hva``: that

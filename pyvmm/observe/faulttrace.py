@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks the kernel at which guest addresses vCPUs fault: tracefs' kvm_guest_fault, in an instance of our own.
 
 A :class:`FaultTrace` owns a directory of tracefs, the ring buffers behind it and one descriptor; all are gone when it

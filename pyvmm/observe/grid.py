@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where each page of a map is drawn: rows of cells from left to right, the same for a terminal and for SVG.
 
 A cell is 2^n pages, n as small as lets all of memory fit. Rows start at multiples of their own size, as in a hex dump;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks the hypervisor when it ran: tracefs' remotes/hypervisor, on a kernel whose EL2 can be traced.
 
 A :class:`HypTrace` records every entry to EL2 and every exit from it, on all CPUs, from the moment it is entered until

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws page maps as SVG: one, or one for each step of an experiment with what changed outlined.
 
 Colours are Okabe and Ito's, and each state has a mark of its own besides, so that neither colour vision nor a colour

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws a page map with characters: coloured half blocks for a terminal, letters for everything else.
 
 Makes lines of text and nothing else; who prints them decides whether there are colours.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page map: what the ledger says of every guest page at one moment, as runs of equal pages.
 
 Data only. It is taken from a ledger or read back from the (gpa, pages, entry) triples that JSON carries, and is what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes Perfetto's trace format, as much of it as a trace of slices, instants, counters and flows takes.
 
 A trace is a ``perfetto.protos.Trace``: packets, each with a time and a TrackEvent on one of the tracks described before

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How busy a running machine is: a snapshot of what it has counted, and what two of them say of the time between.
 
 A snapshot is a plain dict, for it goes to other processes as JSON. Taking one reads counters that are kept in any case,

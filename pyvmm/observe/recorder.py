@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records every exit of a run, and what the guest waits for meanwhile, for a trace file to be made of it afterwards.
 
 A :class:`Recorder` is a :class:`~pyvmm.observe.timeline.Timeline` that keeps the rings' records as they are: it owns a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The little of SVG that the pictures need: drawings as text, put together and made a document or part of a page.
 
 Self-contained: no scripts, no style sheets, no fonts or files from elsewhere; shapes are attributes only, so that a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happened to guest memory in a run, in order: faults, shares, and what was done from this side.
 
 A :class:`Timeline` owns the list, and is the one reader of the rings of the vCPUs it watches. It costs the guest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws a timeline as SVG: time to the right, guest addresses downwards, a mark for each event.
 
 Addresses at which nothing happened are left out, and the gap is said. Each kind has a shape and a colour of its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a Perfetto trace of what a :class:`~pyvmm.observe.recorder.Recorder` recorded: which tracks there are, and what
 is on them.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The payloads that ship with pyvmm: flat arm64 binaries by name, built from firmware/payloads by firmware/build.py.
 
 Owns nothing but its directory. Anyone may call it; files are read when asked for.

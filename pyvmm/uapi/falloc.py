@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/falloc.h: modes of fallocate(2)."""
 
 from __future__ import annotations

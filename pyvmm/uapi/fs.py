@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/fs.h: requests of block devices; linux/magic.h: what statfs(2) says a file system is."""
 
 from __future__ import annotations

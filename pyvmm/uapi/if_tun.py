@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/if_tun.h: taps; and what of linux/sockios.h brings one up and gives it an address."""
 
 from __future__ import annotations

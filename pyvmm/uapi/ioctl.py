@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests of ioctl(2) as objects that know their name and the structure they carry (asm-generic/ioctl.h)."""
 
 from __future__ import annotations

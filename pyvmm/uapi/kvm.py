@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/kvm.h: structures, requests and flags that are the same on every architecture.
 
 The capabilities are in ``kvm_cap``, interrupts and eventfds in ``kvm_irq``, the run area and exit reasons in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """asm/kvm.h of arm64: registers, vCPU features, the vGIC's and the ITS's attributes, the SMCCC filter."""
 
 from ctypes import Array, Structure, c_int, c_uint8, c_uint32, c_uint64

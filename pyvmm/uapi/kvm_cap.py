@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The KVM_CAP_* of linux/kvm.h that arm64, x86 or the common code may answer; other architectures' are left out.
 
 Plain numbers: an enum of this many members takes milliseconds to make, in the lab a tenth of a second.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/kvm.h: interrupt lines, message-signalled interrupts and their routing, and the eventfds on both sides."""
 
 from ctypes import Array, Structure, Union, c_uint8, c_uint32

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``struct kvm_run`` of linux/kvm.h: the page a vCPU and its VMM share, and why KVM_RUN came back.
 
 The exits of other architectures (ppc, s390, riscv, loongarch) and of confidential x86 guests are left out of the

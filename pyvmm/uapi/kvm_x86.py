@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """asm/kvm.h of x86: what a small real-mode guest and the arch-neutral tests need, and no more."""
 
 from ctypes import Array, Structure, c_uint16, c_uint64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """C structures written as annotated classes, so that a field's C type and its Python type are said once.
 
 ::

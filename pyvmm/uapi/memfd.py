@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/memfd.h and the seals of linux/fcntl.h: flags of memfd_create(2) and of F_ADD_SEALS."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/mman.h: protections, flags and advice of mmap(2), madvise(2) and mlock2(2), the same on arm64 and x86."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/psci.h: Arm's Power State Coordination Interface (DEN0022), function ids and answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """linux/userfaultfd.h: page faults told to userspace, and userfaultfd(2)'s number.
 
 The kernel's ``struct uffd_msg`` is packed; its fields lie as they would without that.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Python does when the native loop stops: one small function for each reason, and whether the vCPU goes on.
 
 Called in the vCPU's own thread. Anything that ends the run says so through ``finish`` and lets the thread end; the

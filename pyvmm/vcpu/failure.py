@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a failed KVM_RUN means: errno, what the kernel told with it, and what can be found out besides.
 
 Under pKVM the kernel says EFAULT and nothing else (arch/arm64/kvm/mmu.c, pkvm_mem_abort). The address is then asked

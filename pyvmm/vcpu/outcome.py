@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a run ended, in the words the user reads and the exit status the shell gets."""
 
 # Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.

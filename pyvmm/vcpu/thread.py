@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One vCPU's thread: the only caller of ``pv_run`` for that vCPU, and its state machine.
 
     running ──(pause)──> paused ──(resume)──> running ──(stop, or the handler says so)──> finished

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pyvmm.uapi claims, as C expressions with the number it expects of each, and a compiler's answer to them.
 
 Walks the modules, so that nothing put there goes unasked: every structure's size, every field's offset, size and sign,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's own headers, as the newest linux-libc-dev of Debian (trixie-backports) has them, for both architectures.
 
 Fetched by the lab's apt wrapper, without privileges, and kept unpacked under the user's cache by version; asked for

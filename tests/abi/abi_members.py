@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The members a C structure really has, out of the compiler's debugging information.
 
 Offsets and sizes alone do not show a field that is left out where the compiler would pad anyway.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """pyvmm.uapi against the kernel's own headers, for arm64 and x86: nothing about an ABI is taken on trust."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The least a VMM must do for a forwarded share: KVM_RUN, read the three arguments (two of them must be zero, and EL2
  * refuses the call otherwise), change the host's view, answer. What it
  * leaves out (ledger, checks, subscribers, statistics) is what the product's loop is measured against.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the benchmark's own bars are met: python -m tests.bench.bench_bars
 
 Measures the quick set in two fresh labs where time counts instructions, on the project's kernel, whose hypervisor can

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an MMIO exit costs in the native loop, by kind, against a C loop around KVM_RUN: python -m tests.bench.exit_cost
 
 Every kind, the bare loop, a device in Python and the loop's pure-Python twin take turns on one vCPU, and the ratio is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the bars of Linux guests are met: python -m tests.bench.linux_bars [BAR…]
 
 Boots a lab with QEMU and the project's kernel and measures there by turns. Prints what was found beside each bar. Exit

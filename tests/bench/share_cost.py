@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a forwarded share costs in the native loop, against the bare ioctls it needs: python -m tests.bench.share_cost
 
 In the lab, where time counts instructions. One guest binary shares a page and takes it back; it runs under a C program

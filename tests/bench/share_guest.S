@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 // Shares one page and takes it back, x20 times, and stores the ticks of the whole to the bench device's registers.
 // Flat binary, entered with the MMU off; nothing but registers is used, so that only the hypercalls cost anything.
         .globl  _start

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long ``import pyvmm`` and parsing a command line take beyond bare Python: python tests/bench/startup.py
 
 Takes the least of many starts, so that what else the machine does is not counted. Exit status 1 above 80 ms.

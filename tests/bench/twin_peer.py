@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop's pure-Python twin on a real vCPU, for pyvmm.bench.peers.loops: only the tests enter a guest from Python."""
 
 from __future__ import annotations

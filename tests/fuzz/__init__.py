@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What hostile guests do, guided by coverage: the native loop in C (fuzzer.py), and whole devices (devices.py).
 
 Every target has inputs in ``corpus`` that are tried first. ``TARGETS`` has for each name what runs it: called with the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m tests.fuzz TARGET SECONDS``: fuzz, and keep in the corpus what was found, or what failed.
 
 ``python -m tests.fuzz TARGET FILE`` tries the inputs of a file, like the one that a failure has left.

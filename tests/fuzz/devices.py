@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Devices behind their transport, before a driver that does anything: fuzz targets in Python, one for each device.
 
 An input's first bytes say how the device is made and what its driver agrees to; then come steps: requests as they

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A small coverage-guided fuzzer: keeps an input that reaches an edge, or reaches one more often, as no other did, and
  * makes new ones of those it keeps. Coverage is what gcc's -fsanitize-coverage=trace-pc tells, of all but this file.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* What a fuzz target and the engine owe each other, and what targets share. */
 #ifndef FUZZ_H
 #define FUZZ_H

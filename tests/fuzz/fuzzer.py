@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds and runs the fuzz targets in C: the native loop under sanitizers, with gcc's coverage and a small engine.
 
 A target is ``target_NAME.c``; its corpus is ``corpus/NAME``. Inputs are what a hostile guest may do, byte by byte.

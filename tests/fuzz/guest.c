@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A guest for targets: memory that may be closed or gone, rings in it, and a driver that does anything to them. */
 #include "fuzz.h"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small coverage-guided fuzzer of engine.c once more, for targets in Python: one process, the same corpus files.
 
 An input that reaches a step from one line to another, or reaches one more often, as no other did, is kept; new inputs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is around each device while it is fuzzed: what made it, the requests its driver makes, the host's other end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Workers without threads: what a device's thread would do, it does when the fuzzer says so, and no more than a bit.
 
 So that an input does the same whenever it is tried, and whatever a device raises is seen. Loops in C are given a moment

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* virtio-blk's loop with a file behind it, as the driver lays its requests out; built with poll() replaced. */
 #include "fuzz.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The loop's answers to a vCPU: every kind of register at any offset and width, and hypercalls that share pages. */
 #include "fuzz.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Virtqueues by themselves: pops, pushes in any order, several at once, and pops taken back; copies at any offset. */
 #include "fuzz.h"
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build the programs that tests run in guests: ``python tests/guest/build.py`` makes NAME of each NAME.c here.
 
 Static arm64 binaries without a C library, a few KiB, kept beside their source: where the tests run there need not be a

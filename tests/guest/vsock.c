@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A guest's end of a vsock, for Linux on arm64, without a C library.
  *
  *     vsock echo PORT      takes one connection to PORT and sends back what comes, until it ends

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The smallest x86 guest: real-mode code in one slot, run from Python. For tests of the wrappers only."""
 
 from __future__ import annotations

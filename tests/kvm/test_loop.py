@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop on a real KVM: every kind, kicks, several vCPUs at once, and the twin beside it."""
 
 from __future__ import annotations

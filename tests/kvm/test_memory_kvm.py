@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guest memory on the real /dev/kvm: what the kernel makes of our slots, files and holes, seen by a guest.
 
 The guest is eight bytes of 16-bit x86 code, so what needs one runs on x86; on arm64 tests/pkvm has the puppet.

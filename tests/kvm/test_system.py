@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """/dev/kvm itself, on whatever architecture there is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vCPU's run area, registers and states on a real KVM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A VM's slots, doorbells, interrupts and statistics on a real KVM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The atlas on hosts that lack something: a kernel without guest_memfd and protected VMs, a mode without pKVM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark as its users run it: measured in a lab, reported here; and whether what it says repeats."""
 
 from __future__ import annotations

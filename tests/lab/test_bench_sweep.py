@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep in several labs at once: points are measured there, and one of a lab that is lost in another."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab under other kernels than its default one, modules on demand, and what a verb writes from in there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab from a workstation: statuses, streams, signals, modes, two at once, and nothing left however it ends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The project's own kernel as the lab's host: pKVM with Debian's root on top, and a hypervisor that says when it runs.
 
 Elsewhere than in CI a kernel that nobody has built yet is not built for these tests: it takes minutes.

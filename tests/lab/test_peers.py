@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peers in the lab, where time counts instructions: pyvmm is not slower than what does the same with less in between.
 
 Elsewhere than in CI what nobody has built yet is not built for these tests: it takes a minute and 200 MB.

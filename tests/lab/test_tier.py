@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pkvm tier: tests marked so run in the lab and look as if they had run here; and what is said where none can."""
 
 from __future__ import annotations

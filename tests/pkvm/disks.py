@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Disk images for guests: an ext4 file system that a kernel can have for its root. No privilege is needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A debugger in a few lines: GDB's remote protocol over a unix socket, for tests that must know every packet."""
 
 from __future__ import annotations

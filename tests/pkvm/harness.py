@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of real guests share: a run with its output, and a live puppet."""
 
 from __future__ import annotations

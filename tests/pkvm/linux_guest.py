@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Linux guest of the project's kernel with a shell on its virtio console, which tests type at and read."""
 
 from __future__ import annotations

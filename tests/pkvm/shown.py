@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of guests need beside the checkout: kernels by name, programs; skipped where there is none, not in CI."""
 
 from __future__ import annotations

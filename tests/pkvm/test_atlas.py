@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole atlas on a real host: as expected, the same every time, and never a traceback for what a host is like."""
 
 from __future__ import annotations

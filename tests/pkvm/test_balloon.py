@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linux gives memory up to a balloon and takes it back, and tells what is free: the host gets the pages each time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark on a real host: each case's shape, what KVM counts of it, and points that cannot be measured.
 
 How long anything took is nothing that a test could hold; that there is a plausible value for every page is.

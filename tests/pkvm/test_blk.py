@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linux with its root file system on a disk of ours, in every protection: what it wrote is there, and whole.
 
 It has a queue for each CPU, and gives back what no file of its takes.

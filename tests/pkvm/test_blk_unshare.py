@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk in real guests that take pages back while it reads into them, and while it writes what is in them."""
 
 from __future__ import annotations

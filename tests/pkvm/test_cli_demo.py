@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo, told on a real pKVM host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`pyvmm map`, `run --map`, and what the kernel tells of faults, with real guests."""
 
 from __future__ import annotations

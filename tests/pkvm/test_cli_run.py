@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`pyvmm run` as a user has it: what is on stdout, what on stderr, and the exit status."""
 
 from __future__ import annotations

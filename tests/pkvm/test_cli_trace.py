@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`pyvmm trace`, `run --trace` and `pyvmm top`, with real guests."""
 
 from __future__ import annotations

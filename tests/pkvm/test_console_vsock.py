@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linux with a shell on its virtio console and sockets to the host, in every protection: one boot shows all."""
 
 from __future__ import annotations

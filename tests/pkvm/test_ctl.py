@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Orders to a real run, by its socket."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guests that misbehave, and hosts that do: each ends with a clear answer, and nothing stays behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a debugger can do to a guest, in every protection: packets in, stops out, and a guest that always goes on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interrupt controller in the kernel, as a guest finds it, and the ways an interrupt gets there."""
 
 from __future__ import annotations

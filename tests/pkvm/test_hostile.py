@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest that attacks each device of a real VM, and uses it again: rings in pages that it shares, or does not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What only an arm64 KVM has: its features, its hypercall filter, its interrupt controller, its guest_memfd rules."""
 
 from __future__ import annotations

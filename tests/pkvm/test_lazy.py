@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guest memory at its first touch, by userfaultfd: where a guest's faults can wait for an answer, and where not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory on demand with real guests: slots that come at the first access, in all three protections."""
 
 from __future__ import annotations

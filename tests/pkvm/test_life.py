@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine's life: paused and resumed, quiet while slots move, a reader that is stuck, broken while it is built."""
 
 from __future__ import annotations

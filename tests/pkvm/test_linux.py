@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's stock arm64 kernel to a shell on its serial console, its modules for the devices there, and off again."""
 
 from __future__ import annotations

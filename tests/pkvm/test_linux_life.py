@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The project's Linux in the least memory there may be, and one that resets itself, its devices with it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the host sees of a protected Linux's memory, all of it: what it shares, and what it never touched."""
 
 from __future__ import annotations

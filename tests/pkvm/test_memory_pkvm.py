@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guest memory with a real arm64 guest: donated, shared, taken back, lazily provided, moved between files."""
 
 from __future__ import annotations

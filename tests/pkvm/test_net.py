@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linux with a network card, in every protection: what it fetches and what it sends arrives as it was."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each payload shows, on a real host in every protection."""
 
 from __future__ import annotations

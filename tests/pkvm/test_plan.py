@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan is what really happens: the ioctls of a machine on this host are those of its plan, one by one."""
 
 from __future__ import annotations

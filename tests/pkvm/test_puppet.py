@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every order of the puppet, in every protection."""
 
 from __future__ import annotations

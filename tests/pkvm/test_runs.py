@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs of the shipped payloads, in every protection."""
 
 from __future__ import annotations

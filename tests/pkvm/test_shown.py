@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests of guests are shown beside the checkout works where they run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine that was saved goes on in another one: registers, memory, interrupts' state, the clock."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linux goes on from a snapshot: a loop in its shell, two vCPUs, timers, interrupts, and its virtio devices.
 
 Once in this process, where memory comes page by page, and once by the commands that a user has.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a protected guest leaves behind: its private pages are zeros, its shared ones are not, nothing stays locked."""
 
 from __future__ import annotations

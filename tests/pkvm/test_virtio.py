@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A virtio device in real guests: rings in pages that the guest shares, takes back, or never shared."""
 
 from __future__ import annotations

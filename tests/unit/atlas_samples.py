@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Atlases made up for the reports' tests: a realistic one of two kernels, a nasty one, and arbitrary ones.
 
 ``python tests/unit/atlas_samples.py FILE`` writes the realistic one as JSON, for looking at reports of it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs made up for the reports' tests: a realistic one, one that would do harm, and series in few words.
 
 ``python tests/unit/bench_samples.py DIRECTORY`` writes the realistic one there as JSON lines, with all reports of it.

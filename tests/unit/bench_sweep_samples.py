@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep's parts for its tests: cases that are none, and a process that pretends to measure."""
 
 from __future__ import annotations

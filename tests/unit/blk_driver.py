@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A driver of a disk over plain memory, without KVM: requests as segments at guest addresses, in a split ring."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linux's bindings for device trees, as dt-validate reads them: out of Debian's linux-doc, fetched once and then kept.
 
 They are GPL-2.0-only, most of them, so there is no copy of them here.

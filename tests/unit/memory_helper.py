@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A VM that takes notes in the place of KVM, and memory built on it, for the tests of the memory package."""
 
 from __future__ import annotations

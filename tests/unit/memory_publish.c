@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Readers race with a writer that frees each table, and the ledgers only it had, as soon as it has been replaced.
    For test_memory_publish.py, which builds it with a sanitizer, and all sources with memory_publish.h before them. */
 #include <pthread.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Makes whoever looks at the map lose its CPU now and then, before it has counted itself and while it looks: what could
    go wrong just there then does. */
 #include <unistd.h>

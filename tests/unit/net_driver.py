@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A driver of a network card over plain memory, without KVM: split or packed rings, one descriptor a segment."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Page maps for tests: a strategy of any, and one with every entry there is."""
 
 from __future__ import annotations

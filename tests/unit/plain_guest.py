@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What drivers of devices under test stand on, without KVM: guest memory, an interrupt, a transport that listens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A driver of a device with several queues over plain memory, without KVM: split rings, chains of any length."""
 
 from __future__ import annotations

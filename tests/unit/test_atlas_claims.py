@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every claim must be like, and how claims are asked for by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between two atlases: nothing of a run's own, everything of the kernel's."""
 
 from __future__ import annotations

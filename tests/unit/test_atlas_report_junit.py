@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JUnit's XML of an atlas: what passes, what does not, and that nothing breaks it."""
 
 from __future__ import annotations

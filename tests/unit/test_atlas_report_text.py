@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An atlas on the terminal: what is legible there, in order, and harmless."""
 
 from __future__ import annotations

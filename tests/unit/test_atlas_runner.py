@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experiments in processes of their own: whatever they do, their verdict says so and nothing is left."""
 
 from __future__ import annotations

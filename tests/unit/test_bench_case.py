@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cases know their points: a star around the base unless axes are chosen, and nothing that makes no sense."""
 
 from __future__ import annotations

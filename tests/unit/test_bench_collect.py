@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run from its plan to its lines: what is measured in which order, and that nothing of it is lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two runs are compared where that means something, and a difference is claimed where the rounds show one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is made of the hypervisor's entries and exits: visits, and what an operation cost at EL2."""
 
 from __future__ import annotations

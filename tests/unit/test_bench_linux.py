@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a Linux guest is timed with: pyvmm itself, installed as a user has it."""
 
 from __future__ import annotations

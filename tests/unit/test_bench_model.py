@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A results file holds everything that was measured, and what is none, or is damaged, is refused by name."""
 
 from __future__ import annotations

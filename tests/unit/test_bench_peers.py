@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peers: what is read out of what they print, what is said where they are not, and how their trees are kept."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures: what there is to draw is drawn, says what it is, and is the same file each time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTML report: one harmless file with everything in it, the results among it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables in the terminal: what varies, what it cost, what could not be had, in the width there is."""
 
 from __future__ import annotations

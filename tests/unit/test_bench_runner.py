@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Points are measured in processes of their own, and whatever becomes of these is a series that says so."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is said of a series is right, also where there is little to say it of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep over a fleet: a real scheduler of dask.distributed, and workers that are killed, unfit, or not there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep's file: what it multiplies out to, and what is said of one that means nothing."""
 
 from __future__ import annotations

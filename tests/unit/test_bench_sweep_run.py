@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep that runs: results arrive, workers are lost, signals and kills come, and it goes on."""
 
 from __future__ import annotations

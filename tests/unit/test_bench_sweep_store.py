@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sweep's database: what is stored stays, what does not belong together is refused."""
 
 from __future__ import annotations

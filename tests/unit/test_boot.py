@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The boot protocol: what a kernel file is, where it goes, and how bad ones are refused."""
 
 from __future__ import annotations

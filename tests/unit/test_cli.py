@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: what it takes, what it refuses, and what comes of errors and signals."""
 
 from __future__ import annotations

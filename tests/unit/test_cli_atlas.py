@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm atlas`` and ``pyvmm repl`` at the command line: what they refuse, and in which words."""
 
 from __future__ import annotations

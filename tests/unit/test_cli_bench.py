@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm bench`` at the command line: what it refuses and in which words, and that nothing measured is lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options from a file: what it may say, what the command line says over it, and what is refused, and where."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of consoles, sockets and balloons: what they mean together, and what is refused before anything runs."""
 
 from __future__ import annotations

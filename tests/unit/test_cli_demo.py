@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: where it is told, and that it never claims what was not so."""
 
 from __future__ import annotations

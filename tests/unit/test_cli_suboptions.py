@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options that describe a device: parts, and what is said of those that are wrong."""
 
 from __future__ import annotations

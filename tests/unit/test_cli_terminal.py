@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run borrows the terminal and three signals, and gives them back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Orders to a run of another process: the socket that a user names, what a run answers, and the verb that asks."""
 
 from __future__ import annotations

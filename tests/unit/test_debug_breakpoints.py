@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Breakpoints and watchpoints as debug registers (DBGBCR and DBGWCR), and exceptions given back to the guest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The remote protocol's frames: any packet survives, nothing else gets through, and no stream does harm."""
 
 from __future__ import annotations

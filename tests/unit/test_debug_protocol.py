@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The remote protocol's requests, over a target that is none: what is asked of it, and what the debugger hears."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a debugger connects, and what becomes of the guest there whatever the debugger does; the guest is none."""
 
 from __future__ import annotations

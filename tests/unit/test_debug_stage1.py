@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The walk of a guest's own page tables, over tables built here in bytes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Devices without a guest: the bus refuses overlaps, the console loses nothing, echo refuses what was not shared."""
 
 from __future__ import annotations

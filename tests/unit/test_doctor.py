@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The doctor: right about this machine, and helpful about any other."""
 
 from __future__ import annotations

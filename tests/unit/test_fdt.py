@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flattened device trees: dtc reads back what was written, whatever was written."""
 
 from __future__ import annotations

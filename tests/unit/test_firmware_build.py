@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The payloads that ship are the ones the sources make."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The payloads run on another VMM, too: QEMU's virt machine, whose addresses they can only know from its device tree.
 
 No KVM and none of our devices: what is tested is start, MMU, vectors, device tree, UART, PSCI and atomics.

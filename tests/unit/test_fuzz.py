@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fuzz targets, for PYVMM_FUZZ_SECONDS in all: a minute in CI, longer at night, a few seconds elsewhere."""
 
 from __future__ import annotations

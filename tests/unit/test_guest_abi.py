@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python's numbers are the header's."""
 
 from __future__ import annotations

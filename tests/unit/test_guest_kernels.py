@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels and initramfs by name: which files they are, what a lab is shown, what is said where there is none."""
 
 from __future__ import annotations

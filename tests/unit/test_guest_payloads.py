@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Payloads are found by name, and the name's misspelling by the hint."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The programs that tests run in guests are of the sources beside them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The handle gives the right orders and reads the answers right. A scripted mailbox plays the guest."""
 
 from __future__ import annotations

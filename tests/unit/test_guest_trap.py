@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trap reads as a sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each thing that a hostile driver may do, by name, to each device: it breaks its queue or loses its request, no more.
 
 The devices run in their own threads, as in a VM. After every attack the driver resets the device and is served again.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the hypervisor's trace buffer says, how it is set up and set back, and what is said where there is none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starting is cheap: no third-party module but structlog and cffi's backend is loaded to parse a command line.
 
 How many milliseconds that takes is for tests/bench/startup.py: a test of time would fail on a busy machine.

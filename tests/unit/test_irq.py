@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interrupt lines: what they ask of KVM, and in which order they go."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's packages for the lab: whose mirror, which suites, how old the lists are, and what is said when apt fails."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``pyvmm lab`` and ``pyvmm --lab``: what reaches the lab, and what is said before one is needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the lab's image is made and kept: packages to archives, the cache, and what is said when it cannot be done."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernel the lab's host runs: names and files, an image for each, and what apt must know for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's machine from outside: QEMU's command line, what is shared, the channel, and what is said when it fails."""
 
 from __future__ import annotations

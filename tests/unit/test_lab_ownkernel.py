@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The project's own kernel: what it is made of, when it is made again, and what is said when it cannot be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's programs as trees: they run from wherever they are, and what cannot be given is told."""
 
 from __future__ import annotations

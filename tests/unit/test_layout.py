@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The address map, its drawing and its table agree with themselves."""
 
 from __future__ import annotations

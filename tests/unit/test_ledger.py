@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ledger says what is known of every page, from bytes that C writes too."""
 
 from __future__ import annotations

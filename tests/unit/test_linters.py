@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkers that keep the code honest have nothing to say."""
 
 from __future__ import annotations
@@ -34,7 +35,29 @@ def test_pyright_is_content() -> None:
 
 
 def test_ruff_is_content() -> None:
-    check(sys.executable, "-m", module("ruff"), "check", "--no-cache", "pyvmm", "native", "tests")
+    check(sys.executable, "-m", module("ruff"), "check", "--no-cache", ".")
+
+
+def test_ruff_would_format_nothing_otherwise() -> None:
+    check(sys.executable, "-m", module("ruff"), "format", "--check", "--no-cache", ".")
+
+
+def test_only_tables_of_constants_are_laid_out_by_hand() -> None:
+    # ruff itself does not say how often it is told to look away.
+    mark = "fmt: " + "skip"
+    places = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts for line in path.open() if mark in line]
+    assert 0 < len(places) <= 40
+
+
+SPDX = "SPDX-License-Identifier: Apache-2.0"
+SOURCES = {".c", ".h", ".ld", ".py", ".pyi", ".S", ".sh"}
+
+
+def test_every_source_names_its_licence() -> None:
+    sources = [path for path in ROOT.rglob("*") if path.suffix in SOURCES and not {".venv", ".git"} & set(path.parts)]
+    sources += [ROOT / ".run", ROOT / ".ci/run", ROOT / ".ci/nightly"]
+    assert len(sources) > 500
+    assert [path for path in sources if SPDX not in path.read_text()[:120]] == []
 
 
 @pytest.mark.parametrize("machine", build.MACHINES)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events reach stderr in the form and at the level asked for, and cost nothing until then."""
 
 from __future__ import annotations

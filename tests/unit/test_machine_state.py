@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registers, interrupt controller and clock between KVM and a snapshot: what comes before what, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The VM's kind and its address bits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mailboxes: orders reach the vCPU that waits, answers reach who asked, and nobody waits for a dead machine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory without KVM: a VM that takes notes, real files, real mappings, real guarded copies."""
 
 from __future__ import annotations

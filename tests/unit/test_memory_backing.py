@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memfds as guest memory: sealed, kept out of forks and dumps, aligned, and refused in words."""
 
 from __future__ import annotations

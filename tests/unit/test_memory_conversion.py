@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The copy policy: a page moves to another file, slots move around it, and nothing stale stays behind."""
 
 from __future__ import annotations

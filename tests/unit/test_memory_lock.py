@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RLIMIT_MEMLOCK is checked before a protected run, with the exact need in the message."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory on demand without KVM: what an unclaimed access makes of it."""
 
 from __future__ import annotations

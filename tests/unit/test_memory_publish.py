@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A table of slots is freed once it has been replaced, and never while anybody looks at it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The extension, its typing and its sources belong together, and a build that cannot be says what to install."""
 
 from __future__ import annotations

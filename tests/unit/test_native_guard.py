@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guarded copies: what they do at pages the host may not touch, to the byte, and what they leave to others."""
 
 from __future__ import annotations

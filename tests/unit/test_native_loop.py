@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the loop does when KVM_RUN fails, is kicked or ends, in a fake kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop's MMIO kinds one by one, in a fake kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The share doorbell and the hypercalls of the emulated protection, in a fake kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FIFOs, the trace ring and the histogram's buckets."""
 
 from __future__ import annotations

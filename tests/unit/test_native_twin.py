@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop and its pure-Python twin decide alike, whatever a guest and a kernel throw at them."""
 
 from __future__ import annotations

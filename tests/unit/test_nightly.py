@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CI's nightly mode: longer fuzzing from a seed that is told, so that a night can be repeated."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Output to readers that do not read: nobody waits in a write, and the user's descriptor stays as it was."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wheels carry the loop, for the machine they name, and an install needs nothing of the checkout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Page maps: taken from a ledger, read back from triples, counted and compared."""
 
 from __future__ import annotations

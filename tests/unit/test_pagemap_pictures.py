@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is drawn of a page map: the same grid as letters, as half blocks, and as SVG."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The live map: output scrolls by above it whole and in order, and files are written at the end or not at all."""
 
 from __future__ import annotations

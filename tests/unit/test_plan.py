@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a machine would be and ask of KVM, without KVM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Snapshots as files: sparse, whole or nothing, and refused when they are not what was written. No KVM needed."""
 
 from __future__ import annotations

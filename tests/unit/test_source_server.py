@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Missing pages served from a buffer by C: everyone gets the page that is theirs, and a refusal comes out in words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pool a guest with private memory does its I/O through: its size, and what the device tree says of it."""
 
 from __future__ import annotations

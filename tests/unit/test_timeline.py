@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The timeline: what is recorded of a run, and how it is drawn."""
 
 from __future__ import annotations

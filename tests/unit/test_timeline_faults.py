@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernel's trace of faults says, line by line, and what is said where there is none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How busy a guest is: what two snapshots say, how it is shown, and the socket through which others ask."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace: what is recorded of a run, how it is put on tracks, and that it is written in Perfetto's format."""
 
 from __future__ import annotations

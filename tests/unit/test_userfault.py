@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """userfaultfd on this host's own kernel: faults told, answered, and refused in words."""
 
 from __future__ import annotations

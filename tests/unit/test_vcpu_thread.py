@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vCPU thread's states, without KVM: a descriptor that is no vCPU makes every run stop as failed."""
 
 from __future__ import annotations

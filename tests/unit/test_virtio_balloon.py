@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The balloon device: which pages go back to the host, which never do, and what the two sides tell each other."""
 
 from __future__ import annotations

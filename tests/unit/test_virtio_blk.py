@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The block device, driven over plain memory: what each request does, and that none does anything else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console device: bytes both ways, a reader that is slow, writes in an emergency, and guests that mean harm."""
 
 from __future__ import annotations

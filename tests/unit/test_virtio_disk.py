@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Media of virtual disks: what is refused and how it is put, who may share one, and dropping parts of it."""
 
 from __future__ import annotations

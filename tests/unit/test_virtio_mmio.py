@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The transport's registers, met by drivers that keep to the rules, that do not, and that do anything.
 
 What does anything meets each device in its own threads; tests/fuzz has one input after the other for them instead.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A network card over plain memory: frames between its rings and a socket, whatever the driver and the socket do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A passt of ours, played by scripts: how it is started, heard and ended; and the options that say where a card is."""
 
 from __future__ import annotations

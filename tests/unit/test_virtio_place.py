@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Virtio devices get their windows, lines and names from the machine, and are closed whatever happens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests through the transport: answered, paused, reset in the middle, saved, and spoilt by the guest."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A card before a real tap, whose other end is a packet socket: the kernel's idea of frames and headers, and ours."""
 
 from __future__ import annotations

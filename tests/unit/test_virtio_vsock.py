@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The socket device over its rings: what the table is told, what the guest's buffers get, and what breaks."""
 
 from __future__ import annotations

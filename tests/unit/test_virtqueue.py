@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Virtqueues of the native loop against their twin in Python: honest drivers, and any contents of the rings."""
 
 from __future__ import annotations

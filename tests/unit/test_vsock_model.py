@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections between a guest and the host's sockets, everything at once: what a model of them says must hold."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections between a guest and the host's sockets, packet by packet: the table, its streams, the door."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both ends around a vsock table in tests: a guest that speaks packets, and programs of the host with real sockets."""
 
 from __future__ import annotations

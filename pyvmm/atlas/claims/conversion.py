@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What conversions do to contents: each claim about a page that goes from private to shared, and back.
 
 Under pkvm the hypervisor converts, in place. Under the emulated protection the VMM does, by one of four policies; a

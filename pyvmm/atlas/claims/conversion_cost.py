@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What conversions cost, and what goes on meanwhile: each claim by the policy that converts, with the ticks of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is final: pages, vCPUs and memory slots for which there is no way back, and what the VMM can do all the same."""
 
 from __future__ import annotations

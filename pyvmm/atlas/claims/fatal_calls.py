@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is refused: the calls on a VM and its vCPUs that a protected one answers otherwise than a plain one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How pages get into a guest: each claim about stage 2 starting empty and being filled by faults."""
 
 from __future__ import annotations

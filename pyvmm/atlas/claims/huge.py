@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Huge pages: when one fault maps 2 MiB, and what takes such a mapping apart again."""
 
 from __future__ import annotations

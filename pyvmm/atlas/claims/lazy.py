@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory that is not there at the guest's first touch: faults that wait for userfaultfd, and whose faults can."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who can still touch a page: the host's own code, and its kernel by every way it can be made to."""
 
 from __future__ import annotations

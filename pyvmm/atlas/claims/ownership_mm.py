@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who can still touch a page: the host's memory management, which advises, moves, merges, swaps and unmaps pages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages that claims about ownership try an access on, and the words for what became of it.
 
 No claims of its own. An access is tried on a page the guest has not touched, on one it shares, and last on a private

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What guest_memfd is, against memfd: who may touch its pages, what its slots take, and what a hole in it does."""
 
 from __future__ import annotations

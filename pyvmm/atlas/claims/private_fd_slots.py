@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a slot makes of the file behind it: where its pages come from, and what the guest meets when the file goes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a share and an unshare do to a page: what guest and host find in it, who reaches it, what goes on meanwhile."""
 
 from __future__ import annotations

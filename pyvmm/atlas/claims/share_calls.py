@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What MEM_SHARE and MEM_UNSHARE answer: each claim about the calls themselves, what offers and what refuses them."""
 
 from __future__ import annotations

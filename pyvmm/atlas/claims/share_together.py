@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two vCPUs that ask the hypervisor at the same moment, over and over: orders posted one after the other do not.
 
 No claims of its own. The guest runs code of ours, which waits before every call until the other vCPU has come as far.

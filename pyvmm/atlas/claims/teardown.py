@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the end of a VM leaves behind: each claim about its pages and the locked memory after the guest is gone.
 
 Private pages are looked at through the mapping that KVM had, for that of the host's own code may be closed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a VM's end depends on, and what the host is left with: descriptors, processes that die, and many VMs."""
 
 from __future__ import annotations

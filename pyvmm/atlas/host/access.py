@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every way this process can make its kernel touch a page: by system calls, by a device, by the kernel's own mapping.
 
 Each function takes the address of a page in this process (or its file and offset) and returns an :class:`Answer` with

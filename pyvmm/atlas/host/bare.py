@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A VM made of nothing but its descriptors and mappings, each of which can be let go of alone, in any order.
 
 Its guest stores a word to every page of its memory but the first, which holds its code, and powers itself off. What is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages found in the core file of a process."""
 
 from __future__ import annotations

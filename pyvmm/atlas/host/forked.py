@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process of ours that does something until it is told to end, or is killed. Owns the child, and reaps it.
 
 Fork before this process has other threads: a guest's vCPUs are such.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernel tells of pages without touching them: page tables, flags, counts, swap, KSM."""
 
 from __future__ import annotations

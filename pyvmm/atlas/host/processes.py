@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What other processes can do to a page of this one: a child that inherits it, a debugger, a core dump.
 
 Each forks a child that ends before the function returns. The mapping of guest memory is kept out of forks, and its one

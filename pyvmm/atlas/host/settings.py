@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the whole host that experiments change for a while, and how they get back what they were.
 
 An experiment restores what it changed, unless its process was killed: whoever killed it then restores from a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """System calls that Python has no function for, or only one that takes a buffer: here addresses are plain integers.
 
 Owns nothing. Each call returns an :class:`Answer`: failing is what experiments are about. Numbers of system calls are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """io_uring with one fixed buffer: one read into, or write from, a page that was registered before.
 
 include/uapi/linux/io_uring.h, as much of it as one request needs. Owns the ring while it is open.

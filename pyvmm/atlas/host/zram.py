@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A block device in memory, made for one experiment: something to do O_DIRECT against, or to swap to.
 
 Owns the device while it is open. OSError where the kernel has no zram, this user may not make one, or

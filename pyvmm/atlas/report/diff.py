@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What two atlases say differently: claims that only one has, verdicts, and what was seen under the same verdict.
 
 Times are never compared. What differs in the hosts is told, but two hosts may differ and their claims be the same: then

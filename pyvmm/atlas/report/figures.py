@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of the HTML report: page maps before and after each step, and the timeline of events.
 
 Drawn by :mod:`pyvmm.observe`; here they are put into a page, each once where several results have the same.

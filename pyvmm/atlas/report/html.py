@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An atlas as one HTML file that needs nothing else: verdicts by claim and place, unfolding into all that was seen.
 
 Pure: data to text. Whatever others wrote is escaped, and a policy in the page lets no script run but the page's own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An atlas as JUnit's XML, for machines that keep the results of tests: a suite a group, a case a result.
 
 A case passes when its verdict is the expected one, or when none is expected and there is one. Pure: data to text, in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the HTML report is dressed in: its style sheet and its few lines of script, both put into the page itself.
 
 Without the script everything can still be read and unfolded; it opens what a link points at, folds all at once, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An atlas for the terminal: a line as each result comes, a table at the end, and everything of one result.
 
 Pure functions; text that others wrote (reasons, evidence, what a crashed process said) cannot act on the terminal.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every report says alike: text made harmless, values, names, the host in a line, reasons counted once.
 
 Pure functions and constants; used by the other modules of this package.

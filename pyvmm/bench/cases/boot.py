@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a Linux guest takes from the exec of its VMM to its init, and where that time goes."""
 
 from __future__ import annotations

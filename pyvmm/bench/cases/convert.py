@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a conversion costs by the emulated protection's policy, and what the guest pays for it at its next touch."""
 
 from __future__ import annotations

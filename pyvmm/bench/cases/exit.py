@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an exit costs: from a guest's instruction to the next, by who answers it."""
 
 from __future__ import annotations

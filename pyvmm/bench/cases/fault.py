@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a page's first touch costs: from a guest's access to the instruction after it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a VMM itself takes of the host's memory: its proportional set size, less the guest's memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cuts the cost of first touches: memory made ready before, in one of several ways, and what that costs itself."""
 
 from __future__ import annotations

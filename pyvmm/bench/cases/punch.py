@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What it costs the host to punch a hole: fallocate(2) on the file behind pages that the guest has."""
 
 from __future__ import annotations

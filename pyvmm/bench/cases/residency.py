@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long the hypervisor runs, with nothing else on its CPU, for an operation: EL2 residency, from its own trace."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a share and an unshare cost: the hypervisor's call, and the announcement to the VMM beside it."""
 
 from __future__ import annotations

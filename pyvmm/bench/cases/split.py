@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the time of a cold donation goes: EL2, account and pin, allocation and zeroing, exit and entry."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What it costs to end a VM, by how much of its memory is resident."""
 
 from __future__ import annotations

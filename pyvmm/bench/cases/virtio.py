@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a Linux guest's disk and network card cost it: throughput and latency, in every protection."""
 
 from __future__ import annotations

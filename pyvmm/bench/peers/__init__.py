@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pyvmm is measured against in the same run: a bare loop, its Python twin, the kernel's selftests, QEMU.
 
 Each peer takes turns with pyvmm doing the same, and leaves the series of both: case ``peer``, told apart by the axis

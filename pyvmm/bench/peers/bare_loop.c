@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The least a VMM must do for an MMIO exit: KVM_RUN again. What the product's loop is measured against; loaded into the
  * measuring process so that both enter the same vCPU. */
 #include <errno.h>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boots beside QEMU's with KVM: the same kernel, initramfs, memory and console, from exec to what init says."""
 
 from __future__ import annotations

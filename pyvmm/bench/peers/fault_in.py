@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """First touches beside the kernel's demand_paging_test: the same backing, access, order and number of pages, by turns.
 
 The test times, on the host, a vCPU from before its KVM_RUN until its guest has written the first word of every page.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MMIO exits in pyvmm's loop, in the least loop there can be, and in the loop's pure-Python twin, on one vCPU.
 
 The bare loop is C that does KVM_RUN again and nothing else. The twin belongs to the tests, where it is the oracle; it

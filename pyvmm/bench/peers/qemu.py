@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exits beside QEMU's with KVM: the same payload under both, timing itself, on the UART that each has.
 
 ``payload:exits`` finds the UART in the device tree. A store and a load there leave the kernel and are answered by the

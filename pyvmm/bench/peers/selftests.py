@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's own KVM selftests: where they are, how they are run, and the figures in what they print.
 
 What they need of the host they say themselves; only in the lab, where the host is ours, is it given to them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk and a card beside QEMU's with KVM: the same kernel, initramfs, file and tap, by turns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a benchmark's figures show: each a function from series to a drawing. See :mod:`pyvmm.bench.report.figures`.
 
 However many values a series has, what is drawn of it has a size that does not grow: quantiles, histograms, cells.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results inside an HTML report: written so that nothing in them can act, and read back as the run they are.
 
 They are the JSON lines of :mod:`pyvmm.bench.model`, in an element of the page: as they are, or, if they are long,

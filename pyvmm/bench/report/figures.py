@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which figures a run has: distributions of everything, cost against an axis, where the time goes, pictures of ranges.
 
 The same figures are in the HTML report and, as SVG and PNG, in a directory for papers.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How every report puts a run: cases, in each the groups of series that have a scale in common, in each its rows.
 
 Pure: data to data, and numbers to text. What others wrote is made harmless here, so that reports only escape it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run as one HTML file that needs nothing else: the host, tables, figures, and the results themselves.
 
 Pure: data to text. Whatever others wrote is escaped, and a policy in the page lets no script run but the page's own.

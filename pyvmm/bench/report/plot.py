@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper that figures are drawn on: size, colours, and how it becomes a file or a part of a page.
 
 Drawn by matplotlib without its global state. The same drawing is written as SVG and PNG, and inlined in a page, where

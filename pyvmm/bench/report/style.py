@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the HTML report is dressed in: the atlas' style, what figures and tables of numbers need, a few lines of script.
 
 Without the script everything can still be read; it hands out the data.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run for the terminal: a table for each case and metric, a row a point, with all that its values support.
 
 Pure; text that others wrote cannot act on the terminal.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a sweep's results as results files, one for each environment that points were measured in. Owns nothing.
 
 A results file tells of one environment, and numbers of two do not compare; so a sweep of several machines makes several

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python3 -P -m pyvmm.bench.sweep.inside REQUEST``: measures one point and prints it as a results file.
 
 The other side of ``work.request``: what a sweep runs wherever a point is measured, in the lab too. The status is 0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sweep measures: reads the TOML file that names cases and axes, and multiplies them out. Owns nothing.
 
     case = "fault"

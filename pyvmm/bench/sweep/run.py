@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Brings a sweep's points, workers and store together: each result is stored as it comes, what is lost tried again.
 
 Runs in the main thread; owns nothing but the queue in which results and signals arrive.

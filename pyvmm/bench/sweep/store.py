@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps a sweep's points and results in an SQLite database, each as it arrives; a kill loses what was not stored yet.
 
 Owns the database's file and a lock on it: of two processes with the same one, the second is refused. One thread.

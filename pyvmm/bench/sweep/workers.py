@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a sweep's points are measured: on this machine, in labs, or by a fleet; each a ``concurrent.futures.Executor``.
 
 A set of workers owns its executor and whatever that needs: processes, labs, a connection. ``stop`` ends all of it, what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The balloon device (virtio 1.2, 5.5): takes memory that the guest does not need, and gives it back to the host.
 
 The host says how much the balloon should hold (:meth:`Balloon.aim`); the guest names pages, which are punched out of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The block device (virtio 1.2, 5.2) over a :class:`~pyvmm.devices.virtio.disk.DiskFile`.
 
 One thread for each queue that the driver uses. Reads, writes and flushes are C's (native/blk.c); here is what is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The console device (virtio 1.2, 5.3): one port, ``hvc0`` of a Linux guest, between a guest and two descriptors.
 
 Owns its worker, at most ``PART`` bytes of what the guest has printed and as many of what it is to read; the rest stays

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a kind of virtio device is, behind any transport: features, configuration space, and what it does with queues.
 
 Feature bits are written as their masks. The transport adds those that are its own or the queues' (:class:`Feature`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file or block device as a virtual disk's medium: what it can do, who else uses it, how parts of it are dropped.
 
 A ``DiskFile`` owns its descriptor and, through that, a lock on the whole file; :meth:`DiskFile.close` gives both back.

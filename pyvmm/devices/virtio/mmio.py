@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """virtio over MMIO, version 2 (virtio 1.2, 4.2): how a driver finds, sets up and resets a device.
 
 Owns the device's queues, its interrupt and its doorbell. Kicks, and the reading and acknowledging of interrupts, are

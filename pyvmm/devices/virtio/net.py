@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The network device (virtio 1.2, 5.1): one queue each way, moved by native/net.c in a thread of the device's own.
 
 ================================================  ===============================================================

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is behind a network card: a descriptor that native/net.c moves frames to and from, and what it can do."""
 
 from __future__ import annotations

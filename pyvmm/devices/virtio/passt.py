@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """passt as a child of ours: a guest's network without any privilege, whose connections are sockets of the user's.
 
 passt speaks for the host: it answers DHCP, ARP and router solicitations, and makes the guest's flows its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registers of virtio over MMIO, version 2 (virtio 1.2, 4.2.2), and what may be written to them when.
 
 Data and pure functions; :mod:`pyvmm.devices.virtio.mmio` acts on them.

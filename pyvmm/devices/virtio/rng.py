@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The entropy device (virtio 1.2, 5.4): fills what the driver gives it from the host's random number generator."""
 
 from __future__ import annotations

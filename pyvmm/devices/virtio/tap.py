@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Taps: interfaces of the host's kernel whose other end is ours. One that is there is used, else one is made."""
 
 from __future__ import annotations

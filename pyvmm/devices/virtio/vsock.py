@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The socket device (virtio 1.2, 5.10): the guest's stream sockets meet Unix sockets of the host.
 
 A program of the host connects to ``PATH`` and names a port of the guest (:mod:`pyvmm.devices.virtio.vsock_host`); a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's end of a guest's vsock: a Unix socket that programs connect to and name a port of the guest.
 
 Firecracker's convention: a client sends ``CONNECT <port>\\n`` and reads ``OK <port of the host's side>\\n`` once the

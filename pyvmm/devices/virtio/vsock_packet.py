@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packets between a guest's sockets and the host's: their header, to and from bytes (virtio 1.2, 5.10.6).
 
 Data only. Numbers are as wide as in the header; a header is taken apart without judging it.

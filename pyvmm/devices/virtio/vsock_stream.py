@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One connection between a port of the guest and a socket of the host: its state, its credit, its bytes on the way.
 
 A :class:`Stream` has a socket, which never blocks and which its table watches and closes, and at most ``BUFFER``

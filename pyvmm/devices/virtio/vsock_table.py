@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All connections of one guest: which packet is whose, whose turn it is, and how many there may be.
 
 A :class:`Table` owns the streams and their sockets, and is used by one thread. Packets go in with :meth:`from_guest`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The thread of a device: waits for kicks and other descriptors, and stands still when it is told to.
 
 A worker lives from the device's start to its stop. It has two forms. With callbacks (:meth:`Worker.watch`,

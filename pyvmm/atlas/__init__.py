@@ -13,7 +13,7 @@ with Experiment(Protection.PKVM) as x:
 print(x.verdict.value, *x.evidence, sep="\\n")
 """
 
-from pyvmm.atlas.experiment import Experiment, Untold
 from pyvmm.atlas.model import Atlas, Verdict
+from pyvmm.experiment.experiment import Experiment, Untold
 
 __all__ = ["Atlas", "Experiment", "Untold", "Verdict"]

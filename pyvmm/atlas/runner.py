@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from pyvmm.apart import CrashedError, run_apart
 from pyvmm.atlas.claim import Claim, Place
-from pyvmm.atlas.experiment import Experiment, Untold
-from pyvmm.atlas.host.settings import Snapshot
 from pyvmm.atlas.model import Event, Result, Verdict
 from pyvmm.errors import PyvmmError
+from pyvmm.experiment.child import CrashedError, run_apart
+from pyvmm.experiment.experiment import Experiment, Untold
+from pyvmm.experiment.host.settings import Snapshot
 
 _DESCRIPTOR = re.compile(r"\b(?:kvm|vm|vcpu\d+|fd)=\d+(?:, |(?=\)))")
 

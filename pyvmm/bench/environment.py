@@ -10,8 +10,8 @@ import os
 import re
 from pathlib import Path
 
-from pyvmm.atlas import about
 from pyvmm.bench.model import Value
+from pyvmm.experiment import environment as about
 
 TIME, INSTRUCTIONS = "time", "instructions"
 SAME = ("machine", "cpu", "cpus", "emulated", "emulator", "counts", "page size")

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from pyvmm.apart import CrashedError, run_apart
-from pyvmm.atlas.host.settings import Snapshot
 from pyvmm.bench.case import Case, select
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import Point, Series, Value
 from pyvmm.errors import PyvmmError
+from pyvmm.experiment.child import CrashedError, run_apart
+from pyvmm.experiment.host.settings import Snapshot
 
 
 class Task(NamedTuple):

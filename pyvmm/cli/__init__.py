@@ -112,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.configure(args.verbose - args.quiet, json=bool(args.log_json))
     try:
         if (getattr(args, "config", None) or getattr(args, "restore", None)) is not None:
-            words = import_module("pyvmm.cli.config").expand(words, args)
+            words = import_module("pyvmm.options.file").expand(words, args)
             args = make_parser(words).parse_args(words)
         if getattr(args, "print_config", False):
-            print(import_module("pyvmm.cli.config").as_toml(args), end="")
+            print(import_module("pyvmm.options.file").as_toml(args), end="")
             status = 0
         else:
             status = _dispatch(args, words)

@@ -107,12 +107,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tuple[Atlas, KeyboardInterrupt | None]:
     """Try everything and show results as they come; interrupted, return what there is and the interrupt."""
-    from pyvmm.atlas import about
     from pyvmm.atlas.claim import GROUPS
     from pyvmm.atlas.expected import expected
     from pyvmm.atlas.model import Atlas
     from pyvmm.atlas.report.text import Look, details, line, table
     from pyvmm.atlas.runner import run
+    from pyvmm.experiment import environment as about
 
     look = Look.of(sys.stdout)
     host = about.host()

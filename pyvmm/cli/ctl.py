@@ -70,7 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(args: argparse.Namespace) -> int:
     """Give the order, print the answer; returns the exit status."""
-    from pyvmm.cli.control import Connection, only_one
+    from pyvmm.session.control import Connection, only_one
 
     where, name, members = parse(args.words)
     with Connection(only_one() if where is None else where) as connection:

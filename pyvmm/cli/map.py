@@ -20,9 +20,9 @@ from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pyvmm.cli.screen import Screen
     from pyvmm.machine.machine import Machine
     from pyvmm.observe.pagemap import PageMap
+    from pyvmm.session.screen import Screen
     from pyvmm.vcpu.outcome import Outcome
 
 STDOUT, STDERR = 1, 2
@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def main(args: argparse.Namespace) -> int:
     """Run the guest and show its map; returns the exit status of the run."""
     kernel, tracing = ready(args), traced(args)
-    from pyvmm.cli.watch import Watch
+    from pyvmm.session.watch import Watch
 
     finished = _print_json if args.json else None if _is_live(args) else _print
     with screen_for(args) as screen:
@@ -73,7 +73,7 @@ def screen_for(args: argparse.Namespace, *, shared: bool | None = None) -> Itera
         yield None
         return
     from pyvmm import log
-    from pyvmm.cli.screen import Screen
+    from pyvmm.session.screen import Screen
 
     if shared is None:
         shared = os.path.samestat(os.fstat(STDOUT), os.fstat(STDERR))

@@ -19,7 +19,7 @@ from pyvmm.cli.run import BACKINGS, CONVERSIONS, PROTECTIONS
 from pyvmm.errors import PyvmmError, UsageError
 
 if TYPE_CHECKING:
-    from pyvmm.atlas.experiment import Experiment
+    from pyvmm.experiment.experiment import Experiment
 
 BANNER = """\
 A {protection} guest of {mib} MiB and {cpus} vCPU{s} is running and takes orders.
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     from pyvmm._native_source import require_fresh_native
 
     require_fresh_native()
-    from pyvmm.atlas.experiment import Experiment
+    from pyvmm.experiment.experiment import Experiment
     from pyvmm.protection import Protection
 
     size, gpa = args.mem

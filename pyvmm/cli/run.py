@@ -25,14 +25,14 @@ from pyvmm.cli.common import (
     parse_seconds,
     require_arm64,
 )
-from pyvmm.cli.consoles import Ends, following_size, nobody, open_place, places
-from pyvmm.cli.devices import add_device_options, device_specs
 from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.options.devices import add_device_options, device_specs
+from pyvmm.session.consoles import Ends, following_size, nobody, open_place, places
 
 if TYPE_CHECKING:
     from pyvmm.cli.trace import Tracing
-    from pyvmm.cli.watch import Watch
     from pyvmm.machine.config import MachineConfig
+    from pyvmm.session.watch import Watch
 
 STDOUT = 1
 
@@ -211,7 +211,7 @@ def main(args: argparse.Namespace) -> int:
     tracing = traced(args)
     if args.map is None and tracing is None:
         return run_guest(args, kernel, reboot=args.reboot)
-    from pyvmm.cli.watch import Watch
+    from pyvmm.session.watch import Watch
 
     return run_guest(args, kernel, Watch(args.map, trace=tracing))
 
@@ -280,11 +280,11 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
 
     With ``reboot`` a reset by the guest is no end: the VM is destroyed, and another one starts in its place.
     """
-    from pyvmm.cli.control import Control
-    from pyvmm.cli.report import report, report_json
-    from pyvmm.cli.requests import Requests
-    from pyvmm.cli.terminal import Keys, Signals, in_foreground
     from pyvmm.machine.machine import Machine
+    from pyvmm.session.control import Control
+    from pyvmm.session.report import report, report_json
+    from pyvmm.session.requests import Requests
+    from pyvmm.session.terminal import Keys, Signals, in_foreground
     from pyvmm.vcpu.outcome import Ending
 
     with contextlib.ExitStack() as stack:
@@ -350,7 +350,7 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
 
 
 def _machine_options(args: argparse.Namespace) -> str:
-    from pyvmm.cli.config import machine_options  # for the few runs that are saved
+    from pyvmm.options.file import machine_options  # for the few runs that are saved
 
     return machine_options(args)
 

@@ -64,9 +64,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace, pid: int | None) -> int:
-    from pyvmm.cli.control import Connection, only_one
-    from pyvmm.cli.topview import View
     from pyvmm.observe.rates import report
+    from pyvmm.session.control import Connection, only_one
+    from pyvmm.session.topview import View
 
     _refuse_guest_options(args)
     with contextlib.ExitStack() as stack:
@@ -103,7 +103,7 @@ def _refuse_guest_options(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     kernel, tracing = ready(args), traced(args)
-    from pyvmm.cli.topview import Top, View
+    from pyvmm.session.topview import Top, View
 
     with contextlib.ExitStack() as stack:
         screen = None if args.once else stack.enter_context(screen_for(args))

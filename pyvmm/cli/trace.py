@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def main(args: argparse.Namespace) -> int:
     """Run the guest and write its trace; returns the exit status of the run."""
     kernel = ready(args)
-    from pyvmm.cli.watch import Watch
+    from pyvmm.session.watch import Watch
 
     status = run_guest(args, kernel, Watch(args.map, trace=traced(args)))
     if not args.log_json:
@@ -67,7 +67,7 @@ class Tracing:
     """The trace of one run; a context manager, entered before the machine is built and left after it is closed.
 
     ``path`` is the file; with ``faults`` and ``el2`` there is more in it, where the kernel tells. Used by a
-    :class:`~pyvmm.cli.watch.Watch`.
+    :class:`~pyvmm.session.watch.Watch`.
     """
 
     def __init__(self, path: str, *, faults: bool = False, el2: bool = False) -> None:
@@ -78,7 +78,7 @@ class Tracing:
         self._stack, self._listening = contextlib.ExitStack(), contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        from pyvmm.cli.watch import Picture
+        from pyvmm.session.watch import Picture
 
         with contextlib.ExitStack() as half:
             self._file = half.enter_context(Picture(self._path))
@@ -140,9 +140,9 @@ class Tracing:
 
 
 def _about(machine: Machine) -> About:
-    from pyvmm.cli.watch import EMULATED
     from pyvmm.observe.tracefile import About
     from pyvmm.protection import Protection
+    from pyvmm.session.watch import EMULATED
 
     config = machine.config
     labels = [f"protection {config.protection.value}", f"{config.memory >> 20} MiB of {config.backing}"]

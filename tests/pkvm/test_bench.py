@@ -13,13 +13,13 @@ from statistics import median
 
 import pytest
 
-from pyvmm.atlas import raw
 from pyvmm.bench import case as cases
 from pyvmm.bench import linux, transfers
 from pyvmm.bench.cases.exit import COUNT as EXITS
 from pyvmm.bench.measure import ROUNDS
 from pyvmm.bench.model import Series
 from pyvmm.bench.runner import Task, measure_point, run
+from pyvmm.experiment import raw
 from pyvmm.guest.puppet import Access
 from pyvmm.machine.layout import RAM_BASE
 from pyvmm.memory.address import Gpa

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli.control import Connection
+from pyvmm.session.control import Connection
 
 pytestmark = pytest.mark.pkvm
 PYVMM = (sys.executable, "-m", "pyvmm")

@@ -19,13 +19,13 @@ from typing import Any, Self
 
 import pytest
 
-from pyvmm.cli.control import Connection
 from pyvmm.machine import snapshot as snapshots
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Console, Disk, Rng, Vsock
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.snapshot import Snapshot
 from pyvmm.protection import Protection
+from pyvmm.session.control import Connection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import config
 from tests.pkvm.shown import kernel_directory

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 
 from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Verdict
-from pyvmm.atlas.report import html, style
+from pyvmm.atlas.report import html
+from pyvmm.reports import style
 
 REALISTIC = samples.realistic()
 VOID = {"meta", "link", "input", "wbr"}

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.atlas.model import Atlas, Evidence, Result, Verdict
-from pyvmm.atlas.report import text, words
+from pyvmm.atlas.report import text
 from pyvmm.atlas.report.text import Look
+from pyvmm.reports import words
 
 REALISTIC = samples.realistic()
 EXPECTED = st.dictionaries(st.sampled_from([result.key for result in REALISTIC.results]), st.sampled_from(Verdict))

@@ -14,10 +14,10 @@ import pytest
 
 from pyvmm.atlas import runner
 from pyvmm.atlas.claim import Claim, Place
-from pyvmm.atlas.experiment import Untold
-from pyvmm.atlas.host import settings
 from pyvmm.atlas.model import Evidence, Picture, Result, Verdict
 from pyvmm.errors import HostError
+from pyvmm.experiment.experiment import Untold
+from pyvmm.experiment.host import settings
 from pyvmm.guest.puppet import GuestSilent
 from pyvmm.protection import Protection
 

@@ -22,7 +22,7 @@ X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts th
 def arm64(monkeypatch):
     """Let the verb believe that experiments can be made here; none is."""
     monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
-    monkeypatch.setattr("pyvmm.atlas.about.host", lambda: {"kernel": "7.3.4", "mode": "protected"})
+    monkeypatch.setattr("pyvmm.experiment.environment.host", lambda: {"kernel": "7.3.4", "mode": "protected"})
 
 
 def answer(monkeypatch, *verdicts: Verdict):

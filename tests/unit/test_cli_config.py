@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.cli import common, config, make_parser, run
+from pyvmm.cli import common, make_parser, run
 from pyvmm.errors import UsageError
+from pyvmm.options import file as config
 
 EXAMPLE = """\
 # what a guest is to be

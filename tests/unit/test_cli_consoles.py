@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from pyvmm.cli import consoles, make_parser
-from pyvmm.cli.devices import device_specs
+from pyvmm.cli import make_parser
 from pyvmm.cli.run import _config, check_options
 from pyvmm.errors import UsageError
 from pyvmm.machine.devices import Balloon, Console, Vsock
 from pyvmm.machine.plan import Plan
+from pyvmm.options.devices import device_specs
+from pyvmm.session import consoles
 
 
 def parse(*words: str) -> argparse.Namespace:

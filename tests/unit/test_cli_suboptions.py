@@ -8,7 +8,7 @@ import argparse
 import pytest
 
 from pyvmm.cli.common import parse_count
-from pyvmm.cli.suboptions import parse
+from pyvmm.options.suboptions import parse
 
 KEYS = {"path": str, "ro": None, "queues": parse_count, "cache": str}
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.cli.common import Interrupted
-from pyvmm.cli.terminal import Keys, Signals, in_foreground, raw
+from pyvmm.session.terminal import Keys, Signals, in_foreground, raw
 
 
 @pytest.fixture

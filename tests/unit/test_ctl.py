@@ -19,14 +19,15 @@ from typing import Any
 
 import pytest
 
-from pyvmm.cli import consoles, control, ctl, make_parser
-from pyvmm.cli.control import Connection, Control
-from pyvmm.cli.requests import Requests
+from pyvmm.cli import ctl, make_parser
 from pyvmm.cli.run import _config
 from pyvmm.devices.pl011 import RX_BYTES, Pl011
 from pyvmm.devices.virtio.console import Console
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine.plan import Plan
+from pyvmm.session import consoles, control
+from pyvmm.session.control import Connection, Control
+from pyvmm.session.requests import Requests
 
 
 @pytest.fixture

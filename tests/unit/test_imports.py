@@ -90,7 +90,7 @@ before = set(sys.modules)
 from pyvmm.cli import make_parser
 words = ["run", "-m", "64M", "-p", "quiet", sys.argv[1]]
 make_parser(words).parse_args(words)
-import pyvmm.cli.control, pyvmm.cli.requests, pyvmm.cli.terminal, pyvmm.cli.report
+import pyvmm.session.control, pyvmm.session.requests, pyvmm.session.terminal, pyvmm.session.report
 from pyvmm.machine.machine import Machine
 from pyvmm.machine import boot
 boot.read(sys.argv[1]).close()

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.cli.screen import Screen
-from pyvmm.cli.watch import Picture
 from pyvmm.errors import UsageError
 from pyvmm.observe.pagemap import PageMap
+from pyvmm.session.screen import Screen
+from pyvmm.session.watch import Picture
 
 MAP = ["map 1", "map 2"]
 

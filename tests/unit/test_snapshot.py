@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.cli import config, make_parser
+from pyvmm.cli import make_parser
 from pyvmm.devices.bench import Bench
 from pyvmm.devices.virtio import vsock_host
 from pyvmm.errors import HostError, PyvmmError, UsageError
@@ -30,6 +30,7 @@ from pyvmm.machine.machine import Machine
 from pyvmm.machine.plan import Plan
 from pyvmm.machine.snapshot import VERSION, Snapshot
 from pyvmm.memory.userfault import Userfault
+from pyvmm.options import file as config
 from pyvmm.protection import Protection
 
 RAM, PAGE, MIB = 0x8000_0000, 4096, 1 << 20

@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm._native import ffi, lib
-from pyvmm.cli import control
-from pyvmm.cli.control import Connection, Control, running
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.observe.rates import lines, report, since_start, snapshot
 from pyvmm.protection import Protection
+from pyvmm.session import control
+from pyvmm.session.control import Connection, Control, running
 
 S = 1_000_000_000
 

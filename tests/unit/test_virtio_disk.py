@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from pyvmm.cli.devices import add_device_options, device_specs, parse_disk
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Disk, Rng
+from pyvmm.options.devices import add_device_options, device_specs, parse_disk
 
 
 def make(path: Path, size: int = 1 << 20, fill: bytes = b"\xa5") -> str:

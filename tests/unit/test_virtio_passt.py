@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 from net_driver import DATA, Driver, eventually
 
-from pyvmm.cli.devices import add_device_options, device_specs, parse_net
 from pyvmm.devices.virtio import net, passt
 from pyvmm.devices.virtio.net import Net
 from pyvmm.devices.virtio.netbackend import HEADER
@@ -22,6 +21,7 @@ from pyvmm.devices.virtio.passt import Passt
 from pyvmm.errors import HostError, UsageError
 from pyvmm.machine import devices
 from pyvmm.machine.config import DeviceSpec
+from pyvmm.options.devices import add_device_options, device_specs, parse_net
 
 PRELUDE = """
 import signal, socket, struct, sys, time

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from pyvmm._native import lib
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, PATIENCE, Experiment
-from pyvmm.atlas.host import access, processes
 from pyvmm.errors import hex_
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, PATIENCE, Experiment
+from pyvmm.experiment.host import access, processes
 from pyvmm.guest.puppet import Puppet
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.machine import Machine

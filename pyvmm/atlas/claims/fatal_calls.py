@@ -8,9 +8,9 @@ from collections.abc import Callable
 from ctypes import Structure, addressof, c_uint64
 from functools import partial
 
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, Experiment
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
 from pyvmm.kvm.fd import Fd
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm

@@ -8,11 +8,11 @@ import os
 import resource
 import tempfile
 
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, Experiment
-from pyvmm.atlas.host import settings
-from pyvmm.atlas.host.syscalls import drop_capabilities
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment.host import settings
+from pyvmm.experiment.host.syscalls import drop_capabilities
 from pyvmm.guest.puppet import Access
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE

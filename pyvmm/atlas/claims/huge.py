@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, Experiment
-from pyvmm.atlas.host import settings
-from pyvmm.atlas.host.syscalls import madvise
 from pyvmm.errors import KvmError
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment.host import settings
+from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.puppet import Access
 from pyvmm.memory import mman
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pyvmm._native import lib
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, Experiment
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva
 from pyvmm.memory.backing import Memfd

@@ -18,10 +18,10 @@ from pyvmm.atlas.claims.ownership_pages import (
     kept_out,
     said,
 )
-from pyvmm.atlas.experiment import Experiment
-from pyvmm.atlas.host import access, processes, settings, uring
-from pyvmm.atlas.host.syscalls import Answer, pread_file
-from pyvmm.atlas.host.zram import Zram
+from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment.host import access, processes, settings, uring
+from pyvmm.experiment.host.syscalls import Answer, pread_file
+from pyvmm.experiment.host.zram import Zram
 
 claim = group("ownership")
 anywhere = partial(claim, none="private", emulated="memfd guest_memfd", pkvm="memfd")

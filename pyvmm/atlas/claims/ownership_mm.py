@@ -8,7 +8,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.claims.ownership_pages import (
     FINDS,
@@ -21,10 +20,11 @@ from pyvmm.atlas.claims.ownership_pages import (
     harmless,
     pages,
 )
-from pyvmm.atlas.experiment import BEYOND, Experiment
-from pyvmm.atlas.host import inspect, processes
-from pyvmm.atlas.host.syscalls import NR_MLOCK, PAGE, Answer, anonymous, call, madvise, mremap, page_frame
-from pyvmm.atlas.host.zram import Zram
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment.host import inspect, processes
+from pyvmm.experiment.host.syscalls import NR_MLOCK, PAGE, Answer, anonymous, call, madvise, mremap, page_frame
+from pyvmm.experiment.host.zram import Zram
 from pyvmm.memory import mman
 from pyvmm.memory.address import HUGE_SIZE, Gpa
 from pyvmm.memory.memlock import LockedMemory

@@ -12,10 +12,10 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyvmm.atlas.experiment import Experiment
-from pyvmm.atlas.host.access import PATTERN
-from pyvmm.atlas.host.syscalls import PAGE, Answer
-from pyvmm.atlas.raw import place
+from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment.host.access import PATTERN
+from pyvmm.experiment.host.syscalls import PAGE, Answer
+from pyvmm.experiment.raw import place
 from pyvmm.guest.puppet import GuestFault
 from pyvmm.memory.address import Gpa
 

@@ -8,11 +8,11 @@ import mmap
 import os
 from functools import partial
 
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, Experiment
-from pyvmm.atlas.host.access import fork_load
-from pyvmm.atlas.host.syscalls import madvise
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment.host.access import fork_load
+from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.puppet import Access
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE, Gpa

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, Experiment
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd, SharedGuestMemfd

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from pyvmm import abi
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import Experiment
-from pyvmm.atlas.host.syscalls import NR_VMSPLICE, Iovec, call
+from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment.host.syscalls import NR_VMSPLICE, Iovec, call
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.relay import ShareEvent

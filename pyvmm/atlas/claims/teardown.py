@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import time
 
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, Experiment
-from pyvmm.atlas.host.access import process_vm_readv
-from pyvmm.atlas.host.bare import HOLDERS, Bare, locked, look, store
 from pyvmm.errors import KvmError
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment.host.access import process_vm_readv
+from pyvmm.experiment.host.bare import HOLDERS, Bare, locked, look, store
 from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE, Gpa

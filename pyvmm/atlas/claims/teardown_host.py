@@ -9,12 +9,12 @@ import resource
 import signal
 import time
 
-from pyvmm.atlas import raw
 from pyvmm.atlas.claim import group
-from pyvmm.atlas.experiment import BEYOND, Experiment
-from pyvmm.atlas.host.bare import HOLDERS, Bare, locked, look
-from pyvmm.atlas.host.forked import Forked
 from pyvmm.errors import KvmError
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment.host.bare import HOLDERS, Bare, locked, look
+from pyvmm.experiment.host.forked import Forked
 from pyvmm.guest.puppet import Access
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory.address import PAGE_SIZE, Gpa

@@ -13,8 +13,8 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Value
-from pyvmm.atlas.report import words
 from pyvmm.atlas.report.text import PLAIN, Look
+from pyvmm.reports import words
 
 MANY = 4
 """As many claims that differ in the same way, for the same reason, are folded to one line."""

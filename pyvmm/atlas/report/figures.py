@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pyvmm.atlas.model import Picture, Result
-from pyvmm.atlas.report import words
 from pyvmm.errors import UsageError
 from pyvmm.observe import mapsvg, timesvg
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Event
+from pyvmm.reports import words
 
 
 class Figures:

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from html import escape
 
 from pyvmm.atlas.model import Atlas, Result, Verdict
-from pyvmm.atlas.report import style, words
 from pyvmm.atlas.report.figures import Figures
-from pyvmm.atlas.report.words import NOTHING_EXPECTED, Expected
+from pyvmm.reports import style, words
+from pyvmm.reports.words import NOTHING_EXPECTED, Expected
 
 _URL = re.compile(r"https?://[^\s<>\"'`\\]+[^\s<>\"'`\\.,;:!?)\]}]")
 _SOURCE = re.compile(

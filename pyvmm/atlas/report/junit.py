@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from pyvmm.atlas.model import Atlas, Result, Verdict
-from pyvmm.atlas.report import words
-from pyvmm.atlas.report.words import NOTHING_EXPECTED, Expected
+from pyvmm.reports import words
+from pyvmm.reports.words import NOTHING_EXPECTED, Expected
 
 PASSED: Final = "passed"
 FAILURE: Final = "failure"

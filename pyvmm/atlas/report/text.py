@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from pyvmm.atlas.model import Atlas, Result, Verdict
-from pyvmm.atlas.report import words
-from pyvmm.atlas.report.words import NOTHING_EXPECTED, Expected
+from pyvmm.reports import words
+from pyvmm.reports.words import NOTHING_EXPECTED, Expected
 
 _COLOURS = {Verdict.HOLDS: "32", Verdict.FAILS: "31", Verdict.UNTOLD: "33", Verdict.CRASHED: "35;1"}
 _BOLD, _DIM, _LOUD = "1", "2", "31;1"

@@ -8,12 +8,12 @@ import statistics
 from collections.abc import Iterator
 from typing import Final
 
-from pyvmm.atlas import raw
-from pyvmm.atlas.experiment import BEYOND, Experiment
-from pyvmm.atlas.host.syscalls import madvise
 from pyvmm.bench.case import PROTECTIONS, case
 from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.puppet import Access, Puppet, Touch
 from pyvmm.machine.config import BACKINGS
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa

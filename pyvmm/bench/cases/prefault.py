@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 from typing import Final
 
-from pyvmm.atlas import raw
-from pyvmm.atlas.host import settings
 from pyvmm.bench.case import case
 from pyvmm.bench.measure import MIB, Bench, Ticks
+from pyvmm.experiment import raw
+from pyvmm.experiment.host import settings
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import statistics
 from typing import Any, Final
 
-from pyvmm.atlas import raw
-from pyvmm.atlas.experiment import BEYOND, Experiment
 from pyvmm.bench.case import PROTECTIONS, case
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import Point
+from pyvmm.experiment import raw
+from pyvmm.experiment.experiment import BEYOND, Experiment
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Backing

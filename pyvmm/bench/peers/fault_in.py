@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from pyvmm.atlas.experiment import Experiment
 from pyvmm.bench.model import Point, Series
 from pyvmm.bench.peers import TURNS, kept, pair
 from pyvmm.bench.peers.selftests import PAGES, longest, mode_of, run
+from pyvmm.experiment.experiment import Experiment
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.protection import Protection

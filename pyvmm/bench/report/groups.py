@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pyvmm.atlas.report.words import headline, one_line
 from pyvmm.bench.model import Point, Run, Series, Value
 from pyvmm.bench.statistics import Summary, merged, summary
+from pyvmm.reports.words import headline, one_line
 
 CLOCKS: Final = {
     "guest": "the guest's counter",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from pyvmm.atlas.report import style
 from pyvmm.bench.report.plot import COLOURS
+from pyvmm.reports import style
 
 _DARK: Final = ("#5ab4f0", "#ff8b4a", "#3fc79a", "#e08fd0", "#e0b040", "#a3a3f0")
 

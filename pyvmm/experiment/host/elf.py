@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyvmm.atlas.host.syscalls import Answer, pread_file
+from pyvmm.experiment.host.syscalls import Answer, pread_file
 
 PT_LOAD = 1
 ABSENT = "the page is not in the file"

@@ -10,15 +10,15 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.watch import Watch
 from pyvmm.observe.rates import lines, report, since_start, snapshot
+from pyvmm.session.watch import Watch
 
 if TYPE_CHECKING:
-    from pyvmm.cli.screen import Screen
     from pyvmm.cli.trace import Tracing
     from pyvmm.machine.machine import Machine
     from pyvmm.observe.pagemap import PageMap
     from pyvmm.observe.rates import Report, Snapshot
+    from pyvmm.session.screen import Screen
 
 STDERR = 2
 

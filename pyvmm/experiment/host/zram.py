@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from pyvmm.atlas.host.syscalls import NR_SWAPOFF, NR_SWAPON, PAGE, call
+from pyvmm.experiment.host.syscalls import NR_SWAPOFF, NR_SWAPON, PAGE, call
 
 CONTROL = Path("/sys/class/zram-control")
 SIGNATURE = b"SWAPSPACE2"

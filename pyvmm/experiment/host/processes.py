@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pyvmm.atlas.host.elf import core_page
-from pyvmm.atlas.host.syscalls import (
+from pyvmm.experiment.host.elf import core_page
+from pyvmm.experiment.host.syscalls import (
     NR_PTRACE,
     PAGE,
     PR_SET_PTRACER,

@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 
-from pyvmm.atlas.host.syscalls import (
+from pyvmm.experiment.host.syscalls import (
     NR_IO_URING_ENTER,
     NR_IO_URING_REGISTER,
     NR_IO_URING_SETUP,

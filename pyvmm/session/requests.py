@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run answers to other processes: its state, its counters, and the orders that a user may give it.
 
-A :class:`Requests` owns nothing; what it answers with runs in the thread of the :class:`~pyvmm.cli.control.Control`
+A :class:`Requests` owns nothing; what it answers with runs in the thread of the :class:`~pyvmm.session.control.Control`
 that it is given to, one at a time, and returns plain values of JSON. The machine may change while it does not: one that
 resets has another in its place.
 """

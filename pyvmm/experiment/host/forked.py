@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Self
 
-from pyvmm.atlas.host.syscalls import PR_SET_PDEATHSIG, prctl
+from pyvmm.experiment.host.syscalls import PR_SET_PDEATHSIG, prctl
 
 
 class Forked:

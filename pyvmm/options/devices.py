@@ -7,8 +7,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.cli.common import OutputPath, output_behind, parse_count, parse_size
-from pyvmm.cli.consoles import Ends, terminal_size
-from pyvmm.cli.suboptions import parse
+from pyvmm.options.suboptions import parse
+from pyvmm.session.consoles import Ends, terminal_size
 
 if TYPE_CHECKING:
     from pyvmm.machine.config import DeviceSpec

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from pyvmm.atlas.host.syscalls import NR_MINCORE, PAGE, call, page_frame
+from pyvmm.experiment.host.syscalls import NR_MINCORE, PAGE, call, page_frame
 
 KSM = Path("/sys/kernel/mm/ksm")
 

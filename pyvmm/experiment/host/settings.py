@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from pyvmm.atlas.host import zram
+from pyvmm.experiment.host import zram
 
 THP = "/sys/kernel/mm/transparent_hugepage"
 SHMEM_ENABLED = f"{THP}/shmem_enabled"

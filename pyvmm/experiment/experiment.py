@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from pyvmm._native import lib
-from pyvmm.atlas.host import settings
 from pyvmm.atlas.model import Event, Evidence, Picture, Value, Verdict
 from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
+from pyvmm.experiment.host import settings
 from pyvmm.guest.puppet import GuestFault, Puppet
 from pyvmm.kvm.system import System
 from pyvmm.machine.config import MachineConfig

@@ -29,9 +29,9 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.cli.entries import Entry, parse
-from pyvmm.cli.suboptions import PartError
 from pyvmm.errors import UsageError
+from pyvmm.options.entries import Entry, parse
+from pyvmm.options.suboptions import PartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -15,8 +15,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyvmm.atlas.host.processes import child_load
-from pyvmm.atlas.host.syscalls import (
+from pyvmm.experiment.host.processes import child_load
+from pyvmm.experiment.host.syscalls import (
     FUTEX_WAIT,
     NR_FUTEX,
     NR_PREAD64,

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pyvmm._native import ffi, lib
-from pyvmm.atlas.host.syscalls import madvise
 from pyvmm.errors import KvmError
+from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.kvm import libc
 from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.memory import mman
@@ -26,7 +26,7 @@ from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from pyvmm.uapi.mman import MADV_HWPOISON, MAP_SHARED, PROT_READ, PROT_WRITE
 
 if TYPE_CHECKING:
-    from pyvmm.atlas.experiment import Experiment
+    from pyvmm.experiment.experiment import Experiment
 
 _numbers = itertools.count(100)
 """Slot numbers that pyvmm's own table, which counts from 0, does not come to."""

@@ -25,9 +25,9 @@ from pyvmm.observe.timeline import Timeline
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pyvmm.cli.screen import Screen
     from pyvmm.cli.trace import Tracing
     from pyvmm.machine.machine import Machine
+    from pyvmm.session.screen import Screen
     from pyvmm.vcpu.outcome import Outcome
 
 PERIOD = 0.1

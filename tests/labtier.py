@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import PyvmmError
+from pyvmm.labenv import in_lab
 
-IN_LAB = os.environ.get("PYVMM_IN_LAB") == "1"
 SHOWN = ("debian:", "own:", "passt", "e2fsprogs", "gdb")
 """What tests find in the lab beside what it has: guests' kernels, programs on PATH. The project's kernel is built for
 that in CI only; elsewhere tests that need what there is none of are skipped (see tests/pkvm/shown.py)."""
@@ -80,7 +80,7 @@ class Tiers:
         """Decide for all tests that were selected."""
         checks: dict[str, Why] = {"kvm": no_kvm, "lab": no_lab}
         pkvm = [item for item in session.items if item.get_closest_marker("pkvm")]
-        if pkvm and not IN_LAB and not host_is_pkvm():
+        if pkvm and not in_lab() and not host_is_pkvm():
             checks["pkvm"] = no_lab
             self._forwarded = {item.nodeid: item for item in pkvm}
         for tier, why_not in checks.items():

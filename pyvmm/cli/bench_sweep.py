@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm.cli.common import Interrupted, OutputPath, parse_count, parse_size, terminable
 from pyvmm.errors import HostError, UsageError
+from pyvmm.labenv import in_lab
 
 if TYPE_CHECKING:
     from pyvmm.bench.sweep.plan import Plan
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     files = args.words[1:]
     if len(files) != 1:
         raise UsageError(f"bench sweep: {len(files)} files given, it takes 1")
-    if os.environ.get("PYVMM_IN_LAB") == "1":
+    if in_lab():
         raise UsageError("a sweep boots its labs itself", hint=f"pyvmm bench sweep --labs 1 {files[0]}")
     plan = plans.read(files[0], all_cases())
     if args.deadline is not None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm.cli.common import add_common, find_outputs, parse_count, parse_seconds, parse_size, terminable
 from pyvmm.errors import HostError, UsageError
+from pyvmm.labenv import in_lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,7 +210,7 @@ def _run(
     wanted = list(dict.fromkeys([*getattr(args, "lab_with", []), *named(files, ("passt",))]))
     peers.check(wanted)
     find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built
-    if os.environ.get("PYVMM_IN_LAB") == "1":
+    if in_lab():
         raise HostError(
             "there is no lab in the lab, and its kernel does not run protected guests",
             hint="the default host kernel does, in the mode protected",

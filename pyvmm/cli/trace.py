@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from typing import TYPE_CHECKING, Self
 
 from pyvmm.cli.common import Help, OutputPath, add_common
 from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
+from pyvmm.labenv import in_lab
 from pyvmm.log import get_logger
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _about(machine: Machine) -> About:
 
     config = machine.config
     labels = [f"protection {config.protection.value}", f"{config.memory >> 20} MiB of {config.backing}"]
-    if os.environ.get("PYVMM_IN_LAB") == "1":
+    if in_lab():
         labels.append(EMULATED)
     return About(
         name=f"pyvmm {config.kernel}",

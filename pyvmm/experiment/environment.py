@@ -12,6 +12,7 @@ from pyvmm import __version__
 from pyvmm.atlas.model import Value
 from pyvmm.errors import PyvmmError
 from pyvmm.kvm.system import System
+from pyvmm.labenv import in_lab
 
 
 def host() -> dict[str, Value]:
@@ -25,7 +26,7 @@ def host() -> dict[str, Value]:
         "protected VMs": protected_vms(),
         "cpu": _cpu(),
         "cpus": os.cpu_count() or 0,
-        "emulated": os.environ.get("PYVMM_IN_LAB") == "1",
+        "emulated": in_lab(),
         "page size": os.sysconf("SC_PAGE_SIZE"),
         "command line": _read("/proc/cmdline"),
         "pyvmm": __version__,

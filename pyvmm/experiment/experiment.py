@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import queue
 import threading
 import time
@@ -32,6 +31,7 @@ from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.experiment.host import settings
 from pyvmm.guest.puppet import GuestFault, Puppet
 from pyvmm.kvm.system import System
+from pyvmm.labenv import in_lab
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.layout import MIB, PRIVATE_BOOT, RAM_BASE
 from pyvmm.machine.machine import Machine
@@ -414,7 +414,7 @@ class Experiment:
         if before == value:
             yield
             return
-        if os.environ.get("PYVMM_IN_LAB") != "1":
+        if not in_lab():
             self.cannot(f"{path} is {before}, the experiment needs {value}, and only the lab's settings are changed")
         try:
             settings.write(path, value)

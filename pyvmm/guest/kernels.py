@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import HostError
-from pyvmm.shown import in_lab, shown
+from pyvmm.labenv import given_tree, in_lab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -69,7 +69,7 @@ def resolve(kernel: str, initrd: str | None, make: Callable[[str], str] | None =
 
 def directory(name: str, make: Callable[[str], str] | None) -> str:
     """Return where a named kernel's files are, or those of ``shell:`` without one; as :func:`resolve` does."""
-    found = shown(directory_name(name))
+    found = given_tree(directory_name(name))
     if found is None and make is not None and not in_lab():
         found = make(name)
     if found is None:

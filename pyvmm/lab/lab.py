@@ -23,7 +23,7 @@ from pyvmm.lab import frames, shares
 from pyvmm.lab.cache import Image
 from pyvmm.lab.qemu import LabOptions, Machine
 from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump, Sink
-from pyvmm.shown import MANIFEST
+from pyvmm.labenv import IN_LAB, MANIFEST
 
 PATH = "/usr/bin:/usr/sbin"
 NATIVE = shares.PACKAGE / "lab" / "aarch64" / "_native.abi3.so"
@@ -235,7 +235,7 @@ class Lab:
             "LANG": "C.UTF-8",
             "PATH": PATH,
             "PYTHONPATH": str(shares.python_path()),
-            "PYVMM_IN_LAB": "1",
+            IN_LAB: "1",
             "TERM": os.environ.get("TERM", "dumb"),
             **({"TMPDIR": "/var/tmp"} if shared else {}),
         }

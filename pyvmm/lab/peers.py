@@ -22,7 +22,7 @@ from pyvmm.lab.lab import PATH
 from pyvmm.lab.ownkernel import CROSS, compiler_version
 from pyvmm.lab.programs import BIN
 from pyvmm.lab.trees import Recipe, Scratch, digest_of, made_tree
-from pyvmm.shown import VARIABLE
+from pyvmm.labenv import TREES
 
 LOOP = "loop"
 LOOP_SOURCE = Path(__file__).parents[1] / "bench" / "peers" / "bare_loop.c"
@@ -71,7 +71,7 @@ class Prepared:
         """What a command in the lab needs in its environment."""
         bins = [str(path / BIN) for path in self.trees.values() if (path / BIN).is_dir()]
         return {
-            VARIABLE: os.pathsep.join(f"{name}={path}" for name, path in self.trees.items()),
+            TREES: os.pathsep.join(f"{name}={path}" for name, path in self.trees.items()),
             **({"PATH": os.pathsep.join([*bins, PATH])} if bins else {}),
         }
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from pyvmm.errors import PyvmmError
 from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import GRACE_SECONDS, Cache
-from pyvmm.shown import MANIFEST, shown
+from pyvmm.labenv import MANIFEST, given_tree
 
 HOME = "peers"
 CURRENT = "current"
@@ -63,7 +63,7 @@ def usable_tree(recipe: Recipe, cache: Cache | None = None) -> Path | None:
 
 def find_tree(name: str) -> Path | None:
     """Give where a tree is: where the environment says, or else in this user's cache, whatever made it."""
-    if path := shown(name):
+    if path := given_tree(name):
         return Path(path)
     directory = Cache().directory / HOME / name / CURRENT
     return directory.resolve() if (directory / MANIFEST).is_file() else None

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm import __version__
+from pyvmm.labenv import in_lab
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.ledger import PageState
 from pyvmm.observe.counters import EXITS
@@ -49,7 +50,7 @@ def snapshot(machine: Machine) -> Snapshot:
         "protection": config.protection.value,
         "backing": config.backing,
         "memory": config.memory,
-        "emulated": os.environ.get("PYVMM_IN_LAB") == "1",
+        "emulated": in_lab(),
         "ns": time.monotonic_ns(),
         "elapsed_ns": machine.elapsed_ns,
         "pages": {state.name.lower(): vm.pages[state] for state in PageState},

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from pyvmm.cli.common import open_output
 from pyvmm.errors import PyvmmError
+from pyvmm.labenv import in_lab
 from pyvmm.machine import layout
 from pyvmm.observe.faulttrace import FaultTrace
 from pyvmm.observe.grid import size
@@ -101,7 +102,7 @@ class Watch:
 
             events = self._timeline.events()
             notes = [f"the end: {outcome.reason}", *self._timeline.notes]
-            if os.environ.get("PYVMM_IN_LAB") == "1":
+            if in_lab():
                 notes.append(EMULATED)
             self._picture.write(
                 svg_run(_title(self.machine), page_map, events, start=self.machine.started_ns, notes=notes)

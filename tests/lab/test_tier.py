@@ -26,10 +26,11 @@ markers =
 """
 
 SAMPLE = """
-import os, time, pytest
+import time, pytest
+from pyvmm.labenv import in_lab
 
 def here():
-    return os.environ.get("PYVMM_IN_LAB") == "1"
+    return in_lab()
 
 def test_plain_runs_here():
     assert not here()

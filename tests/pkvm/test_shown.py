@@ -10,9 +10,9 @@ import pytest
 
 from pyvmm.guest import initramfs
 from pyvmm.guest.kernels import BUSYBOX, IMAGE, INITRAMFS
+from pyvmm.labenv import in_lab
 from pyvmm.machine import boot
 from pyvmm.protection import Protection
-from pyvmm.shown import in_lab
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import run
 from tests.pkvm.shown import kernel_directory

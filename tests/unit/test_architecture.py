@@ -33,7 +33,7 @@ LAYERS = (
     ("uapi", "payloads", "_native", "_native_source"),
     ("log",),
     ("outlet",),
-    ("errors", "protection", "abi", "cpio", "shown"),
+    ("errors", "protection", "abi", "cpio", "labenv"),
     ("",),  # pyvmm itself, which has the version
 )
 

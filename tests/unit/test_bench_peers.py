@@ -18,7 +18,7 @@ from pyvmm.lab.apt import silent
 from pyvmm.lab.cache import Cache
 from pyvmm.lab.kbuild import KernelBuildError
 from pyvmm.lab.trees import Recipe, Scratch, find_tree, made_tree, usable_tree
-from pyvmm.shown import VARIABLE
+from pyvmm.labenv import TREES
 
 USAGE = """
      Guest mode IDs:
@@ -91,7 +91,7 @@ def test_every_peer_has_its_measurement() -> None:
 
 def test_where_a_peer_is_not_there_a_series_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(VARIABLE, f"selftests={tmp_path}/gone")
+    monkeypatch.setenv(TREES, f"selftests={tmp_path}/gone")
     [elsewhere] = peers.measure("qemu") if peers.platform.machine() != "aarch64" else [peers.missing("qemu", "--lab")]
     assert "--lab" in elsewhere.unavailable
     monkeypatch.setattr(peers.platform, "machine", lambda: "aarch64")
@@ -168,7 +168,7 @@ def test_the_environment_says_where_trees_are(monkeypatch: pytest.MonkeyPatch, t
     tree.rename(elsewhere)
     assert find_tree("things") is None
     shown = lab_peers.Prepared({"a": tmp_path, "things": elsewhere}, {})
-    monkeypatch.setenv(VARIABLE, shown.environment[VARIABLE])
+    monkeypatch.setenv(TREES, shown.environment[TREES])
     assert find_tree("things") == elsewhere
     assert find_tree("a") is None
 

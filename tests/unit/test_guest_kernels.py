@@ -19,7 +19,7 @@ from pyvmm.lab.cache import FILES, Cache, FileRecord, Manifest, file_sha256
 from pyvmm.lab.ownkernel import OwnKernel
 from pyvmm.lab.peers import ALL
 from pyvmm.lab.trees import find_tree, made_tree, usable_tree
-from pyvmm.shown import VARIABLE
+from pyvmm.labenv import IN_LAB, TREES
 from tests.unit.test_lab_image import read_cpio
 
 # -- names
@@ -69,8 +69,8 @@ def test_a_lab_finds_what_it_was_shown_and_says_so_where_it_was_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "manifest.json").write_text("{}")
-    monkeypatch.setenv("PYVMM_IN_LAB", "1")
-    monkeypatch.setenv(VARIABLE, f"other=/x:{directory_name('own:')}={tmp_path}")
+    monkeypatch.setenv(IN_LAB, "1")
+    monkeypatch.setenv(TREES, f"other=/x:{directory_name('own:')}={tmp_path}")
     assert resolve("own:", "shell:", never) == (f"{tmp_path}/Image", f"{tmp_path}/shell.cpio")
     with pytest.raises(HostError, match="was not shown it") as caught:
         resolve("debian:", None, never)
@@ -100,7 +100,7 @@ MODULES = entry("lib/modules/9.9/virtio_mmio.ko", b"M")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     """A lab's cache with an image of the default kernel; every other name's image is none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+    monkeypatch.delenv(IN_LAB, raising=False)
     cache = Cache()
     with cache.lock(lambda: None), cache.scratch() as scratch:
         for name, data in zip(FILES, (b"kernel", b"root", MODULES, b"busybox"), strict=True):

@@ -13,6 +13,7 @@ from pyvmm.cli.common import OutputPath, find_outputs, output_behind
 from pyvmm.errors import HostError
 from pyvmm.lab import image, needs
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
+from pyvmm.labenv import IN_LAB
 
 
 class FakeLab:
@@ -41,7 +42,7 @@ def booted(monkeypatch, tmp_path):
     made = Image(tmp_path, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {}))
     monkeypatch.setattr(lab, "Lab", FakeLab)
     monkeypatch.setattr(needs, "require", lambda **_: None)
-    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+    monkeypatch.delenv(IN_LAB, raising=False)
 
     def usable(kernel, **_):
         FakeLab.kernel = kernel
@@ -161,13 +162,13 @@ def test_building_says_which_kernel_it_is(capsys):
 def test_an_unknown_kernel_is_a_usage_error_before_anything_is_built(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(needs, "require", lambda **_: None)
-    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+    monkeypatch.delenv(IN_LAB, raising=False)
     assert cli.main(["--lab", "--host-kernel", "stabel", "run", "x"]) == 2
     assert "hint: stable" in capsys.readouterr().err
 
 
 def test_a_verb_in_the_lab_that_turns_to_the_lab_says_why_that_is_none(monkeypatch, capsys):
-    monkeypatch.setenv("PYVMM_IN_LAB", "1")
+    monkeypatch.setenv(IN_LAB, "1")
     assert cli.main(["lab", "exec", "true"]) == 5
     assert "does not run protected guests" in capsys.readouterr().err
 

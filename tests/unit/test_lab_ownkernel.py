@@ -20,6 +20,7 @@ from pyvmm.lab.apt import AptError, Package
 from pyvmm.lab.cache import Cache, FileRecord, Image, file_sha256
 from pyvmm.lab.cache import Manifest as ImageManifest
 from pyvmm.lab.kbuild import KernelBuildError, SourceTree
+from pyvmm.labenv import IN_LAB
 
 # make, as far as a kernel's build is concerned: takes notes, configures, compiles; $HOME/fail is what it does instead.
 MAKE = r"""
@@ -529,7 +530,7 @@ def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(world, monke
             return 42
 
     monkeypatch.setattr(lab, "Lab", FakeLab)
-    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+    monkeypatch.delenv(IN_LAB, raising=False)
     assert cli.main(["lab", "exec", "--host-kernel", "own", "true"]) == 42
     assert booted[0].kernel == ownkernel.current_kernel(world.cache).path
     assert "building the project's own kernel" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from pyvmm.experiment.experiment import BEYOND, Experiment
 from pyvmm.experiment.host import inspect, processes
 from pyvmm.experiment.host.syscalls import NR_MLOCK, PAGE, Answer, anonymous, call, madvise, mremap, page_frame
 from pyvmm.experiment.host.zram import Zram
+from pyvmm.labenv import in_lab
 from pyvmm.memory import mman
 from pyvmm.memory.address import HUGE_SIZE, Gpa
 from pyvmm.memory.memlock import LockedMemory
@@ -134,7 +135,7 @@ def it_is_not_collapsed(x: Experiment) -> None:
 )
 def it_does_not_migrate(x: Experiment) -> None:
     """MADV_SOFT_OFFLINE, which moves contents to another frame, fails on a page of the guest's and does it no harm."""
-    if os.environ.get("PYVMM_IN_LAB") != "1":
+    if not in_lab():
         x.cannot("a page that does move is lost to the host until it boots again: in the lab only")
     page = _held(x)
     answer = madvise(x.hva(page), PAGE, MADV_SOFT_OFFLINE)
@@ -291,7 +292,7 @@ def _frames(x: Experiment, gpa: int, count: int) -> list[int]:
 
 def _settle(x: Experiment) -> None:
     """Compact the host's memory, which also takes pages out of the CPUs' batches, where nothing finds them."""
-    if os.environ.get("PYVMM_IN_LAB") != "1":
+    if not in_lab():
         x.cannot(f"{COMPACT} moves pages of the whole host: in the lab only")
     try:
         COMPACT.write_text("1")

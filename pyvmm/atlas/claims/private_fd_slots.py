@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 from pyvmm.atlas.claim import group
 from pyvmm.experiment import raw
 from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.labenv import in_lab
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd, SharedGuestMemfd
@@ -263,7 +263,7 @@ def a_slot_moves_to_another_file_while_the_guest_lives(x: Experiment) -> None:
 )
 def a_poisoned_page_is_told_and_a_punch_cures_it(x: Experiment) -> None:
     """A guest's access to broken memory makes KVM_RUN fail with EHWPOISON, and succeeds once that page is punched."""
-    if os.environ.get("PYVMM_IN_LAB") != "1":
+    if not in_lab():
         x.cannot("a poisoned page is lost to the host until it boots again: in the lab only")
     page = x.page()
     x.guest.write64(page, VALUE)

@@ -20,6 +20,7 @@ from pyvmm.bench.model import Series
 from pyvmm.bench.peers import PATIENCE, TURNS, kept, patience
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab.trees import find_tree
+from pyvmm.labenv import in_lab
 
 SKIPPED: Final = 4
 """A selftest's exit status where the host lacks what it needs."""
@@ -118,7 +119,7 @@ def access_tracking() -> list[Series]:
 def _tracking() -> Iterator[None]:
     """Let the lab's kernel age pages the way that the test looks at; nothing is changed elsewhere."""
     with contextlib.ExitStack() as undo:
-        if os.environ.get("PYVMM_IN_LAB") == "1":
+        if in_lab():
             for kind, at, there in (("debugfs", DEBUG, DEBUG / "lru_gen"), ("cgroup2", CGROUPS, CONTROLLERS)):
                 if not there.exists() and not subprocess.run(["mount", "-t", kind, "none", at], check=False).returncode:
                     undo.callback(_unmount, at)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from pyvmm.experiment.host.syscalls import NR_SWAPOFF, NR_SWAPON, PAGE, call
+from pyvmm.labenv import in_lab
 
 CONTROL = Path("/sys/class/zram-control")
 SIGNATURE = b"SWAPSPACE2"
@@ -26,7 +27,7 @@ class Zram:
     """A zram device of ``size`` bytes; a context manager. ``path`` is its node in /dev."""
 
     def __init__(self, size: int) -> None:
-        if os.environ.get("PYVMM_IN_LAB") != "1":
+        if not in_lab():
             raise OSError(errno.EPERM, "block devices are made in the lab only")
         if not CONTROL.exists():
             _load_module()

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment variables by which programs learn that they run in a lab, and where the trees are that it was given.
+
+A tree is a directory that the workstation made (``pyvmm.lab.trees``). Where a guest is started this module is read, so
+it imports next to nothing. Owns nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+IN_LAB = "PYVMM_IN_LAB"
+"""``1`` for every program in a lab."""
+TREES = "PYVMM_PEERS"
+"""NAME=DIRECTORY of each tree, separated by colons. Set it on arm64 hardware too, to use trees there."""
+MANIFEST = "manifest.json"
+"""The file that every tree has."""
+
+
+def in_lab() -> bool:
+    """Tell whether this process runs in a lab."""
+    return os.environ.get(IN_LAB) == "1"
+
+
+def given_tree(name: str) -> str | None:
+    """Return the directory of a tree; None if the environment does not name it or the directory is gone."""
+    for entry in os.environ.get(TREES, "").split(os.pathsep):
+        called, equals, path = entry.partition("=")
+        if equals and called == name and os.path.isfile(os.path.join(path, MANIFEST)):
+            return path
+    return None

@@ -32,7 +32,7 @@ LAYERS = (
     ("kvm",),
     ("uapi", "payloads", "_native", "_native_source"),
     ("log",),
-    ("outlet",),
+    ("outlet", "plugins"),
     ("errors", "protection", "abi", "cpio", "labenv"),
     ("",),  # pyvmm itself, which has the version
 )

@@ -22,8 +22,3 @@ class Protection(Enum):
     def by_hypervisor(self) -> bool:
         """Whether EL2 keeps them private; otherwise the VMM does so itself."""
         return self is Protection.PKVM
-
-    @property
-    def tells_conversions(self) -> bool:
-        """Whether the kernel reports a share to the VMM (under upstream pKVM it does not)."""
-        return self is Protection.EMULATED

@@ -85,11 +85,6 @@ class Memory:
         """How many more memslots the kernel takes."""
         return self._table.free
 
-    @property
-    def sealed(self) -> bool:
-        """Whether the guest may have run: :meth:`seal` was called."""
-        return self._sealed
-
     def contains(self, gpa: int, size: int = 1) -> bool:
         """Whether all of ``[gpa, gpa + size)`` is guest memory."""
         return 0 < size == self._table.reach(gpa, size)

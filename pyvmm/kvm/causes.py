@@ -69,7 +69,6 @@ class Cause(NamedTuple):
 _SLOT = "KVM_SET_USER_MEMORY_REGION KVM_SET_USER_MEMORY_REGION2"
 _GMEM = "KVM_CREATE_GUEST_MEMFD"
 _ATTR = "KVM_SET_DEVICE_ATTR KVM_GET_DEVICE_ATTR"
-_LOG = "KVM_GET_DIRTY_LOG KVM_CLEAR_DIRTY_LOG"
 _REG = "KVM_GET_ONE_REG KVM_SET_ONE_REG"
 
 # The first that fits is told. Sources are functions of Linux 7.3's virt/kvm and arch/arm64/kvm unless said.
@@ -157,11 +156,10 @@ CAUSES = (
     Cause("KVM_IRQFD", _errno.EAGAIN, "the interrupt controller is not initialised yet"),
     Cause("KVM_IRQFD", _errno.EINVAL, "not an eventfd, no such interrupt, or no interrupt controller in the kernel"),
     Cause("KVM_IOEVENTFD KVM_IRQFD", _errno.EBADF, "the eventfd is closed"),
-    Cause("KVM_IRQ_LINE", _errno.ENXIO, "the VM has no interrupt controller in the kernel"),
     Cause("KVM_SIGNAL_MSI", _errno.EINVAL, "the VM has no interrupt controller in the kernel"),
     # kvm_get_dirty_log_protect
-    Cause(_LOG, _errno.ENOENT, "the slot is missing or has no KVM_MEM_LOG_DIRTY_PAGES"),
-    Cause(_LOG, _errno.EINVAL, "no such slot number, or pages that are not a multiple of 64 within the slot"),
+    Cause("KVM_GET_DIRTY_LOG", _errno.ENOENT, "the slot is missing or has no KVM_MEM_LOG_DIRTY_PAGES"),
+    Cause("KVM_GET_DIRTY_LOG", _errno.EINVAL, "no such slot number"),
     # kvm_vcpu_set_target, kvm_arm_vcpu_ioctl
     Cause(
         "KVM_ARM_VCPU_INIT", _errno.ENOENT, "this kernel knows no feature of such a number",

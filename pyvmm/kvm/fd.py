@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from pyvmm.errors import KvmError
 from pyvmm.kvm import libc
-from pyvmm.uapi.kvm import KVM_GET_DEVICE_ATTR, KVM_HAS_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, kvm_device_attr
+from pyvmm.uapi.kvm import KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, kvm_device_attr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,13 +140,6 @@ class AttributeFd(Fd):
         """Read an attribute into ``value``, a ctypes object of the size the attribute has."""
         argument = kvm_device_attr(group=group, attr=attr, addr=addressof(value))
         self.call(KVM_GET_DEVICE_ATTR, argument, group=group, attr=attr, size=sizeof(value))
-
-    def has_attr(self, group: int, attr: int) -> bool:
-        """Whether this kernel knows an attribute here."""
-        _, errno = self.attempt(KVM_HAS_DEVICE_ATTR, kvm_device_attr(group=group, attr=attr), group=group, attr=attr)
-        if errno not in (0, _errno.ENXIO, _errno.EPERM, _errno.EINVAL, _errno.ENOTTY):
-            raise self.error(KVM_HAS_DEVICE_ATTR.name, errno, group=group, attr=attr)
-        return not errno
 
 
 def _said(value: CData | None) -> dict[str, Value]:

@@ -13,7 +13,6 @@ from pyvmm.kvm.stats import MeasuredFd
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.uapi.kvm import (
     KVM_CHECK_EXTENSION,
-    KVM_CLEAR_DIRTY_LOG,
     KVM_CREATE_DEVICE,
     KVM_CREATE_DEVICE_TEST,
     KVM_CREATE_GUEST_MEMFD,
@@ -25,7 +24,6 @@ from pyvmm.uapi.kvm import (
     KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,
     DeviceType,
-    kvm_clear_dirty_log,
     kvm_create_device,
     kvm_create_guest_memfd,
     kvm_device_attr,
@@ -48,25 +46,17 @@ from pyvmm.uapi.kvm_irq import (
     KVM_IOEVENTFD,
     KVM_IOEVENTFD_FLAG_DATAMATCH,
     KVM_IOEVENTFD_FLAG_DEASSIGN,
-    KVM_IRQ_LINE,
     KVM_IRQFD,
     KVM_IRQFD_FLAG_DEASSIGN,
     KVM_IRQFD_FLAG_RESAMPLE,
     KVM_MSI_VALID_DEVID,
-    KVM_SET_GSI_ROUTING,
     KVM_SIGNAL_MSI,
     kvm_ioeventfd,
-    kvm_irq_level,
-    kvm_irq_routing,
-    kvm_irq_routing_entry,
     kvm_irqfd,
     kvm_msi,
 )
-from pyvmm.uapi.layout import with_tail
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pyvmm.kvm.system import System
 
 
@@ -172,25 +162,12 @@ class Vm(MeasuredFd):
         return GuestMemfd(fd, self, size, flags)
 
     def dirty_log(self, slot: int, pages: int) -> bytes:
-        """Return which of a slot's ``pages`` (all of them) were written: a bit a page, lowest first.
-
-        Starts over, unless KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is enabled: then :meth:`clear_dirty_log` does.
-        """
+        """Return which of a slot's ``pages`` (all of them) were written since the last call, a bit a page."""
         bitmap = (c_uint8 * (-(-pages // 64) * 8))()
         argument = kvm_dirty_log(slot=slot)
         argument.dirty_bitmap = addressof(bitmap)
         self.call(KVM_GET_DIRTY_LOG, argument, slot=slot)
         return bytes(bitmap)
-
-    def clear_dirty_log(self, slot: int, first: int, pages: int, bitmap: bytes) -> None:
-        """Watch the pages again whose bit is set, counted from ``first`` on.
-
-        ``first`` is a multiple of 64, and so is ``pages``, unless they reach the slot's end.
-        """
-        room = (c_uint8 * (-(-pages // 64) * 8)).from_buffer_copy(bitmap)
-        argument = kvm_clear_dirty_log(slot=slot, num_pages=pages, first_page=first)
-        argument.dirty_bitmap = addressof(room)
-        self.call(KVM_CLEAR_DIRTY_LOG, argument, slot=slot, first=first, pages=pages)
 
     # ---- hypercalls ----
 
@@ -226,12 +203,6 @@ class Vm(MeasuredFd):
         """Make x86's interrupt controllers; arm64 has a device instead."""
         self.call(KVM_CREATE_IRQCHIP)
 
-    def irq_line(self, irq: int, level: bool) -> None:
-        """Set an interrupt line; on arm64 ``irq`` is type << 24 | vCPU << 16 | number (KVM_ARM_IRQ_*)."""
-        argument = kvm_irq_level(level=level)
-        argument.irq = irq
-        self.call(KVM_IRQ_LINE, argument, irq=irq, level=int(level))
-
     def signal_msi(self, address: int, data: int, *, devid: int | None = None) -> bool:
         """Deliver a message-signalled interrupt (``devid`` for the ITS); False if the guest has it blocked."""
         flags = KVM_MSI_VALID_DEVID if devid is not None else 0
@@ -239,10 +210,3 @@ class Vm(MeasuredFd):
             address_lo=address & 0xFFFF_FFFF, address_hi=address >> 32, data=data, flags=flags, devid=devid or 0
         )
         return self.call(KVM_SIGNAL_MSI, argument, address=address, data=data, devid=devid) > 0
-
-    def set_gsi_routing(self, routes: Iterable[kvm_irq_routing_entry]) -> None:
-        """Replace the whole table that says where a gsi goes: a pin of the interrupt controller, or a message."""
-        entries = list(routes)
-        argument = with_tail(kvm_irq_routing, "entries", entries, kvm_irq_routing_entry)
-        argument.nr = len(entries)
-        self.call(KVM_SET_GSI_ROUTING, argument, routes=len(entries))

@@ -2,8 +2,8 @@
 """Draws page maps as SVG: one, or one for each step of an experiment with what changed outlined.
 
 Colours are Okabe and Ito's, and each state has a mark of its own besides, so that neither colour vision nor a colour
-printer is needed; what is assumed is hatched. :func:`svg_map` and :func:`svg_steps` make documents. With ``inline``
-they make elements for an HTML page, which must hold :func:`svg_defs` once: the pictures themselves carry no ids.
+printer is needed; what is assumed is hatched. :func:`svg_steps` makes a document. With ``inline`` it makes an element
+for an HTML page, which must hold :func:`svg_defs` once: the picture itself carries no ids.
 """
 
 from __future__ import annotations
@@ -46,11 +46,6 @@ GAP: Final = 18
 TITLES: Final = 256
 """With more runs of cells than this a picture has no tooltips."""
 ASSUMED_NOTE: Final = "hatched = assumed: the kernel does not tell"
-
-
-def svg_map(page_map: PageMap, title: str = "Guest memory", *, inline: bool = False) -> str:
-    """Draw one map."""
-    return svg.finish(draw_map(page_map, title), title, definitions=patterns(), inline=inline)
 
 
 def svg_steps(steps: Sequence[tuple[str, PageMap]], title: str = "", *, inline: bool = False) -> str:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pagemap_samples import BASE, ENTRIES, EVERY_ENTRY, PAGE, page_maps
 
 from pyvmm.memory.ledger import ASSUMED, PageState
-from pyvmm.observe import mapsvg
+from pyvmm.observe import mapsvg, svg
 from pyvmm.observe.grid import LOOKS, NOTHING, Grid, size, tally, words
-from pyvmm.observe.mapsvg import svg_defs, svg_map, svg_steps
+from pyvmm.observe.mapsvg import svg_defs, svg_steps
 from pyvmm.observe.mapterm import LETTERS, render
 from pyvmm.observe.pagemap import PageMap
 
@@ -153,6 +153,10 @@ def test_a_map_keeps_within_its_lines_and_its_legend_counts_every_page(
 
 
 # -- SVG
+
+
+def svg_map(page_map: PageMap, title: str = "Guest memory", *, inline: bool = False) -> str:
+    return svg.finish(mapsvg.draw_map(page_map, title), title, definitions=mapsvg.patterns(), inline=inline)
 
 
 def ids(root: ET.Element) -> list[str]:

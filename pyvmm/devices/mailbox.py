@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pyvmm.devices.trap import MailboxAnswer, Trap
 
 WORDS = 7
+STRIDE = 0x1000
+"""Bytes of registers for each vCPU."""
 MASK = (1 << 64) - 1
 
 
@@ -37,7 +39,7 @@ class Mailboxes(Device):
     kind = lib.PV_KIND_MAILBOX
 
     def __init__(self, cpus: int) -> None:
-        super().__init__(size=0x1000 * cpus)
+        super().__init__(size=STRIDE * cpus)
         self.state = self._boxes = ffi.new("struct pv_mailbox[]", cpus)
         self._changed = threading.Condition()
         self._waiting: list[deque[tuple[list[int], Future[MailboxAnswer]]]] = [deque() for _ in range(cpus)]

@@ -121,9 +121,7 @@ PRIVATE_BOOT: Final = 8 * MIB
 #: Where QEMU loads a flat binary too, relative to RAM.
 FLAT_OFFSET: Final = 0x8_0000
 
-#: Bytes of mailbox a vCPU has; a vCPU finds its own by MPIDR.Aff0, which KVM gives 16 values (reset_mpidr in
-#: arch/arm64/kvm/sys_regs.c), hence MAX_VCPUS.
-MAILBOX_STRIDE: Final = 0x1000
+#: A vCPU finds its mailbox by MPIDR.Aff0, which KVM gives 16 values (reset_mpidr in arch/arm64/kvm/sys_regs.c).
 MAX_VCPUS: Final = 16
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pyvmm.devices.mailbox import STRIDE
 from pyvmm.machine import layout
 
 SOURCE = Path(layout.__file__).read_text()
@@ -41,7 +42,7 @@ def test_the_drawing_shows_every_boundary_in_order():
 
 
 def test_every_vcpu_has_a_mailbox_and_a_redistributor_of_its_own():
-    assert layout.MAILBOX.size >= layout.MAX_VCPUS * layout.MAILBOX_STRIDE
+    assert layout.MAILBOX.size >= layout.MAX_VCPUS * STRIDE
     assert layout.GIC_REDISTRIBUTORS.size >= layout.MAX_VCPUS * 0x2_0000
     assert len({layout.mpidr(n) & 0xFF for n in range(layout.MAX_VCPUS)}) == layout.MAX_VCPUS
 

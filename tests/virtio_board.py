@@ -14,8 +14,8 @@ from pyvmm.devices.virtio.mmio import VirtioMmio
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
 from pyvmm.devices.virtio.registers import Register, Status
 from pyvmm.devices.virtio.worker import Worker
+from tests.memory_helper import BASE
 from tests.twin_virtqueue import Driver, Rings
-from tests.unit.memory_helper import BASE
 from tests.virtqueue_rig import HALF, PAGE, Guest
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.queue import Queue
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory.backing import Memfd
+from tests.memory_helper import BASE, build
 from tests.twin_virtqueue import Fault, Popped, Rings
-from tests.unit.memory_helper import BASE, build
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

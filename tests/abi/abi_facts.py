@@ -21,9 +21,8 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import abi_headers
-
 import pyvmm.uapi
+from tests.abi import abi_headers
 
 MACHINES = ("x86_64", "aarch64")
 OWN = {"layout", "ioctl"}  # how the rest is said

@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import abi_facts
-import abi_headers
 from elftools.elf.elffile import ELFFile
+
+from tests.abi import abi_facts, abi_headers
 
 STRUCT, UNION = "DW_TAG_structure_type", "DW_TAG_union_type"
 Members = dict[str, str | None]

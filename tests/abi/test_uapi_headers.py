@@ -9,15 +9,13 @@ from collections.abc import Iterator
 from ctypes import Structure, Union, c_uint8, sizeof
 from typing import Any
 
-import abi_facts
-import abi_headers
-import abi_members
 import pytest
-from abi_facts import MACHINES, Fact
 
 import pyvmm.uapi
 from pyvmm.uapi import kvm, kvm_arm64, kvm_cap, kvm_run, kvm_x86, psci, userfaultfd
 from pyvmm.uapi.ioctl import Ioctl
+from tests.abi import abi_facts, abi_headers, abi_members
+from tests.abi.abi_facts import MACHINES, Fact
 
 OTHER_ARCHITECTURES = ("PPC", "S390", "MIPS", "SPAPR", "RISCV", "HYPERV", "XEN", "IRQ_MPIC", "IRQ_XICS", "SW_TLB")
 

@@ -23,7 +23,7 @@ from pyvmm.devices.virtio.rng import Rng
 from pyvmm.devices.virtio.vsock import Vsock
 from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_RW, STREAM, Header
 from pyvmm.devices.virtio.vsock_table import MOST_REFUSALS, MOST_STREAMS
-from tests.unit.memory_helper import BASE
+from tests.memory_helper import BASE
 from tests.virtqueue_rig import PAGE, SIZE, Guest
 
 if TYPE_CHECKING:

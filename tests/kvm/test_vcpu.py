@@ -9,7 +9,6 @@ import platform
 from collections.abc import Iterator
 
 import pytest
-from kvm_guest import RealMode
 
 from pyvmm.errors import HostError, KvmError, PyvmmError
 from pyvmm.kvm import libc
@@ -17,6 +16,7 @@ from pyvmm.kvm.system import System
 from pyvmm.kvm.vm import Vm
 from pyvmm.uapi.kvm import KVM_RUN, MpState
 from pyvmm.uapi.kvm_run import ExitReason
+from tests.kvm_guest import RealMode
 
 pytestmark = pytest.mark.kvm
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="drives an x86 real-mode guest")

@@ -9,7 +9,6 @@ import select
 from collections.abc import Iterator
 
 import pytest
-from kvm_guest import PAGE, RealMode, pages
 
 from pyvmm.errors import KvmError
 from pyvmm.kvm.system import System
@@ -23,6 +22,7 @@ from pyvmm.uapi.kvm import (
 )
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD_FLAGS, KVM_CAP_NR_MEMSLOTS
 from pyvmm.uapi.kvm_run import ExitReason
+from tests.kvm_guest import PAGE, RealMode, pages
 
 pytestmark = pytest.mark.kvm
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="drives an x86 real-mode guest")

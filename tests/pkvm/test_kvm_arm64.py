@@ -18,7 +18,7 @@ from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_RUN, KVM_VM_TYPE_ARM_PROTE
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD_FLAGS
 from pyvmm.uapi.kvm_run import ExitReason
-from tests.kvm.kvm_guest import PAGE, pages
+from tests.kvm_guest import PAGE, pages
 
 pytestmark = pytest.mark.pkvm
 

@@ -9,10 +9,9 @@ import struct
 import time
 from typing import TYPE_CHECKING, Self
 
-from plain_guest import BASE, NEXT, WRITE, PlainGuest
-
 from pyvmm._native import lib
 from pyvmm.devices.virtio.queue import Queue
+from tests.unit.plain_guest import BASE, NEXT, WRITE, PlainGuest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from plain_guest import BASE, NEXT, SIZE, WRITE, PlainGuest, Segment
-
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Queue
+from tests.unit.plain_guest import BASE, NEXT, SIZE, WRITE, PlainGuest, Segment
 
 RAM = range(BASE, BASE + SIZE)
 _RING_ROOM = 0x4000

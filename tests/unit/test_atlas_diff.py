@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import atlas_samples as samples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from pyvmm.atlas.model import Atlas, Event, Evidence, Picture, Result, Verdict
 from pyvmm.atlas.report import diff
 from pyvmm.atlas.report.diff import Line, compare
 from pyvmm.atlas.report.text import Look
+from tests.unit import atlas_samples as samples
 
 HOLDS, FAILS, UNTOLD, CRASHED = Verdict
 NO_PVM = "this kernel makes no protected VMs"

@@ -10,13 +10,13 @@ from base64 import b64encode
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import atlas_samples as samples
 import pytest
 from hypothesis import given
 
 from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Verdict
 from pyvmm.atlas.report import html
 from pyvmm.reports import style
+from tests.unit import atlas_samples as samples
 
 REALISTIC = samples.realistic()
 VOID = {"meta", "link", "input", "wbr"}

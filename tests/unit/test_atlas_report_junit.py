@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-import atlas_samples as samples
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.atlas.model import Atlas, Evidence, Result, Verdict
 from pyvmm.atlas.report import junit
+from tests.unit import atlas_samples as samples
 
 HOLDS, FAILS, UNTOLD, CRASHED = Verdict
 REALISTIC = samples.realistic()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import re
 
-import atlas_samples as samples
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +14,7 @@ from pyvmm.atlas.model import Atlas, Evidence, Result, Verdict
 from pyvmm.atlas.report import text
 from pyvmm.atlas.report.text import Look
 from pyvmm.reports import words
+from tests.unit import atlas_samples as samples
 
 REALISTIC = samples.realistic()
 EXPECTED = st.dictionaries(st.sampled_from([result.key for result in REALISTIC.results]), st.sampled_from(Verdict))

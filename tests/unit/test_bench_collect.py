@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-import bench_samples as samples
 import pytest
 
 from pyvmm.bench import case as cases
@@ -14,6 +13,7 @@ from pyvmm.bench import collect, model
 from pyvmm.bench.case import Case
 from pyvmm.bench.collect import Collector, Plan, measure, sides
 from pyvmm.errors import UsageError
+from tests.unit import bench_samples as samples
 
 STATES = ("cold", "populated", "mapped")
 

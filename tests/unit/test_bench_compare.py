@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-import bench_samples as samples
 import pytest
 
 from pyvmm.atlas.report.text import Look
@@ -14,6 +13,7 @@ from pyvmm.bench import compare as compared
 from pyvmm.bench.compare import compare
 from pyvmm.bench.model import BenchError
 from pyvmm.bench.significance import rank_sum, signed_ranks
+from tests.unit import bench_samples as samples
 
 np = pytest.importorskip("numpy")
 scipy_stats = pytest.importorskip("scipy.stats")

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import bench_samples as samples
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.bench import model
 from pyvmm.bench.model import BenchError, Run, Series
+from tests.unit import bench_samples as samples
 
 HEADER = model.header(samples.ENVIRONMENT, {"points": 2})
 LINE = model.line(samples.series([1.0, 2.5]))

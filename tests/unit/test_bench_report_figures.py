@@ -7,11 +7,11 @@ import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
-import bench_samples as samples
 import pytest
 
 from pyvmm.bench.model import BenchError
 from pyvmm.bench.report import figures, groups
+from tests.unit import bench_samples as samples
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")

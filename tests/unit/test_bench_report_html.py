@@ -10,11 +10,11 @@ from base64 import b64decode, b64encode
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import bench_samples as samples
 import pytest
 
 from pyvmm.bench.model import BenchError
 from pyvmm.bench.report import embedded, html
+from tests.unit import bench_samples as samples
 
 pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")

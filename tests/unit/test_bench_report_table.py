@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import bench_samples as samples
 import pytest
 
 from pyvmm.atlas.report.text import Look
 from pyvmm.bench import peers
 from pyvmm.bench.report import groups, html, table
+from tests.unit import bench_samples as samples
 
 pytest.importorskip("numpy")
 

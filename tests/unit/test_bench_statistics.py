@@ -6,12 +6,12 @@ from __future__ import annotations
 import importlib.util
 import warnings
 
-import bench_samples as samples
 import pytest
 
 from pyvmm.bench import statistics
 from pyvmm.bench.model import BenchError
 from pyvmm.errors import HostError
+from tests.unit import bench_samples as samples
 
 np = pytest.importorskip("numpy")
 scipy_stats = pytest.importorskip("scipy.stats")

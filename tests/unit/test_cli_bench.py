@@ -12,13 +12,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import bench_samples as samples
 import pytest
 
 from pyvmm import cli
 from pyvmm.bench import model
 from pyvmm.cli import bench as verb
 from pyvmm.errors import PyvmmError
+from tests.unit import bench_samples as samples
 
 X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts that are not arm64")
 NEEDED = ("numpy", "scipy", "matplotlib")

@@ -19,8 +19,8 @@ from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_RST, STREAM, Header
 from pyvmm.errors import HostError
 from tests.fuzz.devices import DATA, ENTRIES, TABLES, Input, Play
 from tests.fuzz.hosts import CID, HOSTS
+from tests.memory_helper import BASE
 from tests.twin_virtqueue import AVAILABLE, DESCRIPTOR, INDIRECT, NEXT, USED, WRITE
-from tests.unit.memory_helper import BASE
 from tests.virtio_board import RUNNING, eventually
 from tests.virtqueue_rig import HALF, PAGE, SIZE, Guest
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-from memory_helper import BASE, MIB, NotedVm, assert_counters_agree
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import UsageError
@@ -12,6 +11,7 @@ from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import ASSUMED, PageState, describe
 from pyvmm.memory.memory import Memory
 from pyvmm.protection import Protection
+from tests.memory_helper import BASE, MIB, NotedVm, assert_counters_agree
 
 PAGE = 4096
 

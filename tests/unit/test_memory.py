@@ -8,7 +8,6 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from memory_helper import BASE, MIB, assert_counters_agree, build
 
 from pyvmm._native import ffi
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
@@ -16,6 +15,7 @@ from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import PageState
 from pyvmm.protection import Protection
+from tests.memory_helper import BASE, MIB, assert_counters_agree, build
 
 
 def test_what_is_written_is_read_back_at_any_alignment():

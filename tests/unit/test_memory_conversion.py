@@ -9,7 +9,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_helper import BASE, MIB, assert_counters_agree, build
 
 from pyvmm._native import lib
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
@@ -19,6 +18,7 @@ from pyvmm.memory.conversion import Conversion
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.slots import Piece, carve
 from pyvmm.protection import Protection
+from tests.memory_helper import BASE, MIB, assert_counters_agree, build
 
 PAGES = 16
 SIZE = PAGES * PAGE_SIZE

@@ -8,7 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from memory_helper import BASE, MIB, build
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, PyvmmError, UsageError
@@ -16,6 +15,7 @@ from pyvmm.memory import on_demand
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.protection import Protection
+from tests.memory_helper import BASE, MIB, build
 
 START = 0x2000_0000
 GRANULE = 2 * PAGE_SIZE

@@ -14,7 +14,6 @@ import weakref
 from pathlib import Path
 
 import pytest
-from memory_helper import BASE, build
 
 from native import build as native_build
 from pyvmm._native import ffi, lib
@@ -26,6 +25,7 @@ from pyvmm.memory.backing import Memfd
 from pyvmm.memory.memory import Memory
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_x86 import kvm_regs
+from tests.memory_helper import BASE, build
 
 MANY = 2000
 HERE = Path(__file__).resolve().parent

@@ -13,13 +13,13 @@ import tty
 from collections.abc import Callable, Iterator
 
 import pytest
-from plain_guest import BASE, PAGE, Segment
-from queue_driver import Driver
 
 from pyvmm.devices import pl011
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.virtio.console import PART, Console
 from pyvmm.outlet import Outlet
+from tests.unit.plain_guest import BASE, PAGE, Segment
+from tests.unit.queue_driver import Driver
 
 ODD = 1000
 """Bytes that do not end where a terminal's buffers do, so that it comes to have some room and not enough."""

@@ -7,14 +7,14 @@ import json
 
 import pytest
 from hypothesis import given
-from memory_helper import BASE, MIB, build
-from pagemap_samples import ENTRIES, EVERY_ENTRY, PAGE, page_maps
 
 from pyvmm.errors import UsageError
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.observe.pagemap import Change, Count, PageMap, Run
 from pyvmm.protection import Protection
+from tests.memory_helper import BASE, MIB, build
+from tests.unit.pagemap_samples import ENTRIES, EVERY_ENTRY, PAGE, page_maps
 
 
 def test_a_map_of_a_ledger_has_the_longest_runs_across_areas() -> None:

@@ -10,7 +10,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pagemap_samples import BASE, ENTRIES, EVERY_ENTRY, PAGE, page_maps
 
 from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.observe import mapsvg, svg
@@ -18,6 +17,7 @@ from pyvmm.observe.grid import LOOKS, NOTHING, Grid, size, tally, words
 from pyvmm.observe.mapsvg import svg_defs, svg_steps
 from pyvmm.observe.mapterm import LETTERS, render
 from pyvmm.observe.pagemap import PageMap
+from tests.unit.pagemap_samples import BASE, ENTRIES, EVERY_ENTRY, PAGE, page_maps
 
 SVG = "{http://www.w3.org/2000/svg}"
 TOP = 1 << 40

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_helper import BASE, MIB, build
 
 from pyvmm._native import ffi, lib
 from pyvmm.memory.backing import Memfd
@@ -19,6 +18,7 @@ from pyvmm.observe.faulttrace import Fault
 from pyvmm.observe.timeline import KINDS, Event, Timeline
 from pyvmm.observe.timesvg import svg_timeline
 from pyvmm.protection import Protection
+from tests.memory_helper import BASE, MIB, build
 
 PAGE = 4096
 SVG = "{http://www.w3.org/2000/svg}"

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_helper import BASE, build
 
 from pyvmm import abi
 from pyvmm._native import ffi, lib
@@ -23,6 +22,7 @@ from pyvmm.observe.recorder import Recorder
 from pyvmm.observe.timeline import Event
 from pyvmm.observe.tracefile import About, write_trace
 from pyvmm.protection import Protection
+from tests.memory_helper import BASE, build
 from tests.perfetto_reader import Trace
 
 UART, PAGE = 0x0900_0000, 0x8010_0000

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from plain_guest import BASE, PAGE, SIZE, Segment
-from queue_driver import RAM, Driver
 
 from pyvmm.devices.virtio.balloon import DEFLATE, F_DEFLATE_ON_OOM, F_REPORTING, INFLATE, MOST, Balloon
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.memory import mman
 from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from tests.unit.plain_guest import BASE, PAGE, SIZE, Segment
+from tests.unit.queue_driver import RAM, Driver
 
 FIRST = BASE // PAGE
 LAST = FIRST + SIZE // PAGE

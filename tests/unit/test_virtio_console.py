@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from plain_guest import BASE, PAGE, SIZE, Segment
-from queue_driver import Driver
 
 from pyvmm.devices.virtio.console import F_EMERG_WRITE, F_SIZE, PART, RX, TX, Console
+from tests.unit.plain_guest import BASE, PAGE, SIZE, Segment
+from tests.unit.queue_driver import Driver
 
 DATA = BASE + 0x1_0000
 

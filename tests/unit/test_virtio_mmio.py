@@ -19,15 +19,15 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from memory_helper import BASE
-from test_hostile_drivers import HONEST
 
 from pyvmm import log
 from pyvmm.devices.virtio.device import Feature, VirtioDevice
 from pyvmm.devices.virtio.registers import Register, Status
 from tests.fuzz.devices import Input
 from tests.fuzz.hosts import HOSTS
+from tests.memory_helper import BASE
 from tests.twin_virtqueue import Driver
+from tests.unit.test_hostile_drivers import HONEST
 from tests.virtio_board import ACKNOWLEDGED, DATA, MINE, RUNNING, Board, Toy, answer, ask, eventually
 from tests.virtqueue_rig import PAGE, SIZE, Guest
 

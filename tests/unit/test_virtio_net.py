@@ -16,14 +16,14 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from net_driver import DATA, PATIENCE, Driver, eventually
-from plain_guest import BASE, PAGE, SIZE
 
 from pyvmm.devices.virtio import tap
 from pyvmm.devices.virtio.net import Net, default_mac, parse_mac
 from pyvmm.devices.virtio.netbackend import HEADER, NetFeature, Stream
 from pyvmm.errors import HostError, UsageError
 from pyvmm.uapi import if_tun
+from tests.unit.net_driver import DATA, PATIENCE, Driver, eventually
+from tests.unit.plain_guest import BASE, PAGE, SIZE
 
 MAC = bytes.fromhex("020000000001")
 MOST = 65535 + 18

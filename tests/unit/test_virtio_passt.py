@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from net_driver import DATA, Driver, eventually
 
 from pyvmm.devices.virtio import net, passt
 from pyvmm.devices.virtio.net import Net
@@ -22,6 +21,7 @@ from pyvmm.errors import HostError, UsageError
 from pyvmm.machine import devices
 from pyvmm.machine.config import DeviceSpec
 from pyvmm.options.devices import add_device_options, device_specs, parse_net
+from tests.unit.net_driver import DATA, Driver, eventually
 
 PRELUDE = """
 import signal, socket, struct, sys, time

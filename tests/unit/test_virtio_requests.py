@@ -12,7 +12,6 @@ from random import Random
 from typing import Any
 
 import pytest
-from memory_helper import BASE
 
 from pyvmm._native import lib
 from pyvmm.devices.virtio.device import Feature
@@ -20,6 +19,7 @@ from pyvmm.devices.virtio.registers import Register, Status
 from pyvmm.devices.virtio.rng import MOST, Rng
 from pyvmm.devices.virtio.worker import Stuck
 from pyvmm.errors import UsageError
+from tests.memory_helper import BASE
 from tests.twin_virtqueue import Driver, Rings
 from tests.virtio_board import DATA, RUNNING, TABLES, Board, Toy, answer, ask, eventually
 from tests.virtqueue_rig import PAGE, SIZE, Guest

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from net_driver import DATA, Driver, eventually
-from plain_guest import PAGE
 
 from pyvmm.devices.virtio.net import Net
 from pyvmm.devices.virtio.netbackend import HEADER, NetFeature
 from pyvmm.devices.virtio.tap import Tap
 from pyvmm.errors import HostError, PyvmmError, UsageError
+from tests.unit.net_driver import DATA, Driver, eventually
+from tests.unit.plain_guest import PAGE
 
 NAME = f"pv{os.getpid() % 100000}"
 MAC = bytes.fromhex("02007eadbeef")

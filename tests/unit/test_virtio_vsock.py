@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from plain_guest import BASE, PAGE, Segment
-from queue_driver import Driver
-from vsock_peer import CID
 
 from pyvmm.devices.virtio import vsock_packet as vs
 from pyvmm.devices.virtio.vsock import EVENT, RX, TX, Vsock
@@ -29,6 +26,9 @@ from pyvmm.devices.virtio.vsock_packet import (
 )
 from pyvmm.devices.virtio.vsock_table import MOST_REFUSALS
 from pyvmm.errors import UsageError
+from tests.unit.plain_guest import BASE, PAGE, Segment
+from tests.unit.queue_driver import Driver
+from tests.unit.vsock_peer import CID
 
 SEND = BASE + 0x10_0000
 RECEIVE = BASE + 0x20_0000

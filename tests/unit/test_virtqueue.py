@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_helper import BASE
 
 from pyvmm._native import lib
+from tests.memory_helper import BASE
 from tests.twin_virtqueue import Broken, Device, Driver, Popped, Rings
 from tests.virtqueue_rig import HALF, PAGE, SIZE, Copy, Guest, native_queue
 

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
-from vsock_peer import Peer
 
 from pyvmm.devices.virtio.vsock_packet import (
     OP_CREDIT_REQUEST,
@@ -28,6 +27,7 @@ from pyvmm.devices.virtio.vsock_packet import (
     SHUTDOWN_BOTH,
 )
 from pyvmm.devices.virtio.vsock_stream import BUFFER
+from tests.unit.vsock_peer import Peer
 
 
 class Guest:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vsock_peer import CID, Peer
 
 from pyvmm.devices.virtio import vsock_packet as vs
 from pyvmm.devices.virtio.vsock_host import MOST_GUESTS, Door
@@ -32,6 +31,7 @@ from pyvmm.devices.virtio.vsock_packet import (
 from pyvmm.devices.virtio.vsock_stream import BUFFER
 from pyvmm.devices.virtio.vsock_table import MOST_REFUSALS, MOST_STREAMS
 from pyvmm.errors import UsageError
+from tests.unit.vsock_peer import CID, Peer
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from pyvmm.uapi.kvm_arm64 import (
 )
 
 if TYPE_CHECKING:
-    from pyvmm.kvm.device import Device
+    from pyvmm.kvm.device import KvmDevice
     from pyvmm.kvm.vcpu import Vcpu
 
 log = get_logger("gdb")
@@ -34,7 +34,7 @@ ICC_IGRPEN1_EL1: Final = ARM64_SYS_REG(3, 0, 12, 12, 7) & KVM_DEV_ARM_VGIC_SYSRE
 class HeldInterrupts:
     """Holds interrupts back through ``gic``, and gives them back. KVM allows either while no vCPU is in the guest."""
 
-    def __init__(self, gic: Device | None) -> None:
+    def __init__(self, gic: KvmDevice | None) -> None:
         self._gic = gic
         self._held: list[Vcpu] = []
 
@@ -51,7 +51,7 @@ class HeldInterrupts:
                 self._swap(self._gic, vcpu, 0, 1)
 
     @staticmethod
-    def _swap(gic: Device, vcpu: Vcpu, old: int, new: int) -> bool:
+    def _swap(gic: KvmDevice, vcpu: Vcpu, old: int, new: int) -> bool:
         """Put ``new`` in the place of ``old``; whether that was there."""
         try:
             mpidr = vcpu.get_reg(MPIDR_EL1)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pyvmm.uapi.kvm import DeviceType
 
 
-class Device(AttributeFd):
+class KvmDevice(AttributeFd):
     """An in-kernel device, driven by attributes (Documentation/virt/kvm/devices).
 
     Closing it does not undo it: it stays in its VM.

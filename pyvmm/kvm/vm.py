@@ -7,7 +7,7 @@ import errno as _errno
 from ctypes import addressof, c_uint8
 from typing import TYPE_CHECKING
 
-from pyvmm.kvm.device import Device
+from pyvmm.kvm.device import KvmDevice
 from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.kvm.stats import MeasuredFd
 from pyvmm.kvm.vcpu import Vcpu
@@ -91,11 +91,11 @@ class Vm(MeasuredFd):
         self.call(KVM_ARM_PREFERRED_TARGET, target)
         return target
 
-    def create_device(self, type: DeviceType) -> Device:
+    def create_device(self, type: DeviceType) -> KvmDevice:
         """Make a device inside the kernel."""
         argument = kvm_create_device(type=type)
         self.call(KVM_CREATE_DEVICE, argument, type=type)
-        return Device(argument.fd, self, type)
+        return KvmDevice(argument.fd, self, type)
 
     def has_device(self, type: DeviceType) -> bool:
         """Whether the kernel could make such a device, without making it."""

@@ -23,7 +23,7 @@ from pyvmm.uapi.kvm import MpState
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pyvmm.kvm.device import Device
+    from pyvmm.kvm.device import KvmDevice
     from pyvmm.kvm.vcpu import Vcpu
 
 State = dict[str, Any]
@@ -117,7 +117,7 @@ _PERHAPS: Final = ("AP0R1", "AP0R2", "AP0R3", "AP1R1", "AP1R2", "AP1R3")
 """There are so many of them as there are bits of priority."""
 
 
-def save_gic(gic: Device, its: Device | None, cpus: int) -> State:
+def save_gic(gic: KvmDevice, its: KvmDevice | None, cpus: int) -> State:
     """Return the controller's state. Before memory is saved: the tables of LPIs and of the ITS are written to it."""
     gic.set_attr(_CTRL, uapi.KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES)
     if its is not None:
@@ -130,7 +130,7 @@ def save_gic(gic: Device, its: Device | None, cpus: int) -> State:
     }
 
 
-def load_gic(gic: Device, its: Device | None, saved: State) -> None:
+def load_gic(gic: KvmDevice, its: KvmDevice | None, saved: State) -> None:
     """Make a new controller that one; vCPUs have their registers, guest memory its contents."""
     for group, attr, text in saved["registers"]:
         _put(gic, group, int(attr, 16), int(text, 16))
@@ -146,7 +146,7 @@ def load_gic(gic: Device, its: Device | None, saved: State) -> None:
     _put(its, _ITS, _GITS_CTLR, enable)
 
 
-def _registers(gic: Device, cpus: int) -> Iterator[tuple[int, int]]:
+def _registers(gic: KvmDevice, cpus: int) -> Iterator[tuple[int, int]]:
     """Yield (group, attribute) of all there is to save, in the order in which it is to be loaded."""
     interrupts = 32 * ((_get(gic, _DIST, _GICD_TYPER) & 0x1F) + 1)
     affinities = [layout.mpidr(index) << uapi.KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT for index in range(cpus)]
@@ -208,13 +208,13 @@ def _room(group: int) -> c_uint32 | c_uint64:
     return c_uint64() if group in (_SYSREGS, _ITS) else c_uint32()
 
 
-def _get(device: Device, group: int, attr: int) -> int:
+def _get(device: KvmDevice, group: int, attr: int) -> int:
     room = _room(group)
     device.get_attr(group, attr, room)
     return room.value
 
 
-def _there(device: Device, group: int, attr: int) -> bool:
+def _there(device: KvmDevice, group: int, attr: int) -> bool:
     try:
         _get(device, group, attr)
     except KvmError as error:
@@ -224,7 +224,7 @@ def _there(device: Device, group: int, attr: int) -> bool:
     return True
 
 
-def _put(device: Device, group: int, attr: int, value: int) -> None:
+def _put(device: KvmDevice, group: int, attr: int, value: int) -> None:
     room = _room(group)
     try:
         if value >> 8 * sizeof(room):

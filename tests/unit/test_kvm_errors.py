@@ -14,7 +14,7 @@ import pytest
 
 from pyvmm.errors import HostError, KvmError
 from pyvmm.kvm.causes import CAUSES, EHWPOISON, explain, kvm_error
-from pyvmm.kvm.device import Device
+from pyvmm.kvm.device import KvmDevice
 from pyvmm.kvm.fd import AttributeFd, Fd
 from pyvmm.kvm.system import System
 from pyvmm.uapi import kvm, kvm_arm64, kvm_irq, kvm_x86
@@ -163,7 +163,7 @@ def test_closing_takes_what_was_made_from_it_along_newest_first(monkeypatch: pyt
 
 
 def test_a_device_is_called_by_its_type(pipe: Fd) -> None:
-    device = Device(os.dup(pipe.fileno()), pipe, DeviceType.KVM_DEV_TYPE_ARM_VGIC_V3)
+    device = KvmDevice(os.dup(pipe.fileno()), pipe, DeviceType.KVM_DEV_TYPE_ARM_VGIC_V3)
     with pytest.raises(KvmError, match=r"KVM_SET_DEVICE_ATTR\(ARM_VGIC_V3=\d+, group=3, attr=0x0, value=0x60\)"):
         device.set_attr(3, 0, c_uint32(96))
     with pytest.raises(KvmError, match="group=3, attr=0x1"):

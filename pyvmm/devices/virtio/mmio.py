@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
@@ -44,13 +44,19 @@ from pyvmm.devices.virtio.registers import (
 )
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
-if TYPE_CHECKING:
-    from pyvmm.machine.irq import EdgeLine
-
 # The doorbell takes QueueNotify and the reserved word behind it, the interrupt InterruptStatus and InterruptACK: a load
 # or store of 8 bytes is still inside one window.
 _NOTIFY_SIZE: Final = 8
 _INTERRUPT_SIZE: Final = 8
+
+
+class PulsedLine(Protocol):
+    """An edge-triggered interrupt line; see pyvmm.machine.irq."""
+
+    @property
+    def fd(self) -> int:
+        """The eventfd that gives a pulse."""
+        ...
 
 
 class VirtioMmio(Device):
@@ -67,7 +73,13 @@ class VirtioMmio(Device):
     compatible = "virtio,mmio"
 
     def __init__(
-        self, device: VirtioDevice, native_vm: Any, line: EdgeLine | None = None, *, private: bool, pooled: bool = False
+        self,
+        device: VirtioDevice,
+        native_vm: Any,
+        line: PulsedLine | None = None,
+        *,
+        private: bool,
+        pooled: bool = False,
     ) -> None:
         super().__init__(size=SIZE)
         self.device = device

@@ -13,7 +13,7 @@ from pyvmm.devices.base import Device
 PART = 0x1000
 
 
-class Bench(Device):
+class ExitTargets(Device):
     """Four pages of MMIO, one a kind; a store to the doorbell page writes an eventfd."""
 
     name = "bench"

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.devices.bench import Bench
 from pyvmm.devices.bus import Bus
 from pyvmm.devices.echo import Echo
+from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
@@ -180,7 +180,7 @@ class Machine:
         self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
-        self.bench = self.bus.add(Bench(), layout.BENCH.start)
+        self.exit_targets = self.bus.add(ExitTargets(), layout.BENCH.start)
         self.virtio = self._attach() if config.devices else ()
         self.bus.publish()
 

@@ -48,7 +48,7 @@ def own(guest: Path) -> float:
     config = MachineConfig(str(guest), Protection.EMULATED, memory=16 << 20, deadline=600, serial_out=None)
     with Machine(config) as machine:
         machine.run()
-        words = machine.bench.registers
+        words = machine.exit_targets.registers
     return _per_call(int.from_bytes(words[:8], "little"), int.from_bytes(words[8:16], "little"))
 
 

@@ -181,9 +181,9 @@ def test_a_guest_stops_between_instructions_also_at_a_device(protection: Protect
             stored = 0
             for _ in range(5):
                 gdb.send("vCont;c")
-                wait_until(lambda before=stored: run.machine.bench.save()["counter"] > before)
+                wait_until(lambda before=stored: run.machine.exit_targets.save()["counter"] > before)
                 assert gdb.interrupt().startswith("T02")
-                stored = run.machine.bench.save()["counter"]
+                stored = run.machine.exit_targets.save()["counter"]
                 done = {code: 0, code + 4: 1, code + 8: 0}[gdb.register("pc")]
                 assert stored == rounds - gdb.register("x2") + done
             gdb.set_register("pc", code + 12)

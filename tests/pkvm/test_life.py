@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pyvmm.devices.bench import Bench
+from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.errors import PyvmmError
@@ -52,11 +52,11 @@ def test_a_paused_guest_stands_still_and_goes_on() -> None:
 def test_a_device_that_does_not_come_to_rest_leaves_nothing_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     with puppet(Protection.PKVM, cpus=2) as (machine, guest):
 
-        def stuck(_self: Bench) -> None:
+        def stuck(_self: ExitTargets) -> None:
             raise PyvmmError("stuck on purpose")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Bench, "pause", stuck)
+            patch.setattr(ExitTargets, "pause", stuck)
             with pytest.raises(PyvmmError, match="on purpose"):
                 machine.pause()
         assert not machine.paused
@@ -131,7 +131,7 @@ def test_two_vcpus_convert_at_once_without_waiting_for_each_other() -> None:
         (SlotTable, "check_new"),
         (Pl011, "__init__"),
         (Mailboxes, "__init__"),
-        (Bench, "__init__"),
+        (ExitTargets, "__init__"),
         (boot, "place"),
         (Vm, "set_memory"),
         (Memory, "seal"),

@@ -125,7 +125,7 @@ def test_each_time_of_a_series_is_timed(protection: Protection) -> None:
         each = struct.unpack("<20I", machine.memory.read(SPARE, 80))
         assert done == (0, 20, sum(each))
         assert min(each) > 0
-        assert machine.bench.registers[:8] == (7).to_bytes(8, "little")
+        assert machine.exit_targets.registers[:8] == (7).to_bytes(8, "little")
         done = guest.series(What.SHARE, PAGE, 8, stride=4096)
         assert done[:2] == (0, 8)
         again = guest.series(What.SHARE, PAGE, 8, stride=4096)

@@ -16,9 +16,9 @@ import pytest
 
 from pyvmm import abi
 from pyvmm._native import ffi, lib
-from pyvmm.devices.bench import Bench
 from pyvmm.devices.bus import Bus
 from pyvmm.devices.echo import Echo
+from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
@@ -37,7 +37,7 @@ def test_the_bus_refuses_overlapping_devices_by_name() -> None:
 def test_the_published_table_is_sorted_and_names_every_part() -> None:
     vm = ffi.new("struct pv_vm *")
     bus = Bus(vm)
-    bench = Bench()
+    bench = ExitTargets()
     bus.add(bench, 0x930_0000)
     bus.add(ShareBell(), 0x910_0000)
     bus.publish()
@@ -321,7 +321,9 @@ def test_the_loop_stops_at_shares_only_while_somebody_listens(echo: Any) -> None
 @pytest.mark.parametrize("kind", ["pl011", "mailbox", "bench", "share-doorbell"])
 def test_a_device_goes_on_elsewhere_as_it_was(kind: str) -> None:
     def make() -> Any:
-        made = {"pl011": Pl011, "mailbox": lambda: Mailboxes(2), "bench": Bench, "share-doorbell": ShareBell}[kind]
+        made = {"pl011": Pl011, "mailbox": lambda: Mailboxes(2), "bench": ExitTargets, "share-doorbell": ShareBell}[
+            kind
+        ]
         return made()
 
     one, other = make(), make()
@@ -333,7 +335,7 @@ def test_a_device_goes_on_elsewhere_as_it_was(kind: str) -> None:
                 one.feed(b"typed")
             case Mailboxes():
                 one._boxes[1].order[3], one._boxes[1].note[0] = 7, 9
-            case Bench():
+            case ExitTargets():
                 one._registers[5], one._counter[0], one.cold = 1, 2, 3
         saved = json.loads(json.dumps(one.save()))
         assert other.save() != saved or kind == "share-doorbell"

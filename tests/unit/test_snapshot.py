@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.cli import make_parser
-from pyvmm.devices.bench import Bench
+from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.virtio import vsock_host
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.stand_in import StandIn
@@ -179,7 +179,7 @@ def test_devices_are_saved_before_the_interrupts_that_they_may_still_raise(
 
         return save
 
-    monkeypatch.setattr(Bench, "save", saves("device"))
+    monkeypatch.setattr(ExitTargets, "save", saves("device"))
     monkeypatch.setattr(state, "save_gic", saves("gic"))
     monkeypatch.setattr(state, "save_vcpu", lambda _vcpu: {})
     monkeypatch.setattr(snapshots, "lib", SimpleNamespace(pv_settle=lambda _native: 0))

@@ -59,12 +59,12 @@ def create(spec: DeviceSpec, context: Context) -> VirtioDevice:
     """Make the device that ``spec`` describes, behind no transport yet. Raises as the device does."""
     match spec:
         case devices.Net():
-            from pyvmm.devices.virtio.net import Net, parse_mac
+            from pyvmm.devices.virtio.net import VirtioNet, parse_mac
 
             mac = parse_mac(spec.mac) if spec.mac else None
-            return Net(_planned_network() if context.planned else _network(spec), mac)
+            return VirtioNet(_planned_network() if context.planned else _network(spec), mac)
         case devices.Rng():
-            from pyvmm.devices.virtio.rng import Rng
+            from pyvmm.devices.virtio.rng import VirtioRng
 
             if context.private:
                 log.warning(
@@ -72,25 +72,25 @@ def create(spec: DeviceSpec, context: Context) -> VirtioDevice:
                     protection=context.protection.value,
                     meaning="a guest that does not trust the host must not count what this device gives as random",
                 )
-            return Rng()
+            return VirtioRng()
         case devices.Console():
-            from pyvmm.devices.virtio.console import Console
+            from pyvmm.devices.virtio.console import VirtioConsole
 
-            return Console(spec.out, spec.source, size=spec.size, unheard=context.unheard)
+            return VirtioConsole(spec.out, spec.source, size=spec.size, unheard=context.unheard)
         case devices.Vsock():
-            from pyvmm.devices.virtio.vsock import Vsock
+            from pyvmm.devices.virtio.vsock import VirtioVsock
 
-            return Vsock(spec.path, spec.cid, listen=not context.planned)
+            return VirtioVsock(spec.path, spec.cid, listen=not context.planned)
         case devices.Balloon():
-            from pyvmm.devices.virtio.balloon import Balloon
+            from pyvmm.devices.virtio.balloon import VirtioBalloon
 
-            return Balloon(context.memory, context.ram, spec.size)
+            return VirtioBalloon(context.memory, context.ram, spec.size)
         case devices.Disk():
-            from pyvmm.devices.virtio.blk import Blk
+            from pyvmm.devices.virtio.blk import VirtioBlk
             from pyvmm.devices.virtio.disk import DiskFile
 
             disk = DiskFile(spec.path, read_only=spec.read_only, lock=not context.planned)
-            return Blk(disk, queues=spec.queues, serial=spec.serial, private=context.private, pool=context.pool)
+            return VirtioBlk(disk, queues=spec.queues, serial=spec.serial, private=context.private, pool=context.pool)
         case _:
             raise TypeError(f"{spec!r} is no device that pyvmm knows")
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pyvmm._native import lib
-from pyvmm.devices.virtio.balloon import Balloon
-from pyvmm.devices.virtio.blk import Blk
-from pyvmm.devices.virtio.console import F_SIZE, MOST_KEPT, PART, Console
+from pyvmm.devices.virtio.balloon import VirtioBalloon
+from pyvmm.devices.virtio.blk import VirtioBlk
+from pyvmm.devices.virtio.console import F_SIZE, MOST_KEPT, PART, VirtioConsole
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.disk import DiskFile
-from pyvmm.devices.virtio.net import Net
+from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.devices.virtio.netbackend import NetBackend, NetFeature
-from pyvmm.devices.virtio.rng import Rng
-from pyvmm.devices.virtio.vsock import Vsock
+from pyvmm.devices.virtio.rng import VirtioRng
+from pyvmm.devices.virtio.vsock import VirtioVsock
 from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_RW, STREAM, Header
 from pyvmm.devices.virtio.vsock_table import MOST_REFUSALS, MOST_STREAMS
 from tests.memory_helper import BASE
@@ -45,7 +45,7 @@ class Host:
         self.folder, self.guest = folder, guest
 
     def make(self, how: int) -> VirtioDevice:  # noqa: ARG002
-        self.device = Rng()
+        self.device = VirtioRng()
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -72,11 +72,11 @@ class Host:
 
 
 class BalloonHost(Host):
-    device: Balloon
+    device: VirtioBalloon
 
     def make(self, how: int) -> VirtioDevice:
         ram = range(BASE, BASE + SIZE)
-        self.device = Balloon(self.guest.memory, ram, how % 32 * PAGE)
+        self.device = VirtioBalloon(self.guest.memory, ram, how % 32 * PAGE)
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -92,14 +92,14 @@ class BalloonHost(Host):
 
 
 class ConsoleHost(Host):
-    device: Console
+    device: VirtioConsole
 
     def make(self, how: int) -> VirtioDevice:
         self._mine = [*os.pipe2(os.O_NONBLOCK), *os.pipe2(os.O_NONBLOCK)]
         self._out, out, source, self._typed = self._mine
         fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, 4096)
         size = (80, 25) if how & 1 else None
-        self.device = Console(None if how & 2 else out, None if how & 4 else source, size=size)
+        self.device = VirtioConsole(None if how & 2 else out, None if how & 4 else source, size=size)
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -146,7 +146,7 @@ class ConsoleHost(Host):
 
 
 class BlkHost(Host):
-    device: Blk
+    device: VirtioBlk
 
     def __init__(self, folder: Path, guest: Guest) -> None:
         super().__init__(folder, guest)
@@ -155,7 +155,7 @@ class BlkHost(Host):
     def make(self, how: int) -> VirtioDevice:
         self._path.write_bytes(bytes(SECTORS * 512))
         disk = DiskFile(str(self._path), read_only=bool(how & 1), lock=False)
-        self.device = Blk(disk, queues=1 + (how >> 4) % 3, serial="a disk", private=bool(how & 2))
+        self.device = VirtioBlk(disk, queues=1 + (how >> 4) % 3, serial="a disk", private=bool(how & 2))
         self.device.bounce = bool(how & 4)
         return self.device
 
@@ -187,7 +187,7 @@ class Wire(NetBackend):
 
 
 class NetHost(Host):
-    device: Net
+    device: VirtioNet
 
     def make(self, how: int) -> VirtioDevice:
         self._stream = bool(how & 1)
@@ -196,7 +196,7 @@ class NetHost(Host):
         self._peer.setblocking(False)
         other.setblocking(False)
         backend = Wire(other.detach(), lib.PV_NET_STREAM if self._stream else lib.PV_NET_TAP)
-        self.device = Net(backend, bytes(range(2, 8)))
+        self.device = VirtioNet(backend, bytes(range(2, 8)))
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -219,7 +219,7 @@ class NetHost(Host):
 
 
 class VsockHost(Host):
-    device: Vsock
+    device: VirtioVsock
 
     def __init__(self, folder: Path, guest: Guest) -> None:
         super().__init__(folder, guest)
@@ -231,7 +231,7 @@ class VsockHost(Host):
         self._programs: list[socket.socket] = []
 
     def make(self, how: int) -> VirtioDevice:  # noqa: ARG002
-        self.device = Vsock(self._path, CID)
+        self.device = VirtioVsock(self._path, CID)
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.devices.virtio.blk import IOERR, OK, Blk, Request
+from pyvmm.devices.virtio.blk import IOERR, OK, Request, VirtioBlk
 from pyvmm.devices.virtio.registers import Register
 from pyvmm.guest.puppet import Puppet
 from pyvmm.machine.devices import Disk
@@ -71,7 +71,7 @@ class DiskCard(Card):
 
 
 @contextlib.contextmanager
-def disk(protection: Protection, path: Path, kind: Request) -> Iterator[tuple[Blk, DiskCard, Puppet]]:
+def disk(protection: Protection, path: Path, kind: Request) -> Iterator[tuple[VirtioBlk, DiskCard, Puppet]]:
     """A started device of two vCPUs: one is its driver, the other takes pages back."""
     # Without a pool, whose size would limit that of a request.
     with puppet(protection, cpus=2, devices=(Disk(str(path)),), swiotlb=0) as (machine, guest):
@@ -80,7 +80,7 @@ def disk(protection: Protection, path: Path, kind: Request) -> Iterator[tuple[Bl
         card = DiskCard(guest, protection)
         card.set_up(kind)
         device = next(transport.device for transport in machine.virtio)
-        assert isinstance(device, Blk)
+        assert isinstance(device, VirtioBlk)
         yield device, card, guest.cpu_on(1)
         assert card.load(Register.STATUS) == RUNNING
 

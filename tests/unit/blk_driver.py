@@ -14,7 +14,7 @@ from tests.unit.plain_guest import BASE, NEXT, PAGE, WRITE, PlainGuest, Segment
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pyvmm.devices.virtio.blk import Blk
+    from pyvmm.devices.virtio.blk import VirtioBlk
 
 RINGS = BASE
 DATA = BASE + 0x1_0000
@@ -24,7 +24,7 @@ DRIVER_OFFSET, DEVICE_OFFSET = 0x4000, 0x8000
 class Driver(PlainGuest):
     """Drives queue 0 of a started device; a context manager that stops and closes it."""
 
-    def __init__(self, device: Blk, features: int | None = None, *, size: int = 256) -> None:
+    def __init__(self, device: VirtioBlk, features: int | None = None, *, size: int = 256) -> None:
         super().__init__()
         self.device = device
         device.transport = self.transport

@@ -16,7 +16,7 @@ from tests.unit.plain_guest import BASE, NEXT, WRITE, PlainGuest
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pyvmm.devices.virtio.net import Net
+    from pyvmm.devices.virtio.net import VirtioNet
 
 AREA = 0x1_0000
 """Bytes of a queue's rings; buffers follow those of both."""
@@ -106,7 +106,7 @@ class Ring:
 class Driver(PlainGuest):
     """Drives a card, which it stops and closes in the end."""
 
-    def __init__(self, device: Net, features: int | None = None, *, size: int = 64, packed: bool = False) -> None:
+    def __init__(self, device: VirtioNet, features: int | None = None, *, size: int = 64, packed: bool = False) -> None:
         super().__init__()
         self.device = device
         device.transport = self.transport

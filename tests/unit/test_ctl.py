@@ -22,7 +22,7 @@ import pytest
 from pyvmm.cli import ctl, make_parser
 from pyvmm.cli.run import _config
 from pyvmm.devices.pl011 import RX_BYTES, Pl011
-from pyvmm.devices.virtio.console import Console
+from pyvmm.devices.virtio.console import VirtioConsole
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine.plan import Plan
 from pyvmm.session import consoles, control
@@ -260,7 +260,7 @@ def test_a_kick_goes_to_the_console_that_has_stdio(
     args = make_parser(line).parse_args(line)
     kicked: list[str] = []
     monkeypatch.setattr(Pl011, "offer", lambda *_: kicked.append("uart") or True)
-    monkeypatch.setattr(Console, "offer", lambda *_: kicked.append("virtio") or True)
+    monkeypatch.setattr(VirtioConsole, "offer", lambda *_: kicked.append("virtio") or True)
     with contextlib.ExitStack() as stack:
         ends = [consoles.open_place(where, stack, 1) for where in consoles.places(args)]
         if terminal:

@@ -16,7 +16,7 @@ import pytest
 
 from pyvmm.devices import pl011
 from pyvmm.devices.pl011 import Pl011
-from pyvmm.devices.virtio.console import PART, Console
+from pyvmm.devices.virtio.console import PART, VirtioConsole
 from pyvmm.outlet import Outlet
 from tests.unit.plain_guest import BASE, PAGE, Segment
 from tests.unit.queue_driver import Driver
@@ -118,7 +118,7 @@ def test_a_reader_that_has_gone_is_an_error() -> None:
 
 def test_a_virtio_console_before_a_terminal_that_nobody_reads_stands_still_at_once() -> None:
     with ends("pty") as (_, terminal):
-        console = Console(terminal)
+        console = VirtioConsole(terminal)
         with Driver(console) as driver:
             driver.write(BASE + 0x1_0000, b"x" * FLOOD)
             for at in range(0, FLOOD, PAGE):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pyvmm.devices.virtio.balloon import DEFLATE, F_DEFLATE_ON_OOM, F_REPORTING, INFLATE, MOST, Balloon
+from pyvmm.devices.virtio.balloon import DEFLATE, F_DEFLATE_ON_OOM, F_REPORTING, INFLATE, MOST, VirtioBalloon
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.memory import mman
 from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
@@ -50,7 +50,7 @@ class Guest:
 
     def __init__(self, reporting: int = 2) -> None:
         self.memory = Memory()
-        self.balloon = Balloon(self.memory, RAM)
+        self.balloon = VirtioBalloon(self.memory, RAM)
         self.driver = self.memory.driver = Driver(self.balloon, queues=(INFLATE, DEFLATE, reporting))
         self.reporting = self.driver.rings[reporting]
 
@@ -187,7 +187,7 @@ def test_target_is_told_in_pages_and_what_the_guest_says_is_bounded(guest: Guest
 
 
 def test_sizes_move_to_another_device() -> None:
-    one, other = Balloon(Memory(), RAM, 1 << 20), Balloon(Memory(), RAM)
+    one, other = VirtioBalloon(Memory(), RAM, 1 << 20), VirtioBalloon(Memory(), RAM)
     one.write_config(4, struct.pack("<I", 9))
     other.load(one.save())
     assert (other.target, other.actual) == (1 << 20, 9 * PAGE)

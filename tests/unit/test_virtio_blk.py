@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm._native import lib
-from pyvmm.devices.virtio.blk import _CONFIG, IOERR, OK, UNSUPP, Blk, BlkFeature, Request
+from pyvmm.devices.virtio.blk import _CONFIG, IOERR, OK, UNSUPP, BlkFeature, Request, VirtioBlk
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.devices.virtio.registers import CONFIG, Register, Status
@@ -44,11 +44,11 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
-def blk(path: Path, *, read_only: bool = False, **more: Any) -> Blk:
-    return Blk(DiskFile(str(path), read_only=read_only), **more)
+def blk(path: Path, *, read_only: bool = False, **more: Any) -> VirtioBlk:
+    return VirtioBlk(DiskFile(str(path), read_only=read_only), **more)
 
 
-def hear(device: Blk) -> list[dict[str, object]]:
+def hear(device: VirtioBlk) -> list[dict[str, object]]:
     """Collect what the device complains of."""
     heard: list[dict[str, object]] = []
 
@@ -352,7 +352,7 @@ def test_any_request_does_what_a_simple_disk_does(given_: list[Any], bounce: boo
     with tempfile.NamedTemporaryFile() as file:
         file.write(CONTENTS)
         file.flush()
-        device = Blk(DiskFile(file.name))
+        device = VirtioBlk(DiskFile(file.name))
         device.bounce = bounce
         oracle = Oracle()
         with Driver(device) as driver:
@@ -522,7 +522,7 @@ def test_zeroes_are_on_the_medium_where_no_flush_follows(path: Path, monkeypatch
 
 
 def test_driver_without_flush_or_without_cache_writes_through(path: Path) -> None:
-    through: Callable[[Blk], bool] = lambda device: bool(device.flags & lib.PV_BLK_THROUGH)  # noqa: E731
+    through: Callable[[VirtioBlk], bool] = lambda device: bool(device.flags & lib.PV_BLK_THROUGH)  # noqa: E731
     device = blk(path)
     with Driver(device, features=0) as driver:
         assert through(device)

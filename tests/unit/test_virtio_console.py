@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.devices.virtio.console import F_EMERG_WRITE, F_SIZE, PART, RX, TX, Console
+from pyvmm.devices.virtio.console import F_EMERG_WRITE, F_SIZE, PART, RX, TX, VirtioConsole
 from tests.unit.plain_guest import BASE, PAGE, SIZE, Segment
 from tests.unit.queue_driver import Driver
 
@@ -27,7 +27,7 @@ class Ends:
         self.out, self._out = os.pipe()
         self._source, self.keys = os.pipe()
         self.unheard: list[OSError] = []
-        self.console = Console(self._out, self._source, unheard=self.unheard.append, **options)  # type: ignore[arg-type]
+        self.console = VirtioConsole(self._out, self._source, unheard=self.unheard.append, **options)  # type: ignore[arg-type]
         self.driver = Driver(self.console)
         self.rx, self.tx = self.driver.rings
 
@@ -158,7 +158,7 @@ def test_rings_that_break_end_the_device_until_it_is_reset(ends: Ends) -> None:
 def test_end_of_input_and_files_that_cannot_be_waited_for_are_read(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"script\n")
     with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as out:
-        console = Console(out.fileno(), source.fileno())
+        console = VirtioConsole(out.fileno(), source.fileno())
         with Driver(console) as driver:
             rx, tx = driver.rings
             rx.give(Segment(DATA, 64, True))
@@ -173,7 +173,7 @@ def test_end_of_input_and_files_that_cannot_be_waited_for_are_read(tmp_path: Pat
 
 
 def test_size_is_offered_where_there_is_one_and_a_new_one_is_told() -> None:
-    plain, sized = Console(), Console(size=(80, 25))
+    plain, sized = VirtioConsole(), VirtioConsole(size=(80, 25))
     assert (plain.features, sized.features) == (F_EMERG_WRITE, F_EMERG_WRITE | F_SIZE)
     with Driver(plain), Driver(sized) as driver:
         assert struct.unpack("<HHII", sized.config()) == (80, 25, 1, 0)
@@ -233,7 +233,7 @@ def test_what_is_on_its_way_is_saved_and_goes_on_elsewhere(ends: Ends) -> None:
         written += os.read(ends.out, PAGE)
     read, write = os.pipe()
     with open(read, "rb") as reader, open(write, "wb") as out:
-        other = Console(out.fileno())
+        other = VirtioConsole(out.fileno())
         other.load(saved)
         other.close()
         out.close()

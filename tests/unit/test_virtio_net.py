@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.devices.virtio import tap
-from pyvmm.devices.virtio.net import Net, default_mac, parse_mac
+from pyvmm.devices.virtio.net import VirtioNet, default_mac, parse_mac
 from pyvmm.devices.virtio.netbackend import HEADER, NetFeature, Stream
 from pyvmm.errors import HostError, UsageError
 from pyvmm.uapi import if_tun
@@ -29,11 +29,11 @@ MAC = bytes.fromhex("020000000001")
 MOST = 65535 + 18
 
 
-def pair() -> tuple[Net, socket.socket]:
+def pair() -> tuple[VirtioNet, socket.socket]:
     """Return a card, and the socket at its other end."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     theirs.settimeout(PATIENCE)
-    return Net(Stream("peer", ours.detach()), MAC), theirs
+    return VirtioNet(Stream("peer", ours.detach()), MAC), theirs
 
 
 @pytest.fixture(params=[False, True], ids=["split", "packed"])

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyvmm.devices.virtio import net, passt
-from pyvmm.devices.virtio.net import Net
+from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.devices.virtio.netbackend import HEADER
 from pyvmm.devices.virtio.passt import Passt
 from pyvmm.errors import HostError, UsageError
@@ -48,7 +48,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("loopback", [False, True])
 def test_it_is_told_its_socket_its_ports_and_what_the_guest_may_reach(tmp_path: Path, loopback: bool) -> None:
     program = script(tmp_path, 'frame(" ".join(sys.argv[1:]).encode().ljust(60)); connection.recv(1)')
-    with Driver(Net(Passt(program, [(8080, 80), (2222, 22)], loopback=loopback))) as driver:
+    with Driver(VirtioNet(Passt(program, [(8080, 80), (2222, 22)], loopback=loopback))) as driver:
         driver.rx.give([(DATA, 2000, True)])
         [(_, written)] = driver.wait(driver.rx)
         words = driver.read(DATA + HEADER, written - HEADER).decode().split()
@@ -82,7 +82,7 @@ def test_its_end_takes_the_link_down_with_its_last_words(tmp_path: Path, monkeyp
     said: list[dict[str, str]] = []
     monkeypatch.setattr(net, "log", SimpleNamespace(warning=lambda _, **values: said.append(values)))
     program = script(tmp_path, 'print("no route", file=sys.stderr, flush=True); sys.exit(1)')
-    device = Net(Passt(program))
+    device = VirtioNet(Passt(program))
     with Driver(device) as driver:
         eventually(lambda: driver.transport.changes == 1, "the configuration changes")
         assert not device.link_up
@@ -99,7 +99,7 @@ def test_one_that_says_too_much_is_not_held_up_by_it(tmp_path: Path) -> None:
         "    while True: os.write(2, b'x' * 4096)\n"
         "except BlockingIOError: frame(bytes(14)); connection.recv(1)",
     )
-    with Driver(Net(Passt(program))) as driver:
+    with Driver(VirtioNet(Passt(program))) as driver:
         driver.rx.give([(DATA, 2000, True)])
         assert [written for _, written in driver.wait(driver.rx)] == [HEADER + 14]
 

@@ -16,7 +16,7 @@ import pytest
 from pyvmm._native import lib
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.registers import Register, Status
-from pyvmm.devices.virtio.rng import MOST, Rng
+from pyvmm.devices.virtio.rng import MOST, VirtioRng
 from pyvmm.devices.virtio.worker import Stuck
 from pyvmm.errors import UsageError
 from tests.memory_helper import BASE
@@ -205,7 +205,7 @@ def test_what_was_saved_goes_on_in_another(toy: Board, packed: bool) -> None:
         assert answer(other, driver) == b"THIRD"
     finally:
         other.close()
-    third = Board(toy.guest, Rng())
+    third = Board(toy.guest, VirtioRng())
     with pytest.raises(UsageError, match="rng was a toy"):
         third.transport.load(saved)
     third.close()
@@ -254,7 +254,7 @@ def test_descriptors_that_change_under_the_device_break_the_queue_or_the_request
 
 
 def test_entropy_fills_what_it_is_given_up_to_its_bound(guest: Guest) -> None:
-    board = Board(guest, Rng())
+    board = Board(guest, VirtioRng())
     [driver] = board.drive(packed=True)
     driver.add([(DATA, 64, True), (DATA + PAGE, 2 * PAGE, True)])
     board.store(Register.QUEUE_NOTIFY, 0)

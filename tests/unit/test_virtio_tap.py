@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm.devices.virtio.net import Net
+from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.devices.virtio.netbackend import HEADER, NetFeature
 from pyvmm.devices.virtio.tap import Tap
 from pyvmm.errors import HostError, PyvmmError, UsageError
@@ -53,7 +53,7 @@ def card(*, name: str = NAME, packed: bool = False) -> Iterator[tuple[Driver, so
     try:
         Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
         ip("link", "set", name, "up")
-        device = Net(Tap(name), MAC)
+        device = VirtioNet(Tap(name), MAC)
         with Driver(device, packed=packed) as driver, socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as host:
             host.bind((name, ETH_P_ALL))
             host.settimeout(20)

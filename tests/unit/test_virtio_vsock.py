@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.devices.virtio import vsock_packet as vs
-from pyvmm.devices.virtio.vsock import EVENT, RX, TX, Vsock
+from pyvmm.devices.virtio.vsock import EVENT, RX, TX, VirtioVsock
 from pyvmm.devices.virtio.vsock_packet import (
     HEADER_SIZE,
     OP_REQUEST,
@@ -40,7 +40,7 @@ class Guest:
 
     def __init__(self, directory: Path) -> None:
         self.path = str(directory / "v")
-        self.device = Vsock(self.path, CID)
+        self.device = VirtioVsock(self.path, CID)
         self.driver = Driver(self.device)
         self.rx, self.tx, self.event = (self.driver.rings[index] for index in (RX, TX, EVENT))
         self.buffers: dict[int, int] = {}
@@ -112,7 +112,7 @@ def test_cid_is_in_the_configuration_space_and_must_be_a_guests(guest: Guest, tm
     assert guest.device.config() == struct.pack("<Q", CID)
     for cid in (0, 2, (1 << 32) - 1, 1 << 40):
         with pytest.raises(UsageError, match="cid"):
-            Vsock(str(tmp_path / "w"), cid)
+            VirtioVsock(str(tmp_path / "w"), cid)
 
 
 def test_echo_of_a_guest_that_connects(guest: Guest) -> None:
@@ -198,7 +198,7 @@ def test_guest_that_takes_no_answers_is_not_heard_until_it_does(guest: Guest) ->
     assert len(guest.tx.wait(20)) == 20
 
 
-def turns(device: Vsock) -> int:
+def turns(device: VirtioVsock) -> int:
     """Do what a paused device's thread would do, until there is nothing to do; how often that was, at most 10 times."""
     worker = device._worker
     for turn in range(10):

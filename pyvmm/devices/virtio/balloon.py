@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The balloon device (virtio 1.2, 5.5): takes memory that the guest does not need, and gives it back to the host.
 
-The host says how much the balloon should hold (:meth:`Balloon.aim`); the guest names pages, which are punched out of
-their backing. What the guest takes back it only touches: the kernel gives it a page of zeros. With free page reporting
-the guest names memory that is free as it is; nothing of that is remembered either. Owns its worker.
+The host says how much the balloon should hold (:meth:`VirtioBalloon.aim`). The guest names pages, which are punched out
+of their backing. What the guest takes back it only touches: the kernel gives it a page of zeros. With free page
+reporting the guest names memory that is free as it is; nothing of that is remembered either. Owns its worker.
 
 It is for guests whose memory the host may see. Linux's driver keeps its rings in memory that it does not share, even
 where other drivers do (it clears ACCESS_PLATFORM, virtballoon_validate in drivers/virtio/virtio_balloon.c).
@@ -56,7 +56,7 @@ class Punchable(Protocol):
         ...
 
 
-class Balloon(VirtioDevice):
+class VirtioBalloon(VirtioDevice):
     """A balloon in RAM ``[ram.start, ram.stop)`` of ``memory``, which is to hold ``size`` bytes from the start."""
 
     device_id = 5

@@ -88,7 +88,7 @@ _RANGE: Final = struct.Struct("<QII")
 _UNMAP: Final = 1
 
 
-class Blk(VirtioDevice):
+class VirtioBlk(VirtioDevice):
     """A disk with 1 to 16 ``queues``; it closes ``disk`` with itself.
 
     ``serial`` is what the guest's /dev/disk/by-id knows it by. ``private``: guest memory can be closed to the host.
@@ -300,7 +300,7 @@ def _pieces(share: int) -> tuple[int, int]:
 class _Server:
     """One queue of a disk, its thread, and what C needs to serve it."""
 
-    def __init__(self, device: Blk, queue: Queue) -> None:
+    def __init__(self, device: VirtioBlk, queue: Queue) -> None:
         self.device = device
         self.queue = queue
         self.chain = Chain(queue.native, lib.PV_BLK_SEGMENTS)

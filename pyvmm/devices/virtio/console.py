@@ -48,7 +48,7 @@ _EMERGENCY: Final = 8
 """The offset of ``emerg_wr`` in the configuration space."""
 
 
-class Console(VirtioDevice):
+class VirtioConsole(VirtioDevice):
     """``out`` and ``source`` are file descriptors or None; ``size`` a terminal's columns and rows, where there is one.
 
     ``unheard`` is told, once, why output can no longer be written; what the guest prints after that is dropped.

@@ -68,7 +68,7 @@ def default_mac(name: str) -> bytes:
     return bytes([0x02]) + digest[:5]
 
 
-class Net(VirtioDevice):
+class VirtioNet(VirtioDevice):
     """A card with the address ``mac``, or one made from names, before ``backend``, which it closes."""
 
     device_id = 1

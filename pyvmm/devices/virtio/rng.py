@@ -17,7 +17,7 @@ MOST: Final = 4096
 """Bytes for one request: a driver that asks for more gets these, and asks again."""
 
 
-class Rng(VirtioDevice):
+class VirtioRng(VirtioDevice):
     """Asks the host's kernel for every byte, keeps none."""
 
     device_id = 4

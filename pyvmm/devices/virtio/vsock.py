@@ -40,7 +40,7 @@ _BATCH: Final = 64
 _TRANSPORT_RESET: Final = struct.pack("<I", 0)
 
 
-class Vsock(VirtioDevice):
+class VirtioVsock(VirtioDevice):
     """The guest's sockets; ``cid`` is its address, ``path`` where the host's programs find it.
 
     UsageError where the cid cannot be a guest's, or the path not be listened at. Without ``listen`` that is only looked

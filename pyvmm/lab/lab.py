@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab: a pKVM host one can run commands in. Boots on entry, runs any number of commands, is gone on exit.
 
-Owns a ``Machine`` and speaks to its agent. One thread at a time; signals are forwarded only from the main thread. The
+Owns a ``Qemu`` and speaks to its agent. One thread at a time; signals are forwarded only from the main thread. The
 thread that boots a lab must outlive it (the kernel kills QEMU when that thread ends).
 """
 
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Self
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import frames, shares
 from pyvmm.lab.cache import Image
-from pyvmm.lab.qemu import LabOptions, Machine
+from pyvmm.lab.qemu import LabOptions, Qemu
 from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump, Sink
 from pyvmm.labenv import IN_LAB, MANIFEST
 
@@ -62,7 +62,7 @@ class Lab:
         self._image = image
         self._shares = [] if bare else shares.find_shares(self.cwd, arguments, outputs)
         self._caching = "none" if live else "loose"
-        self._machine: Machine | None = None
+        self._qemu: Qemu | None = None
         self._unpacker = frames.Unpacker()
 
     def __enter__(self) -> Self:
@@ -71,9 +71,9 @@ class Lab:
 
             self._image = build_image()
         image = self._image
-        self._machine = Machine(image, self.options, self._shares)
+        self._qemu = Qemu(image, self.options, self._shares)
         try:
-            self._boot(self._machine)
+            self._boot(self._qemu)
         except BaseException:
             self.close()
             raise
@@ -86,8 +86,8 @@ class Lab:
 
     def close(self) -> None:
         """Stop the machine, whatever it is doing."""
-        if self._machine is not None:
-            self._machine.stop()
+        if self._qemu is not None:
+            self._qemu.stop()
 
     @property
     def pid(self) -> int:
@@ -98,15 +98,15 @@ class Lab:
         """Give the last 64 KiB of the lab's console."""
         return self._running().console()
 
-    def _running(self) -> Machine:
-        if self._machine is None:
+    def _running(self) -> Qemu:
+        if self._qemu is None:
             raise PyvmmError("the lab is not running", hint="use it as a context manager")
-        return self._machine
+        return self._qemu
 
-    def _boot(self, machine: Machine) -> None:
+    def _boot(self, qemu: Qemu) -> None:
         deadline = time.monotonic() + self.options.boot_timeout
         if self._wait(deadline) != (frames.READY, b""):
-            raise machine.failed("the lab's agent is another version's", ended=False, hint="pyvmm lab build --refresh")
+            raise qemu.failed("the lab's agent is another version's", ended=False, hint="pyvmm lab build --refresh")
         for share in self._shares:
             is_tree = share.readonly and (share.source / MANIFEST).is_file()  # which never changes
             caching = "loose" if is_tree else self._caching
@@ -128,21 +128,21 @@ class Lab:
 
     def _wait(self, deadline: float) -> tuple[int, bytes]:
         """Wait for one frame outside of any command."""
-        machine = self._running()
+        qemu = self._running()
         while True:
-            machine.channel.settimeout(max(deadline - time.monotonic(), 0.01))
+            qemu.channel.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
-                data = machine.channel.recv(65536)
+                data = qemu.channel.recv(65536)
             except TimeoutError:
-                raise machine.failed(
+                raise qemu.failed(
                     f"the lab did not come up in {self.options.boot_timeout:.0f} s",
                     ended=False,
                     hint=self._file_hint() or "on a loaded machine give it longer with --boot-timeout",
                 ) from None
             finally:
-                machine.channel.settimeout(None)
+                qemu.channel.settimeout(None)
             if not data:
-                raise machine.failed("the lab ended while it was booting", ended=True, hint=self._file_hint())
+                raise qemu.failed("the lab ended while it was booting", ended=True, hint=self._file_hint())
             if got := self._unpacker.feed(data):
                 return got[0]
 
@@ -187,9 +187,9 @@ class Lab:
         ``timeout`` is in seconds. SIGINT, SIGTERM and SIGHUP reach the command; when it does not end within 10 s, or
         at the second one, the lab ends. LabError where the lab ends, PyvmmError at the timeout.
         """
-        machine = self._running()
+        qemu = self._running()
         rows, columns = termios.tcgetwinsize(stdin) if is_tty and isinstance(stdin, int) else (0, 0)
-        variables = {**self._environment(), "PYVMM_EMULATOR": f"QEMU {machine.version}", **(env or {})}
+        variables = {**self._environment(), "PYVMM_EMULATOR": f"QEMU {qemu.version}", **(env or {})}
         command = frames.pack_fields(
             frames.EXEC,
             frames.TTY if is_tty else b"",
@@ -199,7 +199,7 @@ class Lab:
             *(os.fsencode(f"{name}={value}") for name, value in variables.items()),
         )
         pump = Pump(
-            machine.channel,
+            qemu.channel,
             stdin,
             stdout or _sink(sys.stdout.buffer),
             stderr or _sink(sys.stderr.buffer),
@@ -209,12 +209,12 @@ class Lab:
         try:
             return pump.run(command)
         except ChannelClosedError as error:
-            raise machine.failed(f"the lab ended while it ran {argv[0]}", ended=True) from error
+            raise qemu.failed(f"the lab ended while it ran {argv[0]}", ended=True) from error
         except InsistedError as error:
             self.close()
             return 128 + error.number
         except TimeoutError:
-            raise machine.failed(f"{argv[0]} did not end in {timeout:.0f} s", ended=False) from None
+            raise qemu.failed(f"{argv[0]} did not end in {timeout:.0f} s", ended=False) from None
 
     def capture(self, argv: Sequence[str], **options: Any) -> Completed:
         """Run a command as ``run`` does and keep its output."""

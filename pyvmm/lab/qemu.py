@@ -165,7 +165,7 @@ def command_line(program: str, image: Image, options: LabOptions, shares: list[S
     return arguments
 
 
-class Machine:
+class Qemu:
     """A running QEMU. ``channel`` is our end of the agent's port."""
 
     def __init__(self, image: Image, options: LabOptions, shares: list[Share]) -> None:

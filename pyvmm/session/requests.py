@@ -121,9 +121,9 @@ class Requests:
 
     def counters(self) -> dict[str, Any]:
         """Return what has been counted until now."""
-        from pyvmm.observe.rates import snapshot
+        from pyvmm.observe.rates import sample
 
-        return snapshot(self._machine)
+        return sample(self._machine)
 
     def pause(self) -> dict[str, Any]:
         """Make vCPUs and devices stand still, if they do not; a deadline goes on all the same."""

@@ -376,7 +376,7 @@ def _config(
     from pyvmm.guest.kernels import MEMORY, is_kernel
     from pyvmm.machine import layout
     from pyvmm.machine.config import DEFAULT_MEMORY, MachineConfig, usual_backing
-    from pyvmm.memory.conversion import Conversion
+    from pyvmm.memory.conversion import ConversionPolicy
     from pyvmm.protection import Protection
 
     places(args)
@@ -393,7 +393,7 @@ def _config(
         initrd=args.initrd,
         backing=args.backing or usual_backing(protection),
         prefault=args.prefault,
-        conversion=Conversion(args.conversion),
+        conversion=ConversionPolicy(args.conversion),
         dtb=args.dtb,
         deadline=args.deadline,
         serial_out=serial[0],

@@ -36,7 +36,7 @@ from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.layout import MIB, PRIVATE_BOOT, RAM_BASE
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva, align_up
-from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.memory.relay import ShareEvent
 from pyvmm.observe.faulttrace import Fault, FaultTrace
@@ -108,7 +108,7 @@ class Experiment:
         *,
         memory: int = 16,
         cpus: int = 1,
-        conversion: Conversion | str | None = None,
+        conversion: ConversionPolicy | str | None = None,
         faults: bool | None = False,
         unclaimed: Unclaimed | None = None,
         timed: bool = False,
@@ -116,7 +116,7 @@ class Experiment:
     ) -> None:
         if conversion is None or protection is not Protection.EMULATED:
             copy = protection is Protection.EMULATED and backing == "private"
-            conversion = Conversion.COPY if copy else Conversion.PRESERVE
+            conversion = ConversionPolicy.COPY if copy else ConversionPolicy.PRESERVE
         self.protection, self.backing = protection, backing
         self.config = MachineConfig(
             "payload:puppet",
@@ -124,7 +124,7 @@ class Experiment:
             memory=memory * MIB,
             cpus=cpus,
             backing=backing,
-            conversion=Conversion(conversion),
+            conversion=ConversionPolicy(conversion),
             serial_out=None,
             timed=timed,
             prefault=prefault,

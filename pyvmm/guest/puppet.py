@@ -107,7 +107,7 @@ class Series(NamedTuple):
     ticks: int
 
 
-class Conversion(NamedTuple):
+class ShareResult(NamedTuple):
     """How a share or unshare went: status (0, or the first SMCCC error), pages done, ticks for all of them."""
 
     status: int
@@ -358,17 +358,17 @@ class Puppet:
 
     # -- the hypervisor
 
-    def start_share(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[Conversion]:
+    def start_share(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[ShareResult]:
         """Start sharing; the answer's status is not looked at."""
-        return self._start(abi.OP_SHARE, (gpa, pages, how), _conversion)
+        return self._start(abi.OP_SHARE, (gpa, pages, how), _share_result)
 
-    def start_unshare(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[Conversion]:
+    def start_unshare(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[ShareResult]:
         """Start unsharing; the answer's status is not looked at."""
-        return self._start(abi.OP_UNSHARE, (gpa, pages, how), _conversion)
+        return self._start(abi.OP_UNSHARE, (gpa, pages, how), _share_result)
 
     def share(
         self, gpa: int, pages: int = 1, *, how: int = abi.SHARE_HVC | abi.SHARE_BELL, check: bool = True
-    ) -> Conversion:
+    ) -> ShareResult:
         """Share pages with the host, ``how``: the hypervisor's call where there is one, then the doorbell.
 
         Raises GuestRefused at the first page that is refused, unless ``check`` is false.
@@ -377,7 +377,7 @@ class Puppet:
 
     def unshare(
         self, gpa: int, pages: int = 1, *, how: int = abi.SHARE_HVC | abi.SHARE_BELL, check: bool = True
-    ) -> Conversion:
+    ) -> ShareResult:
         """Take pages back: the doorbell, then the hypervisor's call. Otherwise as :meth:`share`."""
         return _checked("unshare", gpa, self.start_unshare(gpa, pages, how).result(), check)
 
@@ -415,11 +415,11 @@ def _first(results: Results) -> int:
     return results[0]
 
 
-def _conversion(results: Results) -> Conversion:
-    return Conversion(signed(results[0]), results[1], results[2])
+def _share_result(results: Results) -> ShareResult:
+    return ShareResult(signed(results[0]), results[1], results[2])
 
 
-def _checked(what: str, gpa: int, done: Conversion, check: bool) -> Conversion:
+def _checked(what: str, gpa: int, done: ShareResult, check: bool) -> ShareResult:
     if check and done.status:
         raise GuestRefused(f"{what} of gpa {hex_(gpa + done.pages * PAGE_SIZE)}", done.status, "an SMCCC error")
     return done

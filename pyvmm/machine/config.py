@@ -10,7 +10,7 @@ from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.swiotlb import pool_size
 from pyvmm.memory.address import HUGE_SIZE
-from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.protection import Protection
 
 BACKINGS = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
@@ -52,7 +52,7 @@ class MachineConfig(NamedTuple):
     params: tuple[str, ...] = ()
     initrd: str | None = None
     backing: str = "memfd"
-    conversion: Conversion = Conversion.PRESERVE
+    conversion: ConversionPolicy = ConversionPolicy.PRESERVE
     deadline: float | None = None
     serial_out: int | None = 1
     serial_in: int | None = None
@@ -113,14 +113,14 @@ class MachineConfig(NamedTuple):
         if (
             self.backing == "private"
             and self.protection is Protection.EMULATED
-            and self.conversion is not Conversion.COPY
+            and self.conversion is not ConversionPolicy.COPY
         ):
             raise UsageError(
                 f"the private backing with conversion policy {self.conversion.name.lower()}: the host cannot touch "
                 "these pages even when the guest shares them",
                 hint="use --conversion copy, which puts a shared page into a memfd",
             )
-        if self.conversion is not Conversion.PRESERVE and self.protection is not Protection.EMULATED:
+        if self.conversion is not ConversionPolicy.PRESERVE and self.protection is not Protection.EMULATED:
             raise UsageError(
                 f"conversion policy {self.conversion.name.lower()} with protection {self.protection.value}: only the "
                 "emulated protection's conversions are the VMM's to decide"

@@ -27,7 +27,7 @@ SMCCC_NOT_SUPPORTED = -1
 SMCCC_INVALID_PARAMETER = -3
 
 
-class Conversion(Enum):
+class ConversionPolicy(Enum):
     """A policy; its value is what a user types."""
 
     PRESERVE = "preserve"
@@ -45,11 +45,11 @@ class Conversion(Enum):
         return _NATIVE[self]
 
 
-_NATIVE: dict[Conversion, int] = {
-    Conversion.PRESERVE: lib.PV_CONVERT_PRESERVE,
-    Conversion.ZERO: lib.PV_CONVERT_ZERO,
-    Conversion.PUNCH: lib.PV_CONVERT_PUNCH,
-    Conversion.COPY: lib.PV_CONVERT_COLD,
+_NATIVE: dict[ConversionPolicy, int] = {
+    ConversionPolicy.PRESERVE: lib.PV_CONVERT_PRESERVE,
+    ConversionPolicy.ZERO: lib.PV_CONVERT_ZERO,
+    ConversionPolicy.PUNCH: lib.PV_CONVERT_PUNCH,
+    ConversionPolicy.COPY: lib.PV_CONVERT_COLD,
 }
 
 

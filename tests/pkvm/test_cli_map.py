@@ -146,9 +146,9 @@ def test_a_shared_page_is_one_in_the_map_and_two_events_in_the_timeline(protecti
 
 
 def test_holes_and_moves_are_events() -> None:
-    from pyvmm.memory.conversion import Conversion
+    from pyvmm.memory.conversion import ConversionPolicy
 
-    with puppet(Protection.EMULATED, conversion=Conversion.COPY) as (machine, guest):
+    with puppet(Protection.EMULATED, conversion=ConversionPolicy.COPY) as (machine, guest):
         recorder = Timeline()
         recorder.watch(machine.memory, machine.natives)
         guest.share(PAGE)

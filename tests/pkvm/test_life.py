@@ -18,7 +18,7 @@ from pyvmm.guest.puppet import Access
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine import Machine, boot
-from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.slots import SlotTable
 from pyvmm.protection import Protection
@@ -99,7 +99,7 @@ def test_output_lost_after_the_guest_has_gone_is_still_a_failure(monkeypatch: py
 
 def test_slots_move_under_vcpus_that_use_them_and_nobody_notices() -> None:
     """The copy policy takes the slot apart around each shared page while another vCPU hammers its neighbour."""
-    with puppet(Protection.EMULATED, cpus=2, conversion=Conversion.COPY) as (machine, guest):
+    with puppet(Protection.EMULATED, cpus=2, conversion=ConversionPolicy.COPY) as (machine, guest):
         other = guest.cpu_on(1)
         hammering = other.start_hammer(PAGE + 4096, 4096, 1 << 40, Access.WRITE)
         for value in range(5):
@@ -113,7 +113,7 @@ def test_slots_move_under_vcpus_that_use_them_and_nobody_notices() -> None:
 
 
 def test_two_vcpus_convert_at_once_without_waiting_for_each_other() -> None:
-    with puppet(Protection.EMULATED, cpus=2, conversion=Conversion.COPY) as (_, guest):
+    with puppet(Protection.EMULATED, cpus=2, conversion=ConversionPolicy.COPY) as (_, guest):
         other = guest.cpu_on(1)
         for _ in range(5):
             orders = [guest.start_share(PAGE), other.start_share(PAGE + 8192)]

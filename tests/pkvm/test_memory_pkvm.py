@@ -16,7 +16,7 @@ from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError, hex_
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd, PrivateGuestMemfd, SharedGuestMemfd
-from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.memory import Memory
@@ -144,9 +144,9 @@ def test_guest_memfd_is_refused_for_a_protected_guest_before_the_kernels_eio(kin
 
 
 @pytest.mark.parametrize("backing", ["memfd", "guest_memfd"])
-@pytest.mark.parametrize("conversion", list(Conversion), ids=lambda conversion: conversion.value)
+@pytest.mark.parametrize("conversion", list(ConversionPolicy), ids=lambda conversion: conversion.value)
 def test_each_conversion_policy_does_to_the_contents_what_its_name_says(conversion, backing):
-    kept = conversion in (Conversion.PRESERVE, Conversion.COPY)
+    kept = conversion in (ConversionPolicy.PRESERVE, ConversionPolicy.COPY)
     with puppet(Protection.EMULATED, conversion=conversion, backing=backing) as (machine, guest):
         memory = machine.memory
         guest.write64(PAGE, VALUE)
@@ -162,7 +162,7 @@ def test_each_conversion_policy_does_to_the_contents_what_its_name_says(conversi
 
 
 def test_the_copy_policy_shares_out_of_a_private_guest_memfd_by_replacing_the_page():
-    with puppet(Protection.EMULATED, conversion=Conversion.COPY, backing="private") as (machine, guest):
+    with puppet(Protection.EMULATED, conversion=ConversionPolicy.COPY, backing="private") as (machine, guest):
         memory = machine.memory
         guest.write64(PAGE, VALUE)
         guest.share(PAGE, 3)
@@ -280,13 +280,13 @@ def test_slots_come_and_go_while_vcpus_share_pages_and_copies_read_them(protecti
 
 
 def test_guest_memory_leaves_nothing_behind():
-    with puppet(Protection.EMULATED, conversion=Conversion.COPY) as (_, guest):
+    with puppet(Protection.EMULATED, conversion=ConversionPolicy.COPY) as (_, guest):
         guest.ping()
     before = Footprint.now()
     for protection, more in [
         (Protection.PKVM, {}),
-        (Protection.EMULATED, {"conversion": Conversion.COPY}),
-        (Protection.EMULATED, {"conversion": Conversion.COPY, "backing": "private"}),
+        (Protection.EMULATED, {"conversion": ConversionPolicy.COPY}),
+        (Protection.EMULATED, {"conversion": ConversionPolicy.COPY, "backing": "private"}),
         (Protection.NONE, {"backing": "guest_memfd"}),
     ]:
         with puppet(protection, **more) as (machine, guest):

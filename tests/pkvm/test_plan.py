@@ -11,7 +11,7 @@ from pyvmm.kvm.stand_in import Recording
 from pyvmm.machine import Machine
 from pyvmm.machine.devices import Rng
 from pyvmm.machine.plan import Plan, calls
-from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import config
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.pkvm
     [
         (Protection.NONE, {"cpus": 2}),
         (Protection.PKVM, {"cpus": 4, "devices": (Rng(), Rng())}),
-        (Protection.EMULATED, {"backing": "private", "conversion": Conversion.COPY}),
+        (Protection.EMULATED, {"backing": "private", "conversion": ConversionPolicy.COPY}),
     ],
     ids=lambda value: value.value if isinstance(value, Protection) else "",
 )

@@ -91,11 +91,11 @@ def test_prefaulting_is_asked_for(words):
 
 def test_runs_choices_are_the_librarys():
     from pyvmm.machine.config import BACKINGS
-    from pyvmm.memory.conversion import Conversion
+    from pyvmm.memory.conversion import ConversionPolicy
     from pyvmm.protection import Protection
 
     assert BACKINGS == run.BACKINGS
-    assert tuple(conversion.value for conversion in Conversion) == run.CONVERSIONS
+    assert tuple(conversion.value for conversion in ConversionPolicy) == run.CONVERSIONS
     assert tuple(protection.value for protection in Protection) == run.PROTECTIONS
 
 

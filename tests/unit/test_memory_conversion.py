@@ -14,7 +14,7 @@ from pyvmm._native import lib
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd
-from pyvmm.memory.conversion import Conversion
+from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.slots import Piece, carve
 from pyvmm.protection import Protection
@@ -46,13 +46,13 @@ def convert(memory, number: int, shared: bool) -> int:
 
 
 def test_each_policy_has_the_native_loops_number():
-    assert [policy.native for policy in Conversion] == [
+    assert [policy.native for policy in ConversionPolicy] == [
         lib.PV_CONVERT_PRESERVE,
         lib.PV_CONVERT_ZERO,
         lib.PV_CONVERT_PUNCH,
         lib.PV_CONVERT_COLD,
     ]
-    assert Conversion("copy") is Conversion.COPY
+    assert ConversionPolicy("copy") is ConversionPolicy.COPY
 
 
 def test_a_shared_page_moves_with_its_contents_and_the_host_can_use_it():

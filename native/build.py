@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pyvmm._native_source import source_hash  # noqa: E402
+from pyvmm._native_source import source_hash, sources  # noqa: E402
 
 NATIVE = ROOT / "native"
 EXTENSION = "_native.abi3.so"
 IN_PLACE = ROOT / "pyvmm" / EXTENSION
 FOR_LAB = ROOT / "pyvmm" / "lab" / "aarch64" / EXTENSION
 MACHINES = ("x86_64", "aarch64")
+CDEFS = ("loop/cdef.h", "virtio/cdef.h")
+"""What Python sees, the later in words of the earlier."""
 
 COMMON = ["-O2", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
@@ -41,6 +43,11 @@ STRICT = ["-Wall", "-Wextra", "-Werror"]
 
 class BuildError(Exception):
     """The extension cannot be built here; the message says what to install."""
+
+
+def c_files() -> list[Path]:
+    """Return every file that a compiler is given; no two have one name, and so no two objects."""
+    return [Path(path) for path in sources(os.fspath(NATIVE)) if path.endswith(".c")]
 
 
 def compiler(machine: str) -> list[str] | None:
@@ -59,7 +66,7 @@ def build(
     *,
     module: str = "pyvmm._native",
     cdef: str = "",
-    sources: Sequence[Path] = (),
+    more: Sequence[Path] = (),
     flags: Sequence[str] = (),
 ) -> None:
     """Build the extension for ``machine`` at ``destination``; the rest lets tests add their own C to the same sources.
@@ -76,9 +83,9 @@ def build(
         work = Path(name)
         include = python_include(work)
         glue = write_glue(work, module, cdef)
-        loop = [*sorted(NATIVE.glob("*.c")), *sources]
+        files = [*c_files(), *more]
         own = [*cc, *COMMON, f"-I{NATIVE}", f'-DPV_SOURCE_HASH="{source_hash(NATIVE)}"', *flags]
-        run([*own, *STRICT, "-c", *map(str, loop)], work)
+        run([*own, *STRICT, "-c", *map(str, files)], work)
         run([*own, "-DPy_LIMITED_API=0x030b0000", *include, "-c", str(glue)], work)
         run([*cc, "-shared", "-o", "built.so", *map(str, sorted(work.glob("*.o")))], work)
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -103,8 +110,9 @@ def write_glue(work: Path, module: str, cdef: str) -> Path:
     except ImportError as error:
         raise BuildError("cffi is missing: pip install cffi") from error
     ffi = FFI()
-    ffi.cdef((NATIVE / "cdef.h").read_text() + cdef)
-    ffi.set_source(module, f'#include <stddef.h>\n#include <stdint.h>\n#include "cdef.h"\n{cdef}')
+    ffi.cdef("".join((NATIVE / name).read_text() for name in CDEFS) + cdef)
+    headers = ["<stddef.h>", "<stdint.h>", *(f'"{name}"' for name in CDEFS)]
+    ffi.set_source(module, "".join(f"#include {header}\n" for header in headers) + cdef)
     path = work / "glue.c"
     with contextlib.redirect_stdout(io.StringIO()):
         ffi.emit_c_code(str(path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native loop as Python sees it: native/cdef.h says what every structure, constant and function means.
+"""The native loop as Python sees it: native/*/cdef.h say what every structure, constant and function means.
 
 Structures are cffi's (``ffi.new("struct pv_vm *")``) and not typed here; whoever allocates one keeps it alive.
 Every call releases the GIL. One that takes a buffer takes ``bytes`` where C only reads, else cdata.

@@ -12,12 +12,14 @@ from importlib import import_module
 from pyvmm.errors import PyvmmError
 
 NATIVE = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "native")
+_FOLDERS = ("loop", "virtio")
 _HINT = "python native/build.py"
 
 
 def sources(folder: str) -> list[str]:
-    """Return the C sources in ``folder``, by name."""
-    return sorted(entry.path for entry in os.scandir(folder) if entry.name.endswith((".c", ".h")))
+    """Return the C sources in the subfolders of ``folder``, by name."""
+    places = [os.path.join(folder, name) for name in _FOLDERS]
+    return sorted(entry.path for place in places for entry in os.scandir(place) if entry.name.endswith((".c", ".h")))
 
 
 def source_hash(folder: str | os.PathLike[str]) -> str:
@@ -27,7 +29,7 @@ def source_hash(folder: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     for path in sources(os.fspath(folder)):
         with open(path, "rb") as file:
-            digest.update(os.path.basename(path).encode() + b"\0" + file.read() + b"\0")
+            digest.update(os.path.relpath(path, folder).encode() + b"\0" + file.read() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -38,7 +40,7 @@ def require_fresh_native() -> None:
     except ImportError as error:
         raise PyvmmError(f"the native loop cannot be imported: {error}", hint=_HINT) from error
     folder = os.fspath(NATIVE)
-    if not os.path.exists(os.path.join(folder, "cdef.h")) or _all_older(folder, str(native.__file__)):
+    if not os.path.exists(os.path.join(folder, "loop", "cdef.h")) or _all_older(folder, str(native.__file__)):
         return
     built, wanted = bytes(native.ffi.string(native.lib.pv_source_hash())).decode(), source_hash(folder)
     if built != wanted:
@@ -47,6 +49,7 @@ def require_fresh_native() -> None:
 
 
 def _all_older(folder: str, built: str) -> bool:
-    """Whether neither ``folder`` nor a source in it has changed since the loop was ``built``: no need to read them."""
-    newest = max(os.stat(path).st_mtime_ns for path in [folder, *sources(folder)])
+    """Whether nothing in ``folder`` has changed since the loop was ``built``: no need to read it."""
+    paths = [*(os.path.join(folder, name) for name in _FOLDERS), *sources(folder)]
+    newest = max(os.stat(path).st_mtime_ns for path in paths)
     return newest < os.stat(built).st_mtime_ns

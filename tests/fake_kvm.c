@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* A kernel with a script: the native loop is built against these instead of ioctl and mprotect. */
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 #include <stdarg.h>
 #include <sys/syscall.h>

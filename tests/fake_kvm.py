@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 _libc = ctypes.CDLL(None, use_errno=True)
 
 MOVING = 0x40
-"""PV_PAGE_MOVING of native/pyvmm.h."""
+"""PV_PAGE_MOVING of native/loop/loop.h."""
 
 EXIT_MMIO, EXIT_HYPERCALL, EXIT_DEBUG, EXIT_HLT, EXIT_SYSTEM, EXIT_MEMORY_FAULT = 6, 3, 4, 5, 24, 39
 
@@ -39,7 +39,7 @@ def native() -> Any:
         path,
         module="pyvmm_fake",
         cdef=(HERE / "fake_kvm.h").read_text(),
-        sources=[HERE / "fake_kvm.c"],
+        more=[HERE / "fake_kvm.c"],
         flags=[f"-I{HERE}", "-Dioctl=fake_ioctl", "-Dmprotect=fake_mprotect"],
     )
     spec = importlib.util.spec_from_file_location("pyvmm_fake", path)

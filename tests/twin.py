@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native loop's twin in pure Python: the same decisions, written from native/cdef.h and firmware/lib/abi.h.
+"""The native loop's twin in pure Python: the same decisions, written from native/loop/cdef.h and firmware/lib/abi.h.
 
 Oracle of the differential tests, baseline of the benchmark. It owns its state; the kernel is whatever ``Kernel`` is.
 """
@@ -20,7 +20,7 @@ PAGE = 4096
 NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
 EXIT_HYPERCALL, EXIT_DEBUG, EXIT_MMIO, EXIT_SYSTEM_EVENT, EXIT_MEMORY_FAULT = 3, 4, 6, 24, 39
 HVC_FEATURES, HVC_MEMINFO, HVC_SHARE, HVC_UNSHARE = 0x8600_0000, 0xC600_0002, 0xC600_0003, 0xC600_0004
-MOVING = 0x40  # PV_PAGE_MOVING of native/pyvmm.h
+MOVING = 0x40  # PV_PAGE_MOVING of native/loop/loop.h
 EHWPOISON = 133  # errno has it from Python 3.14 on
 MASK64 = (1 << 64) - 1
 

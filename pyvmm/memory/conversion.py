@@ -41,7 +41,7 @@ class ConversionPolicy(Enum):
 
     @property
     def native(self) -> int:
-        """``enum pv_conversion`` of native/cdef.h."""
+        """``enum pv_conversion`` of native/loop/cdef.h."""
         return _NATIVE[self]
 
 

@@ -20,12 +20,12 @@ ASSUMED = 0x80
 """Or-ed into an entry: the kernel does not tell, this is what must be assumed (PV_PAGE_ASSUMED)."""
 
 _MOVING = 0x40
-"""The native loop's own mark on a page being taken back (PV_PAGE_MOVING of native/pyvmm.h); no reader sees it."""
+"""The native loop's own mark on a page being taken back (PV_PAGE_MOVING of native/loop/loop.h); no reader sees it."""
 _SETTLED = bytes(entry & ~_MOVING for entry in range(256))
 
 
 class PageState(IntEnum):
-    """``enum pv_page`` of native/cdef.h."""
+    """``enum pv_page`` of native/loop/cdef.h."""
 
     ABSENT = 0
     """No slot holds this page."""

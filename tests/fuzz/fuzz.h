@@ -3,7 +3,7 @@
 #ifndef FUZZ_H
 #define FUZZ_H
 
-#include "pyvmm.h"
+#include "virtio/virtio.h"
 
 /* A target: once, before anything; then with every input. Whatever it does must depend on the input alone. */
 void fuzz_begin(void);

@@ -71,7 +71,7 @@ def _built() -> tuple[list[str], tempfile.TemporaryDirectory[str]]:
     common = [*cc, "-g", "-std=gnu11", "-fno-strict-aliasing", *build.STRICT, f"-I{build.NATIVE}", f"-I{HERE}"]
     watched = [*common, "-O1", *SANITIZE, "-fsanitize-coverage=trace-pc", '-DPV_SOURCE_HASH="fuzz"']
     folder = tempfile.TemporaryDirectory(prefix="pyvmm-fuzz-")
-    for source in sorted(build.NATIVE.glob("*.c")):
+    for source in build.c_files():
         _run([*watched, *REPLACED, "-c", str(source), "-o", f"{folder.name}/{source.stem}.o"])
     _run([*watched, "-c", str(HERE / "guest.c"), "-o", f"{folder.name}/guest-of-fuzz.o"])
     _run([*common, "-O2", "-c", str(HERE / "engine.c"), "-o", f"{folder.name}/engine.o"])

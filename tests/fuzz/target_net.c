@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* virtio-net's loop between two queues and a peer that sends anything; built with poll() replaced. */
-#include "net.h"
+#include "virtio/net.h"
 #include "fuzz.h"
 
 #include <fcntl.h>

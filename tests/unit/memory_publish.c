@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 enum { PAGES = 32, KEPT = 8, READERS = 3 };
 

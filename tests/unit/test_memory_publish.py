@@ -140,7 +140,7 @@ def race(
     if cc is None:
         pytest.skip("no C compiler")
     sources = []
-    for path in sorted(native_build.NATIVE.glob("*.c")):
+    for path in native_build.c_files():
         text = path.read_text()
         if mutate and path.name == "map.c":
             assert mutate[0] in text

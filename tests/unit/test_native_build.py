@@ -47,13 +47,19 @@ def test_structures_have_no_hidden_padding() -> None:
         assert end == ffi.sizeof(f"struct {name}"), name
 
 
+def test_no_two_sources_have_one_name_for_their_objects_lie_in_one_folder() -> None:
+    names = [path.name for path in build.c_files()]
+    assert len(names) > 10
+    assert len(set(names)) == len(names)
+
+
 def test_fresh_build_is_accepted() -> None:
     _native_source.require_fresh_native()
 
 
 def test_stale_build_is_noticed_with_the_command_that_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "native", tmp_path / "native")
-    with (tmp_path / "native" / "run.c").open("a") as file:
+    with (tmp_path / "native" / "loop" / "run.c").open("a") as file:
         file.write("/* newer */\n")
     monkeypatch.setattr(_native_source, "NATIVE", tmp_path / "native")
     with pytest.raises(PyvmmError, match=r"built from other sources.*\n.*python native/build\.py"):
@@ -92,7 +98,7 @@ def test_missing_python_header_is_named_as_a_package(monkeypatch: pytest.MonkeyP
 def test_error_in_the_sources_is_the_compilers_own(tmp_path: Path) -> None:
     (tmp_path / "wrong.c").write_text("int wrong(void) { return nothing; }\n")
     with pytest.raises(build.BuildError, match="nothing"):
-        build.build(platform.machine(), tmp_path / "out.so", sources=[tmp_path / "wrong.c"])
+        build.build(platform.machine(), tmp_path / "out.so", more=[tmp_path / "wrong.c"])
     assert not (tmp_path / "out.so").exists()
 
 

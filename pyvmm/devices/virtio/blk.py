@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block device (virtio 1.2, 5.2) over a :class:`~pyvmm.devices.virtio.disk.DiskFile`.
 
-One thread for each queue that the driver uses. Reads, writes and flushes are C's (native/blk.c); here is what is
+One thread for each queue that the driver uses. Reads, writes and flushes are C's (native/virtio/blk.c); here is what is
 policy: what is offered, the rarer requests, and what is said of a medium that fails.
 
 Threats: a request beyond the disk or of odd length (checked in C, fails), one that is private to the guest (the copy

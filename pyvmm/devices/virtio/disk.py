@@ -2,7 +2,7 @@
 """A file or block device as a virtual disk's medium: what it can do, who else uses it, how parts of it are dropped.
 
 A ``DiskFile`` owns its descriptor and, through that, a lock on the whole file; :meth:`DiskFile.close` gives both back.
-What is read and written goes through the descriptor in C (native/blk.c); any thread may call the methods here.
+What is read and written goes through the descriptor in C (native/virtio/blk.c); any thread may call the methods here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network device (virtio 1.2, 5.1): one queue each way, moved by native/net.c in a thread of the device's own.
+"""The network device (virtio 1.2, 5.1): one queue each way, moved by native/virtio/net.c in the device's own thread.
 
 ================================================  ===============================================================
 what a hostile guest may do                       what happens

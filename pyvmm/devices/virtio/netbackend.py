@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is behind a network card: a descriptor that native/net.c moves frames to and from, and what it can do."""
+"""What is behind a network card: a descriptor that native/virtio/net.c moves frames to and from, and what it can do."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtqueues for devices written in Python; devices written in C call what native/virtqueue.c offers themselves.
+"""Virtqueues for devices written in Python; devices written in C call what native/virtio/virtqueue.c offers themselves.
 
 A :class:`Queue` owns one ``struct pv_queue`` and the eventfd that the guest's kicks arrive at. The transport sets it up
 and says when it is ready; between the device's start and stop it belongs to one thread, the device's worker.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Histograms, the trace ring and byte FIFOs: what is counted and carried, never what it means. */
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 #include <sched.h>
 #include <unistd.h>

@@ -11,7 +11,7 @@
 
 /* ---- pages ------------------------------------------------------------------------------------------------- */
 
-/* One byte per page in a region's ledger. Bit 0x40 is the loop's own (PV_PAGE_MOVING of pyvmm.h): the guest is taking
+/* One byte per page in a region's ledger. Bit 0x40 is the loop's own (PV_PAGE_MOVING of loop.h): the guest is taking
    the page back and its view is not closed yet. It stands beside PV_PAGE_PRIVATE only; readers mask it out. */
 enum pv_page {
     PV_PAGE_ABSENT, PV_PAGE_HOST, PV_PAGE_PRIVATE, PV_PAGE_SHARED, PV_PAGE_HOLE, PV_PAGE_POISONED,
@@ -152,145 +152,6 @@ struct pv_mailbox {
     uint64_t trap[8];      /* vector, ESR, FAR, ELR, SPSR, SP, LR, vCPU */
     uint64_t note[4];      /* words a payload leaves for its runner (results gpa, size, ...) */
 };
-
-/* ---- virtio ------------------------------------------------------------------------------------------------ */
-
-/* A device's line to the guest: InterruptStatus of virtio-mmio, and the eventfd that an irqfd makes an edge of. */
-enum pv_interrupt_bit { PV_INTERRUPT_USED = 1, PV_INTERRUPT_CONFIG = 2 };
-struct pv_interrupt {
-    uint32_t status;       /* atomic; or of enum pv_interrupt_bit, until the driver acknowledges them */
-    int32_t fd;            /* or -1 */
-    uint64_t sent;         /* edges */
-};
-
-struct pv_segment {
-    uint64_t gpa;
-    uint32_t size;         /* not 0; gpa + size does not overflow. Whether there is memory is not known yet */
-    uint32_t writable;
-};
-
-/* One request as the driver laid it out: `readable` segments for the device to read, then those it may write. */
-struct pv_chain {
-    uint32_t room;         /* segments there is room for, Python's; a chain that needs more breaks the queue */
-    uint32_t count, readable;
-    uint32_t id;           /* what the driver knows it by */
-    uint32_t slots;        /* ring entries it takes (packed rings: its descriptors; else 1) */
-    uint32_t pad;
-    uint64_t in_bytes;     /* sum of the readable segments: from the driver. With the other below 4 GiB */
-    uint64_t out_bytes;    /* sum of the writable ones: to the driver */
-    struct pv_segment *segments;
-};
-
-enum pv_queue_flag { PV_QUEUE_PACKED = 1, PV_QUEUE_EVENT_IDX = 2, PV_QUEUE_INDIRECT = 4 };
-enum pv_queue_area { PV_AREA_DESCRIPTORS, PV_AREA_DRIVER, PV_AREA_DEVICE, PV_AREAS };
-/* What a driver did that no queue survives. */
-enum pv_queue_error {
-    PV_QUEUE_OK,
-    PV_QUEUE_RING,         /* a ring cannot be touched: private, gone, or no memory */
-    PV_QUEUE_TABLE,        /* nor can an indirect table */
-    PV_QUEUE_INDEX,        /* more is available than there are descriptors */
-    PV_QUEUE_DESCRIPTOR,   /* a descriptor's number beyond the table's end */
-    PV_QUEUE_LOOP,         /* more descriptors in a chain than there are */
-    PV_QUEUE_SEGMENT,      /* an empty segment, or one beyond 2^64 */
-    PV_QUEUE_ORDER,        /* a readable segment after a writable one */
-    PV_QUEUE_LENGTH,       /* 4 GiB or more in one chain */
-    PV_QUEUE_INDIRECTION,  /* an indirect table that was not negotiated, is empty, odd, in another, or has a next */
-    PV_QUEUE_ROOM,         /* more segments than the device takes */
-    PV_QUEUE_ERRORS
-};
-
-/* A virtqueue, the device's side. Touched by one thread at a time, `stop` and the counters apart. */
-struct pv_queue {
-    struct pv_vm *vm;
-    struct pv_interrupt *interrupt;
-    struct pv_doorbell_slot *bell;          /* that rings `kick`, or NULL */
-    uint32_t size, flags;                   /* entries: 1 to 32768, a power of two unless packed; enum pv_queue_flag */
-    uint64_t descriptors, driver, device;   /* gpas of the areas */
-    int32_t kick;                           /* eventfd, non-blocking */
-    uint32_t stop;         /* atomic; not 0: who serves the queue comes back to Python after the request at hand */
-    uint32_t error;        /* enum pv_queue_error: not 0: nothing is done any more until the device is reset */
-    uint32_t pad;
-    uint64_t error_gpa;
-    uint64_t kicks, chains, bytes;          /* since it was made; bytes of whole chains */
-    /* C's own from here on. Ring positions: free-running modulo 2^16 in a split ring, slots in a packed one. */
-    uint32_t next, next_wrap;               /* what is popped next */
-    uint32_t used, used_wrap;               /* where the next used entry goes */
-    uint32_t available;                     /* the index last seen (split) */
-    uint32_t taken;                         /* slots popped and not pushed (packed) */
-    uint32_t unsaid;                        /* slots pushed and not told of by an interrupt */
-    uint32_t asked;                         /* not 0: the driver was asked to kick */
-    uint64_t seen;                          /* pv_vm.published + 1 when views were found */
-    uint8_t *views[3];                      /* by enum pv_queue_area, or NULL */
-};
-
-/* Forgets where the queue was; size, flags and areas have been set. */
-void pv_queue_start(struct pv_queue *queue);
-/* The next request: 1; there is none: 0; the queue is broken: -1, and `error` says how. */
-int pv_queue_pop(struct pv_queue *queue, struct pv_chain *chain);
-/* Gives a chain that was popped back as used, `written` bytes of it written; no interrupt yet. 0, or -1. */
-int pv_queue_push(struct pv_queue *queue, const struct pv_chain *chain, uint32_t written);
-/* The same for several at once: a driver that looks meanwhile sees none of them, or all. */
-int pv_queue_push_all(struct pv_queue *queue, const struct pv_chain *chains, const uint32_t *written, uint32_t count);
-/* Takes back the last pop, or the last that was not taken back; its chain was not pushed. */
-void pv_queue_unpop(struct pv_queue *queue, const struct pv_chain *newest);
-/* After a batch of pushes: interrupts the driver if it wants to know of them. */
-void pv_queue_interrupt(struct pv_queue *queue);
-/* Asks to be kicked from now on. 1: nothing has come meanwhile, sleep; 0: there is something to pop; -1: broken. */
-int pv_queue_arm(struct pv_queue *queue);
-/* When `kick` is readable: clears it, and lets the doorbell ring again. Look at the ring after it, not before. */
-void pv_queue_take(struct pv_queue *queue);
-/* Guarded copies by offset into the chain's readable (read) or writable (write) bytes. Bytes done: fewer where the
-   chain ends, or a page cannot be touched. */
-uint64_t pv_chain_read(struct pv_queue *queue, const struct pv_chain *chain, uint64_t offset, void *to, uint64_t n);
-uint64_t pv_chain_write(struct pv_queue *queue, const struct pv_chain *chain, uint64_t offset, const void *from,
-                        uint64_t n);
-/* Sets bits of the status, and signals unless all of them were waiting to be acknowledged. Any thread. */
-void pv_interrupt(struct pv_interrupt *interrupt, uint32_t bits);
-
-/* ---- virtio-blk -------------------------------------------------------------------------------------------- */
-
-enum pv_blk_limit { PV_BLK_SEGMENTS = 512 /* the most of a chain, and so the most entries of a queue */ };
-enum pv_blk_flag {
-    PV_BLK_READ_ONLY = 1,
-    PV_BLK_REGULAR = 2,    /* a file that somebody may cut short */
-    PV_BLK_THROUGH = 4     /* a write is on the medium before it is answered: the driver has no flush */
-};
-/* Why pv_blk_serve() came back. */
-enum pv_blk_stop {
-    PV_BLK_NONE,
-    PV_BLK_STOPPED,        /* queue->stop */
-    PV_BLK_REQUEST,        /* one that is Python's to carry out: type, sector, and what the chain says */
-    PV_BLK_FAILED,         /* the file's fault: type, sector, error; ENODATA: it has become shorter */
-    PV_BLK_BROKEN          /* queue->error */
-};
-
-/* Who serves one queue of a disk. Positions are in sectors of 512 bytes. */
-struct pv_blk {
-    struct pv_queue *queue;
-    struct pv_chain *chain;  /* the request at hand; with room for PV_BLK_SEGMENTS at most */
-    uint8_t *bounce;         /* not NULL: data goes by way of here, as the file's reads and writes might pin pages */
-    uint64_t bounce_size;    /* bytes, whole sectors */
-    int32_t file;
-    int32_t stop_fd;         /* eventfd: readable when queue->stop has been set */
-    uint32_t flags;          /* enum pv_blk_flag */
-    uint32_t abandon;        /* atomic; not 0: a request may be left undone, nobody waits for its answer */
-    uint64_t capacity;       /* sectors */
-    uint64_t most;           /* bytes of data in one request */
-    uint32_t open;           /* not 0: the chain has not been answered */
-    uint32_t type;           /* of the request at hand */
-    uint64_t sector;
-    uint64_t data;           /* bytes from the chain's first writable one that have been written */
-    int32_t error;           /* errno */
-    uint32_t untold;         /* requests answered since the driver was last told */
-    uint64_t untold_bytes;
-    uint64_t done, failed;   /* requests answered: with OK, and with anything else */
-    uint64_t denied;         /* failed ones whose memory was not the host's to touch */
-    uint64_t bytes_read, bytes_written;
-};
-/* Serves reads, writes and flushes until something needs Python. In a thread of its own. Returns enum pv_blk_stop. */
-uint32_t pv_blk_serve(struct pv_blk *blk);
-/* Ends the request that came back: its status byte, blk->data bytes written besides. 0, or -1: the queue is broken. */
-int pv_blk_answer(struct pv_blk *blk, uint32_t status);
 
 /* ---- a VM -------------------------------------------------------------------------------------------------- */
 
@@ -441,46 +302,6 @@ int pv_probe(struct pv_vm *vm, uint64_t gpa);
 /* Sets the ledger's entry of a page and keeps pv_vm.pages right. Returns the old entry, or -1 outside every region.
    A page that is moving only becomes PV_PAGE_ABSENT: where it ends is the loop's to say. */
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
-
-/* ---- virtio-net -------------------------------------------------------------------------------------------- */
-
-enum pv_net_backend {
-    PV_NET_NONE,           /* nobody: what the guest sends is dropped */
-    PV_NET_TAP,            /* frames behind the guest's own header: IFF_VNET_HDR, 12 bytes, non-blocking */
-    PV_NET_STREAM          /* a socket: frames behind their length, 4 bytes, big-endian */
-};
-/* Why pv_net_serve() returned. */
-enum pv_net_end {
-    PV_NET_STOPPED,        /* stop_fd is readable */
-    PV_NET_BROKEN,         /* a queue is: its error says how */
-    PV_NET_GONE,           /* the backend has: error is an errno, or 0 where it hung up */
-    PV_NET_FAILED          /* poll(2): error */
-};
-
-/* Frames and bytes that went over, without headers. Both may be read meanwhile. */
-struct pv_net_traffic {
-    uint64_t frames, bytes;
-    uint64_t dropped;      /* frames: too short, too long, with no room for them, or refused by the backend */
-    uint64_t faults;       /* buffers with a page that cannot be touched */
-};
-
-struct pv_net {
-    struct pv_queue *rx, *tx;      /* NULL: the driver has made none */
-    int32_t fd, stop_fd;           /* of the backend; an eventfd */
-    uint32_t backend;              /* enum pv_net_backend */
-    uint32_t mergeable;            /* VIRTIO_NET_F_MRG_RXBUF was negotiated: a frame may lie in several buffers */
-    uint32_t longest;              /* bytes of a tap's longest frame, header included */
-    int32_t error;
-    struct pv_chain *chain;        /* with room for what either queue may hold */
-    void *work;                    /* pv_net_room() bytes, zeros at first; C's own, and kept from call to call */
-    struct pv_net_traffic sent, received;   /* by the guest */
-};
-
-uint64_t pv_net_room(void);
-/* Moves frames until there is a reason to come back: enum pv_net_end. In a thread of its own. */
-int pv_net_serve(struct pv_net *net);
-/* After it has returned, and the queues are to be used or looked at by others: gives back what it has taken of rx. */
-void pv_net_settle(struct pv_net *net);
 
 /* ---- userfaultfd -------------------------------------------------------------------------------------------- */
 

@@ -5,7 +5,7 @@
  * Data moves by the kernel's copies between the page cache and user addresses of guest memory, which end with EFAULT at
  * a page that is the guest's alone. Where the file's own file system might pin pages instead (pv_blk.bounce), it goes by
  * way of a buffer and guarded copies: a pinned page of a protected guest is one that the kernel takes back by force. */
-#include "pyvmm.h"
+#include "virtio/virtio.h"
 
 #include <endian.h>
 #include <poll.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* virtio-net, to the guest. A frame is read straight into the guest's buffers where there is sure to be room for it: the
  * kernel's copy ends with EFAULT at a page that is not shared, as it does at one that is not there. */
-#include "net.h"
+#include "virtio/net.h"
 
 #include <arpa/inet.h>
 #include <sys/socket.h>

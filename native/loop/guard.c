@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Copies that survive pages the host may not touch, and the signal handlers they need. They load and store in user
  * mode only: the kernel would reach a donated page by reclaiming it from its guest (kernel-facts.md, section A). */
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 #include <pthread.h>
 #include <setjmp.h>

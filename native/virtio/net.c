@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* virtio-net: serves a card's two queues and what is behind them, in one thread that Python lends. */
-#include "net.h"
+#include "virtio/net.h"
 
 #include <arpa/inet.h>
 #include <poll.h>

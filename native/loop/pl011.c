@@ -2,7 +2,7 @@
 /* Arm PrimeCell UART (PL011), DDI 0183. The wire is infinitely fast: the transmitter is always empty, and an access
  * waits only when the host's own FIFO is full. Several vCPUs may print; Python feeds. The interrupt line is a level, and
  * moves under the lock: KVM hears of its changes in their order. */
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 enum {
     DR = 0x00, FR = 0x18, ILPR = 0x20, IBRD = 0x24, FBRD = 0x28, LCR_H = 0x2c, CR = 0x30, IFLS = 0x34,

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the files of the run loop share with each other. Python sees only cdef.h. */
-#ifndef PYVMM_H
-#define PYVMM_H
+/* What the files of the run loop share with each other. Python sees only cdef.h, beside this. */
+#ifndef PYVMM_LOOP_H
+#define PYVMM_LOOP_H
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -13,9 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/uio.h>
 
-#include "cdef.h"
+#include "loop/cdef.h"
 
 /* Newer than the oldest headers we build with (Linux 6.1). */
 #ifndef KVM_EXIT_MEMORY_FAULT
@@ -72,28 +71,6 @@ static inline void pv_map_leave(struct pv_vm *vm, uint32_t phase)
 {
     __atomic_fetch_sub(&vm->readers[phase], 1, __ATOMIC_RELEASE);
 }
-/* virtqueue.c, chain.c. A descriptor as a driver lays it out, virtio 1.2, 2.7.5 and 2.8.13. */
-enum { PV_DESCRIPTOR_BYTES = 16, PV_DESC_NEXT = 1, PV_DESC_WRITE = 2, PV_DESC_INDIRECT = 4 };
-struct pv_descriptor {
-    uint64_t address;
-    uint32_t size;
-    union {
-        struct { uint16_t flags, next; } split;
-        struct { uint16_t id, flags; } packed;
-    };
-};
-_Static_assert(sizeof(struct pv_descriptor) == PV_DESCRIPTOR_BYTES, "as the driver lays it out");
-/* Breaks the queue; returns false. */
-bool pv_queue_fail(struct pv_queue *queue, enum pv_queue_error error, uint64_t gpa);
-/* Adds a segment to a chain, or all of an indirect table. False: the queue is broken. */
-bool pv_chain_take(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool writable);
-bool pv_chain_table(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool packed);
-/* Bytes [offset, offset + n) of a chain's readable or writable part as iovecs over the views, for readv() and its kin:
-   the kernel's copies to and from user addresses answer EFAULT where a page is not ours to touch, and take nothing from
-   the guest. Never for O_DIRECT, fixed buffers of io_uring, vmsplice or MSG_ZEROCOPY, which pin pages. The number of
-   iovecs, which hold fewer bytes where the chain ends; -1 where there is no memory, or more than `most` are needed. */
-int pv_chain_iovecs(struct pv_queue *queue, const struct pv_chain *chain, bool writable, uint64_t offset, uint64_t n,
-                    struct iovec *to, int most);
 /* share.c */
 uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value);
 uint32_t pv_hypercall(struct pv_vcpu *vcpu);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The run loop: enters the guest, sorts out why it came back, and goes in again unless Python is needed. */
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 #include <signal.h>
 #include <sys/syscall.h>

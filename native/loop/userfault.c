@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Serves the missing pages of a userfaultfd from memory of ours, without Python in between. */
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 #include <linux/userfaultfd.h>
 #include <poll.h>

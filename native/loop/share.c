@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Pages that change hands: the ledger, the share doorbell, the hypercalls of the emulated protection. */
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 #include <fcntl.h>
 #include <linux/falloc.h>

@@ -2,7 +2,7 @@
 /* Virtqueues, the device's side: split rings (virtio 1.2, 2.7) and packed ones (2.8) in guest memory that may go, or be
  * closed to us, at any time. Whatever a driver wrote is copied once and then checked: what may change between the two
  * is not looked at again. A queue is served by one thread at a time. Both sides are little-endian. */
-#include "pyvmm.h"
+#include "virtio/virtio.h"
 
 #include <unistd.h>
 

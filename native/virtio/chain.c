@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Chains of descriptors: the segments of a request, as they are found in a ring or in an indirect table, and copies to
  * and from them. */
-#include "pyvmm.h"
+#include "virtio/virtio.h"
 
 enum { WINDOW = 32 };
 

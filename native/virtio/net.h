@@ -3,7 +3,7 @@
 #ifndef PYVMM_NET_H
 #define PYVMM_NET_H
 
-#include "pyvmm.h"
+#include "virtio/virtio.h"
 
 #include <sys/uio.h>
 

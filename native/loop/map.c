@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The table of memslots: found by address, replaced while others look at it. */
-#include "pyvmm.h"
+#include "loop/loop.h"
 
 #include <sched.h>
 

@@ -30,6 +30,18 @@ class UsageError(PyvmmError):
     exit_status = 2
 
 
+class OptionError(UsageError):
+    """What options say makes no sense, alone or together; ``options`` are those that it is about.
+
+    Each is a long name without dashes, ``cpus``. Of an option that is repeated it may name the element, ``disk[1]``,
+    and of one with parts the part, ``net.host`` or ``disk[1].queues``.
+    """
+
+    def __init__(self, message: str, *options: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.options = options
+
+
 class HostError(PyvmmError):
     """This host cannot do what was asked (no /dev/kvm, not pKVM, the wrong architecture)."""
 

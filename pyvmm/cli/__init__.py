@@ -18,8 +18,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__, log
-from pyvmm.cli.common import STATUSES, Help, Interrupted, add_common
+from pyvmm.cli.common import STATUSES, Help, add_common
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.interrupt import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,17 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.common import (
-    Help,
-    Interrupted,
-    OutputPath,
-    add_common,
-    open_output,
-    parse_seconds,
-    require_arm64,
-    terminable,
-)
+from pyvmm.cli.common import Help, add_common, require_arm64
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.interrupt import Interrupted, terminable
+from pyvmm.syntax.paths import OutputPath, open_output
+from pyvmm.syntax.values import parse_seconds
 
 if TYPE_CHECKING:
     from pyvmm.atlas.claim import Claim

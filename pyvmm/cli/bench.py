@@ -15,18 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from pyvmm.cli.common import (
-    Help,
-    Interrupted,
-    OutputPath,
-    add_common,
-    open_output,
-    parse_count,
-    parse_seconds,
-    require_arm64,
-    terminable,
-)
+from pyvmm.cli.common import Help, add_common, require_arm64
 from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.interrupt import Interrupted, terminable
+from pyvmm.syntax.paths import OutputPath, open_output
+from pyvmm.syntax.values import parse_count, parse_seconds
 
 if TYPE_CHECKING:
     from pyvmm.bench.collect import Plan

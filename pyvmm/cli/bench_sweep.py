@@ -18,9 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import Interrupted, OutputPath, parse_count, parse_size, terminable
 from pyvmm.errors import HostError, UsageError
+from pyvmm.interrupt import Interrupted, terminable
 from pyvmm.labenv import in_lab
+from pyvmm.syntax.paths import OutputPath
+from pyvmm.syntax.values import parse_count, parse_size
 
 if TYPE_CHECKING:
     from pyvmm.bench.sweep.plan import Plan

@@ -11,8 +11,9 @@ import json
 import os
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pyvmm.cli.common import Help, add_common, parse_size
+from pyvmm.cli.common import Help, add_common
 from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.syntax.values import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable

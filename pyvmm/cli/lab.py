@@ -17,9 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import add_common, find_outputs, parse_count, parse_seconds, parse_size, terminable
+from pyvmm.cli.common import add_common
 from pyvmm.errors import HostError, UsageError
+from pyvmm.interrupt import terminable
 from pyvmm.labenv import in_lab
+from pyvmm.syntax.paths import find_outputs
+from pyvmm.syntax.values import parse_count, parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

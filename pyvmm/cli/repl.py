@@ -14,9 +14,10 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import add_common, parse_count, parse_memory, require_arm64
+from pyvmm.cli.common import add_common, require_arm64
 from pyvmm.cli.run import BACKINGS, CONVERSIONS, PROTECTIONS
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.syntax.values import parse_count, parse_memory
 
 if TYPE_CHECKING:
     from pyvmm.experiment.experiment import Experiment

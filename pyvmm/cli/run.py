@@ -14,20 +14,12 @@ import os
 from typing import TYPE_CHECKING
 
 from pyvmm import log
-from pyvmm.cli.common import (
-    Help,
-    OutputPath,
-    add_common,
-    open_output,
-    output_behind,
-    parse_count,
-    parse_memory,
-    parse_seconds,
-    require_arm64,
-)
+from pyvmm.cli.common import Help, add_common, require_arm64
 from pyvmm.errors import PyvmmError, UsageError, hex_
 from pyvmm.options.devices import add_device_options, device_specs
 from pyvmm.session.consoles import Ends, following_size, nobody, open_place, places
+from pyvmm.syntax.paths import OutputPath, open_output, output_behind
+from pyvmm.syntax.values import parse_count, parse_memory, parse_seconds
 
 if TYPE_CHECKING:
     from pyvmm.cli.trace import Tracing

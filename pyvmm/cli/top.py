@@ -13,10 +13,11 @@ import contextlib
 import sys
 import time
 
-from pyvmm.cli.common import Help, add_common, parse_seconds
+from pyvmm.cli.common import Help, add_common
 from pyvmm.cli.map import screen_for
 from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
 from pyvmm.errors import UsageError
+from pyvmm.syntax.values import parse_seconds
 
 INTERVAL = 1.0
 

@@ -13,10 +13,11 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Self
 
-from pyvmm.cli.common import Help, OutputPath, add_common
+from pyvmm.cli.common import Help, add_common
 from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
 from pyvmm.labenv import in_lab
 from pyvmm.log import get_logger
+from pyvmm.syntax.paths import OutputPath
 
 if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine

@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import OutputPath, output_behind, parse_count, parse_size
-from pyvmm.options.suboptions import parse
 from pyvmm.session.consoles import Ends, terminal_size
+from pyvmm.syntax.parts import Parts
+from pyvmm.syntax.paths import OutputPath, output_behind
+from pyvmm.syntax.values import parse_count, parse_size
 
 if TYPE_CHECKING:
     from pyvmm.machine.config import DeviceSpec
@@ -73,26 +74,13 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_disk(text: str) -> dict[str, Any]:
-    """Return what ``PATH[,ro][,queues=N][,serial=TEXT]`` says, by key."""
-    values = parse(text, {"path": str, "ro": None, "queues": parse_count, "serial": str}, main="path")
+def _check_disk(text: str, values: dict[str, Any]) -> dict[str, Any]:
     if "path" not in values:
         raise argparse.ArgumentTypeError(f"{text!r} names no file; disk.img,ro does")
     return values if values.get("ro") else {**values, "path": OutputPath(values["path"])}
 
 
-def parse_net(text: str) -> dict[str, Any]:
-    """Return what ``tap=NAME,host=ADDR/LEN``, ``passt,fwd=HOST:GUEST+...`` or ``socket=PATH`` say, by key."""
-    keys = {
-        "tap": str,
-        "passt": None,
-        "socket": str,
-        "mac": str,
-        "host": str,
-        "fwd": parse_forwards,
-        "loopback": None,
-    }
-    values = parse(text, keys)
+def _check_net(text: str, values: dict[str, Any]) -> dict[str, Any]:
     if sum(kind in values for kind in ("tap", "passt", "socket")) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is to have one of tap=NAME, passt and socket=PATH")
     return values
@@ -109,12 +97,26 @@ def parse_forwards(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def parse_vsock(text: str) -> dict[str, Any]:
-    """Return what ``uds=PATH,cid=N`` says, by key."""
-    values = parse(text, {"uds": str, "cid": parse_count})
+def _check_vsock(text: str, values: dict[str, Any]) -> dict[str, Any]:
     if lacking := [key for key in ("uds", "cid") if key not in values]:
         raise argparse.ArgumentTypeError(f"{text!r} lacks {' and '.join(lacking)}; uds=guest.sock,cid=3 has both")
     return values
+
+
+parse_disk = Parts({"path": str, "ro": None, "queues": parse_count, "serial": str}, main="path", check=_check_disk)
+parse_net = Parts(
+    {
+        "tap": str,
+        "passt": None,
+        "socket": str,
+        "mac": str,
+        "host": str,
+        "fwd": parse_forwards,
+        "loopback": None,
+    },
+    check=_check_net,
+)
+parse_vsock = Parts({"uds": str, "cid": parse_count}, check=_check_vsock)
 
 
 def device_specs(args: argparse.Namespace, console: Ends = (None, None)) -> tuple[DeviceSpec, ...]:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.errors import UsageError
 from pyvmm.options.entries import Entry, parse
-from pyvmm.options.suboptions import PartError
+from pyvmm.syntax.parts import PartError, Parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -265,18 +265,11 @@ def _words(action: Action, entry: Entry, path: str) -> Iterator[str]:
 def _refuse_unknown(action: Action, table: Mapping[str, Any]) -> None:
     """Raise PartError for a first key without a value that is none of the option's.
 
-    Alone it would be taken for the value of the main one; said twice, the second says itself what it is.
+    Alone it would be taken for the value of the main one.
     """
     first = next(iter(table), "")
-    if action.type is None or table.get(first) is not True:
-        return
-    try:
-        action.type(f"{first},{first}")  # type: ignore[operator]
-    except PartError as error:
-        if error.unknown:
-            raise PartError(first, str(error).replace(f"{first},{first}", first), unknown=True) from None
-    except (argparse.ArgumentTypeError, ValueError, TypeError, UsageError):
-        pass
+    if isinstance(action.type, Parts) and table.get(first) is True and first not in action.type.keys:
+        raise PartError(first, f"{first!r} in {first!r} is not known; known are {action.type.known}")
 
 
 def _wrong(entry: Entry, path: str, why: str, number: int = 0, part: str | None = None) -> UsageError:

@@ -12,8 +12,8 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Final
 
-from pyvmm.cli.common import open_output
 from pyvmm.errors import UsageError
+from pyvmm.syntax.paths import open_output
 
 if TYPE_CHECKING:
     import argparse

@@ -15,7 +15,7 @@ import termios
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
-from pyvmm.cli.common import Interrupted
+from pyvmm.interrupt import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
-from pyvmm.cli.common import open_output
 from pyvmm.errors import PyvmmError
 from pyvmm.labenv import in_lab
 from pyvmm.machine import layout
@@ -22,6 +21,7 @@ from pyvmm.observe.faulttrace import FaultTrace
 from pyvmm.observe.grid import size
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Timeline
+from pyvmm.syntax.paths import open_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

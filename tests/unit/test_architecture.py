@@ -32,8 +32,8 @@ LAYERS = (
     ("kvm",),
     ("uapi", "payloads", "_native", "_native_source"),
     ("log",),
-    ("outlet", "plugins"),
-    ("errors", "protection", "abi", "cpio", "labenv"),
+    ("outlet", "plugins", "syntax"),
+    ("errors", "protection", "abi", "cpio", "interrupt", "labenv"),
     ("",),  # pyvmm itself, which has the version
 )
 

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import pyvmm
 from pyvmm import cli
-from pyvmm.cli import common, run
+from pyvmm.cli import run
 from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.interrupt import Interrupted
+from pyvmm.syntax.values import parse_memory, parse_seconds, parse_size
 
 X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts that are not arm64")
 
@@ -42,32 +44,32 @@ def execute(*words, **options):
     [("512", 512 << 20), ("512M", 512 << 20), ("1g", 1 << 30), ("64K", 64 << 10), ("4096b", 4096), ("2P", 2 << 50)],
 )
 def test_a_size_is_mib_unless_its_unit_says_otherwise(text, size):
-    assert common.parse_size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "1X", "1MB", "0x10", " 1", "1 ", "٣"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ArgumentTypeError):
-        common.parse_size(text)
+        parse_size(text)
 
 
 @given(st.integers(0, 1 << 60), st.sampled_from("BKMGTP"))
 def test_every_size_is_its_number_times_its_unit(number, unit):
-    assert common.parse_size(f"{number}{unit}") == number << 10 * "BKMGTP".index(unit)
+    assert parse_size(f"{number}{unit}") == number << 10 * "BKMGTP".index(unit)
 
 
 def test_memory_may_say_where_it_is():
-    assert common.parse_memory("512M") == (512 << 20, None)
-    assert common.parse_memory("1G@0x80000000") == (1 << 30, 0x8000_0000)
+    assert parse_memory("512M") == (512 << 20, None)
+    assert parse_memory("1G@0x80000000") == (1 << 30, 0x8000_0000)
     for bad in ("1G@", "1G@x", "@0x80000000"):
         with pytest.raises(ArgumentTypeError):
-            common.parse_memory(bad)
+            parse_memory(bad)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", ""])
 def test_a_deadline_is_a_finite_time_to_come(text):
     with pytest.raises(ArgumentTypeError):
-        common.parse_seconds(text)
+        parse_seconds(text)
 
 
 # ---- run's options
@@ -214,7 +216,7 @@ def test_an_unexpected_error_shows_where_with_v(monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(KeyboardInterrupt(), 130), (common.Interrupted(signal.SIGTERM), 143), (common.Interrupted(signal.SIGINT), 130)],
+    [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM), 143), (Interrupted(signal.SIGINT), 130)],
 )
 def test_an_interruption_exits_with_128_and_the_signal(monkeypatch, capsys, error, status):
     verb_that(monkeypatch, raising(error))

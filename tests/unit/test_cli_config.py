@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.cli import common, make_parser, run
+from pyvmm.cli import make_parser, run
 from pyvmm.errors import UsageError
 from pyvmm.options import file as config
+from pyvmm.syntax.paths import find_outputs
 
 EXAMPLE = """\
 # what a guest is to be
@@ -65,7 +66,7 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
     line = ["--lab", "-v", "run", f"--config={path}", "-c", "2"]
     args = parse(*config.expand(line, parse(*line)))
     assert args.verb_argv == ["run", "--map=a.svg", "--kernel=payload:hello", "-c", "2"]
-    assert common.find_outputs(args) == ["a.svg"]
+    assert find_outputs(args) == ["a.svg"]
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import argparse
 
 import pytest
 
-from pyvmm.cli.common import parse_count
-from pyvmm.options.suboptions import parse
+from pyvmm.syntax.parts import Parts
+from pyvmm.syntax.values import parse_count
 
-KEYS = {"path": str, "ro": None, "queues": parse_count, "cache": str}
+PARTS = Parts({"path": str, "ro": None, "queues": parse_count, "cache": str}, main="path")
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ KEYS = {"path": str, "ro": None, "queues": parse_count, "cache": str}
     ],
 )
 def test_parts_are_told_apart(text: str, values: dict[str, object]) -> None:
-    assert parse(text, KEYS, main="path") == values
+    assert PARTS(text) == values
 
 
 @pytest.mark.parametrize(
@@ -44,5 +44,5 @@ def test_parts_are_told_apart(text: str, values: dict[str, object]) -> None:
 )
 def test_what_is_wrong_is_named(text: str, said: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as raised:
-        parse(text, KEYS, main="path")
+        PARTS(text)
     assert said in str(raised.value)

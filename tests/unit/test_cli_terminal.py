@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.cli.common import Interrupted
+from pyvmm.interrupt import Interrupted
 from pyvmm.session.terminal import Keys, Signals, in_foreground, raw
 
 

@@ -9,11 +9,11 @@ from argparse import Namespace
 import pytest
 
 from pyvmm import cli, lab
-from pyvmm.cli.common import OutputPath, find_outputs, output_behind
 from pyvmm.errors import HostError
 from pyvmm.lab import image, needs
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.labenv import IN_LAB
+from pyvmm.syntax.paths import OutputPath, find_outputs, output_behind
 
 
 class FakeLab:

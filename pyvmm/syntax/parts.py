@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of options that describe a device: ``PATH,ro,queues=2``, parts between commas.
+
+A part is ``key=value``, a key that has no value, or, first and where the option has such, the value of the main key
+alone. A value holds no comma.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+class PartError(argparse.ArgumentTypeError):
+    """What is wrong with the part of ``key``."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class Parts:
+    """The type of such an option: called with a text, it returns the values of its parts by key.
+
+    ``keys`` has what makes a value of a part's text; None for a key that has no value, which then is True. ``main`` is
+    the key whose value may stand first without it. ``check`` gets the text and the values; what it returns is the
+    option's value. It raises argparse.ArgumentTypeError for parts that are missing, or that contradict each other.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, Callable[[str], Any] | None],
+        *,
+        main: str | None = None,
+        check: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
+        self.keys, self.main = keys, main
+        self._check = check
+
+    def __call__(self, text: str) -> dict[str, Any]:
+        """Return the values. Raises PartError for keys that are unknown, twice there, or without a value they need."""
+        values: dict[str, Any] = {}
+        for number, part in enumerate(text.split(",") if text else ()):
+            key, equals, value = self._split(number, part)
+            if key not in self.keys:
+                raise PartError(key, f"{key!r} in {text!r} is not known; known are {self.known}")
+            if key in values:
+                raise PartError(key, f"{key} is twice in {text!r}")
+            function = self.keys[key]
+            if (function is None) == bool(equals):
+                how = f"has no value, {key} alone says it" if function is None else f"needs a value: {key}=..."
+                raise PartError(key, f"{part!r} in {text!r}: {key} {how}")
+            values[key] = True if function is None else _value(function, key, value, text)
+        return values if self._check is None else self._check(text, values)
+
+    @property
+    def known(self) -> str:
+        """The keys, for a message."""
+        return ", ".join(key if function is None else f"{key}=" for key, function in self.keys.items())
+
+    def _split(self, number: int, part: str) -> tuple[str, str, str]:
+        key, equals, value = part.partition("=")
+        if number == 0 and self.main is not None and not equals and (key not in self.keys or not key):
+            return self.main, "=", part
+        return key, equals, value
+
+    def absolute(self, key: str, *, longest: Callable[[], int] | None = None) -> Callable[[str, str], str]:
+        """Return what makes the path of the part ``key`` absolute in a text, for the ``path`` of an option.
+
+        A path that would get more bytes than ``longest`` stays relative: it would be refused wherever it is restored,
+        and as it was said it serves in its directory. What is returned raises UsageError for a directory with a comma.
+        """
+
+        def absolute(text: str, directory: str) -> str:
+            most = math.inf if longest is None else longest()
+            parts = text.split(",")
+            for number, part in enumerate(parts):
+                name, _, path = self._split(number, part)
+                there = os.path.join(directory, path)
+                if name != key or len(os.fsencode(there)) > most:
+                    continue
+                if "," in there:
+                    raise UsageError(
+                        f"{path!r} in {directory!r} cannot be said: a comma ends a part",
+                        hint="run the guest in a directory without one",
+                    )
+                parts[number] = f"{key}={there}"
+            return ",".join(parts)
+
+        return absolute
+
+
+def _value(function: Callable[[str], Any], key: str, value: str, text: str) -> Any:
+    if not value:
+        raise PartError(key, f"{key} in {text!r} is empty")
+    try:
+        return function(value)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise PartError(key, f"{key} in {text!r}: {error}") from None

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the text of an option's value means: sizes, counts, seconds. Each raises argparse.ArgumentTypeError."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Final
+
+_UNITS: Final = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+_SIZE: Final = re.compile(r"([0-9]+)([BKMGTP]?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes: a number with a unit of BKMGTP (powers of 1024), MiB without one."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; 512, 512M and 1G are")
+    number, unit = match.groups()
+    return int(number) * _UNITS[unit.upper() or "M"]
+
+
+def parse_memory(text: str) -> tuple[int, int | None]:
+    """Return (bytes, gpa or None) of ``SIZE[@ADDRESS]``."""
+    size, at, where = text.partition("@")
+    if not at:
+        return parse_size(size), None
+    try:
+        return parse_size(size), int(where, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{where!r} is no address; 0x80000000 is") from None
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number of 1 or more."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; 1 is the least")
+    return number
+
+
+def parse_seconds(text: str) -> float:
+    """Return a finite number of seconds above 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; seconds above 0 are, like 10 or 0.5")
+    return seconds

@@ -24,7 +24,19 @@ from typing import Final, NamedTuple
 from pyvmm.devices.base import Line
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
-from pyvmm.machine.content import NOTHING, PEEK, Bytes, Content, FilePart, Gzip, Known, Loadable, OpenFile, damaged
+from pyvmm.machine.content import (
+    PEEK,
+    Bytes,
+    Content,
+    FilePart,
+    Gzip,
+    Known,
+    Loadable,
+    OpenFile,
+    Segment,
+    big_endian,
+    damaged,
+)
 from pyvmm.machine.fdt import Describable, GicNode, Tree, check_header, describe, machine_tree, without_entropy
 from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import PAGE_SIZE, Gpa
@@ -69,21 +81,6 @@ _OTHERS: Final = {
 _TEXT: Final = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
 
 _UNPACK_HINT: Final = "unpack it to a plain Image first"
-BIG_ENDIAN_HINT: Final = "build it with CONFIG_CPU_BIG_ENDIAN off"
-
-
-class Segment(NamedTuple):
-    """``size`` bytes at ``gpa`` that start with ``data``; the rest is zero, as fresh memory is, and not written."""
-
-    what: str
-    gpa: int
-    size: int
-    data: Content = NOTHING
-
-    @property
-    def end(self) -> int:
-        """The first gpa behind it."""
-        return self.gpa + self.size
 
 
 class BootImage(NamedTuple):
@@ -241,10 +238,7 @@ def _image(data: Content, source: str, room: int) -> BootImage:
         raise damaged(f"kernel {source} is truncated: it ends within its Image header ({_IMAGE.size} bytes)")
     _, _, text_offset, image_size, flags, _, _ = _IMAGE.unpack(header)
     if flags & _IMAGE_BIG_ENDIAN:
-        raise UsageError(
-            f"kernel {source} is big-endian; only little-endian guests are supported",
-            hint=BIG_ENDIAN_HINT,
-        )
+        raise big_endian(source)
     if image_size == 0:
         text_offset = _IMAGE_OLD_OFFSET
         if isinstance(data, Gzip):

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the bytes that are loaded come from: memory, a file, or a gzip stream; each goes to guest memory in one copy.
+"""What is loaded, and where its bytes come from: memory, a file, or a gzip stream. Each is copied once, to the guest.
 
 :class:`OpenFile` owns a descriptor; what is taken from it (:class:`FilePart`, :class:`Gzip` over one) lives as long as
 it is open. Nothing here is read before it is asked for: a kernel's header costs one page of its file. A file that
 changes meanwhile is refused when that is noticed. All errors are UsageErrors that name the file.
 """
 
-from __future__ import annotations
+# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
 
 import io
 import os
 import stat
 import zlib
-from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, Final, NamedTuple, Protocol
 
 from pyvmm.errors import UsageError
 from pyvmm.memory.address import Gpa
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 #: Bytes of a packed file read, and unpacked, at once.
 CHUNK: Final = 1 << 20
@@ -29,6 +27,14 @@ PEEK: Final = 4096
 def damaged(what: str) -> UsageError:
     """Make the error of a file that is not as it was made, and can only be got again."""
     return UsageError(what, hint="copy, download or build it again")
+
+
+def big_endian(source: str) -> UsageError:
+    """Make the error of a kernel whose data is big-endian."""
+    return UsageError(
+        f"kernel {source} is big-endian; only little-endian guests are supported",
+        hint="build it with CONFIG_CPU_BIG_ENDIAN off",
+    )
 
 
 class Loadable(Protocol):
@@ -68,7 +74,7 @@ class Known(Content, Protocol):
         """How many bytes there are."""
         ...
 
-    def part(self, start: int, size: int) -> Known:
+    def part(self, start: int, size: int) -> "Known":
         """Return ``size`` of them from ``start`` on, all inside."""
         ...
 
@@ -99,7 +105,7 @@ class Bytes:
     def __getitem__(self, which: slice, /) -> bytes:
         return self.data[which]
 
-    def part(self, start: int, size: int) -> Bytes:
+    def part(self, start: int, size: int) -> "Bytes":
         """Return ``size`` of them from ``start`` on."""
         return Bytes(self.data[start : start + size])
 
@@ -120,6 +126,20 @@ def whole(content: Content) -> bytes:
 
 #: What a segment of zeros, or one that is written later, is loaded from.
 NOTHING: Final = Bytes()
+
+
+class Segment(NamedTuple):
+    """``size`` bytes at ``gpa`` that start with ``data``; the rest is zero, as fresh memory is, and not written."""
+
+    what: str
+    gpa: int
+    size: int
+    data: Content = NOTHING
+
+    @property
+    def end(self) -> int:
+        """The first gpa behind it."""
+        return self.gpa + self.size
 
 
 class OpenFile:
@@ -185,7 +205,7 @@ class FilePart:
         start, stop, _ = which.indices(self.size)
         return self.file.read(self.start + start, max(stop - start, 0))
 
-    def part(self, start: int, size: int) -> FilePart:
+    def part(self, start: int, size: int) -> "FilePart":
         """Return ``size`` of them from ``start`` on."""
         return FilePart(self.file, self.start + start, size)
 

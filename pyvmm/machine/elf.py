@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.machine.boot import BIG_ENDIAN_HINT, Segment
-from pyvmm.machine.content import damaged
+from pyvmm.machine.content import Segment, big_endian, damaged
 
 if TYPE_CHECKING:
     from pyvmm.machine.content import Known
@@ -49,9 +48,7 @@ def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
             f"kernel {source} is a {file.elfclass}-bit ELF file; 64-bit guests only", hint="build it for arm64"
         )
     if not file.little_endian:
-        raise UsageError(
-            f"kernel {source} is big-endian; only little-endian guests are supported", hint=BIG_ENDIAN_HINT
-        )
+        raise big_endian(source)
     if kind not in ("ET_EXEC", "ET_DYN"):
         raise UsageError(f"kernel {source} is an ELF file of type {kind}, not an executable", hint="link it first")
     if any(header["p_type"] == "PT_INTERP" for header in headers):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
 from pyvmm.machine import boot, layout
-from pyvmm.machine.boot import FDT_ROOM, Board, BootImage, Segment, place, plan, read
-from pyvmm.machine.content import Bytes
+from pyvmm.machine.boot import FDT_ROOM, Board, BootImage, place, plan, read
+from pyvmm.machine.content import Bytes, Segment
 from pyvmm.machine.fdt import Node, Tree
 
 MIB = layout.MIB

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
-from pyvmm.machine.swiotlb import pool_size
+from pyvmm.machine.swiotlb import check_pool, pool_in, usual_pool
 from pyvmm.memory.address import HUGE_SIZE
 from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.protection import Protection
@@ -93,7 +93,8 @@ class MachineConfig(NamedTuple):
                 f"{self.memory // layout.MIB} MiB of memory with the hugetlb backing: its pages have "
                 f"{HUGE_SIZE // layout.MIB} MiB each"
             )
-        pool_size(self)
+        if self.swiotlb is not None:
+            check_pool(self.swiotlb, self.memory)
         for device in self.devices:
             device.check(self)
         if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
@@ -125,3 +126,14 @@ class MachineConfig(NamedTuple):
                 f"conversion policy {self.conversion.name.lower()} with protection {self.protection.value}: only the "
                 "emulated protection's conversions are the VMM's to decide"
             )
+
+    def pool_size(self, tree: bytes | None = None) -> int:
+        """Return the bytes of the guest's DMA pool, 0 for none. The guest's own device ``tree`` says its size itself.
+
+        Raises UsageError for a tree that cannot be read.
+        """
+        if tree is not None:
+            return pool_in(tree, f"device tree {self.dtb}") if self.devices else 0
+        if self.swiotlb is not None:
+            return self.swiotlb
+        return usual_pool(self.memory) if self.devices and self.protection.isolates else 0

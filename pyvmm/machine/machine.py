@@ -33,7 +33,6 @@ from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
-from pyvmm.machine.swiotlb import pool_size
 from pyvmm.machine.threads import Threads
 from pyvmm.machine.vm import create_vm, native_vcpu, protect
 from pyvmm.memory.address import Gpa
@@ -114,7 +113,7 @@ class Machine:
             )
         image = None
         tree = None if config.dtb is None else boot.read_tree(config.dtb)
-        self._pool = pool_size(config, tree)
+        self._pool = config.pool_size(tree)
         if self.restored_from is not None:
             self.kernel_kind = "snapshot"
             self.restored_from.require_disks(config)

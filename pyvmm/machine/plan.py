@@ -15,7 +15,6 @@ from pyvmm.kvm.causes import Value, shown
 from pyvmm.kvm.stand_in import Call, Recording, StandIn
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
-from pyvmm.machine.swiotlb import pool_size
 from pyvmm.uapi import kvm_arm64
 from pyvmm.uapi.kvm_arm64 import core_reg
 
@@ -72,7 +71,7 @@ class Plan:
             yield _row(window.start, window.end, window.name, where)
         config, entry = self.machine.config, self.machine.entry
         yield _row(layout.RAM_BASE, layout.RAM_BASE + config.memory, "RAM", f"{config.memory // layout.MIB} MiB")
-        if pool := pool_size(config) if config.dtb is None else 0:
+        if pool := config.pool_size() if config.dtb is None else 0:
             yield f"{'':28}    DMA pool, {pool // layout.MIB} MiB of it, where the guest chooses"
         for part in entry.plan:
             size = len(entry.device_tree) if part.gpa == entry.fdt else part.size

@@ -17,10 +17,8 @@ from pyvmm.errors import UsageError
 from pyvmm.machine import layout
 from pyvmm.machine.fdt import cells64, encode, parse
 from pyvmm.memory.address import PAGE_SIZE
-from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
-    from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.fdt import Node, Tree
 
 DEFAULT: Final = 16 * layout.MIB
@@ -31,29 +29,27 @@ MOST_SHARE: Final = 8
 """A pool may take one part in so many of the guest's memory, unless told: a Linux of 32 MiB has 13 left to run in."""
 
 
-def pool_size(config: MachineConfig, tree: bytes | None = None) -> int:
-    """Return the pool's bytes, whole MiB, 0 for none; where the guest has a ``tree`` of its own, what that says.
+def usual_pool(memory: int) -> int:
+    """Return the bytes of a pool in so many of memory, unless somebody chooses."""
+    return min(DEFAULT, memory // MOST_SHARE // layout.MIB * layout.MIB)
 
-    Raises UsageError for a size that the guest's memory does not hold, and for a tree that cannot be read.
-    """
-    if tree is not None:
-        return _pool_in(tree, f"device tree {config.dtb}") if config.devices else 0
-    if config.swiotlb is None:
-        if config.protection is Protection.NONE or not config.devices:
-            return 0
-        return min(DEFAULT, config.memory // MOST_SHARE // layout.MIB * layout.MIB)
-    if config.swiotlb % layout.MIB or config.swiotlb < 0:
-        raise UsageError(f"{config.swiotlb} bytes of DMA pool: whole MiB are needed, 0 for none")
-    if config.swiotlb > config.memory // 2:
+
+def check_pool(size: int, memory: int) -> None:
+    """Raise UsageError for a pool's size that is none, or that does not fit into so many bytes of memory."""
+    if size % layout.MIB or size < 0:
+        raise UsageError(f"{size} bytes of DMA pool: whole MiB are needed, 0 for none")
+    if size > memory // 2:
         raise UsageError(
-            f"a DMA pool of {config.swiotlb // layout.MIB} MiB in {config.memory // layout.MIB} MiB of memory: half of "
-            "it is the most",
-            hint=f"give the guest more memory: -m {2 * config.swiotlb // layout.MIB}M",
+            f"a DMA pool of {size // layout.MIB} MiB in {memory // layout.MIB} MiB of memory: half of it is the most",
+            hint=f"give the guest more memory: -m {2 * size // layout.MIB}M",
         )
-    return config.swiotlb
 
 
-def _pool_in(tree: bytes, what: str) -> int:
+def pool_in(tree: bytes, what: str) -> int:
+    """Return the bytes of the pool in a device tree, whole MiB, 0 for none; ``what`` names the tree in errors.
+
+    Raises UsageError for a tree that cannot be read, and for a pool that is too small.
+    """
     # Of several pools the smallest: a device may be sent to any, and what fits that one fits the others.
     sizes = [
         _size(pool, reserved, what)

@@ -14,7 +14,7 @@ from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Disk, Rng
 from pyvmm.machine.fdt import DeviceNode, Node, Tree, Value, cells32, cells64, machine_tree
 from pyvmm.machine.plan import Plan
-from pyvmm.machine.swiotlb import DEFAULT, add_pool, pool_size
+from pyvmm.machine.swiotlb import DEFAULT, add_pool
 from pyvmm.protection import Protection
 
 MIB = layout.MIB
@@ -23,19 +23,19 @@ PROTECTED = MachineConfig("payload:hello", Protection.PKVM, memory=256 * MIB, de
 
 
 def test_pool_is_for_devices_of_guests_with_private_memory() -> None:
-    assert pool_size(PROTECTED) == pool_size(PROTECTED._replace(protection=Protection.EMULATED)) == DEFAULT
-    assert pool_size(PROTECTED._replace(protection=Protection.NONE)) == 0
-    assert pool_size(PROTECTED._replace(devices=())) == 0
+    assert PROTECTED.pool_size() == PROTECTED._replace(protection=Protection.EMULATED).pool_size() == DEFAULT
+    assert PROTECTED._replace(protection=Protection.NONE).pool_size() == 0
+    assert PROTECTED._replace(devices=()).pool_size() == 0
 
 
 def test_small_guest_keeps_most_of_its_memory() -> None:
-    assert pool_size(PROTECTED._replace(memory=32 * MIB)) == 4 * MIB
+    assert PROTECTED._replace(memory=32 * MIB).pool_size() == 4 * MIB
 
 
 def test_size_that_was_asked_for_is_given_or_refused() -> None:
-    assert pool_size(PROTECTED._replace(swiotlb=64 * MIB)) == 64 * MIB
-    assert pool_size(PROTECTED._replace(swiotlb=0)) == 0
-    assert pool_size(PROTECTED._replace(protection=Protection.NONE, swiotlb=4 * MIB)) == 4 * MIB
+    assert PROTECTED._replace(swiotlb=64 * MIB).pool_size() == 64 * MIB
+    assert PROTECTED._replace(swiotlb=0).pool_size() == 0
+    assert PROTECTED._replace(protection=Protection.NONE, swiotlb=4 * MIB).pool_size() == 4 * MIB
     with pytest.raises(UsageError, match="129 MiB in 256 MiB of memory: half of it") as caught:
         PROTECTED._replace(swiotlb=129 * MIB).check()
     assert caught.value.hint == "give the guest more memory: -m 258M"
@@ -115,9 +115,9 @@ ONE_CELL: Properties = {"#address-cells": 2, "#size-cells": 1}
     ],
 )
 def test_pool_of_a_guest_with_a_tree_of_its_own_is_what_that_says(tree: bytes, pool: int) -> None:
-    assert pool_size(WITH_TREE, tree) == pool * MIB
-    assert pool_size(WITH_TREE._replace(protection=Protection.NONE), tree) == pool * MIB
-    assert pool_size(WITH_TREE._replace(devices=()), tree) == 0
+    assert WITH_TREE.pool_size(tree) == pool * MIB
+    assert WITH_TREE._replace(protection=Protection.NONE).pool_size(tree) == pool * MIB
+    assert WITH_TREE._replace(devices=()).pool_size(tree) == 0
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_pool_of_a_guest_with_a_tree_of_its_own_is_what_that_says(tree: bytes, p
 )
 def test_a_tree_whose_pool_cannot_be_told_is_refused(tree: bytes, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
-        pool_size(WITH_TREE, tree)
+        WITH_TREE.pool_size(tree)
     assert caught.value.message.startswith("device tree a.dtb ")
 
 

@@ -309,7 +309,7 @@ def run_guest(args: argparse.Namespace, kernel: str, watch: Watch | None = None,
         requests = Requests(options=lambda: _machine_options(args))
         stack.enter_context(Control(requests.verbs, args.socket))
         while True:
-            with Machine(config, intercept=intercept, restore=snapshot) as machine, contextlib.ExitStack() as life:
+            with Machine(config, intercept=intercept, start=snapshot) as machine, contextlib.ExitStack() as life:
                 if args.dump_dtb is not None:
                     _write(args.dump_dtb, machine.entry.described())
                 if watch is not None:

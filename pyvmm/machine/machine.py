@@ -3,7 +3,7 @@
 
 Order of construction, and the reverse of it for teardown, which works from any half-built state:
 
-    /dev/kvm -> VM -> slots -> vCPUs -> interrupt controller, lines -> devices on the bus -> image, device tree
+    /dev/kvm -> VM -> slots -> vCPUs -> interrupt controller, lines -> devices on the bus -> what it starts with
     -> threads
 
 The VM's last descriptor is closed before its memory is unmapped: only then has the kernel given every page back.
@@ -33,13 +33,12 @@ from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
+from pyvmm.machine.start import Built, KernelImage, Start
 from pyvmm.machine.threads import Threads
 from pyvmm.machine.vm import create_vm, native_vcpu, protect
-from pyvmm.memory.address import Gpa
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
 from pyvmm.protection import Protection
-from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.vcpu.cold import ColdExits, Intercept, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
@@ -48,20 +47,19 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from pyvmm.devices.virtio.mmio import VirtioMmio
-    from pyvmm.machine.snapshot import Snapshot
     from pyvmm.observe.counters import Counters
 
 log = get_logger("machine")
 
 
-class Machine:
+class Machine(Built):
     """A guest with its memory, vCPUs and devices; a context manager.
 
     ``unclaimed`` completes accesses to addresses without slot or device (see :data:`pyvmm.vcpu.cold.Unclaimed`);
     without it the guest gets an external abort. ``intercept`` hears of every stop of a vCPU first (see
     :data:`pyvmm.vcpu.cold.Intercept`). ``kernel`` answers its calls instead of this host's KVM: see
-    :mod:`pyvmm.machine.plan`. ``restore`` is what to go on from, instead of loading a kernel; it stays open until this
-    is closed, and is closed with it.
+    :mod:`pyvmm.machine.plan`. ``start`` is where the guest begins: the kernel of ``config``, unless it is a
+    :class:`pyvmm.machine.snapshot.Snapshot`. It stays open until this is closed, and is closed with it.
     """
 
     def __init__(
@@ -71,17 +69,16 @@ class Machine:
         unclaimed: Unclaimed | None = None,
         intercept: Intercept | None = None,
         kernel: Kernel | None = None,
-        restore: Snapshot | None = None,
+        start: Start | None = None,
     ) -> None:
         config.check()
         self.config = config
         self._unclaimed = unclaimed
         self._intercept = intercept
         self._kernel = kernel
-        self.restored_from = restore
+        self._start = KernelImage() if start is None else start
         self._memory_stack = contextlib.ExitStack()
-        if restore is not None:
-            self._memory_stack.callback(restore.close)
+        self._memory_stack.callback(self._start.close)
         self._stack = contextlib.ExitStack()
         self._done = threading.Event()
         self._ending = threading.Lock()
@@ -111,25 +108,17 @@ class Machine:
                 f"this host is {here}, pyvmm's guests are arm64: KVM runs only its own architecture",
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
-        image = None
-        tree = None if config.dtb is None else boot.read_tree(config.dtb)
-        self._pool = config.pool_size(tree)
-        if self.restored_from is not None:
-            self.kernel_kind = "snapshot"
-            self.restored_from.require_disks(config)
-        else:
-            image = boot.read(config.kernel, config.initrd, room=config.memory)
-            self._stack.callback(image.close)
-            self.kernel_kind = image.kind
+        self.tree = None if config.dtb is None else boot.read_tree(config.dtb)
+        self.pool = config.pool_size(self.tree)
+        self._start.prepare(config)
         push = self._stack.enter_context
         self.system = push(System.open(kernel=self._kernel or KERNEL))
         vm, bits = create_vm(self.system, config)
         self.vm = push(vm)
         self.native = protect(self.vm, config)
         self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native, ipa_bits=bits))
-        if self.restored_from is not None:  # which serves memory: it ends before that does
-            self._memory_stack.callback(self.restored_from.close)
-        loadable = add_ram(self.memory, self.vm, config)
+        self._memory_stack.callback(self._start.close)  # it may serve memory: it ends before that does
+        self.loadable = add_ram(self.memory, self.vm, config)
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
         self.memory.quiesce = self.quiet
@@ -142,32 +131,8 @@ class Machine:
         self.interrupts = Interrupts(self.vm, present=self.gic is not None)
         self._stack.callback(self.interrupts.close)
         self._place_devices()
-        self.entry = self._restore(self.restored_from) if image is None else self._load(image, loadable, tree)
+        self.entry = self._start.enter(self)
         self._make_threads()
-
-    def _load(self, image: boot.BootImage, loadable: int, tree: bytes | None) -> boot.Entry:
-        """Load the kernel, and have the first vCPU start with it."""
-        config = self.config
-        board = boot.Board(
-            cpus=config.cpus,
-            command_line=" ".join(config.params),
-            devices=[(placed.device, placed.base, placed.line) for placed in self.bus.placed],
-            gic=None if self.gic is None else self.gic.node,
-            pool=self._pool,
-            entropy=os.urandom,
-        )
-        entry = boot.place(image, self.memory, tree or board, ram_size=config.memory, loadable=loadable)
-        image.close()
-        for name, value in (("pc", entry.pc), ("x0", entry.fdt)):
-            self.vcpus[0].set_reg(core_reg(name), value)
-        return entry
-
-    def _restore(self, snapshot: Snapshot | None) -> boot.Entry:
-        """Be what was saved; nothing is loaded."""
-        if snapshot is None:
-            raise PyvmmError("there is neither a kernel nor a snapshot; this is a bug in pyvmm")
-        snapshot.restore(self, self._failed)
-        return boot.Entry(Gpa(self.vcpus[0].pc), Gpa(0), b"", ())
 
     def _place_devices(self) -> None:
         config = self.config
@@ -193,7 +158,7 @@ class Machine:
             self.memory,
             range(layout.RAM_BASE, layout.RAM_BASE + config.memory),
             self._unheard,
-            pool=self._pool,
+            pool=self.pool,
             planned=self._kernel is not None and self._kernel.pretends,
         )
         return attach(config.devices, context, self.bus, self.interrupts)
@@ -216,7 +181,7 @@ class Machine:
                 unclaimed=self._unclaimed,
                 intercept=self._intercept,
             )
-            self._threads.add(VcpuThread(native, cold.handle, self._failed, self._wake))
+            self._threads.add(VcpuThread(native, cold.handle, self.failed, self._wake))
         self._stack.callback(self._leave)
 
     def _wake(self) -> None:
@@ -249,7 +214,7 @@ class Machine:
             cpus=self.config.cpus,
             memory_mib=self.config.memory // layout.MIB,
             backing=self.config.backing,
-            kernel=self.kernel_kind,
+            kernel=self._start.kind,
             pc=hex_(self.entry.pc),
         )
         self.started_ns = time.monotonic_ns()
@@ -357,6 +322,11 @@ class Machine:
         return tuple(self._threads)
 
     @property
+    def lazy(self) -> bool:
+        """Whether pages of guest memory come only when they are touched, from a snapshot."""
+        return self._start.lazy
+
+    @property
     def elapsed_ns(self) -> int:
         """Nanoseconds of CLOCK_MONOTONIC since the first run, or of the whole run once it has ended; from 0."""
         if not self.started_ns:
@@ -379,7 +349,8 @@ class Machine:
                 self._outcome = lost
         self._finish(lost)
 
-    def _failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException) -> None:
+        """End the run because of ``error``, from any thread."""
         hint = error.hint if isinstance(error, PyvmmError) else None
         text = error.message if isinstance(error, PyvmmError) else f"{type(error).__name__}: {error}"
         log.error("vcpu_thread_failed", error=text, exc_info=error if not isinstance(error, PyvmmError) else None)

@@ -168,10 +168,10 @@ class Requests:
 
     def snapshot(self, file: str) -> dict[str, Any]:
         """Write the machine to ``file``, an absolute path; it stands still meanwhile."""
-        from pyvmm.machine import snapshot
+        from pyvmm.machine.saving import save
 
         self._refuse_unless_started("be saved")
-        return snapshot.save(self._machine, file, options=self._options())
+        return save(self._machine, file, options=self._options())
 
     def _refuse_unless_started(self, what: str) -> None:
         if self.state not in ("running", "paused"):

@@ -13,7 +13,7 @@ import pytest
 from pyvmm.errors import UsageError
 from pyvmm.guest.puppet import Access, Puppet
 from pyvmm.machine import Machine
-from pyvmm.machine import snapshot as snapshots
+from pyvmm.machine.saving import save
 from pyvmm.machine.snapshot import Snapshot
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
@@ -30,14 +30,14 @@ def test_a_guest_goes_on_where_it_was_saved(tmp_path: Path, backing: str) -> Non
     with puppet(Protection.NONE, cpus=2, backing=backing) as (machine, guest):
         guest.write64(PAGE, 42)
         guest.cpu_on(1).write64(OTHER, 43)
-        written = snapshots.save(machine, path)
+        written = save(machine, path)
         # It goes on itself, and what it does then is not in the file.
         guest.write64(PAGE, 1)
         settings = machine.config
     about = os.stat(path)
     assert written["bytes"] == about.st_size > settings.memory
     assert about.st_blocks * 512 < about.st_size // 4
-    with Snapshot(path) as snapshot, Machine(settings, restore=snapshot) as machine:
+    with Snapshot(path) as snapshot, Machine(settings, start=snapshot) as machine:
         machine.start()
         guest = Puppet(machine.mailboxes)
         assert guest.read64(PAGE) == 42
@@ -57,17 +57,17 @@ def test_a_loop_goes_on_from_the_very_store_it_was_at_and_can_be_saved_again(tmp
         time.sleep(0.2)
         machine.pause()
         stood = count(machine)
-        snapshots.save(machine, path)
+        save(machine, path)
         settings = machine.config
     assert stood > 0
-    with Machine(settings, restore=Snapshot(path)) as machine:
+    with Machine(settings, start=Snapshot(path)) as machine:
         assert count(machine) == stood
         machine.start()
         first = advanced(machine, stood)
-        snapshots.save(machine, again)
+        save(machine, again)
         machine.stop()
         machine.wait(DEADLINE)
-    with Machine(settings, restore=Snapshot(again)) as machine:
+    with Machine(settings, start=Snapshot(again)) as machine:
         assert count(machine) >= first
         machine.start()
         advanced(machine, count(machine))
@@ -90,7 +90,7 @@ def advanced(machine: Machine, stood: int) -> int:
 def test_the_guests_clock_stands_still_between_saving_and_going_on(tmp_path: Path) -> None:
     path = str(tmp_path / "clock")
     with puppet(Protection.NONE) as (machine, _):
-        snapshots.save(machine, path)
+        save(machine, path)
         settings = machine.config
     with open(path, "rb") as file:
         file.seek(4096)
@@ -98,7 +98,7 @@ def test_the_guests_clock_stands_still_between_saving_and_going_on(tmp_path: Pat
     saved = int(json.loads(text)["vcpus"][0]["registers"][hex(VIRTUAL)], 16)
     time.sleep(1)
     began = time.monotonic()
-    with Machine(settings, restore=Snapshot(path)) as machine:
+    with Machine(settings, start=Snapshot(path)) as machine:
         now, spent = machine.vcpus[0].get_reg(VIRTUAL), time.monotonic() - began
         time.sleep(0.2)
         later = machine.vcpus[0].get_reg(VIRTUAL)
@@ -114,13 +114,13 @@ def test_what_may_not_or_cannot_be_restored_is_refused_with_the_reason(tmp_path:
     path = tmp_path / "small"
     for protection in (Protection.PKVM, Protection.EMULATED):
         with puppet(protection) as (machine, _), pytest.raises(UsageError, match="cannot be saved"):
-            snapshots.save(machine, str(path))
+            save(machine, str(path))
     assert list(tmp_path.iterdir()) == []
     with puppet(Protection.NONE) as (machine, _):
-        snapshots.save(machine, str(path))
+        save(machine, str(path))
         settings = machine.config
     for other in (settings._replace(cpus=2), settings._replace(memory=settings.memory * 2)):
-        with pytest.raises(UsageError, match="is of a machine with"), Machine(other, restore=Snapshot(str(path))):
+        with pytest.raises(UsageError, match="is of a machine with"), Machine(other, start=Snapshot(str(path))):
             pass
 
 
@@ -128,9 +128,9 @@ def test_a_file_that_is_cut_while_its_guest_runs_ends_the_run(tmp_path: Path) ->
     path = tmp_path / "cut"
     with puppet(Protection.NONE) as (machine, guest):
         guest.write64(PAGE, 42)
-        snapshots.save(machine, str(path))
+        save(machine, str(path))
         settings = config("payload:puppet", Protection.NONE, memory=machine.config.memory)
-    with Machine(settings, restore=Snapshot(str(path))) as machine:
+    with Machine(settings, start=Snapshot(str(path))) as machine:
         os.truncate(path, 4096)
         machine.start()
         outcome = machine.wait(DEADLINE)

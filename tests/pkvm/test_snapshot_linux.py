@@ -19,10 +19,10 @@ from typing import Any, Self
 
 import pytest
 
-from pyvmm.machine import snapshot as snapshots
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Console, Disk, Rng, Vsock
 from pyvmm.machine.machine import Machine
+from pyvmm.machine.saving import save
 from pyvmm.machine.snapshot import Snapshot
 from pyvmm.protection import Protection
 from pyvmm.session.control import Connection
@@ -45,7 +45,7 @@ class Guest:
         source, self._keys = os.pipe()
         self._ends = (self._out, out, source, self._keys)
         self._seen = b""
-        self.machine = Machine(settings._replace(serial_out=out, serial_in=source), restore=snapshot)
+        self.machine = Machine(settings._replace(serial_out=out, serial_in=source), start=snapshot)
 
     def __enter__(self) -> Self:
         self.machine.__enter__()
@@ -98,7 +98,7 @@ def test_linux_goes_on_where_it_was_saved(tmp_path: Path) -> None:
         guest.type(COUNT)
         last = int(guest.expect(rb"n=(\d+)\r\n")[1])
         guest.machine.pause()
-        snapshots.save(guest.machine, path)
+        save(guest.machine, path)
         last = max([last, *map(int, re.findall(rb"n=(\d+)", guest.left()))])
     with Guest(settings, Snapshot(path)) as guest:
         # What was half printed is printed on.

@@ -22,13 +22,13 @@ from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.virtio import vsock_host
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.stand_in import StandIn
-from pyvmm.machine import snapshot as snapshots
-from pyvmm.machine import state
+from pyvmm.machine import saving, state
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Disk
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.plan import Plan
 from pyvmm.machine.snapshot import VERSION, Snapshot
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.userfault import Userfault
 from pyvmm.options import file as config
 from pyvmm.protection import Protection
@@ -48,7 +48,7 @@ def broken(error: PyvmmError) -> None:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """A machine of which only memory is real, with a page written here and there."""
-    monkeypatch.setattr(snapshots, "_state", lambda _machine: STATE)
+    monkeypatch.setattr(saving, "_state", lambda _machine: STATE)
     with plan() as made:
         made.machine.memory.write(RAM + 3 * MIB + 5, b"here")
         made.machine.memory.write(RAM + 5 * MIB, bytes(2 * PAGE))  # allocated, and zeros
@@ -59,7 +59,7 @@ def test_memory_is_sparse_in_the_file_and_comes_back_as_it_was(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "guest")
-    written = snapshots.save(machine, path, options="cpus = 1\n")
+    written = saving.save(machine, path, options="cpus = 1\n")
     about = os.stat(path)
     assert about.st_size == written["bytes"]
     assert about.st_mode & 0o777 == 0o600
@@ -71,15 +71,26 @@ def test_memory_is_sparse_in_the_file_and_comes_back_as_it_was(
         assert snapshot.options == "cpus = 1\n"
         [slot] = other.machine.memory.slots
         other.machine.memory.fill(RAM, 8 * MIB)
-        snapshot._restore_memory(other.machine, slot, snapshot.description["memory"][0]["offset"], broken)
+        monkeypatch.setattr(other.machine, "failed", broken)
+        snapshot._restore_memory(other.machine, slot, snapshot.description["memory"][0]["offset"])
         assert other.machine.memory.read(RAM, 8 * MIB) == contents
 
 
-def test_a_snapshot_of_what_may_be_to_come_looks_at_all_of_memory(machine: Machine, tmp_path: Path) -> None:
-    whole, sparse = snapshots.save(machine, str(tmp_path / "a")), None
-    machine.restored_from = SimpleNamespace()  # type: ignore[assignment]
-    sparse = snapshots.save(machine, str(tmp_path / "b"))
-    machine.restored_from = None
+def test_a_snapshot_of_what_may_be_to_come_looks_at_all_of_memory(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse = saving.save(machine, str(tmp_path / "a"))
+    looked_at: list[int] = []
+    read = machine.memory.read
+
+    def counting(gpa: int, size: int) -> bytes:
+        looked_at.append(size)
+        return read(Gpa(gpa), size)
+
+    monkeypatch.setattr(Machine, "lazy", True)
+    monkeypatch.setattr(machine.memory, "read", counting)
+    whole = saving.save(machine, str(tmp_path / "b"))
+    assert sum(looked_at) == 8 * MIB
     assert whole == sparse
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -96,7 +107,7 @@ def test_what_cannot_be_written_leaves_nothing_and_the_old_file_as_it_was(
 
     monkeypatch.setattr(os, fails, full)
     with pytest.raises(PyvmmError, match="cannot be written: No space left"):
-        snapshots.save(machine, str(path))
+        saving.save(machine, str(path))
     assert path.read_text() == "the last one"
     assert [each.name for each in tmp_path.iterdir()] == ["guest"]
     assert not machine.paused
@@ -119,7 +130,7 @@ def test_a_file_that_is_not_what_was_written_is_refused(
     machine: Machine, tmp_path: Path, damage: Any, words: str
 ) -> None:
     path = tmp_path / "guest"
-    snapshots.save(machine, str(path))
+    saving.save(machine, str(path))
     path.write_bytes(damage(path.read_bytes()))
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(UsageError, match=words):
@@ -136,7 +147,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protection", [Protection.PKVM, Protection.EMULATED])
 def test_a_protected_guest_is_refused_with_the_reason(protection: Protection, tmp_path: Path) -> None:
     with plan(protection) as made, pytest.raises(UsageError, match=r"cannot be saved: .* host"):
-        snapshots.save(made.machine, str(tmp_path / "guest"))
+        saving.save(made.machine, str(tmp_path / "guest"))
 
 
 def test_memory_that_the_host_cannot_read_is_refused(tmp_path: Path) -> None:
@@ -144,26 +155,26 @@ def test_memory_that_the_host_cannot_read_is_refused(tmp_path: Path) -> None:
         Plan(MachineConfig("payload:hello", memory=16 * MIB, backing="private")) as made,
         pytest.raises(UsageError, match="the host cannot read a private guest_memfd"),
     ):
-        snapshots.save(made.machine, str(tmp_path / "guest"))
+        saving.save(made.machine, str(tmp_path / "guest"))
 
 
 def test_another_machine_is_refused_by_what_differs(machine: Machine, tmp_path: Path) -> None:
     path = str(tmp_path / "guest")
-    snapshots.save(machine, path)
+    saving.save(machine, path)
     with (
         Snapshot(path) as snapshot,
         plan(cpus=2) as other,
         pytest.raises(UsageError, match="of a machine with cpus 1, and this one has 2"),
     ):
-        snapshot.restore(other.machine, broken)
+        snapshot.enter(other.machine)
 
 
 def test_a_disk_that_is_not_there_is_to_be_put_back_and_not_to_be_made(machine: Machine, tmp_path: Path) -> None:
     path = str(tmp_path / "guest")
-    snapshots.save(machine, path)
+    saving.save(machine, path)
     settings = machine.config._replace(devices=(Disk(str(tmp_path / "disk")),))
     with pytest.raises(UsageError, match=r"disk .* is not there") as refused:
-        Machine(settings, kernel=StandIn(), restore=Snapshot(path)).__enter__()
+        Machine(settings, kernel=StandIn(), start=Snapshot(path)).__enter__()
     assert "put it back" in str(refused.value.hint)
 
 
@@ -182,9 +193,9 @@ def test_devices_are_saved_before_the_interrupts_that_they_may_still_raise(
     monkeypatch.setattr(ExitTargets, "save", saves("device"))
     monkeypatch.setattr(state, "save_gic", saves("gic"))
     monkeypatch.setattr(state, "save_vcpu", lambda _vcpu: {})
-    monkeypatch.setattr(snapshots, "lib", SimpleNamespace(pv_settle=lambda _native: 0))
+    monkeypatch.setattr(saving, "lib", SimpleNamespace(pv_settle=lambda _native: 0))
     with plan() as made:
-        snapshots.save(made.machine, str(tmp_path / "guest"))
+        saving.save(made.machine, str(tmp_path / "guest"))
     assert order == ["device", "gic"]
 
 
@@ -193,7 +204,7 @@ def test_memory_comes_at_once_where_a_balloon_would_find_it_again(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     path = str(tmp_path / "guest")
-    snapshots.save(machine, path)
+    saving.save(machine, path)
     opened: list[int] = []
 
     def no_userfault() -> None:
@@ -203,7 +214,8 @@ def test_memory_comes_at_once_where_a_balloon_would_find_it_again(
     monkeypatch.setattr(Userfault, "open", no_userfault)
     with Snapshot(path) as snapshot, plan() as other:
         snapshot.description["devices"] = [{"device": kind}]
-        snapshot._restore_memory(other.machine, other.machine.memory.slots[0], 1 << 20, broken)
+        monkeypatch.setattr(other.machine, "failed", broken)
+        snapshot._restore_memory(other.machine, other.machine.memory.slots[0], 1 << 20)
     assert bool(opened) is (kind == "rng")
 
 
@@ -213,9 +225,9 @@ def test_a_machine_that_is_not_even_begun_closes_its_snapshot(machine: Machine, 
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
 
     path = str(tmp_path / "guest")
-    snapshots.save(machine, path)
+    saving.save(machine, path)
     before = set(os.listdir("/proc/self/fd"))
-    with pytest.raises(HostError, match="no KVM"), Machine(machine.config, kernel=NoKvm(), restore=Snapshot(path)):
+    with pytest.raises(HostError, match="no KVM"), Machine(machine.config, kernel=NoKvm(), start=Snapshot(path)):
         pass
     assert set(os.listdir("/proc/self/fd")) == before
 
@@ -223,7 +235,7 @@ def test_a_machine_that_is_not_even_begun_closes_its_snapshot(machine: Machine, 
 @given(st.lists(st.booleans(), max_size=40))
 def test_runs_are_the_pages_that_are_not_zeros(pages: list[bool]) -> None:
     data = b"".join((b"\0" * 4095 + b"\1") if page else bytes(PAGE) for page in pages)
-    runs = list(snapshots._runs(data))
+    runs = list(saving._runs(data))
     assert [any(first <= PAGE * page < last for first, last in runs) for page in range(len(pages))] == pages
     assert all(left[1] < right[0] for left, right in pairwise(runs))
 
@@ -240,7 +252,7 @@ def test_a_snapshot_brings_the_options_of_its_machine_and_no_others(machine: Mac
     saved = parse(
         "run", "-c", "2", "-p", "a b", "--serial", "none", "--socket", "x", "--deadline", "9", "payload:puppet"
     )
-    snapshots.save(machine, path, options=config.machine_options(saved))
+    saving.save(machine, path, options=config.machine_options(saved))
     line = ["run", "--restore", path, "--deadline", "5"]
     expanded = config.expand(line, parse(*line))
     args = parse(*expanded)
@@ -313,6 +325,6 @@ def test_what_a_snapshot_brings_is_not_to_be_said_as_well(words: tuple[str, ...]
 
 def test_descriptions_are_json_that_says_what_is_where(machine: Machine, tmp_path: Path) -> None:
     path = tmp_path / "guest"
-    snapshots.save(machine, str(path))
+    saving.save(machine, str(path))
     text = path.read_bytes()[4096:].split(b"\0", 1)[0]
     assert json.loads(text)["machine"]["slots"] == [[RAM, 8 * MIB]]

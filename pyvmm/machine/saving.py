@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a machine to a snapshot's file, while it stands still; see :mod:`pyvmm.machine.snapshot` for what is in it.
+
+The file is written by way of another name, so that there is never half a snapshot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm import __version__
+from pyvmm._native import lib
+from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.machine import state
+from pyvmm.machine.snapshot import CHUNK, DESCRIPTION, facts, header
+from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.backing import Memfd
+from pyvmm.protection import Protection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyvmm.machine.machine import Machine
+    from pyvmm.memory.slots import Slot
+
+_ZEROS: Final = bytes(CHUNK)
+
+
+def save(machine: Machine, path: str, *, options: str = "") -> dict[str, Any]:
+    """Write ``machine``, which runs or is paused, to ``path``; it stands still meanwhile, and goes on afterwards.
+
+    ``options`` are kept with it for who restores it. Returns {"bytes", "pages"}: the file's size, and pages of guest
+    memory in it. UsageError for a machine that cannot be saved, with the reason; PyvmmError where the file cannot be.
+    """
+    _refuse(machine)
+    machine.pause()
+    try:
+        if machine.ended_ns:
+            raise PyvmmError("the run has ended: there is nothing to save")
+        description = {"pyvmm": __version__, "options": options, "machine": facts(machine), **_state(machine)}
+        young = f"{path}.new"
+        try:
+            with open(os.open(young, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+                pages = _write(file.fileno(), machine, description)
+                size = os.fstat(file.fileno()).st_size
+            os.rename(young, path)
+        except OSError as error:
+            raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(young)
+        return {"bytes": size, "pages": pages}
+    finally:
+        machine.resume()
+
+
+def _refuse(machine: Machine) -> None:
+    match machine.config.protection:
+        case Protection.PKVM:
+            raise UsageError(
+                "a protected guest cannot be saved: the hypervisor keeps its memory from the host, and reading it all "
+                "the same would destroy it",
+                hint="run it with --protection none, where a snapshot is possible",
+            )
+        case Protection.EMULATED:
+            raise UsageError(
+                "a guest of the emulated protection cannot be saved: its private memory is closed to the host, as it "
+                "would be under pkvm",
+                hint="run it with --protection none, where a snapshot is possible",
+            )
+    for slot in machine.memory.slots:
+        if not slot.backing.host_access:
+            raise UsageError(
+                f"the {slot} cannot be saved: the host cannot read a {slot.backing.kind}",
+                hint="run the guest with another --backing",
+            )
+
+
+def _state(machine: Machine) -> dict[str, Any]:
+    """Return what is not memory; some of it is written to memory by the kernel."""
+    for native in machine.natives:
+        if error := lib.pv_settle(native):
+            raise PyvmmError(f"vCPU {native.index} cannot finish its exit: KVM_RUN fails with {os.strerror(error)}")
+    gic = machine.gic
+    # Devices first: one that hands a request back before it is saved interrupts the guest.
+    devices = [placed.device.save() for placed in machine.bus.placed]
+    return {
+        "devices": devices,
+        "gic": None if gic is None else state.save_gic(gic.device, gic.its, len(machine.vcpus)),
+        "vcpus": [state.save_vcpu(vcpu) for vcpu in machine.vcpus],
+    }
+
+
+def _write(fd: int, machine: Machine, description: dict[str, Any]) -> int:
+    """Write the whole file; returns pages of memory in it."""
+    # Where memory begins depends on the description's size, which depends on that: room for any number.
+    regions = [{"gpa": slot.gpa, "size": slot.size, "offset": 1 << 62} for slot in machine.memory.slots]
+    description["memory"] = regions
+    end = _up(DESCRIPTION + len(json.dumps(description)))
+    for region in regions:
+        region["offset"] = end
+        end += region["size"]
+    text = json.dumps(description).encode()
+    _put(fd, text, DESCRIPTION)
+    pages = sum(
+        _write_slot(fd, machine, slot, region["offset"])
+        for slot, region in zip(machine.memory.slots, regions, strict=True)
+    )
+    os.ftruncate(fd, end)
+    # The last to be written: what has no header is no snapshot.
+    _put(fd, header(text, end), 0)
+    return pages
+
+
+def _write_slot(fd: int, machine: Machine, slot: Slot, offset: int) -> int:
+    pages = 0
+    for start, end in _data(slot, whole=machine.lazy):
+        for at in range(start, end, CHUNK):
+            data = machine.memory.read(slot.gpa + at, min(CHUNK, end - at))
+            for first, last in _runs(data):
+                _put(fd, memoryview(data)[first:last], offset + at + first)
+                pages += (last - first) // PAGE_SIZE
+    return pages
+
+
+def _data(slot: Slot, *, whole: bool) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of ``slot`` that may hold something; ``whole``: its file does not say, pages may be to come."""
+    backing = slot.backing
+    if whole or not isinstance(backing, Memfd) or backing.hugetlb:
+        yield 0, slot.size
+        return
+    at, end = slot.offset, slot.offset + slot.size
+    while at < end:
+        try:
+            start = os.lseek(backing.fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # nothing but holes
+        at = min(os.lseek(backing.fd, start, os.SEEK_HOLE), end)
+        if start < end:
+            yield start - slot.offset, at - slot.offset
+
+
+def _runs(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of pages of ``data`` that are not all zeros."""
+    if data == _ZEROS[: len(data)]:
+        return
+    zero, first = _ZEROS[:PAGE_SIZE], None
+    for at in range(0, len(data), PAGE_SIZE):
+        if data[at : at + PAGE_SIZE] != zero:
+            first = at if first is None else first
+        elif first is not None:
+            yield first, at
+            first = None
+    if first is not None:
+        yield first, len(data)
+
+
+def _put(fd: int, data: bytes | memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+def _up(value: int) -> int:
+    return (value + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE

@@ -92,12 +92,6 @@ def load64(address: int) -> int | None:
     return int.from_bytes(room, "little") if done == 8 else None
 
 
-def store64(address: int, value: int) -> bool:
-    """Store 64 bits at an address of ours, guarded; False where that faults."""
-    word = value.to_bytes(8, "little")
-    return bool(lib.pv_copy(ffi.cast("void *", address), ffi.from_buffer("uint8_t[]", word), 8) == 8)
-
-
 def punch(fd: int, offset: int, size: int) -> str:
     """Punch a hole in a file, whatever pyvmm says; returns ``ok``, or the errno's name."""
     return answer(lambda: mman.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size))

@@ -80,12 +80,6 @@ def child_load(address: int) -> Answer:
         return _ended(*in_child(lambda fd: os.write(fd, ctypes.string_at(address, 8))))
 
 
-def child_store(address: int, value: int) -> Answer:
-    """Fork a child that inherits the page, and have it store a word there."""
-    with _inherited(address):
-        return _ended(*in_child(lambda fd: ctypes.memmove(address, value.to_bytes(8, "little"), 8)))  # noqa: ARG005
-
-
 def core_dump(address: int) -> Answer:
     """Fork a child that inherits the page, lets it into core dumps, and aborts; the page in its core file."""
     with tempfile.TemporaryDirectory() as directory:

@@ -20,7 +20,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 ARM64 = platform.machine() == "aarch64"
-NR_PROCESS_MRELEASE = 448
 NR_FUTEX = 98 if ARM64 else 202
 NR_VMSPLICE = 75 if ARM64 else 278
 NR_PROCESS_VM_READV = 270 if ARM64 else 310
@@ -33,7 +32,6 @@ NR_MADVISE = 233 if ARM64 else 28
 NR_MMAP = 222 if ARM64 else 9
 NR_MREMAP = 216 if ARM64 else 25
 NR_MLOCK = 228 if ARM64 else 149
-NR_MUNLOCK = 229 if ARM64 else 150
 NR_MINCORE = 232 if ARM64 else 27
 NR_PRCTL = 167 if ARM64 else 157
 NR_PTRACE = 117 if ARM64 else 101

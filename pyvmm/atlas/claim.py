@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a claim is, and the list of all of them.
 
-A claim is a function of one :class:`~pyvmm.experiment.experiment.Experiment`. Its docstring is the statement; what it
+A claim is a function of one :class:`~pyvmm.experiment.Experiment`. Its docstring is the statement; what it
 checks decides whether that holds. A module of claims names its group once:
 
     claim = group("share")
@@ -31,7 +31,7 @@ from pyvmm.errors import UsageError
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
-    from pyvmm.experiment.experiment import Experiment
+    from pyvmm.experiment import Experiment
 
 DEADLINE = 60.0
 """Seconds an experiment may take before its process is killed, unless the claim says otherwise."""

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pyvmm.atlas.claim import Claim
-from pyvmm.atlas.model import Result, Value, Verdict
+from pyvmm.atlas.model import Result
+from pyvmm.experiment.record import Value, Verdict
 
 FILE = Path(__file__).with_name("expected.toml")
 

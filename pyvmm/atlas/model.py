@@ -9,71 +9,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from pyvmm.errors import UsageError
+from pyvmm.experiment.record import Event, Evidence, Picture, Value, Verdict
 
 FORMAT = 1
 """Version of the JSON form; a reader refuses others."""
-
-Value = bool | int | str
-"""What was seen: a truth, a number, or text (bytes are said in hex, addresses as 0x8000_0000)."""
-
-Runs = list[tuple[int, int, int]]
-"""A page map: (gpa, pages, ledger entry) of each run of equal pages, sorted; see pyvmm.observe.pagemap."""
-
-
-class Verdict(Enum):
-    """What became of a claim on this host."""
-
-    HOLDS = "holds"
-    FAILS = "does not hold"
-    UNTOLD = "cannot be told"
-    """Not on this host, or not now: the reason says why."""
-    CRASHED = "crashed"
-    """The process that ran the experiment died, or was past its deadline and killed."""
-
-    @property
-    def mark(self) -> str:
-        """One character, legible without colour."""
-        return {"holds": "✓", "does not hold": "✗", "cannot be told": "?", "crashed": "!"}[self.value]
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """One thing seen. With ``wanted`` the claim's verdict hangs on ``saw`` being equal to it."""
-
-    what: str
-    saw: Value
-    wanted: Value | None = None
-
-    @property
-    def ok(self) -> bool | None:
-        """Whether it is as the claim says; None for what is only told."""
-        return None if self.wanted is None else self.saw == self.wanted
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """The page map at one step of an experiment."""
-
-    title: str
-    runs: Runs
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to guest memory: ``kind`` is fault, share, unshare, punch, convert or slot.
-
-    ``order`` counts events of the experiment from 0; when each happened is in the result's ``times``.
-    """
-
-    order: int
-    kind: str
-    gpa: int
-    pages: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from pyvmm.atlas.claim import Claim, Place
-from pyvmm.atlas.model import Event, Result, Verdict
+from pyvmm.atlas.model import Result
 from pyvmm.errors import PyvmmError
+from pyvmm.experiment import Experiment, Untold
 from pyvmm.experiment.child import CrashedError, run_apart
-from pyvmm.experiment.experiment import Experiment, Untold
 from pyvmm.experiment.host.settings import Snapshot
+from pyvmm.experiment.record import Event, Verdict
 
 _DESCRIPTOR = re.compile(r"\b(?:kvm|vm|vcpu\d+|fd)=\d+(?:, |(?=\)))")
 

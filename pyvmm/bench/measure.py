@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pyvmm.bench.environment import INSTRUCTIONS, counts
 from pyvmm.bench.model import Point, Series, Value
 from pyvmm.errors import GuestMemoryError, PyvmmError
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import Puppet
 from pyvmm.memory.address import PAGE_SIZE, Gpa, align_up
 from pyvmm.memory.backing import Memfd

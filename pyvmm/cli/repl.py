@@ -20,7 +20,7 @@ from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.syntax.values import parse_count, parse_memory
 
 if TYPE_CHECKING:
-    from pyvmm.experiment.experiment import Experiment
+    from pyvmm.experiment import Experiment
 
 BANNER = """\
 A {protection} guest of {mib} MiB and {cpus} vCPU{s} is running and takes orders.
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     from pyvmm._native_source import require_fresh_native
 
     require_fresh_native()
-    from pyvmm.experiment.experiment import Experiment
+    from pyvmm.experiment import Experiment
     from pyvmm.protection import Protection
 
     size, gpa = args.mem

@@ -1,2 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest under a script, and the host's side of what happens to its memory."""
+"""A guest under a script, what is seen of it, and the host's side of what happens to its memory.
+
+    from pyvmm.experiment import Experiment
+    from pyvmm.protection import Protection
+
+    with Experiment(Protection.PKVM) as x:
+        page = x.page()
+        x.guest.write64(page, 42)
+        x.check("the host is locked out", x.host64(page) is None)
+        x.guest.share(page)
+        x.check("the host reads what the guest wrote", x.host64(page), 42)
+    print(x.verdict.value, *x.evidence, sep="\\n")
+
+Claims, benchmark cases, scripts and the prompt of ``pyvmm repl`` are written with these names.
+"""
+
+from pyvmm.experiment.experiment import BEYOND, PATIENCE, Experiment, Untold
+from pyvmm.experiment.record import Verdict
+
+__all__ = ["BEYOND", "PATIENCE", "Experiment", "Untold", "Verdict"]

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 from pyvmm import __version__
-from pyvmm.atlas.model import Value
 from pyvmm.errors import PyvmmError
+from pyvmm.experiment.record import Value
 from pyvmm.kvm.system import System
 from pyvmm.labenv import in_lab
 

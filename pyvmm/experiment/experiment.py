@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A live guest and a notebook: what a claim is written with, and what a script or the REPL uses to ask the kernel.
 
-    from pyvmm.atlas import Experiment
+    from pyvmm.experiment import Experiment
     from pyvmm.protection import Protection
 
     with Experiment(Protection.PKVM) as x:
@@ -17,18 +17,16 @@ changed before. Owns the machine; everything is given back on exit, whatever sta
 from __future__ import annotations
 
 import contextlib
-import errno
 import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from pyvmm._native import lib
-from pyvmm.atlas.model import Event, Evidence, Picture, Value, Verdict
 from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.experiment.host import settings
+from pyvmm.experiment.record import Event, Evidence, Picture, RunFailure, Value, Verdict
 from pyvmm.guest.puppet import GuestFault, Puppet
 from pyvmm.kvm.system import System
 from pyvmm.labenv import in_lab
@@ -38,13 +36,10 @@ from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva, align_up
 from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.memory.ledger import ASSUMED, PageState
-from pyvmm.memory.relay import ShareEvent
 from pyvmm.observe.faulttrace import Fault, FaultTrace
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD
-from pyvmm.uapi.kvm_run import ExitReason
 from pyvmm.vcpu.cold import Unclaimed
-from pyvmm.vcpu.failure import EHWPOISON
 
 if TYPE_CHECKING:
     from pyvmm.observe.pagemap import PageMap
@@ -70,27 +65,6 @@ class Text(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-@dataclass(frozen=True, slots=True)
-class RunFailure:
-    """A KVM_RUN that returned -1; ``gpa``, ``size`` and ``flags`` are told with KVM_EXIT_MEMORY_FAULT (39) only."""
-
-    vcpu: int
-    errno: int
-    exit_reason: int
-    gpa: int
-    size: int
-    flags: int
-
-    @property
-    def name(self) -> str:
-        """The errno's name."""
-        return "EHWPOISON" if self.errno == EHWPOISON else errno.errorcode.get(self.errno, str(self.errno))
-
-    def __str__(self) -> str:
-        told = " with KVM_EXIT_MEMORY_FAULT" if self.exit_reason == ExitReason.KVM_EXIT_MEMORY_FAULT else ""
-        return self.name + told
 
 
 class Experiment:
@@ -309,12 +283,6 @@ class Experiment:
     def event(self, kind: str, gpa: int, pages: int = 1) -> None:
         """Note for the timeline that something was done to memory now."""
         self._events.append((time.monotonic_ns(), kind, gpa, pages))
-
-    def watch_shares(self) -> list[ShareEvent]:
-        """Return the list that every share and unshare is appended to from now on, before the guest goes on."""
-        heard: list[ShareEvent] = []
-        self.machine.relay.subscribe(heard.append)
-        return heard
 
     def faults(self, gpa: int, pages: int = 1) -> list[Fault]:
         """Return the stage-2 faults the kernel has traced in a range until now; needs ``faults=True``.

@@ -10,7 +10,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from pyvmm.atlas.model import Atlas, Event, Evidence, Result, Value, Verdict
+from pyvmm.atlas.model import Atlas, Result
+from pyvmm.experiment.record import Event, Evidence, Value, Verdict
 
 Key = tuple[str, str, str]
 """(id, protection, backing) of a result."""

@@ -9,7 +9,8 @@ import pytest
 
 from pyvmm.atlas.claim import all_claims
 from pyvmm.atlas.expected import expected
-from pyvmm.atlas.model import Atlas, Verdict
+from pyvmm.atlas.model import Atlas
+from pyvmm.experiment.record import Verdict
 from pyvmm.lab import Lab, LabOptions, build_image
 
 pytestmark = pytest.mark.lab

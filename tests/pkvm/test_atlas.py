@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from pyvmm.atlas import Experiment
 from pyvmm.atlas.claim import all_claims
 from pyvmm.atlas.expected import expected
-from pyvmm.atlas.model import Atlas, Verdict
+from pyvmm.atlas.model import Atlas
+from pyvmm.experiment import Experiment
+from pyvmm.experiment.record import Verdict
 from pyvmm.protection import Protection
 from tests.pkvm.harness import Footprint
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import Puppet
 from pyvmm.machine import layout
 from pyvmm.machine.irq import SPI_BASE, Trigger

@@ -14,7 +14,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from pyvmm.atlas.model import Atlas, Event, Evidence, Picture, Result, Verdict
+from pyvmm.atlas.model import Atlas, Result
+from pyvmm.experiment.record import Event, Evidence, Picture, Verdict
 
 HEADINGS = {
     "fault-in": "How pages get into the guest",

@@ -12,9 +12,9 @@ import pytest
 
 from pyvmm.atlas import expected
 from pyvmm.atlas.claim import GROUPS, Claim, all_claims, group, select
-from pyvmm.atlas.model import Verdict
 from pyvmm.atlas.runner import tasks
 from pyvmm.errors import UsageError
+from pyvmm.experiment.record import Verdict
 from pyvmm.machine.config import BACKINGS
 from pyvmm.protection import Protection
 

@@ -13,8 +13,9 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 
-from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Verdict
+from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report import html
+from pyvmm.experiment.record import Evidence, Picture, Verdict
 from pyvmm.reports import style
 from tests.unit import atlas_samples as samples
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.atlas.model import Atlas, Evidence, Result, Verdict
+from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report import junit
+from pyvmm.experiment.record import Evidence, Verdict
 from tests.unit import atlas_samples as samples
 
 HOLDS, FAILS, UNTOLD, CRASHED = Verdict

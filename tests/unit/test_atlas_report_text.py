@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.atlas.model import Atlas, Evidence, Result, Verdict
+from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report import text
 from pyvmm.atlas.report.text import Look
+from pyvmm.experiment.record import Evidence, Verdict
 from pyvmm.reports import words
 from tests.unit import atlas_samples as samples
 

@@ -14,10 +14,11 @@ import pytest
 
 from pyvmm.atlas import runner
 from pyvmm.atlas.claim import Claim, Place
-from pyvmm.atlas.model import Evidence, Picture, Result, Verdict
+from pyvmm.atlas.model import Result
 from pyvmm.errors import HostError
-from pyvmm.experiment.experiment import Untold
+from pyvmm.experiment import Untold
 from pyvmm.experiment.host import settings
+from pyvmm.experiment.record import Evidence, Picture, Verdict
 from pyvmm.guest.puppet import GuestSilent
 from pyvmm.protection import Protection
 

@@ -10,8 +10,9 @@ import pytest
 
 from pyvmm import cli
 from pyvmm.atlas import claim as claims
-from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Verdict
+from pyvmm.atlas.model import Atlas, Result
 from pyvmm.cli import atlas as verb
+from pyvmm.experiment.record import Evidence, Picture, Verdict
 from pyvmm.kvm.fd import KERNEL
 from pyvmm.kvm.system import System
 

@@ -14,7 +14,7 @@ import time
 from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.atlas.claim import group
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.experiment.host.syscalls import NR_MINCORE, call, page_frame
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva
 

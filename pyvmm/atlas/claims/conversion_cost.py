@@ -6,7 +6,7 @@ from __future__ import annotations
 from pyvmm import abi
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.claims.share_together import together
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 

@@ -13,8 +13,7 @@ from typing import Any
 from pyvmm._native import lib
 from pyvmm.atlas.claim import group
 from pyvmm.errors import hex_
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, PATIENCE, Experiment
+from pyvmm.experiment import BEYOND, PATIENCE, Experiment, raw
 from pyvmm.experiment.host import access, processes
 from pyvmm.guest.puppet import Puppet
 from pyvmm.kvm.vcpu import Vcpu

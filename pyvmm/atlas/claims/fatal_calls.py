@@ -9,8 +9,7 @@ from ctypes import Structure, addressof, c_uint64
 from functools import partial
 
 from pyvmm.atlas.claim import group
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.kvm.fd import Fd
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm

@@ -9,8 +9,7 @@ import resource
 import tempfile
 
 from pyvmm.atlas.claim import group
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.host.syscalls import drop_capabilities
 from pyvmm.guest.puppet import Access

@@ -7,8 +7,7 @@ from functools import partial
 
 from pyvmm.atlas.claim import group
 from pyvmm.errors import KvmError
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.puppet import Access

@@ -9,8 +9,7 @@ from typing import Any
 
 from pyvmm._native import lib
 from pyvmm.atlas.claim import group
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva
 from pyvmm.memory.backing import Memfd

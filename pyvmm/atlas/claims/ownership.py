@@ -18,7 +18,7 @@ from pyvmm.atlas.claims.ownership_pages import (
     kept_out,
     said,
 )
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.experiment.host import access, processes, settings, uring
 from pyvmm.experiment.host.syscalls import Answer, pread_file
 from pyvmm.experiment.host.zram import Zram

@@ -20,8 +20,7 @@ from pyvmm.atlas.claims.ownership_pages import (
     harmless,
     pages,
 )
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host import inspect, processes
 from pyvmm.experiment.host.syscalls import NR_MLOCK, PAGE, Answer, anonymous, call, madvise, mremap, page_frame
 from pyvmm.experiment.host.zram import Zram

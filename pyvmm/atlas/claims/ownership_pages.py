@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.experiment.host.access import PATTERN
 from pyvmm.experiment.host.syscalls import PAGE, Answer
 from pyvmm.experiment.raw import place

@@ -9,8 +9,7 @@ import os
 from functools import partial
 
 from pyvmm.atlas.claim import group
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host.access import fork_load
 from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.puppet import Access

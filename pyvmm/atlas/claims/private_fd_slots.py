@@ -6,8 +6,7 @@ from __future__ import annotations
 from functools import partial
 
 from pyvmm.atlas.claim import group
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.labenv import in_lab
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE, Gpa

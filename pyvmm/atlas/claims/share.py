@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pyvmm import abi
 from pyvmm.atlas.claim import group
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.experiment.host.syscalls import NR_VMSPLICE, Iovec, call
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa

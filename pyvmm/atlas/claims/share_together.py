@@ -6,7 +6,7 @@ No claims of its own. The guest runs code of ours, which waits before every call
 
 from __future__ import annotations
 
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import Puppet, signed
 
 CODE = (

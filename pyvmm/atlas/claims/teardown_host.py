@@ -11,8 +11,7 @@ import time
 
 from pyvmm.atlas.claim import group
 from pyvmm.errors import KvmError
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host.bare import HOLDERS, Bare, locked, look
 from pyvmm.experiment.host.forked import Forked
 from pyvmm.guest.puppet import Access

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from pyvmm.atlas.model import Atlas, Evidence, Picture, Result, Value
+from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report.text import PLAIN, Look
+from pyvmm.experiment.record import Evidence, Picture, Value
 from pyvmm.reports import words
 
 MANY = 4

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pyvmm.atlas.model import Picture, Result
+from pyvmm.atlas.model import Result
 from pyvmm.errors import UsageError
+from pyvmm.experiment.record import Picture
 from pyvmm.observe import mapsvg, timesvg
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Event

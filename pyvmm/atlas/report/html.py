@@ -14,8 +14,9 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from html import escape
 
-from pyvmm.atlas.model import Atlas, Result, Verdict
+from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report.figures import Figures
+from pyvmm.experiment.record import Verdict
 from pyvmm.reports import style, words
 from pyvmm.reports.words import NOTHING_EXPECTED, Expected
 

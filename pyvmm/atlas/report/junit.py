@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
-from pyvmm.atlas.model import Atlas, Result, Verdict
+from pyvmm.atlas.model import Atlas, Result
+from pyvmm.experiment.record import Verdict
 from pyvmm.reports import words
 from pyvmm.reports.words import NOTHING_EXPECTED, Expected
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
-from pyvmm.atlas.model import Atlas, Result, Verdict
+from pyvmm.atlas.model import Atlas, Result
+from pyvmm.experiment.record import Verdict
 from pyvmm.reports import words
 from pyvmm.reports.words import NOTHING_EXPECTED, Expected
 

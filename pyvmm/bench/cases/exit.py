@@ -10,7 +10,7 @@ from pyvmm import abi
 from pyvmm.bench.case import PROTECTIONS, case
 from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import What
 from pyvmm.machine import layout
 

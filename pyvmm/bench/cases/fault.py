@@ -11,8 +11,7 @@ from typing import Final
 from pyvmm.bench.case import PROTECTIONS, case
 from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.puppet import Access, Puppet, Touch
 from pyvmm.machine.config import BACKINGS

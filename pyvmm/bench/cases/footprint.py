@@ -76,7 +76,7 @@ def _linux(bench: Bench) -> int:
 
 def measure(protection: str, cpus: int, memory: int) -> int:
     """Return the bytes that this process takes while a guest of ``memory`` MiB runs in it."""
-    from pyvmm.experiment.experiment import Experiment
+    from pyvmm.experiment import Experiment
     from pyvmm.guest.puppet import Access
     from pyvmm.protection import Protection
 

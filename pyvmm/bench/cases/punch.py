@@ -9,8 +9,7 @@ from typing import Any, Final
 from pyvmm.bench.case import PROTECTIONS, case
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import Point
-from pyvmm.experiment import raw
-from pyvmm.experiment.experiment import BEYOND, Experiment
+from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Backing

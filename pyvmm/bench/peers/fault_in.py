@@ -15,7 +15,7 @@ from typing import Final
 from pyvmm.bench.model import Point, Series
 from pyvmm.bench.peers import TURNS, kept, pair
 from pyvmm.bench.peers.selftests import PAGES, longest, mode_of, run
-from pyvmm.experiment.experiment import Experiment
+from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.protection import Protection

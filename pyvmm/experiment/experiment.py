@@ -190,13 +190,6 @@ class Experiment:
         self._next = Gpa(start + pages * PAGE_SIZE)
         return start
 
-    def hva(self, gpa: int) -> Hva:
-        """Return the address through which KVM faults the page at ``gpa`` in."""
-        for slot in self.memory.slots:
-            if slot.gpa <= gpa < slot.end:
-                return Hva(slot.hva + gpa - slot.gpa)
-        raise PyvmmError(f"gpa {hex_(gpa)} is in no slot")
-
     def view(self, gpa: int) -> Hva:
         """Return the address at which the host's own code may look at ``gpa``; the same unless pyvmm enforces."""
         for slot in self.memory.slots:

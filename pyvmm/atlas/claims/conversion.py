@@ -69,13 +69,13 @@ def the_page_handed_back_is_another_and_cleared(x: Experiment) -> None:
     """A conversion drops the page from its file, so that the other side is handed a new one, which reads as zeros."""
     page = x.page()
     x.guest.write64(page, 0x11)
-    x.tell("the page is in its file once the guest has written to it", _in_file(x, x.hva(page)))
+    x.tell("the page is in its file once the guest has written to it", _in_file(x, x.memory.hva(page)))
     x.guest.share(page)
-    x.check("shared, it is still in its file", _in_file(x, x.hva(page)), False)
+    x.check("shared, it is still in its file", _in_file(x, x.memory.hva(page)), False)
     x.check("the host reads", x.host64(page), 0)
     x.host_stores(page, 0x22)
     x.guest.unshare(page)
-    x.check("private again, it is still in its file", _in_file(x, x.hva(page)), False)
+    x.check("private again, it is still in its file", _in_file(x, x.memory.hva(page)), False)
     x.check("the guest reads", x.guest.read64(page), 0)
 
 

@@ -156,7 +156,7 @@ def sync_mmu_is_told_as_it_is(x: Experiment) -> None:
     """KVM_CAP_SYNC_MMU, asked of the VM, tells whether the guest loses a page that the host makes PROT_NONE."""
     page = x.page()
     x.guest.write64(page, 1)
-    mman.protect(x.hva(page), PAGE_SIZE, PROT_NONE)
+    mman.protect(x.memory.hva(page), PAGE_SIZE, PROT_NONE)
     lost = x.went(x.guest.start_read64(page)) == "EFAULT"
     x.check("the guest loses the page", lost, _says(x.machine.vm, "SYNC_MMU"))
 

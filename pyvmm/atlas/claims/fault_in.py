@@ -244,12 +244,12 @@ def an_unmapped_hva_is_efault(x: Experiment) -> None:
     """Where the host's mapping is PROT_NONE, KVM_RUN fails with EFAULT, tells nothing else, and can be tried again."""
     page = x.page()
     x.start()
-    mman.protect(x.hva(page), PAGE_SIZE, PROT_NONE)
+    mman.protect(x.memory.hva(page), PAGE_SIZE, PROT_NONE)
     order = x.guest.start_write64(page, 7)
     failure = x.failed(order)
     x.check("KVM_RUN", failure.name if failure else "went on", "EFAULT")
     x.check("exit_reason", failure.exit_reason if failure else None, 0)
-    mman.protect(x.hva(page), PAGE_SIZE, mman.PROT_RW)
+    mman.protect(x.memory.hva(page), PAGE_SIZE, mman.PROT_RW)
     x.retry()
     order.result()
     x.check("then the guest reads its store", x.guest.read64(page), 7)
@@ -261,7 +261,7 @@ def a_read_only_mapping_serves_loads(x: Experiment) -> None:
     page = x.page()
     x.memory.write(page, (9).to_bytes(8, "little"))
     x.start()
-    mman.protect(x.hva(page), PAGE_SIZE, PROT_READ)
+    mman.protect(x.memory.hva(page), PAGE_SIZE, PROT_READ)
     order = x.guest.start_read64(page)
     if x.check("KVM_RUN", x.went(order), "went on"):
         x.check("the guest reads", order.result(), 9)

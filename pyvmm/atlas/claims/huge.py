@@ -154,7 +154,7 @@ def a_small_hole_costs_the_guest_its_block(x: Experiment) -> None:
     block = _block(x)
     x.start()
     _touch(x, block)
-    madvise(x.hva(block), HUGE_SIZE, MADV_NOHUGEPAGE)  # or khugepaged may mend it meanwhile
+    madvise(x.memory.hva(block), HUGE_SIZE, MADV_NOHUGEPAGE)  # or khugepaged may mend it meanwhile
     file, offset = raw.place(x, block)
     before = raw.kib(file.fd)
     raw.punch(file.fd, offset + 5 * PAGE_SIZE, PAGE_SIZE)
@@ -175,9 +175,9 @@ def mprotect_of_one_page_costs_the_guest_its_block(x: Experiment) -> None:
     block = _block(x)
     x.start()
     _touch(x, block)
-    mman.protect(x.hva(block) + 5 * PAGE_SIZE, PAGE_SIZE, PROT_READ)
+    mman.protect(x.memory.hva(block) + 5 * PAGE_SIZE, PAGE_SIZE, PROT_READ)
     x.check("faults of 64 other pages", _touch(x, block), SOME)
-    mman.protect(x.hva(block) + 5 * PAGE_SIZE, PAGE_SIZE, mman.PROT_RW)
+    mman.protect(x.memory.hva(block) + 5 * PAGE_SIZE, PAGE_SIZE, mman.PROT_RW)
     x.tell("faults of those when it is writable again", _touch(x, block))
 
 
@@ -194,7 +194,7 @@ def small_pages_collapse_under_the_guest(x: Experiment) -> None:
     x.start()
     x.check("faults of 64 pages before", _touch(x, block), SOME)
     x.guest.write64(block, VALUE)
-    x.check("MADV_COLLAPSE", madvise(x.hva(block), HUGE_SIZE, MADV_COLLAPSE).name, "ok")
+    x.check("MADV_COLLAPSE", madvise(x.memory.hva(block), HUGE_SIZE, MADV_COLLAPSE).name, "ok")
     x.check("the guest's load", x.went(x.guest.start_read64(block)), "went on")
     x.check("the guest reads", x.guest.read64(block), VALUE)
     x.check("faults of 64 pages after that load", _touch(x, block), 0)

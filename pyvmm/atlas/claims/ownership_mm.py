@@ -71,8 +71,8 @@ def dontneed_takes_nothing(x: Experiment) -> None:
     there: list[bool] = []
 
     def drop(gpa: Gpa) -> Answer:
-        before, answer = raw.present(x.hva(gpa)), advise(gpa)
-        there[:] = before, raw.present(x.hva(gpa))
+        before, answer = raw.present(x.memory.hva(gpa)), advise(gpa)
+        there[:] = before, raw.present(x.memory.hva(gpa))
         return answer
 
     harmless(x, "MADV_DONTNEED on {}", drop)
@@ -85,7 +85,7 @@ def dontneed_takes_nothing(x: Experiment) -> None:
 def free_is_refused(x: Experiment) -> None:
     """MADV_FREE on a private page is refused with EINVAL and does the guest no harm."""
     page = _held(x)
-    x.check(f"MADV_FREE on {PRIVATE}", madvise(x.hva(page), PAGE, MADV_FREE).name, "EINVAL")
+    x.check(f"MADV_FREE on {PRIVATE}", madvise(x.memory.hva(page), PAGE, MADV_FREE).name, "EINVAL")
     _still_there(x, page)
 
 
@@ -121,7 +121,7 @@ def it_is_not_collapsed(x: Experiment) -> None:
     range_ = x.page(HUGE_SIZE // PAGE, align=HUGE_SIZE)
     x.memory.populate(range_, HUGE_SIZE)
     x.guest.write64(range_, GUESTS)
-    answer = madvise(x.hva(range_), HUGE_SIZE, MADV_COLLAPSE)
+    answer = madvise(x.memory.hva(range_), HUGE_SIZE, MADV_COLLAPSE)
     x.check("MADV_COLLAPSE", answer.name, "an error" if answer.ok else answer.name)
     _still_there(x, range_)
 
@@ -137,7 +137,7 @@ def it_does_not_migrate(x: Experiment) -> None:
     if not in_lab():
         x.cannot("a page that does move is lost to the host until it boots again: in the lab only")
     page = _held(x)
-    answer = madvise(x.hva(page), PAGE, MADV_SOFT_OFFLINE)
+    answer = madvise(x.memory.hva(page), PAGE, MADV_SOFT_OFFLINE)
     x.check("MADV_SOFT_OFFLINE", answer.name, "an error" if answer.ok else answer.name)
     _still_there(x, page)
 
@@ -183,7 +183,7 @@ def a_fork_does_no_harm_to_anonymous_memory(x: Experiment) -> None:
 def reading_page_tables_does_no_harm(x: Experiment) -> None:
     """Reading smaps, pagemap, kpageflags, kpagecount and mincore(2) of a private page does the guest no harm."""
     page = _held(x)
-    for name, answer in inspect.everything(x.hva(page)).items():
+    for name, answer in inspect.everything(x.memory.hva(page)).items():
         x.tell(name, answer)
     x.check("a load of the host's then faults", x.host64(page) is None)
     _still_there(x, page)
@@ -194,7 +194,7 @@ def mlock_does_no_harm(x: Experiment) -> None:
     """An mlock(2) of a private page does the guest no harm."""
     page = _held(x)
     before = LockedMemory.read().locked
-    x.tell(f"mlock(2) of {PRIVATE}", call(NR_MLOCK, x.hva(page), PAGE).name)
+    x.tell(f"mlock(2) of {PRIVATE}", call(NR_MLOCK, x.memory.hva(page), PAGE).name)
     x.tell("bytes that adds to VmLck", LockedMemory.read().locked - before)
     _still_there(x, page)
 
@@ -275,15 +275,15 @@ def _still_there(x: Experiment, gpa: int, fresh: int | None = None) -> None:
 
 def _advised(x: Experiment, *advice: int) -> Access:
     def advise(gpa: Gpa) -> Answer:
-        answers = [madvise(x.hva(gpa), PAGE, each) for each in advice]
+        answers = [madvise(x.memory.hva(gpa), PAGE, each) for each in advice]
         return next((answer for answer in answers if not answer.ok), answers[0])
 
     return advise
 
 
 def _frames(x: Experiment, gpa: int, count: int) -> list[int]:
-    madvise(x.hva(gpa), count * PAGE, MADV_POPULATE_READ)
-    frames = [page_frame(x.hva(gpa + page * PAGE)) for page in range(count)]
+    madvise(x.memory.hva(gpa), count * PAGE, MADV_POPULATE_READ)
+    frames = [page_frame(x.memory.hva(gpa + page * PAGE)) for page in range(count)]
     if None in frames:
         x.cannot("/proc/self/pagemap does not show frames to this user")
     return [frame for frame in frames if frame is not None]
@@ -302,7 +302,7 @@ def _settle(x: Experiment) -> None:
 def _swapped(x: Experiment, gpa: int, count: int) -> int:
     """Page out a range, and count what that adds to the swap in use."""
     before = inspect.swap_used()
-    madvise(x.hva(gpa), count * PAGE, MADV_PAGEOUT)
+    madvise(x.memory.hva(gpa), count * PAGE, MADV_PAGEOUT)
     return (inspect.swap_used() - before) // PAGE
 
 

@@ -60,7 +60,7 @@ def a_host_load_is_sigbus(x: Experiment) -> None:
     """The host has the file mapped, a load through that mapping is SIGBUS, and the guest goes on with its contents."""
     page = x.page()
     x.guest.write64(page, VALUE)
-    ended, _ = fork_load(x.hva(page))
+    ended, _ = fork_load(x.memory.hva(page))
     x.check("a load ends a process by", ended, "SIGBUS")
     x.check("a guarded load faults", x.host64(page) is None)
     x.check("a guarded store faults", not x.host_stores(page, 5))
@@ -72,7 +72,7 @@ def a_page_of_the_guest_cannot_be_populated(x: Experiment) -> None:
     """MADV_POPULATE_WRITE on a page the guest has touched is refused with EFAULT, and the guest keeps the contents."""
     page = x.page()
     x.guest.write64(page, VALUE)
-    x.check("MADV_POPULATE_WRITE", madvise(x.hva(page), PAGE_SIZE, MADV_POPULATE_WRITE).name, "EFAULT")
+    x.check("MADV_POPULATE_WRITE", madvise(x.memory.hva(page), PAGE_SIZE, MADV_POPULATE_WRITE).name, "EFAULT")
     x.check("the guest reads", x.guest.read64(page), VALUE)
 
 
@@ -338,7 +338,7 @@ def madv_remove_punches_too(x: Experiment) -> None:
     """MADV_REMOVE on the host's mapping is a punch: the guest finds zeros."""
     page = x.page()
     x.guest.write64(page, VALUE)
-    x.check("MADV_REMOVE", madvise(x.hva(page), PAGE_SIZE, MADV_REMOVE).name, "ok")
+    x.check("MADV_REMOVE", madvise(x.memory.hva(page), PAGE_SIZE, MADV_REMOVE).name, "ok")
     x.event("punch", page)
     x.check("the guest reads", x.guest.read64(page), 0)
 
@@ -348,7 +348,7 @@ def madv_dontneed_takes_nothing(x: Experiment) -> None:
     """MADV_DONTNEED on the host's mapping takes the page from nobody: the guest keeps its contents."""
     page = x.page()
     x.guest.write64(page, VALUE)
-    x.check("MADV_DONTNEED", madvise(x.hva(page), PAGE_SIZE, MADV_DONTNEED).name, "ok")
+    x.check("MADV_DONTNEED", madvise(x.memory.hva(page), PAGE_SIZE, MADV_DONTNEED).name, "ok")
     x.check("the guest reads", x.guest.read64(page), VALUE)
     x.guest.write64(page, 5)
     x.check("and its next store", x.guest.read64(page), 5)

@@ -122,7 +122,7 @@ def a_page_taken_by_force_cannot_be_shared(x: Experiment) -> None:
     """A share of a page that the host took back by force is answered INVALID_PARAMETER (-3), so the guest can tell."""
     page = x.page()
     x.guest.write64(page, 0x11)
-    x.check("process_vm_readv of the page reads", process_vm_readv(x.hva(page)).word, 0)
+    x.check("process_vm_readv of the page reads", process_vm_readv(x.memory.hva(page)).word, 0)
     x.check("MEM_SHARE", _answer(x.guest.start_hvc(abi.HVC_SHARE, page)), "x0 = -3")
     x.check("MEM_UNSHARE", _answer(x.guest.start_hvc(abi.HVC_UNSHARE, page)), "x0 = -3")
     x.check("KVM_RUN at the guest's next load", x.went(x.guest.start_read64(page)), "EFAULT")

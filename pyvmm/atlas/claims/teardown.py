@@ -78,7 +78,7 @@ def untouched_pages_keep_their_contents(x: Experiment) -> None:
     x.memory.write(page, _word(0x33))
     x.start()
     x.end()
-    x.check("the host reads", (look(x.hva(page)) or b"")[:8] == _word(0x33))
+    x.check("the host reads", (look(x.memory.hva(page)) or b"")[:8] == _word(0x33))
 
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd thp", origin=f"{TORN}; {UNPIN}")
@@ -134,7 +134,7 @@ def a_page_taken_by_force_is_usable_again(x: Experiment) -> None:
     """A page that the host took back by force is an ordinary page once the VM is gone, and good for the next guest."""
     page = x.page()
     x.guest.write64(page, WORD)
-    x.check("process_vm_readv of the page reads", process_vm_readv(x.hva(page)).word, 0)
+    x.check("process_vm_readv of the page reads", process_vm_readv(x.memory.hva(page)).word, 0)
     x.check("KVM_RUN at the guest's next load", x.went(x.guest.start_read64(page)), "EFAULT")
     file = _end_and_keep(x)
     x.check("the host reads", x.host64(page), 0)
@@ -201,7 +201,7 @@ def _word(value: int) -> bytes:
 
 
 def _zero_pages(x: Experiment, gpa: Gpa, pages: int) -> int:
-    return sum(look(x.hva(gpa + page * PAGE_SIZE)) == bytes(PAGE_SIZE) for page in range(pages))
+    return sum(look(x.memory.hva(gpa + page * PAGE_SIZE)) == bytes(PAGE_SIZE) for page in range(pages))
 
 
 def _end_and_keep(x: Experiment) -> FileBacking:

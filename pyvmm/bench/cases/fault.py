@@ -209,7 +209,7 @@ class _Plan:
         if state == "punched":
             x.memory.punch(begin, self.round)
         elif state == "dontneed":
-            madvise(x.hva(begin), self.round, MADV_DONTNEED)
+            madvise(x.memory.hva(begin), self.round, MADV_DONTNEED)
         elif state == "write-protected":
             self._log_dirty(x)
 
@@ -230,7 +230,7 @@ class _Plan:
         if not provider.startswith("userfaultfd"):
             yield
             return
-        hva, page = x.hva(begin), bytes(PAGE_SIZE)
+        hva, page = x.memory.hva(begin), bytes(PAGE_SIZE)
         with Userfault.open() as userfault:
             userfault.register(hva, self.round, missing=True)
             in_c = provider == PROVIDERS[1]

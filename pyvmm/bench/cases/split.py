@@ -58,7 +58,7 @@ def split(bench: Bench) -> None:
                 for name in ("populating", "again"):
                     with recorder.over(name, pages, orders=0):
                         begun = time.monotonic_ns()
-                        mman.advise(x.hva(there), pages * PAGE_SIZE, MADV_POPULATE_WRITE)
+                        mman.advise(x.memory.hva(there), pages * PAGE_SIZE, MADV_POPULATE_WRITE)
                         took[name].append((time.monotonic_ns() - begun) / pages)
                 with recorder.over("populated", pages):
                     ticks = x.guest.touch(there, pages, access=Access.WRITE).ticks

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from installed import install
 
 from pyvmm import plugins
 from pyvmm.errors import UsageError
+from tests.unit.installed import install
 
 DICE = "class Dice:\n    sides = 6\ndice = 4\n"
 

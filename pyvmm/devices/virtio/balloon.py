@@ -24,9 +24,8 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
-from pyvmm.devices.virtio.worker import Worker
+from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class Punchable(Protocol):
         ...
 
 
-class VirtioBalloon(VirtioDevice):
+class VirtioBalloon(WorkerDevice):
     """A balloon in RAM ``[ram.start, ram.stop)`` of ``memory``, which is to hold ``size`` bytes from the start."""
 
     device_id = 5
@@ -78,7 +77,7 @@ class VirtioBalloon(VirtioDevice):
         """Bytes given back to the host, again and again for a page that comes and goes."""
         self.refused = 0
         """Pages and ranges named that are no RAM, or hold the rings."""
-        self._worker = Worker("pyvmm-balloon", self.failed)
+        self._worker = self.new_worker()
         self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     # -- the host's
@@ -146,17 +145,9 @@ class VirtioBalloon(VirtioDevice):
 
     def stop(self) -> None:
         """Stop serving. A guest that is reset has no balloon any more."""
-        self._worker.stop()
+        super().stop()
         self._served = []
         self._actual[:] = bytes(len(self._actual))
-
-    def pause(self) -> None:
-        """Stand still."""
-        self._worker.pause()
-
-    def resume(self) -> None:
-        """Go on."""
-        self._worker.resume()
 
     def save(self) -> dict[str, Any]:
         """Return the sizes."""
@@ -169,7 +160,7 @@ class VirtioBalloon(VirtioDevice):
 
     def close(self) -> None:
         """End the thread."""
-        self._worker.close()
+        super().close()
         os.close(self._more)
 
     # -- in the worker's thread

@@ -11,7 +11,6 @@ and a reset does not wait for its end).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import struct
@@ -19,10 +18,9 @@ from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
-from pyvmm.devices.virtio.device import VirtioDevice
-from pyvmm.devices.virtio.disk import SECTOR, DiskFile
+from pyvmm.devices.virtio.disk import SECTOR, SERIAL_SIZE, DiskFile
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
-from pyvmm.devices.virtio.worker import Worker
+from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
 
 QUEUE_SIZE: Final = lib.PV_BLK_SEGMENTS
 """So that a MiB of scattered pages is one request."""
-MOST_SERIAL: Final = 20
-"""Bytes of the string that GET_ID gives."""
-
 SEGMENT_MOST: Final = 1 << 20
 """Bytes of one segment that drivers are told to keep to."""
 SEGMENTS_MOST: Final = QUEUE_SIZE - 2
@@ -88,7 +83,7 @@ _RANGE: Final = struct.Struct("<QII")
 _UNMAP: Final = 1
 
 
-class VirtioBlk(VirtioDevice):
+class VirtioBlk(WorkerDevice):
     """A disk with 1 to 16 ``queues``; it closes ``disk`` with itself.
 
     ``serial`` is what the guest's /dev/disk/by-id knows it by. ``private``: guest memory can be closed to the host.
@@ -188,24 +183,10 @@ class VirtioBlk(VirtioDevice):
         """Leave what is under way, and end the threads."""
         for server in self._servers:
             server.native.abandon = 1
-        for server in self._servers:
-            server.worker.close()
+        self.end_workers()
         self._servers = []
         self._features = BlkFeature(0)
         self.writeback = True
-
-    def pause(self) -> None:
-        """Stand still between two requests, all of it or nothing."""
-        with contextlib.ExitStack() as half:
-            for server in self._servers:
-                server.worker.pause()
-                half.callback(server.worker.resume)
-            half.pop_all()
-
-    def resume(self) -> None:
-        """Go on."""
-        for server in self._servers:
-            server.worker.resume()
 
     def save(self) -> dict[str, Any]:
         """Return what the driver has chosen, and how large it thinks the disk is."""
@@ -236,8 +217,8 @@ class VirtioBlk(VirtioDevice):
         try:
             match kind:
                 case Request.GET_ID:
-                    room = min(MOST_SERIAL, chain.writable_size - 1)
-                    return OK, chain.write(0, self.serial.ljust(MOST_SERIAL, b"\0")[:room])
+                    room = min(SERIAL_SIZE, chain.writable_size - 1)
+                    return OK, chain.write(0, self.serial.ljust(SERIAL_SIZE, b"\0")[:room])
                 case Request.DISCARD if self._features & BlkFeature.DISCARD:
                     return self._drop(chain, DISCARD_SEGMENTS, DISCARD_SECTORS, abandoned, zero=False), 0
                 case Request.WRITE_ZEROES if self._features & BlkFeature.WRITE_ZEROES:
@@ -304,8 +285,7 @@ class _Server:
         self.device = device
         self.queue = queue
         self.chain = Chain(queue.native, lib.PV_BLK_SEGMENTS)
-        name = f"pyvmm-{device.label}"
-        self.worker = Worker(f"{name}.{queue.index}" if queue.index else name, device.failed, self._serve)
+        self.worker = device.new_worker(self._serve, queue=queue.index)
         self.native = ffi.new(
             "struct pv_blk *",
             {

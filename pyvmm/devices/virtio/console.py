@@ -24,9 +24,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
-from pyvmm.devices.virtio.worker import Worker
+from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.outlet import Outlet
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ _EMERGENCY: Final = 8
 """The offset of ``emerg_wr`` in the configuration space."""
 
 
-class VirtioConsole(VirtioDevice):
+class VirtioConsole(WorkerDevice):
     """``out`` and ``source`` are file descriptors or None; ``size`` a terminal's columns and rows, where there is one.
 
     ``unheard`` is told, once, why output can no longer be written; what the guest prints after that is dropped.
@@ -73,7 +72,7 @@ class VirtioConsole(VirtioDevice):
         self._size = size or (0, 0)
         self.features = F_EMERG_WRITE | (F_SIZE if size is not None else 0)
         self.unheard = unheard
-        self._worker = Worker("pyvmm-hvc", self.failed)
+        self._worker = self.new_worker()
         self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._queues: Sequence[Queue] = ()
         self._chain: Chain | None = None
@@ -124,23 +123,19 @@ class VirtioConsole(VirtioDevice):
 
     def stop(self) -> None:
         """Let go of the guest; what it has printed and is here already will still be written."""
-        self._worker.stop()
+        super().stop()
         self._leave()
         self._queues, self._chain = (), None
 
     def pause(self) -> None:
         """Stand still. A request at hand ends: what is left of it is here then."""
-        self._worker.pause()
+        super().pause()
         if self._chain is not None:
             with contextlib.suppress(ChainFault):
                 self._left += self._chain.read(self._offset, MOST_KEPT)
             with contextlib.suppress(QueueBroken):  # the worker is told, too, when it goes on
                 self._finish(self._queues[TX], self._chain)
                 self._queues[TX].interrupt()
-
-    def resume(self) -> None:
-        """Go on."""
-        self._worker.resume()
 
     def save(self) -> dict[str, Any]:
         """Return what is here on its way, in either direction."""
@@ -177,7 +172,7 @@ class VirtioConsole(VirtioDevice):
     def close(self) -> None:
         """Write out what is here, waiting for the reader unless aborted, and end the thread."""
         self.stop()
-        self._worker.close()
+        super().close()
         with self._writing:
             self._left = bytes(self._emergency) + self._left
             self._emergency.clear()

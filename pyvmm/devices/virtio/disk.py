@@ -27,6 +27,9 @@ log = get_logger("disk")
 SECTOR: Final = 512
 """Bytes; what virtio counts capacity and positions in, whatever the medium's blocks (virtio 1.2, 5.2.4)."""
 
+SERIAL_SIZE: Final = 20
+"""Bytes of the string that a disk answers GET_ID with (5.2.6)."""
+
 _ZEROS: Final = 1 << 20
 _FLOCK: Final = "hhqqi4x"
 """struct flock: type, whence, start, length (0: to the end of time), pid (0 for a lock of the open file)."""

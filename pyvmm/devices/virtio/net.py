@@ -19,10 +19,9 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
-from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
 from pyvmm.devices.virtio.queue import QueueBroken
-from pyvmm.devices.virtio.worker import Worker
+from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.errors import HostError, UsageError
 from pyvmm.log import get_logger
 
@@ -68,7 +67,7 @@ def default_mac(name: str) -> bytes:
     return bytes([0x02]) + digest[:5]
 
 
-class VirtioNet(VirtioDevice):
+class VirtioNet(WorkerDevice):
     """A card with the address ``mac``, or one made from names, before ``backend``, which it closes."""
 
     device_id = 1
@@ -88,13 +87,12 @@ class VirtioNet(VirtioDevice):
         self.native.work = self._keep[0]
         self.native.fd, self.native.backend = backend.fd, backend.kind
         self._queues: Sequence[Queue] = ()
-        self._worker = Worker("pyvmm-net", self.failed, self._serve)
+        self._worker = self.new_worker(self._serve)
         self.native.stop_fd = self._worker.stop_fd
 
     def name_it(self, label: str) -> None:
-        """Be called so, the thread and an address made from names too."""
+        """Be called so, an address made from names too."""
         super().name_it(label)
-        self._worker.name = f"pyvmm-{label}"
         self.mac = self._own_mac or default_mac(f"{self.backend.name}/{label}")
 
     def config(self) -> bytes:
@@ -145,18 +143,14 @@ class VirtioNet(VirtioDevice):
 
     def stop(self) -> None:
         """Move nothing any more."""
-        self._worker.stop()
+        super().stop()
         lib.pv_net_settle(self.native)
         self.native.rx = self.native.tx = ffi.NULL
 
     def pause(self) -> None:
         """Stand still; every buffer of the guest's is in its queue again."""
-        self._worker.pause()
+        super().pause()
         lib.pv_net_settle(self.native)
-
-    def resume(self) -> None:
-        """Go on."""
-        self._worker.resume()
 
     def save(self) -> dict[str, Any]:
         """Return what the driver has read and will not read again."""
@@ -168,5 +162,5 @@ class VirtioNet(VirtioDevice):
 
     def close(self) -> None:
         """End the thread, and what is behind the card."""
-        self._worker.close()
+        super().close()
         self.backend.close()

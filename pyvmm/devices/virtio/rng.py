@@ -6,9 +6,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
-from pyvmm.devices.virtio.worker import Worker
+from pyvmm.devices.virtio.worker import WorkerDevice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +16,7 @@ MOST: Final = 4096
 """Bytes for one request: a driver that asks for more gets these, and asks again."""
 
 
-class VirtioRng(VirtioDevice):
+class VirtioRng(WorkerDevice):
     """Asks the host's kernel for every byte, keeps none."""
 
     device_id = 4
@@ -26,7 +25,7 @@ class VirtioRng(VirtioDevice):
 
     def __init__(self) -> None:
         super().__init__()
-        self._worker = Worker("pyvmm-rng", self.failed)
+        self._worker = self.new_worker()
 
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002
         """Serve requests."""
@@ -41,19 +40,3 @@ class VirtioRng(VirtioDevice):
         except ChainFault as fault:
             self.complaints.warn("request_failed", reason=str(fault))
             return 0
-
-    def stop(self) -> None:
-        """Stop serving."""
-        self._worker.stop()
-
-    def pause(self) -> None:
-        """Stand still."""
-        self._worker.pause()
-
-    def resume(self) -> None:
-        """Go on."""
-        self._worker.resume()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._worker.close()

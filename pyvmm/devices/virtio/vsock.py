@@ -22,13 +22,12 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.vsock_host import Door
 from pyvmm.devices.virtio.vsock_packet import HEADER_SIZE, OP_RW, Header, check_cid
 from pyvmm.devices.virtio.vsock_stream import MOST_PAYLOAD
 from pyvmm.devices.virtio.vsock_table import Table
-from pyvmm.devices.virtio.worker import Worker
+from pyvmm.devices.virtio.worker import WorkerDevice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +39,7 @@ _BATCH: Final = 64
 _TRANSPORT_RESET: Final = struct.pack("<I", 0)
 
 
-class VirtioVsock(VirtioDevice):
+class VirtioVsock(WorkerDevice):
     """The guest's sockets; ``cid`` is its address, ``path`` where the host's programs find it.
 
     UsageError where the cid cannot be a guest's, or the path not be listened at. Without ``listen`` that is only looked
@@ -59,10 +58,11 @@ class VirtioVsock(VirtioDevice):
         self._table = Table(cid, path, self._watch)
         self._door = Door(path, self._table.connect, self._watch, listen=listen)
         try:
-            self._worker = Worker("pyvmm-vsock", self.failed)
+            self._worker = self.new_worker()
             # Rings by itself: what a turn has not got done is the next one's, after whatever else is due.
             self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except BaseException:
+            self.end_workers()
             self._door.close()
             raise
         self._queues: Sequence[Queue] = ()
@@ -91,22 +91,18 @@ class VirtioVsock(VirtioDevice):
 
     def stop(self) -> None:
         """Close every connection."""
-        self._worker.stop()
+        super().stop()
         self._let_go()
         self._queues, self._buffer = (), None
 
     def pause(self) -> None:
         """Stand still; connections stay. The buffer at hand goes back to the guest, empty."""
-        self._worker.pause()
+        super().pause()
         if self._buffer is not None:
             buffer, self._buffer = self._buffer, None
             with contextlib.suppress(QueueBroken):  # the worker is told, too, when it goes on
                 self._queues[RX].push(buffer)
                 self._queues[RX].interrupt()
-
-    def resume(self) -> None:
-        """Go on."""
-        self._worker.resume()
 
     def save(self) -> dict[str, Any]:
         """Return nothing: connections do not move."""
@@ -118,7 +114,7 @@ class VirtioVsock(VirtioDevice):
 
     def close(self) -> None:
         """Stop listening, and give everything back."""
-        self._worker.close()
+        super().close()
         self._let_go()
         self._door.close()
         os.close(self._more)

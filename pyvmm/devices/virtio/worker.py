@@ -7,6 +7,8 @@ kicks, for ``stop_fd`` and for what else it needs, and returns to Python for eve
 
 Who tells a worker to stand still sets ``stop`` of its queues and makes ``stop_fd`` readable; the worker ends the
 request at hand, and then waits.
+
+A :class:`WorkerDevice` is a device with workers: it stops, pauses, resumes and closes them.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import select
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
+from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import HostError, PyvmmError
 
 if TYPE_CHECKING:
@@ -198,3 +201,58 @@ class Worker:
             callback = self._callbacks.get(fd)
             if callback is not None:
                 callback(events)
+
+
+class WorkerDevice(VirtioDevice):
+    """A device whose queues are served by workers, one or several, that live and rest together.
+
+    A kind of device makes its workers with :meth:`new_worker` and starts them itself. What it does besides at a stop or
+    a pause, it does around this class's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._workers: list[Worker] = []
+
+    def new_worker(self, serve: Callable[[], None] | None = None, *, queue: int = 0) -> Worker:
+        """Make a worker; ``queue`` is the number of the one that it serves where each queue has a worker."""
+        worker = Worker(self._thread_name(queue), self.failed, serve)
+        self._workers.append(worker)
+        return worker
+
+    def name_it(self, label: str) -> None:
+        """Be called ``label`` from now on, its threads too."""
+        super().name_it(label)
+        for number, worker in enumerate(self._workers):
+            worker.name = self._thread_name(number)
+
+    def _thread_name(self, number: int) -> str:
+        return f"pyvmm-{self.label}.{number}" if number else f"pyvmm-{self.label}"
+
+    def stop(self) -> None:
+        """Stop serving. Raises Stuck."""
+        for worker in self._workers:
+            worker.stop()
+
+    def pause(self) -> None:
+        """Stand still between two requests, all workers or none. Raises Stuck."""
+        with contextlib.ExitStack() as half:
+            for worker in self._workers:
+                worker.pause()
+                half.callback(worker.resume)
+            half.pop_all()
+
+    def resume(self) -> None:
+        """Go on."""
+        for worker in self._workers:
+            worker.resume()
+
+    def end_workers(self) -> None:
+        """End the threads, and forget the workers. Raises Stuck, with those left that could not be ended."""
+        while self._workers:
+            self._workers[0].close()
+            del self._workers[0]
+
+    def close(self) -> None:
+        """End the threads."""
+        self.end_workers()

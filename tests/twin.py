@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import TypeGuard
 
 from pyvmm._native import lib
+from pyvmm.uapi.errno import EHWPOISON
 from tests.twin_state import Counter, Doorbell, Kernel, Mailbox, Pl011, Range, Region, Vm
 
 __all__ = ["Counter", "Doorbell", "Mailbox", "Pl011", "Range", "Region", "Vcpu", "Vm", "bucket_of"]
@@ -21,7 +22,6 @@ NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
 EXIT_HYPERCALL, EXIT_DEBUG, EXIT_MMIO, EXIT_SYSTEM_EVENT, EXIT_MEMORY_FAULT = 3, 4, 6, 24, 39
 HVC_FEATURES, HVC_MEMINFO, HVC_SHARE, HVC_UNSHARE = 0x8600_0000, 0xC600_0002, 0xC600_0003, 0xC600_0004
 MOVING = 0x40  # PV_PAGE_MOVING of native/loop/loop.h
-EHWPOISON = 133  # errno has it from Python 3.14 on
 MASK64 = (1 << 64) - 1
 
 Pending = IntEnum("Pending", "NONE MMIO TOLD CONVERTED", start=0)

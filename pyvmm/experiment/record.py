@@ -10,8 +10,8 @@ import errno
 from dataclasses import dataclass
 from enum import Enum
 
+from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.uapi.kvm_run import ExitReason
-from pyvmm.vcpu.failure import EHWPOISON
 
 Value = bool | int | str
 """What was seen: a truth, a number, or text (bytes are said in hex, addresses as 0x8000_0000)."""

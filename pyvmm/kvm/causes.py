@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 
 from pyvmm.errors import KvmError, hex_
+from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_VM_TYPE_ARM_PROTECTED
 
 Value: TypeAlias = int | str | None
@@ -36,7 +37,6 @@ _HEX = {
     "type",
     "value",
 }
-EHWPOISON = 133  # asm-generic/errno.h; Python's errno has it since 3.14
 
 
 def _int(values: Values, name: str) -> int:

@@ -18,14 +18,12 @@ from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.ledger import PageState
 from pyvmm.observe.faulttrace import guest_fault
 from pyvmm.protection import Protection
+from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.vcpu.outcome import Ending, Outcome
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.memory import Memory
-
-EHWPOISON = 133
-"""include/uapi/asm-generic/errno.h; Python's errno module has no name for it."""
 
 
 def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome | int:

@@ -46,6 +46,7 @@ PRELUDE = """
 #include <linux/kvm.h>
 #include <linux/psci.h>
 #include <linux/memfd.h>
+#include <linux/errno.h>
 #include <linux/falloc.h>
 #include <linux/fcntl.h>
 #include <linux/fs.h>

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from pyvmm.errors import HostError, KvmError
-from pyvmm.kvm.causes import CAUSES, EHWPOISON, explain, kvm_error
+from pyvmm.kvm.causes import CAUSES, explain, kvm_error
 from pyvmm.kvm.device import KvmDevice
 from pyvmm.kvm.fd import AttributeFd, Fd
 from pyvmm.kvm.system import System
 from pyvmm.uapi import kvm, kvm_arm64, kvm_irq, kvm_x86
+from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.uapi.ioctl import Ioctl
 from pyvmm.uapi.kvm import DeviceType
 

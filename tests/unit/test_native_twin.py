@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pyvmm.uapi.errno import EHWPOISON
 from tests import twin
 from tests.fake_kvm import EXIT_DEBUG, EXIT_HLT, EXIT_MEMORY_FAULT, EXIT_MMIO, EXIT_SYSTEM, Rig, failure, hypercall
 
@@ -99,7 +100,7 @@ class Guest:
 
     def failure(self) -> dict[str, Any]:
         untold = [errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EFAULT, errno.EIO]
-        told = [errno.EFAULT, errno.EFAULT, twin.EHWPOISON, errno.ENOMEM]
+        told = [errno.EFAULT, errno.EFAULT, EHWPOISON, errno.ENOMEM]
         return self.any([failure(self.any(untold)), failure(self.any(told), gpa=self.page())])
 
     def other(self) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from pyvmm.log import get_logger
 from pyvmm.syntax.paths import OutputPath
 
 if TYPE_CHECKING:
+    from pyvmm.kvm.faulttrace import FaultTrace
     from pyvmm.machine.machine import Machine
-    from pyvmm.observe.faulttrace import FaultTrace
     from pyvmm.observe.hyptrace import HypTrace
     from pyvmm.observe.recorder import Recorder
     from pyvmm.observe.tracefile import About

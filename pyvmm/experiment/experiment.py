@@ -28,6 +28,7 @@ from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.record import Event, Evidence, Picture, RunFailure, Value, Verdict
 from pyvmm.guest.puppet import GuestFault, Puppet
+from pyvmm.kvm.faulttrace import Fault, FaultTrace
 from pyvmm.kvm.system import System
 from pyvmm.labenv import in_lab
 from pyvmm.machine.config import MachineConfig
@@ -36,7 +37,6 @@ from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva, align_up
 from pyvmm.memory.conversion import ConversionPolicy
 from pyvmm.memory.ledger import ASSUMED, PageState
-from pyvmm.observe.faulttrace import Fault, FaultTrace
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD
 from pyvmm.vcpu.cold import Unclaimed

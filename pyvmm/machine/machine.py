@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from pyvmm.devices.virtio.mmio import VirtioMmio
-    from pyvmm.observe.counters import Counters
+    from pyvmm.vcpu.counters import Counters
 
 log = get_logger("machine")
 
@@ -307,7 +307,7 @@ class Machine(Built):
     @property
     def counters(self) -> Counters:
         """What the native loop has counted until now."""
-        from pyvmm.observe.counters import Counters  # of a run that has begun
+        from pyvmm.vcpu.counters import Counters  # of a run that has begun
 
         return Counters.read(self.native, self._natives, self.elapsed_ns, self.started_ns)
 

@@ -22,7 +22,7 @@ import re
 import time
 from typing import NamedTuple, Self
 
-from pyvmm.observe.faulttrace import TRACEFS
+from pyvmm.kvm.faulttrace import TRACEFS
 
 REMOTE = "remotes/hypervisor"
 ROOMY = 4096

@@ -21,8 +21,8 @@ from pyvmm import __version__
 from pyvmm.labenv import in_lab
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.ledger import PageState
-from pyvmm.observe.counters import EXITS
 from pyvmm.protection import Protection
+from pyvmm.vcpu.counters import EXITS
 
 if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine

@@ -22,9 +22,9 @@ from pyvmm.observe.rates import donated
 from pyvmm.observe.timeline import MOST, Event, Timeline
 
 if TYPE_CHECKING:
+    from pyvmm.kvm.faulttrace import Fault, FaultTrace
     from pyvmm.memory.memory import Memory
     from pyvmm.memory.relay import ShareEvent, ShareRelay, Subscriber
-    from pyvmm.observe.faulttrace import Fault, FaultTrace
 
 MOST_RECORDS: Final = 1 << 20
 """Records kept of a run, about as many exits; later ones are counted as lost. 32 MiB, and ten times that as a file."""

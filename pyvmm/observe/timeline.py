@@ -17,8 +17,8 @@ from pyvmm._native import ffi, lib
 from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 
 if TYPE_CHECKING:
+    from pyvmm.kvm.faulttrace import FaultTrace
     from pyvmm.memory.memory import Memory
-    from pyvmm.observe.faulttrace import FaultTrace
 
 KINDS: Final = ("fault", "share", "unshare", "convert", "punch", "slot")
 """A stage-2 fault; a page shared, or taken back; a page moved to another backing, or dropped from its own; a slot added

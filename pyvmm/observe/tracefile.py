@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Final
 from pyvmm._native import lib
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.relay import ShareSource
-from pyvmm.observe.counters import EXITS
 from pyvmm.observe.perfetto import BEGIN, END, INSTANT, Event, Note, Pointer, Writer
 from pyvmm.observe.recorder import MOST_RECORDS, Record
+from pyvmm.vcpu.counters import EXITS
 
 if TYPE_CHECKING:
-    from pyvmm.observe.faulttrace import Fault
+    from pyvmm.kvm.faulttrace import Fault
     from pyvmm.observe.hyptrace import HypEvent
     from pyvmm.observe.recorder import Heard, Recorder
 

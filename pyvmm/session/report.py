@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pyvmm.vcpu.outcome import Ending
 
 if TYPE_CHECKING:
-    from pyvmm.observe.counters import Counters
+    from pyvmm.vcpu.counters import Counters
     from pyvmm.vcpu.outcome import Outcome
 
 

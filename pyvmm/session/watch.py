@@ -15,9 +15,9 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from pyvmm.errors import PyvmmError
+from pyvmm.kvm.faulttrace import FaultTrace
 from pyvmm.labenv import in_lab
 from pyvmm.machine import layout
-from pyvmm.observe.faulttrace import FaultTrace
 from pyvmm.observe.grid import size
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Timeline

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import lib
 from pyvmm.errors import hex_
+from pyvmm.kvm.faulttrace import guest_fault
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.ledger import PageState
-from pyvmm.observe.faulttrace import guest_fault
 from pyvmm.protection import Protection
 from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.vcpu.outcome import Ending, Outcome

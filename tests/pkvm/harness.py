@@ -12,8 +12,8 @@ from pathlib import Path
 from pyvmm.guest.puppet import Puppet
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
-from pyvmm.observe.counters import Counters
 from pyvmm.protection import Protection
+from pyvmm.vcpu.counters import Counters
 from pyvmm.vcpu.outcome import Outcome
 
 DEADLINE = 30.0

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.kvm import faulttrace
+from pyvmm.kvm.faulttrace import FaultTrace
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.ledger import ASSUMED, PageState
-from pyvmm.observe import faulttrace
-from pyvmm.observe.faulttrace import FaultTrace
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Event, Timeline
 from pyvmm.protection import Protection
@@ -105,7 +105,7 @@ def test_a_vcpu_thread_started_by_another_thread_is_recorded_too() -> None:
 
 
 def test_what_a_killed_process_left_is_removed() -> None:
-    code = "from pyvmm.observe.faulttrace import FaultTrace\nwith FaultTrace(): print(flush=True); input()"
+    code = "from pyvmm.kvm.faulttrace import FaultTrace\nwith FaultTrace(): print(flush=True); input()"
     killed = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert killed.stdout is not None
     killed.stdout.readline()

@@ -19,7 +19,7 @@ import pytest
 from pyvmm import cli, log
 from pyvmm.cli import run
 from pyvmm.errors import HostError
-from pyvmm.observe.counters import Counters
+from pyvmm.vcpu.counters import Counters
 from pyvmm.vcpu.outcome import Ending, Outcome
 
 

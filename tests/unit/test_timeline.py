@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm._native import ffi, lib
+from pyvmm.kvm.faulttrace import Fault
 from pyvmm.memory.backing import Memfd
 from pyvmm.observe import timeline, timesvg
-from pyvmm.observe.faulttrace import Fault
 from pyvmm.observe.timeline import KINDS, Event, Timeline
 from pyvmm.observe.timesvg import svg_timeline
 from pyvmm.protection import Protection

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.observe import faulttrace
-from pyvmm.observe.faulttrace import Fault, FaultTrace, access
+from pyvmm.kvm import faulttrace
+from pyvmm.kvm.faulttrace import Fault, FaultTrace, access
 
 LINES = b"""\
          python3-97      [001] .....     6.467611: kvm_guest_fault: ipa 0x80080000, hsr 0x82000004, hxfar 0x0, pc 0x80

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.devices.echo import Echo
+from pyvmm.kvm.faulttrace import Fault
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 from pyvmm.observe import perfetto, recorder
-from pyvmm.observe.faulttrace import Fault
 from pyvmm.observe.hyptrace import HypEvent
 from pyvmm.observe.recorder import Recorder
 from pyvmm.observe.timeline import Event

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the native loop has counted, as plain numbers and as the line that ends every run."""
+"""What the native loop has counted of all vCPUs, as plain numbers and as the line that ends every run."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def names(group: str) -> tuple[dict[str, str], list[PluginError]]:
     for name, entries in sorted(found.items()):
         for distribution, _ in entries:
             _note(distribution)
-        listed[name] = " and ".join(_name(distribution) for distribution, _ in entries)
+        listed[name] = " and ".join(package_name(distribution) for distribution, _ in entries)
     return listed, faults
 
 
@@ -107,7 +107,9 @@ def every(group: str, kind: type[T], *, taken: Container[str] = ()) -> tuple[lis
         for distribution, _ in entries:
             _note(distribution)
         if name in taken:
-            faults += [PluginError(name, _name(each), "pyvmm has one of that name itself") for each, _ in entries]
+            faults += [
+                PluginError(name, package_name(each), "pyvmm has one of that name itself") for each, _ in entries
+            ]
             continue
         try:
             good.append(_load(name, entries, kind))
@@ -122,11 +124,11 @@ def asked() -> list[Distribution]:
 
 
 def _note(distribution: Distribution) -> None:
-    _asked[_name(distribution)] = distribution
+    _asked[package_name(distribution)] = distribution
 
 
-def _name(distribution: Distribution) -> str:
-    """Return a package's name, also of one that lacks its metadata."""
+def package_name(distribution: Distribution) -> str:
+    """Return what a package is called, also where it lacks its metadata."""
     try:
         name: str | None = distribution.metadata["Name"]
     except Exception:  # whatever a damaged file makes the reader raise
@@ -160,7 +162,7 @@ def _read(group: str) -> tuple[dict[str, list[tuple[Distribution, EntryPoint]]],
         except Exception as error:  # every package of the machine is read here, also those that nobody asked about
             if isinstance(error, UnicodeDecodeError) and group.encode() not in error.object:
                 continue
-            faults.append(PluginError(group, _name(distribution), f"entry_points.txt: {_reason(error)}"))
+            faults.append(PluginError(group, package_name(distribution), f"entry_points.txt: {_reason(error)}"))
             continue
         for entry in entries:
             found.setdefault(entry.name, []).append((distribution, entry))
@@ -168,7 +170,7 @@ def _read(group: str) -> tuple[dict[str, list[tuple[Distribution, EntryPoint]]],
 
 
 def _load(name: str, entries: list[tuple[Distribution, EntryPoint]], kind: type[T]) -> Plugin[T]:
-    package = " and ".join(_name(distribution) for distribution, _ in entries)
+    package = " and ".join(package_name(distribution) for distribution, _ in entries)
     if len(entries) > 1:
         raise PluginError(name, package, "it is brought more than once")
     [(_, entry)] = entries

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyvmm import plugins
 from pyvmm.errors import HostError, UsageError
 from pyvmm.interrupt import Interrupted, terminable
 from pyvmm.labenv import in_lab
@@ -62,6 +63,7 @@ def main(args: argparse.Namespace) -> int:
     from pyvmm.bench.case import all_cases
     from pyvmm.bench.sweep import plan as plans
     from pyvmm.bench.sweep.store import Store
+    from pyvmm.lab.staging import staged
 
     files = args.words[1:]
     if len(files) != 1:
@@ -87,7 +89,8 @@ def main(args: argparse.Namespace) -> int:
         if waiting := store.counts().waiting:
             if waiting < len(plan.tasks):
                 _say(f"{database}: going on with {waiting} of {len(plan.tasks)} points")
-            with _workers(args, plan) as workers:
+            brought = plugins.asked() if _wants_labs(args, plan) else []
+            with staged(brought) as packages, _workers(args, plan, packages) as workers:
                 number = _run(store, workers, signals)
         _tell(store, args)
         if args.json is not None and store.counts().done:
@@ -111,7 +114,11 @@ def _run(store: Store, workers: Workers, signals: contextlib.ExitStack) -> int |
         return sweep.run()
 
 
-def _workers(args: argparse.Namespace, plan: Plan) -> Workers:
+def _wants_labs(args: argparse.Namespace, plan: Plan) -> bool:
+    return args.labs is not None or plan.lab is not None
+
+
+def _workers(args: argparse.Namespace, plan: Plan, packages: Path | None) -> Workers:
     from pyvmm.bench.sweep import workers
 
     if args.scheduler is not None:
@@ -120,8 +127,8 @@ def _workers(args: argparse.Namespace, plan: Plan) -> Workers:
                 f"{plan.file} has a [lab], and a fleet measures on its own machines", hint="leave one of them out"
             )
         return workers.Fleet(args.scheduler)
-    if args.labs is not None or plan.lab is not None:
-        return workers.Labs(args.labs or 1, _lab_maker(plan.file, plan.lab or {}))
+    if _wants_labs(args, plan):
+        return workers.Labs(args.labs or 1, _lab_maker(plan.file, plan.lab or {}, packages))
     if os.uname().machine != "aarch64":
         raise HostError(
             f"this host is {os.uname().machine}; costs are measured on an arm64 one",
@@ -130,8 +137,8 @@ def _workers(args: argparse.Namespace, plan: Plan) -> Workers:
     return workers.Here()
 
 
-def _lab_maker(file: str, table: dict[str, Any]) -> Callable[[], Lab]:
-    """Return what makes labs as a plan's table says, which see the project's tree and nothing else."""
+def _lab_maker(file: str, table: dict[str, Any], packages: Path | None) -> Callable[[], Lab]:
+    """Return what makes labs as a plan's table says, which see the project's tree, ``packages`` and nothing else."""
     from pyvmm.lab import Lab, LabOptions, build_image, kernels
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import require
@@ -150,7 +157,7 @@ def _lab_maker(file: str, table: dict[str, Any]) -> Callable[[], Lab]:
     require(building=usable_image(kernel=kernel) is None)
     with _progress() as show:
         image = build_image(kernel, progress=lambda what, _share: show(f"lab: {what}"))
-    return lambda: Lab(options, image=image, cwd=Path(os.sep))
+    return lambda: Lab(options, image=image, cwd=Path(os.sep), packages=packages)
 
 
 def _tell(store: Store, args: argparse.Namespace) -> None:

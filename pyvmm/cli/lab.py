@@ -147,9 +147,9 @@ def run_verb(
 ) -> int:
     """Run ``pyvmm ARGV`` in a lab of its own, and return its exit status.
 
-    Files it names are visible there; what it writes to ``outputs``, by default the OutputPaths among ``args``, is
-    here afterwards. Its output is ours unless ``stdout`` takes it. ``visible`` are more paths to be seen there, ``env``
-    more variables.
+    Files it names are visible there, and so are the packages whose plug-ins were asked for (see pyvmm.plugins). What it
+    writes to ``outputs``, by default the OutputPaths among ``args``, is here afterwards. Its output is ours unless
+    ``stdout`` takes it. ``visible`` are more paths to be seen there, ``env`` more variables.
     """
     _refuse_debugger(args)
     is_tty = stdout is None and all(map(os.isatty, (STDIN, 1, 2)))
@@ -202,10 +202,12 @@ def _run(
     stdout: Sink | None = None,
     env: Mapping[str, str] | None = None,
 ) -> int:
+    from pyvmm import plugins
     from pyvmm.guest.kernels import named
     from pyvmm.lab import Lab, peers
     from pyvmm.lab.needs import require
     from pyvmm.lab.shares import find_shares
+    from pyvmm.lab.staging import staged
 
     if is_tty and not os.isatty(STDIN):
         raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
@@ -219,14 +221,14 @@ def _run(
             hint="the default host kernel does, in the mode protected",
         )
     require(building=False)
-    with terminable():
+    with terminable(), staged(plugins.asked()) as packages:
         image = _image(_kernel(args), refresh=False)
         if wanted:
             with _progress() as progress:
                 trees = peers.require(wanted, progress=progress)
             files = [*files, *trees.paths]
             env = peers.joined(trees.environment, env or {})
-        with Lab(options, image=image, arguments=files, outputs=outputs, live=live) as lab:
+        with Lab(options, image=image, arguments=files, outputs=outputs, packages=packages, live=live) as lab:
             return lab.run(command, stdin=STDIN, stdout=stdout, is_tty=is_tty, env=env)
 
 

@@ -42,8 +42,9 @@ class Lab:
     """A lab as a context manager.
 
     ``arguments`` are looked through for files to make visible, ``outputs`` name files that commands will write (see
-    shares.py); a ``bare`` lab sees nothing of the workstation. What the workstation changes while the lab runs, a
-    ``live`` one sees; the others cache, and start a Python program a second sooner.
+    shares.py); a ``bare`` lab sees nothing of the workstation. ``packages`` is a directory to import from, after
+    pyvmm's own. What the workstation changes while the lab runs, a ``live`` one sees; the others cache, and start a
+    Python program a second sooner.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Lab:
         cwd: Path | None = None,
         arguments: Sequence[str] = (),
         outputs: Sequence[str] = (),
+        packages: Path | None = None,
         bare: bool = False,
         live: bool = False,
     ) -> None:
@@ -61,6 +63,10 @@ class Lab:
         self.cwd = Path(os.path.abspath(cwd or Path.cwd()))
         self._image = image
         self._shares = [] if bare else shares.find_shares(self.cwd, arguments, outputs)
+        self._path = [str(shares.python_path())]
+        if packages is not None:
+            self._shares.append(shares.Share(packages, shares.PACKAGES, "packages", readonly=True))
+            self._path.append(str(shares.PACKAGES))
         self._caching = "none" if live else "loose"
         self._qemu: Qemu | None = None
         self._unpacker = frames.Unpacker()
@@ -234,7 +240,7 @@ class Lab:
             "HOME": "/root",
             "LANG": "C.UTF-8",
             "PATH": PATH,
-            "PYTHONPATH": str(shares.python_path()),
+            "PYTHONPATH": os.pathsep.join(self._path),
             IN_LAB: "1",
             "TERM": os.environ.get("TERM", "dumb"),
             **({"TMPDIR": "/var/tmp"} if shared else {}),

@@ -2,8 +2,9 @@
 """Which of the workstation's directories the lab sees, and where.
 
 The rule: a path means the same inside as outside. The project's tree, the current directory, and the directories of
-files named on a command line are mounted at their own absolute paths; nothing else of the workstation is visible. What
-a command is said to write must be outside of the lab when that ends: there is no path for which it would be lost.
+files named on a command line are mounted at their own absolute paths. Copies of the packages whose plug-ins a
+command needs are at ``PACKAGES``. Nothing else of the workstation is visible. What a command is said to write must be
+outside of the lab when that ends: there is no path for which it would be lost.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pyvmm.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTALLED = Path("/pyvmm/site/pyvmm")
+PACKAGES = Path("/pyvmm/packages")
+"""Where the lab imports from what plug-ins were copied out of (see staging.py)."""
 
 # What the lab has itself or must not be hidden. Directories below them may be mounted.
 RESERVED = frozenset(

@@ -3,32 +3,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+
+X86 = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00" + b"\x3e\x00"
+ARM64 = X86[:18] + b"\xb7\x00"
+"""The first bytes of shared objects for two machines."""
 
 
 def install(
-    site: Path, package: str, modules: Mapping[str, str], entry_points: Mapping[str, Mapping[str, str]] | str
+    site: Path,
+    package: str,
+    modules: Mapping[str, str],
+    entry_points: Mapping[str, Mapping[str, str]],
+    binaries: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    requires: Sequence[str] = (),
 ) -> Path:
     """Install ``package`` into the directory ``site``; returns the directory of its metadata.
 
-    ``modules`` are files by their paths, ``entry_points`` targets by name by group, or the text of their file.
+    ``modules`` and ``binaries`` are files by their paths, ``entry_points`` targets by name by group, ``requires`` what
+    the package says it depends on.
     """
-    files = []
-    for name, source in modules.items():
+    contents = {name: source.encode() for name, source in modules.items()} | dict(binaries)
+    for name, content in contents.items():
         path = site / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source)
-        files.append(name)
-    if not isinstance(entry_points, str):
-        entry_points = "".join(
-            f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in targets.items())
-            for group, targets in entry_points.items()
-        )
+        path.write_bytes(content)
+    files = [*contents]
+    text = "".join(
+        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in targets.items())
+        for group, targets in entry_points.items()
+    )
     info = site / f"{package.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(entry_points)
+    needs = "".join(f"Requires-Dist: {each}\n" for each in requires)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n{needs}")
+    (info / "entry_points.txt").write_text(text)
     files += [f"{info.name}/{name}" for name in ("METADATA", "entry_points.txt", "RECORD")]
     (info / "RECORD").write_text("".join(f"{name},,\n" for name in files))
     return info

@@ -248,7 +248,7 @@ def test_a_sweep_from_its_file_to_its_results(
     assert capsys.readouterr().out.splitlines()[0] == "fault protection=none pages=256 backing=memfd #1"
     stops = "if name == 'pkvm-256' and tries == 1: os.kill(os.getppid(), 15); time.sleep(1000)"
     workers = [Here(pretend(tmp_path, f"{stops}\nif name == 'pkvm-1024': sys.exit(7)")) for _ in range(2)]
-    monkeypatch.setattr(bench_sweep, "_workers", lambda _args, _plan: workers.pop())
+    monkeypatch.setattr(bench_sweep, "_workers", lambda *_: workers.pop())
     args = command(str(file), "--json", str(tmp_path / "four.json"))
     old = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -268,11 +268,11 @@ def test_a_sweep_from_its_file_to_its_results(
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="it can be measured here")
 def test_a_machine_that_is_no_arm64_one_names_the_lab(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="--labs 1"):
-        bench_sweep._workers(command(str(tmp_path / "a.toml")), plan())
+        bench_sweep._workers(command(str(tmp_path / "a.toml")), plan(), None)
 
 
 def test_a_lab_that_cannot_be_is_refused_before_anything_is_booted() -> None:
     with pytest.raises(PyvmmError, match=r"sweep.toml: \[lab\]: icount counts the instructions of one CPU"):
-        bench_sweep._workers(command("sweep.toml"), plan(FOUR + "[lab]\nicount = true\ncpus = 2"))
+        bench_sweep._workers(command("sweep.toml"), plan(FOUR + "[lab]\nicount = true\ncpus = 2"), None)
     with pytest.raises(PyvmmError, match="its own machines"):
-        bench_sweep._workers(command("sweep.toml", "--scheduler", "tcp://a:1"), plan(FOUR + "[lab]\ncpus = 2"))
+        bench_sweep._workers(command("sweep.toml", "--scheduler", "tcp://a:1"), plan(FOUR + "[lab]\ncpus = 2"), None)

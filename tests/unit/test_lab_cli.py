@@ -8,12 +8,13 @@ from argparse import Namespace
 
 import pytest
 
-from pyvmm import cli, lab
+from pyvmm import cli, lab, plugins
 from pyvmm.errors import HostError
 from pyvmm.lab import image, needs
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.labenv import IN_LAB
 from pyvmm.syntax.paths import OutputPath, find_outputs, output_behind
+from tests.unit.installed import X86, install
 
 
 class FakeLab:
@@ -243,3 +244,39 @@ def test_status_shows_every_image_there_is(capsys, monkeypatch, tmp_path):
     assert lines["stable"].startswith("9.9, 0 MB")
     assert lines["unstable"].startswith("to be built again")
     assert "experimental" not in lines
+
+
+def test_packages_whose_plugins_were_asked_for_are_copied_for_the_lab(booted, monkeypatch, tmp_path):
+    install(tmp_path, "pyvmm-dice", {"dice/__init__.py": "x = 1"}, {plugins.DEVICES: {"dice": "dice:x"}})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "_asked", {})
+    seen = []
+    monkeypatch.setattr(FakeLab, "__enter__", lambda self: seen.append(files(self.booted["packages"])) or self)
+    cli.main(["--lab", "run", "payload:hello"])
+    assert seen == [None]
+    assert plugins.find(plugins.DEVICES, "dice", int) == 1
+    cli.main(["--lab", "run", "payload:hello"])
+    info = "pyvmm_dice-1.0.dist-info"
+    assert seen[1] == ["dice/__init__.py", f"{info}/METADATA", f"{info}/entry_points.txt"]
+    assert not booted()["packages"].exists()
+
+
+def files(directory):
+    """Return the files in a directory by their paths there."""
+    if directory is None:
+        return None
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def test_package_that_the_lab_cannot_run_is_refused_before_anything_boots(booted, monkeypatch, tmp_path, capsys):
+    install(tmp_path, "pyvmm-fast", {"fast.py": "x = 1"}, {plugins.DEVICES: {"fast": "fast:x"}}, {"_fast.so": X86})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "_asked", {})
+    assert plugins.find(plugins.DEVICES, "fast", int) == 1
+    assert cli.main(["--lab", "run", "payload:hello"]) == 2
+    assert booted() == {}
+    why = f"{tmp_path}/_fast.so is compiled for another machine"
+    assert capsys.readouterr().err.splitlines() == [
+        f"pyvmm: the package pyvmm-fast cannot be shown to the lab: {why}",
+        "  hint: run this on an arm64 host that has the package installed",
+    ]

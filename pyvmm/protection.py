@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
 
 class Protection(Enum):
@@ -22,3 +23,7 @@ class Protection(Enum):
     def by_hypervisor(self) -> bool:
         """Whether EL2 keeps them private; otherwise the VMM does so itself."""
         return self is Protection.PKVM
+
+
+PROTECTIONS: Final = tuple(protection.value for protection in Protection)
+"""Their names, as a user types them."""

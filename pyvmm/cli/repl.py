@@ -15,8 +15,9 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.cli.common import add_common, require_arm64
-from pyvmm.cli.run import BACKINGS, CONVERSIONS, PROTECTIONS
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.memory.choices import BACKINGS, CONVERSIONS
+from pyvmm.protection import PROTECTIONS, Protection
 from pyvmm.syntax.values import parse_count, parse_memory
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def main(args: argparse.Namespace) -> int:
 
     require_fresh_native()
     from pyvmm.experiment import Experiment
-    from pyvmm.protection import Protection
 
     size, gpa = args.mem
     if gpa is not None or size % (1 << 20):

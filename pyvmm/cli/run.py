@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from pyvmm import log
 from pyvmm.cli.common import Help, add_common, require_arm64
 from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.memory.choices import BACKINGS, CONVERSIONS, ConversionPolicy
 from pyvmm.options.devices import add_device_options, device_specs
+from pyvmm.protection import PROTECTIONS, Protection
 from pyvmm.session.consoles import Ends, following_size, nobody, open_place, places
 from pyvmm.syntax.paths import OutputPath, open_output, output_behind
 from pyvmm.syntax.values import parse_count, parse_memory, parse_seconds
@@ -27,11 +29,6 @@ if TYPE_CHECKING:
     from pyvmm.session.watch import Watch
 
 STDOUT = 1
-
-# As in pyvmm.protection, pyvmm.machine.config and pyvmm.memory.conversion, which are not worth importing for --help.
-PROTECTIONS = ("none", "pkvm", "emulated")
-BACKINGS = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
-CONVERSIONS = ("preserve", "zero", "punch", "copy")
 
 CRASH = "payload:crash"
 
@@ -368,8 +365,6 @@ def _config(
     from pyvmm.guest.kernels import MEMORY, is_kernel
     from pyvmm.machine import layout
     from pyvmm.machine.config import DEFAULT_MEMORY, MachineConfig, usual_backing
-    from pyvmm.memory.conversion import ConversionPolicy
-    from pyvmm.protection import Protection
 
     places(args)
     size, gpa = args.mem

@@ -35,7 +35,7 @@ from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.layout import MIB, PRIVATE_BOOT, RAM_BASE
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva, align_up
-from pyvmm.memory.conversion import ConversionPolicy
+from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD

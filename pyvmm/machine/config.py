@@ -10,10 +10,9 @@ from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.swiotlb import check_pool, pool_in, usual_pool
 from pyvmm.memory.address import HUGE_SIZE
-from pyvmm.memory.conversion import ConversionPolicy
+from pyvmm.memory.choices import BACKINGS, ConversionPolicy
 from pyvmm.protection import Protection
 
-BACKINGS = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
 DEFAULT_MEMORY = 64 * layout.MIB
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pyvmm._native import ffi, lib
 from pyvmm.errors import HostError, KvmError, hex_
 from pyvmm.machine import layout
+from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 
@@ -25,10 +26,16 @@ FORWARDED: Final = ((0x8600_0000, 1), (0xC600_0002, 3))
 """FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
 RETRIES: Final = 64
 RING_RECORDS: Final = 1 << 12
-_NATIVE: Final = {
+PROTECTIONS: Final = {
     Protection.NONE: lib.PV_NONE,
     Protection.PKVM: lib.PV_PKVM,
     Protection.EMULATED: lib.PV_EMULATED,
+}
+POLICIES: Final = {
+    ConversionPolicy.PRESERVE: lib.PV_CONVERT_PRESERVE,
+    ConversionPolicy.ZERO: lib.PV_CONVERT_ZERO,
+    ConversionPolicy.PUNCH: lib.PV_CONVERT_PUNCH,
+    ConversionPolicy.COPY: lib.PV_CONVERT_COLD,
 }
 
 
@@ -66,8 +73,8 @@ def protect(vm: Vm, config: MachineConfig) -> Any:
     """Tell the VM, and the native loop, of its protection; returns the ``struct pv_vm *``, without memory yet."""
     native = ffi.new("struct pv_vm *")
     native.fd = vm.fileno()
-    native.protection = _NATIVE[config.protection]
-    native.conversion = config.conversion.native
+    native.protection = PROTECTIONS[config.protection]
+    native.conversion = POLICIES[config.conversion]
     native.retry_limit = RETRIES
     native.policy[lib.PV_FAIL_EAGAIN] = lib.PV_ACT_RETRY
     if config.protection is Protection.EMULATED:

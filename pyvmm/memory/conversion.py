@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a page's contents when it changes hands in the emulated protection, and the policy that Python does.
+"""The conversion policy that Python carries out: each shared page moves to a file beside its slot.
 
 Owns the files that shared pages are copied to, through the ``Memory`` that closes them. Only ``Memory`` calls it,
 under its lock. Under pkvm there is nothing to choose: the hypervisor keeps the contents in place.
@@ -8,7 +8,6 @@ under its lock. Under pkvm there is nothing to choose: the hypervisor keeps the 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from enum import Enum
 from typing import TYPE_CHECKING
 
 from pyvmm._native import ffi, lib
@@ -25,32 +24,6 @@ if TYPE_CHECKING:
 SMCCC_SUCCESS = 0
 SMCCC_NOT_SUPPORTED = -1
 SMCCC_INVALID_PARAMETER = -3
-
-
-class ConversionPolicy(Enum):
-    """A policy; its value is what a user types."""
-
-    PRESERVE = "preserve"
-    """The host's view opens or closes, the contents stay: what pKVM does. Cost: one mprotect."""
-    ZERO = "zero"
-    """The VMM zeroes the page in between, in both directions. Cost: an mprotect and 4 KiB of stores."""
-    PUNCH = "punch"
-    """The page is dropped from its file, the other side gets a new one. Cost: an mprotect, a punch, a stage-2 fault."""
-    COPY = "copy"
-    """Shared pages live in a file of their own, slots move around them. Cost: a copy and two to six slot changes."""
-
-    @property
-    def native(self) -> int:
-        """``enum pv_conversion`` of native/loop/cdef.h."""
-        return _NATIVE[self]
-
-
-_NATIVE: dict[ConversionPolicy, int] = {
-    ConversionPolicy.PRESERVE: lib.PV_CONVERT_PRESERVE,
-    ConversionPolicy.ZERO: lib.PV_CONVERT_ZERO,
-    ConversionPolicy.PUNCH: lib.PV_CONVERT_PUNCH,
-    ConversionPolicy.COPY: lib.PV_CONVERT_COLD,
-}
 
 
 class CopyConversion:

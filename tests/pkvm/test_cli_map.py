@@ -146,7 +146,7 @@ def test_a_shared_page_is_one_in_the_map_and_two_events_in_the_timeline(protecti
 
 
 def test_holes_and_moves_are_events() -> None:
-    from pyvmm.memory.conversion import ConversionPolicy
+    from pyvmm.memory.choices import ConversionPolicy
 
     with puppet(Protection.EMULATED, conversion=ConversionPolicy.COPY) as (machine, guest):
         recorder = Timeline()

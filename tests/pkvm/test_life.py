@@ -18,7 +18,7 @@ from pyvmm.guest.puppet import Access
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine import Machine, boot
-from pyvmm.memory.conversion import ConversionPolicy
+from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.slots import SlotTable
 from pyvmm.protection import Protection

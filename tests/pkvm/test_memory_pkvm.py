@@ -16,7 +16,7 @@ from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError, hex_
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd, PrivateGuestMemfd, SharedGuestMemfd
-from pyvmm.memory.conversion import ConversionPolicy
+from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.memory import Memory

@@ -11,7 +11,7 @@ from pyvmm.kvm.stand_in import Recording
 from pyvmm.machine import Machine
 from pyvmm.machine.devices import Rng
 from pyvmm.machine.plan import Plan, calls
-from pyvmm.memory.conversion import ConversionPolicy
+from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import config

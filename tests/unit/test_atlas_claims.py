@@ -15,7 +15,7 @@ from pyvmm.atlas.claim import GROUPS, Claim, all_claims, group, select
 from pyvmm.atlas.runner import tasks
 from pyvmm.errors import UsageError
 from pyvmm.experiment.record import Verdict
-from pyvmm.machine.config import BACKINGS
+from pyvmm.memory.choices import BACKINGS
 from pyvmm.protection import Protection
 
 CLAIMS = all_claims()

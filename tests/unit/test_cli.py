@@ -22,6 +22,8 @@ from pyvmm import cli
 from pyvmm.cli import run
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.interrupt import Interrupted
+from pyvmm.memory.choices import BACKINGS, ConversionPolicy
+from pyvmm.protection import Protection
 from pyvmm.syntax.values import parse_memory, parse_seconds, parse_size
 
 X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts that are not arm64")
@@ -91,14 +93,13 @@ def test_prefaulting_is_asked_for(words):
     assert run._config(parse("run", *words, "k"), "k").prefault is bool(words)
 
 
-def test_runs_choices_are_the_librarys():
-    from pyvmm.machine.config import BACKINGS
-    from pyvmm.memory.conversion import ConversionPolicy
-    from pyvmm.protection import Protection
-
-    assert BACKINGS == run.BACKINGS
-    assert tuple(conversion.value for conversion in ConversionPolicy) == run.CONVERSIONS
-    assert tuple(protection.value for protection in Protection) == run.PROTECTIONS
+def test_every_protection_and_policy_can_be_chosen():
+    for protection in Protection:
+        assert parse("run", "--protection", protection.value, "k").protection == protection.value
+    for policy in ConversionPolicy:
+        assert parse("run", "--conversion", policy.value, "k").conversion == policy.value
+    for backing in BACKINGS:
+        assert parse("run", "--backing", backing, "k").backing == backing
 
 
 def test_a_bare_word_for_the_crash_payload_is_its_way():

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.cli import make_parser, run
+from pyvmm.cli import make_parser
 from pyvmm.errors import UsageError
+from pyvmm.memory.choices import BACKINGS
 from pyvmm.options import file as config
+from pyvmm.protection import PROTECTIONS
 from pyvmm.syntax.paths import find_outputs
 
 EXAMPLE = """\
@@ -196,8 +198,8 @@ OPTIONS = st.fixed_dictionaries(
     optional={
         "-m": st.integers(4, 1 << 20).map(str) | st.just("1G@0x80000000"),
         "-c": st.integers(1, 16).map(str),
-        "--backing": st.sampled_from(run.BACKINGS),
-        "--protection": st.sampled_from(run.PROTECTIONS),
+        "--backing": st.sampled_from(BACKINGS),
+        "--protection": st.sampled_from(PROTECTIONS),
         "--deadline": st.floats(0.1, 1e6).map(str) | st.just("10"),
         "--initrd": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
         "--map": st.just("a.svg"),

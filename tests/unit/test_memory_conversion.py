@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from pyvmm._native import lib
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
+from pyvmm.machine.vm import POLICIES
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd
-from pyvmm.memory.conversion import ConversionPolicy
+from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.slots import Piece, carve
 from pyvmm.protection import Protection
@@ -46,7 +47,7 @@ def convert(memory, number: int, shared: bool) -> int:
 
 
 def test_each_policy_has_the_native_loops_number():
-    assert [policy.native for policy in ConversionPolicy] == [
+    assert [POLICIES[policy] for policy in ConversionPolicy] == [
         lib.PV_CONVERT_PRESERVE,
         lib.PV_CONVERT_ZERO,
         lib.PV_CONVERT_PUNCH,

@@ -14,8 +14,8 @@ from pyvmm.bench.model import Point
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.puppet import Access, Puppet, Touch
-from pyvmm.machine.config import BACKINGS
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa
+from pyvmm.memory.choices import BACKINGS
 from pyvmm.memory.fault_server import Server
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.memory.source_server import SourceServer

@@ -38,6 +38,11 @@ class Device:
         self.size = size
         self.state: Any = ffi.NULL
 
+    @property
+    def behind(self) -> object:
+        """What serves the guest: the device itself, or the one behind a transport."""
+        return self
+
     def windows(self) -> list[tuple[int, int, int, Any]]:
         """(offset, size, enum pv_kind, state) of each part; most devices are one part."""
         return [(0, self.size, self.kind, self.state)]

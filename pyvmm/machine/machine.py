@@ -16,15 +16,16 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyvmm.devices.bus import Bus
 from pyvmm.devices.echo import Echo
 from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
+from pyvmm.devices.roles import Printing
 from pyvmm.devices.share_bell import ShareBell
-from pyvmm.errors import HostError, PyvmmError, UsageError, hex_
+from pyvmm.errors import HostError, PyvmmError, hex_
 from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.kvm.system import System
 from pyvmm.log import get_logger
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from pyvmm.vcpu.counters import Counters
 
 log = get_logger("machine")
+
+R = TypeVar("R")
 
 
 class Machine(Built):
@@ -140,7 +143,7 @@ class Machine(Built):
         self._stack.callback(self.bus.close)
         line = self.interrupts.level(layout.PL011_SPI)
         uart = Pl011(config.serial_out, config.serial_in, self._unheard, line)
-        self.console = self.bus.add(uart, layout.PL011.start, line)
+        self.uart = self.bus.add(uart, layout.PL011.start, line)
         self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
@@ -174,7 +177,7 @@ class Machine(Built):
                 memory=self.memory,
                 relay=self.relay,
                 bus=self.bus,
-                console=self.console,
+                uart=self.uart,
                 mailboxes=self.mailboxes,
                 finish=self._finish,
                 wanted=self._wanted(vcpu.index),
@@ -186,7 +189,7 @@ class Machine(Built):
 
     def _wake(self) -> None:
         self.mailboxes.wake()
-        self.console.wake()
+        self.uart.wake()
 
     def _wanted(self, index: int) -> Callable[[], bool]:
         return lambda: self._threads[index].wanted
@@ -207,7 +210,7 @@ class Machine(Built):
         if self.config.prefault:
             self.prefault()
         self.memory.seal()
-        self.console.start()
+        self.uart.start()
         log.info(
             "starting",
             protection=self.config.protection.value,
@@ -236,9 +239,8 @@ class Machine(Built):
                 Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s: {where}")
             )
         self._threads.stop()
-        self.console.drain()
-        for transport in self.virtio:
-            transport.device.drain()
+        for device in self.role(Printing):
+            device.drain()
         self._abandon_orders()
         outcome = self._outcome
         if outcome is None:
@@ -254,34 +256,13 @@ class Machine(Built):
         self._finish(Outcome(Ending.INTERRUPTED, reason))
 
     def _abort_output(self) -> None:
-        self.console.abort()
-        for transport in self.virtio:
-            transport.device.abort()
+        for device in self.role(Printing):
+            device.abort()
 
-    def type(self, keys: bytes) -> bool:
-        """Type on the virtio console if that has an input or is the only one, else on the UART; False without room."""
-        from pyvmm.machine.devices import Console  # of a run that is kicked
-
-        read = any(isinstance(spec, Console) and spec.source is not None for spec in self.config.devices)
-        if read or self.config.serial_out is None:
-            return any(transport.device.offer(keys) for transport in self.virtio)
-        return self.console.offer(keys)
-
-    def resize_console(self, columns: int, rows: int) -> None:
-        """Tell the guest the size of the terminal that its virtio console is; from any thread."""
-        for transport in self.virtio:
-            transport.device.resize(columns, rows)
-
-    def balloon(self, size: int | None = None) -> dict[str, int]:
-        """Say what the balloon holds, after telling the guest what it should, if ``size`` says so; all in bytes.
-
-        ``target`` and ``actual``, and ``given_back``: what the host has been given until now, by it and by reports of
-        free pages. UsageError where there is no balloon, or not so much memory.
-        """
-        for transport in self.virtio:
-            if (answer := transport.device.balloon(size)) is not None:
-                return answer
-        raise UsageError("this guest has no balloon", hint="--balloon 0 gives it one that is empty")
+    def role(self, kind: type[R]) -> tuple[R, ...]:
+        """Return the devices that can do what ``kind`` says, one of :mod:`pyvmm.devices.roles`, by address."""
+        devices = (placed.device.behind for placed in self.bus.placed)
+        return tuple(device for device in devices if isinstance(device, kind))
 
     def pause(self) -> None:
         """Stop every vCPU and then every device, and return when all stand still. Not from a vCPU's own thread.

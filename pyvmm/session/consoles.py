@@ -12,6 +12,7 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Final
 
+from pyvmm.devices.roles import Terminal
 from pyvmm.errors import UsageError
 from pyvmm.syntax.paths import open_output
 
@@ -87,10 +88,13 @@ def following_size(machine: Machine, out: int | None) -> Iterator[None]:
         yield
         return
 
+    terminals = machine.role(Terminal)
+
     def tell() -> None:
         size = terminal_size(out)
         if size is not None:
-            machine.resize_console(*size)
+            for terminal in terminals:
+                terminal.resize(*size)
 
     changed = os.eventfd(0, os.EFD_CLOEXEC)
     over = threading.Event()

@@ -15,7 +15,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
-from pyvmm.errors import PyvmmError
+from pyvmm.devices.roles import MemoryBalloon, Terminal
+from pyvmm.errors import PyvmmError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -157,14 +158,16 @@ class Requests:
         Refused where the console has no room for all of it, as when the guest does not read or is paused.
         """
         keys = (text + RETURN).encode()
-        if not self._machine.type(keys):
+        if not _type(self._machine, keys):
             why = "the guest is paused" if self._machine.paused else "it does not read what it has got"
             raise PyvmmError(f"the guest's console takes no {len(keys)} bytes now: {why}")
         return {"typed": len(keys)}
 
     def balloon(self, size: int | None = None) -> dict[str, Any]:
         """Have the balloon take ``size`` bytes of the guest's memory, unless None; say what it holds."""
-        return self._machine.balloon(size)
+        for device in self._machine.role(MemoryBalloon):
+            return device.hold(size)
+        raise UsageError("this guest has no balloon", hint="--balloon 0 gives it one that is empty")
 
     def snapshot(self, file: str) -> dict[str, Any]:
         """Write the machine to ``file``, an absolute path; it stands still meanwhile."""
@@ -176,6 +179,14 @@ class Requests:
     def _refuse_unless_started(self, what: str) -> None:
         if self.state not in ("running", "paused"):
             raise PyvmmError(f"a run that is {self.state} cannot {what}")
+
+
+def _type(machine: Machine, keys: bytes) -> bool:
+    """Type on the virtio console if that has an input or is the only one, else on the UART; False without room."""
+    terminals = machine.role(Terminal)
+    if machine.config.serial_out is None or any(terminal.interactive for terminal in terminals):
+        return any(terminal.offer(keys) for terminal in terminals)
+    return machine.uart.offer(keys)
 
 
 def _spi(placed: Any) -> int | None:

@@ -48,7 +48,7 @@ class ColdExits:
         memory: Memory,
         relay: ShareRelay,
         bus: Bus,
-        console: Pl011,
+        uart: Pl011,
         mailboxes: Mailboxes,
         finish: Callable[[Outcome], None],
         wanted: Callable[[], bool],
@@ -56,7 +56,7 @@ class ColdExits:
         intercept: Intercept | None = None,
     ) -> None:
         self.native, self.vcpu, self.memory, self.relay, self.bus = native, vcpu, memory, relay, bus
-        self.console, self.mailboxes = console, mailboxes
+        self.uart, self.mailboxes = uart, mailboxes
         self.finish, self.wanted = finish, wanted
         self.unclaimed, self.intercept = unclaimed, intercept
         self._unclaimed_seen = 0
@@ -72,7 +72,7 @@ class ColdExits:
             case lib.PV_STOP_MAILBOX:
                 return self._mailbox()
             case lib.PV_STOP_FIFO:
-                self.console.wait_for_room(self.wanted)
+                self.uart.wait_for_room(self.wanted)
                 return True
             case lib.PV_STOP_SHARE:
                 self._share()

@@ -85,7 +85,7 @@ class BalloonHost(Host):
         return queue, struct.pack(f"<{count}I", *pages), input.u16() if queue > 1 else 0
 
     def act(self, input: Input) -> None:
-        self.device.balloon(input.u8() % 33 * PAGE)
+        self.device.hold(input.u8() % 33 * PAGE)
 
     def check(self) -> None:
         assert self.device.actual <= SIZE

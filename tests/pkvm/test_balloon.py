@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.roles import MemoryBalloon
 from pyvmm.machine.devices import Balloon
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.ledger import PageState
@@ -53,23 +54,24 @@ def test_memory_goes_to_the_host_and_comes_back(tmp_path: Path) -> None:
     # 64 MiB only (mm/page_reporting.c): with less memory than this and a slow host it finds nothing left, and kills.
     with Linux(Protection.NONE, initrd(tmp_path / "initrd"), Balloon(), memory=320 * MIB) as guest:
         machine = guest.machine
+        [balloon] = machine.role(MemoryBalloon)
         guest.sh(f"mount -t tmpfs -o size=80% tmpfs /tmp && dd if=/dev/zero of=/tmp/a bs=1M count={FILE // MIB}")
         full = resident(machine)
         assert full > FILE
 
         # What is deleted is free, and as much of it as makes large blocks is reported within seconds.
         guest.sh("rm /tmp/a")
-        until(lambda: resident(machine) < full - FILE // 4, lambda: (full, resident(machine), machine.balloon()))
+        until(lambda: resident(machine) < full - FILE // 4, lambda: (full, resident(machine), balloon.hold()))
         until(lambda: holes(machine) > FILE // 2, lambda: holes(machine))
 
         asked = 64 * MIB
-        before = machine.balloon(asked)
-        until(lambda: machine.balloon()["actual"] == asked, machine.balloon)
-        assert machine.balloon()["given_back"] >= before["given_back"] + asked
+        before = balloon.hold(asked)
+        until(lambda: balloon.hold()["actual"] == asked, balloon.hold)
+        assert balloon.hold()["given_back"] >= before["given_back"] + asked
         less = free(guest)
 
-        machine.balloon(0)
-        until(lambda: machine.balloon()["actual"] == 0, machine.balloon)
+        balloon.hold(0)
+        until(lambda: balloon.hold()["actual"] == 0, balloon.hold)
         # Free pages on their way to a report count as nobody's for a moment.
         enough = less + asked * 3 // 4 >> 10
         guest.sh(f"until [ $({FREE}) -gt {enough} ]; do sleep 0.2; done")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.roles import Terminal
 from pyvmm.machine.devices import Vsock
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
@@ -55,7 +56,8 @@ def test_shell_on_hvc0_and_echoes_both_ways(protection: Protection, tmp_path: Pa
     with Linux(protection, files, Vsock(str(path), 3)) as guest:
         assert guest.sh("cat /sys/class/tty/console/active") == "hvc0\n"
         assert guest.sh("stty size") == f"{SIZE[1]} {SIZE[0]}\n"
-        guest.machine.resize_console(132, 43)
+        [terminal] = guest.machine.role(Terminal)
+        terminal.resize(132, 43)
         guest.sh("until stty size | grep '43 132'; do sleep 0.1; done")
 
         listener = socket.socket(socket.AF_UNIX)

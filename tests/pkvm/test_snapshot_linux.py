@@ -72,7 +72,7 @@ class Guest:
 
     def left(self) -> bytes:
         """What has been printed and not been read."""
-        self.machine.console.drain()
+        self.machine.uart.drain()
         while select.select([self._out], [], [], 0)[0]:
             self._seen += os.read(self._out, 1 << 16)
         return self._seen

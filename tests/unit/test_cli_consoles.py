@@ -17,6 +17,7 @@ import pytest
 
 from pyvmm.cli import make_parser
 from pyvmm.cli.run import _config, check_options
+from pyvmm.devices.roles import Terminal
 from pyvmm.errors import UsageError
 from pyvmm.machine.devices import Balloon, Console, Vsock
 from pyvmm.machine.plan import Plan
@@ -111,7 +112,8 @@ def test_files_are_opened_and_closed_and_one_that_cannot_be_is_named(tmp_path: P
 
 def test_a_new_size_of_the_terminal_is_told_until_the_run_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
-    machine: Any = SimpleNamespace(resize_console=lambda *size: told.append(size))
+    terminal = SimpleNamespace(resize=lambda *size: told.append(size))
+    machine: Any = SimpleNamespace(role=lambda kind: (terminal,) if kind is Terminal else ())
     monkeypatch.setattr(consoles, "terminal_size", lambda _out: (120, 40))
     threads = threading.active_count()
     with consoles.following_size(machine, 1):

@@ -43,15 +43,22 @@ class Stub:
         self.started_ns, self.ended_ns, self.elapsed_ns = 1, 0, 1_500_000_000
         self.paused = False
         self.told: list[str] = []
-        self.console = Pl011()
-        self.type = self.console.offer
+        self.uart = Pl011()
         self.config = SimpleNamespace(
-            kernel="payload:smp", protection=SimpleNamespace(value="none"), memory=64 << 20, backing="memfd", cpus=2
+            kernel="payload:smp",
+            protection=SimpleNamespace(value="none"),
+            memory=64 << 20,
+            backing="memfd",
+            cpus=2,
+            serial_out=1,
         )
         slot = SimpleNamespace(gpa=0x8000_0000, size=64 << 20, backing=SimpleNamespace(kind="memfd"))
         self.memory = SimpleNamespace(slots=[slot])
         line = SimpleNamespace(spi=1)
-        self.bus = SimpleNamespace(placed=[SimpleNamespace(device=self.console, base=0x0900_0000, line=line)])
+        self.bus = SimpleNamespace(placed=[SimpleNamespace(device=self.uart, base=0x0900_0000, line=line)])
+
+    def role(self, kind: type) -> tuple[Any, ...]:  # noqa: ARG002 - it has no device but the UART
+        return ()
 
     def pause(self) -> None:
         self.told.append("pause")
@@ -70,7 +77,7 @@ class Stub:
 def stub() -> Iterator[Stub]:
     made = Stub()
     yield made
-    made.console.close()
+    made.uart.close()
 
 
 @contextlib.contextmanager

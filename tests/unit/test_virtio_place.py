@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pyvmm.devices.bus import Bus
+from pyvmm.devices.roles import MemoryBalloon, Printing, Terminal
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.errors import UsageError
 from pyvmm.machine import devices, layout
 from pyvmm.machine import virtio as placing
+from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.irq import Interrupts
+from pyvmm.machine.plan import Plan
 from pyvmm.machine.virtio import MOST_DEVICES, attach
 from tests.virtio_board import Toy
 
@@ -85,3 +88,15 @@ def test_drivers_are_asked_to_go_by_way_of_a_pool_where_there_is_one_with_rings_
     [transport] = machine(1, pool=pool)
     assert bool(transport.offered & Feature.ACCESS_PLATFORM) == bool(pool)
     assert bool(transport.offered & Feature.RING_PACKED) == (not pool)
+
+
+def test_roles_are_found_by_type() -> None:
+    config = MachineConfig(kernel="payload:hello", devices=(devices.Rng(), devices.Console(), devices.Balloon()))
+    with Plan(config) as plan:
+        machine = plan.machine
+        console, balloon = (transport.device for transport in machine.virtio[1:])
+        assert machine.role(Terminal) == (console,)
+        assert machine.role(MemoryBalloon) == (balloon,)
+        assert machine.role(Printing) == (machine.uart, console)
+    with Plan(config._replace(devices=())) as plan:
+        assert plan.machine.role(Terminal) == plan.machine.role(MemoryBalloon) == ()

@@ -90,7 +90,7 @@ class VirtioBalloon(WorkerDevice):
         self._target = self._pages(size)
         self.config_changed()
 
-    def balloon(self, size: int | None) -> dict[str, int]:
+    def hold(self, size: int | None = None) -> dict[str, int]:
         """Aim, unless at None, and say what there is, in bytes."""
         if size is not None:
             self.aim(size)

@@ -68,6 +68,7 @@ class VirtioConsole(WorkerDevice):
         super().__init__()
         self._out = None if out is None else Outlet(out)
         self._source = source
+        self.interactive = source is not None
         self._broken = False
         self._size = size or (0, 0)
         self.features = F_EMERG_WRITE | (F_SIZE if size is not None else 0)

@@ -81,6 +81,8 @@ class Complaints:
 class VirtioDevice:
     """A device; the transport calls all of this, never two at a time, in any vCPU's thread.
 
+    What single kinds can do besides is in :mod:`pyvmm.devices.roles`.
+
     ``queue_sizes`` are the most entries of each queue, powers of two up to 32768; ``features`` what it offers of its
     own (bits 0 to 23 and from 50).
     """
@@ -142,27 +144,8 @@ class VirtioDevice:
     def load(self, saved: dict[str, Any]) -> None:
         """Be as :meth:`save` found another such device; before the start."""
 
-    def drain(self) -> None:
-        """Finish what the guest has begun, at its end, waiting for who reads it unless aborted."""
-
-    def abort(self) -> None:
-        """Have no more than a moment's patience with who reads what the guest writes. Any thread."""
-
     def close(self) -> None:
         """Give back files, sockets, threads; once, after :meth:`stop`."""
-
-    # -- what single kinds can be asked for, from any thread
-
-    def resize(self, columns: int, rows: int) -> None:
-        """Be told of a terminal's size."""
-
-    def offer(self, keys: bytes) -> bool:  # noqa: ARG002 - of a console alone
-        """Type on a console; False for none, or one that has no room for all of them."""
-        return False
-
-    def balloon(self, size: int | None) -> dict[str, int] | None:  # noqa: ARG002 - of a balloon alone
-        """Tell the guest how many bytes to give up, unless None, and say how many it has; None for no balloon."""
-        return None
 
     # -- what a kind of device uses
 

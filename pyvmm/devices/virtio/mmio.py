@@ -120,6 +120,11 @@ class VirtioMmio(Device):
         self._device_sel = self._driver_sel = self._queue_sel = 0
         self._setups = [Setup() for _ in self.queues]
 
+    @property
+    def behind(self) -> VirtioDevice:
+        """The device."""
+        return self.device
+
     def windows(self) -> list[tuple[int, int, int, Any]]:
         """Registers in Python, but for kicks and interrupts."""
         notify, interrupt = Register.QUEUE_NOTIFY, Register.INTERRUPT_STATUS

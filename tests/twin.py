@@ -11,6 +11,7 @@ import struct
 from enum import IntEnum
 from typing import TypeGuard
 
+from pyvmm import abi
 from pyvmm._native import lib
 from pyvmm.uapi.errno import EHWPOISON
 from tests.twin_state import Counter, Doorbell, Kernel, Mailbox, Pl011, Range, Region, Vm
@@ -20,7 +21,6 @@ __all__ = ["Counter", "Doorbell", "Mailbox", "Pl011", "Range", "Region", "Vcpu",
 PAGE = 4096
 NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
 EXIT_HYPERCALL, EXIT_DEBUG, EXIT_MMIO, EXIT_SYSTEM_EVENT, EXIT_MEMORY_FAULT = 3, 4, 6, 24, 39
-HVC_FEATURES, HVC_MEMINFO, HVC_SHARE, HVC_UNSHARE = 0x8600_0000, 0xC600_0002, 0xC600_0003, 0xC600_0004
 MOVING = 0x40  # PV_PAGE_MOVING of native/loop/loop.h
 MASK64 = (1 << 64) - 1
 
@@ -276,17 +276,17 @@ class Vcpu:
 
     def hypercall(self) -> int:
         number, told = struct.unpack_from("<QQ", self.raw, 32)
-        if self.vm.protection == lib.PV_PKVM and number in (HVC_SHARE, HVC_UNSHARE):
-            return self.share_exit(told, number == HVC_SHARE)
+        if self.vm.protection == lib.PV_PKVM and number in (abi.HVC_SHARE, abi.HVC_UNSHARE):
+            return self.share_exit(told, number == abi.HVC_SHARE)
         if self.vm.protection != lib.PV_EMULATED:
             return lib.PV_STOP_HYPERCALL
         match number:
-            case 0xC600_0003 | 0xC600_0004:
-                return self.share_call(number == HVC_SHARE)
-            case 0xC600_0002:
+            case abi.HVC_SHARE | abi.HVC_UNSHARE:
+                return self.share_call(number == abi.HVC_SHARE)
+            case abi.HVC_MEMINFO:
                 zero = not any(self.kernel.get_x(n) for n in (1, 2, 3))
                 self.kernel.set_x(0, PAGE if zero else INVALID_PARAMETER & MASK64)
-            case 0x8600_0000:
+            case abi.HVC_FEATURES:
                 for n, value in enumerate((0x1D, 0, 0, 0)):
                     self.kernel.set_x(n, value)
             case _:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any, Final
 
+from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.errors import HostError, KvmError, hex_
 from pyvmm.machine import layout
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 #: What a VM has that asks for no number of its own (KVM_CREATE_VM in Documentation/virt/kvm/api.rst).
 IPA_BITS: Final = 40
 
-FORWARDED: Final = ((0x8600_0000, 1), (0xC600_0002, 3))
+FORWARDED: Final = ((abi.HVC_FEATURES, 1), (abi.HVC_MEMINFO, 3))
 """FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
 RETRIES: Final = 64
 RING_RECORDS: Final = 1 << 12

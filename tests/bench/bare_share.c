@@ -4,6 +4,8 @@
  * leaves out (ledger, checks, subscribers, statistics) is what the product's loop is measured against.
  * usage: bare_share GUEST.bin; prints "refused ticks". */
 #define _GNU_SOURCE
+#include "../../firmware/lib/abi.h"
+
 #include <err.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -46,7 +48,7 @@ int main(int argc, char **argv)
     struct kvm_userspace_memory_region slot = {0, 0, RAM, RAM_SIZE, (uintptr_t)hva};
     must(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot), "KVM_SET_USER_MEMORY_REGION");
 
-    struct { uint32_t base, count; uint8_t action, pad[15]; } filter = {0xc6000003, 2, 2, {0}};
+    struct { uint32_t base, count; uint8_t action, pad[15]; } filter = {HVC_SHARE, 2, 2, {0}};
     struct kvm_device_attr attr = {0, 0, 0, (uintptr_t)&filter};
     must(ioctl(vm, KVM_SET_DEVICE_ATTR, &attr), "KVM_ARM_VM_SMCCC_FILTER");
 
@@ -66,7 +68,7 @@ int main(int argc, char **argv)
             one_reg(vcpu, KVM_GET_ONE_REG, core(1), &page);
             one_reg(vcpu, KVM_GET_ONE_REG, core(2), &must_be_zero[0]);
             one_reg(vcpu, KVM_GET_ONE_REG, core(3), &must_be_zero[1]);
-            must(mprotect(view + (page - RAM), 4096, run->hypercall.nr == 0xc6000003 ? PROT_READ | PROT_WRITE : PROT_NONE),
+            must(mprotect(view + (page - RAM), 4096, run->hypercall.nr == HVC_SHARE ? PROT_READ | PROT_WRITE : PROT_NONE),
                  "mprotect");
             answer = must_be_zero[0] | must_be_zero[1] ? (uint64_t)-3 : 0;
             one_reg(vcpu, KVM_SET_ONE_REG, core(0), &answer);

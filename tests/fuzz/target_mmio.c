@@ -2,12 +2,13 @@
 /* The loop's answers to a vCPU: every kind of register at any offset and width, and hypercalls that share pages. */
 #include "fuzz.h"
 
+#include "../../firmware/lib/abi.h"
+
 #include <linux/kvm.h>
 #include <sys/eventfd.h>
 
 enum { KINDS = 8, STEP = 0x4000, VCPUS = 2, SLOTS = 3, REGISTERS = 24 };
 #define MMIO UINT64_C(0x09000000)
-#define HVC_SHARE UINT64_C(0xC6000003)
 
 static struct kvm_run run[VCPUS];
 static struct pv_vcpu vcpus[VCPUS];

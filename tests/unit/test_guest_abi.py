@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pyvmm import abi
 
-HEADER = Path(__file__).parents[2] / "firmware" / "lib" / "abi.h"
+ROOT = Path(__file__).parents[2]
+HEADER = ROOT / "firmware" / "lib" / "abi.h"
 
 
 def _defines() -> tuple[dict[str, int], dict[str, str]]:
@@ -27,6 +28,15 @@ def test_every_number_of_the_header_is_there_and_no_other() -> None:
     mirrored = {name: value for name, value in vars(abi).items() if name.isupper() and isinstance(value, int)}
     assert len(values) > 40
     assert mirrored == values
+
+
+def test_the_native_sources_have_the_headers_hypercalls_and_bell() -> None:
+    values, _ = _defines()
+    sources = "\n".join(path.read_text() for path in (ROOT / "native").rglob("*.[ch]"))
+    said = re.findall(r"\b(HVC_[A-Z]+) (0x[0-9a-fA-F]+)u?$|\b(BELL_[A-Z]+) = (\d+)", sources, re.MULTILINE)
+    found = {call or bell: int(number or word, 0) for call, number, bell, word in said}
+    assert set(found) == {"HVC_FEATURES", "HVC_MEMINFO", "HVC_SHARE", "HVC_UNSHARE", "BELL_SHARE", "BELL_UNSHARE"}
+    assert found == {name: values[name] for name in found}
 
 
 def test_every_register_file_of_the_mailbox_is_where_the_header_has_it() -> None:

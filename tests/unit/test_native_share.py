@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyvmm import abi
 from pyvmm.memory import ledger
 from pyvmm.memory.address import Gpa
 from tests.fake_kvm import MOVING, Rig, hypercall, load, store
@@ -15,7 +16,7 @@ from tests.fake_kvm import MOVING, Rig, hypercall, load, store
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FEATURES, MEMINFO, SHARE, UNSHARE = 0x8600_0000, 0xC600_0002, 0xC600_0003, 0xC600_0004
+FEATURES, MEMINFO, SHARE, UNSHARE = abi.HVC_FEATURES, abi.HVC_MEMINFO, abi.HVC_SHARE, abi.HVC_UNSHARE
 BELL = 0x0910_0000
 MINUS_1, MINUS_3 = 2**64 - 1, 2**64 - 3
 

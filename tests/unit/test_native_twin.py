@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pyvmm import abi
 from pyvmm.uapi.errno import EHWPOISON
 from tests import twin
 from tests.fake_kvm import EXIT_DEBUG, EXIT_HLT, EXIT_MEMORY_FAULT, EXIT_MMIO, EXIT_SYSTEM, Rig, failure, hypercall
@@ -93,7 +94,7 @@ class Guest:
         return {"exit_reason": EXIT_MMIO, "gpa": gpa, "data": value, "len": size, "is_write": self.any([0, 1])}
 
     def hypercall(self) -> dict[str, Any]:
-        number = self.any([*[twin.HVC_SHARE, twin.HVC_UNSHARE] * 4, twin.HVC_MEMINFO, twin.HVC_FEATURES, 0x8400_0000])
+        number = self.any([*[abi.HVC_SHARE, abi.HVC_UNSHARE] * 4, abi.HVC_MEMINFO, abi.HVC_FEATURES, 0x8400_0000])
         x1 = self.any([self.page(), self.page(), self.page(), 0, Rig.RAM + 8])
         told = self.any([self.page(), self.page(), self.page(), Rig.RAM + 8])
         return hypercall(number, x1, self.any([0, 0, 0, 0, 1]), self.any([0, 0, 0, 0, 2**63]), told=told)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ctypes import Structure, addressof, c_uint64
 from functools import partial
 
+from pyvmm import abi
 from pyvmm.atlas.claim import group
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.kvm.fd import Fd
@@ -67,7 +68,7 @@ def these_calls_are_refused(x: Experiment) -> None:
     vm = _vm(x)
     masks = (c_uint64 * ID_REGISTER_WORDS)()
     ways: dict[str, Callable[[], object]] = {
-        "KVM_SET_DEVICE_ATTR, KVM_ARM_VM_SMCCC_FILTER": lambda: vm.forward_smccc(0x8600_0000, 1),
+        "KVM_SET_DEVICE_ATTR, KVM_ARM_VM_SMCCC_FILTER": lambda: vm.forward_smccc(abi.HVC_FEATURES, 1),
         "KVM_HAS_DEVICE_ATTR, KVM_ARM_VM_SMCCC_CTRL": lambda: vm.call(KVM_HAS_DEVICE_ATTR, kvm_device_attr()),
         "KVM_ARM_SET_COUNTER_OFFSET": lambda: vm.call(KVM_ARM_SET_COUNTER_OFFSET, kvm_arm_counter_offset()),
         "KVM_ARM_GET_REG_WRITABLE_MASKS": lambda: vm.call(

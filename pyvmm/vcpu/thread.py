@@ -53,8 +53,6 @@ class VcpuThread:
 
     def resume(self) -> None:
         """Let a paused vCPU go on. Raises PyvmmError when it was not paused."""
-        if self._pauses <= 0:
-            raise PyvmmError(f"vCPU {self.native.index} is not paused: there is nothing to resume")
         self._want(pauses=-1)
 
     def stop(self) -> None:
@@ -90,6 +88,8 @@ class VcpuThread:
 
     def _want(self, *, pauses: int = 0, stopping: bool = False) -> None:
         with self._changed:
+            if self._pauses + pauses < 0:
+                raise PyvmmError(f"vCPU {self.native.index} is not paused: there is nothing to resume")
             self._pauses += pauses
             self._stopping |= stopping
             self._changed.notify_all()

@@ -125,6 +125,36 @@ def test_a_resume_without_a_pause_is_refused() -> None:
     assert vcpu.thread.join(5)
 
 
+def test_of_two_who_resume_a_vcpu_that_was_paused_once_one_is_refused() -> None:
+    vcpu = Vcpu(lambda _: True)
+    vcpu.thread.start()
+    vcpu.thread.pause()
+    assert vcpu.thread.wait_paused(5)
+    refused: list[PyvmmError] = []
+
+    def resume() -> None:
+        try:
+            vcpu.thread.resume()
+        except PyvmmError as error:
+            refused.append(error)
+
+    both = [threading.Thread(target=resume) for _ in range(2)]
+    with vcpu.thread._changed:
+        for each in both:
+            each.start()
+        for each in both:
+            each.join(0.1)  # until it waits for the condition, whatever it has looked at by then
+    for each in both:
+        each.join(5)
+    assert len(refused) == 1
+    # A pause still holds: one that was resumed once too often would need two.
+    vcpu.thread.pause()
+    assert vcpu.thread.wanted
+    assert vcpu.thread.wait_paused(5)
+    vcpu.thread.stop()
+    assert vcpu.thread.join(5)
+
+
 def test_a_vcpu_in_a_handler_is_outside_the_guest_though_not_paused() -> None:
     entered, leave = threading.Event(), threading.Event()
 

@@ -61,6 +61,7 @@ class Server:
         self._failed = failed
         self._stopping = False
         self._wake = -1
+        self._ending = threading.Lock()
         userfault.attach(self.stop)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._main, name="pyvmm-userfault", daemon=True)
@@ -82,10 +83,12 @@ class Server:
     def stop(self) -> None:
         """Answer no more faults; returns when the one at hand is done. Idempotent, but not for ``resolve`` to call."""
         self._stopping = True
-        if self._wake < 0:
-            return
-        os.eventfd_write(self._wake, 1)
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is self._thread:
+            return  # it looks at that before it waits again
+        with self._ending:
+            if self._wake < 0:
+                return
+            os.eventfd_write(self._wake, 1)
             self._thread.join()
             wake, self._wake = self._wake, -1
             os.close(wake)

@@ -39,6 +39,7 @@ class SourceServer:
         self._userfault = userfault
         self._failed = failed
         self._stop_fd = -1
+        self._stopping = threading.Lock()
         userfault.attach(self.stop)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._native = ffi.new("struct pv_fault_server *")
@@ -62,14 +63,15 @@ class SourceServer:
         return int(self._native.served)
 
     def stop(self) -> None:
-        """Answer no more faults; returns when the one at hand is done. Idempotent."""
-        if self._stop_fd < 0:
-            return
-        os.eventfd_write(self._stop_fd, 1)
-        self._thread.join()
-        stop_fd, self._stop_fd = self._stop_fd, -1
-        os.close(stop_fd)
-        self._userfault.attach(None)
+        """Answer no more faults; returns when the one at hand is done. Idempotent; any thread but the server's."""
+        with self._stopping:
+            if self._stop_fd < 0:
+                return
+            os.eventfd_write(self._stop_fd, 1)
+            self._thread.join()
+            stop_fd, self._stop_fd = self._stop_fd, -1
+            os.close(stop_fd)
+            self._userfault.attach(None)
 
     def _main(self) -> None:
         self._error = -lib.pv_serve_faults(self._native)

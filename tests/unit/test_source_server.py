@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -107,3 +108,30 @@ def test_it_leaves_no_thread_and_no_descriptor_not_even_where_another_serves(use
     with Server(userfault, lambda _fault: Answer.ZERO), pytest.raises(UsageError, match="being served already"):
         SourceServer(userfault, memory.hva, SOURCE)
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+class Meeting:
+    """A thread that two who join it wait for together, as far as both come to that."""
+
+    def __init__(self, thread: threading.Thread) -> None:
+        self.thread = thread
+        self.both = threading.Barrier(2)
+
+    def join(self) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.both.wait(0.3)
+        self.thread.join()
+
+
+@pytest.mark.parametrize("kind", ["source", "callback"])
+def test_two_may_stop_a_server_at_once(userfault, memory, kind):
+    if kind == "source":
+        server = SourceServer(userfault, memory.hva, SOURCE)
+    else:
+        server = Server(userfault, lambda _fault: Answer.ZERO)
+    server._thread = Meeting(server._thread)
+    with ThreadPoolExecutor(2) as pool:
+        stops = [pool.submit(server.stop) for _ in range(2)]
+        assert [stop.result(10) for stop in stops] == [None, None]
+    with Server(userfault, lambda _fault: Answer.ZERO):
+        pass  # nobody else serves it

@@ -155,9 +155,10 @@ class FaultTrace:
         self._faults.append(Fault(ns, int(match["ipa"], 16), *access(int(match["esr"], 16)), int(match["tid"])))
 
     def _remove(self) -> None:
-        if self._pipe is not None:
-            os.close(self._pipe)
-            self._pipe = None
+        with self._lock:  # somebody may be reading
+            pipe, self._pipe = self._pipe, None
+            if pipe is not None:
+                os.close(pipe)
         if self._instance is not None:
             with contextlib.suppress(OSError):
                 self._put(f"{EVENT}/enable", "0")

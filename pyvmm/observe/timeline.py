@@ -62,8 +62,9 @@ class Timeline:
     def stop(self) -> None:
         """Take what is in the rings, and look at them no more."""
         self.collect()
-        self._left_out += self._dropped()
-        self._natives = ()
+        with self._lock:
+            self._left_out += self._dropped()
+            self._natives = ()
 
     def collect(self) -> None:
         """Take what is in the rings and in the kernel's buffer: their room is limited, and so a long run wants this."""
@@ -86,7 +87,9 @@ class Timeline:
     @property
     def lost(self) -> int:
         """How many events there was no room for, in a ring, in the kernel's buffer or here."""
-        return self._dropped() + self._left_out + (self._trace.lost if self._trace is not None else 0)
+        with self._lock:
+            lost = self._dropped() + self._left_out
+        return lost + (self._trace.lost if self._trace is not None else 0)
 
     @property
     def why_no_faults(self) -> str:

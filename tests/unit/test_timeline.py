@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import xml.etree.ElementTree as ET
 from typing import Any
 
@@ -74,6 +75,28 @@ def test_shares_of_all_vcpus_are_in_order_and_refused_ones_are_not_there() -> No
         first.put(lib.PV_REC_SHARE, 60, BASE)
         assert recorder.events() == (*expected, Event(50, "share", BASE))
         assert recorder.notes == []
+
+
+def test_events_left_out_while_it_stops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "MOST", 0)
+    _, memory, _ = build(Protection.EMULATED)
+    with memory:
+        recorder = Timeline()
+        recorder.watch(memory, [Ring().native])
+        dropped = recorder._dropped
+        others: list[threading.Thread] = []
+
+        def while_another_changes_memory() -> int:
+            if not others:
+                others.append(threading.Thread(target=memory.punch, args=(BASE, PAGE)))
+                others[0].start()
+                others[0].join(0.2)
+            return dropped()
+
+        monkeypatch.setattr(recorder, "_dropped", while_another_changes_memory)
+        recorder.stop()
+        others[0].join(10)
+        assert recorder.lost == 1
 
 
 def test_what_is_done_to_memory_from_this_side_is_heard() -> None:

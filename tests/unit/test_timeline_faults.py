@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,35 @@ def test_faults_are_read_with_times_addresses_and_kinds_and_the_lost_are_counted
         Fault(1234_000_001_000, 0, False, False, 12345),
     ]
     assert trace.lost == 35
+
+
+@pytest.mark.usefixtures("instances")
+def test_who_is_reading_keeps_the_pipe_open_until_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, left = threading.Event(), threading.Event()
+    sizes: list[int] = []
+
+    def drain(pipe: int) -> None:
+        if threading.current_thread() is reader:
+            reading.set()
+            left.wait(0.3)
+            sizes.append(os.fstat(pipe).st_size)
+
+    trace = FaultTrace()
+    monkeypatch.setattr(trace, "_drain", drain)
+    reader = threading.Thread(target=trace.collect)
+
+    def leave() -> None:
+        trace.__exit__()
+        left.set()
+
+    with monkeypatch.context() as patched:
+        trace.__enter__()
+        reader.start()
+        assert reading.wait(10)
+        patched.setattr(trace, "collect", lambda: None)  # leaving has nothing to read
+        leave()
+    reader.join(10)
+    assert sizes == [len(LINES)]
 
 
 def test_kernel_is_told_threads_clock_and_the_range_that_matters(instances: Path) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.atlas.report.text import PLAIN, Look
 from pyvmm.bench import statistics
 from pyvmm.bench.environment import SAME
 from pyvmm.bench.model import BenchError, Run, Series, Value
 from pyvmm.bench.report import groups, table
 from pyvmm.bench.significance import rank_sum, signed_ranks
+from pyvmm.reports.look import PLAIN, Look
 from pyvmm.reports.words import one_line
 
 if TYPE_CHECKING:

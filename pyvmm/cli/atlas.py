@@ -27,8 +27,8 @@ from pyvmm.syntax.values import parse_seconds
 if TYPE_CHECKING:
     from pyvmm.atlas.claim import Claim
     from pyvmm.atlas.model import Atlas, Result
-    from pyvmm.atlas.report.text import Look
     from pyvmm.atlas.runner import Task
+    from pyvmm.reports.look import Look
 
 # As in pyvmm.protection and pyvmm.machine.config, which are not worth importing for --help.
 PROTECTIONS = ("none", "emulated", "pkvm")
@@ -104,9 +104,10 @@ def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tup
     from pyvmm.atlas.claim import GROUPS
     from pyvmm.atlas.expected import expected
     from pyvmm.atlas.model import Atlas
-    from pyvmm.atlas.report.text import Look, details, line, table
+    from pyvmm.atlas.report.text import details, line, table
     from pyvmm.atlas.runner import run
     from pyvmm.experiment import environment as about
+    from pyvmm.reports.look import Look
 
     look = Look.of(sys.stdout)
     host = about.host()
@@ -166,7 +167,7 @@ def _steps(result: Result, look: Look) -> str:
 
 def _list(todo: list[Task]) -> None:
     from pyvmm.atlas.claim import GROUPS
-    from pyvmm.atlas.report.text import Look
+    from pyvmm.reports.look import Look
 
     look = Look.of(sys.stdout)
     places: dict[str, list[str]] = {}
@@ -240,7 +241,7 @@ def _map(atlas: Atlas) -> str:
 def _diff(args: argparse.Namespace) -> int:
     from pyvmm.atlas.model import Atlas
     from pyvmm.atlas.report import diff
-    from pyvmm.atlas.report.text import Look
+    from pyvmm.reports.look import Look
 
     names = args.claims[1:]
     if len(names) != 2:

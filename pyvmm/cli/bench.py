@@ -286,8 +286,8 @@ def _writable(path: str) -> Iterator[TextIO]:
 
 
 def _show(run: Run, args: argparse.Namespace) -> None:
-    from pyvmm.atlas.report.text import Look
     from pyvmm.bench.report import table
+    from pyvmm.reports.look import Look
 
     look = Look.of(sys.stdout)
     if run.asked.get("versus"):
@@ -303,7 +303,7 @@ def _save(run: Run, args: argparse.Namespace) -> None:
     if args.html:
         try:
             with open(args.html, "w", encoding="utf-8") as file:
-                file.write(html.page(run))
+                file.write(html.render(run))
         except OSError as error:
             raise PyvmmError(f"{args.html!r} cannot be written: {error.strerror}") from None
     if args.figures:
@@ -333,9 +333,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _compare_runs(run: Run, other: Run | None) -> int:
-    from pyvmm.atlas.report.text import Look
     from pyvmm.bench import compare
     from pyvmm.bench.collect import sides
+    from pyvmm.reports.look import Look
 
     one, two = (run, other) if other is not None else sides(run)
     comparison = compare.compare(one, two)
@@ -345,10 +345,10 @@ def _compare_runs(run: Run, other: Run | None) -> int:
 
 def _read(path: str) -> Run:
     from pyvmm.bench import model
-    from pyvmm.bench.report import html
+    from pyvmm.bench.report import embedded
 
     try:
-        return html.read_html(path) if path.endswith((".html", ".htm")) else model.read(path)
+        return embedded.read_html(path) if path.endswith((".html", ".htm")) else model.read(path)
     except model.BenchError as error:
         raise UsageError(error.message, hint=error.hint) from None
 

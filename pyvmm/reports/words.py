@@ -1,44 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every report says alike: text made harmless, values, names, the host in a line, reasons counted once.
+"""What every report says alike: text made harmless, text made short, and a host in a few words.
 
-Pure functions and constants; used by the other modules of this package.
+Pure functions.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
-
-from pyvmm.atlas.model import Atlas, Result
-from pyvmm.experiment.record import Event, Evidence, Value, Verdict
-
-Key = tuple[str, str, str]
-"""(id, protection, backing) of a result."""
-
-Expected = Mapping[Key, Verdict]
-"""What results should be; a result that is not in it is free to be anything."""
-
-NOTHING_EXPECTED: Expected = {}
-
-SHORT = {Verdict.HOLDS: "holds", Verdict.FAILS: "fails", Verdict.UNTOLD: "untold", Verdict.CRASHED: "crashed"}
-"""A verdict in one word, where there is room for no more."""
-
-_PLURAL = {Verdict.HOLDS: "hold", Verdict.FAILS: "do not hold"}
-
-_PROTECTIONS = ("none", "emulated", "pkvm")
-_BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
-
-HOST = {
-    "kernel": "kernel",
-    "version": "version",
-    "mode": "KVM mode",
-    "machine": "machine",
-    "cpu": "CPU",
-    "emulated": "emulated",
-    "pyvmm": "pyvmm",
-}
-"""The host's fields that reports know, in their order, with what they are called."""
+from collections.abc import Mapping
 
 
 def clean(text: str) -> str:
@@ -70,135 +39,7 @@ def _written(char: str) -> str:
     return char.encode("unicode_escape").decode()
 
 
-def said(value: Value) -> str:
-    """Say a value of evidence or of the host."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return clean(str(value)) if value != "" else "(empty)"
-
-
-def wanted(evidence: Evidence) -> str:
-    """Say what was wanted where that adds something to what was seen."""
-    return "" if evidence.wanted is None or evidence.ok else said(evidence.wanted)
-
-
-def name(result: Result) -> str:
-    """Return the claim's name within its group."""
-    return one_line(result.id.removeprefix(f"{result.group}/"))
-
-
-def full_name(result: Result) -> str:
-    """Return ``group/name``."""
-    return f"{one_line(result.group)}/{name(result)}"
-
-
-def place(result: Result) -> str:
-    """Return ``protection/backing``."""
-    return one_line(f"{result.protection}/{result.backing}")
-
-
-def counted(verdict: Verdict, count: int) -> str:
-    """Say how many results have a verdict: ``3 hold``, ``1 holds``."""
-    return f"{count} {verdict.value if count == 1 else _PLURAL.get(verdict, verdict.value)}"
-
-
-def columns(atlas: Atlas) -> dict[str, list[str]]:
-    """Return the backings that occur under each protection, those pyvmm knows first and always in the same order."""
-    found: dict[str, list[str]] = {}
-    for protection, backing in atlas.columns():
-        found.setdefault(protection, []).append(backing)
-    return {
-        protection: sorted(found[protection], key=lambda each: _rank(each, _BACKINGS))
-        for protection in sorted(found, key=lambda each: _rank(each, _PROTECTIONS))
-    }
-
-
-def _rank(word: str, known: tuple[str, ...]) -> int:
-    return known.index(word) if word in known else len(known)
-
-
-def seconds(times: Mapping[str, Any]) -> float | None:
-    """Return how long something took, if its times tell."""
-    value = times.get("seconds")
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def ticks(result: Result) -> dict[str, str]:
-    """Return what was timed, in the guest's ticks, each as text."""
-    found = result.times.get("ticks")
-    if not isinstance(found, dict):
-        return {}
-    return {one_line(str(what)): one_line(str(value)) for what, value in found.items()}
-
-
-def when(result: Result) -> list[int]:
-    """Return when each event happened, in ns since the experiment's start; nothing unless every one is known."""
-    found = result.times.get("events")
-    if not isinstance(found, list) or len(found) != len(result.events):
-        return []
-    return found if all(isinstance(ns, int) for ns in found) else []
-
-
-def count_events(events: Iterable[Event]) -> dict[str, int]:
-    """Count events by kind, in the order they first happened."""
-    counts: dict[str, int] = {}
-    for event in events:
-        kind = one_line(event.kind)
-        counts[kind] = counts.get(kind, 0) + 1
-    return counts
-
-
-def headline(host: Mapping[str, Value]) -> str:
+def headline(host: Mapping[str, object]) -> str:
     """Name a host in a few words: kernel, mode, and whether it is emulated."""
     words = [one_line(str(host[field])) for field in ("kernel", "mode") if host.get(field)]
     return " ".join([*(words or ["an unnamed host"]), *(["(qemu tcg)"] if host.get("emulated") is True else [])])
-
-
-def host_facts(atlas: Atlas) -> list[tuple[str, str]]:
-    """Return (what, value) of everything known of the host and the run, what reports know first."""
-    known = [(HOST[field], said(atlas.host[field])) for field in HOST if field in atlas.host and field != "emulated"]
-    if "emulated" in atlas.host:
-        emulated = atlas.host["emulated"]
-        known.append((HOST["emulated"], "yes, QEMU TCG" if emulated is True else said(emulated)))
-    more = [(one_line(field), said(value)) for field, value in atlas.host.items() if field not in HOST]
-    took = seconds(atlas.times)
-    run = [("date", one_line(str(atlas.times["date"])))] if atlas.times.get("date") else []
-    run += [("took", f"{took:.0f} s")] if took is not None else []
-    return [*known, *more, *run]
-
-
-def surprises(result: Result, expected: Expected) -> bool:
-    """Whether the verdict is another than the one expected."""
-    return expected.get(result.key, result.verdict) is not result.verdict
-
-
-class Folded(NamedTuple):
-    """Results that have verdict and reason in common."""
-
-    verdict: Verdict
-    reason: str
-    results: list[Result]
-
-
-def fold(results: Iterable[Result], verdict: Verdict) -> list[Folded]:
-    """Gather the results with this verdict by reason, the most frequent first."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        if result.verdict is verdict:
-            found.setdefault(result.reason, []).append(result)
-    folded = [Folded(verdict, reason, same) for reason, same in found.items()]
-    return sorted(folded, key=lambda each: -len(each.results))
-
-
-def some(results: Iterable[Result], most: int = 3) -> str:
-    """Name results, each claim once with its places, and say how many more claims there are."""
-    places: dict[str, list[str]] = {}
-    for result in results:
-        places.setdefault(full_name(result), []).append(place(result))
-    same = len({tuple(where) for where in places.values()}) == 1
-    named = [claim if same else f"{claim} ({', '.join(where)})" for claim, where in places.items()]
-    # "and 1 more" would take the room of the one it leaves out.
-    shown = named if len(named) <= most + 1 else named[:most]
-    more = f" and {len(named) - most} more" if len(shown) < len(named) else ""
-    head = f"{', '.join(next(iter(places.values())))}: " if same else ""
-    return head + ", ".join(shown) + more

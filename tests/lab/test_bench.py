@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pyvmm.bench.model import read
-from pyvmm.bench.report.html import read_html
+from pyvmm.bench.report.embedded import read_html
 from tests.bench.bench_bars import repeats
 
 pytestmark = pytest.mark.lab

@@ -227,7 +227,7 @@ def _main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "run.jsonl").write_text(text(made))
     (directory / "run.txt").write_text(table.text(made))
-    (directory / "run.html").write_text(html.page(made))
+    (directory / "run.html").write_text(html.render(made))
     figures.save(made, directory / "figures")
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report import diff
 from pyvmm.atlas.report.diff import Line, compare
-from pyvmm.atlas.report.text import Look
 from pyvmm.experiment.record import Event, Evidence, Picture, Verdict
+from pyvmm.reports.look import Look
 from tests.unit import atlas_samples as samples
 
 HOLDS, FAILS, UNTOLD, CRASHED = Verdict

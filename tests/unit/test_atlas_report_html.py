@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 
 from pyvmm.atlas.model import Atlas, Result
-from pyvmm.atlas.report import html
+from pyvmm.atlas.report import html, style
 from pyvmm.experiment.record import Evidence, Picture, Verdict
-from pyvmm.reports import style
+from pyvmm.reports.escaping import escaped_prose
 from tests.unit import atlas_samples as samples
 
 REALISTIC = samples.realistic()
@@ -137,7 +137,7 @@ def test_nothing_is_loaded_from_elsewhere():
     ],
 )
 def test_links_are_made_of_web_addresses_and_nothing_else(said, wanted):
-    made = html.prose(said)
+    made = escaped_prose(said)
     url = re.search(r'href="([^"]*)"', made)
     if wanted is None:
         assert made == said

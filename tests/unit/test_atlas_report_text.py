@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.atlas.model import Atlas, Result
-from pyvmm.atlas.report import text
-from pyvmm.atlas.report.text import Look
+from pyvmm.atlas.report import text, wording
 from pyvmm.experiment.record import Evidence, Verdict
 from pyvmm.reports import words
+from pyvmm.reports.look import Look
 from tests.unit import atlas_samples as samples
 
 REALISTIC = samples.realistic()
@@ -170,7 +170,7 @@ def test_a_reason_is_told_once_with_how_often_it_was_given():
 
 def test_claims_that_differ_in_their_places_are_named_with_them():
     some = [result("share/a"), result("share/a", "none"), result("share/b")]
-    assert words.some(some) == "share/a (pkvm/memfd, none/memfd), share/b (pkvm/memfd)"
+    assert wording.some(some) == "share/a (pkvm/memfd, none/memfd), share/b (pkvm/memfd)"
 
 
 @samples.arbitrary

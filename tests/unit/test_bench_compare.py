@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from pyvmm.atlas.report.text import Look
 from pyvmm.bench import compare as compared
 from pyvmm.bench.compare import compare
 from pyvmm.bench.model import BenchError
 from pyvmm.bench.significance import rank_sum, signed_ranks
+from pyvmm.reports.look import Look
 from tests.unit import bench_samples as samples
 
 np = pytest.importorskip("numpy")

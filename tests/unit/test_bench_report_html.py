@@ -84,12 +84,12 @@ REALISTIC, HOSTILE = samples.realistic(24), samples.hostile()
 
 @pytest.fixture(scope="module")
 def source():
-    return html.page(REALISTIC)
+    return html.render(REALISTIC)
 
 
 @pytest.fixture(scope="module")
 def hostile():
-    return html.page(HOSTILE)
+    return html.render(HOSTILE)
 
 
 def small(**more):
@@ -138,7 +138,7 @@ def test_colours_in_words_are_not_taken_for_colours():
 
 
 def test_of_the_same_run_it_is_the_same_page():
-    assert html.page(small()) == html.page(small())
+    assert html.render(small()) == html.render(small())
 
 
 # ---- what is on it -----------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_what_is_emulated_is_said_above_at_every_table_and_in_every_figure(sourc
     tables, figures = source.count('<table class="numbers">'), source.count("<figure>")
     assert figures > 20
     assert said.count("emulated: relative only") == 1 + tables + figures
-    assert "relative only" not in Page(html.page(small_on_hardware())).text
+    assert "relative only" not in Page(html.render(small_on_hardware())).text
 
 
 def small_on_hardware():
@@ -169,7 +169,7 @@ def test_what_is_not_available_is_told_with_the_reason(source):
 
 
 def test_a_run_that_was_cut_off_says_so_and_an_empty_one_too():
-    said = Page(html.page(replace(samples.run(), end=None))).text
+    said = Page(html.render(replace(samples.run(), end=None))).text
     assert "Cut off" in said
     assert "nothing was measured" in said
 
@@ -180,7 +180,7 @@ def test_a_run_that_was_cut_off_says_so_and_an_empty_one_too():
 @pytest.mark.parametrize("which", ["source", "hostile"])
 def test_the_results_can_be_read_back(which, request, tmp_path):
     (tmp_path / "a.html").write_text(request.getfixturevalue(which))
-    assert html.read_html(tmp_path / "a.html") == {"source": REALISTIC, "hostile": HOSTILE}[which]
+    assert embedded.read_html(tmp_path / "a.html") == {"source": REALISTIC, "hostile": HOSTILE}[which]
 
 
 def test_long_results_are_deflated_and_read_back_all_the_same(tmp_path):
@@ -188,7 +188,7 @@ def test_long_results_are_deflated_and_read_back_all_the_same(tmp_path):
     element = embedded.element(long)
     assert len(element) < len(samples.text(long)) / 3
     (tmp_path / "a.html").write_text(element)
-    assert html.read_html(tmp_path / "a.html") == long
+    assert embedded.read_html(tmp_path / "a.html") == long
 
 
 def packed(**data):
@@ -212,21 +212,21 @@ def packed(**data):
 def test_what_is_no_report_or_damaged_is_refused(text, why, tmp_path):
     (tmp_path / "a.html").write_text(text)
     with pytest.raises(BenchError, match=rf"a\.html.*{why}"):
-        html.read_html(tmp_path / "a.html")
+        embedded.read_html(tmp_path / "a.html")
 
 
 def test_results_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "_SHORT", 0)
     (tmp_path / "a.html").write_text(embedded.element(small()))
-    assert html.read_html(tmp_path / "a.html") == small()
+    assert embedded.read_html(tmp_path / "a.html") == small()
     monkeypatch.setattr(embedded, "_MOST", 100)
     with pytest.raises(BenchError, match="longer than can be"):
-        html.read_html(tmp_path / "a.html")
+        embedded.read_html(tmp_path / "a.html")
 
 
 def test_a_file_that_is_none_is_named(tmp_path):
     with pytest.raises(BenchError, match=r"none\.html cannot be read: No such file"):
-        html.read_html(tmp_path / "none.html")
+        embedded.read_html(tmp_path / "none.html")
     (tmp_path / "binary.html").write_bytes(b64decode("/////w=="))
     with pytest.raises(BenchError, match="it is not text"):
-        html.read_html(tmp_path / "binary.html")
+        embedded.read_html(tmp_path / "binary.html")

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from pyvmm.atlas.report.text import Look
 from pyvmm.bench import peers
 from pyvmm.bench.report import groups, html, table
+from pyvmm.reports.look import Look
 from tests.unit import bench_samples as samples
 
 pytest.importorskip("numpy")
@@ -91,7 +91,7 @@ def test_pyvmms_row_beside_a_peer_has_the_ratio_whatever_the_width():
         assert ("ratio" in plain, "ratio" in beside) == (False, True)
         assert [row.split()[:2] for row in rows(said, "2/2")] == [["qemu", "-"], ["pyvmm", "1.500"]]
         assert "; ratio: pyvmm's to that of what it is beside" in " ".join(said.split())
-    assert html.page(run).count('<th scope="col">ratio</th>') == 1
+    assert html.render(run).count('<th scope="col">ratio</th>') == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "1.5", None])

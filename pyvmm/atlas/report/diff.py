@@ -13,9 +13,10 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pyvmm.atlas.model import Atlas, Result
-from pyvmm.atlas.report.text import PLAIN, Look
+from pyvmm.atlas.report import wording
 from pyvmm.experiment.record import Evidence, Picture, Value
-from pyvmm.reports import words
+from pyvmm.reports.look import PLAIN, Look
+from pyvmm.reports.words import headline, one_line, shortened
 
 MANY = 4
 """As many claims that differ in the same way, for the same reason, are folded to one line."""
@@ -140,8 +141,8 @@ def _seen(evidence: Iterable[Evidence]) -> dict[tuple[str, int], str]:
     """Return what was seen by what it is called; the number tells equal names apart."""
     found: dict[tuple[str, int], str] = {}
     for each in evidence:
-        wanted = "" if each.wanted is None else f" (wanted: {words.said(each.wanted)})"
-        found[_free(found, each.what)] = words.said(each.saw) + (wanted if each.ok is False else "")
+        wanted = "" if each.wanted is None else f" (wanted: {wording.value_text(each.wanted)})"
+        found[_free(found, each.what)] = wording.value_text(each.saw) + (wanted if each.ok is False else "")
     return found
 
 
@@ -197,7 +198,7 @@ class _Text:
 
     def lines(self) -> list[str]:
         """Return the whole text."""
-        a, b = f"A: {words.headline(self._diff.a.host)}", f"B: {words.headline(self._diff.b.host)}"
+        a, b = f"A: {headline(self._diff.a.host)}", f"B: {headline(self._diff.b.host)}"
         beside = len(a) + 4 + len(b) <= self._look.width
         lines = [self._look.paint(each, "1") for each in ([f"{a}    {b}"] if beside else [a, b])]
         lines += self._host()
@@ -217,8 +218,12 @@ class _Text:
         lines: list[str] = []
         for field, (a, b) in self._diff.host.items():
             if field not in named:
-                what = words.HOST.get(field, words.one_line(field))
-                change = _change(None if a is None else words.said(a), None if b is None else words.said(b), self._look)
+                what = wording.HOST.get(field, one_line(field))
+                change = _change(
+                    None if a is None else wording.value_text(a),
+                    None if b is None else wording.value_text(b),
+                    self._look,
+                )
                 lines += self._look.wrap(f"{what}: {change}", 3)
         return lines
 
@@ -260,32 +265,32 @@ class _Text:
 
     def _line(self, line: Line) -> list[str]:
         if line.what == _REASON:
-            sides = [f"{side}: {words.one_line(said)}" for side, said in (("A", line.a), ("B", line.b)) if said]
+            sides = [f"{side}: {one_line(said)}" for side, said in (("A", line.a), ("B", line.b)) if said]
             return [text for said in sides for text in self._look.wrap(said, 9, "      ")]
-        return self._look.wrap(f"{words.one_line(line.what)}: {_change(line.a, line.b, self._look)}", 9, "      ")
+        return self._look.wrap(f"{one_line(line.what)}: {_change(line.a, line.b, self._look)}", 9, "      ")
 
     def _folded(self, fold: tuple[str, ...], rows: list[_Row]) -> list[str]:
         claims = len({row.result.id for row in rows})
         if fold[0] == "change":
-            head = f"{claims} claims in {words.one_line(fold[1])}: {rows[0].what}".removesuffix(", but:")
+            head = f"{claims} claims in {one_line(fold[1])}: {rows[0].what}".removesuffix(", but:")
             more = rows[0].more if rows[0].what.endswith(", but:") else self._line(Line(_REASON, fold[3], fold[4]))
         else:
             head, more = f"{claims} claims {fold[1]}", []
-        return [self._look.paint(words.one_line(head), "33"), *more]
+        return [self._look.paint(one_line(head), "33"), *more]
 
     def _listed(self, rows: list[_Row]) -> list[str]:
-        width = min(max((len(words.name(row.result)) for row in rows), default=0), 40)
-        place = max((len(words.place(row.result)) for row in rows), default=0)
+        width = min(max((len(wording.name(row.result)) for row in rows), default=0), 40)
+        place = max((len(wording.place(row.result)) for row in rows), default=0)
         lines: list[str] = []
         group = claim = None
         told: list[str] = []
         for row in rows:
             if row.result.group != group:
                 group, claim = row.result.group, None
-                lines.append(self._look.paint(words.one_line(group), "1"))
-            name = words.name(row.result) if row.result.id != claim else ""
+                lines.append(self._look.paint(one_line(group), "1"))
+            name = wording.name(row.result) if row.result.id != claim else ""
             claim = row.result.id
-            lines.append(f"  {name:<{width}}   {words.place(row.result):<{place}}   {row.what}")
+            lines.append(f"  {name:<{width}}   {wording.place(row.result):<{place}}   {row.what}")
             if self._verbose or row.more != told:
                 lines += [self._look.paint(each, "2") for each in row.more]
             told = row.more
@@ -295,7 +300,7 @@ class _Text:
 def _only(result: Result, side: str, other: Atlas) -> _Row:
     what = f"only in {side}: {result.verdict.value}"
     if (result.protection, result.backing) not in other.columns():
-        return _Row(result, what, [], ("only", f"in {words.place(result)}, where only {side} was run"))
+        return _Row(result, what, [], ("only", f"in {wording.place(result)}, where only {side} was run"))
     if all(each.id != result.id for each in other.results):
         return _Row(result, what, [], ("only", f"of {result.group} only in {side}"))
     return _Row(result, what, [], None)
@@ -303,9 +308,9 @@ def _only(result: Result, side: str, other: Atlas) -> _Row:
 
 def _change(a: str | None, b: str | None, look: Look) -> str:
     """Say what a value was and is; of long ones only from where they begin to differ."""
-    a, b = (None if each is None else words.one_line(each) for each in (a, b))
+    a, b = (None if each is None else one_line(each) for each in (a, b))
     if a is not None and b is not None and len(a) + len(b) > look.width:
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
         start = max(a.rfind(" ", 0, same) + 1, 0)
         a, b = (f"…{each[start:]}" if start else each for each in (a, b))
-    return " → ".join("nothing" if each is None else words.shortened(each, max(look.width, 40)) for each in (a, b))
+    return " → ".join("nothing" if each is None else shortened(each, max(look.width, 40)) for each in (a, b))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pyvmm.atlas.model import Result
+from pyvmm.atlas.report import wording
 from pyvmm.errors import UsageError
 from pyvmm.experiment.record import Picture
 from pyvmm.observe import mapsvg, timesvg
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Event
-from pyvmm.reports import words
+from pyvmm.reports.words import one_line
 
 
 class Figures:
@@ -41,12 +42,12 @@ class Figures:
             where, place = self._drawn[key]
             link = f'<a href="#{where}">{self._text(place)}</a>'
             return f'<p class="times">The {what} are the same as those of {link}.</p>'
-        self._drawn[key] = anchor, words.full_name(result) + " " + words.place(result)
+        self._drawn[key] = anchor, wording.full_name(result) + " " + wording.place(result)
         return draw()
 
     def _maps(self, pictures: tuple[Picture, ...]) -> str:
         try:
-            steps = [(words.one_line(picture.title), PageMap.from_runs(picture.runs)) for picture in pictures]
+            steps = [(one_line(picture.title), PageMap.from_runs(picture.runs)) for picture in pictures]
         except UsageError as error:
             return f'<p class="times">The page maps cannot be drawn: {self._text(error.message)}.</p>'
         return f"<figure>{mapsvg.svg_steps(steps, inline=True)}</figure>"
@@ -54,9 +55,7 @@ class Figures:
 
 def _timeline(result: Result) -> str:
     """Draw the events: from the first one on where it is known when each happened, else in their order."""
-    at = words.when(result)
+    at = wording.when(result)
     numbered = zip(at or [event.order for event in result.events], result.events, strict=True)
-    events = [
-        Event(number, words.one_line(event.kind), max(event.gpa, 0), max(event.pages, 1)) for number, event in numbered
-    ]
+    events = [Event(number, one_line(event.kind), max(event.gpa, 0), max(event.pages, 1)) for number, event in numbered]
     return f"<figure>{timesvg.svg_timeline(events, by_order=not at, inline=True)}</figure>"

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from typing import Final
 
 from pyvmm.atlas.model import Atlas, Result
+from pyvmm.atlas.report import wording
+from pyvmm.atlas.report.wording import NOTHING_EXPECTED, Expected
 from pyvmm.experiment.record import Verdict
-from pyvmm.reports import words
-from pyvmm.reports.words import NOTHING_EXPECTED, Expected
+from pyvmm.reports.words import clean, headline, one_line, shortened
 
 PASSED: Final = "passed"
 FAILURE: Final = "failure"
@@ -35,16 +36,16 @@ def outcome(result: Result, expected: Expected = NOTHING_EXPECTED) -> str:
 
 def render(atlas: Atlas, expected: Expected = NOTHING_EXPECTED) -> str:
     """Return the document."""
-    root = ET.Element("testsuites", name=f"pyvmm atlas: {words.headline(atlas.host)}")
+    root = ET.Element("testsuites", name=f"pyvmm atlas: {headline(atlas.host)}")
     _count(root, atlas.results, expected)
     for group, results in atlas.groups().items():
-        suite = ET.SubElement(root, "testsuite", name=words.one_line(group))
+        suite = ET.SubElement(root, "testsuite", name=one_line(group))
         _count(suite, results, expected)
         if atlas.times.get("date"):
-            suite.set("timestamp", words.one_line(str(atlas.times["date"])))
+            suite.set("timestamp", one_line(str(atlas.times["date"])))
         properties = ET.SubElement(suite, "properties")
-        for what, value in words.host_facts(atlas):
-            ET.SubElement(properties, "property", name=what, value=words.one_line(value))
+        for what, value in wording.host_facts(atlas):
+            ET.SubElement(properties, "property", name=what, value=one_line(value))
         for result in results:
             _case(suite, result, expected)
     ET.indent(root)
@@ -58,34 +59,34 @@ def _count(element: ET.Element, results: Iterable[Result], expected: Expected) -
     element.set("failures", str(counts[FAILURE]))
     element.set("errors", str(counts[ERROR]))
     element.set("skipped", str(counts[SKIPPED]))
-    element.set("time", _seconds(sum(words.seconds(result.times) or 0.0 for result in results)))
+    element.set("time", _seconds(sum(wording.seconds(result.times) or 0.0 for result in results)))
 
 
 def _case(suite: ET.Element, result: Result, expected: Expected) -> None:
-    name = f"{words.name(result)}[{words.one_line(result.protection)}-{words.one_line(result.backing)}]"
-    case = ET.SubElement(suite, "testcase", classname=words.one_line(result.group), name=name)
-    case.set("time", _seconds(words.seconds(result.times) or 0.0))
+    name = f"{wording.name(result)}[{one_line(result.protection)}-{one_line(result.backing)}]"
+    case = ET.SubElement(suite, "testcase", classname=one_line(result.group), name=name)
+    case.set("time", _seconds(wording.seconds(result.times) or 0.0))
     kind = outcome(result, expected)
     if kind != PASSED:
         message = result.verdict.value + (f": {result.reason}" if result.reason else "")
-        message = words.shortened(message, 300)
+        message = shortened(message, 300)
         if kind == FAILURE:
             message = f"{expected[result.key].value} was expected; {message}"
         element = ET.SubElement(case, kind, message=message)
         if kind != SKIPPED:
             element.set("type", result.verdict.name.lower())
-            element.text = words.clean(result.reason)
+            element.text = clean(result.reason)
     ET.SubElement(case, "system-out").text = _said(result)
 
 
 def _said(result: Result) -> str:
-    lines = [words.one_line(result.says), f"verdict: {result.verdict.value}"]
+    lines = [one_line(result.says), f"verdict: {result.verdict.value}"]
     if result.reason:
-        lines.append(f"reason: {words.clean(result.reason)}")
+        lines.append(f"reason: {clean(result.reason)}")
     for each in result.evidence:
         mark = {True: "ok", False: "NO", None: "--"}[each.ok]
-        wanted = f" (wanted: {words.said(each.wanted)})" if each.ok is False and each.wanted is not None else ""
-        lines.append(f"{mark}  {words.clean(each.what)}: {words.said(each.saw)}{wanted}")
+        wanted = f" (wanted: {wording.value_text(each.wanted)})" if each.ok is False and each.wanted is not None else ""
+        lines.append(f"{mark}  {clean(each.what)}: {wording.value_text(each.saw)}{wanted}")
     return "\n".join(lines)
 
 

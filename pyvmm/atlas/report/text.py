@@ -6,81 +6,37 @@ Pure functions; text that others wrote (reasons, evidence, what a crashed proces
 
 from __future__ import annotations
 
-import os
-import shutil
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TextIO
 
 from pyvmm.atlas.model import Atlas, Result
+from pyvmm.atlas.report import wording
+from pyvmm.atlas.report.wording import NOTHING_EXPECTED, Expected
 from pyvmm.experiment.record import Verdict
-from pyvmm.reports import words
-from pyvmm.reports.words import NOTHING_EXPECTED, Expected
+from pyvmm.reports.look import PLAIN, Look
+from pyvmm.reports.words import clean, one_line, shortened
 
 _COLOURS = {Verdict.HOLDS: "32", Verdict.FAILS: "31", Verdict.UNTOLD: "33", Verdict.CRASHED: "35;1"}
 _BOLD, _DIM, _LOUD = "1", "2", "31;1"
 
-_ASCII = str.maketrans({"✓": "+", "✗": "x", "·": ".", "…": "~", "→": "->", "×": "x"})  # noqa: RUF001
 _SURPRISE = "*"
 _REASON = 400
 """Characters of a reason in the list below the table; the process that crashed may have said much."""
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What the terminal can show."""
-
-    width: int = 80
-    colours: bool = False
-    ascii: bool = False
-    """Its encoding is not UTF-8: nothing but ASCII is written."""
-
-    @classmethod
-    def of(cls, stream: TextIO) -> Look:
-        """Ask a stream what it can show; what is no terminal gets 100 columns."""
-        utf8 = (stream.encoding or "").lower().replace("-", "").replace("_", "") in ("utf8", "cp65001")
-        tty = stream.isatty()
-        width = max(shutil.get_terminal_size((100, 24)).columns, 40) if tty else 100
-        return cls(width, tty and not os.environ.get("NO_COLOR"), not utf8)
-
-    def paint(self, text: str, code: str) -> str:
-        """Colour ``text`` if there are colours."""
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colours and text else text
-
-    def finish(self, text: str) -> str:
-        """Return ``text`` as this terminal can show it."""
-        return text.translate(_ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
-
-    def wrap(self, text: str, indent: int, first: str = "") -> list[str]:
-        """Fill lines with ``text``, all indented, the first one after ``first``."""
-        filled = textwrap.wrap(
-            text,
-            max(self.width, indent + 20),
-            initial_indent=first.ljust(indent),
-            subsequent_indent=" " * indent,
-            break_long_words=True,
-            break_on_hyphens=False,
-        )
-        return filled or [first.rstrip()]
-
-
-PLAIN = Look()
-
-
 def line(result: Result, look: Look = PLAIN, expected: Expected = NOTHING_EXPECTED) -> str:
     """Return one line for a result that has just come."""
     verdict = result.verdict
-    mark = verdict.mark + (_SURPRISE if words.surprises(result, expected) else " ")
+    mark = verdict.mark + (_SURPRISE if wording.surprises(result, expected) else " ")
     # Most of the line is for the names: claims' ids are long, and the reasons are told in full below the table.
     id_width = max(30, look.width - 54)
-    where = f"{words.full_name(result):<{id_width}} {words.place(result)}".ljust(id_width + 21) + " "
+    where = f"{wording.full_name(result):<{id_width}} {wording.place(result)}".ljust(id_width + 21) + " "
     what = verdict.value
-    if words.surprises(result, expected):
+    if wording.surprises(result, expected):
         what += f", expected: {expected[result.key].value}"
     if result.reason:
         what += f": {result.reason}"
-    what = words.shortened(what, max(look.width - len(where) - 2, 14))
+    what = shortened(what, max(look.width - len(where) - 2, 14))
     return look.finish(f"{look.paint(mark, _COLOURS[verdict])}{where}{look.paint(what, _COLOURS[verdict])}")
 
 
@@ -94,8 +50,8 @@ def table(
     columns = _Columns(atlas, look)
     lines = [*columns.head(look)]
     for group, results in atlas.groups().items():
-        about = words.one_line((headings or {}).get(group, ""))
-        lines.append(look.paint(words.one_line(group), _BOLD) + (f"  {look.paint(about, _DIM)}" if about else ""))
+        about = one_line((headings or {}).get(group, ""))
+        lines.append(look.paint(one_line(group), _BOLD) + (f"  {look.paint(about, _DIM)}" if about else ""))
         rows: dict[str, dict[tuple[str, str], Result]] = {}
         for result in results:
             rows.setdefault(result.id, {})[result.protection, result.backing] = result
@@ -110,7 +66,7 @@ def table(
 def legend(atlas: Atlas, look: Look = PLAIN) -> str:
     """Return what the marks mean, with how many there are."""
     parts = [
-        f"{look.paint(verdict.mark, _COLOURS[verdict])} {words.counted(verdict, count)}"
+        f"{look.paint(verdict.mark, _COLOURS[verdict])} {wording.counted(verdict, count)}"
         for verdict, count in atlas.counts().items()
     ]
     return look.finish("   ".join(parts))
@@ -118,17 +74,17 @@ def legend(atlas: Atlas, look: Look = PLAIN) -> str:
 
 def _reasons(atlas: Atlas, verdict: Verdict, look: Look) -> list[str]:
     lines: list[str] = []
-    for folded in words.fold(atlas.results, verdict):
-        reason = words.shortened(folded.reason or "no reason given", _REASON)
+    for folded in wording.fold(atlas.results, verdict):
+        reason = shortened(folded.reason or "no reason given", _REASON)
         lines += look.wrap(reason, 9, f"{len(folded.results):>6}×  ")  # noqa: RUF001
-        names = words.some(folded.results)
+        names = wording.some(folded.results)
         lines += [look.paint(each, _DIM) for each in look.wrap(names, 9)]
     head = look.paint(f"{verdict.mark} {verdict.value}", _COLOURS[verdict])
     return ["", head, *lines] if lines else []
 
 
 def _surprises(atlas: Atlas, look: Look, expected: Expected) -> list[str]:
-    found = [result for result in atlas.results if words.surprises(result, expected)]
+    found = [result for result in atlas.results if wording.surprises(result, expected)]
     if not expected:
         return []
     if not found:
@@ -136,7 +92,7 @@ def _surprises(atlas: Atlas, look: Look, expected: Expected) -> list[str]:
         return ["", f"{known} of {len(atlas.results)} verdicts were expected, and each is as expected."]
     lines = ["", look.paint(f"{_SURPRISE} not as expected", _LOUD)]
     for result in found:
-        where = f"{words.full_name(result)}  {words.place(result)}  "
+        where = f"{wording.full_name(result)}  {wording.place(result)}  "
         lines += look.wrap(f"{where}expected: {expected[result.key].value}; is: {result.verdict.value}", 4)
     return lines
 
@@ -145,9 +101,9 @@ class _Columns:
     """Where the columns of the table are: under backings' names where these fit, else under a letter each."""
 
     def __init__(self, atlas: Atlas, look: Look) -> None:
-        pairs = [(protection, backing) for protection, some in words.columns(atlas).items() for backing in some]
+        pairs = [(protection, backing) for protection, some in wording.columns(atlas).items() for backing in some]
         self._letters = _letters([backing for _, backing in pairs])
-        longest = max((len(words.name(result)) for result in atlas.results), default=0) + 4
+        longest = max((len(wording.name(result)) for result in atlas.results), default=0) + 4
         self._full = longest + self._place(pairs, full=True) <= look.width
         wide = self._place(pairs, full=self._full)
         self._names = longest if longest + wide <= look.width else max(look.width - wide, 16)
@@ -161,24 +117,23 @@ class _Columns:
             if protection not in self._tops:
                 at = max(end + 1, at + 1) if self._tops else 0
                 self._tops[protection] = at
-                end = at + len(words.one_line(protection)) + 1
+                end = at + len(one_line(protection)) + 1
             self._starts[protection, backing] = at
-            at += (len(words.one_line(backing)) if full else 1) + 1
+            at += (len(one_line(backing)) if full else 1) + 1
         return max(end, at)
 
     def head(self, look: Look) -> list[str]:
         """Return the lines above the table."""
-        tops = _at({at: words.one_line(protection) for protection, at in self._tops.items()})
+        tops = _at({at: one_line(protection) for protection, at in self._tops.items()})
         backs = {
-            at: words.one_line(backing) if self._full else self._letters[backing]
-            for (_, backing), at in self._starts.items()
+            at: one_line(backing) if self._full else self._letters[backing] for (_, backing), at in self._starts.items()
         }
         indent = " " * self._names
         return [look.paint((indent + tops).rstrip(), _BOLD), indent + _at(backs)]
 
     def row(self, results: Mapping[tuple[str, str], Result], look: Look, expected: Expected) -> str:
         """Return a claim's line."""
-        line = words.shortened(words.name(next(iter(results.values()))), self._names - 3)
+        line = shortened(wording.name(next(iter(results.values()))), self._names - 3)
         line = f"  {line:<{self._names - 2}}"
         at = 0
         for pair, start in self._starts.items():
@@ -186,7 +141,7 @@ class _Columns:
             if result is None:
                 cell, code = "·", _DIM
             else:
-                surprise = words.surprises(result, expected)
+                surprise = wording.surprises(result, expected)
                 cell = result.verdict.mark + (_SURPRISE if surprise else "")
                 code = _COLOURS[result.verdict] + (";7" if surprise else "")
             line += " " * (start - at) + look.paint(cell, code)
@@ -197,7 +152,7 @@ class _Columns:
         """Say what the letters stand for, if there are any."""
         if self._full or not self._letters:
             return []
-        return ["   ".join(f"{letter} {words.one_line(backing)}" for backing, letter in self._letters.items())]
+        return ["   ".join(f"{letter} {one_line(backing)}" for backing, letter in self._letters.items())]
 
 
 def _letters(backings: list[str]) -> dict[str, str]:
@@ -219,39 +174,39 @@ def _at(texts: Mapping[int, str]) -> str:
 
 def details(result: Result, look: Look = PLAIN, expected: Expected = NOTHING_EXPECTED) -> str:
     """Return everything of one result but its pictures, over several lines."""
-    head = f"{result.verdict.mark} {words.full_name(result)}  {words.place(result)}  {result.verdict.value}"
+    head = f"{result.verdict.mark} {wording.full_name(result)}  {wording.place(result)}  {result.verdict.value}"
     lines = [look.paint(head, _COLOURS[result.verdict])]
-    if words.surprises(result, expected):
+    if wording.surprises(result, expected):
         lines.append(look.paint(f"  {_SURPRISE} expected: {expected[result.key].value}", _LOUD))
-    lines += look.wrap(words.one_line(result.says), 2)
+    lines += look.wrap(one_line(result.says), 2)
     if result.reason:
-        for number, each in enumerate(words.clean(result.reason).split("\n")):
+        for number, each in enumerate(clean(result.reason).split("\n")):
             lines += look.wrap(each, 10, "  because " if number == 0 else "")
     lines += _evidence(result, look)
-    timed = [f"{took:g} s"] if (took := words.seconds(result.times)) is not None else []
-    timed += [f"{what}: {count} ticks" for what, count in words.ticks(result).items()]
+    timed = [f"{took:g} s"] if (took := wording.seconds(result.times)) is not None else []
+    timed += [f"{what}: {count} ticks" for what, count in wording.ticks(result).items()]
     if timed:
         lines += look.wrap(", ".join(timed), 10, "  took")
     if result.events:
-        counts = ", ".join(f"{count} {kind}" for kind, count in words.count_events(result.events).items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in wording.count_events(result.events).items())
         lines += look.wrap(counts, 10, "  events")
     if result.origin:
-        lines += look.wrap(words.one_line(result.origin), 10, "  origin")
+        lines += look.wrap(one_line(result.origin), 10, "  origin")
     return look.finish("\n".join(each.rstrip() for each in lines))
 
 
 def _evidence(result: Result, look: Look) -> list[str]:
     marks = {True: ("ok", "32"), False: ("NO", "31"), None: ("--", _DIM)}
-    longest = max((len(words.one_line(words.said(each.saw))) for each in result.evidence), default=0)
+    longest = max((len(one_line(wording.value_text(each.saw))) for each in result.evidence), default=0)
     room = max(look.width // 2, look.width - longest - 30)
-    room = min(max((len(words.one_line(each.what)) for each in result.evidence), default=0), room)
+    room = min(max((len(one_line(each.what)) for each in result.evidence), default=0), room)
     lines: list[str] = []
     for each in result.evidence:
         word, code = marks[each.ok]
-        saw = words.one_line(words.said(each.saw))
+        saw = one_line(wording.value_text(each.saw))
         if each.ok is False:
-            saw += f"   wanted: {words.one_line(words.wanted(each))}"
-        what = textwrap.wrap(words.one_line(each.what), max(room, 1), break_on_hyphens=False) or [""]
+            saw += f"   wanted: {one_line(wording.wanted(each))}"
+        what = textwrap.wrap(one_line(each.what), max(room, 1), break_on_hyphens=False) or [""]
         values = textwrap.wrap(saw, max(look.width - room - 8, 20)) or [""]
         what += [""] * (len(values) - len(what))
         values += [""] * (len(what) - len(values))

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from pyvmm.bench import model
 from pyvmm.bench.model import BenchError, Run
+from pyvmm.reports.escaping import script_json
 
 PLAIN, DEFLATED = "plain", "deflate+base64"
 _SHORT: Final = 1 << 20
@@ -39,10 +40,7 @@ def element(run: Run) -> str:
     if len(text) > _SHORT:
         packed = base64.b64encode(zlib.compress(text.encode())).decode()
         data = {"encoding": DEFLATED, "lines": packed}
-    said = json.dumps(data, separators=(",", ":"))
-    for char in "<>&":
-        said = said.replace(char, f"\\u{ord(char):04x}")
-    return f'<script type="application/json" id="_data">{said}</script>'
+    return f'<script type="application/json" id="_data">{script_json(data)}</script>'
 
 
 def read_html(path: str | Path) -> Run:

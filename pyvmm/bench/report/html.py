@@ -7,16 +7,11 @@ The text is ASCII, so that it is the same file in whatever encoding it is writte
 
 from __future__ import annotations
 
-import hashlib
-import re
-from base64 import b64encode
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from pyvmm.atlas.report.html import text
 from pyvmm.bench.model import Run, Series
 from pyvmm.bench.report import embedded, figures, plot, style
-from pyvmm.bench.report.embedded import read_html
 from pyvmm.bench.report.groups import (
     EMULATED,
     Group,
@@ -31,8 +26,8 @@ from pyvmm.bench.report.groups import (
 )
 from pyvmm.bench.report.table import RATIO, RATIO_NOTE, has_ratio, interval, ratio
 from pyvmm.bench.statistics import FEW, RESAMPLES, require
-
-__all__ = ["page", "read_html"]
+from pyvmm.reports.escaping import escaped
+from pyvmm.reports.page import facts, file_name, page
 
 _CELLS: Final[dict[str, Callable[[Row, Group], str]]] = {
     "median": lambda row, group: group.scale.show(row.summary.median),
@@ -61,10 +56,11 @@ _NAMES: Final = 6
 """Points named that could not be measured for one reason."""
 
 
-def page(run: Run) -> str:
+def render(run: Run) -> str:
     """Return the page. Raises BenchError for values that are none, HostError where what it needs is not installed."""
     require()
-    return "\n".join(_Page(run).parts()).encode("ascii", "xmlcharrefreplace").decode()
+    made = _Page(run)
+    return page(f"{host(run)} - pyvmm bench", style.CSS, style.SCRIPT, made.parts())
 
 
 class _Page:
@@ -73,25 +69,12 @@ class _Page:
         self._figures = 0
 
     def parts(self) -> Iterable[str]:
-        """Give the page, piece by piece."""
-        digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
-        yield "<!doctype html>"
-        yield '<html lang="en"><head><meta charset="utf-8">'
-        yield (
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-            f"img-src data:; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'\">"
-        )
-        yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        yield f"<title>{text(host(self._run))} - pyvmm bench</title>"
-        yield '<link rel="icon" href="data:,">'
-        yield f"<style>{style.CSS}</style></head><body>"
+        """Give the page's body, piece by piece."""
         yield from self._header()
         for number, section in enumerate(self._sections):
             yield from self._section(section, f"case-{number}")
         yield from self._footer()
         yield embedded.element(self._run)
-        yield f"<script>{style.SCRIPT}</script>"
-        yield "</body></html>\n"
 
     # -- above the cases
 
@@ -99,19 +82,19 @@ class _Page:
         environment = self._run.environment
         kernel, mode = (said(environment.get(name)) for name in ("kernel", "mode"))
         yield '<header><p class="kicker">pyvmm bench</p>'
-        yield f"<h1>{text(f'What guest memory costs on Linux {kernel}, KVM in {mode} mode')}</h1>"
+        yield f"<h1>{escaped(f'What guest memory costs on Linux {kernel}, KVM in {mode} mode')}</h1>"
         if self._relative:
             yield f'<p class="stripe">{EMULATED}: times are those of QEMU (TCG), not of hardware.</p>'
         if self._run.end is None:
             yield '<p class="stripe">Cut off: the run was not whole; this is what it had measured.</p>'
-        facts = [(name, said(value)) for name, value in environment.items()]
-        facts += [(f"asked: {name}", _asked(value)) for name, value in self._run.asked.items() if value]
-        facts += [(name, said(value)) for name, value in (self._run.end or {}).items()]
-        listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value or '(empty)')}</dd>" for name, value in facts)
+        told = [(name, said(value)) for name, value in environment.items()]
+        told += [(f"asked: {name}", _asked(value)) for name, value in self._run.asked.items() if value]
+        told += [(name, said(value)) for name, value in (self._run.end or {}).items()]
+        listed = facts((name, value or "(empty)") for name, value in told)
         yield f'</header><div class="top"><dl class="facts">{listed}</dl>'
         yield from self._contents()
         yield "</div>"
-        howto = "".join(f"<dt>{text(name)}</dt><dd>{text(words)}</dd>" for name, words in _HOWTO.items())
+        howto = facts(_HOWTO.items())
         yield f'<details class="howto"><summary>How to read this</summary><dl class="facts">{howto}</dl></details>'
         if not self._sections:
             yield "<p>No series: nothing was measured.</p>"
@@ -122,30 +105,26 @@ class _Page:
         for number, section in enumerate(self._sections):
             rows = [row for group in section.groups for row in group.rows]
             missing = sum(len(some) for _, some in section.missing)
-            yield f'<tr><th scope="row"><a href="#case-{number}">{text(section.case) or "(empty)"}</a></th>'
+            yield f'<tr><th scope="row"><a href="#case-{number}">{escaped(section.case) or "(empty)"}</a></th>'
             yield f"<td>{len(rows):,}</td><td>{sum(row.summary.n for row in rows):,}</td><td>{missing:,}</td></tr>"
         yield "</tbody></table></nav>"
 
     def _footer(self) -> Iterable[str]:
         yield "<footer><p>"
-        name = text(self._file_name())
+        name = escaped(file_name("bench", self._run.environment.get("kernel"), ".jsonl"))
         yield f'<span class="js"><a id="_download" href="#" download="{name}">Download the results</a> as JSON lines: '
         yield "</span>they are in this page's source, in the element <code>_data</code>. "
         yield "<code>pyvmm bench report FILE.html</code> reads them, "
         yield "<code>pyvmm bench compare A.jsonl B.jsonl</code> compares two runs.</p></footer>"
 
-    def _file_name(self) -> str:
-        kernel = re.sub(r"[^\w.+-]+", "-", str(self._run.environment.get("kernel", ""))).strip("-.")
-        return f"bench-{kernel}.jsonl" if kernel else "bench.jsonl"
-
     # -- a case
 
     def _section(self, section: Section, anchor: str) -> Iterable[str]:
-        yield f'<section><h2 id="{anchor}"><a href="#{anchor}">{text(section.case) or "(empty)"}</a></h2>'
+        yield f'<section><h2 id="{anchor}"><a href="#{anchor}">{escaped(section.case) or "(empty)"}</a></h2>'
         for group in section.groups:
             yield from self._group(group)
         for reason, missing in section.missing:
-            yield f'<p class="missing">not available: {text(reason)}{_points(missing)}</p>'
+            yield f'<p class="missing">not available: {escaped(reason)}{_points(missing)}</p>'
         drawn = [self._figure(picture) for picture in figures.pictures(section, relative=self._relative)]
         if drawn:
             yield '<div class="figures">'
@@ -158,27 +137,28 @@ class _Page:
 
     def _group(self, group: Group) -> Iterable[str]:
         relative = f'<span class="relative">{EMULATED}</span>' if self._relative else ""
-        yield f"<h3>{text(group.title)}<small>{text(group.scale.unit)}, {text(group.clocked)}</small>{relative}</h3>"
+        unit = escaped(f"{group.scale.unit}, {group.clocked}")
+        yield f"<h3>{escaped(group.title)}<small>{unit}</small>{relative}</h3>"
         if group.base:
             words = "base: " if "" in group.columns else "at "
-            yield f'<p class="at">{words}{text(point_of(group.base))}</p>'
-        names = "".join(f'<th scope="col" class="name">{text(name or "differs in")}</th>' for name in group.columns)
+            yield f'<p class="at">{words}{escaped(point_of(group.base))}</p>'
+        names = "".join(f'<th scope="col" class="name">{escaped(name or "differs in")}</th>' for name in group.columns)
         extra: dict[str, Callable[[Row, Group], str]] = {RATIO: lambda row, _: ratio(row)} if has_ratio(group) else {}
         columns = {**extra, **_CELLS}
         heads = "".join(f'<th scope="col">{name}</th>' for name in columns)
         yield f'<div class="wide"><table class="numbers"><thead><tr>{names}{heads}</tr></thead><tbody>'
         for row in group.rows:
-            cells = "".join(f'<td class="name">{text(cell)}</td>' for cell in row.cells)
+            cells = "".join(f'<td class="name">{escaped(cell)}</td>' for cell in row.cells)
             for name, cell in columns.items():
-                shown = text(cell(row, group))
+                shown = escaped(cell(row, group))
                 cells += f"<td><b>{shown}</b></td>" if name == "median" else f"<td>{shown}</td>"
-            yield f'<tr title="{text(_told(row.series))}">{cells}</tr>'
+            yield f'<tr title="{escaped(_told(row.series))}">{cells}</tr>'
         yield "</tbody></table></div>"
 
     def _figure(self, picture: plot.Picture) -> str:
         self._figures += 1
-        drawn = plot.inline(plot.svg(picture), f"f{self._figures}", text(picture.title))
-        return f"<figure>{drawn}<figcaption>{text(picture.caption)}</figcaption></figure>"
+        drawn = plot.inline(plot.svg(picture), f"f{self._figures}", escaped(picture.title))
+        return f"<figure>{drawn}<figcaption>{escaped(picture.caption)}</figcaption></figure>"
 
 
 def _asked(value: object) -> str:
@@ -198,4 +178,4 @@ def _told(series: Series) -> str:
 def _points(missing: Iterable[Series]) -> str:
     names = list(dict.fromkeys(point_of(series.point) for series in missing))
     more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
-    return f"<small>{text('; '.join(names[:_NAMES]) + more)}</small>" if any(names) else ""
+    return f"<small>{escaped('; '.join(names[:_NAMES]) + more)}</small>" if any(names) else ""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from pyvmm.atlas.report.text import PLAIN, Look
 from pyvmm.bench.model import Run
 from pyvmm.bench.report.groups import EMULATED, Group, Row, Section, count, emulated, host, number, point_of, sections
+from pyvmm.reports.look import PLAIN, Look
 
 BOLD, DIM, STRIPE = "1", "2", "33;1"
 FEW: Final = "~"

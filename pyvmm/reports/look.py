@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a terminal can show: its width, colours, and whether its encoding has more than ASCII.
+
+Pure but for :meth:`Look.of`, which asks a stream.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from dataclasses import dataclass
+from typing import TextIO
+
+_ASCII = str.maketrans({"✓": "+", "✗": "x", "·": ".", "…": "~", "→": "->", "×": "x"})  # noqa: RUF001
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the terminal can show."""
+
+    width: int = 80
+    colours: bool = False
+    ascii: bool = False
+    """Its encoding is not UTF-8: nothing but ASCII is written."""
+
+    @classmethod
+    def of(cls, stream: TextIO) -> Look:
+        """Ask a stream what it can show; what is no terminal gets 100 columns."""
+        utf8 = (stream.encoding or "").lower().replace("-", "").replace("_", "") in ("utf8", "cp65001")
+        tty = stream.isatty()
+        width = max(shutil.get_terminal_size((100, 24)).columns, 40) if tty else 100
+        return cls(width, tty and not os.environ.get("NO_COLOR"), not utf8)
+
+    def paint(self, text: str, code: str) -> str:
+        """Colour ``text`` if there are colours."""
+        return f"\x1b[{code}m{text}\x1b[0m" if self.colours and text else text
+
+    def finish(self, text: str) -> str:
+        """Return ``text`` as this terminal can show it."""
+        return text.translate(_ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
+
+    def wrap(self, text: str, indent: int, first: str = "") -> list[str]:
+        """Fill lines with ``text``, all indented, the first one after ``first``."""
+        filled = textwrap.wrap(
+            text,
+            max(self.width, indent + 20),
+            initial_indent=first.ljust(indent),
+            subsequent_indent=" " * indent,
+            break_long_words=True,
+            break_on_hyphens=False,
+        )
+        return filled or [first.rstrip()]
+
+
+PLAIN = Look()

@@ -39,7 +39,7 @@ class Completed:
 
 
 class Lab:
-    """A lab as a context manager.
+    """A lab as a context manager. It boots ``image``, which ``build_image`` makes.
 
     ``arguments`` are looked through for files to make visible, ``outputs`` name files that commands will write (see
     shares.py); a ``bare`` lab sees nothing of the workstation. ``packages`` is a directory to import from, after
@@ -51,7 +51,7 @@ class Lab:
         self,
         options: LabOptions | None = None,
         *,
-        image: Image | None = None,
+        image: Image,
         cwd: Path | None = None,
         arguments: Sequence[str] = (),
         outputs: Sequence[str] = (),
@@ -72,12 +72,7 @@ class Lab:
         self._unpacker = frames.Unpacker()
 
     def __enter__(self) -> Self:
-        if self._image is None:
-            from pyvmm.lab.image import build_image  # it boots labs itself
-
-            self._image = build_image()
-        image = self._image
-        self._qemu = Qemu(image, self.options, self._shares)
+        self._qemu = Qemu(self._image, self.options, self._shares)
         try:
             self._boot(self._qemu)
         except BaseException:
@@ -154,13 +149,14 @@ class Lab:
 
     def _file_hint(self) -> str | None:
         """Say what the lab needs of a kernel that does not come with it."""
-        if self._image is None or self._image.file is None:
+        if self._image.file is None:
             return None
         return "a host kernel from a file must have virtio-pci, virtio-console, PL011 and an initramfs built in"
 
     def _modules_hint(self) -> str | None:
         """Say that the kernel has none of its modules, if so."""
-        if (image := self._image) is None or image.has_modules:
+        image = self._image
+        if image.has_modules:
             return None
         return (
             f"the host kernel {image.kernel} ({image.release}) finds none of its modules in the lab's root, which has "

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import PyvmmError
-from pyvmm.lab import Lab, LabError, LabOptions
+from pyvmm.lab import Lab, LabError, LabOptions, build_image
+from pyvmm.lab.cache import Image
 from pyvmm.lab.shares import PACKAGE
 
 pytestmark = pytest.mark.lab
@@ -28,8 +29,13 @@ PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> Iterator[Lab]:
-    with Lab(LabOptions(mode="protected"), cwd=tmp_path_factory.mktemp("cwd")) as lab:
+def image() -> Image:
+    return build_image()
+
+
+@pytest.fixture(scope="module")
+def lab(image: Image, tmp_path_factory) -> Iterator[Lab]:
+    with Lab(LabOptions(mode="protected"), image=image, cwd=tmp_path_factory.mktemp("cwd")) as lab:
         yield lab
 
 
@@ -153,16 +159,19 @@ def test_a_terminal_has_a_size_and_takes_keys(lab):
 # ---- labs of their own
 
 
-def test_two_labs_at_once_in_the_other_two_modes():
-    with Lab(LabOptions(mode="vhe"), bare=True) as vhe, Lab(LabOptions(mode="nvhe", cpus=1), bare=True) as nvhe:
+def test_two_labs_at_once_in_the_other_two_modes(image: Image):
+    with (
+        Lab(LabOptions(mode="vhe"), image=image, bare=True) as vhe,
+        Lab(LabOptions(mode="nvhe", cpus=1), image=image, bare=True) as nvhe,
+    ):
         assert b"VHE mode initialized successfully" in shell(vhe, "dmesg | grep -v hVHE")
         assert b"Hyp nVHE mode initialized successfully" in shell(nvhe, "dmesg")
         assert shell(nvhe, "nproc") == b"1\n"
         assert shell(vhe, "nproc") == b"2\n"
 
 
-def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others():
-    with Lab(LabOptions(mode="nvhe")) as nvhe:
+def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others(image: Image):
+    with Lab(LabOptions(mode="nvhe"), image=image) as nvhe:
         refused = nvhe.capture(["python3", "-m", "pyvmm", "run", "--protection", "pkvm", "payload:hello"])
         assert refused.status == 5, refused
         assert b"does not run pKVM" in refused.stderr
@@ -172,8 +181,8 @@ def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others()
             assert b"HELLO, HOST" in done.stdout
 
 
-def test_a_lab_that_is_killed_says_how_it_was_started_and_is_gone():
-    with Lab(bare=True) as lab:
+def test_a_lab_that_is_killed_says_how_it_was_started_and_is_gone(image: Image):
+    with Lab(image=image, bare=True) as lab:
         pid = lab.pid
         threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
         with pytest.raises(LabError, match="the lab ended while it ran sleep") as caught:
@@ -183,15 +192,15 @@ def test_a_lab_that_is_killed_says_how_it_was_started_and_is_gone():
     assert not is_alive(pid)
 
 
-def test_a_command_that_takes_too_long_ends_with_its_lab():
-    with Lab(bare=True) as lab:
+def test_a_command_that_takes_too_long_ends_with_its_lab(image: Image):
+    with Lab(image=image, bare=True) as lab:
         pid = lab.pid
         with pytest.raises(PyvmmError, match="sleep did not end in 1 s"):
             lab.run(["sleep", "1000"], timeout=1.0)
         assert not is_alive(pid)
 
 
-def test_icount_repeats():
+def test_icount_repeats(image: Image):
     # Instructions, not time: the spread between two runs of a loop is far below what any machine's clock shows.
     script = """
 import time
@@ -202,14 +211,15 @@ def loop():
 loop()
 print(*sorted(loop() for _ in range(9)))
 """
-    with Lab(LabOptions(icount=True, cpus=1), bare=True) as lab:
+    with Lab(LabOptions(icount=True, cpus=1), image=image, bare=True) as lab:
         runs = [[int(t) for t in shell(lab, f"python3 -I -S -c '{script}'").split()] for _ in range(2)]
     medians = [run[4] for run in runs]
     assert max(medians) / min(medians) < 1.01, runs
 
 
-def test_a_directory_the_lab_has_itself_is_refused_by_name():
-    with pytest.raises(PyvmmError, match="/usr/lib/python3 cannot be made visible"), Lab(cwd=Path("/usr/lib/python3")):
+def test_a_directory_the_lab_has_itself_is_refused_by_name(image: Image):
+    directory = Path("/usr/lib/python3")
+    with pytest.raises(PyvmmError, match=f"{directory} cannot be made visible"), Lab(image=image, cwd=directory):
         pass
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pyvmm.bench.model import Series
 from pyvmm.errors import PyvmmError
-from pyvmm.lab import Lab, LabOptions
+from pyvmm.lab import Lab, LabOptions, build_image
 from pyvmm.lab.peers import RECIPES, Prepared, prepare
 from pyvmm.lab.trees import usable_tree
 
@@ -43,7 +43,7 @@ def prepared() -> Prepared:
 
 @pytest.fixture(scope="module")
 def lab(prepared: Prepared) -> Iterator[Lab]:
-    with Lab(LabOptions(icount=True, cpus=1), arguments=prepared.paths) as lab:
+    with Lab(LabOptions(icount=True, cpus=1), image=build_image(), arguments=prepared.paths) as lab:
         yield lab
 
 

@@ -195,8 +195,8 @@ def test_an_output_in_the_root_directory_is_refused_where_that_is_the_current_on
 def test_temporary_files_stay_in_the_lab_when_its_tmp_is_the_workstations():
     from pyvmm.lab import Lab
 
-    assert "TMPDIR" not in Lab(cwd=TREE)._environment()
-    assert Lab(cwd=TREE, outputs=["/tmp/no-such-file-of-pyvmm"])._environment()["TMPDIR"] == "/var/tmp"
+    assert "TMPDIR" not in Lab(image=IMAGE, cwd=TREE)._environment()
+    assert Lab(image=IMAGE, cwd=TREE, outputs=["/tmp/no-such-file-of-pyvmm"])._environment()["TMPDIR"] == "/var/tmp"
 
 
 # ---- the channel

@@ -3,14 +3,23 @@
 
 A device that answers in Python implements :meth:`Device.read` and :meth:`Device.write`; the others hand the loop a
 ``state`` that C works on and are never called for an access. All methods may be called from any vCPU's thread.
+
+This module needs nothing native: a device that answers in Python can be described without loading any of that.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
-from pyvmm._native import ffi, lib
 from pyvmm.errors import UsageError
+
+
+class Trigger(IntEnum):
+    """How an interrupt is given, as the device tree says it (Linux include/dt-bindings/interrupt-controller/irq.h)."""
+
+    EDGE = 1
+    LEVEL = 4
 
 
 class Line(Protocol):
@@ -22,28 +31,35 @@ class Line(Protocol):
         ...
 
     @property
-    def kind(self) -> int:
-        """1 for an edge, 4 for a level (Linux include/dt-bindings/interrupt-controller/irq.h)."""
+    def kind(self) -> Trigger:
+        """How it is given."""
         ...
 
 
 class Device:
-    """A window of ``size`` bytes of MMIO."""
+    """A window of ``size`` bytes of MMIO.
+
+    ``name`` is its name for people, and of its device-tree node unless ``node`` is one. ``compatible`` is what a driver
+    finds it by, one string or several, and ``clocks`` names its clock inputs. ``kind`` is how the native loop treats an
+    access (enum pv_kind), None where Python answers.
+    """
 
     name: ClassVar[str]
-    compatible: ClassVar[str]
-    kind: ClassVar[int] = lib.PV_KIND_COLD
+    compatible: ClassVar[str | tuple[str, ...]]
+    node: ClassVar[str | None] = None
+    clocks: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[int | None] = None
 
     def __init__(self, size: int = 0x1000) -> None:
         self.size = size
-        self.state: Any = ffi.NULL
+        self.state: Any = None
 
     @property
     def behind(self) -> object:
         """What serves the guest: the device itself, or the one behind a transport."""
         return self
 
-    def windows(self) -> list[tuple[int, int, int, Any]]:
+    def windows(self) -> list[tuple[int, int, int | None, Any]]:
         """(offset, size, enum pv_kind, state) of each part; most devices are one part."""
         return [(0, self.size, self.kind, self.state)]
 

@@ -69,7 +69,9 @@ class Bus:
         self._by_index = []
         for index, (base, size, kind, state, device, offset) in enumerate(parts):
             entry = ranges[index]
-            entry.base, entry.size, entry.kind, entry.index, entry.state = base, size, kind, index, state
+            entry.base, entry.size, entry.index = base, size, index
+            entry.kind = lib.PV_KIND_COLD if kind is None else kind
+            entry.state = ffi.NULL if state is None else state
             self._by_index.append((device, offset))
         table = ffi.new("struct pv_bus *")
         table.count, table.ranges = len(parts), ranges

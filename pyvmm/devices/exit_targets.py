@@ -29,13 +29,13 @@ class ExitTargets(Device):
         self._bell = ffi.new("struct pv_doorbell *", {"count": 1, "slots": self._slots})
         self.cold = 0
 
-    def windows(self) -> list[tuple[int, int, int, Any]]:
+    def windows(self) -> list[tuple[int, int, int | None, Any]]:
         """One window a kind."""
         return [
             (abi.BENCH_REGISTERS, PART, lib.PV_KIND_REGISTERS, self._registers),
             (abi.BENCH_COUNTER, PART, lib.PV_KIND_COUNTER, self._counter),
             (abi.BENCH_DOORBELL, PART, lib.PV_KIND_DOORBELL, self._bell),
-            (abi.BENCH_COLD, PART, lib.PV_KIND_COLD, ffi.NULL),
+            (abi.BENCH_COLD, PART, None, None),
         ]
 
     @property

@@ -51,7 +51,10 @@ class Pl011(Device):
     """
 
     name = "pl011"
-    compatible = "arm,pl011"
+    # Linux Documentation/devicetree/bindings/serial/pl011.yaml
+    node = "serial"
+    compatible = ("arm,pl011", "arm,primecell")
+    clocks = ("uartclk", "apb_pclk")
     kind = lib.PV_KIND_PL011
 
     def __init__(

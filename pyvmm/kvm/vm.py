@@ -46,12 +46,14 @@ from pyvmm.uapi.kvm_irq import (
     KVM_IOEVENTFD,
     KVM_IOEVENTFD_FLAG_DATAMATCH,
     KVM_IOEVENTFD_FLAG_DEASSIGN,
+    KVM_IRQ_LINE,
     KVM_IRQFD,
     KVM_IRQFD_FLAG_DEASSIGN,
     KVM_IRQFD_FLAG_RESAMPLE,
     KVM_MSI_VALID_DEVID,
     KVM_SIGNAL_MSI,
     kvm_ioeventfd,
+    kvm_irq_level,
     kvm_irqfd,
     kvm_msi,
 )
@@ -202,6 +204,12 @@ class Vm(MeasuredFd):
     def create_irqchip(self) -> None:
         """Make x86's interrupt controllers; arm64 has a device instead."""
         self.call(KVM_CREATE_IRQCHIP)
+
+    def irq_line(self, irq: int, level: bool) -> None:
+        """Set an interrupt line; on arm64 ``irq`` is type << 24 | vCPU << 16 | number (KVM_ARM_IRQ_*)."""
+        argument = kvm_irq_level(level=level)
+        argument.irq = irq
+        self.call(KVM_IRQ_LINE, argument, irq=irq, level=int(level))
 
     def signal_msi(self, address: int, data: int, *, devid: int | None = None) -> bool:
         """Deliver a message-signalled interrupt (``devid`` for the ITS); False if the guest has it blocked."""

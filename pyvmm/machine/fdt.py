@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
+from pyvmm.devices.base import Trigger
 from pyvmm.errors import UsageError, hex_
 
 #: What a property may be given as: a 32-bit cell, a string, cells or strings in a row, True for a property that is
@@ -239,9 +240,7 @@ def _padded(data: bytes) -> bytes:
 # ---- this machine's tree -----------------------------------------------------------------------------------------
 
 
-# Linux include/dt-bindings/interrupt-controller/{irq,arm-gic}.h.
-TRIGGER_EDGE: Final = 1
-TRIGGER_LEVEL: Final = 4
+# Linux include/dt-bindings/interrupt-controller/{irq,arm-gic}.h; see also pyvmm.devices.base.Trigger.
 _LEVEL_LOW: Final = 8
 _SPI, _PPI = 0, 1
 #: The generic timer's interrupts: secure, non-secure (the physical one), virtual, hypervisor; PPI n is number 16 + n.
@@ -260,7 +259,7 @@ class DeviceNode(NamedTuple):
     """What a device says about itself and the machine about its place; ``base`` is a gpa, ``size`` bytes.
 
     ``clocks`` names the device's clock inputs: all are wired to one fixed clock. ``spi`` is the number of its shared
-    interrupt, from 0, and ``trigger`` how that is given: TRIGGER_EDGE or TRIGGER_LEVEL.
+    interrupt, from 0, and ``trigger`` how that is given.
     """
 
     name: str
@@ -270,14 +269,16 @@ class DeviceNode(NamedTuple):
     properties: Mapping[str, Value] = MappingProxyType({})
     clocks: Sequence[str] = ()
     spi: int | None = None
-    trigger: int = TRIGGER_LEVEL
+    trigger: Trigger = Trigger.LEVEL
 
 
 class Describable(Protocol):
     """A device, as far as its node goes."""
 
     name: ClassVar[str]
-    compatible: ClassVar[str]
+    compatible: ClassVar[str | tuple[str, ...]]
+    node: ClassVar[str | None]
+    clocks: ClassVar[tuple[str, ...]]
     size: int
 
     def properties(self) -> dict[str, Any]:
@@ -285,16 +286,13 @@ class Describable(Protocol):
         ...
 
 
-def describe(device: Describable, base: int, spi: int | None = None, trigger: int = TRIGGER_LEVEL) -> DeviceNode:
+def describe(device: Describable, base: int, spi: int | None = None, trigger: Trigger = Trigger.LEVEL) -> DeviceNode:
     """Return the node of a device placed at gpa ``base``, whose interrupt, if it has one, is SPI ``spi``."""
-    name, more, clocks = _BINDINGS.get(device.compatible, (device.name, (), ()))
-    compatible = (device.compatible, *more)
-    return DeviceNode(name, compatible, base, device.size, device.properties(), clocks, spi, trigger)
+    name, compatible = device.node or device.name, device.compatible
+    if isinstance(compatible, str):
+        compatible = (compatible,)
+    return DeviceNode(name, compatible, base, device.size, device.properties(), device.clocks, spi, trigger)
 
-
-#: What Linux Documentation/devicetree/bindings asks of a node beyond what the device knows: its name, further
-#: compatible strings, and its clock inputs (serial/pl011.yaml).
-_BINDINGS: Final = {"arm,pl011": ("serial", ("arm,primecell",), ("uartclk", "apb_pclk"))}
 
 #: The UART's reference clock, Hz: what QEMU's virt machine says, and drivers accept any baud rate from.
 CLOCK_HZ: Final = 24_000_000

@@ -15,9 +15,9 @@ nowhere, and the device tree names none.
 from __future__ import annotations
 
 import os
-from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
+from pyvmm.devices.base import Trigger
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 
 #: Interrupt numbers below are a vCPU's own (Arm IHI 0069, 2.2.1); SPI n is number SPI_BASE + n.
 SPI_BASE: Final = 32
-
-
-class Trigger(IntEnum):
-    """What a line's device tree cell says (Linux include/dt-bindings/interrupt-controller/irq.h)."""
-
-    EDGE = 1
-    LEVEL = 4
 
 
 class EdgeLine:
@@ -51,14 +44,23 @@ class EdgeLine:
 
 
 class LevelLine:
-    """A line that is held; ``vm_fd`` (-1: it leads nowhere) and ``irq`` are what KVM_IRQ_LINE wants."""
+    """A line that is held; ``vm`` is None where it leads nowhere. Any thread.
+
+    ``vm_fd``, which then is -1, and ``irq`` are what C gives KVM_IRQ_LINE.
+    """
 
     kind = Trigger.LEVEL
 
-    def __init__(self, spi: int, vm_fd: int) -> None:
+    def __init__(self, spi: int, vm: Vm | None) -> None:
         self.spi = spi
-        self.vm_fd = vm_fd
+        self._vm = vm
+        self.vm_fd = -1 if vm is None else vm.fileno()
         self.irq = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (SPI_BASE + spi)
+
+    def hold(self, high: bool) -> None:
+        """Raise it, or let it go."""
+        if self._vm is not None:
+            self._vm.irq_line(self.irq, high)
 
 
 Line = EdgeLine | LevelLine
@@ -90,7 +92,7 @@ class Interrupts:
     def level(self, spi: int) -> LevelLine:
         """Make the line of SPI ``spi``, low; errors as :meth:`edge`."""
         self._take(spi)
-        return LevelLine(spi, self._vm.fileno() if self.present else -1)
+        return LevelLine(spi, self._vm if self.present else None)
 
     def _take(self, spi: int) -> None:
         if not 0 <= spi < layout.SPIS:

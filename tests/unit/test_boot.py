@@ -432,7 +432,7 @@ class Recorder:
 
 
 class Uart:
-    name, compatible, size = "pl011", "arm,pl011", 0x1000
+    name, node, compatible, clocks, size = "pl011", None, "arm,pl011", (), 0x1000
 
     def properties(self):
         return {}

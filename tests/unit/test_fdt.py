@@ -14,12 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pyvmm.devices.base import Device, Trigger
+from pyvmm.devices.pl011 import Pl011
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Balloon, Console, Disk, Net, Rng, Vsock
 from pyvmm.machine.fdt import (
-    TRIGGER_EDGE,
     DeviceNode,
     GicNode,
     Node,
@@ -259,10 +260,10 @@ def test_a_phandle_is_given_once():
 # ---- the machine's tree
 
 
-class Uart:
-    name = "pl011"
-    compatible = "arm,pl011"
-    size = 0x1000
+class Uart(Device):
+    """One with a PL011's node, and a property more."""
+
+    name, node, compatible, clocks = Pl011.name, Pl011.node, Pl011.compatible, Pl011.clocks
 
     def properties(self):
         return {"current-speed": 115200}
@@ -323,7 +324,7 @@ GIC = GicNode(distributor=(0x0800_0000, 0x1_0000), redistributors=(0x080A_0000, 
 
 
 def test_with_an_interrupt_controller_devices_and_the_timer_have_interrupts():
-    edge = describe(Uart(), layout.PL011.start, 1, TRIGGER_EDGE)
+    edge = describe(Uart(), layout.PL011.start, 1, Trigger.EDGE)
     _, nodes = read(example(gic=GIC, devices=[edge, ECHO], stdout=edge))
     gic = nodes["/interrupt-controller@8000000"]
     assert gic["reg"] == cells64(0x0800_0000, 0x1_0000, 0x080A_0000, 0x4_0000)

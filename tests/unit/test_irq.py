@@ -28,6 +28,9 @@ class Vm:
             raise OSError("refused")
         self.calls.append((gsi, deassign))
 
+    def irq_line(self, irq: int, level: bool) -> None:
+        self.calls.append((irq, level))
+
 
 def lines(vm: Vm, *, present: bool = True) -> Interrupts:
     return Interrupts(vm, present=present)  # type: ignore[arg-type]
@@ -54,11 +57,21 @@ def test_a_level_line_names_its_spi_as_kvm_irq_line_does() -> None:
     assert (line.vm_fd, line.irq, line.kind) == (77, 0x0100_0021, 4)
 
 
+def test_a_level_line_is_raised_and_let_go_from_python_too() -> None:
+    vm = Vm()
+    line = lines(vm).level(1)
+    line.hold(True)
+    line.hold(False)
+    assert vm.calls == [(0x0100_0021, True), (0x0100_0021, False)]
+
+
 def test_without_a_controller_lines_lead_nowhere() -> None:
     vm = Vm()
     interrupts = lines(vm, present=False)
     interrupts.edge(32).trigger()
-    assert interrupts.level(1).vm_fd == -1
+    level = interrupts.level(1)
+    level.hold(True)
+    assert level.vm_fd == -1
     interrupts.close()
     assert vm.calls == []
 

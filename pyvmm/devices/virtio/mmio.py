@@ -125,7 +125,7 @@ class VirtioMmio(Device):
         """The device."""
         return self.device
 
-    def windows(self) -> list[tuple[int, int, int, Any]]:
+    def windows(self) -> list[tuple[int, int, int | None, Any]]:
         """Registers in Python, but for kicks and interrupts."""
         notify, interrupt = Register.QUEUE_NOTIFY, Register.INTERRUPT_STATUS
         behind = interrupt + _INTERRUPT_SIZE

@@ -11,7 +11,6 @@ from pyvmm.errors import hex_
 
 if TYPE_CHECKING:
     from pyvmm.debug.target import GuestTarget
-    from pyvmm.machine.machine import Machine
 
 HELP = """\
 monitor help          this
@@ -21,7 +20,7 @@ monitor phys on|off   take addresses as guest physical ones, or translate them b
 """
 
 
-def answer(target: GuestTarget, machine: Machine, thread: int, command: str) -> str:
+def answer(target: GuestTarget, thread: int, command: str) -> str:
     """Carry out ``command`` and return what there is to say."""
     try:
         words = shlex.split(command)
@@ -34,16 +33,17 @@ def answer(target: GuestTarget, machine: Machine, thread: int, command: str) -> 
         case ["phys"]:
             return f"addresses are {'guest physical' if target.physical else 'virtual'}\n"
         case ["info"]:
-            return _about(target, machine)
+            return _about(target)
         case ["info", text]:
-            return _about_address(target, machine, thread, text)
+            return _about_address(target, thread, text)
         case [] | ["help"]:
             return HELP
         case _:
             return f"{command!r} is not known\n{HELP}"
 
 
-def _about(target: GuestTarget, machine: Machine) -> str:
+def _about(target: GuestTarget) -> str:
+    machine = target.machine
     counts = ", ".join(
         f"{count} {state.name.lower()}" for state, count in machine.memory.ledger.counts().items() if count
     )
@@ -57,7 +57,7 @@ def _about(target: GuestTarget, machine: Machine) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _about_address(target: GuestTarget, machine: Machine, thread: int, text: str) -> str:
+def _about_address(target: GuestTarget, thread: int, text: str) -> str:
     try:
         address = int(text, 0)
         gpa = address if target.physical else target.translate(thread, address).gpa
@@ -66,4 +66,4 @@ def _about_address(target: GuestTarget, machine: Machine, thread: int, text: str
     except Refused as refused:
         return f"{refused.why}\n"
     where = "" if target.physical else f"{hex_(address)} is "
-    return f"{where}gpa {hex_(gpa)}: {machine.memory.describe(gpa)}\n"
+    return f"{where}gpa {hex_(gpa)}: {target.machine.memory.describe(gpa)}\n"

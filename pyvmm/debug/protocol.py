@@ -80,10 +80,6 @@ class Target(Protocol):
         """Let the guest go on: threads that ``actions`` does not name stay where they are."""
         ...
 
-    def monitor(self, thread: int, command: str) -> str:
-        """Carry out a command of the user's; returns what it has to say."""
-        ...
-
     def detach(self) -> None:
         """Let the guest go on as if nobody had ever debugged it."""
         ...
@@ -94,10 +90,14 @@ class Target(Protocol):
 
 
 class Session:
-    """One debugger's. ``running``: the guest runs, and nothing is asked until it stops; ``over``: so is the session."""
+    """One debugger's. ``monitor`` carries out a command of the user's, of a thread, and returns what there is to say.
 
-    def __init__(self, target: Target, stop: Stop) -> None:
+    ``running``: the guest runs, and nothing is asked until it stops; ``over``: so is the session.
+    """
+
+    def __init__(self, target: Target, stop: Stop, monitor: Callable[[int, str], str]) -> None:
         self._target = target
+        self._monitor = monitor
         self._stop = stop
         self._thread = stop.thread
         self._go_thread = _ALL
@@ -288,9 +288,9 @@ class Session:
         part = escape(self._description[offset : offset + min(size, PACKET_SIZE // 2)])
         return (b"m" if offset + size < len(self._description) else b"l") + part
 
-    def _monitor(self, rest: str) -> bytes:
+    def _command(self, rest: str) -> bytes:
         command = bytes.fromhex(rest).decode("utf-8", "replace")
-        said = self._target.monitor(self._thread, command)
+        said = self._monitor(self._thread, command)
         return said.encode()[: PACKET_SIZE // 2].hex().encode() or b"OK"
 
     def _detach(self, _: str) -> bytes:
@@ -318,7 +318,7 @@ _BY_PREFIX: Final[Sequence[tuple[str, Callable[[Session, str], bytes | None]]]] 
     ("qThreadExtraInfo,", Session._describe),
     # The guest was there before the debugger: it detaches when it goes, rather than kill.
     ("qAttached", lambda _session, _rest: b"1"),
-    ("qRcmd,", Session._monitor),
+    ("qRcmd,", Session._command),
     ("qC", Session._current),
     ("vCont?", lambda _session, _rest: b"vCont;c;C;s;S"),
     ("vCont;", Session._resume),

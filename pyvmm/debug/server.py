@@ -15,8 +15,10 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from pyvmm.debug.monitor import answer
 from pyvmm.debug.packets import Decoder, Token, frame
 from pyvmm.debug.protocol import SIGINT, Session, Stop
 from pyvmm.debug.target import GuestTarget
@@ -181,7 +183,7 @@ class _Debugger:
         self._connection = connection
         self._target = target
         self._decoder = Decoder()
-        self._session = Session(target, Stop(1))
+        self._session = Session(target, Stop(1), partial(answer, target))
         self._last = b""
         self.fd = connection.fileno()
 
@@ -227,7 +229,7 @@ class _Debugger:
         self._connection.settimeout(PATIENCE)
         if self._connection.family != socket.AF_UNIX:
             self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._session = Session(self._target, self._target.take_stop() or Stop(1))
+        self._session = Session(self._target, self._target.take_stop() or Stop(1), partial(answer, self._target))
         self._target.watched = True
         log.info("debugger_attached")
 

@@ -61,7 +61,7 @@ class GuestTarget:
     """A machine, built and not started; ``wake`` is called, in a vCPU's thread, when one has stopped."""
 
     def __init__(self, machine: Machine, wake: Callable[[], None]) -> None:
-        self._machine = machine
+        self.machine = machine
         self._wake = wake
         self._lock = threading.Lock()
         self._exits: list[_Exit] = []
@@ -92,7 +92,7 @@ class GuestTarget:
             return self._hold(_Exit(index, SIGSEGV))
         if stop != lib.PV_STOP_DEBUG:
             return None
-        vcpu = self._machine.vcpus[index]
+        vcpu = self.machine.vcpus[index]
         told = vcpu.run.debug_arm64
         if told.hsr >> _EC_SHIFT == _EC_BRK:
             # KVM takes every BRK away from a guest that is debugged; none of them is ours.
@@ -146,7 +146,7 @@ class GuestTarget:
             self._debug(index, step=go is Go.STEP)
         self._stepping = {index for index, go in chosen.items() if go is Go.STEP}
         for index in self._stepping:
-            self._interrupts.hold(self._machine.vcpus[index])
+            self._interrupts.hold(self.machine.vcpus[index])
         for index in chosen:
             self._halted.discard(index)
             self._threads[index].resume()
@@ -167,13 +167,13 @@ class GuestTarget:
 
     def kill(self) -> None:
         """End the run."""
-        self._machine.stop("killed by the debugger")
+        self.machine.stop("killed by the debugger")
 
     # -- threads
 
     def threads(self) -> Sequence[int]:
         """Return a number for each vCPU, from 1."""
-        return range(1, len(self._machine.vcpus) + 1)
+        return range(1, len(self.machine.vcpus) + 1)
 
     def describe(self, thread: int) -> str:
         """Name the vCPU, and say whether it is on."""
@@ -205,7 +205,7 @@ class GuestTarget:
         while len(data) < size:
             try:
                 gpa, room = self._place(thread, address + len(data))
-                data += self._machine.memory.read(gpa, min(size - len(data), room))
+                data += self.machine.memory.read(gpa, min(size - len(data), room))
             except (Refused, PyvmmError) as error:
                 if not data:
                     raise self._noted(error) from None
@@ -217,7 +217,7 @@ class GuestTarget:
         while data:
             try:
                 gpa, room = self._place(thread, address)
-                self._machine.memory.write(gpa, data[:room])
+                self.machine.memory.write(gpa, data[:room])
             except (Refused, PyvmmError) as error:
                 raise self._noted(error) from None
             data = data[room:]
@@ -225,7 +225,7 @@ class GuestTarget:
 
     def translate(self, thread: int, address: int) -> Translation:
         """Find where an address leads in the guest's memory, by its own tables. Refused where it leads nowhere."""
-        vcpu, memory = self._vcpu(thread), self._machine.memory
+        vcpu, memory = self._vcpu(thread), self.machine.memory
         regime = Regime(*(vcpu.get_reg(SYSTEM[name]) for name in REGIME))
 
         def read64(gpa: int) -> int:
@@ -259,24 +259,18 @@ class GuestTarget:
         """Take one away."""
         self.points.remove(kind, address, length)
 
-    def monitor(self, thread: int, command: str) -> str:
-        """Carry out a ``monitor`` command."""
-        from pyvmm.debug.monitor import answer
-
-        return answer(self, self._machine, thread, command)
-
     # -- inside
 
     @property
     def _threads(self) -> Sequence[VcpuThread]:
-        return self._machine.threads
+        return self.machine.threads
 
     def _vcpu(self, thread: int) -> Vcpu:
-        return self._machine.vcpus[thread - 1]
+        return self.machine.vcpus[thread - 1]
 
     def _settle(self, index: int) -> None:
         """Have KVM finish an access to a device, so that registers are those between two instructions."""
-        native = self._machine.natives[index]
+        native = self.machine.natives[index]
         if native.exit_reason == ExitReason.KVM_EXIT_MMIO and (errno := lib.pv_settle(native)):
             log.warning("access_not_finished", vcpu=index, errno=errno)
 
@@ -286,7 +280,7 @@ class GuestTarget:
         if not wanted and index not in self._debugging:
             return
         control = wanted | KVM_GUESTDBG_ENABLE if wanted else 0
-        vcpu = self._machine.vcpus[index]
+        vcpu = self.machine.vcpus[index]
         _checked(lambda: vcpu.set_guest_debug(control, self.points.registers()))
         (self._debugging.add if wanted else self._debugging.discard)(index)
 

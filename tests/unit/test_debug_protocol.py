@@ -66,14 +66,15 @@ class Fake:
     def resume(self, actions: Mapping[int, Go]) -> None:
         self.resumed.append(dict(actions))
 
-    def monitor(self, thread: int, command: str) -> str:
-        return f"{thread}: {command}\n"
-
     def detach(self) -> None:
         self.said.append("detach")
 
     def kill(self) -> None:
         self.said.append("kill")
+
+
+def monitor(thread: int, command: str) -> str:
+    return f"{thread}: {command}\n"
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def fake() -> Fake:
 
 @pytest.fixture
 def session(fake: Fake) -> Session:
-    return Session(fake, Stop(1))
+    return Session(fake, Stop(1), monitor)
 
 
 def test_what_is_offered_is_what_gdb_needs(session: Session) -> None:
@@ -263,7 +264,7 @@ REQUESTS = st.sampled_from(
     )
 )
 def test_no_request_raises(requests: list[tuple[bytes, bytes | str]]) -> None:
-    session = Session(Fake(), Stop(1))
+    session = Session(Fake(), Stop(1), monitor)
     for verb, rest in requests:
         reply = session.handle(verb + (rest.encode() if isinstance(rest, str) else rest))
         assert reply is None or len(reply) <= PACKET_SIZE

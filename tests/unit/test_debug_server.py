@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pyvmm.cli import main
 from pyvmm.debug import server as module
+from pyvmm.debug.monitor import HELP
 from pyvmm.debug.packets import PACKET_SIZE, frame
 from pyvmm.debug.protocol import Go, Stop
 from pyvmm.debug.registers import REGISTERS
@@ -84,7 +85,7 @@ class Target:
         self._wake = wake
         self.stops: list[Stop] = []
         self.halts = 0
-        self.killed = self.watched = False
+        self.killed = self.watched = self.physical = False
         self.running = threading.Event()
         self.free = threading.Event()
         made.append(self)
@@ -137,9 +138,6 @@ class Target:
 
     insert = remove = write_memory
 
-    def monitor(self, _: int, command: str) -> str:
-        return command
-
 
 made: list[Target] = []
 
@@ -190,6 +188,14 @@ def test_packets_are_acknowledged_until_that_is_switched_off_and_sent_again_when
         exchange(debugger, b"QStartNoAckMode", b"OK")
         debugger.sendall(frame(b"qC"))
         assert take(debugger, 7) == frame(b"QC1")
+
+
+def test_commands_of_the_users_are_carried_out(served: tuple[GdbServer, Target]) -> None:
+    server, target = served
+    with connect(server) as debugger:
+        exchange(debugger, b"qRcmd," + b"phys on".hex().encode(), b"addresses are guest physical\n".hex().encode())
+        assert target.physical
+        exchange(debugger, b"qRcmd," + b"help".hex().encode(), HELP.encode().hex().encode())
 
 
 def test_a_guest_that_stops_is_told_once_and_an_interrupt_stops_one_that_does_not(

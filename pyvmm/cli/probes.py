@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import PyvmmError
+from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.choices import DEFAULT_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,9 +31,6 @@ WARN: Final = "warn"
 FAIL: Final = "fail"
 
 ARM64: Final = "aarch64"
-PAGE: Final = 4096
-DEFAULT_GUEST: Final = 64 << 20
-"""Bytes of guest memory that the locked-memory probe takes as the need: run's default."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,13 @@ def host() -> Iterable[Finding]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
     yield Finding("host", "cpus, memory", INFO, f"{os.cpu_count()} CPUs, {memory} MiB")
     page = os.sysconf("SC_PAGE_SIZE")
-    if page == PAGE:
+    if page == PAGE_SIZE:
         yield Finding("host", "page size", OK, f"{page} bytes")
     else:
         status = FAIL if machine == ARM64 else WARN
-        yield Finding("host", "page size", status, f"{page} bytes; pyvmm needs 4096", "boot a kernel with 4 KiB pages")
+        yield Finding(
+            "host", "page size", status, f"{page} bytes; pyvmm needs {PAGE_SIZE}", "boot a kernel with 4 KiB pages"
+        )
 
 
 # ---- KVM ---------------------------------------------------------------------------------------------------------
@@ -137,18 +138,18 @@ def _capabilities(system: System, arm64: bool) -> Iterable[Finding]:
 def _locked_memory(arm64: bool) -> Finding:
     from pyvmm.memory.memlock import LockedMemory
 
-    state, mib = LockedMemory.read(), DEFAULT_GUEST >> 20
+    state, mib = LockedMemory.read(), DEFAULT_MEMORY >> 20
     if state.exempt:
         return Finding("kvm", "locked memory", OK, "no limit applies (CAP_IPC_LOCK)")
-    if state.covers(DEFAULT_GUEST) or state.hard is None or state.hard >= state.locked + DEFAULT_GUEST:
+    if state.covers(DEFAULT_MEMORY) or state.hard is None or state.hard >= state.locked + DEFAULT_MEMORY:
         limit = "unlimited" if state.hard is None else f"{state.hard >> 20} MiB"
         return Finding("kvm", "locked memory", OK, f"the hard limit is {limit}; a protected guest needs all its memory")
     return Finding(
         "kvm",
         "locked memory",
         WARN if arm64 else INFO,
-        f"the hard limit is {state.hard >> 10} KiB; a protected guest of {mib} MiB needs {DEFAULT_GUEST >> 10} KiB",
-        f"as root: ulimit -l {DEFAULT_GUEST >> 10}; or hard memlock in /etc/security/limits.conf" if arm64 else None,
+        f"the hard limit is {state.hard >> 10} KiB; a protected guest of {mib} MiB needs {DEFAULT_MEMORY >> 10} KiB",
+        f"as root: ulimit -l {DEFAULT_MEMORY >> 10}; or hard memlock in /etc/security/limits.conf" if arm64 else None,
     )
 
 

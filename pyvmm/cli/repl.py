@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm.cli.common import add_common, require_arm64
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.memory.choices import BACKINGS, CONVERSIONS
+from pyvmm.memory.choices import BACKINGS, CONVERSIONS, DEFAULT_MEMORY
 from pyvmm.protection import PROTECTIONS, Protection
 from pyvmm.syntax.values import parse_count, parse_memory
 
@@ -45,7 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--protection", choices=PROTECTIONS, default="none", help="as of pyvmm run (none)")
     parser.add_argument("--backing", choices=BACKINGS, default="memfd", help="as of pyvmm run (memfd)")
     parser.add_argument("--conversion", choices=CONVERSIONS, help="as of pyvmm run (preserve)")
-    parser.add_argument("-m", "--mem", metavar="SIZE", type=parse_memory, default=(64 << 20, None), help="memory (64M)")
+    parser.add_argument(
+        "-m", "--mem", metavar="SIZE", type=parse_memory, default=(DEFAULT_MEMORY, None), help="memory (64M)"
+    )
     parser.add_argument("-c", "--cpus", metavar="N", type=parse_count, default=1, help="vCPUs (1)")
     add_common(parser)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pyvmm import log
 from pyvmm.cli.common import Help, add_common, require_arm64
 from pyvmm.errors import PyvmmError, UsageError, hex_
-from pyvmm.memory.choices import BACKINGS, CONVERSIONS, ConversionPolicy
+from pyvmm.memory.choices import BACKINGS, CONVERSIONS, DEFAULT_MEMORY, ConversionPolicy
 from pyvmm.options.devices import add_device_options, device_specs
 from pyvmm.protection import PROTECTIONS, Protection
 from pyvmm.session.consoles import Ends, following_size, nobody, open_place, places
@@ -364,7 +364,7 @@ def _config(
 ) -> MachineConfig:
     from pyvmm.guest.kernels import MEMORY, is_kernel
     from pyvmm.machine import layout
-    from pyvmm.machine.config import DEFAULT_MEMORY, MachineConfig, usual_backing
+    from pyvmm.machine.config import MachineConfig, usual_backing
 
     places(args)
     size, gpa = args.mem

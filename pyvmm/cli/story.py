@@ -12,7 +12,6 @@ import platform
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm import abi
-from pyvmm.cli.probes import DEFAULT_GUEST
 from pyvmm.devices.echo import ANSWER_OFFSET
 from pyvmm.errors import GuestMemoryError, hex_
 from pyvmm.guest.puppet import Puppet
@@ -20,6 +19,7 @@ from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.choices import DEFAULT_MEMORY
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PAGES = 16
 # Far from what is loaded: the payload is at RAM's start, the device tree at its end.
-TOUCHED = Gpa(layout.RAM_BASE + DEFAULT_GUEST // 2)
+TOUCHED = Gpa(layout.RAM_BASE + DEFAULT_MEMORY // 2)
 SECRET = Gpa(TOUCHED + PAGES * PAGE_SIZE)
 SHARED = Gpa(SECRET + PAGE_SIZE)
 KEPT = Gpa(SHARED + PAGE_SIZE)
@@ -67,7 +67,7 @@ class Story:
     def tell(self) -> str:
         """Run the guest through its life; returns the line of exit statistics."""
         before = locked_kib()
-        config = MachineConfig("payload:puppet", Protection.PKVM, DEFAULT_GUEST, serial_out=None)
+        config = MachineConfig("payload:puppet", Protection.PKVM, DEFAULT_MEMORY, serial_out=None)
         with Machine(config) as machine:
             self._machine = machine
             machine.relay.subscribe(self._events.append)
@@ -88,7 +88,7 @@ class Story:
     def _create(self, before: int) -> None:
         memory = self._machine.memory
         with self._step("A protected VM is made"):
-            mib = DEFAULT_GUEST // layout.MIB
+            mib = DEFAULT_MEMORY // layout.MIB
             self._fact(True, f"KVM_CREATE_VM with bit 31 on Linux {platform.release()}; {mib} MiB of memfd, 1 vCPU")
             memory.write(SECRET, GREETING)
             seen = memory.read(SECRET, len(GREETING))

@@ -10,10 +10,8 @@ from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.swiotlb import check_pool, pool_in, usual_pool
 from pyvmm.memory.address import HUGE_SIZE
-from pyvmm.memory.choices import BACKINGS, ConversionPolicy
+from pyvmm.memory.choices import BACKINGS, DEFAULT_MEMORY, ConversionPolicy
 from pyvmm.protection import Protection
-
-DEFAULT_MEMORY = 64 * layout.MIB
 
 
 def usual_backing(protection: Protection) -> str:

@@ -7,6 +7,8 @@ from enum import Enum
 from typing import Final
 
 BACKINGS: Final = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
+DEFAULT_MEMORY: Final = 64 << 20
+"""Bytes of memory that a guest has unless it is said, but for those with a named kernel."""
 
 
 class ConversionPolicy(Enum):

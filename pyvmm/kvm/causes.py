@@ -8,6 +8,7 @@ decide, and a cause that no argument tells is left to errno's own words.
 from __future__ import annotations
 
 import errno as _errno
+import os
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import NamedTuple, TypeAlias
@@ -19,7 +20,7 @@ from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_VM_TY
 Value: TypeAlias = int | str | None
 Values: TypeAlias = Mapping[str, Value]
 
-PAGE = 4096
+_HOST_PAGE = os.sysconf("SC_PAGE_SIZE")
 _HEX = {
     "address",
     "attr",
@@ -45,7 +46,7 @@ def _int(values: Values, name: str) -> int:
 
 
 def _unaligned(*names: str) -> Callable[[Values], object]:
-    return lambda values: any(_int(values, name) % PAGE for name in names)
+    return lambda values: any(_int(values, name) % _HOST_PAGE for name in names)
 
 
 def _protected(values: Values) -> bool:
@@ -102,7 +103,7 @@ CAUSES = (
     # kvm_set_memory_region, kvm_gmem_bind, kvm_arch_prepare_memory_region
     Cause(_SLOT, _errno.EEXIST, "the range overlaps another slot", "delete that slot first, or choose another gpa"),
     Cause(
-        _SLOT, _errno.EINVAL, "gpa, size, hva and offset must be multiples of 4096 bytes", None,
+        _SLOT, _errno.EINVAL, f"gpa, size, hva and offset must be multiples of {_HOST_PAGE} bytes", None,
         _unaligned("gpa", "size", "hva", "offset"),
     ),
     Cause(_SLOT, _errno.EINVAL, "there is no such slot to delete", None, lambda v: not _int(v, "size")),
@@ -130,8 +131,8 @@ CAUSES = (
     Cause(_SLOT, _errno.EBADF, "guest_memfd is closed or no guest_memfd at all"),
     Cause(_SLOT, _errno.ENOTTY, "this kernel is older than 6.8, which brought guest_memfd and this call"),
     # kvm_gmem_create
-    Cause(_GMEM, _errno.EINVAL, "the size must be a multiple of 4096 bytes, and not 0", None,
-          lambda v: _int(v, "size") % PAGE or not _int(v, "size")),
+    Cause(_GMEM, _errno.EINVAL, f"the size must be a multiple of {_HOST_PAGE} bytes, and not 0", None,
+          lambda v: _int(v, "size") % _HOST_PAGE or not _int(v, "size")),
     Cause(_GMEM, _errno.EINVAL, "the kernel does not know these flags", "KVM_CAP_GUEST_MEMFD_FLAGS says which it does"),
     Cause(_GMEM, _errno.ENOTTY, "this kernel has no guest_memfd", "use a memfd; arm64 has it since Linux 6.18"),
     # kvm_ioctl_create_device, vgic-init.c, vgic-its.c

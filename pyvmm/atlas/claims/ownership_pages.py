@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from pyvmm.experiment import Experiment
 from pyvmm.experiment.host.access import PATTERN
-from pyvmm.experiment.host.syscalls import PAGE, Answer
+from pyvmm.experiment.host.syscalls import Answer
 from pyvmm.experiment.raw import place
 from pyvmm.guest.puppet import GuestFault
-from pyvmm.memory.address import Gpa
+from pyvmm.memory.address import PAGE_SIZE, Gpa
 
 GUESTS = 0x6775_6573_7400_0001
 """What the guest stores in pages of its own."""
@@ -93,7 +93,7 @@ def said(answer: Answer) -> str:
         return answer.name
     if answer.data:
         return f"ok, sees {WORDS.get(answer.word, 'other bytes')}"
-    return "ok" if answer.result in (0, PAGE) else f"ok, {answer.result} bytes"
+    return "ok" if answer.result in (0, PAGE_SIZE) else f"ok, {answer.result} bytes"
 
 
 def found(x: Experiment, gpa: int) -> str:
@@ -114,7 +114,7 @@ def by_address(x: Experiment, access: Callable[[int], Answer], where: Callable[[
     ``where`` tells at which address, x.view if not given: there the host's own code sees it. The access is tried on a
     page of this process first: where it fails there too, nothing can be told of the guest's.
     """
-    with mmap.mmap(-1, PAGE) as own:
+    with mmap.mmap(-1, PAGE_SIZE) as own:
         own[:8] = GUESTS.to_bytes(8, "little")
         word = ctypes.c_uint64.from_buffer(own)
         try:

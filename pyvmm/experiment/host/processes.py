@@ -20,7 +20,6 @@ from pathlib import Path
 from pyvmm.experiment.host.elf import core_page
 from pyvmm.experiment.host.syscalls import (
     NR_PTRACE,
-    PAGE,
     PR_SET_PTRACER,
     PTRACE_ATTACH,
     PTRACE_DETACH,
@@ -30,6 +29,7 @@ from pyvmm.experiment.host.syscalls import (
     madvise,
     prctl,
 )
+from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.uapi.mman import MADV_DODUMP, MADV_DOFORK, MADV_DONTFORK
 
 EIO = 5
@@ -61,11 +61,11 @@ def in_child(work: Callable[[int], object]) -> tuple[int, bytes]:
 
 @contextlib.contextmanager
 def _inherited(address: int) -> Iterator[None]:
-    madvise(address, PAGE, MADV_DOFORK)
+    madvise(address, PAGE_SIZE, MADV_DOFORK)
     try:
         yield
     finally:
-        madvise(address, PAGE, MADV_DONTFORK)
+        madvise(address, PAGE_SIZE, MADV_DONTFORK)
 
 
 def _ended(code: int, said: bytes) -> Answer:
@@ -86,7 +86,7 @@ def core_dump(address: int) -> Answer:
 
         def crash(_fd: int) -> None:
             os.chdir(directory)
-            madvise(address, PAGE, MADV_DODUMP)
+            madvise(address, PAGE_SIZE, MADV_DODUMP)
             resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             Path("/proc/self/coredump_filter").write_text(SHARED_ONLY)
             os.abort()

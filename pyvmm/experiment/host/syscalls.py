@@ -14,6 +14,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.uapi.mman import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,8 +48,6 @@ PTRACE_PEEKDATA, PTRACE_ATTACH, PTRACE_DETACH = 2, 16, 17
 PR_SET_PDEATHSIG = 1
 PR_SET_PTRACER = 0x59616D61
 CAPABILITY_VERSION_3 = 0x2008_0522
-
-PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +94,8 @@ def call(number: int, *arguments: Any, data: Any = None) -> Answer:
 
 def pread_file(fd: int, offset: int) -> Answer:
     """pread(2) of a page of a file, such as the memfd behind guest memory."""
-    buffer = ctypes.create_string_buffer(PAGE)
-    answer = call(NR_PREAD64, fd, ctypes.byref(buffer), PAGE, offset)
+    buffer = ctypes.create_string_buffer(PAGE_SIZE)
+    answer = call(NR_PREAD64, fd, ctypes.byref(buffer), PAGE_SIZE, offset)
     return Answer(answer.result, answer.errno, buffer.raw[: answer.result] if answer.ok else b"")
 
 
@@ -139,6 +138,6 @@ def drop_capabilities(*numbers: int) -> None:
 def page_frame(address: int) -> int | None:
     """Return the number of the physical page behind an address of ours; None where there is none or no permission."""
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
-        entry = int.from_bytes(os.pread(file.fileno(), 8, address // PAGE * 8), "little")
+        entry = int.from_bytes(os.pread(file.fileno(), 8, address // PAGE_SIZE * 8), "little")
     frame = entry & (1 << 55) - 1
     return frame if entry >> 63 and frame else None

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from pyvmm.experiment.host.syscalls import NR_SWAPOFF, NR_SWAPON, PAGE, call
+from pyvmm.experiment.host.syscalls import NR_SWAPOFF, NR_SWAPON, call
 from pyvmm.labenv import in_lab
+from pyvmm.memory.address import PAGE_SIZE
 
 CONTROL = Path("/sys/class/zram-control")
 SIGNATURE = b"SWAPSPACE2"
@@ -49,8 +50,8 @@ class Zram:
 
     def swap(self) -> None:
         """Swap to it until it is closed, as all of the host then does."""
-        header = bytearray(PAGE)
-        header[1024:1032] = (1).to_bytes(4, "little") + (self._size // PAGE - 1).to_bytes(4, "little")
+        header = bytearray(PAGE_SIZE)
+        header[1024:1032] = (1).to_bytes(4, "little") + (self._size // PAGE_SIZE - 1).to_bytes(4, "little")
         header[-len(SIGNATURE) :] = SIGNATURE
         self.path.write_bytes(header)
         answer = call(NR_SWAPON, os.fsencode(self.path), 0)

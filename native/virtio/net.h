@@ -52,7 +52,8 @@ enum net_moved pv_net_receive(struct pv_net *net);
 /* Gives the stash back to the queue, as if it had never been taken. */
 void pv_net_give_back(struct pv_net *net);
 
-/* Nobody waits for what it has not taken, or will give the end of what it has given. */
+/* Nobody waits for what it has not taken, or will give the end of what it has given. Inlined: both directions end so,
+   and net.c, which calls net_rx.c, would be called by it if this were there. */
 static inline enum net_moved pv_net_gone(struct pv_net *net, int error)
 {
     struct net_work *work = net->work;

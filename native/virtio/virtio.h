@@ -20,8 +20,13 @@ struct pv_descriptor {
     };
 };
 _Static_assert(sizeof(struct pv_descriptor) == PV_DESCRIPTOR_BYTES, "as the driver lays it out");
-/* Breaks the queue; returns false. */
-bool pv_queue_fail(struct pv_queue *queue, enum pv_queue_error error, uint64_t gpa);
+/* Breaks the queue; returns false. Here, as the ring and the chains that lie in it both find what breaks a queue. */
+static inline bool pv_queue_fail(struct pv_queue *queue, enum pv_queue_error error, uint64_t gpa)
+{
+    queue->error_gpa = gpa;
+    store_release(&queue->error, error);
+    return false;
+}
 /* Adds a segment to a chain, or all of an indirect table. False: the queue is broken. */
 bool pv_chain_take(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool writable);
 bool pv_chain_table(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool packed);

@@ -16,13 +16,6 @@ struct event { uint16_t at, flags; } __attribute__((aligned(4))); /* copied as o
 
 /* ---- the rings' memory */
 
-bool pv_queue_fail(struct pv_queue *queue, enum pv_queue_error error, uint64_t gpa)
-{
-    queue->error_gpa = gpa;
-    store_release(&queue->error, error);
-    return false;
-}
-
 static uint64_t area_gpa(const struct pv_queue *queue, enum pv_queue_area area)
 {
     return area == PV_AREA_DESCRIPTORS ? queue->descriptors : area == PV_AREA_DRIVER ? queue->driver : queue->device;

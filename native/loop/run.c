@@ -1,19 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The run loop: enters the guest, sorts out why it came back, and goes in again unless Python is needed. */
-#include "loop/loop.h"
+#include "loop/convert.h"
 
 #include <signal.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
-
-uint64_t pv_now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* ---- kicks ------------------------------------------------------------------------------------------------- */
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import platform
 import shutil
 import subprocess
@@ -51,6 +52,40 @@ def test_no_two_sources_have_one_name_for_their_objects_lie_in_one_folder() -> N
     names = [path.name for path in build.c_files()]
     assert len(names) > 10
     assert len(set(names)) == len(names)
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Which files each file of C calls. A function that a header inlines belongs to whoever includes it."""
+    folder = tmp_path_factory.mktemp("objects")
+    cc = build.compiler(platform.machine())
+    nm = shutil.which("nm")
+    if cc is None or nm is None:
+        pytest.skip("no C compiler, or no nm (binutils)")
+    flags = ["-O0", "-w", "-std=gnu11", f"-I{build.NATIVE}", '-DPV_SOURCE_HASH=""']
+    subprocess.run([*cc, *flags, "-c", *build.c_files()], cwd=folder, check=True)
+    defined: dict[str, str] = {}
+    used: dict[str, set[str]] = {}
+    for path in build.c_files():
+        command = [nm, "--format=posix", folder / f"{path.stem}.o"]
+        for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+            symbol, kind = line.split()[:2]
+            if kind == "T":
+                defined[symbol] = path.name
+            elif kind == "U":
+                used.setdefault(path.name, set()).add(symbol)
+    return {name: {defined[symbol] for symbol in symbols if symbol in defined} for name, symbols in used.items()}
+
+
+def test_no_two_files_call_each_other_by_any_way(calls: dict[str, set[str]]) -> None:
+    assert "hypercall.c" in calls["run.c"]
+    assert list(graphlib.TopologicalSorter(calls).static_order())[-1] in {"run.c", "blk.c", "net.c", "userfault.c"}
+
+
+def test_loop_stands_below_the_virtio_devices(calls: dict[str, set[str]]) -> None:
+    folders = {path.name: path.parent.name for path in build.c_files()}
+    up = {(one, other) for one in calls for other in calls[one] if (folders[one], folders[other]) == ("loop", "virtio")}
+    assert up == set()
 
 
 def test_fresh_build_is_accepted() -> None:

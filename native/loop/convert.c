@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+/* A page's memory: punched out of its backing, and converted as the emulated protection has it. */
+#include "loop/convert.h"
+
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <sys/mman.h>
+
+#include "loop/ledger.h"
+
+static int punch(const struct pv_region *region, uint64_t offset)
+{
+    if (region->fd < 0)
+        return madvise(region->view + offset, PV_PAGE_SIZE, MADV_DONTNEED);
+    return fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(region->fd_offset + offset),
+                     PV_PAGE_SIZE);
+}
+
+int pv_punch(struct pv_vm *vm, uint64_t gpa)
+{
+    uint32_t phase = pv_map_enter(vm);
+    struct pv_region region;
+    int result = -1;
+
+    /* A protected guest keeps the page it was given: host and guest would see two different ones from then on. */
+    if (vm->protection != PV_PKVM && pv_region_at(vm, gpa, &region) &&
+        !punch(&region, (gpa - region.gpa) & ~(uint64_t)(PV_PAGE_SIZE - 1))) {
+        uint8_t *entry = pv_ledger_entry(&region, gpa), old = load(entry);
+        while (pv_page_claimable(old) && !pv_ledger_replace(vm, entry, &old, PV_PAGE_HOLE))
+            ;
+        result = 0;
+    }
+    pv_map_leave(vm, phase);
+    return result;
+}
+
+static int drop(const struct pv_vm *vm, const struct pv_region *region, uint64_t offset)
+{
+    switch (vm->conversion) {
+    case PV_CONVERT_ZERO:
+        return pv_fill(region->view + offset, 0, PV_PAGE_SIZE) == PV_PAGE_SIZE ? 0 : -1;
+    case PV_CONVERT_PUNCH:
+        return punch(region, offset);
+    default:
+        return 0;
+    }
+}
+
+/* The view first: it is what fails (vm.max_map_count), and what can be put back. Where the VMM zeroes a page that goes
+   private, the view stays writable until it has: still a mapping of its own, so that closing it cannot fail. */
+int32_t pv_convert_page(const struct pv_vm *vm, const struct pv_region *region, uint64_t offset, bool share)
+{
+    uint8_t *page = region->view + offset;
+    int access = share ? PROT_READ | PROT_WRITE : vm->conversion == PV_CONVERT_ZERO ? PROT_WRITE : PROT_NONE;
+
+    if (!region->view || mprotect(page, PV_PAGE_SIZE, access))
+        return SMCCC_NOT_SUPPORTED;
+    if (drop(vm, region, offset)) {
+        mprotect(page, PV_PAGE_SIZE, share ? PROT_NONE : PROT_READ | PROT_WRITE);
+        return SMCCC_NOT_SUPPORTED;
+    }
+    if (!share && access != PROT_NONE)
+        mprotect(page, PV_PAGE_SIZE, PROT_NONE);
+    return SMCCC_SUCCESS;
+}

@@ -7,13 +7,13 @@ from typing import Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import KvmError
+from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memory import Memory
 from pyvmm.protection import Protection
 
 BASE = 0x8000_0000
-MIB = 1 << 20
 NATIVE = {Protection.NONE: lib.PV_NONE, Protection.PKVM: lib.PV_PKVM, Protection.EMULATED: lib.PV_EMULATED}
 
 

@@ -19,14 +19,13 @@ from pyvmm.bench.model import Point, Series, Value
 from pyvmm.errors import GuestMemoryError, PyvmmError
 from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import Puppet
-from pyvmm.memory.address import PAGE_SIZE, Gpa, align_up
+from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa, align_up
 from pyvmm.memory.backing import Memfd
 from pyvmm.protection import Protection
 
 ROUNDS = 7
 """Of every case: one that warms up and six that count, the fewest from which a median's interval can be told."""
 RULE = "the first round"
-MIB = 1 << 20
 SPARE = 12 * MIB
 """Of a guest's memory that cases leave alone: the payload, the device tree, what ticks are left in."""
 

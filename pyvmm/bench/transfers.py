@@ -25,8 +25,8 @@ from pyvmm.bench import linux
 from pyvmm.devices.virtio.tap import Tap
 from pyvmm.errors import PyvmmError
 from pyvmm.guest.kernels import OWN, SHELL, resolve
+from pyvmm.memory.address import MIB
 
-MIB: Final = 1 << 20
 SIZE: Final = 64
 """MiB of a pass."""
 SMALL: Final = 4096

@@ -18,7 +18,7 @@ from pyvmm.guest.puppet import Puppet
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
 from pyvmm.memory.choices import DEFAULT_MEMORY
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.protection import Protection
@@ -88,7 +88,7 @@ class Story:
     def _create(self, before: int) -> None:
         memory = self._machine.memory
         with self._step("A protected VM is made"):
-            mib = DEFAULT_MEMORY // layout.MIB
+            mib = DEFAULT_MEMORY // MIB
             self._fact(True, f"KVM_CREATE_VM with bit 31 on Linux {platform.release()}; {mib} MiB of memfd, 1 vCPU")
             memory.write(SECRET, GREETING)
             seen = memory.read(SECRET, len(GREETING))

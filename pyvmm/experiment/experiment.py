@@ -32,9 +32,9 @@ from pyvmm.kvm.faulttrace import Fault, FaultTrace
 from pyvmm.kvm.system import System
 from pyvmm.labenv import in_lab
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.layout import MIB, PRIVATE_BOOT, RAM_BASE
+from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
 from pyvmm.machine.machine import Machine
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva, align_up
+from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE, Gpa, Hva, align_up
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.protection import Protection

@@ -39,10 +39,10 @@ from pyvmm.machine.content import (
 )
 from pyvmm.machine.fdt import Describable, GicNode, Tree, check_header, describe, machine_tree, without_entropy
 from pyvmm.machine.swiotlb import add_pool
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
 
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
-FDT_ROOM: Final = 2 * layout.MIB
+FDT_ROOM: Final = 2 * MIB
 
 #: booting.rst: an initrd lies with its kernel in a window of so much that starts on a multiple of 1 GiB, as RAM does.
 INITRD_WINDOW: Final = 32 << 30
@@ -200,7 +200,7 @@ def _missing_hint(what: str, path: str) -> str | None:
 def _too_big(what: str, size: int, room: int) -> UsageError:
     return UsageError(
         f"{what} has {size} bytes, but the guest only {room} bytes of memory",
-        hint=f"give it more, for example -m {2 * ((size + 4 * FDT_ROOM) // layout.MIB + 1)}M",
+        hint=f"give it more, for example -m {2 * ((size + 4 * FDT_ROOM) // MIB + 1)}M",
     )
 
 
@@ -265,9 +265,9 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
     room = ram_size if loadable is None else loadable
     end = layout.RAM_BASE + room
     if image.source.startswith(PAYLOAD) and layout.RAM_BASE + ram_size > layout.PAYLOAD_LIMIT:
-        most = (layout.PAYLOAD_LIMIT - layout.RAM_BASE) // layout.MIB
+        most = (layout.PAYLOAD_LIMIT - layout.RAM_BASE) // MIB
         raise UsageError(
-            f"{image.source} with {ram_size // layout.MIB} MiB of memory: a payload reaches no address from "
+            f"{image.source} with {ram_size // MIB} MiB of memory: a payload reaches no address from "
             f"{hex_(layout.PAYLOAD_LIMIT)} on",
             hint=f"-m {most}M is the most for one",
         )
@@ -364,9 +364,9 @@ def _room_hint(image: BootImage, room: int, ram_size: int) -> str:
     if lowest < layout.RAM_BASE or lowest >= layout.RAM_LIMIT:
         return "link the kernel for this address map, or load its Image form"
     if room < ram_size:
-        return f"with this backing only the first {room // layout.MIB} MiB can be loaded; use another backing"
+        return f"with this backing only the first {room // MIB} MiB can be loaded; use another backing"
     if need > INITRD_WINDOW:
         return f"a kernel, its initrd and its device tree have to be within {INITRD_WINDOW >> 30} GiB"
     highest = max(part.end for part in image.segments) - layout.RAM_BASE
     # Twice what it takes to load it all: the guest is to run as well.
-    return f"give the guest more memory, for example -m {2 * (max(need, highest + FDT_ROOM * 2) // layout.MIB + 1)}M"
+    return f"give the guest more memory, for example -m {2 * (max(need, highest + FDT_ROOM * 2) // MIB + 1)}M"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.swiotlb import check_pool, pool_in, usual_pool
-from pyvmm.memory.address import HUGE_SIZE
+from pyvmm.memory.address import HUGE_SIZE, MIB
 from pyvmm.memory.choices import BACKINGS, DEFAULT_MEMORY, ConversionPolicy
 from pyvmm.protection import Protection
 
@@ -63,13 +63,13 @@ class MachineConfig(NamedTuple):
         """Raise UsageError for values that no machine can have, or that make no sense together."""
         if not 1 <= self.cpus <= layout.MAX_VCPUS:
             raise UsageError(f"{self.cpus} vCPUs: a machine has 1 to {layout.MAX_VCPUS}")
-        if self.memory % layout.MIB or self.memory < layout.RAM_MINIMUM:
+        if self.memory % MIB or self.memory < layout.RAM_MINIMUM:
             raise UsageError(
-                f"{self.memory} bytes of memory: whole MiB are needed, {layout.RAM_MINIMUM // layout.MIB} at least"
+                f"{self.memory} bytes of memory: whole MiB are needed, {layout.RAM_MINIMUM // MIB} at least"
             )
         if layout.RAM_BASE + self.memory > layout.RAM_LIMIT:
             raise UsageError(
-                f"{self.memory // layout.MIB} MiB of memory end beyond gpa {hex_(layout.RAM_LIMIT)}, "
+                f"{self.memory // MIB} MiB of memory end beyond gpa {hex_(layout.RAM_LIMIT)}, "
                 "the end of what a guest can address"
             )
         if self.dtb is not None and self.params:
@@ -79,7 +79,7 @@ class MachineConfig(NamedTuple):
             )
         if self.dtb is not None and self.swiotlb is not None:
             raise UsageError(
-                f"a DMA pool of {self.swiotlb // layout.MIB} MiB for a guest with a device tree of its own, "
+                f"a DMA pool of {self.swiotlb // MIB} MiB for a guest with a device tree of its own, "
                 f"{self.dtb}: that is taken as it is",
                 hint="write the pool into its /reserved-memory",
             )
@@ -87,8 +87,8 @@ class MachineConfig(NamedTuple):
             raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")
         if self.backing == "hugetlb" and self.memory % HUGE_SIZE:
             raise UsageError(
-                f"{self.memory // layout.MIB} MiB of memory with the hugetlb backing: its pages have "
-                f"{HUGE_SIZE // layout.MIB} MiB each"
+                f"{self.memory // MIB} MiB of memory with the hugetlb backing: its pages have "
+                f"{HUGE_SIZE // MIB} MiB each"
             )
         if self.swiotlb is not None:
             check_pool(self.swiotlb, self.memory)
@@ -105,8 +105,8 @@ class MachineConfig(NamedTuple):
             )
         if self.backing == "private" and self.memory <= layout.PRIVATE_BOOT:
             raise UsageError(
-                f"{self.memory // layout.MIB} MiB of memory with the private backing: the first "
-                f"{layout.PRIVATE_BOOT // layout.MIB} MiB are a memfd, for what is loaded, so more than that is needed"
+                f"{self.memory // MIB} MiB of memory with the private backing: the first "
+                f"{layout.PRIVATE_BOOT // MIB} MiB are a memfd, for what is loaded, so more than that is needed"
             )
         if (
             self.backing == "private"

@@ -9,6 +9,8 @@ payloads know none of these addresses (the device tree tells the guest).
 
 from typing import Final, NamedTuple
 
+from pyvmm.memory.address import MIB
+
 #   0x0000_0000 +------------------------------+
 #               | nothing: an access exits     |
 #   0x0800_0000 +------------------------------+
@@ -56,9 +58,6 @@ from typing import Final, NamedTuple
 #   bench            0x0930_0000  0x0930_4000  0x4000
 #   virtio-mmio      0x0a00_0000  0x0a10_0000  0x10_0000  0x200 a device; SPIs 32 and up
 #   RAM              0x8000_0000  (as asked)
-
-KIB: Final = 1 << 10
-MIB: Final = 1 << 20
 
 
 class Window(NamedTuple):

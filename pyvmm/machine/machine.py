@@ -37,6 +37,7 @@ from pyvmm.machine.ram import add_ram
 from pyvmm.machine.start import Built, KernelImage, Start
 from pyvmm.machine.threads import Threads
 from pyvmm.machine.vm import create_vm, native_vcpu, protect
+from pyvmm.memory.address import MIB
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
 from pyvmm.protection import Protection
@@ -215,7 +216,7 @@ class Machine(Built):
             "starting",
             protection=self.config.protection.value,
             cpus=self.config.cpus,
-            memory_mib=self.config.memory // layout.MIB,
+            memory_mib=self.config.memory // MIB,
             backing=self.config.backing,
             kernel=self._start.kind,
             pc=hex_(self.entry.pc),

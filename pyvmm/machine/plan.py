@@ -15,6 +15,7 @@ from pyvmm.kvm.causes import Value, shown
 from pyvmm.kvm.stand_in import Call, Recording, StandIn
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
+from pyvmm.memory.address import MIB
 from pyvmm.uapi import kvm_arm64
 from pyvmm.uapi.kvm_arm64 import core_reg
 
@@ -70,9 +71,9 @@ class Plan:
                 where = "" if any(base < window.end and window.start < end for base, end in used) else "free"
             yield _row(window.start, window.end, window.name, where)
         config, entry = self.machine.config, self.machine.entry
-        yield _row(layout.RAM_BASE, layout.RAM_BASE + config.memory, "RAM", f"{config.memory // layout.MIB} MiB")
+        yield _row(layout.RAM_BASE, layout.RAM_BASE + config.memory, "RAM", f"{config.memory // MIB} MiB")
         if pool := config.pool_size() if config.dtb is None else 0:
-            yield f"{'':28}    DMA pool, {pool // layout.MIB} MiB of it, where the guest chooses"
+            yield f"{'':28}    DMA pool, {pool // MIB} MiB of it, where the guest chooses"
         for part in entry.plan:
             size = len(entry.device_tree) if part.gpa == entry.fdt else part.size
             yield _row(part.gpa, part.gpa + size, f"  {part.what}", f"{size} bytes")

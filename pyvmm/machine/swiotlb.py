@@ -14,14 +14,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import UsageError
-from pyvmm.machine import layout
 from pyvmm.machine.fdt import cells64, encode, parse
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.address import MIB, PAGE_SIZE
 
 if TYPE_CHECKING:
     from pyvmm.machine.fdt import Node, Tree
 
-DEFAULT: Final = 16 * layout.MIB
+DEFAULT: Final = 16 * MIB
 """Sharing it is 4096 calls, about 80 million instructions of a protected guest's boot under pkvm, as many as through
 ``swiotlb=``. Linux finds it full in a fifth of the times that it writes 64 MiB at once, says so, and waits for what is
 under way: nothing fails."""
@@ -31,17 +30,17 @@ MOST_SHARE: Final = 8
 
 def usual_pool(memory: int) -> int:
     """Return the bytes of a pool in so many of memory, unless somebody chooses."""
-    return min(DEFAULT, memory // MOST_SHARE // layout.MIB * layout.MIB)
+    return min(DEFAULT, memory // MOST_SHARE // MIB * MIB)
 
 
 def check_pool(size: int, memory: int) -> None:
     """Raise UsageError for a pool's size that is none, or that does not fit into so many bytes of memory."""
-    if size % layout.MIB or size < 0:
+    if size % MIB or size < 0:
         raise UsageError(f"{size} bytes of DMA pool: whole MiB are needed, 0 for none")
     if size > memory // 2:
         raise UsageError(
-            f"a DMA pool of {size // layout.MIB} MiB in {memory // layout.MIB} MiB of memory: half of it is the most",
-            hint=f"give the guest more memory: -m {2 * size // layout.MIB}M",
+            f"a DMA pool of {size // MIB} MiB in {memory // MIB} MiB of memory: half of it is the most",
+            hint=f"give the guest more memory: -m {2 * size // MIB}M",
         )
 
 
@@ -59,12 +58,12 @@ def pool_in(tree: bytes, what: str) -> int:
         if "restricted-dma-pool" in _strings(pool, "compatible")
         if _strings(pool, "status")[0] in ("", "okay", "ok")
     ]
-    if sizes and min(sizes) < layout.MIB:
+    if sizes and min(sizes) < MIB:
         raise UsageError(
             f"{what} has a DMA pool of {min(sizes)} bytes: a disk's requests need 1 MiB",
             hint="make it larger, or leave it out of the tree's /reserved-memory",
         )
-    return min(sizes, default=0) // layout.MIB * layout.MIB
+    return min(sizes, default=0) // MIB * MIB
 
 
 def _size(pool: Node, reserved: Node, what: str) -> int:

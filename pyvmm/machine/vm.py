@@ -10,6 +10,7 @@ from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.errors import HostError, KvmError, hex_
 from pyvmm.machine import layout
+from pyvmm.memory.address import MIB
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
@@ -57,9 +58,9 @@ def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
                 raise
         end = layout.RAM_BASE + config.memory
         if end > 1 << bits:
-            most = ((1 << bits) - layout.RAM_BASE) // layout.MIB
+            most = ((1 << bits) - layout.RAM_BASE) // MIB
             raise HostError(
-                f"{config.memory // layout.MIB} MiB of memory end at gpa {hex_(end)}, and guests of this host have "
+                f"{config.memory // MIB} MiB of memory end at gpa {hex_(end)}, and guests of this host have "
                 f"{bits} address bits",
                 hint=f"-m {most}M is the most" if most > 0 else None,
             )

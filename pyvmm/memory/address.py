@@ -17,7 +17,9 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 """Bytes of a page of the guest, the host's stage 2 and the ledger. Hosts with larger pages are refused by `doctor`."""
 
-HUGE_SIZE = 2 << 20
+MIB = 1 << 20
+
+HUGE_SIZE = 2 * MIB
 """Bytes of a huge page (a PMD of 4 KiB tables)."""
 
 

@@ -13,13 +13,12 @@ import resource
 from typing import NamedTuple
 
 from pyvmm.errors import HostError
-from pyvmm.memory.address import PAGE_SIZE, align_up
+from pyvmm.memory.address import MIB, PAGE_SIZE, align_up
 
 CAP_IPC_LOCK = 14
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 """Inode of /proc/PID/ns/user of the first user namespace: PROC_USER_INIT_INO in include/linux/proc_ns.h."""
 
-MIB = 1 << 20
 STATUS = "/proc/self/status"
 NAMESPACE = "/proc/self/ns/user"
 

@@ -26,10 +26,10 @@ from pyvmm.bench.case import PROTECTIONS
 from pyvmm.bench.model import Series
 from pyvmm.bench.runner import measure_point
 from pyvmm.guest.kernels import OWN
+from pyvmm.memory.address import MIB
 
 BOOTS = 50
 PATIENCE = 600.0
-MIB = 1 << 20
 
 Finding = tuple[str, float, float | None, float | None]
 """What, the value found, at most, at least."""

@@ -13,6 +13,7 @@ import pytest
 from pyvmm.devices.roles import MemoryBalloon
 from pyvmm.machine.devices import Balloon
 from pyvmm.machine.machine import Machine
+from pyvmm.memory.address import MIB
 from pyvmm.memory.ledger import PageState
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
@@ -20,7 +21,6 @@ from tests.pkvm.linux_guest import DEADLINE, Linux, initrd
 
 pytestmark = pytest.mark.pkvm
 
-MIB = 1 << 20
 FILE = 32 * MIB
 FREE = "awk '/MemFree/ {print $2}' /proc/meminfo"
 """What prints how much the guest has free, in KiB."""

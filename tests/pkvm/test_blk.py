@@ -15,6 +15,7 @@ import pytest
 
 from pyvmm.machine.devices import Disk
 from pyvmm.machine.plan import Plan
+from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm import disks
@@ -24,7 +25,6 @@ from tests.pkvm.shown import kernel_directory
 pytestmark = pytest.mark.pkvm
 
 DEADLINE = 600.0
-MIB = 1 << 20
 WRITTEN, FREE = 64 * MIB, 32 * MIB
 PARAMS = ("root=/dev/vda", "rw", "init=/init", "console=ttyAMA0", "quiet", "panic=-1", "audit=0", "mitigations=off")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.cpio import CpioWriter
-from pyvmm.machine import layout
+from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import run
@@ -46,7 +46,7 @@ def test_thirty_two_mib_are_enough() -> None:
         str(files / "Image"),
         Protection.NONE,
         initrd=str(files / "shell.cpio"),
-        memory=LEAST * layout.MIB,
+        memory=LEAST * MIB,
         params=(*PARAMS, "-- true"),
         deadline=DEADLINE,
     )

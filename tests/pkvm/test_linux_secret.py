@@ -13,13 +13,13 @@ from pyvmm._native import ffi, lib
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.swiotlb import MOST_SHARE
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.address import MIB, PAGE_SIZE
 from pyvmm.protection import Protection
 from tests.pkvm.linux_guest import Linux, initrd
 
 pytestmark = pytest.mark.pkvm
 
-MEMORY = 64 * layout.MIB
+MEMORY = 64 * MIB
 POOL = MEMORY // MOST_SHARE
 SEED = "told to the guest, and to the host"
 SECRET = hashlib.sha256(SEED.encode()).hexdigest()

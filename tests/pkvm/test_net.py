@@ -21,6 +21,7 @@ import pytest
 
 from pyvmm.devices.virtio.tap import Tap
 from pyvmm.machine.devices import Net
+from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import ALL, run
@@ -29,7 +30,6 @@ from tests.pkvm.shown import kernel_directory, program
 pytestmark = pytest.mark.pkvm
 
 DEADLINE = 600.0
-MIB = 1 << 20
 FETCHED = 16 * MIB
 PARAMS = ("console=ttyAMA0", "quiet", "panic=-1", "audit=0", "mitigations=off")
 NOBODY = 65534

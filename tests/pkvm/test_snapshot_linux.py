@@ -24,6 +24,7 @@ from pyvmm.machine.devices import Console, Disk, Rng, Vsock
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.saving import save
 from pyvmm.machine.snapshot import Snapshot
+from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 from pyvmm.session.control import Connection
 from pyvmm.vcpu.outcome import Ending
@@ -119,7 +120,6 @@ def test_linux_goes_on_where_it_was_saved(tmp_path: Path) -> None:
 PYVMM = (sys.executable, "-m", "pyvmm")
 HOST, CARD = "10.219.80.1", "10.219.80.2"
 NET = f"tap=pvsnap0,host={HOST}/30"
-MIB = 1 << 20
 HELD = 24 * MIB
 
 

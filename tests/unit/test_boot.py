@@ -19,8 +19,9 @@ from pyvmm.machine import boot, layout
 from pyvmm.machine.boot import FDT_ROOM, Board, BootImage, place, plan, read
 from pyvmm.machine.content import Bytes, Segment
 from pyvmm.machine.fdt import Node, Tree
+from pyvmm.memory.address import MIB
 
-MIB = layout.MIB
+MIB = MIB
 
 
 def identify(data, source, **more):

@@ -7,11 +7,12 @@ import pytest
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import UsageError
+from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import ASSUMED, PageState, describe
 from pyvmm.memory.memory import Memory
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, MIB, NotedVm, assert_counters_agree
+from tests.memory_helper import BASE, NotedVm, assert_counters_agree
 
 PAGE = 4096
 

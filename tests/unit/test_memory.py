@@ -11,11 +11,11 @@ import pytest
 
 from pyvmm._native import ffi
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.address import MIB, PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import PageState
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, MIB, assert_counters_agree, build
+from tests.memory_helper import BASE, assert_counters_agree, build
 
 
 def test_what_is_written_is_read_back_at_any_alignment():

@@ -16,11 +16,10 @@ from pyvmm._native import ffi
 from pyvmm.errors import GuestMemoryError, HostError, UsageError
 from pyvmm.memory import backing as backing_module
 from pyvmm.memory import mman
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE
+from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE
 from pyvmm.memory.backing import Anonymous, Memfd
 from pyvmm.uapi.memfd import F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
 
-MIB = 1 << 20
 HUGE_POOL = Path(backing_module.HUGE_POOL)
 
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from pyvmm._native import lib
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
 from pyvmm.machine.vm import POLICIES
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.slots import Piece, carve
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, MIB, assert_counters_agree, build
+from tests.memory_helper import BASE, assert_counters_agree, build
 
 PAGES = 16
 SIZE = PAGES * PAGE_SIZE

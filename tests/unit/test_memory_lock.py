@@ -11,9 +11,8 @@ import pytest
 
 from pyvmm.errors import HostError
 from pyvmm.memory import memlock
+from pyvmm.memory.address import MIB
 from pyvmm.memory.memlock import LockedMemory, require_memlock
-
-MIB = 1 << 20
 
 
 @pytest.fixture

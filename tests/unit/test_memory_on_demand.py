@@ -12,10 +12,10 @@ import pytest
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, PyvmmError, UsageError
 from pyvmm.memory import on_demand
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.address import MIB, PAGE_SIZE
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, MIB, build
+from tests.memory_helper import BASE, build
 
 START = 0x2000_0000
 GRANULE = 2 * PAGE_SIZE

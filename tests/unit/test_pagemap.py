@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 
 from pyvmm.errors import UsageError
+from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.observe.pagemap import Change, Count, PageMap, Run
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, MIB, build
+from tests.memory_helper import BASE, build
 from tests.unit.pagemap_samples import ENTRIES, EVERY_ENTRY, PAGE, page_maps
 
 

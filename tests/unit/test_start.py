@@ -16,11 +16,11 @@ from pyvmm.machine.boot import Entry
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.start import Built, KernelImage
-from pyvmm.memory.address import Gpa
+from pyvmm.memory.address import MIB, Gpa
 from pyvmm.payloads import payload
 from pyvmm.uapi.kvm_arm64 import core_reg
 
-CONFIG = MachineConfig("payload:hello", memory=8 * layout.MIB, serial_out=None)
+CONFIG = MachineConfig("payload:hello", memory=8 * MIB, serial_out=None)
 
 
 class Kernel(StandIn):
@@ -69,7 +69,7 @@ def test_a_start_is_prepared_first_entered_last_and_closed_while_memory_is_mappe
     heard: list[str] = []
     start = Elsewhere(heard)
     with Machine(CONFIG._replace(cpus=2), kernel=Kernel(heard), start=start) as machine:
-        assert heard == ["prepare payload:hello", "kvm", f"enter 2 vCPUs, {8 * layout.MIB} bytes"]
+        assert heard == ["prepare payload:hello", "kvm", f"enter 2 vCPUs, {8 * MIB} bytes"]
         assert machine.entry.pc == layout.RAM_BASE
         assert machine.lazy
         machine.close_vm()

@@ -15,9 +15,10 @@ from pyvmm.machine.devices import Disk, Rng
 from pyvmm.machine.fdt import DeviceNode, Node, Tree, Value, cells32, cells64, machine_tree
 from pyvmm.machine.plan import Plan
 from pyvmm.machine.swiotlb import DEFAULT, add_pool
+from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 
-MIB = layout.MIB
+MIB = MIB
 Properties = dict[str, Value]
 PROTECTED = MachineConfig("payload:hello", Protection.PKVM, memory=256 * MIB, devices=(Rng(),))
 

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from pyvmm._native import ffi, lib
 from pyvmm.kvm.faulttrace import Fault
+from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.observe import timeline, timesvg
 from pyvmm.observe.timeline import KINDS, Event, Timeline
 from pyvmm.observe.timesvg import svg_timeline
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, MIB, build
+from tests.memory_helper import BASE, build
 
 PAGE = 4096
 SVG = "{http://www.w3.org/2000/svg}"

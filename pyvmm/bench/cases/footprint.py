@@ -10,9 +10,10 @@ from typing import Final
 
 from pyvmm.bench import linux
 from pyvmm.bench.case import PROTECTIONS, case
-from pyvmm.bench.measure import MIB, SPARE, Bench
+from pyvmm.bench.measure import SPARE, Bench
 from pyvmm.errors import PyvmmError
 from pyvmm.guest.kernels import OWN
+from pyvmm.memory.address import MIB
 
 PAGES: Final = 256
 KIB: Final = 1024

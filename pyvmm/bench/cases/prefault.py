@@ -7,11 +7,11 @@ import contextlib
 from typing import Final
 
 from pyvmm.bench.case import case
-from pyvmm.bench.measure import MIB, Bench, Ticks
+from pyvmm.bench.measure import Bench, Ticks
 from pyvmm.experiment import raw
 from pyvmm.experiment.host import settings
 from pyvmm.guest.puppet import Access
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE
+from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE
 
 MEANS: Final = ("nothing", "allocate", "populate", "huge pages", "populated huge pages", "--prefault")
 

@@ -7,9 +7,9 @@ import time
 from typing import Final
 
 from pyvmm.bench.case import PROTECTIONS, case
-from pyvmm.bench.measure import MIB, Bench
+from pyvmm.bench.measure import Bench
 from pyvmm.guest.puppet import Access
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.address import MIB, PAGE_SIZE
 
 SIZES: Final = (1, 4)
 """MiB that the guest has touched."""

@@ -17,13 +17,12 @@ from pyvmm.bench.peers import TURNS, kept, pair
 from pyvmm.bench.peers.selftests import PAGES, longest, mode_of, run
 from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import Access
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.address import MIB, PAGE_SIZE
 from pyvmm.protection import Protection
 
 NAME: Final = "demand_paging_test"
 FEW: Final = 512
 """Pages a turn where a thread in user space serves each."""
-MIB: Final = 1 << 20
 SPARE: Final = 12
 """MiB of a guest besides what is touched."""
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +29,7 @@ from pyvmm.kvm.system import System
 from pyvmm.log import get_logger
 from pyvmm.machine import boot, layout
 from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.ending import RunEnd
 from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
@@ -84,14 +83,10 @@ class Machine(Built):
         self._memory_stack = contextlib.ExitStack()
         self._memory_stack.callback(self._start.close)
         self._stack = contextlib.ExitStack()
-        self._done = threading.Event()
-        self._ending = threading.Lock()
-        self._outcome: Outcome | None = None
+        self._end = RunEnd()
         self._threads = Threads(lambda: [placed.device for placed in self.bus.placed])
         self._natives: list[Any] = []
         self._keep: list[Any] = []
-        self._told = False
-        self.started_ns = self.ended_ns = 0
 
     def __enter__(self) -> Machine:
         with contextlib.ExitStack() as half_built:
@@ -143,7 +138,7 @@ class Machine(Built):
         self.bus = Bus(self.native)
         self._stack.callback(self.bus.close)
         line = self.interrupts.level(layout.PL011_SPI)
-        uart = Pl011(config.serial_out, config.serial_in, self._unheard, line)
+        uart = Pl011(config.serial_out, config.serial_in, self._end.unheard, line)
         self.uart = self.bus.add(uart, layout.PL011.start, line)
         self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
@@ -161,7 +156,7 @@ class Machine(Built):
             config.protection,
             self.memory,
             range(layout.RAM_BASE, layout.RAM_BASE + config.memory),
-            self._unheard,
+            self._end.unheard,
             pool=self.pool,
             planned=self._kernel is not None and self._kernel.pretends,
         )
@@ -180,7 +175,7 @@ class Machine(Built):
                 bus=self.bus,
                 uart=self.uart,
                 mailboxes=self.mailboxes,
-                finish=self._finish,
+                finish=self._end.finish,
                 wanted=self._wanted(vcpu.index),
                 unclaimed=self._unclaimed,
                 intercept=self._intercept,
@@ -221,7 +216,7 @@ class Machine(Built):
             kernel=self._start.kind,
             pc=hex_(self.entry.pc),
         )
-        self.started_ns = time.monotonic_ns()
+        self._end.begin()
         self._threads.start()
 
     def prefault(self) -> None:
@@ -231,30 +226,27 @@ class Machine(Built):
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the run's end; after ``timeout`` seconds end it as past its deadline."""
-        if not self._done.wait(timeout):
-            self._abort_output()
-            # Devices may go on: one that is stuck must not keep the deadline from being told.
-            self._threads.pause_alone()
-            where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
-            self._finish(
-                Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s: {where}")
-            )
+        outcome = self._end.wait(timeout) or self._end.finish(self._overdue(timeout))
         self._threads.stop()
         for device in self.role(Printing):
             device.drain()
         self._abandon_orders()
-        outcome = self._outcome
-        if outcome is None:
-            raise PyvmmError("the run ended without saying why; this is a bug in pyvmm")
-        if not self._told:
-            self._told = True
-            log.info("ended", ending=outcome.ending.value, reason=outcome.reason, vcpu=outcome.vcpu)
+        outcome = self._end.finish(outcome)  # output that was lost by now is another reason
+        self._end.say(outcome)
         return outcome
+
+    def _overdue(self, timeout: float | None) -> Outcome:
+        """Stop every vCPU, and say where each was when its time was over."""
+        self._abort_output()
+        # Devices may go on: one that is stuck must not keep the deadline from being told.
+        self._threads.pause_alone()
+        where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
+        return Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s: {where}")
 
     def stop(self, reason: str = "stopped") -> None:
         """End the run from outside, from any thread; what the console's reader does not take at once is lost."""
         self._abort_output()
-        self._finish(Outcome(Ending.INTERRUPTED, reason))
+        self._end.finish(Outcome(Ending.INTERRUPTED, reason))
 
     def _abort_output(self) -> None:
         for device in self.role(Printing):
@@ -309,42 +301,32 @@ class Machine(Built):
         return self._start.lazy
 
     @property
+    def started_ns(self) -> int:
+        """When the first vCPU was let go, of CLOCK_MONOTONIC; 0 before."""
+        return self._end.started_ns
+
+    @property
+    def ended_ns(self) -> int:
+        """When the run ended; 0 before."""
+        return self._end.ended_ns
+
+    @property
     def elapsed_ns(self) -> int:
-        """Nanoseconds of CLOCK_MONOTONIC since the first run, or of the whole run once it has ended; from 0."""
-        if not self.started_ns:
-            return 0
-        return max((self.ended_ns or time.monotonic_ns()) - self.started_ns, 0)
-
-    def _finish(self, outcome: Outcome) -> None:
-        """End the run; the first to say why is believed."""
-        with self._ending:
-            if self._outcome is None:
-                self._outcome = outcome
-                self.ended_ns = time.monotonic_ns()
-        self._done.set()
-
-    def _unheard(self, error: OSError) -> None:
-        lost = Outcome(Ending.FAILED, f"the guest's output cannot be written: {error.strerror}")
-        with self._ending:
-            # The last of it is written after the guest has gone: a run that lost output did not end well all the same.
-            if self._outcome is not None and self._outcome.ending is Ending.POWEROFF:
-                self._outcome = lost
-        self._finish(lost)
+        """Nanoseconds since the first run, or of the whole run once it has ended; from 0."""
+        return self._end.elapsed_ns
 
     def failed(self, error: BaseException) -> None:
         """End the run because of ``error``, from any thread."""
-        hint = error.hint if isinstance(error, PyvmmError) else None
-        text = error.message if isinstance(error, PyvmmError) else f"{type(error).__name__}: {error}"
-        log.error("vcpu_thread_failed", error=text, exc_info=error if not isinstance(error, PyvmmError) else None)
-        self._finish(Outcome(Ending.FAILED, text, hint=hint))
+        self._end.failed(error)
 
     def _abandon_orders(self) -> None:
-        self.mailboxes.abandon(self._outcome.reason if self._outcome else "the machine stopped")
+        outcome = self._end.outcome
+        self.mailboxes.abandon(outcome.reason if outcome else "the machine stopped")
 
     # -- teardown
 
     def _leave(self) -> None:
-        if self._outcome is None:
+        if self._end.outcome is None:
             self.stop("the machine was closed")
         self._threads.stop()
         # A kick writes to the vCPU's run area, which goes with the vCPU.

@@ -50,7 +50,7 @@ class ColdExits:
         bus: Bus,
         uart: Pl011,
         mailboxes: Mailboxes,
-        finish: Callable[[Outcome], None],
+        finish: Callable[[Outcome], object],
         wanted: Callable[[], bool],
         unclaimed: Unclaimed | None = None,
         intercept: Intercept | None = None,

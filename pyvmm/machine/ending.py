@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a run lasted and how it ended: the first reason that anyone gives is believed.
+
+A :class:`RunEnd` owns nothing but that. Any thread may call it; nothing is done under its lock but to look and to set.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pyvmm.errors import PyvmmError
+from pyvmm.log import get_logger
+from pyvmm.vcpu.outcome import Ending, Outcome
+
+log = get_logger("machine")
+
+
+class RunEnd:
+    """The end of one run, which may be to come. Times are CLOCK_MONOTONIC, 0 for what has not happened."""
+
+    def __init__(self) -> None:
+        self.outcome: Outcome | None = None
+        self.started_ns = self.ended_ns = 0
+        self._changed = threading.Condition()
+        self._said = False
+
+    @property
+    def elapsed_ns(self) -> int:
+        """Nanoseconds since the start, or of the whole run once it has ended; from 0."""
+        if not self.started_ns:
+            return 0
+        return max((self.ended_ns or time.monotonic_ns()) - self.started_ns, 0)
+
+    def begin(self) -> None:
+        """Count the time from now on."""
+        self.started_ns = time.monotonic_ns()
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """End the run, if it has not ended, and return why it did."""
+        with self._changed:
+            if self.outcome is None:
+                self.outcome = outcome
+                self.ended_ns = time.monotonic_ns()
+                self._changed.notify_all()
+            return self.outcome
+
+    def failed(self, error: BaseException) -> None:
+        """End the run because of ``error``."""
+        hint = error.hint if isinstance(error, PyvmmError) else None
+        text = error.message if isinstance(error, PyvmmError) else f"{type(error).__name__}: {error}"
+        log.error("vcpu_thread_failed", error=text, exc_info=error if not isinstance(error, PyvmmError) else None)
+        self.finish(Outcome(Ending.FAILED, text, hint=hint))
+
+    def unheard(self, error: OSError) -> None:
+        """End the run because the guest's output cannot be written."""
+        lost = Outcome(Ending.FAILED, f"the guest's output cannot be written: {error.strerror}")
+        with self._changed:
+            # The guest may have gone before the last of its output is written. That run did not end well either.
+            if self.outcome is not None and self.outcome.ending is Ending.POWEROFF:
+                self.outcome = lost
+        self.finish(lost)
+
+    def wait(self, timeout: float | None) -> Outcome | None:
+        """Wait for the end and return it; None after ``timeout`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.outcome is not None, timeout)
+            return self.outcome
+
+    def say(self, outcome: Outcome) -> None:
+        """Log how the run ended, once."""
+        with self._changed:
+            said, self._said = self._said, True
+        if not said:
+            log.info("ended", ending=outcome.ending.value, reason=outcome.reason, vcpu=outcome.vcpu)

@@ -21,8 +21,6 @@ from pyvmm.machine.content import Bytes, Segment
 from pyvmm.machine.fdt import Node, Tree
 from pyvmm.memory.address import MIB
 
-MIB = MIB
-
 
 def identify(data, source, **more):
     return boot.identify(Bytes(data), source, **more)

@@ -18,7 +18,6 @@ from pyvmm.machine.swiotlb import DEFAULT, add_pool
 from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 
-MIB = MIB
 Properties = dict[str, Value]
 PROTECTED = MachineConfig("payload:hello", Protection.PKVM, memory=256 * MIB, devices=(Rng(),))
 

@@ -9,6 +9,7 @@ is there, the reports of the lab's pytest as they come, and ``ended`` with the r
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -76,7 +77,7 @@ def _leave_with_stdin() -> None:
 def main() -> int:
     """Run, and say what came of it."""
     answers = Answers(int(sys.argv[1]))
-    asked = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]
+    asked = json.loads(io.FileIO(0, closefd=False).readline())  # unbuffered: the rest is the thread's
     threading.Thread(target=_leave_with_stdin, daemon=True).start()
     try:
         run(asked, answers)

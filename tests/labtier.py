@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -134,10 +135,12 @@ class Tiers:
             terminalreporter.write_line(f"pkvm tier: {len(self._forwarded)} tests ran in the lab: {self._lab.title}")
 
 
-def report(item: pytest.Item, outcome: str, longrepr: object) -> pytest.TestReport:
+def report(
+    item: pytest.Item, outcome: Literal["failed", "skipped"], longrepr: str | tuple[str, int, str]
+) -> pytest.TestReport:
     """Make a report of a test that was not run at all."""
-    when = "call" if outcome == "failed" else "setup"
-    keywords = dict.fromkeys(item.keywords, 1)
+    when: Literal["call", "setup"] = "call" if outcome == "failed" else "setup"
+    keywords: dict[str, Literal[1]] = dict.fromkeys(item.keywords, 1)
     return pytest.TestReport(item.nodeid, item.location, keywords, outcome, longrepr, when, duration=0.0)
 
 
@@ -250,9 +253,10 @@ class InnerPytest:
                 terminal.write_line(f"building the lab: {step}")
 
     def _restore(self, data: dict[str, object]) -> pytest.TestReport:
-        got = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
+        got: pytest.TestReport = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
         # JSON knows no tuples, pytest insists on them.
-        got.location = tuple(got.location)
+        path, line, name = got.location
+        got.location = path, line, name
         if isinstance(got.longrepr, list):
             got.longrepr = tuple(got.longrepr)
         return got

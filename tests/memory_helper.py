@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import KvmError
@@ -11,6 +11,7 @@ from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memory import Memory
+from pyvmm.memory.slots import Slot
 from pyvmm.protection import Protection
 
 BASE = 0x8000_0000
@@ -30,17 +31,17 @@ class NotedVm:
     def check(self, _cap: int) -> int:
         return self.most
 
-    def set_memory(self, slot, gpa, size, hva, **_options):
+    def set_memory(self, slot: int, gpa: int, size: int, hva: int, **_options: Any) -> None:
         self._count(("set", slot, gpa, size, hva))
         assert slot not in self.live
         assert all(gpa + size <= other or other + length <= gpa for other, length, _ in self.live.values())
         self.live[slot] = (gpa, size, hva)
 
-    def delete_memory(self, slot):
+    def delete_memory(self, slot: int) -> None:
         self._count(("delete", slot))
         del self.live[slot]
 
-    def _count(self, call) -> None:
+    def _count(self, call: tuple[int | str, ...]) -> None:
         if self.refuse == len(self.calls):
             self.refuse = None
             raise KvmError("KVM_SET_USER_MEMORY_REGION", "noted", 12)
@@ -50,14 +51,21 @@ class NotedVm:
         return sorted((gpa, size) for gpa, size, _ in self.live.values())
 
 
-def build(protection=Protection.NONE, size=MIB, most=8, **options):
+def build(
+    protection: Protection = Protection.NONE, size: int = MIB, most: int = 8, **options: int
+) -> tuple[NotedVm, Memory, Slot]:
+    """Return memory with one slot of ``size`` bytes at BASE, and the VM that takes its notes."""
+    vm, memory = build_empty(protection, most, **options)
+    return vm, memory, memory.add(BASE, Memfd(size))
+
+
+def build_empty(protection: Protection = Protection.NONE, most: int = 8, **options: int) -> tuple[NotedVm, Memory]:
+    """Return memory without a slot, and the VM that takes its notes."""
     vm = NotedVm(most)
     native = ffi.new("struct pv_vm *")
     native.fd = -1
     native.protection = NATIVE[protection]
-    memory = Memory(vm, protection, native, **options)
-    slot = memory.add(BASE, Memfd(size)) if size else None
-    return vm, memory, slot
+    return vm, Memory(cast(Vm, vm), protection, native, **options)
 
 
 def assert_counters_agree(memory: Memory) -> None:

@@ -141,8 +141,8 @@ class Trace:
         name = names[2, number(event[10][0])] if 10 in event else ""
         category = names[1, number(event[3][0])] if 3 in event else ""
         flows = [number(flow) for flow in (*event.get(47, []), *event.get(48, []))]
-        value = number(event[30][0]) if 30 in event else None
-        return Happening(0, name, category, notes, flows, 48 in event, value=value)
+        counted = number(event[30][0]) if 30 in event else None
+        return Happening(0, name, category, notes, flows, 48 in event, value=counted)
 
     def _nest(self, events: list[tuple[int, int, int, Happening]]) -> None:
         begin, end, instant, count = 1, 2, 3, 4

@@ -186,5 +186,10 @@ def ask(board: Board, driver: Driver, text: bytes, queue: int = 0) -> None:
 
 def answer(board: Board, driver: Driver) -> bytes:
     done: list[tuple[int, int]] = []
-    eventually(lambda: done.extend(driver.used()) or done)
+
+    def used() -> bool:
+        done.extend(driver.used())
+        return bool(done)
+
+    eventually(used)
     return board.guest.read(DATA + PAGE, done[0][1])

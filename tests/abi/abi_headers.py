@@ -15,8 +15,9 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from pyvmm.lab.apt import BACKPORTS, CANONICAL_MIRROR, Apt, AptError, machine_mirror
+from pyvmm.lab.apt import CANONICAL_MIRROR, Apt, AptError, machine_mirror
 from pyvmm.lab.cache import Cache, cache_directory
+from pyvmm.lab.kernels import BACKPORTS
 
 DAY = 86400.0
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,11 +207,12 @@ def measure(part: str, rounds: int, exits: int, type_: int) -> tuple[float, floa
     """Return the medians of: the ns an exit of what the part is held against, the part's, and the ratio in a turn."""
     code, measured = PARTS[part]
     bench = Bench(code, exits * READ_MORE if measured is Bench.traced else exits, type_)
-    against = bench.timed if part in TRACES else bench.bare
+    against: Callable[[], float] = bench.timed if part in TRACES else bench.bare
+    own: Callable[[], float] = partial(measured, bench)
     pairs = []
     try:
         for turn in range(rounds + 1):
-            first, second = (against, lambda: measured(bench)) if turn % 2 else (lambda: measured(bench), against)
+            first, second = (against, own) if turn % 2 else (own, against)
             values = first(), second()
             pairs.append(values if turn % 2 else values[::-1])
     finally:

@@ -30,9 +30,9 @@ from tests.fuzz import guided, hosts
 from tests.fuzz.hosts import HOSTS
 from tests.fuzz.stepped import Stepped, stepped
 from tests.memory_helper import BASE
-from tests.twin_virtqueue import AVAILABLE, DESCRIPTOR, INDIRECT, NEXT, USED, WRITE
+from tests.twin_virtqueue import AVAILABLE, DESCRIPTOR, INDIRECT, NEXT, USED, WRITE, Fault
 from tests.virtio_board import RUNNING, Board
-from tests.virtqueue_rig import HALF, PAGE, SIZE, Fault, Guest
+from tests.virtqueue_rig import HALF, PAGE, SIZE, Guest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

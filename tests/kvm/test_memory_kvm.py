@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ class Guest:
         self.native = ffi.new("struct pv_vm *", {"fd": self.vm.fileno()})
         self.native.protection = {Protection.NONE: lib.PV_NONE, Protection.EMULATED: lib.PV_EMULATED}[protection]
         self.memory = Memory(self.vm, protection, self.native)
-        self.cpu = None
+        self.cpu: Any = None  # a struct pv_vcpu * once it was started
 
     def __enter__(self) -> Guest:
         return self
@@ -95,6 +96,9 @@ class Guest:
         assert (stop, self.cpu.exit_reason) == (lib.PV_STOP_OTHER, KVM_EXIT_HLT), (stop, self.cpu.error)
 
 
+GuestMemfdKind = type[SharedGuestMemfd | PrivateGuestMemfd]
+
+
 def shared_guest_memfd(vm: Vm) -> Backing:
     return _guest_memfd(SharedGuestMemfd, vm)
 
@@ -103,7 +107,7 @@ def private_guest_memfd(vm: Vm) -> Backing:
     return _guest_memfd(PrivateGuestMemfd, vm)
 
 
-def _guest_memfd(kind: type[Backing], vm: Vm) -> Backing:
+def _guest_memfd(kind: GuestMemfdKind, vm: Vm) -> Backing:
     if vm.system.check(KVM_CAP_GUEST_MEMFD_FLAGS) & 3 != 3:
         pytest.skip("this kernel's guest_memfd cannot be mapped")
     return kind(vm, SIZE)
@@ -113,6 +117,7 @@ def memfd(_: Vm) -> Backing:
     return Memfd(SIZE)
 
 
+Make = Callable[[Vm], Backing]
 READABLE = pytest.mark.parametrize("make", [memfd, shared_guest_memfd])
 EVERY = pytest.mark.parametrize("make", [memfd, shared_guest_memfd, private_guest_memfd])
 
@@ -132,7 +137,7 @@ def emulated() -> Iterator[Guest]:
 # ---- slots, on any architecture
 
 
-def test_what_we_refuse_in_words_the_kernel_refuses_with_an_errno(guest):
+def test_what_we_refuse_in_words_the_kernel_refuses_with_an_errno(guest: Guest) -> None:
     guest.add(Memfd(SIZE))
     backing = Memfd(SIZE)
     with backing:
@@ -147,7 +152,7 @@ def test_what_we_refuse_in_words_the_kernel_refuses_with_an_errno(guest):
             assert caught.value.errno == code
 
 
-def test_the_kernel_takes_every_backing_and_gives_its_slot_number_back(guest):
+def test_the_kernel_takes_every_backing_and_gives_its_slot_number_back(guest: Guest) -> None:
     for make in (memfd, shared_guest_memfd, private_guest_memfd):
         for _ in range(2):
             with make(guest.vm) as backing:
@@ -162,14 +167,14 @@ def spare_hva(guest: Guest) -> int:
     return spare.hva
 
 
-def test_a_guest_memfd_belongs_to_one_slot_at_a_time(guest):
+def test_a_guest_memfd_belongs_to_one_slot_at_a_time(guest: Guest) -> None:
     backing = shared_guest_memfd(guest.vm)
     guest.add(backing)
     with pytest.raises(UsageError, match="already"):
         guest.memory.add(DATA + SIZE, backing)
 
 
-def test_the_host_cannot_reach_a_private_guest_memfd_and_says_so(guest):
+def test_the_host_cannot_reach_a_private_guest_memfd_and_says_so(guest: Guest) -> None:
     guest.add(private_guest_memfd(guest.vm))
     assert guest.memory.ledger.state(DATA) is PageState.PRIVATE
     assert not guest.memory.probe(DATA)
@@ -179,16 +184,17 @@ def test_the_host_cannot_reach_a_private_guest_memfd_and_says_so(guest):
         guest.memory.slots[0].backing.load(0, b"x")
 
 
-def test_a_guest_memfd_in_a_protected_vm_is_refused_before_the_kernels_eio(guest):
+def test_a_guest_memfd_in_a_protected_vm_is_refused_before_the_kernels_eio(guest: Guest) -> None:
     memory = Memory(guest.vm, Protection.PKVM, ffi.new("struct pv_vm *"))
     with memory, pytest.raises(UsageError, match="EIO"):
         memory.add(DATA, shared_guest_memfd(guest.vm))
 
 
-def test_a_guest_memfd_outlives_nothing_when_the_vm_closes_first(guest):
+def test_a_guest_memfd_outlives_nothing_when_the_vm_closes_first(guest: Guest) -> None:
     backing = shared_guest_memfd(guest.vm)
     guest.add(backing)
     guest.vm.close()
+    assert backing.guest_memfd is not None
     assert backing.guest_memfd.closed
     guest.memory.close()
     assert backing.closed
@@ -201,7 +207,9 @@ def unevictable() -> int:
 
 
 @pytest.mark.parametrize("kind", [SharedGuestMemfd, PrivateGuestMemfd])
-def test_populating_a_guest_memfd_allocates_its_pages_and_punching_frees_them(guest, kind):
+def test_populating_a_guest_memfd_allocates_its_pages_and_punching_frees_them(
+    guest: Guest, kind: GuestMemfdKind
+) -> None:
     private_guest_memfd(guest.vm).close()
     size = 64 << 20
     guest.add(kind(guest.vm, size))
@@ -212,7 +220,7 @@ def test_populating_a_guest_memfd_allocates_its_pages_and_punching_frees_them(gu
     assert unevictable() - before < size // 4
 
 
-def test_nothing_leaks_in_whatever_order_a_vm_ends():
+def test_nothing_leaks_in_whatever_order_a_vm_ends() -> None:
     def usage() -> tuple[int, int]:
         with open("/proc/self/maps") as maps:
             files = sum("guest" in line or "kvm" in line or "---p" in line for line in maps)
@@ -256,7 +264,7 @@ def needs_private_pages(request: pytest.FixtureRequest, make: object) -> None:
 
 @needs_x86
 @READABLE
-def test_guest_and_host_see_each_others_stores(guest, make):
+def test_guest_and_host_see_each_others_stores(guest: Guest, make: Make) -> None:
     guest.add(make(guest.vm))
     guest.memory.write(DATA + 5, b"\x2a")
     assert guest.load(DATA + 5) == 0x2A
@@ -266,7 +274,7 @@ def test_guest_and_host_see_each_others_stores(guest, make):
 
 @needs_x86
 @pytest.mark.usefixtures("private_pages")
-def test_a_private_guest_memfd_is_memory_to_the_guest(guest):
+def test_a_private_guest_memfd_is_memory_to_the_guest(guest: Guest) -> None:
     guest.add(private_guest_memfd(guest.vm))
     guest.store(DATA, 7)
     assert guest.load(DATA) == 7
@@ -275,7 +283,7 @@ def test_a_private_guest_memfd_is_memory_to_the_guest(guest):
 
 @needs_x86
 @EVERY
-def test_a_hole_is_zeros_to_the_guest_without_an_exit(guest, make, request):
+def test_a_hole_is_zeros_to_the_guest_without_an_exit(guest: Guest, make: Make, request: pytest.FixtureRequest) -> None:
     needs_private_pages(request, make)
     guest.add(make(guest.vm))
     guest.store(DATA, 7)
@@ -286,7 +294,7 @@ def test_a_hole_is_zeros_to_the_guest_without_an_exit(guest, make, request):
 
 
 @needs_x86
-def test_a_slot_that_is_gone_makes_accesses_leave_the_guest_and_a_new_one_ends_that(guest):
+def test_a_slot_that_is_gone_makes_accesses_leave_the_guest_and_a_new_one_ends_that(guest: Guest) -> None:
     guest.add(Memfd(SIZE))
     guest.store(DATA, 7)
     guest.memory.remove(guest.memory.slots[-1])
@@ -303,7 +311,7 @@ def test_a_slot_that_is_gone_makes_accesses_leave_the_guest_and_a_new_one_ends_t
 
 @needs_x86
 @pytest.mark.usefixtures("private_pages")
-def test_a_guest_memfd_that_is_gone_is_told_and_a_memfd_can_take_its_place(guest):
+def test_a_guest_memfd_that_is_gone_is_told_and_a_memfd_can_take_its_place(guest: Guest) -> None:
     backing = shared_guest_memfd(guest.vm)
     guest.add(backing)
     guest.store(DATA, 7)
@@ -322,7 +330,9 @@ def test_a_guest_memfd_that_is_gone_is_told_and_a_memfd_can_take_its_place(guest
 
 @needs_x86
 @EVERY
-def test_the_emulated_protection_keeps_the_host_out_and_the_guest_going(emulated, make, request):
+def test_the_emulated_protection_keeps_the_host_out_and_the_guest_going(
+    emulated: Guest, make: Make, request: pytest.FixtureRequest
+) -> None:
     needs_private_pages(request, make)
     emulated.add(make(emulated.vm))
     emulated.store(DATA, 7)
@@ -334,7 +344,7 @@ def test_the_emulated_protection_keeps_the_host_out_and_the_guest_going(emulated
 
 @needs_x86
 @READABLE
-def test_a_page_copied_out_and_back_carries_both_sides_stores(emulated, make):
+def test_a_page_copied_out_and_back_carries_both_sides_stores(emulated: Guest, make: Make) -> None:
     emulated.add(make(emulated.vm))
     page = DATA + 2 * PAGE_SIZE
     emulated.store(page - 1, 1)
@@ -352,7 +362,7 @@ def test_a_page_copied_out_and_back_carries_both_sides_stores(emulated, make):
 
 @needs_x86
 @pytest.mark.usefixtures("private_pages")
-def test_a_page_out_of_the_hosts_reach_is_replaced_by_zeros_in_both_directions(emulated):
+def test_a_page_out_of_the_hosts_reach_is_replaced_by_zeros_in_both_directions(emulated: Guest) -> None:
     emulated.add(private_guest_memfd(emulated.vm))
     emulated.store(DATA, 7)
     emulated.store(DATA + PAGE_SIZE, 8)
@@ -368,7 +378,7 @@ def test_a_page_out_of_the_hosts_reach_is_replaced_by_zeros_in_both_directions(e
 
 @needs_x86
 @READABLE
-def test_every_second_page_shared_and_taken_back_leaves_one_slot(emulated, make):
+def test_every_second_page_shared_and_taken_back_leaves_one_slot(emulated: Guest, make: Make) -> None:
     emulated.add(make(emulated.vm))
     for number in range(PAGES):
         emulated.store(DATA + number * PAGE_SIZE, number + 1)

@@ -55,7 +55,7 @@ def test_unaligned_slots_are_refused_in_words(vm: Vm, what: str) -> None:
         wanted = {"gpa": GPA, "size": PAGE, "hva": hva}
         wanted[what] += 8
         with pytest.raises(KvmError, match="EINVAL: gpa, size, hva and offset must be multiples of 4096"):
-            vm.set_memory(0, **wanted)
+            vm.set_memory(0, wanted["gpa"], wanted["size"], wanted["hva"])
 
 
 def test_a_deleted_slot_makes_room_and_a_missing_one_is_an_error(vm: Vm) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
-def test_two_fresh_labs_count_the_same_instructions(tmp_path):
+def test_two_fresh_labs_count_the_same_instructions(tmp_path: Path) -> None:
     runs = []
     for name in ("a.jsonl", "b.jsonl"):
         done = bench(*WORDS, "--json", str(tmp_path / name), "--html", str(tmp_path / f"{name}.html"))
@@ -37,7 +38,7 @@ def test_two_fresh_labs_count_the_same_instructions(tmp_path):
     assert read_html(str(tmp_path / "a.jsonl.html")).series == runs[0].series
 
 
-def test_two_values_of_an_axis_are_measured_by_turns_and_compared():
+def test_two_values_of_an_axis_are_measured_by_turns_and_compared() -> None:
     done = bench("bench", "fault", "--axis", "protection=pkvm", "--axis", "pages=64", "--versus", "state=populated")
     assert done.returncode == 0, done.stderr
     assert "faster" in done.stdout, done.stdout

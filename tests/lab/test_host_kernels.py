@@ -52,29 +52,29 @@ swapoff /dev/zram0
 
 
 @pytest.fixture(scope="module", params=[DEFAULT, OTHER])
-def image(request) -> Image:
+def image(request: pytest.FixtureRequest) -> Image:
     return build_image(request.param)
 
 
 @pytest.fixture(scope="module")
-def lab(image) -> Iterator[Lab]:
+def lab(image: Image) -> Iterator[Lab]:
     with Lab(image=image, bare=True) as lab:
         yield lab
 
 
-def test_the_host_runs_the_kernel_of_its_image_as_pkvm(lab, image):
+def test_the_host_runs_the_kernel_of_its_image_as_pkvm(lab: Lab, image: Image) -> None:
     assert lab.capture(["uname", "-r"]).stdout.decode().strip() == image.manifest.release
     assert b"Protected nVHE mode initialized successfully" in lab.capture(["dmesg"]).stdout
 
 
-def test_only_9p_is_loaded_and_zram_can_be(lab):
+def test_only_9p_is_loaded_and_zram_can_be(lab: Lab) -> None:
     loaded = lab.capture(["cat", "/proc/modules"]).stdout.decode()
     assert {line.split()[0] for line in loaded.splitlines()} == {"9p", "9pnet", "9pnet_virtio", "netfs"}
     done = lab.capture(["sh", "-c", USE_ZRAM])
     assert (done.status, done.stderr) == (0, b"")
 
 
-def test_a_kernel_without_its_modules_is_told_to_need_9p_built_in(tmp_path):
+def test_a_kernel_without_its_modules_is_told_to_need_9p_built_in(tmp_path: Path) -> None:
     other = build_image(OTHER)
     foreign = replace(build_image(), file=KernelFile(other.kernel, other.release))
     with (
@@ -85,7 +85,7 @@ def test_a_kernel_without_its_modules_is_told_to_need_9p_built_in(tmp_path):
     assert f"{other.kernel} ({other.release}) finds none of its modules" in (caught.value.hint or "")
 
 
-def test_what_a_verb_writes_is_there_when_the_lab_is_gone(tmp_path):
+def test_what_a_verb_writes_is_there_when_the_lab_is_gone(tmp_path: Path) -> None:
     (tmp_path / "a, b=c").mkdir()
     tree = tmp_path / "a, b=c" / "guest=1.dtb"
     with tempfile.NamedTemporaryFile(dir="/tmp", prefix="pyvmm test, ") as console:

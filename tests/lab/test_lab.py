@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def image() -> Image:
 
 
 @pytest.fixture(scope="module")
-def lab(image: Image, tmp_path_factory) -> Iterator[Lab]:
+def lab(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with Lab(LabOptions(mode="protected"), image=image, cwd=tmp_path_factory.mktemp("cwd")) as lab:
         yield lab
 
@@ -52,7 +52,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition, what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"not in {PATIENCE:.0f} s: {what}"
@@ -67,22 +67,22 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("status", [0, 1, 7, 255])
-def test_exit_statuses_pass(lab, status):
+def test_exit_statuses_pass(lab: Lab, status: int) -> None:
     assert lab.capture(["sh", "-c", f"exit {status}"]).status == status
 
 
-def test_a_command_killed_by_a_signal_is_128_and_its_number(lab):
+def test_a_command_killed_by_a_signal_is_128_and_its_number(lab: Lab) -> None:
     assert lab.capture(["sh", "-c", "kill -9 $$"]).status == 128 + signal.SIGKILL
 
 
-def test_a_command_that_is_not_there_is_127_and_one_that_cannot_run_126(lab):
+def test_a_command_that_is_not_there_is_127_and_one_that_cannot_run_126(lab: Lab) -> None:
     missing = lab.capture(["no-such-command"])
     assert (missing.status, missing.stderr) == (127, b"no-such-command: No such file or directory\n")
     assert lab.capture(["/etc/passwd"]).status == 126
 
 
 @pytest.mark.parametrize("redirect", ["", ">&2"])
-def test_a_mebibyte_of_every_byte_goes_in_and_out_unchanged(lab, redirect):
+def test_a_mebibyte_of_every_byte_goes_in_and_out_unchanged(lab: Lab, redirect: str) -> None:
     blob = os.urandom(1 << 20)
     done = lab.capture(["sh", "-c", f"cat {redirect}"], stdin=blob)
     assert done.status == 0
@@ -90,50 +90,50 @@ def test_a_mebibyte_of_every_byte_goes_in_and_out_unchanged(lab, redirect):
     assert (done.stdout if redirect else done.stderr) == b""
 
 
-def test_a_command_that_ignores_its_input_ends_and_the_next_does_not_see_it(lab):
+def test_a_command_that_ignores_its_input_ends_and_the_next_does_not_see_it(lab: Lab) -> None:
     assert lab.capture(["true"], stdin=bytes(4 << 20)).status == 0
     assert shell(lab, "cat", stdin=b"mine") == b"mine"
 
 
-def test_a_command_leaves_no_process_behind(lab):
+def test_a_command_leaves_no_process_behind(lab: Lab) -> None:
     pid = int(shell(lab, "sleep 1000 >/dev/null & setsid sleep 1000 >/dev/null & echo $!"))
     assert lab.capture(["sh", "-c", f"kill -0 {pid}"]).status != 0
     assert b"sleep" not in shell(lab, "ps")
 
 
-def test_output_nobody_reads_ends_its_command(lab):
+def test_output_nobody_reads_ends_its_command(lab: Lab) -> None:
     def gone(_data: bytes) -> None:
         raise BrokenPipeError
 
     assert lab.run(["yes"], stdout=gone) == 128 + signal.SIGPIPE
 
 
-def test_it_is_a_pkvm_host(lab):
+def test_it_is_a_pkvm_host(lab: Lab) -> None:
     assert re.search(rb"Protected n?VHE mode initialized successfully", shell(lab, "dmesg; ls /dev/kvm"))
 
 
-def test_the_current_directory_is_the_same_place_inside(lab):
+def test_the_current_directory_is_the_same_place_inside(lab: Lab) -> None:
     assert shell(lab, "pwd").decode().strip() == str(lab.cwd)
     shell(lab, "echo written inside > file")
     assert (lab.cwd / "file").read_text() == "written inside\n"
 
 
-def test_the_tree_is_imported_from_where_it_is(lab):
+def test_the_tree_is_imported_from_where_it_is(lab: Lab) -> None:
     assert shell(lab, "python3 -c 'import pyvmm; print(pyvmm.__file__)'").decode().strip() == str(
         PACKAGE / "__init__.py"
     )
 
 
-def test_the_native_loop_is_the_one_for_arm64(lab):
+def test_the_native_loop_is_the_one_for_arm64(lab: Lab) -> None:
     done = lab.capture(["python3", "-c", "from pyvmm._native import lib; print(lib.pv_kick_signal())"])
     assert (done.status, int(done.stdout) > 0) == (0, True), done.stderr
 
 
-def test_the_environment_says_that_this_is_the_lab(lab):
+def test_the_environment_says_that_this_is_the_lab(lab: Lab) -> None:
     assert shell(lab, "echo $PYVMM_IN_LAB $MINE", env={"MINE": "too"}) == b"1 too\n"
 
 
-def test_a_terminal_has_a_size_and_takes_keys(lab):
+def test_a_terminal_has_a_size_and_takes_keys(lab: Lab) -> None:
     ours, theirs = os.openpty()
     screen = bytearray()
     try:
@@ -159,7 +159,7 @@ def test_a_terminal_has_a_size_and_takes_keys(lab):
 # ---- labs of their own
 
 
-def test_two_labs_at_once_in_the_other_two_modes(image: Image):
+def test_two_labs_at_once_in_the_other_two_modes(image: Image) -> None:
     with (
         Lab(LabOptions(mode="vhe"), image=image, bare=True) as vhe,
         Lab(LabOptions(mode="nvhe", cpus=1), image=image, bare=True) as nvhe,
@@ -170,7 +170,7 @@ def test_two_labs_at_once_in_the_other_two_modes(image: Image):
         assert shell(vhe, "nproc") == b"2\n"
 
 
-def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others(image: Image):
+def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others(image: Image) -> None:
     with Lab(LabOptions(mode="nvhe"), image=image) as nvhe:
         refused = nvhe.capture(["python3", "-m", "pyvmm", "run", "--protection", "pkvm", "payload:hello"])
         assert refused.status == 5, refused
@@ -181,7 +181,7 @@ def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others(i
             assert b"HELLO, HOST" in done.stdout
 
 
-def test_a_lab_that_is_killed_says_how_it_was_started_and_is_gone(image: Image):
+def test_a_lab_that_is_killed_says_how_it_was_started_and_is_gone(image: Image) -> None:
     with Lab(image=image, bare=True) as lab:
         pid = lab.pid
         threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
@@ -192,7 +192,7 @@ def test_a_lab_that_is_killed_says_how_it_was_started_and_is_gone(image: Image):
     assert not is_alive(pid)
 
 
-def test_a_command_that_takes_too_long_ends_with_its_lab(image: Image):
+def test_a_command_that_takes_too_long_ends_with_its_lab(image: Image) -> None:
     with Lab(image=image, bare=True) as lab:
         pid = lab.pid
         with pytest.raises(PyvmmError, match="sleep did not end in 1 s"):
@@ -200,7 +200,7 @@ def test_a_command_that_takes_too_long_ends_with_its_lab(image: Image):
         assert not is_alive(pid)
 
 
-def test_icount_repeats(image: Image):
+def test_icount_repeats(image: Image) -> None:
     # Instructions, not time: the spread between two runs of a loop is far below what any machine's clock shows.
     script = """
 import time
@@ -217,7 +217,7 @@ print(*sorted(loop() for _ in range(9)))
     assert max(medians) / min(medians) < 1.01, runs
 
 
-def test_a_directory_the_lab_has_itself_is_refused_by_name(image: Image):
+def test_a_directory_the_lab_has_itself_is_refused_by_name(image: Image) -> None:
     directory = Path("/usr/lib/python3")
     with pytest.raises(PyvmmError, match=f"{directory} cannot be made visible"), Lab(image=image, cwd=directory):
         pass
@@ -241,7 +241,7 @@ def running(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_command_and_its_status_comes_back(number):
+def test_a_signal_reaches_the_command_and_its_status_comes_back(number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")
     with running("sh", "-c", f'trap "echo caught; exit 9" {name}; echo ready; while :; do sleep 0.1; done') as (
         it,
@@ -249,18 +249,19 @@ def test_a_signal_reaches_the_command_and_its_status_comes_back(number):
     ):
         it.send_signal(number)
         assert it.wait(PATIENCE) == 9
+        assert it.stdout is not None
         assert it.stdout.read() == b"caught\n"
         assert not is_alive(qemu)
 
 
-def test_a_killed_pyvmm_leaves_no_qemu():
+def test_a_killed_pyvmm_leaves_no_qemu() -> None:
     with running("sh", "-c", "echo ready; sleep 1000") as (it, qemu):
         it.kill()
         it.wait()
         wait_until(lambda: not is_alive(qemu), "QEMU ends with its parent")
 
 
-def test_a_verb_runs_with_its_arguments_and_status(tmp_path):
+def test_a_verb_runs_with_its_arguments_and_status(tmp_path: Path) -> None:
     # A kernel that is nowhere near the tree, in a directory that is not the current one.
     (tmp_path / "empty.bin").write_bytes(b"")
     run = [*PYVMM, "--lab", "run", str(tmp_path / "empty.bin")]
@@ -269,7 +270,7 @@ def test_a_verb_runs_with_its_arguments_and_status(tmp_path):
     assert re.search(r"empty\.bin.*empty", done.stderr), done.stderr
 
 
-def test_a_lab_leaves_no_file(tmp_path):
+def test_a_lab_leaves_no_file(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run([*PYVMM, "lab", "exec", "--", "true"], cwd=TREE, env=environment, check=False)
     assert done.returncode == 0

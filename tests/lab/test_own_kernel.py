@@ -52,7 +52,7 @@ json.dump([series.to_json() for series in measure_point(sys.argv[1], json.loads(
 
 
 @pytest.fixture(scope="module")
-def image(request) -> Image:
+def image(request: pytest.FixtureRequest) -> Image:
     if usable_kernel() is None:
         if not os.environ.get("CI"):
             pytest.skip("there is no kernel of the project's own yet: pyvmm lab kernel builds it")
@@ -69,12 +69,12 @@ def image(request) -> Image:
 
 
 @pytest.fixture(scope="module")
-def lab(image) -> Iterator[Lab]:
+def lab(image: Image) -> Iterator[Lab]:
     with Lab(image=image) as lab:
         yield lab
 
 
-def test_it_is_pkvm_and_took_every_option(lab, image):
+def test_it_is_pkvm_and_took_every_option(lab: Lab, image: Image) -> None:
     kernel = usable_kernel()
     assert kernel is not None
     assert kernel.manifest.refused == []
@@ -82,7 +82,7 @@ def test_it_is_pkvm_and_took_every_option(lab, image):
     assert b"Protected nVHE mode initialized successfully" in lab.capture(["dmesg"]).stdout
 
 
-def test_its_hypervisor_says_when_it_was_entered_and_left_and_why(lab):
+def test_its_hypervisor_says_when_it_was_entered_and_left_and_why(lab: Lab) -> None:
     done = lab.capture(["python3", "-P", "-c", TRACE], timeout=300)
     assert done.status == 0, done.stderr
     why_not, lost, status, restored, begin, end, found = json.loads(done.stdout)
@@ -103,7 +103,7 @@ def test_its_hypervisor_says_when_it_was_entered_and_left_and_why(lab):
 
 
 @pytest.fixture(scope="module")
-def counting(image) -> Iterator[Lab]:
+def counting(image: Image) -> Iterator[Lab]:
     """A lab in which time counts instructions."""
     with Lab(LabOptions(icount=True, cpus=1), image=image) as lab:
         yield lab
@@ -118,7 +118,7 @@ def measured(lab: Lab, case: str, **point: object) -> dict[str, Series]:
     return {each.metric: each for each in found}
 
 
-def test_a_cold_donation_is_explained_by_parts_measured_apart(counting):
+def test_a_cold_donation_is_explained_by_parts_measured_apart(counting: Lab) -> None:
     found = measured(counting, "split", pages=128)
     cost = {metric: median(series.kept) for metric, series in found.items()}
     assert all(cost[part] > 0 for part in PARTS)
@@ -129,7 +129,7 @@ def test_a_cold_donation_is_explained_by_parts_measured_apart(counting):
 
 
 @pytest.mark.parametrize("protection", ["pkvm", "none"])
-def test_residency_is_counted_in_every_protection(counting, protection):
+def test_residency_is_counted_in_every_protection(counting: Lab, protection: str) -> None:
     found = measured(counting, "residency", protection=protection, pages=64)
     assert all(value > 0 for series in found.values() for value in series.kept)
     # Whatever a page's first touch takes, the guest leaves for it once.
@@ -138,6 +138,6 @@ def test_residency_is_counted_in_every_protection(counting, protection):
         assert median(found["first touch"].kept) > median(found["share"].kept) > 0
 
 
-def test_it_boots_without_protection_too(image):
+def test_it_boots_without_protection_too(image: Image) -> None:
     with Lab(LabOptions(mode="nvhe"), image=image, bare=True) as lab:
         assert b"Hyp nVHE mode initialized successfully" in lab.capture(["dmesg"]).stdout

@@ -80,7 +80,7 @@ def test_comes_too_late():
 
 
 @pytest.fixture
-def sample(tmp_path) -> Path:
+def sample(tmp_path: Path) -> Path:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "pytest.ini").write_text(CONFIGURATION)
     (tmp_path / "test_sample.py").write_text(SAMPLE)
@@ -103,7 +103,7 @@ def run(directory: Path, *arguments: str, **environment: str) -> str:
 
 
 @pytest.mark.lab
-def test_results_look_as_if_they_had_run_here(sample):
+def test_results_look_as_if_they_had_run_here(sample: Path) -> None:
     said = run(sample, "-k", "not late and not kills", "--durations=3", "-vv")
     assert "1 failed, 4 passed, 1 skipped, 2 deselected, 1 xfailed, 1 error" in said
     assert "test_sample.py::TestThere::test_passes[1] PASSED" in said
@@ -116,7 +116,7 @@ def test_results_look_as_if_they_had_run_here(sample):
 
 
 @pytest.mark.lab
-def test_a_lab_that_dies_fails_what_is_left_with_its_console(sample):
+def test_a_lab_that_dies_fails_what_is_left_with_its_console(sample: Path) -> None:
     said = run(sample, "-k", "kills or late")
     assert "2 failed" in said
     assert "FAILED test_sample.py::test_comes_too_late - the lab ended while it ran" in said
@@ -130,25 +130,25 @@ def without_qemu(directory: Path) -> dict[str, str]:
     return {"PATH": str(programs)}
 
 
-def test_without_a_lab_the_tier_is_skipped_in_one_line(sample):
+def test_without_a_lab_the_tier_is_skipped_in_one_line(sample: Path) -> None:
     said = run(sample, **without_qemu(sample))
     assert "2 passed, 8 skipped" in said
     assert said.count("qemu-system-aarch64 is not installed") == 2  # once folded by -rA, once as the tier's own line
     assert "pkvm tier: 8 tests not run: the lab needs what is not here: QEMU" in said
 
 
-def test_without_a_lab_the_tier_fails_in_ci(sample):
+def test_without_a_lab_the_tier_fails_in_ci(sample: Path) -> None:
     said = run(sample, CI="true", **without_qemu(sample))
     assert "8 failed, 2 passed" in said
     assert "the pkvm tier cannot run, and in CI it must" in said
 
 
-def test_the_first_failure_ends_the_run_where_asked(sample):
+def test_the_first_failure_ends_the_run_where_asked(sample: Path) -> None:
     said = run(sample, "-x", CI="true", **without_qemu(sample))
     assert "1 failed, 2 passed" in said
 
 
-def test_a_tier_nobody_selected_is_not_mentioned(sample):
+def test_a_tier_nobody_selected_is_not_mentioned(sample: Path) -> None:
     said = run(sample, "-m", "not pkvm", **without_qemu(sample))
     assert "2 passed, 8 deselected" in said
     assert "tier: " not in said

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 from statistics import median
 
 import pytest
@@ -16,13 +17,14 @@ import pytest
 from pyvmm.bench import case as cases
 from pyvmm.bench import linux, transfers
 from pyvmm.bench.cases.exit import COUNT as EXITS
-from pyvmm.bench.measure import ROUNDS
-from pyvmm.bench.model import Series
+from pyvmm.bench.measure import ROUNDS, Bench
+from pyvmm.bench.model import Point, Series
 from pyvmm.bench.runner import Task, measure_point, run
 from pyvmm.experiment import raw
 from pyvmm.guest.puppet import Access
 from pyvmm.machine.layout import RAM_BASE
 from pyvmm.memory.address import Gpa
+from pyvmm.protection import Protection
 from tests.pkvm.harness import ALL, puppet
 from tests.pkvm.shown import kernel_directory
 
@@ -60,7 +62,9 @@ def of(series: list[Series], metric: str) -> Series:
 
 
 @pytest.mark.parametrize(("name", "point", "wanted"), POINTS, ids=named)
-def test_a_case_leaves_every_value_of_every_round_and_the_first_is_warm_up(name, point, wanted):
+def test_a_case_leaves_every_value_of_every_round_and_the_first_is_warm_up(
+    name: str, point: Point, wanted: dict[str, int]
+) -> None:
     series = measure_point(name, point)
     assert {each.unavailable for each in series} == {""}
     assert {each.metric: each.rounds for each in series} == {
@@ -76,15 +80,15 @@ def test_a_case_leaves_every_value_of_every_round_and_the_first_is_warm_up(name,
             assert max(each.kept) > 0
 
 
-def test_the_footprint_is_some_megabytes_and_measured_once():
+def test_the_footprint_is_some_megabytes_and_measured_once() -> None:
     series = of(measure_point("footprint", {"protection": "pkvm"}), "PSS less guest memory")
     assert (series.rounds, series.warmup, series.unit) == ((1,), 0, "bytes")
     assert 1e6 < series.values[0] < 100e6
 
 
-def test_a_linux_guest_with_every_device_leaves_the_vmm_small():
+def test_a_linux_guest_with_every_device_leaves_the_vmm_small() -> None:
     kernel_directory("own:")
-    point = {"protection": "pkvm", "kernel": "own:", "memory": 256}
+    point: Point = {"protection": "pkvm", "kernel": "own:", "memory": 256}
     series = of(measure_point("footprint", point), "PSS less guest memory")
     assert 1e6 < series.values[0] < 25 << 20
 
@@ -101,13 +105,13 @@ def test_a_linux_guest_with_every_device_leaves_the_vmm_small():
     ],
     ids=named,
 )
-def test_a_fault_exits_once_a_page_and_what_is_mapped_never(point, exits):
+def test_a_fault_exits_once_a_page_and_what_is_mapped_never(point: Point, exits: float) -> None:
     counted = of(measure_point("fault", {"pages": 64, **point}), "KVM's exits")
     # The host's timer interrupts are exits as well, in some rounds.
     assert median(counted.kept) == pytest.approx(exits, abs=0.1)
 
 
-def test_each_vcpus_touches_have_their_places():
+def test_each_vcpus_touches_have_their_places() -> None:
     series = of(measure_point("fault", {"protection": "pkvm", "cpus": 2, "order": "strided", "pages": 4}), "touch")
     last = slice(-series.rounds[-1], None)
     assert series.places[last] == tuple(range(0, 8 * 16, 16))
@@ -134,28 +138,28 @@ def test_each_vcpus_touches_have_their_places():
     ],
     ids=named,
 )
-def test_what_the_kernel_refuses_is_a_series_with_its_errno(name, point, why):
+def test_what_the_kernel_refuses_is_a_series_with_its_errno(name: str, point: Point, why: str) -> None:
     *_, nothing = measure_point(name, point)
     assert (nothing.values, nothing.notes) == ((), {})
     assert re.search(why, nothing.unavailable)
 
 
-def test_a_crash_and_a_deadline_leave_series_that_say_so_and_the_next_point_is_measured():
-    def made(function, seconds: float = 60.0) -> Task:
+def test_a_crash_and_a_deadline_leave_series_that_say_so_and_the_next_point_is_measured() -> None:
+    def made(function: Callable[[Bench], None], seconds: float = 60.0) -> Task:
         known = cases.all_cases()["fault"]
         return Task(cases.Case("fault", "", known.axes, function, (), (), known.nonsense, seconds), known.base)
 
-    def crash(bench):
+    def crash(bench: Bench) -> None:
         with bench.guest() as x:
             x.guest.ping()
             os.abort()
 
-    def sleep(bench):
+    def sleep(bench: Bench) -> None:
         with bench.guest() as x:
             x.guest.ping()
             time.sleep(60)
 
-    def touch(bench):
+    def touch(bench: Bench) -> None:
         with bench.guest() as x:
             bench.keep("touch", [[x.guest.touch(x.page(), 1, access=Access.WRITE).ticks]])
 
@@ -171,7 +175,7 @@ def test_a_crash_and_a_deadline_leave_series_that_say_so_and_the_next_point_is_m
 
 @pytest.mark.parametrize("protection", ALL, ids=lambda each: each.value)
 @pytest.mark.parametrize("prefault", [False, True], ids=["", "prefault"])
-def test_a_prefaulted_machine_has_pages_that_nobody_touched(protection, prefault):
+def test_a_prefaulted_machine_has_pages_that_nobody_touched(protection: Protection, prefault: bool) -> None:
     with puppet(protection, prefault=prefault) as (machine, guest):
         guest.ping()
         page = Gpa(RAM_BASE + machine.config.memory // 2)
@@ -183,7 +187,7 @@ def test_a_prefaulted_machine_has_pages_that_nobody_touched(protection, prefault
 # -- Linux guests
 
 
-def test_of_a_boot_every_phase_is_timed_in_its_order():
+def test_of_a_boot_every_phase_is_timed_in_its_order() -> None:
     kernel_directory("own:")
     with linux.files("own:") as guest:
         boot = linux.boot(linux.pyvmm(guest, "pkvm", 1), 600)
@@ -191,7 +195,7 @@ def test_of_a_boot_every_phase_is_timed_in_its_order():
 
 
 @pytest.mark.parametrize("operation", ["blk read", "net round trip"])
-def test_a_linux_guest_times_what_its_devices_do(operation):
+def test_a_linux_guest_times_what_its_devices_do(operation: str) -> None:
     kernel_directory("own:")
     wanted = transfers.OPERATIONS[operation]
     with transfers.host() as here:

@@ -73,7 +73,12 @@ def test_shell_on_hvc0_and_echoes_both_ways(protection: Protection, tmp_path: Pa
         guest.sh("{ vsock echo 7 & }")
         data = os.urandom(BYTES)
         with call(path, 7) as client:
-            writer = threading.Thread(target=lambda: (client.sendall(data), client.shutdown(socket.SHUT_WR)))
+
+            def send() -> None:
+                client.sendall(data)
+                client.shutdown(socket.SHUT_WR)
+
+            writer = threading.Thread(target=send)
             writer.start()
             got = b""
             while part := client.recv(1 << 16):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -179,9 +180,14 @@ def test_a_guest_stops_between_instructions_also_at_a_device(protection: Protect
             gdb.set_register("x2", rounds)
             assert gdb.ask(f"z1,{code:x},4") == "OK"
             stored = 0
+
+            def counted_beyond(before: int) -> bool:
+                counter: int = run.machine.exit_targets.save()["counter"]
+                return counter > before
+
             for _ in range(5):
                 gdb.send("vCont;c")
-                wait_until(lambda before=stored: run.machine.exit_targets.save()["counter"] > before)
+                wait_until(partial(counted_beyond, stored))
                 assert gdb.interrupt().startswith("T02")
                 stored = run.machine.exit_targets.save()["counter"]
                 done = {code: 0, code + 4: 1, code + 8: 0}[gdb.register("pc")]

@@ -121,7 +121,7 @@ def keep_the_rings_private(victim: Victim, _other: Puppet) -> None:
 def take_back_meanwhile(victim: Victim, other: Puppet, gpa: int, pages: int) -> None:
     victim.serves()
     taking = other.start_unshare(gpa, pages)
-    while not taking.done:
+    while not taking.done():
         victim.request()
     assert taking.result().pages == pages
     victim.request()
@@ -141,7 +141,7 @@ def take_the_data_back_meanwhile(victim: Victim, other: Puppet) -> None:
 def write_over_the_rings_meanwhile(victim: Victim, other: Puppet) -> None:
     victim.serves()
     writing = other.start_hammer(victim.ring, 64, 5000, Access.WRITE)
-    while not writing.done:
+    while not writing.done():
         victim.request()
     writing.result()
 

@@ -14,7 +14,7 @@ from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd, SharedGuestMemfd
 from pyvmm.memory.fault_server import Answer, Server
-from pyvmm.memory.userfault import FaultKind, Userfault, UserfaultError
+from pyvmm.memory.userfault import Fault, FaultKind, Userfault, UserfaultError
 from pyvmm.protection import Protection
 from pyvmm.uapi.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_RWPROTECT, UFFDIO_WRITEPROTECT
 from pyvmm.vcpu.outcome import Ending
@@ -34,12 +34,12 @@ def contents(gpa: int) -> bytes:
 
 
 @waiting
-def test_missing_pages_are_what_a_callback_says_when_the_guest_touches_them(protection):
+def test_missing_pages_are_what_a_callback_says_when_the_guest_touches_them(protection: Protection) -> None:
     with puppet(protection) as (machine, guest), Userfault.open() as userfault:
         start = machine.memory.hva(PAGE, SIZE)
-        asked = []
+        asked: list[Fault] = []
 
-        def resolve(fault):
+        def resolve(fault: Fault) -> bytes | Answer:
             asked.append(fault)
             gpa = PAGE + fault.page - start
             return Answer.ZERO if gpa == PAGE + PAGE_SIZE else contents(gpa)
@@ -62,7 +62,7 @@ def test_missing_pages_are_what_a_callback_says_when_the_guest_touches_them(prot
 
 
 @waiting
-def test_minor_faults_map_what_another_mapping_has_put_into_the_file(protection):
+def test_minor_faults_map_what_another_mapping_has_put_into_the_file(protection: Protection) -> None:
     with puppet(protection) as (machine, guest), Userfault.open() as userfault:
         file = Memfd(SIZE)
         file.separate_view()
@@ -80,7 +80,7 @@ def test_minor_faults_map_what_another_mapping_has_put_into_the_file(protection)
 
 
 @waiting
-def test_write_protection_tells_of_stores_and_not_of_loads(protection):
+def test_write_protection_tells_of_stores_and_not_of_loads(protection: Protection) -> None:
     with puppet(protection) as (machine, guest), Userfault.open() as userfault:
         guest.write64(PAGE, VALUE)
         start = machine.memory.hva(PAGE, SIZE)
@@ -100,15 +100,20 @@ def test_write_protection_tells_of_stores_and_not_of_loads(protection):
 
 
 @waiting
-def test_read_write_protection_tells_of_the_next_access_to_pages_that_are_mapped(protection):
+def test_read_write_protection_tells_of_the_next_access_to_pages_that_are_mapped(protection: Protection) -> None:
     with puppet(protection) as (machine, guest), Userfault.open() as userfault:
         guest.write64(PAGE, VALUE)
         guest.write64(PAGE + PAGE_SIZE, VALUE)
         start = machine.memory.hva(PAGE, SIZE)
         assert UFFDIO_RWPROTECT in userfault.register(start, SIZE, rwp=True)
         userfault.rwprotect(start, SIZE)
-        asked = []
-        with Server(userfault, lambda fault: asked.append(fault) or Answer.UNPROTECT) as server:
+        asked: list[Fault] = []
+
+        def unprotect(fault: Fault) -> Answer:
+            asked.append(fault)
+            return Answer.UNPROTECT
+
+        with Server(userfault, unprotect) as server:
             assert guest.read64(PAGE) == VALUE
             guest.write64(PAGE + PAGE_SIZE, 1)
             assert server.served == {FaultKind.RWP: 2}
@@ -122,7 +127,7 @@ def test_read_write_protection_tells_of_the_next_access_to_pages_that_are_mapped
             assert server.served == {FaultKind.RWP: 3}
 
 
-def test_vcpus_that_want_the_same_pages_at_once_get_the_same_pages():
+def test_vcpus_that_want_the_same_pages_at_once_get_the_same_pages() -> None:
     with puppet(Protection.NONE, cpus=4) as (machine, guest), Userfault.open() as userfault:
         guests = [guest, *(guest.cpu_on(index) for index in (1, 2, 3))]
         start = machine.memory.hva(PAGE, 64 * PAGE_SIZE)
@@ -135,7 +140,7 @@ def test_vcpus_that_want_the_same_pages_at_once_get_the_same_pages():
         assert server.served[FaultKind.MISSING] - server.late == 64
 
 
-def test_a_vcpu_waits_until_its_fault_is_answered_or_the_userfault_is_closed():
+def test_a_vcpu_waits_until_its_fault_is_answered_or_the_userfault_is_closed() -> None:
     with puppet(Protection.NONE) as (machine, guest):
         with Userfault.open() as userfault:
             userfault.register(machine.memory.hva(PAGE, SIZE), SIZE, missing=True)
@@ -149,13 +154,14 @@ def test_a_vcpu_waits_until_its_fault_is_answered_or_the_userfault_is_closed():
         assert order.result() == 0
 
 
-def test_a_callback_that_fails_leaves_the_guest_waiting_and_is_heard_of():
-    heard = []
+def test_a_callback_that_fails_leaves_the_guest_waiting_and_is_heard_of() -> None:
+    heard: list[BaseException] = []
     with puppet(Protection.NONE) as (machine, guest), Userfault.open() as userfault:
         userfault.register(machine.memory.hva(PAGE, SIZE), SIZE, missing=True)
 
-        def serve():
-            with Server(userfault, lambda _fault: {}[5], failed=heard.append) as server:
+        def serve() -> None:
+            nothing: dict[int, bytes] = {}
+            with Server(userfault, lambda _fault: nothing[5], failed=heard.append) as server:
                 with pytest.raises(GuestSilent):
                     order.result(0.3)
                 assert (server.failures, server.served.total()) == (1, 0)
@@ -167,7 +173,7 @@ def test_a_callback_that_fails_leaves_the_guest_waiting_and_is_heard_of():
 
 
 @pytest.mark.parametrize("mode", ["missing", "minor", "wp", "rwp"])
-def test_a_protected_guests_faults_cannot_wait_so_its_vcpu_fails_with_efault(mode):
+def test_a_protected_guests_faults_cannot_wait_so_its_vcpu_fails_with_efault(mode: str) -> None:
     with puppet(Protection.PKVM) as (machine, guest), Userfault.open() as userfault:
         file = Memfd(SIZE)
         if mode == "minor":
@@ -187,7 +193,7 @@ def test_a_protected_guests_faults_cannot_wait_so_its_vcpu_fails_with_efault(mod
         assert "KVM_RUN(vcpu=0): EFAULT" in outcome.reason
 
 
-def test_a_guest_memfd_has_no_faults_to_tell():
+def test_a_guest_memfd_has_no_faults_to_tell() -> None:
     with puppet(Protection.NONE) as (machine, _), Userfault.open() as userfault:
         machine.memory.add(BEYOND, SharedGuestMemfd(machine.vm, SIZE))
         with pytest.raises(UserfaultError, match="no guest_memfd") as caught:
@@ -195,7 +201,7 @@ def test_a_guest_memfd_has_no_faults_to_tell():
         assert caught.value.errno == errno.EINVAL
 
 
-def test_serving_faults_leaves_nothing_behind():
+def test_serving_faults_leaves_nothing_behind() -> None:
     with puppet(Protection.NONE) as (_, guest):
         guest.ping()
     before = Footprint.now()

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from pyvmm import abi
 from pyvmm.errors import GuestMemoryError
-from pyvmm.guest.puppet import Access, GuestFault, Puppet
+from pyvmm.guest.puppet import Access, GuestFault, Order, Puppet, Results
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.ledger import PageState
@@ -33,7 +35,9 @@ def contents(gpa: int, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def lazy_puppet(protection: Protection, *, granule: int = PAGE_SIZE, size: int = 1 << 20, cpus: int = 1, **options):
+def lazy_puppet(
+    protection: Protection, *, granule: int = PAGE_SIZE, size: int = 1 << 20, cpus: int = 1, **options: Any
+) -> Iterator[tuple[Machine, OnDemand, list[Puppet]]]:
     lazy = OnDemand([(START, size)], granule=granule, **{"fill": contents} | options)
     with Machine(config("payload:puppet", protection, cpus=cpus), unclaimed=lazy) as machine:
         lazy.attach(machine.memory)
@@ -47,7 +51,9 @@ def lazy_puppet(protection: Protection, *, granule: int = PAGE_SIZE, size: int =
 
 
 @everywhere
-def test_the_first_load_and_the_first_store_of_any_width_are_as_if_memory_had_been_there(protection):
+def test_the_first_load_and_the_first_store_of_any_width_are_as_if_memory_had_been_there(
+    protection: Protection,
+) -> None:
     with lazy_puppet(protection) as (_, lazy, [guest]):
         page = START
         for size in SIZES:
@@ -68,7 +74,7 @@ def test_the_first_load_and_the_first_store_of_any_width_are_as_if_memory_had_be
 
 
 @everywhere
-def test_accesses_across_pages_of_which_neither_one_or_the_other_is_there(protection):
+def test_accesses_across_pages_of_which_neither_one_or_the_other_is_there(protection: Protection) -> None:
     with lazy_puppet(protection) as (_, lazy, [guest]):
         both = contents(START, 16 * PAGE_SIZE)
         for index, (before, store) in enumerate((b, s) for b in ((), (0,), (1,)) for s in (False, True)):
@@ -87,7 +93,7 @@ def test_accesses_across_pages_of_which_neither_one_or_the_other_is_there(protec
 
 
 @everywhere
-def test_a_page_that_came_on_demand_is_as_protected_as_any(protection):
+def test_a_page_that_came_on_demand_is_as_protected_as_any(protection: Protection) -> None:
     with lazy_puppet(protection, granule=4 * PAGE_SIZE) as (machine, _, [guest]):
         memory = machine.memory
         guest.ping()
@@ -107,7 +113,7 @@ def test_a_page_that_came_on_demand_is_as_protected_as_any(protection):
 
 @everywhere
 @pytest.mark.parametrize("cpus", [1, 4])
-def test_vcpus_that_race_for_the_same_granules_see_one_memory(protection, cpus):
+def test_vcpus_that_race_for_the_same_granules_see_one_memory(protection: Protection, cpus: int) -> None:
     granules, granule = 24, 2 * PAGE_SIZE
     with lazy_puppet(protection, granule=granule, cpus=cpus) as (_, lazy, guests):
         # Each vCPU has 8 bytes of each granule to store to, in widths and pages that differ, and all load one word.
@@ -116,16 +122,16 @@ def test_vcpus_that_race_for_the_same_granules_see_one_memory(protection, cpus):
             return START + index * granule + (index + cpu) % 2 * PAGE_SIZE + 64 + 16 * cpu, size
 
         for index in range(granules):
-            orders = []
+            orders: list[tuple[Order[Results], int | None]] = []
             for cpu, guest in enumerate(guests):
                 gpa, size = place(index, cpu)
                 if (index + cpu) % 3 == 0:
                     orders.append((guest.start(abi.OP_READ, START + index * granule, 8), START + index * granule))
                 else:
                     orders.append((guest.start(abi.OP_WRITE, gpa, size, VALUE + cpu), None))
-            for order, expected in orders:
+            for order, word in orders:
                 got = order.result()[0]
-                assert expected in (None, got)
+                assert word in (None, got)
         assert lazy.slots == granules
         for index in range(granules):
             expected = bytearray(contents(START + index * granule, granule))
@@ -140,7 +146,7 @@ def test_vcpus_that_race_for_the_same_granules_see_one_memory(protection, cpus):
 
 
 @everywhere
-def test_four_vcpus_fill_and_sum_a_range_none_of_which_is_there(protection):
+def test_four_vcpus_fill_and_sum_a_range_none_of_which_is_there(protection: Protection) -> None:
     pages = 256
     with lazy_puppet(protection, granule=PAGE_SIZE, cpus=4, limit=pages) as (_, lazy, guests):
         touches = [
@@ -160,7 +166,7 @@ def test_four_vcpus_fill_and_sum_a_range_none_of_which_is_there(protection):
 
 
 @everywhere
-def test_a_guest_that_wants_more_than_its_limit_gets_an_abort_and_keeps_what_it_has(protection):
+def test_a_guest_that_wants_more_than_its_limit_gets_an_abort_and_keeps_what_it_has(protection: Protection) -> None:
     with lazy_puppet(protection, limit=2) as (machine, lazy, [guest]):
         assert guest.read64(START) == START
         guest.write64(START + PAGE_SIZE, VALUE)
@@ -176,7 +182,7 @@ def test_a_guest_that_wants_more_than_its_limit_gets_an_abort_and_keeps_what_it_
 
 
 @everywhere
-def test_what_fill_raises_ends_the_run_and_says_so(protection):
+def test_what_fill_raises_ends_the_run_and_says_so(protection: Protection) -> None:
     def fill(gpa: int, _size: int) -> bytes:
         raise OSError(f"the snapshot has no page {gpa:#x}")
 
@@ -187,7 +193,7 @@ def test_what_fill_raises_ends_the_run_and_says_so(protection):
         assert "the snapshot has no page 0x20000000" in outcome.reason
 
 
-def test_a_protected_guest_grows_by_a_thousand_pages_one_by_one():
+def test_a_protected_guest_grows_by_a_thousand_pages_one_by_one() -> None:
     with lazy_puppet(Protection.PKVM, size=1000 * PAGE_SIZE, limit=1000) as (machine, lazy, [guest]):
         assert guest.start_touch(START, 1000).result(10 * DEADLINE).pages == 1000
         assert lazy.slots == 1000
@@ -195,7 +201,7 @@ def test_a_protected_guest_grows_by_a_thousand_pages_one_by_one():
         assert guest.read64(START + 999 * PAGE_SIZE) == START + 999 * PAGE_SIZE
 
 
-def test_memory_on_demand_leaves_nothing_behind():
+def test_memory_on_demand_leaves_nothing_behind() -> None:
     with lazy_puppet(Protection.EMULATED) as (_, _, [guest]):
         guest.touch(START, 4)
     before = Footprint.now()

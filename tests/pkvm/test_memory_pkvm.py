@@ -13,6 +13,7 @@ import pytest
 
 from pyvmm import abi
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError, hex_
+from pyvmm.guest.puppet import Puppet
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd, PrivateGuestMemfd, SharedGuestMemfd
@@ -31,7 +32,7 @@ VALUE = 0x1122_3344_5566_7788
 
 
 @isolating
-def test_a_private_page_is_out_of_reach_and_unharmed_by_the_attempt(protection):
+def test_a_private_page_is_out_of_reach_and_unharmed_by_the_attempt(protection: Protection) -> None:
     with puppet(protection) as (machine, guest):
         guest.write64(PAGE, VALUE)
         memory = machine.memory
@@ -47,7 +48,7 @@ def test_a_private_page_is_out_of_reach_and_unharmed_by_the_attempt(protection):
 
 
 @isolating
-def test_a_shared_page_is_open_until_it_is_taken_back_and_the_ledger_knows(protection):
+def test_a_shared_page_is_open_until_it_is_taken_back_and_the_ledger_knows(protection: Protection) -> None:
     with puppet(protection) as (machine, guest):
         memory = machine.memory
         guest.write64(PAGE, VALUE)
@@ -66,7 +67,7 @@ def test_a_shared_page_is_open_until_it_is_taken_back_and_the_ledger_knows(prote
         assert {state: machine.native.pages[state] for state in PageState} == counts
 
 
-def test_a_read_that_runs_from_a_shared_page_into_a_donated_one_stops_between_them():
+def test_a_read_that_runs_from_a_shared_page_into_a_donated_one_stops_between_them() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.write64(PAGE + PAGE_SIZE, VALUE)
         guest.share(PAGE)
@@ -76,7 +77,7 @@ def test_a_read_that_runs_from_a_shared_page_into_a_donated_one_stops_between_th
         assert guest.read64(PAGE + PAGE_SIZE) == VALUE
 
 
-def test_a_page_taken_back_without_a_word_is_found_out_by_the_next_access():
+def test_a_page_taken_back_without_a_word_is_found_out_by_the_next_access() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.share(PAGE)
         guest.unshare(PAGE, how=abi.SHARE_HVC)
@@ -86,7 +87,7 @@ def test_a_page_taken_back_without_a_word_is_found_out_by_the_next_access():
         assert machine.memory.ledger.state(PAGE) is PageState.PRIVATE
 
 
-def test_each_page_a_protected_guest_touches_is_locked_memory_of_ours():
+def test_each_page_a_protected_guest_touches_is_locked_memory_of_ours() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.ping()
         before = LockedMemory.read().locked
@@ -96,7 +97,7 @@ def test_each_page_a_protected_guest_touches_is_locked_memory_of_ours():
         assert LockedMemory.read().locked - before == 16 * PAGE_SIZE
 
 
-def test_populated_pages_are_donated_as_any_other():
+def test_populated_pages_are_donated_as_any_other() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         machine.memory.populate(PAGE, 16 * PAGE_SIZE)
         guest.write64(PAGE, VALUE)
@@ -105,7 +106,7 @@ def test_populated_pages_are_donated_as_any_other():
 
 
 @pytest.mark.parametrize("protection", list(Protection), ids=lambda p: p.value)
-def test_memory_added_while_the_guest_runs_holds_what_was_loaded_before(protection):
+def test_memory_added_while_the_guest_runs_holds_what_was_loaded_before(protection: Protection) -> None:
     with puppet(protection) as (machine, guest):
         late = Memfd(1 << 20)
         late.load(0, VALUE.to_bytes(8, "little"))
@@ -114,7 +115,7 @@ def test_memory_added_while_the_guest_runs_holds_what_was_loaded_before(protecti
         assert machine.memory.probe(BEYOND) == (protection is Protection.NONE)
 
 
-def test_a_protected_guests_slot_stays_and_the_kernel_agrees():
+def test_a_protected_guests_slot_stays_and_the_kernel_agrees() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.ping()
         with pytest.raises(UsageError, match="EPERM"):
@@ -124,7 +125,7 @@ def test_a_protected_guests_slot_stays_and_the_kernel_agrees():
         assert guest.ping()
 
 
-def test_a_hole_under_a_protected_guest_is_refused_and_when_forced_splits_the_brain():
+def test_a_hole_under_a_protected_guest_is_refused_and_when_forced_splits_the_brain() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.write64(PAGE, VALUE)
         with pytest.raises(UsageError, match="different ones"):
@@ -136,7 +137,9 @@ def test_a_hole_under_a_protected_guest_is_refused_and_when_forced_splits_the_br
 
 
 @pytest.mark.parametrize("kind", [SharedGuestMemfd, PrivateGuestMemfd])
-def test_guest_memfd_is_refused_for_a_protected_guest_before_the_kernels_eio(kind):
+def test_guest_memfd_is_refused_for_a_protected_guest_before_the_kernels_eio(
+    kind: type[SharedGuestMemfd | PrivateGuestMemfd],
+) -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         with pytest.raises(UsageError, match="EIO"):
             machine.memory.add(BEYOND, kind(machine.vm, 1 << 20))
@@ -145,7 +148,9 @@ def test_guest_memfd_is_refused_for_a_protected_guest_before_the_kernels_eio(kin
 
 @pytest.mark.parametrize("backing", ["memfd", "guest_memfd"])
 @pytest.mark.parametrize("conversion", list(ConversionPolicy), ids=lambda conversion: conversion.value)
-def test_each_conversion_policy_does_to_the_contents_what_its_name_says(conversion, backing):
+def test_each_conversion_policy_does_to_the_contents_what_its_name_says(
+    conversion: ConversionPolicy, backing: str
+) -> None:
     kept = conversion in (ConversionPolicy.PRESERVE, ConversionPolicy.COPY)
     with puppet(Protection.EMULATED, conversion=conversion, backing=backing) as (machine, guest):
         memory = machine.memory
@@ -161,7 +166,7 @@ def test_each_conversion_policy_does_to_the_contents_what_its_name_says(conversi
         assert {state: machine.native.pages[state] for state in PageState} == memory.ledger.counts()
 
 
-def test_the_copy_policy_shares_out_of_a_private_guest_memfd_by_replacing_the_page():
+def test_the_copy_policy_shares_out_of_a_private_guest_memfd_by_replacing_the_page() -> None:
     with puppet(Protection.EMULATED, conversion=ConversionPolicy.COPY, backing="private") as (machine, guest):
         memory = machine.memory
         guest.write64(PAGE, VALUE)
@@ -176,7 +181,7 @@ def test_the_copy_policy_shares_out_of_a_private_guest_memfd_by_replacing_the_pa
         assert len(slot.pieces) == 1
 
 
-def test_a_guest_goes_on_when_memfd_takes_the_place_of_its_guest_memfd():
+def test_a_guest_goes_on_when_memfd_takes_the_place_of_its_guest_memfd() -> None:
     with puppet(Protection.NONE) as (machine, guest):
         memory = machine.memory
         slot = memory.add(BEYOND, SharedGuestMemfd(machine.vm, 1 << 20))
@@ -189,7 +194,7 @@ def test_a_guest_goes_on_when_memfd_takes_the_place_of_its_guest_memfd():
         assert guest.read64(BEYOND) == VALUE
 
 
-def test_a_slot_the_guest_could_not_address_is_refused_though_the_kernel_takes_it():
+def test_a_slot_the_guest_could_not_address_is_refused_though_the_kernel_takes_it() -> None:
     """The kernel checks against what the host could give a VM (seen on 7.3), not against what this VM was given."""
     with puppet(Protection.NONE) as (machine, _):
         backing = Memfd(1 << 20)
@@ -200,7 +205,7 @@ def test_a_slot_the_guest_could_not_address_is_refused_though_the_kernel_takes_i
         backing.close()
 
 
-def test_too_little_lockable_memory_is_told_before_the_guest_runs():
+def test_too_little_lockable_memory_is_told_before_the_guest_runs() -> None:
     """In a child without CAP_IPC_LOCK and CAP_SYS_RESOURCE, whose limit is 64 KiB."""
     read, write = os.pipe()
     child = os.fork()
@@ -241,7 +246,7 @@ def _drop_capabilities(*numbers: int) -> None:
 
 
 @isolating
-def test_slots_come_and_go_while_vcpus_share_pages_and_copies_read_them(protection):
+def test_slots_come_and_go_while_vcpus_share_pages_and_copies_read_them(protection: Protection) -> None:
     with puppet(protection, cpus=3) as (machine, guest):
         memory, pages, many = machine.memory, 8, 60
         guests = [guest.cpu_on(1), guest.cpu_on(2)]
@@ -249,12 +254,12 @@ def test_slots_come_and_go_while_vcpus_share_pages_and_copies_read_them(protecti
         guest.write64(PAGE - PAGE_SIZE, VALUE)
         stop, wrong = threading.Event(), []
 
-        def reader():
+        def reader() -> None:
             while not stop.is_set():
                 if memory.read(PAGE - PAGE_SIZE, 8) != VALUE.to_bytes(8, "little"):
                     wrong.append(1)
 
-        def sharer(each, start):
+        def sharer(each: Puppet, start: int) -> None:
             while not stop.is_set():
                 each.share(start, pages)
                 each.unshare(start, pages)
@@ -279,16 +284,17 @@ def test_slots_come_and_go_while_vcpus_share_pages_and_copies_read_them(protecti
         assert {state: machine.native.pages[state] for state in PageState} == memory.ledger.counts()
 
 
-def test_guest_memory_leaves_nothing_behind():
+def test_guest_memory_leaves_nothing_behind() -> None:
     with puppet(Protection.EMULATED, conversion=ConversionPolicy.COPY) as (_, guest):
         guest.ping()
     before = Footprint.now()
-    for protection, more in [
+    ways: list[tuple[Protection, dict[str, object]]] = [
         (Protection.PKVM, {}),
         (Protection.EMULATED, {"conversion": ConversionPolicy.COPY}),
         (Protection.EMULATED, {"conversion": ConversionPolicy.COPY, "backing": "private"}),
         (Protection.NONE, {"backing": "guest_memfd"}),
-    ]:
+    ]
+    for protection, more in ways:
         with puppet(protection, **more) as (machine, guest):
             guest.touch(PAGE, 8)
             if protection.isolates:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from pyvmm.protection import Protection
 from tests.memory_helper import BASE, assert_counters_agree, build
 
 
-def test_what_is_written_is_read_back_at_any_alignment():
+def test_what_is_written_is_read_back_at_any_alignment() -> None:
     _, memory, _ = build()
     with memory:
         data = bytes(range(256)) * 40
@@ -27,7 +29,7 @@ def test_what_is_written_is_read_back_at_any_alignment():
         assert memory.read(BASE + 4090, 3) == bytes(3)
 
 
-def test_an_access_runs_across_adjacent_slots():
+def test_an_access_runs_across_adjacent_slots() -> None:
     vm, memory, _ = build()
     with memory:
         memory.add(BASE + MIB, Memfd(MIB))
@@ -36,7 +38,7 @@ def test_an_access_runs_across_adjacent_slots():
         assert len(vm.live) == 2
 
 
-def test_an_access_beyond_memory_says_where_and_how_far_it_came():
+def test_an_access_beyond_memory_says_where_and_how_far_it_came() -> None:
     _, memory, _ = build()
     with memory, pytest.raises(GuestMemoryError, match="in no memory slot") as caught:
         memory.write(BASE + MIB - 2, b"four")
@@ -46,7 +48,7 @@ def test_an_access_beyond_memory_says_where_and_how_far_it_came():
         memory.read(0x1000, 8)
 
 
-def test_a_huge_length_does_not_allocate_what_is_not_there():
+def test_a_huge_length_does_not_allocate_what_is_not_there() -> None:
     _, memory, _ = build()
     with memory, pytest.raises(GuestMemoryError) as caught:
         memory.read(BASE, 1 << 62)
@@ -54,20 +56,20 @@ def test_a_huge_length_does_not_allocate_what_is_not_there():
 
 
 @pytest.mark.parametrize(("gpa", "size"), [(-1, 4), (BASE, -1), ((1 << 64) - 2, 4)])
-def test_a_range_that_is_none_is_refused(gpa, size):
+def test_a_range_that_is_none_is_refused(gpa: int, size: int) -> None:
     _, memory, _ = build()
     with memory, pytest.raises(UsageError, match="no range"):
         memory.read(gpa, size)
 
 
-def test_fill_sets_every_byte_and_no_other():
+def test_fill_sets_every_byte_and_no_other() -> None:
     _, memory, _ = build()
     with memory:
         memory.fill(BASE + 1, 200_000, 0xA5)
         assert memory.read(BASE, 200_002) == b"\0" + b"\xa5" * 200_000 + b"\0"
 
 
-def test_private_pages_of_the_emulated_protection_are_out_of_the_hosts_reach_from_the_seal_on():
+def test_private_pages_of_the_emulated_protection_are_out_of_the_hosts_reach_from_the_seal_on() -> None:
     _, memory, slot = build(Protection.EMULATED)
     with memory:
         memory.write(BASE, b"image")
@@ -81,7 +83,7 @@ def test_private_pages_of_the_emulated_protection_are_out_of_the_hosts_reach_fro
         assert ffi.string(ffi.cast("char *", slot.hva)) == b"image"
 
 
-def test_an_access_stops_at_the_first_private_page():
+def test_an_access_stops_at_the_first_private_page() -> None:
     _, memory, slot = build(Protection.EMULATED)
     with memory:
         slot.backing.hide(2 * PAGE_SIZE, PAGE_SIZE)
@@ -98,7 +100,7 @@ def test_an_access_stops_at_the_first_private_page():
         (Protection.EMULATED, PageState.PRIVATE, False),
     ],
 )
-def test_the_seal_enters_what_the_protection_implies(protection, state, assumed):
+def test_the_seal_enters_what_the_protection_implies(protection: Protection, state: PageState, assumed: bool) -> None:
     _, memory, _ = build(protection)
     with memory:
         assert memory.ledger.state(BASE) is PageState.HOST
@@ -114,7 +116,7 @@ def test_the_seal_enters_what_the_protection_implies(protection, state, assumed)
         assert_counters_agree(memory)
 
 
-def test_memory_of_a_plain_or_pkvm_guest_has_one_mapping():
+def test_memory_of_a_plain_or_pkvm_guest_has_one_mapping() -> None:
     for protection in (Protection.NONE, Protection.PKVM):
         _, memory, slot = build(protection)
         with memory:
@@ -140,7 +142,9 @@ def test_memory_of_a_plain_or_pkvm_guest_has_one_mapping():
         ((1 << 36) - PAGE_SIZE, {}, "36 bits of guest physical address space"),
     ],
 )
-def test_a_slot_that_kvm_would_refuse_is_refused_in_words_before_it_sees_it(gpa, options, words):
+def test_a_slot_that_kvm_would_refuse_is_refused_in_words_before_it_sees_it(
+    gpa: int, options: dict[str, int], words: str
+) -> None:
     vm, memory, _ = build(ipa_bits=36)
     with memory:
         calls = len(vm.calls)
@@ -151,14 +155,14 @@ def test_a_slot_that_kvm_would_refuse_is_refused_in_words_before_it_sees_it(gpa,
         assert_counters_agree(memory)
 
 
-def test_one_part_of_a_backing_has_one_address():
+def test_one_part_of_a_backing_has_one_address() -> None:
     _, memory, slot = build()
     with memory, pytest.raises(UsageError, match=r"are in the slot .* already"):
         memory.add(BASE + MIB, slot.backing, offset=MIB // 2)
 
 
-def test_slots_may_lie_over_parts_of_one_backing():
-    _, memory, _ = build(size=0)
+def test_slots_may_lie_over_parts_of_one_backing() -> None:
+    _, memory = build_empty()
     with memory:
         backing = Memfd(MIB)
         memory.add(BASE, backing, offset=MIB // 2)
@@ -169,8 +173,8 @@ def test_slots_may_lie_over_parts_of_one_backing():
         assert os.pread(backing.fd, 4, MIB // 2) == b"high"
 
 
-def test_more_slots_than_the_kernel_takes_are_refused():
-    vm, memory, _ = build(size=0)
+def test_more_slots_than_the_kernel_takes_are_refused() -> None:
+    vm, memory = build_empty()
     vm.most = 8
     with memory:
         backing = Memfd(MIB)
@@ -180,7 +184,7 @@ def test_more_slots_than_the_kernel_takes_are_refused():
             memory.add(BASE + 100 * PAGE_SIZE, backing, offset=9 * PAGE_SIZE, size=PAGE_SIZE)
 
 
-def test_the_address_kvm_faults_pages_in_through_is_told_for_a_range_of_one_piece():
+def test_the_address_kvm_faults_pages_in_through_is_told_for_a_range_of_one_piece() -> None:
     _, memory, slot = build(Protection.EMULATED)
     with memory:
         memory.seal()
@@ -194,7 +198,7 @@ def test_the_address_kvm_faults_pages_in_through_is_told_for_a_range_of_one_piec
                 memory.hva(gpa, size)
 
 
-def test_a_removed_slot_is_gone_for_kvm_the_loop_and_the_ledger_and_its_number_is_used_again():
+def test_a_removed_slot_is_gone_for_kvm_the_loop_and_the_ledger_and_its_number_is_used_again() -> None:
     vm, memory, slot = build()
     with memory:
         backing = slot.backing
@@ -214,7 +218,7 @@ def test_a_removed_slot_is_gone_for_kvm_the_loop_and_the_ledger_and_its_number_i
         assert_counters_agree(memory)
 
 
-def test_what_kvm_refuses_to_add_leaves_no_trace():
+def test_what_kvm_refuses_to_add_leaves_no_trace() -> None:
     vm, memory, _ = build()
     with memory:
         vm.refuse = len(vm.calls)
@@ -227,7 +231,7 @@ def test_what_kvm_refuses_to_add_leaves_no_trace():
         assert sorted(vm.live) == [0, 1]
 
 
-def test_what_kvm_refuses_to_remove_stays_as_it_was():
+def test_what_kvm_refuses_to_remove_stays_as_it_was() -> None:
     vm, memory, slot = build()
     with memory:
         memory.seal()
@@ -238,7 +242,7 @@ def test_what_kvm_refuses_to_remove_stays_as_it_was():
         assert memory.ledger.counts()[PageState.HOST] == MIB // PAGE_SIZE
 
 
-def test_a_protected_guest_that_has_run_keeps_its_slots():
+def test_a_protected_guest_that_has_run_keeps_its_slots() -> None:
     _, memory, slot = build(Protection.PKVM)
     with memory:
         memory.seal()
@@ -247,14 +251,14 @@ def test_a_protected_guest_that_has_run_keeps_its_slots():
         memory.add(BASE + MIB, Memfd(MIB))
 
 
-def test_slots_of_a_protected_guest_can_be_removed_before_it_runs():
+def test_slots_of_a_protected_guest_can_be_removed_before_it_runs() -> None:
     vm, memory, slot = build(Protection.PKVM)
     with memory:
         memory.remove(slot)
         assert vm.live == {}
 
 
-def test_a_hole_reads_as_zeros_and_is_filled_by_the_access():
+def test_a_hole_reads_as_zeros_and_is_filled_by_the_access() -> None:
     _, memory, _ = build()
     with memory:
         memory.seal()
@@ -270,7 +274,7 @@ def test_a_hole_reads_as_zeros_and_is_filled_by_the_access():
         assert_counters_agree(memory)
 
 
-def test_a_punch_frees_the_pages():
+def test_a_punch_frees_the_pages() -> None:
     _, memory, slot = build()
     with memory:
         memory.fill(BASE, MIB, 1)
@@ -279,7 +283,7 @@ def test_a_punch_frees_the_pages():
         assert os.fstat(slot.backing.fd).st_blocks == before // 2
 
 
-def test_no_hole_is_punched_under_a_protected_guest_unless_it_is_asked_for_by_name():
+def test_no_hole_is_punched_under_a_protected_guest_unless_it_is_asked_for_by_name() -> None:
     _, memory, _ = build(Protection.PKVM)
     with memory:
         memory.punch(BASE, PAGE_SIZE)
@@ -292,7 +296,7 @@ def test_no_hole_is_punched_under_a_protected_guest_unless_it_is_asked_for_by_na
 
 
 @pytest.mark.parametrize("act", ["punch", "populate"])
-def test_punching_and_populating_take_whole_pages_of_guest_memory(act):
+def test_punching_and_populating_take_whole_pages_of_guest_memory(act: str) -> None:
     _, memory, _ = build()
     with memory:
         for gpa, size in [(BASE + 1, PAGE_SIZE), (BASE, 5), (BASE, 2 * MIB), (0, PAGE_SIZE), (BASE, 0)]:
@@ -300,7 +304,7 @@ def test_punching_and_populating_take_whole_pages_of_guest_memory(act):
                 getattr(memory, act)(gpa, size)
 
 
-def test_populating_allocates_and_keeps_what_is_there():
+def test_populating_allocates_and_keeps_what_is_there() -> None:
     _, memory, slot = build()
     with memory:
         memory.write(BASE, b"kept")
@@ -309,7 +313,7 @@ def test_populating_allocates_and_keeps_what_is_there():
         assert memory.read(BASE, 4) == b"kept"
 
 
-def test_evidence_is_what_an_access_shows_that_the_ledger_did_not():
+def test_evidence_is_what_an_access_shows_that_the_ledger_did_not() -> None:
     _, memory, slot = build(Protection.PKVM)
     seen: list[tuple[int, bool]] = []
     memory.on_evidence = lambda gpa, accessible: seen.append((gpa, accessible))
@@ -337,7 +341,7 @@ def test_evidence_is_what_an_access_shows_that_the_ledger_did_not():
         assert seen == [(BASE, False)]
 
 
-def test_pages_past_the_end_of_a_file_stop_an_access_instead_of_killing_us():
+def test_pages_past_the_end_of_a_file_stop_an_access_instead_of_killing_us() -> None:
     _, memory, slot = build()
     with memory:
         backing = slot.backing
@@ -353,7 +357,7 @@ def test_pages_past_the_end_of_a_file_stop_an_access_instead_of_killing_us():
         assert caught.value.done == PAGE_SIZE
 
 
-def test_unmapped_memory_stops_an_access_instead_of_killing_us():
+def test_unmapped_memory_stops_an_access_instead_of_killing_us() -> None:
     from pyvmm.memory import mman
 
     _, memory, slot = build()
@@ -364,7 +368,7 @@ def test_unmapped_memory_stops_an_access_instead_of_killing_us():
         assert (caught.value.gpa, caught.value.done) == (BASE + PAGE_SIZE, PAGE_SIZE)
 
 
-def test_a_fork_is_told_that_the_memory_is_not_its_own():
+def test_a_fork_is_told_that_the_memory_is_not_its_own() -> None:
     _, memory, slot = build()
     with memory:
         read, write = os.pipe()
@@ -389,7 +393,7 @@ def test_a_fork_is_told_that_the_memory_is_not_its_own():
         memory.write(BASE, b"still ours")
 
 
-def test_a_closed_memory_says_so_and_closing_again_is_nothing():
+def test_a_closed_memory_says_so_and_closing_again_is_nothing() -> None:
     vm, memory, slot = build()
     memory.close()
     memory.close()
@@ -399,7 +403,7 @@ def test_a_closed_memory_says_so_and_closing_again_is_nothing():
         memory.read(BASE, 1)
 
 
-def test_a_closed_vm_is_not_called_again():
+def test_a_closed_vm_is_not_called_again() -> None:
     vm, memory, _ = build()
     vm.closed = True
     calls = len(vm.calls)
@@ -408,8 +412,8 @@ def test_a_closed_vm_is_not_called_again():
 
 
 @contextmanager
-def nothing_leaks():
-    def usage():
+def nothing_leaks() -> Iterator[None]:
+    def usage() -> tuple[int, list[Any]]:
         with open("/proc/self/maps") as maps:
             # Allocator mappings come and go; files and reservations of ours do not.
             lines = [line for line in maps if "pyvmm-guest" in line or "---p" in line]
@@ -420,13 +424,13 @@ def nothing_leaks():
     assert usage() == before
 
 
-def test_nothing_leaks_however_far_building_came():
+def test_nothing_leaks_however_far_building_came() -> None:
     _, warm, _ = build(Protection.EMULATED)
     warm.close()
     with nothing_leaks():
         for refused in range(3):
             for protection in Protection:
-                vm, memory, _ = build(protection, size=0)
+                vm, memory = build_empty(protection)
                 vm.refuse = refused
                 with memory:
                     try:
@@ -439,12 +443,12 @@ def test_nothing_leaks_however_far_building_came():
             Memfd(5)
 
 
-def test_slots_come_and_go_while_others_read():
+def test_slots_come_and_go_while_others_read() -> None:
     _, memory, _ = build()
     stop = threading.Event()
     wrong: list[object] = []
 
-    def reader():
+    def reader() -> None:
         while not stop.is_set():
             try:
                 if memory.read(BASE + MIB - 4, 4) != bytes(4):

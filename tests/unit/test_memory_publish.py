@@ -25,7 +25,7 @@ from pyvmm.memory.backing import Memfd
 from pyvmm.memory.memory import Memory
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_x86 import kvm_regs
-from tests.memory_helper import BASE, build
+from tests.memory_helper import BASE, build, build_empty
 
 MANY = 2000
 HERE = Path(__file__).resolve().parent
@@ -53,7 +53,7 @@ class Watched:
 def test_thousands_of_slots_added_one_by_one_keep_one_table(monkeypatch):
     watched = Watched()
     monkeypatch.setattr(slots, "lib", watched)
-    _, memory, _ = build(size=0, most=MANY)
+    _, memory = build_empty(most=MANY)
     with memory:
         backing = Memfd(MANY * PAGE_SIZE)
         order = list(range(MANY))
@@ -94,7 +94,7 @@ def test_a_removed_slot_leaves_nothing_of_its_ledger():
 
 def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced():
     """Guarded copies without Python's lock, while each old table turns into garbage the moment it may be freed."""
-    _, memory, _ = build(size=0, most=64)
+    _, memory = build_empty(most=64)
     with memory:
         backing = Memfd(64 * PAGE_SIZE)
         for index in range(4):

@@ -159,7 +159,7 @@ def realistic(seed: int = 1, *, protected: bool = True, kernel: str = "7.3.4+deb
     return Atlas(HOST | {"kernel": kernel, "mode": "protected" if protected else "nvhe"}, tuple(results), times)
 
 
-def _result(group, name, says, place, chance, protected) -> Result:
+def _result(group: str, name: str, says: str, place: tuple[str, str], chance: random.Random, protected: bool) -> Result:
     protection, backing = place
     origin = THREAD if len(name) % 2 else f"arch/arm64/kvm/mmu.c:{900 + len(says)}"
     base = Result(f"{group}/{name}", group, says, origin, protection, backing, Verdict.HOLDS)
@@ -187,7 +187,7 @@ def _result(group, name, says, place, chance, protected) -> Result:
     )
 
 
-def _evidence(chance, fails) -> tuple[Evidence, ...]:
+def _evidence(chance: random.Random, fails: bool) -> tuple[Evidence, ...]:
     pages = chance.choice([1, 4, 16])
     return (
         Evidence("the page", f"0x8100_{chance.randrange(16):x}000"),
@@ -198,7 +198,7 @@ def _evidence(chance, fails) -> tuple[Evidence, ...]:
     )
 
 
-def _pictures(chance, protection) -> tuple[Picture, ...]:
+def _pictures(chance: random.Random, protection: str) -> tuple[Picture, ...]:
     private, shared = (0x82, 0x83) if protection == "pkvm" else (2, 3)
     if protection == "none":
         private = shared = 1
@@ -224,7 +224,7 @@ def _pictures(chance, protection) -> tuple[Picture, ...]:
     )
 
 
-def _events(chance) -> tuple[Event, ...]:
+def _events(chance: random.Random) -> tuple[Event, ...]:
     faults, holes = chance.choice([1, 4, 8]), chance.randrange(2)
     kinds = ["slot", *["fault"] * faults, "share", "unshare", *["punch", "fault"] * holes]
     return tuple(

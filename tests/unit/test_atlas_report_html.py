@@ -9,6 +9,7 @@ import re
 from base64 import b64encode
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ OURS = {
 class Page(HTMLParser):
     """Parses a page, and fails where it is not well formed or holds what no report does."""
 
-    def __init__(self, source):
+    def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open, self.ids, self.links, self.scripts, self.words = [], [], [], [], []
         self.classes = []
@@ -40,46 +41,53 @@ class Page(HTMLParser):
         self.close()
         assert self.open == []
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen(tag, dict(attrs))
         if tag not in VOID:
             self.open.append(tag)
         if tag == "script":
             self.scripts.append([dict(attrs), ""])
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
         self.seen(tag, dict(attrs))
 
-    def seen(self, tag, attrs):
+    def seen(self, tag: str, attrs: dict[str, str | None]) -> None:
         assert tag in OURS
         assert not [name for name in attrs if name.startswith("on")]
         self.ids += [attrs["id"]] if "id" in attrs else []
         self.links += [attrs["href"]] if "href" in attrs else []
         self.classes += [(tag, attrs.get("class"), attrs.get("id"))]
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if self.open[-1:] == ["script"]:
             self.scripts[-1][1] += data
         elif self.open[-1:] != ["style"]:
             self.words.append(data)
 
-    def handle_comment(self, data):
+    def handle_comment(self, data) -> None:
         raise AssertionError(f"a comment: {data}")
 
     @property
-    def text(self):
+    def text(self) -> str:
         return "".join(self.words)
 
 
-def result(name="share/kept", protection="pkvm", backing="memfd", verdict=Verdict.HOLDS, reason="", **more):
+def result(
+    name: str = "share/kept",
+    protection: str = "pkvm",
+    backing: str = "memfd",
+    verdict: Verdict = Verdict.HOLDS,
+    reason: str = "",
+    **more: Any,
+) -> Result:
     group = name.partition("/")[0]
     return Result(name, group, "It is kept.", "thread", protection, backing, verdict, reason, **more)
 
 
-def page(*results, host=None, **options):
+def page(*results: Result, host: dict[str, bool | str] | None = None, **options: Any) -> Page:
     return Page(html.render(Atlas(host or {}, results), **options))
 
 
@@ -88,7 +96,7 @@ def page(*results, host=None, **options):
 
 @samples.arbitrary
 @given(samples.atlases)
-def test_whatever_is_in_an_atlas_the_page_is_sound_and_the_data_in_it_are_the_atlas(some):
+def test_whatever_is_in_an_atlas_the_page_is_sound_and_the_data_in_it_are_the_atlas(some: Atlas) -> None:
     source = html.render(some)
     assert source.isascii()
     parsed = Page(source)
@@ -101,7 +109,7 @@ def test_whatever_is_in_an_atlas_the_page_is_sound_and_the_data_in_it_are_the_at
     assert script == style.SCRIPT
 
 
-def test_nasty_texts_are_shown_as_they_are():
+def test_nasty_texts_are_shown_as_they_are() -> None:
     parsed = Page(html.render(samples.nasty()))
     assert len(parsed.scripts) == 2
     assert Atlas.from_json(json.loads(parsed.scripts[0][1])) == samples.nasty()
@@ -112,7 +120,7 @@ def test_nasty_texts_are_shown_as_they_are():
     assert "\\u202egnp.exe" in parsed.text
 
 
-def test_only_the_pages_own_script_may_run():
+def test_only_the_pages_own_script_may_run() -> None:
     source = html.render(REALISTIC)
     digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)[1]
@@ -121,7 +129,7 @@ def test_only_the_pages_own_script_may_run():
     assert f"<script>{style.SCRIPT}</script>" in source
 
 
-def test_nothing_is_loaded_from_elsewhere():
+def test_nothing_is_loaded_from_elsewhere() -> None:
     source = html.render(REALISTIC)
     assert re.findall(r"\bsrc=|@import|url\((?!#)|<iframe|<object|<embed|<img", source) == []
 
@@ -136,7 +144,7 @@ def test_nothing_is_loaded_from_elsewhere():
         ("arch/arm64/kvm/mmu.c:1908, f()", "<code>arch/arm64/kvm/mmu.c:1908</code>, f()"),
     ],
 )
-def test_links_are_made_of_web_addresses_and_nothing_else(said, wanted):
+def test_links_are_made_of_web_addresses_and_nothing_else(said: str, wanted: str | None) -> None:
     made = escaped_prose(said)
     url = re.search(r'href="([^"]*)"', made)
     if wanted is None:
@@ -150,7 +158,7 @@ def test_links_are_made_of_web_addresses_and_nothing_else(said, wanted):
 # ---- what is on it -----------------------------------------------------------------------------------------------
 
 
-def test_the_head_names_the_host():
+def test_the_head_names_the_host() -> None:
     text = Page(html.render(REALISTIC)).text
     for fact in (
         "What Linux 7.3.4+deb13-arm64 does with guest memory, KVM in protected mode",
@@ -163,12 +171,12 @@ def test_the_head_names_the_host():
         assert fact in text
 
 
-def test_only_an_emulated_host_has_the_stripe():
+def test_only_an_emulated_host_has_the_stripe() -> None:
     assert "relative only" not in page(result(), host={"kernel": "7.3", "emulated": False}).text
     assert "relative only" not in page(result()).text
 
 
-def test_groups_claims_and_results_have_anchors_in_the_order_of_the_run():
+def test_groups_claims_and_results_have_anchors_in_the_order_of_the_run() -> None:
     parsed = Page(html.render(REALISTIC))
     groups = [id for tag, _, id in parsed.classes if tag == "h2"]
     claims = [id for tag, kind, id in parsed.classes if tag == "details" and kind.startswith("claim")]
@@ -179,19 +187,19 @@ def test_groups_claims_and_results_have_anchors_in_the_order_of_the_run():
     assert "#ownership/host-load" in {f"#{id}" for id in claims}
 
 
-def test_every_verdict_links_to_its_result():
+def test_every_verdict_links_to_its_result() -> None:
     parsed = Page(html.render(REALISTIC))
     cells = [kind.split()[1] for tag, kind, _ in parsed.classes if tag == "a" and kind and kind.startswith("v ")]
     assert len(cells) == len(REALISTIC.results)
     assert {f"#{one.id}/{one.protection}/{one.backing}" for one in REALISTIC.results} <= set(parsed.links)
 
 
-def test_anchors_of_names_that_look_alike_differ():
+def test_anchors_of_names_that_look_alike_differ() -> None:
     parsed = page(result("share/a b"), result("share/a-b"), result("share/a?b"), replace(result("a-b"), group="share"))
     assert {"share/a-b", "share/a-b-2", "share/a-b-3", "share/a-b-4"} <= set(parsed.ids)
 
 
-def test_a_result_tells_reason_evidence_and_times():
+def test_a_result_tells_reason_evidence_and_times() -> None:
     evidence = (Evidence("a load faults", True, True), Evidence("kB locked", 8, 16), Evidence("page", "0x8100_0000"))
     times = {"seconds": 1.5, "ticks": {"touch": 99}}
     one = result(verdict=Verdict.FAILS, reason="for this", evidence=evidence, times=times)
@@ -200,50 +208,50 @@ def test_a_result_tells_reason_evidence_and_times():
         assert fact in text
 
 
-def test_reasons_are_gathered_above_the_claims():
+def test_reasons_are_gathered_above_the_claims() -> None:
     untold = [result(f"share/c{each}", verdict=Verdict.UNTOLD, reason="no pKVM") for each in range(9)]
     text = page(*untold, result("share/x", verdict=Verdict.CRASHED, reason="SIGBUS")).text
     assert "! 1 crashed, for one reason1\u00d7 SIGBUSpkvm/memfd: share/x" in text.replace("\n", "")
     assert "9\u00d7 no pKVMpkvm/memfd: share/c0, share/c1, share/c2 and 6 more" in text.replace("\n", "")
 
 
-def test_a_long_reason_is_told_whole():
+def test_a_long_reason_is_told_whole() -> None:
     assert "x " * 300 + "end" in page(result(verdict=Verdict.CRASHED, reason="x " * 300 + "end")).text
 
 
-def test_few_results_unfold_with_their_claim_and_many_do_not():
+def test_few_results_unfold_with_their_claim_and_many_do_not() -> None:
     assert html.render(Atlas({}, (result(), result(backing="thp")))).count(" open>") == 2
     assert html.render(Atlas({}, tuple(result(backing=each) for each in "abc"))).count(" open>") == 0
 
 
-def test_what_was_not_expected_is_marked():
+def test_what_was_not_expected_is_marked() -> None:
     source = html.render(Atlas({}, (result(),)), {result().key: Verdict.FAILS})
     assert "holds, expected: does not hold" in source
     assert "(expected: does not hold)" in source
     assert "expected" not in html.render(Atlas({}, (result(),)), {result().key: Verdict.HOLDS})
 
 
-def test_headings_say_what_groups_are_about():
+def test_headings_say_what_groups_are_about() -> None:
     assert Page(html.render(REALISTIC, headings=samples.HEADINGS)).text.count("What conversions do to contents") == 2
 
 
-def test_the_same_page_maps_are_drawn_once():
+def test_the_same_page_maps_are_drawn_once() -> None:
     maps = (Picture("before", [(0x8000_0000, 16, 1)]), Picture("after", [(0x8000_0000, 16, 2)]))
     source = html.render(Atlas({}, (result(pictures=maps), result(backing="thp", pictures=maps))))
     assert source.count("<figure>") == 1
     assert 'the same as those of <a href="#share/kept/pkvm/memfd">share/kept pkvm/memfd</a>' in source
 
 
-def test_page_maps_that_no_memory_can_have_are_not_drawn():
+def test_page_maps_that_no_memory_can_have_are_not_drawn() -> None:
     text = page(result(pictures=(Picture("odd", [(0x8000_0001, 1, 1)]),))).text
     assert "The page maps cannot be drawn: " in text
 
 
-def test_a_few_hundred_results_with_pictures_stay_small():
+def test_a_few_hundred_results_with_pictures_stay_small() -> None:
     assert len(REALISTIC.results) > 250
     assert all(one.pictures for one in REALISTIC.results if one.verdict in (Verdict.HOLDS, Verdict.FAILS))
     assert len(html.render(REALISTIC)) < 3_000_000
 
 
-def test_an_empty_atlas_is_no_trouble():
+def test_an_empty_atlas_is_no_trouble() -> None:
     assert "all 0 results" in page().text

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,16 +22,23 @@ REALISTIC = samples.realistic()
 EXPECTED = st.dictionaries(st.sampled_from([result.key for result in REALISTIC.results]), st.sampled_from(Verdict))
 
 
-def result(name="share/kept", protection="pkvm", backing="memfd", verdict=Verdict.HOLDS, reason="", **more):
+def result(
+    name: str = "share/kept",
+    protection: str = "pkvm",
+    backing: str = "memfd",
+    verdict: Verdict = Verdict.HOLDS,
+    reason: str = "",
+    **more: Any,
+) -> Result:
     group = name.partition("/")[0]
     return Result(name, group, "It is kept.", "thread", protection, backing, verdict, reason, **more)
 
 
-def atlas(*results):
+def atlas(*results: Result) -> Atlas:
     return Atlas({}, results)
 
 
-def bare(colourful):
+def bare(colourful: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", colourful)
 
 
@@ -39,20 +47,20 @@ def bare(colourful):
 
 @samples.arbitrary
 @given(samples.texts)
-def test_cleaned_text_has_nothing_that_acts(said):
+def test_cleaned_text_has_nothing_that_acts(said: str) -> None:
     cleaned = words.clean(said)
     cleaned.encode()
     assert all(each.isprintable() or each in "\n\t" or each.isspace() for each in cleaned)
     assert words.clean(cleaned) == cleaned
 
 
-def test_cleaning_writes_out_what_it_takes_away():
+def test_cleaning_writes_out_what_it_takes_away() -> None:
     assert words.clean("a\x1b[31mb\u202ec\x00\r\n\td\ud800é") == "a\\x1b[31mb\\u202ec\\x00\\r\n\td\\ud800é"
 
 
 @samples.arbitrary
 @given(samples.results, st.integers(40, 200))
-def test_nothing_in_a_result_acts_on_the_terminal(one, width):
+def test_nothing_in_a_result_acts_on_the_terminal(one: Result, width: int) -> None:
     for said in (text.line(one, Look(width)), text.details(one, Look(width)), text.table(atlas(one), Look(width))):
         assert all(each.isprintable() or each == "\n" or each.isspace() for each in said)
         said.encode()
@@ -61,7 +69,7 @@ def test_nothing_in_a_result_acts_on_the_terminal(one, width):
 
 @samples.arbitrary
 @given(samples.atlases)
-def test_a_terminal_without_utf8_gets_ascii(some):
+def test_a_terminal_without_utf8_gets_ascii(some: Atlas) -> None:
     look = Look(ascii=True)
     said = [text.table(some, look), text.legend(some, look)]
     said += [text.line(one, look) + text.details(one, look) for one in some.results]
@@ -70,7 +78,7 @@ def test_a_terminal_without_utf8_gets_ascii(some):
 
 @samples.arbitrary
 @given(samples.atlases)
-def test_colours_add_nothing_but_colours(some):
+def test_colours_add_nothing_but_colours(some: Atlas) -> None:
     colourful = Look(colours=True)
     assert bare(text.table(some, colourful)) == text.table(some)
     for one in some.results:
@@ -81,21 +89,21 @@ def test_colours_add_nothing_but_colours(some):
 # ---- a line a result ---------------------------------------------------------------------------------------------
 
 
-def test_a_line_has_mark_claim_place_verdict_and_reason():
+def test_a_line_has_mark_claim_place_verdict_and_reason() -> None:
     one = result(verdict=Verdict.UNTOLD, reason="no such\nkernel")
     said = text.line(one, Look(120))
     assert said.split() == ["?", "share/kept", "pkvm/memfd", "cannot", "be", "told:", "no", "such", "kernel"]
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
-def test_lines_fit_and_keep_the_verdict(width):
+def test_lines_fit_and_keep_the_verdict(width: int) -> None:
     for one in REALISTIC.results:
         said = text.line(one, Look(width))
         assert len(said) <= width
         assert one.verdict.value in said
 
 
-def test_a_line_says_what_was_expected_instead():
+def test_a_line_says_what_was_expected_instead() -> None:
     one = result()
     assert "expected: crashed" in text.line(one, Look(120), {one.key: Verdict.CRASHED})
     assert "expected" not in text.line(one, Look(120), {one.key: Verdict.HOLDS})
@@ -104,17 +112,17 @@ def test_a_line_says_what_was_expected_instead():
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 
-def test_the_table_fits_eighty_columns():
+def test_the_table_fits_eighty_columns() -> None:
     assert max(map(len, text.table(REALISTIC, headings=samples.HEADINGS).splitlines())) <= 80
 
 
-def test_the_table_has_every_claim_once_in_the_order_of_the_run():
+def test_the_table_has_every_claim_once_in_the_order_of_the_run() -> None:
     lines = text.table(REALISTIC).splitlines()
     rows = [line.split()[0] for line in lines[: lines.index("")] if line.startswith("  ") and line[2] != " "]
     assert rows == [each.partition("/")[2] for each in samples.claim_ids()]
 
 
-def test_the_table_puts_each_verdict_under_its_place():
+def test_the_table_puts_each_verdict_under_its_place() -> None:
     lines = text.table(
         atlas(
             result("share/a", "pkvm", "memfd", Verdict.FAILS),
@@ -133,7 +141,7 @@ def test_the_table_puts_each_verdict_under_its_place():
     ]
 
 
-def test_where_names_do_not_fit_each_backing_has_a_letter_of_its_own():
+def test_where_names_do_not_fit_each_backing_has_a_letter_of_its_own() -> None:
     said = text.table(REALISTIC)
     assert "m memfd   t thp   h hugetlb   g guest_memfd   p private" in said
     assert "m memfd" not in text.table(REALISTIC, Look(160))
@@ -147,16 +155,16 @@ def test_where_names_do_not_fit_each_backing_has_a_letter_of_its_own():
     }
 
 
-def test_groups_have_their_headings():
+def test_groups_have_their_headings() -> None:
     assert "share  What a share and an unshare do" in text.table(REALISTIC, headings=samples.HEADINGS)
 
 
-def test_the_legend_counts():
+def test_the_legend_counts() -> None:
     found = atlas(result(), result("share/b", verdict=Verdict.FAILS), result("share/c"))
     assert text.legend(found) == "✓ 2 hold   ✗ 1 does not hold   ? 0 cannot be told   ! 0 crashed"
 
 
-def test_a_reason_is_told_once_with_how_often_it_was_given():
+def test_a_reason_is_told_once_with_how_often_it_was_given() -> None:
     many = [result(f"share/c{number}", verdict=Verdict.UNTOLD, reason="no pKVM") for number in range(9)]
     lines = text.table(atlas(*many, result("share/x", verdict=Verdict.UNTOLD, reason="other"))).splitlines()
     assert lines[-5:] == [
@@ -168,14 +176,14 @@ def test_a_reason_is_told_once_with_how_often_it_was_given():
     ]
 
 
-def test_claims_that_differ_in_their_places_are_named_with_them():
+def test_claims_that_differ_in_their_places_are_named_with_them() -> None:
     some = [result("share/a"), result("share/a", "none"), result("share/b")]
     assert wording.some(some) == "share/a (pkvm/memfd, none/memfd), share/b (pkvm/memfd)"
 
 
 @samples.arbitrary
 @given(EXPECTED)
-def test_what_is_not_as_expected_is_marked_and_listed(expected):
+def test_what_is_not_as_expected_is_marked_and_listed(expected: dict[tuple[str, str, str], Verdict]) -> None:
     said = text.table(REALISTIC, Look(120), expected)
     wrong = [one for one in REALISTIC.results if one.key in expected and expected[one.key] is not one.verdict]
     table, _, rest = said.partition("\n\n")
@@ -184,14 +192,14 @@ def test_what_is_not_as_expected_is_marked_and_listed(expected):
     assert ("each is as expected" in rest) == (bool(expected) and not wrong)
 
 
-def test_an_empty_atlas_is_no_trouble():
+def test_an_empty_atlas_is_no_trouble() -> None:
     assert "0 hold" in text.table(atlas())
 
 
 # ---- everything of one result ------------------------------------------------------------------------------------
 
 
-def test_details_tell_everything():
+def test_details_tell_everything() -> None:
     evidence = (Evidence("the page", "0x8100_0000"), Evidence("it faults", True, True), Evidence("kB locked", 8, 16))
     times = {"seconds": 0.25, "ticks": {"touch": 1234}}
     one = result(verdict=Verdict.FAILS, reason="why\nnot", evidence=evidence, times=times)
@@ -209,11 +217,11 @@ def test_details_tell_everything():
     ]
 
 
-def test_details_count_events():
+def test_details_count_events() -> None:
     assert "events  1 slot, " in text.details(next(one for one in REALISTIC.results if one.events))
 
 
-def test_details_fit_eighty_columns():
+def test_details_fit_eighty_columns() -> None:
     for one in REALISTIC.results:
         assert max(map(len, text.details(one).splitlines())) <= 80
 
@@ -222,22 +230,22 @@ def test_details_fit_eighty_columns():
 
 
 class Terminal(io.TextIOWrapper):
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize(("encoding", "ascii"), [("utf-8", False), ("UTF8", False), ("latin-1", True), ("ascii", True)])
-def test_only_a_utf8_stream_gets_more_than_ascii(encoding, ascii):
+def test_only_a_utf8_stream_gets_more_than_ascii(encoding: str, ascii: bool) -> None:
     assert Look.of(io.TextIOWrapper(io.BytesIO(), encoding)).ascii is ascii
 
 
-def test_a_terminal_gets_colours_and_its_own_width_and_a_file_neither(monkeypatch):
+def test_a_terminal_gets_colours_and_its_own_width_and_a_file_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "93")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert Look.of(Terminal(io.BytesIO(), "utf-8")) == Look(93, True, False)
     assert Look.of(io.TextIOWrapper(io.BytesIO(), "utf-8")) == Look(100, False, False)
 
 
-def test_whoever_wants_no_colours_gets_none(monkeypatch):
+def test_whoever_wants_no_colours_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert not Look.of(Terminal(io.BytesIO(), "utf-8")).colours

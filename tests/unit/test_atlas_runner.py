@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,16 +30,16 @@ DEADLINE = 20.0
 class NoGuest:
     """What an experiment needs of Experiment, without a guest: these tests are about processes."""
 
-    def __init__(self, *_place, **_options):
+    def __init__(self, *_place, **_options: Any) -> None:
         self.evidence, self.pictures, self.ticks = [], [], {}
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         pass
 
-    def check(self, what, saw, wanted=True):
+    def check(self, what, saw, wanted: bool = True) -> None:
         self.evidence.append(Evidence(what, saw, wanted))
 
     def events(self):
@@ -53,16 +55,16 @@ class NoGuest:
 
 
 @pytest.fixture(autouse=True)
-def no_guest(monkeypatch):
+def no_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "Experiment", NoGuest)
 
 
-def task(function) -> runner.Task:
+def task(function: Callable[..., Any]) -> runner.Task:
     place = Place(Protection.NONE, "memfd")
     return runner.Task(Claim("share/x", "share", "It is so.", "thread", (place,), function), place)
 
 
-def run(function, deadline=DEADLINE) -> Result:
+def run(function: Callable[..., Any], deadline: float = DEADLINE) -> Result:
     before = set(os.listdir("/proc/self/fd"))
     children: list[int] = []
     fork = os.fork
@@ -76,19 +78,19 @@ def run(function, deadline=DEADLINE) -> Result:
     return result
 
 
-def test_checks_decide_the_verdict():
+def test_checks_decide_the_verdict() -> None:
     assert run(lambda x: x.check("a", 1, 1)).verdict is Verdict.HOLDS
     failed = run(lambda x: (x.check("a", 1, 1), x.check("b", 2, 3)))
     assert failed.verdict is Verdict.FAILS
     assert failed.evidence == (Evidence("a", 1, 1), Evidence("b", 2, 3))
 
 
-def test_an_experiment_that_checks_nothing_tells_nothing():
+def test_an_experiment_that_checks_nothing_tells_nothing() -> None:
     assert run(lambda _x: None).verdict is Verdict.UNTOLD
 
 
-def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before():
-    def experiment(x):
+def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before() -> None:
+    def experiment(x) -> None:
         x.check("first", 1, 1)
         raise Untold("no huge pages here")
 
@@ -97,8 +99,8 @@ def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before():
     assert result.evidence == (Evidence("first", 1, 1),)
 
 
-def test_what_the_host_refuses_is_not_told_with_its_words():
-    def experiment(_x):
+def test_what_the_host_refuses_is_not_told_with_its_words() -> None:
+    def experiment(_x) -> None:
         raise HostError("KVM_CREATE_VM(type=0x80000000): EINVAL: this host is not pKVM")
 
     result = run(experiment)
@@ -106,7 +108,7 @@ def test_what_the_host_refuses_is_not_told_with_its_words():
     assert "EINVAL: this host is not pKVM" in result.reason
 
 
-def test_a_mistake_in_an_experiment_is_a_crash_that_names_the_line():
+def test_a_mistake_in_an_experiment_is_a_crash_that_names_the_line() -> None:
     result = run(lambda _x: 1 // 0)
     assert result.verdict is Verdict.CRASHED
     assert "ZeroDivisionError" in result.reason
@@ -114,14 +116,14 @@ def test_a_mistake_in_an_experiment_is_a_crash_that_names_the_line():
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL])
-def test_a_process_that_dies_has_that_for_its_verdict(number):
+def test_a_process_that_dies_has_that_for_its_verdict(number: signal.Signals) -> None:
     result = run(lambda _x: os.kill(os.getpid(), number))
     assert result.verdict is Verdict.CRASHED
     assert f"killed by {number.name}" in result.reason
 
 
-def test_last_words_are_kept():
-    def experiment(_x):
+def test_last_words_are_kept() -> None:
+    def experiment(_x) -> None:
         os.write(2, b"something terrible\n")
         os._exit(7)
 
@@ -130,10 +132,10 @@ def test_last_words_are_kept():
     assert result.reason == "the process exited with status 7; it said: something terrible"
 
 
-def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path):
+def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
 
-    def experiment(_x):
+    def experiment(_x) -> None:
         child = subprocess.Popen(["sleep", "1000"])
         pids.write_text(f"{os.getpid()} {child.pid}")
         time.sleep(1000)
@@ -145,10 +147,10 @@ def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path):
         assert _gone(int(pid))
 
 
-def test_what_a_successful_one_leaves_running_is_killed_too(tmp_path):
+def test_what_a_successful_one_leaves_running_is_killed_too(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
 
-    def experiment(x):
+    def experiment(x) -> None:
         pids.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
         x.check("done", True)
 
@@ -167,10 +169,10 @@ def _gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("ending", ["result", "crash"])
-def test_a_result_does_not_wait_for_what_the_process_left_behind(ending):
+def test_a_result_does_not_wait_for_what_the_process_left_behind(ending: str) -> None:
     """A forked process holds the pipe open: what counts is the experiment's own end."""
 
-    def experiment(x):
+    def experiment(x) -> None:
         if os.fork() == 0:
             time.sleep(1000)
         x.check("done", True)
@@ -184,8 +186,8 @@ def test_a_result_does_not_wait_for_what_the_process_left_behind(ending):
     assert time.monotonic() - begun < DEADLINE
 
 
-def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after():
-    def experiment(x):
+def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after() -> None:
+    def experiment(x) -> None:
         x.check("the host reads a private page", True, False)
         raise GuestSilent("OP_READ was not answered within 10 s")
 
@@ -196,19 +198,19 @@ def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after():
     )
 
 
-def test_what_the_system_refuses_an_experiment_is_not_told():
-    def experiment(_x):
+def test_what_the_system_refuses_an_experiment_is_not_told() -> None:
+    def experiment(_x) -> None:
         open("/nonexistent/file").close()
 
     assert run(experiment).verdict is Verdict.UNTOLD
 
 
-def test_an_interrupt_puts_settings_back_too(monkeypatch, tmp_path):
+def test_an_interrupt_puts_settings_back_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setting = tmp_path / "enabled"
     setting.write_text("never")
     monkeypatch.setattr(settings, "KNOWN", (str(setting),))
 
-    def interrupt(*_):
+    def interrupt(*_: float | runner.Task) -> None:
         setting.write_text("always")
         raise KeyboardInterrupt
 
@@ -218,20 +220,22 @@ def test_an_interrupt_puts_settings_back_too(monkeypatch, tmp_path):
     assert setting.read_text() == "never"
 
 
-def test_neighbours_of_a_crash_run_on():
-    def die(_x):
+def test_neighbours_of_a_crash_run_on() -> None:
+    def die(_x) -> None:
         os.abort()
 
     todo = [task(lambda x: x.check("a", True)), task(die), task(lambda x: x.check("b", True))]
     assert [result.verdict for result in runner.run(todo)] == [Verdict.HOLDS, Verdict.CRASHED, Verdict.HOLDS]
 
 
-def test_settings_that_a_killed_one_leaves_changed_are_put_back(monkeypatch, tmp_path):
+def test_settings_that_a_killed_one_leaves_changed_are_put_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     setting, other = tmp_path / "enabled", tmp_path / "none"
     setting.write_text("always [never] advise\n")
     monkeypatch.setattr(settings, "KNOWN", (str(setting), str(other)))
 
-    def die(_x):
+    def die(_x) -> None:
         settings.write(str(setting), "always")
         os.abort()
 
@@ -242,8 +246,8 @@ def test_settings_that_a_killed_one_leaves_changed_are_put_back(monkeypatch, tmp
         settings.write("/proc/sys/kernel/panic", "1")
 
 
-def test_a_long_result_comes_through_whole():
-    def experiment(x):
+def test_a_long_result_comes_through_whole() -> None:
+    def experiment(x) -> None:
         for number in range(20000):
             x.check(f"check {number}", number, number)
         x.pictures.append(Picture("all of it", [(0x8000_0000 + 4096 * n, 1, 2) for n in range(5000)]))

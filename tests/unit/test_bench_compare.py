@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from pyvmm.bench import compare as compared
 from pyvmm.bench.compare import compare
-from pyvmm.bench.model import BenchError
+from pyvmm.bench.model import BenchError, Run, Series
 from pyvmm.bench.significance import rank_sum, signed_ranks
 from pyvmm.reports.look import Look
 from tests.unit import bench_samples as samples
@@ -22,11 +23,11 @@ ONE = samples.series([1.0, 2.0, 3.0])
 STEADY = [100, 101, 99, 100.5, 99.5, 100.2, 99.8, 100.1, 99.9, 100.3, 99.7, 100.4]
 
 
-def times(factor, series, **changed):
+def times(factor: float, series: Series, **changed: Any) -> Series:
     return replace(series, values=tuple(value * factor for value in series.values), **changed)
 
 
-def only(comparison):
+def only(comparison: compared.Comparison) -> compared.Difference:
     (difference,) = comparison.differences
     return difference
 
@@ -35,25 +36,25 @@ def only(comparison):
 
 
 @pytest.mark.parametrize("name", compared.SAME)
-def test_runs_of_different_machines_and_clocks_are_refused_with_what_differs(name):
+def test_runs_of_different_machines_and_clocks_are_refused_with_what_differs(name: str) -> None:
     other = {**samples.ENVIRONMENT, name: "another"}
     with pytest.raises(BenchError, match=rf"not of the same {name} \(.* and 'another'\)"):
         compare(samples.run(ONE), samples.run(ONE, environment=other))
 
 
-def test_what_one_compares_may_differ_and_is_told():
+def test_what_one_compares_may_differ_and_is_told() -> None:
     other = {**samples.ENVIRONMENT, "kernel": "7.1.0", "mode": "nvhe", "pyvmm": "9.9"}
     found = compare(samples.run(ONE), samples.run(ONE, environment=other)).environment
     assert found == {"kernel": ("7.0.9-arm64", "7.1.0"), "mode": ("protected", "nvhe"), "pyvmm": ("0.1.0", "9.9")}
 
 
-def test_true_is_not_one():
+def test_true_is_not_one() -> None:
     environments = [{**samples.ENVIRONMENT, "emulated": value} for value in (True, 1)]
     with pytest.raises(BenchError, match="emulated"):
         compare(*(samples.run(ONE, environment=each) for each in environments))
 
 
-def test_series_are_matched_by_what_they_are_of():
+def test_series_are_matched_by_what_they_are_of() -> None:
     point = {"protection": "pkvm"}
     mine, theirs = replace(ONE, metric="mine"), replace(ONE, point=point)
     comparison = compare(samples.run(ONE, mine), samples.run(theirs, replace(ONE, unavailable="", notes={"a": 1})))
@@ -62,19 +63,19 @@ def test_series_are_matched_by_what_they_are_of():
     assert comparison.only_b == (theirs,)
 
 
-def test_a_series_without_values_is_in_one_run_only():
+def test_a_series_without_values_is_in_one_run_only() -> None:
     comparison = compare(
         samples.run(ONE, replace(ONE, case="exit")), samples.run(ONE, samples.series([], case="exit", unavailable="no"))
     )
     assert [series.case for series in comparison.only_a] == ["exit"]
 
 
-def test_nothing_in_common_is_refused():
+def test_nothing_in_common_is_refused() -> None:
     with pytest.raises(BenchError, match="no series in common"):
         compare(samples.run(ONE), samples.run(replace(ONE, case="exit")))
 
 
-def test_units_that_differ_are_refused():
+def test_units_that_differ_are_refused() -> None:
     with pytest.raises(BenchError, match="in ns, the other in bytes"):
         compare(samples.run(ONE), samples.run(replace(ONE, unit="bytes")))
 
@@ -86,7 +87,7 @@ def test_units_that_differ_are_refused():
     ("factor", "unit", "verdict"),
     [(1.05, "ns", "slower"), (0.95, "instructions", "faster"), (1.05, "bytes", "more"), (0.95, "count", "less")],
 )
-def test_a_difference_in_every_round_is_shown(factor, unit, verdict):
+def test_a_difference_in_every_round_is_shown(factor: float, unit: str, verdict: str) -> None:
     a = samples.per_round(STEADY, unit=unit)
     found = only(compare(samples.run(a), samples.run(times(factor, a))))
     assert (found.verdict, found.test, found.rounds) == (verdict, "paired", (12, 12))
@@ -96,13 +97,13 @@ def test_a_difference_in_every_round_is_shown(factor, unit, verdict):
     assert found.p == 2.0**-11
 
 
-def test_a_run_does_not_differ_from_itself():
+def test_a_run_does_not_differ_from_itself() -> None:
     comparison = compare(samples.run(samples.per_round(STEADY)), samples.run(samples.per_round(STEADY)))
     assert (only(comparison).verdict, only(comparison).p, only(comparison).ratio) == ("no difference shown", 1.0, 1.0)
     assert not comparison.differs
 
 
-def test_pairs_show_what_drifts_would_hide():
+def test_pairs_show_what_drifts_would_hide() -> None:
     drifting = [100 * 1.05**at for at in range(10)]
     a = samples.per_round(drifting, spread=0.001)
     b = samples.per_round([middle * 1.01 for middle in drifting], seed=2, spread=0.001)
@@ -113,15 +114,15 @@ def test_pairs_show_what_drifts_would_hide():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_few_rounds_do_not_tell_however_large_the_difference(count):
+def test_few_rounds_do_not_tell_however_large_the_difference(count: int) -> None:
     a = samples.per_round(STEADY[:count])
     found = only(compare(samples.run(a), samples.run(times(3, a))))
     assert (found.verdict, found.p, found.differs) == ("too few rounds to tell", None, False)
     assert found.ratio == pytest.approx(3)
 
 
-def test_many_series_take_more_rounds():
-    def runs(count):
+def test_many_series_take_more_rounds() -> None:
+    def runs(count: int) -> tuple[Run, Run]:
         a = [samples.per_round(STEADY[:8], point={"at": at}) for at in range(count)]
         return samples.run(*a), samples.run(*(times(1.5, each) for each in a))
 
@@ -131,7 +132,7 @@ def test_many_series_take_more_rounds():
     assert "takes 9 rounds" in compared.text(comparison)
 
 
-def test_correction_is_holms():
+def test_correction_is_holms() -> None:
     middles = [[100.0] * 10] * 3
     moves = [[1] * 10, [1] * 9 + [-0.1], [1, -1] * 5]
     a = [samples.series(some, point={"at": at}, rounds=[1] * 10) for at, some in enumerate(middles)]
@@ -141,14 +142,14 @@ def test_correction_is_holms():
     assert [each.corrected for each in found] == [3 * 2**-9, 2 * 2 * 2**-9, 1.0]
 
 
-def test_what_was_measured_again_into_the_same_file_is_more_rounds():
+def test_what_was_measured_again_into_the_same_file_is_more_rounds() -> None:
     parts = [samples.per_round(STEADY[at : at + 3], seed=at) for at in (0, 3, 6)]
     warm = [replace(part, values=(1e9, *part.values), rounds=(1, *part.rounds), warmup=1) for part in parts]
     found = only(compare(samples.run(*warm), samples.run(*(times(0.9, each) for each in warm))))
     assert (found.rounds, found.verdict) == ((9, 9), "faster")
 
 
-def test_values_without_rounds_are_taken_as_independent_and_that_is_said():
+def test_values_without_rounds_are_taken_as_independent_and_that_is_said() -> None:
     rng = np.random.default_rng(1)
     a, b = (samples.series(rng.normal(middle, 1, 80)) for middle in (100, 101))
     comparison = compare(samples.run(a), samples.run(b))
@@ -156,13 +157,13 @@ def test_values_without_rounds_are_taken_as_independent_and_that_is_said():
     assert "values taken as independent" in compared.text(comparison)
 
 
-def test_very_many_values_are_no_trouble():
+def test_very_many_values_are_no_trouble() -> None:
     rng = np.random.default_rng(1)
     a = samples.series(rng.integers(90, 110, 65_536).astype(float))
     assert only(compare(samples.run(a), samples.run(a))).verdict == "no difference shown"
 
 
-def test_a_median_of_zero_has_no_ratio_but_a_verdict():
+def test_a_median_of_zero_has_no_ratio_but_a_verdict() -> None:
     a, b = (samples.series([value] * 12, unit="count", rounds=[1] * 12) for value in (0.0, 1.0))
     found = only(compare(samples.run(a), samples.run(b)))
     assert (found.ratio, found.low, found.verdict) == (None, None, "more")
@@ -172,7 +173,7 @@ def test_a_median_of_zero_has_no_ratio_but_a_verdict():
 
 
 @pytest.mark.parametrize("n", [1, 6, 9])
-def test_signed_ranks_are_exact_with_ties(n):
+def test_signed_ranks_are_exact_with_ties(n: int) -> None:
     moved = np.random.default_rng(n).integers(-3, 5, n).astype(float)
     moved[moved == 0] = 1
     ranks = scipy_stats.rankdata(abs(moved))
@@ -183,7 +184,7 @@ def test_signed_ranks_are_exact_with_ties(n):
     assert signed_ranks(np.append(moved, [0.0, 0.0])) == pytest.approx(wanted)
 
 
-def test_rank_sum_is_exact_with_ties():
+def test_rank_sum_is_exact_with_ties() -> None:
     rng = np.random.default_rng(7)
     a, b = rng.integers(0, 4, 5).astype(float), rng.integers(1, 6, 6).astype(float)
     ranks = scipy_stats.rankdata(np.concatenate((a, b)))
@@ -193,7 +194,7 @@ def test_rank_sum_is_exact_with_ties():
     assert rank_sum(a, b) == pytest.approx(wanted)
 
 
-def test_both_are_scipys_where_there_are_no_ties():
+def test_both_are_scipys_where_there_are_no_ties() -> None:
     rng = np.random.default_rng(8)
     for n in (6, 20, 150):
         a, b = rng.normal(0, 1, n), rng.normal(0.3, 1, n)
@@ -202,7 +203,7 @@ def test_both_are_scipys_where_there_are_no_ties():
         assert rank_sum(a, b) == pytest.approx(scipy_stats.mannwhitneyu(a, b, method=exact).pvalue, rel=0.05)
 
 
-def test_of_equal_runs_few_are_taken_for_different():
+def test_of_equal_runs_few_are_taken_for_different() -> None:
     rng = np.random.default_rng(9)
     ps = [(signed_ranks(rng.normal(0, 1, 12)), rank_sum(*rng.normal(0, 1, (2, 8)))) for _ in range(300)]
     for p in zip(*ps, strict=True):
@@ -212,7 +213,7 @@ def test_of_equal_runs_few_are_taken_for_different():
 # ---- in words ----------------------------------------------------------------------------------------------------
 
 
-def test_the_table_says_what_differs_and_what_that_comes_to():
+def test_the_table_says_what_differs_and_what_that_comes_to() -> None:
     a = samples.per_round(STEADY)
     same = samples.per_round(STEADY, point={"protection": "pkvm"})
     other = {**samples.ENVIRONMENT, "kernel": "7.1.0"}
@@ -231,7 +232,7 @@ def test_the_table_says_what_differs_and_what_that_comes_to():
     assert compared.to_json(comparison)["series"][0]["verdict"] == "slower"
 
 
-def test_the_table_is_harmless_and_fits():
+def test_the_table_is_harmless_and_fits() -> None:
     a = samples.hostile()
     said = compared.text(compare(a, a), Look(80, ascii=True))
     assert said.isascii()

@@ -9,10 +9,12 @@ import re
 from base64 import b64decode, b64encode
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pyvmm.bench.model import BenchError
+from pyvmm.bench.model import BenchError, Run
 from pyvmm.bench.report import embedded, html
 from tests.unit import bench_samples as samples
 
@@ -33,24 +35,24 @@ OURS = {
 class Page(HTMLParser):
     """Parses a page, and fails where it is not well formed or holds what no report does."""
 
-    def __init__(self, source):
+    def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open, self.ids, self.links, self.scripts, self.words, self.styles = [], [], [], [], [], []
         self.feed(source)
         self.close()
         assert self.open == []
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
         self.seen(tag, dict(attrs))
         if tag not in VOID:
             self.open.append(tag)
         if tag == "script":
             self.scripts.append([dict(attrs), ""])
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
         self.seen(tag, dict(attrs))
 
-    def seen(self, tag, attrs):
+    def seen(self, tag: str, attrs: dict[str, str]) -> None:
         assert tag in OURS
         assert not [name for name in attrs if name.startswith("on") or name in ("src", "xlink:href")]
         self.ids += [attrs["id"]] if "id" in attrs else []
@@ -58,10 +60,10 @@ class Page(HTMLParser):
         words = ("title", "aria-label", "download")
         self.links += re.findall(r"url\(([^)]*)\)", " ".join(attrs[name] or "" for name in attrs if name not in words))
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if self.open[-1:] == ["script"]:
             self.scripts[-1][1] += data
         elif self.open[-1:] == ["style"]:
@@ -69,13 +71,13 @@ class Page(HTMLParser):
         else:
             self.words.append(data)
 
-    def handle_comment(self, data):
+    def handle_comment(self, data) -> None:
         # What matplotlib leaves between elements: a text once more, in which no comment can end.
         assert "--" not in data
         assert ">" not in data
 
     @property
-    def text(self):
+    def text(self) -> str:
         return " ".join("".join(self.words).split())
 
 
@@ -83,16 +85,16 @@ REALISTIC, HOSTILE = samples.realistic(24), samples.hostile()
 
 
 @pytest.fixture(scope="module")
-def source():
+def source() -> str:
     return html.render(REALISTIC)
 
 
 @pytest.fixture(scope="module")
-def hostile():
+def hostile() -> str:
     return html.render(HOSTILE)
 
 
-def small(**more):
+def small(**more: Any) -> Run:
     return samples.run(samples.series([1.0, 2.0, 3.0], **more))
 
 
@@ -100,7 +102,7 @@ def small(**more):
 
 
 @pytest.mark.parametrize("which", ["source", "hostile"])
-def test_a_page_is_sound_and_needs_nothing_else(which, request):
+def test_a_page_is_sound_and_needs_nothing_else(which: str, request: pytest.FixtureRequest) -> None:
     source = request.getfixturevalue(which)
     parsed = Page(source)
     assert source.isascii()
@@ -114,7 +116,7 @@ def test_a_page_is_sound_and_needs_nothing_else(which, request):
     assert parsed.scripts[1][1] == style.SCRIPT
 
 
-def test_hostile_texts_are_shown_as_they_are(hostile):
+def test_hostile_texts_are_shown_as_they_are(hostile: str) -> None:
     said = Page(hostile).text
     for text in samples.HOSTILE:
         if text.isprintable():
@@ -123,28 +125,28 @@ def test_hostile_texts_are_shown_as_they_are(hostile):
     assert "\\u202egnp.exe" in said
 
 
-def test_only_the_pages_own_script_may_run(source):
+def test_only_the_pages_own_script_may_run(source: str) -> None:
     digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)[1]
     assert policy.startswith("default-src 'none'; ")
     assert f"script-src 'sha256-{digest}';" in policy
 
 
-def test_colours_in_words_are_not_taken_for_colours():
+def test_colours_in_words_are_not_taken_for_colours() -> None:
     document = f'<svg viewBox="0 0 1 1"><text style="fill: {plot.INK}" id="a">{plot.INK} id="a"</text></svg>'
     inlined = plot.inline(document, "f1", "x")
     assert 'style="fill: var(--ink)"' in inlined
     assert f'>{plot.INK} id="a"</text>' in inlined
 
 
-def test_of_the_same_run_it_is_the_same_page():
+def test_of_the_same_run_it_is_the_same_page() -> None:
     assert html.render(small()) == html.render(small())
 
 
 # ---- what is on it -----------------------------------------------------------------------------------------------
 
 
-def test_everything_of_the_environment_is_told(source):
+def test_everything_of_the_environment_is_told(source: str) -> None:
     said = Page(source).text
     for name, value in samples.ENVIRONMENT.items():
         assert name in said
@@ -152,7 +154,7 @@ def test_everything_of_the_environment_is_told(source):
     assert "171.3" in said
 
 
-def test_what_is_emulated_is_said_above_at_every_table_and_in_every_figure(source):
+def test_what_is_emulated_is_said_above_at_every_table_and_in_every_figure(source: str) -> None:
     said = Page(source).text
     tables, figures = source.count('<table class="numbers">'), source.count("<figure>")
     assert figures > 20
@@ -160,15 +162,15 @@ def test_what_is_emulated_is_said_above_at_every_table_and_in_every_figure(sourc
     assert "relative only" not in Page(html.render(small_on_hardware())).text
 
 
-def small_on_hardware():
+def small_on_hardware() -> Run:
     return replace(small(), environment={**samples.ENVIRONMENT, "emulated": False})
 
 
-def test_what_is_not_available_is_told_with_the_reason(source):
+def test_what_is_not_available_is_told_with_the_reason(source: str) -> None:
     assert "not available: no EL2 trace: the kernel has no remotes/hypervisor" in Page(source).text
 
 
-def test_a_run_that_was_cut_off_says_so_and_an_empty_one_too():
+def test_a_run_that_was_cut_off_says_so_and_an_empty_one_too() -> None:
     said = Page(html.render(replace(samples.run(), end=None))).text
     assert "Cut off" in said
     assert "nothing was measured" in said
@@ -178,12 +180,12 @@ def test_a_run_that_was_cut_off_says_so_and_an_empty_one_too():
 
 
 @pytest.mark.parametrize("which", ["source", "hostile"])
-def test_the_results_can_be_read_back(which, request, tmp_path):
+def test_the_results_can_be_read_back(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(request.getfixturevalue(which))
     assert embedded.read_html(tmp_path / "a.html") == {"source": REALISTIC, "hostile": HOSTILE}[which]
 
 
-def test_long_results_are_deflated_and_read_back_all_the_same(tmp_path):
+def test_long_results_are_deflated_and_read_back_all_the_same(tmp_path: Path) -> None:
     long = samples.run(samples.series([float(at % 997) for at in range(300_000)]))
     element = embedded.element(long)
     assert len(element) < len(samples.text(long)) / 3
@@ -191,7 +193,7 @@ def test_long_results_are_deflated_and_read_back_all_the_same(tmp_path):
     assert embedded.read_html(tmp_path / "a.html") == long
 
 
-def packed(**data):
+def packed(**data: Any) -> str:
     return f'<script type="application/json" id="_data">{json.dumps(data)}</script>'
 
 
@@ -209,13 +211,13 @@ def packed(**data):
         ('<script type="application/json" id="_data">[]</script>', "damaged"),
     ],
 )
-def test_what_is_no_report_or_damaged_is_refused(text, why, tmp_path):
+def test_what_is_no_report_or_damaged_is_refused(text: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(text)
     with pytest.raises(BenchError, match=rf"a\.html.*{why}"):
         embedded.read_html(tmp_path / "a.html")
 
 
-def test_results_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
+def test_results_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "_SHORT", 0)
     (tmp_path / "a.html").write_text(embedded.element(small()))
     assert embedded.read_html(tmp_path / "a.html") == small()
@@ -224,7 +226,7 @@ def test_results_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
         embedded.read_html(tmp_path / "a.html")
 
 
-def test_a_file_that_is_none_is_named(tmp_path):
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"none\.html cannot be read: No such file"):
         embedded.read_html(tmp_path / "none.html")
     (tmp_path / "binary.html").write_bytes(b64decode("/////w=="))

@@ -8,7 +8,10 @@ import gzip
 import lzma
 import os
 import struct
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,11 +25,11 @@ from pyvmm.machine.fdt import Node, Tree
 from pyvmm.memory.address import MIB
 
 
-def identify(data, source, **more):
+def identify(data: bytes, source: str, **more: Any) -> BootImage:
     return boot.identify(Bytes(data), source, **more)
 
 
-def loaded(image):
+def loaded(image: BootImage) -> tuple[bytes, list[int], int, str]:
     """What loading an image writes, by gpa."""
     memory = Recorder()
     for part in image.segments:
@@ -37,7 +40,14 @@ def loaded(image):
 CODE = bytes(range(1, 65)) * 4
 
 
-def linux_image(size=4096, *, text_offset=0, image_size=None, flags=0b1010, code=0x91005A4D):
+def linux_image(
+    size: int = 4096,
+    *,
+    text_offset: int = 0,
+    image_size: int | None = None,
+    flags: int = 0b1010,
+    code: int = 0x91005A4D,
+) -> bytes:
     header = struct.pack(
         "<2I3Q24x4sI", code, 0x14000000, text_offset, size if image_size is None else image_size, flags, b"ARM\x64", 0
     )
@@ -46,14 +56,14 @@ def linux_image(size=4096, *, text_offset=0, image_size=None, flags=0b1010, code
 
 def elf(
     *,
-    machine=183,
-    kind=2,
-    elf_class=2,
-    order=1,
-    entry=0x8010_0000,
-    segments=((1, 0x8010_0000, CODE, 4096),),
-    vaddr=None,
-):
+    machine: int = 183,
+    kind: int = 2,
+    elf_class: int = 2,
+    order: int = 1,
+    entry: int = 0x8010_0000,
+    segments: tuple[tuple[int, int, bytes, int], ...] = ((1, 0x8010_0000, CODE, 4096),),
+    vaddr: int | None = None,
+) -> bytes:
     at = 64 + 56 * len(segments)
     mark = "<" if order == 1 else ">"
     heads, bodies = b"", b""
@@ -69,45 +79,45 @@ def elf(
 # ---- what it is and where it goes
 
 
-def test_a_flat_binary_goes_512_kib_into_memory_and_starts_at_its_first_byte():
+def test_a_flat_binary_goes_512_kib_into_memory_and_starts_at_its_first_byte() -> None:
     image = identify(CODE, "x.bin")
     assert (image.kind, image.pc) == ("flat", 0x8008_0000)
     assert [(part.gpa, part.data) for part in image.segments] == [(0x8008_0000, Bytes(CODE))]
 
 
-def test_an_image_goes_where_its_text_offset_says():
+def test_an_image_goes_where_its_text_offset_says() -> None:
     image = identify(linux_image(text_offset=0x8_0000), "Image")
     assert (image.kind, image.pc) == ("Image", 0x8008_0000)
     assert identify(linux_image(), "Image").pc == 0x8000_0000
 
 
-def test_an_images_bss_counts_as_memory_but_is_not_written():
+def test_an_images_bss_counts_as_memory_but_is_not_written() -> None:
     (part,) = identify(linux_image(4096, image_size=MIB), "Image").segments
     assert (part.size, part.data.size) == (MIB, 4096)
 
 
-def test_an_image_from_before_3_17_gets_the_offset_of_its_time():
+def test_an_image_from_before_3_17_gets_the_offset_of_its_time() -> None:
     assert identify(linux_image(image_size=0, text_offset=123), "Image").pc == 0x8008_0000
 
 
-def test_an_elf_goes_where_its_physical_addresses_say():
+def test_an_elf_goes_where_its_physical_addresses_say() -> None:
     data = elf(entry=0xFFFF_0010, vaddr=0xFFFF_0000)
     image = identify(data, "vmlinux")
     assert (image.kind, image.pc) == ("ELF", 0x8010_0010)
     assert [(part.gpa, part.size, part.data) for part in image.segments] == [(0x8010_0000, 4096, Bytes(CODE))]
 
 
-def test_an_elfs_notes_and_empty_segments_are_not_loaded():
+def test_an_elfs_notes_and_empty_segments_are_not_loaded() -> None:
     parts = ((1, 0x8010_0000, CODE, 4096), (4, 0, b"note", 4), (1, 0, b"", 0))
     assert len(identify(elf(segments=parts), "x").segments) == 1
 
 
 @pytest.mark.parametrize("inner", [linux_image(), CODE, elf()])
-def test_a_gzip_file_is_what_is_in_it(inner):
+def test_a_gzip_file_is_what_is_in_it(inner: bytes) -> None:
     assert loaded(identify(gzip.compress(inner), "x")) == loaded(identify(inner, "x"))
 
 
-def test_a_packed_image_is_unpacked_chunk_by_chunk_to_where_it_goes(monkeypatch):
+def test_a_packed_image_is_unpacked_chunk_by_chunk_to_where_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.machine.content.CHUNK", 700)
     data = linux_image(5000)[:64] + os.urandom(4936)
     memory = Recorder()
@@ -126,13 +136,13 @@ def test_a_packed_image_is_unpacked_chunk_by_chunk_to_where_it_goes(monkeypatch)
         (gzip.compress(linux_image(1 << 20, image_size=4096)), "unpacks to more than the 4096 bytes its header says"),
     ],
 )
-def test_a_packed_image_whose_rest_is_bad_is_refused_when_it_is_loaded(packed, why):
+def test_a_packed_image_whose_rest_is_bad_is_refused_when_it_is_loaded(packed: bytes, why: str) -> None:
     (part,) = identify(packed, "x").segments
     with pytest.raises(UsageError, match=why):
         part.data.load(Recorder(), part.gpa, part.size)
 
 
-def test_an_efi_zboot_of_gzip_is_what_is_in_it():
+def test_an_efi_zboot_of_gzip_is_what_is_in_it() -> None:
     payload = gzip.compress(linux_image())
     head = struct.pack("<4s4s2I8x32s", b"MZ\0\0", b"zimg", 64, len(payload), b"gzip").ljust(64, b"\0")
     assert loaded(identify(head + payload, "vmlinuz")) == loaded(identify(linux_image(), "vmlinuz"))
@@ -141,7 +151,7 @@ def test_an_efi_zboot_of_gzip_is_what_is_in_it():
 # ---- what is refused, and how
 
 
-def zboot(method=b"zstd", size=4):
+def zboot(method: bytes = b"zstd", size: int = 4) -> bytes:
     return struct.pack("<4s4s2I8x32s", b"MZ\0\0", b"zimg", 64, size, method).ljust(64, b"\0") + b"data"
 
 
@@ -177,7 +187,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("data", "why"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_bad_kernel_is_refused_with_the_reason(data, why):
+def test_a_bad_kernel_is_refused_with_the_reason(data: bytes, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
         identify(data, "k")
     assert "k" in caught.value.message
@@ -187,7 +197,7 @@ def test_a_bad_kernel_is_refused_with_the_reason(data, why):
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_no_damage_to_an_elf_gets_past_as_anything_but_a_clear_error(data):
+def test_no_damage_to_an_elf_gets_past_as_anything_but_a_clear_error(data: st.DataObject) -> None:
     bad = bytearray(elf())
     for _ in range(data.draw(st.integers(1, 4))):
         bad[data.draw(st.integers(4, 119))] = data.draw(st.integers(0, 255))
@@ -204,7 +214,7 @@ def test_no_damage_to_an_elf_gets_past_as_anything_but_a_clear_error(data):
 @given(
     st.binary(max_size=200), st.sampled_from([b"", b"MZ\0\0zimg", b"\x1f\x8b\x08", b"\x7fELF", bytes(56) + b"ARM\x64"])
 )
-def test_no_file_at_all_raises_anything_else(data, start):
+def test_no_file_at_all_raises_anything_else(data: bytes, start: bytes) -> None:
     try:
         identify(start + data, "k")
     except UsageError:
@@ -214,7 +224,7 @@ def test_no_file_at_all_raises_anything_else(data, start):
 # ---- files
 
 
-def test_a_file_is_read(tmp_path):
+def test_a_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(linux_image())
     (tmp_path / "initrd").write_bytes(b"cpio")
     image = read(str(tmp_path / "Image"), str(tmp_path / "initrd"))
@@ -223,14 +233,14 @@ def test_a_file_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("kernel", [linux_image(3 * 4096 + 5), elf(), CODE, gzip.compress(linux_image(9000))])
-def test_a_file_goes_straight_to_where_it_is_placed(tmp_path, kernel):
+def test_a_file_goes_straight_to_where_it_is_placed(tmp_path: Path, kernel: bytes) -> None:
     (tmp_path / "kernel").write_bytes(kernel)
     image = read(str(tmp_path / "kernel"))
     assert loaded(image) == loaded(identify(kernel, "x"))
     image.close()
 
 
-def test_a_file_that_becomes_shorter_before_it_is_loaded_is_refused(tmp_path):
+def test_a_file_that_becomes_shorter_before_it_is_loaded_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "initrd"
     path.write_bytes(bytes(9000))
     image = read("payload:hello", str(path))
@@ -240,7 +250,7 @@ def test_a_file_that_becomes_shorter_before_it_is_loaded_is_refused(tmp_path):
     image.close()
 
 
-def test_what_is_refused_leaves_no_file_open(tmp_path):
+def test_what_is_refused_leaves_no_file_open(tmp_path: Path) -> None:
     (tmp_path / "k").write_bytes(CODE)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(UsageError):
@@ -260,7 +270,9 @@ def test_what_is_refused_leaves_no_file_open(tmp_path):
     ],
     ids=["missing", "directory", "empty", "fifo", "link to itself"],
 )
-def test_a_path_that_is_no_file_is_refused_with_the_reason(tmp_path, which, make, why):
+def test_a_path_that_is_no_file_is_refused_with_the_reason(
+    tmp_path: Path, which: str, make: Callable[..., Any], why: str
+) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.write_bytes(CODE)
     make(bad)
@@ -272,7 +284,7 @@ def test_a_path_that_is_no_file_is_refused_with_the_reason(tmp_path, which, make
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_an_unreadable_file_is_refused(tmp_path):
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "k").write_bytes(CODE)
     (tmp_path / "k").chmod(0)
     with pytest.raises(UsageError, match="Permission denied"):
@@ -280,12 +292,12 @@ def test_an_unreadable_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["a\0b", "", "x" * 5000, "/dev/null/x"])
-def test_a_path_the_system_refuses_is_refused_in_words(path):
+def test_a_path_the_system_refuses_is_refused_in_words(path: str) -> None:
     with pytest.raises(UsageError, match=r"cannot be opened|no such file"):
         read(path)
 
 
-def test_a_payloads_name_without_its_prefix_is_recognised():
+def test_a_payloads_name_without_its_prefix_is_recognised() -> None:
     with pytest.raises(UsageError) as caught:
         read("hello")
     assert caught.value.hint == "did you mean the built-in payload:hello?"
@@ -294,14 +306,14 @@ def test_a_payloads_name_without_its_prefix_is_recognised():
     assert caught.value.hint is None
 
 
-def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path):
+def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(UsageError, match="1099511627776 bytes, but the guest only 67108864"):
         read(str(tmp_path / "huge"), room=64 * MIB)
 
 
-def test_a_gzip_file_that_unpacks_to_more_than_memory_is_refused_early():
+def test_a_gzip_file_that_unpacks_to_more_than_memory_is_refused_early() -> None:
     with pytest.raises(UsageError, match="unpacked, has 1048577 bytes, but the guest only 1048576"):
         identify(gzip.compress(bytes(64 * MIB)), "bomb", room=MIB)
 
@@ -309,16 +321,16 @@ def test_a_gzip_file_that_unpacks_to_more_than_memory_is_refused_early():
 # ---- placing
 
 
-def flat(size=256, initrd=None):
+def flat(size: int = 256, initrd: bytes | None = None) -> BootImage:
     ramdisk = None if initrd is None else Bytes(initrd)
     return BootImage("flat", "k", 0x8008_0000, (Segment("k", 0x8008_0000, size, Bytes(CODE)),), ramdisk)
 
 
-def ranges(parts):
+def ranges(parts: tuple[Segment, ...]) -> dict[str, tuple[int, int]]:
     return {part.what: (part.gpa, part.end) for part in parts}
 
 
-def test_the_device_tree_is_last_and_the_initrd_right_below_it():
+def test_the_device_tree_is_last_and_the_initrd_right_below_it() -> None:
     parts = plan(flat(initrd=b"x" * 5000), ram_size=64 * MIB)
     assert ranges(parts) == {
         "k": (0x8008_0000, 0x8008_0000 + len(CODE)),
@@ -328,7 +340,7 @@ def test_the_device_tree_is_last_and_the_initrd_right_below_it():
 
 
 @given(st.integers(layout.RAM_MINIMUM // 4096, 1 << 20), st.integers(1, 3 * MIB), st.integers(0, 3 * MIB))
-def test_what_is_planned_is_inside_memory_aligned_and_disjoint(ram_pages, kernel, initrd):
+def test_what_is_planned_is_inside_memory_aligned_and_disjoint(ram_pages: int, kernel: int, initrd: int) -> None:
     ram_size = ram_pages * 4096
     image = flat(kernel, bytes(initrd) if initrd else None)
     try:
@@ -347,7 +359,7 @@ def test_what_is_planned_is_inside_memory_aligned_and_disjoint(ram_pages, kernel
 
 
 @pytest.mark.parametrize("gib", [31, 33, 500])
-def test_an_initrd_is_no_further_from_its_kernel_than_linux_maps(gib):
+def test_an_initrd_is_no_further_from_its_kernel_than_linux_maps(gib: int) -> None:
     image = identify(linux_image(), "Image")._replace(initrd=Bytes(bytes(5000)))
     where = ranges(plan(image, ram_size=gib << 30))
     top = layout.RAM_BASE + (min(gib, 32) << 30)
@@ -361,7 +373,7 @@ def test_an_initrd_is_no_further_from_its_kernel_than_linux_maps(gib):
     assert caught.value.hint == "a kernel, its initrd and its device tree have to be within 32 GiB"
 
 
-def test_the_least_memory_there_may_be_takes_a_payload():
+def test_the_least_memory_there_may_be_takes_a_payload() -> None:
     plan(flat(MIB), ram_size=layout.RAM_MINIMUM)
     plan(flat(MIB), ram_size=64 * MIB, loadable=layout.PRIVATE_BOOT)
 
@@ -394,13 +406,13 @@ def test_the_least_memory_there_may_be_takes_a_payload():
         "elf in itself",
     ],
 )
-def test_what_overlaps_or_does_not_fit_is_refused_with_both_ranges(image, why):
+def test_what_overlaps_or_does_not_fit_is_refused_with_both_ranges(image: BootImage, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
         plan(image, ram_size=64 * MIB)
     assert caught.value.hint
 
 
-def test_a_payload_is_given_no_more_memory_than_it_reaches():
+def test_a_payload_is_given_no_more_memory_than_it_reaches() -> None:
     image = read("payload:hello")
     plan(image, ram_size=layout.PAYLOAD_LIMIT - layout.RAM_BASE)
     with pytest.raises(UsageError, match=r"522241 MiB .* no address from 0x80_0000_0000 on") as caught:
@@ -408,7 +420,7 @@ def test_a_payload_is_given_no_more_memory_than_it_reaches():
     assert caught.value.hint == "-m 522240M is the most for one"
 
 
-def test_the_hint_gives_memory_that_is_enough():
+def test_the_hint_gives_memory_that_is_enough() -> None:
     image = flat(65 * MIB, bytes(3 * MIB))
     with pytest.raises(UsageError) as caught:
         plan(image, ram_size=64 * MIB)
@@ -418,13 +430,13 @@ def test_the_hint_gives_memory_that_is_enough():
 
 
 class Recorder:
-    def __init__(self):
+    def __init__(self) -> None:
         self.writes = []
 
-    def write(self, gpa, data):
+    def write(self, gpa: int, data: bytes) -> None:
         self.writes.append((gpa, bytes(data)))
 
-    def load_file(self, gpa, fd, at, size):
+    def load_file(self, gpa: int, fd: int, at: int, size: int) -> int:
         data = os.pread(fd, size, at)
         self.writes.append((gpa, data))
         return len(data)
@@ -433,11 +445,11 @@ class Recorder:
 class Uart:
     name, node, compatible, clocks, size = "pl011", None, "arm,pl011", (), 0x1000
 
-    def properties(self):
+    def properties(self) -> dict[Any, Any]:
         return {}
 
 
-def test_each_part_is_written_once_and_the_device_tree_last():
+def test_each_part_is_written_once_and_the_device_tree_last() -> None:
     memory = Recorder()
     board = Board(cpus=2, command_line="a=1", devices=[(Uart(), 0x0900_0000, None)], entropy=bytes)
     entry = place(flat(initrd=b"cpio"), memory, board, ram_size=64 * MIB)
@@ -448,7 +460,7 @@ def test_each_part_is_written_once_and_the_device_tree_last():
     assert b"seed" not in entry.device_tree
 
 
-def test_linux_alone_is_given_entropy_and_a_run_without_it_repeats():
+def test_linux_alone_is_given_entropy_and_a_run_without_it_repeats() -> None:
     image = identify(linux_image(), "Image")
     entries = [
         place(image, Recorder(), Board(cpus=1, entropy=entropy), ram_size=64 * MIB)
@@ -463,7 +475,7 @@ def test_linux_alone_is_given_entropy_and_a_run_without_it_repeats():
         assert value in trees[1]
 
 
-def test_a_device_tree_from_a_file_is_loaded_as_it_is(tmp_path):
+def test_a_device_tree_from_a_file_is_loaded_as_it_is(tmp_path: Path) -> None:
     data = Tree(Node("", {"a": 1})).to_bytes()
     (tmp_path / "dtb").write_bytes(data + b"padding")
     tree = boot.read_tree(str(tmp_path / "dtb"))
@@ -488,26 +500,26 @@ TREE = Tree(Node("", {"a": 1})).to_bytes()
     ],
     ids=["source", "short", "truncated", "newer", "older", "damaged", "large"],
 )
-def test_a_file_that_is_no_device_tree_is_refused_with_the_reason(tmp_path, data, why):
+def test_a_file_that_is_no_device_tree_is_refused_with_the_reason(tmp_path: Path, data: bytes, why: str) -> None:
     (tmp_path / "dtb").write_bytes(data)
     with pytest.raises(UsageError, match=why) as caught:
         boot.read_tree(str(tmp_path / "dtb"))
     assert str(tmp_path / "dtb") in caught.value.message
 
 
-def test_a_command_line_too_long_for_the_device_tree_is_refused():
+def test_a_command_line_too_long_for_the_device_tree_is_refused() -> None:
     with pytest.raises(UsageError, match="2097152 is the most"):
         place(flat(), Recorder(), Board(cpus=1, command_line="x" * FDT_ROOM), ram_size=64 * MIB)
 
 
-def test_an_elf_reader_that_is_not_installed_is_named(monkeypatch):
+def test_an_elf_reader_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "elftools.elf.elffile", None)
     with pytest.raises(Exception, match="not installed") as caught:
         identify(elf(), "k")
     assert "pyelftools" in caught.value.hint
 
 
-def test_reading_a_flat_binary_does_not_load_the_elf_reader():
+def test_reading_a_flat_binary_does_not_load_the_elf_reader() -> None:
     import subprocess
     import sys
 
@@ -518,7 +530,7 @@ def test_reading_a_flat_binary_does_not_load_the_elf_reader():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_payload_takes_the_memory_it_needs_beyond_its_file():
+def test_a_payload_takes_the_memory_it_needs_beyond_its_file() -> None:
     from pyvmm import payloads
 
     image = read("payload:hello")
@@ -527,7 +539,7 @@ def test_a_payload_takes_the_memory_it_needs_beyond_its_file():
     assert part.size == payloads.memory_of("hello") >= part.data.size
 
 
-def test_an_unknown_payload_is_refused_with_the_names_there_are():
+def test_an_unknown_payload_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(UsageError, match="no payload 'helo'") as caught:
         read("payload:helo")
     assert "payload:hello" in str(caught.value)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -11,7 +12,9 @@ import signal
 import subprocess
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -29,11 +32,11 @@ from pyvmm.syntax.values import parse_memory, parse_seconds, parse_size
 X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts that are not arm64")
 
 
-def parse(*words):
+def parse(*words: str) -> argparse.Namespace:
     return cli.make_parser(words).parse_args(words)
 
 
-def execute(*words, **options):
+def execute(*words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "pyvmm", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
@@ -45,22 +48,22 @@ def execute(*words, **options):
     ("text", "size"),
     [("512", 512 << 20), ("512M", 512 << 20), ("1g", 1 << 30), ("64K", 64 << 10), ("4096b", 4096), ("2P", 2 << 50)],
 )
-def test_a_size_is_mib_unless_its_unit_says_otherwise(text, size):
+def test_a_size_is_mib_unless_its_unit_says_otherwise(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "1X", "1MB", "0x10", " 1", "1 ", "٣"])
-def test_what_is_no_size_is_refused(text):
+def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ArgumentTypeError):
         parse_size(text)
 
 
 @given(st.integers(0, 1 << 60), st.sampled_from("BKMGTP"))
-def test_every_size_is_its_number_times_its_unit(number, unit):
+def test_every_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
     assert parse_size(f"{number}{unit}") == number << 10 * "BKMGTP".index(unit)
 
 
-def test_memory_may_say_where_it_is():
+def test_memory_may_say_where_it_is() -> None:
     assert parse_memory("512M") == (512 << 20, None)
     assert parse_memory("1G@0x80000000") == (1 << 30, 0x8000_0000)
     for bad in ("1G@", "1G@x", "@0x80000000"):
@@ -69,7 +72,7 @@ def test_memory_may_say_where_it_is():
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", ""])
-def test_a_deadline_is_a_finite_time_to_come(text):
+def test_a_deadline_is_a_finite_time_to_come(text: str) -> None:
     with pytest.raises(ArgumentTypeError):
         parse_seconds(text)
 
@@ -77,7 +80,7 @@ def test_a_deadline_is_a_finite_time_to_come(text):
 # ---- run's options
 
 
-def test_runs_options_have_the_names_other_tools_use():
+def test_runs_options_have_the_names_other_tools_use() -> None:
     plain = parse("run", "k")
     assert (plain.kernel, plain.protection, plain.cpus, plain.mem, plain.params) == ("k", "none", 1, (None, None), [])
     for words in (["--protection", "pkvm"], ["--protected-vm"], ["--pkvm"]):
@@ -89,11 +92,11 @@ def test_runs_options_have_the_names_other_tools_use():
 
 
 @pytest.mark.parametrize("words", [[], ["--prefault"]])
-def test_prefaulting_is_asked_for(words):
+def test_prefaulting_is_asked_for(words: list[str]) -> None:
     assert run._config(parse("run", *words, "k"), "k").prefault is bool(words)
 
 
-def test_every_protection_and_policy_can_be_chosen():
+def test_every_protection_and_policy_can_be_chosen() -> None:
     for protection in Protection:
         assert parse("run", "--protection", protection.value, "k").protection == protection.value
     for policy in ConversionPolicy:
@@ -102,7 +105,7 @@ def test_every_protection_and_policy_can_be_chosen():
         assert parse("run", "--backing", backing, "k").backing == backing
 
 
-def test_a_bare_word_for_the_crash_payload_is_its_way():
+def test_a_bare_word_for_the_crash_payload_is_its_way() -> None:
     assert run.params("payload:crash", ["undefined"]) == ("way=undefined",)
     assert run.params("payload:crash", ["way=loop", "bytes=9"]) == ("way=loop", "bytes=9")
     assert run.params("Image", ["quiet"]) == ("quiet",)
@@ -126,39 +129,41 @@ def test_a_bare_word_for_the_crash_payload_is_its_way():
         ["-m", "1G", "run", "k"],
     ],
 )
-def test_a_wrong_command_line_exits_2_and_says_so_on_stderr(words, capsys):
+def test_a_wrong_command_line_exits_2_and_says_so_on_stderr(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "pyvmm" in err
 
 
-def test_lab_behind_the_verb_is_put_right(capsys):
+def test_lab_behind_the_verb_is_put_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--lab", "payload:hello"]) == 2
     assert "--lab goes before the verb: pyvmm --lab run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["doctor", "-h"], ["demo", "-h"], ["--version"]])
-def test_help_and_version_go_to_stdout_and_exit_0(words, capsys):
+def test_help_and_version_go_to_stdout_and_exit_0(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 0
     out, err = capsys.readouterr()
     assert out
     assert err == ""
 
 
-def test_help_names_every_verb_and_the_exit_statuses(capsys):
+def test_help_names_every_verb_and_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["--help"])
     out = capsys.readouterr().out
     assert all(f"  {verb} " in out for verb in cli.VERBS)
     assert "exit status" in out
 
 
-def test_the_version_is_the_packages(capsys):
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["--version"])
     assert capsys.readouterr().out == f"pyvmm {pyvmm.__version__}\n"
 
 
-def test_message_options_stand_before_or_behind_the_verb():
+def test_message_options_stand_before_or_behind_the_verb() -> None:
     assert parse("-v", "doctor").verbose == parse("doctor", "-v").verbose == 1
     assert parse("-v", "doctor", "-q").quiet == 1
     assert parse("-v", "doctor", "-q").verbose == 1
@@ -169,12 +174,12 @@ def test_message_options_stand_before_or_behind_the_verb():
 # ---- errors
 
 
-def verb_that(monkeypatch, action):
+def verb_that(monkeypatch: pytest.MonkeyPatch, action: Callable[..., Any]) -> None:
     monkeypatch.setattr("pyvmm.cli.doctor.main", lambda _args: action())
 
 
-def raising(error):
-    def raise_it():
+def raising(error: object) -> Callable[[], None]:
+    def raise_it() -> None:
         raise error
 
     return raise_it
@@ -188,20 +193,29 @@ def raising(error):
         (HostError("it failed", hint="try this"), 5),
     ],
 )
-def test_our_errors_are_a_message_a_hint_and_a_status(monkeypatch, capsys, error, status):
+def test_our_errors_are_a_message_a_hint_and_a_status(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: HostError | PyvmmError | UsageError,
+    status: int,
+) -> None:
     verb_that(monkeypatch, raising(error))
     assert cli.main(["doctor"]) == status
     assert capsys.readouterr().err == "pyvmm: it failed\n  hint: try this\n"
 
 
-def test_our_errors_are_an_event_where_events_are_json(monkeypatch, capsys):
+def test_our_errors_are_an_event_where_events_are_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     verb_that(monkeypatch, raising(HostError("no", hint="yes")))
     assert cli.main(["--log-json", "doctor"]) == 5
     event = json.loads(capsys.readouterr().err)
     assert (event["event"], event["error"], event["hint"]) == ("failed", "no", "yes")
 
 
-def test_an_unexpected_error_is_one_line_and_a_hint(monkeypatch, capsys):
+def test_an_unexpected_error_is_one_line_and_a_hint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     verb_that(monkeypatch, raising(ZeroDivisionError("division by zero")))
     assert cli.main(["doctor"]) == 1
     err = capsys.readouterr().err
@@ -209,7 +223,7 @@ def test_an_unexpected_error_is_one_line_and_a_hint(monkeypatch, capsys):
     assert err.count("\n") == 2
 
 
-def test_an_unexpected_error_shows_where_with_v(monkeypatch):
+def test_an_unexpected_error_shows_where_with_v(monkeypatch: pytest.MonkeyPatch) -> None:
     verb_that(monkeypatch, raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["-v", "doctor"])
@@ -219,13 +233,18 @@ def test_an_unexpected_error_shows_where_with_v(monkeypatch):
     ("error", "status"),
     [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM), 143), (Interrupted(signal.SIGINT), 130)],
 )
-def test_an_interruption_exits_with_128_and_the_signal(monkeypatch, capsys, error, status):
+def test_an_interruption_exits_with_128_and_the_signal(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Interrupted | KeyboardInterrupt,
+    status: int,
+) -> None:
     verb_that(monkeypatch, raising(error))
     assert cli.main(["doctor"]) == status
     assert capsys.readouterr().err == ""
 
 
-def test_a_reader_that_leaves_is_no_traceback():
+def test_a_reader_that_leaves_is_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as gone:
@@ -237,7 +256,7 @@ def test_a_reader_that_leaves_is_no_traceback():
 
 
 @X86
-def test_an_x86_host_asked_to_run_a_guest_says_use_the_lab():
+def test_an_x86_host_asked_to_run_a_guest_says_use_the_lab() -> None:
     done = execute("run", "--protection", "pkvm", "-p", "a b", "payload:hello")
     assert done.returncode == 5
     assert done.stdout == ""
@@ -248,7 +267,7 @@ def test_an_x86_host_asked_to_run_a_guest_says_use_the_lab():
     ]
 
 
-def test_closed_standard_files_do_not_lend_their_numbers_to_others(tmp_path):
+def test_closed_standard_files_do_not_lend_their_numbers_to_others(tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = f"exec {sys.executable} -m pyvmm doctor --json >{out} 0<&- 2>&-"
     done = subprocess.run(["sh", "-c", script], timeout=60, check=False)
@@ -259,33 +278,37 @@ def test_closed_standard_files_do_not_lend_their_numbers_to_others(tmp_path):
 # ---- the lab
 
 
-def test_lab_hands_the_verb_on_as_it_was_given(monkeypatch):
+def test_lab_hands_the_verb_on_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr("pyvmm.cli.lab.run_verb", lambda argv, _args: seen.append(argv) or 3)
     assert cli.main(["-v", "--lab", "run", "--protection", "pkvm", "payload:crash", "-p", "a b", "-q"]) == 3
     assert seen == [["-v", "-q", "run", "--protection", "pkvm", "payload:crash", "-p", "a b", "-q"]]
 
 
-def test_a_wrong_verb_line_is_refused_before_the_lab_starts(monkeypatch, capsys):
+def test_a_wrong_verb_line_is_refused_before_the_lab_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("pyvmm.cli.lab.run_verb", lambda *_: pytest.fail("the lab was started"))
     assert cli.main(["--lab", "run", "--backing", "floppy", "k"]) == 2
     assert "floppy" in capsys.readouterr().err
 
 
-def test_there_is_no_lab_in_the_lab(capsys):
+def test_there_is_no_lab_in_the_lab(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--lab", "lab", "status"]) == 2
     assert "hint: pyvmm lab status" in capsys.readouterr().err
 
 
-def test_the_module_runs_as_the_script_does():
+def test_the_module_runs_as_the_script_does() -> None:
     assert execute("--version").stdout == f"pyvmm {pyvmm.__version__}\n"
     assert Path(cli.__file__).with_name("run.py").exists()
 
 
 @pytest.mark.parametrize("columns", [None, "0", "-5", "wide", ""])
 @pytest.mark.parametrize(("terminal", "widest"), [(0, 80), (None, 80), (60, 60)])
-def test_help_fits_a_terminal_whatever_it_says_of_itself(monkeypatch, columns, terminal, widest):
-    def size():
+def test_help_fits_a_terminal_whatever_it_says_of_itself(
+    monkeypatch: pytest.MonkeyPatch, columns: str | None, terminal: int | None, widest: int
+) -> None:
+    def size() -> os.terminal_size:
         if terminal is None:
             raise OSError(errno.ENOTTY, "no terminal")
         return os.terminal_size((terminal, 24))

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,7 @@ STEADY = [100.0, 101, 99, 100.5, 99.5, 100.2, 99.8, 100.1]
 FEW = samples.run(samples.per_round(STEADY), samples.per_round(STEADY, metric="whole range"))
 
 
-def lines(run=FEW):
+def lines(run: model.Run = FEW) -> list[str]:
     """A run as it comes: each series with the line that says that its point is done."""
     found = []
     for line in samples.text(run).splitlines(keepends=True):
@@ -40,11 +42,11 @@ def lines(run=FEW):
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Have these lines said instead of measuring, and what is no line raised."""
     said = lines()
 
-    def measure(_plan, say, **_options):
+    def measure(_plan, say, **_options: Any) -> None:
         for each in said:
             if isinstance(each, BaseException):
                 raise each
@@ -55,7 +57,7 @@ def measured(monkeypatch):
     return said
 
 
-def told(capfd, *words, lab=()):
+def told(capfd: pytest.CaptureFixture[str], *words: Path | str, lab: tuple[str, ...] = ()) -> tuple[int, str, str]:
     status = cli.main([*lab, "bench", *map(str, words)])
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
@@ -63,7 +65,7 @@ def told(capfd, *words, lab=()):
     return status, out, err
 
 
-def write(path, *some):
+def write(path: Path, *some: str) -> Path:
     path.write_text("".join(some))
     return path
 
@@ -92,7 +94,14 @@ def write(path, *some):
     ],
 )
 @pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
-def test_what_makes_no_sense_is_said_before_anything_runs(words, why, hint, lab, capfd, monkeypatch):
+def test_what_makes_no_sense_is_said_before_anything_runs(
+    words: list[str],
+    why: str,
+    hint: str,
+    lab: tuple[str, ...],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("pyvmm.cli.lab.run_verb", None)
     status, out, err = told(capfd, *words, lab=lab)
     assert (status, out) == (2, "")
@@ -103,19 +112,19 @@ def test_what_makes_no_sense_is_said_before_anything_runs(words, why, hint, lab,
 
 
 @pytest.mark.parametrize("words", [["--turns", "0"], ["--deadline", "0"], ["--deadline", "soon"]])
-def test_values_that_are_none_are_usage_errors(words, capfd):
+def test_values_that_are_none_are_usage_errors(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert told(capfd, "fault", *words)[0] == 2
 
 
 @X86
-def test_on_a_host_that_is_not_arm64_the_lab_is_named(capfd):
+def test_on_a_host_that_is_not_arm64_the_lab_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     status, _, err = told(capfd, "fault", "--json", "x y")
     assert status == 5
     assert "pyvmm --lab bench fault --json 'x y'" in err
 
 
 @pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
-def test_the_list_names_cases_axes_and_values(capfd, lab):
+def test_the_list_names_cases_axes_and_values(capfd: pytest.CaptureFixture[str], lab: tuple[str, ...]) -> None:
     status, out, _ = told(capfd, "--list", lab=lab)
     assert status == 0
     assert "share: " in out
@@ -127,7 +136,13 @@ def test_the_list_names_cases_axes_and_values(capfd, lab):
 
 @pytest.mark.parametrize("option", ["--json", "--html"])
 @pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
-def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option, lab, capfd, monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+    option: str,
+    lab: tuple[str, ...],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
     monkeypatch.setattr("pyvmm.bench.collect.measure", None)
     monkeypatch.setattr("pyvmm.cli.lab.run_verb", None)
@@ -139,7 +154,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option, lab,
 # -- measuring
 
 
-def test_everything_asked_for_is_there(measured, capfd, tmp_path):
+def test_everything_asked_for_is_there(measured: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, err = told(
         capfd, "fault", "--json", tmp_path / "a.jsonl", "--html", tmp_path / "a.html", "--figures", tmp_path / "f"
     )
@@ -154,7 +169,7 @@ def test_everything_asked_for_is_there(measured, capfd, tmp_path):
         assert told(capfd, "report", tmp_path / source)[:2] == (0, out)
 
 
-def test_where_a_point_crashed_the_status_is_1(measured, capfd):
+def test_where_a_point_crashed_the_status_is_1(measured: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     crashed = samples.series([], unavailable="the process was killed by SIGSEGV", notes={"crashed": True})
     measured[-1:] = [model.line(crashed)]
     status, out, _ = told(capfd, "fault")
@@ -162,7 +177,7 @@ def test_where_a_point_crashed_the_status_is_1(measured, capfd):
     assert "killed by SIGSEGV" in out
 
 
-def test_a_full_disk_costs_the_file_only_and_is_told(measured, capfd):
+def test_a_full_disk_costs_the_file_only_and_is_told(measured: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     status, out, err = told(capfd, "fault", "--json", "/dev/full")
     assert measured
     assert status == 1
@@ -177,7 +192,14 @@ def test_a_full_disk_costs_the_file_only_and_is_told(measured, capfd):
         (PyvmmError("the lab ended", hint="look at its console"), 1, "pyvmm: the lab ended\n  hint: look"),
     ],
 )
-def test_cut_short_it_reports_what_there_is_and_says_why(end, status, words, measured, capfd, tmp_path):
+def test_cut_short_it_reports_what_there_is_and_says_why(
+    end: KeyboardInterrupt | PyvmmError,
+    status: int,
+    words: str,
+    measured: list[str],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
     measured[3:] = [end]
     found, out, err = told(capfd, "fault", "--json", tmp_path / "a.jsonl", "--html", tmp_path / "a.html")
     assert found == status
@@ -190,10 +212,12 @@ def test_cut_short_it_reports_what_there_is_and_says_why(end, status, words, mea
 
 
 @pytest.mark.parametrize("words", [[], ["--collect"]], ids=["here", "in the lab"])
-def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(words, capfd, monkeypatch):
+def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(
+    words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     way_out = []
 
-    def measure(_plan, say, **_options):
+    def measure(_plan, say, **_options: Any) -> None:
         for each in lines()[:3]:
             say(each)
         try:
@@ -218,13 +242,15 @@ def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(words, capfd,
     assert "whole range" not in out
 
 
-def test_cut_short_before_anything_came_there_is_nothing_to_report(measured, capfd):
+def test_cut_short_before_anything_came_there_is_nothing_to_report(
+    measured: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     for rest in (1, 0):
         measured[rest:] = [KeyboardInterrupt()]
         assert told(capfd, "fault") == (130, "", "")
 
 
-def sides(differ=1.5, turns=8, b_turns=None):
+def sides(differ: float = 1.5, turns: int = 8, b_turns: int | None = None) -> model.Run:
     """A run by turns, the second side slower."""
     found = []
     for turn in range(turns):
@@ -236,7 +262,7 @@ def sides(differ=1.5, turns=8, b_turns=None):
     return replace(samples.run(*found), asked={"versus": ["state", "mapped"]})
 
 
-def test_measured_by_turns_it_compares(measured, capfd, tmp_path):
+def test_measured_by_turns_it_compares(measured: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     measured[:] = lines(sides())
     status, out, _ = told(capfd, "fault", "--versus", "state=mapped", "--json", tmp_path / "a.jsonl")
     assert status == 0
@@ -250,7 +276,9 @@ def test_measured_by_turns_it_compares(measured, capfd, tmp_path):
     assert "unpaired" not in out
 
 
-def test_by_turns_cut_short_before_the_second_side_the_reason_is_what_is_told(measured, capfd):
+def test_by_turns_cut_short_before_the_second_side_the_reason_is_what_is_told(
+    measured: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     measured[:] = [*lines(sides(turns=1, b_turns=0)), KeyboardInterrupt()]
     assert told(capfd, "fault", "--versus", "state=mapped")[0] == 130
 
@@ -259,7 +287,7 @@ def test_by_turns_cut_short_before_the_second_side_the_reason_is_what_is_told(me
 
 
 @pytest.fixture
-def lab(monkeypatch):
+def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stand in for a lab: what it says comes in pieces of a size, and then its end."""
 
     class Lab(argparse.Namespace):
@@ -267,7 +295,15 @@ def lab(monkeypatch):
 
     stand_in = Lab()
 
-    def run_verb(argv, _args, *, outputs, stdout, visible, env):
+    def run_verb(
+        argv: list[str],
+        _args: argparse.Namespace,
+        *,
+        outputs: tuple[Any, ...],
+        stdout: verb.Lines,
+        visible: tuple[Any, ...],
+        env,
+    ) -> int:
         stand_in.seen = (argv, outputs, visible, env)
         for at in range(0, len(stand_in.text), stand_in.size):
             stdout(stand_in.text[at : at + stand_in.size])
@@ -278,7 +314,9 @@ def lab(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 7, 4096, 1 << 20])
-def test_the_lab_measures_and_the_report_is_made_here(lab, size, capfd, tmp_path):
+def test_the_lab_measures_and_the_report_is_made_here(
+    lab: Any, size: int, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     lab.size = size
     file = tmp_path / "a.jsonl"
     status, out, err = told(capfd, "fault", "--quick", "--json", file, lab=("-v", "--lab"))
@@ -290,7 +328,9 @@ def test_the_lab_measures_and_the_report_is_made_here(lab, size, capfd, tmp_path
     assert (outputs, visible, env) == ((), (), None)
 
 
-def test_a_lab_that_ends_in_the_middle_of_a_line_leaves_what_was_whole(lab, capfd, tmp_path):
+def test_a_lab_that_ends_in_the_middle_of_a_line_leaves_what_was_whole(
+    lab: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     whole = "".join(lines()[:3]).encode()
     lab.text, lab.status = whole + lines()[3].encode()[:-20], 1
     status, out, _ = told(capfd, "fault", "--json", tmp_path / "a.jsonl", lab=("--lab",))
@@ -299,7 +339,7 @@ def test_a_lab_that_ends_in_the_middle_of_a_line_leaves_what_was_whole(lab, capf
     assert (tmp_path / "a.jsonl").read_bytes() == whole
 
 
-def test_a_lab_that_says_nothing_hands_on_its_status(lab, capfd):
+def test_a_lab_that_says_nothing_hands_on_its_status(lab: Any, capfd: pytest.CaptureFixture[str]) -> None:
     lab.text, lab.status = b"", 5
     assert told(capfd, "fault", lab=("--lab",)) == (5, "", "")
 
@@ -308,14 +348,16 @@ def test_a_lab_that_says_nothing_hands_on_its_status(lab, capfd):
 
 
 @pytest.fixture
-def no_numpy(monkeypatch):
+def no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "numpy" else find(name, *rest))
 
 
 @pytest.mark.usefixtures("no_numpy", "measured")
 @pytest.mark.parametrize("words", [["fault"], ["compare", "a"], ["report", "a"], ["--json", "a", "--html", "b"]])
-def test_without_numpy_it_says_what_to_install_before_it_measures(words, capfd, monkeypatch, tmp_path):
+def test_without_numpy_it_says_what_to_install_before_it_measures(
+    words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, err = told(capfd, *words)
     assert (status, out) == (5, "")
@@ -324,7 +366,9 @@ def test_without_numpy_it_says_what_to_install_before_it_measures(words, capfd, 
 
 
 @pytest.mark.usefixtures("no_numpy")
-def test_without_numpy_raw_results_are_kept_all_the_same(measured, capfd, tmp_path):
+def test_without_numpy_raw_results_are_kept_all_the_same(
+    measured: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     status, out, err = told(capfd, "fault", "--json", tmp_path / "a.jsonl")
     assert (status, out) == (0, "")
     assert "there is no table: statistics and reports need numpy" in err
@@ -332,7 +376,9 @@ def test_without_numpy_raw_results_are_kept_all_the_same(measured, capfd, tmp_pa
 
 
 @pytest.mark.usefixtures("no_numpy")
-def test_where_only_lines_are_collected_numpy_is_not_asked_for(measured, capfd):
+def test_where_only_lines_are_collected_numpy_is_not_asked_for(
+    measured: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert told(capfd, "fault", "--collect") == (0, "".join(measured), "")
 
 
@@ -351,7 +397,9 @@ def test_where_only_lines_are_collected_numpy_is_not_asked_for(measured, capfd):
         ("".join(lines()).replace('"values":[', '"values":', 1), "line 2 is not of a benchmark's results"),
     ],
 )
-def test_a_file_that_is_no_results_or_damaged_is_refused_by_name(words, text, why, capfd, tmp_path):
+def test_a_file_that_is_no_results_or_damaged_is_refused_by_name(
+    words: list[str], text: str | None, why: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = tmp_path / "a.jsonl"
     if text is not None:
         file.write_text(text)
@@ -362,7 +410,9 @@ def test_a_file_that_is_no_results_or_damaged_is_refused_by_name(words, text, wh
 
 
 @pytest.mark.parametrize("subverb", ["report", "compare"])
-def test_values_that_are_no_numbers_are_refused_by_the_series_name(subverb, capfd, tmp_path):
+def test_values_that_are_no_numbers_are_refused_by_the_series_name(
+    subverb: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = write(tmp_path / "a", samples.text(samples.run(samples.series([1.0, "x"]))))
     status, out, err = told(capfd, subverb, *[file] * (2 if subverb == "compare" else 1))
     assert status in (1, 2)
@@ -370,7 +420,7 @@ def test_values_that_are_no_numbers_are_refused_by_the_series_name(subverb, capf
     assert "fault, touch" in err
 
 
-def test_a_file_cut_off_in_its_last_line_is_good_up_to_there(capfd, tmp_path):
+def test_a_file_cut_off_in_its_last_line_is_good_up_to_there(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", "".join(lines())[:-300])
     status, out, _ = told(capfd, "report", file)
     assert status == 0
@@ -378,7 +428,7 @@ def test_a_file_cut_off_in_its_last_line_is_good_up_to_there(capfd, tmp_path):
     assert "whole range" not in out
 
 
-def test_compare_tells_same_from_different_by_its_status(capfd, tmp_path):
+def test_compare_tells_same_from_different_by_its_status(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     slower = [replace(each, values=tuple(2 * value for value in each.values)) for each in FEW.series]
     one, other = (write(tmp_path / name, samples.text(run)) for name, run in (("a", FEW), ("b", samples.run(*slower))))
     assert told(capfd, "compare", one, one)[0] == 0
@@ -395,7 +445,12 @@ def test_compare_tells_same_from_different_by_its_status(capfd, tmp_path):
         ({"series": (replace(FEW.series[0], case="exit"),)}, "no series in common"),
     ],
 )
-def test_runs_that_cannot_be_compared_are_a_status_of_their_own(changed, why, capfd, tmp_path):
+def test_runs_that_cannot_be_compared_are_a_status_of_their_own(
+    changed: dict[str, dict[str, int | str] | tuple[model.Series]],
+    why: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
     one = write(tmp_path / "a", samples.text(FEW))
     other = write(tmp_path / "b", samples.text(replace(FEW, **changed)))
     status, out, err = told(capfd, "compare", one, other)
@@ -406,7 +461,7 @@ def test_runs_that_cannot_be_compared_are_a_status_of_their_own(changed, why, ca
     assert "this run has one side only" in err
 
 
-def test_a_command_line_is_parsed_without_anything_heavy():
+def test_a_command_line_is_parsed_without_anything_heavy() -> None:
     code = (
         "import sys; from pyvmm.cli import make_parser;"
         "words = ['bench', 'fault', '--axis', 'cpus=1']; make_parser(words).parse_args(words);"

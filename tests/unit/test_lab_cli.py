@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from pyvmm import cli, lab, plugins
 from pyvmm.errors import HostError
 from pyvmm.lab import image, needs
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
+from pyvmm.lab.qemu import LabOptions
 from pyvmm.labenv import IN_LAB
 from pyvmm.syntax.paths import OutputPath, find_outputs, output_behind
 from tests.unit.installed import X86, install
@@ -23,29 +27,29 @@ class FakeLab:
     booted: dict[str, object]
     kernel: str
 
-    def __init__(self, options, **how):
+    def __init__(self, options: LabOptions, **how: Any) -> None:
         type(self).booted = {"options": options, **how}
 
-    def __enter__(self):
+    def __enter__(self) -> FakeLab:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         pass
 
-    def run(self, command, **how):
+    def run(self, command: list[str], **how: Any) -> int:
         self.booted |= {"command": command, **how}
         return 42
 
 
 @pytest.fixture
-def booted(monkeypatch, tmp_path):
+def booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     """Give what a fake lab was asked, once it was."""
     made = Image(tmp_path, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {}))
     monkeypatch.setattr(lab, "Lab", FakeLab)
     monkeypatch.setattr(needs, "require", lambda **_: None)
     monkeypatch.delenv(IN_LAB, raising=False)
 
-    def usable(kernel, **_):
+    def usable(kernel: str, **_: bool) -> Image:
         FakeLab.kernel = kernel
         return made
 
@@ -54,20 +58,20 @@ def booted(monkeypatch, tmp_path):
     return lambda: FakeLab.booted
 
 
-def test_exec_hands_on_the_command_untouched_and_gives_its_status(booted):
+def test_exec_hands_on_the_command_untouched_and_gives_its_status(booted: Callable[..., Any]) -> None:
     assert cli.main(["lab", "exec", "--", "sh", "-c", "exit 42", "--mode", "x"]) == 42
     assert booted()["command"] == ["sh", "-c", "exit 42", "--mode", "x"]
     assert booted()["is_tty"] is False
 
 
-def test_a_verb_becomes_python_in_the_lab_and_its_files_visible(booted):
+def test_a_verb_becomes_python_in_the_lab_and_its_files_visible(booted: Callable[..., Any]) -> None:
     assert cli.main(["--lab", "run", "--protection", "pkvm", "some/Image", "-p", "a b"]) == 42
     verb = ["run", "--protection", "pkvm", "some/Image", "-p", "a b"]
     assert booted()["command"] == ["python3", "-P", "-m", "pyvmm", *verb]
     assert "some/Image" in booted()["arguments"]
 
 
-def test_lab_run_is_the_same_as_lab_before_the_verb(booted):
+def test_lab_run_is_the_same_as_lab_before_the_verb(booted: Callable[..., Any]) -> None:
     cli.main(["--lab", "run", "payload:hello"])
     before = booted()["command"]
     cli.main(["lab", "run", "run", "payload:hello"])
@@ -75,25 +79,29 @@ def test_lab_run_is_the_same_as_lab_before_the_verb(booted):
 
 
 @pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
-def test_files_that_a_verb_writes_are_known_to_the_lab(booted, tmp_path, before):
+def test_files_that_a_verb_writes_are_known_to_the_lab(
+    booted: Callable[..., Any], tmp_path: Path, before: list[str]
+) -> None:
     dtb, log = str(tmp_path / "a b,c=d"), str(tmp_path / "serial")
     assert cli.main([*before, "run", "--dump-dtb", dtb, "--serial", f"file={log}", "payload:hello"]) == 42
     assert sorted(booted()["outputs"]) == [dtb, log]
 
 
-def test_a_disk_that_is_not_read_only_is_written(booted):
+def test_a_disk_that_is_not_read_only_is_written(booted: Callable[..., Any]) -> None:
     assert cli.main(["--lab", "run", "-d", "a.img", "--disk", "b.img,ro", "-d", "path=c.img", "payload:hello"]) == 42
     assert booted()["outputs"] == ["a.img", "c.img"]
 
 
 @pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
-def test_a_file_that_cannot_be_written_is_said_before_anything_boots(booted, before, capsys):
+def test_a_file_that_cannot_be_written_is_said_before_anything_boots(
+    booted: Callable[..., Any], before: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main([*before, "run", "--dump-dtb", "/no/such/place/dtb", "payload:hello"]) == 2
     assert booted() == {}
     assert "/no/such/place does not exist" in capsys.readouterr().err
 
 
-def test_outputs_are_found_wherever_a_command_line_has_them():
+def test_outputs_are_found_wherever_a_command_line_has_them() -> None:
     given = Namespace(
         a=OutputPath("x"), b=["y", OutputPath("z")], c=(output_behind("file")("file=u=v"),), d="w", e=None
     )
@@ -102,7 +110,7 @@ def test_outputs_are_found_wherever_a_command_line_has_them():
 
 
 @pytest.mark.parametrize("words", [["run", "--nonsense"], ["--lab", "run", "x"], ["lab", "status"], ["--help"]])
-def test_what_lab_run_cannot_run_is_said_here(booted, words):
+def test_what_lab_run_cannot_run_is_said_here(booted: Callable[..., Any], words: list[str]) -> None:
     assert cli.main(["lab", "run", *words]) == (0 if words == ["--help"] else 2)
     assert booted() == {}
 
@@ -114,7 +122,7 @@ def test_what_lab_run_cannot_run_is_said_here(booted, words):
         ["lab", "exec", "--mode", "nvhe", "--icount", "--mem", "1G", "true"],
     ],
 )
-def test_options_say_what_machine_the_lab_is(booted, words):
+def test_options_say_what_machine_the_lab_is(booted: Callable[..., Any], words: list[str]) -> None:
     cli.main(words)
     options = booted()["options"]
     assert (options.mode, options.icount, options.cpus, options.memory) == ("nvhe", True, 1, 1024)
@@ -132,7 +140,7 @@ def test_options_say_what_machine_the_lab_is(booted, words):
         (["lab", "shell"], "backports"),
     ],
 )
-def test_the_hosts_kernel_is_chosen_before_the_verb(booted, words, kernel):
+def test_the_hosts_kernel_is_chosen_before_the_verb(booted: Callable[..., Any], words: list[str], kernel: str) -> None:
     assert cli.main(words) == 42
     assert FakeLab.kernel == kernel
     assert not {"--host-kernel", kernel} & set(booted()["command"])
@@ -147,20 +155,24 @@ def test_the_hosts_kernel_is_chosen_before_the_verb(booted, words, kernel):
         (["lab", "run", "--mode", "vhe", "--", "--lab-cpus", "1", "run", "x"], "pyvmm --lab --lab-cpus ... run ..."),
     ],
 )
-def test_options_of_a_lab_nobody_asked_for_are_refused(booted, capsys, words, hint):
+def test_options_of_a_lab_nobody_asked_for_are_refused(
+    booted: Callable[..., Any], capsys: pytest.CaptureFixture[str], words: list[str], hint: str
+) -> None:
     assert cli.main(words) == 2
     assert booted() == {}
     assert f"hint: {hint}\n" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("booted")
-def test_building_says_which_kernel_it_is(capsys):
+def test_building_says_which_kernel_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["lab", "build", "--host-kernel", "stable"]) == 0
     assert capsys.readouterr().out.startswith("9.9, built 2026")
     assert FakeLab.kernel == "stable"
 
 
-def test_an_unknown_kernel_is_a_usage_error_before_anything_is_built(monkeypatch, tmp_path, capsys):
+def test_an_unknown_kernel_is_a_usage_error_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(needs, "require", lambda **_: None)
     monkeypatch.delenv(IN_LAB, raising=False)
@@ -168,7 +180,9 @@ def test_an_unknown_kernel_is_a_usage_error_before_anything_is_built(monkeypatch
     assert "hint: stable" in capsys.readouterr().err
 
 
-def test_a_verb_in_the_lab_that_turns_to_the_lab_says_why_that_is_none(monkeypatch, capsys):
+def test_a_verb_in_the_lab_that_turns_to_the_lab_says_why_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv(IN_LAB, "1")
     assert cli.main(["lab", "exec", "true"]) == 5
     assert "does not run protected guests" in capsys.readouterr().err
@@ -184,13 +198,15 @@ def test_a_verb_in_the_lab_that_turns_to_the_lab_says_why_that_is_none(monkeypat
         (["lab", "exec", "-t", "true"], 2),
     ],
 )
-def test_what_makes_no_sense_is_a_usage_error(booted, words, status, monkeypatch):
+def test_what_makes_no_sense_is_a_usage_error(
+    booted: Callable[..., Any], words: list[str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.isatty", lambda _fd: False)
     assert cli.main(words) == status
     assert booted() == {}
 
 
-def test_everything_that_is_missing_is_named_at_once(monkeypatch, tmp_path):
+def test_everything_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "apt-get").touch(mode=0o755)
     with pytest.raises(HostError) as caught:
@@ -200,13 +216,17 @@ def test_everything_that_is_missing_is_named_at_once(monkeypatch, tmp_path):
     assert "qemu-system-arm util-linux dpkg" in (caught.value.hint or "")
 
 
-def test_a_machine_without_apt_is_told_that_no_package_will_help(monkeypatch, tmp_path):
+def test_a_machine_without_apt_is_told_that_no_package_will_help(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="no apt"):
         needs.require(building=True)
 
 
-def test_status_without_an_image_says_so(capsys, monkeypatch, tmp_path):
+def test_status_without_an_image_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cli.main(["lab", "status"])
     assert "none yet" in capsys.readouterr().out
@@ -220,7 +240,9 @@ def adopt(cache: Cache, kernel: str, recipe: str | None = None) -> None:
         cache.adopt(scratch, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", recipe, [], files), kernel)
 
 
-def test_status_for_machines_tells_the_image(capsys, monkeypatch, tmp_path):
+def test_status_for_machines_tells_the_image(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(needs, "needs", list)
     adopt(Cache(), "backports")
@@ -234,7 +256,9 @@ def test_status_for_machines_tells_the_image(capsys, monkeypatch, tmp_path):
     }
 
 
-def test_status_shows_every_image_there_is(capsys, monkeypatch, tmp_path):
+def test_status_shows_every_image_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     adopt(Cache(), "stable")
     adopt(Cache(), "unstable", recipe="of another version")

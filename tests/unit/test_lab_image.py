@@ -11,7 +11,9 @@ import random
 import shutil
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +42,7 @@ def read_cpio(data: bytes) -> dict[str, tuple[int, bytes]]:
     return entries
 
 
-def test_cpio_holds_what_was_written_with_parents_first():
+def test_cpio_holds_what_was_written_with_parents_first() -> None:
     out = io.BytesIO()
     cpio = CpioWriter(out)
     cpio.file("/a/b/file", b"12345", mode=0o755)
@@ -54,7 +56,7 @@ def test_cpio_holds_what_was_written_with_parents_first():
     assert stat.S_ISCHR(entries["dev/console"][0])
 
 
-def test_cpio_is_the_same_for_the_same_input():
+def test_cpio_is_the_same_for_the_same_input() -> None:
     def write() -> bytes:
         out = io.BytesIO()
         cpio = CpioWriter(out)
@@ -66,7 +68,7 @@ def test_cpio_is_the_same_for_the_same_input():
 
 
 @pytest.fixture
-def make_deb(tmp_path):
+def make_deb(tmp_path: Path) -> Callable[[str, dict[str, bytes | Path]], Path]:
     """Give a function that makes a package of files by path; a value that is a Path is a link's target."""
 
     def make(name: str, files: dict[str, bytes | Path]) -> Path:
@@ -85,7 +87,7 @@ def make_deb(tmp_path):
     return make
 
 
-def test_root_follows_merged_usr_and_leaves_documentation_out(make_deb):
+def test_root_follows_merged_usr_and_leaves_documentation_out(make_deb: Callable[..., Any]) -> None:
     deb = make_deb(
         "p",
         {
@@ -115,7 +117,7 @@ def module(depends: str, signature: bytes = b"") -> bytes:
     return b"\x7fELF\0name=x\0depends=" + depends.encode() + b"\0rest" + signature
 
 
-def test_kernel_gives_only_the_modules_wanted_with_what_each_needs_and_unsigned(make_deb):
+def test_kernel_gives_only_the_modules_wanted_with_what_each_needs_and_unsigned(make_deb: Callable[..., Any]) -> None:
     base = "usr/lib/modules/9.9-arm64"
     deb = make_deb(
         "k",
@@ -146,7 +148,7 @@ def test_kernel_gives_only_the_modules_wanted_with_what_each_needs_and_unsigned(
     }
 
 
-def test_a_guests_modules_are_an_archive_of_their_own_that_modprobe_understands():
+def test_a_guests_modules_are_an_archive_of_their_own_that_modprobe_understands() -> None:
     modules = {
         "9p": Module(b"9P"),
         "failover": Module(b"F"),
@@ -165,20 +167,20 @@ def test_a_guests_modules_are_an_archive_of_their_own_that_modprobe_understands(
 
 
 @pytest.mark.parametrize("path", ["kernel/drivers/virtio/virtio_mmio.ko", "kernel/drivers/net/tun.ko.xz"])
-def test_modules_of_guests_and_labs_are_looked_for_where_they_are(path):
+def test_modules_of_guests_and_labs_are_looked_for_where_they_are(path: str) -> None:
     assert rootfs.MODULE_FILE.search(f"usr/lib/modules/9.9/{path}")
 
 
-def test_network_cards_of_others_are_not_read():
+def test_network_cards_of_others_are_not_read() -> None:
     assert not rootfs.MODULE_FILE.search("usr/lib/modules/9.9/kernel/drivers/net/ethernet/intel/e1000.ko.xz")
 
 
-def test_a_package_without_busybox_is_told(make_deb):
+def test_a_package_without_busybox_is_told(make_deb: Callable[..., Any]) -> None:
     with pytest.raises(PyvmmError, match="no busybox"):
         rootfs.read_busybox([make_deb("busybox-static", {"usr/bin/sh": b""})])
 
 
-def test_kernel_is_found_where_older_releases_have_it_and_once(make_deb):
+def test_kernel_is_found_where_older_releases_have_it_and_once(make_deb: Callable[..., Any]) -> None:
     deb = make_deb(
         "k",
         {
@@ -192,13 +194,13 @@ def test_kernel_is_found_where_older_releases_have_it_and_once(make_deb):
     assert (release, kernel.getvalue(), list(modules)) == ("6.1-arm64", b"MZkernel", ["9p"])
 
 
-def test_packages_without_a_kernel_are_refused(make_deb):
+def test_packages_without_a_kernel_are_refused(make_deb: Callable[..., Any]) -> None:
     with pytest.raises(PyvmmError, match="hold no kernel"):
         rootfs.write_kernel([make_deb("k", {"usr/x": b""})], io.BytesIO())
 
 
 @pytest.mark.parametrize("share", [0, 10, 50, 90, 99])
-def test_a_truncated_package_is_refused_by_name(make_deb, share):
+def test_a_truncated_package_is_refused_by_name(make_deb: Callable[..., Any], share: int) -> None:
     deb = make_deb("p", {"usr/bin/tool": random.Random(1).randbytes(100000)})
     whole = deb.read_bytes()
     deb.write_bytes(whole[: len(whole) * share // 100])
@@ -223,30 +225,30 @@ def fill(cache: Cache, contents: bytes = b"one", recipe: str | None = None) -> I
 
 
 @pytest.fixture
-def cache(tmp_path):
+def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
 
-def test_an_adopted_image_is_current_and_whole(cache):
+def test_an_adopted_image_is_current_and_whole(cache: Cache) -> None:
     made = fill(cache)
     assert cache.current() == made
     assert made.damage(thorough=True) is None
     assert image.usable_image(cache) == made
 
 
-def test_a_newer_image_takes_over_and_the_older_one_stays_for_labs_that_start_from_it(cache):
+def test_a_newer_image_takes_over_and_the_older_one_stays_for_labs_that_start_from_it(cache: Cache) -> None:
     old, new = fill(cache, b"one"), fill(cache, b"two")
     assert cache.current() == new
     assert old.kernel.read_bytes() == b"one"
 
 
-def test_a_truncated_image_is_not_used(cache):
+def test_a_truncated_image_is_not_used(cache: Cache) -> None:
     made = fill(cache)
     made.root.write_bytes(b"")
     assert image.usable_image(cache) is None
 
 
-def test_a_corrupt_image_is_found_by_a_thorough_look(cache):
+def test_a_corrupt_image_is_found_by_a_thorough_look(cache: Cache) -> None:
     made = fill(cache)
     made.root.write_bytes(b"oneonX")
     assert "corrupt" in (made.damage(thorough=True) or "")
@@ -254,17 +256,17 @@ def test_a_corrupt_image_is_found_by_a_thorough_look(cache):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"files": 3}'])
-def test_a_manifest_that_is_none_means_no_image(cache, text):
+def test_a_manifest_that_is_none_means_no_image(cache: Cache, text: str) -> None:
     (fill(cache).directory / "manifest.json").write_text(text)
     assert cache.current() is None
 
 
-def test_an_image_of_another_recipe_is_not_used(cache):
+def test_an_image_of_another_recipe_is_not_used(cache: Cache) -> None:
     fill(cache, recipe="of another version")
     assert image.usable_image(cache) is None
 
 
-def test_the_second_writer_waits_for_the_first_and_says_so(cache):
+def test_the_second_writer_waits_for_the_first_and_says_so(cache: Cache) -> None:
     waits = []
 
     def wait() -> None:
@@ -277,7 +279,7 @@ def test_the_second_writer_waits_for_the_first_and_says_so(cache):
         assert waits == [1]
 
 
-def test_a_cache_that_cannot_be_written_says_where_and_what_to_do(tmp_path):
+def test_a_cache_that_cannot_be_written_says_where_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PyvmmError) as caught, Cache(tmp_path / "file" / "cache").lock(lambda: None):
         pass
@@ -312,7 +314,7 @@ class FakeApt:
 
 
 @pytest.fixture
-def archive(tmp_path, monkeypatch, make_deb):
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_deb: Callable[..., Any]) -> None:
     """Make builds take two tiny packages, and no lab."""
     make_deb("p", {"usr/bin/tool": b"tool"})
     make_deb("busybox-static", {"usr/bin/busybox": b"busybox"})
@@ -324,7 +326,7 @@ def archive(tmp_path, monkeypatch, make_deb):
 
 
 @pytest.mark.usefixtures("archive")
-def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache):
+def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache: Cache) -> None:
     steps = []
     made = image.build_image(cache=cache, progress=lambda what, _share: steps.append(what))
     assert made.kernel.read_bytes() == b"MZtrixie-backports"
@@ -340,7 +342,7 @@ def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache):
 
 
 @pytest.mark.usefixtures("archive")
-def test_building_another_kernel_keeps_the_first_one_and_the_packages_of_both(cache, tmp_path):
+def test_building_another_kernel_keeps_the_first_one_and_the_packages_of_both(cache: Cache, tmp_path: Path) -> None:
     first = image.build_image(cache=cache)
     (tmp_path / "archives" / "superseded_1_all.deb").touch()
     other = image.build_image("stable", cache=cache)
@@ -354,7 +356,7 @@ def test_building_another_kernel_keeps_the_first_one_and_the_packages_of_both(ca
 
 
 @pytest.mark.usefixtures("archive")
-def test_a_full_disk_is_said_and_leaves_nothing(cache, monkeypatch):
+def test_a_full_disk_is_said_and_leaves_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -366,7 +368,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(cache, monkeypatch):
 
 
 @pytest.mark.usefixtures("archive")
-def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(cache, monkeypatch):
+def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(rootfs, "write_root", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -377,7 +381,7 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_works(cache, monke
 
 
 @pytest.fixture
-def offline(monkeypatch):
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AptError("apt-get update failed:\n  E: Could not resolve", offline=True, hint="once")
 
@@ -386,20 +390,20 @@ def offline(monkeypatch):
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_without_a_cache_the_error_is_apts(cache):
+def test_offline_without_a_cache_the_error_is_apts(cache: Cache) -> None:
     with pytest.raises(AptError, match="Could not resolve"):
         image.build_image(cache=cache)
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_with_an_image_it_is_used_without_asking_anybody(cache):
+def test_offline_with_an_image_it_is_used_without_asking_anybody(cache: Cache) -> None:
     made = fill(cache)
     assert image.build_image(cache=cache) == made
 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("refresh", [True, False])
-def test_offline_an_older_image_is_better_than_none_and_its_age_is_said(cache, refresh):
+def test_offline_an_older_image_is_better_than_none_and_its_age_is_said(cache: Cache, refresh: bool) -> None:
     made = fill(cache, recipe="of another version")
     steps = []
     assert image.build_image(cache=cache, refresh=refresh, progress=lambda what, _: steps.append(what)) == made
@@ -407,13 +411,13 @@ def test_offline_an_older_image_is_better_than_none_and_its_age_is_said(cache, r
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_a_damaged_image_is_not_used(cache):
+def test_offline_a_damaged_image_is_not_used(cache: Cache) -> None:
     fill(cache, recipe="of another version").root.write_bytes(b"")
     with pytest.raises(AptError):
         image.build_image(cache=cache)
 
 
-def test_a_manifest_survives_json(cache):
+def test_a_manifest_survives_json(cache: Cache) -> None:
     made = fill(cache).manifest
     assert Manifest.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["release"] == "9.9"

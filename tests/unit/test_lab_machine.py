@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,7 @@ def fake_qemu(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
 
 
-def test_missing_qemu_names_the_package(tmp_path, monkeypatch):
+def test_missing_qemu_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError) as caught:
         qemu.require_qemu()
@@ -43,13 +45,17 @@ def test_missing_qemu_names_the_package(tmp_path, monkeypatch):
         ("echo something else", "does not say its version"),
     ],
 )
-def test_a_qemu_that_will_not_do_is_refused_with_its_version(tmp_path, monkeypatch, script, words):
+def test_a_qemu_that_will_not_do_is_refused_with_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str
+) -> None:
     fake_qemu(tmp_path, script, monkeypatch)
     with pytest.raises(HostError, match=words):
         qemu.require_qemu()
 
 
-def test_a_qemu_that_dies_is_told_with_its_command_line_and_words(tmp_path, monkeypatch):
+def test_a_qemu_that_dies_is_told_with_its_command_line_and_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pyvmm.lab import Lab
 
     script = '[ "$1" = --version ] && echo QEMU emulator version 9.0.0 && exit; echo no such machine; exit 1'
@@ -64,14 +70,14 @@ def test_a_qemu_that_dies_is_told_with_its_command_line_and_words(tmp_path, monk
 @pytest.mark.parametrize(
     ("mode", "words"), [("protected", "kvm-arm.mode=protected "), ("nvhe", "kvm-arm.mode=nvhe "), ("vhe", "")]
 )
-def test_modes_reach_the_kernel(mode, words):
+def test_modes_reach_the_kernel(mode: str, words: str) -> None:
     line = qemu.command_line("q", IMAGE, LabOptions(mode=mode), [], 5)
     append = line[line.index("-append") + 1]
     assert append.startswith(words)
     assert "kvm-arm" in append or mode == "vhe"
 
 
-def test_icount_is_one_cpu_and_repeatable():
+def test_icount_is_one_cpu_and_repeatable() -> None:
     line = qemu.command_line("q", IMAGE, LabOptions(icount=True, cpus=1), [], 5)
     assert line[line.index("-icount") + 1] == "shift=0,sleep=off"
     assert "-seed" in line
@@ -81,19 +87,19 @@ def test_icount_is_one_cpu_and_repeatable():
 
 
 @pytest.mark.parametrize("options", [{"mode": "fast"}, {"cpus": 0}, {"cpus": 9}, {"memory": 64}])
-def test_machines_that_cannot_be_are_refused(options):
+def test_machines_that_cannot_be_are_refused(options: dict[str, int | str]) -> None:
     with pytest.raises(UsageError):
         LabOptions(**options)
 
 
-def test_a_share_with_a_comma_in_its_path_stays_one_option():
+def test_a_share_with_a_comma_in_its_path_stays_one_option() -> None:
     line = qemu.command_line("q", IMAGE, LabOptions(), [Share(Path("/a,b"), Path("/a,b"), "t", readonly=True)], 5)
     option = line[line.index("-virtfs") + 1]
     assert "path=/a,,b," in option
     assert option.endswith(",readonly=on")
 
 
-def test_an_error_shows_what_came_before_a_panic_rather_than_its_trace():
+def test_an_error_shows_what_came_before_a_panic_rather_than_its_trace() -> None:
     console = "\n".join(["why it happened", "Kernel panic - not syncing: x"] + [f"trace {i}" for i in range(30)])
     error = LabError("it ended", ["qemu"], console)
     assert "why it happened" in error.message
@@ -109,15 +115,15 @@ def targets(found: list[Share]) -> dict[str, bool]:
     return {str(share.target): share.readonly for share in found}
 
 
-def test_the_tree_is_shared_at_its_own_path_and_covers_what_is_below():
+def test_the_tree_is_shared_at_its_own_path_and_covers_what_is_below() -> None:
     assert targets(shares.find_shares(TREE / "tests", ["tests/conftest.py"])) == {str(TREE): False}
 
 
-def test_a_current_directory_outside_the_tree_is_shared_too(tmp_path):
+def test_a_current_directory_outside_the_tree_is_shared_too(tmp_path: Path) -> None:
     assert targets(shares.find_shares(tmp_path, [])) == {str(TREE): False, str(tmp_path): False}
 
 
-def test_named_files_bring_their_directories_read_only(tmp_path):
+def test_named_files_bring_their_directories_read_only(tmp_path: Path) -> None:
     for name in ("kernels/Image", "elsewhere/initrd", "linked/real"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("")
@@ -130,17 +136,17 @@ def test_named_files_bring_their_directories_read_only(tmp_path):
     }
 
 
-def test_a_file_in_a_directory_the_lab_has_itself_is_refused_with_a_way_out():
+def test_a_file_in_a_directory_the_lab_has_itself_is_refused_with_a_way_out() -> None:
     with pytest.raises(UsageError, match="/etc/passwd cannot be made visible") as caught:
         shares.find_shares(TREE, ["run", "/etc/passwd"])
     assert "copy" in (caught.value.hint or "")
 
 
-def test_the_lab_is_never_covered_by_the_root_directory():
+def test_the_lab_is_never_covered_by_the_root_directory() -> None:
     assert targets(shares.find_shares(Path("/"), ["/"])) == {str(TREE): False}
 
 
-def test_outputs_bring_their_directories_writable_even_where_a_file_there_is_read(tmp_path):
+def test_outputs_bring_their_directories_writable_even_where_a_file_there_is_read(tmp_path: Path) -> None:
     (tmp_path / "a, b=c").mkdir()
     (tmp_path / "a, b=c" / "Image").write_text("")
     (tmp_path / "far").mkdir()
@@ -157,13 +163,13 @@ def test_outputs_bring_their_directories_writable_even_where_a_file_there_is_rea
 
 
 @pytest.mark.parametrize("form", ["{},ro", "path={},ro", "--disk={},queues=2", "{}"])
-def test_a_file_with_more_behind_a_comma_is_named_too(tmp_path, form):
+def test_a_file_with_more_behind_a_comma_is_named_too(tmp_path: Path, form: str) -> None:
     (tmp_path / "a.img").touch()
     found = shares.find_shares(TREE, ["run", form.format(tmp_path / "a.img")])
     assert targets(found) == {str(TREE): False, str(tmp_path): True}
 
 
-def test_outputs_in_the_current_directory_and_nowhere_need_no_share():
+def test_outputs_in_the_current_directory_and_nowhere_need_no_share() -> None:
     outputs = ["out.dtb", "tests/out=1.dtb", "/dev/null"]
     assert targets(shares.find_shares(TREE, [*outputs, "file=/dev/null"], outputs)) == {str(TREE): False}
 
@@ -180,19 +186,19 @@ def test_outputs_in_the_current_directory_and_nowhere_need_no_share():
         ("/tmp", "/tmp is a directory"),
     ],
 )
-def test_an_output_that_would_be_lost_is_refused(output, why):
+def test_an_output_that_would_be_lost_is_refused(output: str, why: str) -> None:
     with pytest.raises(UsageError) as caught:
         shares.find_shares(TREE, [], [output])
     assert f"the output file {output!r} cannot be written" in str(caught.value)
     assert why in str(caught.value)
 
 
-def test_an_output_in_the_root_directory_is_refused_where_that_is_the_current_one():
+def test_an_output_in_the_root_directory_is_refused_where_that_is_the_current_one() -> None:
     with pytest.raises(UsageError, match="/ is a directory of its own there"):
         shares.find_shares(Path("/"), [], ["out.dtb"])
 
 
-def test_temporary_files_stay_in_the_lab_when_its_tmp_is_the_workstations():
+def test_temporary_files_stay_in_the_lab_when_its_tmp_is_the_workstations() -> None:
     from pyvmm.lab import Lab
 
     assert "TMPDIR" not in Lab(image=IMAGE, cwd=TREE)._environment()
@@ -202,7 +208,7 @@ def test_temporary_files_stay_in_the_lab_when_its_tmp_is_the_workstations():
 # ---- the channel
 
 
-def test_frames_survive_being_cut_anywhere():
+def test_frames_survive_being_cut_anywhere() -> None:
     sent = [(frames.OUTPUT, b"abc"), (frames.EXIT, b"\0"), (frames.OUTPUT, b"")]
     stream = b"".join(frames.pack(kind, payload) for kind, payload in sent)
     for cut in range(len(stream)):
@@ -210,7 +216,7 @@ def test_frames_survive_being_cut_anywhere():
         assert unpacker.feed(stream[:cut]) + unpacker.feed(stream[cut:]) == sent
 
 
-def test_a_frame_that_claims_too_much_is_refused():
+def test_a_frame_that_claims_too_much_is_refused() -> None:
     with pytest.raises(ValueError, match="claims"):
         frames.Unpacker().feed(frames.HEADER.pack(1, frames.MAX_PAYLOAD + 1))
     with pytest.raises(ValueError, match="longer"):
@@ -240,7 +246,13 @@ class Agent:
         self._channel.close()
 
 
-def pump(agent: Agent, script, stdin: bytes | int = b"", stdout=None, timeout: float | None = 20.0) -> int:
+def pump(
+    agent: Agent,
+    script: Callable[..., Any],
+    stdin: bytes | int = b"",
+    stdout: Callable[..., Any] | None = None,
+    timeout: float | None = 20.0,
+) -> int:
     thread = threading.Thread(target=script, args=(agent,))
     thread.start()
     try:
@@ -251,7 +263,7 @@ def pump(agent: Agent, script, stdin: bytes | int = b"", stdout=None, timeout: f
         thread.join()
 
 
-def test_output_arrives_whole_and_before_the_status():
+def test_output_arrives_whole_and_before_the_status() -> None:
     def script(agent: Agent) -> None:
         agent.say(frames.OUTPUT, bytes(range(256)))
         agent.say(frames.OUTPUT, b"end")
@@ -263,7 +275,7 @@ def test_output_arrives_whole_and_before_the_status():
 
 
 @pytest.mark.parametrize("through", ["bytes", "fd"])
-def test_input_is_never_more_than_the_window_and_arrives_whole(through, tmp_path):
+def test_input_is_never_more_than_the_window_and_arrives_whole(through: str, tmp_path: Path) -> None:
     blob = os.urandom(3 * frames.WINDOW + 17)
     got = bytearray()
     excess = []
@@ -287,7 +299,7 @@ def test_input_is_never_more_than_the_window_and_arrives_whole(through, tmp_path
     assert not any(excess)
 
 
-def test_a_reader_that_is_gone_is_told_to_the_command():
+def test_a_reader_that_is_gone_is_told_to_the_command() -> None:
     def gone(_data: bytes) -> None:
         raise BrokenPipeError
 
@@ -301,12 +313,12 @@ def test_a_reader_that_is_gone_is_told_to_the_command():
     assert pump(Agent(), script, stdout=gone) == 0
 
 
-def test_a_lab_that_ends_is_noticed():
+def test_a_lab_that_ends_is_noticed() -> None:
     with pytest.raises(ChannelClosedError):
         pump(Agent(), Agent.close)
 
 
-def test_a_signal_goes_to_the_command_and_its_status_comes_back():
+def test_a_signal_goes_to_the_command_and_its_status_comes_back() -> None:
     def script(agent: Agent) -> None:
         agent.next()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -319,7 +331,7 @@ def test_a_signal_goes_to_the_command_and_its_status_comes_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_insists():
+def test_a_second_signal_insists() -> None:
     def script(agent: Agent) -> None:
         agent.next()
         os.kill(os.getpid(), signal.SIGINT)
@@ -331,6 +343,6 @@ def test_a_second_signal_insists():
         pump(Agent(), script)
 
 
-def test_a_command_that_takes_too_long_is_a_timeout():
+def test_a_command_that_takes_too_long_is_a_timeout() -> None:
     with pytest.raises(TimeoutError):
         pump(Agent(), lambda agent: agent.next(), timeout=0.2)

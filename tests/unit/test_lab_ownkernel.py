@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from pyvmm.lab.apt import AptError, Package
 from pyvmm.lab.cache import Cache, FileRecord, Image, file_sha256
 from pyvmm.lab.cache import Manifest as ImageManifest
 from pyvmm.lab.kbuild import KernelBuildError, SourceTree
+from pyvmm.lab.qemu import LabOptions
 from pyvmm.labenv import IN_LAB
 
 # make, as far as a kernel's build is concerned: takes notes, configures, compiles; $HOME/fail is what it does instead.
@@ -150,14 +152,14 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch) -> World:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return World(tmp_path, monkeypatch)
 
 
 # ---- making it
 
 
-def test_the_kernel_is_what_make_made_of_the_source_and_its_manifest_says_of_what(world):
+def test_the_kernel_is_what_make_made_of_the_source_and_its_manifest_says_of_what(world: World) -> None:
     kernel = world.build()
     assert kernel.path.read_bytes() == b"7.3"
     assert kernel.release == "9.9.1-pyvmm"
@@ -169,7 +171,7 @@ def test_the_kernel_is_what_make_made_of_the_source_and_its_manifest_says_of_wha
     assert any(step.startswith("compiling") for step in world.steps)
 
 
-def test_make_is_told_the_architecture_and_the_options_and_nothing_of_this_environment(world):
+def test_make_is_told_the_architecture_and_the_options_and_nothing_of_this_environment(world: World) -> None:
     world.build()
     configure, compile_ = world.made
     for command in (configure, compile_):
@@ -182,7 +184,7 @@ def test_make_is_told_the_architecture_and_the_options_and_nothing_of_this_envir
     assert not re.search("MAKEFLAGS|KCFLAGS", environment)
 
 
-def test_only_kernel_and_manifest_and_log_are_kept(world):
+def test_only_kernel_and_manifest_and_log_are_kept(world: World) -> None:
     kernel = world.build()
     home = world.cache.directory / "kernels"
     assert sorted(path.name for path in home.iterdir()) == sorted(["build.log", "current", kernel.directory.name])
@@ -190,14 +192,14 @@ def test_only_kernel_and_manifest_and_log_are_kept(world):
     assert not (world.cache.directory / "kernel-partial").exists()
 
 
-def test_the_second_call_asks_nobody(world):
+def test_the_second_call_asks_nobody(world: World) -> None:
     kernel = world.build()
     world.offline()
     program(world.bin, "make", "exit 1")
     assert world.build() == kernel
 
 
-def test_it_is_made_again_for_other_options_but_not_for_other_reasons(world):
+def test_it_is_made_again_for_other_options_but_not_for_other_reasons(world: World) -> None:
     first = world.build()
     world.fragment('# a title\nCONFIG_KVM=y  # said better\n\nCONFIG_LOCALVERSION="-x"  # whose\nCONFIG_SLOW=n  # so\n')
     assert world.build() == first
@@ -207,7 +209,7 @@ def test_it_is_made_again_for_other_options_but_not_for_other_reasons(world):
     assert first.path.exists()  # a lab may be starting from it
 
 
-def test_it_is_made_again_by_another_compiler_and_found_again_for_the_first(world):
+def test_it_is_made_again_by_another_compiler_and_found_again_for_the_first(world: World) -> None:
     first = world.build()
     world.compiler("14.1.0")
     assert world.build().manifest.compiler == "gcc 14.1.0"
@@ -217,7 +219,7 @@ def test_it_is_made_again_by_another_compiler_and_found_again_for_the_first(worl
     assert len(world.made) == made
 
 
-def test_a_kernel_stays_usable_when_its_compiler_is_gone(world, monkeypatch):
+def test_a_kernel_stays_usable_when_its_compiler_is_gone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = world.build()
     monkeypatch.setenv("PATH", str(world.home))
     with pytest.raises(HostError):
@@ -225,7 +227,7 @@ def test_a_kernel_stays_usable_when_its_compiler_is_gone(world, monkeypatch):
     assert world.build() == kernel
 
 
-def test_refresh_takes_a_newer_source_and_makes_nothing_of_the_same(world):
+def test_refresh_takes_a_newer_source_and_makes_nothing_of_the_same(world: World) -> None:
     first = world.build()
     assert world.build(refresh=True) == first
     assert len(world.made) == 2
@@ -235,7 +237,7 @@ def test_refresh_takes_a_newer_source_and_makes_nothing_of_the_same(world):
     assert world.build().path.read_bytes() == b"7.4"
 
 
-def test_offline_the_kernel_that_is_there_is_better_than_none(world):
+def test_offline_the_kernel_that_is_there_is_better_than_none(world: World) -> None:
     first = world.build()
     world.offline()
     assert world.build(refresh=True) == first
@@ -246,7 +248,7 @@ def test_offline_the_kernel_that_is_there_is_better_than_none(world):
 
 
 @pytest.mark.parametrize("damage", [b"", b"7.X"])
-def test_a_damaged_kernel_is_found_and_made_again(world, damage):
+def test_a_damaged_kernel_is_found_and_made_again(world: World, damage: bytes) -> None:
     kernel = world.build()
     kernel.path.write_bytes(damage)
     assert ownkernel.usable_kernel(world.cache, thorough=True) is None
@@ -254,12 +256,12 @@ def test_a_damaged_kernel_is_found_and_made_again(world, damage):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"source": 3}', '{"source": ["a", "b", "c"], "more": 1}'])
-def test_a_manifest_that_is_none_means_no_kernel(world, text):
+def test_a_manifest_that_is_none_means_no_kernel(world: World, text: str) -> None:
     (world.build().directory / "manifest.json").write_text(text)
     assert ownkernel.current_kernel(world.cache) is None
 
 
-def test_while_a_kernel_is_made_images_can_be(world, monkeypatch):
+def test_while_a_kernel_is_made_images_can_be(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
     def take(*_: object) -> list[str]:
@@ -277,7 +279,7 @@ def test_while_a_kernel_is_made_images_can_be(world, monkeypatch):
 # ---- the source
 
 
-def test_only_what_an_arm64_kernel_is_made_of_is_unpacked(world):
+def test_only_what_an_arm64_kernel_is_made_of_is_unpacked(world: World) -> None:
     files: dict[str, bytes | None] = dict.fromkeys(
         (
             "kernel/fork.c",
@@ -308,14 +310,14 @@ def test_only_what_an_arm64_kernel_is_made_of_is_unpacked(world):
     assert not (tree.directory / "kernel/fork.c").stat().st_mode & 0o111
 
 
-def test_a_source_that_would_leave_its_directory_is_refused(world):
+def test_a_source_that_would_leave_its_directory_is_refused(world: World) -> None:
     world.source("7.5", {"a/../../../escaped": b"x"})
     with pytest.raises(PyvmmError, match="outside of its directory"):
         world.build(refresh=True)
     assert not list(world.directory.rglob("escaped"))
 
 
-def test_a_truncated_package_is_refused_by_name(world):
+def test_a_truncated_package_is_refused_by_name(world: World) -> None:
     deb = world.directory / "linux-source-7.3_1_all.deb"
     deb.write_bytes(deb.read_bytes()[:-200])
     with pytest.raises(PyvmmError, match=r"linux-source-7.3_1_all\.deb is not a readable package"):
@@ -325,7 +327,7 @@ def test_a_truncated_package_is_refused_by_name(world):
 # ---- when it cannot be made
 
 
-def test_a_failing_build_says_what_the_compiler_said_and_where_the_rest_is(world):
+def test_a_failing_build_says_what_the_compiler_said_and_where_the_rest_is(world: World) -> None:
     world.fail(COMPILE_ERROR)
     with pytest.raises(KernelBuildError) as caught:
         world.build()
@@ -346,14 +348,14 @@ def test_a_failing_build_says_what_the_compiler_said_and_where_the_rest_is(world
         ("gcc: fatal error: Killed signal terminated program cc1", "out of memory"),
     ],
 )
-def test_what_a_machine_lacks_is_hinted_at(world, said, hint):
+def test_what_a_machine_lacks_is_hinted_at(world: World, said: str, hint: str) -> None:
     world.fail(f"echo '{said}'")
     with pytest.raises(KernelBuildError) as caught:
         world.build()
     assert hint in (caught.value.hint or "")
 
 
-def test_a_failed_build_leaves_the_source_and_nothing_half(world):
+def test_a_failed_build_leaves_the_source_and_nothing_half(world: World) -> None:
     world.fail("exit 2")
     with pytest.raises(KernelBuildError):
         world.build()
@@ -365,7 +367,7 @@ def test_a_failed_build_leaves_the_source_and_nothing_half(world):
     assert not (home / "source").exists()
 
 
-def test_an_interrupted_build_ends_its_processes_and_leaves_nothing(world):
+def test_an_interrupted_build_ends_its_processes_and_leaves_nothing(world: World) -> None:
     world.fail('echo $$ > "$HOME/pid"; echo "  CC      x.o"; sleep 100 & echo $! >> "$HOME/pid"; wait')
 
     def interrupt(what: str, _share: float) -> None:
@@ -383,7 +385,7 @@ def test_an_interrupted_build_ends_its_processes_and_leaves_nothing(world):
             time.sleep(0.02)
 
 
-def test_too_little_room_is_said_before_anything_is_fetched(world, monkeypatch):
+def test_too_little_room_is_said_before_anything_is_fetched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownkernel, "DISK", 1 << 60)
     with pytest.raises(PyvmmError, match=r"no space in .* MB are free") as caught:
         world.build()
@@ -391,7 +393,7 @@ def test_too_little_room_is_said_before_anything_is_fetched(world, monkeypatch):
     assert not (world.cache.directory / "kernels" / "source").exists()
 
 
-def test_a_full_disk_is_said(world, monkeypatch):
+def test_a_full_disk_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -400,7 +402,7 @@ def test_a_full_disk_is_said(world, monkeypatch):
         world.build()
 
 
-def test_options_that_the_source_does_not_know_are_told_and_do_not_stop_the_build(world):
+def test_options_that_the_source_does_not_know_are_told_and_do_not_stop_the_build(world: World) -> None:
     world.fragment("CONFIG_KVM=y  # a\nCONFIG_NOT_HERE=y  # b\nCONFIG_QUITE_GONE=n  # c\nCONFIG_STUBBORN=n  # d\n")
     program(world.bin, "make", MAKE.replace("cat $wanted", "sed /NOT_HERE/d $wanted"))
     (world.home / "instead").write_text("CONFIG_STUBBORN=y\n")
@@ -409,14 +411,16 @@ def test_options_that_the_source_does_not_know_are_told_and_do_not_stop_the_buil
     assert "not as asked in this source: CONFIG_NOT_HERE=y CONFIG_STUBBORN=n" in world.steps
 
 
-def test_without_a_compiler_the_package_is_named(world, monkeypatch):
+def test_without_a_compiler_the_package_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(world.home))
     with pytest.raises(HostError) as caught:
         world.build()
     assert caught.value.hint == f"apt install {ownkernel.COMPILER}"
 
 
-def test_everything_that_building_needs_is_named_at_once_and_the_lab_does_not_ask_for_it(monkeypatch, tmp_path):
+def test_everything_that_building_needs_is_named_at_once_and_the_lab_does_not_ask_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(needs, "STDIO", tmp_path / "stdio.h")
     (tmp_path / "apt-get").touch(mode=0o755)
@@ -433,7 +437,7 @@ def test_everything_that_building_needs_is_named_at_once_and_the_lab_does_not_as
 # ---- the options
 
 
-def test_every_option_has_its_reason_and_is_there_once():
+def test_every_option_has_its_reason_and_is_there_once() -> None:
     lines = [line for line in ownkernel.FRAGMENT.read_text().splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert re.fullmatch(r'CONFIG_[A-Z0-9_]+=([yn]|\d+|"[^"#]+")  # \S.+', line), line
@@ -461,7 +465,7 @@ def test_every_option_has_its_reason_and_is_there_once():
         "KSM",
     ],
 )
-def test_what_it_is_for_is_among_the_options(option):
+def test_what_it_is_for_is_among_the_options(option: str) -> None:
     assert f"CONFIG_{option}=y" in ownkernel.options()
 
 
@@ -469,7 +473,7 @@ def test_what_it_is_for_is_among_the_options(option):
 
 
 @pytest.fixture
-def debians(world, monkeypatch) -> Image:
+def debians(world: World, monkeypatch: pytest.MonkeyPatch) -> Image:
     """Put an image of Debian's into the cache."""
     monkeypatch.setattr(image.rootfs, "recipe_hash", lambda: "r")
     with world.cache.lock(lambda: None), world.cache.scratch() as scratch:
@@ -481,7 +485,7 @@ def debians(world, monkeypatch) -> Image:
         return world.cache.adopt(scratch, manifest)
 
 
-def test_own_boots_it_with_the_root_of_debians_image_and_makes_it_first(world, debians):
+def test_own_boots_it_with_the_root_of_debians_image_and_makes_it_first(world: World, debians: Image) -> None:
     assert kernels.find("own") == kernels.OWN
     assert image.usable_image(world.cache, kernel="own") is None
     made = image.build_image("own", cache=world.cache)
@@ -495,13 +499,15 @@ def test_own_boots_it_with_the_root_of_debians_image_and_makes_it_first(world, d
 
 
 @pytest.fixture
-def no_needs(monkeypatch):
+def no_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     for check in ("require", "require_for_kernel"):
         monkeypatch.setattr(needs, check, lambda **_: None)
 
 
 @pytest.mark.usefixtures("no_needs")
-def test_lab_kernel_says_what_it_takes_then_which_it_is_and_where(world, capsys):
+def test_lab_kernel_says_what_it_takes_then_which_it_is_and_where(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["lab", "kernel"]) == 0
     said = capsys.readouterr()
     kernel = ownkernel.current_kernel(world.cache)
@@ -513,20 +519,22 @@ def test_lab_kernel_says_what_it_takes_then_which_it_is_and_where(world, capsys)
 
 
 @pytest.mark.usefixtures("no_needs", "debians")
-def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(world, monkeypatch, capsys):
+def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     booted = []
 
     class FakeLab:
-        def __init__(self, _options, *, image, **_):
+        def __init__(self, _options: LabOptions, *, image: Image, **_: Any) -> None:
             booted.append(image)
 
-        def __enter__(self):
+        def __enter__(self) -> Any:
             return self
 
-        def __exit__(self, *_):
+        def __exit__(self, *_) -> None:
             pass
 
-        def run(self, *_, **__):
+        def run(self, *_: list[str], **__: Any) -> int:
             return 42
 
     monkeypatch.setattr(lab, "Lab", FakeLab)
@@ -537,7 +545,9 @@ def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(world, monke
 
 
 @pytest.mark.usefixtures("no_needs")
-def test_status_tells_of_the_kernel(world, monkeypatch, capsys):
+def test_status_tells_of_the_kernel(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(needs, "needs", list)
     cli.main(["lab", "status"])
     assert re.search(r"^own +none yet \(pyvmm lab kernel\)$", capsys.readouterr().out, re.MULTILINE)

@@ -13,6 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,17 +27,17 @@ from pyvmm.vcpu.outcome import Ending, Outcome
 
 
 class Terminal(io.StringIO):
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
 
 @pytest.fixture(autouse=True)
-def back_to_default():
+def back_to_default() -> Iterator[None]:
     yield
     log.configure()
 
 
-def emit(stream, verbosity=0, **options):
+def emit(stream: Terminal | io.StringIO, verbosity: int = 0, **options: bool) -> str:
     log.configure(verbosity, stream=stream, **options)
     logger = log.get_logger("machine")
     logger.debug("debugged")
@@ -55,19 +58,19 @@ def emit(stream, verbosity=0, **options):
         (9, ["debugged", "started", "odd", "failed"]),
     ],
 )
-def test_verbosity_chooses_the_events(verbosity, events):
+def test_verbosity_chooses_the_events(verbosity: int, events: Callable[[], list[dict[str, Any]]]) -> None:
     lines = emit(io.StringIO(), verbosity, json=True).splitlines()
     assert [json.loads(line)["event"] for line in lines] == events
 
 
-def test_json_lines_keep_numbers_as_numbers():
+def test_json_lines_keep_numbers_as_numbers() -> None:
     line = json.loads(emit(io.StringIO(), 1, json=True).splitlines()[0])
     assert line["timestamp"].endswith("Z")
     del line["timestamp"]
     assert line == {"component": "machine", "event": "started", "gpa": 0x8000_0000, "level": "info"}
 
 
-def test_a_terminal_gets_colours_and_a_file_does_not():
+def test_a_terminal_gets_colours_and_a_file_does_not() -> None:
     assert "\x1b[" in emit(Terminal())
     text = emit(io.StringIO())
     assert "\x1b[" not in text
@@ -75,7 +78,7 @@ def test_a_terminal_gets_colours_and_a_file_does_not():
     assert "vcpu=1" in text
 
 
-def test_events_go_to_stderr_unless_said(capsys):
+def test_events_go_to_stderr_unless_said(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure()
     log.get_logger("x").error("failed")
     out, err = capsys.readouterr()
@@ -83,7 +86,7 @@ def test_events_go_to_stderr_unless_said(capsys):
     assert "failed" in err
 
 
-def test_a_logger_made_before_configuring_follows_it():
+def test_a_logger_made_before_configuring_follows_it() -> None:
     logger = log.get_logger("x")
     first, second = io.StringIO(), io.StringIO()
     log.configure(stream=first)
@@ -95,7 +98,7 @@ def test_a_logger_made_before_configuring_follows_it():
     assert json.loads(second.getvalue())["event"] == "two"
 
 
-def test_an_exceptions_traceback_is_written():
+def test_an_exceptions_traceback_is_written() -> None:
     stream = io.StringIO()
     log.configure(stream=stream, json=True)
     try:
@@ -105,7 +108,7 @@ def test_an_exceptions_traceback_is_written():
     assert "ValueError: broken" in json.loads(stream.getvalue())["exception"]
 
 
-def test_events_nobody_wants_do_not_load_structlog():
+def test_events_nobody_wants_do_not_load_structlog() -> None:
     code = (
         "import sys; from pyvmm import log; log.configure(); l = log.get_logger('x'); l.info('a'); l.debug('b');"
         "sys.exit('structlog' in sys.modules)"
@@ -119,26 +122,26 @@ def test_events_nobody_wants_do_not_load_structlog():
 class Unread:
     """A pipe for events that holds a page, and whose reader reads when it is told to."""
 
-    def __init__(self, stack, **options):
+    def __init__(self, stack: contextlib.ExitStack, **options: Any) -> None:
         self.reader, writer = os.pipe()
         stack.callback(os.close, self.reader)
         self.stream = stack.enter_context(os.fdopen(writer, "w"))
         self.size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1)
         log.configure(stream=self.stream, **options)
 
-    def fill(self):
+    def fill(self) -> None:
         """Leave no room."""
         os.write(self.stream.fileno(), b"x" * self.size)
 
-    def emptied(self):
+    def emptied(self) -> str:
         """What a read returns."""
         return os.read(self.reader, 1 << 16).decode()
 
-    def read_to_the_end(self):
+    def read_to_the_end(self) -> Callable[[], str]:
         """A thread that reads from now on, slowly, and what it has got when it is joined."""
         got = []
 
-        def read():
+        def read() -> None:
             time.sleep(0.3)
             while part := os.read(self.reader, 1000):
                 got.append(part)
@@ -146,7 +149,7 @@ class Unread:
         thread = threading.Thread(target=read)
         thread.start()
 
-        def end():
+        def end() -> str:
             self.stream.close()
             thread.join()
             return b"".join(got).decode()
@@ -155,12 +158,12 @@ class Unread:
 
 
 @pytest.fixture
-def stack():
+def stack() -> Iterator[contextlib.ExitStack]:
     with contextlib.ExitStack() as stack:
         yield stack
 
 
-def within(seconds, work):
+def within(seconds: int, work: Callable[..., Any]) -> None:
     """Fail where ``work`` takes longer: it waits for somebody."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -168,7 +171,7 @@ def within(seconds, work):
     assert not thread.is_alive()
 
 
-def said(text, as_json):
+def said(text: str, as_json: bool) -> list[tuple[str, int | None]]:
     """Events and their counts."""
     if as_json:
         return [(line["event"], line.get("count")) for line in map(json.loads, text.splitlines())]
@@ -177,7 +180,9 @@ def said(text, as_json):
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_what_finds_no_room_while_a_guest_runs_is_dropped_and_the_next_line_says_how_many(stack, as_json):
+def test_what_finds_no_room_while_a_guest_runs_is_dropped_and_the_next_line_says_how_many(
+    stack: contextlib.ExitStack, as_json: bool
+) -> None:
     pipe = Unread(stack, json=as_json)
     logger = log.get_logger("x")
     with log.never_waiting():
@@ -195,7 +200,7 @@ def test_what_finds_no_room_while_a_guest_runs_is_dropped_and_the_next_line_says
     assert said(pipe.emptied(), as_json) == [("after", None)]
 
 
-def test_what_was_dropped_is_told_where_errors_alone_are_wanted(stack):
+def test_what_was_dropped_is_told_where_errors_alone_are_wanted(stack: contextlib.ExitStack) -> None:
     pipe = Unread(stack, verbosity=-1, json=True)
     logger = log.get_logger("x")
     with log.never_waiting():
@@ -207,7 +212,7 @@ def test_what_was_dropped_is_told_where_errors_alone_are_wanted(stack):
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_a_line_written_in_part_is_made_whole_before_any_other(stack, as_json):
+def test_a_line_written_in_part_is_made_whole_before_any_other(stack: contextlib.ExitStack, as_json: bool) -> None:
     pipe = Unread(stack, json=as_json)
     logger = log.get_logger("x")
     with log.never_waiting():
@@ -229,7 +234,7 @@ def test_a_line_written_in_part_is_made_whole_before_any_other(stack, as_json):
     assert events[-1] == ("found", None)
 
 
-def test_the_end_waits_until_a_half_line_is_whole_and_the_count_is_said(stack):
+def test_the_end_waits_until_a_half_line_is_whole_and_the_count_is_said(stack: contextlib.ExitStack) -> None:
     before = os.listdir("/proc/self/fd")
     pipe = Unread(stack, json=True)
     logger = log.get_logger("x")
@@ -243,7 +248,7 @@ def test_the_end_waits_until_a_half_line_is_whole_and_the_count_is_said(stack):
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_reader_that_has_gone_does_not_keep_a_run_from_its_end(stack):
+def test_a_reader_that_has_gone_does_not_keep_a_run_from_its_end(stack: contextlib.ExitStack) -> None:
     pipe = Unread(stack)
     with log.never_waiting():
         pipe.fill()
@@ -253,7 +258,7 @@ def test_a_reader_that_has_gone_does_not_keep_a_run_from_its_end(stack):
         os.close(null)
 
 
-def test_a_stream_that_is_no_file_is_written_to_as_ever():
+def test_a_stream_that_is_no_file_is_written_to_as_ever() -> None:
     stream = io.StringIO()
     log.configure(stream=stream)
     with log.never_waiting():
@@ -261,7 +266,7 @@ def test_a_stream_that_is_no_file_is_written_to_as_ever():
     assert "odd" in stream.getvalue()
 
 
-def test_never_to_wait_loads_nothing_before_there_is_an_event():
+def test_never_to_wait_loads_nothing_before_there_is_an_event() -> None:
     code = (
         "import sys, threading; from pyvmm import log; log.configure(); old = set(sys.modules)\n"
         "with log.never_waiting(): log.get_logger('x').info('a')\n"
@@ -275,20 +280,20 @@ class Machine:
 
     counters = Counters((), 0, 0, 0, 0)
 
-    def __init__(self, pipe, ending):
+    def __init__(self, pipe: Unread, ending: HostError | Outcome) -> None:
         self.pipe, self.ending = pipe, ending
         self.read = None
 
-    def __enter__(self):
+    def __enter__(self) -> Machine:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         pass
 
-    def stop(self, reason):
+    def stop(self, reason) -> None:
         pass
 
-    def run(self):
+    def run(self) -> Outcome:
         self.pipe.fill()
         within(20, lambda: log.get_logger("guest").warning("lost"))
         self.read = self.pipe.read_to_the_end()
@@ -307,8 +312,14 @@ class Machine:
     ],
 )
 def test_a_run_waits_for_no_reader_before_its_end_which_loses_nothing(
-    stack, monkeypatch, tmp_path, flags, ending, status, last
-):
+    stack: contextlib.ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    flags: list[str],
+    ending: HostError | Outcome,
+    status: int,
+    last: list[str],
+) -> None:
     pipe = Unread(stack)
     machine = Machine(pipe, ending)
     monkeypatch.setattr(sys, "stderr", pipe.stream)

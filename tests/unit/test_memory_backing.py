@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def vm_flags(address: int) -> set[str]:
     raise LookupError(hex(address))
 
 
-def test_a_memfd_can_be_neither_grown_nor_shrunk_nor_unsealed():
+def test_a_memfd_can_be_neither_grown_nor_shrunk_nor_unsealed() -> None:
     with Memfd(MIB) as backing:
         seals = fcntl.fcntl(backing.fd, F_GET_SEALS)
         assert seals & (F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) == F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL
@@ -43,12 +44,12 @@ def test_a_memfd_can_be_neither_grown_nor_shrunk_nor_unsealed():
                 os.ftruncate(backing.fd, size)
 
 
-def test_its_descriptor_is_not_inherited():
+def test_its_descriptor_is_not_inherited() -> None:
     with Memfd(MIB) as backing:
         assert not os.get_inheritable(backing.fd)
 
 
-def test_both_mappings_are_shared_and_left_out_of_forks_and_dumps():
+def test_both_mappings_are_shared_and_left_out_of_forks_and_dumps() -> None:
     with Memfd(MIB) as backing:
         backing.separate_view()
         assert backing.view != backing.hva
@@ -56,21 +57,21 @@ def test_both_mappings_are_shared_and_left_out_of_forks_and_dumps():
             assert {"sh", "dc", "dd"} <= vm_flags(address)  # shared, don't copy on fork, don't dump
 
 
-def test_a_part_that_was_put_over_a_view_keeps_the_advice():
+def test_a_part_that_was_put_over_a_view_keeps_the_advice() -> None:
     with Memfd(MIB) as backing, Memfd(MIB) as other:
         backing.separate_view()
         mman.map_over(backing.view, PAGE_SIZE, other.fd, 0, 0)
         assert {"sh", "dc", "dd"} <= vm_flags(backing.view)
 
 
-def test_large_memory_starts_on_a_huge_page():
+def test_large_memory_starts_on_a_huge_page() -> None:
     for size in (HUGE_SIZE, 3 * HUGE_SIZE + PAGE_SIZE):
         with Memfd(size) as backing:
             backing.separate_view()
             assert backing.hva % HUGE_SIZE == backing.view % HUGE_SIZE == 0
 
 
-def test_hiding_a_view_leaves_kvms_mapping_open():
+def test_hiding_a_view_leaves_kvms_mapping_open() -> None:
     with Memfd(MIB) as backing:
         backing.load(0, b"data")
         with pytest.raises(UsageError, match="take it from the guest"):
@@ -83,7 +84,7 @@ def test_hiding_a_view_leaves_kvms_mapping_open():
         assert "rd" in vm_flags(backing.hva)
 
 
-def test_loading_goes_to_the_file():
+def test_loading_goes_to_the_file() -> None:
     with Memfd(MIB) as backing:
         backing.load(MIB - 3, b"end")
         assert os.pread(backing.fd, 3, MIB - 3) == b"end"
@@ -94,18 +95,18 @@ def test_loading_goes_to_the_file():
 
 
 @pytest.mark.parametrize("size", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1])
-def test_sizes_that_are_not_whole_pages_are_refused(size):
+def test_sizes_that_are_not_whole_pages_are_refused(size: int) -> None:
     with pytest.raises(UsageError, match="a multiple of 0x1000"):
         Memfd(size)
 
 
-def test_memory_that_does_not_fit_is_explained():
+def test_memory_that_does_not_fit_is_explained() -> None:
     with pytest.raises(mman.MappingError, match="ENOMEM: no room") as caught:
         Memfd(1 << 47)
     assert caught.value.hint is not None
 
 
-def test_the_address_space_limit_is_explained():
+def test_the_address_space_limit_is_explained() -> None:
     child = os.fork()
     if child == 0:
         status = 1
@@ -119,7 +120,7 @@ def test_the_address_space_limit_is_explained():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_no_descriptor_left_is_explained():
+def test_no_descriptor_left_is_explained() -> None:
     child = os.fork()
     if child == 0:
         status = 1
@@ -133,7 +134,7 @@ def test_no_descriptor_left_is_explained():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_closing_twice_is_nothing_and_use_after_it_is_told():
+def test_closing_twice_is_nothing_and_use_after_it_is_told() -> None:
     backing = Memfd(MIB)
     backing.close()
     backing.close()
@@ -143,9 +144,9 @@ def test_closing_twice_is_nothing_and_use_after_it_is_told():
             use()
 
 
-def test_a_kernel_without_populate_write_is_told_from_one_without_memory(monkeypatch):
-    def fail(code):
-        def advise(*_):
+def test_a_kernel_without_populate_write_is_told_from_one_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(code: int) -> Callable[..., None]:
+        def advise(*_: int) -> None:
             raise mman.MappingError("madvise", "", code)
 
         return advise
@@ -163,7 +164,7 @@ def test_a_kernel_without_populate_write_is_told_from_one_without_memory(monkeyp
             backing.populate(0, MIB)
 
 
-def test_thp_is_advice_on_the_mapping_kvm_uses():
+def test_thp_is_advice_on_the_mapping_kvm_uses() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
         pytest.skip("this kernel has no transparent huge pages")
     with Memfd(2 * HUGE_SIZE, thp=True) as backing:
@@ -172,10 +173,10 @@ def test_thp_is_advice_on_the_mapping_kvm_uses():
         Memfd(HUGE_SIZE, thp=True, hugetlb=True)
 
 
-def test_no_thp_in_the_kernel_is_told_and_leaks_nothing(monkeypatch):
+def test_no_thp_in_the_kernel_is_told_and_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = mman.advise
 
-    def advise(address, size, advice):
+    def advise(address: int, size: int, advice: int) -> None:
         if advice == backing_module.MADV_HUGEPAGE:
             raise mman.MappingError("madvise", "", errno.EINVAL)
         real(address, size, advice)
@@ -193,7 +194,7 @@ def free_huge_pages() -> int:
     return int((HUGE_POOL / "free_hugepages").read_text())
 
 
-def test_a_pool_too_small_for_hugetlb_is_told_before_a_page_is_touched():
+def test_a_pool_too_small_for_hugetlb_is_told_before_a_page_is_touched() -> None:
     need = free_huge_pages() + int((HUGE_POOL / "nr_overcommit_hugepages").read_text()) + 1
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match=f"needs {need} huge pages of 2 MiB: the kernel's pool has") as caught:
@@ -203,7 +204,7 @@ def test_a_pool_too_small_for_hugetlb_is_told_before_a_page_is_touched():
 
 
 @pytest.fixture
-def huge_pages():
+def huge_pages() -> Iterator[None]:
     """Four free huge pages, of the pool or put there for the test."""
     missing = 4 - free_huge_pages()
     size = HUGE_POOL / "nr_hugepages"
@@ -222,7 +223,7 @@ def huge_pages():
 
 
 @pytest.mark.usefixtures("huge_pages")
-def test_hugetlb_pages_are_taken_and_given_back():
+def test_hugetlb_pages_are_taken_and_given_back() -> None:
     free = free_huge_pages()
     with Memfd(2 * HUGE_SIZE, hugetlb=True) as backing:
         backing.load(HUGE_SIZE - 2, b"over")
@@ -235,12 +236,12 @@ def test_hugetlb_pages_are_taken_and_given_back():
     assert free_huge_pages() == free
 
 
-def test_a_size_that_is_not_huge_pages_is_refused_for_hugetlb():
+def test_a_size_that_is_not_huge_pages_is_refused_for_hugetlb() -> None:
     with pytest.raises(UsageError, match="a multiple of 0x200000"):
         Memfd(MIB, hugetlb=True)
 
 
-def test_anonymous_memory_is_kept_out_of_forks_and_dumps_and_advised_to_be_huge():
+def test_anonymous_memory_is_kept_out_of_forks_and_dumps_and_advised_to_be_huge() -> None:
     with Anonymous(4 * MIB) as memory:
         assert memory.hva % HUGE_SIZE == 0
         assert memory.fd == -1
@@ -249,7 +250,7 @@ def test_anonymous_memory_is_kept_out_of_forks_and_dumps_and_advised_to_be_huge(
     assert memory.closed
 
 
-def test_anonymous_memory_reads_as_zeros_where_it_was_punched():
+def test_anonymous_memory_reads_as_zeros_where_it_was_punched() -> None:
     with Anonymous(2 * MIB) as memory:
         memory.load(0, b"x" * 2 * PAGE_SIZE)
         memory.punch(PAGE_SIZE, PAGE_SIZE)
@@ -259,7 +260,7 @@ def test_anonymous_memory_reads_as_zeros_where_it_was_punched():
             memory.punch(1, PAGE_SIZE)
 
 
-def test_anonymous_memory_has_no_second_view():
+def test_anonymous_memory_has_no_second_view() -> None:
     with Anonymous(PAGE_SIZE) as memory, pytest.raises(UsageError, match="cannot be mapped a second time"):
         memory.separate_view()
     with pytest.raises(UsageError, match="is closed"):

@@ -13,6 +13,8 @@ IN_LAB = "PYVMM_IN_LAB"
 """``1`` for every program in a lab."""
 TREES = "PYVMM_PEERS"
 """NAME=DIRECTORY of each tree, separated by colons. Set it on arm64 hardware too, to use trees there."""
+TCG_NOTE = "times are of TCG, the lab's emulator: compare them only with each other"
+"""Stands beside every time that was taken in a lab."""
 MANIFEST = "manifest.json"
 """The file that every tree has."""
 

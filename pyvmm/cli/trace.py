@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from pyvmm.cli.common import Help, add_common
 from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
-from pyvmm.labenv import in_lab
+from pyvmm.labenv import TCG_NOTE, in_lab
 from pyvmm.log import get_logger
 from pyvmm.syntax.paths import OutputPath
 
@@ -143,12 +143,11 @@ class Tracing:
 def _about(machine: Machine) -> About:
     from pyvmm.observe.tracefile import About
     from pyvmm.protection import Protection
-    from pyvmm.session.watch import EMULATED
 
     config = machine.config
     labels = [f"protection {config.protection.value}", f"{config.memory >> 20} MiB of {config.backing}"]
     if in_lab():
-        labels.append(EMULATED)
+        labels.append(TCG_NOTE)
     return About(
         name=f"pyvmm {config.kernel}",
         labels=tuple(labels),

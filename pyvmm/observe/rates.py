@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm import __version__
-from pyvmm.labenv import in_lab
+from pyvmm.labenv import TCG_NOTE, in_lab
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.ledger import PageState
 from pyvmm.protection import Protection
@@ -50,7 +50,7 @@ def sample(machine: Machine) -> Sample:
         "protection": config.protection.value,
         "backing": config.backing,
         "memory": config.memory,
-        "emulated": in_lab(),
+        "tcg": in_lab(),
         "ns": time.monotonic_ns(),
         "elapsed_ns": machine.elapsed_ns,
         "pages": {state.name.lower(): vm.pages[state] for state in PageState},
@@ -111,7 +111,7 @@ def report(before: Sample, now: Sample) -> Report:
     vcpus = [_vcpu(old, new, seconds) for old, new in zip(before["vcpus"], now["vcpus"], strict=True)]
     names = {name for vcpu in vcpus for name in vcpu["kinds"]}
     kinds = {name: [sum(vcpu["kinds"].get(name, (0, 0, 0))[i] for vcpu in vcpus) for i in range(3)] for name in names}
-    about = ("pid", "kernel", "protection", "backing", "memory", "emulated", "elapsed_ns", "pages", "donated")
+    about = ("pid", "kernel", "protection", "backing", "memory", "tcg", "elapsed_ns", "pages", "donated")
     return {
         **{key: now[key] for key in about},
         "seconds": round(seconds, 6),
@@ -189,7 +189,7 @@ def lines(report: Report, *, width: int = 80, height: int = 40) -> list[str]:
         "",
         "pages: " + ", ".join(f"{count:,} {name}" for name, count in shown.items()),
         "a second: " + ", ".join(f"{report[f'{what}_per_second']:,.0f} {what}" for what in _CONVERSIONS),
-        *(["times are an emulator's (the lab): they mean something to each other only"] * report["emulated"]),
+        *([TCG_NOTE] * report["tcg"]),
     ]
     room = height - len(found) - len(rest)
     each = [_row(str(index), vcpu) for index, vcpu in enumerate(vcpus)] if len(vcpus) > 1 else []

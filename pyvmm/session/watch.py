@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from pyvmm.errors import PyvmmError
 from pyvmm.kvm.faulttrace import FaultTrace
-from pyvmm.labenv import in_lab
+from pyvmm.labenv import TCG_NOTE, in_lab
 from pyvmm.machine import layout
 from pyvmm.observe.grid import size
 from pyvmm.observe.pagemap import PageMap
@@ -35,8 +35,6 @@ PERIOD = 0.1
 """Seconds between two looks at least, and so many times what a look took: on a slow machine the guest goes first."""
 PATIENCE = 5
 _BUFFER = 1 << 20
-
-EMULATED = "times are an emulator's (the lab): only their order means something"
 
 
 class Watch:
@@ -103,7 +101,7 @@ class Watch:
             events = self._timeline.events()
             notes = [f"the end: {outcome.reason}", *self._timeline.notes]
             if in_lab():
-                notes.append(EMULATED)
+                notes.append(TCG_NOTE)
             self._picture.write(
                 svg_run(_title(self.machine), page_map, events, start=self.machine.started_ns, notes=notes)
             )

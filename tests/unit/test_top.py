@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.labenv import TCG_NOTE
 from pyvmm.observe.rates import lines, report, sample, since_start
 from pyvmm.protection import Protection
 from pyvmm.session import control
@@ -37,7 +38,7 @@ def taken(ns: int, *vcpus: dict[str, Any], **more: Any) -> dict[str, Any]:
         "protection": "none",
         "backing": "memfd",
         "memory": 64 << 20,
-        "emulated": False,
+        "tcg": False,
         "ns": ns,
         "elapsed_ns": ns - 100 * S,
         "pages": {"host": 16384, "private": 0, "shared": 0},
@@ -107,6 +108,12 @@ def test_shares_of_time_make_one_and_lines_fit(
     written = lines(found, width=width, height=height)
     assert len(written) <= height
     assert max(map(len, written)) <= width
+
+
+@pytest.mark.parametrize("tcg", [True, False])
+def test_times_of_the_lab_are_marked(tcg: bool) -> None:
+    ended = since_start(taken(102 * S, vcpu({}, 1, None, None), tcg=tcg))
+    assert (TCG_NOTE in lines(ended)) is tcg
 
 
 def test_a_sample_counts_time_that_is_not_over_yet_where_the_vcpu_is() -> None:

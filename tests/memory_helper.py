@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import KvmError
+from pyvmm.kvm.vm import Vm
 from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import PageState

@@ -17,7 +17,7 @@ from pyvmm.memory.address import MIB, PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import PageState
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, assert_counters_agree, build
+from tests.memory_helper import BASE, assert_counters_agree, build, build_empty
 
 
 def test_what_is_written_is_read_back_at_any_alignment() -> None:

@@ -22,11 +22,11 @@ from typing import Any
 
 from pyvmm import log
 from pyvmm.errors import PyvmmError
+from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
 
 LAST_WORDS = 2000
 """Bytes kept of what a process said on stderr before it crashed."""
 
-PR_SET_PDEATHSIG = 1
 """include/uapi/linux/prctl.h"""
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -54,6 +54,7 @@ PRELUDE = """
 #include <linux/magic.h>
 #include <linux/sockios.h>
 #include <linux/mman.h>
+#include <linux/prctl.h>
 #include <linux/userfaultfd.h>
 #include <asm/unistd.h>
 """

@@ -20,8 +20,8 @@ from typing import Any
 from pyvmm import log
 from pyvmm.bench.model import Point, Series, Value, footer, header, line
 from pyvmm.errors import HostError, PyvmmError
+from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
 
-PR_SET_PDEATHSIG = 1
 """include/uapi/linux/prctl.h"""
 
 Measure = Callable[[str, Point, float], list[Series]]

@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Self
 
-from pyvmm.experiment.host.syscalls import PR_SET_PDEATHSIG, prctl
+from pyvmm.experiment.host.syscalls import prctl
+from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
 
 
 class Forked:

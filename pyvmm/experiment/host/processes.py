@@ -20,7 +20,6 @@ from pathlib import Path
 from pyvmm.experiment.host.elf import core_page
 from pyvmm.experiment.host.syscalls import (
     NR_PTRACE,
-    PR_SET_PTRACER,
     PTRACE_ATTACH,
     PTRACE_DETACH,
     PTRACE_PEEKDATA,
@@ -31,6 +30,7 @@ from pyvmm.experiment.host.syscalls import (
 )
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.uapi.mman import MADV_DODUMP, MADV_DOFORK, MADV_DONTFORK
+from pyvmm.uapi.prctl import PR_SET_PTRACER
 
 EIO = 5
 WALL = 0x4000_0000

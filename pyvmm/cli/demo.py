@@ -13,7 +13,7 @@ from pyvmm.cli.common import add_common
 from pyvmm.errors import PyvmmError
 
 if TYPE_CHECKING:
-    from pyvmm.cli.story import Step
+    from pyvmm.experiment.story import Step
 
 _WIDTH = 100
 
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from pyvmm._native_source import require_fresh_native
 
     require_fresh_native()
-    from pyvmm.cli.story import Story
+    from pyvmm.experiment.story import Story
 
     colours = sys.stdout.isatty()
     print(_paint("The life of a protected guest", "1", colours), flush=True)

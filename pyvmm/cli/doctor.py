@@ -12,11 +12,10 @@ import platform
 import sys
 import textwrap
 
-from pyvmm import __version__
-from pyvmm.cli import probes
+from pyvmm import __version__, probes
 from pyvmm.cli.common import add_common
-from pyvmm.cli.probes import FAIL, INFO, OK, WARN, Finding
 from pyvmm.errors import HostError
+from pyvmm.probes import FAIL, INFO, OK, WARN, Finding
 
 _TITLES = {"host": "This host", "kvm": "KVM", "python": "Python", "lab": "The lab"}
 _MARKS = {OK: "ok", INFO: "--", WARN: "!!", FAIL: "NO"}

@@ -23,7 +23,7 @@ LAYERS = (
     ("session",),
     ("experiment",),
     ("reports",),
-    ("options",),
+    ("options", "probes"),
     ("lab", "debug", "observe"),
     ("machine",),
     ("vcpu", "guest"),

@@ -9,7 +9,7 @@ import pytest
 
 from pyvmm import cli
 from pyvmm.cli import demo
-from pyvmm.cli.story import Step, Story, text
+from pyvmm.experiment.story import Step, Story, text
 
 
 def machine(name):

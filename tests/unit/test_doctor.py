@@ -9,10 +9,11 @@ import platform
 
 import pytest
 
-from pyvmm.cli import doctor, main, probes
+from pyvmm import probes
+from pyvmm.cli import doctor, main
 from pyvmm.cli.doctor import Diagnosis
-from pyvmm.cli.probes import FAIL, INFO, OK, WARN, Finding
 from pyvmm.errors import HostError
+from pyvmm.probes import FAIL, INFO, OK, WARN, Finding
 
 
 def findings(found):

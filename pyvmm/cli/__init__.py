@@ -113,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.configure(args.verbose - args.quiet, json=bool(args.log_json))
     try:
         if (getattr(args, "config", None) or getattr(args, "restore", None)) is not None:
-            words = import_module("pyvmm.options.file").expand(words, args)
-            args = make_parser(words).parse_args(words)
+            words, args = with_file(words, args)
         if getattr(args, "print_config", False):
-            print(import_module("pyvmm.options.file").as_toml(args), end="")
+            table = import_module(f"pyvmm.cli.{args.verb}").TABLE
+            print(import_module("pyvmm.options.written").as_toml(args, table), end="")
             status = 0
         else:
             status = _dispatch(args, words)
@@ -136,6 +136,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(args, what, hint)
         return 1
     return status
+
+
+def with_file(words: Sequence[str], args: argparse.Namespace) -> tuple[list[str], argparse.Namespace]:
+    """Return the command line ``words``, of which ``args`` was parsed, with its file's options in it, and both anew.
+
+    Raises UsageError for what is wrong with the file, or with what it and the command line say together.
+    """
+    from pyvmm.options.file import OptionsFile
+    from pyvmm.options.machine import check_options
+
+    file = OptionsFile.of(args, import_module(f"pyvmm.cli.{args.verb}").TABLE)
+    before = words[: len(words) - len(args.verb_argv)]
+    whole = [*before, args.verb, *file.put_before(args.verb_argv[1:])]
+    parsed = make_parser(whole).parse_args(whole)
+    with file.blamed():
+        check_options(parsed)
+    return whole, parsed
 
 
 def _fill_standard_files() -> None:

@@ -57,6 +57,17 @@ def require_arm64(args: argparse.Namespace, why: str, *, kvm: bool = False) -> N
         System.open().close()
 
 
+def ready(args: argparse.Namespace) -> None:
+    """Raise UsageError where the options name no kernel or contradict each other, HostError where no guest can run."""
+    from pyvmm._native_source import require_fresh_native
+    from pyvmm.options.contradictions import check_run, kernel_of
+
+    check_run(args)
+    kernel_of(args)
+    require_arm64(args, "pyvmm's guests are arm64: KVM runs guests of its own architecture")
+    require_fresh_native()
+
+
 class _Misplaced(argparse.Action):
     """Catches ``--lab`` behind the verb, where it would be one of the verb's own."""
 

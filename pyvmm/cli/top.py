@@ -13,13 +13,36 @@ import contextlib
 import sys
 import time
 
-from pyvmm.cli.common import Help, add_common
-from pyvmm.cli.map import screen_for
-from pyvmm.cli.run import add_guest_options, ready, run_guest, traced
+from pyvmm.cli.common import Help, add_common, ready
 from pyvmm.errors import UsageError
+from pyvmm.options.guest import GUEST_OPTIONS
+from pyvmm.options.table import Table
+from pyvmm.syntax.option import FLAG, RUN, Option
 from pyvmm.syntax.values import parse_seconds
 
 INTERVAL = 1.0
+
+TABLE = Table(
+    (
+        Option(
+            "--interval",
+            metavar="SECONDS",
+            type=parse_seconds,
+            default=INTERVAL,
+            about=RUN,
+            help="between two reports (default 1)",
+        ),
+        Option(
+            "--once",
+            takes=FLAG,
+            about=RUN,
+            help="report once: after one interval, of a guest run here on all of its run",
+        ),
+        Option("--json", takes=FLAG, about=RUN, help="write each report as a line of JSON"),
+        *GUEST_OPTIONS,
+    ),
+    add_common,
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,15 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm top --json 1234 | jq .exits_per_second\n"
         "  pyvmm --lab top --protection pkvm -c 4 payload:smp",
     )
-    parser.add_argument(
-        "--interval", metavar="SECONDS", type=parse_seconds, default=INTERVAL, help="between two reports (default 1)"
-    )
-    parser.add_argument(
-        "--once", action="store_true", help="report once: after one interval, of a guest run here on all of its run"
-    )
-    parser.add_argument("--json", action="store_true", help="write each report as a line of JSON")
-    add_guest_options(parser)
-    add_common(parser)
+    TABLE.add_to(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -67,6 +82,7 @@ def main(args: argparse.Namespace) -> int:
 def _attach(args: argparse.Namespace, pid: int | None) -> int:
     from pyvmm.observe.rates import report
     from pyvmm.session.control import Connection, only_one
+    from pyvmm.session.screen import screen_for
     from pyvmm.session.topview import View
 
     _refuse_guest_options(args)
@@ -88,13 +104,12 @@ def _attach(args: argparse.Namespace, pid: int | None) -> int:
 
 
 def _refuse_guest_options(args: argparse.Namespace) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    add_guest_options(parser)
-    unset = vars(parser.parse_args([]))
-    given = [f"--{name.replace('_', '-')}" for name in unset if name != "kernel" and getattr(args, name) != unset[name]]
-    if given:
+    firsts = {option.dest: option for option in reversed(GUEST_OPTIONS) if option.keys}
+    asked = [option for option in firsts.values() if getattr(args, option.dest) != option.default]
+    if asked:
         raise UsageError(
-            f"{', '.join(given)}: options of a guest to be run, and no kernel is named; one that runs has its own",
+            f"{', '.join(f'--{option.key}' for option in reversed(asked))}: options of a guest to be run, and no "
+            "kernel is named; one that runs has its own",
             hint="pyvmm top KERNEL runs one",
         )
 
@@ -103,10 +118,14 @@ def _refuse_guest_options(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    kernel, tracing = ready(args), traced(args)
+    ready(args)
+    from pyvmm.session.run import GuestRun
+    from pyvmm.session.screen import screen_for
     from pyvmm.session.topview import Top, View
+    from pyvmm.session.tracing import tracing_of
 
     with contextlib.ExitStack() as stack:
         screen = None if args.once else stack.enter_context(screen_for(args))
         interval = None if args.once else args.interval
-        return run_guest(args, kernel, Top(View(screen, as_json=args.json), args.map, trace=tracing, interval=interval))
+        view = View(screen, as_json=args.json)
+        return GuestRun(args, TABLE, Top(view, args.map, trace=tracing_of(args), interval=interval)).to_end()

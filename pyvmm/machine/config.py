@@ -6,7 +6,7 @@
 import threading
 from typing import NamedTuple
 
-from pyvmm.errors import UsageError, hex_
+from pyvmm.errors import OptionError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.swiotlb import check_pool, pool_in, usual_pool
 from pyvmm.memory.address import HUGE_SIZE, MIB
@@ -60,35 +60,46 @@ class MachineConfig(NamedTuple):
     dtb: str | None = None
 
     def check(self) -> None:
-        """Raise UsageError for values that no machine can have, or that make no sense together."""
+        """Raise OptionError for values that no machine can have, or that make no sense together.
+
+        It names the options of a command line that such values come from.
+        """
         if not 1 <= self.cpus <= layout.MAX_VCPUS:
-            raise UsageError(f"{self.cpus} vCPUs: a machine has 1 to {layout.MAX_VCPUS}")
+            raise OptionError(f"{self.cpus} vCPUs: a machine has 1 to {layout.MAX_VCPUS}", "cpus")
         if self.memory % MIB or self.memory < layout.RAM_MINIMUM:
-            raise UsageError(
-                f"{self.memory} bytes of memory: whole MiB are needed, {layout.RAM_MINIMUM // MIB} at least"
+            raise OptionError(
+                f"{self.memory} bytes of memory: whole MiB are needed, {layout.RAM_MINIMUM // MIB} at least",
+                "mem",
             )
         if layout.RAM_BASE + self.memory > layout.RAM_LIMIT:
-            raise UsageError(
+            raise OptionError(
                 f"{self.memory // MIB} MiB of memory end beyond gpa {hex_(layout.RAM_LIMIT)}, "
-                "the end of what a guest can address"
+                "the end of what a guest can address",
+                "mem",
             )
         if self.dtb is not None and self.params:
-            raise UsageError(
+            raise OptionError(
                 f"parameters for a guest with a device tree of its own, {self.dtb}: that is taken as it is",
+                "params",
+                "dtb",
                 hint="write them into its /chosen/bootargs",
             )
         if self.dtb is not None and self.swiotlb is not None:
-            raise UsageError(
+            raise OptionError(
                 f"a DMA pool of {self.swiotlb // MIB} MiB for a guest with a device tree of its own, "
                 f"{self.dtb}: that is taken as it is",
+                "swiotlb",
+                "dtb",
                 hint="write the pool into its /reserved-memory",
             )
         if self.backing not in BACKINGS:
-            raise UsageError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}")
+            raise OptionError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}", "backing")
         if self.backing == "hugetlb" and self.memory % HUGE_SIZE:
-            raise UsageError(
+            raise OptionError(
                 f"{self.memory // MIB} MiB of memory with the hugetlb backing: its pages have "
-                f"{HUGE_SIZE // MIB} MiB each"
+                f"{HUGE_SIZE // MIB} MiB each",
+                "mem",
+                "backing",
             )
         if self.swiotlb is not None:
             check_pool(self.swiotlb, self.memory)
@@ -96,32 +107,43 @@ class MachineConfig(NamedTuple):
             device.check(self)
         if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
             most = f"{threading.TIMEOUT_MAX:.0f}"
-            raise UsageError(f"a deadline of {self.deadline} seconds: it must be more than 0, and {most} at most")
+            raise OptionError(
+                f"a deadline of {self.deadline} seconds: it must be more than 0, and {most} at most", "deadline"
+            )
         if self.backing == "anonymous" and self.protection is Protection.EMULATED:
-            raise UsageError(
+            raise OptionError(
                 "the anonymous backing with protection emulated: a private page is closed to the host in a second "
                 "mapping of guest memory, and this memory cannot have one",
+                "backing",
+                "protection",
                 hint="use a memfd, the default there",
             )
         if self.backing == "private" and self.memory <= layout.PRIVATE_BOOT:
-            raise UsageError(
+            raise OptionError(
                 f"{self.memory // MIB} MiB of memory with the private backing: the first "
-                f"{layout.PRIVATE_BOOT // MIB} MiB are a memfd, for what is loaded, so more than that is needed"
+                f"{layout.PRIVATE_BOOT // MIB} MiB are a memfd, for what is loaded, so more than that is needed",
+                "mem",
+                "backing",
             )
         if (
             self.backing == "private"
             and self.protection is Protection.EMULATED
             and self.conversion is not ConversionPolicy.COPY
         ):
-            raise UsageError(
+            raise OptionError(
                 f"the private backing with conversion policy {self.conversion.name.lower()}: the host cannot touch "
                 "these pages even when the guest shares them",
+                "backing",
+                "protection",
+                "conversion",
                 hint="use --conversion copy, which puts a shared page into a memfd",
             )
         if self.conversion is not ConversionPolicy.PRESERVE and self.protection is not Protection.EMULATED:
-            raise UsageError(
+            raise OptionError(
                 f"conversion policy {self.conversion.name.lower()} with protection {self.protection.value}: only the "
-                "emulated protection's conversions are the VMM's to decide"
+                "emulated protection's conversions are the VMM's to decide",
+                "conversion",
+                "protection",
             )
 
     def pool_size(self, tree: bytes | None = None) -> int:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.virtio.vsock_packet import check_cid
-from pyvmm.errors import UsageError
+from pyvmm.errors import OptionError
 from pyvmm.machine.config import DeviceSpec
 from pyvmm.protection import Protection
+from pyvmm.syntax.option import about_option
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Interface
@@ -40,22 +41,27 @@ class Disk(DeviceSpec):
     def __post_init__(self) -> None:
         """Raise UsageError for values that no disk can have."""
         if not 1 <= self.queues <= DISK_QUEUES:
-            raise UsageError(f"disk {self.path!r} with {self.queues} queues: it can have 1 to {DISK_QUEUES}")
+            raise OptionError(
+                f"disk {self.path!r} with {self.queues} queues: it can have 1 to {DISK_QUEUES}", "disk.queues"
+            )
         if len(self.serial.encode()) > DISK_SERIAL:
-            raise UsageError(f"disk {self.path!r}: serial {self.serial!r} has more than {DISK_SERIAL} bytes")
+            raise OptionError(
+                f"disk {self.path!r}: serial {self.serial!r} has more than {DISK_SERIAL} bytes", "disk.serial"
+            )
 
     def check(self, config: MachineConfig) -> None:
         """Raise UsageError for a file that two of the guest's disks are to be, one of them writable."""
         disks = [disk for disk in config.devices if isinstance(disk, Disk)]
         if self is not disks[0]:  # which answers for all: to resolve a path takes a system call for each part of it
             return
-        files: dict[str, list[Disk]] = {}
-        for disk in disks:
-            files.setdefault(os.path.realpath(disk.path), []).append(disk)
+        files: dict[str, list[int]] = {}
+        for number, disk in enumerate(disks):
+            files.setdefault(os.path.realpath(disk.path), []).append(number)
         for same in files.values():
-            if len(same) > 1 and not all(disk.read_only for disk in same):
-                raise UsageError(
-                    f"disk {same[0].path!r} is given {len(same)} times, and the guest may write to it",
+            if len(same) > 1 and not all(disks[number].read_only for number in same):
+                raise OptionError(
+                    f"disk {disks[same[0]].path!r} is given {len(same)} times, and the guest may write to it",
+                    *(f"disk[{number}]" for number in same),
                     hint="make a copy of it, or add ,ro to each",
                 )
 
@@ -83,25 +89,34 @@ class Net(DeviceSpec):
         given = [kind for kind in ("tap", "passt", "socket") if getattr(self, kind)]
         if len(given) != 1:
             what = f"{' and '.join(given)} at once" if given else "nothing"
-            raise UsageError(
-                f"a network card connected to {what}", hint="--net tap=NAME, --net passt or --net socket=PATH"
+            raise OptionError(
+                f"a network card connected to {what}", "net", hint="--net tap=NAME, --net passt or --net socket=PATH"
             )
         if self.address and not self.tap:
-            raise UsageError(f"an address of the host's end ({self.address}) with {given[0]}: only a tap has one")
-        for what, asked in (("ports to forward", self.forwards), ("the host's loopback", self.loopback)):
+            raise OptionError(
+                f"an address of the host's end ({self.address}) with {given[0]}: only a tap has one", "net.host"
+            )
+        for part, what, asked in (
+            ("fwd", "ports to forward", self.forwards),
+            ("loopback", "the host's loopback", self.loopback),
+        ):
             if asked and not self.passt:
-                raise UsageError(f"{what} with {given[0]}: only a passt that is started here can be told of that")
+                raise OptionError(
+                    f"{what} with {given[0]}: only a passt that is started here can be told of that", f"net.{part}"
+                )
         for port in (port for pair in self.forwards for port in pair):
             if not 1 <= port <= 65535:
-                raise UsageError(f"port {port}: ports are 1 to 65535")
+                raise OptionError(f"port {port}: ports are 1 to 65535", "net.fwd")
         if self.tap:
             from pyvmm.devices.virtio.tap import check_name
 
-            check_name(self.tap)
+            with about_option("net.tap"):
+                check_name(self.tap)
         if self.mac:
             from pyvmm.devices.virtio.net import parse_mac
 
-            parse_mac(self.mac)
+            with about_option("net.mac"):
+                parse_mac(self.mac)
         self.interface()
 
     def interface(self) -> IPv4Interface | None:
@@ -113,7 +128,7 @@ class Net(DeviceSpec):
         with contextlib.suppress(ValueError):
             if "/" in self.address:
                 return IPv4Interface(self.address)
-        raise UsageError(f"{self.address!r} is no IPv4 address with a prefix, as 10.0.0.1/24")
+        raise OptionError(f"{self.address!r} is no IPv4 address with a prefix, as 10.0.0.1/24", "net.host")
 
 
 @dataclass(frozen=True)
@@ -149,24 +164,32 @@ class Balloon(DeviceSpec):
     def check(self, config: MachineConfig) -> None:
         """Raise UsageError where nothing could be given back, or not so much."""
         if config.protection is Protection.PKVM:
-            raise UsageError(
+            raise OptionError(
                 "a balloon with protection pkvm: the host's kernel pins what a protected guest touches until its end, "
                 "so nothing could be given back; and Linux's driver keeps its rings where the host cannot look",
+                "balloon",
+                "protection",
                 hint="give the guest less memory: it takes what it touches, no more",
             )
         if config.protection is Protection.EMULATED:
-            raise UsageError(
+            raise OptionError(
                 "a balloon with protection emulated: Linux's driver keeps its rings in private memory (it turns "
                 "ACCESS_PLATFORM down), where the host does not look",
+                "balloon",
+                "protection",
                 hint="use --protection none for a balloon",
             )
         if config.backing == "hugetlb":
-            raise UsageError(
+            raise OptionError(
                 "a balloon with the hugetlb backing: the guest gives pages of 4 KiB, and these have 2 MiB",
+                "balloon",
+                "backing",
                 hint="use --backing thp for huge pages that can be taken apart",
             )
         if not 0 <= self.size <= config.memory:
-            raise UsageError(
+            raise OptionError(
                 f"a balloon of {self.size:#x} bytes: the guest has {config.memory:#x}",
+                "balloon",
+                "mem",
                 hint="name what the guest is to give up, not what it is to keep",
             )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pyvmm.errors import UsageError
+from pyvmm.errors import OptionError, UsageError
 from pyvmm.machine.fdt import cells64, encode, parse
 from pyvmm.memory.address import MIB, PAGE_SIZE
 
@@ -36,10 +36,12 @@ def usual_pool(memory: int) -> int:
 def check_pool(size: int, memory: int) -> None:
     """Raise UsageError for a pool's size that is none, or that does not fit into so many bytes of memory."""
     if size % MIB or size < 0:
-        raise UsageError(f"{size} bytes of DMA pool: whole MiB are needed, 0 for none")
+        raise OptionError(f"{size} bytes of DMA pool: whole MiB are needed, 0 for none", "swiotlb")
     if size > memory // 2:
-        raise UsageError(
+        raise OptionError(
             f"a DMA pool of {size // MIB} MiB in {memory // MIB} MiB of memory: half of it is the most",
+            "swiotlb",
+            "mem",
             hint=f"give the guest more memory: -m {2 * size // MIB}M",
         )
 

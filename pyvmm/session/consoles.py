@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a guest's consoles go: the UART of ``--serial``, the virtio console of ``--console``, one of them to stdio.
+"""What a guest's consoles are connected to: the UART of ``--serial``, the virtio console of ``--console``.
 
 Owns the files that are named, and SIGWINCH while a run lasts; used by ``run``, from the main thread.
 """
@@ -13,38 +13,15 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.roles import Terminal
-from pyvmm.errors import UsageError
+from pyvmm.options.consoles import NOWHERE, Ends, terminal_size
 from pyvmm.syntax.paths import open_output
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator
 
     from pyvmm.machine.machine import Machine
 
 STDIN: Final = 0
-KNOWN: Final = "stdio, file=PATH and none are known"
-
-Ends = tuple[int | None, int | None]
-"""Descriptors of a console: output and input."""
-
-
-def places(args: argparse.Namespace) -> tuple[str, str]:
-    """Return where the UART and the virtio console go. The UART has stdio unless the other one wants it.
-
-    Raises UsageError where both are told to have it, or a place is none.
-    """
-    console: str = args.console or "none"
-    serial: str = args.serial or ("none" if console == "stdio" else "stdio")
-    for option, where in (("--serial", serial), ("--console", console)):
-        if where not in ("stdio", "none") and not (where.startswith("file=") and where != "file="):
-            raise UsageError(f"{option} {where}: {KNOWN}")
-    if serial == console != "none":
-        raise UsageError(
-            f"--serial {serial} and --console {console}: only one of the two can have it",
-            hint="leave --serial out, or say --serial none, or file=PATH for each",
-        )
-    return serial, console
 
 
 def open_place(where: str, stack: contextlib.ExitStack, stdout: int, *, keep: bool = False) -> Ends:
@@ -55,7 +32,7 @@ def open_place(where: str, stack: contextlib.ExitStack, stdout: int, *, keep: bo
     if where == "stdio":
         return stdout, STDIN
     if where == "none":
-        return None, None
+        return NOWHERE
     fd = open_output(where.partition("=")[2], keep=keep)
     stack.callback(os.close, fd)
     with contextlib.suppress(OSError):  # what is no file has no end
@@ -68,17 +45,6 @@ def nobody(stack: contextlib.ExitStack) -> int:
     fd = os.eventfd(0, os.EFD_CLOEXEC)
     stack.callback(os.close, fd)
     return fd
-
-
-def terminal_size(out: int | None) -> tuple[int, int] | None:
-    """Return columns and rows of the terminal that ``out`` is; None where it is none."""
-    if out is None or not os.isatty(out):
-        return None
-    try:
-        columns, rows = os.get_terminal_size(out)
-    except OSError:
-        return None
-    return columns, rows
 
 
 @contextlib.contextmanager

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING, Self
 
+from pyvmm import log
 from pyvmm.observe.mapterm import render
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import argparse
+    from collections.abc import Callable, Iterator
 
     from pyvmm.observe.pagemap import PageMap
 
+STDOUT, STDERR = 1, 2
 MOST_LINES = 40
 LINES_ABOVE = 3
 """Of the terminal's lines kept for output, however large the map."""
@@ -107,3 +111,35 @@ class Screen:
         # Cleared first: a line may end in a carriage return.
         above = "".join(f"\x1b[K{line}\n" for line in whole)
         return f"{up}{above}" + "".join(f"{line}\x1b[K\n" for line in frame) + "\x1b[J"
+
+
+def is_live(args: argparse.Namespace) -> bool:
+    """Whether stdout is a terminal on which something live is to be shown."""
+    return not args.json and os.isatty(STDOUT) and os.environ.get("TERM", "dumb") != "dumb"
+
+
+@contextlib.contextmanager
+def screen_for(args: argparse.Namespace, *, shared: bool | None = None) -> Iterator[Screen | None]:
+    """Make stdout the terminal of something live if it can be; what else would be written there comes through it.
+
+    ``shared`` says whether there is anything else; if stderr is the same terminal, unless told.
+    """
+    if not is_live(args):
+        yield None
+        return
+    if shared is None:
+        shared = os.path.samestat(os.fstat(STDOUT), os.fstat(STDERR))
+    sys.stdout.flush()
+    with Screen(STDOUT, colour=has_colours(), shared=shared) as screen, contextlib.ExitStack() as stack:
+        if screen.console is not None:
+            stream = stack.enter_context(open(screen.console, "w", closefd=False))
+            verbosity, as_json = args.verbose - args.quiet, bool(args.log_json)
+            log.configure(verbosity, json=as_json, stream=stream)
+            stack.callback(log.configure, verbosity, json=as_json)
+        yield screen
+
+
+def has_colours() -> bool:
+    """Whether stdout takes half blocks in 256 colours."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return sys.stdout.isatty() and not plain and sys.stdout.encoding.lower().replace("-", "") == "utf8"

@@ -14,11 +14,11 @@ from pyvmm.observe.rates import lines, report, sample, since_start
 from pyvmm.session.watch import Watch
 
 if TYPE_CHECKING:
-    from pyvmm.cli.trace import Tracing
     from pyvmm.machine.machine import Machine
     from pyvmm.observe.pagemap import PageMap
     from pyvmm.observe.rates import Report, Sample
     from pyvmm.session.screen import Screen
+    from pyvmm.session.tracing import Tracing
 
 STDERR = 2
 

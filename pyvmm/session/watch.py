@@ -14,19 +14,18 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
-from pyvmm.errors import PyvmmError
 from pyvmm.kvm.faulttrace import FaultTrace
 from pyvmm.labenv import TCG_NOTE, in_lab
 from pyvmm.machine import layout
 from pyvmm.observe.grid import size
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Timeline
-from pyvmm.syntax.paths import open_output
+from pyvmm.session.outputfile import OutputFile
+from pyvmm.session.tracing import Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from pyvmm.cli.trace import Tracing
     from pyvmm.machine.machine import Machine
     from pyvmm.session.screen import Screen
     from pyvmm.vcpu.outcome import Outcome
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 PERIOD = 0.1
 """Seconds between two looks at least, and so many times what a look took: on a slow machine the guest goes first."""
 PATIENCE = 5
-_BUFFER = 1 << 20
 
 
 class Watch:
@@ -56,7 +54,7 @@ class Watch:
     ) -> None:
         self.console = console
         self._path, self._tracing, self._screen, self._finished = svg, trace, screen, finished
-        self._picture: Picture | None = None
+        self._picture: OutputFile | None = None
         self._timeline: Timeline | None = None
         self._thread: threading.Thread | None = None
 
@@ -66,7 +64,7 @@ class Watch:
             if self._path is not None or (self._tracing is not None and self._tracing.faults):
                 faults = half.enter_context(FaultTrace(range(layout.RAM_BASE, layout.RAM_LIMIT)))
             if self._path is not None:
-                self._picture = half.enter_context(Picture(self._path))
+                self._picture = half.enter_context(OutputFile(self._path))
                 self._timeline = Timeline(faults)
             if self._tracing is not None:
                 self._timeline = half.enter_context(self._tracing).record(faults)
@@ -159,46 +157,6 @@ class Watch:
             if self._screen is not None and source in ready and not self._screen.take():
                 break
         return False
-
-
-class Picture:
-    """A file that is written once, at the end; a context manager. Opened at once: what cannot be written is told then.
-
-    A file that was there keeps its contents until then, one that was not goes again if nothing was written.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._written = False
-
-    def __enter__(self) -> Self:
-        self._made = not os.path.exists(self._path)
-        self._fd = open_output(self._path, keep=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-        if self._made and not self._written:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
-
-    def write(self, text: str) -> None:
-        """Put ``text`` in the place of what the file holds."""
-        with self.writing() as put:
-            put(text.encode())
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[Callable[[bytes], object]]:
-        """Put what is given to the function that this yields, piece by piece, in the place of what the file holds."""
-        try:
-            # What is no file, a pipe say, cannot be cut.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, 0)
-            with open(self._fd, "wb", buffering=_BUFFER, closefd=False) as file:
-                yield file.write
-        except OSError as error:
-            raise PyvmmError(f"{self._path!r} cannot be written: {error.strerror}") from None
-        self._written = True
 
 
 def _title(machine: Machine) -> str:

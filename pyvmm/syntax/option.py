@@ -56,8 +56,9 @@ class Option:
 
     ``names`` are as they are typed, ``"-m", "--mem"``; one without dashes is a word that may be left out. ``takes`` is
     one of the four words above. ``type`` makes the value of a text, and raises argparse.ArgumentTypeError. ``dest`` is
-    the value's name in the namespace, made of the first long name unless given; options of one ``dest`` say the same
-    thing, and with ``alone`` argparse refuses two of them. ``group`` is the heading in --help.
+    the value's name in the namespace, made of the first long name unless given. ``says`` names what the option tells,
+    its ``dest`` unless given: what the command line says, a file has no say in, and a file says it once. With ``alone``
+    the command line may not say it twice either. ``group`` is the heading in --help.
 
     ``about`` is :data:`MACHINE`, :data:`RUN` or :data:`INVOCATION`. ``path`` is for options of a machine that name a
     file: it gets the option's text and a directory, and returns the text with the path made absolute in that.
@@ -75,6 +76,7 @@ class Option:
         default: Any = None,
         const: str | None = None,
         dest: str = "",
+        says: str = "",
         alone: bool = False,
         about: str = MACHINE,
         path: Callable[[str, str], str] | None = None,
@@ -82,12 +84,16 @@ class Option:
         self.names = names
         self.help, self.group, self.metavar = help, group, metavar
         self.takes, self.const = takes, const
-        self.type, self.choices, self.default = type, choices, default
+        self.type, self.choices = type, choices
+        # Options of one dest may differ in this; the first one's counts.
+        no_value: Any = [] if takes == SEVERAL else False if takes in (FLAG, SWITCH) and const is None else None
+        self.default = no_value if default is None else default
         self.about, self.path = about, path
         self.alone = alone
         self.keys = tuple(name[2:] for name in names if name.startswith("--"))
         """The long names without their dashes, which are keys in a file."""
         self.dest = dest or (self.keys or names)[0].replace("-", "_")
+        self.says = says or self.dest
 
     @property
     def key(self) -> str:
@@ -101,18 +107,25 @@ class Option:
 
 
 @contextlib.contextmanager
-def element_of(key: str, number: int) -> Iterator[None]:
-    """Let what is raised within be about the element of this number of a repeated option.
-
-    UsageError becomes :class:`~pyvmm.errors.OptionError`, and an option that it names without a number gets this one.
-    """
+def about_option(name: str) -> Iterator[None]:
+    """Let a UsageError that is raised within be about the option ``name``, or about those that it names itself."""
     try:
         yield
+    except OptionError:
+        raise
+    except UsageError as error:
+        raise OptionError(error.message, name, hint=error.hint) from None
+
+
+@contextlib.contextmanager
+def about_element(key: str, number: int) -> Iterator[None]:
+    """Let a UsageError that is raised within be about the element of this number of the repeated option ``key``."""
+    try:
+        with about_option(key):
+            yield
     except OptionError as error:
         error.options = tuple(
             f"{key}[{number}]{name.removeprefix(key)}" if name.partition(".")[0] == key else name
             for name in error.options
         )
         raise
-    except UsageError as error:
-        raise OptionError(error.message, f"{key}[{number}]", hint=error.hint) from None

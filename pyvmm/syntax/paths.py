@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.errors import UsageError
+from pyvmm.errors import PyvmmError, UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -49,6 +49,16 @@ def open_output(path: str, *, keep: bool = False) -> int:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(f"{path!r} cannot be written: {reason}") from None
+
+
+def write_output(path: str, data: bytes) -> None:
+    """Write a file whole. Raises UsageError where it cannot be opened, PyvmmError where it cannot be written."""
+    with open(open_output(path), "wb") as file:
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as error:
+            raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None
 
 
 def find_outputs(args: argparse.Namespace) -> list[str]:

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 import pyvmm
 from pyvmm import cli
-from pyvmm.cli import run
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.interrupt import Interrupted
 from pyvmm.memory.choices import BACKINGS, ConversionPolicy
+from pyvmm.options import machine
 from pyvmm.protection import Protection
 from pyvmm.syntax.values import parse_memory, parse_seconds, parse_size
 
@@ -93,7 +93,7 @@ def test_runs_options_have_the_names_other_tools_use() -> None:
 
 @pytest.mark.parametrize("words", [[], ["--prefault"]])
 def test_prefaulting_is_asked_for(words: list[str]) -> None:
-    assert run._config(parse("run", *words, "k"), "k").prefault is bool(words)
+    assert machine.machine_config(parse("run", *words, "k")).prefault is bool(words)
 
 
 def test_every_protection_and_policy_can_be_chosen() -> None:
@@ -106,9 +106,9 @@ def test_every_protection_and_policy_can_be_chosen() -> None:
 
 
 def test_a_bare_word_for_the_crash_payload_is_its_way() -> None:
-    assert run.params("payload:crash", ["undefined"]) == ("way=undefined",)
-    assert run.params("payload:crash", ["way=loop", "bytes=9"]) == ("way=loop", "bytes=9")
-    assert run.params("Image", ["quiet"]) == ("quiet",)
+    assert machine.params("payload:crash", ["undefined"]) == ("way=undefined",)
+    assert machine.params("payload:crash", ["way=loop", "bytes=9"]) == ("way=loop", "bytes=9")
+    assert machine.params("Image", ["quiet"]) == ("quiet",)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pyvmm import cli
 from pyvmm.cli import make_parser
+from pyvmm.cli.run import TABLE
 from pyvmm.errors import UsageError
 from pyvmm.memory.choices import BACKINGS
-from pyvmm.options import file as config
+from pyvmm.options.file import OptionsFile, read
+from pyvmm.options.table import Table
+from pyvmm.options.written import as_toml
 from pyvmm.protection import PROTECTIONS
+from pyvmm.syntax.option import SEVERAL, Option
 from pyvmm.syntax.paths import find_outputs
 
 EXAMPLE = """\
@@ -44,7 +49,7 @@ def applied(text: str, folder: Path, *words: str) -> argparse.Namespace:
     path = folder / "vm.toml"
     path.write_text(text)
     line = ["run", "--config", str(path), *words]
-    return parse(*config.expand(line, parse(*line)))
+    return cli.with_file(line, parse(*line))[1]
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
     path = tmp_path / "vm.toml"
     path.write_text('map = "a.svg"\nkernel = "payload:hello"\n')
     line = ["--lab", "-v", "run", f"--config={path}", "-c", "2"]
-    args = parse(*config.expand(line, parse(*line)))
+    _, args = cli.with_file(line, parse(*line))
     assert args.verb_argv == ["run", "--map=a.svg", "--kernel=payload:hello", "-c", "2"]
     assert find_outputs(args) == ["a.svg"]
 
@@ -125,7 +130,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, what: str) -> Non
     if what == "binary":
         path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="--config"):
-        config.read(str(path))
+        read(str(path))
 
 
 def test_what_is_on_or_off_can_be_said_both_ways(tmp_path: Path) -> None:
@@ -144,31 +149,20 @@ def test_what_is_on_or_off_can_be_said_both_ways(tmp_path: Path) -> None:
 # -- options of parts
 
 
-@pytest.fixture
-def disks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verb with an option of key=value parts, which may be repeated."""
-
-    def disk(text: str) -> str:
-        if "path=" not in text:
-            raise argparse.ArgumentTypeError("a disk needs a path")
-        return text
-
-    def verb_parser(_verb: str) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser("pyvmm run")
-        parser.add_argument("--disk", type=disk, action="append")
-        return parser
-
-    monkeypatch.setattr(config, "verb_parser", verb_parser)
-    monkeypatch.setattr(config, "_refusal", lambda _words: None)
+def disk(text: str) -> str:
+    if "path=" not in text:
+        raise argparse.ArgumentTypeError("a disk needs a path")
+    return text
 
 
 def expanded(text: str, folder: Path) -> list[str]:
+    """The words for a verb that has one option, of key=value parts, which may be repeated."""
     path = folder / "vm.toml"
     path.write_text(text)
-    return config.expand(["run"], argparse.Namespace(verb_argv=["run"], config=str(path), restore=None))[1:]
+    table = Table([Option("--disk", type=disk, takes=SEVERAL, help="")], lambda _parser: None)
+    return OptionsFile(str(path), read(str(path)), table, "run").put_before([])
 
 
-@pytest.mark.usefixtures("disks")
 def test_tables_are_the_parts_of_an_option(tmp_path: Path) -> None:
     text = "[[disk]]\npath = 'a b'\nro = true\nqueues = 2\nsync = false\n[[disk]]\npath = 'c'\n"
     assert expanded(text, tmp_path) == ["--disk=path=a b,ro,queues=2", "--disk=path=c"]
@@ -176,7 +170,6 @@ def test_tables_are_the_parts_of_an_option(tmp_path: Path) -> None:
     assert expanded("disk.path = 'a'\n", tmp_path) == ["--disk=path=a"]
 
 
-@pytest.mark.usefixtures("disks")
 def test_a_wrong_table_is_refused_with_the_line_of_its_header_or_of_the_wrong_key(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"line 4: disk: a disk needs a path"):
         expanded("[[disk]]\npath = 'a'\n\n[[disk]]\nro = true\n", tmp_path)
@@ -185,12 +178,6 @@ def test_a_wrong_table_is_refused_with_the_line_of_its_header_or_of_the_wrong_ke
 
 
 # -- the other way
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options need not make sense together."""
-    monkeypatch.setattr(config, "_refusal", lambda _words: None)
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -209,7 +196,6 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.usefixtures("unchecked")
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(OPTIONS, st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3), st.booleans())
 def test_what_is_printed_reads_back_as_the_same_options(
@@ -218,15 +204,17 @@ def test_what_is_printed_reads_back_as_the_same_options(
     words = [f"{option}={text}" if option.startswith("--") else f"{option}{text}" for option, text in options.items()]
     words += [f"--params={text}" for text in params] + ["--prefault"] * prefault
     before = parse("run", *words, "payload:hello")
-    printed = config.as_toml(before)
+    printed = as_toml(before, TABLE)
     fd = os.memfd_create("config")
     with open(fd, "w") as file:
         file.write(printed)
         file.flush()
         line = ["run", "--config", f"/proc/self/fd/{fd}"]
-        after = parse(*config.expand(line, parse(*line)))
+        # Options need not make sense together here.
+        words = OptionsFile.of(parse(*line), TABLE).put_before(line[1:])
+        after = parse("run", *words)
     assert plain(after) == {**plain(before), "kernel": None, "kernel_option": "payload:hello"}
-    assert config.as_toml(after) == printed
+    assert as_toml(after, TABLE) == printed
 
 
 def test_the_configuration_in_effect_is_printed_and_nothing_runs(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from pyvmm.cli import make_parser
-from pyvmm.cli.run import _config, check_options
 from pyvmm.devices.roles import Terminal
 from pyvmm.errors import UsageError
 from pyvmm.machine.devices import Balloon, Console, Vsock
 from pyvmm.machine.plan import Plan
+from pyvmm.options.consoles import places
 from pyvmm.options.devices import device_specs
+from pyvmm.options.machine import check_options, machine_config
 from pyvmm.session import consoles
 
 
@@ -40,7 +41,7 @@ def parse(*words: str) -> argparse.Namespace:
     ],
 )
 def test_one_of_two_consoles_has_stdio(words: list[str], wanted: tuple[str, str]) -> None:
-    assert consoles.places(parse(*words, "k")) == wanted
+    assert places(parse(*words, "k")) == wanted
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_devices_are_as_they_were_asked_for() -> None:
 def test_plan_listens_at_no_path(tmp_path: Path) -> None:
     path = tmp_path / "v"
     args = parse("--vsock", f"uds={path},cid=3", "--balloon", "0", "payload:hello")
-    with Plan(_config(args, "payload:hello")) as plan:
+    with Plan(machine_config(args)) as plan:
         assert not path.exists()
         assert "vsock0" in "\n".join(plan.lines())
 

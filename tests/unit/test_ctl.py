@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 
 from pyvmm.cli import ctl, make_parser
-from pyvmm.cli.run import _config
 from pyvmm.devices.pl011 import RX_BYTES, Pl011
 from pyvmm.devices.virtio.console import VirtioConsole
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine.plan import Plan
+from pyvmm.options.consoles import places
+from pyvmm.options.machine import machine_config
 from pyvmm.session import consoles, control
 from pyvmm.session.control import Connection, Control
 from pyvmm.session.requests import Requests
@@ -269,10 +270,10 @@ def test_a_kick_goes_to_the_console_that_has_stdio(
     monkeypatch.setattr(Pl011, "offer", lambda *_: kicked.append("uart") or True)
     monkeypatch.setattr(VirtioConsole, "offer", lambda *_: kicked.append("virtio") or True)
     with contextlib.ExitStack() as stack:
-        ends = [consoles.open_place(where, stack, 1) for where in consoles.places(args)]
+        ends = [consoles.open_place(where, stack, 1) for where in places(args)]
         if terminal:
             ends = [(out, None if source is None else consoles.nobody(stack)) for out, source in ends]
-        config = _config(args, "payload:hello", *ends)
+        config = machine_config(args, *ends)
         with Plan(config) as plan:
             plan.machine.config = config  # a plan's UART goes nowhere
             assert Requests(plan.machine).kick("ls") == {"typed": 3}

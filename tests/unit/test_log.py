@@ -323,8 +323,8 @@ def test_a_run_waits_for_no_reader_before_its_end_which_loses_nothing(
     pipe = Unread(stack)
     machine = Machine(pipe, ending)
     monkeypatch.setattr(sys, "stderr", pipe.stream)
-    monkeypatch.setattr(run, "ready", lambda _args: "payload:hello")
-    monkeypatch.setattr("pyvmm.machine.machine.Machine", lambda *_, **__: machine)
+    monkeypatch.setattr(run, "ready", lambda _args: None)
+    monkeypatch.setattr("pyvmm.session.run.Machine", lambda *_, **__: machine)
     words = [*flags, "run", "--socket", str(tmp_path / "socket"), "--serial", "none", "payload:hello"]
     assert cli.main(words) == status
     lines = machine.read().removeprefix("x" * pipe.size).splitlines()

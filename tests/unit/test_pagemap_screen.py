@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
 from pyvmm.observe.pagemap import PageMap
+from pyvmm.session.outputfile import OutputFile
 from pyvmm.session.screen import Screen
-from pyvmm.session.watch import Picture
 
 MAP = ["map 1", "map 2"]
 
@@ -137,30 +137,30 @@ def test_no_terminal_is_needed_for_a_map_of_nothing() -> None:
 def test_a_picture_replaces_what_was_there_only_when_it_is_written(tmp_path: Path) -> None:
     file = tmp_path / "map.svg"
     file.write_text("an older and longer one")
-    with Picture(str(file)) as picture:
+    with OutputFile(str(file)) as picture:
         assert file.read_text() == "an older and longer one"
         picture.write("new")
     assert file.read_text() == "new"
-    with Picture(str(file)):
+    with OutputFile(str(file)):
         pass
     assert file.read_text() == "new"
 
 
 def test_a_file_made_for_a_run_that_never_was_goes_again(tmp_path: Path) -> None:
-    with Picture(str(tmp_path / "map.svg")):
+    with OutputFile(str(tmp_path / "map.svg")):
         assert (tmp_path / "map.svg").exists()
     assert not (tmp_path / "map.svg").exists()
 
 
 @pytest.mark.parametrize("name", ["nowhere/map.svg", ".", "a\0b"])
 def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="cannot be written"), Picture(f"{tmp_path}/{name}"):
+    with pytest.raises(UsageError, match="cannot be written"), OutputFile(f"{tmp_path}/{name}"):
         pytest.fail("not to be reached")
 
 
 def test_a_picture_may_go_down_a_pipe() -> None:
     read, write = os.pipe()
     with open(read) as out:
-        with open(write, "w"), Picture(f"/dev/fd/{write}") as picture:
+        with open(write, "w"), OutputFile(f"/dev/fd/{write}") as picture:
             picture.write("text")
         assert out.read() == "text"

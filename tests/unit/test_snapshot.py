@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.cli import make_parser
+from pyvmm.cli import make_parser, with_file
+from pyvmm.cli.run import TABLE
 from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.virtio import vsock_host
 from pyvmm.errors import HostError, PyvmmError, UsageError
@@ -30,7 +31,8 @@ from pyvmm.machine.plan import Plan
 from pyvmm.machine.snapshot import VERSION, Snapshot
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.userfault import Userfault
-from pyvmm.options import file as config
+from pyvmm.options import entries
+from pyvmm.options.written import machine_options
 from pyvmm.protection import Protection
 
 RAM, PAGE, MIB = 0x8000_0000, 4096, 1 << 20
@@ -252,15 +254,14 @@ def test_a_snapshot_brings_the_options_of_its_machine_and_no_others(machine: Mac
     saved = parse(
         "run", "-c", "2", "-p", "a b", "--serial", "none", "--socket", "x", "--deadline", "9", "payload:puppet"
     )
-    saving.save(machine, path, options=config.machine_options(saved))
+    saving.save(machine, path, options=machine_options(saved, TABLE, os.getcwd()))
     line = ["run", "--restore", path, "--deadline", "5"]
-    expanded = config.expand(line, parse(*line))
-    args = parse(*expanded)
+    expanded, args = with_file(line, parse(*line))
     assert (args.kernel_option, args.cpus, args.params) == ("payload:puppet", 2, ["a b"])
     assert args.serial == parse("run").serial != "none"
     assert (args.socket, args.deadline, args.restore) == (None, 5.0, path)
     # What was sent to the lab is read there again, and says the same.
-    assert vars(parse(*config.expand(expanded, args))) == vars(args)
+    assert vars(with_file(expanded, args)[1]) == vars(args)
 
 
 def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +284,7 @@ def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, mon
         "payload:puppet",
     )
     monkeypatch.chdir(tmp_path)
-    read = {entry.key: entry.value for entry in config.parse(config.machine_options(saved))}
+    read = {entry.key: entry.value for entry in entries.parse(machine_options(saved, TABLE, os.getcwd()))}
     assert read["disk"] == [f"path={tmp_path}/a.img,ro", f"queues=2,path={tmp_path}/b.img", "path=/c,serial=x"]
     assert read["net"] == [f"socket={tmp_path}/p,mac=2:0:0:0:0:1", "tap=t"]
     assert (read["vsock"], read["console"]) == (f"cid=3,uds={tmp_path}/dir/v", f"file={tmp_path}/log,1")
@@ -291,28 +292,28 @@ def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, mon
     (tmp_path / "a,b").mkdir()
     monkeypatch.chdir(tmp_path / "a,b")
     with pytest.raises(UsageError, match="a comma ends a part"):
-        config.machine_options(saved)
-    assert "file=" in config.machine_options(parse("run", "--console", "file=log", "-k", "payload:puppet"))
+        machine_options(saved, TABLE, os.getcwd())
+    assert "file=" in machine_options(parse("run", "--console", "file=log", "-k", "payload:puppet"), TABLE, os.getcwd())
 
 
 @pytest.mark.parametrize(
-    ("option", "rest", "longest"), [("net", "", 107), ("vsock", ",cid=3", vsock_host.LONGEST_PATH)]
+    ("option", "key", "rest", "longest"),
+    [("net", "socket", "", 107), ("vsock", "uds", ",cid=3", vsock_host.LONGEST_PATH)],
 )
 def test_a_socket_stays_relative_where_its_absolute_path_would_be_no_address(
-    option: str, rest: str, longest: int
+    option: str, key: str, rest: str, longest: int
 ) -> None:
-    key = config.PATHS[option]
     directory = "/" + "é" * 20  # of two bytes each
     directory += "/" + "d" * (longest - len(os.fsencode(directory)) - len("//vv"))
     for said, saved in (("vv", f"{directory}/vv"), ("vvv", "vvv"), ("/" + "v" * 120, "/" + "v" * 120)):
         args = parse("run", f"--{option}", f"{key}={said}{rest}", "-k", "payload:puppet")
-        [entry] = [each for each in config.parse(config.as_toml(args, directory=directory)) if each.key == option]
+        [entry] = [each for each in entries.parse(machine_options(args, TABLE, directory)) if each.key == option]
         assert entry.elements == [f"{key}={saved}{rest}"]
 
 
 def test_a_snapshot_finds_the_device_tree_from_any_directory() -> None:
     args = parse("run", "--dtb", "a,b.dtb", "-k", "payload:puppet")
-    [entry] = [each for each in config.parse(config.as_toml(args, directory="/from,there")) if each.key == "dtb"]
+    [entry] = [each for each in entries.parse(machine_options(args, TABLE, "/from,there")) if each.key == "dtb"]
     assert entry.value == "/from,there/a,b.dtb"
 
 
@@ -320,7 +321,7 @@ def test_a_snapshot_finds_the_device_tree_from_any_directory() -> None:
 def test_what_a_snapshot_brings_is_not_to_be_said_as_well(words: tuple[str, ...]) -> None:
     line = ["run", "--restore", "guest", *words]
     with pytest.raises(UsageError, match="a snapshot brings"):
-        config.expand(line, parse(*line))
+        with_file(line, parse(*line))
 
 
 def test_descriptions_are_json_that_says_what_is_where(machine: Machine, tmp_path: Path) -> None:

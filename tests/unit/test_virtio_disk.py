@@ -20,7 +20,8 @@ from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import Disk, Rng
-from pyvmm.options.devices import add_device_options, device_specs, parse_disk
+from pyvmm.options.devices import DEVICE_OPTIONS, device_specs, parse_disk
+from pyvmm.options.table import Table
 
 
 def make(path: Path, size: int = 1 << 20, fill: bytes = b"\xa5") -> str:
@@ -138,7 +139,7 @@ def test_dropping_that_fails_raises_and_is_not_made_up_for(tmp_path: Path, monke
 
 def test_option_says_path_and_what_kind_of_disk() -> None:
     parser = argparse.ArgumentParser()
-    add_device_options(parser)
+    Table(DEVICE_OPTIONS, lambda _parser: None).add_to(parser)
     words = ["-d", "a.img", "--disk", "b=c.img,ro,queues=4,serial=root"]
     with pytest.raises(SystemExit):  # b is no key
         parser.parse_args(words)

@@ -20,7 +20,8 @@ from pyvmm.devices.virtio.passt import Passt
 from pyvmm.errors import HostError, UsageError
 from pyvmm.machine import devices
 from pyvmm.machine.config import DeviceSpec
-from pyvmm.options.devices import add_device_options, device_specs, parse_net
+from pyvmm.options.devices import DEVICE_OPTIONS, device_specs, parse_net
+from pyvmm.options.table import Table
 from tests.unit.net_driver import DATA, Driver, eventually
 
 PRELUDE = """
@@ -115,7 +116,7 @@ def test_program_that_is_not_there_is_named_with_what_to_install() -> None:
 
 def specs(*words: str) -> tuple[DeviceSpec, ...]:
     parser = argparse.ArgumentParser()
-    add_device_options(parser)
+    Table(DEVICE_OPTIONS, lambda _parser: None).add_to(parser)
     return device_specs(parser.parse_args(words))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pyvmm.vcpu.outcome import Outcome
 
 
-def report(outcome: Outcome, counters: Counters, *, table: bool) -> None:
+def print_summary(outcome: Outcome, counters: Counters, *, table: bool) -> None:
     """Say it in words; ``table`` adds what each kind of exit cost."""
     lines = table_lines(counters) if table else []
     if outcome.ending is not Ending.POWEROFF:
@@ -24,7 +24,7 @@ def report(outcome: Outcome, counters: Counters, *, table: bool) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
-def report_json(outcome: Outcome, counters: Counters, *, table: bool) -> None:
+def print_summary_json(outcome: Outcome, counters: Counters, *, table: bool) -> None:
     """Say it as one line of JSON; ``table`` adds nanoseconds to the counts."""
     values: dict[str, object] = {
         "event": "run_ended",

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the options of a guest to the machine that they ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pyvmm.errors import OptionError, hex_
+from pyvmm.guest.kernels import MEMORY, is_kernel
+from pyvmm.machine import layout
+from pyvmm.machine.config import MachineConfig, usual_backing
+from pyvmm.memory.choices import DEFAULT_MEMORY, ConversionPolicy
+from pyvmm.options.consoles import NOWHERE, places
+from pyvmm.options.contradictions import check_run, kernel_of
+from pyvmm.options.devices import device_specs
+from pyvmm.protection import Protection
+
+if TYPE_CHECKING:
+    import argparse
+
+    from pyvmm.options.consoles import Ends
+
+CRASH: Final = "payload:crash"
+
+
+def machine_config(args: argparse.Namespace, serial: Ends = NOWHERE, console: Ends = NOWHERE) -> MachineConfig:
+    """Return what the machine is to be, with the descriptors that the two consoles have. Raises UsageError."""
+    kernel = kernel_of(args)
+    places(args)
+    size, gpa = args.mem
+    if gpa is not None and gpa != layout.RAM_BASE:
+        raise OptionError(f"memory at gpa {hex_(gpa)}: this machine's memory starts at {hex_(layout.RAM_BASE)}", "mem")
+    protection = Protection(args.protection)
+    return MachineConfig(
+        kernel=kernel,
+        protection=protection,
+        memory=(MEMORY if is_kernel(kernel) else DEFAULT_MEMORY) if size is None else size,
+        cpus=args.cpus,
+        params=params(kernel, args.params),
+        initrd=args.initrd,
+        backing=args.backing or usual_backing(protection),
+        prefault=args.prefault,
+        conversion=ConversionPolicy(args.conversion),
+        dtb=args.dtb,
+        deadline=args.deadline,
+        serial_out=serial[0],
+        serial_in=serial[1],
+        devices=device_specs(args, console),
+        swiotlb=args.swiotlb,
+    )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UsageError for options that make no sense, whatever the host and the kernel's file are.
+
+    It is OptionError where it is known which options.
+    """
+    check_run(args)
+    machine_config(args).check()
+
+
+def params(kernel: str, texts: list[str]) -> tuple[str, ...]:
+    """Return the guest's parameters; a bare word for the crash payload is the way it is to crash."""
+    if kernel != CRASH:
+        return tuple(texts)
+    return tuple(f"way={text}" if text and "=" not in text and " " not in text else text for text in texts)
+
+
+def with_files(config: MachineConfig) -> MachineConfig:
+    """Return it with files for the names of kernels and initramfs. Raises HostError where there is none."""
+    from pyvmm.guest.kernels import resolve
+
+    def make(name: str) -> str:
+        from pyvmm.lab.guests import made
+
+        return made(name)
+
+    kernel, initrd = resolve(config.kernel, config.initrd, make)
+    return config._replace(kernel=kernel, initrd=initrd)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a table of options to the parser of a command line.
+
+Each verb that runs a guest has a :class:`Table`, of :class:`~pyvmm.syntax.option.Option` in the order of --help.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.syntax.option import FLAG, SEVERAL, SWITCH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pyvmm.syntax.option import Option
+
+
+class Table:
+    """The options of a verb: its own ``options``, and what ``common`` adds to the parser of every verb.
+
+    Iterate over it for its own.
+    """
+
+    def __init__(self, options: Sequence[Option], common: Callable[[argparse.ArgumentParser], None]) -> None:
+        self.options = tuple(options)
+        self._common = common
+
+    def __iter__(self) -> Iterator[Option]:
+        return iter(self.options)
+
+    def add_to(self, parser: argparse.ArgumentParser, *, as_text: bool = False) -> None:
+        """Define the options. With ``as_text`` their values stay texts, and an option not given leaves nothing."""
+        groups: dict[str, argparse._ArgumentGroup] = {}
+        rivals: dict[str, argparse._MutuallyExclusiveGroup] = {}
+        for option in self.options:
+            place: argparse._ActionsContainer = parser
+            if option.group:
+                if option.group not in groups:
+                    groups[option.group] = parser.add_argument_group(option.group)
+                place = groups[option.group]
+            if option.alone:
+                if option.dest not in rivals:
+                    rivals[option.dest] = place.add_mutually_exclusive_group()
+                place = rivals[option.dest]
+            place.add_argument(*option.names, **_arguments(option, as_text=as_text))
+        self._common(parser)
+
+    def given(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return by ``dest`` what words behind the verb themselves say, as text. They were parsed before."""
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        self.add_to(parser, as_text=True)
+        return vars(parser.parse_args(words))
+
+
+def _arguments(option: Option, *, as_text: bool) -> dict[str, Any]:
+    """Return what argparse is to be told of an option."""
+    arguments: dict[str, Any] = {
+        "help": option.help,
+        "default": argparse.SUPPRESS if as_text else option.default,
+    }
+    if option.positional:
+        arguments["nargs"] = "?"
+    else:
+        arguments["dest"] = option.dest
+    if option.takes == FLAG:
+        arguments["action"] = "store_true" if option.const is None else "store_const"
+        if option.const is not None:
+            arguments["const"] = option.const
+        return arguments
+    if option.takes == SWITCH:
+        arguments["action"] = argparse.BooleanOptionalAction
+        return arguments
+    if option.takes == SEVERAL:
+        arguments["action"] = "append"
+    arguments["metavar"] = option.metavar
+    if not as_text:
+        arguments |= {"type": option.type, "choices": option.choices}
+    return arguments

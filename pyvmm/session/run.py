@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One guest from start to end, as the options say. Its output is on stdout, ours on stderr, the statistics last.
+
+A :class:`GuestRun` opens what lasts as long as the run (signals, consoles, gdb, the socket for ``pyvmm ctl``), lets the
+guest live in one VM after the other, and finishes with the files and statistics. Used from the main thread, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from typing import TYPE_CHECKING, Final
+
+from pyvmm import log
+from pyvmm.machine.machine import Machine
+from pyvmm.options.consoles import places
+from pyvmm.options.machine import machine_config, with_files
+from pyvmm.session.consoles import following_size, nobody, open_place
+from pyvmm.session.control import Control
+from pyvmm.session.requests import Requests
+from pyvmm.session.summary import print_summary, print_summary_json
+from pyvmm.session.terminal import Keys, Signals, in_foreground
+from pyvmm.syntax.paths import write_output
+from pyvmm.vcpu.outcome import Ending
+
+if TYPE_CHECKING:
+    import argparse
+
+    from pyvmm.debug.server import GdbServer
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.machine.snapshot import Snapshot
+    from pyvmm.options.consoles import Ends
+    from pyvmm.options.table import Table
+    from pyvmm.session.watch import Watch
+    from pyvmm.vcpu.outcome import Outcome
+
+STDOUT: Final = 1
+LEAST_DEADLINE: Final = 1e-3
+"""Seconds of a deadline that are left to a VM at least, for there to be one."""
+
+
+class GuestRun:
+    """The run that ``args`` ask for, ``watch`` looking on. ``args`` were parsed as ``table`` says.
+
+    With ``--reboot`` a reset by the guest is no end: the VM is destroyed, and another one starts in its place.
+    """
+
+    def __init__(self, args: argparse.Namespace, table: Table, watch: Watch | None = None) -> None:
+        self._args, self._table, self._watch = args, table, watch
+        self._reboot: bool = getattr(args, "reboot", False)
+        self._stack = contextlib.ExitStack()
+        self._never_waiting = contextlib.ExitStack()
+        self._signals = Signals()
+        self._requests = Requests(options=self._machine_options)
+        self._debugger: GdbServer | None = None
+        self._snapshot: Snapshot | None = None
+
+    def to_end(self) -> int:
+        """Run the guest; returns the exit status."""
+        with self._stack:
+            self._open()
+            while (status := self._live()) is None:
+                # A machine is full of cycles, and nobody else looks for garbage as often as a guest may reset.
+                gc.collect()
+            return status
+
+    # -- what lasts as long as the run
+
+    def _open(self) -> None:
+        args, stack = self._args, self._stack
+        # Between two lives of the guest too: its last one may have left no room for what the next one's start says.
+        stack.enter_context(self._never_waiting).enter_context(log.never_waiting())
+        stack.enter_context(self._signals)
+        if self._watch is not None:
+            stack.enter_context(self._watch)
+        serial, console = self._open_consoles()
+        self._screen = console[0]
+        if args.gdb is not None:
+            from pyvmm.debug.server import GdbServer
+
+            self._debugger = stack.enter_context(GdbServer(args.gdb))
+        self._config = machine_config(args, serial, console)
+        if args.restore is None:
+            self._config = with_files(self._config)
+        else:
+            from pyvmm.machine.snapshot import Snapshot
+
+            self._snapshot = stack.enter_context(Snapshot(args.restore))
+        stack.enter_context(Control(self._requests.verbs, args.socket))
+
+    def _open_consoles(self) -> list[Ends]:
+        stdout = STDOUT if self._watch is None else self._watch.console
+        keep = self._args.restore is not None
+        ends = [open_place(where, self._stack, stdout, keep=keep) for where in places(self._args)]
+        return [(out, self._keys_of(source)) for out, source in ends]
+
+    def _keys_of(self, source: int | None) -> int | None:
+        """Return where a console reads whose input is ``source``: of a terminal, its keys one by one."""
+        if source is None or not os.isatty(source):
+            return source
+        if not in_foreground(source):
+            # In the background the terminal is not ours to read: it would stop us.
+            return nobody(self._stack)
+        return self._stack.enter_context(Keys(source, lambda: self._signals.end("Ctrl-A x"))).fd
+
+    def _machine_options(self) -> str:
+        from pyvmm.options.written import machine_options  # for the few runs that are saved
+
+        return machine_options(self._args, self._table, os.getcwd())
+
+    # -- one life
+
+    def _live(self) -> int | None:
+        """Let the guest live in one VM; returns the exit status, or None where it is to start again."""
+        intercept = None if self._debugger is None else self._debugger.intercept
+        with (
+            Machine(self._config, intercept=intercept, start=self._snapshot) as machine,
+            contextlib.ExitStack() as life,
+        ):
+            if self._args.dump_dtb is not None:
+                write_output(self._args.dump_dtb, machine.entry.described())
+            if self._watch is not None:
+                self._watch.begin(machine)
+            self._signals.stop = machine.stop
+            if self._debugger is not None:
+                life.enter_context(self._debugger.serving(machine))
+            with self._requests.about(machine), following_size(machine, self._screen):
+                if asked := self._asked_to_end:  # before there was this machine
+                    machine.stop(asked)
+                outcome = machine.run()
+            # A wish for the end that came too late to be this VM's is for the next one.
+            if not self._reboot or outcome.ending is not Ending.RESET or self._asked_to_end:
+                return self._finish(machine, outcome)
+        # A protected VM's memory cannot be loaded again: a reset makes another VM, for every protection alike.
+        self._config = _rest_of(self._config, machine.elapsed_ns)
+        return None
+
+    @property
+    def _asked_to_end(self) -> str | None:
+        return self._signals.asked or self._requests.asked
+
+    # -- the end
+
+    def _finish(self, machine: Machine, outcome: Outcome) -> int:
+        """Write and say what is left of the run, while its machine is still there; returns the exit status."""
+        if self._debugger is not None:
+            self._debugger.ended(outcome)
+        try:
+            # What is said from here on is what the user waits for: it waits for the user.
+            self._never_waiting.close()
+            if self._watch is not None:
+                self._watch.end(outcome)
+        finally:
+            summarize = print_summary_json if self._args.log_json else print_summary
+            summarize(outcome, machine.counters, table=self._args.stats)
+        return outcome.status if self._signals.received is None else 128 + self._signals.received
+
+
+def _rest_of(config: MachineConfig, spent_ns: int) -> MachineConfig:
+    """Return the machine to go on with after one that ran so long: what is left of its deadline."""
+    if config.deadline is None:
+        return config
+    return config._replace(deadline=max(config.deadline - spent_ns / 1e9, LEAST_DEADLINE))

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A thread that answers the page faults of a userfaultfd with what a callback says.
 
-A ``Server`` owns its thread and the eventfd that stops it. Anyone may make and stop one; the callback runs in the
-thread. It must not touch a page that only this server can answer.
+The callback runs in the thread. It must not touch a page that only this server can answer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import select
-import threading
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 from pyvmm.errors import PyvmmError, hex_
 from pyvmm.memory.address import PAGE_SIZE, is_aligned
+from pyvmm.memory.fault_thread import FaultThread
 from pyvmm.memory.userfault import Fault, FaultKind, Userfault, UserfaultError
 
 
@@ -37,7 +35,7 @@ Resolve: TypeAlias = "Callable[[Fault], bytes | bytearray | memoryview | Answer]
 """Answers a fault; bytes are whole pages from ``fault.page`` on."""
 
 
-class Server:
+class Server(FaultThread):
     """A thread that answers the faults of one ``Userfault``. Stop it, or use it as a context manager.
 
     A fault whose ``resolve`` raises, or answers what cannot be, stays unanswered and its thread waits, so that no guest
@@ -48,51 +46,16 @@ class Server:
     def __init__(
         self, userfault: Userfault, resolve: Resolve, *, failed: Callable[[BaseException], None] | None = None
     ) -> None:
-        self.userfault = userfault
+        super().__init__(userfault)
         self.served: Counter[FaultKind] = Counter()
         """Faults answered, by kind."""
         self.late = 0
         """Those of them whose page had come meanwhile, by the answer to another."""
         self.failures = 0
         """Faults left unanswered, because ``resolve`` raised or answered what cannot be."""
-        self.error: BaseException | None = None
-        """The first of these errors."""
         self._resolve = resolve
         self._failed = failed
-        self._stopping = False
-        self._wake = -1
-        self._ending = threading.Lock()
-        userfault.attach(self.stop)
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = threading.Thread(target=self._main, name="pyvmm-userfault", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.stop()
-        if self.error and kind is None:
-            raise self.error
-
-    @property
-    def alive(self) -> bool:
-        """Whether it still answers."""
-        return self._thread.is_alive()
-
-    def stop(self) -> None:
-        """Answer no more faults; returns when the one at hand is done. Idempotent, but not for ``resolve`` to call."""
-        self._stopping = True
-        if threading.current_thread() is self._thread:
-            return  # it looks at that before it waits again
-        with self._ending:
-            if self._wake < 0:
-                return
-            os.eventfd_write(self._wake, 1)
-            self._thread.join()
-            wake, self._wake = self._wake, -1
-            os.close(wake)
-            self.userfault.attach(None)
 
     def _main(self) -> None:
         poll = select.poll()

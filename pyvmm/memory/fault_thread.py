@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thread that serves a userfaultfd, and how it is stopped: what the servers of page faults share.
+
+A ``FaultThread`` owns its thread and the eventfd that ends it. Anyone may make and stop one.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Self
+
+from pyvmm.memory.userfault import Userfault
+
+
+class FaultThread:
+    """Serves one ``Userfault``. Stop it, or use it as a context manager.
+
+    What is not answered when it stops waits for the next server. Leaving the context raises ``error``. A subclass
+    starts ``_thread`` once it is complete.
+    """
+
+    def __init__(self, userfault: Userfault) -> None:
+        self.userfault = userfault
+        self.error: BaseException | None = None
+        """The first error that left a fault unanswered."""
+        self._stopping = False
+        self._wake = -1
+        self._ending = threading.Lock()
+        self._thread = threading.Thread(target=self._main, name="pyvmm-userfault", daemon=True)
+        userfault.attach(self.stop)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.stop()
+        if self.error and kind is None:
+            raise self.error
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still answers."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Answer no more faults; returns when the one at hand is done. Idempotent.
+
+        Called in the server's own thread it returns at once, and the thread ends before it waits again.
+        """
+        self._stopping = True
+        if threading.current_thread() is self._thread:
+            return
+        with self._ending:
+            if self._wake < 0:
+                return
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+            wake, self._wake = self._wake, -1
+            os.close(wake)
+            self.userfault.attach(None)
+
+    def _main(self) -> None:
+        """Answer faults until ``_wake`` is readable."""
+        raise NotImplementedError

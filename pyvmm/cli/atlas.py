@@ -8,17 +8,17 @@ experiment came to a verdict, whatever it is; 1 when one crashed. Of ``diff``: 0
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import Help, add_common, require_arm64
+from pyvmm.cli.progress import terminal_line
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.interrupt import Interrupted, terminable
 from pyvmm.syntax.paths import OutputPath, open_output
@@ -116,7 +116,8 @@ def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tup
     begun, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     whole = args.details or len(todo) <= FEW
     interrupt = None
-    with _progress() as progress, terminable() as received:
+    with terminal_line() as show, terminable() as received:
+        progress = show or (lambda _text: None)
         try:
             for result in run(todo, deadline=args.deadline):
                 results.append(result)
@@ -134,23 +135,6 @@ def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tup
     if len(results) > FEW:
         print(f"\n{table(atlas, look, wanted, GROUPS)}")
     return atlas, interrupt
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Keep one line of progress at the end of stderr, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _text: None
-        return
-
-    def show(text: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()
-
-    try:
-        yield show
-    finally:
-        show("")
 
 
 def _steps(result: Result, look: Look) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import plugins
+from pyvmm.cli.progress import terminal_line
 from pyvmm.errors import HostError, UsageError
 from pyvmm.interrupt import Interrupted, terminable
 from pyvmm.labenv import in_lab
@@ -191,17 +192,10 @@ def _duration(seconds: float) -> str:
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Keep a line of progress on stderr: always there on a terminal, now and then elsewhere."""
-    if sys.stderr.isatty():
-
-        def show(text: str) -> None:
-            sys.stderr.write(f"\r\x1b[K{text}")
-            sys.stderr.flush()
-
-        try:
+    with terminal_line() as show:
+        if show:
             yield show
-        finally:
-            show("")
-        return
+            return
     last = ("", float("-inf"))
 
     def say(text: str) -> None:

@@ -443,7 +443,7 @@ class Recorder:
 
 
 class Uart:
-    name, node, compatible, clocks, size = "pl011", None, "arm,pl011", (), 0x1000
+    name, node, compatible, clocks, size = "pl011", "serial", "arm,pl011", (), 0x1000
 
     def properties(self) -> dict[Any, Any]:
         return {}

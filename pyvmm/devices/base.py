@@ -42,6 +42,9 @@ class Device:
     ``name`` is its name for people, and of its device-tree node unless ``node`` is one. ``compatible`` is what a driver
     finds it by, one string or several, and ``clocks`` names its clock inputs. ``kind`` is how the native loop treats an
     access (enum pv_kind), None where Python answers.
+
+    A device with a ``trigger`` is given an interrupt ``line`` when it is placed, before the guest starts. The line of
+    an EDGE has ``trigger()``, which gives one pulse, that of a LEVEL ``hold(high)``. Any thread may call both.
     """
 
     name: ClassVar[str]
@@ -49,10 +52,12 @@ class Device:
     node: ClassVar[str | None] = None
     clocks: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[int | None] = None
+    trigger: ClassVar[Trigger | None] = None
 
     def __init__(self, size: int = 0x1000) -> None:
         self.size = size
         self.state: Any = None
+        self.line: Any = None
 
     @property
     def behind(self) -> object:

@@ -6,6 +6,7 @@
 import threading
 from typing import NamedTuple
 
+from pyvmm.devices.kind import DeviceSpec
 from pyvmm.errors import OptionError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.swiotlb import check_pool, pool_in, usual_pool
@@ -22,13 +23,6 @@ def usual_backing(protection: Protection) -> str:
     return "memfd" if protection is Protection.EMULATED else "anonymous"
 
 
-class DeviceSpec:
-    """What a device of those that are asked for is to be; :mod:`pyvmm.machine.devices` has a class for each kind."""
-
-    def check(self, config: "MachineConfig") -> None:
-        """Raise UsageError where a machine of ``config`` cannot have it."""
-
-
 class MachineConfig(NamedTuple):
     """Everything :class:`pyvmm.machine.machine.Machine` needs to know.
 
@@ -36,10 +30,10 @@ class MachineConfig(NamedTuple):
     guest's command line; ``deadline`` is seconds from the first run; ``serial_out`` and ``serial_in`` are descriptors
     or None; ``timed`` keeps histograms of the time in guest and VMM; ``prefault`` populates all memory before the first
     run, in huge pages where the host gives them: a first touch then costs what the protection asks, and no more;
-    ``devices`` are the virtio devices, in the order of their addresses; ``swiotlb`` is bytes of the pool through which
-    the guest copies what they read and write: None for what the protection needs, 0 for no pool; ``dtb`` is the path of
-    a device tree to be used as it is, in place of the one that describes the machine; devices are then told
-    of its pool.
+    ``devices`` are those beside the machine's own, in the order of their addresses (:mod:`pyvmm.devices.kinds`);
+    ``swiotlb`` is bytes of the pool through which the guest copies what they read and write: None for what the
+    protection needs, 0 for no pool; ``dtb`` is the path of a device tree to be used as it is, in place of the one that
+    describes the machine; devices are then told of its pool.
     """
 
     kernel: str
@@ -146,13 +140,16 @@ class MachineConfig(NamedTuple):
                 "protection",
             )
 
-    def pool_size(self, tree: bytes | None = None) -> int:
+    def pool_size(self, tree: bytes | None = None, *, virtio: bool = False) -> int:
         """Return the bytes of the guest's DMA pool, 0 for none. The guest's own device ``tree`` says its size itself.
+
+        ``virtio`` says that a virtio device is there which is not among ``devices``.
 
         Raises UsageError for a tree that cannot be read.
         """
+        virtio = virtio or any(device.virtio for device in self.devices)
         if tree is not None:
-            return pool_in(tree, f"device tree {self.dtb}") if self.devices else 0
+            return pool_in(tree, f"device tree {self.dtb}") if virtio else 0
         if self.swiotlb is not None:
             return self.swiotlb
-        return usual_pool(self.memory) if self.devices and self.protection.isolates else 0
+        return usual_pool(self.memory) if virtio and self.protection.isolates else 0

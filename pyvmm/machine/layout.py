@@ -26,6 +26,10 @@ from pyvmm.memory.address import MIB
 #   0x0a00_0000 +------------------------------+
 #               | virtio-mmio                  |   a device every 0x200 bytes
 #   0x0a10_0000 +------------------------------+
+#               | nothing: an access exits     |
+#   0x0b00_0000 +------------------------------+
+#               | other devices                |   those of configurations and scripts
+#   0x0c00_0000 +------------------------------+
 #               | nothing: an access exits,    |
 #               | slots may be added on demand |
 #   0x8000_0000 +------------------------------+ RAM_BASE
@@ -57,6 +61,7 @@ from pyvmm.memory.address import MIB
 #   mailbox          0x0920_0000  0x0930_0000  0x10_0000  0x1000 a vCPU
 #   bench            0x0930_0000  0x0930_4000  0x4000
 #   virtio-mmio      0x0a00_0000  0x0a10_0000  0x10_0000  0x200 a device; SPIs 32 and up
+#   other devices    0x0b00_0000  0x0c00_0000  0x100_0000 each at a multiple of 0x1_0000; SPIs 2 to 31
 #   RAM              0x8000_0000  (as asked)
 
 
@@ -78,6 +83,8 @@ class Window(NamedTuple):
 #: where nobody asks (VGIC_NR_IRQS_LEGACY).
 SPIS: Final = 224
 PL011_SPI: Final = 1
+#: Of the first device that is neither the machine's own nor virtio; the next ones follow, up to VIRTIO_SPI.
+OTHER_SPI: Final = 2
 #: Of the first virtio device; the next ones follow.
 VIRTIO_SPI: Final = 32
 
@@ -90,6 +97,7 @@ ECHO: Final = Window("echo", 0x0911_0000, 0x0911_1000)
 MAILBOX: Final = Window("mailbox", 0x0920_0000, 0x0930_0000)
 BENCH: Final = Window("bench", 0x0930_0000, 0x0930_4000)
 VIRTIO_MMIO: Final = Window("virtio-mmio", 0x0A00_0000, 0x0A10_0000, VIRTIO_SPI)
+OTHER_DEVICES: Final = Window("other devices", 0x0B00_0000, 0x0C00_0000, OTHER_SPI)
 
 #: Every window below RAM, by address.
 MAP: Final = (
@@ -102,6 +110,7 @@ MAP: Final = (
     MAILBOX,
     BENCH,
     VIRTIO_MMIO,
+    OTHER_DEVICES,
 )
 
 RAM_BASE: Final = 0x8000_0000

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pyvmm.devices.base import Device
 from pyvmm.devices.bus import Bus
 from pyvmm.devices.echo import Echo
 from pyvmm.devices.exit_targets import ExitTargets
@@ -47,6 +48,7 @@ from pyvmm.vcpu.thread import VcpuThread
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.devices.virtio.mmio import VirtioMmio
     from pyvmm.vcpu.counters import Counters
 
@@ -63,6 +65,9 @@ class Machine(Built):
     :data:`pyvmm.vcpu.cold.Intercept`). ``kernel`` answers its calls instead of this host's KVM: see
     :mod:`pyvmm.machine.plan`. ``start`` is where the guest begins: the kernel of ``config``, unless it is a
     :class:`pyvmm.machine.snapshot.Snapshot`. It stays open until this is closed, and is closed with it.
+
+    ``devices`` are placed beside those of ``config`` and behind them: a window each, an interrupt line if it wants one,
+    and a node in the device tree. Once this is entered they are its to close.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Machine(Built):
         intercept: Intercept | None = None,
         kernel: Kernel | None = None,
         start: Start | None = None,
+        devices: Sequence[Device | VirtioDevice] = (),
     ) -> None:
         config.check()
         self.config = config
@@ -84,6 +90,7 @@ class Machine(Built):
         self._memory_stack.callback(self._start.close)
         self._stack = contextlib.ExitStack()
         self._end = RunEnd()
+        self._brought = list(devices)
         self._threads = Threads(lambda: [placed.device for placed in self.bus.placed])
         self._natives: list[Any] = []
         self._keep: list[Any] = []
@@ -108,7 +115,8 @@ class Machine(Built):
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
         self.tree = None if config.dtb is None else boot.read_tree(config.dtb)
-        self.pool = config.pool_size(self.tree)
+        self._stack.callback(self._drop_brought)
+        self.pool = config.pool_size(self.tree, virtio=not all(isinstance(each, Device) for each in self._brought))
         self._start.prepare(config)
         push = self._stack.enter_context
         self.system = push(System.open(kernel=self._kernel or KERNEL))
@@ -144,11 +152,12 @@ class Machine(Built):
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
         self.exit_targets = self.bus.add(ExitTargets(), layout.BENCH.start)
-        self.virtio = self._attach() if config.devices else ()
+        self.virtio = self._place_others() if config.devices or self._brought else ()
         self.bus.publish()
 
-    def _attach(self) -> tuple[VirtioMmio, ...]:
-        from pyvmm.machine.virtio import Context, attach  # of guests that have such devices
+    def _place_others(self) -> tuple[VirtioMmio, ...]:
+        from pyvmm.devices.kind import Context
+        from pyvmm.machine.devices import place  # of guests that have such devices
 
         config = self.config
         context = Context(
@@ -160,7 +169,11 @@ class Machine(Built):
             pool=self.pool,
             planned=self._kernel is not None and self._kernel.pretends,
         )
-        return attach(config.devices, context, self.bus, self.interrupts)
+        return place(config.devices, self._brought, context, self.bus, self.interrupts)
+
+    def _drop_brought(self) -> None:
+        while self._brought:
+            self._brought.pop().close()
 
     def _make_threads(self) -> None:
         for vcpu in self.vcpus:

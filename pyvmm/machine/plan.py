@@ -20,8 +20,10 @@ from pyvmm.uapi import kvm_arm64
 from pyvmm.uapi.kvm_arm64 import core_reg
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from pyvmm.devices.base import Device
+    from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.machine.config import MachineConfig
 
 _REGISTERS: Final = {core_reg(name): name for name in ("pc", "x0")}
@@ -36,10 +38,10 @@ _EVENTFDS: Final = ("KVM_IRQFD", "KVM_IOEVENTFD")
 class Plan:
     """The plan of one machine; a context manager, within which ``machine`` is there to be looked at."""
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, config: MachineConfig, *, devices: Sequence[Device | VirtioDevice] = ()) -> None:
         self._kernel = Recording(StandIn())
         # What the console goes to is none of a plan's business.
-        self.machine = Machine(config._replace(serial_out=None, serial_in=None), kernel=self._kernel)
+        self.machine = Machine(config._replace(serial_out=None, serial_in=None), kernel=self._kernel, devices=devices)
 
     def __enter__(self) -> Plan:
         self.machine.__enter__()
@@ -72,7 +74,7 @@ class Plan:
             yield _row(window.start, window.end, window.name, where)
         config, entry = self.machine.config, self.machine.entry
         yield _row(layout.RAM_BASE, layout.RAM_BASE + config.memory, "RAM", f"{config.memory // MIB} MiB")
-        if pool := config.pool_size() if config.dtb is None else 0:
+        if pool := self.machine.pool if config.dtb is None else 0:
             yield f"{'':28}    DMA pool, {pool // MIB} MiB of it, where the guest chooses"
         for part in entry.plan:
             size = len(entry.device_tree) if part.gpa == entry.fdt else part.size

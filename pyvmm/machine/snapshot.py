@@ -28,7 +28,6 @@ from pyvmm.errors import HostError, UsageError
 from pyvmm.log import get_logger
 from pyvmm.machine import state
 from pyvmm.machine.boot import Entry
-from pyvmm.machine.devices import Disk
 from pyvmm.machine.lazy import LazySlot
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.mman import MappingError
@@ -127,13 +126,9 @@ class Snapshot:
         return bool(self.served)
 
     def prepare(self, config: MachineConfig) -> None:
-        """Raise UsageError for a disk that is not where it was: its guest goes on with what it knows to be on that."""
+        """Raise UsageError for a device that is not what its guest knows, such as a disk that is not where it was."""
         for spec in config.devices:
-            if isinstance(spec, Disk) and not os.path.exists(spec.path):
-                raise UsageError(
-                    f"disk {spec.path!r}, which the guest of {self.path} had, is not there",
-                    hint="put it back as it was when the guest was saved; an empty one will not do",
-                )
+            spec.check_restored(self.path)
 
     def enter(self, machine: Built) -> Entry:
         """Make ``machine`` the one that was saved. Memory that cannot be had later fails it, in a thread of this.

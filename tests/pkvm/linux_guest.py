@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Self
 
 from pyvmm.cpio import CpioWriter
-from pyvmm.machine.config import DeviceSpec
-from pyvmm.machine.devices import Console
+from pyvmm.devices.kind import DeviceSpec
+from pyvmm.devices.kinds.console import Console
 from pyvmm.machine.machine import Machine
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Outcome

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.kinds.balloon import Balloon
 from pyvmm.devices.roles import MemoryBalloon
-from pyvmm.machine.devices import Balloon
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import MIB
 from pyvmm.memory.ledger import PageState

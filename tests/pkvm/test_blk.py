@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.machine.devices import Disk
+from pyvmm.devices.kinds.disk import Disk
 from pyvmm.machine.plan import Plan
 from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection

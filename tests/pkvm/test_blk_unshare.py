@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.kinds.disk import Disk
 from pyvmm.devices.virtio.blk import IOERR, OK, Request, VirtioBlk
 from pyvmm.devices.virtio.registers import Register
 from pyvmm.guest.puppet import Puppet
-from pyvmm.machine.devices import Disk
 from pyvmm.protection import Protection
 from tests.pkvm.harness import puppet
 from tests.pkvm.test_virtio import RUNNING, Card, Ram, eventually, isolating

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.kinds.vsock import Vsock
 from pyvmm.devices.roles import Terminal
-from pyvmm.machine.devices import Vsock
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import ALL

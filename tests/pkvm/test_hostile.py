@@ -13,13 +13,17 @@ from typing import NamedTuple
 
 import pytest
 
+from pyvmm.devices.kinds.console import Console
+from pyvmm.devices.kinds.disk import Disk
+from pyvmm.devices.kinds.net import Net
+from pyvmm.devices.kinds.rng import Rng
+from pyvmm.devices.kinds.vsock import Vsock
 from pyvmm.devices.virtio.blk import Request
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.registers import SIZE, Register, Status
 from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_RST, STREAM, Header
 from pyvmm.guest.puppet import Access, Puppet
 from pyvmm.machine import layout
-from pyvmm.machine.devices import Console, Disk, Net, Rng, Vsock
 from pyvmm.protection import Protection
 from tests.pkvm.harness import puppet
 from tests.pkvm.test_virtio import RUNNING, Card, Ram, eventually, isolating

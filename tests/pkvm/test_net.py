@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.kinds.net import Net
 from pyvmm.devices.virtio.tap import Tap
-from pyvmm.machine.devices import Net
 from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending

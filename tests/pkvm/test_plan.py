@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from pyvmm.devices.kinds.rng import Rng
 from pyvmm.kvm.stand_in import Recording
 from pyvmm.machine import Machine
-from pyvmm.machine.devices import Rng
 from pyvmm.machine.plan import Plan, calls
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.protection import Protection

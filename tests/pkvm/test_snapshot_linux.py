@@ -19,8 +19,11 @@ from typing import Any, Self
 
 import pytest
 
+from pyvmm.devices.kinds.console import Console
+from pyvmm.devices.kinds.disk import Disk
+from pyvmm.devices.kinds.rng import Rng
+from pyvmm.devices.kinds.vsock import Vsock
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Console, Disk, Rng, Vsock
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.saving import save
 from pyvmm.machine.snapshot import Snapshot

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from pyvmm.devices.kinds.rng import Rng
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.registers import Register, Status
 from pyvmm.guest.puppet import Access, Puppet
 from pyvmm.machine import layout
-from pyvmm.machine.devices import Rng
 from pyvmm.protection import Protection
 from tests.pkvm.harness import ALL, DEADLINE, puppet
 from tests.twin_virtqueue import Driver, Rings

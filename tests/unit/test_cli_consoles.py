@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from pyvmm.cli import make_parser
+from pyvmm.devices.kinds.balloon import Balloon
+from pyvmm.devices.kinds.console import Console
+from pyvmm.devices.kinds.vsock import Vsock
 from pyvmm.devices.roles import Terminal
 from pyvmm.errors import UsageError
-from pyvmm.machine.devices import Balloon, Console, Vsock
 from pyvmm.machine.plan import Plan
 from pyvmm.options.consoles import places
 from pyvmm.options.devices import device_specs

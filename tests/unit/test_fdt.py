@@ -15,11 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyvmm.devices.base import Device, Trigger
+from pyvmm.devices.kinds.balloon import Balloon
+from pyvmm.devices.kinds.console import Console
+from pyvmm.devices.kinds.disk import Disk
+from pyvmm.devices.kinds.net import Net
+from pyvmm.devices.kinds.rng import Rng
+from pyvmm.devices.kinds.vsock import Vsock
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Balloon, Console, Disk, Net, Rng, Vsock
 from pyvmm.machine.fdt import (
     DeviceNode,
     GicNode,

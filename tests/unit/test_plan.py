@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.kinds.net import Net
+from pyvmm.devices.kinds.rng import Rng
 from pyvmm.devices.virtio.worker import Stuck
 from pyvmm.errors import UsageError
 from pyvmm.kvm.fd import Kernel
 from pyvmm.kvm.stand_in import Recording, StandIn
 from pyvmm.kvm.system import System
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Net, Rng
 from pyvmm.machine.plan import Plan, calls
 from pyvmm.protection import Protection
 

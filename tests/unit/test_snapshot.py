@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from pyvmm.cli import make_parser, with_file
 from pyvmm.cli.run import TABLE
 from pyvmm.devices.exit_targets import ExitTargets
+from pyvmm.devices.kinds.disk import Disk
 from pyvmm.devices.virtio import vsock_host
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.stand_in import StandIn
 from pyvmm.machine import saving, state
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Disk
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.plan import Plan
 from pyvmm.machine.snapshot import VERSION, Snapshot

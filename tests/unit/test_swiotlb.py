@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.kinds.disk import Disk
+from pyvmm.devices.kinds.rng import Rng
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Disk, Rng
 from pyvmm.machine.fdt import DeviceNode, Node, Tree, Value, cells32, cells64, machine_tree
 from pyvmm.machine.plan import Plan
 from pyvmm.machine.swiotlb import DEFAULT, add_pool

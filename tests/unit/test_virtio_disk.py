@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
+from pyvmm.devices.kinds.disk import PARTS, Disk
+from pyvmm.devices.kinds.rng import Rng
 from pyvmm.devices.virtio.disk import SECTOR, DiskFile
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.devices import Disk, Rng
-from pyvmm.options.devices import DEVICE_OPTIONS, device_specs, parse_disk
+from pyvmm.options.devices import DEVICE_OPTIONS, device_specs
 from pyvmm.options.table import Table
 
 
@@ -160,7 +161,7 @@ def test_option_says_path_and_what_kind_of_disk() -> None:
 )
 def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=complaint):
-        parse_disk(text)
+        PARTS(text)
 
 
 def test_disk_has_bounds() -> None:

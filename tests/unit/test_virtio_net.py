@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyvmm.devices.kinds.net import parse_mac
 from pyvmm.devices.virtio import tap
-from pyvmm.devices.virtio.net import VirtioNet, default_mac, parse_mac
+from pyvmm.devices.virtio.net import VirtioNet, default_mac
 from pyvmm.devices.virtio.netbackend import HEADER, NetFeature, Stream
 from pyvmm.errors import HostError, UsageError
 from pyvmm.uapi import if_tun

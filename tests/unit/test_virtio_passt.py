@@ -13,14 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from pyvmm.devices.kind import DeviceSpec
+from pyvmm.devices.kinds.net import PARTS, Net
 from pyvmm.devices.virtio import net, passt
 from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.devices.virtio.netbackend import HEADER
 from pyvmm.devices.virtio.passt import Passt
 from pyvmm.errors import HostError, UsageError
-from pyvmm.machine import devices
-from pyvmm.machine.config import DeviceSpec
-from pyvmm.options.devices import DEVICE_OPTIONS, device_specs, parse_net
+from pyvmm.options.devices import DEVICE_OPTIONS, device_specs
 from pyvmm.options.table import Table
 from tests.unit.net_driver import DATA, Driver, eventually
 
@@ -132,12 +132,12 @@ def test_options_say_what_a_card_is_at() -> None:
         "passt,loopback,fwd=8080:80+2222:22",
     )
     assert found[:3] == (
-        devices.Net(tap="t0"),
-        devices.Net(tap="t1", address="10.0.0.1/24", mac="02:00:00:00:00:01"),
-        devices.Net(socket="/run/passt.sock"),
+        Net(tap="t0"),
+        Net(tap="t1", address="10.0.0.1/24", mac="02:00:00:00:00:01"),
+        Net(socket="/run/passt.sock"),
     )
     last = found[3]
-    assert isinstance(last, devices.Net)
+    assert isinstance(last, Net)
     assert Path(last.passt).name == "passt"
     assert last.forwards == ((8080, 80), (2222, 22))
     assert last.loopback
@@ -161,7 +161,7 @@ def test_options_say_what_a_card_is_at() -> None:
 )
 def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=complaint):
-        parse_net(text)
+        PARTS(text)
 
 
 @pytest.mark.parametrize(
@@ -183,4 +183,4 @@ def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> Non
 )
 def test_card_is_at_one_thing_and_asks_only_what_that_can(values: dict[str, object], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
-        devices.Net(**values)  # type: ignore[arg-type]
+        Net(**values)  # type: ignore[arg-type]

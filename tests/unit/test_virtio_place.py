@@ -7,21 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pyvmm.devices.base import Device, Trigger
 from pyvmm.devices.bus import Bus
+from pyvmm.devices.kind import DeviceSpec
+from pyvmm.devices.kinds.balloon import Balloon
+from pyvmm.devices.kinds.console import Console
+from pyvmm.devices.kinds.rng import Rng
 from pyvmm.devices.roles import MemoryBalloon, Printing, Terminal
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.errors import UsageError
-from pyvmm.machine import devices, layout
-from pyvmm.machine import virtio as placing
+from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.devices import MOST_VIRTIO, place
+from pyvmm.machine.fdt import cells64
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.plan import Plan
-from pyvmm.machine.virtio import MOST_DEVICES, attach
+from pyvmm.protection import Protection
 from tests.virtio_board import Toy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from pyvmm.devices.virtio.device import VirtioDevice
     from tests.virtqueue_rig import Guest
 
 
@@ -32,24 +39,32 @@ class Context:
         self.native, self.private, self.pool = guest.native, private, pool
 
 
+class ToySpec(DeviceSpec):
+    """Makes toys, and remembers them."""
+
+    def __init__(self) -> None:
+        self.made: list[Toy] = []
+
+    def make(self, context: object) -> Toy:  # noqa: ARG002
+        toy = Toy()
+        closing = toy.close
+        toy.close = lambda: (setattr(toy, "closed", True), closing())  # type: ignore[method-assign]
+        self.made.append(toy)
+        return toy
+
+
 @pytest.fixture
-def machine(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    made: list[Toy] = []
+def machine(guest: Guest) -> Iterator[Any]:
+    spec = ToySpec()
     bus, interrupts = Bus(guest.native), Interrupts(None, present=False)  # type: ignore[arg-type]
 
-    def create(_spec: object, _context: object) -> Toy:
-        made.append(Toy())
-        closing = made[-1].close
-        made[-1].close = lambda: (setattr(made[-1], "closed", True), closing())  # type: ignore[method-assign]
-        return made[-1]
-
-    monkeypatch.setattr(placing, "create", create)
-
-    def build(count: int, *, private: bool = False, pool: int = 0) -> Any:
+    def build(
+        count: int, brought: Sequence[Device | VirtioDevice] = (), *, private: bool = False, pool: int = 0
+    ) -> Any:
         context: Any = Context(guest, private=private, pool=pool)
-        return attach([devices.Rng()] * count, context, bus, interrupts)
+        return place([spec] * count, list(brought), context, bus, interrupts)
 
-    build.bus, build.interrupts, build.made = bus, interrupts, made  # type: ignore[attr-defined]
+    build.bus, build.interrupts, build.made = bus, interrupts, spec.made  # type: ignore[attr-defined]
     yield build
     bus.close()
     interrupts.close()
@@ -69,8 +84,8 @@ def test_private_memory_is_told_to_each(machine: Any) -> None:
 
 
 def test_more_than_there_are_lines_for_are_refused(machine: Any) -> None:
-    with pytest.raises(UsageError, match=f"a machine has {MOST_DEVICES} at most"):
-        machine(MOST_DEVICES + 1)
+    with pytest.raises(UsageError, match=f"a machine has {MOST_VIRTIO} at most"):
+        machine(MOST_VIRTIO + 1)
     assert machine.made == []
 
 
@@ -90,8 +105,105 @@ def test_drivers_are_asked_to_go_by_way_of_a_pool_where_there_is_one_with_rings_
     assert bool(transport.offered & Feature.RING_PACKED) == (not pool)
 
 
+class Plain(Device):
+    """A device of no bus that pyvmm knows."""
+
+    name = "plain"
+    compatible = "test,plain"
+
+    def __init__(self, size: int = 0x1000) -> None:
+        super().__init__(size)
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Pulsed(Plain):
+    """One that wants a line."""
+
+    trigger = Trigger.EDGE
+
+
+class Held(Plain):
+    """One that wants the other kind of line."""
+
+    trigger = Trigger.LEVEL
+
+
+def test_devices_that_a_script_brings_are_placed_behind_the_others(machine: Any) -> None:
+    plain, pulsed, held, toy = Plain(0x1_0001), Pulsed(), Held(), Toy()
+    machine(1, [plain, toy, pulsed, held])
+    where = {placed.device.behind: (placed.base, placed.line) for placed in machine.bus.placed}
+    assert [where[device][0] for device in (plain, pulsed, held)] == [0x0B00_0000, 0x0B02_0000, 0x0B03_0000]
+    assert where[toy][0] == 0x0A00_0200
+    assert toy.label == "toy1"
+    assert where[plain][1] is None
+    assert plain.line is None
+    assert [(device.line.spi, device.line.kind) for device in (pulsed, held)] == [(2, 1), (3, 4)]
+    assert [where[device][1] for device in (pulsed, held)] == [pulsed.line, held.line]
+    pulsed.line.trigger()
+    held.line.hold(True)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "said"),
+    [
+        (lambda: Plain(0x100_0001), 1, "has no place"),
+        (lambda: Plain(0), 1, "has no place"),
+        (Pulsed, 31, "gets no interrupt line: the machine has 30"),
+        (lambda: Plain(0x10_0000), 17, "has no place"),
+    ],
+)
+def test_a_device_without_a_place_is_refused_and_closed(machine: Any, device: Any, count: int, said: str) -> None:
+    devices = [device() for _ in range(count)]
+    with pytest.raises(UsageError, match=said):
+        machine(0, devices)
+    assert devices[-1].closed == 1
+    machine.bus.close()
+    assert [each.closed for each in devices] == [1] * count
+
+
+@pytest.mark.parametrize("protection", list(Protection))
+def test_a_machine_tells_its_guest_of_a_device_that_it_is_given(protection: Protection) -> None:
+    config = MachineConfig(kernel="payload:hello", protection=protection)
+    device = Pulsed()
+    with Plan(config, devices=[device]) as plan:
+        [placed] = [placed for placed in plan.machine.bus.placed if placed.device is device]
+        assert (placed.base, placed.line) == (layout.OTHER_DEVICES.start, device.line)
+        tree = plan.machine.entry.tree
+        assert tree is not None
+        [node] = [node for node in tree.root.children if node.name == "plain@b000000"]
+        assert node.properties["compatible"] == ("test,plain",)
+        assert node.properties["reg"] == cells64(0xB00_0000, 0x1000)
+        assert node.properties["interrupts"] == (0, layout.OTHER_SPI, Trigger.EDGE)
+        assert plan.machine.pool == 0
+    assert device.closed == 1
+
+
+def test_drivers_of_a_virtio_device_that_is_brought_get_a_pool_where_memory_is_private() -> None:
+    config = MachineConfig(kernel="payload:hello", protection=Protection.PKVM)
+    with Plan(config, devices=[Toy()]) as plan:
+        assert plan.machine.pool == 8 * MIB
+        [transport] = plan.machine.virtio
+        assert transport.offered & Feature.ACCESS_PLATFORM
+
+
+def test_devices_of_a_machine_that_cannot_be_built_are_closed() -> None:
+    devices = [Plain(), Plain(0x200_0000), Plain()]
+    with pytest.raises(UsageError, match="has no place"), Plan(MachineConfig(kernel="payload:hello"), devices=devices):
+        pass
+    assert [device.closed for device in devices] == [1, 1, 1]
+    with (
+        pytest.raises(UsageError, match="no such file"),
+        Plan(MachineConfig(kernel="/nowhere"), devices=[last := Plain()]),
+    ):
+        pass
+    assert last.closed == 1
+
+
 def test_roles_are_found_by_type() -> None:
-    config = MachineConfig(kernel="payload:hello", devices=(devices.Rng(), devices.Console(), devices.Balloon()))
+    config = MachineConfig(kernel="payload:hello", devices=(Rng(), Console(), Balloon()))
     with Plan(config) as plan:
         machine = plan.machine
         console, balloon = (transport.device for transport in machine.virtio[1:])

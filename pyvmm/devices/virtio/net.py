@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +21,7 @@ from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
 from pyvmm.devices.virtio.queue import QueueBroken
 from pyvmm.devices.virtio.worker import WorkerDevice
-from pyvmm.errors import HostError, UsageError
+from pyvmm.errors import HostError
 from pyvmm.log import get_logger
 
 if TYPE_CHECKING:
@@ -48,17 +47,6 @@ _NEEDS: Final = {
     NetFeature.GUEST_ECN: _SEGMENTS_RECEIVED,
 }
 """What features are good for only with one of which others (virtio 1.2, 5.1.3.1)."""
-
-
-def parse_mac(text: str) -> bytes:
-    """Return a card's address; UsageError where ``text`` is none."""
-    if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", text):
-        raise UsageError(f"{text!r} is no MAC address", hint="six bytes, as 02:00:00:12:34:56")
-    mac = bytes.fromhex(text.replace(":", ""))
-    if mac[0] & 1 or not any(mac):
-        what = "of nobody" if not any(mac) else "of a group"
-        raise UsageError(f"{text} is an address {what}, no card's", hint="make the first byte 02, which is free to use")
-    return mac
 
 
 def default_mac(name: str) -> bytes:

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A virtio console: ``--console``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyvmm.devices.kind import Around, DeviceKind, DeviceSpec
+from pyvmm.syntax.option import Option
+from pyvmm.syntax.paths import output_behind, path_behind
+
+if TYPE_CHECKING:
+    from pyvmm.devices.kind import Context
+    from pyvmm.devices.virtio.console import VirtioConsole
+
+
+class Console(DeviceSpec):
+    """A virtio console, ``hvc0`` of a Linux guest, between descriptors that somebody else closes.
+
+    ``size`` is columns and rows of the terminal it goes to, None where it is none.
+    """
+
+    def __init__(self, out: int | None = None, source: int | None = None, size: tuple[int, int] | None = None) -> None:
+        self.out, self.source, self.size = out, source, size
+
+    def make(self, context: Context) -> VirtioConsole:
+        """Make it."""
+        from pyvmm.devices.virtio.console import VirtioConsole
+
+        return VirtioConsole(self.out, self.source, size=self.size, unheard=context.unheard)
+
+
+def _spec(where: str, around: Around) -> Console | None:
+    return None if where == "none" else Console(around.out, around.source, around.size)
+
+
+KIND = DeviceKind(
+    Option(
+        "--console",
+        group="devices",
+        metavar="WHERE",
+        type=output_behind("file"),
+        path=path_behind("file"),
+        help="a virtio console, hvc0 of a Linux guest, which uses it if told (-p console=hvc0): stdio (not --serial's "
+        "then), file=PATH, or none (default)",
+    ),
+    _spec,
+)

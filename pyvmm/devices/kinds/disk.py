@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk, from a raw image or a block device: ``--disk``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from pyvmm.devices.kind import DeviceKind, DeviceSpec
+from pyvmm.errors import OptionError, UsageError
+from pyvmm.syntax.option import SEVERAL, Option
+from pyvmm.syntax.parts import Parts
+from pyvmm.syntax.paths import OutputPath
+from pyvmm.syntax.values import parse_count
+
+if TYPE_CHECKING:
+    from pyvmm.devices.kind import Context, Guest
+    from pyvmm.devices.virtio.blk import VirtioBlk
+
+MOST_QUEUES: Final = 16
+
+
+class Disk(DeviceSpec):
+    """A raw image or a block device at ``path``; ``queues`` are 1 to 16, ``serial`` has 20 bytes at most."""
+
+    def __init__(self, path: str, read_only: bool = False, queues: int = 1, serial: str = "") -> None:
+        """Raise UsageError for values that no disk can have."""
+        if not 1 <= queues <= MOST_QUEUES:
+            raise OptionError(f"disk {path!r} with {queues} queues: it can have 1 to {MOST_QUEUES}", "disk.queues")
+        if serial:
+            _check_serial(path, serial)
+        self.path, self.read_only, self.queues, self.serial = path, read_only, queues, serial
+
+    def check(self, guest: Guest) -> None:
+        """Raise UsageError for a file that two of the guest's disks are to be, one of them writable."""
+        disks = [disk for disk in guest.devices if isinstance(disk, Disk)]
+        if self is not disks[0]:  # which answers for all: to resolve a path takes a system call for each part of it
+            return
+        files: dict[str, list[Disk]] = {}
+        for disk in disks:
+            files.setdefault(os.path.realpath(disk.path), []).append(disk)
+        for same in files.values():
+            if len(same) > 1 and not all(disk.read_only for disk in same):
+                raise OptionError(
+                    f"disk {same[0].path!r} is given {len(same)} times, and the guest may write to it",
+                    *(f"disk[{number}]" for number, disk in enumerate(disks) if disk in same),
+                    hint="make a copy of it, or add ,ro to each",
+                )
+
+    def check_restored(self, snapshot: str) -> None:
+        """Raise UsageError for a disk that is not where it was: the guest goes on with what it knows to be on that."""
+        if not os.path.exists(self.path):
+            raise UsageError(
+                f"disk {self.path!r}, which the guest of {snapshot} had, is not there",
+                hint="put it back as it was when the guest was saved; an empty one will not do",
+            )
+
+    def make(self, context: Context) -> VirtioBlk:
+        """Open the disk, and lock it unless it is only planned."""
+        from pyvmm.devices.virtio.blk import VirtioBlk
+        from pyvmm.devices.virtio.disk import DiskFile
+
+        file = DiskFile(self.path, read_only=self.read_only, lock=not context.planned)
+        return VirtioBlk(file, queues=self.queues, serial=self.serial, private=context.private, pool=context.pool)
+
+
+def _check_serial(path: str, serial: str) -> None:
+    from pyvmm.devices.virtio.disk import SERIAL_SIZE
+
+    if len(serial.encode()) > SERIAL_SIZE:
+        raise OptionError(f"disk {path!r}: serial {serial!r} has more than {SERIAL_SIZE} bytes", "disk.serial")
+
+
+def _check(text: str, values: dict[str, Any]) -> dict[str, Any]:
+    if "path" not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} names no file; disk.img,ro does")
+    return values if values.get("ro") else {**values, "path": OutputPath(values["path"])}
+
+
+PARTS = Parts({"path": str, "ro": None, "queues": parse_count, "serial": str}, main="path", check=_check)
+KIND = DeviceKind(
+    Option(
+        "-d",
+        "--disk",
+        group="devices",
+        takes=SEVERAL,
+        metavar="PATH[,ro][,queues=N][,serial=TEXT]",
+        type=PARTS,
+        path=PARTS.absolute("path"),
+        help="a disk, from a raw image or a block device; may be repeated: the guest's vda, vdb and so on",
+    ),
+    lambda parts, _around: Disk(parts["path"], parts.get("ro", False), parts.get("queues", 1), parts.get("serial", "")),
+)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network card: ``--net``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.devices.kind import Around, DeviceKind, DeviceSpec
+from pyvmm.errors import OptionError
+from pyvmm.syntax.option import SEVERAL, Option, about_option
+from pyvmm.syntax.parts import Parts
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Interface
+
+    from pyvmm.devices.kind import Context
+    from pyvmm.devices.virtio.net import VirtioNet
+    from pyvmm.devices.virtio.netbackend import NetBackend
+
+
+class Net(DeviceSpec):
+    """A network card; exactly one of ``tap``, ``passt`` and ``socket`` is not empty: what it is connected to.
+
+    ``tap`` is a tap's name, ``passt`` the program to start, ``socket`` the path of one that runs. ``address`` is what
+    the host's end of a tap is to have, ``10.0.0.1/24``; ``forwards`` are TCP ports that passt takes for the guest, the
+    host's first; with ``loopback`` passt lets the guest reach what listens on the host's 127.0.0.1; ``mac`` is the
+    card's, made from the host's and the tap's name where it is empty.
+    """
+
+    def __init__(
+        self,
+        tap: str = "",
+        passt: str = "",
+        socket: str = "",
+        mac: str = "",
+        address: str = "",
+        forwards: tuple[tuple[int, int], ...] = (),
+        loopback: bool = False,
+    ) -> None:
+        """Raise UsageError for what makes no sense together."""
+        self.tap, self.passt, self.socket, self.mac = tap, passt, socket, mac
+        self.address, self.forwards, self.loopback = address, forwards, loopback
+        given = [kind for kind in ("tap", "passt", "socket") if getattr(self, kind)]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} at once" if given else "nothing"
+            raise OptionError(
+                f"a network card connected to {what}", "net", hint="--net tap=NAME, --net passt or --net socket=PATH"
+            )
+        if address and not tap:
+            raise OptionError(
+                f"an address of the host's end ({address}) with {given[0]}: only a tap has one", "net.host"
+            )
+        for key, what, asked in (
+            ("fwd", "ports to forward", forwards),
+            ("loopback", "the host's loopback", loopback),
+        ):
+            if asked and not passt:
+                raise OptionError(
+                    f"{what} with {given[0]}: only a passt that is started here can be told of that", f"net.{key}"
+                )
+        for port in (port for pair in forwards for port in pair):
+            if not 1 <= port <= 65535:
+                raise OptionError(f"port {port}: ports are 1 to 65535", "net.fwd")
+        if tap:
+            from pyvmm.devices.virtio.tap import check_name
+
+            with about_option("net.tap"):
+                check_name(tap)
+        if mac:
+            parse_mac(mac)
+        self.interface()
+
+    def interface(self) -> IPv4Interface | None:
+        """Return what the host's end of a tap is to have; UsageError where that is no such address."""
+        if not self.address:
+            return None
+        from ipaddress import IPv4Interface
+
+        with contextlib.suppress(ValueError):
+            if "/" in self.address:
+                return IPv4Interface(self.address)
+        raise OptionError(f"{self.address!r} is no IPv4 address with a prefix, as 10.0.0.1/24", "net.host")
+
+    def make(self, context: Context) -> VirtioNet:
+        """Make the card, and what is behind it unless it is only planned."""
+        from pyvmm.devices.virtio.net import VirtioNet
+
+        mac = parse_mac(self.mac) if self.mac else None
+        return VirtioNet(_planned() if context.planned else self._backend(), mac)
+
+    def _backend(self) -> NetBackend:
+        if self.tap:
+            from pyvmm.devices.virtio.tap import Tap
+
+            return Tap(self.tap, self.interface())
+        if self.passt:
+            from pyvmm.devices.virtio.passt import Passt
+
+            return Passt(self.passt, self.forwards, loopback=self.loopback)
+        from pyvmm.devices.virtio.netbackend import Stream
+
+        return Stream.connect(self.socket)
+
+
+def _planned() -> NetBackend:
+    from pyvmm.devices.virtio.netbackend import Stream
+
+    return Stream("planned", os.eventfd(0, os.EFD_CLOEXEC))
+
+
+def parse_mac(text: str) -> bytes:
+    """Return a card's address; UsageError where ``text`` is none."""
+    if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", text):
+        raise OptionError(f"{text!r} is no MAC address", "net.mac", hint="six bytes, as 02:00:00:12:34:56")
+    mac = bytes.fromhex(text.replace(":", ""))
+    if mac[0] & 1 or not any(mac):
+        what = "of nobody" if not any(mac) else "of a group"
+        raise OptionError(
+            f"{text} is an address {what}, no card's", "net.mac", hint="make the first byte 02, which is free to use"
+        )
+    return mac
+
+
+def parse_forwards(text: str) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of ``HOST:GUEST+HOST:GUEST``."""
+    pairs = []
+    for part in text.split("+"):
+        host, colon, guest = part.partition(":")
+        if not (colon and host.isdecimal() and guest.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{part!r} is not a pair of TCP ports, as 8080:80")
+        pairs.append((int(host), int(guest)))
+    return tuple(pairs)
+
+
+def _check(text: str, values: dict[str, Any]) -> dict[str, Any]:
+    if sum(kind in values for kind in ("tap", "passt", "socket")) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is to have one of tap=NAME, passt and socket=PATH")
+    return values
+
+
+def _spec(parts: dict[str, Any], around: Around) -> Net:
+    return Net(
+        tap=parts.get("tap", ""),
+        passt=around.find_program("passt") if parts.get("passt") else "",
+        socket=parts.get("socket", ""),
+        mac=parts.get("mac", ""),
+        address=parts.get("host", ""),
+        forwards=parts.get("fwd", ()),
+        loopback=parts.get("loopback", False),
+    )
+
+
+def _longest() -> int:
+    from pyvmm.devices.virtio.vsock_host import LONGEST_ADDRESS
+
+    return LONGEST_ADDRESS
+
+
+PARTS = Parts(
+    {"tap": str, "passt": None, "socket": str, "mac": str, "host": str, "fwd": parse_forwards, "loopback": None},
+    check=_check,
+)
+KIND = DeviceKind(
+    Option(
+        "--net",
+        group="devices",
+        takes=SEVERAL,
+        metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST+...][,loopback]|socket=PATH",
+        type=PARTS,
+        path=PARTS.absolute("socket", longest=_longest),
+        help="a network card: before a tap, which is made if it is not there; before a passt that is started with it, "
+        "and needs no privilege; or before one that runs. TCP ports that are forwarded are taken on all of the host's "
+        "addresses; loopback lets the guest reach the host's 127.0.0.1 at its gateway's address. Each takes mac=MAC "
+        "too. May be repeated",
+    ),
+    _spec,
+)

@@ -22,6 +22,7 @@ from pyvmm.machine.devices import MOST_VIRTIO, place
 from pyvmm.machine.fdt import cells64
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.plan import Plan
+from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 from tests.virtio_board import Toy
 

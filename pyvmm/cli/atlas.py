@@ -230,8 +230,8 @@ def _diff(args: argparse.Namespace) -> int:
     names = args.claims[1:]
     if len(names) != 2:
         raise UsageError(f"{len(names)} files given: two are compared", hint="pyvmm atlas diff A.json B.json")
-    found = diff.compare(*(Atlas.load(name) for name in names))
-    print(diff.render(found, Look.of(sys.stdout), verbose=args.details))
+    comparison = diff.compare(*(Atlas.load(name) for name in names))
+    print(diff.render(comparison, Look.of(sys.stdout), verbose=args.details))
     if args.json:
-        _save(args.json, json.dumps(diff.to_json(found), indent=1) + "\n")
-    return 0 if found.same else 1
+        _save(args.json, json.dumps(diff.to_json(comparison), indent=1) + "\n")
+    return 0 if comparison.same else 1

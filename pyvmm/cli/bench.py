@@ -240,13 +240,13 @@ def _why_no_report(args: argparse.Namespace) -> str:
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
     """Show points done and the time left on stderr: a bar on a terminal, now and then a line elsewhere."""
     if not sys.stderr.isatty():
-        begun = said = time.monotonic()
+        begun = last_line = time.monotonic()
 
         def tell(done: int, points: int, _last: str) -> None:
-            nonlocal said
+            nonlocal last_line
             now = time.monotonic()
-            if now - said >= STILL and done < points:
-                said = now
+            if now - last_line >= STILL and done < points:
+                last_line = now
                 left = (now - begun) / done * (points - done)
                 print(f"pyvmm: bench: {done} of {points} points, {left:.0f} s left", file=sys.stderr, flush=True)
 

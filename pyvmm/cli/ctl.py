@@ -93,8 +93,8 @@ def parse(words: list[str]) -> tuple[int | str | None, str, dict[str, object]]:
         where = int(words[0]) if words[0].isascii() and words[0].isdecimal() else words[0]
         words = words[1:]
     if not words or words[0] not in ORDERS:
-        said = f"{words[0]!r} is no order" if words else f"no order for {where}"
-        raise UsageError(said, hint=f"the orders are {', '.join(ORDERS)}; pyvmm ctl --help tells more")
+        problem = f"{words[0]!r} is no order" if words else f"no order for {where}"
+        raise UsageError(problem, hint=f"the orders are {', '.join(ORDERS)}; pyvmm ctl --help tells more")
     name, *rest = words
     order = ORDERS[name]
     if order.needed and not rest:

@@ -13,8 +13,18 @@ from pyvmm.syntax.option import FLAG, SEVERAL, SWITCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import Protocol
 
     from pyvmm.syntax.option import Option
+
+    class Place(Protocol):
+        """Where argparse takes an option: a parser, or a group in one."""
+
+        def add_argument(self, *names: str, **how: Any) -> object:
+            """Define it there."""
+
+        def add_mutually_exclusive_group(self) -> Place:
+            """Make a group of options of which only one may be given."""
 
 
 class Table:
@@ -32,10 +42,10 @@ class Table:
 
     def add_to(self, parser: argparse.ArgumentParser, *, as_text: bool = False) -> None:
         """Define the options. With ``as_text`` their values stay texts, and an option not given leaves nothing."""
-        groups: dict[str, argparse._ArgumentGroup] = {}
-        rivals: dict[str, argparse._MutuallyExclusiveGroup] = {}
+        groups: dict[str, Place] = {}
+        rivals: dict[str, Place] = {}
         for option in self.options:
-            place: argparse._ActionsContainer = parser
+            place: Place = parser
             if option.group:
                 if option.group not in groups:
                     groups[option.group] = parser.add_argument_group(option.group)

@@ -31,33 +31,31 @@ def machine_options(args: argparse.Namespace, table: Table, directory: str) -> s
     """
     texts = _texts(args, table)
     return "".join(
-        _line(option, value if option.path is None else _absolute(option, value, directory))
-        for option, value in texts
-        if option.about == MACHINE
+        _line(option, _absolute(option, value, directory)) for option, value in texts if option.about == MACHINE
     )
 
 
 def _texts(args: argparse.Namespace, table: Table) -> list[tuple[Option, Any]]:
     """Return each option that has a key and a value, with its text, or a list of texts, or a bool, or its default."""
-    said = table.given(args.verb_argv[1:])
     # Of several options that say the same thing, the first that has a key.
     options: dict[str, Option] = {}
     for option in table:
         if option.keys:
             options.setdefault(option.says, option)
     says = {option.dest: option.says for option in table}
-    texts = {says[dest]: text for dest, text in said.items() if dest in says}
-    found = []
+    texts = {says[dest]: text for dest, text in table.given(args.verb_argv[1:]).items() if dest in says}
+    pairs: list[tuple[Option, Any]] = []
     for name, option in options.items():
         if name in texts:
-            found.append((option, texts[name]))
+            pairs.append((option, texts[name]))
         elif isinstance(option.default, bool | int | float | str) and option.default is not False:
-            found.append((option, option.default))
-    return found
+            pairs.append((option, option.default))
+    return pairs
 
 
 def _absolute(option: Option, value: Any, directory: str) -> Any:
-    assert option.path is not None
+    if option.path is None:
+        return value
     if isinstance(value, list):
         return [option.path(each, directory) for each in value]
     return option.path(value, directory)

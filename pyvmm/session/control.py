@@ -256,16 +256,16 @@ def running() -> list[int]:
         return []
     except OSError as error:
         raise PyvmmError(f"{where} cannot be read: {error.strerror}") from None
-    found = []
+    pids = []
     for name in names:
         pid = name.removesuffix(_SUFFIX)
         if name.endswith(_SUFFIX) and pid.isdecimal():
             try:
                 _connect(f"{where}/{name}").close()
-                found.append(int(pid))
+                pids.append(int(pid))
             except _Gone:
                 _unlink(f"{where}/{name}")
-    return sorted(found)
+    return sorted(pids)
 
 
 class Connection:

@@ -28,23 +28,23 @@ class View:
 
     def __init__(self, screen: Screen | None, *, as_json: bool) -> None:
         self.screen, self._as_json = screen, as_json
-        self._shown: Report | None = None
+        self._latest: Report | None = None
 
-    def put(self, found: Report) -> None:
+    def put(self, latest: Report) -> None:
         """Show a report."""
-        first, self._shown = self._shown is None, found
+        first, self._latest = self._latest is None, latest
         if self.screen is not None:
             self.again()
         elif self._as_json:
-            print(json.dumps(found), flush=True)
+            print(json.dumps(latest), flush=True)
         else:
-            print("\n".join([*([] if first else [""]), *lines(found)]), flush=True)
+            print("\n".join([*([] if first else [""]), *lines(latest)]), flush=True)
 
     def again(self) -> None:
         """Show output of the guest that has come, above the last report."""
-        found = self._shown
+        latest = self._latest
         if self.screen is not None:
-            self.screen.draw(lambda width, height: lines(found, width=width, height=height) if found else [])
+            self.screen.draw(lambda width, height: lines(latest, width=width, height=height) if latest else [])
 
 
 class Top(Watch):

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``pyvmm lab``: a pKVM host on any Linux machine; and what ``pyvmm --lab VERB`` is made of.
 
-Owns the progress display while an image is built. Everything of the lab goes to stderr: stdout is the command's.
+Everything of the lab goes to stderr: stdout is the command's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 import time
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +22,7 @@ from pyvmm.syntax.paths import find_outputs
 from pyvmm.syntax.values import parse_count, parse_seconds, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from pyvmm.lab import LabOptions
     from pyvmm.lab.cache import Image
@@ -35,13 +32,10 @@ if TYPE_CHECKING:
 
 BEFORE = "--lab-"
 HOST_KERNEL = "host-kernel"
-MODES = ("protected", "nvhe", "vhe")
-LIST_COLUMNS = 17
-STDIN = 0
-SILENCE = 60.0
-"""Seconds after which a step that goes on says so."""
 COST = "6 to 10 minutes on 2 CPUs, 170 MB of downloads, 1 GB of disk while it lasts and 13 MB for good"
 """What building the kernel takes."""
+MODES = ("protected", "nvhe", "vhe")
+STDIN = 0
 
 
 def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> None:
@@ -125,7 +119,9 @@ def main(args: argparse.Namespace) -> int:
         case "kernel":
             return _build_kernel(refresh=args.refresh)
         case "status":
-            return _status(as_json=args.json)
+            from pyvmm.lab.status import print_status
+
+            return print_status(as_json=args.json)
         case "shell":
             return _run(["/bin/sh", "-i"], args, is_tty=os.isatty(STDIN), live=True)
         case action if not command:
@@ -206,6 +202,7 @@ def _run(
     from pyvmm.guest.kernels import named
     from pyvmm.lab import Lab, peers
     from pyvmm.lab.needs import require
+    from pyvmm.lab.progress import showing
     from pyvmm.lab.shares import find_shares
     from pyvmm.lab.staging import staged
 
@@ -224,7 +221,7 @@ def _run(
     with terminable(), staged(plugins.asked()) as packages:
         image = _image(_kernel(args), refresh=False)
         if wanted:
-            with _progress() as progress:
+            with showing() as progress:
                 trees = peers.require(wanted, progress=progress)
             files = [*files, *trees.paths]
             env = peers.joined(trees.environment, env or {})
@@ -272,8 +269,9 @@ def _build_kernel(*, refresh: bool) -> int:
 def prepare_peers() -> Prepared:
     """Build or fetch what a benchmark's peers need, showing how, and say of which there is none."""
     from pyvmm.lab import peers
+    from pyvmm.lab.progress import showing
 
-    with _progress() as progress:
+    with showing() as progress:
         prepared = peers.prepare(progress=progress)
     for name, why in prepared.lacking.items():
         print(f"pyvmm: bench: no {name}: {why}", file=sys.stderr)
@@ -284,6 +282,7 @@ def _own_kernel(*, refresh: bool, thorough: bool) -> OwnKernel:
     """Give the project's own kernel, showing how it is built if it must be."""
     from pyvmm.lab.needs import require_for_kernel
     from pyvmm.lab.ownkernel import build_kernel, usable_kernel
+    from pyvmm.lab.progress import showing
 
     if not refresh and (kernel := usable_kernel(thorough=thorough)):
         return kernel
@@ -296,7 +295,7 @@ def _own_kernel(*, refresh: bool, thorough: bool) -> OwnKernel:
             file=sys.stderr,
         )
     started = time.monotonic()
-    with _progress() as progress:
+    with showing() as progress:
         kernel = build_kernel(refresh=refresh, progress=progress)
     print(f"pyvmm: the kernel is ready, {time.monotonic() - started:.0f} s: {kernel.release}", file=sys.stderr)
     return kernel
@@ -307,6 +306,7 @@ def _image(kernel: str, *, refresh: bool, thorough: bool = False) -> Image:
     from pyvmm.lab import build_image, kernels
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import require
+    from pyvmm.lab.progress import showing
 
     if kernel == kernels.OWN:
         _own_kernel(refresh=refresh, thorough=thorough)
@@ -315,118 +315,7 @@ def _image(kernel: str, *, refresh: bool, thorough: bool = False) -> Image:
     require(building=True)
     print(f"pyvmm: building the lab's image from Debian's packages ({kernel}); this is done once", file=sys.stderr)
     started = time.monotonic()
-    with _progress() as progress:
+    with showing() as progress:
         image = build_image(kernel, refresh=refresh, progress=progress)
     print(f"pyvmm: the lab's image is ready, {time.monotonic() - started:.0f} s: {image.release}", file=sys.stderr)
     return image
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """Show progress on stderr: bars on a terminal, a line for each step elsewhere."""
-    if not sys.stderr.isatty():
-        said: dict[str, float] = {}
-
-        def say(what: str, share: float) -> None:
-            now = time.monotonic()
-            if what not in said:
-                print(f"pyvmm: lab: {what}", file=sys.stderr, flush=True)
-            elif now - said[what] > SILENCE and share < 1:
-                print(f"pyvmm: lab: {what}: {share:.0%}", file=sys.stderr, flush=True)
-            else:
-                return
-            said[what] = now
-
-        yield say
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<28}"), BarColumn(24), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as display:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, share: float) -> None:
-            if what not in tasks:
-                for task in tasks.values():
-                    display.update(task, total=1.0, completed=1.0)
-                tasks[what] = display.add_task(what, total=None)
-            if share > 0:
-                display.update(tasks[what], total=1.0, completed=share)
-
-        yield show
-        for task in tasks.values():
-            display.update(task, total=1.0, completed=1.0)
-
-
-def _status(*, as_json: bool) -> int:
-    """Say what there is; status 0 if the lab can be used or at least built, 5 otherwise."""
-    from pyvmm.lab import kernels
-    from pyvmm.lab.cache import Cache
-    from pyvmm.lab.image import usable_image
-    from pyvmm.lab.needs import needs
-    from pyvmm.lab.ownkernel import current_kernel, usable_kernel
-
-    cache = Cache()
-    own = usable_kernel(cache, thorough=True)
-    known = cache.all_current()
-    images = {name: image for name in known if (image := usable_image(cache, kernel=name, thorough=True))}
-    missing = [need for need in needs() if need.missing and not (need.building and images)]
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "cache": str(cache.directory),
-                    "images": {
-                        name: {
-                            "directory": str(image.directory),
-                            "size": image.size,
-                            "release": image.manifest.release,
-                            "built": image.manifest.built,
-                            "mirror": image.manifest.mirror,
-                            "packages": image.manifest.packages,
-                        }
-                        for name, image in images.items()
-                    },
-                    "kernel": None
-                    if own is None
-                    else {
-                        "path": str(own.path),
-                        "size": own.manifest.size,
-                        "release": own.release,
-                        "built": own.manifest.built,
-                        "source": own.manifest.source,
-                        "compiler": own.manifest.compiler,
-                        "refused": own.manifest.refused,
-                    },
-                    "missing": [{"what": need.what, "why": need.missing, "package": need.package} for need in missing],
-                }
-            )
-        )
-        return 5 if missing else 0
-    lines = {"cache": str(cache.directory)}
-    for name in dict.fromkeys((kernels.DEFAULT, *known)):
-        lines[name] = (
-            _describe(images[name])
-            if name in images
-            else ("to be built again: of another version, or damaged" if name in known else "none yet")
-        )
-    if own is not None:
-        lines[kernels.OWN] = f"{own.release}, of {own.manifest.source[0]} {own.manifest.source[1]}, {own.path}"
-    else:
-        again = "to be built again: of other options or another compiler, or damaged"
-        lines[kernels.OWN] = f"{again if current_kernel(cache) else 'none yet'} (pyvmm lab kernel)"
-    for need in missing:
-        lines[f"missing {need.what}"] = f"{need.missing}{f' (apt install {need.package})' if need.package else ''}"
-    for name, value in lines.items():
-        print(f"{name:<{LIST_COLUMNS}} {value}")
-    return 5 if missing else 0
-
-
-def _describe(image: Image) -> str:
-    manifest = image.manifest
-    age = (datetime.now(UTC) - datetime.fromisoformat(manifest.built)).days
-    return (
-        f"{manifest.release}, {image.size / 1e6:.0f} MB, {age} days old, {len(manifest.packages)} packages of "
-        f"{manifest.mirror}, in {image.directory}"
-    )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is of the lab: images, the project's own kernel, and what is missing; for people and for machines."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pyvmm.lab.cache import Image
+
+LIST_COLUMNS: Final = 17
+
+
+def print_status(*, as_json: bool) -> int:
+    """Print what there is; returns the exit status, 0 if the lab can be used or at least built, 5 otherwise."""
+    from pyvmm.lab import kernels
+    from pyvmm.lab.cache import Cache
+    from pyvmm.lab.image import usable_image
+    from pyvmm.lab.needs import needs
+    from pyvmm.lab.ownkernel import current_kernel, usable_kernel
+
+    cache = Cache()
+    own = usable_kernel(cache, thorough=True)
+    known = cache.all_current()
+    images = {name: image for name in known if (image := usable_image(cache, kernel=name, thorough=True))}
+    missing = [need for need in needs() if need.missing and not (need.building and images)]
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "cache": str(cache.directory),
+                    "images": {
+                        name: {
+                            "directory": str(image.directory),
+                            "size": image.size,
+                            "release": image.manifest.release,
+                            "built": image.manifest.built,
+                            "mirror": image.manifest.mirror,
+                            "packages": image.manifest.packages,
+                        }
+                        for name, image in images.items()
+                    },
+                    "kernel": None
+                    if own is None
+                    else {
+                        "path": str(own.path),
+                        "size": own.manifest.size,
+                        "release": own.release,
+                        "built": own.manifest.built,
+                        "source": own.manifest.source,
+                        "compiler": own.manifest.compiler,
+                        "refused": own.manifest.refused,
+                    },
+                    "missing": [{"what": need.what, "why": need.missing, "package": need.package} for need in missing],
+                }
+            )
+        )
+        return 5 if missing else 0
+    lines = {"cache": str(cache.directory)}
+    for name in dict.fromkeys((kernels.DEFAULT, *known)):
+        lines[name] = (
+            _describe(images[name])
+            if name in images
+            else ("to be built again: of another version, or damaged" if name in known else "none yet")
+        )
+    if own is not None:
+        lines[kernels.OWN] = f"{own.release}, of {own.manifest.source[0]} {own.manifest.source[1]}, {own.path}"
+    else:
+        again = "to be built again: of other options or another compiler, or damaged"
+        lines[kernels.OWN] = f"{again if current_kernel(cache) else 'none yet'} (pyvmm lab kernel)"
+    for need in missing:
+        lines[f"missing {need.what}"] = f"{need.missing}{f' (apt install {need.package})' if need.package else ''}"
+    for name, value in lines.items():
+        print(f"{name:<{LIST_COLUMNS}} {value}")
+    return 5 if missing else 0
+
+
+def _describe(image: Image) -> str:
+    manifest = image.manifest
+    age = (datetime.now(UTC) - datetime.fromisoformat(manifest.built)).days
+    return (
+        f"{manifest.release}, {image.size / 1e6:.0f} MB, {age} days old, {len(manifest.packages)} packages of "
+        f"{manifest.mirror}, in {image.directory}"
+    )

@@ -50,7 +50,7 @@ _WORDS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class TracedRun:
     """What the trace is of: its name, labels for the process, devices as (name, first gpa, size).
 
     ``protected``: a share takes a page from the private ones. ``donated``: the kernel tells how many those really are.
@@ -66,13 +66,13 @@ class About:
 
 
 def write_trace(
-    write: Callable[[bytes], object], recorder: Recorder, about: About, el2: Sequence[HypEvent] = ()
+    write: Callable[[bytes], object], recorder: Recorder, run: TracedRun, el2: Sequence[HypEvent] = ()
 ) -> list[str]:
     """Write the trace of a run that is over through ``write``, which may raise what it likes; returns what is missing.
 
     ``el2`` are the hypervisor's entries and exits, the oldest first; those before the run are left out.
     """
-    trace = _Trace(Writer(write), recorder, about)
+    trace = _Trace(Writer(write), recorder, run)
     trace.write(el2)
     return trace.notes()
 
@@ -112,7 +112,7 @@ class _Flows:
 class _Trace:
     writer: Writer
     recorder: Recorder
-    about: About
+    run: TracedRun
     flows: _Flows = field(default_factory=_Flows)
     exits: dict[int, int] = field(default_factory=dict)
     names: dict[tuple[int, int, int], Event] = field(default_factory=dict)
@@ -139,13 +139,13 @@ class _Trace:
     # -- what there is
 
     def _describe(self, heard: Sequence[Heard]) -> None:
-        about, writer, pid = self.about, self.writer, os.getpid()
-        labels = [*about.labels, *self.notes()]
-        writer.process(_PROCESS, pid, about.name, labels)
+        run, writer, pid = self.run, self.writer, os.getpid()
+        labels = [*run.labels, *self.notes()]
+        writer.process(_PROCESS, pid, run.name, labels)
         writer.counter(_EXITS, _PROCESS, "exits/s", "exits/s", 1)
-        if about.donated:
+        if run.donated:
             writer.counter(_DONATED, _PROCESS, "donated pages", "pages", 2)
-        writer.counter(_PRIVATE, _PROCESS, "private pages, assumed" if about.donated else "private pages", "pages", 3)
+        writer.counter(_PRIVATE, _PROCESS, "private pages, assumed" if run.donated else "private pages", "pages", 3)
         writer.counter(_SHARED, _PROCESS, "shared pages", "pages", 4)
         tids = self.recorder.tids
         for index in range(self.recorder.cpus):
@@ -159,7 +159,7 @@ class _Trace:
         writer.track(_MEMORY, _PROCESS, "memory, from the VMM's side", 1 << 10)
         writer.track(_STRAY, _PROCESS, "faults of some vCPU", (1 << 10) + 1)
         for note in self.notes():
-            writer.put(about.start_ns, writer.event(INSTANT, _PROCESS, note, "lost"))
+            writer.put(run.start_ns, writer.event(INSTANT, _PROCESS, note, "lost"))
 
     def notes(self) -> list[str]:
         """Say what is not in the trace."""
@@ -234,7 +234,7 @@ class _Trace:
             open_ns = ns
             exits[ns >> 20] = exits.get(ns >> 20, 0) + 1
         if open_ns >= 0:
-            over = max(open_ns, self.about.end_ns)
+            over = max(open_ns, self.run.end_ns)
             self._inside(track, over, inside)
             put(over, end)
 
@@ -252,7 +252,7 @@ class _Trace:
         code = record.code
         if code not in _MMIO:
             return self.writer.event(BEGIN, track, f"exit: {_WORDS.get(code, EXITS.get(code, '?'))}", "exit")
-        device = next((d for d in self.about.devices if 0 <= record.addr - d[1] < d[2]), None)
+        device = next((d for d in self.run.devices if 0 <= record.addr - d[1] < d[2]), None)
         name = f"exit: MMIO {device[0]}+{record.addr - device[1]:#x}" if device else "exit: MMIO, no device"
         if device and name not in self.seen:
             if len(self.seen) < MOST_NAMES:
@@ -309,7 +309,7 @@ class _Trace:
         inside: dict[int, bool] = {}
         for event in events:
             ns, track = event.ns - behind, _EL2 + event.cpu
-            if not self.about.start_ns <= ns <= self.about.end_ns or event.entered == inside.get(track, False):
+            if not self.run.start_ns <= ns <= self.run.end_ns or event.entered == inside.get(track, False):
                 continue
             if track not in inside:
                 writer.track(track, _PROCESS, f"EL2 on CPU {event.cpu}", (1 << 11) + event.cpu)
@@ -320,10 +320,10 @@ class _Trace:
             else:
                 writer.put(ns, writer.event(END, track))
         for track in (track for track, is_open in inside.items() if is_open):
-            writer.put(self.about.end_ns, writer.event(END, track))
+            writer.put(self.run.end_ns, writer.event(END, track))
 
     def _counters(self, conversions: Sequence[Record]) -> None:
-        writer, about = self.writer, self.about
+        writer, run = self.writer, self.run
         self._rate()
         # Between two looks at the pages the guest's own shares are what changes; the next look says what else did. A
         # move is recorded once it is done, so a look in its middle counts it already: no counter goes below zero.
@@ -334,7 +334,7 @@ class _Trace:
             private, shared = sample.private, sample.shared
             writer.count(sample.ns, _PRIVATE, private)
             writer.count(sample.ns, _SHARED, shared)
-            if about.donated:
+            if run.donated:
                 writer.count(sample.ns, _DONATED, sample.donated)
             until = samples[number + 1].ns if number + 1 < len(samples) else sample.ns
             while done < len(moves) and moves[done].ns < until:
@@ -345,7 +345,7 @@ class _Trace:
                 step = 1 if move.kind == lib.PV_REC_SHARE else -1
                 shared = max(shared + step, 0)
                 writer.count(move.ns, _SHARED, shared)
-                if about.protected:
+                if run.protected:
                     private = max(private - step, 0)
                     writer.count(move.ns, _PRIVATE, private)
 

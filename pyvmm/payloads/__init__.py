@@ -16,7 +16,7 @@ DIRECTORY: Final = Path(__file__).parent
 MANIFEST: Final = DIRECTORY / "manifest.json"
 
 
-class About(NamedTuple):
+class Usage(NamedTuple):
     """What a payload does, and its parameters (``-p KEY=VALUE``, joined by spaces in the boot arguments)."""
 
     what: str
@@ -24,14 +24,14 @@ class About(NamedTuple):
 
 
 #: Every payload; a test compares the names with the binaries.
-ABOUT: Final = {
-    "hello": About("greets, says what it sees of the machine, powers off"),
-    "puppet": About("takes orders from Python: see pyvmm.guest.puppet"),
-    "echo": About(
+USAGE: Final = {
+    "hello": Usage("greets, says what it sees of the machine, powers off"),
+    "puppet": Usage("takes orders from Python: see pyvmm.guest.puppet"),
+    "echo": Usage(
         "shares a page with a device, is answered through it, takes it back; on every vCPU",
         {"rounds": "requests a vCPU (3)"},
     ),
-    "touch": About(
+    "touch": Usage(
         "touches fresh pages and times each access",
         {
             "order": "sequential, random or strided (sequential)",
@@ -43,12 +43,12 @@ ABOUT: Final = {
             "seed": "of the random order (1)",
         },
     ),
-    "exits": About(
+    "exits": Usage(
         "makes exits on any VMM that has a PL011, and times them",
         {"count": "exits a round (1000)", "rounds": "rounds of each kind (5)"},
     ),
-    "smp": About("starts every vCPU by PSCI, counts with atomics, stops them", {"rounds": "additions a vCPU (1000)"}),
-    "crash": About(
+    "smp": Usage("starts every vCPU by PSCI, counts with atomics, stops them", {"rounds": "additions a vCPU (1000)"}),
+    "crash": Usage(
         "misbehaves in one way",
         {
             "way": "undefined, unmapped, jump, loop, wait, noslot, sea, share-twice, share-outside, bell-private, "
@@ -62,7 +62,7 @@ ABOUT: Final = {
 
 def names() -> list[str]:
     """List the payloads, sorted."""
-    return sorted(ABOUT)
+    return sorted(USAGE)
 
 
 def payload(name: str) -> bytes:
@@ -70,7 +70,7 @@ def payload(name: str) -> bytes:
 
     UsageError for a name there is none of; PyvmmError when the installation has lost the file.
     """
-    if name not in ABOUT:
+    if name not in USAGE:
         import difflib
 
         close = difflib.get_close_matches(name, names(), n=1)

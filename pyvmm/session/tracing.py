@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine
     from pyvmm.observe.hyptrace import HypTrace
     from pyvmm.observe.recorder import Recorder
-    from pyvmm.observe.tracefile import About
+    from pyvmm.observe.tracefile import TracedRun
 
 LARGE: Final = 1 << 17
 """Records after which writing is told of: it takes a second or so, and in the lab a quarter of a minute."""
@@ -86,7 +86,7 @@ class Tracing:
         if self._recorder.kept > LARGE:
             get_logger("trace").warning("trace_is_large", records=self._recorder.kept, now="writing it takes a while")
         with self._file.writing() as put:
-            notes = write_trace(put, self._recorder, _about(machine), events)
+            notes = write_trace(put, self._recorder, _traced_run(machine), events)
         self._tell(notes)
 
     def _tell(self, lost: list[str]) -> None:
@@ -105,15 +105,15 @@ class Tracing:
                 log.warning("trace_incomplete", file=self._path, reason=reason)
 
 
-def _about(machine: Machine) -> About:
-    from pyvmm.observe.tracefile import About
+def _traced_run(machine: Machine) -> TracedRun:
+    from pyvmm.observe.tracefile import TracedRun
     from pyvmm.protection import Protection
 
     config = machine.config
     labels = [f"protection {config.protection.value}", f"{config.memory >> 20} MiB of {config.backing}"]
     if in_lab():
         labels.append(TCG_NOTE)
-    return About(
+    return TracedRun(
         name=f"pyvmm {config.kernel}",
         labels=tuple(labels),
         devices=tuple((placed.device.name, placed.base, placed.device.size) for placed in machine.bus.placed),

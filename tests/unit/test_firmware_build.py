@@ -102,11 +102,11 @@ def test_the_library_stays_small() -> None:
 def test_a_payload_with_parameters_documents_each(path: Path) -> None:
     source = path.read_text()
     read = set(re.findall(r'argument(?:_is|_number)?\("(\w+)"', source))
-    assert read == set(payloads.ABOUT[path.stem].params)
+    assert read == set(payloads.USAGE[path.stem].params)
 
 
 def test_every_way_to_crash_is_listed() -> None:
     source = (FIRMWARE / "payloads" / "crash.c").read_text()
     ways = re.findall(r'argument_is\("way", "([\w-]+)"\)', source)
-    listed = payloads.ABOUT["crash"].params["way"].removesuffix(" (undefined)").split(", ")
+    listed = payloads.USAGE["crash"].params["way"].removesuffix(" (undefined)").split(", ")
     assert listed == ways

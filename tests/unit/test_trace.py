@@ -20,7 +20,7 @@ from pyvmm.observe import perfetto, recorder
 from pyvmm.observe.hyptrace import HypEvent
 from pyvmm.observe.recorder import Recorder
 from pyvmm.observe.timeline import Event
-from pyvmm.observe.tracefile import About, write_trace
+from pyvmm.observe.tracefile import TracedRun, write_trace
 from pyvmm.protection import Protection
 from tests.memory_helper import BASE, build
 from tests.perfetto_reader import Trace
@@ -52,7 +52,7 @@ class Vcpus:
     def trace(self, *, el2: tuple[HypEvent, ...] = (), **about: Any) -> Trace:
         self.recorder.stop()
         written: list[bytes] = []
-        what = About("a run", devices=(("pl011", UART, 0x1000),), **{"start_ns": 0, "end_ns": 10_000, **about})
+        what = TracedRun("a run", devices=(("pl011", UART, 0x1000),), **{"start_ns": 0, "end_ns": 10_000, **about})
         self.notes = write_trace(written.append, self.recorder, what, el2)
         return Trace(b"".join(written))
 

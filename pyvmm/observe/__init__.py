@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be seen of a run: counters, page maps, timelines, and what the kernel's own tracing tells."""
+"""What can be seen of a run: rates, page maps, timelines, traces, and what the hypervisor's tracing tells."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vCPUs as threads: running, pausing, kicking them, and what a cold exit means."""
+"""vCPUs as threads: running, pausing, kicking them, what a cold exit means, and what was counted."""

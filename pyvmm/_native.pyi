@@ -46,6 +46,15 @@ class _Lib:
     PV_PAGE_STATES: Final[int]
     PV_PAGE_ASSUMED: Final[int]
 
+    PV_LEDGER_STATES: Final[int]
+    PV_MAILBOX_WORDS: Final[int]
+    PV_MAILBOX_NOTES: Final[int]
+    PV_POLICY_ROOM: Final[int]
+    PV_MAP_PHASES: Final[int]
+    PV_HISTOGRAM_STEPS: Final[int]
+    PV_HISTOGRAM_BUCKETS: Final[int]
+    PV_EVENT_WORDS: Final[int]
+
     PV_NONE: Final[int]
     PV_PKVM: Final[int]
     PV_EMULATED: Final[int]

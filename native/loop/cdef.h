@@ -7,9 +7,21 @@
  * Threads: pv_vcpu belongs to the thread inside pv_run(), except `kick`. pv_vm and what it points to are shared by all
  * vCPU threads: tables are immutable and replaced by swapping the pointer, page bytes and counters are atomics.
  * The guest is hostile: every gpa, size and value that came from it is checked here before it is used.
+ *
+ * In this order:
+ *     pages          what a page of a guest can be, and the table of memslots
+ *     rings          byte FIFOs, and the trace
+ *     MMIO           the bus, and what each kind of range keeps
+ *     a VM           what all its vCPUs share, and its tables replaced
+ *     exits          why KVM_RUN returned, how often and for how long
+ *     a vCPU         the loop, why it stops, and what is done with a vCPU meanwhile
+ *     guarded copies
+ *     userfaultfd
+ *     the process    signal handlers, and what this was built from
+ * virtio/cdef.h goes on with queues, disks and network cards.
  */
 
-/* ---- pages ------------------------------------------------------------------------------------------------- */
+/* ---- pages --------------------------------------------------------------------------------------------------- */
 
 /* One byte per page in a region's ledger. Bit 0x40 is the loop's own (PV_PAGE_MOVING of loop.h): the guest is taking
    the page back and its view is not closed yet. It stands beside PV_PAGE_PRIVATE only; readers mask it out. */
@@ -18,6 +30,7 @@ enum pv_page {
     PV_PAGE_STATES,
     PV_PAGE_ASSUMED = 0x80 /* or-ed in: the kernel does not tell, this is what must be assumed */
 };
+enum { PV_LEDGER_STATES = 8 }; /* what the low bits of a ledger entry can say: enum pv_page, and no more of it */
 
 /* What Python says a VM is. */
 enum pv_protection { PV_NONE, PV_PKVM, PV_EMULATED };
@@ -49,7 +62,7 @@ struct pv_map {
     struct pv_region *regions;
 };
 
-/* ---- rings ------------------------------------------------------------------------------------------------- */
+/* ---- rings --------------------------------------------------------------------------------------------------- */
 
 /* A byte FIFO, one side of it C. size is a power of two; head and tail run free. Producers write at head. */
 struct pv_fifo {
@@ -60,6 +73,10 @@ struct pv_fifo {
     uint64_t dropped;  /* bytes that found no room */
     uint8_t *data;
 };
+uint32_t pv_fifo_read(struct pv_fifo *fifo, uint8_t *to, uint32_t n);   /* bytes read */
+/* The consumer's last word before it sleeps on wake_fd: arms the FIFO, and says with a full barrier whether it is still
+   empty (1: sleep; 0: disarmed again, there is something to read). */
+uint32_t pv_fifo_arm(struct pv_fifo *fifo);
 
 enum pv_record_kind { PV_REC_EXIT = 1, PV_REC_SHARE, PV_REC_UNSHARE, PV_REC_FAULT };
 
@@ -84,8 +101,9 @@ struct pv_ring {
     uint32_t exits;    /* not 0: record every exit; shares and faults are always recorded */
     struct pv_record *records;
 };
+uint32_t pv_ring_read(struct pv_ring *ring, struct pv_record *to, uint32_t n);
 
-/* ---- MMIO -------------------------------------------------------------------------------------------------- */
+/* ---- MMIO ---------------------------------------------------------------------------------------------------- */
 
 enum pv_kind {
     PV_KIND_COLD,          /* Python answers */
@@ -129,6 +147,8 @@ struct pv_doorbell {
     uint64_t missed;       /* stores that matched no slot */
     struct pv_doorbell_slot *slots;
 };
+/* The consumer of a coalescing slot, after it has read the eventfd and before it looks for what the rings meant. */
+void pv_doorbell_take(struct pv_doorbell_slot *slot);
 
 /* Arm PrimeCell UART (PL011), DDI 0183. */
 struct pv_pl011 {
@@ -141,19 +161,21 @@ struct pv_pl011 {
     uint32_t level;        /* the line as last told: (ris & imsc) != 0 */
     uint32_t pad;
 };
+uint32_t pv_pl011_feed(struct pv_pl011 *uart, const uint8_t *from, uint32_t n); /* bytes taken */
 
 /* One vCPU's mailbox; offsets in firmware/lib/abi.h. */
+enum { PV_MAILBOX_WORDS = 8, PV_MAILBOX_NOTES = 4 };
 enum pv_mailbox_state { PV_MAILBOX_IDLE, PV_MAILBOX_ORDER, PV_MAILBOX_BUSY, PV_MAILBOX_DONE };
 struct pv_mailbox {
     uint32_t state;
     uint32_t trapped;      /* not 0: the guest's vectors rang the trap bell; registers below are valid */
-    uint64_t order[8];     /* op, then arguments */
-    uint64_t result[8];    /* status, then values */
-    uint64_t trap[8];      /* vector, ESR, FAR, ELR, SPSR, SP, LR, vCPU */
-    uint64_t note[4];      /* words a payload leaves for its runner (results gpa, size, ...) */
+    uint64_t order[PV_MAILBOX_WORDS];     /* op, then arguments */
+    uint64_t result[PV_MAILBOX_WORDS];    /* status, then values */
+    uint64_t trap[PV_MAILBOX_WORDS];      /* vector, ESR, FAR, ELR, SPSR, SP, LR, vCPU */
+    uint64_t note[PV_MAILBOX_NOTES];      /* words a payload leaves for its runner (results gpa, size, ...) */
 };
 
-/* ---- a VM -------------------------------------------------------------------------------------------------- */
+/* ---- a VM ---------------------------------------------------------------------------------------------------- */
 
 enum pv_source {
     PV_SOURCE_DOORBELL = 1,
@@ -171,6 +193,11 @@ enum pv_failure {
 };
 enum pv_action { PV_ACT_STOP, PV_ACT_RETRY, PV_ACT_PUNCH };
 
+enum {
+    PV_POLICY_ROOM = 8,      /* for enum pv_failure, and the padding behind it */
+    PV_MAP_PHASES = 2
+};
+
 struct pv_vm {
     int32_t fd;
     uint32_t protection;     /* enum pv_protection */
@@ -179,17 +206,30 @@ struct pv_vm {
     uint32_t subscribers;    /* not 0: a share or unshare stops the loop so that Python can tell them; written by
                                 pv_subscribe() */
     uint32_t conversion;     /* enum pv_conversion */
-    uint8_t policy[8];       /* enum pv_action by enum pv_failure */
+    uint8_t policy[PV_POLICY_ROOM]; /* enum pv_action by enum pv_failure */
     uint32_t retry_limit;    /* consecutive failures retried before stopping */
     uint32_t converting;     /* lock: one conversion of a page at a time; the loop's own */
-    uint32_t readers[2];     /* threads that look at the map just now, in the counter that was phase when they began */
+    uint32_t readers[PV_MAP_PHASES]; /* threads that look at the map now, in the counter that was phase when they
+                                        began */
     uint32_t phase, pad;
     uint64_t published;      /* maps until now: whoever remembers what a map said sees that there is another */
-    uint64_t pages[8];       /* pages by enum pv_page, PV_PAGE_ASSUMED not counted apart */
+    uint64_t pages[PV_LEDGER_STATES]; /* pages by enum pv_page, PV_PAGE_ASSUMED not counted apart */
     uint64_t shares, unshares, refused;
 };
 
-/* ---- a vCPU ------------------------------------------------------------------------------------------------ */
+/* Puts a complete table in the place of the last one, while vCPUs run and others copy. Returns when nobody looks at the
+   last one any more, nor at a ledger that it alone had: they may be freed. One caller at a time. */
+void pv_publish_map(struct pv_vm *vm, struct pv_map *map);
+/* The same for the bus, except that the last one stays alive until every vCPU has left pv_run(). */
+void pv_publish_bus(struct pv_vm *vm, struct pv_bus *bus);
+/* Sets vm->subscribers with a full barrier: a page that the ledger shows as shared afterwards is not taken back
+   without a PV_STOP_SHARE. */
+void pv_subscribe(struct pv_vm *vm, uint32_t count);
+/* Sets the ledger's entry of a page and keeps pv_vm.pages right. Returns the old entry, or -1 outside every region.
+   A page that is moving only becomes PV_PAGE_ABSENT: where it ends is the loop's to say. */
+int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
+
+/* ---- exits --------------------------------------------------------------------------------------------------- */
 
 /* Classes of exits that are counted and timed apart. The MMIO kinds come first, in enum pv_kind's order. */
 enum pv_exit {
@@ -199,14 +239,21 @@ enum pv_exit {
     PV_EXIT_OTHER, PV_EXITS
 };
 
-/* Log-linear: 8 buckets for each power of two of nanoseconds, up to 2^40. pv_bucket_floor() says where one starts. */
-struct pv_histogram { uint32_t bucket[320]; };
+/* Log-linear: 8 buckets for each power of two of nanoseconds, up to 2^42. pv_bucket_floor() says where one starts. */
+enum { PV_HISTOGRAM_STEPS = 8, PV_HISTOGRAM_BUCKETS = 320 };
+struct pv_histogram { uint32_t bucket[PV_HISTOGRAM_BUCKETS]; };
 struct pv_exit_stats {
     uint64_t count;
     uint64_t guest_ns, vmm_ns;
     struct pv_histogram guest;   /* from entering KVM_RUN to its return */
     struct pv_histogram vmm;     /* from its return to the next entry */
 };
+/* Lays a histogram's bounds open to Python: the smallest value in nanoseconds of a bucket, of which there are
+   PV_HISTOGRAM_BUCKETS; of one beyond the last, where the last would end. */
+uint64_t pv_bucket_floor(uint32_t bucket);
+uint32_t pv_bucket_of(uint64_t ns);
+
+/* ---- a vCPU -------------------------------------------------------------------------------------------------- */
 
 /* Why pv_run() returned. */
 enum pv_stop {
@@ -226,6 +273,8 @@ enum pv_stop {
     PV_STOPS
 };
 
+enum { PV_EVENT_WORDS = 4 };
+
 struct pv_vcpu {
     int32_t fd;
     uint32_t index;
@@ -242,9 +291,9 @@ struct pv_vcpu {
     uint32_t share_op;       /* 1 share, 0 unshare */
     uint32_t share_source;   /* enum pv_source */
     int32_t share_status;    /* what the guest is told: 0, or an SMCCC error */
-    uint32_t share_pending;  /* what is left to do when the loop is entered again; the loop's own */
+    uint32_t pending;        /* what is left to do when the loop is entered again; the loop's own */
     uint32_t event, event_count;
-    uint64_t event_data[4];
+    uint64_t event_data[PV_EVENT_WORDS];
     int32_t error;
     uint32_t failure;        /* enum pv_failure */
     uint64_t fault_gpa, fault_size, fault_flags;
@@ -252,19 +301,11 @@ struct pv_vcpu {
     uint64_t left_ns;        /* when KVM_RUN last returned; the loop's own */
     uint32_t hit, pad;       /* where the last MMIO was found in the bus; the loop's own */
     struct pv_ring ring;
-    struct pv_exit_stats stats[16];
+    struct pv_exit_stats stats[PV_EXITS];
 };
 
 /* Runs the vCPU until something needs Python. Returns enum pv_stop. Call from one thread at a time. */
 uint32_t pv_run(struct pv_vcpu *vcpu);
-/* Puts a complete table in the place of the last one, while vCPUs run and others copy. Returns when nobody looks at the
-   last one any more, nor at a ledger that it alone had: they may be freed. One caller at a time. */
-void pv_publish_map(struct pv_vm *vm, struct pv_map *map);
-/* The same for the bus, except that the last one stays alive until every vCPU has left pv_run(). */
-void pv_publish_bus(struct pv_vm *vm, struct pv_bus *bus);
-/* Sets vm->subscribers with a full barrier: a page that the ledger shows as shared afterwards is not taken back
-   without a PV_STOP_SHARE. */
-void pv_subscribe(struct pv_vm *vm, uint32_t count);
 /* Makes a running or about-to-run pv_run() return PV_STOP_KICK soon. Any thread. */
 void pv_kick(struct pv_vcpu *vcpu);
 /* Forgets a kick, in the vCPU's own thread, before it looks at why it was kicked. */
@@ -278,18 +319,12 @@ void pv_mmio_reply(struct pv_vcpu *vcpu, uint64_t value);
 /* Answers nothing: the guest makes the access that stopped the loop once more, for its address is memory by now. It is
    the one way that is right for any access: of one that runs across pages KVM does not tell. arm64 only. */
 void pv_mmio_retry(struct pv_vcpu *vcpu);
-/* Lays an exit counter's bounds open to Python: the smallest value in nanoseconds of a bucket, 0..320. */
-uint64_t pv_bucket_floor(uint32_t bucket);
-uint32_t pv_bucket_of(uint64_t ns);
 
-/* Once per process, idempotent: the kick signal's handler and those of SIGSEGV and SIGBUS that guarded copies need.
-   Faults outside a guarded copy go to whatever handler was there before. 0 or -errno. */
-int pv_install_signals(void);
-int pv_kick_signal(void);
+/* ---- guarded copies ------------------------------------------------------------------------------------------ */
 
-/* ---- guarded copies: never die, never go through the kernel ------------------------------------------------ */
+/* They never die, and never go through the kernel.
 
-/* Bytes copied before the first fault (n when none). Both sides may be anything; only one may fault. */
+   Bytes copied before the first fault (n when none). Both sides may be anything; only one may fault. */
 size_t pv_copy(void *to, const void *from, size_t n);
 size_t pv_fill(void *to, int byte, size_t n);
 /* By guest address, through pv_vm.map, across adjacent regions. Bytes done; on a short count *stopped is the gpa of
@@ -299,11 +334,8 @@ uint64_t pv_read(struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uint64_t 
 uint64_t pv_write(struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped);
 /* Whether one byte at gpa can be read: 1, 0, or -1 outside every region. */
 int pv_probe(struct pv_vm *vm, uint64_t gpa);
-/* Sets the ledger's entry of a page and keeps pv_vm.pages right. Returns the old entry, or -1 outside every region.
-   A page that is moving only becomes PV_PAGE_ABSENT: where it ends is the loop's to say. */
-int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
 
-/* ---- userfaultfd -------------------------------------------------------------------------------------------- */
+/* ---- userfaultfd --------------------------------------------------------------------------------------------- */
 
 /* Missing pages of [hva, hva + size) come from the same offset of source. served and late may be read meanwhile. */
 struct pv_fault_server {
@@ -316,16 +348,12 @@ struct pv_fault_server {
    waits there and elsewhere goes on waiting. In a thread of its own. */
 int pv_serve_faults(struct pv_fault_server *server);
 
-/* ---- FIFOs and rings, Python's side ------------------------------------------------------------------------ */
+/* ---- the process --------------------------------------------------------------------------------------------- */
 
-uint32_t pv_fifo_read(struct pv_fifo *fifo, uint8_t *to, uint32_t n);   /* bytes read */
-/* The consumer's last word before it sleeps on wake_fd: arms the FIFO, and says with a full barrier whether it is still
-   empty (1: sleep; 0: disarmed again, there is something to read). */
-uint32_t pv_fifo_arm(struct pv_fifo *fifo);
-/* The consumer of a coalescing slot, after it has read the eventfd and before it looks for what the rings were about. */
-void pv_doorbell_take(struct pv_doorbell_slot *slot);
-uint32_t pv_pl011_feed(struct pv_pl011 *uart, const uint8_t *from, uint32_t n); /* bytes taken */
-uint32_t pv_ring_read(struct pv_ring *ring, struct pv_record *to, uint32_t n);
+/* Once per process, idempotent: the kick signal's handler and those of SIGSEGV and SIGBUS that guarded copies need.
+   Faults outside a guarded copy go to whatever handler was there before. 0 or -errno. */
+int pv_install_signals(void);
+int pv_kick_signal(void);
 
 /* Hash of the sources this was built from, so that a stale build is noticed. */
 const char *pv_source_hash(void);

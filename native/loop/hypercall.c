@@ -78,7 +78,7 @@ static uint32_t change(struct pv_vcpu *vcpu)
 {
     if (vcpu->vm->conversion != PV_CONVERT_COLD)
         return apply(vcpu, false);
-    vcpu->share_pending = PENDING_CONVERTED;
+    vcpu->pending = PENDING_CONVERTED;
     return PV_STOP_CONVERT;
 }
 
@@ -105,7 +105,7 @@ static uint32_t share_call(struct pv_vcpu *vcpu, bool share)
         return finish(vcpu, SMCCC_INVALID_PARAMETER);
     if (!share && pv_listening(vcpu->vm)) {
         vcpu->share_status = SMCCC_SUCCESS;
-        vcpu->share_pending = PENDING_TOLD;
+        vcpu->pending = PENDING_TOLD;
         return PV_STOP_SHARE;
     }
     return change(vcpu);

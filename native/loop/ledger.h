@@ -8,8 +8,10 @@
 
 static inline enum pv_page pv_page_state(uint8_t entry)
 {
-    return entry & 7;
+    return entry & (PV_LEDGER_STATES - 1);
 }
+_Static_assert((int)PV_PAGE_STATES <= (int)PV_LEDGER_STATES, "a state fits into its bits");
+_Static_assert(PV_PAGE_MOVING % PV_LEDGER_STATES == 0 && PV_PAGE_ASSUMED % PV_LEDGER_STATES == 0, "and shares none");
 
 /* Whether what the guest says of a page counts: one whose slot is being removed has no future, and one that is being
    taken back has a vCPU that sees to it. */

@@ -33,7 +33,7 @@ struct pv_memory_fault { uint64_t flags, gpa, size; };
 /* SMCCC 1.5, section 7.1; what EL2 answers too (arch/arm64/kvm/hyp/nvhe/pkvm.c). */
 enum { SMCCC_SUCCESS = 0, SMCCC_NOT_SUPPORTED = -1, SMCCC_INVALID_PARAMETER = -3 };
 
-/* What pv_vcpu.share_pending says is left to do on re-entry, before the guest runs again. */
+/* What pv_vcpu.pending says is left to do on re-entry, before the guest runs again. */
 enum pv_pending {
     PENDING_NONE,
     PENDING_MMIO,      /* carry out the access in kvm_run: it found no room or no order */

@@ -34,7 +34,7 @@ void pv_publish_map(struct pv_vm *vm, struct pv_map *map)
 {
     store_ordered(&vm->map, map);
     add_ordered(&vm->published, 1);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < PV_MAP_PHASES; i++) {
         uint32_t phase = load(&vm->phase);
         store_ordered(&vm->phase, !phase);
         while (load_ordered(&vm->readers[phase]))

@@ -91,6 +91,9 @@ enum {
     BOX_OP = 0, BOX_ARG = 1, BOX_RESULT = 8, BOX_DONE = 15, BOX_TRAP = 16, BOX_TRAP_BELL = 24, BOX_NOTE = 25,
     BOX_END = 29
 };
+_Static_assert(BOX_RESULT - BOX_OP == PV_MAILBOX_WORDS && BOX_DONE - BOX_RESULT + 1 == PV_MAILBOX_WORDS &&
+                   BOX_TRAP_BELL - BOX_TRAP == PV_MAILBOX_WORDS && BOX_END - BOX_NOTE == PV_MAILBOX_NOTES,
+               "a mailbox's registers and struct pv_mailbox");
 
 static uint32_t mailbox_load(struct pv_vcpu *vcpu, struct pv_mailbox *box, uint64_t number)
 {
@@ -98,7 +101,7 @@ static uint32_t mailbox_load(struct pv_vcpu *vcpu, struct pv_mailbox *box, uint6
         uint32_t expected = PV_MAILBOX_ORDER;
         if (!__atomic_compare_exchange_n(&box->state, &expected, PV_MAILBOX_BUSY, false, __ATOMIC_ACQUIRE,
                                          __ATOMIC_RELAXED)) {
-            vcpu->share_pending = PENDING_MMIO;
+            vcpu->pending = PENDING_MMIO;
             return PV_STOP_MAILBOX;
         }
     }
@@ -170,7 +173,7 @@ static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
     case PV_KIND_PL011:
         if (pv_pl011_access(range->state, vcpu))
             return PV_STOP_NONE;
-        vcpu->share_pending = PENDING_MMIO;
+        vcpu->pending = PENDING_MMIO;
         return PV_STOP_FIFO;
     case PV_KIND_MAILBOX:
         return mailbox(vcpu, range->state);
@@ -186,6 +189,23 @@ static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
         return PV_STOP_MMIO;
     }
 }
+
+/* How an access to a range of this kind is counted; a kind that is none is as cold as it is answered. */
+static enum pv_exit exit_of(uint32_t kind)
+{
+    return kind < PV_KINDS ? PV_EXIT_MMIO_COLD + kind : PV_EXIT_MMIO_COLD;
+}
+#define COUNTED_AS_IT_IS(kind) \
+    _Static_assert(PV_EXIT_MMIO_##kind == PV_EXIT_MMIO_COLD + PV_KIND_##kind, "the exits are in the kinds' order")
+COUNTED_AS_IT_IS(COLD);
+COUNTED_AS_IT_IS(REGISTERS);
+COUNTED_AS_IT_IS(COUNTER);
+COUNTED_AS_IT_IS(DOORBELL);
+COUNTED_AS_IT_IS(PL011);
+COUNTED_AS_IT_IS(MAILBOX);
+COUNTED_AS_IT_IS(SHARE);
+COUNTED_AS_IT_IS(VIRTIO);
+_Static_assert(PV_EXIT_MMIO_UNCLAIMED == PV_EXIT_MMIO_COLD + PV_KINDS, "no exit of a kind is missing");
 
 static uint64_t low_bytes(const uint8_t *data, uint32_t size)
 {
@@ -214,7 +234,7 @@ uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again)
         return PV_STOP_UNCLAIMED;
     }
     vcpu->offset = gpa - range->base;
-    vcpu->exit = range->kind < PV_KINDS ? range->kind : PV_KIND_COLD;
+    vcpu->exit = exit_of(range->kind);
     if (!again)
         add(vcpu->is_write ? &range->writes : &range->reads, 1);
 

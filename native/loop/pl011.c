@@ -42,7 +42,7 @@ static uint32_t flags(const struct pv_pl011 *uart)
 
 static uint32_t read_register(struct pv_pl011 *uart, uint64_t offset)
 {
-    static const uint8_t ids[8] = {0x11, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1};
+    static const uint8_t ids[] = {0x11, 0x10, 0x14, 0x00, 0x0d, 0xf0, 0x05, 0xb1};
 
     switch (offset) {
     case DR: return take(uart);

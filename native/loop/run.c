@@ -45,6 +45,8 @@ static uint32_t interrupted(struct pv_vcpu *vcpu)
     return PV_STOP_NONE;
 }
 
+_Static_assert((int)PV_FAILURES <= (int)PV_POLICY_ROOM, "a policy for every way to fail");
+
 static enum pv_failure failure_of(int error, bool told)
 {
     switch (error) {
@@ -90,11 +92,9 @@ static uint32_t failed(struct pv_vcpu *vcpu, int error)
 static uint32_t system_event(struct pv_vcpu *vcpu)
 {
     const struct kvm_run *run = vcpu->run;
-    const uint32_t most = sizeof(vcpu->event_data) / sizeof(vcpu->event_data[0]);
-
     vcpu->exit = PV_EXIT_SYSTEM;
     vcpu->event = run->system_event.type;
-    vcpu->event_count = run->system_event.ndata < most ? run->system_event.ndata : most;
+    vcpu->event_count = run->system_event.ndata < PV_EVENT_WORDS ? run->system_event.ndata : PV_EVENT_WORDS;
     for (uint32_t i = 0; i < vcpu->event_count; i++)
         vcpu->event_data[i] = run->system_event.data[i];
     return PV_STOP_SYSTEM;
@@ -165,9 +165,9 @@ static uint32_t enter(struct pv_vcpu *vcpu)
 
 static uint32_t resume(struct pv_vcpu *vcpu)
 {
-    enum pv_pending pending = vcpu->share_pending;
+    enum pv_pending pending = vcpu->pending;
 
-    vcpu->share_pending = PENDING_NONE;
+    vcpu->pending = PENDING_NONE;
     return pending == PENDING_MMIO ? pv_mmio(vcpu, true) : pv_share_resume(vcpu, pending);
 }
 
@@ -184,7 +184,7 @@ uint32_t pv_run(struct pv_vcpu *vcpu)
         if (load(&vcpu->kick))
             stop = PV_STOP_KICK;
         else
-            stop = vcpu->share_pending == PENDING_NONE ? enter(vcpu) : resume(vcpu);
+            stop = vcpu->pending == PENDING_NONE ? enter(vcpu) : resume(vcpu);
     } while (stop == PV_STOP_NONE);
     store(&vcpu->tid, 0);
     return stop;
@@ -195,7 +195,7 @@ int pv_settle(struct pv_vcpu *vcpu)
     struct kvm_run *run = vcpu->run;
     int error;
 
-    if (vcpu->share_pending != PENDING_NONE)
+    if (vcpu->pending != PENDING_NONE)
         return 0;
     store(&run->immediate_exit, 1);
     fence();

@@ -5,7 +5,9 @@
 #include <sched.h>
 #include <unistd.h>
 
-enum { BUCKETS = sizeof(((struct pv_histogram *)0)->bucket) / sizeof(uint32_t) };
+/* A value below STEPS has its own bucket. Of others the top bits say which step of their power it is. */
+enum { STEPS = PV_HISTOGRAM_STEPS, STEP_BITS = 3, BUCKETS = PV_HISTOGRAM_BUCKETS };
+_Static_assert(STEPS == 1 << STEP_BITS && BUCKETS % STEPS == 0, "whole powers of two");
 
 void pv_lock(uint32_t *lock)
 {
@@ -21,10 +23,10 @@ void pv_signal(int fd)
 
 uint32_t pv_bucket_of(uint64_t ns)
 {
-    if (ns < 8)
+    if (ns < STEPS)
         return (uint32_t)ns;
     uint32_t power = 63u - (uint32_t)__builtin_clzll(ns);
-    uint32_t bucket = (power - 2) * 8 + ((ns >> (power - 3)) & 7);
+    uint32_t bucket = (power - STEP_BITS + 1) * STEPS + ((ns >> (power - STEP_BITS)) & (STEPS - 1));
     return bucket < BUCKETS ? bucket : BUCKETS - 1;
 }
 
@@ -32,7 +34,7 @@ uint64_t pv_bucket_floor(uint32_t bucket)
 {
     if (bucket > BUCKETS)
         bucket = BUCKETS;
-    return bucket < 8 ? bucket : (uint64_t)(8 + bucket % 8) << (bucket / 8 - 1);
+    return bucket < STEPS ? bucket : (uint64_t)(STEPS + bucket % STEPS) << (bucket / STEPS - 1);
 }
 
 void pv_record(struct pv_vcpu *vcpu, uint64_t ns, enum pv_record_kind kind, uint8_t code, uint32_t size, uint64_t addr,

@@ -1,7 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The contract between the virtio devices in C and Python, read by both as loop/cdef.h is, and after it. */
+/* The contract between the virtio devices in C and Python, read by both as loop/cdef.h is, and after it.
+ *
+ * In this order:
+ *     queues         interrupts, chains of descriptors, virtqueues
+ *     virtio-blk
+ *     virtio-net
+ */
 
-/* ---- virtio ------------------------------------------------------------------------------------------------ */
+/* ---- queues --------------------------------------------------------------------------------------------------- */
 
 /* A device's line to the guest: InterruptStatus of virtio-mmio, and the eventfd that an irqfd makes an edge of. */
 enum pv_interrupt_bit { PV_INTERRUPT_USED = 1, PV_INTERRUPT_CONFIG = 2 };
@@ -68,7 +74,7 @@ struct pv_queue {
     uint32_t unsaid;                        /* slots pushed and not told of by an interrupt */
     uint32_t asked;                         /* not 0: the driver was asked to kick */
     uint64_t seen;                          /* pv_vm.published + 1 when views were found */
-    uint8_t *views[3];                      /* by enum pv_queue_area, or NULL */
+    uint8_t *views[PV_AREAS];               /* by enum pv_queue_area, or NULL */
 };
 
 /* Forgets where the queue was; size, flags and areas have been set. */
@@ -95,7 +101,7 @@ uint64_t pv_chain_write(struct pv_queue *queue, const struct pv_chain *chain, ui
 /* Sets bits of the status, and signals unless all of them were waiting to be acknowledged. Any thread. */
 void pv_interrupt(struct pv_interrupt *interrupt, uint32_t bits);
 
-/* ---- virtio-blk -------------------------------------------------------------------------------------------- */
+/* ---- virtio-blk ----------------------------------------------------------------------------------------------- */
 
 enum pv_blk_limit { PV_BLK_SEGMENTS = 512 /* the most of a chain, and so the most entries of a queue */ };
 enum pv_blk_flag {
@@ -140,7 +146,7 @@ uint32_t pv_blk_serve(struct pv_blk *blk);
 /* Ends the request that came back: its status byte, blk->data bytes written besides. 0, or -1: the queue is broken. */
 int pv_blk_answer(struct pv_blk *blk, uint32_t status);
 
-/* ---- virtio-net -------------------------------------------------------------------------------------------- */
+/* ---- virtio-net ----------------------------------------------------------------------------------------------- */
 
 enum pv_net_backend {
     PV_NET_NONE,           /* nobody: what the guest sends is dropped */

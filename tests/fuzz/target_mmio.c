@@ -67,16 +67,16 @@ static void proceed(struct pv_vcpu *vcpu, uint32_t stop, struct input *input)
 {
     uint8_t bytes[sizeof(tx)];
 
-    for (int i = 0; i < 4 && vcpu->share_pending != PENDING_NONE; i++) {
-        enum pv_pending pending = vcpu->share_pending;
+    for (int i = 0; i < 4 && vcpu->pending != PENDING_NONE; i++) {
+        enum pv_pending pending = vcpu->pending;
         if (stop == PV_STOP_FIFO)
             HOLDS(pv_fifo_read(&uart.tx, bytes, sizeof(bytes)) > 0);
         if (stop == PV_STOP_MAILBOX && !(next8(input) & 1))
             boxes[vcpu->index].state = PV_MAILBOX_ORDER;
-        vcpu->share_pending = PENDING_NONE;
+        vcpu->pending = PENDING_NONE;
         stop = pending == PENDING_MMIO ? pv_mmio(vcpu, true) : pv_share_resume(vcpu, pending);
     }
-    vcpu->share_pending = PENDING_NONE;
+    vcpu->pending = PENDING_NONE;
     HOLDS(stop < PV_STOPS);
 }
 

@@ -168,7 +168,9 @@ def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path, sanitizer):
 
 
 @pytest.mark.parametrize(
-    "mutation", [("i < 2", "i < 0"), ("i < 2", "i < 1")], ids=["no wait at all", "a wait for one counter only"]
+    "mutation",
+    [("i < PV_MAP_PHASES", "i < 0"), ("i < PV_MAP_PHASES", "i < 1")],
+    ids=["no wait at all", "a wait for one counter only"],
 )
 def test_these_races_would_show_a_table_freed_too_early(tmp_path, mutation):
     done = race(tmp_path, "address", 200_000, mutate=mutation)

@@ -193,7 +193,7 @@ class Native:
         vm = rig.vm
         vm.conversion = getattr(rig.lib, "PV_CONVERT_" + machine["conversion"])
         vm.subscribers, vm.retry_limit = machine["subscribers"], machine["retry_limit"]
-        vm.policy = [*machine["policy"], 0, 0]
+        vm.policy = [*machine["policy"], *[0] * (rig.lib.PV_POLICY_ROOM - rig.lib.PV_FAILURES)]
         for page, state in enumerate(machine["states"]):
             if state == "MOVING":
                 rig.move(page)

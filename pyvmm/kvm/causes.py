@@ -72,7 +72,7 @@ _GMEM = "KVM_CREATE_GUEST_MEMFD"
 _ATTR = "KVM_SET_DEVICE_ATTR KVM_GET_DEVICE_ATTR"
 _REG = "KVM_GET_ONE_REG KVM_SET_ONE_REG"
 
-# The first that fits is told. Sources are functions of Linux 7.3's virt/kvm and arch/arm64/kvm unless said.
+# The first that fits is told. Sources are functions of Linux 7.3's virt/kvm and arch/arm64/kvm, or of the file named.
 CAUSES = (
     # kvm_arch_init_vm, pkvm_init_host_vm
     Cause(
@@ -207,11 +207,11 @@ def explain(call: str, errno: int, values: Values) -> tuple[str | None, str | No
 
 def kvm_error(call: str, errno: int, values: Values) -> KvmError:
     """Make the error of a call that failed with ``errno``; the value under "" is text that stands by itself."""
-    said = ", ".join(filter(None, (shown(name, value) for name, value in values.items())))
-    return KvmError(call, said, errno, *explain(call, errno, values))
+    arguments = ", ".join(filter(None, (argument_text(name, value) for name, value in values.items())))
+    return KvmError(call, arguments, errno, *explain(call, errno, values))
 
 
-def shown(name: str, value: Value) -> str:
+def argument_text(name: str, value: Value) -> str:
     """Say an argument as ``name=value``; nothing of what is None."""
     if value is None:
         return ""

@@ -134,7 +134,7 @@ class AttributeFd(Fd):
         """Write an attribute: ``value`` is a ctypes object of the size the attribute has, None for a bare command."""
         address = 0 if value is None else addressof(value)
         argument = kvm_device_attr(group=group, attr=attr, addr=address)
-        self.call(KVM_SET_DEVICE_ATTR, argument, group=group, attr=attr, **_said(value))
+        self.call(KVM_SET_DEVICE_ATTR, argument, group=group, attr=attr, **_value_argument(value))
 
     def get_attr(self, group: int, attr: int, value: CData) -> None:
         """Read an attribute into ``value``, a ctypes object of the size the attribute has."""
@@ -142,7 +142,7 @@ class AttributeFd(Fd):
         self.call(KVM_GET_DEVICE_ATTR, argument, group=group, attr=attr, size=sizeof(value))
 
 
-def _said(value: CData | None) -> dict[str, Value]:
+def _value_argument(value: CData | None) -> dict[str, Value]:
     if isinstance(value, _SimpleCData):
         return {"value": value.value}
     return {} if value is None else {"value": type(value).__name__}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import hex_
-from pyvmm.kvm.causes import Value, shown
+from pyvmm.kvm.causes import Value, argument_text
 from pyvmm.kvm.stand_in import Call, Recording, StandIn
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
@@ -127,4 +127,4 @@ def _value(machine: Machine, call: Call, name: str, value: Value) -> str:
         return f"{name}=eventfd"
     if name == "guest_memfd":
         return "guest_memfd=that one"
-    return shown(name, value)
+    return argument_text(name, value)

@@ -282,7 +282,7 @@ class Userfault:
     def _call(self, request: Ioctl, argument: Structure, hva: int, size: int, mode: int | None = None) -> None:
         while code := libc.ioctl(self.fd, request.number, byref(argument))[1]:
             if code not in (errno.EAGAIN, errno.EINTR):
-                raise UserfaultError(request.name, self._said(hva, size, mode), code)
+                raise UserfaultError(request.name, self._arguments(hva, size, mode), code)
 
     def _fill_range(self, request: Ioctl, kind: Any, field: str, hva: int, size: int, mode: int) -> None:
         def rest(done: int) -> Structure:
@@ -304,9 +304,9 @@ class Userfault:
                 return
             done += max(0, getattr(argument, field))
             if code not in (errno.EAGAIN, errno.EINTR):
-                raise UserfaultError(request.name, self._said(hva, size, mode), code, done)
+                raise UserfaultError(request.name, self._arguments(hva, size, mode), code, done)
 
-    def _said(self, hva: int, size: int, mode: int | None) -> str:
+    def _arguments(self, hva: int, size: int, mode: int | None) -> str:
         return f"uffd={self.fd}, {hex_(hva)}, size={size:#x}" + ("" if mode is None else f", mode={mode:#x}")
 
 

@@ -114,7 +114,7 @@ class _Times:
         """Place a time; what is before the start is at it."""
         return PAD + max(ns - self.start, 0) / self.length * (WIDTH - 2 * PAD)
 
-    def said(self, ns: int) -> str:
+    def time_text(self, ns: int) -> str:
         """Write a time for a tooltip."""
         if self.by_order:
             return f"{ns}."
@@ -226,7 +226,7 @@ def _events(events: Sequence[Event], times: _Times, addresses: _Addresses) -> st
         mark = _MARKS.get(kind, _OTHER)
         if titled:
             body = "".join(
-                f'<path d="{at}{mark.path}">{svg.title(_said(found, times))}</path>' for at, found in places.items()
+                f'<path d="{at}{mark.path}">{svg.title(_tooltip(found, times))}</path>' for at, found in places.items()
             )
         else:
             body = f'<path d="{"".join(f"{at}{mark.path}" for at in places)}"/>'
@@ -235,11 +235,11 @@ def _events(events: Sequence[Event], times: _Times, addresses: _Addresses) -> st
     return f'<g transform="translate({num(addresses.indent)} 0)">{"".join(groups)}</g>'
 
 
-def _said(events: Sequence[Event], times: _Times) -> str:
+def _tooltip(events: Sequence[Event], times: _Times) -> str:
     first = events[0]
     where = span(first.gpa, first.pages * PAGE_SIZE) if first.pages > 1 else hex_(first.gpa)
     more = f", and {len(events) - 1} more here" if len(events) > 1 else ""
-    return f"{first.kind} {where} {times.said(first.ns)}{more}"
+    return f"{first.kind} {where} {times.time_text(first.ns)}{more}"
 
 
 def _legend(events: Sequence[Event]) -> Drawing:

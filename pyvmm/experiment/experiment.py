@@ -20,7 +20,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from pyvmm._native import lib
@@ -42,6 +42,8 @@ from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD
 from pyvmm.vcpu.cold import Unclaimed
 
 if TYPE_CHECKING:
+    from pyvmm.devices.base import Device
+    from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.observe.pagemap import PageMap
 
 FREE = Gpa(RAM_BASE + PRIVATE_BOOT)
@@ -72,7 +74,7 @@ class Experiment:
 
     ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run (None: if that is possible);
     ``unclaimed`` is Machine's, and may be set later; ``conversion`` is for the emulated protection alone; ``timed``
-    keeps the native loop's histograms; ``prefault`` is the machine's.
+    keeps the native loop's histograms; ``prefault`` and ``devices`` are the machine's.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Experiment:
         unclaimed: Unclaimed | None = None,
         timed: bool = False,
         prefault: bool = False,
+        devices: Sequence[Device | VirtioDevice] = (),
     ) -> None:
         if conversion is None or protection is not Protection.EMULATED:
             copy = protection is Protection.EMULATED and backing == "private"
@@ -110,6 +113,7 @@ class Experiment:
         """What else to give back at the end; run before the machine is closed."""
         self._outer = contextlib.ExitStack()
         self._want_faults, self.unclaimed = faults, unclaimed
+        self._devices = tuple(devices)
         self._begun, self._next = 0, FREE
         self._events: list[tuple[int, str, int, int]] = []
         self._failures: queue.Queue[RunFailure] = queue.Queue()
@@ -130,7 +134,8 @@ class Experiment:
                 undo.enter_context(self.setting(settings.HUGE_PAGES, str(need + SPARE_HUGE_PAGES)))
             if self.backing == "thp":
                 undo.enter_context(self.setting(settings.SHMEM_ENABLED, "advise"))
-            self.machine = undo.enter_context(Machine(self.config, unclaimed=self._access, intercept=self._intercept))
+            machine = Machine(self.config, unclaimed=self._access, intercept=self._intercept, devices=self._devices)
+            self.machine = undo.enter_context(machine)
             undo.callback(self.end)
             self._outer = undo.pop_all()
         return self

@@ -1,21 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that give a guest its devices: those of :data:`pyvmm.devices.kinds.KINDS`, and what becomes of them."""
+"""The options that give a guest its devices: those of :data:`pyvmm.devices.kinds.KINDS`, and what becomes of them.
+
+Devices of other packages share one, ``--device NAME``. A command line without it reads no entry points.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.devices.kind import Around
+from pyvmm.devices.kind import Around, DeviceKind
 from pyvmm.devices.kinds import KINDS
 from pyvmm.options.consoles import NOWHERE, terminal_size
 from pyvmm.syntax.option import SEVERAL, Option, about_element, about_option
 from pyvmm.syntax.values import parse_size
 
 if TYPE_CHECKING:
-    import argparse
-
     from pyvmm.devices.kind import DeviceSpec
     from pyvmm.options.consoles import Ends
+
+LIST: Final = "help"
+"""Instead of a name: list the devices that there are."""
+
+
+def brought(text: str) -> tuple[DeviceKind, Any]:
+    """Return the kind of device that ``NAME[,KEY=VALUE...]`` names, and the value of what follows the name.
+
+    In a file's table the name is the value of the key ``name``. Ends the process after a list where that is asked for.
+    """
+    name, rest = _named(text)
+    if name == LIST and not rest:
+        raise SystemExit(_list())
+    kind = _find(name)
+    if kind.option.type is None:
+        if rest:
+            raise argparse.ArgumentTypeError(f"{rest!r} in {text!r}: a {name} has no such parts")
+        return kind, None
+    return kind, kind.option.type(rest)
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Return the name, and the parts without it."""
+    parts = text.split(",")
+    place = next((number for number, part in enumerate(parts) if part.startswith("name=")), 0)
+    return parts.pop(place).removeprefix("name="), ",".join(parts)
+
+
+def _find(name: str) -> DeviceKind:
+    from pyvmm import plugins
+
+    if own := next((kind.option for kind in KINDS if kind.option.key == name), None):
+        raise argparse.ArgumentTypeError(f"{name!r} has an option of its own: {own.names[-1]}")
+    try:
+        kind = plugins.find(plugins.DEVICES, name, DeviceKind)
+    except plugins.PluginError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+    if kind is None:
+        raise argparse.ArgumentTypeError(f"no installed package brings a device {name!r}; --device {LIST} lists them")
+    return kind
+
+
+def _list() -> int:
+    """Print what devices other packages bring, and what is wrong with some; returns the exit status."""
+    from pyvmm import plugins
+
+    found, faults = plugins.every(plugins.DEVICES, DeviceKind, taken={kind.option.key for kind in KINDS})
+    for each in found:
+        option = each.item.option
+        print(f"{each.name}{option.metavar or ''}  {option.help} (package {each.package})")
+    if not found and not faults:
+        print('no installed package brings a device; one does by an entry point in "pyvmm.devices"')
+    for fault in faults:
+        print(fault.message, file=sys.stderr)
+    return faults[0].exit_status if faults else 0
+
+
+def _absolute(text: str, directory: str) -> str:
+    name, rest = _named(text)
+    make = _find(name).option.path
+    return text if make is None or not rest else f"{name},{make(rest, directory)}"
+
 
 DEVICE_OPTIONS: Final = (
     *(kind.option for kind in KINDS),
@@ -26,6 +91,15 @@ DEVICE_OPTIONS: Final = (
         type=parse_size,
         help="how much a guest with private memory shares, to copy through it all that its devices read and write; "
         "0 for none (default: 16, an eighth of memory at most, where memory is private and there are devices)",
+    ),
+    Option(
+        "--device",
+        group="devices",
+        takes=SEVERAL,
+        metavar="NAME[,KEY=VALUE...]",
+        type=brought,
+        path=_absolute,
+        help=f"a device that an installed package brings; {LIST} lists them; may be repeated",
     ),
 )
 
@@ -43,6 +117,9 @@ def device_specs(args: argparse.Namespace, console: Ends = NOWHERE) -> tuple[Dev
         elif value is not None:
             with about_option(option.key):
                 specs.append(kind.spec(value, around))
+    for number, (kind, value) in enumerate(args.device):
+        with about_element("device", number):
+            specs.append(kind.spec(value, around))
     return tuple(spec for spec in specs if spec is not None)
 
 

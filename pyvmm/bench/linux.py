@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pyvmm import __file__ as _package
+from pyvmm.bench.qemu import command
 from pyvmm.cpio import CpioWriter
 from pyvmm.errors import PyvmmError
 from pyvmm.guest.kernels import BUSYBOX, IMAGE, directory
@@ -117,33 +118,7 @@ def pyvmm(guest: Files, protection: str, cpus: int, *options: str, parameters: s
 
 def qemu(program: Sequence[str], guest: Files, cpus: int, *options: str, parameters: str = PARAMETERS) -> list[str]:
     """Return the command that boots ``guest`` under QEMU with KVM, with no device that it is not asked for."""
-    return [
-        *program,
-        "-M",
-        "virt,gic-version=host",
-        "-accel",
-        "kvm",
-        "-cpu",
-        "host",
-        "-smp",
-        str(cpus),
-        "-m",
-        str(MEMORY),
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-serial",
-        "stdio",
-        "-no-reboot",
-        "-kernel",
-        guest.kernel,
-        "-initrd",
-        guest.initrd,
-        "-append",
-        parameters,
-        *options,
-    ]
+    return command(program, guest.kernel, parameters, "-initrd", guest.initrd, *options, cpus=cpus, memory=MEMORY)
 
 
 def boot(argv: Sequence[str], seconds: float | None) -> Boot:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.bench import peers
+from pyvmm.bench import linux, peers
 from pyvmm.bench.peers import boot, fault_in, loops, qemu, selftests, transfers
+from pyvmm.bench.qemu import command
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import peers as lab_peers
 from pyvmm.lab import selftests as tests_of_the_kernel
@@ -82,6 +83,21 @@ def test_a_pair_is_told_apart_by_who_it_is() -> None:
     assert (ours.point["peer"], ours.clock, ours.kept) == ("pyvmm", "host", (3.0,))
     assert ours.notes == {"ratio to qemu": 0.75}
     assert theirs.key != ours.key
+
+
+def test_guests_under_qemu_have_one_machine_and_what_they_ask_for() -> None:
+    guest = linux.Files("Image", "init.cpio", ("pyvmm",))
+    bare = command(["qemu"], "exits.bin", "count=1", memory=128)
+    full = linux.qemu(["qemu"], guest, 2, "-device", "virtio-rng-device")
+    for argv, wanted in (
+        (bare, {"-smp": "1", "-m": "128", "-kernel": "exits.bin", "-append": "count=1"}),
+        (full, {"-smp": "2", "-m": "256", "-kernel": "Image", "-initrd": "init.cpio", "-append": linux.PARAMETERS}),
+    ):
+        wanted |= {"-M": "virt,gic-version=host", "-accel": "kvm", "-cpu": "host", "-serial": "stdio"}
+        assert {option: argv[argv.index(option) + 1] for option in wanted} == wanted
+        assert {"-nodefaults", "-no-user-config", "-no-reboot"} < set(argv)
+    assert "-initrd" not in bare
+    assert full[-2:] == ["-device", "virtio-rng-device"]
 
 
 def test_every_peer_has_its_measurement() -> None:

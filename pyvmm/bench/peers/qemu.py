@@ -18,6 +18,7 @@ from typing import Final
 from pyvmm import payloads
 from pyvmm.bench.model import Series
 from pyvmm.bench.peers import OWN, PATIENCE, TURNS, pair, patience
+from pyvmm.bench.qemu import command
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab.programs import QEMU
 from pyvmm.lab.trees import find_tree
@@ -26,7 +27,8 @@ NAME: Final = "qemu"
 COUNT: Final = 1000
 ROUNDS: Final = 3
 """Of each kind of exit in a turn, that is in a run of a VMM."""
-MEMORY: Final = "128"
+MEMORY: Final = 128
+"""MiB."""
 WHAT: Final = {"store": "store to the UART", "load": "load from the UART", "hvc": "PSCI version"}
 
 _LINE = re.compile(r"^exits: what=(\w+) round=\d+ count=(\d+) ticks=(\d+) hz=(\d+)\r?$", re.MULTILINE)
@@ -47,32 +49,8 @@ def qemu(folder: str | None = None) -> list[str]:
 
 def theirs() -> dict[str, list[float]]:
     """Run the payload under QEMU; return ns an exit of every round, by kind."""
-    return _run(
-        [
-            *qemu(),
-            "-M",
-            "virt,gic-version=host",
-            "-accel",
-            "kvm",
-            "-cpu",
-            "host",
-            "-smp",
-            "1",
-            "-m",
-            MEMORY,
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-serial",
-            "stdio",
-            "-no-reboot",
-            "-kernel",
-            str(payloads.path_of("exits")),
-            "-append",
-            f"count={COUNT} rounds={ROUNDS}",
-        ]
-    )
+    parameters = f"count={COUNT} rounds={ROUNDS}"
+    return _run(command(qemu(), str(payloads.path_of("exits")), parameters, memory=MEMORY))
 
 
 def ours() -> dict[str, list[float]]:
@@ -85,7 +63,7 @@ def ours() -> dict[str, list[float]]:
             "pyvmm",
             "run",
             "--mem",
-            MEMORY,
+            str(MEMORY),
             "-p",
             f"count={COUNT}",
             "-p",

@@ -1,63 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that wires: from a configuration to a running guest and back to nothing.
+"""A guest that runs: let go, paused, ended, and waited for.
 
-Order of construction, and the reverse of it for teardown, which works from any half-built state:
-
-    /dev/kvm -> VM -> slots -> vCPUs -> interrupt controller, lines -> devices on the bus -> what it starts with
-    -> threads
-
-The VM's last descriptor is closed before its memory is unmapped: only then has the kernel given every page back.
+What it runs on is :class:`~pyvmm.machine.hardware.Hardware`. A thread for each vCPU comes on top of that, and is gone
+before anything below it is taken away.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pyvmm.devices.base import Device
-from pyvmm.devices.bus import Bus
-from pyvmm.devices.echo import Echo
-from pyvmm.devices.exit_targets import ExitTargets
-from pyvmm.devices.mailbox import Mailboxes
-from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.roles import Printing
-from pyvmm.devices.share_bell import ShareBell
-from pyvmm.errors import HostError, PyvmmError, hex_
-from pyvmm.kvm.fd import KERNEL, Kernel
-from pyvmm.kvm.system import System
+from pyvmm.errors import hex_
 from pyvmm.log import get_logger
-from pyvmm.machine import boot, layout
-from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.ending import RunEnd
-from pyvmm.machine.gic import create_gic
-from pyvmm.machine.irq import Interrupts
-from pyvmm.machine.ram import add_ram
-from pyvmm.machine.start import Built, KernelImage, Start
+from pyvmm.machine.hardware import Hardware
 from pyvmm.machine.threads import Threads
-from pyvmm.machine.vm import create_vm, native_vcpu, protect
+from pyvmm.machine.vm import native_vcpu
 from pyvmm.memory.address import MIB
-from pyvmm.memory.memory import Memory
-from pyvmm.memory.relay import ShareRelay
 from pyvmm.protection import Protection
 from pyvmm.vcpu.cold import ColdExits, Intercept, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
+    from pyvmm.devices.base import Device
     from pyvmm.devices.virtio.device import VirtioDevice
-    from pyvmm.devices.virtio.mmio import VirtioMmio
+    from pyvmm.kvm.fd import Kernel
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.machine.start import Start
     from pyvmm.vcpu.counters import Counters
 
 log = get_logger("machine")
 
-R = TypeVar("R")
 
-
-class Machine(Built):
+class Machine(Hardware):
     """A guest with its memory, vCPUs and devices; a context manager.
 
     ``unclaimed`` completes accesses to addresses without slot or device (see :data:`pyvmm.vcpu.cold.Unclaimed`);
@@ -80,17 +59,9 @@ class Machine(Built):
         start: Start | None = None,
         devices: Sequence[Device | VirtioDevice] = (),
     ) -> None:
-        config.check()
-        self.config = config
+        super().__init__(config, kernel=kernel, start=start, devices=devices)
         self._unclaimed = unclaimed
         self._intercept = intercept
-        self._kernel = kernel
-        self._start = KernelImage() if start is None else start
-        self._memory_stack = contextlib.ExitStack()
-        self._memory_stack.callback(self._start.close)
-        self._stack = contextlib.ExitStack()
-        self._end = RunEnd()
-        self._brought = list(devices)
         self._threads = Threads(lambda: [placed.device for placed in self.bus.placed])
         self._natives: list[Any] = []
         self._keep: list[Any] = []
@@ -99,83 +70,15 @@ class Machine(Built):
         with contextlib.ExitStack() as half_built:
             half_built.callback(self.close)
             self._build()
+            self._make_threads()
             half_built.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- building
-
-    def _build(self) -> None:
-        config = self.config
-        if self._kernel is None and (here := os.uname().machine) != "aarch64":
-            raise HostError(
-                f"this host is {here}, pyvmm's guests are arm64: KVM runs only its own architecture",
-                hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
-            )
-        self.tree = None if config.dtb is None else boot.read_tree(config.dtb)
-        self._stack.callback(self._drop_brought)
-        self.pool = config.pool_size(self.tree, virtio=not all(isinstance(each, Device) for each in self._brought))
-        self._start.prepare(config)
-        push = self._stack.enter_context
-        self.system = push(System.open(kernel=self._kernel or KERNEL))
-        vm, bits = create_vm(self.system, config)
-        self.vm = push(vm)
-        self.native = protect(self.vm, config)
-        self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native, ipa_bits=bits))
-        self._memory_stack.callback(self._start.close)  # it may serve memory: it ends before that does
-        self.loadable = add_ram(self.memory, self.vm, config)
-        self.relay = ShareRelay(self.native, self.memory.ledger)
-        self.memory.on_evidence = self.relay.evidence
-        self.memory.quiesce = self.quiet
-        self.vcpus = [push(self.vm.create_vcpu(index)) for index in range(config.cpus)]
-        for vcpu in self.vcpus:
-            vcpu.init(power_off=vcpu.index > 0)
-        self.gic = create_gic(self.vm, config.cpus)
-        if self.gic is not None:
-            self._stack.callback(self.gic.close)
-        self.interrupts = Interrupts(self.vm, present=self.gic is not None)
-        self._stack.callback(self.interrupts.close)
-        self._place_devices()
-        self.entry = self._start.enter(self)
-        self._make_threads()
-
-    def _place_devices(self) -> None:
-        config = self.config
-        self.bus = Bus(self.native)
-        self._stack.callback(self.bus.close)
-        line = self.interrupts.level(layout.PL011_SPI)
-        uart = Pl011(config.serial_out, config.serial_in, self._end.unheard, line)
-        self.uart = self.bus.add(uart, layout.PL011.start, line)
-        self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
-        self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
-        self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
-        self.exit_targets = self.bus.add(ExitTargets(), layout.BENCH.start)
-        self.virtio = self._place_others() if config.devices or self._brought else ()
-        self.bus.publish()
-
-    def _place_others(self) -> tuple[VirtioMmio, ...]:
-        from pyvmm.devices.kind import Context
-        from pyvmm.machine.devices import place  # of guests that have such devices
-
-        config = self.config
-        context = Context(
-            self.native,
-            config.protection,
-            self.memory,
-            range(layout.RAM_BASE, layout.RAM_BASE + config.memory),
-            self._end.unheard,
-            pool=self.pool,
-            planned=self._kernel is not None and self._kernel.pretends,
-        )
-        return place(config.devices, self._brought, context, self.bus, self.interrupts)
-
-    def _drop_brought(self) -> None:
-        while self._brought:
-            self._brought.pop().close()
-
     def _make_threads(self) -> None:
+        self.memory.quiesce = self.quiet
         for vcpu in self.vcpus:
             native, records = native_vcpu(vcpu, self.native, timed=self.config.timed)
             self._natives.append(native)
@@ -265,11 +168,6 @@ class Machine(Built):
         for device in self.role(Printing):
             device.abort()
 
-    def role(self, kind: type[R]) -> tuple[R, ...]:
-        """Return the devices that can do what ``kind`` says, one of :mod:`pyvmm.devices.roles`, by address."""
-        devices = (placed.device.behind for placed in self.bus.placed)
-        return tuple(device for device in devices if isinstance(device, kind))
-
     def pause(self) -> None:
         """Stop every vCPU and then every device, and return when all stand still. Not from a vCPU's own thread.
 
@@ -309,11 +207,6 @@ class Machine(Built):
         return tuple(self._threads)
 
     @property
-    def lazy(self) -> bool:
-        """Whether pages of guest memory come only when they are touched, from a snapshot."""
-        return self._start.lazy
-
-    @property
     def started_ns(self) -> int:
         """When the first vCPU was let go, of CLOCK_MONOTONIC; 0 before."""
         return self._end.started_ns
@@ -328,15 +221,9 @@ class Machine(Built):
         """Nanoseconds since the first run, or of the whole run once it has ended; from 0."""
         return self._end.elapsed_ns
 
-    def failed(self, error: BaseException) -> None:
-        """End the run because of ``error``, from any thread."""
-        self._end.failed(error)
-
     def _abandon_orders(self) -> None:
         outcome = self._end.outcome
         self.mailboxes.abandon(outcome.reason if outcome else "the machine stopped")
-
-    # -- teardown
 
     def _leave(self) -> None:
         if self._end.outcome is None:
@@ -345,20 +232,3 @@ class Machine(Built):
         # A kick writes to the vCPU's run area, which goes with the vCPU.
         self._threads.clear()
         self._abandon_orders()
-
-    def close_vm(self) -> None:
-        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back."""
-        self._stack.close()
-
-    def close(self) -> None:
-        """Give everything back: threads, devices, descriptors, mappings. Safe at any time, more than once.
-
-        Memory stays mapped where a device cannot be closed: what it waits for may still write there, and must not
-        find anybody else's.
-        """
-        with self._memory_stack:
-            try:
-                self.close_vm()
-            except PyvmmError:
-                self._memory_stack.pop_all()
-                raise

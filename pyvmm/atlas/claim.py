@@ -14,20 +14,25 @@ checks decides whether that holds. A module of claims names its group once:
         x.guest.share(page)
         x.check("the host reads", x.host64(page), 42)
 
-Owns nothing but the registry, which is filled when the modules in ``pyvmm.atlas.claims`` are imported.
+An installed package may bring a group of claims. Its entry point in ``pyvmm.claims`` has the group's name and leads to
+what :func:`group` returned there, with a heading because the group is new:
+
+    claim = group("mine", heading="What my driver does to guest memory")
+
+The modules in ``pyvmm.atlas.claims`` fill the built-in groups when they are imported. Owns nothing else.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
+from pyvmm import plugins
 from pyvmm.errors import UsageError
+from pyvmm.experiment.registry import Registry, choose, nearest
+from pyvmm.plugins import PluginError
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
@@ -63,27 +68,22 @@ class Claim:
     seconds: float = DEADLINE
     options: dict[str, Any] = field(default_factory=dict)
     """What its experiment is made with, besides the place: see Experiment."""
+    heading: str = ""
+    """What its group is about."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that it is asked for by: its id, the id without the group, and the group."""
+        return self.id, self.id.partition("/")[2], self.group
 
 
-REGISTRY: dict[str, Claim] = {}
-"""Every claim by its id, in the order of the modules and of the functions in them."""
+class Group:
+    """Claims about one subject: called ``name`` and about ``heading``. It is the decorator that makes its claims."""
 
-GROUPS = {
-    "fault-in": "How pages get into the guest",
-    "ownership": "Who can still touch a page",
-    "share": "What a share and an unshare do",
-    "conversion": "What conversions do to contents",
-    "private-fd": "What guest_memfd and holes in it mean",
-    "lazy": "Memory that is provided late",
-    "huge": "Huge pages",
-    "fatal": "What is refused, and what is final",
-    "teardown": "What the end leaves behind",
-}
-"""The groups in the order they are reported in, each with its heading."""
-
-
-class Decorator(Protocol):
-    """What :func:`group` returns."""
+    def __init__(self, name: str, heading: str) -> None:
+        self.name, self.heading = name, heading
+        self.claims: dict[str, Claim] = {}
+        """By id, in the order of the modules and of the functions in them."""
 
     def __call__(
         self,
@@ -94,74 +94,111 @@ class Decorator(Protocol):
         pkvm: str = "",
         seconds: float = DEADLINE,
         **options: Any,
-    ) -> Callable[[Function], Function]:
-        """Register a function as a claim of the group; the protections name the backings it is tried over."""
-        ...
-
-
-def group(name: str) -> Decorator:
-    """Return the decorator that registers the claims of one group (a key of GROUPS)."""
-    if name not in GROUPS:
-        raise ValueError(f"no group is called {name!r}")
-
-    def decorator(
-        *, origin: str, none: str = "", emulated: str = "", pkvm: str = "", seconds: float = DEADLINE, **options: Any
-    ) -> Callable[[Function], Function]:
+    ) -> Callable[[Function], Claim]:
+        """Make a function a claim of the group; the protections name the backings it is tried over."""
         wanted = {Protection.NONE: none, Protection.EMULATED: emulated, Protection.PKVM: pkvm}
         places = tuple(Place(protection, backing) for protection, text in wanted.items() for backing in text.split())
 
-        def register(function: Function) -> Function:
-            id = f"{name}/{function.__name__.replace('_', '-')}"
-            if id in REGISTRY:
+        def make(function: Function) -> Claim:
+            id = f"{self.name}/{function.__name__.replace('_', '-')}"
+            if id in self.claims:
                 raise ValueError(f"two claims are called {id}")
             if not places:
                 raise ValueError(f"{id} is tried nowhere")
             says = " ".join(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].split())
-            REGISTRY[id] = Claim(id, name, says, origin, places, function, seconds, options)
-            return function
+            self.claims[id] = Claim(id, self.name, says, origin, places, function, seconds, options, self.heading)
+            return self.claims[id]
 
-        return register
+        return make
 
-    return decorator
+
+GROUPS: Final[Mapping[str, Group]] = {
+    name: Group(name, heading)
+    for name, heading in {
+        "fault-in": "How pages get into the guest",
+        "ownership": "Who can still touch a page",
+        "share": "What a share and an unshare do",
+        "conversion": "What conversions do to contents",
+        "private-fd": "What guest_memfd and holes in it mean",
+        "lazy": "Memory that is provided late",
+        "huge": "Huge pages",
+        "fatal": "What is refused, and what is final",
+        "teardown": "What the end leaves behind",
+    }.items()
+}
+"""The built-in groups in the order they are reported in."""
+
+REGISTRY: Final = Registry(Group, "pyvmm.atlas.claims", plugins.CLAIMS)
+
+
+def group(name: str, heading: str = "") -> Group:
+    """Return a built-in group, or with ``heading`` a new one. ValueError for an unknown name, or one that is taken."""
+    if heading:
+        if name in GROUPS:
+            raise ValueError(f"there is a group called {name!r} already")
+        return Group(name, heading)
+    if name not in GROUPS:
+        raise ValueError(f"no group is called {name!r}")
+    return GROUPS[name]
 
 
 def all_claims(names: Iterable[str] = ()) -> list[Claim]:
-    """Import the modules of claims and return their claims, group by group.
+    """Import the modules of built-in claims and return their claims, group by group.
 
     Where every one of ``names`` tells its group, only these groups' modules are imported: a module's name starts with
-    its group's.
+    its group's. No entry points are read: a run that names no claim is one of the built-in claims alone, so that two
+    hosts' results are comparable whatever else is installed there.
     """
-    from pyvmm.atlas import claims
-
     groups = {name.partition("/")[0] for name in names}
-    prefixes = tuple(group.replace("-", "_") for group in (groups if groups and groups <= set(GROUPS) else GROUPS))
-    for info in pkgutil.iter_modules(claims.__path__):
-        if info.name.startswith(prefixes):
-            importlib.import_module(f"pyvmm.atlas.claims.{info.name}")
-    order = list(GROUPS)
-    return sorted(REGISTRY.values(), key=lambda each: order.index(each.group))
+    wanted = groups if groups and groups <= set(GROUPS) else GROUPS
+    REGISTRY.built_in(tuple(each.replace("-", "_") for each in wanted))
+    return _claims(GROUPS.values())
+
+
+def brought_claims() -> tuple[list[Claim], list[PluginError]]:
+    """Return the claims that installed packages bring, and why some of what they bring cannot be used."""
+    groups, faults = REGISTRY.plug_ins()
+    return _claims(groups), faults
 
 
 def select(names: Iterable[str], claims: list[Claim]) -> list[Claim]:
     """Return the claims that ``names`` ask for, each an id, a group, or an id without its group; all for no name.
 
-    Raises UsageError for an unknown name, with the nearest known ones.
+    Claims come in the order of ``claims``, then those that installed packages bring; these are asked where none of
+    ``claims`` has a name. Raises UsageError for an unknown name, with the nearest known ones, and PluginError where
+    the package that has it cannot be used.
     """
-    wanted: set[str] = set()
     names = list(names)
-    for name in names:
-        found = {claim.id for claim in claims if name in (claim.id, claim.group, claim.id.partition("/")[2])}
-        if not found:
-            raise UsageError(f"no claim is called {name!r}", hint=_nearest(name, claims))
-        wanted |= found
-    return [claim for claim in claims if not names or claim.id in wanted]
+    if not names:
+        return claims
+    found = choose(names, _by_name(claims), _brought, lambda name: _unknown(name, claims))
+    order = {claim.id: number for number, claim in enumerate(claims)}
+    return sorted(found, key=lambda claim: order.get(claim.id, len(order)))
 
 
-def _nearest(name: str, claims: list[Claim]) -> str:
-    known = {claim.id.partition("/")[2]: claim.id for claim in claims} | {key: key for key in GROUPS}
-    known |= {claim.id: claim.id for claim in claims}
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    near += [key for key in known if name and name in key][:3]
-    if near:
-        return f"the nearest: {', '.join(dict.fromkeys(known[key] for key in near))}"
-    return f"groups are {', '.join(GROUPS)}; pyvmm atlas --list names every claim"
+def _claims(groups: Iterable[Group]) -> list[Claim]:
+    return [claim for each in groups for claim in each.claims.values()]
+
+
+def _by_name(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
+    found: dict[str, list[Claim]] = {}
+    for claim in claims:
+        for name in claim.names:
+            found.setdefault(name, []).append(claim)
+    return found
+
+
+def _brought(name: str) -> list[Claim]:
+    own = REGISTRY.plug_in(name.partition("/")[0])
+    claims = _claims([own]) if own is not None else brought_claims()[0]
+    return _by_name(claims).get(name, [])
+
+
+def _unknown(name: str, claims: list[Claim]) -> UsageError:
+    brought, faults = brought_claims()
+    offers = {key: key for key in GROUPS}
+    for claim in [*claims, *brought]:
+        offers |= dict(zip(claim.names, (claim.id, claim.id, claim.group), strict=True))
+    otherwise = f"groups are {', '.join(GROUPS)}; pyvmm atlas --list names every claim"
+    hint = nearest(name, offers, offers=offers, otherwise=otherwise)
+    return UsageError(f"no claim is called {name!r}", hint="; ".join([hint, *(fault.message for fault in faults)]))

@@ -3,27 +3,28 @@
 
 A case is a function of one :class:`pyvmm.bench.measure.Bench`, in a module of its own. Its axes say where it can be
 measured; the first value of each is the *base*, and it is a star around the base that is measured unless axes are
-chosen: every value of every axis, one axis at a time, in every protection. A case registers itself:
+chosen: every value of every axis, one axis at a time, in every protection. A decorator makes it:
 
     @case(says="...", axes={"protection": PROTECTIONS, "access": ("read", "write")}, quick=("access",))
     def fault(bench): ...
 
+An installed package may bring a case. Its entry point in ``pyvmm.cases`` has the case's name and leads to the case.
 Owns nothing but the registry, which is filled when the modules in ``pyvmm.bench.cases`` are imported.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import itertools
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from pyvmm import plugins
 from pyvmm.bench.model import Point, Value
 from pyvmm.errors import UsageError
+from pyvmm.experiment.registry import Registry, choose, nearest
 from pyvmm.guest.kernels import is_kernel
+from pyvmm.plugins import PluginError
 
 if TYPE_CHECKING:
     from pyvmm.bench.measure import Bench
@@ -113,7 +114,7 @@ class Case:
         raise UsageError(f"{axis} of {self.name} is never {value!r}", hint=hint)
 
 
-REGISTRY: dict[str, Case] = {}
+REGISTRY: Final = Registry(Case, "pyvmm.bench.cases", plugins.CASES)
 
 
 def case(
@@ -125,40 +126,38 @@ def case(
     nonsense: Callable[[Point], str] = lambda _: "",
     seconds: float = DEADLINE,
     kernel: str = "",
-) -> Callable[[Function], Function]:
-    """Register a function as the case of its name."""
-
-    def register(function: Function) -> Function:
-        name = function.__name__
-        if name in REGISTRY:
-            raise ValueError(f"two cases are called {name}")
-        REGISTRY[name] = Case(name, says, axes, function, quick, extra, nonsense, seconds, kernel)
-        return function
-
-    return register
+) -> Callable[[Function], Case]:
+    """Make a function the case of its name."""
+    return lambda function: Case(function.__name__, says, axes, function, quick, extra, nonsense, seconds, kernel)
 
 
 def all_cases() -> dict[str, Case]:
-    """Import the modules of cases and return their cases by name."""
-    from pyvmm.bench import cases
+    """Import the modules of built-in cases and return their cases by name."""
+    return REGISTRY.built_in()
 
-    for info in pkgutil.iter_modules(cases.__path__):
-        importlib.import_module(f"pyvmm.bench.cases.{info.name}")
-    return REGISTRY
+
+def brought_cases() -> tuple[list[Case], list[PluginError]]:
+    """Return the cases that installed packages bring, and why some of what they bring cannot be used."""
+    return REGISTRY.plug_ins()
 
 
 def select(names: Iterable[str]) -> list[Case]:
-    """Return the cases of these names, all for none. UsageError for an unknown one, with the nearest known."""
+    """Return the cases of these names; for none all that are built in, so that runs of two hosts are comparable.
+
+    Raises UsageError for an unknown one, with the nearest known, and PluginError where the package that brings it
+    cannot be used.
+    """
     known = all_cases()
-    wanted = list(dict.fromkeys(names)) or list(known)
-    for name in wanted:
-        if name not in known:
-            raise UsageError(f"no case is called {name!r}", hint=nearest(name, known))
-    return [known[name] for name in wanted]
+    names = list(names) or list(known)
+    return choose(names, {name: [each] for name, each in known.items()}, _brought, _unknown)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known names are like ``name``, or all of them."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"the nearest: {', '.join(near)}" if near else f"known are {', '.join(names)}"
+def _brought(name: str) -> list[Case]:
+    found = REGISTRY.plug_in(name)
+    return [] if found is None else [found]
+
+
+def _unknown(name: str) -> UsageError:
+    brought, faults = brought_cases()
+    hint = nearest(name, [*all_cases(), *(each.name for each in brought)])
+    return UsageError(f"no case is called {name!r}", hint="; ".join([hint, *(fault.message for fault in faults)]))

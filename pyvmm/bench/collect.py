@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from pyvmm.bench.case import Case, nearest, select
+from pyvmm.bench.case import Case, select
 from pyvmm.bench.model import Point, Run, Series, Value, footer, header, line, parse
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.experiment.registry import nearest
 
 Say = Callable[[str], None]
 _Turns = dict[tuple[Value, ...], dict[Value, Series]]
@@ -123,13 +124,14 @@ def measure(
 ) -> None:
     """Measure everything, and then what ``peers`` do, saying each line as it comes. In a process of one thread."""
     from pyvmm.bench.environment import environment
-    from pyvmm.bench.runner import Task, run
+    from pyvmm.bench.task import Task
+    from pyvmm.experiment.runner import run
 
     steps, begun = plan.steps(), time.monotonic()
     say(header(environment(), {**plan.to_json(), "points": len(steps)}))
     results = run((Task(step.case, step.point) for step in steps), deadline=deadline)
     last = begun
-    for step, (_, series) in zip(steps, results, strict=True):
+    for step, series in zip(steps, results, strict=True):
         for each in series:
             say(line(replace(each, notes={**each.notes, **step.notes})))
         now = time.monotonic()

@@ -27,7 +27,8 @@ from pyvmm.syntax.values import parse_seconds
 if TYPE_CHECKING:
     from pyvmm.atlas.claim import Claim
     from pyvmm.atlas.model import Atlas, Result
-    from pyvmm.atlas.runner import Task
+    from pyvmm.atlas.task import Task
+    from pyvmm.plugins import PluginError
     from pyvmm.reports.look import Look
 
 # As in pyvmm.protection and pyvmm.machine.config, which are not worth importing for --help.
@@ -78,16 +79,12 @@ def main(args: argparse.Namespace) -> int:
     if args.claims[:1] == [DIFF]:
         return _diff(args)
     require_fresh_native()
-    from pyvmm.atlas.claim import all_claims, select
-    from pyvmm.atlas.runner import tasks
-
-    claims = select(args.claims, all_claims(args.claims))
-    todo = tasks(claims, args.protection, args.backing)
-    if not todo:
-        wanted = " and ".join(filter(None, (", ".join(args.protection), ", ".join(args.backing))))
-        raise UsageError(f"none of these claims is tried with {wanted}", hint="pyvmm atlas --list says where each is")
+    claims, faults = _claims(args)
+    todo = _tasks(claims, args)
     if args.list:
         _list(todo)
+        for fault in faults:
+            print(f"pyvmm: {fault.message}", file=sys.stderr)
         return 0
     require_arm64(args, "the atlas asks an arm64 host's kernel", kvm=True)
     files = _writable(args, claims)
@@ -99,18 +96,50 @@ def main(args: argparse.Namespace) -> int:
     return 1 if any(result.verdict.value == "crashed" for result in atlas.results) else 0
 
 
+def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
+    """Try the claims in a lab; ``flags`` are the words that stand before the verb there."""
+    from pyvmm.cli.lab import run_verb
+
+    if args.list:
+        return main(args)
+    if args.claims and args.claims[:1] != [DIFF]:
+        # What is unknown is said before anything is booted; the lab is given the packages that bring what is known.
+        _tasks(_claims(args)[0], args)
+    return run_verb([*flags, *args.verb_argv], args)
+
+
+def _claims(args: argparse.Namespace) -> tuple[list[Claim], list[PluginError]]:
+    """Return the claims asked for; for a list of all, also what installed packages bring, with its faults."""
+    from pyvmm.atlas.claim import all_claims, brought_claims, select
+
+    claims = select(args.claims, all_claims(args.claims))
+    if args.claims or not args.list:
+        return claims, []
+    brought, faults = brought_claims()
+    return [*claims, *brought], faults
+
+
+def _tasks(claims: list[Claim], args: argparse.Namespace) -> list[Task]:
+    from pyvmm.atlas.task import tasks
+
+    todo = tasks(claims, args.protection, args.backing)
+    if not todo:
+        wanted = " and ".join(filter(None, (", ".join(args.protection), ", ".join(args.backing))))
+        raise UsageError(f"none of these claims is tried with {wanted}", hint="pyvmm atlas --list says where each is")
+    return todo
+
+
 def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tuple[Atlas, KeyboardInterrupt | None]:
     """Try everything and show results as they come; interrupted, return what there is and the interrupt."""
-    from pyvmm.atlas.claim import GROUPS
     from pyvmm.atlas.expected import expected
     from pyvmm.atlas.model import Atlas
     from pyvmm.atlas.report.text import details, line, table
-    from pyvmm.atlas.runner import run
-    from pyvmm.experiment import environment as about
+    from pyvmm.experiment import environment
+    from pyvmm.experiment.runner import run
     from pyvmm.reports.look import Look
 
     look = Look.of(sys.stdout)
-    host = about.host()
+    host = environment.host()
     wanted = expected(host, claims)
     results: list[Result] = []
     begun, date = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
@@ -133,8 +162,13 @@ def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tup
     times = {"date": date, "seconds": round(time.monotonic() - begun, 1)}
     atlas = Atlas(host, tuple(results), times)
     if len(results) > FEW:
-        print(f"\n{table(atlas, look, wanted, GROUPS)}")
+        print(f"\n{table(atlas, look, wanted, _headings(claims))}")
     return atlas, interrupt
+
+
+def _headings(claims: list[Claim]) -> dict[str, str]:
+    """Return what each group is about."""
+    return {claim.group: claim.heading for claim in claims}
 
 
 def _steps(result: Result, look: Look) -> str:
@@ -150,7 +184,6 @@ def _steps(result: Result, look: Look) -> str:
 
 
 def _list(todo: list[Task]) -> None:
-    from pyvmm.atlas.claim import GROUPS
     from pyvmm.reports.look import Look
 
     look = Look.of(sys.stdout)
@@ -163,7 +196,7 @@ def _list(todo: list[Task]) -> None:
     for id, claim in claims.items():
         if claim.group != group:
             group = claim.group
-            print(f"{group}: {GROUPS[group]}")
+            print(f"{group}: {claim.heading}")
         print(f"  {id}\n" + "\n".join(look.wrap(claim.says, 6)))
         print("\n".join(look.wrap(f"tried in {', '.join(places[id])}", 6)))
     print(f"{len(claims)} claims, {len(todo)} experiments")
@@ -194,11 +227,10 @@ def _save(path: str, text: str) -> None:
 
 
 def _html(atlas: Atlas, claims: list[Claim]) -> str:
-    from pyvmm.atlas.claim import GROUPS
     from pyvmm.atlas.expected import expected
     from pyvmm.atlas.report.html import render
 
-    return render(atlas, expected(atlas.host, claims), GROUPS)
+    return render(atlas, expected(atlas.host, claims), _headings(claims))
 
 
 def _junit(atlas: Atlas, claims: list[Claim]) -> str:

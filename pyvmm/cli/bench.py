@@ -371,13 +371,16 @@ _SUBVERBS: Mapping[str, Callable[[argparse.Namespace], int]] = {COMPARE: _compar
 
 
 def _list(words: list[str]) -> None:
-    """Name cases, what they are about, and their axes."""
+    """Name cases, what they are about, and their axes; without ``words`` those that installed packages bring too."""
     import textwrap
 
-    from pyvmm.bench.case import select
+    from pyvmm.bench.case import brought_cases, select
 
-    for case in select(words):
+    brought, faults = ([], []) if words else brought_cases()
+    for case in [*select(words), *brought]:
         print(f"{case.name}: {len(case.points())} points, {len(case.points(quick=True))} of them quick")
         print(textwrap.fill(case.says, 110, initial_indent="  ", subsequent_indent="  "))
         for axis, values in case.axes.items():
             print(f"    {axis:<12} {', '.join(map(str, values))}")
+    for fault in faults:
+        print(f"pyvmm: {fault.message}", file=sys.stderr)

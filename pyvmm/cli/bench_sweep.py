@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
 
     With --json, environments that differ make a results file each.
     """
-    from pyvmm.bench.case import all_cases
+    from pyvmm.bench.case import REGISTRY, all_cases
     from pyvmm.bench.sweep import plan as plans
     from pyvmm.bench.sweep.store import Store
     from pyvmm.lab.staging import staged
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"bench sweep: {len(files)} files given, it takes 1")
     if in_lab():
         raise UsageError("a sweep boots its labs itself", hint=f"pyvmm bench sweep --labs 1 {files[0]}")
-    plan = plans.read(files[0], all_cases())
+    plan = plans.read(files[0], all_cases(), REGISTRY.plug_in)
     if args.deadline is not None:
         plan = replace(plan, tasks=tuple(replace(task, deadline=args.deadline) for task in plan.tasks))
     if args.list:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in a process of its own, with a deadline, so that whatever it does to itself it does to nobody else.
+"""Work in a child process, with a deadline, so that whatever it does to itself it does to nobody else.
 
-The process is forked from this one, which has everything imported and must have no other thread; what it returns comes
+The child is forked from this one, which has everything imported and must have no other thread; what it returns comes
 back through a pipe, as JSON. Owns the child while it runs; then it is reaped, and what it started and left is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -22,12 +21,11 @@ from typing import Any
 
 from pyvmm import log
 from pyvmm.errors import PyvmmError
+from pyvmm.experiment.host.syscalls import prctl
 from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
 
 LAST_WORDS = 2000
 """Bytes kept of what a process said on stderr before it crashed."""
-
-"""include/uapi/linux/prctl.h"""
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -36,8 +34,8 @@ class CrashedError(PyvmmError):
     """The process died without a result, or was killed at its deadline: the message says which, and its last words."""
 
 
-def run_apart(work: Callable[[], Any], deadline: float) -> Any:
-    """Return what ``work()`` returns in a process of its own, as JSON makes it.
+def run_in_child(work: Callable[[], Any], deadline: float) -> Any:
+    """Return what ``work()`` returns in a child process, as JSON makes it.
 
     CrashedError where that process dies first, or has not ended after ``deadline`` seconds.
     """
@@ -83,7 +81,7 @@ class _Child:
         code = 1
         try:
             os.setpgid(0, 0)
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
             os.dup2(self._stderr, 2)

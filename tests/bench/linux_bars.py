@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pyvmm.bench import linux, peers, transfers
 from pyvmm.bench.case import PROTECTIONS
 from pyvmm.bench.model import Series
-from pyvmm.bench.runner import measure_point
+from pyvmm.bench.task import measure_point
 from pyvmm.guest.kernels import OWN
 from pyvmm.memory.address import MIB
 

@@ -45,7 +45,7 @@ json.dump([trace.why_not, trace.lost, status, restored, begin, end, trace.events
 # A case of the benchmark at one point, as the runner measures it.
 MEASURE = """
 import json, sys
-from pyvmm.bench.runner import measure_point
+from pyvmm.bench.task import measure_point
 
 json.dump([series.to_json() for series in measure_point(sys.argv[1], json.loads(sys.argv[2]))], sys.stdout)
 """

@@ -19,8 +19,9 @@ from pyvmm.bench import linux, transfers
 from pyvmm.bench.cases.exit import COUNT as EXITS
 from pyvmm.bench.measure import ROUNDS, Bench
 from pyvmm.bench.model import Point, Series
-from pyvmm.bench.runner import Task, measure_point, run
+from pyvmm.bench.task import Task, measure_point
 from pyvmm.experiment import raw
+from pyvmm.experiment.runner import run
 from pyvmm.guest.puppet import Access
 from pyvmm.machine.layout import RAM_BASE
 from pyvmm.memory.address import Gpa
@@ -163,7 +164,7 @@ def test_a_crash_and_a_deadline_leave_series_that_say_so_and_the_next_point_is_m
         with bench.guest() as x:
             bench.keep("touch", [[x.guest.touch(x.page(), 1, access=Access.WRITE).ticks]])
 
-    (_, [crashed]), (_, [late]), (_, [good]) = run([made(crash), made(sleep, 3.0), made(touch)])
+    [crashed], [late], [good] = run([made(crash), made(sleep, 3.0), made(touch)])
     assert crashed.unavailable.startswith("the process was killed by SIGABRT")
     assert late.unavailable.startswith("not done after 3 s, and killed")
     assert crashed.notes == late.notes == {"crashed": True}

@@ -12,7 +12,7 @@ import pytest
 
 from pyvmm.atlas import expected
 from pyvmm.atlas.claim import GROUPS, Claim, all_claims, group, select
-from pyvmm.atlas.runner import tasks
+from pyvmm.atlas.task import tasks
 from pyvmm.errors import UsageError
 from pyvmm.experiment.record import Verdict
 from pyvmm.memory.choices import BACKINGS

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from pyvmm.bench import case as module
-from pyvmm.bench.case import Case, all_cases, nearest, select
+from pyvmm.bench.case import Case, all_cases, select
 from pyvmm.errors import UsageError
+from pyvmm.experiment.registry import nearest
 
 AXES = {"protection": ("none", "pkvm"), "state": ("cold", "mapped"), "cpus": (1, 2)}
 
@@ -77,14 +77,6 @@ def test_cases_are_found_by_name_in_the_order_asked_for_and_once():
         select(["exit", "shaer"])
     assert caught.value.hint == "the nearest: share"
     assert nearest("", ["a", "b"]) == "known are a, b"
-
-
-def test_two_cases_of_a_name_are_a_mistake():
-    name = next(iter(all_cases()))
-    function = lambda _: None  # noqa: E731
-    function.__name__ = name
-    with pytest.raises(ValueError, match=f"two cases are called {name}"):
-        module.case(says="again", axes={})(function)
 
 
 @pytest.mark.parametrize("case", all_cases().values(), ids=lambda case: case.name)

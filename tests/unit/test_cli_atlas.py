@@ -49,7 +49,7 @@ def answer(monkeypatch, *verdicts: Verdict):
                 times={"seconds": 0.5, "deadline": deadline},
             )
 
-    monkeypatch.setattr("pyvmm.atlas.runner.run", run)
+    monkeypatch.setattr("pyvmm.experiment.runner.run", run)
 
 
 def said(capsys, *words: str) -> tuple[int, str, str]:
@@ -108,7 +108,7 @@ def test_the_list_names_every_claim_and_where_it_is_tried(capsys):
 @pytest.mark.parametrize("option", ["--json", "--html", "--junit", "--map"])
 @pytest.mark.usefixtures("arm64")
 def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("pyvmm.atlas.runner.run", None)
+    monkeypatch.setattr("pyvmm.experiment.runner.run", None)
     status, _, err = said(capsys, "share", option, str(tmp_path / "none" / "file"))
     assert status == 2
     assert "cannot be written: No such file or directory" in err

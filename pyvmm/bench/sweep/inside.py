@@ -7,7 +7,6 @@ when the results are whole, an error's own otherwise, and stderr then says why.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,9 +19,8 @@ from typing import Any
 from pyvmm import log
 from pyvmm.bench.model import Point, Series, Value, footer, header, line
 from pyvmm.errors import HostError, PyvmmError
+from pyvmm.experiment.host.syscalls import prctl
 from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
-
-"""include/uapi/linux/prctl.h"""
 
 Measure = Callable[[str, Point, float], list[Series]]
 
@@ -34,16 +32,13 @@ def main(argv: list[str]) -> int:
         return 1
     log.configure(-1, json=False)
     from pyvmm._native_source import require_fresh_native
-    from pyvmm.bench.case import select
     from pyvmm.bench.environment import environment
-    from pyvmm.bench.runner import Task, run
+    from pyvmm.bench.task import measure_point
 
     def measure(case: str, point: Point, deadline: float) -> list[Series]:
         _require_host()
         require_fresh_native()
-        [found] = select([case])
-        [(_, series)] = run([Task(found, found.check(point))], deadline=deadline)
-        return series
+        return measure_point(case, point, deadline=deadline)
 
     return tell(asked, environment, measure)
 
@@ -74,7 +69,7 @@ def _require_host() -> None:
 
 def ends_with(parent: int) -> bool:
     """Have the kernel kill this process when the one that started it ends; False where it has ended already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     return os.getppid() == parent
 
 

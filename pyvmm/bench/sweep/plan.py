@@ -22,13 +22,13 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, Protocol
 
-from pyvmm.bench.case import nearest
 from pyvmm.bench.model import Point, Value
 from pyvmm.errors import UsageError
+from pyvmm.experiment.registry import nearest
 
 _TABLE: Final = ("case", "repeat", "deadline", "axes")
 _LAB: Final = {"host-kernel": str, "mode": str, "icount": bool, "mem": str | int, "cpus": int}
@@ -79,24 +79,31 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read(file: str, cases: Mapping[str, Known]) -> Plan:
-    """Return the plan in a file. UsageError, with the line, for what is unknown in it, and for one without points."""
+def _nobody(_name: str) -> None:
+    return None
+
+
+def read(file: str, cases: Mapping[str, Known], brought: Callable[[str], Known | None] = _nobody) -> Plan:
+    """Return the plan in a file; ``brought`` is asked for a case that is none of ``cases``.
+
+    UsageError, with the line, for what is unknown in the file, and for one without points.
+    """
     try:
         with open(file, encoding="utf-8") as stream:
             text = stream.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UsageError(f"{file} cannot be read: {reason}") from None
-    return parse(text, file, cases)
+    return parse(text, file, cases, brought)
 
 
-def parse(text: str, file: str, cases: Mapping[str, Known]) -> Plan:
+def parse(text: str, file: str, cases: Mapping[str, Known], brought: Callable[[str], Known | None] = _nobody) -> Plan:
     """Return the plan that a file's text makes; raises as :func:`read` does."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{file} is not TOML: {error}") from None
-    return _Reader(text, file, cases).plan(data)
+    return _Reader(text, file, cases, brought).plan(data)
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
@@ -123,10 +130,13 @@ def _flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
 class _Reader:
     """Knows the file's text, to say where in it something is wrong."""
 
-    def __init__(self, text: str, file: str, cases: Mapping[str, Known]) -> None:
+    def __init__(
+        self, text: str, file: str, cases: Mapping[str, Known], brought: Callable[[str], Known | None]
+    ) -> None:
         self._text = text
         self._file = file
-        self._cases = cases
+        self._cases = dict(cases)
+        self._brought = brought
 
     def plan(self, data: dict[str, Any]) -> Plan:
         tables = data.get("sweep")
@@ -162,6 +172,8 @@ class _Reader:
             self._refuse(
                 "case must name what is measured" if "case" in table else "no case is named", "case", number, hint=hint
             )
+        if name not in self._cases and (brought := self._bring(name, number)) is not None:
+            self._cases[name] = brought
         if name not in self._cases:
             self._refuse(f"no case is called {name!r}", "case", number, hint=nearest(name, self._cases))
         case = self._cases[name]
@@ -189,6 +201,12 @@ class _Reader:
             repeat,
             float(deadline),
         )
+
+    def _bring(self, name: str, number: int | None) -> Known | None:
+        try:
+            return self._brought(name)
+        except UsageError as error:
+            self._refuse(error.message, "case", number, hint=error.hint)
 
     def _values(self, case: str, axis: str, values: Any, number: int | None) -> list[Value]:
         if axis not in self._cases[case].axes:

@@ -2,7 +2,7 @@
 """Settings of the whole host that experiments change for a while, and how they get back what they were.
 
 An experiment restores what it changed, unless its process was killed: whoever killed it then restores from a
-:class:`Snapshot`. Only the settings in KNOWN are ever changed.
+:class:`SavedSettings`. Only the settings in KNOWN are ever changed.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def read(path: str) -> str:
 def write(path: str, value: str) -> None:
     """Set a value; OSError where that is refused, ValueError for what is not in KNOWN."""
     if path not in KNOWN:
-        raise ValueError(f"{path} is no setting that a Snapshot would restore")
+        raise ValueError(f"{path} is no setting that SavedSettings would restore")
     Path(path).write_text(value)
 
 
-class Snapshot:
+class SavedSettings:
     """What the settings are now, as far as they can be read, and which zram devices there are."""
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experiments in processes of their own: whatever they do, their verdict says so and nothing is left."""
+"""Experiments in child processes: whatever they do, their verdict says so and nothing is left."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from pyvmm.atlas import runner
+from pyvmm.atlas import task as module
 from pyvmm.atlas.claim import Claim, Place
 from pyvmm.atlas.model import Result
 from pyvmm.errors import HostError
-from pyvmm.experiment import Untold
+from pyvmm.experiment import Untold, runner
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.record import Evidence, Picture, Verdict
 from pyvmm.guest.puppet import GuestSilent
@@ -56,12 +56,12 @@ class NoGuest:
 
 @pytest.fixture(autouse=True)
 def no_guest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "Experiment", NoGuest)
+    monkeypatch.setattr(module, "Experiment", NoGuest)
 
 
-def task(function: Callable[..., Any]) -> runner.Task:
+def task(function: Callable[..., Any]) -> module.Task:
     place = Place(Protection.NONE, "memfd")
-    return runner.Task(Claim("share/x", "share", "It is so.", "thread", (place,), function), place)
+    return module.Task(Claim("share/x", "share", "It is so.", "thread", (place,), function), place)
 
 
 def run(function: Callable[..., Any], deadline: float = DEADLINE) -> Result:
@@ -70,7 +70,7 @@ def run(function: Callable[..., Any], deadline: float = DEADLINE) -> Result:
     fork = os.fork
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
-        result = runner.conduct_apart(task(function), deadline)
+        result = runner.run_one(task(function), deadline)
     assert set(os.listdir("/proc/self/fd")) == before
     (child,) = children
     with pytest.raises(ChildProcessError):  # it is reaped
@@ -214,7 +214,7 @@ def test_an_interrupt_puts_settings_back_too(monkeypatch: pytest.MonkeyPatch, tm
         setting.write_text("always")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "conduct_apart", interrupt)
+    monkeypatch.setattr(runner, "run_in_child", interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(runner.run([task(lambda _x: None)]))
     assert setting.read_text() == "never"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs experiments, each in a process of its own with a deadline, so that none can hurt its neighbours.
+"""What a run of the atlas is made of: a claim in one place, conducted in a child process, and the result it has.
 
-A process that dies, or is past its deadline and killed with all it started, has that for its verdict.
+A child process that dies, or is past its deadline and killed with all it started, has that for its verdict.
 """
 
 from __future__ import annotations
@@ -9,26 +9,45 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyvmm.atlas.claim import Claim, Place
 from pyvmm.atlas.model import Result
 from pyvmm.errors import PyvmmError
 from pyvmm.experiment import Experiment, Untold
-from pyvmm.experiment.child import CrashedError, run_apart
-from pyvmm.experiment.host.settings import Snapshot
 from pyvmm.experiment.record import Event, Verdict
 
 _DESCRIPTOR = re.compile(r"\b(?:kvm|vm|vcpu\d+|fd)=\d+(?:, |(?=\)))")
 
 
 class Task(NamedTuple):
-    """One claim in one place."""
+    """One claim in one place; see :class:`pyvmm.experiment.runner.Task`."""
 
     claim: Claim
     place: Place
+
+    @property
+    def seconds(self) -> float:
+        """The claim's own deadline."""
+        return self.claim.seconds
+
+    def conduct(self, _seconds: float) -> dict[str, Any]:
+        """Run the experiment in this very process and return its result, whatever the experiment does."""
+        return conduct(self).to_json()
+
+    def result(self, data: dict[str, Any]) -> Result:
+        """Return the result that :meth:`conduct` had."""
+        return Result.from_json(data)
+
+    def crashed(self, why: str, seconds: float) -> Result:
+        """Return the result of an experiment that killed its process, or was killed."""
+        return replace(_result(self, Verdict.CRASHED, why), times={"seconds": seconds})
+
+    def is_orderly(self, result: Result) -> bool:
+        """Whether the experiment came to its end."""
+        return result.verdict is not Verdict.CRASHED
 
 
 def tasks(claims: Iterable[Claim], protections: Iterable[str] = (), backings: Iterable[str] = ()) -> list[Task]:
@@ -40,20 +59,6 @@ def tasks(claims: Iterable[Claim], protections: Iterable[str] = (), backings: It
         for place in claim.places
         if (not protections or place.protection.value in protections) and (not backings or place.backing in backings)
     ]
-
-
-def run(todo: Iterable[Task], *, deadline: float | None = None) -> Iterator[Result]:
-    """Run one task after the other and yield the results as they come; ``deadline`` replaces the claims' own."""
-    before = Snapshot()
-    for task in todo:
-        orderly = False
-        try:
-            result = conduct_apart(task, task.claim.seconds if deadline is None else deadline)
-            orderly = result.verdict is not Verdict.CRASHED
-        finally:
-            if not orderly:  # it crashed, or was killed because we are to end
-                before.restore()
-        yield result
 
 
 def conduct(task: Task) -> Result:
@@ -88,16 +93,6 @@ def conduct(task: Task) -> Result:
         events=events,
         times=times,
     )
-
-
-def conduct_apart(task: Task, deadline: float) -> Result:
-    """Run an experiment in a process of its own and return its result, or how that process ended."""
-    begun = time.monotonic()
-    try:
-        return Result.from_json(run_apart(lambda: conduct(task).to_json(), deadline))
-    except CrashedError as crash:
-        times = {"seconds": round(time.monotonic() - begun, 3)}
-        return replace(_result(task, Verdict.CRASHED, crash.message), times=times)
 
 
 def _result(task: Task, verdict: Verdict, reason: str) -> Result:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Points are measured in processes of their own, and whatever becomes of these is a series that says so."""
+"""Points are measured in child processes, and whatever becomes of these is a series that says so."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import time
 import pytest
 
 from pyvmm.bench import case as cases
-from pyvmm.bench import runner
 from pyvmm.bench.case import Case
+from pyvmm.bench.task import Task, measure_point
 from pyvmm.errors import KvmError, PyvmmError, UsageError
+from pyvmm.experiment import runner
 
 DEADLINE = 20.0
 
@@ -24,9 +25,8 @@ def case(function, **more) -> Case:
 
 
 def measure(function, *, deadline=None, **more):
-    task = runner.Task(case(function, **more), {"protection": "pkvm", "size": 2})
-    [(same, series)] = runner.run([task], deadline=deadline)
-    assert same is task
+    task = Task(case(function, **more), {"protection": "pkvm", "size": 2})
+    [series] = runner.run([task], deadline=deadline)
     return series
 
 
@@ -41,7 +41,7 @@ def test_a_series_is_all_rounds_the_first_of_them_as_warm_up():
     assert (touch.unit, touch.clock, touch.per) == ("ns", "guest", "page")
     assert (touch.places, touch.began, touch.notes) == ((0, 0, 1, 0), (0, 0, 0, 1.3), {"seed": 3})
     assert (pss.warmup, pss.rule, pss.rounds) == (0, "", (1,))
-    assert pss.values != (os.getpid(),)  # of a process of its own
+    assert pss.values != (os.getpid(),)  # of a child process
 
 
 def test_where_time_counts_instructions_so_do_series(monkeypatch):
@@ -82,8 +82,8 @@ def test_what_is_refused_is_a_series_that_says_why_behind_what_there_was(error, 
     ],
 )
 def test_a_crash_is_a_series_with_its_last_words_and_the_next_point_is_measured(function, words):
-    tasks = [runner.Task(case(each), {}) for each in (function, lambda bench: bench.keep("touch", [[1.0]]))]
-    [(_, [crashed]), (_, [good])] = runner.run(tasks)
+    tasks = [Task(case(each), {}) for each in (function, lambda bench: bench.keep("touch", [[1.0]]))]
+    [[crashed], [good]] = runner.run(tasks)
     assert (crashed.values, crashed.notes) == ((), {"crashed": True})
     assert re.fullmatch(words, crashed.unavailable, re.DOTALL)
     assert good.values == (1.0,)
@@ -104,22 +104,22 @@ def test_a_case_may_wait_for_its_guest_as_long_as_its_deadline_whoever_set_it(mo
 def test_settings_are_restored_for_who_was_killed(monkeypatch):
     seen = []
 
-    class Snapshot:
+    class SavedSettings:
         def restore(self):
             seen.append("restored")
 
-    monkeypatch.setattr(runner, "Snapshot", Snapshot)
-    list(runner.run([runner.Task(case(refuse(PyvmmError("no"))), {})]))
+    monkeypatch.setattr(runner, "SavedSettings", SavedSettings)
+    list(runner.run([Task(case(refuse(PyvmmError("no"))), {})]))
     assert seen == []
     monkeypatch.setitem(cases.all_cases(), "fault", case(lambda _: os._exit(1)))
-    assert runner.measure_point("fault", {"size": 2})[0].notes == {"crashed": True}
+    assert measure_point("fault", {"size": 2})[0].notes == {"crashed": True}
     assert seen == ["restored"]
 
 
 def test_one_point_is_measured_by_name_and_some_of_its_axes(monkeypatch):
     monkeypatch.setitem(cases.all_cases(), "fault", case(lambda bench: bench.keep("touch", [[bench["size"]]])))
-    [found] = runner.measure_point("fault", {"size": "2"})
+    [found] = measure_point("fault", {"size": "2"})
     assert (found.point, found.values) == ({"protection": "pkvm", "size": 2}, (2,))
     for name, point, words in (("fualt", {}, "'fualt'"), ("fault", {"siez": 1}, "'siez'"), ("fault", {"size": 0}, "0")):
         with pytest.raises(UsageError, match=words):
-            runner.measure_point(name, point)
+            measure_point(name, point)

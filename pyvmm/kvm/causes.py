@@ -157,6 +157,7 @@ CAUSES = (
     Cause("KVM_IRQFD", _errno.EAGAIN, "the interrupt controller is not initialised yet"),
     Cause("KVM_IRQFD", _errno.EINVAL, "not an eventfd, no such interrupt, or no interrupt controller in the kernel"),
     Cause("KVM_IOEVENTFD KVM_IRQFD", _errno.EBADF, "the eventfd is closed"),
+    Cause("KVM_IRQ_LINE", _errno.ENXIO, "the VM has no interrupt controller in the kernel"),
     Cause("KVM_SIGNAL_MSI", _errno.EINVAL, "the VM has no interrupt controller in the kernel"),
     # kvm_get_dirty_log_protect
     Cause("KVM_GET_DIRTY_LOG", _errno.ENOENT, "the slot is missing or has no KVM_MEM_LOG_DIRTY_PAGES"),

@@ -39,7 +39,7 @@ from pyvmm.machine.content import (
 )
 from pyvmm.machine.fdt import Describable, GicNode, Tree, check_header, describe, machine_tree, without_entropy
 from pyvmm.machine.swiotlb import add_pool
-from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
+from pyvmm.memory.address import MIB, Gpa, align_down
 
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
 FDT_ROOM: Final = 2 * MIB
@@ -274,7 +274,7 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
     fdt = (min(end, layout.RAM_BASE + INITRD_WINDOW) - FDT_ROOM) // FDT_ROOM * FDT_ROOM
     parts = [*image.segments, Segment("the device tree", fdt, FDT_ROOM)]
     if image.initrd is not None:
-        gpa = (fdt - image.initrd.size) // PAGE_SIZE * PAGE_SIZE
+        gpa = align_down(fdt - image.initrd.size)
         parts.append(Segment("the initrd", gpa, image.initrd.size, image.initrd))
     parts.sort(key=lambda part: (part.gpa, part.end))
     for part in parts:

@@ -17,7 +17,7 @@ from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine import state
 from pyvmm.machine.snapshot import CHUNK, DESCRIPTION, facts, header
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.address import PAGE_SIZE, align_up
 from pyvmm.memory.backing import Memfd
 from pyvmm.protection import Protection
 
@@ -100,7 +100,7 @@ def _write(fd: int, machine: Machine, description: dict[str, Any]) -> int:
     # Where memory begins depends on the description's size, which depends on that: room for any number.
     regions = [{"gpa": slot.gpa, "size": slot.size, "offset": 1 << 62} for slot in machine.memory.slots]
     description["memory"] = regions
-    end = _up(DESCRIPTION + len(json.dumps(description)))
+    end = align_up(DESCRIPTION + len(json.dumps(description)))
     for region in regions:
         region["offset"] = end
         end += region["size"]
@@ -165,7 +165,3 @@ def _put(fd: int, data: bytes | memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], offset + done)
-
-
-def _up(value: int) -> int:
-    return (value + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE

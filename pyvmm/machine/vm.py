@@ -12,6 +12,7 @@ from pyvmm.errors import HostError, KvmError, hex_
 from pyvmm.machine import layout
 from pyvmm.memory.address import MIB
 from pyvmm.memory.choices import ConversionPolicy
+from pyvmm.memory.memory import DEFAULT_IPA_BITS
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.kvm.vm import Vm
     from pyvmm.machine.config import MachineConfig
-
-#: What a VM has that asks for no number of its own (KVM_CREATE_VM in Documentation/virt/kvm/api.rst).
-IPA_BITS: Final = 40
 
 FORWARDED: Final = ((abi.HVC_FEATURES, 1), (abi.HVC_MEMINFO, 3))
 """FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
@@ -47,14 +45,14 @@ def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
     Raises HostError where the host makes none of this kind, or none with so much memory.
     """
     kind = KVM_VM_TYPE_ARM_PROTECTED if config.protection is Protection.PKVM else 0
-    bits = IPA_BITS
+    bits = DEFAULT_IPA_BITS
     try:
         try:
             return system.create_vm(kind), bits
         except KvmError as error:
             # A CPU with fewer bits: the kernel makes VMs of what it has, if asked for just that.
             bits = system.max_ipa_bits
-            if error.errno != errno.EINVAL or not 0 < bits < IPA_BITS:
+            if error.errno != errno.EINVAL or not 0 < bits < DEFAULT_IPA_BITS:
                 raise
         end = layout.RAM_BASE + config.memory
         if end > 1 << bits:

@@ -4,8 +4,9 @@
 A ``Memory`` owns the backings it was given (open or not any more), the table in ``pv_vm.map`` and the ledger. It
 belongs to the process that made it: KVM refuses a VM's calls from any other mm, and the mappings are not inherited.
 
-Threads: ``add``, ``remove``, ``punch``, ``populate``, ``convert``, ``seal`` take the memory's lock; the accessors take
-none and see the table before or after. Lock order: whatever :attr:`Memory.quiesce` takes, then the memory's lock.
+Threads: the guarded accesses (``read``, ``write``, ``fill``, ``probe``) and the properties take no lock. They see the
+table before or after a change; every change takes the memory's lock. Lock order: whatever :attr:`Memory.quiesce`
+takes, then the memory's lock.
 
 Teardown: vCPUs, then the VM, then memory. Pages of a protected guest are given back by the VM's end alone.
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, UsageError, hex_
-from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, pages, span
+from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, align_down, align_up, is_aligned, pages, span
 from pyvmm.memory.backing import Backing, Memfd, check_usable, guard_copies
 from pyvmm.memory.conversion import SMCCC_SUCCESS, CopyConversion
 from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
@@ -230,9 +231,9 @@ class Memory:
         with self._changing():
             if self._sealed:
                 raise UsageError(f"{span(gpa, size)} may be the guest's by now: a file is loaded before the first run")
-            start = gpa // PAGE_SIZE * PAGE_SIZE
+            start = align_down(gpa)
             done = 0
-            for _, piece in self._parts(start, -(-(gpa + size) // PAGE_SIZE) * PAGE_SIZE - start, "load"):
+            for _, piece in self._parts(start, align_up(gpa + size) - start, "load"):
                 low, high = max(gpa, piece.gpa), min(gpa + size, piece.end)
                 now = piece.backing.load_file(piece.offset + low - piece.gpa, fd, at + low - gpa, high - low)
                 done += now

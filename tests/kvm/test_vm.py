@@ -154,9 +154,14 @@ def test_stores_ring_an_eventfd_without_leaving_the_kernel(vm: Vm) -> None:
 
 
 @x86
-def test_a_message_needs_a_controller(vm: Vm) -> None:
+def test_interrupts_need_a_controller(vm: Vm) -> None:
+    with pytest.raises(KvmError, match="ENXIO: the VM has no interrupt controller"):
+        vm.irq_line(4, True)
     with pytest.raises(KvmError, match=r"address=0xfee0_0000, data=65\): EINVAL: the VM has no interrupt controller"):
         vm.signal_msi(0xFEE0_0000, 65)
+    vm.create_irqchip()
+    vm.irq_line(4, True)
+    vm.irq_line(4, False)
 
 
 @x86

@@ -56,6 +56,7 @@ def interrupt_controller(vm: Vm) -> None:
 def test_the_interrupt_controller_takes_its_addresses_once_and_freezes_the_vcpus(vm: Vm) -> None:
     vm.create_vcpu(0)
     interrupt_controller(vm)
+    vm.irq_line(arm64.KVM_ARM_IRQ_TYPE_SPI << arm64.KVM_ARM_IRQ_TYPE_SHIFT | 40, True)
     with pytest.raises(KvmError, match="EBUSY: the interrupt controller is already initialised"):
         vm.create_vcpu(1)
 

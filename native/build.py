@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from native.stubs import write_stub  # noqa: E402
 from pyvmm._native_source import source_hash, sources  # noqa: E402
 
 NATIVE = ROOT / "native"
 EXTENSION = "_native.abi3.so"
 IN_PLACE = ROOT / "pyvmm" / EXTENSION
+STUB = ROOT / "pyvmm" / "_native.pyi"
 FOR_LAB = ROOT / "pyvmm" / "lab" / "aarch64" / EXTENSION
 MACHINES = ("x86_64", "aarch64")
 CDEFS = ("loop/cdef.h", "virtio/cdef.h")
@@ -48,6 +50,11 @@ class BuildError(Exception):
 def c_files() -> list[Path]:
     """Return every file that a compiler is given; no two have one name, and so no two objects."""
     return [Path(path) for path in sources(os.fspath(NATIVE)) if path.endswith(".c")]
+
+
+def declarations() -> str:
+    """Return what Python sees of the loop and the devices, as cffi reads it."""
+    return "".join((NATIVE / name).read_text() for name in CDEFS)
 
 
 def compiler(machine: str) -> list[str] | None:
@@ -110,7 +117,7 @@ def write_glue(work: Path, module: str, cdef: str) -> Path:
     except ImportError as error:
         raise BuildError("cffi is missing: pip install cffi") from error
     ffi = FFI()
-    ffi.cdef("".join((NATIVE / name).read_text() for name in CDEFS) + cdef)
+    ffi.cdef(declarations() + cdef)
     headers = ["<stddef.h>", "<stdint.h>", *(f'"{name}"' for name in CDEFS)]
     ffi.set_source(module, "".join(f"#include {header}\n" for header in headers) + cdef)
     path = work / "glue.c"
@@ -146,9 +153,10 @@ def build_in_place() -> list[Path]:
 
 
 def main() -> int:
-    """Build in place and say what was built."""
+    """Build in place, with the typing stub, and say what was built."""
     try:
         built = build_in_place()
+        write_stub(declarations(), STUB)
     except BuildError as error:
         print(f"native/build.py: {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from native import build
+from native import build, stubs
 from pyvmm import _native_source
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError
@@ -36,6 +36,33 @@ def test_typed_functions_take_as_many_arguments_as_the_loops() -> None:
         if isinstance(node, ast.FunctionDef):
             taken = len(node.args.posonlyargs or node.args.args) - 1
             assert taken == len(ffi.typeof(getattr(lib, node.name)).args), node.name
+
+
+def test_structures_are_typed_with_the_fields_they_have() -> None:
+    stub = ast.parse((ROOT / "pyvmm" / "_native.pyi").read_text())
+    classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef) and node.name.startswith("pv_")}
+    assert sorted(classes) == sorted(ffi.list_types()[1])
+    for name, node in classes.items():
+        fields = [ast.unparse(entry.target) for entry in node.body if isinstance(entry, ast.AnnAssign)]
+        assert fields == [field for field, _ in ffi.typeof(f"struct {name}").fields], name
+
+
+def test_typing_is_what_the_declarations_say() -> None:
+    assert (ROOT / "pyvmm" / "_native.pyi").read_text() == stubs.stub(build.declarations()), "python native/build.py"
+
+
+def test_typing_follows_a_field_a_parameter_and_a_constant_that_are_new() -> None:
+    more = """
+enum pv_new { PV_NEW_ONE, PV_NEW_TWO = 7 };
+struct pv_new { uint32_t ours, other; uint64_t many[PV_NEW_TWO]; struct pv_vm *vm; const uint8_t *text; };
+int pv_new_call(struct pv_new *new, const void *from, uint32_t n);
+"""
+    text = stubs.stub(build.declarations() + more)
+    assert "    PV_NEW_ONE: Final[int]\n    PV_NEW_TWO: Final[int]\n" in text
+    fields = ["ours: int", "other: int", "many: _Items[int]", "vm: _To[pv_vm]", "text: Pointer[int]"]
+    assert "class pv_new(Struct):\n    " + "\n    ".join(fields) + "\n\n" in text
+    assert "def pv_new_call(self, new: _Ref[pv_new], source: bytes | CData, n: int, /) -> int: ..." in text
+    assert 'def new(self, cdecl: Literal["struct pv_new[]"], init: object = ...) -> Array[pv_new]: ...' in text
 
 
 def test_structures_have_no_hidden_padding() -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment variables by which programs learn that they run in a lab, and where the trees are that it was given.
+"""How programs learn that they run in a lab, what its time is, and where the trees are that it was given.
 
-A tree is a directory that the workstation made (``pyvmm.lab.trees``). Where a guest is started this module is read, so
-it imports next to nothing. Owns nothing.
+A lab says so by variables of the environment and by a parameter of its kernel. A tree is a directory that the
+workstation made (``pyvmm.lab.trees``). Where a guest is started this module is read, so it imports next to nothing.
+Owns nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ IN_LAB = "PYVMM_IN_LAB"
 """``1`` for every program in a lab."""
 TREES = "PYVMM_PEERS"
 """NAME=DIRECTORY of each tree, separated by colons. Set it on arm64 hardware too, to use trees there."""
+EMULATOR = "PYVMM_EMULATOR"
+"""The lab's emulator and its version."""
+COUNTS = "pyvmm.counts"
+"""A parameter of the lab's kernel: what its time counts, where that is not time."""
 TCG_NOTE = "times are of TCG, the lab's emulator: compare them only with each other"
 """Stands beside every time that was taken in a lab."""
 MANIFEST = "manifest.json"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pyvmm.bench.model import Value
 from pyvmm.experiment import environment as about
+from pyvmm.labenv import COUNTS, EMULATOR
 
 TIME, INSTRUCTIONS = "time", "instructions"
 SAME = ("machine", "cpu", "cpus", "emulated", "emulator", "counts", "page size")
@@ -24,7 +25,7 @@ def environment() -> dict[str, Value]:
     line = str(found["command line"])
     found |= {
         "counts": counts(line),
-        "emulator": os.environ.get("PYVMM_EMULATOR", ""),
+        "emulator": os.environ.get(EMULATOR, ""),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "none",
         "pinning": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "clock source": _read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
@@ -38,7 +39,7 @@ def environment() -> dict[str, Value]:
 def counts(line: str | None = None) -> str:
     """Say what this host's time counts: instructions in a lab with icount, else time."""
     text = _read("/proc/cmdline") if line is None else line
-    return _parameter(text, "pyvmm.counts") or TIME
+    return _parameter(text, COUNTS) or TIME
 
 
 def _parameter(line: str, name: str) -> str:

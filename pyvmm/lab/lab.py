@@ -23,7 +23,7 @@ from pyvmm.lab import frames, shares
 from pyvmm.lab.cache import Image
 from pyvmm.lab.qemu import LabOptions, Qemu
 from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump, Sink
-from pyvmm.labenv import IN_LAB, MANIFEST
+from pyvmm.labenv import EMULATOR, IN_LAB, MANIFEST
 
 PATH = "/usr/bin:/usr/sbin"
 NATIVE = shares.PACKAGE / "lab" / "aarch64" / "_native.abi3.so"
@@ -191,7 +191,7 @@ class Lab:
         """
         qemu = self._running()
         rows, columns = termios.tcgetwinsize(stdin) if is_tty and isinstance(stdin, int) else (0, 0)
-        variables = {**self._environment(), "PYVMM_EMULATOR": f"QEMU {qemu.version}", **(env or {})}
+        variables = {**self._environment(), EMULATOR: f"QEMU {qemu.version}", **(env or {})}
         command = frames.pack_fields(
             frames.EXEC,
             frames.TTY if is_tty else b"",

@@ -23,6 +23,7 @@ from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.lab.cache import Image
 from pyvmm.lab.frames import PORT_NAME
 from pyvmm.lab.shares import Share
+from pyvmm.labenv import COUNTS
 
 PROGRAM = "qemu-system-aarch64"
 INSTALL = "apt install qemu-system-arm"
@@ -120,7 +121,7 @@ def command_line(program: str, image: Image, options: LabOptions, shares: list[S
         "mitigations=off lsm= audit=0 panic=-1",  # nothing that would be measured along, and no hanging
         "nokaslr kpti=off cryptomgr.notests=1 initcall_blacklist=load_system_certificate_list",  # boot time
         "console=ttyAMA0",
-        "pyvmm.counts=instructions" if options.icount else "",  # for whoever reads times in there
+        f"{COUNTS}=instructions" if options.icount else "",  # for whoever reads times in there
         "" if options.verbose else "loglevel=4",
     ]
     arguments = [

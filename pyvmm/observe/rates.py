@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How busy a running machine is: a sample of what it has counted, and what two of them say of the time between.
+"""How busy a running machine is: a reading of what it has counted, and what two of them say of the time between.
 
-A sample is a plain dict, for it goes to other processes as JSON. Taking one reads counters that are kept in any case,
+A reading is a plain dict, for it goes to other processes as JSON. Taking one reads counters that are kept in any case,
 and /proc; the vCPUs are not disturbed. Owns nothing.
 
 Of a vCPU's time, "vmm" is from KVM_RUN's return to the next entry, by the native loop's clock. The rest, inside
@@ -27,7 +27,7 @@ from pyvmm.vcpu.counters import EXITS
 if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine
 
-Sample = dict[str, Any]
+Reading = dict[str, Any]
 Report = dict[str, Any]
 
 TIMES: Final = ("guest", "kernel", "vmm", "waiting")
@@ -38,7 +38,7 @@ _SYSTEM, _GUEST = 14, 42
 """stime and guest_time in /proc/PID/stat, counted from 0 (man 5 proc_pid_stat)."""
 
 
-def sample(machine: Machine) -> Sample:
+def take_reading(machine: Machine) -> Reading:
     """Return what ``machine`` has counted until now; times in ns, of CLOCK_MONOTONIC where they are points."""
     config = machine.config
     tids = {thread.name: thread.native_id for thread in threading.enumerate()}
@@ -98,15 +98,15 @@ def _accounted(tid: int | None) -> dict[str, int | None]:
     return {"guest_cpu_ns": guest, "kernel_cpu_ns": kernel}
 
 
-def since_start(now: Sample) -> Report:
+def since_start(now: Reading) -> Report:
     """Report on a run from its beginning on."""
     nothing = {"exits": {}, "kvm_run_ns": 0, "vmm_ns": 0, "guest_cpu_ns": 0, "kernel_cpu_ns": 0}
     before = {**now, "ns": now["ns"] - now["elapsed_ns"], "shares": 0, "unshares": 0, "refused": 0}
     return report({**before, "vcpus": [nothing] * len(now["vcpus"])}, now)
 
 
-def report(before: Sample, now: Sample) -> Report:
-    """Say what happened between two samples of one machine: rates a second, shares of time from 0 to 1."""
+def report(before: Reading, now: Reading) -> Report:
+    """Say what happened between two readings of one machine: rates a second, shares of time from 0 to 1."""
     seconds = max(now["ns"] - before["ns"], 1) / 1e9
     vcpus = [_vcpu(old, new, seconds) for old, new in zip(before["vcpus"], now["vcpus"], strict=True)]
     names = {name for vcpu in vcpus for name in vcpu["kinds"]}

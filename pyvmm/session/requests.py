@@ -122,9 +122,9 @@ class Requests:
 
     def counters(self) -> dict[str, Any]:
         """Return what has been counted until now."""
-        from pyvmm.observe.rates import sample
+        from pyvmm.observe.rates import take_reading
 
-        return sample(self._machine)
+        return take_reading(self._machine)
 
     def pause(self) -> dict[str, Any]:
         """Make vCPUs and devices stand still, if they do not; a deadline goes on all the same."""

@@ -10,13 +10,13 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from pyvmm.observe.rates import lines, report, sample, since_start
+from pyvmm.observe.rates import lines, report, since_start, take_reading
 from pyvmm.session.watch import Watch
 
 if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine
     from pyvmm.observe.pagemap import PageMap
-    from pyvmm.observe.rates import Report, Sample
+    from pyvmm.observe.rates import Reading, Report
     from pyvmm.session.screen import Screen
     from pyvmm.session.tracing import Tracing
 
@@ -57,8 +57,8 @@ class Top(Watch):
         console = STDERR if view.screen is None or view.screen.console is None else view.screen.console
         super().__init__(svg, trace=trace, screen=view.screen, console=console)
         self._view, self._interval = view, interval
-        self._before: Sample | None = None
-        self._last: Sample | None = None
+        self._before: Reading | None = None
+        self._last: Reading | None = None
         self._due = 0.0
 
     @property
@@ -68,7 +68,7 @@ class Top(Watch):
 
     def show(self, machine: Machine) -> None:
         """Report when it is time, and show the guest's output whenever there is some."""
-        self._last = now = sample(machine)
+        self._last = now = take_reading(machine)
         if time.monotonic() < self._due or self._interval is None:
             self._view.again()
             return
@@ -78,7 +78,7 @@ class Top(Watch):
 
     def show_last(self, page_map: PageMap) -> None:  # noqa: ARG002 - a report says of pages how many
         """Report on what no report was on yet, or on all of the run."""
-        now = sample(self.machine)
+        now = take_reading(self.machine)
         for vcpu, last in zip(now["vcpus"], self._last["vcpus"] if self._last else (), strict=False):
             for key in ("guest_cpu_ns", "kernel_cpu_ns"):
                 vcpu[key] = last[key] if vcpu[key] is None else vcpu[key]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How busy a guest is: what two samples say, how it is shown, and the socket through which others ask."""
+"""How busy a guest is: what two readings say, how it is shown, and the socket through which others ask."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.labenv import TCG_NOTE
-from pyvmm.observe.rates import lines, report, sample, since_start
+from pyvmm.observe.rates import lines, report, since_start, take_reading
 from pyvmm.protection import Protection
 from pyvmm.session import control
 from pyvmm.session.control import Connection, Control, running
@@ -64,7 +64,7 @@ def vcpu(exits: dict[str, list[int]], vmm: float, guest: float | None, kernel: f
     }
 
 
-def test_a_report_is_of_the_time_between_two_samples() -> None:
+def test_a_report_is_of_the_time_between_two_readings() -> None:
     before = taken(101 * S, vcpu({"uart": [100, 5, 5]}, 0.1, 0.5, 0.2), vcpu({}, 0, 0, 0), shares=5)
     now = taken(
         103 * S,
@@ -116,7 +116,7 @@ def test_times_of_the_lab_are_marked(tcg: bool) -> None:
     assert (TCG_NOTE in lines(ended)) is tcg
 
 
-def test_a_sample_counts_time_that_is_not_over_yet_where_the_vcpu_is() -> None:
+def test_a_reading_counts_time_that_is_not_over_yet_where_the_vcpu_is() -> None:
     config = SimpleNamespace(kernel="payload:smp", protection=Protection.NONE, backing="memfd", memory=64 << 20)
     vm = ffi.new("struct pv_vm *")
     vm.pages[lib.PV_PAGE_HOST] = 16384
@@ -125,7 +125,7 @@ def test_a_sample_counts_time_that_is_not_over_yet_where_the_vcpu_is() -> None:
         stats = native.stats[lib.PV_EXIT_MMIO_PL011]
         stats.count, stats.guest_ns, stats.vmm_ns = 3, 2 * S, S
     machine = SimpleNamespace(config=config, native=vm, natives=(inside, outside), elapsed_ns=10 * S)
-    found = json.loads(json.dumps(sample(machine)))  # type: ignore[arg-type]
+    found = json.loads(json.dumps(take_reading(machine)))  # type: ignore[arg-type]
     assert [(v["kvm_run_ns"], v["vmm_ns"]) for v in found["vcpus"]] == [(9 * S, S), (2 * S, 8 * S)]
     assert found["vcpus"][0]["exits"] == {"uart": [3, 2 * S, S]}
     assert found["pages"]["host"] == 16384

@@ -16,7 +16,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from pyvmm.debug.monitor import answer
 from pyvmm.debug.packets import Decoder, Token, frame
@@ -26,6 +26,7 @@ from pyvmm.errors import UsageError
 from pyvmm.log import get_logger
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
     from pyvmm.machine.machine import Machine
     from pyvmm.vcpu.outcome import Outcome
 
@@ -78,7 +79,7 @@ class GdbServer:
         host, port, *_ = self._socket.getsockname()
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def intercept(self, stop: int, native: Any) -> bool | None:
+    def intercept(self, stop: int, native: pv_vcpu) -> bool | None:
         """Hear of a vCPU's stops (see :data:`pyvmm.vcpu.cold.Intercept`)."""
         return None if self._target is None else self._target.intercept(stop, native)
 

@@ -33,6 +33,7 @@ from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_DEBUG_HW_BPS, KVM_CAP_GUEST_DEBUG_H
 from pyvmm.uapi.kvm_run import ExitReason
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.machine.machine import Machine
     from pyvmm.vcpu.thread import VcpuThread
@@ -83,7 +84,7 @@ class GuestTarget:
 
     # -- the vCPUs' threads
 
-    def intercept(self, stop: int, native: Any) -> bool | None:
+    def intercept(self, stop: int, native: pv_vcpu) -> bool | None:
         """Stop a vCPU at a debug exit (see :data:`pyvmm.vcpu.cold.Intercept`), until the debugger lets it go on."""
         index = native.index
         if stop == lib.PV_STOP_FAILED and self.watched and index not in self._failed:

@@ -10,9 +10,12 @@ This module needs nothing native: a device that answers in Python can be describ
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pyvmm.errors import UsageError
+
+if TYPE_CHECKING:
+    from pyvmm._native import CData
 
 
 class Trigger(IntEnum):
@@ -56,7 +59,7 @@ class Device:
 
     def __init__(self, size: int = 0x1000) -> None:
         self.size = size
-        self.state: Any = None
+        self.state: CData | None = None
         self.line: Any = None
 
     @property
@@ -64,7 +67,7 @@ class Device:
         """What serves the guest: the device itself, or the one behind a transport."""
         return self
 
-    def windows(self) -> list[tuple[int, int, int | None, Any]]:
+    def windows(self) -> list[tuple[int, int, int | None, CData | None]]:
         """(offset, size, enum pv_kind, state) of each part; most devices are one part."""
         return [(0, self.size, self.kind, self.state)]
 

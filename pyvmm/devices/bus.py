@@ -7,11 +7,14 @@ Built once before the first run. Overlaps are refused by name. C finds the range
 # Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
 
 import contextlib
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device, Line
 from pyvmm.errors import UsageError, hex_
+
+if TYPE_CHECKING:
+    from pyvmm._native import CData, pv_vcpu, pv_vm
 
 D = TypeVar("D", bound=Device)
 
@@ -32,11 +35,11 @@ class Placed(NamedTuple):
 class Bus:
     """All devices of one machine, by address."""
 
-    def __init__(self, native_vm: Any) -> None:
+    def __init__(self, native_vm: "pv_vm") -> None:
         self._vm = native_vm
         self.placed: list[Placed] = []
         self._by_index: list[tuple[Device, int]] = []
-        self._keep: list[Any] = []
+        self._keep: list[CData] = []
         self._devices = contextlib.ExitStack()
 
     def add(self, device: D, base: int, line: Line | None = None) -> D:
@@ -78,7 +81,7 @@ class Bus:
         self._keep = [ranges, table]
         lib.pv_publish_bus(self._vm, table)
 
-    def answer(self, vcpu: Any) -> None:
+    def answer(self, vcpu: "pv_vcpu") -> None:
         """Complete the cold access that stopped ``vcpu`` (a ``struct pv_vcpu``)."""
         device, start = self._by_index[vcpu.range.index]
         offset = start + vcpu.offset

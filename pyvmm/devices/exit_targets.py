@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
+
+if TYPE_CHECKING:
+    from pyvmm._native import CData
 
 PART = 0x1000
 
@@ -29,7 +32,7 @@ class ExitTargets(Device):
         self._bell = ffi.new("struct pv_doorbell *", {"count": 1, "slots": self._slots})
         self.cold = 0
 
-    def windows(self) -> list[tuple[int, int, int | None, Any]]:
+    def windows(self) -> list[tuple[int, int, int | None, CData | None]]:
         """One window a kind."""
         return [
             (abi.BENCH_REGISTERS, PART, lib.PV_KIND_REGISTERS, self._registers),

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from pyvmm._native import pv_vm
     from pyvmm.devices.base import Device
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.memory.memory import Memory
@@ -70,7 +71,7 @@ class Context:
 
     def __init__(
         self,
-        native: Any,
+        native: pv_vm,
         protection: Protection,
         memory: Memory,
         ram: range,

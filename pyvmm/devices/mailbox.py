@@ -19,6 +19,7 @@ from pyvmm.errors import PyvmmError, UsageError
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from pyvmm._native import pv_mailbox
     from pyvmm.devices.trap import MailboxAnswer, Trap
 
 WORDS = 7
@@ -94,7 +95,7 @@ class Mailboxes(Device):
             box.order[index] = word
         box.state = lib.PV_MAILBOX_ORDER
 
-    def _answer(self, vcpu: int, box: Any) -> None:
+    def _answer(self, vcpu: int, box: pv_mailbox) -> None:
         from pyvmm.devices.trap import MailboxAnswer, Trap
 
         status, *results = box.result

@@ -16,12 +16,15 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 from pyvmm.errors import UsageError
 from pyvmm.outlet import Outlet
+
+if TYPE_CHECKING:
+    from pyvmm._native import Array, pv_fifo
 
 LINGER = 0.01
 PATIENCE = 1.0
@@ -94,7 +97,7 @@ class Pl011(Device):
         self._threads: list[threading.Thread] = []
 
     @staticmethod
-    def _fifo(fifo: Any, size: int) -> Any:
+    def _fifo(fifo: pv_fifo, size: int) -> Array[int]:
         data = ffi.new("uint8_t[]", size)
         fifo.size, fifo.data, fifo.wake_fd = size, data, -1
         return data

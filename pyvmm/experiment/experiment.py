@@ -42,6 +42,7 @@ from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD
 from pyvmm.vcpu.cold import Unclaimed
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
     from pyvmm.devices.base import Device
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.observe.pagemap import PageMap
@@ -357,10 +358,10 @@ class Experiment:
         """Let the vCPU whose KVM_RUN failed try again."""
         self._go.release()
 
-    def _access(self, native: Any) -> bool:
+    def _access(self, native: pv_vcpu) -> bool:
         return self.unclaimed is not None and self.unclaimed(native)
 
-    def _intercept(self, stop: int, native: Any) -> bool | None:
+    def _intercept(self, stop: int, native: pv_vcpu) -> bool | None:
         if stop != lib.PV_STOP_FAILED:
             return None
         told = native.fault_gpa, native.fault_size, native.fault_flags

@@ -8,7 +8,7 @@ before anything below it is taken away.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyvmm.devices.roles import Printing
 from pyvmm.errors import hex_
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
+    from pyvmm._native import CData, pv_vcpu
     from pyvmm.devices.base import Device
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.kvm.fd import Kernel
@@ -63,8 +64,8 @@ class Machine(Hardware):
         self._unclaimed = unclaimed
         self._intercept = intercept
         self._threads = Threads(lambda: [placed.device for placed in self.bus.placed])
-        self._natives: list[Any] = []
-        self._keep: list[Any] = []
+        self._natives: list[pv_vcpu] = []
+        self._keep: list[CData] = []
 
     def __enter__(self) -> Machine:
         with contextlib.ExitStack() as half_built:
@@ -197,7 +198,7 @@ class Machine(Hardware):
         return Counters.read(self.native, self._natives, self.elapsed_ns, self.started_ns)
 
     @property
-    def natives(self) -> tuple[Any, ...]:
+    def natives(self) -> tuple[pv_vcpu, ...]:
         """Each vCPU's ``struct pv_vcpu``: what it counts, and the ring it records shares and faults in."""
         return tuple(self._natives)
 

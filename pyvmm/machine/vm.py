@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pyvmm import abi
 from pyvmm._native import ffi, lib
@@ -17,6 +17,7 @@ from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 
 if TYPE_CHECKING:
+    from pyvmm._native import Array, pv_record, pv_vcpu, pv_vm
     from pyvmm.kvm.system import System
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.kvm.vm import Vm
@@ -69,7 +70,7 @@ def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
         raise
 
 
-def protect(vm: Vm, config: MachineConfig) -> Any:
+def protect(vm: Vm, config: MachineConfig) -> pv_vm:
     """Tell the VM, and the native loop, of its protection; returns the ``struct pv_vm *``, without memory yet."""
     native = ffi.new("struct pv_vm *")
     native.fd = vm.fileno()
@@ -83,7 +84,7 @@ def protect(vm: Vm, config: MachineConfig) -> Any:
     return native
 
 
-def native_vcpu(vcpu: Vcpu, native_vm: Any, *, timed: bool) -> tuple[Any, Any]:
+def native_vcpu(vcpu: Vcpu, native_vm: pv_vm, *, timed: bool) -> tuple[pv_vcpu, Array[pv_record]]:
     """Tell the native loop of a vCPU; returns its ``struct pv_vcpu *``, and the records to be kept as long as that."""
     records = ffi.new("struct pv_record[]", RING_RECORDS)
     native = ffi.new("struct pv_vcpu *")

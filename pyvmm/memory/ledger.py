@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import UsageError, hex_
 from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, Gpa
+
+if TYPE_CHECKING:
+    from pyvmm._native import Pointer, pv_vm
 
 ASSUMED = 0x80
 """Or-ed into an entry: the kernel does not tell, this is what must be assumed (PV_PAGE_ASSUMED)."""
@@ -63,7 +66,7 @@ class Area:
 
     __slots__ = ("entries", "gpa", "size")
 
-    def __init__(self, gpa: Gpa, size: int, entries: Any) -> None:
+    def __init__(self, gpa: Gpa, size: int, entries: Pointer[int]) -> None:
         self.gpa = gpa
         self.size = size
         self.entries = entries
@@ -78,7 +81,7 @@ class Area:
 class Ledger:
     """The page ledger of one VM."""
 
-    def __init__(self, native_vm: Any) -> None:
+    def __init__(self, native_vm: pv_vm) -> None:
         self._vm = native_vm
         # Starts and areas in one tuple, so that a reader never sees those of different times.
         self._index: tuple[tuple[int, ...], tuple[Area, ...]] = ((), ())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, UsageError, hex_
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
+    from pyvmm._native import pv_vm
     from pyvmm.kvm.vm import Vm
 
 FILL_CHUNK = 1 << 16
@@ -45,7 +46,7 @@ class Memory:
     the size of the guest's physical address space where the VM was not created with the default type (40 on arm64).
     """
 
-    def __init__(self, vm: Vm, protection: Protection, native_vm: Any, *, ipa_bits: int | None = None) -> None:
+    def __init__(self, vm: Vm, protection: Protection, native_vm: pv_vm, *, ipa_bits: int | None = None) -> None:
         guard_copies()
         self.protection = protection
         self.native = native_vm

@@ -20,7 +20,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, UsageError, hex_
@@ -30,6 +30,7 @@ from pyvmm.memory.memlock import require_memlock
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
     from pyvmm.memory.memory import Memory
 
 LIMIT = 1024
@@ -105,7 +106,7 @@ class OnDemand:
         self._windows = windows
         self._memory = memory
 
-    def __call__(self, native: Any) -> bool:
+    def __call__(self, native: pv_vcpu) -> bool:
         """Provide memory for the access that ``native`` (``struct pv_vcpu *``) is stopped at; False if it has none."""
         memory = self._memory
         if memory is None:

@@ -15,11 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm._native import lib
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.ledger import Ledger, PageState
+
+if TYPE_CHECKING:
+    from pyvmm._native import pv_vm
 
 
 class ShareSource(IntEnum):
@@ -51,7 +54,7 @@ Subscriber = Callable[[ShareEvent], None]
 class ShareRelay:
     """The one place where conversions are announced."""
 
-    def __init__(self, native: Any, ledger: Ledger) -> None:
+    def __init__(self, native: "pv_vm", ledger: Ledger) -> None:
         self.native = native
         self.ledger = ledger
         self._subscribers: list[Subscriber] = []

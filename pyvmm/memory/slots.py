@@ -13,7 +13,7 @@ import contextlib
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, UsageError, hex_
@@ -22,6 +22,7 @@ from pyvmm.memory.backing import Backing
 from pyvmm.uapi.kvm_cap import KVM_CAP_NR_MEMSLOTS
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_map, pv_vm
     from pyvmm.kvm.vm import Vm
     from pyvmm.memory.ledger import Area
 
@@ -104,7 +105,7 @@ class Slot:
 class SlotTable:
     """The slots of one VM, sorted by gpa."""
 
-    def __init__(self, vm: "Vm", native_vm: Any, *, ipa_bits: int | None) -> None:
+    def __init__(self, vm: "Vm", native_vm: "pv_vm", *, ipa_bits: int | None) -> None:
         self._vm = vm
         self._native = native_vm
         self._ipa_bits = ipa_bits
@@ -115,8 +116,8 @@ class SlotTable:
         self._free: list[int] = []
         self._used: dict[Backing, list[Piece]] = {}
         """What KVM has of each backing, sorted by offset."""
-        self._regions: Any = ffi.new("struct pv_region[]", 0)
-        self._map: Any = ffi.NULL
+        self._regions = ffi.new("struct pv_region[]", 0)
+        self._map: pv_map = ffi.NULL
         """The native loop's table, which these two keep alive."""
 
     @property

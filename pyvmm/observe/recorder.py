@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pyvmm._native import ffi, lib
 from pyvmm.observe.rates import donated
-from pyvmm.observe.timeline import MOST, Event, Timeline
+from pyvmm.observe.timeline import MOST, Event, Record, Timeline
 
 if TYPE_CHECKING:
+    from pyvmm._native import Array, pv_record, pv_vcpu
     from pyvmm.kvm.faulttrace import Fault, FaultTrace
     from pyvmm.memory.memory import Memory
     from pyvmm.memory.relay import ShareEvent, ShareRelay, Subscriber
@@ -36,19 +37,6 @@ PERIOD = 0.05
 PATIENCE = 5
 _BATCH: Final = 1 << 12
 _RECORD: Final = struct.Struct("<QBBBBIQQ")
-
-
-class Record(NamedTuple):
-    """``struct pv_record``, field by field."""
-
-    ns: int
-    kind: int
-    lost: int
-    code: int
-    vcpu: int
-    size: int
-    addr: int
-    value: int
 
 
 class Sample(NamedTuple):
@@ -83,11 +71,10 @@ class Recorder(Timeline):
     def __init__(self, trace: FaultTrace | None = None) -> None:
         super().__init__(trace)
         self._batch = ffi.new("struct pv_record[]", _BATCH)
-        self._rings: list[Any] = []
+        self._rings: list[Array[pv_record]] = []
         self._raw: list[list[bytes]] = []
         self._kept = self._left = self._lost_in_rings = 0
         self._decoded: list[int] = []
-        self._vm: Any = None
         self._tids: dict[int, int] = {}
         self._samples: list[Sample] = []
         self._heard: list[Heard] = []
@@ -96,7 +83,7 @@ class Recorder(Timeline):
 
     # -- the run
 
-    def watch(self, memory: Memory, natives: Sequence[Any]) -> None:
+    def watch(self, memory: Memory, natives: Sequence[pv_vcpu]) -> None:
         """Make ``natives``, none of which has run yet, record every exit, and begin to take what they record."""
         super().watch(memory, natives)
         size = RING_RECORDS
@@ -110,7 +97,6 @@ class Recorder(Timeline):
             native.ring.records, native.ring.size, native.ring.exits = records, size, 1
         self._raw = [[] for _ in natives]
         self._decoded = [0] * len(natives)
-        self._vm = natives[0].vm
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._drain, name="pyvmm-trace", daemon=True)
         self._thread.start()
@@ -160,8 +146,9 @@ class Recorder(Timeline):
                 while count := lib.pv_ring_read(ffi.addressof(native.ring), self._batch, _BATCH):
                     self._keep(index, count)
             if self._natives:
-                pages = self._vm.pages
-                known = donated() if self._vm.protection == lib.PV_PKVM else 0
+                vm = self._natives[0].vm
+                pages = vm.pages
+                known = donated() if vm.protection == lib.PV_PKVM else 0
                 sample = Sample(time.monotonic_ns(), pages[lib.PV_PAGE_PRIVATE], pages[lib.PV_PAGE_SHARED], known)
                 if len(self._samples) < MOST_RECORDS:
                     self._samples.append(sample)

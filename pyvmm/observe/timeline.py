@@ -11,12 +11,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyvmm._native import ffi, lib
 from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_record, pv_vcpu
     from pyvmm.kvm.faulttrace import FaultTrace
     from pyvmm.memory.memory import Memory
 
@@ -26,6 +27,19 @@ or removed."""
 MOST: Final = 1 << 17
 """Events kept; a guest must not make the list longer than this. The first ones are."""
 _BATCH: Final = 512
+
+
+class Record(NamedTuple):
+    """``struct pv_record``, field by field."""
+
+    ns: int
+    kind: int
+    lost: int
+    code: int
+    vcpu: int
+    size: int
+    addr: int
+    value: int
 
 
 class Event(NamedTuple):
@@ -45,13 +59,13 @@ class Timeline:
 
     def __init__(self, trace: FaultTrace | None = None) -> None:
         self._trace = trace
-        self._natives: Sequence[Any] = ()
+        self._natives: Sequence[pv_vcpu] = ()
         self._events: list[Event] = []
         self._left_out = 0
         self._lock = threading.Lock()
         self._batch = ffi.new("struct pv_record[]", _BATCH)
 
-    def watch(self, memory: Memory, natives: Sequence[Any]) -> None:
+    def watch(self, memory: Memory, natives: Sequence[pv_vcpu]) -> None:
         """Record what ``natives`` (``struct pv_vcpu``) have in their rings, and what is done to ``memory`` from now on.
 
         Both must be alive whenever :meth:`events` is called, or :meth:`stop` have been.
@@ -115,7 +129,7 @@ class Timeline:
         else:
             self._left_out += 1
 
-    def _take(self, record: Any) -> None:
+    def _take(self, record: pv_record | Record) -> None:
         if record.kind in (lib.PV_REC_SHARE, lib.PV_REC_UNSHARE):
             # A refused one has changed nothing.
             if record.value == 0:

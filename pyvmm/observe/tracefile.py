@@ -24,7 +24,8 @@ from pyvmm._native import lib
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.relay import ShareSource
 from pyvmm.observe.perfetto import BEGIN, END, INSTANT, Event, Note, Pointer, Writer
-from pyvmm.observe.recorder import MOST_RECORDS, Record
+from pyvmm.observe.recorder import MOST_RECORDS
+from pyvmm.observe.timeline import Record
 from pyvmm.vcpu.counters import EXITS
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ machine stops the other vCPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyvmm import abi
 from pyvmm._native import lib
@@ -19,6 +19,7 @@ from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 from pyvmm.vcpu.outcome import Ending, Outcome
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
     from pyvmm.devices.bus import Bus
     from pyvmm.devices.mailbox import Mailboxes
     from pyvmm.devices.pl011 import Pl011
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 log = get_logger("vcpu")
 
-Unclaimed = Callable[[Any], bool]
+Unclaimed = Callable[["pv_vcpu"], bool]
 """Takes the ``struct pv_vcpu`` of an access that no slot and no device claims; True when it completed the access."""
 
-Intercept = Callable[[int, Any], "bool | None"]
+Intercept = Callable[[int, "pv_vcpu"], "bool | None"]
 """Hears of every stop (enum pv_stop, ``struct pv_vcpu``) first, in the vCPU's thread: True runs on, False ends that
 thread, None leaves the stop to pyvmm. What single-stepping and experiments with failing runs are made of."""
 
@@ -43,7 +44,7 @@ class ColdExits:
     def __init__(
         self,
         *,
-        native: Any,
+        native: pv_vcpu,
         vcpu: Vcpu,
         memory: Memory,
         relay: ShareRelay,

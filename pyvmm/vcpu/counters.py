@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm._native import lib
+
+if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu, pv_vm
 
 EXITS = {
     getattr(lib, f"PV_EXIT_{name}"): label
@@ -54,7 +57,7 @@ class Counters(NamedTuple):
     """When the first vCPU was entered, of CLOCK_MONOTONIC; 0 before."""
 
     @classmethod
-    def read(cls, vm: Any, vcpus: Sequence[Any], elapsed_ns: int, started_ns: int = 0) -> Counters:
+    def read(cls, vm: pv_vm, vcpus: Sequence[pv_vcpu], elapsed_ns: int, started_ns: int = 0) -> Counters:
         """Add up ``struct pv_vcpu.stats``; the vCPUs may be running."""
         exits = []
         for code, name in EXITS.items():

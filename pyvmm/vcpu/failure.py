@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyvmm._native import lib
 from pyvmm.errors import hex_
@@ -22,11 +22,12 @@ from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.vcpu.outcome import Ending, Outcome
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.memory import Memory
 
 
-def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome | int:
+def explain(vcpu: Vcpu, native: pv_vcpu, memory: Memory) -> Outcome | int:
     """Say why KVM_RUN of ``vcpu`` failed, as the outcome of the run.
 
     Asking may show that the failure has passed: then the enum pv_stop that the vCPU came to instead is returned.
@@ -72,7 +73,7 @@ def explain(vcpu: Vcpu, native: Any, memory: Memory) -> Outcome | int:
             return Outcome(Ending.FAILED, f"{prefix}: {os.strerror(number)} ({where})", index)
 
 
-def _efault(native: Any, memory: Memory, prefix: str, where: str) -> Outcome | int:
+def _efault(native: pv_vcpu, memory: Memory, prefix: str, where: str) -> Outcome | int:
     index = native.index
     stops: list[int] = []
     gpa, why_not = guest_fault(lambda: stops.append(lib.pv_run(native)))

@@ -14,10 +14,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError
+
+if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
 
 
 class VcpuThread:
@@ -29,7 +32,7 @@ class VcpuThread:
 
     def __init__(
         self,
-        native: Any,
+        native: pv_vcpu,
         handle: Callable[[int], bool],
         failed: Callable[[BaseException], None],
         woken: Callable[[], None],

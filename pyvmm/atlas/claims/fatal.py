@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import lib
 from pyvmm.atlas.claim import group
@@ -31,6 +31,9 @@ from pyvmm.uapi.kvm_arm64 import ARM64_SYS_REG, core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_USER_MEMORY
 from pyvmm.uapi.kvm_run import ExitReason
 from pyvmm.vcpu.outcome import Ending
+
+if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
 
 claim = group("fatal")
 everywhere = partial(claim, none="memfd", emulated="memfd", pkvm="memfd")
@@ -185,7 +188,7 @@ def a_guest_can_be_single_stepped(x: Experiment) -> None:
     """KVM_GUESTDBG_SINGLESTEP leaves KVM_RUN with KVM_EXIT_DEBUG once after each of the guest's instructions."""
     steps: list[int] = []
 
-    def step(stop: int, _native: Any) -> bool | None:
+    def step(stop: int, _native: pv_vcpu) -> bool | None:
         if stop != lib.PV_STOP_DEBUG:
             return None
         at = machine.vcpus[0].pc

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import lib
 from pyvmm.atlas.claim import group
@@ -17,6 +17,9 @@ from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.memory.userfault import Fault, FaultKind, Userfault
+
+if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
 
 claim = group("lazy")
 
@@ -280,7 +283,7 @@ def an_access_without_memory_is_told(x: Experiment) -> None:
     """An access where the guest has no slot leaves KVM_RUN with its address, its width and what a store stores."""
     told: list[str] = []
 
-    def answer(native: Any) -> bool:
+    def answer(native: pv_vcpu) -> bool:
         at, bits = native.gpa - BEYOND, native.size * 8
         told.append(f"store {native.value:#x} {at:#x}/{bits}" if native.is_write else f"load {at:#x}/{bits}")
         if not native.is_write:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import pyvmm
 from pyvmm._native import ffi, lib
@@ -28,6 +28,9 @@ from pyvmm.machine.layout import BENCH, RAM_BASE
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.psci import PSCI_0_2_FN_SYSTEM_OFF
+
+if TYPE_CHECKING:
+    pass
 
 LIBRARY: Final = "bare_loop.so"
 TWIN: Final = "tests.bench.twin_peer"
@@ -60,9 +63,7 @@ class LoopVm:
         self._bus = ffi.new("struct pv_bus *", {"count": 1, "ranges": self._ranges})
         self._vm = ffi.new("struct pv_vm *", {"fd": self.kvm.fileno(), "bus": self._bus})
         run = ffi.cast("void *", self.vcpu.run_address)
-        self.native: Any = ffi.new(
-            "struct pv_vcpu *", {"fd": self.vcpu.fileno(), "index": 0, "vm": self._vm, "run": run}
-        )
+        self.native = ffi.new("struct pv_vcpu *", {"fd": self.vcpu.fileno(), "index": 0, "vm": self._vm, "run": run})
 
     def restart(self) -> None:
         """Put the vCPU at its program's start."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
@@ -43,6 +43,9 @@ from pyvmm.devices.virtio.registers import (
     objection,
 )
 from pyvmm.errors import PyvmmError, UsageError, hex_
+
+if TYPE_CHECKING:
+    from pyvmm._native import CData, pv_vm
 
 # The doorbell takes QueueNotify and the reserved word behind it, the interrupt InterruptStatus and InterruptACK: a load
 # or store of 8 bytes is still inside one window.
@@ -75,7 +78,7 @@ class VirtioMmio(Device):
     def __init__(
         self,
         device: VirtioDevice,
-        native_vm: Any,
+        native_vm: pv_vm,
         line: PulsedLine | None = None,
         *,
         private: bool,
@@ -106,7 +109,7 @@ class VirtioMmio(Device):
         self._forget()
         device.transport = self
 
-    def _add_queue(self, native_vm: Any, index: int, most: int) -> Queue:
+    def _add_queue(self, native_vm: pv_vm, index: int, most: int) -> Queue:
         queue = Queue(native_vm, self.interrupt, index, most)
         self.queues.append(queue)
         slot = self._slots[index]
@@ -125,7 +128,7 @@ class VirtioMmio(Device):
         """The device."""
         return self.device
 
-    def windows(self) -> list[tuple[int, int, int | None, Any]]:
+    def windows(self) -> list[tuple[int, int, int | None, CData | None]]:
         """Registers in Python, but for kicks and interrupts."""
         notify, interrupt = Register.QUEUE_NOTIFY, Register.INTERRUPT_STATUS
         behind = interrupt + _INTERRUPT_SIZE

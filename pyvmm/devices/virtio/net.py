@@ -27,6 +27,7 @@ from pyvmm.log import get_logger
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pyvmm._native import CData
     from pyvmm.devices.virtio.queue import Queue
 
 log = get_logger("net")
@@ -70,7 +71,7 @@ class VirtioNet(WorkerDevice):
         self.link_up = True
         own = NetFeature.MAC | NetFeature.STATUS | NetFeature.MTU | NetFeature.MRG_RXBUF
         self.features = int(own | backend.offloads)
-        self._keep: list[Any] = [ffi.new("uint8_t[]", lib.pv_net_room())]
+        self._keep: list[CData] = [ffi.new("uint8_t[]", lib.pv_net_room())]
         self.native = ffi.new("struct pv_net *")
         self.native.work = self._keep[0]
         self.native.fd, self.native.backend = backend.fd, backend.kind

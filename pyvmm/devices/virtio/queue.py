@@ -8,13 +8,15 @@ and says when it is ready; between the device's start and stop it belongs to one
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, hex_
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pyvmm._native import pv_interrupt, pv_queue, pv_vm
 
 #: A chain may take an indirect table, which is not bound to the queue's size: as many segments as this it may have.
 LEAST_ROOM: Final = 256
@@ -56,7 +58,7 @@ class Chain:
 
     __slots__ = ("_queue", "_segments", "native")
 
-    def __init__(self, queue: Any, room: int) -> None:
+    def __init__(self, queue: pv_queue, room: int) -> None:
         self._queue = queue
         self._segments = ffi.new("struct pv_segment[]", room)
         self.native = ffi.new("struct pv_chain *", {"room": room, "segments": self._segments})
@@ -104,7 +106,7 @@ class Chain:
 class Queue:
     """One virtqueue of at most ``most`` entries. ``native_vm`` is a ``struct pv_vm *``, ``interrupt`` the device's."""
 
-    def __init__(self, native_vm: Any, interrupt: Any, index: int, most: int) -> None:
+    def __init__(self, native_vm: pv_vm, interrupt: pv_interrupt, index: int, most: int) -> None:
         self.index = index
         self.most = most
         self.ready = False

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pyvmm.errors import UsageError
-from pyvmm.experiment.record import Event, Evidence, Picture, Value, Verdict
+from pyvmm.experiment.record import Event, Evidence, Picture, Value, Verdict, renamed
 
-FORMAT = 1
-"""Version of the JSON form; a reader refuses others."""
+FORMAT = 2
+"""Version of the JSON form. Format 1, whose host had ``emulated`` for ``tcg``, is still read; others are refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,8 @@ class Atlas:
     """All results of one run, and what they were seen on.
 
     ``host`` holds plain values. Reports know these and show any other as it is: ``kernel`` (release), ``version`` (of
-    that build), ``mode`` (KVM's: protected, vhe, nvhe), ``machine``, ``cpu``, ``emulated`` (a truth: QEMU's TCG, where
-    times are relative only) and ``pyvmm`` (version). ``times`` holds ``date`` (ISO 8601) and ``seconds``.
+    that build), ``mode`` (KVM's: protected, vhe, nvhe), ``machine``, ``cpu``, ``tcg`` (a truth: QEMU's TCG, where times
+    are relative only) and ``pyvmm`` (version). ``times`` holds ``date`` (ISO 8601) and ``seconds``.
     """
 
     host: dict[str, Value]
@@ -119,11 +119,13 @@ class Atlas:
         """Undo :meth:`to_json`. Raises UsageError, with ``name``, for what is not an atlas of this version."""
         if not isinstance(data, dict) or "claims" not in data:
             raise UsageError(f"{name} is not an atlas", hint="pyvmm atlas --json FILE writes one")
-        if data.get("atlas") != FORMAT:
-            raise UsageError(f"{name} is an atlas of format {data.get('atlas')!r}; this pyvmm reads format {FORMAT}")
+        theirs = data.get("atlas")
+        if theirs not in (1, FORMAT):
+            raise UsageError(f"{name} is an atlas of format {theirs!r}; this pyvmm reads formats 1 and {FORMAT}")
         try:
             results = tuple(Result.from_json(claim) for claim in data["claims"])
-            return cls(dict(data["host"]), results, dict(data.get("times", {})))
+            host = renamed(data["host"]) if theirs == 1 else dict(data["host"])
+            return cls(host, results, dict(data.get("times", {})))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{name} is not a whole atlas: {type(error).__name__}: {error}") from error
 

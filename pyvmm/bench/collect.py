@@ -123,12 +123,12 @@ def measure(
     plan: Plan, say: Say, *, deadline: float | None = None, peers: Callable[[], list[Series]] | None = None
 ) -> None:
     """Measure everything, and then what ``peers`` do, saying each line as it comes. In a process of one thread."""
-    from pyvmm.bench.environment import environment
     from pyvmm.bench.task import Task
+    from pyvmm.experiment.environment import conditions
     from pyvmm.experiment.runner import run
 
     steps, begun = plan.steps(), time.monotonic()
-    say(header(environment(), {**plan.to_json(), "points": len(steps)}))
+    say(header(conditions(), {**plan.to_json(), "points": len(steps)}))
     results = run((Task(step.case, step.point) for step in steps), deadline=deadline)
     last = begun
     for step, series in zip(steps, results, strict=True):

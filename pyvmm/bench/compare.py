@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.bench import statistics
-from pyvmm.bench.environment import SAME
 from pyvmm.bench.model import BenchError, Run, Series, Value
 from pyvmm.bench.report import groups, table
 from pyvmm.bench.significance import rank_sum, signed_ranks
+from pyvmm.experiment.record import TCG
+from pyvmm.labenv import TCG_NOTE
 from pyvmm.reports.look import PLAIN, Look
 from pyvmm.reports.words import one_line
 
@@ -30,6 +31,9 @@ ALPHA: Final = 0.05
 SLOWER, FASTER, MORE, LESS = "slower", "faster", "more", "less"
 SAME_AS, TOO_FEW = "no difference shown", "too few rounds to tell"
 PAIRED, UNPAIRED, UNPAIRED_VALUES = "paired", "unpaired", "unpaired, values taken as independent"
+
+SAME: Final = ("machine", "cpu", "cpus", TCG, "emulator", "counts", "page size")
+"""What must be the same in two runs for their numbers to be comparable."""
 
 _TIMES = ("ns", "instructions")
 _VERDICTS: Final = (SLOWER, FASTER, MORE, LESS, SAME_AS, TOO_FEW)
@@ -144,8 +148,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 def text(comparison: Comparison, look: Look = PLAIN) -> str:
     """Return a comparison for the terminal: what differs and may, a row a series, and what that comes to."""
     lines = [f"A: {groups.host(comparison.a)}", f"B: {groups.host(comparison.b)}"]
-    if groups.emulated(comparison.a):
-        lines.append(look.paint(f"== {groups.EMULATED} ".ljust(min(look.width, 60), "="), table.STRIPE))
+    if groups.is_relative(comparison.a):
+        lines.append(look.paint(f"== {TCG_NOTE} ".ljust(min(look.width, 60), "="), table.STRIPE))
     for name, pair in comparison.environment.items():
         lines += look.wrap(f"{one_line(name)}: {groups.said(pair[0])} -> {groups.said(pair[1])}", 4, "  ")
     for case in dict.fromkeys(each.a.case for each in comparison.differences):

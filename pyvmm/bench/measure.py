@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from pyvmm.bench.environment import INSTRUCTIONS, counts
 from pyvmm.bench.model import Point, Series, Value
 from pyvmm.errors import GuestMemoryError, PyvmmError
 from pyvmm.experiment import Experiment
+from pyvmm.experiment.environment import INSTRUCTIONS, counts
 from pyvmm.guest.puppet import Puppet
 from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa, align_up
 from pyvmm.memory.backing import Memfd

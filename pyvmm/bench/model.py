@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Self
 
 from pyvmm.errors import PyvmmError
+from pyvmm.experiment.record import renamed
 
-FORMAT: Final = 1
-"""Of the file; another one's files are refused."""
+FORMAT: Final = 2
+"""Of the file. Format 1, whose environment had ``emulated`` for ``tcg``, is still read; others are refused."""
 
 Value = str | int | float | bool | None
 Point = dict[str, Value]
@@ -153,14 +154,15 @@ def parse(lines: Iterable[str], name: str) -> Run:
 
 
 def _header(data: dict[str, Any], name: str) -> dict[str, Any]:
-    if data.get("pyvmm bench") != FORMAT:
+    theirs = data.get("pyvmm bench")
+    if theirs not in (1, FORMAT):
         raise BenchError(
-            f"{name}: its format is {data.get('pyvmm bench', 'none')}, this pyvmm reads {FORMAT}",
+            f"{name}: its format is {'none' if theirs is None else theirs}, this pyvmm reads 1 and {FORMAT}",
             hint="measure again, or read it with the pyvmm that wrote it",
         )
     if not isinstance(data.get("environment"), dict) or not isinstance(data.get("asked", {}), dict):
         raise BenchError(f"{name}: line 1 is not of a benchmark's results: no environment, or nothing asked for")
-    return data
+    return data | {"environment": renamed(data["environment"])} if theirs == 1 else data
 
 
 def read(path: str) -> Run:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names the host an atlas is of: kernel, KVM's mode, machine; everything that verdicts may depend on."""
+"""Describes the host that experiments run on: what verdicts depend on, and what times depend on besides.
+
+Owns nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ from pathlib import Path
 
 from pyvmm import __version__
 from pyvmm.errors import PyvmmError
-from pyvmm.experiment.record import Value
+from pyvmm.experiment.record import TCG, Value
 from pyvmm.kvm.system import System
-from pyvmm.labenv import in_lab
+from pyvmm.labenv import COUNTS, EMULATOR, in_lab
+
+TIME, INSTRUCTIONS = "time", "instructions"
 
 
 def host() -> dict[str, Value]:
-    """Return what is known of this host, the same at every call. Asking taints a pKVM host (TAINT_USER)."""
+    """Return what verdicts may depend on, the same at every call. Asking taints a pKVM host (TAINT_USER)."""
     uname = os.uname()
     return {
         "kernel": uname.release,
@@ -26,12 +31,34 @@ def host() -> dict[str, Value]:
         "protected VMs": protected_vms(),
         "cpu": _cpu(),
         "cpus": os.cpu_count() or 0,
-        "emulated": in_lab(),
+        TCG: in_lab(),
         "page size": os.sysconf("SC_PAGE_SIZE"),
         "command line": _read("/proc/cmdline"),
         "pyvmm": __version__,
         "python": platform.python_version(),
     }
+
+
+def conditions() -> dict[str, Value]:
+    """Return what times depend on besides the code: all of :func:`host`, and its clocks, pinning and memory."""
+    found = host()
+    found |= {
+        "counts": counts(str(found["command line"])),
+        "emulator": os.environ.get(EMULATOR, ""),
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "none",
+        "pinning": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "clock source": _read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
+        "shmem huge pages": _chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        "EL2 trace": "yes" if os.path.isdir("/sys/kernel/tracing/remotes/hypervisor") else "no",
+        "memory MiB": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
+    }
+    return found
+
+
+def counts(line: str | None = None) -> str:
+    """Say what this host's time counts: INSTRUCTIONS in a lab with icount, else TIME. ``line`` is the kernel's."""
+    found = re.search(rf"(?:^|\s){re.escape(COUNTS)}=(\S+)", _read("/proc/cmdline") if line is None else line)
+    return found[1] if found else TIME
 
 
 def mode() -> str:
@@ -81,6 +108,11 @@ def _cpu() -> str:
     if "CPU part" in found:
         return f"implementer {found.get('CPU implementer', '?')} part {found['CPU part']}"
     return found.get("model name", "unknown")
+
+
+def _chosen(path: str) -> str:
+    found = re.search(r"\[(\w+)\]", _read(path))
+    return found[1] if found else "unknown"
 
 
 def _read(path: str) -> str:

@@ -7,8 +7,10 @@ Plain values, owns nothing; the experiment makes them, an atlas keeps them.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.uapi.kvm_run import ExitReason
@@ -16,8 +18,20 @@ from pyvmm.uapi.kvm_run import ExitReason
 Value = bool | int | str
 """What was seen: a truth, a number, or text (bytes are said in hex, addresses as 0x8000_0000)."""
 
+TCG = "tcg"
+"""The field of a host's description that is true where QEMU's TCG runs it, so that its times are relative only."""
+
+_OLD_NAMES = {"emulated": TCG}
+
+V = TypeVar("V")
+
 Runs = list[tuple[int, int, int]]
 """A page map: (gpa, pages, ledger entry) of each run of equal pages, sorted; see pyvmm.observe.pagemap."""
+
+
+def renamed(host: Mapping[str, V]) -> dict[str, V]:
+    """Return a host's description of format 1, of an atlas or a benchmark, with the names that its fields have now."""
+    return {_OLD_NAMES.get(name, name): value for name, value in host.items()}
 
 
 class Verdict(Enum):

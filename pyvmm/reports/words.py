@@ -40,6 +40,6 @@ def _written(char: str) -> str:
 
 
 def headline(host: Mapping[str, object]) -> str:
-    """Name a host in a few words: kernel, mode, and whether it is emulated."""
+    """Name a host in a few words: kernel, mode, and whether QEMU's TCG runs it."""
     words = [one_line(str(host[field])) for field in ("kernel", "mode") if host.get(field)]
-    return " ".join([*(words or ["an unnamed host"]), *(["(qemu tcg)"] if host.get("emulated") is True else [])])
+    return " ".join([*(words or ["an unnamed host"]), *(["(qemu tcg)"] if host.get("tcg") is True else [])])

@@ -47,7 +47,7 @@ def test_a_lab_killed_while_it_measures_is_booted_again_and_its_point_measured_a
         assert store.counts() == (4, 4, 0)
         [(number, environment)] = store.environments()
         series = [series for _, series in store.results(number)]
-    assert environment["emulated"] is True
+    assert environment["tcg"] is True
     assert {each.metric for each in series} >= {"exit"}
     assert all(each.values for each in series)
     with sqlite3.connect(path) as db:

@@ -132,7 +132,7 @@ HOST = {
     "mode": "protected",
     "machine": "aarch64",
     "cpu": "Neoverse-N1 (implementer 0x41, part 0xd0c)",
-    "emulated": True,
+    "tcg": True,
     "pyvmm": "0.2.0",
     "page size": 4096,
     "cpus": 2,

@@ -15,7 +15,7 @@ from pyvmm.bench.model import Run, Series
 
 ENVIRONMENT = {
     "kernel": "7.0.9-arm64", "version": "#1 SMP PREEMPT Debian 7.0.9-1", "machine": "aarch64", "mode": "protected",
-    "protected VMs": "yes", "cpu": "implementer 0x41 part 0xd0c", "cpus": 4, "emulated": True, "page size": 4096,
+    "protected VMs": "yes", "cpu": "implementer 0x41 part 0xd0c", "cpus": 4, "tcg": True, "page size": 4096,
     "command line": "kvm-arm.mode=protected mitigations=off lsm= audit=0 panic=-1", "pyvmm": "0.1.0",
     "python": "3.13.5", "counts": "time", "governor": "none", "pinning": "0,1,2,3", "clock source": "arch_sys_counter",
     "shmem huge pages": "never", "EL2 trace": "yes", "memory MiB": 3913, "emulator": "QEMU 7.2.22",

@@ -143,9 +143,9 @@ def test_a_verdict_that_differs_is_said_with_its_group_and_place() -> None:
         result("fault-in/one", verdict=UNTOLD, reason=NO_PVM),
         kernel="6.12.117",
         mode="protected",
-        emulated=True,
+        tcg=True,
     )
-    b = atlas(result("share/kept"), result("fault-in/one"), kernel="7.3.4", mode="protected", emulated=True)
+    b = atlas(result("share/kept"), result("fault-in/one"), kernel="7.3.4", mode="protected", tcg=True)
     assert said(a, b) == [
         "A: 6.12.117 protected (qemu tcg)    B: 7.3.4 protected (qemu tcg)",
         "fault-in",

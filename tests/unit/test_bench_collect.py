@@ -41,7 +41,7 @@ def known(monkeypatch):
         ),
     ]
     monkeypatch.setattr(cases, "all_cases", lambda: {case.name: case for case in some})
-    monkeypatch.setattr("pyvmm.bench.environment.environment", lambda: dict(samples.ENVIRONMENT))
+    monkeypatch.setattr("pyvmm.experiment.environment.conditions", lambda: dict(samples.ENVIRONMENT))
 
 
 def counted(plan: Plan) -> Counter[str]:

@@ -53,6 +53,13 @@ def test_a_run_that_was_cut_off_is_good_up_to_there(rest):
     assert [series.values for series in run.series] == [(1.0, 2.5)] * (2 if rest == LINE else 1)
 
 
+def test_format_1_is_read_with_the_name_that_the_labs_clock_has_now():
+    old = model.header({"kernel": "6.12", "emulated": True}, {}).replace('bench":2', 'bench":1')
+    assert model.parse([old, LINE], "a").environment == {"kernel": "6.12", "tcg": True}
+    new = model.header({"kernel": "6.12", "emulated": True}, {})
+    assert model.parse([new, LINE], "a").environment == {"kernel": "6.12", "emulated": True}
+
+
 def test_lines_of_another_kind_are_passed_over():
     run = model.parse([HEADER, '{"done": {"case": "fault"}}\n', LINE, model.footer({"seconds": 1})], "a")
     assert (len(run.series), run.end) == (1, {"seconds": 1})
@@ -65,9 +72,10 @@ def test_lines_of_another_kind_are_passed_over():
         ("what is this\n", "line 1 is not of a benchmark's results"),
         ("[1]\n", "line 1 is not of a benchmark's results: no object"),
         (HEADER[:40], "line 1 is not of a benchmark's results"),
-        ('{"pyvmm atlas": 1}\n', "its format is none, this pyvmm reads 1"),
-        (HEADER.replace('bench":1', 'bench":2'), "its format is 2, this pyvmm reads 1"),
+        ('{"pyvmm atlas": 1}\n', "its format is none, this pyvmm reads 1 and 2"),
+        (HEADER.replace('bench":2', 'bench":3'), "its format is 3, this pyvmm reads 1 and 2"),
         ('{"pyvmm bench": 1}\n', "line 1 is not of a benchmark's results: no environment"),
+        ('{"pyvmm bench": 2, "environment": 3}\n', "line 1 is not of a benchmark's results: no environment"),
         ('{"pyvmm bench": 1, "environment": 3}\n', "line 1 is not of a benchmark's results: no environment"),
         (HEADER + LINE[:-10] + "\n" + LINE, "line 2 is not of a benchmark's results"),
         (HEADER + "\n" + LINE, "line 2 is not of a benchmark's results"),

@@ -11,6 +11,7 @@ import pytest
 
 from pyvmm.bench.model import BenchError
 from pyvmm.bench.report import figures, groups
+from pyvmm.labenv import TCG_NOTE
 from tests.unit import bench_samples as samples
 
 np = pytest.importorskip("numpy")
@@ -57,14 +58,14 @@ def test_every_figure_says_what_it_is_of_how_many_and_that_it_is_relative_only(d
     for picture, document in documents.items():
         said = words(document)
         assert picture.title in said
-        assert groups.EMULATED in said
+        assert TCG_NOTE in said
         assert re.search(r"n=\d", said), picture.name
         assert re.search(r"\b(µs|ms|ns|MiB|count)\b", said), picture.name
 
 
 def test_figures_of_hardware_are_not_called_relative():
     (picture, *_) = drawn(REALISTIC, relative=False)
-    assert groups.EMULATED not in plot.svg(picture)
+    assert TCG_NOTE not in plot.svg(picture)
 
 
 def test_figures_are_the_same_each_time_and_of_nowhere_else(documents):

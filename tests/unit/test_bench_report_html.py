@@ -154,16 +154,16 @@ def test_everything_of_the_environment_is_told(source: str) -> None:
     assert "171.3" in said
 
 
-def test_what_is_emulated_is_said_above_at_every_table_and_in_every_figure(source: str) -> None:
+def test_what_tcg_runs_is_said_above_at_every_table_and_in_every_figure(source: str) -> None:
     said = Page(source).text
     tables, figures = source.count('<table class="numbers">'), source.count("<figure>")
     assert figures > 20
-    assert said.count("emulated: relative only") == 1 + tables + figures
+    assert said.count("QEMU TCG: times are relative only") == 1 + tables + figures
     assert "relative only" not in Page(html.render(small_on_hardware())).text
 
 
 def small_on_hardware() -> Run:
-    return replace(small(), environment={**samples.ENVIRONMENT, "emulated": False})
+    return replace(small(), environment={**samples.ENVIRONMENT, "tcg": False})
 
 
 def test_what_is_not_available_is_told_with_the_reason(source: str) -> None:

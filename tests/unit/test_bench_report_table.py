@@ -9,6 +9,7 @@ import pytest
 
 from pyvmm.bench import peers
 from pyvmm.bench.report import groups, html, table
+from pyvmm.labenv import TCG_NOTE
 from pyvmm.reports.look import Look
 from tests.unit import bench_samples as samples
 
@@ -104,11 +105,11 @@ def test_a_run_without_peers_says_nothing_of_ratios():
     assert "ratio" not in table.text(samples.run(samples.series([1.0])), WIDE)
 
 
-@pytest.mark.parametrize("emulated", [True, False, None])
-def test_what_is_emulated_is_relative_only_with_every_table_and_so_is_what_does_not_tell(emulated):
-    environment = {**samples.ENVIRONMENT, "emulated": emulated}
+@pytest.mark.parametrize("tcg", [True, False, None])
+def test_what_tcg_runs_is_relative_only_with_every_table_and_so_is_what_does_not_tell(tcg):
+    environment = {**samples.ENVIRONMENT, "tcg": tcg}
     said = table.text(samples.run(samples.series([1.0]), environment=environment), WIDE)
-    assert len(rows(said, groups.EMULATED)) == (0 if emulated is False else 2)
+    assert len(rows(said, TCG_NOTE)) == (0 if tcg is False else 2)
 
 
 def test_reasons_are_told_once_each():

@@ -59,13 +59,14 @@ def test_results_of_another_pyvmm_are_refused(path: str, monkeypatch: pytest.Mon
     assert "it was measured with pyvmm 0.0.7, this is " in refusal(path)
 
 
-def test_another_format_is_refused_and_restart_forgets_it(path: str) -> None:
+@pytest.mark.parametrize("number", [1, 99])
+def test_another_format_is_refused_and_restart_forgets_it(path: str, number: int) -> None:
     with Store(path, plan()) as store:
         store.done(plan().tasks[0], answer())
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 99")
+        db.execute(f"PRAGMA user_version = {number}")
         db.execute("DROP TABLE points")
-    assert "its format is 99, this pyvmm's is 1" in refusal(path)
+    assert f"its format is {number}, this pyvmm's is 2" in refusal(path)
     with Store(path, plan(), restart=True) as store:
         assert len(store.waiting()) == 4
         assert list(store.environments()) == []

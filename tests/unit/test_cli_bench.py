@@ -160,7 +160,7 @@ def test_everything_asked_for_is_there(measured: list[str], capfd: pytest.Captur
     )
     assert (status, err) == (0, "")
     assert "whole range" in out
-    assert "emulated: relative only" in out
+    assert "QEMU TCG: times are relative only" in out
     assert (tmp_path / "a.jsonl").read_text() == "".join(measured)
     assert model.read(str(tmp_path / "a.jsonl")) == FEW
     assert "<!doctype html>" in (tmp_path / "a.html").read_text().lower()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report import wording
-from pyvmm.experiment.record import Evidence, Picture, Value
+from pyvmm.experiment.record import TCG, Evidence, Picture, Value
 from pyvmm.reports.look import PLAIN, Look
 from pyvmm.reports.words import headline, one_line, shortened
 
@@ -214,7 +214,7 @@ class _Text:
 
     def _host(self) -> list[str]:
         # What names the two is in the first line.
-        named = () if self._verbose else ("kernel", "mode", "emulated")
+        named = () if self._verbose else ("kernel", "mode", TCG)
         lines: list[str] = []
         for field, (a, b) in self._diff.host.items():
             if field not in named:

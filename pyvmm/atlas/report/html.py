@@ -14,7 +14,8 @@ from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report import style, wording
 from pyvmm.atlas.report.figures import Figures
 from pyvmm.atlas.report.wording import NOTHING_EXPECTED, Expected
-from pyvmm.experiment.record import Verdict
+from pyvmm.experiment.record import TCG, Verdict
+from pyvmm.labenv import TCG_NOTE
 from pyvmm.reports.escaping import escaped, escaped_prose, script_json
 from pyvmm.reports.page import facts, file_name, page
 from pyvmm.reports.words import clean, headline, one_line, shortened
@@ -81,8 +82,8 @@ class _Page:
         yield '<header><p class="kicker">pyvmm atlas</p>'
         title = f"What {f'Linux {kernel}' if kernel else 'this kernel'} does with guest memory"
         yield f"<h1>{escaped(title)}{escaped(f', KVM in {mode} mode') if mode else ''}</h1>"
-        if host.get("emulated") is True:
-            yield '<p class="stripe">Emulated by QEMU (TCG): times are relative only.</p>'
+        if host.get(TCG) is True:
+            yield f'<p class="stripe">{TCG_NOTE}.</p>'
         listed = facts(wording.host_facts(self._atlas))
         yield f'</header><div class="top"><dl class="facts">{listed}</dl>'
         yield from self._contents()

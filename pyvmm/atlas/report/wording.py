@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pyvmm.atlas.model import Atlas, Result
-from pyvmm.experiment.record import Event, Evidence, Value, Verdict
+from pyvmm.experiment.record import TCG, Event, Evidence, Value, Verdict
 from pyvmm.reports.words import clean, one_line
 
 Key = tuple[str, str, str]
@@ -35,7 +35,7 @@ HOST = {
     "mode": "KVM mode",
     "machine": "machine",
     "cpu": "CPU",
-    "emulated": "emulated",
+    TCG: "QEMU TCG",
     "pyvmm": "pyvmm",
 }
 """The host's fields that reports know, in their order, with what they are called."""
@@ -121,12 +121,7 @@ def count_events(events: Iterable[Event]) -> dict[str, int]:
 
 def host_facts(atlas: Atlas) -> list[tuple[str, str]]:
     """Return (what, value) of everything known of the host and the run, what reports know first."""
-    known = [
-        (HOST[field], value_text(atlas.host[field])) for field in HOST if field in atlas.host and field != "emulated"
-    ]
-    if "emulated" in atlas.host:
-        emulated = atlas.host["emulated"]
-        known.append((HOST["emulated"], "yes, QEMU TCG" if emulated is True else value_text(emulated)))
+    known = [(HOST[field], value_text(atlas.host[field])) for field in HOST if field in atlas.host]
     more = [(one_line(field), value_text(value)) for field, value in atlas.host.items() if field not in HOST]
     took = seconds(atlas.times)
     run = [("date", one_line(str(atlas.times["date"])))] if atlas.times.get("date") else []

@@ -19,10 +19,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from pyvmm.bench.environment import INSTRUCTIONS, counts
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import Point, Series, Value
 from pyvmm.errors import PyvmmError
+from pyvmm.experiment.environment import INSTRUCTIONS, counts
 
 CASE: Final = "peer"
 OWN: Final = "pyvmm"

@@ -15,7 +15,7 @@ from typing import Final
 
 from pyvmm.bench.model import BenchError, Point, Run
 from pyvmm.bench.report import charts, plot
-from pyvmm.bench.report.groups import Group, Row, Section, emulated, point_of, said, scale_of, sections
+from pyvmm.bench.report.groups import Group, Row, Section, is_relative, point_of, said, scale_of, sections
 from pyvmm.bench.report.plot import Picture
 from pyvmm.bench.split import PARTS, WHOLE
 from pyvmm.bench.statistics import require
@@ -38,7 +38,7 @@ _MIB: Final = {"": 1.0, "K": 1 / 1024, "M": 1.0, "G": 1024.0}
 
 
 def pictures(section: Section, *, relative: bool) -> Iterator[Picture]:
-    """Give a case's figures; ``relative`` marks them as from an emulated machine."""
+    """Give a case's figures; ``relative`` marks them as from a machine that QEMU's TCG runs."""
     names = _Names(section.case)
     if section.case == "split":
         yield from _split(section, names, relative)
@@ -61,7 +61,7 @@ def save(run: Run, directory: str | Path) -> list[Path]:
     try:
         where.mkdir(parents=True, exist_ok=True)
         for section in sections(run):
-            for picture in pictures(section, relative=emulated(run)):
+            for picture in pictures(section, relative=is_relative(run)):
                 for ending, made in ((".svg", plot.svg(picture).encode()), (".png", plot.png(picture))):
                     path = where / (picture.name + ending)
                     path.write_bytes(made)

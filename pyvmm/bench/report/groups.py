@@ -14,6 +14,7 @@ from typing import Final
 
 from pyvmm.bench.model import Point, Run, Series, Value
 from pyvmm.bench.statistics import Summary, merged, summary
+from pyvmm.experiment.record import TCG
 from pyvmm.reports.words import headline, one_line
 
 CLOCKS: Final = {
@@ -24,9 +25,6 @@ CLOCKS: Final = {
     "kvm": "KVM's statistics",
     "memory": "memory",
 }
-
-EMULATED: Final = "emulated: relative only"
-"""Said of whatever was measured under TCG."""
 
 _COLUMNS: Final = 3
 """Where more axes vary, a row says what differs from the most frequent point instead of having them all."""
@@ -212,6 +210,6 @@ def host(run: Run) -> str:
     return headline({name: str(value) if isinstance(value, float) else value for name, value in told.items()})
 
 
-def emulated(run: Run) -> bool:
+def is_relative(run: Run) -> bool:
     """Whether the run's times are relative only. What does not tell is taken to be."""
-    return run.environment.get("emulated", True) is not False
+    return run.environment.get(TCG, True) is not False

@@ -13,19 +13,19 @@ from typing import Final
 from pyvmm.bench.model import Run, Series
 from pyvmm.bench.report import embedded, figures, plot, style
 from pyvmm.bench.report.groups import (
-    EMULATED,
     Group,
     Row,
     Section,
     count,
-    emulated,
     host,
+    is_relative,
     point_of,
     said,
     sections,
 )
 from pyvmm.bench.report.table import RATIO, RATIO_NOTE, has_ratio, interval, ratio
 from pyvmm.bench.statistics import FEW, RESAMPLES, require
+from pyvmm.labenv import TCG_NOTE
 from pyvmm.reports.escaping import escaped
 from pyvmm.reports.page import facts, file_name, page
 
@@ -65,7 +65,7 @@ def render(run: Run) -> str:
 
 class _Page:
     def __init__(self, run: Run) -> None:
-        self._run, self._sections, self._relative = run, sections(run), emulated(run)
+        self._run, self._sections, self._relative = run, sections(run), is_relative(run)
         self._figures = 0
 
     def parts(self) -> Iterable[str]:
@@ -84,7 +84,7 @@ class _Page:
         yield '<header><p class="kicker">pyvmm bench</p>'
         yield f"<h1>{escaped(f'What guest memory costs on Linux {kernel}, KVM in {mode} mode')}</h1>"
         if self._relative:
-            yield f'<p class="stripe">{EMULATED}: times are those of QEMU (TCG), not of hardware.</p>'
+            yield f'<p class="stripe">{TCG_NOTE}.</p>'
         if self._run.end is None:
             yield '<p class="stripe">Cut off: the run was not whole; this is what it had measured.</p>'
         told = [(name, said(value)) for name, value in environment.items()]
@@ -136,7 +136,7 @@ class _Page:
         yield "</section>"
 
     def _group(self, group: Group) -> Iterable[str]:
-        relative = f'<span class="relative">{EMULATED}</span>' if self._relative else ""
+        relative = f'<span class="relative">{TCG_NOTE}</span>' if self._relative else ""
         unit = escaped(f"{group.scale.unit}, {group.clocked}")
         yield f"<h3>{escaped(group.title)}<small>{unit}</small>{relative}</h3>"
         if group.base:

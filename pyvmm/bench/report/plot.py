@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pyvmm.bench.report.groups import EMULATED
+from pyvmm.labenv import TCG_NOTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ class Picture:
 def paper(title: str, height: float, *, relative: bool, left: float = 0.85, right: float = 0.3) -> tuple[Figure, Axes]:
     """Return a figure ``height`` inches high, and axes to draw on; margins to the left and right are in inches.
 
-    ``relative`` marks it as from an emulated machine.
+    ``relative`` marks it as from a machine that QEMU's TCG runs.
     """
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def paper(title: str, height: float, *, relative: bool, left: float = 0.85, righ
     figure.text(0.1 / WIDTH, 1 - 0.12 / height, safe(shortened(title, 88)), va="top", size=11, weight="bold")
     if relative:
         where = 0.1 / WIDTH, 0.1 / height  # to the left, so that a narrow screen shows it
-        figure.text(*where, EMULATED, va="bottom", size=8, weight="bold", color=COLOURS[1])
+        figure.text(*where, TCG_NOTE, va="bottom", size=8, weight="bold", color=COLOURS[1])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from pyvmm.bench.model import Run
-from pyvmm.bench.report.groups import EMULATED, Group, Row, Section, count, emulated, host, number, point_of, sections
+from pyvmm.bench.report.groups import Group, Row, Section, count, host, is_relative, number, point_of, sections
+from pyvmm.labenv import TCG_NOTE
 from pyvmm.reports.look import PLAIN, Look
 
 BOLD, DIM, STRIPE = "1", "2", "33;1"
@@ -48,13 +49,13 @@ NOTES: Final = {
 def text(run: Run, look: Look = PLAIN) -> str:
     """Return all of a run. Raises BenchError for values that are none, HostError without numpy."""
     lines = [host(run)]
-    if emulated(run):
-        lines.append(look.paint(f"== {EMULATED} ".ljust(min(look.width, 60), "="), STRIPE))
+    if is_relative(run):
+        lines.append(look.paint(f"== {TCG_NOTE} ".ljust(min(look.width, 60), "="), STRIPE))
     if run.end is None:
         lines.append(look.paint("cut off: the run was not whole, this is what it had measured", STRIPE))
     found = sections(run)
     for section in found:
-        lines += ["", *_section(section, look, relative=emulated(run))]
+        lines += ["", *_section(section, look, relative=is_relative(run))]
     if not found:
         lines += ["", "no series: nothing was measured"]
     if any(section.groups for section in found):
@@ -108,7 +109,7 @@ def _section(section: Section, look: Look, *, relative: bool) -> list[str]:
 
 
 def _group(group: Group, look: Look, *, relative: bool) -> list[str]:
-    what = f"{group.title}, {group.scale.unit}, {group.clocked}" + (f", {EMULATED}" if relative else "")
+    what = f"{group.title}, {group.scale.unit}, {group.clocked}" + (f", {TCG_NOTE}" if relative else "")
     lines = [look.paint(each, BOLD) for each in look.wrap(what, 4, "  ")]
     if group.base:
         at = ("base: " if "" in group.columns else "at ") + point_of(group.base)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,18 +32,18 @@ def main(argv: list[str]) -> int:
         return 1
     log.configure(-1, json=False)
     from pyvmm._native_source import require_fresh_native
-    from pyvmm.bench.environment import environment
     from pyvmm.bench.task import measure_point
+    from pyvmm.experiment.environment import conditions
 
     def measure(case: str, point: Point, deadline: float) -> list[Series]:
         _require_host()
         require_fresh_native()
         return measure_point(case, point, deadline=deadline)
 
-    return tell(asked, environment, measure)
+    return tell(asked, conditions, measure)
 
 
-def tell(asked: dict[str, Any], environment: Callable[[], dict[str, Value]], measure: Measure) -> int:
+def tell(asked: dict[str, Any], environment: Callable[[], Mapping[str, Value]], measure: Measure) -> int:
     """Measure, and print a whole results file, or the error."""
     begun = time.monotonic()
     try:

@@ -21,7 +21,7 @@ from pyvmm.bench.model import BenchError, Series, Value
 from pyvmm.bench.sweep.plan import Plan, Task, differences
 from pyvmm.bench.sweep.work import Answer
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of the database; another one's are refused."""
 
 PATIENCE: Final = 60.0

@@ -157,7 +157,7 @@ def _vmm_ends(x: Experiment, number: signal.Signals | None) -> None:
 
 
 def _vmm(protection: Protection, fd: int, other: Forked) -> None:
-    """Run a guest of two vCPUs over a file, in a process of its own, until told to exit."""
+    """Run a guest of two vCPUs over a file, in a child process, until told to exit."""
     with Experiment(protection, cpus=2) as x:
         backing = FileBacking(os.dup(fd), PAGES * PAGE_SIZE)
         backing.kind = "memfd"

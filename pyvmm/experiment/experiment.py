@@ -28,7 +28,7 @@ from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.record import Event, Evidence, Picture, RunFailure, Value, Verdict
 from pyvmm.guest.puppet import GuestFault, Puppet
-from pyvmm.kvm.faulttrace import Fault, FaultTrace
+from pyvmm.kvm.faulttrace import FaultTrace, TracedFault
 from pyvmm.kvm.system import System
 from pyvmm.labenv import in_lab
 from pyvmm.machine.config import MachineConfig
@@ -283,7 +283,7 @@ class Experiment:
         """Note for the timeline that something was done to memory now."""
         self._events.append((time.monotonic_ns(), kind, gpa, pages))
 
-    def faults(self, gpa: int, pages: int = 1) -> list[Fault]:
+    def faults(self, gpa: int, pages: int = 1) -> list[TracedFault]:
         """Return the stage-2 faults the kernel has traced in a range until now; needs ``faults=True``.
 
         The kernel tells page addresses; nothing in RAM's last 2 MiB or below FREE is recorded.

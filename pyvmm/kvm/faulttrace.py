@@ -38,7 +38,7 @@ _WNR, _S1PTW, _CM = 1 << 6, 1 << 7, 1 << 8
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class TracedFault:
     """One stage-2 abort of a guest; ``write`` and ``fetch`` are None where the syndrome does not say.
 
     ``ns`` is CLOCK_MONOTONIC, cut to the microsecond by the kernel's text; ``gpa`` is the page; ``tid`` the thread of
@@ -66,7 +66,7 @@ class FaultTrace:
         self._instance: str | None = None
         self._pipe: int | None = None
         self._rest = b""
-        self._faults: list[Fault] = []
+        self._faults: list[TracedFault] = []
         self._lost = 0
         self._lock = threading.Lock()
 
@@ -96,7 +96,7 @@ class FaultTrace:
             if self._pipe is not None:
                 self._drain(self._pipe)
 
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[TracedFault]:
         """Return what was recorded until now, the oldest first; also after the end."""
         self.collect()
         with self._lock:
@@ -152,7 +152,7 @@ class FaultTrace:
             self._lost += 1
             return
         ns = int(match["s"]) * 1_000_000_000 + int(match["us"]) * 1000
-        self._faults.append(Fault(ns, int(match["ipa"], 16), *access(int(match["esr"], 16)), int(match["tid"])))
+        self._faults.append(TracedFault(ns, int(match["ipa"], 16), *access(int(match["esr"], 16)), int(match["tid"])))
 
     def _remove(self) -> None:
         with self._lock:  # somebody may be reading

@@ -23,7 +23,7 @@ from pyvmm.observe.timeline import MOST, Event, Record, Timeline
 
 if TYPE_CHECKING:
     from pyvmm._native import Array, pv_record, pv_vcpu
-    from pyvmm.kvm.faulttrace import Fault, FaultTrace
+    from pyvmm.kvm.faulttrace import FaultTrace, TracedFault
     from pyvmm.memory.memory import Memory
     from pyvmm.memory.relay import ShareEvent, ShareRelay, Subscriber
 
@@ -205,7 +205,7 @@ class Recorder(Timeline):
         """What went through the relay, in order of its beginning."""
         return sorted(self._heard, key=lambda heard: heard.ns)
 
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[TracedFault]:
         """Stage-2 faults, if they were recorded."""
         return self._trace.faults() if self._trace is not None else []
 

@@ -29,7 +29,7 @@ from pyvmm.observe.timeline import Record
 from pyvmm.vcpu.counters import EXITS
 
 if TYPE_CHECKING:
-    from pyvmm.kvm.faulttrace import Fault
+    from pyvmm.kvm.faulttrace import TracedFault
     from pyvmm.observe.hyptrace import HypEvent
     from pyvmm.observe.recorder import Heard, Recorder
 
@@ -186,19 +186,19 @@ class _Trace:
                 self.flows.add(item, item.gpa & -PAGE_SIZE, item.shared, False)
         self.flows.settle()
 
-    def _by_vcpu(self, faults: Sequence[Fault]) -> dict[int, list[Fault]]:
+    def _by_vcpu(self, faults: Sequence[TracedFault]) -> dict[int, list[TracedFault]]:
         """Sort faults out by vCPU, -1 for those of a thread that is no vCPU's we have seen."""
         cpus = {tid: index for index, tid in self.recorder.tids.items()}
         if self.recorder.cpus == 1:
             cpus.update((fault.tid, 0) for fault in faults)
-        found: dict[int, list[Fault]] = {}
+        found: dict[int, list[TracedFault]] = {}
         for fault in faults:
             found.setdefault(cpus.get(fault.tid, -1), []).append(fault)
         return found
 
     # -- a vCPU
 
-    def _vcpu(self, index: int, conversions: Iterator[Record], faults: Sequence[Fault]) -> None:
+    def _vcpu(self, index: int, conversions: Iterator[Record], faults: Sequence[TracedFault]) -> None:
         writer, track = self.writer, _VCPUS + index
         put, put_both, names, exits = writer.put, writer.put_both, self.names, self.exits
         guest, end = writer.event(BEGIN, track, "guest", "guest"), writer.event(END, track)
@@ -281,7 +281,7 @@ class _Trace:
         flow, last = self.flows.of.get(id(record), (0, False))
         return self.writer.event(INSTANT, track, name if status == 0 else f"{name} refused", "share", notes, flow, last)
 
-    def _fault(self, fault: Fault, track: int) -> Event:
+    def _fault(self, fault: TracedFault, track: int) -> Event:
         kind = "fault" if fault.write is None else "fetch" if fault.fetch else "write" if fault.write else "read"
         name = "fault" if kind == "fault" else f"fault: {kind}"
         return self.writer.event(INSTANT, track, name, "fault", {"gpa": Pointer(fault.gpa)})

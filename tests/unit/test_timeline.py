@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm._native import ffi, lib
-from pyvmm.kvm.faulttrace import Fault
+from pyvmm.kvm.faulttrace import TracedFault
 from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.observe import timeline, timesvg
@@ -45,7 +45,7 @@ class Ring:
 class Trace:
     """A FaultTrace with what it is told."""
 
-    def __init__(self, *faults: Fault, why_not: str = "", lost: int = 0) -> None:
+    def __init__(self, *faults: TracedFault, why_not: str = "", lost: int = 0) -> None:
         self.faults = lambda: list(faults)
         self.why_not, self.lost = why_not, lost
         self.collect = list
@@ -61,7 +61,7 @@ def test_shares_of_all_vcpus_are_in_order_and_refused_ones_are_not_there() -> No
     second.put(lib.PV_REC_FAULT, 37, BASE, size=0)
     _, memory, _ = build(Protection.EMULATED)
     with memory:
-        recorder = Timeline(Trace(Fault(10, BASE, True, False)))  # type: ignore[arg-type]
+        recorder = Timeline(Trace(TracedFault(10, BASE, True, False)))  # type: ignore[arg-type]
         recorder.watch(memory, [first.native, second.native])
         expected = (
             Event(10, "fault", BASE),

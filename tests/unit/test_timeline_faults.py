@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.kvm import faulttrace
-from pyvmm.kvm.faulttrace import Fault, FaultTrace, access
+from pyvmm.kvm.faulttrace import FaultTrace, TracedFault, access
 
 LINES = b"""\
          python3-97      [001] .....     6.467611: kvm_guest_fault: ipa 0x80080000, hsr 0x82000004, hxfar 0x0, pc 0x80
@@ -50,9 +50,9 @@ def test_faults_are_read_with_times_addresses_and_kinds_and_the_lost_are_counted
         first = trace.faults()
     assert first == trace.faults()
     assert first == [
-        Fault(6_467_611_000, 0x8008_0000, False, True, 97),
-        Fault(6_476_583_000, 0x8008_4000, True, False, 98),
-        Fault(1234_000_001_000, 0, False, False, 12345),
+        TracedFault(6_467_611_000, 0x8008_0000, False, True, 97),
+        TracedFault(6_476_583_000, 0x8008_4000, True, False, 98),
+        TracedFault(1234_000_001_000, 0, False, False, 12345),
     ]
     assert trace.lost == 35
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.devices.echo import Echo
-from pyvmm.kvm.faulttrace import Fault
+from pyvmm.kvm.faulttrace import TracedFault
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 from pyvmm.observe import perfetto, recorder
 from pyvmm.observe.hyptrace import HypEvent
@@ -83,8 +83,8 @@ def test_what_an_exit_did_is_in_its_slice_and_a_fault_in_the_guests() -> None:
         why_not, lost, collect = "", 0, list
 
         @staticmethod
-        def faults() -> list[Fault]:
-            return [Fault(1250, BASE, True, False, 100), Fault(1300, BASE, None, None, 7)]
+        def faults() -> list[TracedFault]:
+            return [TracedFault(1250, BASE, True, False, 100), TracedFault(1300, BASE, None, None, 7)]
 
     vcpus = Vcpus(2, Faults())
     vcpus.put(1010, lib.PV_REC_SHARE, addr=PAGE, code=lib.PV_SOURCE_DOORBELL)
@@ -126,7 +126,9 @@ RECORDS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(RECORDS, st.lists(st.integers(0, 3000), max_size=5))
 def test_slices_nest_whatever_was_recorded(records: list[Any], faults: list[int]) -> None:
-    told = SimpleNamespace(why_not="", lost=0, collect=list, faults=lambda: [Fault(n, 0, True, False) for n in faults])
+    told = SimpleNamespace(
+        why_not="", lost=0, collect=list, faults=lambda: [TracedFault(n, 0, True, False) for n in faults]
+    )
     vcpus, ns, exits = Vcpus(faults=told), 0, 0
     faults.sort()
     for kind, before, guest, code, lost in records:

@@ -20,14 +20,14 @@ NOTHING: Final = 0
 """The level of a cell without memory."""
 
 
-class Look(NamedTuple):
+class CellLook(NamedTuple):
     """What a cell shows."""
 
     state: PageState
     assumed: bool
 
 
-LOOKS: Final = (None, *(Look(state, assumed) for state in PageState for assumed in (False, True)))
+LOOKS: Final = (None, *(CellLook(state, assumed) for state in PageState for assumed in (False, True)))
 """What each level means: of the pages in a cell the one of the highest level is shown, that is the most telling state
 (the order of ``PageState``: absent, host, private, shared, hole, poisoned), and of one state what is assumed."""
 _LEVELS: Final = {look.state | (ASSUMED if look.assumed else 0): level for level, look in enumerate(LOOKS) if look}

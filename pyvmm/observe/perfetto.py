@@ -47,7 +47,7 @@ Note = bool | int | str
 """What an annotation may be; integers of 64 bits with a sign, a Pointer without."""
 
 
-class Event(NamedTuple):
+class TrackEvent(NamedTuple):
     """An event without its time: the bytes before and behind it. It can be put as often as it happens."""
 
     head: bytes
@@ -111,7 +111,7 @@ class Writer:
         notes: Mapping[str, Note] | None = None,
         flow: int = 0,
         last: bool = False,
-    ) -> Event:
+    ) -> TrackEvent:
         """Encode an event, to be given to :meth:`put`.
 
         ``flow`` connects events that have the same, not 0, in the order of time; ``last`` ends it.
@@ -127,11 +127,11 @@ class Writer:
             body += _fixed(_EVENT_LAST_FLOW if last else _EVENT_FLOW, flow)
         return _event(body)
 
-    def put(self, ns: int, event: Event) -> None:
+    def put(self, ns: int, event: TrackEvent) -> None:
         """Write an event."""
         self._write(b"".join((event.head, self._time(ns), event.tail)))
 
-    def put_both(self, ns: int, event: Event, next: Event) -> None:
+    def put_both(self, ns: int, event: TrackEvent, next: TrackEvent) -> None:
         """Write two events of the same time, as where one slice ends and another begins."""
         time = self._time(ns)
         self._write(b"".join((event.head, time, event.tail, next.head, time, next.tail)))
@@ -210,8 +210,8 @@ def _note(value: Note) -> bytes:
 _TIME_BYTES: Final = 10
 
 
-def _event(body: bytes) -> Event:
+def _event(body: bytes) -> TrackEvent:
     """Make a TrackEvent's packet, without its time."""
     tail = _number(_PACKET_SEQUENCE, _SEQUENCE) + _number(_PACKET_FLAGS, _NEEDED) + _message(_PACKET_EVENT, body)
     tag = _varint(_PACKET_TIME << 3)
-    return Event(_varint(_TRACE_PACKET << 3 | 2) + _varint(len(tag) + _TIME_BYTES + len(tail)) + tag, tail)
+    return TrackEvent(_varint(_TRACE_PACKET << 3 | 2) + _varint(len(tag) + _TIME_BYTES + len(tail)) + tag, tail)

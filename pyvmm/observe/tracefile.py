@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from pyvmm._native import lib
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.relay import ShareSource
-from pyvmm.observe.perfetto import BEGIN, END, INSTANT, Event, Note, Pointer, Writer
+from pyvmm.observe.perfetto import BEGIN, END, INSTANT, Note, Pointer, TrackEvent, Writer
 from pyvmm.observe.recorder import MOST_RECORDS
 from pyvmm.observe.timeline import Record
 from pyvmm.vcpu.counters import EXITS
@@ -116,7 +116,7 @@ class _Trace:
     run: TracedRun
     flows: _Flows = field(default_factory=_Flows)
     exits: dict[int, int] = field(default_factory=dict)
-    names: dict[tuple[int, int, int], Event] = field(default_factory=dict)
+    names: dict[tuple[int, int, int], TrackEvent] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
 
     def write(self, el2: Sequence[HypEvent]) -> None:
@@ -249,7 +249,7 @@ class _Trace:
                 later.append(record)
         return later
 
-    def _exit(self, record: Record, track: int) -> Event:
+    def _exit(self, record: Record, track: int) -> TrackEvent:
         code = record.code
         if code not in _MMIO:
             return self.writer.event(BEGIN, track, f"exit: {_WORDS.get(code, EXITS.get(code, '?'))}", "exit")
@@ -269,7 +269,7 @@ class _Trace:
         category = "exit,python" if code in (lib.PV_EXIT_MMIO_COLD, lib.PV_EXIT_MMIO_UNCLAIMED) else "exit"
         return self.writer.event(BEGIN, track, name, category, notes)
 
-    def _instant(self, record: Record, track: int) -> Event:
+    def _instant(self, record: Record, track: int) -> TrackEvent:
         notes: dict[str, Note] = {"gpa": Pointer(record.addr)}
         if record.kind == lib.PV_REC_FAULT:
             notes |= {"errno": record.code, "size": record.size}
@@ -281,7 +281,7 @@ class _Trace:
         flow, last = self.flows.of.get(id(record), (0, False))
         return self.writer.event(INSTANT, track, name if status == 0 else f"{name} refused", "share", notes, flow, last)
 
-    def _fault(self, fault: TracedFault, track: int) -> Event:
+    def _fault(self, fault: TracedFault, track: int) -> TrackEvent:
         kind = "fault" if fault.write is None else "fetch" if fault.fetch else "write" if fault.write else "read"
         name = "fault" if kind == "fault" else f"fault: {kind}"
         return self.writer.event(INSTANT, track, name, "fault", {"gpa": Pointer(fault.gpa)})

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +21,12 @@ from tests.unit import bench_samples as samples
 STATES = ("cold", "populated", "mapped")
 
 
-def huge_is_cold(point):
+def huge_is_cold(point: dict[str, str]) -> str:
     return "huge pages are cold" if point["backing"] == "thp" and point["state"] != "cold" else ""
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch):
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cases, and an environment, that are quick to measure; the second always refuses."""
     axes = {"protection": ("none", "pkvm"), "state": STATES, "backing": ("memfd", "thp")}
     some = [
@@ -48,13 +51,13 @@ def counted(plan: Plan) -> Counter[str]:
     return Counter(step.case.name for step in plan.steps())
 
 
-def test_all_is_every_cases_star_and_quick_is_less():
+def test_all_is_every_cases_star_and_quick_is_less() -> None:
     assert counted(Plan()) == {"fault": 8, "exit": 2}
     assert counted(Plan(quick=True)) == {"fault": 6, "exit": 1}
     assert counted(Plan(("exit",))) == {"exit": 2}
 
 
-def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named():
+def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named() -> None:
     axes = {"state": ["mapped", "cold"], "protection": ["none"]}
     named = Plan(("fault", "exit"), axes).steps()
     assert [(step.case.name, step.point.get("state")) for step in named] == [
@@ -80,13 +83,13 @@ def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named()
         (Plan(("fault",), {"state": ["cold"]}, versus=("state", "cold")), "every point has state=cold already", None),
     ],
 )
-def test_what_cannot_be_measured_is_refused_with_the_nearest(plan, words, hint):
+def test_what_cannot_be_measured_is_refused_with_the_nearest(plan: Plan, words: str, hint: str | None) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         plan.steps()
     assert hint is None or hint in caught.value.hint
 
 
-def test_two_sides_take_turns_and_who_begins_changes():
+def test_two_sides_take_turns_and_who_begins_changes() -> None:
     steps = Plan(("fault",), {"protection": ["pkvm"]}, versus=("state", "mapped"), turns=3).steps()
     assert [(step.turn, step.side, step.point["state"]) for step in steps] == [
         (0, "A", "cold"),
@@ -98,14 +101,14 @@ def test_two_sides_take_turns_and_who_begins_changes():
     ]
 
 
-def test_points_whose_other_side_makes_no_sense_are_left_out():
+def test_points_whose_other_side_makes_no_sense_are_left_out() -> None:
     plan = Plan(versus=("state", "mapped"), turns=1)
     assert counted(plan) == {"fault": 8}
     assert all(step.point["backing"] == "memfd" for step in plan.steps())
     assert counted(Plan(versus=("protection", "pkvm"), turns=1)) == {"fault": 8}
 
 
-def test_every_line_is_said_as_it_comes_and_they_are_a_whole_run():
+def test_every_line_is_said_as_it_comes_and_they_are_a_whole_run() -> None:
     said = []
     measure(Plan(axes={"protection": ["none"]}), said.append, peers=lambda: [samples.series([1.0], case="peer")])
     assert all(line.endswith("\n") for line in said)
@@ -117,18 +120,18 @@ def test_every_line_is_said_as_it_comes_and_they_are_a_whole_run():
     assert [each.values or each.unavailable for each in run.series] == [(9, 1, 2)] * 4 + ["no"] * 2 + [(1,)]
 
 
-def collector(file=None):
+def collector(file: io.TextIOWrapper | None = None) -> tuple[Collector, list[Any]]:
     progress = []
     return Collector(file, "a.jsonl", lambda *told: progress.append(told)), progress
 
 
-def test_a_collector_counts_points_and_keeps_what_it_took(tmp_path):
+def test_a_collector_counts_points_and_keeps_what_it_took(tmp_path: Path) -> None:
     with open(tmp_path / "a.jsonl", "w") as file:
         taker, progress = collector(file)
         assert taker.run() is None
         said = []
 
-        def take(line):
+        def take(line: str) -> None:
             taker.take(line)
             said.append(line)
             # What has come is in the file, and is a run, whatever happens next.
@@ -140,7 +143,7 @@ def test_a_collector_counts_points_and_keeps_what_it_took(tmp_path):
     assert taker.failed is None
 
 
-def test_a_full_disk_costs_the_file_and_nothing_else():
+def test_a_full_disk_costs_the_file_and_nothing_else() -> None:
     file = open("/dev/full", "w")  # noqa: SIM115
     taker, progress = collector(file)
     measure(Plan(("exit",)), taker.take)
@@ -154,7 +157,7 @@ def test_a_full_disk_costs_the_file_and_nothing_else():
 # -- sides
 
 
-def by_turns(*some):
+def by_turns(*some: tuple[str, int, list[int]]) -> model.Run:
     """A run by turns, of (side, turn, values)."""
     found = [
         samples.series(
@@ -170,7 +173,7 @@ def by_turns(*some):
     return collect.Run(samples.ENVIRONMENT, {"versus": ["state", "mapped"]}, tuple(found))
 
 
-def test_each_turn_is_a_round_of_its_side_without_what_differs():
+def test_each_turn_is_a_round_of_its_side_without_what_differs() -> None:
     run = by_turns(("A", 0, [9, 1, 2]), ("B", 0, [9, 5, 6]), ("B", 1, [9, 7, 8]), ("A", 1, [9, 3, 4]))
     [a], [b] = (side.series for side in sides(run))
     assert (a.values, b.values) == ((1, 2, 3, 4), (5, 6, 7, 8))
@@ -178,7 +181,7 @@ def test_each_turn_is_a_round_of_its_side_without_what_differs():
     assert (a.warmup, b.warmup, a.point, b.point) == (0, 0, *[{"protection": "none", "state": "cold / mapped"}] * 2)
 
 
-def test_several_points_beside_the_same_one_stay_apart():
+def test_several_points_beside_the_same_one_stay_apart() -> None:
     said = []
     measure(Plan(("fault",), {"state": ["cold", "populated"]}, versus=("state", "mapped"), turns=2), said.append)
     for side in sides(model.parse(said, "a")):
@@ -186,18 +189,18 @@ def test_several_points_beside_the_same_one_stay_apart():
         assert [each.rounds for each in side.series] == [(2, 2), (2, 2)]
 
 
-def test_a_turn_that_one_side_lacks_is_a_pair_of_none():
+def test_a_turn_that_one_side_lacks_is_a_pair_of_none() -> None:
     run = by_turns(("A", 0, []), ("B", 0, [9, 5, 6]), ("B", 1, [9, 7, 8]), ("A", 1, [9, 3, 4]), ("A", 2, [9, 1, 1]))
     [a], [b] = (side.series for side in sides(run))
     assert (a.values, b.values, a.unavailable) == ((3, 4), (7, 8), "")
 
 
-def test_a_side_that_never_was_says_why():
+def test_a_side_that_never_was_says_why() -> None:
     [a], [b] = (side.series for side in sides(by_turns(("A", 0, []), ("B", 0, [9, 5, 6]))))
     assert (a.values, a.unavailable, b.values) == ((), "it crashed", (5, 6))
 
 
-def test_a_run_of_one_side_is_nothing_to_compare():
+def test_a_run_of_one_side_is_nothing_to_compare() -> None:
     with pytest.raises(UsageError, match="one side only") as caught:
         sides(samples.run())
     assert "--versus" in caught.value.hint

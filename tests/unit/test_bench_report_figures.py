@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from pyvmm.bench.model import BenchError
+from pyvmm.bench.model import BenchError, Run, Series
 from pyvmm.bench.report import figures, groups
 from pyvmm.labenv import TCG_NOTE
 from tests.unit import bench_samples as samples
@@ -22,24 +23,24 @@ from pyvmm.bench.report import charts, plot  # noqa: E402 - they need what may b
 REALISTIC = samples.realistic(32)
 
 
-def drawn(run, *, relative=True):
+def drawn(run: Run, *, relative: bool = True) -> list[plot.Picture]:
     return [each for section in groups.sections(run) for each in figures.pictures(section, relative=relative)]
 
 
-def names(*some):
+def names(*some: Series) -> list[str]:
     return [picture.name for picture in drawn(samples.run(*some))]
 
 
-def words(document):
+def words(document: str) -> str:
     return " ".join(element.text or "" for element in ElementTree.fromstring(document).iter() if element.text)
 
 
 @pytest.fixture(scope="module")
-def documents():
+def documents() -> dict[plot.Picture, str]:
     return {picture: plot.svg(picture) for picture in drawn(REALISTIC)}
 
 
-def test_there_is_a_figure_of_everything():
+def test_there_is_a_figure_of_everything() -> None:
     found = {picture.name for picture in drawn(REALISTIC)}
     assert {
         "fault-touch-by-cpus",
@@ -54,7 +55,9 @@ def test_there_is_a_figure_of_everything():
         assert any(name.startswith(section.case) for name in found)
 
 
-def test_every_figure_says_what_it_is_of_how_many_and_that_it_is_relative_only(documents):
+def test_every_figure_says_what_it_is_of_how_many_and_that_it_is_relative_only(
+    documents: dict[plot.Picture, str],
+) -> None:
     for picture, document in documents.items():
         said = words(document)
         assert picture.title in said
@@ -63,12 +66,12 @@ def test_every_figure_says_what_it_is_of_how_many_and_that_it_is_relative_only(d
         assert re.search(r"\b(µs|ms|ns|MiB|count)\b", said), picture.name
 
 
-def test_figures_of_hardware_are_not_called_relative():
+def test_figures_of_hardware_are_not_called_relative() -> None:
     (picture, *_) = drawn(REALISTIC, relative=False)
     assert TCG_NOTE not in plot.svg(picture)
 
 
-def test_figures_are_the_same_each_time_and_of_nowhere_else(documents):
+def test_figures_are_the_same_each_time_and_of_nowhere_else(documents: dict[plot.Picture, str]) -> None:
     for picture in list(documents)[:3]:
         assert plot.svg(picture) == documents[picture]
     for document in documents.values():
@@ -80,7 +83,7 @@ def test_figures_are_the_same_each_time_and_of_nowhere_else(documents):
         assert "<metadata" not in document
 
 
-def test_files_are_written_twice_each_under_names_that_do_no_harm(tmp_path):
+def test_files_are_written_twice_each_under_names_that_do_no_harm(tmp_path: Path) -> None:
     hostile = samples.hostile()
     few = hostile.with_series(each for each in hostile.series[:4] if each.case != "fault")
     written = figures.save(few, tmp_path / "new" / "figures")
@@ -90,7 +93,7 @@ def test_files_are_written_twice_each_under_names_that_do_no_harm(tmp_path):
     assert all(path.read_bytes().startswith((b"<?xml", b"\x89PNG")) for path in written)
 
 
-def test_files_that_cannot_be_written_are_named(tmp_path):
+def test_files_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BenchError, match=r"figures cannot be written to .*file: "):
         figures.save(REALISTIC, tmp_path / "file")
@@ -99,12 +102,12 @@ def test_files_that_cannot_be_written_are_named(tmp_path):
 # ---- what is drawn of what ---------------------------------------------------------------------------------------
 
 
-def line_names(group, axis):
+def line_names(group: groups.Group, axis: str) -> dict[str, list[float]]:
     place = figures._count if axis == "cpus" else figures._mebibytes
     return {name: [at for at, _ in points] for name, points in figures._lines(group, axis, place)}
 
 
-def test_a_line_has_what_varies_along_the_axis_and_in_nothing_else():
+def test_a_line_has_what_varies_along_the_axis_and_in_nothing_else() -> None:
     points = [*(("none", cpus, "x") for cpus in (1, 4, 2)), ("pkvm", 1, "x"), ("pkvm", 2, "x"), ("pkvm", 1, "y")]
     some = [samples.series([1.0], point=dict(zip(("p", "cpus", "o"), point, strict=True))) for point in points]
     run = samples.run(*some)
@@ -116,15 +119,15 @@ def test_a_line_has_what_varies_along_the_axis_and_in_nothing_else():
     ("value", "mebibytes"),
     [("16M", 16), ("1G", 1024), ("64MiB", 64), (4, 4), ("512K", 0.5), ("big", None), (True, None), (0, None)],
 )
-def test_sizes_are_understood_as_they_are_typed(value, mebibytes):
+def test_sizes_are_understood_as_they_are_typed(value: int | str, mebibytes: float | None) -> None:
     assert figures._mebibytes(value) == mebibytes
 
 
-def test_one_place_is_no_line():
+def test_one_place_is_no_line() -> None:
     assert names(samples.series([1.0, 2.0], point={"cpus": 2})) == ["fault-touch-distributions"]
 
 
-def test_parts_are_stacked_beside_the_whole_and_their_sum_is_told():
+def test_parts_are_stacked_beside_the_whole_and_their_sum_is_told() -> None:
     shares = {"whole": 100.0, "EL2": 40.0, "account and pin": 30.0, "exit and entry": 25.0}
     some = [samples.series([value] * 9, case="split", metric=metric) for metric, value in shares.items()]
     (picture, *_) = drawn(samples.run(*some))
@@ -135,7 +138,7 @@ def test_parts_are_stacked_beside_the_whole_and_their_sum_is_told():
     assert "allocation" not in said
 
 
-def test_peers_are_told_as_multiples_of_ours():
+def test_peers_are_told_as_multiples_of_ours() -> None:
     some = [
         samples.series([cost] * 9, case="peer", metric="exit", per="exit", point={"beside": beside, "peer": peer})
         for beside, peer, cost in [("a", "pyvmm", 200), ("a", "a", 500), ("b", "pyvmm", 100), ("b", "b", 50)]
@@ -145,7 +148,7 @@ def test_peers_are_told_as_multiples_of_ours():
         assert each in said
 
 
-def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its_place():
+def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its_place() -> None:
     made = samples.series([1.0, 2.0, 4.0, 8.0], rounds=[2, 2], warmup=2, places=(0, 0, 7, 9), began=(0, 0, 0, 4))
     assert "fault-touch-pages-all" in names(made)
     assert "fault-touch-pages-all" not in names(replace(made, places=(7,)))
@@ -154,7 +157,7 @@ def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its
     assert "fault-touch-pages-all" not in names(replace(made, began=(0, 0, 0, float("nan"))))
 
 
-def test_every_protection_has_pictures_where_there_are_too_many():
+def test_every_protection_has_pictures_where_there_are_too_many() -> None:
     some = [
         samples.series([1.0], point={"protection": protection, "at": at}, places=(0,), began=(0.0,))
         for protection in ("none", "emulated", "pkvm")
@@ -165,7 +168,7 @@ def test_every_protection_has_pictures_where_there_are_too_many():
     assert {name.split("-")[3] for name in found} == {"none", "emulated", "pkvm"}
 
 
-def test_cells_have_a_touch_from_its_begin_to_its_end_and_the_dearest_where_they_meet():
+def test_cells_have_a_touch_from_its_begin_to_its_end_and_the_dearest_where_they_meet() -> None:
     began, took = np.array([0.0, 80.0, 0.0]), np.array([80.0, 79.0, 1.0])
     cells = charts._cells(began, took, np.array([0.0, 1.0, 1.0]), np.array([4, 1, 2]))
     assert cells.shape == (2, 160)
@@ -173,12 +176,12 @@ def test_cells_have_a_touch_from_its_begin_to_its_end_and_the_dearest_where_they
     assert cells[1].tolist() == [2] * 2 + [-1] * 78 + [1] * 80
 
 
-def test_classes_are_multiples_of_the_median():
+def test_classes_are_multiples_of_the_median() -> None:
     assert charts.class_edges(np.array([10.0, 20.0, 1000.0])) == [16, 25, 40, 100]
     assert charts.class_edges(np.zeros(3)) == []
 
 
-def test_a_series_however_long_has_a_figure_of_a_size():
+def test_a_series_however_long_has_a_figure_of_a_size() -> None:
     rng = np.random.default_rng(1)
     count = 65_536
     long = samples.series(
@@ -193,7 +196,7 @@ def test_a_series_however_long_has_a_figure_of_a_size():
 
 
 @pytest.mark.parametrize("values", [[5.0] * 30, [0.0] * 30, [-1.0, 1.0] * 15, [1e-9, 1e9] * 15, [7.0]])
-def test_odd_values_are_drawn_without_a_complaint(values, recwarn):
+def test_odd_values_are_drawn_without_a_complaint(values: list[float], recwarn: pytest.WarningsRecorder) -> None:
     point = [{"cpus": cpus, "protection": "none"} for cpus in (1, 2)]
     some = [samples.series(values, point=each, places=range(len(values)), began=[0.0] * len(values)) for each in point]
     some += [replace(each, case="peer", point={"peer": each.point["cpus"]}) for each in some]

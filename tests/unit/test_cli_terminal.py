@@ -11,6 +11,8 @@ import signal
 import termios
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -21,19 +23,19 @@ from pyvmm.session.terminal import Keys, Signals, in_foreground, raw
 
 
 @pytest.fixture
-def terminal():
+def terminal() -> Iterator[tuple[int, int]]:
     ours, theirs = pty.openpty()
     yield ours, theirs
     os.close(ours)
     os.close(theirs)
 
 
-def read_within(fd, seconds=5.0):
+def read_within(fd: int, seconds: float = 5.0) -> bytes:
     assert select.select([fd], [], [], seconds)[0], "nothing came"
     return os.read(fd, 100)
 
 
-def test_keys_reach_the_guest_one_by_one_and_unechoed(terminal):
+def test_keys_reach_the_guest_one_by_one_and_unechoed(terminal: tuple[int, int]) -> None:
     ours, theirs = terminal
     with Keys(theirs, lambda: None) as keys:
         os.write(ours, b"a\x03\r\x04")
@@ -41,7 +43,7 @@ def test_keys_reach_the_guest_one_by_one_and_unechoed(terminal):
         assert not select.select([ours], [], [], 0.05)[0]
 
 
-def test_ctrl_a_x_quits(terminal):
+def test_ctrl_a_x_quits(terminal: tuple[int, int]) -> None:
     ours, theirs = terminal
     quits = threading.Event()
     with Keys(theirs, quits.set):
@@ -49,7 +51,7 @@ def test_ctrl_a_x_quits(terminal):
         assert quits.wait(5)
 
 
-def test_ctrl_a_x_quits_even_when_the_guest_takes_no_keys(terminal):
+def test_ctrl_a_x_quits_even_when_the_guest_takes_no_keys(terminal: tuple[int, int]) -> None:
     ours, theirs = terminal
     quits = threading.Event()
     with Keys(theirs, quits.set):
@@ -59,7 +61,7 @@ def test_ctrl_a_x_quits_even_when_the_guest_takes_no_keys(terminal):
         assert quits.wait(5)
 
 
-def test_the_terminals_mode_is_put_back_even_after_an_error(terminal):
+def test_the_terminals_mode_is_put_back_even_after_an_error(terminal: tuple[int, int]) -> None:
     _, theirs = terminal
     before = termios.tcgetattr(theirs)
     with contextlib.suppress(ZeroDivisionError), Keys(theirs, lambda: None):
@@ -68,7 +70,7 @@ def test_the_terminals_mode_is_put_back_even_after_an_error(terminal):
     assert termios.tcgetattr(theirs) == before
 
 
-def test_nothing_is_left_open_or_running(terminal):
+def test_nothing_is_left_open_or_running(terminal: tuple[int, int]) -> None:
     _, theirs = terminal
     before = set(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(3):
@@ -77,7 +79,7 @@ def test_nothing_is_left_open_or_running(terminal):
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def test_output_is_left_as_it_is(terminal):
+def test_output_is_left_as_it_is(terminal: tuple[int, int]) -> None:
     _, theirs = terminal
     mode = termios.tcgetattr(theirs)
     changed = raw(mode)
@@ -86,10 +88,10 @@ def test_output_is_left_as_it_is(terminal):
 
 
 @given(st.lists(st.binary(max_size=5), max_size=8))
-def test_the_escape_is_the_same_however_keys_arrive(pieces):
+def test_the_escape_is_the_same_however_keys_arrive(pieces: list[bytes]) -> None:
     """What the guest gets, and whether we quit, depends on the keys and not on how they were cut."""
 
-    def taken(parts):
+    def taken(parts: list[bytes]) -> bytes:
         keys, out = Keys(-1, lambda: None), b""
         for part in parts:
             if (some := keys.take(part)) is None:
@@ -105,11 +107,11 @@ def test_the_escape_is_the_same_however_keys_arrive(pieces):
     ("typed", "for_guest"),
     [(b"abc", b"abc"), (b"\x01\x01", b"\x01"), (b"\x01b", b"\x01b"), (b"a\x01X", None), (b"x", b"x"), (b"\x01", b"")],
 )
-def test_ctrl_a_twice_is_ctrl_a_for_the_guest(typed, for_guest):
+def test_ctrl_a_twice_is_ctrl_a_for_the_guest(typed: bytes, for_guest: bytes | None) -> None:
     assert Keys(-1, lambda: None).take(typed) == for_guest
 
 
-def test_what_is_no_terminal_is_not_in_the_foreground(tmp_path, terminal):
+def test_what_is_no_terminal_is_not_in_the_foreground(tmp_path: Path, terminal: tuple[int, int]) -> None:
     with open(tmp_path / "file", "w") as file:
         assert not in_foreground(file.fileno())
     assert not in_foreground(terminal[1])
@@ -118,13 +120,13 @@ def test_what_is_no_terminal_is_not_in_the_foreground(tmp_path, terminal):
 # ---- signals
 
 
-def send(number):
+def send(number: Signals) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", Signals.CAUGHT)
-def test_the_first_signal_stops_the_run_with_its_name(number):
+def test_the_first_signal_stops_the_run_with_its_name(number: Signals) -> None:
     stopped, reasons = threading.Event(), []
     with Signals() as signals:
         signals.stop = lambda reason: (reasons.append(reason), stopped.set())
@@ -134,7 +136,7 @@ def test_the_first_signal_stops_the_run_with_its_name(number):
     assert signals.received == number
 
 
-def test_a_second_signal_does_not_wait():
+def test_a_second_signal_does_not_wait() -> None:
     with Signals() as signals:
         signals.stop = lambda _reason: None
         send(signal.SIGTERM)
@@ -143,7 +145,7 @@ def test_a_second_signal_does_not_wait():
     assert caught.value.signal == signal.SIGTERM
 
 
-def test_what_unwinds_after_a_second_signal_is_not_cut_short_by_a_third():
+def test_what_unwinds_after_a_second_signal_is_not_cut_short_by_a_third() -> None:
     with Signals() as signals:
         signals.stop = lambda _reason: None
         send(signal.SIGTERM)
@@ -153,7 +155,7 @@ def test_what_unwinds_after_a_second_signal_is_not_cut_short_by_a_third():
     assert signals.received == signal.SIGTERM
 
 
-def test_quitting_before_there_is_a_machine_is_not_forgotten():
+def test_quitting_before_there_is_a_machine_is_not_forgotten() -> None:
     with Signals() as signals:
         assert signals.asked is None
         signals.end("Ctrl-A x")
@@ -161,17 +163,17 @@ def test_quitting_before_there_is_a_machine_is_not_forgotten():
     assert (signals.asked, signals.received) == ("Ctrl-A x", None)
 
 
-def test_a_signal_with_nothing_to_stop_unwinds():
+def test_a_signal_with_nothing_to_stop_unwinds() -> None:
     with Signals(), pytest.raises(Interrupted) as caught:
         send(signal.SIGTERM)
     assert caught.value.signal == signal.SIGTERM
 
 
-def test_stopping_may_take_a_lock_that_the_main_thread_holds():
+def test_stopping_may_take_a_lock_that_the_main_thread_holds() -> None:
     lock, stopped = threading.Lock(), threading.Event()
     with Signals() as signals:
 
-        def stop(_reason):
+        def stop(_reason: str) -> None:
             with lock:
                 stopped.set()
 
@@ -181,7 +183,7 @@ def test_stopping_may_take_a_lock_that_the_main_thread_holds():
         assert stopped.wait(5)
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in Signals.CAUGHT]
     with Signals():
         assert [signal.getsignal(number) for number in Signals.CAUGHT] != before

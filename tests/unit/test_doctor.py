@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,11 +18,11 @@ from pyvmm.errors import HostError
 from pyvmm.probes import FAIL, INFO, OK, WARN, Finding
 
 
-def findings(found):
+def findings(found: Iterator[Any]) -> dict[str, Finding]:
     return {finding.name: finding for finding in found}
 
 
-def test_json_is_one_object_that_agrees_with_the_exit_status(capsys):
+def test_json_is_one_object_that_agrees_with_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["doctor", "--json"])
     out, err = capsys.readouterr()
     answer = json.loads(out)
@@ -31,7 +33,7 @@ def test_json_is_one_object_that_agrees_with_the_exit_status(capsys):
     assert {finding["status"] for finding in answer["findings"]} <= {OK, INFO, WARN, FAIL}
 
 
-def test_the_table_names_every_finding_and_ends_with_a_command(capsys):
+def test_the_table_names_every_finding_and_ends_with_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor"])
     out = capsys.readouterr().out
     assert "\x1b" not in out
@@ -41,21 +43,21 @@ def test_the_table_names_every_finding_and_ends_with_a_command(capsys):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="says what an x86_64 machine is told")
-def test_an_x86_machine_is_sent_to_the_lab():
+def test_an_x86_machine_is_sent_to_the_lab() -> None:
     assert findings(probes.host())["architecture"].value.startswith("x86_64: arm64 guests run in the lab")
     assert not Diagnosis.make().direct
 
 
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs a /dev/kvm that may be opened")
-def test_the_kernel_is_asked_what_its_kvm_can():
+def test_the_kernel_is_asked_what_its_kvm_can() -> None:
     assert findings(probes.kvm())["/dev/kvm"].status == OK
 
 
-def no_kvm(*_args):
+def no_kvm(*_args) -> None:
     raise HostError("there is no KVM here", hint="load KVM")
 
 
-def test_no_kvm_is_a_fault_only_where_guests_could_run(monkeypatch):
+def test_no_kvm_is_a_fault_only_where_guests_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.kvm.system.System.open", no_kvm)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     (found,) = probes.kvm()
@@ -66,10 +68,10 @@ def test_no_kvm_is_a_fault_only_where_guests_could_run(monkeypatch):
 
 
 class Kvm:
-    def __init__(self, protected):
+    def __init__(self, protected: HostError | bool) -> None:
         self.protected = protected
 
-    def supports_protected(self):
+    def supports_protected(self) -> bool:
         if isinstance(self.protected, Exception):
             raise self.protected
         return self.protected
@@ -79,19 +81,19 @@ class Kvm:
     ("answer", "status", "word"),
     [(True, OK, "pKVM"), (False, FAIL, "not started in protected mode"), (HostError("busy"), FAIL, "busy")],
 )
-def test_whether_the_host_is_pkvm_is_what_it_answers(answer, status, word):
+def test_whether_the_host_is_pkvm_is_what_it_answers(answer: HostError | bool, status: str, word: str) -> None:
     found = probes._protected(Kvm(answer))
     assert found.status == status
     assert word in found.value
 
 
-def test_large_pages_rule_an_arm64_host_out(monkeypatch):
+def test_large_pages_rule_an_arm64_host_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(os, "sysconf", lambda name: 65536 if name == "SC_PAGE_SIZE" else 1 << 20)
     assert findings(probes.host())["page size"].status == FAIL
 
 
-def test_a_missing_module_is_named_with_its_remedy(monkeypatch):
+def test_a_missing_module_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name in ("structlog", "elftools") else object()
     )
@@ -111,13 +113,17 @@ def test_a_missing_module_is_named_with_its_remedy(monkeypatch):
         ({"python": FAIL, "lab": FAIL}, False, False, "mend python"),
     ],
 )
-def test_an_arm64_machine_is_told_what_it_can_do_and_the_next_step(monkeypatch, status, direct, in_lab, step):
+def test_an_arm64_machine_is_told_what_it_can_do_and_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, status: dict[str, str], direct: bool, in_lab: bool, step: str
+) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     made = Diagnosis([Finding(s, s, status.get(s, OK), "x", f"mend {s}") for s in ("host", "kvm", "python", "lab")])
     assert (made.direct, made.in_lab, made.next_step) == (direct, in_lab, step)
 
 
-def test_a_machine_that_can_do_nothing_exits_5_and_says_what_to_do(monkeypatch, capsys):
+def test_a_machine_that_can_do_nothing_exits_5_and_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = Diagnosis([Finding("lab", "QEMU", FAIL, "not installed", "apt install qemu-system-arm")])
     monkeypatch.setattr(doctor.Diagnosis, "make", lambda: bad)
     assert main(["doctor"]) == 5
@@ -126,7 +132,7 @@ def test_a_machine_that_can_do_nothing_exits_5_and_says_what_to_do(monkeypatch, 
     assert out.endswith("cannot run protected guests yet.\nNext: apt install qemu-system-arm\n")
 
 
-def test_colours_are_for_terminals():
+def test_colours_are_for_terminals() -> None:
     made = Diagnosis([Finding("lab", "QEMU", FAIL, "not installed")])
     assert "\x1b[31mNO\x1b[0m" in "\n".join(made.lines(colours=True))
     assert "\x1b" not in "\n".join(made.lines())

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -124,7 +125,7 @@ reservations = st.lists(st.tuples(st.integers(0, 2**63), st.integers(1, 2**62)),
 @needs_dtc
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(children=st.lists(nodes, max_size=4, unique_by=lambda node: node.name), reserved=reservations)
-def test_dtc_reads_back_every_tree(children, reserved):
+def test_dtc_reads_back_every_tree(children: list[Node], reserved: list[tuple[int, int]]) -> None:
     data = Tree(Node("", {"a": 1}, children), reserved).to_bytes()
     again = dtc(data, "dtb", "-f", "-q", "-q")
     assert again.returncode == 0, again.stderr.decode()
@@ -133,14 +134,14 @@ def test_dtc_reads_back_every_tree(children, reserved):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(children=st.lists(nodes, max_size=4, unique_by=lambda node: node.name))
-def test_every_tree_is_parsed_to_what_was_written(children):
+def test_every_tree_is_parsed_to_what_was_written(children: list[Node]) -> None:
     data = Tree(Node("", {"a": 1}, children)).to_bytes()
     assert flat(parse(data, "a tree")) == read(data)[1]
 
 
 @settings(max_examples=300, deadline=None)
 @given(at=st.integers(0), byte=st.integers(0, 255))
-def test_a_byte_of_a_tree_may_be_any_other(at, byte):
+def test_a_byte_of_a_tree_may_be_any_other(at: int, byte: int) -> None:
     data = bytearray(example())
     data[at % len(data)] = byte
     with contextlib.suppress(UsageError):
@@ -156,7 +157,7 @@ def tree_of(structure: bytes, strings: bytes = b"a\0") -> bytes:
 BEGIN, END_NODE, END = cells32(1, 0), cells32(2), cells32(9)
 
 
-def test_what_means_nothing_in_a_tree_is_passed_over():
+def test_what_means_nothing_in_a_tree_is_passed_over() -> None:
     nop = cells32(4)
     root = parse(tree_of(nop + BEGIN + nop + cells32(3, 1, 0) + b"x\0\0\0" + nop + END_NODE + nop + END), "a tree")
     assert (root.name, root.properties, root.children) == ("", {"a": b"x"}, [])
@@ -198,13 +199,13 @@ def test_what_means_nothing_in_a_tree_is_passed_over():
         "deeper",
     ],
 )
-def test_a_tree_whose_nodes_are_damaged_is_refused(structure, strings):
+def test_a_tree_whose_nodes_are_damaged_is_refused(structure: bytes, strings: bytes) -> None:
     with pytest.raises(UsageError, match=r"^a tree is damaged: its nodes cannot be read"):
         parse(tree_of(structure, strings), "a tree")
 
 
 @given(value=values)
-def test_a_value_is_as_long_as_its_parts(value):
+def test_a_value_is_as_long_as_its_parts(value: bool | bytes | list[int | str]) -> None:
     data = encode(value)
     if value is True:
         assert data == b""
@@ -220,22 +221,22 @@ def test_a_value_is_as_long_as_its_parts(value):
 
 
 @pytest.mark.parametrize("value", [False, -1, 2**32, "a\0b", ["ok", "a\0b"], [1, 2**32]])
-def test_a_value_that_no_cell_or_string_can_hold_is_refused(value):
+def test_a_value_that_no_cell_or_string_can_hold_is_refused(value: int | list[int | str] | str) -> None:
     with pytest.raises(UsageError):
         encode(value)
 
 
-def test_cells_are_big_endian():
+def test_cells_are_big_endian() -> None:
     assert cells32(1, 0xFFFFFFFF) == bytes.fromhex("00000001 ffffffff")
     assert cells64(0x8000_0000, 1 << 40) == bytes.fromhex("0000000080000000 0000010000000000")
 
 
-def test_text_that_is_not_utf8_reaches_the_guest_as_typed():
+def test_text_that_is_not_utf8_reaches_the_guest_as_typed() -> None:
     assert encode(b"caf\xe9".decode("utf-8", "surrogateescape")) == b"caf\xe9\0"
 
 
 @pytest.mark.parametrize("name", ["", "1abc", "a b", "a/b", "a" * 32, "a@", "a@1@2", "é"])
-def test_a_bad_node_name_is_refused(name):
+def test_a_bad_node_name_is_refused(name: str) -> None:
     tree = Tree()
     tree.root.add(name)
     with pytest.raises(UsageError, match="no name for a device tree node"):
@@ -243,12 +244,12 @@ def test_a_bad_node_name_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "a" * 32, "é"])
-def test_a_bad_property_name_is_refused(name):
+def test_a_bad_property_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no name for a device tree property"):
         Tree(Node("", {name: 1})).to_bytes()
 
 
-def test_two_children_with_one_name_are_refused():
+def test_two_children_with_one_name_are_refused() -> None:
     tree = Tree()
     tree.root.add("twin")
     tree.root.add("twin")
@@ -256,7 +257,7 @@ def test_two_children_with_one_name_are_refused():
         tree.to_bytes()
 
 
-def test_a_phandle_is_given_once():
+def test_a_phandle_is_given_once() -> None:
     tree = Tree()
     first, second = tree.root.add("a"), tree.root.add("b")
     assert (tree.phandle(first), tree.phandle(second), tree.phandle(first)) == (1, 2, 1)
@@ -270,7 +271,7 @@ class Uart(Device):
 
     name, node, compatible, clocks = Pl011.name, Pl011.node, Pl011.compatible, Pl011.clocks
 
-    def properties(self):
+    def properties(self) -> dict[str, int]:
         return {"current-speed": 115200}
 
 
@@ -278,7 +279,7 @@ UART = describe(Uart(), layout.PL011.start)
 ECHO = DeviceNode("echo", ("pyvmm,echo",), layout.ECHO.start, 0x1000)
 
 
-def example(**changes) -> bytes:
+def example(**changes: Any) -> bytes:
     parts = {
         "ram": [(layout.RAM_BASE, 256 << 20)],
         "mpidrs": [0, 1],
@@ -290,7 +291,7 @@ def example(**changes) -> bytes:
     return machine_tree(**(parts | changes)).to_bytes()
 
 
-def test_the_machines_tree_says_what_a_guest_needs():
+def test_the_machines_tree_says_what_a_guest_needs() -> None:
     reserved, nodes = read(example())
     assert reserved == []
     assert nodes["/"]["#address-cells"] == nodes["/"]["#size-cells"] == cells32(2)
@@ -312,7 +313,7 @@ def test_the_machines_tree_says_what_a_guest_needs():
     assert nodes["/echo@9110000"] == {"compatible": b"pyvmm,echo\0", "reg": cells64(0x0911_0000, 0x1000)}
 
 
-def test_the_uart_is_a_primecell_with_its_clocks():
+def test_the_uart_is_a_primecell_with_its_clocks() -> None:
     _, nodes = read(example())
     clock = nodes["/clock"]
     assert clock["compatible"] == b"fixed-clock\0"
@@ -328,7 +329,7 @@ def test_the_uart_is_a_primecell_with_its_clocks():
 GIC = GicNode(distributor=(0x0800_0000, 0x1_0000), redistributors=(0x080A_0000, 0x4_0000), its=(0x0808_0000, 0x2_0000))
 
 
-def test_with_an_interrupt_controller_devices_and_the_timer_have_interrupts():
+def test_with_an_interrupt_controller_devices_and_the_timer_have_interrupts() -> None:
     edge = describe(Uart(), layout.PL011.start, 1, Trigger.EDGE)
     _, nodes = read(example(gic=GIC, devices=[edge, ECHO], stdout=edge))
     gic = nodes["/interrupt-controller@8000000"]
@@ -347,24 +348,24 @@ def test_with_an_interrupt_controller_devices_and_the_timer_have_interrupts():
     assert "interrupts" not in nodes["/echo@9110000"]
 
 
-def test_without_an_interrupt_controller_nothing_has_interrupts():
+def test_without_an_interrupt_controller_nothing_has_interrupts() -> None:
     level = describe(Uart(), layout.PL011.start, 1)
     assert example(devices=[level, ECHO], stdout=level) == example()
 
 
-def test_without_initrd_console_or_clocks_the_tree_is_smaller():
+def test_without_initrd_console_or_clocks_the_tree_is_smaller() -> None:
     _, nodes = read(example(devices=[ECHO], stdout=None, initrd=None, bootargs=""))
     assert nodes["/chosen"] == {"bootargs": b"\0"}
     assert "/clock" not in nodes
 
 
-def test_the_same_machine_gives_the_same_bytes():
+def test_the_same_machine_gives_the_same_bytes() -> None:
     assert example() == example()
 
 
 @needs_dtc
 @pytest.mark.parametrize("gic", [None, GIC])
-def test_dtc_has_nothing_to_say_about_the_machines_tree(gic):
+def test_dtc_has_nothing_to_say_about_the_machines_tree(gic: GicNode | None) -> None:
     uart = describe(Uart(), layout.PL011.start, 1)
     source = dtc(example(gic=gic, devices=[uart, ECHO], stdout=uart), "dts")
     assert source.returncode == 0
@@ -434,7 +435,7 @@ def test_what_linux_bindings_ask_and_a_tree_lacks_is_told(tmp_path: Path) -> Non
     assert "'interrupts' is a required property" in told
 
 
-def test_a_device_may_not_override_its_place():
+def test_a_device_may_not_override_its_place() -> None:
     device = DeviceNode("x", ("pyvmm,x",), 0x1000, 0x1000, {"reg": 1})
     with pytest.raises(UsageError, match="may not set 'reg'"):
         example(devices=[device], stdout=None)

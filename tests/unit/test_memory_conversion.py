@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,15 +18,16 @@ from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import PageState
-from pyvmm.memory.slots import Piece, carve
+from pyvmm.memory.memory import Memory
+from pyvmm.memory.slots import Piece, Slot, carve
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, assert_counters_agree, build
+from tests.memory_helper import BASE, NotedVm, assert_counters_agree, build
 
 PAGES = 16
 SIZE = PAGES * PAGE_SIZE
 
 
-def emulated(most=64):
+def emulated(most: int = 64) -> tuple[NotedVm, Memory, Slot]:
     vm, memory, slot = build(Protection.EMULATED, SIZE)
     memory._table._most = most
     for page in range(PAGES):
@@ -38,7 +40,7 @@ def page(number: int) -> int:
     return BASE + number * PAGE_SIZE
 
 
-def convert(memory, number: int, shared: bool) -> int:
+def convert(memory: Memory, number: int, shared: bool) -> int:
     """Do what a guest's hypercall does: convert, and where that went well enter it."""
     status = memory.convert(page(number), shared)
     if status == 0:
@@ -46,7 +48,7 @@ def convert(memory, number: int, shared: bool) -> int:
     return status
 
 
-def test_each_policy_has_the_native_loops_number():
+def test_each_policy_has_the_native_loops_number() -> None:
     assert [POLICIES[policy] for policy in ConversionPolicy] == [
         lib.PV_CONVERT_PRESERVE,
         lib.PV_CONVERT_ZERO,
@@ -56,7 +58,7 @@ def test_each_policy_has_the_native_loops_number():
     assert ConversionPolicy("copy") is ConversionPolicy.COPY
 
 
-def test_a_shared_page_moves_with_its_contents_and_the_host_can_use_it():
+def test_a_shared_page_moves_with_its_contents_and_the_host_can_use_it() -> None:
     vm, memory, slot = emulated()
     with memory:
         assert convert(memory, 5, True) == 0
@@ -69,7 +71,7 @@ def test_a_shared_page_moves_with_its_contents_and_the_host_can_use_it():
         assert_counters_agree(memory)
 
 
-def test_a_page_taken_back_carries_what_the_host_wrote_and_the_slots_grow_together_again():
+def test_a_page_taken_back_carries_what_the_host_wrote_and_the_slots_grow_together_again() -> None:
     vm, memory, slot = emulated()
     with memory:
         convert(memory, 5, True)
@@ -81,7 +83,7 @@ def test_a_page_taken_back_carries_what_the_host_wrote_and_the_slots_grow_togeth
             memory.read(page(5), 1)
 
 
-def test_no_stale_copy_is_left_on_the_side_a_page_has_left():
+def test_no_stale_copy_is_left_on_the_side_a_page_has_left() -> None:
     _, memory, slot = emulated()
     with memory:
         convert(memory, 5, True)
@@ -92,7 +94,7 @@ def test_no_stale_copy_is_left_on_the_side_a_page_has_left():
         assert os.fstat(shared.fd).st_blocks == 0
 
 
-def test_neighbours_that_are_shared_need_one_slot():
+def test_neighbours_that_are_shared_need_one_slot() -> None:
     vm, memory, _ = emulated()
     with memory:
         for number in (3, 5, 4):
@@ -105,13 +107,13 @@ def test_neighbours_that_are_shared_need_one_slot():
 
 
 @pytest.mark.parametrize("gpa", [BASE + 1, BASE - PAGE_SIZE, BASE + SIZE, 0, 1 << 60])
-def test_a_page_that_is_none_gets_the_smccc_error_el2_gives(gpa):
+def test_a_page_that_is_none_gets_the_smccc_error_el2_gives(gpa: int) -> None:
     _, memory, _ = emulated()
     with memory:
         assert memory.convert(gpa, True) == memory.convert(gpa, False) == -3
 
 
-def test_sharing_twice_and_taking_back_what_is_not_shared_are_refused():
+def test_sharing_twice_and_taking_back_what_is_not_shared_are_refused() -> None:
     vm, memory, _ = emulated()
     with memory:
         assert convert(memory, 1, False) == -3
@@ -121,7 +123,7 @@ def test_sharing_twice_and_taking_back_what_is_not_shared_are_refused():
         assert len(vm.calls) == calls
 
 
-def test_a_guest_that_uses_up_the_slots_is_refused_and_the_rest_goes_on():
+def test_a_guest_that_uses_up_the_slots_is_refused_and_the_rest_goes_on() -> None:
     _, memory, _ = emulated(most=5)
     with memory:
         assert [convert(memory, number, True) for number in (1, 3, 5)] == [0, 0, -1]
@@ -132,7 +134,7 @@ def test_a_guest_that_uses_up_the_slots_is_refused_and_the_rest_goes_on():
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("call", range(4))
-def test_what_kvm_refuses_is_undone(call, shared):
+def test_what_kvm_refuses_is_undone(call: int, shared: bool) -> None:
     vm, memory, slot = emulated()
     with memory:
         if not shared:
@@ -147,15 +149,15 @@ def test_what_kvm_refuses_is_undone(call, shared):
         assert memory.probe(page(5)) is shared
 
 
-def test_others_are_kept_out_of_the_guest_while_slots_move():
+def test_others_are_kept_out_of_the_guest_while_slots_move() -> None:
     vm, memory, _ = emulated()
     held: list[str] = []
 
     class Quiet:
-        def __enter__(self):
+        def __enter__(self) -> None:
             held.append(f"after {len(vm.calls)}")
 
-        def __exit__(self, *_):
+        def __exit__(self, *_) -> None:
             held.append(f"after {len(vm.calls)}")
 
     memory.quiesce = Quiet
@@ -164,14 +166,14 @@ def test_others_are_kept_out_of_the_guest_while_slots_move():
         assert held == ["after 1", "after 5"]
 
 
-def test_only_the_emulated_protection_moves_pages():
+def test_only_the_emulated_protection_moves_pages() -> None:
     for protection in (Protection.NONE, Protection.PKVM):
         _, memory, _ = build(protection)
         with memory, pytest.raises(UsageError, match="only the emulated"):
             memory.convert(BASE, True)
 
 
-def test_a_slot_whose_pages_moved_is_removed_whole_and_its_backing_can_be_used_again():
+def test_a_slot_whose_pages_moved_is_removed_whole_and_its_backing_can_be_used_again() -> None:
     vm, memory, slot = emulated()
     with memory:
         backing = slot.backing
@@ -186,7 +188,7 @@ def test_a_slot_whose_pages_moved_is_removed_whole_and_its_backing_can_be_used_a
         assert memory.read(page(4), 1) == b"\5"
 
 
-def test_a_hole_punched_in_moved_pages_reaches_the_file_they_are_in():
+def test_a_hole_punched_in_moved_pages_reaches_the_file_they_are_in() -> None:
     _, memory, _ = emulated()
     with memory:
         convert(memory, 5, True)
@@ -198,7 +200,7 @@ def test_a_hole_punched_in_moved_pages_reaches_the_file_they_are_in():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, PAGES - 1), st.booleans()), max_size=24))
-def test_any_order_of_conversions_keeps_every_page_and_its_side(orders):
+def test_any_order_of_conversions_keeps_every_page_and_its_side(orders: list[tuple[int, bool]]) -> None:
     vm, memory, slot = emulated()
     with memory:
         shared = set()
@@ -217,7 +219,7 @@ def test_any_order_of_conversions_keeps_every_page_and_its_side(orders):
 
 
 @given(st.data())
-def test_carving_covers_the_same_range_without_gap_overlap_or_needless_seam(data):
+def test_carving_covers_the_same_range_without_gap_overlap_or_needless_seam(data: st.DataObject) -> None:
     files = ["private", "shared"]
     pieces = [Piece(Gpa(BASE), SIZE, files[0], 0)]
     for _ in range(data.draw(st.integers(1, 8))):
@@ -235,8 +237,8 @@ def test_carving_covers_the_same_range_without_gap_overlap_or_needless_seam(data
         assert inside[0].backing == which
 
 
-def test_moved_pages_leak_nothing():
-    def usage():
+def test_moved_pages_leak_nothing() -> None:
+    def usage() -> tuple[int, list[Any]]:
         with open("/proc/self/maps") as maps:
             lines = [line for line in maps if "pyvmm-guest" in line or "---p" in line]
         return len(os.listdir("/proc/self/fd")), lines

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,10 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, PyvmmError, UsageError
 from pyvmm.memory import on_demand
 from pyvmm.memory.address import MIB, PAGE_SIZE
+from pyvmm.memory.memory import Memory
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.protection import Protection
-from tests.memory_helper import BASE, build
+from tests.memory_helper import BASE, NotedVm, build
 
 START = 0x2000_0000
 GRANULE = 2 * PAGE_SIZE
@@ -40,7 +42,11 @@ def contents(gpa: int, size: int) -> bytes:
     return b"".join(page.to_bytes(8, "little") * 512 for page in range(gpa, gpa + size, PAGE_SIZE))
 
 
-def attached(protection=Protection.NONE, ranges=((START, 8 * GRANULE),), **options):
+def attached(
+    protection: Protection = Protection.NONE,
+    ranges: list[tuple[int, int]] | tuple[tuple[int, int]] = ((START, 8 * GRANULE),),
+    **options: Any,
+) -> tuple[NotedVm, Memory, OnDemand]:
     vm, memory, _ = build(protection, most=64)
     lazy = OnDemand(ranges, **{"granule": GRANULE, "fill": contents} | options)
     lazy.attach(memory)
@@ -48,7 +54,7 @@ def attached(protection=Protection.NONE, ranges=((START, 8 * GRANULE),), **optio
     return vm, memory, lazy
 
 
-def test_an_access_brings_its_granule_and_is_made_again():
+def test_an_access_brings_its_granule_and_is_made_again() -> None:
     vm, memory, lazy = attached()
     with memory:
         access = Access(START + 3 * GRANULE + PAGE_SIZE + 4092)
@@ -59,7 +65,7 @@ def test_an_access_brings_its_granule_and_is_made_again():
         assert (lazy.slots, lazy.late, lazy.refused) == (1, 0, 0)
 
 
-def test_an_access_elsewhere_is_not_ours():
+def test_an_access_elsewhere_is_not_ours() -> None:
     vm, memory, lazy = attached()
     with memory:
         for gpa in (0, START - 1, START + 8 * GRANULE, (1 << 64) - 1):
@@ -69,7 +75,7 @@ def test_an_access_elsewhere_is_not_ours():
         assert len(vm.live) == 1
 
 
-def test_an_access_that_finds_its_memory_there_is_only_made_again():
+def test_an_access_that_finds_its_memory_there_is_only_made_again() -> None:
     _, memory, lazy = attached()
     with memory:
         lazy(Access(START).native)
@@ -81,7 +87,7 @@ def test_an_access_that_finds_its_memory_there_is_only_made_again():
         assert (lazy.slots, lazy.late) == (1, 1)
 
 
-def test_the_last_granule_ends_with_its_range():
+def test_the_last_granule_ends_with_its_range() -> None:
     vm, memory, lazy = attached(ranges=[(START + 16 * MIB, PAGE_SIZE), (START, GRANULE + PAGE_SIZE)])
     with memory:
         lazy(Access(START + GRANULE + 1).native)
@@ -89,7 +95,7 @@ def test_the_last_granule_ends_with_its_range():
         assert vm.layout()[:2] == [(START + GRANULE, PAGE_SIZE), (START + 16 * MIB, PAGE_SIZE)]
 
 
-def test_what_is_not_filled_is_zeros():
+def test_what_is_not_filled_is_zeros() -> None:
     for fill in (None, lambda _gpa, _size: None, lambda _gpa, _size: b"", lambda _gpa, _size: b"some"):
         _, memory, lazy = attached(fill=fill)
         with memory:
@@ -98,7 +104,7 @@ def test_what_is_not_filled_is_zeros():
 
 
 @pytest.mark.parametrize("protection", list(Protection), ids=lambda p: p.value)
-def test_contents_are_there_before_the_guest_and_then_the_guests_alone(protection):
+def test_contents_are_there_before_the_guest_and_then_the_guests_alone(protection: Protection) -> None:
     _, memory, lazy = attached(protection)
     with memory:
         lazy(Access(START).native)
@@ -110,7 +116,7 @@ def test_contents_are_there_before_the_guest_and_then_the_guests_alone(protectio
                 memory.read(START, 8)
 
 
-def test_a_guest_gets_so_many_slots_and_no_more():
+def test_a_guest_gets_so_many_slots_and_no_more() -> None:
     vm, memory, lazy = attached(limit=3)
     with memory:
         assert [lazy(Access(START + index * GRANULE).native) for index in range(8)] == [True] * 3 + [False] * 5
@@ -119,7 +125,7 @@ def test_a_guest_gets_so_many_slots_and_no_more():
         assert len(vm.live) == 4
 
 
-def test_a_kernel_that_has_no_slot_left_is_not_asked():
+def test_a_kernel_that_has_no_slot_left_is_not_asked() -> None:
     _, memory, lazy = attached()
     with memory:
         memory._table._most = 2
@@ -129,7 +135,7 @@ def test_a_kernel_that_has_no_slot_left_is_not_asked():
         assert lazy.refused == 1
 
 
-def test_a_slot_that_was_removed_comes_back_as_it_was():
+def test_a_slot_that_was_removed_comes_back_as_it_was() -> None:
     _, memory, lazy = attached()
     with memory:
         lazy(Access(START).native)
@@ -139,10 +145,10 @@ def test_a_slot_that_was_removed_comes_back_as_it_was():
         assert memory.read(START, 7) == b"changed"
 
 
-def test_vcpus_that_reach_for_one_granule_at_once_get_one_slot():
+def test_vcpus_that_reach_for_one_granule_at_once_get_one_slot() -> None:
     filled = []
 
-    def fill(gpa, size):
+    def fill(gpa: int, size: int) -> bytes:
         filled.append(gpa)
         time.sleep(0.01)
         return contents(gpa, size)
@@ -157,7 +163,7 @@ def test_vcpus_that_reach_for_one_granule_at_once_get_one_slot():
         assert (lazy.slots, lazy.late) == (4, 28)
 
 
-def test_what_fill_raises_reaches_the_caller_and_leaves_no_slot():
+def test_what_fill_raises_reaches_the_caller_and_leaves_no_slot() -> None:
     vm, memory, lazy = attached(fill=lambda gpa, _size: {}[gpa])
     with memory:
         with pytest.raises(KeyError):
@@ -170,7 +176,7 @@ def test_what_fill_raises_reaches_the_caller_and_leaves_no_slot():
         assert len(vm.live) == 1
 
 
-def test_what_kvm_refuses_reaches_the_caller_and_can_be_tried_again():
+def test_what_kvm_refuses_reaches_the_caller_and_can_be_tried_again() -> None:
     vm, memory, lazy = attached()
     with memory:
         vm.refuse = len(vm.calls)
@@ -180,7 +186,7 @@ def test_what_kvm_refuses_reaches_the_caller_and_can_be_tried_again():
         assert lazy.slots == 1
 
 
-def test_its_files_are_few_and_go_with_the_memory():
+def test_its_files_are_few_and_go_with_the_memory() -> None:
     before = len(os.listdir("/proc/self/fd"))
     _, memory, lazy = attached(ranges=[(START, GRANULE), (1 << 38, 1 << 38)])
     with memory:
@@ -203,12 +209,14 @@ def test_its_files_are_few_and_go_with_the_memory():
         ([(START, 2 * GRANULE), (START + GRANULE, GRANULE)], {}, "overlaps the range before"),
     ],
 )
-def test_ranges_that_make_no_sense_are_refused(ranges, options, words):
+def test_ranges_that_make_no_sense_are_refused(
+    ranges: list[tuple[int, int]], options: dict[str, int], words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         OnDemand(ranges, **options)
 
 
-def test_ranges_lie_where_neither_memory_nor_a_device_is():
+def test_ranges_lie_where_neither_memory_nor_a_device_is() -> None:
     _, memory, _ = build(ipa_bits=36)
     ranges = ffi.new("struct pv_range[]", [{"base": 0x900_0000, "size": 0x1000}])
     bus = ffi.new("struct pv_bus *", {"count": 1, "ranges": ranges})
@@ -223,7 +231,7 @@ def test_ranges_lie_where_neither_memory_nor_a_device_is():
         OnDemand([(0x900_1000, MIB), (0x800_0000, 16 * MIB)]).attach(memory)
 
 
-def test_a_protected_guests_memory_must_be_lockable_as_far_as_the_limit_goes(monkeypatch):
+def test_a_protected_guests_memory_must_be_lockable_as_far_as_the_limit_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(on_demand, "require_memlock", asked.append)
     for limit, most in ((2, 2 * GRANULE), (1000, 8 * GRANULE)):
@@ -231,7 +239,7 @@ def test_a_protected_guests_memory_must_be_lockable_as_far_as_the_limit_goes(mon
         memory.close()
         assert asked.pop() == MIB + most
 
-    def refuse(_bytes):
+    def refuse(_bytes: int) -> None:
         raise HostError("too little")
 
     monkeypatch.setattr(on_demand, "require_memlock", refuse)
@@ -239,7 +247,7 @@ def test_a_protected_guests_memory_must_be_lockable_as_far_as_the_limit_goes(mon
         attached(Protection.PKVM)
 
 
-def test_it_is_attached_once_and_before_it_is_called():
+def test_it_is_attached_once_and_before_it_is_called() -> None:
     lazy = OnDemand([(START, GRANULE)])
     with pytest.raises(PyvmmError, match="is not attached"):
         lazy(Access(START).native)
@@ -250,7 +258,7 @@ def test_it_is_attached_once_and_before_it_is_called():
             lazy.attach(memory)
 
 
-def test_an_answer_withheld_changes_only_why_the_guest_came_out():
+def test_an_answer_withheld_changes_only_why_the_guest_came_out() -> None:
     access = Access(START)
     access.run[3] = 77
     lib.pv_mmio_retry(access.native)

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,7 +26,7 @@ SIZE = 16 * PAGE_SIZE
 
 
 @pytest.fixture
-def memory():
+def memory() -> Iterator[Memfd]:
     """Guest memory that is nobody's yet."""
     with Memfd(SIZE) as backing:
         yield backing
@@ -42,7 +43,7 @@ def write(address: int, data: bytes) -> int:
     return lib.pv_copy(ffi.cast("void *", address), ffi.from_buffer(data), len(data))
 
 
-def test_a_missing_page_is_told_and_its_reader_waits_for_what_it_becomes(userfault, memory):
+def test_a_missing_page_is_told_and_its_reader_waits_for_what_it_becomes(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(lambda: (threading.get_native_id(), look(memory.hva + PAGE_SIZE + 8)))
@@ -58,10 +59,10 @@ def test_a_missing_page_is_told_and_its_reader_waits_for_what_it_becomes(userfau
         assert not userfault.wait(0)
 
 
-def test_a_server_answers_with_what_its_callback_says(userfault, memory):
+def test_a_server_answers_with_what_its_callback_says(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
 
-    def resolve(fault):
+    def resolve(fault: module.Fault) -> Answer | bytes:
         index = (fault.page - memory.hva) // PAGE_SIZE
         return Answer.ZERO if index == 3 else bytes([index]) * PAGE_SIZE
 
@@ -72,7 +73,9 @@ def test_a_server_answers_with_what_its_callback_says(userfault, memory):
     assert not server.alive
 
 
-def test_an_answer_may_be_several_pages_and_leaves_those_alone_that_are_there(userfault, memory):
+def test_an_answer_may_be_several_pages_and_leaves_those_alone_that_are_there(
+    userfault: Userfault, memory: Memfd
+) -> None:
     write(memory.hva + 2 * PAGE_SIZE, b"kept")
     userfault.register(memory.hva, SIZE, missing=True)
     with Server(userfault, lambda _fault: b"new." * (SIZE // 4)) as server:
@@ -91,7 +94,9 @@ def test_an_answer_may_be_several_pages_and_leaves_those_alone_that_are_there(us
         (None, "NoneType is no answer"),
     ],
 )
-def test_an_answer_that_cannot_be_leaves_the_reader_waiting_and_is_raised(userfault, memory, answer, words):
+def test_an_answer_that_cannot_be_leaves_the_reader_waiting_and_is_raised(
+    userfault: Userfault, memory: Memfd, answer: Answer | bytes | None, words: str
+) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     heard = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -104,11 +109,11 @@ def test_an_answer_that_cannot_be_leaves_the_reader_waiting_and_is_raised(userfa
         assert reader.result(10) == bytes(8)
 
 
-def test_what_one_server_leaves_the_next_one_answers(userfault, memory):
+def test_what_one_server_leaves_the_next_one_answers(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     going_on, asked = threading.Event(), threading.Event()
 
-    def slow(_fault):
+    def slow(_fault: module.Fault) -> Answer:
         asked.set()
         going_on.wait(10)
         return Answer.ZERO
@@ -124,7 +129,7 @@ def test_what_one_server_leaves_the_next_one_answers(userfault, memory):
             assert first.served[FaultKind.MISSING] + second.served[FaultKind.MISSING] >= 4
 
 
-def test_closing_stops_the_server_and_lets_who_waits_go_on(userfault, memory):
+def test_closing_stops_the_server_and_lets_who_waits_go_on(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     with ThreadPoolExecutor(1) as pool:
         server = Server(userfault, lambda _fault: {}[1])
@@ -141,13 +146,13 @@ def test_closing_stops_the_server_and_lets_who_waits_go_on(userfault, memory):
             attempt()
 
 
-def test_there_is_one_server_at_a_time(userfault):
+def test_there_is_one_server_at_a_time(userfault: Userfault) -> None:
     with Server(userfault, lambda _fault: Answer.ZERO), pytest.raises(UsageError, match="being served already"):
         Server(userfault, lambda _fault: Answer.ZERO)
     Server(userfault, lambda _fault: Answer.ZERO).stop()
 
 
-def test_unregistering_lets_who_waits_go_on(userfault, memory):
+def test_unregistering_lets_who_waits_go_on(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(look, memory.hva)
@@ -156,7 +161,7 @@ def test_unregistering_lets_who_waits_go_on(userfault, memory):
         assert reader.result(10) == bytes(8)
 
 
-def test_pages_that_the_file_has_are_minor_faults(userfault, memory):
+def test_pages_that_the_file_has_are_minor_faults(userfault: Userfault, memory: Memfd) -> None:
     memory.separate_view()
     memory.load(0, b"file")
     userfault.register(memory.hva, SIZE, minor=True)
@@ -169,7 +174,7 @@ def test_pages_that_the_file_has_are_minor_faults(userfault, memory):
         userfault.continue_(memory.hva + PAGE_SIZE)
 
 
-def test_a_store_to_a_write_protected_page_waits_until_it_is_allowed(userfault, memory):
+def test_a_store_to_a_write_protected_page_waits_until_it_is_allowed(userfault: Userfault, memory: Memfd) -> None:
     write(memory.hva, b"before")
     userfault.register(memory.hva, SIZE, wp=True, missing=True)
     userfault.write_protect(memory.hva)
@@ -185,7 +190,7 @@ def test_a_store_to_a_write_protected_page_waits_until_it_is_allowed(userfault, 
         assert server.served == {FaultKind.WP: 1}
 
 
-def test_any_access_to_a_read_write_protected_page_waits(userfault, memory):
+def test_any_access_to_a_read_write_protected_page_waits(userfault: Userfault, memory: Memfd) -> None:
     if not userfault.features & UFFD_FEATURE_RWP:
         with pytest.raises(HostError, match="does not tell rwp faults"):
             userfault.register(memory.hva, SIZE, rwp=True)
@@ -198,7 +203,7 @@ def test_any_access_to_a_read_write_protected_page_waits(userfault, memory):
         assert server.served == {FaultKind.RWP: 1}
 
 
-def test_a_page_that_is_there_is_not_copied_over(userfault, memory):
+def test_a_page_that_is_there_is_not_copied_over(userfault: Userfault, memory: Memfd) -> None:
     write(memory.hva + PAGE_SIZE, b"kept")
     userfault.register(memory.hva, SIZE, missing=True)
     with pytest.raises(UserfaultError, match=r"UFFDIO_COPY\(.*size=0x3000.*EEXIST: a page is there") as caught:
@@ -216,12 +221,14 @@ def test_a_page_that_is_there_is_not_copied_over(userfault, memory):
         ({"wp": True, "rwp": True}, PyvmmError, "rwp"),
     ],
 )
-def test_modes_that_make_no_sense_are_refused_in_words(userfault, memory, modes, kind, words):
+def test_modes_that_make_no_sense_are_refused_in_words(
+    userfault: Userfault, memory: Memfd, modes: dict[str, bool], kind: type[PyvmmError] | type[UsageError], words: str
+) -> None:
     with pytest.raises(kind, match=words):
         userfault.register(memory.hva, SIZE, **modes)
 
 
-def test_the_kernels_refusals_come_in_words(userfault, memory):
+def test_the_kernels_refusals_come_in_words(userfault: Userfault, memory: Memfd) -> None:
     with pytest.raises(UserfaultError, match=r"UFFDIO_REGISTER\(uffd=\d+, 0x.*, size=0x10000, mode=0x1\): EINVAL"):
         userfault.register(memory.hva + 1, SIZE, missing=True)
     with pytest.raises(UserfaultError, match="ENOENT: the range is not registered for this"):
@@ -232,7 +239,7 @@ def test_the_kernels_refusals_come_in_words(userfault, memory):
             userfault.register(memory.hva, SIZE, missing=True)
 
 
-def test_events_that_nobody_would_read_are_refused():
+def test_events_that_nobody_would_read_are_refused() -> None:
     with pytest.raises(UsageError, match="events"):
         Userfault.open(features=UFFD_FEATURE_EVENT_FORK)
 
@@ -245,7 +252,9 @@ def test_events_that_nobody_would_read_are_refused():
         (errno.EMFILE, "EMFILE", None),
     ],
 )
-def test_why_there_is_none_and_what_to_do(monkeypatch, code, words, hint):
+def test_why_there_is_none_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, code: int, words: str, hint: str | None
+) -> None:
     monkeypatch.setattr(module, "DEVICE", "/nonexistent")
     monkeypatch.setattr(libc, "syscall", lambda *_: (-1, code))
     with pytest.raises(HostError, match=words) as caught:
@@ -253,7 +262,7 @@ def test_why_there_is_none_and_what_to_do(monkeypatch, code, words, hint):
     assert caught.value.hint is None if hint is None else re.search(hint, caught.value.hint)
 
 
-def test_either_way_in_will_do(monkeypatch):
+def test_either_way_in_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("/nonexistent", module.DEVICE):
         monkeypatch.setattr(module, "DEVICE", device)
         try:
@@ -264,7 +273,7 @@ def test_either_way_in_will_do(monkeypatch):
 
 
 @pytest.mark.usefixtures("userfault")
-def test_a_server_leaves_no_thread_and_no_descriptor(memory):
+def test_a_server_leaves_no_thread_and_no_descriptor(memory: Memfd) -> None:
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(3):
         with Userfault.open(user_mode_only=True) as other, Server(other, lambda _fault: Answer.ZERO):

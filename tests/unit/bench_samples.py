@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from pyvmm.bench import model
 from pyvmm.bench.model import Run, Series
@@ -44,7 +45,17 @@ TICK = 16.0
 """ns in a tick of a counter at 62.5 MHz: values are whole ticks."""
 
 
-def series(values, *, case="fault", metric="touch", point=None, rounds=(), warmup=0, unit="ns", **more) -> Series:
+def series(
+    values: object,
+    *,
+    case: str = "fault",
+    metric: str = "touch",
+    point: dict[str, int | str] | None = None,
+    rounds: list[int] | tuple[int, ...] = (),
+    warmup: int = 0,
+    unit: str = "ns",
+    **more: Any,
+) -> Series:
     """A series in few words."""
     more = {"clock": "guest", "per": "page"} | more
     more |= {name: tuple(more[name]) for name in ("places", "began") if name in more}
@@ -52,12 +63,12 @@ def series(values, *, case="fault", metric="touch", point=None, rounds=(), warmu
     return Series(case, point, metric, unit=unit, values=tuple(values), warmup=warmup, rounds=tuple(rounds), **more)
 
 
-def run(*some, environment=None, **more) -> Run:
+def run(*some: Series, environment: dict[str, int | str | None] | None = None, **more: Any) -> Run:
     """A whole run in few words."""
     return Run(ENVIRONMENT if environment is None else environment, {}, some, {"seconds": 1.0}, **more)
 
 
-def per_round(middles, count=40, *, seed=1, spread=0.02, **more) -> Series:
+def per_round(middles: list[float], count: int = 40, *, seed: int = 1, spread: float = 0.02, **more: Any) -> Series:
     """A series whose rounds lie around ``middles``; none is warm-up."""
     rng = random.Random(seed)
     values = [rng.gauss(middle, spread * middle) for middle in middles for _ in range(count)]
@@ -115,7 +126,20 @@ class _Making:
         value *= self._rng.uniform(4, 40) if self._rng.random() < 0.004 else 1
         return round(max(round(value / TICK), 1) * TICK, 3)
 
-    def keep(self, case, metric, point, middle, *, pages=0, clock="guest", unit="ns", per="page", places=None, **notes):
+    def keep(
+        self,
+        case: str,
+        metric: str,
+        point: dict[str, int | str],
+        middle: float,
+        *,
+        pages: int = 0,
+        clock: str = "guest",
+        unit: str = "ns",
+        per: str = "page",
+        places: list[int] | None = None,
+        **notes: Any,
+    ) -> None:
         """Make five rounds, the first of them warm-up."""
         pages = pages or self._pages
         shift = [self._rng.lognormvariate(0, 0.01) for _ in range(ROUNDS)]
@@ -145,7 +169,7 @@ class _Making:
             )
         )
 
-    def cannot(self, case, point, why):
+    def cannot(self, case: str, point: dict[str, int | str], why: str) -> None:
         self.series.append(Series(case, point, "cost", "guest", "ns", "page", unavailable=why))
 
     def order(self, how: str) -> list[int]:

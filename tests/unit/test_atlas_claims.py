@@ -22,13 +22,13 @@ CLAIMS = all_claims()
 IDS = [claim.id for claim in CLAIMS]
 
 
-def test_there_are_claims_in_every_group_and_60_or_more():
+def test_there_are_claims_in_every_group_and_60_or_more() -> None:
     assert {claim.group for claim in CLAIMS} == set(GROUPS)
     assert len(CLAIMS) >= 60
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=IDS)
-def test_a_claim_is_one_sentence_with_an_origin(claim: Claim):
+def test_a_claim_is_one_sentence_with_an_origin(claim: Claim) -> None:
     assert re.fullmatch(r"[A-Z0-9].*[^.]\.", claim.says), claim.says
     assert ". " not in claim.says.replace("e.g. ", "")
     assert len(claim.says) <= 200
@@ -37,7 +37,7 @@ def test_a_claim_is_one_sentence_with_an_origin(claim: Claim):
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=IDS)
-def test_a_claim_is_tried_only_where_a_machine_can_be(claim: Claim):
+def test_a_claim_is_tried_only_where_a_machine_can_be(claim: Claim) -> None:
     for place in claim.places:
         assert place.backing in BACKINGS
         if place.protection is Protection.PKVM:
@@ -47,7 +47,7 @@ def test_a_claim_is_tried_only_where_a_machine_can_be(claim: Claim):
     assert len(set(claim.places)) == len(claim.places)
 
 
-def test_claims_are_found_by_id_by_group_and_without_the_group():
+def test_claims_are_found_by_id_by_group_and_without_the_group() -> None:
     whole = CLAIMS[0]
     assert select([whole.id], CLAIMS) == [whole]
     assert select([whole.id.partition("/")[2]], CLAIMS)[0] == whole
@@ -66,13 +66,13 @@ def test_claims_are_found_by_id_by_group_and_without_the_group():
         ("", "groups are fault-in"),
     ],
 )
-def test_an_unknown_claim_is_refused_and_the_nearest_are_offered(asked: str, offered: str):
+def test_an_unknown_claim_is_refused_and_the_nearest_are_offered(asked: str, offered: str) -> None:
     with pytest.raises(UsageError, match=f"no claim is called '{asked}'") as caught:
         select([asked], CLAIMS)
     assert offered in (caught.value.hint or "")
 
 
-def test_every_module_of_claims_is_named_after_its_group():
+def test_every_module_of_claims_is_named_after_its_group() -> None:
     """So that asking for one group imports no other."""
     for claim in CLAIMS:
         module = claim.function.__module__.rpartition(".")[2]
@@ -85,14 +85,14 @@ def test_every_module_of_claims_is_named_after_its_group():
     assert done.stdout.strip() in ("{'huge', 'lazy'}", "{'lazy', 'huge'}")
 
 
-def test_places_can_be_narrowed_down():
+def test_places_can_be_narrowed_down() -> None:
     everything = tasks(CLAIMS)
     assert {task.place.protection for task in tasks(CLAIMS, ["pkvm"])} == {Protection.PKVM}
     assert {task.place.backing for task in tasks(CLAIMS, [], ["private"])} == {"private"}
     assert len(everything) == sum(len(claim.places) for claim in CLAIMS)
 
 
-def test_a_group_that_is_not_one_and_a_claim_tried_nowhere_are_refused():
+def test_a_group_that_is_not_one_and_a_claim_tried_nowhere_are_refused() -> None:
     with pytest.raises(ValueError, match="no group"):
         group("nonsense")
     with pytest.raises(ValueError, match="nowhere"):
@@ -106,7 +106,7 @@ TABLES = tomllib.loads(expected.FILE.read_text())
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_everything_expected_is_of_a_claim_and_a_place_that_there_is(name: str):
+def test_everything_expected_is_of_a_claim_and_a_place_that_there_is(name: str) -> None:
     kernel, _, mode = name.partition(" ")
     assert set(TABLES[name]) <= set(IDS)
     verdicts = expected.expected({"kernel": f"{kernel}.1", "mode": mode}, CLAIMS)
@@ -114,11 +114,11 @@ def test_everything_expected_is_of_a_claim_and_a_place_that_there_is(name: str):
     assert Verdict.CRASHED not in verdicts.values()
 
 
-def test_the_newest_known_kernel_has_an_expectation_for_every_claim_everywhere():
+def test_the_newest_known_kernel_has_an_expectation_for_every_claim_everywhere() -> None:
     verdicts = expected.expected({"kernel": "7.3.4+deb13-arm64", "mode": "protected"}, CLAIMS)
     assert set(verdicts) == {(c.id, p.protection.value, p.backing) for c in CLAIMS for p in c.places}
 
 
-def test_nothing_is_expected_of_an_unknown_kernel():
+def test_nothing_is_expected_of_an_unknown_kernel() -> None:
     assert expected.expected({"kernel": "99.1", "mode": "protected"}, CLAIMS) == {}
     assert expected.expected({}, CLAIMS) == {}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
@@ -35,8 +36,12 @@ class Page(HTMLParser):
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.open, self.ids, self.links, self.scripts, self.words = [], [], [], [], []
-        self.classes = []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.scripts: list[list[Any]] = []  # attributes and text of each
+        self.words: list[str] = []
+        self.classes: list[tuple[str, Any, Any]] = []
         self.feed(source)
         self.close()
         assert self.open == []
@@ -48,10 +53,10 @@ class Page(HTMLParser):
         if tag == "script":
             self.scripts.append([dict(attrs), ""])
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen(tag, dict(attrs))
 
-    def seen(self, tag: str, attrs: dict[str, str | None]) -> None:
+    def seen(self, tag: str, attrs: dict[str, Any]) -> None:
         assert tag in OURS
         assert not [name for name in attrs if name.startswith("on")]
         self.ids += [attrs["id"]] if "id" in attrs else []
@@ -67,7 +72,7 @@ class Page(HTMLParser):
         elif self.open[-1:] != ["style"]:
             self.words.append(data)
 
-    def handle_comment(self, data) -> None:
+    def handle_comment(self, data: str) -> None:
         raise AssertionError(f"a comment: {data}")
 
     @property
@@ -87,8 +92,8 @@ def result(
     return Result(name, group, "It is kept.", "thread", protection, backing, verdict, reason, **more)
 
 
-def page(*results: Result, host: dict[str, bool | str] | None = None, **options: Any) -> Page:
-    return Page(html.render(Atlas(host or {}, results), **options))
+def page(*results: Result, host: Mapping[str, bool | int | str] | None = None, **options: Any) -> Page:
+    return Page(html.render(Atlas(dict(host or {}), results), **options))
 
 
 # ---- harmless ----------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ def test_nasty_texts_are_shown_as_they_are() -> None:
 def test_only_the_pages_own_script_may_run() -> None:
     source = html.render(REALISTIC)
     digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
-    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)[1]
+    [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)
     assert policy.startswith("default-src 'none'; ")
     assert f"script-src 'sha256-{digest}';" in policy
     assert f"<script>{style.SCRIPT}</script>" in source

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ REALISTIC = samples.realistic()
 EXPECTED = st.dictionaries(st.sampled_from([result.key for result in REALISTIC.results]), st.sampled_from(Verdict))
 
 
-def result(verdict=HOLDS, reason="", **more):
+def result(verdict: Verdict = HOLDS, reason: str = "", **more: Any) -> Result:
     return Result("share/kept", "share", "It is kept.", "thread", "pkvm", "memfd", verdict, reason, **more)
 
 
@@ -44,12 +45,14 @@ def result(verdict=HOLDS, reason="", **more):
         (CRASHED, UNTOLD, "error"),
     ],
 )
-def test_what_a_verdict_is_to_a_machine_that_counts_tests(verdict, expected, wanted):
+def test_what_a_verdict_is_to_a_machine_that_counts_tests(
+    verdict: Verdict, expected: Verdict | None, wanted: str
+) -> None:
     one = result(verdict)
     assert junit.outcome(one, {} if expected is None else {one.key: expected}) == wanted
 
 
-def test_a_case_says_where_what_and_why():
+def test_a_case_says_where_what_and_why() -> None:
     evidence = (Evidence("a load faults", True, True), Evidence("kB locked", 8, 16), Evidence("page", "0x8100_0000"))
     one = result(FAILS, "for\nthis", evidence=evidence, times={"seconds": 1.25})
     root = ET.fromstring(junit.render(Atlas({"kernel": "7.3", "tcg": True}, (one,)), {one.key: HOLDS}))
@@ -79,7 +82,7 @@ def test_a_case_says_where_what_and_why():
     )
 
 
-def test_groups_are_suites_and_results_cases_in_the_order_of_the_run():
+def test_groups_are_suites_and_results_cases_in_the_order_of_the_run() -> None:
     root = ET.fromstring(junit.render(REALISTIC))
     assert [suite.get("name") for suite in root] == list(samples.SAYS)
     assert [f"{case.get('classname')}/{case.get('name')}" for case in root.iter("testcase")] == [
@@ -90,7 +93,7 @@ def test_groups_are_suites_and_results_cases_in_the_order_of_the_run():
 
 @samples.arbitrary
 @given(EXPECTED)
-def test_the_counts_are_those_of_the_cases(expected):
+def test_the_counts_are_those_of_the_cases(expected: dict[tuple[str, str, str], Verdict]) -> None:
     root = ET.fromstring(junit.render(REALISTIC, expected))
     for element in (root, *root.iter("testsuite")):
         cases = list(element.iter("testcase"))
@@ -101,19 +104,19 @@ def test_the_counts_are_those_of_the_cases(expected):
 
 @samples.arbitrary
 @given(samples.atlases)
-def test_whatever_is_in_an_atlas_the_document_can_be_parsed(some):
+def test_whatever_is_in_an_atlas_the_document_can_be_parsed(some: Atlas) -> None:
     said = junit.render(some)
     assert said.isascii()
     root = ET.fromstring(said)
     assert len(list(root.iter("testcase"))) == len(some.results)
 
 
-def test_nasty_texts_are_told_as_they_are():
+def test_nasty_texts_are_told_as_they_are() -> None:
     told = [each.text for each in ET.fromstring(junit.render(samples.nasty())).iter("system-out")]
     for text, said in zip(samples.NASTY, told, strict=True):
         assert said.startswith(" ".join(text.split()) if text.isprintable() else "")
     assert any("\\x00\\x01\\ufffe" in said for said in told)
 
 
-def test_an_empty_atlas_is_no_trouble():
+def test_an_empty_atlas_is_no_trouble() -> None:
     assert ET.fromstring(junit.render(Atlas({}, ()))).get("tests") == "0"

@@ -30,26 +30,28 @@ DEADLINE = 20.0
 class NoGuest:
     """What an experiment needs of Experiment, without a guest: these tests are about processes."""
 
-    def __init__(self, *_place, **_options: Any) -> None:
-        self.evidence, self.pictures, self.ticks = [], [], {}
+    def __init__(self, *_place: object, **_options: object) -> None:
+        self.evidence: list[Evidence] = []
+        self.pictures: list[Picture] = []
+        self.ticks: dict[str, int] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> NoGuest:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
-    def check(self, what, saw, wanted: bool = True) -> None:
+    def check(self, what: str, saw: object, wanted: object = True) -> None:
         self.evidence.append(Evidence(what, saw, wanted))
 
-    def events(self):
+    def events(self) -> tuple[tuple[()], list[str]]:
         return (), []
 
-    def unasked_failures(self):
+    def unasked_failures(self) -> list[str]:
         return []
 
     @property
-    def verdict(self):
+    def verdict(self) -> Verdict:
         checked = [entry.ok for entry in self.evidence if entry.ok is not None]
         return Verdict.UNTOLD if not checked else Verdict.HOLDS if all(checked) else Verdict.FAILS
 
@@ -68,6 +70,11 @@ def run(function: Callable[..., Any], deadline: float = DEADLINE) -> Result:
     before = set(os.listdir("/proc/self/fd"))
     children: list[int] = []
     fork = os.fork
+
+    def noted() -> int:
+        children.append(fork())
+        return children[-1]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
         result = runner.run_one(task(function), deadline)
@@ -90,7 +97,7 @@ def test_an_experiment_that_checks_nothing_tells_nothing() -> None:
 
 
 def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before() -> None:
-    def experiment(x) -> None:
+    def experiment(x: Experiment) -> None:
         x.check("first", 1, 1)
         raise Untold("no huge pages here")
 
@@ -100,7 +107,7 @@ def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before() -> None
 
 
 def test_what_the_host_refuses_is_not_told_with_its_words() -> None:
-    def experiment(_x) -> None:
+    def experiment(_x: Experiment) -> None:
         raise HostError("KVM_CREATE_VM(type=0x80000000): EINVAL: this host is not pKVM")
 
     result = run(experiment)
@@ -123,7 +130,7 @@ def test_a_process_that_dies_has_that_for_its_verdict(number: signal.Signals) ->
 
 
 def test_last_words_are_kept() -> None:
-    def experiment(_x) -> None:
+    def experiment(_x: Experiment) -> None:
         os.write(2, b"something terrible\n")
         os._exit(7)
 
@@ -135,7 +142,7 @@ def test_last_words_are_kept() -> None:
 def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
 
-    def experiment(_x) -> None:
+    def experiment(_x: Experiment) -> None:
         child = subprocess.Popen(["sleep", "1000"])
         pids.write_text(f"{os.getpid()} {child.pid}")
         time.sleep(1000)
@@ -150,7 +157,7 @@ def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path: Path) -> 
 def test_what_a_successful_one_leaves_running_is_killed_too(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
 
-    def experiment(x) -> None:
+    def experiment(x: Experiment) -> None:
         pids.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
         x.check("done", True)
 
@@ -172,7 +179,7 @@ def _gone(pid: int) -> bool:
 def test_a_result_does_not_wait_for_what_the_process_left_behind(ending: str) -> None:
     """A forked process holds the pipe open: what counts is the experiment's own end."""
 
-    def experiment(x) -> None:
+    def experiment(x: Experiment) -> None:
         if os.fork() == 0:
             time.sleep(1000)
         x.check("done", True)
@@ -187,7 +194,7 @@ def test_a_result_does_not_wait_for_what_the_process_left_behind(ending: str) ->
 
 
 def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after() -> None:
-    def experiment(x) -> None:
+    def experiment(x: Experiment) -> None:
         x.check("the host reads a private page", True, False)
         raise GuestSilent("OP_READ was not answered within 10 s")
 
@@ -199,7 +206,7 @@ def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after() -> None:
 
 
 def test_what_the_system_refuses_an_experiment_is_not_told() -> None:
-    def experiment(_x) -> None:
+    def experiment(_x: Experiment) -> None:
         open("/nonexistent/file").close()
 
     assert run(experiment).verdict is Verdict.UNTOLD
@@ -221,7 +228,7 @@ def test_an_interrupt_puts_settings_back_too(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_neighbours_of_a_crash_run_on() -> None:
-    def die(_x) -> None:
+    def die(_x: Experiment) -> None:
         os.abort()
 
     todo = [task(lambda x: x.check("a", True)), task(die), task(lambda x: x.check("b", True))]
@@ -235,7 +242,7 @@ def test_settings_that_a_killed_one_leaves_changed_are_put_back(
     setting.write_text("always [never] advise\n")
     monkeypatch.setattr(settings, "KNOWN", (str(setting), str(other)))
 
-    def die(_x) -> None:
+    def die(_x: Experiment) -> None:
         settings.write(str(setting), "always")
         os.abort()
 
@@ -247,7 +254,7 @@ def test_settings_that_a_killed_one_leaves_changed_are_put_back(
 
 
 def test_a_long_result_comes_through_whole() -> None:
-    def experiment(x) -> None:
+    def experiment(x: Experiment) -> None:
         for number in range(20000):
             x.check(f"check {number}", number, number)
         x.pictures.append(Picture("all of it", [(0x8000_0000 + 4096 * n, 1, 2) for n in range(5000)]))

@@ -15,18 +15,18 @@ from pyvmm.experiment.registry import nearest
 AXES = {"protection": ("none", "pkvm"), "state": ("cold", "mapped"), "cpus": (1, 2)}
 
 
-def no_pairs_under_pkvm(point):
+def no_pairs_under_pkvm(point: dict[str, int | str]) -> str:
     return "pkvm has no pairs" if (point["protection"], point["cpus"]) == ("pkvm", 2) else ""
 
 
 CASE = Case("fault", "says", AXES, lambda _: None, ("state",), ({"state": "mapped", "cpus": 2},), no_pairs_under_pkvm)
 
 
-def point(protection="none", state="cold", cpus=1):
+def point(protection: str = "none", state: str = "cold", cpus: int = 1) -> dict[str, int | str]:
     return {"protection": protection, "state": state, "cpus": cpus}
 
 
-def test_a_star_is_every_value_of_every_axis_one_at_a_time_in_every_protection():
+def test_a_star_is_every_value_of_every_axis_one_at_a_time_in_every_protection() -> None:
     found = CASE.points()
     assert len(found) == 6
     for each in (
@@ -42,7 +42,7 @@ def test_a_star_is_every_value_of_every_axis_one_at_a_time_in_every_protection()
     assert replace(CASE, axes={"size": (1, 2)}, nonsense=lambda _: "", extra=()).points() == [{"size": 1}, {"size": 2}]
 
 
-def test_chosen_values_are_combined_and_what_makes_no_sense_is_left_out():
+def test_chosen_values_are_combined_and_what_makes_no_sense_is_left_out() -> None:
     found = CASE.cross({"protection": ["pkvm", "none"], "cpus": ["1", "2"]})
     assert found == [point("pkvm"), point(), point(cpus=2)]
     with pytest.raises(UsageError, match="nothing of fault to measure: pkvm has no pairs"):
@@ -50,7 +50,7 @@ def test_chosen_values_are_combined_and_what_makes_no_sense_is_left_out():
 
 
 @pytest.mark.parametrize("typed", ["4", 4])
-def test_a_number_may_be_another_than_those_known(typed):
+def test_a_number_may_be_another_than_those_known(typed: int | str) -> None:
     assert CASE.check({"cpus": typed}) == point(cpus=4)
 
 
@@ -64,13 +64,15 @@ def test_a_number_may_be_another_than_those_known(typed):
         *(("cpus", bad, f"cpus of fault is a number above 0, not {bad!r}", None) for bad in ("", "0", -1, "two", 1.5)),
     ],
 )
-def test_what_is_not_known_is_refused_with_the_nearest(axis, value, words, hint):
+def test_what_is_not_known_is_refused_with_the_nearest(
+    axis: str, value: float | str | None, words: str, hint: str | None
+) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         CASE.check({axis: value})
     assert caught.value.hint == hint
 
 
-def test_cases_are_found_by_name_in_the_order_asked_for_and_once():
+def test_cases_are_found_by_name_in_the_order_asked_for_and_once() -> None:
     assert [each.name for each in select(["share", "exit", "share"])] == ["share", "exit"]
     assert select([]) == list(all_cases().values())
     with pytest.raises(UsageError, match="no case is called 'shaer'") as caught:
@@ -80,7 +82,7 @@ def test_cases_are_found_by_name_in_the_order_asked_for_and_once():
 
 
 @pytest.mark.parametrize("case", all_cases().values(), ids=lambda case: case.name)
-def test_every_case_tells_its_points_and_only_such_as_make_sense(case):
+def test_every_case_tells_its_points_and_only_such_as_make_sense(case: Case) -> None:
     points, quick = case.points(), case.points(quick=True)
     assert points
     assert bool(quick) == (case.quick is not None)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pyvmm.bench import case as cases
-from pyvmm.bench import collect, model
+from pyvmm.bench import model
 from pyvmm.bench.case import Case
 from pyvmm.bench.collect import Collector, Plan, measure, sides
 from pyvmm.errors import UsageError
@@ -21,7 +21,7 @@ from tests.unit import bench_samples as samples
 STATES = ("cold", "populated", "mapped")
 
 
-def huge_is_cold(point: dict[str, str]) -> str:
+def huge_is_cold(point: model.Point) -> str:
     return "huge pages are cold" if point["backing"] == "thp" and point["state"] != "cold" else ""
 
 
@@ -86,7 +86,7 @@ def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named()
 def test_what_cannot_be_measured_is_refused_with_the_nearest(plan: Plan, words: str, hint: str | None) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         plan.steps()
-    assert hint is None or hint in caught.value.hint
+    assert hint is None or hint in (caught.value.hint or "")
 
 
 def test_two_sides_take_turns_and_who_begins_changes() -> None:
@@ -109,7 +109,7 @@ def test_points_whose_other_side_makes_no_sense_are_left_out() -> None:
 
 
 def test_every_line_is_said_as_it_comes_and_they_are_a_whole_run() -> None:
-    said = []
+    said: list[str] = []
     measure(Plan(axes={"protection": ["none"]}), said.append, peers=lambda: [samples.series([1.0], case="peer")])
     assert all(line.endswith("\n") for line in said)
     assert ["done" in json.loads(line) for line in said[1:]] == [False, True] * 6 + [False, False]
@@ -129,7 +129,7 @@ def test_a_collector_counts_points_and_keeps_what_it_took(tmp_path: Path) -> Non
     with open(tmp_path / "a.jsonl", "w") as file:
         taker, progress = collector(file)
         assert taker.run() is None
-        said = []
+        said: list[str] = []
 
         def take(line: str) -> None:
             taker.take(line)
@@ -147,8 +147,11 @@ def test_a_full_disk_costs_the_file_and_nothing_else() -> None:
     file = open("/dev/full", "w")  # noqa: SIM115
     taker, progress = collector(file)
     measure(Plan(("exit",)), taker.take)
-    assert len(taker.run().series) == 2
+    run = taker.run()
+    assert run is not None
+    assert len(run.series) == 2
     assert len(progress) == 2
+    assert taker.failed is not None
     assert "a.jsonl cannot be written any more: No space left on device" in taker.failed.message
     with pytest.raises(OSError, match="No space"):
         file.close()
@@ -170,7 +173,7 @@ def by_turns(*some: tuple[str, int, list[int]]) -> model.Run:
         )
         for side, turn, values in some
     ]
-    return collect.Run(samples.ENVIRONMENT, {"versus": ["state", "mapped"]}, tuple(found))
+    return model.Run(samples.ENVIRONMENT, {"versus": ["state", "mapped"]}, tuple(found))
 
 
 def test_each_turn_is_a_round_of_its_side_without_what_differs() -> None:
@@ -182,7 +185,7 @@ def test_each_turn_is_a_round_of_its_side_without_what_differs() -> None:
 
 
 def test_several_points_beside_the_same_one_stay_apart() -> None:
-    said = []
+    said: list[str] = []
     measure(Plan(("fault",), {"state": ["cold", "populated"]}, versus=("state", "mapped"), turns=2), said.append)
     for side in sides(model.parse(said, "a")):
         assert [each.point["state"] for each in side.series] == ["cold / mapped", "populated / mapped"]
@@ -203,4 +206,4 @@ def test_a_side_that_never_was_says_why() -> None:
 def test_a_run_of_one_side_is_nothing_to_compare() -> None:
     with pytest.raises(UsageError, match="one side only") as caught:
         sides(samples.run())
-    assert "--versus" in caught.value.hint
+    assert "--versus" in (caught.value.hint or "")

@@ -11,7 +11,8 @@ import pytest
 
 from pyvmm.bench import compare as compared
 from pyvmm.bench.compare import compare
-from pyvmm.bench.model import BenchError, Run, Series
+from pyvmm.bench.environment import SAME
+from pyvmm.bench.model import BenchError, Point, Run, Series
 from pyvmm.bench.significance import rank_sum, signed_ranks
 from pyvmm.reports.look import Look
 from tests.unit import bench_samples as samples
@@ -35,7 +36,7 @@ def only(comparison: compared.Comparison) -> compared.Difference:
 # ---- what may be compared ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", compared.SAME)
+@pytest.mark.parametrize("name", SAME)
 def test_runs_of_different_machines_and_clocks_are_refused_with_what_differs(name: str) -> None:
     other = {**samples.ENVIRONMENT, name: "another"}
     with pytest.raises(BenchError, match=rf"not of the same {name} \(.* and 'another'\)"):
@@ -55,7 +56,7 @@ def test_true_is_not_one() -> None:
 
 
 def test_series_are_matched_by_what_they_are_of() -> None:
-    point = {"protection": "pkvm"}
+    point: Point = {"protection": "pkvm"}
     mine, theirs = replace(ONE, metric="mine"), replace(ONE, point=point)
     comparison = compare(samples.run(ONE, mine), samples.run(theirs, replace(ONE, unavailable="", notes={"a": 1})))
     assert only(comparison).a is ONE
@@ -92,6 +93,9 @@ def test_a_difference_in_every_round_is_shown(factor: float, unit: str, verdict:
     found = only(compare(samples.run(a), samples.run(times(factor, a))))
     assert (found.verdict, found.test, found.rounds) == (verdict, "paired", (12, 12))
     assert found.ratio == pytest.approx(factor)
+    assert found.low is not None
+    assert found.ratio is not None
+    assert found.high is not None
     assert found.low <= found.ratio <= found.high
     assert found.low == pytest.approx(factor, rel=0.02)
     assert found.p == 2.0**-11
@@ -134,7 +138,7 @@ def test_many_series_take_more_rounds() -> None:
 
 def test_correction_is_holms() -> None:
     middles = [[100.0] * 10] * 3
-    moves = [[1] * 10, [1] * 9 + [-0.1], [1, -1] * 5]
+    moves: list[list[float]] = [[1] * 10, [1] * 9 + [-0.1], [1, -1] * 5]
     a = [samples.series(some, point={"at": at}, rounds=[1] * 10) for at, some in enumerate(middles)]
     b = [replace(each, values=tuple(100.0 + move for move in moves[at])) for at, each in enumerate(a)]
     found = compare(samples.run(*a), samples.run(*b)).differences

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,17 +30,17 @@ some_series = st.builds(
 
 @settings(max_examples=40)
 @given(st.lists(some_series, max_size=3), st.booleans())
-def test_a_run_is_read_back_as_it_was_written(series, whole):
+def test_a_run_is_read_back_as_it_was_written(series: list[Series], whole: bool) -> None:
     run = Run(samples.ENVIRONMENT, {"cases": ["fault"]}, tuple(series), {"seconds": 1.5} if whole else None)
     assert model.parse(samples.text(run).splitlines(keepends=True), "a") == run
 
 
-def test_warm_up_is_kept_and_left_out():
+def test_warm_up_is_kept_and_left_out() -> None:
     series = samples.series([9.0, 1.0, 2.0], rounds=[1, 2], warmup=1)
     assert (series.values, series.kept) == ((9.0, 1.0, 2.0), (1.0, 2.0))
 
 
-def test_what_a_series_is_of_does_not_depend_on_the_order_of_axes_and_not_on_values():
+def test_what_a_series_is_of_does_not_depend_on_the_order_of_axes_and_not_on_values() -> None:
     one = samples.series([1.0], point={"a": 1, "b": 2})
     assert one.key == samples.series([2.0], point={"b": 2, "a": 1}, rounds=[1]).key
     others = [samples.series([1.0], point=one.point, **{name: "x"}) for name in ("case", "metric", "clock", "per")]
@@ -47,20 +49,20 @@ def test_what_a_series_is_of_does_not_depend_on_the_order_of_axes_and_not_on_val
 
 
 @pytest.mark.parametrize("rest", [LINE[:-10], LINE[:1], "\n", LINE])
-def test_a_run_that_was_cut_off_is_good_up_to_there(rest):
+def test_a_run_that_was_cut_off_is_good_up_to_there(rest: str) -> None:
     run = model.parse([HEADER, LINE, rest], "a")
     assert run.end is None
     assert [series.values for series in run.series] == [(1.0, 2.5)] * (2 if rest == LINE else 1)
 
 
-def test_format_1_is_read_with_the_name_that_the_labs_clock_has_now():
+def test_format_1_is_read_with_the_name_that_the_labs_clock_has_now() -> None:
     old = model.header({"kernel": "6.12", "emulated": True}, {}).replace('bench":2', 'bench":1')
     assert model.parse([old, LINE], "a").environment == {"kernel": "6.12", "tcg": True}
     new = model.header({"kernel": "6.12", "emulated": True}, {})
     assert model.parse([new, LINE], "a").environment == {"kernel": "6.12", "emulated": True}
 
 
-def test_lines_of_another_kind_are_passed_over():
+def test_lines_of_another_kind_are_passed_over() -> None:
     run = model.parse([HEADER, '{"done": {"case": "fault"}}\n', LINE, model.footer({"seconds": 1})], "a")
     assert (len(run.series), run.end) == (1, {"seconds": 1})
 
@@ -85,13 +87,13 @@ def test_lines_of_another_kind_are_passed_over():
         (HEADER + '{"series": [1]}\n' + LINE, "line 2: a series that is none"),
     ],
 )
-def test_what_is_no_results_file_is_refused_with_the_line(text, why):
+def test_what_is_no_results_file_is_refused_with_the_line(text: str, why: str) -> None:
     with pytest.raises(BenchError, match=why) as caught:
         model.parse(text.splitlines(keepends=True), "a")
     assert caught.value.message.startswith("a")
 
 
-def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     with pytest.raises(BenchError, match=rf"{file} cannot be read: No such file"):
         model.read(str(file))

@@ -37,22 +37,27 @@ class Page(HTMLParser):
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.open, self.ids, self.links, self.scripts, self.words, self.styles = [], [], [], [], [], []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.scripts: list[list[Any]] = []  # attributes and text of each
+        self.words: list[str] = []
+        self.styles: list[str] = []
         self.feed(source)
         self.close()
         assert self.open == []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen(tag, dict(attrs))
         if tag not in VOID:
             self.open.append(tag)
         if tag == "script":
             self.scripts.append([dict(attrs), ""])
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str]]) -> None:
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen(tag, dict(attrs))
 
-    def seen(self, tag: str, attrs: dict[str, str]) -> None:
+    def seen(self, tag: str, attrs: dict[str, Any]) -> None:
         assert tag in OURS
         assert not [name for name in attrs if name.startswith("on") or name in ("src", "xlink:href")]
         self.ids += [attrs["id"]] if "id" in attrs else []
@@ -71,7 +76,7 @@ class Page(HTMLParser):
         else:
             self.words.append(data)
 
-    def handle_comment(self, data) -> None:
+    def handle_comment(self, data: str) -> None:
         # What matplotlib leaves between elements: a text once more, in which no comment can end.
         assert "--" not in data
         assert ">" not in data
@@ -127,7 +132,7 @@ def test_hostile_texts_are_shown_as_they_are(hostile: str) -> None:
 
 def test_only_the_pages_own_script_may_run(source: str) -> None:
     digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
-    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)[1]
+    [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)
     assert policy.startswith("default-src 'none'; ")
     assert f"script-src 'sha256-{digest}';" in policy
 
@@ -150,7 +155,7 @@ def test_everything_of_the_environment_is_told(source: str) -> None:
     said = Page(source).text
     for name, value in samples.ENVIRONMENT.items():
         assert name in said
-        assert {True: "yes", False: "no"}.get(value, str(value)) in said
+        assert ({True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)) in said
     assert "171.3" in said
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from typing import Any
 
 import pytest
+from numpy import float64
 
 from pyvmm.bench import statistics
-from pyvmm.bench.model import BenchError
+from pyvmm.bench.model import BenchError, Series
 from pyvmm.errors import HostError
 from tests.unit import bench_samples as samples
 
@@ -17,30 +19,30 @@ np = pytest.importorskip("numpy")
 scipy_stats = pytest.importorskip("scipy.stats")
 
 
-def of(values, **more):
+def of(values: list[float | float64] | range | tuple[float, ...], **more: Any) -> statistics.Summary:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return statistics.summary(samples.series(values, **more))
 
 
-def test_nothing_is_said_of_nothing():
+def test_nothing_is_said_of_nothing() -> None:
     assert of([]) == statistics.Summary(0, 0)
 
 
-def test_one_value_is_its_own_median_and_has_no_interval():
+def test_one_value_is_its_own_median_and_has_no_interval() -> None:
     one = of([5.0])
     assert (one.n, one.median, one.minimum, one.maximum, one.mean) == (1, 5, 5, 5, 5)
     assert (one.low, one.high, one.p90, one.outliers) == (None, None, None, 0)
 
 
-def test_two_values_have_both_as_their_interval_which_is_of_few():
+def test_two_values_have_both_as_their_interval_which_is_of_few() -> None:
     two = of([1.0, 2.0])
     assert (two.median, two.low, two.high) == (1.5, 1, 2)
     assert two.few
 
 
 @pytest.mark.parametrize("rounds", [(), (50, 50), (1,) * 100, (0, 100)])
-def test_equal_values_are_everything_there_is_to_say(rounds):
+def test_equal_values_are_everything_there_is_to_say(rounds: tuple[int, ...]) -> None:
     said = of([0.1] * 100, rounds=rounds)
     told = (said.minimum, said.low, said.median, said.mean, said.high, said.p90, said.p99, said.maximum)
     assert set(told) == {0.1}
@@ -48,31 +50,31 @@ def test_equal_values_are_everything_there_is_to_say(rounds):
 
 
 @pytest.mark.parametrize(("n", "known"), [(9, 0), (10, 1), (99, 1), (100, 2), (999, 2), (1000, 3)])
-def test_percentiles_need_values_enough(n, known):
+def test_percentiles_need_values_enough(n: int, known: int) -> None:
     said, names = of(range(n)), ["p90", "p99", "p999"]
     assert [name for name in names if getattr(said, name) is not None] == names[:known]
 
 
-def test_percentiles_are_those_of_numpy():
+def test_percentiles_are_those_of_numpy() -> None:
     values = list(np.random.default_rng(1).lognormal(7, 1, 1234))
     said = of(values)
     assert (said.p90, said.p99, said.p999) == tuple(np.quantile(values, (0.9, 0.99, 0.999)))
 
 
-def test_warm_up_is_left_out_and_its_round_with_it():
+def test_warm_up_is_left_out_and_its_round_with_it() -> None:
     made = samples.series([9e9, 9e9, 9e9, 1.0, 2.0, 3.0, 4.0], warmup=3, rounds=(2, 3, 2))
     assert [list(part) for part in statistics.rounds(made)] == [[1, 2], [3, 4]]
     said = statistics.summary(made)
     assert (said.n, said.rounds, said.maximum) == (4, 2, 4)
 
 
-def test_outliers_are_counted_and_kept():
+def test_outliers_are_counted_and_kept() -> None:
     said = of([10.0, 11.0, 12.0, 13.0] * 5 + [1000.0, 2000.0])
     assert said.outliers == 2
     assert (said.n, said.maximum) == (22, 2000)
 
 
-def test_a_value_on_the_fence_is_no_outlier():
+def test_a_value_on_the_fence_is_no_outlier() -> None:
     values = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     fence = of(values).fence
     assert fence == 6 + 3 * 4
@@ -82,7 +84,7 @@ def test_a_value_on_the_fence_is_no_outlier():
 
 
 @pytest.mark.parametrize("n", [7, 8, 50, 301])
-def test_interval_of_independent_values_is_the_bootstraps(n):
+def test_interval_of_independent_values_is_the_bootstraps(n: int) -> None:
     """Ours draws ranks, scipy's whole samples: the ends are the same order statistics, or next to these."""
     values = np.sort(np.random.default_rng(n).normal(100, 15, n))
     said = of(list(values))
@@ -91,7 +93,7 @@ def test_interval_of_independent_values_is_the_bootstraps(n):
         assert abs(np.searchsorted(values, ours) - np.searchsorted(values, other)) <= max(1, 0.02 * n)
 
 
-def test_samples_of_rounds_are_as_if_put_together_by_hand():
+def test_samples_of_rounds_are_as_if_put_together_by_hand() -> None:
     rng = np.random.default_rng(3)
     parts = [rng.integers(0, 9, size).astype(float) for size in (1, 4, 7, 2, 12)]
     weights = statistics.draws(len(parts))
@@ -102,14 +104,14 @@ def test_samples_of_rounds_are_as_if_put_together_by_hand():
     assert statistics.drawn_medians(parts, weights).tolist() == wanted
 
 
-def test_rounds_that_differ_make_the_interval_wide():
+def test_rounds_that_differ_make_the_interval_wide() -> None:
     shifted = samples.per_round([100, 104, 108, 112, 116, 120, 124, 128], 200, spread=0.005)
     of_rounds, of_values = statistics.summary(shifted), of(shifted.values)
     assert of_rounds.high - of_rounds.low > 3 * (of_values.high - of_values.low)
     assert (of_rounds.few, of_rounds.rounds) == (False, 8)
 
 
-def test_interval_holds_the_median_as_often_as_it_says():
+def test_interval_holds_the_median_as_often_as_it_says() -> None:
     rng = np.random.default_rng(4)
     held = 0
     for _ in range(200):
@@ -118,7 +120,7 @@ def test_interval_holds_the_median_as_often_as_it_says():
     assert 180 <= held <= 198
 
 
-def test_the_same_series_gives_the_same_again():
+def test_the_same_series_gives_the_same_again() -> None:
     made = samples.per_round([100, 101, 103, 99, 98, 100, 102])
     first = statistics.summary(made)
     statistics._summarised.cache_clear()
@@ -137,12 +139,12 @@ def test_the_same_series_gives_the_same_again():
         (samples.series([1.0, 2.0], rounds=(3, -1)), "add up"),
     ],
 )
-def test_damaged_series_are_refused_by_name(made, why):
+def test_damaged_series_are_refused_by_name(made: Series, why: str) -> None:
     with pytest.raises(BenchError, match=f"fault, touch: .*{why}"):
         statistics.summary(made)
 
 
-def test_what_is_not_installed_is_named_with_how_to_get_it(monkeypatch):
+def test_what_is_not_installed_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
     with pytest.raises(HostError, match=r"need scipy, which") as error:

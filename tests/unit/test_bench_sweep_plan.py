@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pyvmm.bench.sweep import plan as plans
@@ -87,7 +89,7 @@ def test_what_is_wrong_is_said_with_the_line_and_the_nearest_known(text: str, me
     assert hint in (caught.value.hint or "")
 
 
-def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path) -> None:
+def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         plans.read(str(tmp_path / "none.toml"), CASES)
 

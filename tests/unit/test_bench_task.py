@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -19,19 +21,19 @@ from pyvmm.experiment import runner
 DEADLINE = 20.0
 
 
-def case(function, **more) -> Case:
+def case(function: Callable[..., Any], **more: float) -> Case:
     axes = {"protection": ("pkvm",), "size": (1, 2)}
     return Case("fault", "says", axes, function, (), (), lambda _: "", **{"seconds": DEADLINE, **more})
 
 
-def measure(function, *, deadline=None, **more):
+def measure(function, *, deadline=None, **more: Any):
     task = Task(case(function, **more), {"protection": "pkvm", "size": 2})
     [series] = runner.run([task], deadline=deadline)
     return series
 
 
-def test_a_series_is_all_rounds_the_first_of_them_as_warm_up():
-    def keep(bench):
+def test_a_series_is_all_rounds_the_first_of_them_as_warm_up() -> None:
+    def keep(bench) -> None:
         bench.keep("touch", [[9.0, 8.0], [1.0004, 2.0]], places=[0, 0, 1, 0], began=[0, 0, 0, 1.26], seed=3)
         bench.keep("PSS", [[float(os.getpid())]], clock="memory", unit="bytes", per="VM")
 
@@ -44,14 +46,14 @@ def test_a_series_is_all_rounds_the_first_of_them_as_warm_up():
     assert pss.values != (os.getpid(),)  # of a child process
 
 
-def test_where_time_counts_instructions_so_do_series(monkeypatch):
+def test_where_time_counts_instructions_so_do_series(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.bench.measure.counts", lambda: "instructions")
     [touch, count] = measure(lambda bench: (bench.keep("a", [[1.0]]), bench.keep("b", [[1.0]], unit="count")))
     assert (touch.unit, count.unit) == ("instructions", "count")
 
 
-def refuse(error):
-    def function(bench):
+def refuse(error: KvmError | OSError | PyvmmError) -> Callable[..., None]:
+    def function(bench) -> None:
         bench.keep("before", [[1.0]])
         raise error
 
@@ -66,7 +68,9 @@ def refuse(error):
         (OSError(28, "No space left on device"), r"\[Errno 28\] No space left on device"),
     ],
 )
-def test_what_is_refused_is_a_series_that_says_why_behind_what_there_was(error, words):
+def test_what_is_refused_is_a_series_that_says_why_behind_what_there_was(
+    error: KvmError | OSError | PyvmmError, words: str
+) -> None:
     before, nothing = measure(refuse(error))
     assert before.values == (1.0,)
     assert (nothing.values, nothing.notes, nothing.point) == ((), {}, {"protection": "pkvm", "size": 2})
@@ -81,7 +85,7 @@ def test_what_is_refused_is_a_series_that_says_why_behind_what_there_was(error, 
         (lambda bench: bench["nothing"], "the process exited with status 1.*"),
     ],
 )
-def test_a_crash_is_a_series_with_its_last_words_and_the_next_point_is_measured(function, words):
+def test_a_crash_is_a_series_with_its_last_words_and_the_next_point_is_measured(function, words) -> None:
     tasks = [Task(case(each), {}) for each in (function, lambda bench: bench.keep("touch", [[1.0]]))]
     [[crashed], [good]] = runner.run(tasks)
     assert (crashed.values, crashed.notes) == ((), {"crashed": True})
@@ -90,22 +94,24 @@ def test_a_crash_is_a_series_with_its_last_words_and_the_next_point_is_measured(
 
 
 @pytest.mark.parametrize("more", [{"deadline": 0.2}, {"seconds": 0.2}])
-def test_past_its_deadline_a_point_is_a_series_that_says_so_whoever_set_it(more):
+def test_past_its_deadline_a_point_is_a_series_that_says_so_whoever_set_it(more: dict[str, float]) -> None:
     [late] = measure(lambda _: time.sleep(60), **more)
     assert (late.unavailable, late.notes) == ("not done after 0.2 s, and killed", {"crashed": True})
 
 
 @pytest.mark.parametrize(("more", "seconds"), [({}, DEADLINE), ({"seconds": 0.001, "deadline": 9.0}, 9.0)])
-def test_a_case_may_wait_for_its_guest_as_long_as_its_deadline_whoever_set_it(more, seconds):
+def test_a_case_may_wait_for_its_guest_as_long_as_its_deadline_whoever_set_it(
+    more: dict[str, float], seconds: float
+) -> None:
     [kept] = measure(lambda bench: bench.keep("seconds", [[bench.seconds]]), **more)
     assert kept.values == (seconds,)
 
 
-def test_settings_are_restored_for_who_was_killed(monkeypatch):
+def test_settings_are_restored_for_who_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     class SavedSettings:
-        def restore(self):
+        def restore(self) -> None:
             seen.append("restored")
 
     monkeypatch.setattr(runner, "SavedSettings", SavedSettings)
@@ -116,7 +122,7 @@ def test_settings_are_restored_for_who_was_killed(monkeypatch):
     assert seen == ["restored"]
 
 
-def test_one_point_is_measured_by_name_and_some_of_its_axes(monkeypatch):
+def test_one_point_is_measured_by_name_and_some_of_its_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.all_cases(), "fault", case(lambda bench: bench.keep("touch", [[bench["size"]]])))
     [found] = measure_point("fault", {"size": "2"})
     assert (found.point, found.values) == ({"protection": "pkvm", "size": 2}, (2,))

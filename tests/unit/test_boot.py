@@ -11,13 +11,13 @@ import struct
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm.errors import UsageError
+from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine import boot, layout
 from pyvmm.machine.boot import FDT_ROOM, Board, BootImage, place, plan, read
 from pyvmm.machine.content import Bytes, Segment
@@ -207,7 +207,7 @@ def test_no_damage_to_an_elf_gets_past_as_anything_but_a_clear_error(data: st.Da
         plan(image, ram_size=64 * MIB)
     except UsageError:
         return
-    assert all(part.data.size <= part.size for part in image.segments)
+    assert all((part.data.size or 0) <= part.size for part in image.segments)
 
 
 @settings(max_examples=200, deadline=None)
@@ -228,6 +228,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(linux_image())
     (tmp_path / "initrd").write_bytes(b"cpio")
     image = read(str(tmp_path / "Image"), str(tmp_path / "initrd"))
+    assert image.initrd is not None
     assert (image.kind, image.segments[0].data[:], image.initrd[:]) == ("Image", linux_image(), b"cpio")
     image.close()
 
@@ -431,7 +432,7 @@ def test_the_hint_gives_memory_that_is_enough() -> None:
 
 class Recorder:
     def __init__(self) -> None:
-        self.writes = []
+        self.writes: list[tuple[int, bytes]] = []
 
     def write(self, gpa: int, data: bytes) -> None:
         self.writes.append((gpa, bytes(data)))
@@ -443,9 +444,13 @@ class Recorder:
 
 
 class Uart:
-    name, node, compatible, clocks, size = "pl011", "serial", "arm,pl011", (), 0x1000
+    name: ClassVar[str] = "pl011"
+    node: ClassVar[str | None] = "serial"
+    compatible: ClassVar[str | tuple[str, ...]] = "arm,pl011"
+    clocks: ClassVar[tuple[str, ...]] = ()
+    size = 0x1000
 
-    def properties(self) -> dict[Any, Any]:
+    def properties(self) -> dict[str, Any]:
         return {}
 
 
@@ -514,9 +519,9 @@ def test_a_command_line_too_long_for_the_device_tree_is_refused() -> None:
 
 def test_an_elf_reader_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "elftools.elf.elffile", None)
-    with pytest.raises(Exception, match="not installed") as caught:
+    with pytest.raises(PyvmmError, match="not installed") as caught:
         identify(elf(), "k")
-    assert "pyelftools" in caught.value.hint
+    assert "pyelftools" in (caught.value.hint or "")
 
 
 def test_reading_a_flat_binary_does_not_load_the_elf_reader() -> None:
@@ -536,7 +541,7 @@ def test_a_payload_takes_the_memory_it_needs_beyond_its_file() -> None:
     image = read("payload:hello")
     (part,) = image.segments
     assert (image.kind, part.gpa, part.data) == ("flat", 0x8008_0000, Bytes(payloads.payload("hello")))
-    assert part.size == payloads.memory_of("hello") >= part.data.size
+    assert part.size == payloads.memory_of("hello") >= (part.data.size or 0)
 
 
 def test_an_unknown_payload_is_refused_with_the_names_there_are() -> None:

@@ -36,7 +36,7 @@ def parse(*words: str) -> argparse.Namespace:
     return cli.make_parser(words).parse_args(words)
 
 
-def execute(*words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+def execute(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pyvmm", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
@@ -178,7 +178,7 @@ def verb_that(monkeypatch: pytest.MonkeyPatch, action: Callable[..., Any]) -> No
     monkeypatch.setattr("pyvmm.cli.doctor.main", lambda _args: action())
 
 
-def raising(error: object) -> Callable[[], None]:
+def raising(error: BaseException) -> Callable[[], None]:
     def raise_it() -> None:
         raise error
 
@@ -279,8 +279,13 @@ def test_closed_standard_files_do_not_lend_their_numbers_to_others(tmp_path: Pat
 
 
 def test_lab_hands_the_verb_on_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr("pyvmm.cli.lab.run_verb", lambda argv, _args: seen.append(argv) or 3)
+    seen: list[list[str]] = []
+
+    def run_verb(argv: list[str], _args: object) -> int:
+        seen.append(argv)
+        return 3
+
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", run_verb)
     assert cli.main(["-v", "--lab", "run", "--protection", "pkvm", "payload:crash", "-p", "a b", "-q"]) == 3
     assert seen == [["-v", "-q", "run", "--protection", "pkvm", "payload:crash", "-p", "a b", "-q"]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+from pathlib import Path
 
 import pytest
 
@@ -20,13 +21,13 @@ X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts th
 
 
 @pytest.fixture
-def arm64(monkeypatch):
+def arm64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the verb believe that experiments can be made here; none is."""
     monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
     monkeypatch.setattr("pyvmm.experiment.environment.host", lambda: {"kernel": "7.3.4", "mode": "protected"})
 
 
-def answer(monkeypatch, *verdicts: Verdict):
+def answer(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict) -> None:
     """Give these verdicts in turn instead of making experiments."""
     given = iter(verdicts)
 
@@ -52,33 +53,33 @@ def answer(monkeypatch, *verdicts: Verdict):
     monkeypatch.setattr("pyvmm.experiment.runner.run", run)
 
 
-def said(capsys, *words: str) -> tuple[int, str, str]:
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     status = cli.main(["atlas", *words])
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     return status, out, err
 
 
-def test_an_unknown_claim_is_refused_with_the_nearest(capsys):
+def test_an_unknown_claim_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "fault-in/a-first-raed-faults-once")
     assert status == 2
     assert "no claim is called 'fault-in/a-first-raed-faults-once'" in err
     assert "fault-in/a-first-read-faults-once" in err
 
 
-def test_a_place_that_no_claim_is_tried_in_is_refused(capsys):
+def test_a_place_that_no_claim_is_tried_in_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "fault-in/pins-are-told-apart", "--backing", "hugetlb")
     assert status == 2
     assert "none of these claims is tried with hugetlb" in err
 
 
 @pytest.mark.parametrize("words", [["--protection", "tdx"], ["--backing", "disk"], ["--deadline", "0"]])
-def test_values_that_are_none_are_usage_errors(words, capsys):
+def test_values_that_are_none_are_usage_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, *words)[0] == 2
 
 
 @X86
-def test_on_a_host_that_is_not_arm64_the_lab_is_named(capsys):
+def test_on_a_host_that_is_not_arm64_the_lab_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "share", "--json", "x.json")
     assert status == 5
     assert "pyvmm --lab atlas share --json x.json" in err
@@ -86,7 +87,7 @@ def test_on_a_host_that_is_not_arm64_the_lab_is_named(capsys):
     assert "pyvmm --lab repl" in capsys.readouterr().err
 
 
-def test_without_kvm_it_says_so(monkeypatch, capsys):
+def test_without_kvm_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Arm64:
         machine = "aarch64"
 
@@ -97,7 +98,7 @@ def test_without_kvm_it_says_so(monkeypatch, capsys):
     assert "there is no KVM here" in err
 
 
-def test_the_list_names_every_claim_and_where_it_is_tried(capsys):
+def test_the_list_names_every_claim_and_where_it_is_tried(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = said(capsys, "--list")
     assert status == 0
     for claim in claims.all_claims():
@@ -107,7 +108,9 @@ def test_the_list_names_every_claim_and_where_it_is_tried(capsys):
 
 @pytest.mark.parametrize("option", ["--json", "--html", "--junit", "--map"])
 @pytest.mark.usefixtures("arm64")
-def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option, monkeypatch, capsys, tmp_path):
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setattr("pyvmm.experiment.runner.run", None)
     status, _, err = said(capsys, "share", option, str(tmp_path / "none" / "file"))
     assert status == 2
@@ -115,7 +118,9 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option, monk
 
 
 @pytest.mark.usefixtures("arm64")
-def test_every_file_asked_for_is_written(monkeypatch, capsys, tmp_path):
+def test_every_file_asked_for_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     answer(monkeypatch, Verdict.FAILS)
     kinds = {"--json": '{\n "atlas"', "--html": "<!doctype html>", "--junit": "<?xml", "--map": "<"}
     words = [word for kind in kinds for word in (kind, str(tmp_path / kind))]
@@ -130,13 +135,15 @@ def test_every_file_asked_for_is_written(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("arm64")
-def test_a_crash_is_exit_status_1(monkeypatch, capsys):
+def test_a_crash_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     answer(monkeypatch, Verdict.HOLDS, Verdict.CRASHED)
     assert said(capsys, "fault-in")[0] == 1
 
 
 @pytest.mark.usefixtures("arm64")
-def test_interrupted_it_writes_what_it_has(monkeypatch, capsys, tmp_path):
+def test_interrupted_it_writes_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     answer(monkeypatch, Verdict.HOLDS, Verdict.HOLDS, KeyboardInterrupt())  # type: ignore[arg-type]
     status, _, _ = said(capsys, "fault-in", "--json", str(tmp_path / "a.json"))
     assert status == 130
@@ -147,7 +154,9 @@ def test_interrupted_it_writes_what_it_has(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("arm64")
-def test_diff_tells_same_from_different_by_its_status(monkeypatch, capsys, tmp_path):
+def test_diff_tells_same_from_different_by_its_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     one, other = str(tmp_path / "a.json"), str(tmp_path / "b.json")
     answer(monkeypatch)
     said(capsys, "fault-in", "--json", one)
@@ -171,7 +180,9 @@ def test_diff_tells_same_from_different_by_its_status(monkeypatch, capsys, tmp_p
         ('{"atlas": 1, "claims": [{}], "host": {}}', "is not a whole atlas"),
     ],
 )
-def test_diff_of_what_is_no_atlas_is_refused(contents, words, capsys, tmp_path):
+def test_diff_of_what_is_no_atlas_is_refused(
+    contents: str | None, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = tmp_path / "a.json"
     if contents is not None:
         file.write_text(contents)
@@ -181,7 +192,7 @@ def test_diff_of_what_is_no_atlas_is_refused(contents, words, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b", "c"]])
-def test_diff_wants_two_files(names, capsys):
+def test_diff_wants_two_files(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "diff", *names)
     assert status == 2
     assert "two are compared" in err

@@ -10,6 +10,7 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ def lines(run: model.Run = FEW) -> list[str]:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str | BaseException]:
     """Have these lines said instead of measuring, and what is no line raised."""
-    said = lines()
+    said: list[str | BaseException] = [*lines()]
 
-    def measure(_plan, say, **_options: Any) -> None:
+    def measure(_plan: object, say: Callable[[str], None], **_options: Any) -> None:
         for each in said:
             if isinstance(each, BaseException):
                 raise each
@@ -154,7 +155,9 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
 # -- measuring
 
 
-def test_everything_asked_for_is_there(measured: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_everything_asked_for_is_there(
+    measured: list[str | BaseException], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     status, out, err = told(
         capfd, "fault", "--json", tmp_path / "a.jsonl", "--html", tmp_path / "a.html", "--figures", tmp_path / "f"
     )
@@ -169,7 +172,9 @@ def test_everything_asked_for_is_there(measured: list[str], capfd: pytest.Captur
         assert told(capfd, "report", tmp_path / source)[:2] == (0, out)
 
 
-def test_where_a_point_crashed_the_status_is_1(measured: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_where_a_point_crashed_the_status_is_1(
+    measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
+) -> None:
     crashed = samples.series([], unavailable="the process was killed by SIGSEGV", notes={"crashed": True})
     measured[-1:] = [model.line(crashed)]
     status, out, _ = told(capfd, "fault")
@@ -177,7 +182,9 @@ def test_where_a_point_crashed_the_status_is_1(measured: list[str], capfd: pytes
     assert "killed by SIGSEGV" in out
 
 
-def test_a_full_disk_costs_the_file_only_and_is_told(measured: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_the_file_only_and_is_told(
+    measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
+) -> None:
     status, out, err = told(capfd, "fault", "--json", "/dev/full")
     assert measured
     assert status == 1
@@ -196,7 +203,7 @@ def test_cut_short_it_reports_what_there_is_and_says_why(
     end: KeyboardInterrupt | PyvmmError,
     status: int,
     words: str,
-    measured: list[str],
+    measured: list[str | BaseException],
     capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
@@ -217,7 +224,7 @@ def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(
 ) -> None:
     way_out = []
 
-    def measure(_plan, say, **_options: Any) -> None:
+    def measure(_plan: object, say: Callable[[str], None], **_options: Any) -> None:
         for each in lines()[:3]:
             say(each)
         try:
@@ -243,7 +250,7 @@ def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(
 
 
 def test_cut_short_before_anything_came_there_is_nothing_to_report(
-    measured: list[str], capfd: pytest.CaptureFixture[str]
+    measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
     for rest in (1, 0):
         measured[rest:] = [KeyboardInterrupt()]
@@ -262,7 +269,9 @@ def sides(differ: float = 1.5, turns: int = 8, b_turns: int | None = None) -> mo
     return replace(samples.run(*found), asked={"versus": ["state", "mapped"]})
 
 
-def test_measured_by_turns_it_compares(measured: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_measured_by_turns_it_compares(
+    measured: list[str | BaseException], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     measured[:] = lines(sides())
     status, out, _ = told(capfd, "fault", "--versus", "state=mapped", "--json", tmp_path / "a.jsonl")
     assert status == 0
@@ -277,7 +286,7 @@ def test_measured_by_turns_it_compares(measured: list[str], capfd: pytest.Captur
 
 
 def test_by_turns_cut_short_before_the_second_side_the_reason_is_what_is_told(
-    measured: list[str], capfd: pytest.CaptureFixture[str]
+    measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
     measured[:] = [*lines(sides(turns=1, b_turns=0)), KeyboardInterrupt()]
     assert told(capfd, "fault", "--versus", "state=mapped")[0] == 130
@@ -291,7 +300,8 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stand in for a lab: what it says comes in pieces of a size, and then its end."""
 
     class Lab(argparse.Namespace):
-        text, size, status, seen = "".join(lines()).encode(), 7, 0, None
+        text, size, status = "".join(lines()).encode(), 7, 0
+        seen: Any = None
 
     stand_in = Lab()
 
@@ -302,7 +312,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
         outputs: tuple[Any, ...],
         stdout: verb.Lines,
         visible: tuple[Any, ...],
-        env,
+        env: dict[str, str],
     ) -> int:
         stand_in.seen = (argv, outputs, visible, env)
         for at in range(0, len(stand_in.text), stand_in.size):
@@ -367,7 +377,7 @@ def test_without_numpy_it_says_what_to_install_before_it_measures(
 
 @pytest.mark.usefixtures("no_numpy")
 def test_without_numpy_raw_results_are_kept_all_the_same(
-    measured: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+    measured: list[str | BaseException], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     status, out, err = told(capfd, "fault", "--json", tmp_path / "a.jsonl")
     assert (status, out) == (0, "")
@@ -377,7 +387,7 @@ def test_without_numpy_raw_results_are_kept_all_the_same(
 
 @pytest.mark.usefixtures("no_numpy")
 def test_where_only_lines_are_collected_numpy_is_not_asked_for(
-    measured: list[str], capfd: pytest.CaptureFixture[str]
+    measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert told(capfd, "fault", "--collect") == (0, "".join(measured), "")
 
@@ -446,7 +456,7 @@ def test_compare_tells_same_from_different_by_its_status(capfd: pytest.CaptureFi
     ],
 )
 def test_runs_that_cannot_be_compared_are_a_status_of_their_own(
-    changed: dict[str, dict[str, int | str] | tuple[model.Series]],
+    changed: dict[str, Any],
     why: str,
     capfd: pytest.CaptureFixture[str],
     tmp_path: Path,

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,11 +14,11 @@ from pyvmm.cli import demo
 from pyvmm.experiment.story import Step, Story, text
 
 
-def machine(name):
+def machine(name: str) -> Callable[..., Any]:
     return lambda: os.uname_result(("Linux", "h", "7.3", "v", name))
 
 
-def test_a_host_that_is_no_pkvm_host_tells_it_in_the_lab(monkeypatch):
+def test_a_host_that_is_no_pkvm_host_tells_it_in_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(os, "uname", machine("x86_64"))
     monkeypatch.setattr("pyvmm.cli.lab.run_verb", lambda argv, _args: seen.append(argv) or 1)
@@ -25,15 +27,15 @@ def test_a_host_that_is_no_pkvm_host_tells_it_in_the_lab(monkeypatch):
 
 
 @pytest.mark.parametrize("protected", [True, False])
-def test_an_arm64_host_tells_it_itself_if_it_runs_pkvm(monkeypatch, protected):
+def test_an_arm64_host_tells_it_itself_if_it_runs_pkvm(monkeypatch: pytest.MonkeyPatch, protected: bool) -> None:
     class System:
-        def __enter__(self):
+        def __enter__(self) -> Any:
             return self
 
-        def __exit__(self, *_):
+        def __exit__(self, *_: object) -> None:
             return None
 
-        def supports_protected(self):
+        def supports_protected(self) -> bool:
             return protected
 
     monkeypatch.setattr(os, "uname", machine("aarch64"))
@@ -41,8 +43,8 @@ def test_an_arm64_host_tells_it_itself_if_it_runs_pkvm(monkeypatch, protected):
     assert demo.runs_protected_guests() is protected
 
 
-def told(monkeypatch, *facts):
-    def tell(self):
+def told(monkeypatch: pytest.MonkeyPatch, *facts: tuple[bool, str]) -> int:
+    def tell(self) -> str:
         with self._step("Something happens"):
             for fact in facts:
                 self._fact(*fact)
@@ -53,7 +55,9 @@ def told(monkeypatch, *facts):
     return cli.main(["demo", "--here"])
 
 
-def test_a_story_in_which_all_is_well_exits_0(monkeypatch, capsys):
+def test_a_story_in_which_all_is_well_exits_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert told(monkeypatch, (True, "VmLck 8 kB")) == 0
     out, err = capsys.readouterr()
     assert "1. Something happens\n   ok  VmLck 8 kB\n" in out
@@ -61,26 +65,28 @@ def test_a_story_in_which_all_is_well_exits_0(monkeypatch, capsys):
     assert err == "pyvmm: 3 exits\n"
 
 
-def test_one_wrong_fact_is_marked_and_exits_1(monkeypatch, capsys):
+def test_one_wrong_fact_is_marked_and_exits_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert told(monkeypatch, (True, "VmLck 8 kB"), (False, "the secret is still there")) == 1
     out = capsys.readouterr().out
     assert "   ok  VmLck 8 kB\n   NO  the secret is still there\n" in out
     assert "Not every step was as it should be" in out
 
 
-def test_a_long_fact_is_wrapped_under_itself():
+def test_a_long_fact_is_wrapped_under_itself() -> None:
     lines = demo.lines(2, Step("A step", [(True, "word " * 30)]), colours=False)
     assert lines[0] == "2. A step"
     assert all(len(line) <= 100 for line in lines)
     assert lines[2].startswith("       word")
 
 
-def test_colours_are_for_terminals():
+def test_colours_are_for_terminals() -> None:
     step = Step("A step", [(True, "good"), (False, "bad")])
     assert "\x1b" in "".join(demo.lines(1, step, colours=True))
     assert "\x1b" not in "".join(demo.lines(1, step, colours=False))
 
 
-def test_guest_bytes_are_quoted_whatever_they_are():
+def test_guest_bytes_are_quoted_whatever_they_are() -> None:
     assert text(b"hello....") == '"hello"'
     assert text(b"\xff\x00") == '"\\xff\\x00"'

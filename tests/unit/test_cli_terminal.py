@@ -91,7 +91,7 @@ def test_output_is_left_as_it_is(terminal: tuple[int, int]) -> None:
 def test_the_escape_is_the_same_however_keys_arrive(pieces: list[bytes]) -> None:
     """What the guest gets, and whether we quit, depends on the keys and not on how they were cut."""
 
-    def taken(parts: list[bytes]) -> bytes:
+    def taken(parts: list[bytes]) -> bytes | None:
         keys, out = Keys(-1, lambda: None), b""
         for part in parts:
             if (some := keys.take(part)) is None:
@@ -120,16 +120,22 @@ def test_what_is_no_terminal_is_not_in_the_foreground(tmp_path: Path, terminal: 
 # ---- signals
 
 
-def send(number: Signals) -> None:
+def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.05)
 
 
 @pytest.mark.parametrize("number", Signals.CAUGHT)
-def test_the_first_signal_stops_the_run_with_its_name(number: Signals) -> None:
-    stopped, reasons = threading.Event(), []
+def test_the_first_signal_stops_the_run_with_its_name(number: signal.Signals) -> None:
+    stopped = threading.Event()
+    reasons: list[str] = []
+
+    def stop(reason: str) -> None:
+        reasons.append(reason)
+        stopped.set()
+
     with Signals() as signals:
-        signals.stop = lambda reason: (reasons.append(reason), stopped.set())
+        signals.stop = stop
         send(number)
         assert stopped.wait(5)
     assert reasons == [number.name]
@@ -157,9 +163,10 @@ def test_what_unwinds_after_a_second_signal_is_not_cut_short_by_a_third() -> Non
 
 def test_quitting_before_there_is_a_machine_is_not_forgotten() -> None:
     with Signals() as signals:
-        assert signals.asked is None
+        before = signals.asked
         signals.end("Ctrl-A x")
         signals.end("again")
+    assert before is None
     assert (signals.asked, signals.received) == ("Ctrl-A x", None)
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import cast
 
 import pytest
 
@@ -15,10 +15,11 @@ from pyvmm import probes
 from pyvmm.cli import doctor, main
 from pyvmm.cli.doctor import Diagnosis
 from pyvmm.errors import HostError
+from pyvmm.kvm.system import System
 from pyvmm.probes import FAIL, INFO, OK, WARN, Finding
 
 
-def findings(found: Iterator[Any]) -> dict[str, Finding]:
+def findings(found: Iterable[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in found}
 
 
@@ -53,7 +54,7 @@ def test_the_kernel_is_asked_what_its_kvm_can() -> None:
     assert findings(probes.kvm())["/dev/kvm"].status == OK
 
 
-def no_kvm(*_args) -> None:
+def no_kvm(*_args: object) -> None:
     raise HostError("there is no KVM here", hint="load KVM")
 
 
@@ -82,7 +83,7 @@ class Kvm:
     [(True, OK, "pKVM"), (False, FAIL, "not started in protected mode"), (HostError("busy"), FAIL, "busy")],
 )
 def test_whether_the_host_is_pkvm_is_what_it_answers(answer: HostError | bool, status: str, word: str) -> None:
-    found = probes._protected(Kvm(answer))
+    found = probes._protected(cast(System, Kvm(answer)))
     assert found.status == status
     assert word in found.value
 

@@ -9,7 +9,7 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -31,6 +31,7 @@ from pyvmm.machine.fdt import (
     GicNode,
     Node,
     Tree,
+    Value,
     cells32,
     cells64,
     describe,
@@ -52,7 +53,7 @@ def dtc(data: bytes, output: str, *more: str) -> subprocess.CompletedProcess[byt
     return subprocess.run(command, input=data, capture_output=True, timeout=20, check=False)
 
 
-def read(data: bytes) -> tuple[list[tuple[int, int]], dict]:
+def read(data: bytes) -> tuple[list[tuple[int, int]], dict[str, dict[str, bytes]]]:
     """Parse a flattened tree the slow, literal way: reservations and {path: {property: bytes}}."""
     magic, total, structure, strings, reserve, version, compatible, _cpu, n_strings, n_structure = struct.unpack_from(
         ">10I", data
@@ -205,7 +206,7 @@ def test_a_tree_whose_nodes_are_damaged_is_refused(structure: bytes, strings: by
 
 
 @given(value=values)
-def test_a_value_is_as_long_as_its_parts(value: bool | bytes | list[int | str]) -> None:
+def test_a_value_is_as_long_as_its_parts(value: Value) -> None:
     data = encode(value)
     if value is True:
         assert data == b""
@@ -221,7 +222,7 @@ def test_a_value_is_as_long_as_its_parts(value: bool | bytes | list[int | str]) 
 
 
 @pytest.mark.parametrize("value", [False, -1, 2**32, "a\0b", ["ok", "a\0b"], [1, 2**32]])
-def test_a_value_that_no_cell_or_string_can_hold_is_refused(value: int | list[int | str] | str) -> None:
+def test_a_value_that_no_cell_or_string_can_hold_is_refused(value: Value) -> None:
     with pytest.raises(UsageError):
         encode(value)
 
@@ -269,7 +270,10 @@ def test_a_phandle_is_given_once() -> None:
 class Uart(Device):
     """One with a PL011's node, and a property more."""
 
-    name, node, compatible, clocks = Pl011.name, Pl011.node, Pl011.compatible, Pl011.clocks
+    name = Pl011.name
+    node: ClassVar[str | None] = Pl011.node
+    compatible: ClassVar[str | tuple[str, ...]] = Pl011.compatible
+    clocks: ClassVar[tuple[str, ...]] = Pl011.clocks
 
     def properties(self) -> dict[str, int]:
         return {"current-speed": 115200}
@@ -280,7 +284,7 @@ ECHO = DeviceNode("echo", ("pyvmm,echo",), layout.ECHO.start, 0x1000)
 
 
 def example(**changes: Any) -> bytes:
-    parts = {
+    parts: dict[str, Any] = {
         "ram": [(layout.RAM_BASE, 256 << 20)],
         "mpidrs": [0, 1],
         "devices": [UART, ECHO],

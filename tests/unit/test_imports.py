@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ from pyvmm.payloads import payload
 ALLOWED = {"structlog", "_cffi_backend"}
 
 
-def loaded(code):
+def loaded(code: str) -> tuple[set[str], set[str]]:
     """Names of the top-level modules a fresh interpreter has loaded after ``code``, without its own and pyvmm's."""
     report = f"import sys\n{code}\nimport json; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, timeout=60, check=True)
@@ -28,11 +29,11 @@ def loaded(code):
     return names, {name for name in names if name not in sys.stdlib_module_names} - {"pyvmm", "__mp_main__"}
 
 
-def test_this_test_would_notice():
+def test_this_test_would_notice() -> None:
     assert loaded("import hypothesis")[1] >= {"hypothesis"}
 
 
-def test_importing_pyvmm_loads_nothing_of_others():
+def test_importing_pyvmm_loads_nothing_of_others() -> None:
     assert loaded("import pyvmm")[1] == set()
 
 
@@ -53,7 +54,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words[:2]) for words in COMMANDS])
-def test_parsing_a_command_line_loads_nothing_of_others(words):
+def test_parsing_a_command_line_loads_nothing_of_others(words: list[str]) -> None:
     names, others = loaded(f"from pyvmm.cli import make_parser; make_parser({words}).parse_args({words})")
     assert others <= ALLOWED
     assert "argparse" in names
@@ -61,7 +62,7 @@ def test_parsing_a_command_line_loads_nothing_of_others(words):
 
 
 @pytest.mark.parametrize("verb", ["run", "doctor", "demo", "lab", "atlas", "map", "repl"])
-def test_help_loads_the_verb_asked_for_and_no_other(verb):
+def test_help_loads_the_verb_asked_for_and_no_other(verb: str) -> None:
     wanted = [verb]
     code = f"""
 import sys
@@ -72,7 +73,7 @@ assert [v for v in VERBS if f'pyvmm.cli.{{v}}' in sys.modules] == {wanted}
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
-def test_building_a_machine_from_a_flat_binary_loads_only_what_is_allowed():
+def test_building_a_machine_from_a_flat_binary_loads_only_what_is_allowed() -> None:
     code = "from pyvmm.machine.machine import Machine\nfrom pyvmm.machine import boot\nboot.read('payload:hello')"
     assert loaded(code)[1] <= ALLOWED
 
@@ -97,7 +98,7 @@ print(sorted((set(sys.modules) - before) & {NEEDLESS}), compiled)
 """
 
 
-def test_way_to_a_guest_loads_and_compiles_nothing_that_it_does_not_need(tmp_path):
+def test_way_to_a_guest_loads_and_compiles_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     # Compiling a first string costs as much as a dozen imports; an annotation of a NamedTuple that is one is compiled.
     kernel = tmp_path / "kernel"
     kernel.write_bytes(payload("hello"))

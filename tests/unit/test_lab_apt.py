@@ -21,7 +21,7 @@ def fake_program(directory: Path, name: str, script: str) -> None:
 
 
 @pytest.fixture
-def fake_bin(tmp_path, monkeypatch):
+def fake_bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Give a directory whose programs hide the system's."""
     directory = tmp_path / "bin"
     directory.mkdir()
@@ -29,18 +29,18 @@ def fake_bin(tmp_path, monkeypatch):
     return directory
 
 
-def test_the_mirror_is_the_one_this_machine_uses(fake_bin):
+def test_the_mirror_is_the_one_this_machine_uses(fake_bin) -> None:
     lines = "Ubuntu|main|http://u/ubuntu/\nDebian|contrib|http://c/\nDebian|main|http://local/debian/"
     fake_program(fake_bin, "apt-get", f"printf '%s\\n' '{lines}'")
     assert apt.machine_mirror() == "http://local/debian"
 
 
-def test_the_mirror_is_debians_where_this_machine_is_not(fake_bin):
+def test_the_mirror_is_debians_where_this_machine_is_not(fake_bin) -> None:
     fake_program(fake_bin, "apt-get", "echo 'Ubuntu|main|http://u/ubuntu/'")
     assert apt.machine_mirror() == apt.CANONICAL_MIRROR
 
 
-def test_missing_keys_name_the_package(tmp_path, monkeypatch):
+def test_missing_keys_name_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt, "KEYRING", tmp_path / "none.gpg")
     with pytest.raises(HostError) as caught:
         Apt(tmp_path, "http://m").prepare()
@@ -55,7 +55,7 @@ def test_missing_keys_name_the_package(tmp_path, monkeypatch):
         ("E: Unable to locate package nonsense", False, None),
     ],
 )
-def test_apt_failing_is_told_in_its_words_with_a_hint(tmp_path, fake_bin, said, offline, hint):
+def test_apt_failing_is_told_in_its_words_with_a_hint(tmp_path: Path, fake_bin, said, offline, hint) -> None:
     fake_program(fake_bin, "apt-get", f"cat >&2 <<'E'\nReading...\n{said}\nE\nexit 100")
     mine = Apt(tmp_path / "apt", "http://m")
     (tmp_path / "apt" / "archives").mkdir(parents=True)
@@ -66,7 +66,7 @@ def test_apt_failing_is_told_in_its_words_with_a_hint(tmp_path, fake_bin, said, 
     assert (caught.value.hint is None) if hint is None else (hint in (caught.value.hint or ""))
 
 
-def test_a_corrupt_package_from_an_earlier_build_is_fetched_again(tmp_path, fake_bin):
+def test_a_corrupt_package_from_an_earlier_build_is_fetched_again(tmp_path: Path, fake_bin) -> None:
     fake_program(fake_bin, "apt-get", "printf whole > p_1_all.deb; echo dlstatus:1:50.0:p; echo dlstatus:1:100.0:p")
     mine = Apt(tmp_path, "http://m")
     mine.archives.mkdir()
@@ -85,14 +85,14 @@ def write_config(directory: Path, mirror: str = "http://m", suites: tuple[str, .
 
 
 @pytest.fixture
-def keys(tmp_path, monkeypatch):
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keys.gpg").touch()
     monkeypatch.setattr(apt, "KEYRING", tmp_path / "keys.gpg")
 
 
 @pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("name", kernels.SUITES)
-def test_apt_knows_the_suites_a_kernel_needs_and_no_others(tmp_path, name):
+def test_apt_knows_the_suites_a_kernel_needs_and_no_others(tmp_path: Path, name) -> None:
     write_config(tmp_path, suites=kernels.SUITES[name])
     lines = (tmp_path / "sources.list").read_text().splitlines()
     assert [line.split()[3] for line in lines] == list(kernels.SUITES[name])
@@ -101,7 +101,9 @@ def test_apt_knows_the_suites_a_kernel_needs_and_no_others(tmp_path, name):
 
 
 @pytest.mark.usefixtures("keys")
-def test_lists_are_fresh_only_of_suites_that_were_fetched_from_this_mirror(tmp_path, monkeypatch):
+def test_lists_are_fresh_only_of_suites_that_were_fetched_from_this_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Apt, "_watch", lambda *_: None)
     assert write_config(tmp_path).newest_age() is None
     write_config(tmp_path).update(lambda *_: None)

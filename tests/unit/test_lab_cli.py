@@ -13,7 +13,7 @@ import pytest
 
 from pyvmm import cli, lab, plugins
 from pyvmm.errors import HostError
-from pyvmm.lab import image, needs
+from pyvmm.lab import image, needs, rootfs
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.lab.qemu import LabOptions
 from pyvmm.labenv import IN_LAB
@@ -24,7 +24,7 @@ from tests.unit.installed import X86, install
 class FakeLab:
     """Takes notes instead of booting."""
 
-    booted: dict[str, object]
+    booted: dict[str, Any]
     kernel: str
 
     def __init__(self, options: LabOptions, **how: Any) -> None:
@@ -33,7 +33,7 @@ class FakeLab:
     def __enter__(self) -> FakeLab:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def run(self, command: list[str], **how: Any) -> int:
@@ -42,7 +42,7 @@ class FakeLab:
 
 
 @pytest.fixture
-def booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+def booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dict[str, Any]]:
     """Give what a fake lab was asked, once it was."""
     made = Image(tmp_path, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {}))
     monkeypatch.setattr(lab, "Lab", FakeLab)
@@ -58,20 +58,20 @@ def booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
     return lambda: FakeLab.booted
 
 
-def test_exec_hands_on_the_command_untouched_and_gives_its_status(booted: Callable[..., Any]) -> None:
+def test_exec_hands_on_the_command_untouched_and_gives_its_status(booted: Callable[[], dict[str, Any]]) -> None:
     assert cli.main(["lab", "exec", "--", "sh", "-c", "exit 42", "--mode", "x"]) == 42
     assert booted()["command"] == ["sh", "-c", "exit 42", "--mode", "x"]
     assert booted()["is_tty"] is False
 
 
-def test_a_verb_becomes_python_in_the_lab_and_its_files_visible(booted: Callable[..., Any]) -> None:
+def test_a_verb_becomes_python_in_the_lab_and_its_files_visible(booted: Callable[[], dict[str, Any]]) -> None:
     assert cli.main(["--lab", "run", "--protection", "pkvm", "some/Image", "-p", "a b"]) == 42
     verb = ["run", "--protection", "pkvm", "some/Image", "-p", "a b"]
     assert booted()["command"] == ["python3", "-P", "-m", "pyvmm", *verb]
     assert "some/Image" in booted()["arguments"]
 
 
-def test_lab_run_is_the_same_as_lab_before_the_verb(booted: Callable[..., Any]) -> None:
+def test_lab_run_is_the_same_as_lab_before_the_verb(booted: Callable[[], dict[str, Any]]) -> None:
     cli.main(["--lab", "run", "payload:hello"])
     before = booted()["command"]
     cli.main(["lab", "run", "run", "payload:hello"])
@@ -80,21 +80,21 @@ def test_lab_run_is_the_same_as_lab_before_the_verb(booted: Callable[..., Any]) 
 
 @pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
 def test_files_that_a_verb_writes_are_known_to_the_lab(
-    booted: Callable[..., Any], tmp_path: Path, before: list[str]
+    booted: Callable[[], dict[str, Any]], tmp_path: Path, before: list[str]
 ) -> None:
     dtb, log = str(tmp_path / "a b,c=d"), str(tmp_path / "serial")
     assert cli.main([*before, "run", "--dump-dtb", dtb, "--serial", f"file={log}", "payload:hello"]) == 42
     assert sorted(booted()["outputs"]) == [dtb, log]
 
 
-def test_a_disk_that_is_not_read_only_is_written(booted: Callable[..., Any]) -> None:
+def test_a_disk_that_is_not_read_only_is_written(booted: Callable[[], dict[str, Any]]) -> None:
     assert cli.main(["--lab", "run", "-d", "a.img", "--disk", "b.img,ro", "-d", "path=c.img", "payload:hello"]) == 42
     assert booted()["outputs"] == ["a.img", "c.img"]
 
 
 @pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
 def test_a_file_that_cannot_be_written_is_said_before_anything_boots(
-    booted: Callable[..., Any], before: list[str], capsys: pytest.CaptureFixture[str]
+    booted: Callable[[], dict[str, Any]], before: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*before, "run", "--dump-dtb", "/no/such/place/dtb", "payload:hello"]) == 2
     assert booted() == {}
@@ -110,7 +110,7 @@ def test_outputs_are_found_wherever_a_command_line_has_them() -> None:
 
 
 @pytest.mark.parametrize("words", [["run", "--nonsense"], ["--lab", "run", "x"], ["lab", "status"], ["--help"]])
-def test_what_lab_run_cannot_run_is_said_here(booted: Callable[..., Any], words: list[str]) -> None:
+def test_what_lab_run_cannot_run_is_said_here(booted: Callable[[], dict[str, Any]], words: list[str]) -> None:
     assert cli.main(["lab", "run", *words]) == (0 if words == ["--help"] else 2)
     assert booted() == {}
 
@@ -122,7 +122,7 @@ def test_what_lab_run_cannot_run_is_said_here(booted: Callable[..., Any], words:
         ["lab", "exec", "--mode", "nvhe", "--icount", "--mem", "1G", "true"],
     ],
 )
-def test_options_say_what_machine_the_lab_is(booted: Callable[..., Any], words: list[str]) -> None:
+def test_options_say_what_machine_the_lab_is(booted: Callable[[], dict[str, Any]], words: list[str]) -> None:
     cli.main(words)
     options = booted()["options"]
     assert (options.mode, options.icount, options.cpus, options.memory) == ("nvhe", True, 1, 1024)
@@ -140,7 +140,9 @@ def test_options_say_what_machine_the_lab_is(booted: Callable[..., Any], words: 
         (["lab", "shell"], "backports"),
     ],
 )
-def test_the_hosts_kernel_is_chosen_before_the_verb(booted: Callable[..., Any], words: list[str], kernel: str) -> None:
+def test_the_hosts_kernel_is_chosen_before_the_verb(
+    booted: Callable[[], dict[str, Any]], words: list[str], kernel: str
+) -> None:
     assert cli.main(words) == 42
     assert FakeLab.kernel == kernel
     assert not {"--host-kernel", kernel} & set(booted()["command"])
@@ -156,7 +158,7 @@ def test_the_hosts_kernel_is_chosen_before_the_verb(booted: Callable[..., Any], 
     ],
 )
 def test_options_of_a_lab_nobody_asked_for_are_refused(
-    booted: Callable[..., Any], capsys: pytest.CaptureFixture[str], words: list[str], hint: str
+    booted: Callable[[], dict[str, Any]], capsys: pytest.CaptureFixture[str], words: list[str], hint: str
 ) -> None:
     assert cli.main(words) == 2
     assert booted() == {}
@@ -199,7 +201,7 @@ def test_a_verb_in_the_lab_that_turns_to_the_lab_says_why_that_is_none(
     ],
 )
 def test_what_makes_no_sense_is_a_usage_error(
-    booted: Callable[..., Any], words: list[str], status: int, monkeypatch: pytest.MonkeyPatch
+    booted: Callable[[], dict[str, Any]], words: list[str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.isatty", lambda _fd: False)
     assert cli.main(words) == status
@@ -236,7 +238,7 @@ def adopt(cache: Cache, kernel: str, recipe: str | None = None) -> None:
     with cache.lock(lambda: None), cache.scratch() as scratch:
         (scratch / "Image").write_bytes(kernel[:3].encode())
         files = {"Image": FileRecord(3, file_sha256(scratch / "Image"))}
-        recipe = recipe or image.rootfs.recipe_hash()
+        recipe = recipe or rootfs.recipe_hash()
         cache.adopt(scratch, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", recipe, [], files), kernel)
 
 
@@ -270,12 +272,19 @@ def test_status_shows_every_image_there_is(
     assert "experimental" not in lines
 
 
-def test_packages_whose_plugins_were_asked_for_are_copied_for_the_lab(booted, monkeypatch, tmp_path):
+def test_packages_whose_plugins_were_asked_for_are_copied_for_the_lab(
+    booted: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     install(tmp_path, "pyvmm-dice", {"dice/__init__.py": "x = 1"}, {plugins.DEVICES: {"dice": "dice:x"}})
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(plugins, "_asked", {})
-    seen = []
-    monkeypatch.setattr(FakeLab, "__enter__", lambda self: seen.append(files(self.booted["packages"])) or self)
+    seen: list[list[str] | None] = []
+
+    def enter(fake: FakeLab) -> FakeLab:
+        seen.append(files(fake.booted["packages"]))
+        return fake
+
+    monkeypatch.setattr(FakeLab, "__enter__", enter)
     cli.main(["--lab", "run", "payload:hello"])
     assert seen == [None]
     assert plugins.find(plugins.DEVICES, "dice", int) == 1
@@ -285,14 +294,19 @@ def test_packages_whose_plugins_were_asked_for_are_copied_for_the_lab(booted, mo
     assert not booted()["packages"].exists()
 
 
-def files(directory):
+def files(directory: Path | None) -> list[str] | None:
     """Return the files in a directory by their paths there."""
     if directory is None:
         return None
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def test_package_that_the_lab_cannot_run_is_refused_before_anything_boots(booted, monkeypatch, tmp_path, capsys):
+def test_package_that_the_lab_cannot_run_is_refused_before_anything_boots(
+    booted: Callable[[], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     install(tmp_path, "pyvmm-fast", {"fast.py": "x = 1"}, {plugins.DEVICES: {"fast": "fast:x"}}, {"_fast.so": X86})
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(plugins, "_asked", {})

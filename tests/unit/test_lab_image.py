@@ -19,7 +19,7 @@ import pytest
 
 from pyvmm.cpio import CpioWriter
 from pyvmm.errors import PyvmmError
-from pyvmm.lab import apt, image, rootfs
+from pyvmm.lab import apt, firstboot, image, rootfs
 from pyvmm.lab.apt import AptError, Package
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.lab.rootfs import Module
@@ -322,7 +322,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_deb: Callable[
         make_deb(f"linux-binary-9.9-{suite}", {f"boot/vmlinuz-9.9-{suite}": f"MZ{suite}".encode()})
     monkeypatch.setattr(image, "require_qemu", lambda: "qemu")
     monkeypatch.setattr(image, "updated_apt", lambda *_, **__: FakeApt(tmp_path))
-    monkeypatch.setattr(image.firstboot, "write_additions", lambda _i, _p, _c, out: out.write(b"additions"))
+    monkeypatch.setattr(firstboot, "write_additions", lambda _i, _p, _c, out: out.write(b"additions"))
 
 
 @pytest.mark.usefixtures("archive")

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import gzip
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +30,7 @@ def image_bytes(release: str = RELEASE) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["stable", "backports", "unstable", "experimental"])
-def test_debians_kernels_have_names(name, tmp_path, monkeypatch):
+def test_debians_kernels_have_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
     assert kernels.find(name) == name
@@ -37,13 +39,15 @@ def test_debians_kernels_have_names(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("form", ["Image", "./Image", "{}/Image"])
-def test_a_file_says_what_release_it_is(tmp_path, monkeypatch, pack, form):
+def test_a_file_says_what_release_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[..., Any] | type[bytes], form: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Image").write_bytes(pack(image_bytes()))
     assert kernels.find(form.format(tmp_path)) == kernels.KernelFile(tmp_path / "Image", RELEASE)
 
 
-def test_a_kernel_without_a_banner_is_of_unknown_release(tmp_path):
+def test_a_kernel_without_a_banner_is_of_unknown_release(tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(image_bytes()[:4096])
     assert "unknown" in kernels.find(str(tmp_path / "Image")).release
 
@@ -59,7 +63,7 @@ def test_a_kernel_without_a_banner_is_of_unknown_release(tmp_path):
         (gzip.compress(image_bytes())[:-20], "truncated gzip"),
     ],
 )
-def test_a_file_that_is_no_arm64_kernel_is_refused_for_what_it_is(tmp_path, data, what):
+def test_a_file_that_is_no_arm64_kernel_is_refused_for_what_it_is(tmp_path: Path, data: bytes, what: str) -> None:
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(UsageError) as caught:
         kernels.find(str(tmp_path / "file"))
@@ -69,7 +73,7 @@ def test_a_file_that_is_no_arm64_kernel_is_refused_for_what_it_is(tmp_path, data
     assert caught.value.message.startswith("the host's kernel")
 
 
-def test_an_efi_zboot_image_is_refused_though_guests_may_have_it(tmp_path):
+def test_an_efi_zboot_image_is_refused_though_guests_may_have_it(tmp_path: Path) -> None:
     packed = gzip.compress(image_bytes())
     header = b"MZ\0\0zimg" + struct.pack("<2I8x32s", 64, len(packed), b"gzip")
     (tmp_path / "vmlinuz").write_bytes(header.ljust(64, b"\0") + packed)
@@ -78,7 +82,7 @@ def test_an_efi_zboot_image_is_refused_though_guests_may_have_it(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "nearest"), [("stabel", "stable"), ("back-ports", "backports"), ("sid", "unstable")])
-def test_an_unknown_name_is_answered_with_those_there_are_the_nearest_first(text, nearest):
+def test_an_unknown_name_is_answered_with_those_there_are_the_nearest_first(text: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=f"no host kernel is called '{text}', and no file") as caught:
         kernels.find(text)
     hint = caught.value.hint or ""
@@ -100,11 +104,11 @@ def fill(cache: Cache, kernel: str, release: str = "9.9", recipe: str | None = N
 
 
 @pytest.fixture
-def store(tmp_path) -> Cache:
+def store(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
 
-def test_images_of_several_kernels_live_side_by_side(store, monkeypatch):
+def test_images_of_several_kernels_live_side_by_side(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "GRACE_SECONDS", -1)
     made = {name: fill(store, name) for name in kernels.SUITES}
     assert {name: image.usable_image(store, kernel=name) for name in kernels.SUITES} == made
@@ -114,14 +118,16 @@ def test_images_of_several_kernels_live_side_by_side(store, monkeypatch):
     assert not made["stable"].directory.exists()
 
 
-def test_the_default_kernels_image_is_where_it_has_always_been(store):
+def test_the_default_kernels_image_is_where_it_has_always_been(store: Cache) -> None:
     fill(store, kernels.DEFAULT)
     fill(store, "stable")
     assert {path.name for path in store.directory.iterdir()} >= {"current", "current-stable"}
     assert image.usable_image(store) == image.usable_image(store, kernel=kernels.DEFAULT)
 
 
-def test_one_image_for_two_names_is_kept_once_and_stays_while_one_needs_it(store, monkeypatch):
+def test_one_image_for_two_names_is_kept_once_and_stays_while_one_needs_it(
+    store: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "GRACE_SECONDS", -1)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", lambda path, _data: path.write_text("same"))
@@ -131,7 +137,7 @@ def test_one_image_for_two_names_is_kept_once_and_stays_while_one_needs_it(store
     assert image.usable_image(store, kernel="unstable") == shared
 
 
-def test_a_file_boots_with_the_root_that_has_its_modules(store, tmp_path):
+def test_a_file_boots_with_the_root_that_has_its_modules(store: Cache, tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(image_bytes())
     file = str(tmp_path / "Image")
     assert image.usable_image(store, kernel=file) is None
@@ -145,14 +151,16 @@ def test_a_file_boots_with_the_root_that_has_its_modules(store, tmp_path):
     assert (found.kernel, found.root, found.has_modules) == (tmp_path / "Image", stable.root, True)
 
 
-def test_an_image_of_another_recipe_lends_no_root(store, tmp_path):
+def test_an_image_of_another_recipe_lends_no_root(store: Cache, tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(image_bytes())
     default = fill(store, kernels.DEFAULT)
     fill(store, "stable", RELEASE, recipe="of another version")
     assert image.build_image(str(tmp_path / "Image"), cache=store).root == default.root
 
 
-def test_a_kernel_that_finds_no_modules_is_named_where_a_share_fails(tmp_path, monkeypatch):
+def test_a_kernel_that_finds_no_modules_is_named_where_a_share_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = kernels.KernelFile(tmp_path / "Image", RELEASE)
     manifest = Manifest("7.3.4", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {})
     script = '[ "$1" = --version ] && echo QEMU emulator version 9.0.0 && exit; exec sleep 100'
@@ -170,7 +178,7 @@ def test_a_kernel_that_finds_no_modules_is_named_where_a_share_fails(tmp_path, m
         assert word in (caught.value.hint or "")
 
 
-def test_a_kernel_that_does_not_come_up_is_said_to_need_things(tmp_path, monkeypatch):
+def test_a_kernel_that_does_not_come_up_is_said_to_need_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / qemu.PROGRAM).write_text("#!/bin/sh\necho QEMU emulator version 9.0.0; echo panic\n")
     (tmp_path / qemu.PROGRAM).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")

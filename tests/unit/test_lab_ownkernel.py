@@ -16,7 +16,7 @@ import pytest
 
 from pyvmm import cli, lab
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.lab import image, kernels, needs, ownkernel
+from pyvmm.lab import image, kernels, needs, ownkernel, rootfs
 from pyvmm.lab.apt import AptError, Package
 from pyvmm.lab.cache import Cache, FileRecord, Image, file_sha256
 from pyvmm.lab.cache import Manifest as ImageManifest
@@ -475,7 +475,7 @@ def test_what_it_is_for_is_among_the_options(option: str) -> None:
 @pytest.fixture
 def debians(world: World, monkeypatch: pytest.MonkeyPatch) -> Image:
     """Put an image of Debian's into the cache."""
-    monkeypatch.setattr(image.rootfs, "recipe_hash", lambda: "r")
+    monkeypatch.setattr(rootfs, "recipe_hash", lambda: "r")
     with world.cache.lock(lambda: None), world.cache.scratch() as scratch:
         files = {}
         for name in ("Image", "root.cpio"):
@@ -511,6 +511,7 @@ def test_lab_kernel_says_what_it_takes_then_which_it_is_and_where(
     assert cli.main(["lab", "kernel"]) == 0
     said = capsys.readouterr()
     kernel = ownkernel.current_kernel(world.cache)
+    assert kernel is not None
     assert said.out == f"9.9.1-pyvmm, of linux-source-7.3 1: {kernel.path}\n"
     assert "6 to 10 minutes" in said.err
     assert "pyvmm: lab: unpacking the source\n" in said.err
@@ -531,7 +532,7 @@ def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(
         def __enter__(self) -> Any:
             return self
 
-        def __exit__(self, *_) -> None:
+        def __exit__(self, *_: object) -> None:
             pass
 
         def run(self, *_: list[str], **__: Any) -> int:
@@ -540,7 +541,9 @@ def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(
     monkeypatch.setattr(lab, "Lab", FakeLab)
     monkeypatch.delenv(IN_LAB, raising=False)
     assert cli.main(["lab", "exec", "--host-kernel", "own", "true"]) == 42
-    assert booted[0].kernel == ownkernel.current_kernel(world.cache).path
+    kernel = ownkernel.current_kernel(world.cache)
+    assert kernel is not None
+    assert booted[0].kernel == kernel.path
     assert "building the project's own kernel" in capsys.readouterr().err
 
 

@@ -25,7 +25,7 @@ def memory():
         yield memory
 
 
-def test_the_states_are_those_of_the_native_loop():
+def test_the_states_are_those_of_the_native_loop() -> None:
     assert {state.name: state.value for state in PageState} == {
         name.removeprefix("PV_PAGE_"): getattr(lib, name)
         for name in dir(lib)
@@ -35,7 +35,7 @@ def test_the_states_are_those_of_the_native_loop():
     assert len(PageState) == lib.PV_PAGE_STATES
 
 
-def test_what_python_enters_c_sees_and_the_other_way_round(memory):
+def test_what_python_enters_c_sees_and_the_other_way_round(memory) -> None:
     assert memory.ledger.set(BASE + PAGE, PageState.SHARED) is PageState.HOST
     assert memory.native.map.regions[0].ledger[1] == lib.PV_PAGE_SHARED
     assert lib.pv_ledger_set(memory.native, BASE + 2 * PAGE, lib.PV_PAGE_POISONED) == lib.PV_PAGE_HOST
@@ -43,7 +43,7 @@ def test_what_python_enters_c_sees_and_the_other_way_round(memory):
     assert_counters_agree(memory)
 
 
-def test_an_assumption_is_told_apart_from_knowledge(memory):
+def test_an_assumption_is_told_apart_from_knowledge(memory) -> None:
     memory.ledger.set(BASE, PageState.PRIVATE, assumed=True)
     assert memory.ledger.assumed(BASE)
     assert memory.ledger.state(BASE) is PageState.PRIVATE
@@ -53,19 +53,19 @@ def test_an_assumption_is_told_apart_from_knowledge(memory):
     assert memory.ledger.describe(BASE) == "private to the guest"
 
 
-def test_every_entry_has_words():
+def test_every_entry_has_words() -> None:
     words = {describe(state | mark) for state in PageState for mark in (0, ASSUMED)}
     assert len(words) == 2 * len(PageState)
 
 
-def test_outside_every_slot_a_page_is_absent_and_cannot_be_entered(memory):
+def test_outside_every_slot_a_page_is_absent_and_cannot_be_entered(memory) -> None:
     for gpa in (0, BASE - 1, BASE + MIB, (1 << 64) - 1):
         assert memory.ledger.state(gpa) is PageState.ABSENT
         with pytest.raises(UsageError, match="in no memory slot"):
             memory.ledger.set(gpa, PageState.SHARED)
 
 
-def test_counts_and_snapshot_cover_every_slot(memory):
+def test_counts_and_snapshot_cover_every_slot(memory) -> None:
     memory.add(BASE + 4 * MIB, Memfd(2 * PAGE))
     memory.ledger.set(BASE + 4 * MIB + PAGE, PageState.SHARED, assumed=True)
     assert [(gpa, len(entries)) for gpa, entries in memory.ledger.snapshot()] == [(BASE, 256), (BASE + 4 * MIB, 2)]
@@ -75,7 +75,7 @@ def test_counts_and_snapshot_cover_every_slot(memory):
     assert_counters_agree(memory)
 
 
-def test_a_snapshot_is_a_copy(memory):
+def test_a_snapshot_is_a_copy(memory) -> None:
     [(_, entries)] = memory.ledger.snapshot()
     memory.ledger.set(BASE, PageState.HOLE)
     assert entries[0] == PageState.HOST

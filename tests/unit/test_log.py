@@ -58,7 +58,7 @@ def emit(stream: Terminal | io.StringIO, verbosity: int = 0, **options: bool) ->
         (9, ["debugged", "started", "odd", "failed"]),
     ],
 )
-def test_verbosity_chooses_the_events(verbosity: int, events: Callable[[], list[dict[str, Any]]]) -> None:
+def test_verbosity_chooses_the_events(verbosity: int, events: list[str]) -> None:
     lines = emit(io.StringIO(), verbosity, json=True).splitlines()
     assert [json.loads(line)["event"] for line in lines] == events
 
@@ -176,7 +176,9 @@ def said(text: str, as_json: bool) -> list[tuple[str, int | None]]:
     if as_json:
         return [(line["event"], line.get("count")) for line in map(json.loads, text.splitlines())]
     form = re.compile(r"\S+ \[\w+ *\] (\w+) +component=\w+(?: count=(\d+))?(?: text=y+)?")
-    return [(line[1], line[2] and int(line[2])) for line in map(form.fullmatch, text.splitlines())]
+    lines = [form.fullmatch(line) for line in text.splitlines()]
+    assert None not in lines
+    return [(line[1], int(line[2]) if line[2] else None) for line in lines if line]
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
@@ -282,7 +284,7 @@ class Machine:
 
     def __init__(self, pipe: Unread, ending: HostError | Outcome) -> None:
         self.pipe, self.ending = pipe, ending
-        self.read = None
+        self.read: Callable[[], str] | None = None
 
     def __enter__(self) -> Machine:
         return self
@@ -290,7 +292,7 @@ class Machine:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def stop(self, reason) -> None:
+    def stop(self, reason: str) -> None:
         pass
 
     def run(self) -> Outcome:
@@ -327,8 +329,9 @@ def test_a_run_waits_for_no_reader_before_its_end_which_loses_nothing(
     monkeypatch.setattr("pyvmm.session.run.Machine", lambda *_, **__: machine)
     words = [*flags, "run", "--socket", str(tmp_path / "socket"), "--serial", "none", "payload:hello"]
     assert cli.main(words) == status
+    assert machine.read is not None
     lines = machine.read().removeprefix("x" * pipe.size).splitlines()
     assert "log_dropped" in lines[0]
     assert len(lines) == 1 + len(last)
-    for line, words in zip(lines[1:], last, strict=True):
-        assert words in line
+    for line, part in zip(lines[1:], last, strict=True):
+        assert part in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +15,7 @@ from pyvmm._native import lib
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
 from pyvmm.machine.vm import POLICIES
 from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
-from pyvmm.memory.backing import Memfd
+from pyvmm.memory.backing import Backing, Memfd
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memory import Memory
@@ -157,7 +157,7 @@ def test_others_are_kept_out_of_the_guest_while_slots_move() -> None:
         def __enter__(self) -> None:
             held.append(f"after {len(vm.calls)}")
 
-        def __exit__(self, *_) -> None:
+        def __exit__(self, *_: object) -> None:
             held.append(f"after {len(vm.calls)}")
 
     memory.quiesce = Quiet
@@ -203,7 +203,7 @@ def test_a_hole_punched_in_moved_pages_reaches_the_file_they_are_in() -> None:
 def test_any_order_of_conversions_keeps_every_page_and_its_side(orders: list[tuple[int, bool]]) -> None:
     vm, memory, slot = emulated()
     with memory:
-        shared = set()
+        shared: set[int] = set()
         for number, to_shared in orders:
             status = convert(memory, number, to_shared)
             assert status == (-3 if (number in shared) == to_shared else 0)
@@ -220,7 +220,7 @@ def test_any_order_of_conversions_keeps_every_page_and_its_side(orders: list[tup
 
 @given(st.data())
 def test_carving_covers_the_same_range_without_gap_overlap_or_needless_seam(data: st.DataObject) -> None:
-    files = ["private", "shared"]
+    files = [cast(Backing, name) for name in ("private", "shared")]
     pieces = [Piece(Gpa(BASE), SIZE, files[0], 0)]
     for _ in range(data.draw(st.integers(1, 8))):
         start = data.draw(st.integers(0, PAGES - 1))
@@ -234,7 +234,7 @@ def test_carving_covers_the_same_range_without_gap_overlap_or_needless_seam(data
             assert before.end == after.gpa
             assert not after.continues(before)
         inside = [piece for piece in pieces if piece.overlap(BASE + offset, 1)]
-        assert inside[0].backing == which
+        assert inside[0].backing is which
 
 
 def test_moved_pages_leak_nothing() -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,24 +18,24 @@ from pyvmm.memory.memlock import LockedMemory, require_memlock
 
 
 @pytest.fixture
-def process(monkeypatch, tmp_path):
+def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A process whose status, capabilities and limits are the test's; returns what it may change."""
 
     class Process:
-        def __init__(self):
+        def __init__(self) -> None:
             self.limits = (8 * MIB, 8 * MIB)
             self.locked_kib = 0
             self.capabilities = 0
             self.may_exceed = False
             self.set_to: list[tuple[int, int]] = []
 
-        def settle(self):
+        def settle(self) -> None:
             lines = "Name:\tx", f"VmLck:\t{self.locked_kib:8} kB", f"CapEff:\t{self.capabilities:016x}", ""
             (tmp_path / "status").write_text("\n".join(lines))
 
     state = Process()
 
-    def setrlimit(_, limits):
+    def setrlimit(_: int, limits: tuple[int, int]) -> None:
         hard = state.limits[1]
         above = hard != resource.RLIM_INFINITY and (limits[1] == resource.RLIM_INFINITY or limits[1] > hard)
         if above and not state.may_exceed:
@@ -48,14 +50,14 @@ def process(monkeypatch, tmp_path):
     return state
 
 
-def test_a_limit_that_suffices_is_left_alone(process):
+def test_a_limit_that_suffices_is_left_alone(process: Any) -> None:
     process.locked_kib = 4096
     process.settle()
     assert require_memlock(4 * MIB).soft == 8 * MIB
     assert process.set_to == []
 
 
-def test_the_soft_limit_is_raised_to_the_need_where_the_hard_one_allows(process):
+def test_the_soft_limit_is_raised_to_the_need_where_the_hard_one_allows(process: Any) -> None:
     process.limits = (MIB, resource.RLIM_INFINITY)
     process.locked_kib = 100
     process.settle()
@@ -63,7 +65,7 @@ def test_the_soft_limit_is_raised_to_the_need_where_the_hard_one_allows(process)
     assert process.set_to == [(64 * MIB + 100 * 1024, resource.RLIM_INFINITY)]
 
 
-def test_a_limit_that_cannot_be_raised_is_refused_with_the_exact_need(process):
+def test_a_limit_that_cannot_be_raised_is_refused_with_the_exact_need(process: Any) -> None:
     process.locked_kib = 20
     process.settle()
     with pytest.raises(HostError) as caught:
@@ -78,7 +80,7 @@ def test_a_limit_that_cannot_be_raised_is_refused_with_the_exact_need(process):
     assert caught.value.exit_status == 5
 
 
-def test_a_refusal_has_used_what_the_hard_limit_allows(process):
+def test_a_refusal_has_used_what_the_hard_limit_allows(process: Any) -> None:
     process.limits = (MIB, 8 * MIB)
     process.settle()
     with pytest.raises(HostError, match="hard limit 8388608 bytes"):
@@ -86,21 +88,21 @@ def test_a_refusal_has_used_what_the_hard_limit_allows(process):
     assert process.limits == (8 * MIB, 8 * MIB)
 
 
-def test_a_process_that_may_raise_the_hard_limit_does(process):
+def test_a_process_that_may_raise_the_hard_limit_does(process: Any) -> None:
     process.may_exceed = True
     process.settle()
     require_memlock(64 * MIB)
     assert process.limits == (64 * MIB, 64 * MIB)
 
 
-def test_cap_ipc_lock_lifts_the_limit(process):
+def test_cap_ipc_lock_lifts_the_limit(process: Any) -> None:
     process.capabilities = 1 << 14
     process.settle()
     assert require_memlock(1 << 40).exempt
     assert process.set_to == []
 
 
-def test_cap_ipc_lock_of_a_container_does_not_count(process, monkeypatch):
+def test_cap_ipc_lock_of_a_container_does_not_count(process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memlock, "_in_initial_user_namespace", lambda: False)
     process.capabilities = 1 << 14
     process.settle()
@@ -108,20 +110,20 @@ def test_cap_ipc_lock_of_a_container_does_not_count(process, monkeypatch):
         require_memlock(64 * MIB)
 
 
-def test_one_page_over_the_limit_is_over(process):
+def test_one_page_over_the_limit_is_over(process: Any) -> None:
     process.settle()
     require_memlock(8 * MIB)
     with pytest.raises(HostError):
         require_memlock(8 * MIB + 1)
 
 
-def test_unlimited_is_enough_for_anything(process):
+def test_unlimited_is_enough_for_anything(process: Any) -> None:
     process.limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     process.settle()
     assert require_memlock(1 << 50).soft is None
 
 
-def test_this_process_can_be_read():
+def test_this_process_can_be_read() -> None:
     state = LockedMemory.read()
     assert state.locked % 1024 == 0
     assert f"{state.locked} bytes" in str(state)
@@ -129,7 +131,7 @@ def test_this_process_can_be_read():
     assert state.soft == (None if soft == resource.RLIM_INFINITY else soft)
 
 
-def test_another_user_namespace_is_recognised():
+def test_another_user_namespace_is_recognised() -> None:
     assert memlock._in_initial_user_namespace() == (os.stat("/proc/self/ns/user").st_ino == 0xEFFFFFFD)
     child = os.fork()
     if child == 0:

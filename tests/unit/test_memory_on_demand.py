@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,7 +35,7 @@ class Access:
 
     @property
     def made_again(self) -> bool:
-        return self.run[2] == 0
+        return bool(self.run[2] == 0)
 
 
 def contents(gpa: int, size: int) -> bytes:
@@ -44,11 +45,11 @@ def contents(gpa: int, size: int) -> bytes:
 
 def attached(
     protection: Protection = Protection.NONE,
-    ranges: list[tuple[int, int]] | tuple[tuple[int, int]] = ((START, 8 * GRANULE),),
+    ranges: Sequence[tuple[int, int]] = ((START, 8 * GRANULE),),
     **options: Any,
 ) -> tuple[NotedVm, Memory, OnDemand]:
     vm, memory, _ = build(protection, most=64)
-    lazy = OnDemand(ranges, **{"granule": GRANULE, "fill": contents} | options)
+    lazy = OnDemand(ranges, **{"granule": GRANULE, "fill": contents, **options})
     lazy.attach(memory)
     memory.seal()
     return vm, memory, lazy
@@ -210,7 +211,7 @@ def test_its_files_are_few_and_go_with_the_memory() -> None:
     ],
 )
 def test_ranges_that_make_no_sense_are_refused(
-    ranges: list[tuple[int, int]], options: dict[str, int], words: str
+    ranges: list[tuple[int, int]], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
         OnDemand(ranges, **options)
@@ -232,7 +233,7 @@ def test_ranges_lie_where_neither_memory_nor_a_device_is() -> None:
 
 
 def test_a_protected_guests_memory_must_be_lockable_as_far_as_the_limit_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[int] = []
     monkeypatch.setattr(on_demand, "require_memlock", asked.append)
     for limit, most in ((2, 2 * GRANULE), (1000, 8 * GRANULE)):
         _, memory, _ = attached(Protection.PKVM, limit=limit)

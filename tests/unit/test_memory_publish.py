@@ -40,7 +40,7 @@ class Watched:
     def __getattr__(self, name):
         return getattr(lib, name)
 
-    def pv_publish_map(self, vm, table):
+    def pv_publish_map(self, vm, table) -> None:
         if table:
             self.tables.append(weakref.ref(table))
         lib.pv_publish_map(vm, table)
@@ -50,7 +50,7 @@ class Watched:
         return sum(table() is not None for table in self.tables)
 
 
-def test_thousands_of_slots_added_one_by_one_keep_one_table(monkeypatch):
+def test_thousands_of_slots_added_one_by_one_keep_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched()
     monkeypatch.setattr(slots, "lib", watched)
     _, memory = build_empty(most=MANY)
@@ -81,7 +81,7 @@ def test_thousands_of_slots_added_one_by_one_keep_one_table(monkeypatch):
     assert watched.alive == 0
 
 
-def test_a_removed_slot_leaves_nothing_of_its_ledger():
+def test_a_removed_slot_leaves_nothing_of_its_ledger() -> None:
     _, memory, _ = build()
     with memory:
         backing = Memfd(PAGE_SIZE)
@@ -92,7 +92,7 @@ def test_a_removed_slot_leaves_nothing_of_its_ledger():
         assert gone() is None
 
 
-def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced():
+def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced() -> None:
     """Guarded copies without Python's lock, while each old table turns into garbage the moment it may be freed."""
     _, memory = build_empty(most=64)
     with memory:
@@ -102,7 +102,7 @@ def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced():
             memory.fill(BASE + 2 * index * PAGE_SIZE, PAGE_SIZE, index)
         native, stop, wrong = memory.native, threading.Event(), []
 
-        def reader(seed):
+        def reader(seed) -> None:
             chance = random.Random(seed)
             data = bytearray(8)
             into = ffi.from_buffer("uint8_t[]", data)
@@ -162,7 +162,7 @@ def race(
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path, sanitizer):
+def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path: Path, sanitizer) -> None:
     done = race(tmp_path, sanitizer, 2000)
     assert (done.returncode, done.stdout) == (0, "0 wrong\n"), done.stderr
 
@@ -172,7 +172,7 @@ def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path, sanitizer):
     [("i < PV_MAP_PHASES", "i < 0"), ("i < PV_MAP_PHASES", "i < 1")],
     ids=["no wait at all", "a wait for one counter only"],
 )
-def test_these_races_would_show_a_table_freed_too_early(tmp_path, mutation):
+def test_these_races_would_show_a_table_freed_too_early(tmp_path: Path, mutation) -> None:
     done = race(tmp_path, "address", 200_000, mutate=mutation)
     assert done.returncode
     assert "heap-use-after-free" in done.stderr
@@ -181,7 +181,7 @@ def test_these_races_would_show_a_table_freed_too_early(tmp_path, mutation):
 @pytest.mark.kvm
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the guest is x86 code; tests/pkvm has arm64's")
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm that we may open")
-def test_slots_come_by_the_hundred_while_a_guest_and_copies_use_those_that_are_there():
+def test_slots_come_by_the_hundred_while_a_guest_and_copies_use_those_that_are_there() -> None:
     code, data = 0x1000, 0x4000
     native = ffi.new("struct pv_vm *")
     with System.open() as system, Memory(system.create_vm(), Protection.NONE, native) as memory:
@@ -203,7 +203,7 @@ def test_slots_come_by_the_hundred_while_a_guest_and_copies_use_those_that_are_t
         stop, seen = threading.Event(), set()
         guest = threading.Thread(target=lambda: seen.add(("stop", lib.pv_run(cpu))))
 
-        def reader():
+        def reader() -> None:
             while not stop.is_set():
                 seen.add(memory.read(data, 2))
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,7 +18,7 @@ from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.source_server import SourceServer
-from pyvmm.memory.userfault import UserfaultError
+from pyvmm.memory.userfault import Userfault, UserfaultError
 
 PAGES = 64
 SIZE = PAGES * PAGE_SIZE
@@ -25,7 +26,7 @@ SOURCE = b"".join(page.to_bytes(8, "little") * (PAGE_SIZE // 8) for page in rang
 
 
 @pytest.fixture
-def memory(userfault):
+def memory(userfault: Userfault) -> Iterator[Memfd]:
     """Guest memory that is nobody's yet, and registered."""
     with Memfd(SIZE) as backing:
         userfault.register(backing.hva, SIZE, missing=True)
@@ -41,7 +42,9 @@ def look(address: int, size: int = 8) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_every_page_is_its_own_part_of_the_buffer_whoever_comes_first(userfault, memory, kind):
+def test_every_page_is_its_own_part_of_the_buffer_whoever_comes_first(
+    userfault: Userfault, memory: Memfd, kind: type[bytearray] | type[bytes] | type[memoryview]
+) -> None:
     asked = [page * 7 % PAGES for page in range(4 * PAGES)]  # each by several threads, in no order
     with SourceServer(userfault, memory.hva, kind(SOURCE)) as server, ThreadPoolExecutor(8) as pool:
         seen = list(pool.map(lambda page: look(memory.hva + page * PAGE_SIZE + 16), asked))
@@ -50,7 +53,7 @@ def test_every_page_is_its_own_part_of_the_buffer_whoever_comes_first(userfault,
         assert PAGES <= server.served <= len(asked)
 
 
-def test_what_one_server_leaves_the_next_one_answers_with_its_own(userfault, memory):
+def test_what_one_server_leaves_the_next_one_answers_with_its_own(userfault: Userfault, memory: Memfd) -> None:
     with SourceServer(userfault, memory.hva, SOURCE) as first:
         assert look(memory.hva + PAGE_SIZE) == (1).to_bytes(8, "little")
     with ThreadPoolExecutor(1) as pool, userfault:
@@ -62,7 +65,7 @@ def test_what_one_server_leaves_the_next_one_answers_with_its_own(userfault, mem
     assert (first.served, second.served) == (1, 1)
 
 
-def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault, memory):
+def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault: Userfault, memory: Memfd) -> None:
     with ThreadPoolExecutor(1) as pool, userfault:
         reader = pool.submit(look, memory.hva)
         server = SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:])
@@ -74,7 +77,7 @@ def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault, me
         assert reader.result(10) == bytes(8)
 
 
-def test_an_error_of_the_block_goes_before_the_servers(userfault, memory):
+def test_an_error_of_the_block_goes_before_the_servers(userfault: Userfault, memory: Memfd) -> None:
     with ThreadPoolExecutor(1) as pool, userfault:
         pool.submit(look, memory.hva)
         server = SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:])
@@ -85,19 +88,21 @@ def test_an_error_of_the_block_goes_before_the_servers(userfault, memory):
 
 
 @pytest.mark.parametrize(("at", "size"), [(8, PAGE_SIZE), (0, 8), (0, 0), (0, PAGE_SIZE + 8)])
-def test_what_is_not_whole_pages_is_refused(userfault, memory, at, size):
+def test_what_is_not_whole_pages_is_refused(userfault: Userfault, memory: Memfd, at: int, size: int) -> None:
     with pytest.raises(UsageError, match=rf"serving {size} bytes at 0x.*: whole pages are needed"):
         SourceServer(userfault, memory.hva + at, bytes(size))
 
 
-def test_closing_the_userfaultfd_stops_it(userfault, memory):
+def test_closing_the_userfaultfd_stops_it(userfault: Userfault, memory: Memfd) -> None:
     server = SourceServer(userfault, memory.hva, SOURCE)
     userfault.close()
     assert not server._thread.is_alive()
     server.stop()
 
 
-def test_it_leaves_no_thread_and_no_descriptor_not_even_where_another_serves(userfault, memory):
+def test_it_leaves_no_thread_and_no_descriptor_not_even_where_another_serves(
+    userfault: Userfault, memory: Memfd
+) -> None:
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(3):
         with SourceServer(userfault, memory.hva, SOURCE) as server:
@@ -124,7 +129,7 @@ class Meeting:
 
 
 @pytest.mark.parametrize("kind", ["source", "callback"])
-def test_two_may_stop_a_server_at_once(userfault, memory, kind):
+def test_two_may_stop_a_server_at_once(userfault: Userfault, memory: Memfd, kind: str) -> None:
     if kind == "source":
         server = SourceServer(userfault, memory.hva, SOURCE)
     else:

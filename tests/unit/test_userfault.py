@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import pytest
 
@@ -23,6 +24,8 @@ from pyvmm.memory.userfault import FaultKind, Userfault, UserfaultError
 from pyvmm.uapi.userfaultfd import UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_RWP, UFFD_FEATURE_THREAD_ID
 
 SIZE = 16 * PAGE_SIZE
+
+NO_ANSWERS: dict[int, Answer] = {}
 
 
 @pytest.fixture
@@ -40,7 +43,8 @@ def look(address: int, size: int = 8) -> bytes:
 
 
 def write(address: int, data: bytes) -> int:
-    return lib.pv_copy(ffi.cast("void *", address), ffi.from_buffer(data), len(data))
+    copied: int = lib.pv_copy(ffi.cast("void *", address), ffi.from_buffer(data), len(data))
+    return copied
 
 
 def test_a_missing_page_is_told_and_its_reader_waits_for_what_it_becomes(userfault: Userfault, memory: Memfd) -> None:
@@ -100,7 +104,7 @@ def test_an_answer_that_cannot_be_leaves_the_reader_waiting_and_is_raised(
     userfault.register(memory.hva, SIZE, missing=True)
     heard = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        server = Server(userfault, lambda _fault: answer, failed=lambda _error: heard.set())
+        server = Server(userfault, lambda _fault: cast(Answer, answer), failed=lambda _error: heard.set())
         reader = pool.submit(look, memory.hva)
         assert heard.wait(10)
         with pytest.raises(PyvmmError, match=words), server:
@@ -132,7 +136,7 @@ def test_what_one_server_leaves_the_next_one_answers(userfault: Userfault, memor
 def test_closing_stops_the_server_and_lets_who_waits_go_on(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     with ThreadPoolExecutor(1) as pool:
-        server = Server(userfault, lambda _fault: {}[1])
+        server = Server(userfault, lambda _fault: NO_ANSWERS[1])
         reader = pool.submit(look, memory.hva)
         while not server.failures:
             pass
@@ -178,7 +182,7 @@ def test_a_store_to_a_write_protected_page_waits_until_it_is_allowed(userfault: 
     write(memory.hva, b"before")
     userfault.register(memory.hva, SIZE, wp=True, missing=True)
     userfault.write_protect(memory.hva)
-    with Server(userfault, lambda fault: Answer.UNPROTECT if fault.write else {}[0]) as server:
+    with Server(userfault, lambda fault: Answer.UNPROTECT if fault.write else NO_ANSWERS[0]) as server:
         assert look(memory.hva, 6) == b"before"
         assert not server.served
         write(memory.hva, b"after.")
@@ -259,7 +263,7 @@ def test_why_there_is_none_and_what_to_do(
     monkeypatch.setattr(libc, "syscall", lambda *_: (-1, code))
     with pytest.raises(HostError, match=words) as caught:
         Userfault.open()
-    assert caught.value.hint is None if hint is None else re.search(hint, caught.value.hint)
+    assert caught.value.hint is None if hint is None else re.search(hint, caught.value.hint or "")
 
 
 def test_either_way_in_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

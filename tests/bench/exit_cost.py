@@ -218,9 +218,8 @@ def measure(part: str, rounds: int, exits: int, type_: int) -> tuple[float, floa
     finally:
         bench.close()
     pairs = pairs[1:]  # the first turn warms up
-    bare, own = zip(*pairs, strict=True)
     ratios = [b / a for a, b in pairs]
-    return statistics.median(bare), statistics.median(own), statistics.median(ratios)
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(ratios)
 
 
 def in_lab(arguments: list[str]) -> int:

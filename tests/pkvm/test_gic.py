@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
+from pyvmm.devices.base import Trigger
 from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import Puppet
 from pyvmm.machine import layout
-from pyvmm.machine.irq import SPI_BASE, Trigger
+from pyvmm.machine.irq import SPI_BASE
 from pyvmm.protection import Protection
 
 pytestmark = pytest.mark.pkvm

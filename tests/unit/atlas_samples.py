@@ -126,7 +126,7 @@ NO_FILTER = (
     "pyvmm cannot answer them"
 )
 
-HOST = {
+HOST: dict[str, bool | int | str] = {
     "kernel": "7.3.4+deb13-arm64",
     "version": "#1 SMP Debian 7.3.4-1~bpo13+1 (2026-11-02)",
     "mode": "protected",
@@ -261,7 +261,7 @@ def nasty() -> Atlas:
         )
         for number, text in enumerate(NASTY)
     ]
-    host = {text: text for text in NASTY} | {"kernel": NASTY[0]}
+    host: dict[str, bool | int | str] = {**{text: text for text in NASTY}, "kernel": NASTY[0]}
     return Atlas(host, tuple(results), {"date": NASTY[0], "x": NASTY[3]})
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pyvmm.bench import model
-from pyvmm.bench.model import Run, Series
+from pyvmm.bench.model import Point, Run, Series
 
-ENVIRONMENT = {
+ENVIRONMENT: dict[str, model.Value] = {
     "kernel": "7.0.9-arm64", "version": "#1 SMP PREEMPT Debian 7.0.9-1", "machine": "aarch64", "mode": "protected",
     "protected VMs": "yes", "cpu": "implementer 0x41 part 0xd0c", "cpus": 4, "tcg": True, "page size": 4096,
     "command line": "kvm-arm.mode=protected mitigations=off lsm= audit=0 panic=-1", "pyvmm": "0.1.0",
@@ -46,12 +47,12 @@ TICK = 16.0
 
 
 def series(
-    values: object,
+    values: Iterable[Any],
     *,
     case: str = "fault",
     metric: str = "touch",
-    point: dict[str, int | str] | None = None,
-    rounds: list[int] | tuple[int, ...] = (),
+    point: Point | None = None,
+    rounds: Sequence[int] = (),
     warmup: int = 0,
     unit: str = "ns",
     **more: Any,
@@ -63,12 +64,12 @@ def series(
     return Series(case, point, metric, unit=unit, values=tuple(values), warmup=warmup, rounds=tuple(rounds), **more)
 
 
-def run(*some: Series, environment: dict[str, int | str | None] | None = None, **more: Any) -> Run:
+def run(*some: Series, environment: dict[str, model.Value] | None = None, **more: Any) -> Run:
     """A whole run in few words."""
     return Run(ENVIRONMENT if environment is None else environment, {}, some, {"seconds": 1.0}, **more)
 
 
-def per_round(middles: list[float], count: int = 40, *, seed: int = 1, spread: float = 0.02, **more: Any) -> Series:
+def per_round(middles: Sequence[float], count: int = 40, *, seed: int = 1, spread: float = 0.02, **more: Any) -> Series:
     """A series whose rounds lie around ``middles``; none is warm-up."""
     rng = random.Random(seed)
     values = [rng.gauss(middle, spread * middle) for middle in middles for _ in range(count)]
@@ -81,7 +82,7 @@ def hostile() -> Run:
     for at in range(0, len(HOSTILE), 3):
         text = " ".join(HOSTILE[at : at + 3])
         for cpus in (1, 2):
-            point = {text: text, "cpus": cpus}
+            point: Point = {text: text, "cpus": cpus}
             some.append(
                 series(
                     [1.0, 2.0, 3.0] * 10,
@@ -111,7 +112,14 @@ def hostile() -> Run:
 _COST = {"none": 14_000.0, "emulated": 15_500.0, "pkvm": 31_000.0}
 _STATES = {"cold": 1.0, "allocated": 0.8, "populated": 0.55, "punched": 1.05, "dontneed": 0.95, "mapped": 0.011}
 _SPLIT = {"EL2": 0.34, "account and pin": 0.21, "allocation and zeroing": 0.19, "exit and entry": 0.23}
-_BASE = {"protection": "none", "state": "cold", "access": "write", "order": "sequential", "backing": "memfd", "cpus": 1}
+_BASE: Point = {
+    "protection": "none",
+    "state": "cold",
+    "access": "write",
+    "order": "sequential",
+    "backing": "memfd",
+    "cpus": 1,
+}
 
 
 class _Making:
@@ -130,7 +138,7 @@ class _Making:
         self,
         case: str,
         metric: str,
-        point: dict[str, int | str],
+        point: Point,
         middle: float,
         *,
         pages: int = 0,
@@ -144,7 +152,7 @@ class _Making:
         pages = pages or self._pages
         shift = [self._rng.lognormvariate(0, 0.01) for _ in range(ROUNDS)]
         values = [self._cost(middle * each, page) for each in shift for page in range(pages)]
-        picture = {}
+        picture: dict[str, Any] = {}
         if places:
             began, at = [], 0.0
             for value in values[-pages:]:
@@ -169,7 +177,7 @@ class _Making:
             )
         )
 
-    def cannot(self, case: str, point: dict[str, int | str], why: str) -> None:
+    def cannot(self, case: str, point: Point, why: str) -> None:
         self.series.append(Series(case, point, "cost", "guest", "ns", "page", unavailable=why))
 
     def order(self, how: str) -> list[int]:
@@ -184,7 +192,7 @@ def realistic(pages: int = 256) -> Run:
     """Return a run of every case, in all protections, as an emulated host with a trace at EL2 gives it."""
     made = _Making(pages)
     for protection, cost in _COST.items():
-        base = {**_BASE, "protection": protection}
+        base: Point = {**_BASE, "protection": protection}
         for state, factor in _STATES.items():
             made.keep("fault", "touch", {**base, "state": state}, cost * factor, places=made.order("sequential"))
         for order in ("random", "strided"):
@@ -225,7 +233,7 @@ def realistic(pages: int = 256) -> Run:
         made.keep("share", "share", {"protection": "pkvm", "state": state}, 9_000 if state == "touched" else 41_000)
     for protection in ("none", "pkvm"):
         for what, share in {"whole": 1.0, **_SPLIT}.items():
-            point = {"protection": protection, "backing": "memfd"}
+            point: Point = {"protection": protection, "backing": "memfd"}
             if protection == "none" and what == "EL2":
                 made.cannot("split", point, "no EL2 trace: the kernel has no remotes/hypervisor")
             else:

@@ -62,7 +62,12 @@ class Ring:
     def wait(self, count: int = 1) -> list[tuple[int, int]]:
         """Wait until so many chains came back."""
         found: list[tuple[int, int]] = []
-        self._driver.until(lambda: found.extend(self.used()) or len(found) >= count)
+
+        def enough() -> bool:
+            found.extend(self.used())
+            return len(found) >= count
+
+        self._driver.until(enough)
         return found
 
 

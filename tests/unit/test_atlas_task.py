@@ -20,7 +20,7 @@ from pyvmm.atlas.model import Result
 from pyvmm.errors import HostError
 from pyvmm.experiment import Untold, runner
 from pyvmm.experiment.host import settings
-from pyvmm.experiment.record import Evidence, Picture, Verdict
+from pyvmm.experiment.record import Evidence, Picture, Value, Verdict
 from pyvmm.guest.puppet import GuestSilent
 from pyvmm.protection import Protection
 
@@ -41,7 +41,7 @@ class NoGuest:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def check(self, what: str, saw: object, wanted: object = True) -> None:
+    def check(self, what: str, saw: Value, wanted: Value = True) -> None:
         self.evidence.append(Evidence(what, saw, wanted))
 
     def events(self) -> tuple[tuple[()], list[str]]:

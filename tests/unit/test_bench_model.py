@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +44,8 @@ def test_warm_up_is_kept_and_left_out() -> None:
 def test_what_a_series_is_of_does_not_depend_on_the_order_of_axes_and_not_on_values() -> None:
     one = samples.series([1.0], point={"a": 1, "b": 2})
     assert one.key == samples.series([2.0], point={"b": 2, "a": 1}, rounds=[1]).key
-    others = [samples.series([1.0], point=one.point, **{name: "x"}) for name in ("case", "metric", "clock", "per")]
+    changes: list[dict[str, Any]] = [{name: "x"} for name in ("case", "metric", "clock", "per")]
+    others = [samples.series([1.0], point=one.point, **change) for change in changes]
     others.append(samples.series([1.0], point={"a": 1, "b": 3}))
     assert len({one.key, *(each.key for each in others)}) == 6
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
 import stat
 import tarfile
 from pathlib import Path
@@ -108,10 +110,10 @@ def test_every_peer_has_its_measurement() -> None:
 def test_where_a_peer_is_not_there_a_series_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(TREES, f"selftests={tmp_path}/gone")
-    [elsewhere] = peers.measure("qemu") if peers.platform.machine() != "aarch64" else [peers.missing("qemu", "--lab")]
+    [elsewhere] = peers.measure("qemu") if platform.machine() != "aarch64" else [peers.missing("qemu", "--lab")]
     assert "--lab" in elsewhere.unavailable
-    monkeypatch.setattr(peers.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(qemu.shutil, "which", lambda _: None)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     for name in peers.PEERS:
         if name == "twin":
             continue  # it needs nothing but the checkout that this is

@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 from xml.etree import ElementTree
 
 import pytest
 
-from pyvmm.bench.model import BenchError, Run, Series
+from pyvmm.bench.model import BenchError, Point, Run, Series
 from pyvmm.bench.report import figures, groups
 from pyvmm.labenv import TCG_NOTE
 from tests.unit import bench_samples as samples
@@ -153,7 +154,7 @@ def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its
     assert "fault-touch-pages-all" in names(made)
     assert "fault-touch-pages-all" not in names(replace(made, places=(7,)))
     assert "fault-touch-pages-all" not in names(replace(made, places=(), began=()))
-    assert "fault-touch-pages-all" not in names(replace(made, began=(0, 0, 0, "x")))
+    assert "fault-touch-pages-all" not in names(replace(made, began=cast("tuple[float, ...]", (0, 0, 0, "x"))))
     assert "fault-touch-pages-all" not in names(replace(made, began=(0, 0, 0, float("nan"))))
 
 
@@ -197,7 +198,7 @@ def test_a_series_however_long_has_a_figure_of_a_size() -> None:
 
 @pytest.mark.parametrize("values", [[5.0] * 30, [0.0] * 30, [-1.0, 1.0] * 15, [1e-9, 1e9] * 15, [7.0]])
 def test_odd_values_are_drawn_without_a_complaint(values: list[float], recwarn: pytest.WarningsRecorder) -> None:
-    point = [{"cpus": cpus, "protection": "none"} for cpus in (1, 2)]
+    point: list[Point] = [{"cpus": cpus, "protection": "none"} for cpus in (1, 2)]
     some = [samples.series(values, point=each, places=range(len(values)), began=[0.0] * len(values)) for each in point]
     some += [replace(each, case="peer", point={"peer": each.point["cpus"]}) for each in some]
     some += [samples.series(values, case="split", metric=metric) for metric in ("whole", "EL2")]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,11 @@ def test_points_of_a_worker_killed_while_it_measures_are_measured_by_the_other(d
     assert ran["none-256"] == sorted((killed.result(), survivor))
     assert all(survivor in pids for pids in ran.values())
     for note in tmp_path.glob("none-256.*"):  # what the killed worker ran ended with it
-        wait_for(lambda pid=note.suffix[1:]: not Path(f"/proc/{pid}").exists(), "no process is left")
+        wait_for(partial(is_gone, note.suffix[1:]), "no process is left")
+
+
+def is_gone(pid: str) -> bool:
+    return not Path(f"/proc/{pid}").exists()
 
 
 def test_a_stopped_sweep_leaves_nothing_running_and_a_lost_scheduler_ends_it(
@@ -113,7 +118,7 @@ def test_a_stopped_sweep_leaves_nothing_running_and_a_lost_scheduler_ends_it(
         notes = list(tmp_path.glob("none-256.*"))
         assert len(notes) == tries
         for note in notes:
-            wait_for(lambda pid=note.suffix[1:]: not Path(f"/proc/{pid}").exists(), "what was measured ends")
+            wait_for(partial(is_gone, note.suffix[1:]), "what was measured ends")
 
     with Store(str(tmp_path / "sweep.sqlite"), plan()) as store:
         with Fleet(dask.address, python) as fleet:  # nobody there yet: it waits

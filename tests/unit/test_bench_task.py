@@ -21,9 +21,9 @@ from pyvmm.experiment import runner
 DEADLINE = 20.0
 
 
-def case(function: Callable[..., Any], **more: float) -> Case:
+def case(function: Callable[..., Any], seconds: float = DEADLINE) -> Case:
     axes = {"protection": ("pkvm",), "size": (1, 2)}
-    return Case("fault", "says", axes, function, (), (), lambda _: "", **{"seconds": DEADLINE, **more})
+    return Case("fault", "says", axes, function, (), (), lambda _: "", seconds)
 
 
 def measure(function, *, deadline=None, **more: Any):
@@ -33,7 +33,7 @@ def measure(function, *, deadline=None, **more: Any):
 
 
 def test_a_series_is_all_rounds_the_first_of_them_as_warm_up() -> None:
-    def keep(bench) -> None:
+    def keep(bench: Bench) -> None:
         bench.keep("touch", [[9.0, 8.0], [1.0004, 2.0]], places=[0, 0, 1, 0], began=[0, 0, 0, 1.26], seed=3)
         bench.keep("PSS", [[float(os.getpid())]], clock="memory", unit="bytes", per="VM")
 
@@ -53,7 +53,7 @@ def test_where_time_counts_instructions_so_do_series(monkeypatch: pytest.MonkeyP
 
 
 def refuse(error: KvmError | OSError | PyvmmError) -> Callable[..., None]:
-    def function(bench) -> None:
+    def function(bench: Bench) -> None:
         bench.keep("before", [[1.0]])
         raise error
 

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pyvmm import cli
 from pyvmm.atlas import claim as claims
 from pyvmm.atlas.model import Atlas, Result
+from pyvmm.atlas.runner import Task
 from pyvmm.cli import atlas as verb
 from pyvmm.experiment.record import Evidence, Picture, Verdict
 from pyvmm.kvm.fd import KERNEL
@@ -27,11 +31,11 @@ def arm64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.experiment.environment.host", lambda: {"kernel": "7.3.4", "mode": "protected"})
 
 
-def answer(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict) -> None:
+def answer(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict | BaseException) -> None:
     """Give these verdicts in turn instead of making experiments."""
     given = iter(verdicts)
 
-    def run(todo, *, deadline=None):
+    def run(todo: Iterable[Task], *, deadline: float | None = None) -> Iterator[Result]:
         for task in todo:
             found = next(given, Verdict.HOLDS)
             if isinstance(found, BaseException):
@@ -91,8 +95,9 @@ def test_without_kvm_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     class Arm64:
         machine = "aarch64"
 
-    monkeypatch.setattr(verb.os, "uname", lambda: Arm64)
-    monkeypatch.setattr(System.open.__func__, "__defaults__", ("/nonexistent/kvm", KERNEL))
+    monkeypatch.setattr(os, "uname", lambda: Arm64)
+    opening: Any = System.open
+    monkeypatch.setattr(opening.__func__, "__defaults__", ("/nonexistent/kvm", KERNEL))
     status, _, err = said(capsys, "share")
     assert status == 5
     assert "there is no KVM here" in err

@@ -263,7 +263,8 @@ def sides(differ: float = 1.5, turns: int = 8, b_turns: int | None = None) -> mo
     for turn in range(turns):
         for side, factor, state in (("A", 1, "cold"), ("B", differ, "mapped")):
             if side == "A" or turn < (turns if b_turns is None else b_turns):
-                point, notes = {"state": state}, {"side": side, "turn": turn, "pair": "cold / mapped"}
+                point: model.Point = {"state": state}
+                notes = {"side": side, "turn": turn, "pair": "cold / mapped"}
                 values = [9.0, *(factor * (STEADY[turn] + each) for each in range(3))]
                 found.append(samples.series(values, point=point, rounds=[1, 3], warmup=1, notes=notes))
     return replace(samples.run(*found), asked={"versus": ["state", "mapped"]})
@@ -382,14 +383,14 @@ def test_without_numpy_raw_results_are_kept_all_the_same(
     status, out, err = told(capfd, "fault", "--json", tmp_path / "a.jsonl")
     assert (status, out) == (0, "")
     assert "there is no table: statistics and reports need numpy" in err
-    assert (tmp_path / "a.jsonl").read_text() == "".join(measured)
+    assert (tmp_path / "a.jsonl").read_text() == "".join(map(str, measured))
 
 
 @pytest.mark.usefixtures("no_numpy")
 def test_where_only_lines_are_collected_numpy_is_not_asked_for(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert told(capfd, "fault", "--collect") == (0, "".join(measured), "")
+    assert told(capfd, "fault", "--collect") == (0, "".join(map(str, measured)), "")
 
 
 # -- reading

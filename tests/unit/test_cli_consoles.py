@@ -22,7 +22,7 @@ from pyvmm.devices.kinds.vsock import Vsock
 from pyvmm.devices.roles import Terminal
 from pyvmm.errors import UsageError
 from pyvmm.machine.plan import Plan
-from pyvmm.options.consoles import places
+from pyvmm.options.consoles import places, terminal_size
 from pyvmm.options.devices import device_specs
 from pyvmm.options.machine import check_options, machine_config
 from pyvmm.session import consoles
@@ -98,7 +98,7 @@ def test_files_are_opened_and_closed_and_one_that_cannot_be_is_named(tmp_path: P
         assert out is not None
         assert source is None
         os.write(out, b"x")
-        assert consoles.terminal_size(out) is None
+        assert terminal_size(out) is None
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(out)
     with contextlib.ExitStack() as stack:

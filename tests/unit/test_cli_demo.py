@@ -19,9 +19,14 @@ def machine(name: str) -> Callable[..., Any]:
 
 
 def test_a_host_that_is_no_pkvm_host_tells_it_in_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    seen: list[list[str]] = []
+
+    def run_verb(argv: list[str], _args: object) -> int:
+        seen.append(argv)
+        return 1
+
     monkeypatch.setattr(os, "uname", machine("x86_64"))
-    monkeypatch.setattr("pyvmm.cli.lab.run_verb", lambda argv, _args: seen.append(argv) or 1)
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", run_verb)
     assert cli.main(["demo"]) == 1
     assert seen == [["demo", "--here"]]
 
@@ -44,7 +49,7 @@ def test_an_arm64_host_tells_it_itself_if_it_runs_pkvm(monkeypatch: pytest.Monke
 
 
 def told(monkeypatch: pytest.MonkeyPatch, *facts: tuple[bool, str]) -> int:
-    def tell(self) -> str:
+    def tell(self: Story) -> str:
         with self._step("Something happens"):
             for fact in facts:
                 self._fact(*fact)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -267,8 +267,16 @@ def test_a_kick_goes_to_the_console_that_has_stdio(
     line = ["run", *words, "payload:hello"]
     args = make_parser(line).parse_args(line)
     kicked: list[str] = []
-    monkeypatch.setattr(Pl011, "offer", lambda *_: kicked.append("uart") or True)
-    monkeypatch.setattr(VirtioConsole, "offer", lambda *_: kicked.append("virtio") or True)
+
+    def noting(name: str) -> Callable[..., bool]:
+        def offer(*_: object) -> bool:
+            kicked.append(name)
+            return True
+
+        return offer
+
+    monkeypatch.setattr(Pl011, "offer", noting("uart"))
+    monkeypatch.setattr(VirtioConsole, "offer", noting("virtio"))
     with contextlib.ExitStack() as stack:
         ends = [consoles.open_place(where, stack, 1) for where in places(args)]
         if terminal:

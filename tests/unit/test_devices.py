@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
 from pyvmm.errors import GuestMemoryError, UsageError
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 
@@ -245,7 +247,7 @@ def echo() -> Any:
     )
 
 
-PAGE = 0x8000_1000
+PAGE = Gpa(0x8000_1000)
 
 
 def _share(echo: Any, shared: bool) -> None:
@@ -255,7 +257,8 @@ def _share(echo: Any, shared: bool) -> None:
 
 def _store(echo: Any, register: int, value: int) -> int:
     echo.device.write(register, 8, value, 0)
-    return echo.device.read(abi.ECHO_STATUS, 8, 0)
+    status: int = echo.device.read(abi.ECHO_STATUS, 8, 0)
+    return status
 
 
 def test_echo_answers_through_a_shared_page(echo: Any) -> None:
@@ -321,10 +324,13 @@ def test_the_loop_stops_at_shares_only_while_somebody_listens(echo: Any) -> None
 @pytest.mark.parametrize("kind", ["pl011", "mailbox", "bench", "share-doorbell"])
 def test_a_device_goes_on_elsewhere_as_it_was(kind: str) -> None:
     def make() -> Any:
-        made = {"pl011": Pl011, "mailbox": lambda: Mailboxes(2), "bench": ExitTargets, "share-doorbell": ShareBell}[
-            kind
-        ]
-        return made()
+        kinds: dict[str, Callable[[], Any]] = {
+            "pl011": Pl011,
+            "mailbox": lambda: Mailboxes(2),
+            "bench": ExitTargets,
+            "share-doorbell": ShareBell,
+        }
+        return kinds[kind]()
 
     one, other = make(), make()
     with contextlib.closing(one), contextlib.closing(other):

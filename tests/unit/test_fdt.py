@@ -15,7 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pyvmm.devices import kinds
 from pyvmm.devices.base import Device, Trigger
+from pyvmm.devices.kind import DeviceSpec
 from pyvmm.devices.kinds.balloon import Balloon
 from pyvmm.devices.kinds.console import Console
 from pyvmm.devices.kinds.disk import Disk
@@ -387,10 +389,16 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[Protection, Path]
     (place / "kernel").write_bytes(struct.pack("<2I3Q24x4sI", 0, 0x1400_0000, 0, 4096, 0b1010, b"ARM\x64", 0))
     trees = {}
     for protection in Protection:
-        devices = [Disk(str(place / "disk")), Net(passt="passt"), Console(), Vsock(str(place / "vsock"), 3), Rng()]
+        devices: list[DeviceSpec] = [
+            Disk(str(place / "disk")),
+            Net(passt="passt"),
+            Console(),
+            Vsock(str(place / "vsock"), 3),
+            Rng(),
+        ]
         if not protection.isolates:  # others refuse a balloon
             devices.append(Balloon())
-            there_are = {kind for kind in Rng.__base__.__subclasses__() if kind.__module__ == Rng.__module__}
+            there_are = {kind for kind in DeviceSpec.__subclasses__() if kind.__module__.startswith(kinds.__name__)}
             assert {type(device) for device in devices} == there_are
         config = MachineConfig(
             str(place / "kernel"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HELPER = "tests.memory_helper"
 
 
-def bare_imports(source: str, names: Iterable[str]) -> list[str]:
+def bare_imports(source: str, names: Container[str | None]) -> list[str]:
     """Return the modules that ``source`` imports by the last part of their name alone, or relatively."""
     found = []
     for node in ast.walk(ast.parse(source)):

@@ -92,7 +92,13 @@ def test_every_cause_is_of_a_request_that_exists() -> None:
 
 
 def test_values_are_written_as_their_kind_is_read() -> None:
-    values = {"": "vm=7", "slot": 3, "gpa": 0x8000_0000, "offset": None, "type": DeviceType.KVM_DEV_TYPE_VFIO}
+    values: dict[str, int | str | None] = {
+        "": "vm=7",
+        "slot": 3,
+        "gpa": 0x8000_0000,
+        "offset": None,
+        "type": DeviceType.KVM_DEV_TYPE_VFIO,
+    }
     error = kvm_error("KVM_RUN", errno.EPERM, values)
     assert error.values == "vm=7, slot=3, gpa=0x8000_0000, type=KVM_DEV_TYPE_VFIO"
 

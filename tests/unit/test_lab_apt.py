@@ -21,7 +21,7 @@ def fake_program(directory: Path, name: str, script: str) -> None:
 
 
 @pytest.fixture
-def fake_bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def fake_bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a directory whose programs hide the system's."""
     directory = tmp_path / "bin"
     directory.mkdir()
@@ -29,13 +29,13 @@ def fake_bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return directory
 
 
-def test_the_mirror_is_the_one_this_machine_uses(fake_bin) -> None:
+def test_the_mirror_is_the_one_this_machine_uses(fake_bin: Path) -> None:
     lines = "Ubuntu|main|http://u/ubuntu/\nDebian|contrib|http://c/\nDebian|main|http://local/debian/"
     fake_program(fake_bin, "apt-get", f"printf '%s\\n' '{lines}'")
     assert apt.machine_mirror() == "http://local/debian"
 
 
-def test_the_mirror_is_debians_where_this_machine_is_not(fake_bin) -> None:
+def test_the_mirror_is_debians_where_this_machine_is_not(fake_bin: Path) -> None:
     fake_program(fake_bin, "apt-get", "echo 'Ubuntu|main|http://u/ubuntu/'")
     assert apt.machine_mirror() == apt.CANONICAL_MIRROR
 
@@ -55,7 +55,9 @@ def test_missing_keys_name_the_package(tmp_path: Path, monkeypatch: pytest.Monke
         ("E: Unable to locate package nonsense", False, None),
     ],
 )
-def test_apt_failing_is_told_in_its_words_with_a_hint(tmp_path: Path, fake_bin, said, offline, hint) -> None:
+def test_apt_failing_is_told_in_its_words_with_a_hint(
+    tmp_path: Path, fake_bin: Path, said: str, offline: bool, hint: str | None
+) -> None:
     fake_program(fake_bin, "apt-get", f"cat >&2 <<'E'\nReading...\n{said}\nE\nexit 100")
     mine = Apt(tmp_path / "apt", "http://m")
     (tmp_path / "apt" / "archives").mkdir(parents=True)
@@ -66,7 +68,7 @@ def test_apt_failing_is_told_in_its_words_with_a_hint(tmp_path: Path, fake_bin, 
     assert (caught.value.hint is None) if hint is None else (hint in (caught.value.hint or ""))
 
 
-def test_a_corrupt_package_from_an_earlier_build_is_fetched_again(tmp_path: Path, fake_bin) -> None:
+def test_a_corrupt_package_from_an_earlier_build_is_fetched_again(tmp_path: Path, fake_bin: Path) -> None:
     fake_program(fake_bin, "apt-get", "printf whole > p_1_all.deb; echo dlstatus:1:50.0:p; echo dlstatus:1:100.0:p")
     mine = Apt(tmp_path, "http://m")
     mine.archives.mkdir()
@@ -92,7 +94,7 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("name", kernels.SUITES)
-def test_apt_knows_the_suites_a_kernel_needs_and_no_others(tmp_path: Path, name) -> None:
+def test_apt_knows_the_suites_a_kernel_needs_and_no_others(tmp_path: Path, name: str) -> None:
     write_config(tmp_path, suites=kernels.SUITES[name])
     lines = (tmp_path / "sources.list").read_text().splitlines()
     assert [line.split()[3] for line in lines] == list(kernels.SUITES[name])

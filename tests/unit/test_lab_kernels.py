@@ -49,7 +49,9 @@ def test_a_file_says_what_release_it_is(
 
 def test_a_kernel_without_a_banner_is_of_unknown_release(tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(image_bytes()[:4096])
-    assert "unknown" in kernels.find(str(tmp_path / "Image")).release
+    found = kernels.find(str(tmp_path / "Image"))
+    assert isinstance(found, kernels.KernelFile)
+    assert "unknown" in found.release
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,9 @@ def test_a_file_boots_with_the_root_that_has_its_modules(store: Cache, tmp_path:
     assert image.usable_image(store, kernel=file) is None
     default = fill(store, kernels.DEFAULT, "7.3.4")
     found = image.build_image(file, cache=store)
-    assert found == image.usable_image(store, kernel=file) == replace(default, file=kernels.find(file))
+    kernel = kernels.find(file)
+    assert isinstance(kernel, kernels.KernelFile)
+    assert found == image.usable_image(store, kernel=file) == replace(default, file=kernel)
     assert (found.kernel, found.root) == (tmp_path / "Image", default.root)
     assert (found.release, found.has_modules, default.has_modules) == (RELEASE, False, True)
     stable = fill(store, "stable", RELEASE)

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 import pytest
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import UsageError
+from pyvmm.kvm.vm import Vm
 from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import ASSUMED, PageState, describe
@@ -18,9 +22,9 @@ PAGE = 4096
 
 
 @pytest.fixture
-def memory():
+def memory() -> Iterator[Memory]:
     native = ffi.new("struct pv_vm *")
-    with Memory(NotedVm(), Protection.PKVM, native) as memory:
+    with Memory(cast(Vm, NotedVm()), Protection.PKVM, native) as memory:
         memory.add(BASE, Memfd(MIB))
         yield memory
 
@@ -35,7 +39,7 @@ def test_the_states_are_those_of_the_native_loop() -> None:
     assert len(PageState) == lib.PV_PAGE_STATES
 
 
-def test_what_python_enters_c_sees_and_the_other_way_round(memory) -> None:
+def test_what_python_enters_c_sees_and_the_other_way_round(memory: Memory) -> None:
     assert memory.ledger.set(BASE + PAGE, PageState.SHARED) is PageState.HOST
     assert memory.native.map.regions[0].ledger[1] == lib.PV_PAGE_SHARED
     assert lib.pv_ledger_set(memory.native, BASE + 2 * PAGE, lib.PV_PAGE_POISONED) == lib.PV_PAGE_HOST
@@ -43,7 +47,7 @@ def test_what_python_enters_c_sees_and_the_other_way_round(memory) -> None:
     assert_counters_agree(memory)
 
 
-def test_an_assumption_is_told_apart_from_knowledge(memory) -> None:
+def test_an_assumption_is_told_apart_from_knowledge(memory: Memory) -> None:
     memory.ledger.set(BASE, PageState.PRIVATE, assumed=True)
     assert memory.ledger.assumed(BASE)
     assert memory.ledger.state(BASE) is PageState.PRIVATE
@@ -58,14 +62,14 @@ def test_every_entry_has_words() -> None:
     assert len(words) == 2 * len(PageState)
 
 
-def test_outside_every_slot_a_page_is_absent_and_cannot_be_entered(memory) -> None:
+def test_outside_every_slot_a_page_is_absent_and_cannot_be_entered(memory: Memory) -> None:
     for gpa in (0, BASE - 1, BASE + MIB, (1 << 64) - 1):
         assert memory.ledger.state(gpa) is PageState.ABSENT
         with pytest.raises(UsageError, match="in no memory slot"):
             memory.ledger.set(gpa, PageState.SHARED)
 
 
-def test_counts_and_snapshot_cover_every_slot(memory) -> None:
+def test_counts_and_snapshot_cover_every_slot(memory: Memory) -> None:
     memory.add(BASE + 4 * MIB, Memfd(2 * PAGE))
     memory.ledger.set(BASE + 4 * MIB + PAGE, PageState.SHARED, assumed=True)
     assert [(gpa, len(entries)) for gpa, entries in memory.ledger.snapshot()] == [(BASE, 256), (BASE + 4 * MIB, 2)]
@@ -75,7 +79,7 @@ def test_counts_and_snapshot_cover_every_slot(memory) -> None:
     assert_counters_agree(memory)
 
 
-def test_a_snapshot_is_a_copy(memory) -> None:
+def test_a_snapshot_is_a_copy(memory: Memory) -> None:
     [(_, entries)] = memory.ledger.snapshot()
     memory.ledger.set(BASE, PageState.HOLE)
     assert entries[0] == PageState.HOST

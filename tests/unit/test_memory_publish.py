@@ -12,6 +12,7 @@ import threading
 import tracemalloc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,10 +38,10 @@ class Watched:
     def __init__(self) -> None:
         self.tables: list[weakref.ref[object]] = []
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(lib, name)
 
-    def pv_publish_map(self, vm, table) -> None:
+    def pv_publish_map(self, vm: Any, table: Any) -> None:
         if table:
             self.tables.append(weakref.ref(table))
         lib.pv_publish_map(vm, table)
@@ -102,7 +103,7 @@ def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced() -> None:
             memory.fill(BASE + 2 * index * PAGE_SIZE, PAGE_SIZE, index)
         native, stop, wrong = memory.native, threading.Event(), []
 
-        def reader(seed) -> None:
+        def reader(seed: int) -> None:
             chance = random.Random(seed)
             data = bytearray(8)
             into = ffi.from_buffer("uint8_t[]", data)
@@ -147,10 +148,18 @@ def race(
             text = text.replace(*mutate)
         sources.append(tmp_path / path.name)
         sources[-1].write_text(text)
-    flags = ["-O1", "-g", "-w", "-std=gnu11", f"-fsanitize={sanitizer}", "-include", HERE / "memory_publish.h"]
+    flags: list[str | Path] = [
+        "-O1",
+        "-g",
+        "-w",
+        "-std=gnu11",
+        f"-fsanitize={sanitizer}",
+        "-include",
+        HERE / "memory_publish.h",
+    ]
     where = [f"-I{native_build.NATIVE}", "-D_GNU_SOURCE", '-DPV_SOURCE_HASH=""']
     out = tmp_path / "race"
-    command = [*cc, *flags, *where, *sources, HERE / "memory_publish.c", "-o", out, "-lpthread"]
+    command: list[str | Path] = [*cc, *flags, *where, *sources, HERE / "memory_publish.c", "-o", out, "-lpthread"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode:
         assert re.search(r"lib[at]san|-l[at]san|-fsanitize", built.stderr), built.stderr
@@ -162,7 +171,7 @@ def race(
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path: Path, sanitizer) -> None:
+def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path: Path, sanitizer: str) -> None:
     done = race(tmp_path, sanitizer, 2000)
     assert (done.returncode, done.stdout) == (0, "0 wrong\n"), done.stderr
 
@@ -172,7 +181,7 @@ def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path: Path, sanitiz
     [("i < PV_MAP_PHASES", "i < 0"), ("i < PV_MAP_PHASES", "i < 1")],
     ids=["no wait at all", "a wait for one counter only"],
 )
-def test_these_races_would_show_a_table_freed_too_early(tmp_path: Path, mutation) -> None:
+def test_these_races_would_show_a_table_freed_too_early(tmp_path: Path, mutation: tuple[str, str]) -> None:
     done = race(tmp_path, "address", 200_000, mutate=mutation)
     assert done.returncode
     assert "heap-use-after-free" in done.stderr
@@ -200,7 +209,8 @@ def test_slots_come_by_the_hundred_while_a_guest_and_copies_use_those_that_are_t
         vcpu.set_regs(kvm_regs(rip=code, rbx=data, rflags=2))
         cpu = ffi.new("struct pv_vcpu *", {"fd": vcpu.fileno(), "vm": native})
         cpu.run = ffi.cast("void *", vcpu.run_address)
-        stop, seen = threading.Event(), set()
+        stop = threading.Event()
+        seen: set[object] = set()
         guest = threading.Thread(target=lambda: seen.add(("stop", lib.pv_run(cpu))))
 
         def reader() -> None:

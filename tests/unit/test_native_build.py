@@ -9,7 +9,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +68,8 @@ int pv_new_call(struct pv_new *new, const void *from, uint32_t n);
 
 
 def test_structures_have_no_hidden_padding() -> None:
-    for name in ffi.list_types()[1]:
+    known: Any = ffi
+    for name in known.list_types()[1]:
         fields = ffi.typeof(f"struct {name}").fields or []
         end = 0
         for field, described in fields:
@@ -94,7 +97,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     defined: dict[str, str] = {}
     used: dict[str, set[str]] = {}
     for path in build.c_files():
-        command = [nm, "--format=posix", folder / f"{path.stem}.o"]
+        command = [nm, "--format=posix", str(folder / f"{path.stem}.o")]
         for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
             symbol, kind = line.split()[:2]
             if kind == "T":
@@ -152,7 +155,7 @@ def test_missing_compiler_is_named_as_a_package(
 
 
 def test_missing_python_header_is_named_as_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(build.BuildError, match=r"Python\.h is missing \(Debian: apt install python3-dev\)"):
         build.build(platform.machine(), tmp_path / "out.so")
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pyvmm import abi
+from pyvmm._native import lib
 from pyvmm.uapi.errno import EHWPOISON
 from tests import twin
 from tests.fake_kvm import EXIT_DEBUG, EXIT_HLT, EXIT_MEMORY_FAULT, EXIT_MMIO, EXIT_SYSTEM, Rig, failure, hypercall
@@ -222,7 +223,6 @@ class Native:
 
 
 def make_twin(script: list[dict[str, Any]], machine: dict[str, Any]) -> twin.Vcpu:
-    lib = twin.lib
     run = memoryview(bytearray(4096))
     states = [
         bytearray(24),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_a_plan_of_huge_pages_takes_none() -> None:
 
 
 def test_a_plan_tells_of_the_pool_that_devices_of_a_protected_guest_go_through(tmp_path: Path) -> None:
-    def pools(**more: object) -> list[str]:
+    def pools(**more: Any) -> list[str]:
         with Plan(HELLO._replace(devices=(Rng(),), **more)) as plan:
             (tmp_path / "dtb").write_bytes(plan.machine.entry.device_tree)
             return [line.strip() for line in plan.lines() if "pool" in line]

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import pytest
 
@@ -37,7 +38,7 @@ def memory(userfault: Userfault) -> Iterator[Memfd]:
 def look(address: int, size: int = 8) -> bytes:
     """Read memory as guarded copies do: without Python's lock."""
     data = bytearray(size)
-    done = lib.pv_copy(ffi.from_buffer(data), ffi.cast("void *", address), size)
+    done = lib.pv_copy(ffi.from_buffer("uint8_t[]", data), ffi.cast("void *", address), size)
     return bytes(data[:done])
 
 
@@ -130,11 +131,12 @@ class Meeting:
 
 @pytest.mark.parametrize("kind", ["source", "callback"])
 def test_two_may_stop_a_server_at_once(userfault: Userfault, memory: Memfd, kind: str) -> None:
+    server: SourceServer | Server
     if kind == "source":
         server = SourceServer(userfault, memory.hva, SOURCE)
     else:
         server = Server(userfault, lambda _fault: Answer.ZERO)
-    server._thread = Meeting(server._thread)
+    server._thread = cast(threading.Thread, Meeting(server._thread))
     with ThreadPoolExecutor(2) as pool:
         stops = [pool.submit(server.stop) for _ in range(2)]
         assert [stop.result(10) for stop in stops] == [None, None]

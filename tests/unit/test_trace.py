@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_a_share_flows_to_the_device_that_asks_for_the_page_and_an_unshare_throu
         relay = ShareRelay(memory.native, memory.ledger)
         vcpus.recorder.listen(relay)
         echo = Echo(memory, relay)
-        page, now = BASE + 0x4000, lambda: recorder.time.monotonic_ns()
+        page, now = Gpa(BASE + 0x4000), time.monotonic_ns
         start = now()
         echo.write(abi.ECHO_PAGE, 8, page, 0)
         assert echo.status == abi.ECHO_NOT_SHARED
@@ -180,9 +181,9 @@ def test_a_share_flows_to_the_device_that_asks_for_the_page_and_an_unshare_throu
 
 
 def test_el2_is_on_a_track_of_each_cpu_from_the_runs_start_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder.time, "clock_gettime_ns", lambda _clock: recorder.time.monotonic_ns())
+    monkeypatch.setattr(time, "clock_gettime_ns", lambda _clock: time.monotonic_ns())
     vcpus = Vcpus()
-    start = recorder.time.monotonic_ns()
+    start = time.monotonic_ns()
     vcpus.exit(start + 10_000_000, 100)
     ms = [start + n * 1_000_000 for n in range(12)]
     events = [
@@ -207,7 +208,7 @@ def test_page_counters_follow_the_guests_shares_between_two_looks() -> None:
     vcpus = Vcpus()
     vcpus.vm.pages[lib.PV_PAGE_PRIVATE] = 10
     vcpus.recorder.collect()
-    first = recorder.time.monotonic_ns()
+    first = time.monotonic_ns()
     vcpus.put(first + 1, lib.PV_REC_SHARE, addr=PAGE)
     vcpus.put(first + 2, lib.PV_REC_SHARE, addr=PAGE, value=-1)
     vcpus.put(first + 3, lib.PV_REC_UNSHARE, addr=PAGE)
@@ -220,7 +221,7 @@ def test_page_counters_follow_the_guests_shares_between_two_looks() -> None:
 def test_no_page_counter_goes_below_zero_where_a_look_came_before_a_moves_record() -> None:
     vcpus = Vcpus()
     vcpus.recorder.collect()
-    first = recorder.time.monotonic_ns()
+    first = time.monotonic_ns()
     for at, kind in enumerate((lib.PV_REC_UNSHARE, lib.PV_REC_SHARE, lib.PV_REC_SHARE, lib.PV_REC_UNSHARE), start=1):
         vcpus.put(first + at, kind, addr=PAGE)
     trace = vcpus.trace(protected=True)
@@ -271,7 +272,7 @@ NOTES = st.dictionaries(
 @settings(deadline=None)
 @given(st.integers(0, (1 << 64) - 1), st.text(min_size=1, max_size=300), NOTES, st.integers(1, (1 << 64) - 1))
 def test_perfettos_own_classes_read_what_is_written(ns: int, name: str, notes: dict[str, Any], flow: int) -> None:
-    from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as proto
+    from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as proto  # type: ignore[import-untyped]  # no stubs
 
     written: list[bytes] = []
     writer = perfetto.Writer(written.append)

@@ -38,12 +38,12 @@ def memory() -> Iterator[Memfd]:
 def look(address: int, size: int = 8) -> bytes:
     """Read memory as guarded copies do: without Python's lock."""
     data = bytearray(size)
-    done = lib.pv_copy(ffi.from_buffer(data), ffi.cast("void *", address), size)
+    done = lib.pv_copy(ffi.from_buffer("uint8_t[]", data), ffi.cast("void *", address), size)
     return bytes(data[:done])
 
 
 def write(address: int, data: bytes) -> int:
-    copied: int = lib.pv_copy(ffi.cast("void *", address), ffi.from_buffer(data), len(data))
+    copied: int = lib.pv_copy(ffi.cast("void *", address), ffi.from_buffer("uint8_t[]", data), len(data))
     return copied
 
 

@@ -203,7 +203,12 @@ def test_close_waits_for_the_reader_of_what_is_here(ends: Ends) -> None:
     for n in range(20):
         ends.print(bytes([n]) * PAGE, DATA + n * PAGE)
     done = threading.Event()
-    drainer = threading.Thread(target=lambda: (ends.console.drain(), done.set()))
+
+    def drain() -> None:
+        ends.console.drain()
+        done.set()
+
+    drainer = threading.Thread(target=drain)
     drainer.start()
     assert not done.wait(0.1)
     got = b""

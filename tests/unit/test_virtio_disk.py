@@ -184,7 +184,12 @@ def test_file_is_twice_a_disk_only_where_it_cannot_change(tmp_path: Path) -> Non
 def test_files_of_many_disks_are_looked_up_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     resolve = os.path.realpath
-    monkeypatch.setattr(os.path, "realpath", lambda path: seen.append(path) or resolve(path))
+
+    def look_up(path: str) -> str:
+        seen.append(path)
+        return resolve(path)
+
+    monkeypatch.setattr(os.path, "realpath", look_up)
     paths = [f"/nonexistent/{number}" for number in range(64)]
     MachineConfig("k", devices=(Rng(), *map(Disk, paths))).check()
     assert seen == paths

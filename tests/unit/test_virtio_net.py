@@ -22,6 +22,7 @@ from pyvmm.devices.virtio import tap
 from pyvmm.devices.virtio.net import VirtioNet, default_mac
 from pyvmm.devices.virtio.netbackend import HEADER, NetFeature, Stream
 from pyvmm.errors import HostError, UsageError
+from pyvmm.kvm import libc
 from pyvmm.uapi import if_tun
 from tests.unit.net_driver import DATA, PATIENCE, Driver, eventually
 from tests.unit.plain_guest import BASE, PAGE, SIZE
@@ -120,7 +121,7 @@ def test_tap_that_may_not_be_had_says_what_root_would_do(
 ) -> None:
     monkeypatch.setattr(tap, "_open", lambda: os.open(os.devnull, os.O_RDWR))
     monkeypatch.setattr(tap, "_flags_of", lambda _name: there)
-    monkeypatch.setattr(tap.libc, "ioctl", lambda *_: (-1, code))
+    monkeypatch.setattr(libc, "ioctl", lambda *_: (-1, code))
     before = os.listdir("/proc/self/fd")
     with pytest.raises(HostError, match=words) as refused:
         tap.Tap("pvno")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -47,11 +47,16 @@ class ToySpec(DeviceSpec):
         self.made: list[Toy] = []
 
     def make(self, context: object) -> Toy:  # noqa: ARG002
-        toy = Toy()
+        toy: Any = Toy()
         closing = toy.close
-        toy.close = lambda: (setattr(toy, "closed", True), closing())  # type: ignore[method-assign]
+
+        def close() -> None:
+            toy.closed = True
+            closing()
+
+        toy.close = close
         self.made.append(toy)
-        return toy
+        return cast(Toy, toy)
 
 
 @pytest.fixture
@@ -207,7 +212,8 @@ def test_roles_are_found_by_type() -> None:
     config = MachineConfig(kernel="payload:hello", devices=(Rng(), Console(), Balloon()))
     with Plan(config) as plan:
         machine = plan.machine
-        console, balloon = (transport.device for transport in machine.virtio[1:])
+        devices: list[Any] = [transport.device for transport in machine.virtio[1:]]
+        console, balloon = devices
         assert machine.role(Terminal) == (console,)
         assert machine.role(MemoryBalloon) == (balloon,)
         assert machine.role(Printing) == (machine.uart, console)

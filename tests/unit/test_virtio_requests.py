@@ -259,7 +259,12 @@ def test_entropy_fills_what_it_is_given_up_to_its_bound(guest: Guest) -> None:
     driver.add([(DATA, 64, True), (DATA + PAGE, 2 * PAGE, True)])
     board.store(Register.QUEUE_NOTIFY, 0)
     done: list[tuple[int, int]] = []
-    eventually(lambda: done.extend(driver.used()) or done)
+
+    def used() -> bool:
+        done.extend(driver.used())
+        return bool(done)
+
+    eventually(used)
     assert done[0][1] == MOST
     assert guest.read(DATA, 64).count(0) < 16
     assert guest.read(DATA + PAGE + MOST - 64, 64) == bytes(64)

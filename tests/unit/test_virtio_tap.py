@@ -193,7 +193,7 @@ def test_driver_gets_no_frame_that_leaves_undone_what_it_cannot_do(fewer: bool) 
         driver.reset(packed=False)
         driver.rx.give(*([(DATA + n * PAGE, PAGE, True)] for n in range(8)))
         host.send(bytes(10) + frame(200))
-        came = []
+        came: list[tuple[int, int]] = []
         while not came or came[-1][1] != HEADER + 200:
             came += driver.wait(driver.rx)
         flags = [driver.read(DATA + n * PAGE, 1)[0] for n in range(len(came))]

@@ -167,7 +167,8 @@ def test_whatever_the_rings_hold_the_loop_and_its_twin_see_the_same(guest: Guest
     closed = {random.randrange(SIZE // PAGE)} if random.random() < 0.2 else set()
     guest.close_pages(closed)
     room = random.choice([1, 3, 256])
-    twin = Device(Copy(bytes(data), closed), rings, room)
+    copy = Copy(bytes(data), closed)
+    twin = Device(copy, rings, room)
     with native_queue(guest.native, rings) as native:
         held: list[tuple[Popped, Popped]] = []
         expected_error = lib.PV_QUEUE_OK
@@ -198,4 +199,4 @@ def test_whatever_the_rings_hold_the_loop_and_its_twin_see_the_same(guest: Guest
             assert native.pop() == -1
             assert not native.interrupt()
     guest.close_pages(())
-    assert guest.contents == twin.ram.data
+    assert guest.contents == copy.data

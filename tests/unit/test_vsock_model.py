@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from pyvmm.devices.virtio.vsock_packet import (
     OP_CREDIT_REQUEST,
@@ -88,7 +88,7 @@ class Connections(RuleBasedStateMachine):
         return self.born(Guest(self.port, 5, end))
 
     @rule(target=streams)
-    def host_asks(self) -> object:
+    def host_asks(self) -> Guest | MultipleResults[Guest]:
         end, theirs = socket.socketpair()
         self.peer.table.connect(theirs, 7)
         self.step(64)

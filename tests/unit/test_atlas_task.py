@@ -18,7 +18,7 @@ from pyvmm.atlas import task as module
 from pyvmm.atlas.claim import Claim, Place
 from pyvmm.atlas.model import Result
 from pyvmm.errors import HostError
-from pyvmm.experiment import Untold, runner
+from pyvmm.experiment import Experiment, Untold, runner
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.record import Evidence, Picture, Value, Verdict
 from pyvmm.guest.puppet import GuestSilent
@@ -76,7 +76,7 @@ def run(function: Callable[..., Any], deadline: float = DEADLINE) -> Result:
         return children[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
+        patch.setattr(os, "fork", noted)
         result = runner.run_one(task(function), deadline)
     assert set(os.listdir("/proc/self/fd")) == before
     (child,) = children
@@ -217,7 +217,7 @@ def test_an_interrupt_puts_settings_back_too(monkeypatch: pytest.MonkeyPatch, tm
     setting.write_text("never")
     monkeypatch.setattr(settings, "KNOWN", (str(setting),))
 
-    def interrupt(*_: float | runner.Task) -> None:
+    def interrupt(*_: object) -> None:
         setting.write_text("always")
         raise KeyboardInterrupt
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pyvmm.bench.case import Case, all_cases, select
+from pyvmm.bench.model import Point, Value
 from pyvmm.errors import UsageError
 from pyvmm.experiment.registry import nearest
 

@@ -14,6 +14,8 @@ import pytest
 
 from pyvmm.bench import case as cases
 from pyvmm.bench.case import Case
+from pyvmm.bench.measure import Bench
+from pyvmm.bench.model import Series
 from pyvmm.bench.task import Task, measure_point
 from pyvmm.errors import KvmError, PyvmmError, UsageError
 from pyvmm.experiment import runner
@@ -26,7 +28,7 @@ def case(function: Callable[..., Any], seconds: float = DEADLINE) -> Case:
     return Case("fault", "says", axes, function, (), (), lambda _: "", seconds)
 
 
-def measure(function, *, deadline=None, **more: Any):
+def measure(function: Callable[..., Any], *, deadline: float | None = None, **more: float) -> list[Series]:
     task = Task(case(function, **more), {"protection": "pkvm", "size": 2})
     [series] = runner.run([task], deadline=deadline)
     return series
@@ -85,7 +87,9 @@ def test_what_is_refused_is_a_series_that_says_why_behind_what_there_was(
         (lambda bench: bench["nothing"], "the process exited with status 1.*"),
     ],
 )
-def test_a_crash_is_a_series_with_its_last_words_and_the_next_point_is_measured(function, words) -> None:
+def test_a_crash_is_a_series_with_its_last_words_and_the_next_point_is_measured(
+    function: Callable[..., Any], words: str
+) -> None:
     tasks = [Task(case(each), {}) for each in (function, lambda bench: bench.keep("touch", [[1.0]]))]
     [[crashed], [good]] = runner.run(tasks)
     assert (crashed.values, crashed.notes) == ((), {"crashed": True})

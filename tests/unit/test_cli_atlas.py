@@ -15,7 +15,7 @@ import pytest
 from pyvmm import cli
 from pyvmm.atlas import claim as claims
 from pyvmm.atlas.model import Atlas, Result
-from pyvmm.atlas.runner import Task
+from pyvmm.atlas.task import Task
 from pyvmm.cli import atlas as verb
 from pyvmm.experiment.record import Evidence, Picture, Verdict
 from pyvmm.kvm.fd import KERNEL
@@ -149,7 +149,7 @@ def test_a_crash_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_interrupted_it_writes_what_it_has(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    answer(monkeypatch, Verdict.HOLDS, Verdict.HOLDS, KeyboardInterrupt())  # type: ignore[arg-type]
+    answer(monkeypatch, Verdict.HOLDS, Verdict.HOLDS, KeyboardInterrupt())
     status, _, _ = said(capsys, "fault-in", "--json", str(tmp_path / "a.json"))
     assert status == 130
     assert len(Atlas.load(tmp_path / "a.json").results) == 2

@@ -15,7 +15,7 @@ from pyvmm.atlas import claim as claims
 from pyvmm.bench import case as cases
 from pyvmm.bench.sweep import plan as plans
 from pyvmm.errors import UsageError
-from pyvmm.experiment.registry import choose, nearest
+from pyvmm.experiment.registry import Registry, choose, nearest
 from tests.unit.installed import install
 
 MINE = '''
@@ -167,7 +167,7 @@ def test_two_of_one_name_are_a_mistake(site: Path) -> None:
         path = site / "pyvmm_two" / f"{module}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text("" if module == "__init__" else body)
-    registry = cases.Registry(cases.Case, "pyvmm_two", plugins.CASES)
+    registry = Registry(cases.Case, "pyvmm_two", plugins.CASES)
     assert list(registry.built_in(("one",))) == ["spin"]
     with pytest.raises(ValueError, match="two cases are called spin"):
         registry.built_in()

@@ -66,7 +66,7 @@ class Bench:
         # Every ring a system call; and rings that are one until they are taken, as of a device that is busy.
         slots = ffi.new("struct pv_doorbell_slot[]", [(0, 1, self.fd, 0, 0), (0, 1, self.fd, 0, 1)])
         bell, untaken = (ffi.new("struct pv_doorbell *", {"count": 1, "slots": slots + n}) for n in range(2))
-        self._keep = [slots, bell, untaken]
+        self._keep: list[object] = [slots, bell, untaken]
         self.guest.bus(
             (REGISTERS, 0x1000, lib.PV_KIND_REGISTERS, ffi.new("uint8_t[]", 0x1000)),
             (FIFO, 0x1000, lib.PV_KIND_PL011, self.uart),
@@ -118,8 +118,9 @@ class Bench:
         ring = self.vcpu.ring
         size = 1 << self.exits.bit_length()
         if ring.size < size:
-            self._keep.append(ffi.new("struct pv_record[]", size))
-            ring.size, ring.records = size, self._keep[-1]
+            records = ffi.new("struct pv_record[]", size)
+            self._keep.append(records)
+            ring.size, ring.records = size, records
         ring.exits, ring.tail = 1, ring.head
         took = self.timed()
         ring.exits = 0

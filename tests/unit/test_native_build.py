@@ -11,7 +11,6 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -68,8 +67,7 @@ int pv_new_call(struct pv_new *new, const void *from, uint32_t n);
 
 
 def test_structures_have_no_hidden_padding() -> None:
-    known: Any = ffi
-    for name in known.list_types()[1]:
+    for name in ffi.list_types()[1]:
         fields = ffi.typeof(f"struct {name}").fields or []
         end = 0
         for field, described in fields:

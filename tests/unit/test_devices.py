@@ -90,7 +90,7 @@ def test_a_full_console_holds_its_guest_until_there_is_room_and_loses_nothing() 
 
     def guest() -> None:
         for byte in text:
-            while console.state.tx.head - console.state.tx.tail >= console.state.tx.size:
+            while console._uart.tx.head - console._uart.tx.tail >= console._uart.tx.size:
                 console.wait_for_room(lambda: False)
             _print(console.state, bytes([byte]))
         printed.set()
@@ -119,7 +119,7 @@ def test_a_guest_that_waits_for_a_reader_can_be_told_to_leave() -> None:
 
     def guest() -> None:
         while not leave.is_set():
-            _print(console.state, b"x" * (console.state.tx.size - (console.state.tx.head - console.state.tx.tail)))
+            _print(console.state, b"x" * (console._uart.tx.size - (console._uart.tx.head - console._uart.tx.tail)))
             console.wait_for_room(leave.is_set)
 
     waiting = threading.Thread(target=guest, daemon=True)
@@ -190,7 +190,7 @@ def test_console_input_reaches_the_guests_fifo() -> None:
     got = b""
     deadline = time.monotonic() + 5
     while len(got) < 2 and time.monotonic() < deadline:
-        n = lib.pv_fifo_read(ffi.addressof(console.state, "rx"), taken, 8)
+        n = lib.pv_fifo_read(ffi.addressof(console._uart, "rx"), taken, 8)
         got += bytes(ffi.buffer(taken, n))
     assert got == b"hi"
     console.close()

@@ -16,7 +16,7 @@ class Guest:
 
     def __init__(self, boxes: Mailboxes, vcpu: int = 0, status: int = 0) -> None:
         self.boxes, self.vcpu, self.leaving = boxes, vcpu, False
-        self.box = boxes.state[vcpu]
+        self.box = boxes._boxes[vcpu]
         self.status = status
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -88,7 +88,7 @@ def test_an_order_the_guest_forgets_is_not_waited_for() -> None:
     boxes = Mailboxes(1)
     first, second = boxes.submit(0, 1), boxes.submit(0, 2)
     boxes.serve(0, lambda: False)
-    boxes.state[0].state = lib.PV_MAILBOX_BUSY
+    boxes._boxes[0].state = lib.PV_MAILBOX_BUSY
     boxes.serve(0, lambda: False)  # it asks for the next order, and never said DONE
     with pytest.raises(MachineGone, match="without answering"):
         first.result(1)

@@ -136,7 +136,7 @@ def test_a_pl011_before_a_terminal_that_nobody_reads_ends_when_it_is_told_to() -
     with ends("pty") as (_, terminal):
         console = Pl011(terminal)
         console.start()
-        fifo = console.state.tx
+        fifo = console._uart.tx
         stuck = threading.Event()
 
         def guest() -> None:
@@ -164,6 +164,6 @@ def test_another_writer_who_is_always_quicker_does_not_keep_a_pl011_from_its_end
     monkeypatch.setattr(Outlet, "write", lambda _self, _data: 0)
     with ends("pipe") as (_, writer):
         console = Pl011(writer)
-        console.state.tx.head = 5
+        console._uart.tx.head = 5
         console.abort()
         within(20, console.close)

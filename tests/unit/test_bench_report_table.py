@@ -106,7 +106,7 @@ def test_a_run_without_peers_says_nothing_of_ratios() -> None:
 
 
 @pytest.mark.parametrize("tcg", [True, False, None])
-def test_what_tcg_runs_is_relative_only_with_every_table_and_so_is_what_does_not_tell(tcg) -> None:
+def test_what_tcg_runs_is_relative_only_with_every_table_and_so_is_what_does_not_tell(tcg: bool | None) -> None:
     environment = {**samples.ENVIRONMENT, "tcg": tcg}
     said = table.text(samples.run(samples.series([1.0]), environment=environment), WIDE)
     assert len(rows(said, TCG_NOTE)) == (0 if tcg is False else 2)

@@ -164,7 +164,7 @@ def test_everything_asked_for_is_there(
     assert (status, err) == (0, "")
     assert "whole range" in out
     assert "QEMU TCG: times are relative only" in out
-    assert (tmp_path / "a.jsonl").read_text() == "".join(measured)
+    assert (tmp_path / "a.jsonl").read_text() == "".join(map(str, measured))
     assert model.read(str(tmp_path / "a.jsonl")) == FEW
     assert "<!doctype html>" in (tmp_path / "a.html").read_text().lower()
     assert list((tmp_path / "f").glob("*.svg"))

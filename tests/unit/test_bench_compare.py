@@ -8,10 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from  import SAME
 
 from pyvmm.bench import compare as compared
-from pyvmm.bench.compare import compare
+from pyvmm.bench.compare import SAME, compare
 from pyvmm.bench.model import BenchError, Point, Run, Series
 from pyvmm.bench.significance import rank_sum, signed_ranks
 from pyvmm.reports.look import Look

@@ -16,6 +16,7 @@ from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.devices.echo import Echo
 from pyvmm.kvm.faulttrace import TracedFault
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 from pyvmm.observe import perfetto, recorder
 from pyvmm.observe.hyptrace import HypEvent

@@ -58,8 +58,10 @@ def test_line_of_a_device_that_a_script_brings_reaches_the_guest(protection: Pro
     alarm = Alarm()
     with Experiment(protection, devices=[alarm]) as experiment:
         experiment.start()
-        # GICD_ISPENDR, of the interrupt's bit: level-triggered, it is pending for as long as the line is high.
+        # A guest tells its controller what the device tree says. Level-triggered (GICD_ICFGR), an interrupt is pending
+        # (GICD_ISPENDR) for as long as its line is high.
         number = 32 + alarm.line.spi
+        experiment.guest.write32(layout.GIC_DISTRIBUTOR.start + 0xC00 + 4 * (number // 16), 0)
         pending = layout.GIC_DISTRIBUTOR.start + 0x200 + 4 * (number // 32)
         told = []
         for level in (1, 0):

@@ -4,7 +4,7 @@
 A package names what it brings in its pyproject.toml::
 
     [project.entry-points."pyvmm.devices"]
-    dice = "pyvmm_dice:Dice"
+    dice = "pyvmm_dice:KIND"
 
 Whoever keeps a registry looks there first, and asks here only about a name that is not built in, or for a list::
 

@@ -8,7 +8,6 @@ memory is still mapped and no vCPU runs. The file must stay as it is meanwhile.
 from __future__ import annotations
 
 import contextlib
-import threading
 from typing import TYPE_CHECKING
 
 from pyvmm._native import ffi
@@ -39,7 +38,6 @@ class LazySlot:
     def __init__(self, fd: int, offset: int, slot: Slot, failed: Callable[[PyvmmError], None]) -> None:
         self._slot = slot
         self._tell = failed
-        self._giving_up: threading.Thread | None = None
         with contextlib.ExitStack() as half:
             self._userfault = half.enter_context(Userfault.open())
             self._userfault.register(slot.hva, slot.size, missing=True)
@@ -59,10 +57,6 @@ class LazySlot:
                 hint="was its file changed, or cut, while the guest ran?",
             )
         )
-        self._giving_up = threading.Thread(target=self._give_up, name="pyvmm-restore", daemon=True)
-        self._giving_up.start()
-
-    def _give_up(self) -> None:
         # Whoever waits must not find zeros, and write them to a disk: nobody finds anything any more.
         mman.protect(self._slot.hva, self._slot.size, PROT_NONE)
         self._userfault.close()
@@ -70,8 +64,6 @@ class LazySlot:
     def close(self) -> None:
         """Serve no longer. Idempotent."""
         self._userfault.close()
-        if self._giving_up is not None:
-            self._giving_up.join()
         address, self._address = self._address, 0
         if address:
             libc.munmap(address, self._slot.size)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A slot's memory that comes from a file when it is touched, and what becomes of those who wait when it cannot."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.machine.lazy import LazySlot
+from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.memory.backing import Memfd
+from pyvmm.memory.mman import MappingError
+from pyvmm.memory.userfault import Userfault
+
+PAGES = 16
+SIZE = PAGES * PAGE_SIZE
+OFFSET = 2 * PAGE_SIZE
+
+
+def look(address: int) -> bytes:
+    """Read eight bytes as guarded copies do; nothing where nobody may."""
+    data = bytearray(8)
+    done = lib.pv_copy(ffi.from_buffer(data), ffi.cast("void *", address), 8)
+    return bytes(data[:done])
+
+
+@pytest.fixture
+def slot(userfault: Userfault, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A slot that nobody has touched; its faults come from user space, which takes no privilege."""
+    monkeypatch.setattr(Userfault, "open", lambda: userfault)
+    with Memfd(SIZE) as backing:
+        yield SimpleNamespace(hva=backing.hva, size=SIZE, gpa=0x8000_0000)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(OFFSET) + b"".join(bytes([page + 1]) * PAGE_SIZE for page in range(PAGES)))
+    fd = os.open(path, os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+def nothing_fails(error: PyvmmError) -> None:
+    raise AssertionError(error)
+
+
+def test_a_page_comes_from_the_file_when_it_is_touched_and_not_before(slot: Any, file: int) -> None:
+    lazy = LazySlot(file, OFFSET, slot, nothing_fails)
+    for page in (3, 0, 15, 3):
+        assert look(slot.hva + page * PAGE_SIZE) == bytes([page + 1]) * 8
+    lazy.close()
+    lazy.close()
+    assert lazy._server.served == 3
+    assert look(slot.hva + 3 * PAGE_SIZE) == bytes([4]) * 8
+
+
+def test_of_a_file_that_was_cut_nobody_finds_zeros(slot: Any, file: int) -> None:
+    failed: list[PyvmmError] = []
+    heard = threading.Event()
+
+    def hear(error: PyvmmError) -> None:
+        failed.append(error)
+        heard.set()
+
+    lazy = LazySlot(file, OFFSET, slot, hear)
+    os.ftruncate(file, OFFSET + 4 * PAGE_SIZE)
+    with ThreadPoolExecutor(3) as pool:
+        reader = pool.submit(look, slot.hva + 9 * PAGE_SIZE)
+        assert heard.wait(10)
+        # The machine closes it while it gives up.
+        for closed in [pool.submit(lazy.close) for _ in range(2)]:
+            closed.result(10)
+        assert reader.result(10) == b""
+    assert [error.message.partition(":")[0] for error in failed] == ["a page of the snapshot cannot be had any more"]
+    assert look(slot.hva) == b""
+
+
+def test_what_cannot_be_mapped_leaves_nothing_behind(slot: Any, tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    fd = os.open(tmp_path, os.O_RDONLY)  # a directory
+    with pytest.raises(MappingError):
+        LazySlot(fd, 0, slot, nothing_fails)
+    os.close(fd)
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_without_a_userfaultfd_it_says_so(slot: Any, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Userfault:
+        raise HostError("no userfaultfd here")
+
+    monkeypatch.setattr(Userfault, "open", refuse)
+    with pytest.raises(HostError, match="no userfaultfd"):
+        LazySlot(file, OFFSET, slot, nothing_fails)

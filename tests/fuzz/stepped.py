@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
-from pyvmm.devices.virtio import balloon, blk, console, mmio, net, rng, vsock
+from pyvmm.devices.virtio import mmio, worker
 from pyvmm.devices.virtio.queue import Chain, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import PATIENCE, Worker
 
@@ -130,7 +130,6 @@ class Stepped(Worker):
 def stepped() -> Iterator[None]:
     """Make devices with such workers."""
     with contextlib.ExitStack() as patches:
-        for module in (balloon, blk, console, net, rng, vsock):
-            patches.enter_context(mock.patch.object(module, "Worker", Stepped))
+        patches.enter_context(mock.patch.object(worker, "Worker", Stepped))
         patches.enter_context(mock.patch.object(mmio, "Queue", Budgeted))
         yield

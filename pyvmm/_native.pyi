@@ -310,6 +310,26 @@ class pv_interrupt(Struct):
 
 @type_check_only
 @final
+class pv_virtio_queue(Struct):
+    most: int
+    ready: int
+
+@type_check_only
+@final
+class pv_virtio_mmio(Struct):
+    interrupt: _To[pv_interrupt]
+    bell: _To[pv_doorbell]
+    queues: _To[pv_virtio_queue]
+    device_features_sel: int
+    driver_features_sel: int
+    queue_sel: int
+    lock: int
+    offered: _Items[int]
+    registers: _Items[int]
+    config: _Items[int]
+
+@type_check_only
+@final
 class pv_segment(Struct):
     gpa: int
     size: int
@@ -481,6 +501,14 @@ class _Ffi:
     @overload
     def new(self, cdecl: Literal["struct pv_interrupt[]"], init: object = ...) -> Array[pv_interrupt]: ...
     @overload
+    def new(self, cdecl: Literal["struct pv_virtio_queue *"], init: object = ...) -> pv_virtio_queue: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_virtio_queue[]"], init: object = ...) -> Array[pv_virtio_queue]: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_virtio_mmio *"], init: object = ...) -> pv_virtio_mmio: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_virtio_mmio[]"], init: object = ...) -> Array[pv_virtio_mmio]: ...
+    @overload
     def new(self, cdecl: Literal["struct pv_segment *"], init: object = ...) -> pv_segment: ...
     @overload
     def new(self, cdecl: Literal["struct pv_segment[]"], init: object = ...) -> Array[pv_segment]: ...
@@ -552,6 +580,10 @@ class _Ffi:
     def cast(self, cdecl: Literal["struct pv_fault_server *"], value: object) -> pv_fault_server: ...
     @overload
     def cast(self, cdecl: Literal["struct pv_interrupt *"], value: object) -> pv_interrupt: ...
+    @overload
+    def cast(self, cdecl: Literal["struct pv_virtio_queue *"], value: object) -> pv_virtio_queue: ...
+    @overload
+    def cast(self, cdecl: Literal["struct pv_virtio_mmio *"], value: object) -> pv_virtio_mmio: ...
     @overload
     def cast(self, cdecl: Literal["struct pv_segment *"], value: object) -> pv_segment: ...
     @overload
@@ -698,6 +730,10 @@ class _Lib:
     PV_INTERRUPT_USED: Final[int]
     PV_INTERRUPT_CONFIG: Final[int]
 
+    PV_VIRTIO_REGISTERS: Final[int]
+    PV_VIRTIO_CONFIG: Final[int]
+    PV_VIRTIO_FEATURE_WORDS: Final[int]
+
     PV_QUEUE_PACKED: Final[int]
     PV_QUEUE_EVENT_IDX: Final[int]
     PV_QUEUE_INDIRECT: Final[int]
@@ -767,6 +803,9 @@ class _Lib:
     def pv_install_signals(self) -> int: ...
     def pv_kick_signal(self) -> int: ...
     def pv_source_hash(self) -> CData: ...
+    def pv_virtio_configure(
+        self, transport: _Ref[pv_virtio_mmio], config: bytes | Pointer[int], size: int, generation: int, /
+    ) -> None: ...
     def pv_queue_start(self, queue: _Ref[pv_queue], /) -> None: ...
     def pv_queue_pop(self, queue: _Ref[pv_queue], chain: _Ref[pv_chain], /) -> int: ...
     def pv_queue_push(self, queue: _Ref[pv_queue], chain: _Ref[pv_chain], written: int, /) -> int: ...

@@ -14,9 +14,9 @@ from typing import TypeGuard
 from pyvmm import abi
 from pyvmm._native import lib
 from pyvmm.uapi.errno import EHWPOISON
-from tests.twin_state import Counter, Doorbell, Kernel, Mailbox, Pl011, Range, Region, Vm
+from tests.twin_state import Counter, Doorbell, Kernel, Mailbox, Pl011, Range, Region, Virtio, Vm
 
-__all__ = ["Counter", "Doorbell", "Mailbox", "Pl011", "Range", "Region", "Vcpu", "Vm", "bucket_of"]
+__all__ = ["Counter", "Doorbell", "Mailbox", "Pl011", "Range", "Region", "Vcpu", "Virtio", "Vm", "bucket_of"]
 
 PAGE = 4096
 NOT_SUPPORTED, INVALID_PARAMETER = -1, -3
@@ -161,12 +161,7 @@ class Vcpu:
                 else:
                     self.value = state.value
             case lib.PV_KIND_DOORBELL if self.is_write:
-                fds = (fd for offset, match, fd in state.slots if offset == self.offset and match in (None, value))
-                fd = next(fds, None)
-                if fd is None:
-                    state.missed += 1
-                else:
-                    self.kernel.signal(fd)
+                self.ring(state)
             case lib.PV_KIND_PL011 if self.offset % 4 == 0 and self.size <= 4:
                 done = True
                 if self.is_write:
@@ -183,13 +178,35 @@ class Vcpu:
                 if self.is_write:
                     return self.bell(value)
                 self.value = self.share_status & MASK64
-            case lib.PV_KIND_VIRTIO if self.size == 4:
-                if self.is_write and self.offset == 4:
-                    state.value &= ~value
-                elif not self.is_write and self.offset == 0:
-                    self.value = state.value
+            case lib.PV_KIND_VIRTIO:
+                return self.virtio(state)
             case lib.PV_KIND_COLD:
                 return lib.PV_STOP_MMIO
+        return lib.PV_STOP_NONE
+
+    def ring(self, bell: Doorbell) -> None:
+        fds = (fd for offset, match, fd in bell.slots if offset == self.offset and match in (None, self.value))
+        fd = next(fds, None)
+        if fd is None:
+            bell.missed += 1
+        else:
+            self.kernel.signal(fd)
+
+    def virtio(self, transport: Virtio) -> int:
+        if 0x50 <= self.offset < 0x58:
+            self.exit = lib.PV_EXIT_MMIO_DOORBELL
+            if self.is_write:
+                self.ring(transport.bell)
+        elif self.offset >= 0x100 and not self.is_write:
+            at = self.offset - 0x100
+            self.value = int.from_bytes(transport.config[at : at + self.size], "little")
+        elif self.offset < 0x100 and (self.size != 4 or self.offset % 4):
+            pass
+        elif not self.is_write:
+            self.value = transport.load(self.offset)
+        elif not transport.store(self.offset, self.value):
+            self.exit = lib.PV_EXIT_MMIO_COLD
+            return lib.PV_STOP_MMIO
         return lib.PV_STOP_NONE
 
     def mailbox(self, box: Mailbox, offset: int) -> int:

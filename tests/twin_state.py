@@ -111,6 +111,39 @@ class Pl011:
 
 
 @dataclass
+class Virtio:
+    """A virtio-mmio transport: ``queues`` are (most, ready), ``registers`` what those read as that nothing selects."""
+
+    bell: Doorbell
+    offered: list[int]
+    queues: list[tuple[int, int]]
+    registers: dict[int, int]
+    config: bytes
+    interrupts: int = 0
+    selected: dict[int, int] = field(default_factory=lambda: {0x14: 0, 0x24: 0, 0x30: 0})
+
+    def load(self, offset: int) -> int:
+        word, queue = self.selected[0x14], self.selected[0x30]
+        match offset:
+            case 0x10:
+                return self.offered[word] if word < len(self.offered) else 0
+            case 0x34 | 0x44:
+                return self.queues[queue][offset == 0x44] if queue < len(self.queues) else 0
+            case 0x60:
+                return self.interrupts
+        return self.registers.get(offset, 0)
+
+    def store(self, offset: int, value: int) -> bool:
+        if offset in self.selected:
+            self.selected[offset] = value
+        elif offset == 0x64:
+            self.interrupts &= ~value
+        else:
+            return False
+        return True
+
+
+@dataclass
 class Vm:
     protection: int
     regions: list[Region] = field(default_factory=list)

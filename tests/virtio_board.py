@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-import os
+import errno
+import struct
 import threading
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyvmm._native import lib
+from pyvmm._native import ffi, lib
+from pyvmm.devices.bus import Bus
 from pyvmm.devices.virtio.device import Feature, VirtioDevice
 from pyvmm.devices.virtio.mmio import VirtioMmio
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
 from pyvmm.devices.virtio.registers import Register, Status
 from pyvmm.devices.virtio.worker import Worker
+from tests.fake_kvm import EXIT_MMIO
 from tests.memory_helper import BASE
 from tests.twin_virtqueue import Driver, Rings
 from tests.virtqueue_rig import HALF, PAGE, Guest
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MINE = 1 << 5
+AT = 0x0A00_0000
+CARRY_OUT = 1  # PENDING_MMIO of native/loop/loop.h: begin with the access in struct kvm_run
 TABLES, DATA = BASE + 8 * PAGE, BASE + HALF
 ACKNOWLEDGED = Status.ACKNOWLEDGE | Status.DRIVER
 RUNNING = ACKNOWLEDGED | Status.FEATURES_OK | Status.DRIVER_OK
@@ -79,39 +84,45 @@ class Toy(VirtioDevice):
 
 
 class Board:
-    """A transport as a vCPU reaches it: what the native loop answers by itself is answered here."""
+    """A transport as a vCPU reaches it: every access goes through the native loop and the machine's bus."""
 
     def __init__(self, guest: Guest, device: VirtioDevice, *, private: bool = False) -> None:
         self.guest, self.device = guest, device
         self.transport = VirtioMmio(device, guest.native, private=private)
-        self.windows = self.transport.windows()
+        self._vm = ffi.new("struct pv_vm *")
+        self._bus = Bus(self._vm)
+        self._bus.add(self.transport, AT)
+        self._bus.publish()
+        self._own = threading.local()
 
-    def _window(self, offset: int, size: int) -> int | None:
-        """The kind of the window; None for an access that no window holds, which aborts in the guest."""
-        for start, length, kind, _ in self.windows:
-            if start <= offset and offset + size <= start + length:
-                return kind
-        return None
+    def _vcpu(self) -> tuple[Any, Any]:
+        """The calling thread's vCPU, and its struct kvm_run."""
+        if not hasattr(self._own, "vcpu"):
+            run = ffi.new("uint8_t[]", 4096)
+            self._own.vcpu = ffi.new("struct pv_vcpu *", {"fd": -1, "vm": self._vm, "run": run}), ffi.buffer(run)
+        vcpu: tuple[Any, Any] = self._own.vcpu
+        return vcpu
+
+    def _access(self, offset: int, size: int, value: int, *, is_write: bool) -> int:
+        """Make an access, and return what a load got; 0 for one that no device claims, which aborts in the guest."""
+        vcpu, run = self._vcpu()
+        run[8:12] = EXIT_MMIO.to_bytes(4, "little")
+        run[32:53] = struct.pack("<Q8sIB", AT + offset, value.to_bytes(8, "little"), size, is_write)
+        vcpu.pending = CARRY_OUT
+        stop = lib.pv_run(vcpu)
+        if stop == lib.PV_STOP_UNCLAIMED:
+            return 0
+        if stop == lib.PV_STOP_MMIO:
+            self._bus.answer(vcpu)
+        else:
+            assert (stop, vcpu.error) == (lib.PV_STOP_FAILED, errno.EBADF)  # there is no guest to go on with
+        return int.from_bytes(run[40 : 40 + size], "little")
 
     def load(self, offset: int, size: int = 4) -> int:
-        match self._window(offset, size):
-            case lib.PV_KIND_COLD:
-                value = self.transport.read(offset, size, 0)
-                assert 0 <= value < 1 << 8 * size
-                return value
-            case lib.PV_KIND_VIRTIO if (offset, size) == (Register.INTERRUPT_STATUS, 4):
-                return int(self.transport.interrupt.status)
-        return 0
+        return self._access(offset, size, 0, is_write=False)
 
     def store(self, offset: int, value: int, size: int = 4) -> None:
-        value &= (1 << 8 * size) - 1
-        match self._window(offset, size):
-            case lib.PV_KIND_COLD:
-                self.transport.write(offset, size, value, 0)
-            case lib.PV_KIND_DOORBELL if offset == Register.QUEUE_NOTIFY and value < len(self.transport.queues):
-                os.eventfd_write(self.transport.queues[value].kick, 1)
-            case lib.PV_KIND_VIRTIO if (offset, size) == (Register.INTERRUPT_ACK, 4):
-                self.transport.interrupt.status &= ~value & 0xFFFF_FFFF
+        self._access(offset, size, value & (1 << 8 * size) - 1, is_write=True)
 
     # -- a driver that follows the rules
 
@@ -168,7 +179,7 @@ class Board:
         return drivers
 
     def close(self) -> None:
-        self.transport.close()
+        self._bus.close()
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20) -> None:

@@ -113,7 +113,7 @@ enum pv_kind {
     PV_KIND_PL011,         /* state: pv_pl011 */
     PV_KIND_MAILBOX,       /* state: pv_mailbox[], one per vCPU, 4096 bytes of gpa each */
     PV_KIND_SHARE,         /* state: none; the share doorbell */
-    PV_KIND_VIRTIO,        /* state: pv_interrupt; a virtio-mmio transport's registers 0x60 and 0x64 */
+    PV_KIND_VIRTIO,        /* state: pv_virtio_mmio; a virtio-mmio transport, 512 bytes of gpa */
     PV_KINDS
 };
 

@@ -67,7 +67,7 @@ static void registers(struct pv_vcpu *vcpu, uint8_t *at)
     }
 }
 
-static void doorbell(const struct pv_vcpu *vcpu, struct pv_doorbell *bell)
+void pv_doorbell_ring(const struct pv_vcpu *vcpu, struct pv_doorbell *bell)
 {
     for (uint32_t i = 0; i < bell->count; i++) {
         struct pv_doorbell_slot *slot = &bell->slots[i];
@@ -141,17 +141,6 @@ static uint32_t mailbox(struct pv_vcpu *vcpu, struct pv_mailbox *boxes)
                           : mailbox_load(vcpu, &boxes[vcpu->index], number);
 }
 
-/* Registers InterruptStatus and InterruptACK of a virtio-mmio transport (virtio 1.2, 4.2.2), 32 bits wide. */
-static void interrupt(struct pv_vcpu *vcpu, struct pv_interrupt *line)
-{
-    if (vcpu->size != 4)
-        return;
-    if (!vcpu->is_write && vcpu->offset == 0)
-        vcpu->value = __atomic_load_n(&line->status, __ATOMIC_SEQ_CST);
-    else if (vcpu->is_write && vcpu->offset == 4)
-        __atomic_fetch_and(&line->status, ~(uint32_t)vcpu->value, __ATOMIC_SEQ_CST);
-}
-
 static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
 {
     uint64_t *counter = range->state;
@@ -168,7 +157,7 @@ static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
         return PV_STOP_NONE;
     case PV_KIND_DOORBELL:
         if (vcpu->is_write)
-            doorbell(vcpu, range->state);
+            pv_doorbell_ring(vcpu, range->state);
         return PV_STOP_NONE;
     case PV_KIND_PL011:
         if (pv_pl011_access(range->state, vcpu))
@@ -183,8 +172,7 @@ static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
         vcpu->value = (uint64_t)(int64_t)vcpu->share_status;
         return PV_STOP_NONE;
     case PV_KIND_VIRTIO:
-        interrupt(vcpu, range->state);
-        return PV_STOP_NONE;
+        return pv_virtio_access(range->state, vcpu);
     default:
         return PV_STOP_MMIO;
     }

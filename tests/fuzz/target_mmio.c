@@ -7,7 +7,7 @@
 #include <linux/kvm.h>
 #include <sys/eventfd.h>
 
-enum { KINDS = 8, STEP = 0x4000, VCPUS = 2, SLOTS = 3, REGISTERS = 24 };
+enum { KINDS = 8, STEP = 0x4000, VCPUS = 2, SLOTS = 3, REGISTERS = 24, QUEUES = 2, TRANSPORT = 512 };
 #define MMIO UINT64_C(0x09000000)
 
 static struct kvm_run run[VCPUS];
@@ -22,6 +22,10 @@ static struct pv_doorbell bell = {.count = SLOTS, .slots = slots};
 static struct pv_pl011 uart;
 static struct pv_mailbox boxes[VCPUS];
 static struct pv_interrupt line;
+static struct pv_doorbell_slot kicks[QUEUES];
+static struct pv_doorbell kick = {.count = QUEUES, .slots = kicks};
+static struct pv_virtio_queue queues[QUEUES];
+static struct pv_virtio_mmio transport;
 static int rung;
 
 void fuzz_begin(void)
@@ -37,7 +41,7 @@ static void begin(void)
         [PV_KIND_COLD] = {16, NULL}, [PV_KIND_REGISTERS] = {REGISTERS, registers},
         [PV_KIND_COUNTER] = {sizeof(counter), &counter}, [PV_KIND_DOORBELL] = {8, &bell},
         [PV_KIND_PL011] = {0x1000, &uart}, [PV_KIND_MAILBOX] = {VCPUS * PV_PAGE_SIZE, boxes},
-        [PV_KIND_SHARE] = {8, NULL}, [PV_KIND_VIRTIO] = {8, &line},
+        [PV_KIND_SHARE] = {8, NULL}, [PV_KIND_VIRTIO] = {TRANSPORT, &transport},
     };
 
     guest_reset();
@@ -60,6 +64,11 @@ static void begin(void)
                              .rx = {.size = sizeof(rx), .wake_fd = -1, .data = rx}};
     memset(boxes, 0, sizeof(boxes));
     line = (struct pv_interrupt){.fd = -1};
+    for (uint32_t i = 0; i < QUEUES; i++) {
+        kicks[i] = (struct pv_doorbell_slot){.offset = 0x50, .value = i, .fd = rung, .coalesce = 1};
+        queues[i] = (struct pv_virtio_queue){.most = 8, .ready = i};
+    }
+    transport = (struct pv_virtio_mmio){.interrupt = &line, .bell = &kick, .queues = queues};
 }
 
 /* What Python does when the loop comes back, until it has nothing left to do. */
@@ -128,9 +137,10 @@ void fuzz_one(const uint8_t *data, size_t size)
         case 2: pv_fifo_read(&uart.tx, bytes, what >> 3 & 15); break;
         case 3: pv_subscribe(&guest.vm, what >> 3 & 1); break;
         case 4: guest_act(&input, &none); break;
+        case 5: pv_virtio_configure(&transport, &what, what >> 3 & 1, next8(&input)); break;
         default: access(&input, vcpu); break;
         }
         HOLDS(pv_fifo_used(&uart.tx) <= sizeof(tx) && pv_fifo_used(&uart.rx) <= sizeof(rx));
-        HOLDS(uart.lock == 0 && guest.vm.converting == 0 && !guest.vm.readers[0] && !guest.vm.readers[1]);
+        HOLDS(uart.lock == 0 && transport.lock == 0 && guest.vm.converting == 0 && !guest.vm.readers[0] && !guest.vm.readers[1]);
     }
 }

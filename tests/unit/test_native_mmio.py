@@ -316,23 +316,3 @@ def test_mailbox_ignores_what_is_not_a_whole_register_or_out_of_turn(rig: Rig, a
     exits = rig.script(access)
     assert rig.run() == "OTHER"
     assert (box[0].state, exits[0].answer) == (rig.lib.PV_MAILBOX_ORDER, 0)
-
-
-# ---- interrupts of virtio
-
-
-def test_interrupts_are_told_once_until_they_are_acknowledged(rig: Rig) -> None:
-    line = eventfd()
-    interrupt = rig.new("struct pv_interrupt *", {"fd": line})
-    rig.bus((DEVICE, 8, "VIRTIO", interrupt))
-    used, config = rig.lib.PV_INTERRUPT_USED, rig.lib.PV_INTERRUPT_CONFIG
-    for bits, edges in ((used, 1), (used, 0), (used | config, 1), (config, 0)):
-        rig.lib.pv_interrupt(interrupt, bits)
-        assert rung(line) == edges
-    exits = rig.script(load(DEVICE, 4), store(DEVICE + 4, used, 4), load(DEVICE, 4))
-    assert rig.run() == "OTHER"
-    assert (exits[0].answer, exits[2].answer) == (used | config, config)
-    rig.lib.pv_interrupt(interrupt, used)
-    assert rung(line) == 1
-    assert interrupt.sent == 3
-    os.close(line)

@@ -27,13 +27,20 @@ SIZES = {
     "MAILBOX": 8192,
     "SHARE": 4096,
     "COLD": 64,
-    "VIRTIO": 8,
+    "VIRTIO": 512,
 }
 BASES = dict(zip(SIZES, (REGISTERS, COUNTER, DOORBELL, UART, MAILBOX, SHARE, COLD, VIRTIO), strict=True))
 INTERRUPTS = 0x53
 SLOTS = ((0, 1, 0), (0, 2, 1), (8, None, 2))
+KICKS = ((0x50, 0, 0), (0x50, 1, 1))
+OFFERED = [0x11, 0x22, 0x33, 0x44]
+QUEUES = [(8, 1), (4, 0)]
+SHOWN = {0x00: 0x7472_6976, 0x08: 42, 0x70: 15, 0xB0: 0xFFFF_FFFF, 0xFC: 9}
+CONFIG = bytes(range(1, 41))
 IRQ = 3
 BOX_OFFSETS = [*range(0, 0xF0, 8), 4, 0x1000, 0x1078]
+VIRTIO_OFFSETS = [*range(0, 0x100, 4), *[0x10, 0x14, 0x24, 0x30, 0x34, 0x44, 0x50, 0x60, 0x64] * 6]
+VIRTIO_OFFSETS += [*range(0xFC, 0x130), 0x1F8, 0x1FC, 1, 0x32, 0x4C, 0x54, -4, 0x200]
 UART_OFFSETS = [0, 0, 0, *range(4, 0x50, 4), 0xFE0, 0xFFC, 1]
 
 STATES = ["ABSENT", "HOST", "PRIVATE", "PRIVATE", "SHARED", "SHARED", "HOLE", "POISONED", "MOVING"]
@@ -65,6 +72,7 @@ class Guest:
                 [self.hypercall, self.hypercall, self.hypercall, self.bell, self.failure],
                 [lambda: self.mmio("PL011")],
                 [lambda: self.mmio("MAILBOX")],
+                [lambda: self.mmio("VIRTIO")],
                 [self.bell, self.bell, self.failure],
             ]
         )
@@ -83,9 +91,12 @@ class Guest:
         kind = kind or self.any(list(SIZES))
         if kind == "SHARE":
             return self.bell()
-        offsets = {"PL011": UART_OFFSETS, "MAILBOX": BOX_OFFSETS, "DOORBELL": [0, 8, 16], "VIRTIO": [0, 0, 4, 4, 1]}
+        offsets = {"PL011": UART_OFFSETS, "MAILBOX": BOX_OFFSETS, "DOORBELL": [0, 8, 16]}
+        offsets["VIRTIO"] = VIRTIO_OFFSETS
         offset = self.any(offsets.get(kind, range(-1, SIZES[kind] + 1)))
-        return self.access(BASES[kind] + offset, self.any([1, 2, 4, 8, 8]), self.value())
+        return self.access(
+            BASES[kind] + offset, self.any([4, 4, 4, 1, 2, 8] if kind == "VIRTIO" else [1, 2, 4, 8, 8]), self.value()
+        )
 
     def bell(self) -> dict[str, Any]:
         value = self.page() | self.any([1, 1, 1, 2, 2, 2, 0, 3, 0x11])
@@ -211,7 +222,14 @@ class Native:
         self.boxes = rig.new("struct pv_mailbox[]", 2)
         self.registers, self.counter = rig.new("uint8_t[]", 24), rig.new("uint64_t *")
         self.interrupt = rig.new("struct pv_interrupt *", {"status": INTERRUPTS, "fd": -1})
-        states = [self.registers, self.counter, self.bell, self.uart, self.boxes, None, None, self.interrupt]
+        kicks = rig.new("struct pv_doorbell_slot[]", [(o, v, self.fds[fd]) for o, v, fd in KICKS])
+        self.kicks = rig.new("struct pv_doorbell *", {"count": len(KICKS), "slots": kicks})
+        made = {"interrupt": self.interrupt, "bell": self.kicks, "queues": rig.new("struct pv_virtio_queue[]", QUEUES)}
+        self.virtio = rig.new("struct pv_virtio_mmio *", {**made, "offered": OFFERED})
+        for offset, value in SHOWN.items():
+            self.virtio.registers[offset // 4] = value
+        rig.lib.pv_virtio_configure(self.virtio, CONFIG, len(CONFIG), SHOWN[0xFC])
+        states = [self.registers, self.counter, self.bell, self.uart, self.boxes, None, None, self.virtio]
         rig.bus(*[(BASES[kind], SIZES[kind], kind, state) for kind, state in zip(SIZES, states, strict=True)])
         self.exits = rig.script(*script)
 
@@ -232,7 +250,7 @@ def make_twin(script: list[dict[str, Any]], machine: dict[str, Any]) -> twin.Vcp
         [twin.Mailbox(), twin.Mailbox()],
         None,
         None,
-        twin.Counter(INTERRUPTS),
+        twin.Virtio(twin.Doorbell(list(KICKS)), OFFERED, QUEUES, SHOWN, CONFIG.ljust(256, b"\0"), INTERRUPTS),
     ]
     moving = lib.PV_PAGE_PRIVATE | twin.MOVING
     ledger = bytearray(getattr(lib, "PV_PAGE_" + state, moving) for state in machine["states"])
@@ -357,7 +375,9 @@ def compare(native: Native, other: twin.Vcpu, replies: list[int]) -> None:
     states = [r.state for r in vm.ranges]
     assert bytes(native.registers) == bytes(states[0])
     assert (native.counter[0], native.bell.missed) == (states[1].value, states[2].missed)
-    assert native.interrupt.status == states[7].value
+    assert (native.interrupt.status, native.kicks.missed) == (states[7].interrupts, states[7].bell.missed)
+    selected = (native.virtio.device_features_sel, native.virtio.driver_features_sel, native.virtio.queue_sel)
+    assert selected == tuple(states[7].selected.values())
     for box, twin_box in zip(native.boxes, states[4], strict=True):
         assert (box.state, box.trapped) == (twin_box.state, twin_box.trapped)
         for name in ("order", "result", "trap", "note"):

@@ -109,7 +109,11 @@ class VirtioDevice:
     # -- what a kind of device fills in
 
     def config(self) -> bytes:
-        """Return the configuration space as it is now."""
+        """Return the configuration space as it is now, 256 bytes at most.
+
+        The driver reads what this returned after the last write, negotiation, start, stop, or :meth:`config_changed`.
+        That calls it too, so it takes no lock that is held there.
+        """
         return b""
 
     def write_config(self, offset: int, data: bytes) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """virtio over MMIO, version 2 (virtio 1.2, 4.2): how a driver finds, sets up and resets a device.
 
-Owns the device's queues, its interrupt and its doorbell. Kicks, and the reading and acknowledging of interrupts, are
-the native loop's; the rest comes here, from any vCPU, under one lock. The device's own threads take only a second one,
-so that a reset may wait for them.
+Owns the device's queues, its interrupt, its doorbell and what its registers read as. The native loop answers reads and
+takes kicks, selectors and acknowledgements; other writes come here, from any vCPU, under one lock. The device's own
+threads take only a second one, so that a reset may wait for them.
 
 =====================================  ==========================================================================
 what a hostile guest may do            what happens
@@ -45,12 +45,22 @@ from pyvmm.devices.virtio.registers import (
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
-    from pyvmm._native import CData, pv_vm
+    from collections.abc import Sequence
 
-# The doorbell takes QueueNotify and the reserved word behind it, the interrupt InterruptStatus and InterruptACK: a load
-# or store of 8 bytes is still inside one window.
-_NOTIFY_SIZE: Final = 8
-_INTERRUPT_SIZE: Final = 8
+    from pyvmm._native import pv_vm
+
+_WORD: Final = 4
+_SELECTORS: Final = ("device_features_sel", "driver_features_sel", "queue_sel")
+_FIXED: Final = {
+    Register.MAGIC: MAGIC,
+    Register.VERSION: VERSION,
+    Register.VENDOR_ID: VENDOR,
+    # There is no shared memory.
+    Register.SHM_LEN_LOW: LOW,
+    Register.SHM_LEN_HIGH: LOW,
+    Register.SHM_BASE_LOW: LOW,
+    Register.SHM_BASE_HIGH: LOW,
+}
 
 
 class PulsedLine(Protocol):
@@ -74,6 +84,7 @@ class VirtioMmio(Device):
 
     name = "virtio_mmio"
     compatible = "virtio,mmio"
+    kind = lib.PV_KIND_VIRTIO
 
     def __init__(
         self,
@@ -96,12 +107,20 @@ class VirtioMmio(Device):
         self.queues: list[Queue] = []
         self._lock = threading.Lock()
         # For what the device's own threads change too, the status and the generation. Taken last, held for a moment.
-        self._state = threading.Lock()
-        self._status = Status(0)
-        self._generation = 0
+        self._guard = threading.Lock()
         self._news = Complaints(device.label)  # apart: they must not keep the device's own from being said
         self._slots = ffi.new("struct pv_doorbell_slot[]", len(device.queue_sizes))
         self._bell = ffi.new("struct pv_doorbell *", {"count": len(device.queue_sizes), "slots": self._slots})
+        self._ready = ffi.new("struct pv_virtio_queue[]", len(device.queue_sizes))
+        offered = [self.offered >> 32 * word & LOW for word in range(lib.PV_VIRTIO_FEATURE_WORDS)]
+        self.native = self.state = ffi.new(
+            "struct pv_virtio_mmio *",
+            {"interrupt": self.interrupt, "bell": self._bell, "queues": self._ready, "offered": offered},
+        )
+        for register, value in _FIXED.items():
+            self._show(register, value)
+        self._show(Register.DEVICE_ID, device.device_id)
+        self._show_config()
         with contextlib.ExitStack() as half_built:
             for index, most in enumerate(device.queue_sizes):
                 half_built.callback(self._add_queue(native_vm, index, most).close)
@@ -113,14 +132,15 @@ class VirtioMmio(Device):
         queue = Queue(native_vm, self.interrupt, index, most)
         self.queues.append(queue)
         slot = self._slots[index]
-        slot.value, slot.fd, slot.coalesce = index, queue.kick, 1
+        slot.offset, slot.value, slot.fd, slot.coalesce = Register.QUEUE_NOTIFY, index, queue.kick, 1
+        self._ready[index].most = most
         queue.native.bell = ffi.addressof(self._slots, index)
         return queue
 
     def _forget(self) -> None:
         """Be as after a reset, the status apart."""
         self._features = 0
-        self._device_sel = self._driver_sel = self._queue_sel = 0
+        self._select([0] * len(_SELECTORS))
         self._setups = [Setup() for _ in self.queues]
 
     @property
@@ -128,17 +148,27 @@ class VirtioMmio(Device):
         """The device."""
         return self.device
 
-    def windows(self) -> list[tuple[int, int, int | None, CData | None]]:
-        """Registers in Python, but for kicks and interrupts."""
-        notify, interrupt = Register.QUEUE_NOTIFY, Register.INTERRUPT_STATUS
-        behind = interrupt + _INTERRUPT_SIZE
-        return [
-            (0, notify, lib.PV_KIND_COLD, ffi.NULL),
-            (notify, _NOTIFY_SIZE, lib.PV_KIND_DOORBELL, self._bell),
-            (notify + _NOTIFY_SIZE, interrupt - notify - _NOTIFY_SIZE, lib.PV_KIND_COLD, ffi.NULL),
-            (interrupt, _INTERRUPT_SIZE, lib.PV_KIND_VIRTIO, self.interrupt),
-            (behind, SIZE - behind, lib.PV_KIND_COLD, ffi.NULL),
-        ]
+    # -- what the driver reads
+
+    def _show(self, register: int, value: int) -> None:
+        self.native.registers[register // _WORD] = value
+
+    def _show_config(self, *, changed: bool = False) -> None:
+        """Show the configuration space as the device has it now, under ``_guard``. UsageError where it is too long."""
+        config = self.device.config()
+        if len(config) > lib.PV_VIRTIO_CONFIG:
+            what = f"{self.device.label} has {len(config)} bytes of configuration space"
+            raise UsageError(f"{what}: {lib.PV_VIRTIO_CONFIG} are possible")
+        lib.pv_virtio_configure(self.native, config, len(config), (self._generation + changed) & LOW)
+
+    @property
+    def _generation(self) -> int:
+        return int(self.native.registers[Register.CONFIG_GENERATION // _WORD])
+
+    def _select(self, values: Sequence[int]) -> None:
+        """Set the selectors, which the native loop takes from the driver."""
+        for name, value in zip(_SELECTORS, values, strict=True):
+            setattr(self.native, name, value)
 
     def properties(self) -> dict[str, Any]:
         """Say that no caches are to be flushed."""
@@ -147,7 +177,7 @@ class VirtioMmio(Device):
     @property
     def status(self) -> Status:
         """The device status register."""
-        return self._status
+        return Status(self.native.registers[Register.STATUS // _WORD])
 
     @property
     def features(self) -> int:
@@ -162,7 +192,7 @@ class VirtioMmio(Device):
         """Say what the device is called and how far its driver is, and what each queue has carried."""
         return {
             "device": self.device.label,
-            "status": int(self._status),
+            "status": int(self.status),
             "features": self._features,
             "interrupts": int(self.interrupt.sent),
             "queues": [
@@ -175,54 +205,21 @@ class VirtioMmio(Device):
 
     def needs_reset(self) -> None:
         """Set DEVICE_NEEDS_RESET, and tell a driver that is there."""
-        with self._state:
-            self._status |= Status.NEEDS_RESET
-            told = Status.DRIVER_OK in self._status
+        with self._guard:
+            self._show(Register.STATUS, self.status | Status.NEEDS_RESET)
+            told = Status.DRIVER_OK in self.status
         if told:
             lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
 
     def config_changed(self) -> None:
-        """Count a new configuration, and tell a driver that is there."""
-        with self._state:
-            self._generation = (self._generation + 1) & LOW
-            told = Status.DRIVER_OK in self._status
+        """Show a new configuration, count it, and tell a driver that is there."""
+        with self._guard:
+            self._show_config(changed=True)
+            told = Status.DRIVER_OK in self.status
         if told:
             lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
 
     # -- registers
-
-    def read(self, offset: int, size: int, vcpu: int) -> int:  # noqa: ARG002
-        """Answer a load."""
-        with self._lock:
-            if offset >= CONFIG:
-                start = offset - CONFIG
-                return int.from_bytes(self.device.config()[start : start + size], "little")
-            return self._register(offset) if size == 4 else 0
-
-    def _register(self, offset: int) -> int:
-        match offset:
-            case Register.MAGIC:
-                return MAGIC
-            case Register.VERSION:
-                return VERSION
-            case Register.DEVICE_ID:
-                return self.device.device_id
-            case Register.VENDOR_ID:
-                return VENDOR
-            case Register.DEVICE_FEATURES:
-                return self.offered >> 32 * self._device_sel & LOW if self._device_sel < 4 else 0
-            case Register.QUEUE_SIZE_MAX:
-                return self.queues[self._queue_sel].most if self._queue_sel < len(self.queues) else 0
-            case Register.QUEUE_READY:
-                return int(self._queue_sel < len(self.queues) and self.queues[self._queue_sel].ready)
-            case Register.STATUS:
-                return int(self._status)
-            case Register.SHM_LEN_LOW | Register.SHM_LEN_HIGH | Register.SHM_BASE_LOW | Register.SHM_BASE_HIGH:
-                return LOW  # there is no such region
-            case Register.CONFIG_GENERATION:
-                return self._generation
-            case _:
-                return 0
 
     def write(self, offset: int, size: int, value: int, vcpu: int) -> None:  # noqa: ARG002
         """Take a store. Raises Stuck where a reset does not get the device to let go."""
@@ -231,19 +228,15 @@ class VirtioMmio(Device):
                 start = offset - CONFIG
                 if start + size <= len(self.device.config()):
                     self.device.write_config(start, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
+                    with self._guard:
+                        self._show_config()
             elif size == 4:
                 self._set_register(offset, value & LOW)
 
     def _set_register(self, offset: int, value: int) -> None:
         match offset:
-            case Register.DEVICE_FEATURES_SEL:
-                self._device_sel = value
-            case Register.DRIVER_FEATURES_SEL:
-                self._driver_sel = value
             case Register.DRIVER_FEATURES:
                 self._set_features(value)
-            case Register.QUEUE_SEL:
-                self._queue_sel = value
             case Register.STATUS:
                 self._set_status(value)
             case Register.QUEUE_SIZE | Register.QUEUE_READY:
@@ -254,9 +247,10 @@ class VirtioMmio(Device):
     # -- features and status
 
     def _set_features(self, value: int) -> None:
-        if Status.FEATURES_OK in self._status or self._driver_sel >= 4:
+        word = int(self.native.driver_features_sel)  # once: another vCPU may be storing to it
+        if Status.FEATURES_OK in self.status or word >= lib.PV_VIRTIO_FEATURE_WORDS:
             return
-        shift = 32 * self._driver_sel
+        shift = 32 * word
         self._features = self._features & ~(LOW << shift) | value << shift
 
     def _set_status(self, value: int) -> None:
@@ -265,16 +259,18 @@ class VirtioMmio(Device):
             return
         # A driver that saw an older status must not undo what was set since (2.1.1); unknown bits are nobody's.
         for bit, before in BEFORE.items():
-            if not value & bit or bit in self._status:
+            status = self.status
+            if not value & bit or bit in status:
                 continue
-            if before not in self._status:
-                self.device.complaints.warn("status_out_of_order", wanted=hex(value), status=hex(self._status))
+            if before not in status:
+                self.device.complaints.warn("status_out_of_order", wanted=hex(value), status=hex(status))
                 return
             if bit is Status.FEATURES_OK and (reason := self._refusal()) is not None:
                 self.device.complaints.warn("features_refused", reason=reason, features=hex_(self._features))
                 return
-            with self._state:
-                self._status |= bit
+            with self._guard:
+                self._show_config()  # it may follow from the features
+                self._show(Register.STATUS, self.status | bit)
             if bit is Status.DRIVER_OK:
                 self._start()
 
@@ -293,26 +289,31 @@ class VirtioMmio(Device):
             self.device.start(self.queues, self._features)
         except (PyvmmError, OSError) as error:
             self.device.failed(error)
+        with self._guard:
+            self._show_config()
 
     def _reset(self) -> None:
         self.device.stop()
         for queue in self.queues:
             queue.reset()
+            self._ready[queue.index].ready = 0
         self._forget()
-        with self._state:
-            self._status = Status(0)
+        with self._guard:
+            self._show_config()
+            self._show(Register.STATUS, 0)
             self.interrupt.status = 0
 
     # -- queues
 
     def _set_queue(self, offset: int, value: int) -> None:
-        if self._queue_sel >= len(self.queues):
+        selected = int(self.native.queue_sel)  # once: another vCPU may be storing to it
+        if selected >= len(self.queues):
             return
-        queue, setup = self.queues[self._queue_sel], self._setups[self._queue_sel]
+        queue, setup, status = self.queues[selected], self._setups[selected], self.status
         if offset == Register.QUEUE_READY and value == 0 and not queue.ready:
             return  # what drivers do after a reset
-        if Status.FEATURES_OK not in self._status or Status.DRIVER_OK in self._status:
-            self.device.complaints.warn("queue_out_of_order", queue=queue.index, status=hex(self._status))
+        if Status.FEATURES_OK not in status or Status.DRIVER_OK in status:
+            self.device.complaints.warn("queue_out_of_order", queue=queue.index, status=hex(status))
         elif offset == Register.QUEUE_READY:
             self._set_ready(queue, setup, value)
         elif queue.ready:
@@ -335,6 +336,7 @@ class VirtioMmio(Device):
             flags |= lib.PV_QUEUE_EVENT_IDX if self._features & Feature.EVENT_IDX else 0
             flags |= lib.PV_QUEUE_INDIRECT if self._features & Feature.INDIRECT_DESC else 0
             queue.setup(setup.size, flags, setup.descriptors, setup.driver, setup.device)
+        self._ready[queue.index].ready = queue.ready
 
     # -- life
 
@@ -352,11 +354,11 @@ class VirtioMmio(Device):
             raise UsageError(f"{self.device.label} cannot be saved: it holds requests of queue {held[0]}")
         return {
             "device": self.device.name,
-            "status": int(self._status),
+            "status": int(self.status),
             "generation": self._generation,
             "interrupt": int(self.interrupt.status),
             "features": self._features,
-            "select": [self._device_sel, self._driver_sel, self._queue_sel],
+            "select": [int(getattr(self.native, name)) for name in _SELECTORS],
             "queues": [
                 {**setup.save(), "at": queue.save() if queue.ready else None}
                 for setup, queue in zip(self._setups, self.queues, strict=True)
@@ -372,7 +374,7 @@ class VirtioMmio(Device):
             self._load(saved)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"{self.device.label} cannot be what was saved: {error}") from None
-        if Status.DRIVER_OK in self._status:
+        if Status.DRIVER_OK in self.status:
             self._start()
 
     def _load(self, saved: dict[str, Any]) -> None:
@@ -380,7 +382,7 @@ class VirtioMmio(Device):
         status = Status(saved["status"])
         if Status.FEATURES_OK in status and (reason := self._refusal()) is not None:
             raise ValueError(reason)
-        self._device_sel, self._driver_sel, self._queue_sel = saved["select"]
+        self._select(saved["select"])
         for number, (queue, each) in enumerate(zip(self.queues, saved["queues"], strict=True)):
             at = each.pop("at")
             self._setups[number] = setup = Setup(**each)
@@ -390,8 +392,10 @@ class VirtioMmio(Device):
                     raise ValueError(f"queue {number} is refused")
                 queue.load(at)
         self.device.load(saved["own"])
-        self._generation, self.interrupt.status = saved["generation"], saved["interrupt"]
-        self._status = status
+        self._show(Register.CONFIG_GENERATION, saved["generation"])
+        self._show_config()
+        self.interrupt.status = saved["interrupt"]
+        self._show(Register.STATUS, status)
 
     def close(self) -> None:
         """Stop the device and close it."""

@@ -233,9 +233,10 @@ def test_what_cannot_be_is_not_loaded(toy: Board) -> None:
 def test_descriptors_that_change_under_the_device_break_the_queue_or_the_request(toy: Board) -> None:
     """One vCPU rewrites a table over and over while another kicks: nothing but failed requests may come of it."""
     random = Random(1)
-    ends = time.monotonic() + 0.5
+    begun = time.monotonic()
     rounds = broken = 0
-    while time.monotonic() < ends:
+    # On a busy machine the device's thread may sleep through many rounds.
+    while (took := time.monotonic() - begun) < 0.5 or (not broken and took < 60):
         [driver, _] = toy.drive(packed=bool(rounds & 1), event_idx=True)
         rounds += 1
         for _ in range(30):

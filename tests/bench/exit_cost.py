@@ -81,8 +81,6 @@ class Bench:
         bell, untaken = (ffi.new("struct pv_doorbell *", {"count": 1, "slots": slots + n}) for n in range(2))
         self.device = VirtioMmio(VirtioRng(), self.guest.vm, private=False)
         self.device.native.bell.slots[0].rung = 1  # a kick that the device has yet to take
-        self.device = VirtioMmio(VirtioRng(), self.guest.vm, private=False)
-        self.device.native.bell.slots[0].rung = 1  # a kick that the device has yet to take
         self._keep: list[object] = [slots, bell, untaken]
         self.guest.bus(
             (REGISTERS, 0x1000, lib.PV_KIND_REGISTERS, ffi.new("uint8_t[]", 0x1000)),

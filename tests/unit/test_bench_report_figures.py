@@ -19,7 +19,7 @@ from tests.unit import bench_samples as samples
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 
-from pyvmm.bench.report import charts, plot  # noqa: E402 - they need what may be missing
+from pyvmm.bench.report import heat, plot  # noqa: E402 - they need what may be missing
 
 REALISTIC = samples.realistic(32)
 
@@ -171,15 +171,15 @@ def test_every_protection_has_pictures_where_there_are_too_many() -> None:
 
 def test_cells_have_a_touch_from_its_begin_to_its_end_and_the_dearest_where_they_meet() -> None:
     began, took = np.array([0.0, 80.0, 0.0]), np.array([80.0, 79.0, 1.0])
-    cells = charts._cells(began, took, np.array([0.0, 1.0, 1.0]), np.array([4, 1, 2]))
+    cells = heat._cells(began, took, np.array([0.0, 1.0, 1.0]), np.array([4, 1, 2]))
     assert cells.shape == (2, 160)
     assert cells[0].tolist() == [4] * 81 + [-1] * 79
     assert cells[1].tolist() == [2] * 2 + [-1] * 78 + [1] * 80
 
 
 def test_classes_are_multiples_of_the_median() -> None:
-    assert charts.class_edges(np.array([10.0, 20.0, 1000.0])) == [16, 25, 40, 100]
-    assert charts.class_edges(np.zeros(3)) == []
+    assert heat.class_edges(np.array([10.0, 20.0, 1000.0])) == [16, 25, 40, 100]
+    assert heat.class_edges(np.zeros(3)) == []
 
 
 def test_a_series_however_long_has_a_figure_of_a_size() -> None:

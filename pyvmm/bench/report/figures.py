@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from pyvmm.bench.model import BenchError, Point, Run
-from pyvmm.bench.report import charts, plot
+from pyvmm.bench.report import charts, heat, plot
 from pyvmm.bench.report.groups import Group, Row, Section, is_relative, point_of, said, scale_of, sections
 from pyvmm.bench.report.plot import Picture
 from pyvmm.bench.split import PARTS, WHOLE
@@ -269,13 +269,13 @@ def _heats(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
             title,
             "The last round: a page's touch from its begin to its end. Where several fall together the dearest is "
             "shown.",
-            partial(charts.heat, row, group.scale, title, relative=relative),
+            partial(heat.draw, row, group.scale, title, relative=relative),
         )
 
 
 def pictured(section: Section) -> list[tuple[Group, Row]]:
     """Return the series of a case that tell where and when each value was measured."""
-    return [(group, row) for group in section.groups for row in group.rows if charts.has_places(row.series)]
+    return [(group, row) for group in section.groups for row in group.rows if heat.has_places(row.series)]
 
 
 def _chosen(section: Section) -> list[tuple[Group, Row]]:

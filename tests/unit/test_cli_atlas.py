@@ -71,6 +71,31 @@ def test_an_unknown_claim_is_refused_with_the_nearest(capsys: pytest.CaptureFixt
     assert "fault-in/a-first-read-faults-once" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "booted"),
+    [
+        (["fault-in/a-first-raed-faults-once"], 2, False),
+        (["fault-in/pins-are-told-apart", "--backing", "hugetlb"], 2, False),
+        (["share", "--list"], 0, False),
+        (["fault-in/pins-are-told-apart"], 7, True),
+        (["diff", "a.json", "b.json"], 7, True),
+        ([], 7, True),
+    ],
+)
+def test_what_is_unknown_is_refused_before_a_lab_boots(
+    words: list[str], status: int, booted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def run_verb(argv: list[str], _args: object) -> int:
+        ran.append(argv)
+        return 7
+
+    monkeypatch.setattr("pyvmm.cli.lab.run_verb", run_verb)
+    assert cli.main(["-q", "--lab", "atlas", *words]) == status
+    assert ran == ([["-q", "atlas", *words]] if booted else [])
+
+
 def test_a_place_that_no_claim_is_tried_in_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "fault-in/pins-are-told-apart", "--backing", "hugetlb")
     assert status == 2

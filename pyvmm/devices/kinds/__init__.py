@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of devices that pyvmm has itself: a module each, and a line here."""
+"""The kinds of devices that pyvmm has itself: a module each, which has a ``KIND``, and its name here."""
 
 from __future__ import annotations
 
-from typing import Final
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
 
-from pyvmm.devices.kinds import balloon, console, disk, net, rng, vsock
+if TYPE_CHECKING:
+    from pyvmm.devices.kind import DeviceKind
 
-KINDS: Final = (
-    disk.KIND,
-    net.KIND,
-    console.KIND,
-    vsock.KIND,
-    balloon.KIND,
-    rng.KIND,
+NAMES: Final = (
+    "disk",
+    "net",
+    "console",
+    "vsock",
+    "balloon",
+    "rng",
 )
 """In the order in which --help lists them, and in which a guest has them."""
+
+KINDS: Final[tuple[DeviceKind, ...]] = tuple(import_module(f"{__name__}.{name}").KIND for name in NAMES)

@@ -25,19 +25,19 @@ class Task(Protocol[R]):
         """How long it may take, unless whoever runs it says otherwise."""
         ...
 
-    def conduct(self, seconds: float) -> Any:
+    def conduct(self, seconds: float, /) -> Any:
         """Do it, in the child process, which is killed after ``seconds``; return plain values, as JSON has them."""
         ...
 
-    def result(self, data: Any) -> R:
+    def result(self, data: Any, /) -> R:
         """Return the result that :meth:`conduct` returned as plain values."""
         ...
 
-    def crashed(self, why: str, seconds: float) -> R:
+    def crashed(self, why: str, seconds: float, /) -> R:
         """Return the result of a child process that did not come to its end, after ``seconds``."""
         ...
 
-    def is_orderly(self, result: R) -> bool:
+    def is_orderly(self, result: R, /) -> bool:
         """Whether whatever had this result has put the host's settings back itself."""
         ...
 

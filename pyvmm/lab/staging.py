@@ -77,7 +77,7 @@ def _required(package: Distribution) -> Iterator[Distribution]:
 
 def _copy(package: Distribution, name: str, directory: Path) -> None:
     files = dict(_files(package))
-    if not files:
+    if not files and _modules(package):
         raise UsageError(
             f"the package {name} cannot be shown to the lab: it has no files to import from",
             hint="install it with pip, or run on an arm64 host",
@@ -91,7 +91,7 @@ def _copy(package: Distribution, name: str, directory: Path) -> None:
         (directory / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, directory / target)
     info = directory / f"{name.replace('-', '_')}-{package.version}.dist-info"
-    info.mkdir(exist_ok=True)
+    info.mkdir(parents=True, exist_ok=True)
     for part in INFO:
         if (text := package.read_text(part)) is not None:
             (info / part).write_text(text)
@@ -127,10 +127,10 @@ def _files(package: Distribution) -> Iterator[tuple[Path, Path]]:
 
 
 def _modules(package: Distribution) -> set[str]:
-    """Return the top-level modules that a package's plug-ins are in, or that it says it has."""
+    """Return the top-level modules that a package's plug-ins are in, or that it says it has, but for pyvmm itself."""
     groups = (plugins.DEVICES, plugins.CLAIMS, plugins.CASES)
     named = {entry.module.partition(".")[0] for entry in package.entry_points if entry.group in groups}
-    return named | set((package.read_text("top_level.txt") or "").split())
+    return (named | set((package.read_text("top_level.txt") or "").split())) - {"pyvmm"}
 
 
 def _runs_in_lab(path: Path) -> bool:

@@ -90,6 +90,12 @@ def test_code_compiled_for_the_lab_is_copied_and_for_another_machine_refused(sit
         staged(tmp_path / "bad", "pyvmm-dice", "pyvmm-fast")
 
 
+def test_package_that_names_a_part_of_pyvmm_brings_its_entry_points_alone(site: Path, tmp_path: Path) -> None:
+    install(site, "pyvmm-dice", {}, {plugins.DEVICES: {"dice": "pyvmm.examples.dice:KIND"}})
+    assert staged(tmp_path / "copy", "pyvmm-dice") == []
+    assert (tmp_path / "copy" / "pyvmm_dice-1.0.dist-info" / "entry_points.txt").is_file()
+
+
 def test_package_without_files_is_refused_by_its_name(site: Path, tmp_path: Path) -> None:
     install(site, "pyvmm-dice", {}, DICE)
     with pytest.raises(UsageError, match="the package pyvmm-dice cannot be shown to the lab: it has no files"):

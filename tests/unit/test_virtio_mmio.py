@@ -12,8 +12,9 @@ import shutil
 import struct
 import tempfile
 import threading
+import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pyvmm import log
 from pyvmm.devices.virtio.device import Feature, VirtioDevice
 from pyvmm.devices.virtio.registers import Register, Status
+from pyvmm.errors import UsageError
 from tests.fuzz.devices import Input
 from tests.fuzz.hosts import HOSTS
 from tests.memory_helper import BASE
@@ -30,6 +32,11 @@ from tests.twin_virtqueue import Driver
 from tests.unit.test_hostile_drivers import HONEST
 from tests.virtio_board import ACKNOWLEDGED, DATA, MINE, RUNNING, Board, Toy, answer, ask, eventually
 from tests.virtqueue_rig import PAGE, SIZE, Guest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyvmm.devices.virtio.queue import Queue
 
 # ---- registers
 
@@ -80,6 +87,82 @@ def test_a_changed_configuration_is_counted_and_told(toy: Board) -> None:
     assert toy.load(Register.INTERRUPT_STATUS) == 2
     toy.store(Register.INTERRUPT_ACK, 2)
     assert toy.load(Register.INTERRUPT_STATUS) == 0
+
+
+def test_a_changed_configuration_is_read_from_when_it_is_told(toy: Board) -> None:
+    assert isinstance(toy.device, Toy)
+    toy.device.settings[:] = b"\x09"
+    toy.device.config_changed()
+    assert toy.load(0x100, 8) == 9
+    toy.store(0x100, 7, 1)
+    toy.store(0x101, 7, 1)  # beyond the end by now
+    assert toy.load(0x100, 8) == 7
+
+
+class Moody(Toy):
+    """Has another configuration after each step of its driver."""
+
+    def negotiate(self, features: int) -> str | None:
+        self.settings[0] = 21
+        return super().negotiate(features)
+
+    def start(self, queues: Sequence[Queue], features: int) -> None:
+        super().start(queues, features)
+        self.settings[0] = 22
+
+    def stop(self) -> None:
+        super().stop()
+        self.settings[0] = 23
+
+
+def test_configuration_that_follows_from_features_start_and_reset_is_read(guest: Guest) -> None:
+    board = Board(guest, Moody())
+    assert board.load(0x100, 1) == 1
+    assert board.negotiate(Feature.VERSION_1)
+    assert board.load(0x100, 1) == 21
+    board.store(Register.STATUS, RUNNING)
+    assert board.load(0x100, 1) == 22
+    board.store(Register.STATUS, 0)
+    assert board.load(0x100, 1) == 23
+    board.close()
+
+
+def test_configuration_that_is_too_long_is_refused(guest: Guest) -> None:
+    device = Toy()
+    device.settings = bytearray(257)
+    with pytest.raises(UsageError, match="toy has 257 bytes of configuration space: 256 are possible"):
+        Board(guest, device)
+    device.settings = bytearray(range(256))
+    board = Board(guest, device)
+    assert board.load(0x1FC) == 0xFFFE_FDFC
+    board.close()
+
+
+def test_registers_hold_whatever_other_vcpus_select_meanwhile(toy: Board, events: Any) -> None:
+    done = threading.Event()
+
+    def select() -> None:
+        while not done.is_set():
+            for register in (Register.QUEUE_SEL, Register.DRIVER_FEATURES_SEL, Register.DEVICE_FEATURES_SEL):
+                for number in (1, 0xFFFF_FFFF, 4, 0):
+                    toy.store(register, number)
+
+    other = threading.Thread(target=select)
+    other.start()
+    try:
+        seen = {Register.QUEUE_SIZE_MAX: set[int](), Register.DEVICE_FEATURES: set[int]()}
+        ends = time.monotonic() + 1
+        while time.monotonic() < ends:
+            for register, values in seen.items():
+                values.add(toy.load(register))
+            for register in (Register.DRIVER_FEATURES, Register.QUEUE_SIZE, Register.QUEUE_READY):
+                toy.store(register, 1)
+    finally:
+        done.set()
+        other.join()
+    assert seen[Register.QUEUE_SIZE_MAX] <= {8, 4, 0}
+    assert seen[Register.DEVICE_FEATURES] <= {toy.transport.offered >> 32 * word & 0xFFFF_FFFF for word in range(3)}
+    assert events()
 
 
 # ---- order

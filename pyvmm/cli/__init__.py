@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from pyvmm import __version__, log
 from pyvmm.cli.common import STATUSES, Help, add_common
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.interrupt import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(args, error.message, error.hint)
         return error.exit_status
     except KeyboardInterrupt as interrupt:
+        from pyvmm.interrupt import Interrupted
+
         return 128 + (interrupt.signal if isinstance(interrupt, Interrupted) else 2)
     except BrokenPipeError:
         return _reader_gone()

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.devices.kind import Around, DeviceKind
 from pyvmm.devices.kinds import KINDS
-from pyvmm.options.consoles import NOWHERE, terminal_size
 from pyvmm.syntax.option import SEVERAL, Option, about_element, about_option
 from pyvmm.syntax.values import parse_size
 
@@ -104,8 +103,10 @@ DEVICE_OPTIONS: Final = (
 )
 
 
-def device_specs(args: argparse.Namespace, console: Ends = NOWHERE) -> tuple[DeviceSpec, ...]:
+def device_specs(args: argparse.Namespace, console: Ends = (None, None)) -> tuple[DeviceSpec, ...]:
     """Return what the options ask for; devices of a kind in the order they were given. ``console`` is --console's."""
+    from pyvmm.options.consoles import terminal_size  # not for every command line
+
     around = Around(*console, terminal_size(console[0]), find_program)
     specs = []
     for kind in KINDS:

@@ -8,7 +8,6 @@ alone. A value holds no comma.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +78,12 @@ class Parts:
         """
 
         def absolute(text: str, directory: str) -> str:
-            most = math.inf if longest is None else longest()
+            most = None if longest is None else longest()
             parts = text.split(",")
             for number, part in enumerate(parts):
                 name, _, path = self._split(number, part)
                 there = os.path.join(directory, path)
-                if name != key or len(os.fsencode(there)) > most:
+                if name != key or (most is not None and len(os.fsencode(there)) > most):
                     continue
                 if "," in there:
                     raise UsageError(

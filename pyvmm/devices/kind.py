@@ -23,10 +23,11 @@ heavy, or native, is imported in ``make``. Classes are plain ones, which cost le
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Protocol
 
     from pyvmm._native import pv_vm
     from pyvmm.devices.base import Device
@@ -35,29 +36,28 @@ if TYPE_CHECKING:
     from pyvmm.protection import Protection
     from pyvmm.syntax.option import Option
 
+    class Guest(Protocol):
+        """What a specification may ask of the machine that is to have it; see pyvmm.machine.config."""
 
-class Guest(Protocol):
-    """What a specification may ask of the machine that is to have it; see pyvmm.machine.config."""
+        @property
+        def protection(self) -> Protection:
+            """Whose the guest's memory is."""
+            ...
 
-    @property
-    def protection(self) -> Protection:
-        """Whose the guest's memory is."""
-        ...
+        @property
+        def memory(self) -> int:
+            """Bytes of RAM."""
+            ...
 
-    @property
-    def memory(self) -> int:
-        """Bytes of RAM."""
-        ...
+        @property
+        def backing(self) -> str:
+            """What that is made of."""
+            ...
 
-    @property
-    def backing(self) -> str:
-        """What that is made of."""
-        ...
-
-    @property
-    def devices(self) -> Sequence[DeviceSpec]:
-        """All devices that the machine is to have."""
-        ...
+        @property
+        def devices(self) -> Sequence[DeviceSpec]:
+            """All devices that the machine is to have."""
+            ...
 
 
 class Context:

@@ -17,7 +17,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyvmm import __version__, log
+from pyvmm import __version__
 from pyvmm.cli.common import STATUSES, Help, add_common
 from pyvmm.errors import PyvmmError, UsageError
 
@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:
         # argparse has said what there is to say: 0 after --help and --version, 2 after a wrong command line.
         return done.code if isinstance(done.code, int) else 2
+    from pyvmm import log  # not for --help
+
     log.configure(args.verbose - args.quiet, json=bool(args.log_json))
     try:
         if (getattr(args, "config", None) or getattr(args, "restore", None)) is not None:
@@ -185,6 +187,8 @@ def _dispatch(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _complain(args: argparse.Namespace, message: str, hint: str | None) -> None:
     if args.log_json:
+        from pyvmm import log
+
         log.get_logger("cli").error("failed", error=message, **({} if hint is None else {"hint": hint}))
         return
     print(f"pyvmm: {message}", file=sys.stderr)

@@ -8,7 +8,6 @@ the same bytes every time.
 
 # Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
 
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -37,8 +36,10 @@ _DEEPEST: Final = 64
 _LONGEST_NAME: Final = 256
 
 # v0.4, 2.2.1 and 2.2.4.1: names.
-_NODE_NAME: Final = re.compile(r"[a-zA-Z][0-9a-zA-Z,._+-]{0,30}(@[0-9a-zA-Z,._+-]+)?")
-_PROPERTY_NAME: Final = re.compile(r"[0-9a-zA-Z,._+?#-]{1,31}")
+_LETTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_NODE_NAME: Final = _LETTERS | frozenset("0123456789,._+-")
+_PROPERTY_NAME: Final = _NODE_NAME | frozenset("?#")
+_LONGEST: Final = 31
 
 
 def cells32(*values: int) -> bytes:
@@ -203,19 +204,30 @@ class _Strings:
 def _flatten(node: Node, out: bytearray, strings: _Strings, path: str) -> None:
     out += cells32(_BEGIN_NODE) + _padded(_string(node.name))
     for name, value in node.properties.items():
-        if not _PROPERTY_NAME.fullmatch(name):
+        if not (0 < len(name) <= _LONGEST and _PROPERTY_NAME.issuperset(name)):
             raise UsageError(f"{path}: {name!r} is no name for a device tree property")
         data = encode(value)
         out += cells32(_PROP, len(data), strings.offset(name)) + _padded(data)
     seen: set[str] = set()
     for child in node.children:
-        if not _NODE_NAME.fullmatch(child.name):
+        if not _is_node_name(child.name):
             raise UsageError(f"{path}: {child.name!r} is no name for a device tree node")
         if child.name in seen:
             raise UsageError(f"{path}: two nodes are called {child.name!r}")
         seen.add(child.name)
         _flatten(child, out, strings, f"{path}{child.name}/")
     out += cells32(_END_NODE)
+
+
+def _is_node_name(name: str) -> bool:
+    # Not by a regular expression: compiling one costs more instructions than a tree has names to check.
+    base, at, unit = name.partition("@")
+    return (
+        0 < len(base) <= _LONGEST
+        and base[0] in _LETTERS
+        and _NODE_NAME.issuperset(base)
+        and (not at or (unit != "" and _NODE_NAME.issuperset(unit)))
+    )
 
 
 def _integer(value: int, size: int) -> bytes:

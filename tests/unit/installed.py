@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 X86 = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00" + b"\x3e\x00"
 ARM64 = X86[:18] + b"\xb7\x00"
 """The first bytes of shared objects for two machines."""
+
+
+@contextlib.contextmanager
+def forgetting(directory: Path) -> Iterator[None]:
+    """Forget on leaving what was imported from ``directory``: another test's module may have the same name."""
+    before = set(sys.modules)
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - before:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(directory)):
+                del sys.modules[name]
 
 
 def install(

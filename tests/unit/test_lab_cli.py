@@ -18,7 +18,7 @@ from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
 from pyvmm.lab.qemu import LabOptions
 from pyvmm.labenv import IN_LAB
 from pyvmm.syntax.paths import OutputPath, find_outputs, output_behind
-from tests.unit.installed import X86, install
+from tests.unit.installed import X86, forgetting, install
 
 
 class FakeLab:
@@ -287,7 +287,8 @@ def test_packages_whose_plugins_were_asked_for_are_copied_for_the_lab(
     monkeypatch.setattr(FakeLab, "__enter__", enter)
     cli.main(["--lab", "run", "payload:hello"])
     assert seen == [None]
-    assert plugins.find(plugins.DEVICES, "dice", int) == 1
+    with forgetting(tmp_path):
+        assert plugins.find(plugins.DEVICES, "dice", int) == 1
     cli.main(["--lab", "run", "payload:hello"])
     info = "pyvmm_dice-1.0.dist-info"
     assert seen[1] == ["dice/__init__.py", f"{info}/METADATA", f"{info}/entry_points.txt"]

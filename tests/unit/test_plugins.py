@@ -12,7 +12,7 @@ import pytest
 
 from pyvmm import plugins
 from pyvmm.errors import UsageError
-from tests.unit.installed import install
+from tests.unit.installed import forgetting, install
 
 DICE = "class Dice:\n    sides = 6\ndice = 4\n"
 
@@ -22,13 +22,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Yield a directory that packages are installed to; their modules are forgotten afterwards."""
     directory = tmp_path / "site"
     directory.mkdir()
-    before = set(sys.modules)
     monkeypatch.syspath_prepend(directory)
     monkeypatch.setattr(plugins, "_asked", {})
-    yield directory
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(directory)):
-            del sys.modules[name]
+    with forgetting(directory):
+        yield directory
 
 
 def test_find_loads_what_a_package_brings_under_a_name(site: Path) -> None:

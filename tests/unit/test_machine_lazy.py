@@ -29,7 +29,7 @@ OFFSET = 2 * PAGE_SIZE
 def look(address: int) -> bytes:
     """Read eight bytes as guarded copies do; nothing where nobody may."""
     data = bytearray(8)
-    done = lib.pv_copy(ffi.from_buffer(data), ffi.cast("void *", address), 8)
+    done = lib.pv_copy(ffi.from_buffer("uint8_t[]", data), ffi.cast("void *", address), 8)
     return bytes(data[:done])
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pyvmm
 from pyvmm import cli
 from pyvmm.cli import make_parser
 from pyvmm.cli.run import TABLE
@@ -124,6 +126,34 @@ def test_what_the_command_line_contradicts_in_the_file_is_blamed_on_the_file(tmp
         applied("# one\nconversion = 'zero'\n", tmp_path, "--pkvm", "payload:hello")
 
 
+def test_every_key_that_says_a_part_of_what_is_wrong_is_blamed_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"pkvm \(line 1\) and conversion \(line 2\): .* with protection pkvm"):
+        applied("pkvm = true\nconversion = 'zero'\n", tmp_path, "payload:hello")
+
+
+def test_what_the_command_line_alone_has_wrong_is_left_to_who_runs_the_guest(tmp_path: Path) -> None:
+    assert applied("prefault = true\n", tmp_path, "-c", "1000", "payload:hello").cpus == 1000
+
+
+@pytest.mark.parametrize("lines", [1, 8])
+def test_a_wrong_file_costs_no_parsing_for_each_of_its_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: int
+) -> None:
+    parsed: list[object] = []
+    parse_known_args = argparse.ArgumentParser.parse_known_args
+
+    def count(parser: argparse.ArgumentParser, *args: Any, **keywords: Any) -> Any:
+        parsed.append(parser.prog)
+        return parse_known_args(parser, *args, **keywords)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", count)
+    disks = "".join(f"[[disk]]\npath = '{number}'\nqueues = 17\n" for number in range(lines))
+    with pytest.raises(UsageError, match=r"disk\.queues \(line 3\)"):
+        applied(disks, tmp_path, "payload:hello")
+    # The command line twice, without and with the file's words, its verb's part each time, and once as text.
+    assert len(parsed) == 5
+
+
 @pytest.mark.parametrize("what", ["missing", "directory", "binary"])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, what: str) -> None:
     path = tmp_path if what == "directory" else tmp_path / what
@@ -144,6 +174,15 @@ def test_what_is_on_or_off_can_be_said_both_ways(tmp_path: Path) -> None:
         )
     ]
     assert said == [True, False, False, True]
+
+
+@pytest.mark.parametrize("package", ["options", "syntax"])
+def test_nothing_private_of_argparse_is_used(package: str) -> None:
+    for path in (Path(pyvmm.__file__).parent / package).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                assert isinstance(node.value, ast.Name), f"{path.name}:{node.lineno}: {node.attr}"
+                assert node.value.id in ("self", "cls"), f"{path.name}:{node.lineno}: {node.attr}"
 
 
 # -- options of parts

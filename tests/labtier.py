@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -246,7 +246,7 @@ class InnerPytest:
             self._early.setdefault(got.nodeid, []).append(got)
 
     def _tell(self, step: str) -> None:
-        terminal = self._config.pluginmanager.getplugin("terminalreporter")
+        terminal: Any = self._config.pluginmanager.getplugin("terminalreporter")
         if step not in self._steps:
             self._steps.append(step)
             if terminal is not None:
@@ -257,8 +257,10 @@ class InnerPytest:
         # JSON knows no tuples, pytest insists on them.
         path, line, name = got.location
         got.location = path, line, name
-        if isinstance(got.longrepr, list):
-            got.longrepr = tuple(got.longrepr)
+        longrepr: Any = got.longrepr
+        if isinstance(longrepr, list):
+            path, line, why = longrepr
+            got.longrepr = path, line, why
         return got
 
     def _last_words(self) -> str:

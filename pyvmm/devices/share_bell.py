@@ -7,7 +7,7 @@ enters the ledger and stops for the relay. Registers in firmware/lib/abi.h.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from pyvmm._native import lib
 from pyvmm.devices.base import Device
@@ -16,9 +16,9 @@ from pyvmm.devices.base import Device
 class ShareBell(Device):
     """A window that C serves; there is nothing to own."""
 
-    name: ClassVar[str] = "share-doorbell"
-    compatible: ClassVar[str] = "pyvmm,share-doorbell"
-    kind: ClassVar[int] = lib.PV_KIND_SHARE
+    name = "share-doorbell"
+    compatible = "pyvmm,share-doorbell"
+    kind = lib.PV_KIND_SHARE
 
     def save(self) -> dict[str, Any]:
         """There is nothing to it."""

@@ -107,7 +107,7 @@ class Hardware(Built):
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)
         self.exit_targets = self.bus.add(ExitTargets(), layout.BENCH.start)
-        self.virtio = self._place_others() if config.devices or self._brought else ()
+        self.virtio: tuple[VirtioMmio, ...] = self._place_others() if config.devices or self._brought else ()
         self.bus.publish()
 
     def _place_others(self) -> tuple[VirtioMmio, ...]:

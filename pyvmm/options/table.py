@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
         def add_argument(self, *names: str, **how: Any) -> object:
             """Define it there."""
+            ...
 
         def add_mutually_exclusive_group(self) -> Place:
             """Make a group of options of which only one may be given."""
+            ...
 
 
 class Table:

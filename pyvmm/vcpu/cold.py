@@ -8,7 +8,7 @@ machine stops the other vCPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from pyvmm import abi
 from pyvmm._native import lib
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 log = get_logger("vcpu")
 
-Unclaimed = Callable[["pv_vcpu"], bool]
+Unclaimed: TypeAlias = "Callable[[pv_vcpu], bool]"
 """Takes the ``struct pv_vcpu`` of an access that no slot and no device claims; True when it completed the access."""
 
-Intercept = Callable[[int, "pv_vcpu"], "bool | None"]
+Intercept: TypeAlias = "Callable[[int, pv_vcpu], bool | None]"
 """Hears of every stop (enum pv_stop, ``struct pv_vcpu``) first, in the vCPU's thread: True runs on, False ends that
 thread, None leaves the stop to pyvmm. What single-stepping and experiments with failing runs are made of."""
 

@@ -70,9 +70,9 @@ def repeats(one: Run, other: Run, *, stamped: bool = False) -> tuple[float, str]
 
 def main(arguments: list[str]) -> int:
     """Measure, print, judge."""
-    argparse.ArgumentParser(prog="python -m tests.bench.bench_bars", description=__doc__.splitlines()[0]).parse_args(
-        arguments
-    )
+    argparse.ArgumentParser(
+        prog="python -m tests.bench.bench_bars", description=(__doc__ or "").partition("\n")[0]
+    ).parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
         own = ["--host-kernel", "own", "bench", "--quick"]
         one, other = (measure(Path(directory) / f"{name}.jsonl", *own) for name in "ab")

@@ -23,7 +23,7 @@ import time
 import types
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.mmio import VirtioMmio
@@ -31,7 +31,7 @@ from pyvmm.devices.virtio.registers import CONFIG, SIZE, Register
 from pyvmm.devices.virtio.rng import VirtioRng
 from pyvmm.observe.recorder import Recorder
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
-from tests import twin
+from tests import twin, twin_state
 from tests.real_guest import DEVICES, ENDED, Code, RealGuest, uart
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Bench:
         self._begin()
         vm = twin.Vm(lib.PV_NONE)
         vm.ranges = [twin.Range(DEVICES + REGISTERS, 0x1000, lib.PV_KIND_REGISTERS, bytearray(0x1000))]
-        vcpu = twin.Vcpu(vm, 0, self.guest.area(0), TwinKernel(self.guest))
+        vcpu = twin.Vcpu(vm, 0, self.guest.area(0), cast("twin_state.Kernel", TwinKernel(self.guest)))
         start = time.perf_counter_ns()
         stop = vcpu.run()
         took = time.perf_counter_ns() - start
@@ -262,7 +262,9 @@ def in_lab(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Measure, print a table, judge."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.exit_cost", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.exit_cost", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--lab", action="store_true", help="in the lab: instructions, in a protected VM")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help="on arm64: a plain VM instead of a protected one")

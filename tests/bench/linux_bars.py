@@ -100,7 +100,9 @@ BARS: dict[str, Callable[[], Iterator[Finding]]] = {
 
 def main(arguments: list[str]) -> int:
     """Measure, print, judge: in a lab, unless this is an arm64 host."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.linux_bars", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.linux_bars", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("bars", nargs="*", metavar="BAR", help=f"of {', '.join(BARS)} (default: all)")
     wanted = parser.parse_args(arguments).bars or list(BARS)
     if unknown := [each for each in wanted if each not in BARS]:

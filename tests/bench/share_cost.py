@@ -60,7 +60,9 @@ def _per_call(refused: int, ticks: int) -> float:
 
 def main(arguments: list[str]) -> int:
     """Build and go to the lab; or, inside, measure, print and judge."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.share_cost", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.share_cost", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     if not parser.parse_args(arguments).inside:
         build()

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyvmm._native import ffi, lib
 from pyvmm.kvm import libc
 from pyvmm.uapi.kvm import KVM_RUN
-from tests import twin
+from tests import twin, twin_state
 
 if TYPE_CHECKING:
     from pyvmm.kvm.vcpu import Vcpu
@@ -34,7 +34,7 @@ def run(vcpu: Vcpu, base: int) -> int:
     vm = twin.Vm(lib.PV_NONE)
     vm.ranges = [twin.Range(base, PAGE, lib.PV_KIND_REGISTERS, bytearray(PAGE))]
     area = memoryview(ffi.buffer(ffi.cast("uint8_t *", vcpu.run_address), PAGE))
-    loop = twin.Vcpu(vm, 0, area, Kernel(vcpu))
+    loop = twin.Vcpu(vm, 0, area, cast("twin_state.Kernel", Kernel(vcpu)))
     stop = loop.run()
     if stop != lib.PV_STOP_SYSTEM:
         raise RuntimeError(f"the twin stopped with {stop}")

@@ -72,11 +72,11 @@ class Host:
 
 
 class BalloonHost(Host):
-    device: VirtioBalloon
+    balloon: VirtioBalloon
 
     def make(self, how: int) -> VirtioDevice:
         ram = range(BASE, BASE + SIZE)
-        self.device = VirtioBalloon(self.guest.memory, ram, how % 32 * PAGE)
+        self.device = self.balloon = VirtioBalloon(self.guest.memory, ram, how % 32 * PAGE)
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -85,21 +85,21 @@ class BalloonHost(Host):
         return queue, struct.pack(f"<{count}I", *pages), input.u16() if queue > 1 else 0
 
     def act(self, input: Input) -> None:
-        self.device.hold(input.u8() % 33 * PAGE)
+        self.balloon.hold(input.u8() % 33 * PAGE)
 
     def check(self) -> None:
-        assert self.device.actual <= SIZE
+        assert self.balloon.actual <= SIZE
 
 
 class ConsoleHost(Host):
-    device: VirtioConsole
+    console: VirtioConsole
 
     def make(self, how: int) -> VirtioDevice:
         self._mine = [*os.pipe2(os.O_NONBLOCK), *os.pipe2(os.O_NONBLOCK)]
         self._out, out, source, self._typed = self._mine
         fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, 4096)
         size = (80, 25) if how & 1 else None
-        self.device = VirtioConsole(None if how & 2 else out, None if how & 4 else source, size=size)
+        self.device = self.console = VirtioConsole(None if how & 2 else out, None if how & 4 else source, size=size)
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -113,14 +113,14 @@ class ConsoleHost(Host):
                     os.write(self._typed, bytes(input.u16() % 5000))
                 case 1 if self._out in self._mine:
                     os.read(self._out, 1 << 16)
-                case 2 if self.device.features & F_SIZE:
-                    self.device.resize(input.u32(), input.u32())
+                case 2 if self.console.features & F_SIZE:
+                    self.console.resize(input.u32(), input.u32())
                 case 3:
                     self._shut(self._typed)
                 case 4:
                     self._shut(self._out)
                 case _:
-                    self.device.abort()
+                    self.console.abort()
 
     def _shut(self, fd: int) -> None:
         if fd in self._mine:
@@ -128,7 +128,7 @@ class ConsoleHost(Host):
             os.close(fd)
 
     def check(self) -> None:
-        device = self.device
+        device = self.console
         assert max(len(device._emergency), len(device._typed)) <= PART
         assert len(device._left) <= PART + MOST_KEPT
 
@@ -146,7 +146,7 @@ class ConsoleHost(Host):
 
 
 class BlkHost(Host):
-    device: VirtioBlk
+    disk: VirtioBlk
 
     def __init__(self, folder: Path, guest: Guest) -> None:
         super().__init__(folder, guest)
@@ -155,8 +155,8 @@ class BlkHost(Host):
     def make(self, how: int) -> VirtioDevice:
         self._path.write_bytes(bytes(SECTORS * 512))
         disk = DiskFile(str(self._path), read_only=bool(how & 1), lock=False)
-        self.device = VirtioBlk(disk, queues=1 + (how >> 4) % 3, serial="a disk", private=bool(how & 2))
-        self.device.bounce = bool(how & 4)
+        self.device = self.disk = VirtioBlk(disk, queues=1 + (how >> 4) % 3, serial="a disk", private=bool(how & 2))
+        self.disk.bounce = bool(how & 4)
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -187,7 +187,7 @@ class Wire(NetBackend):
 
 
 class NetHost(Host):
-    device: VirtioNet
+    card: VirtioNet
 
     def make(self, how: int) -> VirtioDevice:
         self._stream = bool(how & 1)
@@ -196,7 +196,7 @@ class NetHost(Host):
         self._peer.setblocking(False)
         other.setblocking(False)
         backend = Wire(other.detach(), lib.PV_NET_STREAM if self._stream else lib.PV_NET_TAP)
-        self.device = VirtioNet(backend, bytes(range(2, 8)))
+        self.device = self.card = VirtioNet(backend, bytes(range(2, 8)))
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -219,7 +219,7 @@ class NetHost(Host):
 
 
 class VsockHost(Host):
-    device: VirtioVsock
+    vsock: VirtioVsock
 
     def __init__(self, folder: Path, guest: Guest) -> None:
         super().__init__(folder, guest)
@@ -231,7 +231,7 @@ class VsockHost(Host):
         self._programs: list[socket.socket] = []
 
     def make(self, how: int) -> VirtioDevice:  # noqa: ARG002
-        self.device = VirtioVsock(self._path, CID)
+        self.device = self.vsock = VirtioVsock(self._path, CID)
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
@@ -281,7 +281,7 @@ class VsockHost(Host):
                     program.close()
 
     def check(self) -> None:
-        table = self.device._table
+        table = self.vsock._table
         # A stream may be told of once more after the queue of those was found full.
         assert len(table) <= MOST_STREAMS
         assert len(table._refusals) <= MOST_REFUSALS

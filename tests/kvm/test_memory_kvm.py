@@ -82,6 +82,7 @@ class Guest:
         """Return why the loop stopped; PV_STOP_OTHER with KVM_EXIT_HLT when the guest is done."""
         if self.cpu is None:
             self.start()
+        assert self.cpu is not None
         self.vcpu.set_regs(kvm_regs(rip=code, rbx=gpa, rax=value, rflags=2))
         return lib.pv_run(self.cpu)
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,8 @@ def image(request: pytest.FixtureRequest) -> Image:
         if not os.environ.get("CI"):
             pytest.skip("there is no kernel of the project's own yet: pyvmm lab kernel builds it")
         require_for_kernel()
-        terminal, said = request.config.pluginmanager.getplugin("terminalreporter"), set()
+        terminal: Any = request.config.pluginmanager.getplugin("terminalreporter")
+        said: set[str] = set()
 
         def say(what: str, _share: float) -> None:
             if what not in said:

@@ -147,7 +147,7 @@ def test_an_experiment_leaves_nothing_behind_even_with_a_failed_run() -> None:
         x.memory.punch(page, 4096, unsafe=True)
         x.others()
     with pytest.raises(ZeroDivisionError), Experiment(Protection.EMULATED) as x:
-        1 // x.guest.sum(x.page(), 8)
+        _ = 1 // x.guest.sum(x.page(), 8)
     assert Footprint.now() == before
 
 

@@ -97,6 +97,8 @@ def test_top_watches_the_guest_of_another_process() -> None:
                 done = pyvmm("top", "--once", "--json", "--interval", "0.5", str(guest.pid))
                 if done.returncode == 0 and done.stdout:
                     break
+            else:
+                pytest.fail("top never shows the guest")
             found = json.loads(done.stdout)
             assert found["pid"] == guest.pid
             assert found["donated"] > 0

@@ -38,7 +38,7 @@ def contents(gpa: int, size: int) -> bytes:
 def lazy_puppet(
     protection: Protection, *, granule: int = PAGE_SIZE, size: int = 1 << 20, cpus: int = 1, **options: Any
 ) -> Iterator[tuple[Machine, OnDemand, list[Puppet]]]:
-    lazy = OnDemand([(START, size)], granule=granule, **{"fill": contents} | options)
+    lazy = OnDemand([(START, size)], granule=granule, **{"fill": contents, **options})
     with Machine(config("payload:puppet", protection, cpus=cpus), unclaimed=lazy) as machine:
         lazy.attach(machine.memory)
         machine.start()

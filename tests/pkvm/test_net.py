@@ -46,12 +46,12 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Server
-
     def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
         self._answer(self.server.data)
 
     def do_POST(self) -> None:
+        assert isinstance(self.server, Server)
         self.server.sent = self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(b"thanks")
 

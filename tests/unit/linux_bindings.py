@@ -53,7 +53,7 @@ def _make(scratch: Scratch, progress: Progress) -> str:
         newest = [pair for pair in apt.resolve(PACKAGE, suite=SUITES[-1]) if re.match(rf"{PACKAGE}-\d", pair[0])]
         [source] = apt.locate(newest[:1])
         package = download_source(apt, source, scratch.downloads, progress)
-    wanted = set(NAMES)
+    wanted: set[str] = set(NAMES)
     with open_package(package) as files:
         for file in files:
             if (name := FILE.fullmatch(file.name)) and name[1] in wanted and (content := files.extractfile(file)):

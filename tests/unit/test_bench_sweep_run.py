@@ -33,13 +33,16 @@ class Threads(Workers):
     """Threads that call a function for a point and the number of the try."""
 
     window = 2
-    title = "threads"
 
     def __init__(self, function: Callable[[Task, int], Answer]) -> None:
         super().__init__()
         self._function = function
         self._executor = ThreadPoolExecutor(2)
         self.asked: list[int] = []
+
+    @property
+    def title(self) -> str:
+        return "threads"
 
     def submit(self, task: Task) -> Future[Answer]:
         self.asked.append(task.number)

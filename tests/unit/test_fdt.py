@@ -272,7 +272,7 @@ def test_a_phandle_is_given_once() -> None:
 class Uart(Device):
     """One with a PL011's node, and a property more."""
 
-    name = Pl011.name
+    name: ClassVar[str] = Pl011.name
     node: ClassVar[str | None] = Pl011.node
     compatible: ClassVar[str | tuple[str, ...]] = Pl011.compatible
     clocks: ClassVar[tuple[str, ...]] = Pl011.clocks

@@ -23,7 +23,7 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     class Process:
         def __init__(self) -> None:
-            self.limits = (8 * MIB, 8 * MIB)
+            self.limits: tuple[int, int] = (8 * MIB, 8 * MIB)
             self.locked_kib = 0
             self.capabilities = 0
             self.may_exceed = False

@@ -253,6 +253,9 @@ class Pages(RuleBasedStateMachine):
 
 
 Pages.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]  # to it each is the metaclass's
 )
 TestPages = Pages.TestCase

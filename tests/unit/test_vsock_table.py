@@ -302,7 +302,7 @@ def test_service_that_writes_before_it_reads_is_told_that_nobody_does(peer: Peer
 
 def test_ports_are_free_again_while_bytes_wait_and_those_that_wait_are_bounded(peer: Peer) -> None:
     with contextlib.ExitStack() as stack, peer.listen(5) as listener:
-        ends = []
+        ends, sent = [], 0
         for _ in range(MOST_STREAMS):
             peer.send(OP_REQUEST, 1000, 5)
             ends.append(stack.enter_context(listener.accept()[0]))

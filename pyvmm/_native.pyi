@@ -219,6 +219,33 @@ class pv_mailbox(Struct):
 
 @type_check_only
 @final
+class pv_interrupt(Struct):
+    status: int
+    fd: int
+    sent: int
+
+@type_check_only
+@final
+class pv_virtio_queue(Struct):
+    most: int
+    ready: int
+
+@type_check_only
+@final
+class pv_virtio_mmio(Struct):
+    interrupt: _To[pv_interrupt]
+    bell: _To[pv_doorbell]
+    queues: _To[pv_virtio_queue]
+    device_features_sel: int
+    driver_features_sel: int
+    queue_sel: int
+    lock: int
+    offered: _Items[int]
+    registers: _Items[int]
+    config: _Items[int]
+
+@type_check_only
+@final
 class pv_vm(Struct):
     fd: int
     protection: int
@@ -300,33 +327,6 @@ class pv_fault_server(Struct):
     source: Pointer[int]
     served: int
     late: int
-
-@type_check_only
-@final
-class pv_interrupt(Struct):
-    status: int
-    fd: int
-    sent: int
-
-@type_check_only
-@final
-class pv_virtio_queue(Struct):
-    most: int
-    ready: int
-
-@type_check_only
-@final
-class pv_virtio_mmio(Struct):
-    interrupt: _To[pv_interrupt]
-    bell: _To[pv_doorbell]
-    queues: _To[pv_virtio_queue]
-    device_features_sel: int
-    driver_features_sel: int
-    queue_sel: int
-    lock: int
-    offered: _Items[int]
-    registers: _Items[int]
-    config: _Items[int]
 
 @type_check_only
 @final
@@ -477,6 +477,18 @@ class _Ffi:
     @overload
     def new(self, cdecl: Literal["struct pv_mailbox[]"], init: object = ...) -> Array[pv_mailbox]: ...
     @overload
+    def new(self, cdecl: Literal["struct pv_interrupt *"], init: object = ...) -> pv_interrupt: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_interrupt[]"], init: object = ...) -> Array[pv_interrupt]: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_virtio_queue *"], init: object = ...) -> pv_virtio_queue: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_virtio_queue[]"], init: object = ...) -> Array[pv_virtio_queue]: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_virtio_mmio *"], init: object = ...) -> pv_virtio_mmio: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_virtio_mmio[]"], init: object = ...) -> Array[pv_virtio_mmio]: ...
+    @overload
     def new(self, cdecl: Literal["struct pv_vm *"], init: object = ...) -> pv_vm: ...
     @overload
     def new(self, cdecl: Literal["struct pv_vm[]"], init: object = ...) -> Array[pv_vm]: ...
@@ -496,18 +508,6 @@ class _Ffi:
     def new(self, cdecl: Literal["struct pv_fault_server *"], init: object = ...) -> pv_fault_server: ...
     @overload
     def new(self, cdecl: Literal["struct pv_fault_server[]"], init: object = ...) -> Array[pv_fault_server]: ...
-    @overload
-    def new(self, cdecl: Literal["struct pv_interrupt *"], init: object = ...) -> pv_interrupt: ...
-    @overload
-    def new(self, cdecl: Literal["struct pv_interrupt[]"], init: object = ...) -> Array[pv_interrupt]: ...
-    @overload
-    def new(self, cdecl: Literal["struct pv_virtio_queue *"], init: object = ...) -> pv_virtio_queue: ...
-    @overload
-    def new(self, cdecl: Literal["struct pv_virtio_queue[]"], init: object = ...) -> Array[pv_virtio_queue]: ...
-    @overload
-    def new(self, cdecl: Literal["struct pv_virtio_mmio *"], init: object = ...) -> pv_virtio_mmio: ...
-    @overload
-    def new(self, cdecl: Literal["struct pv_virtio_mmio[]"], init: object = ...) -> Array[pv_virtio_mmio]: ...
     @overload
     def new(self, cdecl: Literal["struct pv_segment *"], init: object = ...) -> pv_segment: ...
     @overload
@@ -569,6 +569,12 @@ class _Ffi:
     @overload
     def cast(self, cdecl: Literal["struct pv_mailbox *"], value: object) -> pv_mailbox: ...
     @overload
+    def cast(self, cdecl: Literal["struct pv_interrupt *"], value: object) -> pv_interrupt: ...
+    @overload
+    def cast(self, cdecl: Literal["struct pv_virtio_queue *"], value: object) -> pv_virtio_queue: ...
+    @overload
+    def cast(self, cdecl: Literal["struct pv_virtio_mmio *"], value: object) -> pv_virtio_mmio: ...
+    @overload
     def cast(self, cdecl: Literal["struct pv_vm *"], value: object) -> pv_vm: ...
     @overload
     def cast(self, cdecl: Literal["struct pv_histogram *"], value: object) -> pv_histogram: ...
@@ -578,12 +584,6 @@ class _Ffi:
     def cast(self, cdecl: Literal["struct pv_vcpu *"], value: object) -> pv_vcpu: ...
     @overload
     def cast(self, cdecl: Literal["struct pv_fault_server *"], value: object) -> pv_fault_server: ...
-    @overload
-    def cast(self, cdecl: Literal["struct pv_interrupt *"], value: object) -> pv_interrupt: ...
-    @overload
-    def cast(self, cdecl: Literal["struct pv_virtio_queue *"], value: object) -> pv_virtio_queue: ...
-    @overload
-    def cast(self, cdecl: Literal["struct pv_virtio_mmio *"], value: object) -> pv_virtio_mmio: ...
     @overload
     def cast(self, cdecl: Literal["struct pv_segment *"], value: object) -> pv_segment: ...
     @overload
@@ -670,6 +670,13 @@ class _Lib:
     PV_MAILBOX_BUSY: Final[int]
     PV_MAILBOX_DONE: Final[int]
 
+    PV_INTERRUPT_USED: Final[int]
+    PV_INTERRUPT_CONFIG: Final[int]
+
+    PV_VIRTIO_REGISTERS: Final[int]
+    PV_VIRTIO_CONFIG: Final[int]
+    PV_VIRTIO_FEATURE_WORDS: Final[int]
+
     PV_SOURCE_DOORBELL: Final[int]
     PV_SOURCE_HYPERCALL: Final[int]
     PV_SOURCE_ACCESS: Final[int]
@@ -727,13 +734,6 @@ class _Lib:
 
     PV_EVENT_WORDS: Final[int]
 
-    PV_INTERRUPT_USED: Final[int]
-    PV_INTERRUPT_CONFIG: Final[int]
-
-    PV_VIRTIO_REGISTERS: Final[int]
-    PV_VIRTIO_CONFIG: Final[int]
-    PV_VIRTIO_FEATURE_WORDS: Final[int]
-
     PV_QUEUE_PACKED: Final[int]
     PV_QUEUE_EVENT_IDX: Final[int]
     PV_QUEUE_INDIRECT: Final[int]
@@ -782,6 +782,9 @@ class _Lib:
     def pv_ring_read(self, ring: _Ref[pv_ring], to: _Ref[pv_record], n: int, /) -> int: ...
     def pv_doorbell_take(self, slot: _Ref[pv_doorbell_slot], /) -> None: ...
     def pv_pl011_feed(self, uart: _Ref[pv_pl011], source: bytes | Pointer[int], n: int, /) -> int: ...
+    def pv_virtio_configure(
+        self, transport: _Ref[pv_virtio_mmio], config: bytes | Pointer[int], size: int, generation: int, /
+    ) -> None: ...
     def pv_publish_map(self, vm: _Ref[pv_vm], table: _Ref[pv_map], /) -> None: ...
     def pv_publish_bus(self, vm: _Ref[pv_vm], bus: _Ref[pv_bus], /) -> None: ...
     def pv_subscribe(self, vm: _Ref[pv_vm], count: int, /) -> None: ...
@@ -803,9 +806,6 @@ class _Lib:
     def pv_install_signals(self) -> int: ...
     def pv_kick_signal(self) -> int: ...
     def pv_source_hash(self) -> CData: ...
-    def pv_virtio_configure(
-        self, transport: _Ref[pv_virtio_mmio], config: bytes | Pointer[int], size: int, generation: int, /
-    ) -> None: ...
     def pv_queue_start(self, queue: _Ref[pv_queue], /) -> None: ...
     def pv_queue_pop(self, queue: _Ref[pv_queue], chain: _Ref[pv_chain], /) -> int: ...
     def pv_queue_push(self, queue: _Ref[pv_queue], chain: _Ref[pv_chain], written: int, /) -> int: ...

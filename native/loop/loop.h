@@ -63,8 +63,11 @@ static inline uint64_t pv_now(void)
 }
 /* mmio.c: both answer enum pv_stop; again: the access was counted when it stopped. */
 uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again);
-/* What a store to the doorbell rings, by vcpu->offset and value. */
+/* doorbell.c: a store, by vcpu->offset and value. */
 void pv_doorbell_ring(const struct pv_vcpu *vcpu, struct pv_doorbell *bell);
+/* transport.c: enum pv_stop, with vcpu->offset, size, is_write, value. Sets vcpu->exit where it is not that of the kind:
+   a kick is a doorbell, and what Python answers is cold. */
+uint32_t pv_virtio_access(struct pv_virtio_mmio *transport, struct pv_vcpu *vcpu);
 /* pl011.c, with vcpu->offset, size, is_write, value. False: no room to transmit, nothing happened. */
 bool pv_pl011_access(struct pv_pl011 *uart, struct pv_vcpu *vcpu);
 /* map.c: a copy of the region that holds gpa. Between pv_map_enter() and pv_map_leave() its ledger stays alive, even if

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* MMIO exits: finds the range, and carries out the access if its kind is one of the loop's. */
 #include "loop/share.h"
-#include "virtio/virtio.h"
 
 #define aligned(address, size) ((uintptr_t)(address) % (size) == 0)
 
@@ -65,25 +64,6 @@ static void registers(struct pv_vcpu *vcpu, uint8_t *at)
         }
         vcpu->value = value;
     }
-}
-
-void pv_doorbell_ring(const struct pv_vcpu *vcpu, struct pv_doorbell *bell)
-{
-    for (uint32_t i = 0; i < bell->count; i++) {
-        struct pv_doorbell_slot *slot = &bell->slots[i];
-        if (slot->offset == vcpu->offset && (slot->match_any || slot->value == vcpu->value)) {
-            /* A ring that is left out happens before the consumer's take, and so before its look for work. */
-            if (!slot->coalesce || !__atomic_exchange_n(&slot->rung, 1, __ATOMIC_ACQ_REL))
-                pv_signal(slot->fd);
-            return;
-        }
-    }
-    add(&bell->missed, 1);
-}
-
-void pv_doorbell_take(struct pv_doorbell_slot *slot)
-{
-    __atomic_exchange_n(&slot->rung, 0, __ATOMIC_ACQ_REL);
 }
 
 /* firmware/lib/abi.h, in 64-bit registers. */

@@ -2,42 +2,12 @@
 /* The contract between the virtio devices in C and Python, read by both as loop/cdef.h is, and after it.
  *
  * In this order:
- *     queues         interrupts, chains of descriptors, virtqueues
+ *     queues         chains of descriptors, virtqueues
  *     virtio-blk
  *     virtio-net
  */
 
 /* ---- queues --------------------------------------------------------------------------------------------------- */
-
-/* A device's line to the guest: InterruptStatus of virtio-mmio, and the eventfd that an irqfd makes an edge of. */
-enum pv_interrupt_bit { PV_INTERRUPT_USED = 1, PV_INTERRUPT_CONFIG = 2 };
-struct pv_interrupt {
-    uint32_t status;       /* atomic; or of enum pv_interrupt_bit, until the driver acknowledges them */
-    int32_t fd;            /* or -1 */
-    uint64_t sent;         /* edges */
-};
-
-enum pv_virtio_size {
-    PV_VIRTIO_REGISTERS = 64,      /* 32 bits each, before the configuration space */
-    PV_VIRTIO_CONFIG = 256,        /* bytes of that, at most */
-    PV_VIRTIO_FEATURE_WORDS = 4    /* 32 feature bits each */
-};
-struct pv_virtio_queue { uint32_t most, ready; };   /* QueueSizeMax and QueueReady of one queue */
-
-/* The registers of virtio over MMIO (virtio 1.2, 4.2.2). C answers every read, and writes of selectors, QueueNotify and
-   InterruptACK; other writes are cold, and Python publishes here what came of them. */
-struct pv_virtio_mmio {
-    struct pv_interrupt *interrupt;
-    struct pv_doorbell *bell;                  /* QueueNotify: a slot for each queue, at the register's offset */
-    struct pv_virtio_queue *queues;            /* as many as the bell has slots */
-    uint32_t device_features_sel, driver_features_sel, queue_sel;   /* atomics: any vCPU's at any time, any value */
-    uint32_t lock;                             /* of config; C's own */
-    uint32_t offered[PV_VIRTIO_FEATURE_WORDS]; /* DeviceFeatures, by DeviceFeaturesSel */
-    uint32_t registers[PV_VIRTIO_REGISTERS];   /* what the others read as; 0 for those that are written only */
-    uint8_t config[PV_VIRTIO_CONFIG];          /* zeros behind its end; pv_virtio_configure() writes it */
-};
-/* Puts size bytes in the place of the configuration space, with a generation. Any thread, one at a time. */
-void pv_virtio_configure(struct pv_virtio_mmio *transport, const uint8_t *config, uint32_t size, uint32_t generation);
 
 struct pv_segment {
     uint64_t gpa;

@@ -9,9 +9,6 @@
 
 #include "virtio/cdef.h"
 
-/* transport.c: enum pv_stop, with vcpu->offset, size, is_write, value. Sets vcpu->exit where it is not that of the kind:
-   a kick is a doorbell, and what Python answers is cold. */
-uint32_t pv_virtio_access(struct pv_virtio_mmio *transport, struct pv_vcpu *vcpu);
 /* virtqueue.c, chain.c. A descriptor as a driver lays it out, virtio 1.2, 2.7.5 and 2.8.13. */
 enum { PV_DESCRIPTOR_BYTES = 16, PV_DESC_NEXT = 1, PV_DESC_WRITE = 2, PV_DESC_INDIRECT = 4 };
 struct pv_descriptor {

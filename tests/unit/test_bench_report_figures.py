@@ -24,7 +24,7 @@ from pyvmm.bench.report import heat, plot  # noqa: E402 - they need what may be 
 REALISTIC = samples.realistic(32)
 
 
-def drawn(run: Run, *, relative: bool = True) -> list[plot.Picture]:
+def drawn(run: Run, *, relative: bool = True) -> list[plot.Plot]:
     return [each for section in groups.sections(run) for each in figures.pictures(section, relative=relative)]
 
 
@@ -37,7 +37,7 @@ def words(document: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def documents() -> dict[plot.Picture, str]:
+def documents() -> dict[plot.Plot, str]:
     return {picture: plot.svg(picture) for picture in drawn(REALISTIC)}
 
 
@@ -57,7 +57,7 @@ def test_there_is_a_figure_of_everything() -> None:
 
 
 def test_every_figure_says_what_it_is_of_how_many_and_that_it_is_relative_only(
-    documents: dict[plot.Picture, str],
+    documents: dict[plot.Plot, str],
 ) -> None:
     for picture, document in documents.items():
         said = words(document)
@@ -72,7 +72,7 @@ def test_figures_of_hardware_are_not_called_relative() -> None:
     assert TCG_NOTE not in plot.svg(picture)
 
 
-def test_figures_are_the_same_each_time_and_of_nowhere_else(documents: dict[plot.Picture, str]) -> None:
+def test_figures_are_the_same_each_time_and_of_nowhere_else(documents: dict[plot.Plot, str]) -> None:
     for picture in list(documents)[:3]:
         assert plot.svg(picture) == documents[picture]
     for document in documents.values():

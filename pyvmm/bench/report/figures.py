@@ -16,7 +16,7 @@ from typing import Final
 from pyvmm.bench.model import BenchError, Point, Run
 from pyvmm.bench.report import charts, heat, plot
 from pyvmm.bench.report.groups import Group, Row, Section, is_relative, point_of, said, scale_of, sections
-from pyvmm.bench.report.plot import Picture
+from pyvmm.bench.report.plot import Plot
 from pyvmm.bench.split import PARTS, WHOLE
 from pyvmm.bench.statistics import require
 
@@ -37,7 +37,7 @@ _ENOUGH: Final = 20
 _MIB: Final = {"": 1.0, "K": 1 / 1024, "M": 1.0, "G": 1024.0}
 
 
-def pictures(section: Section, *, relative: bool) -> Iterator[Picture]:
+def pictures(section: Section, *, relative: bool) -> Iterator[Plot]:
     """Give a case's figures; ``relative`` marks them as from a machine that QEMU's TCG runs."""
     names = _Names(section.case)
     if section.case == "split":
@@ -93,12 +93,12 @@ class _Names:
 # -- distributions
 
 
-def _distributions(group: Group, names: _Names, relative: bool) -> Iterator[Picture]:
+def _distributions(group: Group, names: _Names, relative: bool) -> Iterator[Plot]:
     what = f"{group.case}: {group.title}"
     parts = [group.rows[at : at + ROWS] for at in range(0, len(group.rows), ROWS)]
     for number, rows in enumerate(parts, 1):
         title = f"{what}: distributions" + (f" ({number} of {len(parts)})" if len(parts) > 1 else "")
-        yield Picture(
+        yield Plot(
             names.of(group.metric, "distributions"),
             title,
             "Shade: density (its root); bar: the middle half; circle: median with its 95 % interval; "
@@ -110,7 +110,7 @@ def _distributions(group: Group, names: _Names, relative: bool) -> Iterator[Pict
         some = [row for row in some if "(base)" in row.cells]
     if 2 <= len(some) <= LINES and group.case != "split":
         title = f"{what}: shares"
-        yield Picture(
+        yield Plot(
             names.of(group.metric, "shares"),
             title,
             "What share of the values is at most so large (ECDF).",
@@ -121,13 +121,13 @@ def _distributions(group: Group, names: _Names, relative: bool) -> Iterator[Pict
 # -- against an axis
 
 
-def _against(group: Group, names: _Names, relative: bool) -> Iterator[Picture]:
+def _against(group: Group, names: _Names, relative: bool) -> Iterator[Plot]:
     for axis in ("cpus", "pages", *SIZES):
         place = _count if axis in ("cpus", "pages") else _mebibytes
         lines = _lines(group, axis, place)
         title = f"{group.case}: {group.title}, by " + ("number of vCPUs" if axis == "cpus" else axis)
         for at in range(0, len(lines), LINES):
-            yield Picture(
+            yield Plot(
                 names.of(group.metric, "by", axis),
                 title,
                 "Medians with their 95 % intervals.",
@@ -171,7 +171,7 @@ def _mebibytes(value: object) -> float | None:
 # -- where the time goes
 
 
-def _split(section: Section, names: _Names, relative: bool) -> Iterator[Picture]:
+def _split(section: Section, names: _Names, relative: bool) -> Iterator[Plot]:
     units = dict.fromkeys((row.series.unit, group.per) for group in section.groups for row in group.rows)
     for unit, per in units:
         medians: dict[str, dict[str, float]] = {}
@@ -192,7 +192,7 @@ def _split(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
             scale = scale_of(unit, [whole or max(each.values()) for _, each, whole, _ in bars])
             what = f"time per {per}" if per else "time"
             title = f"split: where the {what.replace('time', 'time goes', 1)}"
-            yield Picture(
+            yield Plot(
                 names.of("stacked"),
                 title,
                 "Medians of the parts, stacked; beneath them the whole as it was measured. Parts that were not "
@@ -212,7 +212,7 @@ def _without_common(section: Section, row: Row) -> str:
 # -- peers
 
 
-def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Picture]:
+def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Plot]:
     kinds = dict.fromkeys((row.series.unit, group.per) for group in section.groups for row in group.rows)
     for unit, per in kinds:
         rows = [
@@ -234,7 +234,7 @@ def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Picture]
             scale = scale_of(unit, [row.summary.median for _, row, _ in bars if row.summary.median is not None])
             what = (next(iter(metrics)) if len(metrics) == 1 else "cost") + (f" per {per}" if per else "")
             title = f"{section.case}: {what}, by who does it"
-            yield Picture(
+            yield Plot(
                 names.of("peers", per),
                 title,
                 "Medians with their 95 % intervals; ours in another colour.",
@@ -259,12 +259,12 @@ def _rest(group: Group, row: Row) -> tuple[str, ...]:
 # -- pictures of ranges
 
 
-def _heats(section: Section, names: _Names, relative: bool) -> Iterator[Picture]:
+def _heats(section: Section, names: _Names, relative: bool) -> Iterator[Plot]:
     for group, row in _chosen(section):
         cells = zip(group.columns, row.cells, strict=True)
         point = " ".join(f"{name}={cell}" if name else cell for name, cell in cells)
         title = f"{section.case}: {group.metric}, page by page" + (f", {point}" if point else "")
-        yield Picture(
+        yield Plot(
             names.of(group.metric, "pages", row.label),
             title,
             "The last round: a page's touch from its begin to its end. Where several fall together the dearest is "

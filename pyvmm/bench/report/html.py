@@ -155,7 +155,7 @@ class _Page:
             yield f'<tr title="{escaped(_told(row.series))}">{cells}</tr>'
         yield "</tbody></table></div>"
 
-    def _figure(self, picture: plot.Picture) -> str:
+    def _figure(self, picture: plot.Plot) -> str:
         self._figures += 1
         drawn = plot.inline(plot.svg(picture), f"f{self._figures}", escaped(picture.title))
         return f"<figure>{drawn}<figcaption>{escaped(picture.caption)}</figcaption></figure>"

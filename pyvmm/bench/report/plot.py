@@ -46,7 +46,7 @@ _LONGEST: Final = 44
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Plot:
     """A figure to be drawn: ``name`` for a file, ``title`` and ``caption`` in words; ``draw`` makes it."""
 
     name: str
@@ -153,7 +153,7 @@ def _settings() -> Iterator[None]:
         yield
 
 
-def svg(picture: Picture) -> str:
+def svg(picture: Plot) -> str:
     """Return a picture as an SVG document, without a date, and with text that can be searched."""
     with _settings():
         out = io.StringIO()
@@ -163,7 +163,7 @@ def svg(picture: Picture) -> str:
     return _DATA.sub(lambda path: _LONG.sub(r"\1", path[0]), plain)
 
 
-def png(picture: Picture) -> bytes:
+def png(picture: Plot) -> bytes:
     """Return a picture as a PNG, for 200 dots an inch."""
     with _settings():
         out = io.BytesIO()

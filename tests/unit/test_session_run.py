@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from start to end: how many lives its guest has, what each is given, and what is left at the end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pyvmm.cli import make_parser
+from pyvmm.cli.run import TABLE
+from pyvmm.machine.config import MachineConfig
+from pyvmm.session import run
+from pyvmm.vcpu.counters import Counters
+from pyvmm.vcpu.outcome import Ending, Outcome
+
+
+class Machines:
+    """Stands in for the class of machines: each that is made lives for ``seconds``, and ends as it is its turn to."""
+
+    def __init__(self, *endings: Ending, seconds: float = 1.0, meanwhile: Callable[[], object] = int) -> None:
+        self.endings, self.seconds, self.meanwhile = list(endings), seconds, meanwhile
+        self.configs: list[MachineConfig] = []
+        self.stopped: list[str] = []
+        self.alive: weakref.WeakSet[Machine] = weakref.WeakSet()
+        self.most_alive = 0
+
+    def __call__(self, config: MachineConfig, **_: object) -> Machine:
+        self.configs.append(config)
+        machine = Machine(self)
+        self.alive.add(machine)
+        self.most_alive = max(self.most_alive, len(self.alive))
+        return machine
+
+
+class Machine:
+    """One life. It is part of a cycle, as a real one is."""
+
+    counters = Counters((), 0, 0, 0, 0)
+    entry = SimpleNamespace(described=lambda: b"tree")
+
+    def __init__(self, made: Machines) -> None:
+        self.made, self.itself = made, self
+        self.elapsed_ns = int(made.seconds * 1e9)
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stop(self, reason: str) -> None:
+        self.made.stopped.append(reason)
+
+    def run(self) -> Outcome:
+        self.made.meanwhile()
+        return Outcome(self.made.endings.pop(0), "enough")
+
+
+def to_end(monkeypatch: pytest.MonkeyPatch, machines: Machines, *words: str) -> int:
+    monkeypatch.setattr(run, "Machine", machines)
+    line = ["run", "--serial", "none", *words, "payload:hello"]
+    return run.GuestRun(make_parser(line).parse_args(line), TABLE).to_end()
+
+
+def test_a_reset_is_the_end_unless_a_reboot_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines(Ending.RESET, Ending.POWEROFF)
+    assert to_end(monkeypatch, machines) == Ending.RESET.status
+    assert len(machines.configs) == 1
+
+
+def test_lives_share_a_deadline_and_none_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gc.disable()
+    try:
+        machines = Machines(*[Ending.RESET] * 5, Ending.POWEROFF, seconds=3.0)
+        assert to_end(monkeypatch, machines, "--reboot", "--deadline", "10") == 0
+    finally:
+        gc.enable()
+    assert [config.deadline for config in machines.configs] == [10.0, 7.0, 4.0, 1.0, 1e-3, 1e-3]
+    # The one whose stop the signals would call, the one that is made, and no other.
+    assert machines.most_alive <= 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_signal_ends_a_guest_that_resets_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = Machines(Ending.RESET, Ending.RESET, meanwhile=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert to_end(monkeypatch, machines, "--reboot") == 128 + signal.SIGTERM
+    assert len(machines.configs) == 1
+
+
+def test_the_device_tree_is_written_before_the_guest_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    seen: list[bytes] = []
+    machines = Machines(Ending.POWEROFF, meanwhile=lambda: seen.append((tmp_path / "dtb").read_bytes()))
+    assert to_end(monkeypatch, machines, "--dump-dtb", str(tmp_path / "dtb")) == 0
+    assert seen == [b"tree"]

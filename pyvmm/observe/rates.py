@@ -25,6 +25,7 @@ from pyvmm.protection import Protection
 from pyvmm.vcpu.counters import EXITS
 
 if TYPE_CHECKING:
+    from pyvmm._native import pv_vcpu
     from pyvmm.machine.machine import Machine
 
 Reading = dict[str, Any]
@@ -72,7 +73,7 @@ def donated() -> int:
     return int(text[text.index(b"VmLck:") + 6 :].split(None, 1)[0]) * 1024 // PAGE_SIZE
 
 
-def _counted(native: Any, elapsed_ns: int) -> dict[str, Any]:
+def _counted(native: pv_vcpu, elapsed_ns: int) -> dict[str, Any]:
     stats = [native.stats[code] for code in EXITS]
     kvm_run, vmm = sum(s.guest_ns for s in stats), sum(s.vmm_ns for s in stats)
     # What is under way is counted when it ends; until then it is the time that nobody has counted.

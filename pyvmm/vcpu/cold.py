@@ -7,7 +7,6 @@ machine stops the other vCPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from pyvmm import abi
@@ -19,6 +18,8 @@ from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 from pyvmm.vcpu.outcome import Ending, Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm._native import pv_vcpu
     from pyvmm.devices.bus import Bus
     from pyvmm.devices.mailbox import Mailboxes

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """virtio over MMIO, version 2 (virtio 1.2, 4.2): how a driver finds, sets up and resets a device.
 
-Owns the device's queues, its interrupt, its doorbell and what its registers read as. The native loop answers reads and
-takes kicks, selectors and acknowledgements; other writes come here, from any vCPU, under one lock. The device's own
-threads take only a second one, so that a reset may wait for them.
+Owns the device's queues, its interrupt and what its registers read as (:mod:`pyvmm.devices.virtio.shown`). The native
+loop answers reads, and takes kicks, selectors and acknowledgements. Other writes come here, from any vCPU, under one
+lock. The device's own threads take only a second one, so that a reset may wait for them.
 
 =====================================  ==========================================================================
 what a hostile guest may do            what happens
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
@@ -33,34 +33,17 @@ from pyvmm.devices.virtio.registers import (
     BEFORE,
     CONFIG,
     LOW,
-    MAGIC,
     SIZE,
-    VENDOR,
-    VERSION,
     Register,
     Setup,
     Status,
     objection,
 )
+from pyvmm.devices.virtio.shown import Shown
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pyvmm._native import pv_vm
-
-_WORD: Final = 4
-_SELECTORS: Final = ("device_features_sel", "driver_features_sel", "queue_sel")
-_FIXED: Final = {
-    Register.MAGIC: MAGIC,
-    Register.VERSION: VERSION,
-    Register.VENDOR_ID: VENDOR,
-    # There is no shared memory.
-    Register.SHM_LEN_LOW: LOW,
-    Register.SHM_LEN_HIGH: LOW,
-    Register.SHM_BASE_LOW: LOW,
-    Register.SHM_BASE_HIGH: LOW,
-}
 
 
 class PulsedLine(Protocol):
@@ -109,18 +92,8 @@ class VirtioMmio(Device):
         # For what the device's own threads change too, the status and the generation. Taken last, held for a moment.
         self._guard = threading.Lock()
         self._news = Complaints(device.label)  # apart: they must not keep the device's own from being said
-        self._slots = ffi.new("struct pv_doorbell_slot[]", len(device.queue_sizes))
-        self._bell = ffi.new("struct pv_doorbell *", {"count": len(device.queue_sizes), "slots": self._slots})
-        self._ready = ffi.new("struct pv_virtio_queue[]", len(device.queue_sizes))
-        offered = [self.offered >> 32 * word & LOW for word in range(lib.PV_VIRTIO_FEATURE_WORDS)]
-        self.native = self.state = ffi.new(
-            "struct pv_virtio_mmio *",
-            {"interrupt": self.interrupt, "bell": self._bell, "queues": self._ready, "offered": offered},
-        )
-        for register, value in _FIXED.items():
-            self._show(register, value)
-        self._show(Register.DEVICE_ID, device.device_id)
-        self._show_config()
+        self._shown = Shown(device, self.offered, self.interrupt)
+        self.native = self.state = self._shown.native
         with contextlib.ExitStack() as half_built:
             for index, most in enumerate(device.queue_sizes):
                 half_built.callback(self._add_queue(native_vm, index, most).close)
@@ -131,44 +104,19 @@ class VirtioMmio(Device):
     def _add_queue(self, native_vm: pv_vm, index: int, most: int) -> Queue:
         queue = Queue(native_vm, self.interrupt, index, most)
         self.queues.append(queue)
-        slot = self._slots[index]
-        slot.offset, slot.value, slot.fd, slot.coalesce = Register.QUEUE_NOTIFY, index, queue.kick, 1
-        self._ready[index].most = most
-        queue.native.bell = ffi.addressof(self._slots, index)
+        self._shown.add_queue(queue)
         return queue
 
     def _forget(self) -> None:
         """Be as after a reset, the status apart."""
         self._features = 0
-        self._select([0] * len(_SELECTORS))
+        self._shown.select()
         self._setups = [Setup() for _ in self.queues]
 
     @property
     def behind(self) -> VirtioDevice:
         """The device."""
         return self.device
-
-    # -- what the driver reads
-
-    def _show(self, register: int, value: int) -> None:
-        self.native.registers[register // _WORD] = value
-
-    def _show_config(self, *, changed: bool = False) -> None:
-        """Show the configuration space as the device has it now, under ``_guard``. UsageError where it is too long."""
-        config = self.device.config()
-        if len(config) > lib.PV_VIRTIO_CONFIG:
-            what = f"{self.device.label} has {len(config)} bytes of configuration space"
-            raise UsageError(f"{what}: {lib.PV_VIRTIO_CONFIG} are possible")
-        lib.pv_virtio_configure(self.native, config, len(config), (self._generation + changed) & LOW)
-
-    @property
-    def _generation(self) -> int:
-        return int(self.native.registers[Register.CONFIG_GENERATION // _WORD])
-
-    def _select(self, values: Sequence[int]) -> None:
-        """Set the selectors, which the native loop takes from the driver."""
-        for name, value in zip(_SELECTORS, values, strict=True):
-            setattr(self.native, name, value)
 
     def properties(self) -> dict[str, Any]:
         """Say that no caches are to be flushed."""
@@ -177,7 +125,7 @@ class VirtioMmio(Device):
     @property
     def status(self) -> Status:
         """The device status register."""
-        return Status(self.native.registers[Register.STATUS // _WORD])
+        return self._shown.status
 
     @property
     def features(self) -> int:
@@ -206,7 +154,7 @@ class VirtioMmio(Device):
     def needs_reset(self) -> None:
         """Set DEVICE_NEEDS_RESET, and tell a driver that is there."""
         with self._guard:
-            self._show(Register.STATUS, self.status | Status.NEEDS_RESET)
+            self._shown.status |= Status.NEEDS_RESET
             told = Status.DRIVER_OK in self.status
         if told:
             lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
@@ -214,7 +162,7 @@ class VirtioMmio(Device):
     def config_changed(self) -> None:
         """Show a new configuration, count it, and tell a driver that is there."""
         with self._guard:
-            self._show_config(changed=True)
+            self._shown.update_config(changed=True)
             told = Status.DRIVER_OK in self.status
         if told:
             lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
@@ -229,7 +177,7 @@ class VirtioMmio(Device):
                 if start + size <= len(self.device.config()):
                     self.device.write_config(start, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
                     with self._guard:
-                        self._show_config()
+                        self._shown.update_config()
             elif size == 4:
                 self._set_register(offset, value & LOW)
 
@@ -247,7 +195,7 @@ class VirtioMmio(Device):
     # -- features and status
 
     def _set_features(self, value: int) -> None:
-        word = int(self.native.driver_features_sel)  # once: another vCPU may be storing to it
+        word = self._shown.driver_word  # once: another vCPU may be storing to it
         if Status.FEATURES_OK in self.status or word >= lib.PV_VIRTIO_FEATURE_WORDS:
             return
         shift = 32 * word
@@ -269,8 +217,8 @@ class VirtioMmio(Device):
                 self.device.complaints.warn("features_refused", reason=reason, features=hex_(self._features))
                 return
             with self._guard:
-                self._show_config()  # it may follow from the features
-                self._show(Register.STATUS, self.status | bit)
+                self._shown.update_config()  # it may follow from the features
+                self._shown.status |= bit
             if bit is Status.DRIVER_OK:
                 self._start()
 
@@ -290,23 +238,23 @@ class VirtioMmio(Device):
         except (PyvmmError, OSError) as error:
             self.device.failed(error)
         with self._guard:
-            self._show_config()
+            self._shown.update_config()
 
     def _reset(self) -> None:
         self.device.stop()
         for queue in self.queues:
             queue.reset()
-            self._ready[queue.index].ready = 0
+            self._shown.update_queue(queue)
         self._forget()
         with self._guard:
-            self._show_config()
-            self._show(Register.STATUS, 0)
+            self._shown.update_config()
+            self._shown.status = Status(0)
             self.interrupt.status = 0
 
     # -- queues
 
     def _set_queue(self, offset: int, value: int) -> None:
-        selected = int(self.native.queue_sel)  # once: another vCPU may be storing to it
+        selected = self._shown.queue  # once: another vCPU may be storing to it
         if selected >= len(self.queues):
             return
         queue, setup, status = self.queues[selected], self._setups[selected], self.status
@@ -336,7 +284,7 @@ class VirtioMmio(Device):
             flags |= lib.PV_QUEUE_EVENT_IDX if self._features & Feature.EVENT_IDX else 0
             flags |= lib.PV_QUEUE_INDIRECT if self._features & Feature.INDIRECT_DESC else 0
             queue.setup(setup.size, flags, setup.descriptors, setup.driver, setup.device)
-        self._ready[queue.index].ready = queue.ready
+        self._shown.update_queue(queue)
 
     # -- life
 
@@ -355,10 +303,10 @@ class VirtioMmio(Device):
         return {
             "device": self.device.name,
             "status": int(self.status),
-            "generation": self._generation,
+            "generation": self._shown.generation,
             "interrupt": int(self.interrupt.status),
             "features": self._features,
-            "select": [int(getattr(self.native, name)) for name in _SELECTORS],
+            "select": self._shown.save(),
             "queues": [
                 {**setup.save(), "at": queue.save() if queue.ready else None}
                 for setup, queue in zip(self._setups, self.queues, strict=True)
@@ -382,7 +330,7 @@ class VirtioMmio(Device):
         status = Status(saved["status"])
         if Status.FEATURES_OK in status and (reason := self._refusal()) is not None:
             raise ValueError(reason)
-        self._select(saved["select"])
+        self._shown.select(saved["select"])
         for number, (queue, each) in enumerate(zip(self.queues, saved["queues"], strict=True)):
             at = each.pop("at")
             self._setups[number] = setup = Setup(**each)
@@ -392,10 +340,10 @@ class VirtioMmio(Device):
                     raise ValueError(f"queue {number} is refused")
                 queue.load(at)
         self.device.load(saved["own"])
-        self._show(Register.CONFIG_GENERATION, saved["generation"])
-        self._show_config()
+        self._shown.generation = saved["generation"]
+        self._shown.update_config()
         self.interrupt.status = saved["interrupt"]
-        self._show(Register.STATUS, status)
+        self._shown.status = status
 
     def close(self) -> None:
         """Stop the device and close it."""

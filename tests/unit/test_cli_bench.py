@@ -403,7 +403,7 @@ def test_where_only_lines_are_collected_numpy_is_not_asked_for(
         (None, "cannot be read: No such file or directory"),
         ("", "is empty: no benchmark's results"),
         ("what is this", "line 1 is not of a benchmark's results"),
-        ('{"pyvmm bench": 2}\n', "its format is 2, this pyvmm reads 1"),
+        ('{"pyvmm bench": 3}\n', "its format is 3, this pyvmm reads 1 and 2"),
         ("".join(lines()).replace('"per":', '"pre":', 1), "line 2: a series that is none"),
         ("".join(lines()).replace('"values":[', '"values":', 1), "line 2 is not of a benchmark's results"),
     ],

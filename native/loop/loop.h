@@ -63,8 +63,6 @@ static inline uint64_t pv_now(void)
 }
 /* mmio.c: both answer enum pv_stop; again: the access was counted when it stopped. */
 uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again);
-/* doorbell.c: a store, by vcpu->offset and value. */
-void pv_doorbell_ring(const struct pv_vcpu *vcpu, struct pv_doorbell *bell);
 /* transport.c: enum pv_stop, with vcpu->offset, size, is_write, value. Sets vcpu->exit where it is not that of the kind:
    a kick is a doorbell, and what Python answers is cold. */
 uint32_t pv_virtio_access(struct pv_virtio_mmio *transport, struct pv_vcpu *vcpu);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /* MMIO exits: finds the range, and carries out the access if its kind is one of the loop's. */
+#include "loop/doorbell.h"
 #include "loop/share.h"
 
 #define aligned(address, size) ((uintptr_t)(address) % (size) == 0)

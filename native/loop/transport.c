@@ -2,7 +2,7 @@
 /* The registers of virtio over MMIO (virtio 1.2, 4.2.2): answers every read, and the writes that decide nothing, which
  * are selectors, kicks and acknowledgements. What is written to other registers is Python's to judge. Any vCPU may be at
  * any register at any time; Python and the device's threads publish meanwhile. */
-#include "loop/loop.h"
+#include "loop/doorbell.h"
 
 enum {
     DEVICE_FEATURES = 0x010, DEVICE_FEATURES_SEL = 0x014, DRIVER_FEATURES_SEL = 0x024, QUEUE_SEL = 0x030,

@@ -66,13 +66,13 @@ class Hardware(Built):
 
     def _build(self) -> None:
         config = self.config
+        self._stack.callback(self._drop_brought)
         if self._kernel is None and (here := os.uname().machine) != "aarch64":
             raise HostError(
                 f"this host is {here}, pyvmm's guests are arm64: KVM runs only its own architecture",
                 hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
             )
         self.tree = None if config.dtb is None else boot.read_tree(config.dtb)
-        self._stack.callback(self._drop_brought)
         self.pool = config.pool_size(self.tree, virtio=not all(isinstance(each, Device) for each in self._brought))
         self._start.prepare(config)
         push = self._stack.enter_context
@@ -127,8 +127,9 @@ class Hardware(Built):
         return place(config.devices, self._brought, context, self.bus, self.interrupts)
 
     def _drop_brought(self) -> None:
-        while self._brought:
-            self._brought.pop().close()
+        with contextlib.ExitStack() as rest:  # of which each is closed, whatever another's close raises
+            while self._brought:
+                rest.callback(self._brought.pop().close)
 
     # -- asking
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -15,12 +17,13 @@ from pyvmm.devices.kinds.console import Console
 from pyvmm.devices.kinds.rng import Rng
 from pyvmm.devices.roles import MemoryBalloon, Printing, Terminal
 from pyvmm.devices.virtio.device import Feature
-from pyvmm.errors import UsageError
+from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.devices import MOST_VIRTIO, place
 from pyvmm.machine.fdt import cells64
 from pyvmm.machine.irq import Interrupts
+from pyvmm.machine.machine import Machine
 from pyvmm.machine.plan import Plan
 from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
@@ -206,6 +209,32 @@ def test_devices_of_a_machine_that_cannot_be_built_are_closed() -> None:
     ):
         pass
     assert last.closed == 1
+
+
+def test_devices_are_closed_though_the_host_is_none_for_guests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
+    devices = [Plain(), Plain()]
+    with (
+        pytest.raises(HostError, match="this host is x86_64"),
+        Machine(MachineConfig(kernel="payload:hello"), devices=devices),
+    ):
+        pass
+    assert [device.closed for device in devices] == [1, 1]
+
+
+class Sticking(Plain):
+    """One that cannot be closed."""
+
+    def close(self) -> None:
+        super().close()
+        raise PyvmmError("it sticks")
+
+
+def test_devices_are_closed_though_another_cannot_be() -> None:
+    devices = [Plain(0x200_0000), Plain(), Sticking(), Plain()]
+    with pytest.raises(PyvmmError, match="it sticks"), Plan(MachineConfig(kernel="payload:hello"), devices=devices):
+        pass
+    assert [device.closed for device in devices] == [1, 1, 1, 1]
 
 
 def test_roles_are_found_by_type() -> None:

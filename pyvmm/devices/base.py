@@ -56,6 +56,8 @@ class Device:
     clocks: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[int | None] = None
     trigger: ClassVar[Trigger | None] = None
+    taken: bool = False
+    """Whether a machine has been given it, and closes it."""
 
     def __init__(self, size: int = 0x1000) -> None:
         self.size = size

@@ -22,7 +22,7 @@ from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.kvm.system import System
 from pyvmm.machine import boot, layout
@@ -61,12 +61,14 @@ class Hardware(Built):
         self._memory_stack = contextlib.ExitStack()
         self._memory_stack.callback(self._start.close)
         self._stack = contextlib.ExitStack()
-        self._brought = list(devices)
+        self._devices = tuple(devices)
+        self._brought: list[Device | VirtioDevice] = []
         self._end = RunEnd()
 
     def _build(self) -> None:
         config = self.config
         self._stack.callback(self._drop_brought)
+        self._take_brought()
         if self._kernel is None and (here := os.uname().machine) != "aarch64":
             raise HostError(
                 f"this host is {here}, pyvmm's guests are arm64: KVM runs only its own architecture",
@@ -125,6 +127,21 @@ class Hardware(Built):
             planned=self._kernel is not None and self._kernel.pretends,
         )
         return place(config.devices, self._brought, context, self.bus, self.interrupts)
+
+    def _take_brought(self) -> None:
+        """Own what a script brings; not what a machine has already, which is left alone and refused."""
+        others = []
+        for device in self._devices:
+            if device.taken:
+                others.append(device.name)
+                continue
+            device.taken = True
+            self._brought.append(device)
+        if others:
+            raise UsageError(
+                f"device {others[0]} has been given to a machine before, which closes it",
+                hint="make a device for each time that one is given",
+            )
 
     def _drop_brought(self) -> None:
         with contextlib.ExitStack() as rest:  # of which each is closed, whatever another's close raises

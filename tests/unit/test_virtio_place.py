@@ -237,6 +237,27 @@ def test_devices_are_closed_though_another_cannot_be() -> None:
     assert [device.closed for device in devices] == [1, 1, 1, 1]
 
 
+def test_a_device_is_one_machines_and_another_leaves_it_alone() -> None:
+    config = MachineConfig(kernel="payload:hello")
+    device, toy, new = Plain(), Toy(), Plain()
+    with Plan(config, devices=[device, toy]) as plan:
+        for shared in (device, toy):
+            with (
+                pytest.raises(UsageError, match=f"device {shared.name} has been given to a machine before"),
+                Plan(config, devices=[shared, new := Plain()]),
+            ):
+                pass
+            assert new.closed == 1
+        assert device.closed == 0
+        assert toy.transport is plan.machine.virtio[0]
+    assert device.closed == 1
+    with pytest.raises(UsageError, match="has been given"), Plan(config, devices=[device]):
+        pass
+    with pytest.raises(UsageError, match="has been given"), Plan(config, devices=[new := Plain(), new]):
+        pass
+    assert (device.closed, new.closed) == (1, 1)
+
+
 def test_roles_are_found_by_type() -> None:
     config = MachineConfig(kernel="payload:hello", devices=(Rng(), Console(), Balloon()))
     with Plan(config) as plan:

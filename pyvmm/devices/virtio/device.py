@@ -91,6 +91,8 @@ class VirtioDevice:
     name: ClassVar[str]
     queue_sizes: tuple[int, ...] = (256,)
     features: int = 0
+    taken: bool = False
+    """Whether a machine has been given it, and closes it."""
 
     def __init__(self) -> None:
         self.transport: Transport | None = None

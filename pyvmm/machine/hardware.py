@@ -31,7 +31,7 @@ from pyvmm.machine.ending import RunEnd
 from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
-from pyvmm.machine.start import Built, KernelImage, Start
+from pyvmm.machine.start import KernelImage, Start
 from pyvmm.machine.vm import create_vm, protect
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class Hardware(Built):
+class Hardware:
     """What a :class:`pyvmm.machine.machine.Machine` runs on; see there for what the arguments mean."""
 
     def __init__(

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pyvmm.memory.memory import Memory
 
 
-class Built:
-    """What a start sees of a machine, which is built and has not run: the attributes that the machine sets.
+class Built(Protocol):
+    """What a start sees of a machine, which is built and has not run.
 
     ``loadable`` is bytes from RAM's start that can be loaded into, ``tree`` the device tree that the guest brings, if
     it does, and ``pool`` bytes of its DMA pool.
@@ -41,7 +41,7 @@ class Built:
 
     def failed(self, error: BaseException) -> None:
         """End the run because of ``error``; from any thread."""
-        raise NotImplementedError
+        ...
 
 
 class Start(Protocol):

@@ -18,11 +18,12 @@ A kind is one file, here in :mod:`pyvmm.devices.kinds` or in somebody else's pac
     )
 
 All of that is imported to parse a command line that names the kind, and those of pyvmm for every command line: what is
-heavy, or native, is imported in ``make``. Classes are plain ones, which cost least to make.
+heavy, or native, is imported in ``make``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -89,21 +90,21 @@ class Context:
         return self.protection.isolates
 
 
-class DeviceSpec:
+class DeviceSpec(ABC):
     """What one device is to be: plain values, checked when it is made. Two of equal values are equal."""
 
     virtio: ClassVar[bool] = True
     """Whether it makes a virtio device, whose driver needs a DMA pool where memory is private."""
 
-    def check(self, guest: Guest) -> None:
+    def check(self, guest: Guest) -> None:  # noqa: B027 - most kinds suit every guest
         """Raise UsageError where ``guest`` cannot have it."""
 
-    def check_restored(self, snapshot: str) -> None:
+    def check_restored(self, snapshot: str) -> None:  # noqa: B027 - most kinds can be saved
         """Raise UsageError where the guest of the file ``snapshot`` would miss what it knows of the device."""
 
+    @abstractmethod
     def make(self, context: Context) -> Device | VirtioDevice:
         """Make the device, placed nowhere yet. Raises UsageError and HostError where it cannot be had."""
-        raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)

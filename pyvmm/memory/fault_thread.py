@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from typing import Self
 
 from pyvmm.memory.userfault import Userfault
 
 
-class FaultThread:
+class FaultThread(ABC):
     """Serves one ``Userfault``. Stop it, or use it as a context manager.
 
     What is not answered when it stops waits for the next server. Leaving the context raises ``error``. A subclass
@@ -61,6 +62,6 @@ class FaultThread:
             os.close(wake)
             self.userfault.attach(None)
 
+    @abstractmethod
     def _main(self) -> None:
         """Answer faults until ``_wake`` is readable."""
-        raise NotImplementedError

@@ -13,10 +13,10 @@ from pyvmm.atlas.claims.ownership_pages import (
     Access,
     by_address,
     by_file,
-    found,
     harmless,
     kept_out,
-    said,
+    outcome,
+    what_it_finds,
 )
 from pyvmm.experiment import Experiment
 from pyvmm.experiment.host import access, processes, settings, uring
@@ -201,9 +201,9 @@ def a_shared_page_is_open_to_all(x: Experiment) -> None:
     for name, way in ways.items():
         x.guest.write64(page, GUESTS)
         x.guest.share(page)
-        x.check(name, said(way(page)), "ok, sees the guest's data")
+        x.check(name, outcome(way(page)), "ok, sees the guest's data")
         x.guest.unshare(page)
-    x.check("in the end the guest finds there", found(x, page), WORDS[GUESTS])
+    x.check("in the end the guest finds there", what_it_finds(x, page), WORDS[GUESTS])
 
 
 def _disk(x: Experiment) -> Path:

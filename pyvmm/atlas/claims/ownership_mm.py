@@ -16,9 +16,9 @@ from pyvmm.atlas.claims.ownership_pages import (
     PRIVATE,
     WORDS,
     Access,
-    found,
     harmless,
     pages,
+    what_it_finds,
 )
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host import inspect, processes
@@ -267,10 +267,10 @@ def _filled(x: Experiment, count: int) -> Gpa:
 def _still_there(x: Experiment, gpa: int, fresh: int | None = None) -> None:
     """Check that the guest finds its data at ``gpa``; tell what it finds in a fresh page, if it still runs."""
     kind = PRIVATE if x.protection.isolates or x.backing == "private" else "a page it has touched"
-    words = found(x, gpa)
+    words = what_it_finds(x, gpa)
     x.check(FINDS.format(kind), words, WORDS[GUESTS])
     if fresh is not None and words in WORDS.values():
-        x.tell("in a page it had not touched the guest finds", found(x, fresh))
+        x.tell("in a page it had not touched the guest finds", what_it_finds(x, fresh))
 
 
 def _advised(x: Experiment, *advice: int) -> Access:

@@ -67,9 +67,9 @@ def kept_out(x: Experiment, text: str, access: Access, *, zeros: bool = False) -
     answer = access(each.private)
     if zeros and answer.died:
         x.cannot(f"{text.format(PRIVATE)}: {answer.died}")
-    due = ZEROS if zeros else "an error" if answer.ok else said(answer)
-    x.check(text.format(PRIVATE), said(answer), due)
-    x.check(FINDS.format(PRIVATE), found(x, each.private), WORDS[GUESTS])
+    due = ZEROS if zeros else "an error" if answer.ok else outcome(answer)
+    x.check(text.format(PRIVATE), outcome(answer), due)
+    x.check(FINDS.format(PRIVATE), what_it_finds(x, each.private), WORDS[GUESTS])
 
 
 def harmless(x: Experiment, text: str, access: Access) -> None:
@@ -78,16 +78,16 @@ def harmless(x: Experiment, text: str, access: Access) -> None:
     _tell(x, text, access, each.fresh, FRESH)
     for gpa, kind in ((each.shared, SHARED), (each.private, PRIVATE)):
         if gpa is not None:
-            x.tell(text.format(kind), said(access(gpa)))
-            x.check(FINDS.format(kind), found(x, gpa), WORDS[GUESTS])
+            x.tell(text.format(kind), outcome(access(gpa)))
+            x.check(FINDS.format(kind), what_it_finds(x, gpa), WORDS[GUESTS])
 
 
 def _tell(x: Experiment, text: str, access: Access, gpa: Gpa, kind: str) -> None:
-    x.tell(text.format(kind), said(access(gpa)))
-    x.tell(FINDS.format(kind), found(x, gpa))
+    x.tell(text.format(kind), outcome(access(gpa)))
+    x.tell(FINDS.format(kind), what_it_finds(x, gpa))
 
 
-def said(answer: Answer) -> str:
+def outcome(answer: Answer) -> str:
     """Say how an access went, and what it saw."""
     if not answer.ok:
         return answer.name
@@ -96,7 +96,7 @@ def said(answer: Answer) -> str:
     return "ok" if answer.result in (0, PAGE_SIZE) else f"ok, {answer.result} bytes"
 
 
-def found(x: Experiment, gpa: int) -> str:
+def what_it_finds(x: Experiment, gpa: int) -> str:
     """Have the guest load a word, and say what it finds, or how its access fails."""
     order = x.guest.start_read64(gpa)
     failure = x.failed(order)
@@ -124,7 +124,7 @@ def by_address(x: Experiment, access: Callable[[int], Answer], where: Callable[[
         finally:
             del word
     if not answer.ok or (answer.data and answer.word != GUESTS):
-        x.cannot(f"the access fails on any page here: {said(answer)}")
+        x.cannot(f"the access fails on any page here: {outcome(answer)}")
     at = where or x.view
     return lambda gpa: access(at(gpa))
 

@@ -151,7 +151,7 @@ def text(comparison: Comparison, look: Look = PLAIN) -> str:
     if groups.is_relative(comparison.a):
         lines.append(look.paint(f"== {TCG_NOTE} ".ljust(min(look.width, 60), "="), table.STRIPE))
     for name, pair in comparison.environment.items():
-        lines += look.wrap(f"{one_line(name)}: {groups.said(pair[0])} -> {groups.said(pair[1])}", 4, "  ")
+        lines += look.wrap(f"{one_line(name)}: {groups.value_text(pair[0])} -> {groups.value_text(pair[1])}", 4, "  ")
     for case in dict.fromkeys(each.a.case for each in comparison.differences):
         lines += ["", *_rows([each for each in comparison.differences if each.a.case == case], look)]
     for name, only in (("A", comparison.only_a), ("B", comparison.only_b)):

@@ -15,7 +15,7 @@ from typing import Final
 
 from pyvmm.bench.model import BenchError, Point, Run
 from pyvmm.bench.report import charts, heat, plot
-from pyvmm.bench.report.groups import Group, Row, Section, is_relative, point_of, said, scale_of, sections
+from pyvmm.bench.report.groups import Group, Row, Section, is_relative, point_of, scale_of, sections, value_text
 from pyvmm.bench.report.plot import Plot
 from pyvmm.bench.split import PARTS, WHOLE
 from pyvmm.bench.statistics import require
@@ -145,7 +145,7 @@ def _lines(
     for row in group.rows:
         at = place(row.series.point.get(axis))
         if at is not None:
-            rest = tuple((name, said(value)) for name, value in row.series.point.items() if name != axis)
+            rest = tuple((name, value_text(value)) for name, value in row.series.point.items() if name != axis)
             found.setdefault(rest, {}).setdefault(at, row)
     lines = {rest: sorted(points.items()) for rest, points in found.items() if len(points) > 1}
     # What all lines have in common is no part of their names.
@@ -244,16 +244,19 @@ def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Plot]:
 
 def _peer(section: Section, group: Group, row: Row, *, several: bool) -> str:
     """Name a peer, and what it does where others do something else; ourselves with whom we took turns."""
-    point = {name: said(value) for name, value in row.series.point.items()}
+    point = {name: value_text(value) for name, value in row.series.point.items()}
     who, beside = point.pop("peer", ""), point.pop("beside", "")
     points = [other.series.point for group in section.groups for other in group.rows]
-    what = [value for name, value in point.items() if any(said(other.get(name)) != value for other in points)]
+    what = [value for name, value in point.items() if any(value_text(other.get(name)) != value for other in points)]
     name = f"{who} beside {beside}" if who == OURS and beside else who
     return ", ".join(each for each in (name, group.metric if several else "", *what) if each) or "all"
 
 
 def _rest(group: Group, row: Row) -> tuple[str, ...]:
-    return (group.metric, *(f"{name}={said(value)}" for name, value in row.series.point.items() if name != "peer"))
+    return (
+        group.metric,
+        *(f"{name}={value_text(value)}" for name, value in row.series.point.items() if name != "peer"),
+    )
 
 
 # -- pictures of ranges
@@ -287,6 +290,6 @@ def _chosen(section: Section) -> list[tuple[Group, Row]]:
 
     found: dict[str, list[tuple[Group, Row]]] = {}
     for pair in sorted(pictured(section), key=telling):
-        found.setdefault(said(pair[1].series.point.get("protection")), []).append(pair)
+        found.setdefault(value_text(pair[1].series.point.get("protection")), []).append(pair)
     by_turns = zip_longest(*found.values())
     return [pair for turn in by_turns for pair in turn if pair is not None][:HEATS]

@@ -157,13 +157,15 @@ def columns_of(points: Sequence[Point]) -> tuple[tuple[str, ...], Point]:
 def cells_of(point: Point, columns: Iterable[str], base: Point) -> tuple[str, ...]:
     """Return what a row says of its point, cell by cell; the column without a name says what differs from ``base``."""
     differs = " ".join(
-        f"{one_line(axis)}={said(point.get(axis))}" for axis in base if _plain(point.get(axis)) != _plain(base[axis])
+        f"{one_line(axis)}={value_text(point.get(axis))}"
+        for axis in base
+        if _plain(point.get(axis)) != _plain(base[axis])
     )
-    return tuple(said(point.get(axis)) if axis else differs or "(base)" for axis in columns)
+    return tuple(value_text(point.get(axis)) if axis else differs or "(base)" for axis in columns)
 
 
-def said(value: Value) -> str:
-    """Say where on an axis a point is."""
+def value_text(value: Value) -> str:
+    """Say a value of an axis, of the environment or of a note."""
     if value is None:
         return "-"
     return ("yes" if value else "no") if isinstance(value, bool) else one_line(str(value))
@@ -171,7 +173,7 @@ def said(value: Value) -> str:
 
 def point_of(point: Point) -> str:
     """Say a whole point."""
-    return " ".join(f"{one_line(axis)}={said(value)}" for axis, value in point.items())
+    return " ".join(f"{one_line(axis)}={value_text(value)}" for axis, value in point.items())
 
 
 def _plain(value: Value) -> str:

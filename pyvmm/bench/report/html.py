@@ -20,8 +20,8 @@ from pyvmm.bench.report.groups import (
     host,
     is_relative,
     point_of,
-    said,
     sections,
+    value_text,
 )
 from pyvmm.bench.report.table import RATIO, RATIO_NOTE, has_ratio, interval, ratio
 from pyvmm.bench.statistics import FEW, RESAMPLES, require
@@ -80,16 +80,16 @@ class _Page:
 
     def _header(self) -> Iterable[str]:
         environment = self._run.environment
-        kernel, mode = (said(environment.get(name)) for name in ("kernel", "mode"))
+        kernel, mode = (value_text(environment.get(name)) for name in ("kernel", "mode"))
         yield '<header><p class="kicker">pyvmm bench</p>'
         yield f"<h1>{escaped(f'What guest memory costs on Linux {kernel}, KVM in {mode} mode')}</h1>"
         if self._relative:
             yield f'<p class="stripe">{TCG_NOTE}.</p>'
         if self._run.end is None:
             yield '<p class="stripe">Cut off: the run was not whole; this is what it had measured.</p>'
-        told = [(name, said(value)) for name, value in environment.items()]
+        told = [(name, value_text(value)) for name, value in environment.items()]
         told += [(f"asked: {name}", _asked(value)) for name, value in self._run.asked.items() if value]
-        told += [(name, said(value)) for name, value in (self._run.end or {}).items()]
+        told += [(name, value_text(value)) for name, value in (self._run.end or {}).items()]
         listed = facts((name, value or "(empty)") for name, value in told)
         yield f'</header><div class="top"><dl class="facts">{listed}</dl>'
         yield from self._contents()
@@ -172,7 +172,7 @@ def _told(series: Series) -> str:
     parts = [point_of(series.point)]
     if series.warmup:
         parts.append(f"{series.warmup:,} values of warm-up left out" + (f" ({series.rule})" if series.rule else ""))
-    return "; ".join([*parts, *(f"{name}: {said(value)}" for name, value in series.notes.items())])
+    return "; ".join([*parts, *(f"{name}: {value_text(value)}" for name, value in series.notes.items())])
 
 
 def _points(missing: Iterable[Series]) -> str:

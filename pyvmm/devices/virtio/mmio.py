@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """virtio over MMIO, version 2 (virtio 1.2, 4.2): how a driver finds, sets up and resets a device.
 
-Owns the device's queues, its interrupt and what its registers read as (:mod:`pyvmm.devices.virtio.shown`). The native
-loop answers reads, and takes kicks, selectors and acknowledgements. Other writes come here, from any vCPU, under one
-lock. The device's own threads take only a second one, so that a reset may wait for them.
+Owns the device's queues, its interrupt and what its registers read as (:mod:`pyvmm.devices.virtio.registerstate`). The
+native loop answers reads, and takes kicks, selectors and acknowledgements. Other writes come here, from any vCPU, under
+one lock. The device's own threads take only a second one, so that a reset may wait for them.
 
 =====================================  ==========================================================================
 what a hostile guest may do            what happens
@@ -39,7 +39,7 @@ from pyvmm.devices.virtio.registers import (
     Status,
     objection,
 )
-from pyvmm.devices.virtio.shown import Shown
+from pyvmm.devices.virtio.registerstate import RegisterState
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ class VirtioMmio(Device):
         # For what the device's own threads change too, the status and the generation. Taken last, held for a moment.
         self._guard = threading.Lock()
         self._news = Complaints(device.label)  # apart: they must not keep the device's own from being said
-        self._shown = Shown(device, self.offered, self.interrupt)
-        self.native = self.state = self._shown.native
+        self._registers = RegisterState(device, self.offered, self.interrupt)
+        self.native = self.state = self._registers.native
         with contextlib.ExitStack() as half_built:
             for index, most in enumerate(device.queue_sizes):
                 half_built.callback(self._add_queue(native_vm, index, most).close)
@@ -104,13 +104,13 @@ class VirtioMmio(Device):
     def _add_queue(self, native_vm: pv_vm, index: int, most: int) -> Queue:
         queue = Queue(native_vm, self.interrupt, index, most)
         self.queues.append(queue)
-        self._shown.add_queue(queue)
+        self._registers.add_queue(queue)
         return queue
 
     def _forget(self) -> None:
         """Be as after a reset, the status apart."""
         self._features = 0
-        self._shown.select()
+        self._registers.select()
         self._setups = [Setup() for _ in self.queues]
 
     @property
@@ -125,7 +125,7 @@ class VirtioMmio(Device):
     @property
     def status(self) -> Status:
         """The device status register."""
-        return self._shown.status
+        return self._registers.status
 
     @property
     def features(self) -> int:
@@ -154,7 +154,7 @@ class VirtioMmio(Device):
     def needs_reset(self) -> None:
         """Set DEVICE_NEEDS_RESET, and tell a driver that is there."""
         with self._guard:
-            self._shown.status |= Status.NEEDS_RESET
+            self._registers.status |= Status.NEEDS_RESET
             told = Status.DRIVER_OK in self.status
         if told:
             lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
@@ -162,7 +162,7 @@ class VirtioMmio(Device):
     def config_changed(self) -> None:
         """Show a new configuration, count it, and tell a driver that is there."""
         with self._guard:
-            self._shown.update_config(changed=True)
+            self._registers.update_config(changed=True)
             told = Status.DRIVER_OK in self.status
         if told:
             lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
@@ -177,7 +177,7 @@ class VirtioMmio(Device):
                 if start + size <= len(self.device.config()):
                     self.device.write_config(start, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
                     with self._guard:
-                        self._shown.update_config()
+                        self._registers.update_config()
             elif size == 4:
                 self._set_register(offset, value & LOW)
 
@@ -195,7 +195,7 @@ class VirtioMmio(Device):
     # -- features and status
 
     def _set_features(self, value: int) -> None:
-        word = self._shown.driver_word  # once: another vCPU may be storing to it
+        word = self._registers.driver_word  # once: another vCPU may be storing to it
         if Status.FEATURES_OK in self.status or word >= lib.PV_VIRTIO_FEATURE_WORDS:
             return
         shift = 32 * word
@@ -217,8 +217,8 @@ class VirtioMmio(Device):
                 self.device.complaints.warn("features_refused", reason=reason, features=hex_(self._features))
                 return
             with self._guard:
-                self._shown.update_config()  # it may follow from the features
-                self._shown.status |= bit
+                self._registers.update_config()  # it may follow from the features
+                self._registers.status |= bit
             if bit is Status.DRIVER_OK:
                 self._start()
 
@@ -238,23 +238,23 @@ class VirtioMmio(Device):
         except (PyvmmError, OSError) as error:
             self.device.failed(error)
         with self._guard:
-            self._shown.update_config()
+            self._registers.update_config()
 
     def _reset(self) -> None:
         self.device.stop()
         for queue in self.queues:
             queue.reset()
-            self._shown.update_queue(queue)
+            self._registers.update_queue(queue)
         self._forget()
         with self._guard:
-            self._shown.update_config()
-            self._shown.status = Status(0)
+            self._registers.update_config()
+            self._registers.status = Status(0)
             self.interrupt.status = 0
 
     # -- queues
 
     def _set_queue(self, offset: int, value: int) -> None:
-        selected = self._shown.queue  # once: another vCPU may be storing to it
+        selected = self._registers.queue  # once: another vCPU may be storing to it
         if selected >= len(self.queues):
             return
         queue, setup, status = self.queues[selected], self._setups[selected], self.status
@@ -284,7 +284,7 @@ class VirtioMmio(Device):
             flags |= lib.PV_QUEUE_EVENT_IDX if self._features & Feature.EVENT_IDX else 0
             flags |= lib.PV_QUEUE_INDIRECT if self._features & Feature.INDIRECT_DESC else 0
             queue.setup(setup.size, flags, setup.descriptors, setup.driver, setup.device)
-        self._shown.update_queue(queue)
+        self._registers.update_queue(queue)
 
     # -- life
 
@@ -303,10 +303,10 @@ class VirtioMmio(Device):
         return {
             "device": self.device.name,
             "status": int(self.status),
-            "generation": self._shown.generation,
+            "generation": self._registers.generation,
             "interrupt": int(self.interrupt.status),
             "features": self._features,
-            "select": self._shown.save(),
+            "select": self._registers.save(),
             "queues": [
                 {**setup.save(), "at": queue.save() if queue.ready else None}
                 for setup, queue in zip(self._setups, self.queues, strict=True)
@@ -330,7 +330,7 @@ class VirtioMmio(Device):
         status = Status(saved["status"])
         if Status.FEATURES_OK in status and (reason := self._refusal()) is not None:
             raise ValueError(reason)
-        self._shown.select(saved["select"])
+        self._registers.select(saved["select"])
         for number, (queue, each) in enumerate(zip(self.queues, saved["queues"], strict=True)):
             at = each.pop("at")
             self._setups[number] = setup = Setup(**each)
@@ -340,10 +340,10 @@ class VirtioMmio(Device):
                     raise ValueError(f"queue {number} is refused")
                 queue.load(at)
         self.device.load(saved["own"])
-        self._shown.generation = saved["generation"]
-        self._shown.update_config()
+        self._registers.generation = saved["generation"]
+        self._registers.update_config()
         self.interrupt.status = saved["interrupt"]
-        self._shown.status = status
+        self._registers.status = status
 
     def close(self) -> None:
         """Stop the device and close it."""

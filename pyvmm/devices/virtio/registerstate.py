@@ -34,7 +34,7 @@ _FIXED: Final = {
 }
 
 
-class Shown:
+class RegisterState:
     """The registers of ``device``, which offers the features ``offered``, as at first."""
 
     def __init__(self, device: VirtioDevice, offered: int, interrupt: pv_interrupt) -> None:

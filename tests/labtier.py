@@ -26,7 +26,7 @@ from pyvmm.labenv import in_lab
 
 SHOWN = ("debian:", "own:", "passt", "e2fsprogs", "gdb")
 """What tests find in the lab beside what it has: guests' kernels, programs on PATH. The project's kernel is built for
-that in CI only; elsewhere tests that need what there is none of are skipped (see tests/pkvm/shown.py)."""
+that in CI only; elsewhere tests that need what there is none of are skipped (see tests/pkvm/required.py)."""
 PATIENCE = float(os.environ.get("PYVMM_LAB_TEST_TIMEOUT", "1800"))
 """Seconds that a test may take in the lab, its share of other tests' time on a busy machine included."""
 

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.pkvm.shown import kernel_directory, program
+from tests.pkvm.required import kernel_directory, program
 
 DIRECTORIES = ("bin", "dev", "mnt", "proc", "sys", "tmp")
 

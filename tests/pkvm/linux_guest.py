@@ -19,7 +19,7 @@ from pyvmm.machine.machine import Machine
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Outcome
 from tests.pkvm.harness import config
-from tests.pkvm.shown import kernel_directory
+from tests.pkvm.required import kernel_directory
 
 DEADLINE = 600.0
 """Seconds for whatever is waited for; an idle lab boots in about 5."""

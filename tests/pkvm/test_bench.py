@@ -27,7 +27,7 @@ from pyvmm.machine.layout import RAM_BASE
 from pyvmm.memory.address import Gpa
 from pyvmm.protection import Protection
 from tests.pkvm.harness import ALL, puppet
-from tests.pkvm.shown import kernel_directory
+from tests.pkvm.required import kernel_directory
 
 pytestmark = pytest.mark.pkvm
 PAGES = 16

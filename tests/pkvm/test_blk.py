@@ -20,7 +20,7 @@ from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm import disks
 from tests.pkvm.harness import ALL, config, run
-from tests.pkvm.shown import kernel_directory
+from tests.pkvm.required import kernel_directory
 
 pytestmark = pytest.mark.pkvm
 

@@ -26,7 +26,7 @@ from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.gdb_client import Client, field
 from tests.pkvm.harness import ALL, DEADLINE, config
-from tests.pkvm.shown import kernel_directory, program
+from tests.pkvm.required import kernel_directory, program
 from tests.pkvm.test_faults import read_through_the_kernel
 
 pytestmark = pytest.mark.pkvm

@@ -18,7 +18,7 @@ from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import run
 from tests.pkvm.linux_guest import initrd
-from tests.pkvm.shown import kernel_directory
+from tests.pkvm.required import kernel_directory
 
 pytestmark = pytest.mark.pkvm
 

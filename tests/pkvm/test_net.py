@@ -25,7 +25,7 @@ from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import ALL, run
-from tests.pkvm.shown import kernel_directory, program
+from tests.pkvm.required import kernel_directory, program
 
 pytestmark = pytest.mark.pkvm
 

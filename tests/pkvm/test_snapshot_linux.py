@@ -32,7 +32,7 @@ from pyvmm.protection import Protection
 from pyvmm.session.control import Connection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import config
-from tests.pkvm.shown import kernel_directory
+from tests.pkvm.required import kernel_directory
 
 pytestmark = pytest.mark.pkvm
 

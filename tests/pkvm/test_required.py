@@ -15,7 +15,7 @@ from pyvmm.machine import boot
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import run
-from tests.pkvm.shown import kernel_directory
+from tests.pkvm.required import kernel_directory
 
 pytestmark = pytest.mark.pkvm
 

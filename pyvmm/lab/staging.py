@@ -21,7 +21,7 @@ from pyvmm.errors import UsageError
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
 
-IN_LAB = frozenset({"cffi", "pyelftools", "pytest", "pyvmm", "structlog"})
+INSTALLED = frozenset({"cffi", "pyelftools", "pytest", "pyvmm", "structlog"})
 """Packages that the lab has."""
 INFO = ("METADATA", "entry_points.txt")
 COMPILED = (".so", ".pyd")
@@ -45,7 +45,7 @@ def stage(packages: Iterable[Distribution], directory: Path) -> None:
 
     UsageError for code compiled for another machine than the lab's, and for a package whose files are not to be found.
     """
-    done: set[str] = set(IN_LAB)
+    done: set[str] = set(INSTALLED)
     todo = list(packages)
     while todo:
         package = todo.pop()

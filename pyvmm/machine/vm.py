@@ -27,12 +27,12 @@ FORWARDED: Final = ((abi.HVC_FEATURES, 1), (abi.HVC_MEMINFO, 3))
 """FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
 RETRIES: Final = 64
 RING_RECORDS: Final = 1 << 12
-PROTECTIONS: Final = {
+NATIVE_PROTECTIONS: Final = {
     Protection.NONE: lib.PV_NONE,
     Protection.PKVM: lib.PV_PKVM,
     Protection.EMULATED: lib.PV_EMULATED,
 }
-POLICIES: Final = {
+NATIVE_POLICIES: Final = {
     ConversionPolicy.PRESERVE: lib.PV_CONVERT_PRESERVE,
     ConversionPolicy.ZERO: lib.PV_CONVERT_ZERO,
     ConversionPolicy.PUNCH: lib.PV_CONVERT_PUNCH,
@@ -74,8 +74,8 @@ def protect(vm: Vm, config: MachineConfig) -> pv_vm:
     """Tell the VM, and the native loop, of its protection; returns the ``struct pv_vm *``, without memory yet."""
     native = ffi.new("struct pv_vm *")
     native.fd = vm.fileno()
-    native.protection = PROTECTIONS[config.protection]
-    native.conversion = POLICIES[config.conversion]
+    native.protection = NATIVE_PROTECTIONS[config.protection]
+    native.conversion = NATIVE_POLICIES[config.conversion]
     native.retry_limit = RETRIES
     native.policy[lib.PV_FAIL_EAGAIN] = lib.PV_ACT_RETRY
     if config.protection is Protection.EMULATED:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pyvmm._native import lib
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
-from pyvmm.machine.vm import POLICIES
+from pyvmm.machine.vm import NATIVE_POLICIES
 from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Backing, Memfd
 from pyvmm.memory.choices import ConversionPolicy
@@ -49,7 +49,7 @@ def convert(memory: Memory, number: int, shared: bool) -> int:
 
 
 def test_each_policy_has_the_native_loops_number() -> None:
-    assert [POLICIES[policy] for policy in ConversionPolicy] == [
+    assert [NATIVE_POLICIES[policy] for policy in ConversionPolicy] == [
         lib.PV_CONVERT_PRESERVE,
         lib.PV_CONVERT_ZERO,
         lib.PV_CONVERT_PUNCH,

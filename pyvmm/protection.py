@@ -11,8 +11,8 @@ class Protection(Enum):
     """Who enforces that the host cannot touch a guest's private pages."""
 
     NONE = "none"
-    PKVM = "pkvm"
     EMULATED = "emulated"
+    PKVM = "pkvm"
 
     @property
     def isolates(self) -> bool:
@@ -26,4 +26,4 @@ class Protection(Enum):
 
 
 PROTECTIONS: Final = tuple(protection.value for protection in Protection)
-"""Their names, as a user types them."""
+"""Their names, as a user types them, in the order in which reports and axes have them."""

@@ -29,7 +29,6 @@ from pyvmm.plugins import PluginError
 if TYPE_CHECKING:
     from pyvmm.bench.measure import Bench
 
-PROTECTIONS = ("none", "emulated", "pkvm")
 DEADLINE = 120.0
 """Seconds a point may take before its process is killed, unless the case says otherwise."""
 

@@ -21,6 +21,8 @@ from pyvmm.cli.common import Help, add_common, require_arm64
 from pyvmm.cli.progress import terminal_line
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.interrupt import Interrupted, terminable
+from pyvmm.memory.choices import BACKINGS
+from pyvmm.protection import PROTECTIONS
 from pyvmm.syntax.paths import OutputPath, open_output
 from pyvmm.syntax.values import parse_seconds
 
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
     from pyvmm.plugins import PluginError
     from pyvmm.reports.look import Look
 
-# As in pyvmm.protection and pyvmm.machine.config, which are not worth importing for --help.
-PROTECTIONS = ("none", "emulated", "pkvm")
-BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
 DIFF = "diff"
 FEW = 4
 """Results that are shown whole; of more, the table tells."""

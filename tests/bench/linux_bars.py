@@ -22,11 +22,11 @@ import sys
 from collections.abc import Callable, Iterator
 
 from pyvmm.bench import linux, peers, transfers
-from pyvmm.bench.case import PROTECTIONS
 from pyvmm.bench.model import Series
 from pyvmm.bench.task import measure_point
 from pyvmm.guest.kernels import OWN
 from pyvmm.memory.address import MIB
+from pyvmm.protection import PROTECTIONS
 
 BOOTS = 50
 PATIENCE = 600.0

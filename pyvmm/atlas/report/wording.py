@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from pyvmm.atlas.model import Atlas, Result
 from pyvmm.experiment.record import TCG, Event, Evidence, Value, Verdict
+from pyvmm.memory.choices import BACKINGS
+from pyvmm.protection import PROTECTIONS
 from pyvmm.reports.words import clean, one_line
 
 Key = tuple[str, str, str]
@@ -25,9 +27,6 @@ SHORT = {Verdict.HOLDS: "holds", Verdict.FAILS: "fails", Verdict.UNTOLD: "untold
 """A verdict in one word, where there is room for no more."""
 
 _PLURAL = {Verdict.HOLDS: "hold", Verdict.FAILS: "do not hold"}
-
-_PROTECTIONS = ("none", "emulated", "pkvm")
-_BACKINGS = ("memfd", "thp", "hugetlb", "guest_memfd", "private")
 
 HOST = {
     "kernel": "kernel",
@@ -79,8 +78,8 @@ def columns(atlas: Atlas) -> dict[str, list[str]]:
     for protection, backing in atlas.columns():
         found.setdefault(protection, []).append(backing)
     return {
-        protection: sorted(found[protection], key=lambda each: _rank(each, _BACKINGS))
-        for protection in sorted(found, key=lambda each: _rank(each, _PROTECTIONS))
+        protection: sorted(found[protection], key=lambda each: _rank(each, BACKINGS))
+        for protection in sorted(found, key=lambda each: _rank(each, PROTECTIONS))
     }
 
 

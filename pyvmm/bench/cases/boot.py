@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from pyvmm.bench import linux
-from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench
+from pyvmm.protection import PROTECTIONS
 
 PHASES = {
     "exec to first KVM_RUN": ("executed", "entered"),

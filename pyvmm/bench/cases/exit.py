@@ -7,12 +7,13 @@ import os
 from typing import Any, Final
 
 from pyvmm import abi
-from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.experiment import Experiment
 from pyvmm.guest.puppet import What
 from pyvmm.machine import layout
+from pyvmm.protection import PROTECTIONS
 
 COUNT: Final = 300
 IOEVENTFD: Final = 0x800

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Final
 
-from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.experiment import BEYOND, Experiment, raw
@@ -20,6 +20,7 @@ from pyvmm.memory.fault_server import Server
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.memory.source_server import SourceServer
 from pyvmm.memory.userfault import Userfault
+from pyvmm.protection import PROTECTIONS
 from pyvmm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES
 from pyvmm.uapi.mman import MADV_DONTNEED
 

@@ -9,11 +9,12 @@ import tempfile
 from typing import Final
 
 from pyvmm.bench import linux
-from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.case import case
 from pyvmm.bench.measure import SPARE, Bench
 from pyvmm.errors import PyvmmError
 from pyvmm.guest.kernels import OWN
 from pyvmm.memory.address import MIB
+from pyvmm.protection import PROTECTIONS
 
 PAGES: Final = 256
 KIB: Final = 1024

@@ -6,13 +6,14 @@ from __future__ import annotations
 import statistics
 from typing import Any, Final
 
-from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import Point
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Backing
+from pyvmm.protection import PROTECTIONS
 
 PAGES: Final = 64
 HOLES: Final = {"page": 1, "range": 16, "whole file": PAGES}

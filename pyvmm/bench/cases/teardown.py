@@ -6,10 +6,11 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench
 from pyvmm.guest.puppet import Access
 from pyvmm.memory.address import MIB, PAGE_SIZE
+from pyvmm.protection import PROTECTIONS
 
 SIZES: Final = (1, 4)
 """MiB that the guest has touched."""

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from pyvmm.bench import transfers
-from pyvmm.bench.case import PROTECTIONS, case
+from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench
 from pyvmm.guest.kernels import OWN
+from pyvmm.protection import PROTECTIONS
 
 
 @case(

@@ -37,7 +37,8 @@ from pyvmm.machine.content import (
     big_endian,
     damaged,
 )
-from pyvmm.machine.fdt import Describable, GicNode, Tree, check_header, describe, machine_tree, without_entropy
+from pyvmm.machine.describing import Describable, GicNode, describe, machine_tree, without_entropy
+from pyvmm.machine.fdt import Tree, check_header
 from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import MIB, Gpa, align_down
 

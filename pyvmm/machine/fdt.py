@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes flattened device trees, and the one this machine hands its guest; reads those that others wrote.
+"""Writes flattened device trees, and reads those that others wrote. Owns nothing.
 
-Owns nothing; the machine calls :func:`machine_tree` with what its devices say about themselves, then
-:meth:`Tree.to_bytes`. The format is that of the Devicetree Specification, release v0.4, chapter 5; the same tree gives
-the same bytes every time.
+The format is that of the Devicetree Specification, release v0.4, chapter 5; the same tree gives the same bytes every
+time. What is in the tree of a machine is for :mod:`pyvmm.machine.describing`.
 """
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, Protocol
+from typing import Final
 
-from pyvmm.devices.base import Trigger
-from pyvmm.errors import UsageError, hex_
+from pyvmm.errors import UsageError
 
 #: What a property may be given as: a 32-bit cell, a string, cells or strings in a row, True for a property that is
 #: only there, or bytes taken as they are (:func:`cells64` makes 64-bit ones).
@@ -71,13 +68,13 @@ class Node:
     """One node: ``name`` with its unit address, properties in the order they were set, then children."""
 
     def __init__(
-        self, name: str, properties: dict[str, Value] | None = None, children: "list[Node] | None" = None
+        self, name: str, properties: dict[str, Value] | None = None, children: list[Node] | None = None
     ) -> None:
         self.name = name
         self.properties = {} if properties is None else properties
         self.children = [] if children is None else children
 
-    def add(self, name: str, properties: Mapping[str, Value] | None = None) -> "Node":
+    def add(self, name: str, properties: Mapping[str, Value] | None = None) -> Node:
         """Append a child and return it."""
         child = Node(name, dict(properties or {}))
         self.children.append(child)
@@ -247,160 +244,3 @@ def _string(text: str) -> bytes:
 
 def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
-
-
-# ---- this machine's tree -----------------------------------------------------------------------------------------
-
-
-# Linux include/dt-bindings/interrupt-controller/{irq,arm-gic}.h; see also pyvmm.devices.base.Trigger.
-_LEVEL_LOW: Final = 8
-_SPI, _PPI = 0, 1
-#: The generic timer's interrupts: secure, non-secure (the physical one), virtual, hypervisor; PPI n is number 16 + n.
-_TIMER_PPIS: Final = (13, 14, 11, 10)
-
-
-class GicNode(NamedTuple):
-    """A GICv3: (gpa, bytes) of its distributor, of its redistributors, and of its ITS, if it has one."""
-
-    distributor: tuple[int, int]
-    redistributors: tuple[int, int]
-    its: tuple[int, int] | None = None
-
-
-class DeviceNode(NamedTuple):
-    """What a device says about itself and the machine about its place; ``base`` is a gpa, ``size`` bytes.
-
-    ``clocks`` names the device's clock inputs: all are wired to one fixed clock. ``spi`` is the number of its shared
-    interrupt, from 0, and ``trigger`` how that is given.
-    """
-
-    name: str
-    compatible: Sequence[str]
-    base: int
-    size: int
-    properties: Mapping[str, Value] = MappingProxyType({})
-    clocks: Sequence[str] = ()
-    spi: int | None = None
-    trigger: Trigger = Trigger.LEVEL
-
-
-class Describable(Protocol):
-    """A device, as far as its node goes."""
-
-    name: ClassVar[str]
-    compatible: ClassVar[str | tuple[str, ...]]
-    node: ClassVar[str | None]
-    clocks: ClassVar[tuple[str, ...]]
-    size: int
-
-    def properties(self) -> dict[str, Any]:
-        """Return what it says beside ``compatible`` and ``reg``."""
-        ...
-
-
-def describe(device: Describable, base: int, spi: int | None = None, trigger: Trigger = Trigger.LEVEL) -> DeviceNode:
-    """Return the node of a device placed at gpa ``base``, whose interrupt, if it has one, is SPI ``spi``."""
-    name, compatible = device.node or device.name, device.compatible
-    if isinstance(compatible, str):
-        compatible = (compatible,)
-    return DeviceNode(name, compatible, base, device.size, device.properties(), device.clocks, spi, trigger)
-
-
-#: The UART's reference clock, Hz: what QEMU's virt machine says, and drivers accept any baud rate from.
-CLOCK_HZ: Final = 24_000_000
-
-
-_SEEDS: Final = ("kaslr-seed", "rng-seed")
-
-
-def without_entropy(tree: Tree) -> Tree:
-    """Take the seeds out of a tree of :func:`machine_tree`, and return it: who had them could guess a guest's keys."""
-    for node in tree.root.children:
-        if node.name == "chosen":
-            for seed in _SEEDS:
-                node.properties.pop(seed, None)
-    return tree
-
-
-def machine_tree(
-    *,
-    ram: Sequence[tuple[int, int]],
-    mpidrs: Sequence[int],
-    devices: Sequence[DeviceNode],
-    bootargs: str = "",
-    stdout: DeviceNode | None = None,
-    initrd: tuple[int, int] | None = None,
-    gic: GicNode | None = None,
-    entropy: bytes = b"",
-) -> Tree:
-    """Describe the machine to its guest.
-
-    ``ram`` is (gpa, bytes) of each bank; ``mpidrs`` the affinity value of each vCPU, the booting one first; ``initrd``
-    its gpa and bytes; ``stdout`` one of ``devices``. Without ``gic`` neither devices nor the generic timer carry
-    interrupts: there is no controller to name them to. ``entropy`` is what the guest may begin with: the first 8 bytes
-    choose where its kernel lies, the others seed its random numbers; without it, the tree names none.
-    """
-    tree = Tree()
-    root = tree.root
-    # Devicetree Specification v0.4, chapter 3: the nodes every tree has.
-    root.properties |= {"#address-cells": 2, "#size-cells": 2, "model": "pyvmm", "compatible": "linux,dummy-virt"}
-
-    chosen = root.add("chosen", {"bootargs": bootargs})
-    if stdout is not None:
-        chosen.properties["stdout-path"] = f"/{_unit(stdout)}"
-    if initrd is not None:
-        start, size = initrd
-        chosen.properties |= {"linux,initrd-start": cells64(start), "linux,initrd-end": cells64(start + size)}
-
-    if entropy:
-        # dt-schema's chosen.yaml; Linux takes both out of the tree that it shows to its user space.
-        chosen.properties |= dict(zip(_SEEDS, (entropy[:8], entropy[8:]), strict=True))
-
-    for gpa, size in ram:
-        root.add(f"memory@{gpa:x}", {"device_type": "memory", "reg": cells64(gpa, size)})
-
-    # Linux Documentation/devicetree/bindings/arm/cpus.yaml and psci.yaml. PSCI is KVM's own (KVM_ARM_VCPU_PSCI_0_2).
-    cpus = root.add("cpus", {"#address-cells": 1, "#size-cells": 0})
-    cpu: dict[str, Value] = {"device_type": "cpu", "compatible": "arm,armv8", "enable-method": "psci"}
-    for mpidr in mpidrs:
-        cpus.add(f"cpu@{mpidr:x}", cpu | {"reg": mpidr})
-    root.add("psci", {"compatible": ("arm,psci-1.0", "arm,psci-0.2"), "method": "hvc"})
-
-    # bindings/timer/arm,arch_timer.yaml; always-on: a vCPU's timer never loses its state to idle.
-    timer = root.add("timer", {"compatible": "arm,armv8-timer", "always-on": True})
-    if gic is not None:
-        root.properties["interrupt-parent"] = tree.phandle(_add_gic(root, gic))
-        timer.properties["interrupts"] = [cell for ppi in _TIMER_PPIS for cell in (_PPI, ppi, _LEVEL_LOW)]
-
-    clock: Node | None = None
-    if any(device.clocks for device in devices):
-        clock = root.add("clock", {"compatible": "fixed-clock", "#clock-cells": 0})
-        clock.properties |= {"clock-frequency": CLOCK_HZ, "clock-output-names": "clk24mhz"}
-    for device in devices:
-        node = root.add(_unit(device), {"compatible": device.compatible, "reg": cells64(device.base, device.size)})
-        if device.clocks and clock is not None:
-            node.properties["clocks"] = [tree.phandle(clock)] * len(device.clocks)
-            node.properties["clock-names"] = device.clocks
-        if device.spi is not None and gic is not None:
-            node.properties["interrupts"] = (_SPI, device.spi, device.trigger)
-        for name, value in device.properties.items():
-            if name in node.properties:
-                raise UsageError(f"device {device.name} at gpa {hex_(device.base)} may not set {name!r} itself")
-            node.properties[name] = value
-    return tree
-
-
-def _add_gic(root: Node, gic: GicNode) -> Node:
-    # bindings/interrupt-controller/arm,gic-v3.yaml
-    node = root.add(f"interrupt-controller@{gic.distributor[0]:x}", {"compatible": "arm,gic-v3"})
-    node.properties |= {"interrupt-controller": True, "#interrupt-cells": 3}
-    node.properties["reg"] = cells64(*gic.distributor, *gic.redistributors)
-    node.properties |= {"#address-cells": 2, "#size-cells": 2, "ranges": True}
-    if gic.its is not None:
-        its = node.add(f"msi-controller@{gic.its[0]:x}", {"compatible": "arm,gic-v3-its", "reg": cells64(*gic.its)})
-        its.properties |= {"msi-controller": True, "#msi-cells": 1}
-    return node
-
-
-def _unit(device: DeviceNode) -> str:
-    return f"{device.name}@{device.base:x}"

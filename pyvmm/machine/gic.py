@@ -14,7 +14,7 @@ import contextlib
 from ctypes import c_uint32, c_uint64
 from typing import TYPE_CHECKING
 
-from pyvmm.machine.fdt import GicNode
+from pyvmm.machine.describing import GicNode
 from pyvmm.machine.layout import GIC_DISTRIBUTOR, GIC_ITS, GIC_REDISTRIBUTORS, MAX_VCPUS, SPIS
 from pyvmm.uapi.kvm import DeviceType
 from pyvmm.uapi.kvm_arm64 import (

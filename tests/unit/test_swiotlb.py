@@ -13,7 +13,8 @@ from pyvmm.devices.kinds.rng import Rng
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
-from pyvmm.machine.fdt import DeviceNode, Node, Tree, Value, cells32, cells64, machine_tree
+from pyvmm.machine.describing import DeviceNode, machine_tree
+from pyvmm.machine.fdt import Node, Tree, Value, cells32, cells64
 from pyvmm.machine.plan import Plan
 from pyvmm.machine.swiotlb import DEFAULT, add_pool
 from pyvmm.memory.address import MIB

@@ -27,7 +27,8 @@ from pyvmm.bench.el2 import Residency, Window, residency, visits
 from pyvmm.bench.measure import RULE, Bench
 from pyvmm.bench.model import Series
 from pyvmm.experiment import Experiment
-from pyvmm.guest.puppet import Puppet, What
+from pyvmm.guest.orders import What
+from pyvmm.guest.puppet import Puppet
 from pyvmm.observe.hyptrace import HypTrace, now
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_SET_COUNTER_OFFSET, kvm_arm_counter_offset
 

@@ -27,7 +27,8 @@ from pyvmm._native import lib
 from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.record import Event, Evidence, Picture, RunFailure, Value, Verdict
-from pyvmm.guest.puppet import GuestFault, Puppet
+from pyvmm.guest.orders import GuestFault
+from pyvmm.guest.puppet import Puppet
 from pyvmm.kvm.faulttrace import FaultTrace, TracedFault
 from pyvmm.kvm.system import System
 from pyvmm.labenv import in_lab

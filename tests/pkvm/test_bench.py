@@ -22,7 +22,7 @@ from pyvmm.bench.model import Point, Series
 from pyvmm.bench.task import Task, measure_point
 from pyvmm.experiment import raw
 from pyvmm.experiment.runner import run
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.machine.layout import RAM_BASE
 from pyvmm.memory.address import Gpa
 from pyvmm.protection import Protection

@@ -19,7 +19,8 @@ import pytest
 from pyvmm import abi
 from pyvmm.debug.server import GdbServer
 from pyvmm.devices.trap import Trap
-from pyvmm.guest.puppet import GuestFault, Puppet
+from pyvmm.guest.orders import GuestFault
+from pyvmm.guest.puppet import Puppet
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
 from pyvmm.protection import Protection

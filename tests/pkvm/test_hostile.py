@@ -22,7 +22,8 @@ from pyvmm.devices.virtio.blk import Request
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.registers import SIZE, Register, Status
 from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_RST, STREAM, Header
-from pyvmm.guest.puppet import Access, Puppet
+from pyvmm.guest.orders import Access
+from pyvmm.guest.puppet import Puppet
 from pyvmm.machine import layout
 from pyvmm.protection import Protection
 from tests.pkvm.harness import puppet

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from pyvmm import abi
-from pyvmm.guest.puppet import GuestSilent
+from pyvmm.guest.orders import GuestSilent
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd, SharedGuestMemfd

@@ -11,7 +11,8 @@ import pytest
 
 from pyvmm import abi
 from pyvmm.errors import GuestMemoryError
-from pyvmm.guest.puppet import Access, GuestFault, Order, Puppet, Results
+from pyvmm.guest.orders import Access, GuestFault, Order, Results
+from pyvmm.guest.puppet import Puppet
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.ledger import PageState

@@ -14,7 +14,7 @@ from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.errors import PyvmmError
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine import Machine, boot

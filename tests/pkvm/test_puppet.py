@@ -9,7 +9,7 @@ import pytest
 
 from pyvmm import abi
 from pyvmm.errors import GuestMemoryError
-from pyvmm.guest.puppet import Access, GuestFault, GuestRefused, What
+from pyvmm.guest.orders import Access, GuestFault, GuestRefused, What
 from pyvmm.machine import layout
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import UsageError
-from pyvmm.guest.puppet import Access, Puppet
+from pyvmm.guest.orders import Access
+from pyvmm.guest.puppet import Puppet
 from pyvmm.machine import Machine
 from pyvmm.machine.saving import save
 from pyvmm.machine.snapshot import Snapshot

@@ -12,7 +12,8 @@ import pytest
 from pyvmm.devices.kinds.rng import Rng
 from pyvmm.devices.virtio.device import Feature
 from pyvmm.devices.virtio.registers import Register, Status
-from pyvmm.guest.puppet import Access, Puppet
+from pyvmm.guest.orders import Access
+from pyvmm.guest.puppet import Puppet
 from pyvmm.machine import layout
 from pyvmm.protection import Protection
 from tests.pkvm.harness import ALL, DEADLINE, puppet

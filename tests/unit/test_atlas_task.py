@@ -21,7 +21,7 @@ from pyvmm.errors import HostError
 from pyvmm.experiment import Experiment, Untold, runner
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.record import Evidence, Picture, Value, Verdict
-from pyvmm.guest.puppet import GuestSilent
+from pyvmm.guest.orders import GuestSilent
 from pyvmm.protection import Protection
 
 DEADLINE = 20.0

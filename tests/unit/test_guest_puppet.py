@@ -11,7 +11,8 @@ import pytest
 from pyvmm import abi
 from pyvmm.devices.trap import MailboxAnswer, Trap
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.guest.puppet import Access, GuestFault, GuestRefused, GuestSilent, Puppet, Series, Timed, Touch, What
+from pyvmm.guest.orders import Access, GuestFault, GuestRefused, GuestSilent, Series, Timed, Touch, What
+from pyvmm.guest.puppet import Puppet
 
 PAGE = 0x8100_0000
 Play = Callable[[int, int, list[int]], MailboxAnswer | None]

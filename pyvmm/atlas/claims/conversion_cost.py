@@ -7,7 +7,7 @@ from pyvmm import abi
 from pyvmm.atlas.claim import group
 from pyvmm.atlas.claims.share_together import together
 from pyvmm.experiment import Experiment
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 
 claim = group("conversion")

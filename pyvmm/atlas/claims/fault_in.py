@@ -12,7 +12,7 @@ from pyvmm.atlas.claim import group
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.host.syscalls import drop_capabilities
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import FileBacking, Memfd, SharedGuestMemfd

@@ -10,7 +10,7 @@ from pyvmm.errors import KvmError
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host import settings
 from pyvmm.experiment.host.syscalls import madvise
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory import mman
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd

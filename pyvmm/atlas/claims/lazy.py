@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyvmm._native import lib
 from pyvmm.atlas.claim import group
 from pyvmm.experiment import BEYOND, Experiment, raw
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.fault_server import Answer, Server

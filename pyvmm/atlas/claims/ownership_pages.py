@@ -16,7 +16,7 @@ from pyvmm.experiment import Experiment
 from pyvmm.experiment.host.access import PATTERN
 from pyvmm.experiment.host.syscalls import Answer
 from pyvmm.experiment.raw import place
-from pyvmm.guest.puppet import GuestFault
+from pyvmm.guest.orders import GuestFault
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 
 GUESTS = 0x6775_6573_7400_0001

@@ -12,7 +12,7 @@ from pyvmm import abi
 from pyvmm.atlas.claim import group
 from pyvmm.experiment import Experiment
 from pyvmm.experiment.host.syscalls import NR_VMSPLICE, Iovec, call
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.relay import ShareEvent
 

@@ -8,7 +8,7 @@ from pyvmm.atlas.claim import group
 from pyvmm.atlas.claims.share_together import together
 from pyvmm.experiment import BEYOND, Experiment
 from pyvmm.experiment.host.access import process_vm_readv
-from pyvmm.guest.puppet import GuestFault, Hvc, Order
+from pyvmm.guest.orders import GuestFault, Hvc, Order
 from pyvmm.memory.address import PAGE_SIZE
 
 claim = group("share")

@@ -7,7 +7,8 @@ No claims of its own. The guest runs code of ours, which waits before every call
 from __future__ import annotations
 
 from pyvmm.experiment import Experiment
-from pyvmm.guest.puppet import Puppet, signed
+from pyvmm.guest.orders import signed
+from pyvmm.guest.puppet import Puppet
 
 CODE = (
     0xA940_4009,  # ldp x9, x16, [x0]     the first page, and which call

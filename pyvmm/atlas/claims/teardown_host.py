@@ -14,7 +14,7 @@ from pyvmm.errors import KvmError
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host.bare import HOLDERS, Bare, locked, look
 from pyvmm.experiment.host.forked import Forked
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import FileBacking, Memfd

@@ -11,7 +11,7 @@ from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.experiment import Experiment
-from pyvmm.guest.puppet import What
+from pyvmm.guest.orders import What
 from pyvmm.machine import layout
 from pyvmm.protection import PROTECTIONS
 

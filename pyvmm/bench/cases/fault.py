@@ -13,7 +13,8 @@ from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host.syscalls import madvise
-from pyvmm.guest.puppet import Access, Puppet, Touch
+from pyvmm.guest.orders import Access, Touch
+from pyvmm.guest.puppet import Puppet
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa
 from pyvmm.memory.choices import BACKINGS
 from pyvmm.memory.fault_server import Server

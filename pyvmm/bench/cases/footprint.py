@@ -79,7 +79,7 @@ def _linux(bench: Bench) -> int:
 def measure(protection: str, cpus: int, memory: int) -> int:
     """Return the bytes that this process takes while a guest of ``memory`` MiB runs in it."""
     from pyvmm.experiment import Experiment
-    from pyvmm.guest.puppet import Access
+    from pyvmm.guest.orders import Access
     from pyvmm.protection import Protection
 
     with Experiment(Protection(protection), memory=memory + SPARE // MIB, cpus=cpus) as x:

@@ -10,7 +10,7 @@ from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench, Ticks
 from pyvmm.experiment import raw
 from pyvmm.experiment.host import settings
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE
 
 MEANS: Final = ("nothing", "allocate", "populate", "huge pages", "populated huge pages", "--prefault")

@@ -10,7 +10,7 @@ from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import Point
 from pyvmm.experiment import BEYOND, Experiment, raw
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Backing
 from pyvmm.protection import PROTECTIONS

@@ -9,7 +9,7 @@ from pyvmm.bench.case import case
 from pyvmm.bench.el2 import Residency
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.residency import NOBODYS_CALL, Recorder
-from pyvmm.guest.puppet import Access, What
+from pyvmm.guest.orders import Access, What
 from pyvmm.memory.address import PAGE_SIZE
 
 PAGES: Final = 256

@@ -9,7 +9,7 @@ from pyvmm import abi
 from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench, Ticks
 from pyvmm.bench.model import Point
-from pyvmm.guest.puppet import Access, What
+from pyvmm.guest.orders import Access, What
 from pyvmm.memory.address import PAGE_SIZE
 
 PAGES: Final = 256

@@ -12,7 +12,7 @@ from pyvmm.bench.el2 import Cost
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.residency import NOBODYS_CALL, Recorder
 from pyvmm.bench.split import PARTS, WHOLE, Measured
-from pyvmm.guest.puppet import Access, What
+from pyvmm.guest.orders import Access, What
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.uapi.mman import MADV_POPULATE_WRITE

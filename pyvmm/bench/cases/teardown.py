@@ -8,7 +8,7 @@ from typing import Final
 
 from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory.address import MIB, PAGE_SIZE
 from pyvmm.protection import PROTECTIONS
 

@@ -16,7 +16,7 @@ from pyvmm.bench.model import Point, Series
 from pyvmm.bench.peers import TURNS, kept, pair
 from pyvmm.bench.peers.selftests import PAGES, longest, mode_of, run
 from pyvmm.experiment import Experiment
-from pyvmm.guest.puppet import Access
+from pyvmm.guest.orders import Access
 from pyvmm.memory.address import MIB, PAGE_SIZE
 from pyvmm.protection import Protection
 

@@ -22,7 +22,7 @@ from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.devices.share_bell import ShareBell
-from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.errors import HostError, UsageError
 from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.kvm.system import System
 from pyvmm.machine import boot, layout
@@ -179,6 +179,6 @@ class Hardware:
         with self._memory_stack:
             try:
                 self.close_vm()
-            except PyvmmError:
+            except BaseException:  # of several that are raised the last one is seen, which may be anybody's
                 self._memory_stack.pop_all()
                 raise

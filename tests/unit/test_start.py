@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.devices.base import Device
+from pyvmm.devices.virtio.worker import Stuck
 from pyvmm.errors import HostError, UsageError
 from pyvmm.kvm.stand_in import StandIn
 from pyvmm.machine import layout
@@ -76,6 +78,33 @@ def test_a_start_is_prepared_first_entered_last_and_closed_while_memory_is_mappe
         assert "close" not in heard
     assert heard[3] == "close"
     assert start.mapped
+
+
+class Broken(Device):
+    """Cannot be closed, and says why as it likes."""
+
+    name = "broken"
+    compatible = "test,broken"
+
+    def __init__(self, why: Exception) -> None:
+        super().__init__()
+        self.why = why
+
+    def close(self) -> None:
+        raise self.why
+
+
+@pytest.mark.parametrize("whys", [[Stuck("disk", 30)], [ValueError("how?")], [ValueError("how?"), Stuck("disk", 30)]])
+def test_memory_stays_mapped_where_a_device_cannot_be_closed(whys: list[Exception]) -> None:
+    heard: list[str] = []
+    machine = Machine(
+        CONFIG, kernel=Kernel(heard), start=Elsewhere(heard), devices=[Broken(why) for why in whys]
+    ).__enter__()
+    with pytest.raises(type(whys[0])):
+        machine.close()
+    machine.close()
+    assert "close" not in heard
+    assert machine.memory.read(Gpa(layout.RAM_BASE), 4) == bytes(4)
 
 
 @pytest.mark.parametrize("built", [False, True])

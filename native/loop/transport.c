@@ -10,6 +10,7 @@ enum {
     CONFIG_GENERATION = 0x0fc, CONFIG = 0x100,
     NOTIFY_BYTES = 8 /* QueueNotify, and the reserved word behind it: an access to it reaches no queue */
 };
+_Static_assert(PV_VIRTIO_REGISTERS * sizeof(uint32_t) == CONFIG, "a word for each register");
 
 /* A selector is read once: another vCPU may store to it between a check and its use. */
 static uint32_t features(const struct pv_virtio_mmio *transport)

@@ -55,7 +55,7 @@ class Server(FaultThread):
         """Faults left unanswered, because ``resolve`` raised or answered what cannot be."""
         self._resolve = resolve
         self._failed = failed
-        self._thread.start()
+        self._start()
 
     def _main(self) -> None:
         poll = select.poll()

@@ -11,6 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Self
 
+from pyvmm.errors import HostError
 from pyvmm.memory.userfault import Userfault
 
 
@@ -18,7 +19,7 @@ class FaultThread(ABC):
     """Serves one ``Userfault``. Stop it, or use it as a context manager.
 
     What is not answered when it stops waits for the next server. Leaving the context raises ``error``. A subclass
-    starts ``_thread`` once it is complete.
+    calls :meth:`_start` once it is complete.
     """
 
     def __init__(self, userfault: Userfault) -> None:
@@ -58,9 +59,21 @@ class FaultThread(ABC):
                 return
             os.eventfd_write(self._wake, 1)
             self._thread.join()
-            wake, self._wake = self._wake, -1
-            os.close(wake)
-            self.userfault.attach(None)
+            self._ended()
+
+    def _start(self) -> None:
+        """Begin to serve. Raises HostError where the host gives no thread; then nobody serves it."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._ended()
+            raise HostError(f"page faults get no thread to serve them: {error}", hint="see ulimit -u") from error
+
+    def _ended(self) -> None:
+        """Give back what the thread needed, now that there is none."""
+        wake, self._wake = self._wake, -1
+        os.close(wake)
+        self.userfault.attach(None)
 
     @abstractmethod
     def _main(self) -> None:

@@ -38,12 +38,17 @@ class SourceServer(FaultThread):
         self._native = ffi.new("struct pv_fault_server *")
         self._native.fd, self._native.stop_fd = userfault.fd, self._wake
         self._native.hva, self._native.size, self._native.source = hva, len(source), self._source
-        self._thread.start()
+        self._start()
 
     @property
     def served(self) -> int:
         """Faults answered until now."""
         return int(self._native.served)
+
+    def _ended(self) -> None:
+        super()._ended()
+        # A memoryview that is garbage while something holds its buffer is one that CPython crashes on.
+        ffi.release(self._source)
 
     def _main(self) -> None:
         code = -lib.pv_serve_faults(self._native)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -92,6 +93,21 @@ def test_what_cannot_be_mapped_leaves_nothing_behind(slot: Any, tmp_path: Path) 
         LazySlot(fd, 0, slot, nothing_fails)
     os.close(fd)
     assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_without_a_thread_nothing_is_left_behind(
+    slot: Any, file: int, userfault: Userfault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(HostError, match="no thread to serve them: can't start new thread"):
+        LazySlot(file, OFFSET, slot, nothing_fails)
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert userfault.fd < 0
+    gc.collect()  # neither a thread that never ran nor what it would have served from is in the way
 
 
 def test_without_a_userfaultfd_it_says_so(slot: Any, file: int, monkeypatch: pytest.MonkeyPatch) -> None:

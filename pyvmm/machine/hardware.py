@@ -167,18 +167,21 @@ class Hardware:
     # -- teardown
 
     def close_vm(self) -> None:
-        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back."""
-        self._stack.close()
+        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back.
+
+        It stays mapped for good where a device cannot be closed: what that waits for may still write there, and must
+        not find anybody else's.
+        """
+        try:
+            self._stack.close()
+        except BaseException:  # of several that are raised the last one is seen, which may be anybody's
+            self._memory_stack.pop_all()
+            raise
 
     def close(self) -> None:
         """Give everything back: threads, devices, descriptors, mappings. Safe at any time, more than once.
 
-        Memory stays mapped where a device cannot be closed: what it waits for may still write there, and must not
-        find anybody else's.
+        But for memory where :meth:`close_vm` says so.
         """
         with self._memory_stack:
-            try:
-                self.close_vm()
-            except BaseException:  # of several that are raised the last one is seen, which may be anybody's
-                self._memory_stack.pop_all()
-                raise
+            self.close_vm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,13 +96,16 @@ class Broken(Device):
 
 
 @pytest.mark.parametrize("whys", [[Stuck("disk", 30)], [ValueError("how?")], [ValueError("how?"), Stuck("disk", 30)]])
-def test_memory_stays_mapped_where_a_device_cannot_be_closed(whys: list[Exception]) -> None:
+@pytest.mark.parametrize("close", [Machine.close, Machine.close_vm])
+def test_memory_stays_mapped_where_a_device_cannot_be_closed(
+    whys: list[Exception], close: Callable[[Machine], None]
+) -> None:
     heard: list[str] = []
     machine = Machine(
         CONFIG, kernel=Kernel(heard), start=Elsewhere(heard), devices=[Broken(why) for why in whys]
     ).__enter__()
     with pytest.raises(type(whys[0])):
-        machine.close()
+        close(machine)
     machine.close()
     assert "close" not in heard
     assert machine.memory.read(Gpa(layout.RAM_BASE), 4) == bytes(4)

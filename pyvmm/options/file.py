@@ -146,8 +146,8 @@ class OptionsFile:
                 raise self._wrong(entry, f"{entry.value!r} is given to an option without a value: true or false")
             if entry.value:
                 yield f"--{entry.key}"
-            elif option.takes == SWITCH:
-                yield f"--no-{entry.key}"
+            elif (opposite := f"no-{entry.key}") in option.keys:
+                yield f"--{opposite}"
             return
         if isinstance(entry.value, list) and option.takes != SEVERAL:
             raise self._wrong(entry, "a list is given to an option that is given once")

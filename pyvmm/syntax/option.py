@@ -90,8 +90,9 @@ class Option:
         self.default = no_value if default is None else default
         self.about, self.path = about, path
         self.alone = alone
-        self.keys = tuple(name[2:] for name in names if name.startswith("--"))
-        """The long names without their dashes, which are keys in a file."""
+        keys = [name[2:] for name in names if name.startswith("--")]
+        self.keys = (*keys, *(f"no-{key}" for key in keys if takes == SWITCH))
+        """The long names without their dashes, which are keys in a file; of a switch the opposites too, behind."""
         self.dest = dest or (self.keys or names)[0].replace("-", "_")
         self.says = says or self.dest
 

@@ -171,9 +171,18 @@ def test_what_is_on_or_off_can_be_said_both_ways(tmp_path: Path) -> None:
             ("rng = false", ()),
             ("rng = true", ("--no-rng",)),
             ("rng = false", ("--rng",)),
+            ("no-rng = true", ()),
+            ("no-rng = false", ("--rng",)),
+            ("no-rng = true", ("--rng",)),
+            ("no-rng = false\nrng = true", ()),
         )
     ]
-    assert said == [True, False, False, True]
+    assert said == [True, False, False, True, False, True, True, True]
+
+
+def test_a_switch_and_its_opposite_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 2: no-rng contradicts rng of line 1"):
+        applied("rng = true\nno-rng = true\n", tmp_path, "payload:hello")
 
 
 @pytest.mark.parametrize("package", ["options", "syntax"])

@@ -102,6 +102,8 @@ class OptionsFile:
 
     def _places(self, entry: Entry, option: Option, error: OptionError) -> Iterator[str]:
         """Yield what of an entry an error is about, with its line: a key of a table, or an element, or all of it."""
+        if option.takes == FLAG and not entry.value:
+            return  # it says nothing
         alike = {key for each in self._table if each.says == option.says for key in each.keys}
         for name in error.options:
             element, _, part = name.partition(".")

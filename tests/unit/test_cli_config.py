@@ -131,6 +131,11 @@ def test_every_key_that_says_a_part_of_what_is_wrong_is_blamed_by_its_own_name(t
         applied("pkvm = true\nconversion = 'zero'\n", tmp_path, "payload:hello")
 
 
+def test_a_key_that_says_nothing_is_not_blamed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"vm\.toml: conversion \(line 2\): .* with protection none"):
+        applied("pkvm = false\nconversion = 'zero'\n", tmp_path, "payload:hello")
+
+
 def test_what_the_command_line_alone_has_wrong_is_left_to_who_runs_the_guest(tmp_path: Path) -> None:
     assert applied("prefault = true\n", tmp_path, "-c", "1000", "payload:hello").cpus == 1000
 

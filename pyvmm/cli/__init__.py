@@ -15,14 +15,15 @@ import gc
 import os
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
 from pyvmm.cli.common import STATUSES, Help, add_common
 from pyvmm.errors import PyvmmError, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 VERBS = {
     "demo": "the whole story of a protected guest in one screen",

@@ -24,11 +24,11 @@ heavy, or native, is imported in ``make``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Protocol
+    from typing import Any, ClassVar, Protocol
 
     from pyvmm._native import pv_vm
     from pyvmm.devices.base import Device

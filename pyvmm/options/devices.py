@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.devices.kind import Around, DeviceKind
 from pyvmm.devices.kinds import KINDS
 from pyvmm.syntax.option import SEVERAL, Option, about_element, about_option
 from pyvmm.syntax.values import parse_size
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Final
+
     from pyvmm.devices.kind import DeviceSpec
     from pyvmm.options.consoles import Ends
 

@@ -7,14 +7,16 @@ says.
 
 from __future__ import annotations
 
-from typing import Final
-
 from pyvmm.memory.choices import BACKINGS, CONVERSIONS
 from pyvmm.options.devices import DEVICE_OPTIONS
 from pyvmm.protection import PROTECTIONS
 from pyvmm.syntax.option import FLAG, INVOCATION, RUN, SEVERAL, Option
 from pyvmm.syntax.paths import OutputPath, output_behind, whole_path
 from pyvmm.syntax.values import parse_count, parse_memory, parse_seconds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 WHICH: Final = (
     Option(

@@ -7,13 +7,13 @@ Each verb that runs a guest has a :class:`Table`, of :class:`~pyvmm.syntax.optio
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
 
 from pyvmm.syntax.option import FLAG, SEVERAL, SWITCH
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from pyvmm.syntax.option import Option
 

@@ -27,12 +27,13 @@ This module is imported on the way to every guest. Its classes are plain ones, w
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.errors import OptionError, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import Any, Final
 
 ONE: Final = "one"
 """The option takes one value."""

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Final
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from pyvmm.devices.kind import DeviceKind
 
 NAMES: Final = (

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pyvmm.devices.kind import DeviceKind, DeviceSpec
 from pyvmm.errors import OptionError
 from pyvmm.protection import Protection
 from pyvmm.syntax.option import Option
 from pyvmm.syntax.values import parse_size
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.devices.kind import Context, Guest
     from pyvmm.devices.virtio.balloon import VirtioBalloon

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pyvmm.devices.kind import Around, DeviceKind, DeviceSpec
 from pyvmm.syntax.option import Option
 from pyvmm.syntax.paths import output_behind, path_behind
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.devices.kind import Context
     from pyvmm.devices.virtio.console import VirtioConsole

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.devices.kind import DeviceKind, DeviceSpec
 from pyvmm.errors import OptionError, UsageError
@@ -14,7 +13,10 @@ from pyvmm.syntax.parts import Parts
 from pyvmm.syntax.paths import OutputPath
 from pyvmm.syntax.values import parse_count
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, Final
+
     from pyvmm.devices.kind import Context, Guest
     from pyvmm.devices.virtio.blk import VirtioBlk
 

@@ -7,15 +7,16 @@ import argparse
 import contextlib
 import os
 import re
-from typing import TYPE_CHECKING, Any
 
 from pyvmm.devices.kind import Around, DeviceKind, DeviceSpec
 from pyvmm.errors import OptionError
 from pyvmm.syntax.option import SEVERAL, Option, about_option
 from pyvmm.syntax.parts import Parts
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ipaddress import IPv4Interface
+    from typing import Any
 
     from pyvmm.devices.kind import Context
     from pyvmm.devices.virtio.net import VirtioNet

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pyvmm.devices.kind import DeviceKind, DeviceSpec
 from pyvmm.syntax.option import SWITCH, Option
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.devices.kind import Context
     from pyvmm.devices.virtio.rng import VirtioRng

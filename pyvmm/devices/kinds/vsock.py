@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
 
 from pyvmm.devices.kind import DeviceKind, DeviceSpec
 from pyvmm.syntax.option import Option, about_option
 from pyvmm.syntax.parts import Parts
 from pyvmm.syntax.values import parse_count
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.devices.kind import Context
     from pyvmm.devices.virtio.vsock import VirtioVsock
 

@@ -10,12 +10,27 @@ This module needs nothing native: a device that answers in Python can be describ
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import UsageError
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from pyvmm._native import CData
+
+    class Line(Protocol):
+        """A device's interrupt line, as far as its device-tree node goes; see pyvmm.machine.irq."""
+
+        @property
+        def spi(self) -> int:
+            """The number of the shared interrupt, from 0."""
+            ...
+
+        @property
+        def kind(self) -> Trigger:
+            """How it is given."""
+            ...
 
 
 class Trigger(IntEnum):
@@ -23,20 +38,6 @@ class Trigger(IntEnum):
 
     EDGE = 1
     LEVEL = 4
-
-
-class Line(Protocol):
-    """A device's interrupt line, as far as its device-tree node goes; see pyvmm.machine.irq."""
-
-    @property
-    def spi(self) -> int:
-        """The number of the shared interrupt, from 0."""
-        ...
-
-    @property
-    def kind(self) -> Trigger:
-        """How it is given."""
-        ...
 
 
 class Device:

@@ -4,27 +4,29 @@
 Built once before the first run. Overlaps are refused by name. C finds the range; Python only looks up its index.
 """
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pyvmm._native import ffi, lib
-from pyvmm.devices.base import Device, Line
+from pyvmm.devices.base import Device
 from pyvmm.errors import UsageError, hex_
 
 if TYPE_CHECKING:
     from pyvmm._native import CData, pv_vcpu, pv_vm
+    from pyvmm.devices.base import Line
 
 D = TypeVar("D", bound=Device)
 
 
-class Placed(NamedTuple):
+class Placed:
     """A device, the gpa of its first register, and its interrupt line, if it has one."""
 
-    device: Device
-    base: int
-    line: Line | None = None
+    __slots__ = ("base", "device", "line")
+
+    def __init__(self, device: Device, base: int, line: Line | None = None) -> None:
+        self.device, self.base, self.line = device, base, line
 
     @property
     def end(self) -> int:
@@ -35,7 +37,7 @@ class Placed(NamedTuple):
 class Bus:
     """All devices of one machine, by address."""
 
-    def __init__(self, native_vm: "pv_vm") -> None:
+    def __init__(self, native_vm: pv_vm) -> None:
         self._vm = native_vm
         self.placed: list[Placed] = []
         self._by_index: list[tuple[Device, int]] = []
@@ -81,7 +83,7 @@ class Bus:
         self._keep = [ranges, table]
         lib.pv_publish_bus(self._vm, table)
 
-    def answer(self, vcpu: "pv_vcpu") -> None:
+    def answer(self, vcpu: pv_vcpu) -> None:
         """Complete the cold access that stopped ``vcpu`` (a ``struct pv_vcpu``)."""
         device, start = self._by_index[vcpu.range.index]
         offset = start + vcpu.offset

@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
@@ -24,27 +24,29 @@ from pyvmm.errors import UsageError
 from pyvmm.outlet import Outlet
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from pyvmm._native import Array, pv_fifo
+
+    class HeldLine(Protocol):
+        """A level interrupt line: what KVM_IRQ_LINE wants; see pyvmm.machine.irq."""
+
+        @property
+        def vm_fd(self) -> int:
+            """The VM's descriptor, or -1."""
+            ...
+
+        @property
+        def irq(self) -> int:
+            """The line's number."""
+            ...
+
 
 LINGER = 0.01
 PATIENCE = 1.0
 TX_BYTES = 1 << 12
 RX_BYTES = 1 << 10
 REGISTERS = ("cr", "lcr_h", "ibrd", "fbrd", "ifls", "imsc", "ris", "dmacr", "ilpr")
-
-
-class HeldLine(Protocol):
-    """A level interrupt line: what KVM_IRQ_LINE wants; see pyvmm.machine.irq."""
-
-    @property
-    def vm_fd(self) -> int:
-        """The VM's descriptor, or -1."""
-        ...
-
-    @property
-    def irq(self) -> int:
-        """The line's number."""
-        ...
 
 
 class Pl011(Device):

@@ -19,9 +19,8 @@ import contextlib
 import struct
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pyvmm.devices.base import Line
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.content import (
@@ -41,6 +40,9 @@ from pyvmm.machine.describing import Describable, GicNode, describe, machine_tre
 from pyvmm.machine.fdt import Tree, check_header
 from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import MIB, Gpa, align_down
+
+if TYPE_CHECKING:
+    from pyvmm.devices.base import Line
 
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
 FDT_ROOM: Final = 2 * MIB
@@ -290,19 +292,25 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
     return tuple(parts)
 
 
-class Board(NamedTuple):
+class Board:
     """What a guest is told of its machine beside its memory.
 
     ``devices`` is each device with its gpa and interrupt line; a PL011 among them is the console. ``pool`` is bytes of
     the guest's DMA pool, 0 for none. ``entropy`` gives bytes that nobody can guess: a Linux Image is given some.
     """
 
-    cpus: int
-    command_line: str = ""
-    devices: Sequence[tuple[Describable, int, Line | None]] = ()
-    gic: GicNode | None = None
-    pool: int = 0
-    entropy: Callable[[int], bytes] | None = None
+    def __init__(
+        self,
+        *,
+        cpus: int,
+        command_line: str = "",
+        devices: "Sequence[tuple[Describable, int, Line | None]]" = (),
+        gic: GicNode | None = None,
+        pool: int = 0,
+        entropy: Callable[[int], bytes] | None = None,
+    ) -> None:
+        self.cpus, self.command_line, self.devices = cpus, command_line, devices
+        self.gic, self.pool, self.entropy = gic, pool, entropy
 
 
 def place(

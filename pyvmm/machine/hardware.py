@@ -31,7 +31,7 @@ from pyvmm.machine.ending import RunEnd
 from pyvmm.machine.gic import create_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
-from pyvmm.machine.start import KernelImage, Start
+from pyvmm.machine.start import KernelImage
 from pyvmm.machine.vm import create_vm, protect
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
@@ -39,6 +39,7 @@ from pyvmm.memory.relay import ShareRelay
 if TYPE_CHECKING:
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.devices.virtio.mmio import VirtioMmio
+    from pyvmm.machine.start import Start
 
 R = TypeVar("R")
 

@@ -10,62 +10,62 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pyvmm.machine import boot
 from pyvmm.uapi.kvm_arm64 import core_reg
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from pyvmm.devices.bus import Bus
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.gic import Gic
     from pyvmm.memory.memory import Memory
 
+    class Built(Protocol):
+        """What a start sees of a machine, which is built and has not run.
 
-class Built(Protocol):
-    """What a start sees of a machine, which is built and has not run.
+        ``loadable`` is bytes from RAM's start that can be loaded into, ``tree`` the device tree that the guest brings,
+        if it does, and ``pool`` bytes of its DMA pool.
+        """
 
-    ``loadable`` is bytes from RAM's start that can be loaded into, ``tree`` the device tree that the guest brings, if
-    it does, and ``pool`` bytes of its DMA pool.
-    """
+        config: MachineConfig
+        tree: bytes | None
+        pool: int
+        memory: Memory
+        loadable: int
+        vcpus: list[Vcpu]
+        gic: Gic | None
+        bus: Bus
 
-    config: MachineConfig
-    tree: bytes | None
-    pool: int
-    memory: Memory
-    loadable: int
-    vcpus: list[Vcpu]
-    gic: Gic | None
-    bus: Bus
+        def failed(self, error: BaseException) -> None:
+            """End the run because of ``error``; from any thread."""
+            ...
 
-    def failed(self, error: BaseException) -> None:
-        """End the run because of ``error``; from any thread."""
-        ...
+    class Start(Protocol):
+        """Where a guest begins."""
 
+        @property
+        def kind(self) -> str:
+            """What it begins with, in a word; known once it is prepared."""
+            ...
 
-class Start(Protocol):
-    """Where a guest begins."""
+        @property
+        def lazy(self) -> bool:
+            """Whether pages of guest memory come only when they are touched, after :meth:`enter`."""
+            ...
 
-    @property
-    def kind(self) -> str:
-        """What it begins with, in a word; known once it is prepared."""
-        ...
+        def prepare(self, config: MachineConfig) -> None:
+            """Open and check what a machine of ``config`` begins with. Raises UsageError where it cannot."""
 
-    @property
-    def lazy(self) -> bool:
-        """Whether pages of guest memory come only when they are touched, after :meth:`enter`."""
-        ...
+        def enter(self, machine: Built) -> boot.Entry:
+            """Put it into ``machine``: memory, registers, devices. UsageError or HostError where that cannot be."""
+            ...
 
-    def prepare(self, config: MachineConfig) -> None:
-        """Open and check what a machine of ``config`` begins with. Raises UsageError where it cannot."""
-
-    def enter(self, machine: Built) -> boot.Entry:
-        """Put it into ``machine``: memory, registers, devices. UsageError or HostError where that cannot be."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back; idempotent, at any time. No vCPU runs, and what was entered is still mapped."""
+        def close(self) -> None:
+            """Give everything back; idempotent, at any time. No vCPU runs, and what was entered is still mapped."""
 
 
 class KernelImage:

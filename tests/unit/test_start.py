@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,10 +19,13 @@ from pyvmm.machine import layout
 from pyvmm.machine.boot import Entry
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
-from pyvmm.machine.start import Built, KernelImage
+from pyvmm.machine.start import KernelImage
 from pyvmm.memory.address import MIB, Gpa
 from pyvmm.payloads import payload
 from pyvmm.uapi.kvm_arm64 import core_reg
+
+if TYPE_CHECKING:
+    from pyvmm.machine.start import Built
 
 CONFIG = MachineConfig("payload:hello", memory=8 * MIB, serial_out=None)
 

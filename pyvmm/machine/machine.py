@@ -47,7 +47,7 @@ class Machine(Hardware):
     :class:`pyvmm.machine.snapshot.Snapshot`. It stays open until this is closed, and is closed with it.
 
     ``devices`` are placed beside those of ``config`` and behind them: a window each, an interrupt line if it wants one,
-    and a node in the device tree. Once this is entered they are its to close.
+    and a node in the device tree. Once this is entered they are its to close, and no other machine takes them.
     """
 
     def __init__(

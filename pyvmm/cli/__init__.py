@@ -112,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:
         # argparse has said what there is to say: 0 after --help and --version, 2 after a wrong command line.
         return done.code if isinstance(done.code, int) else 2
+    except PyvmmError as error:  # of a package that brings what an option names
+        _complain(error.message, error.hint, as_json="--log-json" in words)
+        return error.exit_status
     from pyvmm import log  # not for --help
 
     log.configure(args.verbose - args.quiet, json=bool(args.log_json))
@@ -126,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _dispatch(args, words)
         sys.stdout.flush()
     except PyvmmError as error:
-        _complain(args, error.message, error.hint)
+        _complain(error.message, error.hint, as_json=bool(args.log_json))
         return error.exit_status
     except KeyboardInterrupt as interrupt:
         from pyvmm.interrupt import Interrupted
@@ -139,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = "this is a bug in pyvmm: -v shows where; please report that with the output of pyvmm doctor --json"
-        _complain(args, what, hint)
+        _complain(what, hint, as_json=bool(args.log_json))
         return 1
     return status
 
@@ -188,8 +191,8 @@ def _dispatch(args: argparse.Namespace, words: Sequence[str]) -> int:
     return int(import_module("pyvmm.cli.lab").run_verb([*flags, *args.verb_argv], args))
 
 
-def _complain(args: argparse.Namespace, message: str, hint: str | None) -> None:
-    if args.log_json:
+def _complain(message: str, hint: str | None, *, as_json: bool) -> None:
+    if as_json:
         from pyvmm import log
 
         log.get_logger("cli").error("failed", error=message, **({} if hint is None else {"hint": hint}))

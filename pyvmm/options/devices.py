@@ -29,6 +29,7 @@ def brought(text: str) -> tuple[DeviceKind, Any]:
     """Return the kind of device that ``NAME[,KEY=VALUE...]`` names, and the value of what follows the name.
 
     In a file's table the name is the value of the key ``name``. Ends the process after a list where that is asked for.
+    Raises PluginError for a package that brings the name and cannot be used.
     """
     name, rest = _named(text)
     if name == LIST and not rest:
@@ -53,10 +54,7 @@ def _find(name: str) -> DeviceKind:
 
     if own := next((kind.option for kind in KINDS if kind.option.key == name), None):
         raise argparse.ArgumentTypeError(f"{name!r} has an option of its own: {own.names[-1]}")
-    try:
-        kind = plugins.find(plugins.DEVICES, name, DeviceKind)
-    except plugins.PluginError as error:
-        raise argparse.ArgumentTypeError(error.message) from None
+    kind = plugins.find(plugins.DEVICES, name, DeviceKind)
     if kind is None:
         raise argparse.ArgumentTypeError(f"no installed package brings a device {name!r}; --device {LIST} lists them")
     return kind

@@ -164,13 +164,15 @@ class OptionsFile:
             except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
                 raise self._wrong(entry, str(error), number) from None
             except UsageError as error:
-                raise self._wrong(entry, error.message, number) from None
+                raise self._wrong(entry, error.message, number, hint=error.hint) from None
             if option.choices is not None and checked not in option.choices:
                 raise self._wrong(entry, f"{text!r} is none of {', '.join(option.choices)}", number)
             yield f"--{entry.key}={text}"
 
-    def _wrong(self, entry: Entry, why: str, number: int = 0, part: str | None = None) -> UsageError:
-        return UsageError(f"{self._path}, line {entry.line(number, part)}: {entry.key}: {why}")
+    def _wrong(
+        self, entry: Entry, why: str, number: int = 0, part: str | None = None, *, hint: str | None = None
+    ) -> UsageError:
+        return UsageError(f"{self._path}, line {entry.line(number, part)}: {entry.key}: {why}", hint=hint)
 
     def _text(self, entry: Entry, number: int, value: Any, part: str | None = None) -> str:
         match value:

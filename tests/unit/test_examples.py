@@ -128,17 +128,30 @@ def test_file_and_snapshot_say_it_too(site: Path, tmp_path: Path) -> None:
         ("dice,eyes=2", "'eyes' in 'eyes=2' is not known; known are sides="),
         ("coin", "no installed package brings a device 'coin'; --device help lists them"),
         ("disk", "'disk' has an option of its own: --disk"),
-        ("bad", "the plug-in 'bad' of the package pyvmm-bad cannot be used: ZeroDivisionError: division by zero"),
-        ("word", "the plug-in 'word' of the package pyvmm-bad cannot be used: os:name is a str, not a DeviceKind"),
     ],
 )
 def test_what_is_no_device_is_said_in_one_line(site: Path, text: str, said: str) -> None:
     install(site, "pyvmm-dice", {}, {plugins.DEVICES: ENTRY})
-    install(site, "pyvmm-bad", {"bad.py": "1 / 0"}, {plugins.DEVICES: {"bad": "bad:KIND", "word": "os:name"}})
     done = run("--device", text, "payload:hello")
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if said in line]
     assert line.startswith("pyvmm run: error: argument --device: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("bad", "ZeroDivisionError: division by zero"), ("word", "os:name is a str, not a DeviceKind")],
+)
+def test_faulty_package_is_one_line_with_what_to_do(site: Path, name: str, reason: str, tmp_path: Path) -> None:
+    install(site, "pyvmm-bad", {"bad.py": "1 / 0"}, {plugins.DEVICES: {"bad": "bad:KIND", "word": "os:name"}})
+    what = f"the plug-in {name!r} of the package pyvmm-bad cannot be used: {reason}"
+    todo = "  hint: mend or remove it: pip uninstall pyvmm-bad"
+    done = run("--device", name, "payload:hello")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"pyvmm: {what}\n{todo}\n")
+    path = tmp_path / "guest.toml"
+    path.write_text(f'kernel = "payload:hello"\n[[device]]\nname = "{name}"\n')
+    done = run("--config", str(path))
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"pyvmm: {path}, line 2: device: {what}\n{todo}\n")
 
 
 def test_list_has_the_good_ones_and_a_line_for_each_of_the_others(site: Path) -> None:

@@ -45,8 +45,8 @@ RESTORE: Final = "--restore"
 class OptionsFile:
     """The file whose options a command line asks for, read as the ``table`` of its verb wants it.
 
-    Raises UsageError, with the key and its line, for a key that is no option, a value that the option does not take,
-    and for keys of which only one may be there.
+    Raises UsageError, which names the key and its line. It does so for an unknown key and for a value that the option
+    refuses. It also does so for keys that exclude each other.
     """
 
     def __init__(self, path: str, entries: Sequence[Entry], table: Table, verb: str) -> None:

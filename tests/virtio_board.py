@@ -86,9 +86,16 @@ class Toy(VirtioDevice):
 class Board:
     """A transport as a vCPU reaches it: every access goes through the native loop and the machine's bus."""
 
-    def __init__(self, guest: Guest, device: VirtioDevice, *, private: bool = False) -> None:
+    def __init__(
+        self,
+        guest: Guest,
+        device: VirtioDevice,
+        *,
+        private: bool = False,
+        hand_over: Callable[[Queue], bool] | None = None,
+    ) -> None:
         self.guest, self.device = guest, device
-        self.transport = VirtioMmio(device, guest.native, private=private)
+        self.transport = VirtioMmio(device, guest.native, private=private, hand_over=hand_over)
         self._vm = ffi.new("struct pv_vm *")
         self._bus = Bus(self._vm)
         self._bus.add(self.transport, AT)

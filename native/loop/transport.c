@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* The registers of virtio over MMIO (virtio 1.2, 4.2.2): answers every read, and the writes that decide nothing, which
- * are selectors, kicks and acknowledgements. What is written to other registers is Python's to judge. Any vCPU may be at
- * any register at any time; Python and the device's threads publish meanwhile. */
+ * are selectors, acknowledgements, and kicks that the kernel has not taken. What is written to other registers is
+ * Python's to judge. Any vCPU may be at any register at any time; Python and the device's threads publish meanwhile. */
 #include "loop/doorbell.h"
 
 enum {

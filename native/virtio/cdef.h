@@ -57,7 +57,8 @@ struct pv_queue {
     uint32_t error;        /* enum pv_queue_error: not 0: nothing is done any more until the device is reset */
     uint32_t pad;
     uint64_t error_gpa;
-    uint64_t kicks, chains, bytes;          /* since it was made; bytes of whole chains */
+    uint64_t kicks;                         /* of the driver: those that were written to `kick`, and taken */
+    uint64_t chains, bytes;                 /* since it was made; bytes of whole chains */
     /* C's own from here on. Ring positions: free-running modulo 2^16 in a split ring, slots in a packed one. */
     uint32_t next, next_wrap;               /* what is popped next */
     uint32_t used, used_wrap;               /* where the next used entry goes */
@@ -83,6 +84,8 @@ void pv_queue_unpop(struct pv_queue *queue, const struct pv_chain *newest);
 void pv_queue_interrupt(struct pv_queue *queue);
 /* Asks to be kicked from now on. 1: nothing has come meanwhile, sleep; 0: there is something to pop; -1: broken. */
 int pv_queue_arm(struct pv_queue *queue);
+/* Makes `kick` readable, as a kick does, without being counted as one. Any thread. */
+void pv_queue_wake(struct pv_queue *queue);
 /* When `kick` is readable: clears it, and lets the doorbell ring again. Look at the ring after it, not before. */
 void pv_queue_take(struct pv_queue *queue);
 /* Guarded copies by offset into the chain's readable (read) or writable (write) bytes. Bytes done: fewer where the

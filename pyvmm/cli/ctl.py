@@ -152,6 +152,7 @@ def _counters(answer: Any) -> list[str]:
         lines.append(f"vCPU {number} exits: {exits}")
     pages = ", ".join(f"{name} {count}" for name, count in answer["pages"].items() if count) or "none"
     lines.append(f"pages: {pages}")
+    lines.append(f"kicks without an exit: {answer['kicks']}")
     lines.append(f"shares {answer['shares']}, unshares {answer['unshares']}, refused {answer['refused']}")
     return lines
 

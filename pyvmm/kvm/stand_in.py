@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel that only answers, and one that writes down what it is asked: what a plan is made of.
+"""A kernel that only answers, one that writes down what it is asked, and one that lacks something.
 
-Both are :class:`~pyvmm.kvm.fd.Kernel` s, given to ``System.open``. Nothing here opens /dev/kvm but what is recorded of
+Of the first two a plan is made; with the last, what pyvmm does without a capability is seen on a host that has it. All
+are :class:`~pyvmm.kvm.fd.Kernel` s, given to ``System.open``. Nothing here opens /dev/kvm but what is recorded of
 the real one; a stand-in's descriptors are memfds, so that what maps or closes them works as ever.
 """
 
@@ -57,6 +58,19 @@ class Recording(Kernel):
         result, errno = self._kernel.ioctl(fd, request, argument, values)
         self.calls.append(Call(request.name, on, dict(values), result))
         return result, errno
+
+
+class Lacking(Kernel):
+    """Has this host's KVM answer, but says that it has none of ``capabilities`` (KVM_CAP_*)."""
+
+    def __init__(self, *capabilities: int) -> None:
+        self._capabilities = capabilities
+
+    def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
+        """Ask KVM, unless it is asked for one of them."""
+        if request.name == "KVM_CHECK_EXTENSION" and argument in self._capabilities:
+            return 0, 0
+        return super().ioctl(fd, request, argument, values)
 
 
 class StandIn(Kernel):

@@ -8,6 +8,7 @@ page of 64 KiB begins, so that it may map one without the next.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.base import Device, Trigger
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.bus import Bus
     from pyvmm.devices.kind import Context, DeviceSpec
     from pyvmm.machine.irq import Interrupts, Line
+    from pyvmm.machine.kicks import Kicks
 
 #: A virtio device has an interrupt, and those have an end.
 MOST_VIRTIO: Final = min(layout.VIRTIO_MMIO.size // SIZE, layout.SPIS - layout.VIRTIO_SPI)
@@ -35,6 +37,7 @@ def place(
     context: Context,
     bus: Bus,
     interrupts: Interrupts,
+    kicks: Kicks,
 ) -> tuple[VirtioMmio, ...]:
     """Make what ``specs`` describe, put that and what is ``brought`` on the bus, and return the transports.
 
@@ -44,7 +47,7 @@ def place(
     count = sum(spec.virtio for spec in specs) + sum(isinstance(device, VirtioDevice) for device in brought)
     if count > MOST_VIRTIO:
         raise UsageError(f"{count} virtio devices: a machine has {MOST_VIRTIO} at most")
-    places = _Places(context, bus, interrupts)
+    places = _Places(context, bus, interrupts, kicks)
     for spec in specs:
         places.take(spec.make(context))
     while brought:
@@ -55,8 +58,8 @@ def place(
 class _Places:
     """The windows and lines that are left."""
 
-    def __init__(self, context: Context, bus: Bus, interrupts: Interrupts) -> None:
-        self._context, self._bus, self._interrupts = context, bus, interrupts
+    def __init__(self, context: Context, bus: Bus, interrupts: Interrupts, kicks: Kicks) -> None:
+        self._context, self._bus, self._interrupts, self._kicks = context, bus, interrupts, kicks
         self.transports: list[VirtioMmio] = []
         self._kinds: dict[str, int] = {}
         self._next = layout.OTHER_DEVICES.start
@@ -76,9 +79,17 @@ class _Places:
         device.name_it(f"{device.name}{number}")
         context, index = self._context, len(self.transports)
         line = self._interrupts.edge(layout.VIRTIO_SPI + index)
-        transport = VirtioMmio(device, context.native, line, private=context.private, pooled=bool(context.pool))
+        base = layout.VIRTIO_MMIO.start + index * SIZE
+        transport = VirtioMmio(
+            device,
+            context.native,
+            line,
+            private=context.private,
+            pooled=bool(context.pool),
+            hand_over=partial(self._kicks.hand_over, base),
+        )
         self.transports.append(transport)
-        return transport, layout.VIRTIO_MMIO.start + index * SIZE, line
+        return transport, base, line
 
     def _plain(self, device: Device) -> tuple[Device, int, Line | None]:
         base = self._next

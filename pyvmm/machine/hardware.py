@@ -116,6 +116,7 @@ class Hardware:
     def _place_others(self) -> tuple[VirtioMmio, ...]:
         from pyvmm.devices.kind import Context
         from pyvmm.machine.devices import place  # of guests that have such devices
+        from pyvmm.machine.kicks import Kicks
 
         config = self.config
         context = Context(
@@ -127,7 +128,7 @@ class Hardware:
             pool=self.pool,
             planned=self._kernel is not None and self._kernel.pretends,
         )
-        return place(config.devices, self._brought, context, self.bus, self.interrupts)
+        return place(config.devices, self._brought, context, self.bus, self.interrupts, Kicks(self.vm))
 
     def _take_brought(self) -> None:
         """Own what a script brings; not what a machine has already, which is left alone and refused."""

@@ -195,7 +195,12 @@ class Machine(Hardware):
         """What the native loop has counted until now."""
         from pyvmm.vcpu.counters import Counters  # of a run that has begun
 
-        return Counters.read(self.native, self._natives, self.elapsed_ns, self.started_ns)
+        return Counters.read(self.native, self._natives, self.elapsed_ns, self.started_ns, kicks=self.kicks)
+
+    @property
+    def kicks(self) -> int:
+        """Kicks of virtqueues that the kernel took, so that there was no exit, and that their devices have seen."""
+        return sum(transport.kicks_without_exit for transport in self.virtio)
 
     @property
     def natives(self) -> tuple[pv_vcpu, ...]:

@@ -4,6 +4,8 @@
 A reading is a plain dict, for it goes to other processes as JSON. Taking one reads counters that are kept in any case,
 and /proc; the vCPUs are not disturbed. Owns nothing.
 
+Exits are those that reach this process. Kicks of virtqueues that the kernel takes make none, and are counted apart.
+
 Of a vCPU's time, "vmm" is from KVM_RUN's return to the next entry, by the native loop's clock. The rest, inside
 KVM_RUN, is divided by what the kernel accounts to the thread, in ticks of 10 ms and so a sample: "guest", which EL2 is
 part of, and "kernel". What is left is "waiting": a vCPU that is halted or off, or somebody else's turn on the CPU.
@@ -34,6 +36,7 @@ Report = dict[str, Any]
 TIMES: Final = ("guest", "kernel", "vmm", "waiting")
 """What a vCPU's time is divided into; see above."""
 _CONVERSIONS: Final = ("shares", "unshares", "refused")
+_RATES: Final = (*_CONVERSIONS, "kicks")
 _NS_A_TICK: Final = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _SYSTEM, _GUEST = 14, 42
 """stime and guest_time in /proc/PID/stat, counted from 0 (man 5 proc_pid_stat)."""
@@ -56,6 +59,7 @@ def take_reading(machine: Machine) -> Reading:
         "elapsed_ns": machine.elapsed_ns,
         "pages": {state.name.lower(): vm.pages[state] for state in PageState},
         "donated": donated() if config.protection is Protection.PKVM else None,
+        "kicks": machine.kicks,
         "shares": vm.shares,
         "unshares": vm.unshares,
         "refused": vm.refused,
@@ -102,7 +106,7 @@ def _accounted(tid: int | None) -> dict[str, int | None]:
 def since_start(now: Reading) -> Report:
     """Report on a run from its beginning on."""
     nothing = {"exits": {}, "kvm_run_ns": 0, "vmm_ns": 0, "guest_cpu_ns": 0, "kernel_cpu_ns": 0}
-    before = {**now, "ns": now["ns"] - now["elapsed_ns"], "shares": 0, "unshares": 0, "refused": 0}
+    before = {**now, "ns": now["ns"] - now["elapsed_ns"], **dict.fromkeys(_RATES, 0)}
     return report({**before, "vcpus": [nothing] * len(now["vcpus"])}, now)
 
 
@@ -126,7 +130,7 @@ def report(before: Reading, now: Reading) -> Report:
             for name, (count, kvm_run, vmm) in sorted(kinds.items(), key=lambda kind: -kind[1][0])
             if count
         },
-        **{f"{what}_per_second": round((now[what] - before[what]) / seconds, 3) for what in _CONVERSIONS},
+        **{f"{what}_per_second": round((now[what] - before[what]) / seconds, 3) for what in _RATES},
         "time": {name: _mean([vcpu["time"][name] for vcpu in vcpus]) for name in TIMES},
         "vcpus": [{"exits_per_second": vcpu["exits_per_second"], "time": vcpu["time"]} for vcpu in vcpus],
     }
@@ -189,7 +193,9 @@ def lines(report: Report, *, width: int = 80, height: int = 40) -> list[str]:
     rest = [
         "",
         "pages: " + ", ".join(f"{count:,} {name}" for name, count in shown.items()),
-        "a second: " + ", ".join(f"{report[f'{what}_per_second']:,.0f} {what}" for what in _CONVERSIONS),
+        "a second: "
+        + ", ".join(f"{report[f'{what}_per_second']:,.0f} {what}" for what in _CONVERSIONS)
+        + (f", {report['kicks_per_second']:,.0f} kicks without an exit" if report["kicks_per_second"] else ""),
         *([TCG_NOTE] * report["tcg"]),
     ]
     room = height - len(found) - len(rest)

@@ -35,6 +35,7 @@ def print_summary_json(outcome: Outcome, counters: Counters, *, table: bool) -> 
         "started_ns": counters.started_ns,
         "elapsed_ns": counters.elapsed_ns,
         "exits": {exit_.name: exit_.count for exit_ in counters.exits if exit_.count},
+        "kicks": counters.kicks,
         "shares": counters.shares,
         "unshares": counters.unshares,
         "refused": counters.refused,

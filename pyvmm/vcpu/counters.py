@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the native loop has counted of all vCPUs, as plain numbers and as the line that ends every run."""
+"""What the native loop has counted of all vCPUs, as plain numbers and as the line that ends every run.
+
+A kick of a virtqueue that the kernel takes makes no exit, so it is counted apart, by the device that it reaches.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +58,13 @@ class Counters(NamedTuple):
     elapsed_ns: int
     started_ns: int = 0
     """When the first vCPU was entered, of CLOCK_MONOTONIC; 0 before."""
+    kicks: int = 0
+    """Of virtqueues, without an exit."""
 
     @classmethod
-    def read(cls, vm: pv_vm, vcpus: Sequence[pv_vcpu], elapsed_ns: int, started_ns: int = 0) -> Counters:
+    def read(
+        cls, vm: pv_vm, vcpus: Sequence[pv_vcpu], elapsed_ns: int, started_ns: int = 0, *, kicks: int = 0
+    ) -> Counters:
         """Add up ``struct pv_vcpu.stats``; the vCPUs may be running."""
         exits = []
         for code, name in EXITS.items():
@@ -70,7 +77,7 @@ class Counters(NamedTuple):
                     sum(s.vmm_ns for s in stats),
                 )
             )
-        return cls(tuple(exits), vm.shares, vm.unshares, vm.refused, elapsed_ns, started_ns)
+        return cls(tuple(exits), vm.shares, vm.unshares, vm.refused, elapsed_ns, started_ns, kicks)
 
     @property
     def total(self) -> int:
@@ -78,10 +85,12 @@ class Counters(NamedTuple):
         return sum(exit_.count for exit_ in self.exits)
 
     def line(self) -> str:
-        """One line: how many exits of which kind, how many conversions, how long."""
+        """One line: how many exits of which kind, how many kicks without one and conversions, how long."""
         kinds = sorted((e for e in self.exits if e.count), key=lambda e: -e.count)
         parts = ", ".join(f"{e.name} {e.count}" for e in kinds) or "none"
         text = f"{self.total} exit{'' if self.total == 1 else 's'} in {self.elapsed_ns / 1e9:.3f} s: {parts}"
+        if self.kicks:
+            text += f"; {self.kicks} kick{'' if self.kicks == 1 else 's'} without an exit"
         if self.shares or self.unshares or self.refused:
             text += f"; {self.shares} shared, {self.unshares} unshared, {self.refused} refused"
         return text

@@ -43,6 +43,7 @@ def taken(ns: int, *vcpus: dict[str, Any], **more: Any) -> dict[str, Any]:
         "elapsed_ns": ns - 100 * S,
         "pages": {"host": 16384, "private": 0, "shared": 0},
         "donated": None,
+        "kicks": 0,
         "shares": 0,
         "unshares": 0,
         "refused": 0,
@@ -85,6 +86,15 @@ def test_a_report_is_of_the_time_between_two_readings() -> None:
     assert since_start(now)["seconds"] == 3
 
 
+def test_kicks_that_made_no_exit_are_no_exits_and_are_told_where_there_are_any() -> None:
+    one = vcpu({}, 0, 0, 0)
+    found = report(taken(101 * S, one, kicks=10), taken(103 * S, one, kicks=30))
+    assert (found["kicks_per_second"], found["exits_per_second"]) == (10, 0)
+    assert any(line.endswith(", 10 kicks without an exit") for line in lines(found))
+    assert since_start(taken(102 * S, one, kicks=8))["kicks_per_second"] == 4
+    assert not any("kicks" in line for line in lines(report(taken(101 * S, one), taken(103 * S, one))))
+
+
 def test_what_the_kernel_does_not_tell_of_a_thread_is_left_open() -> None:
     unknown = vcpu({}, 0.5, None, None)
     ended = report(taken(101 * S, vcpu({}, 0, 0.1, 0.1)), taken(102 * S, unknown))
@@ -124,11 +134,11 @@ def test_a_reading_counts_time_that_is_not_over_yet_where_the_vcpu_is() -> None:
     for native in (inside, outside):
         stats = native.stats[lib.PV_EXIT_MMIO_PL011]
         stats.count, stats.guest_ns, stats.vmm_ns = 3, 2 * S, S
-    machine = SimpleNamespace(config=config, native=vm, natives=(inside, outside), elapsed_ns=10 * S)
+    machine = SimpleNamespace(config=config, native=vm, natives=(inside, outside), elapsed_ns=10 * S, kicks=3)
     found = json.loads(json.dumps(take_reading(machine)))  # type: ignore[arg-type]
     assert [(v["kvm_run_ns"], v["vmm_ns"]) for v in found["vcpus"]] == [(9 * S, S), (2 * S, 8 * S)]
     assert found["vcpus"][0]["exits"] == {"uart": [3, 2 * S, S]}
-    assert found["pages"]["host"] == 16384
+    assert (found["pages"]["host"], found["kicks"]) == (16384, 3)
 
 
 # -- the socket

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pyvmm.devices.virtio.device import VirtioDevice
+    from pyvmm.devices.virtio.queue import Queue
     from tests.virtqueue_rig import Guest
 
 
@@ -66,14 +67,16 @@ class ToySpec(DeviceSpec):
 def machine(guest: Guest) -> Iterator[Any]:
     spec = ToySpec()
     bus, interrupts = Bus(guest.native), Interrupts(None, present=False)  # type: ignore[arg-type]
+    offered: list[tuple[int, Queue]] = []
 
     def build(
         count: int, brought: Sequence[Device | VirtioDevice] = (), *, private: bool = False, pool: int = 0
     ) -> Any:
         context: Any = Context(guest, private=private, pool=pool)
-        return place([spec] * count, list(brought), context, bus, interrupts)
+        kicks: Any = SimpleNamespace(hand_over=lambda base, queue: offered.append((base, queue)))
+        return place([spec] * count, list(brought), context, bus, interrupts, kicks)
 
-    build.bus, build.interrupts, build.made = bus, interrupts, spec.made  # type: ignore[attr-defined]
+    build.bus, build.interrupts, build.made, build.offered = bus, interrupts, spec.made, offered  # type: ignore[attr-defined]
     yield build
     bus.close()
     interrupts.close()
@@ -86,6 +89,13 @@ def test_windows_and_lines_follow_the_configuration(machine: Any) -> None:
     assert [transport.device.label for transport in transports] == ["toy0", "toy1", "toy2"]
     assert [transport.interrupt.fd for transport in transports] == [placed.line.fd for placed in machine.bus.placed]
     assert machine.bus.placed[0].device.properties() == {"dma-coherent": True}
+
+
+def test_kicks_are_handed_over_by_the_address_of_each(machine: Any) -> None:
+    for transport in machine(2):
+        transport._hand_over(transport.queues[0])
+    bases = [placed.base for placed in machine.bus.placed]
+    assert [(base, queue.index) for base, queue in machine.offered] == [(base, 0) for base in bases]
 
 
 def test_private_memory_is_told_to_each(machine: Any) -> None:

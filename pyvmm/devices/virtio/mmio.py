@@ -2,8 +2,9 @@
 """virtio over MMIO, version 2 (virtio 1.2, 4.2): how a driver finds, sets up and resets a device.
 
 Owns the device's queues, its interrupt and what its registers read as (:mod:`pyvmm.devices.virtio.registerstate`). The
-native loop answers reads, and takes kicks, selectors and acknowledgements. Other writes come here, from any vCPU, under
-one lock. The device's own threads take only a second one, so that a reset may wait for them.
+native loop answers reads, and takes selectors, acknowledgements, and the kicks that the kernel does not take itself
+(:mod:`pyvmm.machine.kicks`). Other writes come here, from any vCPU, under one lock. The device's own threads take only
+a second one, so that a reset may wait for them.
 
 =====================================  ==========================================================================
 what a hostile guest may do            what happens
@@ -14,6 +15,7 @@ ask for features that are not offered  FEATURES_OK is not set
 make a queue of 0, 3 or 65535 entries  QueueReady stays 0
 put a ring where there is no memory    the queue breaks when it is used: DEVICE_NEEDS_RESET
 kick before DRIVER_OK                  nothing looks at the queue before that
+kick with another width or number      comes to the native loop, also where the kernel takes kicks
 reset in the middle of requests        waits until the request at hand has ended
 =====================================  ==========================================================================
 """
@@ -43,6 +45,8 @@ from pyvmm.devices.virtio.registerstate import RegisterState
 from pyvmm.errors import PyvmmError, UsageError, hex_
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm._native import pv_vm
 
 
@@ -63,6 +67,7 @@ class VirtioMmio(Device):
     pool: drivers without ACCESS_PLATFORM would not use it, and those of packed rings fail where it is full. Linux's
     drivers wait and try again after -ENOMEM, which is what virtqueue_add_split() says then; virtqueue_add_packed() says
     -EIO, which is the disk's fault to virtio_blk.c, and to virtio_net.c no reason to look for receive buffers again.
+    ``hand_over`` says whether the kernel takes a queue's kicks from now on; without it the native loop always does.
     """
 
     name = "virtio_mmio"
@@ -77,6 +82,7 @@ class VirtioMmio(Device):
         *,
         private: bool,
         pooled: bool = False,
+        hand_over: Callable[[Queue], bool] | None = None,
     ) -> None:
         super().__init__(size=SIZE)
         self.device = device
@@ -88,6 +94,7 @@ class VirtioMmio(Device):
             self.offered |= Feature.RING_PACKED
         self.interrupt = ffi.new("struct pv_interrupt *", {"fd": -1 if line is None else line.fd})
         self.queues: list[Queue] = []
+        self._hand_over = hand_over
         self._lock = threading.Lock()
         # For what the device's own threads change too, the status and the generation. Taken last, held for a moment.
         self._guard = threading.Lock()
@@ -148,6 +155,11 @@ class VirtioMmio(Device):
                 for queue in self.queues
             ],
         }
+
+    @property
+    def kicks_without_exit(self) -> int:
+        """Kicks that the kernel took and the device has seen."""
+        return sum(int(queue.native.kicks) for queue in self.queues if queue.kicks_in_kernel)
 
     # -- the device's, from any thread
 
@@ -234,6 +246,9 @@ class VirtioMmio(Device):
     def _start(self) -> None:
         self._news.info("device_started", features=hex_(self._features))
         try:
+            for queue in self.queues:
+                if queue.ready and not queue.kicks_in_kernel and self._hand_over is not None:
+                    queue.kicks_in_kernel = self._hand_over(queue)
             self.device.start(self.queues, self._features)
         except (PyvmmError, OSError) as error:
             self.device.failed(error)

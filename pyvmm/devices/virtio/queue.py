@@ -110,6 +110,8 @@ class Queue:
         self.index = index
         self.most = most
         self.ready = False
+        self.kicks_in_kernel = False
+        """Whether the kernel takes its kicks, so that they make no exit."""
         self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.native = ffi.new("struct pv_queue *")
         self._keep = (native_vm, interrupt)
@@ -213,6 +215,10 @@ class Queue:
         armed = lib.pv_queue_arm(self.native)
         self._check(armed)
         return armed > 0
+
+    def wake(self) -> None:
+        """Have the queue looked at as if it had been kicked; any thread."""
+        lib.pv_queue_wake(self.native)
 
     def take(self) -> None:
         """Clear the kick; look at the ring after it, not before."""

@@ -167,7 +167,7 @@ class Worker:
             os.eventfd_read(self.stop_fd)
         for queue in self._queues:
             queue.native.stop = 0
-            os.eventfd_write(queue.kick, 1)
+            queue.wake()
 
     # -- the thread
 

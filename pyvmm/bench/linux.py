@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from pyvmm import __file__ as _package
 from pyvmm.bench.qemu import command
@@ -36,6 +36,11 @@ _TAIL: Final = 400
 
 
 _SCRIPT: Final = "import sys\nfrom pyvmm.cli import main\nsys.exit(main())\n"
+_LACKING: Final = """\
+from pyvmm.kvm import fd, stand_in
+from pyvmm.uapi import kvm_cap
+fd.KERNEL = stand_in.Lacking(kvm_cap.{})
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,11 @@ class Files:
     program: tuple[str, ...]
 
 
-def install(folder: str) -> tuple[str, ...]:
+def install(folder: str, *, lacking: str = "") -> tuple[str, ...]:
     """Install this pyvmm in ``folder``, compiled and with a script, as pip does; return the beginning of its command.
 
     A lab has the modules on a file system of the workstation's, where each costs several messages to open; what is
-    installed is on one of the host's own.
+    installed is on one of the host's own. ``lacking`` names a capability (KVM_CAP_*) that pyvmm is to find missing.
     """
     site = os.path.join(folder, "site")
     # A lab may list what it does not find: what another has compiled since it looked.
@@ -59,7 +64,7 @@ def install(folder: str) -> tuple[str, ...]:
     compileall.compile_dir(site, quiet=2)
     script = os.path.join(site, "main.py")
     with open(script, "w") as file:
-        file.write(_SCRIPT)
+        file.write(_LACKING.format(lacking) * bool(lacking) + _SCRIPT)
     return (sys.executable, script)
 
 
@@ -183,8 +188,14 @@ def _watch(process: subprocess.Popen[bytes], until: int | None, *, stay: bool = 
 
 
 def _entered(words: bytes) -> int:
+    return int(run_ended(words).get("started_ns", 0))
+
+
+def run_ended(words: bytes) -> dict[str, Any]:
+    """Return what pyvmm's run said at its end, of all that it wrote to stderr; nothing of what is not pyvmm."""
     for each in words.splitlines():
         with contextlib.suppress(ValueError):
-            if (event := json.loads(each)).get("event") == "run_ended":
-                return int(event["started_ns"])
-    return 0
+            event = json.loads(each)
+            if isinstance(event, dict) and event.get("event") == "run_ended":
+                return event
+    return {}

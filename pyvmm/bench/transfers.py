@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Interface
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from pyvmm.bench import linux
 from pyvmm.devices.virtio.tap import Tap
@@ -86,11 +86,13 @@ class _Sender(socketserver.BaseRequestHandler):
 class Host:
     """This host's side: a disk of zeros, a tap with an address, a server behind it; and the guest's files."""
 
-    def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
+    def __init__(self, folder: str, stack: contextlib.ExitStack, lacking: str) -> None:
         kernel, initrd = resolve(OWN, SHELL, None)
         assert initrd is not None
         # A file system that the lab is shown cannot map files, which QEMU does with the kernel.
-        self.guest = linux.Files(shutil.copy(kernel, folder), shutil.copy(initrd, folder), linux.install(folder))
+        self.guest = linux.Files(
+            shutil.copy(kernel, folder), shutil.copy(initrd, folder), linux.install(folder, lacking=lacking)
+        )
         self.disk = str(Path(folder, "disk"))
         Path(self.disk).write_bytes(bytes(MIB) * SIZE)
         self._stack = stack
@@ -124,11 +126,14 @@ def _forget_tap() -> None:
 
 
 @contextlib.contextmanager
-def host() -> Iterator[Host]:
-    """Make this host's side, for a while. HostError where there is no kernel for guests."""
+def host(*, lacking: str = "") -> Iterator[Host]:
+    """Make this host's side, for a while. HostError where there is no kernel for guests.
+
+    ``lacking`` names a capability (KVM_CAP_*) that pyvmm is to find missing.
+    """
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pyvmm-bench-"))
-        yield Host(folder, stack)
+        yield Host(folder, stack, lacking)
 
 
 def pyvmm(here: Host, operation: Operation, protection: str, passes: int) -> list[str]:
@@ -158,8 +163,18 @@ def qemu(program: Sequence[str], here: Host, operation: Operation, passes: int) 
     return linux.qemu(program, here.guest, 1, *modern, *device, parameters=here.parameters(operation, passes))
 
 
-def passes(argv: Sequence[str], operation: Operation, seconds: float | None) -> list[float]:
-    """Run a VMM; return the ns of each pass, divided by its count. PyvmmError where the guest does not do it."""
+class Passes(NamedTuple):
+    """What a guest took for each pass, in ns, divided by its count; and of pyvmm's, its kicks of the whole run."""
+
+    took: list[float]
+    kicks: int
+    """Of which there was no exit: the kernel took them."""
+    rings: int
+    """Exits to the loop's doorbells."""
+
+
+def passes(argv: Sequence[str], operation: Operation, seconds: float | None) -> Passes:
+    """Run a VMM. PyvmmError where the guest does not do it."""
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False
@@ -170,4 +185,6 @@ def passes(argv: Sequence[str], operation: Operation, seconds: float | None) -> 
     if done.returncode or len(ups) < 2 or "failed" in done.stdout:
         said = (done.stdout[-_TAIL:] + done.stderr[-_TAIL:]).strip()
         raise PyvmmError(f"{' '.join(argv)} ended with status {done.returncode}: {said}")
-    return [(after - before) * 1e9 / operation.count for before, after in itertools.pairwise(ups)]
+    ended = linux.run_ended(done.stderr.encode())
+    took = [(after - before) * 1e9 / operation.count for before, after in itertools.pairwise(ups)]
+    return Passes(took, ended.get("kicks", 0), ended.get("exits", {}).get("mmio-doorbell", 0))

@@ -34,7 +34,7 @@ def virtio(
             found: dict[str, list[list[float]]] = {side: [] for side in sides}
             for turn in range(turns):
                 for side in list(sides) if turn % 2 else reversed(sides):
-                    took = transfers.passes(sides[side], operation, patience())
+                    took = transfers.passes(sides[side], operation, patience()).took
                     found[side].append([statistics.median(took[1:])])
             what: Point = {"what": name}
             series += pair(NAME, what, name, found[OWN], found["qemu"], clocks=("guest", "guest"), per=operation.per)

@@ -41,6 +41,8 @@ POINTS = [
      {"touch": 16, "whole range": 1, "KVM's exits": 1}),
     ("exit", {"protection": "pkvm", "kind": "registers"}, {"exit": EXITS, "in the VMM": 1, "KVM's exits": 1}),
     ("exit", {"protection": "none", "kind": "ioeventfd"}, {"exit": EXITS, "KVM's exits": 1}),
+    ("scaling", {"protection": "pkvm", "kind": "python", "cpus": 2}, {"exits": 1, "exits of a vCPU": 2}),
+    ("scaling", {"protection": "none", "kind": "registers"}, {"exits": 1, "exits of a vCPU": 1}),
     ("share", {"protection": "pkvm", "pages": PAGES}, {"share": PAGES, "unshare": PAGES, "announced share": 1}),
     ("convert", {"policy": "zero"},
      dict.fromkeys(("share", "unshare", "touch after share", "touch after unshare"), 64)),
@@ -195,13 +197,18 @@ def test_of_a_boot_every_phase_is_timed_in_its_order() -> None:
     assert boot.executed < boot.entered < boot.init < boot.ended
 
 
-@pytest.mark.parametrize("operation", ["blk read", "net round trip"])
-def test_a_linux_guest_times_what_its_devices_do(operation: str) -> None:
+@pytest.mark.parametrize(
+    ("operation", "lacking"), [("blk read", ""), ("blk read", "KVM_CAP_IOEVENTFD"), ("net round trip", "")]
+)
+def test_a_linux_guest_times_what_its_devices_do_and_kicks_where_the_kernel_takes_it(
+    operation: str, lacking: str
+) -> None:
     kernel_directory("own:")
     wanted = transfers.OPERATIONS[operation]
-    with transfers.host() as here:
+    with transfers.host(lacking=lacking) as here:
         if wanted.device == "net":
             here.serve()
-        took = transfers.passes(transfers.pyvmm(here, wanted, "pkvm", 2), wanted, 600)
-    assert len(took) == 2
-    assert min(took) > 0
+        done = transfers.passes(transfers.pyvmm(here, wanted, "pkvm", 2), wanted, 600)
+    assert len(done.took) == 2
+    assert min(done.took) > 0
+    assert (done.kicks > 0, done.rings > 0) == (not lacking, bool(lacking))

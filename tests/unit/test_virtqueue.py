@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import struct
 from random import Random
 from typing import TYPE_CHECKING
@@ -11,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm._native import lib
+from pyvmm._native import ffi, lib
+from pyvmm.devices.virtio.queue import Queue
 from tests.memory_helper import BASE
 from tests.twin_virtqueue import Broken, Device, Driver, Popped, Rings
 from tests.virtqueue_rig import HALF, PAGE, SIZE, Copy, Guest, native_queue
@@ -200,3 +203,25 @@ def test_whatever_the_rings_hold_the_loop_and_its_twin_see_the_same(guest: Guest
             assert not native.interrupt()
     guest.close_pages(())
     assert guest.contents == copy.data
+
+
+def test_kicks_are_counted_each_and_wakes_are_not(fresh: Guest) -> None:
+    interrupt = ffi.new("struct pv_interrupt *", {"fd": -1})
+    queue = Queue(fresh.native, interrupt, 0, 8)
+    try:
+        for kicks, wakes in ((0, 1), (3, 0), (5, 2), (1, 0)):
+            before = int(queue.native.kicks)
+            for _ in range(kicks):
+                os.eventfd_write(queue.kick, 1)
+            for _ in range(wakes):
+                queue.wake()
+            assert select.select([queue.kick], [], [], 0)[0]
+            queue.take()
+            assert not select.select([queue.kick], [], [], 0)[0]
+            assert queue.native.kicks - before == kicks
+        os.eventfd_write(queue.kick, 2**64 - 2)  # as much as there can be: a wake finds no room, and needs none
+        queue.wake()
+        queue.take()
+        assert not select.select([queue.kick], [], [], 0)[0]
+    finally:
+        queue.close()

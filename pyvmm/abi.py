@@ -6,7 +6,10 @@ Data only; anyone may import it. A test reads the header and compares.
 
 from __future__ import annotations
 
-from typing import Final
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
 
 # -- pyvmm,mailbox
 

@@ -15,10 +15,11 @@ import contextlib
 import functools
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final, TextIO
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any, Final, TextIO
 
     from structlog.typing import FilteringBoundLogger
 

@@ -20,10 +20,11 @@ import contextlib
 import os
 import select
 import stat
-from typing import TYPE_CHECKING, Final
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Final
 
 _PTMX: Final = os.makedev(5, 2)
 """The master's end of any pseudo-terminal: to open that once more makes another terminal."""

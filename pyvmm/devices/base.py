@@ -10,12 +10,12 @@ This module needs nothing native: a device that answers in Python can be describ
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Any, ClassVar, Protocol
 
     from pyvmm._native import CData
 

@@ -7,17 +7,19 @@ Built once before the first run. Overlaps are refused by name. C finds the range
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, TypeVar
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 from pyvmm.errors import UsageError, hex_
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import TypeVar
+
     from pyvmm._native import CData, pv_vcpu, pv_vm
     from pyvmm.devices.base import Line
 
-D = TypeVar("D", bound=Device)
+    D = TypeVar("D", bound=Device)
 
 
 class Placed:

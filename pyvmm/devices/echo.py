@@ -13,7 +13,6 @@ share by words only, keep it private   the guarded copy reports it, the page is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from pyvmm import abi
 from pyvmm.devices.base import Device
@@ -21,6 +20,10 @@ from pyvmm.errors import GuestMemoryError
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareEvent, ShareRelay
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 ANSWER_OFFSET = 2048
 MAX_REQUEST = 2048

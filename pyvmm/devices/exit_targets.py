@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm._native import CData
 
 PART = 0x1000

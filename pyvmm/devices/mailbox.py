@@ -10,14 +10,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 from pyvmm.errors import PyvmmError, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from typing import Any
 
     from pyvmm._native import pv_mailbox
     from pyvmm.devices.trap import MailboxAnswer, Trap

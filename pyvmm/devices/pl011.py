@@ -16,15 +16,15 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 from pyvmm.errors import UsageError
 from pyvmm.outlet import Outlet
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from pyvmm._native import Array, pv_fifo
 

@@ -7,10 +7,12 @@ enters the ledger and stops for the relay. Registers in firmware/lib/abi.h.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pyvmm._native import lib
 from pyvmm.devices.base import Device
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class ShareBell(Device):

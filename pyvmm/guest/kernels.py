@@ -12,13 +12,14 @@ Owns nothing.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import HostError
 from pyvmm.labenv import given_tree, in_lab
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
+    from typing import Final
 
 DEBIAN: Final = "debian:"
 OWN: Final = "own:"

@@ -11,11 +11,15 @@ import errno as _errno
 import os
 from collections.abc import Callable, Mapping
 from enum import IntEnum
-from typing import NamedTuple, TypeAlias
 
 from pyvmm.errors import KvmError, hex_
+from pyvmm.typed import NamedTuple
 from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD, KVM_VM_TYPE_ARM_PROTECTED
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeAlias
 
 Value: TypeAlias = int | str | None
 Values: TypeAlias = Mapping[str, Value]

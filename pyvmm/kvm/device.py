@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pyvmm.kvm.fd import AttributeFd
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.kvm.fd import Fd
     from pyvmm.uapi.kvm import DeviceType

@@ -6,15 +6,16 @@ from __future__ import annotations
 import errno as _errno
 import os
 from ctypes import Structure, _SimpleCData, addressof, byref, sizeof
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from pyvmm.errors import KvmError
 from pyvmm.kvm import libc
 from pyvmm.uapi.kvm import KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR, kvm_device_attr
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
+    from typing import Any, Self, TypeAlias
 
     from pyvmm.kvm.causes import Value
     from pyvmm.uapi.ioctl import Ioctl

@@ -6,10 +6,9 @@ Guest memory is mapped, punched and allocated by the memory package: see SharedG
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pyvmm.kvm.fd import Fd
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import errno as _errno
 from ctypes import CDLL, byref, c_int, c_int64, c_long, c_size_t, c_ulong, c_void_p, get_errno
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _libc = CDLL(None, use_errno=True)
 _libc.ioctl.argtypes = (c_int, c_ulong, c_void_p)

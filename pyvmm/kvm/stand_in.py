@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
 
 from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_create_guest_memfd
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_TARGET_GENERIC_V8, kvm_vcpu_init
 from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_VM_IPA_SIZE, KVM_CAP_NR_MEMSLOTS
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Final
 
     from pyvmm.kvm.causes import Value
     from pyvmm.kvm.fd import CData, Fd

@@ -6,10 +6,13 @@ from __future__ import annotations
 import errno as _errno
 import os
 from ctypes import sizeof
-from typing import TypeAlias
 
 from pyvmm.kvm.fd import AttributeFd, Fd
 from pyvmm.uapi.kvm import KVM_GET_STATS_FD, kvm_stats_desc, kvm_stats_header
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeAlias
 
 Stat: TypeAlias = "int | tuple[int, ...]"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from typing import Self
 
 from pyvmm.errors import HostError
 from pyvmm.kvm.fd import KERNEL, Fd, Kernel
@@ -19,6 +18,10 @@ from pyvmm.uapi.kvm import (
     KVM_VM_TYPE_ARM_PROTECTED,
 )
 from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_VM_IPA_SIZE, cap_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
 
 _LAB = "or use `pyvmm --lab`, which needs no KVM"
 

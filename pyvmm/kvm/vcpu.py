@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno as _errno
 import os
 from ctypes import addressof, c_uint8, c_uint64
-from typing import TYPE_CHECKING
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.kvm import libc
@@ -34,6 +33,7 @@ from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.layout import with_tail
 from pyvmm.uapi.mman import MAP_SHARED, PROT_READ, PROT_WRITE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno as _errno
 from ctypes import addressof, c_uint8
-from typing import TYPE_CHECKING
 
 from pyvmm.kvm.device import KvmDevice
 from pyvmm.kvm.guest_memfd import GuestMemfd
@@ -58,6 +57,7 @@ from pyvmm.uapi.kvm_irq import (
     kvm_msi,
 )
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.kvm.system import System
 

@@ -13,13 +13,12 @@ their places; each file is read once, straight to where it belongs, the device t
     6. load it all, unpacking on the way; pc = the entry, x0 = the device tree's gpa
 """
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 import contextlib
 import struct
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
@@ -40,8 +39,12 @@ from pyvmm.machine.describing import Describable, GicNode, describe, machine_tre
 from pyvmm.machine.fdt import Tree, check_header
 from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import MIB, Gpa, align_down
+from pyvmm.typed import NamedTuple
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from pyvmm.devices.base import Line
 
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
@@ -132,8 +135,8 @@ def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT
         if kernel.startswith(PAYLOAD):
             from pyvmm.payloads import memory_of, payload
 
-            name = kernel.removeprefix(PAYLOAD)
-            image = _flat(Bytes(payload(name)), kernel, memory_of(name))
+            binary = payload(kernel.removeprefix(PAYLOAD))
+            image = _flat(Bytes(binary), kernel, memory_of(binary))
         else:
             image = identify(_open(kernel, "kernel", room, files), kernel, room=room)
         ramdisk = None if initrd is None else _open(initrd, "initrd", room, files)
@@ -304,7 +307,7 @@ class Board:
         *,
         cpus: int,
         command_line: str = "",
-        devices: "Sequence[tuple[Describable, int, Line | None]]" = (),
+        devices: Sequence[tuple[Describable, int, Line | None]] = (),
         gic: GicNode | None = None,
         pool: int = 0,
         entropy: Callable[[int], bytes] | None = None,

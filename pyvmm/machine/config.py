@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a machine is to be: plain values, checked together before anything is opened."""
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
 from pyvmm.devices.kind import DeviceSpec
 from pyvmm.errors import OptionError, hex_
@@ -13,6 +12,7 @@ from pyvmm.machine.swiotlb import check_pool, pool_in, usual_pool
 from pyvmm.memory.address import HUGE_SIZE, MIB
 from pyvmm.memory.choices import BACKINGS, DEFAULT_MEMORY, ConversionPolicy
 from pyvmm.protection import Protection
+from pyvmm.typed import NamedTuple
 
 
 def usual_backing(protection: Protection) -> str:

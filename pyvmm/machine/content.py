@@ -6,17 +6,21 @@ it is open. Nothing here is read before it is asked for: a kernel's header costs
 changes meanwhile is refused when that is noticed. All errors are UsageErrors that name the file.
 """
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 import io
 import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Final, NamedTuple, Protocol
 
 from pyvmm.errors import UsageError
 from pyvmm.memory.address import Gpa
+from pyvmm.typed import NamedTuple, Protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import BinaryIO, Final
 
 #: Bytes of a packed file read, and unpacked, at once.
 CHUNK: Final = 1 << 20
@@ -42,11 +46,9 @@ class Loadable(Protocol):
 
     def write(self, gpa: Gpa, data: bytes, /) -> None:
         """Copy ``data`` to ``gpa``."""
-        ...
 
     def load_file(self, gpa: Gpa, fd: int, at: int, size: int, /) -> int:
         """Read ``size`` bytes at ``at`` of a file to ``gpa``, and return how many there were."""
-        ...
 
 
 class Content(Protocol):
@@ -55,15 +57,12 @@ class Content(Protocol):
     @property
     def size(self) -> int | None:
         """How many there are."""
-        ...
 
     def __getitem__(self, which: slice, /) -> bytes:
         """Return a few of them."""
-        ...
 
     def load(self, memory: Loadable, gpa: int, room: int) -> None:
         """Put all of them at ``gpa``, where there is room for ``room`` bytes."""
-        ...
 
 
 class Known(Content, Protocol):
@@ -72,15 +71,12 @@ class Known(Content, Protocol):
     @property
     def size(self) -> int:
         """How many bytes there are."""
-        ...
 
-    def part(self, start: int, size: int) -> "Known":
+    def part(self, start: int, size: int) -> Known:
         """Return ``size`` of them from ``start`` on, all inside."""
-        ...
 
     def stream(self) -> BinaryIO:
         """Return all of them as a file to read."""
-        ...
 
 
 class Bytes:
@@ -105,7 +101,7 @@ class Bytes:
     def __getitem__(self, which: slice, /) -> bytes:
         return self.data[which]
 
-    def part(self, start: int, size: int) -> "Bytes":
+    def part(self, start: int, size: int) -> Bytes:
         """Return ``size`` of them from ``start`` on."""
         return Bytes(self.data[start : start + size])
 
@@ -205,7 +201,7 @@ class FilePart:
         start, stop, _ = which.indices(self.size)
         return self.file.read(self.start + start, max(stop - start, 0))
 
-    def part(self, start: int, size: int) -> "FilePart":
+    def part(self, start: int, size: int) -> FilePart:
         """Return ``size`` of them from ``start`` on."""
         return FilePart(self.file, self.start + start, size)
 

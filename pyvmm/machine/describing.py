@@ -5,15 +5,19 @@ Owns nothing; the machine calls :func:`machine_tree` with what its devices say a
 :meth:`pyvmm.machine.fdt.Tree.to_bytes`.
 """
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from pyvmm.devices.base import Trigger
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine.fdt import Node, Tree, Value, cells64
+from pyvmm.typed import NamedTuple, Protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, ClassVar, Final
 
 # Linux include/dt-bindings/interrupt-controller/{irq,arm-gic}.h; see also pyvmm.devices.base.Trigger.
 _LEVEL_LOW: Final = 8
@@ -58,7 +62,6 @@ class Describable(Protocol):
 
     def properties(self) -> dict[str, Any]:
         """Return what it says beside ``compatible`` and ``reg``."""
-        ...
 
 
 def describe(device: Describable, base: int, spi: int | None = None, trigger: Trigger = Trigger.LEVEL) -> DeviceNode:

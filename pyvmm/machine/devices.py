@@ -9,7 +9,6 @@ page of 64 KiB begins, so that it may map one without the next.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.base import Device, Trigger
 from pyvmm.devices.virtio.device import VirtioDevice
@@ -18,8 +17,10 @@ from pyvmm.devices.virtio.registers import SIZE
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Final
 
     from pyvmm.devices.bus import Bus
     from pyvmm.devices.kind import Context, DeviceSpec

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from pyvmm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #: What a property may be given as: a 32-bit cell, a string, cells or strings in a row, True for a property that is
 #: only there, or bytes taken as they are (:func:`cells64` makes 64-bit ones).

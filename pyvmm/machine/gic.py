@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from ctypes import c_uint32, c_uint64
-from typing import TYPE_CHECKING
 
 from pyvmm.machine.describing import GicNode
 from pyvmm.machine.layout import GIC_DISTRIBUTOR, GIC_ITS, GIC_REDISTRIBUTORS, MAX_VCPUS, SPIS
@@ -28,6 +27,7 @@ from pyvmm.uapi.kvm_arm64 import (
     KVM_VGIC_V3_REDIST_SIZE,
 )
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
 

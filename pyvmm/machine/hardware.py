@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
 
 from pyvmm.devices.base import Device
 from pyvmm.devices.bus import Bus
@@ -36,12 +35,15 @@ from pyvmm.machine.vm import create_vm, protect
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import TypeVar
+
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.devices.virtio.mmio import VirtioMmio
     from pyvmm.machine.start import Start
 
-R = TypeVar("R")
+    R = TypeVar("R")
 
 
 class Hardware:

@@ -15,14 +15,16 @@ nowhere, and the device tree names none.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.base import Trigger
 from pyvmm.errors import UsageError
 from pyvmm.machine import layout
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from pyvmm.kvm.vm import Vm
 
 #: Interrupt numbers below are a vCPU's own (Arm IHI 0069, 2.2.1); SPI n is number SPI_BASE + n.

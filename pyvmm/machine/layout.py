@@ -5,11 +5,14 @@ Owns no resource; data only. The machine places devices with it, the boot protoc
 payloads know none of these addresses (the device tree tells the guest).
 """
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
-
-from typing import Final, NamedTuple
+from __future__ import annotations
 
 from pyvmm.memory.address import MIB
+from pyvmm.typed import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #   0x0000_0000 +------------------------------+
 #               | nothing: an access exits     |

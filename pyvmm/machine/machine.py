@@ -8,7 +8,6 @@ before anything below it is taken away.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
 
 from pyvmm.devices.roles import Printing
 from pyvmm.errors import hex_
@@ -22,6 +21,7 @@ from pyvmm.vcpu.cold import ColdExits, Intercept, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
 from pyvmm.vcpu.thread import VcpuThread
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager

@@ -8,8 +8,6 @@ loaded into it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
 from pyvmm.errors import hex_
 from pyvmm.kvm.causes import Value, argument_text
 from pyvmm.kvm.stand_in import Call, Recording, StandIn
@@ -19,8 +17,10 @@ from pyvmm.memory.address import MIB
 from pyvmm.uapi import kvm_arm64
 from pyvmm.uapi.kvm_arm64 import core_reg
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import Final
 
     from pyvmm.devices.base import Device
     from pyvmm.devices.virtio.device import VirtioDevice

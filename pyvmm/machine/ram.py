@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
 
 from pyvmm.errors import HostError
 from pyvmm.machine import layout
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Anonymous, Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.kvm.vm import Vm
     from pyvmm.machine.config import MachineConfig

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
 
 from pyvmm.machine import boot
 from pyvmm.uapi.kvm_arm64 import core_reg
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 

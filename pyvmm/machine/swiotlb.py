@@ -11,13 +11,14 @@ A command line's ``swiotlb=`` would do for a kernel since 7.3, but is not heard 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
 from pyvmm.errors import OptionError, UsageError
 from pyvmm.machine.fdt import cells64, encode, parse
 from pyvmm.memory.address import MIB, PAGE_SIZE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from pyvmm.machine.fdt import Node, Tree
 
 DEFAULT: Final = 16 * MIB

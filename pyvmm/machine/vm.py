@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
 
 from pyvmm import abi
 from pyvmm._native import ffi, lib
@@ -16,7 +15,10 @@ from pyvmm.memory.memory import DEFAULT_IPA_BITS
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from pyvmm._native import Array, pv_record, pv_vcpu, pv_vm
     from pyvmm.kvm.system import System
     from pyvmm.kvm.vcpu import Vcpu

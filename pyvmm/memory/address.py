@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from typing import NewType
-
 from pyvmm.errors import hex_
+from pyvmm.typed import NewType
 
 Gpa = NewType("Gpa", int)
 """A guest physical address (the arm64 manuals' IPA), in bytes."""

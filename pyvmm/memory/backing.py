@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import os
-from typing import TYPE_CHECKING, ClassVar, Self
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, UsageError, hex_
@@ -37,7 +36,10 @@ from pyvmm.uapi.memfd import (
 )
 from pyvmm.uapi.mman import MADV_DONTNEED, MADV_HUGEPAGE, MADV_POPULATE_WRITE, PROT_NONE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import ClassVar, Self
+
     from pyvmm.kvm.guest_memfd import GuestMemfd
     from pyvmm.kvm.vm import Vm
 

@@ -8,7 +8,6 @@ under its lock. Under pkvm there is nothing to choose: the hypervisor keeps the 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError
@@ -18,6 +17,7 @@ from pyvmm.memory.backing import Backing, Memfd
 from pyvmm.memory.slots import Piece, Slot, SlotTable, carve
 from pyvmm.uapi.mman import PROT_NONE, PROT_READ, PROT_WRITE
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import UsageError, hex_
 from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, Gpa
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm._native import Pointer, pv_vm
 

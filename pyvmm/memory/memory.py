@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Self
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, UsageError, hex_
@@ -27,9 +26,11 @@ from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
 from pyvmm.memory.slots import Piece, Slot, SlotTable
 from pyvmm.protection import Protection
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+    from typing import Self
 
     from pyvmm._native import pv_vm
     from pyvmm.kvm.vm import Vm

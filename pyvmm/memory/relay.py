@@ -9,18 +9,19 @@ alone. With no subscriber the loop handles conversions in C and only counts them
 Lock order: the relay's lock is taken first, a device's own lock inside it. A subscriber must not wait for a vCPU.
 """
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm._native import lib
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.ledger import Ledger, PageState
+from pyvmm.typed import NamedTuple
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm._native import pv_vm
 
@@ -54,7 +55,7 @@ Subscriber = Callable[[ShareEvent], None]
 class ShareRelay:
     """The one place where conversions are announced."""
 
-    def __init__(self, native: "pv_vm", ledger: Ledger) -> None:
+    def __init__(self, native: pv_vm, ledger: Ledger) -> None:
         self.native = native
         self.ledger = ledger
         self._subscribers: list[Subscriber] = []

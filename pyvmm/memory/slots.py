@@ -7,20 +7,21 @@ the native loop and one area of the ledger for its whole life. KVM may see it in
 were moved to another backing.
 """
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 import contextlib
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, UsageError, hex_
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, span
 from pyvmm.memory.backing import Backing
+from pyvmm.typed import NamedTuple
 from pyvmm.uapi.kvm_cap import KVM_CAP_NR_MEMSLOTS
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm._native import pv_map, pv_vm
     from pyvmm.kvm.vm import Vm
@@ -40,12 +41,12 @@ class Piece(NamedTuple):
         """First byte behind it."""
         return Gpa(self.gpa + self.size)
 
-    def continues(self, before: "Piece") -> bool:
+    def continues(self, before: Piece) -> bool:
         """Whether it goes on where ``before`` ends, in guest memory and in the backing."""
         same = self.backing is before.backing and self.offset == before.offset + before.size
         return same and self.gpa == before.end
 
-    def overlap(self, gpa: int, size: int) -> "Piece | None":
+    def overlap(self, gpa: int, size: int) -> Piece | None:
         """Return the part of it that lies in ``[gpa, gpa + size)``."""
         start, end = max(gpa, self.gpa), min(gpa + size, self.end)
         if start >= end:
@@ -74,7 +75,7 @@ class Slot:
 
     __slots__ = ("area", "backing", "gpa", "offset", "pieces", "size")
 
-    def __init__(self, gpa: Gpa, size: int, backing: Backing, offset: int, area: "Area") -> None:
+    def __init__(self, gpa: Gpa, size: int, backing: Backing, offset: int, area: Area) -> None:
         self.gpa = gpa
         self.size = size
         self.backing = backing
@@ -105,7 +106,7 @@ class Slot:
 class SlotTable:
     """The slots of one VM, sorted by gpa."""
 
-    def __init__(self, vm: "Vm", native_vm: "pv_vm", *, ipa_bits: int | None) -> None:
+    def __init__(self, vm: Vm, native_vm: pv_vm, *, ipa_bits: int | None) -> None:
         self._vm = vm
         self._native = native_vm
         self._ipa_bits = ipa_bits

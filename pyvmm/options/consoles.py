@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import OptionError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Final
 
 Ends = tuple[int | None, int | None]
 """Descriptors of a console: output and input."""

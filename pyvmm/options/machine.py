@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
 from pyvmm.errors import OptionError, hex_
 from pyvmm.guest.kernels import MEMORY, is_kernel
 from pyvmm.machine import layout
@@ -15,8 +13,10 @@ from pyvmm.options.contradictions import check_run, kernel_of
 from pyvmm.options.devices import device_specs
 from pyvmm.protection import Protection
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Final
 
     from pyvmm.options.consoles import Ends
 

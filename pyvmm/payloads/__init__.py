@@ -6,14 +6,21 @@ Owns nothing but its directory. Anyone may call it; files are read when asked fo
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Final, NamedTuple
+import os
 
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.typed import NamedTuple
 
-DIRECTORY: Final = Path(__file__).parent
-MANIFEST: Final = DIRECTORY / "manifest.json"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+DIRECTORY: Final = os.path.dirname(__file__)
+MANIFEST: Final = os.path.join(DIRECTORY, "manifest.json")
+"""What firmware/build.py says of them."""
+
+_MEMORY: Final = slice(8, 16)
+"""Where a binary says how much memory it occupies: its header is in firmware/start.S."""
 
 
 class Usage(NamedTuple):
@@ -80,7 +87,8 @@ def payload(name: str) -> bytes:
         )
     path = path_of(name)
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise PyvmmError(
             f"payload {name} cannot be read: {path}: {error.strerror}",
@@ -88,12 +96,11 @@ def payload(name: str) -> bytes:
         ) from None
 
 
-def path_of(name: str) -> Path:
+def path_of(name: str) -> str:
     """Say where a payload's binary is."""
-    return DIRECTORY / f"{name}.bin"
+    return os.path.join(DIRECTORY, f"{name}.bin")
 
 
-def memory_of(name: str) -> int:
-    """Return the bytes a payload occupies from its first one on: the file, its zeroed data and its stacks."""
-    entry = json.loads(MANIFEST.read_text())["payloads"][name]
-    return int(entry["memory"])
+def memory_of(image: bytes) -> int:
+    """Return the bytes that a payload's binary occupies once loaded: itself, its zeroed data and its stacks."""
+    return int.from_bytes(image[_MEMORY], "little")

@@ -10,14 +10,15 @@ import contextlib
 import os
 import signal
 import threading
-from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.roles import Terminal
 from pyvmm.options.consoles import NOWHERE, Ends, terminal_size
 from pyvmm.syntax.paths import open_output
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Final
 
     from pyvmm.machine.machine import Machine
 

@@ -16,14 +16,15 @@ import select
 import stat
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final, Self
 
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.log import get_logger
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping
+    from typing import Any, Final, Self
 
     Requests = Mapping[str, Callable[..., object]]
 

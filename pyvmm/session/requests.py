@@ -12,14 +12,15 @@ import contextlib
 import functools
 import os
 import threading
-from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
 from pyvmm.devices.roles import MemoryBalloon, Terminal
 from pyvmm.errors import PyvmmError, UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from pyvmm.machine.machine import Machine
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from typing import TYPE_CHECKING, Final
 
 from pyvmm import log
 from pyvmm.machine.machine import Machine
@@ -24,8 +23,10 @@ from pyvmm.session.terminal import Keys, Signals, in_foreground
 from pyvmm.syntax.paths import write_output
 from pyvmm.vcpu.outcome import Ending
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from typing import Final
 
     from pyvmm.debug.server import GdbServer
     from pyvmm.machine.config import MachineConfig

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from pyvmm.vcpu.outcome import Ending
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.vcpu.counters import Counters
     from pyvmm.vcpu.outcome import Outcome

@@ -13,12 +13,13 @@ import select
 import signal
 import termios
 import threading
-from typing import TYPE_CHECKING, Any, Self
 
 from pyvmm.interrupt import Interrupted
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any, Self
 
 ESCAPE = 0x01
 """Ctrl-A: the next key is for us. ``x`` quits, another Ctrl-A goes to the guest, anything else goes with its escape."""

@@ -7,8 +7,6 @@ machine stops the other vCPUs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
-
 from pyvmm import abi
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, hex_
@@ -17,8 +15,10 @@ from pyvmm.memory.address import Gpa
 from pyvmm.memory.relay import ShareEvent, ShareRelay, ShareSource
 from pyvmm.vcpu.outcome import Ending, Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TypeAlias
 
     from pyvmm._native import pv_vcpu
     from pyvmm.devices.bus import Bus

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run ended, in the words the user reads and the exit status the shell gets."""
 
-# Annotations are not strings here: a NamedTuple compiles those, and the first costs as much as a dozen imports.
+from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+
+from pyvmm.typed import NamedTuple
 
 
 class Ending(Enum):

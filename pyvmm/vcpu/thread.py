@@ -14,11 +14,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm._native import pv_vcpu
 

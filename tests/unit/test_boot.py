@@ -541,7 +541,7 @@ def test_a_payload_takes_the_memory_it_needs_beyond_its_file() -> None:
     image = read("payload:hello")
     (part,) = image.segments
     assert (image.kind, part.gpa, part.data) == ("flat", 0x8008_0000, Bytes(payloads.payload("hello")))
-    assert part.size == payloads.memory_of("hello") >= (part.data.size or 0)
+    assert part.size == payloads.memory_of(payloads.payload("hello")) >= (part.data.size or 0)
 
 
 def test_an_unknown_payload_is_refused_with_the_names_there_are() -> None:

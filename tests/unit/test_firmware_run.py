@@ -37,7 +37,7 @@ def qemu(payload: str, bootargs: str = "", *, cpus: int = 1, machine: str = "vir
         "stdio",
         "-no-reboot",
         "-kernel",
-        str(payloads.path_of(payload)),
+        payloads.path_of(payload),
         "-append",
         bootargs,
     ]
@@ -61,7 +61,7 @@ def qemu_until(payload: str, pattern: str, bootargs: str = "") -> re.Match[str]:
         "-serial",
         "stdio",
         "-kernel",
-        str(payloads.path_of(payload)),
+        payloads.path_of(payload),
         "-append",
         bootargs,
     ]

@@ -12,12 +12,12 @@ from pyvmm.errors import PyvmmError, UsageError
 
 
 def test_every_binary_has_a_description_and_every_description_a_binary() -> None:
-    assert sorted(path.stem for path in payloads.DIRECTORY.glob("*.bin")) == payloads.names()
+    assert sorted(path.stem for path in Path(payloads.DIRECTORY).glob("*.bin")) == payloads.names()
 
 
 def test_a_payload_is_its_file() -> None:
     for name in payloads.names():
-        assert payloads.payload(name) == payloads.path_of(name).read_bytes()
+        assert payloads.payload(name) == Path(payloads.path_of(name)).read_bytes()
 
 
 def test_an_unknown_payload_lists_what_there_is_and_guesses() -> None:

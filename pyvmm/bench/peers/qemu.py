@@ -50,7 +50,7 @@ def qemu(folder: str | None = None) -> list[str]:
 def theirs() -> dict[str, list[float]]:
     """Run the payload under QEMU; return ns an exit of every round, by kind."""
     parameters = f"count={COUNT} rounds={ROUNDS}"
-    return _run(command(qemu(), str(payloads.path_of("exits")), parameters, memory=MEMORY))
+    return _run(command(qemu(), payloads.path_of("exits"), parameters, memory=MEMORY))
 
 
 def ours() -> dict[str, list[float]]:

@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
 from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.typed import Protocol
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import Any, Final
 
 F_DEFLATE_ON_OOM: Final = 1 << 2
 F_REPORTING: Final = 1 << 5
@@ -48,11 +50,9 @@ class Punchable(Protocol):
 
     def contains(self, gpa: int, size: int = 1) -> bool:
         """Whether all of a range is in slots."""
-        ...
 
     def punch(self, gpa: int, size: int) -> None:
         """Drop whole pages from their backing."""
-        ...
 
 
 class VirtioBalloon(WorkerDevice):

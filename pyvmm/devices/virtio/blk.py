@@ -15,7 +15,6 @@ import errno
 import os
 import struct
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.disk import SECTOR, SERIAL_SIZE, DiskFile
@@ -23,8 +22,10 @@ from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.errors import UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any, Final
 
 QUEUE_SIZE: Final = lib.PV_BLK_SEGMENTS
 """So that a MiB of scattered pages is one request."""

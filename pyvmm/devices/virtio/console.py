@@ -22,14 +22,15 @@ import select
 import struct
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.outlet import Outlet
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any, Final
 
 F_SIZE: Final = 1 << 0
 F_EMERG_WRITE: Final = 1 << 2

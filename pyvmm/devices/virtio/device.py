@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
 from pyvmm.devices.virtio.queue import Queue, QueueBroken
 from pyvmm.errors import PyvmmError
 from pyvmm.log import get_logger
+from pyvmm.typed import Protocol
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any, ClassVar, Final
 
 log = get_logger("virtio")
 
@@ -35,11 +37,9 @@ class Transport(Protocol):
 
     def needs_reset(self) -> None:
         """Tell the driver that the device is of no use any more until it is reset."""
-        ...
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed."""
-        ...
 
 
 class Complaints:

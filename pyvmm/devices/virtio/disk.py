@@ -14,13 +14,16 @@ import stat
 import struct
 from ctypes import byref, c_int, c_uint, c_uint64
 from pathlib import Path
-from typing import Final, Self
 
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
 from pyvmm.log import get_logger
 from pyvmm.uapi import fs
 from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, Self
 
 log = get_logger("disk")
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
@@ -43,9 +42,12 @@ from pyvmm.devices.virtio.registers import (
 )
 from pyvmm.devices.virtio.registerstate import RegisterState
 from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.typed import Protocol
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from pyvmm._native import pv_vm
 
@@ -56,7 +58,6 @@ class PulsedLine(Protocol):
     @property
     def fd(self) -> int:
         """The eventfd that gives a pulse."""
-        ...
 
 
 class VirtioMmio(Device):

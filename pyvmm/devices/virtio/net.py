@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
@@ -24,8 +23,10 @@ from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.errors import HostError
 from pyvmm.log import get_logger
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any, Final
 
     from pyvmm._native import CData
     from pyvmm.devices.virtio.queue import Queue

@@ -7,10 +7,13 @@ import os
 import socket
 from enum import IntFlag
 from pathlib import Path
-from typing import ClassVar, Final
 
 from pyvmm._native import lib
 from pyvmm.errors import HostError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar, Final
 
 HEADER: Final = 12
 """Bytes of ``struct virtio_net_hdr_v1``, in front of every frame of a guest and of a tap."""

@@ -8,13 +8,14 @@ and says when it is ready; between the device's start and stop it belongs to one
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, hex_
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Final
 
     from pyvmm._native import pv_interrupt, pv_queue, pv_vm
 

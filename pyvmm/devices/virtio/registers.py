@@ -7,9 +7,12 @@ Data and pure functions; :mod:`pyvmm.devices.virtio.mmio` acts on them.
 from __future__ import annotations
 
 from enum import IntFlag
-from typing import Final
 
 from pyvmm.errors import hex_
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 #: Bytes of a transport.
 SIZE: Final = 0x200

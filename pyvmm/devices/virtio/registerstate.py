@@ -7,14 +7,14 @@ Selectors are any vCPU's to change at any time, so each is read once for one dec
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
 from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.registers import LOW, MAGIC, VENDOR, VERSION, Register, Status
 from pyvmm.errors import UsageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Final
 
     from pyvmm._native import pv_interrupt
     from pyvmm.devices.virtio.device import VirtioDevice

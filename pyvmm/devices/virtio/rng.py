@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
 from pyvmm.devices.virtio.worker import WorkerDevice
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Final
 
 MOST: Final = 4096
 """Bytes for one request: a driver that asks for more gets these, and asks again."""

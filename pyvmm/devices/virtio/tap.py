@@ -13,7 +13,6 @@ import socket
 import struct
 from ctypes import Array, byref, c_char, c_int, c_uint, create_string_buffer
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from pyvmm._native import lib
 from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
@@ -22,8 +21,10 @@ from pyvmm.kvm import libc
 from pyvmm.log import get_logger
 from pyvmm.uapi import if_tun
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ipaddress import IPv4Interface
+    from typing import Final
 
 log = get_logger("net")
 

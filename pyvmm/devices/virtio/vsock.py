@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.vsock_host import Door
@@ -29,8 +28,10 @@ from pyvmm.devices.virtio.vsock_stream import MOST_PAYLOAD
 from pyvmm.devices.virtio.vsock_table import Table
 from pyvmm.devices.virtio.worker import WorkerDevice
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any, Final
 
 F_STREAM: Final = 1 << 0
 RX, TX, EVENT = 0, 1, 2

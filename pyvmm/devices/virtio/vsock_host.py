@@ -16,11 +16,14 @@ import select
 import socket
 import stat
 from collections.abc import Callable
-from typing import Final
 
 from pyvmm.devices.virtio.vsock_packet import PORT_ANY
 from pyvmm.devices.virtio.vsock_table import Watch
 from pyvmm.errors import HostError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 MOST_GUESTS: Final = 32
 _MOST_LINE: Final = 32

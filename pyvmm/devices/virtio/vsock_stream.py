@@ -20,7 +20,6 @@ import contextlib
 import select
 import socket
 from enum import Enum
-from typing import Final
 
 from pyvmm.devices.virtio.vsock_packet import (
     CID_HOST,
@@ -37,6 +36,10 @@ from pyvmm.devices.virtio.vsock_packet import (
     STREAM,
     Header,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 BUFFER: Final = 1 << 16
 """Bytes the guest may have on the way to the host's reader."""

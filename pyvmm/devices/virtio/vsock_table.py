@@ -22,10 +22,13 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from itertools import chain
-from typing import Final
 
 from pyvmm.devices.virtio.vsock_packet import CID_HOST, OP_REQUEST, OP_RST, STREAM, Header
 from pyvmm.devices.virtio.vsock_stream import State, Stream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 MOST_STREAMS: Final = 256
 MOST_REFUSALS: Final = 64

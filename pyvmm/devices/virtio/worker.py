@@ -17,13 +17,14 @@ import contextlib
 import os
 import select
 import threading
-from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import HostError, PyvmmError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any, Final
 
     from pyvmm.devices.virtio.queue import Queue
 

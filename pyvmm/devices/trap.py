@@ -6,12 +6,13 @@ Names and codes are those of the Arm Architecture Reference Manual, DDI 0487, ES
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
-
 from pyvmm.errors import hex_
+from pyvmm.typed import NamedTuple
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Final
 
 _SOURCES: Final = ("current EL with SP0", "current EL", "lower EL, AArch64", "lower EL, AArch32")
 _KINDS: Final = ("synchronous exception", "IRQ", "FIQ", "SError")

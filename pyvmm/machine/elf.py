@@ -7,11 +7,10 @@ over becomes a UsageError that names the file.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine.content import Segment, big_endian, damaged
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.machine.content import Known
 

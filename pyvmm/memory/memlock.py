@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import NamedTuple
 
 from pyvmm.errors import HostError
 from pyvmm.memory.address import MIB, PAGE_SIZE, align_up
+from pyvmm.typed import NamedTuple
 
 CAP_IPC_LOCK = 14
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD

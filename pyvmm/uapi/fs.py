@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from pyvmm.uapi.ioctl import IO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 BLKDISCARD = IO("BLKDISCARD", 0x12, 119)
 """From a pair of 64-bit words: first byte, bytes."""

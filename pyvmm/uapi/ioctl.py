@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, Union, _SimpleCData, sizeof
-from typing import Any, TypeAlias
+from ctypes import sizeof
 
-Argument: TypeAlias = "type[Structure] | type[Union] | type[_SimpleCData[Any]]"
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ctypes import Structure, Union, _SimpleCData
+    from typing import Any, TypeAlias
+
+    Argument: TypeAlias = type[Structure] | type[Union] | type[_SimpleCData[Any]]
 
 _IOC_NONE, _IOC_WRITE, _IOC_READ = 0, 1, 2
 _SIZE_BITS = 14

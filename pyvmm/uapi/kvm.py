@@ -5,17 +5,22 @@ The capabilities are in ``kvm_cap``, interrupts and eventfds in ``kvm_irq``, the
 ``kvm_run``; what depends on the architecture, requests with such a structure too, in ``kvm_arm64`` and ``kvm_x86``.
 """
 
-from ctypes import Array, Structure, Union, c_uint8, c_uint64, c_void_p
+from __future__ import annotations
+
+from ctypes import Structure, Union
 from enum import IntEnum
-from typing import Annotated, TypeAlias
 
 from pyvmm.uapi.ioctl import IO, IOR, IOW, IOWR
-from pyvmm.uapi.layout import layout, s16, u16, u32, u64
+from pyvmm.uapi.layout import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ctypes import Array, c_uint8, c_uint64
+
+    from pyvmm.uapi.layout import pointer, s16, u16, u32, u64
 
 KVM_API_VERSION = 12
 KVMIO = 0xAE
-
-_pointer: TypeAlias = Annotated[int | None, c_void_p]
 
 # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -35,7 +40,7 @@ KVM_DIRTY_GFN_F_RESET = 1 << 1
 KVM_DIRTY_GFN_F_MASK = 0x3
 
 
-@layout
+@layout()
 class kvm_userspace_memory_region(Structure):
     slot: u32
     flags: u32
@@ -44,7 +49,7 @@ class kvm_userspace_memory_region(Structure):
     userspace_addr: u64
 
 
-@layout
+@layout(pad2=14)
 class kvm_userspace_memory_region2(Structure):
     slot: u32
     flags: u32
@@ -54,17 +59,17 @@ class kvm_userspace_memory_region2(Structure):
     guest_memfd_offset: u64
     guest_memfd: u32
     pad1: u32
-    pad2: Annotated[Array[c_uint64], c_uint64 * 14]
+    pad2: Array[c_uint64]
 
 
-@layout
+@layout(reserved=6)
 class kvm_create_guest_memfd(Structure):
     size: u64
     flags: u64
-    reserved: Annotated[Array[c_uint64], c_uint64 * 6]
+    reserved: Array[c_uint64]
 
 
-@layout
+@layout()
 class kvm_memory_attributes(Structure):
     address: u64
     size: u64
@@ -72,21 +77,21 @@ class kvm_memory_attributes(Structure):
     flags: u64
 
 
-@layout
+@layout(padding=5)
 class kvm_pre_fault_memory(Structure):
     gpa: u64
     size: u64
     flags: u64
-    padding: Annotated[Array[c_uint64], c_uint64 * 5]
+    padding: Array[c_uint64]
 
 
-@layout
+@layout()
 class _bitmap(Union):
-    dirty_bitmap: _pointer
+    dirty_bitmap: pointer
     padding2: u64
 
 
-@layout
+@layout()
 class kvm_dirty_log(Structure):
     _anonymous_ = ("_bitmap",)
     slot: u32
@@ -94,7 +99,7 @@ class kvm_dirty_log(Structure):
     _bitmap: _bitmap
 
 
-@layout
+@layout()
 class kvm_clear_dirty_log(Structure):
     _anonymous_ = ("_bitmap",)
     slot: u32
@@ -103,20 +108,20 @@ class kvm_clear_dirty_log(Structure):
     _bitmap: _bitmap
 
 
-@layout
+@layout()
 class kvm_dirty_gfn(Structure):
     flags: u32
     slot: u32
     offset: u64
 
 
-@layout
+@layout()
 class _pad_or_pio(Union):
     pad: u32
     pio: u32
 
 
-@layout
+@layout()
 class kvm_coalesced_mmio_zone(Structure):
     _anonymous_ = ("_pio",)
     addr: u64
@@ -124,16 +129,16 @@ class kvm_coalesced_mmio_zone(Structure):
     _pio: _pad_or_pio
 
 
-@layout
+@layout(data=8)
 class kvm_coalesced_mmio(Structure):
     _anonymous_ = ("_pio",)
     phys_addr: u64
     len: u32
     _pio: _pad_or_pio
-    data: Annotated[Array[c_uint8], c_uint8 * 8]
+    data: Array[c_uint8]
 
 
-@layout
+@layout()
 class kvm_coalesced_mmio_ring(Structure):
     """Followed by the kvm_coalesced_mmio entries."""
 
@@ -167,14 +172,14 @@ class DeviceType(IntEnum):
     KVM_DEV_TYPE_ARM_VGIC_V5 = 16
 
 
-@layout
+@layout()
 class kvm_create_device(Structure):
     type: u32
     fd: u32
     flags: u32
 
 
-@layout
+@layout()
 class kvm_device_attr(Structure):
     flags: u32
     group: u32
@@ -224,37 +229,37 @@ class MpState(IntEnum):
     KVM_MP_STATE_SUSPENDED = 10
 
 
-@layout
+@layout()
 class kvm_one_reg(Structure):
     id: u64
     addr: u64
 
 
-@layout
+@layout()
 class kvm_reg_list(Structure):
     """Followed by ``n`` ids of 64 bits."""
 
     n: u64
 
 
-@layout
+@layout()
 class kvm_mp_state(Structure):
     mp_state: u32
 
 
-@layout
+@layout()
 class kvm_signal_mask(Structure):
     """Followed by ``len`` bytes of signal set."""
 
     len: u32
 
 
-@layout
+@layout(args=4, pad=64)
 class kvm_enable_cap(Structure):
     cap: u32
     flags: u32
-    args: Annotated[Array[c_uint64], c_uint64 * 4]
-    pad: Annotated[Array[c_uint8], c_uint8 * 64]
+    args: Array[c_uint64]
+    pad: Array[c_uint8]
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------
@@ -268,7 +273,7 @@ KVM_STATS_TYPE_LINEAR_HIST = 3 << KVM_STATS_TYPE_SHIFT
 KVM_STATS_TYPE_LOG_HIST = 4 << KVM_STATS_TYPE_SHIFT
 
 
-@layout
+@layout()
 class kvm_stats_header(Structure):
     flags: u32
     name_size: u32
@@ -278,7 +283,7 @@ class kvm_stats_header(Structure):
     data_offset: u32
 
 
-@layout
+@layout()
 class kvm_stats_desc(Structure):
     """Followed by ``kvm_stats_header.name_size`` bytes of name."""
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """asm/kvm.h of arm64: registers, vCPU features, the vGIC's and the ITS's attributes, the SMCCC filter."""
 
-from ctypes import Array, Structure, c_int, c_uint8, c_uint32, c_uint64
+from __future__ import annotations
+
+from ctypes import Structure, c_int, c_uint64
 from enum import IntEnum
-from typing import Annotated
 
 from pyvmm.uapi.ioctl import IOR, IOW
 from pyvmm.uapi.kvm import (
@@ -14,7 +15,13 @@ from pyvmm.uapi.kvm import (
     KVM_REG_SIZE_U512,
     KVMIO,
 )
-from pyvmm.uapi.layout import layout, offset_of, u8, u16, u32, u64
+from pyvmm.uapi.layout import layout, offset_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ctypes import Array, c_uint8, c_uint32
+
+    from pyvmm.uapi.layout import u8, u16, u32, u64
 
 KVM_COALESCED_MMIO_PAGE_OFFSET = 1
 KVM_DIRTY_LOG_PAGE_OFFSET = 64
@@ -24,34 +31,34 @@ KVM_DIRTY_LOG_PAGE_OFFSET = 64
 KVM_NR_SPSR = 5
 
 
-@layout
+@layout(regs=31)
 class user_pt_regs(Structure):
     """asm/ptrace.h."""
 
-    regs: Annotated[Array[c_uint64], c_uint64 * 31]
+    regs: Array[c_uint64]
     sp: u64
     pc: u64
     pstate: u64
 
 
-@layout
+@layout(vregs=2 * 32, _reserved=2)
 class user_fpsimd_state(Structure):
     """asm/ptrace.h; a vector register is two words, the low one first."""
 
-    vregs: Annotated[Array[Array[c_uint64]], c_uint64 * 2 * 32]
+    vregs: Array[c_uint64]
     fpsr: u32
     fpcr: u32
-    _reserved: Annotated[Array[c_uint32], c_uint32 * 2]
+    _reserved: Array[c_uint32]
 
 
-@layout
+@layout(spsr=KVM_NR_SPSR)
 class kvm_regs(Structure):
     """Never passed whole; KVM numbers the core registers by their place in it."""
 
     regs: user_pt_regs
     sp_el1: u64
     elr_el1: u64
-    spsr: Annotated[Array[c_uint64], c_uint64 * KVM_NR_SPSR]
+    spsr: Array[c_uint64]
     _alignment: u64
     fp_regs: user_fpsimd_state
 
@@ -165,12 +172,12 @@ KVM_ARM_VCPU_HAS_EL2_E2H0 = 8
 KVM_ARM_VCPU_PMU_V3_STRICT = 9
 
 
-@layout
+@layout(features=7)
 class kvm_vcpu_init(Structure):
     """``features`` is a bitmap of KVM_ARM_VCPU_*."""
 
     target: u32
-    features: Annotated[Array[c_uint32], c_uint32 * 7]
+    features: Array[c_uint32]
 
 
 KVM_ARM_MAX_DBG_REGS = 16
@@ -179,15 +186,20 @@ KVM_GUESTDBG_USE_HW = 1 << 17
 KVM_DEBUG_ARCH_HSR_HIGH_VALID = 1 << 0
 
 
-@layout
+@layout(
+    dbg_bcr=KVM_ARM_MAX_DBG_REGS,
+    dbg_bvr=KVM_ARM_MAX_DBG_REGS,
+    dbg_wcr=KVM_ARM_MAX_DBG_REGS,
+    dbg_wvr=KVM_ARM_MAX_DBG_REGS,
+)
 class kvm_guest_debug_arch(Structure):
-    dbg_bcr: Annotated[Array[c_uint64], c_uint64 * KVM_ARM_MAX_DBG_REGS]
-    dbg_bvr: Annotated[Array[c_uint64], c_uint64 * KVM_ARM_MAX_DBG_REGS]
-    dbg_wcr: Annotated[Array[c_uint64], c_uint64 * KVM_ARM_MAX_DBG_REGS]
-    dbg_wvr: Annotated[Array[c_uint64], c_uint64 * KVM_ARM_MAX_DBG_REGS]
+    dbg_bcr: Array[c_uint64]
+    dbg_bvr: Array[c_uint64]
+    dbg_wcr: Array[c_uint64]
+    dbg_wvr: Array[c_uint64]
 
 
-@layout
+@layout()
 class kvm_guest_debug(Structure):
     """linux/kvm.h; here because its size is the architecture's."""
 
@@ -196,14 +208,14 @@ class kvm_guest_debug(Structure):
     arch: kvm_guest_debug_arch
 
 
-@layout
+@layout()
 class kvm_debug_exit_arch(Structure):
     hsr: u32
     hsr_high: u32
     far: u64
 
 
-@layout
+@layout()
 class kvm_sync_regs(Structure):
     device_irq_level: u64
 
@@ -213,40 +225,40 @@ KVM_ARM_DEV_EL1_PTIMER = 1 << 1
 KVM_ARM_DEV_PMU = 1 << 2
 
 
-@layout
+@layout(pad=5)
 class _exception(Structure):
     serror_pending: u8
     serror_has_esr: u8
     ext_dabt_pending: u8
-    pad: Annotated[Array[c_uint8], c_uint8 * 5]
+    pad: Array[c_uint8]
     serror_esr: u64
 
 
-@layout
+@layout(reserved=12)
 class kvm_vcpu_events(Structure):
     exception: _exception
-    reserved: Annotated[Array[c_uint32], c_uint32 * 12]
+    reserved: Array[c_uint32]
 
 
-@layout
+@layout(pad=3)
 class kvm_pmu_event_filter(Structure):
     base_event: u16
     nevents: u16
     action: u8
-    pad: Annotated[Array[c_uint8], c_uint8 * 3]
+    pad: Array[c_uint8]
 
 
-@layout
+@layout()
 class kvm_arm_counter_offset(Structure):
     counter_offset: u64
     reserved: u64
 
 
-@layout
+@layout(reserved=13)
 class reg_mask_range(Structure):
     addr: u64
     range: u32
-    reserved: Annotated[Array[c_uint32], c_uint32 * 13]
+    reserved: Array[c_uint32]
 
 
 KVM_ARM_FEATURE_ID_RANGE = 0
@@ -324,12 +336,12 @@ class SmcccFilterAction(IntEnum):
     KVM_SMCCC_FILTER_FWD_TO_USER = 2
 
 
-@layout
+@layout(pad=15)
 class kvm_smccc_filter(Structure):
     base: u32
     nr_functions: u32
     action: u8
-    pad: Annotated[Array[c_uint8], c_uint8 * 15]
+    pad: Array[c_uint8]
 
 
 # ---- requests whose structure is arm64's -------------------------------------------------------------------------

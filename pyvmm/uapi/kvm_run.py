@@ -5,12 +5,20 @@ The exits of other architectures (ppc, s390, riscv, loongarch) and of confidenti
 union; ``padding`` fixes its size. ``debug.arch`` differs between arm64 and x86, so it is here twice.
 """
 
-from ctypes import Array, Structure, Union, c_uint8, c_uint64
-from enum import IntEnum
-from typing import Annotated
+from __future__ import annotations
 
-from pyvmm.uapi import kvm_arm64, kvm_x86
-from pyvmm.uapi.layout import layout, u8, u16, u32, u64
+from ctypes import Structure, Union
+from enum import IntEnum
+
+from pyvmm.uapi.kvm_arm64 import kvm_debug_exit_arch as debug_exit_arm64
+from pyvmm.uapi.kvm_x86 import kvm_debug_exit_arch as debug_exit_x86
+from pyvmm.uapi.layout import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ctypes import Array, c_uint8, c_uint64
+
+    from pyvmm.uapi.layout import u8, u16, u32, u64
 
 
 class ExitReason(IntEnum):
@@ -90,24 +98,24 @@ KVM_NOTIFY_CONTEXT_INVALID = 1 << 0
 SYNC_REGS_SIZE_BYTES = 2048
 
 
-@layout
+@layout()
 class _hw(Structure):
     hardware_exit_reason: u64
 
 
-@layout
+@layout()
 class _fail_entry(Structure):
     hardware_entry_failure_reason: u64
     cpu: u32
 
 
-@layout
+@layout()
 class _ex(Structure):
     exception: u32
     error_code: u32
 
 
-@layout
+@layout()
 class _io(Structure):
     direction: u8
     size: u8
@@ -116,52 +124,52 @@ class _io(Structure):
     data_offset: u64
 
 
-@layout
+@layout(data=8)
 class _mmio(Structure):
     phys_addr: u64
-    data: Annotated[Array[c_uint8], c_uint8 * 8]
+    data: Array[c_uint8]
     len: u32
     is_write: u8
 
 
-@layout
+@layout()
 class _hypercall_tail(Union):
     longmode: u32
     flags: u64
 
 
-@layout
+@layout(args=6)
 class _hypercall(Structure):
     _anonymous_ = ("_tail",)
     nr: u64
-    args: Annotated[Array[c_uint64], c_uint64 * 6]
+    args: Array[c_uint64]
     ret: u64
     _tail: _hypercall_tail
 
 
-@layout
+@layout(data=16)
 class _internal(Structure):
     suberror: u32
     ndata: u32
-    data: Annotated[Array[c_uint64], c_uint64 * 16]
+    data: Array[c_uint64]
 
 
-@layout
+@layout(insn_bytes=15)
 class _emulation_failure(Structure):
     suberror: u32
     ndata: u32
     flags: u64
     insn_size: u8
-    insn_bytes: Annotated[Array[c_uint8], c_uint8 * 15]
+    insn_bytes: Array[c_uint8]
 
 
-@layout
+@layout(data=16)
 class _system_event_tail(Union):
     flags: u64
-    data: Annotated[Array[c_uint64], c_uint64 * 16]
+    data: Array[c_uint64]
 
 
-@layout
+@layout()
 class _system_event(Structure):
     _anonymous_ = ("_tail",)
     type: u32
@@ -169,39 +177,39 @@ class _system_event(Structure):
     _tail: _system_event_tail
 
 
-@layout
+@layout()
 class _eoi(Structure):
     vector: u8
 
 
-@layout
+@layout()
 class _arm_nisv(Structure):
     esr_iss: u64
     fault_ipa: u64
 
 
-@layout
+@layout(pad=7)
 class _msr(Structure):
     error: u8
-    pad: Annotated[Array[c_uint8], c_uint8 * 7]
+    pad: Array[c_uint8]
     reason: u32
     index: u32
     data: u64
 
 
-@layout
+@layout()
 class _notify(Structure):
     flags: u32
 
 
-@layout
+@layout()
 class _memory_fault(Structure):
     flags: u64
     gpa: u64
     size: u64
 
 
-@layout
+@layout()
 class _arm_sea(Structure):
     flags: u64
     esr: u64
@@ -209,14 +217,14 @@ class _arm_sea(Structure):
     gpa: u64
 
 
-@layout
+@layout(padding=256)
 class _exit(Union):
     hw: _hw
     fail_entry: _fail_entry
     ex: _ex
     io: _io
-    debug_arm64: kvm_arm64.kvm_debug_exit_arch
-    debug_x86: kvm_x86.kvm_debug_exit_arch
+    debug_arm64: debug_exit_arm64
+    debug_x86: debug_exit_x86
     mmio: _mmio
     hypercall: _hypercall
     internal: _internal
@@ -228,17 +236,17 @@ class _exit(Union):
     notify: _notify
     memory_fault: _memory_fault
     arm_sea: _arm_sea
-    padding: Annotated[Array[c_uint8], c_uint8 * 256]
+    padding: Array[c_uint8]
 
 
-@layout
+@layout(padding1=6, s=SYNC_REGS_SIZE_BYTES)
 class kvm_run(Structure):
     """The start of a vCPU's mapping; the kernel writes it while a thread is inside KVM_RUN."""
 
     _anonymous_ = ("_exit",)
     request_interrupt_window: u8
     immediate_exit: u8
-    padding1: Annotated[Array[c_uint8], c_uint8 * 6]
+    padding1: Array[c_uint8]
     exit_reason: u32
     ready_for_interrupt_injection: u8
     if_flag: u8
@@ -248,4 +256,4 @@ class kvm_run(Structure):
     _exit: _exit
     kvm_valid_regs: u64
     kvm_dirty_regs: u64
-    s: Annotated[Array[c_uint8], c_uint8 * SYNC_REGS_SIZE_BYTES]
+    s: Array[c_uint8]

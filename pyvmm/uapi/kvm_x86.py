@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """asm/kvm.h of x86: what a small real-mode guest and the arch-neutral tests need, and no more."""
 
-from ctypes import Array, Structure, c_uint16, c_uint64
-from typing import Annotated
+from __future__ import annotations
+
+from ctypes import Structure
 
 from pyvmm.uapi.ioctl import IO, IOR, IOW
 from pyvmm.uapi.kvm import KVM_REG_SIZE_U64, KVM_REG_X86, KVMIO
-from pyvmm.uapi.layout import layout, u8, u16, u32, u64
+from pyvmm.uapi.layout import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ctypes import Array, c_uint16, c_uint64
+
+    from pyvmm.uapi.layout import u8, u16, u32, u64
 
 KVM_PIO_PAGE_OFFSET = 1
 KVM_COALESCED_MMIO_PAGE_OFFSET = 2
@@ -24,7 +31,7 @@ KVM_GUESTDBG_INJECT_BP = 0x0008_0000
 KVM_GUESTDBG_BLOCKIRQ = 0x0010_0000
 
 
-@layout
+@layout()
 class kvm_regs(Structure):
     rax: u64
     rbx: u64
@@ -46,7 +53,7 @@ class kvm_regs(Structure):
     rflags: u64
 
 
-@layout
+@layout()
 class kvm_segment(Structure):
     base: u64
     limit: u32
@@ -63,14 +70,14 @@ class kvm_segment(Structure):
     padding: u8
 
 
-@layout
+@layout(padding=3)
 class kvm_dtable(Structure):
     base: u64
     limit: u16
-    padding: Annotated[Array[c_uint16], c_uint16 * 3]
+    padding: Array[c_uint16]
 
 
-@layout
+@layout(interrupt_bitmap=(KVM_NR_INTERRUPTS + 63) // 64)
 class kvm_sregs(Structure):
     cs: kvm_segment
     ds: kvm_segment
@@ -89,10 +96,10 @@ class kvm_sregs(Structure):
     cr8: u64
     efer: u64
     apic_base: u64
-    interrupt_bitmap: Annotated[Array[c_uint64], c_uint64 * ((KVM_NR_INTERRUPTS + 63) // 64)]
+    interrupt_bitmap: Array[c_uint64]
 
 
-@layout
+@layout()
 class kvm_debug_exit_arch(Structure):
     exception: u32
     pad: u32
@@ -101,12 +108,12 @@ class kvm_debug_exit_arch(Structure):
     dr7: u64
 
 
-@layout
+@layout(debugreg=8)
 class kvm_guest_debug_arch(Structure):
-    debugreg: Annotated[Array[c_uint64], c_uint64 * 8]
+    debugreg: Array[c_uint64]
 
 
-@layout
+@layout()
 class kvm_guest_debug(Structure):
     """linux/kvm.h; here because its size is the architecture's."""
 

@@ -3,47 +3,70 @@
 
 ::
 
-    @layout
-    class kvm_mp_state(Structure):
-        mp_state: u32
+    @layout(features=7)
+    class kvm_vcpu_init(Structure):
+        target: u32
+        features: Array[c_uint32]
 
-Modules that use it do without ``from __future__ import annotations``: the annotations are the C types, as objects.
 Nested structures without a name in C have one here that starts with an underscore, as have paddings the C compiler
 inserts; both belong to their parent and are no part of the interface.
 """
 
-from collections.abc import Iterable
-from ctypes import (
-    Structure,
-    Union,
-    alignment,
-    c_int16,
-    c_int32,
-    c_int64,
-    c_uint8,
-    c_uint16,
-    c_uint32,
-    c_uint64,
-    sizeof,
-)
-from typing import Annotated, Any, TypeAlias, TypeVar
+from __future__ import annotations
 
-u8: TypeAlias = Annotated[int, c_uint8]
-u16: TypeAlias = Annotated[int, c_uint16]
-u32: TypeAlias = Annotated[int, c_uint32]
-u64: TypeAlias = Annotated[int, c_uint64]
-s16: TypeAlias = Annotated[int, c_int16]
-s32: TypeAlias = Annotated[int, c_int32]
-s64: TypeAlias = Annotated[int, c_int64]
+import sys
+from ctypes import alignment, c_int16, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p, sizeof
 
-T = TypeVar("T", bound=type[Structure] | type[Union])
-S = TypeVar("S", bound=Structure)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from ctypes import Structure, Union
+    from typing import Any, TypeAlias, TypeVar
+
+    u8: TypeAlias = int
+    u16: TypeAlias = int
+    u32: TypeAlias = int
+    u64: TypeAlias = int
+    s16: TypeAlias = int
+    s32: TypeAlias = int
+    s64: TypeAlias = int
+    pointer: TypeAlias = int | None
+
+    T = TypeVar("T", bound=type[Structure] | type[Union])
+    S = TypeVar("S", bound=Structure)
+
+_TYPES = {
+    "u8": c_uint8,
+    "u16": c_uint16,
+    "u32": c_uint32,
+    "u64": c_uint64,
+    "s16": c_int16,
+    "s32": c_int32,
+    "s64": c_int64,
+    "pointer": c_void_p,
+    "Array[c_uint8]": c_uint8,
+    "Array[c_uint16]": c_uint16,
+    "Array[c_uint32]": c_uint32,
+    "Array[c_uint64]": c_uint64,
+}
 
 
-def layout(cls: T) -> T:
-    """Give ``cls`` the fields its annotations name, in their order and with the C compiler's alignment."""
-    cls._fields_ = [(name, getattr(hint, "__metadata__", (hint,))[0]) for name, hint in cls.__annotations__.items()]
-    return cls
+def layout(**lengths: int) -> Callable[[T], T]:
+    """Give a class the fields its annotations name, in their order and with the C compiler's alignment.
+
+    ``lengths`` are those of its arrays. A field that is a structure is annotated with one of the same module.
+    """
+
+    def laid_out(cls: T) -> T:
+        module = vars(sys.modules[cls.__module__])
+        fields: list[Any] = []
+        for name, said in cls.__annotations__.items():
+            kind: Any = _TYPES.get(said) or module[said]
+            fields.append((name, kind * lengths[name] if name in lengths else kind))
+        cls._fields_ = fields
+        return cls
+
+    return laid_out
 
 
 def with_tail(header: type[S], name: str, items: Iterable[Any], element: Any) -> S:

@@ -4,12 +4,18 @@
 The kernel's ``struct uffd_msg`` is packed; its fields lie as they would without that.
 """
 
+from __future__ import annotations
+
 from ctypes import Structure, Union, c_uint64
 from enum import IntEnum
 from types import MappingProxyType
 
 from pyvmm.uapi.ioctl import IO, IOR, IOW, IOWR
-from pyvmm.uapi.layout import layout, s64, u8, u16, u32, u64
+from pyvmm.uapi.layout import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.uapi.layout import s64, u8, u16, u32, u64
 
 NR_USERFAULTFD = MappingProxyType({"aarch64": 282, "x86_64": 323})
 """Number of the system call by ``uname -m`` (__NR_userfaultfd of asm/unistd.h)."""
@@ -60,19 +66,19 @@ UFFD_PAGEFAULT_FLAG_MINOR = 1 << 2
 UFFD_PAGEFAULT_FLAG_RWP = 1 << 3
 
 
-@layout
+@layout()
 class _feat(Union):
     ptid: u32
 
 
-@layout
+@layout()
 class _pagefault(Structure):
     flags: u64
     address: u64
     feat: _feat
 
 
-@layout
+@layout()
 class _fork(Structure):
     ufd: u32
 
@@ -82,20 +88,20 @@ class _remap(Structure):
     _fields_ = (("from", c_uint64), ("to", c_uint64), ("len", c_uint64))
 
 
-@layout
+@layout()
 class _remove(Structure):
     start: u64
     end: u64
 
 
-@layout
+@layout()
 class _reserved(Structure):
     reserved1: u64
     reserved2: u64
     reserved3: u64
 
 
-@layout
+@layout()
 class _arg(Union):
     pagefault: _pagefault
     fork: _fork
@@ -104,7 +110,7 @@ class _arg(Union):
     reserved: _reserved
 
 
-@layout
+@layout()
 class uffd_msg(Structure):
     """What read(2) of a userfaultfd gives, one or several of."""
 
@@ -162,27 +168,27 @@ UFFD_API_RANGE_IOCTLS_BASIC = (
 UFFD_API_RANGE_IOCTLS = UFFD_API_RANGE_IOCTLS_BASIC | 1 << _UFFDIO_ZEROPAGE | 1 << _UFFDIO_MOVE
 
 
-@layout
+@layout()
 class uffdio_api(Structure):
     api: u64
     features: u64
     ioctls: u64
 
 
-@layout
+@layout()
 class uffdio_range(Structure):
     start: u64
     len: u64
 
 
-@layout
+@layout()
 class uffdio_register(Structure):
     range: uffdio_range
     mode: u64
     ioctls: u64
 
 
-@layout
+@layout()
 class uffdio_copy(Structure):
     dst: u64
     src: u64
@@ -191,40 +197,40 @@ class uffdio_copy(Structure):
     copy: s64
 
 
-@layout
+@layout()
 class uffdio_zeropage(Structure):
     range: uffdio_range
     mode: u64
     zeropage: s64
 
 
-@layout
+@layout()
 class uffdio_writeprotect(Structure):
     range: uffdio_range
     mode: u64
 
 
-@layout
+@layout()
 class uffdio_continue(Structure):
     range: uffdio_range
     mode: u64
     mapped: s64
 
 
-@layout
+@layout()
 class uffdio_poison(Structure):
     range: uffdio_range
     mode: u64
     updated: s64
 
 
-@layout
+@layout()
 class uffdio_rwprotect(Structure):
     range: uffdio_range
     mode: u64
 
 
-@layout
+@layout()
 class uffdio_move(Structure):
     dst: u64
     src: u64
@@ -233,7 +239,7 @@ class uffdio_move(Structure):
     move: s64
 
 
-@layout
+@layout()
 class uffdio_set_mode(Structure):
     enable: u64
     disable: u64

@@ -7,10 +7,11 @@ A kick of a virtqueue that the kernel takes makes no exit, so it is counted apar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm._native import lib
+from pyvmm.typed import NamedTuple
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm._native import pv_vcpu, pv_vm
 

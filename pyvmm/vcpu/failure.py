@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
 
 from pyvmm._native import lib
 from pyvmm.errors import hex_
@@ -21,6 +20,7 @@ from pyvmm.protection import Protection
 from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.vcpu.outcome import Ending, Outcome
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm._native import pv_vcpu
     from pyvmm.kvm.vcpu import Vcpu

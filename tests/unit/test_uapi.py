@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
 import importlib
 import pkgutil
 import subprocess
 import sys
 from ctypes import Structure, c_uint8, c_uint16, c_uint64, sizeof
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -16,13 +18,24 @@ from pyvmm.uapi.ioctl import IO, IOR, IOW, IOWR, Ioctl
 from pyvmm.uapi.kvm import KVM_GET_REG_LIST, KVM_REG_SIZE, KVM_RUN, kvm_reg_list
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.kvm_run import kvm_run
-from pyvmm.uapi.layout import layout, offset_of, u8, u64, with_tail
+from pyvmm.uapi.layout import layout, offset_of, with_tail
+
+if TYPE_CHECKING:
+    from ctypes import Array
+
+    from pyvmm.uapi.layout import u8, u64
 
 
-@layout
+@layout()
 class Small(Structure):
     first: u8
     second: u64
+
+
+@layout(few=3)
+class Nest(Structure):
+    few: Array[c_uint16]
+    small: Small
 
 
 def test_a_request_knows_its_name_number_and_structure() -> None:
@@ -61,6 +74,9 @@ def test_group_and_number_are_bytes(group: int, nr: int) -> None:
 def test_annotations_lay_a_structure_out_as_c_does() -> None:
     assert sizeof(Small) == 16
     assert (offset_of(Small, "first"), offset_of(Small, "second")) == (0, 8)
+    assert sizeof(Nest) == 24
+    assert (offset_of(Nest, "few"), offset_of(Nest, "small.second")) == (0, 16)
+    assert list(Nest(few=(1, 2, 3)).few) == [1, 2, 3]
     assert offset_of(kvm_run, "s") == offset_of(kvm_run, "kvm_valid_regs") + 16
 
 

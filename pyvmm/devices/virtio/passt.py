@@ -10,13 +10,14 @@ import contextlib
 import os
 import socket
 import subprocess
-from typing import TYPE_CHECKING, Final
 
 from pyvmm.devices.virtio.netbackend import Stream
 from pyvmm.errors import HostError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Final
 
 PATIENCE: Final = 2.0
 """Seconds that it has to end by itself after its connection is closed, and then again after SIGTERM."""

@@ -7,7 +7,6 @@ import errno as _errno
 from ctypes import addressof, c_uint8
 
 from pyvmm.kvm.device import KvmDevice
-from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.kvm.stats import MeasuredFd
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.uapi.kvm import (
@@ -40,25 +39,10 @@ from pyvmm.uapi.kvm_arm64 import (
     kvm_vcpu_init,
 )
 from pyvmm.uapi.kvm_cap import cap_name
-from pyvmm.uapi.kvm_irq import (
-    KVM_CREATE_IRQCHIP,
-    KVM_IOEVENTFD,
-    KVM_IOEVENTFD_FLAG_DATAMATCH,
-    KVM_IOEVENTFD_FLAG_DEASSIGN,
-    KVM_IRQ_LINE,
-    KVM_IRQFD,
-    KVM_IRQFD_FLAG_DEASSIGN,
-    KVM_IRQFD_FLAG_RESAMPLE,
-    KVM_MSI_VALID_DEVID,
-    KVM_SIGNAL_MSI,
-    kvm_ioeventfd,
-    kvm_irq_level,
-    kvm_irqfd,
-    kvm_msi,
-)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.kvm.guest_memfd import GuestMemfd
     from pyvmm.kvm.system import System
 
 
@@ -160,6 +144,8 @@ class Vm(MeasuredFd):
 
     def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
         """Make a file of guest memory of ``size`` bytes; ``flags`` are GUEST_MEMFD_FLAG_*; arm64's slots need MMAP."""
+        from pyvmm.kvm.guest_memfd import GuestMemfd
+
         fd = self.call(KVM_CREATE_GUEST_MEMFD, kvm_create_guest_memfd(size=size, flags=flags), size=size, flags=flags)
         return GuestMemfd(fd, self, size, flags)
 
@@ -182,39 +168,49 @@ class Vm(MeasuredFd):
         argument = kvm_device_attr(group=KVM_ARM_VM_SMCCC_CTRL, attr=KVM_ARM_VM_SMCCC_FILTER, addr=addressof(wanted))
         self.call(KVM_SET_DEVICE_ATTR, argument, attr="KVM_ARM_VM_SMCCC_FILTER", base=base, count=count)
 
-    # ---- doorbells and interrupts ----
+    # ---- doorbells and interrupts: of the guests that have them ----
 
     def ioeventfd(self, fd: int, gpa: int, size: int, *, datamatch: int | None = None, deassign: bool = False) -> None:
         """Have the guest's stores to ``gpa`` write 1 to an eventfd instead of leaving the kernel; or no longer.
 
         ``size`` is 1, 2, 4 or 8 bytes, 0 for any (and then no ``datamatch``).
         """
-        flags = KVM_IOEVENTFD_FLAG_DEASSIGN if deassign else 0
-        flags |= KVM_IOEVENTFD_FLAG_DATAMATCH if datamatch is not None else 0
-        argument = kvm_ioeventfd(fd=fd, addr=gpa, len=size, datamatch=datamatch or 0, flags=flags)
-        self.call(KVM_IOEVENTFD, argument, fd=fd, gpa=gpa, size=size, datamatch=datamatch, flags=flags)
+        from pyvmm.uapi import kvm_irq
+
+        flags = kvm_irq.KVM_IOEVENTFD_FLAG_DEASSIGN if deassign else 0
+        flags |= kvm_irq.KVM_IOEVENTFD_FLAG_DATAMATCH if datamatch is not None else 0
+        argument = kvm_irq.kvm_ioeventfd(fd=fd, addr=gpa, len=size, datamatch=datamatch or 0, flags=flags)
+        self.call(kvm_irq.KVM_IOEVENTFD, argument, fd=fd, gpa=gpa, size=size, datamatch=datamatch, flags=flags)
 
     def irqfd(self, fd: int, gsi: int, *, resample: int | None = None, deassign: bool = False) -> None:
         """Have writes to an eventfd raise an interrupt; or no longer. ``resample``: an eventfd written at its EOI."""
-        flags = KVM_IRQFD_FLAG_DEASSIGN if deassign else 0
-        flags |= KVM_IRQFD_FLAG_RESAMPLE if resample is not None else 0
-        argument = kvm_irqfd(fd=fd, gsi=gsi, flags=flags, resamplefd=resample or 0)
-        self.call(KVM_IRQFD, argument, fd=fd, gsi=gsi, resample=resample, flags=flags)
+        from pyvmm.uapi import kvm_irq
+
+        flags = kvm_irq.KVM_IRQFD_FLAG_DEASSIGN if deassign else 0
+        flags |= kvm_irq.KVM_IRQFD_FLAG_RESAMPLE if resample is not None else 0
+        argument = kvm_irq.kvm_irqfd(fd=fd, gsi=gsi, flags=flags, resamplefd=resample or 0)
+        self.call(kvm_irq.KVM_IRQFD, argument, fd=fd, gsi=gsi, resample=resample, flags=flags)
 
     def create_irqchip(self) -> None:
         """Make x86's interrupt controllers; arm64 has a device instead."""
-        self.call(KVM_CREATE_IRQCHIP)
+        from pyvmm.uapi import kvm_irq
+
+        self.call(kvm_irq.KVM_CREATE_IRQCHIP)
 
     def irq_line(self, irq: int, level: bool) -> None:
         """Set an interrupt line; on arm64 ``irq`` is type << 24 | vCPU << 16 | number (KVM_ARM_IRQ_*)."""
-        argument = kvm_irq_level(level=level)
+        from pyvmm.uapi import kvm_irq
+
+        argument = kvm_irq.kvm_irq_level(level=level)
         argument.irq = irq
-        self.call(KVM_IRQ_LINE, argument, irq=irq, level=int(level))
+        self.call(kvm_irq.KVM_IRQ_LINE, argument, irq=irq, level=int(level))
 
     def signal_msi(self, address: int, data: int, *, devid: int | None = None) -> bool:
         """Deliver a message-signalled interrupt (``devid`` for the ITS); False if the guest has it blocked."""
-        flags = KVM_MSI_VALID_DEVID if devid is not None else 0
-        argument = kvm_msi(
+        from pyvmm.uapi import kvm_irq
+
+        flags = kvm_irq.KVM_MSI_VALID_DEVID if devid is not None else 0
+        argument = kvm_irq.kvm_msi(
             address_lo=address & 0xFFFF_FFFF, address_hi=address >> 32, data=data, flags=flags, devid=devid or 0
         )
-        return self.call(KVM_SIGNAL_MSI, argument, address=address, data=data, devid=devid) > 0
+        return self.call(kvm_irq.KVM_SIGNAL_MSI, argument, address=address, data=data, devid=devid) > 0

@@ -37,7 +37,6 @@ from pyvmm.machine.content import (
 )
 from pyvmm.machine.describing import Describable, GicNode, describe, machine_tree, without_entropy
 from pyvmm.machine.fdt import Tree, check_header
-from pyvmm.machine.swiotlb import add_pool
 from pyvmm.memory.address import MIB, Gpa, align_down
 from pyvmm.typed import NamedTuple
 
@@ -353,6 +352,8 @@ def _tree(board: Board, image: BootImage, initrd: Segment | None, ram_size: int)
         entropy=board.entropy(SEEDS) if board.entropy is not None and image.kind == "Image" else b"",
     )
     if board.pool:
+        from pyvmm.machine.swiotlb import add_pool
+
         add_pool(tree, board.pool)
     return tree
 

@@ -8,7 +8,6 @@ import threading
 from pyvmm.devices.kind import DeviceSpec
 from pyvmm.errors import OptionError, hex_
 from pyvmm.machine import layout
-from pyvmm.machine.swiotlb import check_pool, pool_in, usual_pool
 from pyvmm.memory.address import HUGE_SIZE, MIB
 from pyvmm.memory.choices import BACKINGS, DEFAULT_MEMORY, ConversionPolicy
 from pyvmm.protection import Protection
@@ -96,6 +95,8 @@ class MachineConfig(NamedTuple):
                 "backing",
             )
         if self.swiotlb is not None:
+            from pyvmm.machine.swiotlb import check_pool
+
             check_pool(self.swiotlb, self.memory)
         for device in self.devices:
             device.check(self)
@@ -148,8 +149,10 @@ class MachineConfig(NamedTuple):
         Raises UsageError for a tree that cannot be read.
         """
         virtio = virtio or any(device.virtio for device in self.devices)
-        if tree is not None:
-            return pool_in(tree, f"device tree {self.dtb}") if virtio else 0
-        if self.swiotlb is not None:
+        if self.swiotlb is not None and tree is None:
             return self.swiotlb
-        return usual_pool(self.memory) if virtio and self.protection.isolates else 0
+        if not virtio or (tree is None and not self.protection.isolates):
+            return 0
+        from pyvmm.machine.swiotlb import pool_in, usual_pool
+
+        return usual_pool(self.memory) if tree is None else pool_in(tree, f"device tree {self.dtb}")

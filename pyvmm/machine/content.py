@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import zlib
 from collections.abc import Callable, Iterator
 
 from pyvmm.errors import UsageError
@@ -242,6 +241,8 @@ class Gzip:
 
     def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
         """Unpack from the beginning, at most ``most`` bytes at once; UsageError where the stream is damaged."""
+        import zlib  # many a kernel is not packed
+
         unpacker = zlib.decompressobj(wbits=31)
         at = total = 0
         while not unpacker.eof:

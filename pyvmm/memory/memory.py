@@ -21,7 +21,6 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, UsageError, hex_
 from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, align_down, align_up, is_aligned, pages, span
 from pyvmm.memory.backing import Backing, Memfd, check_usable, guard_copies
-from pyvmm.memory.conversion import SMCCC_SUCCESS, CopyConversion
 from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
 from pyvmm.memory.slots import Piece, Slot, SlotTable
 from pyvmm.protection import Protection
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     from pyvmm._native import pv_vm
     from pyvmm.kvm.vm import Vm
+    from pyvmm.memory.conversion import CopyConversion
 
 FILL_CHUNK = 1 << 16
 DEFAULT_IPA_BITS = 40
@@ -63,7 +63,7 @@ class Memory:
             ipa_bits = DEFAULT_IPA_BITS
         self._table = SlotTable(vm, native_vm, ipa_bits=ipa_bits)
         self._owned: list[Backing] = []
-        self._copies = CopyConversion(self._table, self._own)
+        self._copies: CopyConversion | None = None
         self._lock = threading.RLock()
         self._sealed = False
         self._punched = False
@@ -164,7 +164,8 @@ class Memory:
             self._enter(slot, PageState.ABSENT)
             self._table.withdraw(slot)
             self.ledger.drop(slot.area)
-            self._copies.forget(slot, pieces)
+            if self._copies is not None:
+                self._copies.forget(slot, pieces)
             self._tell("slot", slot.gpa, slot.size)
 
     def seal(self) -> None:
@@ -189,7 +190,11 @@ class Memory:
         """
         if self.protection is not Protection.EMULATED:
             raise UsageError(f"protection {self.protection.value}: only the emulated protection's pages move")
+        from pyvmm.memory.conversion import SMCCC_SUCCESS, CopyConversion
+
         with self.quiesce(), self._changing():
+            if self._copies is None:
+                self._copies = CopyConversion(self._table, self._own)
             status = self._copies.convert(Gpa(gpa), shared=shared)
             if status == SMCCC_SUCCESS:
                 self._tell("convert", Gpa(gpa), PAGE_SIZE)

@@ -10,7 +10,6 @@ were moved to another backing.
 from __future__ import annotations
 
 import contextlib
-import heapq
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 
@@ -115,6 +114,7 @@ class SlotTable:
         self._index: tuple[tuple[int, ...], tuple[Slot, ...]] = ((), ())
         self._numbers: dict[Piece, int] = {}
         self._free: list[int] = []
+        """Numbers given back, sorted."""
         self._used: dict[Backing, list[Piece]] = {}
         """What KVM has of each backing, sorted by offset."""
         self._regions = ffi.new("struct pv_region[]", 0)
@@ -235,7 +235,7 @@ class SlotTable:
         self._regions, self._map = ffi.new("struct pv_region[]", 0), ffi.NULL
 
     def _set(self, piece: Piece) -> None:
-        number = heapq.heappop(self._free) if self._free else len(self._numbers)
+        number = self._free.pop(0) if self._free else len(self._numbers)
         backing = piece.backing
         try:
             self._vm.set_memory(
@@ -247,14 +247,14 @@ class SlotTable:
                 offset=piece.offset if backing.guest_memfd else 0,
             )
         except BaseException:
-            heapq.heappush(self._free, number)
+            insort(self._free, number)
             raise
         self._numbers[piece] = number
         insort(self._used.setdefault(backing, []), piece, key=_offset)
 
     def _delete(self, piece: Piece) -> None:
         self._vm.delete_memory(self._numbers[piece])
-        heapq.heappush(self._free, self._numbers.pop(piece))
+        insort(self._free, self._numbers.pop(piece))
         used = self._used[piece.backing]
         del used[bisect_left(used, piece.offset, key=_offset)]
         if not used:

@@ -18,8 +18,7 @@ from pyvmm.options.machine import machine_config, with_files
 from pyvmm.session.consoles import following_size, nobody, open_place
 from pyvmm.session.control import Control
 from pyvmm.session.requests import Requests
-from pyvmm.session.summary import print_summary, print_summary_json
-from pyvmm.session.terminal import Keys, Signals, in_foreground
+from pyvmm.session.signals import Signals
 from pyvmm.syntax.paths import write_output
 from pyvmm.vcpu.outcome import Ending
 
@@ -100,6 +99,8 @@ class GuestRun:
         """Return where a console reads whose input is ``source``: of a terminal, its keys one by one."""
         if source is None or not os.isatty(source):
             return source
+        from pyvmm.session.keys import Keys, in_foreground
+
         if not in_foreground(source):
             # In the background the terminal is not ours to read: it would stop us.
             return nobody(self._stack)
@@ -153,6 +154,8 @@ class GuestRun:
             if self._watch is not None:
                 self._watch.end(outcome)
         finally:
+            from pyvmm.session.summary import print_summary, print_summary_json
+
             summarize = print_summary_json if self._args.log_json else print_summary
             summarize(outcome, machine.counters, table=self._args.stats)
         return outcome.status if self._signals.received is None else 128 + self._signals.received

@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.interrupt import Interrupted
-from pyvmm.session.terminal import Keys, Signals, in_foreground, raw
+from pyvmm.session.keys import Keys, in_foreground, raw
+from pyvmm.session.signals import Signals
 
 
 @pytest.fixture

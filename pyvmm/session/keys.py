@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The user's side of a run: keys from a terminal to the guest, and signals that end the run.
+"""Keys from a terminal to the guest.
 
-Owns the terminal's mode, which is put back however the run ends, one thread (``pyvmm-keys``), and the handlers of
-SIGINT, SIGTERM and SIGHUP while a run lasts. Used by ``run``, from the main thread.
+Owns the terminal's mode, which is put back however the run ends, and one thread (``pyvmm-keys``). Used by ``run``, from
+the main thread.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import termios
 import threading
-
-from pyvmm.interrupt import Interrupted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,44 +100,3 @@ def in_foreground(terminal: int) -> bool:
         return os.isatty(terminal) and os.tcgetpgrp(terminal) == os.getpgrp()
     except OSError:
         return False
-
-
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP end the run cleanly; a context manager.
-
-    The first one calls ``stop`` (set it once there is something to stop) with the reason; a second one, or one with
-    nothing to stop, raises :class:`Interrupted` in the main thread, once: what unwinds then is not cut short. ``asked``
-    is why the run was to end, by a signal or by :meth:`end`, and ``received`` the first signal's number; None for none.
-    """
-
-    CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.stop: Callable[[str], None] | None = None
-        self.received: int | None = None
-        self.asked: str | None = None
-        self._raised = False
-
-    def __enter__(self) -> Self:
-        self._old = {number: signal.signal(number, self._caught) for number in self.CAUGHT}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _caught(self, number: int, _frame: object) -> None:
-        again, self.received = self.received is not None, self.received or number
-        if self._raised:
-            return
-        if again or self.stop is None:
-            self._raised = True
-            raise Interrupted(self.received)
-        self.end(signal.Signals(number).name)
-
-    def end(self, reason: str) -> None:
-        """Stop what there is to stop, from any thread or a signal handler; where nothing is, ``asked`` remains."""
-        self.asked = self.asked or reason
-        # A thread of its own: a handler runs between any two lines of the main thread, whose locks it must not take.
-        if self.stop is not None:
-            threading.Thread(target=self.stop, args=(reason,), name="pyvmm-stop", daemon=True).start()

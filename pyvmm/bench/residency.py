@@ -30,7 +30,7 @@ from pyvmm.experiment import Experiment
 from pyvmm.guest.orders import What
 from pyvmm.guest.puppet import Puppet
 from pyvmm.observe.hyptrace import HypTrace, now
-from pyvmm.uapi.kvm_arm64 import KVM_ARM_SET_COUNTER_OFFSET, kvm_arm_counter_offset
+from pyvmm.uapi.kvm_arm64_vcpu import KVM_ARM_SET_COUNTER_OFFSET, kvm_arm_counter_offset
 
 NOBODYS_CALL: Final = 0x8600_00FE
 """A vendor's call that nobody has: KVM in the host says so. The least that an exit to the host can be."""

@@ -13,7 +13,7 @@ from typing import Final
 
 from pyvmm.debug.errors import EINVAL, ENOSPC, Refused
 from pyvmm.errors import hex_
-from pyvmm.uapi.kvm_arm64 import KVM_ARM_MAX_DBG_REGS, kvm_guest_debug_arch
+from pyvmm.uapi.kvm_arm64_vcpu import KVM_ARM_MAX_DBG_REGS, kvm_guest_debug_arch
 
 _ENABLE: Final = 1 << 0
 _EL1_AND_EL0: Final = 0b11 << 1

@@ -27,10 +27,11 @@ from pyvmm.debug.stage1 import REGIME, Regime, Translation, Untranslated, transl
 from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.log import get_logger
 from pyvmm.memory.address import PAGE_SIZE
-from pyvmm.uapi.kvm import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, MpState
+from pyvmm.uapi.kvm import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP
 from pyvmm.uapi.kvm_arm64 import KVM_GUESTDBG_USE_HW, core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_DEBUG_HW_BPS, KVM_CAP_GUEST_DEBUG_HW_WPS
 from pyvmm.uapi.kvm_run import ExitReason
+from pyvmm.uapi.kvm_state import MpState
 
 if TYPE_CHECKING:
     from pyvmm._native import pv_vcpu

@@ -12,9 +12,10 @@ import os
 from dataclasses import dataclass
 
 from pyvmm.kvm.fd import KERNEL, Kernel
-from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_create_guest_memfd
+from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_TARGET_GENERIC_V8, kvm_vcpu_init
 from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_VM_IPA_SIZE, KVM_CAP_NR_MEMSLOTS
+from pyvmm.uapi.kvm_memory import kvm_create_guest_memfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

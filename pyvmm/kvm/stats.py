@@ -8,7 +8,7 @@ import os
 from ctypes import sizeof
 
 from pyvmm.kvm.fd import AttributeFd, Fd
-from pyvmm.uapi.kvm import KVM_GET_STATS_FD, kvm_stats_desc, kvm_stats_header
+from pyvmm.uapi.kvm_state import KVM_GET_STATS_FD, kvm_stats_desc, kvm_stats_header
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,18 +16,12 @@ from pyvmm.kvm import libc
 from pyvmm.kvm.stats import MeasuredFd
 from pyvmm.uapi import kvm_arm64
 from pyvmm.uapi.kvm import (
-    KVM_GET_MP_STATE,
     KVM_GET_ONE_REG,
-    KVM_GET_REG_LIST,
     KVM_GUESTDBG_ENABLE,
     KVM_GUESTDBG_SINGLESTEP,
     KVM_REG_SIZE,
-    KVM_SET_MP_STATE,
     KVM_SET_ONE_REG,
-    MpState,
-    kvm_mp_state,
     kvm_one_reg,
-    kvm_reg_list,
 )
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.layout import with_tail
@@ -38,7 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pyvmm.kvm.vm import Vm
+    from pyvmm.uapi import kvm_arm64_vcpu
     from pyvmm.uapi.kvm_run import kvm_run
+    from pyvmm.uapi.kvm_state import MpState
 
 _X86 = os.uname().machine == "x86_64"
 
@@ -106,10 +102,12 @@ class Vcpu(MeasuredFd):
         """Have the access that this vCPU is stopped at fail in the guest, with a synchronous external abort."""
         if _X86:  # the request has the same number there, and other bytes in it
             raise HostError(f"{self.label} is an x86 vCPU: it has no external abort to inject")
-        events = kvm_arm64.kvm_vcpu_events()
-        self.call(kvm_arm64.KVM_GET_VCPU_EVENTS, events)
+        from pyvmm.uapi.kvm_arm64_vcpu import KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, kvm_vcpu_events
+
+        events = kvm_vcpu_events()
+        self.call(KVM_GET_VCPU_EVENTS, events)
         events.exception.ext_dabt_pending = 1
-        self.call(kvm_arm64.KVM_SET_VCPU_EVENTS, events, ext_dabt_pending=1)
+        self.call(KVM_SET_VCPU_EVENTS, events, ext_dabt_pending=1)
 
     # ---- either architecture ----
 
@@ -126,6 +124,8 @@ class Vcpu(MeasuredFd):
 
     def reg_list(self) -> list[int]:
         """Return the id of every register that the kernel saves and restores here."""
+        from pyvmm.uapi.kvm_state import KVM_GET_REG_LIST, kvm_reg_list
+
         probe = kvm_reg_list()
         _, errno = self.attempt(KVM_GET_REG_LIST, probe)
         if errno not in (0, _errno.E2BIG):
@@ -143,18 +143,22 @@ class Vcpu(MeasuredFd):
     @property
     def mp_state(self) -> MpState:
         """Whether the vCPU runs, or what it waits for."""
+        from pyvmm.uapi.kvm_state import KVM_GET_MP_STATE, MpState, kvm_mp_state
+
         state = kvm_mp_state()
         self.call(KVM_GET_MP_STATE, state)
         return MpState(state.mp_state)
 
     @mp_state.setter
     def mp_state(self, state: MpState) -> None:
+        from pyvmm.uapi.kvm_state import KVM_SET_MP_STATE, kvm_mp_state
+
         self.call(KVM_SET_MP_STATE, kvm_mp_state(mp_state=state), mp_state=state)
 
     def set_guest_debug(
         self,
         control: int,
-        registers: kvm_arm64.kvm_guest_debug_arch | kvm_x86.kvm_guest_debug_arch | None = None,
+        registers: kvm_arm64_vcpu.kvm_guest_debug_arch | kvm_x86.kvm_guest_debug_arch | None = None,
     ) -> None:
         """Debug the guest: ``control`` is KVM_GUESTDBG_*, ``registers`` this architecture's breakpoints. 0 ends it."""
         if _X86:
@@ -163,10 +167,12 @@ class Vcpu(MeasuredFd):
                 x86.arch = registers
             self.call(kvm_x86.KVM_SET_GUEST_DEBUG, x86, control=control)
         else:
-            arm64 = kvm_arm64.kvm_guest_debug(control=control)
-            if isinstance(registers, kvm_arm64.kvm_guest_debug_arch):
+            from pyvmm.uapi import kvm_arm64_vcpu
+
+            arm64 = kvm_arm64_vcpu.kvm_guest_debug(control=control)
+            if isinstance(registers, kvm_arm64_vcpu.kvm_guest_debug_arch):
                 arm64.arch = registers
-            self.call(kvm_arm64.KVM_SET_GUEST_DEBUG, arm64, control=control)
+            self.call(kvm_arm64_vcpu.KVM_SET_GUEST_DEBUG, arm64, control=control)
 
     def single_step(self, on: bool) -> None:
         """Have KVM_EXIT_DEBUG after every instruction, or no longer. Works in protected VMs too."""

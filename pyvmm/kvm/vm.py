@@ -13,29 +13,19 @@ from pyvmm.uapi.kvm import (
     KVM_CHECK_EXTENSION,
     KVM_CREATE_DEVICE,
     KVM_CREATE_DEVICE_TEST,
-    KVM_CREATE_GUEST_MEMFD,
     KVM_CREATE_VCPU,
-    KVM_ENABLE_CAP,
-    KVM_GET_DIRTY_LOG,
     KVM_MEM_GUEST_MEMFD,
     KVM_SET_DEVICE_ATTR,
     KVM_SET_USER_MEMORY_REGION,
-    KVM_SET_USER_MEMORY_REGION2,
     DeviceType,
     kvm_create_device,
-    kvm_create_guest_memfd,
     kvm_device_attr,
-    kvm_dirty_log,
-    kvm_enable_cap,
     kvm_userspace_memory_region,
-    kvm_userspace_memory_region2,
 )
 from pyvmm.uapi.kvm_arm64 import (
     KVM_ARM_PREFERRED_TARGET,
     KVM_ARM_VM_SMCCC_CTRL,
     KVM_ARM_VM_SMCCC_FILTER,
-    SmcccFilterAction,
-    kvm_smccc_filter,
     kvm_vcpu_init,
 )
 from pyvmm.uapi.kvm_cap import cap_name
@@ -61,6 +51,8 @@ class Vm(MeasuredFd):
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
         """Switch on a capability, with up to four arguments."""
+        from pyvmm.uapi.kvm_state import KVM_ENABLE_CAP, kvm_enable_cap
+
         argument = kvm_enable_cap(cap=cap, flags=flags)
         argument.args[: len(args)] = list(args)
         self.call(KVM_ENABLE_CAP, argument, cap=cap_name(cap), args=" ".join(map(hex, args)) or None)
@@ -115,6 +107,8 @@ class Vm(MeasuredFd):
             )
             self.call(KVM_SET_USER_MEMORY_REGION, region, slot=slot, gpa=gpa, size=size, hva=hva, flags=flags)
             return
+        from pyvmm.uapi.kvm_memory import KVM_SET_USER_MEMORY_REGION2, kvm_userspace_memory_region2
+
         flags |= KVM_MEM_GUEST_MEMFD
         region2 = kvm_userspace_memory_region2(
             slot=slot,
@@ -145,12 +139,15 @@ class Vm(MeasuredFd):
     def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
         """Make a file of guest memory of ``size`` bytes; ``flags`` are GUEST_MEMFD_FLAG_*; arm64's slots need MMAP."""
         from pyvmm.kvm.guest_memfd import GuestMemfd
+        from pyvmm.uapi.kvm_memory import KVM_CREATE_GUEST_MEMFD, kvm_create_guest_memfd
 
         fd = self.call(KVM_CREATE_GUEST_MEMFD, kvm_create_guest_memfd(size=size, flags=flags), size=size, flags=flags)
         return GuestMemfd(fd, self, size, flags)
 
     def dirty_log(self, slot: int, pages: int) -> bytes:
         """Return which of a slot's ``pages`` (all of them) were written since the last call, a bit a page."""
+        from pyvmm.uapi.kvm_memory import KVM_GET_DIRTY_LOG, kvm_dirty_log
+
         bitmap = (c_uint8 * (-(-pages // 64) * 8))()
         argument = kvm_dirty_log(slot=slot)
         argument.dirty_bitmap = addressof(bitmap)
@@ -164,6 +161,8 @@ class Vm(MeasuredFd):
 
         Not in a protected VM (EINVAL), nor for the Arm architecture's own ranges (EEXIST).
         """
+        from pyvmm.uapi.kvm_arm64_vcpu import SmcccFilterAction, kvm_smccc_filter
+
         wanted = kvm_smccc_filter(base=base, nr_functions=count, action=SmcccFilterAction.KVM_SMCCC_FILTER_FWD_TO_USER)
         argument = kvm_device_attr(group=KVM_ARM_VM_SMCCC_CTRL, attr=KVM_ARM_VM_SMCCC_FILTER, addr=addressof(wanted))
         self.call(KVM_SET_DEVICE_ATTR, argument, attr="KVM_ARM_VM_SMCCC_FILTER", base=base, count=count)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 from pyvmm.errors import HostError, KvmError, UsageError
 from pyvmm.machine import layout
 from pyvmm.uapi import kvm_arm64 as uapi
-from pyvmm.uapi.kvm import MpState
+from pyvmm.uapi.kvm_arm64_vcpu import KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, kvm_vcpu_events
+from pyvmm.uapi.kvm_state import MpState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,8 +37,8 @@ CLOCKS: Final = (uapi.KVM_REG_ARM_TIMER_CNT, uapi.KVM_REG_ARM_PTIMER_CNT)
 
 def save_vcpu(vcpu: Vcpu) -> State:
     """Return everything of a vCPU; its exit must be finished (``pv_settle``)."""
-    events = uapi.kvm_vcpu_events()
-    vcpu.call(uapi.KVM_GET_VCPU_EVENTS, events)
+    events = kvm_vcpu_events()
+    vcpu.call(KVM_GET_VCPU_EVENTS, events)
     return {
         "mp_state": vcpu.mp_state.name,
         "events": bytes(events).hex(),
@@ -64,8 +65,8 @@ def load_vcpu(vcpu: Vcpu, saved: State) -> None:
             raise HostError(
                 f"{vcpu.label}: register {name} cannot be {text} here: {error}", hint=_OTHER_HOST
             ) from error
-    events = uapi.kvm_vcpu_events.from_buffer_copy(bytes.fromhex(saved["events"]))
-    vcpu.call(uapi.KVM_SET_VCPU_EVENTS, events)
+    events = kvm_vcpu_events.from_buffer_copy(bytes.fromhex(saved["events"]))
+    vcpu.call(KVM_SET_VCPU_EVENTS, events)
     vcpu.mp_state = MpState[saved["mp_state"]]
 
 

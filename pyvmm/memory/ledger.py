@@ -156,11 +156,13 @@ class Ledger:
                 lib.pv_ledger_set(self._vm, page, entry)
             return
         part = ffi.buffer(area.entries + ((gpa - area.gpa) >> PAGE_SHIFT), size >> PAGE_SHIFT)
-        before = bytes(part)
-        for state in PageState:
-            self._vm.pages[state] -= before.count(state) + before.count(state | ASSUMED)
-        self._vm.pages[entry & ~ASSUMED] += len(before)
-        part[:] = bytes([entry]) * len(before)
+        left = bytes(part)
+        self._vm.pages[entry & ~ASSUMED] += len(left)
+        part[:] = bytes([entry]) * len(left)
+        while left:  # at a start all of them are the same
+            old, count = left[0], left.count(left[0])
+            self._vm.pages[old & ~ASSUMED] -= count
+            left = left.replace(left[:1], b"") if count < len(left) else b""
 
     def _area(self, gpa: int) -> Area | None:
         starts, areas = self._index

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""asm/kvm.h of arm64: registers, vCPU features, the vGIC's and the ITS's attributes, the SMCCC filter."""
+"""asm/kvm.h of arm64: registers, vCPU features, the vGIC's and the ITS's attributes."""
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int, c_uint64
-from enum import IntEnum
+from ctypes import Structure
 
 from pyvmm.uapi.ioctl import IOR, IOW
 from pyvmm.uapi.kvm import (
@@ -15,13 +14,13 @@ from pyvmm.uapi.kvm import (
     KVM_REG_SIZE_U512,
     KVMIO,
 )
-from pyvmm.uapi.layout import layout, offset_of
+from pyvmm.uapi.layout import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from ctypes import Array, c_uint8, c_uint32
+    from ctypes import Array, c_uint32
 
-    from pyvmm.uapi.layout import u8, u16, u32, u64
+    from pyvmm.uapi.layout import u32
 
 KVM_COALESCED_MMIO_PAGE_OFFSET = 1
 KVM_DIRTY_LOG_PAGE_OFFSET = 64
@@ -29,38 +28,6 @@ KVM_DIRTY_LOG_PAGE_OFFSET = 64
 # ---- registers ---------------------------------------------------------------------------------------------------
 
 KVM_NR_SPSR = 5
-
-
-@layout(regs=31)
-class user_pt_regs(Structure):
-    """asm/ptrace.h."""
-
-    regs: Array[c_uint64]
-    sp: u64
-    pc: u64
-    pstate: u64
-
-
-@layout(vregs=2 * 32, _reserved=2)
-class user_fpsimd_state(Structure):
-    """asm/ptrace.h; a vector register is two words, the low one first."""
-
-    vregs: Array[c_uint64]
-    fpsr: u32
-    fpcr: u32
-    _reserved: Array[c_uint32]
-
-
-@layout(spsr=KVM_NR_SPSR)
-class kvm_regs(Structure):
-    """Never passed whole; KVM numbers the core registers by their place in it."""
-
-    regs: user_pt_regs
-    sp_el1: u64
-    elr_el1: u64
-    spsr: Array[c_uint64]
-    _alignment: u64
-    fp_regs: user_fpsimd_state
 
 
 PSR_MODE_EL0t = 0x0000_0000
@@ -83,18 +50,18 @@ KVM_REG_ARM64_SVE = 0x0015 << KVM_REG_ARM_COPROC_SHIFT
 KVM_REG_ARM_FW_FEAT_BMAP = 0x0016 << KVM_REG_ARM_COPROC_SHIFT
 
 
-def _core(path: str, size: int = KVM_REG_SIZE_U64, index: int = 0) -> int:
-    offset = offset_of(kvm_regs, path) + index * (1 << (size >> 52 & 0xF))
-    return KVM_REG_ARM64 | size | KVM_REG_ARM_CORE | offset // 4
-
-
-_NAMED = {
-    "sp": "regs.sp",
-    "pc": "regs.pc",
-    "pstate": "regs.pstate",
-    "sp_el1": "sp_el1",
-    "elr_el1": "elr_el1",
-    "spsr_el1": "spsr",
+# Places in struct kvm_regs, in bytes, which is never passed whole: KVM numbers the core registers by them.
+_PLACES = {
+    **{f"x{n}": 8 * n for n in range(31)},
+    "sp": 248,
+    "pc": 256,
+    "pstate": 264,
+    "sp_el1": 272,
+    "elr_el1": 280,
+    "spsr_el1": 288,
+    **{f"v{n}": 336 + 16 * n for n in range(32)},
+    "fpsr": 848,
+    "fpcr": 852,
 }
 
 
@@ -104,16 +71,10 @@ def core_reg(name: str) -> int:
     Names: ``x0`` to ``x30``, ``sp`` (SP_EL0), ``pc``, ``pstate``, ``sp_el1``, ``elr_el1``, ``spsr_el1``, ``v0`` to
     ``v31`` (128 bits), ``fpsr`` and ``fpcr`` (32 bits). KeyError for any other.
     """
-    if name in _NAMED:
-        return _core(_NAMED[name])
-    if name in ("fpsr", "fpcr"):
-        return _core(f"fp_regs.{name}", KVM_REG_SIZE_U32)
-    number = int(name[1:]) if name[1:].isdecimal() and name[1:].isascii() else -1
-    if name == f"x{number}" and 0 <= number <= 30:
-        return _core("regs.regs", index=number)
-    if name == f"v{number}" and 0 <= number <= 31:
-        return _core("fp_regs.vregs", KVM_REG_SIZE_U128, number)
-    raise KeyError(f"no core register is called {name!r}")
+    if name not in _PLACES:
+        raise KeyError(f"no core register is called {name!r}")
+    size = KVM_REG_SIZE_U128 if name[0] == "v" else KVM_REG_SIZE_U32 if name[:2] == "fp" else KVM_REG_SIZE_U64
+    return KVM_REG_ARM64 | size | KVM_REG_ARM_CORE | _PLACES[name] // 4
 
 
 def ARM64_SYS_REG(op0: int, op1: int, crn: int, crm: int, op2: int) -> int:
@@ -180,85 +141,14 @@ class kvm_vcpu_init(Structure):
     features: Array[c_uint32]
 
 
-KVM_ARM_MAX_DBG_REGS = 16
 KVM_GUESTDBG_USE_SW_BP = 1 << 16
 KVM_GUESTDBG_USE_HW = 1 << 17
 KVM_DEBUG_ARCH_HSR_HIGH_VALID = 1 << 0
 
 
-@layout(
-    dbg_bcr=KVM_ARM_MAX_DBG_REGS,
-    dbg_bvr=KVM_ARM_MAX_DBG_REGS,
-    dbg_wcr=KVM_ARM_MAX_DBG_REGS,
-    dbg_wvr=KVM_ARM_MAX_DBG_REGS,
-)
-class kvm_guest_debug_arch(Structure):
-    dbg_bcr: Array[c_uint64]
-    dbg_bvr: Array[c_uint64]
-    dbg_wcr: Array[c_uint64]
-    dbg_wvr: Array[c_uint64]
-
-
-@layout()
-class kvm_guest_debug(Structure):
-    """linux/kvm.h; here because its size is the architecture's."""
-
-    control: u32
-    pad: u32
-    arch: kvm_guest_debug_arch
-
-
-@layout()
-class kvm_debug_exit_arch(Structure):
-    hsr: u32
-    hsr_high: u32
-    far: u64
-
-
-@layout()
-class kvm_sync_regs(Structure):
-    device_irq_level: u64
-
-
 KVM_ARM_DEV_EL1_VTIMER = 1 << 0
 KVM_ARM_DEV_EL1_PTIMER = 1 << 1
 KVM_ARM_DEV_PMU = 1 << 2
-
-
-@layout(pad=5)
-class _exception(Structure):
-    serror_pending: u8
-    serror_has_esr: u8
-    ext_dabt_pending: u8
-    pad: Array[c_uint8]
-    serror_esr: u64
-
-
-@layout(reserved=12)
-class kvm_vcpu_events(Structure):
-    exception: _exception
-    reserved: Array[c_uint32]
-
-
-@layout(pad=3)
-class kvm_pmu_event_filter(Structure):
-    base_event: u16
-    nevents: u16
-    action: u8
-    pad: Array[c_uint8]
-
-
-@layout()
-class kvm_arm_counter_offset(Structure):
-    counter_offset: u64
-    reserved: u64
-
-
-@layout(reserved=13)
-class reg_mask_range(Structure):
-    addr: u64
-    range: u32
-    reserved: Array[c_uint32]
 
 
 KVM_ARM_FEATURE_ID_RANGE = 0
@@ -328,29 +218,7 @@ KVM_SYSTEM_EVENT_SHUTDOWN_FLAG_PSCI_OFF2 = 1 << 0
 KVM_EXIT_FAIL_ENTRY_CPU_UNSUPPORTED = 1 << 0
 
 
-class SmcccFilterAction(IntEnum):
-    """``enum kvm_smccc_filter_action``."""
-
-    KVM_SMCCC_FILTER_HANDLE = 0
-    KVM_SMCCC_FILTER_DENY = 1
-    KVM_SMCCC_FILTER_FWD_TO_USER = 2
-
-
-@layout(pad=15)
-class kvm_smccc_filter(Structure):
-    base: u32
-    nr_functions: u32
-    action: u8
-    pad: Array[c_uint8]
-
-
 # ---- requests whose structure is arm64's -------------------------------------------------------------------------
 
-KVM_SET_GUEST_DEBUG = IOW("KVM_SET_GUEST_DEBUG", KVMIO, 0x9B, kvm_guest_debug)
-KVM_GET_VCPU_EVENTS = IOR("KVM_GET_VCPU_EVENTS", KVMIO, 0x9F, kvm_vcpu_events)
-KVM_SET_VCPU_EVENTS = IOW("KVM_SET_VCPU_EVENTS", KVMIO, 0xA0, kvm_vcpu_events)
 KVM_ARM_VCPU_INIT = IOW("KVM_ARM_VCPU_INIT", KVMIO, 0xAE, kvm_vcpu_init)
 KVM_ARM_PREFERRED_TARGET = IOR("KVM_ARM_PREFERRED_TARGET", KVMIO, 0xAF, kvm_vcpu_init)
-KVM_ARM_SET_COUNTER_OFFSET = IOW("KVM_ARM_SET_COUNTER_OFFSET", KVMIO, 0xB5, kvm_arm_counter_offset)
-KVM_ARM_GET_REG_WRITABLE_MASKS = IOR("KVM_ARM_GET_REG_WRITABLE_MASKS", KVMIO, 0xB6, reg_mask_range)
-KVM_ARM_VCPU_FINALIZE = IOW("KVM_ARM_VCPU_FINALIZE", KVMIO, 0xC2, c_int)

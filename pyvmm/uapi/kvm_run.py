@@ -10,7 +10,7 @@ from __future__ import annotations
 from ctypes import Structure, Union
 from enum import IntEnum
 
-from pyvmm.uapi.kvm_arm64 import kvm_debug_exit_arch as debug_exit_arm64
+from pyvmm.uapi.kvm_arm64_vcpu import kvm_debug_exit_arch as debug_exit_arm64
 from pyvmm.uapi.kvm_x86 import kvm_debug_exit_arch as debug_exit_x86
 from pyvmm.uapi.layout import layout
 

@@ -82,10 +82,3 @@ def with_tail(header: type[S], name: str, items: Iterable[Any], element: Any) ->
     whole: S = kind()
     getattr(whole, name)[:] = values
     return whole
-
-
-def offset_of(kind: type[Structure], path: str) -> int:
-    """Return the offset in bytes of a field, ``"a.b"`` for one inside another."""
-    first, _, rest = path.partition(".")
-    offset: int = getattr(kind, first).offset
-    return offset + (offset_of(dict(kind._fields_)[first], rest) if rest else 0)  # type: ignore[arg-type]

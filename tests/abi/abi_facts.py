@@ -26,7 +26,7 @@ from tests.abi import abi_headers
 
 MACHINES = ("x86_64", "aarch64")
 OWN = {"layout", "ioctl"}  # how the rest is said
-ONLY_ON = {"kvm_x86": "x86_64", "kvm_arm64": "aarch64", "psci": "aarch64"}
+ONLY_ON = {"kvm_x86": "x86_64", "kvm_arm64": "aarch64", "kvm_arm64_vcpu": "aarch64", "psci": "aarch64"}
 
 # Capabilities of the common header that it shows to x86 alone.
 X86_CAPABILITIES = {

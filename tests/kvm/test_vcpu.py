@@ -14,8 +14,9 @@ from pyvmm.errors import HostError, KvmError, PyvmmError
 from pyvmm.kvm import libc
 from pyvmm.kvm.system import System
 from pyvmm.kvm.vm import Vm
-from pyvmm.uapi.kvm import KVM_RUN, MpState
+from pyvmm.uapi.kvm import KVM_RUN
 from pyvmm.uapi.kvm_run import ExitReason
+from pyvmm.uapi.kvm_state import MpState
 from tests.kvm_guest import RealMode
 
 pytestmark = pytest.mark.kvm

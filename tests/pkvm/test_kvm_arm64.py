@@ -14,10 +14,11 @@ from pyvmm.kvm.system import System
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.uapi import kvm_arm64 as arm64
-from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_RUN, KVM_VM_TYPE_ARM_PROTECTED, DeviceType, MpState
+from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_MMAP, KVM_RUN, KVM_VM_TYPE_ARM_PROTECTED, DeviceType
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD_FLAGS
 from pyvmm.uapi.kvm_run import ExitReason
+from pyvmm.uapi.kvm_state import MpState
 from tests.kvm_guest import PAGE, pages
 
 pytestmark = pytest.mark.pkvm

@@ -17,14 +17,14 @@ from pyvmm.kvm.causes import CAUSES, explain, kvm_error
 from pyvmm.kvm.device import KvmDevice
 from pyvmm.kvm.fd import AttributeFd, Fd
 from pyvmm.kvm.system import System
-from pyvmm.uapi import kvm, kvm_arm64, kvm_irq, kvm_x86
+from pyvmm.uapi import kvm, kvm_arm64, kvm_arm64_vcpu, kvm_irq, kvm_memory, kvm_state, kvm_x86
 from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.uapi.ioctl import Ioctl
 from pyvmm.uapi.kvm import DeviceType
 
 REQUESTS = {
     thing.name
-    for module in (kvm, kvm_arm64, kvm_irq, kvm_x86)
+    for module in (kvm, kvm_arm64, kvm_arm64_vcpu, kvm_irq, kvm_memory, kvm_state, kvm_x86)
     for thing in vars(module).values()
     if isinstance(thing, Ioctl)
 }
@@ -129,11 +129,11 @@ def test_an_attempt_answers_with_the_errno(pipe: Fd) -> None:
 
 def test_an_argument_of_the_wrong_type_never_reaches_the_kernel(pipe: Fd) -> None:
     with pytest.raises(TypeError, match="KVM_CREATE_VM takes an integer, not kvm_mp_state"):
-        pipe.attempt(kvm.KVM_CREATE_VM, kvm.kvm_mp_state())
+        pipe.attempt(kvm.KVM_CREATE_VM, kvm_state.kvm_mp_state())
     with pytest.raises(TypeError, match="KVM_GET_MP_STATE takes a kvm_mp_state, not int"):
-        pipe.attempt(kvm.KVM_GET_MP_STATE, 5)
+        pipe.attempt(kvm_state.KVM_GET_MP_STATE, 5)
     with pytest.raises(TypeError, match="takes a kvm_mp_state, not kvm_one_reg"):
-        pipe.attempt(kvm.KVM_GET_MP_STATE, kvm.kvm_one_reg())
+        pipe.attempt(kvm_state.KVM_GET_MP_STATE, kvm.kvm_one_reg())
 
 
 def test_closing_twice_closes_once() -> None:

@@ -13,7 +13,8 @@ import pytest
 from pyvmm.errors import HostError, KvmError, UsageError
 from pyvmm.machine import layout, state
 from pyvmm.uapi import kvm_arm64 as uapi
-from pyvmm.uapi.kvm import MpState
+from pyvmm.uapi.kvm_arm64_vcpu import KVM_GET_VCPU_EVENTS, kvm_vcpu_events
+from pyvmm.uapi.kvm_state import MpState
 
 X0, PC, CNT = uapi.core_reg("x0"), uapi.core_reg("pc"), uapi.KVM_REG_ARM_TIMER_CNT
 DIST, REDIST, LEVEL = (
@@ -53,7 +54,7 @@ class Vcpu:
         self.registers[id] = value
 
     def call(self, request: Any, argument: Any) -> None:
-        if request is uapi.KVM_GET_VCPU_EVENTS:
+        if request is KVM_GET_VCPU_EVENTS:
             argument.exception.serror_esr = 7
         else:
             self.events = bytes(argument)
@@ -71,7 +72,7 @@ def test_a_vcpu_is_that_one_again_and_its_clock_comes_last() -> None:
     # What is the same already is left alone: it may be one of those that cannot be written.
     assert other.written == [X0]
     assert other.mp_state is MpState.KVM_MP_STATE_STOPPED
-    assert uapi.kvm_vcpu_events.from_buffer_copy(other.events).exception.serror_esr == 7
+    assert kvm_vcpu_events.from_buffer_copy(other.events).exception.serror_esr == 7
     state.load_clock(other, saved)
     assert other.written == [X0, CNT]
     assert other.registers == one.registers

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import pyvmm.uapi
 from pyvmm.uapi import kvm_cap, psci
 from pyvmm.uapi.ioctl import IO, IOR, IOW, IOWR, Ioctl
-from pyvmm.uapi.kvm import KVM_GET_REG_LIST, KVM_REG_SIZE, KVM_RUN, kvm_reg_list
+from pyvmm.uapi.kvm import KVM_REG_SIZE, KVM_RUN
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.kvm_run import kvm_run
-from pyvmm.uapi.layout import layout, offset_of, with_tail
+from pyvmm.uapi.kvm_state import KVM_GET_REG_LIST, kvm_reg_list
+from pyvmm.uapi.layout import layout, with_tail
 
 if TYPE_CHECKING:
     from ctypes import Array
@@ -36,6 +37,11 @@ class Small(Structure):
 class Nest(Structure):
     few: Array[c_uint16]
     small: Small
+
+
+def offset_of(kind: type[Structure], field: str) -> int:
+    offset: int = getattr(kind, field).offset
+    return offset
 
 
 def test_a_request_knows_its_name_number_and_structure() -> None:
@@ -75,7 +81,7 @@ def test_annotations_lay_a_structure_out_as_c_does() -> None:
     assert sizeof(Small) == 16
     assert (offset_of(Small, "first"), offset_of(Small, "second")) == (0, 8)
     assert sizeof(Nest) == 24
-    assert (offset_of(Nest, "few"), offset_of(Nest, "small.second")) == (0, 16)
+    assert (offset_of(Nest, "few"), offset_of(Nest, "small")) == (0, 8)
     assert list(Nest(few=(1, 2, 3)).few) == [1, 2, 3]
     assert offset_of(kvm_run, "s") == offset_of(kvm_run, "kvm_valid_regs") + 16
 

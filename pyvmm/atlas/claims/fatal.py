@@ -19,17 +19,11 @@ from pyvmm.guest.puppet import Puppet
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import PAGE_SIZE, Gpa
-from pyvmm.uapi.kvm import (
-    KVM_CHECK_EXTENSION,
-    KVM_GET_MP_STATE,
-    KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEM_READONLY,
-    KVM_RUN,
-    kvm_mp_state,
-)
+from pyvmm.uapi.kvm import KVM_CHECK_EXTENSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_RUN
 from pyvmm.uapi.kvm_arm64 import ARM64_SYS_REG, core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_USER_MEMORY
 from pyvmm.uapi.kvm_run import ExitReason
+from pyvmm.uapi.kvm_state import KVM_GET_MP_STATE, kvm_mp_state
 from pyvmm.vcpu.outcome import Ending
 
 if TYPE_CHECKING:

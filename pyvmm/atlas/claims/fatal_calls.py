@@ -24,27 +24,24 @@ from pyvmm.uapi.kvm import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
     KVM_CHECK_EXTENSION,
-    KVM_GET_STATS_FD,
     KVM_HAS_DEVICE_ATTR,
-    KVM_REGISTER_COALESCED_MMIO,
     KVM_RUN,
     KVM_VM_TYPE_ARM_PROTECTED,
     KVMIO,
     DeviceType,
-    kvm_coalesced_mmio_zone,
     kvm_device_attr,
 )
-from pyvmm.uapi.kvm_arm64 import (
+from pyvmm.uapi.kvm_arm64 import KVM_ARM_VCPU_TIMER_CTRL, KVM_ARM_VCPU_TIMER_IRQ_VTIMER, core_reg
+from pyvmm.uapi.kvm_arm64_vcpu import (
     KVM_ARM_GET_REG_WRITABLE_MASKS,
     KVM_ARM_SET_COUNTER_OFFSET,
-    KVM_ARM_VCPU_TIMER_CTRL,
-    KVM_ARM_VCPU_TIMER_IRQ_VTIMER,
     KVM_GET_VCPU_EVENTS,
-    core_reg,
     kvm_arm_counter_offset,
     kvm_vcpu_events,
     reg_mask_range,
 )
+from pyvmm.uapi.kvm_memory import KVM_REGISTER_COALESCED_MMIO, kvm_coalesced_mmio_zone
+from pyvmm.uapi.kvm_state import KVM_GET_STATS_FD
 from pyvmm.uapi.mman import PROT_NONE
 
 claim = group("fatal")

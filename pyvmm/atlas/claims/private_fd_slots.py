@@ -11,14 +11,9 @@ from pyvmm.labenv import in_lab
 from pyvmm.memory import mman
 from pyvmm.memory.address import PAGE_SIZE, Gpa
 from pyvmm.memory.backing import Memfd, SharedGuestMemfd
-from pyvmm.uapi.kvm import (
-    KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEM_READONLY,
-    KVM_MEMORY_ATTRIBUTE_PRIVATE,
-    KVM_SET_MEMORY_ATTRIBUTES,
-    kvm_memory_attributes,
-)
+from pyvmm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from pyvmm.uapi.kvm_cap import KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_MEMORY_FAULT_INFO
+from pyvmm.uapi.kvm_memory import KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_SET_MEMORY_ATTRIBUTES, kvm_memory_attributes
 from pyvmm.uapi.kvm_run import ExitReason
 
 claim = group("private-fd")

@@ -9,9 +9,9 @@ the real one; a stand-in's descriptors are memfds, so that what maps or closes t
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from pyvmm.kvm.fd import KERNEL, Kernel
+from pyvmm.typed import NamedTuple
 from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_TARGET_GENERIC_V8, kvm_vcpu_init
 from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_VM_IPA_SIZE, KVM_CAP_NR_MEMSLOTS
@@ -31,8 +31,7 @@ _CAPABILITIES: Final = {KVM_CAP_NR_MEMSLOTS: 32767, KVM_CAP_ARM_VM_IPA_SIZE: 40}
 """Those whose answer is a number, as Linux 7.3 says on arm64; the others are there."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """An ioctl that was made: on what (``vcpu0``), with which values; ``result`` is -1 where it failed."""
 
     name: str

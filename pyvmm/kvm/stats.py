@@ -8,7 +8,6 @@ import os
 from ctypes import sizeof
 
 from pyvmm.kvm.fd import AttributeFd, Fd
-from pyvmm.uapi.kvm_state import KVM_GET_STATS_FD, kvm_stats_desc, kvm_stats_header
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ class Stats(Fd):
     kind = "stats"
 
     def __init__(self, owner: Fd) -> None:
+        from pyvmm.uapi.kvm_state import KVM_GET_STATS_FD
+
         super().__init__(owner.call(KVM_GET_STATS_FD), owner)
         try:
             self._learn()
@@ -31,6 +32,8 @@ class Stats(Fd):
             raise
 
     def _learn(self) -> None:
+        from pyvmm.uapi.kvm_state import kvm_stats_desc, kvm_stats_header
+
         header = kvm_stats_header.from_buffer_copy(self._read(0, sizeof(kvm_stats_header)))
         stride = sizeof(kvm_stats_desc) + header.name_size
         table = self._read(header.desc_offset, stride * header.num_desc)

@@ -13,7 +13,6 @@ import os
 import stat
 import struct
 from ctypes import byref, c_int, c_uint, c_uint64
-from pathlib import Path
 
 from pyvmm.errors import UsageError
 from pyvmm.kvm import libc
@@ -184,10 +183,11 @@ class DiskFile:
             mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             return not libc.fallocate(self.fd, mode, self.size, SECTOR)
         number = os.fstat(self.fd).st_rdev
-        device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-        for queue in (device / "queue", device / "../queue"):  # a partition has its disk's
+        device = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
+        for queue in (f"{device}/queue", f"{device}/../queue"):  # a partition has its disk's
             try:
-                return int((queue / "discard_max_bytes").read_text()) > 0
+                with open(f"{queue}/discard_max_bytes") as file:
+                    return int(file.read()) > 0
             except (OSError, ValueError):
                 continue
         return False

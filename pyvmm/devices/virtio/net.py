@@ -12,7 +12,6 @@ give no receive buffers                           the backend is not read: frame
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 
@@ -53,6 +52,8 @@ _NEEDS: Final = {
 
 def default_mac(name: str) -> bytes:
     """Make an address that is the same whenever this host's ``name`` is served, and probably nobody else's."""
+    import hashlib  # not for a card whose address was said
+
     digest = hashlib.sha256(f"{os.uname().nodename}/{name}".encode()).digest()
     return bytes([0x02]) + digest[:5]
 

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import os
-import socket
 from enum import IntFlag
-from pathlib import Path
 
 from pyvmm._native import lib
 from pyvmm.errors import HostError, UsageError
@@ -71,11 +69,13 @@ class Stream(NetBackend):
     @classmethod
     def connect(cls, path: str) -> Stream:
         """Connect to the Unix socket of a program that runs. Raises UsageError or HostError."""
+        import socket
+
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
             try:
                 connection.connect(path)
             except OSError as error:
-                if not Path(path).exists():
+                if not os.path.exists(path):
                     raise UsageError(f"no socket is at {path!r}", hint=f"passt --socket {path}") from error
                 raise HostError(
                     f"nothing answers at the socket {path!r}: {error.strerror or error}",

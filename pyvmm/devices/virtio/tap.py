@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import getpass
-import hashlib
 import os
 import re
-import socket
 import struct
 from ctypes import Array, byref, c_char, c_int, c_uint, create_string_buffer
-from pathlib import Path
 
 from pyvmm._native import lib
 from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
@@ -29,7 +25,7 @@ if TYPE_CHECKING:
 log = get_logger("net")
 
 CLONE: Final = "/dev/net/tun"
-SYSFS: Final = Path("/sys/class/net")
+SYSFS: Final = "/sys/class/net"
 
 # linux/if.h: a name of 16 bytes, then a union.
 _IFNAMSIZ: Final = 16
@@ -81,7 +77,7 @@ class Tap(NetBackend):
                 self._bring_up()
             elif not self.is_up:
                 log.warning("tap_down", tap=name, hint=f"ip link set {name} up")
-            self.mtu = int((SYSFS / name / "mtu").read_text())
+            self.mtu = int(_told(name, "mtu"))
         except BaseException:
             self.close()
             raise
@@ -98,7 +94,7 @@ class Tap(NetBackend):
     def _drop(self) -> None:
         # At most as many as wait: what comes meanwhile is as the new driver wants it.
         with contextlib.suppress(OSError):  # there are no more (EAGAIN), or the tap was deleted
-            for _ in range(int((SYSFS / self.name / "tx_queue_len").read_text())):
+            for _ in range(int(_told(self.name, "tx_queue_len"))):
                 os.read(self.fd, _BEGINNING)
 
     def persist(self, stay: bool) -> None:
@@ -107,12 +103,12 @@ class Tap(NetBackend):
 
     def last_words(self) -> str:
         """Say whether it was deleted."""
-        return "" if (SYSFS / self.name).exists() else "the tap was deleted"
+        return "" if os.path.exists(f"{SYSFS}/{self.name}") else "the tap was deleted"
 
     @property
     def is_up(self) -> bool:
         """Whether the host uses its end."""
-        return bool(int((SYSFS / self.name / "flags").read_text(), 16) & _IFF_UP)
+        return bool(int(_told(self.name, "flags"), 16) & _IFF_UP)
 
     def _attach(self, there: int | None) -> None:
         flags = if_tun.IFF_TAP | if_tun.IFF_NO_PI | if_tun.IFF_VNET_HDR
@@ -142,6 +138,8 @@ class Tap(NetBackend):
                 )
 
     def _be_known(self) -> None:
+        import hashlib
+
         # A guest that was saved, or moved to another host, knows the host's end by this. FE, as a bridge takes the
         # lowest of its ports' addresses for its own, which is not to be this one.
         mac = b"\xfe" + hashlib.sha256(os.fsencode(self.name)).digest()[:5]
@@ -149,18 +147,22 @@ class Tap(NetBackend):
         self._interface_call("SIOCSIFHWADDR", if_tun.SIOCSIFHWADDR, sockaddr, f"given the address {mac.hex(':')}")
 
     def _give(self, address: IPv4Interface) -> None:
+        from socket import AF_INET
+
         for call, number, value in (
             ("SIOCSIFADDR", if_tun.SIOCSIFADDR, address.ip),
             ("SIOCSIFNETMASK", if_tun.SIOCSIFNETMASK, address.netmask),
         ):
-            sockaddr = struct.pack("HH4s8x", socket.AF_INET, 0, value.packed)
+            sockaddr = struct.pack("HH4s8x", AF_INET, 0, value.packed)
             self._interface_call(call, number, sockaddr, f"given the address {address}")
 
     def _bring_up(self) -> None:
-        flags = int((SYSFS / self.name / "flags").read_text(), 16) | _IFF_UP
+        flags = int(_told(self.name, "flags"), 16) | _IFF_UP
         self._interface_call("SIOCSIFFLAGS", if_tun.SIOCSIFFLAGS, struct.pack("H", flags & 0xFFFF), "brought up")
 
     def _interface_call(self, call: str, number: int, value: bytes, what: str) -> None:
+        import socket
+
         request = _ifreq(self.name, value)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
             result, code = libc.ioctl(any_socket.fileno(), number, byref(request))
@@ -176,12 +178,18 @@ class Tap(NetBackend):
             raise HostError(f"{name} of the tap {self.name!r}: {os.strerror(code)}")
 
 
+def _told(name: str, what: str) -> str:
+    """Return what the kernel tells of an interface. OSError."""
+    with open(f"{SYSFS}/{name}/{what}") as file:
+        return file.read()
+
+
 def _flags_of(name: str) -> int | None:
     """Return an interface's IFF_ flags as a tap; None where there is no such interface."""
-    if not (SYSFS / name).exists():
+    if not os.path.exists(f"{SYSFS}/{name}"):
         return None
     try:
-        flags = int((SYSFS / name / "tun_flags").read_text(), 16)
+        flags = int(_told(name, "tun_flags"), 16)
     except FileNotFoundError:
         flags = 0
     if not flags & if_tun.IFF_TAP:
@@ -214,6 +222,8 @@ def _ifreq(name: str, value: bytes) -> Array[c_char]:
 
 
 def _user() -> str:
+    import getpass
+
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -14,14 +14,15 @@ taking them back would wait for every CPU to have seen it (SRCU), and nobody loo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
-
 from pyvmm.devices.virtio.registers import Register
 from pyvmm.errors import KvmError
 from pyvmm.log import get_logger
 from pyvmm.uapi.kvm_cap import KVM_CAP_IOEVENTFD
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from pyvmm.devices.virtio.queue import Queue
     from pyvmm.kvm.vm import Vm
 

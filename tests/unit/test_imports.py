@@ -116,7 +116,7 @@ vcpu vcpu.cold vcpu.outcome vcpu.thread
 DISK_AND_CARD = """
 devices.virtio devices.virtio.blk devices.virtio.device devices.virtio.disk devices.virtio.mmio devices.virtio.net
 devices.virtio.netbackend devices.virtio.queue devices.virtio.registers devices.virtio.registerstate
-devices.virtio.worker machine.devices uapi.fs uapi.kvm_irq
+devices.virtio.worker machine.devices machine.kicks uapi.fs uapi.kvm_irq
 """
 """And of a guest with a disk, and a card before a socket, besides; which imports socket."""
 

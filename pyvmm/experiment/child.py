@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work in a child process, with a deadline, so that whatever it does to itself it does to nobody else.
 
-The child is forked from this one, which has everything imported and must have no other thread; what it returns comes
-back through a pipe, as JSON. Owns the child while it runs; then it is reaped, and what it started and left is killed.
+The child is forked from this one, which must have no other thread; what it returns comes back through a pipe, as JSON.
+Owns the child while it runs; then it is reaped, and what it started and left is killed. What one child has to import,
+this process imports after it, so that the next ones find it there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
+import importlib
 import json
 import os
 import resource
 import select
 import signal
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pyvmm import log
@@ -26,6 +30,9 @@ from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
 
 LAST_WORDS = 2000
 """Bytes kept of what a process said on stderr before it crashed."""
+
+_SHARED = frozenset({"pyvmm", *sys.stdlib_module_names})
+"""Packages whose modules do nothing but define things when they are imported, so that any process may."""
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -44,9 +51,19 @@ def run_in_child(work: Callable[[], Any], deadline: float) -> Any:
         if said is None:
             raise CrashedError(f"not done after {deadline:g} s, and killed{child.last_words()}")
         try:
-            return json.loads(said)
+            value, modules = json.loads(said)
         except ValueError:
             raise CrashedError(f"the process {child.ending()}{child.last_words()}") from None
+    _import(modules)
+    return value
+
+
+def _import(modules: Iterable[str]) -> None:
+    """Import what a child had to import, as far as that may be done here."""
+    for name in modules:
+        if name.partition(".")[0] in _SHARED:
+            with contextlib.suppress(ImportError):  # it may have been made there, or its file be gone meanwhile
+                importlib.import_module(name)
 
 
 class _Child:
@@ -62,9 +79,14 @@ class _Child:
         parent = os.getpid()
         # A signal's handler that raises between the fork and what follows would lose the child, or run in it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._become(write, parent)
+        # A collection in the child leaves alone what it has inherited: each page it wrote to would be copied.
+        gc.freeze()
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._become(write, parent)
+        finally:
+            gc.unfreeze()
         os.close(write)
         self._pidfd = os.pidfd_open(self.pid)
         # Both sides do it, so that it is done whoever is first.
@@ -92,7 +114,9 @@ class _Child:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             log.configure(-1, json=False)
-            data = json.dumps(self._work()).encode()
+            imported = frozenset(sys.modules)
+            value = self._work()
+            data = json.dumps([value, [name for name in sys.modules if name not in imported]]).encode()
             while data:
                 data = data[os.write(write, data) :]
             code = 0

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -233,6 +235,20 @@ def test_neighbours_of_a_crash_run_on() -> None:
 
     todo = [task(lambda x: x.check("a", True)), task(die), task(lambda x: x.check("b", True))]
     assert [result.verdict for result in runner.run(todo)] == [Verdict.HOLDS, Verdict.CRASHED, Verdict.HOLDS]
+
+
+def test_what_one_has_to_import_the_next_finds_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "somebodys.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+
+    def experiment(x: Experiment) -> None:
+        for name in ("colorsys", "somebodys"):
+            x.check(f"{name} is there", name in sys.modules)
+            importlib.import_module(name)
+
+    seen = [[entry.saw for entry in result.evidence] for result in runner.run([task(experiment)] * 2)]
+    assert seen == [[False, False], [True, False]], "others' modules may do anything when they are imported"
 
 
 def test_settings_that_a_killed_one_leaves_changed_are_put_back(

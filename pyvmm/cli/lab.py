@@ -22,7 +22,7 @@ from pyvmm.syntax.paths import find_outputs
 from pyvmm.syntax.values import parse_count, parse_seconds, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pyvmm.lab import LabOptions
     from pyvmm.lab.cache import Image
@@ -35,6 +35,7 @@ HOST_KERNEL = "host-kernel"
 COST = "6 to 10 minutes on 2 CPUs, 170 MB of downloads, 1 GB of disk while it lasts and 13 MB for good"
 """What building the kernel takes."""
 MODES = ("protected", "nvhe", "vhe")
+BOOTS = ("saved", "fresh")
 STDIN = 0
 
 
@@ -55,6 +56,7 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
         "or own:; may be repeated"
     )
     add("with", action="append", default=[], metavar="NAME", help=help_with)
+    add("boot", choices=BOOTS, default="saved", help="start from a saved boot, the first one saves it; or boot afresh")
     add("boot-timeout", type=parse_seconds, default=180.0, metavar="SECONDS", help="give up after (180)")
 
 
@@ -151,11 +153,11 @@ def run_verb(
     is_tty = stdout is None and all(map(os.isatty, (STDIN, 1, 2)))
     if outputs is None:
         outputs = find_outputs(args)
-    # -P: the current directory is not a place to import from, and under 9p a slow one.
     return _run(
-        ["python3", "-P", "-m", "pyvmm", *argv],
+        ["pyvmm", *argv],
         args,
         is_tty=is_tty,
+        is_module=True,
         files=[*argv, *visible],
         outputs=outputs,
         stdout=stdout,
@@ -192,6 +194,7 @@ def _run(
     args: argparse.Namespace,
     *,
     is_tty: bool,
+    is_module: bool = False,
     files: Sequence[str] = (),
     outputs: Sequence[str] = (),
     live: bool = False,
@@ -201,8 +204,9 @@ def _run(
     from pyvmm import plugins
     from pyvmm.guest.kernels import named
     from pyvmm.lab import Lab, peers
+    from pyvmm.lab.lab import standard_sink
     from pyvmm.lab.needs import require
-    from pyvmm.lab.progress import showing
+    from pyvmm.lab.progress import Ticker, showing
     from pyvmm.lab.shares import find_shares
     from pyvmm.lab.staging import staged
 
@@ -225,8 +229,25 @@ def _run(
                 trees = peers.require(wanted, progress=progress)
             files = [*files, *trees.paths]
             env = peers.joined(trees.environment, env or {})
-        with Lab(options, image=image, arguments=files, outputs=outputs, packages=packages, live=live) as lab:
-            return lab.run(command, stdin=STDIN, stdout=stdout, is_tty=is_tty, env=env)
+        lab = Lab(options, image=image, arguments=files, outputs=outputs, packages=packages, live=live)
+        with Ticker("starting the lab") as ticker, lab:
+            out, err = stdout or standard_sink(sys.stdout), standard_sink(sys.stderr)
+            if is_module:
+                ticker.what = f"pyvmm {command[1]} in the lab"  # until it says something
+                out, err = _after(ticker.end, out), _after(ticker.end, err)
+            else:
+                ticker.end()
+            return lab.run(command, stdin=STDIN, stdout=out, stderr=err, is_tty=is_tty, is_module=is_module, env=env)
+
+
+def _after(first: Callable[[], None], sink: Sink) -> Sink:
+    """Give a sink that does something before it takes anything."""
+
+    def take(data: bytes) -> object:
+        first()
+        return sink(data)
+
+    return take
 
 
 def _options(args: argparse.Namespace) -> LabOptions:
@@ -241,6 +262,7 @@ def _options(args: argparse.Namespace) -> LabOptions:
         icount=args.lab_icount,
         boot_timeout=args.lab_boot_timeout,
         verbose=args.lab_console,
+        boot=args.lab_boot,
     )
 
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab's first process: mounts what it is told to, runs one command at a time, carries its streams and its status.
 
-Runs inside the lab only, as PID 1 under ``python3 -I -S``, from a package that holds nothing but it and ``frames``;
-every import here is boot time, so there are few. It owns the virtio-serial port and its children. When it dies the
-kernel panics and QEMU ends, which the workstation reports.
+Runs inside the lab only, as PID 1, from a package that holds nothing but it, ``frames`` and ``warm``; every import here
+is boot time, so there are few. It owns the virtio-serial port and its children. When it dies the kernel panics and
+QEMU ends, which the workstation reports.
+
+An agent that was told to prepare has a warm interpreter: it has imported what pyvmm's verbs need. A Python module then
+runs in a fork of it. That fork leaves ``main`` by ``warm.Become``, so that it runs and ends as a program of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +16,16 @@ import os
 import select
 import signal
 
-from pyvmm.lab import frames
+from pyvmm.lab import frames, warm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 CHUNK = 32 * 1024
 DRAIN_SECONDS = 2.0
+RNDADDENTROPY = 0x40085203  # uapi/linux/random.h, as RNDRESEEDCRNG
+RNDRESEEDCRNG = 0x5207
 MAY_BE_HIDDEN = ("/root", "/home")
 """Directories of the lab's own that a share may hide."""
 
@@ -96,6 +105,23 @@ def mount(tag: str, target: str, options: str) -> str:
     return call("/bin/busybox", "mount", "-t", "9p", "-o", options, tag, target)
 
 
+def renew(payload: bytes) -> str:
+    """Set the clock and stir fresh randomness in: a restored lab has the saved one's."""
+    import fcntl  # imported since PREPARE, and no part of a plain boot
+    import time
+    from struct import pack
+
+    random = payload[8:]
+    try:
+        time.clock_settime_ns(time.CLOCK_REALTIME, int.from_bytes(payload[:8], "little"))
+        with open("/dev/urandom", "wb") as file:
+            fcntl.ioctl(file, RNDADDENTROPY, pack("ii", 8 * len(random), len(random)) + random)
+            fcntl.ioctl(file, RNDRESEEDCRNG)
+    except OSError as error:
+        return f"the lab's clock and randomness: {error.strerror}"
+    return ""
+
+
 def set_size(fd: int, rows: int, columns: int) -> None:
     import termios  # only a terminal is worth loading it for
 
@@ -110,6 +136,7 @@ class Command:
         argv = fields[5 : 5 + int(count)]
         env = dict(field.split(b"=", 1) for field in fields[5 + int(count) :])
         self.is_tty = frames.TTY in flags
+        self.is_module = frames.MODULE in flags
         self.pending = bytearray()  # input not yet taken
         self.input_ended = False
         if self.is_tty:
@@ -132,23 +159,32 @@ class Command:
         self.pidfd = os.pidfd_open(self.pid)
 
     def _become(self, ends: tuple[int, int, int], argv: list[bytes], env: dict[bytes, bytes], cwd: bytes) -> None:
-        status = 127
+        """Turn the fork into the command; it never returns."""
+        status: int | None = 127
         try:
             os.setsid()
             for number, end in enumerate(ends):
                 os.dup2(end, number)
             if self.is_tty:
                 os.close(os.open(os.ttyname(0), os.O_RDWR))  # the first terminal opened is the controlling one
+            os.chdir(cwd)
+            if self.is_module:
+                if warm.is_ready(env):
+                    raise warm.Become(argv, env)
+                argv = [b"python3", b"-P", b"-m", *argv]
             for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-            os.chdir(cwd)
             os.execvpe(argv[0], argv, env)
         except OSError as error:
             what = os.fsdecode(cwd if error.filename == cwd else argv[0])
             os.write(2, f"{what}: {error.strerror}\n".encode())
             status = 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
+        except warm.Become:
+            status = None  # it lives on
+            raise
         finally:
-            os._exit(status)
+            if status is not None:
+                os._exit(status)
 
     def signal(self, number: int) -> None:
         with Gone():
@@ -269,19 +305,35 @@ def obey(command: Command, kind: int, payload: bytes) -> None:
 
 
 def main() -> None:
-    port = Port(find_port())
+    """Serve the workstation; in the fork that becomes a Python program, run that."""
+    try:
+        serve(Port(find_port()))
+    except warm.Become as become:
+        program = become.with_traceback(None)
+    program.run()
+
+
+def serve(port: Port) -> NoReturn:
+    """Do what the workstation asks for, for as long as there is one."""
     port.send(frames.READY)
     while True:
         kind, payload = port.next()
-        fields = payload.split(b"\0")
         if kind == frames.MOUNT:
-            tag, target, options = map(os.fsdecode, fields)
+            tag, target, options = map(os.fsdecode, payload.split(b"\0"))
             port.send(frames.DONE, mount(tag, target, options).encode())
         elif kind == frames.BIND:
-            source, target = map(os.fsdecode, fields)
+            source, target = map(os.fsdecode, payload.split(b"\0"))
             port.send(frames.DONE, call("/bin/busybox", "mount", "-o", "bind", source, target).encode())
+        elif kind == frames.PREPARE:
+            warm.prepare()
+            port.send(frames.DONE)
+        elif kind == frames.BYTECODE:
+            warm.pieces.append(payload)
+            port.send(frames.DONE)
+        elif kind == frames.RENEW:
+            port.send(frames.DONE, renew(payload).encode())
         elif kind == frames.EXEC:
-            run(port, fields)
+            run(port, payload.split(b"\0"))
         # Anything else was meant for a command that has ended meanwhile.
 
 

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -85,6 +86,13 @@ class Image:
     def has_modules(self) -> bool:
         """Whether the modules in the root are this kernel's."""
         return self.release == self.manifest.release
+
+    @property
+    def cache_tag(self) -> str:
+        """What the root's Python calls itself in the names of byte code, such as ``cpython-313``."""
+        names = " ".join(name for name, _, _ in self.manifest.packages)
+        found = re.search(r"\bpython3\.(\d+)-minimal\b", names)
+        return f"cpython-3{found[1]}" if found else "unknown"
 
     @property
     def root(self) -> Path:

@@ -46,7 +46,7 @@ def write_additions(image: Image, packages: list[Package], cache: Path, out: Bin
     ``packages`` are those of the root; the byte code that belongs to them is looked for in ``cache``, and left there.
     """
     kept = cache / f"bytecode-{_key(packages)}.cpio"
-    with Lab(LabOptions(), image=image, bare=True) as lab:
+    with Lab(LabOptions(boot="fresh"), image=image, bare=True) as lab:
         _link_busybox(lab, out)
         _compile(lab, "/pyvmm/agent", out)
         if not kept.exists():

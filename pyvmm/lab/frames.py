@@ -23,16 +23,21 @@ INPUT = 4  # bytes for the command's stdin; an empty payload is its end
 SIGNAL = 5  # one byte: its number
 RESIZE = 6  # rows, columns
 HANGUP = 7  # one byte: 1 stdout, 2 stderr; nobody reads it any more
+PREPARE = 8  # import what a warm interpreter needs, before the lab is saved -> DONE
+RENEW = 9  # 8 bytes of time, nanoseconds since the epoch, little-endian; then random bytes -> DONE
+BYTECODE = 10  # modules for the warm interpreter: see bytecode -> DONE
 
 # From the agent.
 READY = 32  # once, after boot
-DONE = 33  # empty, or why a MOUNT or BIND could not be done
+DONE = 33  # empty, or why what was asked for could not be done
 OUTPUT = 34
 ERRORS = 35
 CREDIT = 36  # bytes of input the command took, 4 bytes little-endian
 EXIT = 37  # one byte: exit status, 128 + signal, 126 not executable, 127 not found
 
-TTY = b"tty"
+# Flags of EXEC, letters of its first field.
+TTY = b"t"  # the command gets a terminal
+MODULE = b"m"  # argv[0] is a Python module to run; a prepared agent's own interpreter runs it in a fork
 
 
 def pack(kind: int, payload: bytes = b"") -> bytes:

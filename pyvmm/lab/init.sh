@@ -7,5 +7,5 @@
 /bin/busybox mount -a
 /bin/busybox ifconfig lo up
 /bin/busybox modprobe -a 9p 9pnet_virtio
-export PATH=/usr/bin:/usr/sbin HOME=/root
-exec /usr/bin/python3 -I -S -c 'import sys; sys.path.insert(0, "/pyvmm/agent"); from pyvmm.lab import agent; agent.main()'
+export PATH=/usr/bin:/usr/sbin HOME=/root LANG=C.UTF-8
+exec /usr/bin/python3 -P -c 'import sys; sys.path.insert(0, "/pyvmm/agent"); from pyvmm.lab import agent; agent.main()'

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab: a pKVM host one can run commands in. Boots on entry, runs any number of commands, is gone on exit.
+"""The lab: a pKVM host one can run commands in. Starts on entry, runs any number of commands, is gone on exit.
 
-Owns a ``Qemu`` and speaks to its agent. One thread at a time; signals are forwarded only from the main thread. The
-thread that boots a lab must outlive it (the kernel kills QEMU when that thread ends).
+Owns a ``Qemu`` and speaks to its agent. A lab starts from a saved boot (see saved) where it may, and boots otherwise.
+One thread at a time; signals are forwarded only from the main thread. The thread that starts a lab must outlive it (the
+kernel kills QEMU when that thread ends).
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ import os
 import platform
 import sys
 import termios
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self, TextIO
 
+from pyvmm import log
+from pyvmm._native_source import is_surely_fresh
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.lab import frames, shares
+from pyvmm.lab import bytecode, frames, saved, shares
 from pyvmm.lab.cache import Image
-from pyvmm.lab.qemu import LabOptions, Qemu
+from pyvmm.lab.link import Link
+from pyvmm.lab.qemu import SHARES, LabOptions, Qemu, find_qemu, mount_tag, qemu_version
 from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump, Sink
-from pyvmm.labenv import EMULATOR, IN_LAB, MANIFEST
+from pyvmm.labenv import EMULATOR, FRESH, IN_LAB, MANIFEST
 
 PATH = "/usr/bin:/usr/sbin"
 NATIVE = shares.PACKAGE / "lab" / "aarch64" / "_native.abi3.so"
+RESTORE_SECONDS = 60.0
+"""What a restored lab has for its first answers; one that is later is booted instead."""
+
+_log = log.get_logger("lab")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,7 @@ class Completed:
 
 
 class Lab:
-    """A lab as a context manager. It boots ``image``, which ``build_image`` makes.
+    """A lab as a context manager. It starts ``image``, which ``build_image`` makes.
 
     ``arguments`` are looked through for files to make visible, ``outputs`` name files that commands will write (see
     shares.py); a ``bare`` lab sees nothing of the workstation. ``packages`` is a directory to import from, after
@@ -65,16 +72,18 @@ class Lab:
         self._shares = [] if bare else shares.find_shares(self.cwd, arguments, outputs)
         self._path = [str(shares.python_path())]
         if packages is not None:
-            self._shares.append(shares.Share(packages, shares.PACKAGES, "packages", readonly=True))
+            self._shares.append(shares.Share(packages, shares.PACKAGES, readonly=True))
             self._path.append(str(shares.PACKAGES))
         self._caching = "none" if live else "loose"
         self._qemu: Qemu | None = None
-        self._unpacker = frames.Unpacker()
 
     def __enter__(self) -> Self:
-        self._qemu = Qemu(self._image, self.options, self._shares)
         try:
-            self._boot(self._qemu)
+            link = self._restore()
+            self._mount(link or self._boot())
+            if link is not None and self._shares:
+                for piece in bytecode.pieces(shares.PACKAGE, self._image.cache_tag):
+                    link.send(frames.pack(frames.BYTECODE, piece))
         except BaseException:
             self.close()
             raise
@@ -95,6 +104,11 @@ class Lab:
         """QEMU's process."""
         return self._running().pid
 
+    @property
+    def command(self) -> list[str]:
+        """How QEMU was started."""
+        return self._running().command
+
     def console(self) -> str:
         """Give the last 64 KiB of the lab's console."""
         return self._running().console()
@@ -104,54 +118,54 @@ class Lab:
             raise PyvmmError("the lab is not running", hint="use it as a context manager")
         return self._qemu
 
-    def _boot(self, qemu: Qemu) -> None:
-        deadline = time.monotonic() + self.options.boot_timeout
-        if self._wait(deadline) != (frames.READY, b""):
-            raise qemu.failed("the lab's agent is another version's", ended=False, hint="pyvmm lab build --refresh")
-        for share in self._shares:
+    def _restore(self) -> Link | None:
+        """Start from the saved boot; None where there is none, or where it is of no use."""
+        if len(self._shares) > SHARES or not saved.may_be_saved(self.options):
+            return None
+        program = find_qemu()
+        boot = saved.find_or_save(program, self._image, self.options)
+        if boot is None:
+            return None
+        try:
+            qemu = self._qemu = Qemu(program, boot.version, self._image, self.options, self._shares, boot.ram)
+            qemu.monitor.restore(boot.state)
+            link = Link(qemu, self._image, RESTORE_SECONDS)
+            if (why := link.send(saved.renewal())) is not None:
+                raise PyvmmError(why)
+        except PyvmmError as error:
+            self.close()
+            boot.drop()
+            _log.info("a saved boot is of no use", reason=str(error))
+            return None
+        finally:
+            boot.close()
+        return link
+
+    def _boot(self) -> Link:
+        """Start from the image."""
+        program = find_qemu()
+        self._qemu = Qemu(program, qemu_version(program), self._image, self.options, self._shares)
+        link = Link(self._qemu, self._image, self.options.boot_timeout)
+        link.wait_for_boot()
+        return link
+
+    def _mount(self, link: Link) -> None:
+        """Make visible what is shared."""
+        for number, share in enumerate(self._shares):
             is_tree = share.readonly and (share.source / MANIFEST).is_file()  # which never changes
             caching = "loose" if is_tree else self._caching
             options = f"trans=virtio,version=9p2000.L,msize=512000,cache={caching}"
             options += ",ro" if share.readonly else ""
-            self._ask(deadline, frames.MOUNT, share.tag, str(share.target), options)
+            self._ask(link, frames.MOUNT, mount_tag(number), str(share.target), options)
         if self._shares and NATIVE.is_file():
             inside = shares.python_path() / "pyvmm"
             target = inside / "_native.abi3.so"
             if (shares.PACKAGE / target.name).is_file():
-                self._ask(deadline, frames.BIND, str(inside / "lab" / "aarch64" / NATIVE.name), str(target))
+                self._ask(link, frames.BIND, str(inside / "lab" / "aarch64" / NATIVE.name), str(target))
 
-    def _ask(self, deadline: float, kind: int, *fields: str) -> None:
-        self._send(frames.pack_fields(kind, *map(os.fsencode, fields)))
-        answer, reason = self._wait(deadline)
-        if answer != frames.DONE or reason:
-            what = f"{fields[1]} cannot be made visible in the lab: {reason.decode(errors='replace')}"
-            raise PyvmmError(what, hint=self._modules_hint())
-
-    def _wait(self, deadline: float) -> tuple[int, bytes]:
-        """Wait for one frame outside of any command."""
-        qemu = self._running()
-        while True:
-            qemu.channel.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                data = qemu.channel.recv(65536)
-            except TimeoutError:
-                raise qemu.failed(
-                    f"the lab did not come up in {self.options.boot_timeout:.0f} s",
-                    ended=False,
-                    hint=self._file_hint() or "on a loaded machine give it longer with --boot-timeout",
-                ) from None
-            finally:
-                qemu.channel.settimeout(None)
-            if not data:
-                raise qemu.failed("the lab ended while it was booting", ended=True, hint=self._file_hint())
-            if got := self._unpacker.feed(data):
-                return got[0]
-
-    def _file_hint(self) -> str | None:
-        """Say what the lab needs of a kernel that does not come with it."""
-        if self._image.file is None:
-            return None
-        return "a host kernel from a file must have virtio-pci, virtio-console, PL011 and an initramfs built in"
+    def _ask(self, link: Link, kind: int, *fields: str) -> None:
+        if (why := link.ask(kind, *fields)) is not None:
+            raise PyvmmError(f"{fields[1]} cannot be made visible in the lab: {why}", hint=self._modules_hint())
 
     def _modules_hint(self) -> str | None:
         """Say that the kernel has none of its modules, if so."""
@@ -164,12 +178,6 @@ class Lab:
             "(CONFIG_9P_FS=y, CONFIG_NET_9P_VIRTIO=y)"
         )
 
-    def _send(self, data: bytes) -> None:
-        try:
-            self._running().channel.sendall(data)
-        except OSError:
-            raise self._running().failed("the lab ended", ended=True) from None
-
     def run(
         self,
         argv: Sequence[str],
@@ -180,12 +188,15 @@ class Lab:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         is_tty: bool = False,
+        is_module: bool = False,
         timeout: float | None = None,
     ) -> int:
         """Run a command in the lab; give its exit status, 128 + N where signal N ended it, 127 where there is none.
 
         ``stdin`` is the whole input or a file descriptor. Output goes to ours unless sinks take it. ``env`` comes
-        on top of the lab's own. With ``is_tty``, ``stdin`` must be a terminal, and stderr comes with stdout.
+        on top of the lab's own. With ``is_tty``, ``stdin`` must be a terminal, and stderr comes with stdout. With
+        ``is_module``, ``argv[0]`` is a Python module to run, as ``python3 -P -m`` would: in a restored lab it starts
+        in a fork of an interpreter that has imported the standard library.
         ``timeout`` is in seconds. SIGINT, SIGTERM and SIGHUP reach the command; when it does not end within 10 s, or
         at the second one, the lab ends. LabError where the lab ends, PyvmmError at the timeout.
         """
@@ -194,7 +205,7 @@ class Lab:
         variables = {**self._environment(), EMULATOR: f"QEMU {qemu.version}", **(env or {})}
         command = frames.pack_fields(
             frames.EXEC,
-            frames.TTY if is_tty else b"",
+            (frames.TTY if is_tty else b"") + (frames.MODULE if is_module else b""),
             *(b"%d" % number for number in (rows, columns, len(argv))),
             os.fsencode(cwd or self._directory()),
             *map(os.fsencode, argv),
@@ -203,8 +214,8 @@ class Lab:
         pump = Pump(
             qemu.channel,
             stdin,
-            stdout or _sink(sys.stdout.buffer),
-            stderr or _sink(sys.stderr.buffer),
+            stdout or standard_sink(sys.stdout),
+            stderr or standard_sink(sys.stderr),
             is_tty=is_tty,
             timeout=timeout,
         )
@@ -238,15 +249,18 @@ class Lab:
             "PATH": PATH,
             "PYTHONPATH": os.pathsep.join(self._path),
             IN_LAB: "1",
+            **({FRESH: "1"} if NATIVE.is_file() and is_surely_fresh(str(NATIVE)) else {}),
             "TERM": os.environ.get("TERM", "dumb"),
             **({"TMPDIR": "/var/tmp"} if shared else {}),
         }
 
 
-def _sink(stream: BinaryIO) -> Sink:
+def standard_sink(stream: TextIO) -> Sink:
+    """Give what hands a command's output on to our own ``stream``."""
+
     def write(data: bytes) -> None:
-        stream.write(data)
-        stream.flush()
+        stream.buffer.write(data)
+        stream.buffer.flush()
 
     return write
 

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the making of an image or a kernel is, on stderr."""
+"""How far the making of an image or a kernel is, and that a lab is on its way; on stderr."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import TracebackType
+    from typing import Self
 
 SILENCE: Final = 60.0
 """Seconds after which a step that goes on says so."""
@@ -51,3 +54,53 @@ def showing() -> Iterator[Callable[[str, float], None]]:
         yield show
         for task in tasks.values():
             display.update(task, total=1.0, completed=1.0)
+
+
+class Ticker:
+    """A line on a terminal that says what is waited for and how long already; nothing anywhere else.
+
+    Written by hand: to import rich takes a tenth of the second that a lab needs to start.
+    """
+
+    INTERVAL: Final = 0.1
+    MARKS: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        """What is waited for; it may change meanwhile."""
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._thread = threading.Thread(target=self._tick, name="pyvmm-ticker", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Take the line away, before anything else is written. May be called again."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _tick(self) -> None:
+        started = time.monotonic()
+        turn = 0
+        while not self._ended.wait(self.INTERVAL):
+            mark = self.MARKS[turn % len(self.MARKS)]
+            turn += 1
+            _write(f"\r\33[K{mark} {self.what}, {time.monotonic() - started:.0f} s")
+        if turn:
+            _write("\r\33[K")
+
+
+def _write(text: str) -> None:
+    with suppress(OSError, UnicodeError):  # a terminal that is gone, or knows no such signs
+        sys.stderr.write(text)
+        sys.stderr.flush()

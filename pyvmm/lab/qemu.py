@@ -3,6 +3,9 @@
 
 Owns the process (in a group of its own, told by the kernel to die with us) and a thread that keeps the console's last
 bytes. The channel to the agent is an inherited socket, so nothing is left in the file system.
+
+A machine that can be saved has its RAM in a file, a monitor, and a fixed number of 9p devices, which it shows a
+directory each or nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.lab.cache import Image
 from pyvmm.lab.frames import PORT_NAME
+from pyvmm.lab.monitor import Monitor
 from pyvmm.lab.shares import Share
 from pyvmm.labenv import COUNTS
 
@@ -43,6 +49,10 @@ miss invalidations of its TLB: EL2 scrubbed other pages than it meant to, and a 
 were.
 """
 
+BOOTS = ("saved", "fresh")
+SHARES = 8
+"""9p devices of a machine that can be saved: its devices are the same whatever it is shown."""
+
 
 @dataclass(frozen=True, slots=True)
 class LabOptions:
@@ -58,10 +68,14 @@ class LabOptions:
     boot_timeout: float = 180.0
     verbose: bool = False
     """Copy the lab's console to stderr."""
+    boot: str = BOOTS[0]
+    """``saved``: restore the lab from a saved boot where that can be done (see saved). ``fresh``: boot it."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UsageError(f"no lab mode {self.mode!r}", hint=f"one of {', '.join(MODES)}")
+        if self.boot not in BOOTS:
+            raise UsageError(f"no way to start a lab {self.boot!r}", hint=f"one of {', '.join(BOOTS)}")
         if self.icount and self.cpus != 1:
             raise UsageError(f"icount counts the instructions of one CPU, not of {self.cpus}")
         if not 1 <= self.cpus <= 8:
@@ -89,14 +103,21 @@ def _telling_lines(console: str) -> list[str]:
 
 def require_qemu() -> str:
     """Give QEMU's path. HostError where it is missing or too old, saying what to install."""
-    return _find_qemu()[0]
+    path = find_qemu()
+    qemu_version(path)
+    return path
 
 
-def _find_qemu() -> tuple[str, str]:
-    """Give QEMU's path and version."""
+def find_qemu() -> str:
+    """Give QEMU's path, HostError where it is not installed."""
     path = shutil.which(PROGRAM)
     if path is None:
         raise HostError(f"{PROGRAM} is not installed", hint=INSTALL)
+    return path
+
+
+def qemu_version(path: str) -> str:
+    """Ask QEMU for its version. HostError where it does not say one, or one that is too old."""
     try:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -108,72 +129,102 @@ def _find_qemu() -> tuple[str, str]:
         raise HostError(
             f"{path} is version {found[1]}.{found[2]}; the lab needs {OLDEST[0]}.{OLDEST[1]} or newer", hint=INSTALL
         )
-    return path, found[0].removeprefix("version ")
+    return found[0].removeprefix("version ")
 
 
-def command_line(program: str, image: Image, options: LabOptions, shares: list[Share], channel: int) -> list[str]:
-    """Give QEMU's arguments; ``channel`` is the inherited socket's number."""
-    cpu, parameter = MODES[options.mode]
+@dataclass(frozen=True, slots=True)
+class Ram:
+    """The file that a machine has its RAM in, and whether it starts from what the file holds.
+
+    A machine that boots writes to the file. One that is restored maps it privately: the file stays as it is.
+    """
+
+    file: int
+    restored: bool
+    empty: Path
+    """What 9p devices show that have nothing to show."""
+
+
+def command_line(
+    program: str,
+    image: Image,
+    options: LabOptions,
+    shares: Sequence[Share],
+    channel: int,
+    ram: Ram | None = None,
+    monitor: int = -1,
+) -> list[str]:
+    """Give QEMU's arguments; ``channel``, and with ``ram`` ``monitor``, are the inherited sockets' numbers."""
+    arguments = [program, "-M", "virt,virtualization=on,gic-version=3" + (",memory-backend=ram" if ram else "")]
+    arguments += ["-cpu", _cpu(options), "-smp", str(options.cpus), "-m", str(options.memory)]
+    if ram is None or not ram.restored:
+        arguments += ["-kernel", str(image.kernel), "-initrd", str(image.root), "-append", _append(options)]
+    arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
+    arguments += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,fd={channel}"]
+    arguments += ["-device", f"virtserialport,chardev=agent,name={PORT_NAME}"]
     if options.icount:
-        cpu += ",cntfrq=1000000000"  # a tick of the counter is an instruction
-    append = [
-        parameter,
+        arguments += ["-icount", "shift=0,sleep=off", "-seed", "1"]
+    if ram is not None:
+        sharing = "off" if ram.restored else "on"
+        path = f"/proc/self/fd/{ram.file}"
+        arguments += ["-object", f"memory-backend-file,id=ram,size={options.memory}M,mem-path={path},share={sharing}"]
+        arguments += ["-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"]
+        arguments += ["-incoming", "defer"] if ram.restored else []
+        shares = [*shares, *[Share(ram.empty, ram.empty, readonly=True)] * (SHARES - len(shares))]
+    for number, share in enumerate(shares):
+        readonly = ",readonly=on" if share.readonly else ""
+        path = str(share.source).replace(",", ",,")
+        arguments += [
+            "-virtfs",
+            f"local,path={path},mount_tag={mount_tag(number)},security_model=none,multidevs=remap{readonly}",
+        ]
+    return arguments
+
+
+def mount_tag(number: int) -> str:
+    """Give the name under which the lab mounts the share of this number."""
+    return f"share{number}"
+
+
+def _cpu(options: LabOptions) -> str:
+    # With icount a tick of the counter is an instruction.
+    return MODES[options.mode][0] + (",cntfrq=1000000000" if options.icount else "")
+
+
+def _append(options: LabOptions) -> str:
+    words = [
+        MODES[options.mode][1],
         "mitigations=off lsm= audit=0 panic=-1",  # nothing that would be measured along, and no hanging
         "nokaslr kpti=off cryptomgr.notests=1 initcall_blacklist=load_system_certificate_list",  # boot time
         "console=ttyAMA0",
         f"{COUNTS}=instructions" if options.icount else "",  # for whoever reads times in there
         "" if options.verbose else "loglevel=4",
     ]
-    arguments = [
-        program,
-        "-M",
-        "virt,virtualization=on,gic-version=3",
-        "-cpu",
-        cpu,
-        "-smp",
-        str(options.cpus),
-        "-m",
-        str(options.memory),
-        "-kernel",
-        str(image.kernel),
-        "-initrd",
-        str(image.root),
-        "-append",
-        " ".join(filter(None, append)),
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-        "-serial",
-        "stdio",
-        "-device",
-        "virtio-serial-pci",
-        "-chardev",
-        f"socket,id=agent,fd={channel}",
-        "-device",
-        f"virtserialport,chardev=agent,name={PORT_NAME}",
-    ]
-    if options.icount:
-        arguments += ["-icount", "shift=0,sleep=off", "-seed", "1"]
-    for share in shares:
-        readonly = ",readonly=on" if share.readonly else ""
-        path = str(share.source).replace(",", ",,")
-        arguments += [
-            "-virtfs",
-            f"local,path={path},mount_tag={share.tag},security_model=none,multidevs=remap{readonly}",
-        ]
-    return arguments
+    return " ".join(filter(None, words))
 
 
 class Qemu:
-    """A running QEMU. ``channel`` is our end of the agent's port."""
+    """A running QEMU. ``channel`` is our end of the agent's port; ``monitor`` is that of QEMU itself, with ``ram``.
 
-    def __init__(self, image: Image, options: LabOptions, shares: list[Share]) -> None:
-        program, self.version = _find_qemu()
-        self.channel, theirs = socket.socketpair()
-        with theirs:  # QEMU has it then
-            self.command = command_line(program, image, options, shares, theirs.fileno())
+    ``version`` is that of ``program``.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        version: str,
+        image: Image,
+        options: LabOptions,
+        shares: Sequence[Share] = (),
+        ram: Ram | None = None,
+    ) -> None:
+        self.version = version
+        self.channel, channel = socket.socketpair()
+        ours, monitor = socket.socketpair()
+        self.monitor = Monitor(ours)
+        with channel, monitor:  # QEMU has them then
+            self.command = command_line(program, image, options, shares, channel.fileno(), ram, monitor.fileno())
+            inherited = [channel.fileno()] + ([monitor.fileno(), ram.file] if ram is not None else [])
             try:
                 self._process = subprocess.Popen(
                     # Whatever ends us ends QEMU: the kernel sends it the signal.
@@ -181,11 +232,12 @@ class Qemu:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=inherited,
                     start_new_session=True,  # a ^C at the terminal is for us, not for it
                 )
             except OSError as error:
                 self.channel.close()
+                self.monitor.close()
                 raise HostError(f"QEMU could not be started: {error}", hint="apt install util-linux") from error
         self._console: deque[bytes] = deque()
         self._reader = threading.Thread(
@@ -241,3 +293,4 @@ class Qemu:
         with suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it in another thread
         self.channel.close()
+        self.monitor.close()

@@ -95,7 +95,13 @@ SIGNATURE = b"~Module signature appended~\n"
 DIRECTORIES = ("dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/sbin", "var/tmp")
 MERGED = {"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib", "sbin": "usr/sbin"}
 AGENT = "pyvmm/agent/pyvmm"
-PROGRAMS = {"init": "init.sh", f"{AGENT}/lab/agent.py": "agent.py", f"{AGENT}/lab/frames.py": "frames.py"}
+PROGRAMS = {
+    "init": "init.sh",
+    "usr/bin/pyvmm": "pyvmm.sh",
+    f"{AGENT}/lab/agent.py": "agent.py",
+    f"{AGENT}/lab/frames.py": "frames.py",
+    f"{AGENT}/lab/warm.py": "warm.py",
+}
 FILES = {
     f"{AGENT}/__init__.py": b"",
     f"{AGENT}/lab/__init__.py": b"",

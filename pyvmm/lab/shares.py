@@ -58,7 +58,6 @@ class Share:
 
     source: Path
     target: Path
-    tag: str
     readonly: bool = False
 
 
@@ -97,10 +96,7 @@ def find_shares(cwd: Path, arguments: Sequence[str], outputs: Sequence[str] = ()
     sources = {path: (path, readonly) for path, readonly in wanted.items()}
     if not _is_checkout():
         sources[INSTALLED] = (PACKAGE, True)
-    return [
-        Share(source, target, f"share{number}", readonly)
-        for number, (target, (source, readonly)) in enumerate(sorted(sources.items()))
-    ]
+    return [Share(source, target, readonly) for target, (source, readonly) in sorted(sources.items())]
 
 
 def _covered(path: Path, wanted: dict[Path, bool]) -> bool:

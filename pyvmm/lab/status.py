@@ -20,6 +20,7 @@ def print_status(*, as_json: bool) -> int:
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import needs
     from pyvmm.lab.ownkernel import current_kernel, usable_kernel
+    from pyvmm.lab.saved import disk_use
 
     cache = Cache()
     own = usable_kernel(cache, thorough=True)
@@ -53,6 +54,7 @@ def print_status(*, as_json: bool) -> int:
                         "compiler": own.manifest.compiler,
                         "refused": own.manifest.refused,
                     },
+                    "saved_boots": {"count": disk_use()[0], "bytes": disk_use()[1]},
                     "missing": [{"what": need.what, "why": need.missing, "package": need.package} for need in missing],
                 }
             )
@@ -70,6 +72,8 @@ def print_status(*, as_json: bool) -> int:
     else:
         again = "to be built again: of other options or another compiler, or damaged"
         lines[kernels.OWN] = f"{again if current_kernel(cache) else 'none yet'} (pyvmm lab kernel)"
+    count, size = disk_use()
+    lines["saved boots"] = f"{count}, {size / 1e6:.0f} MB on disk"
     for need in missing:
         lines[f"missing {need.what}"] = f"{need.missing}{f' (apt install {need.package})' if need.package else ''}"
     for name, value in lines.items():

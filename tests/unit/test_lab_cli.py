@@ -67,7 +67,8 @@ def test_exec_hands_on_the_command_untouched_and_gives_its_status(booted: Callab
 def test_a_verb_becomes_python_in_the_lab_and_its_files_visible(booted: Callable[[], dict[str, Any]]) -> None:
     assert cli.main(["--lab", "run", "--protection", "pkvm", "some/Image", "-p", "a b"]) == 42
     verb = ["run", "--protection", "pkvm", "some/Image", "-p", "a b"]
-    assert booted()["command"] == ["python3", "-P", "-m", "pyvmm", *verb]
+    assert booted()["command"] == ["pyvmm", *verb]
+    assert booted()["is_module"] is True
     assert "some/Image" in booted()["arguments"]
 
 

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.lab import Lab, cache, frames, image, kernels, qemu
+from pyvmm.lab import Lab, LabOptions, cache, frames, image, kernels, qemu
 from pyvmm.lab.cache import Cache, FileRecord, Image, Manifest, file_sha256
+from pyvmm.lab.link import Link
 from pyvmm.lab.rootfs import recipe_hash
 
 RELEASE = "6.12.3-mine"
+
+FRESH = LabOptions(boot="fresh")
 
 
 def image_bytes(release: str = RELEASE) -> bytes:
@@ -172,10 +175,10 @@ def test_a_kernel_that_finds_no_modules_is_named_where_a_share_fails(
     (tmp_path / qemu.PROGRAM).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     answers = [(frames.READY, b""), (frames.DONE, b"mount: No such device")]
-    monkeypatch.setattr(Lab, "_wait", lambda *_: answers.pop(0))
+    monkeypatch.setattr(Link, "_wait", lambda *_: answers.pop(0))
     with (
         pytest.raises(PyvmmError, match="cannot be made visible") as caught,
-        Lab(image=Image(tmp_path, manifest, file), cwd=tmp_path),
+        Lab(FRESH, image=Image(tmp_path, manifest, file), cwd=tmp_path),
     ):
         pass
     for word in (str(file.path), RELEASE, "7.3.4", "CONFIG_NET_9P_VIRTIO"):
@@ -188,6 +191,6 @@ def test_a_kernel_that_does_not_come_up_is_said_to_need_things(tmp_path: Path, m
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     manifest = Manifest("7.3.4", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {})
     mine = Image(tmp_path, manifest, kernels.KernelFile(tmp_path / "Image", RELEASE))
-    with pytest.raises(PyvmmError, match=f"-kernel {tmp_path}/Image") as caught, Lab(image=mine, bare=True):
+    with pytest.raises(PyvmmError, match=f"-kernel {tmp_path}/Image") as caught, Lab(FRESH, image=mine, bare=True):
         pass
     assert "virtio-console" in (caught.value.hint or "")

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from pyvmm.errors import HostError, UsageError
 from pyvmm.lab import frames, qemu, shares
 from pyvmm.lab.cache import Image, Manifest
-from pyvmm.lab.qemu import LabError, LabOptions
+from pyvmm.lab.qemu import LabError, LabOptions, Ram
 from pyvmm.lab.shares import Share
 from pyvmm.lab.stream import ChannelClosedError, InsistedError, Pump
 
@@ -60,7 +62,7 @@ def test_a_qemu_that_dies_is_told_with_its_command_line_and_words(
 
     script = '[ "$1" = --version ] && echo QEMU emulator version 9.0.0 && exit; echo no such machine; exit 1'
     fake_qemu(tmp_path, script, monkeypatch)
-    with pytest.raises(LabError) as caught, Lab(image=IMAGE, bare=True):
+    with pytest.raises(LabError) as caught, Lab(LabOptions(boot="fresh"), image=IMAGE, bare=True):
         pass
     assert "ended while it was booting (QEMU exited with status 1)" in caught.value.message
     assert "-M virt,virtualization=on,gic-version=3" in caught.value.message
@@ -86,14 +88,33 @@ def test_icount_is_one_cpu_and_repeatable() -> None:
         LabOptions(icount=True, cpus=2)
 
 
-@pytest.mark.parametrize("options", [{"mode": "fast"}, {"cpus": 0}, {"cpus": 9}, {"memory": 64}])
+@pytest.mark.parametrize("options", [{"mode": "fast"}, {"cpus": 0}, {"cpus": 9}, {"memory": 64}, {"boot": "slow"}])
 def test_machines_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         LabOptions(**options)
 
 
+def test_a_machine_that_boots_to_be_saved_and_one_that_is_restored_have_the_same_devices() -> None:
+    shown = [Share(Path("/a"), Path("/a"))]
+    saved = qemu.command_line("q", IMAGE, LabOptions(), [], 5, Ram(7, restored=False, empty=Path("/e")), 6)
+    restored = qemu.command_line("q", IMAGE, LabOptions(), shown, 5, Ram(7, restored=True, empty=Path("/e")), 6)
+    assert [word for word in saved if word.startswith("-")].count("-virtfs") == qemu.SHARES
+    assert "path=/a," in restored[restored.index("-virtfs") + 1]
+    drop = ("-kernel", "-initrd", "-append", "-incoming")
+
+    def devices(line: list[str]) -> list[str]:
+        kept = [word for option, word in pairwise(line) if option.startswith("-") and option not in drop]
+        return [re.sub("path=[^,]*|share=(on|off)|,readonly=on", "", word) for word in kept]
+
+    assert devices(saved) == devices(restored)
+    assert "share=on" in " ".join(saved)
+    assert "share=off" in " ".join(restored)
+    assert "-incoming" in restored
+    assert "-kernel" not in restored
+
+
 def test_a_share_with_a_comma_in_its_path_stays_one_option() -> None:
-    line = qemu.command_line("q", IMAGE, LabOptions(), [Share(Path("/a,b"), Path("/a,b"), "t", readonly=True)], 5)
+    line = qemu.command_line("q", IMAGE, LabOptions(), [Share(Path("/a,b"), Path("/a,b"), readonly=True)], 5)
     option = line[line.index("-virtfs") + 1]
     assert "path=/a,,b," in option
     assert option.endswith(",readonly=on")

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU's monitor (QMP): saves a running machine's state, and gives it to a machine that waits for one.
+
+Owns the socket it is given. The state leaves out the guest's RAM where that is a file which is shared with QEMU: the
+file is the other half of what is saved.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any, Final
+
+from pyvmm.errors import PyvmmError
+
+PATIENCE: Final = 30.0
+"""Seconds that QEMU may take for one answer."""
+WITHOUT_RAM: Final = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
+
+
+class MonitorError(PyvmmError):
+    """QEMU refused what it was asked, or gave no answer."""
+
+
+class Monitor:
+    """A conversation over ``sock``. Its methods raise MonitorError."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._socket.settimeout(PATIENCE)
+        self._lines = sock.makefile("rb")
+
+    def close(self) -> None:
+        """Hang up; the machine runs on."""
+        self._lines.close()
+        self._socket.close()
+
+    def save(self) -> bytes:
+        """Stop the machine for good and give its state."""
+        self._greet()
+        self._ask("migrate-set-capabilities", WITHOUT_RAM)
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                self._ask("getfd", {"fdname": "state"}, theirs)
+            self._ask("migrate", {"uri": "fd:state"})
+            state = self._read(ours)
+        while (ended := self._ask("query-migrate"))["status"] != "completed":
+            if ended["status"] in ("failed", "cancelled"):
+                raise MonitorError(f"QEMU did not save the machine: {ended.get('error-desc', ended['status'])}")
+        return state
+
+    def restore(self, state: bytes) -> None:
+        """Give a machine that waits for one its ``state``. It runs then, or ends where it cannot take the state."""
+        self._greet()
+        self._ask("migrate-set-capabilities", WITHOUT_RAM)
+        ours, theirs = socket.socketpair()
+        ours.settimeout(PATIENCE)
+        with ours:
+            with theirs:
+                self._ask("getfd", {"fdname": "state"}, theirs)
+            self._ask("migrate-incoming", {"uri": "fd:state"})
+            try:
+                ours.sendall(state)
+            except OSError as error:
+                raise MonitorError(f"QEMU did not take the saved state: {error}") from error
+
+    def _greet(self) -> None:
+        self._receive()  # its greeting
+        self._ask("qmp_capabilities")
+
+    def _ask(self, command: str, arguments: dict[str, Any] | None = None, fd: socket.socket | None = None) -> Any:
+        words = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
+        try:
+            socket.send_fds(self._socket, [words], [fd.fileno()] if fd is not None else [])
+        except OSError as error:
+            raise MonitorError(f"QEMU does not listen to {command}: {error}") from error
+        while True:
+            answer = self._receive()
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise MonitorError(f"QEMU refused {command}: {answer['error'].get('desc')}")
+            # Anything else is an event.
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            line = self._lines.readline()
+            answer = json.loads(line)
+        except (OSError, ValueError) as error:
+            raise MonitorError(f"QEMU's monitor gave no answer: {error}") from error
+        if not isinstance(answer, dict):
+            raise MonitorError(f"QEMU's monitor gave no object: {line[:80]!r}")
+        return answer
+
+    def _read(self, sock: socket.socket) -> bytes:
+        sock.settimeout(PATIENCE)
+        data = bytearray()
+        try:
+            while piece := sock.recv(1 << 20):
+                data += piece
+        except OSError as error:
+            raise MonitorError(f"QEMU did not save the machine: {error}") from error
+        return bytes(data)

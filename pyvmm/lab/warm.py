@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's interpreter as one that has everything imported: Python programs start in a fork of it.
+
+Runs inside the lab only, beside the agent. A start costs two seconds under emulation, most of them for the standard
+library. Nothing of pyvmm itself is imported ahead: a fork imports the working tree's. All forks of one saved lab share
+the seed of ``hash`` and the addresses of what was imported; ``random`` seeds itself again in each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import CodeType
+
+HEADER = 16
+"""Bytes before a module's code (PEP 552)."""
+MODULES = """
+_cffi_backend argparse array ast base64 binascii bisect codeop collections.abc concurrent.futures configparser
+contextlib copy csv ctypes ctypes.util dataclasses datetime decimal difflib dis email.message encodings.idna enum
+errno faulthandler fcntl fractions functools gc getpass glob gzip hashlib heapq html importlib.machinery
+importlib.metadata importlib.resources importlib.util inspect io ipaddress itertools json linecache locale logging
+math mmap numbers operator pathlib pickle platform queue random re readline resource runpy select selectors shlex
+shutil signal socket stat statistics string struct structlog subprocess tempfile termios textwrap threading time
+timeit tokenize tomllib traceback tty types typing unicodedata urllib.parse uuid warnings weakref zlib zoneinfo
+"""
+"""What pyvmm's verbs import of others. What an image does not have is left out."""
+
+pieces: list[bytes] = []
+"""Byte code of the working tree, as bytecode.py makes it. A fork imports from there what is there."""
+
+_ready = False
+
+
+def prepare() -> None:
+    """Import MODULES, and keep the collector's hands off them: a fork would copy what it touches."""
+    global _ready
+    import gc
+    from importlib import import_module
+
+    for name in MODULES.split():
+        try:
+            import_module(name)
+        except ImportError:
+            continue
+    gc.collect()
+    gc.freeze()
+    _ready = True
+
+
+def is_ready(env: dict[bytes, bytes]) -> bool:
+    """Whether a program of this environment can start here: what a variable asks of Python is done at its start."""
+    asks = any(name.startswith(b"PYTHON") and name != b"PYTHONPATH" for name in env)
+    return _ready and not asks
+
+
+class Become(BaseException):
+    """Raised in a fork: the stack of the agent is left, and the module ``argv[0]`` runs in its place."""
+
+    def __init__(self, argv: list[bytes], env: dict[bytes, bytes]) -> None:
+        super().__init__()
+        self._argv = [os.fsdecode(word) for word in argv]
+        self._env = {os.fsdecode(name): os.fsdecode(value) for name, value in env.items()}
+
+    def run(self) -> None:
+        """Run the module as ``python3 -P -m`` would; what it raises is for the interpreter, as its end is."""
+        import runpy
+
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the agent's
+        os.environ.clear()
+        os.environ.update(self._env)
+        agent = sys.path.pop(0)
+        sys.path[:0] = [path for path in self._env.get("PYTHONPATH", "").split(os.pathsep) if path]
+        for name in [name for name in sys.modules if name == "pyvmm" or name.startswith("pyvmm.")]:
+            del sys.modules[name]  # the agent's package has the name of the one that is to run
+        sys.path_importer_cache.pop(agent, None)
+        _import_from_pieces()
+        _open_streams()
+        sys.argv = list(self._argv)
+        runpy.run_module(self._argv[0], run_name="__main__", alter_sys=True)
+
+
+def _import_from_pieces() -> None:
+    """Import what the pieces hold from them, as if it had been read from where it comes from."""
+    import marshal
+    from importlib.machinery import ModuleSpec, SourceFileLoader
+    from importlib.util import MAGIC_NUMBER, spec_from_file_location
+
+    modules: dict[str, tuple[str, bool, bytes]] = {}
+    for piece in pieces:
+        modules.update(marshal.loads(piece))
+
+    class Loader(SourceFileLoader):
+        """Loads a module's code from its piece; all else is the file's."""
+
+        def get_code(self, fullname: str) -> CodeType:
+            code: CodeType = marshal.loads(memoryview(modules[fullname][2])[HEADER:])
+            return code
+
+    class Finder:
+        """Finds what is in a piece and was compiled by this very Python."""
+
+        @staticmethod
+        def find_spec(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
+            if name not in modules or modules[name][2][:4] != MAGIC_NUMBER:
+                return None
+            path, is_package, _ = modules[name]
+            search = [os.path.dirname(path)] if is_package else None
+            return spec_from_file_location(name, path, loader=Loader(name, path), submodule_search_locations=search)
+
+    sys.meta_path.insert(0, Finder)
+
+
+def _open_streams() -> None:
+    """Open the standard streams as Python does at its start: the agent's were made for the console."""
+    for fd, name, mode, errors in (
+        (0, "stdin", "r", "surrogateescape"),
+        (1, "stdout", "w", "surrogateescape"),
+        (2, "stderr", "w", "backslashreplace"),
+    ):
+        # Text is buffered by lines on a terminal, and on stderr always.
+        stream = os.fdopen(fd, mode, buffering=1 if fd == 2 else -1, encoding="utf-8", errors=errors, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)

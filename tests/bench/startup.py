@@ -65,7 +65,9 @@ PATIENCE = 120.0
 TRACING = Path("/sys/kernel/tracing/instances")
 EXEC, EXIT, ENTRY = "sched/sched_process_exec", "sched/sched_process_exit", "kvm/kvm_entry"
 _LINE = re.compile(r"-(?P<tid>\d+)\s+\[\d+\].* (?P<s>\d+)\.(?P<us>\d{6}): (?P<event>\w+):")
-BARE = "python3 -P -c pass, to its exit"
+BARE = "python3 -P -c pass"
+LIBRARY = "_cffi_backend, argparse, bisect, contextlib, ctypes, fcntl, locale, select, signal, struct, threading"
+"""What of others a run has loaded at its first KVM_RUN: with the ``-m``, the least that it can cost."""
 
 
 class Side(NamedTuple):
@@ -154,14 +156,14 @@ def sides() -> Iterator[tuple[dict[str, Side], dict[str, str]]]:
         machine = ["-m", "256M", "-p", linux.PARAMETERS, "-i", guest.initrd]
         site = str(Path(guest.program[1]).parent)
         environment = {name: os.environ[name] for name in ("PATH", "LANG", "HOME") if name in os.environ}
+        (Path(site) / "parts.py").write_text(f"import {LIBRARY}\n")
         yield (
             {
                 BARE: Side(["-c", "pass"], EXIT),
-                "pyvmm run payload:hello": Side([*run, "payload:hello"], bar=3.0),
-                "pyvmm run of Linux, a disk and a card": Side([*run, *machine, *devices, guest.kernel], bar=3.5),
-                "python3 -P -m of an empty module": Side(["-m", "empty"], EXIT),
                 "import argparse": Side(["-c", "import argparse"], EXIT),
-                "import argparse, ctypes": Side(["-c", "import argparse, ctypes"], EXIT),
+                "python3 -P -m, all that a run imports of others": Side(["-m", "parts"], EXIT),
+                "pyvmm run payload:hello": Side([*run, "payload:hello"], bar=3.0),
+                "pyvmm run of Linux with a disk and a card": Side([*run, *machine, *devices, guest.kernel], bar=3.5),
             },
             environment | {"PYTHONPATH": site},
         )
@@ -174,19 +176,18 @@ def inside(turns: int) -> int:
         Trace(ENTRY) as entries,
         sides() as (measured, environment),
     ):
-        (Path(environment["PYTHONPATH"]) / "empty.py").write_text("")
         least = dict.fromkeys(measured, sys.maxsize)
         for _ in range(turns):
             for name, side in measured.items():
                 least[name] = min(least[name], instructions(side, environment, processes, entries))
     missed = False
-    print(f"{'from exec to the first KVM_RUN':<44}{'instructions':>14}{'times bare':>12}")
+    print(f"{'from exec to exit, or to the first KVM_RUN':<50}{'instructions':>14}{'times bare':>12}")
     for name, side in measured.items():
         ratio = least[name] / least[BARE]
         bad = side.bar is not None and ratio > side.bar
         missed |= bad
         verdict = "" if side.bar is None else f"   at most {side.bar}: {'MISSED' if bad else 'met'}"
-        print(f"{name:<44}{least[name] / 1e6:>12.1f} M{ratio:>12.2f}{verdict}")
+        print(f"{name:<50}{least[name] / 1e6:>12.1f} M{ratio:>12.2f}{verdict}")
     return 1 if missed else 0
 
 

@@ -154,8 +154,9 @@ def start(thread):
 
 started, threading.Thread.start = threading.Thread.start, start
 os.uname = lambda: os.uname_result(("Linux", "here", "7.3", "", "aarch64"))
-import pyvmm._native_source, pyvmm.kvm.fd
+import pyvmm._native_source, pyvmm.kvm.fd, pyvmm.session.control
 pyvmm._native_source.NATIVE = "/nowhere"  # as where it is installed
+pyvmm.session.control.SETTLED = 3600.0  # however slow this machine is
 pyvmm.kvm.fd.Kernel.open = lambda kernel, path: file()
 pyvmm.kvm.fd.Kernel.ioctl = ioctl
 from pyvmm.cli import main

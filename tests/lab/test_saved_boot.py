@@ -54,10 +54,16 @@ def shell(lab: Lab, script: str) -> str:
     return done.stdout.decode().strip()
 
 
+def written(lab: Lab, text: str) -> str:
+    """Write a Python module where ``lab`` sees it and give its name, a new one each time: a lab keeps what it read."""
+    name = f"tried{len(list(lab.cwd.glob('tried*.py')))}"
+    (lab.cwd / f"{name}.py").write_text(text)
+    return name
+
+
 def module(lab: Lab, text: str, **options: object) -> tuple[int, str, str]:
     """Run a Python module of this text; give how it ended and what it said."""
-    (lab.cwd / "tried.py").write_text(text)
-    done = lab.capture(["tried"], is_module=True, env={"PYTHONPATH": str(lab.cwd)}, **options)
+    done = lab.capture([written(lab, text)], is_module=True, env={"PYTHONPATH": str(lab.cwd)}, **options)
     return done.status, done.stdout.decode(), done.stderr.decode()
 
 
@@ -96,9 +102,7 @@ def test_a_lab_knows_the_time(labs: list[Lab]) -> None:
 
 def test_a_module_starts_in_the_warm_interpreter_unless_its_environment_asks_for_more(labs: list[Lab]) -> None:
     lab = labs[0]
-    program = "import sys; print('argparse' in sys.modules, sys.argv[1:])"
-    (lab.cwd / "tried.py").write_text(program)
-    words = ["tried", "a b", "c"]
+    words = [written(lab, "import sys; print('argparse' in sys.modules, sys.argv[1:])"), "a b", "c"]
     path = {"PYTHONPATH": str(lab.cwd)}
     warm = lab.capture(words, is_module=True, env=path)
     cold = lab.capture(words, is_module=True, env={**path, "PYTHONHASHSEED": "0"})
@@ -125,13 +129,12 @@ def test_a_warm_program_has_its_input(labs: list[Lab]) -> None:
     assert module(labs[0], "import sys; print(sys.stdin.read().upper())", stdin=b"typed")[1] == "TYPED\n"
 
 
-def test_what_the_kernel_says_of_modules_of_pyvmm_is_the_same(labs: list[Lab]) -> None:
-    """Whatever comes as byte code is what the tree has."""
+def test_byte_code_that_was_sent_is_that_of_the_tree(labs: list[Lab]) -> None:
     program = "import pyvmm.machine.machine as m, inspect; print(m.__file__, len(inspect.getsource(m)))"
-    (labs[0].cwd / "tried.py").write_text(program)
+    name = written(labs[0], program)
     path = f"{labs[0].cwd}:{Path(saved.__file__).parents[2]}"
-    warm = labs[0].capture(["tried"], is_module=True, env={"PYTHONPATH": path})
-    cold = labs[0].capture(["python3", "-P", "-m", "tried"], env={"PYTHONPATH": path})
+    warm = labs[0].capture([name], is_module=True, env={"PYTHONPATH": path})
+    cold = labs[0].capture(["python3", "-P", "-m", name], env={"PYTHONPATH": path})
     assert warm.status == cold.status == 0, warm
     assert warm.stdout == cold.stdout
 

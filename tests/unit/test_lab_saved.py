@@ -20,6 +20,7 @@ import pytest
 from pyvmm.lab import LabError, LabOptions, frames, kernels, saved
 from pyvmm.lab.cache import FileRecord, Image, Manifest
 from pyvmm.lab.monitor import Monitor, MonitorError
+from pyvmm.lab.qemu import Ram
 
 MEMORY = 512
 OPTIONS = LabOptions(memory=MEMORY)
@@ -52,7 +53,7 @@ class FakeQemu:
     state = b"the state"
     answer = (frames.READY, b"")
 
-    def __init__(self, *_: object, ram: saved.Ram) -> None:
+    def __init__(self, *_: object, ram: Ram) -> None:
         FakeQemu.made += 1
         os.pwrite(ram.file, b"the ram", 0)
         self.channel, self._agent = socket.socketpair()

@@ -15,9 +15,11 @@ class Printing(Protocol):
 
     def drain(self) -> None:
         """Finish what the guest has begun, at its end, waiting for who reads it unless aborted."""
+        ...
 
     def abort(self) -> None:
         """Have no more than a moment's patience with who reads what the guest writes."""
+        ...
 
 
 @checkable
@@ -27,12 +29,15 @@ class Terminal(Protocol):
     @property
     def interactive(self) -> bool:
         """Whether it was made with an input."""
+        ...
 
     def offer(self, keys: bytes) -> bool:
         """Type ``keys``; False, and none of them, without room for all."""
+        ...
 
     def resize(self, columns: int, rows: int) -> None:
         """Tell the guest of the terminal's size."""
+        ...
 
 
 @checkable
@@ -45,3 +50,4 @@ class MemoryBalloon(Protocol):
         ``target`` and ``actual``, and ``given_back``: what the host has been given until now, by it and by reports of
         free pages. Raises UsageError for more memory than there is.
         """
+        ...

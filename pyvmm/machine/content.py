@@ -45,9 +45,11 @@ class Loadable(Protocol):
 
     def write(self, gpa: Gpa, data: bytes, /) -> None:
         """Copy ``data`` to ``gpa``."""
+        ...
 
     def load_file(self, gpa: Gpa, fd: int, at: int, size: int, /) -> int:
         """Read ``size`` bytes at ``at`` of a file to ``gpa``, and return how many there were."""
+        ...
 
 
 class Content(Protocol):
@@ -56,12 +58,15 @@ class Content(Protocol):
     @property
     def size(self) -> int | None:
         """How many there are."""
+        ...
 
     def __getitem__(self, which: slice, /) -> bytes:
         """Return a few of them."""
+        ...
 
     def load(self, memory: Loadable, gpa: int, room: int) -> None:
         """Put all of them at ``gpa``, where there is room for ``room`` bytes."""
+        ...
 
 
 class Known(Content, Protocol):
@@ -70,12 +75,15 @@ class Known(Content, Protocol):
     @property
     def size(self) -> int:
         """How many bytes there are."""
+        ...
 
     def part(self, start: int, size: int) -> Known:
         """Return ``size`` of them from ``start`` on, all inside."""
+        ...
 
     def stream(self) -> BinaryIO:
         """Return all of them as a file to read."""
+        ...
 
 
 class Bytes:

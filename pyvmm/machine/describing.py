@@ -62,6 +62,7 @@ class Describable(Protocol):
 
     def properties(self) -> dict[str, Any]:
         """Return what it says beside ``compatible`` and ``reg``."""
+        ...
 
 
 def describe(device: Describable, base: int, spi: int | None = None, trigger: Trigger = Trigger.LEVEL) -> DeviceNode:

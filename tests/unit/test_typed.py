@@ -119,9 +119,11 @@ class OurRole(typed.Protocol):
     @property
     def ready(self) -> bool:
         """Whether it can now."""
+        ...
 
     def ask(self, what: str) -> str:
         """Ask it."""
+        ...
 
 
 @typing.runtime_checkable

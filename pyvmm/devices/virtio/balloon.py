@@ -50,9 +50,11 @@ class Punchable(Protocol):
 
     def contains(self, gpa: int, size: int = 1) -> bool:
         """Whether all of a range is in slots."""
+        ...
 
     def punch(self, gpa: int, size: int) -> None:
         """Drop whole pages from their backing."""
+        ...
 
 
 class VirtioBalloon(WorkerDevice):

@@ -37,9 +37,11 @@ class Transport(Protocol):
 
     def needs_reset(self) -> None:
         """Tell the driver that the device is of no use any more until it is reset."""
+        ...
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed."""
+        ...
 
 
 class Complaints:

@@ -58,6 +58,7 @@ class PulsedLine(Protocol):
     @property
     def fd(self) -> int:
         """The eventfd that gives a pulse."""
+        ...
 
 
 class VirtioMmio(Device):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 
 from pyvmm.errors import HostError
+from pyvmm.labenv import given_tree, in_lab
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def resolve(kernel: str, initrd: str | None, make: Callable[[str], str] | None =
 
 def directory(name: str, make: Callable[[str], str] | None) -> str:
     """Return where a named kernel's files are, or those of ``shell:`` without one; as :func:`resolve` does."""
-    from pyvmm.labenv import given_tree, in_lab
-
     found = given_tree(directory_name(name))
     if found is None and make is not None and not in_lab():
         found = make(name)

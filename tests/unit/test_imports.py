@@ -93,7 +93,7 @@ signal struct sys threading
 argparse's, for its messages."""
 
 OURS = """
-pyvmm _native _native.lib _native_source abi errors interrupt log outlet payloads protection typed
+pyvmm _native _native.lib _native_source abi errors interrupt labenv log outlet payloads protection typed
 
 cli cli.common cli.run
 devices devices.base devices.bus devices.echo devices.exit_targets devices.kind devices.mailbox devices.pl011

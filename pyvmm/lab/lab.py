@@ -76,14 +76,14 @@ class Lab:
             self._path.append(str(shares.PACKAGES))
         self._caching = "none" if live else "loose"
         self._qemu: Qemu | None = None
+        self._warm: Link | None = None
+        """The way to an agent that has a warm interpreter and not yet the byte code for it."""
 
     def __enter__(self) -> Self:
         try:
-            link = self._restore()
-            self._mount(link or self._boot())
-            if link is not None and self._shares:
-                for piece in bytecode.pieces(shares.PACKAGE, self._image.cache_tag):
-                    link.send(frames.pack(frames.BYTECODE, piece))
+            restored = self._restore()
+            self._mount(restored or self._boot())
+            self._warm = restored if self._shares else None
         except BaseException:
             self.close()
             raise
@@ -201,6 +201,8 @@ class Lab:
         at the second one, the lab ends. LabError where the lab ends, PyvmmError at the timeout.
         """
         qemu = self._running()
+        if is_module:
+            self._send_bytecode()
         rows, columns = termios.tcgetwinsize(stdin) if is_tty and isinstance(stdin, int) else (0, 0)
         variables = {**self._environment(), EMULATOR: f"QEMU {qemu.version}", **(env or {})}
         command = frames.pack_fields(
@@ -234,6 +236,13 @@ class Lab:
         out, err = bytearray(), bytearray()
         status = self.run(argv, stdout=out.extend, stderr=err.extend, **options)
         return Completed(status, bytes(out), bytes(err))
+
+    def _send_bytecode(self) -> None:
+        """Give the warm interpreter what it would else ask of the workstation module by module."""
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            for piece in bytecode.pieces(shares.PACKAGE, self._image.cache_tag):
+                warm.send(frames.pack(frames.BYTECODE, piece))
 
     def _directory(self) -> Path:
         """Give the workstation's current directory where it is visible inside, else the lab's /root."""

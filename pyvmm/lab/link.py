@@ -17,14 +17,13 @@ from pyvmm.lab.qemu import Qemu
 class Link:
     """The way to the agent of ``qemu``, which runs ``image``. LabError from every method where the lab ends or is late.
 
-    ``patience`` is how many seconds the lab has for all that is asked here.
+    ``patience`` is how many seconds the lab has for each answer.
     """
 
     def __init__(self, qemu: Qemu, image: Image, patience: float) -> None:
         self._qemu = qemu
         self._image = image
         self._patience = patience
-        self._deadline = time.monotonic() + patience
         self._unpacker = frames.Unpacker()
         self._arrived: list[tuple[int, bytes]] = []
 
@@ -51,9 +50,10 @@ class Link:
 
     def _wait(self) -> tuple[int, bytes]:
         """Wait for one frame."""
+        deadline = time.monotonic() + self._patience
         channel = self._qemu.channel
         while not self._arrived:
-            channel.settimeout(max(self._deadline - time.monotonic(), 0.01))
+            channel.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 data = channel.recv(65536)
             except TimeoutError:

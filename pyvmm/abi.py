@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MAILBOX_OP: Final = 0x000
 MAILBOX_DONE: Final = 0x078
 MAILBOX_TRAP_BELL: Final = 0x0C0
+MAILBOX_ARGS_SHIFT: Final = 32
 
 
 def MAILBOX_ARG(n: int) -> int:

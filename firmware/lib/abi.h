@@ -6,13 +6,14 @@
 #define PYVMM_ABI_H
 
 /* pyvmm,mailbox: reg covers one page per vCPU; a vCPU uses page number MPIDR.Aff0. Registers are 64 bits wide. */
-#define MAILBOX_OP          0x000 /* RO: the next order; the load completes when there is one */
-#define MAILBOX_ARG(n)      (0x008 + 8 * (n)) /* RO: n = 0..6 */
-#define MAILBOX_RESULT(n)   (0x040 + 8 * (n)) /* WO: n = 0..6 */
+#define MAILBOX_OP          0x000 /* RO: bits 31:0 the next order, 63:32 how many arguments; the load completes when there is one */
+#define MAILBOX_ARG(n)      (0x008 + 8 * (n)) /* RO: n = 0..6; those beyond the number are 0, and need not be loaded */
+#define MAILBOX_RESULT(n)   (0x040 + 8 * (n)) /* WO: n = 0..6; 0 until stored, anew for each order */
 #define MAILBOX_DONE        0x078 /* WO: status of the order: STATUS_* */
 #define MAILBOX_TRAP(n)     (0x080 + 8 * (n)) /* WO: 0 vector, 1 ESR, 2 FAR, 3 ELR, 4 SPSR, 5 SP, 6 LR, 7 vCPU */
 #define MAILBOX_TRAP_BELL   0x0c0 /* WO: the trap registers are complete; the vCPU does not go on */
 #define MAILBOX_NOTE(n)     (0x0c8 + 8 * (n)) /* WO: n = 0..3; 0 results gpa, 1 results bytes, 2 count, 3 exit code */
+#define MAILBOX_ARGS_SHIFT  32
 #define NOTE_EXIT_CODE      3
 
 /* How an order ended. */

@@ -231,14 +231,18 @@ void secondary(void)
     struct order o;
 
     for (;;) {
+        /* Each register is an exit: only those are touched that say something. */
+        u64 order = mmio_read64(box + MAILBOX_OP);
         memset(&o, 0, sizeof o);
-        o.op = mmio_read64(box + MAILBOX_OP);
-        for (u64 i = 0; i < ARGS; i++)
+        o.op = (u32)order;
+        for (u64 i = 0; i < ARGS && i < order >> MAILBOX_ARGS_SHIFT; i++)
             o.arg[i] = mmio_read64(box + MAILBOX_ARG(i));
         if (guarded(obey, &o))
             o.status = STATUS_TRAPPED;
-        for (u64 i = 0; i < ARGS; i++)
-            mmio_write64(box + MAILBOX_RESULT(i), o.result[i]);
+        for (u64 i = 0; i < ARGS; i++) {
+            if (o.result[i])
+                mmio_write64(box + MAILBOX_RESULT(i), o.result[i]);
+        }
         mmio_write64(box + MAILBOX_DONE, o.status);
     }
 }

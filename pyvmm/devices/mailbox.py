@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from pyvmm import abi
 from pyvmm._native import ffi, lib
 from pyvmm.devices.base import Device
 from pyvmm.errors import PyvmmError, UsageError
@@ -54,7 +55,10 @@ class Mailboxes(Device):
         """Queue an order for ``vcpu`` and return the answer to come. Raises MachineGone when nothing runs any more."""
         if len(args) > WORDS:
             raise ValueError(f"an order has at most {WORDS} arguments, not {len(args)}")
-        words = [op, *(arg & MASK for arg in args)]
+        words = [arg & MASK for arg in args]
+        while words and not words[-1]:
+            words.pop()
+        words.insert(0, op | len(words) << abi.MAILBOX_ARGS_SHIFT)
         from concurrent.futures import Future  # only a guest that takes orders is worth what it costs to import
 
         future: Future[MailboxAnswer] = Future()
@@ -94,6 +98,7 @@ class Mailboxes(Device):
             words, self._current[vcpu] = self._waiting[vcpu].popleft()
         for index, word in enumerate(words + [0] * (WORDS + 1 - len(words))):
             box.order[index] = word
+            box.result[index] = 0
         box.state = lib.PV_MAILBOX_ORDER
 
     def _answer(self, vcpu: int, box: pv_mailbox) -> None:

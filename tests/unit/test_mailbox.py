@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from pyvmm import abi
 from pyvmm._native import lib
 from pyvmm.devices.mailbox import MachineGone, Mailboxes
 
@@ -45,6 +46,29 @@ def test_an_order_is_answered_with_its_results() -> None:
     assert boxes.submit(1, 7, (1, 2, 39)).result(5).results[0] == 42
     assert boxes.submit(1, 7, (5,)).result(5).results[0] == 5
     guest.leave()
+
+
+def test_an_order_says_how_many_arguments_there_are_to_load() -> None:
+    boxes = Mailboxes(1)
+    for args, count in (((), 0), ((5,), 1), ((0, 6), 2), ((7, 0, 0), 1), ((0,), 0), ((1,) * 7, 7)):
+        boxes.submit(0, 3, args)
+        boxes.serve(0, lambda: True)
+        box = boxes._boxes[0]
+        assert list(box.order) == [3 | count << abi.MAILBOX_ARGS_SHIFT, *args, *[0] * (7 - len(args))]
+
+
+def test_what_a_guest_does_not_store_is_0_not_what_an_earlier_order_left() -> None:
+    boxes = Mailboxes(1)
+    box = boxes._boxes[0]
+    first = boxes.submit(0, 3)
+    boxes.serve(0, lambda: True)
+    box.result[2] = 9
+    box.state = lib.PV_MAILBOX_DONE
+    second = boxes.submit(0, 3)
+    boxes.serve(0, lambda: True)
+    box.state = lib.PV_MAILBOX_DONE
+    boxes.serve(0, lambda: True)
+    assert [each.result(5).results for each in (first, second)] == [(0, 9, 0, 0, 0, 0, 0), (0,) * 7]
 
 
 def test_negative_arguments_are_sent_as_64_bit_words() -> None:

@@ -100,7 +100,7 @@ def fault(bench: Bench) -> None:
             with plan.provided(x, begin):
                 exits.begin()
                 seen = _touch(bench, x, plan, begin, guests, ticks, number + 1)
-                exited = exits.end(plan.cpus)  # what it takes to read ticks is none of the touches'
+                exited = exits.end()  # what it takes to read ticks is none of the touches'
             last = [each.with_each(buffer.read(8 * plan.pages)) for each, buffer in zip(seen, ticks, strict=True)]
             walls.append([max(each.ticks for each in last) * ticks[0].scale / plan.pages])
             if bench["range"] == "same":

@@ -56,6 +56,7 @@ class Link:
             channel.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
                 data = channel.recv(65536)
+                channel.settimeout(None)
             except TimeoutError:
                 raise self._qemu.failed(
                     f"the lab did not come up in {self._patience:.0f} s",
@@ -64,8 +65,6 @@ class Link:
                 ) from None
             except OSError:
                 data = b""
-            finally:
-                channel.settimeout(None)
             if not data:
                 raise self._qemu.failed("the lab ended while it was booting", ended=True, hint=self._file_hint())
             self._arrived += self._unpacker.feed(data)

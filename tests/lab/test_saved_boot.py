@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,7 +144,8 @@ def test_pyvmm_is_found_on_path(labs: list[Lab]) -> None:
     assert re.match(r"pyvmm \d", shell(labs[0], "pyvmm --version"))
 
 
-CLAIMS = ("share", "lazy", "fault-in")
+CLAIMS = os.environ.get("PYVMM_ATLAS_BOTH", "share lazy").split()
+"""Groups of claims that are held in both kinds of lab; all of them at night, where the variable is empty."""
 
 
 def atlas(lab: Lab) -> dict[tuple[str, str, str], str]:
@@ -158,8 +160,9 @@ def test_a_restored_lab_and_a_booted_one_give_the_same_atlas(image: Image, labs:
     with Lab(LabOptions(boot="fresh", boot_timeout=300.0), image=image) as fresh:
         assert "-incoming" not in fresh.command
         booted = atlas(fresh)
-    assert booted == atlas(labs[1])
-    assert len(booted) > 100
+    restored = atlas(labs[1])
+    assert booted == restored
+    assert Counter(booted.values())["holds"] > 20
 
 
 @pytest.mark.parametrize("harm", ["state cut off", "no state at all", "RAM of zeros"])

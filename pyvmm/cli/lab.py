@@ -203,7 +203,7 @@ def _run(
 ) -> int:
     from pyvmm import plugins
     from pyvmm.guest.kernels import named
-    from pyvmm.lab import Lab, peers
+    from pyvmm.lab import Lab
     from pyvmm.lab.lab import standard_sink
     from pyvmm.lab.needs import require
     from pyvmm.lab.progress import Ticker, showing
@@ -214,7 +214,10 @@ def _run(
         raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
     options = _options(args)
     wanted = list(dict.fromkeys([*getattr(args, "lab_with", []), *named(files, ("passt",))]))
-    peers.check(wanted)
+    if wanted:
+        from pyvmm.lab import peers  # most labs are shown nothing
+
+        peers.check(wanted)
     find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built
     if in_lab():
         raise HostError(

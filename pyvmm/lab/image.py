@@ -13,10 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
-from pyvmm.lab import firstboot, kernels, rootfs
+from pyvmm.lab import kernels, rootfs
 from pyvmm.lab.apt import AptError, Progress, package_file, silent, updated_apt
 from pyvmm.lab.cache import FILES, Cache, FileRecord, Image, Manifest, file_sha256
-from pyvmm.lab.ownkernel import build_kernel, usable_kernel
 from pyvmm.lab.qemu import require_qemu
 
 
@@ -38,6 +37,8 @@ def build_image(
     cache = cache or Cache()
     found = kernels.find(kernel)
     if found == kernels.OWN:
+        from pyvmm.lab.ownkernel import build_kernel
+
         own = build_kernel(refresh=refresh, progress=progress, cache=cache)
         found = kernels.KernelFile(own.path, own.release)
     if isinstance(found, kernels.KernelFile):
@@ -70,6 +71,8 @@ def usable_image(cache: Cache | None = None, *, kernel: str = kernels.DEFAULT, t
     cache = cache or Cache()
     found = kernels.find(kernel)
     if found == kernels.OWN:
+        from pyvmm.lab.ownkernel import usable_kernel
+
         if (own := usable_kernel(cache, thorough=thorough)) is None:
             return None
         found = kernels.KernelFile(own.path, own.release)
@@ -94,6 +97,8 @@ def _usable(cache: Cache, kernel: str, *, thorough: bool = False) -> Image | Non
 
 
 def _build(cache: Cache, name: str, refresh: bool, progress: Progress) -> Image:
+    from pyvmm.lab import firstboot  # an image is built once
+
     require_qemu()
     suites = kernels.SUITES[name]
     apt = updated_apt(cache.apt, suites, refresh=refresh, progress=progress)

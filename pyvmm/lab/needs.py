@@ -11,8 +11,7 @@ from pathlib import Path
 from pyvmm.errors import HostError
 from pyvmm.lab.apt import KEYRING
 from pyvmm.lab.lab import require_native
-from pyvmm.lab.ownkernel import COMPILER, compiler_version
-from pyvmm.lab.qemu import require_qemu
+from pyvmm.lab.qemu import find_qemu, require_qemu
 
 STDIO = Path("/usr/include/stdio.h")
 
@@ -28,10 +27,11 @@ class Need:
     """Needed only to build what the lab boots."""
 
 
-def needs() -> list[Need]:
-    """Look for everything the lab needs."""
+def needs(*, building: bool = True) -> list[Need]:
+    """Look for everything the lab needs; its parts are looked at closely where something has to be built."""
     return [
-        Need("QEMU", _complaint(require_qemu), "qemu-system-arm"),
+        # A lab that boots asks QEMU for its version itself, and one that is restored knows it.
+        Need("QEMU", _complaint(require_qemu if building else find_qemu), "qemu-system-arm"),
         Need("the native loop for arm64", _complaint(require_native), None),
         _program("setpriv", "util-linux"),
         *_apt_needs(),
@@ -53,6 +53,8 @@ def _apt_needs() -> list[Need]:
 
 def kernel_needs() -> list[Need]:
     """Look for everything that building the project's own kernel needs."""
+    from pyvmm.lab.ownkernel import COMPILER, compiler_version
+
     return [
         *_apt_needs(),
         Need("the compiler for arm64", _complaint(compiler_version), COMPILER, building=True),
@@ -64,7 +66,7 @@ def kernel_needs() -> list[Need]:
 
 def require(*, building: bool) -> None:
     """HostError naming all that is missing at once, with the line that installs it."""
-    _refuse((need for need in needs() if building or not need.building), "the lab's image", "the lab")
+    _refuse((need for need in needs(building=building) if building or not need.building), "the lab's image", "the lab")
 
 
 def require_for_kernel() -> None:

@@ -31,6 +31,8 @@ from tests.pkvm.required import kernel_directory
 
 pytestmark = pytest.mark.pkvm
 PAGES = 16
+INTERRUPTS = 500
+"""Of a host, each second, on a CPU that runs a guest: twice its timer's (CONFIG_HZ=250)."""
 
 # A point of each case, and how many values a round of each metric brings.
 POINTS = [
@@ -109,9 +111,12 @@ def test_a_linux_guest_with_every_device_leaves_the_vmm_small() -> None:
     ids=named,
 )
 def test_a_fault_exits_once_a_page_and_what_is_mapped_never(point: Point, exits: float) -> None:
-    counted = of(measure_point("fault", {"pages": 64, **point}), "KVM's exits")
-    # The host's timer interrupts are exits as well, in some rounds.
-    assert median(counted.kept) == pytest.approx(exits, abs=0.1)
+    series = measure_point("fault", {"pages": 64, **point})
+    counted, took = of(series, "KVM's exits"), of(series, "whole range")
+    assert median(counted.kept) >= exits - 0.1
+    # The host's interrupts are exits as well, the more of them the longer a round takes: a busy machine's take long.
+    of_guest = [count - INTERRUPTS * ns / 1e9 for count, ns in zip(counted.kept, took.kept, strict=True)]
+    assert median(of_guest) <= exits + 0.1
 
 
 def test_each_vcpus_touches_have_their_places() -> None:

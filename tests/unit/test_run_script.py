@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What .run says must be installed, on a machine that has little and is nobody's to change."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parents[2] / ".run"
+HERE = ("bash", "dirname", "readlink", "env", "ls", "sed", "uname")
+KERNEL = {"make", "bc", "bison", "flex"}
+
+
+@pytest.fixture
+def lacking(tmp_path: Path) -> Path:
+    """Give a directory for PATH with what .run itself needs, and a user who may install nothing."""
+    for name in HERE:
+        where = shutil.which(name)
+        assert where is not None, name
+        (tmp_path / name).symlink_to(where)
+    (tmp_path / "python3").symlink_to(sys.executable)
+    (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
+    (tmp_path / "id").chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "ci", "builds"),
+    [
+        ("pyvmm lab kernel", False, True),
+        ("pyvmm lab kernel --refresh", False, True),
+        ("pyvmm --lab --host-kernel own doctor", False, True),
+        ("pyvmm --lab --lab-host-kernel=own doctor", False, True),
+        ("pyvmm lab build --host-kernel stable", False, False),
+        ("pyvmm lab status", True, False),
+        ("pytest -q", True, True),
+        ("pytest -q", False, False),
+    ],
+)
+def test_what_builds_the_kernel_is_asked_for_where_the_kernel_is_built(
+    lacking: Path, command: str, ci: bool, builds: bool
+) -> None:
+    environment = {"PATH": str(lacking), **({"CI": "1"} if ci else {})}
+    done = subprocess.run(
+        ["bash", RUN, *command.split()], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    [said] = done.stderr.splitlines()
+    packages = said.partition("lacks ")[2].partition(";")[0].split()
+    assert "gcc" in packages
+    assert KERNEL & set(packages) == (KERNEL if builds else set())
+    assert said.endswith(f"run: apt-get install -y --no-install-recommends {' '.join(packages)}")

@@ -18,18 +18,39 @@ SILENCE: Final = 60.0
 """Seconds after which a step that goes on says so."""
 
 
+TELLING: Final = 20.0, 0.02, 0.99
+"""Seconds and the share of a step that must be behind it before it is said how long the rest takes; and the share from
+which on nobody knows: what is measured by an expectation may come to more."""
+
+
+def left(took: float, share: float) -> str:
+    """Say how long a step still takes of which ``share`` took ``took`` seconds; nothing where that is a guess."""
+    least, first, last = TELLING
+    if took < least or not first <= share < last:
+        return ""
+    seconds = took * (1 - share) / share
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {max(round(seconds, -1), 10):.0f} s left"
+
+
 @contextmanager
 def showing() -> Iterator[Callable[[str, float], None]]:
-    """Show progress on stderr: bars on a terminal, a line for each step elsewhere."""
+    """Show progress on stderr: bars on a terminal, a line for each step elsewhere; how long a step still takes."""
+    began: dict[str, float] = {}
+
+    def rest(what: str, share: float) -> str:
+        now = time.monotonic()
+        return left(now - began.setdefault(what, now), share)
+
     if not sys.stderr.isatty():
         told: dict[str, float] = {}
 
         def say(what: str, share: float) -> None:
             now = time.monotonic()
+            remaining = rest(what, share)
             if what not in told:
                 print(f"pyvmm: lab: {what}", file=sys.stderr, flush=True)
             elif now - told[what] > SILENCE and share < 1:
-                print(f"pyvmm: lab: {what}: {share:.0%}", file=sys.stderr, flush=True)
+                print(f"pyvmm: lab: {what}: {share:.0%}{remaining and f', {remaining}'}", file=sys.stderr, flush=True)
             else:
                 return
             told[what] = now
@@ -39,21 +60,30 @@ def showing() -> Iterator[Callable[[str, float], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description:<28}"), BarColumn(24), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
     with Progress(*columns, console=Console(stderr=True)) as display:
         tasks: dict[str, TaskID] = {}
 
+        def finish() -> None:
+            for task in tasks.values():
+                display.update(task, total=1.0, completed=1.0, left="")
+
         def show(what: str, share: float) -> None:
             if what not in tasks:
-                for task in tasks.values():
-                    display.update(task, total=1.0, completed=1.0)
-                tasks[what] = display.add_task(what, total=None)
+                finish()
+                tasks[what] = display.add_task(what, total=None, left="")
+            remaining = rest(what, share)
             if share > 0:
-                display.update(tasks[what], total=1.0, completed=share)
+                display.update(tasks[what], total=1.0, completed=share, left=remaining)
 
         yield show
-        for task in tasks.values():
-            display.update(task, total=1.0, completed=1.0)
+        finish()
 
 
 class Ticker:

@@ -228,6 +228,8 @@ def _run(
     with terminable(), staged(plugins.asked()) as packages:
         image = _image(_kernel(args), refresh=False)
         if wanted:
+            from pyvmm.lab import peers
+
             with showing() as progress:
                 trees = peers.require(wanted, progress=progress)
             files = [*files, *trees.paths]

@@ -16,7 +16,7 @@ from pyvmm.uapi.kvm_arm64 import core_reg
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Final, Protocol
 
     from pyvmm.devices.bus import Bus
     from pyvmm.kvm.vcpu import Vcpu
@@ -68,6 +68,10 @@ if TYPE_CHECKING:
             """Give everything back; idempotent, at any time. No vCPU runs, and what was entered is still mapped."""
 
 
+SHORT: Final = 2048
+"""Bytes of a command line that no kernel cuts."""
+
+
 class KernelImage:
     """The start with the kernel, initrd and device tree that a configuration names. Holds files open until they are
     loaded.
@@ -84,13 +88,26 @@ class KernelImage:
         return self._image.kind
 
     def prepare(self, config: MachineConfig) -> None:
-        """Open the kernel and the initrd, and see what they are."""
+        """Open the kernel and the initrd, and see what they are; UsageError too for a command line that is cut."""
         self._image = boot.read(config.kernel, config.initrd, room=config.memory)
         self._files.callback(self._image.close)
+        self._check_line(" ".join(config.params).encode("utf-8", "surrogateescape"), "params")
+
+    def _check_line(self, line: bytes, option: str) -> None:
+        # Few lines are long or have words for init, and only theirs pay for the rules.
+        if len(line) >= SHORT or b"--" in line:
+            from pyvmm.machine.cmdline import check, is_linux
+
+            if is_linux(self._image):
+                check(line, option)
 
     def enter(self, machine: Built) -> boot.Entry:
         """Load it, and have the first vCPU start with it."""
         config = machine.config
+        if machine.tree is not None:
+            from pyvmm.machine.cmdline import line_in
+
+            self._check_line(line_in(machine.tree, f"device tree {config.dtb}"), "dtb")
         board = boot.Board(
             cpus=config.cpus,
             command_line=" ".join(config.params),

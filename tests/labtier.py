@@ -2,9 +2,10 @@
 """The test tiers: what cannot run on this machine runs in the lab, or is counted in one line that says why not.
 
 ``kvm`` tests need a /dev/kvm of any architecture. ``pkvm`` tests need a pKVM host: this one if it is one, else a lab in
-which a second pytest runs all selected ones in one boot while the others run here; its reports are replayed last, as
-if the tests had run here. ``lab`` tests need what the lab needs. In CI (``CI`` set) a tier without its means fails;
-elsewhere it is skipped.
+which a second pytest runs the selected ones in order while the others run here. When these are done, a second lab runs
+what is left from the last file to the first, until the two meet. Their reports are replayed last, as if the tests had
+run here. ``lab`` tests need what the lab needs. In CI (``CI`` set) a tier without its means fails; elsewhere it is
+skipped.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Tiers:
         self._missing: dict[str, str] = {}
         self._skipped: dict[str, int] = {}
         self._forwarded: dict[str, pytest.Item] = {}
-        self._lab: InnerPytest | None = None
+        self._labs: Labs | None = None
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Decide for all tests that were selected."""
@@ -93,11 +94,11 @@ class Tiers:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Stand in for the test where it cannot run here."""
-        if self._forwarded and self._lab is None and "pkvm" not in self._missing:
-            self._lab = InnerPytest(self._config, list(self._forwarded))
-        if self._lab is not None and item.nodeid in self._forwarded:
+        if self._forwarded and self._labs is None and "pkvm" not in self._missing:
+            self._labs = Labs(self._config, list(self._forwarded))
+        if self._labs is not None and item.nodeid in self._forwarded:
             try:
-                self._lab.wait_for_lab()
+                self._labs.wait_for_first()
             except PyvmmError as error:
                 self._missing["pkvm"] = str(error)
         for tier, why in self._missing.items():
@@ -105,9 +106,10 @@ class Tiers:
                 self._skipped[tier] = self._skipped.get(tier, 0) + 1
                 self._replay(item, nextitem, iter([self._no_means(item, tier, why)]))
                 return True
-        if self._lab is None or item.nodeid not in self._forwarded:
+        if self._labs is None or item.nodeid not in self._forwarded:
             return None
-        self._replay(item, nextitem, self._lab.reports(item))
+        self._labs.add_second()
+        self._replay(item, nextitem, self._labs.reports(item))
         return True
 
     def _replay(self, item: pytest.Item, nextitem: pytest.Item | None, reports: Iterator[pytest.TestReport]) -> None:
@@ -125,14 +127,14 @@ class Tiers:
         return report(item, "skipped", (__file__, 1, f"{tier} tier: {why}"))
 
     def pytest_sessionfinish(self) -> None:
-        if self._lab is not None:
-            self._lab.close()
+        if self._labs is not None:
+            self._labs.close()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for tier, count in self._skipped.items():
             terminalreporter.write_line(f"{tier} tier: {count} tests not run: {self._missing[tier].splitlines()[0]}")
-        if self._lab is not None and self._lab.title is not None:
-            terminalreporter.write_line(f"pkvm tier: {len(self._forwarded)} tests ran in the lab: {self._lab.title}")
+        if self._labs is not None and self._labs.title is not None:
+            terminalreporter.write_line(f"pkvm tier: {len(self._forwarded)} tests ran in the lab: {self._labs.title}")
 
 
 def report(
@@ -148,8 +150,69 @@ def failure(item: pytest.Item, why: str) -> pytest.TestReport:
     return report(item, "failed", why)
 
 
+class Labs:
+    """The labs that run ``nodeids``: the first runs all in order, the second begins with the last file."""
+
+    def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
+        self._config = config
+        self._nodeids = nodeids
+        self._first = InnerPytest(config, nodeids)
+        self._second: InnerPytest | None = None
+
+    @property
+    def title(self) -> str | None:
+        """What the first lab runs on, once it is there."""
+        return self._first.title
+
+    def wait_for_first(self) -> None:
+        """Wait until the first lab is there, telling what has to be built. Raises PyvmmError where none will come."""
+        while self.title is None:
+            if self._first.ended is not None:
+                raise PyvmmError(self._first.ended)
+            if not self._first.read():
+                time.sleep(POLL)
+
+    def add_second(self) -> None:
+        """Start the second lab, unless it was started. The file that the first is at stays the first's."""
+        if self._second is not None:
+            return
+        while self._first.read():
+            pass
+        files: dict[str, list[str]] = {}
+        for nodeid in self._nodeids:
+            if nodeid not in self._first.finished:
+                files.setdefault(nodeid.partition("::")[0], []).append(nodeid)
+        if left := list(files.values())[:0:-1]:
+            self._second = InnerPytest(self._config, [nodeid for file in left for nodeid in file])
+
+    def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        """Give a test's reports when a lab has finished it; a failure where none will."""
+        deadline = time.monotonic() + PATIENCE
+        labs = [self._first, *([self._second] if self._second else [])]
+        while True:
+            came = [lab.read() for lab in labs]
+            if done := [lab for lab in labs if item.nodeid in lab.finished]:
+                yield from done[0].taken(item.nodeid)
+                return
+            # A second lab that never came up is no loss: the first runs every test.
+            broken = [lab.ended for lab in labs if lab.ended and lab.left and (lab is self._first or lab.title)]
+            if broken:
+                yield failure(item, broken[0])
+                return
+            if time.monotonic() > deadline:
+                self._first.ended = f"no word from the lab for {PATIENCE:.0f} s"
+                self.close()
+            elif not any(came):
+                time.sleep(POLL)
+
+    def close(self) -> None:
+        """End the labs, and with them the pytests in them."""
+        for lab in filter(None, [self._first, self._second]):
+            lab.close()
+
+
 class InnerPytest:
-    """A pytest in a lab, running ``nodeids`` in order while its reports are taken one test at a time.
+    """A pytest in a lab that runs ``nodeids`` in order. Its reports are taken one test at a time.
 
     It has a process of its own (labrun.py) and writes to a file, so that tests that run here meanwhile, and count
     threads, fork, or look at the clock, have nothing of it but its share of the CPUs.
@@ -157,9 +220,10 @@ class InnerPytest:
 
     def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
         self._config = config
+        self._nodeids = nodeids
         self._early: dict[str, list[pytest.TestReport]] = {}
-        self._finished: set[str] = set()
-        self._ended: str | None = None
+        self.finished: set[str] = set()
+        self.ended: str | None = None
         self._position = 0
         self._pending = b""
         self._steps: list[str] = []
@@ -194,34 +258,22 @@ class InnerPytest:
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         self._process.stdin.flush()
 
-    def wait_for_lab(self) -> None:
-        """Wait until the lab is there, telling what has to be built. Raises PyvmmError where there will be none."""
-        while self.title is None:
-            if not self._read() and self._process.poll() is not None and not self._read():
-                self._ended = self._ended or self._last_words()
-            if self.title is None and self._ended is not None:
-                raise PyvmmError(self._ended)
-            time.sleep(POLL)
+    @property
+    def left(self) -> bool:
+        """Whether it has tests that are not finished."""
+        return not self.finished.issuperset(self._nodeids)
 
-    def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
-        """Give a test's reports as they come in; a failure where they never will."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            finished = item.nodeid in self._finished
-            yield from self._early.pop(item.nodeid, [])
-            if finished:
-                return
-            if self._read():
-                continue
-            if self._process.poll() is not None and not self._read():
-                self._ended = self._ended or self._last_words()
-            elif time.monotonic() > deadline:
-                self._ended = f"no word from the lab for {PATIENCE:.0f} s"
-                self.close()
-            if self._ended is not None:
-                yield failure(item, self._ended)
-                return
-            time.sleep(POLL)
+    def taken(self, nodeid: str) -> list[pytest.TestReport]:
+        """Give a finished test's reports."""
+        return self._early.pop(nodeid, [])
+
+    def read(self) -> bool:
+        """Take what has come; False where that is nothing. ``ended`` says why nothing more will come, if it is so."""
+        came = self._read()
+        if not came and self.ended is None and self._process.poll() is not None and not self._read():
+            said = os.pread(self._said, 1 << 20, 0)[-3000:].decode(errors="replace")
+            self.ended = f"the lab's process ended with status {self._process.returncode}:\n{said}"
+        return came
 
     def _read(self) -> bool:
         """Take what has come; False where that is nothing."""
@@ -238,9 +290,9 @@ class InnerPytest:
         elif "title" in message:
             self.title = str(message["title"])
         elif "failed" in message or "ended" in message:
-            self._ended = str(message.get("failed", message.get("ended")))
+            self.ended = str(message.get("failed", message.get("ended")))
         elif "finished" in message:
-            self._finished.add(str(message["finished"]))
+            self.finished.add(str(message["finished"]))
         else:
             got = self._restore(message)
             self._early.setdefault(got.nodeid, []).append(got)
@@ -262,10 +314,6 @@ class InnerPytest:
             path, line, why = longrepr
             got.longrepr = path, line, why
         return got
-
-    def _last_words(self) -> str:
-        said = os.pread(self._said, 1 << 20, 0)[-3000:].decode(errors="replace")
-        return f"the lab's process ended with status {self._process.returncode}:\n{said}"
 
     def close(self) -> None:
         """End the lab, and with it the pytest in it."""

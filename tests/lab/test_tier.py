@@ -123,6 +123,32 @@ def test_a_lab_that_dies_fails_what_is_left_with_its_console(sample: Path) -> No
     assert "sysrq: Trigger a crash" in said
 
 
+MANY = """
+import os, time, pytest
+
+@pytest.mark.pkvm
+@pytest.mark.parametrize("n", range(3))
+def test_there(n):
+    print("boot of", os.path.basename(__file__), open("/proc/sys/kernel/random/boot_id").read())
+    time.sleep(4)
+    assert n != 1
+"""
+
+
+@pytest.mark.lab
+def test_a_second_lab_begins_with_the_last_file_and_each_result_is_told_once(sample: Path) -> None:
+    (sample / "test_sample.py").unlink()
+    for name in ("a", "b", "c", "d"):
+        (sample / f"test_{name}.py").write_text(MANY)
+    said = run(sample, "-v")
+    assert "4 failed, 8 passed" in said
+    told = [line.split()[0] for line in said.splitlines() if line.endswith("%]") and "::" in line]
+    assert told == [f"test_{name}.py::test_there[{n}]" for name in "abcd" for n in range(3)]
+    boots = {line.split()[2]: line.split()[3] for line in said.splitlines() if line.startswith("boot of ")}
+    assert len(boots) == 4
+    assert boots["test_a.py"] != boots["test_d.py"]
+
+
 def without_qemu(directory: Path) -> dict[str, str]:
     """Give an environment with a PATH of our own, in which there is no QEMU."""
     programs = directory / "bin"

@@ -25,6 +25,7 @@ from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.timeline import Event, Timeline
 from pyvmm.protection import Protection
+from tests.finished import finished
 from tests.pkvm.harness import ALL, config, puppet
 
 pytestmark = pytest.mark.pkvm
@@ -35,7 +36,7 @@ INSTANCES = Path("/sys/kernel/tracing/instances")
 
 
 def pyvmm(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PYVMM, *args], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return finished("-m", "pyvmm", *args)
 
 
 def instances() -> list[str]:

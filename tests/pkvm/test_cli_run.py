@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.finished import finished
+
 pytestmark = pytest.mark.pkvm
 PYVMM = (sys.executable, "-m", "pyvmm")
 
 
 def pyvmm(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PYVMM, *args], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return finished("-m", "pyvmm", *args)
 
 
 def test_hello_puts_the_guest_on_stdout_and_one_line_of_statistics_on_stderr() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from pyvmm.machine import layout
 from pyvmm.protection import Protection
+from tests.finished import finished
 from tests.perfetto_reader import Trace
 from tests.pkvm.harness import ALL
 
@@ -23,7 +24,7 @@ PYVMM = (sys.executable, "-m", "pyvmm")
 
 
 def pyvmm(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PYVMM, *args], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return finished("-m", "pyvmm", *args)
 
 
 @pytest.mark.parametrize("protection", ALL)

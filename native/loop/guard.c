@@ -94,6 +94,29 @@ int pv_kick_signal(void)
     return SIGRTMIN + 5;
 }
 
+/* A signal that is blocked kills the thread when it is a fault's, and never ends KVM_RUN when it is a kick. Who starts
+   us may block any, and a mask is each thread's own. */
+void pv_unblock_signals(void)
+{
+    sigset_t ours;
+
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGSEGV);
+    sigaddset(&ours, SIGBUS);
+    sigaddset(&ours, pv_kick_signal());
+    pthread_sigmask(SIG_UNBLOCK, &ours, NULL);
+}
+
+static __thread bool unblocked __attribute__((tls_model("initial-exec")));
+
+static inline void unblock_once(void)
+{
+    if (__builtin_expect(!unblocked, false)) {
+        unblocked = true;
+        pv_unblock_signals();
+    }
+}
+
 /* The widest access both addresses are aligned for: it cannot straddle a page, so a fault means none of it was done,
    and an aligned ring index is never torn. */
 static size_t step_at(uintptr_t address, size_t left)
@@ -170,7 +193,10 @@ static size_t bulk(uintptr_t to, uintptr_t from, bool fill, uint8_t byte, size_t
 size_t pv_copy(void *to, const void *from, size_t n)
 {
     uintptr_t t = (uintptr_t)to, f = (uintptr_t)from;
-    size_t done = n >= BULK ? bulk(t, f, false, 0, n) : 0;
+    size_t done;
+
+    unblock_once();
+    done = n >= BULK ? bulk(t, f, false, 0, n) : 0;
 
     return done + copy_words(t + done, f + done, n - done);
 }
@@ -178,7 +204,10 @@ size_t pv_copy(void *to, const void *from, size_t n)
 size_t pv_fill(void *to, int byte, size_t n)
 {
     uintptr_t t = (uintptr_t)to;
-    size_t done = n >= BULK ? bulk(t, t, true, (uint8_t)byte, n) : 0;
+    size_t done;
+
+    unblock_once();
+    done = n >= BULK ? bulk(t, t, true, (uint8_t)byte, n) : 0;
 
     return done + fill_words(t + done, (uint8_t)byte, n - done);
 }

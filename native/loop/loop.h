@@ -61,6 +61,9 @@ static inline uint64_t pv_now(void)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
+/* guard.c: for the calling thread; of a vCPU, before it enters the guest. */
+void pv_unblock_signals(void);
+
 /* mmio.c: both answer enum pv_stop; again: the access was counted when it stopped. */
 uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again);
 /* transport.c: enum pv_stop, with vcpu->offset, size, is_write, value. Sets vcpu->exit where it is not that of the kind:

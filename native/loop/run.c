@@ -176,8 +176,10 @@ uint32_t pv_run(struct pv_vcpu *vcpu)
     static __thread int32_t self;
     uint32_t stop;
 
-    if (!self)
+    if (!self) {
         self = (int32_t)syscall(SYS_gettid);
+        pv_unblock_signals();
+    }
     store(&vcpu->tid, self);
     fence(); /* pairs with the one in pv_kick */
     do {

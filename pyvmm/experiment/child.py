@@ -26,6 +26,7 @@ from typing import Any
 from pyvmm import log
 from pyvmm.errors import PyvmmError
 from pyvmm.experiment.host.syscalls import prctl
+from pyvmm.interrupt import ENDING
 from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
 
 LAST_WORDS = 2000
@@ -33,8 +34,6 @@ LAST_WORDS = 2000
 
 _SHARED = frozenset({"pyvmm", *sys.stdlib_module_names})
 """Packages whose modules do nothing but define things when they are imported, so that any process may."""
-
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class CrashedError(PyvmmError):
@@ -78,7 +77,7 @@ class _Child:
         self._results, write = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
         # A signal's handler that raises between the fork and what follows would lose the child, or run in it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         # A collection in the child leaves alone what it has inherited: each page it wrote to would be copied.
         gc.freeze()
         try:
@@ -109,9 +108,10 @@ class _Child:
             os.dup2(self._stderr, 2)
             # The handlers of guarded copies come later, and hand on what is not theirs.
             faulthandler.enable(2, all_threads=False)
-            for number in _ENDING:
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+            for number in ENDING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             log.configure(-1, json=False)
             imported = frozenset(sys.modules)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from pyvmm.interrupt import ENDING, handling
 from pyvmm.lab import frames
 
 Sink = Callable[[bytes], object]
@@ -28,7 +29,6 @@ PATIENCE = 10.0
 """Seconds that a command has to end after a forwarded signal before its lab is ended."""
 
 CHUNK = 32 * 1024
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ChannelClosedError(Exception):
@@ -183,13 +183,11 @@ class Pump:
                 yield ours
                 return
             old_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-            numbers = (*FORWARDED, signal.SIGWINCH) if self._tty_fd is not None else FORWARDED
-            old = {number: signal.signal(number, self._on_signal) for number in numbers}
+            numbers = (*ENDING, signal.SIGWINCH) if self._tty_fd is not None else ENDING
             try:
-                yield ours
+                with handling(self._on_signal, numbers):
+                    yield ours
             finally:
-                for number, handler in old.items():
-                    signal.signal(number, handler)
                 signal.set_wakeup_fd(old_fd)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ import signal
 import threading
 
 from pyvmm.devices.roles import Terminal
+from pyvmm.interrupt import handling
 from pyvmm.options.consoles import NOWHERE, Ends, terminal_size
 from pyvmm.syntax.paths import open_output
 
@@ -73,11 +74,10 @@ def following_size(machine: Machine, out: int | None) -> Iterator[None]:
     # A thread of its own: a handler runs between any two lines of the main thread, whose locks it must not take.
     thread = threading.Thread(target=follow, name="pyvmm-resize", daemon=True)
     thread.start()
-    old = signal.signal(signal.SIGWINCH, lambda _number, _frame: os.eventfd_write(changed, 1))
     try:
-        yield
+        with handling(lambda _number, _frame: os.eventfd_write(changed, 1), [signal.SIGWINCH]):
+            yield
     finally:
-        signal.signal(signal.SIGWINCH, old)
         # Not later than this: the machine's descriptors may be another's once it is closed.
         over.set()
         os.eventfd_write(changed, 1)

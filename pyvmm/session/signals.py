@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 
-from pyvmm.interrupt import Interrupted
+from pyvmm.interrupt import Interrupted, handling
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,14 +18,12 @@ if TYPE_CHECKING:
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP end the run cleanly; a context manager.
+    """SIGINT, SIGTERM and SIGHUP end the run cleanly, but for those that are ignored; a context manager.
 
     The first one calls ``stop`` (set it once there is something to stop) with the reason; a second one, or one with
     nothing to stop, raises :class:`Interrupted` in the main thread, once: what unwinds then is not cut short. ``asked``
     is why the run was to end, by a signal or by :meth:`end`, and ``received`` the first signal's number; None for none.
     """
-
-    CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.stop: Callable[[str], None] | None = None
@@ -34,12 +32,12 @@ class Signals:
         self._raised = False
 
     def __enter__(self) -> Self:
-        self._old = {number: signal.signal(number, self._caught) for number in self.CAUGHT}
+        self._handling = handling(self._caught)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     def _caught(self, number: int, _frame: object) -> None:
         again, self.received = self.received is not None, self.received or number

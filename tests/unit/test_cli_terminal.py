@@ -11,14 +11,15 @@ import signal
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.interrupt import Interrupted
+from pyvmm.interrupt import ENDING, Interrupted, terminable
 from pyvmm.session.keys import Keys, in_foreground, raw
 from pyvmm.session.signals import Signals
 
@@ -126,7 +127,7 @@ def send(number: signal.Signals) -> None:
     time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", Signals.CAUGHT)
+@pytest.mark.parametrize("number", ENDING)
 def test_the_first_signal_stops_the_run_with_its_name(number: signal.Signals) -> None:
     stopped = threading.Event()
     reasons: list[str] = []
@@ -192,7 +193,36 @@ def test_stopping_may_take_a_lock_that_the_main_thread_holds() -> None:
 
 
 def test_handlers_are_put_back() -> None:
-    before = [signal.getsignal(number) for number in Signals.CAUGHT]
+    before = [signal.getsignal(number) for number in ENDING]
     with Signals():
-        assert [signal.getsignal(number) for number in Signals.CAUGHT] != before
-    assert [signal.getsignal(number) for number in Signals.CAUGHT] == before
+        assert [signal.getsignal(number) for number in ENDING] != before
+    assert [signal.getsignal(number) for number in ENDING] == before
+
+
+Catching = Callable[[], AbstractContextManager[object]]
+
+
+@pytest.mark.parametrize("catching", [Signals, terminable])
+def test_a_signal_that_was_ignored_stays_ignored(catching: Catching) -> None:
+    # As with nohup, and in a background job of a shell without job control.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catching():
+            send(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(Interrupted):
+                send(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("catching", [Signals, terminable])
+def test_a_signal_that_was_blocked_is_heard(catching: Catching) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        with catching(), pytest.raises(Interrupted):
+            send(signal.SIGTERM)
+        assert set(ENDING) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

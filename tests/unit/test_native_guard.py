@@ -292,3 +292,19 @@ def test_kick_signal_interrupts_and_does_nothing_else() -> None:
     thread.join()
     assert woken.is_set()
     assert signal.SIGRTMIN < lib.pv_kick_signal() <= signal.SIGRTMAX
+
+
+@pytest.mark.parametrize("call", ["copy(room, page", "fill(page, 1"])
+@pytest.mark.parametrize("size", [8, 4096])
+def test_a_fault_is_caught_whatever_the_process_inherited(call: str, size: int) -> None:
+    # A fault whose signal is blocked kills the process, handler or not.
+    done = child(f"""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGSEGV, signal.SIGBUS])
+        lib.pv_install_signals()
+        room = ffi.new("uint8_t[]", 4096)
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        page = ffi.cast("uint8_t *", libc.mmap(None, 4096, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0))
+        sys.exit(lib.pv_{call}, {size}))
+    """)
+    assert (done.returncode, done.stderr) == (0, "")

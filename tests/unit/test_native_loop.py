@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import itertools
+import signal
+import threading
 from typing import TYPE_CHECKING
 
 from tests.fake_kvm import EXIT_DEBUG, EXIT_SYSTEM, failure, load, printed, store
@@ -190,3 +192,23 @@ def test_counts_are_kept_without_histograms(rig: Rig) -> None:
     stats = rig.vcpus[0].native.stats[rig.lib.PV_EXIT_MMIO_COUNTER]
     assert (stats.count, stats.guest_ns, sum(stats.guest.bucket)) == (3, 0, 0)
     assert rig.records() == []
+
+
+# ---- masks
+
+
+def test_a_vcpu_is_kicked_whatever_its_thread_inherited(rig: Rig) -> None:
+    rig.script()
+    kick = rig.lib.pv_kick_signal()
+    blocked: list[bool] = []
+
+    def vcpu() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [kick])
+        blocked.append(kick in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        rig.run()
+        blocked.append(kick in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    thread = threading.Thread(target=vcpu)
+    thread.start()
+    thread.join()
+    assert blocked == [True, False]

@@ -18,7 +18,13 @@ from pyvmm.syntax.option import FLAG, RUN, Option
 TABLE = Table(
     (
         *GUEST_OPTIONS,
-        Option("--reboot", takes=FLAG, about=RUN, help="start the guest again, in a new VM, when it asks for a reset"),
+        Option(
+            "--reboot",
+            takes=FLAG,
+            about=RUN,
+            help="start the guest again, in a new VM, when it asks for a reset: after a pause, which grows up to 10 s "
+            "while lives are short",
+        ),
     ),
     add_common,
 )

@@ -109,10 +109,11 @@ class Machine(Hardware):
 
     # -- running
 
-    def run(self) -> Outcome:
-        """Start, wait for the end or the deadline, and say how it ended."""
+    def run(self, *, spent: float = 0.0) -> Outcome:
+        """Start, wait for the end or the deadline, and say how it ended; ``spent`` seconds of the deadline are over."""
         self.start()
-        return self.wait(self.config.deadline)
+        deadline = self.config.deadline
+        return self._wait(None if deadline is None else max(deadline - spent, 0.0), deadline)
 
     def start(self) -> None:
         """Seal memory and let every vCPU go. Raises HostError where a protected guest could not lock its memory."""
@@ -143,7 +144,10 @@ class Machine(Hardware):
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the run's end; after ``timeout`` seconds end it as past its deadline."""
-        outcome = self._end.wait(timeout) or self._end.finish(self._overdue(timeout))
+        return self._wait(timeout, timeout)
+
+    def _wait(self, timeout: float | None, deadline: float | None) -> Outcome:
+        outcome = self._end.wait(timeout) or self._end.finish(self._overdue(deadline))
         self._threads.stop()
         for device in self.role(Printing):
             device.drain()
@@ -152,13 +156,13 @@ class Machine(Hardware):
         self._end.say(outcome)
         return outcome
 
-    def _overdue(self, timeout: float | None) -> Outcome:
+    def _overdue(self, deadline: float | None) -> Outcome:
         """Stop every vCPU, and say where each was when its time was over."""
         self._abort_output()
         # Devices may go on: one that is stuck must not keep the deadline from being told.
         self._threads.pause_alone()
         where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
-        return Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {timeout:g} s: {where}")
+        return Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {deadline:g} s: {where}")
 
     def stop(self, reason: str = "stopped") -> None:
         """End the run from outside, from any thread; what the console's reader does not take at once is lost."""

@@ -28,16 +28,14 @@ if TYPE_CHECKING:
     from typing import Final
 
     from pyvmm.debug.server import GdbServer
-    from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.snapshot import Snapshot
     from pyvmm.options.consoles import Ends
     from pyvmm.options.table import Table
+    from pyvmm.session.lives import Lives
     from pyvmm.session.watch import Watch
     from pyvmm.vcpu.outcome import Outcome
 
 STDOUT: Final = 1
-LEAST_DEADLINE: Final = 1e-3
-"""Seconds of a deadline that are left to a VM at least, for there to be one."""
 
 
 class GuestRun:
@@ -48,13 +46,17 @@ class GuestRun:
 
     def __init__(self, args: argparse.Namespace, table: Table, watch: Watch | None = None) -> None:
         self._args, self._table, self._watch = args, table, watch
-        self._reboot: bool = getattr(args, "reboot", False)
         self._stack = contextlib.ExitStack()
         self._never_waiting = contextlib.ExitStack()
         self._signals = Signals()
         self._requests = Requests(options=self._machine_options)
         self._debugger: GdbServer | None = None
         self._snapshot: Snapshot | None = None
+        self._lives: Lives | None = None
+        if getattr(args, "reboot", False):
+            from pyvmm.session.lives import Lives
+
+            self._lives = Lives(args.deadline, lambda: self._asked_to_end)
 
     def to_end(self) -> int:
         """Run the guest; returns the exit status."""
@@ -130,12 +132,15 @@ class GuestRun:
             with self._requests.about(machine), following_size(machine, self._screen):
                 if asked := self._asked_to_end:  # before there was this machine
                     machine.stop(asked)
-                outcome = machine.run()
+                outcome = machine.run(spent=0.0 if self._lives is None else self._lives.spent)
             # A wish for the end that came too late to be this VM's is for the next one.
-            if not self._reboot or outcome.ending is not Ending.RESET or self._asked_to_end:
+            if self._lives is None or outcome.ending is not Ending.RESET or self._asked_to_end:
                 return self._finish(machine, outcome)
+            over = self._lives.reset(machine.started_ns, machine.elapsed_ns)
+            if over is not None or self._asked_to_end:
+                return self._finish(machine, over or outcome)
         # A protected VM's memory cannot be loaded again: a reset makes another VM, for every protection alike.
-        self._config = _rest_of(self._config, machine.elapsed_ns)
+        self._lives.stand_by()
         return None
 
     @property
@@ -159,10 +164,3 @@ class GuestRun:
             summarize = print_summary_json if self._args.log_json else print_summary
             summarize(outcome, machine.counters, table=self._args.stats)
         return outcome.status if self._signals.received is None else 128 + self._signals.received
-
-
-def _rest_of(config: MachineConfig, spent_ns: int) -> MachineConfig:
-    """Return the machine to go on with after one that ran so long: what is left of its deadline."""
-    if config.deadline is None:
-        return config
-    return config._replace(deadline=max(config.deadline - spent_ns / 1e9, LEAST_DEADLINE))

@@ -30,6 +30,8 @@ class Machines:
         self.stopped: list[str] = []
         self.alive: weakref.WeakSet[Machine] = weakref.WeakSet()
         self.most_alive = 0
+        self.clock: Clock | None = None
+        self.spent: list[float] = []
 
     def __call__(self, config: MachineConfig, **_: object) -> Machine:
         self.configs.append(config)
@@ -48,6 +50,7 @@ class Machine:
     def __init__(self, made: Machines) -> None:
         self.made, self.itself = made, self
         self.elapsed_ns = int(made.seconds * 1e9)
+        self.started_ns = 1 if made.clock is None else made.clock.monotonic_ns()
 
     def __enter__(self) -> Machine:
         return self
@@ -58,7 +61,8 @@ class Machine:
     def stop(self, reason: str) -> None:
         self.made.stopped.append(reason)
 
-    def run(self) -> Outcome:
+    def run(self, *, spent: float = 0.0) -> Outcome:
+        self.made.spent.append(spent)
         self.made.meanwhile()
         return Outcome(self.made.endings.pop(0), "enough")
 
@@ -75,19 +79,93 @@ def test_a_reset_is_the_end_unless_a_reboot_was_asked_for(monkeypatch: pytest.Mo
     assert len(machines.configs) == 1
 
 
-def test_lives_share_a_deadline_and_none_is_kept(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+class Clock:
+    """Stands in for the time: it passes while somebody sleeps, and while a life lasts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.slept = 100.0, 0.0
+        monkeypatch.setattr("pyvmm.session.lives.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def monotonic_ns(self) -> int:
+        return int(self.now * 1e9)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def living(clock: Clock, *endings: Ending, seconds: float) -> Machines:
+    """Machines that live for so long each, by this clock."""
+
+    def live() -> None:
+        clock.now += seconds
+
+    machines = Machines(*endings, seconds=seconds, meanwhile=live)
+    machines.clock = clock
+    return machines
+
+
+def test_lives_share_one_deadline_and_none_is_kept(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gc.disable()
     try:
-        machines = Machines(*[Ending.RESET] * 5, Ending.POWEROFF, seconds=3.0)
+        machines = living(clock, *[Ending.RESET] * 2, Ending.POWEROFF, seconds=3.0)
         assert to_end(monkeypatch, machines, "--reboot", "--deadline", "10") == 0
     finally:
         gc.enable()
-    assert [config.deadline for config in machines.configs] == [10.0, 7.0, 4.0, 1.0, 1e-3, 1e-3]
+    assert [config.deadline for config in machines.configs] == [10.0] * 3
+    # With the pauses between them.
+    assert machines.spent == pytest.approx([0.0, 3.1, 6.3])
     # The one whose stop the signals would call, the one that is made, and no other.
     assert machines.most_alive <= 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-4, 0.4, 4.99])
+def test_a_guest_that_only_resets_ends_at_its_deadline(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str], seconds: float
+) -> None:
+    machines = living(clock, *[Ending.RESET] * 1000, seconds=seconds)
+    assert to_end(monkeypatch, machines, "--reboot", "--deadline", "5") == Ending.DEADLINE.status
+    assert clock.now == pytest.approx(105.0)
+    assert len(machines.configs) <= 7  # each waits longer
+    assert "until its deadline of 5 s" in capsys.readouterr().err
+
+
+def test_a_guest_that_resets_at_once_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    machines = living(clock, *[Ending.RESET] * 9, Ending.POWEROFF, seconds=0.0)
+    assert to_end(monkeypatch, machines, "--reboot") == 0
+    assert clock.slept == pytest.approx(0.1 + 0.2 + 0.4 + 0.8 + 1.6 + 3.2 + 6.4 + 10 + 10)
+
+
+def test_a_guest_that_lived_well_is_soon_back(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    machines = living(clock, *[Ending.RESET] * 4, Ending.POWEROFF, seconds=3600.0)
+    assert to_end(monkeypatch, machines, "--reboot") == 0
+    assert clock.slept == pytest.approx(0.4)
+
+
+def test_a_signal_ends_the_wait_between_two_lives(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    machines = living(clock, *[Ending.RESET] * 4, Ending.INTERRUPTED, seconds=0.0)
+    sleep = clock.sleep
+
+    def sleeping(seconds: float) -> None:
+        sleep(seconds)
+        if clock.slept > 0.5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(clock, "sleep", sleeping)
+    assert to_end(monkeypatch, machines, "--reboot") == 128 + signal.SIGTERM
+    assert clock.slept < 0.7
+    assert machines.stopped[-1] == "SIGTERM"
 
 
 def test_a_signal_ends_a_guest_that_resets_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:

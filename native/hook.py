@@ -39,7 +39,8 @@ class NativeHook(BuildHookInterface[Any]):
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
         """Drop what was cross-built for this wheel alone."""
-        self._scratch.cleanup()
+        if self.target_name == "wheel":  # a source archive has nothing built in it
+            self._scratch.cleanup()
 
     def _build(self, machine: str, *, editable: bool, build_data: dict[str, Any]) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="pyvmm-wheel-")

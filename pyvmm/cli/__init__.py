@@ -39,6 +39,7 @@ VERBS = {
     "atlas": "what this kernel does with guest memory, claim by claim",
     "bench": "what a fault, an exit, a share, a conversion costs",
     "repl": "a live guest at a Python prompt",
+    "help": "the documentation, a page a topic",
 }
 
 

@@ -50,6 +50,7 @@ COMMANDS = [
     ["top", "--json", "123"],
     ["trace", "-o", "echo.pftrace", "payload:echo"],
     ["repl", "--protection", "pkvm"],
+    ["help", "lab"],
     ["--lab", "run", "payload:hello"],
 ]
 

@@ -9,12 +9,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from native import build
+from pyvmm.cli.help import TOPICS
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = platform.machine()
@@ -75,6 +77,17 @@ def test_wheel_is_for_this_machine_and_any_python_from_3_11(wheel: Path) -> None
         assert packed.namelist().count(LOOP) == 1
 
 
+def test_wheel_and_source_archive_carry_the_documentation(wheel: Path, source: Path, tmp_path: Path) -> None:
+    pages = {f"pyvmm/docs/{topic}.md" for topic in TOPICS}
+    with zipfile.ZipFile(wheel) as packed:
+        assert {name for name in packed.namelist() if name.startswith("pyvmm/docs/")} == pages
+    done = hatch(source, "sdist", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed_source:
+        assert pages <= {name.partition("/")[2] for name in packed_source.getnames()}
+
+
 @needs_cross
 @pytest.mark.skipif(HOST == "aarch64", reason="an arm64 host is its own lab")
 def test_wheel_of_a_workstation_carries_the_labs_loop(wheel: Path) -> None:
@@ -129,6 +142,20 @@ print(pyvmm.__file__)
         check=False,
     )
     assert done.stdout.strip() == str(tmp_path / "pyvmm" / "__init__.py"), done.stderr
+
+
+def test_wheel_shows_its_documentation_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "help", "lab"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == (tmp_path / "pyvmm/docs/lab.md").read_text(), done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("editables") is None, reason="editables is not installed")

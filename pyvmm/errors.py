@@ -6,8 +6,15 @@ The library raises; only the CLI prints and exits (with ``exit_status``).
 
 from __future__ import annotations
 
+import contextlib
 import errno as _errno
 import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_FORKING = ("/subprocess.py", "/experiment/child.py", "/host/processes.py")
 
 
 class PyvmmError(Exception):
@@ -70,6 +77,88 @@ class GuestMemoryError(PyvmmError):
         self.gpa = gpa
         self.done = done
         self.state = state
+
+
+def exhausted(error: BaseException, need: int = 0) -> HostError | None:
+    """Return what to say of an error that came of a limit on this process, None for any other.
+
+    It may have been raised while such a one was handled; a HostError has said it already. ``need`` is how many
+    descriptors are needed, if that is known. It stands here, where nothing has to be imported: at the limit, nothing
+    can be.
+    """
+    seen: BaseException | None = None if isinstance(error, HostError) else error
+    while seen is not None:
+        number = getattr(seen, "errno", None)
+        if number == _errno.EMFILE or (isinstance(seen, ImportError) and _no_descriptor_left(seen)):
+            return _no_files(need)
+        if number == _errno.ENFILE:
+            return HostError("this host has no file descriptor left (ENFILE)", hint="raise the sysctl fs.file-max")
+        if isinstance(seen, RuntimeError) and "new thread" in str(seen):
+            return _no_process("thread")
+        if number == _errno.EAGAIN and _forked(seen):
+            return _no_process("process")
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _no_files(need: int) -> HostError:
+    soft = os.sysconf("SC_OPEN_MAX")
+    more = f"about {need}" if need > soft else f"more than {soft}"
+    return HostError(
+        f"RLIMIT_NOFILE is too small: {more} file descriptors are needed, and this process may have {soft}"
+        f"{_hard('RLIMIT_NOFILE', soft)}",
+        hint=f"ulimit -n {max(need + need // 4, 1024, 2 * soft)}; for a service: LimitNOFILE=",
+    )
+
+
+def _no_process(what: str) -> HostError:
+    return HostError(
+        f"this host gives no {what} more: RLIMIT_NPROC, or pids.max of the cgroup, is too small"
+        f"{_hard('RLIMIT_NPROC', -1)}",
+        hint="each vCPU and each device needs a thread: ulimit -u 4096; for a service: TasksMax=; or end some of this "
+        "user's processes",
+    )
+
+
+def _hard(name: str, soft: int) -> str:
+    try:
+        import resource
+
+        limit, hard = resource.getrlimit(getattr(resource, name))
+    except (ImportError, OSError):
+        return ""
+    words = ["unlimited" if value == resource.RLIM_INFINITY else str(value) for value in (limit, hard)]
+    return f" (hard limit {words[1]})" if soft >= 0 else f" ({name} is {words[0]}, its hard limit {words[1]})"
+
+
+def _no_descriptor_left(error: ImportError) -> bool:
+    # dlopen says it in words; of a module that another thread could not read, this one is told nothing.
+    if os.strerror(_errno.EMFILE) in str(error):
+        return True
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as why:
+        return why.errno == _errno.EMFILE
+    return False
+
+
+def _forked(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    # Where a fork was tried; elsewhere this number means that there is nothing to read.
+    return trace is not None and trace.tb_frame.f_code.co_filename.endswith(_FORKING)
+
+
+@contextlib.contextmanager
+def within_limits(need: int = 0) -> Iterator[None]:
+    """Raise HostError for what fails within it because of a limit; ``need`` is that of :func:`exhausted`."""
+    try:
+        yield
+    except Exception as error:
+        if limit := exhausted(error, need):
+            raise limit from error
+        raise
 
 
 def hex_(value: int) -> str:

@@ -20,7 +20,7 @@ from importlib import import_module
 
 from pyvmm import __version__
 from pyvmm.cli.common import STATUSES, Help, add_common
-from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.errors import PyvmmError, UsageError, exhausted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _dispatch(args, words)
         sys.stdout.flush()
     except PyvmmError as error:
+        error = exhausted(error) or error
         _complain(error.message, error.hint, as_json=bool(args.log_json))
         return error.exit_status
     except KeyboardInterrupt as interrupt:
@@ -139,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _reader_gone()
     except Exception as error:
+        if limit := exhausted(error):
+            _complain(limit.message, limit.hint, as_json=bool(args.log_json))
+            return limit.exit_status
         if args.verbose:
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

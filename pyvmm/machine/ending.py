@@ -6,10 +6,11 @@ A :class:`RunEnd` owns nothing but that. Any thread may call it; nothing is done
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError, exhausted
 from pyvmm.log import get_logger
 from pyvmm.vcpu.outcome import Ending, Outcome
 
@@ -47,10 +48,14 @@ class RunEnd:
 
     def failed(self, error: BaseException) -> None:
         """End the run because of ``error``."""
-        hint = error.hint if isinstance(error, PyvmmError) else None
-        text = error.message if isinstance(error, PyvmmError) else f"{type(error).__name__}: {error}"
-        log.error("vcpu_thread_failed", error=text, exc_info=error if not isinstance(error, PyvmmError) else None)
-        self.finish(Outcome(Ending.FAILED, text, hint=hint))
+        # It ends before anything is said of it: what says it may fail of the same.
+        told = exhausted(error) or error
+        hint = told.hint if isinstance(told, PyvmmError) else None
+        text = told.message if isinstance(told, PyvmmError) else f"{type(told).__name__}: {told}"
+        ending = Ending.UNABLE if isinstance(told, HostError) else Ending.FAILED
+        self.finish(Outcome(ending, text, hint=hint))
+        with contextlib.suppress(Exception):
+            log.error("vcpu_thread_failed", error=text, exc_info=told if not isinstance(told, PyvmmError) else None)
 
     def unheard(self, error: OSError) -> None:
         """End the run because the guest's output cannot be written."""

@@ -37,13 +37,17 @@ from pyvmm.memory.relay import ShareRelay
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeVar
+    from typing import Final, TypeVar
 
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.devices.virtio.mmio import VirtioMmio
     from pyvmm.machine.start import Start
 
     R = TypeVar("R")
+
+OTHER_DESCRIPTORS: Final = 32
+DEVICE_DESCRIPTORS: Final = 12
+"""Without its queues, of which each has one."""
 
 
 class Hardware:
@@ -80,6 +84,8 @@ class Hardware:
         self.tree = None if config.dtb is None else boot.read_tree(config.dtb)
         self.pool = config.pool_size(self.tree, virtio=not all(isinstance(each, Device) for each in self._brought))
         self._start.prepare(config)
+        if self.descriptors > os.sysconf("SC_OPEN_MAX"):
+            _raise_limit_of_descriptors()
         push = self._stack.enter_context
         self.system = push(System.open(kernel=self._kernel or KERNEL))
         vm, bits = create_vm(self.system, config)
@@ -154,6 +160,13 @@ class Hardware:
 
     # -- asking
 
+    @property
+    def descriptors(self) -> int:
+        """About how many descriptors a process of this machine has open: a little more than it will, with its run's."""
+        specs = self.config.devices
+        queues = sum(getattr(spec, "queues", 0) or 0 for spec in specs)
+        return OTHER_DESCRIPTORS + self.config.cpus + DEVICE_DESCRIPTORS * (len(specs) + len(self._devices)) + queues
+
     def role(self, kind: type[R]) -> tuple[R, ...]:
         """Return the devices that can do what ``kind`` says, one of :mod:`pyvmm.devices.roles`, by address."""
         devices = (placed.device.behind for placed in self.bus.placed)
@@ -189,3 +202,11 @@ class Hardware:
         """
         with self._memory_stack:
             self.close_vm()
+
+
+def _raise_limit_of_descriptors() -> None:
+    """Take all descriptors that this process may give itself."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

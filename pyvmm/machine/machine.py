@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 
 from pyvmm.devices.roles import Printing
-from pyvmm.errors import hex_
+from pyvmm.errors import hex_, within_limits
 from pyvmm.log import get_logger
 from pyvmm.machine.hardware import Hardware
 from pyvmm.machine.threads import Threads
@@ -68,7 +68,7 @@ class Machine(Hardware):
         self._keep: list[CData] = []
 
     def __enter__(self) -> Machine:
-        with contextlib.ExitStack() as half_built:
+        with within_limits(self.descriptors), contextlib.ExitStack() as half_built:
             half_built.callback(self.close)
             self._build()
             self._make_threads()
@@ -116,7 +116,10 @@ class Machine(Hardware):
         return self._wait(None if deadline is None else max(deadline - spent, 0.0), deadline)
 
     def start(self) -> None:
-        """Seal memory and let every vCPU go. Raises HostError where a protected guest could not lock its memory."""
+        """Seal memory and let every vCPU go.
+
+        Raises HostError where a protected guest could not lock its memory, or where there is no thread for each vCPU.
+        """
         if self.config.protection is Protection.PKVM:
             from pyvmm.memory.memlock import require_memlock
 
@@ -124,7 +127,8 @@ class Machine(Hardware):
         if self.config.prefault:
             self.prefault()
         self.memory.seal()
-        self.uart.start()
+        with within_limits(self.descriptors):
+            self.uart.start()
         log.info(
             "starting",
             protection=self.config.protection.value,
@@ -135,7 +139,8 @@ class Machine(Hardware):
             pc=hex_(self.entry.pc),
         )
         self._end.begin()
-        self._threads.start()
+        with within_limits(self.descriptors):
+            self._threads.start()
 
     def prefault(self) -> None:
         """Populate all memory, before the start; HostError where there is not so much, or no way."""

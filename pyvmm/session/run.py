@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import threading
 
 from pyvmm import log
 from pyvmm.machine.machine import Machine
@@ -52,6 +53,8 @@ class GuestRun:
         self._requests = Requests(options=self._machine_options)
         self._debugger: GdbServer | None = None
         self._snapshot: Snapshot | None = None
+        self._machine: Machine | None = None
+        self._failures: list[BaseException] = []
         self._lives: Lives | None = None
         if getattr(args, "reboot", False):
             from pyvmm.session.lives import Lives
@@ -74,6 +77,8 @@ class GuestRun:
         # Between two lives of the guest too: its last one may have left no room for what the next one's start says.
         stack.enter_context(self._never_waiting).enter_context(log.never_waiting())
         stack.enter_context(self._signals)
+        stack.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = self._thread_failed
         if self._watch is not None:
             stack.enter_context(self._watch)
         serial, console = self._open_consoles()
@@ -90,6 +95,14 @@ class GuestRun:
 
             self._snapshot = stack.enter_context(Snapshot(args.restore))
         stack.enter_context(Control(self._requests.verbs, args.socket))
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Hear of a thread that nobody else hears: what it was for is no longer done, so the run ends."""
+        if failure.exc_value is None or isinstance(failure.exc_value, SystemExit):
+            return
+        self._failures.append(failure.exc_value)
+        if self._machine is not None:
+            self._machine.failed(failure.exc_value)
 
     def _open_consoles(self) -> list[Ends]:
         stdout = STDOUT if self._watch is None else self._watch.console
@@ -126,6 +139,9 @@ class GuestRun:
                 write_output(self._args.dump_dtb, machine.entry.described())
             if self._watch is not None:
                 self._watch.begin(machine)
+            self._machine = machine
+            for error in self._failures:  # of threads that there were before
+                machine.failed(error)
             self._signals.stop = machine.stop
             if self._debugger is not None:
                 life.enter_context(self._debugger.serving(machine))

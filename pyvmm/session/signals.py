@@ -46,7 +46,11 @@ class Signals:
         if again or self.stop is None:
             self._raised = True
             raise Interrupted(self.received)
-        self.end(signal.Signals(number).name)
+        try:
+            self.end(signal.Signals(number).name)
+        except RuntimeError:  # no thread to stop it from
+            self._raised = True
+            raise Interrupted(self.received) from None
 
     def end(self, reason: str) -> None:
         """Stop what there is to stop, from any thread or a signal handler; where nothing is, ``asked`` remains."""

@@ -18,6 +18,7 @@ class Ending(Enum):
     RESET = "reset"
     DEADLINE = "deadline"
     INTERRUPTED = "interrupted"
+    UNABLE = "not possible on this host"
 
     @property
     def status(self) -> int:
@@ -33,6 +34,7 @@ _STATUS = {
     Ending.RESET: 3,
     Ending.DEADLINE: 4,
     Ending.INTERRUPTED: 130,
+    Ending.UNABLE: 5,
 }
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import signal
+import threading
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -58,6 +60,10 @@ class Machine:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def failed(self, error: BaseException) -> None:
+        assert isinstance(self.made, Stray)
+        self.made.heard.append(error)
+
     def stop(self, reason: str) -> None:
         self.made.stopped.append(reason)
 
@@ -67,10 +73,34 @@ class Machine:
         return Outcome(self.made.endings.pop(0), "enough")
 
 
+def parsed(line: str) -> argparse.Namespace:
+    words = ["run", *line.split()]
+    return make_parser(words).parse_args(words)
+
+
 def to_end(monkeypatch: pytest.MonkeyPatch, machines: Machines, *words: str) -> int:
     monkeypatch.setattr(run, "Machine", machines)
-    line = ["run", "--serial", "none", *words, "payload:hello"]
-    return run.GuestRun(make_parser(line).parse_args(line), TABLE).to_end()
+    return run.GuestRun(parsed(f"--serial none {' '.join(words)} payload:hello"), TABLE).to_end()
+
+
+class Stray(Machines):
+    """Machines of a run in which a thread dies that nobody looks after."""
+
+    def __init__(self) -> None:
+        super().__init__(Ending.RESET, meanwhile=self.die)
+        self.heard: list[BaseException] = []
+
+    def die(self) -> None:
+        thread = threading.Thread(target=lambda: [][0])
+        thread.start()
+        thread.join()
+
+
+def test_a_thread_that_dies_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    machines, before = Stray(), threading.excepthook
+    to_end(monkeypatch, machines)
+    assert [type(error) for error in machines.heard] == [IndexError]
+    assert threading.excepthook is before
 
 
 def test_a_reset_is_the_end_unless_a_reboot_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import select
 import threading
 
 from pyvmm.devices.virtio.device import VirtioDevice
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.errors import PyvmmError, within_limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -109,10 +109,11 @@ class Worker:
         thread = threading.Thread(target=self._main, name=self.name, daemon=True)
         self._resting = False
         try:
-            thread.start()
-        except RuntimeError as error:
+            with within_limits():
+                thread.start()
+        except BaseException:
             self._resting = True
-            raise HostError(f"{self.name} gets no thread: {error}", hint="see ulimit -u") from error
+            raise
         self._thread = thread
 
     def pause(self, patience: float = PATIENCE) -> None:

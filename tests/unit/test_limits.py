@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits on a process: a run raises what it may, or ends with the limit's name; it never hangs, and blames no bug."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyvmm import errors
+from pyvmm.errors import HostError, UsageError, exhausted, within_limits
+from pyvmm.examples.dice import DiceDevice
+from pyvmm.machine import layout
+from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.ending import RunEnd
+from pyvmm.machine.plan import Plan
+from pyvmm.options.machine import machine_config
+from pyvmm.vcpu.outcome import Ending
+from tests.unit.test_session_run import parsed
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+
+
+def started(*words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run a command line on a fake host; TimeoutExpired where it hangs."""
+    command = [sys.executable, str(HERE / "fake_host.py"), *options, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, env=environment, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> list[str]:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    return ["-d", f"{disk},queues=2", "--rng", "-c", "2"]
+
+
+def test_the_fake_host_starts_a_run(devices: list[str]) -> None:
+    done = started("run", *devices, "payload:hello")
+    assert done.returncode == 1
+    assert "ENOTTY" in done.stderr
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_a_thread_that_the_host_does_not_give_ends_the_run(number: int, devices: list[str]) -> None:
+    done = started("run", *devices, "payload:hello", options=("--no-thread", str(number)))
+    assert done.returncode == 5
+    assert "RLIMIT_NPROC" in done.stderr
+    assert "bug" not in done.stderr
+
+
+@pytest.mark.parametrize("files", range(6, 28))
+def test_a_run_without_descriptors_ends_and_names_the_limit(files: int, devices: list[str]) -> None:
+    # The last of these numbers do for the run, and not for what its threads do when it fails.
+    done = started("run", *devices, "payload:hello", options=("--files", str(files)))
+    assert done.returncode == 5 or (files > 20 and done.returncode == 1 and "ENOTTY" in done.stderr)
+    assert done.returncode == 1 or "RLIMIT_NOFILE is too small" in done.stderr
+    assert "bug" not in done.stderr
+
+
+def test_the_limit_is_raised_as_far_as_it_may_be(tmp_path: Path) -> None:
+    words = []
+    for name in range(8):
+        disk = tmp_path / str(name)
+        disk.write_bytes(bytes(4096))
+        words += ["-d", f"{disk},queues=16"]
+    raised = started("run", *words, "payload:hello", options=("--files", "64:4096"))
+    assert "ENOTTY" in raised.stderr
+    refused = started("run", *words, "payload:hello", options=("--files", "64:96"))
+    assert refused.returncode == 5
+    assert "about 257 file descriptors are needed, and this process may have 96" in refused.stderr
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "payload:hello",
+        "-c {most} payload:hello",
+        "-d {disk} -d {disk2},queues=16 payload:hello",
+        "--rng --balloon 0 --console none payload:hello",
+        "--vsock uds={disk}.v,cid=3 --protection emulated payload:hello",
+    ],
+)
+def test_a_machine_needs_no_more_than_it_says(line: str, tmp_path: Path) -> None:
+    disks = [tmp_path / "disk", tmp_path / "disk2"]
+    for disk in disks:
+        disk.write_bytes(bytes(4096))
+    config = machine_config(parsed(line.format(disk=disks[0], disk2=disks[1], most=layout.MAX_VCPUS)))
+    before = descriptors()
+    with Plan(config) as plan:
+        assert descriptors() - before <= plan.machine.descriptors
+
+
+# ---- what an error says
+
+
+def raised(error: BaseException, *, handling: BaseException | None = None) -> BaseException:
+    try:
+        if handling is not None:
+            try:
+                raise handling
+            except BaseException:
+                raise error from None
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+FULL = OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/dev/kvm")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FULL, "RLIMIT_NOFILE"),
+        (errors.KvmError("KVM_CREATE_VCPU", "", errno.EMFILE), "RLIMIT_NOFILE"),
+        (ImportError("x.so: cannot open shared object file: Too many open files"), "RLIMIT_NOFILE"),
+        (OSError(errno.ENFILE, "x"), "fs.file-max"),
+        (RuntimeError("can't start new thread"), "RLIMIT_NPROC"),
+    ],
+)
+def test_an_error_of_a_limit_names_it(error: BaseException, said: str) -> None:
+    limit = exhausted(error)
+    assert limit is not None
+    assert limit.exit_status == 5
+    assert said in str(limit)
+
+
+def test_an_error_that_came_of_another_is_no_better_than_that() -> None:
+    error = raised(UsageError("disk d cannot be opened: Too many open files"), handling=FULL)
+    assert "RLIMIT_NOFILE" in str(exhausted(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x"),
+        RuntimeError("threads can only be started once"),
+        ImportError("no module"),
+        OSError(errno.EAGAIN, "nothing to read"),
+        HostError("said already"),
+    ],
+)
+def test_any_other_error_stays_what_it_is(error: Exception) -> None:
+    assert exhausted(raised(error)) is None
+    with pytest.raises(type(error)) as caught, within_limits():
+        raise error
+    assert caught.value is error
+
+
+def test_a_program_that_cannot_be_started_for_want_of_processes() -> None:
+    # As where fork() says so: nothing else tells it from a file with nothing to read.
+    there: dict[str, Any] = {}
+    exec(compile("def start(): raise BlockingIOError(11, 'again')", "/usr/lib/python3/subprocess.py", "exec"), there)
+    with pytest.raises(HostError, match="gives no process more"), within_limits():
+        there["start"]()
+
+
+def test_a_limit_that_a_thread_meets_ends_the_run_with_its_status() -> None:
+    end = RunEnd()
+    end.failed(FULL)
+    assert end.outcome is not None
+    assert (end.outcome.ending, end.outcome.status) == (Ending.UNABLE, 5)
+
+
+def test_a_run_whose_end_cannot_be_told_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr("pyvmm.machine.ending.log.error", refuse)
+    end = RunEnd()
+    thread = threading.Thread(target=end.failed, args=(ValueError("x"),))
+    thread.start()
+    thread.join()
+    assert end.outcome is not None
+    assert end.outcome.reason == "ValueError: x"
+
+
+def test_descriptors_count_devices_of_a_script_too() -> None:
+    plan = Plan(MachineConfig("payload:hello"))
+    assert Plan(MachineConfig("payload:hello"), devices=[DiceDevice()]).machine.descriptors > plan.machine.descriptors

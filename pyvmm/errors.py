@@ -150,6 +150,20 @@ def _forked(error: BaseException) -> bool:
     return trace is not None and trace.tb_frame.f_code.co_filename.endswith(_FORKING)
 
 
+def without_directory(error: BaseException) -> UsageError | None:
+    """Return what to say where ``error`` came of a working directory that somebody has removed, None for any other."""
+    if not isinstance(error, FileNotFoundError) or error.filename is not None:
+        return None
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        where = os.readlink("/proc/self/cwd").removesuffix(" (deleted)")
+        return UsageError(
+            f"the working directory {where} has been removed", hint="cd to one that is there, and try again"
+        )
+    return None
+
+
 @contextlib.contextmanager
 def within_limits(need: int = 0) -> Iterator[None]:
     """Raise HostError for what fails within it because of a limit; ``need`` is that of :func:`exhausted`."""

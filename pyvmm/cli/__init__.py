@@ -20,7 +20,7 @@ from importlib import import_module
 
 from pyvmm import __version__
 from pyvmm.cli.common import STATUSES, Help, add_common
-from pyvmm.errors import PyvmmError, UsageError, exhausted
+from pyvmm.errors import PyvmmError, UsageError, exhausted, without_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _reader_gone()
     except Exception as error:
-        if limit := exhausted(error):
-            _complain(limit.message, limit.hint, as_json=bool(args.log_json))
-            return limit.exit_status
+        if known := exhausted(error) or without_directory(error):
+            _complain(known.message, known.hint, as_json=bool(args.log_json))
+            return known.exit_status
         if args.verbose:
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Copies that survive pages the host may not touch, and the signal handlers they need. They load and store in user
- * mode only: the kernel would reach a donated page by reclaiming it from its guest (kernel-facts.md, section A). */
+ * mode only: where the kernel faults on a donated page in its own mapping, it takes the page back from the guest and
+ * its contents are gone (arch/arm64/mm/fault.c; the atlas's claim fatal/a-reclaimed-page-is-efault). */
 #include "loop/loop.h"
 
 #include <pthread.h>

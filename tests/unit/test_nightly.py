@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+
+import pytest
 
 NIGHTLY = Path(__file__).parents[2] / ".ci" / "nightly"
 
@@ -31,3 +34,11 @@ def test_a_night_is_ten_minutes_of_fuzzing_from_a_seed_that_repeats_it(tmp_path:
     assert int(seed) > 1
     assert f"PYVMM_FUZZ_SEED={seed} " in said
     assert night(tmp_path, PYVMM_FUZZ_SEED=seed) == [said, found]
+
+
+@pytest.mark.parametrize("name", ["run", "nightly"])
+def test_hosted_ci_runs_what_anybody_can_run(name: str) -> None:
+    root = NIGHTLY.parents[1]
+    workflow = root / ".github/workflows" / f"{name.replace('run', 'ci')}.yml"
+    assert re.findall(r"^\s*(?:- )?run: (.*)$", workflow.read_text(), re.MULTILINE) == [f".ci/{name}"]
+    assert os.access(root / ".ci" / name, os.X_OK)

@@ -20,6 +20,7 @@ from pyvmm.interrupt import terminable
 from pyvmm.labenv import in_lab
 from pyvmm.syntax.paths import find_outputs
 from pyvmm.syntax.values import parse_count, parse_seconds, parse_size
+from pyvmm.terminal import in_background
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +151,7 @@ def run_verb(
     ``stdout`` takes it. ``visible`` are more paths to be seen there, ``env`` more variables.
     """
     _refuse_debugger(args)
-    is_tty = stdout is None and all(map(os.isatty, (STDIN, 1, 2)))
+    is_tty = stdout is None and all(map(os.isatty, (STDIN, 1, 2))) and not in_background(STDIN)
     if outputs is None:
         outputs = find_outputs(args)
     return _run(
@@ -210,8 +211,9 @@ def _run(
     from pyvmm.lab.shares import find_shares
     from pyvmm.lab.staging import staged
 
-    if is_tty and not os.isatty(STDIN):
-        raise UsageError("stdin is not a terminal, and a terminal is what was asked for")
+    if is_tty and (in_background(STDIN) or not os.isatty(STDIN)):
+        why = "the terminal is another job's" if os.isatty(STDIN) else "stdin is not a terminal"
+        raise UsageError(f"{why}, and a terminal is what was asked for")
     options = _options(args)
     wanted = list(dict.fromkeys([*getattr(args, "lab_with", []), *named(files, ("passt",))]))
     if wanted:
@@ -242,7 +244,9 @@ def _run(
                 out, err = _after(ticker.end, out), _after(ticker.end, err)
             else:
                 ticker.end()
-            return lab.run(command, stdin=STDIN, stdout=out, stderr=err, is_tty=is_tty, is_module=is_module, env=env)
+            # A background job that reads its terminal is stopped.
+            stdin = b"" if in_background(STDIN) else STDIN
+            return lab.run(command, stdin=stdin, stdout=out, stderr=err, is_tty=is_tty, is_module=is_module, env=env)
 
 
 def _after(first: Callable[[], None], sink: Sink) -> Sink:

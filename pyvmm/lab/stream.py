@@ -21,6 +21,7 @@ from types import FrameType
 
 from pyvmm.interrupt import ENDING, handling
 from pyvmm.lab import frames
+from pyvmm.terminal import in_background
 
 Sink = Callable[[bytes], object]
 """Takes output as it arrives; a BrokenPipeError from it closes the command's stream."""
@@ -209,7 +210,8 @@ class Pump:
             tty.setraw(self._tty_fd)
             yield
         finally:
-            termios.tcsetattr(self._tty_fd, termios.TCSADRAIN, old)
+            if not in_background(self._tty_fd):
+                termios.tcsetattr(self._tty_fd, termios.TCSADRAIN, old)
 
 
 def _discard(_data: bytes) -> None:

@@ -13,6 +13,8 @@ import select
 import termios
 import threading
 
+from pyvmm.terminal import in_background
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,9 +49,10 @@ class Keys:
     def __exit__(self, *_: object) -> None:
         os.write(self._stop_write, b"x")
         self._thread.join()
+        # The terminal may have gone away, or be another job's by now; then there is no mode to put back.
         with contextlib.suppress(termios.error):
-            # The terminal may have gone away; then there is no mode to put back.
-            termios.tcsetattr(self._terminal, termios.TCSADRAIN, self._saved)
+            if not in_background(self._terminal):
+                termios.tcsetattr(self._terminal, termios.TCSADRAIN, self._saved)
         for fd in (self.fd, self._keys, self._stop_read, self._stop_write):
             os.close(fd)
 
@@ -92,11 +95,3 @@ def raw(mode: list[Any]) -> list[Any]:
     iflag &= ~(termios.BRKINT | termios.ICRNL | termios.INLCR | termios.IGNCR | termios.ISTRIP | termios.IXON)
     lflag &= ~(termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)
     return [iflag, oflag, cflag, lflag, *rest]
-
-
-def in_foreground(terminal: int) -> bool:
-    """Whether this process may read and set ``terminal`` without being stopped for it."""
-    try:
-        return os.isatty(terminal) and os.tcgetpgrp(terminal) == os.getpgrp()
-    except OSError:
-        return False

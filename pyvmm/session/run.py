@@ -114,7 +114,8 @@ class GuestRun:
         """Return where a console reads whose input is ``source``: of a terminal, its keys one by one."""
         if source is None or not os.isatty(source):
             return source
-        from pyvmm.session.keys import Keys, in_foreground
+        from pyvmm.session.keys import Keys
+        from pyvmm.terminal import in_foreground
 
         if not in_foreground(source):
             # In the background the terminal is not ours to read: it would stop us.

@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import signal
+import sys
 import termios
 import threading
 import time
@@ -20,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.interrupt import ENDING, Interrupted, terminable
-from pyvmm.session.keys import Keys, in_foreground, raw
+from pyvmm.session.keys import Keys, raw
 from pyvmm.session.signals import Signals
+from pyvmm.terminal import in_background, in_foreground
 
 
 @pytest.fixture
@@ -226,3 +228,112 @@ def test_a_signal_that_was_blocked_is_heard(catching: Catching) -> None:
         assert set(ENDING) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---- jobs of a shell
+
+
+def job(code: str, *, foreground: bool) -> tuple[bytes, int]:
+    """Run Python as a job of an interactive shell's terminal; what it says there, and how it ended or was stopped.
+
+    The shell's part is played by the leader of a session of its own: it has the terminal, and the job a process group.
+    """
+    leader, ours = pty.fork()
+    if leader == 0:
+        try:
+            status = _lead(code, foreground=foreground)
+        finally:
+            os._exit(status)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal's other side has gone
+        while data := os.read(ours, 1000):
+            said += data
+            if b"ready" in data:
+                os.write(ours, b"typed\n")
+    os.close(ours)
+    return said, os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
+
+
+def _lead(code: str, *, foreground: bool) -> int:
+    """Play the shell; returns the signal that stopped the job, or 100 and its status."""
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        if foreground:
+            os.tcsetpgrp(0, os.getpgrp())
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    _, status = os.waitpid(child, os.WUNTRACED)
+    if not os.WIFSTOPPED(status):
+        return 100 + os.waitstatus_to_exitcode(status)
+    os.kill(child, signal.SIGKILL)
+    return os.WSTOPSIG(status)
+
+
+LAB = """
+import os, sys
+from pyvmm import cli, lab
+from pyvmm.lab import needs, image
+sys.path.insert(0, os.environ["PYVMM_ROOT"])
+from tests.unit.test_lab_cli import FakeLab
+from pyvmm.lab.cache import Image, Manifest
+from pathlib import Path
+from pyvmm.lab.stream import Pump
+
+class Lab(FakeLab):
+    def run(self, command, **how):
+        with Pump(None, how["stdin"], None, None, is_tty=how["is_tty"])._raw_terminal():
+            print("ready", flush=True)
+            if isinstance(how["stdin"], int):
+                os.read(how["stdin"], 100)
+        print("is_tty", how["is_tty"], flush=True)
+        return 42
+
+lab.Lab = Lab
+needs.require = lambda **_: None
+image.usable_image = lambda *_, **__: Image(Path("/tmp"), Manifest("9.9", "2026-01-02T03:04:05+00:00", "", "r", [], {}))
+sys.exit(cli.main({words}))
+"""
+"""A command line whose lab only sets the terminal's mode and reads its input, as a lab's stream does."""
+
+
+@pytest.mark.parametrize("foreground", [True, False])
+def test_a_lab_in_the_background_runs_on_without_the_terminal(
+    foreground: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYVMM_ROOT", str(Path(__file__).resolve().parents[2]))
+    monkeypatch.delenv("PYVMM_IN_LAB", raising=False)
+    words = ["--lab", "run", "payload:hello"]
+    said, status = job(LAB.replace("{words}", str(words)), foreground=foreground)
+    assert (status, f"is_tty {foreground}".encode() in said) == (142, True), said
+
+
+def test_who_asks_for_a_terminal_in_the_background_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYVMM_ROOT", str(Path(__file__).resolve().parents[2]))
+    said, status = job(LAB.replace("{words}", str(["lab", "exec", "-t", "true"])), foreground=False)
+    assert status == 102
+    assert b"the terminal is another job's" in said
+
+
+def test_a_job_knows_whose_the_terminal_is() -> None:
+    code = "from pyvmm.terminal import in_background as b, in_foreground as f; print(b(0), f(0))"
+    assert job(code, foreground=True)[0].splitlines()[-1] == b"False True"
+    assert job(code, foreground=False)[0].splitlines()[-1] == b"True False"
+
+
+def test_keys_leave_a_terminal_alone_that_has_become_anothers() -> None:
+    code = """
+import os, signal
+from pyvmm.session.keys import Keys
+with Keys(0, int):
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    os.tcsetpgrp(0, os.getppid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+"""
+    assert job(code, foreground=True)[1] == 100
+
+
+def test_what_is_no_terminal_is_nobodys(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        assert not in_background(file.fileno())

@@ -23,6 +23,7 @@ from itertools import pairwise
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.content import (
+    GZIP_MAGIC,
     PEEK,
     Bytes,
     Content,
@@ -66,7 +67,6 @@ _IMAGE_BIG_ENDIAN: Final = 1
 _IMAGE_OLD_OFFSET: Final = 0x8_0000
 # Linux drivers/firmware/efi/libstub/zboot-header.S: MZ, "zimg", payload offset and size, 8 bytes, compression's name.
 _ZBOOT: Final = struct.Struct("<4s4s2I8x32s")
-_GZIP_MAGIC: Final = b"\x1f\x8b\x08"
 _ELF_MAGIC: Final = b"\x7fELF"
 
 _OTHERS: Final = {
@@ -149,7 +149,7 @@ def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
     whole: Content = data
     if data[:8] == b"MZ\0\0zimg":
         whole = Gzip(_zboot_payload(data, source), f"kernel {source}")
-    elif data[: len(_GZIP_MAGIC)] == _GZIP_MAGIC:
+    elif data[: len(GZIP_MAGIC)] == GZIP_MAGIC:
         whole = Gzip(data, f"kernel {source}")
     if whole[_IMAGE_MAGIC_AT : _IMAGE_MAGIC_AT + 4] == _IMAGE_MAGIC and whole[: len(_ELF_MAGIC)] != _ELF_MAGIC:
         return _image(whole, source, room)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 #: Bytes of a packed file read, and unpacked, at once.
 CHUNK: Final = 1 << 20
+GZIP_MAGIC: Final = b"\x1f\x8b\x08"
 #: Bytes of a gzip stream's beginning that can be looked at without unpacking it.
 PEEK: Final = 4096
 
@@ -248,14 +249,22 @@ class Gzip:
         return self._head[which]
 
     def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
-        """Unpack from the beginning, at most ``most`` bytes at once; UsageError where the stream is damaged."""
+        """Unpack from the beginning, at most ``most`` bytes at once; UsageError where the stream is damaged.
+
+        It may have several members, one behind the other (RFC 1952, 2.2).
+        """
         import zlib  # many a kernel is not packed
 
         unpacker = zlib.decompressobj(wbits=31)
         at = total = 0
-        while not unpacker.eof:
+        while True:
             packed = unpacker.unconsumed_tail
-            if not packed:
+            if unpacker.eof:
+                packed, at = self._next_member(unpacker.unused_data, at)
+                if not packed:
+                    return
+                unpacker = zlib.decompressobj(wbits=31)
+            elif not packed:
                 packed = self._packed[at : at + CHUNK]
                 at += len(packed)
             try:
@@ -267,6 +276,21 @@ class Gzip:
             total += len(chunk)
             if chunk:
                 yield chunk
+
+    def _next_member(self, behind: bytes, at: int) -> tuple[bytes, int]:
+        """Return how the member behind one begins, nothing where there is none, and where to read on.
+
+        ``behind`` was read already. Zeros are skipped, and what else is no member ends the stream, as gzip has it: a
+        signature may stand there.
+        """
+        behind = behind.lstrip(b"\0")
+        while len(behind) < len(GZIP_MAGIC):
+            more = self._packed[at : at + CHUNK]
+            if not more:
+                break
+            at += len(more)
+            behind = (behind + more).lstrip(b"\0")
+        return (behind if behind.startswith(GZIP_MAGIC) else b""), at
 
     def load(self, memory: Loadable, gpa: int, room: int) -> None:
         """Unpack it to ``gpa``; UsageError for more than ``room`` bytes."""

@@ -117,6 +117,31 @@ def test_a_gzip_file_is_what_is_in_it(inner: bytes) -> None:
     assert loaded(identify(gzip.compress(inner), "x")) == loaded(identify(inner, "x"))
 
 
+@pytest.mark.parametrize("inner", [linux_image(10_000), CODE, elf()])
+@pytest.mark.parametrize("between", [b"", b"\0", bytes(1500)])
+def test_all_members_of_a_gzip_file_are_in_it(inner: bytes, between: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyvmm.machine.content.CHUNK", 701)  # so that members begin and end anywhere in one
+    for cuts in ([1], [100, 5000], [0], [3, 4, 9_000]):
+        ends = [0, *cuts, len(inner)]
+        members = [gzip.compress(inner[start:end]) for start, end in pairwise(ends)]
+        assert loaded(identify(between.join(members), "x")) == loaded(identify(inner, "x"))
+
+
+@pytest.mark.parametrize(
+    "behind", [bytes(600), b"~Module signature appended~\n", b"\0\x1f", b"\x1f\x8b", b"\0\0x\x1f\x8b\x08"]
+)
+def test_what_stands_behind_a_gzip_file_is_left_alone(behind: bytes) -> None:
+    image = linux_image(9000)
+    assert loaded(identify(gzip.compress(image) + behind, "x")) == loaded(identify(image, "x"))
+
+
+@pytest.mark.parametrize("left", [4, 12, 40])
+def test_a_gzip_file_whose_second_member_is_cut_is_refused(left: int) -> None:
+    packed = gzip.compress(linux_image(9000, image_size=20_000)) + gzip.compress(os.urandom(100))[:left]
+    with pytest.raises(UsageError, match="truncated gzip file"):
+        loaded(identify(packed, "x"))
+
+
 def test_a_packed_image_is_unpacked_chunk_by_chunk_to_where_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.machine.content.CHUNK", 700)
     data = linux_image(5000)[:64] + os.urandom(4936)

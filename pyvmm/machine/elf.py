@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
     """Return the gpa of the first instruction and the loadable segments by physical address.
 
+    The entry may be named by its virtual or by its physical address; where it can be both it is the virtual one.
+
     Raises UsageError for anything but a little-endian, 64-bit, static arm64 executable that is all there.
     """
     try:
@@ -70,6 +72,8 @@ def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
             pc = entry - virtual + physical
     if not found:
         raise UsageError(f"kernel {source} is an ELF file with nothing to load", hint="link it with program headers")
+    if pc is None and any(part.gpa <= entry < part.end for part in found):
+        pc = entry  # a physical address, as linker scripts name that have the kernel start with the MMU off
     if pc is None:
         raise damaged(f"kernel {source} is damaged: its entry {entry:#x} lies in none of its segments")
     return pc, tuple(found)

@@ -107,6 +107,20 @@ def test_an_elf_goes_where_its_physical_addresses_say() -> None:
     assert [(part.gpa, part.size, part.data) for part in image.segments] == [(0x8010_0000, 4096, Bytes(CODE))]
 
 
+def test_an_elfs_entry_may_be_a_physical_address() -> None:
+    high = 0xFFFF_0000_0010_0000
+    assert identify(elf(entry=0x8010_0010, vaddr=high), "vmlinux").pc == 0x8010_0010
+    assert identify(elf(entry=0x8010_0FFF, vaddr=high), "vmlinux").pc == 0x8010_0FFF  # beyond what is in the file
+    with pytest.raises(UsageError, match="lies in none of its segments"):
+        identify(elf(entry=0x8010_1000, vaddr=high), "vmlinux")
+
+
+def test_an_elfs_entry_is_virtual_where_it_can_be_both() -> None:
+    parts = ((1, 0x8010_0000, CODE, 4096), (1, 0x8020_0000, CODE, 4096))
+    assert identify(elf(entry=0x8020_0010, vaddr=0x8020_0000, segments=parts[:1]), "x").pc == 0x8010_0010
+    assert identify(elf(entry=0x8020_0010, vaddr=0x9000_0000, segments=parts), "x").pc == 0x8020_0010
+
+
 def test_an_elfs_notes_and_empty_segments_are_not_loaded() -> None:
     parts = ((1, 0x8010_0000, CODE, 4096), (4, 0, b"note", 4), (1, 0, b"", 0))
     assert len(identify(elf(segments=parts), "x").segments) == 1

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import kernels
 
 FILES = ("Image", "root.cpio", "modules.cpio", "busybox")
@@ -29,9 +29,32 @@ GRACE_SECONDS = 600  # an older image stays so long: a lab may just be starting 
 
 
 def cache_directory() -> Path:
-    """Give the directory of the lab's cache; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "pyvmm" / "lab"
+    """Give the directory of the lab's cache; it need not exist. HostError where nothing says where it could be.
+
+    XDG Base Directory Specification 0.8: a variable that is empty or names a relative path counts as not set.
+    """
+    base = _absolute("XDG_CACHE_HOME")
+    if base is None:
+        home = _absolute("HOME")
+        if home is None:
+            import pwd  # few have no home in their environment
+
+            try:
+                home = pwd.getpwuid(os.getuid()).pw_dir
+            except KeyError:
+                home = ""
+        if not home.startswith("/"):
+            raise HostError(
+                "there is no place for the lab's cache: this user has no home directory",
+                hint="set XDG_CACHE_HOME to the absolute path of a directory of yours",
+            )
+        base = os.path.join(home, ".cache")
+    return Path(base) / "pyvmm" / "lab"
+
+
+def _absolute(variable: str) -> str | None:
+    path = os.environ.get(variable, "")
+    return path if path.startswith("/") else None
 
 
 @dataclass(frozen=True, slots=True)

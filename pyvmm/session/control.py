@@ -43,7 +43,8 @@ _SUFFIX: Final = ".sock"
 
 def directory() -> str:
     """Return where this user's runs have their sockets; it need not be there."""
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/"):  # a relative one is to be ignored, as the specification says
         return f"{runtime}/pyvmm"
     return f"/tmp/pyvmm-{os.geteuid()}" if os.geteuid() else "/run/pyvmm"
 

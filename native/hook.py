@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hatchling's way to native/build.py: the extension is built into every wheel and every editable install.
 
+The manual page comes with both (native/manual.py).
+
 ``PYVMM_TARGET=aarch64`` cross-builds a wheel for that machine.
 """
 
@@ -17,7 +19,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from native import build
+from native import build, manual
 
 
 class NativeHook(BuildHookInterface[Any]):
@@ -34,6 +36,9 @@ class NativeHook(BuildHookInterface[Any]):
             self._build(machine, editable=version == "editable", build_data=build_data)
         except build.BuildError as error:
             sys.exit(f"pyvmm's native loop cannot be built: {error}")
+        page = Path(self._scratch.name) / "pyvmm.1"
+        manual.write_manual(page)
+        build_data["shared_data"][str(page)] = manual.SHARED
         build_data["pure_python"] = False
         build_data["tag"] = f"cp311-abi3-linux_{machine}"
 

@@ -40,6 +40,7 @@ VERBS = {
     "bench": "what a fault, an exit, a share, a conversion costs",
     "repl": "a live guest at a Python prompt",
     "help": "the documentation, a page a topic",
+    "completion": "a script that completes command lines, for a shell",
 }
 
 

@@ -51,6 +51,7 @@ COMMANDS = [
     ["trace", "-o", "echo.pftrace", "payload:echo"],
     ["repl", "--protection", "pkvm"],
     ["help", "lab"],
+    ["completion", "bash"],
     ["--lab", "run", "payload:hello"],
 ]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from native import build
+from pyvmm import __version__
+from pyvmm.cli import VERBS
 from pyvmm.cli.help import TOPICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +28,9 @@ ELF_MACHINES = {0x3E: "x86_64", 0xB7: "aarch64"}
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("argparse_manpage") is None, reason="argparse-manpage is not installed"
+    ),
     pytest.mark.skipif(build.compiler(HOST) is None, reason="no C compiler"),
 ]
 needs_cross = pytest.mark.skipif(build.compiler("aarch64") is None, reason="no C compiler for aarch64")
@@ -86,6 +92,22 @@ def test_wheel_and_source_archive_carry_the_documentation(wheel: Path, source: P
     [archive] = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as packed_source:
         assert pages <= {name.partition("/")[2] for name in packed_source.getnames()}
+
+
+def test_wheel_carries_a_manual_page_of_every_verb(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        [name] = [name for name in packed.namelist() if ".data/data/" in name]
+        page = packed.read(name).decode()
+    assert name == f"pyvmm-{__version__}.data/data/share/man/man1/pyvmm.1"
+    assert page.startswith('.TH PYVMM "1" "')
+    assert re.findall(r"^\.SS \\fBpyvmm (\w+)\\fR$", page, re.MULTILINE) == list(VERBS)
+    assert ".SH EXIT STATUS" in page
+    if shutil.which("groff") is not None:
+        (tmp_path / "pyvmm.1").write_text(page)
+        checked = subprocess.run(
+            ["groff", "-man", "-z", "-Tutf8", tmp_path / "pyvmm.1"], capture_output=True, text=True, check=True
+        )
+        assert "error" not in checked.stderr
 
 
 @needs_cross

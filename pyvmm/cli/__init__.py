@@ -19,7 +19,7 @@ import sys
 from importlib import import_module
 
 from pyvmm import __version__
-from pyvmm.cli.common import STATUSES, Help, add_common
+from pyvmm.cli.common import STATUSES, Help, Parser, add_common
 from pyvmm.errors import PyvmmError, UsageError, exhausted, without_directory
 
 TYPE_CHECKING = False
@@ -63,7 +63,7 @@ class _Verbs(argparse._SubParsersAction):  # type: ignore[type-arg]
 
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser for ``argv``, complete for the verbs that occur in it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pyvmm",
         description="A VMM for protected arm64 guests.",
         epilog=STATUSES,

@@ -12,7 +12,7 @@ from pyvmm.errors import HostError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, Final
+    from typing import Any, Final, NoReturn
 
 STATUSES: Final = """\
 exit status:
@@ -21,6 +21,9 @@ exit status:
   2  the command line makes no sense        130  interrupted (128 + the signal's number)
   3  the guest crashed, was reset or failed
 """
+
+
+LAB_ACTIONS: Final = ("build", "kernel", "status", "run", "exec", "shell")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -38,6 +41,72 @@ class Help(argparse.RawDescriptionHelpFormatter):
             with contextlib.suppress(OSError):
                 columns = os.get_terminal_size().columns
         super().__init__(prog, width=(columns if columns > 0 else 80) - 2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, and then what to do; a page of usage is for --help."""
+
+    _hint: str | None = None
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        hint = self._hint or f"{self.prog} --help"
+        self.exit(2, f"{self.prog}: {message.rstrip()}\n  hint: {hint}\n")
+
+    def refuse(self, message: str, hint: str | None) -> NoReturn:
+        """End with status 2; ``hint`` is what to do, None for a look at --help."""
+        self._hint = hint
+        self.error(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the whole of a command line."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self._verb_of(parsed)._refuse(rest, self)
+        return parsed
+
+    def _verb_of(self, parsed: argparse.Namespace) -> Parser:
+        """Return the parser of the verb that the command line names, and of its action where that has some."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                verb = str(getattr(parsed, action.dest, None))
+                if isinstance(found := action.choices.get(verb), Parser):
+                    return found._verb_of(parsed)
+        return self
+
+    def _refuse(self, rest: Sequence[str], outer: Parser) -> NoReturn:
+        """Say what is wrong with words that nobody takes, of which the first option brought the others about."""
+        first = next((word for word in rest if word.startswith("-") and word != "-"), rest[0])
+        if not first.startswith("-"):
+            self.refuse(f"{first!r} is one word too many", None)
+        name, _, _ = first.partition("=")
+        known = self._option_string_actions
+        if name in outer._option_string_actions and name not in known:
+            lab = "--lab " if name.startswith(("--lab-", "--host-kernel")) else ""
+            verb = self.prog.removeprefix(outer.prog).strip()
+            self.refuse(f"{name} goes before the verb", f"{outer.prog} {lab}{name} ... {verb} ...")
+        near = _nearest(name, [option for option in known if option.startswith("--")], self.prog)
+        self.refuse(f"there is no option {name}", near)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        self._hint = _nearest(str(value), names, self.prog)
+        if isinstance(action, argparse._SubParsersAction):
+            if value in LAB_ACTIONS:
+                self._hint = f"{self.prog} lab {value} ..."
+            what = str(action.metavar).lower()
+            raise argparse.ArgumentError(None, f"there is no {what} {value!r}; there are {', '.join(names)}")
+        raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(names)}")
+
+
+def _nearest(word: str, names: Sequence[str], prog: str) -> str | None:
+    """Return a hint that names what ``word`` may have been meant to be, None where nothing is near."""
+    from difflib import get_close_matches  # for errors alone
+
+    near = get_close_matches(word, names, n=2)
+    return f"did you mean {' or '.join(near)}? {prog} --help lists them all" if near else None
 
 
 def require_arm64(args: argparse.Namespace, why: str, *, kvm: bool = False) -> None:
@@ -80,7 +149,8 @@ class _Misplaced(argparse.Action):
         _option_string: str | None = None,
     ) -> None:
         verb = parser.prog.split()[-1]
-        parser.error(f"--lab goes before the verb: pyvmm --lab {verb} ...")
+        if isinstance(parser, Parser):
+            parser.refuse("--lab goes before the verb", f"pyvmm --lab {verb} ...")
 
 
 def add_common(parser: argparse.ArgumentParser, *, verb: bool = True) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import pyvmm
 from pyvmm import cli
+from pyvmm.cli.common import LAB_ACTIONS
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.interrupt import Interrupted
 from pyvmm.memory.choices import BACKINGS, ConversionPolicy
@@ -39,6 +40,47 @@ def parse(*words: str) -> argparse.Namespace:
 def execute(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pyvmm", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+# ---- what is wrong with a command line
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong", "hint"),
+    [
+        ("runn", "pyvmm: there is no verb 'runn'; there are demo, doctor, run, map,", "did you mean run? pyvmm --help"),
+        ("xyzzy", "pyvmm: there is no verb 'xyzzy'", "pyvmm --help"),
+        ("", "pyvmm: the following arguments are required: VERB", "pyvmm --help"),
+        ("--lab exec true", "pyvmm: there is no verb 'exec'", "pyvmm lab exec ..."),
+        ("--lab shell", "pyvmm: there is no verb 'shell'", "pyvmm lab shell ..."),
+        ("lab exek true", "pyvmm lab: there is no action 'exek'", "did you mean exec? pyvmm lab --help"),
+        ("run --memm 3 x", "pyvmm run: there is no option --memm", "did you mean --mem? pyvmm run --help"),
+        ("run --memm=3 x", "pyvmm run: there is no option --memm", "did you mean --mem? pyvmm run --help"),
+        ("lab build --refrsh", "pyvmm lab build: there is no option --refrsh", "did you mean --refresh?"),
+        ("run -x y", "pyvmm run: there is no option -x", "pyvmm run --help"),
+        ("run a b c", "pyvmm run: 'b' is one word too many", "pyvmm run --help"),
+        ("run -c x y", "pyvmm run: argument -c/--cpus: 'x' is no count", "pyvmm run --help"),
+        ("run --backing memd y", "pyvmm run: argument --backing: 'memd' is none of memfd,", "did you mean memfd?"),
+        ("run --lab x", "pyvmm run: --lab goes before the verb", "pyvmm --lab run ..."),
+        ("run --host-kernel own x", "pyvmm run: --host-kernel goes before", "pyvmm --lab --host-kernel ... run ..."),
+        ("run --version", "pyvmm run: --version goes before the verb", "pyvmm --version ... run ..."),
+        ("run --pkvm --protected-vm x", "pyvmm run: argument --protected-vm: not allowed", "pyvmm run --help"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_a_hint(
+    line: str, wrong: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(line.split()) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(wrong)
+    assert second.startswith(f"  hint: {hint}")
+
+
+def test_actions_of_the_lab_that_are_pointed_to_are_those_that_there_are() -> None:
+    words = ["lab", "status"]
+    [verbs] = [action.choices for action in cli.make_parser(words)._actions if isinstance(action.choices, dict)]
+    [actions] = [action.choices for action in verbs["lab"]._actions if isinstance(action.choices, dict)]
+    assert set(LAB_ACTIONS) == set(actions)
 
 
 # ---- values
@@ -140,7 +182,7 @@ def test_a_wrong_command_line_exits_2_and_says_so_on_stderr(
 
 def test_lab_behind_the_verb_is_put_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--lab", "payload:hello"]) == 2
-    assert "--lab goes before the verb: pyvmm --lab run" in capsys.readouterr().err
+    assert "--lab goes before the verb\n  hint: pyvmm --lab run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["doctor", "-h"], ["demo", "-h"], ["--version"]])

@@ -237,10 +237,14 @@ def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(
     monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
     monkeypatch.setattr("pyvmm.bench.collect.measure", measure)
     numbers = (signal.SIGTERM, signal.SIGHUP)
-    old = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # who does not handle them fails, and lives
+
+    def nothing(*_: object) -> None:
+        """Be the handler of who does not handle them: it fails, and lives."""
+
+    old = [signal.signal(number, nothing) for number in numbers]
     try:
         status, out, _ = told(capfd, "fault", *words)
-        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN, signal.SIG_IGN]
+        assert [signal.getsignal(number) for number in numbers] == [nothing, nothing]
     finally:
         for number, handler in zip(numbers, old, strict=True):
             signal.signal(number, handler)

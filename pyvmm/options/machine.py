@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import OptionError, hex_
-from pyvmm.guest.kernels import MEMORY, is_kernel
+from pyvmm.guest.kernels import DEBIAN, MEMORY, is_kernel
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig, usual_backing
 from pyvmm.memory.choices import DEFAULT_MEMORY, ConversionPolicy
@@ -30,6 +30,7 @@ def machine_config(args: argparse.Namespace, serial: Ends = NOWHERE, console: En
     size, gpa = args.mem
     if gpa is not None and gpa != layout.RAM_BASE:
         raise OptionError(f"memory at gpa {hex_(gpa)}: this machine's memory starts at {hex_(layout.RAM_BASE)}", "mem")
+    _require_root(kernel, args)
     protection = Protection(args.protection)
     return MachineConfig(
         kernel=kernel,
@@ -64,6 +65,25 @@ def params(kernel: str, texts: list[str]) -> tuple[str, ...]:
     if kernel != CRASH:
         return tuple(texts)
     return tuple(f"way={text}" if text and "=" not in text and " " not in text else text for text in texts)
+
+
+def _require_root(kernel: str, args: argparse.Namespace) -> None:
+    """Raise OptionError for a named kernel without a root file system: it panics, and waits for the deadline."""
+    if not is_kernel(kernel) or args.initrd is not None or args.dtb is not None or args.restore is not None:
+        return
+    # Debian's finds no disk without the modules of an initramfs.
+    if kernel.startswith(DEBIAN):
+        raise OptionError(
+            f"{kernel} needs an initramfs: its drivers of disks are modules, so it has no root file system without",
+            "initrd",
+            hint="-i shell: is one with a shell and those modules",
+        )
+    if not any(word.startswith("root=") for text in args.params for word in text.split()):
+        raise OptionError(
+            f"{kernel} needs a root file system, and none is named",
+            "initrd",
+            hint="-i shell: is one with a shell; or -d DISK -p root=/dev/vda",
+        )
 
 
 def with_files(config: MachineConfig) -> MachineConfig:

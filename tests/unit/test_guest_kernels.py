@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.cli import main
+from pyvmm.cli import main, make_parser
 from pyvmm.cpio import CpioWriter
 from pyvmm.errors import HostError, UsageError
 from pyvmm.guest import initramfs
@@ -20,6 +20,7 @@ from pyvmm.lab.ownkernel import OwnKernel
 from pyvmm.lab.peers import ALL
 from pyvmm.lab.trees import find_tree, made_tree, usable_tree
 from pyvmm.labenv import IN_LAB, TREES
+from pyvmm.options.machine import machine_config
 from tests.unit.test_lab_image import read_cpio
 
 # -- names
@@ -221,3 +222,38 @@ def test_the_exit_status_is_read_off_the_console() -> None:
     assert initramfs.exit_status(b"x\r\npyvmm: exit status 3\r\n[    1.0] reboot: Power down\r\n") == 3
     assert initramfs.exit_status(b"pyvmm: exit status 0\n") == 0
     assert initramfs.exit_status(b"echo pyvmm: exit status 3\r\n") is None
+
+
+# -- roots
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("debian:", "debian: needs an initramfs"),
+        ("debian:stable -p root=/dev/vda", "debian:stable needs an initramfs"),
+        ("own:", "own: needs a root file system"),
+        ("own: -p console=ttyAMA0 -p noroot=1", "own: needs a root file system"),
+    ],
+)
+def test_a_named_kernel_without_a_root_is_refused(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--dry-run", *line.split()]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"pyvmm: {said}")
+    assert "-i shell:" in told
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "debian: -i shell:",
+        "debian: -i x.cpio",
+        "own: -p 'quiet' -p root=/dev/vda",
+        "own: --dtb x.dtb",
+        "Image",
+        "payload:hello",
+    ],
+)
+def test_a_kernel_that_may_find_its_root_is_run(line: str) -> None:
+    words = ["run", *line.replace("'", "").split()]
+    machine_config(make_parser(words).parse_args(words))

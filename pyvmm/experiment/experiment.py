@@ -33,6 +33,7 @@ from pyvmm.kvm.faulttrace import FaultTrace, TracedFault
 from pyvmm.kvm.system import System
 from pyvmm.labenv import in_lab
 from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.hardware import require_architecture
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE, Gpa, Hva, align_up
@@ -144,6 +145,7 @@ class Experiment:
 
     def _require(self) -> None:
         """Say in one way what a host may lack, whatever the experiment needs it for."""
+        require_architecture()
         with System.open() as system:
             if self.backing in ("guest_memfd", "private") and not system.check(KVM_CAP_GUEST_MEMFD):
                 self.cannot("this kernel has no guest_memfd (KVM_CAP_GUEST_MEMFD is 0)")

@@ -76,11 +76,8 @@ class Hardware:
         config = self.config
         self._stack.callback(self._drop_brought)
         self._take_brought()
-        if self._kernel is None and (here := os.uname().machine) != "aarch64":
-            raise HostError(
-                f"this host is {here}, pyvmm's guests are arm64: KVM runs only its own architecture",
-                hint="run the same command in the lab, a nested arm64 host: pyvmm --lab …",
-            )
+        if self._kernel is None:
+            require_architecture()
         self.tree = None if config.dtb is None else boot.read_tree(config.dtb)
         self.pool = config.pool_size(self.tree, virtio=not all(isinstance(each, Device) for each in self._brought))
         self._start.prepare(config)
@@ -202,6 +199,16 @@ class Hardware:
         """
         with self._memory_stack:
             self.close_vm()
+
+
+def require_architecture() -> None:
+    """Raise HostError where KVM runs guests of another architecture."""
+    if (here := os.uname().machine) != "aarch64":
+        raise HostError(
+            f"this host is {here}, pyvmm's guests are arm64: KVM runs only its own architecture",
+            hint="use the lab, an emulated arm64 host: pyvmm --lab VERB ..., or for a program pyvmm lab exec -- "
+            "python3 FILE; from Python, subprocess.run(['pyvmm', 'lab', 'exec', '--', 'python3', FILE])",
+        )
 
 
 def _raise_limit_of_descriptors() -> None:

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.errors import HostError
+from pyvmm.experiment import Experiment
+from pyvmm.protection import Protection
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -77,3 +81,16 @@ def test_a_file_that_is_missing_elsewhere_is_not_taken_for_it(tmp_path: Path) ->
     done = execute("run", "--dry-run", "-d", "x.img", "payload:hello", directory=tmp_path)
     assert done.returncode == 2
     assert "x.img" in done.stderr
+
+
+# ---- a host of another architecture, from Python
+
+
+@pytest.mark.skipif(os.uname().machine == "aarch64", reason="about hosts that are not arm64")
+@pytest.mark.parametrize("protection", list(Protection))
+def test_an_experiment_on_another_architecture_names_the_lab(protection: Protection) -> None:
+    with pytest.raises(HostError, match=f"this host is {os.uname().machine}, pyvmm's guests are arm64") as caught:
+        Experiment(protection).__enter__()
+    hint = caught.value.hint or ""
+    assert "pyvmm lab exec -- python3 FILE" in hint
+    assert "from Python, subprocess.run(" in hint

@@ -175,6 +175,14 @@ def within_limits(need: int = 0) -> Iterator[None]:
         raise
 
 
+def pip_install(*packages: str) -> str:
+    """Return the line that installs packages for the very Python that runs this, as a hint."""
+    import shlex
+    import sys
+
+    return shlex.join([sys.executable or "python3", "-m", "pip", "install", *packages])
+
+
 def hex_(value: int) -> str:
     """Write an address as the documentation does: ``0x8000_0000``."""
     digits = f"{value:x}"

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import PyvmmError, pip_install
 from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.choices import DEFAULT_MEMORY
 
@@ -187,9 +187,9 @@ def python() -> Iterable[Finding]:
         if importlib.util.find_spec(module) is not None:
             yield Finding("python", name, OK, _version(name))
         elif name == "pyelftools":
-            yield Finding("python", name, WARN, "not installed: ELF kernels cannot be read", f"pip install {name}")
+            yield Finding("python", name, WARN, "not installed: ELF kernels cannot be read", pip_install(name))
         else:
-            yield Finding("python", name, FAIL, "not installed", f"pip install {name}")
+            yield Finding("python", name, FAIL, "not installed", pip_install(name))
 
 
 def _version(name: str) -> str:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.bench.model import BenchError, Series
-from pyvmm.errors import HostError
+from pyvmm.errors import HostError, pip_install
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +71,7 @@ def require() -> None:
     if missing:
         raise HostError(
             f"statistics and reports need {', '.join(missing)}, which this Python does not have",
-            hint="pip install 'pyvmm[bench]', or keep the raw results with --json and make the report elsewhere",
+            hint=f"{pip_install(*missing)}; or keep the raw results with --json and make the report elsewhere",
         )
 
 

@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from pyvmm.cli.common import Help, add_common
-from pyvmm.errors import HostError
+from pyvmm.errors import HostError, pip_install
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         import shtab
     except ImportError as error:
-        raise HostError(f"completion needs shtab: {error}", hint="pip install 'pyvmm[completion]'") from None
+        raise HostError(f"completion needs shtab: {error}", hint=pip_install("shtab")) from None
     from pyvmm.cli.help import TOPICS
 
     parser = whole_parser()

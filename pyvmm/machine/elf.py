@@ -7,7 +7,7 @@ over becomes a UsageError that names the file.
 
 from __future__ import annotations
 
-from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.errors import PyvmmError, UsageError, pip_install
 from pyvmm.machine.content import Segment, big_endian, damaged
 
 TYPE_CHECKING = False
@@ -28,7 +28,7 @@ def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
     except ImportError:
         raise PyvmmError(
             f"kernel {source} is an ELF file, and the module that reads them is not installed",
-            hint="pip install pyelftools, or objcopy -O binary the kernel",
+            hint=f"{pip_install('pyelftools')}; or objcopy -O binary the kernel",
         ) from None
 
     try:

@@ -83,7 +83,7 @@ def test_without_shtab_it_says_what_to_install(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("pyvmm: completion needs shtab: ")
-    assert err.endswith("\n  hint: pip install 'pyvmm[completion]'\n")
+    assert err.endswith(f"\n  hint: {sys.executable} -m pip install shtab\n")
 
 
 def test_shell_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

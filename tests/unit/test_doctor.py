@@ -14,7 +14,7 @@ import pytest
 from pyvmm import probes
 from pyvmm.cli import doctor, main
 from pyvmm.cli.doctor import Diagnosis
-from pyvmm.errors import HostError
+from pyvmm.errors import HostError, pip_install
 from pyvmm.kvm.system import System
 from pyvmm.probes import FAIL, INFO, OK, WARN, Finding
 
@@ -99,7 +99,7 @@ def test_a_missing_module_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPat
         "importlib.util.find_spec", lambda name: None if name in ("structlog", "elftools") else object()
     )
     found = findings(probes.python())
-    assert (found["structlog"].status, found["structlog"].hint) == (FAIL, "pip install structlog")
+    assert (found["structlog"].status, found["structlog"].hint) == (FAIL, pip_install("structlog"))
     assert found["pyelftools"].status == WARN
     assert found["cffi"].status == OK
 

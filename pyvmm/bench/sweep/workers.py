@@ -23,7 +23,7 @@ from pyvmm.bench.model import BenchError
 from pyvmm.bench.sweep import work
 from pyvmm.bench.sweep.plan import Task
 from pyvmm.bench.sweep.work import Answer, Job, LostError, MismatchError, PointError
-from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.errors import HostError, PyvmmError, UsageError, pip_install
 
 if TYPE_CHECKING:
     from pyvmm.lab import Lab
@@ -265,7 +265,7 @@ def _connect(address: str) -> Any:
     try:
         import distributed
     except ImportError as error:
-        raise HostError(f"a fleet needs dask.distributed: {error}", hint="pip install 'pyvmm[fleet]'") from None
+        raise HostError(f"a fleet needs dask.distributed: {error}", hint=pip_install("distributed")) from None
     try:
         client: Any = distributed.Client
         return client(address, timeout=CONNECT_SECONDS, set_as_default=False)

@@ -236,15 +236,27 @@ def test_files_in_sentences_exist(document: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def sources() -> Iterator[tuple[str, str]]:
+    """Yield (path, text) of every source."""
+    for path in ROOT.rglob("*"):
+        parts = set(path.relative_to(ROOT).parts)
+        others = {".venv", ".git", ".hypothesis", "corpus"} & parts or any(part.endswith("cache") for part in parts)
+        if path.suffix in SOURCES and path.is_file() and not others:
+            yield str(path.relative_to(ROOT)), path.read_text(errors="replace")
+
+
 def test_no_source_cites_a_document_that_is_not_there() -> None:
     found = []
-    for path in ROOT.rglob("*"):
-        if path.suffix in SOURCES and path.is_file() and not {".venv", ".git", "corpus"} & set(path.parts):
-            if any(part.endswith("cache") or part == ".hypothesis" for part in path.parts):
-                continue
-            cited = set(re.findall(r"[\w./-]+\.md\b", path.read_text(errors="replace")))
-            found += [f"{path.relative_to(ROOT)}: {name}" for name in cited - {"a.md"} if not is_there(name)]
+    for path, text in sources():
+        cited = set(re.findall(r"[\w./-]+\.md\b", text)) - {"a.md"}
+        found += [f"{path}: {name}" for name in cited if not is_there(name)]
     assert found == []
+
+
+def test_no_source_names_a_page_that_is_not_there() -> None:
+    named = [topic for _, text in sources() for topic in re.findall(r"pyvmm help ([a-z][a-z-]+)", text)]
+    assert "private-memory" in named
+    assert set(named) - set(TOPICS) == {"nothing"}  # which is above, as one that is refused
 
 
 def is_there(name: str) -> bool:

@@ -262,7 +262,7 @@ def test_pause_keeps_connections_and_gives_the_buffer_at_hand_back(guest: Guest)
         guest.driver.until(lambda: guest.device._buffer)
         guest.device.pause()
         assert not guest.driver.queues[RX].held
-        assert guest.device.save() == {}
+        assert guest.device.save() == {"next_port": 0}
         end.sendall(b"meanwhile")
         assert [written for _, written in guest.rx.used()] == [0]
         guest.device.resume()
@@ -281,3 +281,57 @@ def test_guest_restored_elsewhere_is_told_that_its_connections_are_gone(guest: G
     guest.send(OP_RW, 1, 2, b"x")
     assert guest.packet()[0].op == OP_RST
     assert guest.event.used() == []
+
+
+def ask(guest: Guest, port: int = 7) -> tuple[socket.socket, Header]:
+    """Have a client of the host ask for a port of the guest: its socket, and what the guest is asked."""
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(guest.path)
+    client.sendall(f"CONNECT {port}\n".encode())
+    return client, guest.packet()[0]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_first_connection_after_a_restore_is_none_that_the_guest_remembers(guest: Guest, told: bool) -> None:
+    # The guest keeps a connection's ports until its program closes it, and refuses them until then.
+    remembered = []
+    for _ in range(2):
+        client, asked = ask(guest)
+        client.close()
+        remembered.append(asked.src_port)
+    saved = guest.device.save()
+    guest.device.stop()
+    guest.device.load(saved if told else {})  # as of a snapshot from before that was kept
+    guest.driver.restart()
+    guest.event.give(Segment(RECEIVE, 4, True))
+    client, asked = ask(guest)
+    with client:
+        assert asked.op == OP_REQUEST
+        assert asked.src_port not in remembered
+
+
+def test_a_snapshot_that_does_not_tell_ports_begins_anywhere(guest: Guest) -> None:
+    guest.device.stop()
+    begun = set()
+    for _ in range(4):
+        guest.device.load({})
+        begun.add(guest.device._table.next_port)
+    assert len(begun) > 1
+    guest.driver.restart()
+
+
+def test_nobody_comes_in_before_the_guest_hears_of_the_reset(guest: Guest) -> None:
+    guest.device.stop()
+    guest.device.load({})
+    guest.driver.restart()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(guest.path)
+        client.sendall(b"CONNECT 7\n")
+        guest.offer()
+        guest.send(OP_RW, 1, 2, b"x")  # the worker has a turn, and answers this
+        assert guest.next()[0].op == OP_RST
+        guest.offer()
+        assert not guest.device._door._open
+        guest.event.give(Segment(RECEIVE, 4, True))
+        assert guest.event.wait() == [(0, 4)]
+        assert guest.next()[0].op == OP_REQUEST

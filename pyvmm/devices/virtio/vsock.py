@@ -85,7 +85,7 @@ class VirtioVsock(WorkerDevice):
         if queues[RX].ready and queues[TX].ready:
             self._worker.watch(queues[RX], self._to_guest)
             self._worker.watch(queues[TX], self._from_guest)
-            self._door.open()
+            self._open_door()
         if queues[EVENT].ready:
             self._worker.watch(queues[EVENT], self._tell)
         self._worker.start(queues)
@@ -106,11 +106,13 @@ class VirtioVsock(WorkerDevice):
                 self._queues[RX].interrupt()
 
     def save(self) -> dict[str, Any]:
-        """Return nothing: connections do not move."""
-        return {}
+        """Return which port of the host is next: connections do not move, but the guest keeps their ports."""
+        return {"next_port": self._table.next_port}
 
-    def load(self, saved: dict[str, Any]) -> None:  # noqa: ARG002
+    def load(self, saved: dict[str, Any]) -> None:
         """Be such a device without its connections, which the guest is told are gone (5.10.6.7)."""
+        # A guest refuses a port whose connection its program has not closed yet. Which these are, is not in every save.
+        self._table.next_port = int(saved.get("next_port", int.from_bytes(os.urandom(4), "little")))
         self._reset_due = True
 
     def close(self) -> None:
@@ -150,7 +152,7 @@ class VirtioVsock(WorkerDevice):
 
     def _from_guest(self) -> None:
         queue = self._queues[TX]
-        self._door.open()  # others may have let go of descriptors, of which nobody tells
+        self._open_door()  # others may have let go of descriptors, of which nobody tells
         for _ in range(_BATCH):
             self._held = self._table.congested
             if self._held or queue.leaving:
@@ -209,7 +211,7 @@ class VirtioVsock(WorkerDevice):
             os.eventfd_write(self._more, 1)
         if self._closed != self._table.closed:
             self._closed = self._table.closed
-            self._door.open()
+            self._open_door()
 
     def _put(self, buffer: Chain, packet: tuple[Header, bytes]) -> int:
         header, payload = packet
@@ -235,3 +237,10 @@ class VirtioVsock(WorkerDevice):
             self._reset_due = written < len(_TRANSPORT_RESET)
             queue.push(buffer, written)
         queue.interrupt()
+        if all(each.ready for each in self._queues[:EVENT]):
+            self._open_door()
+
+    def _open_door(self) -> None:
+        # A connection that came before the guest hears of the reset would be reset by it.
+        if not (self._reset_due and self._queues[EVENT].ready):
+            self._door.open()

@@ -34,7 +34,7 @@ MOST_STREAMS: Final = 256
 MOST_REFUSALS: Final = 64
 _FIRST_HOST_PORT: Final = 1 << 30
 """Connections that the host begins have ports from here on; guests see them as the peer's."""
-_HOST_PORTS: Final = 1 << 30
+HOST_PORTS: Final = 1 << 30
 
 Watch = Callable[[int, int | None], None]
 """Watches a descriptor for poll events (0: only whether it is closed), or with None no more."""
@@ -54,7 +54,8 @@ class Table:
         self._watched: dict[int, int] = {}
         self._turns: deque[Stream] = deque()
         self._refusals: deque[Header] = deque()
-        self._next_port = 0
+        self.next_port = 0
+        """Of the host's ports, from 0: what the next connection gets that the host begins, unless it is taken."""
         self.dropped = 0
         """Packets that nobody can have meant: of another sender."""
         self.refused = 0
@@ -121,11 +122,12 @@ class Table:
             sock.close()
             self.closed += 1
             return False
-        host_port = _FIRST_HOST_PORT + self._next_port
+        self.next_port %= HOST_PORTS
+        host_port = _FIRST_HOST_PORT + self.next_port
         while (port, host_port) in self._streams:
-            self._next_port = (self._next_port + 1) % _HOST_PORTS
-            host_port = _FIRST_HOST_PORT + self._next_port
-        self._next_port = (self._next_port + 1) % _HOST_PORTS
+            self.next_port = (self.next_port + 1) % HOST_PORTS
+            host_port = _FIRST_HOST_PORT + self.next_port
+        self.next_port = (self.next_port + 1) % HOST_PORTS
         self._add(Stream(sock, self._cid, port, host_port, by_host=True))
         return True
 

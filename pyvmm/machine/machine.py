@@ -124,6 +124,10 @@ class Machine(Hardware):
             from pyvmm.memory.memlock import require_memlock
 
             require_memlock(sum(slot.size for slot in self.memory.slots))
+        if self.config.protection is Protection.PKVM or self.config.prefault:
+            from pyvmm.memory.cgroup import warn_of_cgroup
+
+            warn_of_cgroup(sum(slot.size for slot in self.memory.slots))
         if self.config.prefault:
             self.prefault()
         self.memory.seal()

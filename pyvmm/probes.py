@@ -126,6 +126,7 @@ def _capabilities(system: System, arm64: bool) -> Iterable[Finding]:
 
     yield Finding("kvm", "vCPUs", INFO, f"{system.check(caps.KVM_CAP_MAX_VCPUS)} at most in a VM")
     if arm64:
+        yield _interrupt_controller()
         yield Finding("kvm", "guest addresses", INFO, f"{system.max_ipa_bits or 40} bits")
     flags = system.check(caps.KVM_CAP_GUEST_MEMFD_FLAGS)
     if not system.check(caps.KVM_CAP_GUEST_MEMFD):
@@ -133,6 +134,22 @@ def _capabilities(system: System, arm64: bool) -> Iterable[Finding]:
     else:
         names = [name for bit, name in ((1, "MMAP"), (2, "INIT_SHARED")) if flags & bit]
         yield Finding("kvm", "guest_memfd", OK, f"yes, flags {' '.join(names) or 'none'} ({flags:#x})")
+
+
+def _interrupt_controller() -> Finding:
+    from pyvmm.machine.gic import host_gic
+    from pyvmm.machine.layout import MAX_VCPUS, MAX_VCPUS_GICV2
+
+    name = "interrupt controller"
+    try:
+        version = host_gic()
+    except PyvmmError as error:
+        return Finding("kvm", name, FAIL, error.message, error.hint)
+    if version is None:
+        return Finding("kvm", name, WARN, "none that KVM makes for guests: Linux guests do not boot here")
+    if version == 2:
+        return Finding("kvm", name, OK, f"GICv2: guests have up to {MAX_VCPUS_GICV2} vCPUs, and none is protected")
+    return Finding("kvm", name, OK, f"GICv3: guests have up to {MAX_VCPUS} vCPUs")
 
 
 def _locked_memory(arm64: bool) -> Finding:

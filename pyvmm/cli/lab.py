@@ -48,6 +48,7 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
         group.add_argument(f"{prefix}{name}", dest=f"lab_{name.replace('-', '_')}", **how)
 
     add("mode", choices=MODES, default="protected", help="KVM's mode on the lab's kernel (protected)")
+    add("gic", type=int, choices=(2, 3), default=3, help="version of the host's interrupt controller (3)")
     add("icount", action="store_true", help="time counts instructions: measurements repeat; one CPU")
     add("cpus", type=parse_count, metavar="N", help="CPUs of the lab (2; 1 with icount)")
     add("mem", type=parse_size, default=2048 << 20, metavar="SIZE", help="memory of the lab, MiB or 2G (2G)")
@@ -272,6 +273,7 @@ def _options(args: argparse.Namespace) -> LabOptions:
         boot_timeout=args.lab_boot_timeout,
         verbose=args.lab_console,
         boot=args.lab_boot,
+        gic=args.lab_gic,
     )
 
 

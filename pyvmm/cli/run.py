@@ -8,9 +8,10 @@ was asked for by name.
 from __future__ import annotations
 
 import argparse
+import os
 
 from pyvmm.cli.common import Help, add_common, ready
-from pyvmm.errors import UsageError
+from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.options.guest import GUEST_OPTIONS
 from pyvmm.options.table import Table
 from pyvmm.syntax.option import FLAG, RUN, Option
@@ -76,8 +77,20 @@ def dry_run(args: argparse.Namespace) -> int:
     from pyvmm.options.machine import machine_config, with_files
     from pyvmm.syntax.paths import write_output
 
-    with Plan(with_files(machine_config(args))) as plan:
+    with Plan(with_files(machine_config(args)), gic=_planned_gic()) as plan:
         if args.dump_dtb is not None:
             write_output(args.dump_dtb, plan.machine.entry.described())
         print("\n".join(plan.lines()))
     return 0
+
+
+def _planned_gic() -> int:
+    """Return the version of this host's interrupt controller; 3, as pKVM hosts have, where there is none to ask."""
+    if os.uname().machine != "aarch64":
+        return 3
+    from pyvmm.machine.gic import host_gic
+
+    try:
+        return host_gic() or 3
+    except PyvmmError:
+        return 3

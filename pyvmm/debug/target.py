@@ -73,7 +73,7 @@ class GuestTarget:
         self._failed: set[int] = set()
         self.watched = False
         """Whether there is a debugger."""
-        self._interrupts = HeldInterrupts(machine.gic.device if machine.gic is not None else None)
+        self._interrupts = HeldInterrupts(machine.gic)
         self._tell_refusal = log.warning if machine.config.protection.isolates else log.info
         self.last_refusal: str | None = None
         """Why the last request for memory or a breakpoint failed, in words."""

@@ -8,11 +8,12 @@ the real one; a stand-in's descriptors are memfds, so that what maps or closes t
 
 from __future__ import annotations
 
+import errno
 import os
 
 from pyvmm.kvm.fd import KERNEL, Kernel
 from pyvmm.typed import NamedTuple
-from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device
+from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, DeviceType, kvm_create_device
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_TARGET_GENERIC_V8, kvm_vcpu_init
 from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_VM_IPA_SIZE, KVM_CAP_NR_MEMSLOTS
 from pyvmm.uapi.kvm_memory import kvm_create_guest_memfd
@@ -75,9 +76,12 @@ class Lacking(Kernel):
 
 
 class StandIn(Kernel):
-    """Answers as an arm64 pKVM host would while a machine is made; no guest can run."""
+    """Answers as an arm64 pKVM host without devices ``missing`` would while a machine is made; no guest can run."""
 
     pretends = True
+
+    def __init__(self, *missing: DeviceType) -> None:
+        self._missing = missing
 
     def open(self, path: str) -> int:
         """Return a descriptor that means nothing to the kernel."""
@@ -99,6 +103,8 @@ class StandIn(Kernel):
                 return _descriptor("vcpu", _RUN_AREA), 0
             case "KVM_CREATE_GUEST_MEMFD", kvm_create_guest_memfd():
                 return _descriptor("guest_memfd", argument.size), 0
+            case "KVM_CREATE_DEVICE", kvm_create_device() if argument.type in self._missing:
+                return -1, errno.ENODEV
             case "KVM_CREATE_DEVICE", kvm_create_device() if not argument.flags & KVM_CREATE_DEVICE_TEST:
                 argument.fd = _descriptor("device")
             case "KVM_ARM_PREFERRED_TARGET", kvm_vcpu_init():

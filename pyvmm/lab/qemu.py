@@ -70,10 +70,14 @@ class LabOptions:
     """Copy the lab's console to stderr."""
     boot: str = BOOTS[0]
     """``saved``: restore the lab from a saved boot where that can be done (see saved). ``fresh``: boot it."""
+    gic: int = 3
+    """Version of the host's interrupt controller: 3, or 2 as on a Raspberry Pi 4."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UsageError(f"no lab mode {self.mode!r}", hint=f"one of {', '.join(MODES)}")
+        if self.gic not in (2, 3):
+            raise UsageError(f"no interrupt controller GICv{self.gic}", hint="2 or 3")
         if self.boot not in BOOTS:
             raise UsageError(f"no way to start a lab {self.boot!r}", hint=f"one of {', '.join(BOOTS)}")
         if self.icount and self.cpus != 1:
@@ -155,7 +159,8 @@ def command_line(
     monitor: int = -1,
 ) -> list[str]:
     """Give QEMU's arguments; ``channel``, and with ``ram`` ``monitor``, are the inherited sockets' numbers."""
-    arguments = [program, "-M", "virt,virtualization=on,gic-version=3" + (",memory-backend=ram" if ram else "")]
+    machine = f"virt,virtualization=on,gic-version={options.gic}" + (",memory-backend=ram" if ram else "")
+    arguments = [program, "-M", machine]
     arguments += ["-cpu", _cpu(options), "-smp", str(options.cpus), "-m", str(options.memory)]
     if ram is None or not ram.restored:
         arguments += ["-kernel", str(image.kernel), "-initrd", str(image.root), "-append", _append(options)]

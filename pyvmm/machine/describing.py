@@ -27,11 +27,12 @@ _TIMER_PPIS: Final = (13, 14, 11, 10)
 
 
 class GicNode(NamedTuple):
-    """A GICv3: (gpa, bytes) of its distributor, of its redistributors, and of its ITS, if it has one."""
+    """An interrupt controller: (gpa, bytes) of each part. A GICv3 has redistributors, a GICv2 has CPU interfaces."""
 
     distributor: tuple[int, int]
-    redistributors: tuple[int, int]
+    redistributors: tuple[int, int] | None = None
     its: tuple[int, int] | None = None
+    cpu_interfaces: tuple[int, int] | None = None
 
 
 class DeviceNode(NamedTuple):
@@ -137,7 +138,9 @@ def machine_tree(
     timer = root.add("timer", {"compatible": "arm,armv8-timer", "always-on": True})
     if gic is not None:
         root.properties["interrupt-parent"] = tree.phandle(_add_gic(root, gic))
-        timer.properties["interrupts"] = [cell for ppi in _TIMER_PPIS for cell in (_PPI, ppi, _LEVEL_LOW)]
+        # bindings/interrupt-controller/arm,gic.yaml: bits 15 to 8 are the CPUs that a GICv2 wires it to.
+        flags = _LEVEL_LOW | (((1 << len(mpidrs)) - 1) << 8 if gic.redistributors is None else 0)
+        timer.properties["interrupts"] = [cell for ppi in _TIMER_PPIS for cell in (_PPI, ppi, flags)]
 
     clock: Node | None = None
     if any(device.clocks for device in devices):
@@ -158,10 +161,13 @@ def machine_tree(
 
 
 def _add_gic(root: Node, gic: GicNode) -> Node:
-    # bindings/interrupt-controller/arm,gic-v3.yaml
-    node = root.add(f"interrupt-controller@{gic.distributor[0]:x}", {"compatible": "arm,gic-v3"})
+    # bindings/interrupt-controller/arm,gic-v3.yaml and arm,gic.yaml
+    cpus = gic.redistributors or gic.cpu_interfaces
+    assert cpus is not None
+    model = "arm,gic-400" if gic.redistributors is None else "arm,gic-v3"
+    node = root.add(f"interrupt-controller@{gic.distributor[0]:x}", {"compatible": model})
     node.properties |= {"interrupt-controller": True, "#interrupt-cells": 3}
-    node.properties["reg"] = cells64(*gic.distributor, *gic.redistributors)
+    node.properties["reg"] = cells64(*gic.distributor, *cpus)
     node.properties |= {"#address-cells": 2, "#size-cells": 2, "ranges": True}
     if gic.its is not None:
         its = node.add(f"msi-controller@{gic.its[0]:x}", {"compatible": "arm,gic-v3-its", "reg": cells64(*gic.its)})

@@ -8,8 +8,8 @@ An edge line is an eventfd bound by KVM_IRQFD: whoever writes to it (:meth:`Edge
 ``pv_signal``) gives one pulse; pulses that the guest has not taken yet are one. A level line is KVM_IRQ_LINE on the
 VM's descriptor, so that C can raise and lower it: the device keeps its state, and says only when it changes.
 
-Both work in a protected VM, where KVM_CHECK_EXTENSION of the VM denies irqfd. On a host without a GICv3 the lines lead
-nowhere, and the device tree names none.
+Both work in a protected VM, where KVM_CHECK_EXTENSION of the VM denies irqfd. On a host whose KVM makes no interrupt
+controller the lines lead nowhere, and the device tree names none.
 """
 
 from __future__ import annotations

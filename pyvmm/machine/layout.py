@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 # Half-open ranges. One a row: MAP below; sizes of the rows that depend on the number of vCPUs are their room.
 #
 #   name             start        end          size
-#   GICv3 dist       0x0800_0000  0x0801_0000  0x1_0000   in the kernel
+#   GIC distributor  0x0800_0000  0x0801_0000  0x1_0000   in the kernel
+#   GICv2 CPU        0x0801_0000  0x0801_2000  0x2000     in the kernel, where there is no GICv3
 #   GICv3 ITS        0x0808_0000  0x080a_0000  0x2_0000   in the kernel
 #   GICv3 redist     0x080a_0000  0x0900_0000  0xf6_0000  in the kernel; 0x2_0000 a vCPU
 #   PL011            0x0900_0000  0x0900_1000  0x1000     SPI 1
@@ -91,7 +92,8 @@ OTHER_SPI: Final = 2
 #: Of the first virtio device; the next ones follow.
 VIRTIO_SPI: Final = 32
 
-GIC_DISTRIBUTOR: Final = Window("GICv3 dist", 0x0800_0000, 0x0801_0000)
+GIC_DISTRIBUTOR: Final = Window("GIC distributor", 0x0800_0000, 0x0801_0000)
+GIC_CPU: Final = Window("GICv2 CPU", 0x0801_0000, 0x0801_2000)
 GIC_ITS: Final = Window("GICv3 ITS", 0x0808_0000, 0x080A_0000)
 GIC_REDISTRIBUTORS: Final = Window("GICv3 redist", 0x080A_0000, 0x0900_0000)
 PL011: Final = Window("PL011", 0x0900_0000, 0x0900_1000, PL011_SPI)
@@ -105,6 +107,7 @@ OTHER_DEVICES: Final = Window("other devices", 0x0B00_0000, 0x0C00_0000, OTHER_S
 #: Every window below RAM, by address.
 MAP: Final = (
     GIC_DISTRIBUTOR,
+    GIC_CPU,
     GIC_ITS,
     GIC_REDISTRIBUTORS,
     PL011,
@@ -134,6 +137,8 @@ FLAT_OFFSET: Final = 0x8_0000
 
 #: A vCPU finds its mailbox by MPIDR.Aff0, which KVM gives 16 values (reset_mpidr in arch/arm64/kvm/sys_regs.c).
 MAX_VCPUS: Final = 16
+#: A GICv2 names vCPUs by a byte with a bit for each (VGIC_V2_MAX_CPUS).
+MAX_VCPUS_GICV2: Final = 8
 
 
 def mpidr(index: int) -> int:

@@ -15,6 +15,7 @@ from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
 from pyvmm.memory.address import MIB
 from pyvmm.uapi import kvm_arm64
+from pyvmm.uapi.kvm import DeviceType
 from pyvmm.uapi.kvm_arm64 import core_reg
 
 TYPE_CHECKING = False
@@ -36,10 +37,14 @@ _EVENTFDS: Final = ("KVM_IRQFD", "KVM_IOEVENTFD")
 
 
 class Plan:
-    """The plan of one machine; a context manager, within which ``machine`` is there to be looked at."""
+    """The plan of one machine; a context manager, within which ``machine`` is there to be looked at.
 
-    def __init__(self, config: MachineConfig, *, devices: Sequence[Device | VirtioDevice] = ()) -> None:
-        self._kernel = Recording(StandIn())
+    ``gic`` is the version of the host's interrupt controller, 3 or 2 (see :func:`~pyvmm.machine.gic.host_gic`).
+    """
+
+    def __init__(self, config: MachineConfig, *, devices: Sequence[Device | VirtioDevice] = (), gic: int = 3) -> None:
+        missing = () if gic == 3 else (DeviceType.KVM_DEV_TYPE_ARM_VGIC_V3,)
+        self._kernel = Recording(StandIn(*missing))
         # What the console goes to is none of a plan's business.
         self.machine = Machine(config._replace(serial_out=None, serial_in=None), kernel=self._kernel, devices=devices)
 
@@ -65,10 +70,11 @@ class Plan:
     def _addresses(self) -> Iterator[str]:
         yield "guest addresses, half-open:"
         used = [(placed.base, placed.end) for placed in self.machine.bus.placed]
-        in_kernel = (layout.GIC_DISTRIBUTOR, layout.GIC_ITS, layout.GIC_REDISTRIBUTORS)
+        in_kernel = (layout.GIC_DISTRIBUTOR, layout.GIC_CPU, layout.GIC_ITS, layout.GIC_REDISTRIBUTORS)
+        there = self.machine.gic.windows if self.machine.gic is not None else ()
         for window in layout.MAP:
             if window in in_kernel:
-                where = "in the kernel" if self.machine.gic is not None else "not there"
+                where = "in the kernel" if window in there else "not there"
             else:
                 where = "" if any(base < window.end and window.start < end for base, end in used) else "free"
             yield _row(window.start, window.end, window.name, where)

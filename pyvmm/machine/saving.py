@@ -90,7 +90,7 @@ def _state(machine: Machine) -> dict[str, Any]:
     devices = [placed.device.save() for placed in machine.bus.placed]
     return {
         "devices": devices,
-        "gic": None if gic is None else state.save_gic(gic.device, gic.its, len(machine.vcpus)),
+        "gic": None if gic is None else gic.save(),
         "vcpus": [state.save_vcpu(vcpu) for vcpu in machine.vcpus],
     }
 

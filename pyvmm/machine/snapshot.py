@@ -150,7 +150,7 @@ class Snapshot:
         if (machine.gic is None) != (self.description["gic"] is None):
             raise HostError(f"{self.path} and this host disagree on there being an interrupt controller")
         if machine.gic is not None:
-            state.load_gic(machine.gic.device, machine.gic.its, self.description["gic"])
+            machine.gic.load(self.description["gic"])
         for placed, each in zip(machine.bus.placed, self.description["devices"], strict=True):
             placed.device.load(each)
         state.load_clock(machine.vcpus[0], saved[0])

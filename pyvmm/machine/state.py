@@ -22,7 +22,7 @@ from pyvmm.uapi.kvm_arm64_vcpu import KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, 
 from pyvmm.uapi.kvm_state import MpState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pyvmm.kvm.device import KvmDevice
     from pyvmm.kvm.vcpu import Vcpu
@@ -119,7 +119,7 @@ _PERHAPS: Final = ("AP0R1", "AP0R2", "AP0R3", "AP1R1", "AP1R2", "AP1R3")
 
 
 def save_gic(gic: KvmDevice, its: KvmDevice | None, cpus: int) -> State:
-    """Return the controller's state. Before memory is saved: the tables of LPIs and of the ITS are written to it."""
+    """Return a GICv3's state. Before memory is saved: the kernel writes the tables of LPIs and of the ITS to it."""
     gic.set_attr(_CTRL, uapi.KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES)
     if its is not None:
         its.set_attr(_CTRL, uapi.KVM_DEV_ARM_ITS_SAVE_TABLES)
@@ -132,7 +132,7 @@ def save_gic(gic: KvmDevice, its: KvmDevice | None, cpus: int) -> State:
 
 
 def load_gic(gic: KvmDevice, its: KvmDevice | None, saved: State) -> None:
-    """Make a new controller that one; vCPUs have their registers, guest memory its contents."""
+    """Make a new GICv3 that one; vCPUs have their registers, guest memory its contents."""
     for group, attr, text in saved["registers"]:
         _put(gic, group, int(attr, 16), int(text, 16))
     if (saved["its"] is None) != (its is None):
@@ -225,14 +225,85 @@ def _there(device: KvmDevice, group: int, attr: int) -> bool:
     return True
 
 
-def _put(device: KvmDevice, group: int, attr: int, value: int) -> None:
+def _put(device: KvmDevice, group: int, attr: int, value: int, *, always: bool = False) -> None:
     room = _room(group)
     try:
         if value >> 8 * sizeof(room):
             raise UsageError(f"{value:#x} is wider than the register")
-        if _get(device, group, attr) != value:
+        if always or _get(device, group, attr) != value:
             room.value = value
             device.set_attr(group, attr, room)
     except (KvmError, UsageError) as error:
         what = f"{device.label}: group {group}, register {attr:#x} cannot be {value:#x} here"
         raise HostError(f"{what}: {error}", hint=_OTHER_HOST) from error
+
+
+# ---- a GICv2 -----------------------------------------------------------------------------------------------------
+
+_CPU: Final = uapi.KVM_DEV_ARM_VGIC_GRP_CPU_REGS
+_SGIS: Final = 0xFFFF
+"""Bits of interrupts 0 to 15 in a register with a bit for each."""
+
+# Offsets: Arm IHI 0048, 4.1.2 (GICD_*) and 4.1.3 (GICC_*).
+_ITARGETSR, _SPENDSGIR = 0x800, 0xF20
+_GICC = (0x4, 0x8, 0x1C, 0xD0, 0x0)
+"""GICC_PMR, GICC_BPR, GICC_ABPR, GICC_APR0, and last GICC_CTLR, which lets interrupts through."""
+
+
+def save_gicv2(gic: KvmDevice, cpus: int) -> State:
+    """Return a GICv2's state. ``lines`` are the interrupts that a device holds up (the kernel does not tell them)."""
+    interrupts = 32 * ((_get(gic, _DIST, _GICD_TYPER) & 0x1F) + 1)
+    registers = [
+        [group, f"{attr:#x}", f"{_get(gic, group, attr):#x}"] for group, attr in _registers_v2(cpus, interrupts)
+    ]
+    pending: list[list[Any]] = []
+    lines: list[int] = []
+    for cpu, number in [*((cpu, 0) for cpu in range(cpus)), *((0, first) for first in range(32, interrupts, 32))]:
+        bank = cpu << uapi.KVM_DEV_ARM_VGIC_CPUID_SHIFT
+        bits = _get(gic, _DIST, bank | _ISPENDR + number // 8)
+        edge = _edges(gic, bank, number)
+        # Senders of an SGI are in SPENDSGIR; a level interrupt of a vCPU's own is KVM's, which raises it again.
+        pending.append([_DIST, f"{bank | _ISPENDR + number // 8:#x}", f"{bits & edge & ~(0 if number else _SGIS):#x}"])
+        if number:
+            lines += [number + bit for bit in range(32) if bits & ~edge & 1 << bit]
+    return {"version": 2, "registers": registers, "pending": pending, "lines": lines}
+
+
+def load_gicv2(gic: KvmDevice, saved: State, raise_line: Callable[[int], None]) -> None:
+    """Make a new GICv2 that one. ``raise_line`` is called with the number of each interrupt whose line is up."""
+    for group, attr, text in [*saved["registers"], *saved["pending"]]:
+        # Until IIDR has been written KVM ignores the groups that user space writes (vgic_mmio_uaccess_write_v2_group).
+        _put(gic, group, int(attr, 16), int(text, 16), always=int(attr, 16) == _GICD_IIDR)
+    for interrupt in saved["lines"]:
+        raise_line(interrupt)
+
+
+def _registers_v2(cpus: int, interrupts: int) -> Iterator[tuple[int, int]]:
+    """Yield (group, attribute) of what there is to save but for pending interrupts, in the order of loading."""
+    yield _DIST, _GICD_IIDR
+    yield _DIST, _GICD_CTLR
+    for cpu in range(cpus):
+        bank = cpu << uapi.KVM_DEV_ARM_VGIC_CPUID_SHIFT
+        for offset in _banks(range(32)):
+            yield _DIST, bank | offset
+        for offset in range(_SPENDSGIR, _SPENDSGIR + 16, 4):
+            yield _DIST, bank | offset
+        yield _DIST, bank | _ISACTIVER
+    for offset in _banks(range(32, interrupts)):
+        yield _DIST, offset
+    for interrupt in range(32, interrupts, 4):
+        yield _DIST, _ITARGETSR + interrupt
+    for interrupt in range(32, interrupts, 32):
+        yield _DIST, _ISACTIVER + interrupt // 8
+    for cpu in range(cpus):
+        for offset in _GICC:
+            yield _CPU, cpu << uapi.KVM_DEV_ARM_VGIC_CPUID_SHIFT | offset
+
+
+def _edges(gic: KvmDevice, bank: int, first: int) -> int:
+    """Return a bit for each of 32 interrupts from ``first``: whether it is triggered by an edge."""
+    bits = 0
+    for half in range(2):
+        word = _get(gic, _DIST, bank | _ICFGR + first // 4 + 4 * half)
+        bits |= sum(1 << 16 * half + n for n in range(16) if word & 0b10 << 2 * n)
+    return bits

@@ -128,6 +128,19 @@ def test_with_an_interrupt_controller_devices_and_the_timer_have_interrupts() ->
     assert "interrupts" not in nodes["/echo@9110000"]
 
 
+GICV2 = GicNode(distributor=(0x0800_0000, 0x1000), cpu_interfaces=(0x0801_0000, 0x2000))
+
+
+def test_a_gicv2_has_cpu_interfaces_and_its_timer_names_the_cpus() -> None:
+    uart = describe(Uart(), layout.PL011.start, 1)
+    _, nodes = read(example(gic=GICV2, devices=[uart], stdout=uart, mpidrs=(0, 1, 2)))
+    gic = nodes["/interrupt-controller@8000000"]
+    assert gic["compatible"] == b"arm,gic-400\0"
+    assert gic["reg"] == cells64(0x0800_0000, 0x1000, 0x0801_0000, 0x2000)
+    assert nodes["/timer"]["interrupts"] == cells32(*(cell for ppi in (13, 14, 11, 10) for cell in (1, ppi, 0x708)))
+    assert nodes["/serial@9000000"]["interrupts"] == cells32(0, 1, 4)
+
+
 def test_without_an_interrupt_controller_nothing_has_interrupts() -> None:
     level = describe(Uart(), layout.PL011.start, 1)
     assert example(devices=[level, ECHO], stdout=level) == example()
@@ -144,7 +157,7 @@ def test_the_same_machine_gives_the_same_bytes() -> None:
 
 
 @needs_dtc
-@pytest.mark.parametrize("gic", [None, GIC])
+@pytest.mark.parametrize("gic", [None, GIC, GICV2])
 def test_dtc_has_nothing_to_say_about_the_machines_tree(gic: GicNode | None) -> None:
     uart = describe(Uart(), layout.PL011.start, 1)
     source = dtc(example(gic=gic, devices=[uart, ECHO], stdout=uart), "dts")

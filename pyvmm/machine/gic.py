@@ -68,6 +68,7 @@ class Gic:
     """
 
     def __init__(self, vm: Vm, version: int, cpus: int) -> None:
+        """Make it; the VM's ``cpus`` vCPUs have all been made, and none has run."""
         self.version = version
         self.its: KvmDevice | None = None
         self._vm, self._cpus = vm, cpus
@@ -157,17 +158,15 @@ def host_gic() -> int | None:
         return find_gic(vm)
 
 
-def create_gic(vm: Vm, cpus: int) -> Gic | None:
-    """Give a VM an interrupt controller, None where the host makes none.
+def choose_gic(vm: Vm, cpus: int) -> int | None:
+    """Return what :func:`find_gic` says. HostError where that controller cannot have ``cpus`` vCPUs.
 
-    All ``cpus`` vCPUs have been made, and none has run. HostError where a GICv2 cannot have as many.
+    Ask before the vCPUs are made: beyond a GICv2's limit KVM_CREATE_VCPU only says EINVAL.
     """
     version = find_gic(vm)
-    if version is None:
-        return None
     if version == 2 and cpus > MAX_VCPUS_GICV2:
         raise HostError(
             f"this host has a GICv2, which cannot have {cpus} vCPUs: its limit is {MAX_VCPUS_GICV2}",
             hint=f"-c {MAX_VCPUS_GICV2}",
         )
-    return Gic(vm, version, cpus)
+    return version

@@ -27,7 +27,7 @@ from pyvmm.kvm.system import System
 from pyvmm.machine import boot, layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.ending import RunEnd
-from pyvmm.machine.gic import create_gic
+from pyvmm.machine.gic import Gic, choose_gic
 from pyvmm.machine.irq import Interrupts
 from pyvmm.machine.ram import add_ram
 from pyvmm.machine.start import KernelImage
@@ -93,10 +93,11 @@ class Hardware:
         self.loadable = add_ram(self.memory, self.vm, config)
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
+        gic = choose_gic(self.vm, config.cpus)
         self.vcpus = [push(self.vm.create_vcpu(index)) for index in range(config.cpus)]
         for vcpu in self.vcpus:
             vcpu.init(power_off=vcpu.index > 0)
-        self.gic = create_gic(self.vm, config.cpus)
+        self.gic = None if gic is None else Gic(self.vm, gic, config.cpus)
         if self.gic is not None:
             self._stack.callback(self.gic.close)
         self.interrupts = Interrupts(self.vm, present=self.gic is not None)

@@ -10,6 +10,7 @@ import pytest
 from pyvmm.devices.kinds.rng import Rng
 from pyvmm.kvm.stand_in import Recording
 from pyvmm.machine import Machine
+from pyvmm.machine.gic import host_gic
 from pyvmm.machine.plan import Plan, calls
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.protection import Protection
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.pkvm
 )
 def test_a_machine_asks_kvm_what_its_plan_said(protection: Protection, more: dict[str, Any]) -> None:
     settings = config("payload:hello", protection, **more)
-    with Plan(settings) as plan:
+    with Plan(settings, gic=host_gic() or 3) as plan:
         planned = list(calls(plan.machine, plan.calls))
     recording = Recording()
     with Machine(settings, kernel=recording) as machine:

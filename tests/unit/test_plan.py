@@ -47,7 +47,7 @@ def test_a_protected_machine_is_made_in_the_order_that_pkvm_insists_on() -> None
         name: next(n for n, line in enumerate(lines) if line.startswith(name))
         for name in (
             "KVM_CREATE_VCPU(vm, index=1",
-            "KVM_CREATE_DEVICE(vm, type=KVM_DEV_TYPE_ARM_VGIC_V3",
+            "KVM_CREATE_DEVICE(vm, type=KVM_DEV_TYPE_ARM_VGIC_V3)",
             "KVM_SET_DEVICE_ATTR(ARM_VGIC_V3, group=CTRL, attr=0x0)",
             "KVM_SET_ONE_REG(vcpu0, id=pc, value=0x8008_0000)",
         )

@@ -130,7 +130,8 @@ def _note(distribution: Distribution) -> None:
 def package_name(distribution: Distribution) -> str:
     """Return what a package is called, also where it lacks its metadata."""
     try:
-        name: str | None = distribution.metadata["Name"]
+        metadata = distribution.metadata
+        name = metadata["Name"] if "Name" in metadata else None
     except Exception:  # whatever a damaged file makes the reader raise
         name = None
     return name or _stem(distribution)

@@ -261,5 +261,7 @@ int pv_probe(struct pv_vm *vm, uint64_t gpa)
     struct pv_region region;
     uint8_t byte;
 
-    return region_at(vm, gpa, &region) ? pv_read(vm, gpa, &byte, 1, NULL) == 1 : -1;
+    if (!region_at(vm, gpa, &region))
+        return -1;
+    return region.view && pv_copy(&byte, region.view + (gpa - region.gpa), sizeof(byte)) == sizeof(byte);
 }

@@ -129,7 +129,8 @@ before = set(sys.modules) - {"threading"}
 compiled = []
 
 def hear(event, values):
-    if event == "compile" and values[1].startswith("<"):  # no file
+    # Those without a file; functools, which some Python's start has not loaded yet, makes one namedtuple.
+    if event == "compile" and values[1].startswith("<") and b"hits, misses, maxsize, currsize" not in values[0]:
         compiled.append(values[0])
 
 sys.addaudithook(hear)

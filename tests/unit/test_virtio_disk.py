@@ -48,7 +48,7 @@ def test_what_is_no_disk_is_refused_with_what_to_do(tmp_path: Path) -> None:
     odd = refusal(make(tmp_path / "odd", 1000))
     assert "1000 bytes, which are not whole sectors of 512" in odd
     assert f"truncate -s %512 {tmp_path}/odd" in odd
-    assert "null byte" in refusal("a\0b")
+    assert "embedded null" in refusal("a\0b")
 
 
 @pytest.mark.parametrize(("begins", "name"), [(b"QFI\xfb\0\0\0\3", "qcow2"), (b"KDMV", "VMDK"), (b"raw", None)])

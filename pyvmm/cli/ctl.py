@@ -35,7 +35,12 @@ class Order(NamedTuple):
 ORDERS: Final = {
     "info": Order(None, False, "what the machine is, and whether it runs or is paused"),
     "counters": Order(None, False, "what has been counted: exits, shares, pages"),
-    "pause": Order(None, False, "make vCPUs and devices stand still; a deadline goes on"),
+    "pause": Order(
+        None,
+        False,
+        "make vCPUs, devices and the guest's counters stand still: its wall clock lags from then on. A deadline "
+        "goes on, and so do the counters of a pkvm guest, whose Linux may report soft lockups",
+    ),
     "resume": Order(None, False, "let them go on"),
     "stop": Order(None, False, "end the run, and return when it has ended"),
     "kick": Order("text", False, "press Return on the console, behind TEXT if there is any"),

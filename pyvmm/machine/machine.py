@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.base import Device
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.kvm.fd import Kernel
+    from pyvmm.machine.clock import GuestClock
     from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.start import Start
     from pyvmm.vcpu.counters import Counters
@@ -63,7 +64,8 @@ class Machine(Hardware):
         super().__init__(config, kernel=kernel, start=start, devices=devices)
         self._unclaimed = unclaimed
         self._intercept = intercept
-        self._threads = Threads(lambda: [placed.device for placed in self.bus.placed])
+        self._threads = Threads(lambda: [placed.device for placed in self.bus.placed], lambda: self.clock)
+        self._clock: GuestClock | None = None
         self._natives: list[pv_vcpu] = []
         self._keep: list[CData] = []
 
@@ -198,6 +200,16 @@ class Machine(Hardware):
     def paused(self) -> bool:
         """Whether :meth:`pause` holds it."""
         return self._threads.paused
+
+    @property
+    def clock(self) -> GuestClock:
+        """The guest's time, which stands with :meth:`pause` where it can."""
+        if self._clock is None:
+            from pyvmm.machine.clock import GuestClock  # of a run that is stopped
+
+            kept = "the hypervisor keeps a protected guest's counters" if self.config.protection.by_hypervisor else None
+            self._clock = GuestClock(self.vcpus[0], kept)
+        return self._clock
 
     def quiet(self) -> AbstractContextManager[None]:
         """Keep every vCPU but the caller's own out of the guest: what moving slots under them needs."""

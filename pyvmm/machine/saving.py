@@ -85,6 +85,8 @@ def _state(machine: Machine) -> dict[str, Any]:
     for native in machine.natives:
         if error := lib.pv_settle(native):
             raise PyvmmError(f"vCPU {native.index} cannot finish its exit: KVM_RUN fails with {os.strerror(error)}")
+    # A guest that was paused before has its time from then.
+    machine.clock.rewind()
     gic = machine.gic
     # Devices first: one that hands a request back before it is saved interrupts the guest.
     devices = [placed.device.save() for placed in machine.bus.placed]

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from pyvmm.devices.base import Device
+    from pyvmm.machine.clock import GuestClock
     from pyvmm.vcpu.thread import VcpuThread
 
 
 class Threads:
-    """One a vCPU, in their order; ``devices`` are what a pause stops besides."""
+    """One a vCPU, in their order; ``devices`` are what a pause stops besides, and ``clock`` the guest's time."""
 
-    def __init__(self, devices: Callable[[], Iterable[Device]]) -> None:
-        self._devices = devices
+    def __init__(self, devices: Callable[[], Iterable[Device]], clock: Callable[[], GuestClock]) -> None:
+        self._devices, self._clock = devices, clock
         self._threads: list[VcpuThread] = []
         self._pausing = threading.Lock()
         self._pauses = 0
@@ -65,6 +66,8 @@ class Threads:
         with self._pausing, contextlib.ExitStack() as half:
             half.callback(self._resume_alone)
             if not self._pauses:
+                self._clock().stop()
+                half.callback(self._clock().go)
                 for device in self._devices():
                     device.pause()
                     half.callback(device.resume)
@@ -89,6 +92,7 @@ class Threads:
             if not self._pauses:
                 for device in self._devices():
                     device.resume()
+                self._clock().go()
         self._resume_alone()
 
     def _resume_alone(self) -> None:

@@ -128,7 +128,10 @@ class Requests:
         return take_reading(self._machine)
 
     def pause(self) -> dict[str, Any]:
-        """Make vCPUs and devices stand still, if they do not; a deadline goes on all the same."""
+        """Make vCPUs, devices and the guest's time stand still, if they do not; a deadline goes on all the same.
+
+        ``clock`` says why the guest's time does not stand, where it does not.
+        """
         if not self._holding:
             self._refuse_unless_started("be paused")
             self._machine.pause()
@@ -137,7 +140,8 @@ class Requests:
                 self._machine.resume()
                 self._refuse_unless_started("be paused")
             self._holding = True
-        return {"state": self.state}
+        goes_on = self._machine.clock.goes_on
+        return {"state": self.state} | ({} if goes_on is None else {"clock": f"goes on: {goes_on}"})
 
     def resume(self) -> dict[str, Any]:
         """Let all go on that :meth:`pause` stopped."""

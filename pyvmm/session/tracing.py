@@ -69,6 +69,8 @@ class Tracing:
         if self._el2:
             from pyvmm.observe.hyptrace import HypTrace
 
+            # What the hypervisor records is stamped with the guest's virtual counter.
+            machine.clock.goes_on = "the hypervisor is traced by it"
             self._stack.push(self._listening)
             self._hypervisor = self._listening.enter_context(HypTrace())
 

@@ -43,6 +43,7 @@ class Stub:
     def __init__(self) -> None:
         self.started_ns, self.ended_ns, self.elapsed_ns = 1, 0, 1_500_000_000
         self.paused = False
+        self.clock = SimpleNamespace(goes_on=None)
         self.told: list[str] = []
         self.uart = Pl011()
         self.config = SimpleNamespace(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,13 +191,14 @@ class Part:
 def test_one_device_that_does_not_rest_leaves_the_others_and_the_vcpus_going() -> None:
     told: list[str] = []
     parts: list[Any] = [Part(told, "a"), Part(told, "b", stuck=True)]
-    threads = Threads(lambda: parts)
+    clock: Any = SimpleNamespace(stop=lambda: told.append("time stands"), go=lambda: told.append("time goes on"))
+    threads = Threads(lambda: parts, lambda: clock)
     vcpu = Vcpu(lambda _: True)
     threads.add(vcpu.thread)
     threads.start()
     with pytest.raises(PyvmmError, match="does not rest"):
         threads.pause()
-    assert told == ["a rests", "a goes on"]
+    assert told == ["time stands", "a rests", "a goes on", "time goes on"]
     assert not threads.paused
     assert not vcpu.thread.wanted
     with pytest.raises(PyvmmError, match="nothing to resume"):

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""To a guest that was paused no time has passed: its counters are put back before a vCPU runs again. No KVM needed."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyvmm.kvm.stand_in import StandIn
+from pyvmm.machine.clock import COUNTERS
+from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.machine import Machine
+from pyvmm.memory.address import MIB
+from pyvmm.protection import Protection
+from pyvmm.session.requests import Requests
+from pyvmm.vcpu.thread import VcpuThread
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.causes import Value
+    from pyvmm.kvm.fd import CData, Fd
+    from pyvmm.uapi.ioctl import Ioctl
+
+
+class Ticking(StandIn):
+    """A kernel whose counters go on by 1000 whenever somebody looks; ``heard`` is what was done with them."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.refuses = 0
+        self.heard: list[tuple[str, int, int]] = []
+
+    def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
+        register = values.get("id")
+        if register not in COUNTERS or isinstance(argument, int):
+            return super().ioctl(fd, request, argument, values)
+        if self.refuses:
+            return -1, self.refuses
+        room = ctypes.c_uint64.from_address(argument.addr)  # type: ignore[union-attr]
+        if request.name == "KVM_GET_ONE_REG":
+            self.now += 1000
+            room.value = self.now
+        self.heard.append((request.name.split("_")[1], COUNTERS.index(int(register or 0)), room.value))
+        return 0, 0
+
+
+@pytest.fixture
+def kernel() -> Ticking:
+    return Ticking()
+
+
+@pytest.fixture(params=[Protection.NONE, Protection.EMULATED])
+def machine(
+    request: pytest.FixtureRequest, kernel: Ticking, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Machine, list[str]]]:
+    """A machine whose vCPUs do nothing but be paused and let go, and what they did."""
+    done: list[str] = []
+    monkeypatch.setattr(VcpuThread, "pause", lambda _self: done.append("pause"))
+    monkeypatch.setattr(VcpuThread, "wait_paused", lambda _self, _timeout=None: done.append("stands"))
+    monkeypatch.setattr(VcpuThread, "resume", lambda _self: done.append(f"resume {len(kernel.heard)}"))
+    config = MachineConfig("payload:hello", request.param, memory=16 * MIB, cpus=2, serial_out=None)
+    with Machine(config, kernel=kernel) as machine:
+        yield machine, done
+
+
+SAVED = [("GET", 0, 1000), ("GET", 1, 2000)]
+PUT_BACK = [("SET", 0, 1000), ("SET", 1, 2000)]
+
+
+def test_counters_are_put_back_before_the_first_vcpu_runs(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+    it, done = machine
+    it.pause()
+    assert (kernel.heard, done) == (SAVED, ["pause", "pause", "stands", "stands"])
+    it.resume()
+    assert kernel.heard == [*SAVED, *PUT_BACK]
+    assert done[4:] == ["resume 4", "resume 4"]
+
+
+def test_pauses_nest_and_each_outermost_one_begins_anew(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+    it, _ = machine
+    it.pause()
+    it.pause()
+    it.resume()
+    assert kernel.heard == SAVED
+    it.resume()
+    it.pause()
+    it.resume()
+    assert kernel.heard[4:] == [("GET", 0, 3000), ("GET", 1, 4000), ("SET", 0, 3000), ("SET", 1, 4000)]
+
+
+def test_a_pause_that_fails_lets_time_go_on(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+    it, _ = machine
+
+    def stuck() -> None:
+        raise TimeoutError
+
+    it.uart.pause = stuck  # type: ignore[method-assign]
+    with pytest.raises(TimeoutError):
+        it.pause()
+    assert kernel.heard == [*SAVED, *PUT_BACK]
+    assert not it.paused
+
+
+def test_a_counter_that_the_kernel_does_not_tell_is_left_alone(
+    machine: tuple[Machine, list[str]], kernel: Ticking
+) -> None:
+    it, _ = machine
+    kernel.refuses = errno.EPERM
+    it.pause()
+    assert "KVM_GET_ONE_REG" in (it.clock.goes_on or "")
+    kernel.refuses = 0
+    it.resume()
+    assert kernel.heard == []
+
+
+def test_a_clock_that_others_read_is_left_alone(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+    it, _ = machine
+    it.clock.goes_on = "the hypervisor is traced by it"
+    it.pause()
+    it.resume()
+    assert kernel.heard == []
+
+
+@pytest.mark.parametrize("protection", list(Protection))
+def test_who_pauses_is_told_where_time_goes_on(protection: Protection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Requests, "state", "paused")
+    monkeypatch.setattr(Machine, "pause", lambda _self: None)
+    config = MachineConfig("payload:hello", protection, memory=16 * MIB, serial_out=None)
+    with Machine(config, kernel=Ticking()) as machine:
+        told = Requests(machine).pause()
+    if protection is Protection.PKVM:
+        assert told == {"state": "paused", "clock": "goes on: the hypervisor keeps a protected guest's counters"}
+    else:
+        assert told == {"state": "paused"}
+
+
+def test_a_protected_guests_counters_are_not_touched(kernel: Ticking) -> None:
+    config = MachineConfig("payload:hello", Protection.PKVM, memory=16 * MIB, serial_out=None)
+    with Machine(config, kernel=kernel) as machine:
+        machine.clock.stop()
+        machine.clock.go()
+    assert kernel.heard == []

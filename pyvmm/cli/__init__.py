@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: one module a verb, this one finds it, runs it, and turns what it raises into words and a status.
+"""The command line: find the verb's module, run it, and turn its exception into a message and an exit status.
 
 A verb's module defines ``add_parser(subparsers)`` and ``main(args) -> int``. It is imported only when its name is on
 the command line, and must not import anything heavy before its ``main`` runs. Modules that every command line needs
-name TYPE_CHECKING themselves, as type checkers allow: to import ``typing`` costs a fifth of what parsing costs beyond
-bare Python.
+define TYPE_CHECKING themselves, which type checkers allow. Importing ``typing`` would add a fifth to the cost of
+parsing.
 
-Exit statuses: 0 the guest powered off (or the verb did its work), 1 our error, 2 usage, 3 the guest crashed or was
-reset, 4 deadline, 5 this host cannot do what was asked; 128 + the signal's number when one ended it.
+Exit statuses: 0 the guest powered off, or the verb did its work. 1 pyvmm failed. 2 usage. 3 the guest crashed or was
+reset. 4 deadline. 5 this host cannot do it. 128 + N signal N ended the verb.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from typing import Any
 
 VERBS = {
-    "demo": "the whole story of a protected guest in one screen",
+    "demo": "the life of a protected guest in one screen",
     "doctor": "what this machine can do, what is missing, how to get it",
     "run": "run a guest: an Image, an ELF, a flat binary, or payload:NAME",
-    "map": "run a guest and show whose its pages are, live",
-    "ctl": "ask or tell a running guest: info, counters, pause, resume, stop",
+    "map": "run a guest and show who owns its pages, live",
+    "ctl": "control a running guest: info, counters, pause, resume, stop",
     "top": "how busy a running guest is: exits by kind, where its time goes",
     "trace": "run a guest and record its exits for ui.perfetto.dev",
     "lab": "a pKVM host on any Linux machine: build it, run commands in it",
@@ -45,14 +45,14 @@ VERBS = {
 
 
 GARBAGE = 100_000
-"""Objects, net of those freed, after which the collector looks for garbage."""
+"""Garbage collection threshold: allocated objects minus freed ones."""
 
-# How options begin that stand before a verb and say what lab it is.
+# Prefixes of the options before a verb that configure the lab.
 LAB_OPTIONS = ("--lab", "--host-kernel")
 
 
 class _Verbs(argparse._SubParsersAction):  # type: ignore[type-arg]
-    """Keeps the verb and its arguments as they were given, to be handed to the lab."""
+    """Keeps the verb and its arguments as typed, to pass them to the lab."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
@@ -62,7 +62,7 @@ class _Verbs(argparse._SubParsersAction):  # type: ignore[type-arg]
 
 
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser for ``argv``, complete for the verbs that occur in it."""
+    """Return the parser for ``argv``, complete for the verbs in it."""
     parser = Parser(
         prog="pyvmm",
         description="A VMM for protected arm64 guests.",
@@ -78,11 +78,11 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     if any(word.startswith(LAB_OPTIONS) for word in argv):
         import_module("pyvmm.cli.lab").add_lab_options(group)
-    # What the verb's own usage begins with: argparse would lay out a page to find that.
+    # The start of the verb's usage line. argparse would format the whole help page to find it.
     verbs = parser.add_subparsers(
         title="verbs", metavar="VERB", required=True, dest="verb", action=_Verbs, prog=parser.prog
     )
-    # Verbs that are not meant are there for help and for errors alone.
+    # Other verbs only appear in the help and in errors.
     first = next((word for word in argv if not word.startswith("-")), "")
     known = {first: VERBS[first]} if first in VERBS else VERBS
     for verb, summary in known.items():
@@ -94,27 +94,28 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def refuse_lab_options(args: argparse.Namespace, words: Sequence[str]) -> None:
-    """UsageError for options that say what lab it is, before a verb that no lab was asked for."""
+    """Raise UsageError for options that configure a lab when ``--lab`` is missing."""
     before = words[: len(words) - len(args.verb_argv)]
     for word in before:
         if word.startswith(LAB_OPTIONS):
             verb = " ".join(args.verb_argv[:2] if args.verb == "lab" else args.verb_argv[:1])
             right = f"pyvmm {verb} --host-kernel ..." if args.verb == "lab" else f"pyvmm --lab {word} ... {verb} ..."
-            raise UsageError(f"{word} says what lab it is to be, but no lab was asked for", hint=right)
+            raise UsageError(f"{word} configures the lab, but --lab is missing", hint=right)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``sys.argv`` unless given) and return its exit status."""
-    # What a verb imports and builds stays: the collector would look through it every few hundred objects, for nothing.
+    # What a verb imports and builds stays alive. The collector would scan it every few hundred objects and free
+    # nothing.
     gc.set_threshold(GARBAGE)
     words = list(sys.argv[1:] if argv is None else argv)
     _fill_standard_files()
     try:
         args = make_parser(words).parse_args(words)
     except SystemExit as done:
-        # argparse has said what there is to say: 0 after --help and --version, 2 after a wrong command line.
+        # argparse has printed its text: status 0 after --help and --version, 2 after a wrong command line.
         return done.code if isinstance(done.code, int) else 2
-    except PyvmmError as error:  # of a package that brings what an option names
+    except PyvmmError as error:  # raised by a package that an option names
         _complain(error.message, error.hint, as_json="--log-json" in words)
         return error.exit_status
     from pyvmm import log  # not for --help
@@ -147,16 +148,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verbose:
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        hint = "this is a bug in pyvmm: -v shows where; please report that with the output of pyvmm doctor --json"
+        hint = "this is a bug in pyvmm; -v shows where. Please report it with the output of pyvmm doctor --json"
         _complain(what, hint, as_json=bool(args.log_json))
         return 1
     return status
 
 
 def with_file(words: Sequence[str], args: argparse.Namespace) -> tuple[list[str], argparse.Namespace]:
-    """Return the command line ``words``, of which ``args`` was parsed, with its file's options in it, and both anew.
+    """Insert the options of the ``--config`` file into the command line ``words``, and parse it again.
 
-    Raises UsageError for what is wrong with the file, or with what it and the command line say together.
+    Returns the new words and arguments. Raises UsageError for an error in the file, or a conflict between both.
     """
     from pyvmm.options.file import OptionsFile
     from pyvmm.options.machine import check_options
@@ -171,7 +172,7 @@ def with_file(words: Sequence[str], args: argparse.Namespace) -> tuple[list[str]
 
 
 def _fill_standard_files() -> None:
-    """Open /dev/null where a standard file is closed: its number must not go to a guest's console or to KVM."""
+    """Open /dev/null for each closed standard file, so that a console or KVM does not get its number."""
     null = os.open(os.devnull, os.O_RDWR)
     while null < 3:
         os.set_inheritable(null, True)
@@ -189,10 +190,10 @@ def _dispatch(args: argparse.Namespace, words: Sequence[str]) -> int:
             return int(import_module("pyvmm.cli.run").dry_run(args))
         return int(import_module(f"pyvmm.cli.{args.verb}").main(args))
     if args.verb == "lab":
-        raise UsageError("there is no lab in the lab", hint=f"pyvmm {' '.join(args.verb_argv)}")
+        raise UsageError("already in the lab: drop --lab", hint=f"pyvmm {' '.join(args.verb_argv)}")
     flags = ["-v"] * args.verbose + ["-q"] * args.quiet + ["--log-json"] * bool(args.log_json)
     verb = import_module(f"pyvmm.cli.{args.verb}")
-    if hasattr(verb, "main_in_lab"):  # one that does part of its work here
+    if hasattr(verb, "main_in_lab"):  # this verb does part of its work on this host
         return int(verb.main_in_lab(args, flags))
     return int(import_module("pyvmm.cli.lab").run_verb([*flags, *args.verb_argv], args))
 
@@ -209,7 +210,7 @@ def _complain(message: str, hint: str | None, *, as_json: bool) -> None:
 
 
 def _reader_gone() -> int:
-    """Whoever read our output has left: end as SIGPIPE would have ended us, without a word."""
+    """End silently, as SIGPIPE would have ended us: the reader of our output is gone."""
     # The interpreter flushes stdout once more at exit; it must not complain then.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())

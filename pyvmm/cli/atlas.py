@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm atlas``: what this kernel really does with guest memory, claim by claim; and ``pyvmm atlas diff``.
+"""``pyvmm atlas``: test claims about this kernel and guest memory. ``pyvmm atlas diff`` compares two runs.
 
 Results go to stdout as they come, a table of all verdicts at the end, progress to stderr. Exit status 0 when every
-experiment came to a verdict, whatever it is; 1 when one crashed. Of ``diff``: 0 the same, 1 not.
+experiment came to a verdict, whatever it is; 1 when one crashed. ``diff``: 0 no difference, 1 differences.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 DIFF = "diff"
 FEW = 4
-"""Results that are shown whole; of more, the table tells."""
+"""Up to this many results are printed in full. With more, only the table is."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     which.add_argument("--list", action="store_true", help="name the claims instead of trying them")
     which.add_argument("--deadline", type=parse_seconds, metavar="SECONDS", help="for each experiment (60)")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=OutputPath, metavar="FILE", help="results for machines, and for diff")
+    output.add_argument("--json", type=OutputPath, metavar="FILE", help="results as JSON, also the input of diff")
     output.add_argument("--html", type=OutputPath, metavar="FILE", help="a page to link to, with evidence and pictures")
     output.add_argument("--junit", type=OutputPath, metavar="FILE", help="results as JUnit's XML")
     output.add_argument("--map", type=OutputPath, metavar="FILE", help="page maps of the steps, as SVG")
@@ -96,19 +96,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
-    """Try the claims in a lab; ``flags`` are the words that stand before the verb there."""
+    """Try the claims in a lab. ``flags`` are the words before the verb there."""
     from pyvmm.cli.lab import run_verb
 
     if args.list:
         return main(args)
     if args.claims and args.claims[:1] != [DIFF]:
-        # What is unknown is said before anything is booted; the lab is given the packages that bring what is known.
+        # Report unknown claims before booting anything. The lab gets the packages that bring the known ones.
         _tasks(_claims(args)[0], args)
     return run_verb([*flags, *args.verb_argv], args)
 
 
 def _claims(args: argparse.Namespace) -> tuple[list[Claim], list[PluginError]]:
-    """Return the claims asked for; for a list of all, also what installed packages bring, with its faults."""
+    """Return the selected claims. For a list of all, add those of installed packages, and these packages' faults."""
     from pyvmm.atlas.claim import all_claims, brought_claims, select
 
     claims = select(args.claims, all_claims(args.claims))
@@ -129,7 +129,7 @@ def _tasks(claims: list[Claim], args: argparse.Namespace) -> list[Task]:
 
 
 def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tuple[Atlas, KeyboardInterrupt | None]:
-    """Try everything and show results as they come; interrupted, return what there is and the interrupt."""
+    """Try everything and show results as they come. After an interrupt, return the results so far and the interrupt."""
     from pyvmm.atlas.expected import expected
     from pyvmm.atlas.model import Atlas
     from pyvmm.atlas.report.text import details, line, table
@@ -149,7 +149,7 @@ def _run(todo: list[Task], claims: list[Claim], args: argparse.Namespace) -> tup
         try:
             for result in run(todo, deadline=args.deadline):
                 results.append(result)
-                if received:  # raised where exceptions are ignored, as in a finalizer
+                if received:  # raised where Python ignores exceptions, as in a finalizer
                     raise Interrupted(received[0])
                 progress("")
                 print((details if whole else line)(result, look, wanted), flush=True)
@@ -205,7 +205,7 @@ def _list(todo: list[Task]) -> None:
 
 
 def _writable(args: argparse.Namespace, claims: list[Claim]) -> list[tuple[Callable[[Atlas], str], str]]:
-    """Return (how to say an atlas, file) for each output asked for; UsageError where one cannot be written."""
+    """Open each requested output. Returns (format function, file) pairs. Raises UsageError for an unwritable path."""
     kinds: list[tuple[Callable[[Atlas], str], str | None]] = [
         (lambda atlas: json.dumps(atlas.to_json(), indent=1) + "\n", args.json),
         (lambda atlas: _html(atlas, claims), args.html),
@@ -249,7 +249,9 @@ def _map(atlas: Atlas) -> str:
         for picture in result.pictures
     ]
     if not steps:
-        print("pyvmm: none of these experiments keeps a picture; every-fresh-page-faults does", file=sys.stderr)
+        print(
+            "pyvmm: no page map: none of these experiments records one; every-fresh-page-faults does", file=sys.stderr
+        )
     return svg_steps(steps)
 
 
@@ -260,7 +262,7 @@ def _diff(args: argparse.Namespace) -> int:
 
     names = args.claims[1:]
     if len(names) != 2:
-        raise UsageError(f"{len(names)} files given: two are compared", hint="pyvmm atlas diff A.json B.json")
+        raise UsageError(f"{len(names)} files given, diff compares two", hint="pyvmm atlas diff A.json B.json")
     comparison = diff.compare(*(Atlas.load(name) for name in names))
     print(diff.render(comparison, Look.of(sys.stdout), verbose=args.details))
     if args.json:

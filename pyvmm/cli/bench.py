@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm bench``: what a fault, an exit, a share, a conversion costs on this host, measured and shown.
+"""``pyvmm bench``: measure and report the cost of a fault, an exit, a share and a conversion.
 
-Measuring and reporting are apart: results are lines, made where the guest runs, and the table and the pages are made of
-them where there is numpy. For ``pyvmm --lab bench`` that is the workstation: the lab only measures.
+Measuring and reporting are separate. The host of the guest writes result lines. A host with numpy makes the table and
+the pages from them. With ``pyvmm --lab bench`` the lab only measures, and the workstation reports.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "       pyvmm bench compare A.jsonl [B.jsonl]\n"
         "       pyvmm bench report [--html FILE] [--figures DIR] RESULTS\n"
         "       pyvmm bench sweep [options] PLAN.toml",
-        description="Measure what guest memory costs: each case at the points of its axes, in a process of its own.\n"
+        description="Measure what guest memory costs: each case at the points of its axes, a process each.\n"
         "Without --axis, every value of every axis is measured once, the others at their first value.",
         epilog="examples:\n"
         "  pyvmm --lab bench --quick --html bench.html           the quick set, in the lab\n"
@@ -62,9 +62,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="AXIS=VALUE[,VALUE...]",
         help="these values, and every combination with other --axis",
     )
-    which.add_argument("--versus", metavar="AXIS=VALUE", help="measure each point by turns with this one, and compare")
+    which.add_argument("--versus", metavar="AXIS=VALUE", help="measure each point in turns with this one, and compare")
     which.add_argument("--turns", type=parse_count, default=10, metavar="N", help="of --versus (10)")
-    which.add_argument("--peers", action="store_true", help="measure others beside us: a bare C loop, QEMU, selftests")
+    which.add_argument("--peers", action="store_true", help="also measure others: a bare C loop, QEMU, selftests")
     which.add_argument("--list", action="store_true", help="name cases and axes instead of measuring")
     which.add_argument("--deadline", type=parse_seconds, metavar="SECONDS", help="for each point (the case's own)")
     output = parser.add_argument_group("output")
@@ -77,7 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what the command line says on this very host; returns the exit status."""
+    """Run the verb on this host and return its exit status."""
     if (sub := _SUBVERBS.get(_first(args))) is not None:
         return sub(args)
     plan = _plan(args)
@@ -92,12 +92,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def main_in_lab(args: argparse.Namespace, flags: list[str]) -> int:
-    """Measure in a lab and report here; ``flags`` are the words that stand before the verb there."""
+    """Measure in a lab and report here. ``flags`` are the words before the verb there."""
     if _first(args) in _SUBVERBS:
-        raise UsageError(f"bench {_first(args)} is no verb for the lab", hint="pyvmm " + shlex.join(args.verb_argv))
+        raise UsageError(f"bench {_first(args)} does not run in the lab", hint="pyvmm " + shlex.join(args.verb_argv))
     if args.list:
         return main(args)
-    plan = _plan(args)  # what makes no sense is said before anything is booted
+    plan = _plan(args)  # reports a wrong command line before booting anything
     args.lab_with = list(dict.fromkeys(kernel for step in plan.steps() for kernel in step.case.kernels(step.point)))
 
     def collect(take: Callable[[str], None]) -> int:
@@ -152,7 +152,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _pair(option: str, text: str) -> tuple[str, str]:
     axis, _, value = text.partition("=")
     if not axis or not value:
-        raise UsageError(f"{option} {text}: AXIS=VALUE is what it takes, like {option} protection=pkvm")
+        raise UsageError(f"{option} {text}: expected AXIS=VALUE, for example {option} protection=pkvm")
     return axis, value
 
 
@@ -178,7 +178,7 @@ def _peers() -> list[Series]:
 
 
 def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], int]) -> int:
-    """Measure with ``collect`` and report, what there is even where that was cut short."""
+    """Measure with ``collect`` and report. When measuring is cut short, report the results so far."""
     from pyvmm.bench.collect import Collector
 
     no_report = _why_no_report(args)
@@ -195,7 +195,7 @@ def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], in
             stopped = why
     run = collector.run()
     if no_report:
-        print(f"pyvmm: there is no table: {no_report}", file=sys.stderr)
+        print(f"pyvmm: no table: {no_report}", file=sys.stderr)
     elif run is not None and run.series:
         try:
             _show(run, args)
@@ -212,19 +212,19 @@ def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], in
 
 @contextlib.contextmanager
 def _interruptible(take: Callable[[str], object]) -> Iterator[Callable[[str], None]]:
-    """Have a signal end the measuring, which then puts the host's settings back; yields what takes lines."""
+    """Let a signal end the measuring, which then restores the host's settings. Yields the function that takes lines."""
     with terminable(once=True) as received:
 
         def take_until(text: str) -> None:
             take(text)
-            if received:  # raised where exceptions are ignored, as in a finalizer
+            if received:  # raised where Python ignores exceptions, as in a finalizer
                 raise Interrupted(received[0])
 
         yield take_until
 
 
 def _why_no_report(args: argparse.Namespace) -> str:
-    """Say why there will be no report, where the raw results are enough; HostError where they are not."""
+    """Return why there will be no report if raw results suffice; raise HostError if they do not."""
     from pyvmm.bench.statistics import require
 
     try:
@@ -238,7 +238,7 @@ def _why_no_report(args: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """Show points done and the time left on stderr: a bar on a terminal, now and then a line elsewhere."""
+    """Show points done and the time left on stderr: a bar on a terminal, else a line now and then."""
     if not sys.stderr.isatty():
         begun = last_line = time.monotonic()
 
@@ -262,7 +262,7 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    # Without a thread that refreshes it: on this very host each point is measured in a fork of this process.
+    # No refresh thread: on this host each point is measured in a fork of this process.
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as display:
         task = display.add_task("starting", total=None)
         yield lambda done, points, last: display.update(
@@ -277,7 +277,7 @@ def _writable(path: str) -> Iterator[TextIO]:
     try:
         yield file
     finally:
-        # Every line was flushed by who wrote it, and told of then if that failed.
+        # The writer has flushed every line, and has reported failures.
         with contextlib.suppress(OSError):
             file.close()
 
@@ -371,7 +371,7 @@ _SUBVERBS: Mapping[str, Callable[[argparse.Namespace], int]] = {COMPARE: _compar
 
 
 def _list(words: list[str]) -> None:
-    """Name cases, what they are about, and their axes; without ``words`` those that installed packages bring too."""
+    """List cases, their subject and their axes. Without ``words``, include those of installed packages."""
     import textwrap
 
     from pyvmm.bench.case import brought_cases, select

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm bench sweep``: measures all points that a TOML file names, here, in several labs, or over a fleet.
+"""``pyvmm bench sweep``: measure all points of a TOML plan on this host, in several labs, or over a fleet.
 
-Progress and all else goes to stderr; results go to the sweep's database, and from there to results files. Exit status
-0 when every point was measured, 1 when some could not be, 128 + a signal's number when one ended it.
+Results go to the sweep's database, and from there to results files. Everything else goes to stderr. Exit status: 0
+every point was measured, 1 some could not be, 128 + N signal N ended the sweep.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SILENCE = 30.0
 """Seconds between two lines of progress where stderr is no terminal."""
 FEW = 10
-"""Failed points that are named one by one."""
+"""Failed points to list one by one."""
 
 ABOUT = """\
 PLAN.toml names values of axes, and every combination is measured:  case = "fault", repeat = 3, then [axes] with
@@ -46,20 +46,20 @@ Labs at once share this machine's CPUs: only where they count instructions (icou
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``bench sweep`` takes besides options that ``bench`` has anyway: --json, --list and --deadline."""
+    """Add the options of ``bench sweep`` that ``bench`` does not already have (--json, --list, --deadline)."""
     group = parser.add_argument_group("sweep", ABOUT)
     where = group.add_mutually_exclusive_group()
     where.add_argument("--labs", type=parse_count, metavar="N", help="measure in N labs at once (1 with a [lab])")
     where.add_argument("--scheduler", metavar="ADDRESS", help="measure at the workers of a dask scheduler")
     group.add_argument("--database", type=OutputPath, metavar="FILE", help="where results are kept (PLAN.sqlite)")
-    group.add_argument("--restart", action="store_true", help="forget what the database has, and begin anew")
-    group.add_argument("--retry-failed", action="store_true", help="measure points that failed once more")
+    group.add_argument("--restart", action="store_true", help="delete the results in the database and start again")
+    group.add_argument("--retry-failed", action="store_true", help="measure failed points again")
 
 
 def main(args: argparse.Namespace) -> int:
     """Do what ``bench sweep PLAN.toml`` says; returns the exit status.
 
-    With --json, environments that differ make a results file each.
+    With --json, each environment gets its own results file.
     """
     from pyvmm.bench.case import REGISTRY, all_cases
     from pyvmm.bench.sweep import plan as plans
@@ -78,9 +78,9 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(task.key for task in plan.tasks))
         return 0
     if plan.left_out:
-        _say(f"{plan.left_out} combinations make no sense and are left out")
+        _say(f"{plan.left_out} combinations are invalid and left out")
     if args.json is not None and not os.access(Path(args.json).parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{args.json!r} cannot be written: no directory to write to is there")
+        raise UsageError(f"{args.json!r} cannot be written: its directory is missing or read-only")
     database = args.database or str(Path(files[0]).with_suffix(".sqlite"))
     with Store(database, plan, restart=args.restart) as store, contextlib.ExitStack() as signals:
         signals.enter_context(terminable(once=True))
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
 
             files = export(store, plan, args.json)
             if len(files) > 1:
-                _say(f"measured in {len(files)} environments, each in a file of its own: {' '.join(files)}")
+                _say(f"measured in {len(files)} environments, one file each: {' '.join(files)}")
         failed = store.counts().failed
     if number is not None:
         raise Interrupted(number)
@@ -125,7 +125,7 @@ def _workers(args: argparse.Namespace, plan: Plan, packages: Path | None) -> Wor
     if args.scheduler is not None:
         if plan.lab is not None:
             raise UsageError(
-                f"{plan.file} has a [lab], and a fleet measures on its own machines", hint="leave one of them out"
+                f"{plan.file} has a [lab], but a fleet measures on its own machines", hint="leave one of them out"
             )
         return workers.Fleet(args.scheduler)
     if _wants_labs(args, plan):
@@ -139,7 +139,7 @@ def _workers(args: argparse.Namespace, plan: Plan, packages: Path | None) -> Wor
 
 
 def _lab_maker(file: str, table: dict[str, Any], packages: Path | None) -> Callable[[], Lab]:
-    """Return what makes labs as a plan's table says, which see the project's tree, ``packages`` and nothing else."""
+    """Return a maker of labs for a plan's [lab] table. The labs see only the project's tree and ``packages``."""
     from pyvmm.lab import Lab, LabOptions, build_image, kernels
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import require
@@ -162,7 +162,7 @@ def _lab_maker(file: str, table: dict[str, Any], packages: Path | None) -> Calla
 
 
 def _tell(store: Store, args: argparse.Namespace) -> None:
-    """Say how it ended, and what goes on with it."""
+    """Print how the sweep ended, and the command that continues it."""
     counts = store.counts()
     again = shlex.join(["pyvmm", *(word for word in args.verb_argv if word not in ("--restart", "--retry-failed"))])
     failures = store.failures()
@@ -172,7 +172,7 @@ def _tell(store: Store, args: argparse.Namespace) -> None:
         _say(f"failed: {len(failures) - FEW} more, in {store.path}")
     _say(f"{counts.done} of {counts.total} points measured, in {store.path}")
     if counts.waiting:
-        _say(f"{counts.waiting} points are left; to go on: {again}")
+        _say(f"{counts.waiting} points are left; to continue: {again}")
     elif counts.failed:
         _say(f"to try those that failed again: {again} --retry-failed")
 
@@ -191,7 +191,7 @@ def _duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Keep a line of progress on stderr: always there on a terminal, now and then elsewhere."""
+    """Keep a line of progress on stderr: permanent on a terminal, else now and then."""
     with terminal_line() as show:
         if show:
             yield show

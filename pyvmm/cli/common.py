@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verbs share: options every one of them takes, statuses in words."""
+"""What verbs share: common options, and the text of exit statuses."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ LAB_ACTIONS: Final = ("build", "kernel", "status", "run", "exec", "shell")
 class Help(argparse.RawDescriptionHelpFormatter):
     """Lays help out as wide as the terminal is.
 
-    argparse makes one for every option that it checks, and its own asks shutil for the width: an import of six million
-    instructions on the way to every guest.
+    argparse makes a formatter for every option that it checks. Its default imports shutil to get the width, which would
+    add six million instructions to every start.
     """
 
     def __init__(self, prog: str) -> None:
-        columns = 0  # what a terminal says too that does not know, such as a serial one
+        columns = 0  # also what a terminal without a size reports, such as a serial one
         with contextlib.suppress(ValueError):
             columns = int(os.environ.get("COLUMNS", 0))
         if columns <= 0:
@@ -110,9 +110,9 @@ def _nearest(word: str, names: Sequence[str], prog: str) -> str | None:
 
 
 def require_arm64(args: argparse.Namespace, why: str, *, kvm: bool = False) -> None:
-    """Raise HostError, which says ``why``, where KVM runs no arm64 guests; with ``kvm`` also where it may not be used.
+    """Raise HostError with ``why`` if KVM cannot run arm64 guests here; with ``kvm`` also if this user may not use KVM.
 
-    Asked before a verb does anything that takes long.
+    Call it before anything slow.
     """
     if (machine := os.uname().machine) != "aarch64":
         import shlex
@@ -128,7 +128,7 @@ def require_arm64(args: argparse.Namespace, why: str, *, kvm: bool = False) -> N
 
 
 def ready(args: argparse.Namespace) -> None:
-    """Raise UsageError where the options name no kernel or contradict each other, HostError where no guest can run."""
+    """Raise UsageError if the options name no kernel or contradict each other, HostError if no guest can run."""
     from pyvmm._native_source import require_fresh_native
     from pyvmm.options.contradictions import check_run, kernel_of
 
@@ -139,7 +139,7 @@ def ready(args: argparse.Namespace) -> None:
 
 
 class _Misplaced(argparse.Action):
-    """Catches ``--lab`` behind the verb, where it would be one of the verb's own."""
+    """Catches ``--lab`` after the verb, where it would count as the verb's option."""
 
     def __call__(
         self,
@@ -154,8 +154,8 @@ class _Misplaced(argparse.Action):
 
 
 def add_common(parser: argparse.ArgumentParser, *, verb: bool = True) -> None:
-    """Add the options that may stand before or behind the verb: to a verb's parser, or to the one before it."""
-    # A verb's parser must not undo what stood before the verb, so there an option not given leaves nothing.
+    """Add the options that are valid before and after the verb to either parser."""
+    # A verb's parser must not overwrite options before the verb, so it gets no defaults.
     default: Any = argparse.SUPPRESS if verb else 0
     group = parser.add_argument_group("messages")
     group.add_argument("-v", "--verbose", action="count", default=default, help="log events; twice, with details")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm ctl``: tell a run of another process what to do, or ask how it is; through its socket.
+"""``pyvmm ctl``: control a run of another process, or query it, through its socket.
 
-The run is named by its process, or by the path that its ``--socket`` gave; with neither, it is the user's only one.
+Name the run by its process ID, or by the path of its ``--socket``. Without either, the user's only run is meant.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PATIENCE: Final = 60.0
-"""Seconds that a run has to do what it is asked, and to end when it is stopped."""
+"""Seconds that a run has to carry out an order, and to end after a stop."""
 LONG: Final = 3600.0
-"""Seconds that it has to write all of its memory."""
+"""Seconds that a run has to write all of its memory."""
 
 
 class Order(NamedTuple):
-    """What may be asked: its argument's name, whether it must be there, and the line of --help."""
+    """An order: its argument's name, whether the argument is required, and the line of --help."""
 
     argument: str | None
     needed: bool
@@ -41,11 +41,11 @@ ORDERS: Final = {
         "make vCPUs, devices and the guest's counters stand still: its wall clock lags from then on. A deadline "
         "goes on, and so do the counters of a pkvm guest, whose Linux may report soft lockups",
     ),
-    "resume": Order(None, False, "let them go on"),
+    "resume": Order(None, False, "resume vCPUs and devices"),
     "stop": Order(None, False, "end the run, and return when it has ended"),
-    "kick": Order("text", False, "press Return on the console, behind TEXT if there is any"),
-    "balloon": Order("size", False, "what its balloon holds, which is to take SIZE of its memory if one is said"),
-    "snapshot": Order("file", True, "write it to FILE, for pyvmm run --restore; protection none only"),
+    "kick": Order("text", False, "type TEXT, if given, and Return on the console"),
+    "balloon": Order("size", False, "print the balloon's size; with SIZE, have it take that much memory first"),
+    "snapshot": Order("file", True, "write the guest to FILE, for pyvmm run --restore; protection none only"),
 }
 
 
@@ -57,13 +57,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser = subparsers.add_parser(
         "ctl",
-        help="ask or tell a running guest",
+        help="control a running guest",
         allow_abbrev=False,
         formatter_class=Help,
         usage="pyvmm ctl [-h] [--json] [PID|PATH] ORDER [ARGUMENT]",
         description="Give an order to the run of process PID, to the one whose --socket is PATH, or to the only one.",
         epilog=f"orders:\n{orders}\n"
-        "exit status: 0 done, 1 the run refused or ended first, 2 there is no such run or order\n\n"
+        "exit status: 0 done, 1 the run refused or ended first, 2 no such run or order\n\n"
         "examples:\n"
         "  pyvmm ctl info\n"
         "  pyvmm ctl 1234 pause\n"
@@ -75,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def main(args: argparse.Namespace) -> int:
-    """Give the order, print the answer; returns the exit status."""
+    """Send the order, print the answer, and return the exit status."""
     from pyvmm.session.control import Connection, only_one
 
     where, name, members = parse(args.words)
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
         answer = connection.ask(name, patience=LONG if name == "snapshot" else PATIENCE, **members)
         if name == "stop":
             if not connection.wait_for_end(PATIENCE):
-                raise PyvmmError(f"{connection.name} was told to stop, and has not ended in {PATIENCE:g} s")
+                raise PyvmmError(f"{connection.name} got the order to stop, but has not ended within {PATIENCE:g} s")
             answer = {"state": "ended"}
         if answer is None:
             raise PyvmmError(f"{connection.name} ended before it could answer")
@@ -92,13 +92,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def parse(words: list[str]) -> tuple[int | str | None, str, dict[str, object]]:
-    """Return the run that ``words`` name (None: the only one), the order, and its members. UsageError for no order."""
+    """Return the run that ``words`` name (None: the only one), the order, and its members. Raises UsageError."""
     where: int | str | None = None
     if words[0] not in ORDERS:
         where = int(words[0]) if words[0].isascii() and words[0].isdecimal() else words[0]
         words = words[1:]
     if not words or words[0] not in ORDERS:
-        problem = f"{words[0]!r} is no order" if words else f"no order for {where}"
+        problem = f"{words[0]!r} is not an order" if words else f"no order for {where}"
         raise UsageError(problem, hint=f"the orders are {', '.join(ORDERS)}; pyvmm ctl --help tells more")
     name, *rest = words
     order = ORDERS[name]
@@ -110,9 +110,9 @@ def parse(words: list[str]) -> tuple[int | str | None, str, dict[str, object]]:
 
 
 def _member(order: Order, text: str) -> object:
-    """Return what is sent for an argument."""
+    """Return the request member for an argument."""
     if order.argument == "file":
-        return os.path.abspath(text)  # the run may have another directory
+        return os.path.abspath(text)  # the run may be in another directory
     if order.argument == "size":
         try:
             return parse_size(text)

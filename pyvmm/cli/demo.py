@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm demo``: the whole story of a protected guest in one screen; on this host if it runs pKVM, else in the lab."""
+"""``pyvmm demo``: show the life of a protected guest in one screen, on this host if it runs pKVM, else in the lab."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Define the verb's options."""
     parser = subparsers.add_parser(
         "demo",
-        help="the whole story of a protected guest in one screen",
+        help="the life of a protected guest in one screen",
         allow_abbrev=False,
         description="Run a protected guest through its whole life and check every step. Uses this host if it runs "
-        "pKVM, else builds and uses the lab. Exit status 1 if anything is not as it should be.",
+        "pKVM, else builds and uses the lab. Exit status 1 if any step fails.",
     )
-    parser.add_argument("--here", action="store_true", help="on this host, whatever it is")
+    parser.add_argument("--here", action="store_true", help="use this host, even without pKVM")
     add_common(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Tell the story here or in the lab; returns the exit status."""
+    """Run the demo here or in the lab, and return the exit status."""
     if not (args.here or runs_protected_guests()):
         from pyvmm.cli.lab import run_verb
 
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def runs_protected_guests() -> bool:
-    """Whether this host runs protected guests itself. Asking taints the kernel, so only arm64 is asked."""
+    """Whether this host runs protected guests itself. Probing taints the kernel, so only arm64 hosts are probed."""
     if os.uname().machine != "aarch64":
         return False
     from pyvmm.kvm.system import System
@@ -78,7 +78,7 @@ def runs_protected_guests() -> bool:
 
 
 def lines(number: int, step: Step, *, colours: bool) -> list[str]:
-    """Return a step as it is printed: its title, then a line a fact."""
+    """Return the printed lines of a step: its title, then one line per fact."""
     out = [_paint(f"{number}. {step.title}", "1", colours)]
     for good, what in step.facts:
         mark = _paint("ok", "32", colours) if good else _paint("NO", "31", colours)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm doctor``: what this machine can do, what is missing, and the next step as a command.
+"""``pyvmm doctor``: report what this machine can do, what is missing, and the next step as a command.
 
 Exit status 0 when protected guests run here, directly or in the lab; 5 otherwise.
 """
@@ -34,12 +34,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="What this machine can do, what is missing, and the next step as a command. Exit status 0 when "
         "protected guests run here, directly or in the lab; 5 otherwise.",
     )
-    parser.add_argument("--json", action="store_true", help="the same for machines, on one line")
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
     add_common(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Look, and say what was found; returns the exit status."""
+    """Examine this machine, print the report, and return the exit status."""
     diagnosis = Diagnosis.make()
     if args.json:
         print(diagnosis.to_json())
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 class Diagnosis:
-    """All findings and what follows from them."""
+    """All findings and the conclusions from them."""
 
     def __init__(self, findings: list[Finding]) -> None:
         self.findings = findings
@@ -60,7 +60,7 @@ class Diagnosis:
 
     @classmethod
     def make(cls) -> Diagnosis:
-        """Ask this machine."""
+        """Examine this machine."""
         here = [*probes.host(), *probes.kvm(), *probes.python()]
         return cls([*here, _NO_LAB] if cls(here).direct else [*here, *probes.lab()])
 
@@ -69,7 +69,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """Say in a sentence what this machine is good for."""
+        """Say in one sentence whether protected guests run here."""
         if self.direct:
             return "This machine runs protected guests directly."
         if self.in_lab:
@@ -78,10 +78,10 @@ class Diagnosis:
 
     @property
     def next_step(self) -> str:
-        """Return a command, or what to do where no command does it."""
+        """Return the next step: a command, or an instruction where no command helps."""
         if self.direct or self.in_lab:
             return "pyvmm demo"
-        # What keeps the lab from working is more easily mended than what keeps the host from being pKVM.
+        # A problem of the lab is easier to fix than a host without pKVM.
         order = ["python", "lab", "kvm", "host"]
         failed = sorted((f for f in self.findings if f.status == FAIL), key=lambda f: order.index(f.section))
         return next((finding.hint for finding in failed if finding.hint), "see the lines marked NO")

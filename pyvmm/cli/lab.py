@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm lab``: a pKVM host on any Linux machine; and what ``pyvmm --lab VERB`` is made of.
+"""``pyvmm lab``: run a pKVM host on any Linux machine. Also implements ``pyvmm --lab VERB``.
 
-Everything of the lab goes to stderr: stdout is the command's.
+The lab writes to stderr only. stdout belongs to the command.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 BEFORE = "--lab-"
 HOST_KERNEL = "host-kernel"
-COST = "6 to 10 minutes on 2 CPUs, 170 MB of downloads, 1 GB of disk while it lasts and 13 MB for good"
-"""What building the kernel takes."""
+COST = "6 to 10 minutes on 2 CPUs, 170 MB of downloads, 1 GB of disk meanwhile, 13 MB afterwards"
+"""The cost of building the kernel."""
 MODES = ("protected", "nvhe", "vhe")
 BOOTS = ("saved", "fresh")
 STDIN = 0
 
 
 def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> None:
-    """Add what a lab can be told; with ``--lab-`` before their names they stand before a verb."""
+    """Add the options of a lab. Before a verb their names begin with ``--lab-``."""
     add_host_kernel(group, *([f"{prefix}{HOST_KERNEL}"] if prefix == BEFORE else []))
 
     def add(name: str, **how: Any) -> None:
@@ -49,7 +49,7 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
 
     add("mode", choices=MODES, default="protected", help="KVM's mode on the lab's kernel (protected)")
     add("gic", type=int, choices=(2, 3), default=3, help="version of the host's interrupt controller (3)")
-    add("icount", action="store_true", help="time counts instructions: measurements repeat; one CPU")
+    add("icount", action="store_true", help="derive time from the instruction count: repeatable measurements; one CPU")
     add("cpus", type=parse_count, metavar="N", help="CPUs of the lab (2; 1 with icount)")
     add("mem", type=parse_size, default=2048 << 20, metavar="SIZE", help="memory of the lab, MiB or 2G (2G)")
     add("console", action="store_true", help="show the lab's console on stderr")
@@ -58,7 +58,12 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
         "or own:; may be repeated"
     )
     add("with", action="append", default=[], metavar="NAME", help=help_with)
-    add("boot", choices=BOOTS, default="saved", help="start from a saved boot, the first one saves it; or boot afresh")
+    add(
+        "boot",
+        choices=BOOTS,
+        default="saved",
+        help="start from a saved boot (the first start saves it); or boot afresh",
+    )
     add("boot-timeout", type=parse_seconds, default=180.0, metavar="SECONDS", help="give up after (180)")
 
 
@@ -75,32 +80,32 @@ def add_host_kernel(parser: argparse._ActionsContainer, *aliases: str) -> None:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Define the verb's own verbs and their options."""
+    """Define the verb's actions and their options."""
     parser = subparsers.add_parser(
         "lab",
         help="a pKVM host on any Linux machine",
         allow_abbrev=False,
-        description="An emulated arm64 machine whose kernel is a pKVM host. Everything the lab itself says goes to "
-        "stderr; stdout is the command's.",
+        description="An emulated arm64 machine whose kernel is a pKVM host. The lab's own messages go to "
+        "stderr; stdout belongs to the command.",
     )
     add_common(parser)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="lab_action")
 
-    build = actions.add_parser("build", help="make the image, unless there is one", allow_abbrev=False)
-    build.add_argument("--refresh", action="store_true", help="ask the archive for its newest, and check the image")
+    build = actions.add_parser("build", help="build the lab's image if it is missing", allow_abbrev=False)
+    build.add_argument("--refresh", action="store_true", help="fetch the archive's newest list, and check the image")
     add_host_kernel(build)
 
     kernel = actions.add_parser(
         "kernel",
-        help="build the project's own kernel, unless there is one",
+        help="build the project's own kernel if it is missing",
         allow_abbrev=False,
         description="Build the kernel that --host-kernel own boots, from Debian's linux-source: its hypervisor can be "
         f"traced, and protected guests can run it. It takes {COST}.",
     )
-    kernel.add_argument("--refresh", action="store_true", help="ask the archive for the newest source")
+    kernel.add_argument("--refresh", action="store_true", help="look for a newer source in the archive")
 
-    status = actions.add_parser("status", help="what there is, and what is missing", allow_abbrev=False)
-    status.add_argument("--json", action="store_true", help="the same for machines")
+    status = actions.add_parser("status", help="show what is built and what is missing", allow_abbrev=False)
+    status.add_argument("--json", action="store_true", help="print it as JSON")
 
     run = actions.add_parser("run", help="run a pyvmm verb in a lab, as pyvmm --lab does", allow_abbrev=False)
     execute = actions.add_parser("exec", help="run any command in a lab", allow_abbrev=False)
@@ -113,7 +118,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what the action says; returns the exit status, a command's own where one was run."""
+    """Run the action and return its exit status, or that of the command that it ran."""
     command: list[str] = getattr(args, "command", [])
     if command[:1] == ["--"]:
         command = command[1:]
@@ -145,11 +150,11 @@ def run_verb(
     visible: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> int:
-    """Run ``pyvmm ARGV`` in a lab of its own, and return its exit status.
+    """Run ``pyvmm ARGV`` in a new lab, and return its exit status.
 
-    Files it names are visible there, and so are the packages whose plug-ins were asked for (see pyvmm.plugins). What it
-    writes to ``outputs``, by default the OutputPaths among ``args``, is here afterwards. Its output is ours unless
-    ``stdout`` takes it. ``visible`` are more paths to be seen there, ``env`` more variables.
+    The lab sees the files that it names, and the packages of its plug-ins (see pyvmm.plugins). Files it writes to
+    ``outputs``, by default the OutputPaths among ``args``, are here afterwards. Its output goes to our stdout, or to
+    ``stdout``. ``visible`` are more paths that the lab sees, ``env`` more variables.
     """
     _refuse_debugger(args)
     is_tty = stdout is None and all(map(os.isatty, (STDIN, 1, 2))) and not in_background(STDIN)
@@ -168,16 +173,16 @@ def run_verb(
 
 
 def _refuse_debugger(verb: argparse.Namespace) -> None:
-    """Raise UsageError for a guest that would wait for a debugger which cannot come."""
+    """Raise UsageError for a guest that would wait for a debugger that cannot reach it."""
     if getattr(verb, "gdb", None) is not None:
         raise UsageError(
-            "--gdb in a lab of the run's own: no debugger can connect to what is in there",
+            "--gdb with --lab: no debugger can connect from outside the lab",
             hint="run both in one lab: pyvmm lab shell --with gdb",
         )
 
 
 def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
-    """Run a verb of which nothing is known yet: it is parsed here to learn which files it writes."""
+    """Run a verb given as words. It is parsed here to learn which files it writes."""
     from pyvmm.cli import make_parser, refuse_lab_options
 
     try:
@@ -185,7 +190,7 @@ def _run_unparsed(command: list[str], args: argparse.Namespace) -> int:
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 2
     if verb.lab or verb.verb == "lab":
-        raise UsageError("there is no lab in the lab", hint=f"pyvmm {shlex.join(command)}")
+        raise UsageError("already in the lab: run the command without it", hint=f"pyvmm {shlex.join(command)}")
     refuse_lab_options(verb, command)
     _refuse_debugger(verb)
     return run_verb(command, args, outputs=find_outputs(verb))
@@ -214,18 +219,18 @@ def _run(
 
     if is_tty and (in_background(STDIN) or not os.isatty(STDIN)):
         why = "the terminal is another job's" if os.isatty(STDIN) else "stdin is not a terminal"
-        raise UsageError(f"{why}, and a terminal is what was asked for")
+        raise UsageError(f"{why}, but a terminal was requested")
     options = _options(args)
     wanted = list(dict.fromkeys([*getattr(args, "lab_with", []), *named(files, ("passt",))]))
     if wanted:
-        from pyvmm.lab import peers  # most labs are shown nothing
+        from pyvmm.lab import peers  # most labs see no packages
 
         peers.check(wanted)
-    find_shares(Path.cwd(), files, outputs)  # what cannot be shared is said now, not after an image was built
+    find_shares(Path.cwd(), files, outputs)  # reports paths that cannot be shared now, not after an image was built
     if in_lab():
         raise HostError(
-            "there is no lab in the lab, and its kernel does not run protected guests",
-            hint="the default host kernel does, in the mode protected",
+            "already in the lab, and its kernel does not run protected guests",
+            hint="use the default host kernel, in the mode protected",
         )
     require(building=False)
     with terminable(), staged(plugins.asked()) as packages:
@@ -251,7 +256,7 @@ def _run(
 
 
 def _after(first: Callable[[], None], sink: Sink) -> Sink:
-    """Give a sink that does something before it takes anything."""
+    """Return a sink that calls a function before it takes its first bytes."""
 
     def take(data: bytes) -> object:
         first()
@@ -263,7 +268,7 @@ def _after(first: Callable[[], None], sink: Sink) -> Sink:
 def _options(args: argparse.Namespace) -> LabOptions:
     from pyvmm.lab import LabOptions
 
-    if not hasattr(args, "lab_mode"):  # a verb that turned to the lab by itself
+    if not hasattr(args, "lab_mode"):  # a verb that uses the lab by itself
         return LabOptions()
     return LabOptions(
         mode=args.lab_mode,
@@ -295,12 +300,12 @@ def _build_kernel(*, refresh: bool) -> int:
         kernel = _own_kernel(refresh=refresh, thorough=True)
     print(f"{kernel.release}, of {kernel.manifest.source[0]} {kernel.manifest.source[1]}: {kernel.path}")
     if kernel.manifest.refused:
-        print(f"pyvmm: not as asked in this source: {' '.join(kernel.manifest.refused)}", file=sys.stderr)
+        print(f"pyvmm: this source did not accept these options: {' '.join(kernel.manifest.refused)}", file=sys.stderr)
     return 0
 
 
 def prepare_peers() -> Prepared:
-    """Build or fetch what a benchmark's peers need, showing how, and say of which there is none."""
+    """Build or fetch what a benchmark's peers need, showing progress, and report the missing peers."""
     from pyvmm.lab import peers
     from pyvmm.lab.progress import showing
 
@@ -312,7 +317,7 @@ def prepare_peers() -> Prepared:
 
 
 def _own_kernel(*, refresh: bool, thorough: bool) -> OwnKernel:
-    """Give the project's own kernel, showing how it is built if it must be."""
+    """Return the project's own kernel. If it is missing, build it and show progress."""
     from pyvmm.lab.needs import require_for_kernel
     from pyvmm.lab.ownkernel import build_kernel, usable_kernel
     from pyvmm.lab.progress import showing
@@ -321,7 +326,7 @@ def _own_kernel(*, refresh: bool, thorough: bool) -> OwnKernel:
         return kernel
     require_for_kernel()
     if refresh and usable_kernel():
-        print("pyvmm: looking for a newer source than that of the kernel there is", file=sys.stderr)
+        print("pyvmm: looking for a source newer than that of the existing kernel", file=sys.stderr)
     else:
         print(
             f"pyvmm: building the project's own kernel from Debian's source; this is done once, and takes {COST}",
@@ -335,7 +340,7 @@ def _own_kernel(*, refresh: bool, thorough: bool) -> OwnKernel:
 
 
 def _image(kernel: str, *, refresh: bool, thorough: bool = False) -> Image:
-    """Give the kernel's image, showing how it is built if it must be."""
+    """Return the kernel's image. If it is missing, build it and show progress."""
     from pyvmm.lab import build_image, kernels
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import require

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm map``: run a guest as ``run`` does and show its page map, live on a terminal, and as it is at the end.
+"""``pyvmm map``: run a guest as ``run`` does and show its page map, live on a terminal, and at the end.
 
-A verb's product is on stdout: of ``run`` that is the guest's output, of ``map`` it is the map, and the guest's output
-goes to stderr. Where both are the same terminal, output scrolls by above the map.
+stdout carries the verb's product. For ``map`` that is the map, and the guest's output goes to stderr. If both are the
+same terminal, output scrolls above the map.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STDERR = 2
 TABLE = Table(
     (
         *GUEST_OPTIONS,
-        Option("--json", takes=FLAG, about=RUN, help="write the last map as JSON: runs of pages, and counts"),
+        Option("--json", takes=FLAG, about=RUN, help="print the last map as JSON: runs of pages, and counts"),
     ),
     add_common,
 )
@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="run a guest and show its page map",
         allow_abbrev=False,
         formatter_class=Help,
-        description="Run a guest until it powers off, and show whose its pages are: on stdout, while it runs if that\n"
+        description="Run a guest until it powers off, and show who owns its pages: on stdout, while it runs if that\n"
         "is a terminal, and at the end. The guest's output goes to stderr. Exit status as of run.",
         epilog="examples:\n"
         "  pyvmm map --protection pkvm -c 4 payload:echo\n"

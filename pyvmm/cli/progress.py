@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A line of progress at the end of stderr, on a terminal. Owns that line while its context lasts; one thread."""
+"""A progress line at the end of stderr, on a terminal. Owns that line while its context lasts. Used by one thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def terminal_line() -> Iterator[Callable[[str], None] | None]:
-    """Yield what replaces the line, None where stderr is no terminal. The line is gone when the context ends."""
+    """Yield a function that replaces the line, or None if stderr is not a terminal. The line disappears at the end."""
     if not sys.stderr.isatty():
         yield None
         return

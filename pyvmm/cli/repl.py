@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm repl``: a live guest at a Python prompt. ``guest`` takes orders, ``vm`` tells what became of its memory.
+"""``pyvmm repl``: a live guest at a Python prompt. ``guest`` takes orders, ``vm`` shows the state of its memory.
 
-What is typed runs in this process; the guest runs on in its own threads and ends with the prompt. Where stdin is not a
-terminal it is a script: run whole, exit status 1 if it raises.
+The prompt's code runs in this process. The guest runs in its own threads and ends with the prompt. If stdin is not a
+terminal, it is read and run as one script; exit status 1 if it raises.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 BANNER = """\
 A {protection} guest of {mib} MiB and {cpus} vCPU{s} is running and takes orders.
-  page = vm.page()           a page that nothing has touched
+  page = vm.page()           a page that nothing has accessed
   guest.write64(page, 42)    the guest stores to it         guest.read64(page)
-  vm.host64(page)            the host loads from it, guarded: None where it may not
+  vm.host64(page)            the host loads from it, guarded: None if it may not
   guest.share(page)          shares it with the host        guest.unshare(page)
-  vm.map()  vm.exits()  vm.memory.describe(page)            what became of it
+  vm.map()  vm.exits()  vm.memory.describe(page)            the page's state now
 help(guest) and help(vm) tell the rest; vCPU n is vm.others()[n - 1]. Leave with Ctrl-D."""
 
 
@@ -42,9 +42,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Start a guest that takes orders, and a Python prompt to give them from: guest.share(...), "
         "vm.map(), vm.exits(). A script on stdin is run whole.",
     )
-    parser.add_argument("--protection", choices=PROTECTIONS, default="none", help="as of pyvmm run (none)")
-    parser.add_argument("--backing", choices=BACKINGS, default="memfd", help="as of pyvmm run (memfd)")
-    parser.add_argument("--conversion", choices=CONVERSIONS, help="as of pyvmm run (preserve)")
+    parser.add_argument("--protection", choices=PROTECTIONS, default="none", help="as in pyvmm run (none)")
+    parser.add_argument("--backing", choices=BACKINGS, default="memfd", help="as in pyvmm run (memfd)")
+    parser.add_argument("--conversion", choices=CONVERSIONS, help="as in pyvmm run (preserve)")
     parser.add_argument(
         "-m", "--mem", metavar="SIZE", type=parse_memory, default=(DEFAULT_MEMORY, None), help="memory (64M)"
     )
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
 
     size, gpa = args.mem
     if gpa is not None or size % (1 << 20):
-        raise UsageError("memory of a prompt's guest is whole MiB from 0x80000000 on")
+        raise UsageError("the prompt's guest has memory in whole MiB, from 0x80000000")
     vm = Experiment(
         Protection(args.protection),
         args.backing,
@@ -109,10 +109,10 @@ def _prompt(names: dict[str, Any], vm: Experiment) -> None:
 
 
 class _Console(code.InteractiveConsole):
-    """Python's own prompt, but what pyvmm refuses is said in its own words, without a traceback."""
+    """Python's prompt, but a PyvmmError is shown as its message, without a traceback."""
 
     def showtraceback(self) -> None:
-        """Say what was raised."""
+        """Print the exception."""
         error = sys.exc_info()[1]
         if isinstance(error, PyvmmError):
             self.write(f"{type(error).__name__}: {error}\n")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm run``: one guest from start to end; with ``--dry-run``, what it would be.
+"""``pyvmm run``: run one guest from start to end; with ``--dry-run``, only print the plan.
 
-The default protection is ``none``: it works on every arm64 host, and a guest is called protected only when protection
-was asked for by name.
+The default protection is ``none``: it works on every arm64 host. A guest counts as protected only if the user asked for
+protection by name.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
 def dry_run(args: argparse.Namespace) -> int:
     """Print the plan of the machine, for any verb that would run it; returns 0."""
     if args.restore is not None:
-        raise UsageError("--dry-run with --restore: what is planned is a machine from its start")
+        raise UsageError("--dry-run with --restore: only a new machine can be planned, not a restored one")
     from pyvmm._native_source import require_fresh_native
     from pyvmm.options.contradictions import check_run, kernel_of
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm top``: how busy a running guest is, now and again: exits by kind, where each vCPU's time goes, pages.
+"""``pyvmm top``: report at intervals how busy a running guest is: exits by kind, where each vCPU's time goes, pages.
 
-With a number, or nothing, it watches the guest of a ``pyvmm run`` in another process of the same user; with a kernel it
-runs that guest itself, as ``run`` does, and watches it: what one does in the lab, where every command has a lab of its
-own. The report is on stdout, and the guest's output then on stderr.
+With a process ID, or nothing, it watches the guest of another ``pyvmm run`` of the same user. With a kernel it runs
+that guest itself, as ``run`` does, and watches it. Use this form in the lab, where every command gets a new lab. The
+report goes to stdout, and the output of such a guest to stderr.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TABLE = Table(
             "--once",
             takes=FLAG,
             about=RUN,
-            help="report once: after one interval, of a guest run here on all of its run",
+            help="report once: after one interval, or at the end of a guest that is run here",
         ),
         Option("--json", takes=FLAG, about=RUN, help="write each report as a line of JSON"),
         *GUEST_OPTIONS,
@@ -70,7 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def main(args: argparse.Namespace) -> int:
-    """Watch a guest, to its end or the user's; returns 0, or the exit status of a guest run here."""
+    """Watch a guest until it ends or the user interrupts. Returns 0, or the exit status of a guest run here."""
     if args.kernel_option is not None or (args.kernel is not None and not args.kernel.isdecimal()):
         return _run(args)
     return _attach(args, None if args.kernel is None else int(args.kernel))
@@ -108,9 +108,9 @@ def _refuse_guest_options(args: argparse.Namespace) -> None:
     asked = [option for option in firsts.values() if getattr(args, option.dest) != option.default]
     if asked:
         raise UsageError(
-            f"{', '.join(f'--{option.key}' for option in reversed(asked))}: options of a guest to be run, and no "
-            "kernel is named; one that runs has its own",
-            hint="pyvmm top KERNEL runs one",
+            f"{', '.join(f'--{option.key}' for option in reversed(asked))}: these options start a guest, but no "
+            "kernel is named; a running guest has its own options",
+            hint="pyvmm top KERNEL runs a guest",
         )
 
 

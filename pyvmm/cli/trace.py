@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``pyvmm trace``: run a guest as ``run`` does and write a trace of it, for https://ui.perfetto.dev.
 
-Every verb that runs a guest does so with ``--trace``.
+Every verb that runs a guest can do the same with ``--trace``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pyvmm.syntax.paths import OutputPath
 
 DEFAULT = "trace.pftrace"
 
-# Both -o and --trace say where; with neither there is a trace too.
+# Both -o and --trace name the file. Without either, the default file is written.
 TABLE = Table(
     (
         Option(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command line or a TOML file says about a guest."""
+"""The options of a guest, on a command line or in a TOML file."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the options say that a guest's consoles go: the UART of ``--serial``, the virtio console of ``--console``."""
+"""Where a guest's consoles go: the UART (``--serial``) and the virtio console (``--console``)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from typing import Final
 
 Ends = tuple[int | None, int | None]
-"""Descriptors of a console: output and input."""
+"""A console's descriptors: output and input."""
 
 NOWHERE: Final[Ends] = (None, None)
-KNOWN: Final = "stdio, file=PATH and none are known"
+KNOWN: Final = "expected stdio, file=PATH or none"
 
 
 def places(args: argparse.Namespace) -> tuple[str, str]:
-    """Return where the UART and the virtio console go. The UART has stdio unless the other one wants it.
+    """Return where the UART and the virtio console go. The UART gets stdio unless the virtio console has it.
 
-    Raises OptionError where both are told to have it, or a place is none.
+    Raises OptionError if both ask for stdio, or if a place is invalid.
     """
     console: str = args.console or "none"
     serial: str = args.serial or ("none" if console == "stdio" else "stdio")
@@ -31,16 +31,16 @@ def places(args: argparse.Namespace) -> tuple[str, str]:
             raise OptionError(f"--{option} {where}: {KNOWN}", option)
     if serial == console != "none":
         raise OptionError(
-            f"--serial {serial} and --console {console}: only one of the two can have it",
+            f"--serial {serial} and --console {console}: only one console can have it",
             "serial",
             "console",
-            hint="leave --serial out, or say --serial none, or file=PATH for each",
+            hint="drop --serial, use --serial none, or give each its own file=PATH",
         )
     return serial, console
 
 
 def terminal_size(out: int | None) -> tuple[int, int] | None:
-    """Return columns and rows of the terminal that ``out`` is; None where it is none."""
+    """Return the columns and rows of the terminal ``out``, or None if it is not a terminal."""
     if out is None or not os.isatty(out):
         return None
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that make no sense together, as far as that is seen without knowing what a machine is."""
+"""Checks for contradicting options, without any knowledge of machines."""
 
 from __future__ import annotations
 
@@ -11,28 +11,26 @@ if TYPE_CHECKING:
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Raise OptionError for options about this side of a run that make no sense together."""
+    """Raise OptionError for options of the run (not of its machine) that contradict each other."""
     if getattr(args, "reboot", False):
         for option in ("restore", "gdb", "map", "trace"):
             if getattr(args, option) is not None:
                 raise OptionError(
-                    f"--reboot with --{option}: that is about one VM, and a reset makes another", "reboot", option
+                    f"--reboot with --{option}: --{option} works on one VM, and a reset makes another", "reboot", option
                 )
     if args.restore is not None and args.dump_dtb is not None:
-        raise OptionError(
-            "--dump-dtb with --restore: the device tree was made long ago, and is not in the snapshot", "dump-dtb"
-        )
+        raise OptionError("--dump-dtb with --restore: a snapshot does not contain the device tree", "dump-dtb")
     for option in ("faults", "el2"):
         if args.trace is None and getattr(args, f"trace_{option}"):
             raise OptionError(
-                f"--trace-{option} says what goes into a trace, but no file for it is named",
+                f"--trace-{option} adds to a trace, but --trace is missing",
                 f"trace-{option}",
                 hint="--trace FILE",
             )
 
 
 def kernel_of(args: argparse.Namespace) -> str:
-    """Return the kernel to run. Raises UsageError where none is named, or two are."""
+    """Return the kernel to run. Raises UsageError if none or two are given."""
     named = [kernel for kernel in (args.kernel, args.kernel_option) if kernel is not None]
     if len(named) != 1:
         what = "no KERNEL given" if not named else f"two kernels given, {named[0]} and {named[1]}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that give a guest its devices: those of :data:`pyvmm.devices.kinds.KINDS`, and what becomes of them.
+"""The options that give a guest its devices: those of :data:`pyvmm.devices.kinds.KINDS`, and their results.
 
-Devices of other packages share one, ``--device NAME``. A command line without it reads no entry points.
+Devices of other packages share the option ``--device NAME``. A command line without it reads no entry points.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from pyvmm.options.consoles import Ends
 
 LIST: Final = "help"
-"""Instead of a name: list the devices that there are."""
+"""The value that lists the available devices."""
 
 
 def brought(text: str) -> tuple[DeviceKind, Any]:
-    """Return the kind of device that ``NAME[,KEY=VALUE...]`` names, and the value of what follows the name.
+    """Return the device kind of ``NAME[,KEY=VALUE...]``, and the parsed parts after the name.
 
-    In a file's table the name is the value of the key ``name``. Ends the process after a list where that is asked for.
-    Raises PluginError for a package that brings the name and cannot be used.
+    In a file's table the name is the value of the key ``name``. For the name ``list`` it prints the devices and ends
+    the process. Raises PluginError if the package of that device cannot be used.
     """
     name, rest = _named(text)
     if name == LIST and not rest:
@@ -37,7 +37,7 @@ def brought(text: str) -> tuple[DeviceKind, Any]:
     kind = _find(name)
     if kind.option.type is None:
         if rest:
-            raise argparse.ArgumentTypeError(f"{rest!r} in {text!r}: a {name} has no such parts")
+            raise argparse.ArgumentTypeError(f"{rest!r} in {text!r}: the device {name} has no such parts")
         return kind, None
     return kind, kind.option.type(rest)
 
@@ -53,15 +53,15 @@ def _find(name: str) -> DeviceKind:
     from pyvmm import plugins
 
     if own := next((kind.option for kind in KINDS if kind.option.key == name), None):
-        raise argparse.ArgumentTypeError(f"{name!r} has an option of its own: {own.names[-1]}")
+        raise argparse.ArgumentTypeError(f"{name!r} has its own option: {own.names[-1]}")
     kind = plugins.find(plugins.DEVICES, name, DeviceKind)
     if kind is None:
-        raise argparse.ArgumentTypeError(f"no installed package brings a device {name!r}; --device {LIST} lists them")
+        raise argparse.ArgumentTypeError(f"no installed package has a device {name!r}; --device {LIST} lists them")
     return kind
 
 
 def _list() -> int:
-    """Print what devices other packages bring, and what is wrong with some; returns the exit status."""
+    """Print the devices of other packages, and faults of these packages. Returns the exit status."""
     from pyvmm import plugins
 
     found, faults = plugins.every(plugins.DEVICES, DeviceKind, taken={kind.option.key for kind in KINDS})
@@ -69,7 +69,7 @@ def _list() -> int:
         option = each.item.option
         print(f"{each.name}{option.metavar or ''}  {option.help} (package {each.package})")
     if not found and not faults:
-        print('no installed package brings a device; one does by an entry point in "pyvmm.devices"')
+        print('no installed package has a device; a package adds one by an entry point in "pyvmm.devices"')
     for fault in faults:
         print(fault.message, file=sys.stderr)
     return faults[0].exit_status if faults else 0
@@ -88,8 +88,8 @@ DEVICE_OPTIONS: Final = (
         group="devices",
         metavar="MiB",
         type=parse_size,
-        help="how much a guest with private memory shares, to copy through it all that its devices read and write; "
-        "0 for none (default: 16, an eighth of memory at most, where memory is private and there are devices)",
+        help="size of the bounce buffer (swiotlb) that a guest with private memory shares with its devices; "
+        "0 for none (default with private memory and devices: 16 MiB, at most an eighth of memory)",
     ),
     Option(
         "--device",
@@ -98,14 +98,14 @@ DEVICE_OPTIONS: Final = (
         metavar="NAME[,KEY=VALUE...]",
         type=brought,
         path=_absolute,
-        help=f"a device that an installed package brings; {LIST} lists them; may be repeated",
+        help=f"a device of an installed package; {LIST} lists them; may be repeated",
     ),
 )
 
 
 def device_specs(args: argparse.Namespace, console: Ends = (None, None)) -> tuple[DeviceSpec, ...]:
-    """Return what the options ask for; devices of a kind in the order they were given. ``console`` is --console's."""
-    from pyvmm.options.consoles import terminal_size  # not for every command line
+    """Return the requested devices, those of a kind in the given order. ``console`` is --console's."""
+    from pyvmm.options.consoles import terminal_size  # not needed by every command line
 
     around = Around(*console, terminal_size(console[0]), find_program)
     specs = []
@@ -125,7 +125,7 @@ def device_specs(args: argparse.Namespace, console: Ends = (None, None)) -> tupl
 
 
 def find_program(name: str) -> str:
-    """Return the path of a program to start: the one in PATH, or in the lab the one that it was given."""
+    """Return the path of a program to start: the one in PATH, or in the lab the one that the lab was given."""
     import shutil
 
     from pyvmm.lab.programs import BIN

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of options says, key by key, and on which line of it.
+"""Read a file of options: its keys, their values, and their lines.
 
-The lines are for whoever has to say what is wrong with the file: tomllib, which reads it, tells none.
+Error messages name the lines. tomllib, which parses the file, does not report them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A key of the file, with its value, and where that is said.
+    """A key of the file, with its value and its lines.
 
-    ``lines`` are those of the elements of an array, or of the tables, or the one of anything else; ``parts`` those of
+    ``lines`` has one line per element of an array or per table, and one for any other value. ``parts`` has the lines of
     the keys in each.
     """
 
@@ -27,18 +27,18 @@ class Entry:
     parts: tuple[Mapping[str, int], ...] = ()
 
     def line(self, number: int = 0, part: str | None = None) -> int:
-        """Return where the element of this number is said, or its key ``part``."""
+        """Return the line of the element with this number, or of its key ``part``."""
         if part is not None and number < len(self.parts) and part in self.parts[number]:
             return self.parts[number][part]
         return self.lines[min(number, len(self.lines) - 1)]
 
     @property
     def elements(self) -> list[Any]:
-        """The elements of an array or of tables of one name; a value that is alone is the only one."""
+        """The elements of an array or of tables with one name. A single value counts as one element."""
         return self.value if isinstance(self.value, list) else [self.value]
 
     def without(self, number: int, part: str | None = None) -> Entry:
-        """Return what is left without the element of this number, or without its key ``part``."""
+        """Return the entry without the element of this number, or without that element's key ``part``."""
         left = list(self.elements)
         if part is None:
             del left[number]
@@ -48,7 +48,7 @@ class Entry:
 
 
 def parse(text: str) -> list[Entry]:
-    """Return what TOML says, in its order; ValueError for what is none."""
+    """Return the entries of a TOML text, in its order. Raises ValueError for invalid TOML."""
     import tomllib
 
     whole = tomllib.loads(text)
@@ -70,10 +70,10 @@ def parse(text: str) -> list[Entry]:
 
 
 def _statements(text: str) -> Iterator[tuple[int, list[int], dict[str, Any], bool]]:
-    """Yield (line, lines of an array's elements, what it says, whether it is a table's header) of each statement.
+    """Yield (line, lines of an array's elements, parsed keys, whether it is a table's header) of each statement.
 
-    ``text`` is TOML. A statement is over when what there is of it is TOML by itself: until then a string or an array is
-    still open. An element of an array is over when a bracket would end that.
+    ``text`` is TOML. A statement ends as soon as its lines parse as TOML. Until then a string or an array is still
+    open. An element of an array ends where a closing bracket would make the lines parse.
     """
     first, element, lines = 1, 1, ""
     elements: list[int] = []

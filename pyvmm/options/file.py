@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's options from a file: ``--config FILE.toml``.
 
-A snapshot holds the options of its machine in the same form, but with absolute paths (of a socket: where that can be
-its address), and they are taken from there in the same way.
+A snapshot holds the options of its machine in the same form, and they are read in the same way. Its paths are absolute,
+except those of sockets that would be too long for an address.
 
-A key is the long name of an option of the verb, and the verb's table of options is all of the schema: an option that
-is new is a key too. What the file says is put in front of the command line's own words, unless those say the same
-thing themselves: from there on, nobody knows where an option came from.
+A key is the long name of an option of the verb. The verb's table of options is the whole schema, so a new option is
+also a new key. The file's options are put in front of the command line's words, unless the command line gives the same
+option. After that, file and command line are not distinguished.
 
     kernel = "payload:echo"
-    mem = "256M"                     # as on the command line; a number where a number will do
-    protection = "pkvm"
+    mem = "256M"                     # as on the command line; or a plain number protection = "pkvm"
     prefault = true                  # an option without a value
-    params = ["quiet", "way=loop"]   # one that may be repeated
+    params = ["quiet", "way=loop"]   # an option that may be repeated
 
-    [[disk]]                         # one of key=value parts: a table is those parts, true the key alone
-    path = "root.img"
-    ro = true
+    [[disk]]                         # an option with key=value parts: a table of parts, true for a key without a value
+    path = "root.img" ro = true
 
 Paths are relative to the current directory, as on the command line.
 """
@@ -43,10 +41,10 @@ RESTORE: Final = "--restore"
 
 
 class OptionsFile:
-    """The file whose options a command line asks for, read as the ``table`` of its verb wants it.
+    """The options file of a command line, checked against the ``table`` of its verb.
 
-    Raises UsageError, which names the key and its line. It does so for an unknown key and for a value that the option
-    refuses. It also does so for keys that exclude each other.
+    Raises UsageError, with the key and its line, for an unknown key, for a value that the option refuses, and for keys
+    that exclude each other.
     """
 
     def __init__(self, path: str, entries: Sequence[Entry], table: Table, verb: str) -> None:
@@ -57,27 +55,27 @@ class OptionsFile:
 
     @classmethod
     def of(cls, args: argparse.Namespace, table: Table) -> Self:
-        """Return the file of ``--config``, or the snapshot of ``--restore``, which has what it was saved with.
+        """Return the file of ``--config``, or the options in the snapshot of ``--restore``.
 
-        Raises UsageError, too, for a file that cannot be read.
+        Also raises UsageError for a file that cannot be read.
         """
         if args.restore is None:
             return cls(args.config, read(args.config), table, args.verb)
         if args.config is not None:
             raise UsageError(
-                f"{OPTION} and {RESTORE}: a snapshot brings the options of its machine", hint=f"leave {OPTION} out"
+                f"{OPTION} and {RESTORE}: a snapshot already has the options of its machine", hint=f"drop {OPTION}"
             )
         if args.kernel is not None:
-            raise UsageError(f"{args.kernel} with {RESTORE}: a snapshot brings its kernel", hint="leave the kernel out")
+            raise UsageError(f"{args.kernel} with {RESTORE}: a snapshot already has its kernel", hint="drop the kernel")
         from pyvmm.machine.snapshot import Snapshot
 
         with Snapshot(args.restore) as snapshot:
             return cls(args.restore, parse(snapshot.options), table, args.verb)
 
     def put_before(self, words: Sequence[str]) -> list[str]:
-        """Return ``words``, which follow the verb, with the file's in front, but for what they say themselves.
+        """Return ``words``, which follow the verb, with the file's options in front, except those that ``words`` give.
 
-        Afterwards the file knows only what is left of it.
+        Afterwards this object holds only the options that were used.
         """
         own = _without_config(words)
         by_command_line = self._table.given(own)
@@ -87,9 +85,9 @@ class OptionsFile:
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
-        """Let what is refused within name the lines that it is about.
+        """Add the key and line to errors that are raised within.
 
-        UsageError of other things than the file is dropped: whoever runs the guest meets it again.
+        A UsageError that is not about the file is suppressed. Running the guest raises it again.
         """
         try:
             yield
@@ -101,9 +99,9 @@ class OptionsFile:
             pass
 
     def _places(self, entry: Entry, option: Option, error: OptionError) -> Iterator[str]:
-        """Yield what of an entry an error is about, with its line: a key of a table, or an element, or all of it."""
+        """Yield the part of an entry that an error is about, with its line: a table's key, an element, or the entry."""
         if option.takes == FLAG and not entry.value:
-            return  # it says nothing
+            return  # it adds no words
         alike = {key for each in self._table if each.says == option.says for key in each.keys}
         for name in error.options:
             element, _, part = name.partition(".")
@@ -123,7 +121,7 @@ class OptionsFile:
 
         near = difflib.get_close_matches(entry.key, options, 1)
         raise UsageError(
-            f"{self._path}, line {entry.line()}: {entry.key} is no option of pyvmm {verb} that a file may give",
+            f"{self._path}, line {entry.line()}: {entry.key} is not an option of pyvmm {verb} that a file may give",
             hint=f"did you mean {near[0]}?" if near else f"pyvmm {verb} --help lists them",
         )
 
@@ -145,14 +143,14 @@ class OptionsFile:
         """Yield the words of a command line for an entry."""
         if option.takes in (FLAG, SWITCH):
             if not isinstance(entry.value, bool):
-                raise self._wrong(entry, f"{entry.value!r} is given to an option without a value: true or false")
+                raise self._wrong(entry, f"this option has no value: expected true or false, not {entry.value!r}")
             if entry.value:
                 yield f"--{entry.key}"
             elif (opposite := f"no-{entry.key}") in option.keys:
                 yield f"--{opposite}"
             return
         if isinstance(entry.value, list) and option.takes != SEVERAL:
-            raise self._wrong(entry, "a list is given to an option that is given once")
+            raise self._wrong(entry, "this option may be given only once: expected one value, not a list")
         for number, value in enumerate(entry.elements):
             text = self._text(entry, number, value)
             try:
@@ -166,7 +164,7 @@ class OptionsFile:
             except UsageError as error:
                 raise self._wrong(entry, error.message, number, hint=error.hint) from None
             if option.choices is not None and checked not in option.choices:
-                raise self._wrong(entry, f"{text!r} is none of {', '.join(option.choices)}", number)
+                raise self._wrong(entry, f"{text!r} is not one of {', '.join(option.choices)}", number)
             yield f"--{entry.key}={text}"
 
     def _wrong(
@@ -179,7 +177,7 @@ class OptionsFile:
             case str():
                 return value
             case bool():
-                raise self._wrong(entry, f"{str(value).lower()} is given to an option that has a value", number, part)
+                raise self._wrong(entry, f"this option needs a value, not {str(value).lower()}", number, part)
             case int() | float():
                 return str(value)
             case dict():
@@ -194,19 +192,21 @@ class OptionsFile:
             return key
         text = self._text(entry, number, value, key)
         if isinstance(value, dict) or "," in text:
-            raise self._wrong(entry, f"{key}: {value!r} cannot be said here, where a comma ends a part", number, key)
+            raise self._wrong(entry, f"{key}: {value!r} contains a comma, which would end the part", number, key)
         return f"{key}={text}"
 
 
 def read(path: str) -> list[Entry]:
-    """Return what a file says, in its order. Raises UsageError for one that cannot be read or is no TOML."""
+    """Return the entries of a file, in its order. Raises UsageError if it cannot be read or is not TOML."""
     try:
         with open(path, "rb") as file:
             return parse(file.read().decode())
     except OSError as error:
         raise UsageError(f"{OPTION} {path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # of TOML, or of UTF-8
-        raise UsageError(f"{OPTION} {path} is no TOML: {error}", hint="pyvmm run --print-config shows one") from None
+        raise UsageError(
+            f"{OPTION} {path} is not TOML: {error}", hint="pyvmm run --print-config shows a file"
+        ) from None
 
 
 def _without_config(words: Sequence[str]) -> list[str]:
@@ -220,9 +220,9 @@ def _without_config(words: Sequence[str]) -> list[str]:
 
 
 def _refuse_unknown(option: Option, table: Mapping[str, Any]) -> None:
-    """Raise PartError for a first key without a value that is none of the option's.
+    """Raise PartError for an unknown first key without a value.
 
-    Alone it would be taken for the value of the main one.
+    It would otherwise count as the value of the main key.
     """
     first = next(iter(table), "")
     if isinstance(option.type, Parts) and table.get(first) is True and first not in option.type.keys:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of every verb that runs a guest: which guest, how, and what to keep of it. One table, in --help's order.
+"""The options of every verb that runs a guest: which guest, how, and what to record. One table, in --help's order.
 
-The command line's parser and files of options are both made from it; :mod:`pyvmm.syntax.option` tells what an entry
-says.
+The command line's parser and options files are both made from it. :mod:`pyvmm.syntax.option` describes an entry.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ WHICH: Final = (
         "kernel",
         metavar="KERNEL",
         help="arm64 Image (plain, gzip or EFI zboot of gzip), ELF, flat binary, payload:NAME, debian: or debian:stable "
-        "(Debian's kernels that the lab has), or own: (of pyvmm lab kernel)",
+        "(Debian's kernels from the lab), or own: (from pyvmm lab kernel)",
     ),
     Option("-k", "--kernel", dest="kernel_option", says="kernel", metavar="KERNEL", help="the same, as an option"),
     Option(
@@ -31,7 +30,7 @@ WHICH: Final = (
         "--initrd",
         "--initramfs",
         metavar="FILE",
-        help="initial root file system; or shell:, a shell on the console, or the command behind ' -- ' in the params",
+        help="initial root file system; or shell: for a shell on the console or the command after ' -- ' in params",
     ),
     Option(
         "-p",
@@ -46,8 +45,8 @@ WHICH: Final = (
         "--dtb",
         metavar="FILE",
         path=whole_path,
-        help="give the guest this device tree as it is, not one that describes the machine (--dump-dtb writes that); "
-        "where the initrd is, it must say itself",
+        help="give the guest this device tree unchanged, instead of the generated one (see --dump-dtb); "
+        "it must contain the initrd's address",
     ),
 )
 
@@ -66,15 +65,15 @@ MACHINE: Final = (
         "--backing",
         group="machine",
         choices=BACKINGS,
-        help="what guest memory is: anonymous memory (default, but for emulated), which most hosts back by huge pages,"
-        " a memfd, one with huge pages, or a guest_memfd",
+        help="kind of guest memory: anonymous (default, except with emulated), which most hosts back with huge pages,"
+        " a memfd, a memfd with huge pages, or a guest_memfd",
     ),
     Option(
         "--prefault",
         group="machine",
         takes=FLAG,
         about=RUN,
-        help="populate all memory before the start, in huge pages where the host gives them: first touches cost less",
+        help="populate all memory before the start, with huge pages where the host has them: first accesses cost less",
     ),
     Option(
         "--deadline",
@@ -82,14 +81,14 @@ MACHINE: Final = (
         metavar="SECONDS",
         type=parse_seconds,
         about=RUN,
-        help="end the run then, with status 4",
+        help="end the run after this time, with status 4",
     ),
     Option(
         "--socket",
         group="machine",
         metavar="PATH",
         about=RUN,
-        help="make a socket there for pyvmm ctl, besides the one that every run has",
+        help="make a second socket at PATH for pyvmm ctl, besides the one of every run",
     ),
     Option(
         "--gdb",
@@ -97,7 +96,7 @@ MACHINE: Final = (
         metavar="WHERE",
         about=RUN,
         help="wait for gdb before the guest's first instruction: a unix socket's path, or tcp:[HOST:]PORT (HOST is "
-        "127.0.0.1 unless said); WHERE,nowait does not wait",
+        "127.0.0.1 by default); WHERE,nowait does not wait",
     ),
     Option(
         "--serial",
@@ -109,7 +108,7 @@ MACHINE: Final = (
     ),
 )
 
-# Only one of the first three: who asks for protection must not get a plain VM because another flag came later.
+# Only one of the first three: a later flag must not turn a protected VM into a plain one.
 PROTECTION: Final = (
     Option(
         "--protection",
@@ -127,7 +126,7 @@ PROTECTION: Final = (
             dest="protection",
             const="pkvm",
             alone=True,
-            help="the same as --protection pkvm",
+            help="short for --protection pkvm",
         )
         for alias in ("--protected-vm", "--pkvm")
     ),
@@ -136,7 +135,7 @@ PROTECTION: Final = (
         group="protection",
         choices=CONVERSIONS,
         default="preserve",
-        help="what becomes of a page's contents when it changes hands (emulated only; default preserve)",
+        help="effect of a conversion on the page's contents (emulated only; default preserve)",
     ),
 )
 
@@ -146,28 +145,28 @@ CONFIGURATION: Final = (
         group="configuration",
         metavar="FILE.toml",
         about=INVOCATION,
-        help="options from a file: long names as keys; what is said here goes first",
+        help="read options from FILE, long names as keys; the command line wins",
     ),
     Option(
         "--print-config",
         group="configuration",
         takes=FLAG,
         about=INVOCATION,
-        help="print such a file of these options, run nothing",
+        help="print these options as such a file, and exit",
     ),
     Option(
         "--restore",
         group="configuration",
         metavar="FILE",
         about=INVOCATION,
-        help="go on from a snapshot (pyvmm ctl snapshot), which brings kernel and options",
+        help="continue from a snapshot (pyvmm ctl snapshot), which has the kernel and the options",
     ),
     Option(
         "--dry-run",
         group="configuration",
         takes=FLAG,
         about=INVOCATION,
-        help="print what the machine would be, and every ioctl that would make it; needs no KVM, on any workstation",
+        help="print the planned machine and every ioctl that would make it; works without KVM, on any workstation",
     ),
 )
 
@@ -180,14 +179,14 @@ OUTPUT: Final = (
         about=RUN,
         help="write the guest's device tree to FILE, without the seeds of its random numbers",
     ),
-    Option("--stats", group="output", takes=FLAG, about=RUN, help="end with a table of exits and what they cost"),
+    Option("--stats", group="output", takes=FLAG, about=RUN, help="print a table of exits and their costs at the end"),
     Option(
         "--map",
         group="output",
         metavar="FILE.svg",
         type=OutputPath,
         about=RUN,
-        help="draw guest memory as it is at the end, and what happened to it: faults (root only), shares, conversions",
+        help="draw guest memory at the end, and its history: faults (root only), shares, conversions",
     ),
     Option(
         "--trace",
@@ -202,14 +201,14 @@ OUTPUT: Final = (
         group="output",
         takes=FLAG,
         about=RUN,
-        help="and the guest's faults (root only); costs some 5 %% of an exit",
+        help="also record the guest's faults (root only); costs some 5 %% of an exit",
     ),
     Option(
         "--trace-el2",
         group="output",
         takes=FLAG,
         about=RUN,
-        help="and when the hypervisor ran (root only, on a kernel that tells: --lab --host-kernel own); costs more",
+        help="also record when the hypervisor ran (root only, on a kernel that traces it: --host-kernel own)",
     ),
 )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the options of a guest to the machine that they ask for."""
+"""Make a machine's configuration from the options of a guest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CRASH: Final = "payload:crash"
 
 
 def machine_config(args: argparse.Namespace, serial: Ends = NOWHERE, console: Ends = NOWHERE) -> MachineConfig:
-    """Return what the machine is to be, with the descriptors that the two consoles have. Raises UsageError."""
+    """Return the machine's configuration, with the descriptors of both consoles. Raises UsageError."""
     kernel = kernel_of(args)
     places(args)
     size, gpa = args.mem
@@ -52,16 +52,16 @@ def machine_config(args: argparse.Namespace, serial: Ends = NOWHERE, console: En
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise UsageError for options that make no sense, whatever the host and the kernel's file are.
+    """Raise UsageError for options that are invalid on every host and for every kernel.
 
-    It is OptionError where it is known which options.
+    The error is an OptionError if the options at fault are known.
     """
     check_run(args)
     machine_config(args).check()
 
 
 def params(kernel: str, texts: list[str]) -> tuple[str, ...]:
-    """Return the guest's parameters; a bare word for the crash payload is the way it is to crash."""
+    """Return the guest's parameters. A bare word for the crash payload selects how it crashes."""
     if kernel != CRASH:
         return tuple(texts)
     return tuple(f"way={text}" if text and "=" not in text and " " not in text else text for text in texts)
@@ -87,7 +87,7 @@ def _require_root(kernel: str, args: argparse.Namespace) -> None:
 
 
 def with_files(config: MachineConfig) -> MachineConfig:
-    """Return it with files for the names of kernels and initramfs. Raises HostError where there is none."""
+    """Replace names of kernels and initramfs by their files. Raises HostError if a file is missing."""
     from pyvmm.guest.kernels import resolve
 
     def make(name: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a table of options to the parser of a command line.
+"""Make the parser of a command line from a table of options.
 
 Each verb that runs a guest has a :class:`Table`, of :class:`~pyvmm.syntax.option.Option` in the order of --help.
 """
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from pyvmm.syntax.option import Option
 
     class Place(Protocol):
-        """Where argparse takes an option: a parser, or a group in one."""
+        """An argparse parser, or a group in one."""
 
         def add_argument(self, *names: str, **how: Any) -> object:
-            """Define it there."""
+            """Define an option."""
             ...
 
         def add_mutually_exclusive_group(self) -> Place:
-            """Make a group of options of which only one may be given."""
+            """Make a group of options that exclude each other."""
             ...
 
 
 class Table:
-    """The options of a verb: its own ``options``, and what ``common`` adds to the parser of every verb.
+    """The options of a verb: its own ``options``, and those that ``common`` adds to every verb.
 
-    Iterate over it for its own.
+    Iterating yields the verb's own options.
     """
 
     def __init__(self, options: Sequence[Option], common: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -43,7 +43,7 @@ class Table:
         return iter(self.options)
 
     def add_to(self, parser: argparse.ArgumentParser, *, as_text: bool = False) -> None:
-        """Define the options. With ``as_text`` their values stay texts, and an option not given leaves nothing."""
+        """Define the options. With ``as_text`` values stay text, and options have no defaults."""
         groups: dict[str, Place] = {}
         rivals: dict[str, Place] = {}
         for option in self.options:
@@ -60,14 +60,14 @@ class Table:
         self._common(parser)
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
-        """Return by ``dest`` what words behind the verb themselves say, as text. They were parsed before."""
+        """Return the options in the words after the verb, by ``dest``, as text. The words must be valid."""
         parser = argparse.ArgumentParser(allow_abbrev=False)
         self.add_to(parser, as_text=True)
         return vars(parser.parse_args(words))
 
 
 def _arguments(option: Option, *, as_text: bool) -> dict[str, Any]:
-    """Return what argparse is to be told of an option."""
+    """Return an option's arguments for argparse."""
     arguments: dict[str, Any] = {
         "help": option.help,
         "default": argparse.SUPPRESS if as_text else option.default,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options as a file: what ``--print-config`` prints, and what a snapshot holds of its machine's."""
+"""Write options as a file, for ``--print-config`` and for snapshots."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 
 def as_toml(args: argparse.Namespace, table: Table) -> str:
-    """Return the options that ``args`` was parsed of, and the defaults of others that have a value, as a file.
+    """Return the options in ``args``, and the defaults of others that have a value, as a file.
 
-    Raises UsageError for what cannot be said.
+    Raises UsageError for a value that TOML cannot express.
     """
     texts = _texts(args, table)
     return "".join(_line(option, value) for option, value in texts if option.about != INVOCATION)
 
 
 def machine_options(args: argparse.Namespace, table: Table, directory: str) -> str:
-    """Return, as such a file, those options that make a machine what it is.
+    """Return the options that define the machine, as such a file.
 
-    The paths in them are relative to ``directory``. They are made absolute, those of sockets as far as they can be.
+    The paths in them are relative to ``directory``. They are made absolute, except those of sockets that would become
+    too long.
     """
     texts = _texts(args, table)
     return "".join(
@@ -36,8 +37,8 @@ def machine_options(args: argparse.Namespace, table: Table, directory: str) -> s
 
 
 def _texts(args: argparse.Namespace, table: Table) -> list[tuple[Option, Any]]:
-    """Return each option that has a key and a value, with its text, or a list of texts, or a bool, or its default."""
-    # Of several options that say the same thing, the first that has a key.
+    """Return each option that has a key and a value: its text, list of texts, bool, or default."""
+    # Of several options with the same meaning, the first that has a key.
     options: dict[str, Option] = {}
     for option in table:
         if option.keys:
@@ -82,5 +83,5 @@ def _quoted(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{text!r} cannot be said in TOML, which is UTF-8") from None
+        raise UsageError(f"{text!r} cannot be written in TOML, which is UTF-8") from None
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an option is declared, and what its text means; below everything that has options to declare."""
+"""Declare options and parse their values. Every package that declares options imports this one."""

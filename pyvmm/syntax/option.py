@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One option, declared as data: the command line's parser, --help, and files of options are made from it.
+"""One option, declared as data: the command line's parser, --help and options files are made from it.
 
-Whoever has something to be chosen declares it beside the code that it is about, a device kind for example::
+Each option is declared beside the code that it configures, for example a device kind::
 
     PARTS = Parts({"path": str, "ro": None, "queues": parse_count}, main="path")
     OPTION = Option(
@@ -16,12 +16,12 @@ Whoever has something to be chosen declares it beside the code that it is about,
     )
 
 :mod:`pyvmm.options.guest` collects the options of a guest in one tuple. The order in a tuple is the order in --help.
-What an option's text turns out to mean is in the namespace of argparse under :attr:`Option.dest`.
+An option's parsed value is in the namespace of argparse under :attr:`Option.dest`.
 
-An option whose value makes no sense raises :class:`~pyvmm.errors.OptionError`, which names the options that it is
-about: whoever read them from a file then knows which lines to blame.
+An option with an invalid value raises :class:`~pyvmm.errors.OptionError`, which names the options at fault. The reader
+of an options file derives the line numbers from it.
 
-This module is imported on the way to every guest. Its classes are plain ones, which cost least to make.
+Every start of a guest imports this module. Its classes are plain, which are the cheapest to create.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ if TYPE_CHECKING:
 ONE: Final = "one"
 """The option takes one value."""
 SEVERAL: Final = "several"
-"""It may be repeated, with a value each time; its value is a list."""
+"""It may be repeated, with a value each time. Its result is a list."""
 FLAG: Final = "flag"
-"""It takes no value: True where it is given, or its ``const`` if it has one."""
+"""It takes no value. Its result is True, or its ``const``."""
 SWITCH: Final = "switch"
-"""It takes no value, and ``--no-NAME`` is its opposite."""
+"""It takes no value, and ``--no-NAME`` is the opposite."""
 
 MACHINE: Final = "machine"
-"""The option says what the machine is. A snapshot holds it."""
+"""The option defines the machine. A snapshot holds it."""
 RUN: Final = "run"
-"""It is about this side of a run. Whoever restores a snapshot says it anew."""
+"""The option defines this run, not the machine. It must be given again with a snapshot."""
 INVOCATION: Final = "invocation"
-"""It is about one invocation. No file may give it."""
+"""The option is for one invocation. A file may not give it."""
 
 
 class Option:
     """An option of a verb.
 
-    ``names`` are as they are typed, ``"-m", "--mem"``; one without dashes is a word that may be left out. ``takes`` is
-    one of the four words above. ``type`` makes the value of a text, and raises argparse.ArgumentTypeError. ``dest`` is
-    the value's name in the namespace, made of the first long name unless given. ``says`` names what the option tells,
-    its ``dest`` unless given: what the command line says, a file has no say in, and a file says it once. With ``alone``
-    the command line may not say it twice either. ``group`` is the heading in --help.
+    ``names`` are as typed, ``"-m", "--mem"``. A name without dashes is an optional positional word. ``takes`` is one of
+    the four words above. ``type`` converts a text to the value, and raises argparse.ArgumentTypeError. ``dest`` is the
+    value's name in the namespace, by default the first long name. ``says`` names the option's subject, by default its
+    ``dest``. The command line overrides a file's options on the same subject, and a file may have only one of them.
+    With ``alone`` the command line may have only one as well. ``group`` is the heading in --help.
 
     ``about`` is :data:`MACHINE`, :data:`RUN` or :data:`INVOCATION`. ``path`` is for options of a machine that name a
-    file: it gets the option's text and a directory, and returns the text with the path made absolute in that.
+    file. It takes the option's text and a directory, and returns the text with an absolute path.
     """
 
     def __init__(
@@ -86,20 +86,20 @@ class Option:
         self.help, self.group, self.metavar = help, group, metavar
         self.takes, self.const = takes, const
         self.type, self.choices = type, choices
-        # Options of one dest may differ in this; the first one's counts.
+        # Options with the same dest may differ in this. The first one's counts.
         no_value: Any = [] if takes == SEVERAL else False if takes in (FLAG, SWITCH) and const is None else None
         self.default = no_value if default is None else default
         self.about, self.path = about, path
         self.alone = alone
         keys = [name[2:] for name in names if name.startswith("--")]
         self.keys = (*keys, *(f"no-{key}" for key in keys if takes == SWITCH))
-        """The long names without their dashes, which are keys in a file; of a switch the opposites too, behind."""
+        """The keys in a file: the long names without dashes. A switch also has its opposites, at the end."""
         self.dest = dest or (self.keys or names)[0].replace("-", "_")
         self.says = says or self.dest
 
     @property
     def key(self) -> str:
-        """The name that a file gives it."""
+        """The option's key in a file."""
         return self.keys[0]
 
     @property
@@ -110,7 +110,7 @@ class Option:
 
 @contextlib.contextmanager
 def about_option(name: str) -> Iterator[None]:
-    """Let a UsageError that is raised within be about the option ``name``, or about those that it names itself."""
+    """Attribute a UsageError that is raised within to the option ``name``, unless it names options itself."""
     try:
         yield
     except OptionError:
@@ -121,7 +121,7 @@ def about_option(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def about_element(key: str, number: int) -> Iterator[None]:
-    """Let a UsageError that is raised within be about the element of this number of the repeated option ``key``."""
+    """Attribute a UsageError that is raised within to element ``number`` of the repeated option ``key``."""
     try:
         with about_option(key):
             yield

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of options that describe a device: ``PATH,ro,queues=2``, parts between commas.
+"""Parse options that describe a device: ``PATH,ro,queues=2``, parts between commas.
 
-A part is ``key=value``, a key that has no value, or, first and where the option has such, the value of the main key
-alone. A value holds no comma.
+A part is ``key=value``, or a key that has no value. The first part may be the value of the option's main key without
+the key. A value cannot contain a comma.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PartError(argparse.ArgumentTypeError):
-    """What is wrong with the part of ``key``."""
+    """The part ``key`` is invalid."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -27,11 +27,11 @@ class PartError(argparse.ArgumentTypeError):
 
 
 class Parts:
-    """The type of such an option: called with a text, it returns the values of its parts by key.
+    """The type of such an option. Called with a text, it returns the values of its parts by key.
 
-    ``keys`` has what makes a value of a part's text; None for a key that has no value, which then is True. ``main`` is
-    the key whose value may stand first without it. ``check`` gets the text and the values; what it returns is the
-    option's value. It raises argparse.ArgumentTypeError for parts that are missing, or that contradict each other.
+    ``keys`` has the converter of each part's text, or None for a key without a value, which becomes True. ``main`` is
+    the key whose value may come first without the key. ``check`` takes the text and the values and returns the option's
+    value. It raises argparse.ArgumentTypeError for missing or contradicting parts.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Parts:
         self._check = check
 
     def __call__(self, text: str) -> dict[str, Any]:
-        """Return the values. Raises PartError for keys that are unknown, twice there, or without a value they need."""
+        """Return the values. Raises PartError for unknown or repeated keys, and for missing values."""
         values: dict[str, Any] = {}
         for number, part in enumerate(text.split(",") if text else ()):
             key, equals, value = self._split(number, part)
@@ -55,7 +55,7 @@ class Parts:
                 raise PartError(key, f"{key} is twice in {text!r}")
             function = self.keys[key]
             if (function is None) == bool(equals):
-                how = f"has no value, {key} alone says it" if function is None else f"needs a value: {key}=..."
+                how = "takes no value" if function is None else f"needs a value: {key}=..."
                 raise PartError(key, f"{part!r} in {text!r}: {key} {how}")
             values[key] = True if function is None else _value(function, key, value, text)
         return values if self._check is None else self._check(text, values)
@@ -72,10 +72,10 @@ class Parts:
         return key, equals, value
 
     def absolute(self, key: str, *, longest: Callable[[], int] | None = None) -> Callable[[str, str], str]:
-        """Return what makes the path of the part ``key`` absolute in a text, for the ``path`` of an option.
+        """Return a function that makes the path in the part ``key`` absolute, for the ``path`` of an option.
 
-        A path that would get more bytes than ``longest`` stays relative: it would be refused wherever it is restored,
-        and as it was said it serves in its directory. What is returned raises UsageError for a directory with a comma.
+        A path that would become longer than ``longest`` bytes stays relative: absolute, every restore would refuse it,
+        and relative it works in its directory. The function raises UsageError for a directory with a comma.
         """
 
         def absolute(text: str, directory: str) -> str:
@@ -88,8 +88,8 @@ class Parts:
                     continue
                 if "," in there:
                     raise UsageError(
-                        f"{path!r} in {directory!r} cannot be said: a comma ends a part",
-                        hint="run the guest in a directory without one",
+                        f"{path!r} in {directory!r}: the directory's name contains a comma, which would end the part",
+                        hint="run the guest in a directory without a comma in its name",
                     )
                 parts[number] = f"{key}={there}"
             return ",".join(parts)

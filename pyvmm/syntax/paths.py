@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that name files: those that are written, and those that have to be found again from another directory."""
+"""Types of options that name files: output files, and paths to make absolute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class OutputPath(str):
-    """The name of a file to be written, as it was given.
+    """The name of an output file, as given.
 
     Options with ``type=OutputPath`` write to the workstation's file even where the verb runs in the lab.
     """
@@ -24,12 +24,12 @@ class OutputPath(str):
 
     @property
     def path(self) -> str:
-        """The file's path in what was given."""
+        """The file's path in the given text."""
         return str(self)
 
 
 class _OutputBehind(OutputPath):
-    """An output file behind the first ``=``, as in ``file=PATH``."""
+    """An output file after the first ``=``, as in ``file=PATH``."""
 
     __slots__ = ()
 
@@ -39,12 +39,12 @@ class _OutputBehind(OutputPath):
 
 
 def output_behind(word: str) -> Callable[[str], str]:
-    """Return a type for options one of whose forms is ``WORD=FILE`` with a file to be written."""
+    """Return a type for options that accept ``WORD=FILE`` with an output file."""
     return lambda text: _OutputBehind(text) if text.startswith(f"{word}=") and text != f"{word}=" else text
 
 
 def open_output(path: str, *, keep: bool = False) -> int:
-    """Return a descriptor to write a file by, which is emptied unless ``keep``. UsageError where that cannot be."""
+    """Open a file for writing and return its descriptor. Truncates it unless ``keep``. Raises UsageError."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if keep else os.O_TRUNC), 0o666)
     except (OSError, ValueError) as error:
@@ -53,7 +53,7 @@ def open_output(path: str, *, keep: bool = False) -> int:
 
 
 def write_output(path: str, data: bytes) -> None:
-    """Write a file whole. Raises UsageError where it cannot be opened, PyvmmError where it cannot be written."""
+    """Write a whole file. Raises UsageError if it cannot be opened, PyvmmError if it cannot be written."""
     with open(open_output(path), "wb") as file:
         try:
             file.write(data)
@@ -63,7 +63,7 @@ def write_output(path: str, data: bytes) -> None:
 
 
 def find_outputs(args: argparse.Namespace) -> list[str]:
-    """Return the paths of all files that the parsed command line says are to be written."""
+    """Return the paths of all output files in a parsed command line."""
 
     def look(value: Any) -> Iterator[str]:
         if isinstance(value, OutputPath):
@@ -75,16 +75,16 @@ def find_outputs(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(look(list(vars(args).values()))))
 
 
-# -- made absolute: each is for an option's ``path``
+# -- making paths absolute, for an option's ``path``
 
 
 def whole_path(text: str, directory: str) -> str:
-    """Make a path absolute that is all of an option's text."""
+    """Make a path absolute that is the option's whole text."""
     return os.path.join(directory, text)
 
 
 def path_behind(word: str) -> Callable[[str, str], str]:
-    """Return what makes the path in ``WORD=PATH`` absolute; other texts stay as they are."""
+    """Return a function that makes the path in ``WORD=PATH`` absolute and keeps other texts."""
 
     def absolute(text: str, directory: str) -> str:
         before, equals, path = text.partition("=")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the text of an option's value means: sizes, counts, seconds. Each raises argparse.ArgumentTypeError."""
+"""Parse option values: sizes, counts, seconds. Each function raises argparse.ArgumentTypeError."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _UNITS: Final = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
 
 def parse_size(text: str) -> int:
     """Return bytes: a number with a unit of BKMGTP (powers of 1024), MiB without one."""
-    # Without a regular expression: to compile one costs more than all other values of a command line.
+    # No regular expression: compiling one costs more than parsing all other values of a command line.
     unit = text[-1:].upper()
     number, unit = (text[:-1], unit) if unit in _UNITS else (text, "M")
     if not (number.isascii() and number.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; 512, 512M and 1G are")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; use 512, 512M or 1G")
     return int(number) * _UNITS[unit]
 
 
@@ -30,7 +30,7 @@ def parse_memory(text: str) -> tuple[int, int | None]:
     try:
         return parse_size(size), int(where, 0)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{where!r} is no address; 0x80000000 is") from None
+        raise argparse.ArgumentTypeError(f"{where!r} is not an address; use 0x80000000") from None
 
 
 def parse_count(text: str) -> int:
@@ -40,7 +40,7 @@ def parse_count(text: str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; 1 is the least")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count; use a whole number from 1")
     return number
 
 
@@ -51,5 +51,5 @@ def parse_seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; seconds above 0 are, like 10 or 0.5")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; use seconds above 0, like 10 or 0.5")
     return seconds

@@ -225,4 +225,4 @@ def test_diff_of_what_is_no_atlas_is_refused(
 def test_diff_wants_two_files(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "diff", *names)
     assert status == 2
-    assert "two are compared" in err
+    assert "diff compares two" in err

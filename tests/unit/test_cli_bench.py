@@ -83,9 +83,9 @@ def write(path: Path, *some: str) -> Path:
         (["--axis", "protection=pkmv"], "protection is never 'pkmv' in any case", "nearest: pkvm"),
         (["fault", "--axis", "cpus=0"], "cpus of fault is a number above 0, not '0'", ""),
         (["fault", "--axis", "cpus=1,"], "cpus of fault is a number above 0, not ''", ""),
-        (["fault", "--axis", "state"], "--axis state: AXIS=VALUE is what it takes", ""),
-        (["fault", "--versus", "state="], "--versus state=: AXIS=VALUE is what it takes", ""),
-        (["fault", "--versus", "=cold"], "--versus =cold: AXIS=VALUE", ""),
+        (["fault", "--axis", "state"], "--axis state: expected AXIS=VALUE", ""),
+        (["fault", "--versus", "state="], "--versus state=: expected AXIS=VALUE", ""),
+        (["fault", "--versus", "=cold"], "--versus =cold: expected AXIS=VALUE", ""),
         (["fault", "--versus", "state=clod"], "state of fault is never 'clod'", "nearest: cold"),
         (["fault", "--versus", "stat=cold"], "called 'stat'", "nearest: state"),
         (["--list", "fualt"], "no case is called 'fualt'", "nearest: fault"),
@@ -107,7 +107,7 @@ def test_what_makes_no_sense_is_said_before_anything_runs(
     status, out, err = told(capfd, *words, lab=lab)
     assert (status, out) == (2, "")
     if lab and words[0] in ("compare", "report"):
-        why, hint = f"bench {words[0]} is no verb for the lab", f"pyvmm bench {words[0]}"
+        why, hint = f"bench {words[0]} does not run in the lab", f"pyvmm bench {words[0]}"
     assert why in err
     assert hint in err
 
@@ -386,7 +386,7 @@ def test_without_numpy_raw_results_are_kept_all_the_same(
 ) -> None:
     status, out, err = told(capfd, "fault", "--json", tmp_path / "a.jsonl")
     assert (status, out) == (0, "")
-    assert "there is no table: statistics and reports need numpy" in err
+    assert "no table: statistics and reports need numpy" in err
     assert (tmp_path / "a.jsonl").read_text() == "".join(map(str, measured))
 
 

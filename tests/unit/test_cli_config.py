@@ -81,19 +81,19 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("cpus = 2\n\ncpu = 3\n", "line 3: cpu is no option of pyvmm run"),
-        ("config = 'x'", "line 1: config is no option"),
-        ("params = [\n'''a\ncpus = 4\n''']\n[cpus]\nx = 1\n", r"line 5: cpus: 'x=1' is no count"),
-        ("cpus = 0", "line 1: cpus: '0' is no count"),
-        ("cpus = true", "line 1: cpus: true is given to an option that has a value"),
-        ("cpus = [1, 2]", "line 1: cpus: a list is given to an option that is given once"),
-        ("backing = 'memfd'\nprefault = 'yes'", "line 2: prefault: 'yes' is given to an option without a value"),
-        ("\nbacking = 'paper'", "line 2: backing: 'paper' is none of memfd,"),
+        ("cpus = 2\n\ncpu = 3\n", "line 3: cpu is not an option of pyvmm run"),
+        ("config = 'x'", "line 1: config is not an option"),
+        ("params = [\n'''a\ncpus = 4\n''']\n[cpus]\nx = 1\n", r"line 5: cpus: 'x=1' is not a count"),
+        ("cpus = 0", "line 1: cpus: '0' is not a count"),
+        ("cpus = true", "line 1: cpus: this option needs a value, not true"),
+        ("cpus = [1, 2]", "line 1: cpus: this option may be given only once"),
+        ("backing = 'memfd'\nprefault = 'yes'", "line 2: prefault: this option has no value"),
+        ("\nbacking = 'paper'", "line 2: backing: 'paper' is not one of memfd,"),
         ("deadline = 1979-05-27", "line 1: deadline: no option takes a date"),
         ("protection = 'none'\n\npkvm = true\n", "line 3: pkvm contradicts protection of line 1"),
         ("params = 'a'\nappend = 'b'\n", "line 2: append contradicts params of line 1"),
-        ("mem = 64\nmem = 65\n", r"no TOML.*line 2"),
-        ("mem = [", "no TOML"),
+        ("mem = 64\nmem = 65\n", r"not TOML.*line 2"),
+        ("mem = [", "not TOML"),
         ("protection = 'none'\n\nconversion = 'zero'\n", r"conversion \(line 3\): .*policy zero with protection none"),
         ("cpus = 1000\n", r"cpus \(line 1\): 1000 vCPUs"),
         ("reboot = true\n\ngdb = 'x'\n", r"reboot \(line 1\) and gdb \(line 3\): --reboot with --gdb"),
@@ -104,10 +104,10 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
         ("[[disk]]\npath = 'a'\n\n[[disk]]\nreadonly = true\n", "line 5: disk: 'readonly' in 'readonly' is not known"),
         ("[[disk]]\nreadonly = true\npath = 'a'\n", "line 2: disk: 'readonly' in 'readonly' is not known"),
         ("disk = [\n'a,ro',\n'b,readonly']\n", "line 3: disk: 'readonly' in"),
-        ("[[disk]]\npath = 'a'\n[disk.x]\ny = 1\n", "line 3: disk: x: {'y': 1} cannot"),
+        ("[[disk]]\npath = 'a'\n[disk.x]\ny = 1\n", "line 3: disk: x: {'y': 1} contains a comma"),
         ("[[disk]]\npath = 'a'\n[[disk]]\npath = 'b'\nqueues = 17\n", r"disk\.queues \(line 5\): .*17 queues"),
         ("[[disk]]\npath = 'a'\n[[disk]]\npath = 'a'\n", r"disk \(line 1\) and disk \(line 3\): .*given 2 times"),
-        ("trace-el2 = true\n", r"trace-el2 \(line 1\): .* no file for it is named"),
+        ("trace-el2 = true\n", r"trace-el2 \(line 1\): .* --trace is missing"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_key_and_its_line(tmp_path: Path, text: str, words: str) -> None:
@@ -226,7 +226,7 @@ def test_tables_are_the_parts_of_an_option(tmp_path: Path) -> None:
 def test_a_wrong_table_is_refused_with_the_line_of_its_header_or_of_the_wrong_key(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"line 4: disk: a disk needs a path"):
         expanded("[[disk]]\npath = 'a'\n\n[[disk]]\nro = true\n", tmp_path)
-    with pytest.raises(UsageError, match=r"line 2: disk: path: 'a,b' cannot be said here"):
+    with pytest.raises(UsageError, match=r"line 2: disk: path: 'a,b' contains a comma"):
         expanded("[[disk]]\npath = 'a,b'\n", tmp_path)
 
 

@@ -51,8 +51,8 @@ def test_one_of_two_consoles_has_stdio(words: list[str], wanted: tuple[str, str]
     [
         (["--console", "stdio", "--serial", "stdio"], "only one"),
         (["--console", "file=/x", "--serial", "file=/x"], "only one"),
-        (["--console", "pty"], "known"),
-        (["--serial", "file="], "known"),
+        (["--console", "pty"], "expected stdio"),
+        (["--serial", "file="], "expected stdio"),
         (["--pkvm", "--balloon", "0"], "pins"),
         (["--protection", "emulated", "--balloon", "0"], "rings in private memory"),
         (["--backing", "hugetlb", "--balloon", "0"], "2 MiB"),

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run with all that watches it."""
+"""A run, and everything that watches it."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest's consoles are connected to: the UART of ``--serial``, the virtio console of ``--console``.
+"""Connect a guest's consoles: the UART (``--serial``) and the virtio console (``--console``).
 
-Owns the files that are named, and SIGWINCH while a run lasts; used by ``run``, from the main thread.
+Owns the named files, and SIGWINCH during a run. Used by ``run``, from the main thread.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ STDIN: Final = 0
 
 
 def open_place(where: str, stack: contextlib.ExitStack, stdout: int, *, keep: bool = False) -> Ends:
-    """Return the descriptors of a place; ``stdout`` is where stdio's output goes. Raises UsageError.
+    """Return the descriptors of a place. ``stdout`` takes the output of stdio. Raises UsageError.
 
-    A file is emptied, unless ``keep`` says that a guest goes on which wrote there before.
+    A file is truncated, unless ``keep`` says that its guest continues from a snapshot.
     """
     if where == "stdio":
         return stdout, STDIN
@@ -37,13 +37,13 @@ def open_place(where: str, stack: contextlib.ExitStack, stdout: int, *, keep: bo
         return NOWHERE
     fd = open_output(where.partition("=")[2], keep=keep)
     stack.callback(os.close, fd)
-    with contextlib.suppress(OSError):  # what is no file has no end
+    with contextlib.suppress(OSError):  # a pipe or a device has no end
         os.lseek(fd, 0, os.SEEK_END)
     return fd, None
 
 
 def nobody(stack: contextlib.ExitStack) -> int:
-    """Return an input where nothing ever arrives: of a console that has stdio, on a terminal not ours to read."""
+    """Return an input that never has data, for a console on a terminal that we may not read."""
     fd = os.eventfd(0, os.EFD_CLOEXEC)
     stack.callback(os.close, fd)
     return fd
@@ -51,7 +51,7 @@ def nobody(stack: contextlib.ExitStack) -> int:
 
 @contextlib.contextmanager
 def following_size(machine: Machine, out: int | None) -> Iterator[None]:
-    """Tell the guest's virtio console whenever the terminal ``out`` gets another size."""
+    """Report each size change of the terminal ``out`` to the guest's virtio console."""
     if terminal_size(out) is None:
         yield
         return
@@ -71,14 +71,14 @@ def following_size(machine: Machine, out: int | None) -> Iterator[None]:
         while os.eventfd_read(changed) and not over.is_set():
             tell()
 
-    # A thread of its own: a handler runs between any two lines of the main thread, whose locks it must not take.
+    # A separate thread: a signal handler interrupts the main thread anywhere, and must not take its locks.
     thread = threading.Thread(target=follow, name="pyvmm-resize", daemon=True)
     thread.start()
     try:
         with handling(lambda _number, _frame: os.eventfd_write(changed, 1), [signal.SIGWINCH]):
             yield
     finally:
-        # Not later than this: the machine's descriptors may be another's once it is closed.
+        # Join before the machine closes: its descriptor numbers may be reused afterwards.
         over.set()
         os.eventfd_write(changed, 1)
         thread.join()

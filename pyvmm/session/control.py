@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way into a running guest from other processes: a socket for each ``pyvmm run``, of the user's own.
+"""Control a running guest from other processes, through a per-user socket of each ``pyvmm run``.
 
 A :class:`Control` owns the socket ``PID.sock`` in the user's directory for such files, another where the user named
-one, and one thread (``pyvmm-control``), in the process that runs the guest. A request is one line, a JSON object that
-says what to do and with what, ``{"do": "kick", "text": "ls"}``; the answer is one line too, ``{"kick": ...}`` or
-``{"error": "...", "hint": ...}``. :class:`Connection` is the other side. The vCPUs have no part in it, and a run that
-nobody could ask, for it is short, never makes a socket of its own accord.
+one, and one thread (``pyvmm-control``), in the process that runs the guest. A request is one line, a JSON object such
+as ``{"do": "kick", "text": "ls"}``. The answer is one line too, ``{"kick": ...}`` or ``{"error": "...", "hint": ...}``.
+:class:`Connection` is the client side. The vCPUs are not involved. A run that ends within SETTLED seconds makes no
+socket unless the user named one.
 """
 
 from __future__ import annotations
@@ -31,30 +31,31 @@ if TYPE_CHECKING:
 log = get_logger("control")
 
 SETTLED: Final = 0.25
-"""Seconds after which a run is worth a socket."""
+"""Seconds after which a run makes its socket."""
 PATIENCE: Final = 2.0
-"""Seconds that one side waits for the other to read or to write."""
+"""Seconds that each side waits for the other to read or write."""
 BREATH: Final = 0.1
-"""Seconds until a client that could not be let in is tried again."""
+"""Seconds until a failed accept is tried again."""
 MOST_CLIENTS: Final = 16
 MOST_LINE: Final = 1 << 16
 _SUFFIX: Final = ".sock"
 
 
 def directory() -> str:
-    """Return where this user's runs have their sockets; it need not be there."""
+    """Return the directory of this user's sockets. It may not exist."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if runtime.startswith("/"):  # a relative one is to be ignored, as the specification says
+    if runtime.startswith("/"):  # the specification says to ignore a relative one
         return f"{runtime}/pyvmm"
     return f"/tmp/pyvmm-{os.geteuid()}" if os.geteuid() else "/run/pyvmm"
 
 
 class Control:
-    """Answers requests while it is entered; ``requests`` has a function for each word that may stand after ``do``.
+    """Answers requests while it is entered. ``requests`` has a function for each value of ``do``.
 
-    They run in the thread, one at a time, and take the request's other members by name; what they raise is the answer.
-    ``named`` is a path for one more socket, there from the start: UsageError where it cannot be. A directory or socket
-    of our own that cannot be made is told as an event, and harms nothing else.
+    These functions run in the thread, one at a time, with the request's other members as keyword arguments. An
+    exception becomes the error answer. ``named`` is the path of a second socket, which exists from the start. Raises
+    UsageError if that cannot be made. If our own directory or socket cannot be made, an event is logged and the run
+    continues.
     """
 
     def __init__(self, requests: Requests, named: str | None = None) -> None:
@@ -79,7 +80,7 @@ class Control:
 
     def _main(self) -> None:
         with contextlib.ExitStack() as stack:
-            # A run that is over before anyone could ask makes no socket; one that was asked for is there at once.
+            # A short run makes no socket. A named socket exists from the start.
             until = time.monotonic() + SETTLED
             if self._serve(self._listeners, stack, until):
                 return
@@ -118,7 +119,8 @@ class Control:
                 try:
                     client = _Client(listener.accept()[0])
                 except OSError as error:
-                    # No descriptors left: who has connected waits, and that would be told again at once.
+                    # No descriptors left: the client stays in the queue, and the selector would report it again at
+                    # once.
                     log.info("control_client_waits", reason=str(error))
                     time.sleep(BREATH)
                     continue
@@ -135,17 +137,17 @@ class Control:
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
-            return {"error": "that is no JSON"}
+            return {"error": "the request is not JSON"}
         what = request.pop("do", None) if isinstance(request, dict) else None
         if not isinstance(what, str) or what not in self._requests:
-            return {"error": f"what to do is not known: {what!r}", "known": sorted(self._requests)}
+            return {"error": f"unknown request: {what!r}", "known": sorted(self._requests)}
         handle = self._requests[what]
         try:
             inspect.signature(handle).bind(**request)
         except TypeError as error:
-            return {"error": f"{what!r} cannot be asked like this: {error}"}
+            return {"error": f"invalid arguments for {what!r}: {error}"}
         except ValueError:
-            pass  # a function of C, which says so itself
+            pass  # a C function without a signature checks its own arguments
         try:
             return {what: handle(**request)}
         except PyvmmError as error:
@@ -156,7 +158,7 @@ class Control:
 
 
 class _Client:
-    """One connection, on the side that answers."""
+    """One connection, on the server's side."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE)
@@ -166,7 +168,7 @@ class _Client:
         self.close = connection.close
 
     def serve(self, answer: Callable[[bytes], object]) -> bool:
-        """Take what has come and answer whole lines; False where the connection is over."""
+        """Read, and answer complete lines. Returns False when the connection has ended."""
         import json
 
         try:
@@ -180,20 +182,20 @@ class _Client:
 
 
 def _own_directory() -> str:
-    """Make the directory if it is not there. Raises PyvmmError for one that others could have a hand in."""
+    """Make the directory if it is missing. Raises PyvmmError if other users could write to it."""
     path = directory()
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     about = os.lstat(path)
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o022:
-        raise PyvmmError(f"{path} is not a directory that this user alone can write to")
+        raise PyvmmError(f"{path} must be a directory that only this user can write to")
     return path
 
 
 def _listen_named(path: str, stack: contextlib.ExitStack) -> socket.socket:
-    """Listen at a path of the user's. UsageError where another does, or something else is there."""
+    """Listen at a path that the user named. Raises UsageError if it is in use or not a socket."""
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise UsageError(f"--socket {path}: there is something, and no socket", hint="name a path that is free")
+        raise UsageError(f"--socket {path}: the path exists and is not a socket", hint="name a path that is free")
     try:
         return _listen(path, stack)
     except _InUse:
@@ -207,16 +209,17 @@ def _listen_named(path: str, stack: contextlib.ExitStack) -> socket.socket:
 def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
     import socket
 
-    # Where nobody answers it was left by a process that is gone; in our own directory names are numbers of processes,
-    # so one that does is of another pid namespace.
+    # A socket without a listener is left from a dead process. Names in our directory are process IDs, so a socket with
+    # a listener belongs to another pid namespace.
     if os.path.lexists(path):
         with contextlib.suppress(_Gone):
             _connect(path).close()
-            raise _InUse(f"{path} is in use: it is of a process with the same number in another namespace")
+            raise _InUse(f"{path} is in use by a process with the same ID in another pid namespace")
     listener = socket.socket(socket.AF_UNIX)
     with contextlib.ExitStack() as half:
         half.callback(listener.close)
-        # It gets its name when it listens: one that does not is what a killed run has left, and anyone removes it.
+        # The socket gets its name once it listens. A socket that does not listen is left from a killed run, and any run
+        # removes it.
         young = f"{path}.new"
         _unlink(young)
         listener.bind(young)
@@ -232,17 +235,17 @@ def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
 
 
 def _unlink(path: str, inode: int | None = None) -> None:
-    """Remove a socket, if it is there; with ``inode`` only if it is still that one."""
+    """Remove a socket if it exists; with ``inode``, only if it is still the same one."""
     with contextlib.suppress(OSError):
         if inode is None or os.lstat(path).st_ino == inode:
             os.unlink(path)
 
 
 class _InUse(PyvmmError):
-    """Somebody answers there."""
+    """A process listens there."""
 
 
-# -- the other side
+# -- the client's side
 
 
 class _Gone(PyvmmError):
@@ -250,7 +253,7 @@ class _Gone(PyvmmError):
 
 
 def running() -> list[int]:
-    """Return the pids of this user's runs; sockets that runs left behind when they were killed are removed."""
+    """Return the pids of this user's runs, and remove the sockets of killed runs."""
     where = directory()
     try:
         names = os.listdir(where)
@@ -271,9 +274,9 @@ def running() -> list[int]:
 
 
 class Connection:
-    """A connection to the run of process ``where``, or with a socket at that path; a context manager.
+    """A connection to the run of process ``where``, or to the socket at that path. A context manager.
 
-    Raises UsageError where there is none.
+    Raises UsageError if no run listens there.
     """
 
     def __init__(self, where: int | str) -> None:
@@ -283,10 +286,10 @@ class Connection:
             self._socket = _connect(path)
         except _Gone:
             raise UsageError(
-                f"{self.name} runs no guest that can be watched: nobody listens at {path}"
+                f"{self.name} runs no guest that can be controlled: nobody listens at {path}"
                 if isinstance(where, int)
                 else f"nobody listens at {path}",
-                hint="pyvmm top lists those that can; a run has its socket a quarter of a second after its start",
+                hint="pyvmm top lists the runs; a run makes its socket a quarter of a second after its start",
             ) from None
         self._file = self._socket.makefile("rb")
 
@@ -298,9 +301,9 @@ class Connection:
         self._socket.close()
 
     def ask(self, what: str, *, patience: float = PATIENCE, **members: object) -> Any | None:
-        """Return the answer to ``what``, within ``patience`` seconds; None when the run is over.
+        """Return the answer to ``what`` within ``patience`` seconds, or None if the run has ended.
 
-        ``members`` go with the request. Raises PyvmmError where it is refused.
+        ``members`` are added to the request. Raises PyvmmError if it is refused.
         """
         import json
 
@@ -325,7 +328,7 @@ class Connection:
         raise PyvmmError(f"{self.name}: {answer['error']}", hint=answer.get("hint"))
 
     def wait_for_end(self, patience: float) -> bool:
-        """Wait until the run is over; False after ``patience`` seconds."""
+        """Wait until the run has ended. Returns False after ``patience`` seconds."""
         self._socket.settimeout(patience)
         try:
             return not self._file.read(1)
@@ -336,18 +339,18 @@ class Connection:
 
 
 def only_one() -> int:
-    """Return the process of this user's only run. UsageError where there is none, or more."""
+    """Return the pid of this user's only run. Raises UsageError if none runs, or several."""
     pids = running()
     if len(pids) == 1:
         return pids[0]
     if pids:
         raise UsageError(
-            f"{len(pids)} guests run, of processes {', '.join(map(str, pids))}",
-            hint=f"say which, {pids[0]} for example",
+            f"{len(pids)} guests run, in processes {', '.join(map(str, pids))}",
+            hint=f"name one, for example {pids[0]}",
         )
     raise UsageError(
-        f"no guest of this user runs: no run has its socket in {directory()}",
-        hint="in the lab every command has a lab of its own: pyvmm --lab top KERNEL runs a guest and watches it",
+        f"no guest of this user runs: no socket in {directory()}",
+        hint="every --lab command starts a new lab: pyvmm --lab top KERNEL runs a guest and watches it",
     )
 
 

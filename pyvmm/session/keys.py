@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys from a terminal to the guest.
+"""Send keys from a terminal to the guest.
 
-Owns the terminal's mode, which is put back however the run ends, and one thread (``pyvmm-keys``). Used by ``run``, from
-the main thread.
+Owns the terminal's mode, which it always restores, and one thread (``pyvmm-keys``). Used by ``run``, from the main
+thread.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
 ESCAPE = 0x01
-"""Ctrl-A: the next key is for us. ``x`` quits, another Ctrl-A goes to the guest, anything else goes with its escape."""
+"""Ctrl-A: the next key is for us. ``x`` quits, a second Ctrl-A goes to the guest, other keys go with the escape."""
 
 
 class Keys:
-    """A terminal whose keys go to the guest one by one; a context manager.
+    """A terminal whose keys go to the guest one by one. A context manager.
 
-    ``fd`` is what the guest's console reads. ``quit`` is called, in the thread, at Ctrl-A x. Keys the guest does not
-    take in time (a pipe's worth) are dropped, so that Ctrl-A x always works.
+    The guest's console reads from ``fd``. The thread calls ``quit`` at Ctrl-A x. When the pipe to the guest is full,
+    further keys are dropped, so that Ctrl-A x always works.
     """
 
     def __init__(self, terminal: int, quit: Callable[[], None]) -> None:
@@ -49,7 +49,7 @@ class Keys:
     def __exit__(self, *_: object) -> None:
         os.write(self._stop_write, b"x")
         self._thread.join()
-        # The terminal may have gone away, or be another job's by now; then there is no mode to put back.
+        # If the terminal is gone, or belongs to another job by now, there is no mode to restore.
         with contextlib.suppress(termios.error):
             if not in_background(self._terminal):
                 termios.tcsetattr(self._terminal, termios.TCSADRAIN, self._saved)
@@ -74,7 +74,7 @@ class Keys:
                 os.write(self._keys, keys)
 
     def take(self, typed: bytes) -> bytes | None:
-        """Return what of ``typed`` is for the guest, or None when it asks to quit."""
+        """Return the part of ``typed`` for the guest, or None for Ctrl-A x."""
         keys = bytearray()
         for key in typed:
             if self._escaped:
@@ -90,7 +90,7 @@ class Keys:
 
 
 def raw(mode: list[Any]) -> list[Any]:
-    """Return a terminal mode that hands over every key at once; output is left as it is."""
+    """Return a terminal mode that delivers every key at once, with unchanged output."""
     iflag, oflag, cflag, lflag, *rest = mode
     iflag &= ~(termios.BRKINT | termios.ICRNL | termios.INLCR | termios.IGNCR | termios.ISTRIP | termios.IXON)
     lflag &= ~(termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN)

@@ -17,9 +17,9 @@ _BUFFER: Final = 1 << 20
 
 
 class OutputFile:
-    """A file that is written once, at the end; a context manager. Opened at once: what cannot be written is told then.
+    """A file written once, at the end. Opened at once, so that an unwritable path fails early. A context manager.
 
-    A file that was there keeps its contents until then, one that was not goes again if nothing was written.
+    An existing file keeps its contents until then. A new file is removed if nothing was written.
     """
 
     def __init__(self, path: str) -> None:
@@ -38,15 +38,15 @@ class OutputFile:
                 os.unlink(self._path)
 
     def write(self, text: str) -> None:
-        """Put ``text`` in the place of what the file holds."""
+        """Replace the file's contents by ``text``."""
         with self.writing() as put:
             put(text.encode())
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Callable[[bytes], object]]:
-        """Put what is given to the function that this yields, piece by piece, in the place of what the file holds."""
+        """Yield a function that takes the file's new contents piece by piece."""
         try:
-            # What is no file, a pipe say, cannot be cut.
+            # A pipe or a device cannot be truncated.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, 0)
             with open(self._fd, "wb", buffering=_BUFFER, closefd=False) as file:

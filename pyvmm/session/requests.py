@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run answers to other processes: its state, its counters, and the orders that a user may give it.
+"""Answer other processes' requests to a run: its state, its counters, and orders.
 
-A :class:`Requests` owns nothing; what it answers with runs in the thread of the :class:`~pyvmm.session.control.Control`
-that it is given to, one at a time, and returns plain values of JSON. The machine may change while it does not: one that
-resets has another in its place.
+A :class:`Requests` owns nothing. Its functions run in the thread of a :class:`~pyvmm.session.control.Control`, one at a
+time, and return plain JSON values. It outlives a machine: after a reset it answers for the next one.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine
 
 RETURN = "\r"
-"""What a terminal sends for the Return key."""
+"""The byte that a terminal sends for the Return key."""
 
 
 class Requests:
-    """The requests of one run; ``options`` tells those of its machine, for a snapshot to hold."""
+    """The requests of one run. ``options`` returns the options of its machine, for a snapshot."""
 
     def __init__(self, machine: Machine | None = None, options: Callable[[], str] = str) -> None:
         self._current = machine
@@ -37,11 +36,11 @@ class Requests:
         self._holding = False
         self._answering = threading.Lock()
         self.asked: str | None = None
-        """Why the run is to end, if it was told to stop."""
+        """Why the run must end, if it got a stop request."""
 
     @contextlib.contextmanager
     def about(self, machine: Machine) -> Iterator[None]:
-        """Answer for ``machine``, which is built; on return nothing is asked of it any more."""
+        """Answer for ``machine``, which is built. After this context, no request uses it."""
         with self._answering:
             self._current = machine
         try:
@@ -76,7 +75,7 @@ class Requests:
     @property
     def _machine(self) -> Machine:
         if self._current is None:
-            raise PyvmmError("the machine is being made: there is none that could do this now", hint="ask again")
+            raise PyvmmError("the machine is still being made; try again", hint="ask again")
         return self._current
 
     @property
@@ -92,7 +91,7 @@ class Requests:
         return "running" if machine.started_ns else "starting"
 
     def info(self) -> dict[str, Any]:
-        """Say what the machine is: sizes in bytes, addresses as numbers, ``elapsed_ns`` since the first run."""
+        """Describe the machine: sizes in bytes, addresses as numbers, ``elapsed_ns`` since the first run."""
         machine = self._machine
         config = machine.config
         return {
@@ -122,7 +121,7 @@ class Requests:
         }
 
     def counters(self) -> dict[str, Any]:
-        """Return what has been counted until now."""
+        """Return the counters."""
         from pyvmm.observe.rates import take_reading
 
         return take_reading(self._machine)
@@ -136,7 +135,7 @@ class Requests:
             self._refuse_unless_started("be paused")
             self._machine.pause()
             if self._machine.ended_ns:
-                # It ended of its own accord meanwhile, and is not to wait for a resume with what it still has to do.
+                # The guest ended by itself meanwhile. Its remaining work must not wait for a resume.
                 self._machine.resume()
                 self._refuse_unless_started("be paused")
             self._holding = True
@@ -144,7 +143,7 @@ class Requests:
         return {"state": self.state} | ({} if goes_on is None else {"clock": f"goes on: {goes_on}"})
 
     def resume(self) -> dict[str, Any]:
-        """Let all go on that :meth:`pause` stopped."""
+        """Resume the vCPUs and devices that :meth:`pause` stopped."""
         if self._holding:
             self._holding = False
             self._machine.resume()
@@ -158,24 +157,24 @@ class Requests:
         return {"state": self.state}
 
     def kick(self, text: str = "") -> dict[str, Any]:
-        """Type ``text`` and the Return key on the console: a shell that was lost out of sight prompts again.
+        """Type ``text`` and the Return key on the console, for example to make a shell print its prompt again.
 
-        Refused where the console has no room for all of it, as when the guest does not read or is paused.
+        Refused if the console has no room for all of it: the guest does not read, or is paused.
         """
         keys = (text + RETURN).encode()
         if not _type(self._machine, keys):
-            why = "the guest is paused" if self._machine.paused else "it does not read what it has got"
+            why = "the guest is paused" if self._machine.paused else "it does not read its input"
             raise PyvmmError(f"the guest's console takes no {len(keys)} bytes now: {why}")
         return {"typed": len(keys)}
 
     def balloon(self, size: int | None = None) -> dict[str, Any]:
-        """Have the balloon take ``size`` bytes of the guest's memory, unless None; say what it holds."""
+        """Have the balloon take ``size`` bytes of the guest's memory, unless None. Returns the balloon's size."""
         for device in self._machine.role(MemoryBalloon):
             return device.hold(size)
-        raise UsageError("this guest has no balloon", hint="--balloon 0 gives it one that is empty")
+        raise UsageError("this guest has no balloon", hint="--balloon 0 adds an empty one")
 
     def snapshot(self, file: str) -> dict[str, Any]:
-        """Write the machine to ``file``, an absolute path; it stands still meanwhile."""
+        """Write the machine to ``file``, an absolute path. The machine is paused meanwhile."""
         from pyvmm.machine.saving import save
 
         self._refuse_unless_started("be saved")
@@ -187,7 +186,7 @@ class Requests:
 
 
 def _type(machine: Machine, keys: bytes) -> bool:
-    """Type on the virtio console if that has an input or is the only one, else on the UART; False without room."""
+    """Type on the virtio console if it has an input or is the only console, else on the UART. False without room."""
     terminals = machine.role(Terminal)
     if machine.config.serial_out is None or any(terminal.interactive for terminal in terminals):
         return any(terminal.offer(keys) for terminal in terminals)

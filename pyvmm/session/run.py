@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One guest from start to end, as the options say. Its output is on stdout, ours on stderr, the statistics last.
+"""Run one guest from start to end. Its output goes to stdout, ours to stderr, with the statistics last.
 
-A :class:`GuestRun` opens what lasts as long as the run (signals, consoles, gdb, the socket for ``pyvmm ctl``), lets the
-guest live in one VM after the other, and finishes with the files and statistics. Used from the main thread, once.
+A :class:`GuestRun` opens everything that lasts for the whole run: signals, consoles, gdb, the socket for ``pyvmm ctl``.
+It runs the guest in one VM after the other, and then writes the files and statistics. Used once, from the main thread.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ STDOUT: Final = 1
 
 
 class GuestRun:
-    """The run that ``args`` ask for, ``watch`` looking on. ``args`` were parsed as ``table`` says.
+    """The run that ``args`` describe, observed by ``watch``. ``table`` is the table that parsed ``args``.
 
-    With ``--reboot`` a reset by the guest is no end: the VM is destroyed, and another one starts in its place.
+    With ``--reboot``, a reset by the guest destroys the VM and starts the guest in a new one.
     """
 
     def __init__(self, args: argparse.Namespace, table: Table, watch: Watch | None = None) -> None:
@@ -66,7 +66,7 @@ class GuestRun:
         with self._stack:
             self._open()
             while (status := self._live()) is None:
-                # A machine is full of cycles, and nobody else looks for garbage as often as a guest may reset.
+                # A machine has many reference cycles, and a guest may reset more often than Python collects garbage.
                 gc.collect()
             return status
 
@@ -74,7 +74,7 @@ class GuestRun:
 
     def _open(self) -> None:
         args, stack = self._args, self._stack
-        # Between two lives of the guest too: its last one may have left no room for what the next one's start says.
+        # This also covers the time between two VMs: output of the last one may leave no room for the start of the next.
         stack.enter_context(self._never_waiting).enter_context(log.never_waiting())
         stack.enter_context(self._signals)
         stack.callback(setattr, threading, "excepthook", threading.excepthook)
@@ -111,26 +111,26 @@ class GuestRun:
         return [(out, self._keys_of(source)) for out, source in ends]
 
     def _keys_of(self, source: int | None) -> int | None:
-        """Return where a console reads whose input is ``source``: of a terminal, its keys one by one."""
+        """Return the input of a console that reads ``source``. A terminal delivers its keys one by one."""
         if source is None or not os.isatty(source):
             return source
         from pyvmm.session.keys import Keys
         from pyvmm.terminal import in_foreground
 
         if not in_foreground(source):
-            # In the background the terminal is not ours to read: it would stop us.
+            # Reading the terminal from the background would stop us.
             return nobody(self._stack)
         return self._stack.enter_context(Keys(source, lambda: self._signals.end("Ctrl-A x"))).fd
 
     def _machine_options(self) -> str:
-        from pyvmm.options.written import machine_options  # for the few runs that are saved
+        from pyvmm.options.written import machine_options  # only needed to write a snapshot
 
         return machine_options(self._args, self._table, os.getcwd())
 
     # -- one life
 
     def _live(self) -> int | None:
-        """Let the guest live in one VM; returns the exit status, or None where it is to start again."""
+        """Run the guest in one VM. Returns the exit status, or None if the guest must start again."""
         intercept = None if self._debugger is None else self._debugger.intercept
         with (
             Machine(self._config, intercept=intercept, start=self._snapshot) as machine,
@@ -150,13 +150,13 @@ class GuestRun:
                 if asked := self._asked_to_end:  # before there was this machine
                     machine.stop(asked)
                 outcome = machine.run(spent=0.0 if self._lives is None else self._lives.spent)
-            # A wish for the end that came too late to be this VM's is for the next one.
+            # A stop request that came too late for this VM applies to the next one.
             if self._lives is None or outcome.ending is not Ending.RESET or self._asked_to_end:
                 return self._finish(machine, outcome)
             over = self._lives.reset(machine.started_ns, machine.elapsed_ns)
             if over is not None or self._asked_to_end:
                 return self._finish(machine, over or outcome)
-        # A protected VM's memory cannot be loaded again: a reset makes another VM, for every protection alike.
+        # A protected VM's memory cannot be loaded again, so a reset makes a new VM, with any protection.
         self._lives.stand_by()
         return None
 
@@ -167,11 +167,11 @@ class GuestRun:
     # -- the end
 
     def _finish(self, machine: Machine, outcome: Outcome) -> int:
-        """Write and say what is left of the run, while its machine is still there; returns the exit status."""
+        """Write the files and the summary while the machine still exists. Returns the exit status."""
         if self._debugger is not None:
             self._debugger.ended(outcome)
         try:
-            # What is said from here on is what the user waits for: it waits for the user.
+            # The user waits for the following output, so writing it may block.
             self._never_waiting.close()
             if self._watch is not None:
                 self._watch.end(outcome)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page map, or other lines, at the bottom of a terminal, drawn over and over, with the guest's output above it.
+"""Redraw a page map, or other lines, at the bottom of a terminal, below the guest's output.
 
-A :class:`Screen` owns what is on the terminal from its first line to the cursor, and the pipe through which output
-comes that would otherwise go to the same terminal. One thread at a time uses it.
+A :class:`Screen` owns the terminal from its first line to the cursor. It also owns a pipe for output that would
+otherwise go to the same terminal. One thread at a time uses it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STDOUT, STDERR = 1, 2
 MOST_LINES = 40
 LINES_ABOVE = 3
-"""Of the terminal's lines kept for output, however large the map."""
+"""Minimum terminal lines kept for output."""
 _CHUNK = 1 << 16
 _MOST_PENDING = 1 << 18
 
@@ -32,8 +32,8 @@ _MOST_PENDING = 1 << 18
 class Screen:
     """Draws on the descriptor ``terminal``; a context manager.
 
-    With ``shared`` other output goes to the same terminal: it has to be written to :attr:`console`, and read with
-    :meth:`take` when :attr:`source` is readable.
+    With ``shared``, other output goes to the same terminal. Write that output to :attr:`console`, and call :meth:`take`
+    when :attr:`source` is readable.
     """
 
     def __init__(self, terminal: int, *, colour: bool, shared: bool) -> None:
@@ -52,7 +52,7 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         self.drain()
-        # What came when the map was no longer looked at; nobody can be told that it cannot be written.
+        # Output that came after the last drawing. An error in writing it cannot be reported.
         with contextlib.suppress(OSError):
             self._write(self._pending)
         for fd in (self.source, self.console):
@@ -60,7 +60,7 @@ class Screen:
                 os.close(fd)
 
     def take(self) -> bool:
-        """Read output that has come; False when it should be shown before more is read."""
+        """Read pending output. Returns False when it should be shown before reading more."""
         try:
             self._pending += os.read(self.source, _CHUNK) if self.source is not None else b""
         except BlockingIOError:
@@ -68,25 +68,25 @@ class Screen:
         return len(self._pending) < _MOST_PENDING
 
     def show(self, page_map: PageMap) -> None:
-        """Write what output there is, and the map below it."""
+        """Write pending output, and the map below it."""
         self.draw(lambda width, height: render(page_map, width=width, height=height, colour=self._colour))
 
     def draw(self, lines: Callable[[int, int], list[str]]) -> None:
-        """Write what output there is, and below it what ``lines`` makes of a width and a height."""
+        """Write pending output, and below it the result of ``lines(width, height)``."""
         columns, rows = os.get_terminal_size(self._terminal)
-        if not columns or not rows:  # it has not been told
+        if not columns or not rows:  # the terminal does not report its size
             columns, rows = 80, 24
-        # A line as wide as the terminal would leave some in doubt where the cursor is.
+        # After a line of full width, terminals differ in the cursor's position.
         height = min(rows - 1 - LINES_ABOVE, MOST_LINES)
         self._write(self.frame(lines(columns - 1, height), columns - 1).encode(errors="surrogateescape"))
 
     def finish(self, page_map: PageMap) -> None:
-        """Show the last map below everything that was written."""
+        """Draw the last map below all output."""
         self.drain()
         self.show(page_map)
 
     def drain(self) -> None:
-        """Take all output that has come."""
+        """Read all pending output."""
         with contextlib.suppress(BlockingIOError):
             while self.source is not None:
                 self._pending += os.read(self.source, _CHUNK)
@@ -96,12 +96,12 @@ class Screen:
             data = data[os.write(self._terminal, data) :]
 
     def frame(self, lines: list[str], width: int) -> str:
-        """Return what to write so that ``lines`` stand below all output; nothing where that is so."""
+        """Return the bytes that draw ``lines`` below all output; empty if nothing changed."""
         text = (self._partial + self._pending).decode(errors="surrogateescape")
         self._pending = b""
         *whole, rest = text.split("\n")
         self._partial = rest.encode(errors="surrogateescape")[-_CHUNK:]
-        # A line that is not ended yet, a prompt say, is drawn as part of the frame, as far as it is text.
+        # An unfinished line, such as a prompt, is drawn as part of the frame, as far as it is text.
         begun = "".join(filter(str.isprintable, rest.rpartition("\r")[2]))[:width]
         frame = [begun, *lines] if begun else lines
         if not whole and frame == self._drawn:
@@ -114,15 +114,15 @@ class Screen:
 
 
 def is_live(args: argparse.Namespace) -> bool:
-    """Whether stdout is a terminal on which something live is to be shown."""
+    """Whether stdout is a terminal to draw a live view on."""
     return not args.json and os.isatty(STDOUT) and os.environ.get("TERM", "dumb") != "dumb"
 
 
 @contextlib.contextmanager
 def screen_for(args: argparse.Namespace, *, shared: bool | None = None) -> Iterator[Screen | None]:
-    """Make stdout the terminal of something live if it can be; what else would be written there comes through it.
+    """Return a Screen on stdout if possible. Other output to the same terminal goes through it.
 
-    ``shared`` says whether there is anything else; if stderr is the same terminal, unless told.
+    ``shared`` says whether other output exists. By default it is true if stderr is the same terminal.
     """
     if not is_live(args):
         yield None
@@ -140,6 +140,6 @@ def screen_for(args: argparse.Namespace, *, shared: bool | None = None) -> Itera
 
 
 def has_colours() -> bool:
-    """Whether stdout takes half blocks in 256 colours."""
+    """Whether stdout can show half blocks in 256 colours."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     return sys.stdout.isatty() and not plain and sys.stdout.encoding.lower().replace("-", "") == "utf8"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals that end a run.
 
-Owns the handlers of SIGINT, SIGTERM and SIGHUP while a run lasts. Used by ``run``, from the main thread.
+Owns the handlers of SIGINT, SIGTERM and SIGHUP during a run. Used by ``run``, from the main thread.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class Signals:
     """SIGINT, SIGTERM and SIGHUP end the run cleanly, but for those that are ignored; a context manager.
 
-    The first one calls ``stop`` (set it once there is something to stop) with the reason; a second one, or one with
-    nothing to stop, raises :class:`Interrupted` in the main thread, once: what unwinds then is not cut short. ``asked``
-    is why the run was to end, by a signal or by :meth:`end`, and ``received`` the first signal's number; None for none.
+    The first signal calls ``stop`` with the reason; set ``stop`` once the run can be stopped. A second signal, or one
+    without ``stop``, raises :class:`Interrupted` in the main thread. It does so once, so that cleanup is not
+    interrupted. ``asked`` is the reason, from a signal or from :meth:`end`, and ``received`` the first signal's number;
+    None for none.
     """
 
     def __init__(self) -> None:
@@ -53,8 +54,8 @@ class Signals:
             raise Interrupted(self.received) from None
 
     def end(self, reason: str) -> None:
-        """Stop what there is to stop, from any thread or a signal handler; where nothing is, ``asked`` remains."""
+        """Stop the run, from any thread or a signal handler. Without ``stop``, only ``asked`` is set."""
         self.asked = self.asked or reason
-        # A thread of its own: a handler runs between any two lines of the main thread, whose locks it must not take.
+        # A separate thread: a signal handler interrupts the main thread anywhere, and must not take its locks.
         if self.stop is not None:
             threading.Thread(target=self.stop, args=(reason,), name="pyvmm-stop", daemon=True).start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``run`` says at the end, on stderr: how it ended, and always one line of exit statistics, the last."""
+"""Print the end of a run on stderr: how it ended, and always one line of exit statistics, last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_summary(outcome: Outcome, counters: Counters, *, table: bool) -> None:
-    """Say it in words; ``table`` adds what each kind of exit cost."""
+    """Print the summary as text. ``table`` adds the cost of each kind of exit."""
     lines = table_lines(counters) if table else []
     if outcome.ending is not Ending.POWEROFF:
         lines.append(f"pyvmm: {outcome.ending.value}: {outcome.reason}")
@@ -25,7 +25,7 @@ def print_summary(outcome: Outcome, counters: Counters, *, table: bool) -> None:
 
 
 def print_summary_json(outcome: Outcome, counters: Counters, *, table: bool) -> None:
-    """Say it as one line of JSON; ``table`` adds nanoseconds to the counts."""
+    """Print the summary as one line of JSON. ``table`` adds nanoseconds to the counts."""
     values: dict[str, object] = {
         "event": "run_ended",
         "ending": outcome.ending.name.lower(),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ``pyvmm top`` shows its reports: drawn over and over on a terminal, one after the other elsewhere, or as JSON.
+"""Show the reports of ``pyvmm top``: redrawn on a terminal, one after the other elsewhere, or as JSON.
 
-A :class:`View` owns no descriptor; the screen is its maker's. A :class:`Top` watches a guest of this process.
+A :class:`View` owns no descriptor; its creator owns the screen. A :class:`Top` watches a guest of this process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STDERR = 2
 
 
 class View:
-    """Puts reports where they are to be seen: on ``screen``, or stdout where that is None."""
+    """Shows reports on ``screen``, or on stdout if that is None."""
 
     def __init__(self, screen: Screen | None, *, as_json: bool) -> None:
         self.screen, self._as_json = screen, as_json
@@ -41,16 +41,16 @@ class View:
             print("\n".join([*([] if first else [""]), *lines(latest)]), flush=True)
 
     def again(self) -> None:
-        """Show output of the guest that has come, above the last report."""
+        """Show new output of the guest above the last report."""
         latest = self._latest
         if self.screen is not None:
             self.screen.draw(lambda width, height: lines(latest, width=width, height=height) if latest else [])
 
 
 class Top(Watch):
-    """Watches a run with reports in the place of page maps: one an ``interval`` (seconds), and one at the end.
+    """Watches a run with reports instead of page maps: one every ``interval`` seconds, and one at the end.
 
-    Without an interval there is but that one, on the whole run, as there is on a terminal.
+    Without an interval, or on a terminal, the last report covers the whole run.
     """
 
     def __init__(self, view: View, svg: str | None, *, trace: Tracing | None, interval: float | None) -> None:
@@ -63,11 +63,11 @@ class Top(Watch):
 
     @property
     def looks(self) -> bool:
-        """Always: what the kernel accounts to a thread is gone when the thread is."""
+        """Always true: a thread's CPU accounting disappears when the thread ends."""
         return True
 
     def show(self, machine: Machine) -> None:
-        """Report when it is time, and show the guest's output whenever there is some."""
+        """Report when an interval has passed, and show new output of the guest."""
         self._last = now = take_reading(machine)
         if time.monotonic() < self._due or self._interval is None:
             self._view.again()
@@ -77,7 +77,7 @@ class Top(Watch):
         self._before, self._due = now, time.monotonic() + self._interval
 
     def show_last(self, page_map: PageMap) -> None:  # noqa: ARG002 - a report says of pages how many
-        """Report on what no report was on yet, or on all of the run."""
+        """Report on the time since the last report, or on the whole run."""
         now = take_reading(self.machine)
         for vcpu, last in zip(now["vcpus"], self._last["vcpus"] if self._last else (), strict=False):
             for key in ("guest_cpu_ns", "kernel_cpu_ns"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trace of a run, for https://ui.perfetto.dev.
 
-The file is opened before the guest starts and written when it has ended: a disk that is full does the guest no harm.
+The file is opened before the guest starts and written after it ended, so a full disk does not harm the guest.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
     from pyvmm.observe.tracefile import TracedRun
 
 LARGE: Final = 1 << 17
-"""Records after which writing is told of: it takes a second or so, and in the lab a quarter of a minute."""
+"""Records above which writing is announced: it takes a second or so, and in the lab some 15 seconds."""
 
 
 def tracing_of(args: argparse.Namespace) -> Tracing | None:
-    """Return what the options of a run say is to be traced, if anything is."""
+    """Return the tracing that the options of a run ask for, or None."""
     return None if args.trace is None else Tracing(args.trace, faults=args.trace_faults, el2=args.trace_el2)
 
 
 class Tracing:
     """The trace of one run; a context manager, entered before the machine is built and left after it is closed.
 
-    ``path`` is the file; with ``faults`` and ``el2`` there is more in it, where the kernel tells. Used by a
+    ``path`` is the file. ``faults`` and ``el2`` add the kernel's fault and hypervisor events, where available. Used by
+    a
     :class:`~pyvmm.session.watch.Watch`.
     """
 
@@ -55,7 +56,7 @@ class Tracing:
         self._stack.close()
 
     def record(self, faults: FaultTrace | None) -> Recorder:
-        """Return what is to record the run, faults with it if they are told."""
+        """Return the recorder of the run, with faults if the kernel reports them."""
         from pyvmm.observe.recorder import Recorder
 
         self._recorder = Recorder(faults)
@@ -63,7 +64,7 @@ class Tracing:
         return self._recorder
 
     def begin(self, machine: Machine) -> None:
-        """Listen to devices, and to the hypervisor; just before the guest starts."""
+        """Start to record devices and the hypervisor, just before the guest starts."""
         if self._recorder is not None:
             self._recorder.listen(machine.relay)
         if self._el2:
@@ -75,7 +76,7 @@ class Tracing:
             self._hypervisor = self._listening.enter_context(HypTrace())
 
     def end(self, machine: Machine) -> None:
-        """Write the trace. Raises PyvmmError where it cannot be."""
+        """Write the trace. Raises PyvmmError if that fails."""
         if self._recorder is None:
             return
         from pyvmm.observe.tracefile import write_trace
@@ -92,7 +93,7 @@ class Tracing:
         self._tell(notes)
 
     def _tell(self, lost: list[str]) -> None:
-        """Say what was asked for but is not in the trace."""
+        """Report what was requested but is missing from the trace."""
         log = get_logger("trace")
         log.info("trace_written", file=self._path)
         for note in lost:

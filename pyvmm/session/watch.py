@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is seen of a run while it lasts, and kept of it: on a terminal, as a picture in a file, as a trace in another.
+"""Observe a run: show it on a terminal, and write its picture and its trace to files.
 
-A :class:`Watch` owns one thread (``pyvmm-watch``), the recording of faults and the files. The vCPUs know nothing of it:
-it reads the ledger and takes what is in the rings, a few times a second.
+A :class:`Watch` owns one thread (``pyvmm-watch``), the recording of faults and the files. The vCPUs are not involved:
+the thread reads the ledger and drains the rings a few times a second.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ if TYPE_CHECKING:
     from pyvmm.vcpu.outcome import Outcome
 
 PERIOD = 0.1
-"""Seconds between two looks at least, and so many times what a look took: on a slow machine the guest goes first."""
+"""Pause between two looks: at least this many seconds, and this many times the last look's duration."""
 PATIENCE = 5
 
 
 class Watch:
     """Watches one run; a context manager, entered before the machine is built and left after it is closed.
 
-    ``svg`` is the file for its picture and ``trace`` what is to be traced, ``screen`` a terminal to show the map on as
-    it changes, ``console`` the descriptor that the guest's output goes to. ``finished`` hears of the end while the
-    machine is still there.
+    ``svg`` is the file for its picture and ``trace`` its tracing. ``screen`` is a terminal that shows the changing map,
+    ``console`` the descriptor of the guest's output. ``finished`` is called at the end, while the machine still exists.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Watch:
         self._stack.close()
 
     def begin(self, machine: Machine) -> None:
-        """Start to look, just before the guest does."""
+        """Start to watch, just before the guest starts."""
         self.machine = machine
         if self._timeline is not None:
             self._timeline.watch(machine.memory, machine.natives)
@@ -114,12 +113,12 @@ class Watch:
         return self._screen is not None
 
     def show(self, machine: Machine) -> None:
-        """Show how things are, in the thread, several times a second."""
+        """Show the current state. The thread calls it several times a second."""
         if self._screen is not None:
             self._screen.show(PageMap.of(machine.memory.ledger))
 
     def show_last(self, page_map: PageMap) -> None:
-        """Show how things were at the end."""
+        """Show the final state."""
         if self._screen is not None:
             self._screen.finish(page_map)
 
@@ -140,10 +139,10 @@ class Watch:
                 if self._woken(max(PERIOD, PATIENCE * (time.monotonic() - began))):
                     return
         except OSError as error:
-            self.machine.stop(f"what is to be seen of the run cannot be shown any more: {error.strerror}")
+            self.machine.stop(f"cannot update the display: {error.strerror}")
 
     def _woken(self, seconds: float) -> bool:
-        """Wait, taking guest output as it comes; returns early where it is time to show it, or (True) to stop."""
+        """Wait, and read guest output meanwhile. Returns early to show output, and True to stop."""
         deadline = time.monotonic() + seconds
         source = None if self._screen is None else self._screen.source
         poll = select.poll()

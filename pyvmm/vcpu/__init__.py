@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vCPUs as threads: running, pausing, kicking them, what a cold exit means, and what was counted."""
+"""vCPUs as threads: run, pause and kick them, handle cold exits, and read their counters."""

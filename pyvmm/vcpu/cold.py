@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Python does when the native loop stops: one small function for each reason, and whether the vCPU goes on.
+"""Handle the stops of the native loop: one small function per reason, which says whether the vCPU runs on.
 
-Called in the vCPU's own thread. Anything that ends the run says so through ``finish`` and lets the thread end; the
-machine stops the other vCPUs.
+Called in the vCPU's own thread. A function that ends the run calls ``finish`` and lets the thread end. The machine
+stops the other vCPUs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ if TYPE_CHECKING:
 log = get_logger("vcpu")
 
 Unclaimed: TypeAlias = "Callable[[pv_vcpu], bool]"
-"""Takes the ``struct pv_vcpu`` of an access that no slot and no device claims; True when it completed the access."""
+"""Takes the ``struct pv_vcpu`` of an access outside of all slots and devices. True if it completed the access."""
 
 Intercept: TypeAlias = "Callable[[int, pv_vcpu], bool | None]"
-"""Hears of every stop (enum pv_stop, ``struct pv_vcpu``) first, in the vCPU's thread: True runs on, False ends that
-thread, None leaves the stop to pyvmm. What single-stepping and experiments with failing runs are made of."""
+"""Called first at every stop, in the vCPU's thread. True runs on, False ends the thread, None lets pyvmm decide."""
 
 UNCLAIMED_LOGGED = 8
 
@@ -64,7 +63,7 @@ class ColdExits:
         self._unclaimed_seen = 0
 
     def handle(self, stop: int) -> bool:
-        """Deal with ``stop`` (enum pv_stop); True to run on."""
+        """Handle ``stop`` (enum pv_stop). Returns True to run on."""
         if self.intercept is not None and (answer := self.intercept(stop, self.native)) is not None:
             return answer
         match stop:
@@ -137,26 +136,26 @@ class ColdExits:
                 last_one_told=self._unclaimed_seen == UNCLAIMED_LOGGED,
             )
         try:
-            # What a bus answers when nobody decodes the address: the guest's own vectors then say where it was.
+            # Like a bus without a device at the address: the guest's exception vectors then report the address.
             self.vcpu.inject_abort()
         except PyvmmError as error:
             return self._end(
                 Outcome(
                     Ending.CRASH,
-                    f"a {native.size}-byte {what} gpa {hex_(native.gpa)}, where there is neither memory nor a device "
-                    f"(pc {hex_(self.vcpu.pc)}); telling the guest failed: {error.message}",
+                    f"a {native.size}-byte {what} gpa {hex_(native.gpa)}, outside of memory and devices "
+                    f"(pc {hex_(self.vcpu.pc)}); injecting an external abort failed: {error.message}",
                     native.index,
                 )
             )
         return True
 
     def _system_event(self) -> bool:
-        from pyvmm.uapi.kvm_run import SystemEvent  # all the structures, which no guest needs before its end
+        from pyvmm.uapi.kvm_run import SystemEvent  # imports all structures, which no guest needs before its end
 
         index, event = self.native.index, self.native.event
         match event:
             case SystemEvent.KVM_SYSTEM_EVENT_SHUTDOWN:
-                # A payload leaves its exit code before it powers off; other guests leave nothing, which is 0.
+                # A payload stores its exit code before it powers off. Other guests store none, which reads as 0.
                 if code := self.mailboxes.notes(index)[abi.NOTE_EXIT_CODE]:
                     return self._end(Outcome(Ending.UNWELL, f"the guest powered off with exit code {code}", index))
                 return self._end(Outcome(Ending.POWEROFF, "the guest powered off", index))
@@ -175,7 +174,7 @@ class ColdExits:
         where = f"pc {hex_(self.vcpu.pc)}"
         if stop == lib.PV_STOP_HYPERCALL:
             number = self.vcpu.run.hypercall.nr
-            return Outcome(Ending.FAILED, f"KVM_EXIT_HYPERCALL {number:#x} is forwarded but has no handler", index)
+            return Outcome(Ending.FAILED, f"no handler for KVM_EXIT_HYPERCALL {number:#x}", index)
         if reason == ExitReason.KVM_EXIT_ARM_NISV:
             run = self.vcpu.run.arm_nisv
             return Outcome(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the native loop has counted of all vCPUs, as plain numbers and as the line that ends every run.
+"""Read the native loop's counters of all vCPUs, as numbers and as the line that ends every run.
 
-A kick of a virtqueue that the kernel takes makes no exit, so it is counted apart, by the device that it reaches.
+A virtqueue kick that the kernel handles makes no exit, so the device that it reaches counts it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ EXITS = {
 
 
 class ExitCount:
-    """One class of exits, over all vCPUs; nanoseconds are 0 where the run was not timed."""
+    """One class of exits, over all vCPUs. Nanoseconds are 0 if the run was not timed."""
 
     __slots__ = ("count", "guest_ns", "name", "vmm_ns")
 
@@ -58,15 +58,15 @@ class Counters(NamedTuple):
     refused: int
     elapsed_ns: int
     started_ns: int = 0
-    """When the first vCPU was entered, of CLOCK_MONOTONIC; 0 before."""
+    """CLOCK_MONOTONIC time (ns) of the first vCPU's first entry; 0 before."""
     kicks: int = 0
-    """Of virtqueues, without an exit."""
+    """Virtqueue kicks without an exit."""
 
     @classmethod
     def read(
         cls, vm: pv_vm, vcpus: Sequence[pv_vcpu], elapsed_ns: int, started_ns: int = 0, *, kicks: int = 0
     ) -> Counters:
-        """Add up ``struct pv_vcpu.stats``; the vCPUs may be running."""
+        """Add up ``struct pv_vcpu.stats``. The vCPUs may be running."""
         exits = []
         for code, name in EXITS.items():
             stats = [vcpu.stats[code] for vcpu in vcpus]
@@ -86,7 +86,7 @@ class Counters(NamedTuple):
         return sum(exit_.count for exit_ in self.exits)
 
     def line(self) -> str:
-        """One line: how many exits of which kind, how many kicks without one and conversions, how long."""
+        """Return one line: exits by kind, kicks without an exit, conversions, and the elapsed time."""
         kinds = sorted((e for e in self.exits if e.count), key=lambda e: -e.count)
         parts = ", ".join(f"{e.name} {e.count}" for e in kinds) or "none"
         text = f"{self.total} exit{'' if self.total == 1 else 's'} in {self.elapsed_ns / 1e9:.3f} s: {parts}"

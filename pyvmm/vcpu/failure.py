@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a failed KVM_RUN means: errno, what the kernel told with it, and what can be found out besides.
+"""Explain a failed KVM_RUN from its errno, the kernel's details, and further probing.
 
-Under pKVM the kernel says EFAULT and nothing else (arch/arm64/kvm/mmu.c, pkvm_mem_abort). The address is then asked
-of the one place that knows it, the kvm_guest_fault tracepoint, by letting the vCPU fail once more: the guest has not
-moved.
+Under pKVM the kernel returns EFAULT without details (arch/arm64/kvm/mmu.c, pkvm_mem_abort). Only the kvm_guest_fault
+tracepoint has the address. The vCPU runs into the same fault once more to get it, since the guest has not moved.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def explain(vcpu: Vcpu, native: pv_vcpu, memory: Memory) -> Outcome | int:
-    """Say why KVM_RUN of ``vcpu`` failed, as the outcome of the run.
+    """Return why KVM_RUN of ``vcpu`` failed, as the outcome of the run.
 
-    Asking may show that the failure has passed: then the enum pv_stop that the vCPU came to instead is returned.
+    If the second try succeeds, returns the enum pv_stop of that run instead.
     """
     index, number = native.index, native.error
     name = errno.errorcode.get(number, str(number))
@@ -40,7 +39,7 @@ def explain(vcpu: Vcpu, native: pv_vcpu, memory: Memory) -> Outcome | int:
         case lib.PV_FAIL_ENOMEM:
             return Outcome(
                 Ending.FAILED,
-                f"{prefix}: the kernel may not lock another page for the guest ({where}); {memory.locked_report()}",
+                f"{prefix}: the kernel cannot lock another page for the guest ({where}); {memory.locked_report()}",
                 index,
                 "raise the limit (ulimit -l, or LimitMEMLOCK=), or give the guest less memory",
             )
@@ -56,10 +55,10 @@ def explain(vcpu: Vcpu, native: pv_vcpu, memory: Memory) -> Outcome | int:
                 f"{prefix} with KVM_EXIT_MEMORY_FAULT: the guest touched gpa {hex_(gpa)} "
                 f"({native.fault_size} bytes, {memory.describe(gpa)}), and {cause} ({where})",
                 index,
-                "replace the slot: delete it, add one over another backing, and run on",
+                "replace the slot: delete it, add one with another backing, and run on",
             )
         case lib.PV_FAIL_OTHER if number == errno.ENOSYS:
-            # mmio.c, io_mem_abort: no memslot there, and the syndrome does not say which register the access is for.
+            # mmio.c, io_mem_abort: no memslot there, and the syndrome does not name the access's register.
             return Outcome(
                 Ending.CRASH,
                 f"{prefix}: the guest touched an address without memory or device, with an instruction that KVM cannot "
@@ -85,8 +84,9 @@ def _efault(native: pv_vcpu, memory: Memory, prefix: str, where: str) -> Outcome
         page = Gpa(gpa & -PAGE_SIZE)
         at = f"page at gpa {hex_(page)}"
     if memory.protection is Protection.PKVM and (gpa is None or memory.contains(Gpa(gpa), 1)):
-        # A donated page that something in the host reached through the kernel is taken back by force, zeroed and
-        # poisoned in the guest's stage 2 (mem_protect.c, __pkvm_host_force_reclaim...): every touch then fails so.
+        # When the host accesses a donated page through the kernel, the hypervisor takes it back by force, zeroes it,
+        # and poisons it in the guest's stage 2 (mem_protect.c, __pkvm_host_force_reclaim...). Every later guest access
+        # fails.
         if gpa is not None:
             memory.ledger.set(gpa & -PAGE_SIZE, PageState.POISONED)
         return Outcome(

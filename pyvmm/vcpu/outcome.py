@@ -39,7 +39,7 @@ _STATUS = {
 
 
 class Outcome(NamedTuple):
-    """Why the machine stopped; ``vcpu`` is the one that brought it about, if one did."""
+    """Why the machine stopped. ``vcpu`` is the number of the vCPU that caused it, or None."""
 
     ending: Ending
     reason: str

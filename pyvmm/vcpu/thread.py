@@ -3,10 +3,9 @@
 
     running ──(pause)──> paused ──(resume)──> running ──(stop, or the handler says so)──> finished
 
-Pauses nest: a vCPU runs again when each has been resumed. Anyone may call :meth:`VcpuThread.pause`, :meth:`resume` and
-:meth:`stop`: each sets what is wanted first and kicks afterwards; the vCPU's thread forgets the kick first and looks at
-what is wanted afterwards, so no request is lost. The condition guards what is wanted and nothing else; no other lock is
-taken under it.
+Pauses nest: a vCPU runs again after as many resumes. Any thread may call :meth:`VcpuThread.pause`, :meth:`resume` and
+:meth:`stop`. Each sets the request first and kicks afterwards. The vCPU's thread clears the kick first and reads the
+request afterwards, so no request is lost. The condition guards the requests only. No other lock is taken under it.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 class VcpuThread:
     """Runs ``native`` (a ``struct pv_vcpu``) and hands every stop but a kick to ``handle``.
 
-    ``handle(stop)`` runs in this thread and says whether the vCPU goes on; ``failed(error)`` hears what it raises.
-    ``woken`` is called after every request, to wake whatever the handler may be waiting in.
+    ``handle(stop)`` runs in this thread and says whether the vCPU runs on. ``failed(error)`` gets its exception.
+    ``woken`` is called after every request, to wake a handler that waits.
     """
 
     def __init__(
@@ -51,11 +50,11 @@ class VcpuThread:
         self._thread.start()
 
     def pause(self) -> None:
-        """Ask the vCPU to leave the guest and wait; :meth:`wait_paused` says when it has."""
+        """Ask the vCPU to leave the guest and wait. :meth:`wait_paused` waits until it has."""
         self._want(pauses=1)
 
     def resume(self) -> None:
-        """Let a paused vCPU go on. Raises PyvmmError when it was not paused."""
+        """Resume a paused vCPU. Raises PyvmmError if it was not paused."""
         self._want(pauses=-1)
 
     def stop(self) -> None:
@@ -63,25 +62,25 @@ class VcpuThread:
         self._want(stopping=True)
 
     def wait_paused(self, timeout: float | None = None) -> bool:
-        """Wait until the vCPU is out of the guest; False after ``timeout`` seconds."""
+        """Wait until the vCPU is paused or its thread has ended. Returns False after ``timeout`` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._paused or not self._thread.is_alive(), timeout)
 
     def wait_outside(self) -> None:
-        """Wait until the vCPU is out of the guest, be it paused or in a handler; it stays out while a pause lasts."""
-        # The kick is remembered until the vCPU's own thread looks at it, so one that is outside cannot slip in again.
+        """Wait until the vCPU is out of the guest, paused or in a handler. It stays out during a pause."""
+        # The kick stays pending until the vCPU's own thread clears it, so a vCPU outside cannot enter again.
         while self.native.tid:
             time.sleep(0)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the thread to end; False after ``timeout`` seconds. A thread never started counts as ended."""
+        """Wait for the thread to end; False after ``timeout`` seconds. A thread that never started counts as ended."""
         if self._thread.ident is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
     @property
     def wanted(self) -> bool:
-        """Whether the vCPU has been asked to pause or stop: what a handler that waits must watch."""
+        """Whether the vCPU has been asked to pause or stop. A handler that waits must check it."""
         return self._stopping or self._pauses > 0
 
     @property

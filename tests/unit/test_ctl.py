@@ -154,7 +154,7 @@ def test_what_a_request_raises_is_its_answer_and_takes_nothing_down(runtime: Pat
         assert refused.value.hint == "tomorrow"
         with pytest.raises(PyvmmError, match="ZeroDivisionError: oh"):
             connection.ask("broken")
-        with pytest.raises(PyvmmError, match="cannot be asked like this: missing a required"):
+        with pytest.raises(PyvmmError, match="invalid arguments for 'double': missing a required"):
             connection.ask("double", much=1)
         assert connection.ask("double", number=4) == 8
 
@@ -226,7 +226,7 @@ def test_a_run_that_was_told_to_stop_says_so(stub: Any) -> None:
 def test_a_run_between_two_machines_answers_and_does_not_forget_a_stop(stub: Any, runtime: Path) -> None:
     requests = Requests()
     with Control(requests.verbs, str(runtime / "s")), Connection(str(runtime / "s")) as connection:
-        with pytest.raises(PyvmmError, match="is being made"):
+        with pytest.raises(PyvmmError, match="still being made"):
             connection.ask("info")
         with requests.about(stub):
             assert connection.ask("pause") == {"state": "paused"}
@@ -301,12 +301,12 @@ def test_a_kick_goes_to_the_console_that_has_stdio(
         ("kick ls", (None, "kick", {"text": "ls"})),
         ("balloon", (None, "balloon", {})),
         ("balloon 64M", (None, "balloon", {"size": 64 << 20})),
-        ("balloon full", "'full' is no size"),
+        ("balloon full", "'full' is not a size"),
         ("snapshot /tmp/a", (None, "snapshot", {"file": "/tmp/a"})),
         ("snapshot", "snapshot needs a file"),
         ("stop stop", "takes no argument"),
         ("1234", "no order for 1234"),
-        ("1234 halt", "'halt' is no order"),
+        ("1234 halt", "'halt' is not an order"),
         ("kick a b", "takes one argument"),
     ],
 )
@@ -361,5 +361,5 @@ def test_which_run_is_meant_must_be_clear(runtime: Path, stub: Any, monkeypatch:
     with serving(stub, sockets / "11.sock"), serving(stub, sockets / "12.sock"):
         several, refused = run_ctl("info"), run_ctl("12", "kick", "x" * RX_BYTES)
     assert (several.returncode, refused.returncode) == (2, 1)
-    assert "2 guests run, of processes 11, 12" in several.stderr
+    assert "2 guests run, in processes 11, 12" in several.stderr
     assert "does not read" in refused.stderr

@@ -199,7 +199,7 @@ def test_who_asks_when_the_run_ends_is_told_nothing_more(sockets: Path) -> None:
         assert connection.ask("counters") == {}
     with connection:
         assert connection.ask("counters") is None
-    with pytest.raises(UsageError, match="runs no guest that can be watched"):
+    with pytest.raises(UsageError, match="runs no guest that can be controlled"):
         Connection(os.getpid())
 
 
@@ -240,7 +240,7 @@ def test_a_run_goes_on_without_a_socket_where_it_cannot_have_one(
         with Control({}) as here:
             here._thread.join()
     unsafe, missing, taken_already = told
-    assert "not a directory that this user alone can write to" in unsafe
+    assert "must be a directory that only this user can write to" in unsafe
     assert "No such file" in missing
     assert "another namespace" in taken_already
 
@@ -271,9 +271,9 @@ def test_top_says_what_it_lacks(sockets: Path) -> None:
     none, stranger = top(runtime=sockets.parent), top("1", runtime=sockets.parent)
     pointless = top("-c", "4", "--trace", "x", "1", runtime=sockets.parent)
     assert (none.returncode, stranger.returncode, pointless.returncode) == (2, 2, 2)
-    assert "--cpus, --trace: options of a guest to be run" in pointless.stderr
+    assert "--cpus, --trace: these options start a guest" in pointless.stderr
     assert f"no run has its socket in {sockets}" in none.stderr
-    assert "process 1 runs no guest that can be watched" in stranger.stderr
+    assert "process 1 runs no guest that can be controlled" in stranger.stderr
     sockets.mkdir(0o700)
     listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
     for pid, listener in zip((21, 22), listeners, strict=True):
@@ -283,4 +283,4 @@ def test_top_says_what_it_lacks(sockets: Path) -> None:
     for listener in listeners:
         listener.close()
     assert several.returncode == 2
-    assert "2 guests run, of processes 21, 22" in several.stderr
+    assert "2 guests run, in processes 21, 22" in several.stderr

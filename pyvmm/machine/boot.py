@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boot protocol: what a kernel file is, where its parts go in guest memory, and what the first vCPU starts with.
+"""Boot protocol: identify a kernel file, place its parts in guest memory, and set the first vCPU's start state.
 
-The machine calls :func:`read` before it opens anything else and :func:`place` once memory has its slots and the devices
-their places; each file is read once, straight to where it belongs, the device tree is written last. Owns the files of a
-:class:`BootImage` in between. Everything but the loading is a pure function of bytes.
+The machine calls :func:`read` before it opens anything else. It calls :func:`place` once memory has its slots and the
+devices their places. Each file is read once, straight to guest memory. The device tree is written last. A
+:class:`BootImage` owns its files in between. Everything except the loading is a pure function of bytes.
 
     1. open the file, or the built-in payload, and look at its header, through gzip and EFI zboot
-    2. say what it is: arm64 Image, ELF, or else a flat binary
+    2. identify it: arm64 Image, ELF, or else a flat binary
     3. place it: an Image at RAM's start + text_offset, an ELF where its program headers say, a flat binary at 512 KiB
-    4. place the device tree in the last 2 MiB-aligned 2 MiB of memory, or of its first 32 GiB, the initrd right below
-    5. refuse what overlaps or lies outside memory
+    4. place the device tree in the last aligned 2 MiB of memory (at most of its first 32 GiB), the initrd right below
+    5. refuse parts that overlap or lie outside memory
     6. load it all, unpacking on the way; pc = the entry, x0 = the device tree's gpa
 """
 
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
 #: Linux Documentation/arch/arm64/booting.rst: a device tree has at most 2 MiB, and Linux maps it by blocks of 2 MiB.
 FDT_ROOM: Final = 2 * MIB
 
-#: booting.rst: an initrd lies with its kernel in a window of so much that starts on a multiple of 1 GiB, as RAM does.
+#: booting.rst: initrd and kernel lie in one window of this size, which starts at a multiple of 1 GiB, as RAM does.
 INITRD_WINDOW: Final = 32 << 30
 
-#: Bytes of entropy for a Linux guest: 8 for the place of its kernel, 64 for its random numbers.
+#: Bytes of entropy for a Linux guest: 8 for the address of its kernel, 64 for its random numbers.
 SEEDS: Final = 8 + 64
 
 PAYLOAD: Final = "payload:"
@@ -63,7 +63,7 @@ _IMAGE: Final = struct.Struct("<2I3Q24x4sI")
 _IMAGE_MAGIC: Final = b"ARM\x64"
 _IMAGE_MAGIC_AT: Final = 0x38
 _IMAGE_BIG_ENDIAN: Final = 1
-# Of kernels before 3.17, which leave image_size 0.
+# For kernels before 3.17, which leave image_size 0.
 _IMAGE_OLD_OFFSET: Final = 0x8_0000
 # Linux drivers/firmware/efi/libstub/zboot-header.S: MZ, "zimg", payload offset and size, 8 bytes, compression's name.
 _ZBOOT: Final = struct.Struct("<4s4s2I8x32s")
@@ -81,7 +81,7 @@ _OTHERS: Final = {
     b"070701": "a cpio archive, as initrds are",
     b"!<arch>": "an archive",
 }
-"""How files begin that somebody may take for a kernel; as instructions, no program would begin with these."""
+"""First bytes of files that users may mistake for a kernel. No program begins with these instructions."""
 
 _TEXT: Final = bytes(range(0x20, 0x7F)) + b"\t\n\r\f"
 
@@ -89,9 +89,9 @@ _UNPACK_HINT: Final = "unpack it to a plain Image first"
 
 
 class BootImage(NamedTuple):
-    """A kernel file taken apart: ``kind`` is Image, ELF or flat; ``pc`` the gpa of its first instruction.
+    """A parsed kernel file: ``kind`` is Image, ELF or flat; ``pc`` the gpa of its first instruction.
 
-    It holds files open, from which its parts are loaded: close it.
+    It holds open the files that its parts are loaded from. Close it.
     """
 
     kind: str
@@ -108,7 +108,7 @@ class BootImage(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What the first vCPU starts with, and the device tree as written; ``plan`` is everything that was loaded."""
+    """The first vCPU's start state, and the device tree as written. ``plan`` is everything that was loaded."""
 
     pc: Gpa
     fdt: Gpa
@@ -117,7 +117,7 @@ class Entry(NamedTuple):
     tree: Tree | None = None
 
     def described(self) -> bytes:
-        """Return the device tree for others: without the seeds of this guest's random numbers, if they are ours."""
+        """Return the device tree without the random seeds that pyvmm put in."""
         return self.device_tree if self.tree is None else without_entropy(self.tree).to_bytes()
 
 
@@ -127,7 +127,7 @@ class Entry(NamedTuple):
 def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT) -> BootImage:
     """Open and identify ``kernel`` (a path, or ``payload:NAME``) and open ``initrd``; close the result.
 
-    ``room`` is the bytes of memory there will be: larger files are refused before they are read or unpacked. Raises
+    ``room`` is the guest's memory in bytes. Larger files are refused before they are read or unpacked. Raises
     UsageError for a file that is missing, unreadable, not a file, empty, damaged, or for another machine.
     """
     with contextlib.ExitStack() as files:
@@ -143,7 +143,7 @@ def read(kernel: str, initrd: str | None = None, *, room: int = layout.RAM_LIMIT
 
 
 def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootImage:
-    """Say what ``data`` is and where its parts go; ``source`` names it in errors."""
+    """Identify ``data`` and decide where its parts go. ``source`` names it in errors."""
     if not data.size:
         raise damaged(f"kernel {source} is empty")
     whole: Content = data
@@ -162,10 +162,10 @@ def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
         return BootImage("ELF", source, pc, parts)
     if data[:2] == b"MZ":
         raise UsageError(
-            f"kernel {source} is an EFI program but no arm64 Linux Image",
-            hint="is it a kernel for another machine? an arm64 Image has ARM\\x64 at byte 56",
+            f"kernel {source} is an EFI program, but not an arm64 Linux Image",
+            hint="is it a kernel for another architecture? An arm64 Image has ARM\\x64 at byte 56",
         )
-    # A flat binary is known by nothing; what can still be told is what holds no instruction a CPU could begin with.
+    # A flat binary has no signature. Only data whose first instruction cannot execute can be refused.
     start = data[:PEEK]
     for magic, what in _OTHERS.items():
         if start.startswith(magic):
@@ -173,15 +173,15 @@ def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
     if start.isascii() and not start.translate(None, _TEXT):
         raise UsageError(f"kernel {source} is a text file", hint="name an Image, an ELF file, or a flat arm64 binary")
     if not any(start):
-        raise damaged(f"kernel {source} starts with {len(start)} bytes of zeros: there is nothing to run")
+        raise damaged(f"kernel {source} starts with {len(start)} bytes of zeros, which are not code")
     return _flat(data, source)
 
 
 def read_tree(path: str) -> bytes:
-    """Return the device tree in a file, to be used as it is; UsageError for what is none, or more than FDT_ROOM."""
+    """Return the device tree in a file unchanged. Raises UsageError if it is not one, or is larger than FDT_ROOM."""
     with contextlib.closing(OpenFile(path, "device tree")) as file:
         if file.size > FDT_ROOM:
-            raise UsageError(f"{file.what} has {file.size} bytes, {FDT_ROOM} is the most")
+            raise UsageError(f"{file.what} has {file.size} bytes, more than the maximum of {FDT_ROOM}")
         data = file.read(0, file.size)
     return data[: check_header(data, file.what)]
 
@@ -204,21 +204,21 @@ def _missing_hint(what: str, path: str) -> str | None:
 
 def _too_big(what: str, size: int, room: int) -> UsageError:
     return UsageError(
-        f"{what} has {size} bytes, but the guest only {room} bytes of memory",
+        f"{what} has {size} bytes, but the guest has only {room} bytes of memory",
         hint=f"give it more, for example -m {2 * ((size + 4 * FDT_ROOM) // MIB + 1)}M",
     )
 
 
 def _unpack(packed: Gzip, source: str, room: int) -> Bytes:
-    """Unpack what has to be looked at as a whole, or does not say how large it is."""
+    """Unpack a kernel that must be parsed as a whole, or whose unpacked size is unknown."""
     unpacked = bytearray()
     for chunk in packed.chunks():
         unpacked += chunk
         if len(unpacked) > room:
-            # It may unpack to anything: this much is known.
+            # The unpacked size is unknown, but at least this large.
             raise _too_big(f"kernel {source}, unpacked,", room + 1, room)
     if not unpacked:
-        raise damaged(f"kernel {source} is a gzip file of nothing")
+        raise damaged(f"kernel {source} is a gzip file without contents")
     return Bytes(bytes(unpacked))
 
 
@@ -248,7 +248,7 @@ def _image(data: Content, source: str, room: int) -> BootImage:
         text_offset = _IMAGE_OLD_OFFSET
         if isinstance(data, Gzip):
             data = _unpack(data, source, room)
-    # image_size counts bss, which the file does not have; a file may also carry more than its header says.
+    # image_size includes bss, which the file does not contain. A file may also be larger than its header says.
     gpa, size = layout.RAM_BASE + text_offset, max(image_size, data.size or 0)
     return BootImage("Image", source, gpa, (Segment(f"Image {source}", gpa, size, data),))
 
@@ -262,19 +262,19 @@ def _flat(data: Known, source: str, size: int = 0) -> BootImage:
 
 
 def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tuple[Segment, ...]:
-    """Return everything to be loaded by gpa: the image, the initrd, and last the room of the device tree.
+    """Return everything to load with its gpa: the image, the initrd, and last the room of the device tree.
 
-    ``loadable`` is how many bytes from RAM's start the host may write (all of ``ram_size`` unless said). Raises
-    UsageError for parts that overlap or do not fit.
+    ``loadable`` is how many bytes from RAM's start the host may write (default ``ram_size``). Raises UsageError for
+    parts that overlap or do not fit.
     """
     room = ram_size if loadable is None else loadable
     end = layout.RAM_BASE + room
     if image.source.startswith(PAYLOAD) and layout.RAM_BASE + ram_size > layout.PAYLOAD_LIMIT:
         most = (layout.PAYLOAD_LIMIT - layout.RAM_BASE) // MIB
         raise UsageError(
-            f"{image.source} with {ram_size // MIB} MiB of memory: a payload reaches no address from "
+            f"{image.source} with {ram_size // MIB} MiB of memory: a payload cannot use addresses from "
             f"{hex_(layout.PAYLOAD_LIMIT)} on",
-            hint=f"-m {most}M is the most for one",
+            hint=f"use at most -m {most}M",
         )
     fdt = (min(end, layout.RAM_BASE + INITRD_WINDOW) - FDT_ROOM) // FDT_ROOM * FDT_ROOM
     parts = [*image.segments, Segment("the device tree", fdt, FDT_ROOM)]
@@ -285,7 +285,7 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
     for part in parts:
         if part.gpa < layout.RAM_BASE or part.end > end:
             raise UsageError(
-                f"{_named(part)} does not fit the memory that can be loaded, [{hex_(layout.RAM_BASE)}, {hex_(end)})",
+                f"{_named(part)} does not fit into the loadable memory, [{hex_(layout.RAM_BASE)}, {hex_(end)})",
                 hint=_room_hint(image, room, ram_size),
             )
     for low, high in pairwise(parts):
@@ -295,10 +295,10 @@ def plan(image: BootImage, *, ram_size: int, loadable: int | None = None) -> tup
 
 
 class Board:
-    """What a guest is told of its machine beside its memory.
+    """The machine's description for the guest, except for its memory.
 
-    ``devices`` is each device with its gpa and interrupt line; a PL011 among them is the console. ``pool`` is bytes of
-    the guest's DMA pool, 0 for none. ``entropy`` gives bytes that nobody can guess: a Linux Image is given some.
+    ``devices`` has each device with its gpa and interrupt line; a PL011 among them is the console. ``pool`` is the size
+    of the guest's DMA pool in bytes, 0 for none. ``entropy`` returns random bytes, for a Linux Image.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ class Board:
 def place(
     image: BootImage, memory: Loadable, board: Board | bytes, *, ram_size: int, loadable: int | None = None
 ) -> Entry:
-    """Load ``image`` and the device tree that describes ``board`` into ``memory``; a tree in bytes is loaded as it is.
+    """Load ``image`` and the device tree of ``board`` into ``memory``. A tree in bytes is loaded unchanged.
 
     Raises UsageError as :func:`plan` does, and for a command line that makes the device tree too large.
     """
@@ -362,7 +362,7 @@ def _flattened(tree: Tree) -> bytes:
     data = tree.to_bytes()
     if len(data) > FDT_ROOM:
         raise UsageError(
-            f"the device tree has {len(data)} bytes, {FDT_ROOM} is the most", hint="shorten the parameters"
+            f"the device tree has {len(data)} bytes, more than the maximum of {FDT_ROOM}", hint="shorten the parameters"
         )
     return data
 
@@ -377,9 +377,9 @@ def _room_hint(image: BootImage, room: int, ram_size: int) -> str:
     if lowest < layout.RAM_BASE or lowest >= layout.RAM_LIMIT:
         return "link the kernel for this address map, or load its Image form"
     if room < ram_size:
-        return f"with this backing only the first {room // MIB} MiB can be loaded; use another backing"
+        return f"with this backing only the first {room // MIB} MiB are loadable; use another backing"
     if need > INITRD_WINDOW:
-        return f"a kernel, its initrd and its device tree have to be within {INITRD_WINDOW >> 30} GiB"
+        return f"a kernel, its initrd and its device tree must be within {INITRD_WINDOW >> 30} GiB"
     highest = max(part.end for part in image.segments) - layout.RAM_BASE
-    # Twice what it takes to load it all: the guest is to run as well.
+    # Twice the loaded size: the guest also needs memory to run.
     return f"give the guest more memory, for example -m {2 * (max(need, highest + FDT_ROOM * 2) // MIB + 1)}M"

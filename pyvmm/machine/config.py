@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine is to be: plain values, checked together before anything is opened."""
+"""The configuration of a machine: plain values, checked together before anything is opened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyvmm.typed import NamedTuple
 
 
 def usual_backing(protection: Protection) -> str:
-    """Return what a guest's memory is unless somebody chooses: what is cheapest to touch first.
+    """Return the default backing of guest memory: the one with the cheapest first accesses.
 
     The emulated protection needs memory that can be mapped twice.
     """
@@ -28,11 +28,10 @@ class MachineConfig(NamedTuple):
     ``kernel`` is a path or ``payload:NAME``; ``memory`` is bytes of RAM; ``params`` are joined by spaces into the
     guest's command line; ``deadline`` is seconds from the first run; ``serial_out`` and ``serial_in`` are descriptors
     or None; ``timed`` keeps histograms of the time in guest and VMM; ``prefault`` populates all memory before the first
-    run, in huge pages where the host gives them: a first touch then costs what the protection asks, and no more;
-    ``devices`` are those beside the machine's own, in the order of their addresses (:mod:`pyvmm.devices.kinds`);
-    ``swiotlb`` is bytes of the pool through which the guest copies what they read and write: None for what the
-    protection needs, 0 for no pool; ``dtb`` is the path of a device tree to be used as it is, in place of the one that
-    describes the machine; devices are then told of its pool.
+    run, with huge pages where the host has them. A first access then costs only what the protection adds. ``devices``
+    are those beside the machine's own, in the order of their addresses (:mod:`pyvmm.devices.kinds`). ``swiotlb`` is the
+    size in bytes of the DMA pool (bounce buffer) for these devices: None for the protection's default, 0 for no pool.
+    ``dtb`` is the path of a device tree that replaces the generated one. Devices then use its pool.
     """
 
     kernel: str
@@ -53,15 +52,15 @@ class MachineConfig(NamedTuple):
     dtb: str | None = None
 
     def check(self) -> None:
-        """Raise OptionError for values that no machine can have, or that make no sense together.
+        """Raise OptionError for invalid or contradicting values.
 
-        It names the options of a command line that such values come from.
+        The error names the command line options with these values.
         """
         if not 1 <= self.cpus <= layout.MAX_VCPUS:
-            raise OptionError(f"{self.cpus} vCPUs: a machine has 1 to {layout.MAX_VCPUS}", "cpus")
+            raise OptionError(f"{self.cpus} vCPUs: a machine can have 1 to {layout.MAX_VCPUS}", "cpus")
         if self.memory % MIB or self.memory < layout.RAM_MINIMUM:
             raise OptionError(
-                f"{self.memory} bytes of memory: whole MiB are needed, {layout.RAM_MINIMUM // MIB} at least",
+                f"{self.memory} bytes of memory: use whole MiB, at least {layout.RAM_MINIMUM // MIB}",
                 "mem",
             )
         if layout.RAM_BASE + self.memory > layout.RAM_LIMIT:
@@ -72,21 +71,21 @@ class MachineConfig(NamedTuple):
             )
         if self.dtb is not None and self.params:
             raise OptionError(
-                f"parameters for a guest with a device tree of its own, {self.dtb}: that is taken as it is",
+                f"parameters for a guest with its own device tree, {self.dtb}: pyvmm does not change that tree",
                 "params",
                 "dtb",
                 hint="write them into its /chosen/bootargs",
             )
         if self.dtb is not None and self.swiotlb is not None:
             raise OptionError(
-                f"a DMA pool of {self.swiotlb // MIB} MiB for a guest with a device tree of its own, "
-                f"{self.dtb}: that is taken as it is",
+                f"a DMA pool of {self.swiotlb // MIB} MiB for a guest with its own device tree, "
+                f"{self.dtb}: pyvmm does not change that tree",
                 "swiotlb",
                 "dtb",
                 hint="write the pool into its /reserved-memory",
             )
         if self.backing not in BACKINGS:
-            raise OptionError(f"no backing is called {self.backing!r}; there are {', '.join(BACKINGS)}", "backing")
+            raise OptionError(f"unknown backing {self.backing!r}; use one of {', '.join(BACKINGS)}", "backing")
         if self.backing == "hugetlb" and self.memory % HUGE_SIZE:
             raise OptionError(
                 f"{self.memory // MIB} MiB of memory with the hugetlb backing: its pages have "
@@ -103,20 +102,20 @@ class MachineConfig(NamedTuple):
         if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
             most = f"{threading.TIMEOUT_MAX:.0f}"
             raise OptionError(
-                f"a deadline of {self.deadline} seconds: it must be more than 0, and {most} at most", "deadline"
+                f"a deadline of {self.deadline} seconds: it must be more than 0, and at most {most}", "deadline"
             )
         if self.backing == "anonymous" and self.protection is Protection.EMULATED:
             raise OptionError(
-                "the anonymous backing with protection emulated: a private page is closed to the host in a second "
-                "mapping of guest memory, and this memory cannot have one",
+                "the anonymous backing with protection emulated: this protection needs a second mapping of guest "
+                "memory, and anonymous memory cannot be mapped twice",
                 "backing",
                 "protection",
-                hint="use a memfd, the default there",
+                hint="use a memfd, the default of this protection",
             )
         if self.backing == "private" and self.memory <= layout.PRIVATE_BOOT:
             raise OptionError(
                 f"{self.memory // MIB} MiB of memory with the private backing: the first "
-                f"{layout.PRIVATE_BOOT // MIB} MiB are a memfd, for what is loaded, so more than that is needed",
+                f"{layout.PRIVATE_BOOT // MIB} MiB are a memfd to load the guest into, so it needs more than that",
                 "mem",
                 "backing",
             )
@@ -126,7 +125,7 @@ class MachineConfig(NamedTuple):
             and self.conversion is not ConversionPolicy.COPY
         ):
             raise OptionError(
-                f"the private backing with conversion policy {self.conversion.name.lower()}: the host cannot touch "
+                f"the private backing with conversion policy {self.conversion.name.lower()}: the host cannot access "
                 "these pages even when the guest shares them",
                 "backing",
                 "protection",
@@ -135,16 +134,16 @@ class MachineConfig(NamedTuple):
             )
         if self.conversion is not ConversionPolicy.PRESERVE and self.protection is not Protection.EMULATED:
             raise OptionError(
-                f"conversion policy {self.conversion.name.lower()} with protection {self.protection.value}: only the "
-                "emulated protection's conversions are the VMM's to decide",
+                f"conversion policy {self.conversion.name.lower()} with protection {self.protection.value}: the VMM "
+                "controls conversions only under the emulated protection",
                 "conversion",
                 "protection",
             )
 
     def pool_size(self, tree: bytes | None = None, *, virtio: bool = False) -> int:
-        """Return the bytes of the guest's DMA pool, 0 for none. The guest's own device ``tree`` says its size itself.
+        """Return the size of the guest's DMA pool in bytes, 0 for none. A guest's own ``tree`` contains its size.
 
-        ``virtio`` says that a virtio device is there which is not among ``devices``.
+        ``virtio`` says whether there is a virtio device that is not in ``devices``.
 
         Raises UsageError for a tree that cannot be read.
         """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is loaded, and where its bytes come from: memory, a file, or a gzip stream. Each is copied once, to the guest.
+"""Sources of loaded bytes: memory, a file, or a gzip stream. Each byte is copied once, to the guest.
 
-:class:`OpenFile` owns a descriptor; what is taken from it (:class:`FilePart`, :class:`Gzip` over one) lives as long as
-it is open. Nothing here is read before it is asked for: a kernel's header costs one page of its file. A file that
-changes meanwhile is refused when that is noticed. All errors are UsageErrors that name the file.
+:class:`OpenFile` owns a descriptor. Its parts (:class:`FilePart`, :class:`Gzip` over one) are valid while it is open.
+Nothing is read early: a kernel's header costs one page of its file. A file that changes meanwhile is refused once that
+is detected. All errors are UsageErrors that name the file.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import BinaryIO, Final
 
-#: Bytes of a packed file read, and unpacked, at once.
+#: Bytes of a packed file to read, and to unpack, at once.
 CHUNK: Final = 1 << 20
 GZIP_MAGIC: Final = b"\x1f\x8b\x08"
-#: Bytes of a gzip stream's beginning that can be looked at without unpacking it.
+#: Bytes at a gzip stream's beginning that can be read without unpacking it whole.
 PEEK: Final = 4096
 
 
 def damaged(what: str) -> UsageError:
-    """Make the error of a file that is not as it was made, and can only be got again."""
+    """Return the error for a damaged file."""
     return UsageError(what, hint="copy, download or build it again")
 
 
 def big_endian(source: str) -> UsageError:
-    """Make the error of a kernel whose data is big-endian."""
+    """Return the error for a big-endian kernel."""
     return UsageError(
         f"kernel {source} is big-endian; only little-endian guests are supported",
         hint="build it with CONFIG_CPU_BIG_ENDIAN off",
@@ -42,36 +42,36 @@ def big_endian(source: str) -> UsageError:
 
 
 class Loadable(Protocol):
-    """As much of guest memory as loading needs."""
+    """The part of guest memory's interface that loading needs."""
 
     def write(self, gpa: Gpa, data: bytes, /) -> None:
         """Copy ``data`` to ``gpa``."""
         ...
 
     def load_file(self, gpa: Gpa, fd: int, at: int, size: int, /) -> int:
-        """Read ``size`` bytes at ``at`` of a file to ``gpa``, and return how many there were."""
+        """Read ``size`` bytes at ``at`` of a file to ``gpa``. Returns the number of bytes read."""
         ...
 
 
 class Content(Protocol):
-    """Bytes to be loaded. ``size`` is None where only unpacking tells; slices are bytes."""
+    """Bytes to load. ``size`` is None if it is known only after unpacking. Slices are bytes."""
 
     @property
     def size(self) -> int | None:
-        """How many there are."""
+        """The number of bytes."""
         ...
 
     def __getitem__(self, which: slice, /) -> bytes:
-        """Return a few of them."""
+        """Return a slice of the bytes."""
         ...
 
     def load(self, memory: Loadable, gpa: int, room: int) -> None:
-        """Put all of them at ``gpa``, where there is room for ``room`` bytes."""
+        """Load all bytes to ``gpa``, which has room for ``room`` bytes."""
         ...
 
 
 class Known(Content, Protocol):
-    """Content that can be taken apart."""
+    """Content of known size, with parts."""
 
     @property
     def size(self) -> int:
@@ -88,7 +88,7 @@ class Known(Content, Protocol):
 
 
 class Bytes:
-    """Bytes that are in memory already."""
+    """Content that is already in memory."""
 
     __slots__ = ("data",)
 
@@ -124,16 +124,16 @@ class Bytes:
 
 
 def whole(content: Content) -> bytes:
-    """Return all of it, for who has to search it."""
+    """Return all bytes, for a search."""
     return b"".join(content.chunks()) if isinstance(content, Gzip) else content[:]
 
 
-#: What a segment of zeros, or one that is written later, is loaded from.
+#: The source of a segment of zeros, or of one that is written later.
 NOTHING: Final = Bytes()
 
 
 class Segment(NamedTuple):
-    """``size`` bytes at ``gpa`` that start with ``data``; the rest is zero, as fresh memory is, and not written."""
+    """``size`` bytes at ``gpa`` that start with ``data``. The rest is zero in fresh memory, and is not written."""
 
     what: str
     gpa: int
@@ -142,14 +142,14 @@ class Segment(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first gpa behind it."""
+        """The first gpa after it."""
         return self.gpa + self.size
 
 
 class OpenFile:
-    """A regular file, open to be read; ``what`` names it in errors ("kernel path"). Close it.
+    """A regular file, open for reading. ``what`` names it in errors ("kernel path"). Close it.
 
-    ``missing_hint`` is asked with ``what`` and ``path`` where there is no such file.
+    If the file is missing, ``missing_hint(what, path)`` gives the error's hint.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class OpenFile:
     ) -> None:
         self.what = f"{what} {path}"
         try:
-            # O_NONBLOCK: a FIFO without a writer must be refused, not waited for.
+            # O_NONBLOCK: a FIFO without a writer must be refused, and must not block.
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise UsageError(f"{self.what}: no such file", hint=missing_hint(what, path)) from None
@@ -169,7 +169,7 @@ class OpenFile:
             if stat.S_ISDIR(status.st_mode):
                 raise UsageError(f"{self.what} is a directory", hint=f"name the {what} file itself")
             if not stat.S_ISREG(status.st_mode):
-                raise UsageError(f"{self.what} is not a regular file", hint="copy it to one")
+                raise UsageError(f"{self.what} is not a regular file", hint="copy it to a regular file")
             if status.st_size == 0:
                 raise damaged(f"{self.what} is empty")
         except BaseException:
@@ -178,14 +178,14 @@ class OpenFile:
         self.size = status.st_size
 
     def read(self, at: int, size: int) -> bytes:
-        """Return ``size`` bytes at ``at``, fewer at the file's end."""
+        """Return up to ``size`` bytes at ``at``; fewer at the file's end."""
         try:
             return os.pread(self.fd, size, at)
         except OSError as error:
             raise self.unreadable(error) from None
 
     def unreadable(self, error: OSError) -> UsageError:
-        """Make the error of a read that failed."""
+        """Return the error for a failed read."""
         return UsageError(f"{self.what} cannot be read: {error.strerror}")
 
     def close(self) -> None:
@@ -214,25 +214,25 @@ class FilePart:
         return FilePart(self.file, self.start + start, size)
 
     def stream(self) -> BinaryIO:
-        """Return the file they are in, from its start; parts of a file have no stream of their own."""
+        """Return the whole file as a stream, from its start. A part of a file cannot be a stream."""
         return open(self.file.fd, "rb", closefd=False)
 
     def load(self, memory: Loadable, gpa: int, room: int) -> None:  # noqa: ARG002 - who placed them knows their size
-        """Read them straight to ``gpa``."""
+        """Read the bytes straight to ``gpa``."""
         try:
             done = memory.load_file(Gpa(gpa), self.file.fd, self.start, self.size)
         except OSError as error:
             raise self.file.unreadable(error) from None
         if done < self.size:
             raise UsageError(
-                f"{self.file.what} has become shorter while it was loaded: it ends at byte {self.start + done}, "
-                f"{self.start + self.size} were there",
-                hint="wait until whatever writes it is done",
+                f"{self.file.what} was truncated while it was loaded: it ends at byte {self.start + done}, "
+                f"but had {self.start + self.size} before",
+                hint="wait until its writer has finished",
             )
 
 
 class Gzip:
-    """What a gzip stream unpacks to, a chunk at a time; its beginning can be looked at. ``what`` names the file."""
+    """The contents of a gzip stream, unpacked in chunks. Its beginning can be read at once. ``what`` names the file."""
 
     size = None
 
@@ -249,11 +249,11 @@ class Gzip:
         return self._head[which]
 
     def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
-        """Unpack from the beginning, at most ``most`` bytes at once; UsageError where the stream is damaged.
+        """Unpack from the beginning, at most ``most`` bytes at once. Raises UsageError for a damaged stream.
 
-        It may have several members, one behind the other (RFC 1952, 2.2).
+        It may have several members, one after the other (RFC 1952, 2.2).
         """
-        import zlib  # many a kernel is not packed
+        import zlib  # many kernels are not packed
 
         unpacker = zlib.decompressobj(wbits=31)
         at = total = 0
@@ -270,7 +270,7 @@ class Gzip:
             try:
                 chunk = unpacker.decompress(packed, most)
             except zlib.error as error:
-                raise damaged(f"{self._what} starts like a gzip file, but is damaged: {error}") from None
+                raise damaged(f"{self._what} is a damaged gzip file: {error}") from None
             if not chunk and not packed:
                 raise damaged(f"{self._what} is a truncated gzip file: it ends after {total} bytes unpacked")
             total += len(chunk)
@@ -278,10 +278,9 @@ class Gzip:
                 yield chunk
 
     def _next_member(self, behind: bytes, at: int) -> tuple[bytes, int]:
-        """Return how the member behind one begins, nothing where there is none, and where to read on.
+        """Return the next member's first bytes (empty without one), and the offset to read on from.
 
-        ``behind`` was read already. Zeros are skipped, and what else is no member ends the stream, as gzip has it: a
-        signature may stand there.
+        ``behind`` was already read. Zeros are skipped. Other bytes, such as a signature, end the stream, as in gzip.
         """
         behind = behind.lstrip(b"\0")
         while len(behind) < len(GZIP_MAGIC):
@@ -293,7 +292,7 @@ class Gzip:
         return (behind if behind.startswith(GZIP_MAGIC) else b""), at
 
     def load(self, memory: Loadable, gpa: int, room: int) -> None:
-        """Unpack it to ``gpa``; UsageError for more than ``room`` bytes."""
+        """Unpack it to ``gpa``. Raises UsageError for more than ``room`` bytes."""
         done = 0
         for chunk in self.chunks():
             if done + len(chunk) > room:

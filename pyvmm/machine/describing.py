@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device tree that describes a machine to its guest.
 
-Owns nothing; the machine calls :func:`machine_tree` with what its devices say about themselves (:func:`describe`), then
+Owns nothing. The machine calls :func:`machine_tree` with the nodes of its devices (:func:`describe`), then
 :meth:`pyvmm.machine.fdt.Tree.to_bytes`.
 """
 
@@ -36,10 +36,10 @@ class GicNode(NamedTuple):
 
 
 class DeviceNode(NamedTuple):
-    """What a device says about itself and the machine about its place; ``base`` is a gpa, ``size`` bytes.
+    """A device's own properties, and its place in the machine. ``base`` is a gpa, ``size`` is in bytes.
 
-    ``clocks`` names the device's clock inputs: all are wired to one fixed clock. ``spi`` is the number of its shared
-    interrupt, from 0, and ``trigger`` how that is given.
+    ``clocks`` names the device's clock inputs, all wired to one fixed clock. ``spi`` is the number of its shared
+    interrupt, from 0, and ``trigger`` the type.
     """
 
     name: str
@@ -53,7 +53,7 @@ class DeviceNode(NamedTuple):
 
 
 class Describable(Protocol):
-    """A device, as far as its node goes."""
+    """The part of a device's interface that its node needs."""
 
     name: ClassVar[str]
     compatible: ClassVar[str | tuple[str, ...]]
@@ -62,19 +62,19 @@ class Describable(Protocol):
     size: int
 
     def properties(self) -> dict[str, Any]:
-        """Return what it says beside ``compatible`` and ``reg``."""
+        """Return its properties besides ``compatible`` and ``reg``."""
         ...
 
 
 def describe(device: Describable, base: int, spi: int | None = None, trigger: Trigger = Trigger.LEVEL) -> DeviceNode:
-    """Return the node of a device placed at gpa ``base``, whose interrupt, if it has one, is SPI ``spi``."""
+    """Return the node of a device at gpa ``base``. ``spi`` is its interrupt's SPI, if it has one."""
     name, compatible = device.node or device.name, device.compatible
     if isinstance(compatible, str):
         compatible = (compatible,)
     return DeviceNode(name, compatible, base, device.size, device.properties(), device.clocks, spi, trigger)
 
 
-#: The UART's reference clock, Hz: what QEMU's virt machine says, and drivers accept any baud rate from.
+#: The UART's reference clock in Hz, as in QEMU's virt machine. Drivers derive any baud rate from it.
 CLOCK_HZ: Final = 24_000_000
 
 
@@ -82,7 +82,7 @@ _SEEDS: Final = ("kaslr-seed", "rng-seed")
 
 
 def without_entropy(tree: Tree) -> Tree:
-    """Take the seeds out of a tree of :func:`machine_tree`, and return it: who had them could guess a guest's keys."""
+    """Remove the random seeds from a tree of :func:`machine_tree`, which would allow guessing a guest's keys."""
     for node in tree.root.children:
         if node.name == "chosen":
             for seed in _SEEDS:
@@ -104,9 +104,9 @@ def machine_tree(
     """Describe the machine to its guest.
 
     ``ram`` is (gpa, bytes) of each bank; ``mpidrs`` the affinity value of each vCPU, the booting one first; ``initrd``
-    its gpa and bytes; ``stdout`` one of ``devices``. Without ``gic`` neither devices nor the generic timer carry
-    interrupts: there is no controller to name them to. ``entropy`` is what the guest may begin with: the first 8 bytes
-    choose where its kernel lies, the others seed its random numbers; without it, the tree names none.
+    its gpa and bytes; ``stdout`` one of ``devices``. Without ``gic``, devices and the generic timer have no interrupts.
+    ``entropy`` is for the guest: the first 8 bytes choose its kernel's address, the others seed its random numbers. It
+    may be empty.
     """
     tree = Tree()
     root = tree.root
@@ -121,7 +121,7 @@ def machine_tree(
         chosen.properties |= {"linux,initrd-start": cells64(start), "linux,initrd-end": cells64(start + size)}
 
     if entropy:
-        # dt-schema's chosen.yaml; Linux takes both out of the tree that it shows to its user space.
+        # dt-schema's chosen.yaml. Linux removes both from the tree that it shows to user space.
         chosen.properties |= dict(zip(_SEEDS, (entropy[:8], entropy[8:]), strict=True))
 
     for gpa, size in ram:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places the devices that a configuration names or a script brings: a window each, and an interrupt line.
+"""Place the devices of a configuration or a script: each gets a window and an interrupt line.
 
-They belong to the bus, which closes them. Their order, the configuration's first, is that of their windows. Virtio
-devices get theirs in the window of virtio-mmio, behind a transport; others in the one behind it, each where a guest's
-page of 64 KiB begins, so that it may map one without the next.
+The bus owns the devices and closes them. Windows are assigned in order, the configuration's devices first. A virtio
+device gets a transport in the virtio-mmio window. Others are placed in the next window, each at a 64 KiB boundary, so
+that a guest with 64 KiB pages can map one without the next.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.irq import Interrupts, Line
     from pyvmm.machine.kicks import Kicks
 
-#: A virtio device has an interrupt, and those have an end.
+#: Every virtio device needs an interrupt, and their number is limited.
 MOST_VIRTIO: Final = min(layout.VIRTIO_MMIO.size // SIZE, layout.SPIS - layout.VIRTIO_SPI)
 _ALIGNMENT: Final = 0x1_0000
 
@@ -40,14 +40,14 @@ def place(
     interrupts: Interrupts,
     kicks: Kicks,
 ) -> tuple[VirtioMmio, ...]:
-    """Make what ``specs`` describe, put that and what is ``brought`` on the bus, and return the transports.
+    """Make the devices of ``specs``, put them and the ``brought`` ones on the bus, and return the transports.
 
-    What is brought is taken out of its list when it is the bus's. Raises UsageError where there are too many, and as
-    devices do.
+    A brought device is removed from its list when the bus owns it. Raises UsageError for too many devices, and the
+    devices' own errors.
     """
     count = sum(spec.virtio for spec in specs) + sum(isinstance(device, VirtioDevice) for device in brought)
     if count > MOST_VIRTIO:
-        raise UsageError(f"{count} virtio devices: a machine has {MOST_VIRTIO} at most")
+        raise UsageError(f"{count} virtio devices: a machine can have at most {MOST_VIRTIO}")
     places = _Places(context, bus, interrupts, kicks)
     for spec in specs:
         places.take(spec.make(context))
@@ -57,7 +57,7 @@ def place(
 
 
 class _Places:
-    """The windows and lines that are left."""
+    """The free windows and lines."""
 
     def __init__(self, context: Context, bus: Bus, interrupts: Interrupts, kicks: Kicks) -> None:
         self._context, self._bus, self._interrupts, self._kicks = context, bus, interrupts, kicks
@@ -67,7 +67,7 @@ class _Places:
         self._spi = layout.OTHER_SPI
 
     def take(self, device: Device | VirtioDevice) -> None:
-        """Place a device, which is closed where that fails."""
+        """Place a device. If that fails, close it."""
         try:
             transport, base, line = self._behind(device) if isinstance(device, VirtioDevice) else self._plain(device)
         except BaseException:
@@ -98,7 +98,7 @@ class _Places:
         if device.size <= 0 or self._next > layout.OTHER_DEVICES.end:
             raise UsageError(
                 f"device {device.name} of {device.size:#x} bytes has no place: there are "
-                f"{hex_(layout.OTHER_DEVICES.size)} for all that are no virtio devices, each at a multiple of "
+                f"{hex_(layout.OTHER_DEVICES.size)} for all non-virtio devices, each at a multiple of "
                 f"{hex_(_ALIGNMENT)}"
             )
         device.line = line = None if device.trigger is None else self._line(device, device.trigger)
@@ -108,6 +108,8 @@ class _Places:
         spi = self._spi
         if spi >= layout.VIRTIO_SPI:
             most = layout.VIRTIO_SPI - layout.OTHER_SPI
-            raise UsageError(f"device {device.name} gets no interrupt line: the machine has {most} for such devices")
+            raise UsageError(
+                f"no interrupt line for device {device.name}: the machine has only {most} for such devices"
+            )
         self._spi += 1
         return self._interrupts.edge(spi) if trigger is Trigger.EDGE else self._interrupts.level(spi)

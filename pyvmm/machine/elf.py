@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes an ELF executable apart for the boot protocol, which alone calls it and alone pays for pyelftools.
+"""Parse an ELF executable for the boot protocol, the only caller. Only ELF kernels import pyelftools.
 
-The file is whatever a user named: every number in it is checked before it is used, and whatever the parser stumbles
-over becomes a UsageError that names the file.
+The file is untrusted: every number in it is checked before use. Every parser error becomes a UsageError that names the
+file.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
     """Return the gpa of the first instruction and the loadable segments by physical address.
 
-    The entry may be named by its virtual or by its physical address; where it can be both it is the virtual one.
+    The entry may be a virtual or a physical address. If it can be both, it is the virtual one.
 
-    Raises UsageError for anything but a little-endian, 64-bit, static arm64 executable that is all there.
+    Raises UsageError for anything but a complete, little-endian, 64-bit, static arm64 executable.
     """
     try:
         from elftools.common.utils import struct_parse
         from elftools.elf.elffile import ELFFile
     except ImportError:
         raise PyvmmError(
-            f"kernel {source} is an ELF file, and the module that reads them is not installed",
+            f"kernel {source} is an ELF file, but pyelftools, which reads it, is not installed",
             hint=f"{pip_install('pyelftools')}; or objcopy -O binary the kernel",
         ) from None
 
@@ -35,11 +35,11 @@ def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
         stream = data.stream()
         file = ELFFile(stream)
         machine, kind, entry = file.get_machine_arch(), str(file["e_type"]), int(file["e_entry"])
-        # Not iter_segments(): it looks into sections, which a kernel need not have and a damaged file has too many of.
+        # Not iter_segments(): it reads sections, which a kernel may lack and a damaged file may have too many of.
         places = [file["e_phoff"] + index * file["e_phentsize"] for index in range(file["e_phnum"])]
         headers = [struct_parse(file.structs.Elf_Phdr, stream, stream_pos=place) for place in places]
     except Exception as error:
-        # pyelftools lets out whatever its parser met: ELFError, struct.error, UnicodeDecodeError, KeyError, ...
+        # pyelftools raises whatever its parser meets: ELFError, struct.error, UnicodeDecodeError, KeyError, ...
         raise damaged(f"kernel {source} is a damaged or truncated ELF file ({type(error).__name__}: {error})") from None
 
     if machine != "AArch64":
@@ -73,7 +73,7 @@ def segments(data: Known, source: str) -> tuple[int, tuple[Segment, ...]]:
     if not found:
         raise UsageError(f"kernel {source} is an ELF file with nothing to load", hint="link it with program headers")
     if pc is None and any(part.gpa <= entry < part.end for part in found):
-        pc = entry  # a physical address, as linker scripts name that have the kernel start with the MMU off
+        pc = entry  # a physical address, from linker scripts of kernels that start with the MMU off
     if pc is None:
-        raise damaged(f"kernel {source} is damaged: its entry {entry:#x} lies in none of its segments")
+        raise damaged(f"kernel {source} is damaged: its entry {entry:#x} is outside of its segments")
     return pc, tuple(found)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a run lasted and how it ended: the first reason that anyone gives is believed.
+"""Record how long a run lasted and how it ended. The first reason counts.
 
-A :class:`RunEnd` owns nothing but that. Any thread may call it; nothing is done under its lock but to look and to set.
+A :class:`RunEnd` owns nothing else. Any thread may call it. Its lock is held only to read and set fields.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = get_logger("machine")
 
 
 class RunEnd:
-    """The end of one run, which may be to come. Times are CLOCK_MONOTONIC, 0 for what has not happened."""
+    """The end of one run, past or future. Times are CLOCK_MONOTONIC, 0 for events that have not happened."""
 
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
@@ -34,11 +34,11 @@ class RunEnd:
         return max((self.ended_ns or time.monotonic_ns()) - self.started_ns, 0)
 
     def begin(self) -> None:
-        """Count the time from now on."""
+        """Start to count the time."""
         self.started_ns = time.monotonic_ns()
 
     def finish(self, outcome: Outcome) -> Outcome:
-        """End the run, if it has not ended, and return why it did."""
+        """End the run, unless it has ended, and return the reason of its end."""
         with self._changed:
             if self.outcome is None:
                 self.outcome = outcome
@@ -61,13 +61,13 @@ class RunEnd:
         """End the run because the guest's output cannot be written."""
         lost = Outcome(Ending.FAILED, f"the guest's output cannot be written: {error.strerror}")
         with self._changed:
-            # The guest may have gone before the last of its output is written. That run did not end well either.
+            # The guest may end before the last of its output is written. That run failed as well.
             if self.outcome is not None and self.outcome.ending is Ending.POWEROFF:
                 self.outcome = lost
         self.finish(lost)
 
     def wait(self, timeout: float | None) -> Outcome | None:
-        """Wait for the end and return it; None after ``timeout`` seconds."""
+        """Wait for the end and return it, or None after ``timeout`` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self.outcome is not None, timeout)
             return self.outcome

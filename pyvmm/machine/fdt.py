@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes flattened device trees, and reads those that others wrote. Owns nothing.
+"""Write and read flattened device trees. Owns nothing.
 
-The format is that of the Devicetree Specification, release v0.4, chapter 5; the same tree gives the same bytes every
-time. What is in the tree of a machine is for :mod:`pyvmm.machine.describing`.
+The format is that of the Devicetree Specification, release v0.4, chapter 5; the same tree always gives the same bytes.
+:mod:`pyvmm.machine.describing` decides what a machine's tree contains.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-#: What a property may be given as: a 32-bit cell, a string, cells or strings in a row, True for a property that is
-#: only there, or bytes taken as they are (:func:`cells64` makes 64-bit ones).
+#: Types of a property: a 32-bit cell, a string, a list of cells or of strings, True for an empty property, or raw bytes
+#: (:func:`cells64` makes 64-bit cells).
 Value = bytes | bool | int | str | Sequence[int] | Sequence[str]
 
 # v0.4, 5.2: header; 5.4.1: structure block tokens.
@@ -30,9 +30,9 @@ _BEGIN_NODE, _END_NODE, _PROP, _NOP, _END = 1, 2, 3, 4, 9
 _CELL: Final = struct.Struct(">I")
 _PROPERTY: Final = struct.Struct(">2I")
 
-#: Linux drivers/of/fdt.c, FDT_MAX_DEPTH: it looks no deeper.
+#: Linux drivers/of/fdt.c, FDT_MAX_DEPTH: Linux ignores deeper nodes.
 _DEEPEST: Final = 64
-#: Bytes of a property's name that are looked at: some have more than the 31 they should, and share their ends.
+#: Maximum bytes read of a property's name. Some exceed the specified 31, and names may share their ends.
 _LONGEST_NAME: Final = 256
 
 # v0.4, 2.2.1 and 2.2.4.1: names.
@@ -53,7 +53,7 @@ def cells64(*values: int) -> bytes:
 
 
 def encode(value: Value) -> bytes:
-    """Return a property's bytes; UsageError for what has none (False, a number too big, a NUL in a string)."""
+    """Return a property's bytes. Raises UsageError for False, a number that is too big, or a NUL in a string."""
     if isinstance(value, bytes):
         return value
     if value is True:
@@ -96,7 +96,7 @@ class Tree:
         self._phandles = 0
 
     def phandle(self, node: Node) -> int:
-        """Give ``node`` a phandle (once) and return it, for the properties that refer to the node."""
+        """Return the phandle of ``node``, for properties that refer to the node. Sets it once."""
         handle = node.properties.get("phandle")
         if not isinstance(handle, int):
             self._phandles = handle = self._phandles + 1
@@ -104,13 +104,13 @@ class Tree:
         return handle
 
     def to_bytes(self) -> bytes:
-        """Flatten: header, memory reservations, structure, strings, in the order v0.4, 5.1 asks for."""
+        """Flatten: header, memory reservations, structure, strings, in the order of v0.4, 5.1."""
         strings = _Strings()
         structure = bytearray()
         _flatten(self.root, structure, strings, "/")
         structure += cells32(_END)
         reserved = b"".join(_RESERVATION.pack(*pair) for pair in [*self.reservations, (0, 0)])
-        # 5.6: reservations at a multiple of 8 bytes, structure of 4; both follow what keeps that alignment.
+        # 5.6: reservations are aligned to 8 bytes, the structure to 4. The parts before them keep that alignment.
         structure_at = _HEADER.size + len(reserved)
         strings_at = structure_at + len(structure)
         total = strings_at + len(strings.block)
@@ -130,25 +130,25 @@ class Tree:
 
 
 def check_header(data: bytes, what: str) -> int:
-    """Return how many bytes the flattened tree that ``data`` starts with has; UsageError, naming ``what``, if none."""
+    """Return the size of the flattened tree that ``data`` starts with. Raises UsageError, naming ``what``."""
     if len(data) < _HEADER.size or int.from_bytes(data[:4], "big") != _MAGIC:
         raise UsageError(
-            f"{what} is no flattened device tree: it does not start with {_MAGIC:#x}",
-            hint="dtc -I dts -O dtb makes one of a source; pyvmm run --dump-dtb writes this machine's own",
+            f"{what} is not a flattened device tree: it does not start with {_MAGIC:#x}",
+            hint="compile a source with dtc -I dts -O dtb, or write the machine's own with pyvmm run --dump-dtb",
         )
     _, total, structure, strings, reserved, version, compatible, _, n_strings, n_structure = _HEADER.unpack_from(data)
     if compatible > _VERSION or version < _LAST_COMPATIBLE:
-        raise UsageError(f"{what} has version {version}, readable as {compatible}; {_VERSION} is what kernels read")
+        raise UsageError(f"{what} has version {version}, compatible with {compatible}; kernels read {_VERSION}")
     if total > len(data):
-        raise UsageError(f"{what} is truncated: its header says {total} bytes, and there are {len(data)}")
+        raise UsageError(f"{what} is truncated: its header says {total} bytes, but it has {len(data)}")
     ends = (structure + n_structure, strings + n_strings, reserved + _RESERVATION.size)
     if max(ends) > total or min(structure, strings, reserved) < _HEADER.size:
-        raise UsageError(f"{what} is damaged: its parts end at byte {max(ends)}, and it at {total}")
+        raise UsageError(f"{what} is damaged: its parts end at byte {max(ends)}, after its end at {total}")
     return int(total)
 
 
 def parse(data: bytes, what: str) -> Node:
-    """Return the root of a flattened tree that anybody may have made, properties as bytes.
+    """Return the root of an untrusted flattened tree, with properties as bytes.
 
     Raises UsageError, naming ``what``, for one that is damaged.
     """
@@ -156,7 +156,7 @@ def parse(data: bytes, what: str) -> Node:
     _, _, structure, strings, _, _, _, _, n_strings, n_structure = _HEADER.unpack_from(data)
     try:
         return _parse(data[structure : structure + n_structure], data[strings : strings + n_strings])
-    except (ValueError, struct.error):  # no NUL where a name should end; a token that is not there as a whole
+    except (ValueError, struct.error):  # no NUL at a name's end; an incomplete token
         raise UsageError(f"{what} is damaged: its nodes cannot be read") from None
 
 
@@ -174,7 +174,7 @@ def _parse(block: bytes, names: bytes) -> Node:
             size, name = _PROPERTY.unpack_from(block, at)
             at += _PROPERTY.size
             if at + size > len(block):
-                raise ValueError("a property ends outside")
+                raise ValueError("a property ends outside of the block")
             end = names.index(b"\0", name, name + _LONGEST_NAME)
             path[-1].properties[names[name:end].decode("latin-1")] = block[at : at + size]
             at += size + -size % 4
@@ -184,7 +184,7 @@ def _parse(block: bytes, names: bytes) -> Node:
             (root,) = path[0].children  # ValueError for none, or two
             return root
         elif token != _NOP:
-            raise ValueError("no token that could be here")
+            raise ValueError("no valid token here")
 
 
 class _Strings:
@@ -205,13 +205,13 @@ def _flatten(node: Node, out: bytearray, strings: _Strings, path: str) -> None:
     out += cells32(_BEGIN_NODE) + _padded(_string(node.name))
     for name, value in node.properties.items():
         if not (0 < len(name) <= _LONGEST and _PROPERTY_NAME.issuperset(name)):
-            raise UsageError(f"{path}: {name!r} is no name for a device tree property")
+            raise UsageError(f"{path}: {name!r} is not a valid name of a device tree property")
         data = encode(value)
         out += cells32(_PROP, len(data), strings.offset(name)) + _padded(data)
     seen: set[str] = set()
     for child in node.children:
         if not _is_node_name(child.name):
-            raise UsageError(f"{path}: {child.name!r} is no name for a device tree node")
+            raise UsageError(f"{path}: {child.name!r} is not a valid name of a device tree node")
         if child.name in seen:
             raise UsageError(f"{path}: two nodes are called {child.name!r}")
         seen.add(child.name)
@@ -220,7 +220,7 @@ def _flatten(node: Node, out: bytearray, strings: _Strings, path: str) -> None:
 
 
 def _is_node_name(name: str) -> bool:
-    # Not by a regular expression: compiling one costs more instructions than a tree has names to check.
+    # No regular expression: compiling one costs more than checking all names of a tree.
     base, at, unit = name.partition("@")
     return (
         0 < len(base) <= _LONGEST
@@ -241,7 +241,7 @@ def _string(text: str) -> bytes:
     # surrogateescape: text from a command line may hold bytes that are not UTF-8; the guest gets them as typed.
     data = text.encode("utf-8", "surrogateescape")
     if b"\0" in data:
-        raise UsageError(f"{text!r} holds a NUL byte, which ends a string in a device tree")
+        raise UsageError(f"{text!r} contains a NUL byte, which would end a string in a device tree")
     return data + b"\0"
 
 

@@ -52,12 +52,12 @@ if TYPE_CHECKING:
 
     State = dict[str, Any]
 
-# Interrupt numbers before the first SPI: a vCPU's own.
+# Interrupt numbers below the first SPI, private to a vCPU.
 _PRIVATE: Final = 32
 _SPI_LINE: Final = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT
 
 if GIC_REDISTRIBUTORS.size < MAX_VCPUS * KVM_VGIC_V3_REDIST_SIZE:
-    raise AssertionError("the layout has no room for the redistributors of as many vCPUs as a machine may have")
+    raise AssertionError("the layout has no room for the redistributors of layout.MAX_VCPUS vCPUs")
 
 
 class Gic:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that wires: the VM, memory, vCPUs, interrupt controller and devices of a machine, which has not run.
+"""Build and wire a machine that has not run: VM, memory, vCPUs, interrupt controller and devices.
 
-Order of construction, and the reverse of it for teardown, which works from any half-built state:
+Construction goes in this order, teardown in the reverse order, from any half-built state:
 
-    /dev/kvm -> VM -> slots -> vCPUs -> interrupt controller, lines -> devices on the bus -> what it starts with
+    /dev/kvm -> VM -> slots -> vCPUs -> interrupt controller, lines -> devices on the bus -> start state
 
-The VM's last descriptor is closed before its memory is unmapped: only then has the kernel given every page back.
+The VM's last descriptor is closed before its memory is unmapped. Only then has the kernel returned every page.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DEVICE_DESCRIPTORS: Final = 12
 
 
 class Hardware:
-    """What a :class:`pyvmm.machine.machine.Machine` runs on; see there for what the arguments mean."""
+    """The hardware of a :class:`pyvmm.machine.machine.Machine`, which documents the arguments."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Hardware:
         self.vm = push(vm)
         self.native = protect(self.vm, config)
         self.memory = self._memory_stack.enter_context(Memory(self.vm, config.protection, self.native, ipa_bits=bits))
-        self._memory_stack.callback(self._start.close)  # it may serve memory: it ends before that does
+        self._memory_stack.callback(self._start.close)  # it may serve memory, so it closes before memory does
         self.loadable = add_ram(self.memory, self.vm, config)
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
@@ -121,7 +121,7 @@ class Hardware:
 
     def _place_others(self) -> tuple[VirtioMmio, ...]:
         from pyvmm.devices.kind import Context
-        from pyvmm.machine.devices import place  # of guests that have such devices
+        from pyvmm.machine.devices import place  # only needed for guests with such devices
         from pyvmm.machine.kicks import Kicks
 
         config = self.config
@@ -137,7 +137,7 @@ class Hardware:
         return place(config.devices, self._brought, context, self.bus, self.interrupts, Kicks(self.vm))
 
     def _take_brought(self) -> None:
-        """Own what a script brings; not what a machine has already, which is left alone and refused."""
+        """Take ownership of a script's devices. Refuse one that another machine already owns, and leave it alone."""
         others = []
         for device in self._devices:
             if device.taken:
@@ -147,16 +147,16 @@ class Hardware:
             self._brought.append(device)
         if others:
             raise UsageError(
-                f"device {others[0]} has been given to a machine before, which closes it",
-                hint="make a device for each time that one is given",
+                f"device {others[0]} already belongs to another machine, which closes it",
+                hint="make a new device for each machine",
             )
 
     def _drop_brought(self) -> None:
-        with contextlib.ExitStack() as rest:  # of which each is closed, whatever another's close raises
+        with contextlib.ExitStack() as rest:  # closes each, even if another's close raises
             while self._brought:
                 rest.callback(self._brought.pop().close)
 
-    # -- asking
+    # -- queries
 
     @property
     def descriptors(self) -> int:
@@ -166,13 +166,13 @@ class Hardware:
         return OTHER_DESCRIPTORS + self.config.cpus + DEVICE_DESCRIPTORS * (len(specs) + len(self._devices)) + queues
 
     def role(self, kind: type[R]) -> tuple[R, ...]:
-        """Return the devices that can do what ``kind`` says, one of :mod:`pyvmm.devices.roles`, by address."""
+        """Return the devices of the role ``kind`` (see :mod:`pyvmm.devices.roles`), by address."""
         devices = (placed.device.behind for placed in self.bus.placed)
         return tuple(device for device in devices if isinstance(device, kind))
 
     @property
     def lazy(self) -> bool:
-        """Whether pages of guest memory come only when they are touched, from a snapshot."""
+        """Whether guest memory is loaded page by page from a snapshot, on first access."""
         return self._start.lazy
 
     def failed(self, error: BaseException) -> None:
@@ -182,21 +182,21 @@ class Hardware:
     # -- teardown
 
     def close_vm(self) -> None:
-        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back.
+        """Destroy the VM but keep its memory mapped, to inspect the pages that the kernel returned.
 
-        It stays mapped for good where a device cannot be closed: what that waits for may still write there, and must
-        not find anybody else's.
+        If a device cannot be closed, memory stays mapped forever. Its pending I/O may still write there, and must not
+        hit another mapping.
         """
         try:
             self._stack.close()
-        except BaseException:  # of several that are raised the last one is seen, which may be anybody's
+        except BaseException:  # of several exceptions only the last is visible, and it may come from anywhere
             self._memory_stack.pop_all()
             raise
 
     def close(self) -> None:
-        """Give everything back: threads, devices, descriptors, mappings. Safe at any time, more than once.
+        """Release everything: threads, devices, descriptors, mappings. Safe at any time, and repeatedly.
 
-        But for memory where :meth:`close_vm` says so.
+        Memory may stay mapped: see :meth:`close_vm`.
         """
         with self._memory_stack:
             self.close_vm()
@@ -206,7 +206,7 @@ def require_architecture() -> None:
     """Raise HostError where KVM runs guests of another architecture."""
     if (here := os.uname().machine) != "aarch64":
         raise HostError(
-            f"this host is {here}, pyvmm's guests are arm64: KVM runs only its own architecture",
+            f"this host is {here}, but pyvmm's guests are arm64: KVM runs guests of its own architecture only",
             hint="use the lab, an emulated arm64 host: pyvmm --lab VERB ..., or for a program pyvmm lab exec -- "
             "python3 FILE; from Python, subprocess.run(['pyvmm', 'lab', 'exec', '--', 'python3', FILE])",
         )

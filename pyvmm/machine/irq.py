@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interrupt lines from devices to the guest: shared peripheral interrupts (SPIs) of the controller in the kernel.
 
-Owns the eventfds of edge lines. The machine makes one :class:`Interrupts` once the controller is initialised, and hands
-devices their lines; it closes them after the devices, whose threads may pull a line to the end, and before the VM.
+Owns the eventfds of edge lines. The machine makes one :class:`Interrupts` once the controller is initialised, and gives
+devices their lines. It closes the lines after the devices, whose threads may trigger to the end, and before the VM.
 
-An edge line is an eventfd bound by KVM_IRQFD: whoever writes to it (:meth:`EdgeLine.trigger`, or C through
-``pv_signal``) gives one pulse; pulses that the guest has not taken yet are one. A level line is KVM_IRQ_LINE on the
-VM's descriptor, so that C can raise and lower it: the device keeps its state, and says only when it changes.
+An edge line is an eventfd bound by KVM_IRQFD. A write to it (:meth:`EdgeLine.trigger`, or C through ``pv_signal``) is
+one pulse. Pulses that the guest has not taken yet merge. A level line uses KVM_IRQ_LINE on the VM's descriptor, so that
+C can raise and lower it. The device keeps its state, and reports only changes.
 
 Both work in a protected VM, where KVM_CHECK_EXTENSION of the VM denies irqfd. On a host whose KVM makes no interrupt
 controller the lines lead nowhere, and the device tree names none.
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.vm import Vm
 
-#: Interrupt numbers below are a vCPU's own (Arm IHI 0069, 2.2.1); SPI n is number SPI_BASE + n.
+#: Lower interrupt numbers are private to a vCPU (Arm IHI 0069, 2.2.1). SPI n is number SPI_BASE + n.
 SPI_BASE: Final = 32
 
 
 class EdgeLine:
-    """A line that is pulsed; ``fd`` is the eventfd to write to. Any thread."""
+    """An edge-triggered line. ``fd`` is the eventfd to write to. Any thread may use it."""
 
     kind = Trigger.EDGE
 
@@ -46,9 +46,9 @@ class EdgeLine:
 
 
 class LevelLine:
-    """A line that is held; ``vm`` is None where it leads nowhere. Any thread.
+    """A level-triggered line. ``vm`` is None if it is unconnected. Any thread may use it.
 
-    ``vm_fd``, which then is -1, and ``irq`` are what C gives KVM_IRQ_LINE.
+    ``vm_fd`` (-1 if unconnected) and ``irq`` are the arguments of KVM_IRQ_LINE for C.
     """
 
     kind = Trigger.LEVEL
@@ -60,7 +60,7 @@ class LevelLine:
         self.irq = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (SPI_BASE + spi)
 
     def hold(self, high: bool) -> None:
-        """Raise it, or let it go."""
+        """Raise or lower the line."""
         if self._vm is not None:
             self._vm.irq_line(self.irq, high)
 
@@ -69,7 +69,7 @@ Line = EdgeLine | LevelLine
 
 
 class Interrupts:
-    """All lines of one VM; ``present`` says whether there is a controller that is initialised."""
+    """All lines of one VM. ``present`` says whether it has an initialised controller."""
 
     def __init__(self, vm: Vm, *, present: bool) -> None:
         self.present = present
@@ -78,7 +78,7 @@ class Interrupts:
         self._edges: list[EdgeLine] = []
 
     def edge(self, spi: int) -> EdgeLine:
-        """Make the line of SPI ``spi``, 0 to layout.SPIS - 1; UsageError if it is taken or out of range."""
+        """Make the edge line of SPI ``spi``, 0 to layout.SPIS - 1. Raises UsageError if it is taken or out of range."""
         self._take(spi)
         line = EdgeLine(spi, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         try:
@@ -92,7 +92,7 @@ class Interrupts:
         return line
 
     def level(self, spi: int) -> LevelLine:
-        """Make the line of SPI ``spi``, low; errors as :meth:`edge`."""
+        """Make the level line of SPI ``spi``, initially low. Raises as :meth:`edge`."""
         self._take(spi)
         return LevelLine(spi, self._vm if self.present else None)
 
@@ -100,11 +100,11 @@ class Interrupts:
         if not 0 <= spi < layout.SPIS:
             raise UsageError(f"SPI {spi}: this machine's interrupt controller has SPIs 0 to {layout.SPIS - 1}")
         if spi in self._taken:
-            raise UsageError(f"SPI {spi} is another device's already")
+            raise UsageError(f"SPI {spi} already belongs to another device")
         self._taken.add(spi)
 
     def close(self) -> None:
-        """Unbind and close the eventfds; idempotent. Nobody may trigger a line any more."""
+        """Unbind and close the eventfds. Idempotent. No line may be triggered afterwards."""
         lines, self._edges = self._edges, []
         try:
             for line in lines:

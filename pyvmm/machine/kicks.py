@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes the kicks of virtqueues: the kernel where it does, by KVM_IOEVENTFD, and the native loop's doorbell else.
+"""Route the kicks of virtqueues: to the kernel by KVM_IOEVENTFD if it can, else to the native loop's doorbell.
 
-Either writes to the queue's eventfd, which wakes the device's thread. The kernel does it without an exit to this
-process. The doorbell leaves the write out while the last one has not been taken; but a driver hardly ever kicks then,
-for a device asks to be kicked (event index) only when it is about to sleep. So the kernel is asked for every queue,
-whatever the device and the protection; ``pyvmm bench virtio --versus kicks=loop`` holds one against the other.
+Both write to the queue's eventfd, which wakes the device's thread. The kernel does it without an exit to this process.
+The doorbell skips the write while the last one is pending. But a driver hardly ever kicks then, because a device
+requests kicks (event index) only before it sleeps. So every queue uses the kernel, with any device and protection.
+``pyvmm bench virtio --versus kicks=loop`` compares both.
 
-The kernel takes stores of 4 bytes of the queue's own number. Other widths and numbers come to the loop as ever.
+The kernel takes 4-byte stores of the queue's number. Other widths and numbers still go to the loop.
 
-A queue's kicks are handed over when its driver is ready for the first time, and stay so over resets until the VM ends:
-taking them back would wait for every CPU to have seen it (SRCU), and nobody looks at the eventfd of a queue at rest.
+A queue's kicks are handed over when its driver is ready for the first time, until the VM ends. A reset does not take
+them back: that would wait for every CPU (SRCU), and the eventfd of an idle queue has no reader.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ WIDTH: Final = 4
 
 
 class Kicks:
-    """Hands the kicks of queues of one VM to its kernel. Any thread, but one at a time for each queue."""
+    """Hands the kicks of one VM's queues to the kernel. Any thread, but one at a time for each queue."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._possible: bool | None = None
-        """Whether the kernel takes more of them; None: it has not been asked."""
+        """Whether the kernel takes more kicks; None if unknown."""
 
     def hand_over(self, base: int, queue: Queue) -> bool:
-        """Have the kernel take the kicks of ``queue``, of a transport at the gpa ``base``; False where it does not.
+        """Have the kernel take the kicks of ``queue``, of a transport at the gpa ``base``. False if it does not.
 
-        The doorbell then goes on taking them. Nothing is raised: a guest is as well off, but for the cost.
+        The doorbell then keeps them. Raises nothing: the guest works either way, only slower.
         """
         if self._possible is None:
-            # Of the host: a protected VM says 0 to what works all the same.
+            # Ask the host: a protected VM answers 0, although it works.
             self._possible = self._vm.system.check(KVM_CAP_IOEVENTFD) > 0
         if not self._possible:
             return False
         try:
             self._vm.ioeventfd(queue.kick, base + Register.QUEUE_NOTIFY, WIDTH, datamatch=queue.index)
         except KvmError as error:
-            # No memory, say: each makes a larger table of all who listen, which counts against the VMM's cgroup. The
-            # limit of that table (NR_IOBUS_DEVS) is for others.
+            # For example, no memory: each call allocates a larger table of listeners, charged to the VMM's cgroup. The
+            # limit of that table (NR_IOBUS_DEVS) does not apply here.
             self._possible = False
             log.warning("kicks_by_exits", error=str(error))
             return False

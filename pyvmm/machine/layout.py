@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where everything is: the guest's physical address map and its interrupt numbers.
+"""The guest's physical address map and its interrupt numbers.
 
-Owns no resource; data only. The machine places devices with it, the boot protocol places files with it; devices and
-payloads know none of these addresses (the device tree tells the guest).
+Data only; owns no resource. The machine places devices with it, and the boot protocol places files. Devices and
+payloads do not know these addresses. The guest gets them from the device tree.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 #               | what is beyond 32 GiB        |
 #               +------------------------------+ RAM_BASE + the RAM's size
 #
-# With the private backing all of that is in RAM's first PRIVATE_BOOT bytes, and what follows them is free.
+# With the private backing all of this lies in RAM's first PRIVATE_BOOT bytes. The rest is free.
 #
-# Half-open ranges. One a row: MAP below; sizes of the rows that depend on the number of vCPUs are their room.
+# Half-open ranges, one per row (see MAP below). Rows that depend on the number of vCPUs show the reserved size.
 #
 #   name             start        end          size
 #   GIC distributor  0x0800_0000  0x0801_0000  0x1_0000   in the kernel
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 
 class Window(NamedTuple):
-    """A named, half-open range of guest addresses; ``spi`` is the (first) shared interrupt kept for it."""
+    """A named, half-open range of guest addresses. ``spi`` is its (first) reserved shared interrupt."""
 
     name: str
     start: int
@@ -83,13 +83,13 @@ class Window(NamedTuple):
         return self.end - self.start
 
 
-#: Shared peripheral interrupts that the controller has: SPI 0 to SPIS - 1. With a vCPU's own 32 that is what KVM gives
-#: where nobody asks (VGIC_NR_IRQS_LEGACY).
+#: Shared peripheral interrupts that the controller has: SPI 0 to SPIS - 1. With a vCPU's 32 private ones this is KVM's
+#: default (VGIC_NR_IRQS_LEGACY).
 SPIS: Final = 224
 PL011_SPI: Final = 1
-#: Of the first device that is neither the machine's own nor virtio; the next ones follow, up to VIRTIO_SPI.
+#: SPI of the first device that is neither the machine's own nor virtio. The next ones follow, up to VIRTIO_SPI.
 OTHER_SPI: Final = 2
-#: Of the first virtio device; the next ones follow.
+#: SPI of the first virtio device. The next ones follow.
 VIRTIO_SPI: Final = 32
 
 GIC_DISTRIBUTOR: Final = Window("GIC distributor", 0x0800_0000, 0x0801_0000)
@@ -120,19 +120,19 @@ MAP: Final = (
 )
 
 RAM_BASE: Final = 0x8000_0000
-#: RAM ends at 2^40 or below: a protected VM's guest addresses have no more bits (its PARange, which
-#: arch/arm64/kvm/hyp/nvhe/sys_regs.c sets).
+#: RAM ends at 2^40 or below: a protected VM's guest addresses have at most 40 bits (its PARange, set in
+#: arch/arm64/kvm/hyp/nvhe/sys_regs.c).
 RAM_LIMIT: Final = 1 << 40
-#: The built-in payloads map addresses below this and no others (firmware/start.S); their device tree must be there.
+#: The built-in payloads map only addresses below this (firmware/start.S), so their device tree must lie below it.
 PAYLOAD_LIMIT: Final = 1 << 39
 #: Room for a flat binary at FLAT_OFFSET and a device tree's 2 MiB.
 RAM_MINIMUM: Final = 4 * MIB
 
-#: With the private backing, whose pages the host may not touch at all, this much of RAM's start is a memfd instead:
-#: everything that is loaded goes there. Bytes.
+#: With the private backing, the host cannot access guest pages. So this many bytes at RAM's start are a memfd instead,
+#: and everything is loaded there.
 PRIVATE_BOOT: Final = 8 * MIB
 
-#: Where QEMU loads a flat binary too, relative to RAM.
+#: Offset of a flat binary in RAM, as in QEMU.
 FLAT_OFFSET: Final = 0x8_0000
 
 #: A vCPU finds its mailbox by MPIDR.Aff0, which KVM gives 16 values (reset_mpidr in arch/arm64/kvm/sys_regs.c).

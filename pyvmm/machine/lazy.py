@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A slot's memory that comes page by page from a file, when the guest touches it.
+"""Load a slot's memory page by page from a file, when the guest accesses it.
 
 A :class:`LazySlot` owns a mapping of the file, a userfaultfd and the thread that serves it. Close it while the slot's
-memory is still mapped and no vCPU runs. The file must stay as it is meanwhile.
+memory is still mapped and no vCPU runs. The file must not change meanwhile.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ log = get_logger("snapshot")
 
 
 class LazySlot:
-    """``slot`` as the file ``fd`` has it from byte ``offset`` on.
+    """Fills ``slot`` from the file ``fd``, from byte ``offset``.
 
-    ``failed`` hears, in a thread of this, of a page that cannot be had. Raises HostError where this process may have no
-    userfaultfd, MappingError where the file cannot be mapped.
+    Its thread calls ``failed`` if a page cannot be read. Raises HostError if this process may not use userfaultfd,
+    MappingError if the file cannot be mapped.
     """
 
     def __init__(self, fd: int, offset: int, slot: Slot, failed: Callable[[PyvmmError], None]) -> None:
@@ -53,16 +53,16 @@ class LazySlot:
     def _failed(self, error: PyvmmError) -> None:
         self._tell(
             PyvmmError(
-                f"a page of the snapshot cannot be had any more: {error.message}",
-                hint="was its file changed, or cut, while the guest ran?",
+                f"a page of the snapshot cannot be read: {error.message}",
+                hint="was the file changed or truncated while the guest ran?",
             )
         )
-        # Whoever waits must not find zeros, and write them to a disk: nobody finds anything any more.
+        # A waiting access must not read zeros, which it might write to a disk. So no access succeeds from now on.
         mman.protect(self._slot.hva, self._slot.size, PROT_NONE)
         self._userfault.close()
 
     def close(self) -> None:
-        """Serve no longer. Idempotent."""
+        """Stop serving. Idempotent."""
         self._userfault.close()
         address, self._address = self._address, 0
         if address:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that runs: let go, paused, ended, and waited for.
+"""Run a guest: start, pause, resume, stop and wait for it.
 
-What it runs on is :class:`~pyvmm.machine.hardware.Hardware`. A thread for each vCPU comes on top of that, and is gone
-before anything below it is taken away.
+The machine builds on :class:`~pyvmm.machine.hardware.Hardware` and adds a thread for each vCPU. The threads end before
+anything below is torn down.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ log = get_logger("machine")
 class Machine(Hardware):
     """A guest with its memory, vCPUs and devices; a context manager.
 
-    ``unclaimed`` completes accesses to addresses without slot or device (see :data:`pyvmm.vcpu.cold.Unclaimed`);
-    without it the guest gets an external abort. ``intercept`` hears of every stop of a vCPU first (see
-    :data:`pyvmm.vcpu.cold.Intercept`). ``kernel`` answers its calls instead of this host's KVM: see
-    :mod:`pyvmm.machine.plan`. ``start`` is where the guest begins: the kernel of ``config``, unless it is a
-    :class:`pyvmm.machine.snapshot.Snapshot`. It stays open until this is closed, and is closed with it.
+    ``unclaimed`` completes accesses to addresses without slot or device (see :data:`pyvmm.vcpu.cold.Unclaimed`).
+    Without it the guest gets an external abort. ``intercept`` gets every stop of a vCPU first (see
+    :data:`pyvmm.vcpu.cold.Intercept`). ``kernel`` replaces this host's KVM: see :mod:`pyvmm.machine.plan`. ``start`` is
+    where the guest begins: by default the kernel of ``config``, or a :class:`pyvmm.machine.snapshot.Snapshot`. The
+    machine closes it at its own end.
 
-    ``devices`` are placed beside those of ``config`` and behind them: a window each, an interrupt line if it wants one,
-    and a node in the device tree. Once this is entered they are its to close, and no other machine takes them.
+    ``devices`` are placed after those of ``config``. Each gets a window, an interrupt line if it wants one, and a node
+    in the device tree. The machine owns and closes them once it is entered. No other machine may use them.
     """
 
     def __init__(
@@ -112,15 +112,15 @@ class Machine(Hardware):
     # -- running
 
     def run(self, *, spent: float = 0.0) -> Outcome:
-        """Start, wait for the end or the deadline, and say how it ended; ``spent`` seconds of the deadline are over."""
+        """Start, wait for the end or deadline, and return the outcome. ``spent`` seconds of the deadline are over."""
         self.start()
         deadline = self.config.deadline
         return self._wait(None if deadline is None else max(deadline - spent, 0.0), deadline)
 
     def start(self) -> None:
-        """Seal memory and let every vCPU go.
+        """Seal memory and start every vCPU.
 
-        Raises HostError where a protected guest could not lock its memory, or where there is no thread for each vCPU.
+        Raises HostError if a protected guest could not lock its memory, or if a vCPU's thread cannot start.
         """
         if self.config.protection is Protection.PKVM:
             from pyvmm.memory.memlock import require_memlock
@@ -149,7 +149,7 @@ class Machine(Hardware):
             self._threads.start()
 
     def prefault(self) -> None:
-        """Populate all memory, before the start; HostError where there is not so much, or no way."""
+        """Populate all memory, before the start. Raises HostError if the host cannot populate so much."""
         for slot in self.memory.slots:
             self.memory.populate(slot.gpa, slot.size)
 
@@ -163,20 +163,20 @@ class Machine(Hardware):
         for device in self.role(Printing):
             device.drain()
         self._abandon_orders()
-        outcome = self._end.finish(outcome)  # output that was lost by now is another reason
+        outcome = self._end.finish(outcome)  # lost output takes precedence
         self._end.say(outcome)
         return outcome
 
     def _overdue(self, deadline: float | None) -> Outcome:
-        """Stop every vCPU, and say where each was when its time was over."""
+        """Stop every vCPU, and report its pc at the deadline."""
         self._abort_output()
-        # Devices may go on: one that is stuck must not keep the deadline from being told.
+        # Devices keep running: a stuck device must not delay this report.
         self._threads.pause_alone()
         where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
         return Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {deadline:g} s: {where}")
 
     def stop(self, reason: str = "stopped") -> None:
-        """End the run from outside, from any thread; what the console's reader does not take at once is lost."""
+        """End the run, from any thread. Output that the console's reader does not take at once is lost."""
         self._abort_output()
         self._end.finish(Outcome(Ending.INTERRUPTED, reason))
 
@@ -185,20 +185,20 @@ class Machine(Hardware):
             device.abort()
 
     def pause(self) -> None:
-        """Stop every vCPU and then every device, and return when all stand still. Not from a vCPU's own thread.
+        """Pause every vCPU and then every device, and return when all are paused. Not from a vCPU's own thread.
 
-        Pauses nest: all goes on when each has been resumed. Where a device does not come to rest nothing is paused, and
-        what it raises says so.
+        Pauses nest: the machine runs again after as many resumes. If a device cannot be paused, nothing is, and its
+        exception is raised.
         """
         self._threads.pause()
 
     def resume(self) -> None:
-        """Let every device and vCPU go on."""
+        """Resume every device and vCPU."""
         self._threads.resume()
 
     @property
     def paused(self) -> bool:
-        """Whether :meth:`pause` holds it."""
+        """Whether the machine is paused."""
         return self._threads.paused
 
     @property
@@ -212,39 +212,39 @@ class Machine(Hardware):
         return self._clock
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Keep every vCPU but the caller's own out of the guest: what moving slots under them needs."""
+        """Keep every vCPU but the caller's own out of the guest, for example to move slots."""
         return self._threads.quiet()
 
     @property
     def counters(self) -> Counters:
-        """What the native loop has counted until now."""
-        from pyvmm.vcpu.counters import Counters  # of a run that has begun
+        """The native loop's counters."""
+        from pyvmm.vcpu.counters import Counters  # only after the start
 
         return Counters.read(self.native, self._natives, self.elapsed_ns, self.started_ns, kicks=self.kicks)
 
     @property
     def kicks(self) -> int:
-        """Kicks of virtqueues that the kernel took, so that there was no exit, and that their devices have seen."""
+        """The number of virtqueue kicks that the kernel took, without an exit, and that devices have seen."""
         return sum(transport.kicks_without_exit for transport in self.virtio)
 
     @property
     def natives(self) -> tuple[pv_vcpu, ...]:
-        """Each vCPU's ``struct pv_vcpu``: what it counts, and the ring it records shares and faults in."""
+        """Each vCPU's ``struct pv_vcpu``: its counters, and its ring of recorded shares and faults."""
         return tuple(self._natives)
 
     @property
     def threads(self) -> tuple[VcpuThread, ...]:
-        """Each vCPU's thread, to pause and let go one by one; none once the machine is closed."""
+        """Each vCPU's thread, to pause and resume one by one. Empty once the machine is closed."""
         return tuple(self._threads)
 
     @property
     def started_ns(self) -> int:
-        """When the first vCPU was let go, of CLOCK_MONOTONIC; 0 before."""
+        """CLOCK_MONOTONIC time (ns) of the first vCPU's start; 0 before."""
         return self._end.started_ns
 
     @property
     def ended_ns(self) -> int:
-        """When the run ended; 0 before."""
+        """CLOCK_MONOTONIC time (ns) of the run's end; 0 before."""
         return self._end.ended_ns
 
     @property
@@ -260,6 +260,6 @@ class Machine(Hardware):
         if self._end.outcome is None:
             self.stop("the machine was closed")
         self._threads.stop()
-        # A kick writes to the vCPU's run area, which goes with the vCPU.
+        # A kick writes to the vCPU's run area, which is unmapped with the vCPU.
         self._threads.clear()
         self._abandon_orders()

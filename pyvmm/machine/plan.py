@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine would be and ask of the kernel, found out by building it against a kernel that only answers.
+"""Plan a machine and its ioctls, by building it against a simulated kernel.
 
-The very code that makes a machine makes the plan, so the two cannot differ; ``/dev/kvm`` is not opened, no guest runs,
-and any workstation will do. What lies outside KVM is real: files are read, and guest memory is allocated for what is
-loaded into it.
+The same code makes the machine and the plan, so they cannot differ. ``/dev/kvm`` is not opened and no guest runs, so it
+works on any workstation. Everything outside of KVM is real: files are read, and guest memory is allocated to load them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _EVENTFDS: Final = ("KVM_IRQFD", "KVM_IOEVENTFD")
 
 
 class Plan:
-    """The plan of one machine; a context manager, within which ``machine`` is there to be looked at.
+    """The plan of one machine. A context manager, within which ``machine`` can be inspected.
 
     ``gic`` is the version of the host's interrupt controller, 3 or 2 (see :func:`~pyvmm.machine.gic.host_gic`).
     """
@@ -45,7 +44,7 @@ class Plan:
     def __init__(self, config: MachineConfig, *, devices: Sequence[Device | VirtioDevice] = (), gic: int = 3) -> None:
         missing = () if gic == 3 else (DeviceType.KVM_DEV_TYPE_ARM_VGIC_V3,)
         self._kernel = Recording(StandIn(*missing))
-        # What the console goes to is none of a plan's business.
+        # A plan does not use the console.
         self.machine = Machine(config._replace(serial_out=None, serial_in=None), kernel=self._kernel, devices=devices)
 
     def __enter__(self) -> Plan:
@@ -57,7 +56,7 @@ class Plan:
         self.machine.__exit__(*error)
 
     def lines(self) -> Iterator[str]:
-        """Yield the plan in words: the address map, memory slots, devices, vCPUs, and the ioctls in their order."""
+        """Yield the plan as text: the address map, memory slots, devices, vCPUs, and the ioctls in order."""
         yield from self._addresses()
         yield from self._slots()
         yield from self._devices()
@@ -65,7 +64,7 @@ class Plan:
         yield "ioctls, in order:"
         for line in calls(self.machine, self.calls):
             yield f"  {line}"
-        yield "  then KVM_RUN of each vCPU, in a thread of its own"
+        yield "  then KVM_RUN of each vCPU, in its own thread"
 
     def _addresses(self) -> Iterator[str]:
         yield "guest addresses, half-open:"
@@ -81,7 +80,7 @@ class Plan:
         config, entry = self.machine.config, self.machine.entry
         yield _row(layout.RAM_BASE, layout.RAM_BASE + config.memory, "RAM", f"{config.memory // MIB} MiB")
         if pool := self.machine.pool if config.dtb is None else 0:
-            yield f"{'':28}    DMA pool, {pool // MIB} MiB of it, where the guest chooses"
+            yield f"{'':28}    DMA pool, {pool // MIB} MiB of it, at an address that the guest chooses"
         for part in entry.plan:
             size = len(entry.device_tree) if part.gpa == entry.fdt else part.size
             yield _row(part.gpa, part.gpa + size, f"  {part.what}", f"{size} bytes")
@@ -112,7 +111,7 @@ def _row(start: int, end: int, name: str, details: str) -> str:
 
 
 def calls(machine: Machine, made: tuple[Call, ...]) -> Iterator[str]:
-    """Yield ioctls that were made for ``machine`` as text: without descriptors' numbers, and hvas by their backing."""
+    """Yield the ioctls of ``machine`` as text, without descriptor numbers, with hvas as offsets in backings."""
     for call in made:
         values = ", ".join(filter(None, (_value(machine, call, name, value) for name, value in call.values.items())))
         failed = " fails" if call.result < 0 else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest RAM as a configuration wants it: which backing, and how much of it can be loaded into."""
+"""Add guest RAM as configured: with which backing, and how much of it is loadable."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class _PlannedHugePages(Memfd):
-    """What a plan has for a memfd of huge pages: it takes none of the host's, of which there may not be enough."""
+    """A plan's substitute for a memfd of huge pages. It takes none of the host's, which may be too few."""
 
     kind = "memfd of 2 MiB pages"
 
 
 def add_ram(memory: Memory, vm: Vm, config: MachineConfig) -> int:
-    """Add RAM's slots to ``memory``; returns how many bytes from its start can be loaded into. Raises as add() does."""
+    """Add RAM's slots to ``memory``. Returns the number of loadable bytes from its start. Raises as add() does."""
     base = Gpa(layout.RAM_BASE)
     memory.check_usable(
         f"the {config.backing} backing",
@@ -48,8 +48,8 @@ def _backing(vm: Vm, config: MachineConfig) -> Backing:
         case "thp":
             return Memfd(size, thp=True)
         case "memfd" if config.prefault:
-            # Populated a huge page at a time, memory costs an eighth (pyvmm bench prefault). Advice that the host may
-            # not take, so a kernel that does not even know it is none to stop at.
+            # With huge pages, populating costs an eighth (pyvmm bench prefault). The host may ignore this advice, so a
+            # kernel that does not know it is not an error.
             with contextlib.suppress(HostError):
                 return Memfd(size, thp=True)
             return Memfd(size)

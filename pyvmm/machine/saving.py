@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a machine to a snapshot's file, while it stands still; see :mod:`pyvmm.machine.snapshot` for what is in it.
+"""Write a paused machine to a snapshot file. :mod:`pyvmm.machine.snapshot` describes the format.
 
-The file is written by way of another name, so that there is never half a snapshot.
+The file is written under a temporary name, so that it is never incomplete.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _ZEROS: Final = bytes(CHUNK)
 
 
 def save(machine: Machine, path: str, *, options: str = "") -> dict[str, Any]:
-    """Write ``machine``, which runs or is paused, to ``path``; it stands still meanwhile, and goes on afterwards.
+    """Write ``machine``, running or paused, to ``path``. It is paused meanwhile, and resumes afterwards.
 
-    ``options`` are kept with it for who restores it. Returns {"bytes", "pages"}: the file's size, and pages of guest
-    memory in it. UsageError for a machine that cannot be saved, with the reason; PyvmmError where the file cannot be.
+    ``options`` are stored for the restore. Returns {"bytes", "pages"}: the file's size, and pages of guest memory in
+    it. Raises UsageError, with the reason, for a machine that cannot be saved, and PyvmmError if the file cannot be
+    written.
     """
     _refuse(machine)
     machine.pause()
@@ -62,14 +63,14 @@ def _refuse(machine: Machine) -> None:
     match machine.config.protection:
         case Protection.PKVM:
             raise UsageError(
-                "a protected guest cannot be saved: the hypervisor keeps its memory from the host, and reading it all "
-                "the same would destroy it",
+                "a protected guest cannot be saved: the hypervisor hides its memory from the host, and a read through "
+                "the kernel would destroy it",
                 hint="run it with --protection none, where a snapshot is possible",
             )
         case Protection.EMULATED:
             raise UsageError(
-                "a guest of the emulated protection cannot be saved: its private memory is closed to the host, as it "
-                "would be under pkvm",
+                "a guest of the emulated protection cannot be saved: the host cannot read its private memory, as "
+                "under pkvm",
                 hint="run it with --protection none, where a snapshot is possible",
             )
     for slot in machine.memory.slots:
@@ -81,14 +82,14 @@ def _refuse(machine: Machine) -> None:
 
 
 def _state(machine: Machine) -> dict[str, Any]:
-    """Return what is not memory; some of it is written to memory by the kernel."""
+    """Return the state besides memory. The kernel writes some of it to guest memory."""
     for native in machine.natives:
         if error := lib.pv_settle(native):
             raise PyvmmError(f"vCPU {native.index} cannot finish its exit: KVM_RUN fails with {os.strerror(error)}")
     # A guest that was paused before has its time from then.
     machine.clock.rewind()
     gic = machine.gic
-    # Devices first: one that hands a request back before it is saved interrupts the guest.
+    # Devices first: a device that completes a request before it is saved interrupts the guest.
     devices = [placed.device.save() for placed in machine.bus.placed]
     return {
         "devices": devices,
@@ -99,7 +100,7 @@ def _state(machine: Machine) -> dict[str, Any]:
 
 def _write(fd: int, machine: Machine, description: dict[str, Any]) -> int:
     """Write the whole file; returns pages of memory in it."""
-    # Where memory begins depends on the description's size, which depends on that: room for any number.
+    # The offset of memory depends on the description's size, which depends on that offset. Reserve room for any number.
     regions = [{"gpa": slot.gpa, "size": slot.size, "offset": 1 << 62} for slot in machine.memory.slots]
     description["memory"] = regions
     end = align_up(DESCRIPTION + len(json.dumps(description)))
@@ -113,7 +114,7 @@ def _write(fd: int, machine: Machine, description: dict[str, Any]) -> int:
         for slot, region in zip(machine.memory.slots, regions, strict=True)
     )
     os.ftruncate(fd, end)
-    # The last to be written: what has no header is no snapshot.
+    # The header is written last: a file without one is not a snapshot.
     _put(fd, header(text, end), 0)
     return pages
 
@@ -130,7 +131,7 @@ def _write_slot(fd: int, machine: Machine, slot: Slot, offset: int) -> int:
 
 
 def _data(slot: Slot, *, whole: bool) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of ``slot`` that may hold something; ``whole``: its file does not say, pages may be to come."""
+    """Yield the ranges of ``slot`` that may hold data. ``whole``: all of it, because missing pages may still arrive."""
     backing = slot.backing
     if whole or not isinstance(backing, Memfd) or backing.hugetlb:
         yield 0, slot.size
@@ -142,7 +143,7 @@ def _data(slot: Slot, *, whole: bool) -> Iterator[tuple[int, int]]:
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            return  # nothing but holes
+            return  # only holes
         at = min(os.lseek(backing.fd, start, os.SEEK_HOLE), end)
         if start < end:
             yield start - slot.offset, at - slot.offset

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine in a file: everything an unprotected guest needs to go on, and how it goes on from there.
+"""Snapshots: a file with everything an unprotected guest needs to continue, and its restore.
 
     byte 0          magic, format version, size of the description, size of the file, SHA-256 of the description
-    byte 4096       the description: JSON, with registers, devices, and where in the file which memory is
-    page by page    guest memory; what the guest never wrote, or what is zeros, is a hole in the file
+    byte 4096       the description: JSON, with registers, devices, and the offsets of memory in the file
+    page by page    guest memory; pages that are zero, or that the guest never wrote, are holes in the file
 
-:mod:`pyvmm.machine.saving` writes one. A :class:`Snapshot` is one that has been opened and found whole, and a
-:class:`~pyvmm.machine.start.Start`: it makes a machine that has just been built the one it was saved of. Guest memory
-comes in page by page as it is touched, through userfaultfd, where this process may have one. Elsewhere, and where there
-is a balloon, all of it is loaded first. The file must stay as it is while such a guest runs.
+:mod:`pyvmm.machine.saving` writes one. A :class:`Snapshot` is an open, complete file. It is also a
+:class:`~pyvmm.machine.start.Start`: it restores the saved state into a newly built machine. If this process may use
+userfaultfd, guest memory is loaded page by page, on first access. Otherwise, and with a balloon, all of it is loaded
+first. The file must not change while such a guest runs.
 
-The guest's counters go on from where they stood: a guest sees of the time between only what its devices tell, and what
-passes between reading and setting them. A protected guest cannot be saved: the host may not read its memory, and under
-pkvm the hypervisor lets nobody set the clock.
+The guest's counters continue from their saved values. The guest can see the time in between only through its devices,
+apart from the moments between reading and setting the counters. A protected guest cannot be saved: the host may not
+read its memory, and under pkvm the hypervisor does not allow setting the clock.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ MAGIC: Final = b"PYVMMSNP"
 VERSION: Final = 1
 _HEADER: Final = struct.Struct("<8sI4xQQ32s")
 DESCRIPTION: Final = 4096
-"""Where in the file it is."""
+"""Its offset in the file."""
 _MOST: Final = 1 << 28
-"""Bytes of a description that anyone would have written."""
+"""Maximum bytes of a description."""
 CHUNK: Final = 1 << 20
-"""Bytes of memory read or written at once."""
+"""Bytes of memory to read or write at once."""
 
 
 def header(description: bytes, size: int) -> bytes:
-    """Return what a file of ``size`` bytes with such a description starts with."""
+    """Return the header of a file of ``size`` bytes with this description."""
     return _HEADER.pack(MAGIC, VERSION, len(description), size, hashlib.sha256(description).digest())
 
 
 def facts(machine: Built) -> dict[str, Any]:
-    """Return what must be the same of a machine that is saved and the one that goes on."""
+    """Return the properties that the saved and the restored machine must share."""
     config = machine.config
     return {
         "protection": config.protection.value,
@@ -69,12 +69,12 @@ def facts(machine: Built) -> dict[str, Any]:
 
 
 class Snapshot:
-    """A snapshot's file, open and whole. The machine that starts with it closes it; without one it is a context."""
+    """A snapshot file, open and complete. The machine that starts with it closes it. Otherwise use it as a context."""
 
     kind = "snapshot"
 
     def __init__(self, path: str) -> None:
-        """Open it. Raises UsageError for what is none, of another version, damaged, or cut short."""
+        """Open it. Raises UsageError if it is not a snapshot, has another version, is damaged, or truncated."""
         self.path = path
         self.served: list[LazySlot] = []
         try:
@@ -98,49 +98,49 @@ class Snapshot:
 
     @property
     def options(self) -> str:
-        """What was given to :func:`save`."""
+        """The options that were given to :func:`save`."""
         return str(self.description["options"])
 
     def _read(self) -> dict[str, Any]:
         head = os.pread(self._fd, _HEADER.size, 0)
         if len(head) < _HEADER.size or not head.startswith(MAGIC):
-            raise UsageError(f"{self.path} is no snapshot of a machine", hint="pyvmm ctl snapshot FILE writes one")
+            raise UsageError(f"{self.path} is not a snapshot of a machine", hint="use pyvmm ctl snapshot FILE")
         _, version, size, end, digest = _HEADER.unpack(head)
         if version != VERSION:
             raise UsageError(
-                f"{self.path} is a snapshot of format {version}, this pyvmm reads format {VERSION}",
+                f"{self.path} is a snapshot of format {version}, but this pyvmm reads format {VERSION}",
                 hint="restore it with the pyvmm that wrote it",
             )
         there = os.fstat(self._fd).st_size
         if there != end:
-            raise UsageError(f"{self.path} is damaged: it should have {end} bytes, and has {there}")
+            raise UsageError(f"{self.path} is damaged: it should have {end} bytes, but has {there}")
         text = os.pread(self._fd, min(size, _MOST), DESCRIPTION)
         if hashlib.sha256(text).digest() != digest:
-            raise UsageError(f"{self.path} is damaged: its description is not what was written")
+            raise UsageError(f"{self.path} is damaged: its description does not match its checksum")
         description: dict[str, Any] = json.loads(text)
         return description
 
     @property
     def lazy(self) -> bool:
-        """Whether pages of guest memory come from the file when they are touched."""
+        """Whether guest memory is loaded page by page, on first access."""
         return bool(self.served)
 
     def prepare(self, config: MachineConfig) -> None:
-        """Raise UsageError for a device that is not what its guest knows, such as a disk that is not where it was."""
+        """Raise UsageError for a device that differs from the saved one, such as a disk that was moved."""
         for spec in config.devices:
             spec.check_restored(self.path)
 
     def enter(self, machine: Built) -> Entry:
-        """Make ``machine`` the one that was saved. Memory that cannot be had later fails it, in a thread of this.
+        """Restore the saved state into ``machine``. If a page cannot be read later, a thread of this fails the machine.
 
-        Raises UsageError where the machine is another one, HostError where this host cannot go on with it.
+        Raises UsageError if the machine differs from the saved one, HostError if this host cannot continue it.
         """
         ours, theirs = facts(machine), self.description["machine"]
         for name, value in ours.items():
             if theirs[name] != value:
                 raise UsageError(
-                    f"{self.path} is of a machine with {name} {theirs[name]}, and this one has {value}",
-                    hint="leave such options out: a snapshot brings its own",
+                    f"{self.path} is of a machine with {name} {theirs[name]}, but this one has {value}",
+                    hint="drop these options: a snapshot has its own",
                 )
         for slot, region in zip(machine.memory.slots, self.description["memory"], strict=True):
             self._restore_memory(machine, slot, region["offset"])
@@ -148,7 +148,7 @@ class Snapshot:
         for vcpu, each in zip(machine.vcpus, saved, strict=True):
             state.load_vcpu(vcpu, each)
         if (machine.gic is None) != (self.description["gic"] is None):
-            raise HostError(f"{self.path} and this host disagree on there being an interrupt controller")
+            raise HostError(f"only one of {self.path} and this host has an interrupt controller")
         if machine.gic is not None:
             machine.gic.load(self.description["gic"])
         for placed, each in zip(machine.bus.placed, self.description["devices"], strict=True):
@@ -157,7 +157,7 @@ class Snapshot:
         return Entry(Gpa(machine.vcpus[0].pc), Gpa(0), b"", ())
 
     def _restore_memory(self, machine: Built, slot: Slot, offset: int) -> None:
-        # What a balloon gives back is zeros when it is touched again, and not what was saved.
+        # Pages that a balloon returns must read as zeros, not as the saved contents.
         balloon = any(each.get("device") == "balloon" for each in self.description["devices"])
         if slot.backing.guest_memfd is None and not balloon:
             try:
@@ -185,7 +185,7 @@ class Snapshot:
         return (start, min(os.lseek(self._fd, start, os.SEEK_HOLE), end)) if start < end else None
 
     def close(self) -> None:
-        """Serve memory no longer, and close the file. Idempotent. No vCPU may run, and the memory is still mapped."""
+        """Stop serving memory, and close the file. Idempotent. No vCPU may run, and memory must still be mapped."""
         while self.served:
             self.served.pop().close()
         fd, self._fd = self._fd, -1

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a guest begins: with a kernel that is loaded, or from a snapshot. A machine asks its :class:`Start` and no more.
+"""How a guest begins: with a loaded kernel, or from a snapshot. A machine uses only the :class:`Start` interface.
 
 A start belongs to one machine, which calls :meth:`Start.prepare` before it opens anything, :meth:`Start.enter` when all
-is built, and :meth:`Start.close` while guest memory is still mapped. Nothing here knows the machine itself: a start
-sees what :class:`Built` names.
+is built, and :meth:`Start.close` while guest memory is still mapped. A start does not know the machine's class. It sees
+the members of :class:`Built`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from pyvmm.memory.memory import Memory
 
     class Built(Protocol):
-        """What a start sees of a machine, which is built and has not run.
+        """A start's view of a machine that is built and has not run.
 
-        ``loadable`` is bytes from RAM's start that can be loaded into, ``tree`` the device tree that the guest brings,
-        if it does, and ``pool`` bytes of its DMA pool.
+        ``loadable`` is the number of loadable bytes from RAM's start. ``tree`` is the guest's own device tree, if it
+        has one. ``pool`` is the size of its DMA pool in bytes.
         """
 
         config: MachineConfig
@@ -45,37 +45,35 @@ if TYPE_CHECKING:
             ...
 
     class Start(Protocol):
-        """Where a guest begins."""
+        """The way a guest begins."""
 
         @property
         def kind(self) -> str:
-            """What it begins with, in a word; known once it is prepared."""
+            """What it begins with, in one word. Known once prepared."""
             ...
 
         @property
         def lazy(self) -> bool:
-            """Whether pages of guest memory come only when they are touched, after :meth:`enter`."""
+            """Whether guest memory is loaded page by page, on first access, after :meth:`enter`."""
             ...
 
         def prepare(self, config: MachineConfig) -> None:
-            """Open and check what a machine of ``config`` begins with. Raises UsageError where it cannot."""
+            """Open and check the files that a machine of ``config`` begins with. Raises UsageError."""
 
         def enter(self, machine: Built) -> boot.Entry:
-            """Put it into ``machine``: memory, registers, devices. UsageError or HostError where that cannot be."""
+            """Load it into ``machine``: memory, registers, devices. Raises UsageError or HostError."""
             ...
 
         def close(self) -> None:
-            """Give everything back; idempotent, at any time. No vCPU runs, and what was entered is still mapped."""
+            """Release everything. Idempotent. No vCPU may run, and guest memory must still be mapped."""
 
 
 SHORT: Final = 2048
-"""Bytes of a command line that no kernel cuts."""
+"""Bytes of a command line that every kernel accepts."""
 
 
 class KernelImage:
-    """The start with the kernel, initrd and device tree that a configuration names. Holds files open until they are
-    loaded.
-    """
+    """The start with a configuration's kernel, initrd and device tree. Holds the files open until they are loaded."""
 
     lazy = False
 
@@ -88,13 +86,13 @@ class KernelImage:
         return self._image.kind
 
     def prepare(self, config: MachineConfig) -> None:
-        """Open the kernel and the initrd, and see what they are; UsageError too for a command line that is cut."""
+        """Open and identify the kernel and the initrd. Also raises UsageError for a command line that is too long."""
         self._image = boot.read(config.kernel, config.initrd, room=config.memory)
         self._files.callback(self._image.close)
         self._check_line(" ".join(config.params).encode("utf-8", "surrogateescape"), "params")
 
     def _check_line(self, line: bytes, option: str) -> None:
-        # Few lines are long or have words for init, and only theirs pay for the rules.
+        # Few command lines are long or have words for init. Only those pay for the check.
         if len(line) >= SHORT or b"--" in line:
             from pyvmm.machine.cmdline import check, is_linux
 
@@ -102,7 +100,7 @@ class KernelImage:
                 check(line, option)
 
     def enter(self, machine: Built) -> boot.Entry:
-        """Load it, and have the first vCPU start with it."""
+        """Load it, and set the first vCPU's start state."""
         config = machine.config
         if machine.tree is not None:
             from pyvmm.machine.cmdline import line_in

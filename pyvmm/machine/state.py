@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What KVM holds of a machine beside its memory: registers of vCPUs, the interrupt controller, the clock.
+"""Save and load KVM's state besides memory: registers of vCPUs, the interrupt controller, the clock.
 
-Plain functions between KVM's objects and plain values of JSON, for snapshots of unprotected VMs. What is saved stands
-still meanwhile; what is loaded has not run. Numbers are written in hexadecimal, for they are registers.
+Functions that convert between KVM's objects and JSON values, for snapshots of unprotected VMs. A machine must be paused
+to save it, and must not have run to load it. Register values are written in hexadecimal.
 
-Linux Documentation/virt/kvm/devices/arm-vgic-v3.rst and arm-vgic-its.rst say what must come before what. A register
-that holds the saved value already is not written: so what cannot be written, and is the same on both hosts, is no
-obstacle.
+Linux Documentation/virt/kvm/devices/arm-vgic-v3.rst and arm-vgic-its.rst define the order. A register that already has
+the saved value is not written, so read-only registers with the same value on both hosts do no harm.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 CLOCKS: Final = (uapi.KVM_REG_ARM_TIMER_CNT, uapi.KVM_REG_ARM_PTIMER_CNT)
-"""Counters, which are the whole VM's and go on while it is saved and loaded: see :func:`load_clock`."""
+"""Counters of the whole VM, which run during saving and loading: see :func:`load_clock`."""
 
 # ---- vCPUs -------------------------------------------------------------------------------------------------------
 
 
 def save_vcpu(vcpu: Vcpu) -> State:
-    """Return everything of a vCPU; its exit must be finished (``pv_settle``)."""
+    """Return a vCPU's state. Its exit must be finished (``pv_settle``)."""
     events = kvm_vcpu_events()
     vcpu.call(KVM_GET_VCPU_EVENTS, events)
     return {
@@ -47,7 +46,7 @@ def save_vcpu(vcpu: Vcpu) -> State:
 
 
 def load_vcpu(vcpu: Vcpu, saved: State) -> None:
-    """Make a vCPU that one, but for the clock. HostError where this host's vCPUs cannot be like it."""
+    """Load a vCPU's state, except the clock. Raises HostError if this host's vCPUs cannot hold it."""
     known = set(vcpu.reg_list())
     for name, text in saved["registers"].items():
         id, value = int(name, 16), int(text, 16)
@@ -55,7 +54,7 @@ def load_vcpu(vcpu: Vcpu, saved: State) -> None:
             continue
         if id not in known:
             raise HostError(
-                f"{vcpu.label}: this host's vCPUs have no register {name}, which was saved", hint=_OTHER_HOST
+                f"{vcpu.label}: the snapshot has register {name}, which this host's vCPUs lack", hint=_OTHER_HOST
             )
         if vcpu.get_reg(id) == value:
             continue
@@ -63,18 +62,18 @@ def load_vcpu(vcpu: Vcpu, saved: State) -> None:
             vcpu.set_reg(id, value)
         except (KvmError, OverflowError) as error:
             raise HostError(
-                f"{vcpu.label}: register {name} cannot be {text} here: {error}", hint=_OTHER_HOST
+                f"{vcpu.label}: register {name} cannot be set to {text} on this host: {error}", hint=_OTHER_HOST
             ) from error
     events = kvm_vcpu_events.from_buffer_copy(bytes.fromhex(saved["events"]))
     vcpu.call(KVM_SET_VCPU_EVENTS, events)
     vcpu.mp_state = MpState[saved["mp_state"]]
 
 
-_OTHER_HOST: Final = "restore it on a host with the same kind of CPU, and the same kernel or a newer one"
+_OTHER_HOST: Final = "restore it on a host with the same CPU model, and the same or a newer kernel"
 
 
 def load_clock(vcpu: Vcpu, saved: State) -> None:
-    """Have the counters of the VM go on from where ``saved`` has them; last of all, for from here on they run."""
+    """Set the VM's counters to their ``saved`` values. Call this last, because they run from here on."""
     for id in CLOCKS:
         if text := saved["registers"].get(f"{id:#x}"):
             vcpu.set_reg(id, int(text, 16))
@@ -115,7 +114,7 @@ _ICC: Final = {
     "IGRPEN0": _icc(12, 6), "IGRPEN1": _icc(12, 7),
 }  # fmt: skip
 _PERHAPS: Final = ("AP0R1", "AP0R2", "AP0R3", "AP1R1", "AP1R2", "AP1R3")
-"""There are so many of them as there are bits of priority."""
+"""Their number depends on the bits of priority."""
 
 
 def save_gic(gic: KvmDevice, its: KvmDevice | None, cpus: int) -> State:
@@ -136,7 +135,7 @@ def load_gic(gic: KvmDevice, its: KvmDevice | None, saved: State) -> None:
     for group, attr, text in saved["registers"]:
         _put(gic, group, int(attr, 16), int(text, 16))
     if (saved["its"] is None) != (its is None):
-        raise UsageError("the snapshot and this host disagree on there being an ITS", hint=_OTHER_HOST)
+        raise UsageError("only one of the snapshot and this host has an ITS", hint=_OTHER_HOST)
     if its is None:
         return
     registers = {int(offset, 16): int(text, 16) for offset, text in saved["its"].items()}
@@ -148,14 +147,14 @@ def load_gic(gic: KvmDevice, its: KvmDevice | None, saved: State) -> None:
 
 
 def _registers(gic: KvmDevice, cpus: int) -> Iterator[tuple[int, int]]:
-    """Yield (group, attribute) of all there is to save, in the order in which it is to be loaded."""
+    """Yield (group, attribute) of all registers to save, in the order of loading."""
     interrupts = 32 * ((_get(gic, _DIST, _GICD_TYPER) & 0x1F) + 1)
     affinities = [layout.mpidr(index) << uapi.KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT for index in range(cpus)]
-    # What the guest was told the controller is, before anything that depends on it.
+    # The controller's identification registers, before anything that depends on them.
     yield _DIST, _GICD_IIDR
     yield _DIST, _GICD_CTLR
     for affinity in affinities:
-        # The tables' addresses, before CTLR lets LPIs be looked up in them.
+        # The tables' addresses, before CTLR enables LPIs.
         for offset in (_GICR_WAKER, _GICR_PROPBASER, _GICR_PROPBASER + 4, _GICR_PENDBASER, _GICR_PENDBASER + 4):
             yield _REDIST, affinity | offset
         yield _REDIST, affinity | _GICR_CTLR
@@ -180,21 +179,21 @@ def _registers(gic: KvmDevice, cpus: int) -> Iterator[tuple[int, int]]:
 
 
 def _banks(interrupts: range, first: int = 0) -> Iterator[int]:
-    """Yield the offsets of what configures ``interrupts``: a bit, two, or a byte for each."""
+    """Yield the offsets of the registers that configure ``interrupts``: 1, 2 or 8 bits for each."""
     for base, bits in ((_IGROUPR, 1), (_ICFGR, 2), (_IPRIORITYR, 8), (_ISENABLER, 1)):
         for interrupt in interrupts[:: 32 // bits]:
             yield first + base + interrupt * bits // 8
 
 
 def _pending(interrupts: range, first: int = 0) -> Iterator[int]:
-    """Yield the offsets of what is pending and active: to be loaded once it is known what is edge and what level."""
+    """Yield the offsets of the pending and active state. Load it after the edge and level configuration."""
     for base in (_ISPENDR, _ISACTIVER):
         for interrupt in interrupts[::32]:
             yield first + base + interrupt // 8
 
 
 def _its_registers() -> Sequence[int]:
-    # CBASER first: a write of it moves the other two of the command queue back.
+    # CBASER first: writing it resets the other two registers of the command queue.
     return (
         _GITS_IIDR,
         _GITS_CBASER,
@@ -234,7 +233,7 @@ def _put(device: KvmDevice, group: int, attr: int, value: int, *, always: bool =
             room.value = value
             device.set_attr(group, attr, room)
     except (KvmError, UsageError) as error:
-        what = f"{device.label}: group {group}, register {attr:#x} cannot be {value:#x} here"
+        what = f"{device.label}: group {group}, register {attr:#x} cannot be set to {value:#x} on this host"
         raise HostError(f"{what}: {error}", hint=_OTHER_HOST) from error
 
 

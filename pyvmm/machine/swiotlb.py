@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool through which a guest with private memory does its I/O: how large it is, and how the guest is told.
+"""The bounce buffer (DMA pool) of a guest with private memory: its size, and its device tree node.
 
 Linux knows it as a restricted DMA pool (Documentation/devicetree/bindings/reserved-memory/shared-dma-pool.yaml): memory
-that the guest sets aside and shares page by page when its first device comes up, and through which it then copies all
-that its devices read and write. Where it is, is the guest's choice. Every kernel that shares memory with a hypervisor
-of this kind knows such pools: CONFIG_ARM_PKVM_GUEST needs them.
+that the guest reserves, and shares page by page when its first device starts. It then copies all device I/O through the
+pool. The guest chooses its address. Every kernel that can share memory with pKVM supports such pools:
+CONFIG_ARM_PKVM_GUEST needs them.
 
-A command line's ``swiotlb=`` would do for a kernel since 7.3, but is not heard by older ones.
+``swiotlb=`` on the command line works only with kernels since 7.3.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from pyvmm.machine.fdt import Node, Tree
 
 DEFAULT: Final = 16 * MIB
-"""Sharing it is 4096 calls, about 80 million instructions of a protected guest's boot under pkvm, as many as through
-``swiotlb=``. Linux finds it full in a fifth of the times that it writes 64 MiB at once, says so, and waits for what is
-under way: nothing fails."""
+"""Default size in bytes. Sharing it takes 4096 calls, about 80 million instructions of a protected guest's boot, as
+with ``swiotlb=``. When Linux writes 64 MiB at once, it finds the pool full one time in five. It then logs that and
+waits for pending I/O. Nothing fails."""
 MOST_SHARE: Final = 8
-"""A pool may take one part in so many of the guest's memory, unless told: a Linux of 32 MiB has 13 left to run in."""
+"""By default a pool takes at most memory / MOST_SHARE. That leaves a 32 MiB Linux 13 MiB to run in."""
 
 
 def usual_pool(memory: int) -> int:
-    """Return the bytes of a pool in so many of memory, unless somebody chooses."""
+    """Return the default size of the pool, in bytes, of a guest with ``memory`` bytes."""
     return min(DEFAULT, memory // MOST_SHARE // MIB * MIB)
 
 
 def check_pool(size: int, memory: int) -> None:
-    """Raise UsageError for a pool's size that is none, or that does not fit into so many bytes of memory."""
+    """Raise UsageError for a pool of ``size`` bytes that is invalid, or too large for ``memory`` bytes."""
     if size % MIB or size < 0:
-        raise OptionError(f"{size} bytes of DMA pool: whole MiB are needed, 0 for none", "swiotlb")
+        raise OptionError(f"{size} bytes of DMA pool: use whole MiB, or 0 for none", "swiotlb")
     if size > memory // 2:
         raise OptionError(
-            f"a DMA pool of {size // MIB} MiB in {memory // MIB} MiB of memory: half of it is the most",
+            f"a DMA pool of {size // MIB} MiB in {memory // MIB} MiB of memory: the maximum is half of it",
             "swiotlb",
             "mem",
             hint=f"give the guest more memory: -m {2 * size // MIB}M",
@@ -48,11 +48,11 @@ def check_pool(size: int, memory: int) -> None:
 
 
 def pool_in(tree: bytes, what: str) -> int:
-    """Return the bytes of the pool in a device tree, whole MiB, 0 for none; ``what`` names the tree in errors.
+    """Return the size of the pool in a device tree, in bytes, whole MiB, 0 for none. ``what`` names the tree.
 
     Raises UsageError for a tree that cannot be read, and for a pool that is too small.
     """
-    # Of several pools the smallest: a device may be sent to any, and what fits that one fits the others.
+    # Of several pools, use the smallest: a device may get any of them, and a request that fits it fits the others.
     sizes = [
         _size(pool, reserved, what)
         for reserved in parse(tree, what).children
@@ -63,14 +63,14 @@ def pool_in(tree: bytes, what: str) -> int:
     ]
     if sizes and min(sizes) < MIB:
         raise UsageError(
-            f"{what} has a DMA pool of {min(sizes)} bytes: a disk's requests need 1 MiB",
-            hint="make it larger, or leave it out of the tree's /reserved-memory",
+            f"{what} has a DMA pool of {min(sizes)} bytes: disk requests need at least 1 MiB",
+            hint="make it larger, or remove it from the tree's /reserved-memory",
         )
     return min(sizes, default=0) // MIB * MIB
 
 
 def _size(pool: Node, reserved: Node, what: str) -> int:
-    # Devicetree Specification v0.4, 3.5.1: reg, if it is there, says more than size. 2.3.5: cells, unless told.
+    # Devicetree Specification v0.4, 3.5.1: reg, if present, overrides size. 2.3.5: default cells.
     address, size = (
         4 * int.from_bytes(encode(reserved.properties.get(name, usual)), "big")
         for name, usual in (("#address-cells", 2), ("#size-cells", 1))
@@ -79,7 +79,7 @@ def _size(pool: Node, reserved: Node, what: str) -> int:
     if "reg" in pool.properties:
         said = encode(pool.properties["reg"])[address:]
     if not 0 < size <= 8 or len(said) < size:
-        raise UsageError(f"{what} does not say how large its DMA pool {pool.name!r} is, in reg or in size")
+        raise UsageError(f"{what} gives no size of its DMA pool {pool.name!r}: neither reg nor size")
     return int.from_bytes(said[:size], "big")
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vCPUs' threads of a machine: let go together, kept out of the guest, paused with the devices, stopped.
+"""The vCPU threads of a machine: start, pause (with the devices), resume and stop them together.
 
-Owns the threads. Any thread may call, but a vCPU's own only what says so: it would wait for itself.
+Owns the threads. Any thread may call. A vCPU's own thread may call only methods that say so, because it would wait for
+itself.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ class Threads:
         return self._threads[index]
 
     def add(self, thread: VcpuThread) -> None:
-        """Take the thread of the next vCPU, not started yet."""
+        """Add the unstarted thread of the next vCPU."""
         self._threads.append(thread)
 
     def start(self) -> None:
-        """Let every vCPU go."""
+        """Start every vCPU."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End every thread, and return when all have; idempotent."""
+        """End every thread, and return when all have ended. Idempotent."""
         for thread in self._threads:
             thread.stop()
         for thread in self._threads:
@@ -56,13 +57,13 @@ class Threads:
         self._threads.clear()
 
     def pause(self) -> None:
-        """Stop every vCPU and then every device, and return when all stand still.
+        """Pause every vCPU and then every device, and return when all are paused.
 
-        Pauses nest: all goes on when each has been resumed. Where a device does not come to rest nothing is paused, and
-        what it raises says so.
+        Pauses nest: the machine runs again after as many resumes. If a device cannot be paused, nothing is, and its
+        exception is raised.
         """
         self.pause_alone()
-        # The lock is let go of last: nobody else may find devices at rest that are about to go on.
+        # Release the lock last: no other thread may see devices paused that are about to resume.
         with self._pausing, contextlib.ExitStack() as half:
             half.callback(self._resume_alone)
             if not self._pauses:
@@ -75,7 +76,7 @@ class Threads:
             half.pop_all()
 
     def pause_alone(self) -> None:
-        """Stop every vCPU, and no device."""
+        """Pause every vCPU, but no device."""
         if any(thread.is_current for thread in self._threads):
             raise PyvmmError("a vCPU's own thread cannot pause the machine: it would wait for itself")
         for thread in self._threads:
@@ -84,7 +85,7 @@ class Threads:
             thread.wait_paused()
 
     def resume(self) -> None:
-        """Let every device and vCPU go on."""
+        """Resume every device and vCPU."""
         with self._pausing:
             if not self._pauses:
                 raise PyvmmError("the machine is not paused: there is nothing to resume")
@@ -101,12 +102,12 @@ class Threads:
 
     @property
     def paused(self) -> bool:
-        """Whether :meth:`pause` holds them."""
+        """Whether they are paused."""
         return self._pauses > 0
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Keep every vCPU but the caller's own, who may be one, out of the guest."""
+        """Keep every vCPU out of the guest, except the caller's own if it is one."""
         others = [thread for thread in self._threads if not thread.is_current]
         for thread in others:
             thread.pause()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the VM that a configuration asks for, with the address bits that it needs, and tells the native loop of it."""
+"""Make the VM of a configuration, with the address bits that it needs, and register it with the native loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.config import MachineConfig
 
 FORWARDED: Final = ((abi.HVC_FEATURES, 1), (abi.HVC_MEMINFO, 3))
-"""FEATURES, and MEMINFO with SHARE and UNSHARE: what the emulated protection answers in EL2's place."""
+"""FEATURES, and MEMINFO with SHARE and UNSHARE: the calls that the emulated protection answers instead of EL2."""
 RETRIES: Final = 64
 RING_RECORDS: Final = 1 << 12
 NATIVE_PROTECTIONS: Final = {
@@ -43,9 +43,9 @@ NATIVE_POLICIES: Final = {
 
 
 def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
-    """Make the VM; returns it with the number of bits in its guest's physical addresses.
+    """Make the VM. Returns it with the number of bits in its guest's physical addresses.
 
-    Raises HostError where the host makes none of this kind, or none with so much memory.
+    Raises HostError if the host cannot make such a VM, or not with ``config.memory`` bytes.
     """
     kind = KVM_VM_TYPE_ARM_PROTECTED if config.protection is Protection.PKVM else 0
     bits = DEFAULT_IPA_BITS
@@ -53,7 +53,7 @@ def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
         try:
             return system.create_vm(kind), bits
         except KvmError as error:
-            # A CPU with fewer bits: the kernel makes VMs of what it has, if asked for just that.
+            # A CPU with fewer bits: the kernel makes a VM with exactly that number, if asked for it.
             bits = system.max_ipa_bits
             if error.errno != errno.EINVAL or not 0 < bits < DEFAULT_IPA_BITS:
                 raise
@@ -61,9 +61,9 @@ def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
         if end > 1 << bits:
             most = ((1 << bits) - layout.RAM_BASE) // MIB
             raise HostError(
-                f"{config.memory // MIB} MiB of memory end at gpa {hex_(end)}, and guests of this host have "
+                f"{config.memory // MIB} MiB of memory end at gpa {hex_(end)}, but guests on this host have "
                 f"{bits} address bits",
-                hint=f"-m {most}M is the most" if most > 0 else None,
+                hint=f"use at most -m {most}M" if most > 0 else None,
             )
         return system.create_vm(kind | bits), bits
     except KvmError as error:
@@ -73,7 +73,7 @@ def create_vm(system: System, config: MachineConfig) -> tuple[Vm, int]:
 
 
 def protect(vm: Vm, config: MachineConfig) -> pv_vm:
-    """Tell the VM, and the native loop, of its protection; returns the ``struct pv_vm *``, without memory yet."""
+    """Set the protection of the VM and in the native loop. Returns the ``struct pv_vm *``, still without memory."""
     native = ffi.new("struct pv_vm *")
     native.fd = vm.fileno()
     native.protection = NATIVE_PROTECTIONS[config.protection]
@@ -87,7 +87,7 @@ def protect(vm: Vm, config: MachineConfig) -> pv_vm:
 
 
 def native_vcpu(vcpu: Vcpu, native_vm: pv_vm, *, timed: bool) -> tuple[pv_vcpu, Array[pv_record]]:
-    """Tell the native loop of a vCPU; returns its ``struct pv_vcpu *``, and the records to be kept as long as that."""
+    """Register a vCPU with the native loop. Returns its ``struct pv_vcpu *``, and its records, to keep as long."""
     records = ffi.new("struct pv_record[]", RING_RECORDS)
     native = ffi.new("struct pv_vcpu *")
     native.fd, native.index, native.vm = vcpu.fileno(), vcpu.index, native_vm

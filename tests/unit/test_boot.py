@@ -349,12 +349,12 @@ def test_a_payloads_name_without_its_prefix_is_recognised() -> None:
 def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UsageError, match="1099511627776 bytes, but the guest only 67108864"):
+    with pytest.raises(UsageError, match="1099511627776 bytes, but the guest has only 67108864"):
         read(str(tmp_path / "huge"), room=64 * MIB)
 
 
 def test_a_gzip_file_that_unpacks_to_more_than_memory_is_refused_early() -> None:
-    with pytest.raises(UsageError, match="unpacked, has 1048577 bytes, but the guest only 1048576"):
+    with pytest.raises(UsageError, match="unpacked, has 1048577 bytes, but the guest has only 1048576"):
         identify(gzip.compress(bytes(64 * MIB)), "bomb", room=MIB)
 
 
@@ -410,7 +410,7 @@ def test_an_initrd_is_no_further_from_its_kernel_than_linux_maps(gib: int) -> No
     assert max(end for _, end in where.values()) <= window + (32 << 30)
     with pytest.raises(UsageError, match="overlaps the device tree") as caught:
         plan(flat(32 << 30), ram_size=64 << 30)
-    assert caught.value.hint == "a kernel, its initrd and its device tree have to be within 32 GiB"
+    assert caught.value.hint == "a kernel, its initrd and its device tree must be within 32 GiB"
 
 
 def test_the_least_memory_there_may_be_takes_a_payload() -> None:
@@ -457,7 +457,7 @@ def test_a_payload_is_given_no_more_memory_than_it_reaches() -> None:
     plan(image, ram_size=layout.PAYLOAD_LIMIT - layout.RAM_BASE)
     with pytest.raises(UsageError, match=r"522241 MiB .* no address from 0x80_0000_0000 on") as caught:
         plan(image, ram_size=layout.PAYLOAD_LIMIT - layout.RAM_BASE + MIB)
-    assert caught.value.hint == "-m 522240M is the most for one"
+    assert caught.value.hint == "use at most -m 522240M"
 
 
 def test_the_hint_gives_memory_that_is_enough() -> None:
@@ -536,11 +536,11 @@ TREE = Tree(Node("", {"a": 1})).to_bytes()
     [
         (b"/dts-v1/;\n/ {};\n" + bytes(40), "no flattened device tree: it does not start with 0xd00dfeed"),
         (TREE[:20], "no flattened device tree"),
-        (TREE[:-1], f"truncated: its header says {len(TREE)} bytes, and there are {len(TREE) - 1}"),
-        (TREE[:20] + struct.pack(">2I", 18, 18) + TREE[28:], "has version 18, readable as 18"),
+        (TREE[:-1], f"truncated: its header says {len(TREE)} bytes, but it has {len(TREE) - 1}"),
+        (TREE[:20] + struct.pack(">2I", 18, 18) + TREE[28:], "has version 18, compatible with 18"),
         (TREE[:20] + struct.pack(">2I", 3, 1) + TREE[28:], "has version 3"),
         (TREE[:8] + struct.pack(">I", 1 << 31) + TREE[12:], "is damaged: its parts end at byte"),
-        (TREE.ljust(FDT_ROOM + 1, b"\0"), "2097153 bytes, 2097152 is the most"),
+        (TREE.ljust(FDT_ROOM + 1, b"\0"), "2097153 bytes, more than the maximum of 2097152"),
     ],
     ids=["source", "short", "truncated", "newer", "older", "damaged", "large"],
 )
@@ -552,7 +552,7 @@ def test_a_file_that_is_no_device_tree_is_refused_with_the_reason(tmp_path: Path
 
 
 def test_a_command_line_too_long_for_the_device_tree_is_refused() -> None:
-    with pytest.raises(UsageError, match="2097152 is the most"):
+    with pytest.raises(UsageError, match="the maximum of 2097152"):
         place(flat(), Recorder(), Board(cpus=1, command_line="x" * FDT_ROOM), ram_size=64 * MIB)
 
 

@@ -32,7 +32,7 @@ def test_a_command_that_the_kernel_would_cut_is_not_run(image: str, capsys: pyte
     line = f"console=ttyAMA0 quiet -- : {'x' * 1980}; echo would remove /mnt/data/old-backups/2019"
     assert main(["run", "--dry-run", "-p", line, image]) == 2
     said = capsys.readouterr().err
-    assert f"has {len(line) + 1} bytes with its NUL: an arm64 Linux takes 2048" in said
+    assert f"has {len(line) + 1} bytes with its NUL. An arm64 Linux accepts 2048" in said
 
 
 def test_the_longest_line_reaches_the_guest_whole(image: str) -> None:

@@ -49,7 +49,7 @@ def test_more_memory_than_a_host_has_addresses_for_is_refused_with_the_most_ther
     assert make(System(36), gib=62) == (36, 36)
     with pytest.raises(HostError, match=r"64512 MiB of memory end at gpa 0x10_4000_0000, .* 36 address bits") as caught:
         make(System(36), gib=63)
-    assert caught.value.hint == "-m 63488M is the most"
+    assert caught.value.hint == "use at most -m 63488M"
 
 
 @pytest.mark.parametrize("bits", [36, 48])

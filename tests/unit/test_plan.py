@@ -108,8 +108,8 @@ def test_a_plan_tells_of_the_pool_that_devices_of_a_protected_guest_go_through(t
             (tmp_path / "dtb").write_bytes(plan.machine.entry.device_tree)
             return [line.strip() for line in plan.lines() if "pool" in line]
 
-    assert pools(protection=Protection.PKVM) == ["DMA pool, 4 MiB of it, where the guest chooses"]
-    assert pools(swiotlb=4 << 20) == ["DMA pool, 4 MiB of it, where the guest chooses"]
+    assert pools(protection=Protection.PKVM) == ["DMA pool, 4 MiB of it, at an address that the guest chooses"]
+    assert pools(swiotlb=4 << 20) == ["DMA pool, 4 MiB of it, at an address that the guest chooses"]
     assert pools() == pools(protection=Protection.PKVM, swiotlb=0) == []
     assert pools(protection=Protection.PKVM, dtb=str(tmp_path / "dtb")) == []
 

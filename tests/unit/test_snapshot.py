@@ -120,7 +120,7 @@ def test_what_cannot_be_written_leaves_nothing_and_the_old_file_as_it_was(
     [
         (lambda _: b"", "is no snapshot"),
         (lambda data: b"#!/bin/sh\n" + data, "is no snapshot"),
-        (lambda data: data[:8] + struct.pack("<I", VERSION + 1) + data[12:], "format 2, this pyvmm reads format 1"),
+        (lambda data: data[:8] + struct.pack("<I", VERSION + 1) + data[12:], "format 2, but this pyvmm reads format 1"),
         (lambda data: data[:-PAGE], "is damaged: it should have"),
         (lambda data: data + b"x", "is damaged: it should have"),
         (lambda data: data[:4200] + b"\0" + data[4201:], "description is not what was written"),
@@ -166,7 +166,7 @@ def test_another_machine_is_refused_by_what_differs(machine: Machine, tmp_path: 
     with (
         Snapshot(path) as snapshot,
         plan(cpus=2) as other,
-        pytest.raises(UsageError, match="of a machine with cpus 1, and this one has 2"),
+        pytest.raises(UsageError, match="of a machine with cpus 1, but this one has 2"),
     ):
         snapshot.enter(other.machine)
 

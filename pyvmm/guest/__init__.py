@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests: handles on a running payload (the puppet), and kernels and initramfs by name."""
+"""Guests: handles of a running payload (the puppet), and named kernels and initramfs."""

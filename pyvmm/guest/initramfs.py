@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The initramfs ``shell:`` of guests: busybox, an init, what little they look for; modules follow as an archive.
+"""Build the guest initramfs ``shell:``: busybox, an init, and their few files. Modules follow as a second archive.
 
-The same input gives the same bytes. Everything is uncompressed: unpacking costs a guest more than the pages it saves.
+The same input gives the same bytes. It is not compressed: unpacking would cost a guest more than it saves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INIT: Final = Path(__file__).with_name("init.sh")
 BUSYBOX: Final = "bin/busybox"
 DIRECTORIES: Final = ("dev", "mnt", "proc", "root", "sys", "tmp", "usr/bin", "usr/sbin", "var/run")
 LINKS: Final = {"bin/sh": "busybox", "sbin/modprobe": f"../{BUSYBOX}", "linuxrc": "init"}
-"""The shell runs busybox's programs without links; these are for the kernel, for scripts, and for init."""
+"""Links for the kernel, scripts and init. The shell runs busybox's programs without links."""
 FILES: Final = {
     "etc/passwd": b"root:x:0:0:root:/root:/bin/sh\n",
     "etc/group": b"root:x:0:\n",
@@ -42,12 +42,12 @@ _STATUS: Final = re.compile(rb"^pyvmm: exit status (\d+)\r?$", re.MULTILINE)
 
 
 def digest() -> str:
-    """Return a hash of all that shapes the archive besides busybox."""
+    """Return a hash of everything in the archive except busybox."""
     return hashlib.sha256(write(b"")).hexdigest()
 
 
 def write(busybox: bytes) -> bytes:
-    """Return the archive; ``busybox`` is linked statically."""
+    """Return the archive. ``busybox`` is a statically linked program."""
     out = BytesIO()
     cpio = CpioWriter(out)
     cpio.file("init", INIT.read_bytes(), mode=0o755)
@@ -56,7 +56,7 @@ def write(busybox: bytes) -> bytes:
         cpio.symlink(path, target)
     for path in DIRECTORIES:
         cpio.directory(path)
-    # The kernel opens it for init before that can mount anything.
+    # The kernel opens it for init, before init can mount anything.
     cpio.character_device("dev/console", 5, 1)
     for path, data in FILES.items():
         cpio.file(path, data)
@@ -66,6 +66,6 @@ def write(busybox: bytes) -> bytes:
 
 
 def exit_status(console: bytes) -> int | None:
-    """Return the exit status that a guest which ran a command told on its console; None where it told none."""
+    """Return the exit status that the guest's console reports for its command, or None."""
     found = _STATUS.findall(console)
     return int(found[-1]) if found else None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orders for a vCPU of the payload ``puppet``: how one is waited for, what it brings back, and how it can fail.
+"""Orders for a vCPU of the payload ``puppet``: waiting for one, its results, and its errors.
 
-:class:`pyvmm.guest.puppet.Puppet` gives them. Any thread may wait.
+:class:`pyvmm.guest.puppet.Puppet` sends them. Any thread may wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Results = tuple[int, ...]
 
 
 class Access(IntEnum):
-    """How a page is touched."""
+    """The kind of access to a page."""
 
     READ = abi.ACCESS_READ
     WRITE = abi.ACCESS_WRITE
@@ -32,15 +32,15 @@ class Access(IntEnum):
 
 
 class Mailboxes(Protocol):
-    """What a handle needs of the machine: pyvmm.devices.mailbox.Mailboxes."""
+    """The machine's interface for a handle: pyvmm.devices.mailbox.Mailboxes."""
 
     def submit(self, vcpu: int, op: int, args: Sequence[int] = ()) -> Future[MailboxAnswer]:
-        """Queue an order and return its answer to come."""
+        """Queue an order and return its pending answer."""
         ...
 
 
 class Pong(NamedTuple):
-    """What a vCPU says of itself."""
+    """A vCPU's description of itself."""
 
     mpidr: int
     el: int
@@ -51,14 +51,14 @@ class Pong(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A value and the ticks it took to get."""
+    """A value and its cost in ticks."""
 
     value: int
     ticks: int
 
 
 class Touch(NamedTuple):
-    """Pages touched; if they were asked for, each page's ticks by page number, and the page numbers in their order."""
+    """Pages accessed; if requested, each page's ticks by page number, and the page numbers in order."""
 
     pages: int
     ticks: int
@@ -67,17 +67,17 @@ class Touch(NamedTuple):
     order: tuple[int, ...] = ()
 
     def with_each(self, data: bytes) -> Touch:
-        """Return the same with what the guest left of every page, 8 bytes each (TOUCHED in abi.h)."""
+        """Return a copy with the guest's record of every page, 8 bytes each (TOUCHED in abi.h)."""
         words = struct.unpack_from(f"<{2 * self.pages}I", data)
         order = sorted(range(self.pages), key=words[1::2].__getitem__)
         return self._replace(per_page=words[::2], order=tuple(order))
 
 
 class What(IntEnum):
-    """What is done over and over, each time timed by itself."""
+    """An operation to repeat and time one by one."""
 
     NOTHING = abi.SERIES_NOTHING
-    """The clock is read twice: what timing costs."""
+    """Read the clock twice: the cost of timing."""
     LOAD = abi.SERIES_LOAD
     STORE = abi.SERIES_STORE
     HVC = abi.SERIES_HVC
@@ -86,7 +86,7 @@ class What(IntEnum):
 
 
 class Series(NamedTuple):
-    """How a series went: status (0, or the SMCCC error that ended it), times done, ticks of all of them."""
+    """The result of a series: status (0, or the SMCCC error that ended it), repetitions, total ticks."""
 
     status: int
     done: int
@@ -94,7 +94,7 @@ class Series(NamedTuple):
 
 
 class ShareResult(NamedTuple):
-    """How a share or unshare went: status (0, or the first SMCCC error), pages done, ticks for all of them."""
+    """The result of a share or unshare: status (0, or the first SMCCC error), pages done, total ticks."""
 
     status: int
     pages: int
@@ -114,17 +114,17 @@ class Hvc(NamedTuple):
 
 
 class GuestFault(PyvmmError):
-    """An order trapped: ``trap`` has the registers. The vCPU has recovered and takes orders."""
+    """An order trapped. ``trap`` has the registers. The vCPU has recovered and takes orders."""
 
     exit_status = 3
 
     def __init__(self, order: str, trap: Trap | None) -> None:
-        super().__init__(f"{order} trapped: {trap.describe() if trap else 'the guest does not say how'}")
+        super().__init__(f"{order} trapped: {trap.describe() if trap else 'the guest reported no details'}")
         self.trap = trap
 
 
 class GuestRefused(PyvmmError):
-    """The hypervisor or pyvmm refused what the guest was told to ask for; ``status`` is their answer."""
+    """The hypervisor or pyvmm refused the order's call. ``status`` is their answer."""
 
     def __init__(self, order: str, status: int, why: str) -> None:
         super().__init__(f"{order} was refused: {status} ({why})")
@@ -152,14 +152,14 @@ class Order(Generic[T]):
         self._timeout = timeout
 
     def done(self) -> bool:
-        """Whether there is an answer."""
+        """Whether the answer has arrived."""
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the answer, ``timeout`` seconds at most (the handle's if not said).
+        """Wait for the answer, at most ``timeout`` seconds (default: the handle's).
 
-        Raises GuestFault when the order trapped, GuestSilent when there is no answer in time, and what the machine
-        says when it ended first.
+        Raises GuestFault if the order trapped, GuestSilent if the time is over, and the machine's error if it ended
+        first.
         """
         limit = self._timeout if timeout is None else timeout
         try:
@@ -167,7 +167,7 @@ class Order(Generic[T]):
         except TimeoutError:
             raise GuestSilent(
                 f"{self._what} was not answered within {limit:g} s",
-                hint="is the machine started, and does another order keep this vCPU busy?",
+                hint="is the machine started? Does another order keep this vCPU busy?",
             ) from None
         if answer.status == abi.STATUS_TRAPPED:
             raise GuestFault(self._what, answer.trap)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that does what Python says: a handle on one vCPU of the payload ``puppet``.
+"""Control a guest from Python: a handle of one vCPU of the payload ``puppet``.
 
     with Machine(MachineConfig("payload:puppet", Protection.PKVM)) as machine:
         machine.start()
@@ -8,8 +8,8 @@
         guest.share(0x8100_0000)
 
 Each method is one order and returns when the guest has carried it out. Those named ``start_`` return at once with an
-:class:`~pyvmm.guest.orders.Order`. The vCPU takes one order after another, so other vCPUs' handles are what to use
-meanwhile. Times are ticks of the guest's CNTVCT, exits included. Owns nothing; any thread may use a handle.
+:class:`~pyvmm.guest.orders.Order`. A vCPU takes one order after another. Use the handles of other vCPUs meanwhile.
+Times are ticks of the guest's CNTVCT, including exits. Owns nothing. Any thread may use a handle.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PSCI: Final = {-1: "NOT_SUPPORTED", -2: "INVALID_PARAMETERS", -3: "DENIED", -4:
 
 
 class Puppet:
-    """One vCPU that takes orders. ``timeout`` is in seconds and holds for each order."""
+    """One vCPU that takes orders. ``timeout`` is in seconds, for each order."""
 
     def __init__(self, mailboxes: Mailboxes, vcpu: int = 0, *, timeout: float = TIMEOUT) -> None:
         self._mailboxes = mailboxes
@@ -58,7 +58,7 @@ class Puppet:
         return f"Puppet(vcpu={self.vcpu})"
 
     def start(self, op: int, *args: int) -> Order[Results]:
-        """Give any order of abi.h; the seven result words come back as they are."""
+        """Send any order of abi.h. Its result is the seven raw result words."""
         return self._start(op, args, lambda results: results)
 
     def _start(self, op: int, args: Sequence[int], decode: Callable[[Results], T]) -> Order[T]:
@@ -122,7 +122,7 @@ class Puppet:
         return self.start(abi.OP_WRITE, gpa, _access_size(size), value).result()[0]
 
     def words(self, gpa: int, count: int) -> tuple[int, ...]:
-        """Load ``count`` 64-bit words, seven an order."""
+        """Load ``count`` 64-bit words, seven per order."""
         words: list[int] = []
         while left := count - len(words):
             some = min(left, 7)
@@ -130,7 +130,7 @@ class Puppet:
         return tuple(words)
 
     def fill(self, gpa: int, size: int, pattern: int = 0) -> None:
-        """Store a 64-bit pattern all over ``size`` bytes, a multiple of 8."""
+        """Fill ``size`` bytes, a multiple of 8, with a 64-bit pattern."""
         self.start(abi.OP_FILL, gpa, _words_size(size), pattern).result()
 
     def sum(self, gpa: int, size: int) -> int:
@@ -146,18 +146,18 @@ class Puppet:
     def start_touch(
         self, gpa: int, pages: int, *, stride: int = 1, access: Access = Access.READ, seed: int = 0, ticks_at: int = 0
     ) -> Order[Touch]:
-        """Start touching; see :meth:`touch`. What :meth:`Touch.with_each` reads stays at ``ticks_at``."""
+        """Start :meth:`touch`. The record for :meth:`Touch.with_each` stays at ``ticks_at``."""
         order = (gpa, pages, stride, access, seed, ticks_at)
         return self._start(abi.OP_TOUCH, order, lambda r: Touch(r[0], r[1], r[2]))
 
     def touch(
         self, gpa: int, pages: int, *, stride: int = 1, access: Access = Access.READ, seed: int = 0, ticks_at: int = 0
     ) -> Touch:
-        """Touch ``pages`` pages, every ``stride``-th, once each.
+        """Access ``pages`` pages, every ``stride``-th, once each.
 
-        ``seed`` other than 0 gives a random order. With ``ticks_at``, the gpa of 8 bytes a page of other memory, each
-        page's ticks are left there and read back through the guest (it may be private). Executing a page calls it: it
-        holds code that returns, or zeros.
+        ``seed`` other than 0 gives a random order. ``ticks_at`` is the gpa of other memory, 8 bytes per page. The guest
+        records each page's ticks there. They are read back through the guest, because that memory may be private.
+        Executing a page calls it. It must hold code that returns, or zeros.
         """
         order = self.start_touch(gpa, pages, stride=stride, access=access, seed=seed, ticks_at=ticks_at)
         done = order.result()
@@ -168,10 +168,10 @@ class Puppet:
     def start_series(
         self, what: What, gpa: int = 0, count: int = 1, *, stride: int = 0, value: int = 0, ticks_at: int = 0
     ) -> Order[Series]:
-        """Start doing ``what`` ``count`` times, at addresses ``stride`` bytes apart, each time timed by itself.
+        """Start ``what`` ``count`` times, at addresses ``stride`` bytes apart, and time each.
 
-        ``value`` is what a STORE stores and the function that an HVC calls. Each time's ticks stay at ``ticks_at``,
-        4 bytes each. SHARE and UNSHARE end at the first that is refused.
+        ``value`` is the value of a STORE, or the function of an HVC. The ticks stay at ``ticks_at``, 4 bytes each.
+        SHARE and UNSHARE end at the first refusal.
         """
         order = (what, gpa, count, stride, value, ticks_at)
         return self._start(abi.OP_SERIES, order, lambda r: Series(signed(r[0]), r[1], r[2]))
@@ -179,7 +179,7 @@ class Puppet:
     def series(
         self, what: What, gpa: int = 0, count: int = 1, *, stride: int = 0, value: int = 0, ticks_at: int = 0
     ) -> Series:
-        """Do as :meth:`start_series` says, and wait."""
+        """Run :meth:`start_series` and wait for its result."""
         return self.start_series(what, gpa, count, stride=stride, value=value, ticks_at=ticks_at).result()
 
     def start_execute(self, gpa: int, argument: int = 0) -> Order[Timed]:
@@ -187,45 +187,45 @@ class Puppet:
         return self._start(abi.OP_EXECUTE, (gpa, argument), lambda r: Timed(r[0], r[1]))
 
     def execute(self, gpa: int, argument: int = 0) -> Timed:
-        """Call the code at ``gpa`` with x0 = ``argument``; returns its x0. New code wants :meth:`flush` first."""
+        """Call the code at ``gpa`` with x0 = ``argument``; returns its x0. Call :meth:`flush` first for new code."""
         return self.start_execute(gpa, argument).result()
 
     def start_hammer(self, gpa: int, size: int, rounds: int, access: Access = Access.READ) -> Order[int]:
-        """Start accessing every word of ``size`` bytes, ``rounds`` times over; the answer is rounds done."""
+        """Start accessing every word of ``size`` bytes, ``rounds`` times. The answer is the rounds done."""
         return self._start(abi.OP_HAMMER, (gpa, _words_size(size), rounds, access), _first)
 
     def hammer(self, gpa: int, size: int, rounds: int, access: Access = Access.READ) -> int:
-        """Access every word of ``size`` bytes, ``rounds`` times over; returns rounds done."""
+        """Access every word of ``size`` bytes, ``rounds`` times. Returns the rounds done."""
         return self.start_hammer(gpa, size, rounds, access).result()
 
     def start_count(self, gpa: int, count: int, *, until: int = 0) -> Order[int]:
-        """Start adding 1 to a 64-bit word ``count`` times, atomically; the answer is how often that was done.
+        """Start adding 1 to a 64-bit word ``count`` times, atomically. The answer is the number of additions.
 
-        It ends early when the word at the gpa ``until`` is not 0, which another vCPU or the host may set.
+        It ends early when the word at gpa ``until`` is not 0. Another vCPU or the host may set it.
         """
         return self._start(abi.OP_COUNT, (gpa, count, until), _first)
 
     def mmio(self, gpa: int, count: int = 1, *, value: int | None = None, size: int = 8) -> int:
-        """Store ``value`` (load, if None) ``count`` times in a loop; returns the ticks of all. Not for 2^64 - 1."""
+        """Store ``value`` (load, if None) ``count`` times. Returns the total ticks. ``value`` cannot be 2^64 - 1."""
         word = -1 if value is None else value
         if value is not None and value & _MASK == _MASK:
-            raise UsageError(f"value {hex_(_MASK)} stands for loads in this order")
+            raise UsageError(f"value {hex_(_MASK)} means a load in this order: use another value")
         return self.start(abi.OP_MMIO, gpa, _access_size(size), count, word).result()[0]
 
     # -- the hypervisor
 
     def start_share(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[ShareResult]:
-        """Start sharing; the answer's status is not looked at."""
+        """Start sharing. The answer's status is not checked."""
         return self._start(abi.OP_SHARE, (gpa, pages, how), _share_result)
 
     def start_unshare(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[ShareResult]:
-        """Start unsharing; the answer's status is not looked at."""
+        """Start unsharing. The answer's status is not checked."""
         return self._start(abi.OP_UNSHARE, (gpa, pages, how), _share_result)
 
     def share(
         self, gpa: int, pages: int = 1, *, how: int = abi.SHARE_HVC | abi.SHARE_BELL, check: bool = True
     ) -> ShareResult:
-        """Share pages with the host, ``how``: the hypervisor's call where there is one, then the doorbell.
+        """Share pages with the host. ``how``: by the hypervisor's call if it has one, then by the doorbell.
 
         Raises GuestRefused at the first page that is refused, unless ``check`` is false.
         """
@@ -234,7 +234,7 @@ class Puppet:
     def unshare(
         self, gpa: int, pages: int = 1, *, how: int = abi.SHARE_HVC | abi.SHARE_BELL, check: bool = True
     ) -> ShareResult:
-        """Take pages back: the doorbell, then the hypervisor's call. Otherwise as :meth:`share`."""
+        """Unshare pages: by the doorbell, then by the hypervisor's call. Otherwise as :meth:`share`."""
         return _checked("unshare", gpa, self.start_unshare(gpa, pages, how).result(), check)
 
     def start_hvc(self, *regs: int) -> Order[Hvc]:
@@ -248,22 +248,22 @@ class Puppet:
     # -- power
 
     def cpu_on(self, vcpu: int) -> Puppet:
-        """Start another vCPU; returns its handle. Raises GuestRefused with PSCI's status."""
+        """Start another vCPU and return its handle. Raises GuestRefused with PSCI's status."""
         status = signed(self.start(abi.OP_CPU_ON, vcpu).result()[0])
         if status:
             raise GuestRefused(f"PSCI CPU_ON of vCPU {vcpu}", status, _PSCI.get(status, "unknown to PSCI"))
         return Puppet(self._mailboxes, vcpu, timeout=self.timeout)
 
     def cpu_off(self) -> None:
-        """Tell this vCPU to power itself off; there is no answer to wait for."""
+        """Tell this vCPU to power itself off. No answer follows."""
         self.start(abi.OP_CPU_OFF)
 
     def off(self) -> None:
-        """Tell the guest to power off; there is no answer to wait for."""
+        """Tell the guest to power off. No answer follows."""
         self.start(abi.OP_OFF)
 
     def reset(self) -> None:
-        """Tell the guest to ask for a reset; there is no answer to wait for."""
+        """Tell the guest to request a reset. No answer follows."""
         self.start(abi.OP_RESET)
 
 
@@ -289,5 +289,5 @@ def _access_size(size: int) -> int:
 
 def _words_size(size: int) -> int:
     if size % 8 or size <= 0:
-        raise UsageError(f"{size} bytes are not a number of 64-bit words")
+        raise UsageError(f"{size} bytes are not a whole number of 64-bit words")
     return size

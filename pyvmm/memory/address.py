@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two kinds of address, kept apart by type, and page arithmetic. Owns nothing; anyone may import it."""
+"""Two address types, guest and host, and page arithmetic. Owns nothing. Every module may import it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Hva = NewType("Hva", int)
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
-"""Bytes of a page of the guest, the host's stage 2 and the ledger. Hosts with larger pages are refused by `doctor`."""
+"""Page size in bytes, of the guest, the host's stage 2 and the ledger. `doctor` refuses hosts with larger pages."""
 
 MIB = 1 << 20
 

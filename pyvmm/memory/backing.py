@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guest memory is made of: anonymous memory, memfd (4 KiB, THP advice, hugetlb), guest_memfd, shared or private.
+"""Backings of guest memory: anonymous memory, memfd (4 KiB, THP advice, hugetlb), shared or private guest_memfd.
 
-A backing owns its file descriptor, if it has one, and its mappings; whoever made it closes it, or hands it to a
-``Memory``, which closes it then. A backing has two addresses: ``hva``, through which KVM faults pages in, and ``view``,
-through which the host's own code (in C, guarded) looks at them. They are one mapping until
-:meth:`Backing.separate_view`, which the emulated protection uses so that a page can be taken from the host without
-taking it from KVM.
+A backing owns its file descriptor, if it has one, and its mappings. Its creator closes it, or passes it to a
+``Memory``, which closes it. A backing has two addresses. KVM faults pages in through ``hva``. The host's own code
+(guarded copies in C) uses ``view``. Both are one mapping until :meth:`Backing.separate_view`. The emulated protection
+separates them, to take a page from the host without taking it from KVM.
 """
 
 from __future__ import annotations
@@ -51,16 +50,16 @@ class Backing:
 
     kind: str
     host_access: ClassVar[bool] = True
-    """Whether the host can reach the contents at all while its mapping is accessible."""
+    """Whether the host can access the contents through an accessible mapping."""
     guest_memfd: GuestMemfd | None = None
-    """The KVM file, where it is one: the slot is bound to it and KVM does not fault through ``hva``."""
+    """The guest_memfd, if it is one. The slot is then bound to it, and KVM does not fault through ``hva``."""
 
     def __init__(self, size: int, hva: Hva, *, fd: int = -1, granule: int = PAGE_SIZE) -> None:
         self.fd = fd
-        """The file, or -1 where there is none, and once it is closed."""
+        """The file's descriptor; -1 without a file, and after closing."""
         self.size = size
         self.granule = granule
-        """Bytes of the smallest piece that can be punched."""
+        """The smallest piece that can be punched, in bytes."""
         self.hva = hva
         self.view: Hva = hva
         self.closed = False
@@ -78,33 +77,33 @@ class Backing:
         return f"<{self.kind} of {self.size:#x} bytes, fd {self.fd}>"
 
     def separate_view(self) -> None:
-        """Give the host's code a mapping of its own; ``hva`` is KVM's alone from now on. Idempotent."""
+        """Give the host's code its own mapping. From now on only KVM uses ``hva``. Idempotent."""
         self._check_open()
         if self.view == self.hva:
             self.view = mman.map_shared(self.fd, self.size)
 
     def hide(self, offset: int, size: int) -> None:
-        """Take ``[offset, offset + size)`` of a separate view from the host's code: touching it faults."""
+        """Hide ``[offset, offset + size)`` of a separate view from the host's code: accesses fault."""
         self._check_range(offset, size)
         if self.view == self.hva:
-            raise UsageError(f"{self!r} has one mapping for KVM and the host: hiding it would take it from the guest")
+            raise UsageError(f"{self!r} has one mapping for KVM and the host: hiding it would hide it from the guest")
         mman.protect(self.view + offset, size, PROT_NONE)
 
     def load(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write ``data`` into the file at ``offset`` through the host's view, before the guest may own it.
 
-        Raises :class:`GuestMemoryError` (its gpa is the offset in the file) where the host cannot.
+        Raises :class:`GuestMemoryError` (with the offset in the file as its gpa) if the host cannot access it.
         """
         self._check_range(offset, len(data))
         done = lib.pv_copy(ffi.cast("void *", self.view + offset), ffi.from_buffer("uint8_t[]", data), len(data))
         if done < len(data):
             what = f"loading {len(data)} bytes at {hex_(offset)} of {self!r}"
-            raise GuestMemoryError(what, offset + done, done, "out of the host's reach")
+            raise GuestMemoryError(what, offset + done, done, "not accessible to the host")
 
     def load_file(self, offset: int, fd: int, at: int, size: int) -> int:
         """Read ``size`` bytes at ``at`` of another file to ``offset``, in one copy, before the guest may own it.
 
-        Returns how many there were. OSError where they cannot be read, or the host cannot write here (EFAULT).
+        Returns the number of bytes read. Raises OSError if the read fails, or the host cannot write here (EFAULT).
         """
         self._check_range(offset, size)
         room = memoryview(ffi.buffer(ffi.cast("uint8_t *", self.view + offset), size))
@@ -114,10 +113,11 @@ class Backing:
         return done
 
     def punch(self, offset: int, size: int) -> None:
-        """Drop the pages of ``[offset, offset + size)`` from the file; they read as zeros when touched again.
+        """Drop the pages of ``[offset, offset + size)`` from the file. The next access finds zeros.
 
-        Both ends must be multiples of ``granule``. A THP or otherwise large folio that is hit in part is zeroed by
-        the kernel through its own mapping: harmless, except to pages donated to a protected guest, which it destroys.
+        Both ends must be multiples of ``granule``. If the range covers only part of a large folio (such as a THP), the
+        kernel zeroes that part through its own mapping. This destroys pages donated to a protected guest, and is
+        otherwise harmless.
         """
         self._check_granules(offset, size)
         mman.fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
@@ -125,7 +125,7 @@ class Backing:
     def populate(self, offset: int, size: int) -> None:
         """Allocate and zero the pages of a range now, and map them where KVM looks for them.
 
-        Contents that are there stay. HostError where the kernel lacks MADV_POPULATE_WRITE (before Linux 5.14).
+        Existing contents stay. Raises HostError if the kernel lacks MADV_POPULATE_WRITE (before Linux 5.14).
         """
         self._check_range(offset, size)
         try:
@@ -134,23 +134,23 @@ class Backing:
             if error.errno == errno.EINVAL:
                 raise HostError(
                     f"this kernel cannot populate guest memory in advance: {error.message}",
-                    hint="MADV_POPULATE_WRITE is there since Linux 5.14; leave it out, the guest faults pages in",
+                    hint="use Linux 5.14 (MADV_POPULATE_WRITE), or do not populate: the guest faults pages in",
                 ) from error
             if error.errno in (errno.ENOMEM, errno.EFAULT):
                 raise HostError(
                     f"not all of {size:#x} bytes of guest memory could be allocated: {error.message}",
-                    hint="the machine, this control group or the huge page pool is out of memory; ask for less",
+                    hint="the machine, this control group or the huge page pool is out of memory; use less memory",
                 ) from error
             raise
 
     def close(self) -> None:
-        """Unmap and close. Idempotent. The VM goes first: a live slot would see whatever is mapped here next."""
+        """Unmap and close. Idempotent. Close the VM first: a live slot would see the next mapping at this address."""
         if self.closed:
             return
         self.closed = True
         fd, self.fd = self.fd, -1
         try:
-            # After a fork the mappings are not here (DONTFORK), and something else may be at their address.
+            # After a fork the mappings are gone (DONTFORK), and another mapping may be at their address.
             if self._pid == os.getpid():
                 if self.view != self.hva:
                     mman.unmap(self.view, self.size)
@@ -180,9 +180,9 @@ class Backing:
 
 
 class Anonymous(Backing):
-    """This process's own memory, which most hosts back by huge pages unasked: the cheapest to touch first.
+    """Anonymous memory of this process. Most hosts back it with huge pages by default: first accesses are cheapest.
 
-    Not for the emulated protection, whose private pages need a second mapping of the same memory.
+    The emulated protection cannot use it, because private pages need a second mapping of the same memory.
     """
 
     kind = "anonymous memory"
@@ -190,27 +190,27 @@ class Anonymous(Backing):
     def __init__(self, size: int) -> None:
         _check_size(size, PAGE_SIZE)
         super().__init__(size, mman.map_anonymous(size))
-        with contextlib.suppress(MappingError):  # a kernel without huge pages gives small ones
+        with contextlib.suppress(MappingError):  # a kernel without huge pages uses small ones
             mman.advise(self.hva, size, MADV_HUGEPAGE)
 
     def __repr__(self) -> str:
         return f"<{self.kind} of {self.size:#x} bytes>"
 
     def separate_view(self) -> None:
-        """Refuse: there is nothing to map a second time."""
-        raise UsageError(f"{self!r} cannot be mapped a second time, for the host alone", hint="use a memfd")
+        """Raise an error: anonymous memory cannot be mapped twice."""
+        raise UsageError(f"{self!r} cannot be mapped twice, as a separate view needs", hint="use a memfd")
 
     def punch(self, offset: int, size: int) -> None:
-        """Drop the pages of a range, as :class:`Backing` does; of a huge page hit in part the rest stays."""
+        """Drop the pages of a range, as :class:`Backing` does. The rest of a partly covered huge page stays."""
         self._check_granules(offset, size)
         mman.advise(self.hva + offset, size, MADV_DONTNEED)
 
     def _close_file(self, fd: int) -> None:
-        """There is none."""
+        """Do nothing: there is no file."""
 
 
 class FileBacking(Backing):
-    """All of a file whose descriptor it takes, mapped shared; ``reserve`` sets the pages aside now."""
+    """A whole file, mapped shared. Takes over its descriptor. ``reserve`` reserves the pages now."""
 
     kind = "file"
 
@@ -219,11 +219,11 @@ class FileBacking(Backing):
 
 
 class Memfd(FileBacking):
-    """Anonymous shared memory, the backing every protection takes.
+    """Anonymous shared memory, which every protection accepts.
 
-    ``thp`` advises huge pages, which has effect where /sys/kernel/mm/transparent_hugepage/shmem_enabled is ``advise``
-    (Debian: ``never``). ``hugetlb`` takes 2 MiB pages from the kernel's pool, all of them now; a protected guest
-    cannot use them. The file is sealed against growing and shrinking, so that no mapping of it ever dangles.
+    ``thp`` advises huge pages. It needs ``advise`` in /sys/kernel/mm/transparent_hugepage/shmem_enabled (Debian:
+    ``never``). ``hugetlb`` takes all 2 MiB pages from the kernel's pool at once. A protected guest cannot use them. The
+    file is sealed against growing and shrinking, so that no mapping loses its pages.
     """
 
     kind = "memfd"
@@ -253,7 +253,7 @@ class Memfd(FileBacking):
                 mman.advise(self.hva, size, MADV_HUGEPAGE)
             except MappingError as error:
                 self.close()
-                raise HostError("this kernel has no transparent huge pages", hint="leave thp out") from error
+                raise HostError("this kernel has no transparent huge pages", hint="drop thp") from error
 
 
 class _GuestMemfdBacking(FileBacking):
@@ -268,7 +268,7 @@ class _GuestMemfdBacking(FileBacking):
         self.guest_memfd = self._file = file
 
     def populate(self, offset: int, size: int) -> None:
-        """Allocate and zero the pages of a range now; the guest maps them when it touches them."""
+        """Allocate and zero the pages of a range now. They are mapped at the guest's first access."""
         self._check_range(offset, size)
         mman.fallocate(self.fd, FALLOC_FL_KEEP_SIZE, offset, size)
 
@@ -277,7 +277,7 @@ class _GuestMemfdBacking(FileBacking):
 
 
 class SharedGuestMemfd(_GuestMemfdBacking):
-    """guest_memfd that the host may map and touch (MMAP and INIT_SHARED), page by page, never huge."""
+    """guest_memfd that the host may map and access (MMAP and INIT_SHARED). Always 4 KiB pages."""
 
     kind = "shared guest_memfd"
 
@@ -286,7 +286,7 @@ class SharedGuestMemfd(_GuestMemfdBacking):
 
 
 class PrivateGuestMemfd(_GuestMemfdBacking):
-    """guest_memfd that the host may map but not touch (MMAP alone): an access is SIGBUS, so nothing can be loaded."""
+    """guest_memfd that the host may map but not access (MMAP only). Accesses raise SIGBUS, so nothing can be loaded."""
 
     kind = "private guest_memfd"
     host_access = False
@@ -296,18 +296,18 @@ class PrivateGuestMemfd(_GuestMemfdBacking):
 
 
 def guard_copies() -> None:
-    """Make guarded copies safe in this process, with signal handlers; idempotent. HostError where it refuses them."""
+    """Install the signal handlers of guarded copies in this process. Idempotent. Raises HostError if that fails."""
     if error := lib.pv_install_signals():
-        raise HostError(f"the handlers that guarded copies need cannot be installed: {os.strerror(-error)}")
+        raise HostError(f"cannot install the signal handlers of guarded copies: {os.strerror(-error)}")
 
 
 def check_usable(protection: Protection, what: str, *, guest_memfd: bool, huge: bool) -> None:
-    """Raise UsageError for a kind of backing that no slot in this protection can use; ``what`` names it."""
+    """Raise UsageError for a kind of backing that this protection cannot use. ``what`` names it."""
     if protection is Protection.PKVM and guest_memfd:
         raise UsageError(
-            f"{what} cannot back a protected guest: the kernel takes the slot, but pins a protected guest's "
+            f"{what} cannot back a protected guest: the kernel accepts the slot, but pins a protected guest's "
             "pages through the host's mapping, and KVM_RUN fails with EIO on those of a guest_memfd",
-            hint="use a memfd; pKVM makes its pages private when the guest touches them",
+            hint="use a memfd; pKVM makes its pages private at the guest's first access",
         )
     if protection is Protection.PKVM and huge:
         raise UsageError(
@@ -317,8 +317,8 @@ def check_usable(protection: Protection, what: str, *, guest_memfd: bool, huge: 
         )
     if protection is Protection.EMULATED and huge:
         raise UsageError(
-            f"{what} cannot back the emulated protection: 4 KiB pages change hands, and a mapping of huge "
-            "pages opens and closes by 2 MiB",
+            f"{what} cannot back the emulated protection: it converts 4 KiB pages, but a mapping of huge "
+            "pages is hidden in units of 2 MiB",
             hint="use a memfd, or guest_memfd",
         )
 
@@ -342,7 +342,7 @@ def _memfd_create(hugetlb: bool) -> int:
 
 def _check_size(size: int, granule: int) -> None:
     if size <= 0 or not is_aligned(size, granule):
-        raise UsageError(f"guest memory of {size:#x} bytes: a multiple of {granule:#x}, at least one, is needed")
+        raise UsageError(f"guest memory of {size:#x} bytes: use a multiple of {granule:#x}, not 0")
 
 
 def _pool_too_small(size: int) -> HostError:
@@ -356,6 +356,6 @@ def _pool_too_small(size: int) -> HostError:
     need = size // HUGE_SIZE
     return HostError(
         f"guest memory of {size:#x} bytes needs {need} huge pages of 2 MiB: the kernel's pool has "
-        f"{count('nr_hugepages')}, of which {count('free_hugepages')} are free and {count('resv_hugepages')} promised",
+        f"{count('nr_hugepages')}, of which {count('free_hugepages')} are free and {count('resv_hugepages')} reserved",
         hint=f"as root: echo N > {HUGE_POOL}/nr_hugepages, N at least {need} more; or use a plain memfd",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may choose of guest memory. A leaf: the command line lists the names before anything else is loaded."""
+"""The user's choices for guest memory. Imports nothing heavy: the command line lists the names first."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 BACKINGS: Final = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
 DEFAULT_MEMORY: Final = 64 << 20
-"""Bytes of memory that a guest has unless it is said, but for those with a named kernel."""
+"""Default memory of a guest, in bytes, except with a named kernel."""
 
 
 class ConversionPolicy(Enum):
-    """What becomes of a page's contents when it changes hands; the value is what a user types."""
+    """The effect of a conversion on a page's contents. The value is the user's word for it."""
 
     PRESERVE = "preserve"
-    """The host's view opens or closes, the contents stay: what pKVM does. Cost: one mprotect."""
+    """The contents stay, as under pKVM. Only the host's access changes. Cost: one mprotect."""
     ZERO = "zero"
-    """The VMM zeroes the page in between, in both directions. Cost: an mprotect and 4 KiB of stores."""
+    """The VMM zeroes the page, in both directions. Cost: an mprotect and 4 KiB of stores."""
     PUNCH = "punch"
-    """The page is dropped from its file, the other side gets a new one. Cost: an mprotect, a punch, a stage-2 fault."""
+    """The page is dropped from its file and replaced by a new one. Cost: an mprotect, a punch, a stage-2 fault."""
     COPY = "copy"
-    """Shared pages live in a file of their own, slots move around them. Cost: a copy and two to six slot changes."""
+    """Shared pages move to another file, and slots are split around them. Cost: a copy and two to six slot changes."""
 
 
 CONVERSIONS: Final = tuple(policy.value for policy in ConversionPolicy)
-"""Their names, as a user types them."""
+"""The names of the policies for the user."""

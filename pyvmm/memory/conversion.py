@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conversion policy that Python carries out: each shared page moves to a file beside its slot.
+"""The copy conversion policy, in Python: each shared page moves to a second file of its slot.
 
-Owns the files that shared pages are copied to, through the ``Memory`` that closes them. Only ``Memory`` calls it,
-under its lock. Under pkvm there is nothing to choose: the hypervisor keeps the contents in place.
+Owns the files of shared pages, through the ``Memory`` that closes them. Only ``Memory`` calls it, under its lock. Under
+pkvm there is no policy: the hypervisor keeps the contents in place.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SMCCC_INVALID_PARAMETER = -3
 
 
 class CopyConversion:
-    """Moves single pages between a slot's own backing (private) and a memfd beside it (shared).
+    """Moves single pages between a slot's backing (private) and a second memfd (shared).
 
-    The contents go along, except that what lies in a guest_memfd without INIT_SHARED is out of the host's reach: such
-    a page arrives zeroed, in both directions. No stale copy is left behind.
+    The contents move along, except with a guest_memfd without INIT_SHARED, which the host cannot access. Such a page
+    becomes zero, in both directions. No stale copy remains.
     """
 
     def __init__(self, table: SlotTable, own: Callable[[Backing], None]) -> None:
@@ -39,10 +39,10 @@ class CopyConversion:
         self._shared: dict[Slot, Memfd] = {}
 
     def convert(self, gpa: Gpa, *, shared: bool) -> int:
-        """Move the page at ``gpa``; returns what the guest is told: 0, or an SMCCC error where its request is wrong.
+        """Move the page at ``gpa``. Returns the guest's result: 0, or an SMCCC error for an invalid request.
 
-        Raises KvmError or HostError where the host fails: the page is where it was then, or, if only dropping the old
-        copy failed, at its new place.
+        Raises KvmError or HostError if the host fails. The page then has not moved. If only dropping the old copy
+        failed, the page has moved.
         """
         slot = self._table.at(gpa)
         if slot is None or not is_aligned(gpa):
@@ -59,7 +59,7 @@ class CopyConversion:
         if not self._table.room_for(slot, pieces):
             return SMCCC_NOT_SUPPORTED
         view = Hva(slot.view + gpa - slot.gpa)
-        # The host sees the page only while it is shared, and of two copies never the one that is going away.
+        # The host sees the page only while it is shared, and never the copy that is about to be dropped.
         try:
             if shared:
                 _copy(here, there)
@@ -75,7 +75,7 @@ class CopyConversion:
         return SMCCC_SUCCESS
 
     def forget(self, slot: Slot, pieces: Sequence[Piece]) -> None:
-        """Give the view of a slot that was removed back to its own backing; ``pieces`` is what it was in."""
+        """Map the view of a removed slot to its own backing again. ``pieces`` are the slot's former pieces."""
         shared_file = self._shared.pop(slot, None)
         for piece in pieces:
             if piece.backing is shared_file:
@@ -84,7 +84,7 @@ class CopyConversion:
                 _show(own, Hva(slot.view + offset), PROT_NONE)
 
     def _file_for(self, slot: Slot) -> Memfd:
-        # As large as the slot, so that a page keeps its place and neighbours join; only what is shared takes memory.
+        # As large as the slot, so that a page keeps its offset and neighbours join. Only shared pages take memory.
         self._shared[slot] = file = Memfd(slot.size)
         self._own(file)
         return file
@@ -96,7 +96,7 @@ def _show(piece: Piece, view: Hva, access: int) -> None:
 
 def _copy(here: Piece, there: Piece) -> None:
     if not (here.backing.host_access and there.backing.host_access):
-        return  # zeros there: it is fresh, or was punched when its page moved away
+        return  # already zero: it is fresh, or was punched when its page moved away
     with _reach(here) as source, _reach(there) as target:
         done = lib.pv_copy(ffi.cast("void *", target), ffi.cast("void *", source), PAGE_SIZE)
     if done < PAGE_SIZE:
@@ -104,14 +104,14 @@ def _copy(here: Piece, there: Piece) -> None:
             "moving a page to another backing",
             here.gpa + done,
             done,
-            "out of the host's reach",
+            "not accessible to the host",
             hint="the machine or this control group is out of memory",
         )
 
 
 @contextmanager
 def _reach(piece: Piece) -> Iterator[Hva]:
-    """Yield an address of a page that other threads do not know of, where its view may be closed."""
+    """Yield a private address of a page whose view may be hidden."""
     address = mman.map_shared(piece.backing.fd, PAGE_SIZE, offset=piece.offset)
     try:
         yield address

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread that answers the page faults of a userfaultfd with what a callback says.
+"""Answer the page faults of a userfaultfd in a thread, with a callback.
 
-The callback runs in the thread. It must not touch a page that only this server can answer.
+The callback runs in the thread. It must not access a page whose fault only this server can answer.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from pyvmm.memory.userfault import Fault, FaultKind, Userfault, UserfaultError
 
 
 class Answer(Enum):
-    """What to do about a fault, where it is not new contents."""
+    """Answers to a fault other than new contents."""
 
     ZERO = "zero"
     """Give a page of zeros (missing)."""
     CONTINUE = "continue"
-    """Map the page that the file has (minor)."""
+    """Map the file's page (minor)."""
     UNPROTECT = "unprotect"
-    """Let the access go on (wp, rwp)."""
+    """Let the access continue (wp, rwp)."""
 
 
 Resolve: TypeAlias = "Callable[[Fault], bytes | bytearray | memoryview | Answer]"
-"""Answers a fault; bytes are whole pages from ``fault.page`` on."""
+"""Answers a fault. Bytes are whole pages from ``fault.page``."""
 
 
 class Server(FaultThread):
     """A thread that answers the faults of one ``Userfault``. Stop it, or use it as a context manager.
 
-    A fault whose ``resolve`` raises, or answers what cannot be, stays unanswered and its thread waits, so that no guest
-    runs on with contents that are not its own; ``failed`` hears of it in the server's thread (to stop the machine,
-    say), and leaving the context raises the first such error. What is not answered when the server stops waits too.
+    If ``resolve`` raises or returns an invalid answer, the fault stays unanswered and its thread waits. So no guest
+    runs on with wrong contents. The server's thread then calls ``failed``, for example to stop the machine. Leaving the
+    context raises the first such error. Faults without an answer when the server stops also wait.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Server(FaultThread):
         self.served: Counter[FaultKind] = Counter()
         """Faults answered, by kind."""
         self.late = 0
-        """Those of them whose page had come meanwhile, by the answer to another."""
+        """Answered faults whose page had already arrived, through another fault's answer."""
         self.failures = 0
-        """Faults left unanswered, because ``resolve`` raised or answered what cannot be."""
+        """Faults left unanswered: ``resolve`` raised, or returned an invalid answer."""
         self._resolve = resolve
         self._failed = failed
         self._start()
@@ -76,11 +76,11 @@ class Server(FaultThread):
 
     def _serve(self, fault: Fault) -> None:
         if self._stopping:
-            # Read but not answered: its thread tries again, and the next server hears of it.
+            # Read but not answered: wake its thread, which faults again for the next server.
             self.userfault.wake(fault.page, PAGE_SIZE)
             return
         answer = self._resolve(fault)
-        # Counted first: who was waiting may look at once.
+        # Count first: the waiting thread may read the counter at once.
         self.served[fault.kind] += 1
         try:
             self._answer(fault, answer)
@@ -92,7 +92,7 @@ class Server(FaultThread):
         self.failures += 1
         self.error = self.error or error
         if self._failed:
-            # It is told; what it raises itself can go nowhere.
+            # An exception of the callback itself has no receiver.
             with contextlib.suppress(Exception):
                 self._failed(error)
 
@@ -109,11 +109,13 @@ class Server(FaultThread):
                 self._unless_there(lambda: userfault.zeropage(page), page)
             case (bytes() | bytearray() | memoryview()) as data, FaultKind.MISSING:
                 if not data or not is_aligned(len(data)):
-                    raise PyvmmError(f"the answer to a fault at {hex_(page)} is {len(data)} bytes: whole pages needed")
+                    raise PyvmmError(
+                        f"the answer to a fault at {hex_(page)} is {len(data)} bytes, which are not whole pages"
+                    )
                 self._pages(page, memoryview(data))
             case _:
                 said = answer if isinstance(answer, Answer) else type(answer).__name__
-                raise PyvmmError(f"{said} is no answer to a {fault.kind.value} fault, as at {hex_(page)}")
+                raise PyvmmError(f"{said} is not a valid answer to the {fault.kind.value} fault at {hex_(page)}")
 
     def _pages(self, page: int, data: memoryview) -> None:
         done = 0

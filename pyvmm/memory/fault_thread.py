@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thread that serves a userfaultfd, and how it is stopped: what the servers of page faults share.
+"""The thread that serves a userfaultfd, and its shutdown: shared by the page fault servers.
 
-A ``FaultThread`` owns its thread and the eventfd that ends it. Anyone may make and stop one.
+A ``FaultThread`` owns its thread and the eventfd that ends it. Any thread may make and stop one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pyvmm.memory.userfault import Userfault
 class FaultThread(ABC):
     """Serves one ``Userfault``. Stop it, or use it as a context manager.
 
-    What is not answered when it stops waits for the next server. Leaving the context raises ``error``. A subclass
-    calls :meth:`_start` once it is complete.
+    Unanswered faults wait for the next server. Leaving the context raises ``error``. A subclass calls :meth:`_start`
+    once it is complete.
     """
 
     def __init__(self, userfault: Userfault) -> None:
@@ -43,11 +43,11 @@ class FaultThread(ABC):
 
     @property
     def alive(self) -> bool:
-        """Whether it still answers."""
+        """Whether it still answers faults."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Answer no more faults; returns when the one at hand is done. Idempotent.
+        """Stop answering. Returns when the current fault is done. Idempotent.
 
         Called in the server's own thread it returns at once, and the thread ends before it waits again.
         """
@@ -62,15 +62,15 @@ class FaultThread(ABC):
             self._ended()
 
     def _start(self) -> None:
-        """Begin to serve. Raises HostError where the host gives no thread; then nobody serves it."""
+        """Start to serve. Raises HostError if the host has no thread; faults are then not served."""
         try:
             self._thread.start()
         except RuntimeError as error:
             self._ended()
-            raise HostError(f"page faults get no thread to serve them: {error}", hint="see ulimit -u") from error
+            raise HostError(f"cannot start a thread for page faults: {error}", hint="see ulimit -u") from error
 
     def _ended(self) -> None:
-        """Give back what the thread needed, now that there is none."""
+        """Release the thread's resources, after its end."""
         wake, self._wake = self._wake, -1
         os.close(wake)
         self.userfault.attach(None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known about every guest page, one byte each, in memory that the native loop writes too.
+"""The state of every guest page, one byte each, in memory that the native loop also writes.
 
 Owns the byte arrays (one :class:`Area` for each range of guest memory ever added) and the counters ``pv_vm.pages``.
 :class:`pyvmm.memory.memory.Memory` adds and drops areas; anyone may read. A byte is stored whole, so a reader sees
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pyvmm._native import Pointer, pv_vm
 
 ASSUMED = 0x80
-"""Or-ed into an entry: the kernel does not tell, this is what must be assumed (PV_PAGE_ASSUMED)."""
+"""Or-ed into an entry: the kernel does not report the state, so it is assumed (PV_PAGE_ASSUMED)."""
 
 _MOVING = 0x40
-"""The native loop's own mark on a page being taken back (PV_PAGE_MOVING of native/loop/loop.h); no reader sees it."""
+"""The native loop's mark on a page being unshared (PV_PAGE_MOVING of native/loop/loop.h). No reader sees it."""
 _SETTLED = bytes(entry & ~_MOVING for entry in range(256))
 
 
@@ -33,15 +33,15 @@ class PageState(IntEnum):
     ABSENT = 0
     """No slot holds this page."""
     HOST = 1
-    """The host's own to read and write: no protection, or the guest has not run yet."""
+    """The host may read and write it: no protection, or the guest has not run yet."""
     PRIVATE = 2
-    """The guest's alone."""
+    """Private to the guest."""
     SHARED = 3
-    """The guest's, and open to the host until the guest takes it back."""
+    """Shared with the host until the guest unshares it."""
     HOLE = 4
-    """Punched out of its backing; the next touch fills it with zeros, which nobody is told of."""
+    """Punched out of its backing. The next access fills it with zeros, without a report."""
     POISONED = 5
-    """Taken back by the host by force: its contents are gone, and the guest cannot touch it."""
+    """Taken back by the host by force. Its contents are lost, and the guest cannot access it."""
 
 
 _STATES = tuple(PageState)
@@ -56,13 +56,13 @@ _WORDS = {
 
 
 def describe(entry: int) -> str:
-    """Say in words what a ledger entry (with or without ASSUMED) means."""
+    """Describe a ledger entry, with or without ASSUMED."""
     words = _WORDS[_STATES[entry & ~ASSUMED]]
     return f"{words} (assumed: the kernel does not tell)" if entry & ASSUMED else words
 
 
 class Area:
-    """The entries of one range that was added whole; slots over parts of it use parts of the array."""
+    """The entries of one range that was added as a whole. Slots over parts of it use parts of the array."""
 
     __slots__ = ("entries", "gpa", "size")
 
@@ -83,35 +83,35 @@ class Ledger:
 
     def __init__(self, native_vm: pv_vm) -> None:
         self._vm = native_vm
-        # Starts and areas in one tuple, so that a reader never sees those of different times.
+        # Starts and areas in one tuple, so that a reader always sees a consistent pair.
         self._index: tuple[tuple[int, ...], tuple[Area, ...]] = ((), ())
 
     def state(self, gpa: int) -> PageState:
-        """Return what is known of the page that holds ``gpa``; ABSENT outside every slot."""
+        """Return the state of the page with ``gpa``; ABSENT outside of all slots."""
         return _STATES[self.entry(gpa) & ~ASSUMED]
 
     def assumed(self, gpa: int) -> bool:
-        """Whether the state of the page at ``gpa`` is an assumption, for want of anyone telling."""
+        """Whether the state of the page with ``gpa`` is an assumption."""
         return bool(self.entry(gpa) & ASSUMED)
 
     def entry(self, gpa: int) -> int:
-        """Return the byte of the page that holds ``gpa``, ASSUMED included."""
+        """Return the entry of the page with ``gpa``, including ASSUMED."""
         area = self._area(gpa)
         return area.entries[(gpa - area.gpa) >> PAGE_SHIFT] & ~_MOVING if area else PageState.ABSENT.value
 
     def describe(self, gpa: int) -> str:
-        """Say in words what is known of the page that holds ``gpa``."""
+        """Describe the state of the page with ``gpa``."""
         return describe(self.entry(gpa))
 
     def set(self, gpa: int, state: PageState, *, assumed: bool = False) -> PageState:
-        """Enter ``state`` for the page that holds ``gpa``; returns what was there. UsageError outside every slot."""
+        """Set the state of the page with ``gpa`` and return the old one. Raises UsageError outside of all slots."""
         old: int = lib.pv_ledger_set(self._vm, gpa, state | ASSUMED if assumed else state)
         if old < 0:
             raise UsageError(f"gpa {hex_(gpa)} is {_WORDS[PageState.ABSENT]}: the ledger has no entry for it")
         return _STATES[old & ~ASSUMED]
 
     def counts(self) -> dict[PageState, int]:
-        """Count the pages in each state, assumed ones included; ABSENT are holes left by removed slots."""
+        """Count the pages in each state, including assumed ones. ABSENT are holes of removed slots."""
         totals = dict.fromkeys(PageState, 0)
         for _, entries in self.snapshot():
             for state in PageState:
@@ -123,7 +123,7 @@ class Ledger:
         return [(area.gpa, bytes(ffi.buffer(area.entries)).translate(_SETTLED)) for area in self._index[1]]
 
     def entries(self, gpa: int, size: int) -> bytes:
-        """Copy the entries of the pages that ``[gpa, gpa + size)`` touches, as far as one area reaches."""
+        """Copy the entries of the pages in ``[gpa, gpa + size)``, up to the end of their area."""
         area = self._area(gpa)
         if area is None or size <= 0:
             return b""
@@ -147,7 +147,7 @@ class Ledger:
         self._index = starts[:at] + starts[at + 1 :], areas[:at] + areas[at + 1 :]
 
     def fill(self, area: Area, gpa: int, size: int, entry: int, *, quiet: bool) -> None:
-        """Enter the same byte for every page of a range of a published slot (Memory only).
+        """Set the same entry for every page of a range of a published slot (Memory only).
 
         ``quiet``: no vCPU has run yet, so bytes and counters may be written without the native loop's atomics.
         """
@@ -159,7 +159,7 @@ class Ledger:
         left = bytes(part)
         self._vm.pages[entry & ~ASSUMED] += len(left)
         part[:] = bytes([entry]) * len(left)
-        while left:  # at a start all of them are the same
+        while left:  # at the start all entries are the same
             old, count = left[0], left.count(left[0])
             self._vm.pages[old & ~ASSUMED] -= count
             left = left.replace(left[:1], b"") if count < len(left) else b""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks before a pkvm run that the kernel will let every donated page be pinned.
+"""Check before a pkvm run that the kernel can pin every donated page.
 
-Owns nothing. Each page that a protected guest touches is charged to the VMM's locked memory when it is donated, and
-stays charged until the VM is gone (``account_locked_vm`` in ``pkvm_mem_abort``). Over RLIMIT_MEMLOCK, KVM_RUN fails
-with ENOMEM in the middle of the run, so the need is computed and told before it.
+Owns nothing. Each page of a protected guest is charged to the VMM's locked memory when it is donated, until the VM ends
+(``account_locked_vm`` in ``pkvm_mem_abort``). Over RLIMIT_MEMLOCK, KVM_RUN fails with ENOMEM in the middle of the run.
+So the limit is checked before the run.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ NAMESPACE = "/proc/self/ns/user"
 
 
 class LockedMemory(NamedTuple):
-    """What this process may pin, in bytes; a limit of None is "unlimited"."""
+    """This process's limits of pinned memory, in bytes; None is "unlimited"."""
 
     locked: int
     soft: int | None
     hard: int | None
     exempt: bool
-    """Holds CAP_IPC_LOCK where the kernel looks for it, so that no limit applies."""
+    """Has CAP_IPC_LOCK in the namespace that the kernel checks, so no limit applies."""
 
     @classmethod
     def read(cls) -> LockedMemory:
-        """Ask the kernel about this process."""
+        """Read the state of this process from the kernel."""
         with open(STATUS) as status:
             fields = dict(line.split(":", 1) for line in status if ":" in line)
         soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -51,15 +51,15 @@ class LockedMemory(NamedTuple):
         return f"{self.locked} bytes ({_mib(self.locked)}) are locked, {limit}"
 
     def covers(self, need: int) -> bool:
-        """Whether ``need`` bytes more may be locked now."""
+        """Whether ``need`` more bytes may be locked now."""
         # The kernel compares whole pages, and rounds the limit down.
         return self.exempt or self.soft is None or self.locked + need <= self.soft // PAGE_SIZE * PAGE_SIZE
 
 
 def require_memlock(guest_bytes: int) -> LockedMemory:
-    """Make sure ``guest_bytes`` of guest memory can be donated, raising the soft limit where that is allowed.
+    """Ensure that ``guest_bytes`` of guest memory can be donated, raising the soft limit if allowed.
 
-    Returns the state that holds from then on. Raises :class:`HostError` with the exact need where it does not fit.
+    Returns the resulting state. Raises :class:`HostError` with the exact need if the limit is too small.
     """
     need = align_up(guest_bytes)
     state = LockedMemory.read()
@@ -74,7 +74,7 @@ def require_memlock(guest_bytes: int) -> LockedMemory:
     raise HostError(
         f"RLIMIT_MEMLOCK is too small for a protected guest: {total} bytes ({_mib(total)}) must be lockable "
         f"({need} of guest memory, {state.locked} locked already), but the limit is {_limit(state.soft)} "
-        f"(hard limit {_limit(state.hard)}), because every page the guest touches is pinned until the VM is gone",
+        f"(hard limit {_limit(state.hard)}), because every page that the guest accesses is pinned until the VM ends",
         hint=f"as root: ulimit -l {kib}; for a service: LimitMEMLOCK={total}; for a login: 'NAME hard memlock {kib}' "
         f"in /etc/security/limits.conf; for this process: prlimit --pid {os.getpid()} --memlock={total}; or setcap "
         "cap_ipc_lock+ep on the Python that runs it; or give the guest less memory",
@@ -82,7 +82,7 @@ def require_memlock(guest_bytes: int) -> LockedMemory:
 
 
 def _raise_limit(total: int, hard: int | None) -> None:
-    # Beyond the hard limit only CAP_SYS_RESOURCE may go: asking is how to find out.
+    # Exceeding the hard limit needs CAP_SYS_RESOURCE. Trying is the only test.
     attempts = [(total, hard)] if hard is None or hard >= total else [(total, total), (hard, hard)]
     for soft, new_hard in attempts:
         limits = soft, resource.RLIM_INFINITY if new_hard is None else new_hard
@@ -95,11 +95,11 @@ def _raise_limit(total: int, hard: int | None) -> None:
 
 def _in_initial_user_namespace() -> bool:
     # The kernel asks capable(), which counts capabilities of the first user namespace only: root in a rootless
-    # container shows CAP_IPC_LOCK and is limited all the same.
+    # container has CAP_IPC_LOCK and is still limited.
     try:
         return os.stat(NAMESPACE).st_ino == INITIAL_USER_NAMESPACE
     except OSError:
-        return True  # a kernel without user namespaces has no other
+        return True  # a kernel without user namespaces has only one
 
 
 def _finite(limit: int) -> int | None:

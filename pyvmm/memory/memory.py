@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest memory: slots over backings, guarded access by guest address, and the ledger of who may touch what.
+"""Guest memory: slots over backings, guarded access by guest address, and the page ledger.
 
-A ``Memory`` owns the backings it was given (open or not any more), the table in ``pv_vm.map`` and the ledger. It
-belongs to the process that made it: KVM refuses a VM's calls from any other mm, and the mappings are not inherited.
+A ``Memory`` owns its backings (open or closed), the table in ``pv_vm.map`` and the ledger. Only the process that made
+it may use it: KVM refuses a VM's calls from any other mm, and the mappings are not inherited.
 
 Threads: the guarded accesses (``read``, ``write``, ``fill``, ``probe``) and the properties take no lock. They see the
-table before or after a change; every change takes the memory's lock. Lock order: whatever :attr:`Memory.quiesce`
-takes, then the memory's lock.
+table before or after a change. Every change takes the memory's lock. Lock order: locks of :attr:`Memory.quiesce`, then
+the memory's lock.
 
-Teardown: vCPUs, then the VM, then memory. Pages of a protected guest are given back by the VM's end alone.
+Teardown: vCPUs, then the VM, then memory. A protected guest's pages return to the host only when the VM ends.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 FILL_CHUNK = 1 << 16
 DEFAULT_IPA_BITS = 40
-"""What arm64 KVM gives a VM of type 0 (Documentation/virt/kvm/api.rst, KVM_CREATE_VM)."""
+"""Address bits that arm64 KVM gives a VM of type 0 (Documentation/virt/kvm/api.rst, KVM_CREATE_VM)."""
 
 
 class Memory:
-    """The memory of one VM; a context manager.
+    """The memory of one VM. A context manager.
 
-    ``native_vm`` is the VM's ``struct pv_vm *``, whose ``map`` and ``pages`` belong to this object. ``ipa_bits`` is
-    the size of the guest's physical address space where the VM was not created with the default type (40 on arm64).
+    ``native_vm`` is the VM's ``struct pv_vm *``, whose ``map`` and ``pages`` belong to this object. ``ipa_bits`` is the
+    size of the guest's physical address space, if the VM does not have the default (40 on arm64).
     """
 
     def __init__(self, vm: Vm, protection: Protection, native_vm: pv_vm, *, ipa_bits: int | None = None) -> None:
@@ -53,12 +53,11 @@ class Memory:
         self.native = native_vm
         self.ledger = Ledger(native_vm)
         self.on_evidence: Callable[[Gpa, bool], None] | None = None
-        """Under pkvm, called after a guarded access with each page whose ledger entry the access bears on: (page,
-        accessible). Accessible does not mean shared: a page the guest has not touched yet is open to the host too."""
+        """Under pkvm, called after a guarded access for each page that it informs about: (page, accessible)."""
         self.on_change: Callable[[str, Gpa, int], None] | None = None
-        """Called after what is done to memory from this side: ("slot", "convert" or "punch", gpa, size)."""
+        """Called after each change of memory by the VMM: ("slot", "convert" or "punch", gpa, size)."""
         self.quiesce: Callable[[], AbstractContextManager[object]] = nullcontext
-        """What :meth:`convert` runs under: it should keep the other vCPUs out of the guest, as slots move."""
+        """The context of :meth:`convert`. It should keep the other vCPUs out of the guest while slots move."""
         if ipa_bits is None and os.uname().machine == "aarch64":
             ipa_bits = DEFAULT_IPA_BITS
         self._table = SlotTable(vm, native_vm, ipa_bits=ipa_bits)
@@ -80,12 +79,12 @@ class Memory:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """What was added and not removed, sorted by gpa."""
+        """The current slots, sorted by gpa."""
         return self._table.slots
 
     @property
     def free_slots(self) -> int:
-        """How many more memslots the kernel takes."""
+        """The number of memslots that the kernel still accepts."""
         return self._table.free
 
     def contains(self, gpa: int, size: int = 1) -> bool:
@@ -93,26 +92,26 @@ class Memory:
         return 0 < size == self._table.reach(gpa, size)
 
     def hva(self, gpa: int, size: int = PAGE_SIZE) -> Hva:
-        """Return where KVM faults ``[gpa, gpa + size)`` in: what to register with a ``Userfault``.
+        """Return the hva through which KVM faults ``[gpa, gpa + size)`` in, to register with a ``Userfault``.
 
-        UsageError where that is not one piece of one slot, or for what is no whole pages.
+        Raises UsageError if the range is not whole pages within one piece of one slot.
         """
         parts = self._parts(gpa, size, "find the address of")
         if len(parts) != 1:
-            raise UsageError(f"{span(gpa, size)} is not one piece of memory for KVM, but {len(parts)}")
+            raise UsageError(f"{span(gpa, size)} spans {len(parts)} memory slots of KVM: pass a range within one")
         [(_, piece)] = parts
         return Hva(piece.backing.hva + piece.offset)
 
     def describe(self, gpa: int) -> str:
-        """Say in words what is known of the page that holds ``gpa``."""
+        """Describe the state of the page with ``gpa``."""
         return self.ledger.describe(gpa)
 
     def add(self, gpa: int, backing: Backing, *, offset: int = 0, size: int | None = None) -> Slot:
-        """Make ``[gpa, gpa + size)`` guest memory over ``backing`` from ``offset`` (all that follows unless told).
+        """Make ``[gpa, gpa + size)`` guest memory over ``backing`` from ``offset``; ``size`` defaults to the rest.
 
-        The backing is closed with this memory, from this call on. Raises :class:`UsageError` for what KVM would refuse
-        (alignment, overlap, sizes, the number of slots) or would accept and fail on later, KvmError for the rest.
-        Once the guest runs, load the backing first: under pkvm and emulated its pages are the guest's at once.
+        From this call on, this memory closes the backing. Raises :class:`UsageError` for arguments that KVM would
+        refuse (alignment, overlap, sizes, the number of slots) or accept and fail on later, KvmError for the rest.
+        While the guest runs, load the backing before this call: under pkvm and emulated its pages are private at once.
         """
         size = backing.size - offset if size is None else size
         with self._changing():
@@ -123,7 +122,7 @@ class Memory:
                     backing.hide(offset, size)
             area = Area.new(Gpa(gpa), size)
             slot = Slot(Gpa(gpa), size, backing, offset, area)
-            # The ledger first, so that no page the guest can touch is ever without an entry.
+            # The ledger first, so that every page that the guest can access has an entry.
             self.ledger.enter(area)
             self._table.publish(slot)
             self._enter(slot, self._first_entry(backing))
@@ -138,25 +137,25 @@ class Memory:
             return slot
 
     def reserve(self, gpa: int, backing: Backing) -> None:
-        """Close ``backing`` with this memory, and check as :meth:`add` does that it could be added at ``gpa``, whole.
+        """Take over ``backing``, and check as :meth:`add` does that the whole of it could be added at ``gpa``.
 
-        Adds nothing: parts of it may be added later, where they would have been.
+        Adds nothing. Parts of it may be added later, at their address in this range.
         """
         with self._changing():
             self._take(gpa, backing.size, backing, 0)
 
     def remove(self, slot: Slot) -> None:
-        """Take a slot away; its backing stays open until it is closed, or this memory is.
+        """Remove a slot. Its backing stays open until it or this memory is closed.
 
-        A guest that touches it then exits with KVM_EXIT_MMIO. Refused once a protected guest has run.
+        A guest access to it then exits with KVM_EXIT_MMIO. Refused once a protected guest has run.
         """
         with self._changing():
             if not any(each is slot for each in self.slots):
-                raise UsageError(f"the {slot} is not, or no longer, part of this memory")
+                raise UsageError(f"the {slot} is not part of this memory, or was removed")
             if self.protection is Protection.PKVM and self._sealed:
                 raise UsageError(
                     f"the {slot} cannot be removed: once a protected guest has run, the kernel refuses to delete or "
-                    "move its slots (EPERM), because pages given to the guest come back only when the VM ends",
+                    "move its slots (EPERM), because donated pages return only when the VM ends",
                     hint="remove slots before the first run, or add new ones beside it",
                 )
             pieces = slot.pieces
@@ -169,10 +168,10 @@ class Memory:
             self._tell("slot", slot.gpa, slot.size)
 
     def seal(self) -> None:
-        """Enter the protection just before the first run: from here on pages are what it says, not the host's.
+        """Apply the protection, just before the first run: from here on pages are private.
 
-        Everything the guest starts with must be loaded by now. Idempotent. Under emulated the host's view of every
-        page closes; under pkvm the ledger assumes the worst, since nobody tells when a page is donated.
+        Everything that the guest starts with must be loaded. Idempotent. Under emulated, every page is hidden from the
+        host. Under pkvm, the ledger assumes that pages are private, because donations are not reported.
         """
         with self._changing():
             if self._sealed:
@@ -186,10 +185,10 @@ class Memory:
     def convert(self, gpa: int, shared: bool) -> int:
         """Do a conversion of the copy policy (emulated, PV_STOP_CONVERT): move the page at ``gpa`` to another backing.
 
-        Returns what the guest is told: 0, or an SMCCC error. The native loop enters it in the ledger when it goes on.
+        Returns the guest's result: 0, or an SMCCC error. The native loop updates the ledger when it continues.
         """
         if self.protection is not Protection.EMULATED:
-            raise UsageError(f"protection {self.protection.value}: only the emulated protection's pages move")
+            raise UsageError(f"protection {self.protection.value}: only the emulated protection converts in the VMM")
         from pyvmm.memory.conversion import SMCCC_SUCCESS, CopyConversion
 
         with self.quiesce(), self._changing():
@@ -201,19 +200,19 @@ class Memory:
             return status
 
     def punch(self, gpa: int, size: int, *, unsafe: bool = False) -> None:
-        """Drop pages from their backing: the next touch, the guest's or the host's, finds zeros, and nobody is told.
+        """Drop pages from their backing. The next access, by guest or host, finds zeros, without a report.
 
-        Refused once a protected guest has run, unless ``unsafe``: donated pages stay pinned, so nothing is freed, host
-        and guest then see two different pages, and a large folio hit in part is zeroed by the kernel through its own
-        mapping, which destroys the donated pages in it for good.
+        Refused once a protected guest has run, unless ``unsafe``. Donated pages stay pinned, so nothing is freed, and
+        host and guest then see different pages. If the range covers only part of a large folio, the kernel zeroes that
+        part through its own mapping, which destroys its donated pages.
         """
         with self._changing():
             parts = self._parts(gpa, size, "punch a hole in")
             if self.protection is Protection.PKVM and self._sealed and not unsafe:
                 raise UsageError(
-                    f"no hole is punched in {span(gpa, size)}: a protected guest keeps the pages it was given, the "
-                    "host would see different ones from then on, and a huge page hit in part would be destroyed",
-                    hint="unsafe=True does it all the same, for the experiment",
+                    f"cannot punch a hole in {span(gpa, size)}: a protected guest keeps its donated pages, the "
+                    "host would see different pages, and a partly covered huge page would be destroyed",
+                    hint="for experiments, unsafe=True does it anyway",
                 )
             for slot, piece in parts:
                 piece.backing.punch(piece.offset, piece.size)
@@ -222,9 +221,9 @@ class Memory:
             self._tell("punch", Gpa(gpa), size)
 
     def populate(self, gpa: int, size: int) -> None:
-        """Allocate, zero and map pages on the host's side now, so that the guest's first touch costs less.
+        """Allocate, zero and map pages on the host's side now, so that the guest's first access costs less.
 
-        Contents stay. HostError where the kernel lacks MADV_POPULATE_WRITE, or memory.
+        Contents stay. Raises HostError if the kernel lacks MADV_POPULATE_WRITE, or memory.
         """
         with self._changing():
             for _, piece in self._parts(gpa, size, "populate"):
@@ -233,11 +232,11 @@ class Memory:
     def load_file(self, gpa: int, fd: int, at: int, size: int) -> int:
         """Read ``size`` bytes at ``at`` of a file straight to ``gpa``, before :meth:`seal`.
 
-        Returns how many there were; OSError where they cannot be read.
+        Returns the number of bytes read. Raises OSError if the read fails.
         """
         with self._changing():
             if self._sealed:
-                raise UsageError(f"{span(gpa, size)} may be the guest's by now: a file is loaded before the first run")
+                raise UsageError(f"{span(gpa, size)} may be private to the guest: load files before the first run")
             start = align_down(gpa)
             done = 0
             for _, piece in self._parts(start, align_up(gpa + size) - start, "load"):
@@ -251,17 +250,17 @@ class Memory:
     # -- guarded access
 
     def read(self, gpa: int, size: int) -> bytes:
-        """Read ``size`` bytes; GuestMemoryError where the host may not, never a signal, never through the kernel."""
+        """Read ``size`` bytes, never through the kernel. Raises GuestMemoryError if the host may not; no signal."""
         self._check_alive()
         self._check_access(gpa, size)
-        # A size that a guest made up must not allocate more than there is.
+        # A guest-supplied size must not allocate more than the slots hold.
         data = bytearray(self._table.reach(gpa, size))
         done = lib.pv_read(self.native, gpa, ffi.from_buffer("uint8_t[]", data), len(data), ffi.NULL)
         self._finish("read", gpa, size, done)
         return bytes(data)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Write ``data``; on GuestMemoryError the first ``done`` bytes of it are in guest memory."""
+        """Write ``data``. On GuestMemoryError its first ``done`` bytes are in guest memory."""
         self._check_alive()
         size = len(data)
         self._check_access(gpa, size)
@@ -283,7 +282,7 @@ class Memory:
         self._finish("fill", gpa, size, done)
 
     def probe(self, gpa: int) -> bool:
-        """Whether the host can read the byte at ``gpa`` just now; False outside every slot."""
+        """Whether the host can now read the byte at ``gpa``; False outside of all slots."""
         self._check_alive()
         self._check_access(gpa, 1)
         result = lib.pv_probe(self.native, gpa)
@@ -292,13 +291,13 @@ class Memory:
         return bool(result > 0)
 
     def locked_report(self) -> str:
-        """Say how much memory this process has locked, and its limit."""
+        """Return a text: this process's locked memory, and its limit."""
         from pyvmm.memory.memlock import LockedMemory
 
         return str(LockedMemory.read())
 
     def close(self) -> None:
-        """Close every backing that was ever added. Idempotent; in a forked child it only closes descriptors."""
+        """Close every backing that was added. Idempotent. In a forked child it only closes descriptors."""
         with self._lock:
             if self._closed:
                 return
@@ -336,7 +335,7 @@ class Memory:
             raise UsageError("this memory is closed")
         if os.getpid() != self._pid:
             raise UsageError(
-                f"guest memory of process {self._pid} is used in process {os.getpid()}: it is not inherited by a fork, "
+                f"guest memory of process {self._pid} was used in process {os.getpid()}: a fork does not inherit it, "
                 "and KVM answers only the process that made the VM",
                 hint="use threads, or make the VM in the child",
             )
@@ -371,16 +370,16 @@ class Memory:
 
     def _check_access(self, gpa: int, size: int) -> None:
         if gpa < 0 or size < 0 or gpa + size > 1 << 64:
-            raise UsageError(f"{size} bytes at gpa {gpa:#x} are no range of guest physical addresses")
+            raise UsageError(f"{size} bytes at gpa {gpa:#x} are not a valid range of guest physical addresses")
 
     def _finish(self, verb: str, gpa: int, size: int, done: int) -> None:
-        """Look at what an access taught, and raise where it fell short."""
+        """Evaluate the result of an access, and raise if it was incomplete."""
         error = None
         if done < size:
             stop = gpa + done
             state = self.describe(stop)
             if self.ledger.state(stop) in (PageState.HOST, PageState.SHARED, PageState.HOLE):
-                state += " as far as is known, but cannot be reached"
+                state += " according to the ledger, but not accessible"
             error = GuestMemoryError(f"{verb} of {size} bytes at gpa {hex_(gpa)}", stop, done, state)
         self._learn(gpa, done, True)
         if error:
@@ -394,7 +393,7 @@ class Memory:
             if hook is None or not self._sealed:
                 return
             for page in pages(gpa, size):
-                # A shared page that is open, and an unshared one that is closed, are as the ledger has them.
+                # An accessible shared page and an inaccessible unshared page agree with the ledger.
                 if (self.ledger.entry(page) == PageState.SHARED) != accessible:
                     hook(Gpa(page), accessible)
         elif self._punched and accessible:

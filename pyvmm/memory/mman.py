@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How guest memory is mapped, with addresses as integers: Python never holds a view of it.
+"""Map guest memory, with addresses as integers. Python never holds a view of it.
 
-Owns nothing: whoever maps unmaps. Every failure names the call, its values, and why.
+Owns nothing: the caller that maps must unmap. Every error names the call, its values, and the reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROT_RW = PROT_READ | PROT_WRITE
 
 
 class MappingError(PyvmmError):
-    """A call on memory failed; ``errno`` is the kernel's answer."""
+    """A call on memory failed. ``errno`` is the kernel's error."""
 
     def __init__(self, call: str, values: str, code: int, cause: str | None = None, hint: str | None = None) -> None:
         name = errno.errorcode.get(code, str(code))
@@ -38,22 +38,22 @@ class MappingError(PyvmmError):
 
 
 def map_shared(fd: int, size: int, *, offset: int = 0, reserve: bool = False) -> Hva:
-    """Map ``size`` bytes of ``fd`` for reading and writing, shared, left out of forks and core dumps.
+    """Map ``size`` bytes of ``fd`` for reading and writing, shared, excluded from forks and core dumps.
 
     A mapping of 2 MiB or more starts on a multiple of 2 MiB, so that huge pages can back an equally aligned gpa.
-    ``reserve`` makes the kernel set the pages aside now (hugetlb: a pool too small is told here, not by a SIGBUS).
+    ``reserve`` makes the kernel reserve the pages now (hugetlb: a small pool fails here, not with SIGBUS).
     """
     return _map_aligned(size, MAP_SHARED | (0 if reserve else MAP_NORESERVE), fd, offset)
 
 
 def map_anonymous(size: int) -> Hva:
-    """Map ``size`` bytes of this process's own memory, aligned and left out of forks and core dumps as above."""
+    """Map ``size`` bytes of anonymous memory, aligned and excluded from forks and core dumps as above."""
     return _map_aligned(size, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
 
 
 def _map_aligned(size: int, flags: int, fd: int, offset: int) -> Hva:
-    # A fork copies the pinned pages of a private mapping, and a core dump reads all, through the kernel's own mapping,
-    # which destroys what is donated (copy_present_page, mm/memory.c; get_dump_page, mm/gup.c).
+    # A fork copies the pinned pages of a private mapping, and a core dump reads all pages. Both use the kernel's own
+    # mapping, which destroys donated pages (copy_present_page, mm/memory.c; get_dump_page, mm/gup.c).
     granule = HUGE_SIZE if size >= HUGE_SIZE else PAGE_SIZE
     room = size + granule - PAGE_SIZE
     start = _mmap(0, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
@@ -73,14 +73,14 @@ def _map_aligned(size: int, flags: int, fd: int, offset: int) -> Hva:
 
 
 def map_over(address: int, size: int, fd: int, offset: int, access: int) -> None:
-    """Put another part of a file in the place of an existing mapping, in one step for whoever looks at it."""
+    """Replace an existing mapping by another part of a file, atomically for readers."""
     _mmap(address, size, access, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, offset)
     advise(address, size, MADV_DONTFORK)
     advise(address, size, MADV_DONTDUMP)
 
 
 def unmap(address: int, size: int) -> None:
-    """Remove the mappings in a range; an empty range of addresses is no error."""
+    """Remove the mappings in a range. A range without mappings is allowed."""
     _check(libc.munmap(address, size), "munmap", address, size)
 
 
@@ -92,12 +92,12 @@ def protect(address: int, size: int, access: int) -> None:
         address,
         size,
         f"prot={access}",
-        hint="every change of access splits a mapping in pieces: raise /proc/sys/vm/max_map_count",
+        hint="each change of access splits a mapping: raise /proc/sys/vm/max_map_count",
     )
 
 
 def advise(address: int, size: int, advice: int) -> None:
-    """Call madvise; raises :class:`MappingError` with its errno."""
+    """Call madvise. Raises :class:`MappingError` with its errno."""
     _check(libc.madvise(address, size, advice), "madvise", address, size, f"advice={advice}")
 
 
@@ -113,14 +113,14 @@ def _mmap(address: int, size: int, access: int, flags: int, fd: int, offset: int
         return result
     cause = hint = None
     if code == errno.ENOMEM:
-        cause = "no room: this process's address space or the memory the kernel may commit is used up"
-        hint = "ask for less guest memory; see `ulimit -v`, /proc/sys/vm/max_map_count and overcommit_memory"
+        cause = "this process's address space or the kernel's commit limit is used up"
+        hint = "use less guest memory; see `ulimit -v`, /proc/sys/vm/max_map_count and overcommit_memory"
     elif code == errno.EAGAIN:
-        cause = "the mapping would be locked (mlockall) and RLIMIT_MEMLOCK does not allow it"
+        cause = "the mapping would be locked (mlockall), but RLIMIT_MEMLOCK does not allow it"
     elif code == errno.ENODEV and fd >= 0:
         raise HostError(
             f"this kernel cannot map the file behind guest memory (mmap of fd {fd}: ENODEV)",
-            hint="a guest_memfd can be mapped since Linux 6.18 and only if it was created with the MMAP flag",
+            hint="mapping a guest_memfd needs Linux 6.18, and the MMAP flag at its creation",
         )
     values = f"size={size:#x}, prot={access}, flags={flags:#x}, fd={fd}, offset={offset:#x}"
     raise MappingError("mmap", values, code, cause, hint)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest memory that comes into being at its first access: slots added when a guest reaches where none is.
+"""Guest memory on demand: add a slot when the guest accesses an address without one.
 
-An ``OnDemand`` owns nothing: its files are the ``Memory``'s. vCPU threads call it, one at a time gets through; its lock
-is taken before the memory's. It is the one way to fill a protected guest's memory lazily, as the faults of one cannot
-wait for userfaultfd: an access without a memslot leaves the guest as an MMIO exit, in every protection.
+An ``OnDemand`` owns nothing: ``Memory`` owns its files. vCPU threads call it, one at a time. Its lock is taken before
+the memory's. It is the only way to fill a protected guest's memory lazily, because a protected guest's faults cannot
+wait for userfaultfd. An access without a memslot is an MMIO exit, in every protection.
 
-The access is never carried out here. The guest makes it again when there is memory (``pv_mmio_retry``): whatever its
-width, across pages too, of whose parts KVM tells neither which are there nor where they are; and after another vCPU has
-had the page donated, when the host could not carry it out any more. Only what KVM can decode leaves the guest: plain
-loads and stores. At pairs, write-back and instruction fetches a guest gets an abort, or its VMM ENOSYS.
+The access is never completed here. The guest repeats it once there is memory (``pv_mmio_retry``). This works for any
+width, and for accesses across pages, for which KVM does not report which part is missing. It also works after another
+vCPU's access has donated the page, which the host could then not access. Only accesses that KVM can decode exit: plain
+loads and stores. Pairs, write-back and instruction fetches give the guest an abort, or the VMM ENOSYS.
 
-Hostile guests: every gpa is looked up in fixed ranges; there are ``limit`` slots at most; whoever wants more, or asks
-elsewhere, gets the external abort that any address without memory gives.
+Hostile guests: every gpa is looked up in fixed ranges, and there are at most ``limit`` slots. Accesses beyond them get
+the external abort of any address without memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 LIMIT = 1024
 
 Fill: TypeAlias = "Callable[[Gpa, int], bytes | bytearray | memoryview | None]"
-"""Says what ``[gpa, gpa + size)`` holds at first: ``size`` bytes at most, zeros behind them; None: zeros."""
+"""Returns the initial contents of ``[gpa, gpa + size)``: at most ``size`` bytes, followed by zeros. None: zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,17 @@ class _Window:
 
 
 class OnDemand:
-    """Memory for ``ranges`` of (gpa, size), in slots of ``granule`` bytes, the last of a range maybe smaller.
+    """Memory for ``ranges`` of (gpa, size), in slots of ``granule`` bytes. The last slot of a range may be smaller.
 
-    Make it the machine's ``unclaimed``, and attach it before the start::
+    Pass it as the machine's ``unclaimed``, and attach it before the start::
 
         lazy = OnDemand([(0x2000_0000, 64 << 20)], granule=1 << 16, fill=lambda gpa, size: contents(gpa, size))
         with Machine(config, unclaimed=lazy) as machine:
             lazy.attach(machine.memory)
             machine.run()
 
-    ``fill`` runs in the thread of the vCPU that waits, while the others may have to wait too: it must wait for none of
-    them. What it raises ends the run.
+    ``fill`` runs in the thread of the waiting vCPU. Other vCPUs may have to wait meanwhile, so it must not wait for
+    them. Its exception ends the run.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class OnDemand:
         self.ranges = sorted(ranges)
         self.granule = granule
         self.limit = limit
-        """How many slots there may be."""
+        """The maximum number of slots."""
         self.slots = 0
-        """How many were added."""
+        """The number of slots added."""
         self.late = 0
-        """Accesses that found their slot there already, added for another vCPU's."""
+        """Accesses whose slot another vCPU had already added."""
         self.refused = 0
-        """Accesses that would have been a slot too many."""
+        """Accesses refused because of ``limit``."""
         self._fill = fill
         self._lock = threading.Lock()
         self._memory: Memory | None = None
@@ -86,12 +86,12 @@ class OnDemand:
         self._check()
 
     def attach(self, memory: Memory) -> None:
-        """Serve the guest of ``memory``. Once, before it runs: a protected guest's memory must be lockable, all of it.
+        """Serve the guest of ``memory``. Call once, before it runs: all of a protected guest's memory must be lockable.
 
-        UsageError where a range is, or overlaps, memory or a device; HostError where so much cannot be locked.
+        Raises UsageError if a range overlaps memory or a device, HostError if the memory cannot be locked.
         """
         if self._memory:
-            raise UsageError("memory on demand serves one guest, and has one already")
+            raise UsageError("memory on demand already serves another guest")
         for gpa, size in self.ranges:
             self._check_devices(memory, gpa, size)
         if memory.protection is Protection.PKVM:
@@ -99,7 +99,7 @@ class OnDemand:
             require_memlock(sum(slot.size for slot in memory.slots) + most)
         windows = []
         for gpa, size in self.ranges:
-            # One sparse file a range, not a slot: descriptors are few.
+            # One sparse file per range, not per slot: descriptors are limited.
             file = Memfd(size)
             memory.reserve(gpa, file)
             windows.append(_Window(gpa, size, file))
@@ -107,7 +107,7 @@ class OnDemand:
         self._memory = memory
 
     def __call__(self, native: pv_vcpu) -> bool:
-        """Provide memory for the access that ``native`` (``struct pv_vcpu *``) is stopped at; False if it has none."""
+        """Provide memory for the access of ``native`` (``struct pv_vcpu *``). False if no range has its gpa."""
         memory = self._memory
         if memory is None:
             raise PyvmmError("memory on demand is not attached", hint="call attach(machine.memory) before the start")
@@ -129,7 +129,7 @@ class OnDemand:
     def _provide(self, memory: Memory, window: _Window, gpa: int) -> None:
         offset = (gpa - window.gpa) // self.granule * self.granule
         start, size = Gpa(window.gpa + offset), min(self.granule, window.size - offset)
-        # One that was removed comes back as it was.
+        # A slot that was removed comes back with its old contents.
         if self._fill and start not in self._filled and (data := self._fill(start, size)):
             if len(data) > size:
                 raise UsageError(f"{len(data)} bytes were given to fill {span(start, size)}, of {size} bytes")
@@ -140,13 +140,13 @@ class OnDemand:
 
     def _check(self) -> None:
         if self.granule <= 0 or not is_aligned(self.granule):
-            raise UsageError(f"a granule of {self.granule:#x} bytes: a multiple of {PAGE_SIZE:#x} is needed")
+            raise UsageError(f"a granule of {self.granule:#x} bytes: use a multiple of {PAGE_SIZE:#x}")
         if self.limit < 1:
-            raise UsageError(f"memory on demand of at most {self.limit} slots: at least one is needed")
+            raise UsageError(f"memory on demand of at most {self.limit} slots: use at least 1")
         before = 0
         for gpa, size in self.ranges:
             if gpa < 0 or size <= 0 or not (is_aligned(gpa) and is_aligned(size)):
-                raise UsageError(f"no memory on demand at {gpa:#x}, {size:#x} bytes: whole pages are needed")
+                raise UsageError(f"memory on demand at {gpa:#x}, {size:#x} bytes: use whole pages")
             if gpa < before:
                 raise UsageError(f"memory on demand at {span(gpa, size)} overlaps the range before it")
             before = gpa + size

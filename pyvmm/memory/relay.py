@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells devices what the guest shares and takes back, whatever the source, before the guest goes on.
+"""Notify devices of shared and unshared pages, from any source, before the guest continues.
 
 Owns the list of subscribers and ``pv_vm.subscribers`` (which makes the native loop stop at a share). Subscribers run in
-the thread of the vCPU that shared, one event at a time: a share is announced once the page may be used, an unshare
-when the ledger no longer says so but holders still may, and when the last subscriber returns the page is the guest's
-alone. With no subscriber the loop handles conversions in C and only counts them.
+the thread of the vCPU that shared, one event at a time. A share is announced once devices may use the page. An unshare
+is announced after the ledger has changed, while devices may still use the page. When the last subscriber returns, the
+page is private. Without subscribers the loop handles conversions in C and only counts them.
 
 Lock order: the relay's lock is taken first, a device's own lock inside it. A subscriber must not wait for a vCPU.
 """
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 class ShareSource(IntEnum):
-    """Who said so."""
+    """The source of an event."""
 
     DOORBELL = lib.PV_SOURCE_DOORBELL
     """The guest rang the share doorbell (any protection)."""
     HYPERCALL = lib.PV_SOURCE_HYPERCALL
     """KVM_EXIT_HYPERCALL of the emulated protection."""
     ACCESS = lib.PV_SOURCE_ACCESS
-    """A guarded access found the page open, or no longer so."""
+    """A guarded access found that the page is accessible, or no longer is."""
     EXIT = lib.PV_SOURCE_EXIT
-    """A kernel that exits on a protected guest's shares (Android's)."""
+    """A host kernel that exits on a protected guest's shares (Android's)."""
 
 
 class ShareEvent(NamedTuple):
@@ -53,7 +53,7 @@ Subscriber = Callable[[ShareEvent], None]
 
 
 class ShareRelay:
-    """The one place where conversions are announced."""
+    """Announces conversions to its subscribers."""
 
     def __init__(self, native: pv_vm, ledger: Ledger) -> None:
         self.native = native
@@ -62,9 +62,9 @@ class ShareRelay:
         self._lock = threading.RLock()
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Call ``subscriber`` for every conversion from now on; returns what ends that.
+        """Call ``subscriber`` for every conversion from now on. Returns a function that ends the subscription.
 
-        A page that is shared when looked at *after* this is not taken back unheard; one looked at before may be.
+        Check whether a page is shared *after* this call: otherwise its unshare may go unnoticed.
         """
         with self._lock:
             self._subscribers.append(subscriber)
@@ -79,24 +79,24 @@ class ShareRelay:
         return unsubscribe
 
     def is_shared(self, gpa: int) -> bool:
-        """Whether the page of ``gpa`` was announced as shared and not taken back."""
+        """Whether the page of ``gpa`` was announced as shared and not unshared since."""
         return self.ledger.state(Gpa(gpa)) is PageState.SHARED
 
     def hold(self) -> threading.RLock:
-        """Return the lock under which no conversion is announced: a device may use a shared page while it has it."""
+        """Return the lock that delays announcements. A device may use a shared page while it holds the lock."""
         return self._lock
 
     def deliver(self, event: ShareEvent) -> None:
-        """Tell every subscriber, in the order they came; the caller is the vCPU that waits for it."""
+        """Notify every subscriber, in the order of subscription. The calling vCPU waits meanwhile."""
         with self._lock:
             for subscriber in tuple(self._subscribers):
                 subscriber(event)
 
     def evidence(self, gpa: Gpa, accessible: bool) -> None:
-        """Enter what a guarded access learnt about a page that no guest has announced.
+        """Record the result of a guarded access to a page without an announcement.
 
-        Only the loss of a shared page is news that devices must hear: a page found open may be the guest's by the
-        next instruction, so it is never entered as shared on that ground alone.
+        Devices are notified only when a shared page has become inaccessible. An accessible page may become private at
+        the next instruction, so it is not recorded as shared.
         """
         page = Gpa(gpa & -PAGE_SIZE)
         with self._lock:

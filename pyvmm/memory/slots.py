@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots: which part of guest memory lies on which part of which backing, in KVM's eyes and in the native loop's.
+"""Slots: the mapping of guest memory to backings, for KVM and for the native loop.
 
 :class:`SlotTable` is the only caller of KVM_SET_USER_MEMORY_REGION(2) and the only writer of ``pv_vm.map``; only
-:class:`pyvmm.memory.memory.Memory` uses it, under its lock. What was added whole is one :class:`Slot`, one region of
-the native loop and one area of the ledger for its whole life. KVM may see it in several :class:`Piece` s, after pages
-were moved to another backing.
+:class:`pyvmm.memory.memory.Memory` uses it, under its lock. Each added range is one :class:`Slot`, one region of the
+native loop and one area of the ledger, for its whole life. KVM may have several memslots for it (:class:`Piece`), after
+pages were moved to another backing.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Piece(NamedTuple):
         return Gpa(self.gpa + self.size)
 
     def continues(self, before: Piece) -> bool:
-        """Whether it goes on where ``before`` ends, in guest memory and in the backing."""
+        """Whether it starts where ``before`` ends, in guest memory and in the backing."""
         same = self.backing is before.backing and self.offset == before.offset + before.size
         return same and self.gpa == before.end
 
     def overlap(self, gpa: int, size: int) -> Piece | None:
-        """Return the part of it that lies in ``[gpa, gpa + size)``."""
+        """Return its part within ``[gpa, gpa + size)``."""
         start, end = max(gpa, self.gpa), min(gpa + size, self.end)
         if start >= end:
             return None
@@ -54,7 +54,7 @@ class Piece(NamedTuple):
 
 
 def carve(pieces: Sequence[Piece], new: Piece) -> list[Piece]:
-    """Return ``pieces`` with ``new`` in the place of what it covers, neighbours joined where they continue."""
+    """Replace the covered part of ``pieces`` by ``new``, and join adjacent pieces that continue each other."""
     left_over = [new]
     for piece in pieces:
         left = piece.overlap(piece.gpa, max(0, new.gpa - piece.gpa))
@@ -70,7 +70,7 @@ def carve(pieces: Sequence[Piece], new: Piece) -> list[Piece]:
 
 
 class Slot:
-    """A range of guest memory as it was added. Only Memory changes it."""
+    """A range of guest memory, as added. Only Memory changes it."""
 
     __slots__ = ("area", "backing", "gpa", "offset", "pieces", "size")
 
@@ -81,7 +81,7 @@ class Slot:
         self.offset = offset
         self.area = area
         self.pieces: list[Piece] = []
-        """The memslots KVM has of it; more than one after pages were moved to another backing."""
+        """KVM's memslots for it: more than one after pages were moved to another backing."""
 
     @property
     def end(self) -> Gpa:
@@ -90,12 +90,12 @@ class Slot:
 
     @property
     def hva(self) -> Hva:
-        """Where KVM finds its first byte, unless that page was moved."""
+        """The address of its first byte for KVM, unless that page was moved."""
         return Hva(self.backing.hva + self.offset)
 
     @property
     def view(self) -> Hva:
-        """Where the host's own code finds its first byte."""
+        """The address of its first byte for the host's own code."""
         return Hva(self.backing.view + self.offset)
 
     def __str__(self) -> str:
@@ -110,20 +110,20 @@ class SlotTable:
         self._native = native_vm
         self._ipa_bits = ipa_bits
         self._most = vm.check(KVM_CAP_NR_MEMSLOTS)
-        # Starts and slots in one tuple, so that a reader never sees those of different times.
+        # Starts and slots in one tuple, so that a reader always sees a consistent pair.
         self._index: tuple[tuple[int, ...], tuple[Slot, ...]] = ((), ())
         self._numbers: dict[Piece, int] = {}
         self._free: list[int] = []
-        """Numbers given back, sorted."""
+        """Freed memslot numbers, sorted."""
         self._used: dict[Backing, list[Piece]] = {}
-        """What KVM has of each backing, sorted by offset."""
+        """KVM's memslots of each backing, sorted by offset."""
         self._regions = ffi.new("struct pv_region[]", 0)
         self._map: pv_map = ffi.NULL
-        """The native loop's table, which these two keep alive."""
+        """The native loop's table. These two attributes keep it alive."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """All of them, sorted by gpa."""
+        """All slots, sorted by gpa."""
         return self._index[1]
 
     def at(self, gpa: int) -> Slot | None:
@@ -140,7 +140,7 @@ class SlotTable:
         return min(done, size)
 
     def pieces(self, gpa: int, size: int) -> list[tuple[Slot, Piece]]:
-        """Return the parts of ``[gpa, gpa + size)``, each with its slot; gaps are left out."""
+        """Return the parts of ``[gpa, gpa + size)``, each with its slot, without gaps."""
         starts, slots = self._index
         found = []
         for slot in slots[max(0, bisect_right(starts, gpa) - 1) : bisect_left(starts, gpa + size)]:
@@ -148,7 +148,7 @@ class SlotTable:
         return found
 
     def check_new(self, gpa: int, size: int, backing: Backing, offset: int) -> None:
-        """Refuse, in words, what KVM would refuse with an errno."""
+        """Raise a UsageError with the reason, where KVM would return only an errno."""
         what = f"a slot of {size:#x} bytes at gpa {hex_(gpa)} over {backing!r}"
         for name, value in (("gpa", gpa), ("size", size), ("offset", offset)):
             if value < 0 or not is_aligned(value):
@@ -166,7 +166,8 @@ class SlotTable:
                 hint="the size is fixed when the VM is created: the low 8 bits of its type",
             )
         starts, slots = self._index
-        # Slots are disjoint, and so are pieces of a backing: the last that starts before the end is the one to look at.
+        # Slots are disjoint, and so are pieces of a backing, so only the last one that starts before the end can
+        # overlap.
         number = bisect_left(starts, gpa + size) - 1
         if number >= 0 and gpa < slots[number].end:
             raise UsageError(f"{what}, {span(gpa, size)}, overlaps the {slots[number]}")
@@ -174,8 +175,8 @@ class SlotTable:
         number = bisect_left(pieces, offset + size, key=_offset) - 1
         if number >= 0 and offset < pieces[number].offset + pieces[number].size:
             raise UsageError(
-                f"{what}: bytes [{offset:#x}, {offset + size:#x}) of the backing are in the "
-                f"{self.at(pieces[number].gpa)} already",
+                f"{what}: bytes [{offset:#x}, {offset + size:#x}) of the backing already belong to the "
+                f"{self.at(pieces[number].gpa)}",
                 hint="one page of guest memory has one address; use another part of the backing",
             )
         if not self.free:
@@ -183,27 +184,27 @@ class SlotTable:
 
     @property
     def free(self) -> int:
-        """How many more memslots KVM takes."""
+        """The number of memslots that KVM still accepts."""
         return self._most - len(self._numbers)
 
     def publish(self, slot: Slot) -> None:
-        """Let the native loop see a new slot; KVM sees it with :meth:`switch`."""
+        """Make a new slot visible to the native loop. :meth:`switch` makes it visible to KVM."""
         at = bisect_right(self._index[0], slot.gpa)
         self._publish(at, at, slot)
 
     def withdraw(self, slot: Slot) -> None:
-        """Take a slot from the native loop, which has looked at it for the last time when this returns."""
+        """Remove a slot from the native loop. When this returns, the loop no longer reads it."""
         at = self.slots.index(slot)
         self._publish(at, at + 1)
 
     def room_for(self, slot: Slot, pieces: list[Piece]) -> bool:
-        """Whether KVM can have ``slot`` in these pieces, by number."""
+        """Whether KVM has enough memslots for ``slot`` in these pieces."""
         return len(self._numbers) - len(slot.pieces) + len(pieces) <= self._most
 
     def switch(self, slot: Slot, pieces: list[Piece]) -> None:
-        """Make KVM see ``slot`` as ``pieces``; as before where it refuses. There is a moment with neither.
+        """Replace KVM's memslots of ``slot`` by ``pieces``, or restore the old ones if KVM refuses.
 
-        A vCPU that touches the slot in that moment exits with KVM_EXIT_MMIO: pause the others first.
+        In between there is no memslot, and an access exits with KVM_EXIT_MMIO. Pause the other vCPUs first.
         """
         old = [piece for piece in slot.pieces if piece not in pieces]
         new = [piece for piece in pieces if piece not in slot.pieces]
@@ -224,7 +225,7 @@ class SlotTable:
         slot.pieces = pieces
 
     def close(self) -> None:
-        """Forget everything; take the slots from a VM that still lives, before their addresses mean something else."""
+        """Drop everything. Delete the slots of a live VM, before their addresses are reused."""
         lib.pv_publish_map(self._native, ffi.NULL)
         for piece in () if self._vm.closed else tuple(self._numbers):
             with contextlib.suppress(PyvmmError):  # a protected VM that has run refuses
@@ -262,12 +263,12 @@ class SlotTable:
 
     def _too_many(self, what: str) -> UsageError:
         return UsageError(
-            f"{what}: the kernel takes {self._most} slots a VM (KVM_CAP_NR_MEMSLOTS)",
-            hint="use fewer and larger slots; adjacent parts of one backing need only one",
+            f"{what}: the kernel accepts {self._most} slots per VM (KVM_CAP_NR_MEMSLOTS)",
+            hint="use fewer, larger slots; adjacent parts of one backing need only one",
         )
 
     def _publish(self, first: int, end: int, *new: Slot) -> None:
-        """Put ``new`` in the place of the slots numbered ``[first, end)``."""
+        """Replace the slots with indices ``[first, end)`` by ``new``."""
         starts, slots = self._index
         starts = (*starts[:first], *(slot.gpa for slot in new), *starts[end:])
         slots = (*slots[:first], *new, *slots[end:])
@@ -283,7 +284,7 @@ class SlotTable:
         ffi.memmove(regions + first + len(new), self._regions + end, (len(slots) - first - len(new)) * each)
         table = ffi.new("struct pv_map *", {"count": len(slots), "regions": regions})
         lib.pv_publish_map(self._native, table)
-        # Nobody looks at the last table now.
+        # No reader uses the old table now.
         self._regions, self._map = regions, table
         self._index = starts, slots
 

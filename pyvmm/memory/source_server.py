@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread that serves the missing pages of a userfaultfd from one buffer, without Python on the way.
+"""Serve the missing pages of a userfaultfd from one buffer, in a native thread without Python.
 
-What :class:`pyvmm.memory.fault_server.Server` is for any answer, this is for the commonest: every page is there
-already, and only has to be copied in at its first touch. A ``SourceServer`` owns its hold on the buffer.
+:class:`pyvmm.memory.fault_server.Server` gives any answer. This one covers the most common case: all pages exist, and
+are copied at their first access. A ``SourceServer`` owns a reference to the buffer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pyvmm.memory.userfault import Userfault, UserfaultError
 
 
 class SourceServer(FaultThread):
-    """Serves ``[hva, hva + len(source))``, registered for missing pages; whole pages. Stop it, or use it as a context.
+    """Serves ``[hva, hva + len(source))``, whole pages, registered for missing. Stop it, or use it as a context.
 
-    What is not answered when it stops waits for the next server. Leaving the context raises UserfaultError where the
-    kernel refused an answer: who waited then waits on. ``failed`` hears of that at once, in the server's thread.
+    Unanswered faults wait for the next server. If the kernel refuses an answer, the faulting thread keeps waiting, and
+    the server's thread calls ``failed`` at once. Leaving the context then raises UserfaultError.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SourceServer(FaultThread):
         failed: Callable[[UserfaultError], object] = lambda _: None,
     ) -> None:
         if not (is_aligned(hva) and is_aligned(len(source)) and len(source)):
-            raise UsageError(f"serving {len(source)} bytes at {hex_(hva)}: whole pages are needed")
+            raise UsageError(f"serving {len(source)} bytes at {hex_(hva)}: use whole pages")
         self._source = ffi.from_buffer("uint8_t[]", source)
         super().__init__(userfault)
         self._failed = failed
@@ -42,12 +42,12 @@ class SourceServer(FaultThread):
 
     @property
     def served(self) -> int:
-        """Faults answered until now."""
+        """Faults answered so far."""
         return int(self._native.served)
 
     def _ended(self) -> None:
         super()._ended()
-        # A memoryview that is garbage while something holds its buffer is one that CPython crashes on.
+        # Release the buffer first: CPython crashes on a collected memoryview with an exported buffer.
         ffi.release(self._source)
 
     def _main(self) -> None:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page faults on guest memory told to this process (userfaultfd), and the requests that answer them.
+"""Receive and answer page faults on guest memory (userfaultfd).
 
-A ``Userfault`` owns its descriptor; ``fault_server`` has a thread that reads one. KVM faults through ``Slot.hva``: that
-is the address to register (:meth:`pyvmm.memory.memory.Memory.hva`). The host's own copies block on a registered page
-as a vCPU does where ``Slot.view`` is the same mapping; they do not hold Python's lock meanwhile.
+A ``Userfault`` owns its descriptor; ``fault_server`` has a thread that reads one. KVM faults through ``Slot.hva``, so
+register that address (:meth:`pyvmm.memory.memory.Memory.hva`). If ``Slot.view`` is the same mapping, the host's own
+copies also block on a registered page. They do not hold the GIL meanwhile.
 
-A vCPU that waits for an answer cannot be kicked (KVM faults pages in uninterruptibly on arm64): it goes on when the
-page is answered, woken, unregistered, or the ``Userfault`` is closed. So close that before the machine.
+A vCPU that waits for an answer cannot be kicked (KVM faults pages in uninterruptibly on arm64): it continues when the
+page is answered, woken or unregistered, or the ``Userfault`` is closed. So close that before the machine.
 
-A protected guest's pages are pinned without the leave to wait that userfaultfd needs: KVM_RUN fails with EFAULT. A
-guest_memfd is refused when it is registered.
+KVM pins a protected guest's pages without permission to wait, which userfaultfd needs: KVM_RUN fails with EFAULT. A
+guest_memfd cannot be registered.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EVENTS: Final = (
     | uapi.UFFD_FEATURE_EVENT_REMOVE
     | uapi.UFFD_FEATURE_EVENT_UNMAP
 )
-"""Messages about other things than faults: their sender blocks until they are read, and nobody here does."""
+"""Event messages other than faults. Their sender blocks until they are read, and this module does not read them."""
 FEATURES: Final = (
     uapi.UFFD_FEATURE_PAGEFAULT_FLAG_WP
     | uapi.UFFD_FEATURE_MISSING_SHMEM
@@ -48,7 +48,7 @@ FEATURES: Final = (
     | uapi.UFFD_FEATURE_THREAD_ID
     | uapi.UFFD_FEATURE_RWP
 )
-"""What is asked for where the kernel has it."""
+"""Features to request if the kernel has them."""
 
 _BATCH = 64
 _REQUESTS = tuple(each for each in vars(uapi).values() if isinstance(each, Ioctl))
@@ -60,8 +60,8 @@ _MODES = (
 )
 _CAUSES = {
     ("UFFDIO_REGISTER", errno.EINVAL): (
-        "not all of it is memory whose faults can be told: mapped memfd or anonymous memory, no guest_memfd",
-        "a guest_memfd has no userfaultfd support, and its guest's faults do not go through a mapping: use a memfd",
+        "part of it is not mapped memfd or anonymous memory",
+        "use a memfd: a guest_memfd has no userfaultfd support, and its guest faults bypass the mapping",
     ),
     ("UFFDIO_REGISTER", errno.EBUSY): ("part of it is registered with another userfaultfd", None),
     ("UFFDIO_REGISTER", errno.ENOMEM): ("nothing is mapped there", None),
@@ -77,7 +77,7 @@ _CAUSES = {
 
 
 class UserfaultError(MappingError):
-    """A request on a userfaultfd failed; ``errno`` is the kernel's answer, ``done`` the bytes done before it."""
+    """A request on a userfaultfd failed. ``errno`` is the kernel's error, ``done`` the bytes done before it."""
 
     def __init__(self, call: str, values: str, code: int, done: int = 0) -> None:
         cause, hint = _CAUSES.get((call, code)) or _CAUSES.get(("*", code)) or (None, None)
@@ -89,7 +89,7 @@ class FaultKind(Enum):
     """Why a page faulted."""
 
     MISSING = "missing"
-    """There is no page."""
+    """The page is missing."""
     MINOR = "minor"
     """The file has the page, the mapping does not."""
     WP = "wp"
@@ -100,7 +100,7 @@ class FaultKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault that waits for an answer; ``tid`` is the thread that waits, None where the kernel does not tell."""
+    """A fault that waits for an answer. ``tid`` is the waiting thread, None if the kernel does not report it."""
 
     address: Hva
     kind: FaultKind
@@ -109,31 +109,31 @@ class Fault:
 
     @property
     def page(self) -> Hva:
-        """Where its page starts."""
+        """The start of its page."""
         return Hva(align_down(self.address))
 
 
 class Userfault:
-    """A userfaultfd; a context manager. Any thread may use it, and a request blocks nobody but its caller."""
+    """A userfaultfd. A context manager. Any thread may use it, and a request blocks only its caller."""
 
     def __init__(self, fd: int, available: int, features: int) -> None:
         self.fd = fd
         self.available = available
         """UFFD_FEATURE_* that the kernel has."""
         self.features = features
-        """Those of them that are on."""
+        """The enabled ones of these features."""
         self._stop_server: Callable[[], None] | None = None
 
     @classmethod
     def open(cls, *, user_mode_only: bool = False, features: int = FEATURES) -> Self:
-        """Make one, with those of ``features`` (UFFD_FEATURE_*) that the kernel has.
+        """Open a userfaultfd, with those of ``features`` (UFFD_FEATURE_*) that the kernel has.
 
-        ``user_mode_only``: a fault inside the kernel, as every guest's is, fails instead of waiting; that takes no
-        privilege. HostError, with what to do, where this process may not or the kernel has none.
+        ``user_mode_only`` needs no privilege. Faults inside the kernel, such as every guest's, then fail instead of
+        waiting. Raises HostError with a hint if this process may not use userfaultfd, or the kernel lacks it.
         """
         if features & EVENTS:
-            raise UsageError(f"features {features & EVENTS:#x} are events, which nobody here reads: leave them out")
-        # UFFDIO_API works once on a descriptor: the first is for asking.
+            raise UsageError(f"features {features & EVENTS:#x} are events, which this class does not read: drop them")
+        # UFFDIO_API works once per descriptor. The first descriptor only reads the features.
         fd = _new(user_mode_only)
         try:
             available = _negotiate(fd, 0)
@@ -158,7 +158,7 @@ class Userfault:
         return f"<userfaultfd {self.fd}>"
 
     def close(self) -> None:
-        """Stop serving and close: whoever waits goes on, as if nothing had been registered. Idempotent."""
+        """Stop serving and close. Waiting threads continue as if nothing had been registered. Idempotent."""
         if self._stop_server:
             self._stop_server()
         fd, self.fd = self.fd, -1
@@ -170,24 +170,24 @@ class Userfault:
     def register(
         self, hva: int, size: int, *, missing: bool = False, minor: bool = False, wp: bool = False, rwp: bool = False
     ) -> frozenset[Ioctl]:
-        """Have faults in ``[hva, hva + size)`` told from now on; returns the requests that work there.
+        """Report faults in ``[hva, hva + size)`` from now on. Returns the requests that work there.
 
         ``missing``: no page there yet; ``minor``: the file has it, the mapping does not; ``wp``, ``rwp``: accesses to
-        pages protected with :meth:`write_protect` and :meth:`rwprotect`. Registering again replaces what was told.
+        pages protected with :meth:`write_protect` and :meth:`rwprotect`. Registering again replaces the kinds.
         """
         mode = 0
         for (name, bit, feature), wanted in zip(_MODES, (missing, minor, wp, rwp), strict=True):
             mode |= bit if wanted else 0
             if wanted and not self.available & feature:
                 raise HostError(
-                    f"this kernel's userfaultfd does not tell {name} faults of shared memory",
-                    hint="minor faults are there since Linux 5.14, wp since 5.19, rwp since 7.3 (USERFAULTFD_RWP)",
+                    f"this kernel's userfaultfd does not report {name} faults of shared memory",
+                    hint="minor faults need Linux 5.14, wp 5.19, rwp 7.3 (USERFAULTFD_RWP)",
                 )
         if not mode:
-            raise UsageError(f"registering {hex_(hva)}: one of missing, minor, wp and rwp is needed")
+            raise UsageError(f"registering {hex_(hva)}: choose at least one of missing, minor, wp and rwp")
         if wp and rwp:
             raise UsageError(
-                f"registering {hex_(hva)} for wp and rwp: one bit of a page table entry stands for both (EINVAL)"
+                f"registering {hex_(hva)} for both wp and rwp: they share one page table bit; choose one (EINVAL)"
             )
         argument = uapi.uffdio_register(mode=mode)
         _set_range(argument, hva, size)
@@ -195,17 +195,17 @@ class Userfault:
         return frozenset(each for each in _REQUESTS if argument.ioctls >> (each.number & 0xFF) & 1)
 
     def unregister(self, hva: int, size: int) -> None:
-        """Have faults there told no longer; whoever waits goes on."""
+        """Stop reporting faults there. Waiting threads continue."""
         self._call(uapi.UFFDIO_UNREGISTER, uapi.uffdio_range(start=hva, len=size), hva, size)
 
     def wake(self, hva: int, size: int) -> None:
-        """Let whoever waits in a range try again."""
+        """Let threads that wait in a range try again."""
         self._call(uapi.UFFDIO_WAKE, uapi.uffdio_range(start=hva, len=size), hva, size)
 
     # -- faults
 
     def read(self) -> list[Fault]:
-        """Return the faults that nobody has read yet, some if there are many; does not wait."""
+        """Return unread faults, only some if there are many. Does not wait."""
         size = sizeof(uapi.uffd_msg)
         try:
             data = os.read(self.fd, _BATCH * size)
@@ -217,7 +217,7 @@ class Userfault:
         return [self._fault(each) for each in messages if each.event == uapi.UffdEvent.UFFD_EVENT_PAGEFAULT]
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until there is a fault to read; False after ``timeout`` seconds."""
+        """Wait until there is a fault to read. Returns False after ``timeout`` seconds."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         return bool(poll.poll(None if timeout is None else timeout * 1000))
@@ -236,7 +236,7 @@ class Userfault:
     # -- answers
 
     def copy(self, hva: int, data: bytes | bytearray | memoryview, *, wake: bool = True, wp: bool = False) -> None:
-        """Put new pages with ``data`` at ``hva``, in one step for whoever looks; ``wp``: write-protected ones."""
+        """Put new pages with ``data`` at ``hva``, atomically for readers. ``wp`` write-protects them."""
         source = ffi.from_buffer("uint8_t[]", data)
         mode = (0 if wake else uapi.UFFDIO_COPY_MODE_DONTWAKE) | (uapi.UFFDIO_COPY_MODE_WP if wp else 0)
         start = int(ffi.cast("uintptr_t", source))
@@ -251,12 +251,12 @@ class Userfault:
         self._fill_range(uapi.UFFDIO_ZEROPAGE, uapi.uffdio_zeropage, "zeropage", hva, size, 0 if wake else 1)
 
     def continue_(self, hva: int, size: int = PAGE_SIZE, *, wake: bool = True, wp: bool = False) -> None:
-        """Map the pages that the file has at ``hva``; ``wp``: write-protected."""
+        """Map the file's pages at ``hva``. ``wp`` write-protects them."""
         mode = (0 if wake else uapi.UFFDIO_CONTINUE_MODE_DONTWAKE) | (uapi.UFFDIO_CONTINUE_MODE_WP if wp else 0)
         self._fill_range(uapi.UFFDIO_CONTINUE, uapi.uffdio_continue, "mapped", hva, size, mode)
 
     def write_protect(self, hva: int, size: int = PAGE_SIZE, on: bool = True, *, wake: bool = True) -> None:
-        """Have stores to a range told, or (``on`` false) no longer, and whoever waits for one go on."""
+        """Report stores to a range. With ``on`` false, stop reporting and let waiting threads continue."""
         argument = uapi.uffdio_writeprotect(
             mode=uapi.UFFDIO_WRITEPROTECT_MODE_WP if on else 0 if wake else uapi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
         )
@@ -264,7 +264,7 @@ class Userfault:
         self._call(uapi.UFFDIO_WRITEPROTECT, argument, hva, size, argument.mode)
 
     def rwprotect(self, hva: int, size: int = PAGE_SIZE, on: bool = True, *, wake: bool = True) -> None:
-        """Have any access to the pages that are there told, or (``on`` false) no longer, and whoever waits go on."""
+        """Report all accesses to existing pages. With ``on`` false, stop reporting and let waiting threads continue."""
         argument = uapi.uffdio_rwprotect(
             mode=uapi.UFFDIO_RWPROTECT_MODE_RWP if on else 0 if wake else uapi.UFFDIO_RWPROTECT_MODE_DONTWAKE
         )
@@ -272,9 +272,9 @@ class Userfault:
         self._call(uapi.UFFDIO_RWPROTECT, argument, hva, size, argument.mode)
 
     def attach(self, stop: Callable[[], None] | None) -> None:
-        """Have ``stop`` called before this is closed, None: no longer (the server's call: there is one at a time)."""
+        """Set the server's ``stop``, which is called before closing; None removes it. One server at a time."""
         if stop and self._stop_server:
-            raise UsageError(f"{self!r} is being served already: stop that server first")
+            raise UsageError(f"{self!r} already has a server: stop that server first")
         self._stop_server = stop
 
     # -- inside
@@ -295,7 +295,7 @@ class Userfault:
     def _fill(
         self, request: Ioctl, rest: Callable[[int], Structure], field: str, hva: int, size: int, mode: int
     ) -> None:
-        """Make a request that says in ``field`` how many bytes it did, again until all are."""
+        """Repeat a request, which reports its bytes done in ``field``, until all bytes are done."""
         done = 0
         while True:
             argument = rest(done)
@@ -315,7 +315,7 @@ def _set_range(argument: Any, hva: int, size: int) -> None:
 
 
 def _new(user_mode_only: bool) -> int:
-    """Make a descriptor, by the device or, where that is not to be had, the system call."""
+    """Open a descriptor by the device, or by the system call if the device is not accessible."""
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (uapi.UFFD_USER_MODE_ONLY if user_mode_only else 0)
     with contextlib.suppress(OSError):
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
@@ -333,15 +333,15 @@ def _new(user_mode_only: bool) -> int:
         raise HostError("this kernel has no userfaultfd (CONFIG_USERFAULTFD)", hint="populate guest memory in advance")
     if code == errno.EPERM:
         raise HostError(
-            f"userfaultfd({flags:#x}): EPERM: this process may not wait for faults inside the kernel, as a guest's are",
-            hint=f"be root, have CAP_SYS_PTRACE, have {DEVICE} made accessible (chmod, chown), or as root: "
+            f"userfaultfd({flags:#x}): EPERM: this process may not handle faults inside the kernel, such as a guest's",
+            hint=f"run as root or with CAP_SYS_PTRACE, or make {DEVICE} accessible (chmod, chown), or as root: "
             "sysctl vm.unprivileged_userfaultfd=1",
         )
     raise HostError(f"userfaultfd({flags:#x}): {errno.errorcode.get(code, code)}: {os.strerror(code)}")
 
 
 def _negotiate(fd: int, features: int) -> int:
-    """Switch a new descriptor on with ``features``; returns those the kernel has."""
+    """Enable a new descriptor with ``features``. Returns those that the kernel has."""
     argument = uapi.uffdio_api(api=uapi.UFFD_API, features=features)
     _, code = libc.ioctl(fd, uapi.UFFDIO_API.number, byref(argument))
     if code:

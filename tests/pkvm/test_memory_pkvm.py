@@ -82,7 +82,7 @@ def test_a_page_taken_back_without_a_word_is_found_out_by_the_next_access() -> N
         guest.share(PAGE)
         guest.unshare(PAGE, how=abi.SHARE_HVC)
         assert machine.memory.ledger.state(PAGE) is PageState.SHARED
-        with pytest.raises(GuestMemoryError, match="shared by the guest as far as is known, but cannot be reached"):
+        with pytest.raises(GuestMemoryError, match="shared by the guest according to the ledger, but not accessible"):
             machine.memory.read(PAGE, 1)
         assert machine.memory.ledger.state(PAGE) is PageState.PRIVATE
 

@@ -331,7 +331,7 @@ def test_evidence_is_what_an_access_shows_that_the_ledger_did_not() -> None:
         slot.backing.hide(0, MIB)
         memory._table.withdraw(slot)
         memory._table.publish(slot)
-        with pytest.raises(GuestMemoryError, match="shared by the guest as far as is known, but cannot be reached"):
+        with pytest.raises(GuestMemoryError, match="shared by the guest according to the ledger, but not accessible"):
             memory.read(BASE, 8)
         assert seen == [(BASE, False)]
         seen.clear()

@@ -90,7 +90,7 @@ def test_an_error_of_the_block_goes_before_the_servers(userfault: Userfault, mem
 
 @pytest.mark.parametrize(("at", "size"), [(8, PAGE_SIZE), (0, 8), (0, 0), (0, PAGE_SIZE + 8)])
 def test_what_is_not_whole_pages_is_refused(userfault: Userfault, memory: Memfd, at: int, size: int) -> None:
-    with pytest.raises(UsageError, match=rf"serving {size} bytes at 0x.*: whole pages are needed"):
+    with pytest.raises(UsageError, match=rf"serving {size} bytes at 0x.*: use whole pages"):
         SourceServer(userfault, memory.hva + at, bytes(size))
 
 

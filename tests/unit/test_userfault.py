@@ -91,7 +91,7 @@ def test_an_answer_may_be_several_pages_and_leaves_those_alone_that_are_there(
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (b"short", "is 5 bytes: whole pages needed"),
+        (b"short", "is 5 bytes, which are not whole pages"),
         (b"", "is 0 bytes"),
         (Answer.CONTINUE, "is no answer to a missing fault"),
         (Answer.UNPROTECT, "is no answer"),

@@ -37,28 +37,28 @@ STUB = ROOT / "pyvmm" / "_native.pyi"
 FOR_LAB = ROOT / "pyvmm" / "lab" / "aarch64" / EXTENSION
 MACHINES = ("x86_64", "aarch64")
 CDEFS = ("loop/cdef.h", "virtio/cdef.h")
-"""What Python sees, the later in words of the earlier."""
+"""The declarations for Python. Later files use earlier ones."""
 
 COMMON = ["-O2", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden"]
 STRICT = ["-Wall", "-Wextra", "-Werror"]
 
 
 class BuildError(Exception):
-    """The extension cannot be built here; the message says what to install."""
+    """The extension cannot be built here. The message names the package to install."""
 
 
 def c_files() -> list[Path]:
-    """Return every file that a compiler is given; no two have one name, and so no two objects."""
+    """Return all C files. Their names are unique, and so are those of their objects."""
     return [Path(path) for path in sources(os.fspath(NATIVE)) if path.endswith(".c")]
 
 
 def declarations() -> str:
-    """Return what Python sees of the loop and the devices, as cffi reads it."""
+    """Return the declarations of the loop and the devices for cffi."""
     return "".join((NATIVE / name).read_text() for name in CDEFS)
 
 
 def compiler(machine: str) -> list[str] | None:
-    """Return the command of a C compiler for ``machine``, or None; CC is honoured for this host's own."""
+    """Return the command of a C compiler for ``machine``, or None. For this host, CC overrides it."""
     if machine == platform.machine():
         wanted = shlex.split(os.environ.get("CC", "")) or ["gcc"]
         candidates = [wanted, ["cc"], ["clang"]]
@@ -76,16 +76,16 @@ def build(
     more: Sequence[Path] = (),
     flags: Sequence[str] = (),
 ) -> None:
-    """Build the extension for ``machine`` at ``destination``; the rest lets tests add their own C to the same sources.
+    """Build the extension for ``machine`` at ``destination``. The other arguments let tests add their own C.
 
-    Raises BuildError naming the package to install, or with the compiler's own words.
+    Raises BuildError with the package to install, or with the compiler's output.
     """
     cc = compiler(machine)
     if cc is None:
         package = "gcc" if machine == platform.machine() else f"gcc-{machine.replace('_', '-')}-linux-gnu"
         raise BuildError(f"no C compiler for {machine}: install {package} (Debian: apt install {package})")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
-        raise BuildError("a free-threaded Python has no stable ABI: build with an ordinary one")
+        raise BuildError("a free-threaded Python has no stable ABI: build with a standard Python")
     with tempfile.TemporaryDirectory(prefix="pyvmm-build-") as name:
         work = Path(name)
         include = python_include(work)
@@ -96,14 +96,14 @@ def build(
         run([*own, "-DPy_LIMITED_API=0x030b0000", *include, "-c", str(glue)], work)
         run([*cc, "-shared", "-o", "built.so", *map(str, sorted(work.glob("*.o")))], work)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        # A new inode: a process that has the old one mapped keeps it.
+        # A new inode, so that a process keeps its mapping of the old file.
         temporary = destination.with_suffix(f".{os.getpid()}")
         shutil.copy(work / "built.so", temporary)
         temporary.replace(destination)
 
 
 def run(command: list[str], work: Path) -> None:
-    """Run a compiler in ``work``; raises BuildError with what it printed."""
+    """Run a compiler in ``work``. Raises BuildError with its output."""
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode:
         hint = "\n(Debian: apt install libc6-dev linux-libc-dev)" if "No such file or directory" in done.stderr else ""
@@ -111,7 +111,7 @@ def run(command: list[str], work: Path) -> None:
 
 
 def write_glue(work: Path, module: str, cdef: str) -> Path:
-    """Let cffi write the C between Python and the loop's declarations; returns its path."""
+    """Let cffi write the C code between Python and the loop, and return its path."""
     try:
         from cffi import FFI
     except ImportError as error:
@@ -131,8 +131,8 @@ def python_include(work: Path) -> list[str]:
     folder = Path(sysconfig.get_path("include"))
     if not (folder / "Python.h").exists():
         raise BuildError(f"{folder}/Python.h is missing (Debian: apt install python3-dev)")
-    # Debian's pyconfig.h only includes <TRIPLET/pythonX.Y/pyconfig.h> of the compiler's machine, and the host has but
-    # its own: another machine's compiler is shown that one.
+    # Debian's pyconfig.h only includes <TRIPLET/pythonX.Y/pyconfig.h> of the compiler's machine. The host only has its
+    # own, so another machine's compiler gets that one.
     own = folder.parent / f"{platform.machine()}-linux-gnu" / folder.name / "pyconfig.h"
     config = own if own.exists() else Path(sysconfig.get_config_h_filename())
     for machine in MACHINES:
@@ -143,7 +143,7 @@ def python_include(work: Path) -> list[str]:
 
 
 def build_in_place() -> list[Path]:
-    """Build the extension of this host, and the lab's where its compiler is there; returns what was built."""
+    """Build this host's extension, and the lab's if its compiler is installed. Returns the built files."""
     host = platform.machine()
     build(host, IN_PLACE)
     if host == "aarch64" or compiler("aarch64") is None:
@@ -153,7 +153,7 @@ def build_in_place() -> list[Path]:
 
 
 def main() -> int:
-    """Build in place, with the typing stub, and say what was built."""
+    """Build in place, with the typing stub, and print the built files."""
     try:
         built = build_in_place()
         write_stub(declarations(), STUB)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hatchling's way to native/build.py: the extension is built into every wheel and every editable install.
+"""Hatchling's build hook: build the extension into every wheel and every editable install.
 
 The manual page comes with both (native/manual.py).
 
@@ -23,12 +23,12 @@ from native import build, manual
 
 
 class NativeHook(BuildHookInterface[Any]):
-    """Build the extension before a wheel is packed, and say what the wheel then runs on."""
+    """Build the extension before a wheel is packed, and set the wheel's platform tag."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Build for PYVMM_TARGET, or for this host; ``version`` is "editable" for an install in place."""
+        """Build for PYVMM_TARGET, or for this host. ``version`` is "editable" for an install in place."""
         if self.target_name != "wheel":
             return
         machine = os.environ.get("PYVMM_TARGET") or platform.machine()
@@ -43,8 +43,8 @@ class NativeHook(BuildHookInterface[Any]):
         build_data["tag"] = f"cp311-abi3-linux_{machine}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
-        """Drop what was cross-built for this wheel alone."""
-        if self.target_name == "wheel":  # a source archive has nothing built in it
+        """Delete the files that were cross-built only for this wheel."""
+        if self.target_name == "wheel":  # a source archive contains no built files
             self._scratch.cleanup()
 
     def _build(self, machine: str, *, editable: bool, build_data: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class NativeHook(BuildHookInterface[Any]):
         if machine != platform.machine():
             if editable:
                 raise build.BuildError(f"an editable install runs here, not on {machine}: unset PYVMM_TARGET")
-            # Not in place: what stands there runs on this host.
+            # Not in place: the extension there is this host's.
             extension = Path(self._scratch.name) / build.EXTENSION
             build.build(machine, extension)
             build_data["force_include"][str(extension)] = f"pyvmm/{build.EXTENSION}"

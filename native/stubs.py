@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write pyvmm/_native.pyi from the loop's declarations: ``python native/build.py`` does it after every build in place.
+"""Write pyvmm/_native.pyi from the loop's declarations. ``python native/build.py`` calls it after a build in place.
 
-What cffi parses says which structures, fields and types there are. The declarations' text, which is plain, adds what
-cffi does not tell: the names of constants in their order, those of parameters, and what is ``const``.
+cffi's parser gives structures, fields and types. The text of the declarations adds the rest: the names of constants in
+their order, those of parameters, and ``const``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WIDTH = 120
 NUMBERS = ("uint8_t", "uint32_t", "uint64_t")
 
 HEAD = '''# SPDX-License-Identifier: Apache-2.0
-"""The native loop as Python sees it: native/*/cdef.h say what every structure, constant and function means.
+"""The native loop's interface for Python. native/*/cdef.h document every structure, constant and function.
 
 native/stubs.py writes this file. A class here that is named as a structure is one, and a pointer to one: fields are
 reached alike through both. Structures are cffi's (``ffi.new("struct pv_vm *")``); whoever allocates one keeps it alive.
@@ -49,13 +49,13 @@ _S = TypeVar("_S", bound=CData)
 
 @type_check_only
 class CData:
-    """A structure, a pointer or an array of C; false where it is a null pointer."""
+    """A C structure, pointer or array; false for a null pointer."""
 
     def __bool__(self) -> bool: ...
 
 @type_check_only
 class Pointer(CData, Generic[_T]):
-    """Where one or more of something are."""
+    """A pointer to one or more values."""
 
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> _T: ...
@@ -69,7 +69,7 @@ class Pointer(CData, Generic[_T]):
 
 @type_check_only
 class Array(Pointer[_T]):
-    """As many of something as it is long; C takes it for a pointer."""
+    """An array, which C takes as a pointer."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[_T]: ...
@@ -156,7 +156,7 @@ lib: Final[_Lib]
 
 
 def write_stub(declarations: str, path: Path) -> None:
-    """Write the stub of ``declarations`` to ``path``, unless it is what stands there."""
+    """Write the stub of ``declarations`` to ``path`` if it differs."""
     text = stub(declarations)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
@@ -196,7 +196,7 @@ def _overload(function: str, cdecl: str, more: str, result: str) -> str:
 
 
 def _name(kind: Any) -> str:
-    """Return what Python calls a type that is no pointer or array to Python's eyes."""
+    """Return the Python name of a type that is not a pointer or array in Python."""
     if kind.kind == "primitive":
         return "int"
     if kind.kind == "pointer":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native loop as Python sees it: native/*/cdef.h say what every structure, constant and function means.
+"""The native loop's interface for Python. native/*/cdef.h document every structure, constant and function.
 
 native/stubs.py writes this file. A class here that is named as a structure is one, and a pointer to one: fields are
 reached alike through both. Structures are cffi's (``ffi.new("struct pv_vm *")``); whoever allocates one keeps it alive.
@@ -30,13 +30,13 @@ _S = TypeVar("_S", bound=CData)
 
 @type_check_only
 class CData:
-    """A structure, a pointer or an array of C; false where it is a null pointer."""
+    """A C structure, pointer or array; false for a null pointer."""
 
     def __bool__(self) -> bool: ...
 
 @type_check_only
 class Pointer(CData, Generic[_T]):
-    """Where one or more of something are."""
+    """A pointer to one or more values."""
 
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> _T: ...
@@ -50,7 +50,7 @@ class Pointer(CData, Generic[_T]):
 
 @type_check_only
 class Array(Pointer[_T]):
-    """As many of something as it is long; C takes it for a pointer."""
+    """An array, which C takes as a pointer."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[_T]: ...

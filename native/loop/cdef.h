@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The contract between the run loop and Python, read by both: the C sources include it, cffi parses it. Only plain
- * declarations here (no preprocessor), fixed-width types, no padding left to chance.
+ * declarations here (no preprocessor), fixed-width types, explicit padding.
  *
  * Ownership: Python allocates every structure and keeps it alive while a vCPU may run; C never allocates or frees.
  * Threads: pv_vcpu belongs to the thread inside pv_run(), except `kick`. pv_vm and what it points to are shared by all
@@ -9,33 +9,33 @@
  * The guest is hostile: every gpa, size and value that came from it is checked here before it is used.
  *
  * In this order:
- *     pages          what a page of a guest can be, and the table of memslots
+ *     pages          states of a guest page, and the table of memslots
  *     rings          byte FIFOs, and the trace
- *     MMIO           the bus, and what each kind of range keeps
- *     a VM           what all its vCPUs share, and its tables replaced
+ *     MMIO           the bus, and the state of each kind of range
+ *     a VM           the state that all its vCPUs share, and replacing its tables
  *     exits          why KVM_RUN returned, how often and for how long
- *     a vCPU         the loop, why it stops, and what is done with a vCPU meanwhile
+ *     a vCPU         the loop, why it stops, and operations on a vCPU
  *     guarded copies
  *     userfaultfd
- *     the process    signal handlers, and what this was built from
- * virtio/cdef.h goes on with queues, disks and network cards.
+ *     the process    signal handlers, and the build's hash
+ * virtio/cdef.h continues with queues, disks and network cards.
  */
 
 /* ---- pages --------------------------------------------------------------------------------------------------- */
 
-/* One byte per page in a region's ledger. Bit 0x40 is the loop's own (PV_PAGE_MOVING of loop.h): the guest is taking
-   the page back and its view is not closed yet. It stands beside PV_PAGE_PRIVATE only; readers mask it out. */
+/* One byte per page in a region's ledger. Bit 0x40 is internal to the loop (PV_PAGE_MOVING of loop.h): the guest is
+   unsharing the page and its view is not closed yet. It is only set with PV_PAGE_PRIVATE. Readers mask it out. */
 enum pv_page {
     PV_PAGE_ABSENT, PV_PAGE_HOST, PV_PAGE_PRIVATE, PV_PAGE_SHARED, PV_PAGE_HOLE, PV_PAGE_POISONED,
     PV_PAGE_STATES,
-    PV_PAGE_ASSUMED = 0x80 /* or-ed in: the kernel does not tell, this is what must be assumed */
+    PV_PAGE_ASSUMED = 0x80 /* or-ed in: the kernel does not report the state, so it is assumed */
 };
-enum { PV_LEDGER_STATES = 8 }; /* what the low bits of a ledger entry can say: enum pv_page, and no more of it */
+enum { PV_LEDGER_STATES = 8 }; /* values of the low bits of a ledger entry: enum pv_page fits */
 
-/* What Python says a VM is. */
+/* The protection of a VM, set by Python. */
 enum pv_protection { PV_NONE, PV_PKVM, PV_EMULATED };
 
-/* What the loop does to a page's contents on a conversion of the emulated protection. */
+/* The loop's action on a page's contents at a conversion of the emulated protection. */
 enum pv_conversion {
     PV_CONVERT_PRESERVE, /* change the host's view, keep the contents */
     PV_CONVERT_ZERO,     /* the VMM zeroes the page before the other side sees it */
@@ -47,8 +47,8 @@ enum pv_conversion {
 struct pv_region {
     uint64_t gpa;       /* first byte */
     uint64_t size;      /* bytes, whole pages */
-    uint8_t *view;      /* where the host's own code may look at it; never the address KVM faults through in
-                           PV_EMULATED with a memfd, where a private page's view is PROT_NONE */
+    uint8_t *view;      /* the host's own mapping; in PV_EMULATED with a memfd never the address KVM faults through,
+                           because a private page's view is PROT_NONE */
     uint8_t *ledger;    /* size / 4096 bytes of enum pv_page */
     int32_t fd;         /* backing file, or -1: the view is anonymous memory, and KVM's own mapping */
     uint32_t flags;     /* 0 */
@@ -64,7 +64,7 @@ struct pv_map {
 
 /* ---- rings --------------------------------------------------------------------------------------------------- */
 
-/* A byte FIFO, one side of it C. size is a power of two; head and tail run free. Producers write at head. */
+/* A byte FIFO between C and Python. size is a power of two; head and tail are free-running. Producers write at head. */
 struct pv_fifo {
     uint32_t head, tail, size;
     int32_t wake_fd;   /* eventfd, or -1; written once when armed and the FIFO stops being empty */
@@ -74,8 +74,8 @@ struct pv_fifo {
     uint8_t *data;
 };
 uint32_t pv_fifo_read(struct pv_fifo *fifo, uint8_t *to, uint32_t n);   /* bytes read */
-/* The consumer's last word before it sleeps on wake_fd: arms the FIFO, and says with a full barrier whether it is still
-   empty (1: sleep; 0: disarmed again, there is something to read). */
+/* The consumer's last call before it sleeps on wake_fd. Arms the FIFO, and checks after a full barrier whether it is
+   still empty (1: sleep; 0: disarmed again, there are bytes to read). */
 uint32_t pv_fifo_arm(struct pv_fifo *fifo);
 
 enum pv_record_kind { PV_REC_EXIT = 1, PV_REC_SHARE, PV_REC_UNSHARE, PV_REC_FAULT };
@@ -84,7 +84,7 @@ enum pv_record_kind { PV_REC_EXIT = 1, PV_REC_SHARE, PV_REC_UNSHARE, PV_REC_FAUL
 struct pv_record {
     uint64_t ns;      /* CLOCK_MONOTONIC; of an exit, when KVM_RUN returned */
     uint8_t kind;     /* enum pv_record_kind */
-    uint8_t lost;     /* not 0: records found no room between the last one and this */
+    uint8_t lost;     /* not 0: records were dropped between the last one and this */
     uint8_t code;     /* enum pv_exit of an exit, enum pv_source of a share, errno of a fault */
     uint8_t vcpu;
     uint32_t size;    /* bytes; bit 31: a write */
@@ -96,7 +96,7 @@ struct pv_record {
 struct pv_ring {
     uint64_t head, tail;
     uint64_t dropped;
-    uint64_t marked;   /* of dropped, what a record's lost has told; the loop's own */
+    uint64_t marked;   /* the part of dropped that a record's lost has reported; the loop's own */
     uint32_t size;     /* records, a power of two */
     uint32_t exits;    /* not 0: record every exit; shares and faults are always recorded */
     struct pv_record *records;
@@ -133,7 +133,7 @@ struct pv_bus {
 };
 
 /* A store that matches writes 1 to an eventfd. Loads read 0. A slot with match_any set takes any value. With coalesce
-   set, rings that the consumer has not taken yet (pv_doorbell_take) are one and cost no system call. */
+   set, rings before the consumer's next pv_doorbell_take merge into one, without a system call. */
 struct pv_doorbell_slot {
     uint64_t offset;
     uint64_t value;
@@ -147,7 +147,7 @@ struct pv_doorbell {
     uint64_t missed;       /* stores that matched no slot */
     struct pv_doorbell_slot *slots;
 };
-/* The consumer of a coalescing slot, after it has read the eventfd and before it looks for what the rings meant. */
+/* Called by the consumer of a coalescing slot, after reading the eventfd and before looking for work. */
 void pv_doorbell_take(struct pv_doorbell_slot *slot);
 
 /* Arm PrimeCell UART (PL011), DDI 0183. */
@@ -156,9 +156,9 @@ struct pv_pl011 {
     struct pv_fifo rx;     /* host to guest; producer Python through pv_pl011_feed() */
     uint32_t lock;         /* several vCPUs may print */
     uint32_t cr, lcr_h, ibrd, fbrd, ifls, imsc, ris, dmacr, ilpr;
-    int32_t vm_fd;         /* whose KVM_IRQ_LINE moves the interrupt line, or -1 */
-    uint32_t irq;          /* the line, as KVM_IRQ_LINE names it */
-    uint32_t level;        /* the line as last told: (ris & imsc) != 0 */
+    int32_t vm_fd;         /* the VM, for KVM_IRQ_LINE, or -1 */
+    uint32_t irq;          /* the line's number for KVM_IRQ_LINE */
+    uint32_t level;        /* the line's last level: (ris & imsc) != 0 */
     uint32_t pad;
 };
 uint32_t pv_pl011_feed(struct pv_pl011 *uart, const uint8_t *from, uint32_t n); /* bytes taken */
@@ -168,14 +168,14 @@ enum { PV_MAILBOX_WORDS = 8, PV_MAILBOX_NOTES = 4 };
 enum pv_mailbox_state { PV_MAILBOX_IDLE, PV_MAILBOX_ORDER, PV_MAILBOX_BUSY, PV_MAILBOX_DONE };
 struct pv_mailbox {
     uint32_t state;
-    uint32_t trapped;      /* not 0: the guest's vectors rang the trap bell; registers below are valid */
+    uint32_t trapped;      /* not 0: the guest's vectors reported a trap; trap[] is valid */
     uint64_t order[PV_MAILBOX_WORDS];     /* op, then arguments */
     uint64_t result[PV_MAILBOX_WORDS];    /* status, then values */
     uint64_t trap[PV_MAILBOX_WORDS];      /* vector, ESR, FAR, ELR, SPSR, SP, LR, vCPU */
-    uint64_t note[PV_MAILBOX_NOTES];      /* words a payload leaves for its runner (results gpa, size, ...) */
+    uint64_t note[PV_MAILBOX_NOTES];      /* words that a payload stores for its runner (results gpa, size, ...) */
 };
 
-/* A device's line to the guest: InterruptStatus of virtio-mmio, and the eventfd that an irqfd makes an edge of. */
+/* A device's interrupt: InterruptStatus of virtio-mmio, and the eventfd of an irqfd (edge). */
 enum pv_interrupt_bit { PV_INTERRUPT_USED = 1, PV_INTERRUPT_CONFIG = 2 };
 struct pv_interrupt {
     uint32_t status;       /* atomic; or of enum pv_interrupt_bit, until the driver acknowledges them */
@@ -191,18 +191,18 @@ enum pv_virtio_size {
 struct pv_virtio_queue { uint32_t most, ready; };   /* QueueSizeMax and QueueReady of one queue */
 
 /* The registers of virtio over MMIO (virtio 1.2, 4.2.2). C answers every read, and writes of selectors, QueueNotify and
-   InterruptACK; other writes are cold, and Python publishes here what came of them. */
+   InterruptACK. Other writes are cold, and Python publishes their results here. */
 struct pv_virtio_mmio {
     struct pv_interrupt *interrupt;
     struct pv_doorbell *bell;                  /* QueueNotify: a slot for each queue, at the register's offset */
     struct pv_virtio_queue *queues;            /* as many as the bell has slots */
-    uint32_t device_features_sel, driver_features_sel, queue_sel;   /* atomics: any vCPU's at any time, any value */
+    uint32_t device_features_sel, driver_features_sel, queue_sel;   /* atomics: any vCPU may set any value */
     uint32_t lock;                             /* of config; C's own */
     uint32_t offered[PV_VIRTIO_FEATURE_WORDS]; /* DeviceFeatures, by DeviceFeaturesSel */
-    uint32_t registers[PV_VIRTIO_REGISTERS];   /* what the others read as; 0 for those that are written only */
-    uint8_t config[PV_VIRTIO_CONFIG];          /* zeros behind its end; pv_virtio_configure() writes it */
+    uint32_t registers[PV_VIRTIO_REGISTERS];   /* values of the other registers; 0 for write-only ones */
+    uint8_t config[PV_VIRTIO_CONFIG];          /* padded with zeros; pv_virtio_configure() writes it */
 };
-/* Puts size bytes in the place of the configuration space, with a generation. Any thread, one at a time. */
+/* Replaces the configuration space by size bytes, with a new generation. Any thread, one at a time. */
 void pv_virtio_configure(struct pv_virtio_mmio *transport, const uint8_t *config, uint32_t size, uint32_t generation);
 
 /* ---- a VM ---------------------------------------------------------------------------------------------------- */
@@ -211,14 +211,14 @@ enum pv_source {
     PV_SOURCE_DOORBELL = 1,
     PV_SOURCE_HYPERCALL,   /* PV_EMULATED: the loop converts the page and answers */
     PV_SOURCE_ACCESS,
-    PV_SOURCE_EXIT         /* PV_PKVM: the hypervisor has done it, and the kernel tells */
+    PV_SOURCE_EXIT         /* PV_PKVM: the hypervisor has done it, and the kernel reports it */
 };
 
 /* Ways KVM_RUN fails, the index of pv_vm.policy. */
 enum pv_failure {
     PV_FAIL_EAGAIN, PV_FAIL_ENOMEM,
-    PV_FAIL_EFAULT,        /* exit_reason 0: nothing told */
-    PV_FAIL_MEMORY,        /* EFAULT with KVM_EXIT_MEMORY_FAULT: gpa and size told */
+    PV_FAIL_EFAULT,        /* exit_reason 0: no details */
+    PV_FAIL_MEMORY,        /* EFAULT with KVM_EXIT_MEMORY_FAULT: gpa and size are known */
     PV_FAIL_EHWPOISON, PV_FAIL_OTHER, PV_FAILURES
 };
 enum pv_action { PV_ACT_STOP, PV_ACT_RETRY, PV_ACT_PUNCH };
@@ -239,29 +239,28 @@ struct pv_vm {
     uint8_t policy[PV_POLICY_ROOM]; /* enum pv_action by enum pv_failure */
     uint32_t retry_limit;    /* consecutive failures retried before stopping */
     uint32_t converting;     /* lock: one conversion of a page at a time; the loop's own */
-    uint32_t readers[PV_MAP_PHASES]; /* threads that look at the map now, in the counter that was phase when they
-                                        began */
+    uint32_t readers[PV_MAP_PHASES]; /* threads that use the map now, counted in the phase in which they began */
     uint32_t phase, pad;
-    uint64_t published;      /* maps until now: whoever remembers what a map said sees that there is another */
-    uint64_t pages[PV_LEDGER_STATES]; /* pages by enum pv_page, PV_PAGE_ASSUMED not counted apart */
+    uint64_t published;      /* number of maps so far: a cached lookup is stale if it changed */
+    uint64_t pages[PV_LEDGER_STATES]; /* pages by enum pv_page, including PV_PAGE_ASSUMED ones */
     uint64_t shares, unshares, refused;
 };
 
-/* Puts a complete table in the place of the last one, while vCPUs run and others copy. Returns when nobody looks at the
-   last one any more, nor at a ledger that it alone had: they may be freed. One caller at a time. */
+/* Replaces the table, while vCPUs run and other threads copy. Returns when no thread uses the old table, or a ledger
+   that only it had: they may be freed. One caller at a time. */
 void pv_publish_map(struct pv_vm *vm, struct pv_map *map);
-/* The same for the bus, except that the last one stays alive until every vCPU has left pv_run(). */
+/* The same for the bus, but the old one must stay alive until every vCPU has left pv_run(). */
 void pv_publish_bus(struct pv_vm *vm, struct pv_bus *bus);
-/* Sets vm->subscribers with a full barrier: a page that the ledger shows as shared afterwards is not taken back
-   without a PV_STOP_SHARE. */
+/* Sets vm->subscribers with a full barrier: a page that the ledger shows as shared afterwards is not unshared without a
+   PV_STOP_SHARE. */
 void pv_subscribe(struct pv_vm *vm, uint32_t count);
 /* Sets the ledger's entry of a page and keeps pv_vm.pages right. Returns the old entry, or -1 outside every region.
-   A page that is moving only becomes PV_PAGE_ABSENT: where it ends is the loop's to say. */
+   A page that is moving can only become PV_PAGE_ABSENT: the loop decides its final state. */
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state);
 
 /* ---- exits --------------------------------------------------------------------------------------------------- */
 
-/* Classes of exits that are counted and timed apart. The MMIO kinds come first, in enum pv_kind's order. */
+/* Classes of exits, which are counted and timed separately. The MMIO kinds come first, in enum pv_kind's order. */
 enum pv_exit {
     PV_EXIT_MMIO_COLD, PV_EXIT_MMIO_REGISTERS, PV_EXIT_MMIO_COUNTER, PV_EXIT_MMIO_DOORBELL, PV_EXIT_MMIO_PL011,
     PV_EXIT_MMIO_MAILBOX, PV_EXIT_MMIO_SHARE, PV_EXIT_MMIO_VIRTIO,
@@ -278,8 +277,7 @@ struct pv_exit_stats {
     struct pv_histogram guest;   /* from entering KVM_RUN to its return */
     struct pv_histogram vmm;     /* from its return to the next entry */
 };
-/* Lays a histogram's bounds open to Python: the smallest value in nanoseconds of a bucket, of which there are
-   PV_HISTOGRAM_BUCKETS; of one beyond the last, where the last would end. */
+/* The smallest value of a bucket in nanoseconds, for Python. For bucket PV_HISTOGRAM_BUCKETS: the end of the last. */
 uint64_t pv_bucket_floor(uint32_t bucket);
 uint32_t pv_bucket_of(uint64_t ns);
 
@@ -288,14 +286,14 @@ uint32_t pv_bucket_of(uint64_t ns);
 /* Why pv_run() returned. */
 enum pv_stop {
     PV_STOP_NONE,
-    PV_STOP_KICK,      /* somebody set kick; cleared by Python when it has looked */
+    PV_STOP_KICK,      /* kick was set; Python clears it before it checks the reason */
     PV_STOP_MMIO,      /* cold: range, offset, size, is_write, value; answer a load with pv_mmio_reply() */
     PV_STOP_UNCLAIMED, /* no slot and no range at gpa: as PV_STOP_MMIO, range NULL */
     PV_STOP_MAILBOX,   /* the guest waits for an order, or has trapped */
     PV_STOP_FIFO,      /* the UART's transmit FIFO is full: drain it and come back */
-    PV_STOP_SHARE,     /* tell subscribers: share_gpa, share_op, share_source; come back. The ledger says so already */
+    PV_STOP_SHARE,     /* notify subscribers: share_gpa, share_op, share_source; come back. The ledger is updated */
     PV_STOP_CONVERT,   /* PV_CONVERT_COLD: do the conversion, set share_status, come back */
-    PV_STOP_HYPERCALL, /* one that is not ours: run->hypercall.nr */
+    PV_STOP_HYPERCALL, /* an unknown one: run->hypercall.nr */
     PV_STOP_SYSTEM,    /* KVM_EXIT_SYSTEM_EVENT: event, event_data */
     PV_STOP_DEBUG,
     PV_STOP_FAILED,    /* KVM_RUN failed: error (errno), failure, fault_gpa, fault_size, fault_flags */
@@ -311,7 +309,7 @@ struct pv_vcpu {
     struct pv_vm *vm;
     void *run;               /* struct kvm_run, mapped by Python */
     uint32_t kick;           /* atomic; set by pv_kick() */
-    int32_t tid;             /* of the thread inside pv_run(), 0 outside: where pv_kick() sends the signal */
+    int32_t tid;             /* of the thread inside pv_run(), for pv_kick()'s signal; 0 outside */
     uint32_t exit_reason;    /* as KVM left it */
     uint32_t exit;           /* enum pv_exit of the last exit */
     struct pv_range *range;
@@ -320,8 +318,8 @@ struct pv_vcpu {
     uint64_t share_gpa;
     uint32_t share_op;       /* 1 share, 0 unshare */
     uint32_t share_source;   /* enum pv_source */
-    int32_t share_status;    /* what the guest is told: 0, or an SMCCC error */
-    uint32_t pending;        /* what is left to do when the loop is entered again; the loop's own */
+    int32_t share_status;    /* the guest's result: 0, or an SMCCC error */
+    uint32_t pending;        /* work to finish when the loop is entered again; the loop's own */
     uint32_t event, event_count;
     uint64_t event_data[PV_EVENT_WORDS];
     int32_t error;
@@ -329,7 +327,7 @@ struct pv_vcpu {
     uint64_t fault_gpa, fault_size, fault_flags;
     uint32_t retries, timed; /* timed: not 0 keeps the histograms (counts are always kept) */
     uint64_t left_ns;        /* when KVM_RUN last returned; the loop's own */
-    uint32_t hit, pad;       /* where the last MMIO was found in the bus; the loop's own */
+    uint32_t hit, pad;       /* index in the bus of the last MMIO; the loop's own */
     struct pv_ring ring;
     struct pv_exit_stats stats[PV_EXITS];
 };
@@ -338,16 +336,16 @@ struct pv_vcpu {
 uint32_t pv_run(struct pv_vcpu *vcpu);
 /* Makes a running or about-to-run pv_run() return PV_STOP_KICK soon. Any thread. */
 void pv_kick(struct pv_vcpu *vcpu);
-/* Forgets a kick, in the vCPU's own thread, before it looks at why it was kicked. */
+/* Clears a kick, in the vCPU's own thread, before it checks the reason. */
 void pv_unkick(struct pv_vcpu *vcpu);
-/* Has KVM finish the exit at hand, so that the registers are those of an instruction that has not begun; nothing where
-   the loop would carry out the access when it is entered again: then that instruction has not. For a vCPU that stands
-   still; any thread. 0, or the errno of a KVM_RUN that failed for another reason than having nothing more to do. */
+/* Has KVM finish the current exit, so that the registers are at an instruction boundary. Does nothing if the loop will
+   carry out the access on re-entry: that instruction has not begun. For a paused vCPU, any thread. Returns 0, or the
+   errno of a failed KVM_RUN other than EINTR. */
 int pv_settle(struct pv_vcpu *vcpu);
 /* Answers the load that stopped the loop; value is taken in the guest's byte order, vcpu->size bytes of it. */
 void pv_mmio_reply(struct pv_vcpu *vcpu, uint64_t value);
-/* Answers nothing: the guest makes the access that stopped the loop once more, for its address is memory by now. It is
-   the one way that is right for any access: of one that runs across pages KVM does not tell. arm64 only. */
+/* Gives no answer: the guest repeats the access that stopped the loop, because its address is memory by now. Only this
+   is right for every access: KVM does not report accesses across pages. arm64 only. */
 void pv_mmio_retry(struct pv_vcpu *vcpu);
 
 /* ---- guarded copies ------------------------------------------------------------------------------------------ */
@@ -358,8 +356,8 @@ void pv_mmio_retry(struct pv_vcpu *vcpu);
 size_t pv_copy(void *to, const void *from, size_t n);
 size_t pv_fill(void *to, int byte, size_t n);
 /* By guest address, through pv_vm.map, across adjacent regions. Bytes done; on a short count *stopped is the gpa of
-   the first byte not done (outside any region, or not accessible). In PV_PKVM a page that turns out accessible or
-   not is not entered in the ledger here: Python does, with source PV_SOURCE_ACCESS. */
+   the first byte not done (outside any region, or not accessible). In PV_PKVM they do not update the ledger with a
+   page's accessibility: Python does, with source PV_SOURCE_ACCESS. */
 uint64_t pv_read(struct pv_vm *vm, uint64_t gpa, void *to, uint64_t n, uint64_t *stopped);
 uint64_t pv_write(struct pv_vm *vm, uint64_t gpa, const void *from, uint64_t n, uint64_t *stopped);
 /* Whether one byte at gpa can be read: 1, 0, or -1 outside every region. */
@@ -372,16 +370,16 @@ struct pv_fault_server {
     int32_t fd, stop_fd;     /* the userfaultfd, non-blocking; an eventfd */
     uint64_t hva, size;      /* whole pages */
     const uint8_t *source;
-    uint64_t served, late;   /* late: those of them whose page had come meanwhile */
+    uint64_t served, late;   /* late: served faults whose page had already arrived */
 };
-/* Serves until stop_fd is readable. 0, or -errno of what failed for good: -EINVAL for a fault outside the range, who
-   waits there and elsewhere goes on waiting. In a thread of its own. */
+/* Serves until stop_fd is readable. Returns 0, or -errno of a permanent failure: -EINVAL for a fault outside the range.
+   Threads with unanswered faults keep waiting. Runs in its own thread. */
 int pv_serve_faults(struct pv_fault_server *server);
 
 /* ---- the process --------------------------------------------------------------------------------------------- */
 
 /* Once per process, idempotent: the kick signal's handler and those of SIGSEGV and SIGBUS that guarded copies need.
-   Faults outside a guarded copy go to whatever handler was there before. 0 or -errno. */
+   Faults outside a guarded copy go to the previous handler. 0 or -errno. */
 int pv_install_signals(void);
 int pv_kick_signal(void);
 

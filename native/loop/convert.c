@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* A page's memory: punched out of its backing, and converted as the emulated protection has it. */
+/* Operations on a page's memory: punch it out of its backing, and convert it under the emulated protection. */
 #include "loop/convert.h"
 
 #include <fcntl.h>
@@ -22,7 +22,7 @@ int pv_punch(struct pv_vm *vm, uint64_t gpa)
     struct pv_region region;
     int result = -1;
 
-    /* A protected guest keeps the page it was given: host and guest would see two different ones from then on. */
+    /* A protected guest keeps its donated page: host and guest would see different pages from then on. */
     if (vm->protection != PV_PKVM && pv_region_at(vm, gpa, &region) &&
         !punch(&region, (gpa - region.gpa) & ~(uint64_t)(PV_PAGE_SIZE - 1))) {
         uint8_t *entry = pv_ledger_entry(&region, gpa), old = load(entry);
@@ -46,8 +46,8 @@ static int drop(const struct pv_vm *vm, const struct pv_region *region, uint64_t
     }
 }
 
-/* The view first: it is what fails (vm.max_map_count), and what can be put back. Where the VMM zeroes a page that goes
-   private, the view stays writable until it has: still a mapping of its own, so that closing it cannot fail. */
+/* The view first: only this step can fail (vm.max_map_count), and it can be undone. If the VMM zeroes a page that
+   becomes private, the view stays writable until then. It is already a separate mapping, so closing it cannot fail. */
 int32_t pv_convert_page(const struct pv_vm *vm, const struct pv_region *region, uint64_t offset, bool share)
 {
     uint8_t *page = region->view + offset;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Doorbells, inlined into what a guest's store reaches them by: a call more would be on the way of every kick. */
+/* Doorbells, inlined into the path of a guest's store, to save every kick a call. */
 #ifndef PYVMM_DOORBELL_H
 #define PYVMM_DOORBELL_H
 
@@ -11,7 +11,7 @@ static inline void pv_doorbell_ring(const struct pv_vcpu *vcpu, struct pv_doorbe
     for (uint32_t i = 0; i < bell->count; i++) {
         struct pv_doorbell_slot *slot = &bell->slots[i];
         if (slot->offset == vcpu->offset && (slot->match_any || slot->value == vcpu->value)) {
-            /* A ring that is left out happens before the consumer's take, and so before its look for work. */
+            /* A skipped ring happens before the consumer's take, and so before its look for work. */
             if (!slot->coalesce || !__atomic_exchange_n(&slot->rung, 1, __ATOMIC_ACQ_REL))
                 pv_signal(slot->fd);
             return;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Copies that survive pages the host may not touch, and the signal handlers they need. They load and store in user
- * mode only: where the kernel faults on a donated page in its own mapping, it takes the page back from the guest and
- * its contents are gone (arch/arm64/mm/fault.c; the atlas's claim fatal/a-reclaimed-page-is-efault). */
+/* Copies that survive pages the host may not access, and the signal handlers they need. They load and store in user
+ * mode only: if the kernel faults on a donated page in its own mapping, it takes the page back from the guest and the
+ * contents are lost (arch/arm64/mm/fault.c; the atlas's claim fatal/a-reclaimed-page-is-efault). */
 #include "loop/loop.h"
 
 #include <pthread.h>
@@ -31,7 +31,7 @@ static bool within(uintptr_t page, uintptr_t start, size_t n)
     return start < page + PV_PAGE_SIZE && page < start + n;
 }
 
-/* A fault that is not ours, or a signal somebody sent: what would have happened without us. */
+/* A foreign fault, or a sent signal: do what would have happened without our handler. */
 static void chain(int signal, siginfo_t *info, void *context, const struct sigaction *before)
 {
     bool sent = info->si_code <= 0;
@@ -39,7 +39,7 @@ static void chain(int signal, siginfo_t *info, void *context, const struct sigac
     if (!(before->sa_flags & SA_SIGINFO) && (before->sa_handler == SIG_DFL || before->sa_handler == SIG_IGN)) {
         if (sent && before->sa_handler == SIG_IGN)
             return;
-        /* The faulting instruction runs again and dies of it, so the core shows the right place. */
+        /* The faulting instruction runs again and kills the process, so the core shows the right place. */
         struct sigaction fatal = {.sa_handler = SIG_DFL};
         sigaction(signal, &fatal, NULL);
         if (sent)
@@ -61,7 +61,7 @@ static void chain(int signal, siginfo_t *info, void *context, const struct sigac
 static void on_fault(int signal, siginfo_t *info, void *context)
 {
     struct guard *guard = current;
-    /* A machine check tells only the page. */
+    /* A machine check reports only the page. */
     uintptr_t page = (uintptr_t)info->si_addr & ~(uintptr_t)(PV_PAGE_SIZE - 1);
 
     if (guard && info->si_code > 0 && (within(page, guard->to, guard->n) || within(page, guard->from, guard->n)))
@@ -95,8 +95,8 @@ int pv_kick_signal(void)
     return SIGRTMIN + 5;
 }
 
-/* A signal that is blocked kills the thread when it is a fault's, and never ends KVM_RUN when it is a kick. Who starts
-   us may block any, and a mask is each thread's own. */
+/* A blocked fault signal kills the thread, and a blocked kick never ends KVM_RUN. Our parent process may block any
+   signal, and each thread has its own mask. */
 void pv_unblock_signals(void)
 {
     sigset_t ours;
@@ -118,7 +118,7 @@ static inline void unblock_once(void)
     }
 }
 
-/* The widest access both addresses are aligned for: it cannot straddle a page, so a fault means none of it was done,
+/* The widest access for which both addresses are aligned. It cannot cross a page, so after a fault none of it is done,
    and an aligned ring index is never torn. */
 static size_t step_at(uintptr_t address, size_t left)
 {
@@ -170,8 +170,8 @@ static size_t fill_words(uintptr_t to, uint8_t byte, size_t n)
     return g.done;
 }
 
-/* Whole pieces at the C library's speed, with no order among their bytes: a copy, or filled with a byte. What is
-   left, and where in a piece a fault was, is for the words to find. */
+/* Copies or fills whole pieces at the C library's speed, in any byte order. The word loop does the rest, and finds the
+   exact byte of a fault. */
 static size_t bulk(uintptr_t to, uintptr_t from, bool fill, uint8_t byte, size_t n)
 {
     struct guard g = {.to = to, .from = fill ? to : from, .n = n};
@@ -213,7 +213,7 @@ size_t pv_fill(void *to, int byte, size_t n)
     return done + fill_words(t + done, (uint8_t)byte, n - done);
 }
 
-/* Only its view is used, which its backing keeps: a copy may wait for a page that userfaultfd has yet to give. */
+/* Only the view is used, which stays mapped with its backing: a copy may wait for a page from userfaultfd. */
 static bool region_at(struct pv_vm *vm, uint64_t gpa, struct pv_region *region)
 {
     uint32_t phase = pv_map_enter(vm);

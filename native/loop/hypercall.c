@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Hypercalls: what EL2 answers for pKVM, the loop answers for the emulated protection. */
+/* Hypercalls: for the emulated protection, the loop gives the answers that EL2 gives under pKVM. */
 #include "loop/convert.h"
 #include "loop/share.h"
 
@@ -35,7 +35,7 @@ static uint32_t answer(struct pv_vcpu *vcpu, uint64_t x0)
     return set_x(vcpu, 0, x0) ? PV_STOP_NONE : give_up(vcpu);
 }
 
-/* The guest's answer is in place before a share is announced: what is left is to enter the guest. */
+/* The guest's result is set before a share is announced. Only entering the guest remains. */
 static uint32_t finish(struct pv_vcpu *vcpu, int32_t status)
 {
     uint32_t stop;
@@ -54,7 +54,7 @@ static bool sharable(uint8_t entry)
     return pv_page_claimable(entry) && state != PV_PAGE_SHARED && state != PV_PAGE_POISONED;
 }
 
-/* Other vCPUs may have shared the page since it was claimed, and its slot may have gone; one that is moving is ours. */
+/* Since the claim, another vCPU may have shared the page, or its slot may be gone. A page that is moving is ours. */
 static uint32_t apply(struct pv_vcpu *vcpu, bool converted)
 {
     struct pv_vm *vm = vcpu->vm;
@@ -90,9 +90,10 @@ uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending)
     return stop;
 }
 
-/* x1 = page, x2 = x3 = 0, one page at a time: Documentation/virt/kvm/arm/hypercalls.rst. Refusing what EL2 refuses is
-   why x2 and x3 are read, at an ioctl each. A page shared is converted, entered and told of; one taken back is entered,
-   told of and converted: who looks at the ledger after subscribing sees that it goes, or hears of it. */
+/* x1 = page, x2 = x3 = 0, one page at a time: Documentation/virt/kvm/arm/hypercalls.rst. x2 and x3 are read, at an
+   ioctl each, to refuse what EL2 refuses. A share converts the page, updates the ledger and notifies. An unshare
+   updates the ledger, notifies and converts. So a subscriber that reads the ledger after subscribing sees the change or
+   is notified. */
 static uint32_t share_call(struct pv_vcpu *vcpu, bool share)
 {
     uint64_t x1, x2, x3;
@@ -111,8 +112,8 @@ static uint32_t share_call(struct pv_vcpu *vcpu, bool share)
     return change(vcpu);
 }
 
-/* A kernel with Android's patches exits once the hypervisor has moved a page and answered the guest. No kernel we could
-   run does this: only the tests' fake one has. */
+/* A kernel with Android's patches exits once the hypervisor has moved a page and answered the guest. No kernel
+   available to the project does this; only the tests' fake kernel does. */
 static uint32_t share_exit(struct pv_vcpu *vcpu, bool share)
 {
     const struct kvm_run *run = vcpu->run;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The ledger as Python writes it. */
+/* The ledger's functions for Python. */
 #include "loop/ledger.h"
 
 int pv_ledger_set(struct pv_vm *vm, uint64_t gpa, uint8_t state)

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What each page of a guest is: entries of a region's ledger and the steps between them. Whoever moves a page does it
-   between pv_map_enter() and pv_map_leave(): entries are of a region that may go. */
+/* The state of each guest page: entries of a region's ledger, and their transitions. Change an entry only between
+   pv_map_enter() and pv_map_leave(), because its region may go. */
 #ifndef PYVMM_LEDGER_H
 #define PYVMM_LEDGER_H
 
@@ -13,8 +13,8 @@ static inline enum pv_page pv_page_state(uint8_t entry)
 _Static_assert((int)PV_PAGE_STATES <= (int)PV_LEDGER_STATES, "a state fits into its bits");
 _Static_assert(PV_PAGE_MOVING % PV_LEDGER_STATES == 0 && PV_PAGE_ASSUMED % PV_LEDGER_STATES == 0, "and shares none");
 
-/* Whether what the guest says of a page counts: one whose slot is being removed has no future, and one that is being
-   taken back has a vCPU that sees to it. */
+/* Whether a guest may claim this page. A page whose slot is being removed cannot change, and a page that is being
+   unshared belongs to its vCPU. */
 static inline bool pv_page_claimable(uint8_t entry)
 {
     return pv_page_state(entry) != PV_PAGE_ABSENT && !(entry & PV_PAGE_MOVING);
@@ -25,7 +25,7 @@ static inline uint8_t *pv_ledger_entry(const struct pv_region *region, uint64_t 
     return &region->ledger[(gpa - region->gpa) / PV_PAGE_SIZE];
 }
 
-/* Moves a page from *old to new. False, with what is there now in *old, if it has changed. */
+/* Changes an entry from *old to new. If it is not *old, returns false and stores the entry in *old. */
 static inline bool pv_ledger_replace(struct pv_vm *vm, uint8_t *entry, uint8_t *old, uint8_t new)
 {
     if (!__atomic_compare_exchange_n(entry, old, new, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
@@ -37,7 +37,7 @@ static inline bool pv_ledger_replace(struct pv_vm *vm, uint8_t *entry, uint8_t *
     return true;
 }
 
-/* Moves a page to or from SHARED if it is not there yet. Of several vCPUs that say the same at once, one moves it. In
+/* Moves a page to or from SHARED, unless it is already there. If several vCPUs try at once, one succeeds. In
    PV_EMULATED a page that leaves SHARED is moving until pv_ledger_settle(). */
 static inline bool pv_ledger_move(struct pv_vm *vm, uint8_t *entry, bool share)
 {
@@ -53,7 +53,7 @@ static inline bool pv_ledger_move(struct pv_vm *vm, uint8_t *entry, bool share)
     return true;
 }
 
-/* Ends a move: the page is the guest's, or could not be closed. Its slot may have gone meanwhile. */
+/* Ends a move: the page is private, or could not be closed. Its slot may be gone by now. */
 static inline void pv_ledger_settle(struct pv_vm *vm, uint8_t *entry, int32_t status)
 {
     uint8_t old = load(entry);

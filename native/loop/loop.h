@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the files of the run loop share with each other. Python sees only cdef.h, beside this. */
+/* Declarations shared by the files of the run loop. Python sees only cdef.h. */
 #ifndef PYVMM_LOOP_H
 #define PYVMM_LOOP_H
 
@@ -17,7 +17,7 @@
 
 #include "loop/cdef.h"
 
-/* Newer than the oldest headers we build with (Linux 6.1). */
+/* Missing in the oldest supported headers (Linux 6.1). */
 #ifndef KVM_EXIT_MEMORY_FAULT
 #define KVM_EXIT_MEMORY_FAULT 39
 #endif
@@ -26,18 +26,18 @@ struct pv_memory_fault { uint64_t flags, gpa, size; };
 
 #define PV_PAGE_SIZE 4096u
 
-/* Or-ed into a ledger entry from the moment an unshare of PV_EMULATED takes it out of PV_PAGE_SHARED until the page's
-   view is closed: no other vCPU may share it in between. */
+/* Or-ed into a ledger entry while PV_EMULATED unshares a page: from leaving PV_PAGE_SHARED until its view is closed. No
+   other vCPU may share it in between. */
 #define PV_PAGE_MOVING 0x40
 
-/* SMCCC 1.5, section 7.1; what EL2 answers too (arch/arm64/kvm/hyp/nvhe/pkvm.c). */
+/* SMCCC 1.5, section 7.1; EL2's answers as well (arch/arm64/kvm/hyp/nvhe/pkvm.c). */
 enum { SMCCC_SUCCESS = 0, SMCCC_NOT_SUPPORTED = -1, SMCCC_INVALID_PARAMETER = -3 };
 
-/* What pv_vcpu.pending says is left to do on re-entry, before the guest runs again. */
+/* Values of pv_vcpu.pending: work to finish on re-entry, before the guest runs. */
 enum pv_pending {
     PENDING_NONE,
-    PENDING_MMIO,      /* carry out the access in kvm_run: it found no room or no order */
-    PENDING_TOLD,      /* subscribers have let go of a page that is moving: close it */
+    PENDING_MMIO,      /* carry out the access in kvm_run, which had no room or no order */
+    PENDING_TOLD,      /* subscribers have released a moving page: close it */
     PENDING_CONVERTED  /* Python converted a page: share_status is the outcome */
 };
 
@@ -48,12 +48,11 @@ enum pv_pending {
 #define add(p, v) __atomic_fetch_add(p, v, __ATOMIC_RELAXED)
 #define fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
-/* Held for a few instructions, or for one system call on a page; a holder that lost its CPU gets ours. */
+/* Held for a few instructions, or one system call on a page. Waiting yields the CPU to a preempted holder. */
 void pv_lock(uint32_t *lock);
 static inline void pv_unlock(uint32_t *lock) { store_release(lock, 0); }
 
-/* CLOCK_MONOTONIC, as every time in a record is. Here and inlined: who runs the guest and who records a share both ask,
-   and neither stands above the other. */
+/* CLOCK_MONOTONIC, the clock of all records. Inlined here because both run.c and share.h need it. */
 static inline uint64_t pv_now(void)
 {
     struct timespec t;
@@ -61,18 +60,19 @@ static inline uint64_t pv_now(void)
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
-/* guard.c: for the calling thread; of a vCPU, before it enters the guest. */
+/* guard.c: for the calling thread. A vCPU calls it before it enters the guest. */
 void pv_unblock_signals(void);
 
 /* mmio.c: both answer enum pv_stop; again: the access was counted when it stopped. */
 uint32_t pv_mmio(struct pv_vcpu *vcpu, bool again);
-/* transport.c: enum pv_stop, with vcpu->offset, size, is_write, value. Sets vcpu->exit where it is not that of the kind:
-   a kick is a doorbell, and what Python answers is cold. */
+/* transport.c: enum pv_stop, with vcpu->offset, size, is_write, value. Sets vcpu->exit if it differs from the kind's: a
+   kick is a doorbell, and an access that Python answers is cold. */
 uint32_t pv_virtio_access(struct pv_virtio_mmio *transport, struct pv_vcpu *vcpu);
 /* pl011.c, with vcpu->offset, size, is_write, value. False: no room to transmit, nothing happened. */
 bool pv_pl011_access(struct pv_pl011 *uart, struct pv_vcpu *vcpu);
-/* map.c: a copy of the region that holds gpa. Between pv_map_enter() and pv_map_leave() its ledger stays alive, even if
-   its slot goes: pv_publish_map() waits. So nothing that may wait for Python, as a page fault can, stands between. */
+/* map.c: a copy of the region that holds gpa. Between pv_map_enter() and pv_map_leave() its ledger stays alive even if
+   its slot goes, because pv_publish_map() waits. So do nothing in between that may wait for Python, such as a page
+   fault. */
 bool pv_region_at(const struct pv_vm *vm, uint64_t gpa, struct pv_region *found);
 static inline uint32_t pv_map_enter(struct pv_vm *vm)
 {
@@ -85,13 +85,13 @@ static inline void pv_map_leave(struct pv_vm *vm, uint32_t phase)
 {
     __atomic_fetch_sub(&vm->readers[phase], 1, __ATOMIC_RELEASE);
 }
-/* hypercall.c: both answer enum pv_stop. The second goes on with what the first left pending. */
+/* hypercall.c: both answer enum pv_stop. The second finishes the first's pending work. */
 uint32_t pv_hypercall(struct pv_vcpu *vcpu);
 uint32_t pv_share_resume(struct pv_vcpu *vcpu, enum pv_pending pending);
 /* stats.c */
 void pv_record(struct pv_vcpu *vcpu, uint64_t ns, enum pv_record_kind kind, uint8_t code, uint32_t size, uint64_t addr,
                uint64_t value);
-/* Adds 1 to an eventfd. One that is full is already as readable as it gets. */
+/* Adds 1 to an eventfd. A full one is already readable. */
 void pv_signal(int fd);
 bool pv_fifo_put(struct pv_fifo *fifo, uint8_t byte);
 static inline uint32_t pv_fifo_used(const struct pv_fifo *fifo) { return load(&fifo->head) - load(&fifo->tail); }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The table of memslots: found by address, replaced while others look at it. */
+/* The table of memslots: lookup by address, and replacement while other threads read it. */
 #include "loop/loop.h"
 
 #include <sched.h>
@@ -28,8 +28,8 @@ bool pv_region_at(const struct pv_vm *vm, uint64_t gpa, struct pv_region *found)
     return false;
 }
 
-/* Whoever has the old table was counted before it looked, so in one of the two counters. Each is waited for while new
-   readers go to the other: nobody is missed, and however many keep coming, the wait ends. */
+/* A reader of the old table was counted before it looked, in one of the two counters. Wait for each in turn while new
+   readers use the other. So no reader is missed, and the wait ends even if new readers keep coming. */
 void pv_publish_map(struct pv_vm *vm, struct pv_map *map)
 {
     store_ordered(&vm->map, map);

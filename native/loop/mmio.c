@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* MMIO exits: finds the range, and carries out the access if its kind is one of the loop's. */
+/* MMIO exits: find the range, and carry out the access if the loop handles its kind. */
 #include "loop/doorbell.h"
 #include "loop/share.h"
 
@@ -10,7 +10,7 @@ static struct pv_range *find(struct pv_vcpu *vcpu, uint64_t gpa)
     struct pv_bus *bus = load_acquire(&vcpu->vm->bus);
     uint32_t low = 0, high = bus ? bus->count : 0;
 
-    /* Only an index is remembered: the bus may have been replaced. */
+    /* Cache only an index: the bus may have been replaced. */
     if (vcpu->hit < high && gpa - bus->ranges[vcpu->hit].base < bus->ranges[vcpu->hit].size)
         return &bus->ranges[vcpu->hit];
     while (low < high) {
@@ -33,7 +33,7 @@ void pv_publish_bus(struct pv_vm *vm, struct pv_bus *bus)
     store_release(&vm->bus, bus);
 }
 
-/* Plain memory: tear-free when aligned. Other vCPUs and Python may be at it too. */
+/* Plain memory: tear-free when aligned. Other vCPUs and Python may access it too. */
 static void registers(struct pv_vcpu *vcpu, uint8_t *at)
 {
     uint64_t value = vcpu->value;
@@ -111,7 +111,7 @@ static uint32_t mailbox_store(const struct pv_vcpu *vcpu, struct pv_mailbox *box
     return PV_STOP_NONE;
 }
 
-/* A vCPU reaches only the page of its own number. */
+/* A vCPU can access only its own page. */
 static uint32_t mailbox(struct pv_vcpu *vcpu, struct pv_mailbox *boxes)
 {
     uint64_t number = vcpu->offset % PV_PAGE_SIZE / 8;
@@ -159,7 +159,7 @@ static uint32_t carry_out(struct pv_vcpu *vcpu, struct pv_range *range)
     }
 }
 
-/* How an access to a range of this kind is counted; a kind that is none is as cold as it is answered. */
+/* The exit class of an access to a range of this kind. Unknown kinds count as cold, as they are handled. */
 static enum pv_exit exit_of(uint32_t kind)
 {
     return kind < PV_KINDS ? PV_EXIT_MMIO_COLD + kind : PV_EXIT_MMIO_COLD;
@@ -220,8 +220,8 @@ void pv_mmio_reply(struct pv_vcpu *vcpu, uint64_t value)
         memcpy(run->mmio.data, &value, sizeof(value)); /* KVM takes as many bytes as it asked for */
 }
 
-/* KVM takes the answer, and moves the pc on, where it finds KVM_EXIT_MMIO when it is entered (kvm_handle_mmio_return in
-   arch/arm64/kvm/mmio.c). Where it does not, registers and pc are still those of the access. */
+/* If KVM finds KVM_EXIT_MMIO on entry, it takes the answer and advances the pc (kvm_handle_mmio_return in
+   arch/arm64/kvm/mmio.c). Otherwise registers and pc are still those of the access. */
 void pv_mmio_retry(struct pv_vcpu *vcpu)
 {
     struct kvm_run *run = vcpu->run;

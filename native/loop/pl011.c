@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Arm PrimeCell UART (PL011), DDI 0183. The wire is infinitely fast: the transmitter is always empty, and an access
- * waits only when the host's own FIFO is full. Several vCPUs may print; Python feeds. The interrupt line is a level, and
- * moves under the lock: KVM hears of its changes in their order. */
+ * waits only when the host's own FIFO is full. Several vCPUs may print, and Python feeds input. The interrupt is a
+ * level, changed under the lock so that KVM sees the changes in order. */
 #include "loop/loop.h"
 
 enum {
@@ -12,7 +12,7 @@ enum {
     INT_RX = 1 << 4, INT_TX = 1 << 5, INT_ALL = 0x7ff
 };
 
-/* The receive interrupt says whether there is something to read; only reading it all clears it. */
+/* The receive interrupt is set while there is input. Only reading all input clears it. */
 static void update(struct pv_pl011 *uart)
 {
     uart->ris = pv_fifo_used(&uart->rx) ? uart->ris | INT_RX : uart->ris & ~(uint32_t)INT_RX;
@@ -20,7 +20,7 @@ static void update(struct pv_pl011 *uart)
     if (line.level == uart->level)
         return;
     uart->level = line.level;
-    /* It fails where the VM is gone or has no controller, and then nobody waits for the line. */
+    /* It fails if the VM is gone or has no controller. Then the line has no receiver. */
     if (uart->vm_fd >= 0)
         ioctl(uart->vm_fd, KVM_IRQ_LINE, &line);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The run loop: enters the guest, sorts out why it came back, and goes in again unless Python is needed. */
+/* The run loop: enter the guest, handle its exit, and enter again unless Python is needed. */
 #include "loop/convert.h"
 
 #include <signal.h>
@@ -27,14 +27,14 @@ void pv_unkick(struct pv_vcpu *vcpu)
     struct kvm_run *run = vcpu->run;
 
     store(&vcpu->kick, 0);
-    fence(); /* in the other order a kick half-way through pv_kick() could lose its immediate_exit alone */
+    fence(); /* in the other order, a concurrent pv_kick() could lose only its immediate_exit */
     store(&run->immediate_exit, 0);
     fence();
 }
 
 /* ---- failures of KVM_RUN ----------------------------------------------------------------------------------- */
 
-/* A kick half-way through pv_unkick() may have left immediate_exit set with no kick: it must not spin. */
+/* A kick during pv_unkick() may have left immediate_exit set without kick: clear it, to avoid spinning. */
 static uint32_t interrupted(struct pv_vcpu *vcpu)
 {
     struct kvm_run *run = vcpu->run;
@@ -62,8 +62,8 @@ static uint32_t failed(struct pv_vcpu *vcpu, int error)
 {
     struct kvm_run *run = vcpu->run;
     const struct pv_memory_fault *fault = (const void *)&run->hw;
-    /* The only exit_reason that means something beside an errno. It is forgotten at once, or it would still stand
-       there when KVM_RUN fails next time before it gets to say; others stay: KVM reads KVM_EXIT_MMIO back. */
+    /* The only exit_reason that is valid together with an errno. It is cleared at once: otherwise it would be stale
+       when the next KVM_RUN fails early. Other reasons stay, because KVM reads KVM_EXIT_MMIO back. */
     bool told = run->exit_reason == KVM_EXIT_MEMORY_FAULT;
     uint8_t action;
 
@@ -126,7 +126,7 @@ static void account(struct pv_histogram *histogram, uint64_t *total, uint64_t ns
     histogram->bucket[pv_bucket_of(ns)]++;
 }
 
-/* One entry into the guest, and what came of it. */
+/* Enters the guest once and handles the exit. */
 static uint32_t enter(struct pv_vcpu *vcpu)
 {
     const struct kvm_run *run = vcpu->run;
@@ -202,7 +202,7 @@ int pv_settle(struct pv_vcpu *vcpu)
     store(&run->immediate_exit, 1);
     fence();
     error = ioctl(vcpu->fd, KVM_RUN, 0) ? errno : 0;
-    /* A kick that comes now is seen by the loop before KVM_RUN is. */
+    /* The loop sees a kick from here on before the next KVM_RUN. */
     store(&run->immediate_exit, 0);
     fence();
     return error == EINTR ? 0 : error;

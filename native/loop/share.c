@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Pages that change hands: what a guest claims of one, whom it is told, and the share doorbell. */
+/* Shares and unshares: a guest's claim, the notification of Python, and the share doorbell. */
 #include "loop/share.h"
 
 void pv_subscribe(struct pv_vm *vm, uint32_t count)
@@ -12,7 +12,7 @@ void pv_subscribe(struct pv_vm *vm, uint32_t count)
 
 enum { BELL_SHARE = 1, BELL_UNSHARE = 2 };
 
-/* In PV_EMULATED the hypercall is what moves pages and tells subscribers; a ring must only agree with it. */
+/* In PV_EMULATED the hypercall moves pages and notifies subscribers. A ring must only agree with it. */
 static uint32_t bell(struct pv_vcpu *vcpu, uint64_t gpa, uint64_t op, bool readable)
 {
     struct pv_vm *vm = vcpu->vm;

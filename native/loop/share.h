@@ -1,26 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What every way of sharing a page has in common: the claim, what is recorded of it, and who is told. */
+/* The common part of all ways to share a page: the claim, its record, and the notification. */
 #ifndef PYVMM_SHARE_H
 #define PYVMM_SHARE_H
 
 #include "loop/ledger.h"
 
-/* Whether Python wants to hear of shares. Asked after the ledger has changed. */
+/* Whether Python subscribes to shares. Called after the ledger has changed. */
 static inline bool pv_listening(const struct pv_vm *vm)
 {
     fence(); /* pairs with the one in pv_subscribe() */
     return load(&vm->subscribers) != 0;
 }
 
-/* What the guest says of a page, before anything is believed of it: its ledger entry, or NULL if there is none. Whether
-   it is pv_page_claimable() the caller asks. */
+/* Records the guest's claim to a page, still unverified. Returns its ledger entry, or NULL without one. The caller
+   checks pv_page_claimable(). */
 static inline uint8_t *pv_share_claim(struct pv_vcpu *vcpu, uint64_t gpa, bool share, enum pv_source source,
                                       struct pv_region *region)
 {
     vcpu->share_gpa = gpa;
     vcpu->share_op = share;
     vcpu->share_source = source;
-    if (!vcpu->left_ns) /* not timed: subscribers still want to know when */
+    if (!vcpu->left_ns) /* not timed: subscribers still need the time */
         vcpu->left_ns = pv_now();
     return gpa % PV_PAGE_SIZE == 0 && pv_region_at(vcpu->vm, gpa, region) ? pv_ledger_entry(region, gpa) : NULL;
 }
@@ -39,7 +39,7 @@ static inline void pv_share_record(struct pv_vcpu *vcpu, int32_t status)
               PV_PAGE_SIZE, vcpu->share_gpa, (uint64_t)(int64_t)status);
 }
 
-/* Enters what has happened, and says whether Python must tell of it before the guest goes on: enum pv_stop. */
+/* Records the change. Returns enum pv_stop: whether Python must notify subscribers before the guest continues. */
 static inline uint32_t pv_share_announce(struct pv_vcpu *vcpu, uint8_t *entry, bool share)
 {
     if (!pv_ledger_move(vcpu->vm, entry, share))

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Histograms, the trace ring and byte FIFOs: what is counted and carried, never what it means. */
+/* Histograms, the trace ring and byte FIFOs: storage only, without their meaning. */
 #include "loop/loop.h"
 
 #include <sched.h>
 #include <unistd.h>
 
-/* A value below STEPS has its own bucket. Of others the top bits say which step of their power it is. */
+/* A value below STEPS has its own bucket. For others, the top bits select the step within their power of two. */
 enum { STEPS = PV_HISTOGRAM_STEPS, STEP_BITS = 3, BUCKETS = PV_HISTOGRAM_BUCKETS };
 _Static_assert(STEPS == 1 << STEP_BITS && BUCKETS % STEPS == 0, "whole powers of two");
 
@@ -66,8 +66,8 @@ uint32_t pv_ring_read(struct pv_ring *ring, struct pv_record *to, uint32_t n)
     return got;
 }
 
-/* The producer publishes its byte, then looks whether the consumer sleeps; the consumer says it will sleep, then looks
-   for bytes (pv_fifo_arm). Whoever comes second sees the other. */
+/* The producer publishes its byte, then checks whether the consumer sleeps. The consumer announces its sleep, then
+   checks for bytes (pv_fifo_arm). So the second of them sees the first. */
 bool pv_fifo_put(struct pv_fifo *fifo, uint8_t byte)
 {
     uint32_t head = fifo->head;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The registers of virtio over MMIO (virtio 1.2, 4.2.2): answers every read, and the writes that decide nothing, which
- * are selectors, acknowledgements, and kicks that the kernel has not taken. What is written to other registers is
- * Python's to judge. Any vCPU may be at any register at any time; Python and the device's threads publish meanwhile. */
+/* The registers of virtio over MMIO (virtio 1.2, 4.2.2): answers every read, and handles writes of selectors,
+ * acknowledgements, and kicks that the kernel has not taken. Python handles writes to other registers. Any vCPU may
+ * access any register at any time, while Python and the device's threads publish. */
 #include "loop/doorbell.h"
 
 enum {
@@ -40,7 +40,7 @@ static uint32_t read_register(const struct pv_virtio_mmio *transport, uint64_t o
     }
 }
 
-/* False where Python is to judge. */
+/* False if Python must handle it. */
 static bool write_register(struct pv_virtio_mmio *transport, uint64_t offset, uint32_t value)
 {
     switch (offset) {
@@ -52,7 +52,7 @@ static bool write_register(struct pv_virtio_mmio *transport, uint64_t offset, ui
     }
 }
 
-/* One access is never torn. A driver that needs several looks at ConfigGeneration before and after them. */
+/* A single access is never torn. A driver that needs several reads ConfigGeneration before and after them. */
 static uint64_t read_config(struct pv_virtio_mmio *transport, uint64_t at, uint32_t size)
 {
     uint64_t value = 0;

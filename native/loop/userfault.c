@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Serves the missing pages of a userfaultfd from memory of ours, without Python in between. */
+/* Serves the missing pages of a userfaultfd from a buffer, without Python. */
 #include "loop/loop.h"
 
 #include <linux/userfaultfd.h>
@@ -8,7 +8,7 @@
 
 enum { BATCH = 16 };
 
-/* 0, or the errno of what failed for good. A page that came meanwhile needs its waiter woken, nothing else. */
+/* Returns 0, or the errno of a permanent failure. If the page has already arrived, only its waiter is woken. */
 static int serve(const struct pv_fault_server *server, uint64_t address, bool *late)
 {
     uint64_t page = address & ~(uint64_t)(PV_PAGE_SIZE - 1), offset = page - server->hva;

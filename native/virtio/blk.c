@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-/* virtio-blk (virtio 1.2, 5.2): reads and writes go between the file and guest memory here, in a thread that waits for
- * kicks itself; what is policy goes to Python.
+/* virtio-blk (virtio 1.2, 5.2): moves data between the file and guest memory, in a thread that waits for kicks itself.
+ * Python decides policy.
  *
- * Data moves by the kernel's copies between the page cache and user addresses of guest memory, which end with EFAULT at
- * a page that is the guest's alone. Where the file's own file system might pin pages instead (pv_blk.bounce), it goes by
- * way of a buffer and guarded copies: a pinned page of a protected guest is one that the kernel takes back by force. */
+ * The kernel copies between the page cache and user addresses of guest memory, and stops with EFAULT at a private page.
+ * If the file system might pin pages instead (pv_blk.bounce), data goes through a buffer and guarded copies, because
+ * the kernel takes a pinned page of a protected guest back by force. */
 #include "virtio/virtio.h"
 
 #include <endian.h>
@@ -18,15 +18,15 @@ enum { BLK_T_IN = 0, BLK_T_OUT = 1, BLK_T_FLUSH = 4 };
 enum { BLK_S_OK = 0, BLK_S_IOERR = 1 };
 enum { SECTOR = 512, STATUS_BYTES = 1 };
 
-/* What is moved between two looks at pv_blk.abandon. */
+/* Bytes to move between two checks of pv_blk.abandon. */
 enum { PIECE = 1 << 20 };
 
-/* Enough for a piece: one for each of PV_BLK_SEGMENTS, and for each page where those are in slots of their own. */
+/* Enough for a piece: one for each of PV_BLK_SEGMENTS, and one for each page if pages are in separate slots. */
 enum { VECTORS = 1024 };
 _Static_assert(PV_BLK_SEGMENTS + PIECE / PV_PAGE_SIZE < VECTORS, "pieces of one call");
 
-/* A driver hears of what is done once so much is, and before we sleep or wait for the medium. Reads of a MiB should
-   overlap with what it does with the last one; small ones should not cost an interrupt each. */
+/* The driver is interrupted after this many bytes, and before the thread sleeps or waits for the medium. Reads of 1 MiB
+   should overlap with the driver's work on the last one. Small ones should not cost an interrupt each. */
 enum { BATCH = 16, BATCH_BYTES = 128 << 10 };
 
 struct header { uint32_t type, reserved; uint64_t sector; };
@@ -54,7 +54,7 @@ static ssize_t bounce_out(const struct pv_blk *blk, uint64_t at, uint64_t offset
     return whole.iov_len ? pwritev2(blk->file, &whole, 1, (off_t)at, flags) : denied();
 }
 
-/* Bytes moved at the file's `at`, of the chain's data from `done` on: 0 at the file's end, -1 with errno. */
+/* Moves the chain's data from `done` to or from the file at `at`. Returns bytes: 0 at the file's end, -1 with errno. */
 static ssize_t move(const struct pv_blk *blk, uint64_t at, uint64_t done, uint64_t n)
 {
     bool in = blk->type == BLK_T_IN;
@@ -72,8 +72,7 @@ static ssize_t move(const struct pv_blk *blk, uint64_t at, uint64_t done, uint64
     return in ? preadv(blk->file, vectors, count, (off_t)at) : pwritev2(blk->file, vectors, count, (off_t)at, flags);
 }
 
-/* A write beyond the end of a file that was cut short would make it long again, with zeros in the place of what was
-   lost. */
+/* A write beyond the end of a truncated file would extend it again, with zeros instead of the lost data. */
 static bool cut_short(const struct pv_blk *blk)
 {
     struct stat status;
@@ -82,7 +81,7 @@ static bool cut_short(const struct pv_blk *blk)
            (fstat(blk->file, &status) || (uint64_t)status.st_size / SECTOR < blk->capacity);
 }
 
-/* 0, or the errno of what went wrong: EFAULT is the guest's own doing, ENODATA a file that has become shorter. */
+/* Returns 0 or an errno: EFAULT is the guest's fault, ENODATA means that the file was truncated. */
 static int transfer(struct pv_blk *blk, uint64_t size, uint64_t *done)
 {
     if (cut_short(blk))
@@ -103,19 +102,20 @@ static int transfer(struct pv_blk *blk, uint64_t size, uint64_t *done)
     return 0;
 }
 
-/* Whether [sector, sector + size / SECTOR) is all of the disk's, whatever the guest says. */
+/* Whether [sector, sector + size / SECTOR) is inside of the disk. The guest chose the values. */
 static bool on_disk(const struct pv_blk *blk, uint64_t size)
 {
     return size % SECTOR == 0 && size <= blk->most && blk->sector <= blk->capacity &&
            size / SECTOR <= blk->capacity - blk->sector;
 }
 
-/* One that cannot even be told its status is given back all the same. */
+/* A request whose status byte cannot be written is still returned. */
 static int answer(struct pv_blk *blk, uint8_t status, uint64_t data)
 {
     uint64_t room = blk->chain->out_bytes;
     bool told = room && pv_chain_write(blk->queue, blk->chain, room - STATUS_BYTES, &status, STATUS_BYTES);
-    /* The bytes written from the first on: the status is the last, and counts if all before it were written. */
+    /* The number of bytes written from the start. The status is last, and counts only if all bytes before it were
+       written. */
     uint64_t written = data + (told && data + STATUS_BYTES == room);
 
     add(status == BLK_S_OK ? &blk->done : &blk->failed, 1);
@@ -130,7 +130,7 @@ static void interrupt(struct pv_blk *blk)
     blk->untold = blk->untold_bytes = 0;
 }
 
-/* What is done does not wait for what the medium takes its time for. */
+/* Completed requests do not wait for a slow medium. */
 static void interrupt_before_long(struct pv_blk *blk)
 {
     if (blk->untold)

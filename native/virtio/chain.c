@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Chains of descriptors: the segments of a request, as they are found in a ring or in an indirect table, and copies to
- * and from them. */
+/* Chains of descriptors: the segments of a request, in a ring or in an indirect table, and copies to and from them. */
 #include "virtio/virtio.h"
 
 enum { WINDOW = 32 };
@@ -23,8 +22,8 @@ bool pv_chain_take(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa,
     return true;
 }
 
-/* An indirect table (2.7.5.3, 2.8.7), some of it at a time: a table may be as long as the driver likes, and the chain
-   in a split ring's wanders through it. Bounded by the chain's room: every step takes some. */
+/* An indirect table (2.7.5.3, 2.8.7), read in parts: it may have any length, and a split ring's chain may jump within
+   it. The chain's room bounds the work, because every step uses some. */
 bool pv_chain_table(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool packed)
 {
     struct pv_descriptor window[WINDOW];
@@ -60,8 +59,8 @@ bool pv_chain_table(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa
 /* ---- a chain's bytes */
 
 /* The part of [offset, offset + n) of the readable or writable bytes that lies in segment *at or, failing that, in the
-   next one that has some; 0 at the chain's end. *at starts as 0, and is where to go on; *before are the bytes of those
-   segments that lie before it. */
+   next one that has some; 0 at the chain's end. *at starts as 0, and is where to continue; *before is the number of
+   bytes in the segments before it. */
 struct cursor { uint32_t at; uint64_t before; };
 
 static uint64_t part(const struct pv_chain *chain, bool writable, struct cursor *cursor, uint64_t offset, uint64_t n,

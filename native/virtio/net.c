@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* virtio-net: serves a card's two queues and what is behind them, in one thread that Python lends. */
+/* virtio-net: serves a card's two queues and its backend, in one thread that Python provides. */
 #include "virtio/net.h"
 
 #include <arpa/inet.h>
@@ -45,13 +45,13 @@ static enum net_moved send_to_tap(struct pv_net *net)
     else if (errno == EBADFD || errno == EBADF)
         return pv_net_gone(net, errno);
     else
-        lost(net, errno); /* a header that makes no sense, a page that is not shared, an interface that is down */
+        lost(net, errno); /* an invalid header, a page that is not shared, an interface that is down */
     return NET_MOVED;
 }
 
-/* ---- to a stream: it may take a part of a frame, and then has to get the rest before anything else */
+/* ---- to a stream: it may take a part of a frame, and must then get the rest first */
 
-/* Keeps what is left to send after `sent` bytes of length and frame. False: a page of it cannot be read. */
+/* Keeps the rest of length and frame after `sent` bytes. False: a page of it cannot be read. */
 static bool keep_rest(struct pv_net *net, const uint8_t length[LENGTH], uint64_t sent, uint64_t n)
 {
     struct net_work *work = net->work;
@@ -90,7 +90,7 @@ static enum net_moved send_to_stream(struct pv_net *net)
     if (sent < 0)
         sent = 0;
     if ((uint64_t)sent < LENGTH + n && !keep_rest(net, (uint8_t *)&length, (uint64_t)sent, n)) {
-        /* What the stream has the length of must come; nothing need, of a frame that it knows nothing of. */
+        /* Once the stream has a frame's length, the whole frame must follow. Before that, the frame may be dropped. */
         if (sent == 0)
             work->rest_end = 0;
         lost(net, EFAULT);
@@ -117,7 +117,7 @@ static enum net_moved send_rest(struct pv_net *net)
 
 /* ---- the loop */
 
-/* Sends the frame of a chain: the driver's header, then what goes over the wire. */
+/* Sends the frame of a chain: the driver's header, then the frame itself. */
 static enum net_moved send_frame(struct pv_net *net)
 {
     if (net->chain->in_bytes < HEADER + ETHERNET || net->chain->in_bytes > HEADER + FRAME) {
@@ -186,7 +186,7 @@ static bool kicked(const struct pollfd *watched, struct pv_queue *queue)
 int pv_net_serve(struct pv_net *net)
 {
     struct net_work *work = net->work;
-    /* Whatever came before is looked for; nobody tells of it again. */
+    /* Look for earlier work first: it will not be signalled again. */
     bool sending = net->tx, receiving = net->rx, starved = !net->rx;
 
     for (;;) {
@@ -213,7 +213,8 @@ int pv_net_serve(struct pv_net *net)
 
         short ready = watched[BACKEND].revents;
         enum net_moved sent = NET_MOVED, received = NET_MOVED;
-        /* One that has hung up may have more to give, but is ready for ever: nobody waits for buffers to take that. */
+        /* A backend that hung up may have more frames, but stays readable forever. Do not wait for buffers to take
+           them. */
         if (ready & (POLLERR | POLLNVAL) || (ready & POLLHUP && starved))
             sent = pv_net_gone(net, ready & POLLNVAL ? EBADF : net->backend == PV_NET_TAP ? ENODEV : ECONNRESET);
         else if (ready && rest_left(work))
@@ -240,7 +241,7 @@ void pv_net_settle(struct pv_net *net)
 
     if (net->rx)
         pv_net_give_back(net);
-    /* A tap's frame is meant for a driver that takes what this one takes. A stream has to go on where it was. */
+    /* A pending frame of a tap matches the features of this driver, so drop it. A stream must continue where it was. */
     if (net->backend == PV_NET_TAP)
         work->in_start = work->in_end = 0;
 }

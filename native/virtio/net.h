@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the two directions of virtio-net share: net.c sends and serves, net_rx.c receives. */
+/* Shared by the two directions of virtio-net: net.c sends and serves, net_rx.c receives. */
 #ifndef PYVMM_NET_H
 #define PYVMM_NET_H
 
@@ -10,25 +10,25 @@
 enum {
     HEADER = 12,                         /* struct virtio_net_hdr_v1 (virtio 1.2, 5.1.6) */
     ETHERNET = 14,
-    FRAME = 65535 + ETHERNET + 4,        /* the longest: an IP packet, or what segmentation is left to do on, and a tag */
+    FRAME = 65535 + ETHERNET + 4,        /* the longest: an IP packet or a segmentation-offload frame, and a tag */
     LENGTH = 4,                          /* of a frame in a stream, before it */
-    BATCH = 64,                          /* frames of one direction before the other one, and a stop, have a turn */
+    BATCH = 64,                          /* frames of one direction before the other direction and a stop get a turn */
     STASH = 64,                          /* buffers for one frame: the longest takes 43 of those that Linux gives */
-    VECTORS = 1023,                      /* of readv(), whose 1024th takes what is too long */
+    VECTORS = 1023,                      /* of readv(), whose 1024th takes the excess of a frame that is too long */
     CHAIN_VECTORS = VECTORS / 2
 };
 
-/* What became of an attempt to move a frame. */
+/* The result of an attempt to move a frame. */
 enum net_moved {
-    NET_MOVED,      /* it went, or it was dropped: on to the next */
-    NET_IDLE,       /* there is none */
+    NET_MOVED,      /* it was moved or dropped: go on with the next */
+    NET_IDLE,       /* no frame */
     NET_WAIT,       /* the other side has no room for it */
     NET_BROKEN,     /* a queue is broken */
     NET_GONE        /* the backend has gone: pv_net.error */
 };
 
 struct net_work {
-    /* The guest's receive buffers that are taken and not used yet, oldest first, and where they are. */
+    /* The guest's receive buffers that are taken and not used yet, oldest first, with their segments. */
     struct pv_chain stash[2 * STASH];
     uint32_t stash_vectors[2 * STASH];
     uint32_t stash_first, stashed;
@@ -39,11 +39,11 @@ struct net_work {
 
     struct iovec out[VECTORS + 1];
 
-    /* What came from the backend and found no room: of a stream as it came, of a tap one frame with its header. */
+    /* Data from the backend without room in the guest: a stream's bytes, or one frame of a tap with its header. */
     uint32_t in_start, in_end;
     uint8_t in[2 * (LENGTH + HEADER + FRAME)];
 
-    /* The end of a frame of which a stream has taken the beginning. */
+    /* The rest of a frame whose beginning a stream has taken. */
     uint32_t rest_start, rest_end;
     uint8_t rest[LENGTH + FRAME];
 };
@@ -52,8 +52,8 @@ enum net_moved pv_net_receive(struct pv_net *net);
 /* Gives the stash back to the queue, as if it had never been taken. */
 void pv_net_give_back(struct pv_net *net);
 
-/* Nobody waits for what it has not taken, or will give the end of what it has given. Inlined: both directions end so,
-   and net.c, which calls net_rx.c, would be called by it if this were there. */
+/* The backend is gone: drop unsent and incomplete frames. Inlined here because both directions use it, and net_rx.c
+   must not call net.c, which calls it. */
 static inline enum net_moved pv_net_gone(struct pv_net *net, int error)
 {
     struct net_work *work = net->work;

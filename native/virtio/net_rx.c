@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-/* virtio-net, to the guest. A frame is read straight into the guest's buffers where there is sure to be room for it: the
- * kernel's copy ends with EFAULT at a page that is not shared, as it does at one that is not there. */
+/* virtio-net, to the guest. If there is certainly room, a frame is read straight into the guest's buffers. The kernel's
+ * copy stops with EFAULT at a page that is missing or not shared. */
 #include "virtio/net.h"
 
 #include <arpa/inet.h>
@@ -32,7 +32,7 @@ static void empty(struct net_work *work)
     work->room = 0;
 }
 
-/* Behind what is in them there is always room for another stash: there they are twice as large. */
+/* They are twice the stash's size, so that another stash always fits behind their contents. */
 static void compact(struct net_work *work)
 {
     if (work->stash_first >= STASH) {
@@ -47,7 +47,7 @@ static void compact(struct net_work *work)
     }
 }
 
-/* All of the stash goes back as it is. 0, or -1: the queue is broken. */
+/* Returns the whole stash unused. 0, or -1: the queue is broken. */
 static int return_stash(struct pv_net *net)
 {
     struct net_work *work = net->work;
@@ -59,8 +59,8 @@ static int return_stash(struct pv_net *net)
     return pushed;
 }
 
-/* Takes the buffer in net->chain. One that is none goes back as it is, and those before it do first: what is left of the
-   stash must be the last that was taken, or it could not be given back. */
+/* Adds the buffer in net->chain to the stash. An empty buffer is returned unused, after all earlier ones: the stash
+   must always be the last buffers taken, or it could not be returned. */
 static void keep(struct pv_net *net)
 {
     struct net_work *work = net->work;
@@ -82,8 +82,8 @@ static void keep(struct pv_net *net)
     work->stashed++;
 }
 
-/* Takes buffers until they have room for `need` bytes. STARVED: there are no more, and the driver will kick when it
-   gives some. FULL: more would not help, or there is no end of bad ones. */
+/* Takes buffers until they have room for `need` bytes. STARVED: no more buffers, and the driver will kick when it adds
+   some. FULL: more would not help, or too many were bad. */
 static enum gathered gather(struct pv_net *net, uint64_t need)
 {
     struct net_work *work = net->work;
@@ -110,7 +110,7 @@ static enum gathered gather(struct pv_net *net, uint64_t need)
 
 static void dropped(struct pv_net *net) { add(&net->received.dropped, 1); }
 
-/* Somewhere in the stash is a page that cannot be written: all of it goes back as it is, and the frame is lost. */
+/* A page of the stash cannot be written: the whole stash is returned unused, and the frame is lost. */
 static enum net_moved fault(struct pv_net *net)
 {
     const struct net_work *work = net->work;
@@ -138,8 +138,8 @@ static bool scatter(struct net_work *work, uint64_t offset, const uint8_t *from,
     return true;
 }
 
-/* The stash's first n bytes are a frame with its header: the driver gets its buffers, all at once, for it may look while
-   we give them and would take the first ones for a frame that has lost its end. */
+/* The stash's first n bytes are a frame with its header. The driver gets all its buffers at once: if it saw only the
+   first ones, it would take them for a truncated frame. */
 static enum net_moved hand_over(struct pv_net *net, uint64_t n)
 {
     struct net_work *work = net->work;
@@ -169,7 +169,7 @@ static enum net_moved failed_read(struct pv_net *net)
     return errno == EINTR ? NET_MOVED : pv_net_gone(net, errno);
 }
 
-/* The stash has room for the longest frame; one that is longer all the same reaches the last vector. */
+/* The stash has room for the longest frame. The excess of a longer one reaches the last vector. */
 static enum net_moved read_to_guest(struct pv_net *net)
 {
     struct net_work *work = net->work;
@@ -186,7 +186,8 @@ static enum net_moved read_to_guest(struct pv_net *net)
     return hand_over(net, (uint64_t)n);
 }
 
-/* A frame of ours, header included in n or zero where there is none before it. NET_WAIT: keep it. */
+/* Copies a frame from our buffer to the guest. n includes the header; without one, a zero header is used. NET_WAIT:
+   keep it. */
 static enum net_moved deliver(struct pv_net *net, const uint8_t *frame, uint64_t n, uint32_t header)
 {
     static const uint8_t zero[HEADER];
@@ -204,7 +205,7 @@ static enum net_moved deliver(struct pv_net *net, const uint8_t *frame, uint64_t
     return hand_over(net, HEADER - header + n);
 }
 
-/* Where there may be too little room for a frame, its length must be known before it is taken from the tap for good. */
+/* If there may be too little room, a frame is first read into our buffer, to learn its length. */
 static enum net_moved receive_from_tap(struct pv_net *net)
 {
     struct net_work *work = net->work;

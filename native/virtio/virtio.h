@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the virtio devices and their queues share with each other. Python sees only cdef.h, beside this. */
+/* Declarations shared by the virtio devices and their queues. Python sees only cdef.h. */
 #ifndef PYVMM_VIRTIO_H
 #define PYVMM_VIRTIO_H
 
@@ -20,7 +20,7 @@ struct pv_descriptor {
     };
 };
 _Static_assert(sizeof(struct pv_descriptor) == PV_DESCRIPTOR_BYTES, "as the driver lays it out");
-/* Breaks the queue; returns false. Here, as the ring and the chains that lie in it both find what breaks a queue. */
+/* Breaks the queue and returns false. Defined here because both virtqueue.c and chain.c detect errors. */
 static inline bool pv_queue_fail(struct pv_queue *queue, enum pv_queue_error error, uint64_t gpa)
 {
     queue->error_gpa = gpa;
@@ -30,10 +30,10 @@ static inline bool pv_queue_fail(struct pv_queue *queue, enum pv_queue_error err
 /* Adds a segment to a chain, or all of an indirect table. False: the queue is broken. */
 bool pv_chain_take(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool writable);
 bool pv_chain_table(struct pv_queue *queue, struct pv_chain *chain, uint64_t gpa, uint32_t size, bool packed);
-/* Bytes [offset, offset + n) of a chain's readable or writable part as iovecs over the views, for readv() and its kin:
-   the kernel's copies to and from user addresses answer EFAULT where a page is not ours to touch, and take nothing from
-   the guest. Never for O_DIRECT, fixed buffers of io_uring, vmsplice or MSG_ZEROCOPY, which pin pages. The number of
-   iovecs, which hold fewer bytes where the chain ends; -1 where there is no memory, or more than `most` are needed. */
+/* Stores bytes [offset, offset + n) of a chain's readable or writable part as iovecs over the views, for readv() and
+   similar calls. The kernel's copies fail with EFAULT at a page that the host may not access, and do not take it from
+   the guest. Never use them for O_DIRECT, fixed buffers of io_uring, vmsplice or MSG_ZEROCOPY, which pin pages. Returns
+   the number of iovecs, with fewer bytes if the chain ends; -1 outside of memory, or if more than `most` are needed. */
 int pv_chain_iovecs(struct pv_queue *queue, const struct pv_chain *chain, bool writable, uint64_t offset, uint64_t n,
                     struct iovec *to, int most);
 

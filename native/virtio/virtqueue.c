@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Virtqueues, the device's side: split rings (virtio 1.2, 2.7) and packed ones (2.8) in guest memory that may go, or be
- * closed to us, at any time. Whatever a driver wrote is copied once and then checked: what may change between the two
- * is not looked at again. A queue is served by one thread at a time. Both sides are little-endian. */
+/* Virtqueues, the device's side: split rings (virtio 1.2, 2.7) and packed ones (2.8) in guest memory, which may
+ * disappear or become private at any time. Data from the driver is copied once and then checked, and not read again. A
+ * queue is served by one thread at a time. Both sides are little-endian. */
 #include "virtio/virtio.h"
 
 #include <unistd.h>
@@ -30,8 +30,8 @@ static uint32_t area_size(const struct pv_queue *queue, enum pv_queue_area area)
     return area == PV_AREA_DRIVER ? 6 + 2 * queue->size : 6 + 8 * queue->size;
 }
 
-/* Finds each ring's view once for every map that is published: a view stays mapped while its backing is open, as it
-   does for a guarded copy. A ring that no single region holds has none, and is looked up at every access. */
+/* Finds each ring's view once per published map: a view stays mapped while its backing is open. A ring that crosses
+   regions has no view, and is looked up at every access. */
 static void look(struct pv_queue *queue)
 {
     uint64_t published = load_acquire(&queue->vm->published) + 1;
@@ -103,8 +103,8 @@ static bool split_look(struct pv_queue *queue)
 
     if (!ring_read(queue, PV_AREA_DRIVER, 2, &available, sizeof(available)))
         return false;
-    __atomic_thread_fence(__ATOMIC_ACQUIRE); /* the entries after the index that promises them */
-    /* No honest driver has more requests under way than there are descriptors. */
+    __atomic_thread_fence(__ATOMIC_ACQUIRE); /* read the entries after the index */
+    /* A correct driver never has more pending requests than descriptors. */
     if ((uint16_t)(available - queue->next) > queue->size || (uint16_t)(available - queue->used) > queue->size)
         return pv_queue_fail(queue, PV_QUEUE_INDEX, queue->driver + 2);
     queue->available = available;
@@ -137,7 +137,7 @@ static bool split_push(struct pv_queue *queue, const struct pv_chain *chains, co
         if (!ring_write(queue, PV_AREA_DEVICE, 4 + sizeof(entry) * (used & (queue->size - 1)), &entry, sizeof(entry)))
             return false;
     }
-    __atomic_thread_fence(__ATOMIC_RELEASE); /* what the driver gets before the index that says so */
+    __atomic_thread_fence(__ATOMIC_RELEASE); /* publish the entries before the index */
     queue->used = used;
     return ring_write(queue, PV_AREA_DEVICE, 2, &used, sizeof(used));
 }
@@ -197,7 +197,7 @@ static int packed_pop(struct pv_queue *queue, struct pv_chain *chain)
     return 1;
 }
 
-/* The driver comes to the first entry before the others: until its flags say so, it sees none of them. */
+/* The driver reads the first entry before the others: until its flags are set, it sees none of them. */
 static bool packed_push(struct pv_queue *queue, const struct pv_chain *chains, const uint32_t *written, uint32_t count)
 {
     uint32_t first = queue->used * PV_DESCRIPTOR_BYTES;
@@ -216,7 +216,7 @@ static bool packed_push(struct pv_queue *queue, const struct pv_chain *chains, c
         advance(queue, &queue->used, &queue->used_wrap, chains[i].slots);
         queue->taken -= chains[i].slots;
     }
-    __atomic_thread_fence(__ATOMIC_RELEASE); /* what the driver gets before the flags that say so */
+    __atomic_thread_fence(__ATOMIC_RELEASE); /* publish the entries before the flags */
     return ring_write(queue, PV_AREA_DESCRIPTORS, first + FLAGS_AT, &first_flags, sizeof(first_flags));
 }
 
@@ -250,7 +250,7 @@ static bool wants_interrupt(struct pv_queue *queue)
     return queue->unsaid > UINT16_MAX || passed(at, (uint16_t)queue->used, old);
 }
 
-/* Says whether the driver is to kick. With an event index it need not be told to stop: it kicks once. */
+/* Turns the driver's kicks on or off. With an event index they need not be turned off: it kicks once. */
 static bool ask(struct pv_queue *queue, bool kick)
 {
     bool at = queue->flags & PV_QUEUE_EVENT_IDX;
@@ -338,7 +338,7 @@ void pv_queue_interrupt(struct pv_queue *queue)
     if (queue->error || !queue->unsaid)
         return;
     look(queue);
-    fence(); /* the used entries are out before the driver's wish is read */
+    fence(); /* publish the used entries before reading the driver's request */
     bool wanted = wants_interrupt(queue);
     queue->unsaid = 0;
     if (wanted)
@@ -352,7 +352,7 @@ int pv_queue_arm(struct pv_queue *queue)
     look(queue);
     if (!ask(queue, true))
         return -1;
-    fence(); /* the wish is out before the ring is looked at for the last time */
+    fence(); /* publish the request before the last check of the ring */
     if (queue->flags & PV_QUEUE_PACKED) {
         uint16_t flags;
         int available = packed_available(queue, &flags);
@@ -363,11 +363,11 @@ int pv_queue_arm(struct pv_queue *queue)
     return queue->available == queue->next;
 }
 
-/* Whoever carries kicks adds 1 to the eventfd for each, so these leave the lower half of it alone. */
+/* Each kick adds 1 to the eventfd, so these wake-ups use only its upper half. */
 void pv_queue_wake(struct pv_queue *queue)
 {
     if (write(queue->kick, &(uint64_t){1ull << 32}, sizeof(uint64_t)) < 0)
-        return; /* it is as readable as can be */
+        return; /* it is already readable */
 }
 
 void pv_queue_take(struct pv_queue *queue)
@@ -384,7 +384,7 @@ void pv_interrupt(struct pv_interrupt *interrupt, uint32_t bits)
 {
     uint32_t before = __atomic_fetch_or(&interrupt->status, bits, __ATOMIC_SEQ_CST);
 
-    /* A driver acknowledges first and then looks at its rings: bits that it has yet to acknowledge need no new edge. */
+    /* A driver acknowledges first and then checks its rings, so pending bits need no new edge. */
     if ((before & bits) == bits || interrupt->fd < 0)
         return;
     add(&interrupt->sent, 1);

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guest talks to. Devices know offsets only: where they sit, the machine decides."""
+"""The guest's devices. They know only offsets: the machine decides their addresses."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every device is to the machine: a window of registers, how the native loop treats it, and its device-tree node.
+"""The machine's view of a device: a window of registers, its handling in the native loop, and its device-tree node.
 
-A device that answers in Python implements :meth:`Device.read` and :meth:`Device.write`; the others hand the loop a
-``state`` that C works on and are never called for an access. All methods may be called from any vCPU's thread.
+A device that answers in Python implements :meth:`Device.read` and :meth:`Device.write`; the others give the loop a
+``state`` for C, and Python never handles their accesses. All methods may be called from any vCPU's thread.
 
-This module needs nothing native: a device that answers in Python can be described without loading any of that.
+This module imports nothing native, so a Python device can be described without loading native code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyvmm._native import CData
 
     class Line(Protocol):
-        """A device's interrupt line, as far as its device-tree node goes; see pyvmm.machine.irq."""
+        """The properties of an interrupt line that a device-tree node needs; see pyvmm.machine.irq."""
 
         @property
         def spi(self) -> int:
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
         @property
         def kind(self) -> Trigger:
-            """How it is given."""
+            """Its trigger type."""
             ...
 
 
 class Trigger(IntEnum):
-    """How an interrupt is given, as the device tree says it (Linux include/dt-bindings/interrupt-controller/irq.h)."""
+    """An interrupt's trigger, with the device tree's values (Linux include/dt-bindings/interrupt-controller/irq.h)."""
 
     EDGE = 1
     LEVEL = 4
@@ -43,12 +43,12 @@ class Trigger(IntEnum):
 class Device:
     """A window of ``size`` bytes of MMIO.
 
-    ``name`` is its name for people, and of its device-tree node unless ``node`` is one. ``compatible`` is what a driver
-    finds it by, one string or several, and ``clocks`` names its clock inputs. ``kind`` is how the native loop treats an
-    access (enum pv_kind), None where Python answers.
+    ``name`` is its name in messages, and of its device-tree node unless ``node`` is given. Drivers match
+    ``compatible``, one string or several. ``clocks`` names its clock inputs. ``kind`` selects how the native loop
+    handles an access (enum pv_kind), None for Python.
 
-    A device with a ``trigger`` is given an interrupt ``line`` when it is placed, before the guest starts. The line of
-    an EDGE has ``trigger()``, which gives one pulse, that of a LEVEL ``hold(high)``. Any thread may call both.
+    A device with a ``trigger`` gets an interrupt ``line`` when it is placed, before the guest starts. An EDGE line has
+    ``trigger()``, which gives one pulse, a LEVEL line ``hold(high)``. Any thread may call both.
     """
 
     name: ClassVar[str]
@@ -58,7 +58,7 @@ class Device:
     kind: ClassVar[int | None] = None
     trigger: ClassVar[Trigger | None] = None
     taken: bool = False
-    """Whether a machine has been given it, and closes it."""
+    """Whether a machine owns the device, and closes it."""
 
     def __init__(self, size: int = 0x1000) -> None:
         self.size = size
@@ -67,7 +67,7 @@ class Device:
 
     @property
     def behind(self) -> object:
-        """What serves the guest: the device itself, or the one behind a transport."""
+        """The device that serves the guest: this one, or the one behind a transport."""
         return self
 
     def windows(self) -> list[tuple[int, int, int | None, CData | None]]:
@@ -86,32 +86,32 @@ class Device:
         return {}
 
     def about(self) -> str:
-        """Say in a few words what name and window do not: what is behind it, its queues."""
+        """Return a short text of details, such as its backend and its queues."""
         return ""
 
     def info(self) -> dict[str, Any]:
-        """Say more of itself, plain values of JSON, to who asks a running machine; any thread."""
+        """Return JSON values that describe the device, for ``pyvmm ctl info``. Any thread."""
         return {}
 
     def pause(self) -> None:
-        """Begin nothing more, in guest memory or of interrupts, and return when nothing is under way.
+        """Stop accessing guest memory and sending interrupts, and return once pending work is done.
 
-        Called when the vCPUs stand still, in any thread but theirs; :meth:`resume` comes before they go on. Never twice
-        in a row.
+        Called while the vCPUs are paused, in any thread but theirs. :meth:`resume` is called before they resume. Never
+        called twice in a row.
         """
 
     def resume(self) -> None:
-        """Go on with what :meth:`pause` stopped."""
+        """Resume after :meth:`pause`."""
 
     def save(self) -> dict[str, Any]:
-        """Return what the device would need to go on elsewhere: plain values of JSON. Called while paused.
+        """Return the device's state for a snapshot, as JSON values. Called while paused.
 
-        UsageError where that cannot be had, as it is of a device that does not say.
+        Raises UsageError if it cannot be saved, which is the default.
         """
         raise UsageError(f"the device {self.name} cannot be saved", hint="run the guest without it")
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Be as :meth:`save` found another such device; called before the start. UsageError for what cannot be that."""
+        """Restore a state of :meth:`save`, before the start. Raises UsageError for an invalid state."""
 
     def close(self) -> None:
-        """Let go of everything; called once, after the last vCPU has stopped."""
+        """Release everything. Called once, after the last vCPU has stopped."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The MMIO table: owns ``pv_vm.bus`` and knows which device answers a cold exit.
 
-Built once before the first run. Overlaps are refused by name. C finds the range; Python only looks up its index.
+Built once, before the first run. Overlapping devices are refused. C finds the range, and Python only uses its index.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Bus:
         self._devices = contextlib.ExitStack()
 
     def add(self, device: D, base: int, line: Line | None = None) -> D:
-        """Place ``device``, which is the bus's to close from now on, at ``base``, and return it.
+        """Place ``device`` at ``base`` and return the placement. The bus closes the device from now on.
 
-        ``line`` is the interrupt line that the device was made with: the guest is told of it, the bus does not use it.
-        Raises UsageError where it would overlap another.
+        ``line`` is the device's interrupt line, for the device tree. The bus does not use it. Raises UsageError if the
+        window overlaps another.
         """
         self._devices.callback(device.close)
         new = Placed(device, base, line)
@@ -65,7 +65,7 @@ class Bus:
         return device
 
     def publish(self) -> None:
-        """Give the loop its table; call when the last device has been added."""
+        """Give the native loop its table. Call it after the last device was added."""
         parts = [
             (placed.base + offset, size, kind, state, placed.device, offset)
             for placed in self.placed

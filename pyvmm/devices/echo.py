@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers requests through a page the guest shared: the smallest device that shows what a share is for.
+"""Answer requests through a page that the guest shared: the smallest device that uses a share.
 
 =====================================  ==========================================================================
 what a hostile guest may do            what happens
 =====================================  ==========================================================================
 name a page it did not share           refused (ECHO_NOT_SHARED), nothing is touched
 take the page back during a request    the unshare waits for the request; the next one finds no page
-share by words only, keep it private   the guarded copy reports it, the page is let go, ECHO_NOT_SHARED
+announce a share, keep it private      the guarded copy reports it, the page is dropped, ECHO_NOT_SHARED
 =====================================  ==========================================================================
 """
 
@@ -30,10 +30,10 @@ MAX_REQUEST = 2048
 
 
 class Echo(Device):
-    """Upper-cases what it finds in the page; registers in firmware/lib/abi.h.
+    """Converts the page's text to upper case; registers in firmware/lib/abi.h.
 
-    Its lock is the relay's: an unshare from another vCPU waits until the request it would pull the page from is done.
-    It listens only while it holds a page, so that other guests' shares stay in the native loop.
+    It uses the relay's lock, so an unshare by another vCPU waits until the current request is done. It subscribes only
+    while it holds a page, so that otherwise shares stay in the native loop.
     """
 
     name = "echo"
@@ -82,7 +82,7 @@ class Echo(Device):
                 return abi.ECHO_OK
             if gpa % PAGE_SIZE or not self._memory.contains(Gpa(gpa), PAGE_SIZE):
                 return abi.ECHO_BAD
-            # Listening comes first, or an unshare between the look and the listening would go unheard.
+            # Subscribe first: otherwise an unshare between the check and the subscription would be missed.
             self._unsubscribe = self._relay.subscribe(self._converted)
             if not self._relay.is_shared(gpa):
                 self._let_go()
@@ -115,7 +115,7 @@ class Echo(Device):
         return {"page": self.page, "status": self.status, "answered": self.answered}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Take the page again, if it may, and be as then."""
+        """Restore the state, and take the page again if it is shared."""
         self._name(saved["page"])
         self.status, self.answered = saved["status"], saved["answered"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of the native loop side by side, for measuring what an exit costs: registers, counter, doorbell, cold."""
+"""A bench device with every kind of the native loop, to measure exits: registers, counter, doorbell, cold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PART = 0x1000
 
 
 class ExitTargets(Device):
-    """Four pages of MMIO, one a kind; a store to the doorbell page writes an eventfd."""
+    """Four pages of MMIO, one per kind. A store to the doorbell page writes an eventfd."""
 
     name = "bench"
     compatible = "pyvmm,bench"
@@ -45,7 +45,7 @@ class ExitTargets(Device):
 
     @property
     def registers(self) -> bytes:
-        """What the guest has left in the register file."""
+        """The contents of the register file."""
         return bytes(ffi.buffer(self._registers))
 
     def read(self, offset: int, size: int, vcpu: int) -> int:  # noqa: ARG002
@@ -57,11 +57,11 @@ class ExitTargets(Device):
         self.cold = value
 
     def save(self) -> dict[str, Any]:
-        """Return what registers, counter and the last store hold."""
+        """Return registers, counter and the last store."""
         return {"registers": self.registers.hex(), "counter": int(self._counter[0]), "cold": self.cold}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Hold that."""
+        """Restore them."""
         ffi.memmove(self._registers, bytes.fromhex(saved["registers"]), PART)
         self._counter[0], self.cold = saved["counter"], saved["cold"]
 

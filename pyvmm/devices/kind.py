@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kind of device is: values that describe one, what makes it of them, and how a command line asks for it.
+"""A kind of device: its specification, its factory, and its command line option.
 
-A kind is one file, here in :mod:`pyvmm.devices.kinds` or in somebody else's package::
+A kind is one file, in :mod:`pyvmm.devices.kinds` or in another package::
 
     class Dice(DeviceSpec):
         virtio = False
@@ -17,8 +17,8 @@ A kind is one file, here in :mod:`pyvmm.devices.kinds` or in somebody else's pac
         lambda value, around: Dice(**value),
     )
 
-All of that is imported to parse a command line that names the kind, and those of pyvmm for every command line: what is
-heavy, or native, is imported in ``make``.
+Parsing a command line imports the kinds that it names, and always all of pyvmm's own. So import everything heavy or
+native inside of ``make``.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from pyvmm.syntax.option import Option
 
     class Guest(Protocol):
-        """What a specification may ask of the machine that is to have it; see pyvmm.machine.config."""
+        """The machine's properties that a specification may check; see pyvmm.machine.config."""
 
         @property
         def protection(self) -> Protection:
-            """Whose the guest's memory is."""
+            """The protection of guest memory."""
             ...
 
         @property
@@ -52,22 +52,22 @@ if TYPE_CHECKING:
 
         @property
         def backing(self) -> str:
-            """What that is made of."""
+            """The backing of RAM."""
             ...
 
         @property
         def devices(self) -> Sequence[DeviceSpec]:
-            """All devices that the machine is to have."""
+            """All devices of the configuration."""
             ...
 
 
 class Context:
-    """What a device may need to know of its machine.
+    """The machine's properties that a device may need.
 
-    ``native`` is the ``struct pv_vm *``, ``ram`` the guest's addresses of its memory, and ``pool`` the bytes of its DMA
-    pool: where there is one, drivers are to use it, also where they need not. ``unheard`` is told why what the guest
-    prints can no longer be written. With ``planned`` the machine is a plan: no interface is made, no program started,
-    no disk locked, no socket listened at.
+    ``native`` is the ``struct pv_vm *``, ``ram`` the guest's addresses of its memory, and ``pool`` the size of its DMA
+    pool in bytes. If there is a pool, drivers must use it. ``unheard`` is called with the reason when the guest's
+    output can no longer be written. With ``planned`` the machine is only a plan: the device creates no interface,
+    starts no program, locks no disk, and listens at no socket.
     """
 
     def __init__(
@@ -86,25 +86,25 @@ class Context:
 
     @property
     def private(self) -> bool:
-        """Whether the guest's memory is closed to the host."""
+        """Whether guest memory can be private."""
         return self.protection.isolates
 
 
 class DeviceSpec(ABC):
-    """What one device is to be: plain values, checked when it is made. Two of equal values are equal."""
+    """The specification of one device: plain values, checked by the constructor. Equal values compare equal."""
 
     virtio: ClassVar[bool] = True
-    """Whether it makes a virtio device, whose driver needs a DMA pool where memory is private."""
+    """Whether it makes a virtio device, whose driver needs a DMA pool with private memory."""
 
     def check(self, guest: Guest) -> None:  # noqa: B027 - most kinds suit every guest
-        """Raise UsageError where ``guest`` cannot have it."""
+        """Raise UsageError if ``guest`` cannot have it."""
 
     def check_restored(self, snapshot: str) -> None:  # noqa: B027 - most kinds can be saved
-        """Raise UsageError where the guest of the file ``snapshot`` would miss what it knows of the device."""
+        """Raise UsageError if the device differs from the one in the file ``snapshot``."""
 
     @abstractmethod
     def make(self, context: Context) -> Device | VirtioDevice:
-        """Make the device, placed nowhere yet. Raises UsageError and HostError where it cannot be had."""
+        """Make the device, not placed yet. Raises UsageError or HostError."""
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)
@@ -117,10 +117,10 @@ class DeviceSpec(ABC):
 
 
 class Around:
-    """What a run has beside its options: the descriptors of the virtio console, and the programs of the host.
+    """A run's context besides its options: the descriptors of the virtio console, and the host's programs.
 
-    ``size`` is columns and rows of the terminal that ``out`` is, None where it is none. ``find_program`` returns the
-    path of a program that is called so.
+    ``size`` is the columns and rows of the terminal ``out``, or None. ``find_program`` returns the path of a named
+    program.
     """
 
     def __init__(
@@ -137,9 +137,9 @@ class Around:
 class DeviceKind:
     """A kind of device that a command line can ask for.
 
-    ``option`` is how. pyvmm's own kinds have an option each. Of others it has the kind's name alone, and is what stands
-    behind that in ``--device NAME``. ``spec`` makes a specification of an option's value; None where the value asks for
-    no device.
+    Each of pyvmm's own kinds has an ``option``. In other packages the option has only the kind's name, and parses the
+    text after it in ``--device NAME``. ``spec`` makes a specification from an option's value, or None if the value
+    means no device.
     """
 
     def __init__(self, option: Option, spec: Callable[[Any, Around], DeviceSpec | None]) -> None:

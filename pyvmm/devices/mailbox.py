@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mailboxes of the vCPUs: orders to a puppet, answers, and the report of a trap.
 
-Owns ``struct pv_mailbox[]``. The native loop serves the registers; what reaches Python is a vCPU that waits for an
-order (:meth:`Mailboxes.serve`, in that vCPU's thread) and whoever gives one (:meth:`Mailboxes.submit`, any thread).
+Owns ``struct pv_mailbox[]``. The native loop serves the registers. Python runs only when a vCPU waits for an order
+(:meth:`Mailboxes.serve`, in that vCPU's thread), or a caller sends one (:meth:`Mailboxes.submit`, any thread).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MASK = (1 << 64) - 1
 
 
 class MachineGone(PyvmmError):
-    """The guest will not answer: it, or the whole machine, has stopped or forgotten the order."""
+    """The guest will not answer: it or the machine has stopped, or it dropped the order."""
 
 
 class Mailboxes(Device):
@@ -49,17 +49,17 @@ class Mailboxes(Device):
         self._current: list[Future[MailboxAnswer] | None] = [None] * cpus
         self._gone: str | None = None
 
-    # -- who gives orders
+    # -- the sender
 
     def submit(self, vcpu: int, op: int, args: Sequence[int] = ()) -> Future[MailboxAnswer]:
-        """Queue an order for ``vcpu`` and return the answer to come. Raises MachineGone when nothing runs any more."""
+        """Queue an order for ``vcpu`` and return the pending answer. Raises MachineGone if the machine has stopped."""
         if len(args) > WORDS:
             raise ValueError(f"an order has at most {WORDS} arguments, not {len(args)}")
         words = [arg & MASK for arg in args]
         while words and not words[-1]:
             words.pop()
         words.insert(0, op | len(words) << abi.MAILBOX_ARGS_SHIFT)
-        from concurrent.futures import Future  # only a guest that takes orders is worth what it costs to import
+        from concurrent.futures import Future  # a slow import, needed only for guests that take orders
 
         future: Future[MailboxAnswer] = Future()
         with self._changed:
@@ -72,14 +72,14 @@ class Mailboxes(Device):
     # -- the vCPU's thread
 
     def trap(self, vcpu: int) -> Trap | None:
-        """Return what the vectors of ``vcpu`` reported, if they rang the bell."""
+        """Return the trap that the vectors of ``vcpu`` reported, or None."""
         from pyvmm.devices.trap import Trap  # as above
 
         box = self._boxes[vcpu]
         return Trap.from_words(tuple(box.trap)) if box.trapped else None
 
     def notes(self, vcpu: int = 0) -> tuple[int, ...]:
-        """Return the words a payload left for its runner."""
+        """Return the words that a payload stored for its runner."""
         return tuple(self._boxes[vcpu].note)
 
     def serve(self, vcpu: int, leave: Callable[[], bool]) -> None:
@@ -112,12 +112,12 @@ class Mailboxes(Device):
             future.set_result(MailboxAnswer(status, tuple(results), trap))
 
     def wake(self) -> None:
-        """Make every waiting vCPU ask ``leave()`` again."""
+        """Make every waiting vCPU check ``leave()`` again."""
         with self._changed:
             self._changed.notify_all()
 
     def abandon(self, why: str) -> None:
-        """Fail every order that has no answer: the machine stopped."""
+        """Fail every order without an answer, because the machine stopped."""
         with self._changed:
             self._gone = why
             left = [future for future in self._current if future is not None]
@@ -130,12 +130,12 @@ class Mailboxes(Device):
             future.set_exception(MachineGone(f"the guest did not answer: {why}"))
 
     def save(self) -> dict[str, Any]:
-        """Return every box as the guest has it; who waits for an answer is not part of the guest."""
+        """Return the guest's state of every mailbox, without the waiting senders."""
         return {"boxes": bytes(ffi.buffer(self._boxes)).hex()}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Have such boxes. UsageError for another number of them."""
+        """Restore the mailboxes. Raises UsageError for another number of them."""
         data, room = bytes.fromhex(saved["boxes"]), ffi.buffer(self._boxes)
         if len(data) != len(room):
-            raise UsageError(f"{len(data)} bytes of mailboxes were saved, this machine has {len(room)}")
+            raise UsageError(f"{len(data)} bytes of mailboxes were saved, but this machine has {len(room)}")
         room[:] = data

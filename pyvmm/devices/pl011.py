@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console: a PL011 whose registers and FIFOs are the native loop's, and the threads that move its bytes.
+"""The UART: a PL011 whose registers and FIFOs the native loop serves, and the threads that move its bytes.
 
-Owns ``struct pv_pl011`` with both FIFOs, an eventfd and up to two threads: one writes what the guest prints to a file
-descriptor, one feeds what arrives on another to the guest. Neither descriptor is closed here.
+Owns ``struct pv_pl011`` with both FIFOs, an eventfd and up to two threads. One writes the guest's output to a file
+descriptor. The other passes input from a second descriptor to the guest. Neither descriptor is closed here.
 
-Output waits up to ``LINGER`` seconds for more before it is written, so that a line costs one wake-up, not one a byte;
-when the FIFO is full the vCPU waits for room (:meth:`Pl011.wait_for_room`), so nothing is lost and a flood costs the
-guest, not the host's memory. Only the console's own thread ever waits for a reader: a vCPU can always be stopped.
+Output waits up to ``LINGER`` seconds for more, so that a line costs one wake-up, not one per byte. When the FIFO is
+full, the vCPU waits for room (:meth:`Pl011.wait_for_room`). So nothing is lost, and a flood of output slows the guest
+instead of filling host memory. Only the console's own thread waits for a reader, so a vCPU can always be stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyvmm._native import Array, pv_fifo
 
     class HeldLine(Protocol):
-        """A level interrupt line: what KVM_IRQ_LINE wants; see pyvmm.machine.irq."""
+        """A level interrupt line for KVM_IRQ_LINE; see pyvmm.machine.irq."""
 
         @property
         def vm_fd(self) -> int:
@@ -52,7 +52,7 @@ REGISTERS = ("cr", "lcr_h", "ibrd", "fbrd", "ifls", "imsc", "ris", "dmacr", "ilp
 class Pl011(Device):
     """Arm PrimeCell UART, DDI 0183; ``out`` and ``source`` are file descriptors or None, ``line`` its interrupt.
 
-    ``unheard`` is told, once, why output can no longer be written; what the guest prints after that is dropped.
+    ``unheard`` is called once, with the reason, when output can no longer be written. Later output is dropped.
     """
 
     name = "pl011"
@@ -92,7 +92,7 @@ class Pl011(Device):
         self._hurry = threading.Event()
         self._closing = threading.Event()
         self._feeding = threading.Lock()
-        # Of who aborts and who closes: a descriptor that is closed may be another's at once.
+        # Orders abort and close: the number of a closed descriptor may be reused at once.
         self._ends = threading.Lock()
         self._give_up_at: float | None = None
         self._broken: OSError | None = None
@@ -105,7 +105,7 @@ class Pl011(Device):
         return data
 
     def start(self) -> None:
-        """Start moving bytes; call before the first run."""
+        """Start moving bytes. Call it before the first run."""
         jobs = [("pyvmm-console-out", self._write_loop)]
         if self._source is not None:
             jobs.append(("pyvmm-console-in", self._read_loop))
@@ -115,7 +115,7 @@ class Pl011(Device):
             self._threads.append(thread)
 
     def wait_for_room(self, leave: Callable[[], bool]) -> None:
-        """Wait until the guest can print on, or ``leave()`` is true; for a vCPU whose transmit FIFO is full."""
+        """Wait until the transmit FIFO has room, or ``leave()`` is true. Called by a vCPU whose FIFO is full."""
         fifo = self._uart.tx
         self._hurry.set()
         with self._room:
@@ -123,12 +123,12 @@ class Pl011(Device):
                 self._room.wait()
 
     def wake(self) -> None:
-        """Make every vCPU that waits for room ask ``leave()`` again."""
+        """Make every vCPU that waits for room check ``leave()`` again."""
         with self._room:
             self._room.notify_all()
 
     def drain(self) -> None:
-        """Write out what the guest has printed, waiting for the reader unless aborted."""
+        """Write the guest's pending output, waiting for the reader unless aborted."""
         with self._draining:
             while n := lib.pv_fifo_read(ffi.addressof(self._uart, "tx"), self._chunk, TX_BYTES):
                 self.wake()
@@ -150,7 +150,7 @@ class Pl011(Device):
                     return
 
     def _writable(self, out: Outlet) -> bool:
-        """Wait for the reader: for ever, or once aborted until its patience is over."""
+        """Wait for the reader: forever, or at most ``PATIENCE`` seconds once aborted."""
         poll = select.poll()
         poll.register(out, select.POLLOUT)
         if self._give_up_at is None:
@@ -192,7 +192,7 @@ class Pl011(Device):
             self.feed(data)
 
     def feed(self, data: bytes) -> None:
-        """Give the guest ``data`` to read, waiting for room as long as the console is open."""
+        """Pass ``data`` to the guest, waiting for room while the console is open."""
         done = 0
         while done < len(data) and not self._closing.is_set():
             taken = 0
@@ -204,7 +204,7 @@ class Pl011(Device):
                 self._closing.wait(LINGER)
 
     def offer(self, data: bytes) -> bool:
-        """Give the guest ``data`` to read if there is room for it now; any thread. Not while paused."""
+        """Pass ``data`` to the guest if there is room for it now. Any thread. Not while paused."""
         if not self._feeding.acquire(blocking=False):
             return False
         try:
@@ -215,30 +215,30 @@ class Pl011(Device):
             self._feeding.release()
 
     def pause(self) -> None:
-        """Give the guest nothing more to read; what it has printed goes out all the same."""
+        """Stop passing input to the guest. Its output is still written."""
         self._feeding.acquire()
 
     def resume(self) -> None:
-        """Give it more again."""
+        """Pass input again."""
         self._feeding.release()
 
     def save(self) -> dict[str, Any]:
-        """Return registers and what is there to read; what is printed is the host's already."""
+        """Return registers and unread input. Output already belongs to the host."""
         fifo = self._uart.rx
         there = (fifo.head - fifo.tail) % (1 << 32)
         waiting = bytes(fifo.data[at % fifo.size] for at in range(fifo.tail, fifo.tail + there))
         return {name: int(getattr(self._uart, name)) for name in REGISTERS} | {"rx": waiting.hex()}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Be as then, with the interrupt line where it was. UsageError for more to read than there can be."""
+        """Restore the state and the interrupt line. Raises UsageError for too much input."""
         data = bytes.fromhex(saved["rx"])
         for name in REGISTERS:
             setattr(self._uart, name, saved[name])
         if lib.pv_pl011_feed(self._uart, data, len(data)) != len(data):
-            raise UsageError(f"{len(data)} bytes to read were saved of a console, which takes {RX_BYTES}")
+            raise UsageError(f"{len(data)} bytes of console input were saved, but a console holds at most {RX_BYTES}")
 
     def abort(self) -> None:
-        """Stop waiting for whoever reads the console: what it does not take within ``PATIENCE`` seconds is lost."""
+        """Stop waiting for the console's reader. Output that it does not read within ``PATIENCE`` seconds is lost."""
         with self._ends:
             if self._wake >= 0 and self._give_up_at is None:
                 self._give_up_at = time.monotonic() + PATIENCE

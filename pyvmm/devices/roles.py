@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What single devices can do beside serving the guest. A machine finds them by type: ``machine.role(Terminal)``.
+"""Roles of devices besides serving the guest. A machine finds devices by role: ``machine.role(Terminal)``.
 
 A device has a role by having its methods. All of them may be called from any thread.
 """
@@ -11,20 +11,20 @@ from pyvmm.typed import Protocol, checkable
 
 @checkable
 class Printing(Protocol):
-    """Writes what the guest prints to somebody who may be slow."""
+    """Writes the guest's output to a reader that may be slow."""
 
     def drain(self) -> None:
-        """Finish what the guest has begun, at its end, waiting for who reads it unless aborted."""
+        """Write the rest of the guest's output at its end, waiting for the reader unless aborted."""
         ...
 
     def abort(self) -> None:
-        """Have no more than a moment's patience with who reads what the guest writes."""
+        """Stop waiting for the reader of the guest's output, after a moment."""
         ...
 
 
 @checkable
 class Terminal(Protocol):
-    """A console of the guest that somebody types on, and that has a size."""
+    """A console of the guest with input and a size."""
 
     @property
     def interactive(self) -> bool:
@@ -32,7 +32,7 @@ class Terminal(Protocol):
         ...
 
     def offer(self, keys: bytes) -> bool:
-        """Type ``keys``; False, and none of them, without room for all."""
+        """Type ``keys``. Without room for all, type none and return False."""
         ...
 
     def resize(self, columns: int, rows: int) -> None:
@@ -42,12 +42,12 @@ class Terminal(Protocol):
 
 @checkable
 class MemoryBalloon(Protocol):
-    """Takes memory of the guest that the host wants back."""
+    """Returns guest memory to the host."""
 
     def hold(self, size: int | None = None) -> dict[str, int]:
-        """Tell the guest how many bytes to give up, unless None, and say how many it has, in bytes.
+        """Ask the guest to give up a number of bytes, unless None. Returns the balloon's numbers, in bytes.
 
-        ``target`` and ``actual``, and ``given_back``: what the host has been given until now, by it and by reports of
-        free pages. Raises UsageError for more memory than there is.
+        They are ``target`` and ``actual``, and ``given_back``: the total returned to the host so far, including reports
+        of free pages. Raises UsageError for more than the guest's memory.
         """
         ...

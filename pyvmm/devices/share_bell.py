@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The share doorbell: one register by which a guest says what it shares, since pKVM's kernel tells nobody.
+"""The share doorbell: a register by which a guest reports its shares, which pKVM's host kernel does not report.
 
-The native loop does all of it: checks the address, believes a protected guest only if the page can really be read,
-enters the ledger and stops for the relay. Registers in firmware/lib/abi.h.
+The native loop does all of it. It checks the address, and for a protected guest also that the page is readable. It then
+updates the ledger and stops for the relay. Registers in firmware/lib/abi.h.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class ShareBell(Device):
-    """A window that C serves; there is nothing to own."""
+    """A window that C serves. It owns nothing."""
 
     name = "share-doorbell"
     compatible = "pyvmm,share-doorbell"
     kind = lib.PV_KIND_SHARE
 
     def save(self) -> dict[str, Any]:
-        """There is nothing to it."""
+        """Return an empty state."""
         return {}

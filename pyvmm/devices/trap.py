@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trap of a payload as its vectors reported it, and an order's answer. Data only; devices make it, anyone reads it.
+"""A payload's trap, as its vectors reported it, and an order's answer. Data only.
 
 Names and codes are those of the Arm Architecture Reference Manual, DDI 0487, ESR_EL1.
 """
@@ -54,7 +54,7 @@ _STATUS: Final = {
 
 
 def fault_status(code: int) -> str:
-    """Put DFSC or IFSC (6 bits) in words, with the table level where it names one."""
+    """Describe a DFSC or IFSC (6 bits), with the table level if it has one."""
     if code in _STATUS:
         return _STATUS[code]
     if name := _LEVELLED.get(code >> 2):
@@ -87,12 +87,12 @@ class Trap(NamedTuple):
 
     @property
     def is_abort(self) -> bool:
-        """Whether an access or a fetch failed, so that ``far`` and the status code mean something."""
+        """Whether an access or a fetch failed, so that ``far`` and the status code are valid."""
         return self.is_synchronous and self.exception_class in (*_INSTRUCTION_ABORTS, *_DATA_ABORTS)
 
     @property
     def is_synchronous(self) -> bool:
-        """Whether the instruction at ``elr`` caused it; otherwise ESR says nothing of it (an interrupt)."""
+        """Whether the instruction at ``elr`` caused it. Otherwise (an interrupt) ESR is not valid."""
         return self.vector % 4 == 0
 
     @property
@@ -102,11 +102,11 @@ class Trap(NamedTuple):
 
     @property
     def is_external(self) -> bool:
-        """Whether nothing answered at the address: what KVM injects where there is neither slot nor device."""
+        """Whether it is an external abort, which KVM injects for addresses without slot and device."""
         return self.is_abort and self.esr & 0x3F == 0b010000
 
     def what(self) -> str:
-        """Name the exception in a few words, with the address it is about if there is one."""
+        """Describe the exception briefly, with its address if it has one."""
         if not self.is_synchronous:
             return f"{_KINDS[self.vector % 4]}"
         name = _CLASSES.get(self.exception_class, f"exception class {self.exception_class:#04x}")
@@ -115,12 +115,12 @@ class Trap(NamedTuple):
         if self.is_abort:
             access = "fetch from" if self.exception_class in _INSTRUCTION_ABORTS else "load from"
             access = "store to" if self.is_write else access
-            where = hex_(self.far) if known else "an address not told"
+            where = hex_(self.far) if known else "an unknown address"
             return f"{name}: {access} {where}, {fault_status(self.esr & 0x3F)}"
         return f"{name}: {hex_(self.far)}" if known else name
 
     def describe(self) -> str:
-        """Say in one line what happened and where, with every register that was reported."""
+        """Describe the exception in one line, with its location and all reported registers."""
         source = "" if self.vector // 4 == 1 else f", taken from {_SOURCES[self.vector // 4 & 3]}"
         registers = ("ELR", self.elr), ("ESR", self.esr), ("FAR", self.far), ("LR", self.lr), ("SP", self.sp)
         values = " ".join(f"{name} {hex_(value)}" for name, value in (*registers, ("SPSR", self.spsr)))
@@ -128,7 +128,7 @@ class Trap(NamedTuple):
 
 
 class MailboxAnswer(NamedTuple):
-    """What came of an order: ``status`` is abi.STATUS_*, ``results`` the seven words, ``trap`` if it trapped."""
+    """The answer to an order: ``status`` is abi.STATUS_*, ``results`` the seven words, ``trap`` the trap or None."""
 
     status: int
     results: tuple[int, ...]

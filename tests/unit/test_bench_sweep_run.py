@@ -259,7 +259,7 @@ def test_a_sweep_from_its_file_to_its_results(
     assert caught.value.args == (15,)
     assert signal.getsignal(signal.SIGTERM) is old
     said = capsys.readouterr().err
-    assert f"2 points are left; to go on: pyvmm bench sweep {file} --json {tmp_path}/four.json" in said
+    assert f"2 points are left; to continue: pyvmm bench sweep {file} --json {tmp_path}/four.json" in said
     assert bench_sweep.main(args) == 1
     said = capsys.readouterr().err
     assert "failed: fault protection=pkvm pages=1024 backing=memfd #1: the process that measured it ended with" in said

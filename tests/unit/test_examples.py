@@ -126,8 +126,8 @@ def test_file_and_snapshot_say_it_too(site: Path, tmp_path: Path) -> None:
     [
         ("dice,sides=0", "sides in 'sides=0'"),
         ("dice,eyes=2", "'eyes' in 'eyes=2' is not known; known are sides="),
-        ("coin", "no installed package brings a device 'coin'; --device help lists them"),
-        ("disk", "'disk' has an option of its own: --disk"),
+        ("coin", "no installed package has a device 'coin'; --device help lists them"),
+        ("disk", "'disk' has its own option: --disk"),
     ],
 )
 def test_what_is_no_device_is_said_in_one_line(site: Path, text: str, said: str) -> None:
@@ -155,7 +155,7 @@ def test_faulty_package_is_one_line_with_what_to_do(site: Path, name: str, reaso
 
 
 def test_list_has_the_good_ones_and_a_line_for_each_of_the_others(site: Path) -> None:
-    assert run("--device", "help").stdout.startswith("no installed package brings a device")
+    assert run("--device", "help").stdout.startswith("no installed package has a device")
     install(site, "pyvmm-dice", {}, {plugins.DEVICES: ENTRY})
     done = run("--device", "help")
     assert (done.returncode, done.stdout, done.stderr) == (

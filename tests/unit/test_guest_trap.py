@@ -25,7 +25,7 @@ def trap(esr: int, *, vector: int = 4, far: int = 0xDEAD_0000_0000, elr: int = 0
         (0x9600_004F, "data abort: store to 0xdead_0000_0000, permission fault, level 3"),
         (0x8600_0004, "instruction abort: fetch from 0xdead_0000_0000, translation fault, level 0"),
         (0x9600_0010, "data abort: load from 0xdead_0000_0000, external abort"),
-        (0x9600_0410, "data abort: load from an address not told, external abort"),
+        (0x9600_0410, "data abort: load from an unknown address, external abort"),
         (0x9600_0021, "data abort: load from 0xdead_0000_0000, alignment fault"),
         (0x8A00_0000, "misaligned program counter: 0xdead_0000_0000"),
         (0xF200_0001, "BRK instruction"),

@@ -457,7 +457,7 @@ def test_paused_device_takes_nothing_and_goes_on_where_it_was(path: Path) -> Non
         device.resume()
         driver.wait()
         device.load(saved)
-        with pytest.raises(UsageError, match="64 sectors, and had 65"):
+        with pytest.raises(UsageError, match="64 sectors, but had 65"):
             device.load({**saved, "sectors": 65})
 
 

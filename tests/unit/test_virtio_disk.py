@@ -46,7 +46,7 @@ def test_what_is_no_disk_is_refused_with_what_to_do(tmp_path: Path) -> None:
     assert "neither a file nor a block device" in refusal(tmp_path / "fifo")
     assert "is empty" in refusal(make(tmp_path / "empty", 0))
     odd = refusal(make(tmp_path / "odd", 1000))
-    assert "1000 bytes, which are not whole sectors of 512" in odd
+    assert "1000 bytes, not whole sectors of 512" in odd
     assert f"truncate -s %512 {tmp_path}/odd" in odd
     assert "embedded null" in refusal("a\0b")
 
@@ -155,8 +155,8 @@ def test_option_says_path_and_what_kind_of_disk() -> None:
         ("ro", "names no file"),
         ("a,r0", "'r0' in 'a,r0' is not known; known are path=, ro, queues=, serial="),
         ("a,ro,ro", "ro is twice"),
-        ("a,queues=0", "1 is the least"),
-        ("a,ro=no", "ro alone says it"),
+        ("a,queues=0", "'0' is not a count"),
+        ("a,ro=no", "ro takes no value"),
     ],
 )
 def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:
@@ -177,7 +177,7 @@ def test_file_is_twice_a_disk_only_where_it_cannot_change(tmp_path: Path) -> Non
     other = str(tmp_path / "link")
     MachineConfig("k", devices=(Disk(path, read_only=True), Disk(other, read_only=True))).check()
     for devices in ((Disk(path), Disk(other)), (Disk(path, read_only=True), Disk(other))):
-        with pytest.raises(UsageError, match="is given 2 times, and the guest may write to it"):
+        with pytest.raises(UsageError, match="is given 2 times, but the guest may write to it"):
             MachineConfig("k", devices=devices).check()
 
 

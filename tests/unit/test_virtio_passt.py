@@ -150,7 +150,7 @@ def test_options_say_what_a_card_is_at() -> None:
         ("mac=02:00:00:00:00:01", "one of tap=NAME"),
         ("tap=t0,passt", "one of tap=NAME"),
         ("tap", "needs a value: tap="),
-        ("passt=x", "passt alone says it"),
+        ("passt=x", "passt takes no value"),
         ("passt,fwd=80", "'80' is not a pair of TCP ports"),
         ("passt,fwd=80:80+", "'' is not a pair"),
         (

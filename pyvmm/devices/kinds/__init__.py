@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of devices that pyvmm has itself: a module each, which has a ``KIND``, and its name here."""
+"""pyvmm's own kinds of devices: one module each, with a ``KIND``, listed here by name."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ NAMES: Final = (
     "balloon",
     "rng",
 )
-"""In the order in which --help lists them, and in which a guest has them."""
+"""In the order of --help, and of the guest's devices."""
 
 KINDS: Final[tuple[DeviceKind, ...]] = tuple(import_module(f"{__name__}.{name}").KIND for name in NAMES)

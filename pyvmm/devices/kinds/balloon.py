@@ -16,42 +16,42 @@ if TYPE_CHECKING:
 
 
 class Balloon(DeviceSpec):
-    """A balloon that is to hold ``size`` bytes of the guest's memory from the start, and hears of what is free."""
+    """A balloon that takes ``size`` bytes of guest memory from the start, with free page reporting."""
 
     def __init__(self, size: int = 0) -> None:
         self.size = size
 
     def check(self, guest: Guest) -> None:
-        """Raise UsageError where nothing could be given back, or not so much."""
+        """Raise UsageError if this guest cannot return memory, or not so much."""
         if guest.protection is Protection.PKVM:
             raise OptionError(
-                "a balloon with protection pkvm: the host's kernel pins what a protected guest touches until its end, "
-                "so nothing could be given back; and Linux's driver keeps its rings where the host cannot look",
+                "a balloon with protection pkvm: the host's kernel pins a protected guest's pages until its end, "
+                "so none could be returned; and Linux's driver keeps its rings in private memory",
                 "balloon",
                 "protection",
-                hint="give the guest less memory: it takes what it touches, no more",
+                hint="give the guest less memory: the host only allocates pages that the guest uses",
             )
         if guest.protection is Protection.EMULATED:
             raise OptionError(
                 "a balloon with protection emulated: Linux's driver keeps its rings in private memory (it turns "
-                "ACCESS_PLATFORM down), where the host does not look",
+                "ACCESS_PLATFORM off), which the host cannot access",
                 "balloon",
                 "protection",
                 hint="use --protection none for a balloon",
             )
         if guest.backing == "hugetlb":
             raise OptionError(
-                "a balloon with the hugetlb backing: the guest gives pages of 4 KiB, and these have 2 MiB",
+                "a balloon with the hugetlb backing: the guest returns pages of 4 KiB, but these have 2 MiB",
                 "balloon",
                 "backing",
-                hint="use --backing thp for huge pages that can be taken apart",
+                hint="use --backing thp for huge pages that can be split",
             )
         if not 0 <= self.size <= guest.memory:
             raise OptionError(
                 f"a balloon of {self.size:#x} bytes: the guest has {guest.memory:#x}",
                 "balloon",
                 "mem",
-                hint="name what the guest is to give up, not what it is to keep",
+                hint="SIZE is the memory that the guest gives up, not the rest",
             )
 
     def make(self, context: Context) -> VirtioBalloon:
@@ -67,7 +67,7 @@ KIND = DeviceKind(
         group="devices",
         metavar="SIZE",
         type=parse_size,
-        help="a balloon that takes SIZE of the guest's memory, and what the guest says is free; pyvmm ctl balloon SIZE "
+        help="a balloon that takes SIZE of the guest's memory, and its reported free pages; pyvmm ctl balloon SIZE "
         "changes it (protection none only)",
     ),
     lambda size, _around: Balloon(size),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Console(DeviceSpec):
     """A virtio console, ``hvc0`` of a Linux guest, between descriptors that somebody else closes.
 
-    ``size`` is columns and rows of the terminal it goes to, None where it is none.
+    ``size`` is the columns and rows of its terminal, or None.
     """
 
     def __init__(self, out: int | None = None, source: int | None = None, size: tuple[int, int] | None = None) -> None:
@@ -40,8 +40,8 @@ KIND = DeviceKind(
         metavar="WHERE",
         type=output_behind("file"),
         path=path_behind("file"),
-        help="a virtio console, hvc0 of a Linux guest, which uses it if told (-p console=hvc0): stdio (not --serial's "
-        "then), file=PATH, or none (default)",
+        help="a virtio console, hvc0 of a Linux guest, used with -p console=hvc0: stdio (then not --serial's), "
+        "file=PATH, or none (default)",
     ),
     _spec,
 )

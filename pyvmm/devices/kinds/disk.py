@@ -27,7 +27,7 @@ class Disk(DeviceSpec):
     """A raw image or a block device at ``path``; ``queues`` are 1 to 16, ``serial`` has 20 bytes at most."""
 
     def __init__(self, path: str, read_only: bool = False, queues: int = 1, serial: str = "") -> None:
-        """Raise UsageError for values that no disk can have."""
+        """Raise UsageError for invalid values."""
         if not 1 <= queues <= MOST_QUEUES:
             raise OptionError(f"disk {path!r} with {queues} queues: it can have 1 to {MOST_QUEUES}", "disk.queues")
         if serial:
@@ -35,9 +35,9 @@ class Disk(DeviceSpec):
         self.path, self.read_only, self.queues, self.serial = path, read_only, queues, serial
 
     def check(self, guest: Guest) -> None:
-        """Raise UsageError for a file that two of the guest's disks are to be, one of them writable."""
+        """Raise UsageError for a file that two of the guest's disks use, one of them writable."""
         disks = [disk for disk in guest.devices if isinstance(disk, Disk)]
-        if self is not disks[0]:  # which answers for all: to resolve a path takes a system call for each part of it
+        if self is not disks[0]:  # one disk checks all: resolving a path takes one system call for each part
             return
         files: dict[str, list[Disk]] = {}
         for disk in disks:
@@ -45,21 +45,21 @@ class Disk(DeviceSpec):
         for same in files.values():
             if len(same) > 1 and not all(disk.read_only for disk in same):
                 raise OptionError(
-                    f"disk {same[0].path!r} is given {len(same)} times, and the guest may write to it",
+                    f"disk {same[0].path!r} is given {len(same)} times, but the guest may write to it",
                     *(f"disk[{number}]" for number, disk in enumerate(disks) if disk in same),
-                    hint="make a copy of it, or add ,ro to each",
+                    hint="copy the file, or add ,ro to each disk",
                 )
 
     def check_restored(self, snapshot: str) -> None:
-        """Raise UsageError for a disk that is not where it was: the guest goes on with what it knows to be on that."""
+        """Raise UsageError for a disk that was moved: the guest relies on its contents."""
         if not os.path.exists(self.path):
             raise UsageError(
-                f"disk {self.path!r}, which the guest of {snapshot} had, is not there",
-                hint="put it back as it was when the guest was saved; an empty one will not do",
+                f"disk {self.path!r} of the guest in {snapshot} is missing",
+                hint="restore it with its contents at the time of the snapshot",
             )
 
     def make(self, context: Context) -> VirtioBlk:
-        """Open the disk, and lock it unless it is only planned."""
+        """Open the disk, and lock it unless this is only a plan."""
         from pyvmm.devices.virtio.blk import VirtioBlk
         from pyvmm.devices.virtio.disk import DiskFile
 
@@ -76,7 +76,7 @@ def _check_serial(path: str, serial: str) -> None:
 
 def _check(text: str, values: dict[str, Any]) -> dict[str, Any]:
     if "path" not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} names no file; disk.img,ro does")
+        raise argparse.ArgumentTypeError(f"{text!r} names no file; use for example disk.img,ro")
     return values if values.get("ro") else {**values, "path": OutputPath(values["path"])}
 
 

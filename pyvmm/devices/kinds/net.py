@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Net(DeviceSpec):
-    """A network card; exactly one of ``tap``, ``passt`` and ``socket`` is not empty: what it is connected to.
+    """A network card. Exactly one of ``tap``, ``passt`` and ``socket`` is not empty: its backend.
 
-    ``tap`` is a tap's name, ``passt`` the program to start, ``socket`` the path of one that runs. ``address`` is what
-    the host's end of a tap is to have, ``10.0.0.1/24``; ``forwards`` are TCP ports that passt takes for the guest, the
-    host's first; with ``loopback`` passt lets the guest reach what listens on the host's 127.0.0.1; ``mac`` is the
-    card's, made from the host's and the tap's name where it is empty.
+    ``tap`` is a tap's name, ``passt`` the program to start, ``socket`` the socket path of a running passt. ``address``
+    is the address of the host's end of a tap, ``10.0.0.1/24``. ``forwards`` are TCP ports that passt forwards to the
+    guest, as (host, guest). With ``loopback`` passt lets the guest reach services on the host's 127.0.0.1. ``mac`` is
+    the card's; if it is empty, it is made from the host's and the tap's name.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Net(DeviceSpec):
         forwards: tuple[tuple[int, int], ...] = (),
         loopback: bool = False,
     ) -> None:
-        """Raise UsageError for what makes no sense together."""
+        """Raise UsageError for contradicting values."""
         self.tap, self.passt, self.socket, self.mac = tap, passt, socket, mac
         self.address, self.forwards, self.loopback = address, forwards, loopback
         given = [kind for kind in ("tap", "passt", "socket") if getattr(self, kind)]
@@ -60,9 +60,7 @@ class Net(DeviceSpec):
             ("loopback", "the host's loopback", loopback),
         ):
             if asked and not passt:
-                raise OptionError(
-                    f"{what} with {given[0]}: only a passt that is started here can be told of that", f"net.{key}"
-                )
+                raise OptionError(f"{what} with {given[0]}: only passt, started by pyvmm, supports that", f"net.{key}")
         for port in (port for pair in forwards for port in pair):
             if not 1 <= port <= 65535:
                 raise OptionError(f"port {port}: ports are 1 to 65535", "net.fwd")
@@ -76,7 +74,7 @@ class Net(DeviceSpec):
         self.interface()
 
     def interface(self) -> IPv4Interface | None:
-        """Return what the host's end of a tap is to have; UsageError where that is no such address."""
+        """Return the address of the host's end of a tap. Raises UsageError if it is invalid."""
         if not self.address:
             return None
         from ipaddress import IPv4Interface
@@ -84,10 +82,10 @@ class Net(DeviceSpec):
         with contextlib.suppress(ValueError):
             if "/" in self.address:
                 return IPv4Interface(self.address)
-        raise OptionError(f"{self.address!r} is no IPv4 address with a prefix, as 10.0.0.1/24", "net.host")
+        raise OptionError(f"{self.address!r} is not an IPv4 address with a prefix, like 10.0.0.1/24", "net.host")
 
     def make(self, context: Context) -> VirtioNet:
-        """Make the card, and what is behind it unless it is only planned."""
+        """Make the card, and its backend unless this is only a plan."""
         from pyvmm.devices.virtio.net import VirtioNet
 
         mac = parse_mac(self.mac) if self.mac else None
@@ -114,14 +112,16 @@ def _planned() -> NetBackend:
 
 
 def parse_mac(text: str) -> bytes:
-    """Return a card's address; UsageError where ``text`` is none."""
+    """Return a card's address. Raises UsageError if ``text`` is invalid."""
     if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", text):
-        raise OptionError(f"{text!r} is no MAC address", "net.mac", hint="six bytes, as 02:00:00:12:34:56")
+        raise OptionError(f"{text!r} is not a MAC address", "net.mac", hint="use six bytes, like 02:00:00:12:34:56")
     mac = bytes.fromhex(text.replace(":", ""))
     if mac[0] & 1 or not any(mac):
         what = "of nobody" if not any(mac) else "of a group"
         raise OptionError(
-            f"{text} is an address {what}, no card's", "net.mac", hint="make the first byte 02, which is free to use"
+            f"{text} is an address {what}",
+            "net.mac",
+            hint="use 02 as the first byte (locally administered)",
         )
     return mac
 
@@ -132,14 +132,14 @@ def parse_forwards(text: str) -> tuple[tuple[int, int], ...]:
     for part in text.split("+"):
         host, colon, guest = part.partition(":")
         if not (colon and host.isdecimal() and guest.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{part!r} is not a pair of TCP ports, as 8080:80")
+            raise argparse.ArgumentTypeError(f"{part!r} is not a pair of TCP ports, like 8080:80")
         pairs.append((int(host), int(guest)))
     return tuple(pairs)
 
 
 def _check(text: str, values: dict[str, Any]) -> dict[str, Any]:
     if sum(kind in values for kind in ("tap", "passt", "socket")) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is to have one of tap=NAME, passt and socket=PATH")
+        raise argparse.ArgumentTypeError(f"{text!r} needs exactly one of tap=NAME, passt and socket=PATH")
     return values
 
 
@@ -173,10 +173,10 @@ KIND = DeviceKind(
         metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST+...][,loopback]|socket=PATH",
         type=PARTS,
         path=PARTS.absolute("socket", longest=_longest),
-        help="a network card: before a tap, which is made if it is not there; before a passt that is started with it, "
-        "and needs no privilege; or before one that runs. TCP ports that are forwarded are taken on all of the host's "
-        "addresses; loopback lets the guest reach the host's 127.0.0.1 at its gateway's address. Each takes mac=MAC "
-        "too. May be repeated",
+        help="a network card, connected to a tap, which is made if it is missing; or to passt, which is started "
+        "without privileges; or to a passt that runs. Forwarded TCP ports are opened on all of the host's "
+        "addresses; loopback lets the guest reach the host's 127.0.0.1 at its gateway's address. Each accepts mac=MAC. "
+        "May be repeated",
     ),
     _spec,
 )

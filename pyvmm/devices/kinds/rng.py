@@ -16,7 +16,7 @@ class Rng(DeviceSpec):
     """An entropy device, fed by the host's random number generator."""
 
     def make(self, context: Context) -> VirtioRng:
-        """Make it, and warn who would count on it."""
+        """Make the device, and warn that a protected guest cannot rely on it."""
         from pyvmm.devices.virtio.rng import VirtioRng
         from pyvmm.log import get_logger
 
@@ -24,7 +24,7 @@ class Rng(DeviceSpec):
             get_logger("virtio").warning(
                 "entropy_from_the_host",
                 protection=context.protection.value,
-                meaning="a guest that does not trust the host must not count what this device gives as random",
+                meaning="a guest that does not trust the host must not rely on this device for random numbers",
             )
         return VirtioRng()
 

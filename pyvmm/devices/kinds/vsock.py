@@ -22,7 +22,7 @@ class Vsock(DeviceSpec):
     """The guest's stream sockets at ``cid``, and the host's at the Unix socket ``path`` and ``path_PORT``."""
 
     def __init__(self, path: str, cid: int) -> None:
-        """Raise UsageError for a cid that no guest can have."""
+        """Raise UsageError for an invalid cid."""
         from pyvmm.devices.virtio.vsock_packet import check_cid
 
         with about_option("vsock.cid"):
@@ -30,7 +30,7 @@ class Vsock(DeviceSpec):
         self.path, self.cid = path, cid
 
     def make(self, context: Context) -> VirtioVsock:
-        """Make it; it listens from now on."""
+        """Make the device, which listens from now on."""
         from pyvmm.devices.virtio.vsock import VirtioVsock
 
         return VirtioVsock(self.path, self.cid, listen=not context.planned)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balloon device (virtio 1.2, 5.5): takes memory that the guest does not need, and gives it back to the host.
+"""The balloon device (virtio 1.2, 5.5): return unused guest memory to the host.
 
-The host says how much the balloon should hold (:meth:`VirtioBalloon.aim`). The guest names pages, which are punched out
-of their backing. What the guest takes back it only touches: the kernel gives it a page of zeros. With free page
-reporting the guest names memory that is free as it is; nothing of that is remembered either. Owns its worker.
+The host sets the balloon's target size (:meth:`VirtioBalloon.aim`). The guest names pages, which are punched out of
+their backing. To take a page back, the guest accesses it and gets a page of zeros. With free page reporting the guest
+also names free memory. The device does not store which pages were named. Owns its worker.
 
-It is for guests whose memory the host may see. Linux's driver keeps its rings in memory that it does not share, even
-where other drivers do (it clears ACCESS_PLATFORM, virtballoon_validate in drivers/virtio/virtio_balloon.c).
+It is for guests whose memory the host may access. Unlike other drivers, Linux's balloon driver does not share its rings
+(it clears ACCESS_PLATFORM, virtballoon_validate in drivers/virtio/virtio_balloon.c).
 
 =======================================  ==========================================================================
 what a hostile guest may do              what happens
 =======================================  ==========================================================================
-name what is no memory, or not RAM       left alone, counted
-name a page twice, or one in use         it is zeros for the guest, as often as it likes
-name its own rings                       left alone
-name more than it has, for ever          ``_BATCH`` requests at a time, each of at most ``MOST`` pages
+name addresses outside of RAM            ignored, counted
+name a page twice, or one in use         the guest's page becomes zero each time
+name its own rings                       ignored
+name pages without end                   ``_BATCH`` requests at a time, each of at most ``MOST`` pages
 =======================================  ==========================================================================
 """
 
@@ -42,11 +42,11 @@ _BATCH: Final = 32
 _PAGE: Final = 4096
 _CONFIG: Final = struct.Struct("<IIII")
 _ACTUAL: Final = 4
-"""The offset of ``actual`` in the configuration space: what the guest says it has given."""
+"""The offset of ``actual`` in the configuration space: the number of pages that the guest reports."""
 
 
 class Punchable(Protocol):
-    """What a balloon asks of guest memory."""
+    """The interface of guest memory that a balloon needs."""
 
     def contains(self, gpa: int, size: int = 1) -> bool:
         """Whether all of a range is in slots."""
@@ -58,12 +58,13 @@ class Punchable(Protocol):
 
 
 class VirtioBalloon(WorkerDevice):
-    """A balloon in RAM ``[ram.start, ram.stop)`` of ``memory``, which is to hold ``size`` bytes from the start."""
+    """A balloon in RAM ``[ram.start, ram.stop)`` of ``memory``, with a target of ``size`` bytes from the start."""
 
     device_id = 5
     name = "balloon"
-    # The specification gives free page reporting queue 4. Linux numbers the queues that there are without a gap, and
-    # calls it 2, as there are neither statistics nor hints: whichever of the last three it sets up, it is that.
+    # Free page reporting is queue 4 in the specification. Linux numbers existing queues without gaps, and uses 2,
+    # because there are neither statistics nor hints. So any of the last three queues that the driver sets up is this
+    # one.
     queue_sizes = (128,) * 5
     features = F_DEFLATE_ON_OOM | F_REPORTING
 
@@ -76,24 +77,24 @@ class VirtioBalloon(WorkerDevice):
         self._served: list[tuple[Queue, Callable[[Chain], None]]] = []
         self._rings: frozenset[int] = frozenset()
         self.punched = 0
-        """Bytes given back to the host, again and again for a page that comes and goes."""
+        """Total bytes returned to the host. A page counts each time that it is returned."""
         self.refused = 0
-        """Pages and ranges named that are no RAM, or hold the rings."""
+        """Named pages and ranges that were ignored: outside of RAM, or holding the rings."""
         self._worker = self.new_worker()
         self._more = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    # -- the host's
+    # -- the host's side
 
     def aim(self, size: int) -> None:
-        """Ask the guest to give ``size`` bytes, or to take back what is more; rounded down to pages. Any thread.
+        """Set the balloon's target to ``size`` bytes, rounded down to pages. Any thread.
 
-        Raises UsageError for more than there is.
+        Raises UsageError for more than the guest's memory.
         """
         self._target = self._pages(size)
         self.config_changed()
 
     def hold(self, size: int | None = None) -> dict[str, int]:
-        """Aim, unless at None, and say what there is, in bytes."""
+        """Set the target, unless None, and return the balloon's numbers, in bytes."""
         if size is not None:
             self.aim(size)
         return {"target": self.target, "actual": self.actual, "given_back": self.punched}
@@ -105,25 +106,25 @@ class VirtioBalloon(WorkerDevice):
 
     @property
     def actual(self) -> int:
-        """Bytes the balloon holds, as the guest says, up to all of RAM."""
+        """Bytes that the balloon holds, as the guest reports, at most all of RAM."""
         return min(int.from_bytes(self._actual, "little") * _PAGE, len(self._ram))
 
     def _pages(self, size: int) -> int:
         if not 0 <= size <= len(self._ram):
             raise UsageError(
                 f"a balloon of {size:#x} bytes: the guest has {len(self._ram):#x}",
-                hint="name what the guest is to give up, not what it is to keep",
+                hint="SIZE is the memory that the guest gives up, not the rest",
             )
         return size // _PAGE
 
     # -- the device
 
     def config(self) -> bytes:
-        """Return how many pages it should hold, and does; there are no hints and no poison."""
+        """Return the target and the actual number of pages, without hints and poison."""
         return _CONFIG.pack(self._target, int.from_bytes(self._actual, "little"), 0, 0)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take what the guest says the balloon holds."""
+        """Take the number of pages that the guest reports."""
         if offset >= _ACTUAL and offset + len(data) <= _ACTUAL + len(self._actual):
             self._actual[offset - _ACTUAL : offset - _ACTUAL + len(data)] = data
 
@@ -146,7 +147,7 @@ class VirtioBalloon(WorkerDevice):
             yield reporting, self._report
 
     def stop(self) -> None:
-        """Stop serving. A guest that is reset has no balloon any more."""
+        """Stop serving. After a reset the balloon is empty."""
         super().stop()
         self._served = []
         self._actual[:] = bytes(len(self._actual))
@@ -199,10 +200,10 @@ class VirtioBalloon(WorkerDevice):
             self._punch(first * _PAGE, pages * _PAGE)
 
     def _report(self, chain: Chain) -> None:
-        # What is reported is where the chain's segments are: there is nothing to read or write.
+        # The chain's segments are the reported ranges. Their contents are not read or written.
         for segment in chain.native.segments[0 : chain.native.count]:
             if segment.writable:
-                # Whole pages alone: of one that is in the report in part, nothing is known.
+                # Only whole pages: a partly reported page may be in use.
                 start = -(-segment.gpa // _PAGE) * _PAGE
                 self._punch(start, (segment.gpa + segment.size) // _PAGE * _PAGE - start)
 
@@ -221,7 +222,7 @@ class VirtioBalloon(WorkerDevice):
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Give page numbers, each once, as runs: the first, and how many follow each other from it."""
+    """Yield page numbers as runs: the first page, and the number of consecutive pages."""
     first = count = 0
     for number in sorted(set(numbers)):
         if count and number == first + count:
@@ -235,7 +236,7 @@ def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 
 def _ring_pages(queue: Queue) -> Iterator[int]:
-    """Give the gpas of the pages that a queue's areas may be in, whichever kind of ring it is."""
+    """Return the gpas of the pages of a queue's areas, for any kind of ring."""
     native = queue.native
     for gpa, entry in ((native.descriptors, 16), (native.driver, 2), (native.device, 8)):
         yield from range(gpa // _PAGE * _PAGE, gpa + entry * queue.size + 6, _PAGE)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The block device (virtio 1.2, 5.2) over a :class:`~pyvmm.devices.virtio.disk.DiskFile`.
 
-One thread for each queue that the driver uses. Reads, writes and flushes are C's (native/virtio/blk.c); here is what is
-policy: what is offered, the rarer requests, and what is said of a medium that fails.
+One thread for each queue that the driver uses. C handles reads, writes and flushes (native/virtio/blk.c). Python
+decides the policy: offered features, rarer requests, and messages about a failing medium.
 
-Threats: a request beyond the disk or of odd length (checked in C, fails), one that is private to the guest (the copy
-ends there, the request fails), a flood of failing ones (told of at a bounded rate), one that is huge (a limit on each,
-and a reset does not wait for its end).
+Threats: a request beyond the disk or of odd length fails (checked in C). The copy to a private page stops there, and
+the request fails. Messages about failing requests are rate-limited. A request's size is limited, and a reset does not
+wait for its end.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
 QUEUE_SIZE: Final = lib.PV_BLK_SEGMENTS
-"""So that a MiB of scattered pages is one request."""
+"""Segments of a request: enough for 1 MiB of scattered pages."""
 SEGMENT_MOST: Final = 1 << 20
-"""Bytes of one segment that drivers are told to keep to."""
+"""Maximum bytes of one segment, as offered to drivers."""
 SEGMENTS_MOST: Final = QUEUE_SIZE - 2
-"""Of data, in one request: header and status take one each."""
+"""Data segments of a request. Header and status take one segment each."""
 POOL_SEGMENT: Final = 64 << 10
-"""Instead of SEGMENT_MOST where data goes through a pool of the guest's: a piece that is found in a crowded one. No
-less, as Linux takes no disk whose segments do not hold a page of its own (blk_validate_limits), which may have 64 KiB.
-Nor could it be more than 256 KiB: what swiotlb gives at once (IO_TLB_SEGSIZE)."""
+"""Replaces SEGMENT_MOST with a DMA pool, where large free pieces are rare. Linux refuses a disk whose segments cannot
+hold one of its pages (blk_validate_limits), up to 64 KiB. swiotlb allows at most 256 KiB (IO_TLB_SEGSIZE)."""
 POOL_SHARE: Final = 4
-"""And a request may take one part in so many of the pool: one that does not fit is made again and again, for ever."""
+"""A request may use at most pool / this. The driver would repeat a request that does not fit forever."""
 POOL_SEGMENTS: Final = 16
-"""So many a request may have all the same: in a pool of less than 4 MiB they are smaller for that."""
+"""Minimum segments per request. With a pool under 4 MiB, segments are smaller instead."""
 DISCARD_SEGMENTS: Final = 64
 DISCARD_SECTORS: Final = 1 << 22
 ZEROES_SECTORS: Final = 1 << 16
-"""Of one segment. Where the medium cannot do it itself they are written, while a reset waits."""
+"""Maximum sectors of one write-zeroes segment. If the medium cannot zero, they are written while a reset waits."""
 BOUNCE: Final = 256 << 10
 
 
@@ -64,7 +63,7 @@ class BlkFeature(IntFlag):
 
 
 class Request(IntEnum):
-    """Types of requests (5.2.6); those that are C's are here for messages."""
+    """Types of requests (5.2.6). Those that C handles are listed for messages."""
 
     IN = 0
     OUT = 1
@@ -85,10 +84,10 @@ _UNMAP: Final = 1
 
 
 class VirtioBlk(WorkerDevice):
-    """A disk with 1 to 16 ``queues``; it closes ``disk`` with itself.
+    """A disk with 1 to 16 ``queues``. Closing it closes ``disk``.
 
-    ``serial`` is what the guest's /dev/disk/by-id knows it by. ``private``: guest memory can be closed to the host.
-    ``pool`` is bytes of the guest's DMA pool, whole MiB, 0 for none.
+    ``serial`` is its name in the guest's /dev/disk/by-id. ``private``: guest memory can be private. ``pool`` is the
+    size of the guest's DMA pool in bytes, whole MiB, 0 for none.
     """
 
     device_id = 2
@@ -141,7 +140,7 @@ class VirtioBlk(WorkerDevice):
         )
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take the driver's choice whether writes may be cached (CONFIG_WCE); the rest is not its to change."""
+        """Take the driver's choice of write caching (CONFIG_WCE). The driver cannot change other fields."""
         if offset == _WRITEBACK and len(data) == 1 and self._features & BlkFeature.CONFIG_WCE:
             self.writeback = bool(data[0])
             for server in self._servers:
@@ -149,39 +148,39 @@ class VirtioBlk(WorkerDevice):
 
     @property
     def flags(self) -> int:
-        """Of enum pv_blk_flag."""
+        """Flags of enum pv_blk_flag."""
         flags: int = lib.PV_BLK_REGULAR if self.disk.regular else 0
         if self.disk.read_only:
             flags |= lib.PV_BLK_READ_ONLY
-        # A driver that knows no flush takes every write that is answered to be safe (5.2.6.2).
+        # A driver without FLUSH expects every completed write to be stable (5.2.6.2).
         if not (self.writeback and self._features & BlkFeature.FLUSH):
             flags |= lib.PV_BLK_THROUGH
         return flags
 
     @property
     def most(self) -> int:
-        """Bytes of data in one request: what the driver has been told of pieces counts where it has listened."""
+        """Maximum data bytes of one request, with the offered segment limits if the driver accepted them."""
         size = self.segment_most if self._features & BlkFeature.SIZE_MAX else SEGMENT_MOST
         return size * (self.segments_most if self._features & BlkFeature.SEG_MAX else SEGMENTS_MOST)
 
     # -- life
 
     def negotiate(self, features: int) -> str | None:
-        """Cache writes for a driver that can have the cache flushed, and no other (5.2.5.2)."""
+        """Cache writes only for a driver that can flush the cache (5.2.5.2)."""
         self._features = BlkFeature(features & self.features)
         self.writeback = BlkFeature.FLUSH in self._features
         return None
 
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002 - negotiated
-        """Serve every queue that is there, each in a thread of its own."""
+        """Serve every ready queue, each in its own thread."""
         for queue in queues:
             if queue.ready:
                 server = _Server(self, queue)
-                self._servers.append(server)  # stop() ends those that there are where the next one cannot be had
+                self._servers.append(server)  # stop() ends the started threads if the next one cannot start
                 server.worker.start([queue])
 
     def stop(self) -> None:
-        """Leave what is under way, and end the threads."""
+        """Abandon pending requests, and end the threads."""
         for server in self._servers:
             server.native.abandon = 1
         self.end_workers()
@@ -190,31 +189,31 @@ class VirtioBlk(WorkerDevice):
         self.writeback = True
 
     def save(self) -> dict[str, Any]:
-        """Return what the driver has chosen, and how large it thinks the disk is."""
+        """Return the driver's choice of caching, and the disk's size."""
         return {"sectors": self.disk.sectors, "writeback": self.writeback}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Take the driver's choice; UsageError where the disk is not what the driver knows."""
+        """Restore the driver's choice. Raises UsageError if the disk's size has changed."""
         if saved["sectors"] != self.disk.sectors:
             raise UsageError(
-                f"disk {self.disk.path!r} has {self.disk.sectors} sectors, and had {saved['sectors']} when it was saved"
+                f"disk {self.disk.path!r} has {self.disk.sectors} sectors, but had {saved['sectors']} when it was saved"
             )
         self.writeback = bool(saved["writeback"])
 
     def close(self) -> None:
-        """Close the disk too."""
+        """Stop, and close the disk."""
         self.stop()
         self.disk.close()
 
     def counters(self) -> dict[str, int]:
-        """Return what was counted since the driver started the device."""
+        """Return the counters since the driver started the device."""
         names = ("done", "failed", "denied", "bytes_read", "bytes_written")
         return {name: sum(int(getattr(server.native, name)) for server in self._servers) for name in names}
 
-    # -- requests that C leaves to us
+    # -- requests that C leaves to Python
 
     def carry_out(self, kind: int, chain: Chain, abandoned: Callable[[], bool]) -> tuple[int, int]:
-        """Do what a request asks; returns its status, and the bytes it got. Once ``abandoned`` it need not be whole."""
+        """Carry out a request. Returns its status and the bytes written. Once ``abandoned`` it may stay incomplete."""
         try:
             match kind:
                 case Request.GET_ID:
@@ -236,7 +235,7 @@ class VirtioBlk(WorkerDevice):
         if size <= 0 or size % _RANGE.size or size > most * _RANGE.size:
             return IOERR
         ranges = list(_RANGE.iter_unpack(chain.read(_HEADER, size)))
-        # All of them are looked at before one is touched (5.2.6.2).
+        # All segments are checked before the first is changed (5.2.6.2).
         if any(flags & ~(_UNMAP if zero else 0) for _, _, flags in ranges):
             return UNSUPP
         if any(count > sectors_most or first + count > self.disk.sectors for first, count, _ in ranges):
@@ -255,14 +254,14 @@ class VirtioBlk(WorkerDevice):
         return OK
 
     def medium_failed(self, what: str, code: int) -> None:
-        """Say that the medium failed a request: the guest is told by its status, its owner here."""
+        """Log that the medium failed a request. The guest gets the request's status."""
         reason = os.strerror(code)
         hint = "the guest was told that the request failed"
         if code == errno.ENODATA:
-            reason = f"it has become shorter than its {self.disk.sectors * SECTOR} bytes"
-            hint += "; the disk of a running guest must not be cut"
+            reason = f"it was truncated below its {self.disk.sectors * SECTOR} bytes"
+            hint += "; do not truncate the disk of a running guest"
         elif code in (errno.ENOSPC, errno.EDQUOT):
-            hint += "; make room where the disk's file is"
+            hint += "; make room in the file system of the disk's file"
         self.complaints.warn(
             "disk_failed",
             path=self.disk.path,
@@ -274,13 +273,13 @@ class VirtioBlk(WorkerDevice):
 
 
 def _pieces(share: int) -> tuple[int, int]:
-    """Return the bytes of a segment and how many a request may have, together at most ``share`` bytes of a pool."""
+    """Return a segment's bytes and a request's segments, together at most ``share`` bytes of a pool."""
     size = min(POOL_SEGMENT, share // POOL_SEGMENTS)
     return size, min(SEGMENTS_MOST, share // size)
 
 
 class _Server:
-    """One queue of a disk, its thread, and what C needs to serve it."""
+    """One queue of a disk, its thread, and its state for C."""
 
     def __init__(self, device: VirtioBlk, queue: Queue) -> None:
         self.device = device

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The console device (virtio 1.2, 5.3): one port, ``hvc0`` of a Linux guest, between a guest and two descriptors.
 
-Owns its worker, at most ``PART`` bytes of what the guest has printed and as many of what it is to read; the rest stays
-in the guest's memory and in the descriptor. Neither descriptor is closed here. Only the worker, and who closes the
-console or drains it, ever waits for a reader.
+Owns its worker, at most ``PART`` bytes of output and as many of input. The rest stays in the guest's memory and in the
+descriptor. Neither descriptor is closed here. Only the worker, :meth:`VirtioConsole.close` and
+:meth:`VirtioConsole.drain` wait for a reader.
 
 =======================================  ==========================================================================
 what a hostile guest may do              what happens
 =======================================  ==========================================================================
-print more than the reader takes         its requests wait in its own memory
-print by emergency writes for ever       those the reader does not take at once are dropped beyond ``PART`` bytes
-never take what is typed                 nothing more is read from the descriptor
+print faster than the reader reads       its requests wait in guest memory
+print without end by emergency writes    beyond ``PART`` unread bytes, output is dropped
+never take input                         the descriptor is not read
 =======================================  ==========================================================================
 """
 
@@ -37,21 +37,21 @@ F_EMERG_WRITE: Final = 1 << 2
 RX, TX = 0, 1
 PART: Final = 4096
 MOST_KEPT: Final = 1 << 16
-"""Bytes of a request that are kept while paused; Linux's have 4096 at most."""
+"""Bytes of a request that are kept while paused. Linux's have at most 4096."""
 PATIENCE: Final = 1.0
-"""Seconds that a reader has left once the console was told to give up on it."""
+"""Seconds to wait for the reader after an abort."""
 _BATCH: Final = 64
 _BREATH: Final = 0.01
-"""Seconds until the room that another writer took is looked for again."""
+"""Seconds until a retry when another writer has used the room."""
 _CONFIG: Final = struct.Struct("<HHII")
 _EMERGENCY: Final = 8
 """The offset of ``emerg_wr`` in the configuration space."""
 
 
 class VirtioConsole(WorkerDevice):
-    """``out`` and ``source`` are file descriptors or None; ``size`` a terminal's columns and rows, where there is one.
+    """``out`` and ``source`` are file descriptors or None; ``size`` a terminal's columns and rows, or None.
 
-    ``unheard`` is told, once, why output can no longer be written; what the guest prints after that is dropped.
+    ``unheard`` is called once, with the reason, when output can no longer be written. Later output is dropped.
     """
 
     device_id = 3
@@ -81,7 +81,7 @@ class VirtioConsole(WorkerDevice):
         self._offset = 0
         self._left = b""
         self._typed = b""
-        # Of what writes to ``out``, which two threads may. Neither waits there.
+        # Guards writes to ``out`` by two threads. Neither waits while holding it.
         self._writing = threading.Lock()
         self._emergency = bytearray()
         self._serving = self._reading = self._busy = False
@@ -96,7 +96,7 @@ class VirtioConsole(WorkerDevice):
         return _CONFIG.pack(*self._size, 1, 0)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Print a character that is written to the emergency register, whether or not the driver has begun."""
+        """Print a character from the emergency register, even before the driver has started."""
         if offset != _EMERGENCY:
             return
         with self._writing:
@@ -105,14 +105,14 @@ class VirtioConsole(WorkerDevice):
             self._put_emergency()
 
     def resize(self, columns: int, rows: int) -> None:
-        """Tell the guest of its terminal's size, each up to 65535; from any thread."""
+        """Report the terminal's size to the guest, each value up to 65535. Any thread."""
         self._size = min(columns, 0xFFFF), min(rows, 0xFFFF)
         self.config_changed()
 
     # -- life
 
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002
-        """Move what there is, in both directions."""
+        """Start to move bytes in both directions."""
         self._queues = queues
         self._worker.add(self._more, lambda _events: self._go_on())
         if queues[RX].ready:
@@ -124,45 +124,45 @@ class VirtioConsole(WorkerDevice):
         self._worker.start(queues)
 
     def stop(self) -> None:
-        """Let go of the guest; what it has printed and is here already will still be written."""
+        """Stop using the guest's queues. Output that was already taken is still written."""
         super().stop()
         self._leave()
         self._queues, self._chain = (), None
 
     def pause(self) -> None:
-        """Stand still. A request at hand ends: what is left of it is here then."""
+        """Pause. The current request ends, and its rest is kept here."""
         super().pause()
         if self._chain is not None:
             with contextlib.suppress(ChainFault):
                 self._left += self._chain.read(self._offset, MOST_KEPT)
-            with contextlib.suppress(QueueBroken):  # the worker is told, too, when it goes on
+            with contextlib.suppress(QueueBroken):  # the resumed worker is also notified
                 self._finish(self._queues[TX], self._chain)
                 self._queues[TX].interrupt()
 
     def save(self) -> dict[str, Any]:
-        """Return what is here on its way, in either direction."""
+        """Return the kept bytes of both directions."""
         with self._idle:
             typed = self._typed + self._offered
         return {"printed": self._left.hex(), "typed": typed.hex()}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Go on with what was on its way."""
+        """Restore the kept bytes of both directions."""
         self._left, self._typed = bytes.fromhex(saved["printed"]), bytes.fromhex(saved["typed"])
 
     def failed(self, error: Exception) -> None:
-        """Let nobody wait for what will not be written."""
+        """Release threads that wait for output that will not be written."""
         self._leave()
         super().failed(error)
 
     def abort(self) -> None:
-        """Stop waiting for whoever reads: what it does not take within ``PATIENCE`` seconds is lost. Any thread."""
+        """Stop waiting for the reader. Output that it does not read within ``PATIENCE`` seconds is lost. Any thread."""
         with self._idle:
             if self._give_up_at is None:
                 self._give_up_at = time.monotonic() + PATIENCE
             self._idle.notify_all()
 
     def drain(self) -> None:
-        """Return when all that the guest has printed is written, or given up. Not while paused."""
+        """Return when all output of the guest is written or dropped. Not while paused."""
         with self._idle:
             if not self._serving:
                 return
@@ -172,7 +172,7 @@ class VirtioConsole(WorkerDevice):
                 self._idle.wait(min(self._time_left(), PATIENCE))
 
     def close(self) -> None:
-        """Write out what is here, waiting for the reader unless aborted, and end the thread."""
+        """Write the kept output, waiting for the reader unless aborted, and end the thread."""
         self.stop()
         super().close()
         with self._writing:
@@ -194,17 +194,17 @@ class VirtioConsole(WorkerDevice):
                     time.sleep(_BREATH)
 
     def offer(self, keys: bytes) -> bool:
-        """Type ``keys`` before what the descriptor has next; False, and none of them, without room. Any thread."""
+        """Type ``keys`` before further input. Without room, type none and return False. Any thread."""
         with self._idle:
             if not self._reading or len(self._offered) + len(keys) > PART:
                 return False
             self._offered += keys
-            # While it reads: once nobody does, this descriptor is closed, and may be another's.
+            # Only while the worker reads: later the descriptor is closed, and its number may be reused.
             os.eventfd_write(self._more, 1)
         return True
 
     def _time_left(self) -> float:
-        """Return for how many seconds to wait now, before asking again; 0 when it is over."""
+        """Return the seconds to wait before the next check; 0 at the end."""
         with self._idle:
             return PATIENCE if self._give_up_at is None else max(0.0, self._give_up_at - time.monotonic())
 
@@ -255,7 +255,7 @@ class VirtioConsole(WorkerDevice):
         queue.push(chain)
 
     def _put(self) -> bool:
-        """Write what is left to write, as far as the reader takes it; False where it must be waited for."""
+        """Write pending output until the reader would block; False in that case."""
         with self._writing:
             while before := self._left:
                 self._left = self._write(before)
@@ -275,7 +275,7 @@ class VirtioConsole(WorkerDevice):
             self._emergency[:] = self._write(bytes(self._emergency))
 
     def _write(self, data: bytes) -> bytes:
-        """Write without waiting; returns what was not taken, nothing where nobody is there to take it."""
+        """Write without waiting. Returns the unwritten rest, or nothing if there is no reader."""
         if self._out is None or self._broken:
             return b""
         try:
@@ -312,7 +312,7 @@ class VirtioConsole(WorkerDevice):
         return given
 
     def _read(self) -> bool:
-        """Take what is typed, or wait for it; whether there is some."""
+        """Read input, or start to wait for it. Returns whether there is some."""
         with self._idle:
             self._typed = bytes(self._offered)
             self._offered.clear()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kind of virtio device is, behind any transport: features, configuration space, and what it does with queues.
+"""The base of all virtio devices, behind any transport: features, configuration space, and queues.
 
-Feature bits are written as their masks. The transport adds those that are its own or the queues' (:class:`Feature`).
+Feature bits are written as masks. The transport adds its own and those of queues (:class:`Feature`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = get_logger("virtio")
 
 
 class Feature(IntEnum):
-    """Masks of feature bits that are no device's own (virtio 1.2, 6)."""
+    """Masks of the device-independent feature bits (virtio 1.2, 6)."""
 
     INDIRECT_DESC = 1 << 28
     EVENT_IDX = 1 << 29
@@ -33,10 +33,10 @@ class Feature(IntEnum):
 
 
 class Transport(Protocol):
-    """What a device may ask of the transport it is behind; from any thread."""
+    """The transport's interface for its device. Any thread may call it."""
 
     def needs_reset(self) -> None:
-        """Tell the driver that the device is of no use any more until it is reset."""
+        """Tell the driver that the device must be reset."""
         ...
 
     def config_changed(self) -> None:
@@ -45,7 +45,7 @@ class Transport(Protocol):
 
 
 class Complaints:
-    """What is wrong with a device: a few at once, then one every ``EVERY`` seconds. A guest must not fill the disk."""
+    """Rate-limited messages about a device: a few at once, then one every ``EVERY`` seconds."""
 
     BURST: Final = 5
     EVERY: Final = 10.0
@@ -57,15 +57,15 @@ class Complaints:
         self._dropped = 0
 
     def warn(self, event: str, **values: object) -> None:
-        """Say it, or count it."""
+        """Log a warning, or count it."""
         self._say(log.warning, event, values)
 
     def error(self, event: str, **values: object) -> None:
-        """The same for what is wrong on this side."""
+        """Log an error of the VMM's side, or count it."""
         self._say(log.error, event, values)
 
     def info(self, event: str, **values: object) -> None:
-        """The same for what is nothing wrong, but the guest's to make happen as often as it likes."""
+        """Log an event that the guest can cause at any rate, or count it."""
         self._say(log.info, event, values)
 
     def _say(self, say: Callable[..., None], event: str, values: dict[str, object]) -> None:
@@ -81,12 +81,12 @@ class Complaints:
 
 
 class VirtioDevice:
-    """A device; the transport calls all of this, never two at a time, in any vCPU's thread.
+    """A virtio device. The transport calls its methods one at a time, in any vCPU's thread.
 
-    What single kinds can do besides is in :mod:`pyvmm.devices.roles`.
+    :mod:`pyvmm.devices.roles` has the roles of single kinds.
 
-    ``queue_sizes`` are the most entries of each queue, powers of two up to 32768; ``features`` what it offers of its
-    own (bits 0 to 23 and from 50).
+    ``queue_sizes`` are the maximum entries of each queue, powers of two up to 32768. ``features`` are the device's own
+    features (bits 0 to 23 and from 50).
     """
 
     device_id: ClassVar[int]
@@ -94,29 +94,29 @@ class VirtioDevice:
     queue_sizes: tuple[int, ...] = (256,)
     features: int = 0
     taken: bool = False
-    """Whether a machine has been given it, and closes it."""
+    """Whether a machine owns the device, and closes it."""
 
     def __init__(self) -> None:
         self.transport: Transport | None = None
         self.label = self.name
-        """What messages call it: the machine numbers devices of a kind."""
+        """Its name in messages. The machine numbers devices of a kind."""
         self.complaints = Complaints(self.label)
-        # Apart, so that a driver's own faults do not hide them; a driver that starts over meets them again.
+        # Separate, so that a driver's faults do not hide them. A restarted driver causes them again.
         self._faults = Complaints(self.label)
 
     def name_it(self, label: str) -> None:
-        """Be called ``label`` from now on, like ``blk0``; before the transport is made."""
+        """Set the device's name, like ``blk0``, before the transport is made."""
         self.label = label
         self.complaints = Complaints(label)
         self._faults = Complaints(label)
 
-    # -- what a kind of device fills in
+    # -- for a kind of device to implement
 
     def config(self) -> bytes:
-        """Return the configuration space as it is now, 256 bytes at most.
+        """Return the current configuration space, at most 256 bytes.
 
-        The driver reads what this returned after the last write, negotiation, start, stop, or :meth:`config_changed`.
-        That calls it too, so it takes no lock that is held there.
+        The driver reads the result of the last call: after a write, negotiation, start, stop, or
+        :meth:`config_changed`. Since that calls this method, it must take no lock that its caller holds.
         """
         return b""
 
@@ -124,52 +124,52 @@ class VirtioDevice:
         """Take a write of 1, 2, 4 or 8 bytes, all of it within the configuration space."""
 
     def negotiate(self, features: int) -> str | None:  # noqa: ARG002 - most take what was offered
-        """Take the driver's choice of what was offered, or say why it cannot have just these; before the start.
+        """Accept the driver's features, or return why this set is invalid. Called before the start.
 
         It may write the configuration space from then on (3.1.1).
         """
         return None
 
     def start(self, queues: Sequence[Queue], features: int) -> None:
-        """Begin: the driver is there, with these features. Queues it did not set up are not ``ready``."""
+        """Start: the driver is ready, with these features. Queues that it did not set up are not ``ready``."""
 
     def stop(self) -> None:
-        """Let go: on return no queue and no guest memory is used any more. Idempotent.
+        """Stop: on return, no queue and no guest memory is in use. Idempotent.
 
-        It waits for the request at hand, but not for the guest. Raises Stuck where that does not end.
+        It waits for the current request, but not for the guest. Raises Stuck if that request does not end.
         """
 
     def pause(self) -> None:
-        """Stand still as at :meth:`stop`, to go on with :meth:`resume`; started or not. Raises Stuck."""
+        """Pause as at :meth:`stop`, until :meth:`resume`; started or not. Raises Stuck."""
 
     def resume(self) -> None:
-        """Go on after :meth:`pause`."""
+        """Resume after :meth:`pause`."""
 
     def save(self) -> dict[str, Any]:
-        """Return the device's own state, plain values of JSON, while paused; UsageError where it cannot be had."""
+        """Return the device's state as JSON values, while paused. Raises UsageError if it cannot be saved."""
         return {}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Be as :meth:`save` found another such device; before the start."""
+        """Restore a state of :meth:`save`, before the start."""
 
     def close(self) -> None:
-        """Give back files, sockets, threads; once, after :meth:`stop`."""
+        """Release files, sockets and threads. Called once, after :meth:`stop`."""
 
-    # -- what a kind of device uses
+    # -- for a kind of device to use
 
     def needs_reset(self, reason: str) -> None:
-        """Give up until the driver resets the device, and say why. Any thread."""
+        """Stop until the driver resets the device, and log the reason. Any thread."""
         self.complaints.warn("device_needs_reset", reason=reason)
         if self.transport is not None:
             self.transport.needs_reset()
 
     def config_changed(self) -> None:
-        """Tell the driver to look at the configuration space again. Any thread."""
+        """Tell the driver to read the configuration space again. Any thread."""
         if self.transport is not None:
             self.transport.config_changed()
 
     def failed(self, error: Exception) -> None:
-        """What a worker tells when it ends: the driver broke a queue, or something is wrong on this side."""
+        """Called by a worker that ends: the driver broke a queue, or the VMM's side failed."""
         if not isinstance(error, QueueBroken):
             unexpected = not isinstance(error, PyvmmError | OSError)
             self._faults.error("device_failed", error=str(error), exc_info=error if unexpected else None)

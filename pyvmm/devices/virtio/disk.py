@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file or block device as a virtual disk's medium: what it can do, who else uses it, how parts of it are dropped.
+"""A file or block device as a virtual disk's medium: its properties, its lock, and dropping parts of it.
 
-A ``DiskFile`` owns its descriptor and, through that, a lock on the whole file; :meth:`DiskFile.close` gives both back.
-What is read and written goes through the descriptor in C (native/virtio/blk.c); any thread may call the methods here.
+A ``DiskFile`` owns its descriptor and, through that, a lock on the whole file. :meth:`DiskFile.close` releases both. C
+reads and writes through the descriptor (native/virtio/blk.c). Any thread may call the methods here.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ if TYPE_CHECKING:
 log = get_logger("disk")
 
 SECTOR: Final = 512
-"""Bytes; what virtio counts capacity and positions in, whatever the medium's blocks (virtio 1.2, 5.2.4)."""
+"""Bytes: virtio's unit of capacity and positions, for every medium (virtio 1.2, 5.2.4)."""
 
 SERIAL_SIZE: Final = 20
-"""Bytes of the string that a disk answers GET_ID with (5.2.6)."""
+"""Bytes of the answer to GET_ID (5.2.6)."""
 
 _ZEROS: Final = 1 << 20
 _FLOCK: Final = "hhqqi4x"
 """struct flock: type, whence, start, length (0: to the end of time), pid (0 for a lock of the open file)."""
 
-#: File systems whose reads and writes copy through the page cache, so that a user address they cannot touch is an
-#: error. Others may pin the pages behind it (9p and FUSE can), and the kernel takes a pinned private page by force.
+#: File systems that copy reads and writes through the page cache, so that an inaccessible user address is an error.
+#: Others may pin the pages (9p and FUSE can), and the kernel takes a pinned private page by force.
 _COPYING: Final = frozenset(
     (fs.EXT4_SUPER_MAGIC, fs.XFS_SUPER_MAGIC, fs.BTRFS_SUPER_MAGIC, fs.TMPFS_MAGIC, fs.RAMFS_MAGIC)
 )
 
 
-#: How files of other formats than raw begin.
+#: First bytes of image formats other than raw.
 _FORMATS: Final = {b"QFI\xfb": "qcow2", b"KDMV": "VMDK", b"vhdxfile": "VHDX"}
 
 
 class DiskFile:
     """An open medium of ``size`` bytes, whole sectors.
 
-    ``block_size`` and ``physical_size`` are bytes of a logical and of a physical block; ``regular`` tells a file from a
-    block device; ``copies`` whether its reads and writes are the kernel's copies (else they may pin the memory given).
+    ``block_size`` and ``physical_size`` are bytes of a logical and of a physical block. ``regular`` is true for a file,
+    false for a block device. ``copies`` says whether the kernel copies reads and writes (else it may pin the memory).
     """
 
     def __init__(self, path: str, *, read_only: bool = False, lock: bool = True) -> None:
-        """Open ``path``, and lock it unless told otherwise; UsageError says what is wrong with it and what to do."""
+        """Open ``path``, and lock it by default. Raises UsageError with the reason and a hint."""
         self.path = path
         self.read_only = read_only
         self.fd = _open(path, read_only)
@@ -80,7 +80,7 @@ class DiskFile:
 
     @property
     def sectors(self) -> int:
-        """What it holds, in sectors of 512 bytes."""
+        """Its size in sectors of 512 bytes."""
         return self.size // SECTOR
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class DiskFile:
             os.close(fd)
 
     def discard(self, offset: int, size: int) -> None:
-        """Say that the bytes are not needed any more; they may read as anything. OSError where that fails."""
+        """Discard the bytes, which then have undefined contents. Raises OSError."""
         if self.regular:
             self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
             return
@@ -99,13 +99,13 @@ class DiskFile:
             raise OSError(code, os.strerror(code))
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
-        """Make the bytes read as zeros, with ``unmap`` giving up what they take. OSError where that fails.
+        """Zero the bytes; with ``unmap``, also free their space. Raises OSError.
 
-        ENODATA where the file has become shorter: zeros behind its end would make it long again.
+        Raises ENODATA if the file was truncated: zeros behind its end would extend it again.
         """
         if self.regular and os.fstat(self.fd).st_size < self.size:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-        # On a block device these are the kernel's own zeroing of it (blkdev_fallocate, block/fops.c).
+        # On a block device the kernel zeroes it itself (blkdev_fallocate, block/fops.c).
         ways = [FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE]
         if unmap:
             ways.insert(0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
@@ -132,13 +132,13 @@ class DiskFile:
             raise UsageError(f"disk {self.path!r} is empty", hint=f"give it a size: truncate -s 1G {self.path}")
         if size % SECTOR:
             raise UsageError(
-                f"disk {self.path!r} has {size} bytes, which are not whole sectors of {SECTOR}",
-                hint=f"is it an image of another format than raw? if not: truncate -s %{SECTOR} {self.path}",
+                f"disk {self.path!r} has {size} bytes, not whole sectors of {SECTOR} bytes",
+                hint=f"is it an image in another format than raw? If not: truncate -s %{SECTOR} {self.path}",
             )
         return size
 
     def _tell_format(self) -> None:
-        """Warn of what looks like another format: a guest may have written that, so it is no reason to refuse it."""
+        """Warn about another image format. A guest may have written those bytes, so the disk is not refused."""
         begins = os.pread(self.fd, 8, 0)
         for magic, name in _FORMATS.items():
             if begins.startswith(magic):
@@ -146,12 +146,12 @@ class DiskFile:
                     "disk_served_raw",
                     path=self.path,
                     looks_like=name,
-                    hint="the guest sees the file's bytes as they are: qemu-img convert -O raw makes a raw image of it",
+                    hint="the guest sees the file's raw bytes; to convert it: qemu-img convert -O raw",
                 )
 
     def _lock(self) -> None:
-        # Of the open file, not the process: two disks of one VM exclude each other too. QEMU locks single bytes of a
-        # file the same way, and a lock on all bytes conflicts with any of those.
+        # The lock belongs to the open file, not to the process, so two disks of one VM also exclude each other. QEMU
+        # locks single bytes in the same way, and a lock on all bytes conflicts with them.
         lock = struct.pack(_FLOCK, fcntl.F_RDLCK if self.read_only else fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, lock)
@@ -160,13 +160,13 @@ class DiskFile:
                 raise UsageError(
                     f"disk {self.path!r} is in use: another VM, or another disk of this one, "
                     + ("writes to it" if self.read_only else "has it open"),
-                    hint="make a copy of it; several may use it at once where all do so with ,ro",
+                    hint="copy the disk; several users may share it if all use ,ro",
                 ) from None
             log.warning(
                 "disk_not_locked",
                 path=self.path,
                 reason=error.strerror,
-                hint="nothing keeps another VM from writing to it at the same time",
+                hint="another VM could write to it at the same time",
             )
 
     def _blocks(self) -> tuple[int, int]:
@@ -179,12 +179,12 @@ class DiskFile:
 
     def _can_discard(self) -> bool:
         if self.regular:
-            # Behind the file's end, where there is nothing to lose.
+            # Test after the file's end, where no data can be lost.
             mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             return not libc.fallocate(self.fd, mode, self.size, SECTOR)
         number = os.fstat(self.fd).st_rdev
         device = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"
-        for queue in (f"{device}/queue", f"{device}/../queue"):  # a partition has its disk's
+        for queue in (f"{device}/queue", f"{device}/../queue"):  # a partition uses its disk's
             try:
                 with open(f"{queue}/discard_max_bytes") as file:
                     return int(file.read()) > 0
@@ -210,5 +210,5 @@ def _open(path: str, read_only: bool) -> int:
         readable = not read_only and os.access(path, os.R_OK)
         raise UsageError(
             f"disk {path!r} cannot be opened for {'reading' if read_only else 'reading and writing'}: {error.strerror}",
-            hint=f"to only read it: --disk {path},ro" if readable else None,
+            hint=f"for a read-only disk: --disk {path},ro" if readable else None,
         ) from None

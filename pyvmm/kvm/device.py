@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class KvmDevice(AttributeFd):
     """An in-kernel device, driven by attributes (Documentation/virt/kvm/devices).
 
-    Closing it does not undo it: it stays in its VM.
+    Closing it does not remove it: it stays in its VM.
     """
 
     kind = "device"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks the kernel at which guest addresses vCPUs fault: tracefs' kvm_guest_fault, in an instance of our own.
+"""Record the guest addresses at which vCPUs fault: tracefs' kvm_guest_fault, in a private instance.
 
-A :class:`FaultTrace` owns a directory of tracefs, the ring buffers behind it and one descriptor; all are gone when it
-is left. It needs root and the initial pid namespace, and says why not where it cannot record. The event is KVM's for
-every stage-2 abort that reaches the host: the first touch of a page, and every access to a device's address.
+A :class:`FaultTrace` owns a directory of tracefs, its ring buffers and one descriptor. It releases all at its end. It
+needs root and the initial pid namespace, and reports why it cannot record. KVM emits the event for every stage-2 abort
+that reaches the host: the first access to a page, and every access to a device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 EVENT = "events/kvm/kvm_guest_fault"
 _PREFIX = "pyvmm-"
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
-"""PROC_PID_INIT_INO of include/linux/proc_ns.h: trace filters know no other namespace's pids."""
+"""PROC_PID_INIT_INO of include/linux/proc_ns.h: trace filters only support pids of this namespace."""
 
 # python3-97      [001] .....     6.476583: kvm_guest_fault: ipa 0x80084000, hsr 0x93c68047, hxfar 0x…, pc 0x…
 _LINE = re.compile(
@@ -30,19 +30,19 @@ _LINE = re.compile(
 )
 _CHUNK = 1 << 16
 MOST = 1 << 20
-"""Faults kept; a guest must not make the list longer than this. The first ones are."""
+"""Maximum faults to keep, so that a guest cannot fill memory. The first ones are kept."""
 
-# ESR_EL2 (Arm ARM D24.2.40): the exception class, and of an abort's syndrome the bits that say what it was.
+# ESR_EL2 (Arm ARM D24.2.40): the exception class, and the syndrome bits that describe an abort.
 _FETCH, _DATA = 0x20, 0x24
 _WNR, _S1PTW, _CM = 1 << 6, 1 << 7, 1 << 8
 
 
 @dataclass(frozen=True, slots=True)
 class TracedFault:
-    """One stage-2 abort of a guest; ``write`` and ``fetch`` are None where the syndrome does not say.
+    """One stage-2 abort of a guest. ``write`` and ``fetch`` are None if the syndrome does not contain them.
 
-    ``ns`` is CLOCK_MONOTONIC, cut to the microsecond by the kernel's text; ``gpa`` is the page; ``tid`` the thread of
-    the vCPU.
+    ``ns`` is CLOCK_MONOTONIC, truncated to microseconds by the kernel's text. ``gpa`` is the page, ``tid`` the vCPU's
+    thread.
     """
 
     ns: int
@@ -53,15 +53,15 @@ class TracedFault:
 
 
 class FaultTrace:
-    """Records the faults of this process's guests; a context manager that never raises for want of the means.
+    """Records the faults of this process's guests. A context manager that never raises if it cannot record.
 
-    Enter it before the vCPUs' threads start: threads that exist, and those they start from then on, are recorded.
-    ``within`` are the guest addresses wanted, all unless told; devices' accesses are faults too, and fill the buffer.
+    Enter it before the vCPUs' threads start: it records existing threads and those that they start later. ``within``
+    are the guest addresses to record, by default all. Device accesses are faults too, and fill the buffer.
     """
 
     def __init__(self, within: range | None = None) -> None:
         self.why_not = "it has not begun"
-        """Why nothing is recorded; empty where :attr:`available`."""
+        """Why nothing is recorded; empty if :attr:`available`."""
         self._within = within
         self._instance: str | None = None
         self._pipe: int | None = None
@@ -91,31 +91,31 @@ class FaultTrace:
             self._remove()
 
     def collect(self) -> None:
-        """Take what is in the kernel's buffer."""
+        """Read the kernel's buffer."""
         with self._lock:
             if self._pipe is not None:
                 self._drain(self._pipe)
 
     def faults(self) -> list[TracedFault]:
-        """Return what was recorded until now, the oldest first; also after the end."""
+        """Return the faults recorded so far, the oldest first. Also valid after the end."""
         self.collect()
         with self._lock:
             return sorted(self._faults, key=lambda fault: fault.ns)
 
     @property
     def lost(self) -> int:
-        """How many faults there was no room for, in the kernel's buffer or here, as of the last :meth:`faults`."""
+        """Faults dropped for lack of room, in the kernel's buffer or here, as of the last :meth:`faults`."""
         return self._lost
 
     def _begin(self) -> str:
-        """Set the kernel recording; returns why it cannot be, or nothing."""
+        """Start the kernel's recording. Returns why it cannot, or an empty text."""
         root = next((path for path in TRACEFS if os.path.isdir(f"{path}/instances")), None)
         if root is None:
             if os.geteuid():
-                return "the kernel tells root only, through tracefs"
-            return "tracefs, through which the kernel tells, is not mounted: mount -t tracefs nodev /sys/kernel/tracing"
+                return "only root can read the kernel's trace (tracefs)"
+            return "tracefs is not mounted: mount -t tracefs nodev /sys/kernel/tracing"
         if os.stat("/proc/self/ns/pid").st_ino != _INITIAL_PID_NAMESPACE:
-            return "this is a container with process ids of its own, which the kernel's tracing does not know"
+            return "this is a container with its own pid namespace, which kernel tracing does not support"
         if not os.path.isdir(f"{root}/{EVENT}"):
             return "this kernel has no kvm_guest_fault event"
         _sweep(f"{root}/instances")
@@ -134,7 +134,7 @@ class FaultTrace:
             file.write(text)
 
     def _drain(self, pipe: int) -> None:
-        # trace_pipe takes what it shows out of the buffer: asking often costs no more than asking once.
+        # Reading trace_pipe removes events from the buffer, so frequent reads cost no more than one.
         with contextlib.suppress(OSError):
             while data := os.read(pipe, _CHUNK):
                 *lines, self._rest = (self._rest + data).split(b"\n")
@@ -155,7 +155,7 @@ class FaultTrace:
         self._faults.append(TracedFault(ns, int(match["ipa"], 16), *access(int(match["esr"], 16)), int(match["tid"])))
 
     def _remove(self) -> None:
-        with self._lock:  # somebody may be reading
+        with self._lock:  # it may have a reader
             pipe, self._pipe = self._pipe, None
             if pipe is not None:
                 os.close(pipe)
@@ -168,28 +168,28 @@ class FaultTrace:
 
 
 def access(esr: int) -> tuple[bool | None, bool | None]:
-    """Say of an abort's syndrome whether it was (a write, a fetch); None where it does not tell."""
+    """Return whether an abort's syndrome is (a write, a fetch); None for an unknown one."""
     kind = esr >> 26
     if kind not in (_FETCH, _DATA) or esr & _S1PTW:
-        return None, None  # a walker's own abort is on the way to an access of either kind
+        return None, None  # a table walk's abort belongs to a load or a store
     return kind == _DATA and bool(esr & _WNR) and not esr & _CM, kind == _FETCH
 
 
 def guest_fault(fault_again: Callable[[], object]) -> tuple[int | None, str]:
-    """Let this thread's vCPU fault once more and return (gpa, "") as the kernel traced it, or (None, why not)."""
+    """Let this thread's vCPU fault once more. Returns (gpa, "") from the kernel's trace, or (None, the reason)."""
     with FaultTrace() as trace:
         if not trace.available:
-            return None, f"which is not known: {trace.why_not}"
+            return None, f"whose address is unknown: {trace.why_not}"
         fault_again()
         own = [fault for fault in trace.faults() if fault.tid == threading.get_native_id()]
     if not own:
-        return None, "which is not known: the kernel traced no fault"
-    # The tracepoint prints the IPA's page from HPFAR_EL2; the offset in the page is not told.
+        return None, "whose address is unknown: the kernel traced no fault"
+    # The tracepoint prints the IPA's page from HPFAR_EL2, without the offset in the page.
     return own[-1].gpa, ""
 
 
 def _make(instances: str) -> str:
-    """Make an instance of a name that nobody has."""
+    """Make an instance with an unused name."""
     number = 0
     while True:
         path = f"{instances}/{_PREFIX}{os.getpid()}-{number}"
@@ -202,7 +202,7 @@ def _make(instances: str) -> str:
 
 
 def _sweep(instances: str) -> None:
-    """Remove what processes that were killed have left: their buffers are the kernel's memory."""
+    """Remove the instances of killed processes: their buffers use kernel memory."""
     for name in os.listdir(instances):
         pid = name.removeprefix(_PREFIX).partition("-")[0]
         if name.startswith(_PREFIX) and pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):

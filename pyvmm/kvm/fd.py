@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file descriptor of KVM's: calls, errors with names in them, closing in order. Base of the other modules."""
+"""One file descriptor of KVM: calls, errors with names, ordered closing. Base of the other modules."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ CData: TypeAlias = "Structure | _SimpleCData[Any]"
 
 
 class Kernel:
-    """Makes the calls of every :class:`Fd`: the one place to look on (pyvmm.kvm.stand_in), or to stand in for it."""
+    """Makes the calls of every :class:`Fd`. A subclass can record or replace them (pyvmm.kvm.stand_in)."""
 
     pretends = False
-    """Whether what it makes is of no use: nothing outside is to be changed for it."""
+    """Whether its VMs cannot run, so that nothing outside may be changed for them."""
 
     def open(self, path: str) -> int:
-        """Open KVM's device; OSError."""
+        """Open KVM's device. Raises OSError."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
-        """Return the result, or -1, and errno, or 0; ``values`` say in words what ``argument`` holds."""
+        """Return the result (or -1) and errno (or 0). ``values`` describe ``argument``'s contents."""
         del values
         return libc.ioctl(fd.fileno(), request.number, argument if isinstance(argument, int) else byref(argument))
 
@@ -45,8 +45,8 @@ KERNEL = Kernel()
 class Fd:
     """Owns a file descriptor and everything made from it; closing is idempotent, children first, newest first.
 
-    ``label`` names it in errors (``vm=7``). After close every call fails with EBADF and says so. ``kernel`` answers the
-    calls of one that has no owner, and of all that is made from it.
+    ``label`` names it in errors (``vm=7``). After close every call fails with EBADF. ``kernel`` answers the calls of an
+    Fd without an owner, and of all its children.
     """
 
     kind = "fd"
@@ -81,7 +81,7 @@ class Fd:
         return self._fd
 
     def close(self) -> None:
-        """Close what was made from this, then this. A VM is gone when it and all its children are."""
+        """Close the children, then this. A VM ends when it and all its children are closed."""
         while self._children:
             self._children[-1].close()
         fd, self._fd = self._fd, -1
@@ -92,12 +92,12 @@ class Fd:
                 self._owner._children.remove(self)
 
     def _release(self) -> None:
-        """Give back what hangs on the descriptor, such as mappings; called once, before it is closed."""
+        """Release resources of the descriptor, such as mappings. Called once, before it is closed."""
 
     def attempt(self, request: Ioctl, argument: int | CData = 0, /, **values: Value) -> tuple[int, int]:
-        """Return the call's result (-1: it failed) and its errno (0: it did not), where failing is an answer.
+        """Return the call's result (-1: failed) and errno (0: succeeded), for callers that expect failures.
 
-        ``argument`` must be of the type that ``request`` carries, or an integer if it carries none: TypeError.
+        Raises TypeError unless ``argument`` has the type of ``request``, or is an integer if it has none.
         """
         wanted = request.argument
         if wanted is None:
@@ -108,9 +108,9 @@ class Fd:
         return self.kernel.ioctl(self, request, argument, values)
 
     def call(self, request: Ioctl, argument: int | CData = 0, /, **values: Value) -> int:
-        """Make the call and return its result; KvmError with ``values`` in its message if it fails.
+        """Make the call and return its result. If it fails, raises KvmError with ``values`` in the message.
 
-        A call that a signal interrupted is made again.
+        Repeats a call that a signal interrupted.
         """
         while True:
             result, errno = self.attempt(request, argument, **values)
@@ -120,11 +120,11 @@ class Fd:
                 raise self.error(request.name, errno, **values)
 
     def error(self, call: str, errno: int, /, **values: Value) -> KvmError:
-        """Make the KvmError of a call on this descriptor."""
+        """Return the KvmError for a failed call on this descriptor."""
         try:
-            from pyvmm.kvm.causes import kvm_error  # a table that most runs never look at
-        except OSError as unread:  # no descriptor left to read it with, which may be what the call died of as well
-            return KvmError(call, self.label, errno, f"no more can be said: {unread.strerror}", "raise `ulimit -n`")
+            from pyvmm.kvm.causes import kvm_error  # a table that most runs never need
+        except OSError as unread:  # no descriptor left to read it, which may also be why the call failed
+            return KvmError(call, self.label, errno, f"no explanation: {unread.strerror}", "raise `ulimit -n`")
         return kvm_error(call, errno, {"": self.label} | values)
 
 
@@ -132,13 +132,13 @@ class AttributeFd(Fd):
     """An Fd with device attributes (Documentation/virt/kvm/devices): a device, a VM or a vCPU."""
 
     def set_attr(self, group: int, attr: int, value: CData | None = None) -> None:
-        """Write an attribute: ``value`` is a ctypes object of the size the attribute has, None for a bare command."""
+        """Write an attribute. ``value`` is a ctypes object of the attribute's size, or None for a plain command."""
         address = 0 if value is None else addressof(value)
         argument = kvm_device_attr(group=group, attr=attr, addr=address)
         self.call(KVM_SET_DEVICE_ATTR, argument, group=group, attr=attr, **_value_argument(value))
 
     def get_attr(self, group: int, attr: int, value: CData) -> None:
-        """Read an attribute into ``value``, a ctypes object of the size the attribute has."""
+        """Read an attribute into ``value``, a ctypes object of the attribute's size."""
         argument = kvm_device_attr(group=group, attr=attr, addr=addressof(value))
         self.call(KVM_GET_DEVICE_ATTR, argument, group=group, attr=attr, size=sizeof(value))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The system calls of pyvmm.kvm, pyvmm.memory and the devices, through ctypes and with errno; owns nothing.
+"""The system calls of pyvmm.kvm, pyvmm.memory and the devices, through ctypes, with errno. Owns nothing.
 
-Addresses are integers, errors are numbers: what they mean is for the callers to say. fcntl.ioctl is not used: it parses
-its argument as a C int, so that KVM_CREATE_VM(1 << 31) raises OverflowError.
+Addresses are integers and errors are numbers. Callers explain them. fcntl.ioctl is not used: it parses its argument as
+a C int, so that KVM_CREATE_VM(1 << 31) raises OverflowError.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ioctl(fd: int, number: int, argument: Any) -> tuple[int, int]:
 
 
 def syscall(number: int, argument: int) -> tuple[int, int]:
-    """Return the result of a system call of one argument that libc has no function for, or -1, and errno, or 0."""
+    """Make a one-argument system call without a libc function. Returns the result (or -1) and errno (or 0)."""
     result: int = _libc.syscall(number, argument)
     return result, get_errno() if result < 0 else 0
 
@@ -63,7 +63,7 @@ def madvise(address: int, size: int, advice: int) -> int:
 
 
 def fallocate(fd: int, mode: int, offset: int, size: int) -> int:
-    """Return errno, or 0; calls again when a signal came in between."""
+    """Return errno, or 0. Repeats a call that a signal interrupted."""
     while error := _errno_of(_libc.fallocate(fd, mode, offset, size)):
         if error != _errno.EINTR:
             return error

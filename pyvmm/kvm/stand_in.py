@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel that only answers, one that writes down what it is asked, and one that lacks something.
+"""Replacements for the kernel: one that simulates it, one that records calls, one that lacks capabilities.
 
-Of the first two a plan is made; with the last, what pyvmm does without a capability is seen on a host that has it. All
-are :class:`~pyvmm.kvm.fd.Kernel` s, given to ``System.open``. Nothing here opens /dev/kvm but what is recorded of
-the real one; a stand-in's descriptors are memfds, so that what maps or closes them works as ever.
+The first two make a plan. The last shows pyvmm's behaviour without a capability, on a host that has it. All are
+:class:`~pyvmm.kvm.fd.Kernel` s, passed to ``System.open``. Only a recording of the real kernel opens /dev/kvm. A
+stand-in's descriptors are memfds, so they can be mapped and closed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 _RUN_AREA: Final = 0x2000
 _CAPABILITIES: Final = {KVM_CAP_NR_MEMSLOTS: 32767, KVM_CAP_ARM_VM_IPA_SIZE: 40}
-"""Those whose answer is a number, as Linux 7.3 says on arm64; the others are there."""
+"""Capabilities with a number, as in Linux 7.3 on arm64. The others answer 1."""
 
 
 class Call(NamedTuple):
-    """An ioctl that was made: on what (``vcpu0``), with which values; ``result`` is -1 where it failed."""
+    """A recorded ioctl: its object (``vcpu0``), and its values. ``result`` is -1 if it failed."""
 
     name: str
     on: str
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 
 class Recording(Kernel):
-    """Has another kernel answer, and keeps every call in ``calls``, in order."""
+    """Passes calls to another kernel, and keeps each in ``calls``, in order."""
 
     def __init__(self, kernel: Kernel = KERNEL) -> None:
         self.calls: list[Call] = []
@@ -50,12 +50,12 @@ class Recording(Kernel):
         self.pretends = kernel.pretends
 
     def open(self, path: str) -> int:
-        """Open what the other does."""
+        """Open the other kernel's device."""
         return self._kernel.open(path)
 
     def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
-        """Ask the other."""
-        # What it is called while it is open, without the descriptor's number.
+        """Pass the call on."""
+        # The object's label, without the descriptor's number.
         on = fd.label.partition("=")[0]
         result, errno = self._kernel.ioctl(fd, request, argument, values)
         self.calls.append(Call(request.name, on, dict(values), result))
@@ -63,13 +63,13 @@ class Recording(Kernel):
 
 
 class Lacking(Kernel):
-    """Has this host's KVM answer, but says that it has none of ``capabilities`` (KVM_CAP_*)."""
+    """Passes calls to this host's KVM, but hides ``capabilities`` (KVM_CAP_*)."""
 
     def __init__(self, *capabilities: int) -> None:
         self._capabilities = capabilities
 
     def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
-        """Ask KVM, unless it is asked for one of them."""
+        """Pass the call on, unless it checks a hidden capability."""
         if request.name == "KVM_CHECK_EXTENSION" and argument in self._capabilities:
             return 0, 0
         return super().ioctl(fd, request, argument, values)
@@ -84,11 +84,11 @@ class StandIn(Kernel):
         self._missing = missing
 
     def open(self, path: str) -> int:
-        """Return a descriptor that means nothing to the kernel."""
+        """Return a memfd as the descriptor."""
         return _descriptor(path.rpartition("/")[2])
 
     def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
-        """Say that it was done; give what is made a descriptor."""
+        """Report success, and return a descriptor for new objects."""
         del fd, values
         match request.name, argument:
             case "KVM_GET_API_VERSION", _:

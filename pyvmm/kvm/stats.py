@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics the kernel keeps of a VM or a vCPU (KVM_GET_STATS_FD): their names once, their values at any time."""
+"""The kernel's statistics of a VM or a vCPU (KVM_GET_STATS_FD). Names are read once, values at any time."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class MeasuredFd(AttributeFd):
     _stats: Stats | None = None
 
     def stats(self) -> dict[str, Stat]:
-        """Return the kernel's statistics by name, a tuple where one has several values (histograms, arrays)."""
+        """Return the kernel's statistics by name; histograms and arrays as tuples."""
         if self._stats is None or self._stats.closed:
             self._stats = Stats(self)
         return self._stats.read()

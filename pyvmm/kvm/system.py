@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/dev/kvm itself: what this host can do, and the way to VMs."""
+"""/dev/kvm: the host's capabilities, and making VMs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class System(Fd):
 
     @classmethod
     def open(cls, path: str = "/dev/kvm", kernel: Kernel = KERNEL) -> Self:
-        """Open KVM; HostError, with what to do about it, where that is not possible or ``path`` is not KVM."""
+        """Open KVM. Raises HostError, with a hint, if that fails or ``path`` is not KVM."""
         try:
             fd = kernel.open(path)
         except OSError as error:
@@ -45,12 +45,12 @@ class System(Fd):
             answer = _errno.errorcode.get(errno, str(errno)) if errno else f"API version {version}"
             raise HostError(
                 f"{path} is not the KVM that pyvmm knows: it answers {answer} instead of API version {KVM_API_VERSION}",
-                hint=f"see what it is with `ls -l {path}`; KVM's is the character device 10, 232",
+                hint=f"check it with `ls -l {path}`; KVM is the character device 10, 232",
             )
         return system
 
     def check(self, cap: int) -> int:
-        """Return KVM_CHECK_EXTENSION of a KVM_CAP_*: 0 is no. The answer for this host, of any VM on it."""
+        """Return KVM_CHECK_EXTENSION of a KVM_CAP_*: 0 is no. It applies to this host, and to any VM on it."""
         return self.call(KVM_CHECK_EXTENSION, cap, cap=cap_name(cap))
 
     @property
@@ -60,18 +60,18 @@ class System(Fd):
 
     @property
     def max_ipa_bits(self) -> int:
-        """The most address bits an arm64 VM may ask for in its type; 0 where that cannot be chosen."""
+        """The maximum address bits in an arm64 VM's type; 0 if they cannot be chosen."""
         return self.check(KVM_CAP_ARM_VM_IPA_SIZE)
 
     def create_vm(self, type: int = 0) -> Vm:
-        """Make a VM of a kind (KVM_VM_TYPE_ARM_PROTECTED or 0) and a number of address bits, in one number.
+        """Make a VM. ``machine_type`` combines its kind (KVM_VM_TYPE_ARM_PROTECTED or 0) and its address bits.
 
-        0 bits are 40. A pKVM host gives all it has, whatever the number (kvm_init_stage2_mmu).
+        0 bits mean 40. A pKVM host always uses all its bits (kvm_init_stage2_mmu).
         """
         return Vm(self.call(KVM_CREATE_VM, type, type=type), self)
 
     def supports_protected(self) -> bool:
-        """Whether this host runs protected VMs, found out by making one, which taints such a kernel (TAINT_USER)."""
+        """Whether this host runs protected VMs. Tests it by making one, which taints such a kernel (TAINT_USER)."""
         fd, errno = self.attempt(KVM_CREATE_VM, KVM_VM_TYPE_ARM_PROTECTED)
         if errno == _errno.EINVAL:
             return False
@@ -84,7 +84,7 @@ class System(Fd):
 def _cannot_open(path: str, error: OSError) -> HostError:
     if error.errno in (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV):
         return HostError(
-            f"there is no KVM here ({path}: {error.strerror})",
+            f"this host has no KVM ({path}: {error.strerror})",
             hint=f"load KVM (x86: `modprobe kvm_intel` or `kvm_amd`; arm64: boot at EL2), {_LAB}",
         )
     if error.errno in (_errno.EACCES, _errno.EPERM):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtual CPU: its registers, its state, and the page it shares with whoever runs it. Made by Vm.create_vcpu.
+"""A virtual CPU: its registers, its state, and its run area. Made by Vm.create_vcpu.
 
-KVM_RUN is not here: the native loop issues it, on :meth:`Vcpu.fileno` and :attr:`Vcpu.run_address`. Registers are read
-and written while the vCPU is not inside KVM_RUN; the kernel makes other threads wait until it is not.
+KVM_RUN is not here: the native loop issues it, on :meth:`Vcpu.fileno` and :attr:`Vcpu.run_address`. Access registers
+while the vCPU is outside of KVM_RUN; otherwise the kernel makes the calling thread wait.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING or _X86:
 
 
 class Vcpu(MeasuredFd):
-    """A vCPU; owns the mapping of its run area, which goes with it."""
+    """A vCPU. It owns the mapping of its run area, and unmaps it on close."""
 
     kind = "vcpu"
 
@@ -70,24 +70,24 @@ class Vcpu(MeasuredFd):
 
     @property
     def run_address(self) -> int:
-        """Where ``struct kvm_run`` is mapped; not to be used after close."""
+        """The address of ``struct kvm_run``. Do not use it after close."""
         if not self._run_size:
             raise PyvmmError(f"the run area of {self.label} is unmapped: the vCPU is closed")
         return self._address
 
     @property
     def run(self) -> kvm_run:
-        """A view of ``struct kvm_run``; not to be kept after close."""
-        from pyvmm.uapi.kvm_run import kvm_run  # the native loop has its own: few runs need these structures
+        """A view of ``struct kvm_run``. Do not keep it after close."""
+        from pyvmm.uapi.kvm_run import kvm_run  # few runs need these structures: the native loop has its own
 
         return kvm_run.from_address(self.run_address)
 
     # ---- arm64 ----
 
     def init(self, *, psci: bool = True, power_off: bool = False, features: Iterable[int] = ()) -> None:
-        """Give an arm64 vCPU its kind and features (KVM_ARM_VCPU_* numbers); again to reset it.
+        """Set an arm64 vCPU's target and features (KVM_ARM_VCPU_* numbers). A second call resets it.
 
-        ``psci``: it can call PSCI 0.2 and later; ``power_off``: it waits for another's CPU_ON.
+        ``psci``: it can call PSCI 0.2 and later. ``power_off``: it waits for another vCPU's CPU_ON.
         """
         target = self.vm.preferred_target()
         wanted = set(features)
@@ -99,8 +99,8 @@ class Vcpu(MeasuredFd):
         self.call(kvm_arm64.KVM_ARM_VCPU_INIT, target, target=target.target, features=said)
 
     def inject_abort(self) -> None:
-        """Have the access that this vCPU is stopped at fail in the guest, with a synchronous external abort."""
-        if _X86:  # the request has the same number there, and other bytes in it
+        """Fail the vCPU's current access in the guest, with a synchronous external abort."""
+        if _X86:  # there the request has the same number, but another structure
             raise HostError(f"{self.label} is an x86 vCPU: it has no external abort to inject")
         from pyvmm.uapi.kvm_arm64_vcpu import KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, kvm_vcpu_events
 
@@ -118,7 +118,7 @@ class Vcpu(MeasuredFd):
         return int.from_bytes(bytes(room), "little")
 
     def set_reg(self, id: int, value: int) -> None:
-        """Set the register with a ONE_REG id; OverflowError if ``value`` is negative or does not fit it."""
+        """Set the register with a ONE_REG id. Raises OverflowError if ``value`` is negative or too large."""
         room = (c_uint8 * KVM_REG_SIZE(id)).from_buffer_copy(value.to_bytes(KVM_REG_SIZE(id), "little"))
         self.call(KVM_SET_ONE_REG, kvm_one_reg(id=id, addr=addressof(room)), id=id, value=value)
 
@@ -142,7 +142,7 @@ class Vcpu(MeasuredFd):
 
     @property
     def mp_state(self) -> MpState:
-        """Whether the vCPU runs, or what it waits for."""
+        """The vCPU's state: running, or waiting for an event."""
         from pyvmm.uapi.kvm_state import KVM_GET_MP_STATE, MpState, kvm_mp_state
 
         state = kvm_mp_state()
@@ -175,7 +175,7 @@ class Vcpu(MeasuredFd):
             self.call(kvm_arm64_vcpu.KVM_SET_GUEST_DEBUG, arm64, control=control)
 
     def single_step(self, on: bool) -> None:
-        """Have KVM_EXIT_DEBUG after every instruction, or no longer. Works in protected VMs too."""
+        """Turn KVM_EXIT_DEBUG after every instruction on or off. Also works in protected VMs."""
         self.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP if on else 0)
 
     # ---- x86 ----

@@ -46,7 +46,7 @@ class Vm(MeasuredFd):
         self.system = system
 
     def check(self, cap: int) -> int:
-        """Return KVM_CHECK_EXTENSION as this VM answers; a protected one says 0 to much that works: ask the system."""
+        """Return this VM's KVM_CHECK_EXTENSION. A protected VM wrongly answers 0 for some: use System.check."""
         return self.call(KVM_CHECK_EXTENSION, cap, cap=cap_name(cap))
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
@@ -60,11 +60,11 @@ class Vm(MeasuredFd):
     # ---- vCPUs and devices ----
 
     def create_vcpu(self, index: int) -> Vcpu:
-        """Make the vCPU of this number; all of them before the interrupt controller's init and the first run."""
+        """Make the vCPU with this number. Make all before the interrupt controller's init and the first run."""
         return Vcpu(self.call(KVM_CREATE_VCPU, index, index=index), self, index)
 
     def preferred_target(self) -> kvm_vcpu_init:
-        """Return the kind of arm64 CPU to initialise vCPUs as, without features."""
+        """Return the preferred target to initialise arm64 vCPUs with, without features."""
         target = kvm_vcpu_init()
         self.call(KVM_ARM_PREFERRED_TARGET, target)
         return target
@@ -98,8 +98,8 @@ class Vm(MeasuredFd):
     ) -> None:
         """Put memory at ``gpa``: ``size`` bytes at the host's ``hva``, all multiples of 4096.
 
-        With ``guest_memfd`` faults take its pages from ``offset`` on; ``hva`` should then be its mapping, which the
-        kernel's own devices use. ``flags`` are KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY.
+        With ``guest_memfd``, faults use its pages from ``offset``. ``hva`` should then be its mapping, for the kernel's
+        own devices. ``flags`` are KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY.
         """
         if guest_memfd is None:
             region = kvm_userspace_memory_region(
@@ -133,7 +133,7 @@ class Vm(MeasuredFd):
         )
 
     def delete_memory(self, slot: int) -> None:
-        """Remove a slot: the guest's accesses there become MMIO exits. EPERM in a protected VM that has run."""
+        """Remove a slot. Guest accesses there become MMIO exits. EPERM in a protected VM that has run."""
         self.call(KVM_SET_USER_MEMORY_REGION, kvm_userspace_memory_region(slot=slot), slot=slot, size=0)
 
     def create_guest_memfd(self, size: int, flags: int) -> GuestMemfd:
@@ -145,7 +145,7 @@ class Vm(MeasuredFd):
         return GuestMemfd(fd, self, size, flags)
 
     def dirty_log(self, slot: int, pages: int) -> bytes:
-        """Return which of a slot's ``pages`` (all of them) were written since the last call, a bit a page."""
+        """Return the written pages of a slot of ``pages`` since the last call, one bit per page."""
         from pyvmm.uapi.kvm_memory import KVM_GET_DIRTY_LOG, kvm_dirty_log
 
         bitmap = (c_uint8 * (-(-pages // 64) * 8))()
@@ -157,7 +157,7 @@ class Vm(MeasuredFd):
     # ---- hypercalls ----
 
     def forward_smccc(self, base: int, count: int) -> None:
-        """Have ``count`` SMCCC function ids from ``base`` on come out as KVM_EXIT_HYPERCALL; before the first run.
+        """Forward ``count`` SMCCC function ids from ``base`` as KVM_EXIT_HYPERCALL. Call it before the first run.
 
         Not in a protected VM (EINVAL), nor for the Arm architecture's own ranges (EEXIST).
         """
@@ -170,7 +170,7 @@ class Vm(MeasuredFd):
     # ---- doorbells and interrupts: of the guests that have them ----
 
     def ioeventfd(self, fd: int, gpa: int, size: int, *, datamatch: int | None = None, deassign: bool = False) -> None:
-        """Have the guest's stores to ``gpa`` write 1 to an eventfd instead of leaving the kernel; or no longer.
+        """Make the guest's stores to ``gpa`` write 1 to an eventfd inside the kernel, or undo that.
 
         ``size`` is 1, 2, 4 or 8 bytes, 0 for any (and then no ``datamatch``).
         """
@@ -182,7 +182,7 @@ class Vm(MeasuredFd):
         self.call(kvm_irq.KVM_IOEVENTFD, argument, fd=fd, gpa=gpa, size=size, datamatch=datamatch, flags=flags)
 
     def irqfd(self, fd: int, gsi: int, *, resample: int | None = None, deassign: bool = False) -> None:
-        """Have writes to an eventfd raise an interrupt; or no longer. ``resample``: an eventfd written at its EOI."""
+        """Make writes to an eventfd raise an interrupt, or undo that. ``resample`` is an eventfd written at its EOI."""
         from pyvmm.uapi import kvm_irq
 
         flags = kvm_irq.KVM_IRQFD_FLAG_DEASSIGN if deassign else 0

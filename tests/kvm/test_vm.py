@@ -147,7 +147,7 @@ def test_stores_ring_an_eventfd_without_leaving_the_kernel(vm: Vm) -> None:
         assert bytes(guest.vcpu.run.mmio.data[:2]) == b"\x35\x12"
         assert os.eventfd_read(bell) == 1
         vm.ioeventfd(bell, 0x4000, 2, datamatch=0x1234, deassign=True)
-        with pytest.raises(KvmError, match="ENOENT: no such eventfd listens there"):
+        with pytest.raises(KvmError, match="ENOENT: no such eventfd is registered there"):
             vm.ioeventfd(bell, 0x4000, 2, datamatch=0x1234, deassign=True)
     finally:
         os.close(bell)

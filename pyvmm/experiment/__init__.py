@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest under a script, what is seen of it, and the host's side of what happens to its memory.
+"""Run a guest from a script, record evidence about it, and access its memory from the host's side.
 
     from pyvmm.experiment import Experiment
     from pyvmm.protection import Protection

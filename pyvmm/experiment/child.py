@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in a child process, with a deadline, so that whatever it does to itself it does to nobody else.
+"""Run work in a child process with a deadline, to isolate its crashes.
 
-The child is forked from this one, which must have no other thread; what it returns comes back through a pipe, as JSON.
-Owns the child while it runs; then it is reaped, and what it started and left is killed. What one child has to import,
-this process imports after it, so that the next ones find it there.
+The child is forked from this process, which must have no other thread. Its result comes back through a pipe, as JSON.
+Owns the child while it runs. Then it is reaped, and processes that it left are killed. Modules that a child imported
+are then imported here, so that the next children have them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from pyvmm.interrupt import ENDING
 from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
 
 LAST_WORDS = 2000
-"""Bytes kept of what a process said on stderr before it crashed."""
+"""Bytes to keep of a crashed process's stderr."""
 
 _SHARED = frozenset({"pyvmm", *sys.stdlib_module_names})
-"""Packages whose modules do nothing but define things when they are imported, so that any process may."""
+"""Packages whose modules only define names when imported, so that any process may import them."""
 
 
 class CrashedError(PyvmmError):
-    """The process died without a result, or was killed at its deadline: the message says which, and its last words."""
+    """The process died without a result, or was killed at its deadline. The message has the reason and stderr's end."""
 
 
 def run_in_child(work: Callable[[], Any], deadline: float) -> Any:
-    """Return what ``work()`` returns in a child process, as JSON makes it.
+    """Run ``work()`` in a child process and return its result, converted by JSON.
 
-    CrashedError where that process dies first, or has not ended after ``deadline`` seconds.
+    Raises CrashedError if that process dies first, or runs longer than ``deadline`` seconds.
     """
     with _Child(work) as child:
         said = child.wait(time.monotonic() + deadline)
@@ -58,15 +58,15 @@ def run_in_child(work: Callable[[], Any], deadline: float) -> Any:
 
 
 def _import(modules: Iterable[str]) -> None:
-    """Import what a child had to import, as far as that may be done here."""
+    """Import the modules that a child imported, if they are safe to import here."""
     for name in modules:
         if name.partition(".")[0] in _SHARED:
-            with contextlib.suppress(ImportError):  # it may have been made there, or its file be gone meanwhile
+            with contextlib.suppress(ImportError):  # the child may have created it, or its file may be gone
                 importlib.import_module(name)
 
 
 class _Child:
-    """A forked process; on exit it is dead and reaped, and so is, in time, everything of its process group."""
+    """A forked process. On exit it is killed and reaped, together with its process group."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
@@ -76,9 +76,9 @@ class _Child:
     def __enter__(self) -> _Child:
         self._results, write = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
-        # A signal's handler that raises between the fork and what follows would lose the child, or run in it.
+        # A signal handler that raises right after the fork would lose the child, or run in it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        # A collection in the child leaves alone what it has inherited: each page it wrote to would be copied.
+        # Exclude inherited objects from garbage collection in the child, which would copy each written page.
         gc.freeze()
         try:
             self.pid = os.fork()
@@ -88,7 +88,7 @@ class _Child:
             gc.unfreeze()
         os.close(write)
         self._pidfd = os.pidfd_open(self.pid)
-        # Both sides do it, so that it is done whoever is first.
+        # Both sides call it, so that it is done in either order.
         with contextlib.suppress(OSError):
             os.setpgid(self.pid, 0)
         try:
@@ -106,7 +106,7 @@ class _Child:
             if os.getppid() != parent:
                 os._exit(1)
             os.dup2(self._stderr, 2)
-            # The handlers of guarded copies come later, and hand on what is not theirs.
+            # The handlers of guarded copies are installed later, and pass foreign faults on.
             faulthandler.enable(2, all_threads=False)
             for number in ENDING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -131,16 +131,16 @@ class _Child:
             os.close(fd)
 
     def _reap(self) -> int:
-        """Kill whatever is left, collect the child, and return its exit code; a signal's number is negative."""
+        """Kill remaining processes, reap the child, and return its exit code; a signal's number is negative."""
         if self._code is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # not its own group's yet, or none left
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has no group yet, or no process is left
                 os.killpg(self.pid, signal.SIGKILL)
             _, status = os.waitpid(self.pid, 0)
             self._code = os.waitstatus_to_exitcode(status)
         return self._code
 
     def wait(self, until: float) -> bytes | None:
-        """Return all that the process sent until it ended, None if it has not by then (CLOCK_MONOTONIC seconds)."""
+        """Return all output of the process, or None if it has not ended by ``until`` (CLOCK_MONOTONIC seconds)."""
         said = bytearray()
         os.set_blocking(self._results, False)
         watched = [self._pidfd, self._results]
@@ -152,7 +152,7 @@ class _Child:
                 while data := os.read(self._results, 1 << 16):
                     said += data
                 watched = [self._pidfd]
-            # What it has started may hold the pipe open; when it is dead there is no more to come.
+            # Its children may hold the pipe open. After its death, no more data follows.
             if self._pidfd in ready:
                 return bytes(said)
 
@@ -162,7 +162,7 @@ class _Child:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
     def last_words(self) -> str:
-        """Return what it said on stderr, if anything, as the end of a sentence."""
+        """Return its stderr output, if any, as the end of a sentence."""
         size = os.fstat(self._stderr).st_size
         text = os.pread(self._stderr, LAST_WORDS, max(0, size - LAST_WORDS)).decode(errors="replace").strip()
         return f"; it said: {text}" if text else ""

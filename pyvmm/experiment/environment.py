@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describes the host that experiments run on: what verdicts depend on, and what times depend on besides.
+"""Describe the host of experiments: properties that verdicts depend on, and further ones that times depend on.
 
 Owns nothing.
 """
@@ -21,7 +21,7 @@ TIME, INSTRUCTIONS = "time", "instructions"
 
 
 def host() -> dict[str, Value]:
-    """Return what verdicts may depend on, the same at every call. Asking taints a pKVM host (TAINT_USER)."""
+    """Return the properties that verdicts may depend on. They are constant. Taints a pKVM host (TAINT_USER)."""
     uname = os.uname()
     return {
         "kernel": uname.release,
@@ -40,7 +40,7 @@ def host() -> dict[str, Value]:
 
 
 def conditions() -> dict[str, Value]:
-    """Return what times depend on besides the code: all of :func:`host`, and its clocks, pinning and memory."""
+    """Return the properties that times depend on besides the code: :func:`host`, clocks, pinning and memory."""
     found = host()
     found |= {
         "counts": counts(str(found["command line"])),
@@ -56,13 +56,13 @@ def conditions() -> dict[str, Value]:
 
 
 def counts(line: str | None = None) -> str:
-    """Say what this host's time counts: INSTRUCTIONS in a lab with icount, else TIME. ``line`` is the kernel's."""
+    """Return the unit of this host's time: INSTRUCTIONS in a lab with icount, else TIME. ``line`` is the kernel's."""
     found = re.search(rf"(?:^|\s){re.escape(COUNTS)}=(\S+)", _read("/proc/cmdline") if line is None else line)
     return found[1] if found else TIME
 
 
 def mode() -> str:
-    """Say in which mode KVM runs, as it told when it started: protected, nvhe or vhe; else what was asked for."""
+    """Return KVM's mode from the kernel log: protected, nvhe or vhe; else the requested mode."""
     for line in _kernel_log():
         if "kvm" in line and "initialized" in line:
             if "Protected" in line:
@@ -74,7 +74,7 @@ def mode() -> str:
 
 
 def protected_vms() -> str:
-    """Say whether this host makes protected VMs: yes, or why not."""
+    """Return "yes" if this host makes protected VMs, else the reason."""
     try:
         with System.open() as system:
             return "yes" if system.supports_protected() else "no: KVM_CREATE_VM refuses bit 31 (EINVAL)"
@@ -83,7 +83,7 @@ def protected_vms() -> str:
 
 
 def _kernel_log() -> list[str]:
-    """Return the kernel's log from its start, as much of it as is left; nothing without the right to read it."""
+    """Return the rest of the kernel's boot log; empty without permission to read it."""
     lines: list[str] = []
     try:
         fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -93,7 +93,7 @@ def _kernel_log() -> list[str]:
         while True:
             try:
                 lines.append(os.read(fd, 8192).decode(errors="replace"))
-            except BrokenPipeError:  # what would have come next was overwritten meanwhile
+            except BrokenPipeError:  # the next record was overwritten meanwhile
                 continue
     except OSError:  # the end
         return lines

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A live guest and a notebook: what a claim is written with, and what a script or the REPL uses to ask the kernel.
+"""A live guest with recorded evidence, for claims, scripts and the REPL.
 
     from pyvmm.experiment import Experiment
     from pyvmm.protection import Protection
@@ -11,7 +11,7 @@
         print(x.verdict, x.evidence)
 
 The machine is built on entry and started by the first use of :attr:`Experiment.guest`, so that slots and limits can be
-changed before. Owns the machine; everything is given back on exit, whatever state it is in.
+changed before. Owns the machine. On exit everything is released, in any state.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ if TYPE_CHECKING:
     from pyvmm.observe.pagemap import PageMap
 
 FREE = Gpa(RAM_BASE + PRIVATE_BOOT)
-"""From here to RAM's last 2 MiB, where the device tree is, nothing is loaded, nor is the payload's stack there."""
+"""Start of free RAM. It ends at RAM's last 2 MiB, which hold the device tree. The payload's stack is below."""
 BEYOND = Gpa(RAM_BASE + (1 << 30))
-"""Far above RAM: where experiments put slots of their own."""
+"""The address, far above RAM, of an experiment's own slots."""
 SPARE_HUGE_PAGES = 4
-"""Huge pages kept free beside those of a guest's RAM, for slots of an experiment's own."""
+"""Huge pages to keep free for an experiment's own slots, besides those of guest RAM."""
 PATIENCE = 20.0
-"""Seconds to wait for what must come (a failure of KVM_RUN, an answer)."""
+"""Seconds to wait for an expected event (a failure of KVM_RUN, an answer)."""
 
 
 class Untold(PyvmmError):
-    """The claim cannot be told here: the message says why."""
+    """The claim cannot be tested here. The message has the reason."""
 
 
 class Text(str):
-    """Text that a prompt shows as it is."""
+    """Text that a Python prompt shows without quotes."""
 
     __slots__ = ()
 
@@ -73,11 +73,11 @@ class Text(str):
 
 
 class Experiment:
-    """One guest, what was seen of it, and whether that is as claimed.
+    """One guest, the evidence about it, and the verdict.
 
-    ``memory`` is MiB of RAM; ``faults`` records stage-2 faults from before the first run (None: if that is possible);
-    ``unclaimed`` is Machine's, and may be set later; ``conversion`` is for the emulated protection alone; ``timed``
-    keeps the native loop's histograms; ``prefault`` and ``devices`` are the machine's.
+    ``memory`` is MiB of RAM. ``faults`` records stage-2 faults from before the first run (None: if possible).
+    ``unclaimed`` is Machine's, and may be set later. ``conversion`` is only for the emulated protection. ``timed``
+    keeps the native loop's histograms. ``prefault`` and ``devices`` are the machine's.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Experiment:
         self.pictures: list[Picture] = []
         self.ticks: dict[str, int] = {}
         self.stack = contextlib.ExitStack()
-        """What else to give back at the end; run before the machine is closed."""
+        """More resources to release at the end, before the machine is closed."""
         self._outer = contextlib.ExitStack()
         self._want_faults, self.unclaimed = faults, unclaimed
         self._devices = tuple(devices)
@@ -128,7 +128,7 @@ class Experiment:
         self._require()
         with contextlib.ExitStack() as undo:
             if self._want_faults is not False:
-                # Faults on the payload's own pages and on devices are not what an experiment is about.
+                # Exclude faults on the payload's own pages and on devices.
                 self._trace = undo.enter_context(FaultTrace(range(FREE, 1 << 52)))
                 if self._want_faults and not self._trace.available:
                     raise Untold(f"faults cannot be counted: {self._trace.why_not}")
@@ -144,7 +144,7 @@ class Experiment:
         return self
 
     def _require(self) -> None:
-        """Say in one way what a host may lack, whatever the experiment needs it for."""
+        """Report a missing host feature in the same words for every experiment."""
         require_architecture()
         with System.open() as system:
             if self.backing in ("guest_memfd", "private") and not system.check(KVM_CAP_GUEST_MEMFD):
@@ -156,12 +156,12 @@ class Experiment:
         self.close()
 
     def close(self) -> None:
-        """End the guest and give everything back. Idempotent."""
+        """End the guest and release everything. Idempotent."""
         with self._outer:
             self.stack.close()
 
     def end(self) -> None:
-        """Destroy the VM but keep its memory mapped, to look at what the kernel gave back. Idempotent."""
+        """Destroy the VM but keep its memory mapped, to inspect the returned pages. Idempotent."""
         self._leaving = True
         self._go.release(self.config.cpus)
         self.machine.close_vm()
@@ -175,7 +175,7 @@ class Experiment:
         return self._puppet
 
     def start(self) -> None:
-        """Let the guest go; nothing can be loaded into its memory from the host after this. Idempotent."""
+        """Start the guest. Afterwards the host cannot load into its memory. Idempotent."""
         if not self._started:
             self._started = True
             self.machine.start()
@@ -192,7 +192,7 @@ class Experiment:
         return self.machine.memory
 
     def page(self, pages: int = 1, *, align: int = PAGE_SIZE) -> Gpa:
-        """Return the gpa of ``pages`` pages that nothing has touched and no earlier call has returned."""
+        """Return the gpa of ``pages`` unused pages that no earlier call has returned."""
         start = Gpa(align_up(self._next, align))
         if start + pages * PAGE_SIZE > RAM_BASE + self.config.memory - HUGE_SIZE:
             raise PyvmmError(f"this guest's memory has no {pages} fresh pages left", hint="give it more with memory=")
@@ -200,58 +200,58 @@ class Experiment:
         return start
 
     def view(self, gpa: int) -> Hva:
-        """Return the address at which the host's own code may look at ``gpa``; the same unless pyvmm enforces."""
+        """Return the host code's address of ``gpa``. It differs from KVM's only under the emulated protection."""
         for slot in self.memory.slots:
             if slot.gpa <= gpa < slot.end:
                 return Hva(slot.view + gpa - slot.gpa)
         raise PyvmmError(f"gpa {hex_(gpa)} is in no slot")
 
     def host64(self, gpa: int) -> int | None:
-        """Load 64 bits as the host, guarded; None where that faults."""
+        """Load 64 bits as the host, guarded. None if that faults."""
         try:
             return int.from_bytes(self.memory.read(gpa, 8), "little")
         except GuestMemoryError:
             return None
 
     def host_stores(self, gpa: int, value: int) -> bool:
-        """Store 64 bits as the host, guarded; False where that faults."""
+        """Store 64 bits as the host, guarded. False if that faults."""
         try:
             self.memory.write(gpa, value.to_bytes(8, "little"))
         except GuestMemoryError:
             return False
         return True
 
-    # -- what is seen
+    # -- evidence
 
     def check(self, what: str, saw: Value | None, wanted: Value = True) -> bool:
-        """Note what was seen where the claim says what it must be; the claim holds if every check is as wanted."""
+        """Record an observation that the claim depends on. The claim holds if every check has its wanted value."""
         entry = Evidence(what, "nothing" if saw is None else saw, wanted)
         self.evidence.append(entry)
         return bool(entry.ok)
 
     def tell(self, what: str, saw: Value | None) -> None:
-        """Note what was seen, for the reader; the verdict does not hang on it."""
+        """Record an observation for the reader, without effect on the verdict."""
         self.evidence.append(Evidence(what, "nothing" if saw is None else saw))
 
     def time(self, what: str, ticks: int) -> None:
-        """Note ticks of the guest's counter; they are kept apart from what must repeat."""
+        """Record ticks of the guest's counter, separately from reproducible observations."""
         self.ticks[what] = ticks
 
     def cannot(self, why: str) -> NoReturn:
-        """End the experiment: the claim cannot be told here."""
+        """End the experiment: the claim cannot be tested here."""
         raise Untold(why)
 
     def map(self) -> Text:
-        """Draw the page map as it is now."""
+        """Draw the current page map."""
         from pyvmm.observe.mapterm import render
 
         return Text("\n".join(render(self.page_map())))
 
     def page_map(self) -> PageMap:
-        """Return what is known of every page now: the ledger's word, and under pkvm what traced faults tell besides.
+        """Return the state of every page: from the ledger, and under pkvm also from traced faults.
 
-        The ledger must assume there that the guest has touched every page. A page above FREE with a fault was donated;
-        one without is assumed to be the host's still, as long as a fault brings one page.
+        Under pkvm the ledger assumes that the guest has used every page. A page above FREE with a fault was donated.
+        One without a fault is assumed to still belong to the host, as long as each fault maps one page.
         """
         from pyvmm.observe.pagemap import PageMap
 
@@ -275,21 +275,21 @@ class Experiment:
         return PageMap.from_runs(runs)
 
     def exits(self) -> Text:
-        """Say how many exits of which kind there were, and how many conversions."""
+        """Return a text with the exits by kind and the conversions."""
         return Text(self.machine.counters.line())
 
     def picture(self, title: str) -> None:
-        """Keep the page map as it is now."""
+        """Record the current page map."""
         self.pictures.append(Picture(title, [(gpa, pages, entry) for gpa, pages, entry in self.page_map().runs]))
 
     def event(self, kind: str, gpa: int, pages: int = 1) -> None:
-        """Note for the timeline that something was done to memory now."""
+        """Record an event of memory for the timeline."""
         self._events.append((time.monotonic_ns(), kind, gpa, pages))
 
     def faults(self, gpa: int, pages: int = 1) -> list[TracedFault]:
-        """Return the stage-2 faults the kernel has traced in a range until now; needs ``faults=True``.
+        """Return the stage-2 faults that the kernel has traced in a range; needs ``faults=True``.
 
-        The kernel tells page addresses; nothing in RAM's last 2 MiB or below FREE is recorded.
+        The addresses are those of pages. RAM's last 2 MiB and addresses below FREE are not recorded.
         """
         end = gpa + pages * PAGE_SIZE
         return [fault for fault in self._trace.faults() if gpa <= fault.gpa < end]
@@ -300,14 +300,14 @@ class Experiment:
 
     @property
     def verdict(self) -> Verdict:
-        """What the checks say."""
+        """The verdict of all checks."""
         checked = [entry.ok for entry in self.evidence if entry.ok is not None]
         if not checked:
-            return Verdict.UNTOLD  # an experiment that checks nothing tells nothing
+            return Verdict.UNTOLD  # an experiment without checks has no verdict
         return Verdict.HOLDS if all(checked) else Verdict.FAILS
 
     def events(self) -> tuple[tuple[Event, ...], list[int]]:
-        """Return what happened to memory, in order, and when, in ns since the experiment began."""
+        """Return the events of memory, in order, and their times in ns since the experiment began."""
         found = list(self._events)
         if self._traced:
             tree = range(RAM_BASE + self.config.memory - HUGE_SIZE, RAM_BASE + self.config.memory)
@@ -319,14 +319,14 @@ class Experiment:
     # -- KVM_RUN that fails
 
     def failure(self, timeout: float = PATIENCE) -> RunFailure:
-        """Wait until a vCPU's KVM_RUN has failed, and return how; that vCPU waits for :meth:`retry`."""
+        """Wait until a vCPU's KVM_RUN has failed, and return the failure. That vCPU waits for :meth:`retry`."""
         try:
             return self._failures.get(timeout=timeout)
         except queue.Empty:
             raise Untold(f"KVM_RUN was expected to fail and has not within {timeout:g} s") from None
 
     def failed(self, order: Any, timeout: float = PATIENCE) -> RunFailure | None:
-        """Wait for an order's end: None when the guest carried it out, or how KVM_RUN failed."""
+        """Wait for an order's end. Returns None on success, or the failure of KVM_RUN."""
         deadline = time.monotonic() + timeout
         while not order.done():
             with contextlib.suppress(queue.Empty):
@@ -336,7 +336,7 @@ class Experiment:
         return None
 
     def unasked_failures(self) -> list[RunFailure]:
-        """Return the failures of KVM_RUN that the experiment has not asked for."""
+        """Return the failures of KVM_RUN that the experiment has not collected."""
         found = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -344,7 +344,7 @@ class Experiment:
         return found
 
     def went(self, order: Any, timeout: float = PATIENCE) -> str:
-        """Wait for an order's end and name it: ``went on``, or the errno of KVM_RUN, and what the kernel told with it.
+        """Wait for an order's end and name it: ``went on``, or the errno of KVM_RUN with the kernel's details.
 
         A vCPU whose KVM_RUN failed waits for :meth:`retry`, or for the experiment's end.
         """
@@ -358,7 +358,7 @@ class Experiment:
         return str(failure)
 
     def retry(self) -> None:
-        """Let the vCPU whose KVM_RUN failed try again."""
+        """Let the vCPU with the failed KVM_RUN try again."""
         self._go.release()
 
     def _access(self, native: pv_vcpu) -> bool:
@@ -376,7 +376,7 @@ class Experiment:
 
     @contextlib.contextmanager
     def setting(self, path: str, value: str) -> Iterator[None]:
-        """Change a setting of the whole host while the block runs: only in the lab, where the host is ours."""
+        """Change a host-wide setting during the block. Only in the lab, which owns its host."""
         try:
             before = settings.read(path)
         except OSError as error:
@@ -385,7 +385,7 @@ class Experiment:
             yield
             return
         if not in_lab():
-            self.cannot(f"{path} is {before}, the experiment needs {value}, and only the lab's settings are changed")
+            self.cannot(f"{path} is {before}, but must be {value}, and settings are only changed in the lab")
         try:
             settings.write(path, value)
         except OSError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files, slots and mappings without pyvmm's own refusals: what experiments ask of the kernel and a machine never does.
+"""Files, slots and mappings without pyvmm's checks, for experiments that test the kernel's answers.
 
-Owns nothing: what is made here is given back by the experiment's stack or by the machine.
+Owns nothing: the experiment's stack or the machine releases the objects.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from pyvmm.experiment.experiment import Experiment
 
 _numbers = itertools.count(100)
-"""Slot numbers that pyvmm's own table, which counts from 0, does not come to."""
+"""Slot numbers that pyvmm's own table, which counts from 0, does not reach."""
 
 ORDERS = ("mailbox", "interrupted")
-"""Exits that every order to the guest costs, or that a kick makes."""
+"""Exits that every order to the guest, or a kick, causes."""
 
 
 def name(errno: int) -> str:
@@ -43,7 +43,7 @@ def name(errno: int) -> str:
 
 
 def answer(call: Callable[[], object]) -> str:
-    """Make a call that the kernel may refuse; returns ``ok``, or the errno's name."""
+    """Make a call that the kernel may refuse. Returns ``ok``, or the errno's name."""
     try:
         call()
     except (KvmError, MappingError, OSError) as error:
@@ -52,12 +52,12 @@ def answer(call: Callable[[], object]) -> str:
 
 
 def exits(x: Experiment) -> int:
-    """Count how often vCPUs have come back from KVM_RUN until now for anything but orders and kicks."""
+    """Return the number of exits from KVM_RUN, except those for orders and kicks."""
     return sum(each.count for each in x.machine.counters.exits if each.name not in ORDERS)
 
 
 def make(x: Experiment, size: int) -> Backing:
-    """Make a file of the kind that the guest's memory is of; whoever gets it, or the experiment's end, closes it."""
+    """Make a backing of the same kind as guest memory. Its receiver, or the experiment's end, closes it."""
     match x.backing:
         case "guest_memfd":
             backing: Backing = SharedGuestMemfd(x.machine.vm, size)
@@ -71,14 +71,14 @@ def make(x: Experiment, size: int) -> Backing:
 def slot(
     x: Experiment, gpa: int, size: int, hva: int, *, flags: int = 0, file: GuestMemfd | None = None, offset: int = 0
 ) -> int:
-    """Make a slot in KVM alone and return its number; KvmError where the kernel refuses."""
+    """Make a slot only in KVM and return its number. Raises KvmError if the kernel refuses."""
     number = next(_numbers)
     x.machine.vm.set_memory(number, gpa, size, hva, flags=flags, guest_memfd=file, offset=offset)
     return number
 
 
 def place(x: Experiment, gpa: int) -> tuple[Backing, int]:
-    """Return the file that holds the page at ``gpa``, and the offset there."""
+    """Return the file of the page at ``gpa``, and its offset there."""
     for each in x.memory.slots:
         if each.gpa <= gpa < each.end:
             return each.backing, each.offset + gpa - each.gpa
@@ -86,38 +86,38 @@ def place(x: Experiment, gpa: int) -> tuple[Backing, int]:
 
 
 def load64(address: int) -> int | None:
-    """Load 64 bits at an address of ours, guarded; None where that faults."""
+    """Load 64 bits from an address of this process, guarded. None if that faults."""
     room = bytearray(8)
     done = lib.pv_copy(ffi.from_buffer("uint8_t[]", room), ffi.cast("void *", address), 8)
     return int.from_bytes(room, "little") if done == 8 else None
 
 
 def punch(fd: int, offset: int, size: int) -> str:
-    """Punch a hole in a file, whatever pyvmm says; returns ``ok``, or the errno's name."""
+    """Punch a hole in a file, without pyvmm's checks. Returns ``ok``, or the errno's name."""
     return answer(lambda: mman.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size))
 
 
 def allocate(fd: int, offset: int, size: int) -> str:
-    """Allocate a range of a file; returns ``ok``, or the errno's name."""
+    """Allocate a range of a file. Returns ``ok``, or the errno's name."""
     return answer(lambda: mman.fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, size))
 
 
 def kib(fd: int) -> int:
-    """Return what fstat(2) says a file takes (st_blocks), in KiB."""
+    """Return a file's allocated size by fstat(2) (st_blocks), in KiB."""
     return os.fstat(fd).st_blocks // 2
 
 
 def present(address: int) -> bool:
-    """Whether the page tables of this process have a page at an address of ours, which is not touched."""
+    """Whether this process's page tables have a page at an address. Does not access the page."""
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         return bool(int.from_bytes(os.pread(file.fileno(), 8, address // PAGE_SIZE * 8), "little") >> 63)
 
 
 def poison(fd: int, offset: int) -> str:
-    """Have a page of a file treated as broken memory (MADV_HWPOISON); returns ``ok``, or the errno's name.
+    """Mark a page of a file as broken memory (MADV_HWPOISON). Returns ``ok``, or the errno's name.
 
-    The frame is lost to the host until it boots again, so this is for the lab.
-    In a forked child with a mapping of its own: the kernel sends SIGBUS to whoever asks.
+    The host loses the frame until it reboots, so use it only in the lab. It runs in a forked child with a separate
+    mapping, because the kernel sends SIGBUS to the caller.
     """
     child = os.fork()
     if child == 0:
@@ -133,7 +133,7 @@ def poison(fd: int, offset: int) -> str:
 
 
 def free_kib() -> int:
-    """Return the host's free memory in KiB, that in its CPUs' lists included: good for telling megabytes, not pages."""
+    """Return the host's free memory in KiB, including per-CPU lists. Accurate to megabytes, not to pages."""
     pages = 0
     with open("/proc/zoneinfo") as lines:
         for line in lines:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an experiment records: what it saw, what it wanted to see, page maps, events, and how KVM_RUN failed.
+"""An experiment's records: observed and wanted values, page maps, events, and failures of KVM_RUN.
 
-Plain values, owns nothing; the experiment makes them, an atlas keeps them.
+Plain values. The experiment makes them, an atlas keeps them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.uapi.kvm_run import ExitReason
 
 Value = bool | int | str
-"""What was seen: a truth, a number, or text (bytes are said in hex, addresses as 0x8000_0000)."""
+"""An observed value: a bool, a number, or text (bytes in hex, addresses as 0x8000_0000)."""
 
 TCG = "tcg"
-"""The field of a host's description that is true where QEMU's TCG runs it, so that its times are relative only."""
+"""The field of a host's description that is true under QEMU's TCG, where times are only relative."""
 
 _OLD_NAMES = {"emulated": TCG}
 
@@ -30,19 +30,19 @@ Runs = list[tuple[int, int, int]]
 
 
 def renamed(host: Mapping[str, V]) -> dict[str, V]:
-    """Return a host's description of format 1, of an atlas or a benchmark, with the names that its fields have now."""
+    """Convert a host's description of format 1, of an atlas or a benchmark, to the current field names."""
     return {_OLD_NAMES.get(name, name): value for name, value in host.items()}
 
 
 class Verdict(Enum):
-    """What became of a claim on this host."""
+    """The result of a claim on this host."""
 
     HOLDS = "holds"
     FAILS = "does not hold"
     UNTOLD = "cannot be told"
-    """Not on this host, or not now: the reason says why."""
+    """The claim cannot be tested on this host, or not now. The reason is recorded."""
     CRASHED = "crashed"
-    """The process that ran the experiment died, or was past its deadline and killed."""
+    """The experiment's process died, or was killed at its deadline."""
 
     @property
     def mark(self) -> str:
@@ -52,7 +52,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One thing seen. With ``wanted`` the claim's verdict hangs on ``saw`` being equal to it."""
+    """One observation. With ``wanted``, the verdict depends on ``saw`` being equal to it."""
 
     what: str
     saw: Value
@@ -60,7 +60,7 @@ class Evidence:
 
     @property
     def ok(self) -> bool | None:
-        """Whether it is as the claim says; None for what is only told."""
+        """Whether it has the wanted value; None without one."""
         return None if self.wanted is None else self.saw == self.wanted
 
 
@@ -74,9 +74,9 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to guest memory: ``kind`` is fault, share, unshare, punch, convert or slot.
+    """An event of guest memory. ``kind`` is fault, share, unshare, punch, convert or slot.
 
-    ``order`` counts events of the experiment from 0; when each happened is in the result's ``times``.
+    ``order`` counts the experiment's events from 0. The result's ``times`` has their times.
     """
 
     order: int
@@ -87,7 +87,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class RunFailure:
-    """A KVM_RUN that returned -1; ``gpa``, ``size`` and ``flags`` are told with KVM_EXIT_MEMORY_FAULT (39) only."""
+    """A KVM_RUN that returned -1; ``gpa``, ``size`` and ``flags`` are only valid with KVM_EXIT_MEMORY_FAULT (39)."""
 
     vcpu: int
     errno: int

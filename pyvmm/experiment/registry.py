@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes by a name: groups of claims and benchmark cases, built in or brought by an installed package.
+"""A registry of named objects: groups of claims and benchmark cases, built in or from installed packages.
 
-Something built in is a value at the top of a module in one package. Something brought is what an entry point of an
-installed package leads to. Entry points are read only for a name that is not built in, and for a list of all there is.
+A built-in object is a top-level value of a module in one package. A plug-in object is the target of an entry point of
+an installed package. Entry points are read only for a name that is not built in, and for a list of all objects.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pyvmm.plugins import PluginError
 
 
 class Named(Protocol):
-    """What a registry holds."""
+    """An object of a registry."""
 
     @property
     def name(self) -> str:
-        """What it goes by; an entry point that leads to it has the same name."""
+        """Its name, also that of its entry point."""
         ...
 
 
@@ -32,18 +32,18 @@ T = TypeVar("T")
 
 
 class Registry(Generic[N]):
-    """All values of ``kind``: those in the modules of ``package``, and those of the entry points ``entry_points``."""
+    """All objects of ``kind``: those in the modules of ``package``, and those of the entry points ``entry_points``."""
 
     def __init__(self, kind: type[N], package: str, entry_points: str) -> None:
         self._kind, self._package, self._entry_points = kind, package, entry_points
         self._built_in: dict[str, N] = {}
         self._modules: set[str] = set()
-        """Those imported and looked through."""
+        """The modules imported and searched so far."""
 
     def built_in(self, begins: tuple[str, ...] = ("",)) -> dict[str, N]:
-        """Import the modules whose names begin with one of ``begins``; return what is built in and imported, by name.
+        """Import the modules whose names begin with one of ``begins``. Returns the built-in objects so far, by name.
 
-        Raises ValueError where two have one name.
+        Raises ValueError if two have the same name.
         """
         package = importlib.import_module(self._package)
         for info in pkgutil.iter_modules(package.__path__):
@@ -59,19 +59,19 @@ class Registry(Generic[N]):
             raise ValueError(f"two {self._kind.__name__.lower()}s are called {value.name}")
 
     def plug_in(self, name: str) -> N | None:
-        """Return what an installed package brings under ``name``; PluginError where that cannot be used."""
+        """Return the object ``name`` of an installed package. Raises PluginError if it cannot be used."""
         found = plugins.find(self._entry_points, name, self._kind)
         if found is not None and found.name != name:
             package = plugins.names(self._entry_points)[0][name]
-            raise PluginError(name, package, f"what it leads to is called {found.name!r}")
+            raise PluginError(name, package, f"its target is called {found.name!r}")
         return found
 
     def plug_ins(self) -> tuple[list[N], list[PluginError]]:
-        """Return all that installed packages bring, and why some of it cannot be used."""
+        """Return all objects of installed packages, and the faults of unusable ones."""
         brought, faults = plugins.every(self._entry_points, self._kind, taken=self.built_in())
         for each in brought:
             if each.item.name != each.name:
-                faults.append(each.fault(f"what it leads to is called {each.item.name!r}"))
+                faults.append(each.fault(f"its target is called {each.item.name!r}"))
         return [each.item for each in brought if each.item.name == each.name], faults
 
 
@@ -81,10 +81,10 @@ def choose(
     brought: Callable[[str], Sequence[T]],
     refuse: Callable[[str], UsageError],
 ) -> list[T]:
-    """Return what each name asks for, in this order and each once.
+    """Return the objects of the names, in this order, each once.
 
-    ``known`` has what is built in, by every name it goes by. ``brought`` is asked for what else goes by a name; where
-    that is nothing, what ``refuse`` makes of the name is raised.
+    ``known`` has the built-in objects under all their names. ``brought`` looks up other names. For an unknown name, the
+    error from ``refuse`` is raised.
     """
     found: list[T] = []
     for name in names:
@@ -96,9 +96,9 @@ def choose(
 
 
 def nearest(name: str, known: Iterable[str], *, offers: Mapping[str, str] | None = None, otherwise: str = "") -> str:
-    """Say which known names are like ``name``; where none is, ``otherwise``, or which names are known.
+    """Return a hint with the known names closest to ``name``; without any, ``otherwise`` or all known names.
 
-    ``offers`` has what is said in place of a name, where that is another.
+    ``offers`` maps names to the text shown instead.
     """
     names, offers = list(known), offers or {}
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs claims and benchmark cases, each in a child process with a deadline, so that none can hurt its neighbours.
+"""Run claims and benchmark cases, each isolated in a child process with a deadline.
 
-A child process that dies, or that is past its deadline and killed with all it started, has that for its result. What
-it may have left changed of the host's settings is put back. Must be called in a process without other threads.
+If a child process dies, or is killed at its deadline with its descendants, the result says so. Host settings that it
+changed are restored. Call it in a process without other threads.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ R = TypeVar("R")
 
 
 class Task(Protocol[R]):
-    """One thing to run, and what its result is."""
+    """One task to run, and its result."""
 
     @property
     def seconds(self) -> float:
-        """How long it may take, unless whoever runs it says otherwise."""
+        """Its default deadline in seconds."""
         ...
 
     def conduct(self, seconds: float, /) -> Any:
-        """Do it, in the child process, which is killed after ``seconds``; return plain values, as JSON has them."""
+        """Run the task in the child process, which is killed after ``seconds``. Returns JSON values."""
         ...
 
     def result(self, data: Any, /) -> R:
-        """Return the result that :meth:`conduct` returned as plain values."""
+        """Convert the JSON values of :meth:`conduct` to a result."""
         ...
 
     def crashed(self, why: str, seconds: float, /) -> R:
-        """Return the result of a child process that did not come to its end, after ``seconds``."""
+        """Return the result for a child process that did not finish, after ``seconds``."""
         ...
 
     def is_orderly(self, result: R, /) -> bool:
-        """Whether whatever had this result has put the host's settings back itself."""
+        """Whether a task with this result has restored the host's settings itself."""
         ...
 
 
 def run(tasks: Iterable[Task[R]], *, deadline: float | None = None) -> Iterator[R]:
-    """Run one task after the other and yield results as they come; ``deadline`` seconds replace the tasks' own."""
+    """Run one task after the other and yield results as they come. ``deadline`` replaces the tasks' own."""
     before = SavedSettings()
     for task in tasks:
         orderly = False
@@ -51,13 +51,13 @@ def run(tasks: Iterable[Task[R]], *, deadline: float | None = None) -> Iterator[
             result = run_one(task, task.seconds if deadline is None else deadline)
             orderly = task.is_orderly(result)
         finally:
-            if not orderly:  # it crashed, or was killed because we are to end
+            if not orderly:  # it crashed, or was killed because the run ends
                 before.restore()
         yield result
 
 
 def run_one(task: Task[R], deadline: float) -> R:
-    """Run a task in a child process and return its result, or the one that says how that process ended."""
+    """Run a task in a child process and return its result, or a result that describes the process's end."""
     begun = time.monotonic()
     try:
         return task.result(run_in_child(lambda: task.conduct(deadline), deadline))

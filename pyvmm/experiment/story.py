@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of a protected guest, told and checked: what ``pyvmm demo`` prints, step by step.
+"""Run and check the life of a protected guest, step by step, for ``pyvmm demo``.
 
-Owns the machine it makes. Every fact is one that the kernel, the guest or the VMM has just given; one that is not as it
-should be is told as such, and the story goes on.
+Owns the machine that it makes. Every fact comes from the kernel, the guest or the VMM at that moment. A wrong fact is
+marked, and the story continues.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.memory.relay import ShareEvent
 
 PAGES = 16
-# Far from what is loaded: the payload is at RAM's start, the device tree at its end.
+# Away from loaded data: the payload is at RAM's start, the device tree at its end.
 TOUCHED = Gpa(layout.RAM_BASE + DEFAULT_MEMORY // 2)
 SECRET = Gpa(TOUCHED + PAGES * PAGE_SIZE)
 SHARED = Gpa(SECRET + PAGE_SIZE)
@@ -44,19 +44,19 @@ FAREWELL = b"shared to the end..............."
 
 
 class Step(NamedTuple):
-    """One step: what happens, and the facts that show it, each with whether it is as it should be."""
+    """One step: its title, and its facts, each with whether it is as expected."""
 
     title: str
     facts: list[tuple[bool, str]]
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as it should be."""
+        """Whether all facts are as expected."""
         return all(good for good, _ in self.facts)
 
 
 class Story:
-    """Told once, by :meth:`tell`; ``say`` gets each step when it is over."""
+    """The story. :meth:`tell` runs it once, and passes each finished step to ``say``."""
 
     def __init__(self, say: Callable[[Step], None]) -> None:
         self._say = say
@@ -65,7 +65,7 @@ class Story:
         self.ok = True
 
     def tell(self) -> str:
-        """Run the guest through its life; returns the line of exit statistics."""
+        """Run the guest through its life. Returns the line of exit statistics."""
         before = locked_kib()
         config = MachineConfig("payload:puppet", Protection.PKVM, DEFAULT_MEMORY, serial_out=None)
         with Machine(config) as machine:
@@ -103,7 +103,7 @@ class Story:
             guest = Puppet(self._machine.mailboxes, timeout=60.0)
             pong = guest.ping()
             self._fact(pong.el == 1, f"a vCPU answers from EL{pong.el}; it takes orders through a mailbox")
-            # Once it has obeyed one, its code and stack are there: growth is what it is told to touch from then on.
+            # After the first order its code and stack are donated. Further growth comes from ordered accesses.
             guest.touch(WARM, 1)
             self._fact(locked_kib() > 0, f"its code, stack and device tree are its own now: VmLck {locked_kib()} kB")
         return guest
@@ -192,7 +192,7 @@ class Story:
             seen = memory.read(KEPT, len(FAREWELL))
             self._fact(seen == FAREWELL, f"a page still shared keeps its contents: {text(seen)}")
 
-    # -- how facts are found
+    # -- finding facts
 
     @contextlib.contextmanager
     def _step(self, title: str) -> Iterator[None]:
@@ -206,7 +206,7 @@ class Story:
         self._facts.append((good, what))
 
     def _refused(self, gpa: int) -> tuple[bool, str]:
-        """Try to read a private page as the host; it must fail, and be survived."""
+        """Try to read a private page as the host. The read must fail, without a crash."""
         try:
             seen = self._machine.memory.read(gpa, 8)
         except GuestMemoryError as error:
@@ -214,7 +214,7 @@ class Story:
         return False, f"a host load at {hex_(gpa)} went through: {seen.hex()}"
 
     def _heard(self, gpa: int, *, shared: bool) -> tuple[bool, str]:
-        """Look for the conversion among what the relay has announced."""
+        """Look for the conversion among the relay's announcements."""
         what = "share" if shared else "unshare"
         for event in self._events:
             if event.shared == shared and event.gpa <= gpa < event.gpa + event.npages * PAGE_SIZE:
@@ -231,16 +231,16 @@ def locked_kib() -> int:
 
 
 def put(guest: Puppet, gpa: int, data: bytes) -> None:
-    """Have the guest store ``data``, whole words of it."""
+    """Have the guest store ``data``, in whole words."""
     for at in range(0, len(data), 8):
         guest.write64(gpa + at, int.from_bytes(data[at : at + 8], "little"))
 
 
 def get(guest: Puppet, gpa: int, size: int) -> bytes:
-    """Have the guest load ``size`` bytes, whole words of them."""
+    """Have the guest load ``size`` bytes, in whole words."""
     return b"".join(word.to_bytes(8, "little") for word in guest.words(gpa, size // 8))
 
 
 def text(data: bytes) -> str:
-    """Quote bytes for a sentence, without the dots that fill their last word."""
+    """Quote bytes for a message, without the padding dots at the end."""
     return '"' + data.decode("latin-1").encode("unicode_escape").decode().rstrip(".") + '"'

@@ -112,7 +112,7 @@ def test_nearest_names_are_those_of_packages_too() -> None:
 
 FAULTS = [
     ("1 / 0", "ZeroDivisionError: division by zero"),
-    ("from pyvmm.atlas.claim import group\nclaim = group('other', heading='x')", "what it leads to is called 'other'"),
+    ("from pyvmm.atlas.claim import group\nclaim = group('other', heading='x')", "its target is called 'other'"),
     ("from pyvmm.atlas.claim import group\nclaim = group('share', heading='x')", "a group called 'share' already"),
     ("claim = 3", "pyvmm_bad:claim is a int, not a Group"),
 ]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a host can do to a guest's page behind the VMM's back: the system calls that experiments make, through libc."""
+"""Accesses of a host to guest pages without the VMM: the system calls of experiments, through libc."""

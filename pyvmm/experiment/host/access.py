@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way this process can make its kernel touch a page: by system calls, by a device, by the kernel's own mapping.
+"""All ways for this process to make its kernel access a page: system calls, a device, the kernel's own mapping.
 
 Each function takes the address of a page in this process (or its file and offset) and returns an :class:`Answer` with
-what was read; none of them raises for what the kernel answers. What takes another process is in ``processes``.
+the bytes read. None raises for an error of the kernel. ``processes`` has the ways that need another process.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _opened(path: str | Path, flags: int) -> Iterator[int]:
 
 
 def _drained(fd: int, moved: Answer) -> Answer:
-    """Add to a successful answer what can be read from a pipe now; an error of that is the answer."""
+    """Add the bytes that a pipe now holds to a successful answer, or return the error of reading them."""
     if not moved.ok:
         return moved
     buffer = ctypes.create_string_buffer(PAGE_SIZE)
@@ -98,7 +98,7 @@ def process_vm_writev(address: int) -> Answer:
 
 
 def proc_mem_read(address: int) -> Answer:
-    """pread(2) of /proc/self/mem, which may look where the mapping lets nobody."""
+    """pread(2) of /proc/self/mem, which ignores the mapping's protection."""
     with _opened("/proc/self/mem", os.O_RDONLY) as fd:
         return pread_file(fd, address)
 
@@ -119,7 +119,7 @@ def vmsplice(address: int) -> Answer:
 def futex(address: int) -> Answer:
     """futex(2) FUTEX_WAIT on the page's first word, for a value it does not have: the kernel loads the word.
 
-    The kernel's EAGAIN says that it could, and is ok here; the wait is bounded should the value happen to be there.
+    The kernel's EAGAIN means success, and is ok here. The wait is bounded in case the word has that value.
     """
     timeout = struct.pack("qq", 0, 1_000_000)
     answer = call(NR_FUTEX, address, FUTEX_WAIT, 0x5A5A_5A5A, ctypes.c_char_p(timeout), 0, 0)
@@ -127,7 +127,7 @@ def futex(address: int) -> Answer:
 
 
 def direct_write(address: int, device: Path) -> Answer:
-    """An O_DIRECT write of the page to a block device, which is given its physical address; then what arrived."""
+    """An O_DIRECT write of the page to a block device, by its physical address. Returns the bytes that arrived."""
     with _opened(device, os.O_RDWR | os.O_DIRECT) as fd:
         answer = call(NR_PWRITE64, fd, address, PAGE_SIZE, 0)
         return Answer(answer.result, answer.errno, _device_page(fd)) if answer.ok else answer
@@ -168,7 +168,7 @@ def splice_file(fd: int, offset: int) -> Answer:
 
 
 def map_file(fd: int, offset: int) -> Answer:
-    """Map the file's page once more and write(2) from there into a pipe: whether a new mapping sees it."""
+    """Map the file's page again and write(2) from there into a pipe, to test a new mapping."""
     try:
         with mmap.mmap(fd, PAGE_SIZE, offset=offset) as mapping:
             room = ctypes.c_char.from_buffer(mapping)
@@ -180,6 +180,6 @@ def map_file(fd: int, offset: int) -> Answer:
 
 
 def fork_load(address: int) -> tuple[str, bytes]:
-    """Have a forked child that inherits the page load a word: how that ended, and the word."""
+    """Have a forked child that inherits the page load a word. Returns the child's end, and the word."""
     answer = child_load(address)
     return answer.name, answer.data

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VM made of nothing but its descriptors and mappings, each of which can be let go of alone, in any order.
+"""A minimal VM, whose descriptors and mappings can be released one by one, in any order.
 
-Its guest stores a word to every page of its memory but the first, which holds its code, and powers itself off. What is
-let go of is replaced, not closed, so that numbers and addresses stay taken and nothing else of this process is hit.
+Its guest stores a word to every page of its memory except the first, which holds its code, and powers itself off. A
+released descriptor or mapping is replaced, not closed, so that its number or address stays occupied.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ WORD = 0x5EC2_E75E_C2E7
 CODE = (0xF900_0023, 0x9140_0421, 0xF100_0442, 0x54FF_FFA1, 0xD400_0002)
 SYSTEM_OFF = 0x8400_0008
 HOLDERS = ("vm", "vcpu", "run", "memory", "memfd")
-"""What can be let go of: two descriptors, the mapping of kvm_run, that of guest memory, and its descriptor."""
+"""The references that can be released: two descriptors, two mappings (kvm_run, guest memory), and the memfd."""
 
 
 class Bare:
-    """A VM of one vCPU and ``pages`` pages of a memfd; a context manager. ``witness`` is another mapping of that."""
+    """A VM of one vCPU and ``pages`` pages of a memfd. ``witness`` is a second mapping. A context manager."""
 
     def __init__(self, protection: Protection, pages: int = 4) -> None:
         self.pages = pages
@@ -63,7 +63,7 @@ class Bare:
         self.close()
 
     def close(self) -> None:
-        """Give everything back. Idempotent."""
+        """Release everything. Idempotent."""
         self._stack.close()
 
     def rewind(self) -> None:
@@ -105,14 +105,14 @@ class Bare:
 
 
 def look(address: int, size: int = PAGE_SIZE) -> bytes | None:
-    """Load bytes from an address of ours, guarded; None where that faults."""
+    """Load bytes from an address of this process, guarded. None if that faults."""
     room = bytearray(size)
     done = lib.pv_copy(ffi.from_buffer("uint8_t[]", room), ffi.cast("void *", address), size)
     return bytes(room) if done == size else None
 
 
 def store(address: int, value: int) -> bool:
-    """Store 64 bits to an address of ours, guarded; False where that faults."""
+    """Store 64 bits to an address of this process, guarded. False if that faults."""
     return int(lib.pv_copy(ffi.cast("void *", address), value.to_bytes(8, "little"), 8)) == 8
 
 

@@ -15,7 +15,7 @@ ABSENT = "the page is not in the file"
 
 
 def core_page(path: Path, address: int) -> Answer:
-    """Read a page of a process from its core file; ABSENT where it is not in there."""
+    """Read a page of a process from its core file; ABSENT if the file lacks it."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for offset, start, size in _segments(fd):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of ours that does something until it is told to end, or is killed. Owns the child, and reaps it.
+"""A child process that works until it is told to end, or is killed. Owns the child, and reaps it.
 
-Fork before this process has other threads: a guest's vCPUs are such.
+Fork before this process has other threads, such as a guest's vCPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyvmm.uapi.prctl import PR_SET_PDEATHSIG
 
 
 class Forked:
-    """A forked child in which ``work`` is called with this object; a context manager in the parent."""
+    """A forked child that calls ``work`` with this object. A context manager in the parent."""
 
     def __init__(self, work: Callable[[Forked], object]) -> None:
         self._work = work
@@ -60,7 +60,7 @@ class Forked:
             os._exit(code)
 
     def say(self) -> None:
-        """Let the parent know that the work has come as far as it should."""
+        """Tell the parent that the work has reached its goal."""
         os.write(self._said, b"!")
 
     def wait_for_end(self) -> None:
@@ -70,7 +70,7 @@ class Forked:
     # -- in the parent
 
     def heard(self, timeout: float) -> bool:
-        """Wait until the child has said something; False if it has not in time, or has ended."""
+        """Wait for the child's :meth:`say`. False if it is late, or the child has ended."""
         ready, _, _ = select.select([self._heard], [], [], timeout)
         return bool(ready) and os.read(self._heard, 1) == b"!"
 

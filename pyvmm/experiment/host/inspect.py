@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel tells of pages without touching them: page tables, flags, counts, swap, KSM."""
+"""Read the kernel's data about pages without accessing them: page tables, flags, counts, swap, KSM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KSM = Path("/sys/kernel/mm/ksm")
 
 
 def everything(address: int) -> dict[str, str]:
-    """Ask every such file about a page, and say of each ``ok`` or why not."""
+    """Read every such file for a page. Returns ``ok`` or the error for each."""
     frame = page_frame(address)
     said = {"/proc/self/pagemap": "ok" if frame else "no frame told"}
     for name in ("smaps", "smaps_rollup", "numa_maps", "maps"):
@@ -42,12 +42,12 @@ def swap_used() -> int:
 
 
 def ksm_scans() -> int:
-    """Return how often ksmd has been through all memory it was told of."""
+    """Return the number of ksmd's full scans of its memory."""
     return int((KSM / "full_scans").read_text())
 
 
 def ksm_merging() -> int:
-    """Return how many of this process's pages KSM has merged; 0 where the kernel does not tell."""
+    """Return how many of this process's pages KSM has merged; 0 if the kernel does not report it."""
     try:
         words = Path("/proc/self/ksm_stat").read_text().split()
     except OSError:

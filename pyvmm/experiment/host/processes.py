@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other processes can do to a page of this one: a child that inherits it, a debugger, a core dump.
+"""Accesses of other processes to a page of this one: a child that inherits it, a debugger, a core dump.
 
-Each forks a child that ends before the function returns. The mapping of guest memory is kept out of forks, and its one
-page is let into this one on purpose. Each returns an :class:`Answer`; none raises for what the kernel answers.
+Each forks a child that ends before the function returns. The mapping of guest memory is excluded from forks, so the
+functions include its page in theirs explicitly. Each returns an :class:`Answer`. None raises for an error of the
+kernel.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SHARED_ONLY = "0xa"
 
 
 def in_child(work: Callable[[int], object]) -> tuple[int, bytes]:
-    """Run ``work(fd)`` in a forked child that may write to fd; returns its exit code (-signal) and what it wrote."""
+    """Run ``work(fd)`` in a forked child that may write to fd. Returns its exit code (-signal) and its output."""
     read, write = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
@@ -75,13 +76,13 @@ def _ended(code: int, said: bytes) -> Answer:
 
 
 def child_load(address: int) -> Answer:
-    """Fork a child that inherits the page, and have it load a word; what it saw, or the signal that ended it."""
+    """Fork a child that inherits the page and loads a word. Returns the word, or the signal that ended the child."""
     with _inherited(address):
         return _ended(*in_child(lambda fd: os.write(fd, ctypes.string_at(address, 8))))
 
 
 def core_dump(address: int) -> Answer:
-    """Fork a child that inherits the page, lets it into core dumps, and aborts; the page in its core file."""
+    """Fork a child that inherits the page, includes it in core dumps, and aborts. Returns the page in the core file."""
     with tempfile.TemporaryDirectory() as directory:
 
         def crash(_fd: int) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the whole host that experiments change for a while, and how they get back what they were.
+"""Host-wide settings that experiments change temporarily, and restoring them.
 
-An experiment restores what it changed, unless its process was killed: whoever killed it then restores from a
-:class:`SavedSettings`. Only the settings in KNOWN are ever changed.
+An experiment restores its changes. If its process was killed, the runner restores them from a :class:`SavedSettings`.
+Only the settings in KNOWN are changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HUGE_PAGES = "/proc/sys/vm/nr_hugepages"
 CORE_PATTERN = "/proc/sys/kernel/core_pattern"
 KSM = "/sys/kernel/mm/ksm"
 HYP_TRACING = "/sys/kernel/tracing/remotes/hypervisor/tracing_on"
-"""Left on, every entry to EL2 costs more from then on."""
+"""If it stays on, every entry to EL2 costs more."""
 
 KNOWN = (SHMEM_ENABLED, SHMEM_64K, HUGE_PAGES, CORE_PATTERN, HYP_TRACING, *(f"{KSM}/{name}" for name in (
     "run", "sleep_millisecs", "pages_to_scan", "smart_scan", "use_zero_pages", "advisor_mode",
@@ -27,20 +27,20 @@ KNOWN = (SHMEM_ENABLED, SHMEM_64K, HUGE_PAGES, CORE_PATTERN, HYP_TRACING, *(f"{K
 
 
 def read(path: str) -> str:
-    """Return a setting's value, the chosen one where it lists them all; OSError where it cannot be read."""
+    """Return a setting's value; from a list of choices, the selected one. Raises OSError."""
     value = Path(path).read_text().strip()
     return value.partition("[")[2].partition("]")[0] if "[" in value else value
 
 
 def write(path: str, value: str) -> None:
-    """Set a value; OSError where that is refused, ValueError for what is not in KNOWN."""
+    """Set a value. Raises OSError if the kernel refuses, ValueError for a path outside of KNOWN."""
     if path not in KNOWN:
-        raise ValueError(f"{path} is no setting that SavedSettings would restore")
+        raise ValueError(f"{path} is not a setting that SavedSettings restores")
     Path(path).write_text(value)
 
 
 class SavedSettings:
-    """What the settings are now, as far as they can be read, and which zram devices there are."""
+    """The current values of readable settings, and the existing zram devices."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -50,7 +50,7 @@ class SavedSettings:
         self._zram = zram.devices()
 
     def restore(self) -> None:
-        """Put back every setting that is another by now, and remove the zram devices that came since."""
+        """Restore every changed setting, and remove new zram devices."""
         for number in zram.devices() - self._zram:
             with contextlib.suppress(OSError):
                 zram.remove(number)

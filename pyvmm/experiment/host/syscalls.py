@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System calls that Python has no function for, or only one that takes a buffer: here addresses are plain integers.
+"""System calls without a Python function, or with one that takes a buffer. Here addresses are integers.
 
-Owns nothing. Each call returns an :class:`Answer`: failing is what experiments are about. Numbers of system calls are
-those of include/uapi/asm-generic/unistd.h where they are the same on every architecture, else of both that KVM is on.
+Owns nothing. Each call returns an :class:`Answer`, because experiments expect failures. System call numbers come from
+include/uapi/asm-generic/unistd.h, or are given for both architectures if they differ.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ CAPABILITY_VERSION_3 = 0x2008_0522
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the kernel answered: the result (-1 where it failed), errno (0 where it did not), and bytes it gave.
+    """The kernel's answer: the result (-1: failed), errno (0: succeeded), and the bytes read.
 
-    ``died`` is the signal, by name, that ended a process of ours which tried, or why it gave nothing.
+    ``died`` is the name of the signal that ended the trying process, or the reason of an empty answer.
     """
 
     result: int
@@ -83,7 +83,7 @@ class Iovec(ctypes.Structure):
 
 
 def call(number: int, *arguments: Any, data: Any = None) -> Answer:
-    """Make a system call with integers and ctypes pointers; ``data`` is a buffer whose bytes go into the answer."""
+    """Make a system call with integers and ctypes pointers. The bytes of the buffer ``data`` go into the answer."""
     words = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
     result = _libc.syscall(ctypes.c_long(number), *words)
     errno = ctypes.get_errno() if result == -1 else 0
@@ -108,7 +108,7 @@ def mremap(address: int, size: int, to: int) -> Answer:
 
 
 def anonymous(size: int) -> int:
-    """Map private anonymous memory and return its address; whoever asks unmaps it."""
+    """Map private anonymous memory and return its address. The caller unmaps it."""
     answer = call(NR_MMAP, 0, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if not answer.ok:
         raise OSError(answer.errno, f"mmap: {os.strerror(answer.errno)}")
@@ -121,7 +121,7 @@ def prctl(option: int, argument: int) -> Answer:
 
 
 def drop_capabilities(*numbers: int) -> None:
-    """Take capabilities (CAP_*) from this thread and those it makes; they do not come back. OSError where refused."""
+    """Drop capabilities (CAP_*) of this thread and its future children, permanently. Raises OSError."""
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words, then high words
     for number, what in ((NR_CAPGET, "capget"), (NR_CAPSET, "capset")):
@@ -134,7 +134,7 @@ def drop_capabilities(*numbers: int) -> None:
 
 
 def page_frame(address: int) -> int | None:
-    """Return the number of the physical page behind an address of ours; None where there is none or no permission."""
+    """Return the physical page number of an address; None without a page or without permission."""
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         entry = int.from_bytes(os.pread(file.fileno(), 8, address // PAGE_SIZE * 8), "little")
     frame = entry & (1 << 55) - 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""io_uring with one fixed buffer: one read into, or write from, a page that was registered before.
+"""io_uring with one fixed buffer: one read into, or write from, a registered page.
 
-include/uapi/linux/io_uring.h, as much of it as one request needs. Owns the ring while it is open.
+The part of include/uapi/linux/io_uring.h that one request needs. Owns the ring while it is open.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FEATURE_SINGLE_MMAP = 1
 
 
 class Ring:
-    """An io_uring of one entry; a context manager. OSError where the kernel makes none."""
+    """An io_uring of one entry. A context manager. Raises OSError if the kernel refuses."""
 
     def __init__(self) -> None:
         params = ctypes.create_string_buffer(_PARAMS)
@@ -85,7 +85,7 @@ class Ring:
 
 
 def register(address: int) -> Answer:
-    """Register a page as the fixed buffer of a ring that is closed again."""
+    """Register a page as the fixed buffer of a ring, and close the ring."""
     try:
         with Ring() as ring:
             return ring.register(address)
@@ -94,7 +94,7 @@ def register(address: int) -> Answer:
 
 
 def write_fixed(address: int) -> Answer:
-    """Register a page and write from it into a pipe; then what arrived there."""
+    """Register a page and write from it into a pipe. Returns the bytes that arrived."""
     return _through_a_pipe(address, None)
 
 

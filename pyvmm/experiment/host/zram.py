@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block device in memory, made for one experiment: something to do O_DIRECT against, or to swap to.
+"""A block device in memory for one experiment, for O_DIRECT or as swap.
 
-Owns the device while it is open. OSError where the kernel has no zram, this user may not make one, or
-this is not the lab: the device, its module and swap are the whole host's.
+Owns the device while it is open. Raises OSError if the kernel has no zram, this user may not make one, or this is not
+the lab: device, module and swap are host-wide.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Zram:
         self.close()
 
     def swap(self) -> None:
-        """Swap to it until it is closed, as all of the host then does."""
+        """Use it as swap until it is closed, for the whole host."""
         header = bytearray(PAGE_SIZE)
         header[1024:1032] = (1).to_bytes(4, "little") + (self._size // PAGE_SIZE - 1).to_bytes(4, "little")
         header[-len(SIGNATURE) :] = SIGNATURE
@@ -59,7 +59,7 @@ class Zram:
             raise OSError(answer.errno, f"swapon: {os.strerror(answer.errno)}")
 
     def close(self) -> None:
-        """Swap in again what is there, and remove the device. Idempotent."""
+        """Turn off swap on it, and remove the device. Idempotent."""
         number, self.number = self.number, -1
         if number < 0:
             return
@@ -72,7 +72,7 @@ def devices() -> set[int]:
 
 
 def remove(number: int) -> None:
-    """Swap in again what is on a device, if it is swapped to, and remove it."""
+    """Turn off swap on a device if it is in use, and remove it."""
     call(NR_SWAPOFF, f"/dev/zram{number}".encode())
     _retried(lambda: Path(f"/sys/block/zram{number}/reset").write_text("1"))
     _retried(lambda: (CONTROL / "hot_remove").write_text(str(number)))
@@ -93,7 +93,7 @@ def _wait_for(path: Path) -> None:
 
 
 def _retried(work: Callable[[], object]) -> None:
-    """Do what says EBUSY while somebody else, such as udev, still has the device open."""
+    """Repeat an action while it fails with EBUSY, because another process such as udev has the device open."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A debugger's way into a guest: GDB's remote serial protocol, over KVM's guest debugging."""
+"""Debug a guest with GDB's remote serial protocol, over KVM's guest debugging."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Breakpoints and watchpoints, as a debugger asks for them and as the CPU's debug registers take them. Pure.
+"""Convert a debugger's breakpoints and watchpoints to the CPU's debug registers. Pure.
 
-All are the hardware's, software ones too: patching a BRK into code needs a host that may write it, which no host of a
-protected guest is, and instruction caches cleaned behind it. So there are as many as the CPU has registers for.
+All are hardware breakpoints, even software ones: patching a BRK into code needs write access, which the host of a
+protected guest lacks, and cache maintenance. So the CPU's registers limit their number.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MOST_MASKED: Final = 1 << 31
 
 
 class Kind(IntEnum):
-    """The number behind Z and z."""
+    """The number after Z and z."""
 
     SOFTWARE = 0
     HARDWARE = 1
@@ -40,7 +40,7 @@ REASON: Final = {
     Kind.SOFTWARE: "swbreak", Kind.HARDWARE: "hwbreak", Kind.WRITE: "watch", Kind.READ: "rwatch",
     Kind.ACCESS: "awatch",
 }  # fmt: skip
-"""What a stop reply calls it."""
+"""Its name in a stop reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class _Watch:
 
     @property
     def masked(self) -> bool:
-        """Whether one register's address mask covers it, rather than 8 bytes a register."""
+        """Whether one register's address mask covers it, instead of 8 bytes per register."""
         return self.length > _DOUBLEWORD and self.length & self.length - 1 == 0 == self.address % self.length
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Return DBGWVR and DBGWCR of each register that it takes."""
+        """Return DBGWVR and DBGWCR of each register that it needs."""
         control = _ENABLE | _EL1_AND_EL0 | _LOAD_STORE[self.kind] << _LOAD_STORE_SHIFT
         if self.masked:
             mask = self.length.bit_length() - 1
@@ -70,13 +70,13 @@ class _Watch:
         return pairs
 
     def distance(self, address: int) -> int:
-        """Return how many bytes lie between ``address`` and what is watched."""
+        """Return the distance in bytes between ``address`` and the watched range."""
         return max(self.address - address, address - (self.address + self.length - 1), 0)
 
 
 @dataclass
 class Breakpoints:
-    """What is set, for ``breaks`` breakpoint and ``watches`` watchpoint registers."""
+    """The current breakpoints, for ``breaks`` breakpoint and ``watches`` watchpoint registers."""
 
     breaks: int
     watches: int
@@ -91,7 +91,7 @@ class Breakpoints:
         return bool(self._breaks or self._watches)
 
     def insert(self, kind: Kind, address: int, length: int) -> None:
-        """Set one; again is nothing new. Refused for one that the registers cannot hold, or when all are in use."""
+        """Set one. Idempotent. Raises Refused if the registers cannot hold it, or all are in use."""
         if kind not in _LOAD_STORE:
             if address % 4:
                 raise Refused(EINVAL, f"a breakpoint at {hex_(address)}: instructions are at multiples of 4")
@@ -117,7 +117,7 @@ class Breakpoints:
         self._watches.append(watch)
 
     def remove(self, kind: Kind, address: int, length: int) -> None:
-        """Take one away; one that is not set is none to take away."""
+        """Remove one, if it is set."""
         if kind in _LOAD_STORE:
             self._watches = [each for each in self._watches if each != _Watch(kind, address, length)]
             return
@@ -127,12 +127,12 @@ class Breakpoints:
             self._breaks.pop(address, None)
 
     def clear(self) -> None:
-        """Take all away."""
+        """Remove all."""
         self._breaks.clear()
         self._watches.clear()
 
     def registers(self) -> kvm_guest_debug_arch:
-        """Return what KVM_SET_GUEST_DEBUG takes."""
+        """Return the registers for KVM_SET_GUEST_DEBUG."""
         arch = kvm_guest_debug_arch()
         for number, address in enumerate(self._breaks):
             arch.dbg_bvr[number], arch.dbg_bcr[number] = address, _ENABLE | _EL1_AND_EL0 | _WHOLE_WORD
@@ -142,13 +142,13 @@ class Breakpoints:
         return arch
 
     def at(self, pc: int) -> Kind | None:
-        """Return what kind of breakpoint is at ``pc``."""
+        """Return the kind of the breakpoint at ``pc``."""
         return min(self._breaks.get(pc, ()), default=None)
 
     def watching(self, address: int) -> tuple[Kind, int] | None:
-        """Return which watchpoint an access that the CPU reports at ``address`` hit: its kind, an address it watches.
+        """Return the watchpoint that a reported access at ``address`` has hit: its kind, and a watched address.
 
-        The CPU may report the start of an access that reaches into what is watched.
+        The CPU may report an access's start outside of the watched range.
         """
         if not self._watches:
             return None

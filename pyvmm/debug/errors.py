@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a debugger is refused."""
+"""The error for refused requests of a debugger."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENOSPC: Final = 28
 
 
 class Refused(Exception):
-    """A request that fails: ``code`` is what the debugger hears (a Linux errno), ``why`` is for people."""
+    """A request failed. ``code`` is the debugger's answer (a Linux errno), ``why`` the text for users."""
 
     def __init__(self, code: int, why: str) -> None:
         super().__init__(why)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exception that a guest would have taken, had the debugger not been there: entry into EL1, done by hand.
+"""Inject an exception that the debugger has intercepted into the guest: emulate the entry into EL1.
 
-Arm Architecture Reference Manual, AArch64.TakeException; what arch/arm64/kvm/hyp/exception.c does for KVM's own.
+Arm Architecture Reference Manual, AArch64.TakeException; like arch/arm64/kvm/hyp/exception.c in KVM.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def handler_state(pstate: int, sctlr: int) -> int:
 
 
 def enter_el1(vcpu: Vcpu, syndrome: int) -> None:
-    """Have ``vcpu`` take a synchronous exception with this ESR, at the instruction it stands at."""
+    """Have ``vcpu`` take a synchronous exception with this ESR, at its current instruction."""
     pstate, pc = vcpu.get_reg(core_reg("pstate")), vcpu.pc
     vcpu.set_reg(SYSTEM["ESR_EL1"], syndrome)
     vcpu.set_reg(core_reg("spsr_el1"), pstate)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interrupts of vCPUs that are being stepped: held back for that one instruction.
+"""Mask the interrupts of a vCPU during a single step.
 
 While a guest stands still its timer goes on, so an interrupt is nearly always pending when it is stepped. A step would
 end at the interrupt's vector instead of behind the instruction, and a breakpoint could never be stepped over. So a
@@ -37,14 +37,14 @@ GICC_CTLR: Final = 0x0
 
 
 class HeldInterrupts:
-    """Holds interrupts back through ``gic``, and gives them back. KVM allows either while no vCPU is in the guest."""
+    """Masks and unmasks interrupts through ``gic``. KVM allows both only while no vCPU is in the guest."""
 
     def __init__(self, gic: Gic | None) -> None:
         self._gic = gic
         self._held: list[tuple[Vcpu, int]] = []
 
     def hold(self, vcpu: Vcpu) -> None:
-        """Have ``vcpu`` take no interrupts until :meth:`give_back`; nothing where it takes none anyway."""
+        """Mask ``vcpu``'s interrupts until :meth:`give_back`. Does nothing if they are masked anyway."""
         if bits := self._change(vcpu):
             self._held.append((vcpu, bits))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `monitor` commands do in a debugger: ways to look at the guest that GDB's own commands have no word for."""
+"""The debugger's `monitor` commands: queries without a command in GDB."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 HELP = """\
 monitor help          this
 monitor info          protection, pages by state, breakpoint registers, why the last request failed
-monitor info ADDRESS  where an address leads, and whose the page there is
-monitor phys on|off   take addresses as guest physical ones, or translate them by the guest's tables (as at first)
+monitor info ADDRESS  an address's gpa, and the state of its page
+monitor phys on|off   use guest physical addresses, or translate by the guest's tables (default)
 """
 
 
 def answer(target: GuestTarget, thread: int, command: str) -> str:
-    """Carry out ``command`` and return what there is to say."""
+    """Run ``command`` and return its output."""
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -62,7 +62,7 @@ def _about_address(target: GuestTarget, thread: int, text: str) -> str:
         address = int(text, 0)
         gpa = address if target.physical else target.translate(thread, address).gpa
     except ValueError:
-        return f"{text!r} is no address\n"
+        return f"{text!r} is not an address\n"
     except Refused as refused:
         return f"{refused.why}\n"
     where = "" if target.physical else f"{hex_(address)} is "

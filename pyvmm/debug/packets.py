@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of GDB's remote serial protocol: bytes to packets and back. Knows neither what they mean nor where they go.
+"""Frames of GDB's remote serial protocol: convert bytes to packets and back, without their meaning.
 
 A frame is ``$payload#xx``, xx the sum of the payload's bytes in two hexadecimal digits; in the payload ``}`` stands
 before a byte that would end it, XOR-ed with 0x20. Between frames there are acknowledgements, and 0x03: stop the guest.
@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final, TypeAlias
 
 PACKET_SIZE: Final = 0x4000
-"""The most bytes of a payload, as they are on the wire."""
+"""The maximum bytes of a payload on the wire."""
 
 _DIGITS: Final = 2
 _ESCAPE: Final = 0x7D
@@ -20,7 +20,7 @@ _FLIP: Final = 0x20
 
 
 class Token(Enum):
-    """What may come besides a good packet."""
+    """Tokens other than a valid packet."""
 
     ACK = "+"
     NAK = "-"
@@ -34,29 +34,29 @@ Event: TypeAlias = "bytes | Token"
 
 
 def frame(payload: bytes) -> bytes:
-    """Put ``payload``, whose special bytes are escaped already, into a frame."""
+    """Put an escaped ``payload`` into a frame."""
     return b"$%b#%02x" % (payload, sum(payload) & 0xFF)
 
 
 def escape(data: bytes) -> bytes:
-    """Make any bytes fit for a payload."""
+    """Escape bytes for a payload."""
     return re.sub(rb"[#$}*]", lambda found: bytes((_ESCAPE, found[0][0] ^ _FLIP)), data)
 
 
 def unescape(payload: bytes) -> bytes:
-    """Undo :func:`escape`; a last ``}`` with nothing behind it is dropped."""
+    """Undo :func:`escape`. A trailing ``}`` is dropped."""
     return re.sub(rb"(?s)}(.?)", lambda found: bytes(byte ^ _FLIP for byte in found[1]), payload)
 
 
 class Decoder:
-    """Finds packets in a stream, however it is cut. Keeps no more than a packet's bytes; never raises."""
+    """Finds packets in a stream of chunks. Keeps at most one packet's bytes. Never raises."""
 
     def __init__(self) -> None:
         self._raw = bytearray()
         self._overlong = False
 
     def feed(self, data: bytes) -> list[Event]:
-        """Take what has come; returns what it completes, in order."""
+        """Take received bytes. Returns the completed tokens, in order."""
         self._raw += data
         events: list[Event] = []
         while self._raw:
@@ -81,7 +81,7 @@ class Decoder:
             end = raw.find(b"#")
         if end < 0 or len(raw) < end + 1 + _DIGITS:
             return None
-        # A packet that lost its end is followed by the next one's beginning.
+        # After a truncated packet, the next one's start follows.
         payload, digits = bytes(raw[1:end]).rpartition(b"$")[2], bytes(raw[end + 1 : end + 1 + _DIGITS])
         del raw[: end + 1 + _DIGITS]
         overlong, self._overlong = self._overlong, False

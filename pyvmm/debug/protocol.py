@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the packets of GDB's remote protocol ask for, and the answers: all-stop, a thread for each vCPU.
+"""Answer the packets of GDB's remote protocol: all-stop mode, one thread per vCPU.
 
-A :class:`Session` is one debugger's connection, without the connection: packets in, answers out. It asks a
-:class:`Target`, and knows nothing of KVM. Requests that it does not know are answered with nothing, as the protocol
-wants; malformed ones with an error. GDB's manual, appendix "GDB Remote Serial Protocol".
+A :class:`Session` is one debugger's connection, without the connection: packets in, answers out. It uses a
+:class:`Target`, not KVM. Unknown requests get an empty answer, as the protocol requires, malformed ones an error. GDB's
+manual, appendix "GDB Remote Serial Protocol".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ANY: Final = 0
 
 
 class Go(Enum):
-    """What a vCPU is to do when the guest goes on."""
+    """The action of a vCPU when the guest resumes."""
 
     CONTINUE = "continue"
     STEP = "step"
@@ -34,7 +34,7 @@ class Go(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Why the guest stands still: ``thread`` (from 1) brought it about; ``reason`` as a stop reply has it."""
+    """Why the guest stopped: ``thread`` (from 1) caused it; ``reason`` is the stop reply's."""
 
     thread: int
     signal: int = SIGTRAP
@@ -42,14 +42,14 @@ class Stop:
 
 
 class Target(Protocol):
-    """What is debugged. Threads are numbered from 1. Every method may raise Refused."""
+    """The debugged machine. Threads are numbered from 1. Every method may raise Refused."""
 
     def threads(self) -> Sequence[int]:
         """Return every thread's number."""
         ...
 
     def describe(self, thread: int) -> str:
-        """Say in a few words what a thread is."""
+        """Return a short description of a thread."""
         ...
 
     def read_register(self, thread: int, number: int) -> bytes:
@@ -61,7 +61,7 @@ class Target(Protocol):
         ...
 
     def read_memory(self, thread: int, address: int, size: int) -> bytes:
-        """Return ``size`` bytes, or as many of them as can be read; Refused if that is none."""
+        """Return up to ``size`` bytes, as many as are readable. Raises Refused if none is."""
         ...
 
     def write_memory(self, thread: int, address: int, data: bytes) -> None:
@@ -73,15 +73,15 @@ class Target(Protocol):
         ...
 
     def remove(self, kind: Kind, address: int, length: int) -> None:
-        """Take one away."""
+        """Remove one."""
         ...
 
     def resume(self, actions: Mapping[int, Go]) -> None:
-        """Let the guest go on: threads that ``actions`` does not name stay where they are."""
+        """Resume the guest. Threads without an entry in ``actions`` stay stopped."""
         ...
 
     def detach(self) -> None:
-        """Let the guest go on as if nobody had ever debugged it."""
+        """Resume the guest without any debugging."""
         ...
 
     def kill(self) -> None:
@@ -90,9 +90,9 @@ class Target(Protocol):
 
 
 class Session:
-    """One debugger's. ``monitor`` carries out a command of the user's, of a thread, and returns what there is to say.
+    """One debugger's session. ``monitor`` runs a user's command for a thread, and returns its output.
 
-    ``running``: the guest runs, and nothing is asked until it stops; ``over``: so is the session.
+    ``running``: the guest runs, and no request is valid until it stops. ``over``: the session has ended.
     """
 
     def __init__(self, target: Target, stop: Stop, monitor: Callable[[int, str], str]) -> None:
@@ -107,7 +107,7 @@ class Session:
         self.no_acks = False
 
     def handle(self, packet: bytes) -> bytes | None:
-        """Answer a packet; None where the answer is a stop that is still to come, or none is due."""
+        """Answer a packet. None if the answer is a later stop, or none is due."""
         try:
             return self._handle(packet)
         except Refused as refused:
@@ -116,14 +116,14 @@ class Session:
             return b"E%02d" % EINVAL
 
     def stopped(self, stop: Stop) -> bytes:
-        """Take note that the guest has stopped; returns the stop reply."""
+        """Record that the guest has stopped. Returns the stop reply."""
         self.running = False
         self._stop = stop
         self._thread = stop.thread
         return self._stop_reply()
 
     def ended(self, status: int) -> bytes:
-        """Take note that the run is over, with this exit status; returns the stop reply."""
+        """Record that the run has ended with this exit status. Returns the stop reply."""
         self.running, self.over = False, True
         return b"W%02x" % (status & 0xFF)
 
@@ -201,7 +201,7 @@ class Session:
         return self._change(rest, self._target.remove)
 
     def _change(self, rest: str, change: Callable[[Kind, int, int], None]) -> bytes:
-        # Conditions and commands may follow, which only a stub that offers them is given.
+        # Conditions and commands may follow, but only for a stub that offers them.
         number, address, length = rest.split(";")[0].split(",")
         change(Kind(_hex(number)), _hex(address), _hex(length))
         return b"OK"
@@ -235,7 +235,7 @@ class Session:
             raise ValueError(rest)
         return self._target.describe(thread).encode().hex().encode()
 
-    # -- going on
+    # -- resuming
 
     def _continue(self, rest: str) -> None:
         chosen = self._go_thread
@@ -316,7 +316,7 @@ _BY_PREFIX: Final[Sequence[tuple[str, Callable[[Session, str], bytes | None]]]] 
     ("qfThreadInfo", Session._threads),
     ("qsThreadInfo", lambda _session, _rest: b"l"),
     ("qThreadExtraInfo,", Session._describe),
-    # The guest was there before the debugger: it detaches when it goes, rather than kill.
+    # The guest existed before the debugger, so GDB should detach at its end, not kill.
     ("qAttached", lambda _session, _rest: b"1"),
     ("qRcmd,", Session._command),
     ("qC", Session._current),
@@ -345,7 +345,7 @@ _BY_PREFIX: Final[Sequence[tuple[str, Callable[[Session, str], bytes | None]]]] 
 
 
 def _hex(text: str) -> int:
-    """Read an unsigned number without the liberties that int() takes."""
+    """Parse an unsigned hexadecimal number, more strictly than int()."""
     if not text or not all(digit in "0123456789abcdefABCDEF" for digit in text):
         raise ValueError(text)
     value = int(text, 16)

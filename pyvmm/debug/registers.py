@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registers that GDB knows a 64-bit Arm CPU by: their order, their sizes, and the description it reads.
+"""GDB's registers of a 64-bit Arm CPU: their order, their sizes, and the target description.
 
-Two features are GDB's own, org.gnu.gdb.aarch64.core and .fpu (GDB's manual, "AArch64 Features"); the third shows system
-registers to people (``info registers system``). Pure.
+Two features are GDB's own, org.gnu.gdb.aarch64.core and .fpu (GDB's manual, "AArch64 Features"). The third shows system
+registers (``info registers system``). Pure.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SYSTEM: Final = {
     "TPIDR_EL1": ARM64_SYS_REG(3, 0, 13, 0, 4),
     "TPIDR_EL0": ARM64_SYS_REG(3, 3, 13, 0, 2),
 }
-"""System registers that tell of a guest's exceptions and translation, by name: their ONE_REG ids."""
+"""ONE_REG ids of system registers for exceptions and translation, by name."""
 
 REGISTERS: Final = CORE + FPU + tuple(Register(name, 8) for name in SYSTEM)
 """By GDB's number."""
 
 NUMBER: Final = {register.name: number for number, register in enumerate(REGISTERS)}
 EXPEDITED: Final = tuple(NUMBER[name] for name in ("x29", "sp", "pc"))
-"""What a debugger asks for after every stop, so it is told with it."""
+"""Registers that a debugger reads after every stop, so the stop reply includes them."""
 
 _FLAGS: Final = {
     "SP": 0, "F": 6, "I": 7, "A": 8, "D": 9, "IL": 20, "SS": 21, "PAN": 22, "UAO": 23, "V": 28, "C": 29, "Z": 30,

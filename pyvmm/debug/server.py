@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a debugger connects: a unix or TCP socket, the thread that serves it, and what becomes of the guest meanwhile.
+"""Serve a debugger: a unix or TCP socket, its thread, and control of the guest.
 
-A :class:`GdbServer` owns the socket from its making on, so that one that is in use is refused before a machine is
-built, and one thread (``pyvmm-gdb``) while it serves. One debugger at a time: others are turned away. A debugger that
-goes, by ``detach`` or without a word, leaves a guest that runs on without breakpoints; another may come.
+A :class:`GdbServer` opens its socket in the constructor, so that an address in use is refused before a machine is
+built. It owns one thread (``pyvmm-gdb``) while it serves. It accepts one debugger at a time. When a debugger detaches
+or disconnects, the guest runs on without breakpoints, and another may connect.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = get_logger("gdb")
 
 LOCALHOST: Final = "127.0.0.1"
 PATIENCE: Final = 5.0
-"""Seconds that a debugger may take to read what it is sent."""
+"""Seconds that a debugger may take to read an answer."""
 _CHUNK: Final = 1 << 16
 _NOWAIT: Final = ",nowait"
 _TCP: Final = "tcp:"
@@ -43,7 +43,7 @@ _TCP: Final = "tcp:"
 class GdbServer:
     """Listens at ``where``: a path, or ``tcp:[HOST:]PORT``; with ``,nowait`` the guest starts without a debugger.
 
-    UsageError where that is no place to listen at, or somebody else does.
+    Raises UsageError if the place is invalid or in use.
     """
 
     def __init__(self, where: str) -> None:
@@ -73,19 +73,19 @@ class GdbServer:
 
     @property
     def address(self) -> str:
-        """What the debugger's ``target remote`` takes."""
+        """The address for the debugger's ``target remote``."""
         if self._path is not None:
             return self._path
         host, port, *_ = self._socket.getsockname()
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def intercept(self, stop: int, native: pv_vcpu) -> bool | None:
-        """Hear of a vCPU's stops (see :data:`pyvmm.vcpu.cold.Intercept`)."""
+        """Take a vCPU's stops (see :data:`pyvmm.vcpu.cold.Intercept`)."""
         return None if self._target is None else self._target.intercept(stop, native)
 
     @contextlib.contextmanager
     def serving(self, machine: Machine) -> Iterator[None]:
-        """Serve ``machine``, which is built with :meth:`intercept` and not started; call :meth:`ended` at its end."""
+        """Serve ``machine``, which was built with :meth:`intercept` and not started. Call :meth:`ended` at its end."""
         self._target = GuestTarget(machine, self._ring)
         if self.waits:
             self._target.halt()
@@ -101,7 +101,7 @@ class GdbServer:
             thread.join()
 
     def ended(self, outcome: Outcome) -> None:
-        """Say how the run ended: a debugger that waits for the guest is told."""
+        """Report the run's end to a debugger that waits for the guest."""
         self._outcome = outcome
         self._ring()
 
@@ -109,7 +109,7 @@ class GdbServer:
 
     def _listen(self, where: str) -> socket.socket:
         if not where:
-            raise UsageError("no place for a debugger to connect to", hint="a path, or tcp:PORT")
+            raise UsageError("no address for the debugger", hint="a path, or tcp:PORT")
         try:
             if where.startswith(_TCP):
                 address, family = _tcp(where)
@@ -118,7 +118,7 @@ class GdbServer:
             try:
                 listener.bind(where)
                 self._path = where
-                # Its owner's alone before anyone can connect: who does may read and write the guest.
+                # Restrict it to the owner before it accepts connections: a client can read and write the guest.
                 os.chmod(where, 0o600)
                 listener.listen(1)
             except BaseException:
@@ -128,9 +128,9 @@ class GdbServer:
         except OSError as error:
             hint = None
             if error.errno == errno.EADDRINUSE:
-                hint = "another run listens there; name another place"
+                hint = "another run listens there; use another address"
                 if not where.startswith(_TCP):
-                    hint = f"another run listens there, or one that was killed has left it: rm {where}"
+                    hint = f"another run listens there, or it is left from a killed run: rm {where}"
             raise UsageError(f"no debugger can connect at {where}: {error.strerror or error}", hint=hint) from None
 
     def _ring(self) -> None:
@@ -178,7 +178,7 @@ class GdbServer:
 
 
 class _Debugger:
-    """One connection. Its methods say whether it is still there; when it is not, the guest has been let go."""
+    """One connection. Its methods return whether it is still open. When it is closed, the guest has been resumed."""
 
     def __init__(self, connection: socket.socket, target: GuestTarget) -> None:
         self._connection = connection
@@ -193,15 +193,15 @@ class _Debugger:
         return self._kept(self._begin)
 
     def serve(self) -> bool:
-        """Take what has come and answer it."""
+        """Read and answer requests."""
         return self._kept(self._serve)
 
     def guest_stopped(self) -> bool:
-        """Tell that a vCPU has come to a debug exit."""
+        """Report a vCPU's debug exit."""
         return self._kept(self._tell_stop)
 
     def finish(self, outcome: Outcome | None) -> None:
-        """Tell of the run's end who waits for it, and hang up."""
+        """Report the run's end if the debugger waits for it, and hang up."""
         with contextlib.suppress(OSError):
             if outcome is not None and self._session.running:
                 self._send(self._session.ended(outcome.status))
@@ -215,7 +215,7 @@ class _Debugger:
         except OSError as error:
             log.info("debugger_lost", reason=str(error))
         except Exception as error:
-            # Whatever a debugger sends, the guest must not be left standing.
+            # The guest must not stay stopped after any input from a debugger.
             log.error("debugger_dropped", error=str(error), exc_info=error)
         else:
             if not self._session.over:
@@ -257,7 +257,7 @@ class _Debugger:
 
     def _answer(self, packet: bytes) -> None:
         self._acknowledge(b"+")
-        # A guest that runs cannot be asked anything; only 0x03 has a meaning then.
+        # While the guest runs, only 0x03 is valid.
         if not self._session.running and (reply := self._session.handle(packet)) is not None:
             self._send(reply)
 
@@ -278,7 +278,7 @@ class _Debugger:
 def _tcp(where: str) -> tuple[tuple[str, int], socket.AddressFamily]:
     host, _, port = where.removeprefix(_TCP).rpartition(":")
     if not (port.isdecimal() and port.isascii() and int(port) < 1 << 16):
-        raise UsageError(f"{where}: {port or 'nothing'} is no TCP port", hint="tcp:PORT, or tcp:HOST:PORT")
+        raise UsageError(f"{where}: {port or 'nothing'} is not a TCP port", hint="use tcp:PORT or tcp:HOST:PORT")
     host = host.removeprefix("[").removesuffix("]") or LOCALHOST
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return (host, int(port)), family

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's own address translation, done by hand: VMSAv8-64 stage 1 of EL1&0, out of the tables in guest memory.
+"""Walk the guest's page tables in software: VMSAv8-64 stage 1 of EL1&0.
 
 Arm Architecture Reference Manual, D8: granules of 4, 16 and 64 KiB, 16 to 52 bits of input, block entries, both halves
-of the address space, 52-bit output addresses. Permissions are not looked at: a debugger reads what the guest may not.
-Pure: the caller reads the tables.
+of the address space, 52-bit output addresses. Permissions are ignored: a debugger may read more than the guest. Pure:
+the caller reads the tables.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REGIME: Final = ("SCTLR_EL1", "TCR_EL1", "TTBR0_EL1", "TTBR1_EL1")
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """What says how a vCPU translates."""
+    """The registers that control a vCPU's translation."""
 
     sctlr: int
     tcr: int
@@ -41,20 +41,20 @@ class Regime:
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """Where an address leads: ``gpa``, and the ``size`` of the page or block around it in bytes."""
+    """A translated address: ``gpa``, and the ``size`` of its page or block in bytes."""
 
     gpa: int
     size: int
 
 
 class Untranslated(Exception):
-    """The address leads nowhere; the text says why."""
+    """The address has no translation. The text has the reason."""
 
 
 def translate(va: int, regime: Regime, read64: Callable[[int], int]) -> Translation:
-    """Translate a virtual address (64 bits); ``read64`` reads a descriptor at a gpa, and may raise what it likes.
+    """Translate a virtual address (64 bits). ``read64`` reads a descriptor at a gpa, and may raise anything.
 
-    Untranslated where the guest would take a fault. With the MMU off an address is its own.
+    Raises Untranslated if the guest would take a fault. With the MMU off, addresses are not changed.
     """
     if not regime.sctlr & _M:
         return Translation(va, 1 << PAGE_BITS)
@@ -64,7 +64,7 @@ def translate(va: int, regime: Regime, read64: Callable[[int], int]) -> Translat
     levels = max(1, -(-(bits - granule) // stride))
     level = _LAST + 1 - levels
     if bits <= granule or level < -1:
-        raise Untranslated(f"TCR_EL1 {hex_(regime.tcr)} makes addresses of {bits} bits, which this walk does not know")
+        raise Untranslated(f"TCR_EL1 {hex_(regime.tcr)} sets addresses of {bits} bits, unsupported by this walk")
     wide = bool(regime.tcr & _DS) and granule != 16
     lpa = granule == 16 and regime.tcr >> 32 & 7 == _IPS_52
     shift = granule + stride * (levels - 1)
@@ -78,7 +78,7 @@ def translate(va: int, regime: Regime, read64: Callable[[int], int]) -> Translat
                 f"{hex_(va)} is not mapped: entry {hex_(descriptor)} at level {level}, gpa {hex_(table + 8 * index)}"
             )
         if leaf and level < (1 if granule == PAGE_BITS else 2) - (wide or lpa):
-            raise Untranslated(f"{hex_(va)} leads to a block at level {level}, where there can be none")
+            raise Untranslated(f"{hex_(va)} leads to a block at level {level}, which is invalid")
         table = _output(descriptor, shift if leaf else granule, wide=wide, lpa=lpa)
         if leaf:
             return Translation(table | va & (1 << shift) - 1, 1 << shift)
@@ -93,7 +93,7 @@ def _range(va: int, tcr: int, upper: int) -> tuple[int, int]:
         raise Untranslated(f"{hex_(va)}: walks of TTBR{upper}_EL1 are off (TCR_EL1.EPD{upper})")
     granule = _TG1.get(tcr >> 30 & 3) if upper else _TG0.get(tcr >> 14 & 3)
     if granule is None:
-        raise Untranslated(f"TCR_EL1 {hex_(tcr)} names a granule that there is not")
+        raise Untranslated(f"TCR_EL1 {hex_(tcr)} names an invalid granule")
     bits = 64 - (tcr >> 16 * upper & 0x3F)
     top = 56 if tcr & _TBI[upper] else 64
     above = va & (1 << top) - 1

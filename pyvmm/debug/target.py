@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine as a debugger sees it: its vCPUs stopped and let go, their registers, its memory by virtual address.
+"""A machine as a debugger's target: stop and resume its vCPUs, access registers, and memory by virtual address.
 
-Owns no descriptor and no thread. One thread at a time calls it, the debugger's; :meth:`GuestTarget.intercept` alone is
-called in the vCPUs' threads. From :meth:`halt` to :meth:`resume` the debugger holds one pause of each vCPU's thread;
-others, such as the control socket's, nest with it. Devices go on while vCPUs stand still.
+Owns no descriptor and no thread. Only the debugger's thread calls it, except for :meth:`GuestTarget.intercept`, which
+runs in the vCPUs' threads. From :meth:`halt` to :meth:`resume` the debugger holds one pause of each vCPU's thread.
+Other pauses, such as the control socket's, nest with it. Devices keep running while vCPUs are stopped.
 
-What KVM lets a debugger do is the same in every protection, registers of a protected guest included: EL2 takes them
-from the host at every entry. Memory is not: where the host may not look, nor may the debugger.
+KVM allows a debugger the same in every protection, including registers of a protected guest: EL2 takes them from the
+host at every entry. Memory differs: the debugger can access only pages that the host can.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _CPSR: Final = 0xFFFF_FFFF
 
 @dataclass(frozen=True, slots=True)
 class _Exit:
-    """Why a vCPU stands still: a KVM_EXIT_DEBUG and what the CPU said of it, or (SIGSEGV) a KVM_RUN that failed."""
+    """Why a vCPU stopped: a KVM_EXIT_DEBUG with the CPU's details, or (SIGSEGV) a failed KVM_RUN."""
 
     index: int
     signal: int
@@ -60,7 +60,7 @@ class _Exit:
 
 
 class GuestTarget:
-    """A machine, built and not started; ``wake`` is called, in a vCPU's thread, when one has stopped."""
+    """A machine, built and not started. A vCPU's thread calls ``wake`` when the vCPU has stopped."""
 
     def __init__(self, machine: Machine, wake: Callable[[], None]) -> None:
         self.machine = machine
@@ -72,12 +72,12 @@ class GuestTarget:
         self._debugging: set[int] = set()
         self._failed: set[int] = set()
         self.watched = False
-        """Whether there is a debugger."""
+        """Whether a debugger is attached."""
         self._interrupts = HeldInterrupts(machine.gic)
         self._tell_refusal = log.warning if machine.config.protection.isolates else log.info
         self.last_refusal: str | None = None
-        """Why the last request for memory or a breakpoint failed, in words."""
-        # Asked of /dev/kvm: a protected VM's own descriptor says 0 to either.
+        """The text of the last failed request for memory or a breakpoint."""
+        # Checked on /dev/kvm: a protected VM's own descriptor answers 0 for both.
         check = machine.system.check
         self.points = Breakpoints(check(KVM_CAP_GUEST_DEBUG_HW_BPS), check(KVM_CAP_GUEST_DEBUG_HW_WPS))
         self.physical = False
@@ -89,7 +89,7 @@ class GuestTarget:
         """Stop a vCPU at a debug exit (see :data:`pyvmm.vcpu.cold.Intercept`), until the debugger lets it go on."""
         index = native.index
         if stop == lib.PV_STOP_FAILED and self.watched and index not in self._failed:
-            # A last look at it. When it goes on it fails once more, unless what it failed of is mended.
+            # Let the debugger inspect it. When resumed it fails again, unless the cause was fixed.
             self._failed.add(index)
             return self._hold(_Exit(index, SIGSEGV))
         if stop != lib.PV_STOP_DEBUG:
@@ -97,7 +97,7 @@ class GuestTarget:
         vcpu = self.machine.vcpus[index]
         told = vcpu.run.debug_arm64
         if told.hsr >> _EC_SHIFT == _EC_BRK:
-            # KVM takes every BRK away from a guest that is debugged; none of them is ours.
+            # KVM intercepts every BRK of a debugged guest. None of them is ours.
             enter_el1(vcpu, told.hsr)
             return True
         return self._hold(_Exit(index, SIGTRAP, told.hsr, told.far))
@@ -109,10 +109,10 @@ class GuestTarget:
         self._wake()
         return True
 
-    # -- stopping and going on
+    # -- stopping and resuming
 
     def halt(self) -> None:
-        """Stop every vCPU that the debugger let go, and return when they are out of the guest."""
+        """Stop every running vCPU, and return when all are out of the guest."""
         threads = self._threads
         going = [index for index in range(len(threads)) if index not in self._halted]
         for index in going:
@@ -124,19 +124,19 @@ class GuestTarget:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether a vCPU has come to a debug exit that nobody has taken note of."""
+        """Whether a vCPU has an unreported debug exit."""
         with self._lock:
             return bool(self._exits)
 
     def take_stop(self) -> Stop | None:
-        """Halt the guest and return why it stopped; None where no vCPU came to a debug exit."""
+        """Halt the guest and return why it stopped, or None if no vCPU has a debug exit."""
         self.halt()
         self._interrupts.give_back()
         with self._lock:
             exits, self._exits = self._exits, []
         for each in exits:
-            self._threads[each.index].resume()  # the pause of its own; the one of halt() remains
-        # Those that are not told come to the same again, unless what stopped them is taken away.
+            self._threads[each.index].resume()  # release its own pause; that of halt() remains
+        # Unreported exits occur again, unless their breakpoint is removed.
         exits.sort(key=lambda each: each.index not in self._stepping)
         self._stepping.clear()
         return self._reason(exits[0]) if exits else None
@@ -154,7 +154,7 @@ class GuestTarget:
             self._threads[index].resume()
 
     def detach(self) -> None:
-        """Forget every breakpoint and let all vCPUs go on, whatever KVM has to say to that."""
+        """Drop every breakpoint and resume all vCPUs, even if KVM reports errors."""
         self.take_stop()
         self.watched = False
         self.points.clear()
@@ -178,7 +178,7 @@ class GuestTarget:
         return range(1, len(self.machine.vcpus) + 1)
 
     def describe(self, thread: int) -> str:
-        """Name the vCPU, and say whether it is on."""
+        """Return the vCPU's name, and whether it is off."""
         vcpu = self._vcpu(thread)
         off = vcpu.mp_state is MpState.KVM_MP_STATE_STOPPED
         return f"vCPU {vcpu.index}{' (off)' if off else ''}"
@@ -192,7 +192,7 @@ class GuestTarget:
         return (value & (1 << 8 * register.size) - 1).to_bytes(register.size, "little")
 
     def write_register(self, thread: int, number: int, value: bytes) -> None:
-        """Set a register; KVM refuses a cpsr that is none."""
+        """Set a register. KVM refuses an invalid cpsr."""
         register, vcpu = REGISTERS[number], self._vcpu(thread)
         new = int.from_bytes(value, "little")
         if register.name == "cpsr":
@@ -202,7 +202,7 @@ class GuestTarget:
     # -- memory
 
     def read_memory(self, thread: int, address: int, size: int) -> bytes:
-        """Return as much as can be read, in one piece from ``address`` on."""
+        """Return the readable bytes, in one piece from ``address``."""
         data = bytearray()
         while len(data) < size:
             try:
@@ -215,7 +215,7 @@ class GuestTarget:
         return bytes(data)
 
     def write_memory(self, thread: int, address: int, data: bytes) -> None:
-        """Write all of it, or up to the page where that fails."""
+        """Write all bytes, or up to the page that fails."""
         while data:
             try:
                 gpa, room = self._place(thread, address)
@@ -226,7 +226,7 @@ class GuestTarget:
             address += room
 
     def translate(self, thread: int, address: int) -> Translation:
-        """Find where an address leads in the guest's memory, by its own tables. Refused where it leads nowhere."""
+        """Translate an address by the guest's own tables. Raises Refused without a translation."""
         vcpu, memory = self._vcpu(thread), self.machine.memory
         regime = Regime(*(vcpu.get_reg(SYSTEM[name]) for name in REGIME))
 
@@ -249,7 +249,7 @@ class GuestTarget:
     # -- breakpoints
 
     def insert(self, kind: Kind, address: int, length: int) -> None:
-        """Set one; it is the CPU's from the next time that the guest goes on."""
+        """Set one. The CPU gets it when the guest resumes."""
         try:
             self.points.insert(kind, address, length)
         except Refused as refused:
@@ -271,7 +271,7 @@ class GuestTarget:
         return self.machine.vcpus[thread - 1]
 
     def _settle(self, index: int) -> None:
-        """Have KVM finish an access to a device, so that registers are those between two instructions."""
+        """Have KVM finish an access to a device, so that registers are at an instruction boundary."""
         native = self.machine.natives[index]
         if native.exit_reason == ExitReason.KVM_EXIT_MMIO and (errno := lib.pv_settle(native)):
             log.warning("access_not_finished", vcpu=index, errno=errno)
@@ -298,22 +298,23 @@ class GuestTarget:
         return Stop(thread)
 
     def _place(self, thread: int, address: int) -> tuple[int, int]:
-        """Return where an address leads, and how many bytes there are up to the end of its page."""
+        """Return an address's gpa, and the number of bytes up to the end of its page."""
         if address >> 64:
             raise Refused(EFAULT, "beyond the last address")
         gpa = address if self.physical else self.translate(thread, address).gpa
         return gpa, PAGE_SIZE - gpa % PAGE_SIZE
 
     def _noted(self, error: Refused | PyvmmError) -> Refused:
-        """Return what the debugger is told; the log has the words, which the protocol has no room for."""
+        """Return the debugger's error. The text goes to the log, because the protocol has no room for it."""
         if isinstance(error, GuestMemoryError):
             error = Refused(
-                EFAULT, f"the page at gpa {hex_(error.gpa)} is {error.state}; a debugger sees no more than the host may"
+                EFAULT,
+                f"the page at gpa {hex_(error.gpa)} is {error.state}; a debugger needs the host's access",
             )
         elif isinstance(error, PyvmmError):
             error = Refused(EFAULT, error.message)
         self.last_refusal = error.why
-        # A debugger looks wherever a register points, so once is enough.
+        # A debugger reads wherever a register points, so log it only once.
         tell, self._tell_refusal = self._tell_refusal, log.info
         tell("refused_the_debugger", why=error.why, more="monitor info")
         return error

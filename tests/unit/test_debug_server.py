@@ -59,9 +59,9 @@ def test_a_socket_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> N
     ("where", "words"),
     [
         ("", "no place"),
-        ("tcp:", "nothing is no TCP port"),
-        ("tcp:gdb", "gdb is no TCP port"),
-        ("tcp:1:70000", "70000 is no TCP port"),
+        ("tcp:", "nothing is not a TCP port"),
+        ("tcp:gdb", "gdb is not a TCP port"),
+        ("tcp:1:70000", "70000 is not a TCP port"),
         ("tcp:192.0.2.1:0", "Cannot assign"),
         ("/nonexistent/gdb", "No such file"),
         ("/tmp/" + "long" * 50, "too long"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notice a native loop that is missing or older than its sources; owns nothing, any entry point may call it.
+"""Detect a native loop that is missing or older than its sources. Owns nothing. Any entry point may call it.
 
-Only a checkout can go stale: an installed pyvmm has no ``native`` folder beside it and is what it was built as.
+Only a checkout can be stale: an installed pyvmm has no ``native`` folder beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def sources(folder: str) -> list[str]:
 
 
 def source_hash(folder: str | os.PathLike[str]) -> str:
-    """Return the hash of the C sources in ``folder``, as ``pv_source_hash()`` reports the one it was built from."""
+    """Return the hash of the C sources in ``folder``, comparable with ``pv_source_hash()``."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -45,12 +45,12 @@ def require_fresh_native() -> None:
     folder = os.fspath(NATIVE)
     built, wanted = bytes(native.ffi.string(native.lib.pv_source_hash())).decode(), source_hash(folder)
     if built != wanted:
-        message = f"the native loop was built from other sources ({built}) than native/ has ({wanted})"
+        message = f"the native loop is stale: built from sources {built}, but native/ has {wanted}"
         raise PyvmmError(message, hint=_HINT)
 
 
 def is_surely_fresh(built: str) -> bool:
-    """Whether nothing in native/ has changed since the loop was ``built``, or nothing can have: no need to read it."""
+    """Whether the sources in native/ need not be read: they cannot have changed since the loop was ``built``."""
     folder = os.fspath(NATIVE)
     if not os.path.exists(os.path.join(folder, "loop", "cdef.h")):
         return True

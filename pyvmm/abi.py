@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a payload and pyvmm say to each other: the numbers of firmware/lib/abi.h, which says what each means.
+"""The interface of payloads and pyvmm: the numbers of firmware/lib/abi.h, which documents them.
 
-Data only; anyone may import it. A test reads the header and compares.
+Data only. Every module may import it. A test compares it with the header.
 """
 
 from __future__ import annotations

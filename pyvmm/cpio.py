@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a newc cpio archive, the form of an initramfs, without touching the disk or needing root.
+"""Write a newc cpio archive, the format of an initramfs, without disk access or root.
 
 The format is described in the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. Entries are
 deterministic: root owns everything, times are zero, inode numbers count up.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong, in words: every error says what was tried, with which values, why it failed, and what to do.
+"""pyvmm's exceptions. Every message says what failed, with which values, why, and what to do.
 
 The library raises; only the CLI prints and exits (with ``exit_status``).
 """
@@ -18,7 +18,7 @@ _FORKING = ("/subprocess.py", "/experiment/child.py", "/host/processes.py")
 
 
 class PyvmmError(Exception):
-    """Anything pyvmm refuses or fails to do; ``hint`` is the next step, if one is known."""
+    """The base of all pyvmm errors. ``hint`` is the next step, if one is known."""
 
     exit_status = 1
 
@@ -32,16 +32,16 @@ class PyvmmError(Exception):
 
 
 class UsageError(PyvmmError):
-    """The request itself makes no sense (a missing kernel file, overlapping slots, an unknown payload)."""
+    """The request is invalid (a missing kernel file, overlapping slots, an unknown payload)."""
 
     exit_status = 2
 
 
 class OptionError(UsageError):
-    """What options say makes no sense, alone or together; ``options`` are those that it is about.
+    """Options are invalid, alone or together. ``options`` names the options at fault.
 
-    Each is a long name without dashes, ``cpus``. Of an option that is repeated it may name the element, ``disk[1]``,
-    and of one with parts the part, ``net.host`` or ``disk[1].queues``.
+    Each is a long name without dashes, ``cpus``. For a repeated option it may name the element, ``disk[1]``, and for
+    one with parts the part, ``net.host`` or ``disk[1].queues``.
     """
 
     def __init__(self, message: str, *options: str, hint: str | None = None) -> None:
@@ -50,7 +50,7 @@ class OptionError(UsageError):
 
 
 class HostError(PyvmmError):
-    """This host cannot do what was asked (no /dev/kvm, not pKVM, the wrong architecture)."""
+    """This host cannot do it (no /dev/kvm, no pKVM, the wrong architecture)."""
 
     exit_status = 5
 
@@ -58,7 +58,7 @@ class HostError(PyvmmError):
 class KvmError(PyvmmError):
     """A system call on one of KVM's file descriptors failed.
 
-    ``call`` is its kernel name, ``values`` its arguments as text, ``errno`` the kernel's answer.
+    ``call`` is its kernel name, ``values`` its arguments as text, ``errno`` the kernel's error.
     """
 
     def __init__(self, call: str, values: str, errno: int, cause: str | None = None, hint: str | None = None) -> None:
@@ -70,7 +70,7 @@ class KvmError(PyvmmError):
 
 
 class GuestMemoryError(PyvmmError):
-    """Guest memory could not be reached: ``gpa`` is the first byte not done, ``state`` the ledger's word for it."""
+    """Guest memory is not accessible. ``gpa`` is the first byte not done, ``state`` its page's state in the ledger."""
 
     def __init__(self, what: str, gpa: int, done: int, state: str, *, hint: str | None = None) -> None:
         super().__init__(f"{what}: stopped at gpa {hex_(gpa)} after {done} bytes: the page is {state}", hint=hint)
@@ -80,11 +80,10 @@ class GuestMemoryError(PyvmmError):
 
 
 def exhausted(error: BaseException, need: int = 0) -> HostError | None:
-    """Return what to say of an error that came of a limit on this process, None for any other.
+    """Return the message for an error caused by a limit on this process, or None for other errors.
 
-    It may have been raised while such a one was handled; a HostError has said it already. ``need`` is how many
-    descriptors are needed, if that is known. It stands here, where nothing has to be imported: at the limit, nothing
-    can be.
+    It also checks the errors that ``error`` was raised from. A HostError already has its message. ``need`` is the
+    number of descriptors needed, if known. The function is in this module because nothing can be imported at the limit.
     """
     seen: BaseException | None = None if isinstance(error, HostError) else error
     while seen is not None:
@@ -105,7 +104,7 @@ def _no_files(need: int) -> HostError:
     soft = os.sysconf("SC_OPEN_MAX")
     more = f"about {need}" if need > soft else f"more than {soft}"
     return HostError(
-        f"RLIMIT_NOFILE is too small: {more} file descriptors are needed, and this process may have {soft}"
+        f"RLIMIT_NOFILE is too small: {more} file descriptors are needed, but this process may have only {soft}"
         f"{_hard('RLIMIT_NOFILE', soft)}",
         hint=f"ulimit -n {max(need + need // 4, 1024, 2 * soft)}; for a service: LimitNOFILE=",
     )
@@ -132,7 +131,7 @@ def _hard(name: str, soft: int) -> str:
 
 
 def _no_descriptor_left(error: ImportError) -> bool:
-    # dlopen says it in words; of a module that another thread could not read, this one is told nothing.
+    # dlopen reports it only as text. If another thread failed to read a module, this one gets no reason.
     if os.strerror(_errno.EMFILE) in str(error):
         return True
     try:
@@ -146,12 +145,12 @@ def _forked(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    # Where a fork was tried; elsewhere this number means that there is nothing to read.
+    # Only after a fork: elsewhere this errno means that there is nothing to read.
     return trace is not None and trace.tb_frame.f_code.co_filename.endswith(_FORKING)
 
 
 def without_directory(error: BaseException) -> UsageError | None:
-    """Return what to say where ``error`` came of a working directory that somebody has removed, None for any other."""
+    """Return the message for an ``error`` caused by a removed working directory, or None for other errors."""
     if not isinstance(error, FileNotFoundError) or error.filename is not None:
         return None
     try:
@@ -159,14 +158,14 @@ def without_directory(error: BaseException) -> UsageError | None:
     except FileNotFoundError:
         where = os.readlink("/proc/self/cwd").removesuffix(" (deleted)")
         return UsageError(
-            f"the working directory {where} has been removed", hint="cd to one that is there, and try again"
+            f"the working directory {where} has been removed", hint="cd to an existing directory, and try again"
         )
     return None
 
 
 @contextlib.contextmanager
 def within_limits(need: int = 0) -> Iterator[None]:
-    """Raise HostError for what fails within it because of a limit; ``need`` is that of :func:`exhausted`."""
+    """Convert errors within it that a limit caused to HostError. ``need`` is that of :func:`exhausted`."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a signal ends the program: as an exception that unwinds everything, so that nothing is left half done."""
+"""End the program on a signal by an exception, which unwinds everything in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the program: everything unwinds, and the status is 128 + ``signal``."""
+    """Raised when a signal ends the program. The exit status is 128 + ``signal``."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(signal)
@@ -27,9 +27,9 @@ class Interrupted(KeyboardInterrupt):
 def handling(
     handler: Callable[[int, FrameType | None], object], numbers: Iterable[signal.Signals] = ENDING
 ) -> Iterator[None]:
-    """Have ``handler`` called for these signals, also where who started us blocked them. In the main thread only.
+    """Call ``handler`` for these signals, even if the parent process blocked them. Main thread only.
 
-    What was ignored at the start stays ignored: so nohup, and a shell's background job, want it.
+    Signals that were ignored at the start stay ignored, for nohup and background jobs of a shell.
     """
     mine = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(mine)
@@ -40,17 +40,17 @@ def handling(
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         for number, before in old.items():
-            # None is a handler that is not Python's, which cannot be put back.
+            # None is a handler outside of Python, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager
 def terminable(handle: Callable[[int], object] | None = None, *, once: bool = False) -> Iterator[list[int]]:
-    """Make SIGINT, SIGTERM and SIGHUP unwind, so that nothing is left half done; yields those that came, as they come.
-    One that is ignored stays so.
+    """Make SIGINT, SIGTERM and SIGHUP raise Interrupted. Yields the list of received signals.
 
-    Each raises :class:`Interrupted`, with ``once`` the first only, so that no other cuts the way out short; with
-    ``handle``, that is called with the signal's number instead. In the main thread only; may be nested.
+    Ignored signals stay ignored. Each signal raises :class:`Interrupted`. With ``once`` only the first does, so that
+    cleanup is not interrupted. With ``handle``, that is called with the signal's number instead. Main thread only. May
+    be nested.
     """
     received: list[int] = []
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events: what happened, with values, to stderr; readable on a terminal, JSON lines for machines.
+"""Log events with values to stderr, as text or as JSON lines.
 
-Owns structlog's configuration. Anyone may call :func:`get_logger` at import time; the CLI alone calls
-:func:`configure`, once. structlog itself is imported at the first event that is wanted: its import costs more than a
-short run does, and most runs have nothing to say. Never on the exit path: that writes records to the trace ring.
+Owns structlog's configuration. Any module may call :func:`get_logger` at import time. Only the CLI calls
+:func:`configure`, once. structlog is imported at the first visible event, because importing it costs more than a short
+run, and most runs log nothing. The exit path never logs: it writes records to the trace ring.
 
-Who says an event may hold locks that others need, and its reader may not read: in :func:`never_waiting` what finds no
-room is dropped, and counted.
+A caller may hold locks while the reader of stderr does not read. So within :func:`never_waiting`, events without room
+are dropped and counted.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ _BY_VERBOSITY: Final = {-1: ERROR, 0: WARNING, 1: INFO, 2: DEBUG}
 
 
 class _Lines:
-    """What structlog gives its lines to: writes them, and waits for their reader unless told not to."""
+    """The output of structlog: writes lines, and by default waits for their reader."""
 
     note: Callable[[int], str]
-    """The line that says how many others were dropped."""
+    """The line with the number of dropped lines."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        import threading  # which runs have loaded, and --help has not
+        import threading  # loaded by runs, but not by --help
 
         self._lock = threading.Lock()
         self._stream = stream
         self._fd: int | None = None
-        """What is written to without waiting."""
+        """The non-blocking output."""
         self._outlet: Outlet | None = None
         self._rest = b""
-        """Of the one line that was written in part: nothing else is before it is whole."""
+        """The rest of a partly written line, which must be written first."""
         self._dropped = 0
 
     @property
     def stream(self) -> TextIO:
-        """Where lines go."""
+        """The stream of the lines."""
         return self._stream or sys.stderr
 
     def write(self, line: str) -> None:
@@ -88,12 +88,12 @@ class _Lines:
         return (line + "\n").encode(self.stream.encoding, "backslashreplace")
 
     def stop_waiting(self) -> None:
-        """Drop what finds no room, from now on; nothing where the stream is no file."""
+        """From now on, drop lines without room. Does nothing if the stream has no descriptor."""
         with self._lock, contextlib.suppress(OSError, ValueError):
             self._fd = self.stream.fileno()
 
     def wait(self) -> None:
-        """Wait from now on, and first with what is left to say."""
+        """Wait for the reader from now on, and write the pending lines."""
         with self._lock:
             fd, outlet = self._fd, self._outlet
             self._fd = self._outlet = None
@@ -102,21 +102,21 @@ class _Lines:
             outlet.close()
             left = self._rest + self._told()
             self._rest, self._dropped = b"", 0
-            # Whoever writes next meets the same error: this must not keep a run from its end.
+            # The next writer gets the same error. It must not stop the end of a run.
             with contextlib.suppress(OSError):
                 while left:
                     left = left[os.write(fd, left) :]
 
 
 def _written(outlet: Outlet, data: bytes) -> bytes:
-    """Write what there is room for, and return the rest."""
+    """Write without waiting, and return the unwritten rest."""
     while data and (taken := outlet.write(data)):
         data = data[taken:]
     return data
 
 
 class _State:
-    """How events are written: one for the process, replaced as a whole."""
+    """The configuration of events. One per process, replaced as a whole."""
 
     def __init__(self, level: int = WARNING, json: bool = False, stream: TextIO | None = None) -> None:
         self.level = level
@@ -126,7 +126,7 @@ class _State:
 
     @functools.cached_property
     def lines(self) -> _Lines:
-        """What writes them, made when it is first needed."""
+        """The output, made at first use."""
         return _Lines(self.stream)
 
     def ready(self) -> None:
@@ -151,7 +151,7 @@ class _State:
                     0, colors=lines.stream.isatty(), exception_formatter=structlog.dev.plain_traceback
                 ),
             ]
-        # Said whatever the level is: what was dropped was wanted.
+        # Reported at every level, because the dropped lines were visible ones.
         note = structlog.wrap_logger(
             structlog.ReturnLogger(),
             processors=processors,
@@ -172,7 +172,7 @@ _state = _State()
 
 
 class Log:
-    """A component's logger. ``event`` is a snake_case name; values stay numbers, gpa and vcpu among them."""
+    """A component's logger. ``event`` is a snake_case name. Values such as gpa and vcpu are numbers."""
 
     def __init__(self, component: str) -> None:
         self._component = component
@@ -180,22 +180,22 @@ class Log:
         self._logger: FilteringBoundLogger | None = None
 
     def debug(self, event: str, **values: object) -> None:
-        """Say what only someone looking for a fault wants to know (``-vv``)."""
+        """Log details for debugging (``-vv``)."""
         if _state.level <= DEBUG:
             self._bound().debug(event, **values)
 
     def info(self, event: str, **values: object) -> None:
-        """Say what happens in a run that goes well (``-v``)."""
+        """Log a normal event (``-v``)."""
         if _state.level <= INFO:
             self._bound().info(event, **values)
 
     def warning(self, event: str, **values: object) -> None:
-        """Say what is odd and was survived."""
+        """Log an unexpected event that the run survives."""
         if _state.level <= WARNING:
             self._bound().warning(event, **values)
 
     def error(self, event: str, **values: object) -> None:
-        """Say what went wrong; shown even with ``-q``."""
+        """Log an error, even with ``-q``."""
         self._bound().error(event, **values)
 
     def _bound(self) -> FilteringBoundLogger:
@@ -215,7 +215,7 @@ def get_logger(component: str) -> Log:
 
 
 def configure(verbosity: int = 0, *, json: bool = False, stream: TextIO | None = None) -> None:
-    """Say which events are written, how and where (stderr unless said).
+    """Configure which events are written, how and where (default stderr).
 
     ``verbosity`` is the number of ``-v`` less that of ``-q``: -1 errors, 0 warnings too, 1 info, 2 all.
     """
@@ -225,9 +225,9 @@ def configure(verbosity: int = 0, *, json: bool = False, stream: TextIO | None =
 
 @contextlib.contextmanager
 def never_waiting() -> Iterator[None]:
-    """While a guest runs: wait for no reader of events. What finds no room is dropped, the next line says how many.
+    """While a guest runs, never wait for the reader of events. Events without room are dropped and counted.
 
-    Leaving it waits, until what is left of them is written. Call :func:`configure` before.
+    Leaving this context waits until pending events are written. Call :func:`configure` before.
     """
     lines = _state.lines
     lines.stop_waiting()

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where consoles' output and events go: somebody else's descriptor, written to without ever waiting for its reader.
+"""Write to a foreign descriptor (a console's output, or events) without waiting for its reader.
 
-Who writes holds locks that others need, so a write takes what there is room for, and returns. Having seen POLLOUT is
-not enough for that: of a terminal it says that there is some room, and a blocking write waits for all of it; of a pipe
-that there is room for PIPE_BUF bytes, until somebody else writes there too. And O_NONBLOCK is not ours to set on what
-is the user's shell's as well. An :class:`Outlet` owns a description of its own where it needs one.
+A writer may hold locks, so a write must not block. POLLOUT does not guarantee that. For a terminal it means some room,
+but a blocking write waits until all bytes fit. For a pipe it means room for PIPE_BUF bytes, until another process
+writes there. Setting O_NONBLOCK would also affect the user's shell, which shares the description. So an :class:`Outlet`
+opens a separate description where it needs one.
 
 ==============================  ====================================================
 terminal, pipe                  opened once more, by /proc/self/fd, not to block
-one that cannot be: another's   a byte at a time, when POLLOUT promises room for one
+one that cannot be reopened     a byte at a time, when POLLOUT promises room for one
 socket                          sent to with MSG_DONTWAIT
 anything else: files, devices   written to; there is no reader to wait for
 ==============================  ====================================================
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from typing import Final
 
 _PTMX: Final = os.makedev(5, 2)
-"""The master's end of any pseudo-terminal: to open that once more makes another terminal."""
+"""The master of a pseudo-terminal: opening it again would make a new terminal."""
 
 
 class Outlet:
-    """Writes to ``fd``, which stays open; close it all the same. Its users see to it that one writes at a time."""
+    """Writes to ``fd``, which it does not close. Close the Outlet itself. Only one thread may write at a time."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._close: Callable[[], None] = lambda: None
         self._write: Callable[[bytes | memoryview], int] = lambda data: os.write(fd, data)
-        with contextlib.suppress(OSError):  # no descriptor at all: writing to it tells why
+        with contextlib.suppress(OSError):  # not a descriptor: writing to it reports the error
             about = os.fstat(fd)
             if stat.S_ISSOCK(about.st_mode):
                 self._send()
@@ -45,7 +45,7 @@ class Outlet:
                 self._reopen(may=about.st_rdev != _PTMX)
 
     def _send(self) -> None:
-        import socket  # which few consoles are
+        import socket  # only few consoles are sockets
 
         with contextlib.suppress(OSError):
             end = socket.socket(fileno=os.dup(self._fd))
@@ -65,13 +65,13 @@ class Outlet:
         return os.write(self._fd, data[:1]) if poll.poll(0) else 0
 
     def fileno(self) -> int:
-        """Return what to wait on for POLLOUT."""
+        """Return the descriptor to poll for POLLOUT."""
         return self._fd
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write what there is room for now, and return how many bytes that were; OSError where it cannot be written.
+        """Write without waiting, and return the number of bytes written. Raises OSError.
 
-        After 0 wait for POLLOUT, and not only for that: where others write too, it may not be true for long.
+        After 0, wait for POLLOUT with a timeout: another writer may use the room first.
         """
         try:
             return self._write(data)
@@ -79,6 +79,6 @@ class Outlet:
             return 0
 
     def close(self) -> None:
-        """Close what is its own; idempotent. Write no more."""
+        """Close its own description. Idempotent. Do not write afterwards."""
         close, self._close = self._close, lambda: None
         close()

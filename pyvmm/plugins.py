@@ -1,27 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What installed packages bring: devices, claims and benchmark cases, by entry point.
+"""Find plug-ins of installed packages: devices, claims and benchmark cases, by entry point.
 
-A package names what it brings in its pyproject.toml::
+A package lists its plug-ins in its pyproject.toml::
 
     [project.entry-points."pyvmm.devices"]
     dice = "pyvmm_dice:KIND"
 
-Whoever keeps a registry looks there first, and asks here only about a name that is not built in, or for a list::
+A registry looks up its own names first. It calls this module only for other names, or for a list::
 
     found = BUILT_IN.get(name) or plugins.find(plugins.DEVICES, name, DeviceKind)  # None: nobody has that name
     brought, faults = plugins.every(plugins.CLAIMS, Claim, taken=BUILT_IN)  # a list: the good ones, then the faults
 
-``kind`` is the class of what the entry point leads to. Something wrong with a plug-in is a ``PluginError``: one line
-with its name, its package and the reason. ``find`` raises it, ``every`` and ``names`` return them beside the good ones:
-print ``error.message``.
+``kind`` is the class of the entry point's target. A faulty plug-in is a ``PluginError``: one line with its name, its
+package and the reason. ``find`` raises it. ``every`` and ``names`` return it beside the usable ones: print
+``error.message``.
 
-Under ``--lab`` the lab sees the packages that were asked about here before it booted, and no others (``asked``). So a
-verb that runs there must have called ``find``, ``names`` or ``every`` on the workstation, while its command line is
-parsed or in its ``main_in_lab``; it asks again inside.
+A lab sees only the packages that were looked up on the workstation before it booted (``asked``). So a verb that runs in
+the lab must call ``find``, ``names`` or ``every`` on the workstation, while its command line is parsed or in its
+``main_in_lab``. It looks them up again inside.
 
-Reading entry points costs 219 million instructions, so a run of known names never calls this module, and importlib's
-reader is imported in its functions. It owns the list of the packages asked about, which only grows. Any thread may
-call.
+Reading entry points costs 219 million instructions. So a run with built-in names never calls this module, and its
+functions import importlib's reader. It owns the list of looked-up packages, which only grows. Any thread may call it.
 """
 
 from __future__ import annotations
@@ -44,17 +43,17 @@ _asked: dict[str, Distribution] = {}
 
 
 class PluginError(UsageError):
-    """A plug-in cannot be used: ``name`` is what it is called, ``package`` who brings it."""
+    """A plug-in cannot be used. ``name`` is its name, ``package`` its package."""
 
     def __init__(self, name: str, package: str, reason: str) -> None:
         what = f"the plug-in {name!r} of the package {package} cannot be used: {reason}"
-        super().__init__(what, hint=f"mend or remove it: pip uninstall {package.partition(' ')[0]}")
+        super().__init__(what, hint=f"fix or remove it: pip uninstall {package.partition(' ')[0]}")
         self.name = name
         self.package = package
 
 
 class Plugin(Generic[T]):
-    """What an entry point led to: ``item`` is called ``name``, and ``package`` brings it."""
+    """A loaded plug-in: the object ``item`` with the name ``name``, of the package ``package``."""
 
     __slots__ = ("item", "name", "package")
 
@@ -64,15 +63,15 @@ class Plugin(Generic[T]):
         self.item = item
 
     def fault(self, reason: str) -> PluginError:
-        """Return the error that says why this cannot be used after all."""
+        """Return the error for a plug-in that cannot be used for this reason."""
         return PluginError(self.name, self.package, reason)
 
 
 def find(group: str, name: str, kind: type[T]) -> T | None:
-    """Load and return what is called ``name`` in ``group``; None if no installed package brings it.
+    """Load and return the plug-in ``name`` of ``group``; None if no installed package has it.
 
-    PluginError if it cannot be loaded, is not a ``kind``, or two packages bring it; also if nobody brings it but a
-    package with entry points in the group cannot be read.
+    Raises PluginError if it cannot be loaded, is not a ``kind``, or is in two packages. Also raises it if the name is
+    unknown and a package with entry points in the group cannot be read.
     """
     found, unreadable = _read(group)
     entries = found.get(name, [])
@@ -86,7 +85,7 @@ def find(group: str, name: str, kind: type[T]) -> T | None:
 
 
 def names(group: str) -> tuple[dict[str, str], list[PluginError]]:
-    """Return the names in ``group`` with the packages that bring them, nothing loaded, and what cannot be read."""
+    """Return the names in ``group`` with their packages, without loading them, and the faults of unreadable ones."""
     found, faults = _read(group)
     listed = {}
     for name, entries in sorted(found.items()):
@@ -97,9 +96,9 @@ def names(group: str) -> tuple[dict[str, str], list[PluginError]]:
 
 
 def every(group: str, kind: type[T], *, taken: Container[str] = ()) -> tuple[list[Plugin[T]], list[PluginError]]:
-    """Load everything in ``group``, by name; return what can be used, and a fault for each of the others.
+    """Load all plug-ins of ``group``, by name. Returns the usable ones, and a fault for each of the others.
 
-    ``taken`` are the names that are built in: a plug-in cannot take one, as nothing would ever ask it.
+    ``taken`` are the built-in names. A plug-in with such a name would never be used, and is a fault.
     """
     found, faults = _read(group)
     good = []
@@ -108,7 +107,7 @@ def every(group: str, kind: type[T], *, taken: Container[str] = ()) -> tuple[lis
             _note(distribution)
         if name in taken:
             faults += [
-                PluginError(name, package_name(each), "pyvmm has one of that name itself") for each, _ in entries
+                PluginError(name, package_name(each), "pyvmm has a built-in one with this name") for each, _ in entries
             ]
             continue
         try:
@@ -119,7 +118,7 @@ def every(group: str, kind: type[T], *, taken: Container[str] = ()) -> tuple[lis
 
 
 def asked() -> list[Distribution]:
-    """Return the packages that a name was found in or a list was made of, in this process, by name."""
+    """Return the packages that this process has found a name in or listed, by name."""
     return [_asked[name] for name in sorted(_asked)]
 
 
@@ -128,23 +127,23 @@ def _note(distribution: Distribution) -> None:
 
 
 def package_name(distribution: Distribution) -> str:
-    """Return what a package is called, also where it lacks its metadata."""
+    """Return a package's name, even without its metadata."""
     try:
         metadata = distribution.metadata
         name = metadata["Name"] if "Name" in metadata else None
-    except Exception:  # whatever a damaged file makes the reader raise
+    except Exception:  # any exception that a damaged file causes in the reader
         name = None
     return name or _stem(distribution)
 
 
 def _stem(distribution: Distribution) -> str:
-    """Return a package's name as the directory of its metadata has it: that is always known, and read cheaply."""
+    """Return a package's name from its metadata directory, which is always known and cheap to read."""
     directory = str(getattr(distribution, "_path", "unknown")).rpartition("/")[2]
     return directory.rpartition(".")[0].partition("-")[0].lower()
 
 
 def _read(group: str) -> tuple[dict[str, list[tuple[Distribution, EntryPoint]]], list[PluginError]]:
-    """Return who brings what in ``group``, by name, and a fault for each package that cannot be read."""
+    """Return the entry points of ``group`` by name, and a fault for each unreadable package."""
     from importlib import metadata
 
     found: dict[str, list[tuple[Distribution, EntryPoint]]] = {}
@@ -152,7 +151,7 @@ def _read(group: str) -> tuple[dict[str, list[tuple[Distribution, EntryPoint]]],
     seen = set()
     for distribution in metadata.distributions():
         stem = _stem(distribution)
-        if stem in seen:  # of two on the path the first is imported
+        if stem in seen:  # of two versions on the path, the first is imported
             continue
         seen.add(stem)
         try:
@@ -160,7 +159,7 @@ def _read(group: str) -> tuple[dict[str, list[tuple[Distribution, EntryPoint]]],
             if group not in text:
                 continue
             entries = [entry for entry in distribution.entry_points if entry.group == group]
-        except Exception as error:  # every package of the machine is read here, also those that nobody asked about
+        except Exception as error:  # this reads every package of the machine, also unrelated ones
             if isinstance(error, UnicodeDecodeError) and group.encode() not in error.object:
                 continue
             faults.append(PluginError(group, package_name(distribution), f"entry_points.txt: {_reason(error)}"))
@@ -173,13 +172,13 @@ def _read(group: str) -> tuple[dict[str, list[tuple[Distribution, EntryPoint]]],
 def _load(name: str, entries: list[tuple[Distribution, EntryPoint]], kind: type[T]) -> Plugin[T]:
     package = " and ".join(package_name(distribution) for distribution, _ in entries)
     if len(entries) > 1:
-        raise PluginError(name, package, "it is brought more than once")
+        raise PluginError(name, package, "several packages have it")
     [(_, entry)] = entries
     if not entry.pattern.match(entry.value):
         raise PluginError(name, package, f"{entry.value!r} is not MODULE:NAME")
     try:
         item = entry.load()
-    except (Exception, SystemExit) as error:  # it runs somebody's module, which may raise anything
+    except (Exception, SystemExit) as error:  # it runs a foreign module, which may raise anything
         raise PluginError(name, package, _reason(error)) from error
     if not isinstance(item, kind):
         raise PluginError(name, package, f"{entry.value} is a {type(item).__name__}, not a {kind.__name__}")
@@ -187,6 +186,6 @@ def _load(name: str, entries: list[tuple[Distribution, EntryPoint]], kind: type[
 
 
 def _reason(error: BaseException) -> str:
-    """Return one line that says what was raised."""
+    """Return one line for an exception."""
     line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

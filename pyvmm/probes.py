@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``doctor`` looks at: each probe asks the system one question and answers with a finding, whatever it meets.
+"""The probes of ``doctor``. Each examines one property of the system and always returns a finding.
 
-Owns nothing for longer than a probe. Nothing here may raise for what the machine is like, or need the native loop.
+Owns nothing after a probe. No probe may raise for a property of the machine, or need the native loop.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _read(path: str) -> str | None:
 
 
 def host() -> Iterable[Finding]:
-    """Ask about the machine and its kernel."""
+    """Examine the machine and its kernel."""
     machine = platform.machine()
     if machine == ARM64:
         yield Finding("host", "architecture", OK, machine)
@@ -78,14 +78,14 @@ def host() -> Iterable[Finding]:
 
 
 def kvm() -> Iterable[Finding]:
-    """Ask /dev/kvm, and on arm64 whether its hypervisor is pKVM."""
+    """Examine /dev/kvm, and on arm64 whether its hypervisor is pKVM."""
     from pyvmm.kvm.system import System
 
     arm64 = platform.machine() == ARM64
     try:
         system = System.open()
     except PyvmmError as error:
-        # Without arm64 KVM is only good for tests at native speed: its absence is no fault there.
+        # On other architectures KVM only serves native tests: its absence is not a fault there.
         yield Finding("kvm", "/dev/kvm", FAIL if arm64 else INFO, error.message, error.hint if arm64 else None)
         return
     with system:
@@ -116,7 +116,7 @@ def _protected(system: System) -> Finding:
         "kvm",
         "protected VMs",
         FAIL,
-        "no: this kernel was not started in protected mode, or is older than them",
+        "no: this kernel was not started in protected mode, or is too old",
         "boot a kernel that has them (7.3 does) with kvm-arm.mode=protected, or use pyvmm --lab",
     )
 
@@ -130,7 +130,7 @@ def _capabilities(system: System, arm64: bool) -> Iterable[Finding]:
         yield Finding("kvm", "guest addresses", INFO, f"{system.max_ipa_bits or 40} bits")
     flags = system.check(caps.KVM_CAP_GUEST_MEMFD_FLAGS)
     if not system.check(caps.KVM_CAP_GUEST_MEMFD):
-        yield Finding("kvm", "guest_memfd", INFO, "no: --backing guest_memfd and private are not for this host")
+        yield Finding("kvm", "guest_memfd", INFO, "no: --backing guest_memfd and private do not work on this host")
     else:
         names = [name for bit, name in ((1, "MMAP"), (2, "INIT_SHARED")) if flags & bit]
         yield Finding("kvm", "guest_memfd", OK, f"yes, flags {' '.join(names) or 'none'} ({flags:#x})")
@@ -190,7 +190,7 @@ def _userfaultfd() -> Finding:
 
 
 def python() -> Iterable[Finding]:
-    """Ask about the interpreter, the native loop and the modules."""
+    """Examine the interpreter, the native loop and the modules."""
     from pyvmm._native_source import require_fresh_native
 
     yield Finding("python", "interpreter", OK, f"{platform.python_version()} at {sys.executable}")
@@ -199,7 +199,7 @@ def python() -> Iterable[Finding]:
     except PyvmmError as error:
         yield Finding("python", "native loop", FAIL, error.message, error.hint)
     else:
-        yield Finding("python", "native loop", OK, "built, and from these sources")
+        yield Finding("python", "native loop", OK, "built from the current sources")
     for name, module in (("cffi", "_cffi_backend"), ("structlog", "structlog"), ("pyelftools", "elftools")):
         if importlib.util.find_spec(module) is not None:
             yield Finding("python", name, OK, _version(name))
@@ -213,7 +213,7 @@ def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        # Distributions may leave the metadata out.
+        # Distributions may omit the metadata.
         return "installed"
 
 
@@ -221,7 +221,7 @@ def _version(name: str) -> str:
 
 
 def lab() -> Iterable[Finding]:
-    """Ask whether the lab can be built and booted here."""
+    """Examine whether the lab can be built and booted here."""
     from pyvmm.lab.cache import Cache
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.lab import require_native

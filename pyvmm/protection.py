@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three ways a guest can be kept from its host, as everyone in pyvmm names them."""
+"""The protections of a guest from its host, and their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Protection(Enum):
-    """Who enforces that the host cannot touch a guest's private pages."""
+    """The enforcer of a guest's private pages against the host."""
 
     NONE = "none"
     EMULATED = "emulated"
@@ -24,9 +24,9 @@ class Protection(Enum):
 
     @property
     def by_hypervisor(self) -> bool:
-        """Whether EL2 keeps them private; otherwise the VMM does so itself."""
+        """Whether EL2 keeps them private; otherwise the VMM does."""
         return self is Protection.PKVM
 
 
 PROTECTIONS: Final = tuple(protection.value for protection in Protection)
-"""Their names, as a user types them, in the order in which reports and axes have them."""
+"""Their names for the user, in the order of reports and axes."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose a terminal is: who reads it or sets its mode from the background is stopped for that. Owns nothing."""
+"""Check whether this process may use a terminal. The kernel stops background jobs that use it. Owns nothing."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 
 
 def in_background(terminal: int) -> bool:
-    """Whether this is a background job of ``terminal``, which is then for another to read and set."""
+    """Whether this is a background job of ``terminal``, and must not read or set it."""
     try:
         return os.tcgetpgrp(terminal) != os.getpgrp()
-    except OSError:  # no terminal, or none that stops anybody here
+    except OSError:  # not a terminal, or not our controlling one
         return False
 
 
 def in_foreground(terminal: int) -> bool:
-    """Whether ``terminal`` is this process's own, and its to read and set now."""
+    """Whether this process may read and set ``terminal`` now."""
     try:
         return os.isatty(terminal) and os.tcgetpgrp(terminal) == os.getpgrp()
     except OSError:

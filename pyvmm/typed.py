@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What modules on the way to a guest need of ``typing`` when they run, without importing it.
+"""Cheap replacements for parts of ``typing``, for modules that every start of a guest imports.
 
-To import ``typing`` takes a quarter of the instructions of bare Python's start, and each of its NamedTuples as much as
-two modules. Type checkers see typing's own names here, so they know what these classes are. Owns nothing; a leaf.
+Importing ``typing`` takes a quarter of the instructions of bare Python's start, and each of its NamedTuples as many as
+two modules. Type checkers see typing's own names here. Owns nothing, imports nothing of pyvmm.
 
-When the program runs, :class:`NamedTuple` makes classes with the behaviour of typing's: tuples, with fields as
-properties, defaults, ``_replace``, ``_asdict``, ``_make``, ``_fields`` and ``_field_defaults``. :class:`Protocol` makes
-classes of which isinstance says whether an object has what they define. :func:`NewType` makes another name for a type.
+At run time, :class:`NamedTuple` makes classes with the behaviour of typing's: tuples, with fields as properties,
+defaults, ``_replace``, ``_asdict``, ``_make``, ``_fields`` and ``_field_defaults``. :class:`Protocol` makes classes
+whose isinstance checks the members of an object. :func:`NewType` makes a second name for a type.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ else:
             return super().__new__(meta, name, bases, space)
 
     class NamedTuple(tuple, metaclass=_NamedTupleType):
-        """The base of classes whose instances are tuples with named fields, as typing's is."""
+        """The base of classes of named tuples, like typing's."""
 
         def __new__(cls, *values, **named):
             fields = cls._fields
@@ -38,7 +38,7 @@ else:
 
         @classmethod
         def _rest(cls, given, named):
-            """Return the values of the fields behind the first ``given``. Raises TypeError as a call does."""
+            """Return the values of the fields after the first ``given``. Raises TypeError as a call does."""
             fields, defaults = cls._fields, cls._field_defaults
             if given > len(fields):
                 raise TypeError(f"{cls.__name__}() takes {len(fields)} arguments, but {given} were given")
@@ -76,15 +76,15 @@ else:
             )
 
     class Protocol(metaclass=_ProtocolType):
-        """The base of classes that say what an object must have."""
+        """The base of classes that define an object's required members."""
 
     def checkable(cls):
-        """Let isinstance ask whether an object has what the protocol ``cls`` defines, as typing's does."""
+        """Let isinstance check whether an object has the members of the protocol ``cls``, like typing's."""
         cls._checkable = tuple(name for name in vars(cls) if not name.startswith("_"))
         return cls
 
     def NewType(name, base):  # noqa: ARG001 - the name is the type checkers'
-        """Return ``base``: to make a value of the new type costs no call of Python."""
+        """Return ``base``, so that making a value of the new type costs no Python call."""
         return base
 
 

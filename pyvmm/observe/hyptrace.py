@@ -119,7 +119,7 @@ class HypTrace:
         mounted = next((path for path in TRACEFS if os.path.isdir(f"{path}/instances")), None)
         if mounted is None:
             if os.geteuid():
-                return "the kernel tells root only, through tracefs"
+                return "only root can read the kernel's trace (tracefs)"
             return "tracefs, through which the kernel tells, is not mounted: mount -t tracefs nodev /sys/kernel/tracing"
         if not os.path.isdir(f"{mounted}/{REMOTE}"):
             return (

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every report shares: text made harmless, words, style."""
+"""Shared by all reports: escaping, wording, style."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text and data as HTML that means nothing else, whoever wrote them. Pure functions."""
+"""Escape untrusted text and data for HTML. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SOURCE = re.compile(
 
 
 def escaped(text: str) -> str:
-    """Return ``text`` as HTML that means nothing else, in an attribute too."""
+    """Return ``text`` escaped for HTML, also for attributes."""
     return escape(clean(text), quote=True)
 
 
 def escaped_prose(text: str) -> str:
-    """Return ``text`` as HTML, with addresses of pages made links and names of source files set as code."""
+    """Return ``text`` as HTML, with URLs as links and names of source files as code."""
     parts, end = [], 0
     text = clean(text)
     for match in _URL.finditer(text):
@@ -40,6 +40,6 @@ def _with_code(text: str) -> str:
 
 
 def script_json(data: object) -> str:
-    """Return data as JSON that may stand in a script element: nothing in it can end or open an element."""
+    """Return data as JSON for a script element: it cannot end or open an element."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

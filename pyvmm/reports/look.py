@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a terminal can show: its width, colours, and whether its encoding has more than ASCII.
+"""A terminal's abilities: its width, its colours, and whether its encoding is UTF-8.
 
-Pure but for :meth:`Look.of`, which asks a stream.
+Pure, except for :meth:`Look.of`, which examines a stream.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ASCII = str.maketrans({"✓": "+", "✗": "x", "·": ".", "…": "~", "→": "-
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the terminal can show."""
+    """The abilities of a terminal."""
 
     width: int = 80
     colours: bool = False
@@ -26,7 +26,7 @@ class Look:
 
     @classmethod
     def of(cls, stream: TextIO) -> Look:
-        """Ask a stream what it can show; what is no terminal gets 100 columns."""
+        """Examine a stream. A stream that is not a terminal gets 100 columns."""
         utf8 = (stream.encoding or "").lower().replace("-", "").replace("_", "") in ("utf8", "cp65001")
         tty = stream.isatty()
         width = max(shutil.get_terminal_size((100, 24)).columns, 40) if tty else 100
@@ -37,7 +37,7 @@ class Look:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colours and text else text
 
     def finish(self, text: str) -> str:
-        """Return ``text`` as this terminal can show it."""
+        """Return ``text`` in characters that this terminal can show."""
         return text.translate(_ASCII).encode("ascii", "backslashreplace").decode() if self.ascii else text
 
     def wrap(self, text: str, indent: int, first: str = "") -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frame of every HTML report: one file that needs nothing else and runs no script but its own. Pure functions."""
+"""The frame of every HTML report: one self-contained file that runs only its own script. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pyvmm.reports.escaping import escaped
 
 
 def page(title: str, style: str, script: str, body: Iterable[str]) -> str:
-    """Return the page whose body is made of the HTML ``body``, piece by piece.
+    """Return the page with the pieces of HTML ``body`` as its body.
 
-    A policy in the page lets nothing be loaded and no script run but ``script``. The text is ASCII, so that it is the
-    same file in whatever encoding it is written.
+    A policy in the page allows no loading, and no script except ``script``. The text is ASCII, so it is the same file
+    in every encoding.
     """
     digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -43,6 +43,6 @@ def facts(listed: Iterable[tuple[str, str]]) -> str:
 
 
 def file_name(report: str, kernel: object, suffix: str) -> str:
-    """Return the name under which a page hands its data out: the report's, and the kernel's release if it is known."""
+    """Return the file name for a page's data: the report's name, and the kernel's release if known."""
     release = re.sub(r"[^\w.+-]+", "-", str(kernel or "")).strip("-.")
     return f"{report}-{release}{suffix}" if release else f"{report}{suffix}"

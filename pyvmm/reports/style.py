@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The style sheet that every HTML report has: colours by light and dark, headings, facts, contents, the stripe.
+"""The style sheet of all HTML reports: light and dark colours, headings, facts, contents, the stripe.
 
-A report adds its own rules behind it. Whatever a colour tells, a word or a mark tells too.
+A report appends its own rules. No information is shown by colour alone: a word or a mark repeats it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every report says alike: text made harmless, text made short, and a host in a few words.
+"""Shared text functions of reports: make text harmless, shorten it, and name a host.
 
 Pure functions.
 """
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 
 def clean(text: str) -> str:
-    """Return ``text`` with every character that could act rather than be read written out, as ``\\x1b`` is.
+    """Return ``text`` with every control character written out, such as ``\\x1b``.
 
-    Line ends and tabs stay; control characters, marks of direction and halves of characters do not.
+    Line ends and tabs stay. Other control characters, direction marks and lone surrogates are replaced.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -26,7 +26,7 @@ def one_line(text: str) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """Return ``text`` on one line of at most ``width`` characters, with an ellipsis where something is missing."""
+    """Return ``text`` on one line of at most ``width`` characters, with an ellipsis for a cut part."""
     text = one_line(text)
     return text if len(text) <= width else text[: max(width - 1, 0)].rstrip() + "…"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linux/fs.h: requests of block devices; linux/magic.h: what statfs(2) says a file system is."""
+"""linux/fs.h: requests of block devices. linux/magic.h: the file system types of statfs(2)."""
 
 from __future__ import annotations
 

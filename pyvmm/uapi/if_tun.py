@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linux/if_tun.h: taps; and what of linux/sockios.h brings one up and gives it an address."""
+"""linux/if_tun.h: taps. linux/sockios.h: requests to bring one up and give it an address."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ctypes import c_int, c_uint
 from pyvmm.uapi.ioctl import IOR, IOW
 
 TUNSETIFF = IOW("TUNSETIFF", ord("T"), 202, c_int)
-"""Takes a ``struct ifreq`` all the same."""
+"""Takes a ``struct ifreq``, unlike its definition."""
 TUNSETPERSIST = IOW("TUNSETPERSIST", ord("T"), 203, c_int)
 """Takes 0 or 1 itself."""
 TUNGETFEATURES = IOR("TUNGETFEATURES", ord("T"), 207, c_uint)

@@ -19,8 +19,9 @@ _SIZE_BITS = 14
 class Ioctl:
     """A request: its kernel ``name``, its ``number``, and the C type its argument points to.
 
-    ``argument`` None means that the argument is a plain integer, or that there is none. Making one raises ValueError
-    when the size in the number is not the type's: such a request would make the kernel read or write the wrong bytes.
+    ``argument`` None means that the argument is a plain integer, or that there is none. The constructor raises
+    ValueError if the size in the number differs from the type's size. Such a request would make the kernel read or
+    write wrong bytes.
     """
 
     __slots__ = ("argument", "name", "number")

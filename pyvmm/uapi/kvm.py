@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """linux/kvm.h: structures, requests and flags that are the same on every architecture.
 
-Here is what every guest's start needs. The capabilities are in ``kvm_cap``, interrupts and eventfds in ``kvm_irq``, the
-run area and exit reasons in ``kvm_run``, other memory than plain slots in ``kvm_memory``, the state of vCPUs and
-statistics in ``kvm_state``. What depends on the architecture, requests with such a structure too, is in ``kvm_arm64``,
-``kvm_arm64_vcpu`` and ``kvm_x86``.
+This module has the definitions that every guest's start needs. The capabilities are in ``kvm_cap``, interrupts and
+eventfds in ``kvm_irq``, the run area and exit reasons in ``kvm_run``, memory other than plain slots in ``kvm_memory``,
+the state of vCPUs and statistics in ``kvm_state``. Architecture-dependent structures and their requests are in
+``kvm_arm64``, ``kvm_arm64_vcpu`` and ``kvm_x86``.
 """
 
 from __future__ import annotations

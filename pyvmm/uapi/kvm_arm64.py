@@ -50,7 +50,7 @@ KVM_REG_ARM64_SVE = 0x0015 << KVM_REG_ARM_COPROC_SHIFT
 KVM_REG_ARM_FW_FEAT_BMAP = 0x0016 << KVM_REG_ARM_COPROC_SHIFT
 
 
-# Places in struct kvm_regs, in bytes, which is never passed whole: KVM numbers the core registers by them.
+# Byte offsets in struct kvm_regs. KVM numbers the core registers by them, and never passes the whole structure.
 _PLACES = {
     **{f"x{n}": 8 * n for n in range(31)},
     "sp": 248,
@@ -96,7 +96,7 @@ def KVM_REG_ARM_FW_FEAT_BMAP_REG(r: int) -> int:
 KVM_REG_ARM_PTIMER_CTL = ARM64_SYS_REG(3, 3, 14, 2, 1)
 KVM_REG_ARM_PTIMER_CVAL = ARM64_SYS_REG(3, 3, 14, 2, 2)
 KVM_REG_ARM_PTIMER_CNT = ARM64_SYS_REG(3, 3, 14, 0, 1)
-# CVAL and CNT were swapped by accident when the interface was made, and stay so.
+# CVAL and CNT were swapped by accident in the first version of the interface.
 KVM_REG_ARM_TIMER_CTL = ARM64_SYS_REG(3, 3, 14, 3, 1)
 KVM_REG_ARM_TIMER_CVAL = ARM64_SYS_REG(3, 3, 14, 0, 2)
 KVM_REG_ARM_TIMER_CNT = ARM64_SYS_REG(3, 3, 14, 3, 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""asm/kvm.h of arm64: what few runs ask of a vCPU: debugging, events, counters; and the SMCCC filter of a VM."""
+"""asm/kvm.h of arm64, rarely used parts: vCPU debugging, events, counters, and the SMCCC filter of a VM."""
 
 from __future__ import annotations
 

@@ -159,6 +159,6 @@ KVM_CAP_ARM_PMU_V3_STRICT = 251
 
 
 def cap_name(cap: int) -> str:
-    """Return a capability's name, or its number as text when it has none here."""
+    """Return a capability's name, or its number as text if the name is unknown."""
     names = (name for name, value in globals().items() if name.startswith("KVM_CAP_") and value == cap)
     return next(names, str(cap))

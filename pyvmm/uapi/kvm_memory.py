@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linux/kvm.h: memory beyond plain slots: guest_memfd, attributes, what was written, MMIO that waits."""
+"""linux/kvm.h: memory beyond plain slots: guest_memfd, attributes, dirty logs, coalesced MMIO."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``struct kvm_run`` of linux/kvm.h: the page a vCPU and its VMM share, and why KVM_RUN came back.
+"""``struct kvm_run`` of linux/kvm.h: the page that a vCPU and its VMM share, and exit reasons.
 
 The exits of other architectures (ppc, s390, riscv, loongarch) and of confidential x86 guests are left out of the
 union; ``padding`` fixes its size. ``debug.arch`` differs between arm64 and x86, so it is here twice.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ExitReason(IntEnum):
-    """``kvm_run.exit_reason``; says something only after a KVM_RUN that returned 0, or failed as its case tells."""
+    """``kvm_run.exit_reason``. Valid only after a KVM_RUN that returned 0, or failed as documented for the reason."""
 
     KVM_EXIT_UNKNOWN = 0
     KVM_EXIT_EXCEPTION = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linux/kvm.h: what a VM or a vCPU is asked once it is there: its state, its registers, its statistics."""
+"""linux/kvm.h: queries of an existing VM or vCPU: state, registers, statistics."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""asm/kvm.h of x86: what a small real-mode guest and the arch-neutral tests need, and no more."""
+"""asm/kvm.h of x86: the part for a small real-mode guest and the architecture-neutral tests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C structures written as annotated classes, so that a field's C type and its Python type are said once.
+"""C structures as annotated classes, which define a field's C type and its Python type at once.
 
 ::
 
@@ -8,8 +8,8 @@
         target: u32
         features: Array[c_uint32]
 
-Nested structures without a name in C have one here that starts with an underscore, as have paddings the C compiler
-inserts; both belong to their parent and are no part of the interface.
+Nested structures without a name in C, and the C compiler's paddings, have names with a leading underscore here. Both
+belong to their parent and are not part of the interface.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _TYPES = {
 
 
 def layout(**lengths: int) -> Callable[[T], T]:
-    """Give a class the fields its annotations name, in their order and with the C compiler's alignment.
+    """Give a class the fields of its annotations, in order and with the C compiler's alignment.
 
     ``lengths`` are those of its arrays. A field that is a structure is annotated with one of the same module.
     """
@@ -70,7 +70,7 @@ def layout(**lengths: int) -> Callable[[T], T]:
 
 
 def with_tail(header: type[S], name: str, items: Iterable[Any], element: Any) -> S:
-    """Make ``header`` with the flexible array ``name`` behind it, filled with ``items`` of the C type ``element``.
+    """Make ``header`` followed by the flexible array ``name``, filled with ``items`` of the C type ``element``.
 
     For arguments such as ``struct kvm_irq_routing``, whose ioctl number knows only the header. ValueError if the C
     compiler would leave a gap between the two.

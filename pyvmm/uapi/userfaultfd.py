@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linux/userfaultfd.h: page faults told to userspace, and userfaultfd(2)'s number.
+"""linux/userfaultfd.h: page faults reported to user space, and userfaultfd(2)'s number.
 
 The kernel's ``struct uffd_msg`` is packed; its fields lie as they would without that.
 """
@@ -112,7 +112,7 @@ class _arg(Union):
 
 @layout()
 class uffd_msg(Structure):
-    """What read(2) of a userfaultfd gives, one or several of."""
+    """A message that read(2) of a userfaultfd returns, one or several at once."""
 
     event: u8
     reserved1: u8

@@ -119,7 +119,7 @@ def test_what_a_killed_process_left_is_removed() -> None:
 
 
 def test_a_fault_again_is_asked_of_this_thread_only() -> None:
-    assert faulttrace.guest_fault(lambda: None) == (None, "which is not known: the kernel traced no fault")
+    assert faulttrace.guest_fault(lambda: None) == (None, "whose address is unknown: the kernel traced no fault")
 
 
 # -- maps and timelines of live guests

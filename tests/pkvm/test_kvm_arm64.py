@@ -138,7 +138,7 @@ def test_arm64_registers_read_back(vm: Vm) -> None:
 
 
 def test_a_feature_that_no_cpu_has_is_refused_in_words(vm: Vm) -> None:
-    with pytest.raises(KvmError, match=r"features=2\+77.*ENOENT: this kernel knows no feature of such a number"):
+    with pytest.raises(KvmError, match=r"features=2\+77.*ENOENT: this kernel does not know this feature"):
         vm.create_vcpu(0).init(features=[77])
 
 

@@ -145,7 +145,7 @@ def test_what_is_no_device_is_said_in_one_line(site: Path, text: str, said: str)
 def test_faulty_package_is_one_line_with_what_to_do(site: Path, name: str, reason: str, tmp_path: Path) -> None:
     install(site, "pyvmm-bad", {"bad.py": "1 / 0"}, {plugins.DEVICES: {"bad": "bad:KIND", "word": "os:name"}})
     what = f"the plug-in {name!r} of the package pyvmm-bad cannot be used: {reason}"
-    todo = "  hint: mend or remove it: pip uninstall pyvmm-bad"
+    todo = "  hint: fix or remove it: pip uninstall pyvmm-bad"
     done = run("--device", name, "payload:hello")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"pyvmm: {what}\n{todo}\n")
     path = tmp_path / "guest.toml"
@@ -166,7 +166,10 @@ def test_list_has_the_good_ones_and_a_line_for_each_of_the_others(site: Path) ->
     install(site, "pyvmm-bad", {"bad.py": "1 / 0"}, {plugins.DEVICES: {"bad": "bad:KIND", "rng": "bad:KIND"}})
     done = run("--device", "help")
     assert (done.returncode, done.stdout.count("\n"), done.stderr.count("\n")) == (2, 1, 2)
-    assert "the plug-in 'rng' of the package pyvmm-bad cannot be used: pyvmm has one of that name itself" in done.stderr
+    assert (
+        "the plug-in 'rng' of the package pyvmm-bad cannot be used: pyvmm has a built-in one with this name"
+        in done.stderr
+    )
 
 
 def test_run_of_known_devices_reads_no_entry_points() -> None:

@@ -131,7 +131,7 @@ def test_why_nothing_can_be_recorded_is_said(remote: Path, tmp_path: Path, monke
     monkeypatch.setattr(hyptrace, "TRACEFS", ())
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with HypTrace() as trace:
-        assert (trace.available, trace.why_not) == (False, "the kernel tells root only, through tracefs")
+        assert (trace.available, trace.why_not) == (False, "only root can read the kernel's trace (tracefs)")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with HypTrace() as trace:
         assert "not mounted" in trace.why_not

@@ -77,7 +77,7 @@ def test_the_limit_is_raised_as_far_as_it_may_be(tmp_path: Path) -> None:
     assert "ENOTTY" in raised.stderr
     refused = started("run", *words, "payload:hello", options=("--files", "64:96"))
     assert refused.returncode == 5
-    assert "about 257 file descriptors are needed, and this process may have 96" in refused.stderr
+    assert "about 257 file descriptors are needed, but this process may have only 96" in refused.stderr
 
 
 def descriptors() -> int:

@@ -68,7 +68,7 @@ def test_a_working_directory_that_is_gone_is_named(line: str, tmp_path: Path) ->
         2,
         [
             f"pyvmm: the working directory {tmp_path}/gone has been removed",
-            "  hint: cd to one that is there, and try again",
+            "  hint: cd to an existing directory, and try again",
         ],
     )
 

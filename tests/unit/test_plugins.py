@@ -64,7 +64,7 @@ def test_faulty_plugin_is_one_line_with_its_name_its_package_and_the_reason(
     with pytest.raises(plugins.PluginError) as caught:
         plugins.find(plugins.CASES, "bad", int)
     assert caught.value.message == f"the plug-in 'bad' of the package pyvmm-bad cannot be used: {reason}"
-    assert caught.value.hint == "mend or remove it: pip uninstall pyvmm-bad"
+    assert caught.value.hint == "fix or remove it: pip uninstall pyvmm-bad"
     assert isinstance(caught.value, UsageError)
     assert (caught.value.name, caught.value.package) == ("bad", "pyvmm-bad")
 
@@ -103,7 +103,7 @@ def test_every_lists_the_good_ones_and_a_fault_for_each_of_the_others(site: Path
     assert {each.name: each.message.partition(": ")[2] for each in faults} == {
         "bad": "ZeroDivisionError: division by zero",
         "halt": "good:half is a float, not a int",
-        "taken": "pyvmm has one of that name itself",
+        "taken": "pyvmm has a built-in one with this name",
     }
 
 

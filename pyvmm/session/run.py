@@ -13,6 +13,8 @@ import os
 import threading
 
 from pyvmm import log
+from pyvmm.errors import within_limits
+from pyvmm.machine.hardware import OTHER_DESCRIPTORS
 from pyvmm.machine.machine import Machine
 from pyvmm.options.consoles import places
 from pyvmm.options.machine import machine_config, with_files
@@ -63,7 +65,7 @@ class GuestRun:
 
     def to_end(self) -> int:
         """Run the guest; returns the exit status."""
-        with self._stack:
+        with within_limits(OTHER_DESCRIPTORS), self._stack:
             self._open()
             while (status := self._live()) is None:
                 # A machine has many reference cycles, and a guest may reset more often than Python collects garbage.

@@ -166,7 +166,7 @@ def place(tmp_path: Path) -> Path:
         (MAIN, ["ctl", "./none.sock", "pause"], None, "none.sock"),
         ("fake", ["run", "--vsock", "uds=v,cid=3", "payload:hello"], 1, "ENOTTY"),
         (IGNORED, ["run", "--dry-run", "payload:hello"], 0, ""),
-        ("fake", ["--files", "13", "run", "payload:hello"], 5, "about 32 file descriptors are needed"),
+        ("fake", ["--files", "13", "run", "payload:hello"], 5, "descriptors are needed, and this process may have 13"),
         ("fake", ["--no-thread", "2", "run", "payload:hello"], 5, "RLIMIT_NPROC"),
         ("fake", ["--files", "1024:4096", "run", *DISKS, "payload:hello"], 1, "ENOTTY"),
         ("fake", ["--files", "1024:1024", "run", *DISKS, "payload:hello"], 5, "RLIMIT_NOFILE"),

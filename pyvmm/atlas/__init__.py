@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The atlas: what the kernel really does with guest memory, claim by claim, each one an experiment on this host."""
+"""The atlas: test claims about the kernel and guest memory, each by an experiment on this host."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a claim is, and the list of all of them.
+"""Define claims and groups, and list all claims.
 
 A claim is a function of one :class:`~pyvmm.experiment.Experiment`. Its docstring is the statement; what it
 checks decides whether that holds. A module of claims names its group once:
@@ -14,8 +14,8 @@ checks decides whether that holds. A module of claims names its group once:
         x.guest.share(page)
         x.check("the host reads", x.host64(page), 42)
 
-An installed package may bring a group of claims. Its entry point in ``pyvmm.claims`` has the group's name and leads to
-what :func:`group` returned there, with a heading because the group is new:
+An installed package may add a group of claims. Its entry point in ``pyvmm.claims`` has the group's name, and its target
+is the result of :func:`group`. A new group needs a heading:
 
     claim = group("mine", heading="What my driver does to guest memory")
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from pyvmm.experiment import Experiment
 
 DEADLINE = 60.0
-"""Seconds an experiment may take before its process is killed, unless the claim says otherwise."""
+"""Default deadline of an experiment in seconds. Its process is then killed."""
 
 Function = Callable[["Experiment"], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a claim is tried: a protection, and the backing of the guest's memory."""
+    """A place to try a claim in: a protection, and the backing of guest memory."""
 
     protection: Protection
     backing: str
@@ -57,7 +57,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A statement about the kernel and the experiment that tells."""
+    """A statement about the kernel, and its experiment."""
 
     id: str
     group: str
@@ -67,18 +67,18 @@ class Claim:
     function: Function
     seconds: float = DEADLINE
     options: dict[str, Any] = field(default_factory=dict)
-    """What its experiment is made with, besides the place: see Experiment."""
+    """Arguments of its Experiment, besides the place."""
     heading: str = ""
-    """What its group is about."""
+    """The heading of its group."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All that it is asked for by: its id, the id without the group, and the group."""
+        """All names that select it: its id, the id without the group, and the group."""
         return self.id, self.id.partition("/")[2], self.group
 
 
 class Group:
-    """Claims about one subject: called ``name`` and about ``heading``. It is the decorator that makes its claims."""
+    """Claims about one subject, with a name and a heading. Calling it returns the decorator of its claims."""
 
     def __init__(self, name: str, heading: str) -> None:
         self.name, self.heading = name, heading
@@ -95,7 +95,7 @@ class Group:
         seconds: float = DEADLINE,
         **options: Any,
     ) -> Callable[[Function], Claim]:
-        """Make a function a claim of the group; the protections name the backings it is tried over."""
+        """Make a function a claim of the group. Each protection lists the backings to try it over."""
         wanted = {Protection.NONE: none, Protection.EMULATED: emulated, Protection.PKVM: pkvm}
         places = tuple(Place(protection, backing) for protection, text in wanted.items() for backing in text.split())
 
@@ -132,10 +132,10 @@ REGISTRY: Final = Registry(Group, "pyvmm.atlas.claims", plugins.CLAIMS)
 
 
 def group(name: str, heading: str = "") -> Group:
-    """Return a built-in group, or with ``heading`` a new one. ValueError for an unknown name, or one that is taken."""
+    """Return a built-in group, or a new one with ``heading``. Raises ValueError for an unknown or taken name."""
     if heading:
         if name in GROUPS:
-            raise ValueError(f"there is a group called {name!r} already")
+            raise ValueError(f"a group called {name!r} already exists")
         return Group(name, heading)
     if name not in GROUPS:
         raise ValueError(f"no group is called {name!r}")
@@ -145,9 +145,9 @@ def group(name: str, heading: str = "") -> Group:
 def all_claims(names: Iterable[str] = ()) -> list[Claim]:
     """Import the modules of built-in claims and return their claims, group by group.
 
-    Where every one of ``names`` tells its group, only these groups' modules are imported: a module's name starts with
-    its group's. No entry points are read: a run that names no claim is one of the built-in claims alone, so that two
-    hosts' results are comparable whatever else is installed there.
+    If all ``names`` contain their group, only these groups' modules are imported: a module's name starts with its
+    group's. Entry points are not read. A run without names has only the built-in claims, so that results of two hosts
+    are comparable.
     """
     groups = {name.partition("/")[0] for name in names}
     wanted = groups if groups and groups <= set(GROUPS) else GROUPS
@@ -156,17 +156,17 @@ def all_claims(names: Iterable[str] = ()) -> list[Claim]:
 
 
 def brought_claims() -> tuple[list[Claim], list[PluginError]]:
-    """Return the claims that installed packages bring, and why some of what they bring cannot be used."""
+    """Return the claims of installed packages, and the faults of unusable ones."""
     groups, faults = REGISTRY.plug_ins()
     return _claims(groups), faults
 
 
 def select(names: Iterable[str], claims: list[Claim]) -> list[Claim]:
-    """Return the claims that ``names`` ask for, each an id, a group, or an id without its group; all for no name.
+    """Return the claims of ``names``, each an id, a group, or an id without its group; all without names.
 
-    Claims come in the order of ``claims``, then those that installed packages bring; these are asked where none of
-    ``claims`` has a name. Raises UsageError for an unknown name, with the nearest known ones, and PluginError where
-    the package that has it cannot be used.
+    Claims come in the order of ``claims``, then those of installed packages, which are searched for names not in
+    ``claims``. Raises UsageError for an unknown name, with the nearest known ones, and PluginError if its package
+    cannot be used.
     """
     names = list(names)
     if not names:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What claims are expected to be on the kernels we know: a second list beside the claims, compared with and no more.
+"""The expected verdicts of claims on known kernels. Reports compare results with them.
 
-``expected.toml`` has a table for each kernel series and mode of KVM. A claim's entry is a verdict where it is the same
-in every place, or places by verdict. Nothing here decides a verdict; an unknown kernel is expected nothing of.
+``expected.toml`` has a table for each kernel series and mode of KVM. A claim's entry is one verdict for all places, or
+places by verdict. They do not influence verdicts. Unknown kernels have no expected verdicts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def table_name(host: Mapping[str, Value]) -> str:
 
 
 def expected(host: Mapping[str, Value], claims: Iterable[Claim]) -> dict[Key, Verdict]:
-    """Return the verdict expected of each (claim id, protection, backing) on ``host``; nothing for one not known."""
+    """Return the expected verdict of each (claim id, protection, backing) on ``host``; empty for an unknown host."""
     entries = tomllib.loads(FILE.read_text()).get(table_name(host), {})
     found: dict[Key, Verdict] = {}
     for claim in claims:
@@ -44,7 +44,7 @@ def expected(host: Mapping[str, Value], claims: Iterable[Claim]) -> dict[Key, Ve
 
 
 def written(host: Mapping[str, Value], results: Iterable[Result]) -> str:
-    """Return the table of ``expected.toml`` that says these results, to be looked at before it is put there."""
+    """Return the table of ``expected.toml`` for these results. Review it before adding it."""
     by_claim: dict[str, dict[str, list[str]]] = {}
     for result in results:
         places = by_claim.setdefault(result.id, {}).setdefault(result.verdict.value, [])

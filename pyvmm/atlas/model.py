@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an atlas says: results of claims, with their evidence, on one host; and its JSON form.
+"""The data of an atlas: results of claims, with their evidence, on one host; and its JSON form.
 
-Data only, owns nothing; the runner makes it, the reports read it. Everything that changes from one run to the next on
-the same machine is in a field called ``times``: two runs differ there and nowhere else.
+Data only. The runner makes it, the reports read it. Fields called ``times`` hold all values that change between runs on
+the same machine. Two runs differ only there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Result:
     backing: str
     verdict: Verdict
     reason: str = ""
-    """Why it cannot be told, how it crashed, or what stopped the experiment."""
+    """Why the claim cannot be tested, how the experiment crashed, or why it stopped."""
     evidence: tuple[Evidence, ...] = ()
     pictures: tuple[Picture, ...] = ()
     events: tuple[Event, ...] = ()
@@ -40,7 +40,7 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes it one of its kind in an atlas: (id, protection, backing)."""
+        """Its unique key in an atlas: (id, protection, backing)."""
         return self.id, self.protection, self.backing
 
     def to_json(self) -> dict[str, Any]:
@@ -59,13 +59,13 @@ class Result:
                 for e in self.evidence
             ],
             "pictures": [{"title": p.title, "runs": [list(run) for run in p.runs]} for p in self.pictures],
-            # Their order is one of time: of two vCPUs that fault together, either may be first.
+            # Their order depends on time: of two vCPUs that fault together, either may be first.
             "times": self.times | {"happened": [[e.order, e.kind, e.gpa, e.pages] for e in self.events]},
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:
-        """Undo :meth:`to_json`; LookupError, TypeError or ValueError for anything else."""
+        """Undo :meth:`to_json`. Raises LookupError, TypeError or ValueError for other data."""
         times = dict(data["times"])
         happened = times.pop("happened")
         return cls(
@@ -83,11 +83,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Atlas:
-    """All results of one run, and what they were seen on.
+    """All results of one run, and the host.
 
-    ``host`` holds plain values. Reports know these and show any other as it is: ``kernel`` (release), ``version`` (of
-    that build), ``mode`` (KVM's: protected, vhe, nvhe), ``machine``, ``cpu``, ``tcg`` (a truth: QEMU's TCG, where times
-    are relative only) and ``pyvmm`` (version). ``times`` holds ``date`` (ISO 8601) and ``seconds``.
+    ``host`` holds plain values. Reports know the following fields, and show others unchanged: ``kernel`` (release),
+    ``version`` (of that build), ``mode`` (KVM's: protected, vhe, nvhe), ``machine``, ``cpu``, ``tcg`` (a bool: under
+    QEMU's TCG, times are only relative) and ``pyvmm`` (version). ``times`` holds ``date`` (ISO 8601) and ``seconds``.
     """
 
     host: dict[str, Value]
@@ -116,7 +116,7 @@ class Atlas:
 
     @classmethod
     def from_json(cls, data: Any, name: str = "this") -> Atlas:
-        """Undo :meth:`to_json`. Raises UsageError, with ``name``, for what is not an atlas of this version."""
+        """Undo :meth:`to_json`. Raises UsageError, with ``name``, for data that is not an atlas of this format."""
         if not isinstance(data, dict) or "claims" not in data:
             raise UsageError(f"{name} is not an atlas", hint="pyvmm atlas --json FILE writes one")
         theirs = data.get("atlas")
@@ -131,7 +131,7 @@ class Atlas:
 
     @classmethod
     def load(cls, path: str | Path) -> Atlas:
-        """Read the file that ``--json`` wrote. Raises UsageError where there is none or it holds something else."""
+        """Read the file of ``--json``. Raises UsageError if it is missing or is not an atlas."""
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of the atlas is made of: a claim in one place, conducted in a child process, and the result it has.
+"""The tasks of an atlas run: a claim in one place, tested in a child process, and its result.
 
-A child process that dies, or is past its deadline and killed with all it started, has that for its verdict.
+If the child process dies, or is killed at its deadline with its descendants, the verdict is crashed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Task(NamedTuple):
         return self.claim.seconds
 
     def conduct(self, _seconds: float) -> dict[str, Any]:
-        """Run the experiment in this very process and return its result, whatever the experiment does."""
+        """Run the experiment in this process and return its result, even if the experiment raises."""
         return conduct(self).to_json()
 
     def result(self, data: dict[str, Any]) -> Result:
-        """Return the result that :meth:`conduct` had."""
+        """Convert the JSON values of :meth:`conduct` to a result."""
         return Result.from_json(data)
 
     def crashed(self, why: str, seconds: float) -> Result:
@@ -51,7 +51,7 @@ class Task(NamedTuple):
 
 
 def tasks(claims: Iterable[Claim], protections: Iterable[str] = (), backings: Iterable[str] = ()) -> list[Task]:
-    """Return what there is to run, in order; the filters name protections and backings to keep, none keeps all."""
+    """Return the tasks in order. The filters name protections and backings to keep; an empty filter keeps all."""
     protections, backings = set(protections), set(backings)
     return [
         Task(claim, place)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What conversions do to contents: each claim about a page that goes from private to shared, and back.
+"""Claims about the effect of conversions on contents, for a page that becomes shared and private again.
 
-Under pkvm the hypervisor converts, in place. Under the emulated protection the VMM does, by one of four policies; a
-claim that names a policy says what it is about, and is put to pkvm as it is.
+Under pkvm the hypervisor converts in place. Under the emulated protection the VMM converts, by one of four policies. A
+claim with a policy is about that policy. Under pkvm the policy is ignored.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What conversions cost, and what goes on meanwhile: each claim by the policy that converts, with the ticks of it."""
+"""Claims about the cost of conversions, and concurrent accesses, for each policy, with ticks."""
 
 from __future__ import annotations
 

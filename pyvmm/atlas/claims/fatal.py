@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is final: pages, vCPUs and memory slots for which there is no way back, and what the VMM can do all the same."""
+"""Claims about irreversible changes of pages, vCPUs and memory slots, and what the VMM can still do."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ ID_REGISTERS = {"ID_AA64PFR0_EL1": 4, "ID_AA64DFR0_EL1": 5, "ID_AA64ISAR0_EL1": 
 
 @claim(pkvm="memfd", origin=RECLAIM)
 def a_reclaimed_page_is_efault(x: Experiment) -> None:
-    """A private page that the host's kernel has read is the host's, as zeros, and the guest's next access is EFAULT."""
+    """After the host's kernel reads a private page, the host has it, as zeros, and the guest's next access is
+    EFAULT."""
     page = _reclaimed(x)
     failure = x.failed(x.guest.start_read64(page))
     x.check("KVM_RUN", failure.name if failure else "went on", "EFAULT")
@@ -170,7 +171,7 @@ def registers_stay_open(x: Experiment) -> None:
 
 @everywhere(origin="nvhe/sys_regs.c: a protected guest's ID registers are EL2's")
 def id_registers_are_told_as_they_are(x: Experiment) -> None:
-    """What KVM_GET_ONE_REG tells of the CPU's ID registers is what the guest reads there."""
+    """KVM_GET_ONE_REG returns the CPU's ID registers as the guest reads them."""
     for name, crm in ID_REGISTERS.items():
         reads = x.guest.execute(_code(x, MRS_X0 | crm << 8, RET)).value
         told = x.machine.vcpus[0].get_reg(ARM64_SYS_REG(3, 0, 0, crm, 0))
@@ -208,7 +209,7 @@ def a_guest_can_be_single_stepped(x: Experiment) -> None:
 
 @everywhere(origin="Documentation/virt/kvm/api.rst, KVM_EXIT_SYSTEM_EVENT and KVM_ARM_VCPU_INIT")
 def a_reset_is_told_and_the_vcpu_starts_over(x: Experiment) -> None:
-    """The VMM is told of the guest's PSCI SYSTEM_RESET, and the vCPU, initialised again, starts over from the entry."""
+    """KVM_RUN reports the guest's PSCI SYSTEM_RESET, and the vCPU, initialised again, starts over from the entry."""
     x.guest.reset()
     x.check("KVM_EXIT_SYSTEM_EVENT tells of a reset", x.machine.wait(PATIENCE).ending is Ending.RESET)
     vcpu, entry = x.machine.vcpus[0], x.machine.entry
@@ -292,7 +293,7 @@ def making_one_taints_the_kernel(x: Experiment) -> None:
 
 
 def _reclaimed(x: Experiment) -> Gpa:
-    """Return a page that the guest has stored to, and that the host's kernel has then read."""
+    """Return a page that the guest has written and the host's kernel has then read."""
     page = x.page()
     x.guest.write64(page, 1)
     answer = access.process_vm_readv(x.view(page))
@@ -303,7 +304,7 @@ def _reclaimed(x: Experiment) -> Gpa:
 
 @contextlib.contextmanager
 def _stopped_at(x: Experiment, pc: int) -> Iterator[None]:
-    """Have the guest's first vCPU stand still at an address that it waits at, while the block runs."""
+    """Keep the guest's first vCPU waiting at an address during the block."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         x.machine.pause()
@@ -324,13 +325,13 @@ def _told(failure: Any) -> str:
 
 
 def _trial_slot(x: Experiment, hva: int, flags: int) -> None:
-    """Make a slot with flags, and take it away again where it is made."""
+    """Try to make a slot with flags, and remove it again."""
     number = raw.slot(x, BEYOND, PAGE_SIZE, hva, flags=flags)
     x.machine.vm.delete_memory(number)
 
 
 def _code(x: Experiment, *words: int) -> Gpa:
-    """Have the guest write code to a page of its own, and return its address."""
+    """Have the guest write code to a private page, and return its address."""
     page = x.page()
     _write_code(x.guest, page, *words)
     return page

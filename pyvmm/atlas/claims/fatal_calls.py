@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused: the calls on a VM and its vCPUs that a protected one answers otherwise than a plain one."""
+"""Claims about calls on a VM and its vCPUs that a protected VM answers differently from a plain one."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def these_calls_are_refused(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", origin=FILTER)
 def these_capabilities_are_refused(x: Experiment) -> None:
-    """Capabilities of arm64's that change what the VMM hears or sets cannot be enabled: EINVAL."""
+    """arm64 capabilities that change what the VMM receives or sets cannot be enabled: EINVAL."""
     for name in ("ARM_NISV_TO_USER", "ARM_SYSTEM_SUSPEND", "ARM_SEA_TO_USER", "ARM_WRITABLE_IMP_ID_REGS"):
         number = getattr(cap, f"KVM_CAP_{name}")
         x.check(f"KVM_ENABLE_CAP of {name}", raw.answer(partial(_vm(x).enable_cap, number)), "EINVAL")
@@ -97,7 +97,7 @@ def generic_capabilities_can_be_enabled(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", origin="virt/kvm/kvm_main.c, kvm_vm_ioctl(): not filtered by the architecture")
 def these_calls_work(x: Experiment) -> None:
-    """Slots, guest_memfd, the GICv3 and its ITS, eventfds for doorbells, and statistics are there for any VM."""
+    """Slots, guest_memfd, the GICv3 and its ITS, eventfds for doorbells, and statistics are available for any VM."""
     vm = _vm(x)
     backing, bell = x.stack.enter_context(Memfd(PAGE_SIZE)), os.eventfd(0, os.EFD_CLOEXEC)
     x.stack.callback(os.close, bell)
@@ -122,14 +122,14 @@ def these_calls_work(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", origin="arch/arm64/kvm/arm.c, kvm_arch_vcpu_ioctl(): not filtered")
 def these_calls_on_a_vcpu_work(x: Experiment) -> None:
-    """Registers, run state, events, debugging, timer interrupts and statistics of a vCPU are there for the VMM."""
+    """Registers, run state, events, debugging, timer interrupts and statistics of a vCPU are available to the VMM."""
     for name, way in _of_a_vcpu(x.machine.vcpus[0]).items():
         x.check(name, raw.answer(way), "ok")
 
 
 @claim(none="memfd", pkvm="memfd", origin=f"{FILTER}, and so does KVM_CHECK_EXTENSION")
 def what_works_is_told(x: Experiment) -> None:
-    """Of what works on a VM and its vCPUs KVM_CHECK_EXTENSION, asked of the VM, says that it is there."""
+    """KVM_CHECK_EXTENSION on the VM reports everything that works on the VM and its vCPUs."""
     vm, vcpu = x.machine.vm, x.machine.vcpus[0]
     bell = os.eventfd(0, os.EFD_CLOEXEC)
     x.stack.callback(os.close, bell)
@@ -151,7 +151,7 @@ def what_works_is_told(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", origin="arch/arm64/kvm/mmu.c, kvm_unmap_gfn_range(): nothing for a protected VM")
 def sync_mmu_is_told_as_it_is(x: Experiment) -> None:
-    """KVM_CAP_SYNC_MMU, asked of the VM, tells whether the guest loses a page that the host makes PROT_NONE."""
+    """KVM_CAP_SYNC_MMU, checked on the VM, says whether the guest loses a page that the host makes PROT_NONE."""
     page = x.page()
     x.guest.write64(page, 1)
     mman.protect(x.memory.hva(page), PAGE_SIZE, PROT_NONE)
@@ -160,7 +160,7 @@ def sync_mmu_is_told_as_it_is(x: Experiment) -> None:
 
 
 def _vm(x: Experiment) -> Vm:
-    """Make one more VM of the experiment's kind, empty."""
+    """Make another, empty VM of the experiment's kind."""
     kind = KVM_VM_TYPE_ARM_PROTECTED if x.protection is Protection.PKVM else 0
     return x.stack.enter_context(x.machine.system.create_vm(kind))
 

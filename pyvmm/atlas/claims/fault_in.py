@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How pages get into a guest: each claim about stage 2 starting empty and being filled by faults."""
+"""Claims about how pages get into a guest: stage 2 starts empty and is filled by faults."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def each_page_is_locked_when_touched(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{PIN}; Documentation/filesystems/proc.rst: VmPin")
 def pins_are_told_apart(x: Experiment) -> None:
-    """The pages pinned for the guest are counted as pinned memory (VmPin), apart from locked memory."""
+    """The pages pinned for the guest are counted as pinned memory (VmPin), separately from locked memory."""
     x.start()
     before = _status_kib("VmPin")
     x.guest.touch(x.page(8), 8)
@@ -241,7 +241,7 @@ def hugetlb_pages_are_refused(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", origin="arch/arm64/kvm/mmu.c: no page behind the hva, -EFAULT, exit_reason 0")
 def an_unmapped_hva_is_efault(x: Experiment) -> None:
-    """Where the host's mapping is PROT_NONE, KVM_RUN fails with EFAULT, tells nothing else, and can be tried again."""
+    """Where the host's mapping is PROT_NONE, KVM_RUN fails with EFAULT, without details, and can be tried again."""
     page = x.page()
     x.start()
     mman.protect(x.memory.hva(page), PAGE_SIZE, PROT_NONE)
@@ -309,7 +309,7 @@ def populating_spares_no_fault(x: Experiment) -> None:
 
 @claim(none="memfd guest_memfd", pkvm="memfd", origin="mem_protect.c, __pkvm_host_donate_guest(): contents are kept")
 def until_the_first_touch_a_page_is_the_hosts(x: Experiment) -> None:
-    """While the guest runs, the host can write a page that it has not touched yet, and the guest finds that there."""
+    """While the guest runs, the host can write a page that the guest has not touched, and the guest finds the data."""
     page = x.page()
     x.start()
     x.check("the host stores to it", x.host_stores(page, 0x77))

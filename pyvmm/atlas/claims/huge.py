@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Huge pages: when one fault maps 2 MiB, and what takes such a mapping apart again."""
+"""Claims about huge pages: when one fault maps 2 MiB, and what splits such a mapping again."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ VALUE = 42
 
 
 def _block(x: Experiment) -> Gpa:
-    """Return 2 MiB of the guest's memory, aligned in guest and host alike, that nothing has touched."""
+    """Return 2 MiB of unused guest memory, aligned in guest and host."""
     return x.page(PAGES, align=HUGE_SIZE)
 
 
 def _touch(x: Experiment, gpa: int, pages: int = PAGES, *, stride: int = 8, access: Access = Access.WRITE) -> int:
-    """Have the guest touch every 8th page of a range; returns how many of them fault."""
+    """Have the guest access every 8th page of a range. Returns the number of faults."""
     before = len(x.faults(gpa, pages))
     x.guest.touch(gpa, pages // stride, stride=stride, access=access)
     # Distinct ones: a page that the host moves meanwhile (compaction) may fault twice.
@@ -48,7 +48,7 @@ def _touch(x: Experiment, gpa: int, pages: int = PAGES, *, stride: int = 8, acce
 
 
 def _late(x: Experiment, gpa: int, size: int, *, flags: int = 0) -> int:
-    """Make a slot over new memory of the guest's kind, huge pages and all; returns its number."""
+    """Make a slot over new memory of the guest's kind, with huge pages. Returns its number."""
     backing = raw.make(x, HUGE_SIZE * 2)
     return raw.slot(x, gpa, size, backing.hva, flags=flags, file=backing.guest_memfd)
 
@@ -75,7 +75,7 @@ def a_huge_page_costs_one_fault(x: Experiment) -> None:
     origin="arch/arm64/kvm/mmu.c, user_mem_abort(): mapped writable where the host's page is",
 )
 def a_load_maps_the_block_for_stores(x: Experiment) -> None:
-    """A load maps the whole 2 MiB for loads and stores: of all that follows nothing faults."""
+    """A load maps the whole 2 MiB for loads and stores: later accesses do not fault."""
     block = _block(x)
     x.start()
     x.check("faults of a load", _touch(x, block, 1, stride=1, access=Access.READ), 1)
@@ -112,7 +112,7 @@ def a_block_ends_with_its_slot(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", faults=True, origin="arch/arm64/kvm/mmu.c: contiguous mappings for hugetlb only")
 def a_folio_of_64_kib_costs_one_fault(x: Experiment) -> None:
-    """Of memory in folios of 64 KiB (mTHP) the guest gets a whole one with each fault."""
+    """With memory in folios of 64 KiB (mTHP), each fault maps a whole folio."""
     x.stack.enter_context(x.setting(settings.SHMEM_64K, "advise"))
     backing = x.stack.enter_context(Memfd(HUGE_SIZE, thp=True))
     raw.slot(x, BEYOND, HUGE_SIZE, backing.hva)
@@ -189,7 +189,7 @@ def mprotect_of_one_page_costs_the_guest_its_block(x: Experiment) -> None:
     origin="madvise(2), MADV_COLLAPSE; mm/khugepaged.c, collapse_file()",
 )
 def small_pages_collapse_under_the_guest(x: Experiment) -> None:
-    """MADV_COLLAPSE makes a huge page of what a guest has in small ones: contents stay, and one fault maps it all."""
+    """MADV_COLLAPSE merges a guest's small pages into a huge page: contents stay, and one fault maps it all."""
     block = _block(x)
     x.start()
     x.check("faults of 64 pages before", _touch(x, block), SOME)
@@ -244,7 +244,7 @@ def the_dirty_log_names_exactly_what_was_written(x: Experiment) -> None:
     origin=f"{LOGGED}; kvm_mmu_split_memory_region(): no split in advance unless told",
 )
 def logging_takes_a_block_apart(x: Experiment) -> None:
-    """Logging switched on under the guest takes its 2 MiB apart: every page faults at its next store."""
+    """Turning on logging splits the guest's 2 MiB mapping: every page faults at its next store."""
     backing, vm = raw.make(x, HUGE_SIZE), x.machine.vm
     number = raw.slot(x, BEYOND, HUGE_SIZE, backing.hva)
     x.start()
@@ -259,7 +259,7 @@ def logging_takes_a_block_apart(x: Experiment) -> None:
 
 @claim(none="thp", faults=True, origin="arch/arm64/include/asm/kvm_pkvm.h, kvm_pkvm_ext_allowed(): not on pKVM hosts")
 def block_sizes_are_told(x: Experiment) -> None:
-    """KVM tells the sizes it maps (KVM_CAP_ARM_SUPPORTED_BLOCK_SIZES), and lets the split be made in advance."""
+    """KVM reports the sizes it maps (KVM_CAP_ARM_SUPPORTED_BLOCK_SIZES), and allows splitting in advance."""
     system, vm = x.machine.system, x.machine.vm
     sizes = system.check(KVM_CAP_ARM_SUPPORTED_BLOCK_SIZES)
     x.tell("sizes told", " ".join(f"{1 << bit:#x}" for bit in range(64) if sizes >> bit & 1) or "none")

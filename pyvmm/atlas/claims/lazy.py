@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that is not there at the guest's first touch: faults that wait for userfaultfd, and whose faults can."""
+"""Claims about memory that is missing at the guest's first access, and faults that wait for userfaultfd."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _userfault(x: Experiment, *, user_mode_only: bool = False) -> Userfault:
 
 
 def _late_file(x: Experiment, *, full: bool) -> tuple[Memfd, Hva]:
-    """Give the guest a slot over a file that nothing maps yet, whose pages are there or not; returns KVM's address."""
+    """Give the guest a slot over a new, unmapped file, with or without pages. Returns KVM's address."""
     file = Memfd(SIZE)
     file.separate_view()
     if full:
@@ -56,7 +56,7 @@ def _late_file(x: Experiment, *, full: bool) -> tuple[Memfd, Hva]:
 
 @claim(none="memfd thp", emulated="memfd", pkvm="memfd", origin=f"{UFFD}, UFFDIO_REGISTER_MODE_MISSING; {NO_RETRY}")
 def a_missing_page_is_served(x: Experiment) -> None:
-    """The guest's first access to a missing page is told to userfaultfd, and the guest finds the page it is given."""
+    """userfaultfd reports the guest's first access to a missing page, and the guest finds the provided page."""
     page, asked = x.page(PAGES), list[Fault]()
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.start()
@@ -79,7 +79,7 @@ def a_missing_page_is_served(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{UFFD}, UFFDIO_REGISTER_MODE_MINOR; {NO_RETRY}")
 def a_minor_fault_is_served(x: Experiment) -> None:
-    """A page that the file has and KVM's mapping has not is told once, and UFFDIO_CONTINUE gives it to the guest."""
+    """A page that is in the file but not in KVM's mapping is reported once, and UFFDIO_CONTINUE maps it."""
     userfault = _userfault(x)
     x.start()
     _, hva = _late_file(x, full=True)
@@ -92,7 +92,7 @@ def a_minor_fault_is_served(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{UFFD}, UFFDIO_WRITEPROTECT; mmu notifiers unmap stage 2")
 def a_store_to_a_protected_page_is_told(x: Experiment) -> None:
-    """Of a page the guest has, write-protected while it runs, the next store is told and waits, and loads are not."""
+    """After a page of the running guest is write-protected, its next store is reported and waits. Loads are not."""
     page = x.page(PAGES)
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.guest.write64(page, 1)
@@ -108,7 +108,7 @@ def a_store_to_a_protected_page_is_told(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{UFFD}, UFFDIO_RWPROTECT; mmu notifiers unmap stage 2")
 def any_access_to_a_protected_page_is_told(x: Experiment) -> None:
-    """Of a page the guest has, read-write-protected while it runs, the next access is told and waits, once."""
+    """After a page of the running guest is read-write-protected, its next access is reported and waits, once."""
     page = x.page(PAGES)
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.guest.write64(page, 1)
@@ -125,7 +125,7 @@ def any_access_to_a_protected_page_is_told(x: Experiment) -> None:
 
 @claim(pkvm="memfd", origin=NO_RETRY)
 def a_refused_access_is_made_good_by_hand(x: Experiment) -> None:
-    """A KVM_RUN that fails at a page userfaultfd keeps is told to nobody, and succeeds once the page is put right."""
+    """A KVM_RUN that fails at a page under userfaultfd is not reported, and succeeds once the page is provided."""
     userfault = _userfault(x)
     x.start()
     file, hva = _late_file(x, full=True)
@@ -154,7 +154,7 @@ def a_refused_access_is_made_good_by_hand(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{POPULATED}; {UFFD}, UFFDIO_COPY")
 def pages_put_in_advance_do_not_wait(x: Experiment) -> None:
-    """A page that was put there with UFFDIO_COPY before the guest's first touch is the guest's without a fault told."""
+    """A page that UFFDIO_COPY has provided before the guest's first access causes no reported fault."""
     page = x.page(PAGES)
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.start()
@@ -195,7 +195,7 @@ def the_mapping_takes_a_userfaultfd(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{UFFD}, UFFDIO_REGISTER_MODE_MISSING; fallocate(2)")
 def a_punched_page_is_missing_again(x: Experiment) -> None:
-    """After a punch the guest's next access to that page is told to userfaultfd, and finds the page it is given."""
+    """After a punch, userfaultfd reports the guest's next access, and the guest finds the provided page."""
     page = x.page(PAGES)
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.guest.write64(page, 1)
@@ -211,7 +211,7 @@ def a_punched_page_is_missing_again(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", cpus=2, origin=f"{WAIT}; UFFDIO_COPY: -EEXIST for a page that is there")
 def two_vcpus_wait_for_one_page(x: Experiment) -> None:
-    """Two vCPUs that want the same missing page both wait, one UFFDIO_COPY lets both go on, and a second is EEXIST."""
+    """Two vCPUs that access the same missing page both wait, one UFFDIO_COPY resumes both, and a second is EEXIST."""
     page = x.page(PAGES)
     [other] = x.others()
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
@@ -231,7 +231,7 @@ def two_vcpus_wait_for_one_page(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", origin=f"{WAIT}; arch/arm64/kvm/mmu.c, user_mem_abort(): no FOLL_INTERRUPTIBLE")
 def a_vcpu_that_waits_can_be_kicked_out(x: Experiment) -> None:
-    """A vCPU that waits for its page leaves KVM_RUN when it is sent a signal, so that the machine can be paused."""
+    """A vCPU that waits for its page leaves KVM_RUN on a signal, so that the machine can be paused."""
     page = x.page(PAGES)
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.start()
@@ -266,7 +266,7 @@ def closing_the_userfaultfd_lets_the_guest_go(x: Experiment) -> None:
 
 
 def _on_demand(x: Experiment, size: int, **more: Any) -> OnDemand:
-    """Have memory of ``size`` bytes at BEYOND come by slots, each page of it filled with its number, from 1 on."""
+    """Provide ``size`` bytes of memory at BEYOND on demand by slots, each page filled with its number, from 1."""
 
     def fill(gpa: Gpa, size: int) -> bytes:
         first = (gpa - BEYOND) // PAGE_SIZE + 1
@@ -280,7 +280,7 @@ def _on_demand(x: Experiment, size: int, **more: Any) -> OnDemand:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin="arch/arm64/kvm/mmio.c, io_mem_abort(): KVM_EXIT_MMIO")
 def an_access_without_memory_is_told(x: Experiment) -> None:
-    """An access where the guest has no slot leaves KVM_RUN with its address, its width and what a store stores."""
+    """An access without a slot leaves KVM_RUN with its address, its width and the stored value."""
     told: list[str] = []
 
     def answer(native: pv_vcpu) -> bool:
@@ -301,7 +301,7 @@ def an_access_without_memory_is_told(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{SLOT}; {HVA}")
 def memory_comes_at_the_first_load(x: Experiment) -> None:
-    """A slot made while the guest waits in its load serves that very load, and what the file holds is what it reads."""
+    """A slot made while the guest waits in a load serves that load, which reads the file's contents."""
     lazy = _on_demand(x, SIZE, granule=SIZE)
     before = raw.exits(x)
     x.check("the guest reads", x.guest.read64(BEYOND + PAGE_SIZE), 2)
@@ -315,7 +315,7 @@ def memory_comes_at_the_first_load(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{SLOT}; {HVA}")
 def memory_comes_at_the_first_store(x: Experiment) -> None:
-    """A slot made while the guest waits in its store takes that very store, and the rest of the page is as filled."""
+    """A slot made while the guest waits in a store takes that store, and the rest of the page keeps its contents."""
     lazy = _on_demand(x, SIZE, granule=SIZE)
     before = raw.exits(x)
     x.time("first store, slot and all", x.guest.write64(BEYOND, VALUE))
@@ -328,7 +328,7 @@ def memory_comes_at_the_first_store(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=DONATED)
 def late_memory_is_the_guests_alone(x: Experiment) -> None:
-    """A page that came at its first access is the guest's from then on: the host can touch it no more."""
+    """A page provided at its first access is private from then on: the host cannot access it."""
     _on_demand(x, SIZE, granule=SIZE)
     before = LockedMemory.read().locked
     x.guest.write64(BEYOND, VALUE)
@@ -342,7 +342,7 @@ def late_memory_is_the_guests_alone(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{SLOT}; KVM_CAP_NR_MEMSLOTS")
 def memory_comes_piece_by_piece(x: Experiment) -> None:
-    """Memory can come in 64 slots, each at the first touch of its own 16 KiB, in any order, and costs an exit each."""
+    """Memory can be added in 64 slots, each at the first access to its 16 KiB, in any order, at one exit each."""
     lazy = _on_demand(x, 64 * SIZE, granule=SIZE)
     before = raw.exits(x)
     x.time("first touches of 64 slots", x.guest.touch(BEYOND, 64, stride=PAGES, seed=7).ticks)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who can still touch a page: the host's own code, and its kernel by every way it can be made to."""
+"""Claims about access to a private page: by the host's own code, and by its kernel in every possible way."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who can still touch a page: the host's memory management, which advises, moves, merges, swaps and unmaps pages."""
+"""Claims about access to a private page by memory management: advice, migration, merging, swap, unmapping."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def another_mapping_takes_nothing(x: Experiment) -> None:
 
 
 def _held(x: Experiment) -> Gpa:
-    """Return a page that holds the guest's data, shared with nobody."""
+    """Return a private page that holds the guest's data."""
     return pages(x).private
 
 
@@ -265,7 +265,7 @@ def _filled(x: Experiment, count: int) -> Gpa:
 
 
 def _still_there(x: Experiment, gpa: int, fresh: int | None = None) -> None:
-    """Check that the guest finds its data at ``gpa``; tell what it finds in a fresh page, if it still runs."""
+    """Check that the guest finds its data at ``gpa``. Record what it finds in a fresh page, if it still runs."""
     kind = PRIVATE if x.protection.isolates or x.backing == "private" else "a page it has touched"
     words = what_it_finds(x, gpa)
     x.check(FINDS.format(kind), words, WORDS[GUESTS])
@@ -290,7 +290,7 @@ def _frames(x: Experiment, gpa: int, count: int) -> list[int]:
 
 
 def _settle(x: Experiment) -> None:
-    """Compact the host's memory, which also takes pages out of the CPUs' batches, where nothing finds them."""
+    """Compact the host's memory. This also drains per-CPU page batches, whose pages cannot be found otherwise."""
     if not in_lab():
         x.cannot(f"{COMPACT} moves pages of the whole host: in the lab only")
     try:
@@ -300,7 +300,7 @@ def _settle(x: Experiment) -> None:
 
 
 def _swapped(x: Experiment, gpa: int, count: int) -> int:
-    """Page out a range, and count what that adds to the swap in use."""
+    """Page out a range, and return the increase of used swap."""
     before = inspect.swap_used()
     madvise(x.memory.hva(gpa), count * PAGE_SIZE, MADV_PAGEOUT)
     return (inspect.swap_used() - before) // PAGE_SIZE

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages that claims about ownership try an access on, and the words for what became of it.
+"""The pages that ownership claims try an access on, and the wording of its result.
 
-No claims of its own. An access is tried on a page the guest has not touched, on one it shares, and last on a private
-one, since a vCPU whose page was taken by force does not run again.
+This module has no claims. An access is tried on a page that the guest has not touched, on a shared page, and last on a
+private page. The private page is last because a vCPU does not run again after its page was taken by force.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Access = Callable[[Gpa], Answer]
 
 @dataclass(frozen=True)
 class Pages:
-    """One page of each kind, in the guest's address space. There is no shared page where the guest can share none."""
+    """One page of each kind, in the guest's address space. Without sharing, there is no shared page."""
 
     fresh: Gpa
     private: Gpa
@@ -55,10 +55,10 @@ def pages(x: Experiment) -> Pages:
 
 
 def kept_out(x: Experiment, text: str, access: Access, *, zeros: bool = False) -> None:
-    """Check that an access of a private page fails, or shows ``zeros``, and does the guest no harm.
+    """Check that an access to a private page fails, or shows ``zeros``, and does not harm the guest.
 
-    ``text`` names the access of ``{}``. The other pages are tried to show what the access is like there.
-    An access that is to show zeros dies only for want of anything to look at, which tells nothing.
+    ``text`` names the access, with ``{}`` for the page. The other pages are tried for comparison. If an access that
+    should show zeros dies without data, the result is inconclusive.
     """
     each = pages(x)
     _tell(x, text, access, each.fresh, FRESH)
@@ -73,7 +73,7 @@ def kept_out(x: Experiment, text: str, access: Access, *, zeros: bool = False) -
 
 
 def harmless(x: Experiment, text: str, access: Access) -> None:
-    """Check that what is done to a page, whatever it answers, changes nothing for the guest; as in :func:`kept_out`."""
+    """Check that an operation on a page changes nothing for the guest, whatever its result; as in :func:`kept_out`."""
     each = pages(x)
     _tell(x, text, access, each.fresh, FRESH)
     for gpa, kind in ((each.shared, SHARED), (each.private, PRIVATE)):
@@ -88,7 +88,7 @@ def _tell(x: Experiment, text: str, access: Access, gpa: Gpa, kind: str) -> None
 
 
 def outcome(answer: Answer) -> str:
-    """Say how an access went, and what it saw."""
+    """Return the result of an access, and the bytes that it saw."""
     if not answer.ok:
         return answer.name
     if answer.data:
@@ -97,7 +97,7 @@ def outcome(answer: Answer) -> str:
 
 
 def what_it_finds(x: Experiment, gpa: int) -> str:
-    """Have the guest load a word, and say what it finds, or how its access fails."""
+    """Have the guest load a word. Returns what it finds, or how its access fails."""
     order = x.guest.start_read64(gpa)
     failure = x.failed(order)
     if failure is not None:
@@ -109,10 +109,10 @@ def what_it_finds(x: Experiment, gpa: int) -> str:
 
 
 def by_address(x: Experiment, access: Callable[[int], Answer], where: Callable[[int], int] | None = None) -> Access:
-    """Turn an access of an address of this process into one of a page of the guest's.
+    """Convert an access to an address of this process into one to a guest page.
 
-    ``where`` tells at which address, x.view if not given: there the host's own code sees it. The access is tried on a
-    page of this process first: where it fails there too, nothing can be told of the guest's.
+    ``where`` returns the address, by default x.view: that of the host's own code. The access is first tried on a page
+    of this process. If it fails there too, the result for the guest's page is inconclusive.
     """
     with mmap.mmap(-1, PAGE_SIZE) as own:
         own[:8] = GUESTS.to_bytes(8, "little")
@@ -130,7 +130,7 @@ def by_address(x: Experiment, access: Callable[[int], Answer], where: Callable[[
 
 
 def by_file(x: Experiment, access: Callable[[int, int], Answer]) -> Access:
-    """Turn an access of a file at an offset into one of the page there."""
+    """Convert an access to a file's offset into one to the page there."""
 
     def reach(gpa: Gpa) -> Answer:
         backing, offset = place(x, gpa)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guest_memfd is, against memfd: who may touch its pages, what its slots take, and what a hole in it does."""
+"""Claims about guest_memfd, compared with memfd: access to its pages, its slots, and holes in it."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def a_huge_sparse_file_costs_nothing(x: Experiment) -> None:
 
 @claim(none=FILES, pkvm="memfd", origin="virt/kvm/guest_memfd.c, kvm_gmem_setattr(): -EINVAL; fcntl(2), F_SEAL_SHRINK")
 def the_size_is_final(x: Experiment) -> None:
-    """The size of the file behind a live slot can be changed by nobody."""
+    """The size of the file behind a live slot cannot be changed."""
     file = raw.make(x, SIZE)
     raw.slot(x, BEYOND, SIZE, file.hva, file=file.guest_memfd)
     x.guest.write64(BEYOND, VALUE)
@@ -159,7 +159,7 @@ def the_size_is_final(x: Experiment) -> None:
 
 @claim(none=FILES, pkvm="memfd", origin="fstat(2), st_blocks; virt/kvm/guest_memfd.c, kvm_gmem_get_folio()")
 def fstat_counts_the_pages(x: Experiment) -> None:
-    """The st_blocks of the file count the pages that are there: touched or allocated, and not punched again."""
+    """The st_blocks of the file count its present pages: touched or allocated, and not punched again."""
     file = x.memory.add(BEYOND, raw.make(x, 1 << 20)).backing
     x.start()
     x.check("KiB before a touch", raw.kib(file.fd), 0)
@@ -200,7 +200,7 @@ def allocating_keeps_what_is_there(x: Experiment) -> None:
 
 @claim(none=FILES, origin=f"{FALLOCATE}: -EOPNOTSUPP for every other mode")
 def only_allocating_and_punching_is_known(x: Experiment) -> None:
-    """Of fallocate(2) the file knows FALLOC_FL_KEEP_SIZE with and without a punch, and nothing else (EOPNOTSUPP)."""
+    """The file supports fallocate(2) only with FALLOC_FL_KEEP_SIZE, with and without a punch; else EOPNOTSUPP."""
     file = raw.make(x, SIZE)
     for name, mode in (
         ("0, which may grow the file", 0),
@@ -345,7 +345,7 @@ def madv_remove_punches_too(x: Experiment) -> None:
 
 @claim(none=FILES, emulated="memfd", pkvm="memfd", origin="madvise(2), MADV_DONTNEED: shared mappings lose no contents")
 def madv_dontneed_takes_nothing(x: Experiment) -> None:
-    """MADV_DONTNEED on the host's mapping takes the page from nobody: the guest keeps its contents."""
+    """MADV_DONTNEED on the host's mapping does not drop the page: the guest keeps its contents."""
     page = x.page()
     x.guest.write64(page, VALUE)
     x.check("MADV_DONTNEED", madvise(x.memory.hva(page), PAGE_SIZE, MADV_DONTNEED).name, "ok")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a slot makes of the file behind it: where its pages come from, and what the guest meets when the file goes."""
+"""Claims about slots over a guest_memfd: the source of their pages, and the effect of losing the file."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def the_file_serves_one_vm(x: Experiment) -> None:
 
 @claim(none="guest_memfd private", origin=f"{BIND}: offset and size in pages, within the file")
 def a_slot_lies_within_its_file(x: Experiment) -> None:
-    """A slot at an offset that is no whole page, or that ends beyond the file, is refused with EINVAL."""
+    """A slot at an unaligned offset, or that ends beyond the file, is refused with EINVAL."""
     file = raw.make(x, SIZE)
     for what, offset, size in (
         ("from the middle of a page", 512, PAGE_SIZE),
@@ -202,7 +202,7 @@ def a_file_that_is_gone_is_a_memory_fault(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", origin="Documentation/virt/kvm/api.rst, KVM_CAP_MEMORY_FAULT_INFO")
 def memory_faults_are_announced(x: Experiment) -> None:
-    """KVM_CAP_MEMORY_FAULT_INFO is there, as KVM_EXIT_MEMORY_FAULT is."""
+    """KVM_CAP_MEMORY_FAULT_INFO is reported, as KVM_EXIT_MEMORY_FAULT works."""
     file = x.stack.enter_context(SharedGuestMemfd(x.machine.vm, SIZE))
     raw.slot(x, BEYOND, SIZE, file.hva, file=file.guest_memfd)
     x.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a share and an unshare do to a page: what guest and host find in it, who reaches it, what goes on meanwhile."""
+"""Claims about shares and unshares of a page: its contents for guest and host, access to it, and concurrency."""
 
 from __future__ import annotations
 

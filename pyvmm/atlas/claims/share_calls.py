@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MEM_SHARE and MEM_UNSHARE answer: each claim about the calls themselves, what offers and what refuses them."""
+"""Claims about the calls MEM_SHARE and MEM_UNSHARE: their answers, their discovery, and refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def the_vendor_uid_is_kvms(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin="Android's include/linux/arm-smccc.h: functions 5 to 9")
 def androids_calls_are_not_offered(x: Experiment) -> None:
-    """MMIO_GUARD and MEM_RELINQUISH, which Android's kernels have, are neither told in FEATURES nor answered."""
+    """MMIO_GUARD and MEM_RELINQUISH, which Android's kernels have, are neither listed in FEATURES nor answered."""
     features = x.guest.hvc(abi.HVC_FEATURES).regs[0]
     x.check("bits 5 to 9 of FEATURES", features >> 5 & 0x1F, 0)
     page = x.page()
@@ -165,7 +165,7 @@ def a_share_exits_to_userspace(x: Experiment) -> None:
 
 
 def _answer(order: Order[Hvc]) -> str:
-    """Say what the guest got for a call."""
+    """Return the guest's answer of a call, as text."""
     try:
         return f"x0 = {order.result().status}"
     except GuestFault as fault:

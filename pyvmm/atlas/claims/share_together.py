@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two vCPUs that ask the hypervisor at the same moment, over and over: orders posted one after the other do not.
+"""Make two vCPUs call the hypervisor at the same moment, repeatedly. Separate orders cannot do that.
 
-No claims of its own. The guest runs code of ours, which waits before every call until the other vCPU has come as far.
+This module has no claims. The guest runs code that waits before every call until the other vCPU is ready.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Answers = list[tuple[int, ...]]
 
 
 def together(x: Experiment, vcpus: tuple[Puppet, Puppet], call: int, ranges: tuple[int, int], pages: int) -> Answers:
-    """Have either vCPU make a call for each of up to 64 pages of its range, both at a time; returns the answers."""
+    """Have each vCPU make a call for up to 64 pages of its range, both at the same time. Returns the answers."""
     code = x.page()
     for number, word in enumerate(CODE):
         x.guest.write(code + 4 * number, word | (2 * pages << 10 if number == COMPARE else 0), 4)

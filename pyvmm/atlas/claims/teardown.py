@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the end of a VM leaves behind: each claim about its pages and the locked memory after the guest is gone.
+"""Claims about the end of a VM: its pages and the locked memory afterwards.
 
-Private pages are looked at through the mapping that KVM had, for that of the host's own code may be closed.
+Private pages are read through KVM's mapping, because that of the host's own code may be closed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHARED_FILE = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 
 @claim(none="memfd guest_memfd", emulated="memfd", pkvm="memfd thp", origin=f"{POISONED}; {RECLAIM}")
 def private_pages_come_back_as_zeros(x: Experiment) -> None:
-    """When the VM is gone, every page that was the guest's alone reads as zeros to the host."""
+    """When the VM is gone, every page that was private reads as zeros to the host."""
     range_ = x.page(64)
     x.guest.fill(range_, 64 * PAGE_SIZE, WORD)
     x.picture("while the guest lives")
@@ -111,7 +111,7 @@ def power_off_gives_nothing_back(x: Experiment) -> None:
 
 @claim(pkvm="memfd", origin=f"{TIME}; {UNPIN}: page by page, when the VM's last reference goes")
 def all_pages_are_back_when_the_last_close_returns(x: Experiment) -> None:
-    """When the close of a VM's last descriptor returns, every private page is cleared and none is locked any more."""
+    """When the close of a VM's last descriptor returns, every private page is cleared and none is still locked."""
     before = locked()
     for pages in (256, 1024):
         for protection in (Protection.NONE, x.protection):
@@ -214,12 +214,12 @@ def _end_and_keep(x: Experiment) -> FileBacking:
 
 
 def _beyond(x: Experiment, gpa: Gpa) -> Gpa:
-    """Return where a page is in a VM that has the memory of ``x`` at BEYOND."""
+    """Return a page's gpa in a VM that has the memory of ``x`` at BEYOND."""
     return Gpa(BEYOND + gpa - x.memory.slots[0].gpa)
 
 
 def _guest_memfd(x: Experiment) -> tuple[int, int]:
-    """Make a guest_memfd that no slot uses, and store to it; returns its descriptor and its mapping's address."""
+    """Make a guest_memfd that no slot uses, and store to it. Returns its descriptor and its mapping's address."""
     file = x.machine.vm.create_guest_memfd(1 << 16, SHARED_FILE)
     fd = os.dup(file.fileno())
     file.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VM's end depends on, and what the host is left with: descriptors, processes that die, and many VMs."""
+"""Claims about the conditions of a VM's end, and the host afterwards: descriptors, dying processes, many VMs."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What shows an atlas: pure functions from its data to text, HTML, JUnit XML, and the difference of two."""
+"""Reports of an atlas: pure functions that convert its data to text, HTML, JUnit XML, or a diff of two."""

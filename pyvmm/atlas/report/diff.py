@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two atlases say differently: claims that only one has, verdicts, and what was seen under the same verdict.
+"""Compare two atlases: claims that only one has, different verdicts, and different evidence under the same verdict.
 
-Times are never compared. What differs in the hosts is told, but two hosts may differ and their claims be the same: then
-:attr:`Diff.same` is true. Pure: data to data, and that to text or plain values.
+Times are never compared. Differences of the hosts are reported, but do not affect :attr:`Diff.same`. Pure functions.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from pyvmm.reports.look import PLAIN, Look
 from pyvmm.reports.words import headline, one_line, shortened
 
 MANY = 4
-"""As many claims that differ in the same way, for the same reason, are folded to one line."""
+"""From this many claims with the same difference and reason, they are folded into one line."""
 
 
 _REASON, _MAP = "reason", "page map: "
 
 
 class Line(NamedTuple):
-    """One thing that was seen differently; None where one of the two does not have it."""
+    """One different observation. None on the side that lacks it."""
 
     what: str
     a: str | None
@@ -35,7 +34,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A result that both have, and that differs: in its verdict, or in ``lines``."""
+    """A result of both that differs: in its verdict, or in ``lines``."""
 
     a: Result
     b: Result
@@ -49,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """All that differs between the atlases ``a`` and ``b``, in the order of ``a``'s run, then of ``b``'s."""
+    """All differences of the atlases ``a`` and ``b``, in the order of ``a``'s run, then of ``b``'s."""
 
     a: Atlas
     b: Atlas
@@ -60,7 +59,7 @@ class Diff:
     evidence: tuple[Change, ...]
     """Changes under the same verdict."""
     equal: int
-    """How many results are the same in both."""
+    """The number of equal results."""
 
     @property
     def same(self) -> bool:
@@ -69,7 +68,7 @@ class Diff:
 
 
 def compare(a: Atlas, b: Atlas) -> Diff:
-    """Find out what differs."""
+    """Return the differences of two atlases."""
     in_a = {result.key: result for result in a.results}
     in_b = {result.key: result for result in b.results}
     changes = [Change(one, in_b[key], _lines(one, in_b[key])) for key, one in in_a.items() if key in in_b]
@@ -128,7 +127,7 @@ def _equal(a: Value | None, b: Value | None) -> bool:
 def _lines(a: Result, b: Result) -> tuple[Line, ...]:
     lines = [Line(_REASON, a.reason or None, b.reason or None)] if a.reason != b.reason else []
     lines += _paired(_seen(a.evidence), _seen(b.evidence))
-    # Events are times: their order is, and with several vCPUs their number.
+    # Events depend on time: their order, and with several vCPUs their number.
     return (*lines, *_paired(_maps(a.pictures), _maps(b.pictures)))
 
 
@@ -138,7 +137,7 @@ def _paired(a: Mapping[tuple[str, int], str], b: Mapping[tuple[str, int], str]) 
 
 
 def _seen(evidence: Iterable[Evidence]) -> dict[tuple[str, int], str]:
-    """Return what was seen by what it is called; the number tells equal names apart."""
+    """Return observations by name; a number distinguishes equal names."""
     found: dict[tuple[str, int], str] = {}
     for each in evidence:
         wanted = "" if each.wanted is None else f" (wanted: {wording.value_text(each.wanted)})"
@@ -165,12 +164,12 @@ def _free(found: Mapping[tuple[str, int], str], what: str) -> tuple[str, int]:
 
 
 def render(diff: Diff, look: Look = PLAIN, *, verbose: bool = False) -> str:
-    """Return a diff as text, by group; folded where many claims differ in the same way, unless ``verbose``."""
+    """Return a diff as text, by group. Many equal differences are folded, unless ``verbose``."""
     return look.finish("\n".join(line.rstrip() for line in _Text(diff, look, verbose).lines()))
 
 
 def summary(diff: Diff) -> str:
-    """Say in a line how much differs."""
+    """Return one line with the numbers of differences."""
     if diff.same:
         return f"The same in both: {diff.equal} results."
     parts = [
@@ -184,7 +183,7 @@ def summary(diff: Diff) -> str:
 
 
 class _Row(NamedTuple):
-    """One result that differs. Rows with the same ``fold`` may be said in one line: a head, and why."""
+    """One different result. Rows with the same ``fold`` (a head, and a reason) may be folded into one line."""
 
     result: Result
     what: str
@@ -213,7 +212,7 @@ class _Text:
         return [*lines, *self._listed([row for row in rows if row.fold not in folded]), summary(self._diff)]
 
     def _host(self) -> list[str]:
-        # What names the two is in the first line.
+        # The first line already has the fields that name the two.
         named = () if self._verbose else ("kernel", "mode", TCG)
         lines: list[str] = []
         for field, (a, b) in self._diff.host.items():
@@ -250,7 +249,7 @@ class _Text:
         maps: list[Line] = []
         if not self._verbose:
             if not (a.evidence and b.evidence):
-                # Where one of the two came to nothing its reason tells; that all the rest is missing does not.
+                # If one of the two has no evidence, report its reason, not the missing evidence.
                 lines = [line for line in lines if line.what == _REASON] or lines
             maps = [line for line in lines if line.what.startswith(_MAP)]
             lines = [line for line in lines if line not in maps]
@@ -307,7 +306,7 @@ def _only(result: Result, side: str, other: Atlas) -> _Row:
 
 
 def _change(a: str | None, b: str | None, look: Look) -> str:
-    """Say what a value was and is; of long ones only from where they begin to differ."""
+    """Return the old and new value. Long values are shown only from their first difference."""
     a, b = (None if each is None else one_line(each) for each in (a, b))
     if a is not None and b is not None and len(a) + len(b) > look.width:
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

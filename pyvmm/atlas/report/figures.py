@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of the HTML report: page maps before and after each step, and the timeline of events.
 
-Drawn by :mod:`pyvmm.observe`; here they are put into a page, each once where several results have the same.
+:mod:`pyvmm.observe` draws them. This module adds them to a page, equal ones only once.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Figures:
         self._drawn: dict[object, tuple[str, str]] = {}
 
     def definitions(self) -> str:
-        """Return what all figures refer to; to be put into the page before the first of them."""
+        """Return the shared definitions, which the page needs before the first figure."""
         return mapsvg.svg_defs()
 
     def of(self, result: Result, anchor: str) -> Iterable[str]:
-        """Give a result's figures; ``anchor`` is where in the page they will be."""
+        """Return a result's figures. ``anchor`` is their place in the page."""
         if result.pictures:
             key = tuple((picture.title, tuple(picture.runs)) for picture in result.pictures)
             yield self._once(key, result, anchor, lambda: self._maps(result.pictures), "page maps")
@@ -54,7 +54,7 @@ class Figures:
 
 
 def _timeline(result: Result) -> str:
-    """Draw the events: from the first one on where it is known when each happened, else in their order."""
+    """Draw the events: by time if all times are known, else in their order."""
     at = wording.when(result)
     numbered = zip(at or [event.order for event in result.events], result.events, strict=True)
     events = [Event(number, one_line(event.kind), max(event.gpa, 0), max(event.pages, 1)) for number, event in numbered]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An atlas as one HTML file that needs nothing else: verdicts by claim and place, unfolding into all that was seen.
+"""An atlas as one self-contained HTML file: verdicts by claim and place, which unfold to the evidence.
 
-Pure: data to text. Whatever others wrote is escaped, and a policy in the page lets no script run but the page's own.
-The text is ASCII, so that it is the same file in whatever encoding it is written.
+Pure. Foreign text is escaped, and a policy in the page allows only its own script. The text is ASCII, so it is the same
+file in every encoding.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from pyvmm.reports.page import facts, file_name, page
 from pyvmm.reports.words import clean, headline, one_line, shortened
 
 _FEW = 2
-"""Results of one claim that are unfolded with it."""
+"""A claim with up to this many results unfolds them as well."""
 
 
 def render(atlas: Atlas, expected: Expected = NOTHING_EXPECTED, headings: Mapping[str, str] | None = None) -> str:
-    """Return the page. ``headings`` says what a group is about; verdicts other than ``expected`` are outlined."""
+    """Return the page. ``headings`` has the groups' subjects. Verdicts that differ from ``expected`` are outlined."""
     made = _Page(atlas, expected, headings or {})
     title = f"{headline(atlas.host)} - pyvmm atlas"
     return page(title, made.style(), style.SCRIPT, made.parts())
 
 
 class _Anchors:
-    """Gives every group, claim and result a name of its own that a link can point at."""
+    """Gives every group, claim and result a unique anchor for links."""
 
     def __init__(self) -> None:
         self._taken: dict[str, object] = {}
 
     def of(self, names: list[str], what: object) -> str:
-        """Return the anchor of ``what``, made of ``names`` joined by slashes; another thing's is another."""
+        """Return the unique anchor of ``what``, made of ``names`` joined by slashes."""
         # The page's own ids begin with an underscore, these do not.
         plain = re.sub(r"[^A-Za-z0-9._/-]+", "-", "/".join(names)).lstrip("_") or "-"
         anchor, number = plain, 1
@@ -58,7 +58,7 @@ class _Page:
         self._figures = Figures(escaped)
 
     def parts(self) -> Iterable[str]:
-        """Give the page's body, piece by piece."""
+        """Yield the page's body, piece by piece."""
         body = [*self._header(), *self._choices(), *self._reasons()]
         for group, results in self._atlas.groups().items():
             body += self._group(group, results)
@@ -240,5 +240,5 @@ def _number(count: int) -> str:
 
 
 def _breakable(name: str) -> str:
-    """Return a column's name that may be broken behind an underscore."""
+    """Return a column's name that may be broken after an underscore."""
     return escaped(one_line(name)).replace("_", "_<wbr>")

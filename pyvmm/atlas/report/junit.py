@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An atlas as JUnit's XML, for machines that keep the results of tests: a suite a group, a case a result.
+"""An atlas as JUnit XML, for CI systems: one suite per group, one case per result.
 
-A case passes when its verdict is the expected one, or when none is expected and there is one. Pure: data to text, in
-ASCII; what XML cannot hold is written out.
+A case passes if its verdict is the expected one, or if none is expected and it has one. Pure. The text is ASCII, and
+characters that XML cannot hold are written out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ERROR: Final = "error"
 
 
 def outcome(result: Result, expected: Expected = NOTHING_EXPECTED) -> str:
-    """Say what a result is to a machine that counts tests: PASSED, FAILURE, SKIPPED or ERROR."""
+    """Return a result's test outcome: PASSED, FAILURE, SKIPPED or ERROR."""
     wanted = expected.get(result.key)
     if result.verdict is Verdict.CRASHED:
         return PASSED if wanted is Verdict.CRASHED else ERROR

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the atlas's page adds to every report's style, and its few lines of script.
+"""The atlas page's own style, and its few lines of script.
 
-Without the script everything can still be read and unfolded; it opens what a link points at, folds all at once, and
-hands out the data. A verdict is told by mark, word and kind of border, so that no colour is needed.
+The page works without the script, which opens the target of a link, folds all at once, and offers the data for
+download. A verdict has a mark, a word and a kind of border, so no colour is needed.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ figure svg{max-width:100%;height:auto;border-radius:.3rem}
 .v.holds{border-color:#999}.v.fails{border-width:2.5px}}
 """
 )
-"""The style sheet; what depends on the number of columns comes from :func:`columns` and :func:`filters`."""
+"""The style sheet. :func:`columns` and :func:`filters` add the rules that depend on the number of columns."""
 
 SCRIPT = """"use strict";
 (function(){
@@ -146,8 +146,7 @@ figure svg{max-width:none}
 
 
 def columns(sizes: list[int]) -> str:
-    """Return the style of a table with ``sizes`` columns in each protection: a line of cells, or where there is no room
-    for that, cells that wrap."""
+    """Return the style of a table with ``sizes`` columns in each protection: a line of cells, or wrapped cells."""
     width = 3.7 if sum(sizes) <= 8 else 3.3
     template = " ".join(f"{width + GAP:g}rem" + f" {width:g}rem" * (size - 1) for size in sizes)
     narrow = 22 + sum(size * width + GAP for size in sizes)
@@ -155,7 +154,7 @@ def columns(sizes: list[int]) -> str:
 
 
 def filters(names: list[str]) -> str:
-    """Return the style that shows only claims with one of the verdicts ``names``, whichever radio button is on."""
+    """Return the style that shows only claims with the verdict of the active radio button, one of ``names``."""
     return "".join(
         f"body:has(#_only-{name}:checked) :is(.claim:not(.has-{name}),.group:not(:has(.has-{name}))){{display:none}}"
         for name in names

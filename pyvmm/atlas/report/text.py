@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An atlas for the terminal: a line as each result comes, a table at the end, and everything of one result.
+"""An atlas for the terminal: a line per result as it comes, a table at the end, and the details of a result.
 
-Pure functions; text that others wrote (reasons, evidence, what a crashed process said) cannot act on the terminal.
+Pure functions. Foreign text (reasons, evidence, output of a crashed process) cannot control the terminal.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _BOLD, _DIM, _LOUD = "1", "2", "31;1"
 
 _SURPRISE = "*"
 _REASON = 400
-"""Characters of a reason in the list below the table; the process that crashed may have said much."""
+"""Maximum characters of a reason in the list below the table: a crashed process may have a long one."""
 
 
 def line(result: Result, look: Look = PLAIN, expected: Expected = NOTHING_EXPECTED) -> str:
-    """Return one line for a result that has just come."""
+    """Return one line for a new result."""
     verdict = result.verdict
     mark = verdict.mark + (_SURPRISE if wording.surprises(result, expected) else " ")
-    # Most of the line is for the names: claims' ids are long, and the reasons are told in full below the table.
+    # Most of the line is for names: claim ids are long, and reasons are listed below the table.
     id_width = max(30, look.width - 54)
     where = f"{wording.full_name(result):<{id_width}} {wording.place(result)}".ljust(id_width + 21) + " "
     what = verdict.value
@@ -43,9 +43,9 @@ def line(result: Result, look: Look = PLAIN, expected: Expected = NOTHING_EXPECT
 def table(
     atlas: Atlas, look: Look = PLAIN, expected: Expected = NOTHING_EXPECTED, headings: Mapping[str, str] | None = None
 ) -> str:
-    """Return all verdicts: a row a claim, a column a protection and backing; then the reasons, each once.
+    """Return all verdicts: a row per claim, a column per protection and backing; then the reasons, each once.
 
-    ``headings`` says what a group is about.
+    ``headings`` has the groups' subjects.
     """
     columns = _Columns(atlas, look)
     lines = [*columns.head(look)]
@@ -64,7 +64,7 @@ def table(
 
 
 def legend(atlas: Atlas, look: Look = PLAIN) -> str:
-    """Return what the marks mean, with how many there are."""
+    """Return the legend of the marks, with their counts."""
     parts = [
         f"{look.paint(verdict.mark, _COLOURS[verdict])} {wording.counted(verdict, count)}"
         for verdict, count in atlas.counts().items()
@@ -98,7 +98,7 @@ def _surprises(atlas: Atlas, look: Look, expected: Expected) -> list[str]:
 
 
 class _Columns:
-    """Where the columns of the table are: under backings' names where these fit, else under a letter each."""
+    """The columns of the table: under the backings' names if these fit, else under a letter each."""
 
     def __init__(self, atlas: Atlas, look: Look) -> None:
         pairs = [(protection, backing) for protection, some in wording.columns(atlas).items() for backing in some]
@@ -109,7 +109,7 @@ class _Columns:
         self._names = longest if longest + wide <= look.width else max(look.width - wide, 16)
 
     def _place(self, pairs: list[tuple[str, str]], *, full: bool) -> int:
-        """Find each column's start behind the names; returns the width of all."""
+        """Set each column's start after the names. Returns the total width."""
         self._starts: dict[tuple[str, str], int] = {}
         self._tops: dict[str, int] = {}
         end = at = 0
@@ -149,14 +149,14 @@ class _Columns:
         return line
 
     def legend(self) -> list[str]:
-        """Say what the letters stand for, if there are any."""
+        """Return the legend of the letters, if any."""
         if self._full or not self._letters:
             return []
         return ["   ".join(f"{letter} {one_line(backing)}" for backing, letter in self._letters.items())]
 
 
 def _letters(backings: list[str]) -> dict[str, str]:
-    """Give each backing a character of its own, one of its name if there is one left."""
+    """Give each backing a unique character, from its name if possible."""
     letters: dict[str, str] = {}
     spare = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
     for backing in dict.fromkeys(backings):
@@ -173,7 +173,7 @@ def _at(texts: Mapping[int, str]) -> str:
 
 
 def details(result: Result, look: Look = PLAIN, expected: Expected = NOTHING_EXPECTED) -> str:
-    """Return everything of one result but its pictures, over several lines."""
+    """Return the details of one result, without pictures, in several lines."""
     head = f"{result.verdict.mark} {wording.full_name(result)}  {wording.place(result)}  {result.verdict.value}"
     lines = [look.paint(head, _COLOURS[result.verdict])]
     if wording.surprises(result, expected):

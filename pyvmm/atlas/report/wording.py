@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every report of an atlas names claims, places, verdicts and values, and how it counts reasons once.
+"""Wording shared by all atlas reports: names of claims, places, verdicts and values, and folding of reasons.
 
 Pure functions and constants; used by the other modules of this package.
 """
@@ -19,12 +19,12 @@ Key = tuple[str, str, str]
 """(id, protection, backing) of a result."""
 
 Expected = Mapping[Key, Verdict]
-"""What results should be; a result that is not in it is free to be anything."""
+"""The expected verdicts. A result without an entry may have any."""
 
 NOTHING_EXPECTED: Expected = {}
 
 SHORT = {Verdict.HOLDS: "holds", Verdict.FAILS: "fails", Verdict.UNTOLD: "untold", Verdict.CRASHED: "crashed"}
-"""A verdict in one word, where there is room for no more."""
+"""A verdict in one word, for narrow places."""
 
 _PLURAL = {Verdict.HOLDS: "hold", Verdict.FAILS: "do not hold"}
 
@@ -37,18 +37,18 @@ HOST = {
     TCG: "QEMU TCG",
     "pyvmm": "pyvmm",
 }
-"""The host's fields that reports know, in their order, with what they are called."""
+"""The host's known fields, in order, with their labels."""
 
 
 def value_text(value: Value) -> str:
-    """Say a value of evidence or of the host."""
+    """Format a value of evidence or of the host."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return clean(str(value)) if value != "" else "(empty)"
 
 
 def wanted(evidence: Evidence) -> str:
-    """Say what was wanted where that adds something to what was seen."""
+    """Return the wanted value if it differs from the observed one."""
     return "" if evidence.wanted is None or evidence.ok else value_text(evidence.wanted)
 
 
@@ -68,12 +68,12 @@ def place(result: Result) -> str:
 
 
 def counted(verdict: Verdict, count: int) -> str:
-    """Say how many results have a verdict: ``3 hold``, ``1 holds``."""
+    """Format the number of results with a verdict: ``3 hold``, ``1 holds``."""
     return f"{count} {verdict.value if count == 1 else _PLURAL.get(verdict, verdict.value)}"
 
 
 def columns(atlas: Atlas) -> dict[str, list[str]]:
-    """Return the backings that occur under each protection, those pyvmm knows first and always in the same order."""
+    """Return the backings that occur under each protection, known ones first, in a fixed order."""
     found: dict[str, list[str]] = {}
     for protection, backing in atlas.columns():
         found.setdefault(protection, []).append(backing)
@@ -88,13 +88,13 @@ def _rank(word: str, known: tuple[str, ...]) -> int:
 
 
 def seconds(times: Mapping[str, Any]) -> float | None:
-    """Return how long something took, if its times tell."""
+    """Return a duration in seconds, if its times contain it."""
     value = times.get("seconds")
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def ticks(result: Result) -> dict[str, str]:
-    """Return what was timed, in the guest's ticks, each as text."""
+    """Return the measured times in the guest's ticks, as text."""
     found = result.times.get("ticks")
     if not isinstance(found, dict):
         return {}
@@ -102,7 +102,7 @@ def ticks(result: Result) -> dict[str, str]:
 
 
 def when(result: Result) -> list[int]:
-    """Return when each event happened, in ns since the experiment's start; nothing unless every one is known."""
+    """Return the time of each event, in ns since the experiment's start; empty unless all are known."""
     found = result.times.get("events")
     if not isinstance(found, list) or len(found) != len(result.events):
         return []
@@ -110,7 +110,7 @@ def when(result: Result) -> list[int]:
 
 
 def count_events(events: Iterable[Event]) -> dict[str, int]:
-    """Count events by kind, in the order they first happened."""
+    """Count events by kind, in the order of first occurrence."""
     counts: dict[str, int] = {}
     for event in events:
         kind = one_line(event.kind)
@@ -119,7 +119,7 @@ def count_events(events: Iterable[Event]) -> dict[str, int]:
 
 
 def host_facts(atlas: Atlas) -> list[tuple[str, str]]:
-    """Return (what, value) of everything known of the host and the run, what reports know first."""
+    """Return (label, value) of all fields of the host and the run, known ones first."""
     known = [(HOST[field], value_text(atlas.host[field])) for field in HOST if field in atlas.host]
     more = [(one_line(field), value_text(value)) for field, value in atlas.host.items() if field not in HOST]
     took = seconds(atlas.times)
@@ -129,12 +129,12 @@ def host_facts(atlas: Atlas) -> list[tuple[str, str]]:
 
 
 def surprises(result: Result, expected: Expected) -> bool:
-    """Whether the verdict is another than the one expected."""
+    """Whether the verdict differs from the expected one."""
     return expected.get(result.key, result.verdict) is not result.verdict
 
 
 class Folded(NamedTuple):
-    """Results that have verdict and reason in common."""
+    """Results with the same verdict and reason."""
 
     verdict: Verdict
     reason: str
@@ -142,7 +142,7 @@ class Folded(NamedTuple):
 
 
 def fold(results: Iterable[Result], verdict: Verdict) -> list[Folded]:
-    """Gather the results with this verdict by reason, the most frequent first."""
+    """Group the results with this verdict by reason, the most frequent first."""
     found: dict[str, list[Result]] = {}
     for result in results:
         if result.verdict is verdict:
@@ -152,13 +152,13 @@ def fold(results: Iterable[Result], verdict: Verdict) -> list[Folded]:
 
 
 def some(results: Iterable[Result], most: int = 3) -> str:
-    """Name results, each claim once with its places, and say how many more claims there are."""
+    """Name results, each claim once with its places, up to ``most``; then the number of further claims."""
     places: dict[str, list[str]] = {}
     for result in results:
         places.setdefault(full_name(result), []).append(place(result))
     same = len({tuple(where) for where in places.values()}) == 1
     named = [claim if same else f"{claim} ({', '.join(where)})" for claim, where in places.items()]
-    # "and 1 more" would take the room of the one it leaves out.
+    # "and 1 more" would take the room of the name that it replaces.
     shown = named if len(named) <= most + 1 else named[:most]
     more = f" and {len(named) - most} more" if len(shown) < len(named) else ""
     head = f"{', '.join(next(iter(places.values())))}: " if same else ""

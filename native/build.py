@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -150,6 +151,15 @@ def build_in_place() -> list[Path]:
         return [IN_PLACE]
     build("aarch64", FOR_LAB)
     return [IN_PLACE, FOR_LAB]
+
+
+def platform_tag(extension: Path, machine: str) -> str:
+    """Return the platform that a wheel with ``extension`` runs on: every Linux with the C library it needs (PEP 600).
+
+    That is the newest version of a symbol of the GNU C library that it refers to, as ``auditwheel show`` has it.
+    """
+    versions = re.findall(rb"\bGLIBC_2\.(\d+)", extension.read_bytes())
+    return f"manylinux_2_{max(map(int, versions))}_{machine}"
 
 
 def main() -> int:

@@ -33,21 +33,22 @@ class NativeHook(BuildHookInterface[Any]):
             return
         machine = os.environ.get("PYVMM_TARGET") or platform.machine()
         try:
-            self._build(machine, editable=version == "editable", build_data=build_data)
+            extension = self._build(machine, editable=version == "editable", build_data=build_data)
         except build.BuildError as error:
             sys.exit(f"pyvmm's native loop cannot be built: {error}")
         page = Path(self._scratch.name) / "pyvmm.1"
         manual.write_manual(page)
         build_data["shared_data"][str(page)] = manual.SHARED
         build_data["pure_python"] = False
-        build_data["tag"] = f"cp311-abi3-linux_{machine}"
+        build_data["tag"] = f"cp311-abi3-{build.platform_tag(extension, machine)}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
         """Delete the files that were cross-built only for this wheel."""
         if self.target_name == "wheel":  # a source archive contains no built files
             self._scratch.cleanup()
 
-    def _build(self, machine: str, *, editable: bool, build_data: dict[str, Any]) -> None:
+    def _build(self, machine: str, *, editable: bool, build_data: dict[str, Any]) -> Path:
+        """Build what the wheel carries, and return the extension of ``machine``."""
         self._scratch = tempfile.TemporaryDirectory(prefix="pyvmm-wheel-")
         if machine not in build.MACHINES:
             raise build.BuildError(f"{machine} is not one of {', '.join(build.MACHINES)}")
@@ -58,6 +59,7 @@ class NativeHook(BuildHookInterface[Any]):
             extension = Path(self._scratch.name) / build.EXTENSION
             build.build(machine, extension)
             build_data["force_include"][str(extension)] = f"pyvmm/{build.EXTENSION}"
-            return
+            return extension
         for path in build.build_in_place():
             build_data["artifacts"].append(f"/{path.relative_to(build.ROOT)}")
+        return build.IN_PLACE

@@ -77,10 +77,19 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_is_for_this_machine_and_any_python_from_3_11(wheel: Path) -> None:
-    assert wheel.name.endswith(f"-cp311-abi3-linux_{HOST}.whl")
+    assert re.search(rf"-cp311-abi3-manylinux_2_\d+_{HOST}\.whl$", wheel.name)
     with zipfile.ZipFile(wheel) as packed:
         assert elf_machine(packed.read(LOOP)) == HOST
         assert packed.namelist().count(LOOP) == 1
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_wheel_names_the_newest_c_library_that_the_loop_needs(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        loop = packed.extract(LOOP, tmp_path)
+    needs = subprocess.run(["readelf", "--version-info", loop], capture_output=True, text=True, check=True).stdout
+    newest = max(int(minor) for minor in re.findall(r"Name: GLIBC_2\.(\d+)", needs))
+    assert f"-manylinux_2_{newest}_{HOST}.whl" in wheel.name
 
 
 def test_wheel_and_source_archive_carry_the_documentation(wheel: Path, source: Path, tmp_path: Path) -> None:
@@ -122,7 +131,7 @@ def test_wheel_of_a_workstation_carries_the_labs_loop(wheel: Path) -> None:
 def test_wheel_for_arm64_is_cross_built_beside_the_checkout(wheel: Path, source: Path, tmp_path: Path) -> None:
     before = (source / LOOP).read_bytes()
     crossed = wheel_of(source, tmp_path, PYVMM_TARGET="aarch64")
-    assert crossed.name.endswith("-cp311-abi3-linux_aarch64.whl")
+    assert re.search(r"-cp311-abi3-manylinux_2_\d+_aarch64\.whl$", crossed.name)
     with zipfile.ZipFile(crossed) as packed, zipfile.ZipFile(wheel) as host:
         assert elf_machine(packed.read(LOOP)) == "aarch64"
         assert LAB_LOOP not in packed.namelist()

@@ -229,7 +229,7 @@ class Lab:
             self.close()
             return 128 + error.number
         except TimeoutError:
-            raise qemu.failed(f"{argv[0]} did not end in {timeout:.0f} s", ended=False) from None
+            raise qemu.failed(f"{argv[0]} did not end in {timeout:g} s", ended=False) from None
 
     def capture(self, argv: Sequence[str], **options: Any) -> Completed:
         """Run a command as ``run`` does and keep its output."""

@@ -59,7 +59,7 @@ class Link:
                 channel.settimeout(None)
             except TimeoutError:
                 raise self._qemu.failed(
-                    f"the lab did not come up in {self._patience:.0f} s",
+                    f"the lab did not come up in {self._patience:g} s",
                     ended=False,
                     hint=self._file_hint() or "on a loaded machine give it longer with --boot-timeout",
                 ) from None

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a case is, the list of all of them, and which of its points are measured.
+"""Define benchmark cases, list them, and choose the points to measure.
 
-A case is a function of one :class:`pyvmm.bench.measure.Bench`, in a module of its own. Its axes say where it can be
-measured; the first value of each is the *base*, and it is a star around the base that is measured unless axes are
-chosen: every value of every axis, one axis at a time, in every protection. A decorator makes it:
+A case is a function of one :class:`pyvmm.bench.measure.Bench`, in its own module. Its axes define the points that can
+be measured. The first value of each axis is the *base*. By default a star around the base is measured: every value of
+every axis, one axis at a time, in every protection. A decorator makes a case:
 
     @case(says="...", axes={"protection": PROTECTIONS, "access": ("read", "write")}, quick=("access",))
     def fault(bench): ...
 
-An installed package may bring a case. Its entry point in ``pyvmm.cases`` has the case's name and leads to the case.
-Owns nothing but the registry, which is filled when the modules in ``pyvmm.bench.cases`` are imported.
+An installed package may add a case. Its entry point in ``pyvmm.cases`` has the case's name, and the case is its target.
+Owns only the registry, which importing the modules in ``pyvmm.bench.cases`` fills.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.bench.measure import Bench
 
 DEADLINE = 120.0
-"""Seconds a point may take before its process is killed, unless the case says otherwise."""
+"""Default deadline of a point in seconds. Its process is then killed."""
 
 Function = Callable[["Bench"], None]
 Axes = Mapping[str, tuple[Value, ...]]
@@ -38,23 +38,23 @@ Axes = Mapping[str, tuple[Value, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Something whose cost is measured. ``extra`` are points besides the star, as what differs from the base."""
+    """A benchmark case. ``extra`` are points besides the star, given as differences from the base."""
 
     name: str
     says: str
     axes: Axes
     function: Function
     quick: tuple[str, ...] | None
-    """The axes that the quick set varies; None where it leaves this case out."""
+    """The axes that the quick set varies; None if the quick set omits this case."""
     extra: tuple[Point, ...]
     nonsense: Callable[[Point], str]
-    """Says why a point makes no sense; nothing where it does."""
+    """Returns why a point is invalid; empty for a valid one."""
     seconds: float = DEADLINE
     kernel: str = ""
-    """The name of the kernel that its guests need, unless an axis of this name says."""
+    """The named kernel that its guests need, unless an axis ``kernel`` selects it."""
 
     def kernels(self, point: Mapping[str, Value]) -> list[str]:
-        """Return which kernels must be there, by name, for a point to be measured."""
+        """Return the named kernels that a point needs."""
         kernel = str(point.get("kernel", self.kernel))
         return [kernel] if is_kernel(kernel) else []
 
@@ -82,7 +82,7 @@ class Case:
     def cross(self, chosen: Mapping[str, Sequence[Value]]) -> list[Point]:
         """Return every combination of the values chosen, the other axes at their base.
 
-        UsageError for an unknown axis or value, with the nearest known one, and where no combination makes sense.
+        Raises UsageError for an unknown axis or value, with the nearest known one, and if no combination is valid.
         """
         axes = {axis: [self._value(axis, value) for value in values] for axis, values in chosen.items()}
         points = [{**self.base, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
@@ -92,12 +92,12 @@ class Case:
         return [point for point, why in zip(points, whys, strict=True) if not why]
 
     def check(self, point: Mapping[str, Value]) -> Point:
-        """Return the whole point that ``point``, some of its axes, stands for. UsageError as of :meth:`cross`."""
+        """Complete ``point``, given by some of its axes. Raises UsageError as :meth:`cross` does."""
         [whole] = self.cross({axis: [value] for axis, value in point.items()})
         return whole
 
     def _value(self, axis: str, value: Value) -> Value:
-        """Return what ``value``, perhaps as typed, means on an axis; numbers may be others than those known."""
+        """Convert ``value``, possibly text, to a value of an axis. Numbers need not be listed ones."""
         if axis not in self.axes:
             raise UsageError(f"{self.name} has no axis {axis!r}", hint=nearest(axis, self.axes))
         known = self.axes[axis]
@@ -136,12 +136,12 @@ def all_cases() -> dict[str, Case]:
 
 
 def brought_cases() -> tuple[list[Case], list[PluginError]]:
-    """Return the cases that installed packages bring, and why some of what they bring cannot be used."""
+    """Return the cases of installed packages, and the faults of unusable ones."""
     return REGISTRY.plug_ins()
 
 
 def select(names: Iterable[str]) -> list[Case]:
-    """Return the cases of these names; for none all that are built in, so that runs of two hosts are comparable.
+    """Return the cases of these names; without names all built-in ones, so that runs of two hosts are comparable.
 
     Raises UsageError for an unknown one, with the nearest known, and PluginError where the package that brings it
     cannot be used.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run from its plan to its results: what is measured, in which order, and the lines that come of it.
+"""A benchmark run from its plan to its results: the points, their order, and the result lines.
 
-The lines are made where the guest runs and taken where the report is made, which may be another machine. A line
-besides those of :mod:`pyvmm.bench.model` says that a point is done; whoever reads a file passes over it.
+The host of the guest makes the lines. The host of the report takes them, and may be another machine. Besides the lines
+of :mod:`pyvmm.bench.model`, one line reports each finished point. Readers of a file skip it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pyvmm.experiment.registry import nearest
 
 Say = Callable[[str], None]
 _Turns = dict[tuple[Value, ...], dict[Value, Series]]
-"""Series by what they are of and their turn."""
+"""Series by their identity and their turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A point to measure; the others are of runs that measure two things by turns: ``pair`` says which two."""
+    """A point to measure. In a run that measures two points in turns, ``pair`` identifies the two."""
 
     case: Case
     point: Point
@@ -36,13 +36,13 @@ class Step:
 
     @property
     def notes(self) -> dict[str, Value]:
-        """What its series need to tell to be put together again."""
+        """The fields that its series need, to be matched again."""
         return {"side": self.side, "turn": self.turn, "pair": self.pair} if self.side else {}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run was asked for. ``axes`` are values by axis; ``versus`` is an axis and its value on the other side."""
+    """The request of a run. ``axes`` are values by axis. ``versus`` is an axis and its value on the other side."""
 
     cases: tuple[str, ...] = ()
     axes: Mapping[str, Sequence[Value]] | None = None
@@ -51,7 +51,7 @@ class Plan:
     turns: int = 10
 
     def steps(self) -> list[Step]:
-        """Return the points in the order in which they are measured. UsageError where there is nothing to measure."""
+        """Return the points in the order of measuring. Raises UsageError if there is nothing to measure."""
         points: list[Step] = []
         self._check_axes()
         for case in select(self.cases):
@@ -60,7 +60,7 @@ class Plan:
                 found = case.points(quick=self.quick)
             elif self.cases:
                 found = case.cross(chosen)
-            else:  # of cases that nobody named, those that have such points
+            else:  # without named cases, only those with such points
                 found = [each for each in case.points(quick=self.quick) if _within(each, chosen)]
             points += [Step(case, point) for point in found]
         if not points:
@@ -72,9 +72,9 @@ class Plan:
         known = dict.fromkeys(axis for case in cases for axis in case.axes)
         for axis in [*(self.axes or {}), *([self.versus[0]] if self.versus else [])]:
             if axis not in known:
-                raise UsageError(f"no axis of what is to be measured is called {axis!r}", hint=nearest(axis, known))
+                raise UsageError(f"none of the cases has an axis {axis!r}", hint=nearest(axis, known))
         if self.cases:
-            return  # they say themselves what they do not know
+            return  # named cases report unknown axes themselves
         for axis, values in (self.axes or {}).items():
             there = dict.fromkeys(str(point[axis]) for case in cases for point in case.points() if axis in point)
             for value in map(str, values):
@@ -90,7 +90,7 @@ class Plan:
                 continue
             try:
                 other = step.case.check({**step.point, axis: value})
-            except UsageError as error:  # of some points the other side makes no sense: they are left out
+            except UsageError as error:  # leave out points whose other side is invalid
                 why = error
                 continue
             if other != step.point:
@@ -106,7 +106,7 @@ class Plan:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a results file has it."""
+        """Return the request in the form of a results file."""
         return {
             "cases": list(self.cases),
             "axes": {axis: list(values) for axis, values in (self.axes or {}).items()},
@@ -122,7 +122,7 @@ def _within(point: Point, chosen: Mapping[str, Sequence[Value]]) -> bool:
 def measure(
     plan: Plan, say: Say, *, deadline: float | None = None, peers: Callable[[], list[Series]] | None = None
 ) -> None:
-    """Measure everything, and then what ``peers`` do, saying each line as it comes. In a process of one thread."""
+    """Measure all points, then ``peers``, and pass on each line as it comes. Needs a process without other threads."""
     from pyvmm.bench.task import Task
     from pyvmm.experiment.environment import conditions
     from pyvmm.experiment.runner import run
@@ -145,9 +145,9 @@ def measure(
 
 
 class Collector:
-    """Takes a run's lines: keeps them, writes them to a file as they come, and counts points.
+    """Collects a run's lines: keeps them, writes them to a file as they come, and counts points.
 
-    ``progress`` hears points done, points there are, and the point that was measured last.
+    ``progress`` gets the points done, the total, and the last measured point.
     """
 
     def __init__(self, file: TextIO | None, path: str, progress: Callable[[int, int, str], None]) -> None:
@@ -155,7 +155,7 @@ class Collector:
         self._lines: list[str] = []
         self._done = self._points = 0
         self.failed: PyvmmError | None = None
-        """Why the file is not whole; the lines are here all the same."""
+        """Why the file is incomplete. The lines are still kept here."""
 
     def take(self, text: str) -> None:
         """Take one line, with its end."""
@@ -173,26 +173,25 @@ class Collector:
                 self._file.flush()
             except OSError as error:
                 self.failed = PyvmmError(
-                    f"{self._path} cannot be written any more: {error.strerror}; it lacks what came after that",
-                    hint="everything is in the table above; make room, or measure again to another place",
+                    f"{self._path} cannot be written: {error.strerror}; it lacks the later results",
+                    hint="the table above has all results; make room, or measure again to another file",
                 )
 
     def run(self) -> Run | None:
-        """Return what there is, None where not even the header came."""
+        """Return the run so far, or None without the header."""
         return parse(self._lines, "the run") if self._lines else None
 
 
 def sides(run: Run) -> tuple[Run, Run]:
-    """Return the two sides of a run that measured by turns, each turn a round; the axis that differs names both.
+    """Split a run that measured in turns into its two sides, each turn a round. The differing axis names them.
 
-    Turns that only one side has, of a run that was cut off or where one crashed, are no pairs, and left out.
-    UsageError for a run that has no sides.
+    Turns that only one side has, after an abort or a crash, are left out. Raises UsageError for a run without sides.
     """
     versus = run.asked.get("versus")
     if not versus:
         raise UsageError(
-            "this run has one side only, so there is nothing to compare it with",
-            hint="name a second file, or measure by turns: pyvmm bench CASE --versus AXIS=VALUE",
+            "this run has only one side, nothing to compare with",
+            hint="name a second file, or measure in turns: pyvmm bench CASE --versus AXIS=VALUE",
         )
     axis = versus[0]
     found: dict[str, _Turns] = {"A": {}, "B": {}}

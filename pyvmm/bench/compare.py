@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two runs of the same benchmark say differently: the ratio of medians, how sure it is, and a word for it.
+"""Compare two runs of the same benchmark: the ratio of medians, its significance, and a verdict.
 
-Series are matched by what they are of. Where both have the same number of rounds, these are taken as pairs, as two
-builds measured in turn leave them, and tested by Wilcoxon's signed ranks on the rounds' medians; else by Mann and
-Whitney's rank sum, and the result says that it is unpaired. Both tests are exact, with ties, for as many rounds as one
-has. Over all series of a comparison p is corrected by Holm's method. Pure: data to data, and that to plain values.
+Series are matched by case, point and metric. If both have the same number of rounds, the rounds are pairs, as from two
+builds measured in turns. Pairs are tested by Wilcoxon's signed ranks on the rounds' medians. Otherwise Mann and
+Whitney's rank sum is used, and the result is marked as unpaired. Both tests are exact, with ties, for usual numbers of
+rounds. p is corrected by Holm's method over all series of a comparison. Pure functions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SAME_AS, TOO_FEW = "no difference shown", "too few rounds to tell"
 PAIRED, UNPAIRED, UNPAIRED_VALUES = "paired", "unpaired", "unpaired, values taken as independent"
 
 SAME: Final = ("machine", "cpu", "cpus", TCG, "emulator", "counts", "page size")
-"""What must be the same in two runs for their numbers to be comparable."""
+"""The environment fields that must be equal in two comparable runs."""
 
 _TIMES = ("ns", "instructions")
 _VERDICTS: Final = (SLOWER, FASTER, MORE, LESS, SAME_AS, TOO_FEW)
@@ -42,21 +42,21 @@ _COLOURS: Final = {SLOWER: "31", MORE: "31", FASTER: "32", LESS: "32", TOO_FEW: 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What became of one series from run ``a`` to run ``b``."""
+    """The comparison of one series in the runs ``a`` and ``b``."""
 
     a: Series
     b: Series
     test: str
     """PAIRED, UNPAIRED or UNPAIRED_VALUES."""
     rounds: tuple[int, int]
-    """How many medians of rounds (values, for UNPAIRED_VALUES) were compared, of each."""
+    """The number of compared medians of rounds (values, for UNPAIRED_VALUES), of each run."""
     ratio: float | None
-    """Median of b by median of a; None where that is 0."""
+    """Median of b divided by the median of a; None if that is 0."""
     low: float | None
     """Of the ratio's bootstrap interval."""
     high: float | None
     p: float | None
-    """None where there are so few rounds that it could not be below ALPHA."""
+    """None with too few rounds for a p below ALPHA."""
     corrected: float | None = None
     """p by Holm's method."""
     verdict: str = TOO_FEW
@@ -69,16 +69,16 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Everything that two runs have in common, and what only one has."""
+    """The comparison of two runs: common series, and series of only one."""
 
     a: Run
     b: Run
     environment: dict[str, tuple[Value, Value]]
-    """What differs between the environments, and may."""
+    """Allowed differences of the environments."""
     differences: tuple[Difference, ...]
     only_a: tuple[Series, ...]
     only_b: tuple[Series, ...]
-    """Without values in the other run, or not in it at all."""
+    """Series that the other run lacks, or has without values."""
 
     @property
     def differs(self) -> bool:
@@ -89,8 +89,7 @@ class Comparison:
 def compare(a: Run, b: Run) -> Comparison:
     """Compare two runs.
 
-    Raises BenchError where they are of different machines or clocks, so that no number of one says anything of the
-    other, and where they have nothing in common.
+    Raises BenchError if they are of different machines or clocks, and thus not comparable, or have no common series.
     """
     statistics.require()
     _refuse(a, b)
@@ -146,7 +145,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def text(comparison: Comparison, look: Look = PLAIN) -> str:
-    """Return a comparison for the terminal: what differs and may, a row a series, and what that comes to."""
+    """Return a comparison for the terminal: allowed differences, a row per series, and a summary."""
     lines = [f"A: {groups.host(comparison.a)}", f"B: {groups.host(comparison.b)}"]
     if groups.is_relative(comparison.a):
         lines.append(look.paint(f"== {TCG_NOTE} ".ljust(min(look.width, 60), "="), table.STRIPE))
@@ -193,7 +192,7 @@ def _rows(some: Sequence[Difference], look: Look) -> list[str]:
         )
     head = ["metric", *names, "A", "B", "unit", "B/A", "95 % CI", "rounds", "test", "p", "verdict"]
     drawn = table.grid(head, rows, 1 + len(names))
-    # What is needed least goes first where there is no room for all.
+    # In a narrow terminal, the least important columns are dropped first.
     for name in ("test", "rounds", "95 % CI", "unit"):
         if max(map(len, drawn)) > look.width:
             at = head.index(name)
@@ -223,7 +222,7 @@ def _note(comparison: Comparison) -> str:
     return said
 
 
-# -- what is compared with what
+# -- matching series
 
 
 def _refuse(a: Run, b: Run) -> None:
@@ -235,7 +234,7 @@ def _refuse(a: Run, b: Run) -> None:
     if differ:
         raise BenchError(
             f"the two runs cannot be compared, they are not of the same {', '.join(differ)}",
-            hint="measure both on one machine with the same clock, in turn if it is a small difference that counts",
+            hint="measure both on one machine with the same clock, in turns for small differences",
         )
 
 
@@ -275,16 +274,16 @@ def _difference(a: Series, b: Series) -> Difference:
 
 
 def _least(test: str, rounds: tuple[int, int]) -> float:
-    """Return the smallest p that so many rounds can give."""
+    """Return the smallest p that this number of rounds can give."""
     one, other = rounds
     if test == PAIRED:
         return 2.0 ** (1 - one)
-    # Of very many the number of choices is no float any more, and it does not matter.
+    # For very many rounds the number of choices exceeds a float, and does not matter.
     return 2 / math.comb(one + other, one) if one + other <= 1000 else 2 / math.comb(1000, min(one, other, 500))
 
 
 def _needed(tests: int) -> int:
-    """Return how many pairs of rounds can show a difference in one of so many series."""
+    """Return the number of pairs of rounds needed to show a difference in one of this many series."""
     return next(count for count in range(1, 1000) if 2.0 ** (1 - count) * tests < ALPHA)
 
 
@@ -305,7 +304,7 @@ def _ratio(a: list[Floats], b: list[Floats], *, paired: bool) -> tuple[float | N
 
 
 def _corrected(differences: Sequence[Difference]) -> Iterable[Difference]:
-    """Correct p for there being many tests, and take verdicts back that do not stand then."""
+    """Correct p for multiple tests, and withdraw verdicts that are no longer significant."""
     tested = sorted(each.p for each in differences if each.p is not None)
     corrected: dict[float, float] = {}
     highest = 0.0

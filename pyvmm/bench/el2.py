@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the hypervisor ran for an operation: EL2 residency, from its entries and exits. Pure functions.
+"""Compute EL2 residency (how long the hypervisor ran for an operation) from EL2 entries and exits. Pure functions.
 
-A *visit* is a stretch at EL2, from an entry to the exit that follows on the same CPU. The share that EL2 answers itself
-is one visit:
+A *visit* is a period at EL2, from an entry to the next exit on the same CPU. A share is one visit, because EL2 answers
+it itself:
 
     guest ─ guest_exit … eret_guest ─ guest
 
-The donation of a page is three or more, and what runs in the gaps is the host:
+The donation of a page is three or more visits, and the host runs in the gaps:
 
     guest ─ guest_exit … eret_host ─ gap ─ hvc … eret_host ─ gap ─ hvc … eret_guest ─ guest
 
-Times are as events have them: ns, cut to the microsecond. Sums over many are good to a few ten nanoseconds each.
+Times are those of events: ns, truncated to microseconds. Means over many are accurate to a few ten nanoseconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CUT = 1000
 
 
 class Window(NamedTuple):
-    """A stretch of time, [begin, end) in ns of the events' clock, and the operations done in it."""
+    """A period [begin, end) in ns of the events' clock, and the number of operations in it."""
 
     begin: int
     end: int
@@ -38,7 +38,7 @@ class Window(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """One stretch at EL2; ``reason`` is why it was entered."""
+    """One period at EL2. ``reason`` is the reason of its entry."""
 
     begin: int
     end: int
@@ -52,7 +52,7 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """What one operation cost at EL2, in the mean: ``ns`` and ``entries`` by reason."""
+    """The mean cost of one operation at EL2: ``ns`` and ``entries`` by reason."""
 
     operations: int
     ns: dict[str, float] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Residency:
 
     @property
     def total(self) -> float:
-        """Ns at EL2 an operation."""
+        """ns at EL2 per operation."""
         return sum(self.ns.values())
 
     @property
@@ -70,25 +70,25 @@ class Residency:
 
     @property
     def error(self) -> float:
-        """Ns by which :attr:`total` may be off, one standard deviation, for stamps are cut to the microsecond."""
+        """Standard deviation of :attr:`total` in ns, from timestamps truncated to microseconds."""
         stamps = 2 * max(self.visits, 0.0) * self.operations
         return _CUT / math.sqrt(12) * math.sqrt(stamps) / self.operations
 
     def less(self, rest: Residency, *, times: float = 1.0) -> Residency:
-        """Return what is left without ``times`` of the ``rest`` in each operation: an order's own exits, say."""
+        """Subtract ``times`` of ``rest`` from each operation, such as an order's own exits."""
         return Residency(self.operations, _minus(self.ns, rest.ns, times), _minus(self.entries, rest.entries, times))
 
     def without_tracing(self, event: float) -> Residency:
-        """Return it less the cost of being traced: ``event`` ns for each visit, what one event takes EL2 to write."""
+        """Subtract the cost of tracing: ``event`` ns for each visit, the time for writing one event at EL2."""
         ns = {reason: value - event * self.entries.get(reason, 0.0) for reason, value in self.ns.items()}
         return Residency(self.operations, ns, self.entries)
 
 
 class Cost(NamedTuple):
-    """What one operation took, in ns, while the hypervisor was traced and as if it had not been.
+    """The time of one operation in ns, with and without tracing.
 
-    ``traced`` is by the clock of who waited for it, ``el2`` what the trace says, ``event`` what one event costs. Of the
-    two events of a visit one is within what the trace says: an entry's, which is stamped first and written then.
+    ``traced`` is by the waiting side's clock, ``el2`` from the trace, ``event`` the cost of one event. A visit has two
+    events. Writing the entry event is part of ``el2``, because the timestamp is taken before writing.
     """
 
     traced: float
@@ -97,7 +97,7 @@ class Cost(NamedTuple):
 
     @property
     def whole(self) -> float:
-        """All of it."""
+        """The whole time."""
         return self.traced - 2 * self.event * self.el2.visits
 
     @property
@@ -112,7 +112,7 @@ class Cost(NamedTuple):
 
 
 def visits(events: Iterable[HypEvent]) -> list[Visit]:
-    """Pair entries with exits, CPU by CPU, and return them by their beginning; halves at either end are left out."""
+    """Pair entries with exits, per CPU, and return them by start. Incomplete pairs at either end are dropped."""
     inside: dict[int, HypEvent] = {}
     found = []
     for event in events:
@@ -125,9 +125,9 @@ def visits(events: Iterable[HypEvent]) -> list[Visit]:
 
 
 def residency(seen: Sequence[Visit], window: Window, *, cpus: Iterable[int] | None = None) -> Residency:
-    """Return what an operation of the ``window`` cost at EL2, on ``cpus`` (all unless told).
+    """Return the cost at EL2 of an operation of the ``window``, on ``cpus`` (default all).
 
-    ``seen`` is in order, as of :func:`visits`; visits count where they begin in the window. ValueError for a window
+    ``seen`` is in order, as from :func:`visits`. A visit counts if it begins in the window. ValueError for a window
     without operations.
     """
     if window.operations < 1:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Linux guest started as a user starts one, in a process of its own, and when it did what.
+"""Boot a Linux guest as a user does, in a separate process, and record the times of its stages.
 
-Every side runs the same kernel with the same initramfs of one line of shell: what a VMM adds is all that differs. The
-init says a word on the console and powers off; when that word comes out of the VMM's stdout is when init ran.
+All VMMs run the same kernel with the same initramfs of one line of shell, so only the VMM's cost differs. The init
+prints a word on the console and powers off. The word's arrival on the VMM's stdout is the time of init.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Files:
 def install(folder: str, *, lacking: str = "") -> tuple[str, ...]:
     """Install this pyvmm in ``folder``, compiled and with a script, as pip does; return the beginning of its command.
 
-    A lab has the modules on a file system of the workstation's, where each costs several messages to open; what is
-    installed is on one of the host's own. ``lacking`` names a capability (KVM_CAP_*) that pyvmm is to find missing.
+    In a lab the modules are on a file system of the workstation, where opening each costs several messages. The
+    installed copy is on the host's own file system. ``lacking`` names a capability (KVM_CAP_*) to hide from pyvmm.
     """
     site = os.path.join(folder, "site")
     # A lab may list what it does not find: what another has compiled since it looked.
@@ -92,7 +92,7 @@ def files(kernel: str, init: bytes = INIT) -> Iterator[Files]:
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """When a VMM did what, in ns of CLOCK_MONOTONIC; ``entered``, its first KVM_RUN, only pyvmm tells."""
+    """The times of a VMM's stages, in ns of CLOCK_MONOTONIC. Only pyvmm reports ``entered``, its first KVM_RUN."""
 
     executed: int
     entered: int
@@ -122,14 +122,14 @@ def pyvmm(guest: Files, protection: str, cpus: int, *options: str, parameters: s
 
 
 def qemu(program: Sequence[str], guest: Files, cpus: int, *options: str, parameters: str = PARAMETERS) -> list[str]:
-    """Return the command that boots ``guest`` under QEMU with KVM, with no device that it is not asked for."""
+    """Return the command that boots ``guest`` under QEMU with KVM, without default devices."""
     return command(program, guest.kernel, parameters, "-initrd", guest.initrd, *options, cpus=cpus, memory=MEMORY)
 
 
 def boot(argv: Sequence[str], seconds: float | None) -> Boot:
-    """Run a VMM to its guest's end. PyvmmError where that does not come within ``seconds``, or init never ran.
+    """Run a VMM to its guest's end. Raises PyvmmError after ``seconds``, or if init never ran.
 
-    None waits as long as it takes.
+    None waits without limit.
     """
     with tempfile.TemporaryFile() as said:
         executed = time.monotonic_ns()
@@ -150,7 +150,7 @@ def boot(argv: Sequence[str], seconds: float | None) -> Boot:
 
 @contextlib.contextmanager
 def booted(argv: Sequence[str], seconds: float) -> Iterator[int]:
-    """Run a VMM whose guest's init says the word and stays, and yield its pid. PyvmmError as of :func:`boot`."""
+    """Run a VMM whose guest's init prints the word and stays, and yield its pid. Raises as :func:`boot`."""
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
         try:
@@ -164,7 +164,7 @@ def booted(argv: Sequence[str], seconds: float) -> Iterator[int]:
 
 
 def _watch(process: subprocess.Popen[bytes], until: int | None, *, stay: bool = False) -> tuple[int, bytes]:
-    """Return when the word came, 0 if it did not, and all that was printed, once the process has ended.
+    """Wait for the process's end. Returns the word's time (0 without it) and the whole output.
 
     ``stay``: return once the word has come.
     """
@@ -192,7 +192,7 @@ def _entered(words: bytes) -> int:
 
 
 def run_ended(words: bytes) -> dict[str, Any]:
-    """Return what pyvmm's run said at its end, of all that it wrote to stderr; nothing of what is not pyvmm."""
+    """Return pyvmm's summary from its stderr; empty for another VMM."""
     for each in words.splitlines():
         with contextlib.suppress(ValueError):
             event = json.loads(each)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a case measures with: a guest at one point of the case's axes, clocks, and the series it leaves.
+"""The tools of a case: a guest at one point of the case's axes, clocks, and result series.
 
-Every case goes round and round: a round has memory that nothing has touched, or a guest of its own, and the values of
-the first are warm-up (the payload's own pages, the kernel's caches). Owns the series until the runner takes them.
+Every case repeats in rounds. Each round has unused memory, or a new guest. The values of the first round are warm-up
+(the payload's own pages, the kernel's caches). Owns the series until the runner takes them.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from pyvmm.memory.backing import Memfd
 from pyvmm.protection import Protection
 
 ROUNDS = 7
-"""Of every case: one that warms up and six that count, the fewest from which a median's interval can be told."""
+"""Rounds of every case: one for warm-up, and six, the minimum for a median's interval."""
 RULE = "the first round"
 SPARE = 12 * MIB
-"""Of a guest's memory that cases leave alone: the payload, the device tree, what ticks are left in."""
+"""Guest memory that cases do not use: the payload, the device tree, the records of ticks."""
 
 
 class Unavailable(PyvmmError):
-    """What was to be measured cannot be here: the message says why, in the kernel's own words where it refused."""
+    """The point cannot be measured here. The message has the reason, in the kernel's words if it refused."""
 
 
 class Bench:
-    """One point of a case while it is measured: ``bench["backing"]`` is where on an axis it is."""
+    """One point of a case during its measurement. ``bench["backing"]`` is its value on an axis."""
 
     def __init__(self, case: str, point: Point, *, rounds: int = ROUNDS, seconds: float = 60.0) -> None:
         self.case, self.point, self.rounds, self.seconds = case, point, rounds, seconds
         self.series: list[Series] = []
         self.unit = "instructions" if counts() == INSTRUCTIONS else "ns"
-        """Of times: with icount a nanosecond of the machine's time is an instruction."""
+        """The unit of times: with icount a nanosecond of the machine's time is an instruction."""
 
     def __getitem__(self, axis: str) -> Any:
         return self.point[axis]
@@ -53,7 +53,7 @@ class Bench:
         return Protection(self.point["protection"])
 
     def guest(self, *, room: int = 0, cpus: int = 1, backing: str = "", **options: Any) -> Experiment:
-        """Return a guest, to be entered, of this point's protection and backing, with ``room`` bytes to touch."""
+        """Return a guest, to be entered, of this point's protection and backing, with ``room`` bytes to access."""
         if cpus > (here := len(os.sched_getaffinity(0))):
             self.cannot(f"{cpus} vCPUs at once need as many CPUs, and here are {here}: pyvmm --lab --lab-cpus {cpus} …")
         memory = align_up(room + SPARE, 2 * MIB) // MIB
@@ -61,10 +61,10 @@ class Bench:
         return Experiment(self.protection, backing, memory=memory, cpus=cpus, **options)
 
     def recycle(self, size: int) -> None:
-        """Have the host touch ``size`` bytes and more of its memory, and give them back: the guest's come from there.
+        """Have the host access at least ``size`` bytes of its memory and free them, so that the guest gets these pages.
 
-        A pKVM host's first touch of a page since boot faults to EL2 itself (host_abort). That is the page's history,
-        nothing of the guest's, and without this it is chance how many pages it falls on.
+        A pKVM host's first access to a page since boot faults to EL2 (host_abort). That cost depends on the page's
+        history, not on the guest. Without this call, it would hit a random number of pages.
         """
         with Memfd(align_up(2 * size, PAGE_SIZE)) as file:
             file.populate(0, file.size)
@@ -87,7 +87,7 @@ class Bench:
         began: Sequence[float] = (),
         **notes: Value,
     ) -> None:
-        """Keep a series; values are ns unless ``unit`` says otherwise, the first of several rounds is warm-up."""
+        """Keep a series. Values are in ns by default (see ``unit``). The first of several rounds is warm-up."""
         lengths = tuple(len(each) for each in rounds)
         warm = len(rounds) > 1
         self.series.append(
@@ -117,7 +117,7 @@ class Bench:
 
 
 class Ticks:
-    """Memory in which a guest leaves what each access took; read by the host, or through the guest where it may not."""
+    """Memory in which a guest records the time of each access. Read by the host, or else through the guest."""
 
     def __init__(self, x: Experiment, entries: int, guest: Puppet | None = None) -> None:
         self._x, self._guest = x, guest or x.guest
@@ -137,14 +137,14 @@ class Ticks:
             return struct.pack(f"<{words}Q", *self._guest.words(self.gpa, words))[:size]
 
     def each(self, count: int) -> list[float]:
-        """Return what a series left, in ns."""
+        """Return a series' recorded times, in ns."""
         return [ticks * self.scale for ticks in struct.unpack_from(f"<{count}I", self.read(4 * count))]
 
 
 class Exits:
-    """KVM's own count of a guest's exits, those that it handled without us among them.
+    """KVM's count of a guest's exits, including those that the kernel handled.
 
-    What an order costs by itself is not in it: the loop counts the words that go through the mailbox one by one.
+    The exits of orders are excluded: the loop counts each access to the mailbox.
     """
 
     def __init__(self, x: Experiment) -> None:
@@ -156,7 +156,7 @@ class Exits:
         self._begun = self._count()
 
     def end(self) -> int:
-        """Return how many exits there were since."""
+        """Return the number of exits since then."""
         return self._count() - self._begun
 
     def _count(self) -> int:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark's results are made of: plain values, and the JSON lines they are kept in. Nothing is dropped.
+"""The data of benchmark results: plain values, and their JSON lines. Nothing is dropped.
 
-A results file is JSON lines. The first is the header: the format, the environment, what was asked for. Then one line
-for each :class:`Series` as it was measured, and one last line that says that the run was whole. A file without the
-last line is of a run that was cut off; what it has is good all the same.
+A results file is JSON lines. The first is the header: the format, the environment, the request. Then one line follows
+for each :class:`Series`. The last line marks the run as complete. A file without it is of an aborted run, but its
+series are valid.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ FORMAT: Final = 2
 
 Value = str | int | float | bool | None
 Point = dict[str, Value]
-"""The axes of a case and where on each a series was measured; with case and metric it says what was measured."""
+"""A series' value on each axis of its case. Case, point and metric identify a series."""
 
 
 class BenchError(PyvmmError):
-    """A benchmark that cannot be run, kept, read or compared: the message says which."""
+    """A benchmark cannot be run, stored, read or compared. The message has the details."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Values of one metric at one point of one case, raw and in the order they were measured.
+    """Raw values of one metric at one point of one case, in the order of measuring.
 
     ``clock`` says which clock they come from: ``guest`` (CNTVCT in the guest), ``vmm`` (CLOCK_MONOTONIC in the native
     loop), ``host`` (CLOCK_MONOTONIC around a call), ``el2`` (the hypervisor's trace buffer), ``kvm`` (KVM's
     statistics) or ``memory``. ``unit`` is ``ns``, ``instructions`` (where time counts them), ``bytes`` or ``count``;
-    values are per ``per``: a page, an exit, a call. ``warmup`` values at the beginning are warm-up by ``rule``: kept,
-    and left out of every statistic. ``rounds`` says how many values each round brought, warm-up included; a round is a
-    fresh range of memory or a fresh guest, and values within one are not independent. ``places`` and ``began`` are
-    there where a series has a picture: page numbers in the range touched, and ns since its first touch.
-    ``unavailable`` says why there are no values, where there are none.
+    values are per ``per``: a page, an exit, a call. The first ``warmup`` values are warm-up by ``rule``: they are kept,
+    but excluded from every statistic. ``rounds`` has the number of values of each round, including warm-up. A round is
+    a fresh range of memory or a fresh guest, and values within one are not independent. Series with a picture have
+    ``places`` (page numbers in the accessed range) and ``began`` (ns since its first access). ``unavailable`` is the
+    reason for a series without values.
     """
 
     case: str
@@ -59,28 +59,28 @@ class Series:
 
     @property
     def kept(self) -> tuple[float, ...]:
-        """The values that statistics are made of: all but the warm-up."""
+        """The values for statistics: all except the warm-up."""
         return self.values[self.warmup :]
 
     @property
     def key(self) -> tuple[Value, ...]:
-        """What must be the same in two runs for their values to be of the same thing."""
+        """The identity of a series: equal in two runs if both measured the same."""
         axes = (f"{axis}={self.point[axis]}" for axis in sorted(self.point))
         return (self.case, self.metric, self.clock, self.per, *axes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values; what is empty is left out."""
+        """Return plain values, without empty fields."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in found.items() if value not in ((), {}, "", 0) or name in _ALWAYS}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the series again; unknown fields are refused with BenchError."""
+        """Convert plain values back. Raises BenchError for unknown fields."""
         try:
             lists = {name: tuple(data[name]) for name in _LISTS if name in data}
             return cls(**{**data, **lists})
         except TypeError as error:
-            raise BenchError(f"a series that is none: {error}") from None
+            raise BenchError(f"an invalid series: {error}") from None
 
 
 _LISTS = ("values", "rounds", "places", "began")
@@ -95,7 +95,7 @@ class Run:
     asked: dict[str, Any]
     series: tuple[Series, ...]
     end: dict[str, Value] | None = None
-    """What the last line says (``seconds``, ``date``); None for a run that was cut off."""
+    """The last line's contents (``seconds``, ``date``); None for an aborted run."""
 
     def with_series(self, series: Iterable[Series]) -> Run:
         """Return a run of the same environment with other series."""
@@ -113,7 +113,7 @@ def line(series: Series) -> str:
 
 
 def footer(end: Mapping[str, Value]) -> str:
-    """Return the last line of a run that was whole."""
+    """Return the last line of a complete run."""
     return _line({"end": dict(end)})
 
 
@@ -122,9 +122,9 @@ def _line(data: Mapping[str, Any]) -> str:
 
 
 def parse(lines: Iterable[str], name: str) -> Run:
-    """Return the run that the lines of the file ``name`` tell.
+    """Parse the lines of the results file ``name``.
 
-    Raises BenchError for what is no results file, is of another format, or is damaged elsewhere than in its last line.
+    Raises BenchError if it is not a results file, has another format, or is damaged before its last line.
     """
     head: dict[str, Any] | None = None
     series: list[Series] = []
@@ -137,7 +137,7 @@ def parse(lines: Iterable[str], name: str) -> Run:
                 raise ValueError("no object")
         except ValueError as error:
             if head is not None and number == len(texts):
-                break  # a run that was cut off in the middle of a line
+                break  # an aborted run ended within a line
             raise BenchError(f"{name}: line {number} is not of a benchmark's results: {error}") from None
         if head is None:
             head = _header(data, name)
@@ -166,7 +166,7 @@ def _header(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def read(path: str) -> Run:
-    """Return the run that a file holds. Raises BenchError where it cannot be read or is none."""
+    """Read the run in a file. Raises BenchError if it cannot be read or is not one."""
     try:
         with open(path, encoding="utf-8") as file:
             return parse(file, path)

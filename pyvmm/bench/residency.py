@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records the hypervisor while a guest is told to do something, and says what one operation of it cost.
+"""Trace the hypervisor during operations of a guest, and report the cost of one operation.
 
     with Recorder(x) as recorder:
         for _ in range(bench.rounds):
@@ -7,9 +7,9 @@
                 x.guest.series(What.SHARE, begin, pages, stride=PAGE_SIZE)
     recorder.keep(bench, "share")
 
-While it is entered the caller and the guest's only vCPU are on one CPU, the only one that is looked at, and each entry
-to EL2 costs more than otherwise: what is measured by other clocks is measured apart from this. It owns the hypervisor's
-trace buffer and these threads' affinity meanwhile.
+While it is entered, the caller and the guest's only vCPU run on one CPU, and only that CPU is evaluated. Tracing makes
+each entry to EL2 slower, so measure with other clocks separately. It owns the hypervisor's trace buffer and the
+affinity of these threads meanwhile.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pyvmm.observe.hyptrace import HypTrace, now
 from pyvmm.uapi.kvm_arm64_vcpu import KVM_ARM_SET_COUNTER_OFFSET, kvm_arm_counter_offset
 
 NOBODYS_CALL: Final = 0x8600_00FE
-"""A vendor's call that nobody has: KVM in the host says so. The least that an exit to the host can be."""
+"""An unassigned vendor call, which the host's KVM rejects: the cheapest exit to the host."""
 _EXITS: Final = 64
 _TRIES: Final = 10
 _PINGS: Final = 16
@@ -43,9 +43,9 @@ _ORDER, _EXIT = "an order by itself", "an exit, to tell what tracing costs"
 
 
 class Recorder:
-    """Counts what happens at EL2 in blocks of code; a context manager, for a guest with one vCPU that has been started.
+    """Measures EL2 during blocks of code. A context manager, for a started guest with one vCPU.
 
-    Where nothing can be recorded the blocks run all the same, and :attr:`why_not` says why.
+    If recording is impossible, the blocks still run, and :attr:`why_not` has the reason.
     """
 
     def __init__(self, x: Experiment) -> None:
@@ -57,9 +57,9 @@ class Recorder:
         self._cpu = max(os.sched_getaffinity(0))
         self._scale = self._tracing = 0.0
         self.event = 0.0
-        """ns that writing one event takes EL2; known at the end, 0 where it cannot be told from noise."""
+        """ns that EL2 needs to write one event; known at the end, 0 if it is below the noise."""
         self.why_not = "it has not begun"
-        """Why there are no numbers; empty where there are."""
+        """Why there are no results; empty with results."""
         self._found: dict[str, list[Residency]] = {}
 
     def __enter__(self) -> Self:
@@ -106,21 +106,20 @@ class Recorder:
 
     @contextlib.contextmanager
     def over(self, name: str, operations: int, *, orders: int = 1) -> Iterator[None]:
-        """Count the block as ``operations`` of ``name``; what ``orders`` to the guest take by themselves is not."""
+        """Measure the block as ``operations`` of ``name``, without the cost of ``orders`` to the guest."""
         begin = now()
         yield
         self._windows.setdefault(name, []).append(Window(begin, now(), operations))
         self._orders[name] = orders
 
     def residencies(self, name: str) -> list[Residency]:
-        """Return what an operation cost at EL2 in each block of that name, tracing included; nothing before the end."""
+        """Return an operation's cost at EL2 in each block of that name, with tracing; empty before the end."""
         return self._found.get(name, [])
 
     def keep(self, bench: Bench, name: str, *, per: str = "page") -> None:
-        """Keep a series of the ns at EL2 an operation, one value a block, or why there is none.
+        """Keep a series of ns at EL2 per operation, one value per block, or the reason without values.
 
-        Notes say how much of the mean came by which reason, how often EL2 was entered, and how far a value may be off
-        because the kernel cuts its stamps.
+        The notes have the mean by entry reason, the number of EL2 entries, and the error from truncated timestamps.
         """
         found = self.residencies(name)
         warm = int(len(found) > 1)
@@ -147,7 +146,7 @@ class Recorder:
         )
 
     def _align_clocks(self) -> None:
-        """Have the guest's counter show what the host's does, as a protected guest's does: the trace depends on it."""
+        """Set the guest's counter equal to the host's, as in a protected guest: the trace depends on it."""
         if self._x.protection.by_hypervisor:
             return
         for _ in range(_PATIENCE):
@@ -157,7 +156,7 @@ class Recorder:
             time.sleep(0.001)
 
     def _exit(self, guest: Puppet) -> float:
-        """Return the ns of an exit that does nothing, the least of a few tries."""
+        """Return the ns of an empty exit, the minimum of a few tries."""
         tries = [guest.series(What.HVC, count=_EXITS, value=NOBODYS_CALL).ticks for _ in range(_TRIES)]
         return min(tries) * self._scale / _EXITS
 

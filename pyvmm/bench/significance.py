@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _EXACT_PAIRS: Final = 100
 _EXACT_BOTH: Final = 60
-"""As many values are tested exactly; the time that takes grows with their fourth power."""
+"""Up to this many values are tested exactly. The time grows with their fourth power."""
 
 
 def signed_ranks(differences: Floats) -> float:

@@ -49,8 +49,7 @@ ID_REGISTERS = {"ID_AA64PFR0_EL1": 4, "ID_AA64DFR0_EL1": 5, "ID_AA64ISAR0_EL1": 
 
 @claim(pkvm="memfd", origin=RECLAIM)
 def a_reclaimed_page_is_efault(x: Experiment) -> None:
-    """After the host's kernel reads a private page, the host has it, as zeros, and the guest's next access is
-    EFAULT."""
+    """After the host's kernel reads a private page, the host has zeros there, and the guest's next access is EFAULT."""
     page = _reclaimed(x)
     failure = x.failed(x.guest.start_read64(page))
     x.check("KVM_RUN", failure.name if failure else "went on", "EFAULT")

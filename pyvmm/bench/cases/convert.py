@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion costs by the emulated protection's policy, and what the guest pays for it at its next touch."""
+"""The cost of a conversion, for each policy of the emulated protection, and of the guest's next access."""
 
 from __future__ import annotations
 

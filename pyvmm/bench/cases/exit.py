@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an exit costs: from a guest's instruction to the next, by who answers it."""
+"""The cost of an exit, from a guest's instruction to the next, for each handler."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pyvmm.protection import PROTECTIONS
 
 COUNT: Final = 300
 IOEVENTFD: Final = 0x800
-"""Where in the bench device's doorbell page the kernel itself takes the stores."""
+"""The offset in the bench device's doorbell page at which the kernel itself takes stores."""
 UNKNOWN_HVC: Final = 0x8600_00FE
-"""A vendor's call that nobody has: KVM in the host answers NOT_SUPPORTED, under pKVM after EL2 has passed it on."""
+"""An unassigned vendor call: the host's KVM answers NOT_SUPPORTED, under pKVM after EL2 has passed it on."""
 
-# Who answers, the address or function, and the loop's class of the exit that it is (none: it does not reach us).
+# The handler, the address or function, and the loop's exit class (none: the loop does not see it).
 KINDS: Final[dict[str, tuple[What, int, str]]] = {
     "registers": (What.STORE, layout.BENCH.start + abi.BENCH_REGISTERS, "mmio-registers"),
     "doorbell": (What.STORE, layout.BENCH.start + abi.BENCH_DOORBELL, "mmio-doorbell"),
@@ -36,7 +36,7 @@ KINDS: Final[dict[str, tuple[What, int, str]]] = {
 def _nonsense(point: Point) -> str:
     what, _, told = KINDS[str(point["kind"])]
     if point["access"] == "load" and (what is not What.STORE or not told):
-        return f"{point['kind']} is nothing that is loaded from"
+        return f"cannot load from a {point['kind']}"
     return ""
 
 
@@ -49,7 +49,7 @@ def _nonsense(point: Point) -> str:
     nonsense=_nonsense,
 )
 def exit(bench: Bench) -> None:
-    """Time ``COUNT`` exits in a row, each by itself, and ask the loop how much of that was its own."""
+    """Time ``COUNT`` consecutive exits one by one, and read the loop's own share of the time."""
     what, address, told = KINDS[bench["kind"]]
     if bench["access"] == "load":
         what = What.LOAD

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a page's first touch costs: from a guest's access to the instruction after it."""
+"""The cost of a page's first access: from a guest's access to its next instruction."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from pyvmm.uapi.mman import MADV_DONTNEED
 
 PAGES: Final = 256
 HUGE_PAGES: Final = 8
-"""Touched a round where a touch brings 2 MiB: one in each."""
+"""Pages per round if an access maps 2 MiB: one in each."""
 SLOW: Final = 4
-"""Only one page in so many is touched where each takes a thread or a slot of its own."""
+"""Only one page in this many is accessed if each needs a separate thread or slot."""
 STRIDE: Final = 16
 IN_A_HUGE_PAGE: Final = HUGE_SIZE // PAGE_SIZE
 ACCESSES: Final = {"read": Access.READ, "write": Access.WRITE, "execute": Access.EXECUTE}
@@ -37,7 +37,7 @@ STATES: Final = ("cold", "allocated", "populated", "punched", "dontneed", "relax
 PROVIDERS: Final = ("the VMM", "userfaultfd in C", "userfaultfd in Python", "slot on demand")
 HUGE: Final = ("thp", "hugetlb")
 LEAST: Final = 0.5
-"""Exits a page; with fewer there was no fault, and what was timed is the measuring itself."""
+"""Exits per page. With fewer there was no fault, and only the overhead was timed."""
 
 
 def _nonsense(point: Point) -> str:
@@ -83,7 +83,7 @@ def _nonsense(point: Point) -> str:
     seconds=300.0,
 )
 def fault(bench: Bench) -> None:
-    """Touch a fresh range each round, every page timed by the guest; vCPUs are told to begin one after the other."""
+    """Access a fresh range each round, every page timed by the guest. vCPUs are started one after the other."""
     plan = _Plan(bench)
     on_demand = OnDemand([(BEYOND, plan.room)], granule=PAGE_SIZE) if bench["provider"] == PROVIDERS[3] else None
     bench.recycle(plan.room)
@@ -100,7 +100,7 @@ def fault(bench: Bench) -> None:
             with plan.provided(x, begin):
                 exits.begin()
                 seen = _touch(bench, x, plan, begin, guests, ticks, number + 1)
-                exited = exits.end()  # what it takes to read ticks is none of the touches'
+                exited = exits.end()  # excludes the exits for reading the ticks
             last = [each.with_each(buffer.read(8 * plan.pages)) for each, buffer in zip(seen, ticks, strict=True)]
             walls.append([max(each.ticks for each in last) * ticks[0].scale / plan.pages])
             if bench["range"] == "same":
@@ -149,13 +149,13 @@ def _touch(
 
 
 def _longest(seen: list[Touch]) -> Touch:
-    """Return what each page of a range took the vCPU that waited longest for it: who came later found it there."""
+    """Return the longest time of any vCPU for each page: later vCPUs find the page present."""
     longest = tuple(max(ticks) for ticks in zip(*(each.per_page for each in seen), strict=True))
     return seen[0]._replace(per_page=longest)
 
 
 def _before(values: list[list[float]], last: list[Touch], scale: float) -> tuple[list[float], list[float]]:
-    """Return when accesses began: zeros but for the last round, whose picture is drawn, each vCPU by its own clock."""
+    """Return the start times of accesses, by each vCPU's clock; zeros except for the last round, which is drawn."""
     began = []
     for each in last:
         at = 0.0
@@ -166,14 +166,14 @@ def _before(values: list[list[float]], last: list[Touch], scale: float) -> tuple
 
 
 class _Plan:
-    """How many pages, how far apart, and what is done to them before they are touched."""
+    """The pages of a round: their number, their distance, and their preparation."""
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self.cpus: int = bench["cpus"]
         huge = bench["backing"] in HUGE
         self.per = "huge page" if huge else "page"
-        """What is touched once: values are per that."""
+        """The unit that is accessed once. Values are per unit."""
         self.pages: int = HUGE_PAGES * bench["pages"] // PAGES if huge else bench["pages"]
         if bench["provider"] != PROVIDERS[0]:
             self.pages //= SLOW
@@ -196,7 +196,7 @@ class _Plan:
         return BEYOND
 
     def prepare(self, x: Experiment, begin: Gpa) -> None:
-        """Bring the pages of a round into the state that they are to be touched in."""
+        """Prepare the pages of a round."""
         state, pages = self._bench["state"], self.round // PAGE_SIZE
         match state:
             case "allocated":
@@ -216,7 +216,7 @@ class _Plan:
             self._log_dirty(x)
 
     def _log_dirty(self, x: Experiment) -> None:
-        """Have stores logged, from now on or anew, which write-protects what the guest has mapped."""
+        """Start dirty logging, or restart it, which write-protects the guest's mapped pages."""
         vm = x.machine.vm
         if not self._slot:
             flags = KVM_MEM_LOG_DIRTY_PAGES
@@ -227,7 +227,7 @@ class _Plan:
 
     @contextlib.contextmanager
     def provided(self, x: Experiment, begin: Gpa) -> Iterator[None]:
-        """Serve the round's missing pages while the block runs, where a userfaultfd is to."""
+        """Serve the round's missing pages during the block, if a userfaultfd provides them."""
         provider = self._bench["provider"]
         if not provider.startswith("userfaultfd"):
             yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VMM itself takes of the host's memory: its proportional set size, less the guest's memory."""
+"""The host memory of a VMM itself: its proportional set size without the guest's memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyvmm.protection import PROTECTIONS
 PAGES: Final = 256
 KIB: Final = 1024
 GUEST: Final = "/memfd:pyvmm-guest"
-"""What the mappings of guest memory are called in smaps."""
+"""The names of guest memory mappings in smaps."""
 INIT: Final = b"#!/bin/busybox sh\necho " + linux.WORD + b"\nexec /bin/busybox sleep 1000000\n"
 TAP: Final = "tap=pvbench1,host=10.219.80.5/30"
 
@@ -35,7 +35,7 @@ TAP: Final = "tap=pvbench1,host=10.219.80.5/30"
     extra=({"kernel": OWN, "memory": linux.MEMORY}, {"kernel": OWN, "memory": linux.MEMORY, "cpus": 4}),
 )
 def footprint(bench: Bench) -> None:
-    """Measure a fresh process, for a forked one would share its memory with us; once, for it repeats."""
+    """Measure a new process, because a forked one would share our memory; once, because the value is reproducible."""
     took = _linux(bench) if bench["kernel"] == OWN else _payload(bench)
     bench.keep("PSS less guest memory", [[float(took)]], clock="memory", unit="bytes", per="VM")
 
@@ -70,7 +70,7 @@ def _linux(bench: Bench) -> int:
         ]
         if bench["protection"] == "none":
             devices += ["--balloon", "0"]
-        # A memfd is told from the VMM's own memory.
+        # A memfd is distinguishable from the VMM's own memory.
         argv = linux.pyvmm(guest, bench["protection"], bench["cpus"], "--backing", "memfd", *devices)
         with linux.booted(argv, bench.seconds) as pid:
             return pss(pid)
@@ -89,7 +89,7 @@ def measure(protection: str, cpus: int, memory: int) -> int:
 
 
 def pss(process: int | str) -> int:
-    """Add up the PSS of every mapping of a process but those of guest memory, in bytes."""
+    """Add up the PSS of all mappings of a process except guest memory, in bytes."""
     total, ours = 0, True
     with open(f"/proc/{process}/smaps") as lines:
         for line in lines:
@@ -99,7 +99,7 @@ def pss(process: int | str) -> int:
             elif words[0] == "Pss:" and ours:
                 total += int(words[1]) * KIB
     if not total:
-        raise PyvmmError(f"/proc/{process}/smaps tells no Pss: this kernel keeps none (CONFIG_PROC_PAGE_MONITOR)")
+        raise PyvmmError(f"/proc/{process}/smaps has no Pss: this kernel lacks CONFIG_PROC_PAGE_MONITOR")
     return total
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cuts the cost of first touches: memory made ready before, in one of several ways, and what that costs itself."""
+"""The effect of several ways to prepare memory on the cost of first accesses, and their own cost."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs the host to punch a hole: fallocate(2) on the file behind pages that the guest has."""
+"""The host's cost of punching a hole: fallocate(2) on the file behind the guest's pages."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def _nonsense(point: Point) -> str:
     nonsense=_nonsense,
 )
 def punch(bench: Bench) -> None:
-    """Put a file of its own into the guest, have the guest touch it, punch it, and touch it again the next round."""
+    """Give the guest a separate file. Each round, have the guest access it, then punch it."""
     hole, size = HOLES[bench["hole"]] * PAGE_SIZE, PAGES * PAGE_SIZE
     busy = bench["load"] == "busy"
     with bench.guest(cpus=2 if busy else 1) as x:
         rounds: list[list[float]] = []
         gpa, file = BEYOND, _file(x, BEYOND, size)
         for number in range(bench.rounds):
-            # A protected guest does not ask for pages again that it keeps: its file would be one hole from then on.
+            # A protected guest keeps its pages and does not fault again: after one punch its file would stay a hole.
             if number and bench.protection.by_hypervisor:
                 gpa = Gpa(BEYOND + number * size)
                 file = _file(x, gpa, size)
@@ -65,7 +65,7 @@ def punch(bench: Bench) -> None:
 
 
 def _file(x: Experiment, gpa: Gpa, size: int) -> Backing:
-    """Give the guest a file of this point's kind in a slot of its own."""
+    """Give the guest a file of this point's kind in a new slot."""
     file = raw.make(x, size)
     raw.slot(x, gpa, size, file.hva, file=file.guest_memfd)
     return file

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the hypervisor runs, with nothing else on its CPU, for an operation: EL2 residency, from its own trace."""
+"""EL2 residency: how long the hypervisor runs for an operation, on an otherwise idle CPU, from its own trace."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDS: Final = 5
     quick=("protection",),
 )
 def residency(bench: Bench) -> None:
-    """Trace the hypervisor while a guest does each of them, and in each of a few VMs' ends."""
+    """Trace the hypervisor during each operation of a guest, and during the ends of a few VMs."""
     pages: int = bench["pages"]
     protected = bench.protection.by_hypervisor
     room = (3 * bench.rounds + 1) * pages * PAGE_SIZE
@@ -65,7 +65,7 @@ def residency(bench: Bench) -> None:
 
 
 def _ends(bench: Bench, pages: int) -> None:
-    """End VMs whose guests have touched ``pages`` pages and others that have touched none: pages are the difference."""
+    """End VMs whose guests have accessed ``pages`` pages, and others with none. The difference is the cost of pages."""
     per_page, rest = [], []
     ends: list[Residency] = []
     for _ in range(ENDS):

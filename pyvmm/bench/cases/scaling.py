@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many exits a second there are, by the number of vCPUs that make them at once and by who answers."""
+"""Exits per second, by the number of concurrent vCPUs and by handler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WINDOW: Final = 0.5
 """Seconds of a round."""
 FOREVER: Final = 1 << 40
 APART: Final = 256
-"""Bytes between the registers of two vCPUs: no cache line of the host's is for both."""
+"""Bytes between the registers of two vCPUs, so that they share no cache line of the host."""
 KINDS: Final = {
     "python": (abi.BENCH_COLD, lib.PV_EXIT_MMIO_COLD),
     "registers": (abi.BENCH_REGISTERS, lib.PV_EXIT_MMIO_REGISTERS),
@@ -36,7 +36,7 @@ CPUS: Final = (1, 2, 4)
     extra=tuple({"kind": "registers", "cpus": cpus} for cpus in CPUS[1:]),
 )
 def scaling(bench: Bench) -> None:
-    """Have every vCPU of one guest store for good, and look at the loop's counts now and then."""
+    """Have every vCPU of one guest store without end, and sample the loop's counters."""
     offset, code = KINDS[bench["kind"]]
     with bench.guest(cpus=bench["cpus"]) as x:
         for guest in reversed([x.guest, *x.others()]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a share and an unshare cost: the hypervisor's call, and the announcement to the VMM beside it."""
+"""The cost of a share and an unshare: the hypervisor's call, and the announcement to the VMM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _nonsense(point: Point) -> str:
     seconds=300.0,
 )
 def share(bench: Bench) -> None:
-    """Share a fresh range page by page, then take it back, each call timed by the guest."""
+    """Share a fresh range page by page, then unshare it, each call timed by the guest."""
     pages: int = bench["pages"]
     rounds = 2 if pages > PAGES else bench.rounds
     with bench.guest(room=rounds * (pages + WITH_BELL) * PAGE_SIZE + 2 * pages * PAGE_SIZE) as x:

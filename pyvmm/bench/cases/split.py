@@ -33,7 +33,7 @@ CLOCKS: Final = {
     axes={"protection": ("pkvm",), "backing": ("memfd",), "pages": (PAGES,)},
 )
 def split(bench: Bench) -> None:
-    """Touch a cold range, populate and touch another, and exit for nothing, round after round under the trace."""
+    """Under the trace, repeat in rounds: access a cold range, access a populated range, and make empty exits."""
     pages: int = bench["pages"]
     room = 3 * bench.rounds * pages * PAGE_SIZE
     bench.recycle(room)

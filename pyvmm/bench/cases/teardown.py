@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to end a VM, by how much of its memory is resident."""
+"""The cost of ending a VM, by its resident memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES: Final = (1, 4)
 """MiB that the guest has touched."""
 LARGE: Final = (16, 64)
 SETTLED: Final = 0.1
-"""Seconds until no grace period is under way that the VM's making began: its end would wait for that, too."""
+"""Seconds until the grace periods of the VM's creation are over: its end would also wait for them."""
 
 
 @case(
@@ -28,7 +28,7 @@ SETTLED: Final = 0.1
     seconds=300.0,
 )
 def teardown(bench: Bench) -> None:
-    """Make a guest each round, have it touch its memory, and time its end by the host's clock."""
+    """Make a guest each round, have it access its memory, and time its end by the host's clock."""
     size = bench["size"] * MIB
     pages = size // PAGE_SIZE
     vm: list[float] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Linux guest's disk and network card cost it: throughput and latency, in every protection."""
+"""Throughput and latency of a Linux guest's disk and network card, in every protection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyvmm.protection import PROTECTIONS
     kernel=OWN,
 )
 def virtio(bench: Bench) -> None:
-    """Boot one guest, which does the operation once a round."""
+    """Boot one guest, which runs the operation once per round."""
     operation = transfers.OPERATIONS[bench["operation"]]
     with transfers.host(lacking="KVM_CAP_IOEVENTFD" if bench["kicks"] == "loop" else "") as here:
         if operation.device == "net":

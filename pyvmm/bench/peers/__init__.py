@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pyvmm is measured against in the same run: a bare loop, its Python twin, the kernel's selftests, QEMU.
+"""Measure peers of pyvmm in the same run: a bare loop, the loop's Python twin, the kernel's selftests, QEMU.
 
-Each peer takes turns with pyvmm doing the same, and leaves the series of both: case ``peer``, told apart by the axis
-``peer``; pyvmm's own are ``pyvmm``, ``beside`` the other. Their notes have the ratio: of what a turn of pyvmm's took to
-what the other's did in the same turn, the median of all turns but the first. What only a peer can has no ``beside``.
+Each peer and pyvmm do the same work in turns, and both get a series: case ``peer``, with the peer's name on the axis
+``peer``. pyvmm's own are ``pyvmm``, with the peer's name on the axis ``beside``. Their notes have the ratio of pyvmm's
+time to the peer's in the same turn: the median of all turns except the first. Work that only the peer can do has no
+``beside``.
 
-What a peer needs and pyvmm does not bring is built on the workstation by :func:`pyvmm.lab.peers.prepare`, which also
-says how a lab gets to see it. Owns nothing.
+:func:`pyvmm.lab.peers.prepare` builds the peers' programs on the workstation, and makes them visible in a lab. Owns
+nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pyvmm.experiment.environment import INSTRUCTIONS, counts
 CASE: Final = "peer"
 OWN: Final = "pyvmm"
 TURNS: Final = 7
-"""Of a peer and of pyvmm: one that warms up and six that count."""
+"""Turns of a peer and of pyvmm: one for warm-up, and six."""
 
 PATIENCE: Final = 300.0
 
@@ -44,9 +45,9 @@ _MODULES: Final = {
 
 
 def measure(name: str, **how: Any) -> list[Series]:
-    """Measure a peer and pyvmm by turns; one series without values says why, where that cannot be done here.
+    """Measure a peer and pyvmm in turns. If that is impossible here, one series without values has the reason.
 
-    ``how`` is what that peer's own function takes, to do less than it does by itself.
+    ``how`` are arguments of that peer's function, to reduce the work.
     """
     if platform.machine() != "aarch64":
         return [missing(name, f"peers are arm64 programs, and this is {platform.machine()}: see pyvmm --lab")]
@@ -59,19 +60,19 @@ def measure(name: str, **how: Any) -> list[Series]:
 
 
 PEERS: Final[Mapping[str, Callable[..., list[Series]]]] = {name: partial(measure, name) for name in _MODULES}
-"""Every peer by name; each measures by turns with pyvmm, in this process, which must have no other threads."""
+"""Every peer by name. Each measures in turns with pyvmm, in this process, which must have no other threads."""
 
 
 def patience() -> float | None:
     """Return the seconds that a peer's process may take.
 
-    None where time counts instructions: it flies past there while the host waits, for a file of the workstation's say.
+    None if time counts instructions: this clock runs ahead while the host waits, for example for a file.
     """
     return None if counts() == INSTRUCTIONS else PATIENCE
 
 
 def missing(name: str, why: str) -> Series:
-    """Return the series of a peer that is not there."""
+    """Return the series of a missing peer."""
     return Series(CASE, {"peer": name}, "cost", "host", "ns", "turn", unavailable=why)
 
 
@@ -95,7 +96,7 @@ def pair(
     per: str,
     **notes: Value,
 ) -> list[Series]:
-    """Return the series of a peer and of pyvmm beside it, whose clocks are named in this order, the ratio with them."""
+    """Return the series of a peer and of pyvmm, with their clocks in this order, and the ratio."""
     point: Point = {**what, "beside": name}
     told: dict[str, Value] = {**notes, f"ratio to {name}": ratio(own, other)}
     return [
@@ -105,6 +106,6 @@ def pair(
 
 
 def ratio(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float:
-    """Return how much more pyvmm's turns took than the other's, the median over the turns that count."""
+    """Return the ratio of pyvmm's turns to the peer's: the median without the warm-up."""
     pairs = [(statistics.median(a), statistics.median(b)) for a, b in zip(own, other, strict=True)]
     return round(statistics.median(a / b for a, b in (pairs[1:] or pairs)), 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boots beside QEMU's with KVM: the same kernel, initramfs, memory and console, from exec to what init says."""
+"""Compare boots with QEMU/KVM: the same kernel, initramfs, memory and console, from exec to init's word."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pyvmm.guest.kernels import OWN
 
 NAME: Final = "qemu boot"
 TURNS: Final = 17
-"""More than elsewhere: a boot is seconds of one process, and a busy machine stretches some of them to twice that."""
+"""More turns than elsewhere: a boot takes seconds, and a busy machine doubles some of them."""
 
 
 def boots(*, turns: int = TURNS) -> list[Series]:
-    """Boot by turns, who begins alternating."""
+    """Boot in turns; the first of a turn alternates."""
     qemu()
     times: dict[str, list[list[float]]] = {"qemu": [], "pyvmm": []}
     with linux.files(OWN) as guest, tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First touches beside the kernel's demand_paging_test: the same backing, access, order and number of pages, by turns.
+"""Compare first accesses with the kernel's demand_paging_test: the same backing, access, order and pages, in turns.
 
-The test times, on the host, a vCPU from before its KVM_RUN until its guest has written the first word of every page.
-Among that are the pages of its guest's own code, of several thousand less than one in a hundred; the time that the test
-tells first, from the threads' start to their end, is not what is taken: on one CPU it has in it how threads that spin
-share that. pyvmm's guest times each access by its counter, and those times are added up.
+The test times a vCPU on the host, from before its KVM_RUN until its guest has written the first word of every page.
+This includes the pages of its guest's own code, less than one percent of several thousand. The test's first figure,
+from the threads' start to their end, is not used: on one CPU it includes spinning threads. pyvmm's guest times each
+access by its counter, and the times are added up.
 """
 
 from __future__ import annotations

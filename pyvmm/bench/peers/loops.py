@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMIO exits in pyvmm's loop, in the least loop there can be, and in the loop's pure-Python twin, on one vCPU.
+"""Compare MMIO exits in pyvmm's loop, in a minimal C loop, and in the loop's pure-Python twin, on one vCPU.
 
-The bare loop is C that does KVM_RUN again and nothing else. The twin belongs to the tests, where it is the oracle; it
-is there in a checkout and not in an installed package. Whoever's turn it is enters the vCPU at its program's start.
+The bare loop is C that only repeats KVM_RUN. The twin is the tests' oracle, and only exists in a checkout. Each turn
+enters the vCPU at its program's start.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class LoopVm:
             self.vcpu.set_reg(core_reg(name), value)
 
     def per_exit(self, ns: int, exits: int) -> float:
-        """Return ns an exit. PyvmmError where there were not as many as the program makes."""
+        """Return ns per exit. Raises PyvmmError for an unexpected number of exits."""
         if exits != self.exits:
-            raise PyvmmError(f"{exits} exits, and {self.exits} were expected: what was measured was something else")
+            raise PyvmmError(f"{exits} exits instead of the expected {self.exits}: the measurement is invalid")
         return ns / exits
 
     def __enter__(self) -> Self:
@@ -101,7 +101,7 @@ def own(vm: LoopVm) -> float:
 
 
 def bare_loop() -> Callable[[LoopVm], float]:
-    """Return what measures the bare loop. HostError where it has not been built."""
+    """Return a function that measures the bare loop. Raises HostError if it is not built."""
     tree = find_tree("loop")
     if tree is None:
         raise HostError("the bare loop is not here", hint="pyvmm --lab bench --peers builds it")
@@ -119,7 +119,7 @@ def bare_loop() -> Callable[[LoopVm], float]:
 
 
 def twin() -> Callable[[LoopVm], float]:
-    """Return what measures the twin. HostError where there is no checkout."""
+    """Return a function that measures the twin. Raises HostError outside of a checkout."""
     root = Path(pyvmm.__file__).resolve().parents[1]
     if not (root / "tests" / "twin.py").is_file():
         raise HostError("the loop's Python twin is part of the tests", hint="use a checkout of pyvmm")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exits beside QEMU's with KVM: the same payload under both, timing itself, on the UART that each has.
+"""Compare exits with QEMU/KVM: the same payload under both times itself, on each VMM's UART.
 
 ``payload:exits`` finds the UART in the device tree. A store and a load there leave the kernel and are answered by the
 VMM; a call of PSCI's version is the kernel's own, and so the same under both but for what a VMM leaves behind.

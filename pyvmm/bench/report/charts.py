@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark's figures show: each a function from series to a drawing. See :mod:`pyvmm.bench.report.figures`.
+"""The charts of a benchmark: each function draws series. See
+:mod:`pyvmm.bench.report.figures`.
 
-However many values a series has, what is drawn of it has a size that does not grow: quantiles, histograms, cells.
+A drawing's size does not depend on the number of values: it has quantiles, histograms or cells.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ _AXES: Final = {
 
 
 def _floor(values: Floats) -> float | None:
-    """Return the least that is drawn on a logarithmic axis, where only such a one shows values that span so much.
+    """Return the minimum of a logarithmic axis if the values need one, because of their range.
 
-    None where a linear one does, or has to. Zeros, which a logarithmic axis has no place for, are drawn at the least.
+    Returns None for a linear axis. A logarithmic axis cannot show zeros, so they are drawn at the minimum.
     """
     positive = values[values > 0]
     if values.min() < 0 or not len(positive) or positive.max() / positive.min() <= _SPAN:

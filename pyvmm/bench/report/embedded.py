@@ -44,7 +44,7 @@ def element(run: Run) -> str:
 
 
 def read_html(path: str | Path) -> Run:
-    """Return the run inside an HTML report. Raises BenchError where there is none or it is damaged."""
+    """Return the run inside an HTML report. Raises BenchError if it is missing or damaged."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -52,7 +52,7 @@ def read_html(path: str | Path) -> Run:
         raise BenchError(f"{path} cannot be read: {reason}") from None
     found = _ELEMENT.search(text)
     if found is None:
-        raise BenchError(f"{path} is no report of a benchmark: it has no results in it")
+        raise BenchError(f"{path} is not a benchmark report: it contains no results")
     try:
         said = _unpacked(json.loads(found[1]))
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error, binascii.Error) as error:

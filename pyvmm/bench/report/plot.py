@@ -184,8 +184,8 @@ _HEX = re.compile("|".join(THEMED))
 def inline(document: str, prefix: str, label: str) -> str:
     """Return an SVG document as an element of a page.
 
-    It gets no style sheet (that would be the page's too), ids of its own, the page's colours, and the page's width.
-    ``label`` is the escaped text that stands for it where it cannot be seen.
+    It gets unique ids, the page's colours and the page's width, and no style sheet, which would affect the page.
+    ``label`` is the escaped alternative text.
     """
     start, end = document.index("<svg"), document.rindex("</svg>") + len("</svg>")
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", document[start:end], count=1, flags=re.DOTALL)

@@ -37,7 +37,7 @@ class Answers:
 def run(asked: dict[str, Any], answers: Answers) -> None:
     """Do what is asked. Raises PyvmmError where no lab can be had."""
     from pyvmm.lab import Lab, build_image
-    from pyvmm.lab.ownkernel import build_kernel
+    from pyvmm.lab.ownkernel import build_kernels
     from pyvmm.lab.peers import prepare
 
     def progress(what: str, _share: float) -> None:
@@ -45,7 +45,7 @@ def run(asked: dict[str, Any], answers: Answers) -> None:
 
     image = build_image(progress=progress)
     if os.environ.get("CI"):
-        build_kernel(progress=progress)
+        build_kernels(progress=progress)
     shown = prepare(asked["shown"], progress=progress)
     said = bytearray()
     lab = Lab(image=image, arguments=shown.paths)

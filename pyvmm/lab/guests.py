@@ -21,7 +21,7 @@ from pyvmm.lab import kernels
 from pyvmm.lab.apt import Progress
 from pyvmm.lab.cache import Cache, Image
 from pyvmm.lab.image import usable_image
-from pyvmm.lab.ownkernel import usable_kernel
+from pyvmm.lab.ownkernel import Variant, usable_kernel
 from pyvmm.lab.trees import Recipe, Scratch, digest_of, made_tree
 
 
@@ -34,7 +34,7 @@ def recipe(text: str, cache: Cache | None = None) -> Recipe:
     suite = suite_of(text)
     kernel = None
     if text == OWN:
-        if (own := usable_kernel(cache)) is None:
+        if (own := usable_kernel(cache, Variant.GUEST)) is None:
             raise HostError("the project's own kernel is not built here", hint="pyvmm lab kernel builds it")
         kernel = own.path
     image = _image(text, suite, cache)

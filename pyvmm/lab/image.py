@@ -37,9 +37,9 @@ def build_image(
     cache = cache or Cache()
     found = kernels.find(kernel)
     if found == kernels.OWN:
-        from pyvmm.lab.ownkernel import build_kernel
+        from pyvmm.lab.ownkernel import Variant, build_kernels
 
-        own = build_kernel(refresh=refresh, progress=progress, cache=cache)
+        own = build_kernels(refresh=refresh, wanted=[Variant.HOST], progress=progress, cache=cache)[Variant.HOST]
         found = kernels.KernelFile(own.path, own.release)
     if isinstance(found, kernels.KernelFile):
         root = build_image(_root_for(found, cache), refresh=refresh, progress=progress, cache=cache)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tree of Linux's source: unpacked from Debian's package, configured, compiled; what goes wrong is told in words.
+"""One tree of Linux's source, unpacked from Debian's package, and kernels of it, each configured and compiled apart.
 
-Owns the directory's contents, the processes of its make, and what is appended to the log. One thread at a time.
+Owns the directories' contents, the processes of their makes, and what is appended to the log. What goes wrong is told
+in words. One thread at a time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import signal
 import subprocess
 import tarfile
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pyvmm.errors import PyvmmError
-from pyvmm.lab.apt import Progress, silent
+from pyvmm.lab.apt import Progress
 from pyvmm.lab.rootfs import open_package
 
 ARCHIVE = re.compile(r"(?:\./)?usr/src/linux-source-[^/]+\.tar\.xz")
@@ -32,8 +33,6 @@ UNUSED = re.compile(
 )
 DESCRIPTION = re.compile(r"(?:.*/)?(?:(?:Kconfig|Makefile|Kbuild)[^/]*|[^/]*\.tbl)")
 
-STEPS = 1750
-"""Lines that make says while it compiles, about: what its progress is measured by."""
 STEP = re.compile(r"  [A-Z]+ +\S")
 COMPLAINT = re.compile(
     r"\berror\b|\*\*\*|not found|no such file|no space left|killed|undefined reference", re.IGNORECASE
@@ -60,21 +59,6 @@ class SourceTree:
         self.directory = directory
         self.log = log
         self._variables = variables
-
-    @property
-    def image(self) -> Path:
-        """The kernel, once compiled."""
-        return self.directory / "arch/arm64/boot/Image"
-
-    @property
-    def config(self) -> Path:
-        """The whole configuration, once configured."""
-        return self.directory / ".config"
-
-    @property
-    def release(self) -> str:
-        """What ``uname -r`` will say, once compiled."""
-        return (self.directory / "include/config/kernel.release").read_text().strip()
 
     def unpack(self, package: Path, progress: Progress) -> None:
         """Take from the package what is wanted of it."""
@@ -115,30 +99,12 @@ class SourceTree:
             path.write_bytes(file.read())
             path.chmod(0o755 if member.mode & 0o100 else 0o644)
 
-    def configure(self, options: Sequence[str]) -> list[str]:
-        """Answer no to everything but ``options``; give those that this source does not take as they are."""
-        wanted = self.directory / "wanted.config"
-        wanted.write_text("".join(f"{line}\n" for line in options))
-        self._make("allnoconfig", {"KCONFIG_ALLCONFIG": wanted.name})
-        taken = set(self.config.read_text().splitlines())
-        taken |= {f"{line.split()[1]}=n" for line in taken if line.endswith(" is not set")}
-        known = {line.partition("=")[0] for line in taken}
-        return [
-            line
-            for line in options
-            if line not in taken and not (line.endswith("=n") and line.removesuffix("=n") not in known)
-        ]
-
-    def compile(self, progress: Progress) -> None:
-        """Compile the kernel; KernelBuildError where that fails."""
-        self._make("Image", {}, progress)
-
-    def _make(self, target: str, variables: Mapping[str, str], progress: Progress = silent) -> None:
+    def make(self, target: str, variables: Mapping[str, str], step: Callable[[], None] | None = None) -> None:
+        """Run make; ``step`` is called for each file it says it makes. KernelBuildError where it fails."""
         settings = [f"{name}={value}" for name, value in {**self._variables, **variables}.items()]
         command = ["make", f"-j{len(os.sched_getaffinity(0))}", *settings, target]
         complaints: list[str] = []
         last: deque[str] = deque(maxlen=5)
-        steps = 0
         with (
             self.log.open("a", buffering=1) as log,
             subprocess.Popen(
@@ -159,8 +125,8 @@ class SourceTree:
                     log.write(f"{line}\n")
                     last.append(line)
                     if STEP.match(line):
-                        steps += 1
-                        progress(f"compiling, about {STEPS:,} files", min(steps / STEPS, 0.99))
+                        if step is not None:
+                            step()
                     elif COMPLAINT.search(line):
                         complaints.append(line)
             except BaseException:
@@ -179,3 +145,48 @@ class SourceTree:
         elif "Killed" in all_told:
             hint = "the machine ran out of memory: a compiler takes up to 500 MB for each CPU"
         return KernelBuildError(f"{self.made} could not be built: {what}; it said:{told}", self.log, hint=hint)
+
+
+class KernelBuild:
+    """A kernel of ``source``, configured and compiled in ``directory``, which is made. The source stays as it is."""
+
+    def __init__(self, source: SourceTree, directory: Path) -> None:
+        directory.mkdir()
+        self._source = source
+        self._directory = directory
+
+    @property
+    def image(self) -> Path:
+        """The kernel, once compiled."""
+        return self._directory / "arch/arm64/boot/Image"
+
+    @property
+    def config(self) -> Path:
+        """The whole configuration, once configured."""
+        return self._directory / ".config"
+
+    @property
+    def release(self) -> str:
+        """What ``uname -r`` will say, once compiled."""
+        return (self._directory / "include/config/kernel.release").read_text().strip()
+
+    def configure(self, options: Sequence[str]) -> list[str]:
+        """Answer no to everything but ``options``; give those that this source does not take as they are."""
+        wanted = self._directory / "wanted.config"
+        wanted.write_text("".join(f"{line}\n" for line in options))
+        self._make("allnoconfig", {"KCONFIG_ALLCONFIG": str(wanted)})
+        taken = set(self.config.read_text().splitlines())
+        taken |= {f"{line.split()[1]}=n" for line in taken if line.endswith(" is not set")}
+        known = {line.partition("=")[0] for line in taken}
+        return [
+            line
+            for line in options
+            if line not in taken and not (line.endswith("=n") and line.removesuffix("=n") not in known)
+        ]
+
+    def compile(self, step: Callable[[], None]) -> None:
+        """Compile it; ``step`` is called for each file made. KernelBuildError where that fails."""
+        self._make("Image", {}, step)
+
+    def _make(self, target: str, variables: Mapping[str, str], step: Callable[[], None] | None = None) -> None:
+        self._source.make(target, {"O": str(self._directory), **variables}, step)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's own kernel, built from Debian's linux-source: it opens its hypervisor, and a protected VM can run it.
+"""The project's own kernel, built from Debian's linux-source in two variants: the lab's host, and a protected guest's.
 
 ``kernels/`` in the lab's cache holds ``KEY/`` (immutable once there, named by what it was made of: the source, the
-options of ownkernel.config, the compiler), ``current`` (a link to one of them) and ``build.log`` (of the last build).
-Everything appears by rename. A build holds ``kernel.lock``, and the cache's ``lock`` only while it uses apt: images
-can be built meanwhile.
+variant's options of ownkernel.config, the compiler), a link to one of them for each variant (``current`` is the host's,
+``current-guest`` the guest's) and ``build.log`` (of the last build). Everything appears by rename. A build holds
+``kernel.lock``, and the cache's ``lock`` only while it uses apt: images can be built meanwhile.
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import hashlib
 import json
@@ -17,15 +18,17 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import kernels
 from pyvmm.lab.apt import Apt, AptError, Package, Progress, silent, updated_apt
 from pyvmm.lab.cache import GRACE_SECONDS, Cache, file_sha256
-from pyvmm.lab.kbuild import SourceTree
+from pyvmm.lab.kbuild import KernelBuild, SourceTree
 
 PACKAGE = "linux-source"
 SOURCE = re.compile(r"linux-source-[0-9]")
@@ -35,7 +38,27 @@ CROSS = "" if platform.machine() == "aarch64" else "aarch64-linux-gnu-"
 COMPILER = f"gcc-{CROSS.removesuffix('-')}" if CROSS else "gcc"
 """The package."""
 
-DISK = 1000 << 20
+DISK = 1150 << 20
+
+
+class Variant(enum.StrEnum):
+    """What a kernel of the project's is for."""
+
+    HOST = "host"
+    """The lab boots it: pKVM with a hypervisor that can be traced."""
+    GUEST = "guest"
+    """A guest boots it: it has drivers for what pyvmm's guests have, and traces nothing."""
+
+    @property
+    def link(self) -> str:
+        """The name in the cache of the link to the variant's kernel."""
+        return "current" if self is Variant.HOST else f"current-{self}"
+
+    @property
+    def steps(self) -> int:
+        """How many files make says it makes, about: what progress is measured by where no build was counted yet."""
+        return 1750 if self is Variant.HOST else 1400
+
 
 VARIABLES = {
     "ARCH": "arm64",
@@ -52,7 +75,8 @@ VARIABLES = {
 class Manifest:
     """What a kernel was made of. ``source`` is (name, version, sha256), ``built`` a UTC time, ISO 8601.
 
-    ``refused`` are the options that this source does not take as they are in ownkernel.config.
+    ``refused`` are the options that this source does not take as they are in ownkernel.config. ``steps`` is how many
+    files make said it made, 0 where that was not counted.
     """
 
     release: str
@@ -63,6 +87,7 @@ class Manifest:
     refused: list[str]
     size: int
     sha256: str
+    steps: int = 0
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -88,6 +113,10 @@ class OwnKernel:
         """What ``uname -r`` will say."""
         return self.manifest.release
 
+    def told(self) -> str:
+        """Say in a line what it is and where."""
+        return f"{self.release}, of {self.manifest.source[0]} {self.manifest.source[1]}: {self.path}"
+
     def is_whole(self, *, thorough: bool) -> bool:
         """Whether the Image is what was built; ``thorough`` reads it to be sure."""
         try:
@@ -97,26 +126,34 @@ class OwnKernel:
             return False
 
 
-def build_kernel(*, refresh: bool = False, progress: Progress = silent, cache: Cache | None = None) -> OwnKernel:
-    """Give the project's kernel, building it where there is none of these options and by this compiler.
+def build_kernels(
+    *,
+    refresh: bool = False,
+    wanted: Iterable[Variant] = tuple(Variant),
+    progress: Progress = silent,
+    cache: Cache | None = None,
+) -> dict[Variant, OwnKernel]:
+    """Give the ``wanted`` kernels, building those of which there is none of these options and by this compiler.
 
-    ``refresh`` asks the archive for its newest source. Where that needs the network and there is none, a kernel that
-    was built before is used and ``progress`` says so. HostError where there is no compiler, KernelBuildError where the
-    build fails, PyvmmError where it cannot begin.
+    ``refresh`` asks the archive for its newest source. Where that needs the network and there is none, kernels that
+    were built before are used and ``progress`` says so. HostError where there is no compiler, KernelBuildError where
+    the build fails, PyvmmError where it cannot begin.
     """
     cache = cache or Cache()
-    if not refresh and (kernel := usable_kernel(cache)):
-        return kernel
+    wanted = tuple(wanted)
+    there = {} if refresh else _usable(cache, wanted)
+    if len(there) == len(wanted):
+        return there
     with cache.lock(lambda: progress("waiting for another build of the kernel", 0.0), "kernel.lock"):
-        if not refresh and (kernel := usable_kernel(cache)):  # built by whom we waited for
-            return kernel
+        there = {} if refresh else _usable(cache, wanted)  # some may be built by whom we waited for
+        missing = [each for each in wanted if each not in there]
         try:
-            return _build(cache, refresh, progress)
+            return there | _build(cache, missing, refresh, progress) if missing else there
         except AptError as error:
-            old = current_kernel(cache)
-            if not error.offline or old is None or not old.is_whole(thorough=True):
+            old = {each: kernel for each in wanted if (kernel := current_kernel(cache, each))}
+            if not error.offline or len(old) < len(wanted) or not all(k.is_whole(thorough=True) for k in old.values()):
                 raise
-            progress(f"offline: using the kernel of {old.manifest.built}", 1.0)
+            progress(f"offline: using the kernel of {min(kernel.manifest.built for kernel in old.values())}", 1.0)
             return old
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -124,21 +161,27 @@ def build_kernel(*, refresh: bool = False, progress: Progress = silent, cache: C
             raise _no_space(cache, "the disk is full") from error
 
 
-def usable_kernel(cache: Cache | None = None, *, thorough: bool = False) -> OwnKernel | None:
-    """Give the current kernel if it has this version's options, is this compiler's work, and looks whole."""
-    kernel = current_kernel(cache or Cache())
+def usable_kernel(
+    cache: Cache | None = None, variant: Variant = Variant.HOST, *, thorough: bool = False
+) -> OwnKernel | None:
+    """Give the variant's kernel if it has this version's options, is this compiler's work, and looks whole."""
+    kernel = current_kernel(cache or Cache(), variant)
     if kernel is None or not kernel.is_whole(thorough=thorough):
         return None
     try:
         compiler = compiler_version()
     except HostError:  # it is not needed any more
         compiler = kernel.manifest.compiler
-    return kernel if kernel.manifest.recipe == recipe_hash(compiler) else None
+    return kernel if kernel.manifest.recipe == recipe_hash(compiler, variant) else None
 
 
-def current_kernel(cache: Cache) -> OwnKernel | None:
+def current_kernel(cache: Cache, variant: Variant = Variant.HOST) -> OwnKernel | None:
     """Give the kernel that was built last, None where there is none that can be understood. It is not checked."""
-    return _read(_home(cache) / "current")
+    return _read(_home(cache) / variant.link)
+
+
+def _usable(cache: Cache, variants: Iterable[Variant]) -> dict[Variant, OwnKernel]:
+    return {each: kernel for each in variants if (kernel := usable_kernel(cache, each))}
 
 
 def compiler_version() -> str:
@@ -151,15 +194,16 @@ def compiler_version() -> str:
     return answer.stdout.partition("\n")[0]
 
 
-def options() -> list[str]:
-    """Give the lines of ownkernel.config without their reasons."""
-    lines = (line.partition("#")[0].strip() for line in FRAGMENT.read_text().splitlines())
-    return [line for line in lines if line]
+def options(variant: Variant) -> list[str]:
+    """Give the variant's lines of ownkernel.config without their reasons."""
+    others = tuple(f"{each}:" for each in Variant if each is not variant)
+    parted = (line.partition("#") for line in FRAGMENT.read_text().splitlines())
+    return [line.strip() for line, _, reason in parted if line.strip() and not reason.strip().startswith(others)]
 
 
-def recipe_hash(compiler: str) -> str:
+def recipe_hash(compiler: str, variant: Variant) -> str:
     """Give a hash of all that shapes a kernel besides its source; a reason that is reworded does not."""
-    return hashlib.sha256(json.dumps([options(), VARIABLES, compiler]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([options(variant), VARIABLES, compiler]).encode()).hexdigest()
 
 
 def _home(cache: Cache) -> Path:
@@ -174,26 +218,46 @@ def _read(directory: Path) -> OwnKernel | None:
         return None
 
 
-def _build(cache: Cache, refresh: bool, progress: Progress) -> OwnKernel:
-    recipe = recipe_hash(compiler := compiler_version())
+def _build(cache: Cache, variants: Iterable[Variant], refresh: bool, progress: Progress) -> dict[Variant, OwnKernel]:
+    compiler = compiler_version()
     home = _home(cache)
     home.mkdir(exist_ok=True)
+    package = None
     with cache.lock(lambda: progress("waiting for another build", 0.0)):
         apt = updated_apt(cache.apt, SUITES, refresh=refresh, progress=progress)
         progress("resolving packages", 0.0)
         source = find_source(apt)
-        directory = home / hashlib.sha256(json.dumps([source.sha256, recipe]).encode()).hexdigest()[:16]
-        if (made := _read(directory)) and made.is_whole(thorough=True):
-            return _adopt(home, made)
-        if (free := shutil.disk_usage(home).free) < DISK:
-            raise _no_space(cache, f"{free / 1e6:.0f} MB are free")
-        package = download_source(apt, source, home / "source", progress)
+        recipes = {each: recipe_hash(compiler, each) for each in variants}
+        places = {each: home / _key(source, recipe) for each, recipe in recipes.items()}
+        built = {each: made for each in places if (made := _read(places[each])) and made.is_whole(thorough=True)}
+        missing = {each: place for each, place in places.items() if each not in built}
+        if missing:
+            if (free := shutil.disk_usage(home).free) < DISK:
+                raise _no_space(cache, f"{free / 1e6:.0f} MB are free")
+            package = download_source(apt, source, home / "source", progress)
+    for each, kernel in built.items():
+        _adopt(home, each, kernel)
+    if package is None:
+        _drop_old(home)
+        return built
+    steps = _Steps(cache, missing, progress)
     with cache.scratch("kernel-partial") as scratch:
-        made = _make(source, package, scratch, home / "build.log", progress, compiler, recipe)
-        shutil.rmtree(directory, ignore_errors=True)  # damaged, if it is there
-        made.directory.rename(directory)
+        making = _Making(scratch, home / "build.log", source, compiler)
+        making.unpack(package, progress)
+        builds = {each: making.configured(each, progress) for each in missing}
+        for each, (build, refused) in builds.items():
+            build.compile(partial(steps.step, each))
+            made = making.finish(each, build, recipe=recipes[each], refused=refused, steps=steps.taken[each])
+            shutil.rmtree(missing[each], ignore_errors=True)  # damaged, if it is there
+            made.directory.rename(missing[each])
+            built[each] = _adopt(home, each, OwnKernel(missing[each], made.manifest))
     shutil.rmtree(package.parent)  # kept until here: who corrects what made a build fail need not fetch it again
-    return _adopt(home, OwnKernel(directory, made.manifest))
+    _drop_old(home)
+    return built
+
+
+def _key(source: Package, recipe: str) -> str:
+    return hashlib.sha256(json.dumps([source.sha256, recipe]).encode()).hexdigest()[:16]
 
 
 def find_source(apt: Apt) -> Package:
@@ -215,46 +279,79 @@ def download_source(apt: Apt, source: Package, directory: Path, progress: Progre
     return directory / source.file
 
 
-def _make(
-    source: Package, package: Path, scratch: Path, log: Path, progress: Progress, compiler: str, recipe: str
-) -> OwnKernel:
-    """Unpack, configure and compile in ``scratch``; give the kernel, in a directory in there that has nothing else."""
-    log.write_text(f"{source.name} {source.version}, {compiler}\n")
-    tree = SourceTree(scratch / "tree", log, VARIABLES)
-    tree.unpack(package, progress)
-    progress("configuring", 0.0)
-    if refused := tree.configure(options()):
-        progress(f"not as asked in this source: {' '.join(refused)}", 1.0)
-    tree.compile(progress)
-    done = scratch / "done"
-    done.mkdir()
-    tree.image.replace(done / "Image")
-    tree.config.replace(done / "config")
-    manifest = Manifest(
-        release=tree.release,
-        built=datetime.now(UTC).isoformat(timespec="seconds"),
-        source=(source.name, source.version, source.sha256),
-        compiler=compiler,
-        recipe=recipe,
-        refused=refused,
-        size=(done / "Image").stat().st_size,
-        sha256=file_sha256(done / "Image"),
-    )
-    (done / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
-    return OwnKernel(done, manifest)
+class _Steps:
+    """Counts what make makes, and says how far that is of what the kernels' last builds made."""
+
+    def __init__(self, cache: Cache, variants: Iterable[Variant], progress: Progress) -> None:
+        last = {each: current_kernel(cache, each) for each in variants}
+        self._expected = {each: (kernel and kernel.manifest.steps) or each.steps for each, kernel in last.items()}
+        self._progress = progress
+        self.taken = dict.fromkeys(self._expected, 0)
+
+    def step(self, variant: Variant) -> None:
+        """Count one of the variant's."""
+        self.taken[variant] += 1
+        total = sum(self._expected.values())
+        taken = sum(min(self.taken[each], most) for each, most in self._expected.items())
+        self._progress(f"compiling, about {round(total, -1):,} files", min(taken / total, 0.99))
 
 
-def _adopt(home: Path, kernel: OwnKernel) -> OwnKernel:
-    """Make the kernel the current one, drop older ones that no lab can be starting from."""
-    link = home / "current.new"
+class _Making:
+    """Makes kernels of one source in ``scratch``, each in a directory of its own, whose name is the variant's."""
+
+    def __init__(self, scratch: Path, log: Path, source: Package, compiler: str) -> None:
+        log.write_text(f"{source.name} {source.version}, {compiler}\n")
+        self._scratch, self._source, self._compiler = scratch, source, compiler
+        self._tree = SourceTree(scratch / "tree", log, VARIABLES)
+
+    def unpack(self, package: Path, progress: Progress) -> None:
+        self._tree.unpack(package, progress)
+        progress("configuring", 0.0)
+
+    def configured(self, variant: Variant, progress: Progress) -> tuple[KernelBuild, list[str]]:
+        """Give a kernel that can be compiled, and those of its options that the source does not take."""
+        build = KernelBuild(self._tree, self._scratch / variant)
+        if refused := build.configure(options(variant)):
+            progress(f"not as asked in this source: {' '.join(refused)}", 1.0)
+        return build, refused
+
+    def finish(self, variant: Variant, build: KernelBuild, *, recipe: str, refused: list[str], steps: int) -> OwnKernel:
+        """Give what was compiled, in a directory that has nothing else."""
+        done = self._scratch / f"{variant}-done"
+        done.mkdir()
+        build.image.replace(done / "Image")
+        build.config.replace(done / "config")
+        manifest = Manifest(
+            release=build.release,
+            built=datetime.now(UTC).isoformat(timespec="seconds"),
+            source=(self._source.name, self._source.version, self._source.sha256),
+            compiler=self._compiler,
+            recipe=recipe,
+            refused=refused,
+            size=(done / "Image").stat().st_size,
+            sha256=file_sha256(done / "Image"),
+            steps=steps,
+        )
+        (done / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
+        return OwnKernel(done, manifest)
+
+
+def _adopt(home: Path, variant: Variant, kernel: OwnKernel) -> OwnKernel:
+    """Make the kernel the variant's current one."""
+    link = home / f"{variant.link}.new"
     link.unlink(missing_ok=True)
     link.symlink_to(kernel.directory.name)
-    link.replace(home / "current")
+    link.replace(home / variant.link)
+    return kernel
+
+
+def _drop_old(home: Path) -> None:
+    """Drop the kernels that are no variant's and that no lab can be starting from."""
+    used = {(home / each.link).resolve() for each in Variant}
     for other in home.iterdir():
         is_link = other.is_symlink() or not other.is_dir()
-        if not is_link and other != kernel.directory and time.time() - other.stat().st_mtime > GRACE_SECONDS:
+        if not is_link and other.resolve() not in used and time.time() - other.stat().st_mtime > GRACE_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
-    return kernel
 
 
 def _no_space(cache: Cache, why: str) -> PyvmmError:

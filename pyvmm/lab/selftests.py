@@ -43,12 +43,12 @@ class SelftestTree(SourceTree):
     def build(self, out: Path, progress: Progress) -> list[Path]:
         """Compile the tests; give the programs, in ``out``. KernelBuildError where that fails."""
         progress("installing the kernel's headers", 0.0)
-        self._make(HEADERS, {})
+        self.make(HEADERS, {})
         tests = SelftestTree(self.directory / DIRECTORY, self.log, self._variables)
         programs = [out / name for name in PROGRAMS]
         for number, program in enumerate(programs):
             progress("compiling selftests", number / len(programs))
-            tests._make(str(program), {"OUTPUT": str(out), **OPTIONS})
+            tests.make(str(program), {"OUTPUT": str(out), **OPTIONS})
         return programs
 
 

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pyvmm.lab.cache import Image
+    from pyvmm.lab.ownkernel import OwnKernel
 
 LIST_COLUMNS: Final = 17
 
 
 def print_status(*, as_json: bool) -> int:
     """Print what there is; returns the exit status, 0 if the lab can be used or at least built, 5 otherwise."""
+    from pyvmm.guest.kernels import OWN
     from pyvmm.lab import kernels
     from pyvmm.lab.cache import Cache
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import needs
-    from pyvmm.lab.ownkernel import current_kernel, usable_kernel
+    from pyvmm.lab.ownkernel import Variant, current_kernel, usable_kernel
     from pyvmm.lab.saved import disk_use
 
     cache = Cache()
-    own = usable_kernel(cache, thorough=True)
+    own = {each: usable_kernel(cache, each, thorough=True) for each in Variant}
     known = cache.all_current()
     images = {name: image for name in known if (image := usable_image(cache, kernel=name, thorough=True))}
     missing = [need for need in needs() if need.missing and not (need.building and images)]
@@ -43,17 +45,8 @@ def print_status(*, as_json: bool) -> int:
                         }
                         for name, image in images.items()
                     },
-                    "kernel": None
-                    if own is None
-                    else {
-                        "path": str(own.path),
-                        "size": own.manifest.size,
-                        "release": own.release,
-                        "built": own.manifest.built,
-                        "source": own.manifest.source,
-                        "compiler": own.manifest.compiler,
-                        "refused": own.manifest.refused,
-                    },
+                    "kernel": _record(own[Variant.HOST]),
+                    "guest_kernel": _record(own[Variant.GUEST]),
                     "saved_boots": {"count": disk_use()[0], "bytes": disk_use()[1]},
                     "missing": [{"what": need.what, "why": need.missing, "package": need.package} for need in missing],
                 }
@@ -67,11 +60,12 @@ def print_status(*, as_json: bool) -> int:
             if name in images
             else ("to be built again: of another version, or damaged" if name in known else "none yet")
         )
-    if own is not None:
-        lines[kernels.OWN] = f"{own.release}, of {own.manifest.source[0]} {own.manifest.source[1]}, {own.path}"
-    else:
-        again = "to be built again: of other options or another compiler, or damaged"
-        lines[kernels.OWN] = f"{again if current_kernel(cache) else 'none yet'} (pyvmm lab kernel)"
+    for variant, called in {Variant.HOST: kernels.OWN, Variant.GUEST: OWN}.items():
+        if (kernel := own[variant]) is not None:
+            lines[called] = kernel.told()
+        else:
+            again = "to be built again: of other options or another compiler, or damaged"
+            lines[called] = f"{again if current_kernel(cache, variant) else 'none yet'} (pyvmm lab kernel)"
     count, size = disk_use()
     lines["saved boots"] = f"{count}, {size / 1e6:.0f} MB on disk"
     for need in missing:
@@ -79,6 +73,20 @@ def print_status(*, as_json: bool) -> int:
     for name, value in lines.items():
         print(f"{name:<{LIST_COLUMNS}} {value}")
     return 5 if missing else 0
+
+
+def _record(kernel: OwnKernel | None) -> dict[str, object] | None:
+    if kernel is None:
+        return None
+    return {
+        "path": str(kernel.path),
+        "size": kernel.manifest.size,
+        "release": kernel.release,
+        "built": kernel.manifest.built,
+        "source": kernel.manifest.source,
+        "compiler": kernel.manifest.compiler,
+        "refused": kernel.manifest.refused,
+    }
 
 
 def _describe(image: Image) -> str:

@@ -20,7 +20,7 @@ from pyvmm.bench.split import PARTS, WHOLE
 from pyvmm.lab import Lab, LabOptions, build_image
 from pyvmm.lab.cache import Image
 from pyvmm.lab.needs import require_for_kernel
-from pyvmm.lab.ownkernel import build_kernel, usable_kernel
+from pyvmm.lab.ownkernel import Variant, build_kernels, usable_kernel
 from pyvmm.observe.hyptrace import HypEvent
 
 pytestmark = pytest.mark.lab
@@ -66,7 +66,7 @@ def image(request: pytest.FixtureRequest) -> Image:
                 said.add(what)
                 terminal.write_line(f"building the kernel: {what}")
 
-        build_kernel(progress=say)
+        build_kernels(wanted=[Variant.HOST], progress=say)
     return build_image("own")
 
 

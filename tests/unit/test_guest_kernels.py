@@ -16,7 +16,7 @@ from pyvmm.guest import initramfs
 from pyvmm.guest.kernels import directory_name, named, resolve
 from pyvmm.lab import guests, rootfs
 from pyvmm.lab.cache import FILES, Cache, FileRecord, Manifest, file_sha256
-from pyvmm.lab.ownkernel import OwnKernel
+from pyvmm.lab.ownkernel import OwnKernel, Variant
 from pyvmm.lab.peers import ALL
 from pyvmm.lab.trees import find_tree, made_tree, usable_tree
 from pyvmm.labenv import IN_LAB, TREES
@@ -132,11 +132,12 @@ def test_a_shell_for_other_kernels_has_no_modules() -> None:
     assert usable_tree(guests.recipe("debian:")) is None
 
 
-def test_the_projects_kernel_is_the_one_that_was_built(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_projects_kernel_is_the_one_built_for_guests(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     built = cache.directory / "kernels" / "one"
     built.mkdir(parents=True)
     (built / "Image").write_bytes(b"own")
-    monkeypatch.setattr(guests, "usable_kernel", lambda _cache: OwnKernel(built, None))  # type: ignore[arg-type]
+    kernels = {Variant.GUEST: OwnKernel(built, None)}  # type: ignore[arg-type]
+    monkeypatch.setattr(guests, "usable_kernel", lambda _cache, variant: kernels.get(variant))
     directory = made_tree(guests.recipe("own:"))
     assert (directory / "Image").read_bytes() == b"own"
     assert (directory / "shell.cpio").read_bytes() == initramfs.write(b"busybox")

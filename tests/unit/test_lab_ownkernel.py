@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 import time
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 
 from pyvmm import cli, lab
+from pyvmm.cli import lab as cli_lab
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import image, kernels, needs, ownkernel, rootfs
 from pyvmm.lab.apt import AptError, Package
 from pyvmm.lab.cache import Cache, FileRecord, Image, file_sha256
 from pyvmm.lab.cache import Manifest as ImageManifest
-from pyvmm.lab.kbuild import KernelBuildError, SourceTree
+from pyvmm.lab.kbuild import KernelBuild, KernelBuildError, SourceTree
+from pyvmm.lab.ownkernel import Variant
 from pyvmm.lab.qemu import LabOptions
 from pyvmm.labenv import IN_LAB
 
@@ -28,7 +31,11 @@ from pyvmm.labenv import IN_LAB
 MAKE = r"""
 echo "$*" >> "$HOME/made"
 env > "$HOME/environment"
-for word in "$@"; do case "$word" in KCONFIG_ALLCONFIG=*) wanted=${word#*=};; esac; done
+for word in "$@"; do
+    case "$word" in KCONFIG_ALLCONFIG=*) wanted=${word#*=};; O=*) out=${word#*=};; esac
+done
+source=$PWD/source
+cd "$out"
 case "$*" in
 *allnoconfig)
     cat $wanted "$HOME/instead" 2>/dev/null | grep -v '=n$' > .config
@@ -38,7 +45,7 @@ case "$*" in
     for i in 1 2 3 4 5; do echo "  CC      kernel/error$i.o"; done
     mkdir -p arch/arm64/boot include/config
     echo 9.9.1-pyvmm > include/config/kernel.release
-    cat source > arch/arm64/boot/Image;;
+    cat "$source" > arch/arm64/boot/Image;;
 esac
 """
 
@@ -114,7 +121,10 @@ class World:
         monkeypatch.setattr(ownkernel, "DISK", 0)
         program(self.bin, "make", MAKE)
         self.compiler("12.2.0")
-        self.fragment('CONFIG_KVM=y  # why\nCONFIG_LOCALVERSION="-x"  # whose\nCONFIG_SLOW=n  # so\n')
+        self.fragment(
+            'CONFIG_KVM=y  # host: why\nCONFIG_LOCALVERSION="-x"  # whose\n'
+            "CONFIG_SLOW=n  # so\nCONFIG_SMALL=y  # guest: so\n"
+        )
         self.source("7.3")
 
     def compiler(self, version: str) -> None:
@@ -139,7 +149,14 @@ class World:
         (self.home / "fail").write_text(script)
 
     def build(self, *, refresh: bool = False) -> ownkernel.OwnKernel:
-        return ownkernel.build_kernel(refresh=refresh, cache=self.cache, progress=self._progress)
+        """Build what is missing; give the host's."""
+        return ownkernel.build_kernels(refresh=refresh, cache=self.cache, progress=self._progress)[Variant.HOST]
+
+    def guest(self) -> ownkernel.OwnKernel:
+        """Give the guest's kernel."""
+        kernel = ownkernel.usable_kernel(self.cache, Variant.GUEST)
+        assert kernel is not None
+        return kernel
 
     def _progress(self, what: str, _share: float) -> None:
         self.steps.append(what)
@@ -173,12 +190,14 @@ def test_the_kernel_is_what_make_made_of_the_source_and_its_manifest_says_of_wha
 
 def test_make_is_told_the_architecture_and_the_options_and_nothing_of_this_environment(world: World) -> None:
     world.build()
-    configure, compile_ = world.made
-    for command in (configure, compile_):
+    for command, variant in zip(world.made, [*Variant, *Variant], strict=True):
         assert re.match(r"-j\d+ ARCH=arm64 ", command)
         assert f"CROSS_COMPILE={ownkernel.CROSS} " in command
-    assert configure.endswith("KCONFIG_ALLCONFIG=wanted.config allnoconfig")
-    assert compile_.endswith(" Image")
+        assert re.search(rf" O=\S+/{variant} ", command)
+    *configured, host, guest = world.made
+    assert all(re.search(r"KCONFIG_ALLCONFIG=/\S+/wanted.config allnoconfig$", command) for command in configured)
+    assert host.endswith(" Image")
+    assert guest.endswith(" Image")
     environment = (world.home / "environment").read_text()
     assert "LC_ALL=C\n" in environment
     assert not re.search("MAKEFLAGS|KCFLAGS", environment)
@@ -187,7 +206,8 @@ def test_make_is_told_the_architecture_and_the_options_and_nothing_of_this_envir
 def test_only_kernel_and_manifest_and_log_are_kept(world: World) -> None:
     kernel = world.build()
     home = world.cache.directory / "kernels"
-    assert sorted(path.name for path in home.iterdir()) == sorted(["build.log", "current", kernel.directory.name])
+    names = ["build.log", "current", "current-guest", kernel.directory.name, world.guest().directory.name]
+    assert sorted(path.name for path in home.iterdir()) == sorted(names)
     assert sorted(path.name for path in kernel.directory.iterdir()) == ["Image", "config", "manifest.json"]
     assert not (world.cache.directory / "kernel-partial").exists()
 
@@ -201,12 +221,74 @@ def test_the_second_call_asks_nobody(world: World) -> None:
 
 def test_it_is_made_again_for_other_options_but_not_for_other_reasons(world: World) -> None:
     first = world.build()
-    world.fragment('# a title\nCONFIG_KVM=y  # said better\n\nCONFIG_LOCALVERSION="-x"  # whose\nCONFIG_SLOW=n  # so\n')
+    world.fragment(
+        '# a title\nCONFIG_KVM=y  # host: said better\n\nCONFIG_LOCALVERSION="-x"  # whose\nCONFIG_SLOW=n  # so\n'
+    )
     assert world.build() == first
     world.fragment("CONFIG_KVM=y  # why\n")
     second = world.build()
     assert second.directory != first.directory
     assert first.path.exists()  # a lab may be starting from it
+
+
+def test_each_variant_has_its_own_options_and_those_of_both(world: World) -> None:
+    host, guest = ((kernel.directory / "config").read_text() for kernel in (world.build(), world.guest()))
+    for both in (host, guest):
+        assert 'CONFIG_LOCALVERSION="-x"\n' in both
+    assert ("CONFIG_KVM=y" in host, "CONFIG_SMALL=y" in host) == (True, False)
+    assert ("CONFIG_KVM=y" in guest, "CONFIG_SMALL=y" in guest) == (False, True)
+
+
+def test_a_variant_that_is_missing_is_built_and_the_other_stays(world: World) -> None:
+    host, guest = world.build(), world.guest()
+    (world.cache.directory / "kernels" / "current-guest").unlink()
+    shutil.rmtree(guest.directory)
+    made = len(world.made)
+    assert world.build() == host
+    assert world.guest().path.read_bytes() == b"7.3"
+    assert all(re.search(r" O=\S+/guest ", command) for command in world.made[made:])
+
+
+def test_a_build_that_takes_long_finds_its_source_at_its_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = world.build()
+    monkeypatch.setattr(ownkernel, "GRACE_SECONDS", -1)
+    world.compiler("14.1.0")
+    new = world.build()
+    assert (new.path.exists(), world.guest().path.exists(), old.path.exists()) == (True, True, False)
+    assert not (world.cache.directory / "kernels" / "source").exists()
+
+
+@pytest.mark.parametrize("variant", Variant)
+def test_who_wants_one_alone_waits_for_no_other(world: World, variant: Variant) -> None:
+    built = ownkernel.build_kernels(wanted=[variant], cache=world.cache)
+    assert list(built) == [variant]
+    assert len(world.made) == 2
+    assert all(re.search(rf" O=\S+/{variant} ", command) for command in world.made)
+    assert ownkernel.build_kernels(wanted=[variant], cache=world.cache) == built
+    assert len(world.made) == 2
+
+
+def test_a_manifest_from_before_there_were_guests_kernels_is_understood(world: World) -> None:
+    host = world.build()
+    path = host.directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["steps"]
+    path.write_text(json.dumps(manifest))
+    assert ownkernel.usable_kernel(world.cache) is not None
+
+
+def test_progress_is_measured_by_what_the_last_build_made_of_all_variants(world: World) -> None:
+    shares: list[float] = []
+    world.build()
+    assert world.guest().manifest.steps == 5
+    world.source("7.4")
+
+    def progress(what: str, share: float) -> None:
+        if what == "compiling, about 10 files":
+            shares.append(share)
+
+    ownkernel.build_kernels(refresh=True, cache=world.cache, progress=progress)
+    assert shares == pytest.approx([each / 10 for each in range(1, 10)] + [0.99])
 
 
 def test_it_is_made_again_by_another_compiler_and_found_again_for_the_first(world: World) -> None:
@@ -230,7 +312,7 @@ def test_a_kernel_stays_usable_when_its_compiler_is_gone(world: World, monkeypat
 def test_refresh_takes_a_newer_source_and_makes_nothing_of_the_same(world: World) -> None:
     first = world.build()
     assert world.build(refresh=True) == first
-    assert len(world.made) == 2
+    assert len(world.made) == 4
     world.source("7.4")
     assert world.build() == first
     assert world.build(refresh=True).path.read_bytes() == b"7.4"
@@ -269,11 +351,11 @@ def test_while_a_kernel_is_made_images_can_be(world: World, monkeypatch: pytest.
             taken.append("taken")
         return []
 
-    monkeypatch.setattr(SourceTree, "configure", take)
-    monkeypatch.setattr(SourceTree, "compile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(KernelBuild, "configure", take)
+    monkeypatch.setattr(KernelBuild, "compile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         world.build()
-    assert taken == ["taken"]
+    assert taken == ["taken", "taken"]
 
 
 # ---- the source
@@ -375,7 +457,7 @@ def test_an_interrupted_build_ends_its_processes_and_leaves_nothing(world: World
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ownkernel.build_kernel(cache=world.cache, progress=interrupt)
+        ownkernel.build_kernels(cache=world.cache, progress=interrupt)
     assert not (world.cache.directory / "kernel-partial").exists()
     assert ownkernel.current_kernel(world.cache) is None
     deadline = time.monotonic() + 5
@@ -442,9 +524,11 @@ def test_every_option_has_its_reason_and_is_there_once() -> None:
     for line in lines:
         assert re.fullmatch(r'CONFIG_[A-Z0-9_]+=([yn]|\d+|"[^"#]+")  # \S.+', line), line
         assert len(line) <= 120
-    names = [line.partition("=")[0] for line in lines]
-    assert sorted(set(names)) == sorted(names)
-    assert len(ownkernel.options()) == len(lines)
+    for variant in Variant:
+        names = [line.partition("=")[0] for line in ownkernel.options(variant)]
+        assert sorted(set(names)) == sorted(names)
+    taken = {line for variant in Variant for line in ownkernel.options(variant)}
+    assert taken == {line.partition("  #")[0] for line in lines}
 
 
 @pytest.mark.parametrize(
@@ -466,7 +550,20 @@ def test_every_option_has_its_reason_and_is_there_once() -> None:
     ],
 )
 def test_what_it_is_for_is_among_the_options(option: str) -> None:
-    assert f"CONFIG_{option}=y" in ownkernel.options()
+    assert f"CONFIG_{option}=y" in ownkernel.options(Variant.HOST)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["ARM_PKVM_GUEST", "DMA_RESTRICTED_POOL", "VIRTIO_MMIO", "VIRTIO_BLK", "VIRTIO_CONSOLE", "EXT4_FS", "FUTEX"],
+)
+def test_what_a_guest_needs_is_among_its_options(option: str) -> None:
+    assert f"CONFIG_{option}=y" in ownkernel.options(Variant.GUEST)
+
+
+def test_a_guest_is_not_a_host_and_traces_nothing() -> None:
+    wanted = "\n".join(ownkernel.options(Variant.GUEST))
+    assert not re.search("CONFIG_(KVM|FTRACE|ENABLE_DEFAULT_TRACERS|NVHE_EL2_DEBUG|DEBUG_FS|PCI|VIRTIO_PCI)=", wanted)
 
 
 # ---- as the lab's host
@@ -512,8 +609,10 @@ def test_lab_kernel_says_what_it_takes_then_which_it_is_and_where(
     said = capsys.readouterr()
     kernel = ownkernel.current_kernel(world.cache)
     assert kernel is not None
-    assert said.out == f"9.9.1-pyvmm, of linux-source-7.3 1: {kernel.path}\n"
-    assert "6 to 10 minutes" in said.err
+    of = "9.9.1-pyvmm, of linux-source-7.3 1"
+    assert said.out == f"host: {of}: {kernel.path}\nguest: {of}: {world.guest().path}\n"
+    assert "kernel for host and guest from Debian's source" in said.err
+    assert cli_lab.COST in said.err
     assert "pyvmm: lab: unpacking the source\n" in said.err
     assert cli.main(["lab", "kernel"]) == 0
     assert capsys.readouterr() == (said.out, "")
@@ -544,7 +643,8 @@ def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(
     kernel = ownkernel.current_kernel(world.cache)
     assert kernel is not None
     assert booted[0].kernel == kernel.path
-    assert "building the project's own kernel" in capsys.readouterr().err
+    assert "building the project's own kernel for host from" in capsys.readouterr().err
+    assert ownkernel.current_kernel(world.cache, Variant.GUEST) is None
 
 
 @pytest.mark.usefixtures("no_needs")
@@ -553,12 +653,21 @@ def test_status_tells_of_the_kernel(
 ) -> None:
     monkeypatch.setattr(needs, "needs", list)
     cli.main(["lab", "status"])
-    assert re.search(r"^own +none yet \(pyvmm lab kernel\)$", capsys.readouterr().out, re.MULTILINE)
-    kernel = world.build()
+    said = capsys.readouterr().out
+    for name in ("own", "own:"):
+        assert re.search(rf"^{name} +none yet \(pyvmm lab kernel\)$", said, re.MULTILINE)
+    host = world.build()
+    kernels = {"own": ("kernel", host), "own:": ("guest_kernel", world.guest())}
     cli.main(["lab", "status"])
-    assert re.search(rf"^own +9.9.1-pyvmm, .*{kernel.path}$", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr().out
+    for name, (_, kernel) in kernels.items():
+        assert re.search(rf"^{name} +9.9.1-pyvmm, .*{kernel.path}$", said, re.MULTILINE)
     cli.main(["lab", "status", "--json"])
-    assert json.loads(capsys.readouterr().out)["kernel"]["path"] == str(kernel.path)
+    told = json.loads(capsys.readouterr().out)
+    for key, kernel in kernels.values():
+        assert told[key]["path"] == str(kernel.path)
     world.compiler("14.1.0")
     cli.main(["lab", "status"])
-    assert re.search(r"^own +to be built again: .*another compiler", capsys.readouterr().out, re.MULTILINE)
+    said = capsys.readouterr().out
+    for name in kernels:
+        assert re.search(rf"^{name} +to be built again: .*another compiler", said, re.MULTILINE)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from pyvmm import __file__ as _package
 from pyvmm.bench.qemu import command
@@ -126,6 +126,32 @@ def qemu(program: Sequence[str], guest: Files, cpus: int, *options: str, paramet
     return command(program, guest.kernel, parameters, "-initrd", guest.initrd, *options, cpus=cpus, memory=MEMORY)
 
 
+def kvmtool(program: Sequence[str], guest: Files, cpus: int) -> list[str]:
+    """Return the command that boots ``guest`` under kvmtool, whose console is an 8250."""
+    return [
+        *program,
+        "run",
+        *("--kernel", guest.kernel),
+        *("--initrd", guest.initrd),
+        *("--cpus", str(cpus)),
+        *("--mem", str(MEMORY)),
+        *("--irqchip", "gicv3"),
+        *("--network", "mode=none"),
+        *("--console", "serial"),
+        *("--params", PARAMETERS.replace("ttyAMA0", "ttyS0")),
+    ]
+
+
+def to_init(argv: Sequence[str], seconds: float | None) -> float:
+    """Run a VMM until its guest's init says the word; return the ns from its exec to then.
+
+    Raises PyvmmError without the word after ``seconds``. None waits without limit.
+    """
+    executed = time.monotonic_ns()
+    with _started(argv, None if seconds is None else executed + int(seconds * 1e9)) as (_, init):
+        return float(init - executed)
+
+
 def boot(argv: Sequence[str], seconds: float | None) -> Boot:
     """Run a VMM to its guest's end. Raises PyvmmError after ``seconds``, or if init never ran.
 
@@ -133,7 +159,7 @@ def boot(argv: Sequence[str], seconds: float | None) -> Boot:
     """
     with tempfile.TemporaryFile() as said:
         executed = time.monotonic_ns()
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+        process = _start(argv, said)
         try:
             init, console = _watch(process, None if seconds is None else executed + int(seconds * 1e9))
         finally:
@@ -151,16 +177,31 @@ def boot(argv: Sequence[str], seconds: float | None) -> Boot:
 @contextlib.contextmanager
 def booted(argv: Sequence[str], seconds: float) -> Iterator[int]:
     """Run a VMM whose guest's init prints the word and stays, and yield its pid. Raises as :func:`boot`."""
+    with _started(argv, time.monotonic_ns() + int(seconds * 1e9)) as (pid, _):
+        yield pid
+
+
+@contextlib.contextmanager
+def _started(argv: Sequence[str], until: int | None) -> Iterator[tuple[int, int]]:
+    """Run a VMM. Yield its pid and the time of its init's word, in ns. Kill it afterwards."""
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+        process = _start(argv, said)
         try:
-            if not _watch(process, time.monotonic_ns() + int(seconds * 1e9), stay=True)[0]:
+            init, console = _watch(process, until, stay=True)
+            if not init:
                 said.seek(0)
-                raise PyvmmError(f"{argv[0]} ended before the guest's init did: {said.read()[-_TAIL:].decode()}")
-            yield process.pid
+                words = (said.read() or console)[-_TAIL:].decode(errors="replace")
+                raise PyvmmError(f"{argv[0]} ended before the guest's init said a word: {words}")
+            yield process.pid, init
         finally:
             process.kill()
             process.wait()
+
+
+def _start(argv: Sequence[str], said: IO[bytes]) -> subprocess.Popen[bytes]:
+    # What is installed needs no other directories, which would be looked into for every module first.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, env=environment)
 
 
 def _watch(process: subprocess.Popen[bytes], until: int | None, *, stay: bool = False) -> tuple[int, bytes]:

@@ -54,8 +54,8 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
     add("mem", type=parse_size, default=2048 << 20, metavar="SIZE", help="memory of the lab, MiB or 2G (2G)")
     add("console", action="store_true", help="show the lab's console on stderr")
     help_with = (
-        "show NAME there: Debian's passt, gdb, e2fsprogs or qemu, on PATH, fetched once; or a guest's kernel, debian: "
-        "or own:; may be repeated"
+        "show NAME there: Debian's passt, gdb, e2fsprogs or qemu, on PATH, fetched once; kvmtool, built once; or a "
+        "guest's kernel, debian: or own:; may be repeated"
     )
     add("with", action="append", default=[], metavar="NAME", help=help_with)
     add(

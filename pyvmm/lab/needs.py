@@ -74,11 +74,10 @@ def require_for_kernel() -> None:
     _refuse(kernel_needs(), "the project's own kernel", "building the project's own kernel")
 
 
-def require_for_selftests() -> None:
-    """HostError naming all that is missing for building the kernel's KVM selftests, with the line that installs it."""
+def require_for_make(made: str) -> None:
+    """HostError naming all that is missing for building ``made``, a program, with the line that installs it."""
     only_the_kernel = ("bc", "bison", "flex")
-    selftests = (need for need in kernel_needs() if need.what not in only_the_kernel)
-    _refuse(selftests, "the kernel's KVM selftests", "building the kernel's KVM selftests")
+    _refuse((need for need in kernel_needs() if need.what not in only_the_kernel), made, f"building {made}")
 
 
 def require_for_packages(made: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.guest.kernels import DEBIAN, OWN, is_kernel
-from pyvmm.lab import guests, programs, selftests
+from pyvmm.lab import guests, kvmtool, programs, selftests
 from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import Cache
 from pyvmm.lab.lab import PATH
@@ -47,6 +47,7 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
     LOOP: loop_recipe,
     selftests.NAME: selftests.recipe,
     programs.QEMU.name: programs.QEMU.recipe,
+    kvmtool.NAME: kvmtool.recipe,
     OWN: guests.RECIPES[OWN],
 }
 """What the benchmark's peers need."""
@@ -99,9 +100,10 @@ def check(names: Iterable[str]) -> None:
         if is_kernel(name):
             guests.suite_of(name)
         elif name not in ALL:
+            known = ", ".join((*programs.RECIPES, kvmtool.NAME))
             raise UsageError(
                 f"nothing that a lab can be shown is called {name!r}",
-                hint=f"there are {', '.join(programs.RECIPES)}, and guests' kernels as {DEBIAN} and {OWN}",
+                hint=f"there are {known}, and guests' kernels as {DEBIAN} and {OWN}",
             )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pyvmm.lab.apt import Progress, updated_apt
 from pyvmm.lab.kbuild import SourceTree
-from pyvmm.lab.needs import require_for_selftests
+from pyvmm.lab.needs import require_for_make
 from pyvmm.lab.ownkernel import SUITES, VARIABLES, compiler_version, download_source, find_source
 from pyvmm.lab.trees import Recipe, Scratch, digest_of
 
@@ -58,7 +58,7 @@ def recipe() -> Recipe:
 
 
 def _make(scratch: Scratch, progress: Progress) -> str:
-    require_for_selftests()
+    require_for_make(SelftestTree.made)
     with scratch.cache.lock(lambda: progress("waiting for another build", 0.0)):
         apt = updated_apt(scratch.cache.apt, SUITES, refresh=False, progress=progress)
         progress("resolving packages", 0.0)

@@ -102,6 +102,14 @@ def test_guests_under_qemu_have_one_machine_and_what_they_ask_for() -> None:
     assert full[-2:] == ["-device", "virtio-rng-device"]
 
 
+def test_a_guest_under_kvmtool_is_the_same_but_for_its_console() -> None:
+    argv = linux.kvmtool(["lkvm"], linux.Files("Image", "init.cpio", ("pyvmm",)), 2)
+    wanted = {"--cpus": "2", "--mem": "256", "--kernel": "Image", "--initrd": "init.cpio", "--network": "mode=none"}
+    assert argv[:2] == ["lkvm", "run"]
+    assert {option: argv[argv.index(option) + 1] for option in wanted} == wanted
+    assert argv[argv.index("--params") + 1] == "console=ttyS0 quiet panic=-1"
+
+
 def test_every_peer_has_its_measurement() -> None:
     there = {**boot.PEERS, **fault_in.PEERS, **loops.PEERS, **qemu.PEERS, **selftests.PEERS, **transfers.PEERS}
     assert set(there) == set(peers.PEERS)

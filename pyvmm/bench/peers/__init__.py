@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure peers of pyvmm in the same run: a bare loop, the loop's Python twin, the kernel's selftests, QEMU.
+"""Measure peers of pyvmm in the same run: a bare loop, its Python twin, the kernel's selftests, other VMMs.
 
 Each peer and pyvmm do the same work in turns, and both get a series: case ``peer``, with the peer's name on the axis
 ``peer``. pyvmm's own are ``pyvmm``, with the peer's name on the axis ``beside``. Their notes have the ratio of pyvmm's
@@ -38,6 +38,7 @@ _MODULES: Final = {
     "guest_memfd_test": "selftests",
     "qemu": "qemu",
     "qemu boot": "boot",
+    "kvmtool boot": "boot",
     "qemu virtio": "transfers",
     "bare loop": "loops",
     "twin": "loops",

@@ -73,7 +73,7 @@ def test_a_lab_finds_what_it_was_shown_and_says_so_where_it_was_not(
     monkeypatch.setenv(IN_LAB, "1")
     monkeypatch.setenv(TREES, f"other=/x:{directory_name('own:')}={tmp_path}")
     assert resolve("own:", "shell:", never) == (f"{tmp_path}/Image", f"{tmp_path}/shell.cpio")
-    with pytest.raises(HostError, match="was not shown it") as caught:
+    with pytest.raises(HostError, match="this lab does not see it") as caught:
         resolve("debian:", None, never)
     assert "--with debian:" in (caught.value.hint or "")
 

@@ -111,7 +111,7 @@ def test_an_elfs_entry_may_be_a_physical_address() -> None:
     high = 0xFFFF_0000_0010_0000
     assert identify(elf(entry=0x8010_0010, vaddr=high), "vmlinux").pc == 0x8010_0010
     assert identify(elf(entry=0x8010_0FFF, vaddr=high), "vmlinux").pc == 0x8010_0FFF  # beyond what is in the file
-    with pytest.raises(UsageError, match="lies in none of its segments"):
+    with pytest.raises(UsageError, match=r"entry 0x80101000 .* segments"):
         identify(elf(entry=0x8010_1000, vaddr=high), "vmlinux")
 
 

@@ -59,7 +59,7 @@ def execute(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         ("lab build --refrsh", "pyvmm lab build: there is no option --refrsh", "did you mean --refresh?"),
         ("run -x y", "pyvmm run: there is no option -x", "pyvmm run --help"),
         ("run a b c", "pyvmm run: 'b' is one word too many", "pyvmm run --help"),
-        ("run -c x y", "pyvmm run: argument -c/--cpus: 'x' is no count", "pyvmm run --help"),
+        ("run -c x y", "pyvmm run: argument -c/--cpus: 'x' is ", "pyvmm run --help"),
         ("run --backing memd y", "pyvmm run: argument --backing: 'memd' is none of memfd,", "did you mean memfd?"),
         ("run --lab x", "pyvmm run: --lab goes before the verb", "pyvmm --lab run ..."),
         ("run --host-kernel own x", "pyvmm run: --host-kernel goes before", "pyvmm --lab --host-kernel ... run ..."),

@@ -29,6 +29,7 @@ class Ticking(StandIn):
     """A kernel whose counters go on by 1000 whenever somebody looks; ``heard`` is what was done with them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.now = 0
         self.refuses = 0
         self.heard: list[tuple[str, int, int]] = []

@@ -92,7 +92,7 @@ def test_a_file_that_is_missing_elsewhere_is_not_taken_for_it(tmp_path: Path) ->
 @pytest.mark.skipif(os.uname().machine == "aarch64", reason="about hosts that are not arm64")
 @pytest.mark.parametrize("protection", list(Protection))
 def test_an_experiment_on_another_architecture_names_the_lab(protection: Protection) -> None:
-    with pytest.raises(HostError, match=f"this host is {os.uname().machine}, pyvmm's guests are arm64") as caught:
+    with pytest.raises(HostError, match=f"this host is {os.uname().machine}, .*arm64") as caught:
         Experiment(protection).__enter__()
     hint = caught.value.hint or ""
     assert "pyvmm lab exec -- python3 FILE" in hint
@@ -166,7 +166,7 @@ def place(tmp_path: Path) -> Path:
         (MAIN, ["ctl", "./none.sock", "pause"], None, "none.sock"),
         ("fake", ["run", "--vsock", "uds=v,cid=3", "payload:hello"], 1, "ENOTTY"),
         (IGNORED, ["run", "--dry-run", "payload:hello"], 0, ""),
-        ("fake", ["--files", "13", "run", "payload:hello"], 5, "descriptors are needed, and this process may have 13"),
+        ("fake", ["--files", "13", "run", "payload:hello"], 5, "RLIMIT_NOFILE"),
         ("fake", ["--no-thread", "2", "run", "payload:hello"], 5, "RLIMIT_NPROC"),
         ("fake", ["--files", "1024:4096", "run", *DISKS, "payload:hello"], 1, "ENOTTY"),
         ("fake", ["--files", "1024:1024", "run", *DISKS, "payload:hello"], 5, "RLIMIT_NOFILE"),

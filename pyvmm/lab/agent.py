@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's first process: mounts what it is told to, runs one command at a time, carries its streams and its status.
+"""The lab's first process: mount directories, run one command at a time, and forward its streams and status.
 
-Runs inside the lab only, as PID 1, from a package that holds nothing but it, ``frames`` and ``warm``; every import here
-is boot time, so there are few. It owns the virtio-serial port and its children. When it dies the kernel panics and
-QEMU ends, which the workstation reports.
+Runs only inside the lab, as PID 1, from a package with only this module, ``frames`` and ``warm``. Imports cost boot
+time, so it has few. It owns the virtio-serial port and its children. When it dies the kernel panics and QEMU ends,
+which the workstation reports.
 
-An agent that was told to prepare has a warm interpreter: it has imported what pyvmm's verbs need. A Python module then
+A prepared agent has a warm interpreter, which has imported the modules that pyvmm's verbs need. A Python module then
 runs in a fork of it. That fork leaves ``main`` by ``warm.Become``, so that it runs and ends as a program of its own.
 """
 
@@ -31,7 +31,7 @@ MAY_BE_HIDDEN = ("/root", "/home")
 
 
 class Gone:
-    """Ignores that a process has ended already. contextlib's own would be a tenth of a second of boot."""
+    """Ignores that a process has already ended. Importing contextlib would add 0.1 s to the boot."""
 
     def __enter__(self) -> None: ...
 
@@ -80,7 +80,7 @@ def find_port() -> str:
 
 
 def call(*argv: str) -> str:
-    """Run a small program; give nothing, or what it complained about."""
+    """Run a small program. Returns its error output, or nothing."""
     read_end, write_end = os.pipe()
     actions = [(os.POSIX_SPAWN_DUP2, write_end, 1), (os.POSIX_SPAWN_DUP2, write_end, 2)]
     child = os.posix_spawn(argv[0], argv, os.environ, file_actions=actions)
@@ -106,7 +106,7 @@ def mount(tag: str, target: str, options: str) -> str:
 
 
 def renew(payload: bytes) -> str:
-    """Set the clock and stir fresh randomness in: a restored lab has the saved one's."""
+    """Set the clock and add fresh randomness: a restored lab has the saved values."""
     import fcntl  # imported since PREPARE, and no part of a plain boot
     import time
     from struct import pack
@@ -191,7 +191,7 @@ class Command:
             os.killpg(self.pid, number)
 
     def feed(self) -> int:
-        """Give the command what input it will take; the number of bytes taken or thrown away."""
+        """Pass input to the command without blocking. Returns the number of bytes taken or dropped."""
         taken = 0
         while self.pending and self.input is not None:
             try:
@@ -222,7 +222,7 @@ class Command:
 
 
 def forward(port: Port, command: Command, fd: int) -> bool:
-    """Send on what the command wrote; False at the end of that stream."""
+    """Forward the command's output. False at the end of that stream."""
     try:
         data = os.read(fd, CHUNK)
     except OSError:  # a terminal without a user
@@ -291,7 +291,7 @@ def reap() -> None:
 
 
 def obey(command: Command, kind: int, payload: bytes) -> None:
-    """Do what the workstation asks of a running command."""
+    """Carry out the workstation's request for a running command."""
     if kind == frames.INPUT:
         command.pending += payload
         command.input_ended = command.input_ended or not payload
@@ -314,7 +314,7 @@ def main() -> None:
 
 
 def serve(port: Port) -> NoReturn:
-    """Do what the workstation asks for, for as long as there is one."""
+    """Carry out the workstation's requests until it disconnects."""
     port.send(frames.READY)
     while True:
         kind, payload = port.next()

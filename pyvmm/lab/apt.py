@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian's packages for the lab, by apt with a state of its own: nothing of this machine's apt is changed or needed.
+"""Fetch Debian's packages for the lab, by apt with a private state. This machine's apt configuration is not used.
 
-Owns one directory. Runs as root or as anybody; apt checks signatures and hashes.
+Owns one directory. Runs as any user. apt checks signatures and hashes.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Apt:
         return [Package(name, version, *found[name]) for name, version in packages]
 
     def download(self, packages: list[Package], progress: Progress) -> None:
-        """Fetch the package files that are not in ``archives`` yet, or not whole."""
+        """Fetch the package files that are missing or incomplete in ``archives``."""
         for package in packages:
             path = self.archives / package.file
             # apt checks what it fetches; of what is there already it looks at the size alone.
@@ -225,7 +225,7 @@ def _environment() -> dict[str, str]:
 
 
 def _apt_error(command: list[str], said: str) -> AptError:
-    """Say in a line or two what apt said in many."""
+    """Summarise apt's error output in one or two lines."""
     complaints = [line for line in said.splitlines() if line.startswith(("E:", "W:"))] or said.splitlines()[-3:]
     offline = any(sign in said for sign in _OFFLINE_SIGNS)
     hint = None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The byte code of a package's modules, read here and sent to the lab in few pieces.
+"""Read the byte code of a package's modules, and send it to the lab in few pieces.
 
-Under 9p each module that the lab imports is some ten questions to the workstation, and under load each of those waits
-for a turn of QEMU's. A piece holds what the lab's own Python compiled before and left in ``__pycache__``, where that
-still belongs to its source. What is not in a piece the lab imports as ever.
+Over 9p, each module that the lab imports takes some ten requests to the workstation, and under load each waits for
+QEMU. A piece holds byte code that the lab's Python has left in ``__pycache__``, if it is up to date. The lab imports
+other modules as usual.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _modules(package: Path) -> Iterator[tuple[str, Path, bool]]:
 
 
 def _current(source: Path, tag: str) -> bytes | None:
-    """Read a module's byte code; None where there is none, or one of another source."""
+    """Read a module's byte code, or None if it is missing or out of date."""
     try:
         code = (source.parent / _CACHE / f"{source.stem}.{tag}.pyc").read_bytes()
         seen = source.stat()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's cache: where images are, which one a kernel's name means, whether it is whole, and who may write.
+"""The lab's cache: locate images by kernel name, check them, and lock the cache for writing.
 
 ``$XDG_CACHE_HOME/pyvmm/lab`` holds ``apt/`` (package lists and files), ``images/KEY/`` (immutable once there, named by
 content) and a link to one of them for each host kernel: ``current`` for the default one, ``current-KERNEL`` for the
@@ -127,7 +127,7 @@ class Image:
         return sum(record.size for record in self.manifest.files.values())
 
     def damage(self, *, thorough: bool) -> str | None:
-        """Say what is wrong with the image's files, if anything; ``thorough`` reads them whole."""
+        """Return a fault of the image's files, if any. ``thorough`` reads the whole files."""
         for name, record in self.manifest.files.items():
             path = self.directory / name
             try:
@@ -154,7 +154,7 @@ class Cache:
         self.apt = self.directory / "apt"
 
     def current(self, kernel: str = kernels.DEFAULT) -> Image | None:
-        """Give the kernel's image, None where there is none that can be understood. Its files are not checked."""
+        """Return the kernel's image, or None without a readable one. Its files are not checked."""
         try:
             directory = self._link(kernel).resolve(strict=True)
             return Image(directory, Manifest.from_json((directory / "manifest.json").read_text()))
@@ -170,7 +170,7 @@ class Cache:
 
     @contextmanager
     def lock(self, waiting: Callable[[], None], name: str = "lock") -> Iterator[None]:
-        """Be the only one who holds it; ``waiting`` is called once if another process does."""
+        """Hold the lock exclusively. Calls ``waiting`` once if another process holds it."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             file = (self.directory / name).open("w")

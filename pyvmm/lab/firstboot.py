@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only the lab itself can say or make: the names of busybox's programs, and byte code for its Python.
+"""Create the parts of an image that need a running lab: the names of busybox's programs, and Python byte code.
 
-A new image is booted once for it, which also shows that it works. Without byte code every import is a compilation
-under emulation: structlog takes nine seconds instead of two. What belongs to packages is kept for as long as they stay
-the same: it takes a minute, the agent's own a second.
+A new image is booted once for them, which also tests it. Without byte code every import is a compilation under
+emulation: structlog takes nine seconds instead of two. What belongs to packages is kept for as long as they stay the
+same: it takes a minute, the agent's own a second.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write_additions(image: Image, packages: list[Package], cache: Path, out: Bin
 
 
 def _link_busybox(lab: Lab, out: BinaryIO) -> None:
-    """Let ``ls`` be found as a program; whoever asks for a command in the lab expects no less."""
+    """Make busybox's commands, such as ``ls``, available as programs."""
     listed = lab.capture(["/bin/busybox", "--list-full"])
     cpio = CpioWriter(out)
     for path in sorted(set(listed.stdout.decode().split()) - {"bin/busybox"}):

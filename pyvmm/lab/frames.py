@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the workstation and the lab's agent say to each other: the frames, and nothing that does I/O.
+"""The frames between the workstation and the lab's agent, without I/O.
 
 One virtio-serial port carries everything, in order, in both directions: a header (kind, length), then the payload.
-Input is sent against a window so that a command that never reads cannot keep a signal from reaching it. This module
-is copied into the lab's image beside the agent, so it imports only what costs nothing there.
+Input is sent against a window so that a command that never reads cannot keep a signal from reaching it. This module is
+copied into the lab's image beside the agent, so it has only cheap imports.
 """
 
 from __future__ import annotations

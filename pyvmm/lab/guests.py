@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests' kernels and initramfs, as trees made of what the lab has: its images, and the project's own kernel.
+"""Make trees of guests' kernels and initramfs from the lab's images and the project's own kernel.
 
-Nothing is fetched: where there is no such image or kernel, the error says which command gets it. The kernel in a tree
-is a link to the one there is.
+Nothing is fetched: if an image or kernel is missing, the error names the command that makes it. The kernel in a tree is
+a link.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyvmm.lab.trees import Recipe, Scratch, digest_of, made_tree
 def recipe(text: str, cache: Cache | None = None) -> Recipe:
     """Tell how the directory of a kernel, or of ``shell:`` alone, is made.
 
-    UsageError for a kernel of Debian's that the lab does not know, HostError where there is none yet.
+    Raises UsageError for an unknown Debian kernel, HostError if it is not built yet.
     """
     cache = cache or Cache()
     suite = suite_of(text)

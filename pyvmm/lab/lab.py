@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab: a pKVM host one can run commands in. Starts on entry, runs any number of commands, is gone on exit.
+"""The lab: a pKVM host to run commands in. It starts on entry, runs any number of commands, and ends on exit.
 
 Owns a ``Qemu`` and speaks to its agent. A lab starts from a saved boot (see saved) where it may, and boots otherwise.
 One thread at a time; signals are forwarded only from the main thread. The thread that starts a lab must outlive it (the
@@ -119,7 +119,7 @@ class Lab:
         return self._qemu
 
     def _restore(self) -> Link | None:
-        """Start from the saved boot; None where there is none, or where it is of no use."""
+        """Start from the saved boot. None if it is missing or unusable."""
         if len(self._shares) > SHARES or not saved.may_be_saved(self.options):
             return None
         program = find_qemu()
@@ -168,7 +168,7 @@ class Lab:
             raise PyvmmError(f"{fields[1]} cannot be made visible in the lab: {why}", hint=self._modules_hint())
 
     def _modules_hint(self) -> str | None:
-        """Say that the kernel has none of its modules, if so."""
+        """Return a hint if the kernel's modules are missing."""
         image = self._image
         if image.has_modules:
             return None
@@ -191,7 +191,7 @@ class Lab:
         is_module: bool = False,
         timeout: float | None = None,
     ) -> int:
-        """Run a command in the lab; give its exit status, 128 + N where signal N ended it, 127 where there is none.
+        """Run a command in the lab. Returns its exit status: 128 + N if signal N ended it, 127 if it does not exist.
 
         ``stdin`` is the whole input or a file descriptor. Output goes to ours unless sinks take it. ``env`` comes
         on top of the lab's own. With ``is_tty``, ``stdin`` must be a terminal, and stderr comes with stdout. With
@@ -238,7 +238,7 @@ class Lab:
         return Completed(status, bytes(out), bytes(err))
 
     def _send_bytecode(self) -> None:
-        """Give the warm interpreter what it would else ask of the workstation module by module."""
+        """Send modules to the warm interpreter, which would otherwise request them one by one."""
         warm, self._warm = self._warm, None
         if warm is not None:
             for piece in bytecode.pieces(shares.PACKAGE, self._image.cache_tag):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU's monitor (QMP): saves a running machine's state, and gives it to a machine that waits for one.
+"""QEMU's monitor (QMP): save a running machine's state, and restore it into a waiting machine.
 
-Owns the socket it is given. The state leaves out the guest's RAM where that is a file which is shared with QEMU: the
-file is the other half of what is saved.
+Owns its socket. If the guest's RAM is a shared file, the state excludes it, and the file must be saved as well.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ WITHOUT_RAM: Final = {"capabilities": [{"capability": "x-ignore-shared", "state"
 
 
 class MonitorError(PyvmmError):
-    """QEMU refused what it was asked, or gave no answer."""
+    """QEMU refused a request, or did not answer."""
 
 
 class Monitor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine must have for the lab, and the one line that installs what it has not."""
+"""The lab's requirements on this machine, and the command that installs missing ones."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Debian's arm64 programs as trees: a program, the libraries it needs, and the loader that finds them.
 
-The lab's root has another set of packages and no room for these: nothing of such a tree is where programs look for it,
-so what is run is a launcher, or :func:`command`.
+The lab's root has other packages and no room for these. A tree's files are not in their usual places, so run a
+launcher, or :func:`command`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ exec "$tree/{loader}" --library-path "$tree" "$tree/{program}"{options} "$@"
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """What is taken of a package and of those it depends on: programs by name, and files below ``data``.
+    """The parts to take from a package and its dependencies: programs by name, and files below ``data``.
 
     ``options`` begin each program's arguments; ``{tree}`` in them is where the tree is.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the making of an image or a kernel is, and that a lab is on its way; on stderr."""
+"""Show the progress of building an image or a kernel, and of starting a lab, on stderr."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def showing() -> Iterator[Callable[[str, float], None]]:
 
 
 class Ticker:
-    """A line on a terminal that says what is waited for and how long already; nothing anywhere else.
+    """A line on a terminal with the current step and its duration; nothing elsewhere.
 
     Written by hand: to import rich takes a tenth of the second that a lab needs to start.
     """

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The QEMU process that is the lab's machine: its command line, its console, its end.
 
-Owns the process (in a group of its own, told by the kernel to die with us) and a thread that keeps the console's last
+Owns the process (in its own process group; the kernel kills it when we die) and a thread that keeps the console's last
 bytes. The channel to the agent is an inherited socket, so nothing is left in the file system.
 
-A machine that can be saved has its RAM in a file, a monitor, and a fixed number of 9p devices, which it shows a
-directory each or nothing.
+A machine that can be saved has its RAM in a file, a monitor, and a fixed number of 9p devices. Each device shows one
+directory or none.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SHARES = 8
 
 @dataclass(frozen=True, slots=True)
 class LabOptions:
-    """What machine the lab is. ``memory`` is in MiB, ``boot_timeout`` in seconds.
+    """The lab's machine. ``memory`` is in MiB, ``boot_timeout`` in seconds.
 
     ``icount`` makes time count instructions (one CPU only): measurements repeat, wall time suffers.
     """
@@ -99,7 +99,7 @@ class LabError(PyvmmError):
 
 
 def _telling_lines(console: str) -> list[str]:
-    """Give the last lines that tell something: a panic's own trace says less than what came before it."""
+    """Return the last informative lines: those before a panic say more than its trace."""
     lines = console.splitlines()
     end = next((i + 1 for i, line in enumerate(lines) if "Kernel panic" in line), len(lines))
     return lines[max(end - 20, 0) : end]

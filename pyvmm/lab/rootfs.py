@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns Debian's package files into the lab's kernel and initramfs; reads packages, writes two files, runs nothing.
+"""Convert Debian's package files to the lab's kernel and initramfs. Reads packages, writes two files, runs nothing.
 
 The recipe is here: which packages, what is left out of them, which modules there are. ``recipe_hash`` changes when it
 or the programs copied into the image change.
@@ -177,7 +177,7 @@ def _module_closure(available: dict[str, bytes]) -> dict[str, Module]:
     ordered: dict[str, Module] = {}
 
     def visit(name: str) -> tuple[str, ...]:
-        """Enter the module; give what must be loaded for who needs it, it included."""
+        """Visit the module. Returns it and its dependencies, for the module that needs it."""
         if name not in available:
             return ()
         if name in ordered:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saved boots: what a lab is once its agent is ready, kept on disk, so that the next lab starts from there.
+"""Saved boots: store a lab's state on disk once its agent is ready, so that the next lab starts from there.
 
 ``$XDG_CACHE_HOME/pyvmm/lab/boots/KEY/`` holds ``ram``, the machine's memory, which every restored lab maps privately,
 ``state``, the rest of the machine as QEMU writes it, and ``about.json``. All are their user's alone. The key covers
 everything that shapes the machine. The least recently used ones go when all together are too large.
 
-A boot is saved with nothing mounted, since QEMU does not save a machine with a 9p mount. A restored lab is told the
-time and given fresh randomness before anything else. What two labs of one saved boot still share: the addresses in
-the kernel and in the agent's interpreter, and that one's seed of ``hash``.
+A boot is saved with nothing mounted, since QEMU does not save a machine with a 9p mount. A restored lab first gets the
+time and fresh randomness. Two labs of one saved boot still share the addresses in the kernel and in the agent's
+interpreter, and its seed of ``hash``.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class SavedBoot:
 def may_be_saved(options: LabOptions) -> bool:
     """Whether a lab of these options may start from a saved boot.
 
-    One that counts instructions boots, since the counts of a restored one were not shown to be the same. One whose
-    console is shown boots as well: the boot is what there is to see.
+    A lab with icount always boots, because equal counts were not shown for a restored one. A lab with a visible console
+    also boots, to show its boot messages.
     """
     return options.boot == "saved" and not options.icount and not options.verbose
 
@@ -71,7 +71,7 @@ def may_be_saved(options: LabOptions) -> bool:
 def find_or_save(program: str, image: Image, options: LabOptions) -> SavedBoot | None:
     """Give the saved boot of ``image`` under QEMU ``program``; boot and save it where there is none yet.
 
-    None where that cannot be done; the event says why. LabError where the lab does not boot.
+    Returns None if that fails, and logs the reason. Raises LabError if the lab does not boot.
     """
     home = _home()
     try:
@@ -121,7 +121,7 @@ def _key(program: str, image: Image, options: LabOptions) -> str:
 
 
 def _open(directory: Path) -> SavedBoot | None:
-    """Open a saved boot; None where there is none. It counts as used now."""
+    """Open a saved boot, and mark it as used now. None if it is missing."""
     try:
         version = str(json.loads((directory / "about.json").read_bytes())["qemu"])
         state = (directory / "state").read_bytes()
@@ -186,7 +186,7 @@ def _write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _alone(home: Path) -> Iterator[bool]:
-    """Be the only one who saves, or learn that another does: who would wait for it can as well boot."""
+    """Lock the saving of a boot. If another process saves it, do not wait: booting is as fast."""
     with (home / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -53,7 +53,7 @@ class SelftestTree(SourceTree):
 
 
 def recipe() -> Recipe:
-    """Tell how the tree of selftests is made here. HostError where there is no compiler."""
+    """Return the recipe of the selftests' tree. Raises HostError without a compiler."""
     return Recipe(NAME, digest_of(PROGRAMS, VARIABLES, OPTIONS, WANTED.pattern, compiler_version()), _make)
 
 

@@ -3,8 +3,8 @@
 
 The rule: a path means the same inside as outside. The project's tree, the current directory, and the directories of
 files named on a command line are mounted at their own absolute paths. Copies of the packages whose plug-ins a
-command needs are at ``PACKAGES``. Nothing else of the workstation is visible. What a command is said to write must be
-outside of the lab when that ends: there is no path for which it would be lost.
+command needs are at ``PACKAGES``. Nothing else of the workstation is visible. A command's outputs must be visible
+outside of the lab when it ends, so no path may lose them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is of the lab: images, the project's own kernel, and what is missing; for people and for machines."""
+"""The lab's status: images, the project's own kernel, and missing parts, as text or JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIST_COLUMNS: Final = 17
 
 
 def print_status(*, as_json: bool) -> int:
-    """Print what there is; returns the exit status, 0 if the lab can be used or at least built, 5 otherwise."""
+    """Print the status. Returns the exit status, 0 if the lab can be used or at least built, 5 otherwise."""
     from pyvmm.guest.kernels import OWN
     from pyvmm.lab import kernels
     from pyvmm.lab.cache import Cache

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries one command's streams between the workstation and the lab's agent, and gives its exit status.
+"""Forward one command's streams between the workstation and the lab's agent, and return its exit status.
 
-Used by ``Lab`` alone, for the length of one command. Owns nothing but the terminal's mode and the signal handlers,
-both of which it puts back.
+Only ``Lab`` uses it, for one command. Owns the terminal's mode and the signal handlers, and restores both.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CHUNK = 32 * 1024
 
 
 class ChannelClosedError(Exception):
-    """The lab ended, or speaks nonsense."""
+    """The lab ended, or sent invalid frames."""
 
 
 class InsistedError(Exception):
@@ -215,4 +214,4 @@ class Pump:
 
 
 def _discard(_data: bytes) -> None:
-    """Take output that nobody reads any more."""
+    """Drop output without a reader."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that a lab's image has not: trees of them, made once on the workstation and shown to a lab as they are.
+"""Trees of programs that a lab's image lacks. They are made once on the workstation and shown to a lab.
 
 ``peers/NAME/`` in the lab's cache holds ``KEY/`` (immutable once there, named by what it was made of) and ``current``,
 a link to one of them. Everything appears by rename; who makes a tree holds ``peers.lock``.
@@ -70,7 +70,7 @@ def find_tree(name: str) -> Path | None:
 
 
 def made_tree(recipe: Recipe, *, progress: Progress = silent, cache: Cache | None = None) -> Path:
-    """Give the directory of the tree, making it where there is none by this recipe. PyvmmError where that fails."""
+    """Return the directory of the tree. If none was made by this recipe, make it. Raises PyvmmError if that fails."""
     cache = cache or Cache()
     if directory := usable_tree(recipe, cache):
         return directory

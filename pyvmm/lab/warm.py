@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's interpreter as one that has everything imported: Python programs start in a fork of it.
+"""Keep the standard library imported in the agent's interpreter. Python programs start in a fork of it.
 
 Runs inside the lab only, beside the agent. A start costs two seconds under emulation, most of them for the standard
 library. Nothing of pyvmm itself is imported ahead: a fork imports the working tree's. All forks of one saved lab share
@@ -35,7 +35,7 @@ _ready = False
 
 
 def prepare() -> None:
-    """Import MODULES, and keep the collector's hands off them: a fork would copy what it touches."""
+    """Import MODULES, and exclude them from garbage collection, which would copy their pages in a fork."""
     global _ready
     import gc
     from importlib import import_module

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be seen of a run: rates, page maps, timelines, traces, and what the hypervisor's tracing tells."""
+"""Observe a run: rates, page maps, timelines, traces, and hypervisor tracing."""

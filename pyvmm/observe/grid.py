@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each page of a map is drawn: rows of cells from left to right, the same for a terminal and for SVG.
+"""The layout of a drawn page map: rows of cells from left to right, the same for a terminal and for SVG.
 
-A cell is 2^n pages, n as small as lets all of memory fit. Rows start at multiples of their own size, as in a hex dump;
-where there is no memory for more than the rest of a row, rows are left out and the gap is said. Data only.
+A cell is 2^n pages, with the smallest n that lets all memory fit. Rows start at multiples of their own size, as in a
+hex dump. Rows without memory are left out, and the gap is labelled. Data only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class CellLook(NamedTuple):
 
 
 LOOKS: Final = (None, *(CellLook(state, assumed) for state in PageState for assumed in (False, True)))
-"""What each level means: of the pages in a cell the one of the highest level is shown, that is the most telling state
-(the order of ``PageState``: absent, host, private, shared, hole, poisoned), and of one state what is assumed."""
+"""The meaning of each level. A cell shows its page with the highest level: the last state in the order of ``PageState``
+(absent, host, private, shared, hole, poisoned), and within a state the assumed one."""
 _LEVELS: Final = {look.state | (ASSUMED if look.assumed else 0): level for level, look in enumerate(LOOKS) if look}
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows in one piece: the address of the first, how many, and how many bytes without memory lie before them."""
+    """Consecutive rows: the address of the first, their number, and the bytes without memory before them."""
 
     start: int
     rows: int
@@ -63,16 +63,16 @@ class Grid:
 
     @property
     def cell_pages(self) -> int:
-        """How many pages a cell stands for."""
+        """The number of pages of a cell."""
         return 1 << (self.shift - PAGE_SHIFT)
 
     @property
     def row_bytes(self) -> int:
-        """How many bytes of guest memory a row stands for."""
+        """The bytes of guest memory of a row."""
         return self.columns << self.shift
 
     def scale(self) -> str:
-        """Say what a cell is, and what it shows."""
+        """Return a text: the size of a cell, and what it shows."""
         pages = self.cell_pages
         cell = f"1 cell = {pages:,} page{'s' if pages > 1 else ''} ({size(pages * PAGE_SIZE)})"
         return cell if pages == 1 else f"{cell}; the most telling state in a cell is shown"

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks the hypervisor when it ran: tracefs' remotes/hypervisor, on a kernel whose EL2 can be traced.
+"""Record when the hypervisor ran: tracefs' remotes/hypervisor, on a kernel whose EL2 can be traced.
 
-A :class:`HypTrace` records every entry to EL2 and every exit from it, on all CPUs, from the moment it is entered until
-it is left, and reads them then: nothing of it runs in between but what EL2 itself does, some hundred instructions an
-event. There is one such buffer in a host, so one process has it at a time; whatever was set is set back.
+A :class:`HypTrace` records every entry to EL2 and every exit from it, on all CPUs, within its context, and reads them
+at the end. In between only EL2's own recording runs, some hundred instructions per event. A host has one such buffer,
+so one process uses it at a time. All settings are restored.
 
-The kernel tells events in text, cut to the microsecond, of CLOCK_BOOTTIME (see :func:`now`): one interval is known to a
-microsecond either way, the mean of a thousand to a few ten nanoseconds.
+The kernel prints events as text, with CLOCK_BOOTTIME truncated to microseconds (see :func:`now`). One interval is
+accurate to 1 µs, the mean of a thousand to a few ten nanoseconds.
 
-EL2 reads the virtual counter, so while a vCPU with a counter offset is loaded its stamps are off by years (seen with
-Linux 7.3.4; trace_hyp_clock in arch/arm64/kvm/hyp/nvhe/clock.c). Protected VMs have none, others have one unless
-KVM_ARM_SET_COUNTER_OFFSET makes it 0. Such a recording is refused as a whole, for what is between is not known.
+EL2 reads the virtual counter. So while a vCPU with a counter offset is loaded, its timestamps are wrong by years (seen
+with Linux 7.3.4; trace_hyp_clock in arch/arm64/kvm/hyp/nvhe/clock.c). Protected VMs have no offset. Others have one
+unless KVM_ARM_SET_COUNTER_OFFSET sets it to 0. Such a recording is refused as a whole.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from pyvmm.kvm.faulttrace import TRACEFS
 
 REMOTE = "remotes/hypervisor"
 ROOMY = 4096
-"""KiB a CPU, unless told otherwise: some 150,000 events."""
+"""Default KiB per CPU: some 150,000 events."""
 _LEAST = 256
-"""KiB: an end mark must not be overwritten before recording has stopped, or its reader would wait for ever."""
+"""Minimum KiB: if an end mark is overwritten before recording stops, its reader waits forever."""
 _EVENTS = ("hyp_enter", "hyp_exit", "selftest")
 _MARK = 0x70797600
-"""What the last event of every CPU says; that it has come is all there is to know that there are no more."""
+"""The mark in the last event of every CPU. Only the mark shows that no more events follow."""
 _CHUNK = 1 << 16
 _SLACK = 1_000_000_000
-"""ns by which an event may seem to be outside the recording: the kernel compares clocks twice a second."""
+"""Tolerance in ns for events outside of the recording: the kernel compares clocks twice a second."""
 
 # [001]	    6.476583: hyp_enter reason=guest_exit vcpu=97
 _LINE = re.compile(
@@ -48,7 +48,7 @@ class HypEvent(NamedTuple):
 
     ``ns`` is CLOCK_BOOTTIME, cut to the microsecond. ``reason`` is for an entry ``hvc``, ``smc``, ``sys``, ``psci`` or
     ``host_abort`` (from the host) or ``guest_exit``; for an exit ``eret_host`` or ``eret_guest``, or the firmware's
-    ``smc`` or ``psci``. ``vcpu`` is the thread of the vCPU that is in the CPU's registers, 0 where none is.
+    ``smc`` or ``psci``. ``vcpu`` is the thread of the vCPU that is loaded on the CPU, 0 for none.
     """
 
     ns: int
@@ -59,24 +59,24 @@ class HypEvent(NamedTuple):
 
 
 def now() -> int:
-    """Return the time that events are stamped with, in ns."""
+    """Return the current time of the events' clock, in ns."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 class HypTrace:
-    """Records EL2's entries and exits; a context manager that never raises for want of the means.
+    """Records EL2's entries and exits. A context manager that never raises if it cannot record.
 
-    ``kib`` is the buffer's size for each CPU; what it has no room for takes the place of the oldest. Entering takes a
-    tenth of a second, for the kernel compares clocks. One that is in use cannot be entered again.
+    ``kib`` is the buffer's size for each CPU. New events overwrite the oldest. Entering takes 0.1 s, because the kernel
+    compares clocks. One that is in use cannot be entered again.
     """
 
     def __init__(self, kib: int = ROOMY) -> None:
         self.why_not = "it has not begun"
-        """Why nothing is recorded; empty where :attr:`available`."""
+        """Why nothing is recorded; empty if :attr:`available`."""
         self.lost = 0
-        """How many events were overwritten; known at the end."""
+        """The number of overwritten events; known at the end."""
         self.whole_since = 0
-        """From when on nothing is missing, in ns of :func:`now`; 0 where nothing was lost."""
+        """The time from which no event is missing, in ns of :func:`now`; 0 without losses."""
         self._kib = max(kib, _LEAST)
         self._events: list[HypEvent] = []
         self._undo = contextlib.ExitStack()
@@ -108,19 +108,19 @@ class HypTrace:
                     self.why_not = f"{error.filename or self._root}: {error.strerror}"
 
     def events(self) -> list[HypEvent]:
-        """Return what was recorded, the oldest first and each CPU's in its order; nothing before the end."""
+        """Return the recorded events, the oldest first, each CPU's in order; empty before the end."""
         return self._events
 
     # -- setting up and back
 
     def _begin(self, undo: contextlib.ExitStack) -> str:
-        """Set the hypervisor recording, and ``undo`` to stop it; returns why it cannot be, or nothing."""
+        """Start recording, and register its end in ``undo``. Returns why it cannot, or an empty text."""
         self._root = ""
         mounted = next((path for path in TRACEFS if os.path.isdir(f"{path}/instances")), None)
         if mounted is None:
             if os.geteuid():
                 return "only root can read the kernel's trace (tracefs)"
-            return "tracefs, through which the kernel tells, is not mounted: mount -t tracefs nodev /sys/kernel/tracing"
+            return "tracefs is not mounted: mount -t tracefs nodev /sys/kernel/tracing"
         if not os.path.isdir(f"{mounted}/{REMOTE}"):
             return (
                 f"this host's hypervisor cannot be traced: there is no {mounted}/{REMOTE}. It takes a kernel with "
@@ -135,17 +135,17 @@ class HypTrace:
             return "the hypervisor's trace buffer is in use: another pyvmm records with it"
         if self._get("tracing_on") != "0":
             return f"the hypervisor's trace buffer is in use: {self._root}/tracing_on is not 0, and not by this pyvmm"
-        self._put("trace", "0")  # what a reader that was killed has left: the size of a buffer in use stays as it is
+        self._put("trace", "0")  # left from a killed reader: the size of a buffer in use cannot change
         size, _, state = self._get("buffer_size_kb").partition(" ")
         if state == "(loaded)":
-            return "the hypervisor's trace buffer is in use: somebody reads it"
+            return "the hypervisor's trace buffer is in use: another process reads it"
         undo.callback(self._try_put, "buffer_size_kb", size)
         self._put("buffer_size_kb", str(self._kib))
         for event in _EVENTS:
             switch = f"events/hypervisor/{event}/enable"
             undo.callback(self._try_put, switch, self._get(switch))
             self._put(switch, "1")
-        # Registered first, run before all of the above: a buffer that is read to its end goes away, and so its size.
+        # Registered last, so it runs first: a buffer that is read to its end is freed, and its size reset.
         undo.callback(self._try_put, "trace", "0")
         undo.callback(self._try_put, "tracing_on", "0")
         self._begun = now()
@@ -182,7 +182,7 @@ class HypTrace:
             )
 
     def _mark(self) -> list[int]:
-        """Let every CPU that is online write its end mark; returns which."""
+        """Let every online CPU write its end mark. Returns these CPUs."""
         before = os.sched_getaffinity(0)
         marked = []
         try:
@@ -190,7 +190,7 @@ class HypTrace:
                 try:
                     os.sched_setaffinity(0, {cpu})
                 except OSError:
-                    continue  # offline, or in nobody's cpuset: nothing of ours has run there
+                    continue  # offline, or in no cpuset: nothing of ours has run there
                 self._put("write_event", str(_MARK))
                 marked.append(cpu)
         finally:
@@ -212,7 +212,7 @@ class HypTrace:
 
 
 def _read(pipe: str) -> bytes:
-    """Return a CPU's text up to its end mark: a read after that would never return."""
+    """Return a CPU's text up to its end mark. A further read would block forever."""
     mark = b"selftest id=%d\n" % _MARK
     text = bytearray()
     fd = os.open(pipe, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws page maps as SVG: one, or one for each step of an experiment with what changed outlined.
+"""Draw page maps as SVG: one, or one for each step of an experiment, with changes outlined.
 
-Colours are Okabe and Ito's, and each state has a mark of its own besides, so that neither colour vision nor a colour
-printer is needed; what is assumed is hatched. :func:`svg_steps` makes a document. With ``inline`` it makes an element
-for an HTML page, which must hold :func:`svg_defs` once: the picture itself carries no ids.
+Colours are Okabe and Ito's. Each state also has its own mark, so the map is readable without colours. Assumed states
+are hatched. :func:`svg_steps` makes a document. With ``inline`` it makes an element for an HTML page, which must hold
+:func:`svg_defs` once: the picture itself carries no ids.
 """
 
 from __future__ import annotations

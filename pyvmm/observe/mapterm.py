@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a page map with characters: coloured half blocks for a terminal, letters for everything else.
+"""Draw a page map with characters: coloured half blocks for a terminal, letters otherwise.
 
-Makes lines of text and nothing else; who prints them decides whether there are colours.
+Only makes lines of text. The caller decides about colours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page map: what the ledger says of every guest page at one moment, as runs of equal pages.
+"""The page map: the state of every guest page in the ledger at one moment, as runs of equal pages.
 
-Data only. It is taken from a ledger or read back from the (gpa, pages, entry) triples that JSON carries, and is what
-the renderers (:mod:`pyvmm.observe.mapterm`, :mod:`pyvmm.observe.mapsvg`) draw.
+Data only. It is made from a ledger, or from the (gpa, pages, entry) triples in JSON. The renderers draw it
+(:mod:`pyvmm.observe.mapterm`, :mod:`pyvmm.observe.mapsvg`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PageMap:
 
     @classmethod
     def of(cls, ledger: Ledger) -> Self:
-        """Take what a ledger says now. vCPUs may run: each page is as it was at some moment of the call."""
+        """Read a ledger. vCPUs may run: each page has its state at some moment of the call."""
         return cls(
             _joined(
                 Run(gpa + (first << PAGE_SHIFT), count, entry)
@@ -89,7 +89,7 @@ class PageMap:
 
     @classmethod
     def from_runs(cls, runs: Iterable[tuple[int, int, int]]) -> Self:
-        """Make one of (gpa, pages, entry) in any order. UsageError for what no memory can look like."""
+        """Make a map of (gpa, pages, entry) in any order. Raises UsageError for an impossible map."""
         ordered = sorted(Run(*run) for run in runs)
         end = 0
         for run in ordered:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes Perfetto's trace format, as much of it as a trace of slices, instants, counters and flows takes.
+"""Write Perfetto's trace format: the part for slices, instants, counters and flows.
 
 A trace is a ``perfetto.protos.Trace``: packets, each with a time and a TrackEvent on one of the tracks described before
 it (protos/perfetto/trace of Perfetto's tree, where the numbers are from; https://ui.perfetto.dev opens it). Strings are
@@ -88,7 +88,7 @@ class Writer:
         self._track(track, body + (_text(_TRACK_DESCRIPTION, description) if description else b""))
 
     def track(self, track: int, parent: int, name: str, rank: int = 0, description: str = "") -> None:
-        """Describe a track that is no thread's."""
+        """Describe a track without a thread."""
         body = _number(_TRACK_PARENT, parent) + _text(_TRACK_NAME, name) + _number(_TRACK_RANK, rank)
         self._track(track, body + (_text(_TRACK_DESCRIPTION, description) if description else b""))
 
@@ -142,7 +142,7 @@ class Writer:
         self.put(ns, _event(body))
 
     def _time(self, ns: int) -> bytes:
-        """Encode a time, what is done most often: so the rest of a packet is encoded once, for any time."""
+        """Encode a time. This is the most frequent operation, so the rest of a packet is encoded only once."""
         # Times of one trace have their upper bits in common for two milliseconds each.
         if ns >> 21 != self._upper:
             self._upper, self._upper_bytes = ns >> 21, _long_varint(ns >> 21, _TIME_BYTES - 3)

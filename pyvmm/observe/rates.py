@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How busy a running machine is: a reading of what it has counted, and what two of them say of the time between.
+"""How busy a running machine is: take readings of its counters, and compute rates from two of them.
 
-A reading is a plain dict, for it goes to other processes as JSON. Taking one reads counters that are kept in any case,
-and /proc; the vCPUs are not disturbed. Owns nothing.
+A reading is a plain dict, because it goes to other processes as JSON. It reads existing counters and /proc, without
+disturbing the vCPUs. Owns nothing.
 
-Exits are those that reach this process. Kicks of virtqueues that the kernel takes make none, and are counted apart.
+Exits are those that reach this process. Virtqueue kicks that the kernel takes are counted separately.
 
 Of a vCPU's time, "vmm" is from KVM_RUN's return to the next entry, by the native loop's clock. The rest, inside
-KVM_RUN, is divided by what the kernel accounts to the thread, in ticks of 10 ms and so a sample: "guest", which EL2 is
-part of, and "kernel". What is left is "waiting": a vCPU that is halted or off, or somebody else's turn on the CPU.
+KVM_RUN, is divided by the kernel's accounting of the thread, sampled in ticks of 10 ms: "guest", which includes EL2,
+and "kernel". The remainder is "waiting": the vCPU is halted or off, or other tasks have the CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SYSTEM, _GUEST = 14, 42
 
 
 def take_reading(machine: Machine) -> Reading:
-    """Return what ``machine`` has counted until now; times in ns, of CLOCK_MONOTONIC where they are points."""
+    """Return a reading of ``machine``. Times are in ns; points in time are of CLOCK_MONOTONIC."""
     config = machine.config
     tids = {thread.name: thread.native_id for thread in threading.enumerate()}
     vm = machine.native
@@ -71,7 +71,7 @@ def take_reading(machine: Machine) -> Reading:
 
 
 def donated() -> int:
-    """Return how many pages this process has locked: under pkvm those that were donated to its guest."""
+    """Return the number of pages that this process has locked: under pkvm those donated to its guest."""
     with open("/proc/self/status", "rb", buffering=0) as file:
         text = file.read()
     return int(text[text.index(b"VmLck:") + 6 :].split(None, 1)[0]) * 1024 // PAGE_SIZE
@@ -80,7 +80,7 @@ def donated() -> int:
 def _counted(native: pv_vcpu, elapsed_ns: int) -> dict[str, Any]:
     stats = [native.stats[code] for code in EXITS]
     kvm_run, vmm = sum(s.guest_ns for s in stats), sum(s.vmm_ns for s in stats)
-    # What is under way is counted when it ends; until then it is the time that nobody has counted.
+    # The current interval is counted when it ends. Until then it is the uncounted time.
     rest = max(0, elapsed_ns - kvm_run - vmm)
     kvm_run, vmm = (kvm_run + rest, vmm) if native.tid else (kvm_run, vmm + rest)
     exits = zip(EXITS.values(), stats, strict=True)
@@ -92,7 +92,7 @@ def _counted(native: pv_vcpu, elapsed_ns: int) -> dict[str, Any]:
 
 
 def _accounted(tid: int | None) -> dict[str, int | None]:
-    """Say what the kernel accounts to a thread; None of one that has ended."""
+    """Return the kernel's accounting of a thread, or None if it has ended."""
     try:
         with open(f"/proc/self/task/{tid}/stat") as file:
             # The name, in parentheses, may have anything in it.
@@ -104,14 +104,14 @@ def _accounted(tid: int | None) -> dict[str, int | None]:
 
 
 def since_start(now: Reading) -> Report:
-    """Report on a run from its beginning on."""
+    """Report on a run from its beginning."""
     nothing = {"exits": {}, "kvm_run_ns": 0, "vmm_ns": 0, "guest_cpu_ns": 0, "kernel_cpu_ns": 0}
     before = {**now, "ns": now["ns"] - now["elapsed_ns"], **dict.fromkeys(_RATES, 0)}
     return report({**before, "vcpus": [nothing] * len(now["vcpus"])}, now)
 
 
 def report(before: Reading, now: Reading) -> Report:
-    """Say what happened between two readings of one machine: rates a second, shares of time from 0 to 1."""
+    """Compute a report from two readings of one machine: rates per second, shares of time from 0 to 1."""
     seconds = max(now["ns"] - before["ns"], 1) / 1e9
     vcpus = [_vcpu(old, new, seconds) for old, new in zip(before["vcpus"], now["vcpus"], strict=True)]
     names = {name for vcpu in vcpus for name in vcpu["kinds"]}
@@ -158,16 +158,16 @@ def _times(before: Mapping[str, Any], now: Mapping[str, Any], seconds: float) ->
     vmm = min(max(0.0, (now["vmm_ns"] - before["vmm_ns"]) / 1e9 / seconds), 1.0)
     if now["guest_cpu_ns"] is None:
         return {"guest": None, "kernel": None, "vmm": vmm, "waiting": None}
-    # Before there was a thread nothing was accounted to it.
+    # A new thread starts at 0.
     guest, kernel = (max(0.0, (now[k] - (before[k] or 0)) / 1e9 / seconds) for k in ("guest_cpu_ns", "kernel_cpu_ns"))
-    # Ticks may say a little more than there was; and what the kernel did for the VMM's own calls is in "vmm" already.
+    # Ticks may exceed the elapsed time a little. Kernel time of the VMM's own calls is already in "vmm".
     guest = min(guest, 1.0 - vmm)
     kernel = min(kernel, 1.0 - vmm - guest)
     return {"guest": guest, "kernel": kernel, "vmm": vmm, "waiting": max(0.0, 1.0 - vmm - guest - kernel)}
 
 
 def lines(report: Report, *, width: int = 80, height: int = 40) -> list[str]:
-    """Write a report as at most ``height`` lines of ``width``; of many vCPUs those that there is room for."""
+    """Write a report as at most ``height`` lines of ``width``, with as many vCPUs as fit."""
     vcpus, exits = report["vcpus"], report["exits"]
     found = [
         f"{report['kernel']}: protection {report['protection']}, {len(vcpus)} vCPU{'' if len(vcpus) == 1 else 's'}, "
@@ -187,7 +187,7 @@ def lines(report: Report, *, width: int = 80, height: int = 40) -> list[str]:
     pages = report["pages"]
     shown = {name: count for name, count in pages.items() if count or name in ("private", "shared")}
     if report["donated"] is not None:
-        # The kernel does not tell which pages are the guest's; how many, it does.
+        # The kernel does not report which pages are donated, only their number.
         assumed = {"private": "private or untouched"}
         shown = {"donated": report["donated"], **{assumed.get(name, name): shown[name] for name in shown}}
     rest = [

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records every exit of a run, and what the guest waits for meanwhile, for a trace file to be made of it afterwards.
+"""Record every exit of a run, and the guest's waits, for a trace file.
 
-A :class:`Recorder` is a :class:`~pyvmm.observe.timeline.Timeline` that keeps the rings' records as they are: it owns a
-thread (``pyvmm-trace``) that empties the rings, the larger rings it gives the vCPUs, and ears in the share relay. The
-vCPUs do no more than write a record at each exit; nothing is decoded, and nothing written, before the run is over.
+A :class:`Recorder` is a :class:`~pyvmm.observe.timeline.Timeline` that keeps the rings' raw records. It owns a thread
+(``pyvmm-trace``) that empties the rings, larger rings for the vCPUs, and hooks in the share relay. The vCPUs only write
+a record at each exit. Decoding and writing happen after the run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from pyvmm.memory.relay import ShareEvent, ShareRelay, Subscriber
 
 MOST_RECORDS: Final = 1 << 20
-"""Records kept of a run, about as many exits; later ones are counted as lost. 32 MiB, and ten times that as a file."""
+"""Maximum records of a run, about one per exit. Later ones are counted as lost. 32 MiB, and ten times that as a
+file."""
 RING_RECORDS: Final = 1 << 16
 """Of a vCPU, fewer where there are many of them: at a million exits a second, 65 ms of one."""
 _ALL_RINGS: Final = 1 << 19
 PERIOD = 0.05
-"""Seconds between two looks at the rings at least, and so many times what a look took; none while a ring fills fast."""
+"""Pause between two looks at the rings: seconds, and multiples of the last look; none while a ring fills fast."""
 PATIENCE = 5
 _BATCH: Final = 1 << 12
 _RECORD: Final = struct.Struct("<QBBBBIQQ")
@@ -50,10 +51,10 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What went through the share relay from ``ns`` to ``end_ns``, about the pages from ``gpa``.
+    """An event of the share relay from ``ns`` to ``end_ns``, for the pages from ``gpa``.
 
-    ``what`` is "announced" for a conversion told to every subscriber, "told" for one of them, named ``who``, and
-    "asked" when ``who`` asked whether a page is shared; then ``shared`` is the answer, else the conversion.
+    ``what`` is "announced" for the notification of all subscribers, "told" for that of the subscriber ``who``, and
+    "asked" when ``who`` checked whether a page is shared. Then ``shared`` is the answer, else the conversion.
     """
 
     what: str
@@ -66,7 +67,7 @@ class Heard:
 
 
 class Recorder(Timeline):
-    """Records one machine's run; ``trace`` tells of faults, if it can."""
+    """Records one machine's run. ``trace`` provides faults, if available."""
 
     def __init__(self, trace: FaultTrace | None = None) -> None:
         super().__init__(trace)
@@ -84,7 +85,7 @@ class Recorder(Timeline):
     # -- the run
 
     def watch(self, memory: Memory, natives: Sequence[pv_vcpu]) -> None:
-        """Make ``natives``, none of which has run yet, record every exit, and begin to take what they record."""
+        """Make ``natives``, which have not run yet, record every exit, and start to collect the records."""
         super().watch(memory, natives)
         size = RING_RECORDS
         while size * len(natives) > _ALL_RINGS:
@@ -102,14 +103,14 @@ class Recorder(Timeline):
         self._thread.start()
 
     def listen(self, relay: ShareRelay) -> None:
-        """Hear what goes through ``relay`` from now on, before any device subscribes."""
-        # A subscriber would make the loop stop at every share, and shares dearer by what a trace must not cost. So the
-        # relay's own methods are stood in for, which nobody calls but at shares that stop the loop anyway.
+        """Record the events of ``relay`` from now on. Call it before any device subscribes."""
+        # A subscriber would make the loop stop at every share, which would distort the trace. So the relay's methods
+        # are wrapped, which run only at shares that stop the loop anyway.
         for name, stand_in in Ears(relay, self._hear).stand_ins().items():
             setattr(relay, name, stand_in)
 
     def stop(self) -> None:
-        """Take what is in the rings for the last time; the vCPUs have stopped. The second time nothing happens."""
+        """Empty the rings for the last time, after the vCPUs have stopped. Idempotent."""
         if self._thread is None:
             return
         os.eventfd_write(self._wake, 1)
@@ -228,7 +229,7 @@ class Recorder(Timeline):
 
 
 class Ears:
-    """Hears what goes through one relay, by standing in for its methods, and hands it to ``heard``.
+    """Wraps the methods of one relay, and passes its events to ``heard``.
 
     Runs in the thread and under the locks of whoever calls them.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The little of SVG that the pictures need: drawings as text, put together and made a document or part of a page.
+"""The part of SVG that the pictures need: drawings as text, combined into a document or a part of a page.
 
 Self-contained: no scripts, no style sheets, no fonts or files from elsewhere; shapes are attributes only, so that a
 picture inlined in a page neither styles the page nor is styled by it.
@@ -56,7 +56,7 @@ def text(
 
 
 def heading(words: str, more: str = "") -> Drawing:
-    """Write a picture's title, and under it in small what there is to say of it."""
+    """Write a picture's title, and below it a note in small text."""
     body, height = text(0, 13, words, size=14, bold=True), 17.0
     if more:
         body, height = body + text(0, height + TEXT, more, fill=FAINT), height + LINE

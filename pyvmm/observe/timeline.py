@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to guest memory in a run, in order: faults, shares, and what was done from this side.
+"""The events of guest memory in a run, in order: faults, shares, and changes by the VMM.
 
-A :class:`Timeline` owns the list, and is the one reader of the rings of the vCPUs it watches. It costs the guest
-nothing that would not be done anyway: rings are written in any case, the kernel's trace by whoever made it, and it
-subscribes to no shares, which would stop the loop at each.
+A :class:`Timeline` owns the list, and is the only reader of its vCPUs' rings. It adds no cost to the guest: rings are
+always written, the kernel's trace has its own owner, and it does not subscribe to shares, which would stop the loop at
+each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS: Final = ("fault", "share", "unshare", "convert", "punch", "slot")
 """A stage-2 fault; a page shared, or taken back; a page moved to another backing, or dropped from its own; a slot added
 or removed."""
 MOST: Final = 1 << 17
-"""Events kept; a guest must not make the list longer than this. The first ones are."""
+"""Maximum events to keep, so that a guest cannot fill memory. The first ones are kept."""
 _BATCH: Final = 512
 
 
@@ -52,9 +52,9 @@ class Event(NamedTuple):
 
 
 class Timeline:
-    """Records one machine's events; ``trace`` tells of faults, if it can.
+    """Records one machine's events. ``trace`` provides faults, if available.
 
-    Faults at the addresses of devices are left to the trace to leave out. Every method may be called from any thread.
+    The trace must exclude faults at the addresses of devices. Every method may be called from any thread.
     """
 
     def __init__(self, trace: FaultTrace | None = None) -> None:
@@ -100,19 +100,19 @@ class Timeline:
 
     @property
     def lost(self) -> int:
-        """How many events there was no room for, in a ring, in the kernel's buffer or here."""
+        """The number of events dropped for lack of room, in a ring, in the kernel's buffer or here."""
         with self._lock:
             lost = self._dropped() + self._left_out
         return lost + (self._trace.lost if self._trace is not None else 0)
 
     @property
     def why_no_faults(self) -> str:
-        """Why faults are not recorded; empty where they are."""
+        """Why faults are not recorded; empty if they are."""
         return self._trace.why_not if self._trace is not None else "nobody asked for them"
 
     @property
     def notes(self) -> list[str]:
-        """What a picture of this must say: what is not in it."""
+        """Notes about missing events, which a picture must show."""
         found = [f"faults were not recorded: {self.why_no_faults}"] if self.why_no_faults else []
         return [*found, *([f"{self.lost:,} events were lost: there was no room for them"] if self.lost else [])]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a timeline as SVG: time to the right, guest addresses downwards, a mark for each event.
+"""Draw a timeline as SVG: time to the right, guest addresses downwards, a mark for each event.
 
-Addresses at which nothing happened are left out, and the gap is said. Each kind has a shape and a colour of its own.
+Addresses without events are left out, and the gap is labelled. Each kind has its own shape and colour.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _Times:
         self.scale, self.unit = (1, "") if by_order else next(u for u in units if self.length >= 2 * u[0] or u[0] == 1)
 
     def x(self, ns: int) -> float:
-        """Place a time; what is before the start is at it."""
+        """Place a time. Earlier times are placed at the start."""
         return PAD + max(ns - self.start, 0) / self.length * (WIDTH - 2 * PAD)
 
     def time_text(self, ns: int) -> str:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a Perfetto trace of what a :class:`~pyvmm.observe.recorder.Recorder` recorded: which tracks there are, and what
-is on them.
+"""Convert the records of a :class:`~pyvmm.observe.recorder.Recorder` to a Perfetto trace, with these tracks:
 
     process: the VM                     exits/s, private pages, shared pages
       vCPU 0, 1, ...   [guest        ][exit: MMIO pl011+0x0][guest            ][exit: hypercall      ][guest ...
@@ -8,8 +7,8 @@ is on them.
       share relay                                                                   [announce ┴]
       device echo                                                                    [told    ]
 
-A slice "guest" is from entering KVM_RUN to its return: EL2, the host kernel and waiting are in it. A slice "exit" is
-from there to the next entry, in C or, where the category says so, in Python. Owns nothing.
+A slice "guest" is from entering KVM_RUN to its return, including EL2, the host kernel and waiting. A slice "exit" is
+from there to the next entry, in C, or in Python if the category says so. Owns nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ GUEST_IS: Final = "guest: from entering KVM_RUN to its return, with what EL2 and
 BINS: Final = 1000
 """Values of exits/s at most, and no more than one a millisecond."""
 MOST_NAMES: Final = 1 << 12
-"""Different accesses that are called by their address; a guest must not make the table of names endless."""
+"""Maximum accesses named by their address, so that a guest cannot fill the table of names."""
 
 _PROCESS, _EXITS, _DONATED, _PRIVATE, _SHARED, _RELAY, _MEMORY, _STRAY = range(1, 9)
 _DEVICES, _EL2, _VCPUS = 1 << 8, 1 << 16, 1 << 17
@@ -69,7 +68,7 @@ class TracedRun:
 def write_trace(
     write: Callable[[bytes], object], recorder: Recorder, run: TracedRun, el2: Sequence[HypEvent] = ()
 ) -> list[str]:
-    """Write the trace of a run that is over through ``write``, which may raise what it likes; returns what is missing.
+    """Write the trace of a finished run through ``write``, which may raise anything. Returns what is missing.
 
     ``el2`` are the hypervisor's entries and exits, the oldest first; those before the run are left out.
     """
@@ -79,10 +78,10 @@ def write_trace(
 
 
 class _Flows:
-    """Which events have to do with each other: those about one page, from a share or an unshare to the next of them.
+    """Connect related events: those about one page, from one conversion to the next.
 
-    Whatever knows a page's conversion, the vCPU's record, the relay's announcement, the device that was told or asked,
-    is part of the same flow, in the order of time.
+    A conversion's flow contains the vCPU's record, the relay's announcement, and the notified or asking devices, in the
+    order of time.
     """
 
     def __init__(self) -> None:
@@ -187,7 +186,7 @@ class _Trace:
         self.flows.settle()
 
     def _by_vcpu(self, faults: Sequence[TracedFault]) -> dict[int, list[TracedFault]]:
-        """Sort faults out by vCPU, -1 for those of a thread that is no vCPU's we have seen."""
+        """Group faults by vCPU, -1 for threads of unknown vCPUs."""
         cpus = {tid: index for index, tid in self.recorder.tids.items()}
         if self.recorder.cpus == 1:
             cpus.update((fault.tid, 0) for fault in faults)
@@ -351,7 +350,7 @@ class _Trace:
                     writer.count(move.ns, _PRIVATE, private)
 
     def _rate(self) -> None:
-        """Count exits in bins of 2^20 ns, or so many of them that there are no more than BINS."""
+        """Count exits in bins of 2^20 ns, or of a multiple, for at most BINS bins."""
         if not self.exits:
             return
         first, last = min(self.exits), max(self.exits)

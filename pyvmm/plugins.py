@@ -172,7 +172,7 @@ def _read(group: str) -> tuple[dict[str, list[tuple[Distribution, EntryPoint]]],
 def _load(name: str, entries: list[tuple[Distribution, EntryPoint]], kind: type[T]) -> Plugin[T]:
     package = " and ".join(package_name(distribution) for distribution, _ in entries)
     if len(entries) > 1:
-        raise PluginError(name, package, "several packages have it")
+        raise PluginError(name, package, "it is defined more than once")
     [(_, entry)] = entries
     if not entry.pattern.match(entry.value):
         raise PluginError(name, package, f"{entry.value!r} is not MODULE:NAME")

@@ -147,7 +147,7 @@ def test_a_series_that_is_refused_says_how_far_it_came() -> None:
 
 def test_the_value_that_means_loads_cannot_be_stored_by_mistake() -> None:
     guest, box = answering(1)
-    with pytest.raises(UsageError, match="stands for loads"):
+    with pytest.raises(UsageError, match="means a load in this order"):
         guest.mmio(PAGE, value=-1)
     guest.mmio(PAGE, 10)
     assert box.orders == [(0, abi.OP_MMIO, [PAGE, 8, 10, (1 << 64) - 1])]

@@ -44,7 +44,7 @@ def pipe() -> Iterator[Fd]:
     [
         ("KVM_CREATE_VM", errno.EINVAL, {"type": 1 << 31}, "does not run pKVM", "kvm-arm.mode=protected"),
         ("KVM_CREATE_VM", errno.EINVAL, {"type": 99}, "machine type", "type 0"),
-        ("KVM_CREATE_VM", errno.ENOMEM, {"type": 0}, "255 VMs", "end some"),
+        ("KVM_CREATE_VM", errno.ENOMEM, {"type": 0}, "255 VMs", "end other"),
         ("KVM_CREATE_VCPU", errno.EBUSY, {"index": 2}, "already initialised", "before"),
         ("KVM_SET_USER_MEMORY_REGION", errno.EEXIST, {"slot": 1, "size": 4096}, "overlaps", "delete that slot"),
         ("KVM_SET_USER_MEMORY_REGION", errno.EINVAL, {"gpa": 1, "size": 4096}, "multiples of 4096", None),
@@ -54,21 +54,21 @@ def pipe() -> Iterator[Fd]:
             "KVM_SET_USER_MEMORY_REGION2",
             errno.EINVAL,
             {"flags": 4, "size": 4096, "memfd_flags": 1},
-            "cannot be changed",
+            "can only be deleted, not changed",
             None,
         ),
-        ("KVM_SET_USER_MEMORY_REGION", errno.EPERM, {"slot": 1, "size": 0}, "once it has run", "only adding"),
+        ("KVM_SET_USER_MEMORY_REGION", errno.EPERM, {"slot": 1, "size": 0}, "once it has run", "only add slots"),
         ("KVM_SET_USER_MEMORY_REGION", errno.EFAULT, {"gpa": 1 << 45, "size": 4096}, "address bits", "max_ipa_bits"),
         ("KVM_SET_USER_MEMORY_REGION2", errno.ENOTTY, {"size": 4096}, "older than 6.8", None),
         ("KVM_SET_USER_MEMORY_REGION2", errno.EINVAL, {"size": 1 << 20, "flags": 4, "memfd_flags": 0}, "MMAP", "pass"),
-        ("KVM_ARM_VCPU_INIT", errno.ENOENT, {}, "no feature of such a number", "newer"),
+        ("KVM_ARM_VCPU_INIT", errno.ENOENT, {}, "does not know this feature", "KVM_ARM_VCPU"),
         ("KVM_CREATE_GUEST_MEMFD", errno.EINVAL, {"size": 100, "flags": 1}, "multiple of 4096", None),
         ("KVM_CREATE_GUEST_MEMFD", errno.EINVAL, {"size": 4096, "flags": 65}, "does not know these flags", "FLAGS"),
         ("KVM_SET_DEVICE_ATTR", errno.EINVAL, {"attr": "KVM_ARM_VM_SMCCC_FILTER"}, "no SMCCC filter", "emulated"),
         ("KVM_SET_ONE_REG", errno.ENOEXEC, {"id": 1}, "not initialised", "init()"),
         ("KVM_RUN", errno.ENOMEM, {}, "RLIMIT_MEMLOCK", "ulimit -l"),
         ("KVM_RUN", EHWPOISON, {}, "broken memory", None),
-        ("KVM_GET_MP_STATE", errno.EIO, {}, "another process", "no fork"),
+        ("KVM_GET_MP_STATE", errno.EIO, {}, "another process", "not forks"),
         ("KVM_GET_REGS", errno.EBADF, {}, "it is closed", None),
     ],
 )
@@ -185,7 +185,7 @@ def test_an_attribute_of_a_closed_device_is_an_error(pipe: Fd) -> None:
 
 
 def test_a_host_without_kvm_is_told_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="there is no KVM here") as caught:
+    with pytest.raises(HostError, match="this host has no KVM") as caught:
         System.open(str(tmp_path / "kvm"))
     assert "pyvmm --lab" in str(caught.value.hint)
     assert "modprobe" in str(caught.value.hint)

@@ -82,7 +82,7 @@ def test_of_a_file_that_was_cut_nobody_finds_zeros(slot: Any, file: int) -> None
         for closed in [pool.submit(lazy.close) for _ in range(2)]:
             closed.result(10)
         assert reader.result(10) == b""
-    assert [error.message.partition(":")[0] for error in failed] == ["a page of the snapshot cannot be had any more"]
+    assert [error.message.partition(":")[0] for error in failed] == ["a page of the snapshot cannot be read"]
     assert look(slot.hva) == b""
 
 
@@ -103,7 +103,7 @@ def test_without_a_thread_nothing_is_left_behind(
 
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(HostError, match="no thread to serve them: can't start new thread"):
+    with pytest.raises(HostError, match="start a thread for page faults: can't start new thread"):
         LazySlot(file, OFFSET, slot, nothing_fails)
     assert len(os.listdir("/proc/self/fd")) == before - 1
     assert userfault.fd < 0

@@ -82,11 +82,11 @@ def test_another_kind_of_cpu_is_refused_by_the_register_that_differs() -> None:
     saved = state.save_vcpu(vcpu(1, 2, 3))
     lacking = vcpu(0, 0, 0)
     del lacking.registers[X0]
-    with pytest.raises(HostError, match=f"no register {X0:#x}"):
+    with pytest.raises(HostError, match=f"has register {X0:#x}, which this host"):
         state.load_vcpu(lacking, saved)
     stubborn = vcpu(0, 0, 0)
     stubborn.fixed = {X0}
-    with pytest.raises(HostError, match=f"register {X0:#x} cannot be 0x1 here"):
+    with pytest.raises(HostError, match=f"register {X0:#x} cannot be set to 0x1 on this host"):
         state.load_vcpu(stubborn, saved)
 
 
@@ -163,7 +163,7 @@ def test_a_register_that_only_cpus_with_more_priorities_have_is_neither_saved_no
 
 def test_a_host_without_an_its_cannot_go_on_with_one() -> None:
     _, _, saved = saved_gic({}, {})
-    with pytest.raises(UsageError, match="disagree on there being an ITS"):
+    with pytest.raises(UsageError, match="only one of the snapshot and this host has an ITS"):
         state.load_gic(Device("gic"), None, saved)  # type: ignore[arg-type]
 
 
@@ -175,7 +175,7 @@ def test_a_register_that_this_host_does_not_take_is_named() -> None:
         raise KvmError("KVM_SET_DEVICE_ATTR", f"group={group}, attr={attr:#x}", errno.EINVAL)
 
     fresh.set_attr = refuse
-    with pytest.raises(HostError, match="gic: group 1, register 0x8 cannot be 0x1000 here"):
+    with pytest.raises(HostError, match="gic: group 1, register 0x8 cannot be set to 0x1000 on this host"):
         state.load_gic(fresh, Device("its"), saved)  # type: ignore[arg-type]
 
 

@@ -75,7 +75,7 @@ def test_large_memory_starts_on_a_huge_page() -> None:
 def test_hiding_a_view_leaves_kvms_mapping_open() -> None:
     with Memfd(MIB) as backing:
         backing.load(0, b"data")
-        with pytest.raises(UsageError, match="take it from the guest"):
+        with pytest.raises(UsageError, match="hide it from the guest"):
             backing.hide(0, MIB)
         backing.separate_view()
         backing.hide(0, PAGE_SIZE)
@@ -102,7 +102,7 @@ def test_sizes_that_are_not_whole_pages_are_refused(size: int) -> None:
 
 
 def test_memory_that_does_not_fit_is_explained() -> None:
-    with pytest.raises(mman.MappingError, match="ENOMEM: no room") as caught:
+    with pytest.raises(mman.MappingError, match="ENOMEM: this process's address space") as caught:
         Memfd(1 << 47)
     assert caught.value.hint is not None
 
@@ -262,7 +262,7 @@ def test_anonymous_memory_reads_as_zeros_where_it_was_punched() -> None:
 
 
 def test_anonymous_memory_has_no_second_view() -> None:
-    with Anonymous(PAGE_SIZE) as memory, pytest.raises(UsageError, match="cannot be mapped a second time"):
+    with Anonymous(PAGE_SIZE) as memory, pytest.raises(UsageError, match="cannot be mapped twice"):
         memory.separate_view()
     with pytest.raises(UsageError, match="is closed"):
         memory.load(0, b"x")

@@ -202,7 +202,7 @@ def test_its_files_are_few_and_go_with_the_memory() -> None:
     [
         ([(START, GRANULE)], {"granule": 100}, "a granule of 0x64 bytes"),
         ([(START, GRANULE)], {"granule": 0}, "a granule"),
-        ([(START, GRANULE)], {"limit": 0}, "at least one"),
+        ([(START, GRANULE)], {"limit": 0}, "use at least 1"),
         ([(START + 1, GRANULE)], {}, "whole pages"),
         ([(START, 5)], {}, "whole pages"),
         ([(START, 0)], {}, "whole pages"),
@@ -255,7 +255,7 @@ def test_it_is_attached_once_and_before_it_is_called() -> None:
     _, memory, _ = build()
     with memory:
         lazy.attach(memory)
-        with pytest.raises(UsageError, match="one guest"):
+        with pytest.raises(UsageError, match="already serves another guest"):
             lazy.attach(memory)
 
 

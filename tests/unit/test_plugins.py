@@ -78,7 +78,9 @@ def test_interrupt_at_import_is_no_fault_of_the_plugin(site: Path) -> None:
 def test_name_that_two_packages_bring_is_a_fault_that_names_both(site: Path) -> None:
     install(site, "pyvmm-a", {"a.py": "x = 1"}, {plugins.CASES: {"same": "a:x", "other": "a:x"}})
     install(site, "pyvmm-b", {"b.py": "x = 2"}, {plugins.CASES: {"same": "b:x"}})
-    with pytest.raises(plugins.PluginError, match=r"'same' of the package pyvmm-\w and pyvmm-\w cannot .* than once"):
+    with pytest.raises(
+        plugins.PluginError, match=r"'same' of the package pyvmm-\w and pyvmm-\w cannot .*defined more than once"
+    ):
         plugins.find(plugins.CASES, "same", int)
     assert plugins.find(plugins.CASES, "other", int) == 1
 

@@ -58,7 +58,7 @@ struct board {
     const char *bootargs; /* never NULL */
     u64 cpu_count;
     u64 mpidr[MAX_CPUS];
-    u64 features; /* of the hypervisor: bits of HVC_FEATURES, 0 when it has none */
+    u64 features; /* of the hypervisor: bits of HVC_FEATURES, 0 without features */
 };
 extern struct board board;
 void board_read(const void *fdt); /* board.c */
@@ -84,7 +84,7 @@ MMIO(16, uint16_t, "w", "h")
 MMIO(32, u32, "w", "")
 MMIO(64, u64, "x", "")
 
-static inline void barrier(void) /* what was written to memory is there before the device access that follows */
+static inline void barrier(void) /* memory writes complete before the following device access */
 {
     __asm__ volatile("dsb sy" : : : "memory");
 }
@@ -113,7 +113,7 @@ static inline void unlock(u32 *word)
     __asm__ volatile("stlr wzr, %0" : "=Q"(*word) : : "memory");
 }
 
-/* print.c: the UART, and nothing where there is none. %s %c %lu %ld %lx %%; a line is never mixed with another's. */
+/* print.c: the UART; does nothing without a UART. %s %c %lu %ld %lx %%; a line is never mixed with another's. */
 void print(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void put(char c);
 /* key=value in the boot arguments: the value's length (0: empty or no such key), *value its start. */
@@ -136,7 +136,7 @@ void leave(u64 how) __attribute__((noreturn)); /* by one of these: */
 #define PSCI_SYSTEM_RESET 0x84000009
 void park(void) __attribute__((noreturn)); /* start.S: wait for interrupts for ever */
 
-/* board.c: pages of free memory, contiguous, untouched; 0 when there are not so many. */
+/* board.c: pages of free memory, contiguous, untouched; 0 if they do not fit. */
 u64 page_alloc(u64 pages);
 /* The page of registers of this vCPU's mailbox, or 0. */
 u64 mailbox(void);

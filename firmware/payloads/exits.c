@@ -4,9 +4,8 @@
  *
  *   count=N    exits a round   (1000)          rounds=N   rounds of each   (5)
  *
- * One line a round: exits: what=store|load|hvc round=0 count=… ticks=… hz=…. A store goes to a register that only
- * keeps it (UARTILPR), a load comes from the flags (UARTFR), an hvc asks for PSCI's version, which a kernel answers
- * itself.
+ * One line a round: exits: what=store|load|hvc round=0 count=… ticks=… hz=…. A store goes to a register without side
+ * effects (UARTILPR). A load reads the flags (UARTFR). An hvc asks for PSCI's version, which a kernel answers itself.
  */
 #include "../lib/lib.h"
 

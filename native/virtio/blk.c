@@ -3,8 +3,8 @@
  * Python decides policy.
  *
  * The kernel copies between the page cache and user addresses of guest memory, and stops with EFAULT at a private page.
- * If the file system might pin pages instead (pv_blk.bounce), data goes through a buffer and guarded copies, because
- * the kernel takes a pinned page of a protected guest back by force. */
+ * If the file system might pin pages (pv_blk.bounce), data goes through a buffer and guarded copies: the kernel takes a
+ * protected guest's pinned page back by force. */
 #include "virtio/virtio.h"
 
 #include <endian.h>

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a cold donation goes: four parts, each from a measurement of its own. Pure functions.
+"""Where the time of a cold donation goes: four parts, each measured separately. Pure functions.
 
 The whole is what the guest waits for a page that nobody has touched, by its own counter, less what tracing takes:
 

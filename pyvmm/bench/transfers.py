@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Linux guests read and write, receive and send through their devices, and what it takes by their own clocks.
 
-A guest of the project's kernel does one operation a number of times and says its uptime between; the disk is a file
-that the host has in memory, the card's other end a server on this host, so neither a medium nor a network has a part.
+A guest of the project's kernel does one operation a number of times and says its uptime between; The disk is a file in
+host memory, and the card's other end is a server on this host. So no medium and no network is involved.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
         formatter_class=Help,
         usage="pyvmm atlas [options] [CLAIM ...]\n       pyvmm atlas diff [--json FILE] A.json B.json",
-        description="Try claims about guest memory on this host's kernel, each with a guest of its own, in every\n"
-        "protection and over every backing where it makes sense, and report what holds, with the evidence.",
+        description="Test claims about guest memory on this host's kernel, each with a new guest, in every\n"
+        "applicable protection and backing. Report verdicts with their evidence.",
         epilog="examples:\n"
         "  pyvmm --lab atlas                                    everything, in the lab\n"
         "  pyvmm --lab atlas ownership                          one group\n"

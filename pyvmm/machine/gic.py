@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interrupt controller in the kernel: a GICv3 with an ITS, or a GICv2 where the host has no GICv3.
 
-Every machine has it, also one whose guest takes no interrupts. Without it, KVM checks timers and counters at every exit
-and every entry on behalf of a user space that delivers interrupts itself, and asks the host's own GIC each time.
+Every machine has it, also one whose guest takes no interrupts. Without it, KVM assumes that user space delivers
+interrupts. It then updates timers and counters at every exit and entry, and reads the host's GIC each time.
 
 Owns the descriptors of the devices; the devices themselves stay in their VM. All of it is there and initialised before
 the first run: KVM never initialises a protected VM's later.

@@ -75,7 +75,7 @@ def names() -> list[str]:
 def payload(name: str) -> bytes:
     """Return a payload's flat binary: position independent, entered at its first byte with x0 = device tree.
 
-    UsageError for a name there is none of; PyvmmError when the installation has lost the file.
+    Raises UsageError for an unknown name; PyvmmError when the installation has lost the file.
     """
     if name not in USAGE:
         import difflib

@@ -127,7 +127,7 @@ class Requests:
         return take_reading(self._machine)
 
     def pause(self) -> dict[str, Any]:
-        """Make vCPUs, devices and the guest's time stand still, if they do not; a deadline goes on all the same.
+        """Make vCPUs, devices and the guest's time stand still, if they do not; A deadline keeps running.
 
         ``clock`` says why the guest's time does not stand, where it does not.
         """

@@ -86,7 +86,7 @@ def _nobody(_name: str) -> None:
 def read(file: str, cases: Mapping[str, Known], brought: Callable[[str], Known | None] = _nobody) -> Plan:
     """Return the plan in a file; ``brought`` is asked for a case that is none of ``cases``.
 
-    UsageError, with the line, for what is unknown in the file, and for one without points.
+    Raises UsageError, with the line, for unknown entries, and for a plan without points.
     """
     try:
         with open(file, encoding="utf-8") as stream:

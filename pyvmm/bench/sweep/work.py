@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures one point in a process of its own: what an executor's worker is given to do, here or on another machine.
+"""Measure one point in a separate process: what an executor's worker is given to do, here or on another machine.
 
 Owns the processes it runs, which end when this one does. Any thread; on one machine one point at a time is measured,
 lest two of them measure each other, but that is for whoever owns the executor to see to.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""virtio over MMIO, version 2 (virtio 1.2, 4.2): how a driver finds, sets up and resets a device.
+"""virtio over MMIO, version 2 (virtio 1.2, 4.2): a driver finds, sets up and resets a device through it.
 
-Owns the device's queues, its interrupt and what its registers read as (:mod:`pyvmm.devices.virtio.registerstate`). The
-native loop answers reads, and takes selectors, acknowledgements, and the kicks that the kernel does not take itself
+Owns the device's queues, its interrupt and its register values (:mod:`pyvmm.devices.virtio.registerstate`). The native
+loop answers reads, and handles selectors, acknowledgements, and kicks that the kernel does not take
 (:mod:`pyvmm.machine.kicks`). Other writes come here, from any vCPU, under one lock. The device's own threads take only
-a second one, so that a reset may wait for them.
+a second lock, so that a reset may wait for them.
 
 =====================================  ==========================================================================
 what a hostile guest may do            what happens
@@ -14,9 +14,9 @@ take steps out of order                ignored: features after FEATURES_OK, queu
 ask for features that are not offered  FEATURES_OK is not set
 make a queue of 0, 3 or 65535 entries  QueueReady stays 0
 put a ring where there is no memory    the queue breaks when it is used: DEVICE_NEEDS_RESET
-kick before DRIVER_OK                  nothing looks at the queue before that
+kick before DRIVER_OK                  the queue is not served before that
 kick with another width or number      comes to the native loop, also where the kernel takes kicks
-reset in the middle of requests        waits until the request at hand has ended
+reset in the middle of requests        waits until the current request has ended
 =====================================  ==========================================================================
 """
 
@@ -62,14 +62,14 @@ class PulsedLine(Protocol):
 
 
 class VirtioMmio(Device):
-    """A transport; ``device`` is its to close. ``native_vm`` is a ``struct pv_vm *``, ``line`` its interrupt.
+    """A transport. It closes ``device``. ``native_vm`` is a ``struct pv_vm *``, ``line`` its interrupt.
 
-    ``private`` says whether the guest's memory is closed to the host: then ACCESS_PLATFORM is offered, and insisted on,
-    because a driver without it puts its rings where the host cannot look. ``pooled`` says whether the guest has a DMA
-    pool: drivers without ACCESS_PLATFORM would not use it, and those of packed rings fail where it is full. Linux's
-    drivers wait and try again after -ENOMEM, which is what virtqueue_add_split() says then; virtqueue_add_packed() says
-    -EIO, which is the disk's fault to virtio_blk.c, and to virtio_net.c no reason to look for receive buffers again.
-    ``hand_over`` says whether the kernel takes a queue's kicks from now on; without it the native loop always does.
+    ``private`` says whether guest memory can be private. Then ACCESS_PLATFORM is offered and required, because a driver
+    without it puts its rings into private memory. ``pooled`` says whether the guest has a DMA pool. Drivers without
+    ACCESS_PLATFORM would not use it, and drivers of packed rings fail when it is full. Linux's drivers wait and retry
+    after -ENOMEM, which virtqueue_add_split() returns then. virtqueue_add_packed() returns -EIO, which virtio_blk.c
+    reports as a disk error, and after which virtio_net.c does not refill receive buffers. ``hand_over`` asks the kernel
+    to take a queue's kicks, and returns whether it does. Without it the native loop takes them.
     """
 
     name = "virtio_mmio"
@@ -98,9 +98,9 @@ class VirtioMmio(Device):
         self.queues: list[Queue] = []
         self._hand_over = hand_over
         self._lock = threading.Lock()
-        # For what the device's own threads change too, the status and the generation. Taken last, held for a moment.
+        # Guards the status and the generation, which the device's own threads also change. Taken last, held briefly.
         self._guard = threading.Lock()
-        self._news = Complaints(device.label)  # apart: they must not keep the device's own from being said
+        self._news = Complaints(device.label)  # separate: they must not suppress the device's own complaints
         self._registers = RegisterState(device, self.offered, self.interrupt)
         self.native = self.state = self._registers.native
         with contextlib.ExitStack() as half_built:
@@ -117,7 +117,7 @@ class VirtioMmio(Device):
         return queue
 
     def _forget(self) -> None:
-        """Be as after a reset, the status apart."""
+        """Reset everything except the status."""
         self._features = 0
         self._registers.select()
         self._setups = [Setup() for _ in self.queues]
@@ -128,7 +128,7 @@ class VirtioMmio(Device):
         return self.device
 
     def properties(self) -> dict[str, Any]:
-        """Say that no caches are to be flushed."""
+        """Return the property that makes caches coherent."""
         return {"dma-coherent": True}
 
     @property
@@ -138,15 +138,15 @@ class VirtioMmio(Device):
 
     @property
     def features(self) -> int:
-        """What the driver asked for; negotiated once FEATURES_OK is set."""
+        """The driver's features; negotiated once FEATURES_OK is set."""
         return self._features
 
     def about(self) -> str:
-        """Name the device, and how many entries its queues may have."""
+        """Return the device's name, and the maximum entries of its queues."""
         return f"{self.device.label}, queues of {', '.join(str(queue.most) for queue in self.queues)}"
 
     def info(self) -> dict[str, Any]:
-        """Say what the device is called and how far its driver is, and what each queue has carried."""
+        """Return the device's name, its driver's status, and the counters of each queue."""
         return {
             "device": self.device.label,
             "status": int(self.status),
@@ -160,13 +160,13 @@ class VirtioMmio(Device):
 
     @property
     def kicks_without_exit(self) -> int:
-        """Kicks that the kernel took and the device has seen."""
+        """Number of kicks that the kernel took and the device has seen."""
         return sum(int(queue.native.kicks) for queue in self.queues if queue.kicks_in_kernel)
 
-    # -- the device's, from any thread
+    # -- for the device, from any thread
 
     def needs_reset(self) -> None:
-        """Set DEVICE_NEEDS_RESET, and tell a driver that is there."""
+        """Set DEVICE_NEEDS_RESET, and notify an active driver."""
         with self._guard:
             self._registers.status |= Status.NEEDS_RESET
             told = Status.DRIVER_OK in self.status
@@ -174,7 +174,7 @@ class VirtioMmio(Device):
             lib.pv_interrupt(self.interrupt, lib.PV_INTERRUPT_CONFIG)
 
     def config_changed(self) -> None:
-        """Show a new configuration, count it, and tell a driver that is there."""
+        """Publish a new configuration with a new generation, and notify an active driver."""
         with self._guard:
             self._registers.update_config(changed=True)
             told = Status.DRIVER_OK in self.status
@@ -184,7 +184,7 @@ class VirtioMmio(Device):
     # -- registers
 
     def write(self, offset: int, size: int, value: int, vcpu: int) -> None:  # noqa: ARG002
-        """Take a store. Raises Stuck where a reset does not get the device to let go."""
+        """Handle a store. Raises Stuck if a reset cannot stop the device."""
         with self._lock:
             if offset >= CONFIG:
                 start = offset - CONFIG
@@ -219,7 +219,7 @@ class VirtioMmio(Device):
         if value == 0:
             self._reset()
             return
-        # A driver that saw an older status must not undo what was set since (2.1.1); unknown bits are nobody's.
+        # A driver with an older status must not clear newer bits (2.1.1). Unknown bits are ignored.
         for bit, before in BEFORE.items():
             status = self.status
             if not value & bit or bit in status:
@@ -231,7 +231,7 @@ class VirtioMmio(Device):
                 self.device.complaints.warn("features_refused", reason=reason, features=hex_(self._features))
                 return
             with self._guard:
-                self._registers.update_config()  # it may follow from the features
+                self._registers.update_config()  # it may depend on the features
                 self._registers.status |= bit
             if bit is Status.DRIVER_OK:
                 self._start()
@@ -276,7 +276,7 @@ class VirtioMmio(Device):
             return
         queue, setup, status = self.queues[selected], self._setups[selected], self.status
         if offset == Register.QUEUE_READY and value == 0 and not queue.ready:
-            return  # what drivers do after a reset
+            return  # drivers do this after a reset
         if Status.FEATURES_OK not in status or Status.DRIVER_OK in status:
             self.device.complaints.warn("queue_out_of_order", queue=queue.index, status=hex(status))
         elif offset == Register.QUEUE_READY:
@@ -306,15 +306,15 @@ class VirtioMmio(Device):
     # -- life
 
     def pause(self) -> None:
-        """Make the device stand still."""
+        """Pause the device."""
         self.device.pause()
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Resume the device."""
         self.device.resume()
 
     def save(self) -> dict[str, Any]:
-        """Return all of it and of the device, while paused. UsageError where the device has requests in its hands."""
+        """Return the state of transport and device, while paused. Raises UsageError if the device holds requests."""
         if held := [queue.index for queue in self.queues if queue.held]:
             raise UsageError(f"{self.device.label} cannot be saved: it holds requests of queue {held[0]}")
         return {
@@ -332,7 +332,7 @@ class VirtioMmio(Device):
         }
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Go on as another was, the device with it. UsageError where that was another device, or none there can be."""
+        """Restore the state of transport and device. Raises UsageError for another or an invalid device."""
         if saved.get("device") != self.device.name:
             raise UsageError(f"{self.device.label} was a {saved.get('device')} where it was saved")
         try:
@@ -367,7 +367,7 @@ class VirtioMmio(Device):
         try:
             self.device.stop()
         except BaseException:
-            # What it waits for may end yet and interrupt, when the eventfd's number is another file's.
+            # Its pending I/O may still end and interrupt, after the eventfd's number was reused.
             self.interrupt.fd = -1
             raise
         finally:

@@ -4,9 +4,9 @@
 ================================================  ===============================================================
 what a hostile guest may do                       what happens
 ================================================  ===============================================================
-send what is no frame, or with a header of lies   dropped and counted; a tap's kernel checks the header
-name private pages, or memory that is none        the kernel's copy ends there: the frame is lost, and counted
-give no receive buffers                           the backend is not read: frames pile up, and are dropped, there
+send an invalid frame or header                   dropped and counted; a tap's kernel checks the header
+name private pages, or no memory                  the kernel's copy ends there: the frame is lost, and counted
+give no receive buffers                           the backend is not read: it queues and drops the frames
 ================================================  ===============================================================
 """
 
@@ -35,7 +35,7 @@ log = get_logger("net")
 RECEIVE, SEND = 0, 1
 LINK_UP: Final = 1
 ETHERNET: Final = 14 + 4
-"""Bytes of a frame that are no packet: its header, and a tag."""
+"""Bytes of a frame besides its packet: the header, and a tag."""
 LONGEST: Final = HEADER + ETHERNET + 65535
 """Bytes of what a tap gives a guest that does the segmentation itself."""
 
@@ -47,19 +47,19 @@ _NEEDS: Final = {
     NetFeature.HOST_ECN: _SEGMENTS_SENT,
     NetFeature.GUEST_ECN: _SEGMENTS_RECEIVED,
 }
-"""What features are good for only with one of which others (virtio 1.2, 5.1.3.1)."""
+"""Features that require one of several others (virtio 1.2, 5.1.3.1)."""
 
 
 def default_mac(name: str) -> bytes:
-    """Make an address that is the same whenever this host's ``name`` is served, and probably nobody else's."""
-    import hashlib  # not for a card whose address was said
+    """Return an address that is stable for ``name`` on this host, and probably unique."""
+    import hashlib  # not needed for a card with a given address
 
     digest = hashlib.sha256(f"{os.uname().nodename}/{name}".encode()).digest()
     return bytes([0x02]) + digest[:5]
 
 
 class VirtioNet(WorkerDevice):
-    """A card with the address ``mac``, or one made from names, before ``backend``, which it closes."""
+    """A card with the address ``mac``, by default derived from names. It closes ``backend``."""
 
     device_id = 1
     name = "net"
@@ -82,7 +82,7 @@ class VirtioNet(WorkerDevice):
         self.native.stop_fd = self._worker.stop_fd
 
     def name_it(self, label: str) -> None:
-        """Be called so, an address made from names too."""
+        """Set the name, and an address derived from names."""
         super().name_it(label)
         self.mac = self._own_mac or default_mac(f"{self.backend.name}/{label}")
 
@@ -91,7 +91,7 @@ class VirtioNet(WorkerDevice):
         return struct.pack("<6sHHH", self.mac, LINK_UP if self.link_up else 0, 1, self.backend.mtu)
 
     def negotiate(self, features: int) -> str | None:
-        """Refuse a feature without the one it stands on."""
+        """Refuse a feature without the one it requires."""
         for feature, one_of in _NEEDS.items():
             if features & feature and not features & one_of:
                 return f"{NetFeature(features & feature)!r} without {one_of!r}"
@@ -114,7 +114,7 @@ class VirtioNet(WorkerDevice):
         self._worker.start(queues)
 
     def _serve(self) -> None:
-        """Move frames until told to stand still, or there is something to decide."""
+        """Move frames until a stop, or until Python must decide."""
         end = lib.pv_net_serve(self.native)
         if end == lib.PV_NET_BROKEN:
             broken = [queue.problem for queue in self._queues if queue.problem]
@@ -125,7 +125,7 @@ class VirtioNet(WorkerDevice):
             raise HostError(f"{self.label}: poll: {os.strerror(self.native.error)}")
 
     def _link_lost(self, error: int) -> None:
-        """Go on with nobody at the other end, and tell the guest and the user."""
+        """Continue without a backend, and notify the guest and the user."""
         why = "; ".join(filter(None, [os.strerror(error) if error else "it hung up", self.backend.last_words()]))
         log.warning("link_down", device=self.label, backend=self.backend.name, reason=why)
         self.native.fd, self.native.backend = -1, lib.PV_NET_NONE
@@ -133,25 +133,25 @@ class VirtioNet(WorkerDevice):
         self.config_changed()
 
     def stop(self) -> None:
-        """Move nothing any more."""
+        """Stop moving frames."""
         super().stop()
         lib.pv_net_settle(self.native)
         self.native.rx = self.native.tx = ffi.NULL
 
     def pause(self) -> None:
-        """Stand still; every buffer of the guest's is in its queue again."""
+        """Pause. All buffers of the guest are returned to their queues."""
         super().pause()
         lib.pv_net_settle(self.native)
 
     def save(self) -> dict[str, Any]:
-        """Return what the driver has read and will not read again."""
+        """Return the configuration that the driver has read."""
         return {"mac": self.mac.hex()}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Be the same card; what is behind it may be another."""
+        """Restore the card. Its backend may be another."""
         self.mac = bytes.fromhex(saved["mac"])
 
     def close(self) -> None:
-        """End the thread, and what is behind the card."""
+        """End the thread, and close the backend."""
         super().close()
         self.backend.close()

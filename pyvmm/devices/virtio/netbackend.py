@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is behind a network card: a descriptor that native/virtio/net.c moves frames to and from, and what it can do."""
+"""Backends of a network card: a descriptor for native/virtio/net.c, and its features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NetFeature(IntFlag):
 
 
 class NetBackend:
-    """Owns ``fd``. ``kind`` is of enum pv_net_backend; ``offloads`` what of NetFeature it can do; ``mtu`` bytes."""
+    """Owns ``fd``. ``kind`` is of enum pv_net_backend, ``offloads`` its features of NetFeature, ``mtu`` in bytes."""
 
     kind: ClassVar[int]
     offloads: NetFeature = NetFeature(0)
@@ -46,29 +46,29 @@ class NetBackend:
         self.fd = fd
 
     def use(self, features: NetFeature) -> None:
-        """Leave undone of checksums and segmentation what ``features``, as negotiated, let it. Raises HostError."""
+        """Enable the offloads that the negotiated ``features`` allow. Raises HostError."""
 
     def last_words(self) -> str:
-        """Say what is known of why it has gone; waits for nothing."""
+        """Return why the backend has gone, if known. Does not wait."""
         return ""
 
     def close(self) -> None:
-        """Close the descriptor, and end what was started; idempotent."""
+        """Close the descriptor, and end started programs. Idempotent."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 class Stream(NetBackend):
-    """A program's socket, each frame behind its length in 4 bytes, big-endian: what passt and QEMU speak."""
+    """A program's socket, with a 4-byte big-endian length before each frame: the protocol of passt and QEMU."""
 
     kind = lib.PV_NET_STREAM
     mtu = 65520
-    """The largest of an IPv4 packet that passt takes, as it tells its guests."""
+    """The largest IPv4 packet of passt, which it reports to its guests."""
 
     @classmethod
     def connect(cls, path: str) -> Stream:
-        """Connect to the Unix socket of a program that runs. Raises UsageError or HostError."""
+        """Connect to the Unix socket of a running program. Raises UsageError or HostError."""
         import socket
 
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""passt as a child of ours: a guest's network without any privilege, whose connections are sockets of the user's.
+"""Run passt as a child process: unprivileged networking for a guest, over the user's sockets.
 
-passt speaks for the host: it answers DHCP, ARP and router solicitations, and makes the guest's flows its own.
+passt acts as the host: it answers DHCP, ARP and router solicitations, and forwards the guest's flows.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from typing import Final
 
 PATIENCE: Final = 2.0
-"""Seconds that it has to end by itself after its connection is closed, and then again after SIGTERM."""
+"""Seconds to wait for its end after the connection is closed, and again after SIGTERM."""
 SAID: Final = 4096
-"""Bytes of what it said that are looked at."""
+"""Maximum bytes read of its output."""
 
 
 class Passt(Stream):
     """A passt that lives as long as its socket. ``forwards`` are TCP ports, the host's and the guest's.
 
-    With ``loopback`` the address of the guest's gateway is the host's own: all that listens on 127.0.0.1 can be reached
-    there. A guest that is not trusted must not, so passt is told, which would have it otherwise.
+    With ``loopback`` the guest reaches services on the host's 127.0.0.1 at its gateway's address. passt allows that by
+    default. An untrusted guest must not, so it is turned off without ``loopback``.
     """
 
     def __init__(self, program: str, forwards: Sequence[tuple[int, int]] = (), *, loopback: bool = False) -> None:
-        """Start ``program``; HostError where that fails. What it cannot do, it says later: :meth:`last_words`."""
+        """Start ``program``. Raises HostError if that fails. Its later errors are in :meth:`last_words`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._said, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # what finds no room in it, it need not say
+        self._said, tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # output without room in the pipe is dropped
         command = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno())]
         if not loopback:
             command.append("--no-map-gw")
@@ -48,7 +48,7 @@ class Passt(Stream):
                 stdout=tell,
                 stderr=tell,
                 pass_fds=(theirs.fileno(),),
-                process_group=0,  # a Ctrl-C on the terminal is for us, and for it when we have done
+                process_group=0,  # a Ctrl-C on the terminal is for us; passt ends after us
             )
         except OSError as error:
             ours.close()
@@ -61,7 +61,7 @@ class Passt(Stream):
         super().__init__("passt", ours.detach())
 
     def last_words(self) -> str:
-        """Say how it ended, if it has, and what it said."""
+        """Return how it ended, if it has, and its output."""
         said = b""
         with contextlib.suppress(OSError):  # nothing, or closed
             said = os.read(self._said, SAID)
@@ -70,7 +70,7 @@ class Passt(Stream):
         return "; ".join(how + [line for line in said.decode(errors="replace").splitlines() if line.strip()][-3:])
 
     def close(self) -> None:
-        """Hang up, and wait for its end; it is helped along where that takes long."""
+        """Hang up, and wait for its end. If that takes long, kill it."""
         if self.fd < 0:
             return
         super().close()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtqueues for devices written in Python; devices written in C call what native/virtio/virtqueue.c offers themselves.
+"""Virtqueues for devices in Python. Devices in C call native/virtio/virtqueue.c directly.
 
-A :class:`Queue` owns one ``struct pv_queue`` and the eventfd that the guest's kicks arrive at. The transport sets it up
-and says when it is ready; between the device's start and stop it belongs to one thread, the device's worker.
+A :class:`Queue` owns one ``struct pv_queue`` and the eventfd of the guest's kicks. The transport sets it up and marks
+it as ready. Between the device's start and stop it belongs to one thread, the device's worker.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
     from pyvmm._native import pv_interrupt, pv_queue, pv_vm
 
-#: A chain may take an indirect table, which is not bound to the queue's size: as many segments as this it may have.
+#: Maximum segments of a chain. An indirect table is not limited by the queue's size.
 LEAST_ROOM: Final = 256
 
 _INDEX: Final = 0xFFFF
-#: What of a queue is more than its setup, and where it ends; None: with the ring.
+#: A queue's saved positions, and their limits; None: the ring's size.
 _POSITION: Final[dict[str, int | None]] = {
     "next": None, "next_wrap": 2, "used": None, "used_wrap": 2, "available": None, "asked": 2,
     "error": lib.PV_QUEUE_ERRORS, "error_gpa": 1 << 64,
 }  # fmt: skip
 _ERRORS: Final = {
-    lib.PV_QUEUE_RING: "one of its rings cannot be touched: it is private, gone, or no memory",
-    lib.PV_QUEUE_TABLE: "an indirect table cannot be touched: it is private, gone, or no memory",
+    lib.PV_QUEUE_RING: "one of its rings is not accessible: private, gone, or outside of memory",
+    lib.PV_QUEUE_TABLE: "an indirect table is not accessible: private, gone, or outside of memory",
     lib.PV_QUEUE_INDEX: "more is available than the ring has descriptors",
-    lib.PV_QUEUE_DESCRIPTOR: "a descriptor is named that the table does not have",
-    lib.PV_QUEUE_LOOP: "a chain has more descriptors than there are: it runs in a loop",
+    lib.PV_QUEUE_DESCRIPTOR: "a descriptor's number is beyond the table",
+    lib.PV_QUEUE_LOOP: "a chain has more descriptors than the table: it loops",
     lib.PV_QUEUE_SEGMENT: "a descriptor is empty, or ends beyond 2^64",
-    lib.PV_QUEUE_ORDER: "a descriptor to be read stands behind one to be written",
+    lib.PV_QUEUE_ORDER: "a readable descriptor follows a writable one",
     lib.PV_QUEUE_LENGTH: "a chain has 4 GiB or more",
     lib.PV_QUEUE_INDIRECTION: "an indirect table was not negotiated, or is empty, odd, in another, or not the last",
     lib.PV_QUEUE_ROOM: "a chain has more segments than the device takes",
@@ -43,19 +43,19 @@ _ERRORS: Final = {
 
 
 class QueueBroken(PyvmmError):
-    """The driver broke the rules, or took the rings away: nothing is done any more before the device is reset."""
+    """The driver violated the protocol, or removed the rings. The queue stops until the device is reset."""
 
 
 class ChainFault(PyvmmError):
-    """A request's bytes at ``gpa`` cannot be touched: private, gone, or no memory. The request fails, not the queue."""
+    """A request's bytes at ``gpa`` are not accessible: private, gone, or no memory. Only the request fails."""
 
     def __init__(self, gpa: int) -> None:
-        super().__init__(f"a request names memory at gpa {hex_(gpa)} that the host may not touch, or that is none")
+        super().__init__(f"a request names gpa {hex_(gpa)}, which the host may not access, or which is not memory")
         self.gpa = gpa
 
 
 class Chain:
-    """One request; valid until it is pushed. Offsets count from the first byte to be read, or to be written."""
+    """One request, valid until it is pushed. Offsets count from the first readable or writable byte."""
 
     __slots__ = ("_queue", "_segments", "native")
 
@@ -75,9 +75,9 @@ class Chain:
         return int(self.native.out_bytes)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Copy up to ``size`` bytes, fewer where the chain ends; the driver chose its size, so ``size`` has a bound.
+        """Copy up to ``size`` bytes, fewer if the chain ends. The driver chose its size, so ``size`` must be bounded.
 
-        Raises ChainFault where a page cannot be touched.
+        Raises ChainFault if a page is not accessible.
         """
         size = min(size, max(self.readable_size - offset, 0))
         into = ffi.new("uint8_t[]", size)
@@ -87,7 +87,7 @@ class Chain:
         return bytes(ffi.buffer(into))
 
     def write(self, offset: int, data: bytes) -> int:
-        """Copy ``data``, or as much as the chain has room for; returns the bytes. Raises ChainFault."""
+        """Copy ``data``, as much as fits into the chain. Returns the bytes copied. Raises ChainFault."""
         size = min(len(data), max(self.writable_size - offset, 0))
         done = lib.pv_chain_write(self._queue, self.native, offset, data, size)
         if done < size:
@@ -112,7 +112,7 @@ class Queue:
         self.most = most
         self.ready = False
         self.kicks_in_kernel = False
-        """Whether the kernel takes its kicks, so that they make no exit."""
+        """Whether the kernel takes its kicks, without an exit."""
         self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.native = ffi.new("struct pv_queue *")
         self._keep = (native_vm, interrupt)
@@ -132,7 +132,7 @@ class Queue:
     # -- the transport's
 
     def setup(self, size: int, flags: int, descriptors: int, driver: int, device: int) -> None:
-        """Make it ready, at its start: ``flags`` are of enum pv_queue_flag, the areas gpas, all checked."""
+        """Make it ready, at its start. ``flags`` are of enum pv_queue_flag. The areas are gpas, already checked."""
         native = self.native
         native.size, native.flags = size, flags
         native.descriptors, native.driver, native.device = descriptors, driver, device
@@ -142,7 +142,7 @@ class Queue:
         self.ready = True
 
     def reset(self) -> None:
-        """Make it not ready; nobody uses it any more."""
+        """Make it not ready. It is not used afterwards."""
         self.ready = False
         native = self.native
         native.size = native.flags = native.descriptors = native.driver = native.device = 0
@@ -157,11 +157,11 @@ class Queue:
         return int(native.taken if packed else (native.next - native.used) & _INDEX)
 
     def save(self) -> dict[str, int]:
-        """Return where it is, while nobody serves it."""
+        """Return its positions, while it is not served."""
         return {name: int(getattr(self.native, name)) for name in _POSITION}
 
     def load(self, saved: dict[str, int]) -> None:
-        """Go on, once set up, from where another was. ValueError where no queue of this size can be there."""
+        """Restore positions, once set up. Raises ValueError if they are invalid for this size."""
         native = self.native
         end = native.size if native.flags & lib.PV_QUEUE_PACKED else _INDEX + 1
         for name, most in _POSITION.items():
@@ -180,12 +180,12 @@ class Queue:
 
     @property
     def leaving(self) -> bool:
-        """Whether who serves the queue is to return after the request at hand."""
+        """Whether the server of the queue must return after the current request."""
         return bool(self.native.stop)
 
     @property
     def problem(self) -> str | None:
-        """What broke the queue, in words; None where nothing did."""
+        """Why the queue is broken, as text; None if it is not."""
         error = self.native.error
         if error == lib.PV_QUEUE_OK:
             return None
@@ -202,33 +202,33 @@ class Queue:
         return None
 
     def push(self, chain: Chain, written: int = 0) -> None:
-        """Give a request back, ``written`` bytes of its writable part from the start being valid; no interrupt yet."""
+        """Return a request to the driver, with ``written`` valid bytes in its writable part. Does not interrupt."""
         self._check(lib.pv_queue_push(self.native, chain.native, written))
         self._spare.append(chain)
 
     def interrupt(self) -> None:
-        """After a batch of pushes: interrupt the driver if it wants to know. Raises QueueBroken."""
+        """After a batch of pushes: interrupt the driver if it requests that. Raises QueueBroken."""
         lib.pv_queue_interrupt(self.native)
         self._check(-1 if self.native.error else 0)
 
     def arm(self) -> bool:
-        """Ask to be kicked. True: sleep until then; False: look again. Raises QueueBroken."""
+        """Request kicks. True: sleep until one; False: check the ring again. Raises QueueBroken."""
         armed = lib.pv_queue_arm(self.native)
         self._check(armed)
         return armed > 0
 
     def wake(self) -> None:
-        """Have the queue looked at as if it had been kicked; any thread."""
+        """Wake the worker as a kick does. Any thread."""
         lib.pv_queue_wake(self.native)
 
     def take(self) -> None:
-        """Clear the kick; look at the ring after it, not before."""
+        """Clear the kick. Check the ring after this, not before."""
         lib.pv_queue_take(self.native)
 
     def serve(self, handle: Callable[[Chain], int]) -> None:
-        """Answer every request there is with ``handle``, which returns the bytes written, until told to leave.
+        """Answer all requests with ``handle``, which returns the bytes written, until a stop.
 
-        Afterwards the queue is armed, or is to be served again when the worker resumes. Raises QueueBroken.
+        Afterwards the queue is armed, or must be served again when the worker resumes. Raises QueueBroken.
         """
         while not self.leaving:
             chain = self.pop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registers of virtio over MMIO, version 2 (virtio 1.2, 4.2.2), and what may be written to them when.
+"""The registers of virtio over MMIO, version 2 (virtio 1.2, 4.2.2), and checks of writes to them.
 
 Data and pure functions; :mod:`pyvmm.devices.virtio.mmio` acts on them.
 """
@@ -27,7 +27,7 @@ _MOST_ENTRIES: Final = 1 << 15
 
 
 class Register:
-    """Offsets (4.2.2). Plain numbers: an enumeration of so many takes longer to make than a guest to find a device."""
+    """Offsets (4.2.2). Plain numbers: creating an enum of this size takes longer than a guest's device discovery."""
 
     MAGIC: Final = 0x000
     VERSION: Final = 0x004
@@ -69,7 +69,7 @@ class Status(IntFlag):
     FAILED = 128
 
 
-#: Bits a driver sets, and those that must be there first; FEATURES_OK is the device's to grant.
+#: Bits that a driver sets, and their required bits. The device grants FEATURES_OK.
 BEFORE: Final = {
     Status.ACKNOWLEDGE: Status(0),
     Status.DRIVER: Status.ACKNOWLEDGE,
@@ -80,7 +80,7 @@ BEFORE: Final = {
 
 
 class Setup:
-    """What the driver has said of a queue: entries, and the gpas of its areas."""
+    """The driver's setup of a queue: entries, and the gpas of its areas."""
 
     __slots__ = ("descriptors", "device", "driver", "size")
 
@@ -88,7 +88,7 @@ class Setup:
         self.size, self.descriptors, self.driver, self.device = size, descriptors, driver, device
 
     def save(self) -> dict[str, int]:
-        """Return it as arguments of another."""
+        """Return it as constructor arguments."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -101,7 +101,7 @@ AREAS: Final = {
 
 
 def objection(setup: Setup, most: int, *, packed: bool) -> str | None:
-    """Say why a queue cannot be as the driver wants it; None where it can."""
+    """Return why the driver's setup of a queue is invalid, or None."""
     size = setup.size
     if not 1 <= size <= min(most, _MOST_ENTRIES) or (not packed and size & (size - 1)):
         kind = "1" if packed else "a power of two"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the registers of a transport read as, and what its driver has selected: the native loop's, which answers reads.
+"""The register values of a transport, and its driver's selectors, for the native loop, which answers reads.
 
-Owns a ``struct pv_virtio_mmio`` and the doorbell in it. The transport writes, and says which of its locks is held.
-Selectors are any vCPU's to change at any time, so each is read once for one decision.
+Owns a ``struct pv_virtio_mmio`` and the doorbell in it. The transport writes, and documents the lock it holds. Any vCPU
+may change a selector at any time, so each is read once per decision.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FIXED: Final = {
     Register.MAGIC: MAGIC,
     Register.VERSION: VERSION,
     Register.VENDOR_ID: VENDOR,
-    # There is no shared memory.
+    # No shared memory regions.
     Register.SHM_LEN_LOW: LOW,
     Register.SHM_LEN_HIGH: LOW,
     Register.SHM_BASE_LOW: LOW,
@@ -62,14 +62,14 @@ class RegisterState:
     # -- queues
 
     def add_queue(self, queue: Queue) -> None:
-        """Let kicks reach ``queue``, the next one, and say how many entries it may have."""
+        """Connect kicks to ``queue``, the next one, and publish its maximum entries."""
         slot = self._slots[queue.index]
         slot.offset, slot.value, slot.fd, slot.coalesce = Register.QUEUE_NOTIFY, queue.index, queue.kick, 1
         queue.native.bell = ffi.addressof(self._slots, queue.index)
         self._queues[queue.index].most = queue.most
 
     def update_queue(self, queue: Queue) -> None:
-        """Say whether it is ready."""
+        """Publish whether it is ready."""
         self._queues[queue.index].ready = queue.ready
 
     # -- under the transport's _guard, once other threads know the device
@@ -93,23 +93,23 @@ class RegisterState:
         self._put(Register.CONFIG_GENERATION, generation)
 
     def update_config(self, *, changed: bool = False) -> None:
-        """Show the configuration space as the device has it now, and count that. UsageError where it is too long."""
+        """Publish the device's configuration space with a new generation. Raises UsageError if it is too long."""
         config = self._device.config()
         if len(config) > lib.PV_VIRTIO_CONFIG:
             what = f"{self._device.label} has {len(config)} bytes of configuration space"
             raise UsageError(f"{what}: {lib.PV_VIRTIO_CONFIG} are possible")
         lib.pv_virtio_configure(self.native, config, len(config), (self.generation + changed) & LOW)
 
-    # -- what the driver has selected
+    # -- the driver's selectors
 
     @property
     def driver_word(self) -> int:
-        """Which 32 of its feature bits the driver is to write."""
+        """The selected word of the driver's features."""
         return int(self.native.driver_features_sel)
 
     @property
     def queue(self) -> int:
-        """The number of the queue that registers are about."""
+        """The number of the selected queue."""
         return int(self.native.queue_sel)
 
     def save(self) -> list[int]:
@@ -117,6 +117,6 @@ class RegisterState:
         return [int(getattr(self.native, name)) for name in _SELECTORS]
 
     def select(self, selectors: Sequence[int] = (0, 0, 0)) -> None:
-        """Be as :meth:`save` found another, or as at first."""
+        """Restore the selectors of :meth:`save`, or the initial ones."""
         for name, value in zip(_SELECTORS, selectors, strict=True):
             setattr(self.native, name, value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entropy device (virtio 1.2, 5.4): fills what the driver gives it from the host's random number generator."""
+"""The entropy device (virtio 1.2, 5.4): fill the driver's buffers from the host's random number generator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 MOST: Final = 4096
-"""Bytes for one request: a driver that asks for more gets these, and asks again."""
+"""Maximum bytes of one request. A driver that wants more asks again."""
 
 
 class VirtioRng(WorkerDevice):

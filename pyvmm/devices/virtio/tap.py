@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taps: interfaces of the host's kernel whose other end is ours. One that is there is used, else one is made."""
+"""Taps: network interfaces of the host's kernel, with the other end in this process. A missing tap is made."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _IFF_UP: Final = 1 << 0
 _ARPHRD_ETHER: Final = 1
 
 _BEGINNING: Final = 64
-"""Bytes that are read of a frame that nobody wants; the kernel forgets the rest."""
+"""Bytes to read of a dropped frame. The kernel discards the rest."""
 
 _TO_GUEST: Final = {
     NetFeature.GUEST_CSUM: if_tun.TUN_F_CSUM,
@@ -43,28 +43,28 @@ _TO_GUEST: Final = {
     NetFeature.GUEST_ECN: if_tun.TUN_F_TSO_ECN,
 }
 _FROM_GUEST: Final = NetFeature.CSUM | NetFeature.HOST_TSO4 | NetFeature.HOST_TSO6 | NetFeature.HOST_ECN
-"""What a tap takes whether it is told of it or not: the header says what is left to do."""
+"""Offloads that a tap always accepts: the frame's header describes them."""
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError for a name that no tap can have."""
-    # As the kernel counts: bytes, one of them the zero at the end.
+    """Raise UsageError for an invalid name of a tap."""
+    # In bytes, including the final zero, as in the kernel.
     if not re.fullmatch(r"[^\s/:%\0]+", name) or name in (".", "..") or len(os.fsencode(name)) >= _IFNAMSIZ:
         raise UsageError(f"{name!r} cannot be the name of a tap: 1 to 15 bytes, no space, slash, colon or percent")
 
 
 class Tap(NetBackend):
-    """The tap ``name``; ``address`` is what the host's end is given, as no other program can give it in time."""
+    """The tap ``name``. ``address`` is set on the host's end here, because another program could be too late."""
 
     kind = lib.PV_NET_TAP
 
     def __init__(self, name: str, address: IPv4Interface | None = None) -> None:
-        """Open or make it. UsageError for a name that is none, HostError where the host does not let us."""
+        """Open or make it. Raises UsageError for an invalid name, HostError if the host refuses."""
         check_name(name)
         there = _flags_of(name)
         super().__init__(name, _open())
         self._left = 0
-        """TUN_F_ flags of what frames that wait may have undone."""
+        """TUN_F_ flags of the offloads that waiting frames may use."""
         try:
             self._attach(there)
             self._call("TUNSETVNETHDRSZ", if_tun.TUNSETVNETHDRSZ.number, byref(c_int(HEADER)))
@@ -84,7 +84,7 @@ class Tap(NetBackend):
         self.offloads = _FROM_GUEST | NetFeature(sum(_TO_GUEST))
 
     def use(self, features: NetFeature) -> None:
-        """Have the kernel leave to the guest what ``features`` say that it can do, and frames that wait no more."""
+        """Set the kernel's offloads to the guest's ``features``, and drop waiting frames."""
         flags = sum(flag for feature, flag in _TO_GUEST.items() if features & feature)
         self._call("TUNSETOFFLOAD", if_tun.TUNSETOFFLOAD.number, flags)
         if self._left & ~flags:
@@ -92,27 +92,27 @@ class Tap(NetBackend):
         self._left = flags
 
     def _drop(self) -> None:
-        # At most as many as wait: what comes meanwhile is as the new driver wants it.
-        with contextlib.suppress(OSError):  # there are no more (EAGAIN), or the tap was deleted
+        # At most the waiting frames: later ones match the new driver.
+        with contextlib.suppress(OSError):  # no more frames (EAGAIN), or the tap was deleted
             for _ in range(int(_told(self.name, "tx_queue_len"))):
                 os.read(self.fd, _BEGINNING)
 
     def persist(self, stay: bool) -> None:
-        """Have the tap outlive who has it open, or go with the last of them."""
+        """Set whether the tap persists after its last user closes it."""
         self._call("TUNSETPERSIST", if_tun.TUNSETPERSIST.number, int(stay))
 
     def last_words(self) -> str:
-        """Say whether it was deleted."""
+        """Return whether it was deleted, as text."""
         return "" if os.path.exists(f"{SYSFS}/{self.name}") else "the tap was deleted"
 
     @property
     def is_up(self) -> bool:
-        """Whether the host uses its end."""
+        """Whether the host's end is up."""
         return bool(int(_told(self.name, "flags"), 16) & _IFF_UP)
 
     def _attach(self, there: int | None) -> None:
         flags = if_tun.IFF_TAP | if_tun.IFF_NO_PI | if_tun.IFF_VNET_HDR
-        # One that was made for several queues can be had with one of them only as that.
+        # A multi-queue tap can only be opened in multi-queue mode, even for one queue.
         flags |= (there or 0) & if_tun.IFF_MULTI_QUEUE
         request = _ifreq(self.name, struct.pack("H", flags))
         result, code = libc.ioctl(self.fd, if_tun.TUNSETIFF.number, byref(request))
@@ -140,8 +140,8 @@ class Tap(NetBackend):
     def _be_known(self) -> None:
         import hashlib
 
-        # A guest that was saved, or moved to another host, knows the host's end by this. FE, as a bridge takes the
-        # lowest of its ports' addresses for its own, which is not to be this one.
+        # A restored or migrated guest knows the host's end by this address. It starts with FE, because a bridge takes
+        # the lowest address of its ports, which must not be this one.
         mac = b"\xfe" + hashlib.sha256(os.fsencode(self.name)).digest()[:5]
         sockaddr = struct.pack("H6s8x", _ARPHRD_ETHER, mac)
         self._interface_call("SIOCSIFHWADDR", if_tun.SIOCSIFHWADDR, sockaddr, f"given the address {mac.hex(':')}")
@@ -169,7 +169,7 @@ class Tap(NetBackend):
         if result < 0:
             raise HostError(
                 f"the tap {self.name!r} cannot be {what} ({call}: {os.strerror(code)})",
-                hint="this takes root, or CAP_NET_ADMIN; without it leave host= out, and have root set the tap up",
+                hint="this needs root, or CAP_NET_ADMIN; otherwise drop host=, and have root set the tap up",
             )
 
     def _call(self, name: str, number: int, argument: object) -> None:
@@ -179,13 +179,13 @@ class Tap(NetBackend):
 
 
 def _told(name: str, what: str) -> str:
-    """Return what the kernel tells of an interface. OSError."""
+    """Return the kernel's data of an interface. Raises OSError."""
     with open(f"{SYSFS}/{name}/{what}") as file:
         return file.read()
 
 
 def _flags_of(name: str) -> int | None:
-    """Return an interface's IFF_ flags as a tap; None where there is no such interface."""
+    """Return an interface's IFF_ flags as a tap, or None if it does not exist."""
     if not os.path.exists(f"{SYSFS}/{name}"):
         return None
     try:
@@ -193,7 +193,7 @@ def _flags_of(name: str) -> int | None:
     except FileNotFoundError:
         flags = 0
     if not flags & if_tun.IFF_TAP:
-        raise UsageError(f"the interface {name!r} is no tap", hint="name another one: it is made if it is not there")
+        raise UsageError(f"the interface {name!r} is not a tap", hint="use another name: a missing tap is made")
     return flags
 
 

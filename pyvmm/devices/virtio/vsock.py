@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The socket device (virtio 1.2, 5.10): the guest's stream sockets meet Unix sockets of the host.
+"""The socket device (virtio 1.2, 5.10): connect the guest's stream sockets to Unix sockets of the host.
 
 A program of the host connects to ``PATH`` and names a port of the guest (:mod:`pyvmm.devices.virtio.vsock_host`); a
 guest that connects to port P of cid 2 reaches the program that listens at ``PATH_P``. The device owns its worker, the
-door, and through the table every connection; all of them are the worker's while it runs.
+door, and through the table every connection. Only the worker uses them while it runs.
 
 =======================================  ==========================================================================
 what a hostile guest may do              what happens
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 F_STREAM: Final = 1 << 0
 RX, TX, EVENT = 0, 1, 2
 _BATCH: Final = 64
-"""Packets in one direction before the other gets its turn."""
+"""Packets in one direction before the other direction gets a turn."""
 _TRANSPORT_RESET: Final = struct.pack("<I", 0)
 
 
 class VirtioVsock(WorkerDevice):
-    """The guest's sockets; ``cid`` is its address, ``path`` where the host's programs find it.
+    """The guest's sockets. ``cid`` is its address, ``path`` the socket for the host's programs.
 
-    UsageError where the cid cannot be a guest's, or the path not be listened at. Without ``listen`` that is only looked
-    at, and the device cannot start.
+    Raises UsageError for an invalid cid, or an unusable path. Without ``listen`` the path is only checked, and the
+    device cannot start.
     """
 
     device_id = 19
@@ -77,7 +77,7 @@ class VirtioVsock(WorkerDevice):
         return struct.pack("<Q", self._cid)
 
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002
-        """Let connections come, from both sides."""
+        """Accept connections from both sides."""
         self._queues = queues
         self._buffer = None
         self._held = False
@@ -97,7 +97,7 @@ class VirtioVsock(WorkerDevice):
         self._queues, self._buffer = (), None
 
     def pause(self) -> None:
-        """Stand still; connections stay. The buffer at hand goes back to the guest, empty."""
+        """Pause; connections stay. The current buffer returns to the guest, empty."""
         super().pause()
         if self._buffer is not None:
             buffer, self._buffer = self._buffer, None
@@ -110,20 +110,20 @@ class VirtioVsock(WorkerDevice):
         return {"next_port": self._table.next_port}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Be such a device without its connections, which the guest is told are gone (5.10.6.7)."""
+        """Restore the device without its connections, and tell the guest that they are gone (5.10.6.7)."""
         # A guest refuses a port whose connection its program has not closed yet. Which these are, is not in every save.
         self._table.next_port = int(saved.get("next_port", int.from_bytes(os.urandom(4), "little")))
         self._reset_due = True
 
     def close(self) -> None:
-        """Stop listening, and give everything back."""
+        """Stop listening, and release everything."""
         super().close()
         self._let_go()
         self._door.close()
         os.close(self._more)
 
     def failed(self, error: Exception) -> None:
-        """End every connection, since nobody serves them now."""
+        """End every connection, because no thread serves them now."""
         self._let_go()
         super().failed(error)
 

@@ -55,15 +55,15 @@ class Door:
         self._id = _identity(path)
 
     def open(self) -> None:
-        """Let clients in from now on; those that came before have waited. Again does no harm, and is needed where
-        there were no descriptors left for one: when some may be free.
+        """Accept clients from now on, including waiting ones. Idempotent. Call it again when descriptors may be free,
+        after accepting failed for lack of them.
         """
         if not self._open and self._listener is not None:
             self._open = True
             self._watch(self._listener.fileno(), select.POLLIN)
 
     def shut(self) -> None:
-        """Let nobody in, and send away who has not said what it wants. Idempotent."""
+        """Stop accepting, and disconnect clients without a request. Idempotent."""
         if self._open and self._listener is not None:
             self._open = False
             self._watch(self._listener.fileno(), None)
@@ -81,7 +81,7 @@ class Door:
                 os.unlink(self._path)
 
     def ready(self, fd: int) -> bool:
-        """Be told that a watched descriptor is readable; False where it is none of these."""
+        """Handle a readable watched descriptor. False if it is not one of these."""
         if self._listener is not None and fd == self._listener.fileno():
             self._accept(self._listener)
         elif fd in self._clients:
@@ -157,14 +157,14 @@ def _listen(path: str) -> socket.socket:
 
 
 def _make_way(path: str) -> None:
-    """Remove a socket that nobody listens at any more. UsageError where the path is somebody's."""
+    """Remove a socket without a listener. Raises UsageError if the path is in use."""
     try:
         about = os.lstat(path)
     except OSError:
         return  # nothing is there, or the bind will say what is wrong
     if not stat.S_ISSOCK(about.st_mode):
         raise UsageError(
-            f"the vsock path {path!r} exists and is no socket: it is not replaced", hint="name a path that is free"
+            f"the vsock path {path!r} exists and is not a socket: it is not replaced", hint="name a path that is free"
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:

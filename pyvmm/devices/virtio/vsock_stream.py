@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One connection between a port of the guest and a socket of the host: its state, its credit, its bytes on the way.
+"""One connection between a guest port and a host socket: its state, its credit, its buffered bytes.
 
 A :class:`Stream` has a socket, which never blocks and which its table watches and closes, and at most ``BUFFER``
 bytes that the guest has sent and the host's reader has not taken yet. Bytes for the guest stay in the socket until the
@@ -46,7 +46,7 @@ BUFFER: Final = 1 << 16
 MOST_PAYLOAD: Final = 1 << 16
 """Bytes of the longest packet in either direction; what Linux splits at too."""
 _UPDATE: Final = BUFFER // 4
-"""The guest is told of room when it has grown by so much since it was last told."""
+"""The guest gets a credit update when room has grown by this since the last one."""
 _M32: Final = (1 << 32) - 1
 
 
@@ -212,7 +212,7 @@ class Stream:
         return data
 
     def _settle(self) -> None:
-        """Do what is due once the guest's last byte has been passed on."""
+        """Act after the guest's last byte was forwarded."""
         if self._out:
             return
         if self.state is State.LINGERING:
@@ -316,7 +316,7 @@ class Stream:
 
     @property
     def gone(self) -> bool:
-        """Whether the guest has no such connection any more: its ports may be another's."""
+        """Whether the guest no longer has this connection, so that its ports may be reused."""
         return self.state in (State.LINGERING, State.DEAD)
 
     @property
@@ -325,13 +325,13 @@ class Stream:
         return self._refused or self.state in (State.CLOSING, State.DEAD)
 
     def refuse(self) -> None:
-        """End the connection without ceremony: the guest is told with the next packet."""
+        """Reset the connection. The next packet tells the guest."""
         if self.state is not State.DEAD:
             self._refused = True
             self._out.clear()
 
     def die(self) -> None:
-        """End it without a word."""
+        """End it silently."""
         self.state = State.DEAD
         self._refused = False
         self._out.clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All connections of one guest: which packet is whose, whose turn it is, and how many there may be.
+"""All connections of one guest: dispatch packets, take turns, and limit the number of connections.
 
 A :class:`Table` owns the streams and their sockets, and is used by one thread. Packets go in with :meth:`from_guest`
 and come out of :meth:`to_guest`, one connection after the other; sockets are watched by whoever gave ``watch``.
@@ -68,7 +68,7 @@ class Table:
 
     @property
     def congested(self) -> bool:
-        """Whether so many answers wait for the guest that it is not to be heard before it has taken some."""
+        """Whether too many answers wait for the guest: its packets are ignored until it takes some."""
         return len(self._refusals) >= MOST_REFUSALS
 
     @property

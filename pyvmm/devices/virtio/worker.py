@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thread of a device: waits for kicks and other descriptors, and stands still when it is told to.
+"""The thread of a device: wait for kicks and other descriptors, and pause on request.
 
 A worker lives from the device's start to its stop. It has two forms. With callbacks (:meth:`Worker.watch`,
 :meth:`Worker.add`) it waits itself. With ``serve`` it calls that, over and over: a loop in C that waits for its queues'
 kicks, for ``stop_fd`` and for what else it needs, and returns to Python for everything that is policy.
 
-Who tells a worker to stand still sets ``stop`` of its queues and makes ``stop_fd`` readable; the worker ends the
-request at hand, and then waits.
+To pause a worker, the caller sets ``stop`` of its queues and makes ``stop_fd`` readable. The worker ends the current
+request, and then waits.
 
 A :class:`WorkerDevice` is a device with workers: it stops, pauses, resumes and closes them.
 """
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from pyvmm.devices.virtio.queue import Queue
 
 PATIENCE: Final = 30.0
-"""Seconds that a request at hand may take to end before the device counts as stuck."""
+"""Seconds that the current request may take before the device counts as stuck."""
 
 
 class Stuck(PyvmmError):
-    """A device's request does not end, so its queues cannot be let go of."""
+    """A device's request does not end, so its queues cannot be released."""
 
     def __init__(self, name: str, patience: float) -> None:
         super().__init__(

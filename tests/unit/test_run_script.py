@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).parents[2] / ".run"
-HERE = ("bash", "dirname", "readlink", "env", "ls", "sed", "uname")
+HERE = ("bash", "dirname", "readlink", "env", "grep", "ls", "sed")
 KERNEL = {"make", "bc", "bison", "flex"}
 
 
@@ -25,7 +26,24 @@ def lacking(tmp_path: Path) -> Path:
     (tmp_path / "python3").symlink_to(sys.executable)
     (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
     (tmp_path / "id").chmod(0o755)
+    is_a(tmp_path, platform.machine())
     return tmp_path
+
+
+def is_a(directory: Path, machine: str) -> None:
+    """Have ``uname -m`` say so."""
+    (directory / "uname").write_text(f"#!/bin/sh\necho {machine}\n")
+    (directory / "uname").chmod(0o755)
+
+
+@pytest.mark.parametrize(("machine", "compiles"), [("aarch64", False), ("x86_64", True)])
+def test_every_machine_without_pkvm_gets_what_the_lab_needs(lacking: Path, machine: str, compiles: bool) -> None:
+    is_a(lacking, machine)
+    command = ["bash", RUN, "pyvmm", "demo"]
+    done = subprocess.run(command, env={"PATH": str(lacking)}, capture_output=True, text=True, check=False, timeout=60)
+    packages = done.stderr.partition("lacks ")[2].partition(";")[0].split()
+    assert "qemu-system-arm" in packages
+    assert ("gcc-aarch64-linux-gnu" in packages) == compiles
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def package_name(distribution: Distribution) -> str:
     """Return a package's name, even without its metadata."""
     try:
         metadata = distribution.metadata
-        name = metadata["Name"] if "Name" in metadata else None
+        name = metadata["Name"] if "Name" in metadata else None  # noqa: SIM401 (its type has no get)
     except Exception:  # any exception that a damaged file causes in the reader
         name = None
     return name or _stem(distribution)

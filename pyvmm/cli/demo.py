@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyvmm.cli.common import add_common
 from pyvmm.errors import PyvmmError
+from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
     from pyvmm.experiment.story import Step
@@ -27,16 +28,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Run a protected guest through its whole life and check every step. Uses this host if it runs "
         "pKVM, else builds and uses the lab. Exit status 1 if any step fails.",
     )
+    parser.add_argument(
+        "--protection",
+        choices=(Protection.PKVM.value, Protection.EMULATED.value),
+        default=Protection.PKVM.value,
+        help="who keeps the host out: the hypervisor (pkvm), or pyvmm itself on any arm64 KVM (emulated)",
+    )
     parser.add_argument("--here", action="store_true", help="use this host, even without pKVM")
     add_common(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the demo here or in the lab, and return the exit status."""
-    if not (args.here or runs_protected_guests()):
+    protection = Protection(args.protection)
+    runs_here = runs_protected_guests if protection.by_hypervisor else is_arm64
+    if not (args.here or runs_here()):
         from pyvmm.cli.lab import run_verb
 
-        return int(run_verb(["demo", "--here"], args))
+        return int(run_verb(["demo", "--here", "--protection", args.protection], args))
 
     from pyvmm._native_source import require_fresh_native
 
@@ -52,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
         number += 1
         print("\n".join(lines(number, step, colours=colours)), flush=True)
 
-    story = Story(say)
+    story = Story(say, protection)
     statistics = story.tell()
     verdict = (
         "Every step was as it should be."
@@ -64,9 +73,14 @@ def main(args: argparse.Namespace) -> int:
     return 0 if story.ok else 1
 
 
+def is_arm64() -> bool:
+    """Whether KVM runs arm64 guests here, if it is there at all."""
+    return os.uname().machine == "aarch64"
+
+
 def runs_protected_guests() -> bool:
     """Whether this host runs protected guests itself. Probing taints the kernel, so only arm64 hosts are probed."""
-    if os.uname().machine != "aarch64":
+    if not is_arm64():
         return False
     from pyvmm.kvm.system import System
 

@@ -66,6 +66,7 @@ def test_more_vcpus_than_it_has_are_refused_with_its_limit(lab: Lab) -> None:
 
 def test_doctor_and_a_plan_name_it(lab: Lab) -> None:
     assert b"GICv2: guests have up to 8 vCPUs" in lab.capture([*PYVMM, "doctor"]).stdout
+    assert b"plain and emulated guests run here, protected ones do not" in lab.capture([*PYVMM, "doctor"]).stdout
     planned = lab.capture([*PYVMM, "run", "--dry-run", "payload:hello"]).stdout
     assert b"GICv2 CPU, in the kernel" in planned
     assert b"KVM_CREATE_DEVICE(vm, type=KVM_DEV_TYPE_ARM_VGIC_V2" in planned

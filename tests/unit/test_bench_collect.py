@@ -73,7 +73,7 @@ def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named()
     ("plan", "words", "hint"),
     [
         (Plan(("fualt",)), "no case is called 'fualt'", "nearest: fault"),
-        (Plan(axes={"stat": ["cold"]}), "called 'stat'", "nearest: state"),
+        (Plan(axes={"stat": ["cold"]}), "an axis 'stat'", "nearest: state"),
         (Plan(("exit",), versus=("state", "cold")), "called 'state'", "known are protection, cpus"),
         (Plan(("fault",), {"state": ["clod"]}), "state of fault is never 'clod'", "nearest: cold"),
         (Plan(axes={"state": ["clod"]}), "state is never 'clod' in any case", "nearest: cold"),
@@ -152,7 +152,7 @@ def test_a_full_disk_costs_the_file_and_nothing_else() -> None:
     assert len(run.series) == 2
     assert len(progress) == 2
     assert taker.failed is not None
-    assert "a.jsonl cannot be written any more: No space left on device" in taker.failed.message
+    assert "a.jsonl cannot be written: No space left on device" in taker.failed.message
     with pytest.raises(OSError, match="No space"):
         file.close()
 

@@ -83,10 +83,10 @@ def test_lines_of_another_kind_are_passed_over() -> None:
         ('{"pyvmm bench": 1, "environment": 3}\n', "line 1 is not of a benchmark's results: no environment"),
         (HEADER + LINE[:-10] + "\n" + LINE, "line 2 is not of a benchmark's results"),
         (HEADER + "\n" + LINE, "line 2 is not of a benchmark's results"),
-        (HEADER + LINE.replace('"unit"', '"unti"') + LINE, "line 2: a series that is none: .*'unti'"),
-        (HEADER + LINE.replace('"unit":"ns",', "") + LINE, "line 2: a series that is none: .*'unit'"),
-        (HEADER + LINE.replace("[1.0,2.5]", "7") + LINE, "line 2: a series that is none"),
-        (HEADER + '{"series": [1]}\n' + LINE, "line 2: a series that is none"),
+        (HEADER + LINE.replace('"unit"', '"unti"') + LINE, "line 2: an invalid series: .*'unti'"),
+        (HEADER + LINE.replace('"unit":"ns",', "") + LINE, "line 2: an invalid series: .*'unit'"),
+        (HEADER + LINE.replace("[1.0,2.5]", "7") + LINE, "line 2: an invalid series"),
+        (HEADER + '{"series": [1]}\n' + LINE, "line 2: an invalid series"),
     ],
 )
 def test_what_is_no_results_file_is_refused_with_the_line(text: str, why: str) -> None:

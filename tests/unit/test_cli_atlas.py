@@ -125,7 +125,7 @@ def test_without_kvm_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(opening.__func__, "__defaults__", ("/nonexistent/kvm", KERNEL))
     status, _, err = said(capsys, "share")
     assert status == 5
-    assert "there is no KVM here" in err
+    assert "this host has no KVM" in err
 
 
 def test_the_list_names_every_claim_and_where_it_is_tried(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def write(path: Path, *some: str) -> Path:
     ("words", "why", "hint"),
     [
         (["fualt"], "no case is called 'fualt'", "nearest: fault"),
-        (["fault", "--axis", "stat=cold"], "called 'stat'", "nearest: state"),
+        (["fault", "--axis", "stat=cold"], "an axis 'stat'", "nearest: state"),
         (["fault", "--axis", "state=cold,clod"], "state of fault is never 'clod'", "nearest: cold"),
         (["--axis", "protection=pkmv"], "protection is never 'pkmv' in any case", "nearest: pkvm"),
         (["fault", "--axis", "cpus=0"], "cpus of fault is a number above 0, not '0'", ""),
@@ -87,7 +87,7 @@ def write(path: Path, *some: str) -> Path:
         (["fault", "--versus", "state="], "--versus state=: expected AXIS=VALUE", ""),
         (["fault", "--versus", "=cold"], "--versus =cold: expected AXIS=VALUE", ""),
         (["fault", "--versus", "state=clod"], "state of fault is never 'clod'", "nearest: cold"),
-        (["fault", "--versus", "stat=cold"], "called 'stat'", "nearest: state"),
+        (["fault", "--versus", "stat=cold"], "an axis 'stat'", "nearest: state"),
         (["--list", "fualt"], "no case is called 'fualt'", "nearest: fault"),
         (["compare"], "bench compare: 0 files given, it takes 1 or 2", ""),
         (["compare", "a", "b", "c"], "3 files given", ""),
@@ -189,7 +189,7 @@ def test_a_full_disk_costs_the_file_only_and_is_told(
     assert measured
     assert status == 1
     assert "whole range" in out
-    assert "/dev/full cannot be written any more: No space left on device" in err
+    assert "/dev/full cannot be written: No space left on device" in err
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_where_only_lines_are_collected_numpy_is_not_asked_for(
         ("", "is empty: no benchmark's results"),
         ("what is this", "line 1 is not of a benchmark's results"),
         ('{"pyvmm bench": 3}\n', "its format is 3, this pyvmm reads 1 and 2"),
-        ("".join(lines()).replace('"per":', '"pre":', 1), "line 2: a series that is none"),
+        ("".join(lines()).replace('"per":', '"pre":', 1), "line 2: an invalid series"),
         ("".join(lines()).replace('"values":[', '"values":', 1), "line 2 is not of a benchmark's results"),
     ],
 )
@@ -473,7 +473,7 @@ def test_runs_that_cannot_be_compared_are_a_status_of_their_own(
     assert why in err
     status, _, err = told(capfd, "compare", one)
     assert status == 2
-    assert "this run has one side only" in err
+    assert "this run has only one side" in err
 
 
 def test_a_command_line_is_parsed_without_anything_heavy() -> None:

@@ -97,7 +97,7 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
         ("protection = 'none'\n\nconversion = 'zero'\n", r"conversion \(line 3\): .*policy zero with protection none"),
         ("cpus = 1000\n", r"cpus \(line 1\): 1000 vCPUs"),
         ("reboot = true\n\ngdb = 'x'\n", r"reboot \(line 1\) and gdb \(line 3\): --reboot with --gdb"),
-        ("[net]\ntap = 't0'\nhost = '10.0.0.1'\n", r"net\.host \(line 3\): '10.0.0.1' is no IPv4 address"),
+        ("[net]\ntap = 't0'\nhost = '10.0.0.1'\n", r"net\.host \(line 3\): '10.0.0.1' is not an IPv4 address"),
         ("[net]\ntap = 't0'\nmtu = 9000\n", r"line 3: net: 'mtu' in 'tap=t0,mtu=9000' is not known"),
         ("net = [\n  {tap = 't0'},  # a = 1\n\n  {tap = 't1', mtu = 9},\n]", "line 4: net: 'mtu' in .* is not known"),
         ("rng = true\nnet.passt = true\nnet.mtu = 1\n", "line 3: net: 'mtu' in"),

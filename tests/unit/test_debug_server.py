@@ -39,7 +39,7 @@ def test_a_tcp_port_is_on_this_machine_alone_unless_said(where: str, address: st
             UsageError, match=f"no debugger can connect at tcp:{port}: Address already in use"
         ) as caught:
             GdbServer(f"tcp:{port}")
-        assert "name another place" in str(caught.value.hint)
+        assert "use another address" in str(caught.value.hint)
 
 
 def test_a_socket_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_socket_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("", "no place"),
+        ("", "no address"),
         ("tcp:", "nothing is not a TCP port"),
         ("tcp:gdb", "gdb is not a TCP port"),
         ("tcp:1:70000", "70000 is not a TCP port"),

@@ -55,7 +55,7 @@ def test_the_kernel_is_asked_what_its_kvm_can() -> None:
 
 
 def no_kvm(*_args: object) -> None:
-    raise HostError("there is no KVM here", hint="load KVM")
+    raise HostError("this host has no KVM", hint="load KVM")
 
 
 def test_no_kvm_is_a_fault_only_where_guests_could_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,13 +118,13 @@ def test_what_cannot_be_written_leaves_nothing_and_the_old_file_as_it_was(
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda _: b"", "is no snapshot"),
-        (lambda data: b"#!/bin/sh\n" + data, "is no snapshot"),
+        (lambda _: b"", "is not a snapshot"),
+        (lambda data: b"#!/bin/sh\n" + data, "is not a snapshot"),
         (lambda data: data[:8] + struct.pack("<I", VERSION + 1) + data[12:], "format 2, but this pyvmm reads format 1"),
         (lambda data: data[:-PAGE], "is damaged: it should have"),
         (lambda data: data + b"x", "is damaged: it should have"),
-        (lambda data: data[:4200] + b"\0" + data[4201:], "description is not what was written"),
-        (lambda data: data[:20] + b"\xff" * 3 + data[23:], "description is not what was written"),
+        (lambda data: data[:4200] + b"\0" + data[4201:], "description does not match its checksum"),
+        (lambda data: data[:20] + b"\xff" * 3 + data[23:], "description does not match its checksum"),
     ],
     ids=["empty", "another", "version", "cut", "longer", "description", "size"],
 )
@@ -175,9 +175,9 @@ def test_a_disk_that_is_not_there_is_to_be_put_back_and_not_to_be_made(machine: 
     path = str(tmp_path / "guest")
     saving.save(machine, path)
     settings = machine.config._replace(devices=(Disk(str(tmp_path / "disk")),))
-    with pytest.raises(UsageError, match=r"disk .* is not there") as refused:
+    with pytest.raises(UsageError, match=r"disk .* is missing") as refused:
         Machine(settings, kernel=StandIn(), start=Snapshot(path)).__enter__()
-    assert "put it back" in str(refused.value.hint)
+    assert "restore it with" in str(refused.value.hint)
 
 
 def test_devices_are_saved_before_the_interrupts_that_they_may_still_raise(
@@ -291,7 +291,7 @@ def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, mon
     assert read["kernel"] == "payload:puppet"
     (tmp_path / "a,b").mkdir()
     monkeypatch.chdir(tmp_path / "a,b")
-    with pytest.raises(UsageError, match="a comma ends a part"):
+    with pytest.raises(UsageError, match="contains a comma"):
         machine_options(saved, TABLE, os.getcwd())
     assert "file=" in machine_options(parse("run", "--console", "file=log", "-k", "payload:puppet"), TABLE, os.getcwd())
 
@@ -320,7 +320,7 @@ def test_a_snapshot_finds_the_device_tree_from_any_directory() -> None:
 @pytest.mark.parametrize("words", [("payload:hello",), ("--config", "f")])
 def test_what_a_snapshot_brings_is_not_to_be_said_as_well(words: tuple[str, ...]) -> None:
     line = ["run", "--restore", "guest", *words]
-    with pytest.raises(UsageError, match="a snapshot brings"):
+    with pytest.raises(UsageError, match="a snapshot already has"):
         with_file(line, parse(*line))
 
 

@@ -108,10 +108,10 @@ def test_it_leaves_no_thread_and_no_descriptor_not_even_where_another_serves(
     for _ in range(3):
         with SourceServer(userfault, memory.hva, SOURCE) as server:
             look(memory.hva)
-            with pytest.raises(UsageError, match="being served already"):
+            with pytest.raises(UsageError, match="already has a server"):
                 SourceServer(userfault, memory.hva, SOURCE)
         server.stop()
-    with Server(userfault, lambda _fault: Answer.ZERO), pytest.raises(UsageError, match="being served already"):
+    with Server(userfault, lambda _fault: Answer.ZERO), pytest.raises(UsageError, match="already has a server"):
         SourceServer(userfault, memory.hva, SOURCE)
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
 

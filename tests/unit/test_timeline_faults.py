@@ -120,7 +120,7 @@ def test_without_the_means_nothing_is_raised_and_the_reason_is_said(
     with FaultTrace() as trace:
         assert "container" in trace.why_not
     monkeypatch.setattr(faulttrace, "TRACEFS", ())
-    for user, words in ((0, "mount -t tracefs"), (1000, "root only")):
+    for user, words in ((0, "mount -t tracefs"), (1000, "only root")):
         monkeypatch.setattr(os, "geteuid", lambda user=user: user)
         with FaultTrace() as trace:
             assert words in trace.why_not

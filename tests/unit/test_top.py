@@ -242,7 +242,7 @@ def test_a_run_goes_on_without_a_socket_where_it_cannot_have_one(
     unsafe, missing, taken_already = told
     assert "must be a directory that only this user can write to" in unsafe
     assert "No such file" in missing
-    assert "another namespace" in taken_already
+    assert "another pid namespace" in taken_already
 
 
 # -- the verb
@@ -272,7 +272,7 @@ def test_top_says_what_it_lacks(sockets: Path) -> None:
     pointless = top("-c", "4", "--trace", "x", "1", runtime=sockets.parent)
     assert (none.returncode, stranger.returncode, pointless.returncode) == (2, 2, 2)
     assert "--cpus, --trace: these options start a guest" in pointless.stderr
-    assert f"no run has its socket in {sockets}" in none.stderr
+    assert f"no socket in {sockets}" in none.stderr
     assert "process 1 runs no guest that can be controlled" in stranger.stderr
     sockets.mkdir(0o700)
     listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]

@@ -151,7 +151,7 @@ def test_closing_stops_the_server_and_lets_who_waits_go_on(userfault: Userfault,
 
 
 def test_there_is_one_server_at_a_time(userfault: Userfault) -> None:
-    with Server(userfault, lambda _fault: Answer.ZERO), pytest.raises(UsageError, match="being served already"):
+    with Server(userfault, lambda _fault: Answer.ZERO), pytest.raises(UsageError, match="already has a server"):
         Server(userfault, lambda _fault: Answer.ZERO)
     Server(userfault, lambda _fault: Answer.ZERO).stop()
 

@@ -58,7 +58,9 @@ class Parser(argparse.ArgumentParser):
         self._hint = hint
         self.error(message)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # one signature for its three
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """Parse the whole of a command line."""
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:

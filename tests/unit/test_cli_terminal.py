@@ -240,6 +240,7 @@ def job(code: str, *, foreground: bool) -> tuple[bytes, int]:
     """
     leader, ours = pty.fork()
     if leader == 0:
+        status = 1
         try:
             status = _lead(code, foreground=foreground)
         finally:

@@ -135,7 +135,7 @@ def test_what_is_no_device_is_said_in_one_line(site: Path, text: str, said: str)
     done = run("--device", text, "payload:hello")
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if said in line]
-    assert line.startswith("pyvmm run: error: argument --device: ")
+    assert line.startswith("pyvmm run: argument --device: ")
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def test_ring_that_goes_away_ends_the_queue_and_not_the_device(path: Path) -> No
                 break
             threading.Event().wait(0.005)
         assert driver.transport.reset_needed
-        assert "cannot be touched" in str(heard[0]["reason"])
+        assert "not accessible" in str(heard[0]["reason"])
         driver.hide(RINGS, DATA - RINGS, hidden=False)
 
 

@@ -345,7 +345,7 @@ def test_ring_that_does_not_say_whether_to_interrupt_needs_a_reset_at_once(sendi
         peer.sendall(framed(pattern(100)))
         send(driver, pattern(60))
         eventually(lambda: driver.transport.reset_needed, "the card needs a reset")
-        assert "one of its rings cannot be touched" in str(ring.queue.problem)
+        assert "one of its rings is not accessible" in str(ring.queue.problem)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])

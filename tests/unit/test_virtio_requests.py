@@ -77,7 +77,7 @@ def test_a_queue_without_memory_breaks_and_a_reset_mends_it(toy: Board, events: 
     ask(toy, driver, b"request")
     eventually(lambda: Status.NEEDS_RESET in toy.status)
     eventually(lambda: toy.load(Register.INTERRUPT_STATUS) & 2)
-    assert "cannot be touched" in events()[-1]["reason"]
+    assert "not accessible" in events()[-1]["reason"]
     toy.store(Register.STATUS, RUNNING)
     assert toy.status == RUNNING | Status.NEEDS_RESET
     toy.guest.close_pages(())

@@ -240,7 +240,7 @@ def test_what_no_interface_can_be_called_is_refused(name: str) -> None:
 
 
 def test_other_interfaces_are_left_alone() -> None:
-    with pytest.raises(UsageError, match="no tap"):
+    with pytest.raises(UsageError, match="not a tap"):
         Tap("lo")
 
 

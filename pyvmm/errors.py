@@ -55,6 +55,10 @@ class HostError(PyvmmError):
     exit_status = 5
 
 
+class LimitError(HostError):
+    """A limit on this process, or on its host, is too small for what was asked."""
+
+
 class KvmError(PyvmmError):
     """A system call on one of KVM's file descriptors failed.
 
@@ -79,7 +83,7 @@ class GuestMemoryError(PyvmmError):
         self.state = state
 
 
-def exhausted(error: BaseException, need: int = 0) -> HostError | None:
+def exhausted(error: BaseException, need: int = 0) -> LimitError | None:
     """Return the message for an error caused by a limit on this process, or None for other errors.
 
     It also checks the errors that ``error`` was raised from. A HostError already has its message. ``need`` is the
@@ -91,7 +95,7 @@ def exhausted(error: BaseException, need: int = 0) -> HostError | None:
         if number == _errno.EMFILE or (isinstance(seen, ImportError) and _no_descriptor_left(seen)):
             return _no_files(need)
         if number == _errno.ENFILE:
-            return HostError("this host has no file descriptor left (ENFILE)", hint="raise the sysctl fs.file-max")
+            return LimitError("this host has no file descriptor left (ENFILE)", hint="raise the sysctl fs.file-max")
         if isinstance(seen, RuntimeError) and "new thread" in str(seen):
             return _no_process("thread")
         if number == _errno.EAGAIN and _forked(seen):
@@ -100,18 +104,18 @@ def exhausted(error: BaseException, need: int = 0) -> HostError | None:
     return None
 
 
-def _no_files(need: int) -> HostError:
+def _no_files(need: int) -> LimitError:
     soft = os.sysconf("SC_OPEN_MAX")
     more = f"about {need}" if need > soft else f"more than {soft}"
-    return HostError(
+    return LimitError(
         f"RLIMIT_NOFILE is too small: {more} file descriptors are needed, but this process may have only {soft}"
         f"{_hard('RLIMIT_NOFILE', soft)}",
         hint=f"ulimit -n {max(need + need // 4, 1024, 2 * soft)}; for a service: LimitNOFILE=",
     )
 
 
-def _no_process(what: str) -> HostError:
-    return HostError(
+def _no_process(what: str) -> LimitError:
+    return LimitError(
         f"this host gives no {what} more: RLIMIT_NPROC, or pids.max of the cgroup, is too small"
         f"{_hard('RLIMIT_NPROC', -1)}",
         hint="each vCPU and each device needs a thread: ulimit -u 4096; for a service: TasksMax=; or end some of this "

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 
-from pyvmm.errors import HostError, PyvmmError, exhausted
+from pyvmm.errors import LimitError, PyvmmError, exhausted
 from pyvmm.log import get_logger
 from pyvmm.vcpu.outcome import Ending, Outcome
 
@@ -52,7 +52,7 @@ class RunEnd:
         told = exhausted(error) or error
         hint = told.hint if isinstance(told, PyvmmError) else None
         text = told.message if isinstance(told, PyvmmError) else f"{type(told).__name__}: {told}"
-        ending = Ending.UNABLE if isinstance(told, HostError) else Ending.FAILED
+        ending = Ending.UNABLE if isinstance(told, LimitError) else Ending.FAILED
         self.finish(Outcome(ending, text, hint=hint))
         with contextlib.suppress(Exception):
             log.error("vcpu_thread_failed", error=text, exc_info=told if not isinstance(told, PyvmmError) else None)

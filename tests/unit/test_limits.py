@@ -169,9 +169,10 @@ def test_a_program_that_cannot_be_started_for_want_of_processes() -> None:
         there["start"]()
 
 
-def test_a_limit_that_a_thread_meets_ends_the_run_with_its_status() -> None:
+@pytest.mark.parametrize("error", [FULL, exhausted(FULL)])
+def test_a_limit_that_a_thread_meets_ends_the_run_with_its_status(error: Exception) -> None:
     end = RunEnd()
-    end.failed(FULL)
+    end.failed(error)
     assert end.outcome is not None
     assert (end.outcome.ending, end.outcome.status) == (Ending.UNABLE, 5)
 

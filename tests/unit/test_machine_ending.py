@@ -80,7 +80,7 @@ def test_what_a_thread_raises_is_the_reason_with_its_hint(capsys: pytest.Capture
     log.configure()
     end = RunEnd()
     end.failed(HostError("no more memory", hint="free some"))
-    assert end.outcome == Outcome(Ending.UNABLE, "no more memory", hint="free some")
+    assert end.outcome == Outcome(Ending.FAILED, "no more memory", hint="free some")
     other = RunEnd()
     other.failed(ZeroDivisionError("by zero"))
     assert other.outcome == Outcome(Ending.FAILED, "ZeroDivisionError: by zero")

@@ -261,7 +261,7 @@ def test_a_device_is_one_machines_and_another_leaves_it_alone() -> None:
         assert device.closed == 0
         assert toy.transport is plan.machine.virtio[0]
     assert device.closed == 1
-    with pytest.raises(UsageError, match="has been given"), Plan(config, devices=[device]):
+    with pytest.raises(UsageError, match="already belongs"), Plan(config, devices=[device]):
         pass
     with pytest.raises(UsageError, match="has been given"), Plan(config, devices=[new := Plain(), new]):
         pass

@@ -263,7 +263,7 @@ def test_a_device_is_one_machines_and_another_leaves_it_alone() -> None:
     assert device.closed == 1
     with pytest.raises(UsageError, match="already belongs"), Plan(config, devices=[device]):
         pass
-    with pytest.raises(UsageError, match="has been given"), Plan(config, devices=[new := Plain(), new]):
+    with pytest.raises(UsageError, match="already belongs"), Plan(config, devices=[new := Plain(), new]):
         pass
     assert (device.closed, new.closed) == (1, 1)
 

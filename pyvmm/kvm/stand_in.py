@@ -79,9 +79,10 @@ class StandIn(Kernel):
     """Answers as an arm64 pKVM host without devices ``missing`` would while a machine is made; no guest can run."""
 
     pretends = True
+    missing: tuple[DeviceType, ...] = ()
 
     def __init__(self, *missing: DeviceType) -> None:
-        self._missing = missing
+        self.missing = missing
 
     def open(self, path: str) -> int:
         """Return a memfd as the descriptor."""
@@ -103,7 +104,7 @@ class StandIn(Kernel):
                 return _descriptor("vcpu", _RUN_AREA), 0
             case "KVM_CREATE_GUEST_MEMFD", kvm_create_guest_memfd():
                 return _descriptor("guest_memfd", argument.size), 0
-            case "KVM_CREATE_DEVICE", kvm_create_device() if argument.type in self._missing:
+            case "KVM_CREATE_DEVICE", kvm_create_device() if argument.type in self.missing:
                 return -1, errno.ENODEV
             case "KVM_CREATE_DEVICE", kvm_create_device() if not argument.flags & KVM_CREATE_DEVICE_TEST:
                 argument.fd = _descriptor("device")

@@ -39,7 +39,7 @@ def is_a(directory: Path, machine: str) -> None:
 @pytest.mark.parametrize(("machine", "compiles"), [("aarch64", False), ("x86_64", True)])
 def test_every_machine_without_pkvm_gets_what_the_lab_needs(lacking: Path, machine: str, compiles: bool) -> None:
     is_a(lacking, machine)
-    command = ["bash", RUN, "pyvmm", "demo"]
+    command = ["bash", str(RUN), "pyvmm", "demo"]
     done = subprocess.run(command, env={"PATH": str(lacking)}, capture_output=True, text=True, check=False, timeout=60)
     packages = done.stderr.partition("lacks ")[2].partition(";")[0].split()
     assert "qemu-system-arm" in packages

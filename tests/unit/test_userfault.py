@@ -93,9 +93,9 @@ def test_an_answer_may_be_several_pages_and_leaves_those_alone_that_are_there(
     [
         (b"short", "is 5 bytes, which are not whole pages"),
         (b"", "is 0 bytes"),
-        (Answer.CONTINUE, "is no answer to a missing fault"),
-        (Answer.UNPROTECT, "is no answer"),
-        (None, "NoneType is no answer"),
+        (Answer.CONTINUE, "is not a valid answer to the missing fault"),
+        (Answer.UNPROTECT, "is not a valid answer"),
+        (None, "NoneType is not a valid answer"),
     ],
 )
 def test_an_answer_that_cannot_be_leaves_the_reader_waiting_and_is_raised(

@@ -80,4 +80,4 @@ def test_a_fork_is_refused_and_told_why() -> None:
             text = said.read()
         os.waitpid(child, 0)
     assert "EIO" in text
-    assert "threads, no fork" in text
+    assert "threads, not forks" in text

@@ -65,7 +65,7 @@ def test_the_interrupt_controller_takes_its_addresses_once_and_freezes_the_vcpus
 def test_forwarded_hypercalls_cannot_overlap_reserved_ones_nor_come_late(vm: Vm) -> None:
     vm.forward_smccc(0x8600_0000, 1)
     vm.forward_smccc(0xC600_0002, 3)
-    with pytest.raises(KvmError, match=r"base=0x8000_0000, count=1.*EEXIST: it is set already, or overlaps"):
+    with pytest.raises(KvmError, match=r"base=0x8000_0000, count=1.*EEXIST: it is already set, or overlaps"):
         vm.forward_smccc(0x8000_0000, 1)
 
 
@@ -101,7 +101,7 @@ def test_a_plain_vm_gives_its_slots_back_after_it_ran(vm: Vm) -> None:
 def test_a_guest_memfd_without_mmap_serves_no_slot(vm: Vm) -> None:
     if not vm.system.check(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_MMAP:
         pytest.skip("this kernel has no guest_memfd that can be mapped")
-    refused = pytest.raises(KvmError, match=r"memfd_flags=0x0.*arm64 takes only a guest_memfd")
+    refused = pytest.raises(KvmError, match=r"memfd_flags=0x0.*arm64 accepts only a guest_memfd")
     with vm.create_guest_memfd(4 * PAGE, 0) as file, pages(4) as hva, refused as caught:
         vm.set_memory(0, RAM, 4 * PAGE, hva, guest_memfd=file)
     assert "GUEST_MEMFD_FLAG_MMAP" in str(caught.value.hint)

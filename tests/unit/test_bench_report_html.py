@@ -205,7 +205,7 @@ def packed(**data: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("<p>hello</p>", "is no report of a benchmark"),
+        ("<p>hello</p>", "is not a benchmark report"),
         (packed(encoding="zip", lines=""), "does not know"),
         (packed(lines=""), "damaged"),
         (packed(encoding="deflate+base64", lines="!"), "damaged"),

@@ -198,10 +198,10 @@ REFUSED = {
     "an empty file": (b"", "is empty"),
     "a short Image": (linux_image()[:60], "truncated: it ends within its Image header"),
     "a big-endian Image": (linux_image(flags=1), "big-endian"),
-    "an EFI program of another machine": (b"MZ" + bytes(200), "no arm64 Linux Image"),
+    "an EFI program of another machine": (b"MZ" + bytes(200), "not an arm64 Linux Image"),
     "a truncated gzip": (gzip.compress(os.urandom(1000))[:-200], "truncated gzip"),
     "a damaged gzip": (b"\x1f\x8b\x08" + bytes(50), "damaged"),
-    "gzip of nothing": (gzip.compress(b""), "gzip file of nothing"),
+    "gzip of nothing": (gzip.compress(b""), "gzip file without contents"),
     "a zstd zboot": (zboot(), "EFI zboot image compressed with 'zstd'"),
     "a truncated zboot": (zboot(b"gzip", 100), "truncated: its EFI zboot payload ends at byte 164, the file at 68"),
     "a zboot header cut off": (zboot()[:20], "within its EFI zboot header"),
@@ -221,7 +221,7 @@ REFUSED = {
         "256 bytes in the file, 4 in all",
     ),
     "an ELF with nothing to load": (elf(segments=()), "nothing to load"),
-    "an entry outside": (elf(entry=0x1234), "entry 0x1234 lies in none"),
+    "an entry outside": (elf(entry=0x1234), "entry 0x1234 is outside of its segments"),
 }
 
 
@@ -285,7 +285,7 @@ def test_a_file_that_becomes_shorter_before_it_is_loaded_is_refused(tmp_path: Pa
     path.write_bytes(bytes(9000))
     image = read("payload:hello", str(path))
     os.truncate(path, 5000)
-    with pytest.raises(UsageError, match=r"initrd .*initrd has become shorter .* ends at byte 5000, 9000 were there"):
+    with pytest.raises(UsageError, match=r"initrd .*initrd was truncated .* ends at byte 5000, but had 9000 before"):
         place(image, Recorder(), Board(cpus=1), ram_size=64 * MIB)
     image.close()
 
@@ -455,7 +455,7 @@ def test_what_overlaps_or_does_not_fit_is_refused_with_both_ranges(image: BootIm
 def test_a_payload_is_given_no_more_memory_than_it_reaches() -> None:
     image = read("payload:hello")
     plan(image, ram_size=layout.PAYLOAD_LIMIT - layout.RAM_BASE)
-    with pytest.raises(UsageError, match=r"522241 MiB .* no address from 0x80_0000_0000 on") as caught:
+    with pytest.raises(UsageError, match=r"522241 MiB .* a payload cannot use addresses from 0x80_0000_0000 on") as caught:
         plan(image, ram_size=layout.PAYLOAD_LIMIT - layout.RAM_BASE + MIB)
     assert caught.value.hint == "use at most -m 522240M"
 
@@ -534,8 +534,8 @@ TREE = Tree(Node("", {"a": 1})).to_bytes()
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"/dts-v1/;\n/ {};\n" + bytes(40), "no flattened device tree: it does not start with 0xd00dfeed"),
-        (TREE[:20], "no flattened device tree"),
+        (b"/dts-v1/;\n/ {};\n" + bytes(40), "not a flattened device tree: it does not start with 0xd00dfeed"),
+        (TREE[:20], "not a flattened device tree"),
         (TREE[:-1], f"truncated: its header says {len(TREE)} bytes, but it has {len(TREE) - 1}"),
         (TREE[:20] + struct.pack(">2I", 18, 18) + TREE[28:], "has version 18, compatible with 18"),
         (TREE[:20] + struct.pack(">2I", 3, 1) + TREE[28:], "has version 3"),

@@ -110,7 +110,7 @@ def test_buffer_in_use_is_left_alone(remote: Path) -> None:
     (remote / "tracing_on").write_text("0\n")
     (remote / "buffer_size_kb").write_text("4096 (loaded)\n")
     with HypTrace() as trace:
-        assert "somebody reads it" in trace.why_not
+        assert "another process reads it" in trace.why_not
     other = os.open(remote, os.O_RDONLY)
     try:
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -295,7 +295,8 @@ class Machine:
     def stop(self, reason: str) -> None:
         pass
 
-    def run(self) -> Outcome:
+    def run(self, *, spent: float) -> Outcome:
+        assert spent == 0
         self.pipe.fill()
         within(20, lambda: log.get_logger("guest").warning("lost"))
         self.read = self.pipe.read_to_the_end()

@@ -115,7 +115,7 @@ def test_the_address_space_limit_is_explained() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
             Memfd(2 << 30)
         except mman.MappingError as error:
-            status = 0 if "no room" in error.message and "ulimit -v" in (error.hint or "") else 2
+            status = 0 if "is used up" in error.message and "ulimit -v" in (error.hint or "") else 2
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0

@@ -125,7 +125,7 @@ def test_stale_build_is_noticed_with_the_command_that_mends_it(tmp_path: Path, m
     with (tmp_path / "native" / "loop" / "run.c").open("a") as file:
         file.write("/* newer */\n")
     monkeypatch.setattr(_native_source, "NATIVE", tmp_path / "native")
-    with pytest.raises(PyvmmError, match=r"built from other sources.*\n.*python native/build\.py"):
+    with pytest.raises(PyvmmError, match=r"the native loop is stale: built from sources.*\n.*python native/build\.py"):
         _native_source.require_fresh_native()
 
 

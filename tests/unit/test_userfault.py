@@ -196,7 +196,7 @@ def test_a_store_to_a_write_protected_page_waits_until_it_is_allowed(userfault: 
 
 def test_any_access_to_a_read_write_protected_page_waits(userfault: Userfault, memory: Memfd) -> None:
     if not userfault.features & UFFD_FEATURE_RWP:
-        with pytest.raises(HostError, match="does not tell rwp faults"):
+        with pytest.raises(HostError, match="does not report rwp faults"):
             userfault.register(memory.hva, SIZE, rwp=True)
         pytest.skip("this kernel has no UFFD_FEATURE_RWP")
     write(memory.hva, b"before")
@@ -251,7 +251,7 @@ def test_events_that_nobody_would_read_are_refused() -> None:
 @pytest.mark.parametrize(
     ("code", "words", "hint"),
     [
-        (errno.EPERM, "may not wait for faults inside the kernel", r"CAP_SYS_PTRACE.*vm.unprivileged_userfaultfd=1"),
+        (errno.EPERM, "may not handle faults inside the kernel", r"CAP_SYS_PTRACE.*vm.unprivileged_userfaultfd=1"),
         (errno.ENOSYS, "no userfaultfd", "populate"),
         (errno.EMFILE, "EMFILE", None),
     ],

@@ -399,7 +399,7 @@ def test_file_cut_short_fails_what_is_lost_and_is_not_made_long_again(path: Path
         assert driver.request(Request.WRITE_ZEROES, 0, segments((40, 1, 0)))[0] == IOERR
         assert path.stat().st_size == 32 * SECTOR
     assert [(one["event"], one["errno"]) for one in heard] == [("disk_failed", "ENODATA")] * 3
-    assert f"shorter than its {SECTORS * SECTOR} bytes" in str(heard[0]["reason"])
+    assert f"truncated below its {SECTORS * SECTOR} bytes" in str(heard[0]["reason"])
 
 
 def test_full_medium_is_told_to_both_sides(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_a_device_without_a_thread_needs_a_reset_and_works_after_it(
         patched.setattr(threading.Thread, "start", start)
         toy.drive()
     assert Status.NEEDS_RESET in toy.status
-    assert "can't start new thread" in events()[0]["error"]
+    assert "this host gives no thread more" in events()[0]["error"]
     toy.transport.pause()
     toy.transport.resume()
     [driver, _] = toy.drive()

@@ -468,7 +468,7 @@ def test_path_in_use_is_refused_and_a_stale_one_is_replaced(peer: Peer, door: Do
     Path(stale).write_text("somebody else's by now")
     again.close()
     assert Path(stale).read_text()
-    with pytest.raises(UsageError, match="no socket"):
+    with pytest.raises(UsageError, match="is not a socket"):
         Door(stale, peer.table.connect, peer.watch)
     assert door
 

@@ -265,7 +265,7 @@ def test_settings_that_a_killed_one_leaves_changed_are_put_back(
     done = [result.verdict for result in runner.run([task(die), task(lambda x: x.check("a", True))])]
     assert done == [Verdict.CRASHED, Verdict.HOLDS]
     assert setting.read_text() == "never"
-    with pytest.raises(ValueError, match="no setting"):
+    with pytest.raises(ValueError, match="is not a setting"):
         settings.write("/proc/sys/kernel/panic", "1")
 
 

@@ -74,7 +74,7 @@ def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named()
     [
         (Plan(("fualt",)), "no case is called 'fualt'", "nearest: fault"),
         (Plan(axes={"stat": ["cold"]}), "an axis 'stat'", "nearest: state"),
-        (Plan(("exit",), versus=("state", "cold")), "called 'state'", "known are protection, cpus"),
+        (Plan(("exit",), versus=("state", "cold")), "has an axis 'state'", "known are protection, cpus"),
         (Plan(("fault",), {"state": ["clod"]}), "state of fault is never 'clod'", "nearest: cold"),
         (Plan(axes={"state": ["clod"]}), "state is never 'clod' in any case", "nearest: cold"),
         (Plan(("fault",), versus=("state", "clod")), "state of fault is never 'clod'", "nearest: cold"),
@@ -204,6 +204,6 @@ def test_a_side_that_never_was_says_why() -> None:
 
 
 def test_a_run_of_one_side_is_nothing_to_compare() -> None:
-    with pytest.raises(UsageError, match="one side only") as caught:
+    with pytest.raises(UsageError, match="only one side") as caught:
         sides(samples.run())
     assert "--versus" in (caught.value.hint or "")

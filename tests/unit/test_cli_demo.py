@@ -28,7 +28,7 @@ def test_a_host_that_is_no_pkvm_host_tells_it_in_the_lab(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "uname", machine("x86_64"))
     monkeypatch.setattr("pyvmm.cli.lab.run_verb", run_verb)
     assert cli.main(["demo"]) == 1
-    assert seen == [["demo", "--here"]]
+    assert seen == [["demo", "--here", "--protection", "pkvm"]]
 
 
 @pytest.mark.parametrize("protected", [True, False])

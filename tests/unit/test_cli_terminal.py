@@ -233,16 +233,23 @@ def test_a_signal_that_was_blocked_is_heard(catching: Catching) -> None:
 # ---- jobs of a shell
 
 
+OVER = b"[the job is over]"
+
+
 def job(code: str, *, foreground: bool) -> tuple[bytes, int]:
     """Run Python as a job of an interactive shell's terminal; what it says there, and how it ended or was stopped.
 
     The shell's part is played by the leader of a session of its own: it has the terminal, and the job a process group.
     """
+    # With the leader the terminal goes, and what nobody has read of it: the leader stays until all is read.
+    wait, go = os.pipe()
     leader, ours = pty.fork()
     if leader == 0:
         status = 1
         try:
             status = _lead(code, foreground=foreground)
+            os.write(1, OVER)
+            os.read(wait, 1)
         finally:
             os._exit(status)
     said = b""
@@ -251,8 +258,11 @@ def job(code: str, *, foreground: bool) -> tuple[bytes, int]:
             said += data
             if b"ready" in data:
                 os.write(ours, b"typed\n")
-    os.close(ours)
-    return said, os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
+            if OVER in said:
+                os.write(go, b".")
+    for fd in (ours, wait, go):
+        os.close(fd)
+    return said.replace(OVER, b""), os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1])
 
 
 def _lead(code: str, *, foreground: bool) -> int:

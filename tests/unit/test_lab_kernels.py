@@ -61,7 +61,7 @@ def test_a_kernel_without_a_banner_is_of_unknown_release(tmp_path: Path) -> None
     ("data", "what"),
     [
         (b"#!/bin/sh\n", "is a text file"),
-        (b"MZ" + bytes(range(256)), "no arm64 Linux Image"),
+        (b"MZ" + bytes(range(256)), "not an arm64 Linux Image"),
         (bytes(range(1, 256)), "no arm64 kernel: it has no Image header"),
         (b"", "is empty"),
         (b"MZ\0\0zimg" + struct.pack("<2I8x32s", 64, 0, b"zstd"), "zboot image compressed with 'zstd'"),

@@ -79,7 +79,7 @@ def these_calls_are_refused(x: Experiment) -> None:
 
 @claim(none="memfd", pkvm="memfd", origin=FILTER)
 def these_capabilities_are_refused(x: Experiment) -> None:
-    """arm64 capabilities that change what the VMM receives or sets cannot be enabled: EINVAL."""
+    """Capabilities of arm64 that change what the VMM receives or sets cannot be enabled: EINVAL."""
     for name in ("ARM_NISV_TO_USER", "ARM_SYSTEM_SUSPEND", "ARM_SEA_TO_USER", "ARM_WRITABLE_IMP_ID_REGS"):
         number = getattr(cap, f"KVM_CAP_{name}")
         x.check(f"KVM_ENABLE_CAP of {name}", raw.answer(partial(_vm(x).enable_cap, number)), "EINVAL")

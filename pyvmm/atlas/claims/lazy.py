@@ -56,7 +56,7 @@ def _late_file(x: Experiment, *, full: bool) -> tuple[Memfd, Hva]:
 
 @claim(none="memfd thp", emulated="memfd", pkvm="memfd", origin=f"{UFFD}, UFFDIO_REGISTER_MODE_MISSING; {NO_RETRY}")
 def a_missing_page_is_served(x: Experiment) -> None:
-    """userfaultfd reports the guest's first access to a missing page, and the guest finds the provided page."""
+    """The guest's first access to a missing page is reported by userfaultfd, and the guest finds the provided page."""
     page, asked = x.page(PAGES), list[Fault]()
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.start()
@@ -92,7 +92,7 @@ def a_minor_fault_is_served(x: Experiment) -> None:
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{UFFD}, UFFDIO_WRITEPROTECT; mmu notifiers unmap stage 2")
 def a_store_to_a_protected_page_is_told(x: Experiment) -> None:
-    """After a page of the running guest is write-protected, its next store is reported and waits. Loads are not."""
+    """After a page of the running guest is write-protected, its next store is reported and waits, and loads are not."""
     page = x.page(PAGES)
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.guest.write64(page, 1)

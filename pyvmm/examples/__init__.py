@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples of what others may add to pyvmm. Each is a whole file, and a test runs it."""
+"""Examples, a whole file each, and a test runs each: a device (``dice``) and scripts to start as ``python -m``."""

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest throws the dice of pyvmm/examples, in every protection."""
+"""The examples of pyvmm/examples: a guest throws the dice, and each script prints what it says it does."""
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 
 from pyvmm.devices.base import Device, Trigger
 from pyvmm.errors import UsageError
 from pyvmm.examples.dice import Dice, DiceDevice
+from pyvmm.experiment.environment import INSTRUCTIONS, counts
 from pyvmm.experiment.experiment import Experiment
+from pyvmm.labenv import in_lab
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.saving import save
 from pyvmm.machine.snapshot import Snapshot
 from pyvmm.protection import Protection
+from tests.documents import ROOT
 from tests.pkvm.harness import ALL, config, puppet
 
 pytestmark = pytest.mark.pkvm
@@ -85,3 +91,51 @@ def test_snapshot_has_a_dice_and_names_a_device_that_cannot_be_saved(tmp_path: o
         assert [placed.device.name for placed in machine.bus.placed][-1] == "dice"
     with pytest.raises(UsageError, match="is of a machine with devices"), Machine(hello, start=Snapshot(file)):
         pass
+
+
+# ---- scripts
+
+
+def printed(name: str) -> list[str]:
+    """Run an example as its docstring says, and return the lines that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"pyvmm.examples.{name}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_hole_takes_a_plain_guests_page_and_not_a_protected_ones() -> None:
+    assert printed("hole") == [
+        "none  memfd    the guest reads  0, the host reads 0",
+        "none  private  the guest reads  0, the host faults",
+        "pkvm  memfd    the guest reads 42, the host reads 0",
+    ]
+
+
+def test_subscriber_prints_each_share_before_the_guest_goes_on() -> None:
+    *events, last = [re.sub(r"0x[0-9a-f_]+ to 0x[0-9a-f_]+", "it", line) for line in printed("share_log")]
+    assert events == [
+        "1: the guest shares it (doorbell)",
+        "2: the guest shares it (doorbell)",
+        "3: the guest shares it (doorbell)",
+        "the guest finds 1 2 3",
+        "4: the guest unshares it (doorbell)",
+    ]
+    assert last == "the host reads None from the first page, 2 from the second"
+
+
+def test_fault_latency_is_printed_with_its_unit_and_what_it_is_worth() -> None:
+    cold, populated, *note = printed("fault_latency")
+    unit = "instructions" if counts() == INSTRUCTIONS else "ns"
+    for line, state in ((cold, "cold"), (populated, "populated")):
+        found = re.fullmatch(rf"{state} +320 pages, median ([\d,]+) {unit} a first store", line)
+        assert found, line
+        assert int(found[1].replace(",", "")) > 0  # the guest's record has its times
+    emulated = in_lab() and unit == "ns"
+    assert [line.partition(":")[0] for line in note] == ["meaningless in time"] * emulated

@@ -21,7 +21,7 @@ HOUSE = """
 __main__        python -m pyvmm
 
 cli             verbs: what each command does, and no more
-examples        what others may add to pyvmm, a file each
+examples        a device and short experiments, a file each
 
 atlas           what the kernel does with guest memory, claim by claim
 bench           what it costs, case by case

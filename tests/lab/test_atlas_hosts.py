@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The atlas on hosts that lack something: a kernel without guest_memfd and protected VMs, a mode without pKVM."""
+"""The atlas on limited hosts: a kernel without guest_memfd and protected VMs, and a mode without pKVM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ OLD = ("fault-in", "private-fd", "lazy", "teardown")
 @pytest.mark.parametrize(
     ("kernel", "mode", "groups"), [("stable", "protected", OLD), ("backports", "nvhe", ("fault-in", "share"))]
 )
-def test_what_a_host_lacks_is_a_reason_and_the_rest_is_told(kernel: str, mode: str, groups: tuple[str, ...]) -> None:
+def test_the_atlas_gives_what_the_host_lacks_as_reason_and_tries_the_rest(
+    kernel: str, mode: str, groups: tuple[str, ...]
+) -> None:
     seen = atlas(kernel, mode, *groups)
     assert seen.host["mode"] == mode
     protected = [result for result in seen.results if result.protection == "pkvm"]

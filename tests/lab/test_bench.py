@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark as its users run it: measured in a lab, reported here; and whether what it says repeats."""
+"""The benchmark as users run it: measured in a lab, reported here. Its results must repeat."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_two_fresh_labs_count_the_same_instructions(tmp_path: Path) -> None:
     assert read_html(str(tmp_path / "a.jsonl.html")).series == runs[0].series
 
 
-def test_two_values_of_an_axis_are_measured_by_turns_and_compared() -> None:
+def test_bench_measures_two_values_of_an_axis_in_turns_and_compares_them() -> None:
     done = bench("bench", "fault", "--axis", "protection=pkvm", "--axis", "pages=64", "--versus", "state=populated")
     assert done.returncode == 0, done.stderr
     assert "faster" in done.stdout, done.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep in several labs at once: points are measured there, and one of a lab that is lost in another."""
+"""A sweep in several labs at once. If a lab dies, another lab measures its point."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ kind = "nothing"
 """
 
 
-def test_a_lab_killed_while_it_measures_is_booted_again_and_its_point_measured_again(tmp_path: Path) -> None:
+def test_the_sweep_reboots_a_lab_killed_while_measuring_and_repeats_its_point(tmp_path: Path) -> None:
     plan = plans.parse(PLAN, "plan.toml", all_cases())
     image = build_image()
     killed: list[int] = []

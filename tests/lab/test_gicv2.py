@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A host with a GICv2 and no GICv3, such as a Raspberry Pi 4: plain and emulated guests, and what is refused there."""
+"""Hosts with a GICv2 and no GICv3, such as a Raspberry Pi 4: they run plain and emulated guests, and refuse others."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.lab
 
 PYVMM = ["python3", "-P", "-m", "pyvmm"]
 TESTS = ("gic", "plan", "snapshot", "gdb", "virtio")
-"""Files of tests/pkvm about interrupts, what is saved of a controller, and what a debugger does to it."""
+"""Files of tests/pkvm about interrupts, snapshots of the interrupt controller, and debuggers."""
 GICV3 = ("gicv3", "message")
-"""Words in the names of tests about what only a GICv3 has."""
+"""Words in the names of tests that need a GICv3."""
 BOOTS = [("none", 2)]
 if "PYVMM_GICV2_BOOTS" in os.environ:  # at night
     BOOTS = [(protection, cpus) for protection in ("none", "emulated") for cpus in (1, 2, 8)]
@@ -34,7 +34,7 @@ def lab(shown: Prepared) -> Iterator[Lab]:
         yield lab
 
 
-def test_what_is_tested_of_interrupts_snapshots_and_debuggers_holds_there_too(lab: Lab, shown: Prepared) -> None:
+def test_the_tests_of_interrupts_snapshots_and_debuggers_pass_with_a_gicv2(lab: Lab, shown: Prepared) -> None:
     names = f"(none or emulated or NONE or EMULATED) and not {' and not '.join(GICV3)}"
     files = [f"tests/pkvm/test_{name}.py" for name in TESTS]
     command = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-q", *files, "-k", names]
@@ -46,7 +46,7 @@ def test_what_is_tested_of_interrupts_snapshots_and_debuggers_holds_there_too(la
 
 
 @pytest.mark.parametrize(("protection", "cpus"), BOOTS)
-def test_debians_kernel_boots_there(lab: Lab, shown: Prepared, protection: str, cpus: int) -> None:
+def test_debians_kernel_boots_with_a_gicv2(lab: Lab, shown: Prepared, protection: str, cpus: int) -> None:
     words = "console=ttyAMA0 quiet audit=0 lsm= mitigations=off panic=-1 -- cat /proc/interrupts"
     options = ["--protection", protection, "-c", str(cpus), "-i", "shell:", "-p", words, "debian:"]
     done = lab.capture([*PYVMM, "run", "--deadline", "300", *options], env=shown.environment, timeout=400)
@@ -58,13 +58,13 @@ def test_debians_kernel_boots_there(lab: Lab, shown: Prepared, protection: str, 
     assert all(int(count) > 0 for count in timer[1 : cpus + 1])
 
 
-def test_more_vcpus_than_it_has_are_refused_with_its_limit(lab: Lab) -> None:
+def test_pyvmm_refuses_more_vcpus_than_a_gicv2_serves_and_names_the_limit(lab: Lab) -> None:
     done = lab.capture([*PYVMM, "run", "-c", "9", "payload:hello"])
     assert done.status == 5
     assert b"this host has a GICv2, which cannot have 9 vCPUs: its limit is 8" in done.stderr
 
 
-def test_doctor_and_a_plan_name_it(lab: Lab) -> None:
+def test_doctor_and_plan_name_the_gicv2(lab: Lab) -> None:
     assert b"GICv2: guests have up to 8 vCPUs" in lab.capture([*PYVMM, "doctor"]).stdout
     assert b"plain and emulated guests run here, protected ones do not" in lab.capture([*PYVMM, "doctor"]).stdout
     planned = lab.capture([*PYVMM, "run", "--dry-run", "payload:hello"]).stdout

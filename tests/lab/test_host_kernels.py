@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab under other kernels than its default one, modules on demand, and what a verb writes from in there."""
+"""The lab under kernels other than its default, modules loaded on demand, and files that verbs write from the lab."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def lab(image: Image) -> Iterator[Lab]:
         yield lab
 
 
-def test_the_host_runs_the_kernel_of_its_image_as_pkvm(lab: Lab, image: Image) -> None:
+def test_the_lab_runs_the_given_kernel_as_a_pkvm_host(lab: Lab, image: Image) -> None:
     assert lab.capture(["uname", "-r"]).stdout.decode().strip() == image.manifest.release
     assert b"Protected nVHE mode initialized successfully" in lab.capture(["dmesg"]).stdout
 
 
-def test_only_9p_is_loaded_and_zram_can_be(lab: Lab) -> None:
+def test_the_lab_loads_only_9p_and_can_load_zram(lab: Lab) -> None:
     loaded = lab.capture(["cat", "/proc/modules"]).stdout.decode()
     assert {line.split()[0] for line in loaded.splitlines()} == {"9p", "9pnet", "9pnet_virtio", "netfs"}
     done = lab.capture(["sh", "-c", USE_ZRAM])
     assert (done.status, done.stderr) == (0, b"")
 
 
-def test_a_kernel_without_its_modules_is_told_to_need_9p_built_in(tmp_path: Path) -> None:
+def test_the_error_for_a_kernel_without_modules_says_it_needs_9p_built_in(tmp_path: Path) -> None:
     other = build_image(OTHER)
     foreign = replace(build_image(), file=KernelFile(other.kernel, other.release))
     with (
@@ -85,7 +85,7 @@ def test_a_kernel_without_its_modules_is_told_to_need_9p_built_in(tmp_path: Path
     assert f"{other.kernel} ({other.release}) finds none of its modules" in (caught.value.hint or "")
 
 
-def test_what_a_verb_writes_is_there_when_the_lab_is_gone(tmp_path: Path) -> None:
+def test_files_that_a_verb_writes_outlive_the_lab(tmp_path: Path) -> None:
     (tmp_path / "a, b=c").mkdir()
     tree = tmp_path / "a, b=c" / "guest=1.dtb"
     with tempfile.NamedTemporaryFile(dir="/tmp", prefix="pyvmm test, ") as console:

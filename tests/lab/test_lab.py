@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab from a workstation: statuses, streams, signals, modes, two at once, and nothing left however it ends."""
+"""The lab from a workstation: exit statuses, streams, signals, modes, two labs at once. It leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -67,22 +67,22 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("status", [0, 1, 7, 255])
-def test_exit_statuses_pass(lab: Lab, status: int) -> None:
+def test_a_command_keeps_its_exit_status(lab: Lab, status: int) -> None:
     assert lab.capture(["sh", "-c", f"exit {status}"]).status == status
 
 
-def test_a_command_killed_by_a_signal_is_128_and_its_number(lab: Lab) -> None:
+def test_a_command_killed_by_a_signal_has_status_128_plus_its_number(lab: Lab) -> None:
     assert lab.capture(["sh", "-c", "kill -9 $$"]).status == 128 + signal.SIGKILL
 
 
-def test_a_command_that_is_not_there_is_127_and_one_that_cannot_run_126(lab: Lab) -> None:
+def test_a_missing_command_has_status_127_and_one_that_cannot_run_126(lab: Lab) -> None:
     missing = lab.capture(["no-such-command"])
     assert (missing.status, missing.stderr) == (127, b"no-such-command: No such file or directory\n")
     assert lab.capture(["/etc/passwd"]).status == 126
 
 
 @pytest.mark.parametrize("redirect", ["", ">&2"])
-def test_a_mebibyte_of_every_byte_goes_in_and_out_unchanged(lab: Lab, redirect: str) -> None:
+def test_a_mebibyte_of_every_byte_value_passes_in_and_out_unchanged(lab: Lab, redirect: str) -> None:
     blob = os.urandom(1 << 20)
     done = lab.capture(["sh", "-c", f"cat {redirect}"], stdin=blob)
     assert done.status == 0
@@ -90,7 +90,7 @@ def test_a_mebibyte_of_every_byte_goes_in_and_out_unchanged(lab: Lab, redirect: 
     assert (done.stdout if redirect else done.stderr) == b""
 
 
-def test_a_command_that_ignores_its_input_ends_and_the_next_does_not_see_it(lab: Lab) -> None:
+def test_the_next_command_does_not_see_input_that_the_last_one_ignored(lab: Lab) -> None:
     assert lab.capture(["true"], stdin=bytes(4 << 20)).status == 0
     assert shell(lab, "cat", stdin=b"mine") == b"mine"
 
@@ -101,39 +101,39 @@ def test_a_command_leaves_no_process_behind(lab: Lab) -> None:
     assert b"sleep" not in shell(lab, "ps")
 
 
-def test_output_nobody_reads_ends_its_command(lab: Lab) -> None:
+def test_a_command_ends_when_nobody_reads_its_output(lab: Lab) -> None:
     def gone(_data: bytes) -> None:
         raise BrokenPipeError
 
     assert lab.run(["yes"], stdout=gone) == 128 + signal.SIGPIPE
 
 
-def test_it_is_a_pkvm_host(lab: Lab) -> None:
+def test_the_lab_is_a_pkvm_host(lab: Lab) -> None:
     assert re.search(rb"Protected n?VHE mode initialized successfully", shell(lab, "dmesg; ls /dev/kvm"))
 
 
-def test_the_current_directory_is_the_same_place_inside(lab: Lab) -> None:
+def test_the_lab_has_the_same_current_directory(lab: Lab) -> None:
     assert shell(lab, "pwd").decode().strip() == str(lab.cwd)
     shell(lab, "echo written inside > file")
     assert (lab.cwd / "file").read_text() == "written inside\n"
 
 
-def test_the_tree_is_imported_from_where_it_is(lab: Lab) -> None:
+def test_the_lab_imports_pyvmm_from_the_same_path(lab: Lab) -> None:
     assert shell(lab, "python3 -c 'import pyvmm; print(pyvmm.__file__)'").decode().strip() == str(
         PACKAGE / "__init__.py"
     )
 
 
-def test_the_native_loop_is_the_one_for_arm64(lab: Lab) -> None:
+def test_the_lab_uses_the_native_loop_for_arm64(lab: Lab) -> None:
     done = lab.capture(["python3", "-c", "from pyvmm._native import lib; print(lib.pv_kick_signal())"])
     assert (done.status, int(done.stdout) > 0) == (0, True), done.stderr
 
 
-def test_the_environment_says_that_this_is_the_lab(lab: Lab) -> None:
+def test_the_environment_identifies_the_lab(lab: Lab) -> None:
     assert shell(lab, "echo $PYVMM_IN_LAB $MINE", env={"MINE": "too"}) == b"1 too\n"
 
 
-def test_a_terminal_has_a_size_and_takes_keys(lab: Lab) -> None:
+def test_a_terminal_passes_its_size_and_keys_to_the_lab(lab: Lab) -> None:
     ours, theirs = os.openpty()
     screen = bytearray()
     try:
@@ -156,10 +156,10 @@ def test_a_terminal_has_a_size_and_takes_keys(lab: Lab) -> None:
     assert b"got typed" in screen
 
 
-# ---- labs of their own
+# ---- each with another lab
 
 
-def test_two_labs_at_once_in_the_other_two_modes(image: Image) -> None:
+def test_two_labs_run_at_once_in_the_other_two_modes(image: Image) -> None:
     with (
         Lab(LabOptions(mode="vhe"), image=image, bare=True) as vhe,
         Lab(LabOptions(mode="nvhe", cpus=1), image=image, bare=True) as nvhe,
@@ -170,7 +170,7 @@ def test_two_labs_at_once_in_the_other_two_modes(image: Image) -> None:
         assert shell(vhe, "nproc") == b"2\n"
 
 
-def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others(image: Image) -> None:
+def test_a_host_without_pkvm_refuses_a_protected_guest_and_runs_the_others(image: Image) -> None:
     with Lab(LabOptions(mode="nvhe"), image=image) as nvhe:
         refused = nvhe.capture(["python3", "-m", "pyvmm", "run", "--protection", "pkvm", "payload:hello"])
         assert refused.status == 5, refused
@@ -181,7 +181,7 @@ def test_a_host_that_is_not_pkvm_refuses_a_protected_guest_and_runs_the_others(i
             assert b"HELLO, HOST" in done.stdout
 
 
-def test_a_lab_that_is_killed_says_how_it_was_started_and_is_gone(image: Image) -> None:
+def test_a_killed_lab_says_how_it_was_started_and_leaves_no_process(image: Image) -> None:
     with Lab(image=image, bare=True) as lab:
         pid = lab.pid
         threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
@@ -200,10 +200,10 @@ def test_a_command_that_takes_too_long_ends_with_its_lab(image: Image) -> None:
         assert not is_alive(pid)
 
 
-def test_icount_repeats(image: Image) -> None:
-    # Instructions, not time: the spread between two runs of a loop is far below what any machine's clock shows.
-    # Where Python's objects lie decides 4 of some 190 instructions a turn, though: of 14 processes of one lab one took
-    # 3,796,000 in all, the others 3,875,000. With the same addresses all are alike.
+def test_icount_gives_the_same_time_again(image: Image) -> None:
+    # Counts of instructions vary far less between two runs of a loop than any machine's clock does.
+    # The addresses of Python's objects decide 4 of about 190 instructions a turn. Of 14 processes in one lab one took
+    # 3,796,000 in all, the others 3,875,000. With the same addresses all take the same number.
     script = """
 import time
 def loop():
@@ -220,7 +220,7 @@ print(*sorted(loop() for _ in range(9)))
     assert max(medians) / min(medians) < 1.01, runs
 
 
-def test_a_directory_the_lab_has_itself_is_refused_by_name(image: Image) -> None:
+def test_the_lab_refuses_by_name_to_run_in_a_directory_that_it_has_itself(image: Image) -> None:
     directory = Path("/usr/lib/python3")
     with pytest.raises(PyvmmError, match=f"{directory} cannot be made visible"), Lab(image=image, cwd=directory):
         pass
@@ -231,7 +231,7 @@ def test_a_directory_the_lab_has_itself_is_refused_by_name(image: Image) -> None
 
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Run ``pyvmm lab exec`` until it has said something; give it, and its QEMU."""
+    """Run ``pyvmm lab exec`` until it prints something; give its process and its QEMU."""
     with subprocess.Popen([*PYVMM, "lab", "exec", "--", *arguments], cwd=TREE, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -244,7 +244,7 @@ def running(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_command_and_its_status_comes_back(number: signal.Signals) -> None:
+def test_a_signal_reaches_the_command_in_the_lab_and_its_status_comes_back(number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")
     with running("sh", "-c", f'trap "echo caught; exit 9" {name}; echo ready; while :; do sleep 0.1; done') as (
         it,
@@ -257,15 +257,15 @@ def test_a_signal_reaches_the_command_and_its_status_comes_back(number: signal.S
         assert not is_alive(qemu)
 
 
-def test_a_killed_pyvmm_leaves_no_qemu() -> None:
+def test_a_killed_pyvmm_leaves_no_qemu_running() -> None:
     with running("sh", "-c", "echo ready; sleep 1000") as (it, qemu):
         it.kill()
         it.wait()
         wait_until(lambda: not is_alive(qemu), "QEMU ends with its parent")
 
 
-def test_a_verb_runs_with_its_arguments_and_status(tmp_path: Path) -> None:
-    # A kernel that is nowhere near the tree, in a directory that is not the current one.
+def test_a_verb_runs_in_the_lab_with_its_arguments_and_status(tmp_path: Path) -> None:
+    # The guest's kernel is outside the tree and outside the current directory.
     (tmp_path / "empty.bin").write_bytes(b"")
     run = [*PYVMM, "--lab", "run", str(tmp_path / "empty.bin")]
     done = subprocess.run(run, cwd=TREE, capture_output=True, text=True, check=False, timeout=PATIENCE)
@@ -273,7 +273,7 @@ def test_a_verb_runs_with_its_arguments_and_status(tmp_path: Path) -> None:
     assert re.search(r"empty\.bin.*empty", done.stderr), done.stderr
 
 
-def test_a_lab_leaves_no_file(tmp_path: Path) -> None:
+def test_a_lab_leaves_no_file_behind(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run([*PYVMM, "lab", "exec", "--", "true"], cwd=TREE, env=environment, check=False)
     assert done.returncode == 0

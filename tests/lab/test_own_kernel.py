@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's own kernel as the lab's host: pKVM with Debian's root on top, and a hypervisor that says when it runs.
+"""The project's own kernel as the lab's host: pKVM with Debian's root, and a hypervisor that traces when it runs.
 
-Elsewhere than in CI a kernel that nobody has built yet is not built for these tests: it takes minutes.
+Building the kernel takes minutes. Outside CI these tests do not build it, and are skipped without it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyvmm.observe.hyptrace import HypEvent
 
 pytestmark = pytest.mark.lab
 
-# Every entry to EL2 and every exit while a protected guest runs, and whether the trace buffer is then as it was.
+# Record every entry to EL2 and every exit while a protected guest runs, then check that the trace buffer is restored.
 TRACE = """
 import json, subprocess, sys
 from pathlib import Path
@@ -43,7 +43,7 @@ restored = before == [file.read_text() for file in files]
 json.dump([trace.why_not, trace.lost, status, restored, begin, end, trace.events()], sys.stdout)
 """
 
-# A case of the benchmark at one point, as the runner measures it.
+# Measure one point of a benchmark case, as the runner does.
 MEASURE = """
 import json, sys
 from pyvmm.bench.task import measure_point
@@ -76,7 +76,7 @@ def lab(image: Image) -> Iterator[Lab]:
         yield lab
 
 
-def test_it_is_pkvm_and_took_every_option(lab: Lab, image: Image) -> None:
+def test_the_kernel_is_a_pkvm_host_and_has_every_option_of_its_configuration(lab: Lab, image: Image) -> None:
     kernel = usable_kernel()
     assert kernel is not None
     assert kernel.manifest.refused == []
@@ -84,7 +84,7 @@ def test_it_is_pkvm_and_took_every_option(lab: Lab, image: Image) -> None:
     assert b"Protected nVHE mode initialized successfully" in lab.capture(["dmesg"]).stdout
 
 
-def test_its_hypervisor_says_when_it_was_entered_and_left_and_why(lab: Lab) -> None:
+def test_the_hypervisor_traces_when_and_why_it_was_entered_and_left(lab: Lab) -> None:
     done = lab.capture(["python3", "-P", "-c", TRACE], timeout=300)
     assert done.status == 0, done.stderr
     why_not, lost, status, restored, begin, end, found = json.loads(done.stdout)
@@ -92,14 +92,14 @@ def test_its_hypervisor_says_when_it_was_entered_and_left_and_why(lab: Lab) -> N
     events = [HypEvent(*event) for event in found]
     reasons = {(event.entered, event.reason) for event in events}
     assert {(True, "hvc"), (True, "host_abort"), (False, "eret_host")} <= reasons
-    # The guest's vCPU is one thread, and whatever goes into it comes out again.
+    # The guest's vCPU is one thread: each entry is followed by an exit.
     entries = [event.vcpu for event in events if event.reason == "eret_guest"]
     assert entries == [event.vcpu for event in events if event.reason == "guest_exit"]
     assert len(set(entries)) == 1
-    assert len(entries) > 400  # the payload's exits, most of them letters
+    assert len(entries) > 400  # the payload's exits, most of them for letters it prints
     for cpu in {event.cpu for event in events}:
         mine = [event for event in events if event.cpu == cpu]
-        # Stamps are cut to the microsecond; recording begins a little earlier than the run.
+        # Timestamps are truncated to microseconds. Recording begins shortly before the run.
         assert begin - 1_000_000_000 < mine[0].ns <= mine[-1].ns <= end + 1_000_000_000
         assert all(here.entered != there.entered for here, there in pairwise(mine))
 
@@ -112,7 +112,7 @@ def counting(image: Image) -> Iterator[Lab]:
 
 
 def measured(lab: Lab, case: str, **point: object) -> dict[str, Series]:
-    """The series of a case at one point, by metric."""
+    """Give the series of a case at one point, by metric."""
     done = lab.capture(["python3", "-P", "-c", MEASURE, case, json.dumps(point)], timeout=300)
     assert done.status == 0, done.stderr
     found = [Series.from_json(each) for each in json.loads(done.stdout)]
@@ -120,26 +120,26 @@ def measured(lab: Lab, case: str, **point: object) -> dict[str, Series]:
     return {each.metric: each for each in found}
 
 
-def test_a_cold_donation_is_explained_by_parts_measured_apart(counting: Lab) -> None:
+def test_the_parts_of_a_cold_donation_measured_separately_add_up_to_it(counting: Lab) -> None:
     found = measured(counting, "split", pages=128)
     cost = {metric: median(series.kept) for metric, series in found.items()}
     assert all(cost[part] > 0 for part in PARTS)
     assert sum(cost[part] for part in PARTS) == pytest.approx(cost[WHOLE], rel=0.1)
-    # What was taken off for tracing is what it cost: without it the guest waits as long.
+    # The cost subtracted for tracing is right: without tracing the guest waits equally long.
     assert cost[WHOLE] == pytest.approx(cost["whole, not traced"], rel=0.15)
     assert cost["tracing"] > 0
 
 
 @pytest.mark.parametrize("protection", ["pkvm", "none"])
-def test_residency_is_counted_in_every_protection(counting: Lab, protection: str) -> None:
+def test_bench_counts_residency_in_every_protection(counting: Lab, protection: str) -> None:
     found = measured(counting, "residency", protection=protection, pages=64)
     assert all(value > 0 for series in found.values() for value in series.kept)
-    # Whatever a page's first touch takes, the guest leaves for it once.
+    # Whatever the first touch of a page costs, the guest exits once for it.
     assert found["first touch"].notes["guest_exit entries"] == pytest.approx(1, abs=0.1)
     if protection == "pkvm":
         assert median(found["first touch"].kept) > median(found["share"].kept) > 0
 
 
-def test_it_boots_without_protection_too(image: Image) -> None:
+def test_the_kernel_boots_without_protection_too(image: Image) -> None:
     with Lab(LabOptions(mode="nvhe"), image=image, bare=True) as lab:
         assert b"Hyp nVHE mode initialized successfully" in lab.capture(["dmesg"]).stdout

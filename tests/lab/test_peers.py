@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers in the lab, where time counts instructions: pyvmm is not slower than what does the same with less in between.
+"""Peers in the lab, where time counts instructions: pyvmm is as fast as simpler programs that do the same.
 
-What nobody has built yet is built first: two minutes and 200 MB of downloads. Elsewhere than in CI a test whose peer
-cannot be built is skipped with the reason; the project's own kernel for guests is one that is not built for that.
+Missing peers are built first: two minutes and 200 MB of downloads. Outside CI a test whose peer
+cannot be built is skipped with the reason. The project's own kernel for guests is never built for these tests.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def prepared(request: pytest.FixtureRequest) -> Prepared:
             said.add(what)
             terminal.write_line(f"building the peers: {what}")
 
-    build_image(progress=say)  # what guests' kernels are made of
+    build_image(progress=say)  # needed to build kernels for guests
     return prepare(progress=say)
 
 
 def require(prepared: Prepared, names: Iterable[str]) -> None:
-    """Skip the test, or fail it in CI, where one of these could not be built."""
+    """Skip the test if one of these could not be built. In CI fail it."""
     lacking = [prepared.lacking[name].replace("\n  hint", "; hint") for name in names if name in prepared.lacking]
     if lacking:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("; ".join(lacking))
@@ -86,12 +86,12 @@ def ratio(series: list[Series], **point: str) -> float:
     return value
 
 
-def test_everything_could_be_prepared(prepared: Prepared) -> None:
+def test_every_peer_was_built(prepared: Prepared) -> None:
     require(prepared, RECIPES)
     assert set(prepared.trees) == {recipe().name for recipe in RECIPES.values()}
 
 
-def test_a_first_touch_costs_what_it_costs_the_kernels_own_test(lab: Lab, prepared: Prepared) -> None:
+def test_a_first_touch_costs_as_much_as_in_the_kernels_own_test(lab: Lab, prepared: Prepared) -> None:
     series = measure(lab, prepared, "demand_paging_test")
     assert ratio(series, what="first write", backing="memfd") <= 1.05
     others = {each.point["what"]: each.kept for each in series if each.point["peer"] == "demand_paging_test"}
@@ -106,20 +106,22 @@ def test_an_exit_costs_no_more_than_under_qemu(lab: Lab, prepared: Prepared) -> 
 
 
 @pytest.mark.parametrize(("name", "most"), [("qemu boot", 1.0), ("kvmtool boot", 3.2)])
-def test_a_linux_guest_boots_beside_another_vmms(lab: Lab, prepared: Prepared, name: str, most: float) -> None:
-    # A start must not become much dearer unseen. Seen were 0.91 and 2.83: to the first KVM_RUN pyvmm takes twice what
+def test_a_linux_guest_boots_about_as_fast_as_under_another_vmm(
+    lab: Lab, prepared: Prepared, name: str, most: float
+) -> None:
+    # Notice when starting becomes much slower. Measured: 0.91 and 2.83. Up to the first KVM_RUN pyvmm takes twice what
     # kvmtool takes for the whole boot. tests.bench.linux_bars has the bars.
     assert ratio(measure(lab, prepared, name, turns=2), what="boot") < most
 
 
-def test_a_disk_is_as_fast_as_qemus_and_a_card_carries_what_it_is_given(lab: Lab, prepared: Prepared) -> None:
+def test_a_disk_is_as_fast_as_qemus_and_a_network_card_carries_what_it_is_given(lab: Lab, prepared: Prepared) -> None:
     operations = ["blk read", "net send"]
     series = measure(lab, prepared, "qemu virtio", operations=operations, turns=1, passes=2)
     assert ratio(series, what="blk read") < 1 / 0.8
     assert ratio(series, what="net send") < 2
 
 
-def test_the_loop_costs_little_more_than_none_and_much_less_than_its_twin(lab: Lab, prepared: Prepared) -> None:
+def test_the_loop_costs_little_more_than_bare_ioctls_and_far_less_than_its_twin(lab: Lab, prepared: Prepared) -> None:
     assert ratio(measure(lab, prepared, "bare loop")) <= 1.05
     assert ratio(measure(lab, prepared, "twin")) < 0.7
 
@@ -130,7 +132,7 @@ def test_the_kernels_test_of_guest_memfd_passes(lab: Lab, prepared: Prepared) ->
     assert series.kept
 
 
-def test_what_would_measure_something_else_is_not_measured(lab: Lab, prepared: Prepared) -> None:
+def test_bench_refuses_to_run_peers_where_they_would_measure_something_else(lab: Lab, prepared: Prepared) -> None:
     [series] = measure(lab, prepared, "access_tracking_perf_test")
     assert not series.values
     assert "on one CPU" in series.unavailable

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A package that is installed on the workstation alone brings a device to a guest in the lab."""
+"""A package installed only on the workstation gives a guest in the lab its device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DiceDevice.compatible = WORD
 """
 
 
-def test_lab_finds_the_device_of_a_package_and_what_that_depends_on(tmp_path: Path) -> None:
+def test_the_lab_finds_a_packages_device_and_the_packages_it_depends_on(tmp_path: Path) -> None:
     site = tmp_path / "site"
     points = {plugins.DEVICES: {"dice": "lab_dice:KIND"}}
     install(site, "pyvmm-lab-dice", {"lab_dice/__init__.py": DEVICE}, points, requires=["dice-words"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lab that starts from a saved boot: as good as one that booted, and another one each time."""
+"""A lab restored from a saved boot works as one that booted, and shares no randomness with other restored labs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def image() -> Image:
 
 @pytest.fixture(scope="module")
 def boot(image: Image) -> Path:
-    """The directory of a boot that is saved."""
+    """Save a boot; give its directory."""
     made = saved.find_or_save(find_qemu(), image, OPTIONS)
     assert made is not None
     made.close()
@@ -42,7 +42,7 @@ def boot(image: Image) -> Path:
 
 @pytest.fixture(scope="module")
 def labs(image: Image, boot: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Lab]]:
-    """Two labs of one saved boot, at the same time."""
+    """Start two labs from one saved boot, at the same time."""
     assert (boot / "state").is_file()
     directories = [tmp_path_factory.mktemp("cwd") for _ in range(2)]
     with Lab(OPTIONS, image=image, cwd=directories[0]) as one, Lab(OPTIONS, image=image, cwd=directories[1]) as other:
@@ -56,23 +56,23 @@ def shell(lab: Lab, script: str) -> str:
 
 
 def written(lab: Lab, text: str) -> str:
-    """Write a Python module where ``lab`` sees it and give its name, a new one each time: a lab keeps what it read."""
+    """Write a Python module where ``lab`` sees it, and give its name, a new one each time: a lab caches modules."""
     name = f"tried{len(list(lab.cwd.glob('tried*.py')))}"
     (lab.cwd / f"{name}.py").write_text(text)
     return name
 
 
 def module(lab: Lab, text: str, **options: object) -> tuple[int, str, str]:
-    """Run a Python module of this text; give how it ended and what it said."""
+    """Run a Python module of this text; give its status and output."""
     done = lab.capture([written(lab, text)], is_module=True, env={"PYTHONPATH": str(lab.cwd)}, **options)
     return done.status, done.stdout.decode(), done.stderr.decode()
 
 
-def test_both_were_restored(labs: list[Lab]) -> None:
+def test_both_labs_were_restored(labs: list[Lab]) -> None:
     assert all("-incoming" in lab.command for lab in labs)
 
 
-def test_each_sees_its_own_directory(labs: list[Lab]) -> None:
+def test_each_restored_lab_sees_its_own_directory(labs: list[Lab]) -> None:
     for number, lab in enumerate(labs):
         shell(lab, f"echo {number} > mine")
         assert (lab.cwd / "mine").read_text() == f"{number}\n"
@@ -94,14 +94,14 @@ def test_two_warm_interpreters_have_their_own_random_numbers(labs: list[Lab]) ->
     assert {status for status, _, _ in said} == {0}
 
 
-def test_a_lab_knows_the_time(labs: list[Lab]) -> None:
+def test_a_restored_lab_knows_the_time(labs: list[Lab]) -> None:
     for lab in labs:
         before = time.time()
         said = float(module(lab, "import time; print(time.time())")[1])
         assert before - 2 < said < time.time() + 2
 
 
-def test_a_module_starts_in_the_warm_interpreter_unless_its_environment_asks_for_more(labs: list[Lab]) -> None:
+def test_a_module_starts_in_the_warm_interpreter_unless_its_environment_forbids_that(labs: list[Lab]) -> None:
     lab = labs[0]
     words = [written(lab, "import sys; print('argparse' in sys.modules, sys.argv[1:])"), "a b", "c"]
     path = {"PYTHONPATH": str(lab.cwd)}
@@ -119,18 +119,20 @@ def test_a_module_starts_in_the_warm_interpreter_unless_its_environment_asks_for
         ("import os; os.kill(1, 0); print(sorted(os.listdir('/proc/self/fd')))", 0, ""),
     ],
 )
-def test_a_warm_program_ends_as_any_other(labs: list[Lab], program: str, status: int, words: str) -> None:
+def test_a_program_in_the_warm_interpreter_ends_like_any_other(
+    labs: list[Lab], program: str, status: int, words: str
+) -> None:
     ended, out, err = module(labs[0], program)
     assert ended == status, err
     assert words in err
-    assert not out or out == "['0', '1', '2', '3']\n"  # 3 is the listing's own
+    assert not out or out == "['0', '1', '2', '3']\n"  # the listing itself opens 3
 
 
-def test_a_warm_program_has_its_input(labs: list[Lab]) -> None:
+def test_a_program_in_the_warm_interpreter_reads_its_input(labs: list[Lab]) -> None:
     assert module(labs[0], "import sys; print(sys.stdin.read().upper())", stdin=b"typed")[1] == "TYPED\n"
 
 
-def test_byte_code_that_was_sent_is_that_of_the_tree(labs: list[Lab]) -> None:
+def test_the_lab_uses_byte_code_that_matches_the_tree(labs: list[Lab]) -> None:
     program = "import pyvmm.machine.machine as m, inspect; print(m.__file__, len(inspect.getsource(m)))"
     name = written(labs[0], program)
     path = f"{labs[0].cwd}:{Path(saved.__file__).parents[2]}"
@@ -140,7 +142,7 @@ def test_byte_code_that_was_sent_is_that_of_the_tree(labs: list[Lab]) -> None:
     assert warm.stdout == cold.stdout
 
 
-def test_pyvmm_is_found_on_path(labs: list[Lab]) -> None:
+def test_a_restored_lab_finds_pyvmm_on_its_path(labs: list[Lab]) -> None:
     assert re.match(r"pyvmm \d", shell(labs[0], "pyvmm --version"))
 
 
@@ -169,7 +171,7 @@ def test_a_restored_lab_and_a_booted_one_give_the_same_atlas(image: Image, labs:
 
 
 @pytest.mark.parametrize("harm", ["state cut off", "RAM of zeros"])
-def test_a_saved_boot_that_is_of_no_use_is_dropped_and_the_lab_boots(
+def test_the_lab_drops_an_unusable_saved_boot_and_boots(
     harm: str, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = LabOptions(memory=768, boot_timeout=300.0)
@@ -190,7 +192,7 @@ def test_a_saved_boot_that_is_of_no_use_is_dropped_and_the_lab_boots(
     assert not made.directory.exists()
 
 
-def test_a_lab_with_more_to_show_than_a_saved_one_has_devices_boots(image: Image, tmp_path: Path) -> None:
+def test_a_lab_boots_when_the_saved_boot_has_too_few_devices_for_its_directories(image: Image, tmp_path: Path) -> None:
     files = []
     for number in range(SHARES):
         (tmp_path / str(number)).mkdir()
@@ -203,7 +205,7 @@ def test_a_lab_with_more_to_show_than_a_saved_one_has_devices_boots(image: Image
         assert shell(lab, "cat " + " ".join(map(str, files))) == "".join(map(str, range(SHARES)))
 
 
-def test_a_person_sees_that_the_lab_starts_and_a_pipe_does_not(image: Image, tmp_path: Path) -> None:
+def test_the_lab_shows_its_start_on_a_terminal_and_not_in_a_pipe(image: Image, tmp_path: Path) -> None:
     assert image.release
     words = [sys.executable, "-m", "pyvmm", "lab", "exec", "--", "true"]
     typescript = tmp_path / "typescript"

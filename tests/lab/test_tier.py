@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pkvm tier: tests marked so run in the lab and look as if they had run here; and what is said where none can."""
+"""The pkvm tier: marked tests run in the lab and are reported as if they ran here. Without a lab, pytest says why."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def sample(tmp_path: Path) -> Path:
 
 
 def run(directory: Path, *arguments: str, **environment: str) -> str:
-    """Run pytest there; give what it says."""
+    """Run pytest there; give its output."""
     kept = {name: value for name, value in os.environ.items() if name not in ("CI", "PYTEST_ADDOPTS")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
@@ -103,7 +103,7 @@ def run(directory: Path, *arguments: str, **environment: str) -> str:
 
 
 @pytest.mark.lab
-def test_results_look_as_if_they_had_run_here(sample: Path) -> None:
+def test_pytest_reports_results_from_the_lab_as_if_they_came_from_here(sample: Path) -> None:
     said = run(sample, "-k", "not late and not kills", "--durations=3", "-vv")
     assert "1 failed, 4 passed, 1 skipped, 2 deselected, 1 xfailed, 1 error" in said
     assert "test_sample.py::TestThere::test_passes[1] PASSED" in said
@@ -116,7 +116,7 @@ def test_results_look_as_if_they_had_run_here(sample: Path) -> None:
 
 
 @pytest.mark.lab
-def test_a_lab_that_dies_fails_what_is_left_with_its_console(sample: Path) -> None:
+def test_a_lab_that_dies_fails_the_remaining_tests_and_shows_its_console(sample: Path) -> None:
     said = run(sample, "-k", "kills or late")
     assert "2 failed" in said
     assert "FAILED test_sample.py::test_comes_too_late - the lab ended while it ran" in said
@@ -136,7 +136,7 @@ def test_there(n):
 
 
 @pytest.mark.lab
-def test_a_second_lab_begins_with_the_last_file_and_each_result_is_told_once(sample: Path) -> None:
+def test_a_second_lab_begins_with_the_last_file_and_pytest_reports_each_result_once(sample: Path) -> None:
     (sample / "test_sample.py").unlink()
     for name in ("a", "b", "c", "d"):
         (sample / f"test_{name}.py").write_text(MANY)
@@ -150,31 +150,31 @@ def test_a_second_lab_begins_with_the_last_file_and_each_result_is_told_once(sam
 
 
 def without_qemu(directory: Path) -> dict[str, str]:
-    """Give an environment with a PATH of our own, in which there is no QEMU."""
+    """Give an environment whose PATH has no QEMU."""
     programs = directory / "bin"
     programs.mkdir()
     return {"PATH": str(programs)}
 
 
-def test_without_a_lab_the_tier_is_skipped_in_one_line(sample: Path) -> None:
+def test_pytest_skips_the_tier_in_one_line_without_a_lab(sample: Path) -> None:
     said = run(sample, **without_qemu(sample))
     assert "2 passed, 8 skipped" in said
-    assert said.count("qemu-system-aarch64 is not installed") == 2  # once folded by -rA, once as the tier's own line
+    assert said.count("qemu-system-aarch64 is not installed") == 2  # once folded by -rA, once in the tier's line
     assert "pkvm tier: 8 tests not run: the lab needs what is not here: QEMU" in said
 
 
-def test_without_a_lab_the_tier_fails_in_ci(sample: Path) -> None:
+def test_the_tier_fails_in_ci_without_a_lab(sample: Path) -> None:
     said = run(sample, CI="true", **without_qemu(sample))
     assert "8 failed, 2 passed" in said
     assert "the pkvm tier cannot run, and in CI it must" in said
 
 
-def test_the_first_failure_ends_the_run_where_asked(sample: Path) -> None:
+def test_the_first_failure_ends_the_run_when_asked(sample: Path) -> None:
     said = run(sample, "-x", CI="true", **without_qemu(sample))
     assert "1 failed, 2 passed" in said
 
 
-def test_a_tier_nobody_selected_is_not_mentioned(sample: Path) -> None:
+def test_pytest_does_not_mention_a_tier_that_nobody_selected(sample: Path) -> None:
     said = run(sample, "-m", "not pkvm", **without_qemu(sample))
     assert "2 passed, 8 deselected" in said
     assert "tier: " not in said

@@ -63,6 +63,12 @@ class Result:
             "times": self.times | {"happened": [[e.order, e.kind, e.gpa, e.pages] for e in self.events]},
         }
 
+    def _repr_html_(self) -> str:
+        """Show the verdict, its evidence and its pictures in a notebook, which calls this."""
+        from pyvmm.atlas.report.notebook import fragment
+
+        return fragment(self)
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:
         """Undo :meth:`to_json`. Raises LookupError, TypeError or ValueError for other data."""

@@ -83,6 +83,11 @@ def _fill(level: int) -> str:
 # -- one map
 
 
+def svg_map(page_map: PageMap, title: str = "Guest memory", *, inline: bool = False) -> str:
+    """Draw one map with its legend, as :func:`svg_steps` draws several."""
+    return svg.finish(draw_map(page_map, title), title, definitions=patterns(), inline=inline)
+
+
 def draw_map(page_map: PageMap, title: str, *, outlined: Iterable[int] = (), note: str = "") -> Drawing:
     """Draw one map with its title and legend, with outlines around the pages ``outlined``, which ``note`` explains."""
     if not page_map.pages:

@@ -148,6 +148,12 @@ class PageMap:
             "runs": [list(run) for run in self.runs],
         }
 
+    def _repr_svg_(self) -> str:
+        """Draw the map for a notebook, which calls this."""
+        from pyvmm.observe.mapsvg import svg_map
+
+        return svg_map(self)
+
 
 def stretches(cells: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
     """Give (first, count, byte) of each run of equal bytes."""

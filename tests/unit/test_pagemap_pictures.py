@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.memory.ledger import ASSUMED, PageState
-from pyvmm.observe import mapsvg, svg
+from pyvmm.observe import mapsvg
 from pyvmm.observe.grid import LOOKS, NOTHING, Grid, size, tally, words
-from pyvmm.observe.mapsvg import svg_defs, svg_steps
+from pyvmm.observe.mapsvg import svg_defs, svg_map, svg_steps
 from pyvmm.observe.mapterm import LETTERS, render
 from pyvmm.observe.pagemap import PageMap
 from tests.unit.pagemap_samples import BASE, ENTRIES, EVERY_ENTRY, PAGE, page_maps
@@ -155,10 +155,6 @@ def test_a_map_keeps_within_its_lines_and_its_legend_counts_every_page(
 # -- SVG
 
 
-def svg_map(page_map: PageMap, title: str = "Guest memory", *, inline: bool = False) -> str:
-    return svg.finish(mapsvg.draw_map(page_map, title), title, definitions=mapsvg.patterns(), inline=inline)
-
-
 def ids(root: ET.Element) -> list[str]:
     return [found.attrib["id"] for found in root.iter() if "id" in found.attrib]
 
@@ -188,6 +184,14 @@ def test_what_is_not_assumed_is_not_called_so() -> None:
     known = PageMap.from_runs([(BASE, 4, PageState.HOST)])
     assert "assumed" not in svg_map(known, inline=True)
     assert "assumed" not in "".join(render(known))
+
+
+@pytest.mark.parametrize("page_map", [EVERY_ENTRY, FAR_APART, PageMap()])
+def test_notebook_shows_a_map_as_its_picture(page_map: PageMap) -> None:
+    shown = page_map._repr_svg_()
+    assert ET.fromstring(shown.encode()).tag == f"{SVG}svg"
+    assert shown == svg_map(page_map)
+    assert ("no guest memory" in shown) is (not page_map.pages)
 
 
 def test_inline_pictures_carry_no_ids_and_the_page_has_the_patterns_once() -> None:

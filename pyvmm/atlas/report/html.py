@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from pyvmm.atlas.model import Atlas, Result
-from pyvmm.atlas.report import style, wording
+from pyvmm.atlas.report import evidence, style, wording
 from pyvmm.atlas.report.figures import Figures
 from pyvmm.atlas.report.wording import NOTHING_EXPECTED, Expected
 from pyvmm.experiment.record import TCG, Verdict
@@ -210,7 +210,7 @@ class _Page:
         yield f'{because}<a href="#{anchor}">#</a></summary><div>'
         if why != clean(result.reason):
             yield f'<p class="because">{escaped_prose(result.reason)}</p>'
-        yield from _evidence(result)
+        yield evidence.table(result)
         yield from self._times(result)
         yield from self._figures.of(result, anchor)
         yield "</div></details>"
@@ -221,18 +221,6 @@ class _Page:
         parts += [f"{escaped(what)}: <b>{escaped(count)}</b> ticks" for what, count in wording.ticks(result).items()]
         if parts:
             yield f'<p class="times">{", ".join(parts)}</p>'
-
-
-def _evidence(result: Result) -> Iterable[str]:
-    if not result.evidence:
-        return
-    yield '<table class="evidence"><thead><tr><th></th><th>what</th><th>seen</th><th>wanted</th></tr></thead><tbody>'
-    for each in result.evidence:
-        kind, mark = {True: ("ok", Verdict.HOLDS.mark), False: ("no", Verdict.FAILS.mark), None: ("told", "")}[each.ok]
-        wanted = "" if each.wanted is None else wording.value_text(each.wanted)
-        values = "".join(f'<td class="value">{escaped(value)}</td>' for value in (wording.value_text(each.saw), wanted))
-        yield f'<tr class="{kind}"><td>{mark}</td><td>{escaped(each.what)}</td>{values}</tr>'
-    yield "</tbody></table>"
 
 
 def _number(count: int) -> str:

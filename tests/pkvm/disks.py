@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disk images for guests: an ext4 file system that a kernel can have for its root. No privilege is needed."""
+"""Disk images for guests: an ext4 file system for a kernel's root, made without privilege."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIRECTORIES = ("bin", "dev", "mnt", "proc", "sys", "tmp")
 def make_root(path: Path, size: int, init: str, files: Mapping[str, bytes] | None = None) -> None:
     """Write an ext4 image of ``size`` bytes: busybox, ``init`` as a script of its shell, and ``files``.
 
-    A kernel boots from it with ``root=/dev/vda rw init=/init``; one that mounts devtmpfs has /dev/console by then.
+    A kernel boots from it with ``root=/dev/vda rw init=/init``. It needs devtmpfs mounted for /dev/console.
     """
     source = path.with_suffix(".d")
     for name in DIRECTORIES:
@@ -38,7 +38,7 @@ def make_root(path: Path, size: int, init: str, files: Mapping[str, bytes] | Non
 
 
 def check(path: Path) -> None:
-    """Fail where e2fsck finds anything to mend, a journal that was not played included. Changes nothing."""
+    """Fail if e2fsck finds anything to repair, an unplayed journal included. Does not change the image."""
     command = [program("e2fsck", "e2fsprogs"), "-f", "-n", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A debugger in a few lines: GDB's remote protocol over a unix socket, for tests that must know every packet."""
+"""A small debugger: GDB's remote protocol over a unix socket, for tests that check every packet."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Client:
         self.socket.sendall(frame(packet.encode() if isinstance(packet, str) else packet))
 
     def answer(self) -> str:
-        """Wait for a packet; "" may be one. EOFError where the connection is closed instead."""
+        """Wait for a packet and return it; it may be empty. Raises EOFError if the connection is closed."""
         while True:
             while self._events:
                 event = self._events.pop(0)
@@ -62,7 +62,7 @@ class Client:
         return self.answer()
 
     def go(self, packet: str = "vCont;c") -> str:
-        """Let the guest go on; returns the stop that it comes to."""
+        """Let the guest continue; returns its next stop."""
         return self.ask(packet)
 
     def register(self, name: str) -> int:
@@ -76,7 +76,7 @@ class Client:
         assert self.ask(f"P{number:x}={data.hex()}") == "OK"
 
     def read(self, address: int, size: int) -> bytes:
-        """Read memory; ValueError, with the answer, where that is refused."""
+        """Read memory. Raises ValueError with the answer if the server refuses."""
         answer = self.ask(f"m{address:x},{size:x}")
         if answer.startswith("E"):
             raise ValueError(answer)

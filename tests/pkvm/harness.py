@@ -50,7 +50,7 @@ def run(kernel: str, protection: Protection, **more: object) -> Run:
 
 @contextlib.contextmanager
 def puppet(protection: Protection, **more: object) -> Iterator[tuple[Machine, Puppet]]:
-    """A started machine whose guest takes orders."""
+    """Start a machine whose guest obeys orders."""
     with Machine(config("payload:puppet", protection, **more)) as machine:
         machine.start()
         try:
@@ -62,7 +62,7 @@ def puppet(protection: Protection, **more: object) -> Iterator[tuple[Machine, Pu
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process holds of its host; equal before and after a run, or something leaked."""
+    """What a process holds of its host. If it differs after a run, something leaked."""
 
     fds: int
     threads: int
@@ -72,14 +72,14 @@ class Footprint:
 
     @classmethod
     def now(cls) -> Footprint:
-        """Count the calling process's own."""
+        """Count what the calling process holds."""
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
         fds = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _alive(fd)]
         maps = Path("/proc/self/maps").read_text()
         return cls(
             fds=len(fds),
             threads=int(status["Threads"]),
-            # Heap and arenas grow with use; what a run maps is shared memory and KVM's own.
+            # Heap and arenas grow with use. A run maps shared memory and KVM's files.
             maps=sum("memfd:" in line or "kvm" in line for line in maps.splitlines()),
             locked_kib=int(status["VmLck"].split()[0]) + int(status["VmPin"].split()[0]),
             vms=sum("kvm-vm" in name for name in fds),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Linux guest of the project's kernel with a shell on its virtio console, which tests type at and read."""
+"""A Linux guest of the project's kernel. Tests use the shell on its virtio console."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Linux:
             os.close(fd)
 
     def expect(self, pattern: bytes) -> re.Match[bytes]:
-        """Read until ``pattern`` comes; what is behind it stays to be read."""
+        """Read up to ``pattern``. What follows it is left for the next read."""
         end = time.monotonic() + DEADLINE
         while (match := re.search(pattern, self._seen)) is None:
             ready, _, _ = select.select([self._out], [], [], max(end - time.monotonic(), 0))
@@ -96,8 +96,8 @@ class Linux:
         os.write(self._keys, line.encode() + b"\n")
 
     def sh(self, command: str) -> str:
-        """Run a command in the shell, and return what it printed; fails where its exit status is not 0."""
-        # What is typed is echoed, once by the terminal and once by the shell: neither has the two words together.
+        """Run a command in the shell, and return its output. Fails if its exit status is not 0."""
+        # The terminal and the shell each echo the typed line. In neither echo do the two words stand together.
         self.type(f"printf '[%s]' begin; {command}; printf '[%s %d]' end $?")
         match = self.expect(rb"(?s)\[begin\](.*)\[end (\d+)\]")
         said = match[1].decode(errors="replace").replace("\r", "")
@@ -105,6 +105,6 @@ class Linux:
         return said
 
     def poweroff(self) -> Outcome:
-        """Turn the guest off, and say how that ended."""
+        """Turn the guest off, and return how the run ended."""
         self.type("poweroff")
         return self.machine.wait(DEADLINE)

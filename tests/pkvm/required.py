@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of guests need beside the checkout: kernels by name, programs; skipped where there is none, not in CI."""
+"""What tests of guests need beside the checkout: kernels, programs. Without them tests are skipped; in CI they fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kernel_directory(name: str) -> Path:
 
 
 def program(name: str, package: str) -> str:
-    """Return the path of a program that is its package's own, not busybox's of that name."""
+    """Return the path of a program from its own package, not of busybox's program of that name."""
     path = shutil.which(name)
     if path is None or Path(path).resolve().name == "busybox":
         _lack(f"there is no {name} here: apt install {package}")

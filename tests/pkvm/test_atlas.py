@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole atlas on a real host: as expected, the same every time, and never a traceback for what a host is like."""
+"""The whole atlas on a real host: verdicts are as expected, repeat, and no host property causes a traceback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STRAY = 3
 
 
 def settled(data: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Try once more what stopped without telling what it is expected to tell; the second result stands."""
+    """Repeat experiments that stopped without their expected verdict, once. The second result counts."""
     seen = Atlas.from_json(data)
     wanted = expected(seen.host, all_claims())
     stopped = {r.key: r.reason for r in seen.results if r.verdict is Verdict.UNTOLD}
@@ -56,7 +56,7 @@ def settled(data: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The whole atlas, once."""
+    """Run the whole atlas once."""
     directory = tmp_path_factory.mktemp("atlas")
     done, data = atlas(directory)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -85,7 +85,7 @@ def test_every_verdict_is_as_expected_of_this_kernel(first: dict[str, Any]) -> N
     assert not differ, "\n".join(differ)
 
 
-def test_every_claim_was_tried_everywhere_and_none_crashed(first: dict[str, Any]) -> None:
+def test_the_atlas_tried_every_claim_everywhere_and_none_crashed(first: dict[str, Any]) -> None:
     seen = Atlas.from_json(first)
     places = {(c.id, p.protection.value, p.backing) for c in all_claims() for p in c.places}
     assert {result.key for result in seen.results} == places
@@ -93,7 +93,7 @@ def test_every_claim_was_tried_everywhere_and_none_crashed(first: dict[str, Any]
 
 
 def test_a_second_run_differs_in_times_only(first: dict[str, Any], tmp_path: Path) -> None:
-    """Of protected guests here; `pyvmm atlas diff` compares two runs of the whole."""
+    """Only protected guests are repeated here. `pyvmm atlas diff` compares two whole runs."""
     _, second = atlas(tmp_path, "--protection", "pkvm")
     before, after = without_times(first), without_times(settled(second, tmp_path))
     before["claims"] = [claim for claim in before["claims"] if claim["protection"] == "pkvm"]
@@ -102,8 +102,8 @@ def test_a_second_run_differs_in_times_only(first: dict[str, Any], tmp_path: Pat
     assert before == after
 
 
-def test_for_a_user_without_any_right_everything_is_a_verdict(tmp_path: Path) -> None:
-    """Not root: no tracefs, no huge pages, no userfaultfd for the kernel's faults, little lockable memory."""
+def test_every_experiment_of_an_unprivileged_user_ends_with_a_verdict(tmp_path: Path) -> None:
+    """The user has no tracefs, no huge pages, no userfaultfd for kernel faults, and little lockable memory."""
     if os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
     os.chmod("/dev/kvm", 0o666)
@@ -121,7 +121,7 @@ def test_for_a_user_without_any_right_everything_is_a_verdict(tmp_path: Path) ->
     assert any(result.verdict is Verdict.HOLDS for result in seen.results)
 
 
-def test_an_interrupted_atlas_keeps_what_it_has(tmp_path: Path) -> None:
+def test_an_interrupted_atlas_keeps_the_results_it_has(tmp_path: Path) -> None:
     file = tmp_path / "atlas.json"
     command = [sys.executable, "-u", "-m", "pyvmm", "atlas", "fault-in", "--json", str(file)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -134,10 +134,10 @@ def test_an_interrupted_atlas_keeps_what_it_has(tmp_path: Path) -> None:
     assert 5 <= len(json.loads(file.read_text())["claims"]) < 79
 
 
-# -- the notebook that claims are written in
+# -- the interface that claims are written with
 
 
-def test_an_experiment_leaves_nothing_behind_even_with_a_failed_run() -> None:
+def test_an_experiment_leaves_nothing_behind_even_if_its_run_fails() -> None:
     with Experiment(Protection.PKVM) as x:
         x.guest.ping()
     before = Footprint.now()
@@ -151,7 +151,7 @@ def test_an_experiment_leaves_nothing_behind_even_with_a_failed_run() -> None:
     assert Footprint.now() == before
 
 
-def test_ten_lines_make_a_claim() -> None:
+def test_a_claim_can_be_written_in_ten_lines() -> None:
     with Experiment(Protection.PKVM) as x:
         page = x.page()
         x.guest.write64(page, 42)
@@ -163,7 +163,7 @@ def test_ten_lines_make_a_claim() -> None:
     assert x.verdict is Verdict.HOLDS
 
 
-def test_a_prompts_script_has_a_guest_and_its_memory() -> None:
+def test_a_script_at_the_repl_prompt_has_a_guest_and_its_memory() -> None:
     script = "page = vm.page(); guest.write64(page, 7); guest.share(page)\nprint(vm.host64(page), vm.exits())\n"
     command = [sys.executable, "-m", "pyvmm", "repl", "--protection", "pkvm"]
     done = subprocess.run(command, cwd=ROOT, input=script, capture_output=True, text=True, timeout=60, check=False)

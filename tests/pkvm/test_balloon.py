@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linux gives memory up to a balloon and takes it back, and tells what is free: the host gets the pages each time."""
+"""Linux gives memory to a balloon, takes it back, and reports free pages. Each time the host gets the pages."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ FREE = "awk '/MemFree/ {print $2}' /proc/meminfo"
 
 
 def resident(machine: Machine) -> int:
-    """Bytes of guest memory that the host has pages for."""
+    """Return how many bytes of guest memory the host has pages for."""
     fds = {slot.backing.fd for slot in machine.memory.slots}
     return sum(os.fstat(fd).st_blocks * 512 for fd in fds)
 
 
 def holes(machine: Machine) -> int:
-    """Bytes of guest memory that the ledger has as given back."""
+    """Return how many bytes of guest memory the ledger counts as given back."""
     return machine.memory.ledger.counts()[PageState.HOLE] * 4096
 
 
 def free(guest: Linux) -> int:
-    """Bytes that the guest has free."""
+    """Return how many bytes are free in the guest."""
     return int(guest.sh(FREE)) << 10
 
 
@@ -50,8 +50,8 @@ def until(condition: Callable[[], bool], what: Callable[[], object]) -> None:
 
 
 def test_memory_goes_to_the_host_and_comes_back(tmp_path: Path) -> None:
-    # Linux reports up to 32 blocks of 4 MiB at once, and has none of them until the host has taken all, but is sure of
-    # 64 MiB only (mm/page_reporting.c): with less memory than this and a slow host it finds nothing left, and kills.
+    # Linux reports up to 32 blocks of 4 MiB at once and cannot use them until the host has taken all. It keeps only
+    # 64 MiB for itself (mm/page_reporting.c). With less memory than this and a slow host, it runs out and kills.
     with Linux(Protection.NONE, initrd(tmp_path / "initrd"), Balloon(), memory=320 * MIB) as guest:
         machine = guest.machine
         [balloon] = machine.role(MemoryBalloon)
@@ -59,7 +59,7 @@ def test_memory_goes_to_the_host_and_comes_back(tmp_path: Path) -> None:
         full = resident(machine)
         assert full > FILE
 
-        # What is deleted is free, and as much of it as makes large blocks is reported within seconds.
+        # Deleted files free their memory. Linux reports the large blocks of it within seconds.
         guest.sh("rm /tmp/a")
         until(lambda: resident(machine) < full - FILE // 4, lambda: (full, resident(machine), balloon.hold()))
         until(lambda: holes(machine) > FILE // 2, lambda: holes(machine))
@@ -72,10 +72,10 @@ def test_memory_goes_to_the_host_and_comes_back(tmp_path: Path) -> None:
 
         balloon.hold(0)
         until(lambda: balloon.hold()["actual"] == 0, balloon.hold)
-        # Free pages on their way to a report count as nobody's for a moment.
+        # While Linux reports free pages, it briefly counts them neither as free nor as used.
         enough = less + asked * 3 // 4 >> 10
         guest.sh(f"until [ $({FREE}) -gt {enough} ]; do sleep 0.2; done")
-        # And it is memory: what is written reads as what was written.
+        # The returned memory works: the guest reads what it wrote.
         empty = resident(machine)
         guest.sh("dd if=/dev/urandom of=/tmp/b bs=1M count=8 && cp /tmp/b /tmp/c && cmp /tmp/b /tmp/c")
         assert resident(machine) > empty + 8 * MIB

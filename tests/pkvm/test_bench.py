@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark on a real host: each case's shape, what KVM counts of it, and points that cannot be measured.
+"""The benchmark on a real host: each case's series, KVM's counts, and points that cannot be measured.
 
-How long anything took is nothing that a test could hold; that there is a plausible value for every page is.
+Tests do not check how long anything took. They check that every page has a plausible value.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def of(series: list[Series], metric: str) -> Series:
 
 
 @pytest.mark.parametrize(("name", "point", "wanted"), POINTS, ids=named)
-def test_a_case_leaves_every_value_of_every_round_and_the_first_is_warm_up(
+def test_a_case_keeps_every_value_of_every_round_and_the_first_round_is_warm_up(
     name: str, point: Point, wanted: dict[str, int]
 ) -> None:
     series = measure_point(name, point)
@@ -79,19 +79,19 @@ def test_a_case_leaves_every_value_of_every_round_and_the_first_is_warm_up(
         assert each.warmup == wanted[each.metric]
         assert len(each.values) == ROUNDS * wanted[each.metric]
         assert point.items() <= each.point.items()
-        # Less than a second each; and where nothing is counted, there is nothing but what is taken off.
+        # Each value is below a second. Where nothing is counted, only the subtracted cost is left.
         assert all(-1e6 < value < 1e9 for value in each.values)
         if each.unit == "ns":
             assert max(each.kept) > 0
 
 
-def test_the_footprint_is_some_megabytes_and_measured_once() -> None:
+def test_bench_measures_the_footprint_once_and_finds_some_megabytes() -> None:
     series = of(measure_point("footprint", {"protection": "pkvm"}), "PSS less guest memory")
     assert (series.rounds, series.warmup, series.unit) == ((1,), 0, "bytes")
     assert 1e6 < series.values[0] < 100e6
 
 
-def test_a_linux_guest_with_every_device_leaves_the_vmm_small() -> None:
+def test_the_vmm_stays_small_with_a_linux_guest_with_every_device() -> None:
     kernel_directory("own:")
     point: Point = {"protection": "pkvm", "kernel": "own:", "memory": 256}
     series = of(measure_point("footprint", point), "PSS less guest memory")
@@ -110,16 +110,16 @@ def test_a_linux_guest_with_every_device_leaves_the_vmm_small() -> None:
     ],
     ids=named,
 )
-def test_a_fault_exits_once_a_page_and_what_is_mapped_never(point: Point, exits: float) -> None:
+def test_the_guest_exits_once_for_each_faulting_page_and_never_for_mapped_pages(point: Point, exits: float) -> None:
     series = measure_point("fault", {"pages": 64, **point})
     counted, took = of(series, "KVM's exits"), of(series, "whole range")
     assert median(counted.kept) >= exits - 0.1
-    # The host's interrupts are exits as well, the more of them the longer a round takes: a busy machine's take long.
+    # The host's interrupts cause exits as well. A busy machine takes longer for a round and has more of them.
     of_guest = [count - INTERRUPTS * ns / 1e9 for count, ns in zip(counted.kept, took.kept, strict=True)]
     assert median(of_guest) <= exits + 0.1
 
 
-def test_each_vcpus_touches_have_their_places() -> None:
+def test_the_touches_of_each_vcpu_have_their_places_in_the_series() -> None:
     series = of(measure_point("fault", {"protection": "pkvm", "cpus": 2, "order": "strided", "pages": 4}), "touch")
     last = slice(-series.rounds[-1], None)
     assert series.places[last] == tuple(range(0, 8 * 16, 16))
@@ -146,13 +146,13 @@ def test_each_vcpus_touches_have_their_places() -> None:
     ],
     ids=named,
 )
-def test_what_the_kernel_refuses_is_a_series_with_its_errno(name: str, point: Point, why: str) -> None:
+def test_a_point_that_the_kernel_refuses_is_a_series_with_the_errno(name: str, point: Point, why: str) -> None:
     *_, nothing = measure_point(name, point)
     assert (nothing.values, nothing.notes) == ((), {})
     assert re.search(why, nothing.unavailable)
 
 
-def test_a_crash_and_a_deadline_leave_series_that_say_so_and_the_next_point_is_measured() -> None:
+def test_a_crash_and_a_deadline_leave_series_that_say_so_and_bench_goes_on() -> None:
     def made(function: Callable[[Bench], None], seconds: float = 60.0) -> Task:
         known = cases.all_cases()["fault"]
         return Task(cases.Case("fault", "", known.axes, function, (), (), known.nonsense, seconds), known.base)
@@ -183,7 +183,7 @@ def test_a_crash_and_a_deadline_leave_series_that_say_so_and_the_next_point_is_m
 
 @pytest.mark.parametrize("protection", ALL, ids=lambda each: each.value)
 @pytest.mark.parametrize("prefault", [False, True], ids=["", "prefault"])
-def test_a_prefaulted_machine_has_pages_that_nobody_touched(protection: Protection, prefault: bool) -> None:
+def test_a_prefaulted_machine_has_pages_before_the_guest_touches_them(protection: Protection, prefault: bool) -> None:
     with puppet(protection, prefault=prefault) as (machine, guest):
         guest.ping()
         page = Gpa(RAM_BASE + machine.config.memory // 2)
@@ -195,7 +195,7 @@ def test_a_prefaulted_machine_has_pages_that_nobody_touched(protection: Protecti
 # -- Linux guests
 
 
-def test_of_a_boot_every_phase_is_timed_in_its_order() -> None:
+def test_bench_times_every_phase_of_a_boot_in_order() -> None:
     kernel_directory("own:")
     with linux.files("own:") as guest:
         boot = linux.boot(linux.pyvmm(guest, "pkvm", 1), 600)
@@ -205,9 +205,7 @@ def test_of_a_boot_every_phase_is_timed_in_its_order() -> None:
 @pytest.mark.parametrize(
     ("operation", "lacking"), [("blk read", ""), ("blk read", "KVM_CAP_IOEVENTFD"), ("net round trip", "")]
 )
-def test_a_linux_guest_times_what_its_devices_do_and_kicks_where_the_kernel_takes_it(
-    operation: str, lacking: str
-) -> None:
+def test_a_linux_guest_times_its_devices_and_kicks_them_through_the_kernel(operation: str, lacking: str) -> None:
     kernel_directory("own:")
     wanted = transfers.OPERATIONS[operation]
     with transfers.host(lacking=lacking) as here:

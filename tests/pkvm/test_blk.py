@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linux with its root file system on a disk of ours, in every protection: what it wrote is there, and whole.
+"""Linux with its root file system on a pyvmm disk, in every protection: the disk has all that Linux wrote.
 
-It has a queue for each CPU, and gives back what no file of its takes.
+The disk has a queue for each CPU, and gives back the blocks that no file uses.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ $busybox poweroff -f
 
 
 @pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
-def test_what_linux_writes_to_its_root_is_on_the_disk_when_it_is_off(protection: Protection, tmp_path: Path) -> None:
+def test_the_disk_has_all_that_linux_wrote_to_its_root_after_power_off(protection: Protection, tmp_path: Path) -> None:
     image = tmp_path / "root.img"
     disks.make_root(image, WRITTEN + FREE, INIT)
     with image.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, WRITTEN + FREE)
     kernel = str(kernel_directory("own:") / "Image")
-    # Two CPUs write faster than we do: at times they find the default pool full, and wait, of which Linux complains.
+    # Two CPUs write faster than pyvmm. At times they find the default pool full and wait, and Linux logs that.
     cpus = 2 if protection is Protection.NONE else 1
     ended = run(
         kernel,
@@ -82,14 +82,14 @@ def test_what_linux_writes_to_its_root_is_on_the_disk_when_it_is_off(protection:
     data = disks.read_file(image, "/data")
     assert len(data) == WRITTEN
     assert hashlib.md5(data, usedforsecurity=False).hexdigest() == sums["written"], said
-    # A full pool is told, and waited for.
+    # Linux logs that the pool is full, and waits.
     assert "errors: 0." in said
     assert f"queues: {' '.join(f'/sys/block/vda/mq/{number}' for number in range(cpus))}." in said
     assert WRITTEN < image.stat().st_blocks * 512 < WRITTEN + FREE // 2
 
 
-def test_a_disk_keeps_to_the_pool_in_the_tree_that_its_guest_is_given(tmp_path: Path) -> None:
-    # A request that does not fit the pool would be made again and again.
+def test_a_disk_limits_requests_to_the_pool_of_the_given_device_tree(tmp_path: Path) -> None:
+    # Linux would repeat a request that does not fit the pool forever.
     image, tree = tmp_path / "root.img", tmp_path / "a.dtb"
     disks.make_root(image, 16 * MIB, READ)
     kernel = str(kernel_directory("own:") / "Image")

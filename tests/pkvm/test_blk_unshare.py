@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk in real guests that take pages back while it reads into them, and while it writes what is in them."""
+"""A disk in real guests that unshare pages while the disk reads into them or writes from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NEXT, _WRITE = 1, 2
 
 
 class DiskCard(Card):
-    """A queue that has one request, made over and over."""
+    """A queue with one request, made again and again."""
 
     def set_up(self, kind: Request) -> None:
         """Lay the request out in shared pages, and start the device."""
@@ -60,20 +60,20 @@ class DiskCard(Card):
     def begin(self) -> None:
         """Make the request once more."""
         self.guest.write8(STATUS, 0xEE)
-        self.made += 1  # the ring's entries are all descriptor 0
+        self.made += 1  # every entry of the ring is descriptor 0
         self.guest.write16(DRIVER + 2, self.made)
         self.store(Register.QUEUE_NOTIFY, 0)
 
     def end(self) -> int:
-        """Wait for it; its status."""
+        """Wait for the request; returns its status."""
         eventually(lambda: self.guest.read16(DEVICE + 2) == self.made)
         return self.guest.read8(STATUS)
 
 
 @contextlib.contextmanager
 def disk(protection: Protection, path: Path, kind: Request) -> Iterator[tuple[VirtioBlk, DiskCard, Puppet]]:
-    """A started device of two vCPUs: one is its driver, the other takes pages back."""
-    # Without a pool, whose size would limit that of a request.
+    """Start a device for two vCPUs: one is its driver, the other unshares pages."""
+    # There is no pool: its size would limit that of a request.
     with puppet(protection, cpus=2, devices=(Disk(str(path)),), swiotlb=0) as (machine, guest):
         guest.fill(DATA, PAGES * PAGE, PUBLIC)
         guest.share(DATA, PAGES)
@@ -86,7 +86,7 @@ def disk(protection: Protection, path: Path, kind: Request) -> Iterator[tuple[Vi
 
 
 def race(card: DiskCard, other: Puppet, turn: int) -> int:
-    """Make a request while every page it is about is taken back, one after the other; its status."""
+    """Make a request while the guest unshares each of its pages in turn; returns its status."""
     taken = other.start_unshare(DATA, PAGES)
     time.sleep(0.003 * turn)
     card.begin()
@@ -96,7 +96,7 @@ def race(card: DiskCard, other: Puppet, turn: int) -> int:
 
 
 @isolating
-def test_pages_taken_back_under_a_read_are_the_guests_from_then_on(protection: Protection, tmp_path: Path) -> None:
+def test_pages_unshared_during_a_read_are_private_from_then_on(protection: Protection, tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(b"\xdd" * BYTES)
     with disk(protection, path, Request.IN) as (device, card, other):
@@ -115,7 +115,7 @@ def test_pages_taken_back_under_a_read_are_the_guests_from_then_on(protection: P
 
 
 @isolating
-def test_pages_taken_back_under_a_write_do_not_get_to_the_disk(protection: Protection, tmp_path: Path) -> None:
+def test_pages_unshared_during_a_write_do_not_reach_the_disk(protection: Protection, tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(bytes(BYTES))
     with disk(protection, path, Request.OUT) as (_, card, other):
@@ -133,7 +133,7 @@ def test_pages_taken_back_under_a_write_do_not_get_to_the_disk(protection: Prote
 
 
 @isolating
-def test_page_that_is_gone_before_its_request_fails_it(protection: Protection, tmp_path: Path) -> None:
+def test_a_request_for_a_page_that_was_unshared_before_fails(protection: Protection, tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(b"\xdd" * BYTES)
     with disk(protection, path, Request.IN) as (device, card, other):

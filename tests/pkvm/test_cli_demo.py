@@ -12,7 +12,7 @@ pytestmark = pytest.mark.pkvm
 
 
 @pytest.mark.parametrize(("protection", "facts"), [("pkvm", 25), ("emulated", 20)])
-def test_the_whole_story_is_as_it_should_be(protection: str, facts: int) -> None:
+def test_every_fact_of_the_demo_is_as_it_should_be(protection: str, facts: int) -> None:
     command = [sys.executable, "-m", "pyvmm", "demo", "--here", "--protection", protection]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert " NO " not in done.stdout, done.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pyvmm map`, `run --map`, and what the kernel tells of faults, with real guests."""
+"""`pyvmm map`, `run --map`, and the kernel's trace of faults, with real guests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def instances() -> list[str]:
 
 
 @pytest.mark.parametrize("protection", ALL)
-def test_a_fresh_page_faults_once_and_the_trace_says_when_where_and_how(protection: Protection) -> None:
+def test_a_fresh_page_faults_once_and_the_trace_has_time_address_and_kind(protection: Protection) -> None:
     with FaultTrace() as trace, puppet(protection) as (_, guest):
         assert trace.available, trace.why_not
         guest.ping()
@@ -59,7 +59,7 @@ def test_a_fresh_page_faults_once_and_the_trace_says_when_where_and_how(protecti
         found = [fault for fault in trace.faults() if PAGE <= fault.gpa < PAGE + 101 * SIZE]
         first, *others = found
         assert (first.gpa, first.write, first.fetch) == (PAGE, True, False)
-        # The kernel's text has microseconds, cut.
+        # The kernel prints truncated microseconds.
         assert before - 1000 <= first.ns <= between
         assert [fault.gpa for fault in others] == [PAGE + number * SIZE for number in range(1, 101)]
         assert trace.lost == 0
@@ -69,13 +69,13 @@ def test_a_fresh_page_faults_once_and_the_trace_says_when_where_and_how(protecti
     assert instances() == []
 
 
-def test_only_the_range_asked_for_is_recorded() -> None:
+def test_the_trace_records_only_the_requested_range() -> None:
     with FaultTrace(range(PAGE, PAGE + SIZE)) as trace, puppet(Protection.NONE) as (_, guest):
         guest.touch(PAGE, 3)
         assert [fault.gpa for fault in trace.faults()] == [PAGE]
 
 
-def test_faults_that_find_no_room_are_counted() -> None:
+def test_the_trace_counts_faults_that_found_no_room() -> None:
     pages = 1000
     with FaultTrace(range(PAGE, PAGE + pages * SIZE)) as trace, puppet(Protection.PKVM) as (_, guest):
         (Path(str(trace._instance)) / "buffer_size_kb").write_text("8")
@@ -86,7 +86,7 @@ def test_faults_that_find_no_room_are_counted() -> None:
         assert found[-1].gpa == PAGE + (pages - 1) * SIZE
 
 
-def test_the_instance_is_removed_when_the_block_fails_and_two_do_not_meet() -> None:
+def test_a_failed_block_removes_its_trace_instance_and_two_instances_are_separate() -> None:
     with pytest.raises(FileNotFoundError), FaultTrace(), FaultTrace():
         os.stat(f"/nonexistent/{len(instances())}")
     assert instances() == []
@@ -94,7 +94,7 @@ def test_the_instance_is_removed_when_the_block_fails_and_two_do_not_meet() -> N
         assert len(instances()) == 2
 
 
-def test_a_vcpu_thread_started_by_another_thread_is_recorded_too() -> None:
+def test_the_trace_records_a_vcpu_thread_started_by_another_thread() -> None:
     with FaultTrace(range(PAGE, PAGE + SIZE)) as trace, Machine(config("payload:puppet", Protection.NONE)) as machine:
         starter = threading.Thread(target=machine.start)
         starter.start()
@@ -105,7 +105,7 @@ def test_a_vcpu_thread_started_by_another_thread_is_recorded_too() -> None:
         assert [fault.gpa for fault in trace.faults()] == [PAGE]
 
 
-def test_what_a_killed_process_left_is_removed() -> None:
+def test_a_new_trace_removes_the_instance_that_a_killed_process_left() -> None:
     code = "from pyvmm.kvm.faulttrace import FaultTrace\nwith FaultTrace(): print(flush=True); input()"
     killed = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert killed.stdout is not None
@@ -118,7 +118,7 @@ def test_what_a_killed_process_left_is_removed() -> None:
     assert instances() == []
 
 
-def test_a_fault_again_is_asked_of_this_thread_only() -> None:
+def test_the_trace_gives_no_address_when_this_thread_repeats_no_fault() -> None:
     assert faulttrace.guest_fault(lambda: None) == (None, "whose address is unknown: the kernel traced no fault")
 
 
@@ -126,7 +126,7 @@ def test_a_fault_again_is_asked_of_this_thread_only() -> None:
 
 
 @pytest.mark.parametrize("protection", [Protection.EMULATED, Protection.PKVM])
-def test_a_shared_page_is_one_in_the_map_and_two_events_in_the_timeline(protection: Protection) -> None:
+def test_a_shared_page_is_one_page_in_the_map_and_two_events_in_the_timeline(protection: Protection) -> None:
     with FaultTrace(range(PAGE, PAGE + SIZE)) as trace, puppet(protection) as (machine, guest):
         recorder = Timeline(trace)
         recorder.watch(machine.memory, machine.natives)
@@ -146,7 +146,7 @@ def test_a_shared_page_is_one_in_the_map_and_two_events_in_the_timeline(protecti
     assert {(event.gpa, event.pages) for event in events} == {(PAGE, 1)}
 
 
-def test_holes_and_moves_are_events() -> None:
+def test_the_timeline_has_holes_and_moves_as_events() -> None:
     from pyvmm.memory.choices import ConversionPolicy
 
     with puppet(Protection.EMULATED, conversion=ConversionPolicy.COPY) as (machine, guest):
@@ -182,7 +182,7 @@ def test_map_puts_the_map_on_stdout_and_the_guest_on_stderr() -> None:
     assert "\x1b" not in done.stdout
 
 
-def test_map_as_json_has_runs_and_counts_and_nothing_else_on_stdout() -> None:
+def test_map_as_json_prints_only_runs_and_counts_on_stdout() -> None:
     done = pyvmm("map", "--json", "--protection", "none", "payload:touch")
     assert done.returncode == 0, done
     data = json.loads(done.stdout)
@@ -192,7 +192,7 @@ def test_map_as_json_has_runs_and_counts_and_nothing_else_on_stdout() -> None:
     assert (data["protection"], data["ending"]) == ("none", "poweroff")
 
 
-def test_a_crash_is_mapped_too_and_keeps_its_status() -> None:
+def test_map_shows_a_crashed_guest_and_keeps_its_exit_status() -> None:
     done = pyvmm("map", "--protection", "pkvm", "payload:crash", "-p", "unmapped")
     assert done.returncode == 3, done
     assert "p private, assumed 16,384" in done.stdout
@@ -200,7 +200,7 @@ def test_a_crash_is_mapped_too_and_keeps_its_status() -> None:
 
 
 @pytest.mark.parametrize("verb", ["run", "map"])
-def test_the_picture_has_the_map_and_what_happened(verb: str, tmp_path: Path) -> None:
+def test_the_picture_has_the_map_and_the_timeline(verb: str, tmp_path: Path) -> None:
     file = tmp_path / "run.svg"
     done = pyvmm(
         verb, "--map", str(file), "--protection", "emulated", "--conversion", "copy", "-c", "2", "payload:echo"
@@ -219,7 +219,7 @@ def test_the_picture_has_the_map_and_what_happened(verb: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("verb", ["run", "map"])
-def test_a_picture_that_cannot_be_written_is_told_before_the_guest_runs(verb: str) -> None:
+def test_map_refuses_a_picture_it_cannot_write_before_the_guest_runs(verb: str) -> None:
     done = pyvmm(verb, "--map", "/nonexistent/map.svg", "payload:hello")
     assert done.returncode == 2, done
     assert "'/nonexistent/map.svg' cannot be written: No such file or directory" in done.stderr
@@ -245,7 +245,7 @@ def test_a_signal_ends_a_watched_run_with_its_map(tmp_path: Path) -> None:
     assert file.stat().st_size > 1000
 
 
-def test_on_a_terminal_the_map_is_live_and_the_guests_lines_stay_whole() -> None:
+def test_a_terminal_shows_a_live_map_and_keeps_the_guests_lines_whole() -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "xterm-256color"
@@ -254,7 +254,7 @@ def test_on_a_terminal_the_map_is_live_and_the_guests_lines_stay_whole() -> None
     while True:
         try:
             got = os.read(terminal, 1 << 16)
-        except OSError:  # EIO: its other end is closed
+        except OSError:  # EIO: the other end is closed
             break
         if not got:
             break

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pyvmm run` as a user has it: what is on stdout, what on stderr, and the exit status."""
+"""`pyvmm run` as a user runs it: stdout, stderr and the exit status."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_hello_puts_the_guest_on_stdout_and_one_line_of_statistics_on_stderr() -
     ],
     ids=["unmapped", "undefined", "loop", "reset", "payload", "missing", "directory", "guest_memfd", "hugetlb"],
 )
-def test_what_cannot_work_says_why_with_its_own_status(args: tuple[str, ...], status: int, words: str) -> None:
+def test_a_run_that_cannot_work_says_why_and_has_the_matching_exit_status(
+    args: tuple[str, ...], status: int, words: str
+) -> None:
     done = pyvmm("run", "--protection", "pkvm", *args)
     assert done.returncode == status, done
     assert words in done.stderr.lower(), done.stderr
@@ -71,7 +73,7 @@ def test_a_signal_ends_a_run_with_its_status_and_statistics(number: signal.Signa
     assert "Traceback" not in stderr
 
 
-def test_a_reader_that_leaves_ends_the_run_and_is_told() -> None:
+def test_a_run_ends_when_its_reader_leaves_and_says_so() -> None:
     run = subprocess.Popen(
         [*PYVMM, "run", "payload:crash", "-p", "way=flood", "-p", "bytes=6000"],
         stdout=subprocess.PIPE,
@@ -105,7 +107,7 @@ sys.exit(main(["run", "--protection", "pkvm", "-m", "32M", "payload:hello"]))
 """
 
 
-def test_too_small_a_memlock_limit_is_refused_before_the_run_with_the_exact_need() -> None:
+def test_run_refuses_a_memlock_limit_that_is_too_small_and_gives_the_exact_need() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_IPC_LOCK], capture_output=True, text=True, timeout=120)
     assert done.returncode == 5, done
     assert done.stdout == ""
@@ -115,7 +117,7 @@ def test_too_small_a_memlock_limit_is_refused_before_the_run_with_the_exact_need
 
 
 def test_a_killed_vmm_leaves_the_host_clean() -> None:
-    """SIGKILL in the middle of a protected run: the kernel takes everything back, and the next run works."""
+    """After SIGKILL during a protected run the kernel takes everything back, and the next run works."""
     before = _mlocked_kib()
     run = subprocess.Popen(
         [*PYVMM, "run", "--protection", "pkvm", "payload:crash", "-p", "loop", "--deadline", "60"],
@@ -141,7 +143,7 @@ def _mlocked_kib() -> int:
     return 0
 
 
-def test_a_payload_that_reports_a_failure_is_not_a_success() -> None:
+def test_a_payload_that_reports_a_failure_fails_the_run() -> None:
     done = pyvmm("run", "--protection", "pkvm", "payload:crash", "-p", "way=status", "-p", "code=7")
     assert done.returncode == 3, done
     assert "powered off with exit code 7" in done.stderr
@@ -156,14 +158,14 @@ def test_output_that_cannot_be_written_ends_the_run_with_status_1() -> None:
     assert "No space left on device" in done.stderr
 
 
-def test_two_protections_are_a_contradiction() -> None:
+def test_run_refuses_two_protections() -> None:
     done = pyvmm("run", "--pkvm", "--protection", "none", "payload:hello")
     assert done.returncode == 2
     assert "not allowed with" in done.stderr
 
 
 @pytest.mark.parametrize("protection", ["none", "pkvm"])
-def test_a_guest_that_resets_is_started_again_in_a_new_vm(protection: str) -> None:
+def test_run_restarts_a_guest_that_resets_in_a_new_vm(protection: str) -> None:
     run = subprocess.Popen(
         [*PYVMM, "run", "--reboot", "--protection", protection, "payload:crash", "-p", "way=reset"],
         stdout=subprocess.PIPE,
@@ -180,7 +182,7 @@ def test_a_guest_that_resets_is_started_again_in_a_new_vm(protection: str) -> No
     assert "Traceback" not in stderr
 
 
-def test_a_guest_takes_the_device_tree_it_is_given(tmp_path: Path) -> None:
+def test_a_guest_uses_the_device_tree_it_is_given(tmp_path: Path) -> None:
     tree = tmp_path / "machine.dtb"
     assert pyvmm("run", "--dump-dtb", str(tree), "-p", "way=status", "-p", "code=7", "payload:crash").returncode == 3
     done = pyvmm("run", "--dtb", str(tree), "payload:crash")

@@ -52,7 +52,7 @@ def test_a_trace_has_every_exit_and_follows_pages_to_the_device(protection: Prot
     assert shared[-1] == 0
 
 
-def test_a_trace_can_have_faults_and_the_map_its_picture_of_the_same_run(tmp_path: Path) -> None:
+def test_a_trace_with_faults_and_a_map_picture_can_show_the_same_run(tmp_path: Path) -> None:
     file, picture = tmp_path / "touch.pftrace", tmp_path / "touch.svg"
     more = ("--trace", str(file), "--trace-faults", "--map", str(picture))
     done = pyvmm("run", *more, "--protection", "pkvm", "payload:touch")
@@ -66,7 +66,7 @@ def test_a_trace_can_have_faults_and_the_map_its_picture_of_the_same_run(tmp_pat
     assert "fault" in picture.read_text()
 
 
-def test_a_trace_that_cannot_be_written_does_the_guest_no_harm(tmp_path: Path) -> None:
+def test_a_trace_that_cannot_be_written_does_not_disturb_the_guest(tmp_path: Path) -> None:
     nowhere = pyvmm("run", "--trace", str(tmp_path / "no" / "x"), "payload:hello")
     assert (nowhere.returncode, nowhere.stdout) == (2, "")
     assert "cannot be written: No such file or directory" in nowhere.stderr
@@ -103,7 +103,7 @@ def test_top_watches_the_guest_of_another_process() -> None:
             found = json.loads(done.stdout)
             assert found["pid"] == guest.pid
             assert found["donated"] > 0
-            # One turns without an exit, and the other was never started.
+            # One vCPU loops without an exit. The other was never started.
             assert found["vcpus"][0]["time"]["guest"] > 0.2
             assert found["vcpus"][1]["time"]["waiting"] > 0.9
         finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linux with a shell on its virtio console and sockets to the host, in every protection: one boot shows all."""
+"""Linux with a shell on its virtio console and sockets to the host, in every protection. One boot tests all of it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ BYTES = 300 << 10
 
 
 def echo_once(listener: socket.socket) -> None:
-    """Send back what comes by one connection, until it ends."""
+    """Echo what arrives on one connection, until it ends."""
     with listener, listener.accept()[0] as peer:
         while data := peer.recv(1 << 16):
             peer.sendall(data)
 
 
 def call(path: Path, port: int) -> socket.socket:
-    """Connect to a port of the guest, as soon as something listens there."""
+    """Connect to a port of the guest as soon as something listens there."""
     end = time.monotonic() + DEADLINE
     while time.monotonic() < end:
         client = socket.socket(socket.AF_UNIX)
@@ -50,7 +50,7 @@ def call(path: Path, port: int) -> socket.socket:
 
 
 @pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
-def test_shell_on_hvc0_and_echoes_both_ways(protection: Protection, tmp_path: Path) -> None:
+def test_linux_has_a_shell_on_hvc0_and_echoes_over_sockets_both_ways(protection: Protection, tmp_path: Path) -> None:
     path = tmp_path / "v"
     files = initrd(tmp_path / "initrd", "vsock")
     with Linux(protection, files, Vsock(str(path), 3)) as guest:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orders to a real run, by its socket."""
+"""Orders to a real run through its socket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAUSED = {"state": "paused", "clock": "goes on: the hypervisor keeps a protected
 PYVMM = (sys.executable, "-m", "pyvmm")
 
 
-def test_a_protected_run_is_asked_paused_resumed_and_stopped(tmp_path: Path) -> None:
+def test_a_protected_run_answers_pauses_resumes_and_stops_on_order(tmp_path: Path) -> None:
     path = str(tmp_path / "vm.sock")
     command = [*PYVMM, "run", "--pkvm", "-c", "2", "--rng", "--socket", path, "-k", "payload:crash", "-p", "loop"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
@@ -35,7 +35,7 @@ def test_a_protected_run_is_asked_paused_resumed_and_stopped(tmp_path: Path) -> 
         assert after is not None
         assert [vcpu["exits"] for vcpu in before["vcpus"]] == [vcpu["exits"] for vcpu in after["vcpus"]]
         assert connection.ask("resume", patience=30) == {"state": "running"}
-        # What is paused can be stopped, with all its devices.
+        # A paused run can be stopped, with all its devices.
         assert connection.ask("pause", patience=30) == PAUSED
     done = subprocess.run([*PYVMM, "ctl", path, "stop"], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "state: ended\n"), done

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Python example of the documents runs on a pKVM host, and prints what its document says."""
+"""Every Python example of the documents runs on a pKVM host, and prints the output in its document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.pkvm
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.name)
-def test_example_runs_and_prints_what_is_said(block: Block, tmp_path: Path) -> None:
+def test_example_runs_and_prints_the_documented_output(block: Block, tmp_path: Path) -> None:
     example = tmp_path / "example.py"
     example.write_text(block.text)
     done = subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that misbehave, and hosts that do: each ends with a clear answer, and nothing stays behind."""
+"""Guests and hosts that misbehave: each run ends with a clear reason and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RAM = 0x8000_0000
         ("jump", "Instruction Abort"),
     ],
 )
-def test_a_crash_is_reported_with_the_syndrome(way: str, words: str, protection: Protection) -> None:
+def test_pyvmm_reports_a_crash_with_its_syndrome(way: str, words: str, protection: Protection) -> None:
     result = run("payload:crash", protection, params=(f"way={way}",))
     assert result.outcome.ending is Ending.CRASH
     assert result.outcome.status == 3
@@ -49,7 +49,7 @@ def test_a_loop_ends_at_its_deadline(protection: Protection) -> None:
 
 @each_protection
 def test_a_flood_of_output_loses_no_byte(protection: Protection) -> None:
-    """The payload never asks whether there is room; more than a FIFO of it arrives whole all the same."""
+    """The payload never checks for room. More than a FIFO's worth of output still arrives whole."""
     count = 6000
     result = run("payload:crash", protection, params=("way=flood", f"bytes={count}"))
     line = bytes(range(ord("0"), ord("0") + 63)) + b"\n"
@@ -66,7 +66,7 @@ def test_a_reset_ends_the_run_with_status_3(protection: Protection) -> None:
 
 
 def read_through_the_kernel(address: int) -> bytes:
-    """process_vm_readv of this very process: what a debugger does."""
+    """Read this process with process_vm_readv, as a debugger does."""
 
     class Iovec(ctypes.Structure):
         _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
@@ -79,7 +79,7 @@ def read_through_the_kernel(address: int) -> bytes:
     return buffer.raw
 
 
-def test_a_page_reclaimed_by_force_ends_the_run_naming_it() -> None:
+def test_a_forced_reclaim_ends_the_run_and_the_reason_names_the_page() -> None:
     gpa = RAM + 0x80_0000
     with puppet(Protection.PKVM) as (machine, guest):
         guest.write64(gpa, 0x1234_5678)
@@ -95,7 +95,7 @@ def test_a_page_reclaimed_by_force_ends_the_run_naming_it() -> None:
 
 
 def test_guarded_access_to_every_page_reclaims_nothing() -> None:
-    """The forced-reclaim trap is not sprung by anything pyvmm does to look at memory."""
+    """pyvmm never forces a reclaim when it looks at memory."""
     with puppet(Protection.PKVM) as (machine, guest):
         first, pages = RAM + 0x80_0000, 64
         for page in range(0, pages, 2):
@@ -129,8 +129,8 @@ def test_a_signal_in_the_middle_ends_the_run_cleanly(number: signal.Signals) -> 
 
 
 @each_protection
-def test_an_access_kvm_cannot_decode_is_the_guests_crash(protection: Protection) -> None:
-    """Outside memory, with an instruction that carries no syndrome: the kernel says ENOSYS, or aborts the guest."""
+def test_an_access_that_kvm_cannot_decode_is_reported_as_a_guest_crash(protection: Protection) -> None:
+    """The access is outside memory and has no syndrome. The kernel returns ENOSYS or aborts the guest."""
     result = run("payload:crash", protection, params=("way=sea",))
     assert (result.outcome.ending, result.outcome.status) == (Ending.CRASH, 3)
     assert "external abort" in result.outcome.reason or "cannot decode" in result.outcome.reason

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a debugger can do to a guest, in every protection: packets in, stops out, and a guest that always goes on."""
+"""What a debugger can do to a guest, in every protection. The guest always continues afterwards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODE = 0b1111
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait for the guest to get somewhere; AssertionError where it never does."""
+    """Wait for a condition on the guest. Raises AssertionError if it never becomes true."""
     deadline = time.monotonic() + 4 * DEADLINE
     while not holds():
         assert time.monotonic() < deadline
@@ -50,7 +50,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 @dataclass
 class Debugged:
-    """A machine that is started, and where its debugger connects."""
+    """A started machine, and the address its debugger connects to."""
 
     machine: Machine
     guest: Puppet
@@ -60,7 +60,7 @@ class Debugged:
         return Client(self.path, **more)
 
     def code(self, *words: int) -> int:
-        """Have the running guest write code for itself."""
+        """Have the running guest write code into its memory."""
         for number, word in enumerate(words):
             self.guest.write32(CODE + 4 * number, word)
         self.guest.flush(CODE, 4 * len(words))
@@ -112,7 +112,9 @@ def test_a_guest_waits_before_its_first_instruction_and_is_stepped_from_there(
 
 
 @each_protection
-def test_breakpoints_and_watchpoints_stop_it_and_registers_reach_it(protection: Protection, tmp_path: Path) -> None:
+def test_breakpoints_and_watchpoints_stop_a_guest_and_registers_reach_it(
+    protection: Protection, tmp_path: Path
+) -> None:
     with debugged(protection, tmp_path, where=",nowait") as run:
         code = run.code(NOP, NOP, ADD_X0_X0_1, RET)
         run.guest.write64(DATA, 7)
@@ -167,7 +169,7 @@ def test_vector_registers_reach_the_guest_and_come_back(protection: Protection, 
 
 
 @each_protection
-def test_a_guest_stops_between_instructions_also_at_a_device(protection: Protection, tmp_path: Path) -> None:
+def test_a_guest_stops_between_instructions_even_at_a_device_access(protection: Protection, tmp_path: Path) -> None:
     with debugged(protection, tmp_path, where=",nowait") as run:
         # str x1, [x0]; subs x2, x2, #1; b.ne .-8; ret: each store adds x1 to the counter
         code = run.code(0xF900_0001, 0xF100_0442, 0x54FF_FFC1, RET)
@@ -199,14 +201,14 @@ def test_a_guest_stops_between_instructions_also_at_a_device(protection: Protect
 
 
 @each_protection
-def test_memory_is_seen_as_far_as_the_host_may_see_it(protection: Protection, tmp_path: Path) -> None:
+def test_the_debugger_reads_only_memory_that_the_host_may_read(protection: Protection, tmp_path: Path) -> None:
     with debugged(protection, tmp_path, where=",nowait") as run:
         guest = run.guest
         guest.write64(DATA, 0x1122_3344)
         guest.write64(DATA + 4096, 0x5566_7788)
         guest.share(DATA)
         with run.client() as gdb:
-            if protection is Protection.NONE:  # its tables can be walked: the puppet maps its memory as it is
+            if protection is Protection.NONE:  # its page tables can be read: an identity map
                 assert gdb.read(DATA, 8) == (0x1122_3344).to_bytes(8, "little")
                 assert "is gpa 0x8090_0000" in gdb.monitor(f"info {DATA:#x}")
             else:
@@ -224,7 +226,7 @@ def test_memory_is_seen_as_far_as_the_host_may_see_it(protection: Protection, tm
                     gdb.read(DATA + 4096, 8)
                 assert gdb.write(DATA + 4096, b"never") == "E14"
                 assert "is private to the guest" in gdb.monitor("info")
-                # What can be read, up to the private page.
+                # The answer has the bytes up to the private page.
                 assert gdb.read(DATA + 4088, 16) == bytes(8)
             assert gdb.ask("D") == "OK"
         assert guest.read64(DATA + 8) == int.from_bytes(b"told#$ab", "little")
@@ -232,7 +234,7 @@ def test_memory_is_seen_as_far_as_the_host_may_see_it(protection: Protection, tm
 
 
 @each_protection
-def test_the_end_of_the_run_is_told_and_the_debugger_can_bring_it_about(protection: Protection, tmp_path: Path) -> None:
+def test_the_debugger_hears_that_the_run_ends_and_can_end_it(protection: Protection, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         with debugged(protection, tmp_path, kernel="payload:hello") as run:
             gdb = stack.enter_context(run.client())
@@ -246,7 +248,7 @@ def test_the_end_of_the_run_is_told_and_the_debugger_can_bring_it_about(protecti
 
 
 @each_protection
-def test_vcpus_are_threads(protection: Protection, tmp_path: Path) -> None:
+def test_the_debugger_sees_each_vcpu_as_a_thread(protection: Protection, tmp_path: Path) -> None:
     with debugged(protection, tmp_path, where=",nowait", cpus=2) as run:
         code = run.code(NOP, NOP, NOP, RET)
         with run.client() as gdb:
@@ -267,7 +269,7 @@ def test_vcpus_are_threads(protection: Protection, tmp_path: Path) -> None:
             assert gdb.ask("Hg1") == "OK"
             assert gdb.register("pc") != code + 4
             assert gdb.ask("T3") == "E22"
-            # The first vCPU alone goes on; the second stands still in the middle of its order.
+            # Only the first vCPU continues. The second stays stopped in the middle of its order.
             gdb.send("vCont;c:1")
             assert run.guest.ping().el == 1
             assert not order.done()
@@ -276,7 +278,7 @@ def test_vcpus_are_threads(protection: Protection, tmp_path: Path) -> None:
             order.result()
 
 
-def test_a_debugger_that_goes_without_a_word_leaves_a_guest_that_runs_on(tmp_path: Path) -> None:
+def test_a_guest_runs_on_when_its_debugger_disconnects_without_notice(tmp_path: Path) -> None:
     with debugged(Protection.PKVM, tmp_path, where=",nowait") as run:
         code = run.code(NOP, NOP, RET)
         with run.client() as gdb:
@@ -294,7 +296,7 @@ def test_a_debugger_that_goes_without_a_word_leaves_a_guest_that_runs_on(tmp_pat
         run.guest.execute(code)
 
 
-def test_a_vcpu_that_fails_can_be_looked_at_before_the_run_ends(tmp_path: Path) -> None:
+def test_the_debugger_can_inspect_a_failed_vcpu_before_the_run_ends(tmp_path: Path) -> None:
     with debugged(Protection.PKVM, tmp_path, where=",nowait") as run, run.client() as gdb:
         gdb.send("vCont;c")
         run.guest.write64(DATA, 1)
@@ -310,7 +312,7 @@ def test_a_vcpu_that_fails_can_be_looked_at_before_the_run_ends(tmp_path: Path) 
 
 
 @each_protection
-def test_the_guests_own_breakpoint_instructions_stay_its_own(protection: Protection, tmp_path: Path) -> None:
+def test_the_guest_handles_its_own_breakpoint_instructions(protection: Protection, tmp_path: Path) -> None:
     with debugged(protection, tmp_path, where=",nowait") as run:
         code = run.code(BRK, RET)
         with run.client() as gdb:
@@ -324,7 +326,7 @@ def test_the_guests_own_breakpoint_instructions_stay_its_own(protection: Protect
             assert run.guest.ping().el == 1
 
 
-def test_a_linux_that_is_stepped_takes_no_interrupt_and_breakpoints_are_stepped_over(tmp_path: Path) -> None:
+def test_linux_takes_no_interrupt_while_stepped_and_steps_over_breakpoints(tmp_path: Path) -> None:
     files = kernel_directory("own:")
     console = os.memfd_create("console")
     more = {
@@ -348,7 +350,7 @@ def test_a_linux_that_is_stepped_takes_no_interrupt_and_breakpoints_are_stepped_
                 wait_until(in_the_shell)
                 vectors = gdb.register("VBAR_EL1")
                 for _ in range(4):
-                    time.sleep(0.02)  # the timer of its scheduler ticks meanwhile
+                    time.sleep(0.02)  # the scheduler's timer ticks meanwhile
                     gdb.go("vCont;s:1")
                     assert gdb.register("pc") not in range(vectors, vectors + 0x800)
                 pc = gdb.register("pc")
@@ -403,7 +405,7 @@ def test_gdb_itself_debugs_a_guest(protection: Protection, tmp_path: Path) -> No
     assert "exited normally" in said
 
 
-def test_a_place_that_is_taken_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_an_address_in_use_is_refused_before_the_guest_runs(tmp_path: Path) -> None:
     path = tmp_path / "gdb"
     path.touch()
     done = subprocess.run(

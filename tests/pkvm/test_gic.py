@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interrupt controller in the kernel, as a guest finds it, and the ways an interrupt gets there."""
+"""The interrupt controller in the kernel, as a guest sees it, and the ways in which interrupts reach it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GICD_ISPENDR, GICD_ICPENDR, GICD_ICFGR = 0x200, 0x280, 0xC00
 # ... a redistributor, ...
 GICR_CTLR, GICR_TYPER, GICR_PROPBASER, GICR_PENDBASER = 0x0, 0x8, 0x70, 0x78
 LAST = 1 << 4
-# ... and the ITS, whose second 64 KiB hold the word that messages are written to.
+# ... and the ITS. Messages are written to a word in its second 64 KiB.
 GITS_CTLR, GITS_CBASER, GITS_CWRITER, GITS_CREADR, GITS_BASER = 0x0, 0x80, 0x88, 0x90, 0x100
 GITS_TRANSLATER = 0x1_0040
 VALID = 1 << 63
@@ -50,14 +50,14 @@ def pending(guest: Puppet, spi: int) -> bool:
 
 
 def trigger(guest: Puppet, spi: int, kind: Trigger) -> None:
-    """Tell the controller what to expect of a line, as a guest's kernel does."""
+    """Set the trigger of a line in the controller, as a guest's kernel does."""
     number = SPI_BASE + spi
     edge = 0b10 if kind is Trigger.EDGE else 0
     guest.write32(layout.GIC_DISTRIBUTOR.start + GICD_ICFGR + number // 16 * 4, edge << 2 * (number % 16))
 
 
 def until(condition: Callable[[], bool]) -> bool:
-    """Wait for what the kernel does in its own time: an irqfd is read by a worker."""
+    """Wait for the kernel: a worker reads an irqfd asynchronously."""
     end = time.monotonic() + 30
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
@@ -80,7 +80,7 @@ def test_a_pulse_on_an_edge_line_leaves_its_interrupt_pending(protection: Protec
 
 
 @pytest.mark.parametrize("protection", Protection)
-def test_the_uarts_interrupt_is_pending_as_long_as_its_cause_lasts(protection: Protection) -> None:
+def test_the_uarts_interrupt_stays_pending_while_its_cause_lasts(protection: Protection) -> None:
     data, mask, clear = (layout.PL011.start + offset for offset in (0x00, 0x38, 0x44))
     transmitted = 1 << 5
     with Experiment(protection) as x:
@@ -94,7 +94,7 @@ def test_the_uarts_interrupt_is_pending_as_long_as_its_cause_lasts(protection: P
 
 
 @pytest.mark.parametrize("protection", Protection)
-def test_a_message_reaches_the_interrupt_that_the_guest_has_mapped_it_to(protection: Protection) -> None:
+def test_a_message_raises_the_interrupt_that_the_guest_mapped_it_to(protection: Protection) -> None:
     its, redistributor = layout.GIC_ITS.start, layout.GIC_REDISTRIBUTORS.start
     message = its + GITS_TRANSLATER
     with Experiment(protection) as x:
@@ -103,11 +103,11 @@ def test_a_message_reaches_the_interrupt_that_the_guest_has_mapped_it_to(protect
             x.page(TABLE // 4096, align=TABLE) for _ in range(6)
         )
         if protection is not Protection.NONE:
-            # The kernel reads these on the host's behalf, as it finds them.
+            # The kernel reads these tables from guest memory.
             for table in (properties, pendings, commands):
                 guest.share(table, TABLE // 4096)
         guest.fill(pendings, TABLE)
-        guest.write8(properties, 0xA0 | 0b11)  # the first LPI: its priority, and that it is enabled
+        guest.write8(properties, 0xA0 | 0b11)  # the first LPI: its priority, enabled
         guest.write64(redistributor + GICR_PROPBASER, properties | 13)  # numbers of 14 bits
         guest.write64(redistributor + GICR_PENDBASER, pendings)
         guest.write32(redistributor + GICR_CTLR, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that attacks each device of a real VM, and uses it again: rings in pages that it shares, or does not."""
+"""A guest attacks each device of a real VM and then uses it again. Its rings are in shared or unshared pages."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _NEXT, _WRITE = 1, 2
 
 
 class Usual(NamedTuple):
-    """A request that a device answers whenever it is kicked: its queue, what it reads, and what it may write.
+    """A request that a device answers after each kick: its queue, what the device reads, and what it may write.
 
-    ``needs`` are the queues without which the device does nothing.
+    ``needs`` are the queues that the device cannot work without.
     """
 
     queue: int
@@ -78,7 +78,7 @@ class Victim(Card):
         self.guest.write32(self.at + register, value & 0xFFFF_FFFF)
 
     def set_up(self, rings: int = RINGS) -> None:
-        """Start the device with its queues in the pages at ``rings``, each descriptor in the ring the usual request."""
+        """Start the device with its queues in the pages at ``rings``. Each descriptor is the usual request."""
         assert self.negotiate(Feature.VERSION_1 | Feature.ACCESS_PLATFORM)
         _, data, room, needs = self.usual
         for number in needs:
@@ -101,7 +101,7 @@ class Victim(Card):
         self.store(Register.STATUS, RUNNING)
 
     def request(self) -> None:
-        """Make it; every entry of the ring is the first descriptor."""
+        """Make the request; every entry of the ring is the first descriptor."""
         self.made = self.made + 1 & 0xFFFF
         self.guest.write16(self.ring + DRIVER + 2, self.made)
         self.store(Register.QUEUE_NOTIFY, self.usual.queue)
@@ -110,7 +110,7 @@ class Victim(Card):
         eventually(lambda: self.load(Register.STATUS) & Status.NEEDS_RESET)
 
     def serves(self) -> None:
-        """Set it up, and be answered."""
+        """Set the device up and check that it answers."""
         self.set_up()
         self.request()
         eventually(lambda: self.guest.read16(self.ring + DEVICE + 2) == self.made)
@@ -170,7 +170,7 @@ ATTACKS = (
 
 @contextlib.contextmanager
 def victims(protection: Protection, folder: Path) -> Iterator[tuple[dict[str, Victim], Puppet, Puppet]]:
-    """A machine with every device that such a guest can have; its first vCPU drives them, the second is free."""
+    """Start a machine with every device such a guest can have. Its first vCPU drives them, the second is free."""
     disk = folder / "disk"
     disk.write_bytes(bytes(1 << 20))
     with contextlib.ExitStack() as stack:
@@ -199,7 +199,7 @@ def test_every_device_outlives_a_hostile_guest(protection: Protection, tmp_path:
     with victims(protection, tmp_path) as (cards, guest, other):
         for name, victim in cards.items():
             for attack in ATTACKS:
-                print(f"{name}: {attack.__name__}")  # the last of these is shown with a failure
+                print(f"{name}: {attack.__name__}")  # pytest shows the last of these if the test fails
                 attack(victim, other)
             victim.serves()
         assert guest.sum(PRIVATE, QUEUES * PAGE) == QUEUES * PAGE // 8 * PATTERN % 2**64

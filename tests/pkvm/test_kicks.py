@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kicks of a virtqueue that the kernel takes, and those that come to the loop all the same."""
+"""Kicks of a virtqueue that the kernel handles, and kicks that still reach the loop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def running(machine: Machine) -> Iterator[Puppet]:
 
 @contextlib.contextmanager
 def card(protection: Protection, kernel: Kernel | None = None) -> Iterator[tuple[Machine, Card]]:
-    """A device whose rings and one page of data are shared, in a guest that needs no pool."""
+    """Make a device whose rings and one data page are shared, in a guest that needs no pool."""
     made = Machine(config("payload:puppet", protection, devices=(Rng(),), swiotlb=0), kernel=kernel)
     with running(made) as guest:
         guest.fill(RINGS, 4 * 4096)
@@ -48,13 +48,13 @@ def card(protection: Protection, kernel: Kernel | None = None) -> Iterator[tuple
 
 
 def exits(machine: Machine) -> int:
-    """Exits to the loop's doorbells."""
+    """Count the exits to the loop's doorbells."""
     return sum(each.count for each in machine.counters.exits if each.name == "mmio-doorbell")
 
 
 @each_protection
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_each_kick_arrives_and_none_is_an_exit(protection: Protection, packed: bool) -> None:
+def test_each_kick_arrives_without_an_exit(protection: Protection, packed: bool) -> None:
     with card(protection) as (machine, device):
         driver = device.drive(packed=packed)
         for number in range(1, 9):
@@ -64,7 +64,7 @@ def test_each_kick_arrives_and_none_is_an_exit(protection: Protection, packed: b
 
 
 @each_protection
-def test_other_widths_and_numbers_come_to_the_loop(protection: Protection) -> None:
+def test_kicks_of_other_widths_and_numbers_reach_the_loop(protection: Protection) -> None:
     with card(protection) as (machine, device):
         driver = device.drive(packed=False)
         [transport] = machine.virtio
@@ -81,10 +81,10 @@ def test_other_widths_and_numbers_come_to_the_loop(protection: Protection) -> No
 
 
 @each_protection
-def test_kicks_of_a_queue_that_is_not_ready_are_nothing_and_the_next_driver_is_served(protection: Protection) -> None:
+def test_kicks_of_an_unready_queue_are_ignored_and_the_next_driver_is_served(protection: Protection) -> None:
     with card(protection) as (machine, device):
         device.store(Register.QUEUE_NOTIFY, 0)
-        assert exits(machine) == 1  # nobody has been ready yet
+        assert exits(machine) == 1  # no queue has been ready yet
         assert device.ask(device.drive(packed=False), DATA, 64) == 64
         device.store(Register.STATUS, 0)
         for _ in range(100):
@@ -94,7 +94,7 @@ def test_kicks_of_a_queue_that_is_not_ready_are_nothing_and_the_next_driver_is_s
 
 
 @each_protection
-def test_a_kernel_without_ioeventfd_leaves_kicks_to_the_loop(protection: Protection) -> None:
+def test_the_loop_handles_kicks_when_the_kernel_has_no_ioeventfd(protection: Protection) -> None:
     with card(protection, Lacking(KVM_CAP_IOEVENTFD)) as (machine, device):
         driver = device.drive(packed=False)
         for number in range(1, 6):
@@ -103,7 +103,7 @@ def test_a_kernel_without_ioeventfd_leaves_kicks_to_the_loop(protection: Protect
 
 
 @each_protection
-def test_a_kick_that_comes_before_a_pause_has_ended_is_served_afterwards(protection: Protection) -> None:
+def test_a_kick_during_a_pause_is_served_afterwards(protection: Protection) -> None:
     with card(protection) as (machine, device):
         driver = device.drive(packed=False)
         for _ in range(5):

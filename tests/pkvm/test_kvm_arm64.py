@@ -54,7 +54,7 @@ def interrupt_controller(vm: Vm) -> None:
     assert irqs.value == 128
 
 
-def test_the_interrupt_controller_takes_its_addresses_once_and_freezes_the_vcpus(vm: Vm) -> None:
+def test_kvm_refuses_new_vcpus_once_the_interrupt_controller_is_initialised(vm: Vm) -> None:
     vm.create_vcpu(0)
     interrupt_controller(vm)
     vm.irq_line(arm64.KVM_ARM_IRQ_TYPE_SPI << arm64.KVM_ARM_IRQ_TYPE_SHIFT | 40, True)
@@ -62,7 +62,7 @@ def test_the_interrupt_controller_takes_its_addresses_once_and_freezes_the_vcpus
         vm.create_vcpu(1)
 
 
-def test_forwarded_hypercalls_cannot_overlap_reserved_ones_nor_come_late(vm: Vm) -> None:
+def test_forwarded_hypercalls_cannot_overlap_reserved_ones_or_be_set_late(vm: Vm) -> None:
     vm.forward_smccc(0x8600_0000, 1)
     vm.forward_smccc(0xC600_0002, 3)
     with pytest.raises(KvmError, match=r"base=0x8000_0000, count=1.*EEXIST: it is already set, or overlaps"):
@@ -82,7 +82,7 @@ def stored(vm: Vm, hva: int) -> Vcpu:
     return vcpu
 
 
-def test_an_access_can_be_answered_by_an_abort(vm: Vm) -> None:
+def test_the_vmm_can_answer_an_access_with_an_abort(vm: Vm) -> None:
     with pages(4) as hva, stored(vm, hva) as vcpu:
         vcpu.inject_abort()
         vcpu.run.immediate_exit = 1
@@ -91,7 +91,7 @@ def test_an_access_can_be_answered_by_an_abort(vm: Vm) -> None:
         assert vcpu.pc & 0x7FF == 0x200  # the vector of a synchronous exception from the current level
 
 
-def test_a_plain_vm_gives_its_slots_back_after_it_ran(vm: Vm) -> None:
+def test_a_plain_vm_can_remove_its_slots_after_it_ran(vm: Vm) -> None:
     with pages(4) as hva, stored(vm, hva):
         with pytest.raises(KvmError, match="EBUSY: too late"):
             vm.forward_smccc(0x8600_0000, 1)
@@ -111,10 +111,10 @@ def test_a_protected_vm_keeps_its_slots_once_it_ran(protected: Vm) -> None:
     with pages(4) as hva:
         with stored(protected, hva), pytest.raises(KvmError, match=r"slot=0, size=0x0.*EPERM: a protected VM"):
             protected.delete_memory(0)
-        protected.close()  # while its pages are still mapped
+        protected.close()  # its pages are still mapped
 
 
-def test_a_protected_vm_forwards_no_hypercalls(protected: Vm) -> None:
+def test_kvm_refuses_to_forward_hypercalls_of_a_protected_vm(protected: Vm) -> None:
     with pytest.raises(KvmError, match="EINVAL: a protected VM has no SMCCC filter") as caught:
         protected.forward_smccc(0x8600_0000, 1)
     assert "emulated" in str(caught.value.hint)
@@ -125,7 +125,7 @@ def test_a_protected_vm_takes_the_same_interrupt_controller(protected: Vm) -> No
     interrupt_controller(protected)
 
 
-def test_arm64_registers_read_back(vm: Vm) -> None:
+def test_arm64_registers_read_back_as_written(vm: Vm) -> None:
     vcpu = vm.create_vcpu(0)
     with pytest.raises(KvmError, match="ENOEXEC: the vCPU is not initialised"):
         vcpu.get_reg(core_reg("pc"))
@@ -137,19 +137,19 @@ def test_arm64_registers_read_back(vm: Vm) -> None:
     assert core_reg("pc") in vcpu.reg_list()
 
 
-def test_a_feature_that_no_cpu_has_is_refused_in_words(vm: Vm) -> None:
+def test_a_feature_that_no_cpu_has_is_refused_with_a_clear_error(vm: Vm) -> None:
     with pytest.raises(KvmError, match=r"features=2\+77.*ENOENT: this kernel does not know this feature"):
         vm.create_vcpu(0).init(features=[77])
 
 
-def test_a_second_vcpu_can_wait_powered_off(vm: Vm) -> None:
+def test_a_second_vcpu_can_start_powered_off(vm: Vm) -> None:
     first, second = vm.create_vcpu(0), vm.create_vcpu(1)
     first.init()
     second.init(power_off=True)
     assert (first.mp_state, second.mp_state) == (MpState.KVM_MP_STATE_RUNNABLE, MpState.KVM_MP_STATE_STOPPED)
 
 
-def test_a_pkvm_host_gives_every_vm_all_its_address_bits_whatever_was_asked_for() -> None:
+def test_a_pkvm_host_gives_every_vm_all_its_address_bits_whatever_was_requested() -> None:
     with System.open() as system:
         assert system.supports_protected()
         end = 1 << system.max_ipa_bits

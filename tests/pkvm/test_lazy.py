@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest memory at its first touch, by userfaultfd: where a guest's faults can wait for an answer, and where not."""
+"""Guest memory served at first touch by userfaultfd: which guests' faults can wait for an answer, and which cannot."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ waiting = pytest.mark.parametrize("protection", [Protection.NONE, Protection.EMU
 
 
 def contents(gpa: int) -> bytes:
-    """A page that says where it is."""
+    """Return a page that contains its own address."""
     return gpa.to_bytes(8, "little") * (PAGE_SIZE // 8)
 
 
 @waiting
-def test_missing_pages_are_what_a_callback_says_when_the_guest_touches_them(protection: Protection) -> None:
+def test_a_callback_fills_missing_pages_when_the_guest_touches_them(protection: Protection) -> None:
     with puppet(protection) as (machine, guest), Userfault.open() as userfault:
         start = machine.memory.hva(PAGE, SIZE)
         asked: list[Fault] = []
@@ -74,13 +74,13 @@ def test_minor_faults_map_what_another_mapping_has_put_into_the_file(protection:
             guest.write64(BEYOND, VALUE)
             assert guest.read64(BEYOND) == VALUE
             assert server.served == {FaultKind.MINOR: 1}
-            # A page that the file has not got is missing, which nobody asked to be told.
+            # A page that the file does not have is missing. Missing faults were not requested.
             assert guest.read64(BEYOND + PAGE_SIZE) == 0
             assert server.served == {FaultKind.MINOR: 1}
 
 
 @waiting
-def test_write_protection_tells_of_stores_and_not_of_loads(protection: Protection) -> None:
+def test_write_protection_reports_stores_and_not_loads(protection: Protection) -> None:
     with puppet(protection) as (machine, guest), Userfault.open() as userfault:
         guest.write64(PAGE, VALUE)
         start = machine.memory.hva(PAGE, SIZE)
@@ -93,14 +93,14 @@ def test_write_protection_tells_of_stores_and_not_of_loads(protection: Protectio
             guest.write64(PAGE, 2)
             guest.write64(PAGE, 3)
             assert server.served == {FaultKind.WP: 1}
-            # Of shared memory pages that are not there yet are protected too.
+            # In shared memory, pages that do not exist yet are protected too.
             guest.write64(PAGE + PAGE_SIZE, 4)
             assert server.served == {FaultKind.WP: 2}
         assert guest.read64(PAGE) == 3
 
 
 @waiting
-def test_read_write_protection_tells_of_the_next_access_to_pages_that_are_mapped(protection: Protection) -> None:
+def test_read_write_protection_reports_the_next_access_to_mapped_pages(protection: Protection) -> None:
     with puppet(protection) as (machine, guest), Userfault.open() as userfault:
         guest.write64(PAGE, VALUE)
         guest.write64(PAGE + PAGE_SIZE, VALUE)
@@ -119,7 +119,7 @@ def test_read_write_protection_tells_of_the_next_access_to_pages_that_are_mapped
             assert server.served == {FaultKind.RWP: 2}
             assert [fault.write for fault in asked] == [False, True]
             guest.write64(PAGE, 2)
-            # Unlike write protection this leaves nothing where no page was mapped.
+            # Unlike write protection this does not protect pages that are not mapped.
             guest.write64(PAGE + 2 * PAGE_SIZE, 3)
             assert server.served == {FaultKind.RWP: 2}
             userfault.rwprotect(start, PAGE_SIZE)
@@ -127,7 +127,7 @@ def test_read_write_protection_tells_of_the_next_access_to_pages_that_are_mapped
             assert server.served == {FaultKind.RWP: 3}
 
 
-def test_vcpus_that_want_the_same_pages_at_once_get_the_same_pages() -> None:
+def test_vcpus_that_touch_the_same_pages_at_once_get_the_same_contents() -> None:
     with puppet(Protection.NONE, cpus=4) as (machine, guest), Userfault.open() as userfault:
         guests = [guest, *(guest.cpu_on(index) for index in (1, 2, 3))]
         start = machine.memory.hva(PAGE, 64 * PAGE_SIZE)
@@ -136,7 +136,7 @@ def test_vcpus_that_want_the_same_pages_at_once_get_the_same_pages() -> None:
             sums = [each.start(abi.OP_SUM, PAGE, 64 * PAGE_SIZE) for each in guests]
             expected = sum((PAGE + index * PAGE_SIZE) * (PAGE_SIZE // 8) for index in range(64)) % 2**64
             assert [each.result()[0] for each in sums] == [expected] * 4
-        # Once it has ended: a fault that came too late may have been on its way when its guest had its page.
+        # Check after the end: a late fault may have been on its way when the guest already had its page.
         assert server.served[FaultKind.MISSING] - server.late == 64
 
 
@@ -154,7 +154,7 @@ def test_a_vcpu_waits_until_its_fault_is_answered_or_the_userfault_is_closed() -
         assert order.result() == 0
 
 
-def test_a_callback_that_fails_leaves_the_guest_waiting_and_is_heard_of() -> None:
+def test_a_callback_that_fails_leaves_the_guest_waiting_and_its_error_is_raised() -> None:
     heard: list[BaseException] = []
     with puppet(Protection.NONE) as (machine, guest), Userfault.open() as userfault:
         userfault.register(machine.memory.hva(PAGE, SIZE), SIZE, missing=True)
@@ -193,7 +193,7 @@ def test_a_protected_guests_faults_cannot_wait_so_its_vcpu_fails_with_efault(mod
         assert "KVM_RUN(vcpu=0): EFAULT" in outcome.reason
 
 
-def test_a_guest_memfd_has_no_faults_to_tell() -> None:
+def test_a_guest_memfd_reports_no_faults() -> None:
     with puppet(Protection.NONE) as (machine, _), Userfault.open() as userfault:
         machine.memory.add(BEYOND, SharedGuestMemfd(machine.vm, SIZE))
         with pytest.raises(UserfaultError, match="no guest_memfd") as caught:

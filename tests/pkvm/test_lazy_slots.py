@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory on demand with real guests: slots that come at the first access, in all three protections."""
+"""Memory on demand with real guests: slots added at the first access, in all three protections."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VALUE = 0xA1A2_A3A4_A5A6_A7A8
 
 
 def contents(gpa: int, size: int) -> bytes:
-    """Every page's first word says where it is; what follows counts."""
+    """Return a page whose first word is its address; the rest counts up."""
     page = bytes(range(256)) * (PAGE_SIZE // 256)
     return b"".join(at.to_bytes(8, "little") + page[8:] for at in range(gpa, gpa + size, PAGE_SIZE))
 
@@ -52,7 +52,7 @@ def lazy_puppet(
 
 
 @everywhere
-def test_the_first_load_and_the_first_store_of_any_width_are_as_if_memory_had_been_there(
+def test_the_first_load_and_store_of_any_width_act_as_if_memory_was_already_there(
     protection: Protection,
 ) -> None:
     with lazy_puppet(protection) as (_, lazy, [guest]):
@@ -75,7 +75,7 @@ def test_the_first_load_and_the_first_store_of_any_width_are_as_if_memory_had_be
 
 
 @everywhere
-def test_accesses_across_pages_of_which_neither_one_or_the_other_is_there(protection: Protection) -> None:
+def test_accesses_across_two_pages_work_whichever_of_them_is_missing(protection: Protection) -> None:
     with lazy_puppet(protection) as (_, lazy, [guest]):
         both = contents(START, 16 * PAGE_SIZE)
         for index, (before, store) in enumerate((b, s) for b in ((), (0,), (1,)) for s in (False, True)):
@@ -94,7 +94,7 @@ def test_accesses_across_pages_of_which_neither_one_or_the_other_is_there(protec
 
 
 @everywhere
-def test_a_page_that_came_on_demand_is_as_protected_as_any(protection: Protection) -> None:
+def test_a_page_added_on_demand_is_as_protected_as_any(protection: Protection) -> None:
     with lazy_puppet(protection, granule=4 * PAGE_SIZE) as (machine, _, [guest]):
         memory = machine.memory
         guest.ping()
@@ -102,7 +102,7 @@ def test_a_page_that_came_on_demand_is_as_protected_as_any(protection: Protectio
         guest.write64(START + 8, VALUE)
         assert guest.words(START, 2) == (START, VALUE)
         if protection is Protection.PKVM:
-            assert LockedMemory.read().locked - locked == PAGE_SIZE  # donated, the first of its granule's four
+            assert LockedMemory.read().locked - locked == PAGE_SIZE  # donated: one of the granule's four
         if protection.isolates:
             assert memory.ledger.state(START) is PageState.PRIVATE
             with pytest.raises(GuestMemoryError, match="private to the guest"):
@@ -147,7 +147,7 @@ def test_vcpus_that_race_for_the_same_granules_see_one_memory(protection: Protec
 
 
 @everywhere
-def test_four_vcpus_fill_and_sum_a_range_none_of_which_is_there(protection: Protection) -> None:
+def test_four_vcpus_fill_and_sum_a_range_that_is_entirely_missing(protection: Protection) -> None:
     pages = 256
     with lazy_puppet(protection, granule=PAGE_SIZE, cpus=4, limit=pages) as (_, lazy, guests):
         touches = [
@@ -167,7 +167,7 @@ def test_four_vcpus_fill_and_sum_a_range_none_of_which_is_there(protection: Prot
 
 
 @everywhere
-def test_a_guest_that_wants_more_than_its_limit_gets_an_abort_and_keeps_what_it_has(protection: Protection) -> None:
+def test_a_guest_that_exceeds_its_limit_gets_an_abort_and_keeps_its_memory(protection: Protection) -> None:
     with lazy_puppet(protection, limit=2) as (machine, lazy, [guest]):
         assert guest.read64(START) == START
         guest.write64(START + PAGE_SIZE, VALUE)
@@ -183,7 +183,7 @@ def test_a_guest_that_wants_more_than_its_limit_gets_an_abort_and_keeps_what_it_
 
 
 @everywhere
-def test_what_fill_raises_ends_the_run_and_says_so(protection: Protection) -> None:
+def test_an_exception_from_fill_ends_the_run_and_the_reason_says_so(protection: Protection) -> None:
     def fill(gpa: int, _size: int) -> bytes:
         raise OSError(f"the snapshot has no page {gpa:#x}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's life: paused and resumed, quiet while slots move, a reader that is stuck, broken while it is built."""
+"""A machine's life: pause and resume, slots that move, a stuck reader, and a failure while it is built."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.pkvm
 PAGE = 0x8080_0000
 
 
-def test_a_paused_guest_stands_still_and_goes_on() -> None:
+def test_a_paused_guest_stands_still_and_continues_on_resume() -> None:
     with puppet(Protection.PKVM, cpus=2) as (machine, guest):
         guest.write64(PAGE, 0)
         guest.share(PAGE)
@@ -49,7 +49,7 @@ def test_a_paused_guest_stands_still_and_goes_on() -> None:
         assert not order.done()
 
 
-def test_a_device_that_does_not_come_to_rest_leaves_nothing_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_does_not_come_to_rest_leaves_no_vcpu_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     with puppet(Protection.PKVM, cpus=2) as (machine, guest):
 
         def stuck(_self: ExitTargets) -> None:
@@ -67,7 +67,7 @@ def test_a_device_that_does_not_come_to_rest_leaves_nothing_paused(monkeypatch: 
 
 
 @pytest.mark.parametrize("protection", ALL, ids=lambda p: p.value)
-def test_a_stuck_reader_does_not_hold_up_a_deadline(protection: Protection) -> None:
+def test_a_stuck_reader_does_not_delay_a_deadline(protection: Protection) -> None:
     before = Footprint.now()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -87,7 +87,7 @@ def test_a_stuck_reader_does_not_hold_up_a_deadline(protection: Protection) -> N
     assert Footprint.now() == before
 
 
-def test_output_lost_after_the_guest_has_gone_is_still_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_lost_after_the_guest_ended_is_still_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.devices.pl011.LINGER", 5.0)  # all of it is written at the end
     with open("/dev/full", "wb") as full:
         settings = config("payload:hello", Protection.PKVM, serial_out=full.fileno())
@@ -97,8 +97,8 @@ def test_output_lost_after_the_guest_has_gone_is_still_a_failure(monkeypatch: py
     assert "No space left" in outcome.reason
 
 
-def test_slots_move_under_vcpus_that_use_them_and_nobody_notices() -> None:
-    """The copy policy takes the slot apart around each shared page while another vCPU hammers its neighbour."""
+def test_vcpus_do_not_notice_that_the_slots_they_use_move() -> None:
+    """The copy policy splits the slot around each shared page while another vCPU hammers the neighbouring page."""
     with puppet(Protection.EMULATED, cpus=2, conversion=ConversionPolicy.COPY) as (machine, guest):
         other = guest.cpu_on(1)
         hammering = other.start_hammer(PAGE + 4096, 4096, 1 << 40, Access.WRITE)
@@ -112,7 +112,7 @@ def test_slots_move_under_vcpus_that_use_them_and_nobody_notices() -> None:
         assert {e.name: e.count for e in machine.counters.exits}["unclaimed"] == 0
 
 
-def test_two_vcpus_convert_at_once_without_waiting_for_each_other() -> None:
+def test_two_vcpus_convert_pages_at_once_without_waiting_for_each_other() -> None:
     with puppet(Protection.EMULATED, cpus=2, conversion=ConversionPolicy.COPY) as (_, guest):
         other = guest.cpu_on(1)
         for _ in range(5):
@@ -140,7 +140,7 @@ def test_two_vcpus_convert_at_once_without_waiting_for_each_other() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition(".")[2],
 )
-def test_a_machine_that_breaks_while_it_is_built_leaves_nothing(
+def test_a_machine_that_fails_while_it_is_built_leaves_nothing(
     owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Machine(config("payload:hello", Protection.PKVM)) as machine:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian's stock arm64 kernel to a shell on its serial console, its modules for the devices there, and off again."""
+"""Debian's stock arm64 kernel boots to a shell on its serial console, uses devices by its modules, and powers off."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ class Console:
         self.run.stdin.flush()
 
     def end(self) -> tuple[int, str]:
-        """Wait for the VMM's end: its exit status, and what it said."""
+        """Wait until the VMM ends; returns its exit status and its messages."""
         _, said = self.run.communicate(timeout=DEADLINE)
         return self.run.returncode, said.decode()
 
     def sh(self, command: str) -> str:
-        """Run a command at the prompt, and return what it printed; fails where its exit status is not 0."""
-        # The line comes back as it was typed: there the two words are apart.
+        """Run a command at the prompt, and return its output. Fails if its exit status is not 0."""
+        # The terminal echoes the line as typed. In the echo the two words are apart.
         self.type(f"printf '[%s]' begin; {command}; printf '[%s %d]' end $?")
         self.expect(b"[begin]")
         said = self.expect(b"[end ").decode(errors="replace").replace("\r", "")
@@ -79,9 +79,9 @@ class Console:
 
 @pytest.mark.parametrize("cpus", [1, 4])
 @pytest.mark.parametrize("protection", ["none", "pkvm"])
-def test_debians_kernel_gets_to_a_shell_and_powers_off(protection: str, cpus: int, tmp_path: Path) -> None:
+def test_debians_kernel_boots_to_a_shell_and_powers_off(protection: str, cpus: int, tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
-    # Its devices are for a plain guest: this kernel shares nothing.
+    # Only a plain guest can use the devices: this kernel shares no pages.
     devices = devices_in(tmp_path, image) if protection == "none" else []
     options = ["--protection", protection, "-c", str(cpus), *devices, "-i", "shell:", "-p", QUICKER, "debian:"]
     with Console(*options) as console:
@@ -116,7 +116,7 @@ def devices_in(directory: Path, image: Path) -> list[str]:
 
 
 def use_devices(console: Console) -> None:
-    """Have the guest use what :func:`devices_in` gave it."""
+    """Have the guest use the devices of :func:`devices_in`."""
     drivers = console.sh("for each in /sys/bus/virtio/devices/*/driver; do basename $(readlink $each); done")
     assert sorted(drivers.split()) == DRIVERS
     assert console.sh("mount -t ext4 /dev/vda /mnt && cat /mnt/question") == "written by the host\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's Linux in the least memory there may be, and one that resets itself, its devices with it."""
+"""The project's Linux in the least memory allowed, and a Linux that resets itself and its devices."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ reboot -f
 """
 
 
-def test_thirty_two_mib_are_enough() -> None:
+def test_linux_boots_in_thirty_two_mib() -> None:
     files = kernel_directory("own:")
     ended = run(
         str(files / "Image"),
@@ -55,7 +55,7 @@ def test_thirty_two_mib_are_enough() -> None:
 
 
 def answer_twice(listener: socket.socket, heard: list[bytes], guest: Path) -> None:
-    """Take two connections, keep what comes by each, and send thanks; each time the guest's path must be there."""
+    """Accept two connections, keep what arrives, and send thanks. Each time the guest's socket path must exist."""
     for _ in range(2):
         with listener.accept()[0] as peer, peer.makefile("rb") as file:
             heard.append(file.read())
@@ -64,7 +64,7 @@ def answer_twice(listener: socket.socket, heard: list[bytes], guest: Path) -> No
             peer.sendall(b"the host heard.\n")
 
 
-def test_a_guest_that_resets_finds_its_disk_its_card_and_its_sockets_again(tmp_path: Path) -> None:
+def test_a_guest_that_resets_can_use_its_disk_network_card_and_sockets_again(tmp_path: Path) -> None:
     subprocess.run(["modprobe", "tun"], check=False)
     disk, sockets = tmp_path / "disk", tmp_path / "v"
     disk.write_bytes(b"nothing\n".ljust(1 << 20, b"\0"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host sees of a protected Linux's memory, all of it: what it shares, and what it never touched."""
+"""What the host sees in all of a protected Linux's memory: pages that Linux shares, and pages it never touched."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Seen:
         into = ffi.from_buffer("uint8_t[]", data)
         at = 0
         while at < size:
-            # As Memory.read, without an exception for each of the thousands of pages that are private.
+            # Like Memory.read, but without an exception for each of thousands of private pages.
             done = lib.pv_read(machine.memory.native, layout.RAM_BASE + at, into + at, size - at, ffi.NULL)
             assert done % PAGE_SIZE == 0
             self.pages += range(layout.RAM_BASE + at, layout.RAM_BASE + at + done, PAGE_SIZE)
@@ -59,17 +59,17 @@ class Seen:
 
 
 def unlike_loaded(seen: Seen, machine: Machine, shared: set[int]) -> set[int]:
-    """Return the pages beside ``shared`` that are not as they were before the guest ran, most of them nothing."""
+    """Return the pages outside ``shared`` that changed since before the guest ran. Most pages were zeros then."""
     with Machine(machine.config) as unstarted:
         tree = next(part for part in unstarted.entry.plan if part.what == "the device tree")
         loaded = Seen(unstarted)
-        # Its seeds of random numbers are of each machine its own.
+        # Each machine has other seeds for random numbers.
         beside = [gpa for gpa in seen.pages if gpa not in shared and not tree.gpa <= gpa < tree.end]
         return {gpa for gpa in beside if seen[gpa] != loaded[gpa]}
 
 
 @pytest.mark.parametrize("lpis", [True, False], ids=["lpis", "no-lpis"])
-def test_the_host_finds_a_secret_of_the_guest_only_where_the_guest_shares_it(lpis: bool, tmp_path: Path) -> None:
+def test_the_host_finds_a_guests_secret_only_in_pages_that_the_guest_shares(lpis: bool, tmp_path: Path) -> None:
     params = () if lpis else (NO_LPIS,)
     with Linux(Protection.PKVM, initrd(tmp_path / "initrd"), memory=MEMORY, params=params) as guest:
         said = guest.sh("dmesg | grep -e 'restricted DMA pool at' -e '@.*alloc' -e 'LPI .* table'")
@@ -81,7 +81,7 @@ def test_the_host_finds_a_secret_of_the_guest_only_where_the_guest_shares_it(lpi
         pool = {gpa for gpa in seen.pages if start <= gpa < start + POOL}
         assert len(pool) == POOL // PAGE_SIZE
         assert not seen.holding(SECRET)
-        # Beside the pool: what the guest never touched, and those tables.
+        # Outside the pool the host sees pages the guest never touched, and those tables.
         beside = {gpa // TABLE * TABLE for gpa in unlike_loaded(seen, guest.machine, pool)}
         if lpis:
             assert len(tables) == 4, said
@@ -90,7 +90,7 @@ def test_the_host_finds_a_secret_of_the_guest_only_where_the_guest_shares_it(lpi
         else:
             assert not tables
             assert not beside
-        # That a secret would be found: the console's data go through the pool.
+        # The search works: the console's data pass through the pool and are found.
         assert guest.sh("head -n 1 /tmp/secret").strip() == SECRET
         assert Seen(guest.machine).holding(SECRET) & pool
         guest.poweroff()

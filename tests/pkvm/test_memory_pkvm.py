@@ -32,7 +32,7 @@ VALUE = 0x1122_3344_5566_7788
 
 
 @isolating
-def test_a_private_page_is_out_of_reach_and_unharmed_by_the_attempt(protection: Protection) -> None:
+def test_the_host_cannot_read_a_private_page_and_the_attempt_does_not_harm_it(protection: Protection) -> None:
     with puppet(protection) as (machine, guest):
         guest.write64(PAGE, VALUE)
         memory = machine.memory
@@ -48,7 +48,7 @@ def test_a_private_page_is_out_of_reach_and_unharmed_by_the_attempt(protection: 
 
 
 @isolating
-def test_a_shared_page_is_open_until_it_is_taken_back_and_the_ledger_knows(protection: Protection) -> None:
+def test_the_host_can_read_a_shared_page_until_the_guest_unshares_it(protection: Protection) -> None:
     with puppet(protection) as (machine, guest):
         memory = machine.memory
         guest.write64(PAGE, VALUE)
@@ -67,7 +67,7 @@ def test_a_shared_page_is_open_until_it_is_taken_back_and_the_ledger_knows(prote
         assert {state: machine.native.pages[state] for state in PageState} == counts
 
 
-def test_a_read_that_runs_from_a_shared_page_into_a_donated_one_stops_between_them() -> None:
+def test_a_read_from_a_shared_page_into_a_donated_one_stops_between_them() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.write64(PAGE + PAGE_SIZE, VALUE)
         guest.share(PAGE)
@@ -77,7 +77,7 @@ def test_a_read_that_runs_from_a_shared_page_into_a_donated_one_stops_between_th
         assert guest.read64(PAGE + PAGE_SIZE) == VALUE
 
 
-def test_a_page_taken_back_without_a_word_is_found_out_by_the_next_access() -> None:
+def test_the_next_access_discovers_a_page_that_the_guest_unshared_silently() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.share(PAGE)
         guest.unshare(PAGE, how=abi.SHARE_HVC)
@@ -87,7 +87,7 @@ def test_a_page_taken_back_without_a_word_is_found_out_by_the_next_access() -> N
         assert machine.memory.ledger.state(PAGE) is PageState.PRIVATE
 
 
-def test_each_page_a_protected_guest_touches_is_locked_memory_of_ours() -> None:
+def test_each_page_that_a_protected_guest_touches_counts_as_locked_memory() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.ping()
         before = LockedMemory.read().locked
@@ -97,7 +97,7 @@ def test_each_page_a_protected_guest_touches_is_locked_memory_of_ours() -> None:
         assert LockedMemory.read().locked - before == 16 * PAGE_SIZE
 
 
-def test_populated_pages_are_donated_as_any_other() -> None:
+def test_populated_pages_are_donated_like_any_other() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         machine.memory.populate(PAGE, 16 * PAGE_SIZE)
         guest.write64(PAGE, VALUE)
@@ -115,7 +115,7 @@ def test_memory_added_while_the_guest_runs_holds_what_was_loaded_before(protecti
         assert machine.memory.probe(BEYOND) == (protection is Protection.NONE)
 
 
-def test_a_protected_guests_slot_stays_and_the_kernel_agrees() -> None:
+def test_a_protected_guests_slot_cannot_be_removed_by_pyvmm_or_the_kernel() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.ping()
         with pytest.raises(UsageError, match="EPERM"):
@@ -125,7 +125,7 @@ def test_a_protected_guests_slot_stays_and_the_kernel_agrees() -> None:
         assert guest.ping()
 
 
-def test_a_hole_under_a_protected_guest_is_refused_and_when_forced_splits_the_brain() -> None:
+def test_pyvmm_refuses_a_hole_under_a_protected_guest_and_a_forced_one_splits_memory() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.write64(PAGE, VALUE)
         with pytest.raises(UsageError, match="the host would see different pages"):
@@ -137,7 +137,7 @@ def test_a_hole_under_a_protected_guest_is_refused_and_when_forced_splits_the_br
 
 
 @pytest.mark.parametrize("kind", [SharedGuestMemfd, PrivateGuestMemfd])
-def test_guest_memfd_is_refused_for_a_protected_guest_before_the_kernels_eio(
+def test_pyvmm_refuses_guest_memfd_for_a_protected_guest_before_the_kernels_eio(
     kind: type[SharedGuestMemfd | PrivateGuestMemfd],
 ) -> None:
     with puppet(Protection.PKVM) as (machine, guest):
@@ -148,7 +148,7 @@ def test_guest_memfd_is_refused_for_a_protected_guest_before_the_kernels_eio(
 
 @pytest.mark.parametrize("backing", ["memfd", "guest_memfd"])
 @pytest.mark.parametrize("conversion", list(ConversionPolicy), ids=lambda conversion: conversion.value)
-def test_each_conversion_policy_does_to_the_contents_what_its_name_says(
+def test_each_conversion_policy_changes_the_contents_as_its_name_says(
     conversion: ConversionPolicy, backing: str
 ) -> None:
     kept = conversion in (ConversionPolicy.PRESERVE, ConversionPolicy.COPY)
@@ -181,7 +181,7 @@ def test_the_copy_policy_shares_out_of_a_private_guest_memfd_by_replacing_the_pa
         assert len(slot.pieces) == 1
 
 
-def test_a_guest_goes_on_when_memfd_takes_the_place_of_its_guest_memfd() -> None:
+def test_a_guest_runs_on_when_a_memfd_replaces_its_guest_memfd() -> None:
     with puppet(Protection.NONE) as (machine, guest):
         memory = machine.memory
         slot = memory.add(BEYOND, SharedGuestMemfd(machine.vm, 1 << 20))
@@ -194,8 +194,8 @@ def test_a_guest_goes_on_when_memfd_takes_the_place_of_its_guest_memfd() -> None
         assert guest.read64(BEYOND) == VALUE
 
 
-def test_a_slot_the_guest_could_not_address_is_refused_though_the_kernel_takes_it() -> None:
-    """The kernel checks against what the host could give a VM (seen on 7.3), not against what this VM was given."""
+def test_pyvmm_refuses_a_slot_the_guest_cannot_address_though_the_kernel_takes_it() -> None:
+    """Linux 7.3 checks against what the host could give a VM, not against what this VM was given."""
     with puppet(Protection.NONE) as (machine, _):
         backing = Memfd(1 << 20)
         with pytest.raises(UsageError, match="40 bits"):
@@ -205,8 +205,8 @@ def test_a_slot_the_guest_could_not_address_is_refused_though_the_kernel_takes_i
         backing.close()
 
 
-def test_too_little_lockable_memory_is_told_before_the_guest_runs() -> None:
-    """In a child without CAP_IPC_LOCK and CAP_SYS_RESOURCE, whose limit is 64 KiB."""
+def test_pyvmm_reports_too_little_lockable_memory_before_the_guest_runs() -> None:
+    """The child has neither CAP_IPC_LOCK nor CAP_SYS_RESOURCE, and a limit of 64 KiB."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -246,7 +246,7 @@ def _drop_capabilities(*numbers: int) -> None:
 
 
 @isolating
-def test_slots_come_and_go_while_vcpus_share_pages_and_copies_read_them(protection: Protection) -> None:
+def test_slots_can_come_and_go_while_vcpus_share_pages_and_copies_read_them(protection: Protection) -> None:
     with puppet(protection, cpus=3) as (machine, guest):
         memory, pages, many = machine.memory, 8, 60
         guests = [guest.cpu_on(1), guest.cpu_on(2)]

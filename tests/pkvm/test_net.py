@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linux with a network card, in every protection: what it fetches and what it sends arrives as it was."""
+"""Linux with a network card, in every protection: what it fetches and sends arrives unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TAP, HOST, GUEST = "pvnet0", "10.219.78.1", "10.219.78.2"
 
 
 class Server(ThreadingHTTPServer):
-    """Gives out bytes, and keeps what it is sent."""
+    """Serves bytes, and keeps what it receives."""
 
     def __init__(self) -> None:
         super().__init__(("0.0.0.0", 0), Handler)
@@ -76,9 +76,9 @@ def server() -> Iterator[Server]:
 
 
 def orders(server: Server, setup: str, host: str) -> tuple[str, ...]:
-    """Return a command line that has the guest fetch the server's bytes, send some of its own, and power off."""
-    # busybox's wget sends a file up to its first zero.
-    # No double quotes, and no word of its own for init: it takes 32 at most.
+    """Return a command line: the guest fetches the server's bytes, sends bytes back, and powers off."""
+    # busybox's wget sends a file only up to its first zero byte.
+    # Do not use double quotes or separate words for init: it takes at most 32 words.
     head = f"POST / HTTP/1.0\\r\\nContent-Length: {len(busybox())}\\r\\n\\r\\n"
     command = (
         f"{setup}; wget -q -O - http://{host}:{server.server_port}/ | md5sum; "
@@ -93,7 +93,7 @@ def busybox() -> bytes:
 
 
 def check(server: Server, said: str) -> None:
-    """Fail where one of the two got something else."""
+    """Fail if the guest or the server received something else."""
     assert hashlib.md5(server.data, usedforsecurity=False).hexdigest() in said, said
     assert server.sent == busybox(), said
     assert "swiotlb buffer is full" not in said
@@ -120,7 +120,7 @@ def test_linux_fetches_and_sends_a_file_through_a_tap(protection: Protection, se
 
 @contextmanager
 def uplink() -> Iterator[None]:
-    """An interface with a default route, which passt shows its guest, where this host has none: a lab."""
+    """Add an interface with a default route, which passt shows its guest, if this host (a lab) has none."""
     if Path("/proc/net/route").read_text().count("\t00000000\t"):
         yield
         return
@@ -135,7 +135,7 @@ def uplink() -> Iterator[None]:
 
 @contextmanager
 def for_everybody(device: Path) -> Iterator[None]:
-    """Let whoever asks have the device."""
+    """Let every user open the device."""
     mode = device.stat().st_mode
     device.chmod(0o666)
     try:
@@ -146,7 +146,7 @@ def for_everybody(device: Path) -> Iterator[None]:
 
 @contextmanager
 def unlimited_pins() -> Iterator[None]:
-    """Let what is started here pin all the memory it likes, which a protected guest's is."""
+    """Let processes started here pin any amount of memory: a protected guest's memory is pinned."""
     limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     try:
@@ -156,7 +156,7 @@ def unlimited_pins() -> Iterator[None]:
 
 
 def fetch(port: int, run: subprocess.Popen[str]) -> str:
-    """Read what a server of the guest's says through a port of the host's, as soon as there is one."""
+    """Read from a server in the guest through a port of the host, as soon as the server listens."""
     while run.poll() is None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
             if data := connection.makefile("rb").read():
@@ -172,7 +172,7 @@ def free_port() -> int:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_linux_gets_its_network_from_passt_without_any_privilege_of_ours(server: Server) -> None:
+def test_linux_gets_its_network_from_passt_run_by_an_unprivileged_user(server: Server) -> None:
     program("passt", "passt")
     files = kernel_directory("own:")
     port = free_port()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that is paused sees no time pass meanwhile, where the kernel lets its counters be put back."""
+"""A paused guest sees no time pass, if the kernel lets pyvmm set its counters back."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.pkvm
 
 
 def counters(machine: Machine) -> list[int]:
-    """What each counter says, while no vCPU is in the guest."""
+    """Read each counter while no vCPU runs."""
     return [machine.vcpus[0].get_reg(counter) for counter in COUNTERS]
 
 
 @pytest.mark.parametrize("protection", [Protection.NONE, Protection.EMULATED])
-def test_no_time_passes_for_a_guest_that_is_paused(protection: Protection) -> None:
+def test_a_paused_guest_sees_no_time_pass(protection: Protection) -> None:
     with puppet(protection) as (machine, guest):
         guest.ping()
         machine.pause()
@@ -35,11 +35,11 @@ def test_no_time_passes_for_a_guest_that_is_paused(protection: Protection) -> No
         machine.resume()
         for first, last, now in zip(before, end, after, strict=True):
             hertz = (last - first) / passed
-            assert hertz > 1e6  # the host's own view of them goes on
+            assert hertz > 1e6  # the host's view of the counters goes on
             assert 0 < now - first < hertz * passed / 2
 
 
-def test_a_protected_guests_clock_says_that_it_goes_on() -> None:
+def test_pyvmm_says_that_a_protected_guests_clock_goes_on() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
         guest.ping()
         machine.pause()

@@ -26,7 +26,7 @@ def test_hello_knows_whether_it_is_protected(protection: Protection) -> None:
 
 
 @each_protection
-def test_echo_tells_the_whole_story_on_every_vcpu(protection: Protection) -> None:
+def test_echo_prints_every_step_on_every_vcpu(protection: Protection) -> None:
     printed = run("payload:echo", protection, cpus=4, params=("rounds=5",)).output.decode()
     assert [int(n) for n in re.findall(r"^vCPU (\d)$", printed, re.M)] == [0, 1, 2, 3]
     assert printed.count("  a page not shared: not shared\n") == 4
@@ -45,7 +45,7 @@ def test_smp_loses_no_addition(protection: Protection) -> None:
 
 @each_protection
 @pytest.mark.parametrize("access", ["read", "write", "execute"])
-def test_touch_leaves_the_ticks_of_every_page_where_the_host_may_read_them(access: str, protection: Protection) -> None:
+def test_touch_leaves_the_ticks_of_every_page_in_shared_memory(access: str, protection: Protection) -> None:
     pages, passes = 48, 2
     params = (f"access={access}", f"pages={pages}", f"repeat={passes}", "order=random")
     with Machine(config("payload:touch", protection, params=params)) as machine:
@@ -68,7 +68,9 @@ def test_touch_leaves_the_ticks_of_every_page_where_the_host_may_read_them(acces
         ("bell-huge", "status -3", "status -3", "status -3"),
     ],
 )
-def test_a_wrong_announcement_is_refused_and_harms_nobody(way: str, none: str, emulated: str, pkvm: str) -> None:
+def test_a_wrong_announcement_of_a_share_is_refused_and_does_no_harm(
+    way: str, none: str, emulated: str, pkvm: str
+) -> None:
     for protection, says in zip(ALL, (none, emulated, pkvm), strict=True):
         result = run("payload:crash", protection, params=(f"way={way}",))
         assert result.outcome.ending is Ending.POWEROFF
@@ -76,7 +78,7 @@ def test_a_wrong_announcement_is_refused_and_harms_nobody(way: str, none: str, e
 
 
 @each_protection
-def test_sharing_what_is_no_memory_never_succeeds(protection: Protection) -> None:
+def test_a_guest_cannot_share_addresses_without_memory(protection: Protection) -> None:
     result = run("payload:crash", protection, params=("way=share-outside",))
     if protection is Protection.PKVM:
         assert result.outcome.ending is Ending.CRASH
@@ -86,7 +88,7 @@ def test_sharing_what_is_no_memory_never_succeeds(protection: Protection) -> Non
 
 
 @each_protection
-def test_an_address_without_memory_or_device_answers_with_an_abort(protection: Protection) -> None:
+def test_an_access_to_an_address_without_memory_or_device_aborts(protection: Protection) -> None:
     result = run("payload:crash", protection, params=("way=noslot",))
     assert result.outcome.ending is Ending.CRASH
     assert "data abort: load from 0x8100_0000, external abort" in result.outcome.reason
@@ -104,13 +106,13 @@ def test_the_reported_pc_is_that_of_the_failing_instruction(protection: Protecti
 
 
 @each_protection
-def test_waiting_for_nothing_ends_at_the_deadline(protection: Protection) -> None:
+def test_a_guest_that_waits_forever_ends_at_the_deadline(protection: Protection) -> None:
     result = run("payload:crash", protection, params=("way=wait",), deadline=1.0)
     assert result.outcome.ending is Ending.DEADLINE
 
 
 @each_protection
-def test_the_exit_code_of_a_payload_reaches_its_runner(protection: Protection) -> None:
+def test_run_returns_the_exit_code_of_a_payload(protection: Protection) -> None:
     with Machine(config("payload:crash", protection, params=("way=status", "code=42"))) as machine:
         outcome = machine.run()
         assert (outcome.ending, outcome.status) == (Ending.UNWELL, 3)

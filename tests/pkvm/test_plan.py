@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan is what really happens: the ioctls of a machine on this host are those of its plan, one by one."""
+"""A machine on this host makes exactly the ioctls of its plan, one by one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.pkvm
     ],
     ids=lambda value: value.value if isinstance(value, Protection) else "",
 )
-def test_a_machine_asks_kvm_what_its_plan_said(protection: Protection, more: dict[str, Any]) -> None:
+def test_a_machine_makes_the_kvm_calls_of_its_plan(protection: Protection, more: dict[str, Any]) -> None:
     settings = config("payload:hello", protection, **more)
     with Plan(settings, gic=host_gic() or 3) as plan:
         planned = list(calls(plan.machine, plan.calls))
@@ -38,5 +38,5 @@ def test_a_machine_asks_kvm_what_its_plan_said(protection: Protection, more: dic
         made = tuple(recording.calls)
         assert list(calls(machine, made)) == planned
         assert machine.run().ending is Ending.POWEROFF
-        # The run itself asks nothing more in Python: KVM_RUN and what goes with it are the native loop's.
+        # The run itself makes no more calls in Python: the native loop makes KVM_RUN and its companions.
         assert recording.calls == list(made)

@@ -37,7 +37,7 @@ def test_the_puppet_runs_at_el1_with_its_caches_on(protection: Protection) -> No
 
 
 @each_protection
-def test_what_one_order_stores_another_loads(protection: Protection) -> None:
+def test_one_order_loads_what_another_stored(protection: Protection) -> None:
     with puppet(protection) as (_, guest):
         for bits in (8, 16, 32, 64):
             getattr(guest, f"write{bits}")(PAGE + bits, (1 << bits) - 2)
@@ -50,7 +50,7 @@ def test_what_one_order_stores_another_loads(protection: Protection) -> None:
 
 
 @each_protection
-def test_an_order_that_traps_is_answered_and_the_next_one_is_obeyed(protection: Protection) -> None:
+def test_an_order_that_traps_is_answered_and_the_next_one_works(protection: Protection) -> None:
     with puppet(protection) as (_, guest):
         for gpa, status in ((NOWHERE, 0b000100), (BEYOND, 0b010000)):
             with pytest.raises(GuestFault) as caught:
@@ -118,7 +118,7 @@ def test_a_first_touch_takes_longer_than_a_second(protection: Protection) -> Non
 
 
 @each_protection
-def test_each_time_of_a_series_is_timed(protection: Protection) -> None:
+def test_each_access_of_a_series_is_timed(protection: Protection) -> None:
     with puppet(protection) as (machine, guest):
         guest.share(SPARE)
         done = guest.series(What.STORE, layout.BENCH.start, 20, value=7, ticks_at=SPARE)
@@ -144,7 +144,7 @@ def test_every_way_of_touching_reaches_every_page(protection: Protection) -> Non
 
 
 @each_protection
-def test_code_written_by_orders_runs(protection: Protection) -> None:
+def test_the_puppet_runs_code_that_orders_wrote(protection: Protection) -> None:
     with puppet(protection) as (_, guest):
         guest.write32(PAGE, ADD_X0_X0_1)
         guest.write32(PAGE + 4, RET)
@@ -167,7 +167,7 @@ def test_two_vcpus_take_orders_at_the_same_time(protection: Protection) -> None:
 
 
 @each_protection
-def test_a_vcpu_that_went_off_can_come_back(protection: Protection) -> None:
+def test_a_vcpu_that_powered_off_can_start_again(protection: Protection) -> None:
     with puppet(protection, cpus=2) as (_, first):
         second = first.cpu_on(1)
         second.write64(PAGE, 3)
@@ -182,7 +182,7 @@ def test_a_vcpu_that_went_off_can_come_back(protection: Protection) -> None:
 
 
 @each_protection
-def test_device_accesses_are_timed_in_a_loop(protection: Protection) -> None:
+def test_the_puppet_times_device_accesses_in_a_loop(protection: Protection) -> None:
     with puppet(protection) as (_, guest):
         one = guest.mmio(layout.BENCH.start + abi.BENCH_COUNTER, 1, value=1)
         many = guest.mmio(layout.BENCH.start + abi.BENCH_COUNTER, 20, value=1)
@@ -190,7 +190,7 @@ def test_device_accesses_are_timed_in_a_loop(protection: Protection) -> None:
     assert many > one > 0
 
 
-def test_an_unknown_order_is_told_apart_from_a_trap() -> None:
+def test_the_handle_distinguishes_an_unknown_order_from_a_trap() -> None:
     with puppet(Protection.NONE) as (_, guest):
         with pytest.raises(Exception, match="does not know this order"):
             guest.start(999).result()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of guests are shown beside the checkout works where they run."""
+"""What the lab shows tests of guests beside the checkout works there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.pkvm
 
 
 @pytest.mark.parametrize("name", ["debian:", "own:"])
-def test_a_kernel_comes_with_an_initramfs_of_its_own(name: str) -> None:
+def test_a_named_kernel_comes_with_its_initramfs(name: str) -> None:
     where = kernel_directory(name)
     image = boot.read(str(where / IMAGE), str(where / INITRAMFS))
     image.close()
@@ -34,7 +34,7 @@ def test_a_kernel_comes_with_an_initramfs_of_its_own(name: str) -> None:
     assert (b"virtio_blk.ko" in archive[len(base) :]) == (name == "debian:")
 
 
-def test_a_command_runs_instead_of_a_shell_and_its_status_is_told_before_the_guest_is_off() -> None:
+def test_a_command_runs_instead_of_a_shell_and_the_guest_prints_its_status() -> None:
     where = kernel_directory("own:")
     command = "quiet console=ttyAMA0 -- cd /tmp; echo 'a  b' $(pwd); exit 5"
     ended = run(

@@ -29,7 +29,7 @@ def test_echo_prints_the_same_bytes_in_every_protection(cpus: int) -> None:
     assert results[Protection.PKVM].output.count(b"\n") > cpus
 
 
-def test_echo_shares_are_counted_by_the_relay_in_every_protection() -> None:
+def test_the_relay_counts_the_shares_of_echo_in_every_protection() -> None:
     counted = {p: run("payload:echo", p).counters for p in ALL}
     assert all(c.shares > 0 and c.unshares > 0 for c in counted.values()), counted
     assert len({(c.shares, c.unshares) for c in counted.values()}) == 1, counted
@@ -54,7 +54,7 @@ def test_smp_brings_up_as_many_vcpus_as_a_guest_may_have(protection: Protection,
     check_smp(protection, cpus)
 
 
-def test_sixty_four_gib_of_memory_need_no_more_of_the_host_than_is_touched() -> None:
+def test_a_guest_with_sixty_four_gib_uses_only_the_memory_that_it_touches() -> None:
     size = 64 << 30
     result = run("payload:hello", Protection.NONE, memory=size, backing="anonymous")
     assert result.outcome.ending is Ending.POWEROFF, result
@@ -63,7 +63,7 @@ def test_sixty_four_gib_of_memory_need_no_more_of_the_host_than_is_touched() -> 
 
 def test_two_hundred_runs_in_a_row_lose_nothing_and_leak_nothing() -> None:
     for cpus in (1, 4):
-        run("payload:echo", Protection.PKVM, cpus=cpus)  # caches and lazy imports settle
+        run("payload:echo", Protection.PKVM, cpus=cpus)  # let caches and lazy imports settle
     before = Footprint.now()
     for cpus, runs in ((1, 60), (4, 7)):
         results = [run("payload:echo", protection, cpus=cpus) for _ in range(runs) for protection in ALL]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine that was saved goes on in another one: registers, memory, interrupts' state, the clock."""
+"""A saved machine continues in another one: registers, memory, state of interrupts, the clock."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PAGE, OTHER = 0x8080_0000, 0x8090_0000
 
 
 @pytest.mark.parametrize("backing", ["memfd", "anonymous", "guest_memfd"])
-def test_a_guest_goes_on_where_it_was_saved(tmp_path: Path, backing: str) -> None:
+def test_a_restored_guest_continues_where_it_was_saved(tmp_path: Path, backing: str) -> None:
     path = str(tmp_path / "guest.snapshot")
     before = Footprint.now()
     with puppet(Protection.NONE, cpus=2, backing=backing) as (machine, guest):
         guest.write64(PAGE, 42)
         guest.cpu_on(1).write64(OTHER, 43)
         written = save(machine, path)
-        # It goes on itself, and what it does then is not in the file.
+        # The saved guest continues too. What it does then is not in the file.
         guest.write64(PAGE, 1)
         settings = machine.config
     about = os.stat(path)
@@ -50,7 +50,7 @@ def test_a_guest_goes_on_where_it_was_saved(tmp_path: Path, backing: str) -> Non
     assert Footprint.now() == before
 
 
-def test_a_loop_goes_on_from_the_very_store_it_was_at_and_can_be_saved_again(tmp_path: Path) -> None:
+def test_a_restored_loop_continues_at_the_same_store_and_can_be_saved_again(tmp_path: Path) -> None:
     path, again = str(tmp_path / "one"), str(tmp_path / "two")
     with puppet(Protection.NONE) as (machine, guest):
         guest.write64(PAGE, 0)
@@ -88,7 +88,7 @@ def advanced(machine: Machine, stood: int) -> int:
     return now
 
 
-def test_the_guests_clock_stands_still_between_saving_and_going_on(tmp_path: Path) -> None:
+def test_the_guests_clock_stands_still_between_save_and_restore(tmp_path: Path) -> None:
     path = str(tmp_path / "clock")
     with puppet(Protection.NONE) as (machine, _):
         save(machine, path)
@@ -111,7 +111,7 @@ VIRTUAL = 0x6030_0000_0013_DF1A
 """KVM_REG_ARM_TIMER_CNT."""
 
 
-def test_what_may_not_or_cannot_be_restored_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_pyvmm_refuses_to_restore_an_unsuitable_snapshot_with_the_reason(tmp_path: Path) -> None:
     path = tmp_path / "small"
     for protection in (Protection.PKVM, Protection.EMULATED):
         with puppet(protection) as (machine, _), pytest.raises(UsageError, match="cannot be saved"):
@@ -125,7 +125,7 @@ def test_what_may_not_or_cannot_be_restored_is_refused_with_the_reason(tmp_path:
             pass
 
 
-def test_a_file_that_is_cut_while_its_guest_runs_ends_the_run(tmp_path: Path) -> None:
+def test_truncating_the_snapshot_file_while_its_guest_runs_ends_the_run(tmp_path: Path) -> None:
     path = tmp_path / "cut"
     with puppet(Protection.NONE) as (machine, guest):
         guest.write64(PAGE, 42)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linux goes on from a snapshot: a loop in its shell, two vCPUs, timers, interrupts, and its virtio devices.
+"""Linux continues from a snapshot: a loop in its shell, two vCPUs, timers, interrupts, and its virtio devices.
 
-Once in this process, where memory comes page by page, and once by the commands that a user has.
+One test restores in this process, page by page. The other uses the commands that a user has.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Guest:
         os.write(self._keys, line.encode() + b"\n")
 
     def expect(self, pattern: bytes) -> re.Match[bytes]:
-        """Read until ``pattern`` comes; what is behind it stays to be read."""
+        """Read up to ``pattern``. What follows it is left for the next read."""
         end = time.monotonic() + DEADLINE
         while (match := re.search(pattern, self._seen)) is None:
             ready, _, _ = select.select([self._out], [], [], max(end - time.monotonic(), 0))
@@ -75,14 +75,14 @@ class Guest:
         return match
 
     def left(self) -> bytes:
-        """What has been printed and not been read."""
+        """Return the output that was printed and not yet read."""
         self.machine.uart.drain()
         while select.select([self._out], [], [], 0)[0]:
             self._seen += os.read(self._out, 1 << 16)
         return self._seen
 
 
-def test_linux_goes_on_where_it_was_saved(tmp_path: Path) -> None:
+def test_a_restored_linux_continues_where_it_was_saved(tmp_path: Path) -> None:
     kernel, disk, path = kernel_directory("own:"), tmp_path / "disk", str(tmp_path / "guest")
     disk.write_bytes(bytes(1 << 20))
     printed = os.memfd_create("hvc0")
@@ -105,7 +105,7 @@ def test_linux_goes_on_where_it_was_saved(tmp_path: Path) -> None:
         save(guest.machine, path)
         last = max([last, *map(int, re.findall(rb"n=(\d+)", guest.left()))])
     with Guest(settings, Snapshot(path)) as guest:
-        # What was half printed is printed on.
+        # A line that was half printed is completed.
         assert int(guest.expect(rb"n=(\d+)\r\n")[1]) in range(last, last + 3)
         guest.type("taskset 2 sh -c 'echo on $(nproc): $((6 * 7))'")
         guest.expect(rb"on 1: 42|on 2: 42")
@@ -143,7 +143,7 @@ class Run:
         self._process.communicate()
 
     def expect(self, pattern: bytes) -> re.Match[bytes]:
-        """Read until ``pattern`` comes; what is behind it stays to be read."""
+        """Read up to ``pattern``. What follows it is left for the next read."""
         out = self._process.stdout
         assert out is not None
         end = time.monotonic() + DEADLINE
@@ -156,20 +156,20 @@ class Run:
         return match
 
     def begin(self, command: str) -> None:
-        """Have the shell run ``command``."""
+        """Start ``command`` in the shell."""
         assert self._process.stdin is not None
-        # What is typed is echoed: that has no such digits.
+        # The echo of the typed line has no such digits.
         self._process.stdin.write(f"printf '[%s]' begin; {command}; printf '[%s %d]' end $?\n".encode())
         self._process.stdin.flush()
 
     def done(self) -> str:
-        """Return what the command printed, at its end; fails where its status is not 0."""
+        """Wait until the command ends and return its output. Fails if its status is not 0."""
         match = self.expect(rb"(?s)\[begin\](.*?)\[end (\d+)\]")
         assert match[2] == b"0", match
         return match[1].decode().replace("\r", "")
 
     def sh(self, command: str) -> str:
-        """Run a command to its end, and return what it printed."""
+        """Run a command to its end, and return its output."""
         self.begin(command)
         return self.done()
 
@@ -186,7 +186,7 @@ def ctl(directory: Path, *words: str) -> Any:
 
 
 def until_held(directory: Path, size: int) -> None:
-    """Wait until the balloon of that run has so much."""
+    """Wait until the balloon of that run has this size."""
     end = time.monotonic() + DEADLINE
     with Connection(str(directory / "vm.sock")) as run:
         while (balloon := run.ask("balloon", patience=DEADLINE))["actual"] != size:  # type: ignore[index]
@@ -195,7 +195,7 @@ def until_held(directory: Path, size: int) -> None:
 
 
 def greeted(guest: Run) -> bytes:
-    """What comes by a connection that the guest makes through its card."""
+    """Return what arrives on a connection that the guest makes through its network card."""
     with socket.create_server((HOST, 0)) as listener:
         listener.settimeout(DEADLINE)
         guest.begin(f"echo hello | nc {HOST} {listener.getsockname()[1]}")
@@ -205,7 +205,7 @@ def greeted(guest: Run) -> bytes:
         return said
 
 
-def test_a_run_is_kicked_and_saved_by_commands_and_goes_on_from_another_directory(tmp_path: Path) -> None:
+def test_commands_save_a_run_and_restore_it_from_another_directory(tmp_path: Path) -> None:
     kernel, snapshot = kernel_directory("own:"), tmp_path / "saved" / "guest"
     snapshot.parent.mkdir()
     (tmp_path / "disk").write_bytes(bytes(MIB))
@@ -240,7 +240,7 @@ def test_a_run_is_kicked_and_saved_by_commands_and_goes_on_from_another_director
         until_held(tmp_path, HELD)
         about = ctl(tmp_path, "snapshot", "saved/guest")
         assert about["bytes"] == snapshot.stat().st_size > about["pages"] * 4096 > MIB
-        # It goes on itself, until the same devices are wanted.
+        # The saved run continues until the restored one needs the same devices.
         guest.sh("n=0; true")
         assert ctl(tmp_path, "stop") == {"state": "ended"}
         assert guest.wait() == 130

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a protected guest leaves behind: its private pages are zeros, its shared ones are not, nothing stays locked."""
+"""After a protected guest its private pages are zeros, its shared ones unchanged, and nothing stays locked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIRST = 0x8080_0000
 PAGE = 4096
 
 
-def test_private_pages_come_back_as_zeros_and_shared_ones_as_they_are() -> None:
+def test_the_host_gets_private_pages_back_as_zeros_and_shared_ones_unchanged() -> None:
     before = Footprint.now()
     with Machine(config("payload:puppet", Protection.PKVM)) as machine:
         memory = machine.memory
@@ -44,7 +44,7 @@ def test_private_pages_come_back_as_zeros_and_shared_ones_as_they_are() -> None:
     assert Footprint.now() == before
 
 
-def test_a_machine_can_be_closed_at_every_step_and_twice() -> None:
+def test_a_machine_can_be_closed_after_every_step_and_twice() -> None:
     before = Footprint.now()
     machine = Machine(config("payload:puppet", Protection.PKVM, cpus=2))
     machine.close()

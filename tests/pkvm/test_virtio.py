@@ -93,7 +93,7 @@ class Card:
         return Driver(Ram(self.guest), rings, TABLES)
 
     def ask(self, driver: Driver, gpa: int, size: int) -> int:
-        """Have ``size`` bytes filled; the bytes that were."""
+        """Have the device fill ``size`` bytes; returns the bytes it filled."""
         assert driver.add([(gpa, size, True)]) is not None
         self.store(Register.QUEUE_NOTIFY, 0)
         self.interrupted(1)
@@ -113,7 +113,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def card(protection: Protection, cpus: int = 1) -> Iterator[tuple[Puppet, Card]]:
-    """A device whose rings and one page of data are shared, by a guest that needs no pool; the page behind is not."""
+    """Make a device whose rings and one data page are shared; the next page is not. The guest needs no pool."""
     with puppet(protection, devices=(Rng(),), cpus=cpus, swiotlb=0) as (_, guest):
         guest.fill(RINGS, 5 * 4096)
         guest.share(RINGS, 4)
@@ -122,7 +122,7 @@ def card(protection: Protection, cpus: int = 1) -> Iterator[tuple[Puppet, Card]]
 
 @each_protection
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_a_guest_is_given_what_it_asks_for_and_interrupted(protection: Protection, packed: bool) -> None:
+def test_the_device_fills_the_guests_request_and_interrupts_it(protection: Protection, packed: bool) -> None:
     with card(protection) as (guest, device):
         guest.write32(TRIGGER, EDGE)
         driver = device.drive(packed=packed)
@@ -137,7 +137,7 @@ def test_a_guest_is_given_what_it_asks_for_and_interrupted(protection: Protectio
 
 
 @isolating
-def test_a_page_that_is_not_shared_fails_its_request_alone(protection: Protection) -> None:
+def test_an_unshared_page_fails_only_its_request(protection: Protection) -> None:
     with card(protection) as (guest, device):
         guest.fill(PRIVATE, 64, 0x5EC4E7)
         driver = device.drive(packed=True)
@@ -149,7 +149,7 @@ def test_a_page_that_is_not_shared_fails_its_request_alone(protection: Protectio
 
 
 @isolating
-def test_rings_that_are_taken_back_break_the_device_until_its_reset(protection: Protection) -> None:
+def test_unsharing_the_rings_breaks_the_device_until_its_reset(protection: Protection) -> None:
     with card(protection) as (guest, device):
         driver = device.drive(packed=False)
         assert device.ask(driver, DATA, 64) == 64
@@ -163,13 +163,13 @@ def test_rings_that_are_taken_back_break_the_device_until_its_reset(protection: 
 
 
 @isolating
-def test_a_driver_that_would_not_share_is_refused(protection: Protection) -> None:
+def test_the_device_refuses_a_driver_that_does_not_share_memory(protection: Protection) -> None:
     with card(protection) as (_, device):
         assert not device.negotiate(Feature.VERSION_1)
         assert device.negotiate(Feature.VERSION_1 | Feature.ACCESS_PLATFORM)
 
 
-def test_descriptors_that_another_vcpu_writes_over_do_no_harm() -> None:
+def test_descriptors_overwritten_by_another_vcpu_do_no_harm() -> None:
     with card(Protection.PKVM, cpus=2) as (guest, device):
         other = guest.cpu_on(1)
         for packed in (False, True):
@@ -180,5 +180,5 @@ def test_descriptors_that_another_vcpu_writes_over_do_no_harm() -> None:
                     driver = device.drive(packed=packed)
                 device.store(Register.QUEUE_NOTIFY, 0)
             writing.result()
-            # What became of the requests is the guest's own affair: after a reset all is well.
+            # The requests may fail. After a reset the device works again.
             assert device.ask(device.drive(packed=packed), DATA, 64) == 64

@@ -15,7 +15,7 @@ import fcntl
 import os
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import GuestMemoryError, HostError, UsageError, hex_
+from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError, hex_
 from pyvmm.memory import mman
 from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Hva, is_aligned
 from pyvmm.memory.mman import MappingError
@@ -259,7 +259,12 @@ class Memfd(FileBacking):
 class _GuestMemfdBacking(FileBacking):
     def __init__(self, vm: Vm, size: int, flags: int) -> None:
         _check_size(size, PAGE_SIZE)
-        file = vm.create_guest_memfd(size, flags)
+        try:
+            file = vm.create_guest_memfd(size, flags)
+        except KvmError as error:
+            if error.errno != errno.ENOTTY:
+                raise
+            raise HostError(f"this host's kernel has no guest_memfd ({error.message})", hint=error.hint) from error
         try:
             super().__init__(file.fileno(), size)
         except BaseException:

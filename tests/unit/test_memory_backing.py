@@ -10,15 +10,16 @@ import re
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from pyvmm._native import ffi
-from pyvmm.errors import GuestMemoryError, HostError, UsageError
+from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError
 from pyvmm.memory import backing as backing_module
 from pyvmm.memory import mman
 from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE
-from pyvmm.memory.backing import Anonymous, Memfd
+from pyvmm.memory.backing import Anonymous, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 from pyvmm.uapi.memfd import F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
 from pyvmm.uapi.mman import MADV_HUGEPAGE
 
@@ -266,3 +267,16 @@ def test_anonymous_memory_has_no_second_view() -> None:
         memory.separate_view()
     with pytest.raises(UsageError, match="is closed"):
         memory.load(0, b"x")
+
+
+@pytest.mark.parametrize("backing", [PrivateGuestMemfd, SharedGuestMemfd])
+def test_a_kernel_without_guest_memfd_is_a_host_that_cannot(
+    backing: type[PrivateGuestMemfd | SharedGuestMemfd],
+) -> None:
+    class OldVm:
+        def create_guest_memfd(self, size: int, flags: int) -> NoReturn:
+            raise KvmError("KVM_CREATE_GUEST_MEMFD", f"size={size:#x}, flags={flags:#x}", errno.ENOTTY)
+
+    with pytest.raises(HostError, match="this host's kernel has no guest_memfd") as caught:
+        backing(OldVm(), PAGE_SIZE)  # type: ignore[arg-type]
+    assert caught.value.exit_status == 5

@@ -49,6 +49,7 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
 
     add("mode", choices=MODES, default="protected", help="KVM's mode on the lab's kernel (protected)")
     add("gic", type=int, choices=(2, 3), default=3, help="version of the host's interrupt controller (3)")
+    add("cpu", metavar="NAME", help="QEMU's name of the host's CPU, such as neoverse-n1 or max (by the mode)")
     add("icount", action="store_true", help="derive time from the instruction count: repeatable measurements; one CPU")
     add("cpus", type=parse_count, metavar="N", help="CPUs of the lab (2; 1 with icount)")
     add("mem", type=parse_size, default=2048 << 20, metavar="SIZE", help="memory of the lab, MiB or 2G (2G)")
@@ -279,6 +280,7 @@ def _options(args: argparse.Namespace) -> LabOptions:
         verbose=args.lab_console,
         boot=args.lab_boot,
         gic=args.lab_gic,
+        cpu=args.lab_cpu,
     )
 
 

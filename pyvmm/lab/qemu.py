@@ -72,10 +72,14 @@ class LabOptions:
     """``saved``: restore the lab from a saved boot where that can be done (see saved). ``fresh``: boot it."""
     gic: int = 3
     """Version of the host's interrupt controller: 3, or 2 as on a Raspberry Pi 4."""
+    cpu: str | None = None
+    """QEMU's name of the CPU, such as ``neoverse-n1`` or ``max``; the mode's own (``MODES``) where it is None."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise UsageError(f"no lab mode {self.mode!r}", hint=f"one of {', '.join(MODES)}")
+        if self.cpu is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.cpu):
+            raise UsageError(f"{self.cpu!r} is not a CPU's name", hint=f"{PROGRAM} -cpu help lists them")
         if self.gic not in (2, 3):
             raise UsageError(f"no interrupt controller GICv{self.gic}", hint="2 or 3")
         if self.boot not in BOOTS:
@@ -193,7 +197,7 @@ def mount_tag(number: int) -> str:
 
 def _cpu(options: LabOptions) -> str:
     # With icount a tick of the counter is an instruction.
-    return MODES[options.mode][0] + (",cntfrq=1000000000" if options.icount else "")
+    return (options.cpu or MODES[options.mode][0]) + (",cntfrq=1000000000" if options.icount else "")
 
 
 def _append(options: LabOptions) -> str:

@@ -69,6 +69,25 @@ def test_a_qemu_that_dies_is_told_with_its_command_line_and_words(
     assert "| no such machine" in caught.value.message
 
 
+def test_a_lab_has_the_cpu_and_the_interrupt_controller_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyvmm.lab import Lab
+
+    script = '[ "$1" = --version ] && echo QEMU emulator version 9.0.0 && exit; echo "$@"; exit 1'
+    fake_qemu(tmp_path, script, monkeypatch)
+    options = LabOptions(mode="nvhe", cpu="neoverse-n1", gic=2, boot="fresh")
+    with pytest.raises(LabError) as caught, Lab(options, image=IMAGE, bare=True):
+        pass
+    assert "gic-version=2 -cpu neoverse-n1 -smp 2" in caught.value.message
+
+
+@pytest.mark.parametrize("wrong", [{"cpu": "max,sve=on"}, {"cpu": ""}, {"gic": 4}])
+def test_a_lab_of_odd_parts_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        LabOptions(**wrong)
+
+
 @pytest.mark.parametrize("seconds", [0.1, 1.0])
 def test_a_lab_that_never_answers_is_told_as_late(
     seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

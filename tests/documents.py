@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documents of this repository, cut into their code blocks. Pages must be fenced, each block with its language."""
+"""The code blocks of this repository's documents. Code must be fenced, and each block must name its language."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REDIRECTIONS = (">", ">>", "<")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block; ``line`` is that of its fence. ``output`` is what a Python block is said to print."""
+    """A fenced block; ``line`` is the line of its fence. ``output`` is the documented output of a Python block."""
 
     document: str
     line: int
@@ -33,7 +33,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        """Where it is, for the name of a test."""
+        """The place of the block, for the name of a test."""
         return f"{self.document}:{self.line}"
 
 
@@ -43,7 +43,7 @@ def blocks(language: str) -> list[Block]:
 
 
 def cut(name: str, document: str) -> list[Block]:
-    """Return the blocks of one document. ValueError for code that is not fenced, or a fence without a language."""
+    """Return the blocks of one document. Raises ValueError for code without a fence or a fence without a language."""
     found: list[Block] = []
     lines = document.splitlines()
     start = 0

@@ -29,7 +29,7 @@ EXIT_MMIO, EXIT_HYPERCALL, EXIT_DEBUG, EXIT_HLT, EXIT_SYSTEM, EXIT_MEMORY_FAULT 
 
 @functools.cache
 def native() -> Any:
-    """Build and import the loop with ``fake_*`` beside ``pv_*``; skips the test where no compiler is."""
+    """Build and import the loop with ``fake_*`` beside ``pv_*``. Skips the test if there is no compiler."""
     if build.compiler(platform.machine()) is None:
         pytest.skip("no C compiler")
     folder = tempfile.TemporaryDirectory(prefix="pyvmm-fake-")
@@ -53,9 +53,9 @@ def native() -> Any:
 
 
 class Rig:
-    """A VM of one or more vCPUs in the fake kernel, with ``pages`` pages of memory at RAM and ranges as given.
+    """A VM of one or more vCPUs in the fake kernel, with ``pages`` pages of memory at RAM and the given ranges.
 
-    Bytes behind every pointer live as long as the rig. ``views`` is where the host looks at guest memory.
+    Memory behind every pointer lives as long as the rig. ``views`` is the host's view of guest memory.
     """
 
     RAM = 0x8000_0000
@@ -86,7 +86,7 @@ class Rig:
         self.ranges: Any = None
 
     def new(self, cdecl: str, init: Any = None) -> Any:
-        """Allocate, and keep."""
+        """Allocate a C object, and keep it alive."""
         made = self.ffi.new(cdecl) if init is None else self.ffi.new(cdecl, init)
         self.keep.append(made)
         return made
@@ -105,7 +105,7 @@ class Rig:
         self.lib.pv_ledger_set(self.vm, self.RAM + page * 4096, value)
 
     def move(self, page: int) -> None:
-        """Make a page look as if another vCPU were taking it back (emulated)."""
+        """Make a page look as if another vCPU were unsharing it (emulated)."""
         self.state(page, "PRIVATE")
         self.ledger[page] |= MOVING
 
@@ -133,14 +133,14 @@ class Rig:
         self.vm.bus = self.new("struct pv_bus *", {"count": len(ranges), "ranges": self.ranges})
 
     def script(self, *exits: dict[str, Any], vcpu: int = 0) -> Any:
-        """Have a vCPU make these exits, then a halt; returns them, to look at what was answered."""
+        """Have a vCPU make these exits, then a halt. Returns the exits, so that a test can check the answers."""
         fake = self.vcpus[vcpu].fake
         array = self.new("struct fake_exit[]", list(exits))
         fake.exits, fake.count, fake.next = array, len(exits), 0
         return array
 
     def run(self, vcpu: int = 0) -> str:
-        """Run until the loop stops; its reason, without PV_STOP_."""
+        """Run until the loop stops; returns its reason, without PV_STOP_."""
         return self.stop_name(self.lib.pv_run(self.vcpus[vcpu].native))
 
     def stop_name(self, stop: int) -> str:
@@ -160,7 +160,7 @@ class Rig:
         return uart
 
     def line(self, irq: int) -> Any:
-        """A line of the fake kernel: how often it was raised and lowered, and where it is now. Starts at nothing."""
+        """Make a line of the fake kernel: how often it was raised and lowered, and its level. All start at zero."""
         line = self.lib.fake_line(irq)
         line[0] = {"raised": 0, "lowered": 0, "level": 0}
         return line
@@ -189,19 +189,19 @@ def load(gpa: int, size: int = 8) -> dict[str, Any]:
 
 
 def hypercall(nr: int, *x: int, told: int = 0) -> dict[str, Any]:
-    """A hypercall with x1, x2, x3; ``told`` is what an Android kernel puts in args[0], where others leave junk."""
+    """Make a hypercall with x1, x2, x3. ``told`` is args[0]: set by Android kernels, junk from others."""
     return {"exit_reason": EXIT_HYPERCALL, "nr": nr, "x": [nr, *x, *[0] * (3 - len(x))], "gpa": told}
 
 
 def failure(error: int, *, gpa: int | None = None, size: int = 4096) -> dict[str, Any]:
-    """KVM_RUN failing; with ``gpa`` it tells where."""
+    """Make a failing KVM_RUN; with ``gpa`` it reports the address."""
     if gpa is None:
         return {"error": error}
     return {"error": error, "exit_reason": EXIT_MEMORY_FAULT, "gpa": gpa, "data": size}
 
 
 def printed(rig: Rig, uart: Any, most: int = 16) -> bytes:
-    """Take what the guest has printed."""
+    """Take the guest's output."""
     out = rig.new("uint8_t[]", 16)
     n = rig.lib.pv_fifo_read(rig.ffi.addressof(uart, "tx"), out, most)
     return bytes(out)[:n]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Python program run to its end; one that does not come to it tells where each of its threads stands."""
+"""Run a Python program to its end. If it does not end, report where each of its threads is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAST = 10.0
 
 
 def finished(*words: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run ``python WORDS…`` without input and return how it ended and what it said.
+    """Run ``python WORDS…`` without input and return its status and output.
 
     The test fails where it has not ended after ``patience`` seconds, with what the kernel and Python say of each of its
     threads: whether it waits, and for what, or has been at work all the time.
@@ -30,7 +30,7 @@ def finished(*words: str, patience: float = PATIENCE) -> subprocess.CompletedPro
             out, err = process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
             threads = _threads(process.pid)
-            process.send_signal(signal.SIGABRT)  # faulthandler's: it tells Python's stack of every thread
+            process.send_signal(signal.SIGABRT)  # faulthandler dumps the Python stack of every thread
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=LAST)
             process.kill()
@@ -40,14 +40,14 @@ def finished(*words: str, patience: float = PATIENCE) -> subprocess.CompletedPro
 
 
 def _threads(pid: int) -> str:
-    """Say of each thread its state, its CPU time, its system call, and where in the kernel it waits."""
+    """Describe each thread: its state, its CPU time, its system call, and where in the kernel it waits."""
     lines = []
     for task in sorted(Path(f"/proc/{pid}/task").iterdir()):
         name, _, fields = (task / "stat").read_text().partition(" (")[2].rpartition(") ")
         state, user, system = (fields.split()[number] for number in (0, 11, 12))
         line = f"thread {task.name} ({name}): {state}, {user} + {system} ticks of CPU"
         for file in ("syscall", "stack"):
-            with contextlib.suppress(OSError):  # for root only, on some kernels
+            with contextlib.suppress(OSError):  # only for root on some kernels
                 line += f"\n  {file}: " + " ".join((task / file).read_text().split())
         lines.append(line)
     return "\n".join(lines)

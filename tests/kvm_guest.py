@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest x86 guest: real-mode code in one slot, run from Python. For tests of the wrappers only."""
+"""The smallest x86 guest: real-mode code in one slot, run from Python. Only for tests of the wrappers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = 4096
 
 @contextmanager
 def pages(count: int) -> Iterator[int]:
-    """Map ``count`` pages and give their address."""
+    """Map ``count`` pages and return their address."""
     memory = mmap.mmap(-1, count * PAGE)
     view = c_char.from_buffer(memory)
     try:
@@ -28,7 +28,7 @@ def pages(count: int) -> Iterator[int]:
 
 
 class RealMode:
-    """``code`` at 0x1000 of a slot of 16 KiB at 0; what lies above it is MMIO."""
+    """A guest with ``code`` at 0x1000 in a slot of 16 KiB at 0. Addresses above are MMIO."""
 
     pages = 4
 

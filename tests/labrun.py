@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a pytest in a lab for another one, in a process of its own: that one has neither threads nor a QEMU of it.
+"""Runs a pytest in a lab for another pytest, in a separate process. The other pytest has no threads or QEMU of the lab.
 
-    labrun.py FD    what to run is one line of JSON on stdin, at whose end everything is torn down
+    labrun.py FD    stdin has one line of JSON: what to run. The end of stdin tears everything down.
 
-What comes back is appended to FD, a line of JSON each: ``step`` of what has to be built first, ``title`` once the lab
-is there, the reports of the lab's pytest as they come, and ``ended`` with the reason; or ``failed``: there is no lab.
+Answers are appended to FD as lines of JSON: ``step`` for things that must be built first, ``title`` once the lab
+is up, the reports of the lab's pytest, and ``ended`` with the reason; or ``failed`` if there is no lab.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyvmm.errors import PyvmmError
 
 
 class Answers:
-    """Where the lines go; a line at a time, however they come."""
+    """Writes whole lines to FD, one at a time, from any thread."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -35,7 +35,7 @@ class Answers:
 
 
 def run(asked: dict[str, Any], answers: Answers) -> None:
-    """Do what is asked. Raises PyvmmError where no lab can be had."""
+    """Run the requested tests. Raises PyvmmError if no lab can be had."""
     from pyvmm.lab import Lab, build_image
     from pyvmm.lab.ownkernel import build_kernels
     from pyvmm.lab.peers import prepare
@@ -53,7 +53,7 @@ def run(asked: dict[str, Any], answers: Answers) -> None:
         with lab:
             answers.say(title=f"{image.manifest.release} under QEMU")
             status = lab.run(
-                # Reports are what its stdout carries; everything else it says goes to stderr.
+                # Its stdout carries only reports; all its other output goes to stderr.
                 ["/bin/sh", "-c", 'exec "$@" 3>&1 1>&2', "sh", *asked["command"]],
                 stdout=answers.take,
                 stderr=said.extend,
@@ -75,9 +75,9 @@ def _leave_with_stdin() -> None:
 
 
 def main() -> int:
-    """Run, and say what came of it."""
+    """Run, and report the result."""
     answers = Answers(int(sys.argv[1]))
-    asked = json.loads(io.FileIO(0, closefd=False).readline())  # unbuffered: the rest is the thread's
+    asked = json.loads(io.FileIO(0, closefd=False).readline())  # unbuffered: the thread reads the rest
     threading.Thread(target=_leave_with_stdin, daemon=True).start()
     try:
         run(asked, answers)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The test tiers: what cannot run on this machine runs in the lab, or is counted in one line that says why not.
+"""The test tiers: tests that cannot run on this machine run in the lab, or are counted in one line that says why not.
 
 ``kvm`` tests need a /dev/kvm of any architecture. ``pkvm`` tests need a pKVM host: this one if it is one, else a lab in
-which a second pytest runs the selected ones in order while the others run here. When these are done, a second lab runs
-what is left from the last file to the first, until the two meet. Their reports are replayed last, as if the tests had
-run here. ``lab`` tests need what the lab needs. In CI (``CI`` set) a tier without its means fails; elsewhere it is
+which a second pytest runs the selected ones in order while the others run here. After these, a second lab runs
+the remaining tests from the last file to the first, until the two meet. Reports are replayed last, as if the tests had
+run here. ``lab`` tests need what the lab needs. If a tier cannot run, it fails in CI (``CI`` set); elsewhere it is
 skipped.
 """
 
@@ -39,7 +39,7 @@ Why = Callable[[], str | None]
 
 
 def no_kvm() -> str | None:
-    """Say why /dev/kvm cannot be used."""
+    """Return why /dev/kvm cannot be used."""
     from pyvmm.kvm.system import System
 
     try:
@@ -50,14 +50,14 @@ def no_kvm() -> str | None:
 
 
 def host_is_pkvm() -> bool:
-    """Ask whether protected VMs run right here."""
+    """Return whether protected VMs run on this host."""
     from pyvmm.cli.demo import runs_protected_guests
 
     return runs_protected_guests()
 
 
 def no_lab() -> str | None:
-    """Say why no lab can be booted here."""
+    """Return why no lab can be booted here."""
     from pyvmm.lab.image import usable_image
     from pyvmm.lab.needs import require
 
@@ -69,7 +69,7 @@ def no_lab() -> str | None:
 
 
 class Tiers:
-    """Runs, forwards or skips each test by its marks; says at the end what happened to a tier as a whole."""
+    """Runs, forwards or skips each test by its marks. Reports at the end what happened to each tier as a whole."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -79,7 +79,7 @@ class Tiers:
         self._labs: Labs | None = None
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Decide for all tests that were selected."""
+        """Decide where each selected test runs."""
         checks: dict[str, Why] = {"kvm": no_kvm, "lab": no_lab}
         pkvm = [item for item in session.items if item.get_closest_marker("pkvm")]
         if pkvm and not in_lab() and not host_is_pkvm():
@@ -88,12 +88,12 @@ class Tiers:
         for tier, why_not in checks.items():
             if any(item.get_closest_marker(tier) for item in session.items) and (why := why_not()):
                 self._missing[tier] = why
-        # Last, when the lab has had all the time that the others take.
+        # They come last: the lab runs them while the others run here.
         session.items.sort(key=lambda item: item.nodeid in self._forwarded)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        """Stand in for the test where it cannot run here."""
+        """Report for a test that cannot run here."""
         if self._forwarded and self._labs is None and "pkvm" not in self._missing:
             self._labs = Labs(self._config, list(self._forwarded))
         if self._labs is not None and item.nodeid in self._forwarded:
@@ -117,13 +117,13 @@ class Tiers:
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        # What earlier tests set up and the next does not need ends here, as the runner would have it.
+        # Tear down what earlier tests set up and the next does not need, as the runner would.
         item.session._setupstate.teardown_exact(nextitem)
 
     def _no_means(self, item: pytest.Item, tier: str, why: str) -> pytest.TestReport:
         if os.environ.get("CI"):
             return failure(item, f"the {tier} tier cannot run, and in CI it must: {why}")
-        # One place for all, so that pytest folds them into one line.
+        # All have one location, so that pytest folds them into one line.
         return report(item, "skipped", (__file__, 1, f"{tier} tier: {why}"))
 
     def pytest_sessionfinish(self) -> None:
@@ -140,7 +140,7 @@ class Tiers:
 def report(
     item: pytest.Item, outcome: Literal["failed", "skipped"], longrepr: str | tuple[str, int, str]
 ) -> pytest.TestReport:
-    """Make a report of a test that was not run at all."""
+    """Make a report of a test that was not run."""
     when: Literal["call", "setup"] = "call" if outcome == "failed" else "setup"
     keywords: dict[str, Literal[1]] = dict.fromkeys(item.keywords, 1)
     return pytest.TestReport(item.nodeid, item.location, keywords, outcome, longrepr, when, duration=0.0)
@@ -161,11 +161,11 @@ class Labs:
 
     @property
     def title(self) -> str | None:
-        """What the first lab runs on, once it is there."""
+        """What the first lab runs on, once it is up."""
         return self._first.title
 
     def wait_for_first(self) -> None:
-        """Wait until the first lab is there, telling what has to be built. Raises PyvmmError where none will come."""
+        """Wait until the first lab is up, showing what must be built. Raises PyvmmError if no lab can come up."""
         while self.title is None:
             if self._first.ended is not None:
                 raise PyvmmError(self._first.ended)
@@ -173,7 +173,7 @@ class Labs:
                 time.sleep(POLL)
 
     def add_second(self) -> None:
-        """Start the second lab, unless it was started. The file that the first is at stays the first's."""
+        """Start the second lab, unless it was started. The first lab keeps its current file."""
         if self._second is not None:
             return
         while self._first.read():
@@ -186,7 +186,7 @@ class Labs:
             self._second = InnerPytest(self._config, [nodeid for file in left for nodeid in file])
 
     def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
-        """Give a test's reports when a lab has finished it; a failure where none will."""
+        """Return a test's reports when a lab has finished it, or a failure if no lab will."""
         deadline = time.monotonic() + PATIENCE
         labs = [self._first, *([self._second] if self._second else [])]
         while True:
@@ -194,7 +194,7 @@ class Labs:
             if done := [lab for lab in labs if item.nodeid in lab.finished]:
                 yield from done[0].taken(item.nodeid)
                 return
-            # A second lab that never came up is no loss: the first runs every test.
+            # A second lab that never comes up does no harm: the first runs every test.
             broken = [lab.ended for lab in labs if lab.ended and lab.left and (lab is self._first or lab.title)]
             if broken:
                 yield failure(item, broken[0])
@@ -214,8 +214,8 @@ class Labs:
 class InnerPytest:
     """A pytest in a lab that runs ``nodeids`` in order. Its reports are taken one test at a time.
 
-    It has a process of its own (labrun.py) and writes to a file, so that tests that run here meanwhile, and count
-    threads, fork, or look at the clock, have nothing of it but its share of the CPUs.
+    It runs in a separate process (labrun.py) and writes to a file. Tests that run here meanwhile, and count
+    threads, fork, or look at the clock, notice only its use of the CPUs.
     """
 
     def __init__(self, config: pytest.Config, nodeids: list[str]) -> None:
@@ -260,15 +260,15 @@ class InnerPytest:
 
     @property
     def left(self) -> bool:
-        """Whether it has tests that are not finished."""
+        """Whether it has unfinished tests."""
         return not self.finished.issuperset(self._nodeids)
 
     def taken(self, nodeid: str) -> list[pytest.TestReport]:
-        """Give a finished test's reports."""
+        """Return a finished test's reports."""
         return self._early.pop(nodeid, [])
 
     def read(self) -> bool:
-        """Take what has come; False where that is nothing. ``ended`` says why nothing more will come, if it is so."""
+        """Read new lines; return False if there are none. ``ended`` says why no more will come, once that is so."""
         came = self._read()
         if not came and self.ended is None and self._process.poll() is not None and not self._read():
             said = os.pread(self._said, 1 << 20, 0)[-3000:].decode(errors="replace")
@@ -276,7 +276,7 @@ class InnerPytest:
         return came
 
     def _read(self) -> bool:
-        """Take what has come; False where that is nothing."""
+        """Read new lines; return False if there are none."""
         data = os.pread(self._answers, 1 << 20, self._position)
         self._position += len(data)
         *lines, self._pending = (self._pending + data).split(b"\n")
@@ -306,7 +306,7 @@ class InnerPytest:
 
     def _restore(self, data: dict[str, object]) -> pytest.TestReport:
         got: pytest.TestReport = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
-        # JSON knows no tuples, pytest insists on them.
+        # JSON has no tuples, but pytest needs them.
         path, line, name = got.location
         got.location = path, line, name
         longrepr: Any = got.longrepr

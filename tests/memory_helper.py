@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A VM that takes notes in the place of KVM, and memory built on it, for the tests of the memory package."""
+"""A VM that records calls instead of KVM, and memory built on it, for the tests of the memory package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NATIVE = {Protection.NONE: lib.PV_NONE, Protection.PKVM: lib.PV_PKVM, Protection
 
 
 class NotedVm:
-    """Records what reaches KVM; ``refuse`` makes the call with that number (from 0) fail."""
+    """Records the calls to KVM; ``refuse`` makes the call with that number (from 0) fail."""
 
     def __init__(self, most: int = 8) -> None:
         self.most = most
@@ -55,13 +55,13 @@ class NotedVm:
 def build(
     protection: Protection = Protection.NONE, size: int = MIB, most: int = 8, **options: int
 ) -> tuple[NotedVm, Memory, Slot]:
-    """Return memory with one slot of ``size`` bytes at BASE, and the VM that takes its notes."""
+    """Return memory with one slot of ``size`` bytes at BASE, and the VM that records its calls."""
     vm, memory = build_empty(protection, most, **options)
     return vm, memory, memory.add(BASE, Memfd(size))
 
 
 def build_empty(protection: Protection = Protection.NONE, most: int = 8, **options: int) -> tuple[NotedVm, Memory]:
-    """Return memory without a slot, and the VM that takes its notes."""
+    """Return memory without a slot, and the VM that records its calls."""
     vm = NotedVm(most)
     native = ffi.new("struct pv_vm *")
     native.fd = -1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a Perfetto trace as far as tests need it: tracks, what is on them, flows.
+"""Reads the parts of a Perfetto trace that tests need: tracks, the events on them, flows.
 
-Runs in the lab too, where there is no protobuf; a unit test holds it against Perfetto's own classes.
+Runs in the lab too, which has no protobuf. A unit test compares it with Perfetto's own classes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Track:
 
 
 class Trace:
-    """A whole trace. Raises AssertionError where slices do not nest or something is not described before its use."""
+    """A whole trace. Raises AssertionError if slices do not nest or a reference precedes its description."""
 
     def __init__(self, data: bytes) -> None:
         self.tracks: dict[int, Track] = {}
@@ -165,12 +165,12 @@ class Trace:
         assert not any(open_.values())
 
     def track(self, name: str) -> Track:
-        """The one track of a name."""
+        """Return the only track of this name."""
         (found,) = (track for track in self.tracks.values() if track.name == name)
         return found
 
     def flows(self) -> dict[int, list[tuple[str, str]]]:
-        """(track, name) of the members of each flow, in the order of time."""
+        """Return (track, name) of the members of each flow, in order of time."""
         found: dict[int, list[tuple[int, str, str]]] = {}
         for track in self.tracks.values():
             for happening in (*track.slices, *track.instants):

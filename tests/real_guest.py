@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that does nothing but MMIO, on a real /dev/kvm of either architecture: code is put together here.
+"""A guest that only does MMIO, on a real /dev/kvm of either architecture. Its code is assembled here.
 
-On x86 it is real-mode code in the first 64 KiB and devices are at 0xd_0000; on arm64, code at 0x8000_0000 and devices
-at 0x0930_0000, as pyvmm lays them out.
+On x86 it is real-mode code in the first 64 KiB, devices at 0xd_0000; on arm64 code is at 0x8000_0000 and devices
+are at 0x0930_0000, as in pyvmm's layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PSCI_SYSTEM_OFF = 0x8400_0008
 
 
 class Code:
-    """A program under way; offsets are from DEVICES. What a load got can be stored again."""
+    """A program under construction; offsets are from DEVICES. A store can write the last loaded value."""
 
     def __init__(self) -> None:
         self.bytes = b"\xb8\x00\xd0\x8e\xd8" if X86 else b""  # mov ax, 0xd000; mov ds, ax
@@ -44,7 +44,7 @@ class Code:
             self._word(base | part << 21 | (value >> 16 * part & 0xFFFF) << 5 | register)
 
     def store(self, offset: int, value: int | None = None, size: int = 4) -> Self:
-        """Store a value, or what was loaded last."""
+        """Store a value, or the last loaded value."""
         if X86:
             if value is not None:
                 self.bytes += b"\x66\xb8" + (value & 0xFFFF_FFFF).to_bytes(4, "little")
@@ -57,7 +57,7 @@ class Code:
         return self
 
     def load(self, offset: int, size: int = 4) -> Self:
-        """Load, for a store without a value."""
+        """Load a value, for a store without a value."""
         if X86:
             self.bytes += {1: b"\xa0", 2: b"\xa1", 4: b"\x66\xa1"}[size] + offset.to_bytes(2, "little")
         else:
@@ -66,7 +66,7 @@ class Code:
         return self
 
     def repeat(self, count: int, body: Code) -> Self:
-        """Do the same so many times."""
+        """Repeat the body ``count`` times."""
         inner = body.bytes[5:] if X86 else body.bytes
         if X86:
             self.bytes += b"\x66\xb9" + count.to_bytes(4, "little") + inner + b"\x66\x49"  # mov ecx; dec ecx
@@ -137,7 +137,7 @@ class RealGuest:
             vcpu.set_reg(core_reg("pc"), pc)
 
     def bus(self, *ranges: tuple[int, int, int, Any]) -> Any:
-        """Publish ranges of (offset from DEVICES, size, kind, state); returns them."""
+        """Publish ranges of (offset from DEVICES, size, kind, state), and return them."""
         array = ffi.new("struct pv_range[]", len(ranges))
         for entry, (offset, size, kind, state) in zip(array, sorted(ranges, key=lambda r: r[0]), strict=True):
             entry.base, entry.size, entry.kind = DEVICES + offset, size, kind
@@ -148,12 +148,12 @@ class RealGuest:
         return array
 
     def enter(self, index: int) -> int:
-        """KVM_RUN from Python, for the twin: 0 or an errno."""
+        """Call KVM_RUN from Python, for the twin; return 0 or an errno."""
         result, errno = libc.ioctl(self.vcpus[index].fd, KVM_RUN.number, 0)
         return errno if result < 0 else 0
 
     def area(self, index: int) -> memoryview:
-        """A vCPU's struct kvm_run, writable."""
+        """Return a vCPU's struct kvm_run, writable."""
         return memoryview(ffi.buffer(ffi.cast("uint8_t *", self.vcpus[index].run), PAGE))
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class RealGuest:
 
 
 def uart(tx: int = 64, rx: int = 16) -> tuple[Any, list[Any]]:
-    """A struct pv_pl011 without eventfds and interrupt, and what must be kept with it."""
+    """Make a struct pv_pl011 without eventfds and interrupt; return it with the objects that must stay alive."""
     made = ffi.new("struct pv_pl011 *")
     made.vm_fd = made.tx.wake_fd = made.rx.wake_fd = -1
     buffers = [ffi.new("uint8_t[]", tx), ffi.new("uint8_t[]", rx)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native loop's twin in pure Python: the same decisions, written from native/loop/cdef.h and firmware/lib/abi.h.
+"""The native loop's twin in pure Python. It decides as native/loop/cdef.h and firmware/lib/abi.h specify.
 
-Oracle of the differential tests, baseline of the benchmark. It owns its state; the kernel is whatever ``Kernel`` is.
+It is the oracle of the differential tests and the baseline of the benchmark. It runs on any ``Kernel``.
 """
 
 from __future__ import annotations
@@ -357,12 +357,12 @@ class Vcpu:
 
 
 def claimable(entry: int | None) -> TypeGuard[int]:
-    """Whether a guest may say something of a page with this ledger entry."""
+    """Return whether a guest may share or unshare a page with this ledger entry."""
     return entry is not None and entry & 7 != lib.PV_PAGE_ABSENT and not entry & MOVING
 
 
 def bucket_of(ns: int) -> int:
-    """Histogram bucket: 8 for each power of two."""
+    """Return the histogram bucket: each power of two has 8."""
     if ns < 8:
         return ns
     power = ns.bit_length() - 1

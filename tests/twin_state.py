@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the twin keeps of a VM: memory, ranges and the devices in them. Owned by tests.twin."""
+"""The twin's state of a VM: memory, ranges and the devices in them. Owned by tests.twin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyvmm._native import lib
 
 
 class Kernel(Protocol):
-    """What the loop asks of KVM and of the host."""
+    """The calls of the loop to KVM and to the host."""
 
     def enter(self) -> int: ...  # KVM_RUN: 0 or an errno
     def get_x(self, n: int) -> int: ...
@@ -112,7 +112,7 @@ class Pl011:
 
 @dataclass
 class Virtio:
-    """A virtio-mmio transport: ``queues`` are (most, ready), ``registers`` what those read as that nothing selects."""
+    """A virtio-mmio transport: ``queues`` are (maximum size, ready), ``registers`` those that no selector changes."""
 
     bell: Doorbell
     offered: list[int]

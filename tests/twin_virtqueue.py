@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both ends of a virtqueue in pure Python, written from virtio 1.2: the driver, and the device that C is too.
+"""Both ends of a virtqueue in pure Python, written from virtio 1.2: the driver, and the device end that C implements.
 
-:class:`Driver` lays requests out in memory and takes back what was used. :class:`Device` is the oracle of the
+:class:`Driver` lays requests out in memory and takes used ones back. :class:`Device` is the oracle of the
 differential tests: it decides as C does, and names the same errors.
 """
 
@@ -23,7 +23,7 @@ Segment = tuple[int, int, bool]
 
 
 class Fault(Exception):
-    """Memory that cannot be touched; the address is the first byte."""
+    """Memory that cannot be accessed; the address is that of its first byte."""
 
 
 class Ram(Protocol):
@@ -33,7 +33,7 @@ class Ram(Protocol):
 
 @dataclass(frozen=True)
 class Rings:
-    """Where a queue is, and how it works."""
+    """The addresses and the format of a queue."""
 
     size: int
     descriptors: int
@@ -52,7 +52,7 @@ class Rings:
         )
 
     def step(self, slot: int, wrap: int, by: int) -> tuple[int, int]:
-        """Where a packed ring's position and its wrap counter are ``by`` slots on."""
+        """Return a packed ring's position and wrap counter ``by`` slots later."""
         slot += by
         return (slot - self.size, wrap ^ 1) if slot >= self.size else (slot, wrap)
 
@@ -62,7 +62,7 @@ def passed(at: int, now: int, old: int) -> bool:
 
 
 class Driver:
-    """The driver's end. ``tables`` is a gpa with room for indirect tables, a page for each id."""
+    """The driver's end. ``tables`` is the gpa of the indirect tables, a page for each id."""
 
     def __init__(self, ram: Ram, rings: Rings, tables: int) -> None:
         self.ram, self.rings, self.tables = ram, rings, tables
@@ -77,7 +77,7 @@ class Driver:
         return int(struct.unpack("<H", self.ram.read(gpa, 2))[0])
 
     def add(self, segments: Sequence[Segment], *, indirect: bool = False) -> int | None:
-        """Make a request available; its id, or None where there is no room."""
+        """Make a request available. Returns its id, or None if there is no room."""
         need = 1 if indirect else len(segments)
         if need > self.room or not self.free:
             return None
@@ -89,7 +89,7 @@ class Driver:
         rings, head = self.rings, taken[0]
         if indirect:
             table = self.tables + 4096 * head
-            # Backwards, to show that the order in the table is nobody's business.
+            # Backwards: the order in the table must not matter.
             places = [0, *range(len(segments) - 1, 0, -1)]
             self._chain(table, segments, places)
             data = struct.pack("<QIHH", table, DESCRIPTOR * len(segments), INDIRECT | WRITE, U16)
@@ -136,7 +136,7 @@ class Driver:
         return name
 
     def kick_wanted(self) -> bool:
-        """Whether the device asked to be kicked for what was added since the last call."""
+        """Return whether the device wants a kick for the requests added since the last call."""
         rings, added, self.untold = self.rings, self.untold, 0
         if not rings.packed:
             if rings.event_idx:
@@ -149,7 +149,7 @@ class Driver:
         return passed(where, self.next, self.next - added & U16)
 
     def interrupts(self, on: bool, after: int = 0) -> None:
-        """Ask for interrupts or not; with an event index once ``after`` more entries than the next are used."""
+        """Ask for interrupts or not. With an event index: once ``after`` entries beyond the next are used."""
         rings = self.rings
         if not rings.packed:
             if rings.event_idx:
@@ -164,7 +164,7 @@ class Driver:
             self.ram.write(rings.driver, struct.pack("<HH", 0, not on))
 
     def used(self) -> Iterator[tuple[int, int]]:
-        """Take back (id, bytes written) of every request that was used."""
+        """Take back every used request; returns (id, bytes written) of each."""
         while (entry := self._packed_used() if self.rings.packed else self._split_used()) is not None:
             yield entry
 
@@ -192,7 +192,7 @@ class Driver:
 
 
 class Broken(Exception):
-    """What the driver did: one of enum pv_queue_error."""
+    """The driver's mistake: one of enum pv_queue_error."""
 
     def __init__(self, error: int) -> None:
         super().__init__(error)
@@ -207,7 +207,7 @@ class Popped:
 
 
 class Device:
-    """The device's end; ``room`` segments at most in a chain."""
+    """The device's end; a chain has at most ``room`` segments."""
 
     def __init__(self, ram: Ram, rings: Rings, room: int) -> None:
         self.ram, self.rings, self.room = ram, rings, room
@@ -263,7 +263,7 @@ class Device:
         index = steps = start = 0
         copy = b""
         while True:
-            # C copies up to 32 at a time, and stumbles over a page behind the one that is wanted.
+            # C copies up to 32 at a time, and can fault on a page after the one it needs.
             if not start <= index < start + len(copy) // DESCRIPTOR:
                 start = index
                 copy = self.get(gpa + DESCRIPTOR * index, DESCRIPTOR * min(32, count - index), "TABLE")
@@ -360,7 +360,7 @@ class Device:
     # -- notifications
 
     def interrupt(self) -> bool:
-        """Whether the driver is interrupted."""
+        """Return whether the driver is interrupted."""
         rings, unsaid = self.rings, self.unsaid
         if not unsaid:
             return False
@@ -392,7 +392,7 @@ class Device:
             self.put(rings.device, struct.pack("<H", not kick))
 
     def arm(self) -> bool:
-        """Whether nothing has come."""
+        """Ask for kicks; return whether no request has come meanwhile."""
         self._ask(True)
         if self.rings.packed:
             return not self._available()

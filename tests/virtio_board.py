@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transport and a device that does little, as a vCPU reaches them, and a driver that keeps to the rules."""
+"""A transport and a simple device, accessed as a vCPU does, and a driver that follows the specification."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RUNNING = ACKNOWLEDGED | Status.FEATURES_OK | Status.DRIVER_OK
 
 
 class Toy(VirtioDevice):
-    """Answers with what it was given, in upper case; ``hold`` makes it wait in the middle of that."""
+    """Echoes its input in upper case; ``hold`` makes it wait in the middle of a request."""
 
     device_id: ClassVar[int] = 42
     name: ClassVar[str] = "toy"
@@ -84,7 +84,7 @@ class Toy(VirtioDevice):
 
 
 class Board:
-    """A transport as a vCPU reaches it: every access goes through the native loop and the machine's bus."""
+    """A transport accessed as a vCPU does: every access goes through the native loop and the machine's bus."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Board:
         self._own = threading.local()
 
     def _vcpu(self) -> tuple[Any, Any]:
-        """The calling thread's vCPU, and its struct kvm_run."""
+        """Return the calling thread's vCPU, and its struct kvm_run."""
         if not hasattr(self._own, "vcpu"):
             run = ffi.new("uint8_t[]", 4096)
             self._own.vcpu = ffi.new("struct pv_vcpu *", {"fd": -1, "vm": self._vm, "run": run}), ffi.buffer(run)
@@ -111,7 +111,7 @@ class Board:
         return vcpu
 
     def _access(self, offset: int, size: int, value: int, *, is_write: bool) -> int:
-        """Make an access, and return what a load got; 0 for one that no device claims, which aborts in the guest."""
+        """Make an access, and return the loaded value: 0 if no device claims it, which aborts in a guest."""
         vcpu, run = self._vcpu()
         run[8:12] = EXIT_MMIO.to_bytes(4, "little")
         run[32:53] = struct.pack("<Q8sIB", AT + offset, value.to_bytes(8, "little"), size, is_write)
@@ -122,7 +122,7 @@ class Board:
         if stop == lib.PV_STOP_MMIO:
             self._bus.answer(vcpu)
         else:
-            assert (stop, vcpu.error) == (lib.PV_STOP_FAILED, errno.EBADF)  # there is no guest to go on with
+            assert (stop, vcpu.error) == (lib.PV_STOP_FAILED, errno.EBADF)  # no guest continues from here
         return int.from_bytes(run[40 : 40 + size], "little")
 
     def load(self, offset: int, size: int = 4) -> int:
@@ -145,7 +145,7 @@ class Board:
         return features
 
     def negotiate(self, features: int) -> bool:
-        """Reset, ask for features; whether they were granted."""
+        """Reset the device and ask for features; return whether they were granted."""
         for status in (0, Status.ACKNOWLEDGE, ACKNOWLEDGED):
             self.store(Register.STATUS, status)
         for number in range(4):
@@ -155,7 +155,7 @@ class Board:
         return Status.FEATURES_OK in self.status
 
     def set_queue(self, number: int, size: int, descriptors: int, driver: int, device: int) -> bool:
-        """Whether it is ready."""
+        """Set a queue up; return whether the transport took it as ready."""
         self.store(Register.QUEUE_SEL, number)
         self.store(Register.QUEUE_SIZE, size)
         for register, gpa in (
@@ -169,7 +169,7 @@ class Board:
         return bool(self.load(Register.QUEUE_READY))
 
     def drive(self, *, packed: bool = False, event_idx: bool = False, more: int = 0) -> list[Driver]:
-        """Do all of it; returns a driver for each queue."""
+        """Start the device completely; returns a driver for each queue."""
         features = Feature.VERSION_1 | Feature.INDIRECT_DESC | more
         features |= Feature.RING_PACKED * packed | Feature.EVENT_IDX * event_idx
         assert self.negotiate(features)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A virtqueue of the native loop, in memory of two slots side by side; pages may be closed to the host."""
+"""A virtqueue of the native loop, in memory of two adjacent slots. Pages may be closed to the host."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Guest:
-    """Guest memory as its own CPUs see it, open or not: ``SIZE`` bytes at ``BASE``, nothing behind them."""
+    """Guest memory as the guest's CPUs see it, closed pages included: ``SIZE`` bytes at ``BASE``."""
 
     def __init__(self) -> None:
         _, self.memory, _ = build(size=HALF)
@@ -88,7 +88,7 @@ class Copy:
 
 
 class Native:
-    """The device's end in C, with the twin's words; ``guest.native`` is the VM."""
+    """The device's end in C, with the twin's interface; ``guest.native`` is the VM."""
 
     def __init__(self, native_vm: Any, rings: Rings) -> None:
         self.interrupt_line = ffi.new("struct pv_interrupt *", {"fd": -1})
@@ -110,7 +110,7 @@ class Native:
         return ffi.new("struct pv_chain *", {"room": room, "segments": segments})
 
     def pop(self, room: int = 256) -> Popped | int:
-        """A request, 0 or -1."""
+        """Take a request; return it, 0 or -1."""
         chain = self.chain(room)
         found = lib.pv_queue_pop(self.native, chain)
         if found <= 0:
@@ -125,7 +125,7 @@ class Native:
         return int(lib.pv_queue_push(self.native, self._chains.pop(number)[1], written))
 
     def interrupt(self) -> bool:
-        """Whether the driver is interrupted, which acknowledges it."""
+        """Return whether the driver is interrupted, and acknowledge the interrupt."""
         lib.pv_queue_interrupt(self.native)
         status, self.interrupt_line.status = self.interrupt_line.status, 0
         with contextlib.suppress(BlockingIOError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pyvmm.uapi claims, as C expressions with the number it expects of each, and a compiler's answer to them.
+"""The claims of pyvmm.uapi as C expressions with the number expected for each, and a compiler's values for them.
 
-Walks the modules, so that nothing put there goes unasked: every structure's size, every field's offset, size and sign,
-every request's number, every constant. The answers are read out of an object file: nothing compiled is ever run.
+Walks the modules, so that every new definition is tested: every structure's size, every field's offset, size and sign,
+every request's number, every constant. The values are read from an object file: compiled code is never run.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import pyvmm.uapi
 from tests.abi import abi_headers
 
 MACHINES = ("x86_64", "aarch64")
-OWN = {"layout", "ioctl"}  # how the rest is said
+OWN = {"layout", "ioctl"}  # what the other claims are written with
 ONLY_ON = {"kvm_x86": "x86_64", "kvm_arm64": "aarch64", "kvm_arm64_vcpu": "aarch64", "psci": "aarch64"}
 
-# Capabilities of the common header that it shows to x86 alone.
+# Capabilities that the common header defines for x86 only.
 X86_CAPABILITIES = {
     f"KVM_CAP_{name}" for name in ("REINJECT_CONTROL", "MCE", "PIT2", "PIT_STATE2", "DEBUGREGS", "XSAVE", "XCRS")
 }
 
-# What a field is called in C, where that is not what it is called here, and where it is only there.
+# The name of a field in C where it differs from the name here, and the architecture that has the field.
 RENAMED = {
     ("kvm_run", "debug_arm64"): ("debug.arch", "aarch64"),
     ("kvm_run", "debug_x86"): ("debug.arch", "x86_64"),
@@ -68,14 +68,14 @@ class Fact(NamedTuple):
 
 
 def modules(machine: str) -> Iterator[ModuleType]:
-    """Import and return the modules of pyvmm.uapi whose header ``machine`` has."""
+    """Import and return the modules of pyvmm.uapi whose headers exist for ``machine``."""
     for info in pkgutil.iter_modules(pyvmm.uapi.__path__):
         if info.name not in OWN and ONLY_ON.get(info.name, machine) == machine:
             yield importlib.import_module(f"pyvmm.uapi.{info.name}")
 
 
 def own(module: ModuleType) -> dict[str, Any]:
-    """Return what ``module`` defines itself, and says in public."""
+    """Return the public names that ``module`` defines itself."""
     return {
         name: thing
         for name, thing in vars(module).items()
@@ -93,7 +93,7 @@ def structures(machine: str) -> dict[str, type[Structure]]:
 
 
 def structure_facts(kind: type[Structure], machine: str, name: str | None = None) -> Iterator[Fact]:
-    """Claim the size of ``kind``, and everything about its fields, of C's ``struct name``."""
+    """Claim that C's ``struct name`` has the size and the fields of ``kind``."""
     name = name or kind.__name__
     yield Fact(f"sizeof(struct {name})", sizeof(kind))
     for path, offset, field in fields(kind):
@@ -108,7 +108,7 @@ def structure_facts(kind: type[Structure], machine: str, name: str | None = None
 
 
 def fields(kind: Any, prefix: str = "", base: int = 0) -> Iterator[tuple[str, int, Any]]:
-    """Return the C path, the offset and the type of every field, those of nameless members among their parent's."""
+    """Return the C path, offset and type of every field. Fields of nameless members count as their parent's."""
     nameless = getattr(kind, "_anonymous_", ())
     for name, field, *_ in kind._fields_:
         offset = base + getattr(kind, name).offset
@@ -137,7 +137,7 @@ def constant_facts(machine: str) -> Iterator[Fact]:
 
 
 def measure(expressions: list[str], machine: str) -> list[int]:
-    """Have the compiler for ``machine`` say what each expression is; the numbers are modulo 2^64."""
+    """Have the compiler for ``machine`` evaluate each expression; the numbers are modulo 2^64."""
     compiler, objcopy = tools(machine)
     rows = "".join(f"    (unsigned long long)({expression}),\n" for expression in expressions)
     table = '__attribute__((used, section("pyvmm_abi"))) const unsigned long long answers[]'

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's own headers, as the newest linux-libc-dev of Debian (trixie-backports) has them, for both architectures.
+"""The kernel's headers from the newest linux-libc-dev of Debian (trixie-backports), for both architectures.
 
-Fetched by the lab's apt wrapper, without privileges, and kept unpacked under the user's cache by version; asked for
-again when a day old. Offline, the newest version already there serves.
+The lab's apt wrapper fetches them, without privileges. They are kept unpacked in the user's cache by version, and
+checked again after a day. Offline, the newest version in the cache is used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ DAY = 86400.0
 
 
 class NoHeaders(Exception):
-    """There are none to be had: no network and nothing cached, or no apt."""
+    """No headers are available: there is no network and nothing cached, or no apt."""
 
 
 @lru_cache
 def root() -> Path:
-    """Return the directory that the package is unpacked in; :class:`NoHeaders` if there is no way to it."""
+    """Return the directory that the package is unpacked in. Raises :class:`NoHeaders` if it cannot be had."""
     store = cache_directory().parent / "uapi"
     kept = max(store.glob("*/usr/include"), key=_confirmed, default=None)
     if kept and time.time() - _confirmed(kept) < DAY:
@@ -45,12 +45,12 @@ def root() -> Path:
 
 
 def _confirmed(include: Path) -> float:
-    """Return when these were last found to be the newest."""
+    """Return when these headers were last found to be the newest."""
     return include.parents[1].stat().st_mtime
 
 
 def _newest(store: Path, mirror: str) -> Path:
-    cache = Cache(store)  # not the lab's own: a lab that is being built holds that one for minutes
+    cache = Cache(store)  # not the lab's lock, which a build of a lab holds for minutes
     with cache.lock(lambda: None):
         apt = Apt(cache.apt, mirror)
         apt.prepare()
@@ -74,6 +74,6 @@ def _newest(store: Path, mirror: str) -> Path:
 
 
 def include_flags(machine: str) -> list[str]:
-    """Return the compiler's options for these headers, and none but these, as ``machine`` (``uname -m``) sees them."""
+    """Return compiler options that use only these headers, for ``machine`` (``uname -m``)."""
     include = root() / "usr/include"
     return ["-nostdinc", "-isystem", str(include / f"{machine}-linux-gnu"), "-isystem", str(include)]

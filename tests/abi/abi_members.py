@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The members a C structure really has, out of the compiler's debugging information.
+"""The members of a C structure, from the compiler's debugging information.
 
-Offsets and sizes alone do not show a field that is left out where the compiler would pad anyway.
+Offsets and sizes alone do not show a missing field where the compiler would pad.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Members = dict[str, str | None]
 
 @lru_cache
 def members(machine: str) -> dict[str, Members]:
-    """Return, by structure and by path, every member; beside it the member of a union that it belongs to, if any.
+    """Return every member by structure and path, with the union member that it belongs to, if any.
 
-    Of a nameless union's members, ``a|b``, one must be there. Flexible arrays, and names that start with an underscore,
+    One of the members ``a|b`` of a nameless union must exist. Flexible arrays, and names that start with an underscore,
     may be missing.
     """
     compiler, _ = abi_facts.tools(machine)
@@ -41,7 +41,7 @@ def members(machine: str) -> dict[str, Members]:
 
 
 def missing(kind: Any, machine: str) -> list[str]:
-    """Return the members of C's structure that ``kind`` leaves out."""
+    """Return the members of C's structure that ``kind`` lacks."""
     ours = {path for path, *_ in abi_facts.fields(kind)}
     return [
         path

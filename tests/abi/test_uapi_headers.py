@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pyvmm.uapi against the kernel's own headers, for arm64 and x86: nothing about an ABI is taken on trust."""
+"""pyvmm.uapi against the kernel's headers, for arm64 and x86: every fact of the ABI is checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER_ARCHITECTURES = ("PPC", "S390", "MIPS", "SPAPR", "RISCV", "HYPERV", "XEN",
 
 @pytest.fixture(params=MACHINES)
 def machine(request: pytest.FixtureRequest) -> str:
-    """An architecture that there are headers and a compiler for."""
+    """Give an architecture that has headers and a compiler here."""
     try:
         abi_facts.tools(request.param)
         abi_headers.root()
@@ -61,7 +61,7 @@ def test_every_constant_and_request_has_the_number_of_its_header(machine: str) -
     assert wrong(facts, machine) == []
 
 
-def test_functions_compute_what_the_macros_do(machine: str) -> None:
+def test_functions_compute_the_same_as_the_macros(machine: str) -> None:
     facts = [Fact(f"KVM_REG_SIZE({id:#x}ULL)", kvm.KVM_REG_SIZE(id)) for id in (0, kvm.KVM_REG_SIZE_U2048, 7 << 52)]
     if machine == "aarch64":
         core = "KVM_REG_ARM64 | KVM_REG_ARM_CORE | KVM_REG_ARM_CORE_REG"
@@ -90,8 +90,8 @@ def test_functions_compute_what_the_macros_do(machine: str) -> None:
     assert wrong(facts, machine) == []
 
 
-def test_no_capability_or_exit_reason_of_ours_is_missing(machine: str) -> None:
-    """Up to the newest that we know; a newer kernel's are no failure."""
+def test_no_capability_or_exit_reason_is_missing(machine: str) -> None:
+    """Checks up to the newest known number. Newer kernels may have more."""
     known = {name for name in vars(kvm_cap) if name.startswith("KVM_CAP_")}
     theirs = {name for name in abi_facts.macros(machine) if name.startswith("KVM_CAP_")}
     asked = sorted(name for name in theirs - known if not name.removeprefix("KVM_CAP_").startswith(OTHER_ARCHITECTURES))
@@ -105,7 +105,7 @@ def test_no_capability_or_exit_reason_of_ours_is_missing(machine: str) -> None:
     assert sorted(reason.value for reason in kvm_run.ExitReason) == list(range(len(reasons)))
 
 
-def test_nothing_of_userfaultfd_is_missing(machine: str) -> None:
+def test_no_constant_of_userfaultfd_is_missing(machine: str) -> None:
     known = {fact.expression for fact in abi_facts.constant_facts(machine)}
     theirs = {name for name in abi_facts.macros(machine) if name.startswith(("UFFD", "_UFFDIO", "USERFAULTFD"))}
     assert "UFFD_FEATURE_RWP" in theirs
@@ -117,11 +117,11 @@ def test_userfaultfd_has_the_system_call_number_of_its_architecture(machine: str
 
 
 def mutants(kind: Any) -> Iterator[Any]:
-    """Make ``kind`` with each field in turn lost, doubled, and preceded by a byte, nested structures' fields too."""
+    """Make ``kind`` with each field in turn removed, doubled, and preceded by a byte, nested fields included."""
     fields: list[tuple[str, Any]] = list(kind._fields_)
     for i, (name, field) in enumerate(fields):
         before, after = fields[:i], fields[i + 1 :]
-        if issubclass(kind, Structure):  # in a union they need not show
+        if issubclass(kind, Structure):  # in a union such a change may make no difference
             yield mutant(kind, [*before, *after])
             yield mutant(kind, [*before, (name, field * 2), *after])
             yield mutant(kind, [*before, ("_byte", c_uint8), (name, field), *after])
@@ -135,8 +135,8 @@ def mutant(kind: Any, fields: list[tuple[str, Any]]) -> Any:
     return type(kind.__name__, (kind.__base__,), {"_anonymous_": nameless, "_fields_": fields})
 
 
-def test_a_field_lost_added_or_resized_would_be_noticed(machine: str) -> None:
-    """The proof's own proof: every such change to every structure contradicts the headers."""
+def test_the_headers_contradict_a_field_lost_added_or_resized(machine: str) -> None:
+    """This tests the tests: every such change to every structure contradicts the headers."""
     kinds = abi_facts.structures(machine).values()
     cases = [(case, list(abi_facts.structure_facts(case, machine))) for kind in kinds for case in mutants(kind)]
     questions = sorted({fact.expression for _, facts in cases for fact in facts})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hostile guests do, guided by coverage: the native loop in C (fuzzer.py), and whole devices (devices.py).
+"""Fuzzing with hostile guests, guided by coverage: the native loop in C (fuzzer.py), and whole devices (devices.py).
 
-Every target has inputs in ``corpus`` that are tried first. ``TARGETS`` has for each name what runs it: called with the
-name, a file of inputs, seconds, a seed, and a file for what was found, or None.
+Every target first tries its inputs in ``corpus``. ``TARGETS`` maps each name to its runner, which is called with the
+name, a file of inputs, seconds, a seed, and a file for new inputs, or None.
 """
 
 from __future__ import annotations

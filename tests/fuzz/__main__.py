@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.fuzz TARGET SECONDS``: fuzz, and keep in the corpus what was found, or what failed.
+"""``python -m tests.fuzz TARGET SECONDS``: fuzz, and keep new or failing inputs in the corpus.
 
-``python -m tests.fuzz TARGET FILE`` tries the inputs of a file, like the one that a failure has left.
+``python -m tests.fuzz TARGET FILE`` tries the inputs of a file, such as one that a failure left.
 """
 
 from __future__ import annotations

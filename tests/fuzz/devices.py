@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices behind their transport, before a driver that does anything: fuzz targets in Python, one for each device.
+"""Fuzz targets in Python, one for each device: the device behind its transport, and a driver that may do anything.
 
-An input's first bytes say how the device is made and what its driver agrees to; then come steps: requests as they
-should be and as they should not, words written over rings, registers, pages closed to the host, what the host does,
-resets, saved states. After each, what must hold is looked at; in the end the device must be of use to a driver that
-keeps to the rules, and have given back every descriptor and thread.
+The first bytes of an input choose the device's options and the features its driver accepts. Steps follow: correct
+and wrong requests, words written over rings, registers, pages closed to the host, actions of the host,
+resets, saved states. The invariants are checked after each step. At the end the device must serve a driver that
+follows the specification, and must have released every descriptor and thread.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _PLACES: Final = (
 _LENGTHS: Final = (64, 16, 1, 0, 512, 4096, 9000, 1 << 20, 1 << 31, 0xFFFF_FFFF)
 _REGISTERS: Final = tuple(offset for name, offset in vars(Register).items() if name.isupper())
 _VALUES: Final = (0, 1, 2, 3, 4, 8, 15, 128, 255, 65535, 0xFFFF_FFFF, 1 << 31)
-#: Connections and answers that the socket device keeps: fewer, so that an input can have it reach the end of them.
+#: Limits on the socket device's connections and answers, small enough for an input to reach them.
 _FEW: Final = 6
 
 
@@ -109,7 +109,7 @@ class Play:
     # -- what drivers do
 
     def drive(self, features: int) -> bool:
-        """Set up all queues as is right, with rings of zeros, and start; whether the features were granted."""
+        """Set up all queues correctly, with rings of zeros, and start. Returns whether the features were granted."""
         board = self.board
         queues = len(board.transport.queues)
         if not board.negotiate(features):
@@ -124,7 +124,7 @@ class Play:
         return True
 
     def write(self, gpa: int, data: bytes) -> None:
-        # The guest's own CPUs write what they like; a page that is closed to the host does not take part.
+        # The guest's CPUs may write anywhere, except to a page that is closed to the host.
         with contextlib.suppress(Fault):
             self.guest.write(gpa, data)
 
@@ -139,7 +139,7 @@ class Play:
                 entries.append((at + DESCRIPTOR * slot, struct.pack("<QIHH", gpa, size, number, flags)))
                 slot, wrap = (0, wrap ^ 1) if slot + 1 == ENTRIES else (slot + 1, wrap)
             self.next[number] = slot, wrap
-            for where, entry in reversed(entries):  # the first makes all available, and the device may look at once
+            for where, entry in reversed(entries):  # the first, written last, makes all available
                 self.write(where, entry)
             return
         head = slot * 4 % ENTRIES
@@ -152,7 +152,7 @@ class Play:
         self.write(at + 0x402, struct.pack("<H", slot + 1 & 0xFFFF))
 
     def request(self) -> None:
-        """A request as it should be, kicked."""
+        """Make a correct request, and kick."""
         number, data, room = self.host.request(self.input)
         if number >= len(self.next):
             return

@@ -33,11 +33,11 @@ OPTIONS = {"ASAN_OPTIONS": "handle_segv=0:handle_sigbus=0:detect_leaks=0"}
 
 
 class Unavailable(Exception):
-    """No compiler here, or none that has what is needed."""
+    """There is no compiler here with the needed features."""
 
 
 class Failed(Exception):
-    """What must hold did not: ``input`` is what the guest did, ``said`` what is known of it."""
+    """An invariant failed: ``input`` is what the guest did, ``said`` describes the failure."""
 
     def __init__(self, target: str, said: str, data: bytes) -> None:
         self.input = data
@@ -50,7 +50,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """Inputs tried, inputs in the corpus, new ones that reached more, and edges reached by all."""
+    """Counts: inputs tried, inputs in the corpus, new inputs that reached more, and edges reached by all."""
 
     runs: int
     corpus: int
@@ -64,7 +64,7 @@ def corpus(target: str) -> Path:
 
 @functools.cache
 def _built() -> tuple[list[str], tempfile.TemporaryDirectory[str]]:
-    """Compile what all targets share, once; returns the compiler with its flags, and the folder of the objects."""
+    """Compile the sources that all targets share, once. Returns the compiler with its flags, and the objects' folder."""
     cc = build.compiler(platform.machine())
     if cc is None:
         raise Unavailable("no C compiler")
@@ -95,7 +95,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def run(target: str, inputs: Path, seconds: float, seed: int, keep: Path | None = None) -> Result:
-    """Try ``inputs``, and new ones for ``seconds``; the shortest of all that reach the same go to ``keep``.
+    """Try ``inputs``, and new ones for ``seconds``. The shortest inputs for each reached edge go to ``keep``.
 
     Raises Failed.
     """
@@ -118,5 +118,5 @@ def run(target: str, inputs: Path, seconds: float, seed: int, keep: Path | None 
 
 
 def packed(data: bytes) -> bytes:
-    """An input as a corpus holds it."""
+    """Return an input as a corpus holds it."""
     return len(data).to_bytes(2, "little") + data

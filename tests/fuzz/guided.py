@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small coverage-guided fuzzer of engine.c once more, for targets in Python: one process, the same corpus files.
+"""The coverage-guided fuzzer of engine.c, for targets in Python: one process, the same corpus files.
 
-An input that reaches a step from one line to another, or reaches one more often, as no other did, is kept; new inputs
-are made of those. Only lines of the files under ``watched`` count, in the thread that runs the target.
+An input is kept if it reaches a new step from one line to another, or reaches one more often. New inputs
+are mutations of kept ones. Only lines of files under ``watched`` count, in the thread that runs the target.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LINE: Final = 16
 
 
 class Coverage:
-    """What a call reaches: how often each step was taken."""
+    """The coverage of a call: how often it took each step."""
 
     def __init__(self, watched: Path) -> None:
         self._watched = str(watched)
@@ -75,7 +75,7 @@ class Coverage:
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Leave out of the coverage what every input does."""
+    """Exclude from the coverage the steps that every input takes."""
     trace = sys.gettrace()
     sys.settrace(None)
     try:
@@ -85,7 +85,7 @@ def unwatched() -> Iterator[None]:
 
 
 def mutated(pool: list[bytes], chance: random.Random) -> bytes:
-    """Make an input of those there are; the newest are the least explored."""
+    """Mutate one of the inputs, preferably a new one."""
     data = bytearray(chance.choice(pool if chance.random() < 0.5 else pool[-_NEWEST:]) if pool else b"")
     for _ in range(1 + chance.randrange(1 << chance.randrange(5))):
         at = chance.randrange(len(data) + 1)
@@ -110,7 +110,7 @@ def mutated(pool: list[bytes], chance: random.Random) -> bytes:
 
 
 def read(path: Path) -> Iterator[bytes]:
-    """Give the inputs of a corpus."""
+    """Return the inputs of a corpus."""
     data = path.read_bytes() if path.exists() else b""
     while data:
         size = int.from_bytes(data[:2], "little")
@@ -135,9 +135,9 @@ def _too_long(_signal: int, _frame: FrameType | None) -> None:
 def run(
     target: str, one: Callable[[bytes], None], watched: Path, inputs: Path, seconds: float, seed: int, keep: Path | None
 ) -> Result:
-    """Try ``inputs``, and new ones for ``seconds``; the shortest of all that reach the same go to ``keep``.
+    """Try ``inputs``, and new ones for ``seconds``. The shortest inputs for each reached step go to ``keep``.
 
-    ``one`` tries an input, and raises where something does not hold. Raises Failed.
+    ``one`` tries an input, and raises if an invariant fails. Raises Failed.
     """
     coverage, chance = Coverage(watched), random.Random(seed)
     known: set[tuple[Step, int]] = set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is around each device while it is fuzzed: what made it, the requests its driver makes, the host's other end."""
+"""The surroundings of each fuzzed device: its constructor, the requests of its driver, the host's other end."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ SECTORS: Final = 64
 
 
 class Host:
-    """Of the entropy device, which nobody is behind; what others differ in is theirs.
+    """The host of the entropy device, which has no other end. Hosts of other devices override methods.
 
-    One lives for all inputs; :meth:`make` begins one, :meth:`end` is called after the device was closed.
+    One host serves all inputs. :meth:`make` begins an input; :meth:`end` is called after the device was closed.
     """
 
     device: VirtioDevice
@@ -49,26 +49,26 @@ class Host:
         return self.device
 
     def request(self, input: Input) -> tuple[int, bytes, int]:
-        """What a driver may ask: its queue, the bytes to be read, how many may be written."""
+        """Return a driver's request: its queue, the bytes to read, and how many bytes may be written."""
         return 0, b"", input.u16() % 9000
 
     def act(self, input: Input) -> None:
-        """Something that the host does."""
+        """Do something on the host's end."""
 
     def check(self) -> None:
-        """What must hold between any two steps."""
+        """Check the invariants between two steps."""
 
     def take(self) -> None:
-        """Read what the device has for the host's end, so that it need not wait."""
+        """Read the device's output at the host's end, so that the device need not wait."""
 
     def leave(self) -> None:
-        """Be gone before the device is closed, which may wait for who reads of it."""
+        """Close the host's end before the device is closed: closing may wait for its reader."""
 
     def end(self) -> None:
-        """Give back what was opened for this device."""
+        """Close what was opened for this device."""
 
     def close(self) -> None:
-        """Give back the rest."""
+        """Close everything else."""
 
 
 class BalloonHost(Host):
@@ -177,7 +177,7 @@ class BlkHost(Host):
 
 
 class Wire(NetBackend):
-    """One end of a pair of sockets: with frames as datagrams it stands for a tap."""
+    """One end of a socket pair. With frames as datagrams it replaces a tap."""
 
     def __init__(self, fd: int, kind: int) -> None:
         super().__init__("wire", fd)
@@ -282,7 +282,7 @@ class VsockHost(Host):
 
     def check(self) -> None:
         table = self.vsock._table
-        # A stream may be told of once more after the queue of those was found full.
+        # A stream may be reported again after the queue of streams was full.
         assert len(table) <= MOST_STREAMS
         assert len(table._refusals) <= MOST_REFUSALS
         assert len(table._turns) <= MOST_STREAMS

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers without threads: what a device's thread would do, it does when the fuzzer says so, and no more than a bit.
+"""Workers without threads: the fuzzer runs the work of a device's thread, a little at a time.
 
-So that an input does the same whenever it is tried, and whatever a device raises is seen. Loops in C are given a moment
-instead, since they only come back when they are told to.
+So an input has the same effect each time, and exceptions of a device are seen. Loops in C only return when told to,
+so they are stopped after a moment.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOMENT: Final = 0.0005
 
 
 class Budgeted(Queue):
-    """Tells who serves it to leave after ``POPS`` requests in a turn."""
+    """Tells its server to leave after ``POPS`` requests in a turn."""
 
     left = POPS
 
@@ -42,9 +42,9 @@ class Budgeted(Queue):
 
 
 class Stepped(Worker):
-    """Serves in :meth:`turn` alone."""
+    """Serves only in :meth:`turn`."""
 
-    live: list[Stepped] = []  # noqa: RUF012 - of the input at hand
+    live: list[Stepped] = []  # noqa: RUF012 - of the current input
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -81,7 +81,7 @@ class Stepped(Worker):
         self._files.close()
 
     def turn(self) -> None:
-        """Do what is due. Raises whatever a device must not raise."""
+        """Do the pending work. Raises exceptions that a device must not raise."""
         if not self._running or self._halted:
             return
         for queue in self._queues:
@@ -128,7 +128,7 @@ class Stepped(Worker):
 
 @contextlib.contextmanager
 def stepped() -> Iterator[None]:
-    """Make devices with such workers."""
+    """Give devices stepped workers."""
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(worker, "Worker", Stepped))
         patches.enter_context(mock.patch.object(mmio, "Queue", Budgeted))

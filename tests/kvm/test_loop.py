@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop on a real KVM: every kind, kicks, several vCPUs at once, and the twin beside it."""
+"""The loop on a real KVM: every kind of range, kicks, several vCPUs at once, and the twin on the same kernel."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_guest_reads_back_what_it_stored_in_registers() -> None:
         assert (entry.reads, entry.writes) == (len(SIZES), 2 * len(SIZES))
 
 
-def test_counter_doorbell_and_uart_are_done_without_python() -> None:
+def test_the_loop_handles_counter_doorbell_and_uart_without_python() -> None:
     code = Code().repeat(100, Code().store(COUNTER, 3)).load(COUNTER).store(REGISTERS)
     code.store(DOORBELL, 1).store(DOORBELL, 2).store(DOORBELL, 2)
     for byte in b"hello":
@@ -68,7 +68,7 @@ def test_counter_doorbell_and_uart_are_done_without_python() -> None:
         os.close(fd)
 
 
-def test_uart_without_room_waits_and_loses_nothing() -> None:
+def test_full_uart_makes_the_guest_wait_and_loses_nothing() -> None:
     text = bytes(range(65, 91))
     code = Code()
     for byte in text:
@@ -85,7 +85,7 @@ def test_uart_without_room_waits_and_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_python_answers_cold_and_unclaimed_loads(size: int) -> None:
+def test_python_answers_cold_loads_and_unclaimed_loads(size: int) -> None:
     answer = 0x7122_3344_5566_7788
     code = Code().load(COLD + 8, size).store(REGISTERS, None, size).load(NOBODY, size).store(REGISTERS + 8, None, size)
     with RealGuest(code.end()) as guest:
@@ -116,7 +116,7 @@ def test_kick_before_the_first_entry_keeps_the_guest_out() -> None:
         assert counter[0] == 1
 
 
-def test_no_kick_is_lost_whenever_it_comes() -> None:
+def test_no_kick_is_lost_at_any_time() -> None:
     with RealGuest(Code().forever().bytes) as guest:
         vcpu, kicks, seen, waiting = guest.vcpus[0], 300, 0, threading.Semaphore(0)
 
@@ -127,7 +127,7 @@ def test_no_kick_is_lost_whenever_it_comes() -> None:
                 if n % 3 == 0:
                     time.sleep(0.0002)
                 lib.pv_kick(vcpu)
-                # One that is lost leaves the guest looping: this times out and the count below is short.
+                # A lost kick leaves the guest looping: then this times out and the count below is too small.
                 if not waiting.acquire(timeout=20):
                     return
 
@@ -145,7 +145,7 @@ def test_no_kick_is_lost_whenever_it_comes() -> None:
         assert seen == kicks
 
 
-def test_storm_of_kicks_does_not_lose_the_guests_work() -> None:
+def test_many_kicks_do_not_lose_the_guests_work() -> None:
     with RealGuest(Code().repeat(3000, Code().store(COUNTER, 1)).end()) as guest:
         counter, vcpu, over = ffi.new("uint64_t *"), guest.vcpus[0], threading.Event()
         guest.bus((COUNTER, 8, lib.PV_KIND_COUNTER, counter))
@@ -154,7 +154,7 @@ def test_storm_of_kicks_does_not_lose_the_guests_work() -> None:
             while not over.is_set():
                 for _ in range(5):
                     lib.pv_kick(vcpu)
-                time.sleep(0.0001)  # the guest must get somewhere in between
+                time.sleep(0.0001)  # the guest must make progress in between
 
         thread = threading.Thread(target=storm)
         thread.start()
@@ -199,7 +199,7 @@ def test_vcpus_run_at_once_on_one_bus() -> None:
         assert keep
 
 
-def test_histograms_hold_every_exit_and_a_time_that_can_be() -> None:
+def test_histograms_hold_every_exit_and_a_plausible_time() -> None:
     with RealGuest(Code().repeat(500, Code().store(COUNTER, 1)).end()) as guest:
         guest.bus((COUNTER, 8, lib.PV_KIND_COUNTER, ffi.new("uint64_t *")))
         vcpu = guest.vcpus[0]
@@ -249,7 +249,7 @@ def twin_core_x(n: int) -> int:
     return 0x6030_0000_0010_0000 + 2 * n
 
 
-def test_twin_does_the_same_on_the_same_kernel() -> None:
+def test_twin_behaves_the_same_on_the_same_kernel() -> None:
     code = Code().repeat(5, Code().store(COUNTER, 7)).load(COUNTER).store(REGISTERS).store(DOORBELL, 9)
     for byte in b"twin":
         code.store(UART, byte, 1)

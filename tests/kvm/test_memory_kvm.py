@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest memory on the real /dev/kvm: what the kernel makes of our slots, files and holes, seen by a guest.
+"""Guest memory on the real /dev/kvm: how the kernel treats pyvmm's slots, files and holes, seen by a guest.
 
-The guest is eight bytes of 16-bit x86 code, so what needs one runs on x86; on arm64 tests/pkvm has the puppet.
+The guest is eight bytes of 16-bit x86 code: tests with a guest need x86. On arm64 tests/pkvm use the puppet.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def emulated() -> Iterator[Guest]:
 # ---- slots, on any architecture
 
 
-def test_what_we_refuse_in_words_the_kernel_refuses_with_an_errno(guest: Guest) -> None:
+def test_the_kernel_refuses_with_an_errno_what_pyvmm_refuses_with_a_message(guest: Guest) -> None:
     guest.add(Memfd(SIZE))
     backing = Memfd(SIZE)
     with backing:
@@ -153,7 +153,7 @@ def test_what_we_refuse_in_words_the_kernel_refuses_with_an_errno(guest: Guest) 
             assert caught.value.errno == code
 
 
-def test_the_kernel_takes_every_backing_and_gives_its_slot_number_back(guest: Guest) -> None:
+def test_the_kernel_takes_every_backing_and_slot_numbers_can_be_reused(guest: Guest) -> None:
     for make in (memfd, shared_guest_memfd, private_guest_memfd):
         for _ in range(2):
             with make(guest.vm) as backing:
@@ -175,7 +175,7 @@ def test_a_guest_memfd_belongs_to_one_slot_at_a_time(guest: Guest) -> None:
         guest.memory.add(DATA + SIZE, backing)
 
 
-def test_the_host_cannot_reach_a_private_guest_memfd_and_says_so(guest: Guest) -> None:
+def test_the_host_cannot_read_a_private_guest_memfd_and_pyvmm_says_so(guest: Guest) -> None:
     guest.add(private_guest_memfd(guest.vm))
     assert guest.memory.ledger.state(DATA) is PageState.PRIVATE
     assert not guest.memory.probe(DATA)
@@ -185,13 +185,13 @@ def test_the_host_cannot_reach_a_private_guest_memfd_and_says_so(guest: Guest) -
         guest.memory.slots[0].backing.load(0, b"x")
 
 
-def test_a_guest_memfd_in_a_protected_vm_is_refused_before_the_kernels_eio(guest: Guest) -> None:
+def test_pyvmm_refuses_a_guest_memfd_in_a_protected_vm_before_the_kernels_eio(guest: Guest) -> None:
     memory = Memory(guest.vm, Protection.PKVM, ffi.new("struct pv_vm *"))
     with memory, pytest.raises(UsageError, match="EIO"):
         memory.add(DATA, shared_guest_memfd(guest.vm))
 
 
-def test_a_guest_memfd_outlives_nothing_when_the_vm_closes_first(guest: Guest) -> None:
+def test_a_guest_memfd_can_be_closed_after_its_vm(guest: Guest) -> None:
     backing = shared_guest_memfd(guest.vm)
     guest.add(backing)
     guest.vm.close()
@@ -202,7 +202,7 @@ def test_a_guest_memfd_outlives_nothing_when_the_vm_closes_first(guest: Guest) -
 
 
 def unevictable() -> int:
-    """Bytes the kernel cannot reclaim, all guest_memfds' pages among them: they are counted nowhere else."""
+    """Return the bytes the kernel cannot reclaim. Only this counter includes guest_memfd pages."""
     with open("/proc/meminfo") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Unevictable:"))
 
@@ -221,7 +221,7 @@ def test_populating_a_guest_memfd_allocates_its_pages_and_punching_frees_them(
     assert unevictable() - before < size // 4
 
 
-def test_nothing_leaks_in_whatever_order_a_vm_ends() -> None:
+def test_nothing_leaks_whatever_the_order_in_which_a_vm_is_closed() -> None:
     def usage() -> tuple[int, int]:
         with open("/proc/self/maps") as maps:
             files = sum("guest" in line or "kvm" in line or "---p" in line for line in maps)
@@ -251,7 +251,7 @@ def test_nothing_leaks_in_whatever_order_a_vm_ends() -> None:
 
 @pytest.fixture
 def private_pages() -> None:
-    """Skip where KVM finds even a guest_memfd's pages through the host's mapping (some nested ones do)."""
+    """Skip if KVM finds even guest_memfd pages through the host's mapping, as some nested hosts do."""
     with Guest() as guest:
         guest.add(private_guest_memfd(guest.vm))
         if guest.run(LOAD, DATA) != lib.PV_STOP_OTHER:
@@ -275,7 +275,7 @@ def test_guest_and_host_see_each_others_stores(guest: Guest, make: Make) -> None
 
 @needs_x86
 @pytest.mark.usefixtures("private_pages")
-def test_a_private_guest_memfd_is_memory_to_the_guest(guest: Guest) -> None:
+def test_the_guest_uses_a_private_guest_memfd_as_memory(guest: Guest) -> None:
     guest.add(private_guest_memfd(guest.vm))
     guest.store(DATA, 7)
     assert guest.load(DATA) == 7
@@ -284,7 +284,9 @@ def test_a_private_guest_memfd_is_memory_to_the_guest(guest: Guest) -> None:
 
 @needs_x86
 @EVERY
-def test_a_hole_is_zeros_to_the_guest_without_an_exit(guest: Guest, make: Make, request: pytest.FixtureRequest) -> None:
+def test_the_guest_reads_zeros_from_a_hole_without_an_exit(
+    guest: Guest, make: Make, request: pytest.FixtureRequest
+) -> None:
     needs_private_pages(request, make)
     guest.add(make(guest.vm))
     guest.store(DATA, 7)
@@ -295,7 +297,7 @@ def test_a_hole_is_zeros_to_the_guest_without_an_exit(guest: Guest, make: Make, 
 
 
 @needs_x86
-def test_a_slot_that_is_gone_makes_accesses_leave_the_guest_and_a_new_one_ends_that(guest: Guest) -> None:
+def test_accesses_to_a_removed_slot_exit_until_a_new_slot_takes_its_place(guest: Guest) -> None:
     guest.add(Memfd(SIZE))
     guest.store(DATA, 7)
     guest.memory.remove(guest.memory.slots[-1])
@@ -312,7 +314,7 @@ def test_a_slot_that_is_gone_makes_accesses_leave_the_guest_and_a_new_one_ends_t
 
 @needs_x86
 @pytest.mark.usefixtures("private_pages")
-def test_a_guest_memfd_that_is_gone_is_told_and_a_memfd_can_take_its_place(guest: Guest) -> None:
+def test_pyvmm_reports_a_removed_guest_memfd_and_a_memfd_can_replace_it(guest: Guest) -> None:
     backing = shared_guest_memfd(guest.vm)
     guest.add(backing)
     guest.store(DATA, 7)
@@ -331,7 +333,7 @@ def test_a_guest_memfd_that_is_gone_is_told_and_a_memfd_can_take_its_place(guest
 
 @needs_x86
 @EVERY
-def test_the_emulated_protection_keeps_the_host_out_and_the_guest_going(
+def test_the_emulated_protection_keeps_the_host_out_and_lets_the_guest_run(
     emulated: Guest, make: Make, request: pytest.FixtureRequest
 ) -> None:
     needs_private_pages(request, make)
@@ -345,7 +347,7 @@ def test_the_emulated_protection_keeps_the_host_out_and_the_guest_going(
 
 @needs_x86
 @READABLE
-def test_a_page_copied_out_and_back_carries_both_sides_stores(emulated: Guest, make: Make) -> None:
+def test_a_page_copied_out_and_back_has_the_stores_of_both_sides(emulated: Guest, make: Make) -> None:
     emulated.add(make(emulated.vm))
     page = DATA + 2 * PAGE_SIZE
     emulated.store(page - 1, 1)
@@ -363,7 +365,7 @@ def test_a_page_copied_out_and_back_carries_both_sides_stores(emulated: Guest, m
 
 @needs_x86
 @pytest.mark.usefixtures("private_pages")
-def test_a_page_out_of_the_hosts_reach_is_replaced_by_zeros_in_both_directions(emulated: Guest) -> None:
+def test_a_page_the_host_cannot_read_becomes_zeros_in_both_directions(emulated: Guest) -> None:
     emulated.add(private_guest_memfd(emulated.vm))
     emulated.store(DATA, 7)
     emulated.store(DATA + PAGE_SIZE, 8)

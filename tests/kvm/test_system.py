@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/dev/kvm itself, on whatever architecture there is."""
+"""/dev/kvm itself, on any architecture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyvmm.uapi.kvm_cap import KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_NR_MEMSLOTS, KVM_
 pytestmark = pytest.mark.kvm
 
 
-def test_capabilities_are_numbers_and_unknown_ones_zero() -> None:
+def test_capabilities_are_numbers_and_unknown_ones_are_zero() -> None:
     with System.open() as system:
         assert system.check(KVM_CAP_USER_MEMORY) == 1
         assert system.check(KVM_CAP_IMMEDIATE_EXIT) == 1
@@ -30,13 +30,13 @@ def test_the_run_area_is_whole_pages() -> None:
         assert system.vcpu_mmap_size % 4096 == 0
 
 
-def test_a_machine_type_that_nobody_knows_is_refused_with_its_number() -> None:
+def test_an_unknown_machine_type_is_refused_with_its_number() -> None:
     with System.open() as system, pytest.raises(KvmError, match=r"KVM_CREATE_VM\(kvm=\d+, type=0x7fff_0000\): EINVAL"):
         system.create_vm(0x7FFF_0000)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="an arm64 host may run pKVM")
-def test_an_x86_host_has_no_protected_vms_and_says_why() -> None:
+def test_an_x86_host_refuses_protected_vms_and_says_why() -> None:
     with System.open() as system:
         assert system.supports_protected() is False
         assert system.max_ipa_bits == 0
@@ -45,7 +45,7 @@ def test_an_x86_host_has_no_protected_vms_and_says_why() -> None:
     assert "--protection emulated" in str(caught.value.hint)
 
 
-def test_closing_the_system_ends_everything_made_from_it() -> None:
+def test_closing_the_system_closes_everything_made_from_it() -> None:
     before = set(os.listdir("/proc/self/fd"))
     with open("/proc/self/maps") as maps:
         mapped = maps.read().count("anon_inode:kvm-vcpu")
@@ -66,7 +66,7 @@ def test_descriptors_are_not_inherited() -> None:
         assert not any(os.get_inheritable(fd.fileno()) for fd in (system, vm, vcpu))
 
 
-def test_a_fork_is_refused_and_told_why() -> None:
+def test_a_forked_process_is_refused_with_the_reason() -> None:
     with System.open() as system, system.create_vm() as vm:
         read, write = os.pipe()
         if (child := os.fork()) == 0:

@@ -63,7 +63,7 @@ def test_a_guest_runs_and_its_exits_are_read_by_name(vm: Vm) -> None:
 
 
 @x86
-def test_a_load_is_answered_through_the_run_area(vm: Vm) -> None:
+def test_the_vmm_answers_a_load_through_the_run_area(vm: Vm) -> None:
     guest = RealMode(vm, b"\xa1\x00\x50\xf4")  # mov ax, [0x5000]; hlt
     assert guest.run() == ExitReason.KVM_EXIT_MMIO
     guest.vcpu.run.mmio.data[:2] = [0x34, 0x12]
@@ -83,7 +83,7 @@ def test_single_step_stops_after_every_instruction(vm: Vm) -> None:
 
 
 @x86
-def test_the_general_registers_take_what_they_are_given(vm: Vm) -> None:
+def test_the_general_registers_read_back_as_written(vm: Vm) -> None:
     vcpu = vm.create_vcpu(0)
     regs = vcpu.get_regs()
     regs.r15 = 0x1234_5678_9ABC_DEF0
@@ -92,12 +92,12 @@ def test_the_general_registers_take_what_they_are_given(vm: Vm) -> None:
 
 
 @x86
-def test_an_external_abort_is_refused_on_x86_before_it_means_something_else(vm: Vm) -> None:
+def test_pyvmm_refuses_an_external_abort_on_x86_where_the_flag_means_something_else(vm: Vm) -> None:
     with pytest.raises(HostError, match="x86 vCPU"):
         vm.create_vcpu(0).inject_abort()
 
 
-def test_the_state_a_vcpu_waits_in_can_be_changed(vm: Vm) -> None:
+def test_the_mp_state_of_a_vcpu_can_be_changed(vm: Vm) -> None:
     if platform.machine() == "aarch64":
         other = MpState.KVM_MP_STATE_STOPPED
         vcpu = vm.create_vcpu(0)
@@ -111,7 +111,7 @@ def test_the_state_a_vcpu_waits_in_can_be_changed(vm: Vm) -> None:
     assert vcpu.mp_state == other
 
 
-def test_a_state_nobody_has_is_refused_by_name(vm: Vm) -> None:
+def test_an_unknown_mp_state_is_refused_by_name(vm: Vm) -> None:
     with pytest.raises(KvmError, match=r"KVM_SET_MP_STATE.*mp_state=KVM_MP_STATE_LOAD.*EINVAL"):
         vm.create_vcpu(0).mp_state = MpState.KVM_MP_STATE_LOAD
 
@@ -127,7 +127,7 @@ def test_a_value_too_big_for_its_register_is_refused(vm: Vm) -> None:
         vm.create_vcpu(0).set_reg(0x7030_0000_0000_0001, 1 << 64)
 
 
-def test_running_with_immediate_exit_comes_back_at_once(vm: Vm) -> None:
+def test_a_run_with_immediate_exit_returns_at_once(vm: Vm) -> None:
     vcpu = vm.create_vcpu(0)
     if platform.machine() == "aarch64":
         vcpu.init()

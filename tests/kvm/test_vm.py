@@ -50,7 +50,7 @@ def test_overlapping_slots_are_refused_with_the_call_and_its_values(vm: Vm) -> N
 
 
 @pytest.mark.parametrize("what", ["gpa", "size", "hva"])
-def test_unaligned_slots_are_refused_in_words(vm: Vm, what: str) -> None:
+def test_unaligned_slots_are_refused_with_a_clear_error(vm: Vm, what: str) -> None:
     with pages(4) as hva:
         wanted = {"gpa": GPA, "size": PAGE, "hva": hva}
         wanted[what] += 8
@@ -58,7 +58,7 @@ def test_unaligned_slots_are_refused_in_words(vm: Vm, what: str) -> None:
             vm.set_memory(0, wanted["gpa"], wanted["size"], wanted["hva"])
 
 
-def test_a_deleted_slot_makes_room_and_a_missing_one_is_an_error(vm: Vm) -> None:
+def test_deleting_a_slot_makes_room_and_deleting_a_missing_one_is_an_error(vm: Vm) -> None:
     with pages(4) as hva:
         vm.set_memory(3, GPA, 4 * PAGE, hva)
         vm.delete_memory(3)
@@ -67,7 +67,7 @@ def test_a_deleted_slot_makes_room_and_a_missing_one_is_an_error(vm: Vm) -> None
             vm.delete_memory(3)
 
 
-def test_a_slot_number_beyond_the_last_points_to_the_capability(vm: Vm) -> None:
+def test_the_error_for_a_slot_number_that_is_too_large_names_the_capability(vm: Vm) -> None:
     with pages(1) as hva, pytest.raises(KvmError, match="no such slot number") as caught:
         vm.set_memory(vm.check(KVM_CAP_NR_MEMSLOTS) + 1, GPA, PAGE, hva)
     assert "KVM_CAP_NR_MEMSLOTS" in str(caught.value.hint)
@@ -86,7 +86,7 @@ def test_a_second_vcpu_of_the_same_number_is_refused(vm: Vm) -> None:
         vm.create_vcpu(1)
 
 
-def test_statistics_come_by_name(vm: Vm) -> None:
+def test_statistics_can_be_read_by_name(vm: Vm) -> None:
     vcpu = vm.create_vcpu(0)
     assert vm.stats()["remote_tlb_flush"] == 0
     assert vcpu.stats()["exits"] == 0
@@ -95,7 +95,7 @@ def test_statistics_come_by_name(vm: Vm) -> None:
     assert len(histogram) > 1
 
 
-def test_a_device_this_host_lacks_is_refused_and_can_be_asked_for(vm: Vm) -> None:
+def test_has_device_tells_a_device_the_host_lacks_and_creating_it_is_refused(vm: Vm) -> None:
     assert vm.has_device(DeviceType.KVM_DEV_TYPE_ARM_PV_TIME) is False
     with pytest.raises(KvmError, match=r"type=KVM_DEV_TYPE_ARM_PV_TIME.*ENODEV: this kernel makes no device"):
         vm.create_device(DeviceType.KVM_DEV_TYPE_ARM_PV_TIME)
@@ -111,7 +111,7 @@ def test_a_slot_may_lie_over_part_of_a_guest_memfd_which_no_other_slot_uses(vm: 
         vm.set_memory(1, GPA + 4 * PAGE, PAGE, hva, guest_memfd=file, offset=0)
 
 
-def test_a_guest_memfd_of_odd_size_or_unknown_flags_is_refused_in_words(vm: Vm) -> None:
+def test_a_guest_memfd_of_odd_size_or_unknown_flags_is_refused_with_a_clear_error(vm: Vm) -> None:
     needs_guest_memfd(vm)
     with pytest.raises(KvmError, match="size must be a multiple of 4096"):
         vm.create_guest_memfd(PAGE + 1, GUEST_MEMFD_FLAG_MMAP)
@@ -119,7 +119,7 @@ def test_a_guest_memfd_of_odd_size_or_unknown_flags_is_refused_in_words(vm: Vm) 
         vm.create_guest_memfd(PAGE, GUEST_MEMFD_FLAG_MMAP | 1 << 40)
 
 
-def test_a_guest_memfd_slot_beyond_the_file_or_logged_is_refused_in_words(vm: Vm) -> None:
+def test_a_guest_memfd_slot_beyond_the_file_or_with_a_dirty_log_is_refused(vm: Vm) -> None:
     needs_guest_memfd(vm)
     with (
         vm.create_guest_memfd(2 * PAGE, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED) as file,
@@ -136,7 +136,7 @@ def test_a_guest_memfd_slot_beyond_the_file_or_logged_is_refused_in_words(vm: Vm
 
 
 @x86
-def test_stores_ring_an_eventfd_without_leaving_the_kernel(vm: Vm) -> None:
+def test_stores_signal_an_eventfd_without_an_exit(vm: Vm) -> None:
     bell = os.eventfd(0, os.EFD_NONBLOCK)
     try:
         vm.ioeventfd(bell, 0x4000, 2, datamatch=0x1234)
@@ -165,7 +165,7 @@ def test_interrupts_need_a_controller(vm: Vm) -> None:
 
 
 @x86
-def test_an_eventfd_drives_one_interrupt_only(vm: Vm) -> None:
+def test_an_eventfd_can_drive_only_one_interrupt(vm: Vm) -> None:
     vm.create_irqchip()
     vm.create_vcpu(0)
     line = os.eventfd(0)
@@ -187,11 +187,11 @@ def test_an_eventfd_drives_one_interrupt_only(vm: Vm) -> None:
 def test_a_message_is_delivered_or_blocked(vm: Vm) -> None:
     vm.create_irqchip()
     vm.create_vcpu(0)
-    assert vm.signal_msi(0xFEE0_0000, 0x41) is False  # its APIC is off: the guest has it blocked
+    assert vm.signal_msi(0xFEE0_0000, 0x41) is False  # the guest's APIC is off, which blocks the message
 
 
 @x86
-def test_the_dirty_log_tells_written_pages_and_starts_over(vm: Vm) -> None:
+def test_the_dirty_log_lists_written_pages_and_starts_over(vm: Vm) -> None:
     guest = RealMode(vm, b"\xc6\x06\x00\x30\x07\xf4", flags=KVM_MEM_LOG_DIRTY_PAGES)  # mov byte [0x3000], 7; hlt
     assert guest.run() == ExitReason.KVM_EXIT_HLT
     first = vm.dirty_log(0, guest.pages)
@@ -202,13 +202,13 @@ def test_the_dirty_log_tells_written_pages_and_starts_over(vm: Vm) -> None:
         vm.dirty_log(9, 1)
 
 
-def test_enabling_an_unknown_capability_names_it(vm: Vm) -> None:
+def test_the_error_for_an_unknown_capability_names_it(vm: Vm) -> None:
     with pytest.raises(KvmError, match=r"KVM_ENABLE_CAP\(vm=\d+, cap=65000, args=0x1 0x2\): EINVAL"):
         vm.enable_cap(65000, 1, 2)
 
 
 @x86
-def test_arm64s_calls_are_refused_on_x86_with_the_reason(vm: Vm) -> None:
+def test_calls_of_arm64_are_refused_on_x86_with_the_reason(vm: Vm) -> None:
     for call in (vm.preferred_target, lambda: vm.forward_smccc(0x8600_0000, 1)):
         with pytest.raises(KvmError, match="ENOTTY: this kernel does not know the call") as caught:
             call()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atlases made up for the reports' tests: a realistic one of two kernels, a nasty one, and arbitrary ones.
+"""Invented atlases for tests of reports: a realistic one of two kernels, a hostile one, and arbitrary ones.
 
-``python tests/unit/atlas_samples.py FILE`` writes the realistic one as JSON, for looking at reports of it.
+``python tests/unit/atlas_samples.py FILE`` writes the realistic one as JSON, to look at its reports.
 """
 
 from __future__ import annotations
@@ -142,12 +142,12 @@ FREE = 0x8100_0000
 
 
 def claim_ids() -> list[str]:
-    """Every claim of the realistic atlas."""
+    """Return the ids of all claims of the realistic atlas."""
     return [f"{group}/{name}" for group, claims in SAYS.items() for name, _ in claims]
 
 
 def realistic(seed: int = 1, *, protected: bool = True, kernel: str = "7.3.4+deb13-arm64") -> Atlas:
-    """Return an atlas like one that a run would make; without ``protected`` the kernel makes no protected VMs."""
+    """Return an atlas like that of a real run. Without ``protected`` the kernel has no protected VMs."""
     results = []
     for group, claims in SAYS.items():
         for name, says in claims:
@@ -243,7 +243,7 @@ NASTY = (
 
 
 def nasty() -> Atlas:
-    """Return an atlas with every nasty text in every field."""
+    """Return an atlas with every hostile text in every field."""
     results = [
         Result(
             f"{text}/{number}",
@@ -268,7 +268,7 @@ def nasty() -> Atlas:
 arbitrary = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For tests over arbitrary atlases."""
 
-# Half characters have a text of their own: two halves side by side would come back from JSON as one character.
+# Each surrogate has a separate text: JSON would turn two adjacent surrogates into one character.
 texts = st.one_of(st.text(max_size=20), st.sampled_from(NASTY))
 names = st.one_of(texts, st.sampled_from(["none", "pkvm", "memfd", "guest_memfd", "share", "share/a"]))
 values = st.one_of(st.booleans(), st.integers(-(2**70), 2**70), texts)

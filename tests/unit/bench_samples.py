@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs made up for the reports' tests: a realistic one, one that would do harm, and series in few words.
+"""Invented runs for tests of reports: a realistic one, a hostile one, and short ways to make series.
 
-``python tests/unit/bench_samples.py DIRECTORY`` writes the realistic one there as JSON lines, with all reports of it.
+``python tests/unit/bench_samples.py DIRECTORY`` writes the realistic one there as JSON lines, with all its reports.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def series(
     unit: str = "ns",
     **more: Any,
 ) -> Series:
-    """A series in few words."""
+    """Return a series with defaults for the rest."""
     more = {"clock": "guest", "per": "page"} | more
     more |= {name: tuple(more[name]) for name in ("places", "began") if name in more}
     point = {"protection": "none"} if point is None else point
@@ -65,19 +65,19 @@ def series(
 
 
 def run(*some: Series, environment: dict[str, model.Value] | None = None, **more: Any) -> Run:
-    """A whole run in few words."""
+    """Return a run with defaults for the rest."""
     return Run(ENVIRONMENT if environment is None else environment, {}, some, {"seconds": 1.0}, **more)
 
 
 def per_round(middles: Sequence[float], count: int = 40, *, seed: int = 1, spread: float = 0.02, **more: Any) -> Series:
-    """A series whose rounds lie around ``middles``; none is warm-up."""
+    """Return a series whose rounds lie around ``middles``. No round is warm-up."""
     rng = random.Random(seed)
     values = [rng.gauss(middle, spread * middle) for middle in middles for _ in range(count)]
     return series(values, rounds=[count] * len(middles), **more)
 
 
 def hostile() -> Run:
-    """A run every text of which tries to be more than text: as case, metric, axis, place on it, reason and note."""
+    """Return a run in which every text is hostile: case, metric, axis, its value, reason and note."""
     some = []
     for at in range(0, len(HOSTILE), 3):
         text = " ".join(HOSTILE[at : at + 3])
@@ -107,7 +107,7 @@ def hostile() -> Run:
     return Run({**ENVIRONMENT, **{text: text for text in HOSTILE}, "kernel": HOSTILE[0]}, {"a": HOSTILE}, tuple(some))
 
 
-# -- what a real one looks like
+# -- a realistic run
 
 _COST = {"none": 14_000.0, "emulated": 15_500.0, "pkvm": 31_000.0}
 _STATES = {"cold": 1.0, "allocated": 0.8, "populated": 0.55, "punched": 1.05, "dontneed": 0.95, "mapped": 0.011}
@@ -128,7 +128,7 @@ class _Making:
         self.series: list[Series] = []
 
     def _cost(self, middle: float, page: int) -> float:
-        """One page's: skewed, a page table now and then, seldom something else that ran meanwhile."""
+        """Return the cost of a page: skewed, sometimes with a page table, rarely with an interruption."""
         value = middle * self._rng.lognormvariate(0, 0.08)
         value *= 1.7 if page % 512 == 0 else 1
         value *= self._rng.uniform(4, 40) if self._rng.random() < 0.004 else 1
@@ -189,7 +189,7 @@ class _Making:
 
 
 def realistic(pages: int = 256) -> Run:
-    """Return a run of every case, in all protections, as an emulated host with a trace at EL2 gives it."""
+    """Return a run of every case in all protections, like that of an emulated host with a trace at EL2."""
     made = _Making(pages)
     for protection, cost in _COST.items():
         base: Point = {**_BASE, "protection": protection}
@@ -247,7 +247,7 @@ def realistic(pages: int = 256) -> Run:
 
 
 def text(run: Run) -> str:
-    """Return a run as the JSON lines that it is kept in."""
+    """Return a run as JSON lines, as it is stored."""
     end = model.footer(run.end) if run.end is not None else ""
     return model.header(run.environment, run.asked) + "".join(map(model.line, run.series)) + end
 

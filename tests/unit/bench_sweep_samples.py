@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep's parts for its tests: cases that are none, and a process that pretends to measure."""
+"""Parts of a sweep for its tests: fake cases, and a process that pretends to measure."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def answer(value: float = 1.0, **environment: str) -> Answer:
 
 
 def pretend(directory: Path, what: str) -> tuple[str, ...]:
-    """Return a command that measures in place of Python's: ``what`` is done with the request ``asked`` first.
+    """Return a command that replaces the measuring process. It first runs ``what`` with the request ``asked``.
 
     Each process leaves ``protection-pages.PID`` in ``directory``, with its parent's pid.
     """

@@ -69,7 +69,7 @@ class Driver(PlainGuest):
         return heads
 
     def wait(self, count: int = 1, timeout: float = 20.0) -> list[tuple[int, int]]:
-        """Wait for so many used entries, (head, bytes written) each."""
+        """Wait for ``count`` used entries; returns (head, bytes written) of each."""
         found: list[tuple[int, int]] = []
         while len(found) < count:
             self.line.status = 0  # acknowledged, before the ring is looked at
@@ -85,7 +85,7 @@ class Driver(PlainGuest):
         return found
 
     def request(self, kind: int, sector: int, data: bytes = b"", room: int = 0) -> tuple[int, bytes, int]:
-        """Make one well laid out request and wait for it: (status, the ``room`` bytes read, used length)."""
+        """Make a correct request and wait for it; returns (status, the ``room`` bytes read, used length)."""
         self.write(DATA, struct.pack("<IIQ", kind, 0, sector))
         self.write(DATA + PAGE, data)
         end = DATA + PAGE + len(data) + room

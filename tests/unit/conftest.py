@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several unit tests need: rigs in the fake kernel, a userfaultfd, a virtio device in guest memory, events."""
+"""Fixtures of several unit tests: rigs in the fake kernel, a userfaultfd, a virtio device in guest memory, events."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm`` on a KVM that says yes to everything and runs nothing: how a run starts, fails and ends, on any machine.
+"""``pyvmm`` on a fake KVM that accepts every request and runs nothing, to test starts, failures and ends anywhere.
 
     python tests/unit/fake_host.py [--files SOFT[:HARD]] [--no-thread N] VERB ...
 
-``--files`` is the limit of descriptors, ``--no-thread`` the number of the thread, from 1, that the host does not give.
-KVM_RUN of what stands for a vCPU fails with ENOTTY, which ends a run that has come so far, with status 1.
+``--files`` is the limit of descriptors. ``--no-thread`` is the number, from 1, of the thread that fails to start.
+KVM_RUN of the fake vCPU fails with ENOTTY, which ends a run that gets there with status 1.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PAGE = 4096
 
 
 def file() -> int:
-    """Open what stands for a descriptor of KVM's."""
+    """Open a file in place of a KVM descriptor."""
     number = os.memfd_create("kvm")
     os.ftruncate(number, 2 * PAGE)
     return number
 
 
 def ioctl(_kernel: object, _fd: object, request: Any, argument: Any, _values: object) -> tuple[int, int]:
-    """Say yes."""
+    """Accept the request."""
     if request.name == "KVM_CREATE_DEVICE":
         argument.fd = file()
     if request.name in ("KVM_CREATE_VM", "KVM_CREATE_VCPU"):
@@ -39,7 +39,7 @@ def ioctl(_kernel: object, _fd: object, request: Any, argument: Any, _values: ob
 
 
 def refuse_thread(number: int) -> None:
-    """Have the start of one thread fail as CPython's does where clone() says EAGAIN."""
+    """Have the start of one thread fail as CPython's does when clone() returns EAGAIN."""
     started, left = threading.Thread.start, [number]
 
     def start(thread: threading.Thread) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads flattened device trees for tests: literally, and with dtc where that is installed."""
+"""Reads flattened device trees for tests: directly, and with dtc if it is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dtc(data: bytes, output: str, *more: str) -> subprocess.CompletedProcess[byt
 
 
 def read(data: bytes) -> tuple[list[tuple[int, int]], dict[str, dict[str, bytes]]]:
-    """Parse a flattened tree the slow, literal way: reservations and {path: {property: bytes}}."""
+    """Parse a flattened tree in a simple, slow way: reservations and {path: {property: bytes}}."""
     magic, total, structure, strings, reserve, version, compatible, _cpu, n_strings, n_structure = struct.unpack_from(
         ">10I", data
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages as pip leaves them: a module or more, and a dist-info directory with entry points."""
+"""Packages as pip installs them: modules, and a dist-info directory with entry points."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARM64 = X86[:18] + b"\xb7\x00"
 
 @contextlib.contextmanager
 def forgetting(directory: Path) -> Iterator[None]:
-    """Forget on leaving what was imported from ``directory``: another test's module may have the same name."""
+    """On exit, forget modules imported from ``directory``: another test's module may have the same name."""
     before = set(sys.modules)
     try:
         yield
@@ -37,8 +37,8 @@ def install(
 ) -> Path:
     """Install ``package`` into the directory ``site``; returns the directory of its metadata.
 
-    ``modules`` and ``binaries`` are files by their paths, ``entry_points`` targets by name by group, ``requires`` what
-    the package says it depends on.
+    ``modules`` and ``binaries`` are files by path, ``entry_points`` targets by group and name, ``requires`` packages
+    that the package depends on.
     """
     contents = {name: source.encode() for name, source in modules.items()} | dict(binaries)
     for name, content in contents.items():

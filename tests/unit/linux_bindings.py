@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linux's bindings for device trees, as dt-validate reads them: out of Debian's linux-doc, fetched once and then kept.
+"""Linux's bindings for device trees, for dt-validate: from Debian's linux-doc, fetched once and then cached.
 
-They are GPL-2.0-only, most of them, so there is no copy of them here.
+Most of them are GPL-2.0-only, so the repository has no copy.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAMES: Final = (
 
 
 def recipe() -> Recipe:
-    """Tell how the directory of bindings is made."""
+    """Return the recipe for the directory of bindings."""
     return Recipe("bindings", digest_of(PACKAGE, NAMES), _make)
 
 
@@ -67,15 +67,15 @@ def _make(scratch: Scratch, progress: Progress) -> str:
 
 
 def complaints(*trees: Path) -> list[str]:
-    """Return what dt-validate complains of in flattened trees, each in a line; skips the test where there is none.
+    """Return dt-validate's complaints about flattened trees, a line each. Skips the test if dt-validate is missing.
 
-    In CI it fails instead.
+    In CI the test fails instead.
     """
     program = Path(sys.executable).with_name("dt-validate")
     if not program.exists():
         _lack("dt-validate is not installed: pip install dtschema")
     try:
-        # Not in the lab's cache, where the project's kernel may just be built, and all others would wait for it.
+        # Not in the lab's cache: a build of the project's kernel locks it, and tests would wait.
         bindings = made_tree(recipe(), cache=Cache(cache_directory().with_name("tests")))
     except PyvmmError as error:
         _lack(f"Linux's bindings cannot be had: {error}")
@@ -88,7 +88,7 @@ def complaints(*trees: Path) -> list[str]:
         env={**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"},
     )
     said = re.split(r"\n(?!\t)", (done.stdout + done.stderr).strip("\n"))
-    # What it says of the bindings themselves, which refer to others that are not there, is about no tree.
+    # Ignore complaints about the bindings: they refer to bindings that are not in the package.
     return [" ".join(each.split()) for each in said if each and not each.startswith(f"{bindings}/")]
 
 

@@ -35,7 +35,7 @@ class Ring:
         self.setup(packed=packed)
 
     def setup(self, *, packed: bool) -> None:
-        """Be empty, in memory that is zero."""
+        """Start empty, in memory of zeros."""
         self.packed = packed
         flags = lib.PV_QUEUE_PACKED if packed else 0
         self.queue.setup(self.size, flags, self.base, self.base + 0x8000, self.base + 0xC000)
@@ -84,7 +84,7 @@ class Ring:
         return ident
 
     def used(self) -> list[tuple[int, int]]:
-        """Take what has come back: (id, bytes written) each."""
+        """Take the used chains; returns (id, bytes written) of each."""
         found = []
         if not self.packed:
             (index,) = struct.unpack("<H", self.driver.read(self.base + 0xC002, 2))
@@ -104,7 +104,7 @@ class Ring:
 
 
 class Driver(PlainGuest):
-    """Drives a card, which it stops and closes in the end."""
+    """Drives a card, and stops and closes it at the end."""
 
     def __init__(self, device: VirtioNet, features: int | None = None, *, size: int = 64, packed: bool = False) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Driver(PlainGuest):
         self.device.start([self.rx.queue, self.tx.queue], self.features)
 
     def wait(self, ring: Ring, count: int = 1) -> list[tuple[int, int]]:
-        """Wait for so many used entries of a ring."""
+        """Wait for ``count`` used entries of a ring."""
         found = ring.used()
         while len(found) < count:
             self.line.status = 0  # acknowledged, before the ring is looked at
@@ -148,7 +148,7 @@ class Driver(PlainGuest):
 
 
 def eventually(true: Callable[[], bool], what: str) -> None:
-    """Wait until it is."""
+    """Wait until the condition is true."""
     end = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < end, what

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page maps for tests: a strategy of any, and one with every entry there is."""
+"""Page maps for tests: a strategy for arbitrary ones, and one with every possible entry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERY_ENTRY = PageMap.from_runs([(BASE + index * 64 * PAGE, 64, entry) for index
 
 @st.composite
 def page_maps(draw: st.DrawFn, most: int = 12) -> PageMap:
-    """Any map: areas of any size, near and far, up to the end of guest addresses."""
+    """Draw any map: areas of any size, near and far, up to the end of guest addresses."""
     pages = st.one_of(st.integers(1, 9), st.integers(1, 1 << 20))
     gaps = st.one_of(st.just(0), st.integers(0, 300), st.integers(0, 1 << 44))
     runs, page = [], draw(gaps)

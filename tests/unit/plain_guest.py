@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What drivers of devices under test stand on, without KVM: guest memory, an interrupt, a transport that listens."""
+"""Surroundings for drivers of devices under test, without KVM: guest memory, an interrupt, a transport that records."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Segment(NamedTuple):
 
 
 class Transport:
-    """Hears what a device tells its transport."""
+    """Records the calls of a device to its transport."""
 
     def __init__(self) -> None:
         self.reset_needed = False
@@ -38,7 +38,7 @@ class Transport:
 
 
 class PlainGuest:
-    """``SIZE`` bytes of memory at ``BASE``: ``vm`` and ``line`` are what the native loop has of them."""
+    """``SIZE`` bytes of memory at ``BASE``. ``vm`` and ``line`` are the native loop's structures for them."""
 
     def __init__(self) -> None:
         lib.pv_install_signals()

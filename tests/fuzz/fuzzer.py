@@ -64,7 +64,7 @@ def corpus(target: str) -> Path:
 
 @functools.cache
 def _built() -> tuple[list[str], tempfile.TemporaryDirectory[str]]:
-    """Compile the sources that all targets share, once. Returns the compiler with its flags, and the objects' folder."""
+    """Compile the sources that all targets share, once. Returns the compiler with its flags, and the objects folder."""
     cc = build.compiler(platform.machine())
     if cc is None:
         raise Unavailable("no C compiler")

@@ -72,7 +72,7 @@ class Driver(PlainGuest):
         """Wait for ``count`` used entries; returns (head, bytes written) of each."""
         found: list[tuple[int, int]] = []
         while len(found) < count:
-            self.line.status = 0  # acknowledged, before the ring is looked at
+            self.line.status = 0  # acknowledge before reading the ring
             (index,) = struct.unpack("<H", self.read(RINGS + DEVICE_OFFSET + 2, 2))
             while self._seen & 0xFFFF != index:
                 entry = self.read(RINGS + DEVICE_OFFSET + 4 + 8 * (self._seen % self.size), 8)

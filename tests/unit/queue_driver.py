@@ -35,7 +35,7 @@ class Ring:
         self.queue.setup(self.queue.most, 0, self.base, self.base + _DRIVER, self.base + _DEVICE)
 
     def give(self, *segments: Segment, kick: bool = True) -> int:
-        """Make one chain available; returns its head. Descriptors are taken in turn, so not too many at once."""
+        """Make one chain available; returns its head. Descriptors are used in turn: do not have too many in use."""
         size = self.queue.most
         head = self._next
         for n, segment in enumerate(segments):
@@ -50,7 +50,7 @@ class Ring:
         return head
 
     def used(self) -> list[tuple[int, int]]:
-        """Return what came back since: (head, bytes written) each."""
+        """Return the chains used since the last call: (head, bytes written) of each."""
         found = []
         (index,) = struct.unpack("<H", self._driver.read(self.base + _DEVICE + 2, 2))
         while self._seen & 0xFFFF != index:
@@ -60,7 +60,7 @@ class Ring:
         return found
 
     def wait(self, count: int = 1) -> list[tuple[int, int]]:
-        """Wait until so many chains came back."""
+        """Wait until ``count`` chains came back."""
         found: list[tuple[int, int]] = []
 
         def enough() -> bool:
@@ -103,10 +103,10 @@ class Driver(PlainGuest):
         self.device.start(self.queues, self.device.features)
 
     def until(self, condition: Callable[[], object], timeout: float = 20.0) -> None:
-        """Wait until ``condition`` is true; looks again at every interrupt, and now and then without one."""
+        """Wait until ``condition`` is true. Checks at every interrupt, and from time to time without one."""
         end = time.monotonic() + timeout
         while not condition():
-            self.line.status = 0  # acknowledged, before the rings are looked at
+            self.line.status = 0  # acknowledge before reading the rings
             if condition():
                 return
             assert time.monotonic() < end, f"it has not come true within {timeout:g} s"

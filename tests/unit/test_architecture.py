@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The law of the house: which package may import which, and that no imports go in a circle.
+"""The architecture: which package may import which, and that imports form no circle.
 
 A package imports only packages of layers below its own. Packages of one layer are siblings: they never import each
 other. Imports for type checkers, imports inside functions, and modules that are asked for by name (``import_module``)
@@ -108,7 +108,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 @cache
 def asked(source: str) -> tuple[tuple[str, tuple[str, ...], int], ...]:
-    """Return (module of pyvmm, names taken from it, line) of every import, wherever in ``source`` it stands."""
+    """Return (module of pyvmm, names taken from it, line) of every import anywhere in ``source``."""
     found: list[tuple[str, tuple[str, ...], int]] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -121,7 +121,7 @@ def asked(source: str) -> tuple[tuple[str, tuple[str, ...], int], ...]:
 
 @cache
 def named(source: str) -> tuple[tuple[str, int], ...]:
-    """Return (module of pyvmm, line) of every module that is asked for by name, as far as its name stands there."""
+    """Return (module of pyvmm, line) of every module imported by name, if the name is a literal."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
@@ -141,7 +141,7 @@ def imports(source: str, known: Mapping[str, object]) -> Iterator[tuple[str, int
 
 
 def package(module: str) -> str:
-    """Return the package, or the module beside the packages, that a module is of; nothing for others' modules."""
+    """Return the package or top-level module of pyvmm that contains a module; empty for foreign modules."""
     parts = module.split(".")
     return "" if parts[0] != "pyvmm" else parts[1] if parts[1:] else "pyvmm"
 
@@ -162,7 +162,7 @@ def violations(sources: Mapping[str, str]) -> list[str]:
 
 def circles(sources: Mapping[str, str]) -> list[frozenset[str]]:
     """Return the strongly connected components of more than one module (Tarjan)."""
-    # A package's own __init__ stands for a name that is none of its modules.
+    # A name that is not a module of the package is from its __init__.
     graph = {module: {target for target, _ in imports(source, sources)} for module, source in sources.items()}
     numbers: dict[str, int] = {}
     lowest: dict[str, int] = {}
@@ -205,7 +205,7 @@ def test_no_import_runs_up_or_to_a_sibling(sources: dict[str, str]) -> None:
     assert violations(sources) == []
 
 
-def test_no_imports_go_in_a_circle_but_those_explained(sources: dict[str, str]) -> None:
+def test_imports_form_no_circle_except_those_explained(sources: dict[str, str]) -> None:
     assert {frozenset(circle): CIRCLES.get(circle) for circle in circles(sources)} == CIRCLES
 
 
@@ -222,7 +222,9 @@ def test_no_imports_go_in_a_circle_but_those_explained(sources: dict[str, str]) 
         ("errors", "from pyvmm.abi import STRIDE", "imports its sibling: pyvmm.abi"),
     ],
 )
-def test_law_notices_an_import_that_breaks_it(sources: dict[str, str], module: str, line: str, said: str) -> None:
+def test_violations_finds_an_import_that_breaks_the_rules(
+    sources: dict[str, str], module: str, line: str, said: str
+) -> None:
     module = f"pyvmm.{module}"
     before = violations(sources)
     [new] = [each for each in violations({**sources, module: f"{sources[module]}\n{line}\n"}) if each not in before]
@@ -230,7 +232,7 @@ def test_law_notices_an_import_that_breaks_it(sources: dict[str, str], module: s
     assert new.endswith(said)
 
 
-def test_law_refuses_imports_without_the_whole_path() -> None:
+def test_imports_without_the_whole_path_are_refused() -> None:
     with pytest.raises(AssertionError, match="line 2: imports name the whole path"):
         list(imports("import os\nfrom . import errors\n", {}))
 
@@ -243,7 +245,7 @@ def test_law_refuses_imports_without_the_whole_path() -> None:
         ("kvm.fd", "import pyvmm.kvm.vm", {"kvm.vm"}),
     ],
 )
-def test_law_notices_a_circle_that_is_new(sources: dict[str, str], module: str, line: str, others: set[str]) -> None:
+def test_circles_finds_a_new_circle(sources: dict[str, str], module: str, line: str, others: set[str]) -> None:
     module, names = f"pyvmm.{module}", {f"pyvmm.{other}" for other in others}
     assert not [circle for circle in circles(sources) if {module, *names} <= circle]
     back = {**sources, module: f"{sources[module]}\n{line}\n"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every claim must be like, and how claims are asked for by name."""
+"""The rules for claims, and how claims are selected by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLAIMS = all_claims()
 IDS = [claim.id for claim in CLAIMS]
 
 
-def test_there_are_claims_in_every_group_and_60_or_more() -> None:
+def test_every_group_has_claims_and_there_are_60_or_more() -> None:
     assert {claim.group for claim in CLAIMS} == set(GROUPS)
     assert len(CLAIMS) >= 60
 
@@ -37,7 +37,7 @@ def test_a_claim_is_one_sentence_with_an_origin(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=IDS)
-def test_a_claim_is_tried_only_where_a_machine_can_be(claim: Claim) -> None:
+def test_a_claim_is_tried_only_where_a_machine_can_be_built(claim: Claim) -> None:
     for place in claim.places:
         assert place.backing in BACKINGS
         if place.protection is Protection.PKVM:
@@ -47,7 +47,7 @@ def test_a_claim_is_tried_only_where_a_machine_can_be(claim: Claim) -> None:
     assert len(set(claim.places)) == len(claim.places)
 
 
-def test_claims_are_found_by_id_by_group_and_without_the_group() -> None:
+def test_claims_are_found_by_id_by_group_and_by_id_without_the_group() -> None:
     whole = CLAIMS[0]
     assert select([whole.id], CLAIMS) == [whole]
     assert select([whole.id.partition("/")[2]], CLAIMS)[0] == whole
@@ -66,14 +66,14 @@ def test_claims_are_found_by_id_by_group_and_without_the_group() -> None:
         ("", "groups are fault-in"),
     ],
 )
-def test_an_unknown_claim_is_refused_and_the_nearest_are_offered(asked: str, offered: str) -> None:
+def test_an_unknown_claim_is_refused_with_the_nearest_names(asked: str, offered: str) -> None:
     with pytest.raises(UsageError, match=f"no claim is called '{asked}'") as caught:
         select([asked], CLAIMS)
     assert offered in (caught.value.hint or "")
 
 
 def test_every_module_of_claims_is_named_after_its_group() -> None:
-    """So that asking for one group imports no other."""
+    """So a request for one group imports no other group."""
     for claim in CLAIMS:
         module = claim.function.__module__.rpartition(".")[2]
         assert module.startswith(claim.group.replace("-", "_"))
@@ -85,28 +85,28 @@ def test_every_module_of_claims_is_named_after_its_group() -> None:
     assert done.stdout.strip() in ("{'huge', 'lazy'}", "{'lazy', 'huge'}")
 
 
-def test_places_can_be_narrowed_down() -> None:
+def test_places_can_be_selected() -> None:
     everything = tasks(CLAIMS)
     assert {task.place.protection for task in tasks(CLAIMS, ["pkvm"])} == {Protection.PKVM}
     assert {task.place.backing for task in tasks(CLAIMS, [], ["private"])} == {"private"}
     assert len(everything) == sum(len(claim.places) for claim in CLAIMS)
 
 
-def test_a_group_that_is_not_one_and_a_claim_tried_nowhere_are_refused() -> None:
+def test_an_unknown_group_and_a_claim_without_places_are_refused() -> None:
     with pytest.raises(ValueError, match="no group"):
         group("nonsense")
     with pytest.raises(ValueError, match="nowhere"):
         group("share")(origin="thread")(lambda _x: None)
 
 
-# -- the list of what is expected
+# -- the expected verdicts
 
 
 TABLES = tomllib.loads(expected.FILE.read_text())
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_everything_expected_is_of_a_claim_and_a_place_that_there_is(name: str) -> None:
+def test_every_expectation_is_for_an_existing_claim_and_place(name: str) -> None:
     kernel, _, mode = name.partition(" ")
     assert set(TABLES[name]) <= set(IDS)
     verdicts = expected.expected({"kernel": f"{kernel}.1", "mode": mode}, CLAIMS)
@@ -119,6 +119,6 @@ def test_the_newest_known_kernel_has_an_expectation_for_every_claim_everywhere()
     assert set(verdicts) == {(c.id, p.protection.value, p.backing) for c in CLAIMS for p in c.places}
 
 
-def test_nothing_is_expected_of_an_unknown_kernel() -> None:
+def test_an_unknown_kernel_has_no_expectations() -> None:
     assert expected.expected({"kernel": "99.1", "mode": "protected"}, CLAIMS) == {}
     assert expected.expected({}, CLAIMS) == {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between two atlases: nothing of a run's own, everything of the kernel's."""
+"""The differences of two atlases: properties of the kernel count, those of a run do not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def said(a: Atlas, b: Atlas, **options: Any) -> list[str]:
 
 @samples.arbitrary
 @given(samples.atlases)
-def test_an_atlas_is_the_same_as_itself(some: Atlas) -> None:
+def test_an_atlas_equals_itself(some: Atlas) -> None:
     again = Atlas.from_json(json.loads(json.dumps(some.to_json())))
     found = compare(some, again)
     assert found.same
@@ -57,7 +57,7 @@ def test_an_atlas_is_the_same_as_itself(some: Atlas) -> None:
 
 @samples.arbitrary
 @given(samples.atlases, samples.atlases, st.data())
-def test_what_differs_is_the_same_from_either_side(a: Atlas, b: Atlas, data: st.DataObject) -> None:
+def test_a_diff_finds_the_same_differences_in_either_direction(a: Atlas, b: Atlas, data: st.DataObject) -> None:
     # Some results are in both, changed or not.
     if a.results:
         shared = data.draw(st.lists(st.sampled_from(a.results), max_size=3, unique_by=lambda each: each.key))
@@ -77,7 +77,7 @@ def test_what_differs_is_the_same_from_either_side(a: Atlas, b: Atlas, data: st.
 
 @samples.arbitrary
 @given(samples.atlases, samples.atlases, st.booleans())
-def test_every_result_is_counted_once_and_everything_can_be_said(a: Atlas, b: Atlas, verbose: bool) -> None:
+def test_a_diff_counts_every_result_once_and_can_print_everything(a: Atlas, b: Atlas, verbose: bool) -> None:
     found = compare(a, b)
     both = len({each.key for each in a.results} & {each.key for each in b.results})
     assert len(found.verdicts) + len(found.evidence) + found.equal == both
@@ -91,23 +91,23 @@ def test_every_result_is_counted_once_and_everything_can_be_said(a: Atlas, b: At
     assert plain["same"] is found.same
 
 
-def test_times_are_not_compared() -> None:
+def test_a_diff_does_not_compare_times() -> None:
     a = samples.realistic()
     b = Atlas(a.host, tuple(replace(one, times={"seconds": 99.0}) for one in a.results), {"date": "another"})
     assert compare(a, b).same
 
 
-def test_what_claims_say_of_themselves_is_not_compared() -> None:
+def test_a_diff_does_not_compare_the_texts_of_claims() -> None:
     assert compare(atlas(result()), atlas(replace(result(), says="Other words.", origin="elsewhere"))).same
 
 
-def test_hosts_may_differ_and_their_claims_be_the_same() -> None:
+def test_hosts_may_differ_though_their_claims_are_the_same() -> None:
     found = compare(atlas(result(), kernel="6.12", cpus=2), atlas(result(), kernel="7.3", cpus=2, page=4096))
     assert found.same
     assert found.host == {"kernel": ("6.12", "7.3"), "page": (None, 4096)}
 
 
-def test_evidence_is_compared_by_what_it_is_called() -> None:
+def test_a_diff_compares_evidence_by_name() -> None:
     a = result(evidence=(Evidence("n", 1, 1), Evidence("page", "0x1"), Evidence("twice", 1), Evidence("twice", 2)))
     b = result(evidence=(Evidence("twice", 1), Evidence("n", 2, 1), Evidence("twice", 3), Evidence("new", True)))
     (change,) = compare(atlas(a), atlas(b)).evidence
@@ -119,12 +119,12 @@ def test_evidence_is_compared_by_what_it_is_called() -> None:
     )
 
 
-def test_true_is_not_one() -> None:
+def test_a_diff_distinguishes_true_from_one() -> None:
     a, b = result(evidence=(Evidence("n", True),)), result(evidence=(Evidence("n", 1),))
     assert not compare(atlas(a), atlas(b)).same
 
 
-def test_reasons_and_page_maps_are_compared_but_not_when_what_happened() -> None:
+def test_a_diff_compares_reasons_and_page_maps_but_not_times_of_events() -> None:
     a = result(reason="a", pictures=(Picture("before", [(0, 1, 1)]),), events=(Event(0, "fault", 0x1000, 1),))
     b = result(reason="b", pictures=(Picture("before", [(0, 1, 2)]),), events=())
     (change,) = compare(atlas(a), atlas(b)).evidence
@@ -134,10 +134,10 @@ def test_reasons_and_page_maps_are_compared_but_not_when_what_happened() -> None
     )
 
 
-# ---- how it is said ----------------------------------------------------------------------------------------------
+# ---- how it is printed -------------------------------------------------------------------------------------------
 
 
-def test_a_verdict_that_differs_is_said_with_its_group_and_place() -> None:
+def test_a_different_verdict_is_printed_with_its_group_and_place() -> None:
     a = atlas(
         result("share/kept"),
         result("fault-in/one", verdict=UNTOLD, reason=NO_PVM),
@@ -155,19 +155,19 @@ def test_a_verdict_that_differs_is_said_with_its_group_and_place() -> None:
     ]
 
 
-def test_the_two_hosts_stand_below_each_other_where_they_do_not_fit_beside() -> None:
+def test_the_two_hosts_are_printed_below_each_other_if_they_do_not_fit_side_by_side() -> None:
     a, b = atlas(kernel="6.12.117-" + "x" * 40), atlas(kernel="7.3.4")
     assert said(a, b)[:2] == ["A: 6.12.117-" + "x" * 40, "B: 7.3.4"] or len(said(a, b)[0]) <= 80
     assert said(a, b, look=Look(40))[:2] == ["A: 6.12.117-" + "x" * 40, "B: 7.3.4"]
 
 
-def test_hosts_are_said_to_differ_beyond_their_names() -> None:
+def test_the_text_says_that_hosts_of_the_same_name_differ() -> None:
     a, b = atlas(kernel="6.12", cpus=2), atlas(kernel="7.3", cpus=4, page=4096)
     assert said(a, b)[1:-1] == ["   cpus: 2 → 4", "   page: nothing → 4096"]
     assert "   kernel: 6.12 → 7.3" in said(a, b, verbose=True)
 
 
-def test_evidence_that_differs_is_said_under_the_verdict() -> None:
+def test_different_evidence_is_printed_under_the_verdict() -> None:
     a = atlas(result(evidence=(Evidence("kB locked", 64, 64), Evidence("same", 1))))
     b = atlas(result(evidence=(Evidence("kB locked", 128, 128), Evidence("same", 1))))
     assert said(a, b)[1:] == [
@@ -178,7 +178,7 @@ def test_evidence_that_differs_is_said_under_the_verdict() -> None:
     ]
 
 
-def test_a_claim_is_named_once_for_all_its_places() -> None:
+def test_a_claim_is_printed_once_for_all_its_places() -> None:
     a = atlas(result(verdict=FAILS), result(backing="thp", verdict=FAILS))
     b = atlas(result(), result(backing="thp"))
     assert said(a, b)[1:-1] == [
@@ -188,7 +188,7 @@ def test_a_claim_is_named_once_for_all_its_places() -> None:
     ]
 
 
-def test_groups_and_claims_are_in_the_order_of_the_runs() -> None:
+def test_groups_and_claims_are_printed_in_the_order_of_the_runs() -> None:
     a = atlas(*(result(f"{each}/x", verdict=FAILS) for each in ("share", "lazy", "huge")))
     b = atlas(*(result(f"{each}/x") for each in ("huge", "fatal", "share", "lazy")))
     assert [line for line in said(a, b) if line in samples.SAYS] == ["share", "lazy", "huge", "fatal"]
@@ -198,7 +198,7 @@ def many(number: int, verdict: Verdict, reason: str = "") -> list[Result]:
     return [result(f"share/c{each}", verdict=verdict, reason=reason) for each in range(number)]
 
 
-def test_many_that_differ_for_the_same_reason_are_one_line() -> None:
+def test_many_differences_with_the_same_reason_are_one_line() -> None:
     a, b = atlas(*many(9, UNTOLD, NO_PVM), result("share/z")), atlas(*many(9, HOLDS), result("share/z", verdict=FAILS))
     assert said(a, b)[1:] == [
         "9 claims in pkvm: cannot be told → holds",
@@ -209,24 +209,24 @@ def test_many_that_differ_for_the_same_reason_are_one_line() -> None:
     ]
 
 
-def test_verbose_folds_nothing() -> None:
+def test_verbose_prints_every_difference() -> None:
     a, b = atlas(*many(9, UNTOLD, NO_PVM)), atlas(*many(9, HOLDS))
     lines = said(a, b, verbose=True)
     assert sum("cannot be told → holds" in line for line in lines) == 9
     assert sum(NO_PVM in line for line in lines) == 9
 
 
-def test_few_that_differ_for_the_same_reason_are_listed_and_the_reason_said_once() -> None:
+def test_few_differences_with_the_same_reason_are_listed_with_the_reason_once() -> None:
     lines = said(atlas(*many(3, UNTOLD, NO_PVM)), atlas(*many(3, HOLDS)))
     assert sum("cannot be told → holds" in line for line in lines) == 3
     assert sum(NO_PVM in line for line in lines) == 1
 
 
-def test_many_that_differ_without_a_reason_are_listed() -> None:
+def test_many_differences_without_a_reason_are_listed() -> None:
     assert sum("holds → does not hold" in line for line in said(atlas(*many(9, HOLDS)), atlas(*many(9, FAILS)))) == 9
 
 
-def test_many_whose_reason_changed_under_the_same_verdict_are_one_line() -> None:
+def test_many_changed_reasons_under_the_same_verdict_are_one_line() -> None:
     assert said(atlas(*many(9, UNTOLD, "old reason")), atlas(*many(9, UNTOLD, "new reason")))[1:] == [
         "9 claims in pkvm: cannot be told",
         "         A: old reason",
@@ -235,7 +235,7 @@ def test_many_whose_reason_changed_under_the_same_verdict_are_one_line() -> None
     ]
 
 
-def test_claims_that_only_one_has_are_said_and_many_of_a_kind_folded() -> None:
+def test_claims_of_only_one_atlas_are_printed_and_many_of_a_kind_are_folded() -> None:
     a = atlas(result("share/kept"), result("share/old"))
     b = atlas(result("share/kept"), *many(2, HOLDS), *(result(f"huge/c{each}", backing="thp") for each in range(5)))
     assert said(a, b)[1:] == [
@@ -248,19 +248,19 @@ def test_claims_that_only_one_has_are_said_and_many_of_a_kind_folded() -> None:
     ]
 
 
-def test_page_maps_and_events_are_only_said_to_differ_unless_verbose() -> None:
+def test_page_maps_and_events_are_printed_only_if_verbose() -> None:
     a = atlas(result(evidence=(Evidence("n", 1),), pictures=(Picture("before", [(0, 1, 1)]),)))
     b = atlas(result(evidence=(Evidence("n", 1),), pictures=(Picture("before", [(0, 1, 2)]),)))
     assert said(a, b)[3] == "         differing: 1 page map"
     assert "         page map: before: 1 pages at 0x0: 0x1 → 1 pages at 0x0: 0x2" in said(a, b, verbose=True)
 
 
-def test_long_values_are_said_from_where_they_differ() -> None:
+def test_long_values_are_printed_from_where_they_differ() -> None:
     a, b = (result(evidence=(Evidence("n", "w " * 60 + each),)) for each in "ab")
     assert said(atlas(a), atlas(b))[3] == "         n: …a → …b"
 
 
-def test_two_kernels_differ_in_what_protection_makes_of_it() -> None:
+def test_two_kernels_differ_in_the_results_that_depend_on_protection() -> None:
     a, b = samples.realistic(protected=False, kernel="6.12.117"), samples.realistic(kernel="7.3.4")
     lines = said(a, b)
     assert lines[0] == "A: 6.12.117 nvhe (qemu tcg)    B: 7.3.4 protected (qemu tcg)"
@@ -271,7 +271,7 @@ def test_two_kernels_differ_in_what_protection_makes_of_it() -> None:
 # ---- for machines ------------------------------------------------------------------------------------------------
 
 
-def test_plain_values_have_all_of_it() -> None:
+def test_plain_values_have_the_whole_diff() -> None:
     one, other = (result("share/e", evidence=(Evidence("n", each),)) for each in (1, 2))
     a = atlas(result(verdict=UNTOLD, reason=NO_PVM), result("share/old"), one, kernel="6")
     b = atlas(result(), result("share/new", "none"), other, kernel="7")

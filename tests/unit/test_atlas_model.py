@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An atlas's JSON form: what an older pyvmm wrote is read, what is no atlas is refused with a sentence."""
+"""An atlas as JSON: files of an older pyvmm can be read, and other files are refused with a clear error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyvmm.errors import UsageError
 from tests.unit import atlas_samples as samples
 
 
-def test_format_1_is_read_with_the_name_that_the_labs_clock_has_now() -> None:
+def test_reading_format_1_gives_the_labs_clock_its_present_name() -> None:
     now = samples.realistic()
     data = now.to_json()
     assert (data["atlas"], now.host["tcg"]) == (2, True)
@@ -32,6 +32,6 @@ def test_format_1_is_read_with_the_name_that_the_labs_clock_has_now() -> None:
         ({"atlas": 1, "claims": [], "host": 3}, "a.json is not a whole atlas: AttributeError"),
     ],
 )
-def test_what_is_no_atlas_is_refused_with_its_name(data: Any, why: str) -> None:
+def test_a_file_that_is_not_an_atlas_is_refused_with_its_name(data: Any, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         Atlas.from_json(data, "a.json")

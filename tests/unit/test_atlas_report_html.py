@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML report: one harmless file, with everything in it, in order."""
+"""The HTML report: one safe file with the whole atlas, in order."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ OURS = {
 
 
 class Page(HTMLParser):
-    """Parses a page, and fails where it is not well formed or holds what no report does."""
+    """Parses a page, and fails if it is not well formed or has content that no report has."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.ids: list[str] = []
         self.links: list[str] = []
-        self.scripts: list[list[Any]] = []  # attributes and text of each
+        self.scripts: list[list[Any]] = []  # the attributes and text of each element
         self.words: list[str] = []
         self.classes: list[tuple[str, Any, Any]] = []
         self.feed(source)
@@ -101,7 +101,7 @@ def page(*results: Result, host: Mapping[str, bool | int | str] | None = None, *
 
 @samples.arbitrary
 @given(samples.atlases)
-def test_whatever_is_in_an_atlas_the_page_is_sound_and_the_data_in_it_are_the_atlas(some: Atlas) -> None:
+def test_the_page_of_any_atlas_is_well_formed_and_its_data_are_the_atlas(some: Atlas) -> None:
     source = html.render(some)
     assert source.isascii()
     parsed = Page(source)
@@ -114,7 +114,7 @@ def test_whatever_is_in_an_atlas_the_page_is_sound_and_the_data_in_it_are_the_at
     assert script == style.SCRIPT
 
 
-def test_nasty_texts_are_shown_as_they_are() -> None:
+def test_hostile_texts_are_shown_literally() -> None:
     parsed = Page(html.render(samples.nasty()))
     assert len(parsed.scripts) == 2
     assert Atlas.from_json(json.loads(parsed.scripts[0][1])) == samples.nasty()
@@ -125,7 +125,7 @@ def test_nasty_texts_are_shown_as_they_are() -> None:
     assert "\\u202egnp.exe" in parsed.text
 
 
-def test_only_the_pages_own_script_may_run() -> None:
+def test_the_page_allows_only_its_own_script() -> None:
     source = html.render(REALISTIC)
     digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
     [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)
@@ -134,7 +134,7 @@ def test_only_the_pages_own_script_may_run() -> None:
     assert f"<script>{style.SCRIPT}</script>" in source
 
 
-def test_nothing_is_loaded_from_elsewhere() -> None:
+def test_the_page_loads_nothing_from_elsewhere() -> None:
     source = html.render(REALISTIC)
     assert re.findall(r"\bsrc=|@import|url\((?!#)|<iframe|<object|<embed|<img", source) == []
 
@@ -149,7 +149,7 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
         ("arch/arm64/kvm/mmu.c:1908, f()", "<code>arch/arm64/kvm/mmu.c:1908</code>, f()"),
     ],
 )
-def test_links_are_made_of_web_addresses_and_nothing_else(said: str, wanted: str | None) -> None:
+def test_only_web_addresses_become_links(said: str, wanted: str | None) -> None:
     made = escaped_prose(said)
     url = re.search(r'href="([^"]*)"', made)
     if wanted is None:
@@ -176,7 +176,7 @@ def test_the_head_names_the_host() -> None:
         assert fact in text
 
 
-def test_only_a_host_that_tcg_runs_has_the_stripe() -> None:
+def test_only_a_host_under_tcg_has_the_warning_stripe() -> None:
     assert "relative only" not in page(result(), host={"kernel": "7.3", "tcg": False}).text
     assert "relative only" not in page(result()).text
 
@@ -199,7 +199,7 @@ def test_every_verdict_links_to_its_result() -> None:
     assert {f"#{one.id}/{one.protection}/{one.backing}" for one in REALISTIC.results} <= set(parsed.links)
 
 
-def test_anchors_of_names_that_look_alike_differ() -> None:
+def test_similar_names_have_different_anchors() -> None:
     parsed = page(result("share/a b"), result("share/a-b"), result("share/a?b"), replace(result("a-b"), group="share"))
     assert {"share/a-b", "share/a-b-2", "share/a-b-3", "share/a-b-4"} <= set(parsed.ids)
 
@@ -220,16 +220,16 @@ def test_reasons_are_gathered_above_the_claims() -> None:
     assert "9\u00d7 no pKVMpkvm/memfd: share/c0, share/c1, share/c2 and 6 more" in text.replace("\n", "")
 
 
-def test_a_long_reason_is_told_whole() -> None:
+def test_a_long_reason_is_shown_whole() -> None:
     assert "x " * 300 + "end" in page(result(verdict=Verdict.CRASHED, reason="x " * 300 + "end")).text
 
 
-def test_few_results_unfold_with_their_claim_and_many_do_not() -> None:
+def test_few_results_unfold_with_their_claim_and_many_stay_folded() -> None:
     assert html.render(Atlas({}, (result(), result(backing="thp")))).count(" open>") == 2
     assert html.render(Atlas({}, tuple(result(backing=each) for each in "abc"))).count(" open>") == 0
 
 
-def test_what_was_not_expected_is_marked() -> None:
+def test_unexpected_results_are_marked() -> None:
     source = html.render(Atlas({}, (result(),)), {result().key: Verdict.FAILS})
     assert "holds, expected: does not hold" in source
     assert "(expected: does not hold)" in source
@@ -240,23 +240,23 @@ def test_headings_say_what_groups_are_about() -> None:
     assert Page(html.render(REALISTIC, headings=samples.HEADINGS)).text.count("What conversions do to contents") == 2
 
 
-def test_the_same_page_maps_are_drawn_once() -> None:
+def test_equal_page_maps_are_drawn_once() -> None:
     maps = (Picture("before", [(0x8000_0000, 16, 1)]), Picture("after", [(0x8000_0000, 16, 2)]))
     source = html.render(Atlas({}, (result(pictures=maps), result(backing="thp", pictures=maps))))
     assert source.count("<figure>") == 1
     assert 'the same as those of <a href="#share/kept/pkvm/memfd">share/kept pkvm/memfd</a>' in source
 
 
-def test_page_maps_that_no_memory_can_have_are_not_drawn() -> None:
+def test_impossible_page_maps_are_not_drawn() -> None:
     text = page(result(pictures=(Picture("odd", [(0x8000_0001, 1, 1)]),))).text
     assert "The page maps cannot be drawn: " in text
 
 
-def test_a_few_hundred_results_with_pictures_stay_small() -> None:
+def test_a_page_of_a_few_hundred_results_with_pictures_stays_small() -> None:
     assert len(REALISTIC.results) > 250
     assert all(one.pictures for one in REALISTIC.results if one.verdict in (Verdict.HOLDS, Verdict.FAILS))
     assert len(html.render(REALISTIC)) < 3_000_000
 
 
-def test_an_empty_atlas_is_no_trouble() -> None:
+def test_an_empty_atlas_gives_a_page() -> None:
     assert "all 0 results" in page().text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JUnit's XML of an atlas: what passes, what does not, and that nothing breaks it."""
+"""An atlas as JUnit XML: what passes, what fails, and that any atlas gives valid XML."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def result(verdict: Verdict = HOLDS, reason: str = "", **more: Any) -> Result:
         (CRASHED, UNTOLD, "error"),
     ],
 )
-def test_what_a_verdict_is_to_a_machine_that_counts_tests(
+def test_each_verdict_is_a_pass_a_failure_an_error_or_a_skip(
     verdict: Verdict, expected: Verdict | None, wanted: str
 ) -> None:
     one = result(verdict)
     assert junit.outcome(one, {} if expected is None else {one.key: expected}) == wanted
 
 
-def test_a_case_says_where_what_and_why() -> None:
+def test_a_case_has_place_verdict_and_reason() -> None:
     evidence = (Evidence("a load faults", True, True), Evidence("kB locked", 8, 16), Evidence("page", "0x8100_0000"))
     one = result(FAILS, "for\nthis", evidence=evidence, times={"seconds": 1.25})
     root = ET.fromstring(junit.render(Atlas({"kernel": "7.3", "tcg": True}, (one,)), {one.key: HOLDS}))
@@ -104,19 +104,19 @@ def test_the_counts_are_those_of_the_cases(expected: dict[tuple[str, str, str], 
 
 @samples.arbitrary
 @given(samples.atlases)
-def test_whatever_is_in_an_atlas_the_document_can_be_parsed(some: Atlas) -> None:
+def test_the_document_of_any_atlas_can_be_parsed(some: Atlas) -> None:
     said = junit.render(some)
     assert said.isascii()
     root = ET.fromstring(said)
     assert len(list(root.iter("testcase"))) == len(some.results)
 
 
-def test_nasty_texts_are_told_as_they_are() -> None:
+def test_hostile_texts_are_written_literally() -> None:
     told = [each.text or "" for each in ET.fromstring(junit.render(samples.nasty())).iter("system-out")]
     for text, said in zip(samples.NASTY, told, strict=True):
         assert said.startswith(" ".join(text.split()) if text.isprintable() else "")
     assert any("\\x00\\x01\\ufffe" in said for said in told)
 
 
-def test_an_empty_atlas_is_no_trouble() -> None:
+def test_an_empty_atlas_gives_a_document() -> None:
     assert ET.fromstring(junit.render(Atlas({}, ()))).get("tests") == "0"

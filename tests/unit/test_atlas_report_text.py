@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An atlas on the terminal: what is legible there, in order, and harmless."""
+"""An atlas on the terminal: legible, in order, and safe."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def bare(colourful: str) -> str:
 
 @samples.arbitrary
 @given(samples.texts)
-def test_cleaned_text_has_nothing_that_acts(said: str) -> None:
+def test_cleaned_text_has_no_control_characters(said: str) -> None:
     cleaned = words.clean(said)
     cleaned.encode()
     assert all(each.isprintable() or each in "\n\t" or each.isspace() for each in cleaned)
     assert words.clean(cleaned) == cleaned
 
 
-def test_cleaning_writes_out_what_it_takes_away() -> None:
+def test_cleaning_escapes_what_it_removes() -> None:
     assert words.clean("a\x1b[31mb\u202ec\x00\r\n\td\ud800é") == "a\\x1b[31mb\\u202ec\\x00\\r\n\td\\ud800é"
 
 
 @samples.arbitrary
 @given(samples.results, st.integers(40, 200))
-def test_nothing_in_a_result_acts_on_the_terminal(one: Result, width: int) -> None:
+def test_no_text_in_a_result_controls_the_terminal(one: Result, width: int) -> None:
     for said in (text.line(one, Look(width)), text.details(one, Look(width)), text.table(atlas(one), Look(width))):
         assert all(each.isprintable() or each == "\n" or each.isspace() for each in said)
         said.encode()
@@ -78,7 +78,7 @@ def test_a_terminal_without_utf8_gets_ascii(some: Atlas) -> None:
 
 @samples.arbitrary
 @given(samples.atlases)
-def test_colours_add_nothing_but_colours(some: Atlas) -> None:
+def test_colours_change_only_the_colours(some: Atlas) -> None:
     colourful = Look(colours=True)
     assert bare(text.table(some, colourful)) == text.table(some)
     for one in some.results:
@@ -96,7 +96,7 @@ def test_a_line_has_mark_claim_place_verdict_and_reason() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
-def test_lines_fit_and_keep_the_verdict(width: int) -> None:
+def test_lines_fit_the_terminal_and_keep_the_verdict(width: int) -> None:
     for one in REALISTIC.results:
         said = text.line(one, Look(width))
         assert len(said) <= width
@@ -141,7 +141,7 @@ def test_the_table_puts_each_verdict_under_its_place() -> None:
     ]
 
 
-def test_where_names_do_not_fit_each_backing_has_a_letter_of_its_own() -> None:
+def test_each_backing_has_a_distinct_letter_if_names_do_not_fit() -> None:
     said = text.table(REALISTIC)
     assert "m memfd   t thp   h hugetlb   g guest_memfd   p private" in said
     assert "m memfd" not in text.table(REALISTIC, Look(160))
@@ -159,12 +159,12 @@ def test_groups_have_their_headings() -> None:
     assert "share  What a share and an unshare do" in text.table(REALISTIC, headings=samples.HEADINGS)
 
 
-def test_the_legend_counts() -> None:
+def test_the_legend_counts_the_verdicts() -> None:
     found = atlas(result(), result("share/b", verdict=Verdict.FAILS), result("share/c"))
     assert text.legend(found) == "✓ 2 hold   ✗ 1 does not hold   ? 0 cannot be told   ! 0 crashed"
 
 
-def test_a_reason_is_told_once_with_how_often_it_was_given() -> None:
+def test_a_reason_is_printed_once_with_its_count() -> None:
     many = [result(f"share/c{number}", verdict=Verdict.UNTOLD, reason="no pKVM") for number in range(9)]
     lines = text.table(atlas(*many, result("share/x", verdict=Verdict.UNTOLD, reason="other"))).splitlines()
     assert lines[-5:] == [
@@ -176,14 +176,14 @@ def test_a_reason_is_told_once_with_how_often_it_was_given() -> None:
     ]
 
 
-def test_claims_that_differ_in_their_places_are_named_with_them() -> None:
+def test_claims_with_different_reasons_by_place_are_printed_with_the_places() -> None:
     some = [result("share/a"), result("share/a", "none"), result("share/b")]
     assert wording.some(some) == "share/a (pkvm/memfd, none/memfd), share/b (pkvm/memfd)"
 
 
 @samples.arbitrary
 @given(EXPECTED)
-def test_what_is_not_as_expected_is_marked_and_listed(expected: dict[tuple[str, str, str], Verdict]) -> None:
+def test_unexpected_results_are_marked_and_listed(expected: dict[tuple[str, str, str], Verdict]) -> None:
     said = text.table(REALISTIC, Look(120), expected)
     wrong = [one for one in REALISTIC.results if one.key in expected and expected[one.key] is not one.verdict]
     table, _, rest = said.partition("\n\n")
@@ -192,14 +192,14 @@ def test_what_is_not_as_expected_is_marked_and_listed(expected: dict[tuple[str, 
     assert ("each is as expected" in rest) == (bool(expected) and not wrong)
 
 
-def test_an_empty_atlas_is_no_trouble() -> None:
+def test_an_empty_atlas_gives_a_table() -> None:
     assert "0 hold" in text.table(atlas())
 
 
 # ---- everything of one result ------------------------------------------------------------------------------------
 
 
-def test_details_tell_everything() -> None:
+def test_details_have_everything_of_a_result() -> None:
     evidence = (Evidence("the page", "0x8100_0000"), Evidence("it faults", True, True), Evidence("kB locked", 8, 16))
     times = {"seconds": 0.25, "ticks": {"touch": 1234}}
     one = result(verdict=Verdict.FAILS, reason="why\nnot", evidence=evidence, times=times)
@@ -235,17 +235,17 @@ class Terminal(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize(("encoding", "ascii"), [("utf-8", False), ("UTF8", False), ("latin-1", True), ("ascii", True)])
-def test_only_a_utf8_stream_gets_more_than_ascii(encoding: str, ascii: bool) -> None:
+def test_only_a_utf8_stream_gets_characters_beyond_ascii(encoding: str, ascii: bool) -> None:
     assert Look.of(io.TextIOWrapper(io.BytesIO(), encoding)).ascii is ascii
 
 
-def test_a_terminal_gets_colours_and_its_own_width_and_a_file_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_has_colours_and_the_terminals_width_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "93")
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert Look.of(Terminal(io.BytesIO(), "utf-8")) == Look(93, True, False)
     assert Look.of(io.TextIOWrapper(io.BytesIO(), "utf-8")) == Look(100, False, False)
 
 
-def test_whoever_wants_no_colours_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_can_switch_colours_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert not Look.of(Terminal(io.BytesIO(), "utf-8")).colours

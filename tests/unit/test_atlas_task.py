@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experiments in child processes: whatever they do, their verdict says so and nothing is left."""
+"""Experiments in child processes: the verdict reports whatever they do, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEADLINE = 20.0
 
 
 class NoGuest:
-    """What an experiment needs of Experiment, without a guest: these tests are about processes."""
+    """An Experiment without a guest: these tests are about processes."""
 
     def __init__(self, *_place: object, **_options: object) -> None:
         self.evidence: list[Evidence] = []
@@ -82,7 +82,7 @@ def run(function: Callable[..., Any], deadline: float = DEADLINE) -> Result:
         result = runner.run_one(task(function), deadline)
     assert set(os.listdir("/proc/self/fd")) == before
     (child,) = children
-    with pytest.raises(ChildProcessError):  # it is reaped
+    with pytest.raises(ChildProcessError):  # the child is reaped
         os.waitpid(child, os.WNOHANG)
     return result
 
@@ -94,11 +94,11 @@ def test_checks_decide_the_verdict() -> None:
     assert failed.evidence == (Evidence("a", 1, 1), Evidence("b", 2, 3))
 
 
-def test_an_experiment_that_checks_nothing_tells_nothing() -> None:
+def test_an_experiment_without_checks_has_no_verdict() -> None:
     assert run(lambda _x: None).verdict is Verdict.UNTOLD
 
 
-def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before() -> None:
+def test_an_inconclusive_experiment_keeps_its_reason_and_earlier_evidence() -> None:
     def experiment(x: Experiment) -> None:
         x.check("first", 1, 1)
         raise Untold("no huge pages here")
@@ -108,7 +108,7 @@ def test_what_cannot_be_told_keeps_its_reason_and_what_was_seen_before() -> None
     assert result.evidence == (Evidence("first", 1, 1),)
 
 
-def test_what_the_host_refuses_is_not_told_with_its_words() -> None:
+def test_an_experiment_that_the_host_refuses_is_inconclusive_with_the_hosts_error() -> None:
     def experiment(_x: Experiment) -> None:
         raise HostError("KVM_CREATE_VM(type=0x80000000): EINVAL: this host is not pKVM")
 
@@ -117,7 +117,7 @@ def test_what_the_host_refuses_is_not_told_with_its_words() -> None:
     assert "EINVAL: this host is not pKVM" in result.reason
 
 
-def test_a_mistake_in_an_experiment_is_a_crash_that_names_the_line() -> None:
+def test_a_bug_in_an_experiment_is_a_crash_that_names_the_line() -> None:
     result = run(lambda _x: 1 // 0)
     assert result.verdict is Verdict.CRASHED
     assert "ZeroDivisionError" in result.reason
@@ -125,13 +125,13 @@ def test_a_mistake_in_an_experiment_is_a_crash_that_names_the_line() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL])
-def test_a_process_that_dies_has_that_for_its_verdict(number: signal.Signals) -> None:
+def test_an_experiment_that_kills_its_process_is_reported_as_crashed(number: signal.Signals) -> None:
     result = run(lambda _x: os.kill(os.getpid(), number))
     assert result.verdict is Verdict.CRASHED
     assert f"killed by {number.name}" in result.reason
 
 
-def test_last_words_are_kept() -> None:
+def test_the_last_output_of_a_crashed_experiment_is_kept() -> None:
     def experiment(_x: Experiment) -> None:
         os.write(2, b"something terrible\n")
         os._exit(7)
@@ -141,7 +141,7 @@ def test_last_words_are_kept() -> None:
     assert result.reason == "the process exited with status 7; it said: something terrible"
 
 
-def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path: Path) -> None:
+def test_an_experiment_past_its_deadline_is_killed_with_its_children(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
 
     def experiment(_x: Experiment) -> None:
@@ -156,7 +156,7 @@ def test_one_past_its_deadline_is_killed_with_all_it_started(tmp_path: Path) -> 
         assert _gone(int(pid))
 
 
-def test_what_a_successful_one_leaves_running_is_killed_too(tmp_path: Path) -> None:
+def test_processes_that_a_successful_experiment_leaves_are_killed(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
 
     def experiment(x: Experiment) -> None:
@@ -168,7 +168,7 @@ def test_what_a_successful_one_leaves_running_is_killed_too(tmp_path: Path) -> N
 
 
 def _gone(pid: int) -> bool:
-    """Whether a process is gone, or dead and only waits for whoever adopted it."""
+    """Return whether a process is gone, or is a zombie that its new parent will reap."""
     for _ in range(100):
         stat = Path(f"/proc/{pid}/stat")
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -178,8 +178,8 @@ def _gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("ending", ["result", "crash"])
-def test_a_result_does_not_wait_for_what_the_process_left_behind(ending: str) -> None:
-    """A forked process holds the pipe open: what counts is the experiment's own end."""
+def test_a_result_does_not_wait_for_processes_left_behind(ending: str) -> None:
+    """A forked process holds the pipe open. The experiment ends with its own process."""
 
     def experiment(x: Experiment) -> None:
         if os.fork() == 0:
@@ -195,7 +195,7 @@ def test_a_result_does_not_wait_for_what_the_process_left_behind(ending: str) ->
     assert time.monotonic() - begun < DEADLINE
 
 
-def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after() -> None:
+def test_a_contradiction_stays_one_whatever_happens_later() -> None:
     def experiment(x: Experiment) -> None:
         x.check("the host reads a private page", True, False)
         raise GuestSilent("OP_READ was not answered within 10 s")
@@ -207,14 +207,14 @@ def test_a_contradiction_that_was_seen_stays_one_whatever_comes_after() -> None:
     )
 
 
-def test_what_the_system_refuses_an_experiment_is_not_told() -> None:
+def test_an_experiment_that_the_system_refuses_is_inconclusive() -> None:
     def experiment(_x: Experiment) -> None:
         open("/nonexistent/file").close()
 
     assert run(experiment).verdict is Verdict.UNTOLD
 
 
-def test_an_interrupt_puts_settings_back_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupt_restores_settings_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setting = tmp_path / "enabled"
     setting.write_text("never")
     monkeypatch.setattr(settings, "KNOWN", (str(setting),))
@@ -229,7 +229,7 @@ def test_an_interrupt_puts_settings_back_too(monkeypatch: pytest.MonkeyPatch, tm
     assert setting.read_text() == "never"
 
 
-def test_neighbours_of_a_crash_run_on() -> None:
+def test_experiments_beside_a_crash_run_on() -> None:
     def die(_x: Experiment) -> None:
         os.abort()
 
@@ -237,7 +237,9 @@ def test_neighbours_of_a_crash_run_on() -> None:
     assert [result.verdict for result in runner.run(todo)] == [Verdict.HOLDS, Verdict.CRASHED, Verdict.HOLDS]
 
 
-def test_what_one_has_to_import_the_next_finds_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_next_experiment_finds_modules_imported_by_the_last_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "somebodys.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
@@ -251,7 +253,7 @@ def test_what_one_has_to_import_the_next_finds_imported(monkeypatch: pytest.Monk
     assert seen == [[False, False], [True, False]], "others' modules may do anything when they are imported"
 
 
-def test_settings_that_a_killed_one_leaves_changed_are_put_back(
+def test_settings_that_a_killed_experiment_changed_are_restored(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     setting, other = tmp_path / "enabled", tmp_path / "none"
@@ -269,7 +271,7 @@ def test_settings_that_a_killed_one_leaves_changed_are_put_back(
         settings.write("/proc/sys/kernel/panic", "1")
 
 
-def test_a_long_result_comes_through_whole() -> None:
+def test_a_long_result_arrives_whole() -> None:
     def experiment(x: Experiment) -> None:
         for number in range(20000):
             x.check(f"check {number}", number, number)

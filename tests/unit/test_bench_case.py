@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases know their points: a star around the base unless axes are chosen, and nothing that makes no sense."""
+"""Cases choose their points: a star around the base unless axes are given, and only points that make sense."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def point(protection: str = "none", state: str = "cold", cpus: int = 1) -> Point
     return {"protection": protection, "state": state, "cpus": cpus}
 
 
-def test_a_star_is_every_value_of_every_axis_one_at_a_time_in_every_protection() -> None:
+def test_a_star_varies_one_axis_at_a_time_in_every_protection() -> None:
     found = CASE.points()
     assert len(found) == 6
     for each in (
@@ -43,7 +43,7 @@ def test_a_star_is_every_value_of_every_axis_one_at_a_time_in_every_protection()
     assert replace(CASE, axes={"size": (1, 2)}, nonsense=lambda _: "", extra=()).points() == [{"size": 1}, {"size": 2}]
 
 
-def test_chosen_values_are_combined_and_what_makes_no_sense_is_left_out() -> None:
+def test_chosen_values_are_combined_except_invalid_combinations() -> None:
     found = CASE.cross({"protection": ["pkvm", "none"], "cpus": ["1", "2"]})
     assert found == [point("pkvm"), point(), point(cpus=2)]
     with pytest.raises(UsageError, match="nothing of fault to measure: pkvm has no pairs"):
@@ -51,7 +51,7 @@ def test_chosen_values_are_combined_and_what_makes_no_sense_is_left_out() -> Non
 
 
 @pytest.mark.parametrize("typed", ["4", 4])
-def test_a_number_may_be_another_than_those_known(typed: int | str) -> None:
+def test_a_number_axis_takes_values_beyond_the_listed_ones(typed: int | str) -> None:
     assert CASE.check({"cpus": typed}) == point(cpus=4)
 
 
@@ -65,7 +65,7 @@ def test_a_number_may_be_another_than_those_known(typed: int | str) -> None:
         *(("cpus", bad, f"cpus of fault is a number above 0, not {bad!r}", None) for bad in ("", "0", -1, "two", 1.5)),
     ],
 )
-def test_what_is_not_known_is_refused_with_the_nearest(
+def test_unknown_names_are_refused_with_the_nearest(
     axis: str, value: float | str | None, words: str, hint: str | None
 ) -> None:
     with pytest.raises(UsageError, match=words) as caught:
@@ -83,7 +83,7 @@ def test_cases_are_found_by_name_in_the_order_asked_for_and_once() -> None:
 
 
 @pytest.mark.parametrize("case", all_cases().values(), ids=lambda case: case.name)
-def test_every_case_tells_its_points_and_only_such_as_make_sense(case: Case) -> None:
+def test_every_case_gives_only_points_that_make_sense(case: Case) -> None:
     points, quick = case.points(), case.points(quick=True)
     assert points
     assert bool(quick) == (case.quick is not None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run from its plan to its lines: what is measured in which order, and that nothing of it is lost."""
+"""A run from its plan to its lines: what is measured in which order, and that no result is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def huge_is_cold(point: model.Point) -> str:
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cases, and an environment, that are quick to measure; the second always refuses."""
+    """Register two cases and an environment that are quick to measure. The second case always refuses."""
     axes = {"protection": ("none", "pkvm"), "state": STATES, "backing": ("memfd", "thp")}
     some = [
         Case(
@@ -51,13 +51,13 @@ def counted(plan: Plan) -> Counter[str]:
     return Counter(step.case.name for step in plan.steps())
 
 
-def test_all_is_every_cases_star_and_quick_is_less() -> None:
+def test_all_is_the_star_of_every_case_and_quick_is_less() -> None:
     assert counted(Plan()) == {"fault": 8, "exit": 2}
     assert counted(Plan(quick=True)) == {"fault": 6, "exit": 1}
     assert counted(Plan(("exit",))) == {"exit": 2}
 
 
-def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named() -> None:
+def test_chosen_axes_are_combined_for_named_cases_and_narrow_the_other_cases() -> None:
     axes = {"state": ["mapped", "cold"], "protection": ["none"]}
     named = Plan(("fault", "exit"), axes).steps()
     assert [(step.case.name, step.point.get("state")) for step in named] == [
@@ -65,7 +65,7 @@ def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named()
         ("fault", "cold"),
         ("exit", None),
     ]
-    assert counted(Plan(axes=axes)) == {"fault": 3, "exit": 2}  # the star has thp where it is cold
+    assert counted(Plan(axes=axes)) == {"fault": 3, "exit": 2}  # the star has thp only with cold pages
     assert counted(Plan(axes={"cpus": ["2"]})) == {"fault": 8, "exit": 1}
 
 
@@ -83,13 +83,15 @@ def test_axes_chosen_are_combined_for_cases_named_and_narrow_what_nobody_named()
         (Plan(("fault",), {"state": ["cold"]}, versus=("state", "cold")), "every point has state=cold already", None),
     ],
 )
-def test_what_cannot_be_measured_is_refused_with_the_nearest(plan: Plan, words: str, hint: str | None) -> None:
+def test_requests_that_cannot_be_measured_are_refused_with_the_nearest_name(
+    plan: Plan, words: str, hint: str | None
+) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         plan.steps()
     assert hint is None or hint in (caught.value.hint or "")
 
 
-def test_two_sides_take_turns_and_who_begins_changes() -> None:
+def test_two_sides_take_turns_and_alternate_in_who_begins() -> None:
     steps = Plan(("fault",), {"protection": ["pkvm"]}, versus=("state", "mapped"), turns=3).steps()
     assert [(step.turn, step.side, step.point["state"]) for step in steps] == [
         (0, "A", "cold"),
@@ -101,14 +103,14 @@ def test_two_sides_take_turns_and_who_begins_changes() -> None:
     ]
 
 
-def test_points_whose_other_side_makes_no_sense_are_left_out() -> None:
+def test_points_whose_other_side_is_invalid_are_left_out() -> None:
     plan = Plan(versus=("state", "mapped"), turns=1)
     assert counted(plan) == {"fault": 8}
     assert all(step.point["backing"] == "memfd" for step in plan.steps())
     assert counted(Plan(versus=("protection", "pkvm"), turns=1)) == {"fault": 8}
 
 
-def test_every_line_is_said_as_it_comes_and_they_are_a_whole_run() -> None:
+def test_every_line_is_passed_on_as_it_comes_and_together_they_are_a_run() -> None:
     said: list[str] = []
     measure(Plan(axes={"protection": ["none"]}), said.append, peers=lambda: [samples.series([1.0], case="peer")])
     assert all(line.endswith("\n") for line in said)
@@ -125,7 +127,7 @@ def collector(file: io.TextIOWrapper | None = None) -> tuple[Collector, list[Any
     return Collector(file, "a.jsonl", lambda *told: progress.append(told)), progress
 
 
-def test_a_collector_counts_points_and_keeps_what_it_took(tmp_path: Path) -> None:
+def test_a_collector_counts_points_and_keeps_its_results(tmp_path: Path) -> None:
     with open(tmp_path / "a.jsonl", "w") as file:
         taker, progress = collector(file)
         assert taker.run() is None
@@ -134,7 +136,7 @@ def test_a_collector_counts_points_and_keeps_what_it_took(tmp_path: Path) -> Non
         def take(line: str) -> None:
             taker.take(line)
             said.append(line)
-            # What has come is in the file, and is a run, whatever happens next.
+            # The file has all results so far, and is a valid run whatever happens next.
             assert (tmp_path / "a.jsonl").read_text() == "".join(said)
 
         measure(Plan(("exit",)), take)
@@ -143,7 +145,7 @@ def test_a_collector_counts_points_and_keeps_what_it_took(tmp_path: Path) -> Non
     assert taker.failed is None
 
 
-def test_a_full_disk_costs_the_file_and_nothing_else() -> None:
+def test_a_full_disk_loses_only_the_file() -> None:
     file = open("/dev/full", "w")  # noqa: SIM115
     taker, progress = collector(file)
     measure(Plan(("exit",)), taker.take)
@@ -161,7 +163,7 @@ def test_a_full_disk_costs_the_file_and_nothing_else() -> None:
 
 
 def by_turns(*some: tuple[str, int, list[int]]) -> model.Run:
-    """A run by turns, of (side, turn, values)."""
+    """Return a run in turns, of (side, turn, values)."""
     found = [
         samples.series(
             values,
@@ -176,7 +178,7 @@ def by_turns(*some: tuple[str, int, list[int]]) -> model.Run:
     return model.Run(samples.ENVIRONMENT, {"versus": ["state", "mapped"]}, tuple(found))
 
 
-def test_each_turn_is_a_round_of_its_side_without_what_differs() -> None:
+def test_each_turn_is_a_round_of_its_side_without_the_compared_axis() -> None:
     run = by_turns(("A", 0, [9, 1, 2]), ("B", 0, [9, 5, 6]), ("B", 1, [9, 7, 8]), ("A", 1, [9, 3, 4]))
     [a], [b] = (side.series for side in sides(run))
     assert (a.values, b.values) == ((1, 2, 3, 4), (5, 6, 7, 8))
@@ -184,7 +186,7 @@ def test_each_turn_is_a_round_of_its_side_without_what_differs() -> None:
     assert (a.warmup, b.warmup, a.point, b.point) == (0, 0, *[{"protection": "none", "state": "cold / mapped"}] * 2)
 
 
-def test_several_points_beside_the_same_one_stay_apart() -> None:
+def test_several_points_compared_with_the_same_one_stay_separate() -> None:
     said: list[str] = []
     measure(Plan(("fault",), {"state": ["cold", "populated"]}, versus=("state", "mapped"), turns=2), said.append)
     for side in sides(model.parse(said, "a")):
@@ -192,18 +194,18 @@ def test_several_points_beside_the_same_one_stay_apart() -> None:
         assert [each.rounds for each in side.series] == [(2, 2), (2, 2)]
 
 
-def test_a_turn_that_one_side_lacks_is_a_pair_of_none() -> None:
+def test_a_turn_that_one_side_lacks_makes_no_pair() -> None:
     run = by_turns(("A", 0, []), ("B", 0, [9, 5, 6]), ("B", 1, [9, 7, 8]), ("A", 1, [9, 3, 4]), ("A", 2, [9, 1, 1]))
     [a], [b] = (side.series for side in sides(run))
     assert (a.values, b.values, a.unavailable) == ((3, 4), (7, 8), "")
 
 
-def test_a_side_that_never_was_says_why() -> None:
+def test_a_side_that_was_never_measured_says_why() -> None:
     [a], [b] = (side.series for side in sides(by_turns(("A", 0, []), ("B", 0, [9, 5, 6]))))
     assert (a.values, a.unavailable, b.values) == ((), "it crashed", (5, 6))
 
 
-def test_a_run_of_one_side_is_nothing_to_compare() -> None:
+def test_a_run_of_one_side_cannot_be_compared() -> None:
     with pytest.raises(UsageError, match="only one side") as caught:
         sides(samples.run())
     assert "--versus" in (caught.value.hint or "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two runs are compared where that means something, and a difference is claimed where the rounds show one."""
+"""Two runs are compared only if that is meaningful, and a difference is reported only if the rounds show one."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def only(comparison: compared.Comparison) -> compared.Difference:
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_runs_of_different_machines_and_clocks_are_refused_with_what_differs(name: str) -> None:
+def test_runs_of_different_machines_and_clocks_are_refused_with_the_difference(name: str) -> None:
     other = {**samples.ENVIRONMENT, name: "another"}
     with pytest.raises(BenchError, match=rf"not of the same {name} \(.* and 'another'\)"):
         compare(samples.run(ONE), samples.run(ONE, environment=other))
 
 
-def test_what_one_compares_may_differ_and_is_told() -> None:
+def test_compared_properties_may_differ_and_are_reported() -> None:
     other = {**samples.ENVIRONMENT, "kernel": "7.1.0", "mode": "nvhe", "pyvmm": "9.9"}
     found = compare(samples.run(ONE), samples.run(ONE, environment=other)).environment
     assert found == {"kernel": ("7.0.9-arm64", "7.1.0"), "mode": ("protected", "nvhe"), "pyvmm": ("0.1.0", "9.9")}
 
 
-def test_true_is_not_one() -> None:
+def test_compare_distinguishes_true_from_one() -> None:
     environments = [{**samples.ENVIRONMENT, "tcg": value} for value in (True, 1)]
     with pytest.raises(BenchError, match="tcg"):
         compare(*(samples.run(ONE, environment=each) for each in environments))
 
 
-def test_series_are_matched_by_what_they_are_of() -> None:
+def test_series_are_matched_by_case_metric_and_point() -> None:
     point: Point = {"protection": "pkvm"}
     mine, theirs = replace(ONE, metric="mine"), replace(ONE, point=point)
     comparison = compare(samples.run(ONE, mine), samples.run(theirs, replace(ONE, unavailable="", notes={"a": 1})))
@@ -70,12 +70,12 @@ def test_a_series_without_values_is_in_one_run_only() -> None:
     assert [series.case for series in comparison.only_a] == ["exit"]
 
 
-def test_nothing_in_common_is_refused() -> None:
+def test_runs_with_nothing_in_common_are_refused() -> None:
     with pytest.raises(BenchError, match="no series in common"):
         compare(samples.run(ONE), samples.run(replace(ONE, case="exit")))
 
 
-def test_units_that_differ_are_refused() -> None:
+def test_different_units_are_refused() -> None:
     with pytest.raises(BenchError, match="in ns, the other in bytes"):
         compare(samples.run(ONE), samples.run(replace(ONE, unit="bytes")))
 
@@ -106,7 +106,7 @@ def test_a_run_does_not_differ_from_itself() -> None:
     assert not comparison.differs
 
 
-def test_pairs_show_what_drifts_would_hide() -> None:
+def test_pairs_show_a_difference_that_drift_would_hide() -> None:
     drifting = [100 * 1.05**at for at in range(10)]
     a = samples.per_round(drifting, spread=0.001)
     b = samples.per_round([middle * 1.01 for middle in drifting], seed=2, spread=0.001)
@@ -117,7 +117,7 @@ def test_pairs_show_what_drifts_would_hide() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_few_rounds_do_not_tell_however_large_the_difference(count: int) -> None:
+def test_few_rounds_are_inconclusive_however_large_the_difference(count: int) -> None:
     a = samples.per_round(STEADY[:count])
     found = only(compare(samples.run(a), samples.run(times(3, a))))
     assert (found.verdict, found.p, found.differs) == ("too few rounds to tell", None, False)
@@ -135,7 +135,7 @@ def test_many_series_take_more_rounds() -> None:
     assert "takes 9 rounds" in compared.text(comparison)
 
 
-def test_correction_is_holms() -> None:
+def test_the_correction_is_holms() -> None:
     middles = [[100.0] * 10] * 3
     moves: list[list[float]] = [[1] * 10, [1] * 9 + [-0.1], [1, -1] * 5]
     a = [samples.series(some, point={"at": at}, rounds=[1] * 10) for at, some in enumerate(middles)]
@@ -145,14 +145,14 @@ def test_correction_is_holms() -> None:
     assert [each.corrected for each in found] == [3 * 2**-9, 2 * 2 * 2**-9, 1.0]
 
 
-def test_what_was_measured_again_into_the_same_file_is_more_rounds() -> None:
+def test_measuring_again_into_the_same_file_adds_rounds() -> None:
     parts = [samples.per_round(STEADY[at : at + 3], seed=at) for at in (0, 3, 6)]
     warm = [replace(part, values=(1e9, *part.values), rounds=(1, *part.rounds), warmup=1) for part in parts]
     found = only(compare(samples.run(*warm), samples.run(*(times(0.9, each) for each in warm))))
     assert (found.rounds, found.verdict) == ((9, 9), "faster")
 
 
-def test_values_without_rounds_are_taken_as_independent_and_that_is_said() -> None:
+def test_values_without_rounds_count_as_independent_and_the_table_says_so() -> None:
     rng = np.random.default_rng(1)
     a, b = (samples.series(rng.normal(middle, 1, 80)) for middle in (100, 101))
     comparison = compare(samples.run(a), samples.run(b))
@@ -160,19 +160,19 @@ def test_values_without_rounds_are_taken_as_independent_and_that_is_said() -> No
     assert "values taken as independent" in compared.text(comparison)
 
 
-def test_very_many_values_are_no_trouble() -> None:
+def test_compare_handles_very_many_values() -> None:
     rng = np.random.default_rng(1)
     a = samples.series(rng.integers(90, 110, 65_536).astype(float))
     assert only(compare(samples.run(a), samples.run(a))).verdict == "no difference shown"
 
 
-def test_a_median_of_zero_has_no_ratio_but_a_verdict() -> None:
+def test_a_median_of_zero_has_a_verdict_but_no_ratio() -> None:
     a, b = (samples.series([value] * 12, unit="count", rounds=[1] * 12) for value in (0.0, 1.0))
     found = only(compare(samples.run(a), samples.run(b)))
     assert (found.ratio, found.low, found.verdict) == (None, None, "more")
 
 
-# ---- the tests' own truth ----------------------------------------------------------------------------------------
+# ---- the statistical tests -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 6, 9])
@@ -197,7 +197,7 @@ def test_rank_sum_is_exact_with_ties() -> None:
     assert rank_sum(a, b) == pytest.approx(wanted)
 
 
-def test_both_are_scipys_where_there_are_no_ties() -> None:
+def test_both_tests_agree_with_scipy_without_ties() -> None:
     rng = np.random.default_rng(8)
     for n in (6, 20, 150):
         a, b = rng.normal(0, 1, n), rng.normal(0.3, 1, n)
@@ -206,7 +206,7 @@ def test_both_are_scipys_where_there_are_no_ties() -> None:
         assert rank_sum(a, b) == pytest.approx(scipy_stats.mannwhitneyu(a, b, method=exact).pvalue, rel=0.05)
 
 
-def test_of_equal_runs_few_are_taken_for_different() -> None:
+def test_compare_takes_few_equal_runs_for_different() -> None:
     rng = np.random.default_rng(9)
     ps = [(signed_ranks(rng.normal(0, 1, 12)), rank_sum(*rng.normal(0, 1, (2, 8)))) for _ in range(300)]
     for p in zip(*ps, strict=True):
@@ -216,7 +216,7 @@ def test_of_equal_runs_few_are_taken_for_different() -> None:
 # ---- in words ----------------------------------------------------------------------------------------------------
 
 
-def test_the_table_says_what_differs_and_what_that_comes_to() -> None:
+def test_the_table_says_what_differs_and_by_how_much() -> None:
     a = samples.per_round(STEADY)
     same = samples.per_round(STEADY, point={"protection": "pkvm"})
     other = {**samples.ENVIRONMENT, "kernel": "7.1.0"}
@@ -235,7 +235,7 @@ def test_the_table_says_what_differs_and_what_that_comes_to() -> None:
     assert compared.to_json(comparison)["series"][0]["verdict"] == "slower"
 
 
-def test_the_table_is_harmless_and_fits() -> None:
+def test_the_table_is_safe_and_fits() -> None:
     a = samples.hostile()
     said = compared.text(compare(a, a), Look(80, ascii=True))
     assert said.isascii()

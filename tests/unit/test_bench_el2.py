@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is made of the hypervisor's entries and exits: visits, and what an operation cost at EL2."""
+"""Values derived from the hypervisor's entries and exits: visits, and the cost of an operation at EL2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyvmm.observe.hyptrace import HypEvent
 
 
 def stretch(cpu: int, begin: int, end: int, reason: str, left: str = "eret_host") -> list[HypEvent]:
-    """A visit."""
+    """Return a visit."""
     return [HypEvent(begin, cpu, True, reason, 0), HypEvent(end, cpu, False, left, 0)]
 
 
@@ -29,11 +29,11 @@ def in_time(*parts: list[HypEvent]) -> list[HypEvent]:
     return sorted((event for part in parts for event in part), key=lambda event: event.ns)
 
 
-def test_halves_at_the_ends_make_no_visit() -> None:
+def test_half_visits_at_the_ends_are_not_counted() -> None:
     assert visits([HypEvent(5, 0, False, "eret_host", 0), *DONATION[:-1]]) == visits(DONATION[:-2])
 
 
-def test_residency_is_the_mean_of_what_begins_in_the_window_by_reason() -> None:
+def test_residency_is_the_mean_of_visits_that_begin_in_the_window_by_reason() -> None:
     seen = visits(in_time(DONATION, SHARE, OTHERS))
     assert residency(seen, Window(100, 300, 2), cpus=[0]) == Residency(
         2,
@@ -42,12 +42,12 @@ def test_residency_is_the_mean_of_what_begins_in_the_window_by_reason() -> None:
     )
     assert residency(seen, Window(100, 300, 2)).total == 30 + 10
     assert residency(seen, Window(0, 50, 2)).total == 0
-    assert Residency(1, {}, {"hvc": 0.5}).error == pytest.approx(1000 / 12**0.5)  # of one stamp
+    assert Residency(1, {}, {"hvc": 0.5}).error == pytest.approx(1000 / 12**0.5)  # with one timestamp
     with pytest.raises(ValueError, match="no operations"):
         residency(seen, Window(100, 300, 0))
 
 
-def test_what_does_not_belong_to_an_operation_is_taken_off() -> None:
+def test_costs_that_do_not_belong_to_an_operation_are_subtracted() -> None:
     seen = visits(in_time(DONATION, SHARE))
     both = residency(seen, Window(100, 320, 2))
     assert (both.total, both.visits) == (40, 2.5)
@@ -57,13 +57,13 @@ def test_what_does_not_belong_to_an_operation_is_taken_off() -> None:
 
 
 def traced(el2: float, visits: int, rest: float, event: float) -> Cost:
-    """What is measured of an operation that takes so long without tracing: one of a visit's two events is in EL2's."""
+    """Return the measured cost of an operation with this cost untraced. One of a visit's two events is inside EL2."""
     seen = Residency(1, {"hvc": el2 + event * visits}, {"hvc": visits})
     return Cost(el2 + rest + 2 * event * visits, seen, event)
 
 
 @pytest.mark.parametrize("event", [0, 100])
-def test_parts_are_those_of_a_donation_that_nobody_traced(event: float) -> None:
+def test_the_parts_are_those_of_an_untraced_donation(event: float) -> None:
     way, pin, allocation, call = 1500, 2600, 6200, 40
     found = Measured(
         cold=traced(7500, 4, way + pin + allocation, event),

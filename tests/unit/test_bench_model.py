@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A results file holds everything that was measured, and what is none, or is damaged, is refused by name."""
+"""A results file holds everything measured. Damaged and other files are refused by name."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ some_series = st.builds(
 
 @settings(max_examples=40)
 @given(st.lists(some_series, max_size=3), st.booleans())
-def test_a_run_is_read_back_as_it_was_written(series: list[Series], whole: bool) -> None:
+def test_a_run_reads_back_as_written(series: list[Series], whole: bool) -> None:
     run = Run(samples.ENVIRONMENT, {"cases": ["fault"]}, tuple(series), {"seconds": 1.5} if whole else None)
     assert model.parse(samples.text(run).splitlines(keepends=True), "a") == run
 
 
-def test_warm_up_is_kept_and_left_out() -> None:
+def test_warm_up_is_stored_but_left_out_of_the_kept_values() -> None:
     series = samples.series([9.0, 1.0, 2.0], rounds=[1, 2], warmup=1)
     assert (series.values, series.kept) == ((9.0, 1.0, 2.0), (1.0, 2.0))
 
 
-def test_what_a_series_is_of_does_not_depend_on_the_order_of_axes_and_not_on_values() -> None:
+def test_the_key_of_a_series_depends_on_neither_its_values_nor_the_order_of_axes() -> None:
     one = samples.series([1.0], point={"a": 1, "b": 2})
     assert one.key == samples.series([2.0], point={"b": 2, "a": 1}, rounds=[1]).key
     changes: list[dict[str, Any]] = [{name: "x"} for name in ("case", "metric", "clock", "per")]
@@ -51,20 +51,20 @@ def test_what_a_series_is_of_does_not_depend_on_the_order_of_axes_and_not_on_val
 
 
 @pytest.mark.parametrize("rest", [LINE[:-10], LINE[:1], "\n", LINE])
-def test_a_run_that_was_cut_off_is_good_up_to_there(rest: str) -> None:
+def test_a_truncated_run_is_readable_up_to_the_cut(rest: str) -> None:
     run = model.parse([HEADER, LINE, rest], "a")
     assert run.end is None
     assert [series.values for series in run.series] == [(1.0, 2.5)] * (2 if rest == LINE else 1)
 
 
-def test_format_1_is_read_with_the_name_that_the_labs_clock_has_now() -> None:
+def test_reading_format_1_gives_the_labs_clock_its_present_name() -> None:
     old = model.header({"kernel": "6.12", "emulated": True}, {}).replace('bench":2', 'bench":1')
     assert model.parse([old, LINE], "a").environment == {"kernel": "6.12", "tcg": True}
     new = model.header({"kernel": "6.12", "emulated": True}, {})
     assert model.parse([new, LINE], "a").environment == {"kernel": "6.12", "emulated": True}
 
 
-def test_lines_of_another_kind_are_passed_over() -> None:
+def test_lines_of_unknown_kinds_are_skipped() -> None:
     run = model.parse([HEADER, '{"done": {"case": "fault"}}\n', LINE, model.footer({"seconds": 1})], "a")
     assert (len(run.series), run.end) == (1, {"seconds": 1})
 
@@ -89,7 +89,7 @@ def test_lines_of_another_kind_are_passed_over() -> None:
         (HEADER + '{"series": [1]}\n' + LINE, "line 2: an invalid series"),
     ],
 )
-def test_what_is_no_results_file_is_refused_with_the_line(text: str, why: str) -> None:
+def test_a_file_that_is_not_results_is_refused_with_the_line(text: str, why: str) -> None:
     with pytest.raises(BenchError, match=why) as caught:
         model.parse(text.splitlines(keepends=True), "a")
     assert caught.value.message.startswith("a")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers: what is read out of what they print, what is said where they are not, and how their trees are kept."""
+"""Peers: how their output is read, what the error says if one is missing, and how their trees are kept."""
 
 from __future__ import annotations
 
@@ -47,17 +47,19 @@ exits: what=store round=2 count=10
 
 
 @pytest.mark.parametrize(("in_48", "in_40", "wanted"), [(True, True, "6"), (True, False, "3"), (False, True, "6")])
-def test_a_selftest_runs_a_guest_with_small_pages_and_our_address_size(in_48: bool, in_40: bool, wanted: str) -> None:
+def test_a_selftest_runs_a_guest_with_small_pages_and_pyvmms_address_size(
+    in_48: bool, in_40: bool, wanted: str
+) -> None:
     marks = (" (supported)" if each else "" for each in (in_48, in_40))
     assert selftests.guest_mode(USAGE.format(*marks)) == wanted
 
 
-def test_a_host_without_small_pages_is_no_host_to_compare_on() -> None:
+def test_a_host_without_small_pages_is_refused() -> None:
     with pytest.raises(HostError, match="pages of 4 KiB"):
         selftests.guest_mode(USAGE.format("", ""))
 
 
-def test_steps_and_totals_are_read_in_ns() -> None:
+def test_steps_and_totals_are_read_in_nanoseconds() -> None:
     assert selftests.steps(TRACKED) == {
         "Populating memory": 111778688,
         "Mark memory idle (lru_gen)": 15298752,
@@ -68,16 +70,16 @@ def test_steps_and_totals_are_read_in_ns() -> None:
         selftests.longest("Started all vCPUs\nKilled\n")
 
 
-def test_the_payloads_lines_become_ns_an_exit() -> None:
+def test_the_payloads_lines_become_nanoseconds_per_exit() -> None:
     assert qemu.parse(EXITS) == {"store": [20000.0, 20.0], "hvc": [1000.0]}
 
 
-def test_a_ratio_is_of_the_same_turn_and_leaves_the_first_out() -> None:
+def test_a_ratio_compares_the_same_turns_except_the_first() -> None:
     own, other = [[900.0], [110.0], [300.0], [95.0]], [[100.0], [100.0], [200.0], [100.0]]
     assert peers.ratio(own, other) == 1.1
 
 
-def test_a_pair_is_told_apart_by_who_it_is() -> None:
+def test_the_peer_axis_tells_the_two_of_a_pair_apart() -> None:
     theirs, ours = peers.pair(
         "qemu", {"what": "store"}, "exit", [[2.0], [3.0]], [[4.0], [4.0]], clocks=("guest", "host"), per="exit"
     )
@@ -87,7 +89,7 @@ def test_a_pair_is_told_apart_by_who_it_is() -> None:
     assert theirs.key != ours.key
 
 
-def test_guests_under_qemu_have_one_machine_and_what_they_ask_for() -> None:
+def test_guests_under_qemu_have_one_machine_and_their_requested_devices() -> None:
     guest = linux.Files("Image", "init.cpio", ("pyvmm",))
     bare = command(["qemu"], "exits.bin", "count=1", memory=128)
     full = linux.qemu(["qemu"], guest, 2, "-device", "virtio-rng-device")
@@ -102,7 +104,7 @@ def test_guests_under_qemu_have_one_machine_and_what_they_ask_for() -> None:
     assert full[-2:] == ["-device", "virtio-rng-device"]
 
 
-def test_a_guest_under_kvmtool_is_the_same_but_for_its_console() -> None:
+def test_a_guest_under_kvmtool_differs_only_in_its_console() -> None:
     argv = linux.kvmtool(["lkvm"], linux.Files("Image", "init.cpio", ("pyvmm",)), 2)
     wanted = {"--cpus": "2", "--mem": "256", "--kernel": "Image", "--initrd": "init.cpio", "--network": "mode=none"}
     assert argv[:2] == ["lkvm", "run"]
@@ -115,7 +117,7 @@ def test_every_peer_has_its_measurement() -> None:
     assert set(there) == set(peers.PEERS)
 
 
-def test_where_a_peer_is_not_there_a_series_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_series_of_a_missing_peer_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(TREES, f"selftests={tmp_path}/gone")
     [elsewhere] = peers.measure("qemu") if platform.machine() != "aarch64" else [peers.missing("qemu", "--lab")]
@@ -124,7 +126,7 @@ def test_where_a_peer_is_not_there_a_series_says_what_to_do(monkeypatch: pytest.
     monkeypatch.setattr(shutil, "which", lambda _: None)
     for name in peers.PEERS:
         if name == "twin":
-            continue  # it needs nothing but the checkout that this is
+            continue  # it needs only this checkout
         [series] = peers.measure(name)
         assert series.point == {"peer": name}
         assert not series.values
@@ -135,7 +137,7 @@ def test_where_a_peer_is_not_there_a_series_says_what_to_do(monkeypatch: pytest.
 
 
 class Maker:
-    """Makes a tree of one file, as often as it is asked."""
+    """Makes a tree of one file, and counts how often."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -178,7 +180,7 @@ def test_a_damaged_tree_is_made_again(cache: Cache) -> None:
     assert (made_tree(maker.recipe(), cache=cache) / "program").read_text() == "made 2"
 
 
-def test_a_full_disk_is_told_with_what_to_do(cache: Cache) -> None:
+def test_the_error_for_a_full_disk_says_what_to_do(cache: Cache) -> None:
     maker = Maker()
     maker.raises = OSError(28, "No space left on device")
     with pytest.raises(PyvmmError, match="no space left") as caught:
@@ -199,7 +201,9 @@ def test_the_environment_says_where_trees_are(monkeypatch: pytest.MonkeyPatch, t
     assert find_tree("a") is None
 
 
-def test_what_cannot_be_prepared_is_left_out_with_the_reason(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_cannot_be_prepared_are_left_out_with_the_reason(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, bad = Maker(), Maker()
     bad.raises = HostError("there is no compiler", hint="apt install one")
     monkeypatch.setattr(lab_peers, "ALL", {"good": good.recipe, "bad": lambda: bad.recipe(name="bad")})
@@ -233,7 +237,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tests_of_the_kernel
     return tests_of_the_kernel.SelftestTree(tmp_path / "linux", tmp_path / "log", {"ARCH": "arm64"})
 
 
-def test_headers_come_before_the_three_programs(tree: tests_of_the_kernel.SelftestTree, tmp_path: Path) -> None:
+def test_the_build_makes_headers_before_the_three_programs(
+    tree: tests_of_the_kernel.SelftestTree, tmp_path: Path
+) -> None:
     built = tree.build(tmp_path, silent)
     assert [path.name for path in built] == list(tests_of_the_kernel.PROGRAMS)
     assert all(path.read_text() == "ELF\n" for path in built)
@@ -242,7 +248,7 @@ def test_headers_come_before_the_three_programs(tree: tests_of_the_kernel.Selfte
     assert all("ARCH=arm64" in line and "LDLIBS=-static -s" in line and "PER_VCPU" in line for line in made[1:])
 
 
-def test_a_failed_build_names_what_it_was_and_what_the_compiler_said(
+def test_the_error_of_a_failed_build_has_its_target_and_the_compilers_output(
     tree: tests_of_the_kernel.SelftestTree, tmp_path: Path
 ) -> None:
     (tmp_path / "fail").touch()
@@ -265,7 +271,7 @@ def test_a_failed_build_names_what_it_was_and_what_the_compiler_said(
         ("include/linux/kvm_host.h", False),
     ],
 )
-def test_of_the_kernels_source_only_what_the_tests_are_made_of_is_unpacked(
+def test_only_the_sources_of_the_selftests_are_unpacked_from_the_kernel(
     tree: tests_of_the_kernel.SelftestTree, tmp_path: Path, path: str, wanted: bool
 ) -> None:
     member = tarfile.TarInfo(f"linux-source-7.3/{path}")

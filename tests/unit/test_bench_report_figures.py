@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures: what there is to draw is drawn, says what it is, and is the same file each time."""
+"""The figures: all data is drawn with titles and labels, and the files are the same each time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit import bench_samples as samples
 np = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 
-from pyvmm.bench.report import heat, plot  # noqa: E402 - they need what may be missing
+from pyvmm.bench.report import heat, plot  # noqa: E402 - they need modules that may be missing
 
 REALISTIC = samples.realistic(32)
 
@@ -41,7 +41,7 @@ def documents() -> dict[plot.Plot, str]:
     return {picture: plot.svg(picture) for picture in drawn(REALISTIC)}
 
 
-def test_there_is_a_figure_of_everything() -> None:
+def test_every_series_has_a_figure() -> None:
     found = {picture.name for picture in drawn(REALISTIC)}
     assert {
         "fault-touch-by-cpus",
@@ -56,7 +56,7 @@ def test_there_is_a_figure_of_everything() -> None:
         assert any(name.startswith(section.case) for name in found)
 
 
-def test_every_figure_says_what_it_is_of_how_many_and_that_it_is_relative_only(
+def test_every_figure_has_its_subject_its_counts_and_the_warning_about_emulation(
     documents: dict[plot.Plot, str],
 ) -> None:
     for picture, document in documents.items():
@@ -72,7 +72,7 @@ def test_figures_of_hardware_are_not_called_relative() -> None:
     assert TCG_NOTE not in plot.svg(picture)
 
 
-def test_figures_are_the_same_each_time_and_of_nowhere_else(documents: dict[plot.Plot, str]) -> None:
+def test_figures_are_the_same_each_time_and_load_nothing_from_elsewhere(documents: dict[plot.Plot, str]) -> None:
     for picture in list(documents)[:3]:
         assert plot.svg(picture) == documents[picture]
     for document in documents.values():
@@ -84,7 +84,7 @@ def test_figures_are_the_same_each_time_and_of_nowhere_else(documents: dict[plot
         assert "<metadata" not in document
 
 
-def test_files_are_written_twice_each_under_names_that_do_no_harm(tmp_path: Path) -> None:
+def test_each_figure_is_written_in_two_formats_under_safe_names(tmp_path: Path) -> None:
     hostile = samples.hostile()
     few = hostile.with_series(each for each in hostile.series[:4] if each.case != "fault")
     written = figures.save(few, tmp_path / "new" / "figures")
@@ -94,13 +94,13 @@ def test_files_are_written_twice_each_under_names_that_do_no_harm(tmp_path: Path
     assert all(path.read_bytes().startswith((b"<?xml", b"\x89PNG")) for path in written)
 
 
-def test_files_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BenchError, match=r"figures cannot be written to .*file: "):
         figures.save(REALISTIC, tmp_path / "file")
 
 
-# ---- what is drawn of what ---------------------------------------------------------------------------------------
+# ---- which data is drawn how ------------------------------------------------------------------------------------
 
 
 def line_names(group: groups.Group, axis: str) -> dict[str, list[float]]:
@@ -108,7 +108,7 @@ def line_names(group: groups.Group, axis: str) -> dict[str, list[float]]:
     return {name: [at for at, _ in points] for name, points in figures._lines(group, axis, place)}
 
 
-def test_a_line_has_what_varies_along_the_axis_and_in_nothing_else() -> None:
+def test_a_line_joins_points_that_differ_only_along_the_axis() -> None:
     points = [*(("none", cpus, "x") for cpus in (1, 4, 2)), ("pkvm", 1, "x"), ("pkvm", 2, "x"), ("pkvm", 1, "y")]
     some = [samples.series([1.0], point=dict(zip(("p", "cpus", "o"), point, strict=True))) for point in points]
     run = samples.run(*some)
@@ -120,15 +120,15 @@ def test_a_line_has_what_varies_along_the_axis_and_in_nothing_else() -> None:
     ("value", "mebibytes"),
     [("16M", 16), ("1G", 1024), ("64MiB", 64), (4, 4), ("512K", 0.5), ("big", None), (True, None), (0, None)],
 )
-def test_sizes_are_understood_as_they_are_typed(value: int | str, mebibytes: float | None) -> None:
+def test_sizes_are_parsed_as_users_type_them(value: int | str, mebibytes: float | None) -> None:
     assert figures._mebibytes(value) == mebibytes
 
 
-def test_one_place_is_no_line() -> None:
+def test_one_point_does_not_make_a_line() -> None:
     assert names(samples.series([1.0, 2.0], point={"cpus": 2})) == ["fault-touch-distributions"]
 
 
-def test_parts_are_stacked_beside_the_whole_and_their_sum_is_told() -> None:
+def test_parts_are_stacked_beside_the_whole_with_their_sum() -> None:
     shares = {"whole": 100.0, "EL2": 40.0, "account and pin": 30.0, "exit and entry": 25.0}
     some = [samples.series([value] * 9, case="split", metric=metric) for metric, value in shares.items()]
     (picture, *_) = drawn(samples.run(*some))
@@ -139,7 +139,7 @@ def test_parts_are_stacked_beside_the_whole_and_their_sum_is_told() -> None:
     assert "allocation" not in said
 
 
-def test_peers_are_told_as_multiples_of_ours() -> None:
+def test_peers_are_drawn_as_multiples_of_pyvmm() -> None:
     some = [
         samples.series([cost] * 9, case="peer", metric="exit", per="exit", point={"beside": beside, "peer": peer})
         for beside, peer, cost in [("a", "pyvmm", 200), ("a", "a", 500), ("b", "pyvmm", 100), ("b", "b", 50)]
@@ -149,7 +149,7 @@ def test_peers_are_told_as_multiples_of_ours() -> None:
         assert each in said
 
 
-def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its_place() -> None:
+def test_pages_are_drawn_if_every_touch_of_the_last_round_has_a_place() -> None:
     made = samples.series([1.0, 2.0, 4.0, 8.0], rounds=[2, 2], warmup=2, places=(0, 0, 7, 9), began=(0, 0, 0, 4))
     assert "fault-touch-pages-all" in names(made)
     assert "fault-touch-pages-all" not in names(replace(made, places=(7,)))
@@ -158,7 +158,7 @@ def test_a_picture_of_pages_is_drawn_where_every_touch_of_the_last_round_has_its
     assert "fault-touch-pages-all" not in names(replace(made, began=(0, 0, 0, float("nan"))))
 
 
-def test_every_protection_has_pictures_where_there_are_too_many() -> None:
+def test_every_protection_has_pictures_even_if_some_must_be_left_out() -> None:
     some = [
         samples.series([1.0], point={"protection": protection, "at": at}, places=(0,), began=(0.0,))
         for protection in ("none", "emulated", "pkvm")
@@ -169,7 +169,7 @@ def test_every_protection_has_pictures_where_there_are_too_many() -> None:
     assert {name.split("-")[3] for name in found} == {"none", "emulated", "pkvm"}
 
 
-def test_cells_have_a_touch_from_its_begin_to_its_end_and_the_dearest_where_they_meet() -> None:
+def test_cells_show_each_touch_from_begin_to_end_and_the_costliest_on_overlap() -> None:
     began, took = np.array([0.0, 80.0, 0.0]), np.array([80.0, 79.0, 1.0])
     cells = heat._cells(began, took, np.array([0.0, 1.0, 1.0]), np.array([4, 1, 2]))
     assert cells.shape == (2, 160)
@@ -182,7 +182,7 @@ def test_classes_are_multiples_of_the_median() -> None:
     assert heat.class_edges(np.zeros(3)) == []
 
 
-def test_a_series_however_long_has_a_figure_of_a_size() -> None:
+def test_a_figure_has_a_bounded_size_however_long_its_series() -> None:
     rng = np.random.default_rng(1)
     count = 65_536
     long = samples.series(
@@ -197,7 +197,7 @@ def test_a_series_however_long_has_a_figure_of_a_size() -> None:
 
 
 @pytest.mark.parametrize("values", [[5.0] * 30, [0.0] * 30, [-1.0, 1.0] * 15, [1e-9, 1e9] * 15, [7.0]])
-def test_odd_values_are_drawn_without_a_complaint(values: list[float], recwarn: pytest.WarningsRecorder) -> None:
+def test_odd_values_are_drawn_without_a_warning(values: list[float], recwarn: pytest.WarningsRecorder) -> None:
     point: list[Point] = [{"cpus": cpus, "protection": "none"} for cpus in (1, 2)]
     some = [samples.series(values, point=each, places=range(len(values)), began=[0.0] * len(values)) for each in point]
     some += [replace(each, case="peer", point={"peer": each.point["cpus"]}) for each in some]

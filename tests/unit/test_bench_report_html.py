@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML report: one harmless file with everything in it, the results among it."""
+"""The HTML report: one safe file with the whole report, including the results."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ OURS = {
 
 
 class Page(HTMLParser):
-    """Parses a page, and fails where it is not well formed or holds what no report does."""
+    """Parses a page, and fails if it is not well formed or has content that no report has."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.ids: list[str] = []
         self.links: list[str] = []
-        self.scripts: list[list[Any]] = []  # attributes and text of each
+        self.scripts: list[list[Any]] = []  # the attributes and text of each element
         self.words: list[str] = []
         self.styles: list[str] = []
         self.feed(source)
@@ -77,7 +77,7 @@ class Page(HTMLParser):
             self.words.append(data)
 
     def handle_comment(self, data: str) -> None:
-        # What matplotlib leaves between elements: a text once more, in which no comment can end.
+        # matplotlib repeats a text in a comment between elements. The text must not end the comment.
         assert "--" not in data
         assert ">" not in data
 
@@ -107,7 +107,7 @@ def small(**more: Any) -> Run:
 
 
 @pytest.mark.parametrize("which", ["source", "hostile"])
-def test_a_page_is_sound_and_needs_nothing_else(which: str, request: pytest.FixtureRequest) -> None:
+def test_a_page_is_well_formed_and_loads_nothing(which: str, request: pytest.FixtureRequest) -> None:
     source = request.getfixturevalue(which)
     parsed = Page(source)
     assert source.isascii()
@@ -121,7 +121,7 @@ def test_a_page_is_sound_and_needs_nothing_else(which: str, request: pytest.Fixt
     assert parsed.scripts[1][1] == style.SCRIPT
 
 
-def test_hostile_texts_are_shown_as_they_are(hostile: str) -> None:
+def test_hostile_texts_are_shown_literally(hostile: str) -> None:
     said = Page(hostile).text
     for text in samples.HOSTILE:
         if text.isprintable():
@@ -130,28 +130,28 @@ def test_hostile_texts_are_shown_as_they_are(hostile: str) -> None:
     assert "\\u202egnp.exe" in said
 
 
-def test_only_the_pages_own_script_may_run(source: str) -> None:
+def test_the_page_allows_only_its_own_script(source: str) -> None:
     digest = b64encode(hashlib.sha256(style.SCRIPT.encode()).digest()).decode()
     [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)
     assert policy.startswith("default-src 'none'; ")
     assert f"script-src 'sha256-{digest}';" in policy
 
 
-def test_colours_in_words_are_not_taken_for_colours() -> None:
+def test_colour_codes_in_texts_are_not_replaced() -> None:
     document = f'<svg viewBox="0 0 1 1"><text style="fill: {plot.INK}" id="a">{plot.INK} id="a"</text></svg>'
     inlined = plot.inline(document, "f1", "x")
     assert 'style="fill: var(--ink)"' in inlined
     assert f'>{plot.INK} id="a"</text>' in inlined
 
 
-def test_of_the_same_run_it_is_the_same_page() -> None:
+def test_the_same_run_gives_the_same_page() -> None:
     assert html.render(small()) == html.render(small())
 
 
 # ---- what is on it -----------------------------------------------------------------------------------------------
 
 
-def test_everything_of_the_environment_is_told(source: str) -> None:
+def test_the_page_shows_the_whole_environment(source: str) -> None:
     said = Page(source).text
     for name, value in samples.ENVIRONMENT.items():
         assert name in said
@@ -159,7 +159,7 @@ def test_everything_of_the_environment_is_told(source: str) -> None:
     assert "171.3" in said
 
 
-def test_what_tcg_runs_is_said_above_at_every_table_and_in_every_figure(source: str) -> None:
+def test_a_run_under_tcg_is_marked_at_the_top_in_every_table_and_every_figure(source: str) -> None:
     said = Page(source).text
     tables, figures = source.count('<table class="numbers">'), source.count("<figure>")
     assert figures > 20
@@ -171,11 +171,11 @@ def small_on_hardware() -> Run:
     return replace(small(), environment={**samples.ENVIRONMENT, "tcg": False})
 
 
-def test_what_is_not_available_is_told_with_the_reason(source: str) -> None:
+def test_unavailable_series_are_shown_with_the_reason(source: str) -> None:
     assert "not available: no EL2 trace: the kernel has no remotes/hypervisor" in Page(source).text
 
 
-def test_a_run_that_was_cut_off_says_so_and_an_empty_one_too() -> None:
+def test_the_page_says_if_a_run_was_cut_off_or_is_empty() -> None:
     said = Page(html.render(replace(samples.run(), end=None))).text
     assert "Cut off" in said
     assert "nothing was measured" in said
@@ -185,12 +185,12 @@ def test_a_run_that_was_cut_off_says_so_and_an_empty_one_too() -> None:
 
 
 @pytest.mark.parametrize("which", ["source", "hostile"])
-def test_the_results_can_be_read_back(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_the_results_in_the_page_can_be_read_back(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(request.getfixturevalue(which))
     assert embedded.read_html(tmp_path / "a.html") == {"source": REALISTIC, "hostile": HOSTILE}[which]
 
 
-def test_long_results_are_deflated_and_read_back_all_the_same(tmp_path: Path) -> None:
+def test_long_results_are_compressed_and_can_be_read_back(tmp_path: Path) -> None:
     long = samples.run(samples.series([float(at % 997) for at in range(300_000)]))
     element = embedded.element(long)
     assert len(element) < len(samples.text(long)) / 3
@@ -216,7 +216,7 @@ def packed(**data: Any) -> str:
         ('<script type="application/json" id="_data">[]</script>', "damaged"),
     ],
 )
-def test_what_is_no_report_or_damaged_is_refused(text: str, why: str, tmp_path: Path) -> None:
+def test_damaged_reports_and_other_files_are_refused(text: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(text)
     with pytest.raises(BenchError, match=rf"a\.html.*{why}"):
         embedded.read_html(tmp_path / "a.html")
@@ -231,7 +231,7 @@ def test_results_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch
         embedded.read_html(tmp_path / "a.html")
 
 
-def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"none\.html cannot be read: No such file"):
         embedded.read_html(tmp_path / "none.html")
     (tmp_path / "binary.html").write_bytes(b64decode("/////w=="))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables in the terminal: what varies, what it cost, what could not be had, in the width there is."""
+"""The tables in the terminal: what varies, what it cost, what is unavailable, within the terminal's width."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def rows(text: str, *words: str) -> list[str]:
     return [line for line in text.splitlines() if all(word in line for word in words)]
 
 
-def test_a_row_says_all_that_its_values_support() -> None:
+def test_a_row_has_every_statistic_that_its_values_support() -> None:
     made = samples.series(range(1, 1001), point={"protection": "pkvm"}, rounds=[250] * 4)
     (row,) = rows(table.text(samples.run(made), WIDE), "1,000/4")
     assert row.split() == ["1,000/4", "500.5", "~[167,", "834]", "900.1", "990.0", "999.0", "1,000", "0"]
 
 
-def test_what_values_do_not_support_is_a_dash() -> None:
+def test_statistics_that_the_values_do_not_support_are_dashes() -> None:
     (row,) = rows(table.text(samples.run(samples.series([5.0])), WIDE), " 1 ")
     assert row.split() == ["1", "5", "-", "-", "-", "-", "5", "0"]
 
 
-def test_columns_are_the_axes_that_vary_and_the_others_are_said_once() -> None:
+def test_columns_are_the_axes_that_vary_and_the_other_axes_are_printed_once() -> None:
     some = [
         samples.series([1.0, 2.0], point={"protection": protection, "backing": "memfd"})
         for protection in ("none", "pkvm")
@@ -45,7 +45,7 @@ def test_columns_are_the_axes_that_vary_and_the_others_are_said_once() -> None:
     assert "backing" not in head
 
 
-def test_where_many_axes_vary_a_row_says_what_differs_from_the_base() -> None:
+def test_a_row_names_its_difference_from_the_base_if_many_axes_vary() -> None:
     base = {"protection": "none", "state": "cold", "access": "write", "order": "sequential"}
     stars = [{}, {"state": "mapped"}, {"access": "read"}, {"order": "random"}]
     some = [
@@ -68,7 +68,7 @@ def test_series_of_different_clocks_and_units_are_not_put_in_one_table() -> None
     assert rows(said, "touch per page, ns, the hypervisor's trace")
 
 
-def test_what_was_measured_by_turns_is_one_row() -> None:
+def test_series_measured_in_turns_are_one_row() -> None:
     turns = [
         samples.series([9.0, value, value], rounds=[1, 1, 1], warmup=1, places=(0, 0, 5), began=(0, 0, 0))
         for value in (1.0, 2.0, 3.0)
@@ -96,23 +96,23 @@ def test_pyvmms_row_beside_a_peer_has_the_ratio_whatever_the_width() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "1.5", None])
-def test_what_is_no_ratio_is_not_shown_as_one(value: float | str | None) -> None:
+def test_a_note_that_is_not_a_ratio_is_not_shown_as_one(value: float | str | None) -> None:
     made = samples.series([1.0], case="peer", point={"beside": "qemu"}, notes={"ratio to qemu": value})
     assert "ratio" not in table.text(samples.run(made), WIDE)
 
 
-def test_a_run_without_peers_says_nothing_of_ratios() -> None:
+def test_a_run_without_peers_shows_no_ratios() -> None:
     assert "ratio" not in table.text(samples.run(samples.series([1.0])), WIDE)
 
 
 @pytest.mark.parametrize("tcg", [True, False, None])
-def test_what_tcg_runs_is_relative_only_with_every_table_and_so_is_what_does_not_tell(tcg: bool | None) -> None:
+def test_every_table_of_a_run_under_tcg_or_unknown_warns_that_it_is_relative(tcg: bool | None) -> None:
     environment = {**samples.ENVIRONMENT, "tcg": tcg}
     said = table.text(samples.run(samples.series([1.0]), environment=environment), WIDE)
     assert len(rows(said, TCG_NOTE)) == (0 if tcg is False else 2)
 
 
-def test_reasons_are_told_once_each() -> None:
+def test_each_reason_is_printed_once() -> None:
     some = [samples.series([], unavailable="no EL2 trace", point={"at": at}) for at in range(5)]
     said = table.text(samples.run(*some), WIDE)
     assert rows(said, "not available: no EL2 trace")
@@ -120,11 +120,11 @@ def test_reasons_are_told_once_each() -> None:
     assert not rows(said, "median", "p99.9")
 
 
-def test_a_run_that_was_cut_off_says_so() -> None:
+def test_the_table_says_if_a_run_was_cut_off() -> None:
     assert "cut off" in table.text(replace(samples.run(samples.series([1.0])), end=None))
 
 
-def test_of_nothing_nothing_is_said() -> None:
+def test_an_empty_run_prints_no_table() -> None:
     assert "nothing was measured" in table.text(samples.run())
 
 
@@ -135,14 +135,14 @@ def test_a_narrow_table_loses_columns_and_not_the_median(width: int) -> None:
     assert all("median" in head for head in rows(said, " n "))
 
 
-def test_text_of_others_cannot_act() -> None:
+def test_foreign_text_cannot_control_the_terminal() -> None:
     said = table.text(samples.hostile(), Look(100, colours=False))
     assert "\x1b" not in said
     assert "\u202e" not in said
     assert "\\x1b[31mred" in said
 
 
-def test_ascii_stays_ascii_and_is_read_well() -> None:
+def test_ascii_output_stays_ascii_and_legible() -> None:
     said = table.text(samples.realistic(8), Look(100, ascii=True))
     assert said.isascii()
     assert rows(said, ", us, ")
@@ -163,6 +163,6 @@ def test_ascii_stays_ascii_and_is_read_well() -> None:
         ("ns", -4321.0, "µs -4.321"),
     ],
 )
-def test_numbers_have_four_digits_in_the_unit_that_suits(unit: str, middle: float, shown: str) -> None:
+def test_numbers_have_four_digits_in_a_suitable_unit(unit: str, middle: float, shown: str) -> None:
     scale = groups.scale_of(unit, [middle])
     assert f"{scale.unit} {scale.show(middle)}" == shown

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of a series is right, also where there is little to say it of."""
+"""The statistics of a series are right, also for few values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def of(values: list[float | float64] | range | tuple[float, ...], **more: Any) -
         return statistics.summary(samples.series(values, **more))
 
 
-def test_nothing_is_said_of_nothing() -> None:
+def test_an_empty_series_has_no_statistics() -> None:
     assert of([]) == statistics.Summary(0, 0)
 
 
@@ -36,14 +36,14 @@ def test_one_value_is_its_own_median_and_has_no_interval() -> None:
     assert (one.low, one.high, one.p90, one.outliers) == (None, None, None, 0)
 
 
-def test_two_values_have_both_as_their_interval_which_is_of_few() -> None:
+def test_the_interval_of_two_values_has_both_ends_and_is_marked_as_of_few() -> None:
     two = of([1.0, 2.0])
     assert (two.median, two.low, two.high) == (1.5, 1, 2)
     assert two.few
 
 
 @pytest.mark.parametrize("rounds", [(), (50, 50), (1,) * 100, (0, 100)])
-def test_equal_values_are_everything_there_is_to_say(rounds: tuple[int, ...]) -> None:
+def test_all_statistics_of_equal_values_are_that_value(rounds: tuple[int, ...]) -> None:
     said = of([0.1] * 100, rounds=rounds)
     told = (said.minimum, said.low, said.median, said.mean, said.high, said.p90, said.p99, said.maximum)
     assert set(told) == {0.1}
@@ -51,12 +51,12 @@ def test_equal_values_are_everything_there_is_to_say(rounds: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize(("n", "known"), [(9, 0), (10, 1), (99, 1), (100, 2), (999, 2), (1000, 3)])
-def test_percentiles_need_values_enough(n: int, known: int) -> None:
+def test_percentiles_need_enough_values(n: int, known: int) -> None:
     said, names = of(range(n)), ["p90", "p99", "p999"]
     assert [name for name in names if getattr(said, name) is not None] == names[:known]
 
 
-def test_percentiles_are_those_of_numpy() -> None:
+def test_percentiles_agree_with_numpy() -> None:
     values = list(np.random.default_rng(1).lognormal(7, 1, 1234))
     said = of(values)
     assert (said.p90, said.p99, said.p999) == tuple(np.quantile(values, (0.9, 0.99, 0.999)))
@@ -75,18 +75,18 @@ def test_outliers_are_counted_and_kept() -> None:
     assert (said.n, said.maximum) == (22, 2000)
 
 
-def test_a_value_on_the_fence_is_no_outlier() -> None:
+def test_a_value_on_the_fence_is_not_an_outlier() -> None:
     values = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
     fence = of(values).fence
     assert fence == 6 + 3 * 4
-    # The quartiles stay, as a value above them is replaced by another.
+    # The quartiles stay: a value above them replaces another one above them.
     assert of([*values[:-1], fence]).outliers == 0
     assert of([*values[:-1], fence + 0.1]).outliers == 1
 
 
 @pytest.mark.parametrize("n", [7, 8, 50, 301])
-def test_interval_of_independent_values_is_the_bootstraps(n: int) -> None:
-    """Ours draws ranks, scipy's whole samples: the ends are the same order statistics, or next to these."""
+def test_the_interval_of_independent_values_agrees_with_the_bootstrap(n: int) -> None:
+    """pyvmm draws ranks, scipy whole samples. The ends are the same order statistics, or adjacent ones."""
     values = np.sort(np.random.default_rng(n).normal(100, 15, n))
     said = of(list(values))
     theirs = scipy_stats.bootstrap((values,), np.median, n_resamples=9999, method="percentile").confidence_interval
@@ -94,7 +94,7 @@ def test_interval_of_independent_values_is_the_bootstraps(n: int) -> None:
         assert abs(np.searchsorted(values, ours) - np.searchsorted(values, other)) <= max(1, 0.02 * n)
 
 
-def test_samples_of_rounds_are_as_if_put_together_by_hand() -> None:
+def test_samples_of_rounds_equal_samples_assembled_by_hand() -> None:
     rng = np.random.default_rng(3)
     parts = [rng.integers(0, 9, size).astype(float) for size in (1, 4, 7, 2, 12)]
     weights = statistics.draws(len(parts))
@@ -111,14 +111,14 @@ def width(of: statistics.Summary) -> float:
     return of.high - of.low
 
 
-def test_rounds_that_differ_make_the_interval_wide() -> None:
+def test_different_rounds_widen_the_interval() -> None:
     shifted = samples.per_round([100, 104, 108, 112, 116, 120, 124, 128], 200, spread=0.005)
     of_rounds, of_values = statistics.summary(shifted), of(shifted.values)
     assert width(of_rounds) > 3 * width(of_values)
     assert (of_rounds.few, of_rounds.rounds) == (False, 8)
 
 
-def test_interval_holds_the_median_as_often_as_it_says() -> None:
+def test_the_interval_contains_the_median_as_often_as_it_claims() -> None:
     rng = np.random.default_rng(4)
     held = 0
     for _ in range(200):
@@ -129,7 +129,7 @@ def test_interval_holds_the_median_as_often_as_it_says() -> None:
     assert 180 <= held <= 198
 
 
-def test_the_same_series_gives_the_same_again() -> None:
+def test_the_same_series_gives_the_same_statistics() -> None:
     made = samples.per_round([100, 101, 103, 99, 98, 100, 102])
     first = statistics.summary(made)
     statistics._summarised.cache_clear()
@@ -153,7 +153,7 @@ def test_damaged_series_are_refused_by_name(made: Series, why: str) -> None:
         statistics.summary(made)
 
 
-def test_what_is_not_installed_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_a_missing_package_and_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
     with pytest.raises(HostError, match=r"need scipy, which") as error:

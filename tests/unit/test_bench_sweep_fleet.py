@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep over a fleet: a real scheduler of dask.distributed, and workers that are killed, unfit, or not there."""
+"""A sweep over a fleet: a real scheduler of dask.distributed, and workers that are killed, unfit, or missing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 class Dask:
-    """A scheduler and workers, each a process of this machine."""
+    """A scheduler and workers, each a process on this machine."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -76,7 +76,7 @@ def dask(tmp_path: Path) -> Iterator[Dask]:
     fleet.close()
 
 
-def test_points_of_a_worker_killed_while_it_measures_are_measured_by_the_other(dask: Dask, tmp_path: Path) -> None:
+def test_another_worker_measures_the_points_of_a_killed_worker(dask: Dask, tmp_path: Path) -> None:
     workers = {process.pid: process for process in (dask.worker(), dask.worker())}
     python = pretend(tmp_path, "if name == 'none-256' and tries == 1: time.sleep(1000)")
     with Store(str(tmp_path / "sweep.sqlite"), plan()) as store, Fleet(dask.address, python) as fleet:
@@ -100,7 +100,7 @@ def test_points_of_a_worker_killed_while_it_measures_are_measured_by_the_other(d
     [survivor] = set(workers) - {killed.result()}
     assert ran["none-256"] == sorted((killed.result(), survivor))
     assert all(survivor in pids for pids in ran.values())
-    for note in tmp_path.glob("none-256.*"):  # what the killed worker ran ended with it
+    for note in tmp_path.glob("none-256.*"):  # the killed worker's processes ended with it
         wait_for(partial(is_gone, note.suffix[1:]), "no process is left")
 
 
@@ -108,10 +108,10 @@ def is_gone(pid: str) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def test_a_stopped_sweep_leaves_nothing_running_and_a_lost_scheduler_ends_it(
+def test_a_stopped_sweep_leaves_no_process_and_a_lost_scheduler_ends_the_sweep(
     dask: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyvmm.bench.sweep.workers.CONNECT_SECONDS", 2.0)  # also how long a lost one is looked for
+    monkeypatch.setattr("pyvmm.bench.sweep.workers.CONNECT_SECONDS", 2.0)  # also limits the search for a lost one
     python = pretend(tmp_path, "if name == 'none-256' and tries < 3: time.sleep(1000)")
 
     def gone(tries: int) -> None:
@@ -121,7 +121,7 @@ def test_a_stopped_sweep_leaves_nothing_running_and_a_lost_scheduler_ends_it(
             wait_for(partial(is_gone, note.suffix[1:]), "what was measured ends")
 
     with Store(str(tmp_path / "sweep.sqlite"), plan()) as store:
-        with Fleet(dask.address, python) as fleet:  # nobody there yet: it waits
+        with Fleet(dask.address, python) as fleet:  # no worker yet: it waits
 
             def show(*_: object) -> None:
                 if len(dask.processes) == 1:
@@ -150,13 +150,13 @@ def test_a_stopped_sweep_leaves_nothing_running_and_a_lost_scheduler_ends_it(
         (("--preload", "import pyvmm.bench.sweep.work as work; work.__version__ = '0.0.7'"), 1, "has pyvmm 0.0.7"),
     ],
 )
-def test_workers_that_must_not_measure_are_refused_whenever_they_come(
+def test_unfit_workers_are_refused_whenever_they_join(
     dask: Dask, tmp_path: Path, options: tuple[str, ...], threads: int, why: str
 ) -> None:
     python = pretend(tmp_path, "")
     with Store(str(tmp_path / "sweep.sqlite"), plan()) as store, Fleet(dask.address, python) as fleet:
         dask.worker(*options, threads=threads)
-        with pytest.raises(MismatchError) as caught:  # it came after the others were looked at
+        with pytest.raises(MismatchError) as caught:  # it joined after the others were checked
             Sweep(store, fleet, lambda *_: None).run()
         assert why in str(caught.value)
         assert store.counts() == (4, 0, 0)
@@ -166,7 +166,7 @@ def test_workers_that_must_not_measure_are_refused_whenever_they_come(
     assert not list(tmp_path.glob("*-*.*"))
 
 
-def test_what_is_no_scheduler_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_without_a_scheduler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.bench.sweep.workers.CONNECT_SECONDS", 0.5)
     with pytest.raises(UsageError, match="is no scheduler's address"):
         Fleet("nonsense://127.0.0.1:1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep's file: what it multiplies out to, and what is said of one that means nothing."""
+"""A sweep's file: the points it expands to, and the errors for invalid files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyvmm.errors import UsageError
 from tests.unit.bench_sweep_samples import CASES, FOUR, plan
 
 
-def test_points_are_all_combinations_and_axes_not_named_stay_at_their_base() -> None:
+def test_points_are_all_combinations_and_unnamed_axes_stay_at_their_base() -> None:
     points = [task.point for task in plan().tasks]
     assert points == [
         {"protection": protection, "pages": pages, "backing": "memfd"}
@@ -51,7 +51,7 @@ kind = ["hvc", "mmio"]
     assert [task.deadline for task in made.tasks] == [120, 7, 7, 120]
 
 
-def test_combinations_without_sense_are_left_out_and_counted() -> None:
+def test_invalid_combinations_are_left_out_and_counted() -> None:
     made = plan(FOUR + 'backing = ["memfd", "private"]')
     assert (len(made.tasks), made.left_out) == (6, 2)
 
@@ -82,19 +82,19 @@ NOTHING = [
 
 
 @pytest.mark.parametrize(("text", "message", "hint"), [*WRONG, *((*each, "") for each in NOTHING)])
-def test_what_is_wrong_is_said_with_the_line_and_the_nearest_known(text: str, message: str, hint: str) -> None:
+def test_errors_have_the_line_and_the_nearest_known_name(text: str, message: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         plan(text)
     assert message in caught.value.message
     assert hint in (caught.value.hint or "")
 
 
-def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         plans.read(str(tmp_path / "none.toml"), CASES)
 
 
-def test_plans_differ_in_words_and_in_identity_but_not_by_their_deadlines() -> None:
+def test_plans_differ_in_text_and_identity_but_not_by_their_deadlines() -> None:
     other = plan(FOUR.replace("1024", "2048") + "[lab]\nicount = true\n")
     assert plans.differences(plan().asked, other.asked) == [
         "sweep 1.axes.pages: [256, 2048] there, [256, 1024] here",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep that runs: results arrive, workers are lost, signals and kills come, and it goes on."""
+"""A running sweep: results arrive, workers are lost, signals and kills come, and the sweep continues."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.02)
 
 
-def test_every_point_is_measured_once_and_stored_and_then_none_is_left(path: str) -> None:
+def test_every_point_is_measured_once_and_stored(path: str) -> None:
     shown: list[Counts] = []
     workers = Threads(lambda task, _try: answer(float(task.number)))
     assert sweep(path, workers, shown) is None
@@ -117,7 +117,7 @@ def test_a_point_that_fails_is_not_tried_again_and_stops_no_other(path: str) -> 
 
 
 @pytest.mark.parametrize("error", [HostError("QEMU is not installed"), ZeroDivisionError("a bug")])
-def test_what_no_other_point_would_survive_ends_the_sweep_and_it_can_go_on(path: str, error: Exception) -> None:
+def test_a_failure_that_concerns_every_point_ends_the_sweep_which_can_continue(path: str, error: Exception) -> None:
     def measure(task: Task, _try: int) -> Answer:
         if task.number == 2:
             raise error
@@ -130,7 +130,7 @@ def test_what_no_other_point_would_survive_ends_the_sweep_and_it_can_go_on(path:
         assert store.counts() == (4, 4, 0)
 
 
-def test_processes_measure_and_killed_ones_run_again(path: str, tmp_path: Path) -> None:
+def test_processes_measure_and_killed_processes_run_again(path: str, tmp_path: Path) -> None:
     python = pretend(tmp_path, "if name == 'pkvm-256' and tries == 1: os.kill(os.getpid(), 9)")
     assert sweep(path, Here(python)) is None
     assert len(list(tmp_path.glob("pkvm-256.*"))) == 2
@@ -149,7 +149,7 @@ def test_processes_measure_and_killed_ones_run_again(path: str, tmp_path: Path) 
         ("from pyvmm.bench.model import header; print(header({}, {}), end=''); sys.exit(0)", "end in the middle"),
     ],
 )
-def test_a_process_that_does_not_tell_is_a_point_that_failed(path: str, tmp_path: Path, what: str, reason: str) -> None:
+def test_a_process_without_a_result_fails_its_point(path: str, tmp_path: Path, what: str, reason: str) -> None:
     assert sweep(path, Here(pretend(tmp_path, f"if name == 'none-256':\n    {what}"))) is None
     with Store(path, plan()) as store:
         [(task, said)] = store.failures()
@@ -158,14 +158,14 @@ def test_a_process_that_does_not_tell_is_a_point_that_failed(path: str, tmp_path
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="it can be measured here")
-def test_a_host_that_cannot_measure_ends_the_sweep_rather_than_fail_every_point(path: str) -> None:
+def test_a_host_that_cannot_measure_ends_the_sweep_and_fails_no_point(path: str) -> None:
     with pytest.raises(HostError, match=f"cannot measure: this host is {platform.machine()}"):
         sweep(path, Here())
     with Store(path, plan()) as store:
         assert store.counts() == (4, 0, 0)
 
 
-def test_a_signal_ends_what_is_being_measured_and_the_rest_is_for_the_next_time(path: str, tmp_path: Path) -> None:
+def test_a_signal_ends_the_measurement_and_leaves_the_rest_for_the_next_run(path: str, tmp_path: Path) -> None:
     python = pretend(tmp_path, "if name == 'pkvm-256' and tries == 1: time.sleep(1000)")
     with Store(path, plan()) as store, Here(python) as workers:
         running = Sweep(store, workers, lambda *_: running.interrupt(15) if list(tmp_path.glob("pkvm-256.*")) else None)
@@ -177,7 +177,7 @@ def test_a_signal_ends_what_is_being_measured_and_the_rest_is_for_the_next_time(
         assert store.counts() == (4, 4, 0)
 
 
-def test_a_sweep_killed_at_any_time_goes_on_with_what_is_missing(path: str, tmp_path: Path) -> None:
+def test_a_sweep_killed_at_any_time_continues_with_the_missing_points(path: str, tmp_path: Path) -> None:
     python = pretend(tmp_path, "if name == 'pkvm-256' and tries == 1: time.sleep(1000)")
     script = f"from tests.unit.test_bench_sweep_run import *\nsweep({path!r}, Here({python!r}))\n"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
@@ -201,7 +201,7 @@ def test_a_sweep_killed_at_any_time_goes_on_with_what_is_missing(path: str, tmp_
 # -- results files
 
 
-def test_results_of_one_environment_are_one_file_that_reports_read(path: str, tmp_path: Path) -> None:
+def test_results_of_one_environment_are_one_file_that_reports_can_read(path: str, tmp_path: Path) -> None:
     assert sweep(path, Threads(lambda task, _try: answer(float(task.number)))) is None
     with Store(path, plan()) as store:
         assert export(store, plan(), str(tmp_path / "all.json")) == [str(tmp_path / "all.json")]
@@ -214,7 +214,7 @@ def test_results_of_one_environment_are_one_file_that_reports_read(path: str, tm
     assert run.end["failed points"] == 0
 
 
-def test_environments_do_not_meet_in_a_file_and_an_unfinished_one_says_so(path: str, tmp_path: Path) -> None:
+def test_each_environment_has_its_file_and_an_unfinished_file_says_so(path: str, tmp_path: Path) -> None:
     with Store(path, plan()) as store:
         for task in plan().tasks[:3]:
             store.done(task, answer(cpu=f"kind {task.number % 2}"))
@@ -269,12 +269,12 @@ def test_a_sweep_from_its_file_to_its_results(
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="it can be measured here")
-def test_a_machine_that_is_no_arm64_one_names_the_lab(tmp_path: Path) -> None:
+def test_the_error_on_a_machine_other_than_arm64_names_the_lab(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="--labs 1"):
         bench_sweep._workers(command(str(tmp_path / "a.toml")), plan(), None)
 
 
-def test_a_lab_that_cannot_be_is_refused_before_anything_is_booted() -> None:
+def test_an_impossible_lab_is_refused_before_any_lab_boots() -> None:
     with pytest.raises(PyvmmError, match=r"sweep.toml: \[lab\]: icount counts the instructions of one CPU"):
         bench_sweep._workers(command("sweep.toml"), plan(FOUR + "[lab]\nicount = true\ncpus = 2"), None)
     with pytest.raises(PyvmmError, match="its own machines"):

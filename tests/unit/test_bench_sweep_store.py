@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep's database: what is stored stays, what does not belong together is refused."""
+"""A sweep's database: stored results stay, and results that do not belong together are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def refusal(path: str, text: str = FOUR, **options: bool) -> str:
     return str(caught.value)
 
 
-def test_what_was_stored_is_not_waiting_when_the_sweep_goes_on(path: str) -> None:
+def test_stored_points_are_not_measured_again_when_the_sweep_continues(path: str) -> None:
     with Store(path, plan()) as store:
         tasks = store.waiting()
         assert tasks == list(plan().tasks)
@@ -41,10 +41,10 @@ def test_what_was_stored_is_not_waiting_when_the_sweep_goes_on(path: str) -> Non
         assert store.waiting() == [tasks[0], *tasks[2:]]
 
 
-def test_a_database_of_another_plan_is_refused_with_what_differs(path: str) -> None:
+def test_a_database_of_another_plan_is_refused_with_the_difference(path: str) -> None:
     with Store(path, plan("case = 'exit'")):
         pass
-    with Store(path, plan()) as store:  # nothing was measured for the other
+    with Store(path, plan()) as store:  # nothing was measured for the other plan
         store.lost(store.waiting()[0], "the lab ended")
     said = refusal(path, FOUR.replace("1024", "2048"))
     assert "sweep 1.axes.pages: [256, 1024] there, [256, 2048] here" in said
@@ -60,7 +60,7 @@ def test_results_of_another_pyvmm_are_refused(path: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("number", [1, 99])
-def test_another_format_is_refused_and_restart_forgets_it(path: str, number: int) -> None:
+def test_another_format_is_refused_and_restart_discards_it(path: str, number: int) -> None:
     with Store(path, plan()) as store:
         store.done(plan().tasks[0], answer())
     with sqlite3.connect(path) as db:
@@ -72,7 +72,7 @@ def test_another_format_is_refused_and_restart_forgets_it(path: str, number: int
         assert list(store.environments()) == []
 
 
-def test_what_is_no_sweeps_is_refused_and_not_even_restart_harms_it(path: str) -> None:
+def test_a_file_that_is_not_a_sweeps_is_refused_and_restart_does_not_change_it(path: str) -> None:
     Path(path).write_text("my thesis\n" * 100)
     assert "is no database" in refusal(path, restart=True)
     assert Path(path).read_text().startswith("my thesis")
@@ -82,7 +82,7 @@ def test_what_is_no_sweeps_is_refused_and_not_even_restart_harms_it(path: str) -
     assert "no sweep's" in refusal(path, restart=True)
 
 
-def test_a_second_process_is_refused_while_the_first_is_there(path: str) -> None:
+def test_a_second_process_is_refused_while_the_first_runs(path: str) -> None:
     with Store(path, plan()):
         assert "is in use" in refusal(path)
         assert "is in use" in refusal(path, restart=True)
@@ -90,7 +90,7 @@ def test_a_second_process_is_refused_while_the_first_is_there(path: str) -> None
         pass
 
 
-def test_a_full_disk_costs_nothing_that_was_stored_and_the_sweep_goes_on_with_room(path: str) -> None:
+def test_a_full_disk_loses_no_stored_result_and_the_sweep_continues_with_space(path: str) -> None:
     big = answer()
     big.series[0]["values"] = [1.5] * 20_000
     with Store(path, plan()) as store:
@@ -109,5 +109,5 @@ def test_a_full_disk_costs_nothing_that_was_stored_and_the_sweep_goes_on_with_ro
         assert store.counts().done == 2
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     assert "cannot be written: No such file or directory" in refusal(str(tmp_path / "no" / "a.sqlite"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Points are measured in child processes, and whatever becomes of these is a series that says so."""
+"""Points are measured in child processes. A failed process gives a series with the reason."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def measure(function: Callable[..., Any], *, deadline: float | None = None, **mo
     return series
 
 
-def test_a_series_is_all_rounds_the_first_of_them_as_warm_up() -> None:
+def test_a_series_has_all_rounds_and_the_first_is_warm_up() -> None:
     def keep(bench: Bench) -> None:
         bench.keep("touch", [[9.0, 8.0], [1.0004, 2.0]], places=[0, 0, 1, 0], began=[0, 0, 0, 1.26], seed=3)
         bench.keep("PSS", [[float(os.getpid())]], clock="memory", unit="bytes", per="VM")
@@ -48,7 +48,7 @@ def test_a_series_is_all_rounds_the_first_of_them_as_warm_up() -> None:
     assert pss.values != (os.getpid(),)  # of a child process
 
 
-def test_where_time_counts_instructions_so_do_series(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_series_are_in_instructions_where_time_counts_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.bench.measure.counts", lambda: "instructions")
     [touch, count] = measure(lambda bench: (bench.keep("a", [[1.0]]), bench.keep("b", [[1.0]], unit="count")))
     assert (touch.unit, count.unit) == ("instructions", "count")
@@ -70,7 +70,7 @@ def refuse(error: KvmError | OSError | PyvmmError) -> Callable[..., None]:
         (OSError(28, "No space left on device"), r"\[Errno 28\] No space left on device"),
     ],
 )
-def test_what_is_refused_is_a_series_that_says_why_behind_what_there_was(
+def test_a_refused_round_gives_a_series_with_the_reason_after_the_measured_ones(
     error: KvmError | OSError | PyvmmError, words: str
 ) -> None:
     before, nothing = measure(refuse(error))
@@ -98,20 +98,18 @@ def test_a_crash_is_a_series_with_its_last_words_and_the_next_point_is_measured(
 
 
 @pytest.mark.parametrize("more", [{"deadline": 0.2}, {"seconds": 0.2}])
-def test_past_its_deadline_a_point_is_a_series_that_says_so_whoever_set_it(more: dict[str, float]) -> None:
+def test_a_point_past_any_deadline_is_a_series_that_says_so(more: dict[str, float]) -> None:
     [late] = measure(lambda _: time.sleep(60), **more)
     assert (late.unavailable, late.notes) == ("not done after 0.2 s, and killed", {"crashed": True})
 
 
 @pytest.mark.parametrize(("more", "seconds"), [({}, DEADLINE), ({"seconds": 0.001, "deadline": 9.0}, 9.0)])
-def test_a_case_may_wait_for_its_guest_as_long_as_its_deadline_whoever_set_it(
-    more: dict[str, float], seconds: float
-) -> None:
+def test_a_case_may_wait_for_its_guest_up_to_any_deadline(more: dict[str, float], seconds: float) -> None:
     [kept] = measure(lambda bench: bench.keep("seconds", [[bench.seconds]]), **more)
     assert kept.values == (seconds,)
 
 
-def test_settings_are_restored_for_who_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_a_killed_process_changed_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     class SavedSettings:

@@ -62,7 +62,8 @@ class LimitError(HostError):
 class KvmError(PyvmmError):
     """A system call on one of KVM's file descriptors failed.
 
-    ``call`` is its kernel name, ``values`` its arguments as text, ``errno`` the kernel's error.
+    ``call`` is its kernel name, ``values`` its arguments as text, ``errno`` the kernel's error. ``cause`` says it in
+    the words of this call; None: in those of libc.
     """
 
     def __init__(self, call: str, values: str, errno: int, cause: str | None = None, hint: str | None = None) -> None:
@@ -74,7 +75,10 @@ class KvmError(PyvmmError):
 
 
 class GuestMemoryError(PyvmmError):
-    """Guest memory is not accessible. ``gpa`` is the first byte not done, ``state`` its page's state in the ledger."""
+    """Guest memory is not accessible: ``done`` bytes are done.
+
+    ``gpa`` is the address of the first byte not done, ``state`` its page's state in the ledger.
+    """
 
     def __init__(self, what: str, gpa: int, done: int, state: str, *, hint: str | None = None) -> None:
         super().__init__(f"{what}: stopped at gpa {hex_(gpa)} after {done} bytes: the page is {state}", hint=hint)

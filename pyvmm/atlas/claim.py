@@ -132,7 +132,10 @@ REGISTRY: Final = Registry(Group, "pyvmm.atlas.claims", plugins.CLAIMS)
 
 
 def group(name: str, heading: str = "") -> Group:
-    """Return a built-in group, or a new one with ``heading``. Raises ValueError for an unknown or taken name."""
+    """Return the built-in group ``name``, or a new one with ``heading``.
+
+    Raises ValueError for an unknown name without ``heading``, and for a built-in one with it.
+    """
     if heading:
         if name in GROUPS:
             raise ValueError(f"a group called {name!r} already exists")

@@ -126,7 +126,13 @@ def case(
     seconds: float = DEADLINE,
     kernel: str = "",
 ) -> Callable[[Function], Case]:
-    """Make a function the case of its name."""
+    """Make a function the case of its name.
+
+    ``says`` is its statement in a sentence. ``axes`` has the values of each axis, the base first. ``quick`` names the
+    axes that ``--quick`` varies; None omits the case there. ``extra`` are more points, as differences from the base.
+    ``nonsense`` returns why a point is invalid, or an empty text. A point that takes longer than ``seconds`` is killed.
+    ``kernel`` is the named kernel that its guests need.
+    """
     return lambda function: Case(function.__name__, says, axes, function, quick, extra, nonsense, seconds, kernel)
 
 

@@ -104,7 +104,7 @@ class DeviceSpec(ABC):
 
     @abstractmethod
     def make(self, context: Context) -> Device | VirtioDevice:
-        """Make the device, not placed yet. Raises UsageError or HostError."""
+        """Make the device for the machine of ``context``, not placed yet. Raises UsageError or HostError."""
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)

@@ -75,9 +75,10 @@ class Text(str):
 class Experiment:
     """One guest, the evidence about it, and the verdict.
 
-    ``memory`` is MiB of RAM. ``faults`` records stage-2 faults from before the first run (None: if possible).
-    ``unclaimed`` is Machine's, and may be set later. ``conversion`` is only for the emulated protection. ``timed``
-    keeps the native loop's histograms. ``prefault`` and ``devices`` are the machine's.
+    ``backing`` is one of BACKINGS, ``memory`` is MiB of RAM, ``cpus`` is the number of vCPUs. ``faults`` records
+    stage-2 faults from before the first run (None: if possible). ``unclaimed`` is Machine's, and may be set later.
+    ``conversion`` is only for the emulated protection. ``timed`` keeps the native loop's histograms. ``prefault``
+    and ``devices`` are the machine's.
     """
 
     def __init__(
@@ -192,7 +193,10 @@ class Experiment:
         return self.machine.memory
 
     def page(self, pages: int = 1, *, align: int = PAGE_SIZE) -> Gpa:
-        """Return the gpa of ``pages`` unused pages that no earlier call has returned."""
+        """Return the gpa of ``pages`` unused pages that no earlier call has returned, a multiple of ``align`` bytes.
+
+        Raises PyvmmError if the guest's memory has no such pages left.
+        """
         start = Gpa(align_up(self._next, align))
         if start + pages * PAGE_SIZE > RAM_BASE + self.config.memory - HUGE_SIZE:
             raise PyvmmError(f"this guest's memory has no {pages} fresh pages left", hint="give it more with memory=")
@@ -200,7 +204,10 @@ class Experiment:
         return start
 
     def view(self, gpa: int) -> Hva:
-        """Return the host code's address of ``gpa``. It differs from KVM's only under the emulated protection."""
+        """Return the host code's address of ``gpa``. It differs from KVM's only under the emulated protection.
+
+        Raises PyvmmError if ``gpa`` is in no slot.
+        """
         for slot in self.memory.slots:
             if slot.gpa <= gpa < slot.end:
                 return Hva(slot.view + gpa - slot.gpa)
@@ -224,21 +231,21 @@ class Experiment:
     # -- evidence
 
     def check(self, what: str, saw: Value | None, wanted: Value = True) -> bool:
-        """Record an observation that the claim depends on. The claim holds if every check has its wanted value."""
+        """Record an observation and return whether ``saw`` is ``wanted``. The claim holds if every check is so."""
         entry = Evidence(what, "nothing" if saw is None else saw, wanted)
         self.evidence.append(entry)
         return bool(entry.ok)
 
     def tell(self, what: str, saw: Value | None) -> None:
-        """Record an observation for the reader, without effect on the verdict."""
+        """Record what was seen, ``saw``, for the reader, without effect on the verdict."""
         self.evidence.append(Evidence(what, "nothing" if saw is None else saw))
 
     def time(self, what: str, ticks: int) -> None:
-        """Record ticks of the guest's counter, separately from reproducible observations."""
+        """Record ``ticks`` of the guest's counter, separately from reproducible observations."""
         self.ticks[what] = ticks
 
     def cannot(self, why: str) -> NoReturn:
-        """End the experiment: the claim cannot be tested here."""
+        """End the experiment: the claim cannot be tested here. Raises Untold, always."""
         raise Untold(why)
 
     def map(self) -> Text:
@@ -279,11 +286,11 @@ class Experiment:
         return Text(self.machine.counters.line())
 
     def picture(self, title: str) -> None:
-        """Record the current page map."""
+        """Record the current page map under ``title``."""
         self.pictures.append(Picture(title, [(gpa, pages, entry) for gpa, pages, entry in self.page_map().runs]))
 
     def event(self, kind: str, gpa: int, pages: int = 1) -> None:
-        """Record an event of memory for the timeline."""
+        """Record an event for the timeline. ``kind`` is fault, share, unshare, punch, convert or slot."""
         self._events.append((time.monotonic_ns(), kind, gpa, pages))
 
     def faults(self, gpa: int, pages: int = 1) -> list[TracedFault]:
@@ -319,14 +326,20 @@ class Experiment:
     # -- KVM_RUN that fails
 
     def failure(self, timeout: float = PATIENCE) -> RunFailure:
-        """Wait until a vCPU's KVM_RUN has failed, and return the failure. That vCPU waits for :meth:`retry`."""
+        """Wait until a vCPU's KVM_RUN has failed, and return the failure. That vCPU waits for :meth:`retry`.
+
+        Raises Untold after ``timeout`` seconds without a failure.
+        """
         try:
             return self._failures.get(timeout=timeout)
         except queue.Empty:
             raise Untold(f"KVM_RUN was expected to fail and has not within {timeout:g} s") from None
 
     def failed(self, order: Any, timeout: float = PATIENCE) -> RunFailure | None:
-        """Wait for an order's end. Returns None on success, or the failure of KVM_RUN."""
+        """Wait for an order's end. Returns None on success, or the failure of KVM_RUN.
+
+        Raises Untold after ``timeout`` seconds with neither.
+        """
         deadline = time.monotonic() + timeout
         while not order.done():
             with contextlib.suppress(queue.Empty):

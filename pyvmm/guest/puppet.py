@@ -58,7 +58,7 @@ class Puppet:
         return f"Puppet(vcpu={self.vcpu})"
 
     def start(self, op: int, *args: int) -> Order[Results]:
-        """Send any order of abi.h. Its result is the seven raw result words."""
+        """Send the order ``op`` of abi.h with up to six ``args``. Its result is the seven raw result words."""
         return self._start(op, args, lambda results: results)
 
     def _start(self, op: int, args: Sequence[int], decode: Callable[[Results], T]) -> Order[T]:
@@ -98,7 +98,7 @@ class Puppet:
         return self.timed_read(gpa, 8).value
 
     def timed_read(self, gpa: int, size: int = 8) -> Timed:
-        """Load 1, 2, 4 or 8 bytes and time it."""
+        """Load 1, 2, 4 or 8 bytes and time it. Raises UsageError for another ``size``."""
         return Timed(*self.start(abi.OP_READ, gpa, _access_size(size)).result()[:2])
 
     def write8(self, gpa: int, value: int) -> int:
@@ -118,7 +118,7 @@ class Puppet:
         return self.write(gpa, value, 8)
 
     def write(self, gpa: int, value: int, size: int = 8) -> int:
-        """Store 1, 2, 4 or 8 bytes; returns ticks."""
+        """Store 1, 2, 4 or 8 bytes; returns ticks. Raises UsageError for another ``size``."""
         return self.start(abi.OP_WRITE, gpa, _access_size(size), value).result()[0]
 
     def words(self, gpa: int, count: int) -> tuple[int, ...]:
@@ -130,11 +130,11 @@ class Puppet:
         return tuple(words)
 
     def fill(self, gpa: int, size: int, pattern: int = 0) -> None:
-        """Fill ``size`` bytes, a multiple of 8, with a 64-bit pattern."""
+        """Fill ``size`` bytes with a 64-bit ``pattern``. Raises UsageError for a ``size`` that is not whole words."""
         self.start(abi.OP_FILL, gpa, _words_size(size), pattern).result()
 
     def sum(self, gpa: int, size: int) -> int:
-        """Add the 64-bit words of ``size`` bytes, modulo 2^64."""
+        """Add the 64-bit words of ``size`` bytes, modulo 2^64. Raises UsageError as :meth:`fill`."""
         return self.start(abi.OP_SUM, gpa, _words_size(size)).result()[0]
 
     def flush(self, gpa: int, size: int) -> None:
@@ -153,7 +153,7 @@ class Puppet:
     def touch(
         self, gpa: int, pages: int, *, stride: int = 1, access: Access = Access.READ, seed: int = 0, ticks_at: int = 0
     ) -> Touch:
-        """Access ``pages`` pages, every ``stride``-th, once each.
+        """Access ``pages`` pages, every ``stride``-th, once each, and return the ticks.
 
         ``seed`` other than 0 gives a random order. ``ticks_at`` is the gpa of other memory, 8 bytes per page. The guest
         records each page's ticks there. They are read back through the guest, because that memory may be private.
@@ -183,7 +183,7 @@ class Puppet:
         return self.start_series(what, gpa, count, stride=stride, value=value, ticks_at=ticks_at).result()
 
     def start_execute(self, gpa: int, argument: int = 0) -> Order[Timed]:
-        """Start calling the code at ``gpa``."""
+        """Start calling the code at ``gpa`` with x0 = ``argument``."""
         return self._start(abi.OP_EXECUTE, (gpa, argument), lambda r: Timed(r[0], r[1]))
 
     def execute(self, gpa: int, argument: int = 0) -> Timed:
@@ -191,7 +191,10 @@ class Puppet:
         return self.start_execute(gpa, argument).result()
 
     def start_hammer(self, gpa: int, size: int, rounds: int, access: Access = Access.READ) -> Order[int]:
-        """Start accessing every word of ``size`` bytes, ``rounds`` times. The answer is the rounds done."""
+        """Start accessing every word of ``size`` bytes, ``rounds`` times. The answer is the rounds done.
+
+        Raises UsageError unless ``size`` is a multiple of 8 above 0.
+        """
         return self._start(abi.OP_HAMMER, (gpa, _words_size(size), rounds, access), _first)
 
     def hammer(self, gpa: int, size: int, rounds: int, access: Access = Access.READ) -> int:
@@ -206,7 +209,10 @@ class Puppet:
         return self._start(abi.OP_COUNT, (gpa, count, until), _first)
 
     def mmio(self, gpa: int, count: int = 1, *, value: int | None = None, size: int = 8) -> int:
-        """Store ``value`` (load, if None) ``count`` times. Returns the total ticks. ``value`` cannot be 2^64 - 1."""
+        """Store ``value`` (load, if None) ``count`` times. Returns the total ticks.
+
+        Raises UsageError for the ``value`` 2^64 - 1, and for a ``size`` other than 1, 2, 4 or 8.
+        """
         word = -1 if value is None else value
         if value is not None and value & _MASK == _MASK:
             raise UsageError(f"value {hex_(_MASK)} means a load in this order: use another value")
@@ -215,11 +221,11 @@ class Puppet:
     # -- the hypervisor
 
     def start_share(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[ShareResult]:
-        """Start sharing. The answer's status is not checked."""
+        """Start sharing, as :meth:`share`. The answer's status is not checked."""
         return self._start(abi.OP_SHARE, (gpa, pages, how), _share_result)
 
     def start_unshare(self, gpa: int, pages: int = 1, how: int = abi.SHARE_HVC | abi.SHARE_BELL) -> Order[ShareResult]:
-        """Start unsharing. The answer's status is not checked."""
+        """Start unsharing; ``how`` as in :meth:`share`, in the other order. The answer's status is not checked."""
         return self._start(abi.OP_UNSHARE, (gpa, pages, how), _share_result)
 
     def share(
@@ -238,11 +244,11 @@ class Puppet:
         return _checked("unshare", gpa, self.start_unshare(gpa, pages, how).result(), check)
 
     def start_hvc(self, *regs: int) -> Order[Hvc]:
-        """Start a hypervisor call with x0..x6."""
+        """Start a hypervisor call; ``regs`` are x0 to x6, as far as given."""
         return self._start(abi.OP_HVC, regs, lambda r: Hvc((r[0], r[1], r[2], r[3]), r[4]))
 
     def hvc(self, *regs: int) -> Hvc:
-        """Call the hypervisor with x0..x6 and time it."""
+        """Call the hypervisor and time it; ``regs`` are x0 to x6, as far as given."""
         return self.start_hvc(*regs).result()
 
     # -- power

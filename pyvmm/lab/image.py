@@ -30,9 +30,9 @@ def build_image(
 
     ``kernel`` is a name that ``kernels`` knows, or a file: that boots with the root of an image, one with the file's
     modules if there is one. The project's own is built as well if need be, which takes minutes. An image whose recipe
-    is not this version's is built again. Where that needs the network and there is none, an existing image is used and
-    ``progress`` says so. UsageError for a kernel that is none, PyvmmError where there is no image and none can be
-    built.
+    is not this version's is built again. ``cache`` is where images are kept, by default the user's. Where that needs
+    the network and there is none, an existing image is used and ``progress`` says so. UsageError for a kernel that is
+    none, PyvmmError where there is no image and none can be built.
     """
     cache = cache or Cache()
     found = kernels.find(kernel)

@@ -46,8 +46,9 @@ class Completed:
 
 
 class Lab:
-    """A lab as a context manager. It starts ``image``, which ``build_image`` makes.
+    """A lab as a context manager. It starts ``image``, which ``build_image`` makes, with ``options``.
 
+    ``cwd`` is the directory of its commands, by default the current one; the lab sees it at the same path.
     ``arguments`` are looked through for files to make visible, ``outputs`` name files that commands will write (see
     shares.py); a ``bare`` lab sees nothing of the workstation. ``packages`` is a directory to import from, after
     pyvmm's own. What the workstation changes while the lab runs, a ``live`` one sees; the others cache, and start a
@@ -101,16 +102,16 @@ class Lab:
 
     @property
     def pid(self) -> int:
-        """QEMU's process."""
+        """The id of QEMU's process. Raises PyvmmError if the lab is not running."""
         return self._running().pid
 
     @property
     def command(self) -> list[str]:
-        """How QEMU was started."""
+        """QEMU's command line. Raises PyvmmError if the lab is not running."""
         return self._running().command
 
     def console(self) -> str:
-        """Give the last 64 KiB of the lab's console."""
+        """Return the last 64 KiB of the lab's console. Raises PyvmmError if the lab is not running."""
         return self._running().console()
 
     def _running(self) -> Qemu:
@@ -191,10 +192,13 @@ class Lab:
         is_module: bool = False,
         timeout: float | None = None,
     ) -> int:
-        """Run a command in the lab. Returns its exit status: 128 + N if signal N ended it, 127 if it does not exist.
+        """Run the command ``argv`` in the lab and return its exit status.
 
-        ``stdin`` is the whole input or a file descriptor. Output goes to ours unless sinks take it. ``env`` comes
-        on top of the lab's own. With ``is_tty``, ``stdin`` must be a terminal, and stderr comes with stdout. With
+        That is 128 + N if signal N ended it, 127 if it does not exist.
+
+        ``stdin`` is the whole input or a file descriptor. Output goes to this process's unless the functions ``stdout``
+        and ``stderr`` take it, piece by piece. ``cwd`` is its directory, the lab's by default. ``env`` comes on top of
+        the lab's own. With ``is_tty``, ``stdin`` must be a terminal, and stderr comes with stdout. With
         ``is_module``, ``argv[0]`` is a Python module to run, as ``python3 -P -m`` would: in a restored lab it starts
         in a fork of an interpreter that has imported the standard library.
         ``timeout`` is in seconds. SIGINT, SIGTERM and SIGHUP reach the command; when it does not end within 10 s, or
@@ -232,7 +236,7 @@ class Lab:
             raise qemu.failed(f"{argv[0]} did not end in {timeout:g} s", ended=False) from None
 
     def capture(self, argv: Sequence[str], **options: Any) -> Completed:
-        """Run a command as ``run`` does and keep its output."""
+        """Run the command ``argv`` as :meth:`run` does, with the same ``options``, and return its output."""
         out, err = bytearray(), bytearray()
         status = self.run(argv, stdout=out.extend, stderr=err.extend, **options)
         return Completed(status, bytes(out), bytes(err))

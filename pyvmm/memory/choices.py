@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 BACKINGS: Final = ("memfd", "anonymous", "thp", "hugetlb", "guest_memfd", "private")
+"""What guest memory can be made of, by the user's words."""
 DEFAULT_MEMORY: Final = 64 << 20
 """Default memory of a guest, in bytes, except with a named kernel."""
 

@@ -57,7 +57,10 @@ class OnDemand:
             machine.run()
 
     ``fill`` runs in the thread of the waiting vCPU. Other vCPUs may have to wait meanwhile, so it must not wait for
-    them. Its exception ends the run.
+    them. Its exception ends the run. There are at most ``limit`` slots.
+
+    Raises UsageError for ranges that overlap or are not whole pages, for a ``granule`` that is not whole pages, and for
+    a ``limit`` below 1.
     """
 
     def __init__(

@@ -114,7 +114,11 @@ class Fault:
 
 
 class Userfault:
-    """A userfaultfd. A context manager. Any thread may use it, and a request blocks only its caller."""
+    """A userfaultfd, from :meth:`open`. A context manager. Any thread may use it. A request blocks only its caller.
+
+    ``fd`` is its descriptor. ``available`` and ``features`` are masks of UFFD_FEATURE_*: what the kernel has, and what
+    is enabled. Methods that put, map or protect pages let the threads waiting there continue, unless ``wake`` is false.
+    """
 
     def __init__(self, fd: int, available: int, features: int) -> None:
         self.fd = fd
@@ -130,6 +134,7 @@ class Userfault:
 
         ``user_mode_only`` needs no privilege. Faults inside the kernel, such as every guest's, then fail instead of
         waiting. Raises HostError with a hint if this process may not use userfaultfd, or the kernel lacks it.
+        Raises UsageError for features that are events, and UserfaultError if the kernel refuses the features.
         """
         if features & EVENTS:
             raise UsageError(f"features {features & EVENTS:#x} are events, which this class does not read: drop them")
@@ -174,6 +179,9 @@ class Userfault:
 
         ``missing``: no page there yet; ``minor``: the file has it, the mapping does not; ``wp``, ``rwp``: accesses to
         pages protected with :meth:`write_protect` and :meth:`rwprotect`. Registering again replaces the kinds.
+
+        Raises UsageError for no kind, or for both ``wp`` and ``rwp``. Raises HostError for a kind that this kernel
+        lacks, and UserfaultError for a range that cannot be registered.
         """
         mode = 0
         for (name, bit, feature), wanted in zip(_MODES, (missing, minor, wp, rwp), strict=True):
@@ -195,17 +203,17 @@ class Userfault:
         return frozenset(each for each in _REQUESTS if argument.ioctls >> (each.number & 0xFF) & 1)
 
     def unregister(self, hva: int, size: int) -> None:
-        """Stop reporting faults there. Waiting threads continue."""
+        """Stop reporting faults there. Waiting threads continue. Raises UserfaultError for an invalid range."""
         self._call(uapi.UFFDIO_UNREGISTER, uapi.uffdio_range(start=hva, len=size), hva, size)
 
     def wake(self, hva: int, size: int) -> None:
-        """Let threads that wait in a range try again."""
+        """Let threads that wait in a range try again. Raises UserfaultError for an invalid range."""
         self._call(uapi.UFFDIO_WAKE, uapi.uffdio_range(start=hva, len=size), hva, size)
 
     # -- faults
 
     def read(self) -> list[Fault]:
-        """Return unread faults, only some if there are many. Does not wait."""
+        """Return unread faults, only some if there are many. Does not wait. Raises UserfaultError once it is closed."""
         size = sizeof(uapi.uffd_msg)
         try:
             data = os.read(self.fd, _BATCH * size)
@@ -236,7 +244,11 @@ class Userfault:
     # -- answers
 
     def copy(self, hva: int, data: bytes | bytearray | memoryview, *, wake: bool = True, wp: bool = False) -> None:
-        """Put new pages with ``data`` at ``hva``, atomically for readers. ``wp`` write-protects them."""
+        """Put new pages with ``data`` at ``hva``, atomically for readers. ``wp`` write-protects them.
+
+        Raises UserfaultError if the kernel refuses: its ``errno`` says why, its ``done`` how many bytes were done.
+        ``wake``: let waiting threads continue.
+        """
         source = ffi.from_buffer("uint8_t[]", data)
         mode = (0 if wake else uapi.UFFDIO_COPY_MODE_DONTWAKE) | (uapi.UFFDIO_COPY_MODE_WP if wp else 0)
         start = int(ffi.cast("uintptr_t", source))
@@ -247,16 +259,19 @@ class Userfault:
         self._fill(uapi.UFFDIO_COPY, rest, "copy", hva, len(data), mode)
 
     def zeropage(self, hva: int, size: int = PAGE_SIZE, *, wake: bool = True) -> None:
-        """Put new pages of zeros at ``hva``."""
+        """Put new pages of zeros at ``hva``. Otherwise as :meth:`copy`."""
         self._fill_range(uapi.UFFDIO_ZEROPAGE, uapi.uffdio_zeropage, "zeropage", hva, size, 0 if wake else 1)
 
     def continue_(self, hva: int, size: int = PAGE_SIZE, *, wake: bool = True, wp: bool = False) -> None:
-        """Map the file's pages at ``hva``. ``wp`` write-protects them."""
+        """Map the file's pages at ``hva``. ``wp`` write-protects them. Otherwise as :meth:`copy`."""
         mode = (0 if wake else uapi.UFFDIO_CONTINUE_MODE_DONTWAKE) | (uapi.UFFDIO_CONTINUE_MODE_WP if wp else 0)
         self._fill_range(uapi.UFFDIO_CONTINUE, uapi.uffdio_continue, "mapped", hva, size, mode)
 
     def write_protect(self, hva: int, size: int = PAGE_SIZE, on: bool = True, *, wake: bool = True) -> None:
-        """Report stores to a range. With ``on`` false, stop reporting and let waiting threads continue."""
+        """Report stores to a range. With ``on`` false, stop reporting, and with ``wake`` let waiting threads continue.
+
+        Raises UserfaultError if the kernel refuses.
+        """
         argument = uapi.uffdio_writeprotect(
             mode=uapi.UFFDIO_WRITEPROTECT_MODE_WP if on else 0 if wake else uapi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
         )
@@ -264,7 +279,7 @@ class Userfault:
         self._call(uapi.UFFDIO_WRITEPROTECT, argument, hva, size, argument.mode)
 
     def rwprotect(self, hva: int, size: int = PAGE_SIZE, on: bool = True, *, wake: bool = True) -> None:
-        """Report all accesses to existing pages. With ``on`` false, stop reporting and let waiting threads continue."""
+        """Report all accesses to existing pages of a range. Otherwise as :meth:`write_protect`."""
         argument = uapi.uffdio_rwprotect(
             mode=uapi.UFFDIO_RWPROTECT_MODE_RWP if on else 0 if wake else uapi.UFFDIO_RWPROTECT_MODE_DONTWAKE
         )
@@ -272,7 +287,10 @@ class Userfault:
         self._call(uapi.UFFDIO_RWPROTECT, argument, hva, size, argument.mode)
 
     def attach(self, stop: Callable[[], None] | None) -> None:
-        """Set the server's ``stop``, which is called before closing; None removes it. One server at a time."""
+        """Set the server's ``stop``, which is called before closing; None removes it.
+
+        Raises UsageError if there is a server already.
+        """
         if stop and self._stop_server:
             raise UsageError(f"{self!r} already has a server: stop that server first")
         self._stop_server = stop

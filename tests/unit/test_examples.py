@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dice of pyvmm/examples: a device that somebody else adds, from Python and from the command line."""
+"""The devices of pyvmm/examples: what somebody else adds, from Python and from the command line."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,10 @@ from pyvmm import plugins
 from pyvmm.cli import make_parser, with_file
 from pyvmm.cli.run import TABLE
 from pyvmm.devices.kind import Around
+from pyvmm.devices.virtio.registers import Register
 from pyvmm.errors import UsageError
 from pyvmm.examples.dice import KIND, Dice, DiceDevice
+from pyvmm.examples.upper import MOST, UpperDevice
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.fdt import cells64
@@ -24,7 +26,10 @@ from pyvmm.machine.plan import Plan
 from pyvmm.options.devices import device_specs
 from pyvmm.options.written import machine_options
 from pyvmm.protection import Protection
+from tests.memory_helper import BASE
 from tests.unit.installed import install
+from tests.virtio_board import DATA, Board, answer, ask, eventually
+from tests.virtqueue_rig import PAGE, SIZE, Guest
 
 ENTRY = {"dice": "pyvmm.examples.dice:KIND"}
 
@@ -188,3 +193,35 @@ print([name for name in sys.modules if name in ("pyvmm.plugins", "importlib.meta
 def test_its_kind_makes_it() -> None:
     assert KIND.spec({"sides": 3}, Around()) == Dice(3)
     assert repr(Dice(3)) == "Dice(sides=3)"
+
+
+# ---- the virtio device
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    guest = Guest()
+    yield guest
+    guest.close()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_upper_answers_in_upper_case(guest: Guest, packed: bool) -> None:
+    board = Board(guest, UpperDevice())
+    [driver] = board.drive(packed=packed)
+    for text in (b"hello", b"from", b"a guest"):
+        ask(board, driver, text)
+        assert answer(board, driver) == text.upper()
+    board.close()
+
+
+def test_upper_bounds_a_request_and_fails_one_outside_of_memory_alone(guest: Guest) -> None:
+    board = Board(guest, UpperDevice())
+    [driver] = board.drive()
+    for start, size, written in ((BASE + SIZE, 4, 0), (DATA, 2 * PAGE, MOST)):
+        driver.add([(start, size, False), (DATA + 4 * PAGE, 4 * PAGE, True)])
+        board.store(Register.QUEUE_NOTIFY, 0)
+        done: list[tuple[int, int]] = []
+        eventually(lambda done=done: done.extend(driver.used()) or done)  # type: ignore[misc]
+        assert [length for _, length in done] == [written]
+    board.close()

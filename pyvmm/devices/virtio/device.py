@@ -105,7 +105,7 @@ class VirtioDevice:
         self._faults = Complaints(self.label)
 
     def name_it(self, label: str) -> None:
-        """Set the device's name, like ``blk0``, before the transport is made."""
+        """Set the device's name to ``label``, such as blk0, before the transport is made."""
         self.label = label
         self.complaints = Complaints(label)
         self._faults = Complaints(label)
@@ -131,7 +131,7 @@ class VirtioDevice:
         return None
 
     def start(self, queues: Sequence[Queue], features: int) -> None:
-        """Start: the driver is ready, with these features. Queues that it did not set up are not ``ready``."""
+        """Start: the driver is ready, with these features. It has set up those ``queues`` that are ``ready``."""
 
     def stop(self) -> None:
         """Stop: on return, no queue and no guest memory is in use. Idempotent.
@@ -169,7 +169,7 @@ class VirtioDevice:
             self.transport.config_changed()
 
     def failed(self, error: Exception) -> None:
-        """Called by a worker that ends: the driver broke a queue, or the VMM's side failed."""
+        """Called by a worker that ends with ``error``: the driver broke a queue, or the VMM's side failed."""
         if not isinstance(error, QueueBroken):
             unexpected = not isinstance(error, PyvmmError | OSError)
             self._faults.error("device_failed", error=str(error), exc_info=error if unexpected else None)

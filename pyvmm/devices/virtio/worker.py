@@ -217,7 +217,10 @@ class WorkerDevice(VirtioDevice):
         self._workers: list[Worker] = []
 
     def new_worker(self, serve: Callable[[], None] | None = None, *, queue: int = 0) -> Worker:
-        """Make a worker; ``queue`` is the number of the one that it serves where each queue has a worker."""
+        """Make a worker. Its thread runs ``serve``; None: it serves the queues that it watches.
+
+        ``queue`` is the number of the one that it serves where each queue has a worker.
+        """
         worker = Worker(self._thread_name(queue), self.failed, serve)
         self._workers.append(worker)
         return worker

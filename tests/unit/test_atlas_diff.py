@@ -248,7 +248,7 @@ def test_claims_of_only_one_atlas_are_printed_and_many_of_a_kind_are_folded() ->
     ]
 
 
-def test_page_maps_and_events_are_printed_only_if_verbose() -> None:
+def test_different_page_maps_and_events_are_only_counted_unless_verbose() -> None:
     a = atlas(result(evidence=(Evidence("n", 1),), pictures=(Picture("before", [(0, 1, 1)]),)))
     b = atlas(result(evidence=(Evidence("n", 1),), pictures=(Picture("before", [(0, 1, 2)]),)))
     assert said(a, b)[3] == "         differing: 1 page map"

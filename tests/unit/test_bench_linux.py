@@ -10,7 +10,7 @@ import pytest
 from pyvmm.bench import linux
 
 
-def test_packages_that_a_lab_lists_and_cannot_find_count_as_not_installed(
+def test_install_leaves_out_files_that_a_lab_lists_and_cannot_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "pyvmm"

@@ -231,7 +231,7 @@ def test_results_that_unpack_to_too_much_are_refused(tmp_path: Path, monkeypatch
         embedded.read_html(tmp_path / "a.html")
 
 
-def test_the_error_names_a_file_that_does_not_exist(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"none\.html cannot be read: No such file"):
         embedded.read_html(tmp_path / "none.html")
     (tmp_path / "binary.html").write_bytes(b64decode("/////w=="))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boot protocol: what a kernel file is, where it goes, and how bad ones are refused."""
+"""The boot protocol: kinds of kernel files, their load addresses, and how bad files are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def identify(data: bytes, source: str, **more: Any) -> BootImage:
 
 
 def loaded(image: BootImage) -> tuple[bytes, list[int], int, str]:
-    """What loading an image writes, by gpa."""
+    """Return what loading an image writes, by gpa."""
     memory = Recorder()
     for part in image.segments:
         part.data.load(memory, part.gpa, part.size)
@@ -76,16 +76,16 @@ def elf(
     return identity + head + heads + bodies
 
 
-# ---- what it is and where it goes
+# ---- kinds and load addresses
 
 
-def test_a_flat_binary_goes_512_kib_into_memory_and_starts_at_its_first_byte() -> None:
+def test_a_flat_binary_is_loaded_512_kib_into_memory_and_starts_at_its_first_byte() -> None:
     image = identify(CODE, "x.bin")
     assert (image.kind, image.pc) == ("flat", 0x8008_0000)
     assert [(part.gpa, part.data) for part in image.segments] == [(0x8008_0000, Bytes(CODE))]
 
 
-def test_an_image_goes_where_its_text_offset_says() -> None:
+def test_an_image_is_loaded_at_its_text_offset() -> None:
     image = identify(linux_image(text_offset=0x8_0000), "Image")
     assert (image.kind, image.pc) == ("Image", 0x8008_0000)
     assert identify(linux_image(), "Image").pc == 0x8000_0000
@@ -96,11 +96,11 @@ def test_an_images_bss_counts_as_memory_but_is_not_written() -> None:
     assert (part.size, part.data.size) == (MIB, 4096)
 
 
-def test_an_image_from_before_3_17_gets_the_offset_of_its_time() -> None:
+def test_an_image_from_before_3_17_gets_the_text_offset_of_those_kernels() -> None:
     assert identify(linux_image(image_size=0, text_offset=123), "Image").pc == 0x8008_0000
 
 
-def test_an_elf_goes_where_its_physical_addresses_say() -> None:
+def test_an_elf_is_loaded_at_its_physical_addresses() -> None:
     data = elf(entry=0xFFFF_0010, vaddr=0xFFFF_0000)
     image = identify(data, "vmlinux")
     assert (image.kind, image.pc) == ("ELF", 0x8010_0010)
@@ -110,12 +110,12 @@ def test_an_elf_goes_where_its_physical_addresses_say() -> None:
 def test_an_elfs_entry_may_be_a_physical_address() -> None:
     high = 0xFFFF_0000_0010_0000
     assert identify(elf(entry=0x8010_0010, vaddr=high), "vmlinux").pc == 0x8010_0010
-    assert identify(elf(entry=0x8010_0FFF, vaddr=high), "vmlinux").pc == 0x8010_0FFF  # beyond what is in the file
+    assert identify(elf(entry=0x8010_0FFF, vaddr=high), "vmlinux").pc == 0x8010_0FFF  # beyond the contents of the file
     with pytest.raises(UsageError, match=r"entry 0x80101000 .* segments"):
         identify(elf(entry=0x8010_1000, vaddr=high), "vmlinux")
 
 
-def test_an_elfs_entry_is_virtual_where_it_can_be_both() -> None:
+def test_an_elfs_entry_counts_as_virtual_if_it_can_be_both() -> None:
     parts = ((1, 0x8010_0000, CODE, 4096), (1, 0x8020_0000, CODE, 4096))
     assert identify(elf(entry=0x8020_0010, vaddr=0x8020_0000, segments=parts[:1]), "x").pc == 0x8010_0010
     assert identify(elf(entry=0x8020_0010, vaddr=0x9000_0000, segments=parts), "x").pc == 0x8020_0010
@@ -127,14 +127,14 @@ def test_an_elfs_notes_and_empty_segments_are_not_loaded() -> None:
 
 
 @pytest.mark.parametrize("inner", [linux_image(), CODE, elf()])
-def test_a_gzip_file_is_what_is_in_it(inner: bytes) -> None:
+def test_a_gzip_file_is_loaded_as_its_contents(inner: bytes) -> None:
     assert loaded(identify(gzip.compress(inner), "x")) == loaded(identify(inner, "x"))
 
 
 @pytest.mark.parametrize("inner", [linux_image(10_000), CODE, elf()])
 @pytest.mark.parametrize("between", [b"", b"\0", bytes(1500)])
-def test_all_members_of_a_gzip_file_are_in_it(inner: bytes, between: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyvmm.machine.content.CHUNK", 701)  # so that members begin and end anywhere in one
+def test_all_members_of_a_gzip_file_are_loaded(inner: bytes, between: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyvmm.machine.content.CHUNK", 701)  # so that members begin and end anywhere in a chunk
     for cuts in ([1], [100, 5000], [0], [3, 4, 9_000]):
         ends = [0, *cuts, len(inner)]
         members = [gzip.compress(inner[start:end]) for start, end in pairwise(ends)]
@@ -144,19 +144,19 @@ def test_all_members_of_a_gzip_file_are_in_it(inner: bytes, between: bytes, monk
 @pytest.mark.parametrize(
     "behind", [bytes(600), b"~Module signature appended~\n", b"\0\x1f", b"\x1f\x8b", b"\0\0x\x1f\x8b\x08"]
 )
-def test_what_stands_behind_a_gzip_file_is_left_alone(behind: bytes) -> None:
+def test_data_after_a_gzip_file_is_ignored(behind: bytes) -> None:
     image = linux_image(9000)
     assert loaded(identify(gzip.compress(image) + behind, "x")) == loaded(identify(image, "x"))
 
 
 @pytest.mark.parametrize("left", [4, 12, 40])
-def test_a_gzip_file_whose_second_member_is_cut_is_refused(left: int) -> None:
+def test_a_gzip_file_whose_second_member_is_truncated_is_refused(left: int) -> None:
     packed = gzip.compress(linux_image(9000, image_size=20_000)) + gzip.compress(os.urandom(100))[:left]
     with pytest.raises(UsageError, match="truncated gzip file"):
         loaded(identify(packed, "x"))
 
 
-def test_a_packed_image_is_unpacked_chunk_by_chunk_to_where_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compressed_image_is_unpacked_chunk_by_chunk_to_its_load_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.machine.content.CHUNK", 700)
     data = linux_image(5000)[:64] + os.urandom(4936)
     memory = Recorder()
@@ -175,13 +175,13 @@ def test_a_packed_image_is_unpacked_chunk_by_chunk_to_where_it_goes(monkeypatch:
         (gzip.compress(linux_image(1 << 20, image_size=4096)), "unpacks to more than the 4096 bytes its header says"),
     ],
 )
-def test_a_packed_image_whose_rest_is_bad_is_refused_when_it_is_loaded(packed: bytes, why: str) -> None:
+def test_a_compressed_image_with_a_corrupt_rest_is_refused_when_it_is_loaded(packed: bytes, why: str) -> None:
     (part,) = identify(packed, "x").segments
     with pytest.raises(UsageError, match=why):
         part.data.load(Recorder(), part.gpa, part.size)
 
 
-def test_an_efi_zboot_of_gzip_is_what_is_in_it() -> None:
+def test_an_efi_zboot_image_with_gzip_is_loaded_as_its_contents() -> None:
     payload = gzip.compress(linux_image())
     head = struct.pack("<4s4s2I8x32s", b"MZ\0\0", b"zimg", 64, len(payload), b"gzip").ljust(64, b"\0")
     assert loaded(identify(head + payload, "vmlinuz")) == loaded(identify(linux_image(), "vmlinuz"))
@@ -236,7 +236,7 @@ def test_a_bad_kernel_is_refused_with_the_reason(data: bytes, why: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_no_damage_to_an_elf_gets_past_as_anything_but_a_clear_error(data: st.DataObject) -> None:
+def test_a_damaged_elf_is_loaded_or_refused_with_a_clear_error(data: st.DataObject) -> None:
     bad = bytearray(elf())
     for _ in range(data.draw(st.integers(1, 4))):
         bad[data.draw(st.integers(4, 119))] = data.draw(st.integers(0, 255))
@@ -253,7 +253,7 @@ def test_no_damage_to_an_elf_gets_past_as_anything_but_a_clear_error(data: st.Da
 @given(
     st.binary(max_size=200), st.sampled_from([b"", b"MZ\0\0zimg", b"\x1f\x8b\x08", b"\x7fELF", bytes(56) + b"ARM\x64"])
 )
-def test_no_file_at_all_raises_anything_else(data: bytes, start: bytes) -> None:
+def test_any_file_is_loaded_or_refused_with_a_clear_error(data: bytes, start: bytes) -> None:
     try:
         identify(start + data, "k")
     except UsageError:
@@ -273,7 +273,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", [linux_image(3 * 4096 + 5), elf(), CODE, gzip.compress(linux_image(9000))])
-def test_a_file_goes_straight_to_where_it_is_placed(tmp_path: Path, kernel: bytes) -> None:
+def test_a_file_is_read_straight_to_its_load_address(tmp_path: Path, kernel: bytes) -> None:
     (tmp_path / "kernel").write_bytes(kernel)
     image = read(str(tmp_path / "kernel"))
     assert loaded(image) == loaded(identify(kernel, "x"))
@@ -290,7 +290,7 @@ def test_a_file_that_becomes_shorter_before_it_is_loaded_is_refused(tmp_path: Pa
     image.close()
 
 
-def test_what_is_refused_leaves_no_file_open(tmp_path: Path) -> None:
+def test_a_refused_kernel_leaves_no_file_open(tmp_path: Path) -> None:
     (tmp_path / "k").write_bytes(CODE)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(UsageError):
@@ -310,7 +310,7 @@ def test_what_is_refused_leaves_no_file_open(tmp_path: Path) -> None:
     ],
     ids=["missing", "directory", "empty", "fifo", "link to itself"],
 )
-def test_a_path_that_is_no_file_is_refused_with_the_reason(
+def test_a_path_that_is_not_a_file_is_refused_with_the_reason(
     tmp_path: Path, which: str, make: Callable[..., Any], why: str
 ) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
@@ -332,12 +332,12 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["a\0b", "", "x" * 5000, "/dev/null/x"])
-def test_a_path_the_system_refuses_is_refused_in_words(path: str) -> None:
+def test_a_path_that_the_system_refuses_is_refused_with_a_clear_error(path: str) -> None:
     with pytest.raises(UsageError, match=r"cannot be opened|no such file"):
         read(path)
 
 
-def test_a_payloads_name_without_its_prefix_is_recognised() -> None:
+def test_the_hint_recognises_a_payloads_name_without_its_prefix() -> None:
     with pytest.raises(UsageError) as caught:
         read("hello")
     assert caught.value.hint == "did you mean the built-in payload:hello?"
@@ -380,7 +380,7 @@ def test_the_device_tree_is_last_and_the_initrd_right_below_it() -> None:
 
 
 @given(st.integers(layout.RAM_MINIMUM // 4096, 1 << 20), st.integers(1, 3 * MIB), st.integers(0, 3 * MIB))
-def test_what_is_planned_is_inside_memory_aligned_and_disjoint(ram_pages: int, kernel: int, initrd: int) -> None:
+def test_planned_parts_are_inside_memory_aligned_and_disjoint(ram_pages: int, kernel: int, initrd: int) -> None:
     ram_size = ram_pages * 4096
     image = flat(kernel, bytes(initrd) if initrd else None)
     try:
@@ -399,7 +399,7 @@ def test_what_is_planned_is_inside_memory_aligned_and_disjoint(ram_pages: int, k
 
 
 @pytest.mark.parametrize("gib", [31, 33, 500])
-def test_an_initrd_is_no_further_from_its_kernel_than_linux_maps(gib: int) -> None:
+def test_an_initrd_is_within_the_range_that_linux_maps_around_its_kernel(gib: int) -> None:
     image = identify(linux_image(), "Image")._replace(initrd=Bytes(bytes(5000)))
     where = ranges(plan(image, ram_size=gib << 30))
     top = layout.RAM_BASE + (min(gib, 32) << 30)
@@ -413,7 +413,7 @@ def test_an_initrd_is_no_further_from_its_kernel_than_linux_maps(gib: int) -> No
     assert caught.value.hint == "a kernel, its initrd and its device tree must be within 32 GiB"
 
 
-def test_the_least_memory_there_may_be_takes_a_payload() -> None:
+def test_a_payload_fits_the_smallest_memory_allowed() -> None:
     plan(flat(MIB), ram_size=layout.RAM_MINIMUM)
     plan(flat(MIB), ram_size=64 * MIB, loadable=layout.PRIVATE_BOOT)
 
@@ -446,13 +446,13 @@ def test_the_least_memory_there_may_be_takes_a_payload() -> None:
         "elf in itself",
     ],
 )
-def test_what_overlaps_or_does_not_fit_is_refused_with_both_ranges(image: BootImage, why: str) -> None:
+def test_parts_that_overlap_or_do_not_fit_are_refused_with_both_ranges(image: BootImage, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
         plan(image, ram_size=64 * MIB)
     assert caught.value.hint
 
 
-def test_a_payload_is_given_no_more_memory_than_it_reaches() -> None:
+def test_a_payload_is_refused_more_memory_than_it_can_reach() -> None:
     image = read("payload:hello")
     plan(image, ram_size=layout.PAYLOAD_LIMIT - layout.RAM_BASE)
     with pytest.raises(UsageError, match=r"522241 MiB .* cannot use addresses from 0x80_0000_0000 on") as caught:
@@ -460,7 +460,7 @@ def test_a_payload_is_given_no_more_memory_than_it_reaches() -> None:
     assert caught.value.hint == "use at most -m 522240M"
 
 
-def test_the_hint_gives_memory_that_is_enough() -> None:
+def test_the_hint_suggests_enough_memory() -> None:
     image = flat(65 * MIB, bytes(3 * MIB))
     with pytest.raises(UsageError) as caught:
         plan(image, ram_size=64 * MIB)
@@ -504,7 +504,7 @@ def test_each_part_is_written_once_and_the_device_tree_last() -> None:
     assert b"seed" not in entry.device_tree
 
 
-def test_linux_alone_is_given_entropy_and_a_run_without_it_repeats() -> None:
+def test_only_linux_gets_entropy_and_other_runs_repeat() -> None:
     image = identify(linux_image(), "Image")
     entries = [
         place(image, Recorder(), Board(cpus=1, entropy=entropy), ram_size=64 * MIB)
@@ -519,7 +519,7 @@ def test_linux_alone_is_given_entropy_and_a_run_without_it_repeats() -> None:
         assert value in trees[1]
 
 
-def test_a_device_tree_from_a_file_is_loaded_as_it_is(tmp_path: Path) -> None:
+def test_a_device_tree_from_a_file_is_loaded_unchanged(tmp_path: Path) -> None:
     data = Tree(Node("", {"a": 1})).to_bytes()
     (tmp_path / "dtb").write_bytes(data + b"padding")
     tree = boot.read_tree(str(tmp_path / "dtb"))
@@ -544,7 +544,7 @@ TREE = Tree(Node("", {"a": 1})).to_bytes()
     ],
     ids=["source", "short", "truncated", "newer", "older", "damaged", "large"],
 )
-def test_a_file_that_is_no_device_tree_is_refused_with_the_reason(tmp_path: Path, data: bytes, why: str) -> None:
+def test_a_file_that_is_not_a_device_tree_is_refused_with_the_reason(tmp_path: Path, data: bytes, why: str) -> None:
     (tmp_path / "dtb").write_bytes(data)
     with pytest.raises(UsageError, match=why) as caught:
         boot.read_tree(str(tmp_path / "dtb"))
@@ -556,7 +556,7 @@ def test_a_command_line_too_long_for_the_device_tree_is_refused() -> None:
         place(flat(), Recorder(), Board(cpus=1, command_line="x" * FDT_ROOM), ram_size=64 * MIB)
 
 
-def test_an_elf_reader_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_a_missing_elf_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "elftools.elf.elffile", None)
     with pytest.raises(PyvmmError, match="not installed") as caught:
         identify(elf(), "k")
@@ -583,7 +583,7 @@ def test_a_payload_takes_the_memory_it_needs_beyond_its_file() -> None:
     assert part.size == payloads.memory_of(payloads.payload("hello")) >= (part.data.size or 0)
 
 
-def test_an_unknown_payload_is_refused_with_the_names_there_are() -> None:
+def test_an_unknown_payload_is_refused_with_the_known_names() -> None:
     with pytest.raises(UsageError, match="no payload 'helo'") as caught:
         read("payload:helo")
     assert "payload:hello" in str(caught.value)
@@ -601,6 +601,6 @@ def test_an_unknown_payload_is_refused_with_the_names_there_are() -> None:
     ],
     ids=["text", "zeros", "xz", "bzip2", "zstd", "Android"],
 )
-def test_what_holds_no_instruction_is_no_flat_binary(data: bytes, words: str) -> None:
+def test_a_file_without_an_instruction_is_not_a_flat_binary(data: bytes, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         identify(data, "FILE")

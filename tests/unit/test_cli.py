@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: what it takes, what it refuses, and what comes of errors and signals."""
+"""The command line: what it accepts and refuses, and how errors and signals end it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def execute(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
-# ---- what is wrong with a command line
+# ---- errors of a command line
 
 
 @pytest.mark.parametrize(
@@ -67,16 +67,14 @@ def execute(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         ("run --pkvm --protected-vm x", "pyvmm run: argument --protected-vm: not allowed", "pyvmm run --help"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_a_hint(
-    line: str, wrong: str, hint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_is_one_line_and_a_hint(line: str, wrong: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(line.split()) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(wrong)
     assert second.startswith(f"  hint: {hint}")
 
 
-def test_actions_of_the_lab_that_are_pointed_to_are_those_that_there_are() -> None:
+def test_hints_name_only_existing_actions_of_the_lab() -> None:
     words = ["lab", "status"]
     [verbs] = [action.choices for action in cli.make_parser(words)._actions if isinstance(action.choices, dict)]
     [actions] = [action.choices for action in verbs["lab"]._actions if isinstance(action.choices, dict)]
@@ -95,17 +93,17 @@ def test_a_size_is_mib_unless_its_unit_says_otherwise(text: str, size: int) -> N
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1.5G", "1X", "1MB", "0x10", " 1", "1 ", "٣"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(ArgumentTypeError):
         parse_size(text)
 
 
 @given(st.integers(0, 1 << 60), st.sampled_from("BKMGTP"))
-def test_every_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
+def test_every_size_equals_its_number_times_its_unit(number: int, unit: str) -> None:
     assert parse_size(f"{number}{unit}") == number << 10 * "BKMGTP".index(unit)
 
 
-def test_memory_may_say_where_it_is() -> None:
+def test_the_memory_option_takes_an_address() -> None:
     assert parse_memory("512M") == (512 << 20, None)
     assert parse_memory("1G@0x80000000") == (1 << 30, 0x8000_0000)
     for bad in ("1G@", "1G@x", "@0x80000000"):
@@ -114,7 +112,7 @@ def test_memory_may_say_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "nan", "inf", ""])
-def test_a_deadline_is_a_finite_time_to_come(text: str) -> None:
+def test_a_deadline_is_a_positive_finite_time(text: str) -> None:
     with pytest.raises(ArgumentTypeError):
         parse_seconds(text)
 
@@ -134,7 +132,7 @@ def test_runs_options_have_the_names_other_tools_use() -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["--prefault"]])
-def test_prefaulting_is_asked_for(words: list[str]) -> None:
+def test_run_prefaults_only_on_request(words: list[str]) -> None:
     assert machine.machine_config(parse("run", *words, "k")).prefault is bool(words)
 
 
@@ -147,7 +145,7 @@ def test_every_protection_and_policy_can_be_chosen() -> None:
         assert parse("run", "--backing", backing, "k").backing == backing
 
 
-def test_a_bare_word_for_the_crash_payload_is_its_way() -> None:
+def test_a_single_word_for_the_crash_payload_is_its_kind_of_crash() -> None:
     assert machine.params("payload:crash", ["undefined"]) == ("way=undefined",)
     assert machine.params("payload:crash", ["way=loop", "bytes=9"]) == ("way=loop", "bytes=9")
     assert machine.params("Image", ["quiet"]) == ("quiet",)
@@ -180,7 +178,7 @@ def test_a_wrong_command_line_exits_2_and_says_so_on_stderr(
     assert "pyvmm" in err
 
 
-def test_lab_behind_the_verb_is_put_right(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hint_corrects_a_lab_option_after_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--lab", "payload:hello"]) == 2
     assert "--lab goes before the verb\n  hint: pyvmm --lab run" in capsys.readouterr().err
 
@@ -200,12 +198,12 @@ def test_help_names_every_verb_and_the_exit_statuses(capsys: pytest.CaptureFixtu
     assert "exit status" in out
 
 
-def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["--version"])
     assert capsys.readouterr().out == f"pyvmm {pyvmm.__version__}\n"
 
 
-def test_message_options_stand_before_or_behind_the_verb() -> None:
+def test_message_options_may_come_before_or_after_the_verb() -> None:
     assert parse("-v", "doctor").verbose == parse("doctor", "-v").verbose == 1
     assert parse("-v", "doctor", "-q").quiet == 1
     assert parse("-v", "doctor", "-q").verbose == 1
@@ -235,7 +233,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (HostError("it failed", hint="try this"), 5),
     ],
 )
-def test_our_errors_are_a_message_a_hint_and_a_status(
+def test_pyvmms_errors_have_a_message_a_hint_and_an_exit_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: HostError | PyvmmError | UsageError,
@@ -246,7 +244,7 @@ def test_our_errors_are_a_message_a_hint_and_a_status(
     assert capsys.readouterr().err == "pyvmm: it failed\n  hint: try this\n"
 
 
-def test_our_errors_are_an_event_where_events_are_json(
+def test_pyvmms_errors_are_json_events_if_events_are_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     verb_that(monkeypatch, raising(HostError("no", hint="yes")))
@@ -265,7 +263,7 @@ def test_an_unexpected_error_is_one_line_and_a_hint(
     assert err.count("\n") == 2
 
 
-def test_an_unexpected_error_shows_where_with_v(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_shows_its_traceback_with_v(monkeypatch: pytest.MonkeyPatch) -> None:
     verb_that(monkeypatch, raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         cli.main(["-v", "doctor"])
@@ -275,7 +273,7 @@ def test_an_unexpected_error_shows_where_with_v(monkeypatch: pytest.MonkeyPatch)
     ("error", "status"),
     [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM), 143), (Interrupted(signal.SIGINT), 130)],
 )
-def test_an_interruption_exits_with_128_and_the_signal(
+def test_an_interruption_exits_with_128_plus_the_signal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: Interrupted | KeyboardInterrupt,
@@ -286,7 +284,7 @@ def test_an_interruption_exits_with_128_and_the_signal(
     assert capsys.readouterr().err == ""
 
 
-def test_a_reader_that_leaves_is_no_traceback() -> None:
+def test_a_reader_that_leaves_causes_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as gone:
@@ -298,7 +296,7 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
 
 
 @X86
-def test_an_x86_host_asked_to_run_a_guest_says_use_the_lab() -> None:
+def test_run_on_an_x86_host_suggests_the_lab() -> None:
     done = execute("run", "--protection", "pkvm", "-p", "a b", "payload:hello")
     assert done.returncode == 5
     assert done.stdout == ""
@@ -309,7 +307,7 @@ def test_an_x86_host_asked_to_run_a_guest_says_use_the_lab() -> None:
     ]
 
 
-def test_closed_standard_files_do_not_lend_their_numbers_to_others(tmp_path: Path) -> None:
+def test_other_files_do_not_get_the_numbers_of_closed_standard_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = f"exec {sys.executable} -m pyvmm doctor --json >{out} 0<&- 2>&-"
     done = subprocess.run(["sh", "-c", script], timeout=60, check=False)
@@ -320,7 +318,7 @@ def test_closed_standard_files_do_not_lend_their_numbers_to_others(tmp_path: Pat
 # ---- the lab
 
 
-def test_lab_hands_the_verb_on_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lab_passes_the_verb_on_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
     def run_verb(argv: list[str], _args: object) -> int:
@@ -340,7 +338,7 @@ def test_a_wrong_verb_line_is_refused_before_the_lab_starts(
     assert "floppy" in capsys.readouterr().err
 
 
-def test_there_is_no_lab_in_the_lab(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lab_option_is_refused_in_the_lab(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--lab", "lab", "status"]) == 2
     assert "hint: pyvmm lab status" in capsys.readouterr().err
 
@@ -352,7 +350,7 @@ def test_the_module_runs_as_the_script_does() -> None:
 
 @pytest.mark.parametrize("columns", [None, "0", "-5", "wide", ""])
 @pytest.mark.parametrize(("terminal", "widest"), [(0, 80), (None, 80), (60, 60)])
-def test_help_fits_a_terminal_whatever_it_says_of_itself(
+def test_help_fits_a_terminal_of_any_claimed_width(
     monkeypatch: pytest.MonkeyPatch, columns: str | None, terminal: int | None, widest: int
 ) -> None:
     def size() -> os.terminal_size:

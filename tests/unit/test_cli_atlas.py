@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm atlas`` and ``pyvmm repl`` at the command line: what they refuse, and in which words."""
+"""``pyvmm atlas`` and ``pyvmm repl`` at the command line: what they refuse, and with which messages."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ X86 = pytest.mark.skipif(platform.machine() == "aarch64", reason="about hosts th
 
 @pytest.fixture
 def arm64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the verb believe that experiments can be made here; none is."""
+    """Make the verb believe that experiments can run here. None runs."""
     monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
     monkeypatch.setattr("pyvmm.experiment.environment.host", lambda: {"kernel": "7.3.4", "mode": "protected"})
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, *verdicts: Verdict | BaseException) -> None:
-    """Give these verdicts in turn instead of making experiments."""
+    """Give these verdicts in turn instead of running experiments."""
     given = iter(verdicts)
 
     def run(todo: Iterable[Task], *, deadline: float | None = None) -> Iterator[Result]:
@@ -82,7 +82,7 @@ def test_an_unknown_claim_is_refused_with_the_nearest(capsys: pytest.CaptureFixt
         ([], 7, True),
     ],
 )
-def test_what_is_unknown_is_refused_before_a_lab_boots(
+def test_unknown_names_are_refused_before_a_lab_boots(
     words: list[str], status: int, booted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[list[str]] = []
@@ -96,19 +96,19 @@ def test_what_is_unknown_is_refused_before_a_lab_boots(
     assert ran == ([["-q", "atlas", *words]] if booted else [])
 
 
-def test_a_place_that_no_claim_is_tried_in_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_where_no_claim_is_tried_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "fault-in/pins-are-told-apart", "--backing", "hugetlb")
     assert status == 2
     assert "none of these claims is tried with hugetlb" in err
 
 
 @pytest.mark.parametrize("words", [["--protection", "tdx"], ["--backing", "disk"], ["--deadline", "0"]])
-def test_values_that_are_none_are_usage_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_values_are_usage_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, *words)[0] == 2
 
 
 @X86
-def test_on_a_host_that_is_not_arm64_the_lab_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_on_a_host_other_than_arm64_names_the_lab(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "share", "--json", "x.json")
     assert status == 5
     assert "pyvmm --lab atlas share --json x.json" in err
@@ -116,7 +116,9 @@ def test_on_a_host_that_is_not_arm64_the_lab_is_named(capsys: pytest.CaptureFixt
     assert "pyvmm --lab repl" in capsys.readouterr().err
 
 
-def test_without_kvm_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_atlas_says_that_kvm_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Arm64:
         machine = "aarch64"
 
@@ -138,7 +140,7 @@ def test_the_list_names_every_claim_and_where_it_is_tried(capsys: pytest.Capture
 
 @pytest.mark.parametrize("option", ["--json", "--html", "--junit", "--map"])
 @pytest.mark.usefixtures("arm64")
-def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
     option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("pyvmm.experiment.runner.run", None)
@@ -148,7 +150,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
 
 
 @pytest.mark.usefixtures("arm64")
-def test_every_file_asked_for_is_written(
+def test_every_requested_file_is_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     answer(monkeypatch, Verdict.FAILS)
@@ -171,7 +173,7 @@ def test_a_crash_is_exit_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 @pytest.mark.usefixtures("arm64")
-def test_interrupted_it_writes_what_it_has(
+def test_an_interrupted_atlas_writes_its_results(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     answer(monkeypatch, Verdict.HOLDS, Verdict.HOLDS, KeyboardInterrupt())
@@ -184,7 +186,7 @@ def test_interrupted_it_writes_what_it_has(
 
 
 @pytest.mark.usefixtures("arm64")
-def test_diff_tells_same_from_different_by_its_status(
+def test_the_exit_status_of_diff_says_whether_atlases_differ(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     one, other = str(tmp_path / "a.json"), str(tmp_path / "b.json")
@@ -210,7 +212,7 @@ def test_diff_tells_same_from_different_by_its_status(
         ('{"atlas": 1, "claims": [{}], "host": {}}', "is not a whole atlas"),
     ],
 )
-def test_diff_of_what_is_no_atlas_is_refused(
+def test_diff_refuses_a_file_that_is_not_an_atlas(
     contents: str | None, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "a.json"
@@ -222,7 +224,7 @@ def test_diff_of_what_is_no_atlas_is_refused(
 
 
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "b", "c"]])
-def test_diff_wants_two_files(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_needs_two_files(names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = said(capsys, "diff", *names)
     assert status == 2
     assert "diff compares two" in err

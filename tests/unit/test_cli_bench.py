@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm bench`` at the command line: what it refuses and in which words, and that nothing measured is lost."""
+"""``pyvmm bench`` at the command line: what it refuses, with which messages, and that it loses no result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FEW = samples.run(samples.per_round(STEADY), samples.per_round(STEADY, metric="w
 
 
 def lines(run: model.Run = FEW) -> list[str]:
-    """A run as it comes: each series with the line that says that its point is done."""
+    """Return the lines of a run: each series, followed by the line that says its point is done."""
     found = []
     for line in samples.text(run).splitlines(keepends=True):
         found.append(line)
@@ -44,7 +44,7 @@ def lines(run: model.Run = FEW) -> list[str]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str | BaseException]:
-    """Have these lines said instead of measuring, and what is no line raised."""
+    """Emit these lines instead of measuring, and raise those that are exceptions."""
     said: list[str | BaseException] = [*lines()]
 
     def measure(_plan: object, say: Callable[[str], None], **_options: Any) -> None:
@@ -71,7 +71,7 @@ def write(path: Path, *some: str) -> Path:
     return path
 
 
-# -- what makes no sense
+# -- invalid requests
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def write(path: Path, *some: str) -> Path:
     ],
 )
 @pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
-def test_what_makes_no_sense_is_said_before_anything_runs(
+def test_invalid_requests_are_refused_before_anything_runs(
     words: list[str],
     why: str,
     hint: str,
@@ -113,12 +113,12 @@ def test_what_makes_no_sense_is_said_before_anything_runs(
 
 
 @pytest.mark.parametrize("words", [["--turns", "0"], ["--deadline", "0"], ["--deadline", "soon"]])
-def test_values_that_are_none_are_usage_errors(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_invalid_values_are_usage_errors(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert told(capfd, "fault", *words)[0] == 2
 
 
 @X86
-def test_on_a_host_that_is_not_arm64_the_lab_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_error_on_a_host_other_than_arm64_names_the_lab(capfd: pytest.CaptureFixture[str]) -> None:
     status, _, err = told(capfd, "fault", "--json", "x y")
     assert status == 5
     assert "pyvmm --lab bench fault --json 'x y'" in err
@@ -137,7 +137,7 @@ def test_the_list_names_cases_axes_and_values(capfd: pytest.CaptureFixture[str],
 
 @pytest.mark.parametrize("option", ["--json", "--html"])
 @pytest.mark.parametrize("lab", [(), ("--lab",)], ids=["here", "lab"])
-def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
     option: str,
     lab: tuple[str, ...],
     capfd: pytest.CaptureFixture[str],
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
 # -- measuring
 
 
-def test_everything_asked_for_is_there(
+def test_bench_makes_everything_requested(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     status, out, err = told(
@@ -172,7 +172,7 @@ def test_everything_asked_for_is_there(
         assert told(capfd, "report", tmp_path / source)[:2] == (0, out)
 
 
-def test_where_a_point_crashed_the_status_is_1(
+def test_a_crashed_point_gives_exit_status_1(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
     crashed = samples.series([], unavailable="the process was killed by SIGSEGV", notes={"crashed": True})
@@ -182,7 +182,7 @@ def test_where_a_point_crashed_the_status_is_1(
     assert "killed by SIGSEGV" in out
 
 
-def test_a_full_disk_costs_the_file_only_and_is_told(
+def test_a_full_disk_loses_only_the_file_and_bench_says_so(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
     status, out, err = told(capfd, "fault", "--json", "/dev/full")
@@ -199,7 +199,7 @@ def test_a_full_disk_costs_the_file_only_and_is_told(
         (PyvmmError("the lab ended", hint="look at its console"), 1, "pyvmm: the lab ended\n  hint: look"),
     ],
 )
-def test_cut_short_it_reports_what_there_is_and_says_why(
+def test_bench_cut_short_reports_its_results_and_says_why(
     end: KeyboardInterrupt | PyvmmError,
     status: int,
     words: str,
@@ -219,7 +219,7 @@ def test_cut_short_it_reports_what_there_is_and_says_why(
 
 
 @pytest.mark.parametrize("words", [[], ["--collect"]], ids=["here", "in the lab"])
-def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(
+def test_a_signal_ends_bench_cleanly_and_a_second_signal_waits(
     words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     way_out = []
@@ -239,7 +239,7 @@ def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(
     numbers = (signal.SIGTERM, signal.SIGHUP)
 
     def nothing(*_: object) -> None:
-        """Be the handler of who does not handle them: it fails, and lives."""
+        """Handle a signal by failing the test, without ending the process."""
 
     old = [signal.signal(number, nothing) for number in numbers]
     try:
@@ -253,7 +253,7 @@ def test_a_signal_in_the_middle_ends_it_in_order_and_another_waits(
     assert "whole range" not in out
 
 
-def test_cut_short_before_anything_came_there_is_nothing_to_report(
+def test_bench_cut_short_before_any_result_reports_nothing(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
     for rest in (1, 0):
@@ -262,7 +262,7 @@ def test_cut_short_before_anything_came_there_is_nothing_to_report(
 
 
 def sides(differ: float = 1.5, turns: int = 8, b_turns: int | None = None) -> model.Run:
-    """A run by turns, the second side slower."""
+    """Return a run in turns; its second side is slower."""
     found = []
     for turn in range(turns):
         for side, factor, state in (("A", 1, "cold"), ("B", differ, "mapped")):
@@ -274,7 +274,7 @@ def sides(differ: float = 1.5, turns: int = 8, b_turns: int | None = None) -> mo
     return replace(samples.run(*found), asked={"versus": ["state", "mapped"]})
 
 
-def test_measured_by_turns_it_compares(
+def test_bench_compares_two_sides_measured_in_turns(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     measured[:] = lines(sides())
@@ -283,14 +283,14 @@ def test_measured_by_turns_it_compares(
     assert "slower" in out
     assert "cold / mapped" in out
     assert told(capfd, "compare", tmp_path / "a.jsonl")[:2] == (1, out)
-    # A turn that was cut off takes nothing from the others.
+    # A turn that was cut off does not affect the others.
     write(tmp_path / "b.jsonl", samples.text(sides(b_turns=7)))
     status, out, _ = told(capfd, "compare", tmp_path / "b.jsonl")
     assert status == 1
     assert "unpaired" not in out
 
 
-def test_by_turns_cut_short_before_the_second_side_the_reason_is_what_is_told(
+def test_bench_cut_short_before_the_second_side_prints_the_reason(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
     measured[:] = [*lines(sides(turns=1, b_turns=0)), KeyboardInterrupt()]
@@ -302,7 +302,7 @@ def test_by_turns_cut_short_before_the_second_side_the_reason_is_what_is_told(
 
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Stand in for a lab: what it says comes in pieces of a size, and then its end."""
+    """Replace a lab: its output comes in pieces of a given size, and then it ends."""
 
     class Lab(argparse.Namespace):
         text, size, status = "".join(lines()).encode(), 7, 0
@@ -343,7 +343,7 @@ def test_the_lab_measures_and_the_report_is_made_here(
     assert (outputs, visible, env) == ((), (), None)
 
 
-def test_a_lab_that_ends_in_the_middle_of_a_line_leaves_what_was_whole(
+def test_a_lab_that_ends_in_the_middle_of_a_line_leaves_the_whole_lines(
     lab: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     whole = "".join(lines()[:3]).encode()
@@ -354,7 +354,7 @@ def test_a_lab_that_ends_in_the_middle_of_a_line_leaves_what_was_whole(
     assert (tmp_path / "a.jsonl").read_bytes() == whole
 
 
-def test_a_lab_that_says_nothing_hands_on_its_status(lab: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bench_passes_on_the_exit_status_of_a_lab_without_output(lab: Any, capfd: pytest.CaptureFixture[str]) -> None:
     lab.text, lab.status = b"", 5
     assert told(capfd, "fault", lab=("--lab",)) == (5, "", "")
 
@@ -370,7 +370,7 @@ def no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_numpy", "measured")
 @pytest.mark.parametrize("words", [["fault"], ["compare", "a"], ["report", "a"], ["--json", "a", "--html", "b"]])
-def test_without_numpy_it_says_what_to_install_before_it_measures(
+def test_bench_without_numpy_says_what_to_install_before_it_measures(
     words: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -381,7 +381,7 @@ def test_without_numpy_it_says_what_to_install_before_it_measures(
 
 
 @pytest.mark.usefixtures("no_numpy")
-def test_without_numpy_raw_results_are_kept_all_the_same(
+def test_bench_without_numpy_can_still_keep_raw_results(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     status, out, err = told(capfd, "fault", "--json", tmp_path / "a.jsonl")
@@ -391,7 +391,7 @@ def test_without_numpy_raw_results_are_kept_all_the_same(
 
 
 @pytest.mark.usefixtures("no_numpy")
-def test_where_only_lines_are_collected_numpy_is_not_asked_for(
+def test_bench_needs_no_numpy_to_collect_lines_only(
     measured: list[str | BaseException], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert told(capfd, "fault", "--collect") == (0, "".join(map(str, measured)), "")
@@ -412,7 +412,7 @@ def test_where_only_lines_are_collected_numpy_is_not_asked_for(
         ("".join(lines()).replace('"values":[', '"values":', 1), "line 2 is not of a benchmark's results"),
     ],
 )
-def test_a_file_that_is_no_results_or_damaged_is_refused_by_name(
+def test_damaged_results_and_other_files_are_refused_by_name(
     words: list[str], text: str | None, why: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "a.jsonl"
@@ -425,7 +425,7 @@ def test_a_file_that_is_no_results_or_damaged_is_refused_by_name(
 
 
 @pytest.mark.parametrize("subverb", ["report", "compare"])
-def test_values_that_are_no_numbers_are_refused_by_the_series_name(
+def test_values_that_are_not_numbers_are_refused_with_the_series_name(
     subverb: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = write(tmp_path / "a", samples.text(samples.run(samples.series([1.0, "x"]))))
@@ -435,7 +435,9 @@ def test_values_that_are_no_numbers_are_refused_by_the_series_name(
     assert "fault, touch" in err
 
 
-def test_a_file_cut_off_in_its_last_line_is_good_up_to_there(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_file_truncated_in_its_last_line_is_readable_up_to_there(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file = write(tmp_path / "a.jsonl", "".join(lines())[:-300])
     status, out, _ = told(capfd, "report", file)
     assert status == 0
@@ -443,7 +445,7 @@ def test_a_file_cut_off_in_its_last_line_is_good_up_to_there(capfd: pytest.Captu
     assert "whole range" not in out
 
 
-def test_compare_tells_same_from_different_by_its_status(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_exit_status_of_compare_says_whether_runs_differ(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     slower = [replace(each, values=tuple(2 * value for value in each.values)) for each in FEW.series]
     one, other = (write(tmp_path / name, samples.text(run)) for name, run in (("a", FEW), ("b", samples.run(*slower))))
     assert told(capfd, "compare", one, one)[0] == 0
@@ -460,7 +462,7 @@ def test_compare_tells_same_from_different_by_its_status(capfd: pytest.CaptureFi
         ({"series": (replace(FEW.series[0], case="exit"),)}, "no series in common"),
     ],
 )
-def test_runs_that_cannot_be_compared_are_a_status_of_their_own(
+def test_runs_that_cannot_be_compared_have_a_distinct_exit_status(
     changed: dict[str, Any],
     why: str,
     capfd: pytest.CaptureFixture[str],
@@ -476,7 +478,7 @@ def test_runs_that_cannot_be_compared_are_a_status_of_their_own(
     assert "this run has only one side" in err
 
 
-def test_a_command_line_is_parsed_without_anything_heavy() -> None:
+def test_parsing_a_command_line_loads_no_heavy_module() -> None:
     code = (
         "import sys; from pyvmm.cli import make_parser;"
         "words = ['bench', 'fault', '--axis', 'cpus=1']; make_parser(words).parse_args(words);"

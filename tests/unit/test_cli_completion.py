@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm completion``: bash completes verbs, options, values and topics; each script is one its shell can read."""
+"""``pyvmm completion``: bash completes verbs, options, values and topics. Each shell can read its script."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_shell_can_read_its_script(shell: str, capsys: pytest.CaptureFixture[str
         ("completion f", {"fish"}),
     ],
 )
-def test_bash_completes(words: str, offered: set[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bash_completes_verbs_options_and_values(
+    words: str, offered: set[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "disk.img").touch()
     (tmp_path / "script").write_text(script("bash", capsys))
     typed = ["pyvmm", *words.split(" ")]
@@ -75,7 +77,7 @@ def test_whole_parser_has_every_verb_and_topic() -> None:
     assert (args.lab, args.verb, args.topic) == (True, "help", TOPICS[0])
 
 
-def test_without_shtab_it_says_what_to_install(
+def test_completion_without_shtab_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
@@ -86,6 +88,6 @@ def test_without_shtab_it_says_what_to_install(
     assert err.endswith(f"\n  hint: {sys.executable} -m pip install shtab\n")
 
 
-def test_shell_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", "tcsh"]) == 2
     assert "tcsh" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options from a file: what it may say, what the command line says over it, and what is refused, and where."""
+"""Options from a file: what it may contain, how the command line overrides it, and which errors name which line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def applied(text: str, folder: Path, *words: str) -> argparse.Namespace:
-    """The options of a file and a command line."""
+    """Return the options of a file and a command line."""
     path = folder / "vm.toml"
     path.write_text(text)
     line = ["run", "--config", str(path), *words]
@@ -58,18 +58,18 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(args).items() if key not in ("verb_argv", "config", "print_config")}
 
 
-def test_a_file_says_what_the_command_line_would(tmp_path: Path) -> None:
+def test_a_file_sets_the_same_options_as_the_command_line(tmp_path: Path) -> None:
     words = ("-m", "256", "-p", "a=1", "-p", 'conversion = "x"', "--protection", "emulated", "--prefault")
     assert plain(applied(EXAMPLE, tmp_path)) == plain(parse("run", *words, "-k", "payload:echo"))
 
 
-def test_the_command_line_goes_first_whole_lists_and_other_spellings_included(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file_also_for_lists_and_other_spellings(tmp_path: Path) -> None:
     args = applied(EXAMPLE, tmp_path, "--pkvm", "-p", "z", "-c", "2", "payload:hello")
     assert (args.protection, args.params, args.cpus, args.mem) == ("pkvm", ["z"], 2, (256 << 20, None))
     assert (args.kernel, args.kernel_option) == ("payload:hello", None)
 
 
-def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Path) -> None:
+def test_the_lab_uses_a_files_options_which_are_sent_as_words(tmp_path: Path) -> None:
     path = tmp_path / "vm.toml"
     path.write_text('map = "a.svg"\nkernel = "payload:hello"\n')
     line = ["--lab", "-v", "run", f"--config={path}", "-c", "2"]
@@ -110,38 +110,38 @@ def test_a_file_counts_in_the_lab_too_where_only_its_words_are_sent(tmp_path: Pa
         ("trace-el2 = true\n", r"trace-el2 \(line 1\): .* --trace is missing"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_its_key_and_its_line(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_content_is_refused_with_its_key_and_line(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         applied(text, tmp_path, "payload:hello")
 
 
-def test_a_key_that_is_nearly_an_option_is_told_which(tmp_path: Path) -> None:
+def test_the_error_for_a_misspelt_key_names_the_nearest_option(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
         applied("protecton = 'pkvm'", tmp_path)
     assert refused.value.hint == "did you mean protection?"
 
 
-def test_what_the_command_line_contradicts_in_the_file_is_blamed_on_the_file(tmp_path: Path) -> None:
+def test_a_contradiction_of_file_and_command_line_names_the_key_in_the_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"vm.toml: conversion \(line 2\): .* with protection pkvm"):
         applied("# one\nconversion = 'zero'\n", tmp_path, "--pkvm", "payload:hello")
 
 
-def test_every_key_that_says_a_part_of_what_is_wrong_is_blamed_by_its_own_name(tmp_path: Path) -> None:
+def test_an_error_names_every_key_that_contributes_to_it(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"pkvm \(line 1\) and conversion \(line 2\): .* with protection pkvm"):
         applied("pkvm = true\nconversion = 'zero'\n", tmp_path, "payload:hello")
 
 
-def test_a_key_that_says_nothing_is_not_blamed(tmp_path: Path) -> None:
+def test_an_error_does_not_name_a_key_without_effect(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"vm\.toml: conversion \(line 2\): .* with protection none"):
         applied("pkvm = false\nconversion = 'zero'\n", tmp_path, "payload:hello")
 
 
-def test_what_the_command_line_alone_has_wrong_is_left_to_who_runs_the_guest(tmp_path: Path) -> None:
+def test_errors_of_the_command_line_alone_are_left_to_the_run(tmp_path: Path) -> None:
     assert applied("prefault = true\n", tmp_path, "-c", "1000", "payload:hello").cpus == 1000
 
 
 @pytest.mark.parametrize("lines", [1, 8])
-def test_a_wrong_file_costs_no_parsing_for_each_of_its_keys(
+def test_a_wrong_file_is_not_parsed_once_for_each_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: int
 ) -> None:
     parsed: list[object] = []
@@ -155,7 +155,7 @@ def test_a_wrong_file_costs_no_parsing_for_each_of_its_keys(
     disks = "".join(f"[[disk]]\npath = '{number}'\nqueues = 17\n" for number in range(lines))
     with pytest.raises(UsageError, match=r"disk\.queues \(line 3\)"):
         applied(disks, tmp_path, "payload:hello")
-    # The command line twice, without and with the file's words, its verb's part each time, and once as text.
+    # Parsed are: the command line without and with the file's words, the verb's part each time, and the text once.
     assert len(parsed) == 5
 
 
@@ -168,7 +168,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, what: str) -> Non
         read(str(path))
 
 
-def test_what_is_on_or_off_can_be_said_both_ways(tmp_path: Path) -> None:
+def test_a_file_can_switch_options_on_and_off(tmp_path: Path) -> None:
     said = [
         applied(text, tmp_path, *words, "payload:hello").rng
         for text, words in (
@@ -191,7 +191,7 @@ def test_a_switch_and_its_opposite_contradict_each_other(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("package", ["options", "syntax"])
-def test_nothing_private_of_argparse_is_used(package: str) -> None:
+def test_the_code_uses_nothing_private_of_argparse(package: str) -> None:
     private = {name for each in (argparse, argparse.ArgumentParser) for name in dir(each) if name.startswith("_")}
     private |= {"_defaults", "_actions", "_group_actions", "_mutually_exclusive_groups"}
     for path in (Path(pyvmm.__file__).parent / package).glob("*.py"):
@@ -199,7 +199,7 @@ def test_nothing_private_of_argparse_is_used(package: str) -> None:
         assert not {name for name in used & private if not name.endswith("__")}, path.name
 
 
-# -- options of parts
+# -- options with parts
 
 
 def disk(text: str) -> str:
@@ -209,14 +209,14 @@ def disk(text: str) -> str:
 
 
 def expanded(text: str, folder: Path) -> list[str]:
-    """The words for a verb that has one option, of key=value parts, which may be repeated."""
+    """Return the words for a verb with one repeatable option of key=value parts."""
     path = folder / "vm.toml"
     path.write_text(text)
     table = Table([Option("--disk", type=disk, takes=SEVERAL, help="")], lambda _parser: None)
     return OptionsFile(str(path), read(str(path)), table, "run").put_before([])
 
 
-def test_tables_are_the_parts_of_an_option(tmp_path: Path) -> None:
+def test_tables_in_a_file_are_the_parts_of_an_option(tmp_path: Path) -> None:
     text = "[[disk]]\npath = 'a b'\nro = true\nqueues = 2\nsync = false\n[[disk]]\npath = 'c'\n"
     assert expanded(text, tmp_path) == ["--disk=path=a b,ro,queues=2", "--disk=path=c"]
     assert expanded("disk = [{path = 'a'}, 'path=b,ro']", tmp_path) == ["--disk=path=a", "--disk=path=b,ro"]
@@ -230,7 +230,7 @@ def test_a_wrong_table_is_refused_with_the_line_of_its_header_or_of_the_wrong_ke
         expanded("[[disk]]\npath = 'a,b'\n", tmp_path)
 
 
-# -- the other way
+# -- from options to a file
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -251,7 +251,7 @@ OPTIONS = st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(OPTIONS, st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3), st.booleans())
-def test_what_is_printed_reads_back_as_the_same_options(
+def test_the_printed_configuration_reads_back_as_the_same_options(
     options: dict[str, str], params: list[str], prefault: bool
 ) -> None:
     words = [f"{option}={text}" if option.startswith("--") else f"{option}{text}" for option, text in options.items()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of consoles, sockets and balloons: what they mean together, and what is refused before anything runs."""
+"""The options of consoles, sockets and balloons: how they combine, and which are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def parse(*words: str) -> argparse.Namespace:
         (["--console", "stdio", "--serial", "file=/x"], ("file=/x", "stdio")),
     ],
 )
-def test_one_of_two_consoles_has_stdio(words: list[str], wanted: tuple[str, str]) -> None:
+def test_only_one_of_two_consoles_has_stdio(words: list[str], wanted: tuple[str, str]) -> None:
     assert places(parse(*words, "k")) == wanted
 
 
@@ -60,7 +60,7 @@ def test_one_of_two_consoles_has_stdio(words: list[str], wanted: tuple[str, str]
         (["--vsock", "uds=x,cid=2"], "cid 2"),
     ],
 )
-def test_what_makes_no_sense_is_refused(words: list[str], why: str) -> None:
+def test_invalid_combinations_are_refused(words: list[str], why: str) -> None:
     with pytest.raises(UsageError, match=why):
         check_options(parse(*words, "payload:hello"))
 
@@ -68,7 +68,7 @@ def test_what_makes_no_sense_is_refused(words: list[str], why: str) -> None:
 @pytest.mark.parametrize(
     ("text", "why"), [("uds=x", "lacks cid"), ("cid=3", "lacks uds"), ("uds=x,cid=3,port=1", "known are")]
 )
-def test_vsock_needs_both_of_its_parts_and_knows_no_other(
+def test_vsock_needs_both_of_its_parts_and_accepts_no_other(
     text: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -76,7 +76,7 @@ def test_vsock_needs_both_of_its_parts_and_knows_no_other(
     assert why in capsys.readouterr().err
 
 
-def test_devices_are_as_they_were_asked_for() -> None:
+def test_devices_are_as_requested() -> None:
     words = ["--console", "stdio", "--vsock", "uds=v,cid=7", "--balloon", "8M"]
     specs = device_specs(parse(*words, "k"), (1, None))
     assert [spec for spec in specs if not isinstance(spec, Console)] == [Vsock("v", 7), Balloon(8 << 20)]
@@ -84,7 +84,7 @@ def test_devices_are_as_they_were_asked_for() -> None:
     assert (console.out, console.source) == (1, None)
 
 
-def test_plan_listens_at_no_path(tmp_path: Path) -> None:
+def test_plan_does_not_listen_at_a_path(tmp_path: Path) -> None:
     path = tmp_path / "v"
     args = parse("--vsock", f"uds={path},cid=3", "--balloon", "0", "payload:hello")
     with Plan(machine_config(args)) as plan:
@@ -92,7 +92,7 @@ def test_plan_listens_at_no_path(tmp_path: Path) -> None:
         assert "vsock0" in "\n".join(plan.lines())
 
 
-def test_files_are_opened_and_closed_and_one_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_files_are_opened_and_closed_and_the_error_names_one_that_cannot_be_opened(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         out, source = consoles.open_place(f"file={tmp_path}/out", stack, 1)
         assert out is not None
@@ -113,7 +113,7 @@ def test_files_are_opened_and_closed_and_one_that_cannot_be_is_named(tmp_path: P
         consoles.open_place(f"file={tmp_path}", stack, 1)
 
 
-def test_a_new_size_of_the_terminal_is_told_until_the_run_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guest_hears_of_new_terminal_sizes_until_the_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     terminal = SimpleNamespace(resize=lambda *size: told.append(size))
     machine: Any = SimpleNamespace(role=lambda kind: (terminal,) if kind is Terminal else ())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: where it is told, and that it never claims what was not so."""
+"""The demo: where it runs, and that it never reports a false fact as true."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def machine(name: str) -> Callable[..., Any]:
     return lambda: os.uname_result(("Linux", "h", "7.3", "v", name))
 
 
-def test_a_host_that_is_no_pkvm_host_tells_it_in_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_runs_in_the_lab_if_the_host_is_not_a_pkvm_host(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
     def run_verb(argv: list[str], _args: object) -> int:
@@ -32,7 +32,7 @@ def test_a_host_that_is_no_pkvm_host_tells_it_in_the_lab(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("protected", [True, False])
-def test_an_arm64_host_tells_it_itself_if_it_runs_pkvm(monkeypatch: pytest.MonkeyPatch, protected: bool) -> None:
+def test_the_demo_runs_on_an_arm64_host_itself_only_with_pkvm(monkeypatch: pytest.MonkeyPatch, protected: bool) -> None:
     class System:
         def __enter__(self) -> Any:
             return self
@@ -60,7 +60,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *facts: tuple[bool, str]) -> int:
     return cli.main(["demo", "--here"])
 
 
-def test_a_story_in_which_all_is_well_exits_0(
+def test_a_demo_with_all_facts_right_exits_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert told(monkeypatch, (True, "VmLck 8 kB")) == 0
@@ -86,12 +86,12 @@ def test_a_long_fact_is_wrapped_under_itself() -> None:
     assert lines[2].startswith("       word")
 
 
-def test_colours_are_for_terminals() -> None:
+def test_only_terminals_get_colours() -> None:
     step = Step("A step", [(True, "good"), (False, "bad")])
     assert "\x1b" in "".join(demo.lines(1, step, colours=True))
     assert "\x1b" not in "".join(demo.lines(1, step, colours=False))
 
 
-def test_guest_bytes_are_quoted_whatever_they_are() -> None:
+def test_all_guest_bytes_are_quoted() -> None:
     assert text(b"hello....") == '"hello"'
     assert text(b"\xff\x00") == '"\\xff\\x00"'

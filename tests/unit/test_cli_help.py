@@ -30,7 +30,7 @@ def on_terminal(*words: str, pager: str) -> str:
         try:
             while some := screen.read(1 << 16):
                 shown += some
-        except OSError:  # what Linux says when the other side has closed
+        except OSError:  # the error of Linux when the other side has closed
             pass
     assert child.wait(60) == 0
     return shown.decode().replace("\r\n", "\n")
@@ -41,7 +41,7 @@ def test_every_page_is_a_topic() -> None:
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_page_begins_with_its_title_and_a_line_that_says_what_it_answers(topic: str) -> None:
+def test_page_begins_with_its_title_and_a_line_about_the_question_it_answers(topic: str) -> None:
     title, empty, said, empty_again = page(topic).split("\n")[:4]
     assert title.startswith("# ")
     assert (empty, empty_again) == ("", "")
@@ -50,7 +50,7 @@ def test_page_begins_with_its_title_and_a_line_that_says_what_it_answers(topic: 
     assert len(said) <= 90
 
 
-def test_list_has_every_topic_with_what_it_answers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_has_every_topic_with_the_question_it_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -70,7 +70,7 @@ def test_page_on_a_terminal_goes_through_the_pager(tmp_path: Path) -> None:
     assert on_terminal("help", "lab", pager=f"{pager} --title") == f"--title\n{page('lab')}"
 
 
-def test_page_is_shown_where_the_pager_is_not_installed() -> None:
+def test_page_is_shown_without_an_installed_pager() -> None:
     assert on_terminal("help", "lab", pager="/nowhere/less") == page("lab")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line of progress of verbs that take long."""
+"""The progress line of slow verbs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminals_line_is_replaced_and_gone_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_line_on_a_terminal_is_replaced_and_finally_erased(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     with terminal_line() as show:
@@ -25,7 +25,7 @@ def test_a_terminals_line_is_replaced_and_gone_in_the_end(monkeypatch: pytest.Mo
     assert terminal.getvalue() == "\r\x1b[K1 of 2\r\x1b[K2 of 2\r\x1b[K"
 
 
-def test_elsewhere_there_is_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_terminals_get_a_progress_line(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr("sys.stderr", file)
     with terminal_line() as show:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that describe a device: parts, and what is said of those that are wrong."""
+"""Options that describe a device: their parts, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTS = Parts({"path": str, "ro": None, "queues": parse_count, "cache": str}, ma
         ("", {}),
     ],
 )
-def test_parts_are_told_apart(text: str, values: dict[str, object]) -> None:
+def test_parts_are_separated(text: str, values: dict[str, object]) -> None:
     assert PARTS(text) == values
 
 
@@ -42,7 +42,7 @@ def test_parts_are_told_apart(text: str, values: dict[str, object]) -> None:
         ("a.img,", "'' in 'a.img,' is not known"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, said: str) -> None:
+def test_errors_name_the_wrong_part(text: str, said: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as raised:
         PARTS(text)
     assert said in str(raised.value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run borrows the terminal and three signals, and gives them back."""
+"""A run changes the terminal's mode and three signal handlers, and restores them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_within(fd: int, seconds: float = 5.0) -> bytes:
     return os.read(fd, 100)
 
 
-def test_keys_reach_the_guest_one_by_one_and_unechoed(terminal: tuple[int, int]) -> None:
+def test_keys_reach_the_guest_one_by_one_without_echo(terminal: tuple[int, int]) -> None:
     ours, theirs = terminal
     with Keys(theirs, lambda: None) as keys:
         os.write(ours, b"a\x03\r\x04")
@@ -74,7 +74,7 @@ def test_the_terminals_mode_is_put_back_even_after_an_error(terminal: tuple[int,
     assert termios.tcgetattr(theirs) == before
 
 
-def test_nothing_is_left_open_or_running(terminal: tuple[int, int]) -> None:
+def test_no_descriptor_or_thread_is_left(terminal: tuple[int, int]) -> None:
     _, theirs = terminal
     before = set(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(3):
@@ -83,7 +83,7 @@ def test_nothing_is_left_open_or_running(terminal: tuple[int, int]) -> None:
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def test_output_is_left_as_it_is(terminal: tuple[int, int]) -> None:
+def test_output_processing_of_the_terminal_is_unchanged(terminal: tuple[int, int]) -> None:
     _, theirs = terminal
     mode = termios.tcgetattr(theirs)
     changed = raw(mode)
@@ -92,8 +92,8 @@ def test_output_is_left_as_it_is(terminal: tuple[int, int]) -> None:
 
 
 @given(st.lists(st.binary(max_size=5), max_size=8))
-def test_the_escape_is_the_same_however_keys_arrive(pieces: list[bytes]) -> None:
-    """What the guest gets, and whether we quit, depends on the keys and not on how they were cut."""
+def test_the_escape_works_however_keys_arrive(pieces: list[bytes]) -> None:
+    """The guest's input, and whether the run quits, depend on the keys and not on how reads split them."""
 
     def taken(parts: list[bytes]) -> bytes | None:
         keys, out = Keys(-1, lambda: None), b""
@@ -115,7 +115,7 @@ def test_ctrl_a_twice_is_ctrl_a_for_the_guest(typed: bytes, for_guest: bytes | N
     assert Keys(-1, lambda: None).take(typed) == for_guest
 
 
-def test_what_is_no_terminal_is_not_in_the_foreground(tmp_path: Path, terminal: tuple[int, int]) -> None:
+def test_a_file_that_is_not_a_terminal_is_not_in_the_foreground(tmp_path: Path, terminal: tuple[int, int]) -> None:
     with open(tmp_path / "file", "w") as file:
         assert not in_foreground(file.fileno())
     assert not in_foreground(terminal[1])
@@ -130,7 +130,7 @@ def send(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_the_first_signal_stops_the_run_with_its_name(number: signal.Signals) -> None:
+def test_the_first_signal_stops_the_run_and_the_reason_names_it(number: signal.Signals) -> None:
     stopped = threading.Event()
     reasons: list[str] = []
 
@@ -146,7 +146,7 @@ def test_the_first_signal_stops_the_run_with_its_name(number: signal.Signals) ->
     assert signals.received == number
 
 
-def test_a_second_signal_does_not_wait() -> None:
+def test_a_second_signal_ends_pyvmm_at_once() -> None:
     with Signals() as signals:
         signals.stop = lambda _reason: None
         send(signal.SIGTERM)
@@ -155,7 +155,7 @@ def test_a_second_signal_does_not_wait() -> None:
     assert caught.value.signal == signal.SIGTERM
 
 
-def test_what_unwinds_after_a_second_signal_is_not_cut_short_by_a_third() -> None:
+def test_a_third_signal_does_not_interrupt_the_cleanup_after_a_second() -> None:
     with Signals() as signals:
         signals.stop = lambda _reason: None
         send(signal.SIGTERM)
@@ -165,7 +165,7 @@ def test_what_unwinds_after_a_second_signal_is_not_cut_short_by_a_third() -> Non
     assert signals.received == signal.SIGTERM
 
 
-def test_quitting_before_there_is_a_machine_is_not_forgotten() -> None:
+def test_a_quit_before_the_machine_exists_takes_effect_later() -> None:
     with Signals() as signals:
         before = signals.asked
         signals.end("Ctrl-A x")
@@ -174,13 +174,13 @@ def test_quitting_before_there_is_a_machine_is_not_forgotten() -> None:
     assert (signals.asked, signals.received) == ("Ctrl-A x", None)
 
 
-def test_a_signal_with_nothing_to_stop_unwinds() -> None:
+def test_a_signal_without_a_run_to_stop_raises() -> None:
     with Signals(), pytest.raises(Interrupted) as caught:
         send(signal.SIGTERM)
     assert caught.value.signal == signal.SIGTERM
 
 
-def test_stopping_may_take_a_lock_that_the_main_thread_holds() -> None:
+def test_stopping_works_while_the_main_thread_holds_a_lock() -> None:
     lock, stopped = threading.Lock(), threading.Event()
     with Signals() as signals:
 
@@ -194,7 +194,7 @@ def test_stopping_may_take_a_lock_that_the_main_thread_holds() -> None:
         assert stopped.wait(5)
 
 
-def test_handlers_are_put_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in ENDING]
     with Signals():
         assert [signal.getsignal(number) for number in ENDING] != before
@@ -206,7 +206,7 @@ Catching = Callable[[], AbstractContextManager[object]]
 
 @pytest.mark.parametrize("catching", [Signals, terminable])
 def test_a_signal_that_was_ignored_stays_ignored(catching: Catching) -> None:
-    # As with nohup, and in a background job of a shell without job control.
+    # This is the case under nohup, and in background jobs of a shell without job control.
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with catching():
@@ -220,7 +220,7 @@ def test_a_signal_that_was_ignored_stays_ignored(catching: Catching) -> None:
 
 
 @pytest.mark.parametrize("catching", [Signals, terminable])
-def test_a_signal_that_was_blocked_is_heard(catching: Catching) -> None:
+def test_a_signal_that_was_blocked_takes_effect(catching: Catching) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         with catching(), pytest.raises(Interrupted):
@@ -237,11 +237,11 @@ OVER = b"[the job is over]"
 
 
 def job(code: str, *, foreground: bool) -> tuple[bytes, int]:
-    """Run Python as a job of an interactive shell's terminal; what it says there, and how it ended or was stopped.
+    """Run Python as a job on an interactive shell's terminal. Returns its output and how it ended or was stopped.
 
-    The shell's part is played by the leader of a session of its own: it has the terminal, and the job a process group.
+    A new session's leader plays the shell: it has the terminal, and the job has a separate process group.
     """
-    # With the leader the terminal goes, and what nobody has read of it: the leader stays until all is read.
+    # When the leader ends, the terminal and its unread output are lost. So the leader stays until all is read.
     wait, go = os.pipe()
     leader, ours = pty.fork()
     if leader == 0:
@@ -253,7 +253,7 @@ def job(code: str, *, foreground: bool) -> tuple[bytes, int]:
         finally:
             os._exit(status)
     said = b""
-    with contextlib.suppress(OSError):  # the terminal's other side has gone
+    with contextlib.suppress(OSError):  # the terminal's other side has closed
         while data := os.read(ours, 1000):
             said += data
             if b"ready" in data:
@@ -320,20 +320,20 @@ def test_a_lab_in_the_background_runs_on_without_the_terminal(
     assert (status, f"is_tty {foreground}".encode() in said) == (142, True), said
 
 
-def test_who_asks_for_a_terminal_in_the_background_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lab_that_needs_a_terminal_in_the_background_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYVMM_ROOT", str(Path(__file__).resolve().parents[2]))
     said, status = job(LAB.replace("{words}", str(["lab", "exec", "-t", "true"])), foreground=False)
     assert status == 102
     assert b"the terminal is another job's" in said
 
 
-def test_a_job_knows_whose_the_terminal_is() -> None:
+def test_a_job_knows_whether_it_owns_the_terminal() -> None:
     code = "from pyvmm.terminal import in_background as b, in_foreground as f; print(b(0), f(0))"
     assert job(code, foreground=True)[0].splitlines()[-1] == b"False True"
     assert job(code, foreground=False)[0].splitlines()[-1] == b"True False"
 
 
-def test_keys_leave_a_terminal_alone_that_has_become_anothers() -> None:
+def test_pyvmm_does_not_restore_a_terminal_that_another_job_now_owns() -> None:
     code = """
 import os, signal
 from pyvmm.session.keys import Keys
@@ -345,6 +345,6 @@ with Keys(0, int):
     assert job(code, foreground=True)[1] == 100
 
 
-def test_what_is_no_terminal_is_nobodys(tmp_path: Path) -> None:
+def test_nobody_owns_a_file_that_is_not_a_terminal(tmp_path: Path) -> None:
     with (tmp_path / "file").open("w") as file:
         assert not in_background(file.fileno())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel's command line that its Linux would cut, or panic of, is refused before anything runs."""
+"""A command line that Linux would truncate or panic on is refused before anything runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def planned(kernel: str, *params: str, dtb: str | None = None) -> bytes:
         return plan.machine.entry.device_tree
 
 
-def test_a_command_that_the_kernel_would_cut_is_not_run(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_the_kernel_would_truncate_is_refused(image: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"console=ttyAMA0 quiet -- : {'x' * 1980}; echo would remove /mnt/data/old-backups/2019"
     assert main(["run", "--dry-run", "-p", line, image]) == 2
     said = capsys.readouterr().err
@@ -42,19 +42,19 @@ def test_the_longest_line_reaches_the_guest_whole(image: str) -> None:
         planned(image, line, "")
 
 
-def test_bytes_count_and_not_characters(image: str) -> None:
+def test_the_limit_counts_bytes_and_not_characters(image: str) -> None:
     planned(image, "\u00e9" * 1023)
     with pytest.raises(OptionError, match="2049 bytes"):
         planned(image, "\u00e9" * 1024)
 
 
-def test_several_parameters_count_together(image: str) -> None:
+def test_the_limit_applies_to_all_parameters_together(image: str) -> None:
     with pytest.raises(OptionError, match="2050 bytes") as caught:
         planned(image, "a" * 1024, "b" * 1024)
     assert caught.value.options == ("params",)
 
 
-def test_as_many_words_as_init_takes_may_stand_behind_the_dashes(image: str) -> None:
+def test_as_many_words_as_init_accepts_may_follow_the_dashes(image: str) -> None:
     planned(image, "quiet", "--", *"w" * INIT_WORDS)
     with pytest.raises(OptionError, match="33 words "):
         planned(image, "quiet", "--", *"w" * (INIT_WORDS + 1))
@@ -71,12 +71,10 @@ def test_as_many_words_as_init_takes_may_stand_behind_the_dashes(image: str) -> 
         (b'-- a"b c"d e', 2),
         (b'-- "a b', 1),
         (b'"--" a b', 2),
-        (b"-- a -- b c", 1),  # where Linux stops again
+        (b"-- a -- b c", 1),  # Linux stops counting here
     ],
 )
-def test_words_are_counted_as_the_kernel_takes_them_apart(
-    line: bytes, words: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_words_are_counted_as_the_kernel_splits_them(line: bytes, words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.machine.cmdline.INIT_WORDS", words)
     check(line)
     monkeypatch.setattr("pyvmm.machine.cmdline.INIT_WORDS", words - 1)
@@ -84,7 +82,7 @@ def test_words_are_counted_as_the_kernel_takes_them_apart(
         check(line)
 
 
-def test_a_tree_of_the_guests_own_is_held_to_the_same(image: str, tmp_path: Path) -> None:
+def test_the_limits_apply_to_a_given_device_tree_too(image: str, tmp_path: Path) -> None:
     tree, file = Tree(), tmp_path / "own.dtb"
     chosen = tree.root.add("chosen", {"bootargs": "a" * (LIMIT - 1)})
     file.write_bytes(tree.to_bytes())
@@ -96,11 +94,11 @@ def test_a_tree_of_the_guests_own_is_held_to_the_same(image: str, tmp_path: Path
     assert caught.value.options == ("dtb",)
 
 
-def test_a_tree_without_a_command_line_has_an_empty_one() -> None:
+def test_a_device_tree_without_a_command_line_has_an_empty_one() -> None:
     assert line_in(Tree().to_bytes(), "x") == b""
 
 
-def test_what_is_no_linux_has_limits_of_its_own(tmp_path: Path) -> None:
+def test_guests_other_than_linux_have_other_limits(tmp_path: Path) -> None:
     flat, other, vmlinux = (tmp_path / name for name in ("flat", "other", "vmlinux"))
     flat.write_bytes(CODE)
     other.write_bytes(elf())

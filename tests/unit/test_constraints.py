@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that the tests are installed with is pinned, and pinned so that pyproject.toml takes it."""
+"""Every requirement of the tests is pinned to a version that pyproject.toml accepts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pinned() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_what_tests_need_is_pinned_to_a_version_that_is_asked_for(asked: str) -> None:
+def test_every_requirement_of_the_tests_is_pinned_to_an_accepted_version(asked: str) -> None:
     requirement = Requirement(asked)
     version = pinned().get(canonicalize_name(requirement.name))
     assert version is not None, f"{requirement.name} is not in .ci/constraints.txt"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orders to a run of another process: the socket that a user names, what a run answers, and the verb that asks."""
+"""Orders to a run in another process: the socket that a user names, the answers of a run, and the verb."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Stub:
-    """As much of a machine as orders need."""
+    """The parts of a machine that orders need."""
 
     def __init__(self) -> None:
         self.started_ns, self.ended_ns, self.elapsed_ns = 1, 0, 1_500_000_000
@@ -59,7 +59,7 @@ class Stub:
         line = SimpleNamespace(spi=1)
         self.bus = SimpleNamespace(placed=[SimpleNamespace(device=self.uart, base=0x0900_0000, line=line)])
 
-    def role(self, kind: type) -> tuple[Any, ...]:  # noqa: ARG002 - it has no device but the UART
+    def role(self, kind: type) -> tuple[Any, ...]:  # noqa: ARG002 - its only device is the UART
         return ()
 
     def pause(self) -> None:
@@ -96,7 +96,7 @@ def run_ctl(*words: str) -> subprocess.CompletedProcess[str]:
 # -- the socket that the user names
 
 
-def test_a_named_socket_is_there_at_once_and_gone_at_the_end(runtime: Path) -> None:
+def test_a_named_socket_exists_from_the_start_to_the_end_of_the_run(runtime: Path) -> None:
     path = runtime / "vm.sock"
     with Control({"counters": lambda: 1}, str(path)), Connection(str(path)) as connection:
         assert connection.ask("counters") == 1
@@ -104,7 +104,7 @@ def test_a_named_socket_is_there_at_once_and_gone_at_the_end(runtime: Path) -> N
     assert not path.exists()
 
 
-def test_the_named_and_the_usual_socket_lead_to_one_run(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_named_and_the_usual_socket_lead_to_the_same_run(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "SETTLED", 0.01)
     path = runtime / "vm.sock"
     with Control({"counters": lambda: 1}, str(path)), Connection(str(path)) as early:
@@ -115,7 +115,7 @@ def test_the_named_and_the_usual_socket_lead_to_one_run(runtime: Path, monkeypat
     assert list((runtime / "pyvmm").iterdir()) == []
 
 
-def test_a_path_in_use_is_refused_and_one_that_a_killed_run_left_is_taken_over(runtime: Path) -> None:
+def test_a_path_in_use_is_refused_and_a_killed_runs_path_is_taken_over(runtime: Path) -> None:
     path = runtime / "vm.sock"
     with Control({}, str(path)), pytest.raises(UsageError, match=r"--socket .* is in use"), Control({}, str(path)):
         pass
@@ -126,7 +126,7 @@ def test_a_path_in_use_is_refused_and_one_that_a_killed_run_left_is_taken_over(r
 
 
 @pytest.mark.parametrize("name", ["file", "missing/vm.sock", "x" * 120])
-def test_a_path_where_no_socket_can_be_is_refused_with_the_reason(runtime: Path, name: str) -> None:
+def test_a_path_that_cannot_hold_a_socket_is_refused_with_the_reason(runtime: Path, name: str) -> None:
     before = set(os.listdir("/proc/self/fd"))
     (runtime / "file").write_text("precious")
     with pytest.raises(UsageError, match="--socket"), Control({}, str(runtime / name)):
@@ -139,7 +139,7 @@ def test_a_path_where_no_socket_can_be_is_refused_with_the_reason(runtime: Path,
 # -- requests
 
 
-def test_what_a_request_raises_is_its_answer_and_takes_nothing_down(runtime: Path) -> None:
+def test_an_exception_in_a_request_becomes_its_answer_and_the_run_goes_on(runtime: Path) -> None:
     def refuse() -> None:
         raise PyvmmError("not today", hint="tomorrow")
 
@@ -159,7 +159,7 @@ def test_what_a_request_raises_is_its_answer_and_takes_nothing_down(runtime: Pat
         assert connection.ask("double", number=4) == 8
 
 
-def test_a_request_that_nobody_can_read_takes_nothing_down(runtime: Path) -> None:
+def test_an_unreadable_request_does_not_end_the_run(runtime: Path) -> None:
     path = str(runtime / "vm.sock")
     with Control({"counters": lambda: 1}, path), socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
@@ -171,7 +171,7 @@ def test_a_request_that_nobody_can_read_takes_nothing_down(runtime: Path) -> Non
         assert json.loads(client.recv(4096)) == {"counters": 1}
 
 
-def test_who_comes_when_there_are_no_descriptors_left_is_let_in_later(runtime: Path) -> None:
+def test_a_client_without_a_free_descriptor_is_accepted_later(runtime: Path) -> None:
     path = str(runtime / "vm.sock")
     with Control({"counters": lambda: 1}, path), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
@@ -192,20 +192,20 @@ def test_who_comes_when_there_are_no_descriptors_left_is_let_in_later(runtime: P
         assert json.loads(client.recv(4096)) == {"counters": 1}
 
 
-def test_a_pause_asked_for_twice_is_one_and_so_is_a_resume(stub: Any) -> None:
+def test_two_pause_orders_pause_once_and_two_resume_orders_resume_once(stub: Any) -> None:
     requests = Requests(stub)
     answers = [requests.verbs[word]()["state"] for word in ("pause", "pause", "resume", "resume")]  # type: ignore[index]
     assert answers == ["paused", "paused", "running", "running"]
     assert stub.told == ["pause", "resume"]
 
 
-def test_a_run_that_has_not_begun_cannot_be_paused(stub: Any) -> None:
+def test_a_run_that_has_not_started_cannot_be_paused(stub: Any) -> None:
     stub.started_ns = 0
     with pytest.raises(PyvmmError, match="is starting"):
         Requests(stub).pause()
 
 
-def test_a_run_that_ends_while_it_is_paused_is_not_held(stub: Any) -> None:
+def test_a_run_can_end_while_it_is_paused(stub: Any) -> None:
     def pause() -> None:
         Stub.pause(stub)
         stub.ended_ns = 2
@@ -216,14 +216,14 @@ def test_a_run_that_ends_while_it_is_paused_is_not_held(stub: Any) -> None:
     assert stub.told == ["pause", "resume"]
 
 
-def test_a_run_that_was_told_to_stop_says_so(stub: Any) -> None:
+def test_a_run_that_was_ordered_to_stop_says_so(stub: Any) -> None:
     requests = Requests(stub)
     assert requests.asked is None
     requests.stop()
     assert requests.asked == stub.told[-1] == "pyvmm ctl stop"
 
 
-def test_a_run_between_two_machines_answers_and_does_not_forget_a_stop(stub: Any, runtime: Path) -> None:
+def test_a_run_between_two_machines_answers_and_remembers_a_stop(stub: Any, runtime: Path) -> None:
     requests = Requests()
     with Control(requests.verbs, str(runtime / "s")), Connection(str(runtime / "s")) as connection:
         with pytest.raises(PyvmmError, match="still being made"):
@@ -239,7 +239,7 @@ def test_a_run_between_two_machines_answers_and_does_not_forget_a_stop(stub: Any
             assert connection.ask("pause") == {"state": "paused"}, "the next machine is not paused yet"
 
 
-def test_a_kick_types_a_line_or_nothing_of_it(stub: Any) -> None:
+def test_a_kick_types_the_whole_line_or_nothing(stub: Any) -> None:
     requests = Requests(stub)
     assert requests.kick() == {"typed": 1}
     assert requests.kick("ls") == {"typed": 3}
@@ -284,7 +284,7 @@ def test_a_kick_goes_to_the_console_that_has_stdio(
             ends = [(out, None if source is None else consoles.nobody(stack)) for out, source in ends]
         config = machine_config(args, *ends)
         with Plan(config) as plan:
-            plan.machine.config = config  # a plan's UART goes nowhere
+            plan.machine.config = config  # the UART of a plan is not connected
             assert Requests(plan.machine).kick("ls") == {"typed": 3}
     assert kicked == [console]
 
@@ -310,7 +310,7 @@ def test_a_kick_goes_to_the_console_that_has_stdio(
         ("kick a b", "takes one argument"),
     ],
 )
-def test_an_order_may_say_whose_it_is(words: str, meant: object) -> None:
+def test_an_order_may_name_its_run(words: str, meant: object) -> None:
     if isinstance(meant, str):
         with pytest.raises(UsageError, match=meant):
             ctl.parse(words.split())
@@ -318,11 +318,11 @@ def test_an_order_may_say_whose_it_is(words: str, meant: object) -> None:
         assert ctl.parse(words.split()) == meant
 
 
-def test_every_order_is_one_that_a_run_knows(stub: Any) -> None:
+def test_a_run_knows_every_order_of_the_verb(stub: Any) -> None:
     assert set(ctl.ORDERS) == set(Requests(stub).verbs)
 
 
-def test_orders_to_a_run_by_its_path(runtime: Path, stub: Any) -> None:
+def test_orders_reach_a_run_by_its_path(runtime: Path, stub: Any) -> None:
     path = runtime / "vm.sock"
     with serving(stub, path):
         info, paused = run_ctl(str(path), "info"), run_ctl("--json", str(path), "pause")
@@ -349,8 +349,10 @@ def test_stop_returns_when_the_run_has_ended(runtime: Path, stub: Any) -> None:
     assert asking.returncode == 0
 
 
-def test_which_run_is_meant_must_be_clear(runtime: Path, stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "SETTLED", 3600.0)  # this process is no third run, however long it takes
+def test_an_order_to_a_missing_or_ambiguous_run_is_refused(
+    runtime: Path, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "SETTLED", 3600.0)  # this process must not count as a third run
     nobody, stranger, nowhere = run_ctl("info"), run_ctl("1", "info"), run_ctl("./nowhere", "info")
     assert [done.returncode for done in (nobody, stranger, nowhere)] == [2, 2, 2]
     assert "no guest of this user runs" in nobody.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Breakpoints and watchpoints as debug registers (DBGBCR and DBGWCR), and exceptions given back to the guest."""
+"""Breakpoints and watchpoints as debug registers (DBGBCR and DBGWCR), and exceptions forwarded to the guest."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_a_watchpoint_takes_a_register_for_8_bytes_or_one_with_a_mask(
     assert not points
 
 
-def test_more_than_there_are_registers_is_refused() -> None:
+def test_more_breakpoints_than_registers_are_refused() -> None:
     points = Breakpoints(2, 2)
     for address in (0, 4):
         points.insert(Kind.HARDWARE, address, 4)
-    points.insert(Kind.SOFTWARE, 4, 4)  # shares the register
+    points.insert(Kind.SOFTWARE, 4, 4)  # this one shares a register
     with pytest.raises(Refused, match="all 2 breakpoint registers"):
         points.insert(Kind.SOFTWARE, 8, 4)
     points.remove(Kind.HARDWARE, 4, 4)
@@ -55,7 +55,7 @@ def test_more_than_there_are_registers_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("address", "length"), [(0, 0), (8, 1 << 30), (0, 3 << 20), (0, 1 << 32), (1, 33)])
-def test_what_no_registers_can_watch_is_refused(address: int, length: int) -> None:
+def test_a_watchpoint_that_no_register_can_watch_is_refused(address: int, length: int) -> None:
     with pytest.raises(Refused):
         Breakpoints(6, 4).insert(Kind.WRITE, address, length)
 
@@ -65,7 +65,7 @@ def test_a_breakpoint_between_instructions_is_refused() -> None:
         Breakpoints(6, 4).insert(Kind.HARDWARE, 0x1002, 4)
 
 
-def test_the_nearest_watchpoint_is_told_where_the_access_began_before_it() -> None:
+def test_the_nearest_watchpoint_is_reported_if_the_access_began_before_it() -> None:
     points = Breakpoints(6, 4)
     assert points.watching(0) is None
     points.insert(Kind.WRITE, 0x1000, 8)
@@ -77,11 +77,11 @@ def test_the_nearest_watchpoint_is_told_where_the_access_began_before_it() -> No
 EL1H, EL1T, EL0, EL0_32 = 0b0101, 0b0100, 0b0000, 0b1_0000
 
 
-def test_an_exception_goes_to_the_vector_of_the_level_it_came_from() -> None:
+def test_an_exception_enters_the_vector_for_its_source_level() -> None:
     assert [vector(state | 0x6000_03C0) for state in (EL1T, EL1H, EL0, EL0_32)] == [0, 0x200, 0x400, 0x600]
 
 
-def test_a_handler_starts_masked_at_el1_with_the_flags_as_they_were() -> None:
+def test_a_handler_starts_at_el1_with_interrupts_masked_and_the_flags_unchanged() -> None:
     span, dssbs = 1 << 23, 1 << 44
     assert handler_state(0x6000_0000 | EL0, span) == 0x6000_03C5
     assert handler_state(0x8000_1000 | 1 << 21 | EL1H, 0) == 0x8040_03C5

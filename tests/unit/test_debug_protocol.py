@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The remote protocol's requests, over a target that is none: what is asked of it, and what the debugger hears."""
+"""The remote protocol's requests with a fake target: the calls to it, and the answers to the debugger."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def session(fake: Fake) -> Session:
     return Session(fake, Stop(1), monitor)
 
 
-def test_what_is_offered_is_what_gdb_needs(session: Session) -> None:
+def test_the_server_offers_the_features_that_gdb_needs(session: Session) -> None:
     offers = (session.handle(b"qSupported:multiprocess+;swbreak+") or b"").split(b";")
     assert {b"PacketSize=%x" % PACKET_SIZE, b"qXfer:features:read+", b"vContSupported+", b"hwbreak+"} <= set(offers)
     assert session.handle(b"vCont?") == b"vCont;c;C;s;S"
@@ -96,7 +96,7 @@ def test_what_is_offered_is_what_gdb_needs(session: Session) -> None:
 
 
 @pytest.mark.parametrize("packet", [b"vMustReplyEmpty", b"qSymbol::", b"qTStatus", b"", b"!", b"qCRC:0,1", b"\xff\x00"])
-def test_what_is_not_known_is_answered_with_nothing(session: Session, packet: bytes) -> None:
+def test_an_unknown_request_gets_an_empty_answer(session: Session, packet: bytes) -> None:
     assert session.handle(packet) == b""
 
 
@@ -115,7 +115,7 @@ def test_the_description_comes_in_pieces_and_lists_every_register_in_order(sessi
     ]
 
 
-def test_registers_are_the_selected_threads(session: Session, fake: Fake) -> None:
+def test_registers_are_those_of_the_selected_thread(session: Session, fake: Fake) -> None:
     assert session.handle(b"Hg2") == b"OK"
     assert session.handle(b"P20=0102030405060708") == b"OK"
     assert session.handle(b"p20") == b"0102030405060708"
@@ -127,7 +127,7 @@ def test_registers_are_the_selected_threads(session: Session, fake: Fake) -> Non
     assert fake.registers[2] == fake.registers[1] != fake.registers[0]
 
 
-def test_memory_is_read_short_and_written_in_both_ways(session: Session) -> None:
+def test_reads_of_memory_may_be_short_and_both_kinds_of_write_work(session: Session) -> None:
     assert session.handle(b"M1010,4:01020304") == b"OK"
     assert session.handle(b"X1014,3:a\x00\xff") == b"OK"
     assert session.handle(b"X1014,0:") == b"OK"
@@ -160,7 +160,7 @@ def test_breakpoints_of_every_kind(session: Session, fake: Fake) -> None:
         (b"C05;1000", {1: Go.CONTINUE, 2: Go.CONTINUE, 3: Go.CONTINUE}),
     ],
 )
-def test_going_on_says_nothing_until_the_guest_stops(
+def test_a_continue_gets_no_answer_until_the_guest_stops(
     session: Session, fake: Fake, packet: bytes, actions: dict[int, Go]
 ) -> None:
     assert session.handle(packet) is None
@@ -174,21 +174,21 @@ def test_going_on_says_nothing_until_the_guest_stops(
     assert session.handle(b"qC") == b"QC2"
 
 
-def test_one_thread_may_go_on_alone_and_from_elsewhere(session: Session, fake: Fake) -> None:
+def test_one_thread_may_continue_alone_and_from_another_address(session: Session, fake: Fake) -> None:
     assert session.handle(b"Hc2") == b"OK"
     assert session.handle(b"c1234") is None
     assert fake.resumed == [{2: Go.CONTINUE}]
     assert fake.read_register(2, 32) == (0x1234).to_bytes(8, "little")
 
 
-def test_threads_are_listed_and_looked_for(session: Session) -> None:
+def test_threads_are_listed_and_can_be_checked(session: Session) -> None:
     assert session.handle(b"qfThreadInfo") == b"m1,2,3"
     assert session.handle(b"qsThreadInfo") == b"l"
     assert session.handle(b"qThreadExtraInfo,2") == b"number 2".hex().encode()
     assert (session.handle(b"T3"), session.handle(b"T4")) == (b"OK", b"E22")
 
 
-def test_an_interrupt_and_the_end_of_the_run(session: Session) -> None:
+def test_the_debugger_hears_of_an_interrupt_and_of_the_end_of_the_run(session: Session) -> None:
     session.handle(b"c")
     assert session.stopped(Stop(1, SIGINT)).startswith(b"T02")
     session.handle(b"c")
@@ -196,14 +196,16 @@ def test_an_interrupt_and_the_end_of_the_run(session: Session) -> None:
     assert session.over
 
 
-def test_commands_of_the_users(session: Session) -> None:
+def test_the_target_runs_monitor_commands(session: Session) -> None:
     assert bytes.fromhex((session.handle(b"qRcmd," + b"phys on".hex().encode()) or b"").decode()) == b"1: phys on\n"
 
 
 @pytest.mark.parametrize(
     ("packet", "said", "reply"), [(b"D", "detach", b"OK"), (b"D;1", "detach", b"OK"), (b"k", "kill", None)]
 )
-def test_leaving(session: Session, fake: Fake, packet: bytes, said: str, reply: bytes | None) -> None:
+def test_the_debugger_can_detach_or_kill(
+    session: Session, fake: Fake, packet: bytes, said: str, reply: bytes | None
+) -> None:
     assert session.handle(packet) == reply
     assert fake.said == [said]
     assert session.over
@@ -243,7 +245,7 @@ def test_leaving(session: Session, fake: Fake, packet: bytes, said: str, reply: 
         b"c12345678901234567",
     ],
 )
-def test_a_malformed_request_is_an_error_and_nothing_happens(session: Session, fake: Fake, packet: bytes) -> None:
+def test_a_malformed_request_gets_an_error_and_has_no_effect(session: Session, fake: Fake, packet: bytes) -> None:
     before = [bytes(registers) for registers in fake.registers], bytes(fake.memory)
     assert session.handle(packet) == b"E22"
     assert ([bytes(registers) for registers in fake.registers], bytes(fake.memory)) == before

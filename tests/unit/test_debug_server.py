@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a debugger connects, and what becomes of the guest there whatever the debugger does; the guest is none."""
+"""Where a debugger connects, and how a fake guest fares whatever the debugger does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyvmm.vcpu.outcome import Ending, Outcome
     ("where", "address"),
     [("tcp:0", "127.0.0.1:"), ("tcp:localhost:0", "127.0.0.1:"), ("tcp:127.0.0.1:0,nowait", "127.0.0.1:")],
 )
-def test_a_tcp_port_is_on_this_machine_alone_unless_said(where: str, address: str) -> None:
+def test_a_tcp_port_is_local_unless_requested_otherwise(where: str, address: str) -> None:
     with GdbServer(where) as server:
         assert server.address.startswith(address)
         assert server.waits is not where.endswith("nowait")
@@ -42,7 +42,7 @@ def test_a_tcp_port_is_on_this_machine_alone_unless_said(where: str, address: st
         assert "use another address" in str(caught.value.hint)
 
 
-def test_a_socket_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> None:
+def test_a_socket_is_open_only_to_its_owner_and_is_removed_after_the_run(tmp_path: Path) -> None:
     path = tmp_path / "gdb"
     with GdbServer(str(path)) as server:
         assert server.address == str(path)
@@ -50,7 +50,7 @@ def test_a_socket_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> N
         with pytest.raises(UsageError, match="Address already in use") as caught:
             GdbServer(str(path))
         assert f"rm {path}" in str(caught.value.hint)
-        with socket.socket(socket.AF_UNIX) as client:  # the first one's is still there
+        with socket.socket(socket.AF_UNIX) as client:  # the socket of the first server is still there
             client.connect(str(path))
     assert not path.exists()
 
@@ -67,19 +67,21 @@ def test_a_socket_is_its_owners_alone_and_goes_with_the_run(tmp_path: Path) -> N
         ("/tmp/" + "long" * 50, "too long"),
     ],
 )
-def test_a_place_that_is_none_is_refused(where: str, words: str) -> None:
+def test_an_invalid_address_is_refused(where: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         GdbServer(where)
 
 
 @pytest.mark.parametrize("words", ["--lab run", "--lab map", "--lab trace", "lab run run"])
-def test_a_lab_that_nobody_can_connect_to_is_not_booted(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lab_does_not_boot_for_an_address_that_nobody_could_reach(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*words.split(), "--gdb", "tcp:1234", "payload:hello"]) == 2
     assert "pyvmm lab shell --with gdb" in capsys.readouterr().err
 
 
 class Target:
-    """A guest of one thread that says what it is told; ``free`` is set while it runs without a debugger."""
+    """A guest of one thread with scripted answers; ``free`` is set while it runs without a debugger."""
 
     def __init__(self, _machine: Any, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -95,7 +97,7 @@ class Target:
         return bool(self.stops)
 
     def stop(self, stop: Stop) -> None:
-        """Come to a breakpoint."""
+        """Stop at a breakpoint."""
         self.stops.append(stop)
         self._wake()
 
@@ -175,7 +177,7 @@ def exchange(connection: socket.socket, packet: bytes, answer: bytes) -> None:
     assert take(connection, len(expected)) == expected
 
 
-def test_packets_are_acknowledged_until_that_is_switched_off_and_sent_again_when_lost(
+def test_packets_are_acknowledged_unless_switched_off_and_resent_when_lost(
     served: tuple[GdbServer, Target],
 ) -> None:
     with connect(served[0]) as debugger:
@@ -190,7 +192,7 @@ def test_packets_are_acknowledged_until_that_is_switched_off_and_sent_again_when
         assert take(debugger, 7) == frame(b"QC1")
 
 
-def test_commands_of_the_users_are_carried_out(served: tuple[GdbServer, Target]) -> None:
+def test_monitor_commands_are_carried_out(served: tuple[GdbServer, Target]) -> None:
     server, target = served
     with connect(server) as debugger:
         exchange(debugger, b"qRcmd," + b"phys on".hex().encode(), b"addresses are guest physical\n".hex().encode())
@@ -198,7 +200,7 @@ def test_commands_of_the_users_are_carried_out(served: tuple[GdbServer, Target])
         exchange(debugger, b"qRcmd," + b"help".hex().encode(), HELP.encode().hex().encode())
 
 
-def test_a_guest_that_stops_is_told_once_and_an_interrupt_stops_one_that_does_not(
+def test_a_stop_is_reported_once_and_an_interrupt_stops_a_running_guest(
     served: tuple[GdbServer, Target],
 ) -> None:
     server, target = served
@@ -221,7 +223,7 @@ def test_a_guest_that_stops_is_told_once_and_an_interrupt_stops_one_that_does_no
         assert not target.running.is_set()
 
 
-def test_one_debugger_at_a_time_and_the_guest_runs_on_without(served: tuple[GdbServer, Target]) -> None:
+def test_one_debugger_connects_at_a_time_and_the_guest_runs_on_without_one(served: tuple[GdbServer, Target]) -> None:
     server, target = served
     for _ in range(2):
         with connect(server) as debugger:
@@ -233,7 +235,7 @@ def test_one_debugger_at_a_time_and_the_guest_runs_on_without(served: tuple[GdbS
         assert target.free.wait(10)
 
 
-def test_a_fault_of_our_own_costs_the_connection_and_not_the_guest(served: tuple[GdbServer, Target]) -> None:
+def test_a_bug_in_the_server_ends_the_connection_and_not_the_guest(served: tuple[GdbServer, Target]) -> None:
     server, target = served
     with connect(server) as debugger:
         debugger.sendall(frame(b"P0=0000000000000000"))
@@ -242,7 +244,7 @@ def test_a_fault_of_our_own_costs_the_connection_and_not_the_guest(served: tuple
 
 
 @pytest.mark.parametrize(("ending", "told"), [(Ending.POWEROFF, b"W00"), (Ending.CRASH, b"W03")])
-def test_who_waits_is_told_how_the_run_ended(ending: Ending, told: bytes) -> None:
+def test_a_waiting_debugger_hears_how_the_run_ended(ending: Ending, told: bytes) -> None:
     with contextlib.ExitStack() as stack:
         with serving() as (server, _):
             debugger = stack.enter_context(connect(server))
@@ -264,7 +266,7 @@ def test_who_waits_is_told_how_the_run_ended(ending: Ending, told: bytes) -> Non
         max_size=8,
     )
 )
-def test_whatever_is_sent_the_guest_runs_on_afterwards(parts: list[bytes]) -> None:
+def test_the_guest_runs_on_whatever_a_debugger_sends(parts: list[bytes]) -> None:
     with serving() as (server, target):
         with connect(server) as debugger, contextlib.suppress(ConnectionError, BrokenPipeError):
             for part in parts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The walk of a guest's own page tables, over tables built here in bytes."""
+"""The walk of a guest's page tables, over tables built here in bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IPS_52 = 6 << 32
 
 
 class Tables:
-    """Tables in a sparse memory, made as an operating system makes them."""
+    """Page tables in a sparse memory, built as an operating system builds them."""
 
     def __init__(self, granule: int, bits: int, tcr: int = 0) -> None:
         self.granule, self.bits = granule, bits
@@ -38,7 +38,7 @@ class Tables:
         return [self.granule + stride * n for n in reversed(range(count))]
 
     def map(self, va: int, leaf: int, depth: int = 0) -> None:
-        """Put ``leaf`` where ``va`` leads, ``depth`` levels above the last one."""
+        """Map ``va`` to ``leaf``, ``depth`` levels above the last one."""
         table = ROOT
         shifts = self.levels()
         for shift in shifts:
@@ -60,7 +60,7 @@ class Tables:
         return found.gpa, found.size
 
 
-def test_with_the_mmu_off_an_address_is_its_own() -> None:
+def test_addresses_are_physical_with_the_mmu_off() -> None:
     found = translate(0x8008_0123, Regime(0x30D0_0800, 0, 0, 0), lambda _: 0)
     assert (found.gpa, found.size) == (0x8008_0123, 4096)
 
@@ -91,7 +91,7 @@ def test_blocks_reach_as_far_as_their_level(granule: int, depth: int, size: int)
     assert tables.go(va) == (0x40_0000_0000 + va % size, size)
 
 
-def test_a_block_where_there_can_be_none_and_a_reserved_page_lead_nowhere() -> None:
+def test_a_block_at_an_invalid_level_and_a_reserved_page_map_nothing() -> None:
     tables = Tables(12, 48)
     tables.map(0x1000, 0x40_0000_0701, 3)
     with pytest.raises(Untranslated, match="block at level 0"):
@@ -102,7 +102,7 @@ def test_a_block_where_there_can_be_none_and_a_reserved_page_lead_nowhere() -> N
         tables.go(0x1000)
 
 
-def test_output_addresses_of_52_bits() -> None:
+def test_output_addresses_may_have_52_bits() -> None:
     tables = Tables(16, 48, IPS_52)
     tables.map(0x12_3456_7000, 0x0000_1234_5670_A003)
     assert tables.go(0x12_3456_7000) == (0xA_1234_5670_7000, 1 << 16)
@@ -112,7 +112,7 @@ def test_output_addresses_of_52_bits() -> None:
     assert Tables(12, 52, DS).levels()[0] == 48  # a walk that starts at level -1
 
 
-def test_top_bytes_are_ignored_where_the_guest_says_so() -> None:
+def test_top_bytes_are_ignored_if_the_guest_enables_that() -> None:
     tables = Tables(12, 39)
     tables.map(0x1000, 0x9000_0003)
     with pytest.raises(Untranslated, match="outside the 39 bits"):
@@ -121,7 +121,7 @@ def test_top_bytes_are_ignored_where_the_guest_says_so() -> None:
     assert tables.go(0xAB00_0000_0000_1004)[0] == 0x9000_0004
 
 
-def test_a_half_that_is_switched_off_leads_nowhere() -> None:
+def test_a_disabled_half_maps_nothing() -> None:
     tables = Tables(12, 39, 1 << 23)
     with pytest.raises(Untranslated, match=r"TTBR1_EL1 are off"):
         tables.go(0xFFFF_FFFF_FFFF_0000)
@@ -129,7 +129,9 @@ def test_a_half_that_is_switched_off_leads_nowhere() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), *[st.integers(0, 2**64 - 1)] * 3, st.integers(0, 2**64 - 1))
-def test_no_register_or_table_of_a_guests_leads_astray(va: int, tcr: int, ttbr0: int, ttbr1: int, entry: int) -> None:
+def test_the_walk_ends_whatever_the_guests_registers_and_tables(
+    va: int, tcr: int, ttbr0: int, ttbr1: int, entry: int
+) -> None:
     reads = []
 
     def read(gpa: int) -> int:

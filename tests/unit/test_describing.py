@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device tree of a machine: it says what a guest needs, and neither dtc nor Linux's bindings object."""
+"""The device tree of a machine: it has what a guest needs, and neither dtc nor Linux's bindings report an error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.unit.linux_bindings import complaints
 
 
 class Uart(Device):
-    """One with a PL011's node, and a property more."""
+    """A UART with a PL011's node and one more property."""
 
     name: ClassVar[str] = Pl011.name
     node: ClassVar[str | None] = Pl011.node
@@ -64,14 +64,14 @@ def example(**changes: Any) -> bytes:
 
 @settings(max_examples=300, deadline=None)
 @given(at=st.integers(0), byte=st.integers(0, 255))
-def test_a_byte_of_a_tree_may_be_any_other(at: int, byte: int) -> None:
+def test_the_reader_fails_cleanly_on_a_tree_with_any_changed_byte(at: int, byte: int) -> None:
     data = bytearray(example())
     data[at % len(data)] = byte
     with contextlib.suppress(UsageError):
         parse(bytes(data), "a tree")
 
 
-def test_the_machines_tree_says_what_a_guest_needs() -> None:
+def test_the_machines_tree_has_what_a_guest_needs() -> None:
     reserved, nodes = read(example())
     assert reserved == []
     assert nodes["/"]["#address-cells"] == nodes["/"]["#size-cells"] == cells32(2)
@@ -109,7 +109,7 @@ def test_the_uart_is_a_primecell_with_its_clocks() -> None:
 GIC = GicNode(distributor=(0x0800_0000, 0x1_0000), redistributors=(0x080A_0000, 0x4_0000), its=(0x0808_0000, 0x2_0000))
 
 
-def test_with_an_interrupt_controller_devices_and_the_timer_have_interrupts() -> None:
+def test_devices_and_the_timer_have_interrupts_if_there_is_a_controller() -> None:
     edge = describe(Uart(), layout.PL011.start, 1, Trigger.EDGE)
     _, nodes = read(example(gic=GIC, devices=[edge, ECHO], stdout=edge))
     gic = nodes["/interrupt-controller@8000000"]
@@ -141,12 +141,12 @@ def test_a_gicv2_has_cpu_interfaces_and_its_timer_names_the_cpus() -> None:
     assert nodes["/serial@9000000"]["interrupts"] == cells32(0, 1, 4)
 
 
-def test_without_an_interrupt_controller_nothing_has_interrupts() -> None:
+def test_no_node_has_interrupts_without_a_controller() -> None:
     level = describe(Uart(), layout.PL011.start, 1)
     assert example(devices=[level, ECHO], stdout=level) == example()
 
 
-def test_without_initrd_console_or_clocks_the_tree_is_smaller() -> None:
+def test_the_tree_is_smaller_without_initrd_console_or_clocks() -> None:
     _, nodes = read(example(devices=[ECHO], stdout=None, initrd=None, bootargs=""))
     assert nodes["/chosen"] == {"bootargs": b"\0"}
     assert "/clock" not in nodes
@@ -158,7 +158,7 @@ def test_the_same_machine_gives_the_same_bytes() -> None:
 
 @needs_dtc
 @pytest.mark.parametrize("gic", [None, GIC, GICV2])
-def test_dtc_has_nothing_to_say_about_the_machines_tree(gic: GicNode | None) -> None:
+def test_dtc_accepts_the_machines_tree_without_a_warning(gic: GicNode | None) -> None:
     uart = describe(Uart(), layout.PL011.start, 1)
     source = dtc(example(gic=gic, devices=[uart, ECHO], stdout=uart), "dts")
     assert source.returncode == 0
@@ -168,7 +168,7 @@ def test_dtc_has_nothing_to_say_about_the_machines_tree(gic: GicNode | None) -> 
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[Protection, Path]:
-    """The device trees of machines with every device that there is, as they are loaded for a Linux guest."""
+    """Return the device trees of machines with every device, as loaded for a Linux guest."""
     place = tmp_path_factory.mktemp("machines")
     for name, size in (("kernel", 4096), ("initrd", 5000), ("disk", 1 << 20)):
         (place / name).write_bytes(bytes(size))
@@ -183,7 +183,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[Protection, Path]
             Vsock(str(place / "vsock"), 3),
             Rng(),
         ]
-        if not protection.isolates:  # others refuse a balloon
+        if not protection.isolates:  # other guests refuse a balloon
             devices.append(Balloon())
             there_are = {kind for kind in DeviceSpec.__subclasses__() if kind.__module__.startswith(kinds.__name__)}
             assert {type(device) for device in devices} == there_are
@@ -203,19 +203,19 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[Protection, Path]
 
 
 @needs_dtc
-def test_dtc_has_nothing_to_say_about_machines_with_all_devices(machines: dict[Protection, Path]) -> None:
+def test_dtc_accepts_machines_with_all_devices_without_a_warning(machines: dict[Protection, Path]) -> None:
     for protection, path in machines.items():
         source = dtc(path.read_bytes(), "dts")
         assert (source.returncode, source.stderr) == (0, b""), protection
         assert (b"restricted-dma-pool" in source.stdout) == protection.isolates
 
 
-def test_machines_with_all_devices_are_as_linux_bindings_ask(machines: dict[Protection, Path]) -> None:
+def test_machines_with_all_devices_conform_to_linux_bindings(machines: dict[Protection, Path]) -> None:
     _, nodes = read(machines[Protection.PKVM].read_bytes())
     assert {"kaslr-seed", "rng-seed", "linux,initrd-start"} <= nodes["/chosen"].keys()
     said = complaints(*machines.values())
     private = [protection for protection in Protection if protection.isolates]
-    # The one exception: virtio/mmio.yaml knows no memory-region, by which Linux nonetheless learns of a device's
+    # The one exception: virtio/mmio.yaml has no memory-region. Linux nevertheless uses it for the device's
     # restricted DMA pool, whatever the device (of_dma_set_restricted_buffer in drivers/of/device.c).
     allowed = {
         (f"{protection.value}.dtb", path[1:]) for protection in private for path in nodes if "virtio_mmio@" in path
@@ -226,7 +226,7 @@ def test_machines_with_all_devices_are_as_linux_bindings_ask(machines: dict[Prot
     assert len(allowed) == 5 * len(private)
 
 
-def test_what_linux_bindings_ask_and_a_tree_lacks_is_told(tmp_path: Path) -> None:
+def test_a_property_that_linux_bindings_require_and_a_tree_lacks_is_reported(tmp_path: Path) -> None:
     virtio = DeviceNode("virtio", ("virtio,mmio",), layout.VIRTIO_MMIO.start, 0x200)
     (tmp_path / "lacking.dtb").write_bytes(example(gic=GIC, devices=[ECHO, virtio], stdout=None))
     [told] = complaints(tmp_path / "lacking.dtb")
@@ -234,7 +234,7 @@ def test_what_linux_bindings_ask_and_a_tree_lacks_is_told(tmp_path: Path) -> Non
     assert "'interrupts' is a required property" in told
 
 
-def test_a_device_may_not_override_its_place() -> None:
+def test_a_device_may_not_override_its_address() -> None:
     device = DeviceNode("x", ("pyvmm,x",), 0x1000, 0x1000, {"reg": 1})
     with pytest.raises(UsageError, match="may not set 'reg'"):
         example(devices=[device], stdout=None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices without a guest: the bus refuses overlaps, the console loses nothing, echo refuses what was not shared."""
+"""Devices without a guest: the bus refuses overlaps, the console loses nothing, echo refuses unshared pages."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_published_table_is_sorted_and_names_every_part() -> None:
 
 
 def _print(uart: Any, text: bytes) -> None:
-    """Do what the loop does for a store to DR, a byte at a time."""
+    """Do what the loop does for a store to DR, one byte at a time."""
     fifo = uart.tx
     for byte in text:
         fifo.data[fifo.head % fifo.size] = byte
@@ -81,11 +81,11 @@ def test_console_output_arrives_whole_and_in_order() -> None:
     assert got == text
 
 
-def test_a_full_console_holds_its_guest_until_there_is_room_and_loses_nothing() -> None:
+def test_a_full_console_makes_its_guest_wait_for_room_and_loses_nothing() -> None:
     reader, writer = os.pipe()
     console = Pl011(out=writer)
     console.start()
-    text = bytes(range(256)) * 1024  # more than FIFO and pipe together take
+    text = bytes(range(256)) * 1024  # more than the FIFO and the pipe hold together
     printed = threading.Event()
 
     def guest() -> None:
@@ -107,7 +107,7 @@ def test_a_full_console_holds_its_guest_until_there_is_room_and_loses_nothing() 
     os.close(reader)
 
 
-def test_a_guest_that_waits_for_a_reader_can_be_told_to_leave() -> None:
+def test_a_guest_that_waits_for_a_reader_can_be_interrupted() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
@@ -138,7 +138,7 @@ def test_a_guest_that_waits_for_a_reader_can_be_told_to_leave() -> None:
     os.close(writer)
 
 
-def test_an_abort_during_the_close_touches_nothing_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_abort_during_the_close_uses_no_closed_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Pl011()
     aborting = threading.Thread(target=console.abort)
     close, closed, errors = os.close, [], []  # type: ignore[var-annotated]
@@ -157,7 +157,7 @@ def test_an_abort_during_the_close_touches_nothing_that_is_closed(monkeypatch: p
     assert (len(closed), errors) == (3, [])
 
 
-def test_output_that_cannot_be_written_is_said() -> None:
+def test_output_that_cannot_be_written_is_reported() -> None:
     told: list[OSError] = []
     with open("/dev/full", "wb") as full:
         console = Pl011(out=full.fileno(), unheard=told.append)
@@ -167,7 +167,7 @@ def test_output_that_cannot_be_written_is_said() -> None:
     assert [error.errno for error in told] == [errno.ENOSPC]
 
 
-def test_a_closed_reader_is_told_once() -> None:
+def test_a_closed_reader_is_reported_once() -> None:
     told: list[OSError] = []
     reader, writer = os.pipe()
     os.close(reader)
@@ -199,7 +199,7 @@ def test_console_input_reaches_the_guests_fifo() -> None:
 
 
 class FakeMemory:
-    """RAM of four pages at 0x8000_0000, of which some are closed to the host."""
+    """RAM of four pages at 0x8000_0000, some of them closed to the host."""
 
     def __init__(self) -> None:
         self.bytes = bytearray(4 * 4096)
@@ -285,14 +285,14 @@ def test_echo_refuses_any_page_it_may_not_use(echo: Any, gpa: int, status: int) 
     assert echo.device.page == 0
 
 
-def test_echo_lets_go_of_an_unshared_page(echo: Any) -> None:
+def test_echo_releases_an_unshared_page(echo: Any) -> None:
     _share(echo, True)
     assert _store(echo, abi.ECHO_PAGE, PAGE) == abi.ECHO_OK
     _share(echo, False)
     assert _store(echo, abi.ECHO_REQUEST, 5) == abi.ECHO_NO_PAGE
 
 
-def test_echo_survives_a_guest_that_shared_by_words_only(echo: Any) -> None:
+def test_echo_survives_a_guest_that_only_claims_to_share(echo: Any) -> None:
     _share(echo, True)
     assert _store(echo, abi.ECHO_PAGE, PAGE) == abi.ECHO_OK
     echo.memory.closed.add(PAGE)
@@ -307,7 +307,7 @@ def test_echo_refuses_a_request_longer_than_half_a_page(echo: Any) -> None:
     assert _store(echo, abi.ECHO_REQUEST, (1 << 64) - 1) == abi.ECHO_BAD
 
 
-def test_the_loop_stops_at_shares_only_while_somebody_listens(echo: Any) -> None:
+def test_the_loop_stops_at_shares_only_while_a_device_subscribes(echo: Any) -> None:
     assert echo.relay.native.subscribers == 0
     _share(echo, True)
     _store(echo, abi.ECHO_PAGE, PAGE)
@@ -322,7 +322,7 @@ def test_the_loop_stops_at_shares_only_while_somebody_listens(echo: Any) -> None
 
 
 @pytest.mark.parametrize("kind", ["pl011", "mailbox", "bench", "share-doorbell"])
-def test_a_device_goes_on_elsewhere_as_it_was(kind: str) -> None:
+def test_a_restored_device_continues_with_the_saved_state(kind: str) -> None:
     def make() -> Any:
         kinds: dict[str, Callable[[], Any]] = {
             "pl011": Pl011,

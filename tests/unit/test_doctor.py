@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor: right about this machine, and helpful about any other."""
+"""The doctor: its findings are right on this machine, and helpful on any other."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_the_table_names_every_finding_and_ends_with_a_command(capsys: pytest.Ca
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="says what an x86_64 machine is told")
-def test_an_x86_machine_is_sent_to_the_lab() -> None:
+def test_the_doctor_suggests_the_lab_on_an_x86_machine() -> None:
     assert findings(probes.host())["architecture"].value.startswith("x86_64: arm64 guests run in the lab")
     assert not Diagnosis.make().direct
 
 
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs a /dev/kvm that may be opened")
-def test_the_kernel_is_asked_what_its_kvm_can() -> None:
+def test_the_doctor_asks_the_kernel_for_the_capabilities_of_kvm() -> None:
     assert findings(probes.kvm())["/dev/kvm"].status == OK
 
 
@@ -58,7 +58,7 @@ def no_kvm(*_args: object) -> None:
     raise HostError("this host has no KVM", hint="load KVM")
 
 
-def test_no_kvm_is_a_fault_only_where_guests_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kvm_is_a_failure_only_where_guests_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyvmm.kvm.system.System.open", no_kvm)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     (found,) = probes.kvm()
@@ -82,19 +82,19 @@ class Kvm:
     ("answer", "status", "word"),
     [(True, OK, "pKVM"), (False, WARN, "plain and emulated guests run here"), (HostError("busy"), FAIL, "busy")],
 )
-def test_whether_the_host_is_pkvm_is_what_it_answers(answer: HostError | bool, status: str, word: str) -> None:
+def test_the_doctor_reports_whether_the_host_is_pkvm(answer: HostError | bool, status: str, word: str) -> None:
     found = probes._protected(cast(System, Kvm(answer)))
     assert found.status == status
     assert word in found.value
 
 
-def test_large_pages_rule_an_arm64_host_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm64_host_with_large_pages_cannot_run_guests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(os, "sysconf", lambda name: 65536 if name == "SC_PAGE_SIZE" else 1 << 20)
     assert findings(probes.host())["page size"].status == FAIL
 
 
-def test_a_missing_module_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_names_a_missing_module_and_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name in ("structlog", "elftools") else object()
     )
@@ -114,7 +114,7 @@ def test_a_missing_module_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPat
         ({"python": FAIL, "lab": FAIL}, False, False, "mend python"),
     ],
 )
-def test_an_arm64_machine_is_told_what_it_can_do_and_the_next_step(
+def test_the_doctor_tells_an_arm64_machines_abilities_and_the_next_step(
     monkeypatch: pytest.MonkeyPatch, status: dict[str, str], direct: bool, in_lab: bool, step: str
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
@@ -122,7 +122,7 @@ def test_an_arm64_machine_is_told_what_it_can_do_and_the_next_step(
     assert (made.direct, made.in_lab, made.next_step) == (direct, in_lab, step)
 
 
-def test_a_machine_that_can_do_nothing_exits_5_and_says_what_to_do(
+def test_the_doctor_exits_5_and_says_what_to_do_on_a_machine_that_can_do_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = Diagnosis([Finding("lab", "QEMU", FAIL, "not installed", "apt install qemu-system-arm")])
@@ -133,7 +133,7 @@ def test_a_machine_that_can_do_nothing_exits_5_and_says_what_to_do(
     assert out.endswith("cannot run protected guests yet.\nNext: apt install qemu-system-arm\n")
 
 
-def test_colours_are_for_terminals() -> None:
+def test_only_terminals_get_colours() -> None:
     made = Diagnosis([Finding("lab", "QEMU", FAIL, "not installed")])
     assert "\x1b[31mNO\x1b[0m" in "\n".join(made.lines(colours=True))
     assert "\x1b" not in "\n".join(made.lines())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documents say can be done: commands parse, files exist, links lead somewhere, claims are as told."""
+"""The documents are correct: commands parse, files exist, links have targets, facts agree with the claims."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_readme_has_the_two_commands() -> None:
 
 
 def check_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Fail where a command of a document cannot be given."""
+    """Fail if a command of a document is not valid."""
     while words[0] in PREFIXES:
         words = words[1:]
     program, *rest = words
@@ -66,7 +66,7 @@ def check_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def check_pyvmm(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Parse a pyvmm command, and have its verb look at it as far as that can be done without KVM or a lab."""
+    """Parse a pyvmm command, and have its verb check it as far as possible without KVM or a lab."""
     try:
         args = cli.make_parser(words).parse_args(words)
     except SystemExit:
@@ -89,7 +89,7 @@ def check_pyvmm(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    """Fail for a module or file that does not exist, and for an option that its source does not have."""
+    """Fail if a module or file does not exist, or if its source lacks an option."""
     if words[0] == "-c":
         imports = [node for node in ast.parse(words[1]).body if isinstance(node, ast.ImportFrom)]
         assert imports
@@ -107,7 +107,7 @@ def check_python(words: list[str]) -> None:
 
 
 def check_test(word: str) -> None:
-    """Fail for a test that does not exist."""
+    """Fail if a test does not exist."""
     path, _, name = word.partition("::")
     if not word.startswith("-"):
         assert (ROOT / path).exists(), path
@@ -115,7 +115,7 @@ def check_test(word: str) -> None:
 
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=lambda block: block.name)
-def test_commands_can_be_given(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_in_blocks_are_valid(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
     found = list(commands(block.text))
     assert found
     for words in found:
@@ -142,13 +142,13 @@ def test_commands_can_be_given(block: Block, capsys: pytest.CaptureFixture[str])
         ".ci/nothing",
     ],
 )
-def test_wrong_command_is_noticed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_is_noticed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     [words] = commands(line)
     with pytest.raises((AssertionError, pytest.fail.Exception, PyvmmError, OSError)):
         check_command(words, capsys)
 
 
-def test_words_of_commands_are_found() -> None:
+def test_the_words_of_commands_are_found() -> None:
     text = "A=1 time pyvmm x 'a b' # why\n\necho 1 > /dev/null && pyvmm y \\\n  z | grep q\n# only why\n"
     assert list(commands(text)) == [
         ["time", "pyvmm", "x", "a b"],
@@ -159,10 +159,10 @@ def test_words_of_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_in_sentences_can_be_given(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_in_sentences_are_valid(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in re.findall(r"`((?:python|pytest) [^`]*)`", document.read_text()):
         for words in commands(line):
-            if "-P" not in words:  # those are what a measurement starts
+            if "-P" not in words:  # a measurement starts those
                 check_command(words, capsys)
 
 
@@ -170,7 +170,7 @@ def test_commands_in_sentences_can_be_given(document: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=lambda block: block.name)
-def test_toml_can_be_read(block: Block) -> None:
+def test_toml_blocks_can_be_read(block: Block) -> None:
     assert tomllib.loads(block.text)
 
 
@@ -182,7 +182,7 @@ def test_toml_can_be_read(block: Block) -> None:
         ("```sh\nls\n", "a.md:1: a block without an end"),
     ],
 )
-def test_code_that_is_not_fenced_is_noticed(text: str, said: str) -> None:
+def test_code_without_a_fence_is_noticed(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         cut("a.md", text)
 
@@ -211,14 +211,14 @@ def anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_have_targets(document: Path) -> None:
     for path, anchor in links(document):
         target = document.parent / path if path else document
         assert target.exists(), f"{path} does not exist"
         assert not anchor or anchor in anchors(target), f"{path} has no {anchor}"
 
 
-def test_readme_leads_to_every_page() -> None:
+def test_readme_links_to_every_page() -> None:
     leads = {path for path, _ in links(ROOT / "README.md")}
     assert {f"pyvmm/docs/{topic}.md" for topic in TOPICS} <= leads
 
@@ -245,7 +245,7 @@ def sources() -> Iterator[tuple[str, str]]:
             yield str(path.relative_to(ROOT)), path.read_text(errors="replace")
 
 
-def test_no_source_cites_a_document_that_is_not_there() -> None:
+def test_no_source_cites_a_missing_document() -> None:
     found = []
     for path, text in sources():
         cited = set(re.findall(r"[\w./-]+\.md\b", text)) - {"a.md"}
@@ -253,10 +253,10 @@ def test_no_source_cites_a_document_that_is_not_there() -> None:
     assert found == []
 
 
-def test_no_source_names_a_page_that_is_not_there() -> None:
+def test_no_source_names_a_missing_page() -> None:
     named = [topic for _, text in sources() for topic in re.findall(r"pyvmm help ([a-z][a-z-]+)", text)]
     assert "private-memory" in named
-    assert set(named) - set(TOPICS) == {"nothing"}  # which is above, as one that is refused
+    assert set(named) - set(TOPICS) == {"nothing"}  # used above as a wrong page
 
 
 def is_there(name: str) -> bool:
@@ -295,7 +295,7 @@ def verdicts(name: str, protection: Protection) -> set[Verdict]:
     return set(found.values())
 
 
-def test_facts_are_as_the_atlas_expects_them() -> None:
+def test_facts_agree_with_the_expectations_of_the_atlas() -> None:
     told = 0
     for protection, row in (row for document in DOCUMENTS for row in rows(document)):
         for name, denied in re.findall(r"`([a-z-]+/[a-z0-9-]+)`( does not hold)?", row):
@@ -307,7 +307,7 @@ def test_facts_are_as_the_atlas_expects_them() -> None:
 @pytest.mark.parametrize(
     ("owner", "head"), [(Machine, "## Machine"), (Experiment, "## Experiment"), (Puppet, "## Give a live guest orders")]
 )
-def test_public_members_are_there(owner: type, head: str) -> None:
+def test_documented_public_members_exist(owner: type, head: str) -> None:
     rows = re.findall(r"^\| (`[^|]*) \|", page("python").split(head)[1].split("\n## ")[0], re.MULTILINE)
     members = re.findall(r"`(\w+)", " ".join(rows))
     assert len(members) > 7
@@ -315,7 +315,7 @@ def test_public_members_are_there(owner: type, head: str) -> None:
 
 
 def vars_of(owner: type) -> set[str]:
-    """Return what a class has, and what its methods give an instance."""
+    """Return the attributes of a class, and those that its methods set on an instance."""
     own = {name for kind in owner.__mro__ for name in vars(kind)}
     return own | set(re.findall(r"\bself\.(\w+)", "".join(map(inspect.getsource, owner.__mro__[:-1]))))
 

@@ -30,12 +30,12 @@ def test_a_written_address_reads_back(value: int) -> None:
     assert int(hex_(value), 16) == value
 
 
-def test_the_hint_stands_on_a_line_of_its_own() -> None:
+def test_the_hint_has_a_separate_line() -> None:
     assert str(PyvmmError("no", hint="do")) == "no\n  hint: do"
     assert str(PyvmmError("no")) == "no"
 
 
-def test_exit_statuses_tell_our_errors_from_the_users_and_the_hosts() -> None:
+def test_exit_statuses_distinguish_errors_of_pyvmm_the_user_and_the_host() -> None:
     assert (PyvmmError.exit_status, UsageError.exit_status, HostError.exit_status) == (1, 2, 5)
     assert KvmError("KVM_RUN", "", errno.EIO).exit_status == 1
 
@@ -46,7 +46,7 @@ def test_a_kvm_error_names_the_call_its_values_and_the_errno() -> None:
     assert (error.call, error.values, error.errno) == ("KVM_CREATE_VCPU", "vm=7, index=0", errno.EEXIST)
 
 
-def test_a_kvm_error_of_unknown_cause_speaks_the_errnos_words() -> None:
+def test_a_kvm_error_of_unknown_cause_has_the_text_of_its_errno() -> None:
     assert str(KvmError("KVM_RUN", "vcpu0=9", errno.EPERM)) == "KVM_RUN(vcpu0=9): EPERM: Operation not permitted"
 
 

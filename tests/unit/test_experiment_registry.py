@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Claims and cases are found by name, built in or brought by an installed package; a faulty plug-in is one line."""
+"""Claims and cases are found by name, built in or from an installed package. A faulty plug-in is one line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def spin(bench):
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yield a directory that packages are installed to; their modules are forgotten afterwards."""
+    """Yield a directory for packages; their modules are forgotten afterwards."""
     directory = tmp_path / "site"
     directory.mkdir()
     before = set(sys.modules)
@@ -57,7 +57,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def mine(site: Path) -> Path:
-    """Install a package that brings a group of claims and a case."""
+    """Install a package with a group of claims and a case."""
     points = {plugins.CLAIMS: {"mine": "pyvmm_mine:claim"}, plugins.CASES: {"spin": "pyvmm_spin:spin"}}
     install(site, "pyvmm-mine", {"pyvmm_mine.py": MINE, "pyvmm_spin.py": SPIN}, points)
     return site
@@ -82,14 +82,14 @@ def test_claims_of_a_package_are_found_by_all_their_names(name: str, ids: list[s
 
 
 @pytest.mark.usefixtures("mine")
-def test_built_in_claims_come_first_and_a_run_of_no_names_is_of_them_alone() -> None:
+def test_built_in_claims_come_first_and_a_run_without_names_has_only_them() -> None:
     assert found("mine", "huge")[-2:] == ["mine/pages-are-kept", "mine/pages-are-zero"]
     assert not [id for id in found() if id.startswith("mine")]
     assert not [case.name for case in cases.select([]) if case.name == "spin"]
 
 
 @pytest.mark.usefixtures("mine")
-def test_a_case_of_a_package_is_found_by_its_name_in_a_run_and_in_a_sweep() -> None:
+def test_a_run_and_a_sweep_find_a_case_of_a_package_by_name() -> None:
     [spin] = cases.select(["spin"])
     assert spin.points() == [{"protection": "none", "turns": 1}, {"protection": "none", "turns": 8}]
     assert "spin" not in cases.all_cases()
@@ -101,7 +101,7 @@ def test_a_case_of_a_package_is_found_by_its_name_in_a_run_and_in_a_sweep() -> N
 
 
 @pytest.mark.usefixtures("mine")
-def test_nearest_names_are_those_of_packages_too() -> None:
+def test_nearest_names_include_those_of_packages() -> None:
     with pytest.raises(UsageError, match="no claim is called 'mine/pages-are-kpet'") as claim:
         found("mine/pages-are-kpet")
     with pytest.raises(UsageError, match="no case is called 'spni'") as case:
@@ -120,7 +120,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("source", "why"), FAULTS)
 @pytest.mark.usefixtures("mine")
-def test_a_faulty_plug_in_is_one_line_with_its_name(
+def test_the_error_for_a_faulty_plug_in_is_one_line_with_its_name(
     site: Path, source: str, why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install(site, "pyvmm-bad", {"pyvmm_bad.py": source}, {plugins.CLAIMS: {"bad": "pyvmm_bad:claim"}})
@@ -137,7 +137,7 @@ def test_a_faulty_plug_in_is_one_line_with_its_name(
 
 
 @pytest.mark.usefixtures("mine")
-def test_the_list_of_all_cases_has_those_of_packages(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_all_cases_includes_those_of_packages(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(site, "pyvmm-bad", {"pyvmm_bad.py": "1 / 0"}, {plugins.CASES: {"bad": "pyvmm_bad:x"}})
     assert cli.main(["bench", "--list"]) == 0
     out, err = capsys.readouterr()
@@ -161,7 +161,7 @@ def test_a_run_of_known_names_reads_no_entry_points(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_of_one_name_are_a_mistake(site: Path) -> None:
+def test_two_plug_ins_with_the_same_name_are_an_error(site: Path) -> None:
     body = "from pyvmm.bench.case import case\n@case(says='', axes={})\ndef spin(bench): pass\n"
     for module in ("__init__", "one", "two"):
         path = site / "pyvmm_two" / f"{module}.py"
@@ -173,13 +173,13 @@ def test_two_of_one_name_are_a_mistake(site: Path) -> None:
         registry.built_in()
 
 
-def test_what_is_asked_for_twice_is_chosen_once_in_the_order_asked_for() -> None:
+def test_a_name_given_twice_is_chosen_once_in_the_given_order() -> None:
     known = {"a": [1], "b": [2], "all": [1, 2]}
     assert choose(["b", "all", "b", "c"], known, lambda name: [3] if name == "c" else [], UsageError) == [2, 1, 3]
     with pytest.raises(UsageError, match="d"):
         choose(["a", "d"], known, lambda _: [], UsageError)
 
 
-def test_nearest_says_what_is_offered_in_place_of_a_name_and_each_once() -> None:
+def test_nearest_offers_each_similar_name_once() -> None:
     assert nearest("shar", ["share", "group/share"], offers={"share": "group/share"}) == "the nearest: group/share"
     assert nearest("zzz", ["a"], otherwise="nothing like it") == "nothing like it"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flattened device trees: dtc reads back what was written, whatever was written."""
+"""Flattened device trees: dtc reads back any tree that was written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.flat_tree import dtc, needs_dtc, read
 
 
 def flat(node: Node, path: str = "") -> dict[str, dict[str, object]]:
-    """The same of a tree that was parsed."""
+    """Return the same form of a parsed tree."""
     found: dict[str, dict[str, object]] = {path or "/": dict(node.properties)}
     for child in node.children:
         found |= flat(child, f"{path}/{child.name}")
@@ -23,7 +23,7 @@ def flat(node: Node, path: str = "") -> dict[str, dict[str, object]]:
 
 
 names = st.from_regex(r"[a-zA-Z][0-9a-zA-Z,._+-]{0,20}", fullmatch=True)
-# linux,phandle and phandle mean something to dtc; a random one would be a wrong tree.
+# dtc interprets linux,phandle and phandle: a random one would make an invalid tree.
 properties = st.from_regex(r"[0-9a-zA-Z,._+?#-]{1,31}", fullmatch=True).filter(lambda name: "phandle" not in name)
 texts = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=40)
 u32 = st.integers(0, 2**32 - 1)
@@ -58,7 +58,7 @@ def test_dtc_reads_back_every_tree(children: list[Node], reserved: list[tuple[in
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(children=st.lists(nodes, max_size=4, unique_by=lambda node: node.name))
-def test_every_tree_is_parsed_to_what_was_written(children: list[Node]) -> None:
+def test_every_tree_is_parsed_back_as_written(children: list[Node]) -> None:
     data = Tree(Node("", {"a": 1}, children)).to_bytes()
     assert flat(parse(data, "a tree")) == read(data)[1]
 
@@ -72,7 +72,7 @@ def tree_of(structure: bytes, strings: bytes = b"a\0") -> bytes:
 BEGIN, END_NODE, END = cells32(1, 0), cells32(2), cells32(9)
 
 
-def test_what_means_nothing_in_a_tree_is_passed_over() -> None:
+def test_nops_in_a_tree_are_skipped() -> None:
     nop = cells32(4)
     root = parse(tree_of(nop + BEGIN + nop + cells32(3, 1, 0) + b"x\0\0\0" + nop + END_NODE + nop + END), "a tree")
     assert (root.name, root.properties, root.children) == ("", {"a": b"x"}, [])
@@ -136,7 +136,7 @@ def test_a_value_is_as_long_as_its_parts(value: Value) -> None:
 
 
 @pytest.mark.parametrize("value", [False, -1, 2**32, "a\0b", ["ok", "a\0b"], [1, 2**32]])
-def test_a_value_that_no_cell_or_string_can_hold_is_refused(value: Value) -> None:
+def test_a_value_that_fits_no_cell_or_string_is_refused(value: Value) -> None:
     with pytest.raises(UsageError):
         encode(value)
 
@@ -146,7 +146,7 @@ def test_cells_are_big_endian() -> None:
     assert cells64(0x8000_0000, 1 << 40) == bytes.fromhex("0000000080000000 0000010000000000")
 
 
-def test_text_that_is_not_utf8_reaches_the_guest_as_typed() -> None:
+def test_text_that_is_not_utf8_reaches_the_guest_unchanged() -> None:
     assert encode(b"caf\xe9".decode("utf-8", "surrogateescape")) == b"caf\xe9\0"
 
 
@@ -172,7 +172,7 @@ def test_two_children_with_one_name_are_refused() -> None:
         tree.to_bytes()
 
 
-def test_a_phandle_is_given_once() -> None:
+def test_each_phandle_is_allocated_once() -> None:
     tree = Tree()
     first, second = tree.root.add("a"), tree.root.add("b")
     assert (tree.phandle(first), tree.phandle(second), tree.phandle(first)) == (1, 2, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runner of programs in tests: how one ended, and where one stood that did not end."""
+"""The runner of programs in tests: it reports how a program ended, or where it hung."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ threading.Thread(target=waits_for_nobody).start()
 """
 
 
-def test_a_program_that_ends_is_told_as_it_ended() -> None:
+def test_the_runner_returns_how_a_program_ended() -> None:
     done = finished("-c", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)")
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
 
 
-def test_one_that_does_not_end_tells_where_every_thread_stands() -> None:
+def test_the_runner_reports_where_every_thread_of_a_hung_program_is() -> None:
     with pytest.raises(pytest.fail.Exception) as caught:
         finished("-c", STUCK, patience=3)
     said = str(caught.value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The payloads that ship are the ones the sources make."""
+"""The shipped payloads are built from the sources."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_manifest_describes_the_shipped_bytes() -> None:
 
 
 def test_rebuilding_gives_the_shipped_bytes(compiler: str, rebuilt: tuple[Path, dict[str, object]]) -> None:
-    """With the compiler they were built by; another one may place things otherwise, but not grow them much."""
+    """Checks equality with the same compiler. Another one may lay out code differently, but may not grow it much."""
     out, _ = rebuilt
     same_compiler = build.compiler_version(compiler) == MANIFEST["compiler"]
     for name in build.names():
@@ -83,7 +83,7 @@ def test_a_source_that_depends_on_its_address_is_refused(
         build.build("bad", compiler)
 
 
-def test_no_payload_uses_floating_point_or_large_atomics() -> None:
+def test_no_payload_uses_floating_point_or_outline_atomics() -> None:
     assert {"-mgeneral-regs-only", "-mno-outline-atomics"} <= set(build.COMPILE)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The payloads run on another VMM, too: QEMU's virt machine, whose addresses they can only know from its device tree.
+"""The payloads also run on another VMM: QEMU's virt machine. They learn its addresses from its device tree.
 
-No KVM and none of our devices: what is tested is start, MMU, vectors, device tree, UART, PSCI and atomics.
+There is no KVM and no pyvmm device. The tests cover start, MMU, vectors, device tree, UART, PSCI and atomics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(QEMU is None, reason="qemu-system-aarch64 is not
 
 
 def qemu(payload: str, bootargs: str = "", *, cpus: int = 1, machine: str = "virt", limit: float = 60) -> str:
-    """Run to power-off and return what came out of the UART; a run that takes longer than ``limit`` is killed."""
+    """Run until power-off and return the UART's output. Kills a run that takes longer than ``limit``."""
     command = [
         str(QEMU),
         "-M",
@@ -46,7 +46,7 @@ def qemu(payload: str, bootargs: str = "", *, cpus: int = 1, machine: str = "vir
 
 
 def qemu_until(payload: str, pattern: str, bootargs: str = "") -> re.Match[str]:
-    """Run something that never ends until a line matches; then kill it."""
+    """Run a payload that never ends until a line matches, then kill it."""
     command = [
         str(QEMU),
         "-M",
@@ -107,7 +107,7 @@ def test_touch_measures_every_page_of_every_pass(order: str, access: str) -> Non
         assert 100 * least <= total <= 100 * most
 
 
-def test_touch_refuses_more_memory_than_there_is() -> None:
+def test_touch_refuses_more_memory_than_the_guest_has() -> None:
     assert qemu("touch", "pages=100000") == "touch: not enough memory for 100000 pages, 1 apart\n"
 
 
@@ -134,7 +134,7 @@ def test_a_payload_without_its_device_says_so_and_powers_off(payload: str, says:
     assert qemu(payload) == says
 
 
-def test_boot_arguments_are_found_by_whole_keys() -> None:
+def test_boot_arguments_match_only_whole_keys() -> None:
     assert qemu("crash", "noway=reset way=nonsense away=loop") == (
         "crash: noway=reset way=nonsense away=loop\ncrash: no such way\n"
     )

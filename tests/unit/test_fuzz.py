@@ -12,8 +12,8 @@ from tests.fuzz.fuzzer import Unavailable, corpus
 
 SECONDS = float(os.environ.get("PYVMM_FUZZ_SECONDS", "60" if os.environ.get("CI") else "6"))
 SEED = int(os.environ.get("PYVMM_FUZZ_SEED", "1"))
-#: Steps that each corpus reaches by itself, less what compilers and Pythons differ in: a target that no longer gets
-#: anywhere fails.
+#: Steps that each corpus must reach, minus differences between compilers and Pythons. A target that no longer makes
+#: progress fails.
 REACHED = {
     "queue": 450,
     "blk": 450,
@@ -29,7 +29,7 @@ REACHED = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_a_guest_does_breaks_what_must_hold(target: str) -> None:
+def test_no_guest_breaks_an_invariant(target: str) -> None:
     try:
         result = TARGETS[target](target, corpus(target), SECONDS / len(TARGETS), SEED)
     except Unavailable as why:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which interrupt controller a machine gets: the host's newest kind, its place and its limit."""
+"""Which interrupt controller a machine gets: the newest kind that the host has, its address and its limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def machine(*missing: DeviceType, **config: Any) -> tuple[Machine, Recording]:
     return Machine(MachineConfig("payload:hello", Protection.NONE, **config), kernel=kernel), kernel
 
 
-def test_a_host_with_a_gicv2_only_gives_one_with_its_two_windows() -> None:
+def test_a_host_with_only_a_gicv2_gives_a_gicv2_with_two_windows() -> None:
     built, kernel = machine(V3, cpus=8)
     with built:
         assert built.gic is not None
@@ -33,7 +33,7 @@ def test_a_host_with_a_gicv2_only_gives_one_with_its_two_windows() -> None:
     assert [line.split("group=")[1].split(",")[0].rstrip(")") for line in said] == ["NR_IRQS", "ADDR", "ADDR", "CTRL"]
 
 
-def test_a_gicv3_is_taken_where_there_are_both() -> None:
+def test_a_host_with_both_gives_a_gicv3() -> None:
     built, _ = machine()
     with built:
         assert built.gic is not None
@@ -41,14 +41,14 @@ def test_a_gicv3_is_taken_where_there_are_both() -> None:
         assert layout.GIC_ITS in built.gic.windows
 
 
-def test_a_host_without_any_gives_none() -> None:
+def test_a_host_without_a_gic_gives_no_controller() -> None:
     built, _ = machine(V2, V3)
     with built:
         assert built.gic is None
         assert not built.interrupts.present
 
 
-def test_more_vcpus_than_a_gicv2_has_are_refused_with_its_limit() -> None:
+def test_more_vcpus_than_a_gicv2_serves_are_refused_with_the_limit() -> None:
     built, _ = machine(V3, cpus=9)
     with pytest.raises(HostError, match="a GICv2, which cannot have 9 vCPUs: its limit is 8") as caught, built:
         pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python's numbers are the header's."""
+"""The numbers in Python equal those of the C header."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _defines() -> tuple[dict[str, int], dict[str, str]]:
     return values, functions
 
 
-def test_every_number_of_the_header_is_there_and_no_other() -> None:
+def test_python_has_every_number_of_the_header_and_no_other() -> None:
     values, _ = _defines()
     mirrored = {name: value for name, value in vars(abi).items() if name.isupper() and type(value) is int}
     assert len(values) > 40
     assert mirrored == values
 
 
-def test_the_native_sources_have_the_headers_hypercalls_and_bell() -> None:
+def test_the_native_sources_use_the_headers_hypercalls_and_doorbell() -> None:
     values, _ = _defines()
     sources = "\n".join(path.read_text() for path in (ROOT / "native").rglob("*.[ch]"))
     said = re.findall(r"\b(HVC_[A-Z]+) (0x[0-9a-fA-F]+)u?$|\b(BELL_[A-Z]+) = (\d+)", sources, re.MULTILINE)
@@ -39,7 +39,7 @@ def test_the_native_sources_have_the_headers_hypercalls_and_bell() -> None:
     assert found == {name: values[name] for name in found}
 
 
-def test_every_register_file_of_the_mailbox_is_where_the_header_has_it() -> None:
+def test_every_register_file_of_the_mailbox_is_at_the_headers_offset() -> None:
     _, functions = _defines()
     assert set(functions) == {"MAILBOX_ARG", "MAILBOX_RESULT", "MAILBOX_TRAP", "MAILBOX_NOTE"}
     for name, expression in functions.items():

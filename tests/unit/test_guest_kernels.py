@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels and initramfs by name: which files they are, what a lab is shown, what is said where there is none."""
+"""Kernels and initramfs by name: their files, the files a lab mounts for them, and the errors if one is missing."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def never(name: str) -> str:
 
 
 @pytest.mark.parametrize("kernel", ["Image", "payload:hello", "./own:", "debian", "shell:"])
-def test_what_is_no_name_stays_as_it_is(kernel: str) -> None:
+def test_a_path_that_is_not_a_name_is_unchanged(kernel: str) -> None:
     assert resolve(kernel, None, never) == (kernel, None)
     assert resolve(kernel, "root.cpio", never) == (kernel, "root.cpio")
 
 
-def test_a_shell_is_the_named_kernels_own_or_one_without_modules() -> None:
+def test_a_shell_has_the_named_kernels_modules_or_no_modules() -> None:
     asked: list[str] = []
 
     def make(name: str) -> str:
@@ -61,12 +61,12 @@ def test_a_shell_is_the_named_kernels_own_or_one_without_modules() -> None:
         ("run debian own", []),
     ],
 )
-def test_a_lab_is_shown_what_a_command_line_names_and_no_more(words: str, shown: list[str]) -> None:
+def test_a_lab_mounts_only_the_files_that_a_command_line_names(words: str, shown: list[str]) -> None:
     assert named(words.split()) == shown
     assert set(shown) <= set(ALL)
 
 
-def test_a_lab_finds_what_it_was_shown_and_says_so_where_it_was_not(
+def test_a_lab_finds_its_mounted_files_and_reports_missing_ones(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "manifest.json").write_text("{}")
@@ -78,12 +78,12 @@ def test_a_lab_finds_what_it_was_shown_and_says_so_where_it_was_not(
     assert "--with debian:" in (caught.value.hint or "")
 
 
-def test_a_lab_is_shown_other_things_by_their_names_too() -> None:
+def test_a_lab_also_mounts_other_named_trees() -> None:
     words = ["run", "--net", "passt,fwd=8080:80", "debian:", "passt-1"]
     assert named(words, ("passt", "gdb")) == ["debian:", "passt"]
 
 
-# -- what they are made of
+# -- their contents
 
 
 def entry(path: str, data: bytes) -> bytes:
@@ -99,7 +99,7 @@ MODULES = entry("lib/modules/9.9/virtio_mmio.ko", b"M")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    """A lab's cache with an image of the default kernel; every other name's image is none."""
+    """Make a lab's cache with an image of the default kernel only."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(IN_LAB, raising=False)
     cache = Cache()
@@ -112,7 +112,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     return cache
 
 
-def test_debians_kernel_comes_with_its_modules_and_takes_no_space(cache: Cache) -> None:
+def test_debians_kernel_comes_with_its_modules_and_is_not_copied(cache: Cache) -> None:
     directory = made_tree(guests.recipe("debian:"))
     assert sorted(path.name for path in directory.iterdir()) == ["Image", "busybox", "manifest.json", "shell.cpio"]
     current = cache.current()
@@ -151,13 +151,13 @@ def test_the_projects_kernel_is_the_one_built_for_guests(cache: Cache, monkeypat
         ("own:", "pyvmm lab kernel"),
     ],
 )
-def test_where_there_is_none_the_command_that_gets_it_is_said(name: str, hint: str) -> None:
+def test_the_error_for_a_missing_kernel_has_the_command_that_gets_it(name: str, hint: str) -> None:
     with pytest.raises(HostError, match="not") as caught:
         guests.recipe(name)
     assert hint in (caught.value.hint or "")
 
 
-def test_without_any_image_a_shell_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_shell_cannot_be_made_without_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(HostError, match="busybox") as caught:
         guests.recipe("shell:")
@@ -165,13 +165,13 @@ def test_without_any_image_a_shell_cannot_be_made(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_kernel_that_debian_has_not_is_told_with_those_there_are() -> None:
+def test_the_error_for_an_unknown_debian_kernel_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="debian:sid") as caught:
         guests.recipe("debian:sid")
     assert "debian:unstable" in (caught.value.hint or "")
 
 
-def test_a_lab_does_not_boot_for_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lab_does_not_boot_for_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--lab", "run", "debian:sid"]) == 2
     said = capsys.readouterr().err
     assert "'debian:sid'" in said
@@ -186,7 +186,7 @@ def test_the_same_input_gives_the_same_bytes() -> None:
     assert initramfs.digest() == initramfs.digest()
 
 
-def test_the_initramfs_has_what_a_kernel_starts_and_a_script_asks_for() -> None:
+def test_the_initramfs_has_init_and_the_programs_that_scripts_use() -> None:
     entries = read_cpio(initramfs.write(b"busybox"))
     assert entries["bin/busybox"][1] == b"busybox"
     assert entries["init"][1].startswith(b"#!/bin/busybox sh\n")
@@ -196,7 +196,7 @@ def test_the_initramfs_has_what_a_kernel_starts_and_a_script_asks_for() -> None:
     assert sum(len(data) for path, (_, data) in entries.items() if path != "bin/busybox") < 8192
 
 
-def test_its_scripts_are_shell() -> None:
+def test_the_scripts_of_the_initramfs_are_valid_shell() -> None:
     for script in (initramfs.INIT.read_bytes(), initramfs.UDHCPC):
         subprocess.run(["/bin/sh", "-n"], input=script, check=True)
 
@@ -211,7 +211,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("line", "command"), COMMANDS)
-def test_a_command_is_read_off_the_kernels_command_line(line: str, command: str, tmp_path: Path) -> None:
+def test_init_reads_its_command_from_the_kernels_command_line(line: str, command: str, tmp_path: Path) -> None:
     (tmp_path / "cmdline").write_text(line + "\n")
     init = initramfs.INIT.read_text()
     part = init[init.index("read -r line") : init.index('if [ -n "$command" ]')]
@@ -219,7 +219,7 @@ def test_a_command_is_read_off_the_kernels_command_line(line: str, command: str,
     assert subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True, check=True).stdout == command
 
 
-def test_the_exit_status_is_read_off_the_console() -> None:
+def test_the_exit_status_is_read_from_the_console() -> None:
     assert initramfs.exit_status(b"x\r\npyvmm: exit status 3\r\n[    1.0] reboot: Power down\r\n") == 3
     assert initramfs.exit_status(b"pyvmm: exit status 0\n") == 0
     assert initramfs.exit_status(b"echo pyvmm: exit status 3\r\n") is None
@@ -255,6 +255,6 @@ def test_a_named_kernel_without_a_root_is_refused(line: str, said: str, capsys: 
         "payload:hello",
     ],
 )
-def test_a_kernel_that_may_find_its_root_is_run(line: str) -> None:
+def test_a_kernel_that_may_find_its_root_is_accepted(line: str) -> None:
     words = ["run", *line.replace("'", "").split()]
     machine_config(make_parser(words).parse_args(words))

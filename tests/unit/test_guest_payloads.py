@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Payloads are found by name, and the name's misspelling by the hint."""
+"""Payloads are found by name, and the hint corrects a misspelt name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_payload_is_its_file() -> None:
         assert payloads.payload(name) == Path(payloads.path_of(name)).read_bytes()
 
 
-def test_an_unknown_payload_lists_what_there_is_and_guesses() -> None:
+def test_the_error_for_an_unknown_payload_lists_the_known_ones_and_guesses() -> None:
     with pytest.raises(UsageError) as caught:
         payloads.payload("helo")
     for name in payloads.names():
@@ -34,7 +34,7 @@ def test_nothing_but_a_payloads_name_opens_a_file(name: str) -> None:
         payloads.payload(name)
 
 
-def test_a_lost_binary_is_not_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_binary_is_not_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payloads, "DIRECTORY", tmp_path)
     with pytest.raises(PyvmmError, match="No such file") as caught:
         payloads.payload("hello")

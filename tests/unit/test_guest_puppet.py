@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handle gives the right orders and reads the answers right. A scripted mailbox plays the guest."""
+"""The handle gives the right orders and reads answers correctly. A scripted mailbox plays the guest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Play = Callable[[int, int, list[int]], MailboxAnswer | None]
 
 
 class Mailbox:
-    """Remembers orders; answers each at once with what ``play`` says, or never."""
+    """Records orders, and answers each at once with the result of ``play``, or never."""
 
     def __init__(self, play: Play) -> None:
         self.orders: list[tuple[int, int, list[int]]] = []
@@ -54,7 +54,7 @@ def test_each_width_asks_for_its_bytes(bits: int) -> None:
     assert box.orders == [(0, abi.OP_READ, [PAGE, bits // 8]), (0, abi.OP_WRITE, [PAGE, bits // 8, 9])]
 
 
-def test_an_odd_width_is_refused_here() -> None:
+def test_the_handle_refuses_an_odd_width() -> None:
     guest, box = answering()
     with pytest.raises(UsageError, match="not 3"):
         guest.timed_read(PAGE, 3)
@@ -70,19 +70,19 @@ def test_a_trapped_order_raises_with_the_trap() -> None:
     assert caught.value.exit_status == 3
 
 
-def test_an_order_the_payload_does_not_know_is_not_taken_for_an_answer() -> None:
+def test_an_unknown_order_is_not_taken_for_an_answer() -> None:
     guest, _ = answering(status=abi.STATUS_UNKNOWN)
     with pytest.raises(PyvmmError, match="does not know this order"):
         guest.start(99).result()
 
 
-def test_silence_is_told_with_the_order_and_the_time() -> None:
+def test_the_error_for_a_silent_guest_has_the_order_and_the_time() -> None:
     guest = Puppet(Mailbox(lambda *_: None), vcpu=3, timeout=0.01)
     with pytest.raises(GuestSilent, match=r"OP_PING\(\) on vCPU 3 was not answered within 0.01 s"):
         guest.ping()
 
 
-def test_an_asynchronous_order_can_be_asked_for() -> None:
+def test_an_order_can_be_asynchronous() -> None:
     guest, _ = answering(5)
     order = guest.start_hammer(PAGE, 4096, 5, Access.WRITE)
     assert order.done()
@@ -100,7 +100,7 @@ def test_a_refused_share_names_the_page_that_was_refused(word: int) -> None:
     assert box.orders == [(0, abi.OP_SHARE, [PAGE, 4, both]), (0, abi.OP_UNSHARE, [PAGE, 4, both])]
 
 
-def test_psci_says_why_a_vcpu_does_not_start() -> None:
+def test_the_error_has_the_psci_reason_why_a_vcpu_does_not_start() -> None:
     guest, _ = answering((1 << 64) - 4)
     with pytest.raises(GuestRefused, match=r"CPU_ON of vCPU 1 was refused: -4 \(ALREADY_ON\)"):
         guest.cpu_on(1)
@@ -112,7 +112,7 @@ def test_a_started_vcpu_gets_its_own_mailbox() -> None:
     assert [(vcpu, op) for vcpu, op, _ in box.orders] == [(0, abi.OP_CPU_ON), (2, abi.OP_PING)]
 
 
-def test_words_come_seven_an_order() -> None:
+def test_one_order_reads_seven_words() -> None:
     memory = {PAGE + 8 * n: n for n in range(100)}
 
     def play(_: int, op: int, args: list[int]) -> MailboxAnswer:
@@ -126,7 +126,7 @@ def test_words_come_seven_an_order() -> None:
     assert len(box.orders) == 3
 
 
-def test_ticks_of_each_page_are_read_back_through_the_guest() -> None:
+def test_the_guest_reads_back_the_ticks_of_each_page() -> None:
     def play(_: int, op: int, args: list[int]) -> MailboxAnswer:
         if op == abi.OP_TOUCH:
             return MailboxAnswer(abi.STATUS_OK, (3, 60, 30, 0, 0, 0, 0))
@@ -139,7 +139,7 @@ def test_ticks_of_each_page_are_read_back_through_the_guest() -> None:
     assert box.orders[0] == (0, abi.OP_TOUCH, [PAGE, 3, 1, abi.ACCESS_WRITE, 9, 0x8200_0000])
 
 
-def test_a_series_that_is_refused_says_how_far_it_came() -> None:
+def test_the_error_for_a_refused_series_says_how_far_it_got() -> None:
     guest, box = answering(-3 & (1 << 64) - 1, 5, 900)
     assert guest.series(What.SHARE, PAGE, 9, stride=4096, ticks_at=0x8200_0000) == Series(-3, 5, 900)
     assert box.orders == [(0, abi.OP_SERIES, [abi.SERIES_SHARE, PAGE, 9, 4096, 0, 0x8200_0000])]
@@ -153,7 +153,7 @@ def test_the_value_that_means_loads_cannot_be_stored_by_mistake() -> None:
     assert box.orders == [(0, abi.OP_MMIO, [PAGE, 8, 10, (1 << 64) - 1])]
 
 
-def test_what_does_not_answer_is_not_waited_for() -> None:
+def test_the_handle_does_not_wait_for_an_order_without_an_answer() -> None:
     box = Mailbox(lambda *_: None)
     guest = Puppet(box)
     guest.cpu_off()
@@ -162,7 +162,7 @@ def test_what_does_not_answer_is_not_waited_for() -> None:
     assert [op for _, op, _ in box.orders] == [abi.OP_CPU_OFF, abi.OP_RESET, abi.OP_OFF]
 
 
-def test_counting_answers_how_often_it_was_done() -> None:
+def test_a_counted_order_answers_how_often_it_was_done() -> None:
     guest, box = answering(12)
     assert guest.start_count(PAGE, 20, until=PAGE + 8).result() == 12
     assert guest.start_count(PAGE, 12).result() == 12

@@ -50,11 +50,11 @@ def test_an_interrupt_is_not_decoded_as_a_fault() -> None:
     assert (seen.is_abort, seen.is_write, seen.is_external) == (False, False, False)
 
 
-def test_where_it_came_from_is_said_when_it_is_not_the_payload_itself() -> None:
+def test_the_report_names_the_source_level_if_it_is_not_the_payloads() -> None:
     assert ", taken from lower EL, AArch64;" in trap(0x5600_0000, vector=8).describe()
 
 
-def test_a_level_is_part_of_the_fault_status() -> None:
+def test_the_fault_status_includes_the_level() -> None:
     assert [fault_status(code) for code in (0b000110, 0b001101, 0b111111)] == [
         "translation fault, level 2",
         "permission fault, level 1",
@@ -63,7 +63,7 @@ def test_a_level_is_part_of_the_fault_status() -> None:
 
 
 @given(st.lists(WORD, min_size=8, max_size=8))
-def test_any_words_a_guest_may_report_can_be_described(words: list[int]) -> None:
+def test_any_values_a_guest_may_report_can_be_described(words: list[int]) -> None:
     text = Trap.from_words(words).describe()
     assert "\n" not in text
     assert f"vCPU {words[7]}" in text

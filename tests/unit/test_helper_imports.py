@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests import their helpers in one way: by the full name, from the root of the tree.
 
-A helper imported as ``rig`` by one test and as ``tests.rig`` by another is loaded twice. Its classes then exist twice,
-and so do the things it keeps: ``isinstance`` fails between two tests' objects for no visible reason.
+If one test imports a helper as ``rig`` and another as ``tests.rig``, it is loaded twice. Its classes exist twice,
+and so does its state: ``isinstance`` fails between two tests' objects for no visible reason.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_every_import_of_a_helper_names_it_in_full(helpers: set[str]) -> None:
         ("import pyvmm.memory", []),
     ],
 )
-def test_bare_import_is_noticed(helpers: set[str], line: str, found: list[str]) -> None:
+def test_a_bare_import_is_noticed(helpers: set[str], line: str, found: list[str]) -> None:
     assert bare_imports(line, helpers) == found
 
 
@@ -77,7 +77,7 @@ def test_no_module_is_loaded_under_two_names() -> None:
     assert loaded_twice(sys.modules) == {}
 
 
-def test_module_loaded_under_a_second_name_is_noticed() -> None:
+def test_a_module_loaded_under_a_second_name_is_noticed() -> None:
     __import__(HELPER)
     path = str(ROOT / "tests" / "memory_helper.py")
     spec = importlib.util.spec_from_file_location("memory_helper", path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each thing that a hostile driver may do, by name, to each device: it breaks its queue or loses its request, no more.
+"""Each named attack of a hostile driver on each device: the driver only breaks its queue or loses its request.
 
 The devices run in their own threads, as in a VM. After every attack the driver resets the device and is served again.
 """
@@ -24,7 +24,7 @@ from tests.twin_virtqueue import AVAILABLE, DESCRIPTOR, INDIRECT, NEXT, USED, WR
 from tests.virtio_board import RUNNING, eventually
 from tests.virtqueue_rig import HALF, PAGE, SIZE, Guest
 
-#: The queue that a device looks at whenever it is kicked, and a request there: bytes to be read, room to be written.
+#: The queue that a device reads after each kick, and a request there: bytes to read, room to write.
 HONEST: Final[dict[str, tuple[int, bytes, int]]] = {
     "rng": (0, b"", 64),
     "balloon": (0, struct.pack("<I", (DATA + 9 * PAGE) // PAGE), 0),
@@ -55,7 +55,7 @@ class Driver:
         assert self.play.drive(self.play.features)
 
     def offer(self, *segments: tuple[int, int], flags: int = 0) -> None:
-        """A chain of (gpa, size), all of the direction that the device takes requests in, and a kick."""
+        """Make a chain of (gpa, size) available, in the direction of the device's requests, and kick."""
         flags |= WRITE * self.writes
         self.play.offer(self.queue, [(gpa, size, flags) for gpa, size in segments])
         self.kick()
@@ -64,7 +64,7 @@ class Driver:
         self.board.store(Register.QUEUE_NOTIFY, self.queue)
 
     def used(self) -> int:
-        """How many requests came back, at most one in a packed ring."""
+        """Return how many requests came back, at most one in a packed ring."""
         self.play.host.take()
         if not self.packed:
             return int.from_bytes(self.guest.read(self.rings + 0x802, 2), "little")
@@ -72,7 +72,7 @@ class Driver:
         return int(flags & PACKED_EMPTY == PACKED_EMPTY)
 
     def serve(self) -> None:
-        """Be honest: a request comes back."""
+        """Make a correct request and check that it comes back."""
         self.restart()
         self.guest.write(DATA, self.data.ljust(64, b"\0"))
         segments = [(DATA, len(self.data), 0)] * bool(self.data)
@@ -85,12 +85,12 @@ class Driver:
         eventually(lambda: Status.NEEDS_RESET in self.board.status)
 
     def fails(self) -> None:
-        """What was asked for comes back, and the device goes on."""
+        """Check that the request comes back, and that the device goes on."""
         eventually(self.used)
         assert self.board.status == RUNNING
 
 
-# ---- attacks: each begins with a device that runs, and ends when what is to happen has happened
+# ---- attacks: each begins with a running device, and ends when the expected effect has happened
 
 
 def loop(driver: Driver) -> None:
@@ -205,7 +205,7 @@ def queue_sizes(driver: Driver) -> None:
         driver.board.store(Register.QUEUE_READY, 0)
     driver.board.store(Register.STATUS, RUNNING)
     driver.kick()
-    driver.board.transport.pause()  # once it has seen to the kick
+    driver.board.transport.pause()  # once it has handled the kick
     driver.board.transport.resume()
     assert driver.board.status == RUNNING
 
@@ -283,7 +283,7 @@ def packed(request: pytest.FixtureRequest) -> bool:
 def driver(request: pytest.FixtureRequest, packed: bool, guest: Guest, tmp_path: Path) -> Iterator[Driver]:
     host = HOSTS[request.param](tmp_path, guest)
     threads = threading.active_count()
-    # No event index, so that every kick counts.
+    # There is no event index, so that every kick counts.
     play = Play(guest, host, Input(bytes([0, packed | 4])))
     yield Driver(play, request.param)
     host.leave()
@@ -293,7 +293,7 @@ def driver(request: pytest.FixtureRequest, packed: bool, guest: Guest, tmp_path:
     assert threading.active_count() == threads
 
 
-def test_a_driver_that_meets_the_same_fault_again_and_again_does_not_fill_the_log(
+def test_a_driver_that_repeats_the_same_fault_does_not_fill_the_log(
     guest: Guest, tmp_path: Path, events: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -313,7 +313,7 @@ def test_a_driver_that_meets_the_same_fault_again_and_again_does_not_fill_the_lo
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
-def test_an_attack_costs_its_driver_a_request_or_a_reset(
+def test_an_attack_costs_its_driver_only_a_request_or_a_reset(
     driver: Driver, attack: Callable[[Driver], None], events: Callable[[], list[dict[str, Any]]]
 ) -> None:
     driver.guest.write(UNNAMED, b"\xc5" * PAGE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hypervisor's trace buffer says, how it is set up and set back, and what is said where there is none."""
+"""The hypervisor's trace buffer: how it is read, set up and restored, and the errors if it is missing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU1 = (
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that looks like tracefs' remotes/hypervisor of a host with two CPUs and a third that is offline."""
+    """Make a directory like tracefs' remotes/hypervisor of a host with two CPUs and a third that is offline."""
     root = tmp_path / "tracing"
     (root / "instances").mkdir(parents=True)
     remote = root / hyptrace.REMOTE
@@ -67,7 +67,7 @@ def settings(remote: Path) -> dict[str, str]:
     }
 
 
-def test_events_of_every_cpu_are_read_up_to_its_mark_and_the_lost_are_counted(remote: Path) -> None:
+def test_events_of_every_cpu_are_read_up_to_its_mark_and_lost_ones_are_counted(remote: Path) -> None:
     with HypTrace() as trace:
         assert (trace.available, trace.why_not, trace.events()) == (True, "", [])
     assert trace.available
@@ -82,7 +82,7 @@ def test_events_of_every_cpu_are_read_up_to_its_mark_and_the_lost_are_counted(re
     assert (remote / "write_event").read_text() == str(hyptrace._MARK)
 
 
-def test_stamps_of_another_time_are_refused(remote: Path) -> None:
+def test_timestamps_of_another_clock_are_refused(remote: Path) -> None:
     pipe = remote / "per_cpu/cpu1/trace_pipe"
     pipe.write_bytes(pipe.read_bytes().replace(b"    6.467612", b"576460758.467612"))
     with HypTrace() as trace:
@@ -91,7 +91,7 @@ def test_stamps_of_another_time_are_refused(remote: Path) -> None:
     assert trace.events() == []
 
 
-def test_what_was_set_is_set_back(remote: Path) -> None:
+def test_changed_settings_are_restored(remote: Path) -> None:
     before = settings(remote)
     with HypTrace(512):
         during = settings(remote)
@@ -101,7 +101,7 @@ def test_what_was_set_is_set_back(remote: Path) -> None:
     assert settings(remote) == before | {"buffer_size_kb": "7"}
 
 
-def test_buffer_in_use_is_left_alone(remote: Path) -> None:
+def test_a_buffer_in_use_is_not_changed(remote: Path) -> None:
     (remote / "tracing_on").write_text("1\n")
     before = settings(remote)
     with HypTrace() as trace:
@@ -121,7 +121,9 @@ def test_buffer_in_use_is_left_alone(remote: Path) -> None:
         os.close(other)
 
 
-def test_why_nothing_can_be_recorded_is_said(remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_says_why_nothing_can_be_recorded(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (remote / "tracing_on").unlink()
     with HypTrace() as trace:
         assert trace.why_not == f"{remote}/tracing_on: No such file or directory"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting is cheap: no third-party module but structlog and cffi's backend is loaded to parse a command line.
+"""Starting is cheap: parsing a command line loads no third-party module except structlog and cffi's backend.
 
-How many milliseconds that takes is for tests/bench/startup.py: a test of time would fail on a busy machine.
+tests/bench/startup.py measures the milliseconds: a test of time would fail on a busy machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALLOWED = {"structlog", "_cffi_backend"}
 
 
 def loaded(code: str) -> tuple[set[str], set[str]]:
-    """Names of the top-level modules a fresh interpreter has loaded after ``code``, without its own and pyvmm's."""
+    """Return the top-level modules that a fresh interpreter has loaded after ``code``, except its own and pyvmm's."""
     report = f"import sys\n{code}\nimport json; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, timeout=60, check=True)
     bare = subprocess.run([sys.executable, "-c", report.replace(code, "")], capture_output=True, text=True, check=True)
@@ -30,11 +30,11 @@ def loaded(code: str) -> tuple[set[str], set[str]]:
     return names, {name for name in names if name not in sys.stdlib_module_names} - {"pyvmm", "__mp_main__"}
 
 
-def test_this_test_would_notice() -> None:
+def test_loaded_notices_a_module() -> None:
     assert loaded("import hypothesis")[1] >= {"hypothesis"}
 
 
-def test_importing_pyvmm_loads_nothing_of_others() -> None:
+def test_importing_pyvmm_loads_no_third_party_module() -> None:
     assert loaded("import pyvmm")[1] == set()
 
 
@@ -57,7 +57,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words[:2]) for words in COMMANDS])
-def test_parsing_a_command_line_loads_nothing_of_others(words: list[str]) -> None:
+def test_parsing_a_command_line_loads_no_third_party_module(words: list[str]) -> None:
     names, others = loaded(f"from pyvmm.cli import make_parser; make_parser({words}).parse_args({words})")
     assert others <= ALLOWED
     assert "argparse" in names
@@ -65,13 +65,13 @@ def test_parsing_a_command_line_loads_nothing_of_others(words: list[str]) -> Non
 
 
 def test_parsing_a_run_loads_no_typing() -> None:
-    # It costs a fifth of all that a command line takes beyond bare Python.
+    # typing costs a fifth of what a command line takes beyond bare Python.
     words = COMMANDS[0]
     assert "typing" not in loaded(f"from pyvmm.cli import make_parser; make_parser({words}).parse_args({words})")[0]
 
 
 @pytest.mark.parametrize("verb", ["run", "doctor", "demo", "lab", "atlas", "map", "repl"])
-def test_help_loads_the_verb_asked_for_and_no_other(verb: str) -> None:
+def test_help_loads_only_the_requested_verb(verb: str) -> None:
     wanted = [verb]
     code = f"""
 import sys
@@ -82,7 +82,7 @@ assert [v for v in VERBS if f'pyvmm.cli.{{v}}' in sys.modules] == {wanted}
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
-def test_building_a_machine_from_a_flat_binary_loads_only_what_is_allowed() -> None:
+def test_building_a_machine_from_a_flat_binary_loads_only_allowed_modules() -> None:
     code = "from pyvmm.machine.machine import Machine\nfrom pyvmm.machine import boot\nboot.read('payload:hello')"
     assert loaded(code)[1] <= ALLOWED
 
@@ -169,7 +169,7 @@ sys.exit(main())
 
 
 def at_first_kvm_run(script: Path, *words: str) -> tuple[set[str], str]:
-    """Return the modules that a run of these words has loaded beyond bare Python's, and what it has compiled."""
+    """Return the modules that a run of these words has loaded beyond bare Python, and the sources it has compiled."""
     script.write_text(TO_THE_GUEST)
     command = [sys.executable, "-S", str(script), "run", *words]
     path = os.pathsep.join(path for path in sys.path if path)
@@ -202,13 +202,13 @@ def ours(modules: str) -> set[str]:
     return {module if module == "pyvmm" else f"pyvmm.{module}" for module in modules.split()}
 
 
-def test_a_run_has_loaded_just_what_it_needs_at_its_first_kvm_run(tmp_path: Path) -> None:
+def test_a_run_has_loaded_only_the_modules_it_needs_at_its_first_kvm_run(tmp_path: Path) -> None:
     modules, _ = at_first_kvm_run(tmp_path / "run.py", "payload:hello")
     assert {module for module in modules if is_ours(module)} == ours(OURS)
     assert others(modules) <= with_their_own(STDLIB)
 
 
-def test_a_run_with_a_disk_and_a_card_has_loaded_these_as_well(tmp_path: Path) -> None:
+def test_a_run_with_a_disk_and_a_network_card_has_loaded_only_these_as_well(tmp_path: Path) -> None:
     disk, kernel = tmp_path / "disk", tmp_path / "kernel"
     disk.write_bytes(bytes(4096))
     kernel.write_bytes(payload("hello"))
@@ -230,5 +230,5 @@ def test_a_run_with_a_disk_and_a_card_has_loaded_these_as_well(tmp_path: Path) -
 
 
 def test_a_run_compiles_nothing_until_its_first_kvm_run(tmp_path: Path) -> None:
-    # Compiling a first string costs as much as a dozen imports; an annotation of a NamedTuple that is one is compiled.
+    # Compiling a first string costs as much as a dozen imports. String annotations of a NamedTuple are compiled.
     assert at_first_kvm_run(tmp_path / "run.py", "payload:hello")[1] == ""

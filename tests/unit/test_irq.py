@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interrupt lines: what they ask of KVM, and in which order they go."""
+"""Interrupt lines: their calls to KVM, and the order in which they are closed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Vm:
         return 77
 
     def irqfd(self, fd: int, gsi: int, *, deassign: bool = False) -> None:
-        os.fstat(fd)  # it must be open, also when it is unbound
+        os.fstat(fd)  # it must be open, even when it is unbound
         if self.refuse:
             raise OSError("refused")
         self.calls.append((gsi, deassign))
@@ -51,13 +51,13 @@ def test_an_edge_line_is_an_eventfd_bound_to_its_spi_and_unbound_before_it_is_cl
         os.fstat(line.fd)
 
 
-def test_a_level_line_names_its_spi_as_kvm_irq_line_does() -> None:
+def test_a_level_line_numbers_its_spi_as_kvm_irq_line_does() -> None:
     line = lines(Vm()).level(1)
     # Linux Documentation/virt/kvm/api.rst, KVM_IRQ_LINE: type 1 (SPI) at bit 24, numbers from 32 on
     assert (line.vm_fd, line.irq, line.kind) == (77, 0x0100_0021, 4)
 
 
-def test_a_level_line_is_raised_and_let_go_from_python_too() -> None:
+def test_python_can_raise_and_lower_a_level_line() -> None:
     vm = Vm()
     line = lines(vm).level(1)
     line.hold(True)
@@ -65,7 +65,7 @@ def test_a_level_line_is_raised_and_let_go_from_python_too() -> None:
     assert vm.calls == [(0x0100_0021, True), (0x0100_0021, False)]
 
 
-def test_without_a_controller_lines_lead_nowhere() -> None:
+def test_lines_without_a_controller_have_no_effect() -> None:
     vm = Vm()
     interrupts = lines(vm, present=False)
     interrupts.edge(32).trigger()
@@ -77,7 +77,7 @@ def test_without_a_controller_lines_lead_nowhere() -> None:
 
 
 @pytest.mark.parametrize("spi", [-1, layout.SPIS, 1])
-def test_an_spi_that_is_taken_or_not_there_is_refused(spi: int) -> None:
+def test_an_spi_that_is_in_use_or_does_not_exist_is_refused(spi: int) -> None:
     interrupts = lines(Vm())
     interrupts.level(1)
     with pytest.raises(UsageError, match=f"SPI {spi}"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes the kicks of virtqueues: what is asked of KVM and when, and what is counted."""
+"""Who handles the kicks of virtqueues: the calls to KVM and their time, and the counts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRANSPORT = 0x0A00_0400
 
 
 class Grudging(StandIn):
-    """Knows the capability or not, and takes the kicks of ``room`` queues."""
+    """A fake VM with or without the capability. It takes the kicks of ``room`` queues."""
 
     def __init__(self, *, known: int = 1, room: int = 1000, error: int = errno.ENOSPC) -> None:
         self.known, self.room, self.error = known, room, error
@@ -54,7 +54,7 @@ def queue(index: int) -> Any:
 
 
 def handed_over(kernel: StandIn, count: int = 3) -> tuple[list[bool], list[Call]]:
-    """Offer the kicks of some queues; return what came of each, and the calls that it took."""
+    """Offer the kicks of some queues to KVM. Returns the result of each, and the calls made."""
     recording = Recording(kernel)
     with System.open(kernel=recording) as system:
         kicks = Kicks(system.create_vm())
@@ -66,7 +66,7 @@ def test_the_kernel_is_asked_once_and_gets_every_queue_by_its_number() -> None:
     found, calls = handed_over(Grudging())
     assert found == [True] * 3
     asked, *given = calls
-    # Of the host: a protected VM would say no.
+    # The host is asked: a protected VM would answer no.
     assert (asked.name, asked.on, asked.values["cap"]) == ("KVM_CHECK_EXTENSION", "kvm", "KVM_CAP_IOEVENTFD")
     assert [(each.name, each.on) for each in given] == [("KVM_IOEVENTFD", "vm")] * 3
     assert [dict(each.values) for each in given] == [
@@ -74,14 +74,14 @@ def test_the_kernel_is_asked_once_and_gets_every_queue_by_its_number() -> None:
     ]
 
 
-def test_a_kernel_that_cannot_is_asked_nothing_more() -> None:
+def test_a_kernel_without_the_capability_gets_no_further_call() -> None:
     found, calls = handed_over(Grudging(known=0))
     assert found == [False] * 3
     assert [call.name for call in calls] == ["KVM_CHECK_EXTENSION"]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.ENOMEM])
-def test_one_that_has_no_room_for_more_says_so_once(events: Callable[[], list[dict[str, Any]]], error: int) -> None:
+def test_pyvmm_logs_once_that_the_kernel_has_no_room(events: Callable[[], list[dict[str, Any]]], error: int) -> None:
     found, calls = handed_over(Grudging(room=1, error=error))
     assert found == [True, False, False]
     assert [call.name for call in calls] == ["KVM_CHECK_EXTENSION", "KVM_IOEVENTFD", "KVM_IOEVENTFD"]
@@ -89,7 +89,7 @@ def test_one_that_has_no_room_for_more_says_so_once(events: Callable[[], list[di
     assert errno.errorcode[error] in said["error"]
 
 
-def test_a_lacking_kernel_has_all_but_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lacking_removes_only_the_named_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lacking.__base__, "ioctl", lambda _self, _fd, _request, _argument, _values: (7, 0))
     monkeypatch.setattr(Lacking.__base__, "open", lambda _self, _path: os.memfd_create("kvm"))
     fd = System(os.memfd_create("kvm"), kernel=Lacking(KVM_CAP_IOEVENTFD))
@@ -101,7 +101,7 @@ def test_a_lacking_kernel_has_all_but_what_it_lacks(monkeypatch: pytest.MonkeyPa
 
 
 class Offered:
-    """Notes which queues it is offered, and takes those of ``taken``."""
+    """Records the queues it is offered, and takes those in ``taken``."""
 
     def __init__(self, *taken: int) -> None:
         self.taken = taken
@@ -134,7 +134,7 @@ def offered_of(made: Board) -> list[int]:
     return found.seen
 
 
-def test_kicks_are_handed_over_when_the_driver_is_ready_and_only_of_queues_that_are(both: Board) -> None:
+def test_the_transport_hands_over_kicks_of_ready_queues_when_the_driver_is_ready(both: Board) -> None:
     assert both.negotiate(Feature.VERSION_1)
     assert both.set_queue(1, 4, BASE, BASE + PAGE, BASE + 2 * PAGE)
     both.store(Register.QUEUE_NOTIFY, 1)
@@ -144,19 +144,19 @@ def test_kicks_are_handed_over_when_the_driver_is_ready_and_only_of_queues_that_
     assert [queue.kicks_in_kernel for queue in both.transport.queues] == [False, True]
 
 
-def test_what_was_handed_over_stays_so_over_a_reset_and_what_was_refused_is_offered_again(first: Board) -> None:
+def test_a_reset_keeps_kicks_handed_over_and_offers_refused_ones_again(first: Board) -> None:
     for wanted in ([0, 1], [0, 1, 1]):
         first.drive()
         assert offered_of(first) == wanted
         first.store(Register.STATUS, 0)
         assert first.transport.queues[0].kicks_in_kernel
-        os.eventfd_write(first.transport.queues[0].kick, 1)  # the kernel's, of a queue that is at rest
+        os.eventfd_write(first.transport.queues[0].kick, 1)  # a kick taken by the kernel, of an idle queue
     [driver, _] = first.drive()
     ask(first, driver, b"after all that")
     assert answer(first, driver) == b"AFTER ALL THAT"
 
 
-def test_a_kick_of_the_kernels_is_served_as_the_loops_is_and_both_are_counted(first: Board) -> None:
+def test_kicks_through_the_kernel_and_the_loop_are_served_alike_and_counted(first: Board) -> None:
     drivers = first.drive()
     for number, driver in enumerate(drivers):
         first.guest.write(DATA, b"text")
@@ -168,11 +168,11 @@ def test_a_kick_of_the_kernels_is_served_as_the_loops_is_and_both_are_counted(fi
         assert answer(first, driver) == b"TEXT"
     told = first.transport.info()["queues"]
     assert [each["kicks"] for each in told] == [1, 1]
-    assert first.transport.kicks_without_exit == 1  # of the first queue alone
+    assert first.transport.kicks_without_exit == 1  # only of the first queue
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_a_kick_of_another_width_comes_to_the_loop_and_reaches_the_queue(both: Board, size: int) -> None:
+def test_a_kick_of_another_width_reaches_the_queue_through_the_loop(both: Board, size: int) -> None:
     assert both.negotiate(Feature.VERSION_1)
     assert both.set_queue(0, 8, BASE, BASE + PAGE, BASE + 2 * PAGE)
     driver = Driver(both.guest, Rings(8, BASE, BASE + PAGE, BASE + 2 * PAGE), TABLES)
@@ -183,7 +183,7 @@ def test_a_kick_of_another_width_comes_to_the_loop_and_reaches_the_queue(both: B
     assert answer(both, driver) == b"ODD"
 
 
-def test_kicks_that_come_while_all_stands_still_are_seen_when_it_goes_on(both: Board) -> None:
+def test_kicks_during_a_pause_are_seen_on_resume(both: Board) -> None:
     [driver, _] = both.drive()
     both.transport.pause()
     both.guest.write(DATA, b"late")
@@ -196,7 +196,7 @@ def test_kicks_that_come_while_all_stands_still_are_seen_when_it_goes_on(both: B
     eventually(lambda: both.transport.kicks_without_exit == 3)
 
 
-def test_a_restored_device_has_its_kicks_handed_over(guest: Guest, both: Board) -> None:
+def test_the_transport_hands_over_the_kicks_of_a_restored_device(guest: Guest, both: Board) -> None:
     both.drive()
     both.transport.pause()
     saved = both.transport.save()
@@ -211,10 +211,10 @@ def test_a_restored_device_has_its_kicks_handed_over(guest: Guest, both: Board) 
         both.transport.resume()
 
 
-# -- what is said of them
+# -- what the user sees
 
 
 @pytest.mark.parametrize(("kicks", "wanted"), [(0, ""), (1, "; 1 kick without"), (5, "; 5 kicks without")])
-def test_the_line_at_the_end_says_how_many_made_no_exit(kicks: int, wanted: str) -> None:
+def test_the_statistics_say_how_many_kicks_made_no_exit(kicks: int, wanted: str) -> None:
     line = Counters((), 0, 0, 0, 0, kicks=kicks).line()
     assert line == f"0 exits in 0.000 s: none{wanted and wanted + ' an exit'}"

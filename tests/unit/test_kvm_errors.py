@@ -32,7 +32,7 @@ REQUESTS = {
 
 @pytest.fixture
 def pipe() -> Iterator[Fd]:
-    """An Fd whose file knows no request of KVM's."""
+    """Return an Fd whose file has no KVM requests."""
     read, write = os.pipe()
     os.close(write)
     with Fd(read) as fd:
@@ -72,7 +72,7 @@ def pipe() -> Iterator[Fd]:
         ("KVM_GET_REGS", errno.EBADF, {}, "it is closed", None),
     ],
 )
-def test_a_known_failure_is_told_in_words(
+def test_a_known_failure_has_an_explanation(
     call: str, number: int, values: dict[str, Any], cause: str, hint: str | None
 ) -> None:
     text, advice = explain(call, number, values)
@@ -91,7 +91,7 @@ def test_every_cause_is_of_a_request_that_exists() -> None:
     assert named <= REQUESTS
 
 
-def test_values_are_written_as_their_kind_is_read() -> None:
+def test_values_are_written_in_the_form_for_their_kind() -> None:
     values: dict[str, int | str | None] = {
         "": "vm=7",
         "slot": 3,
@@ -103,13 +103,13 @@ def test_values_are_written_as_their_kind_is_read() -> None:
     assert error.values == "vm=7, slot=3, gpa=0x8000_0000, type=KVM_DEV_TYPE_VFIO"
 
 
-def test_a_failing_call_names_itself_and_its_values(pipe: Fd) -> None:
+def test_the_error_of_a_failing_call_has_its_name_and_values(pipe: Fd) -> None:
     with pytest.raises(KvmError, match=r"^KVM_CREATE_VCPU\(fd=\d+, index=3\): ENOTTY: ") as caught:
         pipe.call(kvm.KVM_CREATE_VCPU, 3, index=3)
     assert caught.value.errno == errno.ENOTTY
 
 
-def test_a_failure_for_want_of_descriptors_needs_none_to_be_told(pipe: Fd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reporting_a_lack_of_descriptors_needs_no_descriptor(pipe: Fd, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         @staticmethod
         def find_spec(*_: object) -> None:
@@ -123,7 +123,7 @@ def test_a_failure_for_want_of_descriptors_needs_none_to_be_told(pipe: Fd, monke
     assert error.hint == "raise `ulimit -n`"
 
 
-def test_an_attempt_answers_with_the_errno(pipe: Fd) -> None:
+def test_an_attempt_returns_the_errno(pipe: Fd) -> None:
     assert pipe.attempt(kvm.KVM_GET_API_VERSION) == (-1, errno.ENOTTY)
 
 
@@ -140,7 +140,7 @@ def test_closing_twice_closes_once() -> None:
     read, write = os.pipe()
     fd = Fd(read)
     fd.close()
-    again = os.dup(write)  # takes the number that the second close must not touch
+    again = os.dup(write)  # gets the number, which the second close must not close
     assert again == read
     fd.close()
     os.fstat(again)
@@ -148,7 +148,7 @@ def test_closing_twice_closes_once() -> None:
     os.close(write)
 
 
-def test_a_closed_object_says_so(pipe: Fd) -> None:
+def test_using_a_closed_object_is_an_error_that_says_so(pipe: Fd) -> None:
     pipe.close()
     assert pipe.closed
     assert pipe.fileno() == -1
@@ -157,7 +157,7 @@ def test_a_closed_object_says_so(pipe: Fd) -> None:
         pipe.call(kvm.KVM_RUN)
 
 
-def test_closing_takes_what_was_made_from_it_along_newest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_an_object_closes_the_objects_made_from_it_newest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(Fd, "_release", lambda self: order.append(self.label))
     parent, *rest = (os.open("/dev/null", os.O_RDONLY) for _ in range(4))
@@ -169,7 +169,7 @@ def test_closing_takes_what_was_made_from_it_along_newest_first(monkeypatch: pyt
     assert not any(os.path.exists(f"/proc/self/fd/{n}") for n in (parent, *rest))
 
 
-def test_a_device_is_called_by_its_type(pipe: Fd) -> None:
+def test_a_device_is_named_after_its_type(pipe: Fd) -> None:
     device = KvmDevice(os.dup(pipe.fileno()), pipe, DeviceType.KVM_DEV_TYPE_ARM_VGIC_V3)
     with pytest.raises(KvmError, match=r"KVM_SET_DEVICE_ATTR\(ARM_VGIC_V3=\d+, group=3, attr=0x0, value=0x60\)"):
         device.set_attr(3, 0, c_uint32(96))
@@ -177,21 +177,21 @@ def test_a_device_is_called_by_its_type(pipe: Fd) -> None:
         device.get_attr(3, 1, c_int())
 
 
-def test_an_attribute_of_a_closed_device_is_an_error(pipe: Fd) -> None:
+def test_accessing_an_attribute_of_a_closed_device_is_an_error(pipe: Fd) -> None:
     device = AttributeFd(os.dup(pipe.fileno()), pipe)
     device.close()
     with pytest.raises(KvmError, match="it is closed"):
         device.set_attr(0, 0)
 
 
-def test_a_host_without_kvm_is_told_what_to_do(tmp_path: Path) -> None:
+def test_the_error_on_a_host_without_kvm_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="this host has no KVM") as caught:
         System.open(str(tmp_path / "kvm"))
     assert "pyvmm --lab" in str(caught.value.hint)
     assert "modprobe" in str(caught.value.hint)
 
 
-def test_a_user_without_permission_is_told_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_user_without_permission_names_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -201,7 +201,7 @@ def test_a_user_without_permission_is_told_the_group(monkeypatch: pytest.MonkeyP
     assert "usermod -aG kvm" in str(caught.value.hint)
 
 
-def test_a_file_that_is_not_kvm_is_not_taken_for_it() -> None:
+def test_a_file_that_is_not_kvm_is_refused() -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match="/dev/null is not the KVM that pyvmm knows: it answers ENOTTY"):
         System.open("/dev/null")
@@ -214,7 +214,7 @@ def test_another_api_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         System.open("/dev/null")
 
 
-def test_a_call_that_a_signal_interrupted_is_made_again(pipe: Fd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_a_signal_interrupts_is_repeated(pipe: Fd, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([(-1, errno.EINTR), (-1, errno.EINTR), (5, 0)])
     monkeypatch.setattr(pipe, "attempt", lambda *_: next(answers))
     assert pipe.call(kvm.KVM_CREATE_VM) == 5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian's packages for the lab: whose mirror, which suites, how old the lists are, and what is said when apt fails."""
+"""Debian's packages for the lab: the mirror, the suites, the age of the lists, and the errors when apt fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fake_program(directory: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def fake_bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a directory whose programs hide the system's."""
+    """Make a directory whose programs take precedence over the system's."""
     directory = tmp_path / "bin"
     directory.mkdir()
     monkeypatch.setenv("PATH", f"{directory}:/usr/sbin:/usr/bin:/sbin:/bin")
@@ -35,12 +35,12 @@ def test_the_mirror_is_the_one_this_machine_uses(fake_bin: Path) -> None:
     assert apt.machine_mirror() == "http://local/debian"
 
 
-def test_the_mirror_is_debians_where_this_machine_is_not(fake_bin: Path) -> None:
+def test_the_mirror_is_debians_if_this_machine_is_not_debian(fake_bin: Path) -> None:
     fake_program(fake_bin, "apt-get", "echo 'Ubuntu|main|http://u/ubuntu/'")
     assert apt.machine_mirror() == apt.CANONICAL_MIRROR
 
 
-def test_missing_keys_name_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_keys_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt, "KEYRING", tmp_path / "none.gpg")
     with pytest.raises(HostError) as caught:
         Apt(tmp_path, "http://m").prepare()
@@ -55,7 +55,7 @@ def test_missing_keys_name_the_package(tmp_path: Path, monkeypatch: pytest.Monke
         ("E: Unable to locate package nonsense", False, None),
     ],
 )
-def test_apt_failing_is_told_in_its_words_with_a_hint(
+def test_the_error_of_a_failing_apt_has_its_output_and_a_hint(
     tmp_path: Path, fake_bin: Path, said: str, offline: bool, hint: str | None
 ) -> None:
     fake_program(fake_bin, "apt-get", f"cat >&2 <<'E'\nReading...\n{said}\nE\nexit 100")
@@ -68,7 +68,7 @@ def test_apt_failing_is_told_in_its_words_with_a_hint(
     assert (caught.value.hint is None) if hint is None else (hint in (caught.value.hint or ""))
 
 
-def test_a_corrupt_package_from_an_earlier_build_is_fetched_again(tmp_path: Path, fake_bin: Path) -> None:
+def test_apt_fetches_a_corrupt_package_of_an_earlier_build_again(tmp_path: Path, fake_bin: Path) -> None:
     fake_program(fake_bin, "apt-get", "printf whole > p_1_all.deb; echo dlstatus:1:50.0:p; echo dlstatus:1:100.0:p")
     mine = Apt(tmp_path, "http://m")
     mine.archives.mkdir()
@@ -103,7 +103,7 @@ def test_apt_knows_the_suites_a_kernel_needs_and_no_others(tmp_path: Path, name:
 
 
 @pytest.mark.usefixtures("keys")
-def test_lists_are_fresh_only_of_suites_that_were_fetched_from_this_mirror(
+def test_lists_are_fresh_only_for_suites_fetched_from_this_mirror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Apt, "_watch", lambda *_: None)

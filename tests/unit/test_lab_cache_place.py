@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the lab's cache and the runs' sockets are, whatever the environment says."""
+"""The directories of the lab's cache and of the runs' sockets, under any environment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OWN = pwd.getpwuid(os.getuid()).pw_dir
         ("/c", "", "/c"),
     ],
 )
-def test_the_cache_is_where_the_xdg_specification_has_it(
+def test_the_cache_directory_follows_the_xdg_specification(
     cache: str | None, home: str | None, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("XDG_CACHE_HOME", cache), ("HOME", home)):
@@ -43,7 +43,9 @@ def test_the_cache_is_where_the_xdg_specification_has_it(
 
 
 @pytest.mark.parametrize("known", [None, "", "rel"])
-def test_a_user_without_a_home_is_told_what_to_set(known: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_user_without_a_home_says_what_to_set(
+    known: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def look(_uid: int) -> pwd.struct_passwd:
         if known is None:
             raise KeyError
@@ -57,7 +59,7 @@ def test_a_user_without_a_home_is_told_what_to_set(known: str | None, monkeypatc
     assert "XDG_CACHE_HOME" in str(caught.value.hint)
 
 
-def test_sockets_are_not_where_a_relative_runtime_directory_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_runtime_directory_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     usual = control.directory()
     for wrong in ("", "rel", "./run"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pyvmm lab`` and ``pyvmm --lab``: what reaches the lab, and what is said before one is needed."""
+"""``pyvmm lab`` and ``pyvmm --lab``: what reaches the lab, and the errors before one boots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.installed import X86, forgetting, install
 
 
 class FakeLab:
-    """Takes notes instead of booting."""
+    """Records its arguments instead of booting."""
 
     booted: dict[str, Any]
     kernel: str
@@ -43,7 +43,7 @@ class FakeLab:
 
 @pytest.fixture
 def booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dict[str, Any]]:
-    """Give what a fake lab was asked, once it was."""
+    """Return the arguments of a fake lab, once it was made."""
     made = Image(tmp_path, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {}))
     monkeypatch.setattr(lab, "Lab", FakeLab)
     monkeypatch.setattr(needs, "require", lambda **_: None)
@@ -58,13 +58,13 @@ def booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dict
     return lambda: FakeLab.booted
 
 
-def test_exec_hands_on_the_command_untouched_and_gives_its_status(booted: Callable[[], dict[str, Any]]) -> None:
+def test_exec_passes_the_command_unchanged_and_returns_its_status(booted: Callable[[], dict[str, Any]]) -> None:
     assert cli.main(["lab", "exec", "--", "sh", "-c", "exit 42", "--mode", "x"]) == 42
     assert booted()["command"] == ["sh", "-c", "exit 42", "--mode", "x"]
     assert booted()["is_tty"] is False
 
 
-def test_a_verb_becomes_python_in_the_lab_and_its_files_visible(booted: Callable[[], dict[str, Any]]) -> None:
+def test_a_verb_runs_as_python_in_the_lab_which_sees_its_files(booted: Callable[[], dict[str, Any]]) -> None:
     assert cli.main(["--lab", "run", "--protection", "pkvm", "some/Image", "-p", "a b"]) == 42
     verb = ["run", "--protection", "pkvm", "some/Image", "-p", "a b"]
     assert booted()["command"] == ["pyvmm", *verb]
@@ -80,7 +80,7 @@ def test_lab_run_is_the_same_as_lab_before_the_verb(booted: Callable[[], dict[st
 
 
 @pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
-def test_files_that_a_verb_writes_are_known_to_the_lab(
+def test_the_lab_knows_the_files_that_a_verb_writes(
     booted: Callable[[], dict[str, Any]], tmp_path: Path, before: list[str]
 ) -> None:
     dtb, log = str(tmp_path / "a b,c=d"), str(tmp_path / "serial")
@@ -88,13 +88,13 @@ def test_files_that_a_verb_writes_are_known_to_the_lab(
     assert sorted(booted()["outputs"]) == [dtb, log]
 
 
-def test_a_disk_that_is_not_read_only_is_written(booted: Callable[[], dict[str, Any]]) -> None:
+def test_a_disk_that_is_not_read_only_is_writable_in_the_lab(booted: Callable[[], dict[str, Any]]) -> None:
     assert cli.main(["--lab", "run", "-d", "a.img", "--disk", "b.img,ro", "-d", "path=c.img", "payload:hello"]) == 42
     assert booted()["outputs"] == ["a.img", "c.img"]
 
 
 @pytest.mark.parametrize("before", [["--lab"], ["lab", "run"]])
-def test_a_file_that_cannot_be_written_is_said_before_anything_boots(
+def test_a_file_that_cannot_be_written_is_refused_before_a_lab_boots(
     booted: Callable[[], dict[str, Any]], before: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*before, "run", "--dump-dtb", "/no/such/place/dtb", "payload:hello"]) == 2
@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_boots(
     assert "/no/such/place does not exist" in capsys.readouterr().err
 
 
-def test_outputs_are_found_wherever_a_command_line_has_them() -> None:
+def test_outputs_are_found_anywhere_in_a_command_line() -> None:
     given = Namespace(
         a=OutputPath("x"), b=["y", OutputPath("z")], c=(output_behind("file")("file=u=v"),), d="w", e=None
     )
@@ -111,7 +111,7 @@ def test_outputs_are_found_wherever_a_command_line_has_them() -> None:
 
 
 @pytest.mark.parametrize("words", [["run", "--nonsense"], ["--lab", "run", "x"], ["lab", "status"], ["--help"]])
-def test_what_lab_run_cannot_run_is_said_here(booted: Callable[[], dict[str, Any]], words: list[str]) -> None:
+def test_lab_run_refuses_impossible_commands_here(booted: Callable[[], dict[str, Any]], words: list[str]) -> None:
     assert cli.main(["lab", "run", *words]) == (0 if words == ["--help"] else 2)
     assert booted() == {}
 
@@ -123,7 +123,7 @@ def test_what_lab_run_cannot_run_is_said_here(booted: Callable[[], dict[str, Any
         ["lab", "exec", "--mode", "nvhe", "--icount", "--mem", "1G", "true"],
     ],
 )
-def test_options_say_what_machine_the_lab_is(booted: Callable[[], dict[str, Any]], words: list[str]) -> None:
+def test_options_set_the_machine_of_the_lab(booted: Callable[[], dict[str, Any]], words: list[str]) -> None:
     cli.main(words)
     options = booted()["options"]
     assert (options.mode, options.icount, options.cpus, options.memory) == ("nvhe", True, 1, 1024)
@@ -158,7 +158,7 @@ def test_the_hosts_kernel_is_chosen_before_the_verb(
         (["lab", "run", "--mode", "vhe", "--", "--lab-cpus", "1", "run", "x"], "pyvmm --lab --lab-cpus ... run ..."),
     ],
 )
-def test_options_of_a_lab_nobody_asked_for_are_refused(
+def test_lab_options_without_a_lab_are_refused(
     booted: Callable[[], dict[str, Any]], capsys: pytest.CaptureFixture[str], words: list[str], hint: str
 ) -> None:
     assert cli.main(words) == 2
@@ -167,7 +167,7 @@ def test_options_of_a_lab_nobody_asked_for_are_refused(
 
 
 @pytest.mark.usefixtures("booted")
-def test_building_says_which_kernel_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_build_names_its_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["lab", "build", "--host-kernel", "stable"]) == 0
     assert capsys.readouterr().out.startswith("9.9, built 2026")
     assert FakeLab.kernel == "stable"
@@ -183,7 +183,7 @@ def test_an_unknown_kernel_is_a_usage_error_before_anything_is_built(
     assert "hint: stable" in capsys.readouterr().err
 
 
-def test_a_verb_in_the_lab_that_turns_to_the_lab_says_why_that_is_none(
+def test_a_verb_in_a_lab_without_pkvm_says_why_it_cannot_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(IN_LAB, "1")
@@ -201,7 +201,7 @@ def test_a_verb_in_the_lab_that_turns_to_the_lab_says_why_that_is_none(
         (["lab", "exec", "-t", "true"], 2),
     ],
 )
-def test_what_makes_no_sense_is_a_usage_error(
+def test_invalid_options_are_usage_errors(
     booted: Callable[[], dict[str, Any]], words: list[str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.isatty", lambda _fd: False)
@@ -209,7 +209,7 @@ def test_what_makes_no_sense_is_a_usage_error(
     assert booted() == {}
 
 
-def test_everything_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_names_everything_that_is_missing_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "apt-get").touch(mode=0o755)
     with pytest.raises(HostError) as caught:
@@ -219,7 +219,7 @@ def test_everything_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyP
     assert "qemu-system-arm util-linux dpkg" in (caught.value.hint or "")
 
 
-def test_a_machine_without_apt_is_told_that_no_package_will_help(
+def test_the_error_on_a_machine_without_apt_suggests_no_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -243,7 +243,7 @@ def adopt(cache: Cache, kernel: str, recipe: str | None = None) -> None:
         cache.adopt(scratch, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", recipe, [], files), kernel)
 
 
-def test_status_for_machines_tells_the_image(
+def test_status_as_json_describes_the_image(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -259,7 +259,7 @@ def test_status_for_machines_tells_the_image(
     }
 
 
-def test_status_shows_every_image_there_is(
+def test_status_shows_every_image(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -273,7 +273,7 @@ def test_status_shows_every_image_there_is(
     assert "experimental" not in lines
 
 
-def test_packages_whose_plugins_were_asked_for_are_copied_for_the_lab(
+def test_packages_with_requested_plugins_are_copied_for_the_lab(
     booted: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     install(tmp_path, "pyvmm-dice", {"dice/__init__.py": "x = 1"}, {plugins.DEVICES: {"dice": "dice:x"}})
@@ -297,13 +297,13 @@ def test_packages_whose_plugins_were_asked_for_are_copied_for_the_lab(
 
 
 def files(directory: Path | None) -> list[str] | None:
-    """Return the files in a directory by their paths there."""
+    """Return the files in a directory by relative path."""
     if directory is None:
         return None
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def test_package_that_the_lab_cannot_run_is_refused_before_anything_boots(
+def test_a_package_that_the_lab_cannot_run_is_refused_before_a_lab_boots(
     booted: Callable[[], dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the lab's image is made and kept: packages to archives, the cache, and what is said when it cannot be done."""
+"""How the lab's image is built and cached: packages become archives, and errors when that fails."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_cpio(data: bytes) -> dict[str, tuple[int, bytes]]:
     return entries
 
 
-def test_cpio_holds_what_was_written_with_parents_first() -> None:
+def test_cpio_holds_the_files_with_parents_first() -> None:
     out = io.BytesIO()
     cpio = CpioWriter(out)
     cpio.file("/a/b/file", b"12345", mode=0o755)
@@ -69,7 +69,7 @@ def test_cpio_is_the_same_for_the_same_input() -> None:
 
 @pytest.fixture
 def make_deb(tmp_path: Path) -> Callable[[str, dict[str, bytes | Path]], Path]:
-    """Give a function that makes a package of files by path; a value that is a Path is a link's target."""
+    """Return a function that makes a package of files by path. A value that is a Path is a link's target."""
 
     def make(name: str, files: dict[str, bytes | Path]) -> Path:
         tree = tmp_path / f"{name}.tree"
@@ -117,7 +117,7 @@ def module(depends: str, signature: bytes = b"") -> bytes:
     return b"\x7fELF\0name=x\0depends=" + depends.encode() + b"\0rest" + signature
 
 
-def test_kernel_gives_only_the_modules_wanted_with_what_each_needs_and_unsigned(make_deb: Callable[..., Any]) -> None:
+def test_only_wanted_modules_and_their_dependencies_are_taken_without_signatures(make_deb: Callable[..., Any]) -> None:
     base = "usr/lib/modules/9.9-arm64"
     deb = make_deb(
         "k",
@@ -148,7 +148,7 @@ def test_kernel_gives_only_the_modules_wanted_with_what_each_needs_and_unsigned(
     }
 
 
-def test_a_guests_modules_are_an_archive_of_their_own_that_modprobe_understands() -> None:
+def test_a_guests_modules_are_a_separate_archive_that_modprobe_understands() -> None:
     modules = {
         "9p": Module(b"9P"),
         "failover": Module(b"F"),
@@ -167,20 +167,20 @@ def test_a_guests_modules_are_an_archive_of_their_own_that_modprobe_understands(
 
 
 @pytest.mark.parametrize("path", ["kernel/drivers/virtio/virtio_mmio.ko", "kernel/drivers/net/tun.ko.xz"])
-def test_modules_of_guests_and_labs_are_looked_for_where_they_are(path: str) -> None:
+def test_the_pattern_matches_the_modules_that_guests_and_labs_need(path: str) -> None:
     assert rootfs.MODULE_FILE.search(f"usr/lib/modules/9.9/{path}")
 
 
-def test_network_cards_of_others_are_not_read() -> None:
+def test_modules_of_other_network_cards_are_not_read() -> None:
     assert not rootfs.MODULE_FILE.search("usr/lib/modules/9.9/kernel/drivers/net/ethernet/intel/e1000.ko.xz")
 
 
-def test_a_package_without_busybox_is_told(make_deb: Callable[..., Any]) -> None:
+def test_a_package_without_busybox_is_refused(make_deb: Callable[..., Any]) -> None:
     with pytest.raises(PyvmmError, match="no busybox"):
         rootfs.read_busybox([make_deb("busybox-static", {"usr/bin/sh": b""})])
 
 
-def test_kernel_is_found_where_older_releases_have_it_and_once(make_deb: Callable[..., Any]) -> None:
+def test_the_kernel_is_found_once_also_at_the_path_of_older_releases(make_deb: Callable[..., Any]) -> None:
     deb = make_deb(
         "k",
         {
@@ -229,14 +229,14 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
 
-def test_an_adopted_image_is_current_and_whole(cache: Cache) -> None:
+def test_an_adopted_image_is_current_and_complete(cache: Cache) -> None:
     made = fill(cache)
     assert cache.current() == made
     assert made.damage(thorough=True) is None
     assert image.usable_image(cache) == made
 
 
-def test_a_newer_image_takes_over_and_the_older_one_stays_for_labs_that_start_from_it(cache: Cache) -> None:
+def test_a_newer_image_becomes_current_and_the_older_one_stays_for_starting_labs(cache: Cache) -> None:
     old, new = fill(cache, b"one"), fill(cache, b"two")
     assert cache.current() == new
     assert old.kernel.read_bytes() == b"one"
@@ -248,7 +248,7 @@ def test_a_truncated_image_is_not_used(cache: Cache) -> None:
     assert image.usable_image(cache) is None
 
 
-def test_a_corrupt_image_is_found_by_a_thorough_look(cache: Cache) -> None:
+def test_the_thorough_check_finds_a_corrupt_image(cache: Cache) -> None:
     made = fill(cache)
     made.root.write_bytes(b"oneonX")
     assert "corrupt" in (made.damage(thorough=True) or "")
@@ -256,7 +256,7 @@ def test_a_corrupt_image_is_found_by_a_thorough_look(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"files": 3}'])
-def test_a_manifest_that_is_none_means_no_image(cache: Cache, text: str) -> None:
+def test_an_invalid_manifest_means_no_image(cache: Cache, text: str) -> None:
     (fill(cache).directory / "manifest.json").write_text(text)
     assert cache.current() is None
 
@@ -279,7 +279,7 @@ def test_the_second_writer_waits_for_the_first_and_says_so(cache: Cache) -> None
         assert waits == [1]
 
 
-def test_a_cache_that_cannot_be_written_says_where_and_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_an_unwritable_cache_has_the_path_and_a_hint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PyvmmError) as caught, Cache(tmp_path / "file" / "cache").lock(lambda: None):
         pass
@@ -290,7 +290,7 @@ def test_a_cache_that_cannot_be_written_says_where_and_what_to_do(tmp_path: Path
 
 
 class FakeApt:
-    """An archive of a package, and a kernel in each suite."""
+    """A fake apt with one package, and a kernel in each suite."""
 
     mirror = "http://m"
 
@@ -315,7 +315,7 @@ class FakeApt:
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_deb: Callable[..., Any]) -> None:
-    """Make builds take two tiny packages, and no lab."""
+    """Make builds use two tiny packages, and no lab."""
     make_deb("p", {"usr/bin/tool": b"tool"})
     make_deb("busybox-static", {"usr/bin/busybox": b"busybox"})
     for suite in ("trixie", "trixie-backports"):
@@ -326,7 +326,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_deb: Callable[
 
 
 @pytest.mark.usefixtures("archive")
-def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache: Cache) -> None:
+def test_a_build_fetches_only_the_kernel_and_the_root(cache: Cache) -> None:
     steps = []
     made = image.build_image(cache=cache, progress=lambda what, _share: steps.append(what))
     assert made.kernel.read_bytes() == b"MZtrixie-backports"
@@ -342,7 +342,7 @@ def test_building_takes_the_kernel_and_the_root_and_nothing_else(cache: Cache) -
 
 
 @pytest.mark.usefixtures("archive")
-def test_building_another_kernel_keeps_the_first_one_and_the_packages_of_both(cache: Cache, tmp_path: Path) -> None:
+def test_a_build_of_another_kernel_keeps_the_first_one_and_the_packages_of_both(cache: Cache, tmp_path: Path) -> None:
     first = image.build_image(cache=cache)
     (tmp_path / "archives" / "superseded_1_all.deb").touch()
     other = image.build_image("stable", cache=cache)
@@ -356,7 +356,9 @@ def test_building_another_kernel_keeps_the_first_one_and_the_packages_of_both(ca
 
 
 @pytest.mark.usefixtures("archive")
-def test_a_full_disk_is_said_and_leaves_nothing(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_fails_the_build_with_a_clear_error_and_leaves_nothing(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -390,20 +392,20 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_without_a_cache_the_error_is_apts(cache: Cache) -> None:
+def test_the_error_without_network_and_cache_is_apts(cache: Cache) -> None:
     with pytest.raises(AptError, match="Could not resolve"):
         image.build_image(cache=cache)
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_with_an_image_it_is_used_without_asking_anybody(cache: Cache) -> None:
+def test_an_image_is_used_offline_without_a_request(cache: Cache) -> None:
     made = fill(cache)
     assert image.build_image(cache=cache) == made
 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("refresh", [True, False])
-def test_offline_an_older_image_is_better_than_none_and_its_age_is_said(cache: Cache, refresh: bool) -> None:
+def test_an_older_image_is_used_offline_and_its_age_is_logged(cache: Cache, refresh: bool) -> None:
     made = fill(cache, recipe="of another version")
     steps = []
     assert image.build_image(cache=cache, refresh=refresh, progress=lambda what, _: steps.append(what)) == made
@@ -411,13 +413,13 @@ def test_offline_an_older_image_is_better_than_none_and_its_age_is_said(cache: C
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_a_damaged_image_is_not_used(cache: Cache) -> None:
+def test_a_damaged_image_is_not_used_offline(cache: Cache) -> None:
     fill(cache, recipe="of another version").root.write_bytes(b"")
     with pytest.raises(AptError):
         image.build_image(cache=cache)
 
 
-def test_a_manifest_survives_json(cache: Cache) -> None:
+def test_a_manifest_reads_back_from_json(cache: Cache) -> None:
     made = fill(cache).manifest
     assert Manifest.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["release"] == "9.9"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel the lab's host runs: names and files, an image for each, and what apt must know for it."""
+"""The kernel of the lab's host: names and files, an image for each, and the suites that apt needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRESH = LabOptions(boot="fresh")
 
 
 def image_bytes(release: str = RELEASE) -> bytes:
-    """Make what an arm64 Image begins with, and the banner every kernel has."""
+    """Make the start of an arm64 Image, with the banner that every kernel has."""
     banner = b"Linux version " + release.encode() + b" (me@here) (gcc) #1\0"
     return struct.pack("<2I3Q24x4sI", 0x91005A4D, 0, 0, 1 << 16, 0xA, b"ARM\x64", 0) + bytes(4096) + banner
 
@@ -42,7 +42,7 @@ def test_debians_kernels_have_names(name: str, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("form", ["Image", "./Image", "{}/Image"])
-def test_a_file_says_what_release_it_is(
+def test_the_release_is_read_from_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[..., Any] | type[bytes], form: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def test_a_kernel_without_a_banner_is_of_unknown_release(tmp_path: Path) -> None
         (gzip.compress(image_bytes())[:-20], "truncated gzip"),
     ],
 )
-def test_a_file_that_is_no_arm64_kernel_is_refused_for_what_it_is(tmp_path: Path, data: bytes, what: str) -> None:
+def test_a_file_that_is_not_an_arm64_kernel_is_refused_with_its_kind(tmp_path: Path, data: bytes, what: str) -> None:
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(UsageError) as caught:
         kernels.find(str(tmp_path / "file"))
@@ -78,7 +78,7 @@ def test_a_file_that_is_no_arm64_kernel_is_refused_for_what_it_is(tmp_path: Path
     assert caught.value.message.startswith("the host's kernel")
 
 
-def test_an_efi_zboot_image_is_refused_though_guests_may_have_it(tmp_path: Path) -> None:
+def test_an_efi_zboot_image_is_refused_though_guests_can_use_it(tmp_path: Path) -> None:
     packed = gzip.compress(image_bytes())
     header = b"MZ\0\0zimg" + struct.pack("<2I8x32s", 64, len(packed), b"gzip")
     (tmp_path / "vmlinuz").write_bytes(header.ljust(64, b"\0") + packed)
@@ -87,7 +87,7 @@ def test_an_efi_zboot_image_is_refused_though_guests_may_have_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("text", "nearest"), [("stabel", "stable"), ("back-ports", "backports"), ("sid", "unstable")])
-def test_an_unknown_name_is_answered_with_those_there_are_the_nearest_first(text: str, nearest: str) -> None:
+def test_the_error_for_an_unknown_name_lists_the_known_ones_nearest_first(text: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=f"no host kernel is called '{text}', and no file") as caught:
         kernels.find(text)
     hint = caught.value.hint or ""
@@ -113,7 +113,7 @@ def store(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
 
-def test_images_of_several_kernels_live_side_by_side(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_several_kernels_exist_side_by_side(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "GRACE_SECONDS", -1)
     made = {name: fill(store, name) for name in kernels.SUITES}
     assert {name: image.usable_image(store, kernel=name) for name in kernels.SUITES} == made
@@ -123,14 +123,14 @@ def test_images_of_several_kernels_live_side_by_side(store: Cache, monkeypatch: 
     assert not made["stable"].directory.exists()
 
 
-def test_the_default_kernels_image_is_where_it_has_always_been(store: Cache) -> None:
+def test_the_default_kernels_image_keeps_its_path(store: Cache) -> None:
     fill(store, kernels.DEFAULT)
     fill(store, "stable")
     assert {path.name for path in store.directory.iterdir()} >= {"current", "current-stable"}
     assert image.usable_image(store) == image.usable_image(store, kernel=kernels.DEFAULT)
 
 
-def test_one_image_for_two_names_is_kept_once_and_stays_while_one_needs_it(
+def test_an_image_of_two_names_is_stored_once_and_kept_while_one_needs_it(
     store: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "GRACE_SECONDS", -1)
@@ -142,7 +142,7 @@ def test_one_image_for_two_names_is_kept_once_and_stays_while_one_needs_it(
     assert image.usable_image(store, kernel="unstable") == shared
 
 
-def test_a_file_boots_with_the_root_that_has_its_modules(store: Cache, tmp_path: Path) -> None:
+def test_a_kernel_file_boots_with_the_root_that_has_its_modules(store: Cache, tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(image_bytes())
     file = str(tmp_path / "Image")
     assert image.usable_image(store, kernel=file) is None
@@ -158,14 +158,14 @@ def test_a_file_boots_with_the_root_that_has_its_modules(store: Cache, tmp_path:
     assert (found.kernel, found.root, found.has_modules) == (tmp_path / "Image", stable.root, True)
 
 
-def test_an_image_of_another_recipe_lends_no_root(store: Cache, tmp_path: Path) -> None:
+def test_the_root_of_an_image_of_another_recipe_is_not_used(store: Cache, tmp_path: Path) -> None:
     (tmp_path / "Image").write_bytes(image_bytes())
     default = fill(store, kernels.DEFAULT)
     fill(store, "stable", RELEASE, recipe="of another version")
     assert image.build_image(str(tmp_path / "Image"), cache=store).root == default.root
 
 
-def test_a_kernel_that_finds_no_modules_is_named_where_a_share_fails(
+def test_the_error_of_a_failed_share_names_a_kernel_without_modules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = kernels.KernelFile(tmp_path / "Image", RELEASE)
@@ -185,7 +185,9 @@ def test_a_kernel_that_finds_no_modules_is_named_where_a_share_fails(
         assert word in (caught.value.hint or "")
 
 
-def test_a_kernel_that_does_not_come_up_is_said_to_need_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_kernel_that_does_not_boot_lists_its_requirements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / qemu.PROGRAM).write_text("#!/bin/sh\necho QEMU emulator version 9.0.0; echo panic\n")
     (tmp_path / qemu.PROGRAM).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")

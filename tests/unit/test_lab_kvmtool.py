@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kvmtool's source: only what it was is taken, and what cannot be fetched is told."""
+"""kvmtool's source: only the pinned source is accepted, and failed downloads are reported."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pyvmm.errors import PyvmmError
 from pyvmm.lab import kvmtool, peers
 
 
-def test_a_lab_can_be_shown_it_by_name() -> None:
+def test_a_lab_can_mount_kvmtool_by_name() -> None:
     peers.check([kvmtool.NAME])
     assert peers.ALL[kvmtool.NAME] is kvmtool.recipe
 
 
-def test_only_the_source_that_was_named_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_the_pinned_source_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "source"
     path.write_bytes(b"kvmtool")
     monkeypatch.setattr(kvmtool, "SOURCE", path.as_uri())
@@ -28,16 +28,14 @@ def test_only_the_source_that_was_named_is_taken(monkeypatch: pytest.MonkeyPatch
     assert kvmtool._fetched() == b"kvmtool"
 
 
-def test_a_source_that_cannot_be_fetched_is_told_with_its_address(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_error_for_a_failed_download_has_the_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kvmtool, "SOURCE", (tmp_path / "none").as_uri())
     with pytest.raises(PyvmmError, match="cannot be fetched") as caught:
         kvmtool._fetched()
     assert str(tmp_path / "none") in (caught.value.hint or "")
 
 
-def test_headers_and_the_library_are_taken_of_libfdts_package(tmp_path: Path) -> None:
+def test_headers_and_the_library_are_taken_from_libfdts_package(tmp_path: Path) -> None:
     root = tmp_path / "root"
     for name in (
         "usr/include/libfdt.h",

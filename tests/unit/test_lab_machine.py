@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab's machine from outside: QEMU's command line, what is shared, the channel, and what is said when it fails."""
+"""The lab's machine from outside: QEMU's command line, shared directories, the channel, and the errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fake_qemu(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
 
 
-def test_missing_qemu_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_qemu_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError) as caught:
         qemu.require_qemu()
@@ -47,7 +47,7 @@ def test_missing_qemu_names_the_package(tmp_path: Path, monkeypatch: pytest.Monk
         ("echo something else", "does not say its version"),
     ],
 )
-def test_a_qemu_that_will_not_do_is_refused_with_its_version(
+def test_an_unsuitable_qemu_is_refused_with_its_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str
 ) -> None:
     fake_qemu(tmp_path, script, monkeypatch)
@@ -55,7 +55,7 @@ def test_a_qemu_that_will_not_do_is_refused_with_its_version(
         qemu.require_qemu()
 
 
-def test_a_qemu_that_dies_is_told_with_its_command_line_and_words(
+def test_the_error_for_a_qemu_that_dies_has_its_command_line_and_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pyvmm.lab import Lab
@@ -89,7 +89,7 @@ def test_a_lab_of_odd_parts_is_refused(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1.0])
-def test_a_lab_that_never_answers_is_told_as_late(
+def test_the_error_for_a_lab_that_never_answers_says_it_is_late(
     seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pyvmm.lab import Lab
@@ -103,21 +103,21 @@ def test_a_lab_that_never_answers_is_told_as_late(
     ):
         pass
     assert "--boot-timeout" in str(caught.value.hint)
-    assert "| hanging" in caught.value.message or seconds < 1  # if it came to say that
+    assert "| hanging" in caught.value.message or seconds < 1  # if it got as far as printing that
     assert "its console:" in caught.value.message
 
 
 @pytest.mark.parametrize(
     ("mode", "words"), [("protected", "kvm-arm.mode=protected "), ("nvhe", "kvm-arm.mode=nvhe "), ("vhe", "")]
 )
-def test_modes_reach_the_kernel(mode: str, words: str) -> None:
+def test_the_mode_reaches_the_kernels_command_line(mode: str, words: str) -> None:
     line = qemu.command_line("q", IMAGE, LabOptions(mode=mode), [], 5)
     append = line[line.index("-append") + 1]
     assert append.startswith(words)
     assert "kvm-arm" in append or mode == "vhe"
 
 
-def test_icount_is_one_cpu_and_repeatable() -> None:
+def test_icount_uses_one_cpu_and_is_repeatable() -> None:
     line = qemu.command_line("q", IMAGE, LabOptions(icount=True, cpus=1), [], 5)
     assert line[line.index("-icount") + 1] == "shift=0,sleep=off"
     assert "-seed" in line
@@ -127,12 +127,12 @@ def test_icount_is_one_cpu_and_repeatable() -> None:
 
 
 @pytest.mark.parametrize("options", [{"mode": "fast"}, {"cpus": 0}, {"cpus": 9}, {"memory": 64}, {"boot": "slow"}])
-def test_machines_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+def test_impossible_machines_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         LabOptions(**options)
 
 
-def test_a_machine_that_boots_to_be_saved_and_one_that_is_restored_have_the_same_devices() -> None:
+def test_a_machine_booted_to_be_saved_and_a_restored_one_have_the_same_devices() -> None:
     shown = [Share(Path("/a"), Path("/a"))]
     saved = qemu.command_line("q", IMAGE, LabOptions(), [], 5, Ram(7, restored=False, empty=Path("/e")), 6)
     restored = qemu.command_line("q", IMAGE, LabOptions(), shown, 5, Ram(7, restored=True, empty=Path("/e")), 6)
@@ -158,14 +158,14 @@ def test_a_share_with_a_comma_in_its_path_stays_one_option() -> None:
     assert option.endswith(",readonly=on")
 
 
-def test_an_error_shows_what_came_before_a_panic_rather_than_its_trace() -> None:
+def test_an_error_shows_the_lines_before_a_panic_instead_of_its_trace() -> None:
     console = "\n".join(["why it happened", "Kernel panic - not syncing: x"] + [f"trace {i}" for i in range(30)])
     error = LabError("it ended", ["qemu"], console)
     assert "why it happened" in error.message
     assert "trace" not in error.message
 
 
-# ---- what is visible
+# ---- shared directories
 
 TREE = shares.PACKAGE.parent
 
@@ -178,11 +178,11 @@ def test_the_tree_is_shared_at_its_own_path_and_covers_what_is_below() -> None:
     assert targets(shares.find_shares(TREE / "tests", ["tests/conftest.py"])) == {str(TREE): False}
 
 
-def test_a_current_directory_outside_the_tree_is_shared_too(tmp_path: Path) -> None:
+def test_the_current_directory_is_shared_too_if_it_is_outside_the_tree(tmp_path: Path) -> None:
     assert targets(shares.find_shares(tmp_path, [])) == {str(TREE): False, str(tmp_path): False}
 
 
-def test_named_files_bring_their_directories_read_only(tmp_path: Path) -> None:
+def test_directories_of_named_files_are_shared_read_only(tmp_path: Path) -> None:
     for name in ("kernels/Image", "elsewhere/initrd", "linked/real"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("")
@@ -195,17 +195,17 @@ def test_named_files_bring_their_directories_read_only(tmp_path: Path) -> None:
     }
 
 
-def test_a_file_in_a_directory_the_lab_has_itself_is_refused_with_a_way_out() -> None:
+def test_a_file_in_a_directory_that_the_lab_has_itself_is_refused_with_a_hint() -> None:
     with pytest.raises(UsageError, match="/etc/passwd cannot be made visible") as caught:
         shares.find_shares(TREE, ["run", "/etc/passwd"])
     assert "copy" in (caught.value.hint or "")
 
 
-def test_the_lab_is_never_covered_by_the_root_directory() -> None:
+def test_the_root_directory_is_never_shared() -> None:
     assert targets(shares.find_shares(Path("/"), ["/"])) == {str(TREE): False}
 
 
-def test_outputs_bring_their_directories_writable_even_where_a_file_there_is_read(tmp_path: Path) -> None:
+def test_directories_of_outputs_are_shared_writable_even_if_also_read(tmp_path: Path) -> None:
     (tmp_path / "a, b=c").mkdir()
     (tmp_path / "a, b=c" / "Image").write_text("")
     (tmp_path / "far").mkdir()
@@ -222,13 +222,13 @@ def test_outputs_bring_their_directories_writable_even_where_a_file_there_is_rea
 
 
 @pytest.mark.parametrize("form", ["{},ro", "path={},ro", "--disk={},queues=2", "{}"])
-def test_a_file_with_more_behind_a_comma_is_named_too(tmp_path: Path, form: str) -> None:
+def test_a_file_followed_by_a_comma_and_options_is_found_too(tmp_path: Path, form: str) -> None:
     (tmp_path / "a.img").touch()
     found = shares.find_shares(TREE, ["run", form.format(tmp_path / "a.img")])
     assert targets(found) == {str(TREE): False, str(tmp_path): True}
 
 
-def test_outputs_in_the_current_directory_and_nowhere_need_no_share() -> None:
+def test_outputs_in_the_current_directory_and_dev_null_need_no_share() -> None:
     outputs = ["out.dtb", "tests/out=1.dtb", "/dev/null"]
     assert targets(shares.find_shares(TREE, [*outputs, "file=/dev/null"], outputs)) == {str(TREE): False}
 
@@ -252,12 +252,12 @@ def test_an_output_that_would_be_lost_is_refused(output: str, why: str) -> None:
     assert why in str(caught.value)
 
 
-def test_an_output_in_the_root_directory_is_refused_where_that_is_the_current_one() -> None:
+def test_an_output_in_the_root_directory_is_refused_also_if_that_is_the_current_one() -> None:
     with pytest.raises(UsageError, match="/ is a directory of its own there"):
         shares.find_shares(Path("/"), [], ["out.dtb"])
 
 
-def test_temporary_files_stay_in_the_lab_when_its_tmp_is_the_workstations() -> None:
+def test_temporary_files_stay_in_the_lab_even_if_tmp_is_shared() -> None:
     from pyvmm.lab import Lab
 
     assert "TMPDIR" not in Lab(image=IMAGE, cwd=TREE)._environment()
@@ -267,7 +267,7 @@ def test_temporary_files_stay_in_the_lab_when_its_tmp_is_the_workstations() -> N
 # ---- the channel
 
 
-def test_frames_survive_being_cut_anywhere() -> None:
+def test_frames_survive_a_split_anywhere() -> None:
     sent = [(frames.OUTPUT, b"abc"), (frames.EXIT, b"\0"), (frames.OUTPUT, b"")]
     stream = b"".join(frames.pack(kind, payload) for kind, payload in sent)
     for cut in range(len(stream)):
@@ -283,7 +283,7 @@ def test_a_frame_that_claims_too_much_is_refused() -> None:
 
 
 class Agent:
-    """The other end of a Pump: says what the test makes it say."""
+    """The other end of a Pump: it sends what the test requests."""
 
     def __init__(self) -> None:
         self.ours, self._channel = socket.socketpair()
@@ -334,7 +334,7 @@ def test_output_arrives_whole_and_before_the_status() -> None:
 
 
 @pytest.mark.parametrize("through", ["bytes", "fd"])
-def test_input_is_never_more_than_the_window_and_arrives_whole(through: str, tmp_path: Path) -> None:
+def test_input_never_exceeds_the_window_and_arrives_whole(through: str, tmp_path: Path) -> None:
     blob = os.urandom(3 * frames.WINDOW + 17)
     got = bytearray()
     excess = []
@@ -358,7 +358,7 @@ def test_input_is_never_more_than_the_window_and_arrives_whole(through: str, tmp
     assert not any(excess)
 
 
-def test_a_reader_that_is_gone_is_told_to_the_command() -> None:
+def test_the_command_hears_that_its_reader_has_gone() -> None:
     def gone(_data: bytes) -> None:
         raise BrokenPipeError
 
@@ -377,7 +377,7 @@ def test_a_lab_that_ends_is_noticed() -> None:
         pump(Agent(), Agent.close)
 
 
-def test_a_signal_goes_to_the_command_and_its_status_comes_back() -> None:
+def test_a_signal_reaches_the_command_and_its_status_comes_back() -> None:
     def script(agent: Agent) -> None:
         agent.next()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -390,7 +390,7 @@ def test_a_signal_goes_to_the_command_and_its_status_comes_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_insists() -> None:
+def test_a_second_signal_makes_the_pump_give_up() -> None:
     def script(agent: Agent) -> None:
         agent.next()
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's own kernel: what it is made of, when it is made again, and what is said when it cannot be."""
+"""The project's own kernel: its inputs, when it is rebuilt, and the errors of a failed build."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyvmm.lab.ownkernel import Variant
 from pyvmm.lab.qemu import LabOptions
 from pyvmm.labenv import IN_LAB
 
-# make, as far as a kernel's build is concerned: takes notes, configures, compiles; $HOME/fail is what it does instead.
+# A fake make for kernels: it records its calls, configures and compiles. If $HOME/fail exists, it runs that and fails.
 MAKE = r"""
 echo "$*" >> "$HOME/made"
 env > "$HOME/environment"
@@ -64,7 +64,7 @@ def program(directory: Path, name: str, script: str) -> None:
 
 
 def source_package(directory: Path, version: str, files: dict[str, bytes | None]) -> Path:
-    """Make a package with the source of Linux: contents by path, None for a link to ``source``."""
+    """Make a package with Linux sources: contents by path; None is a link to ``source``."""
     archive = directory / f"{version}.tree" / "usr" / "src" / f"linux-source-{version}.tar.xz"
     archive.parent.mkdir(parents=True)
     with tarfile.open(archive, "w:xz") as tar:
@@ -85,7 +85,7 @@ def source_package(directory: Path, version: str, files: dict[str, bytes | None]
 
 
 class FakeApt:
-    """An archive with one source."""
+    """A fake apt with one source package."""
 
     def __init__(self, deb: Path) -> None:
         self.deb = deb
@@ -149,11 +149,11 @@ class World:
         (self.home / "fail").write_text(script)
 
     def build(self, *, refresh: bool = False) -> ownkernel.OwnKernel:
-        """Build what is missing; give the host's."""
+        """Build the missing kernels; return the host's."""
         return ownkernel.build_kernels(refresh=refresh, cache=self.cache, progress=self._progress)[Variant.HOST]
 
     def guest(self) -> ownkernel.OwnKernel:
-        """Give the guest's kernel."""
+        """Return the guest's kernel."""
         kernel = ownkernel.usable_kernel(self.cache, Variant.GUEST)
         assert kernel is not None
         return kernel
@@ -163,7 +163,7 @@ class World:
 
     @property
     def made(self) -> list[str]:
-        """The command lines of make until now."""
+        """Return the command lines of make so far."""
         path = self.home / "made"
         return path.read_text().splitlines() if path.exists() else []
 
@@ -176,7 +176,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 # ---- making it
 
 
-def test_the_kernel_is_what_make_made_of_the_source_and_its_manifest_says_of_what(world: World) -> None:
+def test_the_kernel_is_what_make_built_and_its_manifest_names_the_source(world: World) -> None:
     kernel = world.build()
     assert kernel.path.read_bytes() == b"7.3"
     assert kernel.release == "9.9.1-pyvmm"
@@ -188,7 +188,7 @@ def test_the_kernel_is_what_make_made_of_the_source_and_its_manifest_says_of_wha
     assert any(step.startswith("compiling") for step in world.steps)
 
 
-def test_make_is_told_the_architecture_and_the_options_and_nothing_of_this_environment(world: World) -> None:
+def test_make_gets_the_architecture_and_options_and_a_clean_environment(world: World) -> None:
     world.build()
     for command, variant in zip(world.made, [*Variant, *Variant], strict=True):
         assert re.match(r"-j\d+ ARCH=arm64 ", command)
@@ -212,14 +212,14 @@ def test_only_kernel_and_manifest_and_log_are_kept(world: World) -> None:
     assert not (world.cache.directory / "kernel-partial").exists()
 
 
-def test_the_second_call_asks_nobody(world: World) -> None:
+def test_the_second_call_makes_no_request(world: World) -> None:
     kernel = world.build()
     world.offline()
     program(world.bin, "make", "exit 1")
     assert world.build() == kernel
 
 
-def test_it_is_made_again_for_other_options_but_not_for_other_reasons(world: World) -> None:
+def test_the_kernel_is_rebuilt_for_other_options_but_not_for_other_reasons(world: World) -> None:
     first = world.build()
     world.fragment(
         '# a title\nCONFIG_KVM=y  # host: said better\n\nCONFIG_LOCALVERSION="-x"  # whose\nCONFIG_SLOW=n  # so\n'
@@ -231,7 +231,7 @@ def test_it_is_made_again_for_other_options_but_not_for_other_reasons(world: Wor
     assert first.path.exists()  # a lab may be starting from it
 
 
-def test_each_variant_has_its_own_options_and_those_of_both(world: World) -> None:
+def test_each_variant_has_the_common_options_and_its_own(world: World) -> None:
     host, guest = ((kernel.directory / "config").read_text() for kernel in (world.build(), world.guest()))
     for both in (host, guest):
         assert 'CONFIG_LOCALVERSION="-x"\n' in both
@@ -239,7 +239,7 @@ def test_each_variant_has_its_own_options_and_those_of_both(world: World) -> Non
     assert ("CONFIG_KVM=y" in guest, "CONFIG_SMALL=y" in guest) == (False, True)
 
 
-def test_a_variant_that_is_missing_is_built_and_the_other_stays(world: World) -> None:
+def test_a_missing_variant_is_built_and_the_other_is_kept(world: World) -> None:
     host, guest = world.build(), world.guest()
     (world.cache.directory / "kernels" / "current-guest").unlink()
     shutil.rmtree(guest.directory)
@@ -249,7 +249,7 @@ def test_a_variant_that_is_missing_is_built_and_the_other_stays(world: World) ->
     assert all(re.search(r" O=\S+/guest ", command) for command in world.made[made:])
 
 
-def test_a_build_that_takes_long_finds_its_source_at_its_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_build_still_has_its_source_at_its_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     old = world.build()
     monkeypatch.setattr(ownkernel, "GRACE_SECONDS", -1)
     world.compiler("14.1.0")
@@ -259,7 +259,7 @@ def test_a_build_that_takes_long_finds_its_source_at_its_end(world: World, monke
 
 
 @pytest.mark.parametrize("variant", Variant)
-def test_who_wants_one_alone_waits_for_no_other(world: World, variant: Variant) -> None:
+def test_a_request_for_one_variant_does_not_wait_for_the_other(world: World, variant: Variant) -> None:
     built = ownkernel.build_kernels(wanted=[variant], cache=world.cache)
     assert list(built) == [variant]
     assert len(world.made) == 2
@@ -268,7 +268,7 @@ def test_who_wants_one_alone_waits_for_no_other(world: World, variant: Variant) 
     assert len(world.made) == 2
 
 
-def test_a_manifest_from_before_there_were_guests_kernels_is_understood(world: World) -> None:
+def test_a_manifest_older_than_the_guests_kernel_is_understood(world: World) -> None:
     host = world.build()
     path = host.directory / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -277,7 +277,7 @@ def test_a_manifest_from_before_there_were_guests_kernels_is_understood(world: W
     assert ownkernel.usable_kernel(world.cache) is not None
 
 
-def test_progress_is_measured_by_what_the_last_build_made_of_all_variants(world: World) -> None:
+def test_progress_is_relative_to_the_last_build_of_all_variants(world: World) -> None:
     shares: list[float] = []
     world.build()
     assert world.guest().manifest.steps == 5
@@ -291,7 +291,7 @@ def test_progress_is_measured_by_what_the_last_build_made_of_all_variants(world:
     assert shares == pytest.approx([each / 10 for each in range(1, 10)] + [0.99])
 
 
-def test_it_is_made_again_by_another_compiler_and_found_again_for_the_first(world: World) -> None:
+def test_another_compiler_rebuilds_the_kernel_and_the_first_finds_its_kernel_again(world: World) -> None:
     first = world.build()
     world.compiler("14.1.0")
     assert world.build().manifest.compiler == "gcc 14.1.0"
@@ -301,7 +301,7 @@ def test_it_is_made_again_by_another_compiler_and_found_again_for_the_first(worl
     assert len(world.made) == made
 
 
-def test_a_kernel_stays_usable_when_its_compiler_is_gone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_stays_usable_without_its_compiler(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = world.build()
     monkeypatch.setenv("PATH", str(world.home))
     with pytest.raises(HostError):
@@ -309,7 +309,7 @@ def test_a_kernel_stays_usable_when_its_compiler_is_gone(world: World, monkeypat
     assert world.build() == kernel
 
 
-def test_refresh_takes_a_newer_source_and_makes_nothing_of_the_same(world: World) -> None:
+def test_refresh_builds_a_newer_source_and_does_not_rebuild_the_same(world: World) -> None:
     first = world.build()
     assert world.build(refresh=True) == first
     assert len(world.made) == 4
@@ -319,7 +319,7 @@ def test_refresh_takes_a_newer_source_and_makes_nothing_of_the_same(world: World
     assert world.build().path.read_bytes() == b"7.4"
 
 
-def test_offline_the_kernel_that_is_there_is_better_than_none(world: World) -> None:
+def test_the_existing_kernel_is_used_offline(world: World) -> None:
     first = world.build()
     world.offline()
     assert world.build(refresh=True) == first
@@ -330,7 +330,7 @@ def test_offline_the_kernel_that_is_there_is_better_than_none(world: World) -> N
 
 
 @pytest.mark.parametrize("damage", [b"", b"7.X"])
-def test_a_damaged_kernel_is_found_and_made_again(world: World, damage: bytes) -> None:
+def test_a_damaged_kernel_is_noticed_and_rebuilt(world: World, damage: bytes) -> None:
     kernel = world.build()
     kernel.path.write_bytes(damage)
     assert ownkernel.usable_kernel(world.cache, thorough=True) is None
@@ -338,12 +338,12 @@ def test_a_damaged_kernel_is_found_and_made_again(world: World, damage: bytes) -
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"source": 3}', '{"source": ["a", "b", "c"], "more": 1}'])
-def test_a_manifest_that_is_none_means_no_kernel(world: World, text: str) -> None:
+def test_an_invalid_manifest_means_no_kernel(world: World, text: str) -> None:
     (world.build().directory / "manifest.json").write_text(text)
     assert ownkernel.current_kernel(world.cache) is None
 
 
-def test_while_a_kernel_is_made_images_can_be(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_can_be_built_while_a_kernel_is_built(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
     def take(*_: object) -> list[str]:
@@ -361,7 +361,7 @@ def test_while_a_kernel_is_made_images_can_be(world: World, monkeypatch: pytest.
 # ---- the source
 
 
-def test_only_what_an_arm64_kernel_is_made_of_is_unpacked(world: World) -> None:
+def test_only_the_sources_of_an_arm64_kernel_are_unpacked(world: World) -> None:
     files: dict[str, bytes | None] = dict.fromkeys(
         (
             "kernel/fork.c",
@@ -392,7 +392,7 @@ def test_only_what_an_arm64_kernel_is_made_of_is_unpacked(world: World) -> None:
     assert not (tree.directory / "kernel/fork.c").stat().st_mode & 0o111
 
 
-def test_a_source_that_would_leave_its_directory_is_refused(world: World) -> None:
+def test_a_source_with_paths_outside_its_directory_is_refused(world: World) -> None:
     world.source("7.5", {"a/../../../escaped": b"x"})
     with pytest.raises(PyvmmError, match="outside of its directory"):
         world.build(refresh=True)
@@ -406,10 +406,10 @@ def test_a_truncated_package_is_refused_by_name(world: World) -> None:
         world.build()
 
 
-# ---- when it cannot be made
+# ---- failed builds
 
 
-def test_a_failing_build_says_what_the_compiler_said_and_where_the_rest_is(world: World) -> None:
+def test_the_error_of_a_failed_build_has_the_compilers_output_and_the_logs_path(world: World) -> None:
     world.fail(COMPILE_ERROR)
     with pytest.raises(KernelBuildError) as caught:
         world.build()
@@ -430,14 +430,14 @@ def test_a_failing_build_says_what_the_compiler_said_and_where_the_rest_is(world
         ("gcc: fatal error: Killed signal terminated program cc1", "out of memory"),
     ],
 )
-def test_what_a_machine_lacks_is_hinted_at(world: World, said: str, hint: str) -> None:
+def test_the_hint_names_what_the_machine_lacks(world: World, said: str, hint: str) -> None:
     world.fail(f"echo '{said}'")
     with pytest.raises(KernelBuildError) as caught:
         world.build()
     assert hint in (caught.value.hint or "")
 
 
-def test_a_failed_build_leaves_the_source_and_nothing_half(world: World) -> None:
+def test_a_failed_build_leaves_the_source_and_no_partial_kernel(world: World) -> None:
     world.fail("exit 2")
     with pytest.raises(KernelBuildError):
         world.build()
@@ -467,7 +467,9 @@ def test_an_interrupted_build_ends_its_processes_and_leaves_nothing(world: World
             time.sleep(0.02)
 
 
-def test_too_little_room_is_said_before_anything_is_fetched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space_is_refused_before_anything_is_fetched(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ownkernel, "DISK", 1 << 60)
     with pytest.raises(PyvmmError, match=r"no space in .* MB are free") as caught:
         world.build()
@@ -475,7 +477,7 @@ def test_too_little_room_is_said_before_anything_is_fetched(world: World, monkey
     assert not (world.cache.directory / "kernels" / "source").exists()
 
 
-def test_a_full_disk_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -484,7 +486,7 @@ def test_a_full_disk_is_said(world: World, monkeypatch: pytest.MonkeyPatch) -> N
         world.build()
 
 
-def test_options_that_the_source_does_not_know_are_told_and_do_not_stop_the_build(world: World) -> None:
+def test_options_unknown_to_the_source_are_reported_and_do_not_stop_the_build(world: World) -> None:
     world.fragment("CONFIG_KVM=y  # a\nCONFIG_NOT_HERE=y  # b\nCONFIG_QUITE_GONE=n  # c\nCONFIG_STUBBORN=n  # d\n")
     program(world.bin, "make", MAKE.replace("cat $wanted", "sed /NOT_HERE/d $wanted"))
     (world.home / "instead").write_text("CONFIG_STUBBORN=y\n")
@@ -493,14 +495,14 @@ def test_options_that_the_source_does_not_know_are_told_and_do_not_stop_the_buil
     assert "not as asked in this source: CONFIG_NOT_HERE=y CONFIG_STUBBORN=n" in world.steps
 
 
-def test_without_a_compiler_the_package_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_compiler_names_the_package(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(world.home))
     with pytest.raises(HostError) as caught:
         world.build()
     assert caught.value.hint == f"apt install {ownkernel.COMPILER}"
 
 
-def test_everything_that_building_needs_is_named_at_once_and_the_lab_does_not_ask_for_it(
+def test_the_error_names_every_build_dependency_at_once_and_the_lab_needs_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -519,7 +521,7 @@ def test_everything_that_building_needs_is_named_at_once_and_the_lab_does_not_as
 # ---- the options
 
 
-def test_every_option_has_its_reason_and_is_there_once() -> None:
+def test_every_option_has_a_reason_and_appears_once() -> None:
     lines = [line for line in ownkernel.FRAGMENT.read_text().splitlines() if line and not line.startswith("#")]
     for line in lines:
         assert re.fullmatch(r'CONFIG_[A-Z0-9_]+=([yn]|\d+|"[^"#]+")  # \S.+', line), line
@@ -549,7 +551,7 @@ def test_every_option_has_its_reason_and_is_there_once() -> None:
         "KSM",
     ],
 )
-def test_what_it_is_for_is_among_the_options(option: str) -> None:
+def test_the_options_include_pkvm_and_tracing(option: str) -> None:
     assert f"CONFIG_{option}=y" in ownkernel.options(Variant.HOST)
 
 
@@ -557,11 +559,11 @@ def test_what_it_is_for_is_among_the_options(option: str) -> None:
     "option",
     ["ARM_PKVM_GUEST", "DMA_RESTRICTED_POOL", "VIRTIO_MMIO", "VIRTIO_BLK", "VIRTIO_CONSOLE", "EXT4_FS", "FUTEX"],
 )
-def test_what_a_guest_needs_is_among_its_options(option: str) -> None:
+def test_the_guests_options_include_what_a_guest_needs(option: str) -> None:
     assert f"CONFIG_{option}=y" in ownkernel.options(Variant.GUEST)
 
 
-def test_a_guest_is_not_a_host_and_traces_nothing() -> None:
+def test_the_guests_kernel_has_neither_kvm_nor_tracing() -> None:
     wanted = "\n".join(ownkernel.options(Variant.GUEST))
     assert not re.search("CONFIG_(KVM|FTRACE|ENABLE_DEFAULT_TRACERS|NVHE_EL2_DEBUG|DEBUG_FS|PCI|VIRTIO_PCI)=", wanted)
 
@@ -571,7 +573,7 @@ def test_a_guest_is_not_a_host_and_traces_nothing() -> None:
 
 @pytest.fixture
 def debians(world: World, monkeypatch: pytest.MonkeyPatch) -> Image:
-    """Put an image of Debian's into the cache."""
+    """Put an image with Debian's kernel into the cache."""
     monkeypatch.setattr(rootfs, "recipe_hash", lambda: "r")
     with world.cache.lock(lambda: None), world.cache.scratch() as scratch:
         files = {}
@@ -582,7 +584,7 @@ def debians(world: World, monkeypatch: pytest.MonkeyPatch) -> Image:
         return world.cache.adopt(scratch, manifest)
 
 
-def test_own_boots_it_with_the_root_of_debians_image_and_makes_it_first(world: World, debians: Image) -> None:
+def test_own_builds_the_kernel_and_boots_it_with_the_root_of_debians_image(world: World, debians: Image) -> None:
     assert kernels.find("own") == kernels.OWN
     assert image.usable_image(world.cache, kernel="own") is None
     made = image.build_image("own", cache=world.cache)
@@ -602,7 +604,7 @@ def no_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_needs")
-def test_lab_kernel_says_what_it_takes_then_which_it_is_and_where(
+def test_lab_kernel_prints_the_expected_cost_and_then_the_kernel_and_its_path(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["lab", "kernel"]) == 0
@@ -619,7 +621,7 @@ def test_lab_kernel_says_what_it_takes_then_which_it_is_and_where(
 
 
 @pytest.mark.usefixtures("no_needs", "debians")
-def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(
+def test_the_lab_builds_own_at_the_first_request_and_boots_it(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     booted = []
@@ -648,7 +650,7 @@ def test_the_lab_boots_own_and_builds_it_when_it_is_first_asked_for(
 
 
 @pytest.mark.usefixtures("no_needs")
-def test_status_tells_of_the_kernel(
+def test_status_shows_the_kernel(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(needs, "needs", list)

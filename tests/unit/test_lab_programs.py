@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian's programs as trees: they run from wherever they are, and what cannot be given is told."""
+"""Debian's programs as trees: they run from any path, and missing ones are reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyvmm.lab import peers, programs
 from pyvmm.lab.trees import Recipe
 
 
-def test_a_launcher_runs_its_program_from_wherever_the_tree_is(tmp_path: Path) -> None:
+def test_a_launcher_runs_its_program_wherever_the_tree_is(tmp_path: Path) -> None:
     tree = tmp_path / "a tree"
     (tree / programs.BIN).mkdir(parents=True)
     loader = tree / programs.LOADER
@@ -39,20 +39,20 @@ def test_every_program_is_found_by_its_name() -> None:
     assert len(digests) == len(programs.RECIPES)
 
 
-def test_programs_are_on_path_before_the_labs_own(tmp_path: Path) -> None:
+def test_programs_come_before_the_labs_own_on_the_path(tmp_path: Path) -> None:
     (tmp_path / "one" / programs.BIN).mkdir(parents=True)
     shown = peers.Prepared({"one": tmp_path / "one", "two": tmp_path / "two"}, {})
     assert shown.environment["PATH"] == f"{tmp_path}/one/bin:/usr/bin:/usr/sbin"
     assert "PATH" not in peers.Prepared({"two": tmp_path / "two"}, {}).environment
 
 
-def test_a_name_that_is_none_is_told_before_a_lab_boots() -> None:
+def test_an_unknown_name_is_refused_before_a_lab_boots() -> None:
     with pytest.raises(UsageError, match=r"called 'past'") as caught:
         cli._run(["true"], argparse.Namespace(lab_with=["past"]), is_tty=False)
     assert "passt" in (caught.value.hint or "")
 
 
-def test_a_program_that_cannot_be_had_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unavailable_program_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline() -> Recipe:
         raise HostError("no mirror")
 
@@ -62,6 +62,6 @@ def test_a_program_that_cannot_be_had_is_told_as_it_is(monkeypatch: pytest.Monke
     assert peers.prepare(["passt"]).lacking == {"passt": "no mirror"}
 
 
-def test_variables_of_two_who_need_trees_are_joined() -> None:
+def test_variables_of_two_users_of_trees_are_joined() -> None:
     ours, theirs = {"PATH": "/a", "X": "1=2"}, {"PATH": "/b", "Y": "3"}
     assert peers.joined(ours, theirs) == {"PATH": "/a:/b", "X": "1=2", "Y": "3"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the making of an image or a kernel still takes, as it is said on stderr."""
+"""The remaining time of building an image or a kernel, as printed on stderr."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pyvmm.lab import progress
         (600.0, 1.0, ""),
     ],
 )
-def test_what_is_left_is_said_once_enough_was_done_to_tell(took: float, share: float, said: str) -> None:
+def test_the_remaining_time_is_printed_once_enough_is_done_to_estimate_it(took: float, share: float, said: str) -> None:
     assert progress.left(took, share) == said
 
 
-def test_a_pipe_is_told_rarely_how_far_a_step_is_and_what_is_left(
+def test_a_pipe_gets_progress_and_remaining_time_rarely(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saved boots without QEMU: their names, their limits, what is refused, and the conversation with QEMU's monitor."""
+"""Saved boots without QEMU: their names, their limits, errors, and the dialogue with QEMU's monitor."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class FakeQemu:
 
 @pytest.fixture
 def boots(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Give what counts how often a lab was booted."""
+    """Return a list that counts the boots of labs."""
     monkeypatch.setattr(saved, "Qemu", FakeQemu)
     FakeQemu.made = 0
     return lambda: FakeQemu.made
@@ -101,7 +101,7 @@ def test_the_first_lab_is_saved_and_later_ones_find_it(
     assert first.directory.parent == home
 
 
-def test_what_is_saved_is_its_users_alone(program: str, image: Image, home: Path, boots: Callable[[], int]) -> None:
+def test_only_its_user_can_read_a_saved_boot(program: str, image: Image, home: Path, boots: Callable[[], int]) -> None:
     directory = take(program, image)
     assert directory is not None
     assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o600}
@@ -109,7 +109,7 @@ def test_what_is_saved_is_its_users_alone(program: str, image: Image, home: Path
     assert boots() == 1
 
 
-def test_whatever_shapes_the_machine_has_a_boot_of_its_own(
+def test_each_property_of_the_machine_selects_a_separate_saved_boot(
     program: str, image: Image, home: Path, boots: Callable[[], int], tmp_path: Path
 ) -> None:
     kernel = tmp_path / "kernel"
@@ -130,7 +130,7 @@ def test_whatever_shapes_the_machine_has_a_boot_of_its_own(
     kinds.append(take(program, image))
     assert len(set(kinds)) == len(kinds) == boots()
     assert None not in kinds
-    # How long to wait and how to start are no part of it.
+    # The timeout and the way to start do not select another one.
     assert take(program, image, LabOptions(memory=MEMORY, boot_timeout=7.0)) == kinds[-1]
     assert home.is_dir()
 
@@ -138,12 +138,12 @@ def test_whatever_shapes_the_machine_has_a_boot_of_its_own(
 @pytest.mark.parametrize(
     "options", [LabOptions(boot="fresh"), LabOptions(icount=True, cpus=1), LabOptions(verbose=True)], ids=str
 )
-def test_some_labs_boot_whatever_is_saved(options: LabOptions) -> None:
+def test_some_labs_always_boot_despite_a_saved_boot(options: LabOptions) -> None:
     assert saved.may_be_saved(LabOptions())
     assert not saved.may_be_saved(options)
 
 
-def test_a_lab_that_does_not_boot_says_so_and_leaves_nothing(
+def test_a_lab_that_fails_to_boot_says_so_and_leaves_nothing(
     program: str, image: Image, home: Path, boots: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeQemu, "answer", (frames.READY, b"of another version"))
@@ -154,7 +154,7 @@ def test_a_lab_that_does_not_boot_says_so_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("cause", ["busy", "full", "refused"])
-def test_where_a_boot_cannot_be_saved_there_is_none(
+def test_a_boot_that_cannot_be_saved_leaves_no_saved_boot(
     cause: str, program: str, image: Image, home: Path, boots: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: FakeQemu) -> bytes:
@@ -174,7 +174,7 @@ def test_where_a_boot_cannot_be_saved_there_is_none(
     assert list(home.glob("*/ram")) == []
 
 
-def test_those_used_last_stay_within_the_limit(
+def test_the_most_recently_used_boots_are_kept_within_the_limit(
     program: str, image: Image, home: Path, boots: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labs = [LabOptions(memory=MEMORY + number) for number in range(3)]
@@ -186,14 +186,14 @@ def test_those_used_last_stay_within_the_limit(
     monkeypatch.setattr(saved, "LIMIT", size)
     os.utime(first, (2, 2))
     os.utime(second, (1, 1))
-    assert take(program, image, labs[0]) == first  # which counts as used
+    assert take(program, image, labs[0]) == first  # this counts as a use
     third = take(program, image, labs[2])
     assert set(home.glob("*/ram")) == {path / "ram" for path in (first, third) if path is not None}
     assert boots() == 3
 
 
 @pytest.mark.parametrize("name", ["ram", "state", "about.json"])
-def test_one_that_lacks_a_file_is_made_again(
+def test_a_saved_boot_that_lacks_a_file_is_made_again(
     name: str, program: str, image: Image, home: Path, boots: Callable[[], int]
 ) -> None:
     directory = take(program, image)
@@ -218,7 +218,7 @@ def test_a_renewal_carries_the_time_and_bytes_that_differ() -> None:
 
 @contextmanager
 def monitor(answers: dict[str, Any], asked: list[str]) -> Iterator[Monitor]:
-    """Give a monitor whose other end answers each command as ``answers`` says, with events in between."""
+    """Return a monitor whose other end gives ``answers`` to the commands, with events in between."""
     ours, theirs = socket.socketpair()
 
     def serve() -> None:
@@ -259,7 +259,7 @@ def test_a_state_is_read_whole_and_without_ram() -> None:
     assert asked == ["qmp_capabilities", "migrate-set-capabilities", "getfd", "migrate", "query-migrate"]
 
 
-def test_a_state_is_handed_over() -> None:
+def test_a_state_is_passed_to_qemu() -> None:
     asked: list[str] = []
     with monitor({}, asked) as it:
         it.restore(b"the state")
@@ -274,12 +274,12 @@ def test_a_state_is_handed_over() -> None:
         ({"qmp_capabilities": 7}, "no object"),
     ],
 )
-def test_what_qemu_refuses_is_said(answers: dict[str, Any], words: str) -> None:
+def test_a_refusal_of_qemu_is_reported(answers: dict[str, Any], words: str) -> None:
     with monitor(answers, []) as it, pytest.raises(MonitorError, match=words):
         it.save()
 
 
-def test_a_qemu_that_is_gone_is_said() -> None:
+def test_a_qemu_that_has_ended_is_reported() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
     it = Monitor(ours)

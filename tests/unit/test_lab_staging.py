@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is copied for the lab of a package with plug-ins: its own files, what it depends on, and nothing beside them."""
+"""Packages with plug-ins are copied for the lab: their files and their dependencies, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def staged(directory: Path, *packages: str) -> list[str]:
-    """Copy packages, and return the files there are then, without those of their metadata."""
+    """Copy packages, and return the copied files, except their metadata."""
     stage([metadata.distribution(name) for name in packages], directory)
     found = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
     return sorted(str(path) for path in found if not path.parts[0].endswith(".dist-info"))
 
 
 def find_by(path: Path) -> str:
-    """Return what a fresh interpreter finds that imports from ``path`` beside pyvmm."""
+    """Return what a fresh interpreter finds that imports from ``path`` and pyvmm."""
     code = "from pyvmm import plugins; print(plugins.find(plugins.DEVICES, 'dice', int))"
     command = [sys.executable, "-S", "-c", f"import sys; sys.path += [{str(path)!r}]; {code}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_copied_package_is_found_by_its_entry_points(site: Path, tmp_path: Path) -> None:
+def test_a_copied_package_is_found_by_its_entry_points(site: Path, tmp_path: Path) -> None:
     modules = {"dice/__init__.py": "", "dice/device.py": "import sides\nfaces = sides.x", "sides.py": "x = 6"}
     install(site, "pyvmm-dice", modules, DICE)
     install(site, "stranger", {"stranger.py": ""}, {})
@@ -50,7 +50,7 @@ def test_copied_package_is_found_by_its_entry_points(site: Path, tmp_path: Path)
     assert find_by(tmp_path / "copy") == "6\n"
 
 
-def test_packages_that_it_depends_on_come_along_but_not_what_the_lab_has(site: Path, tmp_path: Path) -> None:
+def test_dependencies_are_copied_except_those_that_the_lab_has(site: Path, tmp_path: Path) -> None:
     requires = ["Num_Bers>=1", "cffi", "not-installed", "typing-extras; extra == 'test'"]
     install(site, "pyvmm-dice", {"dice/device.py": "import numbers_lib\nfaces = 6"}, DICE, requires=requires)
     install(site, "num-bers", {"numbers_lib.py": ""}, {}, requires=["deeper", "pyvmm-dice"])
@@ -59,7 +59,7 @@ def test_packages_that_it_depends_on_come_along_but_not_what_the_lab_has(site: P
     assert staged(tmp_path / "copy", "pyvmm-dice") == ["deeper/__init__.py", "dice/device.py", "numbers_lib.py"]
 
 
-def test_editable_install_is_copied_from_where_its_author_works(
+def test_an_editable_install_is_copied_from_its_source(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "src"
@@ -72,7 +72,9 @@ def test_editable_install_is_copied_from_where_its_author_works(
     assert find_by(tmp_path / "copy") == "20\n"
 
 
-def test_editable_install_of_one_module_is_copied(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_editable_install_of_one_module_is_copied(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "one_die.py").write_text("faces = 8")
     install(site, "pyvmm-dice", {"_pyvmm_dice.pth": "x"}, {plugins.DEVICES: {"dice": "one_die:faces"}})
@@ -80,7 +82,7 @@ def test_editable_install_of_one_module_is_copied(site: Path, tmp_path: Path, mo
     assert staged(tmp_path / "copy", "pyvmm-dice") == ["one_die.py"]
 
 
-def test_code_compiled_for_the_lab_is_copied_and_for_another_machine_refused(site: Path, tmp_path: Path) -> None:
+def test_code_compiled_for_the_lab_is_copied_and_code_for_other_machines_refused(site: Path, tmp_path: Path) -> None:
     install(site, "pyvmm-dice", {"dice/device.py": ""}, DICE, {"dice/arm.so": ARM64})
     assert staged(tmp_path / "good", "pyvmm-dice") == ["dice/arm.so", "dice/device.py"]
     install(site, "pyvmm-fast", {"fast.py": ""}, {}, {"_fast.abi3.so": X86})
@@ -90,13 +92,13 @@ def test_code_compiled_for_the_lab_is_copied_and_for_another_machine_refused(sit
         staged(tmp_path / "bad", "pyvmm-dice", "pyvmm-fast")
 
 
-def test_package_that_names_a_part_of_pyvmm_brings_its_entry_points_alone(site: Path, tmp_path: Path) -> None:
+def test_a_package_that_refers_to_pyvmm_itself_gets_only_its_entry_points_copied(site: Path, tmp_path: Path) -> None:
     install(site, "pyvmm-dice", {}, {plugins.DEVICES: {"dice": "pyvmm.examples.dice:KIND"}})
     assert staged(tmp_path / "copy", "pyvmm-dice") == []
     assert (tmp_path / "copy" / "pyvmm_dice-1.0.dist-info" / "entry_points.txt").is_file()
 
 
-def test_package_without_files_is_refused_by_its_name(site: Path, tmp_path: Path) -> None:
+def test_a_package_without_files_is_refused_by_name(site: Path, tmp_path: Path) -> None:
     install(site, "pyvmm-dice", {}, DICE)
     with pytest.raises(UsageError, match="the package pyvmm-dice cannot be shown to the lab: it has no files"):
         staged(tmp_path / "copy", "pyvmm-dice")

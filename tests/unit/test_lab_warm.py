@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program in a fork of a warm interpreter is like one that Python starts; and byte code that goes to the lab."""
+"""A program in a fork of a warm interpreter behaves like a fresh Python. Also: the byte code sent to the lab."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ print(json.dumps({
 
 
 def cold(directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run the program as Python starts it."""
+    """Run the program in a fresh Python."""
     return started([sys.executable, "-P", "-m", "program", "one", "two"], directory)
 
 
 def started(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(directory), "COLOR": "red", "LANG": "C.UTF-8"}
-    # A shell has its background jobs ignore SIGINT, and what is ignored stays so in the programs that they start.
+    # A shell makes its background jobs ignore SIGINT, and the programs that they start inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.run(command, env=environment, input="typed\n", capture_output=True, text=True, check=False)
@@ -80,18 +80,18 @@ def forked(directory: Path, pieces: tuple[Path, ...] = ()) -> subprocess.Complet
         "import sys; print(len(sys.argv)); sys.stdout.close()",
     ],
 )
-def test_a_fork_says_and_ends_as_a_fresh_start_does(program: str, tmp_path: Path) -> None:
+def test_a_fork_prints_and_ends_as_a_fresh_python_does(program: str, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(program)
     (tmp_path / "pyvmm").mkdir()
     (tmp_path / "pyvmm" / "__init__.py").touch()
     fresh, fork = cold(tmp_path), forked(tmp_path)
     assert (fork.returncode, fork.stdout) == (fresh.returncode, fresh.stdout)
-    # The way to the program is another, and part of a traceback.
+    # The calls that lead to the program differ, and are part of a traceback.
     assert fork.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
     assert fresh.stdout + fresh.stderr or fresh.returncode
 
 
-def test_a_variable_for_python_wants_a_fresh_start() -> None:
+def test_an_environment_variable_for_python_forces_a_fresh_start() -> None:
     assert not warm.is_ready({b"PYTHONPATH": b"/x"})  # nothing is prepared here
     script = (
         "from pyvmm.lab import warm; warm.prepare(); "
@@ -119,7 +119,7 @@ def names(top: Path) -> list[set[str]]:
     return [set(marshal.loads(piece)) for piece in bytecode.pieces(top, TAG)]
 
 
-def test_a_piece_has_every_module_whose_byte_code_is_its_sources(tmp_path: Path) -> None:
+def test_a_piece_has_every_module_whose_byte_code_matches_its_source(tmp_path: Path) -> None:
     top = package(tmp_path, a="x = 1", b="x = 2", **{"c/__init__": "", "c/d": ""})
     assert names(top) == [{"parcel", "parcel.a", "parcel.b", "parcel.c", "parcel.c.d"}]
     (top / "a.py").write_text("x = 12")
@@ -135,7 +135,7 @@ def test_pieces_fit_frames(tmp_path: Path) -> None:
     assert max(map(len, found)) <= frames.MAX_PAYLOAD
 
 
-def test_a_fork_imports_from_pieces_and_knows_where_a_module_is_from(tmp_path: Path) -> None:
+def test_a_fork_imports_from_pieces_and_knows_the_file_of_a_module(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(
         "import inspect, parcel.c.d, parcel.plain\n"
         "print(parcel.c.d.x, parcel.plain.x, parcel.c.__path__, parcel.c.d.__file__, inspect.getsource(parcel.c.d))"
@@ -144,7 +144,7 @@ def test_a_fork_imports_from_pieces_and_knows_where_a_module_is_from(tmp_path: P
     (top / "plain.py").write_text("x = 'not in a piece'")
     (piece,) = bytecode.pieces(top, TAG)
     source = (top / "c" / "d.py").stat()
-    (top / "c" / "d.py").write_text("x = 'changed!'")  # of the same size
+    (top / "c" / "d.py").write_text("x = 'changed!'")  # with the same size
     os.utime(top / "c" / "d.py", ns=(source.st_atime_ns, source.st_mtime_ns + 5_000_000_000))
     (tmp_path / "piece").write_bytes(piece)
     done = forked(tmp_path, (tmp_path / "piece",))
@@ -153,7 +153,7 @@ def test_a_fork_imports_from_pieces_and_knows_where_a_module_is_from(tmp_path: P
     assert done.stdout == f"compiled not in a piece {place} x = 'changed!'\n\n"
 
 
-def test_byte_code_of_another_python_is_left_alone(tmp_path: Path) -> None:
+def test_byte_code_of_another_python_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import parcel.a; print(parcel.a.x)")
     top = package(tmp_path, a="x = 'mine'")
     (piece,) = bytecode.pieces(top, TAG)

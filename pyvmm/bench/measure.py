@@ -36,7 +36,10 @@ class Unavailable(PyvmmError):
 
 
 class Bench:
-    """One point of a case during its measurement. ``bench["backing"]`` is its value on an axis."""
+    """One ``point`` of a ``case`` during its measurement. ``bench["backing"]`` is its value on an axis.
+
+    The case repeats in ``rounds``. Its process is killed after ``seconds``.
+    """
 
     def __init__(self, case: str, point: Point, *, rounds: int = ROUNDS, seconds: float = 60.0) -> None:
         self.case, self.point, self.rounds, self.seconds = case, point, rounds, seconds
@@ -53,7 +56,11 @@ class Bench:
         return Protection(self.point["protection"])
 
     def guest(self, *, room: int = 0, cpus: int = 1, backing: str = "", **options: Any) -> Experiment:
-        """Return a guest, to be entered, of this point's protection and backing, with ``room`` bytes to access."""
+        """Return a guest, to be entered, of this point's protection, with ``room`` bytes to access.
+
+        ``backing`` is the point's unless given. ``options`` are those of Experiment. Raises Unavailable if this host
+        has fewer CPUs than ``cpus``.
+        """
         if cpus > (here := len(os.sched_getaffinity(0))):
             self.cannot(f"{cpus} vCPUs at once need as many CPUs, and here are {here}: pyvmm --lab --lab-cpus {cpus} …")
         memory = align_up(room + SPARE, 2 * MIB) // MIB
@@ -70,7 +77,7 @@ class Bench:
             file.populate(0, file.size)
 
     def cannot(self, why: str) -> NoReturn:
-        """End the measurement of this point."""
+        """End the measurement of this point. Raises Unavailable, always."""
         raise Unavailable(why)
 
     # -- what it leaves
@@ -87,7 +94,12 @@ class Bench:
         began: Sequence[float] = (),
         **notes: Value,
     ) -> None:
-        """Keep a series. Values are in ns by default (see ``unit``). The first of several rounds is warm-up."""
+        """Keep a series called ``metric``. The first of several ``rounds``, each a list of values, is warm-up.
+
+        Values are in ``unit``, by default this bench's, each for one ``per``. ``clock`` names what measured them,
+        such as guest, host, kvm or el2. ``places``, ``began`` and ``notes`` are those of
+        :class:`~pyvmm.bench.model.Series`.
+        """
         lengths = tuple(len(each) for each in rounds)
         warm = len(rounds) > 1
         self.series.append(
@@ -110,7 +122,7 @@ class Bench:
 
     @contextlib.contextmanager
     def stopwatch(self, into: list[float], *, per: int = 1) -> Iterator[None]:
-        """Append the ns of CLOCK_MONOTONIC that the block takes, divided by ``per``."""
+        """Append to ``into`` the ns of CLOCK_MONOTONIC that the block takes, divided by ``per``."""
         begun = time.monotonic_ns()
         yield
         into.append((time.monotonic_ns() - begun) / per)

@@ -78,7 +78,7 @@ class PageMap:
 
     @classmethod
     def of(cls, ledger: Ledger) -> Self:
-        """Read a ledger. vCPUs may run: each page has its state at some moment of the call."""
+        """Read ``ledger``. vCPUs may run: each page has its state at some moment of the call."""
         return cls(
             _joined(
                 Run(gpa + (first << PAGE_SHIFT), count, entry)
@@ -89,7 +89,7 @@ class PageMap:
 
     @classmethod
     def from_runs(cls, runs: Iterable[tuple[int, int, int]]) -> Self:
-        """Make a map of (gpa, pages, entry) in any order. Raises UsageError for an impossible map."""
+        """Make a map of ``runs``, each (gpa, pages, entry), in any order. Raises UsageError for an impossible map."""
         ordered = sorted(Run(*run) for run in runs)
         end = 0
         for run in ordered:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger says what is known of every page, from bytes that C writes too."""
+"""The ledger records the state of every page, in bytes that C writes too."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_states_are_those_of_the_native_loop() -> None:
     assert len(PageState) == lib.PV_PAGE_STATES
 
 
-def test_what_python_enters_c_sees_and_the_other_way_round(memory: Memory) -> None:
+def test_python_and_c_see_each_others_entries(memory: Memory) -> None:
     assert memory.ledger.set(BASE + PAGE, PageState.SHARED) is PageState.HOST
     assert memory.native.map.regions[0].ledger[1] == lib.PV_PAGE_SHARED
     assert lib.pv_ledger_set(memory.native, BASE + 2 * PAGE, lib.PV_PAGE_POISONED) == lib.PV_PAGE_HOST
@@ -47,7 +47,7 @@ def test_what_python_enters_c_sees_and_the_other_way_round(memory: Memory) -> No
     assert_counters_agree(memory)
 
 
-def test_an_assumption_is_told_apart_from_knowledge(memory: Memory) -> None:
+def test_the_ledger_distinguishes_assumed_from_known_states(memory: Memory) -> None:
     memory.ledger.set(BASE, PageState.PRIVATE, assumed=True)
     assert memory.ledger.assumed(BASE)
     assert memory.ledger.state(BASE) is PageState.PRIVATE
@@ -57,12 +57,12 @@ def test_an_assumption_is_told_apart_from_knowledge(memory: Memory) -> None:
     assert memory.ledger.describe(BASE) == "private to the guest"
 
 
-def test_every_entry_has_words() -> None:
+def test_every_entry_has_a_description() -> None:
     words = {describe(state | mark) for state in PageState for mark in (0, ASSUMED)}
     assert len(words) == 2 * len(PageState)
 
 
-def test_outside_every_slot_a_page_is_absent_and_cannot_be_entered(memory: Memory) -> None:
+def test_a_page_outside_every_slot_is_absent_and_cannot_be_entered(memory: Memory) -> None:
     for gpa in (0, BASE - 1, BASE + MIB, (1 << 64) - 1):
         assert memory.ledger.state(gpa) is PageState.ABSENT
         with pytest.raises(UsageError, match="in no memory slot"):

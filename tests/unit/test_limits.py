@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits on a process: a run raises what it may, or ends with the limit's name; it never hangs, and blames no bug."""
+"""Limits on a process: a run raises its limits, or ends with an error that names the limit. It never hangs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def started(*words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run a command line on a fake host; TimeoutExpired where it hangs."""
+    """Run a command line on a fake host. Raises TimeoutExpired if it hangs."""
     command = [sys.executable, str(HERE / "fake_host.py"), *options, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -51,7 +51,7 @@ def test_the_fake_host_starts_a_run(devices: list[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
-def test_a_thread_that_the_host_does_not_give_ends_the_run(number: int, devices: list[str]) -> None:
+def test_a_thread_that_cannot_start_ends_the_run(number: int, devices: list[str]) -> None:
     done = started("run", *devices, "payload:hello", options=("--no-thread", str(number)))
     assert done.returncode == 5
     assert "RLIMIT_NPROC" in done.stderr
@@ -60,14 +60,14 @@ def test_a_thread_that_the_host_does_not_give_ends_the_run(number: int, devices:
 
 @pytest.mark.parametrize("files", range(6, 28))
 def test_a_run_without_descriptors_ends_and_names_the_limit(files: int, devices: list[str]) -> None:
-    # The last of these numbers do for the run, and not for what its threads do when it fails.
+    # The largest of these limits suffice for the run, but not for its threads when it fails.
     done = started("run", *devices, "payload:hello", options=("--files", str(files)))
     assert done.returncode == 5 or (files > 20 and done.returncode == 1 and "ENOTTY" in done.stderr)
     assert done.returncode == 1 or "RLIMIT_NOFILE is too small" in done.stderr
     assert "bug" not in done.stderr
 
 
-def test_the_limit_is_raised_as_far_as_it_may_be(tmp_path: Path) -> None:
+def test_pyvmm_raises_the_limit_as_far_as_allowed(tmp_path: Path) -> None:
     words = []
     for name in range(8):
         disk = tmp_path / str(name)
@@ -94,7 +94,7 @@ def descriptors() -> int:
         "--vsock uds={disk}.v,cid=3 --protection emulated payload:hello",
     ],
 )
-def test_a_machine_needs_no_more_than_it_says(line: str, tmp_path: Path) -> None:
+def test_a_machine_needs_no_more_descriptors_than_it_reports(line: str, tmp_path: Path) -> None:
     disks = [tmp_path / "disk", tmp_path / "disk2"]
     for disk in disks:
         disk.write_bytes(bytes(4096))
@@ -139,7 +139,7 @@ def test_an_error_of_a_limit_names_it(error: BaseException, said: str) -> None:
     assert said in str(limit)
 
 
-def test_an_error_that_came_of_another_is_no_better_than_that() -> None:
+def test_an_error_caused_by_a_limit_error_names_the_limit_too() -> None:
     error = raised(UsageError("disk d cannot be opened: Too many open files"), handling=FULL)
     assert "RLIMIT_NOFILE" in str(exhausted(error))
 
@@ -154,15 +154,15 @@ def test_an_error_that_came_of_another_is_no_better_than_that() -> None:
         HostError("said already"),
     ],
 )
-def test_any_other_error_stays_what_it_is(error: Exception) -> None:
+def test_other_errors_are_unchanged(error: Exception) -> None:
     assert exhausted(raised(error)) is None
     with pytest.raises(type(error)) as caught, within_limits():
         raise error
     assert caught.value is error
 
 
-def test_a_program_that_cannot_be_started_for_want_of_processes() -> None:
-    # As where fork() says so: nothing else tells it from a file with nothing to read.
+def test_the_error_for_a_program_that_cannot_start_names_the_limit_of_processes() -> None:
+    # This is the error when fork() fails. Only its errno distinguishes it from an unreadable file.
     there: dict[str, Any] = {}
     exec(compile("def start(): raise BlockingIOError(11, 'again')", "/usr/lib/python3/subprocess.py", "exec"), there)
     with pytest.raises(HostError, match="gives no process more"), within_limits():
@@ -177,7 +177,7 @@ def test_a_limit_that_a_thread_meets_ends_the_run_with_its_status(error: Excepti
     assert (end.outcome.ending, end.outcome.status) == (Ending.UNABLE, 5)
 
 
-def test_a_run_whose_end_cannot_be_told_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_ends_even_if_its_end_cannot_be_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise FULL
 
@@ -190,6 +190,6 @@ def test_a_run_whose_end_cannot_be_told_ends_all_the_same(monkeypatch: pytest.Mo
     assert end.outcome.reason == "ValueError: x"
 
 
-def test_descriptors_count_devices_of_a_script_too() -> None:
+def test_the_number_of_descriptors_includes_devices_of_a_script() -> None:
     plan = Plan(MachineConfig("payload:hello"))
     assert Plan(MachineConfig("payload:hello"), devices=[DiceDevice()]).machine.descriptors > plan.machine.descriptors

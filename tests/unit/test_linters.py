@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkers that keep the code honest have nothing to say."""
+"""The linters and type checkers report nothing."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ def module(name: str) -> str:
     return name
 
 
-def test_mypy_is_content() -> None:
-    # What it knows of a source it keeps by the source's hash: from one checkout to the next, but for one run at a time.
+def test_mypy_reports_nothing() -> None:
+    # Its cache is keyed by the hash of each source, so checkouts share it, but only one run may use it at a time.
     cache = Cache(cache_directory().with_name("tests"))
     with cache.lock(lambda: None, "mypy.lock"):
         check(sys.executable, "-m", module("mypy"), "--cache-dir", cache.directory / "mypy")
 
 
-def test_pyright_is_content() -> None:
-    # Most of its objects die young: with room for them a tenth of its time is not spent on collecting them.
+def test_pyright_reports_nothing() -> None:
+    # Most of its objects die young: a larger heap for them saves a tenth of its time.
     room = "--max-semi-space-size=256"
     check(sys.executable, "-m", module("pyright"), "--pythonpath", sys.executable, NODE_OPTIONS=room)
 
 
-def test_ruff_is_content() -> None:
+def test_ruff_reports_nothing() -> None:
     check(sys.executable, "-m", module("ruff"), "check", "--no-cache", ".")
 
 
-def test_ruff_would_format_nothing_otherwise() -> None:
+def test_ruff_would_change_no_format() -> None:
     check(sys.executable, "-m", module("ruff"), "format", "--check", "--no-cache", ".")
 
 
-def test_only_tables_of_constants_are_laid_out_by_hand() -> None:
-    # ruff itself does not say how often it is told to look away.
+def test_only_tables_of_constants_are_formatted_by_hand() -> None:
+    # ruff does not report how often it is disabled.
     mark = "fmt: " + "skip"
     places = [path for path in ROOT.rglob("*.py") if ".venv" not in path.parts for line in path.open() if mark in line]
     assert 0 < len(places) <= 40
@@ -69,7 +69,7 @@ def test_every_source_names_its_licence() -> None:
 
 
 @pytest.mark.parametrize("machine", build.MACHINES)
-def test_compiler_and_its_analyzer_are_content(machine: str, tmp_path: Path) -> None:
+def test_the_compiler_and_its_analyzer_report_nothing(machine: str, tmp_path: Path) -> None:
     cc = build.compiler(machine)
     if cc is None:
         pytest.skip(f"no C compiler for {machine}")
@@ -80,7 +80,7 @@ def test_compiler_and_its_analyzer_are_content(machine: str, tmp_path: Path) -> 
         check(*cc, *own, f"-I{build.NATIVE}", "-c", source, "-o", tmp_path / "out.o")
 
 
-def test_loop_neither_allocates_nor_knows_python() -> None:
+def test_the_loop_neither_allocates_nor_uses_python() -> None:
     text = "".join(path.read_text() for path in build.NATIVE.glob("*/*.[ch]"))
     for word in ("Python.h", "alloc(", "alloca(", "free("):
         assert word not in text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Events reach stderr in the form and at the level asked for, and cost nothing until then."""
+"""Events reach stderr in the requested form and level, and unwanted ones cost nothing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_terminal_gets_colours_and_a_file_does_not() -> None:
     assert "vcpu=1" in text
 
 
-def test_events_go_to_stderr_unless_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_go_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure()
     log.get_logger("x").error("failed")
     out, err = capsys.readouterr()
@@ -108,7 +108,7 @@ def test_an_exceptions_traceback_is_written() -> None:
     assert "ValueError: broken" in json.loads(stream.getvalue())["exception"]
 
 
-def test_events_nobody_wants_do_not_load_structlog() -> None:
+def test_unwanted_events_do_not_load_structlog() -> None:
     code = (
         "import sys; from pyvmm import log; log.configure(); l = log.get_logger('x'); l.info('a'); l.debug('b');"
         "sys.exit('structlog' in sys.modules)"
@@ -120,7 +120,7 @@ def test_events_nobody_wants_do_not_load_structlog() -> None:
 
 
 class Unread:
-    """A pipe for events that holds a page, and whose reader reads when it is told to."""
+    """A pipe for events that holds a page. Its reader reads only on request."""
 
     def __init__(self, stack: contextlib.ExitStack, **options: Any) -> None:
         self.reader, writer = os.pipe()
@@ -130,15 +130,15 @@ class Unread:
         log.configure(stream=self.stream, **options)
 
     def fill(self) -> None:
-        """Leave no room."""
+        """Fill the pipe."""
         os.write(self.stream.fileno(), b"x" * self.size)
 
     def emptied(self) -> str:
-        """What a read returns."""
+        """Read once, and return the data."""
         return os.read(self.reader, 1 << 16).decode()
 
     def read_to_the_end(self) -> Callable[[], str]:
-        """A thread that reads from now on, slowly, and what it has got when it is joined."""
+        """Start a thread that reads slowly. Returns it, and the list of its data, complete once it is joined."""
         got = []
 
         def read() -> None:
@@ -164,7 +164,7 @@ def stack() -> Iterator[contextlib.ExitStack]:
 
 
 def within(seconds: int, work: Callable[..., Any]) -> None:
-    """Fail where ``work`` takes longer: it waits for somebody."""
+    """Fail if ``work`` takes longer: then it blocks."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -172,7 +172,7 @@ def within(seconds: int, work: Callable[..., Any]) -> None:
 
 
 def said(text: str, as_json: bool) -> list[tuple[str, int | None]]:
-    """Events and their counts."""
+    """Return events and their counts."""
     if as_json:
         return [(line["event"], line.get("count")) for line in map(json.loads, text.splitlines())]
     form = re.compile(r"\S+ \[\w+ *\] (\w+) +component=\w+(?: count=(\d+))?(?: text=y+)?")
@@ -182,7 +182,7 @@ def said(text: str, as_json: bool) -> list[tuple[str, int | None]]:
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_what_finds_no_room_while_a_guest_runs_is_dropped_and_the_next_line_says_how_many(
+def test_events_without_room_are_dropped_and_the_next_line_counts_them(
     stack: contextlib.ExitStack, as_json: bool
 ) -> None:
     pipe = Unread(stack, json=as_json)
@@ -202,7 +202,7 @@ def test_what_finds_no_room_while_a_guest_runs_is_dropped_and_the_next_line_says
     assert said(pipe.emptied(), as_json) == [("after", None)]
 
 
-def test_what_was_dropped_is_told_where_errors_alone_are_wanted(stack: contextlib.ExitStack) -> None:
+def test_dropped_events_are_reported_even_at_the_level_of_errors(stack: contextlib.ExitStack) -> None:
     pipe = Unread(stack, verbosity=-1, json=True)
     logger = log.get_logger("x")
     with log.never_waiting():
@@ -214,11 +214,11 @@ def test_what_was_dropped_is_told_where_errors_alone_are_wanted(stack: contextli
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_a_line_written_in_part_is_made_whole_before_any_other(stack: contextlib.ExitStack, as_json: bool) -> None:
+def test_a_partly_written_line_is_completed_before_the_next(stack: contextlib.ExitStack, as_json: bool) -> None:
     pipe = Unread(stack, json=as_json)
     logger = log.get_logger("x")
     with log.never_waiting():
-        # Longer than PIPE_BUF: of that a pipe takes what it has room for.
+        # Longer than PIPE_BUF: a pipe may take only a part of it.
         within(20, lambda: logger.warning("long", text="y" * 2 * pipe.size))
         within(20, lambda: logger.warning("lost"))
         text = pipe.emptied()
@@ -231,12 +231,12 @@ def test_a_line_written_in_part_is_made_whole_before_any_other(stack: contextlib
     assert said(text, as_json)[0] == ("long", None)
     assert text.count("y") == 2 * pipe.size
     events = said(text, as_json)[1:]
-    # The last two may find room behind the rest.
+    # The last two may find room after the rest.
     assert sum(count or 0 for _, count in events) + [event for event, _ in events].count("lost") == 3
     assert events[-1] == ("found", None)
 
 
-def test_the_end_waits_until_a_half_line_is_whole_and_the_count_is_said(stack: contextlib.ExitStack) -> None:
+def test_the_end_of_the_run_waits_for_a_complete_line_and_the_count(stack: contextlib.ExitStack) -> None:
     before = os.listdir("/proc/self/fd")
     pipe = Unread(stack, json=True)
     logger = log.get_logger("x")
@@ -250,7 +250,7 @@ def test_the_end_waits_until_a_half_line_is_whole_and_the_count_is_said(stack: c
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_reader_that_has_gone_does_not_keep_a_run_from_its_end(stack: contextlib.ExitStack) -> None:
+def test_a_reader_that_has_gone_does_not_delay_the_end_of_a_run(stack: contextlib.ExitStack) -> None:
     pipe = Unread(stack)
     with log.never_waiting():
         pipe.fill()
@@ -260,7 +260,7 @@ def test_a_reader_that_has_gone_does_not_keep_a_run_from_its_end(stack: contextl
         os.close(null)
 
 
-def test_a_stream_that_is_no_file_is_written_to_as_ever() -> None:
+def test_a_stream_without_a_descriptor_is_written_to_as_usual() -> None:
     stream = io.StringIO()
     log.configure(stream=stream)
     with log.never_waiting():
@@ -268,7 +268,7 @@ def test_a_stream_that_is_no_file_is_written_to_as_ever() -> None:
     assert "odd" in stream.getvalue()
 
 
-def test_never_to_wait_loads_nothing_before_there_is_an_event() -> None:
+def test_log_loads_nothing_for_nonblocking_writes_before_the_first_event() -> None:
     code = (
         "import sys, threading; from pyvmm import log; log.configure(); old = set(sys.modules)\n"
         "with log.never_waiting(): log.get_logger('x').info('a')\n"
@@ -278,7 +278,7 @@ def test_never_to_wait_loads_nothing_before_there_is_an_event() -> None:
 
 
 class Machine:
-    """One whose guest fills stderr, and whose vCPU then has something to say."""
+    """A fake machine: its guest fills stderr, and then its vCPU logs an event."""
 
     counters = Counters((), 0, 0, 0, 0)
 
@@ -314,7 +314,7 @@ class Machine:
         (["--log-json"], HostError("no KVM"), 5, ['"error": "no KVM"']),
     ],
 )
-def test_a_run_waits_for_no_reader_before_its_end_which_loses_nothing(
+def test_a_run_does_not_wait_for_a_reader_before_its_end_and_then_loses_nothing(
     stack: contextlib.ExitStack,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""To a guest that was paused no time has passed: its counters are put back before a vCPU runs again. No KVM needed."""
+"""A paused guest sees no time pass: its counters are set back before a vCPU runs again. Needs no KVM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Ticking(StandIn):
-    """A kernel whose counters go on by 1000 whenever somebody looks; ``heard`` is what was done with them."""
+    """A fake kernel whose counters advance by 1000 at each read; ``heard`` records the accesses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def kernel() -> Ticking:
 def machine(
     request: pytest.FixtureRequest, kernel: Ticking, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Machine, list[str]]]:
-    """A machine whose vCPUs do nothing but be paused and let go, and what they did."""
+    """Make a machine whose vCPUs only pause and resume; returns it with the record of their actions."""
     done: list[str] = []
     monkeypatch.setattr(VcpuThread, "pause", lambda _self: done.append("pause"))
     monkeypatch.setattr(VcpuThread, "wait_paused", lambda _self, _timeout=None: done.append("stands"))
@@ -71,7 +71,7 @@ SAVED = [("GET", 0, 1000), ("GET", 1, 2000)]
 PUT_BACK = [("SET", 0, 1000), ("SET", 1, 2000)]
 
 
-def test_counters_are_put_back_before_the_first_vcpu_runs(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+def test_counters_are_set_back_before_the_first_vcpu_runs(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
     it, done = machine
     it.pause()
     assert (kernel.heard, done) == (SAVED, ["pause", "pause", "stands", "stands"])
@@ -80,7 +80,9 @@ def test_counters_are_put_back_before_the_first_vcpu_runs(machine: tuple[Machine
     assert done[4:] == ["resume 4", "resume 4"]
 
 
-def test_pauses_nest_and_each_outermost_one_begins_anew(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+def test_pauses_nest_and_each_outermost_pause_reads_the_counters_again(
+    machine: tuple[Machine, list[str]], kernel: Ticking
+) -> None:
     it, _ = machine
     it.pause()
     it.pause()
@@ -92,7 +94,7 @@ def test_pauses_nest_and_each_outermost_one_begins_anew(machine: tuple[Machine, 
     assert kernel.heard[4:] == [("GET", 0, 3000), ("GET", 1, 4000), ("SET", 0, 3000), ("SET", 1, 4000)]
 
 
-def test_a_pause_that_fails_lets_time_go_on(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+def test_a_failed_pause_lets_time_go_on(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
     it, _ = machine
 
     def stuck() -> None:
@@ -105,7 +107,7 @@ def test_a_pause_that_fails_lets_time_go_on(machine: tuple[Machine, list[str]], 
     assert not it.paused
 
 
-def test_a_counter_that_the_kernel_does_not_tell_is_left_alone(
+def test_a_counter_that_the_kernel_does_not_report_is_not_changed(
     machine: tuple[Machine, list[str]], kernel: Ticking
 ) -> None:
     it, _ = machine
@@ -117,7 +119,7 @@ def test_a_counter_that_the_kernel_does_not_tell_is_left_alone(
     assert kernel.heard == []
 
 
-def test_a_clock_that_others_read_is_left_alone(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+def test_a_clock_that_other_machines_read_is_not_changed(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
     it, _ = machine
     it.clock.goes_on = "the hypervisor is traced by it"
     it.pause()
@@ -126,7 +128,9 @@ def test_a_clock_that_others_read_is_left_alone(machine: tuple[Machine, list[str
 
 
 @pytest.mark.parametrize("protection", list(Protection))
-def test_who_pauses_is_told_where_time_goes_on(protection: Protection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_hears_that_time_goes_on_during_a_pause(
+    protection: Protection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Requests, "state", "paused")
     monkeypatch.setattr(Machine, "pause", lambda _self: None)
     config = MachineConfig("payload:hello", protection, memory=16 * MIB, serial_out=None)
@@ -138,7 +142,7 @@ def test_who_pauses_is_told_where_time_goes_on(protection: Protection, monkeypat
         assert told == {"state": "paused"}
 
 
-def test_a_protected_guests_counters_are_not_touched(kernel: Ticking) -> None:
+def test_the_counters_of_a_protected_guest_are_not_changed(kernel: Ticking) -> None:
     config = MachineConfig("payload:hello", Protection.PKVM, memory=16 * MIB, serial_out=None)
     with Machine(config, kernel=kernel) as machine:
         machine.clock.stop()

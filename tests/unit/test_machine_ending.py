@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run ends: the first reason is believed, whoever waits is told, and lost output is worse than a power-off."""
+"""How a run ends: the first reason counts, every waiting thread hears it, and lost output outranks a power-off."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STOPPED = Outcome(Ending.INTERRUPTED, "stopped")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_first_reason_is_believed_whoever_asks() -> None:
+def test_the_first_reason_counts_for_every_caller() -> None:
     end = RunEnd()
     assert end.wait(0.01) is None
     assert end.finish(OFF) == OFF
@@ -29,7 +29,7 @@ def test_first_reason_is_believed_whoever_asks() -> None:
     assert end.wait(0) == end.outcome == OFF
 
 
-def test_everyone_who_waits_is_told() -> None:
+def test_every_waiting_thread_hears_the_end() -> None:
     end = RunEnd()
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(end.wait, 10) for _ in range(3)]
@@ -59,14 +59,14 @@ def test_time_is_counted_from_the_start_to_the_end() -> None:
     assert end.elapsed_ns == end.ended_ns - end.started_ns
 
 
-def test_a_run_that_ended_before_it_began_took_no_time() -> None:
+def test_a_run_that_ended_before_its_start_took_no_time() -> None:
     end = RunEnd()
     end.finish(STOPPED)
     assert end.elapsed_ns == 0
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, Ending.FAILED), (OFF, Ending.FAILED), (STOPPED, STOPPED.ending)])
-def test_output_that_is_lost_is_a_failure_unless_the_run_ended_otherwise(before: Outcome | None, after: Ending) -> None:
+def test_lost_output_is_a_failure_unless_the_run_failed_otherwise(before: Outcome | None, after: Ending) -> None:
     end = RunEnd()
     if before is not None:
         end.finish(before)
@@ -76,7 +76,7 @@ def test_output_that_is_lost_is_a_failure_unless_the_run_ended_otherwise(before:
     assert ("No space left on device" in end.outcome.reason) is (after is Ending.FAILED)
 
 
-def test_what_a_thread_raises_is_the_reason_with_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exception_of_a_thread_becomes_the_reason_with_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure()
     end = RunEnd()
     end.failed(HostError("no more memory", hint="free some"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A slot's memory that comes from a file when it is touched, and what becomes of those who wait when it cannot."""
+"""A slot's memory comes from a file at the first touch. If that fails, waiting threads are handled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OFFSET = 2 * PAGE_SIZE
 
 
 def look(address: int) -> bytes:
-    """Read eight bytes as guarded copies do; nothing where nobody may."""
+    """Read eight bytes as guarded copies do; returns nothing if the page cannot be read."""
     data = bytearray(8)
     done = lib.pv_copy(ffi.from_buffer("uint8_t[]", data), ffi.cast("void *", address), 8)
     return bytes(data[:done])
@@ -36,7 +36,7 @@ def look(address: int) -> bytes:
 
 @pytest.fixture
 def slot(userfault: Userfault, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A slot that nobody has touched; its faults come from user space, which takes no privilege."""
+    """Make an untouched slot. Its faults come from user space, which needs no privilege."""
     monkeypatch.setattr(Userfault, "open", lambda: userfault)
     with Memfd(SIZE) as backing:
         yield SimpleNamespace(hva=backing.hva, size=SIZE, gpa=0x8000_0000)
@@ -55,7 +55,7 @@ def nothing_fails(error: PyvmmError) -> None:
     raise AssertionError(error)
 
 
-def test_a_page_comes_from_the_file_when_it_is_touched_and_not_before(slot: Any, file: int) -> None:
+def test_a_page_is_read_from_the_file_when_it_is_first_touched(slot: Any, file: int) -> None:
     lazy = LazySlot(file, OFFSET, slot, nothing_fails)
     for page in (3, 0, 15, 3):
         assert look(slot.hva + page * PAGE_SIZE) == bytes([page + 1]) * 8
@@ -65,7 +65,7 @@ def test_a_page_comes_from_the_file_when_it_is_touched_and_not_before(slot: Any,
     assert look(slot.hva + 3 * PAGE_SIZE) == bytes([4]) * 8
 
 
-def test_of_a_file_that_was_cut_nobody_finds_zeros(slot: Any, file: int) -> None:
+def test_pages_of_a_truncated_file_never_read_as_zeros(slot: Any, file: int) -> None:
     failed: list[PyvmmError] = []
     heard = threading.Event()
 
@@ -78,7 +78,7 @@ def test_of_a_file_that_was_cut_nobody_finds_zeros(slot: Any, file: int) -> None
     with ThreadPoolExecutor(3) as pool:
         reader = pool.submit(look, slot.hva + 9 * PAGE_SIZE)
         assert heard.wait(10)
-        # The machine closes it while it gives up.
+        # The machine closes the file while it fails.
         for closed in [pool.submit(lazy.close) for _ in range(2)]:
             closed.result(10)
         assert reader.result(10) == b""
@@ -86,7 +86,7 @@ def test_of_a_file_that_was_cut_nobody_finds_zeros(slot: Any, file: int) -> None
     assert look(slot.hva) == b""
 
 
-def test_what_cannot_be_mapped_leaves_nothing_behind(slot: Any, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_mapped_leaves_nothing_behind(slot: Any, tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     fd = os.open(tmp_path, os.O_RDONLY)  # a directory
     with pytest.raises(MappingError):
@@ -95,7 +95,7 @@ def test_what_cannot_be_mapped_leaves_nothing_behind(slot: Any, tmp_path: Path) 
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
-def test_without_a_thread_nothing_is_left_behind(
+def test_a_thread_that_cannot_start_leaves_nothing_behind(
     slot: Any, file: int, userfault: Userfault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_thread: threading.Thread) -> None:
@@ -107,10 +107,10 @@ def test_without_a_thread_nothing_is_left_behind(
         LazySlot(file, OFFSET, slot, nothing_fails)
     assert len(os.listdir("/proc/self/fd")) == before - 1
     assert userfault.fd < 0
-    gc.collect()  # neither a thread that never ran nor what it would have served from is in the way
+    gc.collect()  # closing works without the thread and without its file
 
 
-def test_without_a_userfaultfd_it_says_so(slot: Any, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_says_that_userfaultfd_is_missing(slot: Any, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Userfault:
         raise HostError("no userfaultfd here")
 

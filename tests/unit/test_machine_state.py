@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers, interrupt controller and clock between KVM and a snapshot: what comes before what, and what is refused."""
+"""Registers, interrupt controller and clock between KVM and a snapshot: their order, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECOND = layout.mpidr(1) << 32
 
 
 class Vcpu:
-    """A vCPU of which only these registers are."""
+    """A fake vCPU that has only these registers."""
 
     def __init__(self, **registers: int) -> None:
         self.label = "vcpu0"
@@ -64,12 +64,12 @@ def vcpu(x0: int, pc: int, cnt: int) -> Any:
     return Vcpu(**{f"r{X0:x}": x0, f"r{PC:x}": pc, f"r{CNT:x}": cnt})
 
 
-def test_a_vcpu_is_that_one_again_and_its_clock_comes_last() -> None:
+def test_a_vcpu_is_restored_and_its_clock_comes_last() -> None:
     one, other = vcpu(1, 2, 1000), vcpu(0, 2, 5)
     one.mp_state = MpState.KVM_MP_STATE_STOPPED
     saved = json.loads(json.dumps(state.save_vcpu(one)))
     state.load_vcpu(other, saved)
-    # What is the same already is left alone: it may be one of those that cannot be written.
+    # Equal registers are not written: some are read-only.
     assert other.written == [X0]
     assert other.mp_state is MpState.KVM_MP_STATE_STOPPED
     assert kvm_vcpu_events.from_buffer_copy(other.events).exception.serror_esr == 7
@@ -78,7 +78,7 @@ def test_a_vcpu_is_that_one_again_and_its_clock_comes_last() -> None:
     assert other.registers == one.registers
 
 
-def test_another_kind_of_cpu_is_refused_by_the_register_that_differs() -> None:
+def test_another_kind_of_cpu_is_refused_with_the_different_register() -> None:
     saved = state.save_vcpu(vcpu(1, 2, 3))
     lacking = vcpu(0, 0, 0)
     del lacking.registers[X0]
@@ -91,7 +91,7 @@ def test_another_kind_of_cpu_is_refused_by_the_register_that_differs() -> None:
 
 
 class Device:
-    """Attributes as KVM keeps them, and the order in which they were written."""
+    """A fake device: attributes as KVM keeps them, and the order of writes."""
 
     def __init__(self, label: str, lacks: frozenset[int] = frozenset()) -> None:
         self.label = label
@@ -120,7 +120,7 @@ def saved_gic(values: dict[tuple[int, int], int], its_values: dict[int, int]) ->
     return gic, its, saved
 
 
-def test_the_tables_go_to_memory_before_registers_are_read_and_are_read_back_before_the_its_works() -> None:
+def test_its_tables_are_saved_before_registers_and_restored_before_the_its_is_enabled() -> None:
     gic, its, saved = saved_gic({}, {0x0: 1, 0x80: 1 << 63, 0x88: 0x40, 0x90: 0x40, 0x108: 1 << 63})
     assert gic.written == [(CTRL, uapi.KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES)]
     assert its.written == [(CTRL, uapi.KVM_DEV_ARM_ITS_SAVE_TABLES)]
@@ -136,7 +136,7 @@ def test_the_tables_go_to_memory_before_registers_are_read_and_are_read_back_bef
     ]
 
 
-def test_what_is_pending_comes_after_what_it_is_and_lpis_after_their_tables() -> None:
+def test_pending_states_are_restored_after_triggers_and_lpis_after_their_tables() -> None:
     gicd_pending, gicd_kind, gicd_level, route = (DIST, 0x204), (DIST, 0xC08), (LEVEL, 32), (DIST, 0x6000 + 8 * 40)
     ppi_pending, ppi_kind, ppi_level = (REDIST, SECOND | 0x1_0200), (REDIST, SECOND | 0x1_0C04), (LEVEL, SECOND)
     lpis, table, priority = (REDIST, SECOND), (REDIST, SECOND | 0x74), (SYSREGS, SECOND | 0xC230)
@@ -152,7 +152,7 @@ def test_what_is_pending_comes_after_what_it_is_and_lpis_after_their_tables() ->
     assert set(fresh.written) == set(each)
 
 
-def test_a_register_that_only_cpus_with_more_priorities_have_is_neither_saved_nor_asked_for() -> None:
+def test_registers_only_for_cpus_with_more_priorities_are_neither_read_nor_saved() -> None:
     _, _, saved = saved_gic({}, {})
     absent = uapi.ARM64_SYS_REG(3, 0, 12, 9, 1) & 0xFFFF
     names = {int(attr, 16) for group, attr, _ in saved["registers"] if group == SYSREGS}
@@ -161,13 +161,13 @@ def test_a_register_that_only_cpus_with_more_priorities_have_is_neither_saved_no
     assert uapi.ARM64_SYS_REG(3, 0, 12, 9, 0) & 0xFFFF in names
 
 
-def test_a_host_without_an_its_cannot_go_on_with_one() -> None:
+def test_a_host_without_an_its_cannot_restore_one() -> None:
     _, _, saved = saved_gic({}, {})
     with pytest.raises(UsageError, match="only one of the snapshot and this host has an ITS"):
         state.load_gic(Device("gic"), None, saved)  # type: ignore[arg-type]
 
 
-def test_a_register_that_this_host_does_not_take_is_named() -> None:
+def test_the_error_names_a_register_that_this_host_does_not_accept() -> None:
     _, _, saved = saved_gic({(DIST, 0x8): 0x1000}, {})
     fresh: Any = Device("gic")
 
@@ -191,7 +191,7 @@ def gicv2(values: dict[tuple[int, int], int]) -> Any:
     return device
 
 
-def test_a_gicv2_is_that_one_again_with_the_registers_of_each_vcpu() -> None:
+def test_a_gicv2_is_restored_with_the_registers_of_each_vcpu() -> None:
     enabled, target, sender, active, mask, control = (
         (DIST, CPU1 | 0x100),
         (DIST, 0x828),
@@ -205,17 +205,17 @@ def test_a_gicv2_is_that_one_again_with_the_registers_of_each_vcpu() -> None:
     fresh = gicv2({})
     state.load_gicv2(fresh, saved, lambda number: pytest.fail(f"interrupt {number} is up"))
     assert {key: fresh.values[key] for key in each} == each
-    # Only then does KVM take groups from user space; and nothing is let through before all is there.
+    # KVM accepts groups from user space only after this. Interrupts are enabled only when all is restored.
     assert fresh.written[0] == (DIST, 0x8)
     assert fresh.written[-1] == control
 
 
-def test_of_a_gicv2_edges_stay_pending_and_levels_are_held_up_again() -> None:
+def test_edges_of_a_gicv2_stay_pending_and_levels_are_raised_again() -> None:
     edge, level = 40, 41
     values = {
         (DIST, 0xC08): 0b10 << 2 * (edge - 32),
         (DIST, 0x204): 1 << edge - 32 | 1 << level - 32,
-        # SGI 3, which is an edge, and the timer's PPI 27, which KVM raises again itself.
+        # SGI 3 is an edge. KVM itself raises the timer's PPI 27 again.
         (DIST, 0xC00): 0xAAAA_AAAA,
         (DIST, 0x200): 1 << 27 | 1 << 3,
     }

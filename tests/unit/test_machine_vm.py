@@ -34,18 +34,18 @@ def make(system: System, protection: Protection = Protection.NONE, gib: int = 1)
 
 
 @pytest.mark.parametrize("protection", Protection)
-def test_a_host_with_40_bits_or_more_is_asked_for_no_number(protection: Protection) -> None:
+def test_a_host_with_40_bits_or_more_gets_no_request_for_a_number(protection: Protection) -> None:
     kind = PROTECTED if protection is Protection.PKVM else 0
     assert make(System(48), protection) == (kind, 40)
     assert make(System(40), protection) == (kind, 40)
 
 
-def test_a_host_with_fewer_bits_is_asked_for_what_it_has() -> None:
+def test_a_host_with_fewer_bits_gets_a_request_for_its_number() -> None:
     assert make(System(36)) == (36, 36)
     assert make(System(36), Protection.PKVM) == (PROTECTED | 36, 36)
 
 
-def test_more_memory_than_a_host_has_addresses_for_is_refused_with_the_most_there_can_be() -> None:
+def test_memory_beyond_a_hosts_addresses_is_refused_with_the_maximum() -> None:
     assert make(System(36), gib=62) == (36, 36)
     with pytest.raises(HostError, match=r"64512 MiB of memory end at gpa 0x10_4000_0000, .* 36 address bits") as caught:
         make(System(36), gib=63)
@@ -53,7 +53,7 @@ def test_more_memory_than_a_host_has_addresses_for_is_refused_with_the_most_ther
 
 
 @pytest.mark.parametrize("bits", [36, 48])
-def test_a_host_without_protected_vms_is_no_host_for_one(bits: int) -> None:
+def test_a_host_without_protected_vms_refuses_a_protected_guest(bits: int) -> None:
     with pytest.raises(HostError) as caught:
         make(System(bits, pkvm=False), Protection.PKVM)
     assert (caught.value.exit_status, caught.value.hint) == (5, "a hint")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mailboxes: orders reach the vCPU that waits, answers reach who asked, and nobody waits for a dead machine."""
+"""Mailboxes: orders reach the waiting vCPU, answers reach the caller, and nobody waits for a dead machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyvmm.devices.mailbox import MachineGone, Mailboxes
 
 
 class Guest:
-    """Plays the vCPU's side of one mailbox: takes an order in `serve`, answers it with the sum of its arguments."""
+    """Plays the vCPU's side of one mailbox: `serve` takes an order, and answers it with the sum of its arguments."""
 
     def __init__(self, boxes: Mailboxes, vcpu: int = 0, status: int = 0) -> None:
         self.boxes, self.vcpu, self.leaving = boxes, vcpu, False
@@ -48,7 +48,7 @@ def test_an_order_is_answered_with_its_results() -> None:
     guest.leave()
 
 
-def test_an_order_says_how_many_arguments_there_are_to_load() -> None:
+def test_an_order_has_the_number_of_its_arguments() -> None:
     boxes = Mailboxes(1)
     for args, count in (((), 0), ((5,), 1), ((0, 6), 2), ((7, 0, 0), 1), ((0,), 0), ((1,) * 7, 7)):
         boxes.submit(0, 3, args)
@@ -57,7 +57,7 @@ def test_an_order_says_how_many_arguments_there_are_to_load() -> None:
         assert list(box.order) == [3 | count << abi.MAILBOX_ARGS_SHIFT, *args, *[0] * (7 - len(args))]
 
 
-def test_what_a_guest_does_not_store_is_0_not_what_an_earlier_order_left() -> None:
+def test_results_that_a_guest_does_not_store_are_0() -> None:
     boxes = Mailboxes(1)
     box = boxes._boxes[0]
     first = boxes.submit(0, 3)
@@ -103,17 +103,17 @@ def test_more_than_seven_arguments_are_refused() -> None:
         Mailboxes(1).submit(0, 1, range(8))
 
 
-def test_a_vcpu_asked_to_leave_stops_waiting() -> None:
+def test_a_kicked_vcpu_stops_waiting() -> None:
     boxes = Mailboxes(1)
     Guest(boxes).leave()
 
 
-def test_an_order_the_guest_forgets_is_not_waited_for() -> None:
+def test_the_host_does_not_wait_for_an_order_that_the_guest_forgot() -> None:
     boxes = Mailboxes(1)
     first, second = boxes.submit(0, 1), boxes.submit(0, 2)
     boxes.serve(0, lambda: False)
     boxes._boxes[0].state = lib.PV_MAILBOX_BUSY
-    boxes.serve(0, lambda: False)  # it asks for the next order, and never said DONE
+    boxes.serve(0, lambda: False)  # it asks for the next order without DONE
     with pytest.raises(MachineGone, match="without answering"):
         first.result(1)
     assert not second.done()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory without KVM: a VM that takes notes, real files, real mappings, real guarded copies."""
+"""Memory without KVM: a VM that records calls, real files, real mappings, real guarded copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyvmm.protection import Protection
 from tests.memory_helper import BASE, assert_counters_agree, build, build_empty
 
 
-def test_what_is_written_is_read_back_at_any_alignment() -> None:
+def test_data_reads_back_as_written_at_any_alignment() -> None:
     _, memory, _ = build()
     with memory:
         data = bytes(range(256)) * 40
@@ -38,7 +38,7 @@ def test_an_access_runs_across_adjacent_slots() -> None:
         assert len(vm.live) == 2
 
 
-def test_an_access_beyond_memory_says_where_and_how_far_it_came() -> None:
+def test_the_error_for_an_access_beyond_memory_has_the_address_and_the_progress() -> None:
     _, memory, _ = build()
     with memory, pytest.raises(GuestMemoryError, match="in no memory slot") as caught:
         memory.write(BASE + MIB - 2, b"four")
@@ -48,7 +48,7 @@ def test_an_access_beyond_memory_says_where_and_how_far_it_came() -> None:
         memory.read(0x1000, 8)
 
 
-def test_a_huge_length_does_not_allocate_what_is_not_there() -> None:
+def test_a_huge_length_does_not_allocate_beyond_memory() -> None:
     _, memory, _ = build()
     with memory, pytest.raises(GuestMemoryError) as caught:
         memory.read(BASE, 1 << 62)
@@ -56,7 +56,7 @@ def test_a_huge_length_does_not_allocate_what_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(("gpa", "size"), [(-1, 4), (BASE, -1), ((1 << 64) - 2, 4)])
-def test_a_range_that_is_none_is_refused(gpa: int, size: int) -> None:
+def test_an_invalid_range_is_refused(gpa: int, size: int) -> None:
     _, memory, _ = build()
     with memory, pytest.raises(UsageError, match="not a valid range"):
         memory.read(gpa, size)
@@ -69,7 +69,7 @@ def test_fill_sets_every_byte_and_no_other() -> None:
         assert memory.read(BASE, 200_002) == b"\0" + b"\xa5" * 200_000 + b"\0"
 
 
-def test_private_pages_of_the_emulated_protection_are_out_of_the_hosts_reach_from_the_seal_on() -> None:
+def test_the_seal_closes_private_pages_of_the_emulated_protection_to_the_host() -> None:
     _, memory, slot = build(Protection.EMULATED)
     with memory:
         memory.write(BASE, b"image")
@@ -78,7 +78,7 @@ def test_private_pages_of_the_emulated_protection_are_out_of_the_hosts_reach_fro
             with pytest.raises(GuestMemoryError, match="private to the guest"):
                 access()
         assert not memory.probe(BASE)
-        # KVM's own mapping is another one, and open.
+        # KVM uses another mapping, which is open.
         assert slot.hva != slot.view
         assert ffi.string(ffi.cast("char *", slot.hva)) == b"image"
 
@@ -100,7 +100,9 @@ def test_an_access_stops_at_the_first_private_page() -> None:
         (Protection.EMULATED, PageState.PRIVATE, False),
     ],
 )
-def test_the_seal_enters_what_the_protection_implies(protection: Protection, state: PageState, assumed: bool) -> None:
+def test_the_seal_enters_the_states_that_the_protection_implies(
+    protection: Protection, state: PageState, assumed: bool
+) -> None:
     _, memory, _ = build(protection)
     with memory:
         assert memory.ledger.state(BASE) is PageState.HOST
@@ -109,7 +111,7 @@ def test_the_seal_enters_what_the_protection_implies(protection: Protection, sta
         assert memory.ledger.state(BASE) is state
         assert memory.ledger.assumed(BASE) is assumed
         assert memory.ledger.counts()[state] == MIB // PAGE_SIZE
-        # A slot added from now on starts so too.
+        # A slot added later starts the same way.
         memory.add(BASE + MIB, Memfd(MIB))
         assert memory.ledger.state(BASE + MIB) is state
         assert memory.ledger.assumed(BASE + MIB) is assumed
@@ -142,7 +144,7 @@ def test_memory_of_a_plain_or_pkvm_guest_has_one_mapping() -> None:
         ((1 << 36) - PAGE_SIZE, {}, "36 bits of guest physical address space"),
     ],
 )
-def test_a_slot_that_kvm_would_refuse_is_refused_in_words_before_it_sees_it(
+def test_a_slot_that_kvm_would_refuse_is_refused_first_with_a_clear_error(
     gpa: int, options: dict[str, int], words: str
 ) -> None:
     vm, memory, _ = build(ipa_bits=36)
@@ -155,7 +157,7 @@ def test_a_slot_that_kvm_would_refuse_is_refused_in_words_before_it_sees_it(
         assert_counters_agree(memory)
 
 
-def test_one_part_of_a_backing_has_one_address() -> None:
+def test_a_part_of_a_backing_can_have_only_one_address() -> None:
     _, memory, slot = build()
     with memory, pytest.raises(UsageError, match=r"already belong to the slot"):
         memory.add(BASE + MIB, slot.backing, offset=MIB // 2)
@@ -173,7 +175,7 @@ def test_slots_may_lie_over_parts_of_one_backing() -> None:
         assert os.pread(backing.fd, 4, MIB // 2) == b"high"
 
 
-def test_more_slots_than_the_kernel_takes_are_refused() -> None:
+def test_more_slots_than_the_kernel_allows_are_refused() -> None:
     vm, memory = build_empty()
     vm.most = 8
     with memory:
@@ -184,7 +186,7 @@ def test_more_slots_than_the_kernel_takes_are_refused() -> None:
             memory.add(BASE + 100 * PAGE_SIZE, backing, offset=9 * PAGE_SIZE, size=PAGE_SIZE)
 
 
-def test_the_address_kvm_faults_pages_in_through_is_told_for_a_range_of_one_piece() -> None:
+def test_the_address_of_kvms_mapping_is_given_for_a_contiguous_range() -> None:
     _, memory, slot = build(Protection.EMULATED)
     with memory:
         memory.seal()
@@ -198,7 +200,7 @@ def test_the_address_kvm_faults_pages_in_through_is_told_for_a_range_of_one_piec
                 memory.hva(gpa, size)
 
 
-def test_a_removed_slot_is_gone_for_kvm_the_loop_and_the_ledger_and_its_number_is_used_again() -> None:
+def test_a_removed_slot_is_gone_everywhere_and_its_number_is_reused() -> None:
     vm, memory, slot = build()
     with memory:
         backing = slot.backing
@@ -218,7 +220,7 @@ def test_a_removed_slot_is_gone_for_kvm_the_loop_and_the_ledger_and_its_number_i
         assert_counters_agree(memory)
 
 
-def test_what_kvm_refuses_to_add_leaves_no_trace() -> None:
+def test_a_slot_that_kvm_refuses_to_add_leaves_no_trace() -> None:
     vm, memory, _ = build()
     with memory:
         vm.refuse = len(vm.calls)
@@ -231,7 +233,7 @@ def test_what_kvm_refuses_to_add_leaves_no_trace() -> None:
         assert sorted(vm.live) == [0, 1]
 
 
-def test_what_kvm_refuses_to_remove_stays_as_it_was() -> None:
+def test_a_slot_that_kvm_refuses_to_remove_is_unchanged() -> None:
     vm, memory, slot = build()
     with memory:
         memory.seal()
@@ -258,7 +260,7 @@ def test_slots_of_a_protected_guest_can_be_removed_before_it_runs() -> None:
         assert vm.live == {}
 
 
-def test_a_hole_reads_as_zeros_and_is_filled_by_the_access() -> None:
+def test_a_hole_reads_as_zeros_and_the_access_fills_it() -> None:
     _, memory, _ = build()
     with memory:
         memory.seal()
@@ -283,7 +285,7 @@ def test_a_punch_frees_the_pages() -> None:
         assert os.fstat(slot.backing.fd).st_blocks == before // 2
 
 
-def test_no_hole_is_punched_under_a_protected_guest_unless_it_is_asked_for_by_name() -> None:
+def test_a_hole_under_a_protected_guest_needs_an_explicit_request() -> None:
     _, memory, _ = build(Protection.PKVM)
     with memory:
         memory.punch(BASE, PAGE_SIZE)
@@ -296,7 +298,7 @@ def test_no_hole_is_punched_under_a_protected_guest_unless_it_is_asked_for_by_na
 
 
 @pytest.mark.parametrize("act", ["punch", "populate"])
-def test_punching_and_populating_take_whole_pages_of_guest_memory(act: str) -> None:
+def test_punching_and_populating_need_whole_pages_of_guest_memory(act: str) -> None:
     _, memory, _ = build()
     with memory:
         for gpa, size in [(BASE + 1, PAGE_SIZE), (BASE, 5), (BASE, 2 * MIB), (0, PAGE_SIZE), (BASE, 0)]:
@@ -304,7 +306,7 @@ def test_punching_and_populating_take_whole_pages_of_guest_memory(act: str) -> N
                 getattr(memory, act)(gpa, size)
 
 
-def test_populating_allocates_and_keeps_what_is_there() -> None:
+def test_populating_allocates_pages_and_keeps_contents() -> None:
     _, memory, slot = build()
     with memory:
         memory.write(BASE, b"kept")
@@ -313,7 +315,7 @@ def test_populating_allocates_and_keeps_what_is_there() -> None:
         assert memory.read(BASE, 4) == b"kept"
 
 
-def test_evidence_is_what_an_access_shows_that_the_ledger_did_not() -> None:
+def test_an_access_that_contradicts_the_ledger_is_evidence() -> None:
     _, memory, slot = build(Protection.PKVM)
     seen: list[tuple[int, bool]] = []
     memory.on_evidence = lambda gpa, accessible: seen.append((gpa, accessible))
@@ -341,7 +343,7 @@ def test_evidence_is_what_an_access_shows_that_the_ledger_did_not() -> None:
         assert seen == [(BASE, False)]
 
 
-def test_pages_past_the_end_of_a_file_stop_an_access_instead_of_killing_us() -> None:
+def test_pages_past_the_end_of_a_file_stop_an_access_without_killing_pyvmm() -> None:
     _, memory, slot = build()
     with memory:
         backing = slot.backing
@@ -357,7 +359,7 @@ def test_pages_past_the_end_of_a_file_stop_an_access_instead_of_killing_us() -> 
         assert caught.value.done == PAGE_SIZE
 
 
-def test_unmapped_memory_stops_an_access_instead_of_killing_us() -> None:
+def test_unmapped_memory_stops_an_access_without_killing_pyvmm() -> None:
     from pyvmm.memory import mman
 
     _, memory, slot = build()
@@ -368,7 +370,7 @@ def test_unmapped_memory_stops_an_access_instead_of_killing_us() -> None:
         assert (caught.value.gpa, caught.value.done) == (BASE + PAGE_SIZE, PAGE_SIZE)
 
 
-def test_a_fork_is_told_that_the_memory_is_not_its_own() -> None:
+def test_the_error_in_a_fork_says_that_the_memory_is_not_its_own() -> None:
     _, memory, slot = build()
     with memory:
         read, write = os.pipe()
@@ -393,7 +395,7 @@ def test_a_fork_is_told_that_the_memory_is_not_its_own() -> None:
         memory.write(BASE, b"still ours")
 
 
-def test_a_closed_memory_says_so_and_closing_again_is_nothing() -> None:
+def test_closed_memory_says_so_and_can_be_closed_again() -> None:
     vm, memory, slot = build()
     memory.close()
     memory.close()
@@ -415,7 +417,7 @@ def test_a_closed_vm_is_not_called_again() -> None:
 def nothing_leaks() -> Iterator[None]:
     def usage() -> tuple[int, list[Any]]:
         with open("/proc/self/maps") as maps:
-            # Allocator mappings come and go; files and reservations of ours do not.
+            # The allocator's mappings come and go. pyvmm's files and reservations must not.
             lines = [line for line in maps if "pyvmm-guest" in line or "---p" in line]
         return len(os.listdir("/proc/self/fd")), lines
 
@@ -424,7 +426,7 @@ def nothing_leaks() -> Iterator[None]:
     assert usage() == before
 
 
-def test_nothing_leaks_however_far_building_came() -> None:
+def test_nothing_leaks_at_whatever_step_building_fails() -> None:
     _, warm, _ = build(Protection.EMULATED)
     warm.close()
     with nothing_leaks():
@@ -443,7 +445,7 @@ def test_nothing_leaks_however_far_building_came() -> None:
             Memfd(5)
 
 
-def test_slots_come_and_go_while_others_read() -> None:
+def test_slots_can_come_and_go_while_other_threads_read() -> None:
     _, memory, _ = build()
     stop = threading.Event()
     wrong: list[object] = []

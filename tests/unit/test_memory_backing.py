@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memfds as guest memory: sealed, kept out of forks and dumps, aligned, and refused in words."""
+"""Memfds as guest memory: sealed, excluded from forks and dumps, aligned, and errors with explanations."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_a_memfd_can_be_neither_grown_nor_shrunk_nor_unsealed() -> None:
                 os.ftruncate(backing.fd, size)
 
 
-def test_its_descriptor_is_not_inherited() -> None:
+def test_the_descriptor_of_a_memfd_is_not_inherited() -> None:
     with Memfd(MIB) as backing:
         assert not os.get_inheritable(backing.fd)
 
 
-def test_both_mappings_are_shared_and_left_out_of_forks_and_dumps() -> None:
+def test_both_mappings_are_shared_and_excluded_from_forks_and_dumps() -> None:
     with Memfd(MIB) as backing:
         backing.separate_view()
         assert backing.view != backing.hva
@@ -59,7 +59,7 @@ def test_both_mappings_are_shared_and_left_out_of_forks_and_dumps() -> None:
             assert {"sh", "dc", "dd"} <= vm_flags(address)  # shared, don't copy on fork, don't dump
 
 
-def test_a_part_that_was_put_over_a_view_keeps_the_advice() -> None:
+def test_a_part_mapped_over_a_view_keeps_the_advice() -> None:
     with Memfd(MIB) as backing, Memfd(MIB) as other:
         backing.separate_view()
         mman.map_over(backing.view, PAGE_SIZE, other.fd, 0, 0)
@@ -86,7 +86,7 @@ def test_hiding_a_view_leaves_kvms_mapping_open() -> None:
         assert "rd" in vm_flags(backing.hva)
 
 
-def test_loading_goes_to_the_file() -> None:
+def test_loaded_data_goes_to_the_file() -> None:
     with Memfd(MIB) as backing:
         backing.load(MIB - 3, b"end")
         assert os.pread(backing.fd, 3, MIB - 3) == b"end"
@@ -102,13 +102,13 @@ def test_sizes_that_are_not_whole_pages_are_refused(size: int) -> None:
         Memfd(size)
 
 
-def test_memory_that_does_not_fit_is_explained() -> None:
+def test_the_error_for_memory_that_does_not_fit_explains_it() -> None:
     with pytest.raises(mman.MappingError, match="ENOMEM: this process's address space") as caught:
         Memfd(1 << 47)
     assert caught.value.hint is not None
 
 
-def test_the_address_space_limit_is_explained() -> None:
+def test_the_error_names_the_address_space_limit() -> None:
     child = os.fork()
     if child == 0:
         status = 1
@@ -122,7 +122,7 @@ def test_the_address_space_limit_is_explained() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_no_descriptor_left_is_explained() -> None:
+def test_the_error_for_a_lack_of_descriptors_explains_it() -> None:
     child = os.fork()
     if child == 0:
         status = 1
@@ -136,7 +136,7 @@ def test_no_descriptor_left_is_explained() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_closing_twice_is_nothing_and_use_after_it_is_told() -> None:
+def test_closing_twice_has_no_effect_and_use_after_close_is_an_error() -> None:
     backing = Memfd(MIB)
     backing.close()
     backing.close()
@@ -146,7 +146,9 @@ def test_closing_twice_is_nothing_and_use_after_it_is_told() -> None:
             use()
 
 
-def test_a_kernel_without_populate_write_is_told_from_one_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_distinguishes_a_kernel_without_populate_write_from_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(code: int) -> Callable[..., None]:
         def advise(*_: int) -> None:
             raise mman.MappingError("madvise", "", code)
@@ -166,7 +168,7 @@ def test_a_kernel_without_populate_write_is_told_from_one_without_memory(monkeyp
             backing.populate(0, MIB)
 
 
-def test_thp_is_advice_on_the_mapping_kvm_uses() -> None:
+def test_thp_advises_the_mapping_that_kvm_uses() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
         pytest.skip("this kernel has no transparent huge pages")
     with Memfd(2 * HUGE_SIZE, thp=True) as backing:
@@ -175,7 +177,7 @@ def test_thp_is_advice_on_the_mapping_kvm_uses() -> None:
         Memfd(HUGE_SIZE, thp=True, hugetlb=True)
 
 
-def test_no_thp_in_the_kernel_is_told_and_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_thp_is_reported_and_nothing_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
     real = mman.advise
 
     def advise(address: int, size: int, advice: int) -> None:
@@ -196,7 +198,7 @@ def free_huge_pages() -> int:
     return int((HUGE_POOL / "free_hugepages").read_text())
 
 
-def test_a_pool_too_small_for_hugetlb_is_told_before_a_page_is_touched() -> None:
+def test_a_hugetlb_pool_that_is_too_small_is_refused_before_a_page_is_touched() -> None:
     need = free_huge_pages() + int((HUGE_POOL / "nr_overcommit_hugepages").read_text()) + 1
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match=f"needs {need} huge pages of 2 MiB: the kernel's pool has") as caught:
@@ -207,7 +209,7 @@ def test_a_pool_too_small_for_hugetlb_is_told_before_a_page_is_touched() -> None
 
 @pytest.fixture
 def huge_pages() -> Iterator[None]:
-    """Four free huge pages, of the pool or put there for the test."""
+    """Provide four free huge pages, from the pool or added to it for the test."""
     missing = 4 - free_huge_pages()
     size = HUGE_POOL / "nr_hugepages"
     before = size.read_text()
@@ -225,7 +227,7 @@ def huge_pages() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("huge_pages")
-def test_hugetlb_pages_are_taken_and_given_back() -> None:
+def test_hugetlb_pages_are_taken_and_returned() -> None:
     free = free_huge_pages()
     with Memfd(2 * HUGE_SIZE, hugetlb=True) as backing:
         backing.load(HUGE_SIZE - 2, b"over")
@@ -238,12 +240,12 @@ def test_hugetlb_pages_are_taken_and_given_back() -> None:
     assert free_huge_pages() == free
 
 
-def test_a_size_that_is_not_huge_pages_is_refused_for_hugetlb() -> None:
+def test_a_size_that_is_not_whole_huge_pages_is_refused_for_hugetlb() -> None:
     with pytest.raises(UsageError, match="a multiple of 0x200000"):
         Memfd(MIB, hugetlb=True)
 
 
-def test_anonymous_memory_is_kept_out_of_forks_and_dumps_and_advised_to_be_huge() -> None:
+def test_anonymous_memory_is_excluded_from_forks_and_dumps_and_advised_to_be_huge() -> None:
     with Anonymous(4 * MIB) as memory:
         assert memory.hva % HUGE_SIZE == 0
         assert memory.fd == -1
@@ -252,7 +254,7 @@ def test_anonymous_memory_is_kept_out_of_forks_and_dumps_and_advised_to_be_huge(
     assert memory.closed
 
 
-def test_anonymous_memory_reads_as_zeros_where_it_was_punched() -> None:
+def test_a_hole_in_anonymous_memory_reads_as_zeros() -> None:
     with Anonymous(2 * MIB) as memory:
         memory.load(0, b"x" * 2 * PAGE_SIZE)
         memory.punch(PAGE_SIZE, PAGE_SIZE)

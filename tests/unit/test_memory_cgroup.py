@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that its cgroup has no memory for is warned of, with the figures, before it starts."""
+"""pyvmm warns before a run that exceeds its cgroup's memory, with the figures."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def limited(host: Host, mib: int, used: int = 8) -> None:
     host.put("a.slice", memory__max=f"{mib * MIB}\n", memory__current=f"{used * MIB}\n", memory__stat=stat)
 
 
-def test_a_cgroup_above_counts_and_what_can_be_reclaimed_does_not(host: Host) -> None:
+def test_a_parent_cgroup_counts_and_reclaimable_memory_does_not(host: Host) -> None:
     limited(host, 48)
     assert [(room.cgroup, room.limit, room.kept) for room in rooms()] == [("/a.slice", 48 * MIB, 4 * MIB)]
 
 
-def test_the_warning_tells_the_figures(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_warning_has_the_figures(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     limited(host, 48)
     warn_of_cgroup(44 * MIB)
     assert capsys.readouterr().err == ""
@@ -61,14 +61,14 @@ def test_the_warning_tells_the_figures(host: Host, capsys: pytest.CaptureFixture
         assert figure in said
 
 
-def test_the_tightest_of_several_is_told(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_warning_names_the_tightest_cgroup(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     limited(host, 48)
     host.put("a.slice/b.service", memory__max=f"{32 * MIB}", memory__current="0")
     warn_of_cgroup(64 * MIB)
     assert "cgroup=/a.slice/b.service" in capsys.readouterr().err
 
 
-def test_the_first_version_is_understood(host: Host) -> None:
+def test_version_1_of_cgroups_is_understood(host: Host) -> None:
     host.own.write_text("4:cpu,memory:/x\n2:devices:/y\n")
     stat = f"cache {MIB}\ntotal_cache {3 * MIB}\ntotal_shmem {MIB}\n"
     files = {"memory__limit_in_bytes": f"{48 * MIB}", "memory__usage_in_bytes": f"{8 * MIB}", "memory__stat": stat}
@@ -77,7 +77,7 @@ def test_the_first_version_is_understood(host: Host) -> None:
 
 
 @pytest.mark.parametrize("own", ["", "0::/gone\n", "nonsense\n", "0::/\n"])
-def test_where_nothing_is_told_nothing_is_said(own: str, host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_information_causes_no_warning(own: str, host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.own.write_text(own)
     warn_of_cgroup(1 << 40)
     host.own.unlink()
@@ -90,7 +90,7 @@ def test_where_nothing_is_told_nothing_is_said(own: str, host: Host, capsys: pyt
     [
         (Protection.PKVM, False, True),
         (Protection.NONE, True, True),
-        (Protection.NONE, False, False),  # what is not pinned can be swapped
+        (Protection.NONE, False, False),  # memory that is not pinned can be swapped
     ],
 )
 def test_a_machine_warns_before_it_starts(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The copy policy: a page moves to another file, slots move around it, and nothing stale stays behind."""
+"""The copy policy: a page moves to another file, slots change around it, and no stale copy remains."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def page(number: int) -> int:
 
 
 def convert(memory: Memory, number: int, shared: bool) -> int:
-    """Do what a guest's hypercall does: convert, and where that went well enter it."""
+    """Do what a guest's hypercall does: convert a page, and on success enter its state."""
     status = memory.convert(page(number), shared)
     if status == 0:
         memory.ledger.set(page(number), PageState.SHARED if shared else PageState.PRIVATE)
     return status
 
 
-def test_each_policy_has_the_native_loops_number() -> None:
+def test_each_policy_has_the_same_number_as_in_the_native_loop() -> None:
     assert [NATIVE_POLICIES[policy] for policy in ConversionPolicy] == [
         lib.PV_CONVERT_PRESERVE,
         lib.PV_CONVERT_ZERO,
@@ -71,7 +71,7 @@ def test_a_shared_page_moves_with_its_contents_and_the_host_can_use_it() -> None
         assert_counters_agree(memory)
 
 
-def test_a_page_taken_back_carries_what_the_host_wrote_and_the_slots_grow_together_again() -> None:
+def test_an_unshared_page_keeps_what_the_host_wrote_and_the_slots_merge_again() -> None:
     vm, memory, slot = emulated()
     with memory:
         convert(memory, 5, True)
@@ -83,7 +83,7 @@ def test_a_page_taken_back_carries_what_the_host_wrote_and_the_slots_grow_togeth
             memory.read(page(5), 1)
 
 
-def test_no_stale_copy_is_left_on_the_side_a_page_has_left() -> None:
+def test_no_stale_copy_remains_on_the_side_that_a_page_left() -> None:
     _, memory, slot = emulated()
     with memory:
         convert(memory, 5, True)
@@ -94,7 +94,7 @@ def test_no_stale_copy_is_left_on_the_side_a_page_has_left() -> None:
         assert os.fstat(shared.fd).st_blocks == 0
 
 
-def test_neighbours_that_are_shared_need_one_slot() -> None:
+def test_adjacent_shared_pages_need_one_slot() -> None:
     vm, memory, _ = emulated()
     with memory:
         for number in (3, 5, 4):
@@ -107,13 +107,13 @@ def test_neighbours_that_are_shared_need_one_slot() -> None:
 
 
 @pytest.mark.parametrize("gpa", [BASE + 1, BASE - PAGE_SIZE, BASE + SIZE, 0, 1 << 60])
-def test_a_page_that_is_none_gets_the_smccc_error_el2_gives(gpa: int) -> None:
+def test_an_invalid_page_gets_the_same_smccc_error_as_from_el2(gpa: int) -> None:
     _, memory, _ = emulated()
     with memory:
         assert memory.convert(gpa, True) == memory.convert(gpa, False) == -3
 
 
-def test_sharing_twice_and_taking_back_what_is_not_shared_are_refused() -> None:
+def test_sharing_twice_and_unsharing_a_private_page_are_refused() -> None:
     vm, memory, _ = emulated()
     with memory:
         assert convert(memory, 1, False) == -3
@@ -134,7 +134,7 @@ def test_a_guest_that_uses_up_the_slots_is_refused_and_the_rest_goes_on() -> Non
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("call", range(4))
-def test_what_kvm_refuses_is_undone(call: int, shared: bool) -> None:
+def test_a_conversion_that_kvm_refuses_is_undone(call: int, shared: bool) -> None:
     vm, memory, slot = emulated()
     with memory:
         if not shared:
@@ -149,7 +149,7 @@ def test_what_kvm_refuses_is_undone(call: int, shared: bool) -> None:
         assert memory.probe(page(5)) is shared
 
 
-def test_others_are_kept_out_of_the_guest_while_slots_move() -> None:
+def test_other_vcpus_stay_outside_the_guest_while_slots_move() -> None:
     vm, memory, _ = emulated()
     held: list[str] = []
 
@@ -173,7 +173,7 @@ def test_only_the_emulated_protection_moves_pages() -> None:
             memory.convert(BASE, True)
 
 
-def test_a_slot_whose_pages_moved_is_removed_whole_and_its_backing_can_be_used_again() -> None:
+def test_a_slot_with_moved_pages_is_removed_whole_and_its_backing_can_be_reused() -> None:
     vm, memory, slot = emulated()
     with memory:
         backing = slot.backing
@@ -200,7 +200,7 @@ def test_a_hole_punched_in_moved_pages_reaches_the_file_they_are_in() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, PAGES - 1), st.booleans()), max_size=24))
-def test_any_order_of_conversions_keeps_every_page_and_its_side(orders: list[tuple[int, bool]]) -> None:
+def test_any_sequence_of_conversions_keeps_every_page_and_its_side(orders: list[tuple[int, bool]]) -> None:
     vm, memory, slot = emulated()
     with memory:
         shared: set[int] = set()
@@ -219,7 +219,7 @@ def test_any_order_of_conversions_keeps_every_page_and_its_side(orders: list[tup
 
 
 @given(st.data())
-def test_carving_covers_the_same_range_without_gap_overlap_or_needless_seam(data: st.DataObject) -> None:
+def test_splitting_covers_the_same_range_without_gap_overlap_or_needless_seam(data: st.DataObject) -> None:
     files = [cast(Backing, name) for name in ("private", "shared")]
     pieces = [Piece(Gpa(BASE), SIZE, files[0], 0)]
     for _ in range(data.draw(st.integers(1, 8))):

@@ -19,7 +19,7 @@ from pyvmm.memory.memlock import LockedMemory, require_memlock
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A process whose status, capabilities and limits are the test's; returns what it may change."""
+    """Fake the process's status, capabilities and limits; returns the values, which a test may change."""
 
     class Process:
         def __init__(self) -> None:
@@ -50,14 +50,14 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return state
 
 
-def test_a_limit_that_suffices_is_left_alone(process: Any) -> None:
+def test_a_sufficient_limit_is_not_changed(process: Any) -> None:
     process.locked_kib = 4096
     process.settle()
     assert require_memlock(4 * MIB).soft == 8 * MIB
     assert process.set_to == []
 
 
-def test_the_soft_limit_is_raised_to_the_need_where_the_hard_one_allows(process: Any) -> None:
+def test_the_soft_limit_is_raised_to_the_need_if_the_hard_limit_allows(process: Any) -> None:
     process.limits = (MIB, resource.RLIM_INFINITY)
     process.locked_kib = 100
     process.settle()
@@ -80,7 +80,7 @@ def test_a_limit_that_cannot_be_raised_is_refused_with_the_exact_need(process: A
     assert caught.value.exit_status == 5
 
 
-def test_a_refusal_has_used_what_the_hard_limit_allows(process: Any) -> None:
+def test_the_soft_limit_was_raised_to_the_hard_limit_before_a_refusal(process: Any) -> None:
     process.limits = (MIB, 8 * MIB)
     process.settle()
     with pytest.raises(HostError, match="hard limit 8388608 bytes"):
@@ -88,7 +88,7 @@ def test_a_refusal_has_used_what_the_hard_limit_allows(process: Any) -> None:
     assert process.limits == (8 * MIB, 8 * MIB)
 
 
-def test_a_process_that_may_raise_the_hard_limit_does(process: Any) -> None:
+def test_a_privileged_process_raises_the_hard_limit(process: Any) -> None:
     process.may_exceed = True
     process.settle()
     require_memlock(64 * MIB)
@@ -110,7 +110,7 @@ def test_cap_ipc_lock_of_a_container_does_not_count(process: Any, monkeypatch: p
         require_memlock(64 * MIB)
 
 
-def test_one_page_over_the_limit_is_over(process: Any) -> None:
+def test_one_page_over_the_limit_is_refused(process: Any) -> None:
     process.settle()
     require_memlock(8 * MIB)
     with pytest.raises(HostError):
@@ -123,7 +123,7 @@ def test_unlimited_is_enough_for_anything(process: Any) -> None:
     assert require_memlock(1 << 50).soft is None
 
 
-def test_this_process_can_be_read() -> None:
+def test_the_limits_of_this_process_can_be_read() -> None:
     state = LockedMemory.read()
     assert state.locked % 1024 == 0
     assert f"{state.locked} bytes" in str(state)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory on demand without KVM: what an unclaimed access makes of it."""
+"""Memory on demand without KVM: how it handles unclaimed accesses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def attached(
     return vm, memory, lazy
 
 
-def test_an_access_brings_its_granule_and_is_made_again() -> None:
+def test_an_access_adds_its_granule_and_is_repeated() -> None:
     vm, memory, lazy = attached()
     with memory:
         access = Access(START + 3 * GRANULE + PAGE_SIZE + 4092)
@@ -66,7 +66,7 @@ def test_an_access_brings_its_granule_and_is_made_again() -> None:
         assert (lazy.slots, lazy.late, lazy.refused) == (1, 0, 0)
 
 
-def test_an_access_elsewhere_is_not_ours() -> None:
+def test_an_access_outside_the_ranges_is_not_handled() -> None:
     vm, memory, lazy = attached()
     with memory:
         for gpa in (0, START - 1, START + 8 * GRANULE, (1 << 64) - 1):
@@ -76,7 +76,7 @@ def test_an_access_elsewhere_is_not_ours() -> None:
         assert len(vm.live) == 1
 
 
-def test_an_access_that_finds_its_memory_there_is_only_made_again() -> None:
+def test_an_access_to_memory_that_exists_meanwhile_is_only_repeated() -> None:
     _, memory, lazy = attached()
     with memory:
         lazy(Access(START).native)
@@ -96,7 +96,7 @@ def test_the_last_granule_ends_with_its_range() -> None:
         assert vm.layout()[:2] == [(START + GRANULE, PAGE_SIZE), (START + 16 * MIB, PAGE_SIZE)]
 
 
-def test_what_is_not_filled_is_zeros() -> None:
+def test_memory_that_is_not_filled_is_zeros() -> None:
     for fill in (None, lambda _gpa, _size: None, lambda _gpa, _size: b"", lambda _gpa, _size: b"some"):
         _, memory, lazy = attached(fill=fill)
         with memory:
@@ -105,7 +105,7 @@ def test_what_is_not_filled_is_zeros() -> None:
 
 
 @pytest.mark.parametrize("protection", list(Protection), ids=lambda p: p.value)
-def test_contents_are_there_before_the_guest_and_then_the_guests_alone(protection: Protection) -> None:
+def test_contents_are_written_before_the_guest_gets_them_and_never_again(protection: Protection) -> None:
     _, memory, lazy = attached(protection)
     with memory:
         lazy(Access(START).native)
@@ -117,7 +117,7 @@ def test_contents_are_there_before_the_guest_and_then_the_guests_alone(protectio
                 memory.read(START, 8)
 
 
-def test_a_guest_gets_so_many_slots_and_no_more() -> None:
+def test_a_guest_gets_no_more_slots_than_its_limit() -> None:
     vm, memory, lazy = attached(limit=3)
     with memory:
         assert [lazy(Access(START + index * GRANULE).native) for index in range(8)] == [True] * 3 + [False] * 5
@@ -126,7 +126,7 @@ def test_a_guest_gets_so_many_slots_and_no_more() -> None:
         assert len(vm.live) == 4
 
 
-def test_a_kernel_that_has_no_slot_left_is_not_asked() -> None:
+def test_the_kernel_gets_no_request_if_it_has_no_slot_left() -> None:
     _, memory, lazy = attached()
     with memory:
         memory._table._most = 2
@@ -136,7 +136,7 @@ def test_a_kernel_that_has_no_slot_left_is_not_asked() -> None:
         assert lazy.refused == 1
 
 
-def test_a_slot_that_was_removed_comes_back_as_it_was() -> None:
+def test_a_removed_slot_comes_back_with_its_contents() -> None:
     _, memory, lazy = attached()
     with memory:
         lazy(Access(START).native)
@@ -146,7 +146,7 @@ def test_a_slot_that_was_removed_comes_back_as_it_was() -> None:
         assert memory.read(START, 7) == b"changed"
 
 
-def test_vcpus_that_reach_for_one_granule_at_once_get_one_slot() -> None:
+def test_vcpus_that_access_one_granule_at_once_get_one_slot() -> None:
     filled = []
 
     def fill(gpa: int, size: int) -> bytes:
@@ -164,7 +164,7 @@ def test_vcpus_that_reach_for_one_granule_at_once_get_one_slot() -> None:
         assert (lazy.slots, lazy.late) == (4, 28)
 
 
-def test_what_fill_raises_reaches_the_caller_and_leaves_no_slot() -> None:
+def test_an_exception_from_fill_reaches_the_caller_and_leaves_no_slot() -> None:
     vm, memory, lazy = attached(fill=lambda gpa, _size: {}[gpa])
     with memory:
         with pytest.raises(KeyError):
@@ -177,7 +177,7 @@ def test_what_fill_raises_reaches_the_caller_and_leaves_no_slot() -> None:
         assert len(vm.live) == 1
 
 
-def test_what_kvm_refuses_reaches_the_caller_and_can_be_tried_again() -> None:
+def test_a_refusal_of_kvm_reaches_the_caller_and_can_be_retried() -> None:
     vm, memory, lazy = attached()
     with memory:
         vm.refuse = len(vm.calls)
@@ -187,7 +187,7 @@ def test_what_kvm_refuses_reaches_the_caller_and_can_be_tried_again() -> None:
         assert lazy.slots == 1
 
 
-def test_its_files_are_few_and_go_with_the_memory() -> None:
+def test_memory_on_demand_uses_few_files_and_closes_them_with_the_memory() -> None:
     before = len(os.listdir("/proc/self/fd"))
     _, memory, lazy = attached(ranges=[(START, GRANULE), (1 << 38, 1 << 38)])
     with memory:
@@ -210,14 +210,12 @@ def test_its_files_are_few_and_go_with_the_memory() -> None:
         ([(START, 2 * GRANULE), (START + GRANULE, GRANULE)], {}, "overlaps the range before"),
     ],
 )
-def test_ranges_that_make_no_sense_are_refused(
-    ranges: list[tuple[int, int]], options: dict[str, Any], words: str
-) -> None:
+def test_invalid_ranges_are_refused(ranges: list[tuple[int, int]], options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         OnDemand(ranges, **options)
 
 
-def test_ranges_lie_where_neither_memory_nor_a_device_is() -> None:
+def test_ranges_that_overlap_memory_or_a_device_are_refused() -> None:
     _, memory, _ = build(ipa_bits=36)
     ranges = ffi.new("struct pv_range[]", [{"base": 0x900_0000, "size": 0x1000}])
     bus = ffi.new("struct pv_bus *", {"count": 1, "ranges": ranges})
@@ -248,7 +246,7 @@ def test_a_protected_guests_memory_must_be_lockable_as_far_as_the_limit_goes(mon
         attached(Protection.PKVM)
 
 
-def test_it_is_attached_once_and_before_it_is_called() -> None:
+def test_memory_on_demand_must_be_attached_once_before_its_first_call() -> None:
     lazy = OnDemand([(START, GRANULE)])
     with pytest.raises(PyvmmError, match="is not attached"):
         lazy(Access(START).native)
@@ -259,7 +257,7 @@ def test_it_is_attached_once_and_before_it_is_called() -> None:
             lazy.attach(memory)
 
 
-def test_an_answer_withheld_changes_only_why_the_guest_came_out() -> None:
+def test_a_withheld_answer_changes_only_the_reason_of_the_exit() -> None:
     access = Access(START)
     access.run[3] = 77
     lib.pv_mmio_retry(access.native)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of slots is freed once it has been replaced, and never while anybody looks at it."""
+"""A table of slots is freed once it is replaced, and never while a reader uses it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Watched:
-    """The native library, remembering every table that was published."""
+    """The native library, with a record of every published table."""
 
     def __init__(self) -> None:
         self.tables: list[weakref.ref[object]] = []
@@ -68,7 +68,7 @@ def test_thousands_of_slots_added_one_by_one_keep_one_table(monkeypatch: pytest.
         finally:
             tracemalloc.stop()
         assert len(watched.tables) == MANY
-        assert peak < 4 << 20  # a table of the last hundred slots each, kept, would be more
+        assert peak < 4 << 20  # keeping only the tables of the last hundred slots would need more
         assert [slot.gpa for slot in memory.slots] == [BASE + index * PAGE_SIZE for index in range(MANY)]
         memory.fill(BASE, MANY * PAGE_SIZE, 7)
         assert memory.read(BASE + PAGE_SIZE * 999 - 4, 8) == b"\7" * 8
@@ -82,7 +82,7 @@ def test_thousands_of_slots_added_one_by_one_keep_one_table(monkeypatch: pytest.
     assert watched.alive == 0
 
 
-def test_a_removed_slot_leaves_nothing_of_its_ledger() -> None:
+def test_removing_a_slot_frees_its_ledger() -> None:
     _, memory, _ = build()
     with memory:
         backing = Memfd(PAGE_SIZE)
@@ -94,7 +94,7 @@ def test_a_removed_slot_leaves_nothing_of_its_ledger() -> None:
 
 
 def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced() -> None:
-    """Guarded copies without Python's lock, while each old table turns into garbage the moment it may be freed."""
+    """Guarded copies run without Python's lock, while each old table is overwritten as soon as it may be freed."""
     _, memory = build_empty(most=64)
     with memory:
         backing = Memfd(64 * PAGE_SIZE)
@@ -171,7 +171,7 @@ def race(
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path: Path, sanitizer: str) -> None:
+def test_no_reader_sees_a_freed_table_or_ledger(tmp_path: Path, sanitizer: str) -> None:
     done = race(tmp_path, sanitizer, 2000)
     assert (done.returncode, done.stdout) == (0, "0 wrong\n"), done.stderr
 
@@ -181,7 +181,7 @@ def test_no_reader_sees_a_table_or_ledger_that_was_freed(tmp_path: Path, sanitiz
     [("i < PV_MAP_PHASES", "i < 0"), ("i < PV_MAP_PHASES", "i < 1")],
     ids=["no wait at all", "a wait for one counter only"],
 )
-def test_these_races_would_show_a_table_freed_too_early(tmp_path: Path, mutation: tuple[str, str]) -> None:
+def test_the_race_test_detects_a_table_freed_too_early(tmp_path: Path, mutation: tuple[str, str]) -> None:
     done = race(tmp_path, "address", 200_000, mutate=mutation)
     assert done.returncode
     assert "heap-use-after-free" in done.stderr
@@ -190,7 +190,7 @@ def test_these_races_would_show_a_table_freed_too_early(tmp_path: Path, mutation
 @pytest.mark.kvm
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the guest is x86 code; tests/pkvm has arm64's")
 @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm that we may open")
-def test_slots_come_by_the_hundred_while_a_guest_and_copies_use_those_that_are_there() -> None:
+def test_hundreds_of_slots_can_be_added_while_a_guest_and_copies_use_others() -> None:
     code, data = 0x1000, 0x4000
     native = ffi.new("struct pv_vm *")
     with System.open() as system, Memory(system.create_vm(), Protection.NONE, native) as memory:
@@ -231,5 +231,5 @@ def test_slots_come_by_the_hundred_while_a_guest_and_copies_use_those_that_are_t
             lib.pv_kick(cpu)
             guest.join()
         assert ("stop", lib.PV_STOP_KICK) in seen
-        assert len(seen) > 2  # the guest counted on
+        assert len(seen) > 2  # the guest kept counting
         assert len(memory.slots) == many + 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The extension, its typing and its sources belong together, and a build that cannot be says what to install."""
+"""The extension, its types and its sources match, and a failed build says what to install."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyvmm.errors import PyvmmError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_everything_in_the_loop_is_typed_and_everything_typed_is_there() -> None:
+def test_every_name_of_the_loop_is_typed_and_every_typed_name_exists() -> None:
     stub = ast.parse((ROOT / "pyvmm" / "_native.pyi").read_text())
     (typed,) = (node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "_Lib")
     names = {node.name for node in typed.body if isinstance(node, ast.FunctionDef)}
@@ -30,7 +30,7 @@ def test_everything_in_the_loop_is_typed_and_everything_typed_is_there() -> None
     assert names == {name for name in dir(lib) if name.lower().startswith("pv_")}
 
 
-def test_typed_functions_take_as_many_arguments_as_the_loops() -> None:
+def test_typed_functions_take_as_many_arguments_as_those_of_the_loop() -> None:
     stub = ast.parse((ROOT / "pyvmm" / "_native.pyi").read_text())
     (typed,) = (node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "_Lib")
     for node in typed.body:
@@ -39,7 +39,7 @@ def test_typed_functions_take_as_many_arguments_as_the_loops() -> None:
             assert taken == len(ffi.typeof(getattr(lib, node.name)).args), node.name
 
 
-def test_structures_are_typed_with_the_fields_they_have() -> None:
+def test_structures_are_typed_with_their_fields() -> None:
     stub = ast.parse((ROOT / "pyvmm" / "_native.pyi").read_text())
     classes = {node.name: node for node in stub.body if isinstance(node, ast.ClassDef) and node.name.startswith("pv_")}
     assert sorted(classes) == sorted(ffi.list_types()[1])
@@ -48,11 +48,11 @@ def test_structures_are_typed_with_the_fields_they_have() -> None:
         assert fields == [field for field, _ in ffi.typeof(f"struct {name}").fields], name
 
 
-def test_typing_is_what_the_declarations_say() -> None:
+def test_the_types_agree_with_the_declarations() -> None:
     assert (ROOT / "pyvmm" / "_native.pyi").read_text() == stubs.stub(build.declarations()), "python native/build.py"
 
 
-def test_typing_follows_a_field_a_parameter_and_a_constant_that_are_new() -> None:
+def test_the_types_include_a_new_field_parameter_and_constant() -> None:
     more = """
 enum pv_new { PV_NEW_ONE, PV_NEW_TWO = 7 };
 struct pv_new { uint32_t ours, other; uint64_t many[PV_NEW_TWO]; struct pv_vm *vm; const uint8_t *text; };
@@ -76,7 +76,7 @@ def test_structures_have_no_hidden_padding() -> None:
         assert end == ffi.sizeof(f"struct {name}"), name
 
 
-def test_no_two_sources_have_one_name_for_their_objects_lie_in_one_folder() -> None:
+def test_no_two_sources_have_the_same_file_name() -> None:
     names = [path.name for path in build.c_files()]
     assert len(names) > 10
     assert len(set(names)) == len(names)
@@ -84,7 +84,7 @@ def test_no_two_sources_have_one_name_for_their_objects_lie_in_one_folder() -> N
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Which files each file of C calls. A function that a header inlines belongs to whoever includes it."""
+    """Return the files that each file of C calls. An inline function of a header belongs to the including file."""
     folder = tmp_path_factory.mktemp("objects")
     cc = build.compiler(platform.machine())
     nm = shutil.which("nm")
@@ -105,22 +105,24 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     return {name: {defined[symbol] for symbol in symbols if symbol in defined} for name, symbols in used.items()}
 
 
-def test_no_two_files_call_each_other_by_any_way(calls: dict[str, set[str]]) -> None:
+def test_no_two_files_call_each_other_even_indirectly(calls: dict[str, set[str]]) -> None:
     assert "hypercall.c" in calls["run.c"]
     assert list(graphlib.TopologicalSorter(calls).static_order())[-1] in {"run.c", "blk.c", "net.c", "userfault.c"}
 
 
-def test_loop_stands_below_the_virtio_devices(calls: dict[str, set[str]]) -> None:
+def test_the_loop_does_not_call_the_virtio_devices(calls: dict[str, set[str]]) -> None:
     folders = {path.name: path.parent.name for path in build.c_files()}
     up = {(one, other) for one in calls for other in calls[one] if (folders[one], folders[other]) == ("loop", "virtio")}
     assert up == set()
 
 
-def test_fresh_build_is_accepted() -> None:
+def test_a_fresh_build_is_accepted() -> None:
     _native_source.require_fresh_native()
 
 
-def test_stale_build_is_noticed_with_the_command_that_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_stale_build_has_the_command_that_rebuilds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(ROOT / "native", tmp_path / "native")
     with (tmp_path / "native" / "loop" / "run.c").open("a") as file:
         file.write("/* newer */\n")
@@ -129,12 +131,12 @@ def test_stale_build_is_noticed_with_the_command_that_mends_it(tmp_path: Path, m
         _native_source.require_fresh_native()
 
 
-def test_installed_package_has_no_sources_to_be_older_than(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_without_sources_is_never_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native_source, "NATIVE", tmp_path)
     _native_source.require_fresh_native()
 
 
-def test_missing_extension_is_named_with_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_extension_has_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyvmm._native", None)
     with pytest.raises(PyvmmError, match=r"cannot be imported(.|\n)*python native/build\.py"):
         _native_source.require_fresh_native()
@@ -144,7 +146,7 @@ def test_missing_extension_is_named_with_the_command_that_builds_it(monkeypatch:
     ("machine", "package"),
     [(platform.machine(), "gcc"), ("x86_64" if platform.machine() == "aarch64" else "aarch64", "gcc-")],
 )
-def test_missing_compiler_is_named_as_a_package(
+def test_the_error_for_a_missing_compiler_names_its_package(
     machine: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -152,20 +154,22 @@ def test_missing_compiler_is_named_as_a_package(
         build.build(machine, tmp_path / "out.so")
 
 
-def test_missing_python_header_is_named_as_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_python_header_names_its_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(build.BuildError, match=r"Python\.h is missing \(Debian: apt install python3-dev\)"):
         build.build(platform.machine(), tmp_path / "out.so")
 
 
-def test_error_in_the_sources_is_the_compilers_own(tmp_path: Path) -> None:
+def test_an_error_in_the_sources_shows_the_compilers_output(tmp_path: Path) -> None:
     (tmp_path / "wrong.c").write_text("int wrong(void) { return nothing; }\n")
     with pytest.raises(build.BuildError, match="nothing"):
         build.build(platform.machine(), tmp_path / "out.so", more=[tmp_path / "wrong.c"])
     assert not (tmp_path / "out.so").exists()
 
 
-def test_loop_exports_nothing_but_its_module() -> None:
+def test_the_loop_exports_only_its_module() -> None:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm (binutils)")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guarded copies: what they do at pages the host may not touch, to the byte, and what they leave to others."""
+"""Guarded copies: their exact behaviour at pages the host may not access, and the faults they pass on."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def test_copies_end_exactly_at_the_first_byte_that_faults(
         memory.close()
 
 
-def test_copies_go_on_working_after_a_fault(memory: Memory) -> None:
+def test_copies_work_again_after_a_fault(memory: Memory) -> None:
     buffer = ffi.new("uint8_t[]", 64)
     for _ in range(100):
         assert lib.pv_copy(buffer, memory.at(2 * PAGE), 64) == 0
         assert lib.pv_copy(buffer, memory.at(2 * PAGE - 32), 64) == 32
 
 
-def test_hole_in_the_middle_stops_a_copy_and_one_beyond_it_works(memory: Memory) -> None:
+def test_a_hole_in_the_middle_stops_a_copy_and_a_copy_beyond_it_works(memory: Memory) -> None:
     protect(memory.address + PAGE, PAGE, 0)
     assert lib.pv_fill(memory.at(0), 1, 3 * PAGE) == PAGE
     assert lib.pv_fill(memory.at(PAGE), 1, PAGE) == 0
@@ -116,7 +116,7 @@ def test_hole_in_the_middle_stops_a_copy_and_one_beyond_it_works(memory: Memory)
     assert lib.pv_fill(memory.at(PAGE), 1, PAGE) == PAGE
 
 
-def test_threads_fault_each_on_their_own(memory: Memory) -> None:
+def test_faults_of_several_threads_are_independent(memory: Memory) -> None:
     wrong: list[tuple[int, int]] = []
 
     def hammer(before: int) -> None:
@@ -134,7 +134,7 @@ def test_threads_fault_each_on_their_own(memory: Memory) -> None:
     assert wrong == []
 
 
-def test_page_closed_under_a_copy_ends_it_there(memory: Memory) -> None:
+def test_closing_a_page_during_a_copy_ends_the_copy_there(memory: Memory) -> None:
     over = threading.Event()
 
     def flip() -> None:
@@ -154,7 +154,7 @@ def test_page_closed_under_a_copy_ends_it_there(memory: Memory) -> None:
 
 
 def make_vm(memory: Memory, regions: list[tuple[int, int, int]]) -> tuple[Any, list[Any]]:
-    """A VM with regions of (gpa, offset in memory, size)."""
+    """Make a VM with regions of (gpa, offset in memory, size)."""
     ledger = ffi.new("uint8_t[]", 3)
     array = ffi.new("struct pv_region[]", len(regions))
     for entry, (gpa, offset, size) in zip(array, regions, strict=True):
@@ -192,14 +192,14 @@ def test_guest_copies_report_the_gpa_of_the_page_that_faults(memory: Memory) -> 
     assert keep
 
 
-def test_region_without_a_view_is_not_accessible(memory: Memory) -> None:
+def test_a_region_without_a_view_is_not_accessible(memory: Memory) -> None:
     vm, keep = make_vm(memory, [(0x4000, 0, PAGE)])
     vm.map.regions[0].view = ffi.NULL
     assert lib.pv_probe(vm, 0x4000) == 0
     assert keep
 
 
-def test_ledger_counts_every_page_where_it_is(memory: Memory) -> None:
+def test_the_ledger_has_an_entry_for_every_page(memory: Memory) -> None:
     vm, keep = make_vm(memory, [(0x4000, 0, 3 * PAGE)])
     vm.pages[lib.PV_PAGE_ABSENT] = 3
     assert lib.pv_ledger_set(vm, 0x5000, lib.PV_PAGE_PRIVATE | lib.PV_PAGE_ASSUMED) == lib.PV_PAGE_ABSENT
@@ -211,7 +211,7 @@ def test_ledger_counts_every_page_where_it_is(memory: Memory) -> None:
     assert keep
 
 
-# ---- faults and signals that are nobody's copy: each in a process of its own, since it ends it
+# ---- faults and signals outside copies: each in a separate process, which they end
 
 
 def child(body: str) -> subprocess.CompletedProcess[str]:
@@ -220,11 +220,11 @@ def child(body: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_wild_access_still_kills_the_process() -> None:
+def test_a_wild_access_still_kills_the_process() -> None:
     assert child("lib.pv_install_signals(); ctypes.string_at(8)").returncode == -signal.SIGSEGV
 
 
-def test_wild_access_in_another_thread_during_a_copy_still_kills() -> None:
+def test_a_wild_access_in_another_thread_during_a_copy_still_kills_the_process() -> None:
     done = child("""
         lib.pv_install_signals()
         room = ffi.new("uint8_t[]", 1 << 26)
@@ -234,7 +234,7 @@ def test_wild_access_in_another_thread_during_a_copy_still_kills() -> None:
     assert done.returncode == -signal.SIGSEGV
 
 
-def test_handler_that_was_there_before_is_called_with_the_fault() -> None:
+def test_an_earlier_handler_is_called_with_the_fault() -> None:
     done = child("""
         faulthandler.enable()
         lib.pv_install_signals()
@@ -246,7 +246,7 @@ def test_handler_that_was_there_before_is_called_with_the_fault() -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGBUS"])
-def test_signal_that_somebody_sent_is_not_taken_for_a_fault(name: str) -> None:
+def test_a_sent_signal_is_not_taken_for_a_fault(name: str) -> None:
     done = child(f"""
         lib.pv_install_signals()
         os.kill(os.getpid(), signal.{name})
@@ -255,7 +255,7 @@ def test_signal_that_somebody_sent_is_not_taken_for_a_fault(name: str) -> None:
     assert (done.returncode, done.stdout) == (-getattr(signal, name), "")
 
 
-def test_sent_signal_that_was_ignored_stays_ignored_but_a_fault_kills() -> None:
+def test_an_ignored_signal_stays_ignored_when_sent_but_a_fault_kills() -> None:
     done = child("""
         signal.signal(signal.SIGSEGV, signal.SIG_IGN)
         lib.pv_install_signals()
@@ -266,7 +266,7 @@ def test_sent_signal_that_was_ignored_stays_ignored_but_a_fault_kills() -> None:
     assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "alive\n")
 
 
-def test_pythons_own_handler_hears_a_sent_signal_and_copies_go_on() -> None:
+def test_a_python_handler_gets_a_sent_signal_and_copies_still_work() -> None:
     done = child("""
         heard = []
         signal.signal(signal.SIGBUS, lambda *_: heard.append(1))
@@ -278,7 +278,7 @@ def test_pythons_own_handler_hears_a_sent_signal_and_copies_go_on() -> None:
     assert (done.returncode, done.stdout) == (0, "[1]\n")
 
 
-def test_kick_signal_interrupts_and_does_nothing_else() -> None:
+def test_the_kick_signal_interrupts_and_has_no_other_effect() -> None:
     woken = threading.Event()
 
     def sleeper() -> None:
@@ -296,8 +296,8 @@ def test_kick_signal_interrupts_and_does_nothing_else() -> None:
 
 @pytest.mark.parametrize("call", ["copy(room, page", "fill(page, 1"])
 @pytest.mark.parametrize("size", [8, 4096])
-def test_a_fault_is_caught_whatever_the_process_inherited(call: str, size: int) -> None:
-    # A fault whose signal is blocked kills the process, handler or not.
+def test_a_fault_is_caught_whatever_signal_mask_the_process_inherited(call: str, size: int) -> None:
+    # A fault whose signal is blocked kills the process, even with a handler.
     done = child(f"""
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGSEGV, signal.SIGBUS])
         lib.pv_install_signals()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop does when KVM_RUN fails, is kicked or ends, in a fake kernel."""
+"""How the loop handles failures, kicks and ends of KVM_RUN, in a fake kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEVICE = 0x0930_0000
 # ---- failures of KVM_RUN
 
 
-def test_failure_without_policy_stops_and_is_decoded(rig: Rig) -> None:
+def test_a_failure_without_policy_stops_the_loop_and_is_decoded(rig: Rig) -> None:
     rig.script(failure(errno.EFAULT, gpa=rig.RAM + 4096), failure(errno.EFAULT), failure(errno.EIO))
     native = rig.vcpus[0].native
     assert rig.run() == "FAILED"
@@ -39,7 +39,7 @@ def test_failure_without_policy_stops_and_is_decoded(rig: Rig) -> None:
     ]
 
 
-def test_exit_reason_of_an_older_fault_is_not_taken_for_this_ones(rig: Rig) -> None:
+def test_the_exit_reason_of_an_older_fault_is_not_taken_for_the_current_one(rig: Rig) -> None:
     rig.script(failure(errno.EFAULT, gpa=rig.RAM), {"error": errno.ENOMEM, "exit_reason": 0})
     rig.run()
     assert rig.vcpus[0].area[8] == 0
@@ -47,7 +47,7 @@ def test_exit_reason_of_an_older_fault_is_not_taken_for_this_ones(rig: Rig) -> N
     assert (rig.vcpus[0].native.failure, rig.vcpus[0].native.fault_size) == (rig.lib.PV_FAIL_ENOMEM, 0)
 
 
-def test_failures_are_retried_so_often_in_a_row_and_no_more(rig: Rig) -> None:
+def test_failures_in_a_row_are_retried_up_to_the_limit(rig: Rig) -> None:
     rig.vm.policy[rig.lib.PV_FAIL_EAGAIN] = rig.lib.PV_ACT_RETRY
     rig.vm.retry_limit = 2
     counter = rig.new("uint64_t *")
@@ -58,7 +58,7 @@ def test_failures_are_retried_so_often_in_a_row_and_no_more(rig: Rig) -> None:
     assert (counter[0], rig.vcpus[0].fake.next) == (1, 6)
 
 
-def test_punch_policy_drops_the_page_that_was_told_and_goes_on(rig: Rig) -> None:
+def test_the_punch_policy_drops_the_reported_page_and_continues(rig: Rig) -> None:
     rig.memory[:] = b"\x11" * len(rig.memory)
     rig.vm.policy[rig.lib.PV_FAIL_MEMORY] = rig.vm.policy[rig.lib.PV_FAIL_EFAULT] = rig.lib.PV_ACT_PUNCH
     rig.state(1, "HOST")
@@ -70,14 +70,14 @@ def test_punch_policy_drops_the_page_that_was_told_and_goes_on(rig: Rig) -> None
     assert [rig.memory[n * 4096] for n in range(4)] == [0x11, 0, 0x11, 0x11]
 
 
-def test_punched_page_whose_slot_is_going_is_not_counted_as_a_hole(rig: Rig) -> None:
+def test_a_punched_page_of_a_slot_being_removed_is_not_counted_as_a_hole(rig: Rig) -> None:
     rig.vm.policy[rig.lib.PV_FAIL_MEMORY], rig.vm.retry_limit = rig.lib.PV_ACT_PUNCH, 5
     rig.script(failure(errno.EFAULT, gpa=rig.RAM))
     assert rig.run() == "OTHER"
     assert (rig.ledger[0], rig.vm.pages[rig.lib.PV_PAGE_ABSENT]) == (rig.lib.PV_PAGE_ABSENT, 4)
 
 
-def test_protected_guests_page_is_never_punched_under_it(make_rig: Callable[..., Rig]) -> None:
+def test_a_page_of_a_protected_guest_is_never_punched(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(protection="PKVM")
     rig.memory[:] = b"\x11" * len(rig.memory)
     rig.vm.policy[rig.lib.PV_FAIL_MEMORY], rig.vm.retry_limit = rig.lib.PV_ACT_PUNCH, 5
@@ -86,7 +86,7 @@ def test_protected_guests_page_is_never_punched_under_it(make_rig: Callable[...,
     assert rig.memory[0] == 0x11
 
 
-def test_fault_outside_memory_cannot_be_punched(rig: Rig) -> None:
+def test_a_fault_outside_memory_cannot_be_punched(rig: Rig) -> None:
     rig.vm.policy[rig.lib.PV_FAIL_MEMORY], rig.vm.retry_limit = rig.lib.PV_ACT_PUNCH, 5
     rig.script(failure(errno.EFAULT, gpa=rig.RAM - 4096))
     assert rig.run() == "FAILED"
@@ -95,13 +95,13 @@ def test_fault_outside_memory_cannot_be_punched(rig: Rig) -> None:
 # ---- the rest
 
 
-def test_signal_without_a_kick_is_not_seen_by_python(rig: Rig) -> None:
+def test_a_signal_without_a_kick_does_not_reach_python(rig: Rig) -> None:
     rig.script(failure(errno.EINTR), failure(errno.EINTR))
     assert rig.run() == "OTHER"
     assert rig.vcpus[0].native.stats[rig.lib.PV_EXIT_INTR].count == 2
 
 
-def test_kick_before_the_run_keeps_the_guest_out(rig: Rig) -> None:
+def test_a_kick_before_the_run_keeps_the_vcpu_out_of_the_guest(rig: Rig) -> None:
     vcpu = rig.vcpus[0]
     rig.lib.pv_kick(vcpu.native)
     assert vcpu.area[1] == 1
@@ -112,13 +112,13 @@ def test_kick_before_the_run_keeps_the_guest_out(rig: Rig) -> None:
     assert rig.run() == "OTHER"
 
 
-def test_immediate_exit_left_without_a_kick_does_not_spin(rig: Rig) -> None:
+def test_immediate_exit_left_set_without_a_kick_does_not_spin(rig: Rig) -> None:
     rig.vcpus[0].area[1] = 1
     assert rig.run() == "OTHER"
     assert rig.vcpus[0].fake.entered == 2
 
 
-def test_settling_takes_the_answer_to_kvm_and_no_guest_further(rig: Rig) -> None:
+def test_settling_completes_the_access_in_kvm_without_running_the_guest(rig: Rig) -> None:
     exits = rig.script(load(DEVICE, 4), store(DEVICE, 2, 1))
     vcpu = rig.vcpus[0]
     assert rig.run() == "UNCLAIMED"
@@ -129,7 +129,7 @@ def test_settling_takes_the_answer_to_kvm_and_no_guest_further(rig: Rig) -> None
     assert rig.run() == "UNCLAIMED"
 
 
-def test_settling_leaves_an_access_undone_that_the_loop_would_carry_out_later(rig: Rig) -> None:
+def test_settling_leaves_an_access_that_the_loop_will_perform_later(rig: Rig) -> None:
     uart = rig.pl011(tx=1)
     rig.bus((DEVICE, 0x1000, "PL011", uart))
     rig.script(store(DEVICE, 1, 1), store(DEVICE, 2, 1))
@@ -139,7 +139,7 @@ def test_settling_leaves_an_access_undone_that_the_loop_would_carry_out_later(ri
     assert printed(rig, uart) == b"\1"
 
 
-def test_kick_does_not_lose_what_was_left_to_do(rig: Rig) -> None:
+def test_a_kick_does_not_lose_pending_work(rig: Rig) -> None:
     uart = rig.pl011(tx=1)
     rig.bus((DEVICE, 0x1000, "PL011", uart))
     rig.script(store(DEVICE, 1, 1), store(DEVICE, 2, 1))
@@ -152,14 +152,14 @@ def test_kick_does_not_lose_what_was_left_to_do(rig: Rig) -> None:
     assert printed(rig, uart) == b"\2"
 
 
-def test_system_event_is_laid_open(rig: Rig) -> None:
+def test_the_stop_has_the_fields_of_a_system_event(rig: Rig) -> None:
     rig.script({"exit_reason": EXIT_SYSTEM, "nr": 2, "len": 7, "data": 50})
     assert rig.run() == "SYSTEM"
     native = rig.vcpus[0].native
     assert (native.event, native.event_count, list(native.event_data)) == (2, 4, [50, 51, 52, 53])
 
 
-def test_debug_exits_and_unknown_ones_stop(rig: Rig) -> None:
+def test_debug_exits_and_unknown_exits_stop_the_loop(rig: Rig) -> None:
     rig.script({"exit_reason": EXIT_DEBUG}, {"exit_reason": 17})
     assert [rig.run(), rig.run()] == ["DEBUG", "OTHER"]
     assert rig.vcpus[0].native.exit_reason == 17
@@ -181,11 +181,11 @@ def test_histograms_and_trace_hold_every_exit_once(rig: Rig) -> None:
     ] * 10
     assert (records[10].code, len(records)) == (rig.lib.PV_EXIT_OTHER, 11)
     assert sum(r.value for r in records[:10]) == stats.guest_ns
-    # Each begins, guest time before it, after the last one ended: a trace has slices that do not overlap.
+    # Each exit, with the guest time before it, begins after the last one ended: slices of a trace do not overlap.
     assert all(before.ns <= after.ns - after.value for before, after in itertools.pairwise(records))
 
 
-def test_counts_are_kept_without_histograms(rig: Rig) -> None:
+def test_exits_are_counted_without_histograms(rig: Rig) -> None:
     rig.bus((DEVICE, 8, "COUNTER", rig.new("uint64_t *")))
     rig.script(*[store(DEVICE, 1)] * 3)
     rig.run()
@@ -194,10 +194,10 @@ def test_counts_are_kept_without_histograms(rig: Rig) -> None:
     assert rig.records() == []
 
 
-# ---- masks
+# ---- signal masks
 
 
-def test_a_vcpu_is_kicked_whatever_its_thread_inherited(rig: Rig) -> None:
+def test_a_vcpu_can_be_kicked_whatever_signal_mask_its_thread_inherited(rig: Rig) -> None:
     rig.script()
     kick = rig.lib.pv_kick_signal()
     blocked: list[bool] = []

@@ -35,7 +35,7 @@ def rung(fd: int) -> int:
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("offset", [0, 1, 8, 15])
-def test_registers_keep_what_was_stored(rig: Rig, size: int, offset: int) -> None:
+def test_registers_keep_stored_values(rig: Rig, size: int, offset: int) -> None:
     state = rig.new("uint8_t[]", 32)
     rig.bus((DEVICE, 32, "REGISTERS", state))
     exits = rig.script(store(DEVICE + offset, 0x8877_6655_4433_2211, size), load(DEVICE + offset, size))
@@ -46,7 +46,7 @@ def test_registers_keep_what_was_stored(rig: Rig, size: int, offset: int) -> Non
     )
 
 
-def test_access_across_the_end_of_a_range_belongs_to_nobody(rig: Rig) -> None:
+def test_an_access_across_the_end_of_a_range_is_unclaimed(rig: Rig) -> None:
     state = rig.new("uint8_t[]", 16)
     rig.bus((DEVICE, 12, "REGISTERS", state))
     rig.script(store(DEVICE + 8, MINUS_1, 8))
@@ -67,7 +67,7 @@ def test_each_range_is_found_among_many_and_counts_its_own_accesses(rig: Rig) ->
     assert rig.vcpus[0].native.stats[rig.lib.PV_EXIT_MMIO_COUNTER].count == 19
 
 
-def test_gap_between_ranges_and_an_empty_bus_are_unclaimed(rig: Rig) -> None:
+def test_accesses_between_ranges_and_on_an_empty_bus_are_unclaimed(rig: Rig) -> None:
     rig.script(load(DEVICE), load(DEVICE + 0x1800), load(DEVICE + 0x3000))
     assert rig.run() == "UNCLAIMED"
     rig.bus((DEVICE, 0x1000, "COUNTER", rig.new("uint64_t *")), (DEVICE + 0x2000, 0x1000, "COLD", None))
@@ -77,7 +77,7 @@ def test_gap_between_ranges_and_an_empty_bus_are_unclaimed(rig: Rig) -> None:
     assert rig.vcpus[0].native.gpa == DEVICE + 0x3000
 
 
-def test_replaced_bus_is_used_from_the_next_exit_on(rig: Rig) -> None:
+def test_a_replaced_bus_is_used_from_the_next_exit(rig: Rig) -> None:
     first, second = rig.new("uint64_t *"), rig.new("uint64_t *")
     rig.bus((DEVICE - 0x1000, 0x1000, "COLD", None), (DEVICE, 8, "COUNTER", first))
     rig.script(store(DEVICE, 1), load(DEVICE - 8), store(DEVICE, 1))
@@ -100,7 +100,7 @@ def test_python_answers_a_cold_load(rig: Rig, size: int) -> None:
     assert (vcpu.offset, vcpu.is_write, vcpu.value) == (24, 1, 0x1234 & (1 << 8 * size) - 1)
 
 
-def test_doorbell_rings_only_the_slot_that_matches(rig: Rig) -> None:
+def test_a_doorbell_rings_only_the_matching_slot(rig: Rig) -> None:
     fds = [eventfd() for _ in range(3)]
     slots = rig.new(
         "struct pv_doorbell_slot[]",
@@ -123,7 +123,7 @@ def test_doorbell_rings_only_the_slot_that_matches(rig: Rig) -> None:
     assert exits[5].answer == 0
 
 
-def test_coalescing_doorbell_is_written_once_until_it_is_taken(rig: Rig) -> None:
+def test_a_coalescing_doorbell_is_written_once_until_it_is_read(rig: Rig) -> None:
     fd = eventfd()
     slots = rig.new("struct pv_doorbell_slot[]", [(0, 5, fd, 0, 1)])
     rig.bus((DEVICE, 0x1000, "DOORBELL", rig.new("struct pv_doorbell *", {"count": 1, "slots": slots})))
@@ -143,7 +143,7 @@ def test_coalescing_doorbell_is_written_once_until_it_is_taken(rig: Rig) -> None
 # ---- PL011
 
 
-def test_uart_carries_bytes_both_ways_and_says_so_in_its_flags(rig: Rig) -> None:
+def test_the_uart_carries_bytes_both_ways_and_its_flags_agree(rig: Rig) -> None:
     uart = rig.pl011()
     rig.bus((DEVICE, 0x1000, "PL011", uart))
     rig.lib.pv_pl011_feed(uart, b"ab", 2)
@@ -160,7 +160,7 @@ def test_uart_carries_bytes_both_ways_and_says_so_in_its_flags(rig: Rig) -> None
     assert [exits[n].answer for n in range(2, 7)] == [0xC0, ord("a"), ord("b"), 0x90, 0]
 
 
-def test_full_uart_stops_and_loses_or_repeats_no_byte(rig: Rig) -> None:
+def test_a_full_uart_stops_the_loop_and_loses_or_repeats_no_byte(rig: Rig) -> None:
     uart = rig.pl011(tx=4)
     rig.bus((DEVICE, 0x1000, "PL011", uart))
     text = bytes(range(64, 87))
@@ -169,7 +169,7 @@ def test_full_uart_stops_and_loses_or_repeats_no_byte(rig: Rig) -> None:
     while (stop := rig.run()) == "FIFO":
         stops += 1
         if stops % 3 == 0:
-            continue  # come back without having drained: it must stop again
+            continue  # re-enter without draining: it must stop again
         got += printed(rig, uart, stops % 3 * 2)
     got += printed(rig, uart)
     assert stop == "OTHER"
@@ -179,7 +179,7 @@ def test_full_uart_stops_and_loses_or_repeats_no_byte(rig: Rig) -> None:
 
 
 def with_line(rig: Rig) -> tuple[Any, Any]:
-    """A UART and the fake kernel's interrupt line that it moves."""
+    """Make a UART and the fake kernel's interrupt line that it drives."""
     uart = rig.pl011()
     uart.vm_fd, uart.irq = 0, 5
     rig.bus((DEVICE, 0x1000, "PL011", uart))
@@ -190,7 +190,7 @@ def moves(line: Any) -> tuple[int, int]:
     return line.raised, line.lowered
 
 
-def test_uart_interrupt_is_held_until_its_cause_is_gone(rig: Rig) -> None:
+def test_the_uart_interrupt_stays_raised_until_its_cause_is_gone(rig: Rig) -> None:
     uart, line = with_line(rig)
     rig.script(store(DEVICE + 0x38, 0x50, 4))
     rig.run()
@@ -210,7 +210,7 @@ def test_uart_interrupt_is_held_until_its_cause_is_gone(rig: Rig) -> None:
     assert moves(line) == (2, 1)
 
 
-def test_transmit_interrupt_is_set_by_a_byte_and_cleared_by_icr(rig: Rig) -> None:
+def test_a_byte_sets_the_transmit_interrupt_and_icr_clears_it(rig: Rig) -> None:
     _, line = with_line(rig)
     exits = rig.script(
         store(DEVICE, 65, 1),
@@ -233,7 +233,7 @@ def test_masking_an_interrupt_lowers_its_line_and_unmasking_raises_it_again(rig:
     assert moves(line) == (2, 2)
 
 
-def test_uart_is_known_by_its_id_registers(rig: Rig) -> None:
+def test_the_uart_has_the_id_registers_of_a_pl011(rig: Rig) -> None:
     rig.bus((DEVICE, 0x1000, "PL011", rig.pl011()))
     exits = rig.script(*[load(DEVICE + 0xFE0 + 4 * n, 4) for n in range(8)])
     rig.run()
@@ -243,7 +243,7 @@ def test_uart_is_known_by_its_id_registers(rig: Rig) -> None:
     assert sum(ids[4 + n] << 8 * n for n in range(4)) == 0xB105_F00D
 
 
-def test_uart_registers_keep_only_their_bits_and_odd_accesses_do_nothing(rig: Rig) -> None:
+def test_uart_registers_keep_only_valid_bits_and_odd_accesses_have_no_effect(rig: Rig) -> None:
     rig.bus((DEVICE, 0x1000, "PL011", rig.pl011()))
     bits = {0x20: 0xFF, 0x24: 0xFFFF, 0x28: 0x3F, 0x2C: 0xFF, 0x30: 0xFFFF, 0x34: 0x3F, 0x38: 0x7FF, 0x48: 7}
     exits = rig.script(
@@ -263,7 +263,7 @@ def test_uart_registers_keep_only_their_bits_and_odd_accesses_do_nothing(rig: Ri
 # ---- mailbox
 
 
-def test_puppet_gets_its_order_and_returns_results(rig: Rig) -> None:
+def test_the_puppet_gets_its_order_and_returns_results(rig: Rig) -> None:
     box = rig.new("struct pv_mailbox[]", 1)
     rig.bus((DEVICE, 0x1000, "MAILBOX", box))
     exits = rig.script(
@@ -278,7 +278,7 @@ def test_puppet_gets_its_order_and_returns_results(rig: Rig) -> None:
         load(DEVICE),
     )
     assert rig.run() == "MAILBOX"
-    assert rig.run() == "MAILBOX"  # still no order
+    assert rig.run() == "MAILBOX"  # there is still no order
     box[0].order = [42, 1, 2, 3, 4, 5, 6, 7]
     box[0].state = rig.lib.PV_MAILBOX_ORDER
     assert rig.run() == "MAILBOX"
@@ -288,7 +288,7 @@ def test_puppet_gets_its_order_and_returns_results(rig: Rig) -> None:
     assert (rig.ranges[0].reads, rig.ranges[0].writes) == (4, 5)
 
 
-def test_trap_stops_the_loop_with_its_registers(rig: Rig) -> None:
+def test_a_trap_stops_the_loop_with_its_registers(rig: Rig) -> None:
     box = rig.new("struct pv_mailbox[]", 1)
     rig.bus((DEVICE, 0x1000, "MAILBOX", box))
     rig.script(*[store(DEVICE + 0x80 + 8 * n, 100 + n) for n in range(8)], store(DEVICE + 0xC0, 0))
@@ -297,7 +297,7 @@ def test_trap_stops_the_loop_with_its_registers(rig: Rig) -> None:
     assert list(box[0].trap) == list(range(100, 108))
 
 
-def test_vcpu_reaches_no_mailbox_but_its_own(make_rig: Callable[..., Rig]) -> None:
+def test_a_vcpu_can_access_only_its_own_mailbox(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(vcpus=2)
     box = rig.new("struct pv_mailbox[]", 2)
     box[0].state, box[0].order = rig.lib.PV_MAILBOX_ORDER, [7] * 8
@@ -309,7 +309,7 @@ def test_vcpu_reaches_no_mailbox_but_its_own(make_rig: Callable[..., Rig]) -> No
 
 
 @pytest.mark.parametrize("access", [load(DEVICE, 4), load(DEVICE + 4, 8), store(DEVICE + 0x78, 1), load(DEVICE + 0xE8)])
-def test_mailbox_ignores_what_is_not_a_whole_register_or_out_of_turn(rig: Rig, access: dict[str, Any]) -> None:
+def test_the_mailbox_ignores_partial_registers_and_accesses_out_of_turn(rig: Rig, access: dict[str, Any]) -> None:
     box = rig.new("struct pv_mailbox[]", 1)
     box[0].state, box[0].order = rig.lib.PV_MAILBOX_ORDER, [7] * 8
     rig.bus((DEVICE, 0x1000, "MAILBOX", box))

@@ -38,7 +38,7 @@ def bell_rig(make_rig: Callable[..., Rig]) -> Callable[..., Rig]:
 
 
 @pytest.mark.parametrize("protection", ["NONE", "PKVM"])
-def test_rung_share_and_unshare_are_told_before_the_guest_goes_on(
+def test_subscribers_hear_of_a_rung_share_and_unshare_before_the_guest_continues(
     bell_rig: Callable[..., Rig], protection: str
 ) -> None:
     rig = bell_rig(protection)
@@ -62,7 +62,7 @@ def test_rung_share_and_unshare_are_told_before_the_guest_goes_on(
     ]
 
 
-def test_page_rung_twice_is_told_once(bell_rig: Callable[..., Rig]) -> None:
+def test_a_page_rung_twice_is_reported_once(bell_rig: Callable[..., Rig]) -> None:
     rig = bell_rig("PKVM")
     exits = rig.script(store(BELL, rig.RAM | 1), store(BELL, rig.RAM | 1), load(BELL))
     assert rig.run() == "SHARE"
@@ -87,7 +87,7 @@ def test_page_rung_twice_is_told_once(bell_rig: Callable[..., Rig]) -> None:
     ],
 )
 @pytest.mark.parametrize("protection", ["NONE", "PKVM", "EMULATED"])
-def test_bad_ring_is_refused_and_changes_nothing(
+def test_an_invalid_ring_is_refused_and_changes_nothing(
     bell_rig: Callable[..., Rig], protection: str, value: int, size: int
 ) -> None:
     rig = bell_rig(protection)
@@ -99,7 +99,7 @@ def test_bad_ring_is_refused_and_changes_nothing(
     assert (rig.vm.shares, rig.vm.refused) == (0, 1)
 
 
-def test_pkvm_does_not_believe_a_share_of_a_page_it_cannot_read(bell_rig: Callable[..., Rig]) -> None:
+def test_a_claimed_share_is_refused_under_pkvm_if_the_page_cannot_be_read(bell_rig: Callable[..., Rig]) -> None:
     rig = bell_rig("PKVM")
     rig.close_view(2)
     exits = rig.script(store(BELL, rig.RAM + 2 * 4096 | 1), load(BELL))
@@ -110,7 +110,7 @@ def test_pkvm_does_not_believe_a_share_of_a_page_it_cannot_read(bell_rig: Callab
 
 @pytest.mark.parametrize("protection", ["NONE", "PKVM", "EMULATED"])
 @pytest.mark.parametrize("op", [1, 2])
-def test_ring_for_a_page_whose_slot_is_going_is_refused_and_not_counted_as_a_page(
+def test_a_ring_for_a_page_of_a_slot_being_removed_is_refused_and_not_counted(
     bell_rig: Callable[..., Rig], protection: str, op: int
 ) -> None:
     rig = bell_rig(protection)
@@ -122,7 +122,7 @@ def test_ring_for_a_page_whose_slot_is_going_is_refused_and_not_counted_as_a_pag
     assert (rig.ledger[1], list(rig.vm.pages)) == (rig.lib.PV_PAGE_ABSENT, pages)
 
 
-def test_emulated_ring_only_agrees_with_the_hypercall(bell_rig: Callable[..., Rig]) -> None:
+def test_a_ring_under_the_emulated_protection_must_agree_with_the_hypercall(bell_rig: Callable[..., Rig]) -> None:
     rig = bell_rig("EMULATED")
     rig.state(0, "PRIVATE")
     rig.state(1, "SHARED")
@@ -148,7 +148,7 @@ def emulated(make_rig: Callable[..., Rig]) -> Rig:
     return rig
 
 
-def test_features_and_meminfo_answer_as_el2_does(emulated: Rig) -> None:
+def test_features_and_meminfo_are_answered_as_by_el2(emulated: Rig) -> None:
     exits = emulated.script(
         hypercall(FEATURES, 9, 9, 9), hypercall(MEMINFO), hypercall(MEMINFO, 1), hypercall(MEMINFO, 0, 0, 1)
     )
@@ -157,7 +157,7 @@ def test_features_and_meminfo_answer_as_el2_does(emulated: Rig) -> None:
     assert [e.out[0] for e in exits][1:] == [4096, MINUS_3, MINUS_3]
 
 
-def test_shared_page_opens_before_subscribers_hear_of_it(emulated: Rig) -> None:
+def test_a_shared_page_is_opened_before_subscribers_hear_of_it(emulated: Rig) -> None:
     exits = emulated.script(hypercall(SHARE, emulated.RAM + 4096))
     assert emulated.run() == "SHARE"
     native = emulated.vcpus[0].native
@@ -173,7 +173,7 @@ def test_shared_page_opens_before_subscribers_hear_of_it(emulated: Rig) -> None:
     assert emulated.vcpus[0].fake.one_regs == 4
 
 
-def test_unshared_page_closes_after_subscribers_have_let_go(emulated: Rig) -> None:
+def test_an_unshared_page_is_closed_after_subscribers_released_it(emulated: Rig) -> None:
     emulated.state(1, "SHARED")
     emulated.open_view(1)
     exits = emulated.script(hypercall(UNSHARE, emulated.RAM + 4096))
@@ -204,7 +204,7 @@ def test_unshared_page_closes_after_subscribers_have_let_go(emulated: Rig) -> No
         (UNSHARE, (Rig.RAM, 0, 2**63), "SHARED"),
     ],
 )
-def test_what_el2_refuses_is_refused_and_changes_nothing(
+def test_calls_that_el2_refuses_are_refused_and_change_nothing(
     emulated: Rig, nr: int, x: tuple[int, ...], state: str
 ) -> None:
     emulated.state(0, state)
@@ -219,7 +219,9 @@ def test_what_el2_refuses_is_refused_and_changes_nothing(
 
 @pytest.mark.parametrize(("conversion", "contents"), [("PRESERVE", 0x5A), ("ZERO", 0), ("PUNCH", 0)])
 @pytest.mark.parametrize("nr", [SHARE, UNSHARE])
-def test_conversion_does_to_the_contents_what_it_says(emulated: Rig, conversion: str, contents: int, nr: int) -> None:
+def test_each_conversion_changes_the_contents_as_its_name_says(
+    emulated: Rig, conversion: str, contents: int, nr: int
+) -> None:
     emulated.vm.conversion = getattr(emulated.lib, f"PV_CONVERT_{conversion}")
     emulated.vm.subscribers = 0
     if nr == UNSHARE:
@@ -235,7 +237,7 @@ def test_conversion_does_to_the_contents_what_it_says(emulated: Rig, conversion:
 
 
 @pytest.mark.parametrize("nr", [SHARE, UNSHARE])
-def test_exhausted_map_count_fails_the_call_and_leaves_the_page_as_it_was(emulated: Rig, nr: int) -> None:
+def test_an_exhausted_map_count_fails_the_call_and_leaves_the_page_unchanged(emulated: Rig, nr: int) -> None:
     emulated.vm.conversion = emulated.lib.PV_CONVERT_PUNCH
     emulated.vm.subscribers = 0
     if nr == UNSHARE:
@@ -252,9 +254,9 @@ def test_exhausted_map_count_fails_the_call_and_leaves_the_page_as_it_was(emulat
     assert emulated.memory[0] == 0x5A
 
 
-def test_failed_punch_puts_the_view_back(emulated: Rig) -> None:
+def test_a_failed_punch_restores_the_view(emulated: Rig) -> None:
     emulated.vm.conversion = emulated.lib.PV_CONVERT_PUNCH
-    emulated.vm.map.regions[0].fd = 1 << 20  # no such descriptor
+    emulated.vm.map.regions[0].fd = 1 << 20  # an invalid descriptor
     exits = emulated.script(hypercall(SHARE, emulated.RAM))
     assert emulated.run() == "OTHER"
     assert exits[0].out[0] == MINUS_1
@@ -262,7 +264,7 @@ def test_failed_punch_puts_the_view_back(emulated: Rig) -> None:
 
 
 @pytest.mark.parametrize("status", [0, -1])
-def test_cold_conversion_is_pythons_and_the_guest_hears_its_outcome(emulated: Rig, status: int) -> None:
+def test_python_does_a_cold_conversion_and_the_guest_gets_its_result(emulated: Rig, status: int) -> None:
     emulated.vm.conversion = emulated.lib.PV_CONVERT_COLD
     exits = emulated.script(hypercall(SHARE, emulated.RAM))
     native = emulated.vcpus[0].native
@@ -277,7 +279,7 @@ def test_cold_conversion_is_pythons_and_the_guest_hears_its_outcome(emulated: Ri
 
 
 @pytest.mark.parametrize("status", [0, -1])
-def test_cold_unshare_tells_then_converts(emulated: Rig, status: int) -> None:
+def test_a_cold_unshare_notifies_subscribers_and_then_converts(emulated: Rig, status: int) -> None:
     emulated.vm.conversion = emulated.lib.PV_CONVERT_COLD
     emulated.state(0, "SHARED")
     exits = emulated.script(hypercall(UNSHARE, emulated.RAM))
@@ -290,7 +292,7 @@ def test_cold_unshare_tells_then_converts(emulated: Rig, status: int) -> None:
     assert emulated.ledger[0] == (emulated.lib.PV_PAGE_SHARED if status else emulated.lib.PV_PAGE_PRIVATE)
 
 
-def test_two_vcpus_that_unshare_one_page_do_it_once(make_rig: Callable[..., Rig]) -> None:
+def test_two_vcpus_that_unshare_one_page_unshare_it_once(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(protection="EMULATED", vcpus=2)
     rig.state(0, "SHARED")
     rig.vm.subscribers = 1
@@ -302,7 +304,7 @@ def test_two_vcpus_that_unshare_one_page_do_it_once(make_rig: Callable[..., Rig]
 
 @pytest.fixture
 def taking_back(make_rig: Callable[..., Rig]) -> Rig:
-    """Two vCPUs, of which the first is stopped so that subscribers hear that it takes back page 1."""
+    """Make two vCPUs. The first is stopped so that subscribers hear that it unshares page 1."""
     rig = make_rig(protection="EMULATED", vcpus=2)
     for page in range(4):
         rig.state(page, "SHARED")
@@ -313,7 +315,7 @@ def taking_back(make_rig: Callable[..., Rig]) -> Rig:
     return rig
 
 
-def test_page_being_taken_back_is_neither_shared_nor_to_be_shared_again(taking_back: Rig) -> None:
+def test_a_page_being_unshared_is_not_shared_and_cannot_be_shared_again(taking_back: Rig) -> None:
     rig, page = taking_back, taking_back.RAM + 4096
     assert rig.ledger[1] & ~MOVING == rig.lib.PV_PAGE_PRIVATE
     before = rig.lib.fake_protects()
@@ -330,7 +332,7 @@ def test_page_being_taken_back_is_neither_shared_nor_to_be_shared_again(taking_b
     assert (rig.vm.pages[rig.lib.PV_PAGE_PRIVATE], rig.vm.pages[rig.lib.PV_PAGE_SHARED]) == (1, 3)
 
 
-def test_page_taken_back_can_be_shared_again_afterwards(taking_back: Rig) -> None:
+def test_an_unshared_page_can_be_shared_again_afterwards(taking_back: Rig) -> None:
     rig, page = taking_back, taking_back.RAM + 4096
     assert rig.run(0) == "OTHER"
     rig.script(hypercall(SHARE, page), vcpu=1)
@@ -338,7 +340,7 @@ def test_page_taken_back_can_be_shared_again_afterwards(taking_back: Rig) -> Non
     assert (rig.ledger[1], rig.lib.pv_probe(rig.vm, page)) == (rig.lib.PV_PAGE_SHARED, 1)
 
 
-def test_page_that_cannot_be_closed_is_shared_again(taking_back: Rig) -> None:
+def test_a_page_that_cannot_be_closed_becomes_shared_again(taking_back: Rig) -> None:
     rig = taking_back
     rig.lib.fake_protect_fails(1)
     assert rig.run(0) == "OTHER"
@@ -347,7 +349,7 @@ def test_page_that_cannot_be_closed_is_shared_again(taking_back: Rig) -> None:
     assert (rig.vm.pages[rig.lib.PV_PAGE_PRIVATE], rig.vm.pages[rig.lib.PV_PAGE_SHARED]) == (0, 4)
 
 
-def test_page_being_taken_back_keeps_its_entry_unless_its_slot_goes(taking_back: Rig) -> None:
+def test_a_page_being_unshared_keeps_its_entry_unless_its_slot_is_removed(taking_back: Rig) -> None:
     rig, page = taking_back, taking_back.RAM + 4096
     for state in ("HOLE", "SHARED"):
         assert rig.lib.pv_ledger_set(rig.vm, page, getattr(rig.lib, f"PV_PAGE_{state}")) == rig.lib.PV_PAGE_PRIVATE
@@ -359,7 +361,7 @@ def test_page_being_taken_back_keeps_its_entry_unless_its_slot_goes(taking_back:
     assert list(rig.vm.pages)[:4] == [1, 0, 0, 3]
 
 
-def test_readers_of_the_ledger_never_see_that_a_page_is_being_taken_back(taking_back: Rig) -> None:
+def test_readers_of_the_ledger_do_not_see_that_a_page_is_being_unshared(taking_back: Rig) -> None:
     rig = taking_back
     whole = ledger.Ledger(rig.vm)
     area = ledger.Area.new(Gpa(rig.RAM), 4 * 4096)
@@ -384,7 +386,7 @@ def android(make_rig: Callable[..., Rig]) -> Rig:
     return rig
 
 
-def test_share_that_the_kernel_tells_of_is_entered_and_told(android: Rig) -> None:
+def test_a_share_reported_by_the_kernel_is_entered_and_passed_to_subscribers(android: Rig) -> None:
     page, native = android.RAM + 4096, android.vcpus[0].native
     exits = android.script(*[hypercall(nr, 7, 8, 9, told=page) for nr in (SHARE, SHARE, UNSHARE)])
     assert android.run() == "SHARE"
@@ -403,7 +405,7 @@ def test_share_that_the_kernel_tells_of_is_entered_and_told(android: Rig) -> Non
     ]
 
 
-def test_share_that_the_kernel_tells_of_is_nobodys_business_without_subscribers(android: Rig) -> None:
+def test_a_share_reported_by_the_kernel_does_not_stop_the_loop_without_subscribers(android: Rig) -> None:
     android.lib.pv_subscribe(android.vm, 0)
     android.script(hypercall(SHARE, told=android.RAM))
     assert android.run() == "OTHER"
@@ -412,7 +414,7 @@ def test_share_that_the_kernel_tells_of_is_nobodys_business_without_subscribers(
 
 @pytest.mark.parametrize("gpa", [Rig.RAM + 8, Rig.RAM - 4096, Rig.RAM + 4 * 4096, 2**64 - 4096, Rig.RAM + 3 * 4096])
 @pytest.mark.parametrize("nr", [SHARE, UNSHARE])
-def test_share_of_no_page_of_ours_is_counted_and_the_guest_goes_on(android: Rig, gpa: int, nr: int) -> None:
+def test_a_share_of_a_page_outside_memory_is_counted_and_the_guest_continues(android: Rig, gpa: int, nr: int) -> None:
     android.state(3, "ABSENT")
     before = bytes(android.ledger)
     android.script(hypercall(nr, Rig.RAM, told=gpa))
@@ -422,7 +424,7 @@ def test_share_of_no_page_of_ours_is_counted_and_the_guest_goes_on(android: Rig,
     assert android.vcpus[0].fake.one_regs == 0
 
 
-def test_hypercalls_of_other_protections_and_unknown_ones_are_pythons(make_rig: Callable[..., Rig]) -> None:
+def test_python_handles_hypercalls_of_other_protections_and_unknown_ones(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig(protection="NONE")
     rig.script(hypercall(SHARE, rig.RAM, told=rig.RAM))
     assert rig.run() == "HYPERCALL"
@@ -435,7 +437,7 @@ def test_hypercalls_of_other_protections_and_unknown_ones_are_pythons(make_rig: 
     assert other.vcpus[0].native.value == 0x8400_0000
 
 
-def test_register_that_cannot_be_read_stops_the_vcpu(emulated: Rig) -> None:
+def test_a_register_that_cannot_be_read_stops_the_vcpu(emulated: Rig) -> None:
     emulated.vcpus[0].fake.one_reg_error = errno.EIO
     emulated.script(hypercall(SHARE, emulated.RAM))
     assert emulated.run() == "FAILED"

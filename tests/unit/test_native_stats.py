@@ -31,11 +31,11 @@ def rig() -> Iterator[Rig]:
 
 
 @given(ns=st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 41).map(lambda n: 2**n), st.integers(0, 4096)))
-def test_bucket_is_its_twins(ns: int) -> None:
+def test_the_bucket_equals_that_of_the_twin(ns: int) -> None:
     assert lib.pv_bucket_of(ns) == bucket_of(ns)
 
 
-def test_buckets_start_where_their_floor_says_and_grow() -> None:
+def test_buckets_start_at_their_floor_and_grow() -> None:
     floors = [lib.pv_bucket_floor(n) for n in range(321)]
     assert floors == sorted(set(floors))
     for bucket, floor in enumerate(floors[:320]):
@@ -45,7 +45,7 @@ def test_buckets_start_where_their_floor_says_and_grow() -> None:
     assert lib.pv_bucket_floor(10_000) == floors[320]
 
 
-def test_bucket_is_at_most_an_eighth_wide() -> None:
+def test_a_bucket_is_at_most_an_eighth_wide() -> None:
     floors = [lib.pv_bucket_floor(n) for n in range(321)]
     assert all((high - low) * 8 <= low for low, high in itertools.pairwise(floors[8:]))
 
@@ -66,7 +66,7 @@ def take(rig: Rig, fifo: Any, n: int) -> bytes:
     steps=st.lists(st.one_of(st.binary(max_size=12), st.integers(0, 12)), max_size=30),
     start=st.integers(0, 2**32 - 1),
 )
-def test_fifo_keeps_order_and_never_overfills(steps: list[bytes | int], start: int) -> None:
+def test_a_fifo_keeps_order_and_never_overfills(steps: list[bytes | int], start: int) -> None:
     uart = ffi.new("struct pv_pl011 *", {"vm_fd": -1})
     data = ffi.new("uint8_t[]", 8)
     rx = uart.rx
@@ -83,7 +83,7 @@ def test_fifo_keeps_order_and_never_overfills(steps: list[bytes | int], start: i
             model = model[got:]
 
 
-def test_armed_fifo_wakes_its_consumer_once(rig: Rig) -> None:
+def test_an_armed_fifo_wakes_its_consumer_once(rig: Rig) -> None:
     uart = uart_of(rig, 16)
     uart.tx.wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
     tx = rig.ffi.addressof(uart, "tx")
@@ -101,7 +101,7 @@ def test_armed_fifo_wakes_its_consumer_once(rig: Rig) -> None:
     os.close(uart.tx.wake_fd)
 
 
-def test_consumer_that_sleeps_loses_no_byte(rig: Rig) -> None:
+def test_a_sleeping_consumer_loses_no_byte(rig: Rig) -> None:
     uart = uart_of(rig, 4)
     uart.tx.wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
     tx = rig.ffi.addressof(uart, "tx")
@@ -111,7 +111,7 @@ def test_consumer_that_sleeps_loses_no_byte(rig: Rig) -> None:
     def consume() -> None:
         while not over.is_set() or uart.tx.head != uart.tx.tail:
             if rig.lib.pv_fifo_arm(tx) and not over.is_set():
-                # Whoever misses a wake-up waits here until the test's end and fails it.
+                # A missed wake-up would wait here until the test's end and fail it.
                 assert select.select([uart.tx.wake_fd], [], [], 20)[0]
                 os.eventfd_read(uart.tx.wake_fd)
             got.extend(take(rig, tx, 4))
@@ -128,7 +128,7 @@ def test_consumer_that_sleeps_loses_no_byte(rig: Rig) -> None:
     os.close(uart.tx.wake_fd)
 
 
-def test_ring_keeps_the_oldest_counts_the_rest_and_starts_again(rig: Rig) -> None:
+def test_the_ring_keeps_the_oldest_records_counts_the_rest_and_can_start_again(rig: Rig) -> None:
     rig.bus((DEVICE, 8, "COUNTER", rig.new("uint64_t *")))
     native = rig.vcpus[0].native
     native.ring.exits, native.ring.size = 1, 4
@@ -142,7 +142,7 @@ def test_ring_keeps_the_oldest_counts_the_rest_and_starts_again(rig: Rig) -> Non
     assert [(r.size & 0xFF, r.lost) for r in rig.records()] == [(2, 1), (0, 0)]
 
 
-def test_ring_without_room_is_allowed(rig: Rig) -> None:
+def test_a_ring_without_room_is_allowed(rig: Rig) -> None:
     native = rig.vcpus[0].native
     native.ring.size, native.ring.exits = 0, 1
     rig.run()

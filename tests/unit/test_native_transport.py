@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop answers of a virtio-mmio transport by itself, and what it leaves to Python, in a fake kernel."""
+"""Accesses to a virtio-mmio transport that the loop answers itself or leaves to Python, in a fake kernel."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rung(fd: int) -> int:
 
 @pytest.fixture
 def transport(rig: Rig) -> Iterator[Any]:
-    """Yield a transport with two queues on the bus, whose registers other than those of queues are their offsets."""
+    """Yield a transport with two queues on the bus. The value of each register outside queues is its offset."""
     line = rig.new("struct pv_interrupt *", {"fd": eventfd()})
     slots = rig.new("struct pv_doorbell_slot[]", [(0x50, number, eventfd()) for number in range(2)])
     made = {
@@ -53,7 +53,7 @@ def transport(rig: Rig) -> Iterator[Any]:
 
 
 def counts(rig: Rig) -> dict[str, int]:
-    """Return how often the loop was left for an MMIO, by kind."""
+    """Return how often the loop stopped for an MMIO, by kind."""
     kinds = ("COLD", "DOORBELL", "VIRTIO", "UNCLAIMED")
     found = {kind: rig.vcpus[0].native.stats[getattr(rig.lib, f"PV_EXIT_MMIO_{kind}")].count for kind in kinds}
     return {kind: count for kind, count in found.items() if count}
@@ -69,7 +69,7 @@ def test_virtio_registers_are_read_in_the_loop(rig: Rig, transport: Any) -> None
     assert counts(rig) == {"VIRTIO": len(wanted) - 2, "DOORBELL": 2}
 
 
-def test_virtio_selectors_select_and_none_is_beyond_the_end(rig: Rig, transport: Any) -> None:
+def test_virtio_selectors_select_and_a_queue_beyond_the_last_reads_as_zero(rig: Rig, transport: Any) -> None:
     steps = []
     for number in (1, 3, 4, 2**32 - 1):
         steps += [store(DEVICE + 0x14, number, 4), load(DEVICE + 0x10, 4)]
@@ -82,7 +82,7 @@ def test_virtio_selectors_select_and_none_is_beyond_the_end(rig: Rig, transport:
 
 
 @pytest.mark.parametrize("offset", [0x00, 0x10, 0x20, 0x38, 0x44, 0x70, 0x80, 0xA4, 0xFC, 0x100, 0x1FF])
-def test_virtio_writes_that_decide_something_are_cold(rig: Rig, transport: Any, offset: int) -> None:
+def test_virtio_writes_with_side_effects_go_to_python(rig: Rig, transport: Any, offset: int) -> None:
     before = bytes(rig.ffi.buffer(transport))
     size = 1 if offset == 0x1FF else 4
     rig.script(store(DEVICE + offset, 7, size))
@@ -104,13 +104,13 @@ def test_virtio_registers_are_accessed_whole_or_not_at_all(rig: Rig, transport: 
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0x1FF, 2), (0x1FD, 4), (0x1F9, 8), (0x200, 1)])
-def test_virtio_access_beyond_the_end_is_nobodys(rig: Rig, transport: Any, offset: int, size: int) -> None:
+def test_a_virtio_access_beyond_the_end_is_unclaimed(rig: Rig, transport: Any, offset: int, size: int) -> None:
     rig.script(load(DEVICE + offset, size))
     assert rig.run() == "UNCLAIMED"
     assert transport.lock == 0
 
 
-def test_virtio_configuration_takes_any_width_and_reads_zeros_behind_its_end(rig: Rig, transport: Any) -> None:
+def test_virtio_configuration_allows_any_width_and_reads_zeros_beyond_its_end(rig: Rig, transport: Any) -> None:
     rig.lib.pv_virtio_configure(transport, bytes(range(1, 256)) + b"\xff", 256, 1)
     widths = [(0x100, 1), (0x101, 2), (0x102, 8), (0x1F8, 8), (0x1FF, 1)]
     exits = rig.script(*[load(DEVICE + offset, size) for offset, size in widths], load(DEVICE + 0x104, 4))
@@ -124,7 +124,7 @@ def test_virtio_configuration_takes_any_width_and_reads_zeros_behind_its_end(rig
     assert [exit.answer for exit in exits[0:3]] == [9, 2, 0]
 
 
-def test_virtio_kicks_ring_the_queue_that_they_name(rig: Rig, transport: Any) -> None:
+def test_virtio_kicks_ring_the_named_queue(rig: Rig, transport: Any) -> None:
     slots = transport.bell.slots
     rig.script(store(DEVICE + 0x50, 1, 4), store(DEVICE + 0x50, 2, 4), store(DEVICE + 0x54, 0, 4))
     assert rig.run() == "OTHER"
@@ -133,7 +133,7 @@ def test_virtio_kicks_ring_the_queue_that_they_name(rig: Rig, transport: Any) ->
 
 
 def test_virtio_configuration_is_never_torn(make_rig: Callable[..., Rig]) -> None:
-    """Generation, contents, generation: contents that changed meanwhile show in the generation, for every vCPU."""
+    """Each vCPU reads generation, contents, generation. If the contents changed meanwhile, the generation differs."""
     rig = make_rig(vcpus=2)
     transport = rig.new("struct pv_virtio_mmio *")
     rig.bus((DEVICE, 0x200, "VIRTIO", transport))
@@ -167,7 +167,7 @@ def test_virtio_configuration_is_never_torn(make_rig: Callable[..., Rig]) -> Non
 # ---- interrupts of virtio
 
 
-def test_interrupts_are_told_once_until_they_are_acknowledged(rig: Rig) -> None:
+def test_interrupts_are_raised_once_until_they_are_acknowledged(rig: Rig) -> None:
     line = eventfd()
     interrupt = rig.new("struct pv_interrupt *", {"fd": line})
     bell = rig.new("struct pv_doorbell *")

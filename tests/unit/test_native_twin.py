@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop and its pure-Python twin decide alike, whatever a guest and a kernel throw at them."""
+"""The loop and its pure-Python twin decide alike, whatever a guest and a kernel do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ STATES = ["ABSENT", "HOST", "PRIVATE", "PRIVATE", "SHARED", "SHARED", "HOLE", "P
 
 
 class Guest:
-    """What a guest and its kernel may do, evenly spread: Hypothesis's taste for short lists and zeros finds less."""
+    """The actions of a guest and its kernel, drawn uniformly: Hypothesis prefers short lists and zeros."""
 
     def __init__(self, random: Random) -> None:
         self.random = random
@@ -122,7 +122,7 @@ class Guest:
 
 
 class FakeKernel:
-    """The fake kernel of fake_kvm.c once more, and the host's side of a page."""
+    """The fake kernel of fake_kvm.c in Python, and the host's side of a page."""
 
     def __init__(self, run: memoryview, script: list[dict[str, Any]], machine: dict[str, Any]) -> None:
         self.run, self.script, self.next = run, script, 0
@@ -197,7 +197,7 @@ class FakeKernel:
 
 
 class Native:
-    """The rig with every kind on its bus."""
+    """The rig with every kind of range on its bus."""
 
     def __init__(self, script: list[dict[str, Any]], machine: dict[str, Any]) -> None:
         rig = self.rig = Rig(protection=machine["protection"], pages=PAGES)
@@ -270,7 +270,7 @@ def make_twin(script: list[dict[str, Any]], machine: dict[str, Any]) -> twin.Vcp
 
 
 def settle(stop: str, reply: int, native: Native, other: twin.Vcpu) -> None:
-    """What Python does at a stop, the same on both sides."""
+    """Do what Python does at a stop, the same on both sides."""
     rig, vcpu = native.rig, native.rig.vcpus[0].native
     lib = rig.lib
     uart: twin.Pl011 = other.vm.ranges[3].state
@@ -299,7 +299,7 @@ def settle(stop: str, reply: int, native: Native, other: twin.Vcpu) -> None:
 
 
 def seen(vcpu: Any, stop: str) -> dict[str, Any]:
-    """The fields that mean something at a stop."""
+    """Return the fields that are valid at a stop."""
     fields = {
         "MMIO": ["gpa", "offset", "size", "is_write", "value"],
         "SHARE": ["share_gpa", "share_op", "share_source", "share_status"],
@@ -337,7 +337,7 @@ def test_loop_and_twin_decide_alike(seed: int) -> None:
         if differ(machine, script, replies) is None:
             continue
         step = 0
-        while step < len(script):  # what is left when nothing more can be left out
+        while step < len(script):  # the shortest failing example
             shorter = script[:step] + script[step + 1 :]
             script, step = (shorter, step) if differ(machine, shorter, replies) else (script, step + 1)
         pytest.fail(f"{differ(machine, script, replies)}\n{machine}\n{script}\n{replies}")

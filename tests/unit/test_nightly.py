@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CI's nightly mode: longer fuzzing from a seed that is told, so that a night can be repeated."""
+"""CI's nightly mode: longer fuzzing from a printed seed, so that a night can be repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NIGHTLY = Path(__file__).parents[2] / ".ci" / "nightly"
 
 
 def night(folder: Path, **environment: str) -> list[str]:
-    """What a night says, and what CI finds in its environment."""
+    """Return the output of a night, and the environment that CI gets."""
     shutil.copy(NIGHTLY, folder)
     (folder / "run").write_text('#!/bin/sh\necho "$PYVMM_FUZZ_SECONDS $PYVMM_FUZZ_SEED [${PYVMM_ATLAS_BOTH-unset}]"\n')
     (folder / "run").chmod(0o755)
@@ -26,18 +26,18 @@ def night(folder: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_night_is_ten_minutes_of_fuzzing_from_a_seed_that_repeats_it(tmp_path: Path) -> None:
+def test_a_night_fuzzes_for_ten_minutes_from_a_seed_that_repeats_it(tmp_path: Path) -> None:
     said, found = night(tmp_path)
     seconds, seed, claims = found.split()
     assert seconds == "600"
-    assert claims == "[]"  # all of them, where both kinds of lab are compared
+    assert claims == "[]"  # all experiments, when both kinds of lab are compared
     assert int(seed) > 1
     assert f"PYVMM_FUZZ_SEED={seed} " in said
     assert night(tmp_path, PYVMM_FUZZ_SEED=seed) == [said, found]
 
 
 @pytest.mark.parametrize("name", ["run", "nightly"])
-def test_hosted_ci_runs_what_anybody_can_run(name: str) -> None:
+def test_hosted_ci_runs_the_commands_that_users_can_run(name: str) -> None:
     root = NIGHTLY.parents[1]
     workflow = root / ".github/workflows" / f"{name.replace('run', 'ci')}.yml"
     assert re.findall(r"^\s*(?:- )?run: (.*)$", workflow.read_text(), re.MULTILINE) == [f".ci/{name}"]

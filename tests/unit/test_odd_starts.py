@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Started from where nobody meant it to be: what is wrong is said in one sentence, and is called no bug of pyvmm's."""
+"""pyvmm started in unusual places: the error is one sentence, and is not called a bug in pyvmm."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def execute(*words: str, directory: Path, **environment: str) -> subprocess.Comp
 
 
 def removed(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command line in a directory that is gone."""
+    """Run a command line in a directory that was removed."""
     gone = directory / "gone"
     gone.mkdir()
     script = (
@@ -65,7 +65,7 @@ def removed(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
         "ctl 1 snapshot file",
     ],
 )
-def test_a_working_directory_that_is_gone_is_named(line: str, tmp_path: Path) -> None:
+def test_the_error_says_that_the_working_directory_was_removed(line: str, tmp_path: Path) -> None:
     done = removed(tmp_path, *line.split())
     assert (done.returncode, done.stderr.splitlines()) == (
         2,
@@ -76,11 +76,11 @@ def test_a_working_directory_that_is_gone_is_named(line: str, tmp_path: Path) ->
     )
 
 
-def test_what_needs_no_working_directory_goes_on_without_one(tmp_path: Path) -> None:
+def test_commands_that_need_no_working_directory_work_without_one(tmp_path: Path) -> None:
     assert removed(tmp_path, "run", "--dry-run", "payload:hello").returncode == 0
 
 
-def test_a_file_that_is_missing_elsewhere_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_another_missing_file_is_not_taken_for_the_working_directory(tmp_path: Path) -> None:
     done = execute("run", "--dry-run", "-d", "x.img", "payload:hello", directory=tmp_path)
     assert done.returncode == 2
     assert "x.img" in done.stderr
@@ -91,7 +91,7 @@ def test_a_file_that_is_missing_elsewhere_is_not_taken_for_it(tmp_path: Path) ->
 
 @pytest.mark.skipif(os.uname().machine == "aarch64", reason="about hosts that are not arm64")
 @pytest.mark.parametrize("protection", list(Protection))
-def test_an_experiment_on_another_architecture_names_the_lab(protection: Protection) -> None:
+def test_the_error_for_an_experiment_on_another_architecture_names_the_lab(protection: Protection) -> None:
     with pytest.raises(HostError, match=f"this host is {os.uname().machine}, .*arm64") as caught:
         Experiment(protection).__enter__()
     hint = caught.value.hint or ""
@@ -99,7 +99,7 @@ def test_an_experiment_on_another_architecture_names_the_lab(protection: Protect
     assert "from Python, subprocess.run(" in hint
 
 
-# ---- none of all this is called a bug
+# ---- these errors are not called bugs
 
 MAIN = "import sys; from pyvmm.cli import main; sys.exit(main(sys.argv[1:]))"
 BLOCKED = f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65)); {MAIN}"
@@ -139,7 +139,7 @@ DISKS = [word for _ in range(64) for word in ("-d", "disk,ro,queues=16")]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A directory with all that the command lines below name."""
+    """Make a directory with all files that the command lines below name."""
     image = linux_image(10_000)
     (tmp_path / "Image").write_bytes(image)
     (tmp_path / "two.gz").write_bytes(gzip.compress(image[:5000]) + gzip.compress(image[5000:]))
@@ -190,7 +190,7 @@ def place(tmp_path: Path) -> Path:
         (NO_NUMPY, ["bench", "report", "a.jsonl"], 5, "pip install numpy"),
     ],
 )
-def test_nothing_of_this_is_called_a_bug(
+def test_pyvmm_calls_no_user_error_a_bug(
     start: str, words: list[str], status: int | None, said: str, place: Path
 ) -> None:
     there = place

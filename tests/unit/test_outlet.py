@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output to readers that do not read: nobody waits in a write, and the user's descriptor stays as it was."""
+"""Output to readers that do not read: no write blocks, and the user's descriptor is unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FLOOD = 20 * PAGE
 
 @contextlib.contextmanager
 def ends(kind: str) -> Iterator[tuple[int, int]]:
-    """The end to read and the end to write, neither of which is to be anything but blocking."""
+    """Return the read end and the write end. Both must stay blocking."""
     if kind == "socket":
         left, right = socket.socketpair()
         fds = left.detach(), right.detach()
@@ -45,7 +45,7 @@ def ends(kind: str) -> Iterator[tuple[int, int]]:
 
 
 def within(seconds: float, work: Callable[[], object]) -> None:
-    """Fail where ``work`` takes longer: it waits for somebody."""
+    """Fail if ``work`` takes longer: then it blocks."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -53,7 +53,7 @@ def within(seconds: float, work: Callable[[], object]) -> None:
 
 
 def fill(outlet: Outlet) -> bytes:
-    """Write until there is no room at all."""
+    """Write until there is no room left."""
     sent = b""
     for size in (PAGE, 1):
         part = bytes(range(256)) * (size // 256) or b"."
@@ -63,7 +63,7 @@ def fill(outlet: Outlet) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["pty", "pipe", "socket"])
-def test_who_does_not_read_is_not_waited_for_and_gets_it_all_in_the_end(kind: str) -> None:
+def test_the_outlet_does_not_wait_for_a_reader_that_later_gets_everything(kind: str) -> None:
     before = os.listdir("/proc/self/fd")
     with ends(kind) as (reader, writer):
         outlet = Outlet(writer)
@@ -80,7 +80,7 @@ def test_who_does_not_read_is_not_waited_for_and_gets_it_all_in_the_end(kind: st
 
 
 @pytest.mark.parametrize("kind", ["pty", "pipe"])
-def test_what_may_not_be_opened_again_is_written_to_a_byte_at_a_time(
+def test_a_file_that_cannot_be_reopened_is_written_one_byte_at_a_time(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: str, _flags: int) -> int:
@@ -95,7 +95,7 @@ def test_what_may_not_be_opened_again_is_written_to_a_byte_at_a_time(
         outlet.close()
 
 
-def test_the_masters_end_of_a_terminal_is_not_taken_for_another_terminals() -> None:
+def test_the_master_of_a_terminal_is_not_reopened_as_another_terminal() -> None:
     with ends("pty") as (master, slave):
         outlet = Outlet(master)
         assert outlet.write(b"keys") == 1
@@ -116,7 +116,7 @@ def test_a_reader_that_has_gone_is_an_error() -> None:
 # ---- the consoles
 
 
-def test_a_virtio_console_before_a_terminal_that_nobody_reads_stands_still_at_once() -> None:
+def test_a_virtio_console_on_an_unread_terminal_pauses_at_once() -> None:
     with ends("pty") as (_, terminal):
         console = VirtioConsole(terminal)
         with Driver(console) as driver:
@@ -132,7 +132,7 @@ def test_a_virtio_console_before_a_terminal_that_nobody_reads_stands_still_at_on
             console.abort()
 
 
-def test_a_pl011_before_a_terminal_that_nobody_reads_ends_when_it_is_told_to() -> None:
+def test_a_pl011_on_an_unread_terminal_ends_when_ordered() -> None:
     with ends("pty") as (_, terminal):
         console = Pl011(terminal)
         console.start()
@@ -147,7 +147,7 @@ def test_a_pl011_before_a_terminal_that_nobody_reads_ends_when_it_is_told_to() -
 
         printing = threading.Thread(target=guest)
         printing.start()
-        # Taken from the guest, and the terminal has no room for it.
+        # The byte was taken from the guest, and the terminal has no room for it.
         time.sleep(0.2)
         stuck.set()
         console.wake()
@@ -157,7 +157,7 @@ def test_a_pl011_before_a_terminal_that_nobody_reads_ends_when_it_is_told_to() -
         within(20, console.close)
 
 
-def test_another_writer_who_is_always_quicker_does_not_keep_a_pl011_from_its_end(
+def test_a_faster_writer_on_the_same_terminal_does_not_keep_a_pl011_from_ending(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pl011, "PATIENCE", 0.01)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wheels carry the loop, for the machine they name, and an install needs nothing of the checkout."""
+"""Wheels carry the loop for the machine they name, and an installation does not need the checkout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ needs_cross = pytest.mark.skipif(build.compiler("aarch64") is None, reason="no C
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is built from, with nothing built in it."""
+    """Make a copy of the sources without build results."""
     copy = tmp_path_factory.mktemp("source") / "pyvmm"
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
@@ -103,7 +103,7 @@ def test_wheel_and_source_archive_carry_the_documentation(wheel: Path, source: P
         assert pages <= {name.partition("/")[2] for name in packed_source.getnames()}
 
 
-def test_wheel_carries_a_manual_page_of_every_verb(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_carries_a_manual_page_for_every_verb(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as packed:
         [name] = [name for name in packed.namelist() if ".data/data/" in name]
         page = packed.read(name).decode()
@@ -140,13 +140,13 @@ def test_wheel_for_arm64_is_cross_built_beside_the_checkout(wheel: Path, source:
     assert (source / LOOP).read_bytes() == before
 
 
-def test_wheel_for_a_machine_that_is_not_supported_is_refused(source: Path, tmp_path: Path) -> None:
+def test_wheel_for_an_unsupported_machine_is_refused(source: Path, tmp_path: Path) -> None:
     done = hatch(source, "wheel", tmp_path, PYVMM_TARGET="sparc")
     assert done.returncode != 0
     assert "sparc is not one of x86_64, aarch64" in done.stderr
 
 
-def test_build_without_a_compiler_says_what_to_install(source: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_build_without_a_compiler_says_what_to_install(source: Path, tmp_path: Path) -> None:
     done = hatch(source, "wheel", tmp_path, PATH=str(tmp_path))
     assert done.returncode != 0
     assert "no C compiler" in done.stderr

@@ -7,7 +7,6 @@ import importlib.util
 import marshal
 import os
 import py_compile
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,12 +51,7 @@ def cold(directory: Path) -> subprocess.CompletedProcess[str]:
 
 def started(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(directory), "COLOR": "red", "LANG": "C.UTF-8"}
-    # A shell makes its background jobs ignore SIGINT, and the programs that they start inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.run(command, env=environment, input="typed\n", capture_output=True, text=True, check=False)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return subprocess.run(command, env=environment, input="typed\n", capture_output=True, text=True, check=False)
 
 
 def forked(directory: Path, pieces: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -162,7 +162,7 @@ def test_other_errors_are_unchanged(error: Exception) -> None:
 
 
 def test_the_error_for_a_program_that_cannot_start_names_the_limit_of_processes() -> None:
-    # This is the error when fork() fails. Only its errno distinguishes it from an unreadable file.
+    # A failing fork() raises this error. Only the raising module distinguishes it from a read that would block.
     there: dict[str, Any] = {}
     exec(compile("def start(): raise BlockingIOError(11, 'again')", "/usr/lib/python3/subprocess.py", "exec"), there)
     with pytest.raises(HostError, match="gives no process more"), within_limits():

@@ -119,7 +119,7 @@ def test_a_counter_that_the_kernel_does_not_report_is_not_changed(
     assert kernel.heard == []
 
 
-def test_a_clock_that_other_machines_read_is_not_changed(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
+def test_a_clock_that_something_else_uses_is_not_changed(machine: tuple[Machine, list[str]], kernel: Ticking) -> None:
     it, _ = machine
     it.clock.goes_on = "the hypervisor is traced by it"
     it.pause()

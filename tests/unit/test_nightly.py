@@ -37,7 +37,7 @@ def test_a_night_fuzzes_for_ten_minutes_from_a_seed_that_repeats_it(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["run", "nightly"])
-def test_hosted_ci_runs_the_commands_that_users_can_run(name: str) -> None:
+def test_hosted_ci_runs_the_scripts_that_users_can_run(name: str) -> None:
     root = NIGHTLY.parents[1]
     workflow = root / ".github/workflows" / f"{name.replace('run', 'ci')}.yml"
     assert re.findall(r"^\s*(?:- )?run: (.*)$", workflow.read_text(), re.MULTILINE) == [f".ci/{name}"]

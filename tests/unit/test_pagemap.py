@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page maps: taken from a ledger, read back from triples, counted and compared."""
+"""Page maps: made from a ledger, read back from triples, counted and compared."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_map_of_a_ledger_has_the_longest_runs_across_areas() -> None:
     assert (counts[PageState.PRIVATE], counts[PageState.SHARED]) == (Count(767, 767), Count(1, 0))
 
 
-def test_an_empty_map_is_one() -> None:
+def test_an_empty_map_is_valid() -> None:
     empty = PageMap()
     assert (empty.pages, empty.areas, empty.diff(empty)) == (0, (), ())
     assert set(empty.counts().values()) == {Count(0, 0)}
@@ -46,7 +46,7 @@ def test_an_empty_map_is_one() -> None:
 
 
 @given(page_maps())
-def test_counts_add_up_and_json_brings_the_same_map_back(page_map: PageMap) -> None:
+def test_counts_add_up_and_a_map_reads_back_from_json(page_map: PageMap) -> None:
     counts = page_map.counts()
     assert sum(count.pages for count in counts.values()) == page_map.pages
     assert all(0 <= count.assumed <= count.pages for count in counts.values())
@@ -57,7 +57,7 @@ def test_counts_add_up_and_json_brings_the_same_map_back(page_map: PageMap) -> N
 
 
 @given(page_maps(), page_maps())
-def test_what_changed_turns_one_map_into_the_other(before: PageMap, after: PageMap) -> None:
+def test_the_changes_turn_one_map_into_the_other(before: PageMap, after: PageMap) -> None:
     changes = after.diff(before)
     assert after.diff(after) == ()
     assert [(c.gpa, c.pages, c.after, c.before) for c in changes] == list(before.diff(after))
@@ -78,7 +78,7 @@ def entry(page_map: PageMap, gpa: int) -> int:
     return next((run.entry for run in page_map.runs if run.gpa <= gpa < run.end), PageState.ABSENT)
 
 
-def test_a_change_is_told_with_what_the_page_was() -> None:
+def test_a_change_includes_the_previous_state_of_the_page() -> None:
     before = PageMap.from_runs([(BASE, 8, PageState.PRIVATE | ASSUMED)])
     after = PageMap.from_runs([(BASE, 2, PageState.PRIVATE | ASSUMED), (BASE + 2 * PAGE, 1, PageState.SHARED)])
     assert after.diff(before) == (
@@ -87,7 +87,7 @@ def test_a_change_is_told_with_what_the_page_was() -> None:
     )
 
 
-def test_a_run_says_itself_in_words() -> None:
+def test_a_run_has_a_description() -> None:
     run = Run(BASE, 1, PageState.PRIVATE | ASSUMED)
     assert (run.state, run.assumed, run.end) == (PageState.PRIVATE, True, BASE + PAGE)
     assert run.describe() == (
@@ -108,6 +108,6 @@ def test_a_run_says_itself_in_words() -> None:
         ([(BASE + PAGE, 1, 1), (BASE, 2, 1)], "two entries for the page at gpa 0x8000_1000"),
     ],
 )
-def test_triples_that_are_no_memory_are_refused(runs: list[tuple[int, int, int]], what: str) -> None:
+def test_triples_that_describe_no_memory_are_refused(runs: list[tuple[int, int, int]], what: str) -> None:
     with pytest.raises(UsageError, match=what):
         PageMap.from_runs(runs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is drawn of a page map: the same grid as letters, as half blocks, and as SVG."""
+"""Pictures of a page map: the same grid as letters, as half blocks, and as SVG."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAR_APART = PageMap.from_runs(
 
 
 @given(page_maps(), st.sampled_from([8, 32, 64]), st.integers(1, 64), st.integers(1, 2))
-def test_all_memory_is_in_the_grid_and_the_grid_in_its_lines(
+def test_the_grid_shows_all_memory_and_fits_its_lines(
     page_map: PageMap, columns: int, lines: int, rows_in_line: int
 ) -> None:
     grid = Grid.fit(page_map.areas, columns=columns, lines=lines, rows_in_line=rows_in_line)
@@ -53,7 +53,7 @@ def test_all_memory_is_in_the_grid_and_the_grid_in_its_lines(
 
 
 @given(page_maps(most=6))
-def test_a_cell_shows_the_most_telling_of_its_pages_and_nothing_else(page_map: PageMap) -> None:
+def test_a_cell_shows_only_the_most_important_of_its_pages(page_map: PageMap) -> None:
     grid = Grid.fit(page_map.areas, columns=8, lines=4)
     for block, cells in zip(grid.blocks, grid.levels(page_map), strict=True):
         for index, level in enumerate(cells):
@@ -63,20 +63,20 @@ def test_a_cell_shows_the_most_telling_of_its_pages_and_nothing_else(page_map: P
             assert LOOKS[level] == most
 
 
-def test_small_memory_has_a_page_in_a_cell_and_large_memory_more() -> None:
+def test_a_cell_has_one_page_of_small_memory_and_more_of_large_memory() -> None:
     def cell_pages(mib: int) -> int:
         return Grid.fit([(BASE, BASE + (mib << 20))], columns=64, lines=64).cell_pages
 
     assert [cell_pages(mib) for mib in (4, 16, 17, 64, 1024, 1 << 20)] == [1, 1, 2, 4, 64, 1 << 17]
 
 
-def test_marks_are_where_the_pages_are() -> None:
+def test_marks_are_at_the_cells_of_their_pages() -> None:
     grid = Grid.fit([(BASE, BASE + 128 * PAGE)], columns=64, lines=64)
     [marks] = grid.marks([(BASE + 3 * PAGE, 2), (BASE + 64 * PAGE, 1)])
     assert [index for index, mark in enumerate(marks) if mark] == [3, 4, 64]
 
 
-def test_tally_has_what_occurs_and_adds_up() -> None:
+def test_the_tally_has_the_states_that_occur_and_adds_up() -> None:
     assert [pages for _, pages in tally(EVERY_ENTRY)] == [64] * len(ENTRIES)
     assert words(tally(PageMap.from_runs([(0, 1, PageState.PRIVATE | ASSUMED)]))[0][0]) == "private, assumed"
     assert LOOKS[NOTHING] is None
@@ -85,7 +85,7 @@ def test_tally_has_what_occurs_and_adds_up() -> None:
 @pytest.mark.parametrize(
     ("number", "said"), [(0, "0 bytes"), (4096, "4 KiB"), (3 << 19, "1.5 MiB"), (1 << 40, "1 TiB"), (1 << 64, "16 EiB")]
 )
-def test_sizes_are_for_readers(number: int, said: str) -> None:
+def test_sizes_are_legible(number: int, said: str) -> None:
     assert size(number) == said
 
 
@@ -96,7 +96,7 @@ def plain(line: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", line)
 
 
-def test_every_state_has_a_letter_of_its_own_lower_case_where_assumed() -> None:
+def test_every_state_has_a_distinct_letter_in_lower_case_if_assumed() -> None:
     rows = render(EVERY_ENTRY)[: len(ENTRIES)]
     for entry, row in zip(ENTRIES, rows, strict=True):
         letter = LETTERS[PageState(entry & ~ASSUMED)]
@@ -108,7 +108,7 @@ def test_every_state_has_a_letter_of_its_own_lower_case_where_assumed() -> None:
     assert "1 cell = 1 page (4 KiB)" in text
 
 
-def test_a_map_in_colour_has_two_rows_in_a_line_and_assumed_dimmer() -> None:
+def test_a_coloured_map_has_two_rows_in_a_line_and_dims_assumed_states() -> None:
     lines = render(EVERY_ENTRY, colour=True)
     assert [plain(line) for line in lines[:6]] == [f"0x80{row * 8:02x}_0000 {'▀' * 64}" for row in range(6)]
     assert "38;5;32m" in lines[2]
@@ -117,12 +117,12 @@ def test_a_map_in_colour_has_two_rows_in_a_line_and_assumed_dimmer() -> None:
     assert "dim = assumed: the kernel does not tell" in lines
 
 
-def test_rows_of_an_odd_number_end_in_upper_halves() -> None:
+def test_an_odd_number_of_rows_ends_with_upper_halves() -> None:
     three = PageMap.from_runs([(BASE, 130, PageState.HOST)])
     assert plain(render(three, colour=True)[1]).split() == ["0x8008_0000", "▀▀"]
 
 
-def test_gaps_are_said_not_drawn() -> None:
+def test_gaps_are_written_and_not_drawn() -> None:
     lines = render(FAR_APART)
     assert [line.strip() for line in lines if "without" in line] == [
         "~ 2 GiB without memory ~",
@@ -132,7 +132,7 @@ def test_gaps_are_said_not_drawn() -> None:
     assert lines[0].split() == ["0x0", "HHH"]
 
 
-def test_no_memory_is_said() -> None:
+def test_the_map_of_no_memory_says_so() -> None:
     assert render(PageMap()) == ["no guest memory"]
     assert "no guest memory" in svg_map(PageMap())
     assert "no guest memory" in svg_steps([("nothing", PageMap())])
@@ -147,7 +147,7 @@ def test_a_map_keeps_within_its_lines_and_its_legend_counts_every_page(
     legend = sum(1 for line in lines if "~" not in line and not line.lstrip().startswith("0x"))
     assert len(lines) <= max(height, legend + 1)
     assert all(len(line) <= max(width, 84) for line in lines)
-    # A count has a name before it; "1 cell = ..." has not.
+    # A count has a name before it; "1 cell = ..." does not.
     counted = re.findall(r"(?:absent|host|private|shared|hole|poisoned)(?:, assumed)? ([\d,]+)", "\n".join(lines))
     assert sum(int(count.replace(",", "")) for count in counted) == page_map.pages
 
@@ -159,7 +159,7 @@ def ids(root: ET.Element) -> list[str]:
     return [found.attrib["id"] for found in root.iter() if "id" in found.attrib]
 
 
-def test_document_shows_every_look_with_a_pattern_and_counts_it() -> None:
+def test_the_document_shows_every_state_with_a_pattern_and_a_count() -> None:
     root = ET.fromstring(svg_map(EVERY_ENTRY, "Guest <memory> & more").encode())
     assert root.tag == f"{SVG}svg"
     assert root.find(f"{SVG}title").text == "Guest <memory> & more"  # type: ignore[union-attr]
@@ -173,14 +173,14 @@ def test_document_shows_every_look_with_a_pattern_and_counts_it() -> None:
     assert "1 cell = 1 page (4 KiB)" in text
 
 
-def test_document_takes_nothing_from_outside_and_runs_nothing() -> None:
+def test_the_document_loads_nothing_and_runs_no_script() -> None:
     text = svg_steps([("a step", EVERY_ENTRY), ("another", FAR_APART)])
     assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
     for word in ("<script", "@font-face", "<style", "href", "<image"):
         assert word not in text
 
 
-def test_what_is_not_assumed_is_not_called_so() -> None:
+def test_known_states_are_not_called_assumed() -> None:
     known = PageMap.from_runs([(BASE, 4, PageState.HOST)])
     assert "assumed" not in svg_map(known, inline=True)
     assert "assumed" not in "".join(render(known))
@@ -217,7 +217,7 @@ def test_a_picture_of_chequered_memory_stays_small() -> None:
     assert len(svg_map(PageMap.from_runs([(BASE, 1 << 18, 2)]), inline=True)) < 3000
 
 
-def test_steps_are_over_one_grid_and_outline_what_changed() -> None:
+def test_steps_share_one_grid_and_outline_the_changes() -> None:
     first = PageMap.from_runs([(BASE, 64, PageState.PRIVATE | ASSUMED)])
     second = PageMap.from_runs([(BASE, 63, PageState.PRIVATE | ASSUMED), (BASE + 63 * PAGE, 1, PageState.SHARED)])
     third = PageMap.from_runs([*second.runs, (TOP, 1, PageState.HOLE)])
@@ -233,7 +233,7 @@ def test_steps_are_over_one_grid_and_outline_what_changed() -> None:
 
 
 @given(page_maps(), page_maps())
-def test_any_maps_make_well_formed_pictures_within_their_box(before: PageMap, after: PageMap) -> None:
+def test_any_map_makes_a_well_formed_picture_within_its_box(before: PageMap, after: PageMap) -> None:
     for text in (svg_map(after), svg_steps([("before", before), ("after", after)])):
         root = ET.fromstring(text.encode())
         width = float(root.attrib["width"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live map: output scrolls by above it whole and in order, and files are written at the end or not at all."""
+"""The live map: output scrolls above it, complete and in order. Files are written at the end or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAP = ["map 1", "map 2"]
 
 
 class Terminal:
-    """As much of a terminal as the screen uses, and no limit to its length."""
+    """A fake terminal with the functions that the screen uses, of unlimited length."""
 
     def __init__(self) -> None:
         self.lines = [""]
@@ -52,7 +52,7 @@ def screen(tmp: int = 0) -> Screen:
     return Screen(tmp, colour=False, shared=False)
 
 
-def test_lines_go_above_the_map_and_a_line_not_ended_yet_stands_just_above_it() -> None:
+def test_lines_go_above_the_map_and_an_unfinished_line_is_just_above_it() -> None:
     shown, terminal = screen(), Terminal()
     steps = [
         (b"", []),
@@ -68,7 +68,7 @@ def test_lines_go_above_the_map_and_a_line_not_ended_yet_stands_just_above_it() 
         assert terminal.lines == [*expected, *MAP, ""]
 
 
-def test_nothing_is_written_where_nothing_has_changed_and_a_shorter_map_leaves_no_rest() -> None:
+def test_unchanged_maps_write_nothing_and_a_shorter_map_erases_the_rest() -> None:
     shown, terminal = screen(), Terminal()
     terminal.feed(shown.frame(["long line", "b", "c"], 40))
     assert shown.frame(["long line", "b", "c"], 40) == ""
@@ -98,7 +98,7 @@ def test_all_output_is_written_in_order_whatever_it_is(pieces: list[bytes], data
     assert terminal.lines == [*whole, *([printable] if printable else []), ""]
 
 
-def test_output_that_comes_after_the_last_map_is_not_lost() -> None:
+def test_output_after_the_last_map_is_not_lost() -> None:
     read, write = os.pipe()
     with open(read, "rb") as out, open(write, "wb") as terminal:
         with Screen(terminal.fileno(), colour=False, shared=True) as shown:
@@ -120,7 +120,7 @@ def test_a_flood_is_shown_before_more_is_read() -> None:
         shown._pending = b""
 
 
-def test_no_terminal_is_needed_for_a_map_of_nothing() -> None:
+def test_a_map_of_no_memory_needs_no_terminal() -> None:
     primary, secondary = os.openpty()
     try:
         with Screen(secondary, colour=False, shared=False) as shown:
@@ -134,7 +134,7 @@ def test_no_terminal_is_needed_for_a_map_of_nothing() -> None:
 # -- the picture's file
 
 
-def test_a_picture_replaces_what_was_there_only_when_it_is_written(tmp_path: Path) -> None:
+def test_a_picture_replaces_the_old_file_only_when_it_is_written(tmp_path: Path) -> None:
     file = tmp_path / "map.svg"
     file.write_text("an older and longer one")
     with OutputFile(str(file)) as picture:
@@ -146,19 +146,19 @@ def test_a_picture_replaces_what_was_there_only_when_it_is_written(tmp_path: Pat
     assert file.read_text() == "new"
 
 
-def test_a_file_made_for_a_run_that_never_was_goes_again(tmp_path: Path) -> None:
+def test_the_file_for_a_run_that_never_started_is_removed(tmp_path: Path) -> None:
     with OutputFile(str(tmp_path / "map.svg")):
         assert (tmp_path / "map.svg").exists()
     assert not (tmp_path / "map.svg").exists()
 
 
 @pytest.mark.parametrize("name", ["nowhere/map.svg", ".", "a\0b"])
-def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path, name: str) -> None:
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="cannot be written"), OutputFile(f"{tmp_path}/{name}"):
         pytest.fail("not to be reached")
 
 
-def test_a_picture_may_go_down_a_pipe() -> None:
+def test_a_picture_can_be_written_to_a_pipe() -> None:
     read, write = os.pipe()
     with open(read) as out:
         with open(write, "w"), OutputFile(f"/dev/fd/{write}") as picture:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine would be and ask of KVM, without KVM."""
+"""A plan: the machine and its calls to KVM, without KVM."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HELLO = MachineConfig("payload:hello", cpus=2, memory=32 << 20)
 
 @pytest.fixture(autouse=True)
 def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan that opens KVM's device fails."""
+    """Make opening KVM's device fail."""
 
     def refuse(_self: Kernel, path: str) -> int:
         raise AssertionError(f"{path} is opened")
@@ -40,7 +40,7 @@ def asked(config: MachineConfig) -> list[str]:
         return list(calls(plan.machine, plan.calls))
 
 
-def test_a_protected_machine_is_made_in_the_order_that_pkvm_insists_on() -> None:
+def test_a_protected_machine_is_built_in_the_order_that_pkvm_requires() -> None:
     lines = asked(HELLO._replace(protection=Protection.PKVM))
     assert lines[1] == "KVM_CREATE_VM(kvm, type=0x8000_0000)"
     first = {
@@ -63,7 +63,7 @@ def test_the_emulated_protection_forwards_calls_and_a_plain_machine_does_not() -
     assert not any("SMCCC" in line for line in asked(HELLO))
 
 
-def test_a_private_backing_is_two_slots_the_second_a_guest_memfd_s() -> None:
+def test_a_private_backing_has_two_slots_and_the_second_is_a_guest_memfd() -> None:
     lines = [line for line in asked(HELLO._replace(backing="private")) if "MEM" in line]
     assert [line.partition("(")[0] for line in lines] == [
         "KVM_CHECK_EXTENSION",
@@ -74,7 +74,7 @@ def test_a_private_backing_is_two_slots_the_second_a_guest_memfd_s() -> None:
     assert "hva=private guest_memfd+0x0" in lines[-1]
 
 
-def test_the_same_plan_is_the_same_text_and_nothing_is_left_of_it() -> None:
+def test_the_same_plan_gives_the_same_text_and_leaves_nothing_behind() -> None:
     with Plan(HELLO) as plan:
         first = list(plan.lines())
     before = set(os.listdir("/proc/self/fd"))
@@ -83,7 +83,7 @@ def test_the_same_plan_is_the_same_text_and_nothing_is_left_of_it() -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_plan_of_devices_makes_no_interface_and_starts_no_program() -> None:
+def test_a_plan_with_devices_makes_no_interface_and_starts_no_program() -> None:
     devices = (Rng(), Net(tap="nosuch0", address="10.9.8.1/24"), Net(passt="/nonexistent/passt"))
     with Plan(HELLO._replace(devices=devices)) as plan:
         lines = list(plan.lines())
@@ -92,7 +92,7 @@ def test_a_plan_of_devices_makes_no_interface_and_starts_no_program() -> None:
     assert not Path("/sys/class/net/nosuch0").exists()
 
 
-def test_a_plan_of_huge_pages_takes_none() -> None:
+def test_a_plan_with_huge_pages_takes_no_huge_page() -> None:
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
     before = pool.read_text() if pool.exists() else ""
     with Plan(HELLO._replace(backing="hugetlb", memory=64 << 30)) as plan:
@@ -102,7 +102,7 @@ def test_a_plan_of_huge_pages_takes_none() -> None:
     assert any("hva=memfd of 2 MiB pages+0x0" in line for line in lines)
 
 
-def test_a_plan_tells_of_the_pool_that_devices_of_a_protected_guest_go_through(tmp_path: Path) -> None:
+def test_a_plan_shows_the_pool_for_the_devices_of_a_protected_guest(tmp_path: Path) -> None:
     def pools(**more: Any) -> list[str]:
         with Plan(HELLO._replace(devices=(Rng(),), **more)) as plan:
             (tmp_path / "dtb").write_bytes(plan.machine.entry.device_tree)
@@ -114,7 +114,7 @@ def test_a_plan_tells_of_the_pool_that_devices_of_a_protected_guest_go_through(t
     assert pools(protection=Protection.PKVM, dtb=str(tmp_path / "dtb")) == []
 
 
-def test_a_plan_refuses_what_a_run_would() -> None:
+def test_a_plan_refuses_the_same_requests_as_a_run() -> None:
     with pytest.raises(UsageError, match="EIO"), Plan(HELLO._replace(protection=Protection.PKVM, backing="hugetlb")):
         pass
 
@@ -136,7 +136,7 @@ def test_memory_outlives_a_device_whose_request_does_not_end(monkeypatch: pytest
     assert any(int(start, 16) <= view < int(end, 16) for start, end in ranges)
 
 
-def test_a_call_that_failed_is_recorded_as_one() -> None:
+def test_a_failed_call_is_recorded_as_failed() -> None:
     class Refusing(StandIn):
         def ioctl(self, fd: object, request: object, argument: object, values: object) -> tuple[int, int]:
             del fd, request, argument, values

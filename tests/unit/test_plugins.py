@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What installed packages bring is found by name or listed; a faulty one is one line, and never anybody else's."""
+"""Plug-ins of installed packages are found by name or listed. The error for a faulty one is one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DICE = "class Dice:\n    sides = 6\ndice = 4\n"
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Yield a directory that packages are installed to; their modules are forgotten afterwards."""
+    """Yield a directory for packages; their modules are forgotten afterwards."""
     directory = tmp_path / "site"
     directory.mkdir()
     monkeypatch.syspath_prepend(directory)
@@ -28,14 +28,14 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield directory
 
 
-def test_find_loads_what_a_package_brings_under_a_name(site: Path) -> None:
+def test_find_loads_the_plugin_of_a_package_by_name(site: Path) -> None:
     install(site, "pyvmm-dice", {"dice_device.py": DICE}, {plugins.DEVICES: {"dice": "dice_device:Dice"}})
     found = plugins.find(plugins.DEVICES, "dice", type)
     assert found is not None
     assert (found.__name__, found.__module__) == ("Dice", "dice_device")
 
 
-def test_find_returns_none_for_a_name_of_nobody_or_of_another_group(site: Path) -> None:
+def test_find_returns_none_for_an_unknown_name_or_one_of_another_group(site: Path) -> None:
     install(site, "pyvmm-dice", {"dice_device.py": DICE}, {plugins.DEVICES: {"dice": "dice_device:Dice"}})
     assert plugins.find(plugins.DEVICES, "coin", type) is None
     assert plugins.find(plugins.CLAIMS, "dice", type) is None
@@ -57,7 +57,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("source", "target", "reason"), FAULTS.values(), ids=FAULTS)
-def test_faulty_plugin_is_one_line_with_its_name_its_package_and_the_reason(
+def test_the_error_for_a_faulty_plugin_is_one_line_with_name_package_and_reason(
     site: Path, source: str, target: str, reason: str
 ) -> None:
     install(site, "pyvmm-bad", {"m.py": source}, {plugins.CASES: {"bad": target}})
@@ -69,13 +69,13 @@ def test_faulty_plugin_is_one_line_with_its_name_its_package_and_the_reason(
     assert (caught.value.name, caught.value.package) == ("bad", "pyvmm-bad")
 
 
-def test_interrupt_at_import_is_no_fault_of_the_plugin(site: Path) -> None:
+def test_an_interrupt_at_import_is_not_reported_as_a_fault_of_the_plugin(site: Path) -> None:
     install(site, "pyvmm-slow", {"m.py": "raise KeyboardInterrupt"}, {plugins.CASES: {"slow": "m:x"}})
     with pytest.raises(KeyboardInterrupt):
         plugins.find(plugins.CASES, "slow", int)
 
 
-def test_name_that_two_packages_bring_is_a_fault_that_names_both(site: Path) -> None:
+def test_the_error_for_a_name_of_two_packages_names_both(site: Path) -> None:
     install(site, "pyvmm-a", {"a.py": "x = 1"}, {plugins.CASES: {"same": "a:x", "other": "a:x"}})
     install(site, "pyvmm-b", {"b.py": "x = 2"}, {plugins.CASES: {"same": "b:x"}})
     with pytest.raises(
@@ -85,7 +85,7 @@ def test_name_that_two_packages_bring_is_a_fault_that_names_both(site: Path) -> 
     assert plugins.find(plugins.CASES, "other", int) == 1
 
 
-def test_package_that_stands_on_the_path_twice_counts_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_on_the_path_twice_counts_once(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site / "second", "pyvmm-a", {"a.py": "x = 2"}, {plugins.CASES: {"same": "a:x"}})
     monkeypatch.syspath_prepend(site / "second")
     install(site / "first", "pyvmm-a", {"a.py": "x = 1"}, {plugins.CASES: {"same": "a:x"}})
@@ -93,7 +93,7 @@ def test_package_that_stands_on_the_path_twice_counts_once(site: Path, monkeypat
     assert plugins.find(plugins.CASES, "same", int) == 1
 
 
-def test_every_lists_the_good_ones_and_a_fault_for_each_of_the_others(site: Path) -> None:
+def test_every_lists_the_good_plugins_and_an_error_for_each_faulty_one(site: Path) -> None:
     targets = {"zwei": "good:two", "eins": "good:one", "halt": "good:half", "taken": "good:one"}
     install(site, "pyvmm-good", {"good.py": "one, two, half = 1, 2, 0.5"}, {plugins.CASES: targets})
     install(site, "pyvmm-bad", {"bad.py": "1 / 0"}, {plugins.CASES: {"bad": "bad:x"}})
@@ -109,13 +109,13 @@ def test_every_lists_the_good_ones_and_a_fault_for_each_of_the_others(site: Path
     }
 
 
-def test_names_loads_nothing(site: Path) -> None:
+def test_names_loads_no_plugin(site: Path) -> None:
     install(site, "pyvmm-bad", {"bad.py": "1 / 0"}, {plugins.CASES: {"b": "bad:x", "a": "bad:y"}})
     assert plugins.names(plugins.CASES) == ({"a": "pyvmm-bad", "b": "pyvmm-bad"}, [])
     assert "bad" not in sys.modules
 
 
-def test_unreadable_entry_points_are_a_fault_of_their_package_if_they_are_of_the_group(site: Path) -> None:
+def test_unreadable_entry_points_are_an_error_only_if_they_mention_the_group(site: Path) -> None:
     install(site, "pyvmm-good", {"good.py": "x = 1"}, {plugins.CASES: {"good": "good:x"}})
     damaged = install(site, "damaged", {}, {})
     (damaged / "entry_points.txt").write_bytes(b"[pyvmm.cases]\n\xff = a:b\n")
@@ -128,18 +128,18 @@ def test_unreadable_entry_points_are_a_fault_of_their_package_if_they_are_of_the
     assert fault.message.partition("used: ")[2].startswith("entry_points.txt: UnicodeDecodeError: ")
     assert plugins.find(plugins.CASES, "good", int) == 1
     with pytest.raises(plugins.PluginError, match="damaged"):
-        plugins.find(plugins.CASES, "gone", int)  # it may be the damaged package's
+        plugins.find(plugins.CASES, "gone", int)  # the name may belong to the damaged package
     assert plugins.find(plugins.DEVICES, "gone", int) is None
 
 
-def test_package_without_its_metadata_goes_by_the_name_of_its_directory(site: Path) -> None:
+def test_a_package_without_metadata_is_named_after_its_directory(site: Path) -> None:
     info = install(site, "pyvmm-bare", {"bare.py": "1 / 0"}, {plugins.CASES: {"bare": "bare:x"}})
     (info / "METADATA").unlink()
     with pytest.raises(plugins.PluginError, match="of the package pyvmm_bare cannot be used: ZeroDivisionError"):
         plugins.find(plugins.CASES, "bare", int)
 
 
-def test_asked_are_the_packages_of_a_name_or_of_a_list(site: Path) -> None:
+def test_requested_packages_are_those_of_a_name_or_of_a_list(site: Path) -> None:
     for name in ("one", "two", "three"):
         install(site, f"pyvmm-{name}", {f"{name}.py": "x = 1"}, {plugins.CASES: {name: f"{name}:x"}})
     install(site, "pyvmm-device", {"device.py": "x = 1"}, {plugins.DEVICES: {"device": "device:x"}})
@@ -158,7 +158,7 @@ KNOWN = [
 
 
 @pytest.mark.parametrize("words", KNOWN, ids=" ".join)
-def test_command_line_of_known_names_reads_no_entry_points(words: list[str]) -> None:
+def test_a_command_line_with_known_names_reads_no_entry_points(words: list[str]) -> None:
     code = f"import sys; from pyvmm.cli import make_parser; make_parser({words}).parse_args({words})"
     known = """
 from pyvmm.atlas.claim import all_claims, select

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What .run says must be installed, on a machine that has little and is nobody's to change."""
+"""The packages that .run asks for, on a machine with few programs whose user may install nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KERNEL = {"make", "bc", "bison", "flex"}
 
 @pytest.fixture
 def lacking(tmp_path: Path) -> Path:
-    """Give a directory for PATH with what .run itself needs, and a user who may install nothing."""
+    """Return a directory for PATH with the programs that .run itself needs. The user may install nothing."""
     for name in HERE:
         where = shutil.which(name)
         assert where is not None, name
@@ -31,13 +31,15 @@ def lacking(tmp_path: Path) -> Path:
 
 
 def is_a(directory: Path, machine: str) -> None:
-    """Have ``uname -m`` say so."""
+    """Make ``uname -m`` print this machine."""
     (directory / "uname").write_text(f"#!/bin/sh\necho {machine}\n")
     (directory / "uname").chmod(0o755)
 
 
 @pytest.mark.parametrize(("machine", "compiles"), [("aarch64", False), ("x86_64", True)])
-def test_every_machine_without_pkvm_gets_what_the_lab_needs(lacking: Path, machine: str, compiles: bool) -> None:
+def test_run_asks_for_the_labs_packages_on_every_machine_without_pkvm(
+    lacking: Path, machine: str, compiles: bool
+) -> None:
     is_a(lacking, machine)
     command = ["bash", str(RUN), "pyvmm", "demo"]
     done = subprocess.run(command, env={"PATH": str(lacking)}, capture_output=True, text=True, check=False, timeout=60)
@@ -59,7 +61,7 @@ def test_every_machine_without_pkvm_gets_what_the_lab_needs(lacking: Path, machi
         ("pytest -q", False, False),
     ],
 )
-def test_what_builds_the_kernel_is_asked_for_where_the_kernel_is_built(
+def test_run_asks_for_the_kernels_build_packages_only_where_it_is_built(
     lacking: Path, command: str, ci: bool, builds: bool
 ) -> None:
     environment = {"PATH": str(lacking), **({"CI": "1"} if ci else {})}

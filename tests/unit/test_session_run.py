@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run from start to end: how many lives its guest has, what each is given, and what is left at the end."""
+"""A run from start to end: the lives of its guest, what each life gets, and what is left at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyvmm.vcpu.outcome import Ending, Outcome
 
 
 class Machines:
-    """Stands in for the class of machines: each that is made lives for ``seconds``, and ends as it is its turn to."""
+    """Replaces the class of machines: each machine lives for ``seconds``, and ends with the next scripted reason."""
 
     def __init__(self, *endings: Ending, seconds: float = 1.0, meanwhile: Callable[[], object] = int) -> None:
         self.endings, self.seconds, self.meanwhile = list(endings), seconds, meanwhile
@@ -44,7 +44,7 @@ class Machines:
 
 
 class Machine:
-    """One life. It is part of a cycle, as a real one is."""
+    """A machine with one life. It is part of a reference cycle, as a real one is."""
 
     counters = Counters((), 0, 0, 0, 0)
     entry = SimpleNamespace(described=lambda: b"tree")
@@ -84,7 +84,7 @@ def to_end(monkeypatch: pytest.MonkeyPatch, machines: Machines, *words: str) -> 
 
 
 class Stray(Machines):
-    """Machines of a run in which a thread dies that nobody looks after."""
+    """Machines of a run in which a thread without a handler dies."""
 
     def __init__(self) -> None:
         super().__init__(Ending.RESET, meanwhile=self.die)
@@ -103,14 +103,14 @@ def test_a_thread_that_dies_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert threading.excepthook is before
 
 
-def test_a_reset_is_the_end_unless_a_reboot_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reset_ends_the_run_unless_a_reboot_was_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(Ending.RESET, Ending.POWEROFF)
     assert to_end(monkeypatch, machines) == Ending.RESET.status
     assert len(machines.configs) == 1
 
 
 class Clock:
-    """Stands in for the time: it passes while somebody sleeps, and while a life lasts."""
+    """A fake clock: time passes only during sleeps and lives."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.slept = 100.0, 0.0
@@ -133,7 +133,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def living(clock: Clock, *endings: Ending, seconds: float) -> Machines:
-    """Machines that live for so long each, by this clock."""
+    """Return machines that live for ``seconds`` each, by this clock."""
 
     def live() -> None:
         clock.now += seconds
@@ -143,7 +143,7 @@ def living(clock: Clock, *endings: Ending, seconds: float) -> Machines:
     return machines
 
 
-def test_lives_share_one_deadline_and_none_is_kept(
+def test_lives_share_one_deadline_and_no_old_machine_is_kept(
     monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gc.disable()
@@ -153,9 +153,9 @@ def test_lives_share_one_deadline_and_none_is_kept(
     finally:
         gc.enable()
     assert [config.deadline for config in machines.configs] == [10.0] * 3
-    # With the pauses between them.
+    # The deadline includes the pauses between lives.
     assert machines.spent == pytest.approx([0.0, 3.1, 6.3])
-    # The one whose stop the signals would call, the one that is made, and no other.
+    # Only two exist: the one that signals would stop, and the new one.
     assert machines.most_alive <= 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -171,13 +171,13 @@ def test_a_guest_that_only_resets_ends_at_its_deadline(
     assert "until its deadline of 5 s" in capsys.readouterr().err
 
 
-def test_a_guest_that_resets_at_once_waits_longer_each_time(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_the_run_waits_longer_each_time_a_guest_resets_at_once(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     machines = living(clock, *[Ending.RESET] * 9, Ending.POWEROFF, seconds=0.0)
     assert to_end(monkeypatch, machines, "--reboot") == 0
     assert clock.slept == pytest.approx(0.1 + 0.2 + 0.4 + 0.8 + 1.6 + 3.2 + 6.4 + 10 + 10)
 
 
-def test_a_guest_that_lived_well_is_soon_back(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+def test_a_guest_that_ran_long_restarts_soon(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     machines = living(clock, *[Ending.RESET] * 4, Ending.POWEROFF, seconds=3600.0)
     assert to_end(monkeypatch, machines, "--reboot") == 0
     assert clock.slept == pytest.approx(0.4)
@@ -198,7 +198,7 @@ def test_a_signal_ends_the_wait_between_two_lives(monkeypatch: pytest.MonkeyPatc
     assert machines.stopped[-1] == "SIGTERM"
 
 
-def test_a_signal_ends_a_guest_that_resets_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_a_run_of_resets_with_the_status_of_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     machines = Machines(Ending.RESET, Ending.RESET, meanwhile=lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert to_end(monkeypatch, machines, "--reboot") == 128 + signal.SIGTERM
     assert len(machines.configs) == 1

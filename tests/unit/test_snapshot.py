@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots as files: sparse, whole or nothing, and refused when they are not what was written. No KVM needed."""
+"""Snapshots as files: sparse, complete or absent, and refused if they are damaged. Needs no KVM."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def broken(error: PyvmmError) -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A machine of which only memory is real, with a page written here and there."""
+    """Make a machine in which only memory is real, with a few written pages."""
     monkeypatch.setattr(saving, "_state", lambda _machine: STATE)
     with plan() as made:
         made.machine.memory.write(RAM + 3 * MIB + 5, b"here")
-        made.machine.memory.write(RAM + 5 * MIB, bytes(2 * PAGE))  # allocated, and zeros
+        made.machine.memory.write(RAM + 5 * MIB, bytes(2 * PAGE))  # allocated, but zeros
         yield made.machine
 
 
-def test_memory_is_sparse_in_the_file_and_comes_back_as_it_was(
+def test_memory_is_sparse_in_the_file_and_is_restored_unchanged(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "guest")
@@ -78,7 +78,7 @@ def test_memory_is_sparse_in_the_file_and_comes_back_as_it_was(
         assert other.machine.memory.read(RAM, 8 * MIB) == contents
 
 
-def test_a_snapshot_of_what_may_be_to_come_looks_at_all_of_memory(
+def test_a_snapshot_of_memory_on_demand_reads_all_of_memory(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sparse = saving.save(machine, str(tmp_path / "a"))
@@ -98,7 +98,7 @@ def test_a_snapshot_of_what_may_be_to_come_looks_at_all_of_memory(
 
 
 @pytest.mark.parametrize("fails", ["pwrite", "ftruncate", "rename"])
-def test_what_cannot_be_written_leaves_nothing_and_the_old_file_as_it_was(
+def test_a_snapshot_that_cannot_be_written_leaves_the_old_file_unchanged(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     path = tmp_path / "guest"
@@ -128,9 +128,7 @@ def test_what_cannot_be_written_leaves_nothing_and_the_old_file_as_it_was(
     ],
     ids=["empty", "another", "version", "cut", "longer", "description", "size"],
 )
-def test_a_file_that_is_not_what_was_written_is_refused(
-    machine: Machine, tmp_path: Path, damage: Any, words: str
-) -> None:
+def test_a_damaged_file_is_refused(machine: Machine, tmp_path: Path, damage: Any, words: str) -> None:
     path = tmp_path / "guest"
     saving.save(machine, str(path))
     path.write_bytes(damage(path.read_bytes()))
@@ -140,7 +138,7 @@ def test_a_file_that_is_not_what_was_written_is_refused(
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_snapshot_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UsageError, match=r"snapshot .* cannot be"):
             Snapshot(str(path))
@@ -160,7 +158,7 @@ def test_memory_that_the_host_cannot_read_is_refused(tmp_path: Path) -> None:
         saving.save(made.machine, str(tmp_path / "guest"))
 
 
-def test_another_machine_is_refused_by_what_differs(machine: Machine, tmp_path: Path) -> None:
+def test_another_machine_is_refused_with_the_difference(machine: Machine, tmp_path: Path) -> None:
     path = str(tmp_path / "guest")
     saving.save(machine, path)
     with (
@@ -171,7 +169,7 @@ def test_another_machine_is_refused_by_what_differs(machine: Machine, tmp_path: 
         snapshot.enter(other.machine)
 
 
-def test_a_disk_that_is_not_there_is_to_be_put_back_and_not_to_be_made(machine: Machine, tmp_path: Path) -> None:
+def test_the_hint_for_a_missing_disk_says_to_restore_it_and_not_to_create_one(machine: Machine, tmp_path: Path) -> None:
     path = str(tmp_path / "guest")
     saving.save(machine, path)
     settings = machine.config._replace(devices=(Disk(str(tmp_path / "disk")),))
@@ -202,7 +200,7 @@ def test_devices_are_saved_before_the_interrupts_that_they_may_still_raise(
 
 
 @pytest.mark.parametrize("kind", ["rng", "balloon"])
-def test_memory_comes_at_once_where_a_balloon_would_find_it_again(
+def test_memory_is_restored_at_once_if_there_is_a_balloon(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     path = str(tmp_path / "guest")
@@ -221,7 +219,7 @@ def test_memory_comes_at_once_where_a_balloon_would_find_it_again(
     assert bool(opened) is (kind == "rng")
 
 
-def test_a_machine_that_is_not_even_begun_closes_its_snapshot(machine: Machine, tmp_path: Path) -> None:
+def test_a_machine_that_was_never_started_closes_its_snapshot(machine: Machine, tmp_path: Path) -> None:
     class NoKvm(StandIn):
         def open(self, path: str) -> int:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
@@ -235,7 +233,7 @@ def test_a_machine_that_is_not_even_begun_closes_its_snapshot(machine: Machine, 
 
 
 @given(st.lists(st.booleans(), max_size=40))
-def test_runs_are_the_pages_that_are_not_zeros(pages: list[bool]) -> None:
+def test_runs_are_the_pages_that_are_not_zero(pages: list[bool]) -> None:
     data = b"".join((b"\0" * 4095 + b"\1") if page else bytes(PAGE) for page in pages)
     runs = list(saving._runs(data))
     assert [any(first <= PAGE * page < last for first, last in runs) for page in range(len(pages))] == pages
@@ -260,7 +258,7 @@ def test_a_snapshot_brings_the_options_of_its_machine_and_no_others(machine: Mac
     assert (args.kernel_option, args.cpus, args.params) == ("payload:puppet", 2, ["a b"])
     assert args.serial == parse("run").serial != "none"
     assert (args.socket, args.deadline, args.restore) == (None, 5.0, path)
-    # What was sent to the lab is read there again, and says the same.
+    # The lab reads the words it was sent, with the same result.
     assert vars(with_file(expanded, args)[1]) == vars(args)
 
 
@@ -300,10 +298,10 @@ def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, mon
     ("option", "key", "rest", "longest"),
     [("net", "socket", "", 107), ("vsock", "uds", ",cid=3", vsock_host.LONGEST_PATH)],
 )
-def test_a_socket_stays_relative_where_its_absolute_path_would_be_no_address(
+def test_a_socket_stays_relative_if_its_absolute_path_is_too_long(
     option: str, key: str, rest: str, longest: int
 ) -> None:
-    directory = "/" + "é" * 20  # of two bytes each
+    directory = "/" + "é" * 20  # characters of two bytes each
     directory += "/" + "d" * (longest - len(os.fsencode(directory)) - len("//vv"))
     for said, saved in (("vv", f"{directory}/vv"), ("vvv", "vvv"), ("/" + "v" * 120, "/" + "v" * 120)):
         args = parse("run", f"--{option}", f"{key}={said}{rest}", "-k", "payload:puppet")
@@ -318,13 +316,13 @@ def test_a_snapshot_finds_the_device_tree_from_any_directory() -> None:
 
 
 @pytest.mark.parametrize("words", [("payload:hello",), ("--config", "f")])
-def test_what_a_snapshot_brings_is_not_to_be_said_as_well(words: tuple[str, ...]) -> None:
+def test_options_that_a_snapshot_sets_are_refused_on_the_command_line(words: tuple[str, ...]) -> None:
     line = ["run", "--restore", "guest", *words]
     with pytest.raises(UsageError, match="a snapshot already has"):
         with_file(line, parse(*line))
 
 
-def test_descriptions_are_json_that_says_what_is_where(machine: Machine, tmp_path: Path) -> None:
+def test_descriptions_are_json_with_the_place_of_every_part(machine: Machine, tmp_path: Path) -> None:
     path = tmp_path / "guest"
     saving.save(machine, str(path))
     text = path.read_bytes()[4096:].split(b"\0", 1)[0]

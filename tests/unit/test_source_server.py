@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Missing pages served from a buffer by C: everyone gets the page that is theirs, and a refusal comes out in words."""
+"""Missing pages served from a buffer by C: each reader gets the right page, and refusals have clear errors."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SOURCE = b"".join(page.to_bytes(8, "little") * (PAGE_SIZE // 8) for page in rang
 
 @pytest.fixture
 def memory(userfault: Userfault) -> Iterator[Memfd]:
-    """Guest memory that is nobody's yet, and registered."""
+    """Make unpopulated guest memory, and register it."""
     with Memfd(SIZE) as backing:
         userfault.register(backing.hva, SIZE, missing=True)
         yield backing
-        userfault.close()  # who waits still goes on
+        userfault.close()  # waiting readers still continue
 
 
 def look(address: int, size: int = 8) -> bytes:
@@ -43,10 +43,10 @@ def look(address: int, size: int = 8) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_every_page_is_its_own_part_of_the_buffer_whoever_comes_first(
+def test_every_page_is_its_part_of_the_buffer_whichever_reader_is_first(
     userfault: Userfault, memory: Memfd, kind: type[bytearray] | type[bytes] | type[memoryview]
 ) -> None:
-    asked = [page * 7 % PAGES for page in range(4 * PAGES)]  # each by several threads, in no order
+    asked = [page * 7 % PAGES for page in range(4 * PAGES)]  # each by several threads, in random order
     with SourceServer(userfault, memory.hva, kind(SOURCE)) as server, ThreadPoolExecutor(8) as pool:
         seen = list(pool.map(lambda page: look(memory.hva + page * PAGE_SIZE + 16), asked))
         assert seen == [page.to_bytes(8, "little") for page in asked]
@@ -54,7 +54,7 @@ def test_every_page_is_its_own_part_of_the_buffer_whoever_comes_first(
         assert PAGES <= server.served <= len(asked)
 
 
-def test_what_one_server_leaves_the_next_one_answers_with_its_own(userfault: Userfault, memory: Memfd) -> None:
+def test_the_next_server_answers_faults_that_one_left_with_its_own_data(userfault: Userfault, memory: Memfd) -> None:
     with SourceServer(userfault, memory.hva, SOURCE) as first:
         assert look(memory.hva + PAGE_SIZE) == (1).to_bytes(8, "little")
     with ThreadPoolExecutor(1) as pool, userfault:
@@ -78,7 +78,7 @@ def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault: Us
         assert reader.result(10) == bytes(8)
 
 
-def test_an_error_of_the_block_goes_before_the_servers(userfault: Userfault, memory: Memfd) -> None:
+def test_an_error_of_the_block_takes_precedence_over_the_servers(userfault: Userfault, memory: Memfd) -> None:
     with ThreadPoolExecutor(1) as pool, userfault:
         pool.submit(look, memory.hva)
         server = SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:])
@@ -89,19 +89,19 @@ def test_an_error_of_the_block_goes_before_the_servers(userfault: Userfault, mem
 
 
 @pytest.mark.parametrize(("at", "size"), [(8, PAGE_SIZE), (0, 8), (0, 0), (0, PAGE_SIZE + 8)])
-def test_what_is_not_whole_pages_is_refused(userfault: Userfault, memory: Memfd, at: int, size: int) -> None:
+def test_a_buffer_that_is_not_whole_pages_is_refused(userfault: Userfault, memory: Memfd, at: int, size: int) -> None:
     with pytest.raises(UsageError, match=rf"serving {size} bytes at 0x.*: use whole pages"):
         SourceServer(userfault, memory.hva + at, bytes(size))
 
 
-def test_closing_the_userfaultfd_stops_it(userfault: Userfault, memory: Memfd) -> None:
+def test_closing_the_userfaultfd_stops_the_server(userfault: Userfault, memory: Memfd) -> None:
     server = SourceServer(userfault, memory.hva, SOURCE)
     userfault.close()
     assert not server._thread.is_alive()
     server.stop()
 
 
-def test_it_leaves_no_thread_and_no_descriptor_not_even_where_another_serves(
+def test_the_server_leaves_no_thread_and_no_descriptor_even_if_another_serves(
     userfault: Userfault, memory: Memfd
 ) -> None:
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
@@ -117,7 +117,7 @@ def test_it_leaves_no_thread_and_no_descriptor_not_even_where_another_serves(
 
 
 class Meeting:
-    """A thread that two who join it wait for together, as far as both come to that."""
+    """A thread whose two joiners wait for each other, if both get that far."""
 
     def __init__(self, thread: threading.Thread) -> None:
         self.thread = thread
@@ -130,7 +130,7 @@ class Meeting:
 
 
 @pytest.mark.parametrize("kind", ["source", "callback"])
-def test_two_may_stop_a_server_at_once(userfault: Userfault, memory: Memfd, kind: str) -> None:
+def test_two_threads_may_stop_a_server_at_once(userfault: Userfault, memory: Memfd, kind: str) -> None:
     server: SourceServer | Server
     if kind == "source":
         server = SourceServer(userfault, memory.hva, SOURCE)
@@ -141,4 +141,4 @@ def test_two_may_stop_a_server_at_once(userfault: Userfault, memory: Memfd, kind
         stops = [pool.submit(server.stop) for _ in range(2)]
         assert [stop.result(10) for stop in stops] == [None, None]
     with Server(userfault, lambda _fault: Answer.ZERO):
-        pass  # nobody else serves it
+        pass  # no other server serves it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a guest begins: what a machine asks of its start, in which order, and what is closed when. No KVM needed."""
+"""How a guest starts: the calls of a machine to its start, their order, and when things are closed. Needs no KVM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIG = MachineConfig("payload:hello", memory=8 * MIB, serial_out=None)
 
 
 class Kernel(StandIn):
-    """A kernel that says when it is opened, and refuses where it is to."""
+    """A fake kernel that records when it is opened, and refuses on request."""
 
     def __init__(self, heard: list[str], *, there: bool = True) -> None:
         self.heard, self.there = heard, there
@@ -44,7 +44,7 @@ class Kernel(StandIn):
 
 
 class Elsewhere:
-    """A start of somebody else's, which writes down what is asked of it."""
+    """A foreign start, which records the calls to it."""
 
     kind = "elsewhere"
     lazy = True
@@ -86,7 +86,7 @@ def test_a_start_is_prepared_first_entered_last_and_closed_while_memory_is_mappe
 
 
 class Broken(Device):
-    """Cannot be closed, and says why as it likes."""
+    """A device whose close fails with a given error."""
 
     name = "broken"
     compatible = "test,broken"
@@ -101,7 +101,7 @@ class Broken(Device):
 
 @pytest.mark.parametrize("whys", [[Stuck("disk", 30)], [ValueError("how?")], [ValueError("how?"), Stuck("disk", 30)]])
 @pytest.mark.parametrize("close", [Machine.close, Machine.close_vm])
-def test_memory_stays_mapped_where_a_device_cannot_be_closed(
+def test_memory_stays_mapped_if_a_device_cannot_be_closed(
     whys: list[Exception], close: Callable[[Machine], None]
 ) -> None:
     heard: list[str] = []
@@ -147,7 +147,7 @@ def test_a_kernels_files_are_open_until_they_are_loaded(tmp_path: Path, monkeypa
         assert machine.memory.read(Gpa(part.gpa), part.size) == b"an initrd"
 
 
-def test_a_kernels_files_are_closed_where_it_does_not_come_to_loading_them(tmp_path: Path) -> None:
+def test_a_kernels_files_are_closed_if_they_are_never_loaded(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(payload("hello"))
     start = KernelImage()
@@ -181,7 +181,7 @@ def test_the_first_vcpu_starts_at_the_kernels_entry_with_the_device_tree() -> No
     assert set_registers == [(core_reg("pc"), entry.pc), (core_reg("x0"), entry.fdt)]
 
 
-def test_a_kernel_that_is_not_there_is_refused_before_kvm_is_opened() -> None:
+def test_a_missing_kernel_file_is_refused_before_kvm_is_opened() -> None:
     heard: list[str] = []
     with pytest.raises(UsageError, match="no such file"):
         Machine(CONFIG._replace(kernel="/nowhere"), kernel=Kernel(heard)).__enter__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool a guest with private memory does its I/O through: its size, and what the device tree says of it."""
+"""The pool through which a guest with private memory does its I/O: its size, and its device tree node."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Properties = dict[str, Value]
 PROTECTED = MachineConfig("payload:hello", Protection.PKVM, memory=256 * MIB, devices=(Rng(),))
 
 
-def test_pool_is_for_devices_of_guests_with_private_memory() -> None:
+def test_only_guests_with_private_memory_and_devices_have_a_pool() -> None:
     assert PROTECTED.pool_size() == PROTECTED._replace(protection=Protection.EMULATED).pool_size() == DEFAULT
     assert PROTECTED._replace(protection=Protection.NONE).pool_size() == 0
     assert PROTECTED._replace(devices=()).pool_size() == 0
 
 
-def test_small_guest_keeps_most_of_its_memory() -> None:
+def test_a_small_guest_keeps_most_of_its_memory() -> None:
     assert PROTECTED._replace(memory=32 * MIB).pool_size() == 4 * MIB
 
 
-def test_size_that_was_asked_for_is_given_or_refused() -> None:
+def test_a_requested_size_is_used_or_refused() -> None:
     assert PROTECTED._replace(swiotlb=64 * MIB).pool_size() == 64 * MIB
     assert PROTECTED._replace(swiotlb=0).pool_size() == 0
     assert PROTECTED._replace(protection=Protection.NONE, swiotlb=4 * MIB).pool_size() == 4 * MIB
@@ -45,14 +45,14 @@ def test_size_that_was_asked_for_is_given_or_refused() -> None:
         PROTECTED._replace(swiotlb=4096).check()
 
 
-def test_a_size_for_a_guest_whose_device_tree_is_taken_as_it_is_is_refused() -> None:
+def test_a_size_is_refused_for_a_guest_with_a_given_device_tree() -> None:
     PROTECTED._replace(dtb="a.dtb").check()
     with pytest.raises(UsageError, match=r"pool of 4 MiB for a guest with its own device tree, a\.dtb") as caught:
         PROTECTED._replace(dtb="a.dtb", swiotlb=4 * MIB).check()
     assert caught.value.hint == "write the pool into its /reserved-memory"
 
 
-def test_every_virtio_device_is_told_of_the_pool_and_no_other_device() -> None:
+def test_only_virtio_devices_refer_to_the_pool() -> None:
     devices = [
         DeviceNode("virtio_mmio", ("virtio,mmio",), 0xA00_0000, 0x200),
         DeviceNode("virtio_mmio", ("virtio,mmio",), 0xA00_0200, 0x200),
@@ -71,7 +71,7 @@ def test_every_virtio_device_is_told_of_the_pool_and_no_other_device() -> None:
 
 
 def own_tree(*pools: Properties, cells: Properties | None = None) -> bytes:
-    """A tree as somebody else may write one, with ``pools`` under a /reserved-memory of such ``cells``."""
+    """Return a foreign tree, with ``pools`` under a /reserved-memory that has these ``cells``."""
     usual: Properties = {"#address-cells": 2, "#size-cells": 2}
     nodes = [Node(f"pool{number}", {"compatible": "restricted-dma-pool"} | pool) for number, pool in enumerate(pools)]
     beside = Node("memory@80000000", {"compatible": "restricted-dma-pool", "size": cells64(64 * MIB)})
@@ -116,7 +116,7 @@ ONE_CELL: Properties = {"#address-cells": 2, "#size-cells": 1}
         "empty",
     ],
 )
-def test_pool_of_a_guest_with_a_tree_of_its_own_is_what_that_says(tree: bytes, pool: int) -> None:
+def test_the_pool_of_a_guest_with_a_given_tree_is_that_of_the_tree(tree: bytes, pool: int) -> None:
     assert WITH_TREE.pool_size(tree) == pool * MIB
     assert WITH_TREE._replace(protection=Protection.NONE).pool_size(tree) == pool * MIB
     assert WITH_TREE._replace(devices=()).pool_size(tree) == 0
@@ -135,19 +135,19 @@ def test_pool_of_a_guest_with_a_tree_of_its_own_is_what_that_says(tree: bytes, p
     ],
     ids=["no size", "half a size", "half a reg", "no cells", "many cells", "small", "truncated"],
 )
-def test_a_tree_whose_pool_cannot_be_told_is_refused(tree: bytes, why: str) -> None:
+def test_a_tree_whose_pool_is_ambiguous_is_refused(tree: bytes, why: str) -> None:
     with pytest.raises(UsageError, match=why) as caught:
         WITH_TREE.pool_size(tree)
     assert caught.value.message.startswith("device tree a.dtb ")
 
 
-def test_a_disk_keeps_to_the_pool_in_the_tree_that_its_guest_is_given(tmp_path: Path) -> None:
+def test_a_disk_limits_requests_to_the_pool_of_the_given_device_tree(tmp_path: Path) -> None:
     disk, tree = tmp_path / "disk", tmp_path / "a.dtb"
     disk.write_bytes(bytes(MIB))
     usual = PROTECTED._replace(devices=(Disk(str(disk)),))
 
     def request(**more: object) -> int:
-        """How many bytes it may have; the tree is written down."""
+        """Return how many bytes a request may have; the tree is in a file."""
         with Plan(usual._replace(**more)) as plan:  # type: ignore[arg-type]
             tree.write_bytes(plan.machine.entry.device_tree)
             [transport] = plan.machine.virtio

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The timeline: what is recorded of a run, and how it is drawn."""
+"""The timeline: the recorded events of a run, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Ring:
-    """A vCPU of which only the ring is there."""
+    """A fake vCPU that has only its ring."""
 
     def __init__(self, size: int = 8) -> None:
         self.records = ffi.new("struct pv_record[]", size)
@@ -43,7 +43,7 @@ class Ring:
 
 
 class Trace:
-    """A FaultTrace with what it is told."""
+    """A fake FaultTrace with given faults."""
 
     def __init__(self, *faults: TracedFault, why_not: str = "", lost: int = 0) -> None:
         self.faults = lambda: list(faults)
@@ -51,7 +51,7 @@ class Trace:
         self.collect = list
 
 
-def test_shares_of_all_vcpus_are_in_order_and_refused_ones_are_not_there() -> None:
+def test_shares_of_all_vcpus_are_in_order_without_refused_ones() -> None:
     first, second = Ring(), Ring()
     first.put(lib.PV_REC_SHARE, 20, BASE)
     first.put(lib.PV_REC_UNSHARE, 40, BASE)
@@ -78,7 +78,7 @@ def test_shares_of_all_vcpus_are_in_order_and_refused_ones_are_not_there() -> No
         assert recorder.notes == []
 
 
-def test_events_left_out_while_it_stops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_left_out_while_the_recorder_stops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeline, "MOST", 0)
     _, memory, _ = build(Protection.EMULATED)
     with memory:
@@ -100,7 +100,7 @@ def test_events_left_out_while_it_stops_are_counted(monkeypatch: pytest.MonkeyPa
         assert recorder.lost == 1
 
 
-def test_what_is_done_to_memory_from_this_side_is_heard() -> None:
+def test_changes_of_memory_by_the_host_are_recorded() -> None:
     _, memory, _ = build(Protection.EMULATED)
     with memory:
         recorder = Timeline()
@@ -108,7 +108,7 @@ def test_what_is_done_to_memory_from_this_side_is_heard() -> None:
         slot = memory.add(BASE + 2 * MIB, Memfd(MIB))
         memory.punch(BASE + PAGE, 2 * PAGE)
         memory.convert(BASE, shared=True)
-        memory.convert(BASE, shared=True)  # refused: it is there already
+        memory.convert(BASE, shared=True)  # refused: it exists already
         memory.remove(slot)
         assert [event[1:] for event in recorder.events()] == [
             ("slot", BASE + 2 * MIB, 256),
@@ -118,7 +118,7 @@ def test_what_is_done_to_memory_from_this_side_is_heard() -> None:
         ]
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_events_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Timeline().notes == ["faults were not recorded: nobody asked for them"]
     ring = Ring()
     ring.native.ring.dropped = 3
@@ -139,7 +139,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
 
-def test_a_failed_run_says_its_address_where_the_kernel_traced_nothing() -> None:
+def test_a_failed_run_gives_its_address_if_the_kernel_traced_nothing() -> None:
     ring = Ring()
     ring.put(lib.PV_REC_FAULT, 9, BASE + 5)
     _, memory, _ = build()
@@ -170,20 +170,20 @@ def test_each_kind_has_a_shape_a_colour_a_tooltip_and_a_count() -> None:
     assert "time in ms" in said
 
 
-def test_addresses_where_nothing_happened_are_left_out_and_said() -> None:
+def test_addresses_without_events_are_left_out_and_the_gap_is_marked() -> None:
     events = [Event(1, "fault", BASE), Event(2, "fault", BASE + PAGE), Event(3, "share", 1 << 40)]
     said = texts(svg_timeline(events))
     assert "~ 1022 GiB where nothing happened ~" in said
     assert {"0x8000_0000", "0x100_0000_0000"} <= set(said)
 
 
-def test_order_stands_for_time_where_times_are_not_wanted() -> None:
+def test_events_are_drawn_by_order_if_times_are_not_wanted() -> None:
     picture = svg_timeline([Event(index, "fault", BASE + index * PAGE) for index in range(20)], by_order=True)
     assert "events in their order; times are not drawn" in texts(picture)
     assert "<title>fault 0x8000_3000 3.</title>" in picture
 
 
-def test_notes_are_drawn_and_escaped_and_emptiness_is_said() -> None:
+def test_notes_are_drawn_and_escaped_and_an_empty_timeline_says_so() -> None:
     said = texts(svg_timeline([], "Nothing & <more>", notes=["faults were not recorded: <why>"]))
     assert said == ["Nothing & <more>", "nothing happened", "faults were not recorded: <why>"]
 
@@ -196,7 +196,7 @@ def test_inline_timelines_have_no_ids_and_no_header() -> None:
     assert len(picture) < 5000
 
 
-def test_thousands_of_faults_stay_small_and_without_tooltips() -> None:
+def test_the_picture_of_thousands_of_faults_stays_small_without_tooltips() -> None:
     events = [Event(index * 7919, "fault", BASE + (index * 31 % 4096) * PAGE) for index in range(5000)]
     picture = svg_timeline(events)
     assert len(picture) < 120_000

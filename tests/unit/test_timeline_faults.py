@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel's trace of faults says, line by line, and what is said where there is none."""
+"""The kernel's trace of faults, line by line, and the reasons if there is none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU:1 [LOST 2 EVENTS]
 
 @pytest.fixture
 def instances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that looks like tracefs' instances; each new one has a file for a trace_pipe."""
+    """Make a directory like tracefs' instances; each new instance has a file for its trace_pipe."""
     root = tmp_path / "tracing"
     (root / "instances").mkdir(parents=True)
     (root / faulttrace.EVENT).mkdir(parents=True)
@@ -44,7 +44,7 @@ def instances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("instances")
-def test_faults_are_read_with_times_addresses_and_kinds_and_the_lost_are_counted() -> None:
+def test_faults_are_read_with_time_address_and_kind_and_lost_ones_are_counted() -> None:
     with FaultTrace() as trace:
         assert (trace.available, trace.why_not) == (True, "")
         first = trace.faults()
@@ -58,7 +58,7 @@ def test_faults_are_read_with_times_addresses_and_kinds_and_the_lost_are_counted
 
 
 @pytest.mark.usefixtures("instances")
-def test_who_is_reading_keeps_the_pipe_open_until_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_keeps_the_pipe_open_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, left = threading.Event(), threading.Event()
     sizes: list[int] = []
 
@@ -80,13 +80,13 @@ def test_who_is_reading_keeps_the_pipe_open_until_done(monkeypatch: pytest.Monke
         trace.__enter__()
         reader.start()
         assert reading.wait(10)
-        patched.setattr(trace, "collect", lambda: None)  # leaving has nothing to read
+        patched.setattr(trace, "collect", lambda: None)  # there is nothing to read at the end
         leave()
     reader.join(10)
     assert sizes == [len(LINES)]
 
 
-def test_kernel_is_told_threads_clock_and_the_range_that_matters(instances: Path) -> None:
+def test_the_kernel_gets_the_threads_the_clock_and_the_range(instances: Path) -> None:
     with FaultTrace(range(0x1000, 0x2000)):
         [instance] = instances.iterdir()
         assert (instance / "trace_clock").read_text() == "mono"
@@ -97,7 +97,7 @@ def test_kernel_is_told_threads_clock_and_the_range_that_matters(instances: Path
     assert (instance / faulttrace.EVENT / "enable").read_text() == "0"
 
 
-def test_names_never_meet_and_what_the_dead_left_is_removed(instances: Path) -> None:
+def test_instance_names_are_unique_and_those_of_dead_processes_are_removed(instances: Path) -> None:
     for name in ("pyvmm-99999999-0", f"pyvmm-{os.getpid()}-0", "somebody-else", "pyvmm-x-0"):
         (instances / name).mkdir()
     with FaultTrace(), FaultTrace():
@@ -106,9 +106,7 @@ def test_names_never_meet_and_what_the_dead_left_is_removed(instances: Path) -> 
     assert names == {f"pyvmm-{pid}-0", f"pyvmm-{pid}-1", f"pyvmm-{pid}-2", "somebody-else", "pyvmm-x-0"}
 
 
-def test_without_the_means_nothing_is_raised_and_the_reason_is_said(
-    instances: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_trace_raises_nothing_and_gives_the_reason(instances: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_path: str) -> None:
         raise PermissionError(13, "Permission denied", str(instances))
 
@@ -133,10 +131,10 @@ def test_without_the_means_nothing_is_raised_and_the_reason_is_said(
         (0x8200_0007, (False, True)),
         (0x93C2_8046, (True, False)),
         (0x93C0_8007, (False, False)),
-        (0x9200_0147, (False, False)),  # cache maintenance: a write by its bit only
-        (0x9200_00C7, (None, None)),  # a walk's own access
+        (0x9200_0147, (False, False)),  # cache maintenance: a write only by its bit
+        (0x9200_00C7, (None, None)),  # the access of a page table walk
         (0x5A00_0000, (None, None)),  # an hvc
     ],
 )
-def test_syndrome_says_write_or_fetch_where_it_can(esr: int, kind: tuple[bool | None, bool | None]) -> None:
+def test_the_kind_is_write_or_fetch_if_the_syndrome_says_so(esr: int, kind: tuple[bool | None, bool | None]) -> None:
     assert access(esr) == kind

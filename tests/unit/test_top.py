@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How busy a guest is: what two readings say, how it is shown, and the socket through which others ask."""
+"""How busy a guest is: the report of two readings, its display, and the socket for other processes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def vcpu(exits: dict[str, list[int]], vmm: float, guest: float | None, kernel: f
     }
 
 
-def test_a_report_is_of_the_time_between_two_readings() -> None:
+def test_a_report_covers_the_time_between_two_readings() -> None:
     before = taken(101 * S, vcpu({"uart": [100, 5, 5]}, 0.1, 0.5, 0.2), vcpu({}, 0, 0, 0), shares=5)
     now = taken(
         103 * S,
@@ -86,7 +86,7 @@ def test_a_report_is_of_the_time_between_two_readings() -> None:
     assert since_start(now)["seconds"] == 3
 
 
-def test_kicks_that_made_no_exit_are_no_exits_and_are_told_where_there_are_any() -> None:
+def test_kicks_without_an_exit_are_not_counted_as_exits_and_are_shown_if_any() -> None:
     one = vcpu({}, 0, 0, 0)
     found = report(taken(101 * S, one, kicks=10), taken(103 * S, one, kicks=30))
     assert (found["kicks_per_second"], found["exits_per_second"]) == (10, 0)
@@ -95,7 +95,7 @@ def test_kicks_that_made_no_exit_are_no_exits_and_are_told_where_there_are_any()
     assert not any("kicks" in line for line in lines(report(taken(101 * S, one), taken(103 * S, one))))
 
 
-def test_what_the_kernel_does_not_tell_of_a_thread_is_left_open() -> None:
+def test_values_that_the_kernel_does_not_report_for_a_thread_are_left_open() -> None:
     unknown = vcpu({}, 0.5, None, None)
     ended = report(taken(101 * S, vcpu({}, 0, 0.1, 0.1)), taken(102 * S, unknown))
     assert ended["time"] == {"guest": None, "kernel": None, "vmm": 0.5, "waiting": None}
@@ -108,7 +108,7 @@ SECONDS = st.floats(0, 3, allow_nan=False)
 
 
 @given(SECONDS, SECONDS, SECONDS, st.integers(1, 600), st.integers(20, 200), st.integers(1, 60))
-def test_shares_of_time_make_one_and_lines_fit(
+def test_shares_of_time_add_up_to_one_and_lines_fit(
     vmm: float, guest: float, kernel: float, cpus: int, width: int, height: int
 ) -> None:
     one = vcpu({"uart": [1, 1, 1]}, vmm, guest, kernel)
@@ -126,7 +126,7 @@ def test_times_of_the_lab_are_marked(tcg: bool) -> None:
     assert (TCG_NOTE in lines(ended)) is tcg
 
 
-def test_a_reading_counts_time_that_is_not_over_yet_where_the_vcpu_is() -> None:
+def test_a_reading_counts_unfinished_time_for_the_current_state_of_the_vcpu() -> None:
     config = SimpleNamespace(kernel="payload:smp", protection=Protection.NONE, backing="memfd", memory=64 << 20)
     vm = ffi.new("struct pv_vm *")
     vm.pages[lib.PV_PAGE_HOST] = 16384
@@ -146,7 +146,7 @@ def test_a_reading_counts_time_that_is_not_over_yet_where_the_vcpu_is() -> None:
 
 @pytest.fixture
 def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of the user's sockets, which is not there yet; a run is worth one at once."""
+    """Return the directory for the user's sockets, which does not exist yet. Each run gets a socket at once."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(control, "SETTLED", 0)
     return tmp_path / "pyvmm"
@@ -160,7 +160,7 @@ def wait_for(path: Path) -> Path:
     return path
 
 
-def test_a_run_answers_line_by_line_to_its_own_user_and_is_gone_afterwards(sockets: Path) -> None:
+def test_a_run_answers_its_own_user_line_by_line_and_removes_its_socket(sockets: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     with Control({"counters": lambda: {"exits": 3}}):
         path = wait_for(sockets / f"{os.getpid()}.sock")
@@ -192,7 +192,7 @@ def test_a_run_answers_line_by_line_to_its_own_user_and_is_gone_afterwards(socke
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_who_asks_when_the_run_ends_is_told_nothing_more(sockets: Path) -> None:
+def test_a_client_gets_no_more_answers_when_the_run_ends(sockets: Path) -> None:
     with Control({"counters": dict}):
         wait_for(sockets / f"{os.getpid()}.sock")
         connection = Connection(os.getpid())
@@ -210,7 +210,7 @@ def test_a_short_run_makes_no_socket(sockets: Path, monkeypatch: pytest.MonkeyPa
     assert not sockets.exists()
 
 
-def test_what_a_killed_run_left_is_removed_and_its_name_used_again(sockets: Path) -> None:
+def test_the_socket_of_a_killed_run_is_removed_and_its_name_reused(sockets: Path) -> None:
     sockets.mkdir(0o700)
     for pid in (os.getpid(), 1234):
         with socket.socket(socket.AF_UNIX) as left:
@@ -220,9 +220,7 @@ def test_what_a_killed_run_left_is_removed_and_its_name_used_again(sockets: Path
         assert [path.name for path in sockets.iterdir()] == [f"{os.getpid()}.sock"]
 
 
-def test_a_run_goes_on_without_a_socket_where_it_cannot_have_one(
-    sockets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_continues_if_it_cannot_have_a_socket(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(control.log, "info", lambda _event, reason: told.append(reason))
     sockets.mkdir(0o777)
@@ -254,7 +252,7 @@ def top(*words: str, runtime: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_top_watches_the_only_run_or_the_one_that_is_named(sockets: Path) -> None:
+def test_top_watches_the_only_run_or_the_named_one(sockets: Path) -> None:
     clock = iter(range(101, 200))
     with Control({"counters": lambda: taken(next(clock) * S, vcpu({"uart": [3, 1, 1]}, 0, 0, 0))}):
         wait_for(sockets / f"{os.getpid()}.sock")
@@ -267,7 +265,7 @@ def test_top_watches_the_only_run_or_the_one_that_is_named(sockets: Path) -> Non
     assert done[1].stdout.startswith("payload:smp: protection none, 1 vCPU, 64 MiB of memfd\n")
 
 
-def test_top_says_what_it_lacks(sockets: Path) -> None:
+def test_top_says_what_is_missing(sockets: Path) -> None:
     none, stranger = top(runtime=sockets.parent), top("1", runtime=sockets.parent)
     pointless = top("-c", "4", "--trace", "x", "1", runtime=sockets.parent)
     assert (none.returncode, stranger.returncode, pointless.returncode) == (2, 2, 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trace: what is recorded of a run, how it is put on tracks, and that it is written in Perfetto's format."""
+"""A trace: the records of a run, their tracks, and Perfetto's format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WRITE = 1 << 31
 
 
 class Vcpus:
-    """vCPUs of which only the rings are there, and a recorder of them that is at work."""
+    """Fake vCPUs that have only rings, and a running recorder for them."""
 
     def __init__(self, count: int = 1, faults: Any = None) -> None:
         self.vm = ffi.new("struct pv_vm *")
@@ -80,7 +80,7 @@ def test_guest_and_exit_slices_take_turns_without_a_gap() -> None:
     assert sum(value.value or 0 for value in trace.track("exits/s").values) > 0
 
 
-def test_what_an_exit_did_is_in_its_slice_and_a_fault_in_the_guests() -> None:
+def test_the_action_of_an_exit_is_in_its_slice_and_a_fault_in_the_guests_slice() -> None:
     class Faults:
         why_not, lost, collect = "", 0, list
 
@@ -106,7 +106,7 @@ def test_what_an_exit_did_is_in_its_slice_and_a_fault_in_the_guests() -> None:
     assert [i.name for i in trace.track("faults of some vCPU").instants] == ["fault"]
 
 
-def test_where_records_are_missing_no_slice_covers_the_gap() -> None:
+def test_no_slice_covers_a_gap_of_missing_records() -> None:
     vcpus = Vcpus()
     vcpus.exit(1000, 100)
     vcpus.exit(9000, 100, lost=1)
@@ -148,7 +148,7 @@ def test_slices_nest_whatever_was_recorded(records: list[Any], faults: list[int]
         assert one[1] <= one[2] <= next_[1]
 
 
-def test_a_share_flows_to_the_device_that_asks_for_the_page_and_an_unshare_through_the_relay() -> None:
+def test_flows_link_a_share_to_the_devices_access_and_an_unshare_to_the_relay() -> None:
     vcpus = Vcpus()
     _, memory, _ = build(Protection.EMULATED)
     with memory:
@@ -163,7 +163,7 @@ def test_a_share_flows_to_the_device_that_asks_for_the_page_and_an_unshare_throu
         vcpus.put(now(), lib.PV_REC_SHARE, addr=page, code=1)
         echo.write(abi.ECHO_PAGE, 8, page, 0)
         assert echo.page == page
-        # Of an emulated guest the relay hears before the page is closed and recorded.
+        # For an emulated guest the relay hears before the page is closed and recorded.
         relay.deliver(ShareEvent(False, page, 1, ShareSource.HYPERCALL, now()))
         vcpus.put(now(), lib.PV_REC_UNSHARE, addr=page, code=2)
         assert echo.page == 0
@@ -181,7 +181,7 @@ def test_a_share_flows_to_the_device_that_asks_for_the_page_and_an_unshare_throu
     ]
 
 
-def test_el2_is_on_a_track_of_each_cpu_from_the_runs_start_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_cpu_has_a_track_for_el2_from_the_start_to_the_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "clock_gettime_ns", lambda _clock: time.monotonic_ns())
     vcpus = Vcpus()
     start = time.monotonic_ns()
@@ -205,7 +205,7 @@ def test_el2_is_on_a_track_of_each_cpu_from_the_runs_start_to_its_end(monkeypatc
     assert zero[0].notes == {"vCPU": 0}
 
 
-def test_page_counters_follow_the_guests_shares_between_two_looks() -> None:
+def test_page_counters_follow_the_guests_shares_between_two_samples() -> None:
     vcpus = Vcpus()
     vcpus.vm.pages[lib.PV_PAGE_PRIVATE] = 10
     vcpus.recorder.collect()
@@ -219,7 +219,7 @@ def test_page_counters_follow_the_guests_shares_between_two_looks() -> None:
     assert (shared, private) == ([1, 0], [9, 10])
 
 
-def test_no_page_counter_goes_below_zero_where_a_look_came_before_a_moves_record() -> None:
+def test_page_counters_stay_above_zero_if_a_sample_precedes_the_record_of_a_move() -> None:
     vcpus = Vcpus()
     vcpus.recorder.collect()
     first = time.monotonic_ns()
@@ -246,7 +246,7 @@ def test_recording_keeps_the_first_exits_and_counts_the_rest(monkeypatch: pytest
     assert (vcpus.recorder.left, vcpus.recorder.lost) == (2, 2)
 
 
-def test_a_recorder_is_a_timeline_for_the_map() -> None:
+def test_a_recorder_gives_the_map_its_timeline() -> None:
     vcpus = Vcpus(2)
     vcpus.exit(50, 1)
     vcpus.put(100, lib.PV_REC_SHARE, addr=PAGE, cpu=1)
@@ -272,7 +272,7 @@ NOTES = st.dictionaries(
 
 @settings(deadline=None)
 @given(st.integers(0, (1 << 64) - 1), st.text(min_size=1, max_size=300), NOTES, st.integers(1, (1 << 64) - 1))
-def test_perfettos_own_classes_read_what_is_written(ns: int, name: str, notes: dict[str, Any], flow: int) -> None:
+def test_perfettos_own_classes_read_the_trace(ns: int, name: str, notes: dict[str, Any], flow: int) -> None:
     from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as proto  # type: ignore[import-untyped]  # no stubs
 
     written: list[bytes] = []
@@ -312,6 +312,6 @@ def test_perfettos_own_classes_read_what_is_written(ns: int, name: str, notes: d
     assert (list(begin.flow_ids), list(instant.terminating_flow_ids), count.counter_value) == ([flow], [flow], -5)
     values = [getattr(note, note.WhichOneof("value")) for note in begin.debug_annotations]
     assert dict(zip((keys[n.name_iid] for n in begin.debug_annotations), values, strict=True)) == notes
-    # And the reader that the other tests trust agrees.
+    # The reader that the other tests use agrees.
     (slice_,) = Trace(data).track("vCPU 0").slices
     assert (slice_.name, slice_.ns, slice_.end, slice_.flows) == (name, ns, ns, [flow])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pyvmm.typed has does as typing's does: each test asks both."""
+"""pyvmm.typed behaves like typing: each test checks both."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BOTH = pytest.mark.parametrize("kind", [Ours, Theirs])
 
 
 @BOTH
-def test_a_named_tuple_is_made_by_place_by_name_and_from_defaults(kind: Any) -> None:
+def test_a_named_tuple_is_made_by_position_by_name_and_from_defaults(kind: Any) -> None:
     assert kind(1) == kind(1, 2) == kind(x=1) == kind(1, name="here", y=2) == (1, 2, "here")
     assert kind(1) != kind(2)
     assert hash(kind(1)) == hash((1, 2, "here"))
@@ -64,9 +64,7 @@ def test_a_named_tuple_is_made_by_place_by_name_and_from_defaults(kind: Any) -> 
 @pytest.mark.parametrize(
     "make", [lambda kind: kind(), lambda kind: kind(1, x=1), lambda kind: kind(1, z=1), lambda kind: kind(1, 2, "", 4)]
 )
-def test_a_named_tuple_refuses_fields_that_are_missing_twice_there_or_unknown(
-    kind: Any, make: Callable[[Any], object]
-) -> None:
+def test_a_named_tuple_refuses_missing_duplicate_and_unknown_fields(kind: Any, make: Callable[[Any], object]) -> None:
     with pytest.raises(TypeError):
         make(kind)
 
@@ -81,7 +79,7 @@ def test_a_named_tuple_cannot_be_changed(kind: Any) -> None:
 
 
 @BOTH
-def test_a_named_tuple_makes_others_of_itself(kind: Any) -> None:
+def test_a_named_tuple_makes_changed_copies(kind: Any) -> None:
     assert kind(1)._replace(y=7) == (1, 7, "here")
     assert type(kind(1)._replace(y=7)) is kind
     with pytest.raises((TypeError, ValueError)):
@@ -92,7 +90,7 @@ def test_a_named_tuple_makes_others_of_itself(kind: Any) -> None:
 
 
 @BOTH
-def test_a_named_tuple_tells_what_it_is(kind: Any) -> None:
+def test_a_named_tuple_describes_itself(kind: Any) -> None:
     assert repr(kind(1)) == f"{kind.__name__}(x=1, y=2, name='here')"
     assert kind.__doc__ == "A place."
     assert kind._fields == ("x", "y", "name")
@@ -152,11 +150,11 @@ class Deaf:
 
 
 @pytest.mark.parametrize("role", [OurRole, TheirRole])
-def test_an_object_has_a_role_by_having_all_that_the_role_names(role: Any) -> None:
+def test_an_object_has_a_role_if_it_has_every_member_of_the_role(role: Any) -> None:
     assert isinstance(Asked(), role)
     assert not isinstance(Deaf(), role)
     assert not isinstance(5, role)
 
 
-def test_a_new_type_of_int_is_an_int() -> None:
+def test_a_value_of_a_new_type_of_int_is_an_int() -> None:
     assert typed.NewType("Metres", int)(5) == 5

@@ -53,7 +53,7 @@ def test_a_request_knows_its_name_number_and_structure() -> None:
     assert IO("N", 0xAE, 1).number == 0xAE01
 
 
-def test_a_request_whose_number_says_another_size_is_refused() -> None:
+def test_a_request_whose_number_encodes_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="the number says 8 bytes, but it carries Small of 16 bytes"):
         Ioctl("WRONG", 1 << 30 | 8 << 16, Small)
     with pytest.raises(ValueError, match="no structure"):
@@ -72,12 +72,12 @@ def test_a_structure_too_big_for_a_request_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("group", "nr"), [(256, 0), (0, 256), (-1, 0), (0, -1)])
-def test_group_and_number_are_bytes(group: int, nr: int) -> None:
+def test_group_and_number_must_fit_a_byte(group: int, nr: int) -> None:
     with pytest.raises(ValueError, match="are bytes"):
         IO("WRONG", group, nr)
 
 
-def test_annotations_lay_a_structure_out_as_c_does() -> None:
+def test_annotations_define_the_same_layout_as_c() -> None:
     assert sizeof(Small) == 16
     assert (offset_of(Small, "first"), offset_of(Small, "second")) == (0, 8)
     assert sizeof(Nest) == 24
@@ -102,7 +102,7 @@ def test_a_tail_that_c_would_put_elsewhere_is_refused() -> None:
         with_tail(Odd, "tail", [1], c_uint64)
 
 
-def test_core_registers_go_by_their_architectural_names() -> None:
+def test_core_registers_have_their_architectural_names() -> None:
     assert core_reg("x0") == 0x6030_0000_0010_0000
     assert core_reg("pc") == 0x6030_0000_0010_0040
     names = ["sp", "pc", "pstate", "sp_el1", "elr_el1", "spsr_el1", "fpsr", "fpcr"]
@@ -118,17 +118,17 @@ def test_no_other_name_is_taken_for_a_register(name: str) -> None:
 
 
 @given(st.integers(0, 0xFFFF), st.integers(0, 0xFFFF))
-def test_a_psci_version_comes_apart_again(major: int, minor: int) -> None:
+def test_a_psci_version_splits_into_major_and_minor(major: int, minor: int) -> None:
     version = psci.PSCI_VERSION(major, minor)
     assert (version >> psci.PSCI_VERSION_MAJOR_SHIFT, version & psci.PSCI_VERSION_MINOR_MASK) == (major, minor)
 
 
-def test_capabilities_have_names_and_strangers_numbers() -> None:
+def test_known_capabilities_have_names_and_unknown_ones_numbers() -> None:
     assert kvm_cap.cap_name(kvm_cap.KVM_CAP_GUEST_MEMFD) == "KVM_CAP_GUEST_MEMFD"
     assert kvm_cap.cap_name(9999) == "9999"
 
 
-def test_no_two_requests_share_name_or_number_and_structure() -> None:
+def test_no_two_requests_have_the_same_name_or_the_same_number_and_structure() -> None:
     modules: list[Any] = [
         importlib.import_module(f"pyvmm.uapi.{info.name}") for info in pkgutil.iter_modules(pyvmm.uapi.__path__)
     ]
@@ -138,7 +138,7 @@ def test_no_two_requests_share_name_or_number_and_structure() -> None:
 
 
 def test_the_bindings_import_nothing_heavy() -> None:
-    """What a guest costs starts here: under emulation every module is felt."""
+    """Every run imports the bindings: under emulation every module costs noticeable time."""
     heavy = {"asyncio", "subprocess", "logging", "dataclasses", "inspect", "json", "pathlib", "fcntl", "mmap", "cffi"}
     code = "import sys; import pyvmm.kvm.system; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""userfaultfd on this host's own kernel: faults told, answered, and refused in words."""
+"""userfaultfd on this host's own kernel: faults are reported and answered, and errors are clear."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NO_ANSWERS: dict[int, Answer] = {}
 
 @pytest.fixture
 def memory() -> Iterator[Memfd]:
-    """Guest memory that is nobody's yet."""
+    """Make unpopulated guest memory."""
     with Memfd(SIZE) as backing:
         yield backing
 
@@ -47,7 +47,7 @@ def write(address: int, data: bytes) -> int:
     return copied
 
 
-def test_a_missing_page_is_told_and_its_reader_waits_for_what_it_becomes(userfault: Userfault, memory: Memfd) -> None:
+def test_a_missing_page_is_reported_and_its_reader_waits_for_the_contents(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(lambda: (threading.get_native_id(), look(memory.hva + PAGE_SIZE + 8)))
@@ -63,7 +63,7 @@ def test_a_missing_page_is_told_and_its_reader_waits_for_what_it_becomes(userfau
         assert not userfault.wait(0)
 
 
-def test_a_server_answers_with_what_its_callback_says(userfault: Userfault, memory: Memfd) -> None:
+def test_a_server_answers_with_the_result_of_its_callback(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
 
     def resolve(fault: module.Fault) -> Answer | bytes:
@@ -77,9 +77,7 @@ def test_a_server_answers_with_what_its_callback_says(userfault: Userfault, memo
     assert not server.alive
 
 
-def test_an_answer_may_be_several_pages_and_leaves_those_alone_that_are_there(
-    userfault: Userfault, memory: Memfd
-) -> None:
+def test_an_answer_may_have_several_pages_and_keeps_existing_ones(userfault: Userfault, memory: Memfd) -> None:
     write(memory.hva + 2 * PAGE_SIZE, b"kept")
     userfault.register(memory.hva, SIZE, missing=True)
     with Server(userfault, lambda _fault: b"new." * (SIZE // 4)) as server:
@@ -98,7 +96,7 @@ def test_an_answer_may_be_several_pages_and_leaves_those_alone_that_are_there(
         (None, "NoneType is not a valid answer"),
     ],
 )
-def test_an_answer_that_cannot_be_leaves_the_reader_waiting_and_is_raised(
+def test_an_invalid_answer_leaves_the_reader_waiting_and_raises(
     userfault: Userfault, memory: Memfd, answer: Answer | bytes | None, words: str
 ) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
@@ -113,7 +111,7 @@ def test_an_answer_that_cannot_be_leaves_the_reader_waiting_and_is_raised(
         assert reader.result(10) == bytes(8)
 
 
-def test_what_one_server_leaves_the_next_one_answers(userfault: Userfault, memory: Memfd) -> None:
+def test_the_next_server_answers_faults_that_one_left(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     going_on, asked = threading.Event(), threading.Event()
 
@@ -133,7 +131,7 @@ def test_what_one_server_leaves_the_next_one_answers(userfault: Userfault, memor
             assert first.served[FaultKind.MISSING] + second.served[FaultKind.MISSING] >= 4
 
 
-def test_closing_stops_the_server_and_lets_who_waits_go_on(userfault: Userfault, memory: Memfd) -> None:
+def test_closing_stops_the_server_and_releases_waiting_readers(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     with ThreadPoolExecutor(1) as pool:
         server = Server(userfault, lambda _fault: NO_ANSWERS[1])
@@ -156,7 +154,7 @@ def test_there_is_one_server_at_a_time(userfault: Userfault) -> None:
     Server(userfault, lambda _fault: Answer.ZERO).stop()
 
 
-def test_unregistering_lets_who_waits_go_on(userfault: Userfault, memory: Memfd) -> None:
+def test_unregistering_releases_waiting_readers(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(look, memory.hva)
@@ -207,7 +205,7 @@ def test_any_access_to_a_read_write_protected_page_waits(userfault: Userfault, m
         assert server.served == {FaultKind.RWP: 1}
 
 
-def test_a_page_that_is_there_is_not_copied_over(userfault: Userfault, memory: Memfd) -> None:
+def test_an_existing_page_is_not_overwritten(userfault: Userfault, memory: Memfd) -> None:
     write(memory.hva + PAGE_SIZE, b"kept")
     userfault.register(memory.hva, SIZE, missing=True)
     with pytest.raises(UserfaultError, match=r"UFFDIO_COPY\(.*size=0x3000.*EEXIST: a page is there") as caught:
@@ -225,14 +223,14 @@ def test_a_page_that_is_there_is_not_copied_over(userfault: Userfault, memory: M
         ({"wp": True, "rwp": True}, PyvmmError, "rwp"),
     ],
 )
-def test_modes_that_make_no_sense_are_refused_in_words(
+def test_invalid_modes_are_refused_with_a_clear_error(
     userfault: Userfault, memory: Memfd, modes: dict[str, bool], kind: type[PyvmmError] | type[UsageError], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
         userfault.register(memory.hva, SIZE, **modes)
 
 
-def test_the_kernels_refusals_come_in_words(userfault: Userfault, memory: Memfd) -> None:
+def test_refusals_of_the_kernel_have_clear_errors(userfault: Userfault, memory: Memfd) -> None:
     with pytest.raises(UserfaultError, match=r"UFFDIO_REGISTER\(uffd=\d+, 0x.*, size=0x10000, mode=0x1\): EINVAL"):
         userfault.register(memory.hva + 1, SIZE, missing=True)
     with pytest.raises(UserfaultError, match="ENOENT: the range is not registered for this"):
@@ -256,7 +254,7 @@ def test_events_that_nobody_would_read_are_refused() -> None:
         (errno.EMFILE, "EMFILE", None),
     ],
 )
-def test_why_there_is_none_and_what_to_do(
+def test_the_error_without_userfaultfd_gives_the_reason_and_a_hint(
     monkeypatch: pytest.MonkeyPatch, code: int, words: str, hint: str | None
 ) -> None:
     monkeypatch.setattr(module, "DEVICE", "/nonexistent")
@@ -266,7 +264,7 @@ def test_why_there_is_none_and_what_to_do(
     assert caught.value.hint is None if hint is None else re.search(hint, caught.value.hint or "")
 
 
-def test_either_way_in_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_system_call_or_the_device_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("/nonexistent", module.DEVICE):
         monkeypatch.setattr(module, "DEVICE", device)
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vCPU thread's states, without KVM: a descriptor that is no vCPU makes every run stop as failed."""
+"""The vCPU thread's states, without KVM: the descriptor is not a vCPU, so every run stops as failed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_stop_before_the_first_run_is_not_lost() -> None:
     assert vcpu.thread.join(5)
 
 
-def test_what_the_handler_raises_is_reported_and_ends_the_thread() -> None:
+def test_an_exception_of_the_handler_is_reported_and_ends_the_thread() -> None:
     def handle(_: int) -> bool:
         raise RuntimeError("broken handler")
 
@@ -126,7 +126,7 @@ def test_a_resume_without_a_pause_is_refused() -> None:
     assert vcpu.thread.join(5)
 
 
-def test_of_two_who_resume_a_vcpu_that_was_paused_once_one_is_refused() -> None:
+def test_one_of_two_threads_that_resume_a_vcpu_paused_once_is_refused() -> None:
     vcpu = Vcpu(lambda _: True)
     vcpu.thread.start()
     vcpu.thread.pause()
@@ -144,11 +144,11 @@ def test_of_two_who_resume_a_vcpu_that_was_paused_once_one_is_refused() -> None:
         for each in both:
             each.start()
         for each in both:
-            each.join(0.1)  # until it waits for the condition, whatever it has looked at by then
+            each.join(0.1)  # until it waits for the condition, whatever it has read by then
     for each in both:
         each.join(5)
     assert len(refused) == 1
-    # A pause still holds: one that was resumed once too often would need two.
+    # A pause still holds: after one resume too many, two pauses would be needed.
     vcpu.thread.pause()
     assert vcpu.thread.wanted
     assert vcpu.thread.wait_paused(5)
@@ -156,7 +156,7 @@ def test_of_two_who_resume_a_vcpu_that_was_paused_once_one_is_refused() -> None:
     assert vcpu.thread.join(5)
 
 
-def test_a_vcpu_in_a_handler_is_outside_the_guest_though_not_paused() -> None:
+def test_a_vcpu_in_a_handler_is_outside_the_guest_but_not_paused() -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def handle(_: int) -> bool:
@@ -174,7 +174,7 @@ def test_a_vcpu_in_a_handler_is_outside_the_guest_though_not_paused() -> None:
 
 
 class Part:
-    """A device that notes what it is told; ``stuck`` makes it refuse to rest."""
+    """A device that records the calls to it; ``stuck`` makes it refuse to rest."""
 
     def __init__(self, told: list[str], name: str, *, stuck: bool = False) -> None:
         self.told, self.name, self.stuck = told, name, stuck
@@ -188,7 +188,7 @@ class Part:
         self.told.append(f"{self.name} goes on")
 
 
-def test_one_device_that_does_not_rest_leaves_the_others_and_the_vcpus_going() -> None:
+def test_one_device_that_does_not_rest_keeps_the_others_and_the_vcpus_running() -> None:
     told: list[str] = []
     parts: list[Any] = [Part(told, "a"), Part(told, "b", stuck=True)]
     clock: Any = SimpleNamespace(stop=lambda: told.append("time stands"), go=lambda: told.append("time goes on"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The balloon device: which pages go back to the host, which never do, and what the two sides tell each other."""
+"""The balloon device: which pages the host gets, which it never gets, and what the two sides tell each other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = BASE + 0x1_4000
 
 
 class Memory:
-    """The driver's memory as the balloon sees it, with a record of what was punched."""
+    """The driver's memory as the balloon sees it, with a record of punched holes."""
 
     def __init__(self) -> None:
         self.driver: Driver | None = None
@@ -46,7 +46,7 @@ class Memory:
 
 
 class Guest:
-    """A driver that names pages; ``reporting`` is the queue it calls so, as Linux does or as is specified."""
+    """A driver that names pages; ``reporting`` is its reporting queue, as in Linux or as specified."""
 
     def __init__(self, reporting: int = 2) -> None:
         self.memory = Memory()
@@ -77,7 +77,7 @@ def guest() -> Iterator[Guest]:
         yield guest
 
 
-def test_inflated_pages_go_back_in_as_few_pieces_as_they_make(guest: Guest) -> None:
+def test_the_host_gets_inflated_pages_in_as_few_pieces_as_possible(guest: Guest) -> None:
     pages = [FIRST + n for n in (300, 302, 301, 500, 300)]
     for page in pages:
         guest.driver.write(page * PAGE, b"x" * PAGE)
@@ -90,14 +90,14 @@ def test_inflated_pages_go_back_in_as_few_pieces_as_they_make(guest: Guest) -> N
     assert guest.balloon.punched == 4 * PAGE
 
 
-def test_page_inflated_twice_is_zeros_twice(guest: Guest) -> None:
+def test_a_page_inflated_twice_is_zeroed_twice(guest: Guest) -> None:
     guest.name([FIRST + 300])
     guest.driver.write((FIRST + 300) * PAGE, b"back in use")
     guest.name([FIRST + 300])
     assert guest.driver.read((FIRST + 300) * PAGE, 16) == bytes(16)
 
 
-def test_deflate_takes_nothing_from_anyone(guest: Guest) -> None:
+def test_a_deflate_does_not_change_memory(guest: Guest) -> None:
     guest.driver.write((FIRST + 300) * PAGE, b"mine")
     guest.name([FIRST + 300], DEFLATE)
     assert guest.memory.punched == []
@@ -105,13 +105,13 @@ def test_deflate_takes_nothing_from_anyone(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("number", [0, FIRST - 1, LAST, 0xFFFF_FFFF])
-def test_pages_that_are_no_ram_are_left_alone(guest: Guest, number: int) -> None:
+def test_pages_outside_ram_are_ignored(guest: Guest, number: int) -> None:
     guest.name([number])
     assert guest.memory.punched == []
     assert guest.balloon.refused == 1
 
 
-def test_rings_are_left_alone_even_if_the_guest_gives_them(guest: Guest) -> None:
+def test_pages_of_rings_are_kept_even_if_the_guest_gives_them(guest: Guest) -> None:
     rings = [ring.base // PAGE for ring in guest.driver.rings[:3]]
     for number in rings:
         guest.name([number])
@@ -120,7 +120,7 @@ def test_rings_are_left_alone_even_if_the_guest_gives_them(guest: Guest) -> None
     assert guest.balloon.refused == 4
 
 
-def test_numbers_beyond_the_most_and_odd_bytes_are_ignored(guest: Guest) -> None:
+def test_page_numbers_beyond_the_limit_and_odd_bytes_are_ignored(guest: Guest) -> None:
     guest.driver.write(NAMES, struct.pack("<I", FIRST + 300) * (MOST + 8) + b"xyz")
     guest.driver.rings[INFLATE].give(Segment(NAMES, 3))
     guest.driver.rings[INFLATE].give(Segment(NAMES, 4 * MOST + 32 + 3))
@@ -136,13 +136,13 @@ def test_reports_come_by_the_queue_linux_uses_or_the_specified_one(queue: int) -
         assert guest.memory.punched == [(BASE + 0x20_0000, 0x10_0000), (BASE + 0x38_1000, 0x2000)]
 
 
-def test_report_of_less_than_a_page_or_of_no_ram_gives_nothing(guest: Guest) -> None:
+def test_a_report_of_less_than_a_page_or_outside_ram_is_ignored(guest: Guest) -> None:
     guest.report((BASE + 0x20_0100, 0x800), (0x900_0000, PAGE), (BASE + SIZE - PAGE, 2 * PAGE))
     assert guest.memory.punched == []
     assert guest.balloon.refused == 2
 
 
-def test_report_without_the_feature_is_not_served() -> None:
+def test_a_report_without_the_feature_is_not_served() -> None:
     guest = Guest()
     with guest.driver:
         guest.balloon.stop()
@@ -154,7 +154,7 @@ def test_report_without_the_feature_is_not_served() -> None:
     assert F_REPORTING & guest.balloon.features
 
 
-def test_names_the_host_may_not_see_fail_one_request(guest: Guest) -> None:
+def test_page_numbers_in_a_private_page_fail_only_their_request(guest: Guest) -> None:
     guest.driver.hide(NAMES + PAGE)
     guest.driver.rings[INFLATE].give(Segment(NAMES + PAGE, 4))
     guest.driver.rings[INFLATE].wait()
@@ -162,7 +162,7 @@ def test_names_the_host_may_not_see_fail_one_request(guest: Guest) -> None:
     assert len(guest.memory.punched) == 1
 
 
-def test_host_that_cannot_take_a_page_tells_and_goes_on(guest: Guest) -> None:
+def test_a_host_that_cannot_take_a_page_logs_it_and_goes_on(guest: Guest) -> None:
     guest.memory.refuses = "no"
     guest.name([FIRST + 300])
     guest.memory.refuses = None
@@ -170,7 +170,7 @@ def test_host_that_cannot_take_a_page_tells_and_goes_on(guest: Guest) -> None:
     assert guest.balloon.punched == PAGE
 
 
-def test_target_is_told_in_pages_and_what_the_guest_says_is_bounded(guest: Guest) -> None:
+def test_the_target_is_in_pages_and_the_guests_answer_is_bounded(guest: Guest) -> None:
     guest.balloon.aim(1 << 20)
     assert struct.unpack_from("<I", guest.balloon.config()) == (256,)
     assert guest.driver.transport.changes == 1
@@ -186,7 +186,7 @@ def test_target_is_told_in_pages_and_what_the_guest_says_is_bounded(guest: Guest
             guest.balloon.aim(size)
 
 
-def test_sizes_move_to_another_device() -> None:
+def test_a_restored_device_has_the_saved_sizes() -> None:
     one, other = VirtioBalloon(Memory(), RAM, 1 << 20), VirtioBalloon(Memory(), RAM)
     one.write_config(4, struct.pack("<I", 9))
     other.load(one.save())
@@ -196,7 +196,7 @@ def test_sizes_move_to_another_device() -> None:
 
 
 class Pages(RuleBasedStateMachine):
-    """Nothing but what the guest names goes, and of that only whole pages of RAM that are no rings."""
+    """The host gets only pages that the guest names, and only whole pages of RAM that are not rings."""
 
     def __init__(self) -> None:
         super().__init__()

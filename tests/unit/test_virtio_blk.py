@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block device, driven over plain memory: what each request does, and that none does anything else."""
+"""The block device, driven over plain memory: each request does exactly what it should."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def blk(path: Path, *, read_only: bool = False, **more: Any) -> VirtioBlk:
 
 
 def hear(device: VirtioBlk) -> list[dict[str, object]]:
-    """Collect what the device complains of."""
+    """Collect the device's warnings."""
     heard: list[dict[str, object]] = []
 
     class Ear:
@@ -64,7 +64,7 @@ def hear(device: VirtioBlk) -> list[dict[str, object]]:
 # ---- each request
 
 
-def test_reads_and_writes_reach_their_sectors_and_no_others(path: Path) -> None:
+def test_reads_and_writes_access_only_their_sectors(path: Path) -> None:
     with Driver(blk(path)) as driver:
         assert driver.request(Request.IN, 3, room=2 * SECTOR) == (OK, CONTENTS[3 * SECTOR : 5 * SECTOR], 2 * SECTOR + 1)
         assert driver.request(Request.OUT, 10, b"\xab" * SECTOR) == (OK, b"", 1)
@@ -83,7 +83,7 @@ def test_reads_and_writes_reach_their_sectors_and_no_others(path: Path) -> None:
     ("sector", "size"),
     [(SECTORS, SECTOR), (SECTORS - 1, 2 * SECTOR), (2**64 - 1, SECTOR), (2**55, SECTOR), (0, 511), (0, 513)],
 )
-def test_request_beyond_the_disk_or_of_odd_length_fails(path: Path, sector: int, size: int) -> None:
+def test_a_request_beyond_the_disk_or_of_odd_length_fails(path: Path, sector: int, size: int) -> None:
     with Driver(blk(path)) as driver:
         assert driver.request(Request.IN, sector, room=size)[::2] == (IOERR, 0)
         assert driver.request(Request.OUT, sector, bytes(size))[0] == IOERR
@@ -91,13 +91,13 @@ def test_request_beyond_the_disk_or_of_odd_length_fails(path: Path, sector: int,
     assert path.read_bytes() == CONTENTS
 
 
-def test_request_of_no_data_is_done(path: Path) -> None:
+def test_a_request_without_data_succeeds(path: Path) -> None:
     with Driver(blk(path)) as driver:
         assert driver.request(Request.IN, SECTORS)[0] == OK
         assert driver.request(Request.OUT, 0)[0] == OK
 
 
-def test_request_larger_than_drivers_are_told_to_make_fails_unread(path: Path) -> None:
+def test_a_request_beyond_the_announced_limit_fails_without_a_read(path: Path) -> None:
     os.truncate(path, 1 << 30)
     with Driver(blk(path)) as driver:
         driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 0))
@@ -117,7 +117,7 @@ def test_request_larger_than_drivers_are_told_to_make_fails_unread(path: Path) -
         (BlkFeature.SIZE_MAX | BlkFeature.SEG_MAX, 4 << 20, IOERR),
     ],
 )
-def test_pools_share_is_asked_of_drivers_that_know_of_it_alone(
+def test_only_drivers_that_support_a_limit_are_asked_to_respect_the_pools_share(
     path: Path, features: int, most: int, status: int
 ) -> None:
     os.truncate(path, 8 << 20)
@@ -130,13 +130,13 @@ def test_pools_share_is_asked_of_drivers_that_know_of_it_alone(
         assert driver.read(DATA + 16, 1)[0] == status
 
 
-def test_id_is_the_serial_padded_to_twenty_bytes(path: Path) -> None:
+def test_the_id_is_the_serial_padded_to_twenty_bytes(path: Path) -> None:
     with Driver(blk(path, serial="root")) as driver:
         assert driver.request(Request.GET_ID, 0, room=20) == (OK, b"root".ljust(20, b"\0"), 21)
         assert driver.request(Request.GET_ID, 0, room=2)[:2] == (OK, b"ro")
 
 
-def test_unknown_request_is_unsupported(path: Path) -> None:
+def test_an_unknown_request_is_answered_as_unsupported(path: Path) -> None:
     with Driver(blk(path)) as driver:
         assert driver.request(99, 0, room=512)[0] == UNSUPP
         assert driver.request(99, 0)[0] == UNSUPP
@@ -146,7 +146,7 @@ def segments(*ranges: tuple[int, int, int]) -> bytes:
     return b"".join(struct.pack("<QII", *one) for one in ranges)
 
 
-def test_discard_and_write_zeroes_do_what_they_say(path: Path) -> None:
+def test_discard_and_write_zeroes_change_the_disk_as_specified(path: Path) -> None:
     with Driver(blk(path)) as driver:
         assert driver.request(Request.WRITE_ZEROES, 0, segments((2, 3, 0)))[0] == OK
         assert driver.request(Request.WRITE_ZEROES, 0, segments((8, 1, 1)))[0] == OK
@@ -171,7 +171,7 @@ def test_discard_and_write_zeroes_do_what_they_say(path: Path) -> None:
         (segments(*[(0, 0, 0)] * 65), IOERR, IOERR),
     ],
 )
-def test_ranges_that_make_no_sense_are_refused_whole(path: Path, ranges: bytes, discard: int, zeroes: int) -> None:
+def test_a_request_with_an_invalid_range_is_refused_whole(path: Path, ranges: bytes, discard: int, zeroes: int) -> None:
     with Driver(blk(path)) as driver:
         assert driver.request(Request.DISCARD, 0, ranges)[0] == discard
         assert driver.request(Request.WRITE_ZEROES, 0, ranges)[0] == zeroes
@@ -179,7 +179,9 @@ def test_ranges_that_make_no_sense_are_refused_whole(path: Path, ranges: bytes, 
         assert path.read_bytes() == CONTENTS
 
 
-def test_discard_that_nobody_waits_for_ends_with_the_range_at_hand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_discard_that_nobody_waits_for_ends_after_the_current_range(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = blk(path)
     dropped: list[int] = []
 
@@ -194,13 +196,13 @@ def test_discard_that_nobody_waits_for_ends_with_the_range_at_hand(path: Path, m
     assert dropped == [8 * SECTOR]
 
 
-def test_one_bad_range_spares_the_good_ones(path: Path) -> None:
+def test_good_ranges_are_done_despite_a_bad_one(path: Path) -> None:
     with Driver(blk(path)) as driver:
         assert driver.request(Request.DISCARD, 0, segments((0, 8, 0), (SECTORS, 1, 0)))[0] == IOERR
     assert path.read_bytes() == CONTENTS
 
 
-def test_read_only_disk_is_offered_as_one_and_stays_what_it_was(path: Path) -> None:
+def test_a_read_only_disk_is_announced_as_such_and_never_changes(path: Path) -> None:
     device = blk(path, read_only=True)
     assert device.features & BlkFeature.RO
     with Driver(device) as driver:
@@ -220,7 +222,7 @@ FULL = (1 << 64) - 2
     ("slow", "features", "done_when_told"),
     [(Request.FLUSH, None, 1), (Request.OUT, 0, 1), (Request.OUT, None, 2), (Request.IN, None, 2)],
 )
-def test_what_is_done_is_told_before_the_medium_is_waited_for(
+def test_finished_requests_are_reported_before_a_wait_for_the_medium(
     path: Path, slow: Request, features: int | None, done_when_told: int
 ) -> None:
     with Driver(blk(path), features) as driver:
@@ -241,7 +243,7 @@ def test_what_is_done_is_told_before_the_medium_is_waited_for(
 # ---- how requests may be laid out
 
 
-def test_header_may_be_split_anywhere_and_status_stand_alone_or_not(path: Path) -> None:
+def test_the_header_may_be_split_anywhere_and_the_status_may_be_separate(path: Path) -> None:
     with Driver(blk(path)) as driver:
         driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 7))
         for cut in range(1, 16):
@@ -265,7 +267,7 @@ def test_header_may_be_split_anywhere_and_status_stand_alone_or_not(path: Path) 
         [Segment(DATA, 16), Segment(BASE + SIZE - 100, SECTOR, True), Segment(DATA + 64, 1, True)],
     ],
 )
-def test_request_that_cannot_be_done_comes_back_and_the_next_one_works(path: Path, chain: list[Segment]) -> None:
+def test_an_impossible_request_comes_back_and_the_next_one_works(path: Path, chain: list[Segment]) -> None:
     with Driver(blk(path)) as driver:
         driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 0))
         driver.write(DATA + 64, b"\xee")
@@ -276,7 +278,7 @@ def test_request_that_cannot_be_done_comes_back_and_the_next_one_works(path: Pat
         assert not driver.transport.reset_needed
 
 
-def test_ring_that_goes_away_ends_the_queue_and_not_the_device(path: Path) -> None:
+def test_a_ring_that_disappears_ends_the_queue_and_not_the_device(path: Path) -> None:
     device = blk(path)
     with Driver(device) as driver:
         heard = hear(device)
@@ -293,7 +295,7 @@ def test_ring_that_goes_away_ends_the_queue_and_not_the_device(path: Path) -> No
 
 
 @pytest.mark.parametrize("bounce", [False, True])
-def test_page_that_is_private_fails_its_request_alone(path: Path, bounce: bool) -> None:
+def test_a_private_page_fails_only_its_request(path: Path, bounce: bool) -> None:
     device = blk(path)
     device.bounce = bounce
     with Driver(device) as driver:
@@ -310,13 +312,13 @@ def test_page_that_is_private_fails_its_request_alone(path: Path, bounce: bool) 
 
 
 class Oracle:
-    """What a disk of CONTENTS does with a request, in ten lines."""
+    """A simple model of a disk with CONTENTS."""
 
     def __init__(self) -> None:
         self.data = bytearray(CONTENTS)
 
     def status(self, readable: bytes, room: int) -> tuple[int, bytes | None]:
-        """(status, what is read); None where that is not told."""
+        """Return (status, the data read); None if the model does not determine it."""
         if len(readable) < 16:
             return IOERR, None
         kind, _, sector = struct.unpack_from("<IIQ", readable)
@@ -348,7 +350,9 @@ requests = st.tuples(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(requests, min_size=1, max_size=8), st.booleans(), st.booleans())
-def test_any_request_does_what_a_simple_disk_does(given_: list[Any], bounce: bool, all_at_once: bool) -> None:
+def test_any_request_has_the_same_effect_as_on_a_simple_disk(
+    given_: list[Any], bounce: bool, all_at_once: bool
+) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(CONTENTS)
         file.flush()
@@ -388,7 +392,7 @@ def test_any_request_does_what_a_simple_disk_does(given_: list[Any], bounce: boo
 # ---- a medium that fails
 
 
-def test_file_cut_short_fails_what_is_lost_and_is_not_made_long_again(path: Path) -> None:
+def test_a_truncated_file_fails_requests_to_the_lost_part_and_is_not_extended(path: Path) -> None:
     device = blk(path)
     heard = hear(device)
     with Driver(device) as driver:
@@ -402,7 +406,7 @@ def test_file_cut_short_fails_what_is_lost_and_is_not_made_long_again(path: Path
     assert f"truncated below its {SECTORS * SECTOR} bytes" in str(heard[0]["reason"])
 
 
-def test_full_medium_is_told_to_both_sides(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_medium_is_reported_to_guest_and_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = blk(path)
     heard = hear(device)
     with Driver(device) as driver:
@@ -413,7 +417,7 @@ def test_full_medium_is_told_to_both_sides(path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no /dev/full here")
-def test_write_that_finds_no_room_fails_and_is_told(path: Path) -> None:
+def test_a_write_without_space_fails_and_is_reported(path: Path) -> None:
     device = blk(path)
     heard = hear(device)
     full = os.open("/dev/full", os.O_RDWR)
@@ -427,15 +431,15 @@ def test_write_that_finds_no_room_fails_and_is_told(path: Path) -> None:
     assert (heard[0]["errno"], heard[0]["request"]) == ("ENOSPC", "OUT")
 
 
-# ---- life
+# ---- reset, pause and restore
 
 
-def test_reset_leaves_a_request_under_way_and_the_device_starts_again(path: Path) -> None:
+def test_a_reset_abandons_the_current_request_and_the_device_starts_again(path: Path) -> None:
     os.truncate(path, 1 << 30)
     device = blk(path)
     with Driver(device) as driver:
         driver.write(DATA, struct.pack("<IIQ", Request.IN, 0, 0))
-        data = [Segment(BASE + (1 << 20), 2 << 20, True)] * 240  # some tenths of a second
+        data = [Segment(BASE + (1 << 20), 2 << 20, True)] * 240  # takes some tenths of a second
         for _ in range(10):
             driver.submit([Segment(DATA, 16), *data, Segment(DATA + 16, 1, True)])
             threading.Event().wait(0.003)
@@ -445,7 +449,7 @@ def test_reset_leaves_a_request_under_way_and_the_device_starts_again(path: Path
         assert driver.request(Request.IN, 0, room=SECTOR)[0] == OK
 
 
-def test_paused_device_takes_nothing_and_goes_on_where_it_was(path: Path) -> None:
+def test_a_paused_device_takes_no_request_and_continues_where_it_was(path: Path) -> None:
     device = blk(path)
     with Driver(device) as driver:
         device.pause()
@@ -461,7 +465,7 @@ def test_paused_device_takes_nothing_and_goes_on_where_it_was(path: Path) -> Non
             device.load({**saved, "sectors": 65})
 
 
-def test_queues_are_served_side_by_side_and_stop_together(path: Path) -> None:
+def test_queues_are_served_in_parallel_and_stop_together(path: Path) -> None:
     before = threading.active_count()
     device = blk(path, queues=4)
     assert struct.unpack_from("<H", device.config(), 34) == (4,)
@@ -470,7 +474,7 @@ def test_queues_are_served_side_by_side_and_stop_together(path: Path) -> None:
     assert threading.active_count() == before
 
 
-def test_disk_that_cannot_serve_all_its_queues_serves_none_and_leaks_nothing(
+def test_a_disk_that_cannot_serve_all_its_queues_serves_none_and_leaks_nothing(
     path: Path, guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def eventfd(*_: int) -> int:
@@ -488,7 +492,7 @@ def test_disk_that_cannot_serve_all_its_queues_serves_none_and_leaks_nothing(
     board.close()
 
 
-def test_configuration_space_is_as_the_specification_lays_it_out(path: Path) -> None:
+def test_the_configuration_space_has_the_specified_layout(path: Path) -> None:
     device = blk(path)
     config = device.config()
     assert len(config) == _CONFIG.size == 72
@@ -502,17 +506,17 @@ def test_configuration_space_is_as_the_specification_lays_it_out(path: Path) -> 
 
 
 @pytest.mark.parametrize("mib", [1, 2, 4, 16, 64, 1024])
-def test_request_through_a_pool_takes_no_more_than_its_share(path: Path, mib: int) -> None:
+def test_a_request_through_a_pool_uses_at_most_its_share(path: Path, mib: int) -> None:
     device = blk(path, pool=mib << 20)
     size, count = struct.unpack_from("<II", device.config(), 8)
     assert 0 < size * count <= mib << 18
     assert 16 <= count <= lib.PV_BLK_SEGMENTS - 2
-    # A page of the guest's, which may have 64 KiB, is the least that Linux takes for a segment.
+    # Linux accepts no smaller segment limit than a page of the guest, which may have 64 KiB.
     assert size == min(mib << 14, 64 << 10)
     device.close()
 
 
-def test_zeroes_are_on_the_medium_where_no_flush_follows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zeroes_are_on_the_medium_if_no_flush_follows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
     for more, expected in (({}, 0), ({"features": int(BlkFeature.WRITE_ZEROES)}, 1)):
@@ -521,7 +525,7 @@ def test_zeroes_are_on_the_medium_where_no_flush_follows(path: Path, monkeypatch
             assert synced == [driver.device.disk.fd] * expected
 
 
-def test_driver_without_flush_or_without_cache_writes_through(path: Path) -> None:
+def test_writes_of_a_driver_without_flush_or_cache_go_through_to_the_medium(path: Path) -> None:
     through: Callable[[VirtioBlk], bool] = lambda device: bool(device.flags & lib.PV_BLK_THROUGH)  # noqa: E731
     device = blk(path)
     with Driver(device, features=0) as driver:
@@ -539,7 +543,7 @@ def test_driver_without_flush_or_without_cache_writes_through(path: Path) -> Non
 WRITEBACK = CONFIG + 32
 
 
-def test_drivers_choice_to_cache_no_writes_counts_before_the_start_and_is_restored(path: Path, guest: Guest) -> None:
+def test_the_drivers_choice_of_write_through_applies_from_the_start_and_is_restored(path: Path, guest: Guest) -> None:
     board = Board(guest, blk(path))
     assert board.negotiate(Feature.VERSION_1 | BlkFeature.CONFIG_WCE | BlkFeature.FLUSH)
     assert board.load(WRITEBACK, 1) == 1
@@ -555,9 +559,7 @@ def test_drivers_choice_to_cache_no_writes_counts_before_the_start_and_is_restor
     other.close()
 
 
-def test_writes_are_not_cached_for_a_driver_that_cannot_flush_and_the_next_driver_starts_anew(
-    path: Path, guest: Guest
-) -> None:
+def test_a_driver_that_cannot_flush_gets_write_through_and_the_next_starts_anew(path: Path, guest: Guest) -> None:
     board = Board(guest, blk(path))
     assert board.negotiate(Feature.VERSION_1 | BlkFeature.CONFIG_WCE)
     assert board.load(WRITEBACK, 1) == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console device: bytes both ways, a reader that is slow, writes in an emergency, and guests that mean harm."""
+"""The console device: bytes both ways, slow readers, emergency writes, and hostile guests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def ends() -> Iterator[Ends]:
     ends.close()
 
 
-def test_what_is_printed_is_written_in_order(ends: Ends) -> None:
+def test_output_is_written_in_order(ends: Ends) -> None:
     ends.driver.write(DATA, b"onetwothree")
     ends.tx.give(Segment(DATA, 3), Segment(DATA + 3, 3))
     ends.tx.give(Segment(DATA + 6, 5))
@@ -58,7 +58,7 @@ def test_what_is_printed_is_written_in_order(ends: Ends) -> None:
     assert os.read(ends.out, 64) == b"onetwothree"
 
 
-def test_what_is_typed_waits_for_the_guests_buffers_and_is_spread_over_them(ends: Ends) -> None:
+def test_input_waits_for_the_guests_buffers_and_fills_them_in_turn(ends: Ends) -> None:
     os.write(ends.keys, b"hello world")
     ends.rx.give(Segment(DATA, 5, True))
     ends.rx.give(Segment(DATA + 5, 64, True))
@@ -66,7 +66,7 @@ def test_what_is_typed_waits_for_the_guests_buffers_and_is_spread_over_them(ends
     assert ends.driver.read(DATA, 11) == b"hello world"
 
 
-def test_keys_that_are_offered_reach_the_guest_as_far_as_there_is_room(ends: Ends) -> None:
+def test_offered_keys_reach_the_guest_if_there_is_room(ends: Ends) -> None:
     assert ends.console.offer(b"x" * PART)
     assert not ends.console.offer(b"x" * PART + b"y")
     ends.rx.give(Segment(DATA, PART, True))
@@ -78,7 +78,7 @@ def test_keys_that_are_offered_reach_the_guest_as_far_as_there_is_room(ends: End
     assert not ends.console.offer(b"\r")
 
 
-def test_keys_are_told_of_before_the_descriptor_for_that_can_be_closed(
+def test_the_device_signals_keys_before_the_descriptor_can_be_closed(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[bool] = []
@@ -88,17 +88,17 @@ def test_keys_are_told_of_before_the_descriptor_for_that_can_be_closed(
     assert held == [True]
 
 
-def test_guest_that_reads_nothing_leaves_what_is_typed_where_it_was_typed(ends: Ends) -> None:
+def test_input_stays_in_the_pipe_if_the_guest_reads_nothing(ends: Ends) -> None:
     os.set_blocking(ends.keys, False)
     sent = 0
     with contextlib.suppress(BlockingIOError):
         while sent < 1 << 20:
             sent += os.write(ends.keys, b"k" * PART)
-    # The pipe, and one part: nothing else takes it in.
+    # Only the pipe and one part hold input.
     assert sent <= (1 << 16) + PART
 
 
-def test_slow_reader_stops_the_device_from_taking_more_and_loses_nothing(ends: Ends) -> None:
+def test_a_slow_reader_stops_the_device_from_taking_more_and_loses_nothing(ends: Ends) -> None:
     flood = 40
     for n in range(flood):
         ends.print(bytes([n]) * PAGE, DATA + n * PAGE)
@@ -112,7 +112,7 @@ def test_slow_reader_stops_the_device_from_taking_more_and_loses_nothing(ends: E
     assert len(ends.tx.wait(flood - taken)) == flood - taken
 
 
-def test_request_of_gigabytes_takes_a_part_of_memory_at_a_time(ends: Ends) -> None:
+def test_a_request_of_gigabytes_uses_a_bounded_part_of_memory(ends: Ends) -> None:
     heads = [Segment(BASE + 0x10_0000, 0x10_0000)] * 60
     ends.tx.give(*heads)
     os.read(ends.out, PAGE)
@@ -120,7 +120,7 @@ def test_request_of_gigabytes_takes_a_part_of_memory_at_a_time(ends: Ends) -> No
     assert len(ends.console._left) <= PART
 
 
-def test_reader_that_has_gone_is_told_once_and_the_guest_prints_on(ends: Ends) -> None:
+def test_a_reader_that_has_gone_is_reported_once_and_the_guest_can_still_print(ends: Ends) -> None:
     os.close(ends.out)
     ends.out = -1
     for n in range(3):
@@ -129,7 +129,7 @@ def test_reader_that_has_gone_is_told_once_and_the_guest_prints_on(ends: Ends) -
     assert len(ends.unheard) == 1
 
 
-def test_output_the_host_may_not_see_is_dropped_and_the_rest_goes_on(ends: Ends) -> None:
+def test_output_in_private_pages_is_dropped_and_other_output_goes_on(ends: Ends) -> None:
     ends.driver.hide(DATA)
     ends.tx.give(Segment(DATA, 4))
     ends.print(b"fine", DATA + PAGE)
@@ -137,7 +137,7 @@ def test_output_the_host_may_not_see_is_dropped_and_the_rest_goes_on(ends: Ends)
     assert os.read(ends.out, 64) == b"fine"
 
 
-def test_buffers_the_host_may_not_touch_do_not_lose_what_is_typed(ends: Ends) -> None:
+def test_input_is_not_lost_if_the_guests_buffers_are_private(ends: Ends) -> None:
     ends.driver.hide(DATA)
     os.write(ends.keys, b"keys")
     ends.rx.give(Segment(DATA, 8, True))
@@ -146,7 +146,7 @@ def test_buffers_the_host_may_not_touch_do_not_lose_what_is_typed(ends: Ends) ->
     assert ends.driver.read(DATA + PAGE, 4) == b"keys"
 
 
-def test_rings_that_break_end_the_device_until_it_is_reset(ends: Ends) -> None:
+def test_broken_rings_end_the_device_until_its_reset(ends: Ends) -> None:
     ends.tx.give(Segment(DATA, 0))
     ends.driver.until(lambda: ends.driver.transport.reset_needed)
     ends.driver.restart()
@@ -172,7 +172,7 @@ def test_end_of_input_and_files_that_cannot_be_waited_for_are_read(tmp_path: Pat
 # ---- the configuration space
 
 
-def test_size_is_offered_where_there_is_one_and_a_new_one_is_told() -> None:
+def test_a_terminals_size_is_offered_and_a_new_size_is_announced() -> None:
     plain, sized = VirtioConsole(), VirtioConsole(size=(80, 25))
     assert (plain.features, sized.features) == (F_EMERG_WRITE, F_EMERG_WRITE | F_SIZE)
     with Driver(plain), Driver(sized) as driver:
@@ -182,7 +182,7 @@ def test_size_is_offered_where_there_is_one_and_a_new_one_is_told() -> None:
         assert driver.transport.changes == 1
 
 
-def test_emergency_writes_are_printed_before_a_driver_and_never_wait(ends: Ends) -> None:
+def test_emergency_writes_need_no_driver_and_never_wait(ends: Ends) -> None:
     ends.console.stop()
     for character in b"panic":
         ends.console.write_config(8, bytes([character, 0, 0, 0]))
@@ -199,7 +199,7 @@ def test_emergency_writes_are_printed_before_a_driver_and_never_wait(ends: Ends)
 # ---- the end
 
 
-def test_close_waits_for_the_reader_of_what_is_here(ends: Ends) -> None:
+def test_close_waits_until_the_pending_output_is_read(ends: Ends) -> None:
     for n in range(20):
         ends.print(bytes([n]) * PAGE, DATA + n * PAGE)
     done = threading.Event()
@@ -218,7 +218,7 @@ def test_close_waits_for_the_reader_of_what_is_here(ends: Ends) -> None:
     assert done.is_set()
 
 
-def test_abort_gives_up_on_a_reader_that_takes_nothing(ends: Ends) -> None:
+def test_abort_does_not_wait_for_a_reader_that_takes_nothing(ends: Ends) -> None:
     for n in range(20):
         ends.print(bytes([n]) * PAGE, DATA + n * PAGE)
     ends.console.abort()
@@ -226,7 +226,7 @@ def test_abort_gives_up_on_a_reader_that_takes_nothing(ends: Ends) -> None:
     assert ends.console._give_up_at is not None
 
 
-def test_what_is_on_its_way_is_saved_and_goes_on_elsewhere(ends: Ends) -> None:
+def test_pending_data_is_saved_and_restored(ends: Ends) -> None:
     for n in range(20):
         ends.print(bytes([n]) * PAGE, DATA + n * PAGE)
     ends.driver.until(lambda: not select.select([], [ends._out], [], 0)[1])
@@ -247,7 +247,7 @@ def test_what_is_on_its_way_is_saved_and_goes_on_elsewhere(ends: Ends) -> None:
     ends.console.resume()
 
 
-def test_keys_that_are_offered_while_it_stands_still_are_saved_too(ends: Ends) -> None:
+def test_keys_offered_during_a_pause_are_saved_too(ends: Ends) -> None:
     ends.rx.give(Segment(DATA, 2, True))
     assert ends.console.offer(b"ls")
     assert ends.rx.wait() == [(0, 2)]
@@ -260,7 +260,7 @@ def test_keys_that_are_offered_while_it_stands_still_are_saved_too(ends: Ends) -
     assert bytes.fromhex(saved["typed"]) == b" -l\r"
 
 
-def test_pause_keeps_what_is_printed_until_resume(ends: Ends) -> None:
+def test_a_pause_keeps_output_until_resume(ends: Ends) -> None:
     ends.console.pause()
     ends.print(b"later")
     assert not select.select([ends.out], [], [], 0.05)[0]

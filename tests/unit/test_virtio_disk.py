@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Media of virtual disks: what is refused and how it is put, who may share one, and dropping parts of it."""
+"""Media of virtual disks: errors and their messages, sharing, and discarding parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refusal(path: object, *, read_only: bool = False) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_disk_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_a_disk_is_refused_with_a_hint(tmp_path: Path) -> None:
     assert "No such file" in (missing := refusal(tmp_path / "none"))
     assert f"truncate -s 1G {tmp_path}/none" in missing
     assert "is a directory" in (folder := refusal(tmp_path))
@@ -52,7 +52,7 @@ def test_what_is_no_disk_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("begins", "name"), [(b"QFI\xfb\0\0\0\3", "qcow2"), (b"KDMV", "VMDK"), (b"raw", None)])
-def test_image_of_another_format_is_served_as_it_is_and_told(
+def test_an_image_of_another_format_is_served_raw_with_a_warning(
     tmp_path: Path, events: Callable[[], list[dict[str, Any]]], begins: bytes, name: str | None
 ) -> None:
     path = make(tmp_path / "image")
@@ -64,8 +64,8 @@ def test_image_of_another_format_is_served_as_it_is_and_told(
     assert said == ([("disk_served_raw", path, name)] if name else [])
 
 
-def test_disk_that_may_only_be_read_says_how_to_have_it(tmp_path: Path) -> None:
-    # A program that runs can be read and not written, whoever asks.
+def test_the_error_for_a_disk_that_is_not_writable_says_how_to_use_it(tmp_path: Path) -> None:
+    # A running program can be read but not written, even by root.
     running = tmp_path / "running"
     shutil.copy(os.path.realpath(sys.executable), running)
     os.truncate(running, (running.stat().st_size + SECTOR - 1) // SECTOR * SECTOR)
@@ -78,7 +78,7 @@ def test_disk_that_may_only_be_read_says_how_to_have_it(tmp_path: Path) -> None:
             process.communicate(b"\n")
 
 
-def test_writer_excludes_all_others_and_readers_share(tmp_path: Path) -> None:
+def test_a_writer_excludes_all_others_and_readers_share(tmp_path: Path) -> None:
     path = make(tmp_path / "disk")
     with DiskFile(path):
         assert "in use" in refusal(path)
@@ -91,7 +91,7 @@ def test_writer_excludes_all_others_and_readers_share(tmp_path: Path) -> None:
     disk.close()
 
 
-def test_lock_holds_against_another_process_and_ends_with_it(tmp_path: Path) -> None:
+def test_the_lock_holds_against_another_process_and_ends_with_its_owner(tmp_path: Path) -> None:
     path = make(tmp_path / "disk")
     script = "import sys; from pyvmm.devices.virtio.disk import DiskFile as D; d = D(sys.argv[1]); print(); input()"
     with subprocess.Popen(
@@ -104,7 +104,7 @@ def test_lock_holds_against_another_process_and_ends_with_it(tmp_path: Path) -> 
     DiskFile(path).close()
 
 
-def test_discarded_part_is_given_up_and_its_neighbours_stay(tmp_path: Path) -> None:
+def test_a_discarded_part_is_deallocated_and_its_neighbours_stay(tmp_path: Path) -> None:
     path = make(tmp_path / "disk")
     with DiskFile(path) as disk:
         assert disk.can_discard
@@ -118,7 +118,7 @@ def test_discarded_part_is_given_up_and_its_neighbours_stay(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("unmap", [False, True])
 @pytest.mark.parametrize("supported", [True, False])
-def test_zeroed_part_reads_as_zeros_and_nothing_else_changes(
+def test_a_zeroed_part_reads_as_zeros_and_nothing_else_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unmap: bool, supported: bool
 ) -> None:
     path = make(tmp_path / "disk", 3 << 20)
@@ -130,7 +130,7 @@ def test_zeroed_part_reads_as_zeros_and_nothing_else_changes(
     assert data == b"\xa5" * SECTOR + bytes((2 << 20) + SECTOR) + b"\xa5" * ((1 << 20) - 2 * SECTOR)
 
 
-def test_dropping_that_fails_raises_and_is_not_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_discard_raises_and_is_not_replaced_by_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with DiskFile(make(tmp_path / "disk")) as disk:
         monkeypatch.setattr(libc, "fallocate", lambda *_: errno.ENOSPC)
         for drop in (disk.discard, lambda at, n: disk.write_zeroes(at, n, unmap=True)):
@@ -138,11 +138,11 @@ def test_dropping_that_fails_raises_and_is_not_made_up_for(tmp_path: Path, monke
                 drop(0, SECTOR)
 
 
-def test_option_says_path_and_what_kind_of_disk() -> None:
+def test_the_option_has_the_path_and_the_kind_of_disk() -> None:
     parser = argparse.ArgumentParser()
     Table(DEVICE_OPTIONS, lambda _parser: None).add_to(parser)
     words = ["-d", "a.img", "--disk", "b=c.img,ro,queues=4,serial=root"]
-    with pytest.raises(SystemExit):  # b is no key
+    with pytest.raises(SystemExit):  # b is not a key
         parser.parse_args(words)
     specs = device_specs(parser.parse_args(["-d", "a.img", "--disk", "path=b=c.img,ro,queues=4,serial=root"]))
     assert specs == (Disk("a.img"), Disk("b=c.img", read_only=True, queues=4, serial="root"))
@@ -159,19 +159,19 @@ def test_option_says_path_and_what_kind_of_disk() -> None:
         ("a,ro=no", "ro takes no value"),
     ],
 )
-def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:
+def test_the_error_for_an_invalid_option_names_the_part(text: str, complaint: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=complaint):
         PARTS(text)
 
 
-def test_disk_has_bounds() -> None:
+def test_the_number_of_queues_and_the_size_are_bounded() -> None:
     with pytest.raises(UsageError, match="17 queues: it can have 1 to 16"):
         Disk("a", queues=17)
     with pytest.raises(UsageError, match="more than 20 bytes"):
         Disk("a", serial="x" * 21)
 
 
-def test_file_is_twice_a_disk_only_where_it_cannot_change(tmp_path: Path) -> None:
+def test_a_file_can_be_two_disks_only_if_both_are_read_only(tmp_path: Path) -> None:
     path = make(tmp_path / "image")
     os.symlink(path, tmp_path / "link")
     other = str(tmp_path / "link")

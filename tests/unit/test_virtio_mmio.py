@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transport's registers, met by drivers that keep to the rules, that do not, and that do anything.
+"""The transport's registers, used by correct drivers, by wrong ones, and by drivers that do anything.
 
-What does anything meets each device in its own threads; tests/fuzz has one input after the other for them instead.
+Drivers that do anything meet each device in its own threads here. tests/fuzz tries one input after the other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # ---- registers
 
 
-def test_a_driver_finds_out_what_it_is(toy: Board) -> None:
+def test_a_driver_can_identify_the_device(toy: Board) -> None:
     assert [toy.load(offset) for offset in (0, 4, 8)] == [0x7472_6976, 2, 42]
     wanted = MINE | Feature.VERSION_1 | Feature.RING_PACKED | Feature.INDIRECT_DESC | Feature.EVENT_IDX
     assert toy.offered() == wanted
@@ -54,7 +54,7 @@ def test_a_driver_finds_out_what_it_is(toy: Board) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_registers_are_32_bits_wide_and_no_other_access_does_anything(toy: Board, size: int) -> None:
+def test_registers_are_32_bits_wide_and_other_accesses_have_no_effect(toy: Board, size: int) -> None:
     toy.drive()
     before = [toy.load(offset) for offset in range(0, 0x100, 4)]
     for offset in range(0x100):
@@ -68,7 +68,7 @@ def test_registers_are_32_bits_wide_and_no_other_access_does_anything(toy: Board
     assert [toy.load(offset) for offset in range(0, 0x100, 4)] == before
 
 
-def test_configuration_space_takes_any_width_and_ends(toy: Board) -> None:
+def test_the_configuration_space_allows_any_width_up_to_its_end(toy: Board) -> None:
     assert [toy.load(0x100, size) for size in (1, 2, 4, 8)] == [1, 0x201, 0x0403_0201, 0x2179_6F74_0403_0201]
     assert toy.load(0x107, 8) == ord("!")
     assert toy.load(0x1F8, 8) == 0
@@ -77,7 +77,7 @@ def test_configuration_space_takes_any_width_and_ends(toy: Board) -> None:
     assert toy.load(0x100, 8) == 0x2179_6F74_04AA_BB01
 
 
-def test_a_changed_configuration_is_counted_and_told(toy: Board) -> None:
+def test_a_changed_configuration_raises_the_generation_and_an_interrupt(toy: Board) -> None:
     toy.device.config_changed()
     assert toy.load(Register.INTERRUPT_STATUS) == 0
     generation = toy.load(Register.CONFIG_GENERATION)
@@ -89,18 +89,18 @@ def test_a_changed_configuration_is_counted_and_told(toy: Board) -> None:
     assert toy.load(Register.INTERRUPT_STATUS) == 0
 
 
-def test_a_changed_configuration_is_read_from_when_it_is_told(toy: Board) -> None:
+def test_a_changed_configuration_can_be_read_once_it_is_announced(toy: Board) -> None:
     assert isinstance(toy.device, Toy)
     toy.device.settings[:] = b"\x09"
     toy.device.config_changed()
     assert toy.load(0x100, 8) == 9
     toy.store(0x100, 7, 1)
-    toy.store(0x101, 7, 1)  # beyond the end by now
+    toy.store(0x101, 7, 1)  # beyond the present end
     assert toy.load(0x100, 8) == 7
 
 
 class Moody(Toy):
-    """Has another configuration after each step of its driver."""
+    """A device whose configuration changes after each step of its driver."""
 
     def negotiate(self, features: int) -> str | None:
         self.settings[0] = 21
@@ -115,7 +115,7 @@ class Moody(Toy):
         self.settings[0] = 23
 
 
-def test_configuration_that_follows_from_features_start_and_reset_is_read(guest: Guest) -> None:
+def test_a_driver_reads_the_configuration_that_features_start_or_reset_changed(guest: Guest) -> None:
     board = Board(guest, Moody())
     assert board.load(0x100, 1) == 1
     assert board.negotiate(Feature.VERSION_1)
@@ -127,7 +127,7 @@ def test_configuration_that_follows_from_features_start_and_reset_is_read(guest:
     board.close()
 
 
-def test_configuration_that_is_too_long_is_refused(guest: Guest) -> None:
+def test_a_configuration_that_is_too_long_is_refused(guest: Guest) -> None:
     device = Toy()
     device.settings = bytearray(257)
     with pytest.raises(UsageError, match="toy has 257 bytes of configuration space: 256 are possible"):
@@ -138,7 +138,7 @@ def test_configuration_that_is_too_long_is_refused(guest: Guest) -> None:
     board.close()
 
 
-def test_registers_hold_whatever_other_vcpus_select_meanwhile(toy: Board, events: Any) -> None:
+def test_registers_are_correct_whatever_other_vcpus_select_meanwhile(toy: Board, events: Any) -> None:
     done = threading.Event()
 
     def select() -> None:
@@ -179,14 +179,14 @@ def test_registers_hold_whatever_other_vcpus_select_meanwhile(toy: Board, events
         1 << 127,
     ],
 )
-def test_features_that_are_not_offered_are_refused_and_so_are_old_drivers(toy: Board, features: int) -> None:
+def test_features_that_are_not_offered_and_legacy_drivers_are_refused(toy: Board, features: int) -> None:
     assert not toy.negotiate(features)
     toy.store(Register.STATUS, RUNNING)
     assert toy.status == ACKNOWLEDGED
     assert toy.device.started == []  # type: ignore[attr-defined]
 
 
-def test_private_memory_needs_a_driver_that_shares(guest: Guest) -> None:
+def test_private_memory_needs_a_driver_that_shares_pages(guest: Guest) -> None:
     board = Board(guest, Toy(), private=True)
     assert board.offered() & Feature.ACCESS_PLATFORM
     assert not board.negotiate(Feature.VERSION_1)
@@ -194,7 +194,7 @@ def test_private_memory_needs_a_driver_that_shares(guest: Guest) -> None:
     board.close()
 
 
-def test_features_stand_once_they_are_granted(toy: Board) -> None:
+def test_features_cannot_change_once_they_are_granted(toy: Board) -> None:
     assert toy.negotiate(Feature.VERSION_1 | MINE)
     for number in range(4):
         toy.store(Register.DRIVER_FEATURES_SEL, number)
@@ -224,12 +224,12 @@ def test_a_packed_queue_may_have_any_number_of_entries(toy: Board) -> None:
 
 
 @pytest.mark.parametrize("areas", [(8, 0, 0), (0, 1, 0), (0, 0, 2), ((1 << 64) - 16, 0, 0), (0, 0, (1 << 64) - 4)])
-def test_queues_that_are_not_aligned_or_run_over_the_end_are_refused(toy: Board, areas: tuple[int, int, int]) -> None:
+def test_queues_that_are_unaligned_or_exceed_memory_are_refused(toy: Board, areas: tuple[int, int, int]) -> None:
     assert toy.negotiate(Feature.VERSION_1)
     assert not toy.set_queue(0, 8, *areas)
 
 
-def test_queues_are_set_up_between_features_and_start_only(toy: Board) -> None:
+def test_queues_can_be_set_up_only_between_features_and_start(toy: Board) -> None:
     toy.store(Register.STATUS, ACKNOWLEDGED)
     assert not toy.set_queue(0, 8, BASE, BASE + PAGE, BASE + 2 * PAGE)
     toy.drive()
@@ -239,13 +239,15 @@ def test_queues_are_set_up_between_features_and_start_only(toy: Board) -> None:
     assert not toy.set_queue(2, 8, BASE, BASE + PAGE, BASE + 2 * PAGE)
 
 
-def test_a_guest_that_errs_for_ever_fills_no_log(toy: Board, events: Any) -> None:
+def test_a_guest_that_errs_forever_does_not_fill_the_log(toy: Board, events: Any) -> None:
     for _ in range(1000):
         toy.store(Register.STATUS, RUNNING ^ Status.DRIVER)
     assert 1 <= len(events()) <= 10
 
 
-def test_a_guest_that_starts_a_device_for_ever_fills_no_log(toy: Board, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_guest_that_starts_a_device_forever_does_not_fill_the_log(
+    toy: Board, capsys: pytest.CaptureFixture[str]
+) -> None:
     log.configure(1)
     try:
         for _ in range(20):
@@ -256,7 +258,7 @@ def test_a_guest_that_starts_a_device_for_ever_fills_no_log(toy: Board, capsys: 
     assert 1 <= capsys.readouterr().err.count("device_started") <= 10
 
 
-def test_a_guest_that_errs_before_a_stderr_that_nobody_reads_is_not_kept_in_the_transport(toy: Board) -> None:
+def test_a_guest_that_errs_does_not_wait_for_an_unread_stderr(toy: Board) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
@@ -283,7 +285,7 @@ def test_a_guest_that_errs_before_a_stderr_that_nobody_reads_is_not_kept_in_the_
     assert in_time
 
 
-# ---- anything
+# ---- drivers that do anything
 
 
 OFFSETS = st.one_of(
@@ -298,7 +300,7 @@ VALUES = st.one_of(
 
 
 class Anything(RuleBasedStateMachine):
-    """A guest that does anything: no access may fail, and after a reset all is as it was at first."""
+    """A guest that does anything: no access may fail, and after a reset the device is as new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,11 +358,11 @@ class Anything(RuleBasedStateMachine):
         device = self.board.device
         status = self.board.transport.status
         if isinstance(device, Toy) and Status.DRIVER_OK in status and Status.NEEDS_RESET not in status:
-            # Whoever looks while it gives up sees it run, or the bit.
+            # While the device fails, a reader sees it running, or sees the needs-reset bit.
             eventually(lambda: device.worker.alive or Status.NEEDS_RESET in self.board.transport.status)
 
     def serve(self, drivers: list[Driver]) -> None:
-        """Have the device do what it is for."""
+        """Have the device serve a request."""
         ask(self.board, drivers[0], b"after all")
         assert answer(self.board, drivers[0]) == b"AFTER ALL"
 
@@ -379,7 +381,7 @@ TestAnything = Anything.TestCase
 
 
 class AnythingToDevice(Anything):
-    """The same to the device ``kind``, whose driver makes requests too, with the host at its other end."""
+    """The same for the device ``kind``. Its driver makes requests too, and the host acts at the other end."""
 
     kind: ClassVar[str]
 
@@ -429,6 +431,6 @@ class AnythingToDevice(Anything):
 
 
 @pytest.mark.parametrize("kind", HOSTS)
-def test_device_stands_whatever_its_driver_does(kind: str) -> None:
+def test_the_device_survives_whatever_its_driver_does(kind: str) -> None:
     machine = type("AnythingTo" + kind.capitalize(), (AnythingToDevice,), {"kind": kind})
     run_state_machine_as_test(machine, settings=settings(max_examples=20, stateful_step_count=40, deadline=None))

@@ -85,14 +85,14 @@ def buffers(driver: Driver, count: int, size: int, *, at: int = DATA) -> list[in
 # ---- what a driver reads
 
 
-def test_configuration_says_address_link_queues_and_mtu() -> None:
+def test_the_configuration_has_address_link_queues_and_mtu() -> None:
     device, peer = pair()
     with peer, Driver(device):
         assert device.config() == MAC + struct.pack("<HHH", 1, 1, 65520)
         assert device.features == NetFeature.MAC | NetFeature.STATUS | NetFeature.MTU | NetFeature.MRG_RXBUF
 
 
-def test_features_are_refused_without_those_they_stand_on() -> None:
+def test_features_are_refused_without_those_they_require() -> None:
     device, peer = pair()
     with peer, Driver(device):
         assert "CSUM" in (device.negotiate(NetFeature.HOST_TSO4) or "")
@@ -102,7 +102,7 @@ def test_features_are_refused_without_those_they_stand_on() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "02:00:00:00:00", "02:00:00:00:00:0g", "01:00:5e:00:00:01", "00:00:00:00:00:00"])
-def test_what_is_no_cards_address_is_refused(text: str) -> None:
+def test_an_address_that_no_card_can_have_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_mac(text)
 
@@ -116,7 +116,7 @@ def test_what_is_no_cards_address_is_refused(text: str) -> None:
         (if_tun.IFF_TAP, errno.EINVAL, "TUNSETIFF.*Invalid argument", "a tap, not a tun"),
     ],
 )
-def test_tap_that_may_not_be_had_says_what_root_would_do(
+def test_the_error_for_a_tap_without_permission_has_the_commands_for_root(
     monkeypatch: pytest.MonkeyPatch, there: int | None, code: int, words: str, hint: str
 ) -> None:
     monkeypatch.setattr(tap, "_open", lambda: os.open(os.devnull, os.O_RDWR))
@@ -129,14 +129,14 @@ def test_tap_that_may_not_be_had_says_what_root_would_do(
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_host_without_taps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_on_a_host_without_taps_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tap, "CLONE", "/nonexistent/tun")
     with pytest.raises(HostError, match="/nonexistent/tun cannot be opened") as refused:
         tap.Tap("pvno")
     assert refused.value.hint == "as root: modprobe tun"
 
 
-def test_default_address_is_local_stable_and_different_for_others() -> None:
+def test_the_default_address_is_local_stable_and_different_for_each_card() -> None:
     assert default_mac("tap0") == default_mac("tap0") != default_mac("tap1")
     assert default_mac("tap0")[0] == 0x02
     assert parse_mac("02:aB:00:00:00:01") == bytes.fromhex("02ab00000001")
@@ -146,7 +146,7 @@ def test_default_address_is_local_stable_and_different_for_others() -> None:
 
 
 @pytest.mark.parametrize("cuts", [(), (12,), (1, 11, 13, 14), (20, 30, 40)])
-def test_frame_goes_out_without_its_header_however_it_is_laid_out(
+def test_a_frame_is_sent_without_its_header_whatever_its_layout(
     wired: tuple[Driver, socket.socket], cuts: tuple[int, ...]
 ) -> None:
     driver, peer = wired
@@ -160,7 +160,7 @@ def test_frame_goes_out_without_its_header_however_it_is_laid_out(
 
 
 @pytest.mark.parametrize("n", [0, 1, 13, MOST + 1, 3 << 20])
-def test_what_is_no_frame_is_dropped_and_the_next_one_goes(wired: tuple[Driver, socket.socket], n: int) -> None:
+def test_an_invalid_frame_is_dropped_and_the_next_one_is_sent(wired: tuple[Driver, socket.socket], n: int) -> None:
     driver, peer = wired
     driver.tx.give([(DATA, HEADER + n, False)])
     driver.wait(driver.tx)
@@ -169,7 +169,9 @@ def test_what_is_no_frame_is_dropped_and_the_next_one_goes(wired: tuple[Driver, 
     assert driver.device.native.sent.dropped == 1
 
 
-def test_peer_that_does_not_read_holds_the_sender_up_and_gets_every_frame(wired: tuple[Driver, socket.socket]) -> None:
+def test_a_peer_that_does_not_read_delays_the_sender_and_still_gets_every_frame(
+    wired: tuple[Driver, socket.socket],
+) -> None:
     driver, peer = wired
     frames = [pattern(30000 + n, n) for n in range(60)]
     for n, frame in enumerate(frames):
@@ -181,7 +183,7 @@ def test_peer_that_does_not_read_holds_the_sender_up_and_gets_every_frame(wired:
     assert driver.device.native.sent.dropped == 0
 
 
-def test_frame_in_a_private_page_is_lost_and_no_other(wired: tuple[Driver, socket.socket]) -> None:
+def test_only_a_frame_in_a_private_page_is_lost(wired: tuple[Driver, socket.socket]) -> None:
     driver, peer = wired
     driver.hide(DATA + PAGE)
     frame = pattern(2 * PAGE)
@@ -194,10 +196,10 @@ def test_frame_in_a_private_page_is_lost_and_no_other(wired: tuple[Driver, socke
     assert driver.device.native.sent.faults == 2
 
 
-def test_private_page_in_the_middle_of_a_long_frame_does_not_lose_the_streams_place(
+def test_a_private_page_inside_a_long_frame_does_not_desynchronise_the_stream(
     wired: tuple[Driver, socket.socket],
 ) -> None:
-    """The socket takes a large frame in parts: the first is gone when the kernel comes to the page."""
+    """The socket takes a large frame in parts: the first is sent before the kernel reaches the page."""
     driver, peer = wired
     at = DATA + PAGE
     driver.hide(at + 15 * PAGE)
@@ -212,7 +214,7 @@ def test_private_page_in_the_middle_of_a_long_frame_does_not_lose_the_streams_pl
 # ---- to the guest
 
 
-def test_frame_lies_behind_a_header_that_counts_its_buffers(wired: tuple[Driver, socket.socket]) -> None:
+def test_a_received_frame_follows_a_header_that_counts_its_buffers(wired: tuple[Driver, socket.socket]) -> None:
     driver, peer = wired
     places = buffers(driver, 40, 2000)
     frames = [pattern(n, n) for n in (14, 1988, 1989, 9000, 60)]
@@ -227,7 +229,7 @@ def test_frame_lies_behind_a_header_that_counts_its_buffers(wired: tuple[Driver,
     assert driver.device.native.received.bytes == sum(map(len, frames))
 
 
-def test_without_merged_buffers_a_frame_takes_one_or_is_dropped() -> None:
+def test_a_frame_without_merged_buffers_fits_one_buffer_or_is_dropped() -> None:
     device, peer = pair()
     with peer, Driver(device, NetFeature.MAC) as driver:
         driver.rx.give(*([(DATA + n * PAGE, 500, True), (DATA + n * PAGE + 500, 500, True)] for n in range(3)))
@@ -256,7 +258,7 @@ def test_frames_wait_for_buffers_and_none_is_lost(wired: tuple[Driver, socket.so
     assert driver.device.native.received.dropped == 0
 
 
-def test_buffers_that_cannot_be_written_come_back_empty(wired: tuple[Driver, socket.socket]) -> None:
+def test_buffers_that_cannot_be_written_are_returned_empty(wired: tuple[Driver, socket.socket]) -> None:
     driver, peer = wired
     driver.hide(DATA)
     driver.rx.give(
@@ -273,7 +275,7 @@ def test_buffers_that_cannot_be_written_come_back_empty(wired: tuple[Driver, soc
 
 
 @pytest.mark.parametrize("n", [0, 1, 13])
-def test_too_short_frames_of_the_peer_are_dropped(n: int) -> None:
+def test_frames_from_the_peer_that_are_too_short_are_dropped(n: int) -> None:
     device, peer = pair()
     with peer, Driver(device) as driver:
         buffers(driver, 1, 2000)
@@ -285,7 +287,7 @@ def test_too_short_frames_of_the_peer_are_dropped(n: int) -> None:
 
 
 @pytest.mark.parametrize("last", [b"", b"\0\0", framed(pattern(100))[:50], b"\xff\xff\xff\xff"])
-def test_peer_that_goes_takes_the_link_down_and_the_guest_may_go_on(last: bytes) -> None:
+def test_the_link_goes_down_with_the_peer_and_the_guest_continues(last: bytes) -> None:
     device, peer = pair()
     with peer, Driver(device) as driver:
         buffers(driver, 1, 2000)
@@ -299,7 +301,7 @@ def test_peer_that_goes_takes_the_link_down_and_the_guest_may_go_on(last: bytes)
         assert not driver.transport.reset_needed
 
 
-def test_sending_notices_that_the_peer_has_gone() -> None:
+def test_a_send_notices_that_the_peer_has_gone() -> None:
     device, peer = pair()
     with Driver(device) as driver:
         peer.close()
@@ -308,12 +310,12 @@ def test_sending_notices_that_the_peer_has_gone() -> None:
         eventually(lambda: driver.transport.changes == 1, "the configuration changes")
 
 
-def test_socket_that_is_not_there_is_named() -> None:
+def test_the_error_names_a_missing_socket() -> None:
     with pytest.raises(UsageError, match="no socket"):
         Stream.connect("/nonexistent/passt.sock")
 
 
-def test_socket_that_nobody_serves_is_named(tmp_path: object) -> None:
+def test_the_error_names_a_socket_that_nobody_serves(tmp_path: object) -> None:
     path = f"{tmp_path}/socket"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(path)
@@ -321,10 +323,10 @@ def test_socket_that_nobody_serves_is_named(tmp_path: object) -> None:
         Stream.connect(path)
 
 
-# ---- life
+# ---- reset, pause and restore
 
 
-def test_broken_ring_needs_a_reset_and_works_after_it() -> None:
+def test_a_broken_ring_needs_a_reset_and_works_afterwards() -> None:
     device, peer = pair()
     with peer, Driver(device) as driver:
         driver.write(driver.tx.base + 0x8002, struct.pack("<H", 999))
@@ -336,7 +338,7 @@ def test_broken_ring_needs_a_reset_and_works_after_it() -> None:
 
 
 @pytest.mark.parametrize("sending", [False, True], ids=["received", "sent"])
-def test_ring_that_does_not_say_whether_to_interrupt_needs_a_reset_at_once(sending: bool) -> None:
+def test_a_ring_whose_interrupt_flags_cannot_be_read_needs_a_reset_at_once(sending: bool) -> None:
     device, peer = pair()
     with peer, Driver(device, packed=True) as driver:
         ring = driver.tx if sending else driver.rx
@@ -349,7 +351,7 @@ def test_ring_that_does_not_say_whether_to_interrupt_needs_a_reset_at_once(sendi
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_rings_written_over_while_frames_go_both_ways_break_nothing_but_the_card(packed: bool) -> None:
+def test_overwritten_rings_break_only_the_card_while_frames_go_both_ways(packed: bool) -> None:
     device, peer = pair()
     chance = random.Random(5)
     peer.settimeout(None)
@@ -389,10 +391,10 @@ def test_rings_written_over_while_frames_go_both_ways_break_nothing_but_the_card
             thread.join()
 
 
-def test_paused_card_has_given_every_buffer_back_and_goes_on(wired: tuple[Driver, socket.socket]) -> None:
+def test_a_paused_card_has_returned_every_buffer_and_continues_on_resume(wired: tuple[Driver, socket.socket]) -> None:
     driver, peer = wired
     places = buffers(driver, 8, 2000)
-    peer.sendall(framed(pattern(60000)))  # more than there is room for: all eight are taken, and it waits
+    peer.sendall(framed(pattern(60000)))  # more than fits: the card takes all eight buffers, and waits
     eventually(lambda: driver.rx.queue.native.chains == 8, "the buffers are taken")
     driver.device.pause()
     assert driver.rx.queue.native.chains == 0
@@ -405,7 +407,7 @@ def test_paused_card_has_given_every_buffer_back_and_goes_on(wired: tuple[Driver
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_buffers_before_one_that_is_none_go_back_with_it_and_none_comes_twice(packed: bool) -> None:
+def test_buffers_before_an_invalid_one_are_returned_with_it_and_only_once(packed: bool) -> None:
     device, peer = pair()
     with peer, Driver(device, packed=packed) as driver:
         given = driver.rx.give(
@@ -414,7 +416,7 @@ def test_buffers_before_one_that_is_none_go_back_with_it_and_none_comes_twice(pa
             [(BASE + SIZE, 2000, True)],
             [(DATA + 200, 100, True)],
         )
-        peer.sendall(framed(pattern(500)))  # all four are looked at for it, and it waits
+        peer.sendall(framed(pattern(500)))  # the card examines all four buffers for it, and waits
         assert driver.wait(driver.rx, 3) == [(each, 0) for each in given[:3]]
         device.pause()
         device.resume()
@@ -422,7 +424,7 @@ def test_buffers_before_one_that_is_none_go_back_with_it_and_none_comes_twice(pa
         assert driver.wait(driver.rx, 2) == [(given[3], 100), (given[4], 412)]
 
 
-def test_reset_in_the_middle_of_a_stream_keeps_its_place() -> None:
+def test_a_reset_in_the_middle_of_a_frame_keeps_the_stream_in_step() -> None:
     device, peer = pair()
     with peer, Driver(device) as driver:
         buffers(driver, 1, 2000)
@@ -434,7 +436,7 @@ def test_reset_in_the_middle_of_a_stream_keeps_its_place() -> None:
         assert [written for _, written in driver.wait(driver.rx)] == [1012]
 
 
-def test_card_that_is_restored_has_the_address_its_driver_knows() -> None:
+def test_a_restored_card_has_the_address_that_its_driver_knows() -> None:
     (device, peer), (other, its_peer) = pair(), pair()
     other.mac = bytes.fromhex("020000000002")
     with peer, its_peer, Driver(device), Driver(other):
@@ -442,7 +444,7 @@ def test_card_that_is_restored_has_the_address_its_driver_knows() -> None:
         assert other.config() == device.config()
 
 
-def test_queue_that_the_driver_did_not_make_is_left_alone() -> None:
+def test_a_queue_that_the_driver_did_not_set_up_is_not_used() -> None:
     device, peer = pair()
     with peer, Driver(device) as driver:
         device.stop()
@@ -455,14 +457,14 @@ def test_queue_that_the_driver_did_not_make_is_left_alone() -> None:
         eventually(lambda: not device.link_up, "the link goes")
 
 
-# ---- whatever comes
+# ---- arbitrary chains
 
 SEGMENT = st.tuples(
     st.one_of(st.integers(DATA, DATA + 8 * PAGE), st.sampled_from([0, BASE + SIZE - 10, BASE, 2**64 - 2**40])),
     st.one_of(st.integers(1, 3000), st.sampled_from([1 << 16, 1 << 20, 1 << 28])),
     st.booleans(),
 )
-# A card that is told to write a frame over its own rings does, and then finds what no driver wrote.
+# A card ordered to write a frame over its own rings does so, and then reads entries that no driver wrote.
 ROOM = SEGMENT.filter(lambda segment: not (segment[2] and BASE <= segment[0] < DATA))
 
 
@@ -482,7 +484,7 @@ def well_ordered(chain: list[tuple[int, int, bool]]) -> list[tuple[int, int, boo
     packed=st.booleans(),
     merged=st.booleans(),
 )
-def test_every_chain_comes_back_and_the_card_still_works(
+def test_every_chain_is_returned_and_the_card_still_works(
     sent: list[list[tuple[int, int, bool]]],
     room: list[list[tuple[int, int, bool]]],
     frames: list[bytes],

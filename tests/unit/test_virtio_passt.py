@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A passt of ours, played by scripts: how it is started, heard and ended; and the options that say where a card is."""
+"""A passt that pyvmm starts, played by scripts: its start, its output and its end. Also: the options of a card."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("loopback", [False, True])
-def test_it_is_told_its_socket_its_ports_and_what_the_guest_may_reach(tmp_path: Path, loopback: bool) -> None:
+def test_passt_gets_its_socket_its_ports_and_the_access_of_the_guest(tmp_path: Path, loopback: bool) -> None:
     program = script(tmp_path, 'frame(" ".join(sys.argv[1:]).encode().ljust(60)); connection.recv(1)')
     with Driver(VirtioNet(Passt(program, [(8080, 80), (2222, 22)], loopback=loopback))) as driver:
         driver.rx.give([(DATA, 2000, True)])
@@ -58,7 +58,7 @@ def test_it_is_told_its_socket_its_ports_and_what_the_guest_may_reach(tmp_path: 
     assert words == ["--foreground", "--quiet", "--fd", fd, *kept, "--tcp-ports", "8080:80,2222:22"]
 
 
-def test_it_ends_when_it_is_hung_up_on(tmp_path: Path) -> None:
+def test_passt_ends_when_the_connection_is_closed(tmp_path: Path) -> None:
     backend = Passt(script(tmp_path, "connection.recv(1)"))
     pid = backend._process.pid
     began = time.monotonic()
@@ -70,16 +70,20 @@ def test_it_ends_when_it_is_hung_up_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("deaf", [(), ("SIGTERM",)])
-def test_one_that_goes_on_is_ended(tmp_path: Path, deaf: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_passt_that_does_not_end_is_killed(
+    tmp_path: Path, deaf: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ignored = "".join(f"signal.signal(signal.{name}, signal.SIG_IGN); " for name in deaf)
     backend = Passt(script(tmp_path, f"{ignored}frame(b'x'); time.sleep(600)"))
-    assert os.read(backend.fd, 5)  # it has begun
+    assert os.read(backend.fd, 5)  # it has started
     monkeypatch.setattr(passt, "PATIENCE", 0.1)
     backend.close()
     assert backend._process.returncode == -(signal.SIGKILL if deaf else signal.SIGTERM)
 
 
-def test_its_end_takes_the_link_down_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_link_goes_down_when_passt_ends_and_its_last_output_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[dict[str, str]] = []
     monkeypatch.setattr(net, "log", SimpleNamespace(warning=lambda _, **values: said.append(values)))
     program = script(tmp_path, 'print("no route", file=sys.stderr, flush=True); sys.exit(1)')
@@ -92,7 +96,7 @@ def test_its_end_takes_the_link_down_with_its_last_words(tmp_path: Path, monkeyp
     assert "no route" in values["reason"]
 
 
-def test_one_that_says_too_much_is_not_held_up_by_it(tmp_path: Path) -> None:
+def test_a_passt_with_much_output_is_not_blocked(tmp_path: Path) -> None:
     program = script(
         tmp_path,
         "import os\n"
@@ -105,7 +109,7 @@ def test_one_that_says_too_much_is_not_held_up_by_it(tmp_path: Path) -> None:
         assert [written for _, written in driver.wait(driver.rx)] == [HEADER + 14]
 
 
-def test_program_that_is_not_there_is_named_with_what_to_install() -> None:
+def test_the_error_for_a_missing_program_says_what_to_install() -> None:
     with pytest.raises(HostError, match="No such file") as error:
         Passt("/nonexistent/passt")
     assert "apt install passt" in str(error.value)
@@ -120,7 +124,7 @@ def specs(*words: str) -> tuple[DeviceSpec, ...]:
     return device_specs(parser.parse_args(words))
 
 
-def test_options_say_what_a_card_is_at() -> None:
+def test_the_option_selects_the_backend_of_a_card() -> None:
     found = specs(
         "--net",
         "tap=t0",
@@ -159,7 +163,7 @@ def test_options_say_what_a_card_is_at() -> None:
         ),
     ],
 )
-def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> None:
+def test_the_error_for_an_invalid_option_names_the_part(text: str, complaint: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=complaint):
         PARTS(text)
 
@@ -181,6 +185,6 @@ def test_option_that_makes_no_sense_says_where(text: str, complaint: str) -> Non
         ({"passt": "passt", "mac": "zz"}, "not a MAC address"),
     ],
 )
-def test_card_is_at_one_thing_and_asks_only_what_that_can(values: dict[str, object], complaint: str) -> None:
+def test_a_card_has_one_backend_and_only_the_options_of_that_backend(values: dict[str, object], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         Net(**values)  # type: ignore[arg-type]

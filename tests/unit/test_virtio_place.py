@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Virtio devices get their windows, lines and names from the machine, and are closed whatever happens."""
+"""Virtio devices get their windows, lines and names from the machine, and are always closed."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 
 class Context:
-    """Of the machine's context what placing itself needs."""
+    """The parts of the machine's context that placing devices needs."""
 
     def __init__(self, guest: Guest, *, private: bool, pool: int) -> None:
         self.native, self.private, self.pool = guest.native, private, pool
 
 
 class ToySpec(DeviceSpec):
-    """Makes toys, and remembers them."""
+    """Makes toys, and records them."""
 
     def __init__(self) -> None:
         self.made: list[Toy] = []
@@ -91,18 +91,18 @@ def test_windows_and_lines_follow_the_configuration(machine: Any) -> None:
     assert machine.bus.placed[0].device.properties() == {"dma-coherent": True}
 
 
-def test_kicks_are_handed_over_by_the_address_of_each(machine: Any) -> None:
+def test_kicks_of_each_device_are_handed_over_by_its_address(machine: Any) -> None:
     for transport in machine(2):
         transport._hand_over(transport.queues[0])
     bases = [placed.base for placed in machine.bus.placed]
     assert [(base, queue.index) for base, queue in machine.offered] == [(base, 0) for base in bases]
 
 
-def test_private_memory_is_told_to_each(machine: Any) -> None:
+def test_each_device_learns_that_memory_is_private(machine: Any) -> None:
     assert [transport.private for transport in machine(2, private=True)] == [True, True]
 
 
-def test_more_than_there_are_lines_for_are_refused(machine: Any) -> None:
+def test_more_devices_than_lines_are_refused(machine: Any) -> None:
     with pytest.raises(UsageError, match=f"a machine can have at most {MOST_VIRTIO}"):
         machine(MOST_VIRTIO + 1)
     assert machine.made == []
@@ -116,16 +116,14 @@ def test_a_device_that_cannot_be_placed_is_closed(machine: Any) -> None:
 
 
 @pytest.mark.parametrize("pool", [0, 1 << 20])
-def test_drivers_are_asked_to_go_by_way_of_a_pool_where_there_is_one_with_rings_that_wait_for_it(
-    machine: Any, pool: int
-) -> None:
+def test_drivers_must_use_the_pool_if_there_is_one_with_rings_that_allow_it(machine: Any, pool: int) -> None:
     [transport] = machine(1, pool=pool)
     assert bool(transport.offered & Feature.ACCESS_PLATFORM) == bool(pool)
     assert bool(transport.offered & Feature.RING_PACKED) == (not pool)
 
 
 class Plain(Device):
-    """A device of no bus that pyvmm knows."""
+    """A device that is not on a bus of pyvmm's."""
 
     name = "plain"
     compatible = "test,plain"
@@ -139,18 +137,18 @@ class Plain(Device):
 
 
 class Pulsed(Plain):
-    """One that wants a line."""
+    """A device that needs an edge line."""
 
     trigger = Trigger.EDGE
 
 
 class Held(Plain):
-    """One that wants the other kind of line."""
+    """A device that needs a level line."""
 
     trigger = Trigger.LEVEL
 
 
-def test_devices_that_a_script_brings_are_placed_behind_the_others(machine: Any) -> None:
+def test_devices_of_a_script_are_placed_after_the_others(machine: Any) -> None:
     plain, pulsed, held, toy = Plain(0x1_0001), Pulsed(), Held(), Toy()
     machine(1, [plain, toy, pulsed, held])
     where = {placed.device.behind: (placed.base, placed.line) for placed in machine.bus.placed}
@@ -174,7 +172,7 @@ def test_devices_that_a_script_brings_are_placed_behind_the_others(machine: Any)
         (lambda: Plain(0x10_0000), 17, "has no place"),
     ],
 )
-def test_a_device_without_a_place_is_refused_and_closed(machine: Any, device: Any, count: int, said: str) -> None:
+def test_a_device_without_an_address_is_refused_and_closed(machine: Any, device: Any, count: int, said: str) -> None:
     devices = [device() for _ in range(count)]
     with pytest.raises(UsageError, match=said):
         machine(0, devices)
@@ -184,7 +182,7 @@ def test_a_device_without_a_place_is_refused_and_closed(machine: Any, device: An
 
 
 @pytest.mark.parametrize("protection", list(Protection))
-def test_a_machine_tells_its_guest_of_a_device_that_it_is_given(protection: Protection) -> None:
+def test_a_machine_describes_a_given_device_to_its_guest(protection: Protection) -> None:
     config = MachineConfig(kernel="payload:hello", protection=protection)
     device = Pulsed()
     with Plan(config, devices=[device]) as plan:
@@ -200,7 +198,7 @@ def test_a_machine_tells_its_guest_of_a_device_that_it_is_given(protection: Prot
     assert device.closed == 1
 
 
-def test_drivers_of_a_virtio_device_that_is_brought_get_a_pool_where_memory_is_private() -> None:
+def test_a_virtio_device_of_a_script_gets_a_pool_if_memory_is_private() -> None:
     config = MachineConfig(kernel="payload:hello", protection=Protection.PKVM)
     with Plan(config, devices=[Toy()]) as plan:
         assert plan.machine.pool == 8 * MIB
@@ -221,7 +219,7 @@ def test_devices_of_a_machine_that_cannot_be_built_are_closed() -> None:
     assert last.closed == 1
 
 
-def test_devices_are_closed_though_the_host_is_none_for_guests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_are_closed_if_the_host_cannot_run_guests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="x86_64"))
     devices = [Plain(), Plain()]
     with (
@@ -233,21 +231,21 @@ def test_devices_are_closed_though_the_host_is_none_for_guests(monkeypatch: pyte
 
 
 class Sticking(Plain):
-    """One that cannot be closed."""
+    """A device that cannot be closed."""
 
     def close(self) -> None:
         super().close()
         raise PyvmmError("it sticks")
 
 
-def test_devices_are_closed_though_another_cannot_be() -> None:
+def test_devices_are_closed_even_if_another_cannot_be() -> None:
     devices = [Plain(0x200_0000), Plain(), Sticking(), Plain()]
     with pytest.raises(PyvmmError, match="it sticks"), Plan(MachineConfig(kernel="payload:hello"), devices=devices):
         pass
     assert [device.closed for device in devices] == [1, 1, 1, 1]
 
 
-def test_a_device_is_one_machines_and_another_leaves_it_alone() -> None:
+def test_a_device_belongs_to_one_machine_and_another_does_not_close_it() -> None:
     config = MachineConfig(kernel="payload:hello")
     device, toy, new = Plain(), Toy(), Plain()
     with Plan(config, devices=[device, toy]) as plan:

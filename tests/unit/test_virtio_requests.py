@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests through the transport: answered, paused, reset in the middle, saved, and spoilt by the guest."""
+"""Requests through the transport: answered, paused, reset in the middle, saved, and corrupted by the guest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_requests_are_answered_with_an_interrupt(toy: Board, packed: bool, event
     assert [(queue["size"], queue["chains"]) for queue in told["queues"]] == [(8, 20), (4, 20)]
 
 
-def test_kicks_before_the_start_are_nothing_and_what_was_there_is_seen_then(toy: Board) -> None:
+def test_kicks_before_the_start_are_ignored_and_the_start_serves_pending_requests(toy: Board) -> None:
     assert toy.negotiate(Feature.VERSION_1)
     assert toy.set_queue(0, 8, BASE, BASE + PAGE, BASE + 2 * PAGE)
     driver = Driver(toy.guest, Rings(8, BASE, BASE + PAGE, BASE + 2 * PAGE), TABLES)
@@ -55,7 +55,7 @@ def test_kicks_before_the_start_are_nothing_and_what_was_there_is_seen_then(toy:
     assert answer(toy, driver) == b"EARLY"
 
 
-def test_a_request_in_memory_that_is_none_fails_and_the_next_is_served(toy: Board) -> None:
+def test_a_request_outside_memory_fails_and_the_next_is_served(toy: Board) -> None:
     [driver, _] = toy.drive()
     driver.add([(BASE + SIZE, 4, False), (DATA, 4, True)])
     toy.store(Register.QUEUE_NOTIFY, 0)
@@ -65,7 +65,7 @@ def test_a_request_in_memory_that_is_none_fails_and_the_next_is_served(toy: Boar
 
 
 @pytest.mark.parametrize("where", [BASE + SIZE, 0x0A00_0000, BASE + SIZE - 8, "private"])
-def test_a_queue_without_memory_breaks_and_a_reset_mends_it(toy: Board, events: Any, where: int | str) -> None:
+def test_a_queue_outside_memory_breaks_and_a_reset_repairs_it(toy: Board, events: Any, where: int | str) -> None:
     ring = BASE + 2 * PAGE if where == "private" else where
     assert toy.negotiate(Feature.VERSION_1)
     assert isinstance(ring, int)
@@ -86,7 +86,7 @@ def test_a_queue_without_memory_breaks_and_a_reset_mends_it(toy: Board, events: 
     assert answer(toy, driver) == b"BETTER"
 
 
-def test_a_reset_waits_for_the_request_at_hand_and_leaves_nothing(toy: Board) -> None:
+def test_a_reset_waits_for_the_current_request_and_leaves_nothing(toy: Board) -> None:
     device = toy.device
     assert isinstance(device, Toy)
     [driver, _] = toy.drive()
@@ -104,13 +104,13 @@ def test_a_reset_waits_for_the_request_at_hand_and_leaves_nothing(toy: Board) ->
     assert toy.load(Register.INTERRUPT_STATUS) == 0
     assert [queue.ready for queue in toy.transport.queues] == [False, False]
     assert driver.word(BASE + 2 * PAGE + 2) == 1, "the request at hand was finished"
-    # What comes afterwards is none of the device's business.
+    # The device must not serve later requests.
     ask(toy, driver, b"late")
     time.sleep(0.02)
     assert driver.word(BASE + 2 * PAGE + 2) == 1
 
 
-def test_a_device_that_does_not_let_go_is_told_in_bounded_time(toy: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reset_of_a_stuck_device_returns_in_bounded_time(toy: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     device = toy.device
     assert isinstance(device, Toy)
     [driver, _] = toy.drive()
@@ -122,9 +122,7 @@ def test_a_device_that_does_not_let_go_is_told_in_bounded_time(toy: Board, monke
         toy.store(Register.STATUS, 0)
 
 
-def test_a_device_that_does_not_let_go_interrupts_nobody_once_it_is_closed(
-    toy: Board, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stuck_device_raises_no_interrupt_once_it_is_closed(toy: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     device = toy.device
     assert isinstance(device, Toy)
     [driver, _] = toy.drive()
@@ -132,19 +130,19 @@ def test_a_device_that_does_not_let_go_interrupts_nobody_once_it_is_closed(
     device.hold.clear()
     ask(toy, driver, b"stuck")
     assert device.busy.wait(20)
-    others = os.eventfd(0, os.EFD_NONBLOCK)  # a file that has got the eventfd's number since
+    others = os.eventfd(0, os.EFD_NONBLOCK)  # a file that now has the eventfd's number
     toy.transport.interrupt.fd = others
     monkeypatch.setattr(device, "stop", lambda: device.worker.stop(patience=0.05))
     with pytest.raises(Stuck, match="toy has not finished"):
         toy.transport.close()
     device.hold.set()
-    lib.pv_interrupt(toy.transport.interrupt, lib.PV_INTERRUPT_USED)  # as a disk's thread does that was waiting in C
+    lib.pv_interrupt(toy.transport.interrupt, lib.PV_INTERRUPT_USED)  # as a disk's thread does after waiting in C
     with pytest.raises(BlockingIOError):
         os.eventfd_read(others)
     os.close(others)
 
 
-def test_a_device_without_a_thread_needs_a_reset_and_works_after_it(
+def test_a_device_without_a_thread_needs_a_reset_and_works_afterwards(
     toy: Board, events: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(_thread: threading.Thread) -> None:
@@ -162,7 +160,7 @@ def test_a_device_without_a_thread_needs_a_reset_and_works_after_it(
     assert answer(toy, driver) == b"BETTER"
 
 
-def test_a_device_that_does_not_come_to_rest_goes_on_when_it_can(toy: Board) -> None:
+def test_a_device_that_does_not_come_to_rest_continues_when_it_can(toy: Board) -> None:
     device = toy.device
     assert isinstance(device, Toy)
     [driver, _] = toy.drive()
@@ -177,7 +175,7 @@ def test_a_device_that_does_not_come_to_rest_goes_on_when_it_can(toy: Board) -> 
     assert answer(toy, driver) == b"NEXT"
 
 
-def test_a_paused_device_stands_still_and_sees_what_came_when_it_resumes(toy: Board) -> None:
+def test_a_paused_device_stands_still_and_serves_new_requests_on_resume(toy: Board) -> None:
     [driver, _] = toy.drive()
     toy.transport.pause()
     ask(toy, driver, b"meanwhile")
@@ -188,7 +186,7 @@ def test_a_paused_device_stands_still_and_sees_what_came_when_it_resumes(toy: Bo
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_was_saved_goes_on_in_another(toy: Board, packed: bool) -> None:
+def test_another_device_continues_from_the_saved_state(toy: Board, packed: bool) -> None:
     [driver, _] = toy.drive(packed=packed, event_idx=True)
     for number in range(11):
         ask(toy, driver, b"first %d" % number)
@@ -211,7 +209,7 @@ def test_what_was_saved_goes_on_in_another(toy: Board, packed: bool) -> None:
     third.close()
 
 
-def test_what_cannot_be_is_not_loaded(toy: Board) -> None:
+def test_an_impossible_state_is_not_loaded(toy: Board) -> None:
     toy.drive()
     toy.transport.pause()
     saved = toy.transport.save()
@@ -231,11 +229,11 @@ def test_what_cannot_be_is_not_loaded(toy: Board) -> None:
 
 
 def test_descriptors_that_change_under_the_device_break_the_queue_or_the_request(toy: Board) -> None:
-    """One vCPU rewrites a table over and over while another kicks: nothing but failed requests may come of it."""
+    """One vCPU keeps rewriting a table while another kicks. Only failed requests may result."""
     random = Random(1)
     begun = time.monotonic()
     rounds = broken = 0
-    # On a busy machine the device's thread may sleep through many rounds.
+    # On a busy machine the device's thread may not run for many rounds.
     while (took := time.monotonic() - begun) < 0.5 or (not broken and took < 60):
         [driver, _] = toy.drive(packed=bool(rounds & 1), event_idx=True)
         rounds += 1
@@ -254,7 +252,7 @@ def test_descriptors_that_change_under_the_device_break_the_queue_or_the_request
 # ---- entropy
 
 
-def test_entropy_fills_what_it_is_given_up_to_its_bound(guest: Guest) -> None:
+def test_entropy_fills_the_request_up_to_its_limit(guest: Guest) -> None:
     board = Board(guest, VirtioRng())
     [driver] = board.drive(packed=True)
     driver.add([(DATA, 64, True), (DATA + PAGE, 2 * PAGE, True)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A card before a real tap, whose other end is a packet socket: the kernel's idea of frames and headers, and ours."""
+"""A card on a real tap, with a packet socket at the other end: kernel and pyvmm agree on frames and headers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ip(*words: str) -> str:
 
 @contextlib.contextmanager
 def card(*, name: str = NAME, packed: bool = False) -> Iterator[tuple[Driver, socket.socket]]:
-    """A driver of a card before a tap on which the host says nothing itself, and a packet socket at its end of that."""
+    """Make a driver of a card on a tap where the host itself sends nothing, and a packet socket at the host's end."""
     ip("tuntap", "add", name, "mode", "tap")
     try:
         Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("1")
@@ -57,7 +57,7 @@ def card(*, name: str = NAME, packed: bool = False) -> Iterator[tuple[Driver, so
         with Driver(device, packed=packed) as driver, socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as host:
             host.bind((name, ETH_P_ALL))
             host.settimeout(20)
-            # Once somebody has the tap it has a carrier, and soon after a queue: until then it loses what is sent.
+            # Once the tap is open it has a carrier, and soon a queue. Until then it loses frames.
             eventually(lambda: "noop" not in ip("link", "show", name), "the tap has a queue")
             yield driver, host
     finally:
@@ -75,7 +75,7 @@ def send(driver: Driver, header: bytes, data: bytes, *, at: int = DATA) -> None:
 
 
 def heard(host: socket.socket) -> bytes:
-    """The next frame of ours: it must come from the guest, not from the host itself."""
+    """Return the next frame of the guest; frames of the host itself are skipped."""
     while True:
         data, address = host.recvfrom(1 << 17)
         if data[12:14] == TYPE and address[2] != socket.PACKET_OUTGOING:
@@ -95,8 +95,8 @@ def test_frames_go_both_ways(packed: bool) -> None:
             assert driver.read(DATA + number * PAGE, written) == struct.pack("<10xH", 1) + frame(n, n)
 
 
-def test_few_or_small_buffers_lose_no_frame_that_fits_them() -> None:
-    """With room for less than the longest frame the card reads one for itself, to see how long it is."""
+def test_few_or_small_buffers_lose_no_frame_that_fits() -> None:
+    """With less room than the longest frame, the card reads a frame into its own memory to learn its length."""
     with card() as (driver, host):
         for n in range(12):
             host.send(frame(1000, n))
@@ -108,7 +108,7 @@ def test_few_or_small_buffers_lose_no_frame_that_fits_them() -> None:
             assert data == struct.pack("<10xH", 2) + frame(1000, n)
 
 
-def test_frame_longer_than_any_buffer_is_dropped() -> None:
+def test_a_frame_longer_than_any_buffer_is_dropped() -> None:
     with card() as (driver, host):
         driver.device.stop()
         driver.device.start([driver.rx.queue, driver.tx.queue], int(NetFeature.MAC))
@@ -120,7 +120,7 @@ def test_frame_longer_than_any_buffer_is_dropped() -> None:
         assert driver.device.native.received.dropped == 1
 
 
-def test_buffer_in_a_private_page_costs_its_frame() -> None:
+def test_a_buffer_in_a_private_page_loses_its_frame() -> None:
     with card() as (driver, host):
         driver.hide(DATA)
         driver.rx.give(*([(DATA + n * PAGE, PAGE, True)] for n in range(20)))
@@ -140,7 +140,7 @@ NEEDS_CSUM, TCPV4, TCPV6, ECN = 1, 1, 4, 0x80
 
 @pytest.fixture(scope="module")
 def one() -> Iterator[tuple[Driver, socket.socket]]:
-    """One card for all headers: to make a tap takes the kernel a while."""
+    """Share one card for all headers: the kernel takes a while to make a tap."""
     with card(name=f"{NAME}h") as made:
         yield made
 
@@ -164,7 +164,7 @@ def test_no_header_stops_the_card(
     assert sent.frames + sent.dropped == driver.tx.queue.native.chains
 
 
-def test_offloads_are_what_was_negotiated() -> None:
+def test_the_tap_has_the_negotiated_offloads() -> None:
     tap = Tap(NAME)
     try:
         wanted = NetFeature.CSUM | NetFeature.GUEST_CSUM | NetFeature.GUEST_TSO4 | NetFeature.HOST_TSO4
@@ -172,7 +172,7 @@ def test_offloads_are_what_was_negotiated() -> None:
         tap.use(wanted)
         tap.use(NetFeature(0))
         with pytest.raises(HostError, match="TUNSETOFFLOAD"):
-            tap.use(NetFeature.GUEST_TSO4)  # not without the checksum
+            tap.use(NetFeature.GUEST_TSO4)  # needs the checksum offload
     finally:
         tap.close()
 
@@ -181,13 +181,13 @@ SOL_PACKET, PACKET_VNET_HDR = 263, 15
 
 
 @pytest.mark.parametrize("fewer", [False, True])
-def test_driver_gets_no_frame_that_leaves_undone_what_it_cannot_do(fewer: bool) -> None:
+def test_a_driver_gets_no_frame_that_needs_offloads_it_lacks(fewer: bool) -> None:
     with card() as (driver, host):
         driver.device.stop()
         host.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         unfinished = struct.pack("<BBHHHH", NEEDS_CSUM, 0, 0, 0, 34, 16) + frame(100)
         for _ in range(3):
-            host.send(unfinished)  # waits in the tap, as the last driver would have had it
+            host.send(unfinished)  # waits in the tap, in the form for the last driver
         if fewer:
             driver.features = 0
         driver.reset(packed=False)
@@ -203,7 +203,7 @@ def test_driver_gets_no_frame_that_leaves_undone_what_it_cannot_do(fewer: bool) 
 # ---- taps
 
 
-def test_tap_of_ours_is_up_has_its_address_and_goes_when_it_is_closed() -> None:
+def test_a_tap_made_by_pyvmm_is_up_has_its_address_and_is_removed_on_close() -> None:
     tap = Tap(NAME, IPv4Interface("10.219.77.1/28"))
     try:
         assert tap.is_up
@@ -214,7 +214,7 @@ def test_tap_of_ours_is_up_has_its_address_and_goes_when_it_is_closed() -> None:
     assert not Path("/sys/class/net", NAME).exists()
 
 
-def test_tap_that_is_made_again_has_the_address_that_a_saved_guest_knows() -> None:
+def test_a_tap_made_again_has_the_address_that_a_saved_guest_knows() -> None:
     addresses = []
     for name in (NAME, NAME, f"{NAME}x"):
         tap = Tap(name)
@@ -224,7 +224,7 @@ def test_tap_that_is_made_again_has_the_address_that_a_saved_guest_knows() -> No
     assert addresses[0].startswith("fe:")
 
 
-def test_tap_serves_one_at_a_time() -> None:
+def test_a_tap_serves_one_card_at_a_time() -> None:
     tap = Tap(NAME)
     try:
         with pytest.raises(HostError, match="in use"):
@@ -234,17 +234,17 @@ def test_tap_serves_one_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a" * 16, "a b", "a/b", "tap%d", "..", "a:1"])
-def test_what_no_interface_can_be_called_is_refused(name: str) -> None:
+def test_an_invalid_interface_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="name of a tap"):
         Tap(name)
 
 
-def test_other_interfaces_are_left_alone() -> None:
+def test_an_interface_that_is_not_a_tap_is_refused_unchanged() -> None:
     with pytest.raises(UsageError, match="not a tap"):
         Tap("lo")
 
 
-def test_deleted_tap_takes_the_link_down() -> None:
+def test_deleting_the_tap_takes_the_link_down() -> None:
     with card() as (driver, _):
         driver.rx.give([(DATA, PAGE, True)])
         ip("link", "delete", NAME)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The socket device over its rings: what the table is told, what the guest's buffers get, and what breaks."""
+"""The socket device over its rings: the packets to the table, the guest's buffers, and failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOM = 4096
 
 
 class Guest:
-    """A driver of the device that gives packets and takes them, one page each."""
+    """A driver of the device that sends and receives packets, one page each."""
 
     def __init__(self, directory: Path) -> None:
         self.path = str(directory / "v")
@@ -73,7 +73,7 @@ class Guest:
             self.buffers[self.rx.give(Segment(gpa, ROOM, True))] = gpa
 
     def packet(self) -> tuple[Header, bytes]:
-        """Give a buffer, and wait for what comes in it."""
+        """Give a buffer, and wait for its packet."""
         self.offer()
         return self.next()
 
@@ -108,14 +108,14 @@ def connected(guest: Guest, listener: socket.socket, port: int = 1000) -> socket
     return end
 
 
-def test_cid_is_in_the_configuration_space_and_must_be_a_guests(guest: Guest, tmp_path: Path) -> None:
+def test_the_cid_is_in_the_configuration_space_and_must_be_valid_for_a_guest(guest: Guest, tmp_path: Path) -> None:
     assert guest.device.config() == struct.pack("<Q", CID)
     for cid in (0, 2, (1 << 32) - 1, 1 << 40):
         with pytest.raises(UsageError, match="cid"):
             VirtioVsock(str(tmp_path / "w"), cid)
 
 
-def test_echo_of_a_guest_that_connects(guest: Guest) -> None:
+def test_a_guest_that_connects_gets_its_echo(guest: Guest) -> None:
     with guest.listen(5) as listener, connected(guest, listener) as end:
         guest.send(OP_RW, 1000, 5, b"hello")
         assert end.recv(64) == b"hello"
@@ -124,7 +124,7 @@ def test_echo_of_a_guest_that_connects(guest: Guest) -> None:
         assert (header.op, data, header.fwd_cnt) == (OP_RW, b"world", 5)
 
 
-def test_echo_of_a_host_that_connects(guest: Guest) -> None:
+def test_a_host_that_connects_gets_its_echo(guest: Guest) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
         client.connect(guest.path)
@@ -137,7 +137,7 @@ def test_echo_of_a_host_that_connects(guest: Guest) -> None:
         assert guest.packet()[1] == b"ping"
 
 
-def test_more_than_the_credit_arrives_whole_in_buffers_given_one_by_one(guest: Guest) -> None:
+def test_more_data_than_the_credit_arrives_whole_in_single_buffers(guest: Guest) -> None:
     data = os.urandom(1 << 18)
     with guest.listen(5) as listener, connected(guest, listener) as end:
         end.setblocking(False)
@@ -153,7 +153,7 @@ def test_more_than_the_credit_arrives_whole_in_buffers_given_one_by_one(guest: G
         assert got == data
 
 
-def test_packet_shorter_than_a_header_is_dropped_and_one_whose_length_lies_is_a_reset(guest: Guest) -> None:
+def test_a_packet_without_a_full_header_is_dropped_and_a_false_length_resets(guest: Guest) -> None:
     with guest.listen(5) as listener, connected(guest, listener) as end:
         guest.send(OP_RW, 1000, 5, b"hello", cut=HEADER_SIZE - 1)
         guest.send(OP_RW, 1000, 5, b"hello", cut=HEADER_SIZE + 4)
@@ -161,7 +161,7 @@ def test_packet_shorter_than_a_header_is_dropped_and_one_whose_length_lies_is_a_
         assert end.recv(64) == b""
 
 
-def test_payload_the_host_may_not_see_resets_the_connection(guest: Guest) -> None:
+def test_a_payload_in_a_private_page_resets_the_connection(guest: Guest) -> None:
     with guest.listen(5) as listener, connected(guest, listener) as end:
         guest.driver.hide(SEND + 0x3F_000)
         header = Header(CID, 2, 1000, 5, 4, vs.STREAM, OP_RW, 0, 1 << 16, 0).pack()
@@ -171,7 +171,7 @@ def test_payload_the_host_may_not_see_resets_the_connection(guest: Guest) -> Non
         assert end.recv(64) == b""
 
 
-def test_buffer_the_host_may_not_touch_resets_the_connection_whose_bytes_are_lost(guest: Guest) -> None:
+def test_a_private_buffer_resets_the_connection_that_loses_bytes(guest: Guest) -> None:
     with guest.listen(5) as listener, connected(guest, listener) as end:
         guest.driver.hide(RECEIVE + 0x3F_000)
         end.sendall(b"lost")
@@ -180,7 +180,7 @@ def test_buffer_the_host_may_not_touch_resets_the_connection_whose_bytes_are_los
         assert guest.packet()[0].op == OP_RST
 
 
-def test_buffers_too_small_for_a_header_go_back_empty(guest: Guest) -> None:
+def test_buffers_too_small_for_a_header_are_returned_empty(guest: Guest) -> None:
     with guest.listen(5) as listener, connected(guest, listener) as end:
         guest.rx.give(Segment(RECEIVE, HEADER_SIZE, True))
         end.sendall(b"x")
@@ -188,7 +188,7 @@ def test_buffers_too_small_for_a_header_go_back_empty(guest: Guest) -> None:
         assert guest.packet()[1] == b"x"
 
 
-def test_guest_that_takes_no_answers_is_not_heard_until_it_does(guest: Guest) -> None:
+def test_packets_of_a_guest_that_takes_no_answers_wait_until_it_does(guest: Guest) -> None:
     for _ in range(MOST_REFUSALS + 20):
         guest.send(OP_RW, 1, 2, b"x")
     back = guest.tx.wait(MOST_REFUSALS)
@@ -199,7 +199,7 @@ def test_guest_that_takes_no_answers_is_not_heard_until_it_does(guest: Guest) ->
 
 
 def turns(device: VirtioVsock) -> int:
-    """Do what a paused device's thread would do, until there is nothing to do; how often that was, at most 10 times."""
+    """Do the work of a paused device's thread until none is left; returns how many turns it took, at most 10."""
     worker = device._worker
     for turn in range(10):
         found = [(fd, events) for fd, events in worker._epoll.poll(0) if fd in worker._callbacks]
@@ -210,9 +210,7 @@ def turns(device: VirtioVsock) -> int:
     return 10
 
 
-def test_clients_for_whom_there_is_no_descriptor_wait_until_one_is_let_go_of(
-    guest: Guest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_without_a_descriptor_wait_until_one_is_free(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     def accept(_: socket.socket) -> tuple[socket.socket, object]:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -229,12 +227,12 @@ def test_clients_for_whom_there_is_no_descriptor_wait_until_one_is_let_go_of(
         turns(guest.device)
         guest.device.resume()
         asked, _ = guest.packet()
-        if asked.op == OP_SHUTDOWN:  # of the end that went, told before the guest's reset was heard
+        if asked.op == OP_SHUTDOWN:  # about the end that closed, sent before the guest's reset was read
             asked, _ = guest.packet()
         assert (asked.op, asked.dst_port) == (OP_REQUEST, 7)
 
 
-def test_reset_of_the_guest_closes_its_connections_and_new_ones_come(guest: Guest) -> None:
+def test_a_reset_by_the_guest_closes_its_connections_and_new_ones_work(guest: Guest) -> None:
     with guest.listen(5) as listener, connected(guest, listener) as end:
         guest.driver.restart()
         assert end.recv(64) == b""
@@ -250,9 +248,9 @@ def test_broken_rings_close_every_connection(guest: Guest) -> None:
         guest.driver.until(lambda: guest.driver.transport.reset_needed)
 
 
-def test_pause_keeps_connections_and_gives_the_buffer_at_hand_back(guest: Guest) -> None:
+def test_a_pause_keeps_connections_and_returns_the_current_buffer(guest: Guest) -> None:
     with guest.listen(5) as listener, connected(guest, listener) as end:
-        # A socket that says it is readable and is not after all leaves a buffer at hand.
+        # A socket that is reported readable but has no data leaves the device with a buffer.
         guest.offer()
         stream = next(iter(guest.device._table._streams.values()))
         guest.device.pause()
@@ -269,14 +267,14 @@ def test_pause_keeps_connections_and_gives_the_buffer_at_hand_back(guest: Guest)
         assert guest.packet()[1] == b"meanwhile"
 
 
-def test_guest_restored_elsewhere_is_told_that_its_connections_are_gone(guest: Guest) -> None:
+def test_a_restored_guest_hears_that_its_connections_are_gone(guest: Guest) -> None:
     guest.device.stop()
     guest.device.load({})
     guest.driver.restart()
     guest.event.give(Segment(RECEIVE, 4, True))
     assert guest.event.wait() == [(0, 4)]
     assert guest.driver.read(RECEIVE, 4) == bytes(4)
-    # Once: the next buffer waits for another such event.
+    # Only once: the next buffer waits for another such event.
     guest.event.give(Segment(RECEIVE, 4, True))
     guest.send(OP_RW, 1, 2, b"x")
     assert guest.packet()[0].op == OP_RST
@@ -284,7 +282,7 @@ def test_guest_restored_elsewhere_is_told_that_its_connections_are_gone(guest: G
 
 
 def ask(guest: Guest, port: int = 7) -> tuple[socket.socket, Header]:
-    """Have a client of the host ask for a port of the guest: its socket, and what the guest is asked."""
+    """Have a client on the host connect to a port of the guest; returns its socket, and the request to the guest."""
     client = socket.socket(socket.AF_UNIX)
     client.connect(guest.path)
     client.sendall(f"CONNECT {port}\n".encode())
@@ -292,7 +290,7 @@ def ask(guest: Guest, port: int = 7) -> tuple[socket.socket, Header]:
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_the_first_connection_after_a_restore_is_none_that_the_guest_remembers(guest: Guest, told: bool) -> None:
+def test_the_first_connection_after_a_restore_uses_ports_new_to_the_guest(guest: Guest, told: bool) -> None:
     # The guest keeps a connection's ports until its program closes it, and refuses them until then.
     remembered = []
     for _ in range(2):
@@ -301,7 +299,7 @@ def test_the_first_connection_after_a_restore_is_none_that_the_guest_remembers(g
         remembered.append(asked.src_port)
     saved = guest.device.save()
     guest.device.stop()
-    guest.device.load(saved if told else {})  # as of a snapshot from before that was kept
+    guest.device.load(saved if told else {})  # as in an older snapshot, which does not have it
     guest.driver.restart()
     guest.event.give(Segment(RECEIVE, 4, True))
     client, asked = ask(guest)
@@ -310,7 +308,7 @@ def test_the_first_connection_after_a_restore_is_none_that_the_guest_remembers(g
         assert asked.src_port not in remembered
 
 
-def test_a_snapshot_that_does_not_tell_ports_begins_anywhere(guest: Guest) -> None:
+def test_ports_start_at_random_after_a_snapshot_without_ports(guest: Guest) -> None:
     guest.device.stop()
     begun = set()
     for _ in range(4):
@@ -320,7 +318,7 @@ def test_a_snapshot_that_does_not_tell_ports_begins_anywhere(guest: Guest) -> No
     guest.driver.restart()
 
 
-def test_nobody_comes_in_before_the_guest_hears_of_the_reset(guest: Guest) -> None:
+def test_no_client_connects_before_the_guest_hears_of_the_reset(guest: Guest) -> None:
     guest.device.stop()
     guest.device.load({})
     guest.driver.restart()
@@ -328,7 +326,7 @@ def test_nobody_comes_in_before_the_guest_hears_of_the_reset(guest: Guest) -> No
         client.connect(guest.path)
         client.sendall(b"CONNECT 7\n")
         guest.offer()
-        guest.send(OP_RW, 1, 2, b"x")  # the worker has a turn, and answers this
+        guest.send(OP_RW, 1, 2, b"x")  # this waits for a turn of the worker
         assert guest.next()[0].op == OP_RST
         guest.offer()
         assert not guest.device._door._open

@@ -56,7 +56,7 @@ def segments_of(random: Random, most: int) -> list[Segment]:
 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
-def test_an_honest_driver_gets_every_request_back_once_and_both_wake_each_other(guest: Guest, seed: int) -> None:
+def test_a_correct_driver_gets_every_request_back_once_and_both_wake_each_other(guest: Guest, seed: int) -> None:
     random = Random(seed)
     packed, event_idx = random.choice(KINDS)
     size = random.choice([1, 2, 3, 5, 8] if packed else [1, 2, 4, 8])
@@ -109,7 +109,7 @@ def test_an_honest_driver_gets_every_request_back_once_and_both_wake_each_other(
                     assert guest.contents == twin.ram.data
                     asleep = bool(armed)
                 case "listen":
-                    # As drivers do: look, ask, look again.
+                    # Like a driver: look, ask for an interrupt, look again.
                     list(driver.used())
                     driver.interrupts(on=True)
                     used, wants = 0, True
@@ -144,7 +144,7 @@ def descriptor(random: Random, size: int, packed: bool) -> bytes:
 
 @settings(max_examples=400, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
-def test_whatever_the_rings_hold_the_loop_and_its_twin_see_the_same(guest: Guest, seed: int) -> None:
+def test_the_loop_and_its_twin_see_the_same_in_any_rings(guest: Guest, seed: int) -> None:
     random = Random(seed)
     packed, event_idx = random.choice(KINDS)
     size = random.choice([1, 2, 3, 8] if packed else [1, 2, 4, 8])
@@ -205,7 +205,7 @@ def test_whatever_the_rings_hold_the_loop_and_its_twin_see_the_same(guest: Guest
     assert guest.contents == copy.data
 
 
-def test_kicks_are_counted_each_and_wakes_are_not(fresh: Guest) -> None:
+def test_every_kick_is_counted_and_wakes_are_not(fresh: Guest) -> None:
     interrupt = ffi.new("struct pv_interrupt *", {"fd": -1})
     queue = Queue(fresh.native, interrupt, 0, 8)
     try:
@@ -219,7 +219,7 @@ def test_kicks_are_counted_each_and_wakes_are_not(fresh: Guest) -> None:
             queue.take()
             assert not select.select([queue.kick], [], [], 0)[0]
             assert queue.native.kicks - before == kicks
-        os.eventfd_write(queue.kick, 2**64 - 2)  # as much as there can be: a wake finds no room, and needs none
+        os.eventfd_write(queue.kick, 2**64 - 2)  # the maximum: a wake finds no room, and needs none
         queue.wake()
         queue.take()
         assert not select.select([queue.kick], [], [], 0)[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections between a guest and the host's sockets, everything at once: what a model of them says must hold."""
+"""Connections between a guest and the host's sockets, all at once, checked against a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.unit.vsock_peer import Peer
 
 
 class Guest:
-    """What the model knows of one connection."""
+    """The model of one connection."""
 
     def __init__(self, port: int, host_port: int, end: socket.socket) -> None:
         self.port, self.host_port, self.end = port, host_port, end
@@ -43,7 +43,7 @@ class Guest:
 
 
 class Connections(RuleBasedStateMachine):
-    """Bytes arrive whole and in order, credit is kept by the host's side, and whatever is over is let go of."""
+    """Bytes arrive complete and in order, the host respects credit, and ended connections are released."""
 
     streams: Bundle[Guest] = Bundle("streams")
 
@@ -118,7 +118,7 @@ class Connections(RuleBasedStateMachine):
             self.packet(guest, OP_RW, b"z" * 8192)
         guest.to_host = b""
         guest.sent = 1 << 40
-        self.step(100)  # each packet of one that is over is answered with a reset
+        self.step(100)  # each packet of an ended connection is answered with a reset
         assert guest.over
 
     @rule(guest=streams, data=st.binary(min_size=1, max_size=2000))
@@ -146,7 +146,7 @@ class Connections(RuleBasedStateMachine):
             guest.over = True
             guest.sent = 1 << 40
         self.packet(guest, op, flags=flags, size=size)
-        # Where it was over, it has asked for another one, which must not be taken for the next guest's.
+        # If the connection had ended, it requested a new one, which must not be taken for the next guest's.
         if op == OP_REQUEST and select.select([self.listener], [], [], 0)[0]:
             guest.over = True
             guest.sent = 1 << 40
@@ -154,8 +154,8 @@ class Connections(RuleBasedStateMachine):
 
     @rule(guest=consumes(streams))
     def guest_gives_up(self, guest: Guest) -> None:
-        """It says all it may and goes, which costs the host's reader no byte, and its writer no wait."""
-        self.packet(guest, OP_CREDIT_REQUEST)  # whose answer says what is free, or that it is over
+        """The guest sends all it may and leaves. The host's reader loses no byte, and its writer does not wait."""
+        self.packet(guest, OP_CREDIT_REQUEST)  # its answer has the free space, or says that the connection ended
         self.step(100)
         while not guest.over and guest.sent + 4096 - guest.fwd_cnt <= BUFFER:
             self.guest_sends(guest, b"y" * 4096)

@@ -44,7 +44,7 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
 
 @pytest.fixture
 def host(peer: Peer) -> Iterator[socket.socket]:
-    """The host's end of a connection that port 1000 of the guest asked for, of port 5."""
+    """Return the host's end of a connection from port 1000 of the guest to port 5."""
     with peer.listen(5) as listener:
         peer.send(OP_REQUEST, 1000, 5)
         assert peer.ops() == [OP_RESPONSE]
@@ -54,7 +54,7 @@ def host(peer: Peer) -> Iterator[socket.socket]:
 
 
 def by_host(peer: Peer, port: int = 7) -> tuple[socket.socket, int]:
-    """A connection that the host began and the guest accepted: the host's end and its port."""
+    """Return the host's end and port of a connection that the host opened and the guest accepted."""
     ours, theirs = socket.socketpair()
     ours.settimeout(5)
     assert peer.table.connect(theirs, port)
@@ -65,7 +65,7 @@ def by_host(peer: Peer, port: int = 7) -> tuple[socket.socket, int]:
     return ours, asked.src_port
 
 
-def test_header_is_44_bytes_as_the_specification_lays_them_out() -> None:
+def test_the_header_has_44_bytes_in_the_specified_layout() -> None:
     header = Header(3, 2, 0x11, 0x22, 5, 1, 6, 7, 8, 9)
     data = header.pack()
     assert len(data) == vs.HEADER_SIZE == 44
@@ -74,7 +74,7 @@ def test_header_is_44_bytes_as_the_specification_lays_them_out() -> None:
     assert data[28:32] == b"\x01\0\x06\0"
 
 
-def test_guest_talks_to_a_host_socket_and_back(peer: Peer, host: socket.socket) -> None:
+def test_a_guest_and_a_host_socket_exchange_data(peer: Peer, host: socket.socket) -> None:
     peer.send(OP_RW, 1000, 5, b"hello")
     assert host.recv(64) == b"hello"
     host.sendall(b"world")
@@ -83,7 +83,7 @@ def test_guest_talks_to_a_host_socket_and_back(peer: Peer, host: socket.socket) 
     assert (header.src_port, header.dst_port, header.fwd_cnt) == (5, 1000, 5)
 
 
-def test_host_talks_to_a_guest_that_listens(peer: Peer) -> None:
+def test_the_host_connects_to_a_listening_guest(peer: Peer) -> None:
     end, port = by_host(peer)
     with end:
         end.sendall(b"ping")
@@ -92,13 +92,13 @@ def test_host_talks_to_a_guest_that_listens(peer: Peer) -> None:
         assert end.recv(64) == b"pong"
 
 
-def test_port_nobody_listens_at_is_a_reset(peer: Peer) -> None:
+def test_a_port_without_a_listener_gets_a_reset(peer: Peer) -> None:
     peer.send(OP_REQUEST, 1000, 6)
     [(header, _)] = peer.turn()
     assert (header.op, header.src_port, header.dst_port) == (OP_RST, 6, 1000)
 
 
-def test_guest_that_refuses_closes_the_hosts_socket_without_an_ok(peer: Peer) -> None:
+def test_a_guest_that_refuses_closes_the_hosts_socket_without_an_ok(peer: Peer) -> None:
     ours, theirs = socket.socketpair()
     with ours:
         peer.table.connect(theirs, 7)
@@ -119,7 +119,7 @@ def test_other_cids_and_types_are_reset(peer: Peer, host: socket.socket, fields:
         host.recv(1)
 
 
-def test_packet_of_another_sender_is_dropped(peer: Peer, host: socket.socket) -> None:
+def test_a_packet_of_another_sender_is_dropped(peer: Peer, host: socket.socket) -> None:
     peer.send(OP_RW, 1000, 5, b"x", src_cid=9)
     assert peer.turn() == []
     assert peer.table.dropped == 1
@@ -127,53 +127,53 @@ def test_packet_of_another_sender_is_dropped(peer: Peer, host: socket.socket) ->
 
 
 @pytest.mark.parametrize("op", [0, OP_REQUEST, OP_RESPONSE, 8, 0xFFFF])
-def test_what_no_open_connection_takes_resets_it(peer: Peer, host: socket.socket, op: int) -> None:
+def test_a_packet_that_an_open_connection_does_not_expect_resets_it(peer: Peer, host: socket.socket, op: int) -> None:
     peer.send(op, 1000, 5)
     assert peer.ops() == [OP_RST]
     assert host.recv(1) == b""
     assert len(peer.table) == 0
 
 
-def test_length_that_lies_resets_the_connection(peer: Peer, host: socket.socket) -> None:
+def test_a_false_length_resets_the_connection(peer: Peer, host: socket.socket) -> None:
     peer.send(OP_RW, 1000, 5, b"x", size=100)
     assert peer.ops() == [OP_RST]
     assert host.recv(1) == b""
 
 
-def test_reset_is_never_answered_with_a_reset(peer: Peer) -> None:
+def test_a_reset_is_never_answered_with_a_reset(peer: Peer) -> None:
     peer.send(OP_RST, 1, 2)
     assert peer.turn() == []
 
 
-def test_host_is_sent_to_the_guest_only_as_far_as_it_has_room(peer: Peer, host: socket.socket) -> None:
+def test_the_guest_gets_only_as_many_bytes_as_it_has_room_for(peer: Peer, host: socket.socket) -> None:
     peer.send(OP_CREDIT_UPDATE, 1000, 5, buf_alloc=10, fwd_cnt=0)
     host.sendall(b"0123456789abcdef")
     packets = peer.turn()
     assert [(header.op, data) for header, data in packets] == [(OP_RW, b"0123456789"), (OP_CREDIT_REQUEST, b"")]
     peer.send(OP_CREDIT_UPDATE, 1000, 5, buf_alloc=10, fwd_cnt=0)
-    assert peer.turn() == [], "an answer without credit must not be asked about again"
+    assert peer.turn() == [], "an answer without credit must not cause another credit request"
     peer.send(OP_CREDIT_UPDATE, 1000, 5, buf_alloc=10, fwd_cnt=4)
     assert [data for _, data in peer.turn()] == [b"abcd", b""]
 
 
-def test_credit_of_a_guest_that_took_more_than_it_was_sent_is_none(peer: Peer, host: socket.socket) -> None:
+def test_a_guest_that_claims_more_bytes_than_it_was_sent_has_no_credit(peer: Peer, host: socket.socket) -> None:
     peer.send(OP_CREDIT_UPDATE, 1000, 5, buf_alloc=100, fwd_cnt=50)
     host.sendall(b"x" * 200)
     assert peer.ops() == [OP_CREDIT_REQUEST]
 
 
-def test_slow_reader_of_the_host_bounds_what_the_guest_may_send(peer: Peer, host: socket.socket) -> None:
+def test_a_slow_reader_on_the_host_bounds_what_the_guest_may_send(peer: Peer, host: socket.socket) -> None:
     sent = 0
     while OP_RST not in peer.ops():
         peer.send(OP_RW, 1000, 5, b"x" * 4096)
         sent += 4096
         assert sent < 1 << 21
-    # What the kernel's socket buffers hold, and one BUFFER; the packet that was too much not counted.
+    # The kernel's socket buffers and one BUFFER hold these bytes; the packet beyond them is not counted.
     assert sent > BUFFER
     assert host.recv(1) == b"x"
 
 
-def test_guest_is_told_of_room_as_the_host_reads(peer: Peer, host: socket.socket) -> None:
+def test_the_guest_hears_of_room_as_the_host_reads(peer: Peer, host: socket.socket) -> None:
     peer.send(OP_RW, 1000, 5, b"x" * (BUFFER // 2))
     assert len(host.recv(BUFFER)) == BUFFER // 2
     [(header, _)] = peer.turn()
@@ -182,7 +182,7 @@ def test_guest_is_told_of_room_as_the_host_reads(peer: Peer, host: socket.socket
     assert peer.ops() == [OP_CREDIT_UPDATE]
 
 
-def test_close_of_the_host_reaches_the_guest_after_its_last_byte(peer: Peer, host: socket.socket) -> None:
+def test_a_close_by_the_host_reaches_the_guest_after_its_last_byte(peer: Peer, host: socket.socket) -> None:
     host.sendall(b"last words")
     host.close()
     packets = peer.turn()
@@ -193,7 +193,7 @@ def test_close_of_the_host_reaches_the_guest_after_its_last_byte(peer: Peer, hos
     assert len(peer.table) == 0
 
 
-def test_half_a_close_of_the_host_leaves_the_other_half_open(peer: Peer, host: socket.socket) -> None:
+def test_a_half_close_by_the_host_leaves_the_other_half_open(peer: Peer, host: socket.socket) -> None:
     host.shutdown(socket.SHUT_WR)
     [(header, _)] = peer.turn()
     assert (header.op, header.flags) == (OP_SHUTDOWN, SHUTDOWN_SEND)
@@ -204,7 +204,7 @@ def test_half_a_close_of_the_host_leaves_the_other_half_open(peer: Peer, host: s
     assert (header.op, header.flags) == (OP_SHUTDOWN, SHUTDOWN_BOTH)
 
 
-def test_half_a_close_of_the_guest_leaves_the_other_half_open(peer: Peer, host: socket.socket) -> None:
+def test_a_half_close_by_the_guest_leaves_the_other_half_open(peer: Peer, host: socket.socket) -> None:
     peer.send(OP_RW, 1000, 5, b"question")
     peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_SEND)
     assert host.recv(64) == b"question"
@@ -216,7 +216,7 @@ def test_half_a_close_of_the_guest_leaves_the_other_half_open(peer: Peer, host: 
     assert len(peer.table) == 0
 
 
-def test_close_of_the_guest_is_confirmed_when_the_host_has_all_its_bytes(peer: Peer, host: socket.socket) -> None:
+def test_a_close_by_the_guest_is_confirmed_when_the_host_has_all_its_bytes(peer: Peer, host: socket.socket) -> None:
     host.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sent = 0
     while not any(select.POLLOUT & events for events in peer.watched.values()):
@@ -233,7 +233,7 @@ def test_close_of_the_guest_is_confirmed_when_the_host_has_all_its_bytes(peer: P
 
 
 def stall(peer: Peer, port: int = 1000, to: int = 5) -> int:
-    """Send until the host's reader takes no more, and some wait with us; how many bytes that were."""
+    """Send until the host's reader takes no more, and bytes wait in the table; returns the number of bytes sent."""
     sent = 0
     while not any(select.POLLOUT & events for events in peer.watched.values()):
         peer.send(OP_RW, port, to, b"y" * 4096)
@@ -242,7 +242,7 @@ def stall(peer: Peer, port: int = 1000, to: int = 5) -> int:
 
 
 def rest(end: socket.socket, peer: Peer) -> int:
-    """Read to the end; how many bytes came."""
+    """Read to the end; returns the number of bytes."""
     got = 0
     while data := end.recv(1 << 16):
         got += len(data)
@@ -251,12 +251,10 @@ def rest(end: socket.socket, peer: Peer) -> int:
 
 
 @pytest.mark.parametrize("flags", [SHUTDOWN_BOTH, SHUTDOWN_SEND])
-def test_guest_that_waits_no_longer_for_the_end_of_its_close_loses_no_byte(
-    peer: Peer, host: socket.socket, flags: int
-) -> None:
+def test_a_guest_whose_close_times_out_loses_no_byte(peer: Peer, host: socket.socket, flags: int) -> None:
     sent = stall(peer)
     peer.send(OP_SHUTDOWN, 1000, 5, flags=flags)
-    peer.send(OP_RST, 1000, 5)  # Linux does after VSOCK_CLOSE_TIMEOUT, 8 s
+    peer.send(OP_RST, 1000, 5)  # Linux does so after VSOCK_CLOSE_TIMEOUT, 8 s
     peer.got.clear()
     assert rest(host, peer) == sent
     assert peer.got == [], "the guest knows nothing of it any more"
@@ -264,14 +262,14 @@ def test_guest_that_waits_no_longer_for_the_end_of_its_close_loses_no_byte(
     assert len(peer.table) == 0
 
 
-def test_guest_that_breaks_off_is_not_waited_for(peer: Peer, host: socket.socket) -> None:
+def test_the_table_does_not_wait_for_a_guest_that_resets(peer: Peer, host: socket.socket) -> None:
     sent = stall(peer)
     peer.send(OP_RST, 1000, 5)
     assert len(peer.table) == 0
     assert rest(host, peer) < sent
 
 
-def test_reader_that_goes_ends_what_waits_for_it(peer: Peer, host: socket.socket) -> None:
+def test_waiting_bytes_are_dropped_when_their_reader_closes(peer: Peer, host: socket.socket) -> None:
     stall(peer)
     peer.send(OP_SHUTDOWN, 1000, 5, flags=SHUTDOWN_BOTH)
     peer.send(OP_RST, 1000, 5)
@@ -281,7 +279,7 @@ def test_reader_that_goes_ends_what_waits_for_it(peer: Peer, host: socket.socket
     assert len(peer.table) == 0
 
 
-def test_service_that_writes_before_it_reads_is_told_that_nobody_does(peer: Peer, host: socket.socket) -> None:
+def test_a_service_that_writes_first_hears_that_nobody_reads(peer: Peer, host: socket.socket) -> None:
     sent = stall(peer)
     host.setblocking(False)
     with contextlib.suppress(BlockingIOError):
@@ -292,7 +290,7 @@ def test_service_that_writes_before_it_reads_is_told_that_nobody_does(peer: Peer
     with pytest.raises(BrokenPipeError):
         host.send(b"x")
     got = 0
-    with contextlib.suppress(ConnectionResetError):  # what it wrote itself was never read
+    with contextlib.suppress(ConnectionResetError):  # its own data were never read
         while data := host.recv(1 << 16):
             got += len(data)
             peer.turn()
@@ -300,7 +298,7 @@ def test_service_that_writes_before_it_reads_is_told_that_nobody_does(peer: Peer
     assert len(peer.table) == 0
 
 
-def test_ports_are_free_again_while_bytes_wait_and_those_that_wait_are_bounded(peer: Peer) -> None:
+def test_ports_are_free_while_bytes_still_wait_and_waiting_connections_are_bounded(peer: Peer) -> None:
     with contextlib.ExitStack() as stack, peer.listen(5) as listener:
         ends, sent = [], 0
         for _ in range(MOST_STREAMS):
@@ -321,7 +319,7 @@ def test_ports_are_free_again_while_bytes_wait_and_those_that_wait_are_bounded(p
         assert peer.ops() == [OP_RESPONSE]
         assert len(peer.table) == MOST_STREAMS
         assert peer.table.closed == 1
-        # One that lacks only the guest's word goes before any whose bytes wait.
+        # A connection that lacks only the guest's confirmation is dropped before any whose bytes wait.
         listener.accept()[0].close()
         assert peer.ops() == [OP_SHUTDOWN]
         by_host(peer)[0].close()
@@ -332,7 +330,7 @@ def test_ports_are_free_again_while_bytes_wait_and_those_that_wait_are_bounded(p
         assert [rest(end, peer) for end in ends[1:]] == [sent] * (MOST_STREAMS - 1)
 
 
-def test_clients_that_give_up_before_the_guest_answers_are_forgotten(peer: Peer) -> None:
+def test_clients_that_give_up_before_the_guest_answers_are_removed(peer: Peer) -> None:
     ours, theirs = socket.socketpair()
     peer.table.connect(theirs, 7)
     assert peer.ops() == [OP_REQUEST]
@@ -341,7 +339,7 @@ def test_clients_that_give_up_before_the_guest_answers_are_forgotten(peer: Peer)
     assert len(peer.table) == 0
 
 
-def test_flood_of_requests_is_bounded(peer: Peer) -> None:
+def test_a_flood_of_requests_is_bounded(peer: Peer) -> None:
     with peer.listen(5) as listener:
         ends = []
         for port in range(MOST_STREAMS + 3):
@@ -352,7 +350,7 @@ def test_flood_of_requests_is_bounded(peer: Peer) -> None:
         assert peer.ops(2 * MOST_STREAMS).count(OP_RST) == 3
         ends[0].close()
         assert peer.ops() == [OP_SHUTDOWN]
-        # The guest has not confirmed that one's end: it has to go for another.
+        # The guest has not confirmed the end of this one: it is dropped for another.
         peer.send(OP_REQUEST, 5000, 5)
         assert peer.ops() == [OP_RESPONSE]
         assert len(peer.table) == MOST_STREAMS
@@ -360,7 +358,7 @@ def test_flood_of_requests_is_bounded(peer: Peer) -> None:
             end.close()
 
 
-def test_connections_that_come_and_go_unanswered_leave_nothing(peer: Peer) -> None:
+def test_unanswered_connections_leave_nothing(peer: Peer) -> None:
     with peer.listen(5) as listener:
         for _ in range(3):
             peer.send(OP_REQUEST, 7, 5)
@@ -368,14 +366,14 @@ def test_connections_that_come_and_go_unanswered_leave_nothing(peer: Peer) -> No
             peer.send(OP_RST, 7, 5)
             assert not len(peer.table)
             assert not peer.table.pending
-        # Nor does one that is gone take another of the same ports with it.
+        # The end of an old connection does not end a new one with the same ports.
         peer.send(OP_REQUEST, 7, 5)
         with listener.accept()[0]:
             assert peer.ops() == [OP_RESPONSE]
             assert len(peer.table) == 1
 
 
-def test_guest_that_takes_no_answers_is_not_heard_for_ever(peer: Peer) -> None:
+def test_packets_of_a_guest_that_takes_no_answers_are_bounded(peer: Peer) -> None:
     while not peer.table.congested:
         peer.send(OP_RW, 1, 2, b"x")
     assert peer.ops(1000) == [OP_RST] * MOST_REFUSALS
@@ -417,7 +415,9 @@ def turn(peer: Peer, door: Door) -> None:
 @pytest.mark.parametrize(
     "lines", [(b"CONNECT 7\n",), (b"connect 7\r\n",), (b"CONN", b"ECT 7", b"\n"), (b"CONNECT 7\nearly",)]
 )
-def test_client_names_a_port_and_what_follows_is_the_guests(peer: Peer, door: Door, lines: tuple[bytes, ...]) -> None:
+def test_a_client_names_a_port_and_the_guest_gets_what_follows(
+    peer: Peer, door: Door, lines: tuple[bytes, ...]
+) -> None:
     door.open()
     with enter(peer, door, *lines) as client:
         [(asked, _)] = peer.turn()
@@ -430,7 +430,7 @@ def test_client_names_a_port_and_what_follows_is_the_guests(peer: Peer, door: Do
 @pytest.mark.parametrize(
     "line", [b"GET / HTTP/1.1\n", b"CONNECT\n", b"CONNECT -1\n", b"CONNECT 4294967295\n", b"CONNECT 7" + b" " * 40]
 )
-def test_client_that_says_something_else_is_sent_away(peer: Peer, door: Door, line: bytes) -> None:
+def test_a_client_with_an_invalid_request_is_disconnected(peer: Peer, door: Door, line: bytes) -> None:
     door.open()
     with enter(peer, door, line) as client, contextlib.suppress(ConnectionResetError):
         assert client.recv(64) == b""
@@ -438,7 +438,7 @@ def test_client_that_says_something_else_is_sent_away(peer: Peer, door: Door, li
     assert len(peer.watched) == 1
 
 
-def test_clients_that_say_nothing_are_bounded_and_the_oldest_goes(peer: Peer, door: Door) -> None:
+def test_silent_clients_are_bounded_and_the_oldest_is_disconnected(peer: Peer, door: Door) -> None:
     door.open()
     clients = [enter(peer, door) for _ in range(MOST_GUESTS + 1)]
     assert len(peer.watched) == 1 + MOST_GUESTS
@@ -447,7 +447,7 @@ def test_clients_that_say_nothing_are_bounded_and_the_oldest_goes(peer: Peer, do
         client.close()
 
 
-def test_client_waits_for_a_guest_that_is_not_up(peer: Peer, door: Door) -> None:
+def test_a_client_waits_for_a_guest_that_is_not_up(peer: Peer, door: Door) -> None:
     with enter(peer, door, b"CONNECT 7\n"):
         assert not peer.watched
         door.open()
@@ -456,7 +456,7 @@ def test_client_waits_for_a_guest_that_is_not_up(peer: Peer, door: Door) -> None
         assert peer.ops() == [OP_REQUEST]
 
 
-def test_path_in_use_is_refused_and_a_stale_one_is_replaced(peer: Peer, door: Door) -> None:
+def test_a_path_in_use_is_refused_and_a_stale_one_is_replaced(peer: Peer, door: Door) -> None:
     with pytest.raises(UsageError, match="in use"):
         Door(peer.path, peer.table.connect, peer.watch)
     stale = f"{peer.path}-stale"
@@ -474,6 +474,6 @@ def test_path_in_use_is_refused_and_a_stale_one_is_replaced(peer: Peer, door: Do
 
 
 @pytest.mark.parametrize("path", ["x" * 98, "/nowhere/there/is/v"])
-def test_path_that_cannot_be_is_refused(peer: Peer, path: str) -> None:
+def test_an_invalid_path_is_refused(peer: Peer, path: str) -> None:
     with pytest.raises(UsageError, match=r"bytes|No such file"):
         Door(path, peer.table.connect, peer.watch)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both ends around a vsock table in tests: a guest that speaks packets, and programs of the host with real sockets."""
+"""Both ends of a vsock table in tests: a guest that sends packets, and host programs with real sockets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CID = 3
 
 
 class Peer:
-    """A table with what it watches, and a guest that keeps what it is sent."""
+    """A table with its watched sockets, and a guest that keeps its packets."""
 
     def __init__(self, directory: Path) -> None:
         self.path = str(directory / "v")
@@ -54,7 +54,7 @@ class Peer:
         self.table.from_guest(Header(**header), payload)
 
     def turn(self, rounds: int = 64, room: int = 4096) -> list[tuple[Header, bytes]]:
-        """Let sockets and packets go where they can; returns the packets the guest got, and adds them to ``got``."""
+        """Let data flow between sockets and the guest. Returns the guest's new packets, and adds them to ``got``."""
         new = []
         for _ in range(rounds):
             poll = select.poll()

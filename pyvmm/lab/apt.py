@@ -33,7 +33,7 @@ def silent(_what: str, _share: float) -> None:
 
 
 class AptError(PyvmmError):
-    """apt could not do it; ``offline`` when that looks like the network's fault."""
+    """apt failed; ``offline`` if the network seems to be the reason."""
 
     def __init__(self, message: str, *, offline: bool, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -52,12 +52,12 @@ class Package:
 
 
 def package_file(name: str, version: str) -> str:
-    """Give the name of a package's file up to the architecture."""
+    """Return the name of a package's file up to the architecture."""
     return f"{name}_{version.replace(':', '%3a')}"
 
 
 def machine_mirror() -> str:
-    """Give the Debian mirror this machine's apt uses (local mirrors are there for a reason), else the canonical one."""
+    """Return the Debian mirror that this machine's apt uses (it may be a local one), else the canonical one."""
     form = "$(ORIGIN)|$(COMPONENT)|$(REPO_URI)"
     try:
         answer = subprocess.run(
@@ -73,7 +73,7 @@ def machine_mirror() -> str:
 
 
 class Apt:
-    """apt for arm64 Debian with its state below ``directory``; it knows the packages of ``suites`` and no others."""
+    """apt for arm64 Debian with its state below ``directory``; it knows only the packages of ``suites``."""
 
     def __init__(self, directory: Path, mirror: str, suites: Sequence[str] = (SUITE, BACKPORTS)) -> None:
         self.directory = directory
@@ -83,7 +83,7 @@ class Apt:
         self._config = directory / "apt.conf"
 
     def prepare(self) -> None:
-        """Write the configuration. HostError where Debian's keys are missing."""
+        """Write the configuration. Raises HostError if Debian's keys are missing."""
         if not KEYRING.exists():
             raise HostError(
                 f"Debian's archive keys are not installed ({KEYRING})", hint="apt install debian-archive-keyring"
@@ -96,9 +96,9 @@ class Apt:
         )
         settings = {
             "APT::Architecture": ARCHITECTURE,
-            "APT::Get::List-Cleanup": "false",  # who asks for another suite now and then must not fetch this one anew
+            "APT::Get::List-Cleanup": "false",  # a request for another suite must not fetch this one again
             "APT::Install-Recommends": "false",
-            "APT::Sandbox::User": "root",  # the directory is the user's, apt's own sandbox user may not write there
+            "APT::Sandbox::User": "root",  # the directory is the user's: apt's sandbox user may not write there
             "Acquire::ForceHash": "SHA256",
             "Acquire::Languages": "none",
             "Acquire::Retries": "2",
@@ -116,7 +116,7 @@ class Apt:
             "Dir::Cache::pkgcache": "pkgcache.bin",  # resolving three times reads the lists once
             "Dir::Cache::srcpkgcache": "srcpkgcache.bin",
         }
-        # Cleared, not overridden: these are lists, and this machine's hooks and indexes are not ours to run or fetch.
+        # These are lists: clear them, so that this machine's hooks and indexes are not run or fetched.
         cleared = ("APT::Architectures", "APT::Update", "DPkg::Post-Invoke", "Acquire::IndexTargets")
         text = "".join(f"#clear {name};\n" for name in cleared)
         text += "".join(f'{name} "{value}";\n' for name, value in settings.items())
@@ -130,8 +130,8 @@ class Apt:
             self._stamp(suite).write_text(self.mirror)
 
     def newest_age(self) -> float | None:
-        """Give the seconds since the package lists were fetched, of all suites and from this mirror, else None."""
-        # The lists' own times are when the mirror changed.
+        """Return the seconds since the lists of all suites were fetched from this mirror, else None."""
+        # The times of the lists themselves say when the mirror changed.
         stamps = [self._stamp(suite) for suite in self.suites]
         if not all(stamp.exists() and stamp.read_text() == self.mirror for stamp in stamps):
             return None
@@ -141,12 +141,12 @@ class Apt:
         return self.directory / f"fetched-{suite}"
 
     def resolve(self, *names: str, suite: str = SUITE) -> list[tuple[str, str]]:
-        """Give (name, version) of all packages that installing ``names`` in an empty system would bring."""
+        """Return (name, version) of all packages that an installation of ``names`` in an empty system needs."""
         answer = self._run(["apt-get", "-s", "install", "-t", suite, *names])
         return re.findall(r"^Inst (\S+) \((\S+) ", answer, re.MULTILINE)
 
     def locate(self, packages: list[tuple[str, str]]) -> list[Package]:
-        """Give where the mirror has exactly these versions, in the same order."""
+        """Return the locations of exactly these versions on the mirror, in the same order."""
         wanted = [f"{name}={version}" for name, version in packages]
         answer = self._run(["apt-get", "download", "--print-uris", *wanted])
         found: dict[str, tuple[str, int, str]] = {}
@@ -159,7 +159,7 @@ class Apt:
         """Fetch the package files that are missing or incomplete in ``archives``."""
         for package in packages:
             path = self.archives / package.file
-            # apt checks what it fetches; of what is there already it looks at the size alone.
+            # apt checks what it fetches. Of existing files it compares only the size.
             if path.exists() and file_sha256(path) != package.sha256:
                 path.unlink()
         megabytes = sum(package.size for package in packages) / 1e6
@@ -180,7 +180,7 @@ class Apt:
         return answer.stdout
 
     def _watch(self, command: list[str], what: str, progress: Progress) -> None:
-        """Run apt with its machine-readable progress among its output, and report it."""
+        """Run apt with machine-readable progress in its output, and report that progress."""
         progress(what, 0.0)
         said: list[str] = []
         with subprocess.Popen(
@@ -203,7 +203,7 @@ class Apt:
 
 
 def updated_apt(directory: Path, suites: Sequence[str], *, refresh: bool, progress: Progress) -> Apt:
-    """Give an apt whose lists of these suites are recent, from this machine's mirror or else the canonical one."""
+    """Return an apt with recent lists of these suites, from this machine's mirror or else the canonical one."""
     mirrors = list(dict.fromkeys((machine_mirror(), CANONICAL_MIRROR)))
     for mirror in mirrors:
         apt = Apt(directory, mirror, suites)
@@ -217,7 +217,7 @@ def updated_apt(directory: Path, suites: Sequence[str], *, refresh: bool, progre
         except AptError:
             if mirror == mirrors[-1]:
                 raise
-    raise RuntimeError("no mirror")  # mirrors is never empty
+    raise RuntimeError("no mirror")  # not reached: mirrors is never empty
 
 
 def _environment() -> dict[str, str]:

@@ -26,7 +26,7 @@ _LOW_32: Final = 0xFFFF_FFFF
 
 
 def pieces(package: Path, tag: str) -> Iterator[bytes]:
-    """Give the byte code that Python ``tag`` (``cpython-313``) has of ``package``'s modules.
+    """Return the byte code of ``package``'s modules for Python ``tag`` (``cpython-313``).
 
     Each piece is a marshalled dictionary: a module's name, then its source's path, whether it is a package, and its
     file of byte code.
@@ -47,7 +47,7 @@ def pieces(package: Path, tag: str) -> Iterator[bytes]:
 
 
 def _modules(package: Path) -> Iterator[tuple[str, Path, bool]]:
-    """Give name, source and whether it is a package of every module in ``package``."""
+    """Return name, source and whether it is a package, for every module in ``package``."""
     for directory, folders, files in os.walk(package):
         folders[:] = [folder for folder in folders if folder != _CACHE]
         place = Path(directory)

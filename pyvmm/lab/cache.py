@@ -25,11 +25,11 @@ from pyvmm.lab import kernels
 
 FILES = ("Image", "root.cpio", "modules.cpio", "busybox")
 """What an image is: the two that the lab boots, and two of which guests' initramfs are made (see guests)."""
-GRACE_SECONDS = 600  # an older image stays so long: a lab may just be starting from it
+GRACE_SECONDS = 600  # an older image is kept this long: a lab may be starting from it
 
 
 def cache_directory() -> Path:
-    """Give the directory of the lab's cache; it need not exist. HostError where nothing says where it could be.
+    """Return the directory of the lab's cache, which need not exist. Raises HostError if its place is unknown.
 
     XDG Base Directory Specification 0.8: a variable that is empty or names a relative path counts as not set.
     """
@@ -37,7 +37,7 @@ def cache_directory() -> Path:
     if base is None:
         home = _absolute("HOME")
         if home is None:
-            import pwd  # few have no home in their environment
+            import pwd  # few users have no HOME
 
             try:
                 home = pwd.getpwuid(os.getuid()).pw_dir
@@ -59,7 +59,7 @@ def _absolute(variable: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a file of an image must be: ``size`` in bytes, and its hash."""
+    """The expected ``size`` in bytes and hash of an image's file."""
 
     size: int
     sha256: str
@@ -67,7 +67,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an image was made of. ``packages`` are (name, version, sha256); ``built`` is a UTC time, ISO 8601."""
+    """The inputs of an image. ``packages`` are (name, version, sha256); ``built`` is a UTC time, ISO 8601."""
 
     release: str
     built: str
@@ -81,7 +81,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse; LookupError, ValueError, TypeError or AttributeError where it is not a manifest."""
+        """Parse a manifest. Raises LookupError, ValueError, TypeError or AttributeError for anything else."""
         data = json.loads(text)
         data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
         data["packages"] = [(name, version, digest) for name, version, digest in data["packages"]]
@@ -107,12 +107,12 @@ class Image:
 
     @property
     def has_modules(self) -> bool:
-        """Whether the modules in the root are this kernel's."""
+        """Return whether the modules in the root are this kernel's."""
         return self.release == self.manifest.release
 
     @property
     def cache_tag(self) -> str:
-        """What the root's Python calls itself in the names of byte code, such as ``cpython-313``."""
+        """The tag of the root's Python in the names of byte code, such as ``cpython-313``."""
         names = " ".join(name for name, _, _ in self.manifest.packages)
         found = re.search(r"\bpython3\.(\d+)-minimal\b", names)
         return f"cpython-3{found[1]}" if found else "unknown"
@@ -158,11 +158,11 @@ class Cache:
         try:
             directory = self._link(kernel).resolve(strict=True)
             return Image(directory, Manifest.from_json((directory / "manifest.json").read_text()))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, or no manifest of ours
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, or not a manifest
             return None
 
     def all_current(self) -> dict[str, Image]:
-        """Give the images there are by their kernels' names."""
+        """Return all images by their kernels' names."""
         return {kernel: image for kernel in kernels.SUITES if (image := self.current(kernel))}
 
     def _link(self, kernel: str) -> Path:
@@ -189,7 +189,7 @@ class Cache:
 
     @contextmanager
     def scratch(self, name: str = "partial") -> Iterator[Path]:
-        """Give an empty directory beside the images; it is removed whatever happens. A lock on it must be held."""
+        """Yield an empty directory beside the images; it is always removed. The lock must be held."""
         path = self.directory / name
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
@@ -199,7 +199,7 @@ class Cache:
             shutil.rmtree(path, ignore_errors=True)
 
     def adopt(self, scratch: Path, manifest: Manifest, kernel: str = kernels.DEFAULT) -> Image:
-        """Make the files in ``scratch`` the kernel's image, drop those that are no kernel's. The lock must be held."""
+        """Make the files in ``scratch`` the kernel's image; remove images that no kernel uses. Needs the lock."""
         (scratch / "manifest.json").write_text(manifest.to_json())
         key = hashlib.sha256(json.dumps(asdict(manifest)["files"], sort_keys=True).encode()).hexdigest()[:16]
         images = self.directory / "images"
@@ -207,7 +207,7 @@ class Cache:
         directory = images / key
         if directory.exists() and Image(directory, manifest).damage(thorough=True):
             shutil.rmtree(directory)
-        if directory.exists():  # the same content again: labs may be starting from it, only the manifest is newer
+        if directory.exists():  # the same content again: labs may be starting from it, so replace only the manifest
             (scratch / "manifest.json").replace(directory / "manifest.json")
         else:
             scratch.rename(directory)

@@ -26,7 +26,7 @@ from pyvmm.lab.trees import Recipe, Scratch, digest_of, made_tree
 
 
 def recipe(text: str, cache: Cache | None = None) -> Recipe:
-    """Tell how the directory of a kernel, or of ``shell:`` alone, is made.
+    """Return the recipe for the directory of a kernel, or of ``shell:`` alone.
 
     Raises UsageError for an unknown Debian kernel, HostError if it is not built yet.
     """
@@ -46,7 +46,7 @@ def recipe(text: str, cache: Cache | None = None) -> Recipe:
 
 
 def suite_of(text: str) -> str:
-    """Give the name of the image that a guest's kernel, or busybox for it, is of. UsageError where none can be."""
+    """Return the name of the image with a guest's kernel or its busybox. Raises UsageError if there cannot be one."""
     suite = text.removeprefix(DEBIAN) if text.startswith(DEBIAN) else ""
     if suite and suite not in kernels.SUITES:
         known = ", ".join(DEBIAN + name for name in kernels.SUITES)
@@ -76,7 +76,7 @@ def _make(busybox: Path, kernel: Path | None, modules: Path | None, scratch: Scr
 
 
 def made(text: str) -> str:
-    """Give the directory of a kernel, or of ``shell:`` alone, making it where there is none of what the lab has."""
+    """Return the directory of a kernel, or of ``shell:`` alone. Make it from the lab's files if it is missing."""
     return str(made_tree(recipe(text)))
 
 

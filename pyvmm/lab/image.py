@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the lab's images: one of Debian's arm64 kernels and a minimal root, resolved when it is built, then cached.
 
-Nothing is pinned by version, because a mirror drops what is superseded; a manifest records what was taken. Everything
-in the image is a signed Debian package, Python modules included: one mechanism, no second registry to be reached.
+No version is pinned, because mirrors drop superseded packages. A manifest records the packages used. Everything
+in the image is a signed Debian package, Python modules included, so a build needs no second registry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def build_image(
     progress: Progress = silent,
     cache: Cache | None = None,
 ) -> Image:
-    """Give the image of a host kernel, building it where there is none, or for ``refresh`` of the archive's newest.
+    """Return the image of a host kernel. Build it if it is missing, or from the newest packages for ``refresh``.
 
     ``kernel`` is a name that ``kernels`` knows, or a file: that boots with the root of an image, one with the file's
     modules if there is one. The project's own is built as well if need be, which takes minutes. An image whose recipe
@@ -47,7 +47,7 @@ def build_image(
     if not refresh and (image := _usable(cache, found)):
         return image
     with cache.lock(lambda: progress("waiting for another build", 0.0)):
-        if not refresh and (image := _usable(cache, found)):  # built by whom we waited for
+        if not refresh and (image := _usable(cache, found)):  # built by the process that held the lock
             return image
         try:
             return _build(cache, found, refresh, progress)
@@ -67,7 +67,7 @@ def build_image(
 
 
 def usable_image(cache: Cache | None = None, *, kernel: str = kernels.DEFAULT, thorough: bool = False) -> Image | None:
-    """Give a kernel's image if this version made it and its files look whole; ``thorough`` reads them to be sure."""
+    """Return a kernel's image if this version made it and its files look complete; ``thorough`` reads them."""
     cache = cache or Cache()
     found = kernels.find(kernel)
     if found == kernels.OWN:
@@ -83,7 +83,7 @@ def usable_image(cache: Cache | None = None, *, kernel: str = kernels.DEFAULT, t
 
 
 def _root_for(file: kernels.KernelFile, cache: Cache) -> str:
-    """Give the name of the kernel whose image has this one's modules; the default kernel's where none has."""
+    """Return the name of the kernel whose image has this one's modules, by default the default kernel's."""
     images = {name: _usable(cache, name) for name in kernels.SUITES}
     matching = [name for name, image in images.items() if image and image.manifest.release == file.release]
     return matching[0] if matching else kernels.DEFAULT
@@ -143,7 +143,7 @@ def _record(path: Path) -> FileRecord:
 
 
 def _drop_superseded(archives: Path, cache: Cache) -> None:
-    """Keep the package files of every kernel's image: for another recipe they are all it takes."""
+    """Keep the package files of every kernel's image: a build with another recipe needs only these."""
     images = cache.all_current().values()
     kept = {package_file(name, version) for image in images for name, version, _ in image.manifest.packages}
     for path in archives.glob("*.deb"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tree of Linux's source, unpacked from Debian's package, and kernels of it, each configured and compiled apart.
+"""A tree of Linux's source from Debian's package, and kernels of it, each configured and compiled separately.
 
-Owns the directories' contents, the processes of their makes, and what is appended to the log. What goes wrong is told
-in words. One thread at a time.
+Owns the directories' contents, the make processes, and the log's new lines. Errors have
+explanations. Use it from one thread at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyvmm.lab.rootfs import open_package
 
 ARCHIVE = re.compile(r"(?:\./)?usr/src/linux-source-[^/]+\.tar\.xz")
 
-# Most of Linux is architectures and drivers that this kernel has not. Their build descriptions stay: kconfig reads all.
+# Most of Linux is for architectures and drivers that this kernel lacks. Their Kconfig files stay: kconfig reads all.
 UNUSED = re.compile(
     r"(?:Documentation|LICENSES|rust|sound|arch/(?!arm64/)[^/]+|"
     r"drivers/(?:accel|crypto|gpu|iio|infiniband|media|scsi|staging|usb|(?:clk|net|pinctrl)/[^/]+)|"
@@ -42,7 +42,7 @@ PASSED_ON = ("HOME", "PATH", "TMPDIR")
 
 
 class KernelBuildError(PyvmmError):
-    """make gave up; ``log`` has everything it said."""
+    """make failed; ``log`` has all its output."""
 
     def __init__(self, message: str, log: Path, *, hint: str | None = None) -> None:
         super().__init__(f"{message}\n  everything it said is in {log}", hint=hint)
@@ -50,7 +50,7 @@ class KernelBuildError(PyvmmError):
 
 
 class SourceTree:
-    """Linux's source in ``directory``; ``variables`` are given to each make, ``log`` takes what it says."""
+    """Linux's source in ``directory``. Each make gets ``variables``, and writes to ``log``."""
 
     made = "the kernel"
     """What a build that fails says it was to be."""
@@ -61,7 +61,7 @@ class SourceTree:
         self._variables = variables
 
     def unpack(self, package: Path, progress: Progress) -> None:
-        """Take from the package what is wanted of it."""
+        """Unpack the wanted files of the package."""
         what = "unpacking the source"
         progress(what, 0.0)
         with open_package(package) as outer:
@@ -80,7 +80,7 @@ class SourceTree:
                 raise PyvmmError(f"{package.name} is not a readable package: {error}") from error
 
     def _is_wanted(self, name: str) -> bool:
-        """Whether a file is of what an arm64 kernel of few drivers is made of."""
+        """Return whether an arm64 kernel with few drivers needs a file."""
         return not UNUSED.match(name) or DESCRIPTION.fullmatch(name) is not None
 
     def _place(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
@@ -100,7 +100,7 @@ class SourceTree:
             path.chmod(0o755 if member.mode & 0o100 else 0o644)
 
     def make(self, target: str, variables: Mapping[str, str], step: Callable[[], None] | None = None) -> None:
-        """Run make; ``step`` is called for each file it says it makes. KernelBuildError where it fails."""
+        """Run make; ``step`` is called for each file that make reports. Raises KernelBuildError if make fails."""
         settings = [f"{name}={value}" for name, value in {**self._variables, **variables}.items()]
         command = ["make", f"-j{len(os.sched_getaffinity(0))}", *settings, target]
         complaints: list[str] = []
@@ -148,7 +148,7 @@ class SourceTree:
 
 
 class KernelBuild:
-    """A kernel of ``source``, configured and compiled in ``directory``, which is made. The source stays as it is."""
+    """A kernel of ``source``, configured and compiled in the new ``directory``. The source does not change."""
 
     def __init__(self, source: SourceTree, directory: Path) -> None:
         directory.mkdir()
@@ -171,7 +171,7 @@ class KernelBuild:
         return (self._directory / "include/config/kernel.release").read_text().strip()
 
     def configure(self, options: Sequence[str]) -> list[str]:
-        """Answer no to everything but ``options``; give those that this source does not take as they are."""
+        """Set ``options`` and answer no to everything else. Return the options that this source does not accept."""
         wanted = self._directory / "wanted.config"
         wanted.write_text("".join(f"{line}\n" for line in options))
         self._make("allnoconfig", {"KCONFIG_ALLCONFIG": str(wanted)})
@@ -185,7 +185,7 @@ class KernelBuild:
         ]
 
     def compile(self, step: Callable[[], None]) -> None:
-        """Compile it; ``step`` is called for each file made. KernelBuildError where that fails."""
+        """Compile it; ``step`` is called for each file made. Raises KernelBuildError if that fails."""
         self._make("Image", {}, step)
 
     def _make(self, target: str, variables: Mapping[str, str], step: Callable[[], None] | None = None) -> None:

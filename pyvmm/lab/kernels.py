@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel the lab's host runs: one of Debian's, the project's own, or a file. Reads the file; owns nothing.
+"""Choose the kernel of the lab's host: one of Debian's, the project's own, or a file. Reads the file; owns nothing.
 
-The root is made of one release's packages whatever the kernel; only the modules in it belong to a kernel.
+The root always has the packages of one release. Only its modules belong to a kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUITES: Final = {
     "stable": (SUITE,),
     DEFAULT: (SUITE, BACKPORTS),
     "unstable": (SUITE, "sid"),
-    "experimental": (SUITE, "sid", "experimental"),  # its packages may need some of sid's
+    "experimental": (SUITE, "sid", "experimental"),  # its packages may depend on some from sid
 }
 """Debian's kernels by name: the suites that apt must know, the kernel's last."""
 
@@ -37,14 +37,14 @@ _WANTED: Final = "an arm64 Image, plain or gzip, such as a kernel build's arch/a
 
 @dataclass(frozen=True, slots=True)
 class KernelFile:
-    """An arm64 Image, plain or gzip, and the release it says it is."""
+    """An arm64 Image, plain or gzip, and the release in its banner."""
 
     path: Path
     release: str
 
 
 def find(text: str) -> str | KernelFile:
-    """Give the name or the file that ``text`` is, names first. UsageError where it is neither, or not a kernel's."""
+    """Return the kernel name or the file ``text``; names come first. Raises UsageError for anything else."""
     if text in SUITES or text == OWN:
         return text
     if "/" in text or os.path.lexists(text):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kvmtool (lkvm), built from the source that Ubuntu 22.04 has: linked statically, with Debian's libfdt.
+"""kvmtool (lkvm), built from the source in Ubuntu 22.04: linked statically, with Debian's libfdt.
 
-No release of Debian has it, and no later one of Ubuntu's. That release's files do not change any more, so the source
+No Debian release has it, and no later Ubuntu release. The files of that release no longer change, so the source
 is named by its hash.
 """
 
@@ -41,7 +41,7 @@ class KvmtoolTree(SourceTree):
 
 
 def recipe() -> Recipe:
-    """Tell how the tree of kvmtool is made here. HostError where there is no compiler."""
+    """Return the recipe of the tree of kvmtool. Raises HostError without a compiler."""
     return Recipe(NAME, digest_of(SHA256, VARIABLES, TARGET, PROGRAM, compiler_version()), _make)
 
 
@@ -71,8 +71,8 @@ def _make(scratch: Scratch, progress: Progress) -> str:
 
 
 def _fetched() -> bytes:
-    """Fetch the source. PyvmmError where that does not work, or something else is there."""
-    import urllib.request  # many modules, and a tree is made once
+    """Fetch the source. Raises PyvmmError if that fails, or if its hash is wrong."""
+    import urllib.request  # it imports many modules, and a tree is made once
 
     try:
         with urllib.request.urlopen(SOURCE, timeout=SECONDS) as answer:
@@ -85,7 +85,7 @@ def _fetched() -> bytes:
 
 
 def _unpack(package: Path, directory: Path) -> None:
-    """Take headers and the library out of libfdt's package."""
+    """Unpack headers and the library from libfdt's package."""
     with open_package(package) as tar:
         for member in tar:
             name = PurePosixPath(member.name)

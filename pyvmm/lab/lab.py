@@ -38,7 +38,7 @@ _log = log.get_logger("lab")
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """What a command left: its exit status (128 + signal if it was killed) and its output."""
+    """The result of a command: its exit status (128 + signal if it was killed) and its output."""
 
     status: int
     stdout: bytes
@@ -151,7 +151,7 @@ class Lab:
         return link
 
     def _mount(self, link: Link) -> None:
-        """Make visible what is shared."""
+        """Mount the shares."""
         for number, share in enumerate(self._shares):
             is_tree = share.readonly and (share.source / MANIFEST).is_file()  # which never changes
             caching = "loose" if is_tree else self._caching
@@ -249,12 +249,12 @@ class Lab:
                 warm.send(frames.pack(frames.BYTECODE, piece))
 
     def _directory(self) -> Path:
-        """Give the workstation's current directory where it is visible inside, else the lab's /root."""
+        """Return the workstation's current directory if it is visible in the lab, else the lab's /root."""
         visible = any(share.target in (self.cwd, *self.cwd.parents) for share in self._shares)
         return self.cwd if visible else Path("/root")
 
     def _environment(self) -> dict[str, str]:
-        # Where /tmp is the workstation's, temporary files stay in the lab all the same.
+        # Temporary files stay in the lab even if its /tmp is the workstation's.
         shared = any(share.target == shares.TEMPORARY for share in self._shares)
         return {
             "HOME": "/root",
@@ -269,7 +269,7 @@ class Lab:
 
 
 def standard_sink(stream: TextIO) -> Sink:
-    """Give what hands a command's output on to our own ``stream``."""
+    """Return a function that passes a command's output to this process's ``stream``."""
 
     def write(data: bytes) -> None:
         stream.buffer.write(data)
@@ -279,7 +279,7 @@ def standard_sink(stream: TextIO) -> Sink:
 
 
 def require_native() -> None:
-    """HostError where the lab would find no native extension for its architecture."""
+    """Raise HostError if the native extension for the lab's architecture is missing."""
     if not NATIVE.is_file() and platform.machine() != "aarch64":
         raise HostError(
             f"the native extension for the lab is not built ({NATIVE})",

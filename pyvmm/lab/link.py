@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the workstation and the lab's agent say to each other outside of any command: a question, then its answer.
+"""Requests of the workstation to the lab's agent outside of commands, each followed by its answer.
 
 Owns nothing; ``Qemu`` has the channel.
 """
@@ -15,7 +15,7 @@ from pyvmm.lab.qemu import Qemu
 
 
 class Link:
-    """The way to the agent of ``qemu``, which runs ``image``. LabError from every method where the lab ends or is late.
+    """The connection to the agent of ``qemu``, which runs ``image``. Methods raise LabError if the lab ends or is late.
 
     ``patience`` is how many seconds the lab has for each answer.
     """
@@ -28,17 +28,17 @@ class Link:
         self._arrived: list[tuple[int, bytes]] = []
 
     def wait_for_boot(self) -> None:
-        """Wait until the agent of a booting lab is there."""
+        """Wait until the agent of a booting lab answers."""
         if self._wait() != (frames.READY, b""):
             hint = "pyvmm lab build --refresh"
             raise self._qemu.failed("the lab's agent is another version's", ended=False, hint=hint)
 
     def ask(self, kind: int, *fields: str) -> str | None:
-        """Ask for what ``kind`` means; give why it could not be done, None where it was."""
+        """Send a request of this ``kind``; return why it failed, or None."""
         return self.send(frames.pack_fields(kind, *map(os.fsencode, fields)))
 
     def send(self, frame: bytes) -> str | None:
-        """Send a whole frame, and give what ``ask`` does."""
+        """Send a whole frame; return the same as ``ask``."""
         try:
             self._qemu.channel.sendall(frame)
         except OSError:
@@ -71,7 +71,7 @@ class Link:
         return self._arrived.pop(0)
 
     def _file_hint(self) -> str | None:
-        """Say what the lab needs of a kernel that does not come with it."""
+        """Return a hint about what the lab needs of a kernel from a file."""
         if self._image.file is None:
             return None
         return "a host kernel from a file must have virtio-pci, virtio-console, PL011 and an initramfs built in"

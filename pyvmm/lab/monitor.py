@@ -22,7 +22,7 @@ class MonitorError(PyvmmError):
 
 
 class Monitor:
-    """A conversation over ``sock``. Its methods raise MonitorError."""
+    """A connection over ``sock``. Its methods raise MonitorError."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -30,12 +30,12 @@ class Monitor:
         self._lines = sock.makefile("rb")
 
     def close(self) -> None:
-        """Hang up; the machine runs on."""
+        """Close the connection; the machine runs on."""
         self._lines.close()
         self._socket.close()
 
     def save(self) -> bytes:
-        """Stop the machine for good and give its state."""
+        """Stop the machine for good and return its state."""
         self._greet()
         self._ask("migrate-set-capabilities", WITHOUT_RAM)
         ours, theirs = socket.socketpair()
@@ -50,7 +50,7 @@ class Monitor:
         return state
 
     def restore(self, state: bytes) -> None:
-        """Give a machine that waits for one its ``state``. It runs then, or ends where it cannot take the state."""
+        """Send ``state`` to a machine that waits for it. The machine then runs, or ends if it cannot load the state."""
         self._greet()
         self._ask("migrate-set-capabilities", WITHOUT_RAM)
         ours, theirs = socket.socketpair()

@@ -18,7 +18,7 @@ STDIO = Path("/usr/include/stdio.h")
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """One thing; ``missing`` says why it does not do, None where it does. ``package`` brings it, if one does."""
+    """A requirement. ``missing`` says why it is not met, else None. ``package`` has it, if a package does."""
 
     what: str
     missing: str | None
@@ -28,9 +28,9 @@ class Need:
 
 
 def needs(*, building: bool = True) -> list[Need]:
-    """Look for everything the lab needs; its parts are looked at closely where something has to be built."""
+    """Check everything that the lab needs, in more detail if something has to be built."""
     return [
-        # A lab that boots asks QEMU for its version itself, and one that is restored knows it.
+        # A booting lab asks QEMU for its version itself, and a restored one knows it.
         Need("QEMU", _complaint(require_qemu if building else find_qemu), "qemu-system-arm"),
         Need("the native loop for arm64", _complaint(require_native), None),
         _program("setpriv", "util-linux"),
@@ -52,7 +52,7 @@ def _apt_needs() -> list[Need]:
 
 
 def kernel_needs() -> list[Need]:
-    """Look for everything that building the project's own kernel needs."""
+    """Check everything that a build of the project's own kernel needs."""
     from pyvmm.lab.ownkernel import COMPILER, compiler_version
 
     return [
@@ -65,23 +65,23 @@ def kernel_needs() -> list[Need]:
 
 
 def require(*, building: bool) -> None:
-    """HostError naming all that is missing at once, with the line that installs it."""
+    """Raise HostError that names everything missing, with the command that installs it."""
     _refuse((need for need in needs(building=building) if building or not need.building), "the lab's image", "the lab")
 
 
 def require_for_kernel() -> None:
-    """HostError naming all that is missing for building the project's own kernel, with the line that installs it."""
+    """Raise HostError that names everything missing to build the project's kernel, and how to install it."""
     _refuse(kernel_needs(), "the project's own kernel", "building the project's own kernel")
 
 
 def require_for_make(made: str) -> None:
-    """HostError naming all that is missing for building ``made``, a program, with the line that installs it."""
+    """Raise HostError that names everything missing to build the program ``made``, and how to install it."""
     only_the_kernel = ("bc", "bison", "flex")
     _refuse((need for need in kernel_needs() if need.what not in only_the_kernel), made, f"building {made}")
 
 
 def require_for_packages(made: str) -> None:
-    """HostError where Debian's packages, of which ``made`` is, cannot be fetched and unpacked."""
+    """Raise HostError if Debian's packages, needed for ``made``, cannot be fetched and unpacked."""
     _refuse(_apt_needs(), made, f"fetching {made}")
 
 

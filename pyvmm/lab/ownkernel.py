@@ -42,7 +42,7 @@ DISK = 1150 << 20
 
 
 class Variant(enum.StrEnum):
-    """What a kernel of the project's is for."""
+    """The purpose of a kernel of the project."""
 
     HOST = "host"
     """The lab boots it: pKVM with a hypervisor that can be traced."""
@@ -51,19 +51,19 @@ class Variant(enum.StrEnum):
 
     @property
     def link(self) -> str:
-        """The name in the cache of the link to the variant's kernel."""
+        """The name of the link to the variant's kernel in the cache."""
         return "current" if self is Variant.HOST else f"current-{self}"
 
     @property
     def steps(self) -> int:
-        """How many files make says it makes, about: what progress is measured by where no build was counted yet."""
+        """About how many files make reports. Progress is relative to this until a build was counted."""
         return 1750 if self is Variant.HOST else 1400
 
 
 VARIABLES = {
     "ARCH": "arm64",
     "CROSS_COMPILE": CROSS,
-    # The same kernel from the same source by the same tools, whoever builds it, where and when.
+    # The same source and tools give the same kernel, whoever builds it, wherever and whenever.
     "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 1970",
     "KBUILD_BUILD_USER": "pyvmm",
     "KBUILD_BUILD_HOST": "lab",
@@ -73,10 +73,10 @@ VARIABLES = {
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a kernel was made of. ``source`` is (name, version, sha256), ``built`` a UTC time, ISO 8601.
+    """The inputs of a kernel. ``source`` is (name, version, sha256), ``built`` a UTC time, ISO 8601.
 
-    ``refused`` are the options that this source does not take as they are in ownkernel.config. ``steps`` is how many
-    files make said it made, 0 where that was not counted.
+    ``refused`` are the options of ownkernel.config that this source does not accept as given. ``steps`` is how many
+    files make reported, 0 if that was not counted.
     """
 
     release: str
@@ -91,7 +91,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Parse; ValueError, LookupError or TypeError where it is not a manifest."""
+        """Parse a manifest. Raises ValueError, LookupError or TypeError for anything else."""
         data = json.loads(text)
         name, version, digest = data["source"]
         return cls(**{**data, "source": (name, version, digest)})
@@ -99,7 +99,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class OwnKernel:
-    """A kernel that was built. Its directory has the Image, its whole ``config``, and the manifest."""
+    """A built kernel. Its directory has the Image, its whole ``config``, and the manifest."""
 
     directory: Path
     manifest: Manifest
@@ -114,11 +114,11 @@ class OwnKernel:
         return self.manifest.release
 
     def told(self) -> str:
-        """Say in a line what it is and where."""
+        """Describe the kernel and its path in a line."""
         return f"{self.release}, of {self.manifest.source[0]} {self.manifest.source[1]}: {self.path}"
 
     def is_whole(self, *, thorough: bool) -> bool:
-        """Whether the Image is what was built; ``thorough`` reads it to be sure."""
+        """Return whether the Image is the one that was built; ``thorough`` reads it."""
         try:
             right = self.path.stat().st_size == self.manifest.size
             return right and (not thorough or file_sha256(self.path) == self.manifest.sha256)
@@ -133,11 +133,11 @@ def build_kernels(
     progress: Progress = silent,
     cache: Cache | None = None,
 ) -> dict[Variant, OwnKernel]:
-    """Give the ``wanted`` kernels, building those of which there is none of these options and by this compiler.
+    """Return the ``wanted`` kernels. Build those that are missing for these options and this compiler.
 
-    ``refresh`` asks the archive for its newest source. Where that needs the network and there is none, kernels that
-    were built before are used and ``progress`` says so. HostError where there is no compiler, KernelBuildError where
-    the build fails, PyvmmError where it cannot begin.
+    ``refresh`` asks the archive for its newest source. Without a network, kernels that
+    were built before are used and ``progress`` says so. Raises HostError without a compiler, KernelBuildError if
+    the build fails, PyvmmError if it cannot start.
     """
     cache = cache or Cache()
     wanted = tuple(wanted)
@@ -145,7 +145,7 @@ def build_kernels(
     if len(there) == len(wanted):
         return there
     with cache.lock(lambda: progress("waiting for another build of the kernel", 0.0), "kernel.lock"):
-        there = {} if refresh else _usable(cache, wanted)  # some may be built by whom we waited for
+        there = {} if refresh else _usable(cache, wanted)  # the process that held the lock may have built some
         missing = [each for each in wanted if each not in there]
         try:
             return there | _build(cache, missing, refresh, progress) if missing else there
@@ -164,7 +164,7 @@ def build_kernels(
 def usable_kernel(
     cache: Cache | None = None, variant: Variant = Variant.HOST, *, thorough: bool = False
 ) -> OwnKernel | None:
-    """Give the variant's kernel if it has this version's options, is this compiler's work, and looks whole."""
+    """Return the variant's kernel if it has this version's options, is from this compiler, and looks complete."""
     kernel = current_kernel(cache or Cache(), variant)
     if kernel is None or not kernel.is_whole(thorough=thorough):
         return None
@@ -176,7 +176,7 @@ def usable_kernel(
 
 
 def current_kernel(cache: Cache, variant: Variant = Variant.HOST) -> OwnKernel | None:
-    """Give the kernel that was built last, None where there is none that can be understood. It is not checked."""
+    """Return the kernel that was built last, unchecked, or None if there is no readable one."""
     return _read(_home(cache) / variant.link)
 
 
@@ -185,7 +185,7 @@ def _usable(cache: Cache, variants: Iterable[Variant]) -> dict[Variant, OwnKerne
 
 
 def compiler_version() -> str:
-    """Give what the compiler says it is. HostError where there is none."""
+    """Return the compiler's version line. Raises HostError without a compiler."""
     program = f"{CROSS}gcc"
     try:
         answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=True, timeout=30)
@@ -195,14 +195,14 @@ def compiler_version() -> str:
 
 
 def options(variant: Variant) -> list[str]:
-    """Give the variant's lines of ownkernel.config without their reasons."""
+    """Return the variant's lines of ownkernel.config without their reasons."""
     others = tuple(f"{each}:" for each in Variant if each is not variant)
     parted = (line.partition("#") for line in FRAGMENT.read_text().splitlines())
     return [line.strip() for line, _, reason in parted if line.strip() and not reason.strip().startswith(others)]
 
 
 def recipe_hash(compiler: str, variant: Variant) -> str:
-    """Give a hash of all that shapes a kernel besides its source; a reason that is reworded does not."""
+    """Hash everything that shapes a kernel except its source. Reasons of options do not count."""
     return hashlib.sha256(json.dumps([options(variant), VARIABLES, compiler]).encode()).hexdigest()
 
 
@@ -214,7 +214,7 @@ def _read(directory: Path) -> OwnKernel | None:
     try:
         directory = directory.resolve(strict=True)
         return OwnKernel(directory, Manifest.from_json((directory / "manifest.json").read_text()))
-    except (OSError, ValueError, LookupError, TypeError):  # missing, or no manifest of ours
+    except (OSError, ValueError, LookupError, TypeError):  # missing, or not a manifest
         return None
 
 
@@ -251,7 +251,7 @@ def _build(cache: Cache, variants: Iterable[Variant], refresh: bool, progress: P
             shutil.rmtree(missing[each], ignore_errors=True)  # damaged, if it is there
             made.directory.rename(missing[each])
             built[each] = _adopt(home, each, OwnKernel(missing[each], made.manifest))
-    shutil.rmtree(package.parent)  # kept until here: who corrects what made a build fail need not fetch it again
+    shutil.rmtree(package.parent)  # kept until here: a build that failed need not fetch it again
     _drop_old(home)
     return built
 
@@ -261,7 +261,7 @@ def _key(source: Package, recipe: str) -> str:
 
 
 def find_source(apt: Apt) -> Package:
-    """Give the package with the newest source of Linux."""
+    """Return the package with the newest source of Linux."""
     found = [pair for pair in apt.resolve(PACKAGE, suite=SUITES[-1]) if SOURCE.match(pair[0])]
     if not found:
         raise PyvmmError(f"{SUITES[-1]} has no {PACKAGE}", hint="the archive has changed: please report this")
@@ -269,7 +269,7 @@ def find_source(apt: Apt) -> Package:
 
 
 def download_source(apt: Apt, source: Package, directory: Path, progress: Progress) -> Path:
-    """Fetch the source into ``directory``, where builds of images do not clear up."""
+    """Fetch the source into ``directory``, which builds of images do not clean."""
     directory.mkdir(exist_ok=True)
     for other in directory.iterdir():
         if other.name != source.file:
@@ -280,7 +280,7 @@ def download_source(apt: Apt, source: Package, directory: Path, progress: Progre
 
 
 class _Steps:
-    """Counts what make makes, and says how far that is of what the kernels' last builds made."""
+    """Counts the files that make reports, and their share of those in the kernels' last builds."""
 
     def __init__(self, cache: Cache, variants: Iterable[Variant], progress: Progress) -> None:
         last = {each: current_kernel(cache, each) for each in variants}
@@ -289,7 +289,7 @@ class _Steps:
         self.taken = dict.fromkeys(self._expected, 0)
 
     def step(self, variant: Variant) -> None:
-        """Count one of the variant's."""
+        """Count one file of the variant."""
         self.taken[variant] += 1
         total = sum(self._expected.values())
         taken = sum(min(self.taken[each], most) for each, most in self._expected.items())
@@ -297,7 +297,7 @@ class _Steps:
 
 
 class _Making:
-    """Makes kernels of one source in ``scratch``, each in a directory of its own, whose name is the variant's."""
+    """Makes kernels of one source in ``scratch``, each in a directory with the variant's name."""
 
     def __init__(self, scratch: Path, log: Path, source: Package, compiler: str) -> None:
         log.write_text(f"{source.name} {source.version}, {compiler}\n")
@@ -309,14 +309,14 @@ class _Making:
         progress("configuring", 0.0)
 
     def configured(self, variant: Variant, progress: Progress) -> tuple[KernelBuild, list[str]]:
-        """Give a kernel that can be compiled, and those of its options that the source does not take."""
+        """Return a kernel that can be compiled, and its options that the source does not accept."""
         build = KernelBuild(self._tree, self._scratch / variant)
         if refused := build.configure(options(variant)):
             progress(f"not as asked in this source: {' '.join(refused)}", 1.0)
         return build, refused
 
     def finish(self, variant: Variant, build: KernelBuild, *, recipe: str, refused: list[str], steps: int) -> OwnKernel:
-        """Give what was compiled, in a directory that has nothing else."""
+        """Return the compiled kernel, in a directory that has nothing else."""
         done = self._scratch / f"{variant}-done"
         done.mkdir()
         build.image.replace(done / "Image")
@@ -346,7 +346,7 @@ def _adopt(home: Path, variant: Variant, kernel: OwnKernel) -> OwnKernel:
 
 
 def _drop_old(home: Path) -> None:
-    """Drop the kernels that are no variant's and that no lab can be starting from."""
+    """Remove kernels that no variant uses and that no lab can be starting from."""
     used = {(home / each.link).resolve() for each in Variant}
     for other in home.iterdir():
         is_link = other.is_symlink() or not other.is_dir()

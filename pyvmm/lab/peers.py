@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark's peers and others need of the workstation before a lab boots: built or fetched once, then kept.
+"""Build or fetch what benchmark peers and tests need on the workstation before a lab boots, once, and keep it.
 
-``prepare`` gives the directories to make visible in the lab, and the variables by which they are found there: trees by
+``prepare`` returns the directories to make visible in the lab, and the variables that point to them: trees by
 name (``trees.find_tree``), their programs on PATH. On arm64 hardware the same trees serve the machine itself.
 """
 
@@ -64,12 +64,12 @@ class Prepared:
 
     @property
     def paths(self) -> list[str]:
-        """The directories to make visible: ``arguments`` of a Lab."""
+        """Return the directories to make visible: ``arguments`` of a Lab."""
         return [str(path) for path in self.trees.values()]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a command in the lab needs in its environment."""
+        """Return the environment that a command in the lab needs."""
         bins = [str(path / BIN) for path in self.trees.values() if (path / BIN).is_dir()]
         return {
             TREES: os.pathsep.join(f"{name}={path}" for name, path in self.trees.items()),
@@ -80,10 +80,10 @@ class Prepared:
 def prepare(
     names: Iterable[str] = tuple(RECIPES), *, progress: Progress = silent, cache: Cache | None = None
 ) -> Prepared:
-    """Make the trees of these names that there are none of; one that cannot be made is left out, with the reason.
+    """Make the missing trees of these names. One that cannot be made is left out, with the reason.
 
-    What the peers need takes about two minutes and 200 MB of downloads, of which 70 MB stay on the disk, unpacked. A
-    program of Debian's alone takes seconds, a guest's kernel none. KeyError for a name that is not in ``ALL``.
+    The trees of the peers take about two minutes and 200 MB of downloads, and 70 MB on the disk. A
+    program from Debian takes seconds, a guest's kernel no time. Raises KeyError for a name that is not in ``ALL``.
     """
     prepared = Prepared({}, {})
     for name in names:
@@ -108,12 +108,12 @@ def check(names: Iterable[str]) -> None:
 
 
 def require(names: Iterable[str], *, progress: Progress = silent, cache: Cache | None = None) -> Prepared:
-    """Make the trees of these names that there are none of; PyvmmError where there is one that cannot be made."""
+    """Make the missing trees of these names. Raises PyvmmError if one cannot be made."""
     recipes = [ALL[name]() for name in names]
     return Prepared({recipe.name: made_tree(recipe, progress=progress, cache=cache) for recipe in recipes}, {})
 
 
 def joined(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
-    """Give the variables of both; those that are lists in both are longer lists."""
+    """Return the variables of both; lists that are in both are joined."""
     both = {name: os.pathsep.join((one[name], other[name])) for name in one.keys() & other.keys()}
     return {**one, **other, **both}

@@ -48,16 +48,16 @@ class Programs:
 
     @property
     def wanted(self) -> str:
-        """The pattern of a wanted program's or library's path."""
+        """Return the pattern of the paths of wanted programs and libraries."""
         return rf"usr/(?:s?bin/(?:{'|'.join(self.programs)})|lib/aarch64-linux-gnu/[^/]+\.so[^/]*)"
 
     def recipe(self) -> Recipe:
-        """Tell how the tree is made."""
+        """Return the recipe of the tree."""
         digest = digest_of(self.package, self.wanted, self.data, self.options, LAUNCHER)
         return Recipe(self.name, digest, partial(_make, self))
 
     def command(self, tree: Path, program: str | None = None) -> list[str]:
-        """Give the beginning of a command that runs one of the tree's programs, the first, wherever the tree is."""
+        """Return the start of a command for one of the tree's programs, by default the first, wherever the tree is."""
         options = (option.format(tree=tree) for option in self.options)
         return [str(tree / LOADER), "--library-path", str(tree), str(tree / (program or self.programs[0])), *options]
 
@@ -75,7 +75,7 @@ RECIPES: Final[Mapping[str, Callable[[], Recipe]]] = {
 
 
 def launcher(programs: Programs, program: str) -> str:
-    """Give the script that runs one of the programs from where the script is."""
+    """Return a script that runs one of the programs relative to the script's directory."""
     options = "".join(f' "{option.format(tree="$tree")}"' for option in programs.options)
     return LAUNCHER.format(loader=LOADER, program=program, options=options)
 
@@ -104,7 +104,7 @@ def _make(programs: Programs, scratch: Scratch, progress: Progress) -> str:
 
 
 def _unpack(package: Path, programs: Programs, scratch: Scratch) -> None:
-    """Take programs and libraries out of a package, all into one directory, and data into the tree, to its place."""
+    """Unpack a package's programs and libraries into one directory, and its data to their paths in the tree."""
     wanted = re.compile(programs.wanted)
     with open_package(package) as tar:
         for member in tar:
@@ -125,7 +125,7 @@ def _unpack(package: Path, programs: Programs, scratch: Scratch) -> None:
 
 
 def _needed(programs: Programs, directory: Path) -> list[Path]:
-    """Give the programs and all libraries they need, as they are called; PyvmmError where one is not there."""
+    """Return the names of the programs and of all libraries they need. Raises PyvmmError if one is missing."""
     from elftools.elf.dynamic import DynamicSection
     from elftools.elf.elffile import ELFFile
 

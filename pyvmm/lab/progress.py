@@ -24,7 +24,7 @@ which on nobody knows: what is measured by an expectation may come to more."""
 
 
 def left(took: float, share: float) -> str:
-    """Say how long a step still takes of which ``share`` took ``took`` seconds; nothing where that is a guess."""
+    """Estimate the rest of a step of which ``share`` took ``took`` seconds; empty if that would be a guess."""
     least, first, last = TELLING
     if took < least or not first <= share < last:
         return ""
@@ -34,7 +34,7 @@ def left(took: float, share: float) -> str:
 
 @contextmanager
 def showing() -> Iterator[Callable[[str, float], None]]:
-    """Show progress on stderr: bars on a terminal, a line for each step elsewhere; how long a step still takes."""
+    """Show progress on stderr with the remaining time: bars on a terminal, elsewhere a line for each step."""
     began: dict[str, float] = {}
 
     def rest(what: str, share: float) -> str:
@@ -87,9 +87,9 @@ def showing() -> Iterator[Callable[[str, float], None]]:
 
 
 class Ticker:
-    """A line on a terminal with the current step and its duration; nothing elsewhere.
+    """A line on a terminal with the current step and its duration. Elsewhere it prints nothing.
 
-    Written by hand: to import rich takes a tenth of the second that a lab needs to start.
+    It does not use rich: importing that takes a tenth of the second that a lab needs to start.
     """
 
     INTERVAL: Final = 0.1
@@ -113,7 +113,7 @@ class Ticker:
         self.end()
 
     def end(self) -> None:
-        """Take the line away, before anything else is written. May be called again."""
+        """Erase the line, before other output. May be called again."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -131,6 +131,6 @@ class Ticker:
 
 
 def _write(text: str) -> None:
-    with suppress(OSError, UnicodeError):  # a terminal that is gone, or knows no such signs
+    with suppress(OSError, UnicodeError):  # the terminal has closed, or cannot print these characters
         sys.stderr.write(text)
         sys.stderr.flush()

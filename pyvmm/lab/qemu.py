@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The QEMU process that is the lab's machine: its command line, its console, its end.
 
-Owns the process (in its own process group; the kernel kills it when we die) and a thread that keeps the console's last
-bytes. The channel to the agent is an inherited socket, so nothing is left in the file system.
+Owns the process (in its own process group; the kernel kills it when this one ends) and a thread that keeps the last
+bytes of the console. The channel to the agent is an inherited socket, so nothing is left in the file system.
 
 A machine that can be saved has its RAM in a file, a monitor, and a fixed number of 9p devices. Each device shows one
 directory or none.
@@ -33,7 +33,7 @@ from pyvmm.labenv import COUNTS
 
 PROGRAM = "qemu-system-aarch64"
 INSTALL = "apt install qemu-system-arm"
-OLDEST = (7, 2)  # Debian 12's; older ones are not known to run a pKVM host
+OLDEST = (7, 2)  # the version in Debian 12; older ones are not known to run a pKVM host
 CONSOLE_BYTES = 64 * 1024
 ENDING_SECONDS = 5.0  # from QEMU's closing the channel to its end
 
@@ -58,7 +58,7 @@ SHARES = 8
 class LabOptions:
     """The lab's machine. ``memory`` is in MiB, ``boot_timeout`` in seconds.
 
-    ``icount`` makes time count instructions (one CPU only): measurements repeat, wall time suffers.
+    ``icount`` makes time count instructions (one CPU only): measurements repeat, but runs take longer.
     """
 
     mode: str = "protected"
@@ -93,7 +93,7 @@ class LabOptions:
 
 
 class LabError(PyvmmError):
-    """The lab's machine did not start, or ended too early: how it was started, and the last of its console."""
+    """The lab's machine did not start, or ended too early. Has its command line, and the end of its console."""
 
     def __init__(self, what: str, command: list[str], console: str, *, hint: str | None = None) -> None:
         tail = "".join(f"\n  | {line}" for line in _telling_lines(console)) or " (nothing)"
@@ -110,14 +110,14 @@ def _telling_lines(console: str) -> list[str]:
 
 
 def require_qemu() -> str:
-    """Give QEMU's path. HostError where it is missing or too old, saying what to install."""
+    """Return QEMU's path. If it is missing or too old, raises HostError with what to install."""
     path = find_qemu()
     qemu_version(path)
     return path
 
 
 def find_qemu() -> str:
-    """Give QEMU's path, HostError where it is not installed."""
+    """Return QEMU's path. Raises HostError if it is not installed."""
     path = shutil.which(PROGRAM)
     if path is None:
         raise HostError(f"{PROGRAM} is not installed", hint=INSTALL)
@@ -125,7 +125,7 @@ def find_qemu() -> str:
 
 
 def qemu_version(path: str) -> str:
-    """Ask QEMU for its version. HostError where it does not say one, or one that is too old."""
+    """Return QEMU's version. Raises HostError if QEMU prints none, or if it is too old."""
     try:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -142,9 +142,9 @@ def qemu_version(path: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ram:
-    """The file that a machine has its RAM in, and whether it starts from what the file holds.
+    """The file with a machine's RAM, and whether the machine starts from its contents.
 
-    A machine that boots writes to the file. One that is restored maps it privately: the file stays as it is.
+    A booting machine writes to the file. A restored one maps it privately, so the file does not change.
     """
 
     file: int
@@ -162,7 +162,7 @@ def command_line(
     ram: Ram | None = None,
     monitor: int = -1,
 ) -> list[str]:
-    """Give QEMU's arguments; ``channel``, and with ``ram`` ``monitor``, are the inherited sockets' numbers."""
+    """Return QEMU's arguments. ``channel``, and with ``ram`` ``monitor``, are the numbers of inherited sockets."""
     machine = f"virt,virtualization=on,gic-version={options.gic}" + (",memory-backend=ram" if ram else "")
     arguments = [program, "-M", machine]
     arguments += ["-cpu", _cpu(options), "-smp", str(options.cpus), "-m", str(options.memory)]
@@ -191,22 +191,22 @@ def command_line(
 
 
 def mount_tag(number: int) -> str:
-    """Give the name under which the lab mounts the share of this number."""
+    """Return the name under which the lab mounts the share with this number."""
     return f"share{number}"
 
 
 def _cpu(options: LabOptions) -> str:
-    # With icount a tick of the counter is an instruction.
+    # With icount a tick of the counter is one instruction.
     return (options.cpu or MODES[options.mode][0]) + (",cntfrq=1000000000" if options.icount else "")
 
 
 def _append(options: LabOptions) -> str:
     words = [
         MODES[options.mode][1],
-        "mitigations=off lsm= audit=0 panic=-1",  # nothing that would be measured along, and no hanging
+        "mitigations=off lsm= audit=0 panic=-1",  # no background work that would be measured, and no hangs
         "nokaslr kpti=off cryptomgr.notests=1 initcall_blacklist=load_system_certificate_list",  # boot time
         "console=ttyAMA0",
-        f"{COUNTS}=instructions" if options.icount else "",  # for whoever reads times in there
+        f"{COUNTS}=instructions" if options.icount else "",  # for programs in the lab that read times
         "" if options.verbose else "loglevel=4",
     ]
     return " ".join(filter(None, words))
@@ -236,13 +236,13 @@ class Qemu:
             inherited = [channel.fileno()] + ([monitor.fileno(), ram.file] if ram is not None else [])
             try:
                 self._process = subprocess.Popen(
-                    # Whatever ends us ends QEMU: the kernel sends it the signal.
+                    # If this process ends, the kernel kills QEMU.
                     ["setpriv", "--pdeathsig", "KILL", "--", *self.command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     pass_fds=inherited,
-                    start_new_session=True,  # a ^C at the terminal is for us, not for it
+                    start_new_session=True,  # a ^C at the terminal is for this process, not for QEMU
                 )
             except OSError as error:
                 self.channel.close()
@@ -273,13 +273,13 @@ class Qemu:
         return self._process.pid
 
     def console(self) -> str:
-        """Give the console's last 64 KiB."""
+        """Return the console's last 64 KiB."""
         return b"".join(list(self._console)).decode(errors="replace").replace("\r", "")
 
     def failed(self, what: str, *, ended: bool, hint: str | None = None) -> LabError:
-        """Give the error that tells this machine's story; it is stopped first, so that the story is whole.
+        """Stop the machine, and return an error with its whole history.
 
-        ``ended`` says that the machine has left the channel by itself: how QEMU ended then belongs to the story.
+        ``ended`` says that the machine closed the channel itself: then the error says how QEMU ended.
         """
         status = None
         if ended:
@@ -293,13 +293,13 @@ class Qemu:
         return LabError(what, self.command, self.console(), hint=hint)
 
     def stop(self) -> None:
-        """Kill and reap QEMU; its memory is all it holds. May be called again."""
+        """Kill and reap QEMU, which holds nothing but memory. May be called again."""
         self._process.kill()
         self._process.wait()
         self._reader.join(timeout=5)
         if self._process.stdout is not None:
             self._process.stdout.close()
         with suppress(OSError):
-            self.channel.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it in another thread
+            self.channel.shutdown(socket.SHUT_RDWR)  # wakes another thread that waits for it
         self.channel.close()
         self.monitor.close()

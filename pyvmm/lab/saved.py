@@ -3,7 +3,7 @@
 
 ``$XDG_CACHE_HOME/pyvmm/lab/boots/KEY/`` holds ``ram``, the machine's memory, which every restored lab maps privately,
 ``state``, the rest of the machine as QEMU writes it, and ``about.json``. All are their user's alone. The key covers
-everything that shapes the machine. The least recently used ones go when all together are too large.
+everything that shapes the machine. If all together are too large, the least recently used ones are removed.
 
 A boot is saved with nothing mounted, since QEMU does not save a machine with a 9p mount. A restored lab first gets the
 time and fresh randomness. Two labs of one saved boot still share the addresses in the kernel and in the agent's
@@ -51,16 +51,16 @@ class SavedBoot:
     version: str
 
     def close(self) -> None:
-        """Let go of the file; a machine that runs has it open itself."""
+        """Close the file; a running machine has it open itself."""
         os.close(self.ram.file)
 
     def drop(self) -> None:
-        """Remove it from the disk: it is of no use."""
+        """Remove it from the disk: it is unusable."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def may_be_saved(options: LabOptions) -> bool:
-    """Whether a lab of these options may start from a saved boot.
+    """Return whether a lab with these options may start from a saved boot.
 
     A lab with icount always boots, because equal counts were not shown for a restored one. A lab with a visible console
     also boots, to show its boot messages.
@@ -69,7 +69,7 @@ def may_be_saved(options: LabOptions) -> bool:
 
 
 def find_or_save(program: str, image: Image, options: LabOptions) -> SavedBoot | None:
-    """Give the saved boot of ``image`` under QEMU ``program``; boot and save it where there is none yet.
+    """Return the saved boot of ``image`` under QEMU ``program``. If there is none yet, boot and save one.
 
     Returns None if that fails, and logs the reason. Raises LabError if the lab does not boot.
     """
@@ -110,7 +110,7 @@ def _home() -> Path:
 
 
 def _key(program: str, image: Image, options: LabOptions) -> str:
-    """Name a boot by all that shapes the machine, the files' contents and QEMU itself among it."""
+    """Name a boot by everything that shapes the machine, including the contents of files and QEMU itself."""
     seen = os.stat(program)
     line = command_line("", image, options, [], 0, Ram(0, restored=False, empty=Path()))
     files = {name: record.sha256 for name, record in image.manifest.files.items()}
@@ -140,11 +140,11 @@ def _empty(home: Path) -> Path:
 
 
 def _save(directory: Path, program: str, image: Image, options: LabOptions) -> None:
-    """Boot a lab and save it as ``directory``. _NotSavedError where it boots, and cannot be saved."""
+    """Boot a lab and save it as ``directory``. Raises _NotSavedError if it boots but cannot be saved."""
     home = directory.parent
     if (free := shutil.disk_usage(home).free) < ROOM + (options.memory << 20):
         raise _NotSavedError(f"{home} has {free >> 20} MiB free, too few for a saved boot")
-    scratch = home / "new"  # one at a time: the lock is ours
+    scratch = home / "new"  # one at a time: this process holds the lock
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(mode=0o700)
     version = qemu_version(program)
@@ -155,7 +155,7 @@ def _save(directory: Path, program: str, image: Image, options: LabOptions) -> N
         os.fsync(file)
         _write(scratch / "state", state)
         _write(scratch / "about.json", json.dumps({"format": FORMAT, "qemu": version}).encode())
-        shutil.rmtree(directory, ignore_errors=True)  # one that lacks a file
+        shutil.rmtree(directory, ignore_errors=True)  # remove a saved boot that lacks a file
         scratch.rename(directory)
     finally:
         os.close(file)
@@ -163,7 +163,7 @@ def _save(directory: Path, program: str, image: Image, options: LabOptions) -> N
 
 
 def _boot(qemu: Qemu, image: Image, options: LabOptions) -> bytes:
-    """Boot ``qemu``, and give its state; it has ended then."""
+    """Boot ``qemu``, end it, and return its state."""
     try:
         link = Link(qemu, image, options.boot_timeout)
         link.wait_for_boot()
@@ -197,7 +197,7 @@ def _alone(home: Path) -> Iterator[bool]:
 
 
 def _all(home: Path) -> list[Path]:
-    """Give the saved boots there are, those used last first."""
+    """Return all saved boots, the most recently used first."""
     used = {path.parent: path.parent.stat().st_mtime for path in home.glob("*/about.json")}
     return sorted(used, key=used.__getitem__, reverse=True)
 
@@ -207,7 +207,7 @@ def _size(directory: Path) -> int:
 
 
 def _keep_to_limit(home: Path, newest: Path) -> None:
-    """Remove what was used least recently, until the rest fits. What a lab runs from stays until it ends."""
+    """Remove the least recently used boots until the rest fits. A running lab keeps its boot until it ends."""
     total = 0
     for directory in _all(home):
         total += _size(directory)

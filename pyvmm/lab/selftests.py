@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel's own KVM selftests, built from Debian's linux-source: three of them, linked statically.
 
-The source is the one that the project's kernel is made of. What was printed while they were built is in the log.
+The source is the same as of the project's kernel. The log has the output of the build.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADERS = "headers"
 OPTIONS = {"LDLIBS": "-static -s", "CPPFLAGS": "-DPRINT_PER_VCPU_UPDATES"}
 """Linked for any root; and the tests' own switch to say what each vCPU took, without its thread's start and end."""
 
-# The headers' and the tests' own makefiles, and what those include.
+# The makefiles of the headers and the tests, and the files that those include.
 WANTED = re.compile(
     r"Makefile|Kbuild|scripts/.*|usr/.*|include/(?:uapi|asm-generic)/.*|lib/[^/]*\.c|"
     r"arch/arm64/(?:Makefile|include/.*|tools/.*)|"
@@ -33,7 +33,7 @@ WANTED = re.compile(
 
 
 class SelftestTree(SourceTree):
-    """As much of Linux's source as the tests are made of."""
+    """The part of Linux's source that the tests need."""
 
     made = "the kernel's KVM selftests"
 
@@ -41,7 +41,7 @@ class SelftestTree(SourceTree):
         return WANTED.fullmatch(name) is not None
 
     def build(self, out: Path, progress: Progress) -> list[Path]:
-        """Compile the tests; give the programs, in ``out``. KernelBuildError where that fails."""
+        """Compile the tests; return the programs, in ``out``. Raises KernelBuildError if that fails."""
         progress("installing the kernel's headers", 0.0)
         self.make(HEADERS, {})
         tests = SelftestTree(self.directory / DIRECTORY, self.log, self._variables)

@@ -22,7 +22,7 @@ INSTALLED = Path("/pyvmm/site/pyvmm")
 PACKAGES = Path("/pyvmm/packages")
 """Where the lab imports from what plug-ins were copied out of (see staging.py)."""
 
-# What the lab has itself or must not be hidden. Directories below them may be mounted.
+# Directories that the lab has itself, or that must not be hidden. Directories below them may be mounted.
 RESERVED = frozenset(
     map(
         Path,
@@ -62,7 +62,7 @@ class Share:
 
 
 def python_path() -> Path:
-    """Give the directory from which the lab imports pyvmm."""
+    """Return the directory from which the lab imports pyvmm."""
     return PACKAGE.parent if _is_checkout() else INSTALLED.parent
 
 
@@ -71,10 +71,10 @@ def _is_checkout() -> bool:
 
 
 def find_shares(cwd: Path, arguments: Sequence[str], outputs: Sequence[str] = ()) -> list[Share]:
-    """Give what must be shared for a command run in ``cwd`` with ``arguments`` to find what it names, parents first.
+    """Return the shares that a command in ``cwd`` with ``arguments`` needs to find its files, parents first.
 
-    The tree, ``cwd`` and the directories of the files ``outputs`` are writable; directories of files that are merely
-    named are not. UsageError for a file that cannot be made visible, and for an output that cannot be written.
+    The tree, ``cwd`` and the directories of the files ``outputs`` are writable. Directories of other named files
+    are read-only. Raises UsageError if a file cannot be made visible, or an output cannot be written.
     """
     wanted = {PACKAGE.parent: False} if _is_checkout() else {}
     if cwd not in RESERVED and not _covered(cwd, wanted):
@@ -104,7 +104,7 @@ def _covered(path: Path, wanted: dict[Path, bool]) -> bool:
 
 
 def _written(cwd: Path, outputs: Sequence[str]) -> Iterator[Path]:
-    """Give the directories the outputs are written to, and those that links there lead to."""
+    """Return the directories of the outputs, and those of the targets of links."""
     for text in outputs:
         path = Path(os.path.abspath(cwd / text))
         if path == NOWHERE:
@@ -130,9 +130,9 @@ def _written(cwd: Path, outputs: Sequence[str]) -> Iterator[Path]:
 
 
 def _named(cwd: Path, arguments: Sequence[str]) -> Iterator[Path]:
-    """Give what exists of what the arguments name, and what links among it lead to.
+    """Return the existing files that the arguments name, and the targets of links among them.
 
-    That is all of an argument, or what is behind a ``=`` in it, or either up to a comma: ``path=a.img,ro``.
+    A name is the whole argument, or the part after ``=``, or either up to a comma: ``path=a.img,ro``.
     """
     for argument in arguments:
         texts = (argument, argument.partition("=")[2])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packages that a command's plug-ins come from, copied into a directory that the lab can see.
+"""Copy the packages of a command's plug-ins into a directory that the lab can see.
 
-A lab cannot import from the workstation's site-packages: what is compiled there would hide the lab's own. So each
-package is copied by itself, with its entry points and what it depends on. Owns the directory while it is in use.
+A lab cannot import from the workstation's site-packages: code compiled for it would hide the lab's own. So each
+package is copied separately, with its entry points and dependencies. Owns the directory while it is in use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 @contextmanager
 def staged(packages: Sequence[Distribution]) -> Iterator[Path | None]:
-    """Yield a directory that ``stage`` filled with ``packages`` and that goes at the end; None if there are none."""
+    """Yield a temporary directory that ``stage`` filled with ``packages``, or None if there are no packages."""
     if not packages:
         yield None
         return
@@ -43,7 +43,7 @@ def staged(packages: Sequence[Distribution]) -> Iterator[Path | None]:
 def stage(packages: Iterable[Distribution], directory: Path) -> None:
     """Copy ``packages``, and those that they depend on, into ``directory``.
 
-    UsageError for code compiled for another machine than the lab's, and for a package whose files are not to be found.
+    Raises UsageError for code compiled for a machine other than the lab's, and for a package without files.
     """
     done: set[str] = set(INSTALLED)
     todo = list(packages)
@@ -62,7 +62,7 @@ def _normal(name: str) -> str:
 
 
 def _required(package: Distribution) -> Iterator[Distribution]:
-    """Yield what ``package`` depends on, as far as it is installed; import says what is missing better."""
+    """Yield the installed dependencies of ``package``. For missing ones, the import gives a better error."""
     from importlib import metadata
 
     for requirement in package.requires or ():
@@ -100,8 +100,8 @@ def _copy(package: Distribution, name: str, directory: Path) -> None:
 def _files(package: Distribution) -> Iterator[tuple[Path, Path]]:
     """Yield (path to import it by, file) of every file in a package.
 
-    These are the files that the installer lists, and whole modules where it lists none: an editable install keeps them
-    where their author works.
+    These are the files that the installer lists. If it lists none, they are whole modules: an editable install has them
+    in the source tree.
     """
     from importlib import util
 
@@ -127,14 +127,14 @@ def _files(package: Distribution) -> Iterator[tuple[Path, Path]]:
 
 
 def _modules(package: Distribution) -> set[str]:
-    """Return the top-level modules that a package's plug-ins are in, or that it says it has, but for pyvmm itself."""
+    """Return the top-level modules of a package's plug-ins, or those it declares, except pyvmm itself."""
     groups = (plugins.DEVICES, plugins.CLAIMS, plugins.CASES)
     named = {entry.module.partition(".")[0] for entry in package.entry_points if entry.group in groups}
     return (named | set((package.read_text("top_level.txt") or "").split())) - {"pyvmm"}
 
 
 def _runs_in_lab(path: Path) -> bool:
-    """Whether an ELF file is for the lab's processor."""
+    """Return whether an ELF file is for the lab's processor."""
     with path.open("rb") as file:
         head = file.read(20)
     return head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") == EM_AARCH64

@@ -44,7 +44,7 @@ class InsistedError(Exception):
 
 
 class Pump:
-    """One command's way through the channel.
+    """One command's use of the channel.
 
     ``stdin`` is the whole input, or a file descriptor read to its end. ``timeout`` is in seconds.
     """
@@ -72,9 +72,9 @@ class Pump:
         self._signals = 0
 
     def run(self, command: bytes) -> int:
-        """Send ``command``, an EXEC frame; give its exit status.
+        """Send ``command``, an EXEC frame; return its exit status.
 
-        Raises ChannelClosedError, InsistedError or TimeoutError; after any of them the channel is of no further use.
+        Raises ChannelClosedError, InsistedError or TimeoutError. After any of them the channel is unusable.
         """
         self._outgoing += command
         with self._raw_terminal(), self._caught_signals() as caught, selectors.PollSelector() as selector:
@@ -101,7 +101,7 @@ class Pump:
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def _choose(self, selector: selectors.BaseSelector) -> None:
-        """Queue what input the window lets through, and watch what can make progress."""
+        """Queue the input that the window allows, and watch the descriptors that can make progress."""
         if self._stdin is None:
             while self._window and not self._input_ended and len(self._outgoing) < CHUNK:
                 self._queue_input(bytes(self._input[: min(CHUNK, self._window)]))
@@ -175,7 +175,7 @@ class Pump:
 
     @contextmanager
     def _caught_signals(self) -> Iterator[socket.socket]:
-        """Turn the signals that are for the command into bytes on a socket. Only the main thread can."""
+        """Turn signals for the command into bytes on a socket. Works only in the main thread."""
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         with ours, theirs:
@@ -191,7 +191,7 @@ class Pump:
                 signal.set_wakeup_fd(old_fd)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Count; the byte on the socket does the work, unless we hang in a sink nobody reads."""
+        """Count the signal. The byte on the socket does the rest, unless the process is blocked in an unread sink."""
         if number == signal.SIGWINCH:
             return
         if self._signals:
@@ -200,7 +200,7 @@ class Pump:
 
     @contextmanager
     def _raw_terminal(self) -> Iterator[None]:
-        """Hand keys to the lab's terminal as they are; ^C is a byte then, and the lab's to interpret."""
+        """Pass keys to the lab's terminal unchanged. ^C becomes a byte, which the lab interprets."""
         if self._tty_fd is None:
             yield
             return

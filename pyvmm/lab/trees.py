@@ -2,7 +2,7 @@
 """Trees of programs that a lab's image lacks. They are made once on the workstation and shown to a lab.
 
 ``peers/NAME/`` in the lab's cache holds ``KEY/`` (immutable once there, named by what it was made of) and ``current``,
-a link to one of them. Everything appears by rename; who makes a tree holds ``peers.lock``.
+a link to one of them. Everything appears by rename. A process that makes a tree holds ``peers.lock``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CURRENT = "current"
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """Where a tree is made: ``tree`` becomes it, ``work`` is as empty and goes, ``downloads`` outlives a failure."""
+    """Directories to make a tree in: ``tree`` becomes the tree, ``work`` is removed, ``downloads`` stays."""
 
     cache: Cache
     tree: Path
@@ -38,7 +38,7 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a tree is made. ``digest`` is of all that shapes it besides what is fetched; ``make`` gives what that was."""
+    """How a tree is made. ``digest`` covers its inputs except downloads; ``make`` returns what was downloaded."""
 
     name: str
     digest: str
@@ -46,23 +46,23 @@ class Recipe:
 
 
 def digest_of(*parts: object) -> str:
-    """Hash what shapes a tree."""
+    """Hash the inputs of a tree."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def usable_tree(recipe: Recipe, cache: Cache | None = None) -> Path | None:
-    """Give the directory of the tree if it was made by this recipe and has all its files."""
+    """Return the directory of the tree if this recipe made it and it has all its files."""
     try:
         directory = (_home(cache or Cache(), recipe) / CURRENT).resolve(strict=True)
         manifest = json.loads((directory / MANIFEST).read_text())
         whole = all((directory / name).stat().st_size == size for name, size in manifest["files"].items())
         return directory if whole and manifest["recipe"] == recipe.digest else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, damaged, or no manifest of ours
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, damaged, or not a manifest
         return None
 
 
 def find_tree(name: str) -> Path | None:
-    """Give where a tree is: where the environment says, or else in this user's cache, whatever made it."""
+    """Return the directory of a tree: from the environment, or else from this user's cache, made by any recipe."""
     if path := given_tree(name):
         return Path(path)
     directory = Cache().directory / HOME / name / CURRENT
@@ -75,7 +75,7 @@ def made_tree(recipe: Recipe, *, progress: Progress = silent, cache: Cache | Non
     if directory := usable_tree(recipe, cache):
         return directory
     with cache.lock(lambda: progress(f"waiting for another build of {recipe.name}", 0.0), "peers.lock"):
-        if directory := usable_tree(recipe, cache):  # made by whom we waited for
+        if directory := usable_tree(recipe, cache):  # made by the process that held the lock
             return directory
         try:
             return _make(recipe, cache, progress)
@@ -108,7 +108,7 @@ def _make(recipe: Recipe, cache: Cache, progress: Progress) -> Path:
         directory = home / digest_of(recipe.digest, source)[:16]
         shutil.rmtree(directory, ignore_errors=True)  # damaged, if it is there
         tree.rename(directory)
-    shutil.rmtree(downloads)  # kept until here: who corrects what made a build fail need not fetch it again
+    shutil.rmtree(downloads)  # kept until here: a build that failed need not fetch it again
     link = home / "current.new"
     link.unlink(missing_ok=True)
     link.symlink_to(directory.name)

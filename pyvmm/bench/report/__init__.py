@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What shows a benchmark's results: pure functions from a run to text, HTML, and figures."""
+"""Reports of a benchmark's results: pure functions from a run to text, HTML, and figures."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results inside an HTML report: written so that nothing in them can act, and read back as the run they are.
+"""The results inside an HTML report: written so that they cannot execute anything, and read back as the same run.
 
-They are the JSON lines of :mod:`pyvmm.bench.model`, in an element of the page: as they are, or, if they are long,
+They are the JSON lines of :mod:`pyvmm.bench.model`, in an element of the page: as text, or, if they are long,
 deflated and in base64.
 """
 
@@ -28,13 +28,13 @@ _ELEMENT = re.compile(r'<script type="application/json" id="_data">(.*?)</script
 
 
 def lines(run: Run) -> str:
-    """Return a run as the JSON lines it is kept in."""
+    """Return a run as JSON lines, as it is stored."""
     end = "" if run.end is None else model.footer(run.end)
     return model.header(run.environment, run.asked) + "".join(map(model.line, run.series)) + end
 
 
 def element(run: Run) -> str:
-    """Return the element of a page that holds a run: ASCII, and nothing in it can end or open an element."""
+    """Return the element of a page with a run: it is ASCII, and its contents cannot end or open an element."""
     text = lines(run)
     data = {"encoding": PLAIN, "lines": text}
     if len(text) > _SHORT:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which figures a run has: distributions of everything, cost against an axis, where the time goes, pictures of ranges.
+"""The figures of a run: distributions of every metric, cost against an axis, parts of the time, maps of ranges.
 
-The same figures are in the HTML report and, as SVG and PNG, in a directory for papers.
+The HTML report has the same figures as the directory of SVG and PNG files for papers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MIB: Final = {"": 1.0, "K": 1 / 1024, "M": 1.0, "G": 1024.0}
 
 
 def pictures(section: Section, *, relative: bool) -> Iterator[Plot]:
-    """Give a case's figures; ``relative`` marks them as from a machine that QEMU's TCG runs."""
+    """Return a case's figures; ``relative`` marks them as from a machine under QEMU's TCG."""
     names = _Names(section.case)
     if section.case == "split":
         yield from _split(section, names, relative)
@@ -52,9 +52,9 @@ def pictures(section: Section, *, relative: bool) -> Iterator[Plot]:
 
 
 def save(run: Run, directory: str | Path) -> list[Path]:
-    """Write all figures of a run, each as SVG and PNG, and return where. The directory is made.
+    """Write all figures of a run, each as SVG and PNG, and return their paths. Makes the directory.
 
-    Raises BenchError where they cannot be written, HostError without matplotlib.
+    Raises BenchError if they cannot be written, HostError without matplotlib.
     """
     require()
     where, written = Path(directory), list[Path]()
@@ -72,7 +72,7 @@ def save(run: Run, directory: str | Path) -> list[Path]:
 
 
 class _Names:
-    """Names for files: harmless, short, and each once in a run as they begin with the case's."""
+    """File names: safe, short, and unique in a run because they begin with the case's name."""
 
     _MOST: Final = 80
 
@@ -80,7 +80,7 @@ class _Names:
         self._case, self._taken = case, set[str]()
 
     def of(self, *words: str) -> str:
-        """Return a name made of the case's and ``words``."""
+        """Return a name made of the case's name and ``words``."""
         plain = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join((self._case, *words))).strip("-_")[: self._MOST] or "figure"
         name, number = plain, 1
         while name in self._taken:
@@ -140,7 +140,7 @@ def _against(group: Group, names: _Names, relative: bool) -> Iterator[Plot]:
 def _lines(
     group: Group, axis: str, place: Callable[[object], float | None]
 ) -> list[tuple[str, list[tuple[float, Row]]]]:
-    """Return what varies along an axis and in nothing else: the name of each line, and its rows by place."""
+    """Return the rows that differ only along an axis: the name of each line, and its rows by their places."""
     found: dict[tuple[tuple[str, str], ...], dict[float, Row]] = {}
     for row in group.rows:
         at = place(row.series.point.get(axis))
@@ -148,7 +148,7 @@ def _lines(
             rest = tuple((name, value_text(value)) for name, value in row.series.point.items() if name != axis)
             found.setdefault(rest, {}).setdefault(at, row)
     lines = {rest: sorted(points.items()) for rest, points in found.items() if len(points) > 1}
-    # What all lines have in common is no part of their names.
+    # Names of lines leave out what all lines have in common.
     varying = [
         name
         for name in dict.fromkeys(name for rest in lines for name, _ in rest)
@@ -202,7 +202,7 @@ def _split(section: Section, names: _Names, relative: bool) -> Iterator[Plot]:
 
 
 def _without_common(section: Section, row: Row) -> str:
-    """Say a row's point by the axes that vary in its case."""
+    """Write a row's point by the axes that vary in its case."""
     points = [other.series.point for group in section.groups for other in group.rows]
     point = row.series.point
     varying: Point = {name: value for name, value in point.items() if any(other.get(name) != value for other in points)}
@@ -243,7 +243,7 @@ def _peers(section: Section, names: _Names, relative: bool) -> Iterator[Plot]:
 
 
 def _peer(section: Section, group: Group, row: Row, *, several: bool) -> str:
-    """Name a peer, and what it does where others do something else; ourselves with whom we took turns."""
+    """Name a peer, and its operation if operations vary. For pyvmm, name the peer that it took turns with."""
     point = {name: value_text(value) for name, value in row.series.point.items()}
     who, beside = point.pop("peer", ""), point.pop("beside", "")
     points = [other.series.point for group in section.groups for other in group.rows]
@@ -277,12 +277,12 @@ def _heats(section: Section, names: _Names, relative: bool) -> Iterator[Plot]:
 
 
 def pictured(section: Section) -> list[tuple[Group, Row]]:
-    """Return the series of a case that tell where and when each value was measured."""
+    """Return the series of a case that have the address and time of each value."""
     return [(group, row) for group in section.groups for row in group.rows if heat.has_places(row.series)]
 
 
 def _chosen(section: Section) -> list[tuple[Group, Row]]:
-    """Choose the most telling, as many of each protection: the base, then orders and numbers of vCPUs, then others."""
+    """Choose the most important, equally many of each protection: the base, orders and numbers of vCPUs, others."""
 
     def telling(pair: tuple[Group, Row]) -> int:
         words = pair[1].cells[-1:] or ("",)

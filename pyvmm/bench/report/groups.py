@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every report puts a run: cases, in each the groups of series that have a scale in common, in each its rows.
+"""The structure of a run in every report: cases, in each case groups of series with a common scale, in each group rows.
 
-Pure: data to data, and numbers to text. What others wrote is made harmless here, so that reports only escape it.
+Pure: data to data, and numbers to text. Foreign text is made safe here, so that reports only escape it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _SCALES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What values are divided by to be shown, and what unit they have then."""
+    """The divisor of shown values, and their unit afterwards."""
 
     factor: float
     unit: str
 
     def show(self, value: float | None) -> str:
-        """Write a value in this unit, to four digits; nothing known is a dash."""
+        """Write a value in this unit, to four digits; an unknown value is a dash."""
         if value is None:
             return "-"
         return f"{int(value):,}" if self.factor == 1 and value == int(value) else number(value / self.factor)
@@ -52,7 +52,7 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One series with what is said of it; ``cells`` are its values on the group's ``columns``."""
+    """One series with its statistics; ``cells`` are its values for the group's ``columns``."""
 
     series: Series
     summary: Summary
@@ -66,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The series of one case that are of the same thing, in the same unit, at different points."""
+    """The series of one case with the same metric and unit, at different points."""
 
     case: str
     metric: str
@@ -80,18 +80,18 @@ class Group:
 
     @property
     def title(self) -> str:
-        """What is measured."""
+        """The metric, with its divisor if there is one."""
         return self.metric + (f" per {self.per}" if self.per else "")
 
     @property
     def clocked(self) -> str:
-        """Whose values they are."""
+        """The description of the clock."""
         return CLOCKS.get(self.clock, self.clock)
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A case: its groups, and what of it could not be measured, by reason."""
+    """A case: its groups, and the points that could not be measured, by reason."""
 
     case: str
     groups: tuple[Group, ...]
@@ -99,9 +99,9 @@ class Section:
 
 
 def sections(run: Run) -> list[Section]:
-    """Return a run's cases, in the order in which they and their metrics first come.
+    """Return a run's cases, in the order in which they and their metrics first appear.
 
-    Raises BenchError for values that are none.
+    Raises BenchError for invalid values.
     """
     cases: dict[str, list[Series]] = {}
     for series in run.series:
@@ -133,13 +133,13 @@ def _group(case: str, kind: tuple[str, ...], rows: Sequence[tuple[Series, Summar
     return Group(case, metric, clock, per, scale, columns, base, made)
 
 
-# -- points in words
+# -- points as text
 
 
 def columns_of(points: Sequence[Point]) -> tuple[tuple[str, ...], Point]:
     """Return the axes that vary, as the columns of a table, and the most frequent value of each of the others.
 
-    Where too many vary the columns are ``protection``, if that does, and what differs from the most frequent point.
+    If too many vary, the columns are ``protection``, if it varies, and the difference from the most frequent point.
     """
     axes = list(dict.fromkeys(axis for point in points for axis in point))
     counts = {axis: Counter(_plain(point.get(axis)) for point in points) for axis in axes}
@@ -155,7 +155,7 @@ def columns_of(points: Sequence[Point]) -> tuple[tuple[str, ...], Point]:
 
 
 def cells_of(point: Point, columns: Iterable[str], base: Point) -> tuple[str, ...]:
-    """Return what a row says of its point, cell by cell; the column without a name says what differs from ``base``."""
+    """Return a row's cells for its point; the column without a name has the difference from ``base``."""
     differs = " ".join(
         f"{one_line(axis)}={value_text(point.get(axis))}"
         for axis in base
@@ -165,14 +165,14 @@ def cells_of(point: Point, columns: Iterable[str], base: Point) -> tuple[str, ..
 
 
 def value_text(value: Value) -> str:
-    """Say a value of an axis, of the environment or of a note."""
+    """Write a value of an axis, of the environment or of a note."""
     if value is None:
         return "-"
     return ("yes" if value else "no") if isinstance(value, bool) else one_line(str(value))
 
 
 def point_of(point: Point) -> str:
-    """Say a whole point."""
+    """Write a whole point."""
     return " ".join(f"{one_line(axis)}={value_text(value)}" for axis, value in point.items())
 
 
@@ -180,7 +180,7 @@ def _plain(value: Value) -> str:
     return f"{type(value).__name__} {value}"
 
 
-# -- numbers in words
+# -- numbers as text
 
 
 def number(value: float) -> str:
@@ -192,17 +192,17 @@ def number(value: float) -> str:
 
 
 def scale_of(unit: str, values: Iterable[float]) -> Scale:
-    """Return the unit in which numbers of the size of ``values`` read best; all of them get the same."""
+    """Return the most legible unit for ``values``; all of them get the same."""
     scales = _SCALES.get(unit, ((1.0, unit),))
     sizes = [math.log(abs(value)) for value in values if value]
-    # Instructions are counted one by one, and are shown so as long as a column has room for that.
+    # Instructions are shown as whole numbers while a column has room for that.
     least = 100.0 if unit == "instructions" else 1.0
     middle = math.exp(sum(sizes) / len(sizes)) if sizes else 0.0
     return Scale(*next((each for each in reversed(scales[1:]) if middle >= least * each[0]), scales[0]))
 
 
 def count(series: Summary) -> str:
-    """Write how many values there are, and of how many rounds."""
+    """Write the number of values, and of rounds."""
     return f"{series.n:,}" + (f"/{series.rounds}" if series.rounds else "")
 
 
@@ -213,5 +213,5 @@ def host(run: Run) -> str:
 
 
 def is_relative(run: Run) -> bool:
-    """Whether the run's times are relative only. What does not tell is taken to be."""
+    """Return whether the run's times are only relative. A run that does not say counts as relative."""
     return run.environment.get(TCG, True) is not False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws when each page of a range was touched and what that took, a cell for many touches. Pure functions."""
+"""Draws when each page of a range was touched and how long that took; a cell covers many touches. Pure functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FEW: Final = 1000
 
 
 def has_places(series: Series) -> bool:
-    """Whether a series tells, for each value of its last round at least, where and when it was measured."""
+    """Return whether a series has the address and time of at least each value of its last round."""
     import numpy as np
 
     length = series.rounds[-1] if series.rounds else len(series.values)
@@ -38,7 +38,7 @@ def has_places(series: Series) -> bool:
 
 
 def draw(row: Row, scale: Scale, title: str, *, relative: bool) -> Figure:
-    """Draw when each page of the last round was touched, and what that took: the dearest of each cell."""
+    """Draw when each page of the last round was touched, and how long that took: the longest touch of each cell."""
     import numpy as np
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
@@ -100,7 +100,7 @@ def draw(row: Row, scale: Scale, title: str, *, relative: bool) -> Figure:
 
 
 def _cells(began: Floats, took: Floats, places: Floats, kinds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a grid, in time and in address: the highest class of the touches under way in each cell, or -1."""
+    """Return a grid over time and address: the highest class of the touches in progress in each cell, or -1."""
     import numpy as np
 
     took = np.maximum(took, 0)
@@ -120,7 +120,7 @@ def _cells(began: Floats, took: Floats, places: Floats, kinds: NDArray[np.int64]
 
 
 def _cell(values: Floats, cells: int, *, begin: float | None = None, end: float | None = None) -> NDArray[np.int64]:
-    """Return in which of so many cells, from ``begin`` to ``end``, each value is."""
+    """Return the cell of each value, of equal cells from ``begin`` to ``end``."""
     import numpy as np
 
     low = float(values.min()) if begin is None else begin

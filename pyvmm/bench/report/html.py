@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as one HTML file that needs nothing else: the host, tables, figures, and the results themselves.
+"""A run as one self-contained HTML file: the host, tables, figures, and the results themselves.
 
-Pure: data to text. Whatever others wrote is escaped, and a policy in the page lets no script run but the page's own.
-The text is ASCII, so that it is the same file in whatever encoding it is written; of the same run it is the same text.
+Pure: data to text. Foreign text is escaped, and a policy in the page allows only the page's own script.
+The text is ASCII, so every encoding gives the same file. The same run gives the same text.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _NAMES: Final = 6
 
 
 def render(run: Run) -> str:
-    """Return the page. Raises BenchError for values that are none, HostError where what it needs is not installed."""
+    """Return the page. Raises BenchError for invalid values, HostError if a needed package is not installed."""
     require()
     made = _Page(run)
     return page(f"{host(run)} - pyvmm bench", style.CSS, style.SCRIPT, made.parts())
@@ -69,7 +69,7 @@ class _Page:
         self._figures = 0
 
     def parts(self) -> Iterable[str]:
-        """Give the page's body, piece by piece."""
+        """Yield the page's body, piece by piece."""
         yield from self._header()
         for number, section in enumerate(self._sections):
             yield from self._section(section, f"case-{number}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper that figures are drawn on: size, colours, and how it becomes a file or a part of a page.
+"""The canvas of figures: size, colours, and how it becomes a file or a part of a page.
 
-Drawn by matplotlib without its global state. The same drawing is written as SVG and PNG, and inlined in a page, where
-its colours are the page's so that they follow light and dark. Colours are those of Okabe and Ito, told apart by
-everyone; lines and marks differ in shape too.
+Uses matplotlib without its global state. The same drawing is written as SVG and PNG, and inlined in a page, where
+it takes the page's light or dark colours. The palette is that of Okabe and Ito, which colour-blind people can
+distinguish; lines and marks differ in shape too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LONGEST: Final = 44
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A figure to be drawn: ``name`` for a file, ``title`` and ``caption`` in words; ``draw`` makes it."""
+    """A figure: ``name`` for a file, ``title`` and ``caption`` as text; ``draw`` makes it."""
 
     name: str
     title: str
@@ -56,9 +56,9 @@ class Plot:
 
 
 def paper(title: str, height: float, *, relative: bool, left: float = 0.85, right: float = 0.3) -> tuple[Figure, Axes]:
-    """Return a figure ``height`` inches high, and axes to draw on; margins to the left and right are in inches.
+    """Return a figure ``height`` inches high, and its axes; margins to the left and right are in inches.
 
-    ``relative`` marks it as from a machine that QEMU's TCG runs.
+    ``relative`` marks it as from a machine under QEMU's TCG.
     """
     from matplotlib.figure import Figure
 
@@ -67,7 +67,7 @@ def paper(title: str, height: float, *, relative: bool, left: float = 0.85, righ
     axes = figure.add_subplot()
     figure.text(0.1 / WIDTH, 1 - 0.12 / height, safe(shortened(title, 88)), va="top", size=11, weight="bold")
     if relative:
-        where = 0.1 / WIDTH, 0.1 / height  # to the left, so that a narrow screen shows it
+        where = 0.1 / WIDTH, 0.1 / height  # on the left, so that a narrow screen shows it
         figure.text(*where, TCG_NOTE, va="bottom", size=8, weight="bold", color=COLOURS[1])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="both", color=LINE, linewidth=0.6)
@@ -86,25 +86,25 @@ def shortened(text: str, width: int = _LONGEST) -> str:
 
 
 def safe(text: str) -> str:
-    """Return text as matplotlib shows it: a label that begins with an underscore would be left out."""
+    """Return text that matplotlib shows: it would leave out a label that begins with an underscore."""
     return f" {text}" if text.startswith("_") else text
 
 
 def key(axes: Axes, **options: Any) -> None:
-    """Say beside a figure what its lines are."""
+    """Add a legend beside a figure."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(handles, labels, frameon=False, fontsize=8, handlelength=2.6, **options)
 
 
 def plain(axes: Axes, which: str) -> None:
-    """Write the numbers on an axis as people do."""
+    """Write the numbers on an axis without exponents."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(lambda value, _: f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}")
 
 
 def plain_log(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic, with numbers on it as people write them."""
+    """Make an axis logarithmic, with numbers without exponents."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     scale = axes.set_xscale if which == "x" else axes.set_yscale
@@ -117,17 +117,17 @@ def plain_log(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-# -- what it becomes
+# -- output
 
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Draw the same everywhere: nothing of the user's own settings, no dates, no random names."""
+    """Draw the same everywhere: ignore the user's settings, and use no dates and no random names."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        # What the font lacks a browser's may have.
+        # A browser's font may have characters that this font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         matplotlib.rcParams.update(
             {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the HTML report is dressed in: the atlas' style, what figures and tables of numbers need, a few lines of script.
+"""The style of the HTML report: the atlas' style, rules for figures and tables of numbers, and a short script.
 
-Without the script everything can still be read; it hands out the data.
+The page can be read without the script, which only offers the data for download.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run for the terminal: a table for each case and metric, a row a point, with all that its values support.
+"""A run for the terminal: a table for each case and metric, a row for each point, with every supported statistic.
 
-Pure; text that others wrote cannot act on the terminal.
+Pure; foreign text cannot control the terminal.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NOTES: Final = {
 
 
 def text(run: Run, look: Look = PLAIN) -> str:
-    """Return all of a run. Raises BenchError for values that are none, HostError without numpy."""
+    """Return the text of a whole run. Raises BenchError for invalid values, HostError without numpy."""
     lines = [host(run)]
     if is_relative(run):
         lines.append(look.paint(f"== {TCG_NOTE} ".ljust(min(look.width, 60), "="), STRIPE))
@@ -65,7 +65,7 @@ def text(run: Run, look: Look = PLAIN) -> str:
 
 
 def interval(row: Row, group: Group) -> str:
-    """Write the median's interval, marked where it is of few rounds."""
+    """Write the median's interval, marked if it is of few rounds."""
     summary = row.summary
     if summary.low is None:
         return "-"
@@ -74,13 +74,13 @@ def interval(row: Row, group: Group) -> str:
 
 
 def ratio(row: Row) -> str:
-    """Write how many times what the series' peer took pyvmm did in the same turn; a dash where that is not known."""
+    """Write the ratio of pyvmm's time to its peer's in the same turn; an unknown ratio is a dash."""
     value = row.series.notes.get(f"ratio to {row.series.point.get('beside')}")
     return number(value) if isinstance(value, int | float) and 0 < value < _RATIOS else "-"
 
 
 def has_ratio(group: Group) -> bool:
-    """Whether any of a group's rows has a ratio."""
+    """Return whether any of a group's rows has a ratio."""
     return any(ratio(row) != "-" for row in group.rows)
 
 
@@ -128,7 +128,7 @@ def _group(group: Group, look: Look, *, relative: bool) -> list[str]:
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Line cells up in columns, the first ``left`` of them to the left; every line is indented."""
+    """Align cells in columns, the first ``left`` of them to the left; every line is indented."""
     widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
     return [
         "    "

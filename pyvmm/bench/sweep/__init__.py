@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweeps: many points named by a file, measured by any ``concurrent.futures.Executor``, kept as they arrive.
+"""Sweeps: a file names many points, any ``concurrent.futures.Executor`` measures them, each result is stored at once.
 
-``plan`` reads the file, ``store`` keeps what is known, ``workers`` are where points are measured, ``run`` brings the
-three together, ``export`` writes results files.
+``plan`` reads the file, ``store`` keeps the results, ``workers`` measure points, ``run`` connects the
+three, ``export`` writes results files.
 """

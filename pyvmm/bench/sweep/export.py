@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a sweep's results as results files, one for each environment that points were measured in. Owns nothing.
+"""Writes a sweep's results to results files, one for each environment of the measured points. Owns nothing.
 
-A results file tells of one environment, and numbers of two do not compare; so a sweep of several machines makes several
-files: FILE itself where there is one, ``FILE`` with ``-1``, ``-2`` and so on before its suffix where there are more.
-Repetitions are series of their own; ``repetition`` in their notes counts them from 1.
+A results file has one environment, since numbers of two cannot be compared. So a sweep on many machines makes many
+files: ``FILE`` itself if there is one, ``FILE`` with ``-1``, ``-2`` and so on before its suffix if there are more.
+Repetitions are separate series; ``repetition`` in their notes counts them from 1.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pyvmm.bench.sweep.store import Store
 
 
 def export(store: Store, plan: Plan, file: str) -> list[str]:
-    """Write what is stored, and return the names of the files. BenchError where one cannot be written.
+    """Write the stored results, and return the names of the files. Raises BenchError if one cannot be written.
 
-    A file of a sweep that is not through has no last line, as one of a run that was cut off.
+    The file of an unfinished sweep has no last line, like that of a run that was cut off.
     """
     environments = store.environments()
     path = Path(file)
@@ -49,7 +49,7 @@ def _lines(store: Store, plan: Plan, number: int, environment: dict[str, Value])
 
 
 def _write(path: Path, lines: Iterator[str]) -> None:
-    """Write a file whole, or leave what there was."""
+    """Write a file completely, or leave the old one."""
     name = ""
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python3 -P -m pyvmm.bench.sweep.inside REQUEST``: measures one point and prints it as a results file.
 
-The other side of ``work.request``: what a sweep runs wherever a point is measured, in the lab too. The status is 0
-when the results are whole, an error's own otherwise, and stderr then says why.
+The other side of ``work.request``: a sweep runs this wherever it measures a point, also in the lab. The status is 0
+if the results are complete. Otherwise it is the error's status, and stderr says why.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Measure = Callable[[str, Point, float], list[Series]]
 
 
 def main(argv: list[str]) -> int:
-    """Measure what the only argument asks for."""
+    """Measure the point in the only argument."""
     asked: dict[str, Any] = json.loads(argv[0])
     if asked["parent"] is not None and not ends_with(asked["parent"]):
         return 1
@@ -59,7 +59,7 @@ def tell(asked: dict[str, Any], environment: Callable[[], Mapping[str, Value]], 
 
 
 def _require_host() -> None:
-    """HostError where no point can be measured, lest all of a sweep's be of this host, and unavailable."""
+    """Raise HostError if this host can measure no point, instead of giving every point as unavailable."""
     if os.uname().machine != "aarch64":
         raise HostError(f"this host is {os.uname().machine}; the benchmark's guests are arm64")
     from pyvmm.kvm.system import System
@@ -68,7 +68,7 @@ def _require_host() -> None:
 
 
 def ends_with(parent: int) -> bool:
-    """Have the kernel kill this process when the one that started it ends; False where it has ended already."""
+    """Have the kernel kill this process when its parent ends; return False if the parent has already ended."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     return os.getppid() == parent
 

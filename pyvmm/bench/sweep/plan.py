@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sweep measures: reads the TOML file that names cases and axes, and multiplies them out. Owns nothing.
+"""The plan of a sweep: reads the TOML file with cases and axes, and makes all combinations. Owns nothing.
 
     case = "fault"
-    repeat = 3                          # optional: every point this often, in turns; 1
-    deadline = 60                       # optional: seconds for each point; the case's own
-    [axes]                              # axes not named stay at their base
+    repeat = 3                          # optional: repetitions of every point; 1
+    deadline = 60                       # optional: seconds for each point; the case's
+    [axes]                              # axes that are not named stay at their base
     protection = ["none", "pkvm"]
     pages = [256, 1024]
-    [lab]                               # optional: the points are measured in labs like this
+    [lab]                               # optional: measure the points in labs like this
     host-kernel = "own"
 
-Several cases are ``[[sweep]]`` tables, each with ``case``, ``repeat``, ``deadline`` and ``axes`` of its own. ``repeat``
-may stand among the axes. Every round of repetitions goes through all points before the next begins, so that whatever
-drifts drifts for all.
+Several cases are ``[[sweep]]`` tables, each with a ``case``, ``repeat``, ``deadline`` and ``axes``. ``repeat``
+may be among the axes. Every round of repetitions goes through all points before the next begins, so that drift
+affects all points alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HEADER: Final = re.compile(r"\s*\[+\s*([^\]]+?)\s*\]+\s*(?:#.*)?$")
 
 
 class Known(Protocol):
-    """What of a case a plan needs; see :class:`pyvmm.bench.case.Case`."""
+    """The parts of a case that a plan needs; see :class:`pyvmm.bench.case.Case`."""
 
     @property
     def axes(self) -> Mapping[str, tuple[Value, ...]]: ...
@@ -47,7 +47,7 @@ class Known(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One point to be measured once: the ``repetition``-th time, counted from 1. ``deadline`` is in seconds."""
+    """One measurement of a point. ``repetition`` counts from 1, ``deadline`` is in seconds."""
 
     number: int
     case: str
@@ -57,13 +57,13 @@ class Task:
 
     @property
     def key(self) -> str:
-        """What tells it from all others, for people too."""
+        """A unique name, legible for people too."""
         return " ".join((self.case, *(f"{axis}={value}" for axis, value in self.point.items()), f"#{self.repetition}"))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole file: what is asked for, and the points that makes, in the order they are measured."""
+    """A whole file: its requests, and the resulting points in the order of measurement."""
 
     file: str
     asked: dict[str, Any]
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def identity(self) -> str:
-        """Two plans with the same one have the same points in the same order. Deadlines may differ."""
+        """Two plans with the same identity have the same points in the same order. Deadlines may differ."""
         text = json.dumps([self.asked, [task.key for task in self.tasks]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -84,7 +84,7 @@ def _nobody(_name: str) -> None:
 
 
 def read(file: str, cases: Mapping[str, Known], brought: Callable[[str], Known | None] = _nobody) -> Plan:
-    """Return the plan in a file; ``brought`` is asked for a case that is none of ``cases``.
+    """Return the plan in a file; ``brought`` looks up a case that is not in ``cases``.
 
     Raises UsageError, with the line, for unknown entries, and for a plan without points.
     """
@@ -98,7 +98,7 @@ def read(file: str, cases: Mapping[str, Known], brought: Callable[[str], Known |
 
 
 def parse(text: str, file: str, cases: Mapping[str, Known], brought: Callable[[str], Known | None] = _nobody) -> Plan:
-    """Return the plan that a file's text makes; raises as :func:`read` does."""
+    """Return the plan of a file's text; raises as :func:`read` does."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -107,7 +107,7 @@ def parse(text: str, file: str, cases: Mapping[str, Known], brought: Callable[[s
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
-    """Say what differs between what two plans ask for."""
+    """Describe the differences between the requests of two plans."""
     ours, theirs = dict(_flat(here)), dict(_flat(there))
     return [
         f"{name}: {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')} here"
@@ -128,7 +128,7 @@ def _flat(data: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 class _Reader:
-    """Knows the file's text, to say where in it something is wrong."""
+    """Parses the file's text, and names the line of an error."""
 
     def __init__(
         self, text: str, file: str, cases: Mapping[str, Known], brought: Callable[[str], Known | None]
@@ -224,7 +224,7 @@ class _Reader:
         try:
             return case.cross(chosen)
         except UsageError as error:
-            for axis, values in chosen.items():  # only the case knows values: ask it which axis it does not like
+            for axis, values in chosen.items():  # only the case can check values: ask it which axis it refuses
                 try:
                     case.cross({axis: values})
                 except UsageError as alone:
@@ -253,14 +253,14 @@ class _Reader:
     def _refuse(
         self, what: str, key: str, number: int | None, table: str | None = None, *, hint: str | None = None
     ) -> NoReturn:
-        """Raise a UsageError that says where: in the ``number``-th [[sweep]] from 0, if it is one of several."""
+        """Raise a UsageError with the place: the ``number``-th [[sweep]] from 0, if there are several."""
         line = self._line(key, number, table)
         where = self._file if line is None else f"{self._file}: line {line}"
         within = "" if number is None or line is not None else f"[[sweep]] number {number + 1}: "
         raise UsageError(f"{where}: {within}{what}", hint=hint)
 
     def _line(self, key: str, number: int | None, table: str | None) -> int | None:
-        """Return the line where a key of a table is set, None where it is set in a way not looked for."""
+        """Return the line where a key of a table is set, or None if it is set in an unsupported form."""
         wanted = ".".join(([] if number is None else ["sweep"]) + ([] if table is None else [table]))
         pattern = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=")
         dotted = re.compile(rf"\s*{re.escape(table or '')}\s*\.\s*[\"']?{re.escape(key)}[\"']?\s*=")

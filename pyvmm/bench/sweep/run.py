@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings a sweep's points, workers and store together: each result is stored as it comes, what is lost tried again.
+"""Connects a sweep's points, workers and store: stores each result as it comes, and retries lost points.
 
-Runs in the main thread; owns nothing but the queue in which results and signals arrive.
+Runs in the main thread. Owns only the queue of results and signals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Show = Callable[[Counts, float | None], None]
 
 
 class Sweep:
-    """One go at a sweep: from what is waiting in the store to nothing more, or to a signal."""
+    """One run of a sweep: it measures the waiting points of the store until none is left, or until a signal."""
 
     def __init__(self, store: Store, workers: Workers, show: Show) -> None:
         self._store = store
@@ -45,9 +45,9 @@ class Sweep:
         self._events.put(number)
 
     def run(self) -> int | None:
-        """Measure what is waiting; returns the number of the signal that ended it, None when nothing is left.
+        """Measure the waiting points. Returns the number of the signal that ended the run, None if no point is left.
 
-        Raises PyvmmError where going on makes no sense, as with a full disk. What was stored by then is whole.
+        Raises PyvmmError if it cannot continue, for example with a full disk. The results stored by then are complete.
         """
         waiting = deque(self._store.waiting())
         begun = time.monotonic()
@@ -74,7 +74,7 @@ class Sweep:
         future.add_done_callback(self._events.put)
 
     def _settle(self, task: Task, future: Future[Answer]) -> bool:
-        """Store what came of a point; False where it is to be tried again."""
+        """Store the result of a point; return False if the point must be tried again."""
         try:
             answer = future.result()
         except (Exception, CancelledError) as raised:

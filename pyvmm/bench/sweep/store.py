@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps a sweep's points and results in an SQLite database, each as it arrives; a kill loses what was not stored yet.
+"""Keeps a sweep's points and results in an SQLite database. Each result is stored when it arrives, so a kill loses few.
 
-Owns the database's file and a lock on it: of two processes with the same one, the second is refused. One thread.
+Owns the database's file and a lock on it: a second process with the same file is refused. Use it in one thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BEGIN_ANEW: Final = "--database FILE keeps this sweep elsewhere; --restart forg
 
 
 class Counts(NamedTuple):
-    """How many points there are, and how far they are."""
+    """The numbers of points by state."""
 
     total: int
     done: int
@@ -58,9 +58,9 @@ class Counts(NamedTuple):
 class Store:
     """A sweep's database, as a context manager.
 
-    Raises BenchError where ``path`` is in use, is of another plan, format or pyvmm (saying what differs), is no
-    sweep's at all, or cannot be written. ``restart`` forgets what is in it, unless it is no sweep's. One in which
-    nothing was measured yet becomes this plan's.
+    Raises BenchError if ``path`` is in use, belongs to another plan, format or pyvmm (with the difference), is not a
+    sweep's database, or cannot be written. ``restart`` discards the contents of a sweep's database. A database in which
+    nothing was measured yet is taken over for this plan.
     """
 
     def __init__(self, path: str, plan: Plan, *, restart: bool = False) -> None:
@@ -89,7 +89,7 @@ class Store:
         os.close(self._lock)  # last: closing a descriptor of its file would take the database's own locks
 
     def waiting(self) -> list[Task]:
-        """Return what is still to be measured, in order."""
+        """Return the points still to be measured, in order."""
         with self._told():
             rows = self._db.execute("SELECT number FROM points WHERE state = ? ORDER BY number", (WAITING,))
             return [self._plan.tasks[number] for (number,) in rows]
@@ -107,7 +107,7 @@ class Store:
             return [(self._plan.tasks[number], reason) for number, reason in rows]
 
     def done(self, task: Task, answer: Answer) -> None:
-        """Keep what was measured, all of it or nothing."""
+        """Store the results of a point, all or nothing."""
         text = json.dumps(answer.environment, sort_keys=True)
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO environments (data) VALUES (?)", (text,))
@@ -123,26 +123,26 @@ class Store:
             )
 
     def lost(self, task: Task, reason: str) -> None:
-        """Note that a point has cost its worker; it is still to be measured."""
+        """Record that a point lost its worker; it must still be measured."""
         self._tried(task, WAITING, reason)
 
     def fail(self, task: Task, reason: str) -> None:
-        """Note that a point cannot be measured."""
+        """Record that a point cannot be measured."""
         self._tried(task, FAILED, reason)
 
     def retry_failed(self) -> None:
-        """Have the points that failed measured again."""
+        """Mark the failed points as waiting again."""
         with self._transaction():
             self._db.execute("UPDATE points SET state = ? WHERE state = ?", (WAITING, FAILED))
 
     def environments(self) -> list[tuple[int, dict[str, Value]]]:
-        """Return where points were measured, by number."""
+        """Return the environments of the measured points, by number."""
         with self._told():
             rows = self._db.execute("SELECT id, data FROM environments ORDER BY id").fetchall()
         return [(number, json.loads(data)) for number, data in rows]
 
     def results(self, environment: int) -> Iterator[tuple[Task, Series]]:
-        """Yield what was measured in one environment, in the order of the plan."""
+        """Yield the results of one environment, in the order of the plan."""
         with self._told():
             rows = self._db.execute(
                 "SELECT number, data FROM points JOIN series ON point = number WHERE environment = ? "
@@ -153,7 +153,7 @@ class Store:
                 yield self._plan.tasks[number], Series.from_json(json.loads(data))
 
     def seconds(self, environment: int) -> float:
-        """Return how long the measuring in one environment took, all points together."""
+        """Return the seconds that all measurements in one environment took together."""
         with self._told():
             rows = self._db.execute("SELECT sum(ended - started) FROM points WHERE environment = ?", (environment,))
             return float(rows.fetchone()[0] or 0.0)
@@ -168,7 +168,7 @@ class Store:
     # -- the file
 
     def _locked(self) -> int:
-        """Return a descriptor that holds the lock; the kernel frees it however this process ends."""
+        """Return a descriptor that holds the lock. The kernel releases the lock however this process ends."""
         try:
             lock = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -202,7 +202,7 @@ class Store:
             identity, asked, version = rows.fetchone()
             is_untouched = not self._db.execute("SELECT 1 FROM points WHERE tries > 0").fetchone()
         if is_untouched and (identity, version) != (self._plan.identity, __version__):
-            self._create()  # there is nothing in it to be mixed with other results
+            self._create()  # it has no results that could be mixed with others
             return
         if version != __version__:
             self._refuse(f"it was measured with pyvmm {version}, this is {__version__}")
@@ -242,13 +242,13 @@ class Store:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # where SQLite has not done it itself
+                if self._db.in_transaction:  # if SQLite has not rolled back itself
                     self._db.execute("ROLLBACK")
                 raise
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Turn SQLite's errors into ours."""
+        """Turn SQLite's errors into BenchError."""
         try:
             yield
         except sqlite3.Error as error:

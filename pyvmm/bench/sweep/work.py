@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure one point in a separate process: what an executor's worker is given to do, here or on another machine.
+"""Measure one point in a separate process. An executor's worker calls this, here or on another machine.
 
-Owns the processes it runs, which end when this one does. Any thread; on one machine one point at a time is measured,
-lest two of them measure each other, but that is for whoever owns the executor to see to.
+Owns the processes it runs, which end when this one does. Can be used from any thread. The owner of the executor must
+have one machine measure one point at a time, since two would disturb each other.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ INSIDE: Final = ("-P", "-m", "pyvmm.bench.sweep.inside")
 
 
 class LostError(BenchError):
-    """A point's worker was lost, or its process killed: another try may bring a result."""
+    """A point's worker was lost, or its process was killed. Another try may give a result."""
 
 
 class PointError(BenchError):
-    """A point cannot be measured: another try would not bring more."""
+    """A point cannot be measured. Another try would fail too."""
 
 
 class MismatchError(BenchError):
-    """A worker that must not measure for this sweep: it is another version, or would measure two points at once."""
+    """A worker must not measure for this sweep: it has another version, or would measure two points at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker must know of one point. ``sweep`` names the sweep, ``deadline`` is in seconds.
+    """The input of a worker for one point. ``sweep`` names the sweep, ``deadline`` is in seconds.
 
     ``python`` replaces the interpreter and what it runs; the request is its last argument.
     """
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a point brought: its series as plain values, where, when (seconds since 1970), and in what environment."""
+    """The result of a point: its series as plain values, the worker, the time (seconds since 1970), the environment."""
 
     environment: dict[str, Value]
     series: tuple[dict[str, Any], ...]
@@ -85,7 +85,7 @@ def request(job: Job, *, parent: int | None = None) -> str:
 def measure(job: Job, worker: str = "") -> Answer:
     """Measure a point on this machine.
 
-    Raises LostError where its process was killed, PointError where it failed, HostError where every point would fail
+    Raises LostError if its process was killed, PointError if it failed, HostError if every point would fail
     here, MismatchError for another pyvmm's job.
     """
     check_version(job.version)
@@ -100,7 +100,7 @@ def measure(job: Job, worker: str = "") -> Answer:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # a ^C at the terminal is for the sweep, which then ends this
+            start_new_session=True,  # a ^C at the terminal is for the sweep, which then ends this process
         )
         _running[process] = job.sweep
     try:
@@ -119,7 +119,7 @@ def measure(job: Job, worker: str = "") -> Answer:
 
 
 def answer(status: int, stdout: bytes, stderr: bytes, worker: str, started: float) -> Answer:
-    """Return what a process answered that ended with ``status``, 128 + N for signal N; raises as :func:`measure`."""
+    """Return the answer of a process that ended with ``status``, 128 + N for signal N; raises as :func:`measure`."""
     said = stderr[-LAST_WORDS:].decode(errors="replace").strip()
     words = f"; it said: {said}" if said else ""
     if status > 128:
@@ -143,7 +143,7 @@ def answer(status: int, stdout: bytes, stderr: bytes, worker: str, started: floa
 
 
 def check_version(version: str) -> None:
-    """MismatchError where a sweep is of another pyvmm than this one."""
+    """Raise MismatchError if a sweep belongs to another pyvmm than this one."""
     if version != __version__:
         raise MismatchError(
             f"{socket.gethostname()} has pyvmm {__version__}, the sweep is of {version}",
@@ -152,7 +152,7 @@ def check_version(version: str) -> None:
 
 
 def cancel(sweep: str) -> None:
-    """End what is measured here for a sweep, and measure nothing more for it."""
+    """End the measurements of a sweep here, and measure nothing more for it."""
     with _guard:
         _cancelled.add(sweep)
         doomed: Sequence[subprocess.Popen[bytes]] = [each for each, whose in _running.items() if whose == sweep]

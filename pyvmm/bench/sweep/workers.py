@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a sweep's points are measured: on this machine, in labs, or by a fleet; each a ``concurrent.futures.Executor``.
+"""The workers of a sweep: this machine, labs, or a fleet. Each kind is a ``concurrent.futures.Executor``.
 
-A set of workers owns its executor and whatever that needs: processes, labs, a connection. ``stop`` ends all of it, what
-is being measured included; the owner calls it, in the thread that made the workers.
+A set of workers owns its executor and its processes, labs or connection. ``stop`` ends all of it, including current
+measurements. The owner calls it in the thread that made the workers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONNECT_SECONDS: Final = 15.0
 
 
 class Workers(ABC):
-    """An executor and what its workers do with a point. ``window`` points are submitted at a time, None for all."""
+    """An executor and how its workers measure a point. ``window`` points are submitted at a time, None for all."""
 
     window: int | None
 
@@ -52,18 +52,18 @@ class Workers(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """Says who measures, now."""
+        """A description of the present workers."""
 
     @abstractmethod
     def submit(self, task: Task) -> Future[Answer]:
-        """Have a point measured."""
+        """Submit a point for measurement."""
 
     @abstractmethod
     def stop(self) -> None:
         """End everything, at once. May be called again."""
 
     def judge(self, error: BaseException) -> PyvmmError:
-        """Return LostError to try a point again, PointError to give it up; any other error ends the sweep."""
+        """Classify an error: LostError tries the point again, PointError gives it up, others end the sweep."""
         if isinstance(error, PyvmmError):
             return error
         return BenchError(f"{type(error).__name__}: {error}")
@@ -80,7 +80,7 @@ class Here(Workers):
     def __init__(self, python: tuple[str, ...] = ()) -> None:
         super().__init__()
         self._python = python
-        # A thread waits for the process that measures: a process may fork, which one with threads had better not.
+        # A thread waits for the measuring process. That one has no threads of pyvmm, since it may fork.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="pyvmm-sweep")
 
     @property
@@ -96,7 +96,7 @@ class Here(Workers):
 
 
 class Labs(Workers):
-    """Several labs at once. A lab is booted at its first point, and again at the next after it was lost."""
+    """Several labs at once. A lab boots at its first point, and again at the next point after it was lost."""
 
     def __init__(self, count: int, make: Callable[[], Lab], python: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Labs(Workers):
 
     @property
     def pids(self) -> list[int]:
-        """The QEMU processes of the labs that run."""
+        """The ids of the QEMU processes of running labs."""
         with self._guard:
             return [lab.pid for lab in self._labs]
 
@@ -145,7 +145,7 @@ class Labs(Workers):
         return work.answer(done.status, done.stdout, done.stderr, name, started)
 
     def _lab(self) -> Lab:
-        """Return this thread's lab. LabError where it does not boot: none of the others would."""
+        """Return this thread's lab. Raises LabError if it does not boot: the others would not boot either."""
         lab: Lab | None = getattr(self._own, "lab", None)
         if lab is not None:
             return lab
@@ -167,10 +167,10 @@ class Labs(Workers):
 
 
 class Fleet(Workers):
-    """The workers of a dask.distributed scheduler at ``address``, as they come and go.
+    """The workers of a dask.distributed scheduler at ``address``; they may join and leave.
 
-    The scheduler gives the point of a lost worker to another one; where it loses several with the same point, it gives
-    that up (its setting ``distributed.scheduler.allowed-failures``).
+    The scheduler gives the point of a lost worker to another one. If it loses several with the same point, it gives
+    the point up (its setting ``distributed.scheduler.allowed-failures``).
     """
 
     window = None
@@ -185,14 +185,14 @@ class Fleet(Workers):
         except BaseException:
             self._client.close()
             raise
-        # Not pure: the same point may be asked for again. No retries: what fails, and not is lost, fails again.
+        # Not pure: the same point may be submitted again. No retries: a point that fails, and is not lost, fails again.
         self._executor = self._client.get_executor(pure=False, retries=0)
 
     @property
     def title(self) -> str:
         try:
             count = len(self._client.nthreads())
-        except Exception:  # a scheduler that is gone: its points' futures tell
+        except Exception:  # the scheduler is gone: the futures of its points report that
             return self._address
         return f"{count} worker{'s' if count != 1 else ''} of {self._address}"
 
@@ -202,7 +202,7 @@ class Fleet(Workers):
 
     def stop(self) -> None:
         self._executor.shutdown(wait=False)
-        with contextlib.suppress(Exception):  # workers that cannot be told end with their points' deadlines
+        with contextlib.suppress(Exception):  # workers that cannot be reached end at their points' deadlines
             self._client.run(work.cancel, self._sweep)
         self._client.close()
 
@@ -219,13 +219,13 @@ class Fleet(Workers):
         return self._unfit(error)
 
     def _check(self) -> None:
-        """MismatchError where a machine is not fit; workers that come later are looked at with their first point."""
+        """Raise MismatchError if a machine is unfit. Workers that join later are checked with their first point."""
         try:
-            self._client.run_on_scheduler(work.check_version, __version__)  # it unpacks what is sent to workers
+            self._client.run_on_scheduler(work.check_version, __version__)  # it unpacks the data for workers
             self._client.run(check_worker, __version__)
         except MismatchError:
             raise
-        except Exception as error:  # whatever a machine without pyvmm makes of it
+        except Exception as error:  # a machine without pyvmm may raise anything
             raise self._unfit(error) from None
 
     def _unfit(self, error: BaseException) -> BenchError:
@@ -244,9 +244,9 @@ def measure_for_fleet(job: Job) -> Answer:
 
 
 def check_worker(version: str, dask_worker: Any = None) -> None:
-    """MismatchError where a worker must not measure for a sweep of pyvmm ``version``.
+    """Raise MismatchError if a worker must not measure for a sweep of pyvmm ``version``.
 
-    ``dask_worker`` is what ``Client.run`` gives to a parameter of that name; in a task, the worker is asked for.
+    ``Client.run`` fills in ``dask_worker``. A task looks its worker up.
     """
     work.check_version(version)
     if dask_worker is None:
@@ -261,7 +261,7 @@ def check_worker(version: str, dask_worker: Any = None) -> None:
 
 
 def _connect(address: str) -> Any:
-    """Return a client of a scheduler, whose methods have no types."""
+    """Return a client of a scheduler; its methods have no types."""
     try:
         import distributed
     except ImportError as error:

@@ -49,12 +49,12 @@ class BuildError(Exception):
 
 
 def names() -> list[str]:
-    """List the payloads there are sources for, sorted."""
+    """List the payloads that have sources, sorted."""
     return sorted(path.stem for path in (HERE / "payloads").glob("*.c"))
 
 
 def sources() -> list[Path]:
-    """List every file a payload's bytes depend on, sorted, this one among them for its options."""
+    """List every file that a payload's bytes depend on, sorted, including this one for its options."""
     patterns = ("*.S", "*.ld", "build.py", "lib/*.[ch]", "payloads/*.c")
     return sorted(path for pattern in patterns for path in HERE.glob(pattern))
 
@@ -79,7 +79,7 @@ def find_compiler() -> str:
 
 
 def compiler_version(compiler: str) -> str:
-    """Return what tells one compiler from another: the version line of gcc and of its linker."""
+    """Return what identifies a compiler: the version line of gcc and of its linker."""
     first = [_run(program, "--version").splitlines()[0] for program in (compiler, _tool(compiler, "ld"))]
     return "; ".join(line[line.index("(") :] if "(" in line else line for line in first)
 
@@ -142,7 +142,7 @@ def _run(program: str, *arguments: str | Path) -> str:
 
 
 def main() -> int:
-    """Build everything and print a line a payload."""
+    """Build everything and print a line for each payload."""
     parser = argparse.ArgumentParser(description="Build the bare-metal arm64 payloads.")
     parser.add_argument("--out", type=Path, default=OUT, help="directory for NAME.bin and the manifest")
     parser.add_argument("--cc", help="an arm64 gcc; found if not said")

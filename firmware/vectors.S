@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Exception vectors. Every one of the 16 ends in trap() (lib/trap.c), which says what becomes of the vCPU; it runs on a
+ * Exception vectors. Each of the 16 ends in trap() (lib/trap.c), which decides how the vCPU continues; it runs on a
  * separate stack, so that a bad stack pointer is reported as well. Nothing of the interrupted code is kept: it either
  * stops here, or goes on at guarded()'s return, or (TRAP_RETURN) as if the code it had called had returned.
  */

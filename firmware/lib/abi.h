@@ -1,24 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What a payload and pyvmm say to each other. Bases come from the device tree; only offsets are fixed here.
+/* The interface of payloads and pyvmm. Bases come from the device tree; only offsets are fixed here.
  * Assembler includes this too: plain #defines only. Python reads these lines as they are (pyvmm/abi.py has the
  * same numbers and a test compares). */
 #ifndef PYVMM_ABI_H
 #define PYVMM_ABI_H
 
 /* pyvmm,mailbox: reg covers one page per vCPU; a vCPU uses page number MPIDR.Aff0. Registers are 64 bits wide. */
-#define MAILBOX_OP          0x000 /* RO: bits 31:0 the next order, 63:32 how many arguments; the load completes when there is one */
+#define MAILBOX_OP          0x000 /* RO: bits 31:0 the next order, 63:32 how many arguments; the load waits for one */
 #define MAILBOX_ARG(n)      (0x008 + 8 * (n)) /* RO: n = 0..6; those beyond the number are 0, and need not be loaded */
 #define MAILBOX_RESULT(n)   (0x040 + 8 * (n)) /* WO: n = 0..6; 0 until stored, anew for each order */
 #define MAILBOX_DONE        0x078 /* WO: status of the order: STATUS_* */
 #define MAILBOX_TRAP(n)     (0x080 + 8 * (n)) /* WO: 0 vector, 1 ESR, 2 FAR, 3 ELR, 4 SPSR, 5 SP, 6 LR, 7 vCPU */
-#define MAILBOX_TRAP_BELL   0x0c0 /* WO: the trap registers are complete; the vCPU does not go on */
+#define MAILBOX_TRAP_BELL   0x0c0 /* WO: the trap registers are complete; the vCPU stops */
 #define MAILBOX_NOTE(n)     (0x0c8 + 8 * (n)) /* WO: n = 0..3; 0 results gpa, 1 results bytes, 2 count, 3 exit code */
 #define MAILBOX_ARGS_SHIFT  32
 #define NOTE_EXIT_CODE      3
 
 /* How an order ended. */
 #define STATUS_OK       0
-#define STATUS_TRAPPED  1 /* the TRAP registers say how; results are what was reached */
+#define STATUS_TRAPPED  1 /* the TRAP registers describe the trap; results say how far the order got */
 #define STATUS_UNKNOWN  2 /* no such order */
 
 /* Orders of the puppet. Arguments in ARG, answers in RESULT. */
@@ -44,14 +44,14 @@
 
 #define OP_SERIES     20 /* SERIES_* what, gpa, count, stride (bytes), value, gpa of a u32 each or 0 -> last status, done, total ticks */
 
-/* What a touch leaves of each page, by page number: two u32, its ticks and how many were touched before it. */
+/* The record of each touched page, by page number: two u32, its ticks and how many were touched before it. */
 #define TOUCHED_SIZE    8
 
-/* What is done over and over, each time timed by itself; a hypervisor call or a share that fails is the last. */
-#define SERIES_NOTHING  0 /* the clock read twice: what timing costs */
+/* Repeated operations, each timed separately; a hypervisor call or a share that fails is the last. */
+#define SERIES_NOTHING  0 /* the clock read twice: the cost of timing */
 #define SERIES_LOAD     1 /* of 64 bits */
 #define SERIES_STORE    2 /* of 64 bits: value */
-#define SERIES_HVC      3 /* x0 = value; its status is not looked at */
+#define SERIES_HVC      3 /* x0 = value; its status is ignored */
 #define SERIES_SHARE    4 /* of a page, by the hypervisor's call alone */
 #define SERIES_UNSHARE  5
 
@@ -59,11 +59,11 @@
 #define ACCESS_WRITE    1
 #define ACCESS_EXECUTE  2
 
-/* How a share is said: bits. */
+/* How a share is made: bits. */
 #define SHARE_HVC       1 /* call the hypervisor where it offers the call */
 #define SHARE_BELL      2 /* ring the share doorbell */
 
-/* pyvmm,share-doorbell: one 64-bit register. A store says gpa | op; a load gives the status of this vCPU's last ring
+/* pyvmm,share-doorbell: one 64-bit register. A store takes gpa | op; a load gives the status of this vCPU's last ring
  * (0, or an SMCCC error sign-extended). A share is announced after the hypervisor call, an unshare before it. */
 #define BELL            0x000
 #define BELL_SHARE      1

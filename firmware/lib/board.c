@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* What the machine is: the device tree read once, free memory, this vCPU's mailbox. Owns `board`. */
+/* The machine: the device tree, read once, free memory, this vCPU's mailbox. Owns `board`. */
 #include "lib.h"
 
 #define FDT_BEGIN 1
@@ -29,7 +29,7 @@ struct node {
     u32 reg_size, address_cells, size_cells;
 };
 
-/* A node is complete: take from it what is ours. Of a compatible list, the first and most specific string counts. */
+/* A node is complete: take its known properties. Of a compatible list, the first and most specific string counts. */
 static void take(const struct node *node, const struct node *parent)
 {
     if (!node->reg || node->reg_size < 4 * (parent->address_cells + parent->size_cells))
@@ -131,7 +131,7 @@ void note(u64 index, u64 value)
         mmio_write64(mailbox() + MAILBOX_NOTE(index), value);
 }
 
-/* What a payload of one vCPU need not say. */
+/* The default for payloads with one vCPU. */
 __attribute__((weak)) void secondary(void)
 {
 }

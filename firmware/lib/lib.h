@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What every payload can use. Everything here may be called on any vCPU; print() and page_alloc() lock. No floating
+ * The library of all payloads. Everything here may be called on any vCPU; print() and page_alloc() lock. No floating
  * point, no libc, no recursion: a stack is STACK_SIZE.
  */
 #ifndef PYVMM_LIB_H
@@ -20,7 +20,7 @@
 #define CPU_EXECUTING 16
 #define CPU_TRAPPING 24
 
-/* What trap() answers when it returns. */
+/* Results of trap(). */
 #define TRAP_RETURN 0  /* as if the called code had returned */
 #define TRAP_RECOVER 1 /* end guarded()'s function */
 
@@ -50,7 +50,7 @@ static inline struct cpu *this_cpu(void)
     return cpu;
 }
 
-/* What the device tree says; 0 for a device that is not there. */
+/* The contents of the device tree; 0 for a missing device. */
 struct board {
     u64 fdt, fdt_size;
     u64 memory, memory_size;

@@ -52,7 +52,7 @@ void touch(struct touch *t)
     while (t->pages > 1ul << bits)
         bits++;
     for (u64 i = 0; i < t->pages && t->each; i++)
-        t->each[i].ticks = 0; /* its own faults come before the ones to measure */
+        t->each[i].ticks = 0; /* faults of this array come before the measured ones */
     for (u64 i = 0; i < 1ul << bits; i++) {
         u64 n = t->seed ? permute(i, bits, t->seed) : i;
         if (n >= t->pages)

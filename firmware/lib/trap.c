@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* What becomes of an exception: reported, then recovered from or the end of the vCPU. Called by vectors.S only. */
+/* Handle an exception: report it, then recover or stop the vCPU. Called only by vectors.S. */
 #include "lib.h"
 
 _Static_assert(sizeof(struct cpu) == 1 << CPU_SHIFT, "the assembler's idea of struct cpu");

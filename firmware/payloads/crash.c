@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * Misbehaves, one way at a time: way=WAY in the boot arguments. `ways` below is the list; the ones that end in a
- * trap report it through the vectors, the others show what the VMM makes of them and power off.
+ * trap report it through the vectors, the others show how the VMM handles them and power off.
  *
  *   undefined       executes an undefined instruction (the default)
  *   unmapped        loads from an address that no translation maps
  *   jump            branches to such an address
- *   loop            computes for ever, without an exit
+ *   loop            computes forever, without an exit
  *   wait            waits for an interrupt that never comes
  *   noslot          loads from the first byte after memory, where no memslot is
  *   sea             the same with a pair load, which KVM cannot decode: a protected guest gets an external abort
  *   share-twice     shares one page twice            share-outside    shares a page outside memory
  *   bell-private    announces a page never shared    bell-misaligned  announces an unaligned address
  *   bell-huge       announces an address beyond every address space
- *   flood           writes bytes=N to the UART (default 64 KiB) and never looks whether there is room
+ *   flood           writes bytes=N to the UART (default 64 KiB) and never checks for room
  *   reset           PSCI SYSTEM_RESET                status           ends with exit code code=N (default 1)
  */
 #include "../lib/lib.h"
@@ -41,7 +41,7 @@ int main(void)
     u64 after = board.memory + board.memory_size, page = page_alloc(1), a, b;
     size_t n = argument("way", &way);
 
-    mmio_write64(page, 0); /* mine now: a protected guest owns what it has touched */
+    mmio_write64(page, 0); /* now private: a protected guest owns the pages it touched */
     print("crash: %s\n", n ? board.bootargs : "way=undefined");
     if (!n || argument_is("way", "undefined"))
         __asm__ volatile("udf #1");

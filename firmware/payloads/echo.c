@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The story of a share, on every vCPU: the device refuses a private page; shares one, is answered through it; takes
- * the page back, and the device has let go. One vCPU at a time has the device; what each saw is printed at the end in
- * vCPU order, so the output depends on nothing but the number of vCPUs. Parameters: rounds=N requests (default 3).
+ * The story of a share, on every vCPU. The device refuses a private page. The vCPU shares one, and is answered through
+ * it. Then it takes the page back, and checks that the device released it. One vCPU at a time has the device. All print
+ * what they saw at the end in vCPU order, so the output depends only on the number of vCPUs.
+ * Parameters: rounds=N requests (default 3).
  */
 #include "../lib/lib.h"
 

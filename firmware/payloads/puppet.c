@@ -100,7 +100,7 @@ static void series(struct order *o)
 {
     u32 *each = (u32 *)o->arg[5];
     for (u64 i = 0; i < o->arg[2] && each; i++)
-        each[i] = 0; /* its own faults come before what is measured */
+        each[i] = 0; /* faults of this array come before the measurement */
     for (u64 i = 0; i < o->arg[2] && !o->result[0]; i++) {
         u64 start = ticks(), spent;
         o->result[0] = (u64)series_one(o->arg[0], o->arg[1] + i * o->arg[3], o->arg[4]);
@@ -231,7 +231,7 @@ void secondary(void)
     struct order o;
 
     for (;;) {
-        /* Each register is an exit: only those are touched that say something. */
+        /* Each register access is an exit: access only those with a value. */
         u64 order = mmio_read64(box + MAILBOX_OP);
         memset(&o, 0, sizeof o);
         o.op = (u32)order;

@@ -33,7 +33,7 @@ all averages out. Told apart, so that what misses the bar for that reason hides 
 
 
 def measure(file: Path, *words: str) -> Run:
-    """Measure in a lab of its own."""
+    """Measure in a separate lab."""
     command = [sys.executable, "-m", "pyvmm", "--lab", "--lab-icount", *words, "--json", str(file)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return read(str(file))

@@ -146,7 +146,7 @@ def instructions(side: Side, environment: Mapping[str, str], processes: Trace, e
 
 @contextlib.contextmanager
 def sides() -> Iterator[tuple[dict[str, Side], dict[str, str]]]:
-    """Install pyvmm in a folder of its own and yield what is measured, and in which environment."""
+    """Install pyvmm in a separate folder; yield the command to measure, and its environment."""
     from pyvmm.bench import linux, transfers
 
     with transfers.host() as host, linux.files("own:") as guest:

@@ -109,6 +109,6 @@ class Driver(PlainGuest):
             self.line.status = 0  # acknowledge before reading the rings
             if condition():
                 return
-            assert time.monotonic() < end, f"it has not come true within {timeout:g} s"
+            assert time.monotonic() < end, f"the condition was not true within {timeout:g} s"
             if select.select([self.interrupts], [], [], 0.02)[0]:
                 os.eventfd_read(self.interrupts)

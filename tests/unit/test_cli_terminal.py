@@ -35,7 +35,7 @@ def terminal() -> Iterator[tuple[int, int]]:
 
 
 def read_within(fd: int, seconds: float = 5.0) -> bytes:
-    assert select.select([fd], [], [], seconds)[0], "nothing came"
+    assert select.select([fd], [], [], seconds)[0], "no input arrived"
     return os.read(fd, 100)
 
 

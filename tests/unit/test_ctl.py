@@ -236,7 +236,7 @@ def test_a_run_between_two_machines_answers_and_remembers_a_stop(stub: Any, runt
         assert requests.asked
         with requests.about(stub):
             stub.paused = False
-            assert connection.ask("pause") == {"state": "paused"}, "the next machine is not paused yet"
+            assert connection.ask("pause") == {"state": "paused"}, "the next machine must still pause on order"
 
 
 def test_a_kick_types_the_whole_line_or_nothing(stub: Any) -> None:

@@ -241,7 +241,7 @@ def resets_in_the_middle(driver: Driver) -> None:
             driver.offer((DATA, 2048), (DATA, 2048))
         driver.board.store(Register.STATUS, 0)
         before = driver.guest.contents
-        assert driver.guest.contents == before, "it was still at it after its reset"
+        assert driver.guest.contents == before, "the device still wrote to memory after its reset"
         driver.restart()
 
 

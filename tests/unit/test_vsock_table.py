@@ -257,7 +257,7 @@ def test_a_guest_whose_close_times_out_loses_no_byte(peer: Peer, host: socket.so
     peer.send(OP_RST, 1000, 5)  # Linux does so after VSOCK_CLOSE_TIMEOUT, 8 s
     peer.got.clear()
     assert rest(host, peer) == sent
-    assert peer.got == [], "the guest knows nothing of it any more"
+    assert peer.got == [], "the guest got a packet for a connection it has closed"
     assert not peer.watched
     assert len(peer.table) == 0
 
@@ -313,7 +313,7 @@ def test_ports_are_free_while_bytes_still_wait_and_waiting_connections_are_bound
             peer.send(OP_RST, 1000, 5)
         assert len(peer.table) == MOST_STREAMS
         peer.send(OP_REQUEST, 1000, 6)
-        assert peer.ops() == [OP_RST], "nobody listens there"
+        assert peer.ops() == [OP_RST], "a port without a listener must get a reset"
         assert peer.table.closed == 0
         peer.send(OP_REQUEST, 1000, 5)
         assert peer.ops() == [OP_RESPONSE]
@@ -326,7 +326,7 @@ def test_ports_are_free_while_bytes_still_wait_and_waiting_connections_are_bound
         assert len(peer.table) == MOST_STREAMS
         for end in ends:
             end.settimeout(5)
-        assert rest(ends[0], peer) < sent, "it has waited longest"
+        assert rest(ends[0], peer) < sent, "the connection that waited longest must be dropped"
         assert [rest(end, peer) for end in ends[1:]] == [sent] * (MOST_STREAMS - 1)
 
 

@@ -46,7 +46,9 @@ def interrupt_controller(vm: Vm) -> None:
     gic.set_attr(arm64.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, c_uint32(128))
     gic.set_attr(arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_DIST, c_uint64(0x0800_0000))
     gic.set_attr(arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_REDIST, c_uint64(0x080A_0000))
-    with pytest.raises(KvmError, match=r"ARM_VGIC_V3=\d+, group=0, attr=0x2, value=0x800_0000\): EEXIST: it is set"):
+    with pytest.raises(
+        KvmError, match=r"ARM_VGIC_V3=\d+, group=0, attr=0x2, value=0x800_0000\): EEXIST: it is already set"
+    ):
         gic.set_attr(arm64.KVM_DEV_ARM_VGIC_GRP_ADDR, arm64.KVM_VGIC_V3_ADDR_TYPE_DIST, c_uint64(0x0800_0000))
     gic.set_attr(arm64.KVM_DEV_ARM_VGIC_GRP_CTRL, arm64.KVM_DEV_ARM_VGIC_CTRL_INIT)
     irqs = c_uint32()

@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="examples:\n"
         "  pyvmm --lab atlas                                    everything, in the lab\n"
         "  pyvmm --lab atlas ownership                          one group\n"
-        "  pyvmm --lab atlas share/contents-are-kept            one claim, with its evidence\n"
+        "  pyvmm --lab atlas a-second-share-is-refused          one claim, with its evidence\n"
         "  pyvmm --lab --host-kernel stable atlas --json old.json\n"
         "  pyvmm atlas diff old.json new.json\n"
         "exit status: 0 every experiment came to a verdict, 1 one crashed; of diff: 0 the same, 1 not",

@@ -228,3 +228,12 @@ def test_diff_needs_two_files(names: list[str], capsys: pytest.CaptureFixture[st
     status, _, err = said(capsys, "diff", *names)
     assert status == 2
     assert "diff compares two" in err
+
+
+def test_the_examples_in_the_help_name_claims_and_groups_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["atlas", "--help"]) == 0
+    lines = [line.split("   ")[0].split() for line in capsys.readouterr().out.splitlines() if "--lab atlas" in line]
+    named = [words[3] for words in lines if len(words) > 3 and not words[3].startswith("-")]
+    assert len(named) >= 2
+    for name in named:
+        assert cli.main(["atlas", "--list", name]) == 0

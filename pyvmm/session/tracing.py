@@ -34,9 +34,8 @@ def tracing_of(args: argparse.Namespace) -> Tracing | None:
 class Tracing:
     """The trace of one run; a context manager, entered before the machine is built and left after it is closed.
 
-    ``path`` is the file. ``faults`` and ``el2`` add the kernel's fault and hypervisor events, where available. Used by
-    a
-    :class:`~pyvmm.session.watch.Watch`.
+    ``path`` is the file. ``faults`` and ``el2`` add the kernel's fault and hypervisor events, where available.
+    Used by a :class:`~pyvmm.session.watch.Watch`.
     """
 
     def __init__(self, path: str, *, faults: bool = False, el2: bool = False) -> None:

@@ -85,7 +85,7 @@ def dry_run(args: argparse.Namespace) -> int:
 
 
 def _planned_gic() -> int:
-    """Return the version of this host's interrupt controller; 3, as pKVM hosts have, where there is none to ask."""
+    """Return the version of this host's interrupt controller, or 3 (that of pKVM hosts) if KVM cannot be asked."""
     if os.uname().machine != "aarch64":
         return 3
     from pyvmm.machine.gic import host_gic

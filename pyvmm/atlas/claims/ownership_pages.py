@@ -35,7 +35,7 @@ Access = Callable[[Gpa], Answer]
 
 @dataclass(frozen=True)
 class Pages:
-    """One page of each kind, in the guest's address space. Without sharing, there is no shared page."""
+    """One page of each kind, in the guest's address space. A protection without sharing has no shared one."""
 
     fresh: Gpa
     private: Gpa

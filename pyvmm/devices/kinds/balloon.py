@@ -22,7 +22,7 @@ class Balloon(DeviceSpec):
         self.size = size
 
     def check(self, guest: Guest) -> None:
-        """Raise UsageError if this guest cannot return memory, or not so much."""
+        """Raise UsageError if this guest cannot return memory, or has less than ``size``."""
         if guest.protection is Protection.PKVM:
             raise OptionError(
                 "a balloon with protection pkvm: the host's kernel pins a protected guest's pages until its end, "

@@ -275,7 +275,7 @@ class VirtioConsole(WorkerDevice):
             self._emergency[:] = self._write(bytes(self._emergency))
 
     def _write(self, data: bytes) -> bytes:
-        """Write without waiting. Returns the unwritten rest, or nothing if there is no reader."""
+        """Write without waiting. Returns the unwritten rest, or nothing without a reader."""
         if self._out is None or self._broken:
             return b""
         try:

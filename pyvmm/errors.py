@@ -12,7 +12,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _FORKING = ("/subprocess.py", "/experiment/child.py", "/host/processes.py")
 
@@ -180,6 +180,14 @@ def within_limits(need: int = 0) -> Iterator[None]:
         if limit := exhausted(error, need):
             raise limit from error
         raise
+
+
+def did_you_mean(word: str, names: Iterable[str], kind: str = "") -> str | None:
+    """Return a hint with the one of ``names`` nearest to ``word``, after ``kind``; None if none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, list(names), n=1)
+    return f"did you mean {kind}{near[0]}?" if near else None
 
 
 def pip_install(*packages: str) -> str:

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import os
 
-from pyvmm.errors import HostError
+from pyvmm.errors import HostError, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,11 +104,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _nearest(word: str, names: Sequence[str], prog: str) -> str | None:
-    """Return a hint that names what ``word`` may have been meant to be, None where nothing is near."""
-    from difflib import get_close_matches  # for errors alone
+    near = did_you_mean(word, names)
+    return near and f"{near} {prog} --help lists them all"
 
-    near = get_close_matches(word, names, n=2)
-    return f"did you mean {' or '.join(near)}? {prog} --help lists them all" if near else None
+
+def is_arm64() -> bool:
+    """Whether KVM runs arm64 guests here, if it is there at all."""
+    return os.uname().machine == "aarch64"
 
 
 def require_arm64(args: argparse.Namespace, why: str, *, kvm: bool = False) -> None:
@@ -116,11 +118,11 @@ def require_arm64(args: argparse.Namespace, why: str, *, kvm: bool = False) -> N
 
     Call it before anything slow.
     """
-    if (machine := os.uname().machine) != "aarch64":
+    if not is_arm64():
         import shlex
 
         raise HostError(
-            f"this host is {machine}, and {why}",
+            f"this host is {os.uname().machine}, and {why}",
             hint=f"run it in the lab, an emulated arm64 host: pyvmm --lab {shlex.join(args.verb_argv)}",
         )
     if kvm:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.common import add_common
+from pyvmm.cli.common import add_common, is_arm64
 from pyvmm.errors import PyvmmError
 from pyvmm.protection import Protection
 
@@ -71,11 +70,6 @@ def main(args: argparse.Namespace) -> int:
     print(_paint(verdict, "32" if story.ok else "31", colours), flush=True)
     print(f"pyvmm: {statistics}", file=sys.stderr)
     return 0 if story.ok else 1
-
-
-def is_arm64() -> bool:
-    """Whether KVM runs arm64 guests here, if it is there at all."""
-    return os.uname().machine == "aarch64"
 
 
 def runs_protected_guests() -> bool:

@@ -8,9 +8,8 @@ protection by name.
 from __future__ import annotations
 
 import argparse
-import os
 
-from pyvmm.cli.common import Help, add_common, ready
+from pyvmm.cli.common import Help, add_common, is_arm64, ready
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.options.guest import GUEST_OPTIONS
 from pyvmm.options.table import Table
@@ -86,7 +85,7 @@ def dry_run(args: argparse.Namespace) -> int:
 
 def _planned_gic() -> int:
     """Return the version of this host's interrupt controller, or 3 (that of pKVM hosts) if KVM cannot be asked."""
-    if os.uname().machine != "aarch64":
+    if not is_arm64():
         return 3
     from pyvmm.machine.gic import host_gic
 

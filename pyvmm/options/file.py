@@ -25,7 +25,7 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from pyvmm.errors import OptionError, UsageError
+from pyvmm.errors import OptionError, UsageError, did_you_mean
 from pyvmm.options.entries import Entry, parse
 from pyvmm.syntax.option import FLAG, INVOCATION, SEVERAL, SWITCH
 from pyvmm.syntax.parts import PartError, Parts
@@ -117,12 +117,9 @@ class OptionsFile:
     def _option(self, options: Mapping[str, Option], entry: Entry, verb: str) -> Option:
         if entry.key in options:
             return options[entry.key]
-        import difflib
-
-        near = difflib.get_close_matches(entry.key, options, 1)
         raise UsageError(
             f"{self._path}, line {entry.line()}: {entry.key} is not an option of pyvmm {verb} that a file may give",
-            hint=f"did you mean {near[0]}?" if near else f"pyvmm {verb} --help lists them",
+            hint=did_you_mean(entry.key, options) or f"pyvmm {verb} --help lists them",
         )
 
     def _refuse_rivals(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.errors import PyvmmError, UsageError, did_you_mean
 from pyvmm.typed import NamedTuple
 
 TYPE_CHECKING = False
@@ -78,12 +78,9 @@ def payload(name: str) -> bytes:
     Raises UsageError for an unknown name; PyvmmError when the installation has lost the file.
     """
     if name not in USAGE:
-        import difflib
-
-        close = difflib.get_close_matches(name, names(), n=1)
         raise UsageError(
             f"there is no payload {name!r}; there are: {', '.join(names())}",
-            hint=f"did you mean payload:{close[0]}?" if close else None,
+            hint=did_you_mean(name, names(), "payload:"),
         )
     path = path_of(name)
     try:

@@ -105,16 +105,20 @@ def _mode() -> Finding:
     return Finding("kvm", "mode asked for", INFO, modes[-1] if modes else "none: the kernel's default")
 
 
+#: The finding that tells whether this host runs protected guests.
+PROTECTED_VMS = "protected VMs"
+
+
 def _protected(system: System) -> Finding:
     try:
         protected = system.supports_protected()
     except PyvmmError as error:
-        return Finding("kvm", "protected VMs", FAIL, error.message, error.hint)
+        return Finding("kvm", PROTECTED_VMS, FAIL, error.message, error.hint)
     if protected:
-        return Finding("kvm", "protected VMs", OK, "yes, this host runs pKVM (asking taints the kernel: TAINT_USER)")
+        return Finding("kvm", PROTECTED_VMS, OK, "yes, this host runs pKVM (asking taints the kernel: TAINT_USER)")
     return Finding(
         "kvm",
-        "protected VMs",
+        PROTECTED_VMS,
         WARN,
         "no: plain and emulated guests run here, protected ones do not",
         "boot a kernel that has them (7.3 does) with kvm-arm.mode=protected, which needs a GICv3; or use pyvmm --lab",

@@ -53,9 +53,11 @@ class Diagnosis:
 
     def __init__(self, findings: list[Finding]) -> None:
         self.findings = findings
-        #: Protected guests run on this very kernel.
-        self.direct = platform.machine() == probes.ARM64 and not self._failed("host", "kvm", "python")
-        #: They run in the lab.
+        #: Guests run on this very kernel: plain and emulated ones at least.
+        self.plain = platform.machine() == probes.ARM64 and not self._failed("host", "kvm", "python")
+        #: Protected guests do as well.
+        self.direct = self.plain and not any(f.name == probes.PROTECTED_VMS and f.status != OK for f in findings)
+        #: Protected guests run in the lab.
         self.in_lab = not self.direct and not self._failed("python", "lab")
 
     @classmethod
@@ -73,7 +75,8 @@ class Diagnosis:
         if self.direct:
             return "This machine runs protected guests directly."
         if self.in_lab:
-            return "This machine runs protected guests in the lab."
+            plain = ", and plain and emulated guests directly" if self.plain else ""
+            return f"This machine runs protected guests in the lab{plain}."
         return "This machine cannot run protected guests yet."
 
     @property

@@ -122,6 +122,20 @@ def test_the_doctor_tells_an_arm64_machines_abilities_and_the_next_step(
     assert (made.direct, made.in_lab, made.next_step) == (direct, in_lab, step)
 
 
+def test_an_arm64_machine_without_pkvm_runs_protected_guests_in_the_lab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    found = [Finding("host", "kernel", OK, "Linux"), probes._protected(cast(System, Kvm(False)))]
+    made = Diagnosis(found)
+    assert (made.direct, made.in_lab) == (False, True)
+    assert made.verdict == "This machine runs protected guests in the lab, and plain and emulated guests directly."
+    monkeypatch.setattr(probes, "host", lambda: found[:1])
+    monkeypatch.setattr(probes, "kvm", lambda: found[1:])
+    monkeypatch.setattr(probes, "python", list)
+    monkeypatch.setattr(probes, "lab", lambda: [Finding("lab", "QEMU", FAIL, "not installed", "apt install qemu")])
+    examined = Diagnosis.make()
+    assert (examined.direct, examined.in_lab, examined.next_step) == (False, False, "apt install qemu")
+
+
 def test_the_doctor_exits_5_and_says_what_to_do_on_a_machine_that_can_do_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

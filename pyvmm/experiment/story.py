@@ -118,8 +118,9 @@ class Story:
     def _donate(self, guest: Puppet) -> None:
         if not self._protection.by_hypervisor:
             with self._step("Pages are private before the guest touches them"):
+                closed = self._closed()
+                self._fact(closed == PAGES, f"of {PAGES} fresh pages {closed} fault on an access by this process")
                 guest.touch(TOUCHED, PAGES)
-                self._fact(True, f"{PAGES} fresh pages touched; pyvmm keeps this process out of each")
             return
         with self._step("Pages are donated as the guest touches them"):
             before = locked_kib()
@@ -135,8 +136,7 @@ class Story:
             self._fact(seen == GREETING, f"the guest reads what the host left: {text(seen)}")
             put(guest, SECRET, PRIVATE)
             self._fact(*self._refused(SECRET))
-            pages = [TOUCHED + n * PAGE_SIZE for n in range(PAGES)]
-            closed = sum(not self._machine.memory.probe(page) for page in pages)
+            closed = self._closed()
             self._fact(
                 closed == PAGES, f"of the {PAGES} pages touched above {closed} fault too; the guest has noticed nothing"
             )
@@ -218,6 +218,11 @@ class Story:
 
     def _fact(self, good: bool, what: str) -> None:
         self._facts.append((good, what))
+
+    def _closed(self) -> int:
+        """Count the pages at TOUCHED that this process cannot read."""
+        pages = [TOUCHED + n * PAGE_SIZE for n in range(PAGES)]
+        return sum(not self._machine.memory.probe(page) for page in pages)
 
     def _refused(self, gpa: int) -> tuple[bool, str]:
         """Try to read a private page as the host. The read must fail, without a crash."""

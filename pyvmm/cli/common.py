@@ -153,8 +153,8 @@ class _Misplaced(argparse.Action):
         _option_string: str | None = None,
     ) -> None:
         verb = parser.prog.split()[-1]
-        if isinstance(parser, Parser):
-            parser.refuse("--lab goes before the verb", f"pyvmm --lab {verb} ...")
+        assert isinstance(parser, Parser), f"{parser.prog} is parsed by {type(parser).__name__}"
+        parser.refuse("--lab goes before the verb", f"pyvmm --lab {verb} ...")
 
 
 def add_common(parser: argparse.ArgumentParser, *, verb: bool = True) -> None:

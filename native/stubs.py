@@ -187,6 +187,8 @@ def stub(declarations: str) -> str:
     for values in re.findall(r"^enum\s*\w*\s*\{(.*?)\}", plain, flags=re.MULTILINE | re.DOTALL):
         lines += [f"    {value.split('=')[0].strip()}: Final[int]" for value in values.split(",") if value.strip()]
         lines.append("")
+    variables = re.findall(r"^extern \w+ (\w+);", plain, flags=re.MULTILINE)
+    lines += [f"    {name}: int" for name in variables]
     lines += _functions(ffi, plain)
     return "\n".join(lines) + "\n" + TAIL
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import PyvmmError, pip_install
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.choices import DEFAULT_MEMORY
+from pyvmm.pages import HOST_PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,12 +65,12 @@ def host() -> Iterable[Finding]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
     yield Finding("host", "cpus, memory", INFO, f"{os.cpu_count()} CPUs, {memory} MiB")
     page = os.sysconf("SC_PAGE_SIZE")
-    if page == PAGE_SIZE:
+    if page == HOST_PAGE:
         yield Finding("host", "page size", OK, f"{page} bytes")
     else:
         status = FAIL if machine == ARM64 else WARN
         yield Finding(
-            "host", "page size", status, f"{page} bytes; pyvmm needs {PAGE_SIZE}", "boot a kernel with 4 KiB pages"
+            "host", "page size", status, f"{page} bytes; pyvmm needs {HOST_PAGE}", "boot a kernel with 4 KiB pages"
         )
 
 

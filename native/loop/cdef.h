@@ -23,6 +23,10 @@
 
 /* ---- pages --------------------------------------------------------------------------------------------------- */
 
+/* The logarithm of the host's page size in bytes: of slots, shares, holes and ledger entries. Asked from the system when
+   the library is loaded; only tests write it. */
+extern uint32_t pv_page_shift;
+
 /* One byte per page in a region's ledger. Bit 0x40 is internal to the loop (PV_PAGE_MOVING of loop.h): the guest is
    unsharing the page and its view is not closed yet. It is only set with PV_PAGE_PRIVATE. Readers mask it out. */
 enum pv_page {
@@ -49,7 +53,7 @@ struct pv_region {
     uint64_t size;      /* bytes, whole pages */
     uint8_t *view;      /* the host's own mapping; in PV_EMULATED with a memfd never the address KVM faults through,
                            because a private page's view is PROT_NONE */
-    uint8_t *ledger;    /* size / 4096 bytes of enum pv_page */
+    uint8_t *ledger;    /* size >> pv_page_shift bytes of enum pv_page */
     int32_t fd;         /* backing file, or -1: the view is anonymous memory, and KVM's own mapping */
     uint32_t flags;     /* 0 */
     uint64_t fd_offset; /* of gpa in fd */

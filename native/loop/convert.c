@@ -11,9 +11,9 @@
 static int punch(const struct pv_region *region, uint64_t offset)
 {
     if (region->fd < 0)
-        return madvise(region->view + offset, PV_PAGE_SIZE, MADV_DONTNEED);
+        return madvise(region->view + offset, PV_HOST_PAGE, MADV_DONTNEED);
     return fallocate(region->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(region->fd_offset + offset),
-                     PV_PAGE_SIZE);
+                     PV_HOST_PAGE);
 }
 
 int pv_punch(struct pv_vm *vm, uint64_t gpa)
@@ -24,7 +24,7 @@ int pv_punch(struct pv_vm *vm, uint64_t gpa)
 
     /* A protected guest keeps its donated page: host and guest would see different pages from then on. */
     if (vm->protection != PV_PKVM && pv_region_at(vm, gpa, &region) &&
-        !punch(&region, (gpa - region.gpa) & ~(uint64_t)(PV_PAGE_SIZE - 1))) {
+        !punch(&region, (gpa - region.gpa) & -PV_HOST_PAGE)) {
         uint8_t *entry = pv_ledger_entry(&region, gpa), old = load(entry);
         while (pv_page_claimable(old) && !pv_ledger_replace(vm, entry, &old, PV_PAGE_HOLE))
             ;
@@ -38,7 +38,7 @@ static int drop(const struct pv_vm *vm, const struct pv_region *region, uint64_t
 {
     switch (vm->conversion) {
     case PV_CONVERT_ZERO:
-        return pv_fill(region->view + offset, 0, PV_PAGE_SIZE) == PV_PAGE_SIZE ? 0 : -1;
+        return pv_fill(region->view + offset, 0, PV_HOST_PAGE) == PV_HOST_PAGE ? 0 : -1;
     case PV_CONVERT_PUNCH:
         return punch(region, offset);
     default:
@@ -53,13 +53,13 @@ int32_t pv_convert_page(const struct pv_vm *vm, const struct pv_region *region, 
     uint8_t *page = region->view + offset;
     int access = share ? PROT_READ | PROT_WRITE : vm->conversion == PV_CONVERT_ZERO ? PROT_WRITE : PROT_NONE;
 
-    if (!region->view || mprotect(page, PV_PAGE_SIZE, access))
+    if (!region->view || mprotect(page, PV_HOST_PAGE, access))
         return SMCCC_NOT_SUPPORTED;
     if (drop(vm, region, offset)) {
-        mprotect(page, PV_PAGE_SIZE, share ? PROT_NONE : PROT_READ | PROT_WRITE);
+        mprotect(page, PV_HOST_PAGE, share ? PROT_NONE : PROT_READ | PROT_WRITE);
         return SMCCC_NOT_SUPPORTED;
     }
     if (!share && access != PROT_NONE)
-        mprotect(page, PV_PAGE_SIZE, PROT_NONE);
+        mprotect(page, PV_HOST_PAGE, PROT_NONE);
     return SMCCC_SUCCESS;
 }

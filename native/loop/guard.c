@@ -28,7 +28,7 @@ static int install_error;
 
 static bool within(uintptr_t page, uintptr_t start, size_t n)
 {
-    return start < page + PV_PAGE_SIZE && page < start + n;
+    return start < page + PV_HOST_PAGE && page < start + n;
 }
 
 /* A foreign fault, or a sent signal: do what would have happened without our handler. */
@@ -62,7 +62,7 @@ static void on_fault(int signal, siginfo_t *info, void *context)
 {
     struct guard *guard = current;
     /* A machine check reports only the page. */
-    uintptr_t page = (uintptr_t)info->si_addr & ~(uintptr_t)(PV_PAGE_SIZE - 1);
+    uintptr_t page = (uintptr_t)info->si_addr & (uintptr_t)-PV_HOST_PAGE;
 
     if (guard && info->si_code > 0 && (within(page, guard->to, guard->n) || within(page, guard->from, guard->n)))
         siglongjmp(guard->out, 1);

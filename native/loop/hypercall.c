@@ -144,7 +144,7 @@ static uint32_t hypercall(struct pv_vcpu *vcpu)
     case HVC_MEMINFO:
         if (!get_x(vcpu, 1, &x1) || !get_x(vcpu, 2, &x2) || !get_x(vcpu, 3, &x3))
             return give_up(vcpu);
-        return answer(vcpu, x1 | x2 | x3 ? (uint64_t)(int64_t)SMCCC_INVALID_PARAMETER : PV_PAGE_SIZE);
+        return answer(vcpu, x1 | x2 | x3 ? (uint64_t)(int64_t)SMCCC_INVALID_PARAMETER : PV_HOST_PAGE);
     case HVC_FEATURES:
         for (uint32_t n = 1; n <= 3; n++)
             if (!set_x(vcpu, n, 0))

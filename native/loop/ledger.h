@@ -22,7 +22,7 @@ static inline bool pv_page_claimable(uint8_t entry)
 
 static inline uint8_t *pv_ledger_entry(const struct pv_region *region, uint64_t gpa)
 {
-    return &region->ledger[(gpa - region->gpa) / PV_PAGE_SIZE];
+    return &region->ledger[(gpa - region->gpa) >> pv_page_shift];
 }
 
 /* Changes an entry from *old to new. If it is not *old, returns false and stores the entry in *old. */

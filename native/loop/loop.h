@@ -24,7 +24,9 @@
 /* struct kvm_run's memory_fault, laid over its union. */
 struct pv_memory_fault { uint64_t flags, gpa, size; };
 
-#define PV_PAGE_SIZE 4096u
+/* Two pages: the host's, and the one of payloads, in which they have device registers. */
+#define PV_HOST_PAGE (UINT64_C(1) << pv_page_shift)
+#define PV_GUEST_PAGE 4096u
 
 /* Or-ed into a ledger entry while PV_EMULATED unshares a page: from leaving PV_PAGE_SHARED until its view is closed. No
    other vCPU may share it in between. */

@@ -114,9 +114,9 @@ static uint32_t mailbox_store(const struct pv_vcpu *vcpu, struct pv_mailbox *box
 /* A vCPU can access only its own page. */
 static uint32_t mailbox(struct pv_vcpu *vcpu, struct pv_mailbox *boxes)
 {
-    uint64_t number = vcpu->offset % PV_PAGE_SIZE / 8;
+    uint64_t number = vcpu->offset % PV_GUEST_PAGE / 8;
 
-    if (vcpu->offset / PV_PAGE_SIZE != vcpu->index || vcpu->size != 8 || vcpu->offset % 8)
+    if (vcpu->offset / PV_GUEST_PAGE != vcpu->index || vcpu->size != 8 || vcpu->offset % 8)
         return PV_STOP_NONE;
     return vcpu->is_write ? mailbox_store(vcpu, &boxes[vcpu->index], number)
                           : mailbox_load(vcpu, &boxes[vcpu->index], number);

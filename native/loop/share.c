@@ -40,7 +40,7 @@ static uint32_t bell(struct pv_vcpu *vcpu, uint64_t gpa, uint64_t op, bool reada
 uint32_t pv_share_bell(struct pv_vcpu *vcpu, uint64_t value)
 {
     struct pv_vm *vm = vcpu->vm;
-    uint64_t op = value % PV_PAGE_SIZE, gpa = value - op;
+    uint64_t op = value % PV_GUEST_PAGE, gpa = value - op;
     bool readable = vm->protection == PV_PKVM && op == BELL_SHARE && pv_probe(vm, gpa) == 1;
     uint32_t phase = pv_map_enter(vm), stop = bell(vcpu, gpa, op, readable);
 

@@ -22,7 +22,7 @@ static inline uint8_t *pv_share_claim(struct pv_vcpu *vcpu, uint64_t gpa, bool s
     vcpu->share_source = source;
     if (!vcpu->left_ns) /* not timed: subscribers still need the time */
         vcpu->left_ns = pv_now();
-    return gpa % PV_PAGE_SIZE == 0 && pv_region_at(vcpu->vm, gpa, region) ? pv_ledger_entry(region, gpa) : NULL;
+    return !(gpa & (PV_HOST_PAGE - 1)) && pv_region_at(vcpu->vm, gpa, region) ? pv_ledger_entry(region, gpa) : NULL;
 }
 
 /* Counts and traces the outcome of the claim: 0, or an SMCCC error. */
@@ -36,7 +36,7 @@ static inline void pv_share_record(struct pv_vcpu *vcpu, int32_t status)
     else
         add(vcpu->share_op ? &vm->shares : &vm->unshares, 1);
     pv_record(vcpu, pv_now(), vcpu->share_op ? PV_REC_SHARE : PV_REC_UNSHARE, (uint8_t)vcpu->share_source,
-              PV_PAGE_SIZE, vcpu->share_gpa, (uint64_t)(int64_t)status);
+              PV_HOST_PAGE, vcpu->share_gpa, (uint64_t)(int64_t)status);
 }
 
 /* Records the change. Returns enum pv_stop: whether Python must notify subscribers before the guest continues. */

@@ -11,9 +11,9 @@ enum { BATCH = 16 };
 /* Returns 0, or the errno of a permanent failure. If the page has already arrived, only its waiter is woken. */
 static int serve(const struct pv_fault_server *server, uint64_t address, bool *late)
 {
-    uint64_t page = address & ~(uint64_t)(PV_PAGE_SIZE - 1), offset = page - server->hva;
-    struct uffdio_copy copy = {.dst = page, .src = (uintptr_t)server->source + offset, .len = PV_PAGE_SIZE};
-    struct uffdio_range range = {.start = page, .len = PV_PAGE_SIZE};
+    uint64_t page = address & -PV_HOST_PAGE, offset = page - server->hva;
+    struct uffdio_copy copy = {.dst = page, .src = (uintptr_t)server->source + offset, .len = PV_HOST_PAGE};
+    struct uffdio_range range = {.start = page, .len = PV_HOST_PAGE};
 
     *late = false;
     if (page < server->hva || offset >= server->size)

@@ -21,9 +21,10 @@ enum { SECTOR = 512, STATUS_BYTES = 1 };
 /* Bytes to move between two checks of pv_blk.abandon. */
 enum { PIECE = 1 << 20 };
 
-/* Enough for a piece: one for each of PV_BLK_SEGMENTS, and one for each page if pages are in separate slots. */
+/* Enough for a piece: one for each of PV_BLK_SEGMENTS, and one for each of the smallest pages if pages are in separate
+   slots. */
 enum { VECTORS = 1024 };
-_Static_assert(PV_BLK_SEGMENTS + PIECE / PV_PAGE_SIZE < VECTORS, "pieces of one call");
+_Static_assert(PV_BLK_SEGMENTS + PIECE / PV_GUEST_PAGE < VECTORS, "pieces of one call");
 
 /* The driver is interrupted after this many bytes, and before the thread sleeps or waits for the medium. Reads of 1 MiB
    should overlap with the driver's work on the last one. Small ones should not cost an interrupt each. */

@@ -20,8 +20,9 @@ from pyvmm.errors import GuestMemoryError, PyvmmError
 from pyvmm.experiment import Experiment
 from pyvmm.experiment.environment import INSTRUCTIONS, counts
 from pyvmm.guest.puppet import Puppet
-from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa, align_up
+from pyvmm.memory.address import MIB, Gpa, align_up
 from pyvmm.memory.backing import Memfd
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 ROUNDS = 7
@@ -73,7 +74,7 @@ class Bench:
         A pKVM host's first access to a page since boot faults to EL2 (host_abort). That cost depends on the page's
         history, not on the guest. Without this call, it would hit a random number of pages.
         """
-        with Memfd(align_up(2 * size, PAGE_SIZE)) as file:
+        with Memfd(align_up(2 * size, HOST_PAGE)) as file:
             file.populate(0, file.size)
 
     def cannot(self, why: str) -> NoReturn:
@@ -135,9 +136,9 @@ class Ticks:
         self._x, self._guest = x, guest or x.guest
         self.scale = 1e9 / x.guest.ping().hz
         """ns in a tick."""
-        pages = align_up(entries * 8, PAGE_SIZE) // PAGE_SIZE
+        pages = align_up(entries * 8, HOST_PAGE) // HOST_PAGE
         self.gpa: Gpa = x.page(pages)
-        x.guest.fill(self.gpa, pages * PAGE_SIZE)
+        x.guest.fill(self.gpa, pages * HOST_PAGE)
         x.guest.share(self.gpa, pages)
 
     def read(self, size: int) -> bytes:

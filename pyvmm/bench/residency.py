@@ -4,7 +4,7 @@
     with Recorder(x) as recorder:
         for _ in range(bench.rounds):
             with recorder.over("share", pages):
-                x.guest.series(What.SHARE, begin, pages, stride=PAGE_SIZE)
+                x.guest.series(What.SHARE, begin, pages, stride=HOST_PAGE)
     recorder.keep(bench, "share")
 
 While it is entered, the caller and the guest's only vCPU run on one CPU, and only that CPU is evaluated. Tracing makes

@@ -26,7 +26,7 @@ from pyvmm.debug.registers import REGISTERS, SYSTEM
 from pyvmm.debug.stage1 import REGIME, Regime, Translation, Untranslated, translate
 from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
 from pyvmm.log import get_logger
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.kvm import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP
 from pyvmm.uapi.kvm_arm64 import KVM_GUESTDBG_USE_HW, core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_DEBUG_HW_BPS, KVM_CAP_GUEST_DEBUG_HW_WPS
@@ -302,7 +302,7 @@ class GuestTarget:
         if address >> 64:
             raise Refused(EFAULT, "beyond the last address")
         gpa = address if self.physical else self.translate(thread, address).gpa
-        return gpa, PAGE_SIZE - gpa % PAGE_SIZE
+        return gpa, HOST_PAGE - gpa % HOST_PAGE
 
     def _noted(self, error: Refused | PyvmmError) -> Refused:
         """Return the debugger's error. The text goes to the log, because the protocol has no room for it."""

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pyvmm import abi
 from pyvmm.devices.base import Device
 from pyvmm.errors import GuestMemoryError
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareEvent, ShareRelay
+from pyvmm.pages import HOST_PAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Echo(Device):
     def _converted(self, event: ShareEvent) -> None:
         if event.shared:
             return
-        if event.gpa <= self.page < event.gpa + event.npages * PAGE_SIZE:
+        if event.gpa <= self.page < event.gpa + event.npages * HOST_PAGE:
             self._let_go()
 
     def read(self, offset: int, size: int, vcpu: int) -> int:  # noqa: ARG002
@@ -80,7 +81,7 @@ class Echo(Device):
             self._let_go()
             if gpa == 0:
                 return abi.ECHO_OK
-            if gpa % PAGE_SIZE or not self._memory.contains(Gpa(gpa), PAGE_SIZE):
+            if gpa % HOST_PAGE or not self._memory.contains(Gpa(gpa), HOST_PAGE):
                 return abi.ECHO_BAD
             # Subscribe first: otherwise an unshare between the check and the subscription would be missed.
             self._unsubscribe = self._relay.subscribe(self._converted)

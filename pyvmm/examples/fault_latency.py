@@ -21,7 +21,7 @@ from pyvmm.experiment import Experiment
 from pyvmm.experiment.environment import INSTRUCTIONS, counts
 from pyvmm.guest.orders import Access
 from pyvmm.labenv import in_lab
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 PAGES, ROUNDS = 64, 6
@@ -30,9 +30,9 @@ PAGES, ROUNDS = 64, 6
 def touch(x: Experiment, *, populated: bool) -> list[float]:
     """Have the guest store to fresh pages. Return each store's ns, or instructions where the clock counts them."""
     begin, record = x.page(PAGES), x.page()
-    x.guest.fill(record, PAGE_SIZE)  # so that recording a time does not fault
+    x.guest.fill(record, HOST_PAGE)  # so that recording a time does not fault
     if populated:
-        x.memory.populate(begin, PAGES * PAGE_SIZE)
+        x.memory.populate(begin, PAGES * HOST_PAGE)
     touched = x.guest.touch(begin, PAGES, access=Access.WRITE, ticks_at=record)
     return [ticks * 1e9 / x.guest.ping().hz for ticks in touched.per_page]
 

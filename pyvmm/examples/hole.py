@@ -16,7 +16,7 @@ protected guest keeps its page, because the hypervisor has pinned it. The host g
 from __future__ import annotations
 
 from pyvmm.experiment import Experiment, Untold
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 PLACES = ((Protection.NONE, "memfd"), (Protection.NONE, "private"), (Protection.PKVM, "memfd"))
@@ -32,7 +32,7 @@ def punch(protection: Protection, backing: str) -> tuple[int, int | None]:
         page = x.page()
         x.guest.write64(page, 42)
         # Under pKVM this splits the page in two, so pyvmm wants it confirmed.
-        x.memory.punch(page, PAGE_SIZE, unsafe=protection.by_hypervisor)
+        x.memory.punch(page, HOST_PAGE, unsafe=protection.by_hypervisor)
         return x.guest.read64(page), x.host64(page)
 
 

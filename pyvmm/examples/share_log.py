@@ -19,8 +19,8 @@ from itertools import count
 
 from pyvmm.errors import hex_
 from pyvmm.experiment import Experiment
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.relay import ShareEvent
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 PAGES = 3
@@ -32,7 +32,7 @@ def main() -> None:
     with Experiment(Protection.PKVM) as x:
 
         def hear(event: ShareEvent) -> None:
-            number, end = next(numbers), event.gpa + event.npages * PAGE_SIZE
+            number, end = next(numbers), event.gpa + event.npages * HOST_PAGE
             what = "shares" if event.shared else "unshares"
             print(f"{number}: the guest {what} {hex_(event.gpa)} to {hex_(end)} ({event.source.name.lower()})")
             if event.shared:
@@ -41,11 +41,11 @@ def main() -> None:
         end_subscription = x.machine.relay.subscribe(hear)
         first = x.page(PAGES)
         x.guest.share(first, PAGES)
-        print("the guest finds", *(x.guest.read64(first + index * PAGE_SIZE) for index in range(PAGES)))
+        print("the guest finds", *(x.guest.read64(first + index * HOST_PAGE) for index in range(PAGES)))
         x.guest.unshare(first)
-        print("the host reads", x.host64(first), "from the first page,", x.host64(first + PAGE_SIZE), "from the second")
+        print("the host reads", x.host64(first), "from the first page,", x.host64(first + HOST_PAGE), "from the second")
         end_subscription()
-        x.guest.unshare(first + PAGE_SIZE)  # nobody hears of it
+        x.guest.unshare(first + HOST_PAGE)  # nobody hears of it
 
 
 if __name__ == "__main__":

@@ -36,9 +36,10 @@ from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.hardware import require_architecture
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
 from pyvmm.machine.machine import Machine
-from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE, Gpa, Hva, align_up
+from pyvmm.memory.address import MIB, Gpa, Hva, align_up
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import ASSUMED, PageState
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD
 from pyvmm.vcpu.cold import Unclaimed
@@ -192,15 +193,15 @@ class Experiment:
         """The guest's memory, pyvmm.memory.memory.Memory."""
         return self.machine.memory
 
-    def page(self, pages: int = 1, *, align: int = PAGE_SIZE) -> Gpa:
+    def page(self, pages: int = 1, *, align: int = HOST_PAGE) -> Gpa:
         """Return the gpa of ``pages`` unused pages that no earlier call has returned, a multiple of ``align`` bytes.
 
         Raises PyvmmError if the guest's memory has no such pages left.
         """
         start = Gpa(align_up(self._next, align))
-        if start + pages * PAGE_SIZE > RAM_BASE + self.config.memory - HUGE_SIZE:
+        if start + pages * HOST_PAGE > RAM_BASE + self.config.memory - HUGE_SIZE:
             raise PyvmmError(f"this guest's memory has no {pages} fresh pages left", hint="give it more with memory=")
-        self._next = Gpa(start + pages * PAGE_SIZE)
+        self._next = Gpa(start + pages * HOST_PAGE)
         return start
 
     def view(self, gpa: int) -> Hva:
@@ -271,13 +272,13 @@ class Experiment:
         runs: list[tuple[int, int, int]] = []
         for gpa, pages, entry in page_map.runs:
             told = max(gpa, FREE)
-            if entry != PageState.PRIVATE | ASSUMED or told >= gpa + pages * PAGE_SIZE:
+            if entry != PageState.PRIVATE | ASSUMED or told >= gpa + pages * HOST_PAGE:
                 runs.append((gpa, pages, entry))
                 continue
-            runs += [(gpa, (told - gpa) // PAGE_SIZE, entry)] if told > gpa else []
+            runs += [(gpa, (told - gpa) // HOST_PAGE, entry)] if told > gpa else []
             runs += [
                 (page, 1, PageState.PRIVATE if page in donated else PageState.HOST | ASSUMED)
-                for page in range(told, gpa + pages * PAGE_SIZE, PAGE_SIZE)
+                for page in range(told, gpa + pages * HOST_PAGE, HOST_PAGE)
             ]
         return PageMap.from_runs(runs)
 
@@ -298,7 +299,7 @@ class Experiment:
 
         The addresses are those of pages. RAM's last 2 MiB and addresses below FREE are not recorded.
         """
-        end = gpa + pages * PAGE_SIZE
+        end = gpa + pages * HOST_PAGE
         return [fault for fault in self._trace.faults() if gpa <= fault.gpa < end]
 
     @property

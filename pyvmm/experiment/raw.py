@@ -19,9 +19,9 @@ from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.kvm import libc
 from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 from pyvmm.memory.mman import MappingError
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from pyvmm.uapi.mman import MADV_HWPOISON, MAP_SHARED, PROT_READ, PROT_WRITE
 
@@ -110,7 +110,7 @@ def kib(fd: int) -> int:
 def present(address: int) -> bool:
     """Whether this process's page tables have a page at an address. Does not access the page."""
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
-        return bool(int.from_bytes(os.pread(file.fileno(), 8, address // PAGE_SIZE * 8), "little") >> 63)
+        return bool(int.from_bytes(os.pread(file.fileno(), 8, address // HOST_PAGE * 8), "little") >> 63)
 
 
 def poison(fd: int, offset: int) -> str:
@@ -123,8 +123,8 @@ def poison(fd: int, offset: int) -> str:
     if child == 0:
         try:
             signal.signal(signal.SIGBUS, signal.SIG_DFL)
-            address, _ = libc.mmap(PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset)
-            os._exit(madvise(address, PAGE_SIZE, MADV_HWPOISON).errno)
+            address, _ = libc.mmap(HOST_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset)
+            os._exit(madvise(address, HOST_PAGE, MADV_HWPOISON).errno)
         finally:
             os._exit(_errno.EIO)
     _, status = os.waitpid(child, 0)

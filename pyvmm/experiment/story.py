@@ -18,9 +18,10 @@ from pyvmm.guest.puppet import Puppet
 from pyvmm.machine import layout
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
-from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
+from pyvmm.memory.address import MIB, Gpa
 from pyvmm.memory.choices import DEFAULT_MEMORY
 from pyvmm.memory.memlock import LockedMemory
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 PAGES = 16
 # Away from loaded data: the payload is at RAM's start, the device tree at its end.
 TOUCHED = Gpa(layout.RAM_BASE + DEFAULT_MEMORY // 2)
-SECRET = Gpa(TOUCHED + PAGES * PAGE_SIZE)
-SHARED = Gpa(SECRET + PAGE_SIZE)
-KEPT = Gpa(SHARED + PAGE_SIZE)
-WARM = Gpa(KEPT + PAGE_SIZE)
+SECRET = Gpa(TOUCHED + PAGES * HOST_PAGE)
+SHARED = Gpa(SECRET + HOST_PAGE)
+KEPT = Gpa(SHARED + HOST_PAGE)
+WARM = Gpa(KEPT + HOST_PAGE)
 
 GREETING = b"from the host, before the run..."
 PRIVATE = b"a guest's secret"
@@ -125,7 +126,7 @@ class Story:
         with self._step("Pages are donated as the guest touches them"):
             before = locked_kib()
             guest.touch(TOUCHED, PAGES)
-            grown, due = locked_kib() - before, PAGES * PAGE_SIZE // 1024
+            grown, due = locked_kib() - before, PAGES * HOST_PAGE // 1024
             self._fact(
                 grown == due, f"{PAGES} fresh pages touched: VmLck {before} -> {before + grown} kB, {due} expected"
             )
@@ -199,8 +200,8 @@ class Story:
             after = locked_kib()
             self._fact(after == before, f"VM destroyed: VmLck {after} kB, as before the run")
             if pkvm:
-                pages = [SECRET, SHARED, *(TOUCHED + n * PAGE_SIZE for n in range(PAGES))]
-                zero = sum(not any(memory.read(page, PAGE_SIZE)) for page in pages)
+                pages = [SECRET, SHARED, *(TOUCHED + n * HOST_PAGE for n in range(PAGES))]
+                zero = sum(not any(memory.read(page, HOST_PAGE)) for page in pages)
                 said = f"{zero} of {len(pages)} private pages come back as zeros, the secret's among them"
                 self._fact(zero == len(pages), said)
             seen = memory.read(KEPT, len(FAREWELL))
@@ -221,7 +222,7 @@ class Story:
 
     def _closed(self) -> int:
         """Count the pages at TOUCHED that this process cannot read."""
-        pages = [TOUCHED + n * PAGE_SIZE for n in range(PAGES)]
+        pages = [TOUCHED + n * HOST_PAGE for n in range(PAGES)]
         return sum(not self._machine.memory.probe(page) for page in pages)
 
     def _refused(self, gpa: int) -> tuple[bool, str]:
@@ -236,7 +237,7 @@ class Story:
         """Look for the conversion among the relay's announcements."""
         what = "share" if shared else "unshare"
         for event in self._events:
-            if event.shared == shared and event.gpa <= gpa < event.gpa + event.npages * PAGE_SIZE:
+            if event.shared == shared and event.gpa <= gpa < event.gpa + event.npages * HOST_PAGE:
                 return (
                     True,
                     f"the relay announced the {what} before the guest went on (source: {event.source.name.lower()})",

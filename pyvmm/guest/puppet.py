@@ -35,7 +35,7 @@ from pyvmm.guest.orders import (
     What,
     signed,
 )
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -283,7 +283,7 @@ def _share_result(results: Results) -> ShareResult:
 
 def _checked(what: str, gpa: int, done: ShareResult, check: bool) -> ShareResult:
     if check and done.status:
-        raise GuestRefused(f"{what} of gpa {hex_(gpa + done.pages * PAGE_SIZE)}", done.status, "an SMCCC error")
+        raise GuestRefused(f"{what} of gpa {hex_(gpa + done.pages * HOST_PAGE)}", done.status, "an SMCCC error")
     return done
 
 

@@ -8,8 +8,9 @@ import threading
 from pyvmm.devices.kind import DeviceSpec
 from pyvmm.errors import OptionError, hex_
 from pyvmm.machine import layout
-from pyvmm.memory.address import HUGE_SIZE, MIB
+from pyvmm.memory.address import MIB
 from pyvmm.memory.choices import BACKINGS, DEFAULT_MEMORY, ConversionPolicy
+from pyvmm.pages import HUGE_SIZE
 from pyvmm.protection import Protection
 from pyvmm.typed import NamedTuple
 

@@ -17,8 +17,9 @@ from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine import state
 from pyvmm.machine.snapshot import CHUNK, DESCRIPTION, facts, header
-from pyvmm.memory.address import PAGE_SIZE, align_up
+from pyvmm.memory.address import align_up
 from pyvmm.memory.backing import Memfd
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _write_slot(fd: int, machine: Machine, slot: Slot, offset: int) -> int:
             data = machine.memory.read(slot.gpa + at, min(CHUNK, end - at))
             for first, last in _runs(data):
                 _put(fd, memoryview(data)[first:last], offset + at + first)
-                pages += (last - first) // PAGE_SIZE
+                pages += (last - first) // HOST_PAGE
     return pages
 
 
@@ -153,9 +154,9 @@ def _runs(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield the ranges of pages of ``data`` that are not all zeros."""
     if data == _ZEROS[: len(data)]:
         return
-    zero, first = _ZEROS[:PAGE_SIZE], None
-    for at in range(0, len(data), PAGE_SIZE):
-        if data[at : at + PAGE_SIZE] != zero:
+    zero, first = _ZEROS[:HOST_PAGE], None
+    for at in range(0, len(data), HOST_PAGE):
+        if data[at : at + HOST_PAGE] != zero:
             first = at if first is None else first
         elif first is not None:
             yield first, at

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from pyvmm.errors import OptionError, UsageError
 from pyvmm.machine.fdt import cells64, encode, parse
-from pyvmm.memory.address import MIB, PAGE_SIZE
+from pyvmm.memory.address import MIB
+from pyvmm.pages import HOST_PAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def add_pool(tree: Tree, size: int) -> None:
     """Give the guest a pool of ``size`` bytes, and have all its virtio devices use it."""
     reserved = tree.root.add("reserved-memory", {"#address-cells": 2, "#size-cells": 2, "ranges": True})
     pool = reserved.add("restricted-dma-pool", {"compatible": "restricted-dma-pool"})
-    pool.properties |= {"size": cells64(size), "alignment": cells64(PAGE_SIZE)}
+    pool.properties |= {"size": cells64(size), "alignment": cells64(HOST_PAGE)}
     for node in tree.root.children:
         if b"virtio,mmio\0" in encode(node.properties.get("compatible", b"")):
             node.properties["memory-region"] = tree.phandle(pool)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two address types, guest and host, and page arithmetic. Owns nothing. Every module may import it."""
+"""Two address types, guest and host, and arithmetic in pages of the host. Owns nothing. Every module may import it."""
 
 from __future__ import annotations
 
 from pyvmm.errors import hex_
+from pyvmm.pages import HOST_PAGE
 from pyvmm.typed import NewType
 
 Gpa = NewType("Gpa", int)
@@ -12,27 +13,20 @@ Gpa = NewType("Gpa", int)
 Hva = NewType("Hva", int)
 """An address in this process, in bytes. Never dereferenced from Python."""
 
-PAGE_SHIFT = 12
-PAGE_SIZE = 1 << PAGE_SHIFT
-"""Page size in bytes, of the guest, the host's stage 2 and the ledger. `doctor` refuses hosts with larger pages."""
-
 MIB = 1 << 20
 
-HUGE_SIZE = 2 * MIB
-"""Bytes of a huge page (a PMD of 4 KiB tables)."""
 
-
-def is_aligned(value: int, granule: int = PAGE_SIZE) -> bool:
+def is_aligned(value: int, granule: int = HOST_PAGE) -> bool:
     """Whether ``value`` is a multiple of ``granule`` (a power of two)."""
     return value & (granule - 1) == 0
 
 
-def align_down(value: int, granule: int = PAGE_SIZE) -> int:
+def align_down(value: int, granule: int = HOST_PAGE) -> int:
     """Round down to a multiple of ``granule`` (a power of two)."""
     return value & -granule
 
 
-def align_up(value: int, granule: int = PAGE_SIZE) -> int:
+def align_up(value: int, granule: int = HOST_PAGE) -> int:
     """Round up to a multiple of ``granule`` (a power of two)."""
     return (value + granule - 1) & -granule
 
@@ -41,7 +35,7 @@ def pages(start: int, size: int) -> range:
     """Return the address of every page that ``[start, start + size)`` touches, in order."""
     if size <= 0:
         return range(0)
-    return range(align_down(start), align_up(start + size), PAGE_SIZE)
+    return range(align_down(start), align_up(start + size), HOST_PAGE)
 
 
 def span(start: int, size: int) -> str:

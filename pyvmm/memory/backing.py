@@ -17,8 +17,9 @@ import os
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError, hex_
 from pyvmm.memory import mman
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Hva, is_aligned
+from pyvmm.memory.address import Hva, is_aligned
 from pyvmm.memory.mman import MappingError
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.protection import Protection
 from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
@@ -54,7 +55,7 @@ class Backing:
     guest_memfd: GuestMemfd | None = None
     """The guest_memfd, if it is one. The slot is then bound to it, and KVM does not fault through ``hva``."""
 
-    def __init__(self, size: int, hva: Hva, *, fd: int = -1, granule: int = PAGE_SIZE) -> None:
+    def __init__(self, size: int, hva: Hva, *, fd: int = -1, granule: int = HOST_PAGE) -> None:
         self.fd = fd
         """The file's descriptor; -1 without a file, and after closing."""
         self.size = size
@@ -188,7 +189,7 @@ class Anonymous(Backing):
     kind = "anonymous memory"
 
     def __init__(self, size: int) -> None:
-        _check_size(size, PAGE_SIZE)
+        _check_size(size, HOST_PAGE)
         super().__init__(size, mman.map_anonymous(size))
         with contextlib.suppress(MappingError):  # a kernel without huge pages uses small ones
             mman.advise(self.hva, size, MADV_HUGEPAGE)
@@ -214,7 +215,7 @@ class FileBacking(Backing):
 
     kind = "file"
 
-    def __init__(self, fd: int, size: int, *, granule: int = PAGE_SIZE, reserve: bool = False) -> None:
+    def __init__(self, fd: int, size: int, *, granule: int = HOST_PAGE, reserve: bool = False) -> None:
         super().__init__(size, mman.map_shared(fd, size, reserve=reserve), fd=fd, granule=granule)
 
 
@@ -229,7 +230,7 @@ class Memfd(FileBacking):
     kind = "memfd"
 
     def __init__(self, size: int, *, thp: bool = False, hugetlb: bool = False) -> None:
-        granule = HUGE_SIZE if hugetlb else PAGE_SIZE
+        granule = HUGE_SIZE if hugetlb else HOST_PAGE
         _check_size(size, granule)
         if thp and hugetlb:
             raise UsageError("a memfd takes huge page advice (thp) or hugetlb pages, not both")
@@ -258,7 +259,7 @@ class Memfd(FileBacking):
 
 class _GuestMemfdBacking(FileBacking):
     def __init__(self, vm: Vm, size: int, flags: int) -> None:
-        _check_size(size, PAGE_SIZE)
+        _check_size(size, HOST_PAGE)
         try:
             file = vm.create_guest_memfd(size, flags)
         except KvmError as error:

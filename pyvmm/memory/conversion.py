@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned
+from pyvmm.memory.address import Gpa, Hva, is_aligned
 from pyvmm.memory.backing import Backing, Memfd
 from pyvmm.memory.slots import Piece, Slot, SlotTable, carve
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.mman import PROT_NONE, PROT_READ, PROT_WRITE
 
 TYPE_CHECKING = False
@@ -48,13 +49,13 @@ class CopyConversion:
         if slot is None or not is_aligned(gpa):
             return SMCCC_INVALID_PARAMETER
         shared_file = self._shared.get(slot)
-        [(_, here)] = self._table.pieces(gpa, PAGE_SIZE)
+        [(_, here)] = self._table.pieces(gpa, HOST_PAGE)
         if (here.backing is shared_file) == shared:
             return SMCCC_INVALID_PARAMETER
         if shared:
-            there = Piece(gpa, PAGE_SIZE, shared_file or self._file_for(slot), gpa - slot.gpa)
+            there = Piece(gpa, HOST_PAGE, shared_file or self._file_for(slot), gpa - slot.gpa)
         else:
-            there = Piece(gpa, PAGE_SIZE, slot.backing, slot.offset + gpa - slot.gpa)
+            there = Piece(gpa, HOST_PAGE, slot.backing, slot.offset + gpa - slot.gpa)
         pieces = carve(slot.pieces, there)
         if not self._table.room_for(slot, pieces):
             return SMCCC_NOT_SUPPORTED
@@ -71,7 +72,7 @@ class CopyConversion:
         except BaseException:
             _show(here, view, PROT_NONE if shared else PROT_READ | PROT_WRITE)
             raise
-        here.backing.punch(here.offset, PAGE_SIZE)
+        here.backing.punch(here.offset, HOST_PAGE)
         return SMCCC_SUCCESS
 
     def forget(self, slot: Slot, pieces: Sequence[Piece]) -> None:
@@ -98,8 +99,8 @@ def _copy(here: Piece, there: Piece) -> None:
     if not (here.backing.host_access and there.backing.host_access):
         return  # already zero: it is fresh, or was punched when its page moved away
     with _reach(here) as source, _reach(there) as target:
-        done = lib.pv_copy(ffi.cast("void *", target), ffi.cast("void *", source), PAGE_SIZE)
-    if done < PAGE_SIZE:
+        done = lib.pv_copy(ffi.cast("void *", target), ffi.cast("void *", source), HOST_PAGE)
+    if done < HOST_PAGE:
         raise GuestMemoryError(
             "moving a page to another backing",
             here.gpa + done,
@@ -112,8 +113,8 @@ def _copy(here: Piece, there: Piece) -> None:
 @contextmanager
 def _reach(piece: Piece) -> Iterator[Hva]:
     """Yield a private address of a page whose view may be hidden."""
-    address = mman.map_shared(piece.backing.fd, PAGE_SIZE, offset=piece.offset)
+    address = mman.map_shared(piece.backing.fd, HOST_PAGE, offset=piece.offset)
     try:
         yield address
     finally:
-        mman.unmap(address, PAGE_SIZE)
+        mman.unmap(address, HOST_PAGE)

@@ -15,9 +15,10 @@ from enum import Enum
 from typing import TypeAlias
 
 from pyvmm.errors import PyvmmError, hex_
-from pyvmm.memory.address import PAGE_SIZE, is_aligned
+from pyvmm.memory.address import is_aligned
 from pyvmm.memory.fault_thread import FaultThread
 from pyvmm.memory.userfault import Fault, FaultKind, Userfault, UserfaultError
+from pyvmm.pages import HOST_PAGE
 
 
 class Answer(Enum):
@@ -77,7 +78,7 @@ class Server(FaultThread):
     def _serve(self, fault: Fault) -> None:
         if self._stopping:
             # Read but not answered: wake its thread, which faults again for the next server.
-            self.userfault.wake(fault.page, PAGE_SIZE)
+            self.userfault.wake(fault.page, HOST_PAGE)
             return
         answer = self._resolve(fault)
         # Count first: the waiting thread may read the counter at once.
@@ -128,8 +129,8 @@ class Server(FaultThread):
                     raise
                 done += error.done
                 self.late += done == 0
-            self.userfault.wake(page + done, PAGE_SIZE)
-            done += PAGE_SIZE
+            self.userfault.wake(page + done, HOST_PAGE)
+            done += HOST_PAGE
 
     def _unless_there(self, put: Callable[[], None], page: int) -> None:
         try:
@@ -138,4 +139,4 @@ class Server(FaultThread):
             if error.errno != errno.EEXIST:
                 raise
             self.late += 1
-            self.userfault.wake(page, PAGE_SIZE)
+            self.userfault.wake(page, HOST_PAGE)

@@ -13,7 +13,8 @@ from enum import IntEnum
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import UsageError, hex_
-from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
+from pyvmm.pages import HOST_PAGE, HOST_PAGE_SHIFT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Area:
     @classmethod
     def new(cls, gpa: Gpa, size: int) -> Area:
         """Make the entries of ``[gpa, gpa + size)``, all ABSENT."""
-        return cls(gpa, size, ffi.new("uint8_t[]", size >> PAGE_SHIFT))
+        return cls(gpa, size, ffi.new("uint8_t[]", size >> HOST_PAGE_SHIFT))
 
 
 class Ledger:
@@ -97,7 +98,7 @@ class Ledger:
     def entry(self, gpa: int) -> int:
         """Return the entry of the page with ``gpa``, including ASSUMED."""
         area = self._area(gpa)
-        return area.entries[(gpa - area.gpa) >> PAGE_SHIFT] & ~_MOVING if area else PageState.ABSENT.value
+        return area.entries[(gpa - area.gpa) >> HOST_PAGE_SHIFT] & ~_MOVING if area else PageState.ABSENT.value
 
     def describe(self, gpa: int) -> str:
         """Describe the state of the page with ``gpa``."""
@@ -127,21 +128,21 @@ class Ledger:
         area = self._area(gpa)
         if area is None or size <= 0:
             return b""
-        first = (gpa - area.gpa) >> PAGE_SHIFT
-        last = (min(gpa + size, area.gpa + area.size) - area.gpa - 1) >> PAGE_SHIFT
+        first = (gpa - area.gpa) >> HOST_PAGE_SHIFT
+        last = (min(gpa + size, area.gpa + area.size) - area.gpa - 1) >> HOST_PAGE_SHIFT
         return bytes(ffi.buffer(area.entries + first, last - first + 1)).translate(_SETTLED)
 
     def enter(self, area: Area) -> None:
         """Add an area (Memory only)."""
         # Only Memory moves pages to and from ABSENT, under its lock: this counter needs no atomics.
-        self._vm.pages[PageState.ABSENT] += area.size >> PAGE_SHIFT
+        self._vm.pages[PageState.ABSENT] += area.size >> HOST_PAGE_SHIFT
         starts, areas = self._index
         at = bisect_right(starts, area.gpa)
         self._index = (*starts[:at], area.gpa, *starts[at:]), (*areas[:at], area, *areas[at:])
 
     def drop(self, area: Area) -> None:
         """Forget an area whose pages are ABSENT again (Memory only)."""
-        self._vm.pages[PageState.ABSENT] -= area.size >> PAGE_SHIFT
+        self._vm.pages[PageState.ABSENT] -= area.size >> HOST_PAGE_SHIFT
         starts, areas = self._index
         at = areas.index(area)
         self._index = starts[:at] + starts[at + 1 :], areas[:at] + areas[at + 1 :]
@@ -152,10 +153,10 @@ class Ledger:
         ``quiet``: no vCPU has run yet, so bytes and counters may be written without the native loop's atomics.
         """
         if not quiet:
-            for page in range(gpa, gpa + size, PAGE_SIZE):
+            for page in range(gpa, gpa + size, HOST_PAGE):
                 lib.pv_ledger_set(self._vm, page, entry)
             return
-        part = ffi.buffer(area.entries + ((gpa - area.gpa) >> PAGE_SHIFT), size >> PAGE_SHIFT)
+        part = ffi.buffer(area.entries + ((gpa - area.gpa) >> HOST_PAGE_SHIFT), size >> HOST_PAGE_SHIFT)
         left = bytes(part)
         self._vm.pages[entry & ~ASSUMED] += len(left)
         part[:] = bytes([entry]) * len(left)

@@ -12,7 +12,8 @@ import os
 import resource
 
 from pyvmm.errors import HostError
-from pyvmm.memory.address import MIB, PAGE_SIZE, align_up
+from pyvmm.memory.address import MIB, align_up
+from pyvmm.pages import HOST_PAGE
 from pyvmm.typed import NamedTuple
 
 CAP_IPC_LOCK = 14
@@ -53,7 +54,7 @@ class LockedMemory(NamedTuple):
     def covers(self, need: int) -> bool:
         """Whether ``need`` more bytes may be locked now."""
         # The kernel compares whole pages, and rounds the limit down.
-        return self.exempt or self.soft is None or self.locked + need <= self.soft // PAGE_SIZE * PAGE_SIZE
+        return self.exempt or self.soft is None or self.locked + need <= self.soft // HOST_PAGE * HOST_PAGE
 
 
 def require_memlock(guest_bytes: int) -> LockedMemory:

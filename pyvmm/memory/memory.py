@@ -19,10 +19,11 @@ from contextlib import contextmanager, nullcontext
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, UsageError, hex_
-from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, align_down, align_up, is_aligned, pages, span
+from pyvmm.memory.address import Gpa, Hva, align_down, align_up, is_aligned, pages, span
 from pyvmm.memory.backing import Backing, Memfd, check_usable, guard_copies
 from pyvmm.memory.ledger import ASSUMED, Area, Ledger, PageState
 from pyvmm.memory.slots import Piece, Slot, SlotTable
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 TYPE_CHECKING = False
@@ -91,7 +92,7 @@ class Memory:
         """Whether all of ``[gpa, gpa + size)`` is guest memory."""
         return 0 < size == self._table.reach(gpa, size)
 
-    def hva(self, gpa: int, size: int = PAGE_SIZE) -> Hva:
+    def hva(self, gpa: int, size: int = HOST_PAGE) -> Hva:
         """Return the hva through which KVM faults ``[gpa, gpa + size)`` in, to register with a ``Userfault``.
 
         Raises UsageError if the range is not whole pages within one piece of one slot.
@@ -196,7 +197,7 @@ class Memory:
                 self._copies = CopyConversion(self._table, self._own)
             status = self._copies.convert(Gpa(gpa), shared=shared)
             if status == SMCCC_SUCCESS:
-                self._tell("convert", Gpa(gpa), PAGE_SIZE)
+                self._tell("convert", Gpa(gpa), HOST_PAGE)
             return status
 
     def punch(self, gpa: int, size: int, *, unsafe: bool = False) -> None:
@@ -363,7 +364,7 @@ class Memory:
 
     def _parts(self, gpa: int, size: int, verb: str) -> list[tuple[Slot, Piece]]:
         if not (is_aligned(gpa) and is_aligned(size)):
-            raise UsageError(f"cannot {verb} {span(gpa, size)}: both ends must be multiples of {PAGE_SIZE:#x}")
+            raise UsageError(f"cannot {verb} {span(gpa, size)}: both ends must be multiples of {HOST_PAGE:#x}")
         if not self.contains(gpa, size):
             raise UsageError(f"cannot {verb} {span(gpa, size)}: not all of it is guest memory")
         return self._table.pieces(gpa, size)

@@ -11,7 +11,8 @@ import os
 
 from pyvmm.errors import HostError, PyvmmError, hex_
 from pyvmm.kvm import libc
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Hva, align_up
+from pyvmm.memory.address import Hva, align_up
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.uapi.mman import (
     MADV_DONTDUMP,
     MADV_DONTFORK,
@@ -54,8 +55,8 @@ def map_anonymous(size: int) -> Hva:
 def _map_aligned(size: int, flags: int, fd: int, offset: int) -> Hva:
     # A fork copies the pinned pages of a private mapping, and a core dump reads all pages. Both use the kernel's own
     # mapping, which destroys donated pages (copy_present_page, mm/memory.c; get_dump_page, mm/gup.c).
-    granule = HUGE_SIZE if size >= HUGE_SIZE else PAGE_SIZE
-    room = size + granule - PAGE_SIZE
+    granule = HUGE_SIZE if size >= HUGE_SIZE else HOST_PAGE
+    room = size + granule - HOST_PAGE
     start = _mmap(0, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
     address = align_up(start, granule)
     try:

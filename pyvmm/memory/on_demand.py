@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, UsageError, hex_
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, is_aligned, span
+from pyvmm.memory.address import Gpa, is_aligned, span
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.memlock import require_memlock
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class OnDemand:
 
     def _check(self) -> None:
         if self.granule <= 0 or not is_aligned(self.granule):
-            raise UsageError(f"a granule of {self.granule:#x} bytes: use a multiple of {PAGE_SIZE:#x}")
+            raise UsageError(f"a granule of {self.granule:#x} bytes: use a multiple of {HOST_PAGE:#x}")
         if self.limit < 1:
             raise UsageError(f"memory on demand of at most {self.limit} slots: use at least 1")
         before = 0

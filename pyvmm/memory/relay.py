@@ -17,8 +17,9 @@ from collections.abc import Callable
 from enum import IntEnum
 
 from pyvmm._native import lib
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.ledger import Ledger, PageState
+from pyvmm.pages import HOST_PAGE
 from pyvmm.typed import NamedTuple
 
 TYPE_CHECKING = False
@@ -98,7 +99,7 @@ class ShareRelay:
         Devices are notified only when a shared page has become inaccessible. An accessible page may become private at
         the next instruction, so it is not recorded as shared.
         """
-        page = Gpa(gpa & -PAGE_SIZE)
+        page = Gpa(gpa & -HOST_PAGE)
         with self._lock:
             if accessible or not self.is_shared(page):
                 return

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, UsageError, hex_
-from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva, is_aligned, span
+from pyvmm.memory.address import Gpa, Hva, is_aligned, span
 from pyvmm.memory.backing import Backing
+from pyvmm.pages import HOST_PAGE
 from pyvmm.typed import NamedTuple
 from pyvmm.uapi.kvm_cap import KVM_CAP_NR_MEMSLOTS
 
@@ -152,7 +153,7 @@ class SlotTable:
         what = f"a slot of {size:#x} bytes at gpa {hex_(gpa)} over {backing!r}"
         for name, value in (("gpa", gpa), ("size", size), ("offset", offset)):
             if value < 0 or not is_aligned(value):
-                raise UsageError(f"{what}: its {name} {value:#x} is not a multiple of {PAGE_SIZE:#x}")
+                raise UsageError(f"{what}: its {name} {value:#x} is not a multiple of {HOST_PAGE:#x}")
         if backing.closed:
             raise UsageError(f"{what}: the backing is closed")
         if size == 0 or offset + size > backing.size:

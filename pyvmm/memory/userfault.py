@@ -27,8 +27,9 @@ from typing import Any, Final, Self
 from pyvmm._native import ffi
 from pyvmm.errors import HostError, UsageError, hex_
 from pyvmm.kvm import libc
-from pyvmm.memory.address import PAGE_SIZE, Hva, align_down
+from pyvmm.memory.address import Hva, align_down
 from pyvmm.memory.mman import MappingError
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi import userfaultfd as uapi
 from pyvmm.uapi.ioctl import Ioctl
 
@@ -258,16 +259,16 @@ class Userfault:
 
         self._fill(uapi.UFFDIO_COPY, rest, "copy", hva, len(data), mode)
 
-    def zeropage(self, hva: int, size: int = PAGE_SIZE, *, wake: bool = True) -> None:
+    def zeropage(self, hva: int, size: int = HOST_PAGE, *, wake: bool = True) -> None:
         """Put new pages of zeros at ``hva``. Otherwise as :meth:`copy`."""
         self._fill_range(uapi.UFFDIO_ZEROPAGE, uapi.uffdio_zeropage, "zeropage", hva, size, 0 if wake else 1)
 
-    def continue_(self, hva: int, size: int = PAGE_SIZE, *, wake: bool = True, wp: bool = False) -> None:
+    def continue_(self, hva: int, size: int = HOST_PAGE, *, wake: bool = True, wp: bool = False) -> None:
         """Map the file's pages at ``hva``. ``wp`` write-protects them. Otherwise as :meth:`copy`."""
         mode = (0 if wake else uapi.UFFDIO_CONTINUE_MODE_DONTWAKE) | (uapi.UFFDIO_CONTINUE_MODE_WP if wp else 0)
         self._fill_range(uapi.UFFDIO_CONTINUE, uapi.uffdio_continue, "mapped", hva, size, mode)
 
-    def write_protect(self, hva: int, size: int = PAGE_SIZE, on: bool = True, *, wake: bool = True) -> None:
+    def write_protect(self, hva: int, size: int = HOST_PAGE, on: bool = True, *, wake: bool = True) -> None:
         """Report stores to a range. With ``on`` false, stop reporting, and with ``wake`` let waiting threads continue.
 
         Raises UserfaultError if the kernel refuses.
@@ -278,7 +279,7 @@ class Userfault:
         _set_range(argument, hva, size)
         self._call(uapi.UFFDIO_WRITEPROTECT, argument, hva, size, argument.mode)
 
-    def rwprotect(self, hva: int, size: int = PAGE_SIZE, on: bool = True, *, wake: bool = True) -> None:
+    def rwprotect(self, hva: int, size: int = HOST_PAGE, on: bool = True, *, wake: bool = True) -> None:
         """Report all accesses to existing pages of a range. Otherwise as :meth:`write_protect`."""
         argument = uapi.uffdio_rwprotect(
             mode=uapi.UFFDIO_RWPROTECT_MODE_RWP if on else 0 if wake else uapi.UFFDIO_RWPROTECT_MODE_DONTWAKE

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE
 from pyvmm.memory.ledger import ASSUMED, PageState
 from pyvmm.observe.pagemap import PageMap
+from pyvmm.pages import HOST_PAGE, HOST_PAGE_SHIFT
 
 NOTHING: Final = 0
 """The level of a cell without memory."""
@@ -53,7 +53,7 @@ class Grid:
     @classmethod
     def fit(cls, areas: Sequence[tuple[int, int]], *, columns: int, lines: int, rows_in_line: int = 1) -> Grid:
         """Arrange ``areas`` (sorted, disjoint) so that they take no more than ``lines`` lines, a gap being one."""
-        shift = PAGE_SHIFT
+        shift = HOST_PAGE_SHIFT
         while True:
             blocks = _blocks(areas, columns << shift)
             used = sum(-(-block.rows // rows_in_line) for block in blocks) + max(len(blocks) - 1, 0)
@@ -64,7 +64,7 @@ class Grid:
     @property
     def cell_pages(self) -> int:
         """The number of pages of a cell."""
-        return 1 << (self.shift - PAGE_SHIFT)
+        return 1 << (self.shift - HOST_PAGE_SHIFT)
 
     @property
     def row_bytes(self) -> int:
@@ -74,7 +74,7 @@ class Grid:
     def scale(self) -> str:
         """Return a text: the size of a cell, and what it shows."""
         pages = self.cell_pages
-        cell = f"1 cell = {pages:,} page{'s' if pages > 1 else ''} ({size(pages * PAGE_SIZE)})"
+        cell = f"1 cell = {pages:,} page{'s' if pages > 1 else ''} ({size(pages * HOST_PAGE)})"
         return cell if pages == 1 else f"{cell}; the most telling state in a cell is shown"
 
     def levels(self, page_map: PageMap) -> list[bytearray]:
@@ -83,7 +83,7 @@ class Grid:
 
     def marks(self, ranges: Iterable[tuple[int, int]]) -> list[bytearray]:
         """Return each block's cells: 1 where a page of ``ranges`` of (gpa, pages), sorted, is in it."""
-        return self._paint((gpa, gpa + pages * PAGE_SIZE, 1) for gpa, pages in ranges)
+        return self._paint((gpa, gpa + pages * HOST_PAGE, 1) for gpa, pages in ranges)
 
     def _paint(self, pieces: Iterable[tuple[int, int, int]]) -> list[bytearray]:
         cells = [bytearray(block.rows * self.columns) for block in self.blocks]

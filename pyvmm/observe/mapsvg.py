@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from pyvmm.errors import hex_
-from pyvmm.memory.address import PAGE_SIZE, span
+from pyvmm.memory.address import span
 from pyvmm.memory.ledger import PageState
 from pyvmm.observe import svg
 from pyvmm.observe.grid import LOOKS, NOTHING, Block, Grid, size, tally, words
 from pyvmm.observe.pagemap import PageMap, stretches
 from pyvmm.observe.svg import FAINT, INK, LINE, TEXT, Drawing, num
+from pyvmm.pages import HOST_PAGE
 
 CELL: Final = 8
 """Pixels of a cell's side, its margin included."""
@@ -94,7 +95,7 @@ def draw_map(page_map: PageMap, title: str, *, outlined: Iterable[int] = (), not
         return svg.stack([svg.heading(title), Drawing(200, LINE, svg.text(0, TEXT, "no guest memory", fill=FAINT))], 4)
     grid = Grid.fit(page_map.areas, columns=COLUMNS, lines=ROWS)
     picture = _picture(grid, page_map, labels=True, changed=[(gpa, 1) for gpa in sorted(set(outlined))])
-    said = f"{page_map.pages:,} pages, {size(page_map.pages * PAGE_SIZE)}"
+    said = f"{page_map.pages:,} pages, {size(page_map.pages * HOST_PAGE)}"
     notes = [grid.scale(), *([note] if note else [])]
     legend = _legend(tally(page_map), notes, max(picture.width, 480))
     return svg.stack([svg.heading(title, said), picture, legend], 10)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pyvmm.errors import UsageError, hex_
-from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, is_aligned, span
+from pyvmm.memory.address import is_aligned, span
 from pyvmm.memory.ledger import ASSUMED, PageState, describe
+from pyvmm.pages import HOST_PAGE, HOST_PAGE_SHIFT
 
 if TYPE_CHECKING:
     from pyvmm.memory.ledger import Ledger
@@ -36,7 +37,7 @@ class Run(NamedTuple):
     @property
     def end(self) -> int:
         """The address behind the last page."""
-        return self.gpa + (self.pages << PAGE_SHIFT)
+        return self.gpa + (self.pages << HOST_PAGE_SHIFT)
 
     @property
     def state(self) -> PageState:
@@ -81,7 +82,7 @@ class PageMap:
         """Read ``ledger``. vCPUs may run: each page has its state at some moment of the call."""
         return cls(
             _joined(
-                Run(gpa + (first << PAGE_SHIFT), count, entry)
+                Run(gpa + (first << HOST_PAGE_SHIFT), count, entry)
                 for gpa, entries in ledger.snapshot()
                 for first, count, entry in stretches(entries)
             )
@@ -133,7 +134,7 @@ class PageMap:
             old, new = then.entry(start), now.entry(start)
             if old == new:
                 continue
-            change = Change(start, (end - start) >> PAGE_SHIFT, old, new)
+            change = Change(start, (end - start) >> HOST_PAGE_SHIFT, old, new)
             if changes and _follows(changes[-1], change):
                 change = Change(changes[-1].gpa, changes.pop().pages + change.pages, old, new)
             changes.append(change)
@@ -142,7 +143,7 @@ class PageMap:
     def to_json(self) -> dict[str, Any]:
         """Return plain values: the runs, and pages by state."""
         return {
-            "page_size": PAGE_SIZE,
+            "page_size": HOST_PAGE,
             "pages": self.pages,
             "counts": {state.name.lower(): count._asdict() for state, count in self.counts().items()},
             "runs": [list(run) for run in self.runs],
@@ -176,7 +177,7 @@ class _Reader:
 
 
 def _follows(last: Change, change: Change) -> bool:
-    end = last.gpa + (last.pages << PAGE_SHIFT)
+    end = last.gpa + (last.pages << HOST_PAGE_SHIFT)
     return end == change.gpa and (last.before, last.after) == (change.before, change.after)
 
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm import __version__
 from pyvmm.labenv import TCG_NOTE, in_lab
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.ledger import PageState
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.vcpu.counters import EXITS
 
@@ -74,7 +74,7 @@ def donated() -> int:
     """Return the number of pages that this process has locked: under pkvm those donated to its guest."""
     with open("/proc/self/status", "rb", buffering=0) as file:
         text = file.read()
-    return int(text[text.index(b"VmLck:") + 6 :].split(None, 1)[0]) * 1024 // PAGE_SIZE
+    return int(text[text.index(b"VmLck:") + 6 :].split(None, 1)[0]) * 1024 // HOST_PAGE
 
 
 def _counted(native: pv_vcpu, elapsed_ns: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyvmm._native import ffi, lib
-from pyvmm.memory.address import PAGE_SHIFT, PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
+from pyvmm.pages import HOST_PAGE, HOST_PAGE_SHIFT
 
 if TYPE_CHECKING:
     from pyvmm._native import pv_record, pv_vcpu
@@ -121,7 +122,7 @@ class Timeline:
 
     def _changed(self, kind: str, gpa: Gpa, size: int) -> None:
         with self._lock:
-            self._add(Event(time.monotonic_ns(), kind, gpa, size >> PAGE_SHIFT))
+            self._add(Event(time.monotonic_ns(), kind, gpa, size >> HOST_PAGE_SHIFT))
 
     def _add(self, event: Event) -> None:
         if len(self._events) < MOST:
@@ -134,7 +135,7 @@ class Timeline:
             # A refused one has changed nothing.
             if record.value == 0:
                 kind = "share" if record.kind == lib.PV_REC_SHARE else "unshare"
-                self._add(Event(record.ns, kind, record.addr & -PAGE_SIZE))
+                self._add(Event(record.ns, kind, record.addr & -HOST_PAGE))
         elif record.kind == lib.PV_REC_FAULT and record.size and self.why_no_faults:
             # KVM_RUN failed and said where; with the kernel's trace that fault is there already.
-            self._add(Event(record.ns, "fault", record.addr & -PAGE_SIZE))
+            self._add(Event(record.ns, "fault", record.addr & -HOST_PAGE))

@@ -13,13 +13,14 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 from pyvmm.errors import hex_
-from pyvmm.memory.address import PAGE_SIZE, span
+from pyvmm.memory.address import span
 from pyvmm.observe import svg
 from pyvmm.observe.grid import size
 from pyvmm.observe.mapsvg import draw_map, patterns
 from pyvmm.observe.pagemap import PageMap
 from pyvmm.observe.svg import FAINT, INK, LINE, TEXT, Drawing, num
 from pyvmm.observe.timeline import KINDS, Event
+from pyvmm.pages import HOST_PAGE
 
 WIDTH, HEIGHT = 760, 330
 """Of the plot itself, in pixels: how wide, and how high at most."""
@@ -139,7 +140,7 @@ class _Addresses:
 
     def __init__(self, events: Sequence[Event]) -> None:
         self.ranges = _ranges(events)
-        places = len({event.gpa for event in events} | {event.gpa + event.pages * PAGE_SIZE for event in events})
+        places = len({event.gpa for event in events} | {event.gpa + event.pages * HOST_PAGE for event in events})
         room = max(HEIGHT - (BAND + GAP) * len(self.ranges), 0)
         room = min(room, PLACE * (places - len(self.ranges) - 1))
         total = sum(end - start for start, end in self.ranges)
@@ -155,7 +156,7 @@ class _Addresses:
         """Place a page."""
         index = bisect_right(self._starts, gpa) - 1
         start, end = self.ranges[index]
-        length, height = end - start - PAGE_SIZE, self.heights[index]
+        length, height = end - start - HOST_PAGE, self.heights[index]
         if not length:
             return self.tops[index] + height / 2
         return self.tops[index] + PAD + (gpa - start) / length * (height - 2 * PAD)
@@ -164,7 +165,7 @@ class _Addresses:
 def _ranges(events: Sequence[Event]) -> list[tuple[int, int]]:
     """Return the ranges of addresses where something happened, near ones as one."""
     joined: list[tuple[int, int]] = []
-    for start, end in sorted({(event.gpa, event.gpa + event.pages * PAGE_SIZE) for event in events}):
+    for start, end in sorted({(event.gpa, event.gpa + event.pages * HOST_PAGE) for event in events}):
         if joined and start <= joined[-1][1]:
             joined[-1] = joined[-1][0], max(end, joined[-1][1])
         else:
@@ -192,7 +193,7 @@ def _axes(times: _Times, addresses: _Addresses) -> str:
         zip(addresses.ranges, addresses.tops, addresses.heights, strict=True)
     ):
         parts.append(f'<path d="M{num(left)} {num(top)}h{WIDTH}v{num(height)}h-{WIDTH}z" fill="#F1F1F1"/>')
-        last = end - PAGE_SIZE
+        last = end - HOST_PAGE
         parts.append(svg.text(left - 6, addresses.y(start) + 3.5, hex_(start), size=SMALL, fill=FAINT, anchor="end"))
         if last > start and addresses.y(last) - addresses.y(start) > SMALL:
             parts.append(svg.text(left - 6, addresses.y(last) + 3.5, hex_(last), size=SMALL, fill=FAINT, anchor="end"))
@@ -215,7 +216,7 @@ def _events(events: Sequence[Event], times: _Times, addresses: _Addresses) -> st
     kinds: dict[str, dict[str, list[Event]]] = {kind: {} for kind in KINDS}
     for event in events:
         x = times.x(event.ns)
-        first, last = addresses.y(event.gpa), addresses.y(event.gpa + (event.pages - 1) * PAGE_SIZE)
+        first, last = addresses.y(event.gpa), addresses.y(event.gpa + (event.pages - 1) * HOST_PAGE)
         at = f"M{round(x, 1):g} {round(first, 1):g}"
         if last - first > 1:
             at += f"V{round(last, 1):g}M{round(x, 1):g} {round((first + last) / 2, 1):g}"
@@ -237,7 +238,7 @@ def _events(events: Sequence[Event], times: _Times, addresses: _Addresses) -> st
 
 def _tooltip(events: Sequence[Event], times: _Times) -> str:
     first = events[0]
-    where = span(first.gpa, first.pages * PAGE_SIZE) if first.pages > 1 else hex_(first.gpa)
+    where = span(first.gpa, first.pages * HOST_PAGE) if first.pages > 1 else hex_(first.gpa)
     more = f", and {len(events) - 1} more here" if len(events) > 1 else ""
     return f"{first.kind} {where} {times.time_text(first.ns)}{more}"
 

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from pyvmm._native import lib
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.relay import ShareSource
 from pyvmm.observe.perfetto import BEGIN, END, INSTANT, Note, Pointer, TrackEvent, Writer
 from pyvmm.observe.recorder import MOST_RECORDS
 from pyvmm.observe.timeline import Record
+from pyvmm.pages import HOST_PAGE
 from pyvmm.vcpu.counters import EXITS
 
 if TYPE_CHECKING:
@@ -180,9 +180,9 @@ class _Trace:
         events: list[tuple[int, int, Record | Heard]] = [*done, *((h.ns, 1, h) for h in heard)]
         for _, _, item in sorted(events, key=lambda event: event[:2]):
             if isinstance(item, Record):
-                self.flows.add(item, item.addr & -PAGE_SIZE, item.kind == lib.PV_REC_SHARE, True)
+                self.flows.add(item, item.addr & -HOST_PAGE, item.kind == lib.PV_REC_SHARE, True)
             elif item.what != "asked" or item.shared:
-                self.flows.add(item, item.gpa & -PAGE_SIZE, item.shared, False)
+                self.flows.add(item, item.gpa & -HOST_PAGE, item.shared, False)
         self.flows.settle()
 
     def _by_vcpu(self, faults: Sequence[TracedFault]) -> dict[int, list[TracedFault]]:

@@ -13,8 +13,9 @@ import os
 from pyvmm._native import lib
 from pyvmm.errors import hex_
 from pyvmm.kvm.faulttrace import guest_fault
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.ledger import PageState
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.uapi.errno import EHWPOISON
 from pyvmm.vcpu.outcome import Ending, Outcome
@@ -81,14 +82,14 @@ def _efault(native: pv_vcpu, memory: Memory, prefix: str, where: str) -> Outcome
     if gpa is None:
         at = f"some page ({why_not})"
     else:
-        page = Gpa(gpa & -PAGE_SIZE)
+        page = Gpa(gpa & -HOST_PAGE)
         at = f"page at gpa {hex_(page)}"
     if memory.protection is Protection.PKVM and (gpa is None or memory.contains(Gpa(gpa), 1)):
         # When the host accesses a donated page through the kernel, the hypervisor takes it back by force, zeroes it,
         # and poisons it in the guest's stage 2 (mem_protect.c, __pkvm_host_force_reclaim...). Every later guest access
         # fails.
         if gpa is not None:
-            memory.ledger.set(gpa & -PAGE_SIZE, PageState.POISONED)
+            memory.ledger.set(gpa & -HOST_PAGE, PageState.POISONED)
         return Outcome(
             Ending.CRASH,
             f"{prefix}: {at} was reclaimed by the host: its contents are lost and the guest cannot go on ({where})",

@@ -26,23 +26,23 @@ int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout)
 
 void guest_begin(void)
 {
-    memory = mmap(NULL, PAGES * PV_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(NULL, PAGES * PV_HOST_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     HOLDS(memory != MAP_FAILED);
     HOLDS(pv_install_signals() == 0);
-    regions[0] = (struct pv_region){.gpa = RAM, .size = HALF * PV_PAGE_SIZE, .view = memory, .ledger = ledger};
+    regions[0] = (struct pv_region){.gpa = RAM, .size = HALF * PV_HOST_PAGE, .view = memory, .ledger = ledger};
     regions[1] = (struct pv_region){
-        .gpa = RAM + HALF * PV_PAGE_SIZE, .size = HALF * PV_PAGE_SIZE, .view = memory + HALF * PV_PAGE_SIZE,
+        .gpa = RAM + HALF * PV_HOST_PAGE, .size = HALF * PV_HOST_PAGE, .view = memory + HALF * PV_HOST_PAGE,
         .ledger = ledger + HALF,
     };
-    regions[2] = (struct pv_region){.gpa = RAM + 32 * PV_PAGE_SIZE, .size = PV_PAGE_SIZE, .ledger = ledger + PAGES};
+    regions[2] = (struct pv_region){.gpa = RAM + 32 * PV_HOST_PAGE, .size = PV_HOST_PAGE, .ledger = ledger + PAGES};
 }
 
 void guest_reset(void)
 {
     if (closed)
-        mprotect(memory, PAGES * PV_PAGE_SIZE, PROT_READ | PROT_WRITE);
+        mprotect(memory, PAGES * PV_HOST_PAGE, PROT_READ | PROT_WRITE);
     closed = 0;
-    memset(memory, 0, PAGES * PV_PAGE_SIZE);
+    memset(memory, 0, PAGES * PV_HOST_PAGE);
     memset(&guest, 0, sizeof(guest));
     guest.interrupt.fd = -1;
     guest.vm.map = &whole;
@@ -51,9 +51,9 @@ void guest_reset(void)
 /* Places that are telling more often than not. */
 static uint64_t place(struct input *input)
 {
-    static const uint64_t places[] = {
-        RAM + DATA_PAGE * PV_PAGE_SIZE, RAM + TABLE_PAGE * PV_PAGE_SIZE, RAM, RAM + HALF * PV_PAGE_SIZE - 8,
-        RAM + PAGES * PV_PAGE_SIZE - 8, RAM + PAGES * PV_PAGE_SIZE, RAM + 32 * PV_PAGE_SIZE, UINT64_MAX - 7, 0,
+    const uint64_t places[] = {
+        RAM + DATA_PAGE * PV_HOST_PAGE, RAM + TABLE_PAGE * PV_HOST_PAGE, RAM, RAM + HALF * PV_HOST_PAGE - 8,
+        RAM + PAGES * PV_HOST_PAGE - 8, RAM + PAGES * PV_HOST_PAGE, RAM + 32 * PV_HOST_PAGE, UINT64_MAX - 7, 0,
     };
     uint8_t which = next8(input);
 
@@ -75,9 +75,9 @@ static uint32_t length(struct input *input)
 static void guest_write(uint64_t gpa, const void *from, size_t n)
 {
     /* The guest's own CPU writes whatever the host may touch. */
-    if (gpa < RAM || gpa - RAM > PAGES * PV_PAGE_SIZE - n)
+    if (gpa < RAM || gpa - RAM > PAGES * PV_HOST_PAGE - n)
         return;
-    for (uint64_t page = (gpa - RAM) / PV_PAGE_SIZE; page <= (gpa - RAM + n - 1) / PV_PAGE_SIZE; page++)
+    for (uint64_t page = (gpa - RAM) / PV_HOST_PAGE; page <= (gpa - RAM + n - 1) / PV_HOST_PAGE; page++)
         if (closed >> page & 1)
             return;
     memcpy(memory + (gpa - RAM), from, n);
@@ -88,12 +88,12 @@ static void make_table(const struct pv_queue *queue)
 {
     for (uint16_t i = 0; i < 4; i++) {
         uint16_t flags = (uint16_t)((i >= 2 ? PV_DESC_WRITE : 0) | (i < 3 ? PV_DESC_NEXT : 0));
-        struct pv_descriptor made = {.address = RAM + DATA_PAGE * PV_PAGE_SIZE + 512u * i, .size = i == 3 ? 1 : 512};
+        struct pv_descriptor made = {.address = RAM + DATA_PAGE * PV_HOST_PAGE + 512u * i, .size = i == 3 ? 1 : 512};
         if (queue->flags & PV_QUEUE_PACKED)
             made.packed.flags = flags;
         else
             made.split.flags = flags, made.split.next = (uint16_t)(i + 1);
-        memcpy(memory + TABLE_PAGE * PV_PAGE_SIZE + i * sizeof(made), &made, sizeof(made));
+        memcpy(memory + TABLE_PAGE * PV_HOST_PAGE + i * sizeof(made), &made, sizeof(made));
     }
 }
 
@@ -107,8 +107,8 @@ void guest_queue(struct input *input, struct pv_queue *queue)
     queue->flags = how & (PV_QUEUE_PACKED | PV_QUEUE_EVENT_IDX | PV_QUEUE_INDIRECT);
     queue->size = queue->flags & PV_QUEUE_PACKED && shape & 0x10 ? power + 1 : power;
     queue->descriptors = how & 0x10 ? place(input) & ~UINT64_C(15) : RAM;
-    queue->driver = how & 0x20 ? place(input) & ~UINT64_C(3) : RAM + 2 * PV_PAGE_SIZE;
-    queue->device = how & 0x40 ? place(input) & ~UINT64_C(3) : RAM + 4 * PV_PAGE_SIZE;
+    queue->driver = how & 0x20 ? place(input) & ~UINT64_C(3) : RAM + 2 * PV_HOST_PAGE;
+    queue->device = how & 0x40 ? place(input) & ~UINT64_C(3) : RAM + 4 * PV_HOST_PAGE;
     queue->stop = 0;
     pv_queue_start(queue);
     make_table(queue);
@@ -137,7 +137,7 @@ void guest_act(struct input *input, struct pv_queue *queue)
     switch (what % OPS) {
     case 0: { /* a descriptor, in the ring or in a table */
         struct pv_descriptor made = describe(input, queue);
-        uint64_t at = where & 0x80 ? RAM + TABLE_PAGE * PV_PAGE_SIZE : queue->descriptors;
+        uint64_t at = where & 0x80 ? RAM + TABLE_PAGE * PV_HOST_PAGE : queue->descriptors;
         guest_write(at + (uint64_t)(where & 0x7f) * PV_DESCRIPTOR_BYTES, &made, sizeof(made));
         break;
     }
@@ -150,14 +150,14 @@ void guest_act(struct input *input, struct pv_queue *queue)
     }
     case 2: { /* any word of a ring */
         uint16_t word = next16(input);
-        uint64_t rings[] = {queue->descriptors, queue->driver, queue->device, RAM + DATA_PAGE * PV_PAGE_SIZE};
+        uint64_t rings[] = {queue->descriptors, queue->driver, queue->device, RAM + DATA_PAGE * PV_HOST_PAGE};
         guest_write(rings[where & 3] + 2 * (uint64_t)(where >> 2), &word, sizeof(word));
         break;
     }
     case 3: { /* close a page to the host, or open it */
         uint32_t page = where % PAGES;
         closed ^= 1u << page;
-        mprotect(memory + page * PV_PAGE_SIZE, PV_PAGE_SIZE, closed >> page & 1 ? PROT_NONE : PROT_READ | PROT_WRITE);
+        mprotect(memory + page * PV_HOST_PAGE, PV_HOST_PAGE, closed >> page & 1 ? PROT_NONE : PROT_READ | PROT_WRITE);
         break;
     }
     case 4: /* take the second slot away, or give it back */
@@ -167,7 +167,7 @@ void guest_act(struct input *input, struct pv_queue *queue)
         uint8_t data[32];
         for (size_t i = 0; i < sizeof(data); i++)
             data[i] = next8(input);
-        guest_write(RAM + DATA_PAGE * PV_PAGE_SIZE + 8 * (uint64_t)where, data, sizeof(data));
+        guest_write(RAM + DATA_PAGE * PV_HOST_PAGE + 8 * (uint64_t)where, data, sizeof(data));
         break;
     }
     }

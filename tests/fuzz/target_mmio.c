@@ -40,7 +40,7 @@ static void begin(void)
     static const struct { uint64_t size; void *state; } made[KINDS] = {
         [PV_KIND_COLD] = {16, NULL}, [PV_KIND_REGISTERS] = {REGISTERS, registers},
         [PV_KIND_COUNTER] = {sizeof(counter), &counter}, [PV_KIND_DOORBELL] = {8, &bell},
-        [PV_KIND_PL011] = {0x1000, &uart}, [PV_KIND_MAILBOX] = {VCPUS * PV_PAGE_SIZE, boxes},
+        [PV_KIND_PL011] = {0x1000, &uart}, [PV_KIND_MAILBOX] = {VCPUS * PV_GUEST_PAGE, boxes},
         [PV_KIND_SHARE] = {8, NULL}, [PV_KIND_VIRTIO] = {TRANSPORT, &transport},
     };
 
@@ -117,7 +117,7 @@ static void call(struct input *input, struct pv_vcpu *vcpu)
 
     exit->exit_reason = KVM_EXIT_HYPERCALL;
     exit->hypercall.nr = how & 0x80 ? next32(input) : HVC_SHARE + (how & 1);
-    exit->hypercall.args[0] = how & 2 ? next32(input) : RAM + (how >> 2 & 31) * (uint64_t)PV_PAGE_SIZE;
+    exit->hypercall.args[0] = how & 2 ? next32(input) : RAM + (how >> 2 & 31) * (uint64_t)PV_HOST_PAGE;
     proceed(vcpu, pv_hypercall(vcpu), input);
 }
 

@@ -18,10 +18,10 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, KvmError, PyvmmError, UsageError
 from pyvmm.kvm.system import System
 from pyvmm.kvm.vm import Vm
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memory import Memory
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD_FLAGS
 from pyvmm.uapi.kvm_x86 import kvm_regs
@@ -38,7 +38,7 @@ CODE = 0x1000
 LOAD, STORE = CODE, CODE + 0x10
 DATA = 0x4000
 PAGES = 8
-SIZE = PAGES * PAGE_SIZE
+SIZE = PAGES * HOST_PAGE
 KVM_EXIT_HLT = 5
 KVM_EXIT_MEMORY_FAULT = 39
 
@@ -66,7 +66,7 @@ class Guest:
         return self
 
     def start(self) -> None:
-        self.memory.add(CODE, Memfd(PAGE_SIZE))
+        self.memory.add(CODE, Memfd(HOST_PAGE))
         self.memory.write(LOAD, bytes.fromhex("8a07 f4"))  # mov (%bx),%al; hlt
         self.memory.write(STORE, bytes.fromhex("8807 f4"))  # mov %al,(%bx); hlt
         self.memory.seal()
@@ -143,8 +143,8 @@ def test_the_kernel_refuses_with_an_errno_what_pyvmm_refuses_with_a_message(gues
     backing = Memfd(SIZE)
     with backing:
         for gpa, size, code in [
-            (DATA + PAGE_SIZE, PAGE_SIZE, errno.EEXIST),
-            (DATA + SIZE + 1, PAGE_SIZE, errno.EINVAL),
+            (DATA + HOST_PAGE, HOST_PAGE, errno.EEXIST),
+            (DATA + SIZE + 1, HOST_PAGE, errno.EINVAL),
         ]:
             with pytest.raises(UsageError):
                 guest.memory.add(gpa, backing, size=size)
@@ -269,8 +269,8 @@ def test_guest_and_host_see_each_others_stores(guest: Guest, make: Make) -> None
     guest.add(make(guest.vm))
     guest.memory.write(DATA + 5, b"\x2a")
     assert guest.load(DATA + 5) == 0x2A
-    guest.store(DATA + PAGE_SIZE, 7)
-    assert guest.memory.read(DATA + PAGE_SIZE, 1) == b"\7"
+    guest.store(DATA + HOST_PAGE, 7)
+    assert guest.memory.read(DATA + HOST_PAGE, 1) == b"\7"
 
 
 @needs_x86
@@ -290,10 +290,10 @@ def test_the_guest_reads_zeros_from_a_hole_without_an_exit(
     needs_private_pages(request, make)
     guest.add(make(guest.vm))
     guest.store(DATA, 7)
-    guest.store(DATA + PAGE_SIZE, 8)
-    guest.memory.punch(DATA, PAGE_SIZE)
+    guest.store(DATA + HOST_PAGE, 8)
+    guest.memory.punch(DATA, HOST_PAGE)
     assert guest.load(DATA) == 0
-    assert guest.load(DATA + PAGE_SIZE) == 8
+    assert guest.load(DATA + HOST_PAGE) == 8
 
 
 @needs_x86
@@ -322,7 +322,7 @@ def test_pyvmm_reports_a_removed_guest_memfd_and_a_memfd_can_replace_it(guest: G
     backing.close()
     assert guest.run(LOAD, DATA) == lib.PV_STOP_FAILED
     assert (guest.cpu.failure, guest.cpu.exit_reason) == (lib.PV_FAIL_MEMORY, KVM_EXIT_MEMORY_FAULT)
-    assert (guest.cpu.error, guest.cpu.fault_gpa, guest.cpu.fault_size) == (errno.EFAULT, DATA, PAGE_SIZE)
+    assert (guest.cpu.error, guest.cpu.fault_gpa, guest.cpu.fault_size) == (errno.EFAULT, DATA, HOST_PAGE)
     guest.memory.remove(slot)
     spare = Memfd(SIZE)
     spare.load(0, b"\x2a")
@@ -349,7 +349,7 @@ def test_the_emulated_protection_keeps_the_host_out_and_lets_the_guest_run(
 @READABLE
 def test_a_page_copied_out_and_back_has_the_stores_of_both_sides(emulated: Guest, make: Make) -> None:
     emulated.add(make(emulated.vm))
-    page = DATA + 2 * PAGE_SIZE
+    page = DATA + 2 * HOST_PAGE
     emulated.store(page - 1, 1)
     emulated.store(page, 7)
     assert emulated.memory.convert(page, True) == 0
@@ -368,14 +368,14 @@ def test_a_page_copied_out_and_back_has_the_stores_of_both_sides(emulated: Guest
 def test_a_page_the_host_cannot_read_becomes_zeros_in_both_directions(emulated: Guest) -> None:
     emulated.add(private_guest_memfd(emulated.vm))
     emulated.store(DATA, 7)
-    emulated.store(DATA + PAGE_SIZE, 8)
+    emulated.store(DATA + HOST_PAGE, 8)
     assert emulated.memory.convert(DATA, True) == 0
     assert emulated.memory.read(DATA, 1) == b"\0"
     emulated.memory.write(DATA, b"\x2a")
     assert emulated.load(DATA) == 0x2A
     assert emulated.memory.convert(DATA, False) == 0
     assert emulated.load(DATA) == 0
-    assert emulated.load(DATA + PAGE_SIZE) == 8
+    assert emulated.load(DATA + HOST_PAGE) == 8
     assert not emulated.memory.probe(DATA)
 
 
@@ -384,11 +384,11 @@ def test_a_page_the_host_cannot_read_becomes_zeros_in_both_directions(emulated: 
 def test_every_second_page_shared_and_taken_back_leaves_one_slot(emulated: Guest, make: Make) -> None:
     emulated.add(make(emulated.vm))
     for number in range(PAGES):
-        emulated.store(DATA + number * PAGE_SIZE, number + 1)
+        emulated.store(DATA + number * HOST_PAGE, number + 1)
     for number in range(0, PAGES, 2):
-        assert emulated.memory.convert(DATA + number * PAGE_SIZE, True) == 0
-    assert [emulated.load(DATA + number * PAGE_SIZE) for number in range(PAGES)] == list(range(1, PAGES + 1))
+        assert emulated.memory.convert(DATA + number * HOST_PAGE, True) == 0
+    assert [emulated.load(DATA + number * HOST_PAGE) for number in range(PAGES)] == list(range(1, PAGES + 1))
     for number in range(0, PAGES, 2):
-        assert emulated.memory.convert(DATA + number * PAGE_SIZE, False) == 0
-    assert [emulated.load(DATA + number * PAGE_SIZE) for number in range(PAGES)] == list(range(1, PAGES + 1))
+        assert emulated.memory.convert(DATA + number * HOST_PAGE, False) == 0
+    assert [emulated.load(DATA + number * HOST_PAGE) for number in range(PAGES)] == list(range(1, PAGES + 1))
     assert len(emulated.memory.slots[-1].pieces) == 1

@@ -11,10 +11,11 @@ import pytest
 from pyvmm import abi
 from pyvmm.guest.orders import GuestSilent
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Memfd, SharedGuestMemfd
 from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.userfault import Fault, FaultKind, Userfault, UserfaultError
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.uapi.userfaultfd import UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_RWPROTECT, UFFDIO_WRITEPROTECT
 from pyvmm.vcpu.outcome import Ending
@@ -23,14 +24,14 @@ from tests.pkvm.harness import DEADLINE, Footprint, puppet
 pytestmark = pytest.mark.pkvm
 PAGE = Gpa(RAM_BASE + PRIVATE_BOOT + 0x10_0000)
 BEYOND = Gpa(RAM_BASE + (1 << 30))
-SIZE = 16 * PAGE_SIZE
+SIZE = 16 * HOST_PAGE
 VALUE = 0x1122_3344_5566_7788
 waiting = pytest.mark.parametrize("protection", [Protection.NONE, Protection.EMULATED], ids=lambda p: p.value)
 
 
 def contents(gpa: int) -> bytes:
     """Return a page that contains its own address."""
-    return gpa.to_bytes(8, "little") * (PAGE_SIZE // 8)
+    return gpa.to_bytes(8, "little") * (HOST_PAGE // 8)
 
 
 @waiting
@@ -42,19 +43,19 @@ def test_a_callback_fills_missing_pages_when_the_guest_touches_them(protection: 
         def resolve(fault: Fault) -> bytes | Answer:
             asked.append(fault)
             gpa = PAGE + fault.page - start
-            return Answer.ZERO if gpa == PAGE + PAGE_SIZE else contents(gpa)
+            return Answer.ZERO if gpa == PAGE + HOST_PAGE else contents(gpa)
 
         allowed = userfault.register(start, SIZE, missing=True)
         assert UFFDIO_COPY in allowed
         assert not {UFFDIO_CONTINUE, UFFDIO_WRITEPROTECT, UFFDIO_RWPROTECT} & allowed
         with Server(userfault, resolve) as server:
             assert guest.read64(PAGE) == PAGE
-            assert guest.read64(PAGE + PAGE_SIZE) == 0
-            guest.write64(PAGE + 2 * PAGE_SIZE, VALUE)
-            assert guest.words(PAGE + 2 * PAGE_SIZE, 2) == (VALUE, PAGE + 2 * PAGE_SIZE)
+            assert guest.read64(PAGE + HOST_PAGE) == 0
+            guest.write64(PAGE + 2 * HOST_PAGE, VALUE)
+            assert guest.words(PAGE + 2 * HOST_PAGE, 2) == (VALUE, PAGE + 2 * HOST_PAGE)
             assert guest.read64(PAGE) == PAGE
             assert server.served == {FaultKind.MISSING: 3}
-        assert [fault.page - start for fault in asked] == [0, PAGE_SIZE, 2 * PAGE_SIZE]
+        assert [fault.page - start for fault in asked] == [0, HOST_PAGE, 2 * HOST_PAGE]
         assert asked[2].write
         # KVM faults in the vCPU's own thread.
         assert len({fault.tid for fault in asked}) == 1
@@ -75,7 +76,7 @@ def test_minor_faults_map_what_another_mapping_has_put_into_the_file(protection:
             assert guest.read64(BEYOND) == VALUE
             assert server.served == {FaultKind.MINOR: 1}
             # A page that the file does not have is missing. Missing faults were not requested.
-            assert guest.read64(BEYOND + PAGE_SIZE) == 0
+            assert guest.read64(BEYOND + HOST_PAGE) == 0
             assert server.served == {FaultKind.MINOR: 1}
 
 
@@ -85,16 +86,16 @@ def test_write_protection_reports_stores_and_not_loads(protection: Protection) -
         guest.write64(PAGE, VALUE)
         start = machine.memory.hva(PAGE, SIZE)
         assert UFFDIO_WRITEPROTECT in userfault.register(start, SIZE, wp=True)
-        userfault.write_protect(start, 2 * PAGE_SIZE)
+        userfault.write_protect(start, 2 * HOST_PAGE)
         with Server(userfault, lambda _fault: Answer.UNPROTECT) as server:
             assert guest.read64(PAGE) == VALUE
-            guest.write64(PAGE + 2 * PAGE_SIZE, 1)
+            guest.write64(PAGE + 2 * HOST_PAGE, 1)
             assert not server.served
             guest.write64(PAGE, 2)
             guest.write64(PAGE, 3)
             assert server.served == {FaultKind.WP: 1}
             # In shared memory, pages that do not exist yet are protected too.
-            guest.write64(PAGE + PAGE_SIZE, 4)
+            guest.write64(PAGE + HOST_PAGE, 4)
             assert server.served == {FaultKind.WP: 2}
         assert guest.read64(PAGE) == 3
 
@@ -103,7 +104,7 @@ def test_write_protection_reports_stores_and_not_loads(protection: Protection) -
 def test_read_write_protection_reports_the_next_access_to_mapped_pages(protection: Protection) -> None:
     with puppet(protection) as (machine, guest), Userfault.open() as userfault:
         guest.write64(PAGE, VALUE)
-        guest.write64(PAGE + PAGE_SIZE, VALUE)
+        guest.write64(PAGE + HOST_PAGE, VALUE)
         start = machine.memory.hva(PAGE, SIZE)
         assert UFFDIO_RWPROTECT in userfault.register(start, SIZE, rwp=True)
         userfault.rwprotect(start, SIZE)
@@ -115,14 +116,14 @@ def test_read_write_protection_reports_the_next_access_to_mapped_pages(protectio
 
         with Server(userfault, unprotect) as server:
             assert guest.read64(PAGE) == VALUE
-            guest.write64(PAGE + PAGE_SIZE, 1)
+            guest.write64(PAGE + HOST_PAGE, 1)
             assert server.served == {FaultKind.RWP: 2}
             assert [fault.write for fault in asked] == [False, True]
             guest.write64(PAGE, 2)
             # Unlike write protection this does not protect pages that are not mapped.
-            guest.write64(PAGE + 2 * PAGE_SIZE, 3)
+            guest.write64(PAGE + 2 * HOST_PAGE, 3)
             assert server.served == {FaultKind.RWP: 2}
-            userfault.rwprotect(start, PAGE_SIZE)
+            userfault.rwprotect(start, HOST_PAGE)
             assert guest.read64(PAGE) == 2
             assert server.served == {FaultKind.RWP: 3}
 
@@ -130,11 +131,11 @@ def test_read_write_protection_reports_the_next_access_to_mapped_pages(protectio
 def test_vcpus_that_touch_the_same_pages_at_once_get_the_same_contents() -> None:
     with puppet(Protection.NONE, cpus=4) as (machine, guest), Userfault.open() as userfault:
         guests = [guest, *(guest.cpu_on(index) for index in (1, 2, 3))]
-        start = machine.memory.hva(PAGE, 64 * PAGE_SIZE)
-        userfault.register(start, 64 * PAGE_SIZE, missing=True)
+        start = machine.memory.hva(PAGE, 64 * HOST_PAGE)
+        userfault.register(start, 64 * HOST_PAGE, missing=True)
         with Server(userfault, lambda fault: contents(PAGE + fault.page - start)) as server:
-            sums = [each.start(abi.OP_SUM, PAGE, 64 * PAGE_SIZE) for each in guests]
-            expected = sum((PAGE + index * PAGE_SIZE) * (PAGE_SIZE // 8) for index in range(64)) % 2**64
+            sums = [each.start(abi.OP_SUM, PAGE, 64 * HOST_PAGE) for each in guests]
+            expected = sum((PAGE + index * HOST_PAGE) * (HOST_PAGE // 8) for index in range(64)) % 2**64
             assert [each.result()[0] for each in sums] == [expected] * 4
         # Check after the end: a late fault may have been on its way when the guest already had its page.
         assert server.served[FaultKind.MISSING] - server.late == 64

@@ -13,7 +13,8 @@ from pyvmm._native import ffi, lib
 from pyvmm.machine import layout
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.swiotlb import MOST_SHARE
-from pyvmm.memory.address import MIB, PAGE_SIZE
+from pyvmm.memory.address import MIB
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from tests.pkvm.linux_guest import Linux, initrd
 
@@ -45,13 +46,13 @@ class Seen:
         while at < size:
             # Like Memory.read, but without an exception for each of thousands of private pages.
             done = lib.pv_read(machine.memory.native, layout.RAM_BASE + at, into + at, size - at, ffi.NULL)
-            assert done % PAGE_SIZE == 0
-            self.pages += range(layout.RAM_BASE + at, layout.RAM_BASE + at + done, PAGE_SIZE)
-            at += done + PAGE_SIZE
+            assert done % HOST_PAGE == 0
+            self.pages += range(layout.RAM_BASE + at, layout.RAM_BASE + at + done, HOST_PAGE)
+            at += done + HOST_PAGE
 
     def __getitem__(self, gpa: int) -> memoryview:
         at = gpa - layout.RAM_BASE
-        return self._view[at : at + PAGE_SIZE]
+        return self._view[at : at + HOST_PAGE]
 
     def holding(self, text: str) -> set[int]:
         """Return the pages that hold ``text``."""
@@ -79,7 +80,7 @@ def test_the_host_finds_a_guests_secret_only_in_pages_that_the_guest_shares(lpis
         assert int(guest.sh("grep -c $s /tmp/secret")) == LINES
         seen = Seen(guest.machine)
         pool = {gpa for gpa in seen.pages if start <= gpa < start + POOL}
-        assert len(pool) == POOL // PAGE_SIZE
+        assert len(pool) == POOL // HOST_PAGE
         assert not seen.holding(SECRET)
         # Outside the pool the host sees pages the guest never touched, and those tables.
         beside = {gpa // TABLE * TABLE for gpa in unlike_loaded(seen, guest.machine, pool)}

@@ -15,12 +15,13 @@ from pyvmm import abi
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError, hex_
 from pyvmm.guest.puppet import Puppet
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Memfd, PrivateGuestMemfd, SharedGuestMemfd
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.memory import Memory
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from tests.pkvm.harness import DEADLINE, Footprint, puppet
 
@@ -39,7 +40,7 @@ def test_the_host_cannot_read_a_private_page_and_the_attempt_does_not_harm_it(pr
         for attempt in (
             lambda: memory.read(PAGE, 8),
             lambda: memory.write(PAGE, bytes(8)),
-            lambda: memory.fill(PAGE, PAGE_SIZE, 1),
+            lambda: memory.fill(PAGE, HOST_PAGE, 1),
         ):
             with pytest.raises(GuestMemoryError, match=f"gpa {hex_(PAGE)} after 0 bytes: the page is private"):
                 attempt()
@@ -57,7 +58,7 @@ def test_the_host_can_read_a_shared_page_until_the_guest_unshares_it(protection:
         assert memory.read(PAGE, 8) == VALUE.to_bytes(8, "little")
         memory.write(PAGE, (5).to_bytes(8, "little"))
         assert guest.read64(PAGE) == 5
-        assert not memory.probe(PAGE + PAGE_SIZE) or protection is Protection.PKVM  # untouched: not donated yet
+        assert not memory.probe(PAGE + HOST_PAGE) or protection is Protection.PKVM  # untouched: not donated yet
         guest.unshare(PAGE)
         assert memory.ledger.state(PAGE) is PageState.PRIVATE
         assert memory.ledger.assumed(PAGE) == (protection is Protection.PKVM)
@@ -69,12 +70,12 @@ def test_the_host_can_read_a_shared_page_until_the_guest_unshares_it(protection:
 
 def test_a_read_from_a_shared_page_into_a_donated_one_stops_between_them() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
-        guest.write64(PAGE + PAGE_SIZE, VALUE)
+        guest.write64(PAGE + HOST_PAGE, VALUE)
         guest.share(PAGE)
         with pytest.raises(GuestMemoryError) as caught:
-            machine.memory.read(PAGE, 2 * PAGE_SIZE)
-        assert (caught.value.gpa, caught.value.done) == (PAGE + PAGE_SIZE, PAGE_SIZE)
-        assert guest.read64(PAGE + PAGE_SIZE) == VALUE
+            machine.memory.read(PAGE, 2 * HOST_PAGE)
+        assert (caught.value.gpa, caught.value.done) == (PAGE + HOST_PAGE, HOST_PAGE)
+        assert guest.read64(PAGE + HOST_PAGE) == VALUE
 
 
 def test_the_next_access_discovers_a_page_that_the_guest_unshared_silently() -> None:
@@ -92,14 +93,14 @@ def test_each_page_that_a_protected_guest_touches_counts_as_locked_memory() -> N
         guest.ping()
         before = LockedMemory.read().locked
         guest.touch(PAGE, 16)
-        assert LockedMemory.read().locked - before == 16 * PAGE_SIZE
-        machine.memory.populate(PAGE, 32 * PAGE_SIZE)
-        assert LockedMemory.read().locked - before == 16 * PAGE_SIZE
+        assert LockedMemory.read().locked - before == 16 * HOST_PAGE
+        machine.memory.populate(PAGE, 32 * HOST_PAGE)
+        assert LockedMemory.read().locked - before == 16 * HOST_PAGE
 
 
 def test_populated_pages_are_donated_like_any_other() -> None:
     with puppet(Protection.PKVM) as (machine, guest):
-        machine.memory.populate(PAGE, 16 * PAGE_SIZE)
+        machine.memory.populate(PAGE, 16 * HOST_PAGE)
         guest.write64(PAGE, VALUE)
         assert not machine.memory.probe(PAGE)
         assert guest.read64(PAGE) == VALUE
@@ -129,9 +130,9 @@ def test_pyvmm_refuses_a_hole_under_a_protected_guest_and_a_forced_one_splits_me
     with puppet(Protection.PKVM) as (machine, guest):
         guest.write64(PAGE, VALUE)
         with pytest.raises(UsageError, match="the host would see different pages"):
-            machine.memory.punch(PAGE, PAGE_SIZE)
+            machine.memory.punch(PAGE, HOST_PAGE)
         assert not machine.memory.probe(PAGE)
-        machine.memory.punch(PAGE, PAGE_SIZE, unsafe=True)
+        machine.memory.punch(PAGE, HOST_PAGE, unsafe=True)
         assert machine.memory.read(PAGE, 8) == bytes(8)
         assert guest.read64(PAGE) == VALUE
 
@@ -199,9 +200,9 @@ def test_pyvmm_refuses_a_slot_the_guest_cannot_address_though_the_kernel_takes_i
     with puppet(Protection.NONE) as (machine, _):
         backing = Memfd(1 << 20)
         with pytest.raises(UsageError, match="40 bits"):
-            machine.memory.add((1 << 40) - PAGE_SIZE, backing)
+            machine.memory.add((1 << 40) - HOST_PAGE, backing)
         with pytest.raises(KvmError):
-            machine.vm.set_memory(9, (1 << machine.system.max_ipa_bits) - PAGE_SIZE, 1 << 20, backing.hva)
+            machine.vm.set_memory(9, (1 << machine.system.max_ipa_bits) - HOST_PAGE, 1 << 20, backing.hva)
         backing.close()
 
 
@@ -250,13 +251,13 @@ def test_slots_can_come_and_go_while_vcpus_share_pages_and_copies_read_them(prot
     with puppet(protection, cpus=3) as (machine, guest):
         memory, pages, many = machine.memory, 8, 60
         guests = [guest.cpu_on(1), guest.cpu_on(2)]
-        guest.share(PAGE - PAGE_SIZE)
-        guest.write64(PAGE - PAGE_SIZE, VALUE)
+        guest.share(PAGE - HOST_PAGE)
+        guest.write64(PAGE - HOST_PAGE, VALUE)
         stop, wrong = threading.Event(), []
 
         def reader() -> None:
             while not stop.is_set():
-                if memory.read(PAGE - PAGE_SIZE, 8) != VALUE.to_bytes(8, "little"):
+                if memory.read(PAGE - HOST_PAGE, 8) != VALUE.to_bytes(8, "little"):
                     wrong.append(1)
 
         def sharer(each: Puppet, start: int) -> None:
@@ -266,14 +267,14 @@ def test_slots_can_come_and_go_while_vcpus_share_pages_and_copies_read_them(prot
 
         with ThreadPoolExecutor(4) as pool:
             working = [pool.submit(reader)]
-            working += [pool.submit(sharer, each, PAGE + at * 16 * PAGE_SIZE) for at, each in enumerate(guests)]
+            working += [pool.submit(sharer, each, PAGE + at * 16 * HOST_PAGE) for at, each in enumerate(guests)]
             try:
-                files = [Memfd(many * PAGE_SIZE), Memfd(PAGE_SIZE)]
+                files = [Memfd(many * HOST_PAGE), Memfd(HOST_PAGE)]
                 for index in range(many):
-                    gpa = BEYOND + 2 * index * PAGE_SIZE
-                    memory.add(gpa, files[0], offset=index * PAGE_SIZE, size=PAGE_SIZE)
+                    gpa = BEYOND + 2 * index * HOST_PAGE
+                    memory.add(gpa, files[0], offset=index * HOST_PAGE, size=HOST_PAGE)
                     if protection is not Protection.PKVM:
-                        memory.remove(memory.add(gpa + PAGE_SIZE, files[1]))
+                        memory.remove(memory.add(gpa + HOST_PAGE, files[1]))
             finally:
                 stop.set()
             for each in working:

@@ -28,8 +28,8 @@ static void *reader(void *number)
     uint8_t bytes[2];
 
     while (!load(&stop)) {
-        uint64_t page = next(&seed) % PAGES, gpa = page * PV_PAGE_SIZE, stopped;
-        uint64_t done = pv_read(&vm, gpa + PV_PAGE_SIZE - 1, bytes, 2, &stopped);
+        uint64_t page = next(&seed) % PAGES, gpa = page * PV_HOST_PAGE, stopped;
+        uint64_t done = pv_read(&vm, gpa + PV_HOST_PAGE - 1, bytes, 2, &stopped);
         if ((page < KEPT && !done) || (done && bytes[0] != page) || (done == 2 && bytes[1] != page + 1))
             add(&wrong, 1);
         if (pv_ledger_set(&vm, gpa, PV_PAGE_HOST) < 0 && page < KEPT)
@@ -56,9 +56,9 @@ static void publish(uint32_t *seed)
             new[page].ledger = old[page].ledger ? NULL : calloc(1, 1);
         if (page < KEPT && !old[page].ledger)
             new[page].ledger = calloc(1, 1);
-        new[page].gpa = (uint64_t)page * PV_PAGE_SIZE;
-        new[page].size = PV_PAGE_SIZE;
-        new[page].view = memory + page * PV_PAGE_SIZE;
+        new[page].gpa = (uint64_t)page * PV_HOST_PAGE;
+        new[page].size = PV_HOST_PAGE;
+        new[page].view = memory + page * PV_HOST_PAGE;
         if (new[page].ledger)
             table[map->count++] = new[page];
     }
@@ -78,9 +78,9 @@ int main(int argc, char **argv)
     pthread_t threads[READERS];
     uint32_t seed = 1;
 
-    memory = mmap(NULL, PAGES * PV_PAGE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(NULL, PAGES * PV_HOST_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     for (int page = 0; page < PAGES; page++)
-        memset(memory + page * PV_PAGE_SIZE, page, PV_PAGE_SIZE);
+        memset(memory + page * PV_HOST_PAGE, page, PV_HOST_PAGE);
     if (pv_install_signals())
         return 1;
     publish(&seed);

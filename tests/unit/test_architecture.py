@@ -67,6 +67,7 @@ abi             what payloads and host agree on
 cpio            the archives that initramfs are
 interrupt       how a signal ends the program
 labenv          whether this is a lab
+pages           the sizes of pages
 terminal        whose a terminal is
 typed           what typing has, without its import
 

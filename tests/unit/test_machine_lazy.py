@@ -17,14 +17,14 @@ import pytest
 from pyvmm._native import ffi, lib
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.machine.lazy import LazySlot
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.mman import MappingError
 from pyvmm.memory.userfault import Userfault
+from pyvmm.pages import HOST_PAGE
 
 PAGES = 16
-SIZE = PAGES * PAGE_SIZE
-OFFSET = 2 * PAGE_SIZE
+SIZE = PAGES * HOST_PAGE
+OFFSET = 2 * HOST_PAGE
 
 
 def look(address: int) -> bytes:
@@ -45,7 +45,7 @@ def slot(userfault: Userfault, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[int]:
     path = tmp_path / "memory"
-    path.write_bytes(bytes(OFFSET) + b"".join(bytes([page + 1]) * PAGE_SIZE for page in range(PAGES)))
+    path.write_bytes(bytes(OFFSET) + b"".join(bytes([page + 1]) * HOST_PAGE for page in range(PAGES)))
     fd = os.open(path, os.O_RDWR)
     yield fd
     os.close(fd)
@@ -58,11 +58,11 @@ def nothing_fails(error: PyvmmError) -> None:
 def test_a_page_is_read_from_the_file_when_it_is_first_touched(slot: Any, file: int) -> None:
     lazy = LazySlot(file, OFFSET, slot, nothing_fails)
     for page in (3, 0, 15, 3):
-        assert look(slot.hva + page * PAGE_SIZE) == bytes([page + 1]) * 8
+        assert look(slot.hva + page * HOST_PAGE) == bytes([page + 1]) * 8
     lazy.close()
     lazy.close()
     assert lazy._server.served == 3
-    assert look(slot.hva + 3 * PAGE_SIZE) == bytes([4]) * 8
+    assert look(slot.hva + 3 * HOST_PAGE) == bytes([4]) * 8
 
 
 def test_pages_of_a_truncated_file_never_read_as_zeros(slot: Any, file: int) -> None:
@@ -74,9 +74,9 @@ def test_pages_of_a_truncated_file_never_read_as_zeros(slot: Any, file: int) -> 
         heard.set()
 
     lazy = LazySlot(file, OFFSET, slot, hear)
-    os.ftruncate(file, OFFSET + 4 * PAGE_SIZE)
+    os.ftruncate(file, OFFSET + 4 * HOST_PAGE)
     with ThreadPoolExecutor(3) as pool:
-        reader = pool.submit(look, slot.hva + 9 * PAGE_SIZE)
+        reader = pool.submit(look, slot.hva + 9 * HOST_PAGE)
         assert heard.wait(10)
         # The machine closes the file while it fails.
         for closed in [pool.submit(lazy.close) for _ in range(2)]:

@@ -13,9 +13,10 @@ import pytest
 
 from pyvmm._native import ffi
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
-from pyvmm.memory.address import MIB, PAGE_SIZE
+from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import PageState
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from tests.memory_helper import BASE, assert_counters_agree, build, build_empty
 
@@ -86,10 +87,10 @@ def test_the_seal_closes_private_pages_of_the_emulated_protection_to_the_host() 
 def test_an_access_stops_at_the_first_private_page() -> None:
     _, memory, slot = build(Protection.EMULATED)
     with memory:
-        slot.backing.hide(2 * PAGE_SIZE, PAGE_SIZE)
+        slot.backing.hide(2 * HOST_PAGE, HOST_PAGE)
         with pytest.raises(GuestMemoryError) as caught:
-            memory.read(BASE, 4 * PAGE_SIZE)
-        assert (caught.value.gpa, caught.value.done) == (BASE + 2 * PAGE_SIZE, 2 * PAGE_SIZE)
+            memory.read(BASE, 4 * HOST_PAGE)
+        assert (caught.value.gpa, caught.value.done) == (BASE + 2 * HOST_PAGE, 2 * HOST_PAGE)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_the_seal_enters_the_states_that_the_protection_implies(
         memory.seal()
         assert memory.ledger.state(BASE) is state
         assert memory.ledger.assumed(BASE) is assumed
-        assert memory.ledger.counts()[state] == MIB // PAGE_SIZE
+        assert memory.ledger.counts()[state] == MIB // HOST_PAGE
         # A slot added later starts the same way.
         memory.add(BASE + MIB, Memfd(MIB))
         assert memory.ledger.state(BASE + MIB) is state
@@ -129,19 +130,19 @@ def test_memory_of_a_plain_or_pkvm_guest_has_one_mapping() -> None:
     ("gpa", "options", "words"),
     [
         (BASE + 8 * MIB + 1, {}, "its gpa 0x80800001 is not a multiple of 0x1000"),
-        (-PAGE_SIZE, {}, "its gpa"),
+        (-HOST_PAGE, {}, "its gpa"),
         (BASE + 8 * MIB, {"size": 100}, "its size 0x64"),
-        (BASE + 8 * MIB, {"size": -PAGE_SIZE}, "its size"),
-        (BASE + 8 * MIB, {"offset": 100, "size": PAGE_SIZE}, "its offset 0x64"),
+        (BASE + 8 * MIB, {"size": -HOST_PAGE}, "its size"),
+        (BASE + 8 * MIB, {"offset": 100, "size": HOST_PAGE}, "its offset 0x64"),
         (BASE + 8 * MIB, {"offset": MIB}, "do not fit the backing's 0x100000 bytes"),
-        (BASE + 8 * MIB, {"offset": PAGE_SIZE, "size": MIB}, "do not fit"),
+        (BASE + 8 * MIB, {"offset": HOST_PAGE, "size": MIB}, "do not fit"),
         (
-            BASE + PAGE_SIZE,
+            BASE + HOST_PAGE,
             {},
             r"0x8010_1000\), overlaps the slot \[0x8000_0000, 0x8010_0000\) on memfd",
         ),
-        (BASE - PAGE_SIZE, {"size": 2 * PAGE_SIZE}, "overlaps"),
-        ((1 << 36) - PAGE_SIZE, {}, "36 bits of guest physical address space"),
+        (BASE - HOST_PAGE, {"size": 2 * HOST_PAGE}, "overlaps"),
+        ((1 << 36) - HOST_PAGE, {}, "36 bits of guest physical address space"),
     ],
 )
 def test_a_slot_that_kvm_would_refuse_is_refused_first_with_a_clear_error(
@@ -168,7 +169,7 @@ def test_slots_may_lie_over_parts_of_one_backing() -> None:
     with memory:
         backing = Memfd(MIB)
         memory.add(BASE, backing, offset=MIB // 2)
-        memory.add(BASE + MIB, backing, size=PAGE_SIZE)
+        memory.add(BASE + MIB, backing, size=HOST_PAGE)
         memory.write(BASE + MIB, b"low")
         memory.write(BASE, b"high")
         assert os.pread(backing.fd, 3, 0) == b"low"
@@ -181,21 +182,21 @@ def test_more_slots_than_the_kernel_allows_are_refused() -> None:
     with memory:
         backing = Memfd(MIB)
         for index in range(8):
-            memory.add(BASE + 2 * index * PAGE_SIZE, backing, offset=index * PAGE_SIZE, size=PAGE_SIZE)
+            memory.add(BASE + 2 * index * HOST_PAGE, backing, offset=index * HOST_PAGE, size=HOST_PAGE)
         with pytest.raises(UsageError, match=r"accepts 8 slots per VM \(KVM_CAP_NR_MEMSLOTS\)"):
-            memory.add(BASE + 100 * PAGE_SIZE, backing, offset=9 * PAGE_SIZE, size=PAGE_SIZE)
+            memory.add(BASE + 100 * HOST_PAGE, backing, offset=9 * HOST_PAGE, size=HOST_PAGE)
 
 
 def test_the_address_of_kvms_mapping_is_given_for_a_contiguous_range() -> None:
     _, memory, slot = build(Protection.EMULATED)
     with memory:
         memory.seal()
-        assert memory.hva(BASE + PAGE_SIZE, 2 * PAGE_SIZE) == slot.hva + PAGE_SIZE != slot.view + PAGE_SIZE
+        assert memory.hva(BASE + HOST_PAGE, 2 * HOST_PAGE) == slot.hva + HOST_PAGE != slot.view + HOST_PAGE
         memory.add(BASE + MIB, Memfd(2 * MIB), offset=MIB)
         assert memory.hva(BASE + MIB) == memory.slots[1].backing.hva + MIB
         with pytest.raises(UsageError, match="spans 2 memory slots of KVM"):
-            memory.hva(BASE + MIB - PAGE_SIZE, 2 * PAGE_SIZE)
-        for gpa, size in [(BASE + 1, PAGE_SIZE), (BASE, 4 * MIB), (0, PAGE_SIZE)]:
+            memory.hva(BASE + MIB - HOST_PAGE, 2 * HOST_PAGE)
+        for gpa, size in [(BASE + 1, HOST_PAGE), (BASE, 4 * MIB), (0, HOST_PAGE)]:
             with pytest.raises(UsageError, match="cannot find the address of"):
                 memory.hva(gpa, size)
 
@@ -241,7 +242,7 @@ def test_a_slot_that_kvm_refuses_to_remove_is_unchanged() -> None:
         with pytest.raises(KvmError):
             memory.remove(slot)
         assert memory.contains(BASE, MIB)
-        assert memory.ledger.counts()[PageState.HOST] == MIB // PAGE_SIZE
+        assert memory.ledger.counts()[PageState.HOST] == MIB // HOST_PAGE
 
 
 def test_a_protected_guest_that_has_run_keeps_its_slots() -> None:
@@ -264,15 +265,15 @@ def test_a_hole_reads_as_zeros_and_the_access_fills_it() -> None:
     _, memory, _ = build()
     with memory:
         memory.seal()
-        memory.fill(BASE, 4 * PAGE_SIZE, 7)
-        memory.punch(BASE + PAGE_SIZE, 2 * PAGE_SIZE)
+        memory.fill(BASE, 4 * HOST_PAGE, 7)
+        memory.punch(BASE + HOST_PAGE, 2 * HOST_PAGE)
         assert memory.ledger.counts()[PageState.HOLE] == 2
-        assert memory.read(BASE + PAGE_SIZE - 1, 3) == b"\7\0\0"
-        assert memory.ledger.state(BASE + PAGE_SIZE) is PageState.HOST
-        assert memory.ledger.state(BASE + 2 * PAGE_SIZE) is PageState.HOLE
-        memory.write(BASE + 2 * PAGE_SIZE, b"x")
+        assert memory.read(BASE + HOST_PAGE - 1, 3) == b"\7\0\0"
+        assert memory.ledger.state(BASE + HOST_PAGE) is PageState.HOST
+        assert memory.ledger.state(BASE + 2 * HOST_PAGE) is PageState.HOLE
+        memory.write(BASE + 2 * HOST_PAGE, b"x")
         assert memory.ledger.counts()[PageState.HOLE] == 0
-        assert memory.read(BASE + 3 * PAGE_SIZE, 1) == b"\7"
+        assert memory.read(BASE + 3 * HOST_PAGE, 1) == b"\7"
         assert_counters_agree(memory)
 
 
@@ -288,12 +289,12 @@ def test_a_punch_frees_the_pages() -> None:
 def test_a_hole_under_a_protected_guest_needs_an_explicit_request() -> None:
     _, memory, _ = build(Protection.PKVM)
     with memory:
-        memory.punch(BASE, PAGE_SIZE)
+        memory.punch(BASE, HOST_PAGE)
         memory.seal()
         with pytest.raises(UsageError, match="keeps its donated pages"):
-            memory.punch(BASE, PAGE_SIZE)
+            memory.punch(BASE, HOST_PAGE)
         assert memory.ledger.state(BASE) is PageState.PRIVATE
-        memory.punch(BASE, PAGE_SIZE, unsafe=True)
+        memory.punch(BASE, HOST_PAGE, unsafe=True)
         assert memory.ledger.state(BASE) is PageState.HOLE
 
 
@@ -301,7 +302,7 @@ def test_a_hole_under_a_protected_guest_needs_an_explicit_request() -> None:
 def test_punching_and_populating_need_whole_pages_of_guest_memory(act: str) -> None:
     _, memory, _ = build()
     with memory:
-        for gpa, size in [(BASE + 1, PAGE_SIZE), (BASE, 5), (BASE, 2 * MIB), (0, PAGE_SIZE), (BASE, 0)]:
+        for gpa, size in [(BASE + 1, HOST_PAGE), (BASE, 5), (BASE, 2 * MIB), (0, HOST_PAGE), (BASE, 0)]:
             with pytest.raises(UsageError, match="cannot"):
                 getattr(memory, act)(gpa, size)
 
@@ -323,8 +324,8 @@ def test_an_access_that_contradicts_the_ledger_is_evidence() -> None:
         memory.read(BASE, 1)
         assert seen == []  # nothing is private before the first run
         memory.seal()
-        memory.read(BASE + 10, PAGE_SIZE)
-        assert seen == [(BASE, True), (BASE + PAGE_SIZE, True)]
+        memory.read(BASE + 10, HOST_PAGE)
+        assert seen == [(BASE, True), (BASE + HOST_PAGE, True)]
         seen.clear()
         memory.ledger.set(BASE, PageState.SHARED)
         memory.read(BASE, 8)
@@ -338,7 +339,7 @@ def test_an_access_that_contradicts_the_ledger_is_evidence() -> None:
         assert seen == [(BASE, False)]
         seen.clear()
         with pytest.raises(GuestMemoryError, match=r"private to the guest \(assumed"):
-            memory.write(BASE + PAGE_SIZE, b"x")
+            memory.write(BASE + HOST_PAGE, b"x")
         assert not memory.probe(BASE)
         assert seen == [(BASE, False)]
 
@@ -348,15 +349,15 @@ def test_pages_past_the_end_of_a_file_stop_an_access_without_killing_pyvmm() -> 
     with memory:
         backing = slot.backing
         ordinary = os.memfd_create("short", os.MFD_CLOEXEC)
-        os.ftruncate(ordinary, PAGE_SIZE)
+        os.ftruncate(ordinary, HOST_PAGE)
         backing._close_file(backing.fd)
         backing.fd = ordinary
         from pyvmm.memory import mman
 
         mman.map_over(backing.view, MIB, ordinary, 0, 3)
         with pytest.raises(GuestMemoryError, match="but not accessible") as caught:
-            memory.read(BASE, 2 * PAGE_SIZE)
-        assert caught.value.done == PAGE_SIZE
+            memory.read(BASE, 2 * HOST_PAGE)
+        assert caught.value.done == HOST_PAGE
 
 
 def test_unmapped_memory_stops_an_access_without_killing_pyvmm() -> None:
@@ -364,10 +365,10 @@ def test_unmapped_memory_stops_an_access_without_killing_pyvmm() -> None:
 
     _, memory, slot = build()
     with memory:
-        mman.unmap(slot.view + PAGE_SIZE, PAGE_SIZE)
+        mman.unmap(slot.view + HOST_PAGE, HOST_PAGE)
         with pytest.raises(GuestMemoryError) as caught:
-            memory.fill(BASE, 3 * PAGE_SIZE, 1)
-        assert (caught.value.gpa, caught.value.done) == (BASE + PAGE_SIZE, PAGE_SIZE)
+            memory.fill(BASE, 3 * HOST_PAGE, 1)
+        assert (caught.value.gpa, caught.value.done) == (BASE + HOST_PAGE, HOST_PAGE)
 
 
 def test_the_error_in_a_fork_says_that_the_memory_is_not_its_own() -> None:

@@ -18,8 +18,9 @@ from pyvmm._native import ffi
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError
 from pyvmm.memory import backing as backing_module
 from pyvmm.memory import mman
-from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE
+from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Anonymous, Memfd, PrivateGuestMemfd, SharedGuestMemfd
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.uapi.memfd import F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
 from pyvmm.uapi.mman import MADV_HUGEPAGE
 
@@ -62,12 +63,12 @@ def test_both_mappings_are_shared_and_excluded_from_forks_and_dumps() -> None:
 def test_a_part_mapped_over_a_view_keeps_the_advice() -> None:
     with Memfd(MIB) as backing, Memfd(MIB) as other:
         backing.separate_view()
-        mman.map_over(backing.view, PAGE_SIZE, other.fd, 0, 0)
+        mman.map_over(backing.view, HOST_PAGE, other.fd, 0, 0)
         assert {"sh", "dc", "dd"} <= vm_flags(backing.view)
 
 
 def test_large_memory_starts_on_a_huge_page() -> None:
-    for size in (HUGE_SIZE, 3 * HUGE_SIZE + PAGE_SIZE):
+    for size in (HUGE_SIZE, 3 * HUGE_SIZE + HOST_PAGE):
         with Memfd(size) as backing:
             backing.separate_view()
             assert backing.hva % HUGE_SIZE == backing.view % HUGE_SIZE == 0
@@ -79,10 +80,10 @@ def test_hiding_a_view_leaves_kvms_mapping_open() -> None:
         with pytest.raises(UsageError, match="hide it from the guest"):
             backing.hide(0, MIB)
         backing.separate_view()
-        backing.hide(0, PAGE_SIZE)
+        backing.hide(0, HOST_PAGE)
         with pytest.raises(GuestMemoryError, match="after 0 bytes"):
             backing.load(0, b"x")
-        backing.load(PAGE_SIZE, b"x")
+        backing.load(HOST_PAGE, b"x")
         assert "rd" in vm_flags(backing.hva)
 
 
@@ -96,7 +97,7 @@ def test_loaded_data_goes_to_the_file() -> None:
             backing.load(-1, b"under")
 
 
-@pytest.mark.parametrize("size", [0, -PAGE_SIZE, 1, PAGE_SIZE + 1])
+@pytest.mark.parametrize("size", [0, -HOST_PAGE, 1, HOST_PAGE + 1])
 def test_sizes_that_are_not_whole_pages_are_refused(size: int) -> None:
     with pytest.raises(UsageError, match="a multiple of 0x1000"):
         Memfd(size)
@@ -141,7 +142,7 @@ def test_closing_twice_has_no_effect_and_use_after_close_is_an_error() -> None:
     backing.close()
     backing.close()
     assert backing.closed
-    for use in (backing.separate_view, lambda: backing.punch(0, PAGE_SIZE), lambda: backing.populate(0, PAGE_SIZE)):
+    for use in (backing.separate_view, lambda: backing.punch(0, HOST_PAGE), lambda: backing.populate(0, HOST_PAGE)):
         with pytest.raises(UsageError, match="is closed"):
             use()
 
@@ -234,7 +235,7 @@ def test_hugetlb_pages_are_taken_and_returned() -> None:
         backing.separate_view()
         assert free_huge_pages() == free - 2
         with pytest.raises(UsageError, match="multiples of 0x200000"):
-            backing.punch(0, PAGE_SIZE)
+            backing.punch(0, HOST_PAGE)
         backing.punch(0, HUGE_SIZE)
         assert free_huge_pages() == free - 1
     assert free_huge_pages() == free
@@ -256,16 +257,16 @@ def test_anonymous_memory_is_excluded_from_forks_and_dumps_and_advised_to_be_hug
 
 def test_a_hole_in_anonymous_memory_reads_as_zeros() -> None:
     with Anonymous(2 * MIB) as memory:
-        memory.load(0, b"x" * 2 * PAGE_SIZE)
-        memory.punch(PAGE_SIZE, PAGE_SIZE)
-        there = ffi.buffer(ffi.cast("uint8_t *", memory.view), 2 * PAGE_SIZE)[:]
-        assert there == b"x" * PAGE_SIZE + bytes(PAGE_SIZE)
+        memory.load(0, b"x" * 2 * HOST_PAGE)
+        memory.punch(HOST_PAGE, HOST_PAGE)
+        there = ffi.buffer(ffi.cast("uint8_t *", memory.view), 2 * HOST_PAGE)[:]
+        assert there == b"x" * HOST_PAGE + bytes(HOST_PAGE)
         with pytest.raises(UsageError, match="multiples of 0x1000"):
-            memory.punch(1, PAGE_SIZE)
+            memory.punch(1, HOST_PAGE)
 
 
 def test_anonymous_memory_has_no_second_view() -> None:
-    with Anonymous(PAGE_SIZE) as memory, pytest.raises(UsageError, match="cannot be mapped twice"):
+    with Anonymous(HOST_PAGE) as memory, pytest.raises(UsageError, match="cannot be mapped twice"):
         memory.separate_view()
     with pytest.raises(UsageError, match="is closed"):
         memory.load(0, b"x")
@@ -280,5 +281,5 @@ def test_a_kernel_without_guest_memfd_is_a_host_that_cannot(
             raise KvmError("KVM_CREATE_GUEST_MEMFD", f"size={size:#x}, flags={flags:#x}", errno.ENOTTY)
 
     with pytest.raises(HostError, match="this host's kernel has no guest_memfd") as caught:
-        backing(OldVm(), PAGE_SIZE)  # type: ignore[arg-type]
+        backing(OldVm(), HOST_PAGE)  # type: ignore[arg-type]
     assert caught.value.exit_status == 5

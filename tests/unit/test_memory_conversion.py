@@ -14,30 +14,31 @@ from hypothesis import strategies as st
 from pyvmm._native import lib
 from pyvmm.errors import GuestMemoryError, KvmError, UsageError
 from pyvmm.machine.vm import NATIVE_POLICIES
-from pyvmm.memory.address import MIB, PAGE_SIZE, Gpa
+from pyvmm.memory.address import MIB, Gpa
 from pyvmm.memory.backing import Backing, Memfd
 from pyvmm.memory.choices import ConversionPolicy
 from pyvmm.memory.ledger import PageState
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.slots import Piece, Slot, carve
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from tests.memory_helper import BASE, NotedVm, assert_counters_agree, build
 
 PAGES = 16
-SIZE = PAGES * PAGE_SIZE
+SIZE = PAGES * HOST_PAGE
 
 
 def emulated(most: int = 64) -> tuple[NotedVm, Memory, Slot]:
     vm, memory, slot = build(Protection.EMULATED, SIZE)
     memory._table._most = most
     for page in range(PAGES):
-        memory.fill(BASE + page * PAGE_SIZE, PAGE_SIZE, page + 1)
+        memory.fill(BASE + page * HOST_PAGE, HOST_PAGE, page + 1)
     memory.seal()
     return vm, memory, slot
 
 
 def page(number: int) -> int:
-    return BASE + number * PAGE_SIZE
+    return BASE + number * HOST_PAGE
 
 
 def convert(memory: Memory, number: int, shared: bool) -> int:
@@ -62,8 +63,8 @@ def test_a_shared_page_moves_with_its_contents_and_the_host_can_use_it() -> None
     vm, memory, slot = emulated()
     with memory:
         assert convert(memory, 5, True) == 0
-        assert vm.layout() == [(BASE, 5 * PAGE_SIZE), (page(5), PAGE_SIZE), (page(6), 10 * PAGE_SIZE)]
-        assert memory.read(page(5), PAGE_SIZE) == bytes([6]) * PAGE_SIZE
+        assert vm.layout() == [(BASE, 5 * HOST_PAGE), (page(5), HOST_PAGE), (page(6), 10 * HOST_PAGE)]
+        assert memory.read(page(5), HOST_PAGE) == bytes([6]) * HOST_PAGE
         memory.write(page(5), b"host was here")
         assert not memory.probe(page(4))
         assert not memory.probe(page(6))
@@ -78,7 +79,7 @@ def test_an_unshared_page_keeps_what_the_host_wrote_and_the_slots_merge_again() 
         memory.write(page(5), b"host was here")
         assert convert(memory, 5, False) == 0
         assert vm.layout() == [(BASE, SIZE)]
-        assert os.pread(slot.backing.fd, 13, 5 * PAGE_SIZE) == b"host was here"
+        assert os.pread(slot.backing.fd, 13, 5 * HOST_PAGE) == b"host was here"
         with pytest.raises(GuestMemoryError, match="private to the guest"):
             memory.read(page(5), 1)
 
@@ -87,10 +88,10 @@ def test_no_stale_copy_remains_on_the_side_that_a_page_left() -> None:
     _, memory, slot = emulated()
     with memory:
         convert(memory, 5, True)
-        assert os.pread(slot.backing.fd, PAGE_SIZE, 5 * PAGE_SIZE) == bytes(PAGE_SIZE)
+        assert os.pread(slot.backing.fd, HOST_PAGE, 5 * HOST_PAGE) == bytes(HOST_PAGE)
         [shared] = [piece.backing for piece in slot.pieces if piece.backing is not slot.backing]
         convert(memory, 5, False)
-        assert os.pread(shared.fd, PAGE_SIZE, 5 * PAGE_SIZE) == bytes(PAGE_SIZE)
+        assert os.pread(shared.fd, HOST_PAGE, 5 * HOST_PAGE) == bytes(HOST_PAGE)
         assert os.fstat(shared.fd).st_blocks == 0
 
 
@@ -99,14 +100,14 @@ def test_adjacent_shared_pages_need_one_slot() -> None:
     with memory:
         for number in (3, 5, 4):
             assert convert(memory, number, True) == 0
-        assert vm.layout() == [(BASE, 3 * PAGE_SIZE), (page(3), 3 * PAGE_SIZE), (page(6), 10 * PAGE_SIZE)]
+        assert vm.layout() == [(BASE, 3 * HOST_PAGE), (page(3), 3 * HOST_PAGE), (page(6), 10 * HOST_PAGE)]
         for number in range(PAGES):
             convert(memory, number, True)
         assert vm.layout() == [(BASE, SIZE)]
-        assert memory.read(BASE, SIZE) == b"".join(bytes([n + 1]) * PAGE_SIZE for n in range(PAGES))
+        assert memory.read(BASE, SIZE) == b"".join(bytes([n + 1]) * HOST_PAGE for n in range(PAGES))
 
 
-@pytest.mark.parametrize("gpa", [BASE + 1, BASE - PAGE_SIZE, BASE + SIZE, 0, 1 << 60])
+@pytest.mark.parametrize("gpa", [BASE + 1, BASE - HOST_PAGE, BASE + SIZE, 0, 1 << 60])
 def test_an_invalid_page_gets_the_same_smccc_error_as_from_el2(gpa: int) -> None:
     _, memory, _ = emulated()
     with memory:
@@ -192,8 +193,8 @@ def test_a_hole_punched_in_moved_pages_reaches_the_file_they_are_in() -> None:
     _, memory, _ = emulated()
     with memory:
         convert(memory, 5, True)
-        memory.punch(page(4), 3 * PAGE_SIZE)
-        assert memory.read(page(5), PAGE_SIZE) == bytes(PAGE_SIZE)
+        memory.punch(page(4), 3 * HOST_PAGE)
+        assert memory.read(page(5), HOST_PAGE) == bytes(HOST_PAGE)
         assert memory.ledger.state(page(5)) is PageState.SHARED
         assert memory.ledger.state(page(4)) is PageState.HOLE
 
@@ -210,8 +211,8 @@ def test_any_sequence_of_conversions_keeps_every_page_and_its_side(orders: list[
             (shared.add if to_shared else shared.discard)(number)
         for number in range(PAGES):
             assert memory.probe(page(number)) == (number in shared)
-            [(_, piece)] = memory._table.pieces(page(number), PAGE_SIZE)
-            assert os.pread(piece.backing.fd, PAGE_SIZE, piece.offset) == bytes([number + 1]) * PAGE_SIZE
+            [(_, piece)] = memory._table.pieces(page(number), HOST_PAGE)
+            assert os.pread(piece.backing.fd, HOST_PAGE, piece.offset) == bytes([number + 1]) * HOST_PAGE
         assert vm.layout() == [(piece.gpa, piece.size) for piece in slot.pieces]
         for before, after in pairwise(slot.pieces):
             assert before.end == after.gpa
@@ -226,8 +227,8 @@ def test_splitting_covers_the_same_range_without_gap_overlap_or_needless_seam(da
         start = data.draw(st.integers(0, PAGES - 1))
         count = data.draw(st.integers(1, PAGES - start))
         which = data.draw(st.sampled_from(files))
-        offset = start * PAGE_SIZE
-        pieces = carve(pieces, Piece(Gpa(BASE + offset), count * PAGE_SIZE, which, offset))
+        offset = start * HOST_PAGE
+        pieces = carve(pieces, Piece(Gpa(BASE + offset), count * HOST_PAGE, which, offset))
         assert pieces[0].gpa == BASE
         assert pieces[-1].end == BASE + SIZE
         for before, after in pairwise(pieces):

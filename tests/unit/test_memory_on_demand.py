@@ -14,14 +14,15 @@ import pytest
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, PyvmmError, UsageError
 from pyvmm.memory import on_demand
-from pyvmm.memory.address import MIB, PAGE_SIZE
+from pyvmm.memory.address import MIB
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.on_demand import OnDemand
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from tests.memory_helper import BASE, NotedVm, build
 
 START = 0x2000_0000
-GRANULE = 2 * PAGE_SIZE
+GRANULE = 2 * HOST_PAGE
 EXIT_MMIO = 6
 
 
@@ -39,8 +40,8 @@ class Access:
 
 
 def contents(gpa: int, size: int) -> bytes:
-    assert size % PAGE_SIZE == 0
-    return b"".join(page.to_bytes(8, "little") * 512 for page in range(gpa, gpa + size, PAGE_SIZE))
+    assert size % HOST_PAGE == 0
+    return b"".join(page.to_bytes(8, "little") * 512 for page in range(gpa, gpa + size, HOST_PAGE))
 
 
 def attached(
@@ -58,7 +59,7 @@ def attached(
 def test_an_access_adds_its_granule_and_is_repeated() -> None:
     vm, memory, lazy = attached()
     with memory:
-        access = Access(START + 3 * GRANULE + PAGE_SIZE + 4092)
+        access = Access(START + 3 * GRANULE + HOST_PAGE + 4092)
         assert lazy(access.native)
         assert access.made_again
         assert vm.layout() == [(START + 3 * GRANULE, GRANULE), (BASE, MIB)]
@@ -89,11 +90,11 @@ def test_an_access_to_memory_that_exists_meanwhile_is_only_repeated() -> None:
 
 
 def test_the_last_granule_ends_with_its_range() -> None:
-    vm, memory, lazy = attached(ranges=[(START + 16 * MIB, PAGE_SIZE), (START, GRANULE + PAGE_SIZE)])
+    vm, memory, lazy = attached(ranges=[(START + 16 * MIB, HOST_PAGE), (START, GRANULE + HOST_PAGE)])
     with memory:
         lazy(Access(START + GRANULE + 1).native)
         lazy(Access(START + 16 * MIB).native)
-        assert vm.layout()[:2] == [(START + GRANULE, PAGE_SIZE), (START + 16 * MIB, PAGE_SIZE)]
+        assert vm.layout()[:2] == [(START + GRANULE, HOST_PAGE), (START + 16 * MIB, HOST_PAGE)]
 
 
 def test_memory_that_is_not_filled_is_zeros() -> None:
@@ -206,7 +207,7 @@ def test_memory_on_demand_uses_few_files_and_closes_them_with_the_memory() -> No
         ([(START + 1, GRANULE)], {}, "whole pages"),
         ([(START, 5)], {}, "whole pages"),
         ([(START, 0)], {}, "whole pages"),
-        ([(-PAGE_SIZE, PAGE_SIZE)], {}, "whole pages"),
+        ([(-HOST_PAGE, HOST_PAGE)], {}, "whole pages"),
         ([(START, 2 * GRANULE), (START + GRANULE, GRANULE)], {}, "overlaps the range before"),
     ],
 )
@@ -222,9 +223,9 @@ def test_ranges_that_overlap_memory_or_a_device_are_refused() -> None:
     memory.native.bus = bus
     with memory:
         with pytest.raises(UsageError, match="overlaps the slot"):
-            OnDemand([(BASE - PAGE_SIZE, GRANULE)]).attach(memory)
+            OnDemand([(BASE - HOST_PAGE, GRANULE)]).attach(memory)
         with pytest.raises(UsageError, match="36 bits"):
-            OnDemand([((1 << 36) - PAGE_SIZE, GRANULE)]).attach(memory)
+            OnDemand([((1 << 36) - HOST_PAGE, GRANULE)]).attach(memory)
         with pytest.raises(UsageError, match="hide the device at 0x900_0000"):
             OnDemand([(0x800_0000, 32 * MIB)]).attach(memory)
         OnDemand([(0x900_1000, MIB), (0x800_0000, 16 * MIB)]).attach(memory)

@@ -21,9 +21,9 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError
 from pyvmm.kvm.system import System
 from pyvmm.memory import slots
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.memory import Memory
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm_x86 import kvm_regs
 from tests.memory_helper import BASE, build, build_empty
@@ -56,36 +56,36 @@ def test_thousands_of_slots_added_one_by_one_keep_one_table(monkeypatch: pytest.
     monkeypatch.setattr(slots, "lib", watched)
     _, memory = build_empty(most=MANY)
     with memory:
-        backing = Memfd(MANY * PAGE_SIZE)
+        backing = Memfd(MANY * HOST_PAGE)
         order = list(range(MANY))
         random.Random(1).shuffle(order)
         tracemalloc.start()
         try:
             for index in order:
-                memory.add(BASE + index * PAGE_SIZE, backing, offset=index * PAGE_SIZE, size=PAGE_SIZE)
+                memory.add(BASE + index * HOST_PAGE, backing, offset=index * HOST_PAGE, size=HOST_PAGE)
                 assert index % 50 or watched.alive == 1
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         assert len(watched.tables) == MANY
         assert peak < 4 << 20  # keeping only the tables of the last hundred slots would need more
-        assert [slot.gpa for slot in memory.slots] == [BASE + index * PAGE_SIZE for index in range(MANY)]
-        memory.fill(BASE, MANY * PAGE_SIZE, 7)
-        assert memory.read(BASE + PAGE_SIZE * 999 - 4, 8) == b"\7" * 8
+        assert [slot.gpa for slot in memory.slots] == [BASE + index * HOST_PAGE for index in range(MANY)]
+        memory.fill(BASE, MANY * HOST_PAGE, 7)
+        assert memory.read(BASE + HOST_PAGE * 999 - 4, 8) == b"\7" * 8
         for slot in memory.slots[::2]:
             memory.remove(slot)
         assert watched.alive == 1
         assert memory.native.map.count == MANY // 2
         with pytest.raises(GuestMemoryError):
-            memory.read(BASE + 2 * PAGE_SIZE, 1)
-        assert memory.read(BASE + 3 * PAGE_SIZE, 1) == b"\7"
+            memory.read(BASE + 2 * HOST_PAGE, 1)
+        assert memory.read(BASE + 3 * HOST_PAGE, 1) == b"\7"
     assert watched.alive == 0
 
 
 def test_removing_a_slot_frees_its_ledger() -> None:
     _, memory, _ = build()
     with memory:
-        backing = Memfd(PAGE_SIZE)
+        backing = Memfd(HOST_PAGE)
         slot = memory.add(BASE + (1 << 30), backing)
         gone = weakref.ref(slot.area.entries)
         memory.remove(slot)
@@ -97,10 +97,10 @@ def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced() -> None:
     """Guarded copies run without Python's lock, while each old table is overwritten as soon as it may be freed."""
     _, memory = build_empty(most=64)
     with memory:
-        backing = Memfd(64 * PAGE_SIZE)
+        backing = Memfd(64 * HOST_PAGE)
         for index in range(4):
-            memory.add(BASE + 2 * index * PAGE_SIZE, backing, offset=index * PAGE_SIZE, size=PAGE_SIZE)
-            memory.fill(BASE + 2 * index * PAGE_SIZE, PAGE_SIZE, index)
+            memory.add(BASE + 2 * index * HOST_PAGE, backing, offset=index * HOST_PAGE, size=HOST_PAGE)
+            memory.fill(BASE + 2 * index * HOST_PAGE, HOST_PAGE, index)
         native, stop, wrong = memory.native, threading.Event(), []
 
         def reader(seed: int) -> None:
@@ -109,9 +109,9 @@ def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced() -> None:
             into = ffi.from_buffer("uint8_t[]", data)
             while not stop.is_set():
                 index = chance.randrange(4)
-                if lib.pv_read(native, BASE + 2 * index * PAGE_SIZE, into, 8, ffi.NULL) != 8 or data[0] != index:
+                if lib.pv_read(native, BASE + 2 * index * HOST_PAGE, into, 8, ffi.NULL) != 8 or data[0] != index:
                     wrong.append(index)
-                lib.pv_ledger_set(native, BASE + 2 * index * PAGE_SIZE, lib.PV_PAGE_HOST)
+                lib.pv_ledger_set(native, BASE + 2 * index * HOST_PAGE, lib.PV_PAGE_HOST)
 
         threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(3)]
         for thread in threads:
@@ -120,7 +120,7 @@ def test_a_table_may_be_overwritten_as_soon_as_it_has_been_replaced() -> None:
         for round_ in range(1000):
             regions, table = memory._table._regions, memory._table._map
             if slot is None:
-                slot = memory.add(BASE + 64 * PAGE_SIZE, backing, offset=(4 + round_ % 60) * PAGE_SIZE, size=PAGE_SIZE)
+                slot = memory.add(BASE + 64 * HOST_PAGE, backing, offset=(4 + round_ % 60) * HOST_PAGE, size=HOST_PAGE)
             else:
                 memory.remove(slot)
                 slot = None
@@ -196,8 +196,8 @@ def test_hundreds_of_slots_can_be_added_while_a_guest_and_copies_use_others() ->
     with System.open() as system, Memory(system.create_vm(), Protection.NONE, native) as memory:
         vm = memory._table._vm
         native.fd, native.protection = vm.fileno(), lib.PV_NONE
-        memory.add(code, Memfd(PAGE_SIZE))
-        memory.add(data, Memfd(PAGE_SIZE))
+        memory.add(code, Memfd(HOST_PAGE))
+        memory.add(data, Memfd(HOST_PAGE))
         # loop: inc word [bx]; jmp loop
         memory.write(code, bytes.fromhex("ff07 ebfc"))
         memory.seal()
@@ -222,9 +222,9 @@ def test_hundreds_of_slots_can_be_added_while_a_guest_and_copies_use_others() ->
         reading.start()
         try:
             many = min(400, memory._table.free)
-            backing = Memfd(many * PAGE_SIZE)
+            backing = Memfd(many * HOST_PAGE)
             for index in range(many):
-                memory.add((1 << 20) + 2 * index * PAGE_SIZE, backing, offset=index * PAGE_SIZE, size=PAGE_SIZE)
+                memory.add((1 << 20) + 2 * index * HOST_PAGE, backing, offset=index * HOST_PAGE, size=HOST_PAGE)
         finally:
             stop.set()
             reading.join()

@@ -15,15 +15,15 @@ import pytest
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import UsageError
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.source_server import SourceServer
 from pyvmm.memory.userfault import Userfault, UserfaultError
+from pyvmm.pages import HOST_PAGE
 
 PAGES = 64
-SIZE = PAGES * PAGE_SIZE
-SOURCE = b"".join(page.to_bytes(8, "little") * (PAGE_SIZE // 8) for page in range(PAGES))
+SIZE = PAGES * HOST_PAGE
+SOURCE = b"".join(page.to_bytes(8, "little") * (HOST_PAGE // 8) for page in range(PAGES))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_every_page_is_its_part_of_the_buffer_whichever_reader_is_first(
 ) -> None:
     asked = [page * 7 % PAGES for page in range(4 * PAGES)]  # each by several threads, in random order
     with SourceServer(userfault, memory.hva, kind(SOURCE)) as server, ThreadPoolExecutor(8) as pool:
-        seen = list(pool.map(lambda page: look(memory.hva + page * PAGE_SIZE + 16), asked))
+        seen = list(pool.map(lambda page: look(memory.hva + page * HOST_PAGE + 16), asked))
         assert seen == [page.to_bytes(8, "little") for page in asked]
         assert look(memory.hva, SIZE) == SOURCE
         assert PAGES <= server.served <= len(asked)
@@ -56,9 +56,9 @@ def test_every_page_is_its_part_of_the_buffer_whichever_reader_is_first(
 
 def test_the_next_server_answers_faults_that_one_left_with_its_own_data(userfault: Userfault, memory: Memfd) -> None:
     with SourceServer(userfault, memory.hva, SOURCE) as first:
-        assert look(memory.hva + PAGE_SIZE) == (1).to_bytes(8, "little")
+        assert look(memory.hva + HOST_PAGE) == (1).to_bytes(8, "little")
     with ThreadPoolExecutor(1) as pool, userfault:
-        reader = pool.submit(look, memory.hva + 2 * PAGE_SIZE)
+        reader = pool.submit(look, memory.hva + 2 * HOST_PAGE)
         assert userfault.wait(10)
         assert not reader.done()
         with SourceServer(userfault, memory.hva, b"\1" * SIZE) as second:
@@ -69,7 +69,7 @@ def test_the_next_server_answers_faults_that_one_left_with_its_own_data(userfaul
 def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault: Userfault, memory: Memfd) -> None:
     with ThreadPoolExecutor(1) as pool, userfault:
         reader = pool.submit(look, memory.hva)
-        server = SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:])
+        server = SourceServer(userfault, memory.hva + HOST_PAGE, SOURCE[HOST_PAGE:])
         server._thread.join(10)
         with pytest.raises(UserfaultError, match=r"UFFDIO_COPY\(after 0 faults served\): EINVAL") as caught, server:
             assert not reader.done()
@@ -81,14 +81,14 @@ def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault: Us
 def test_an_error_of_the_block_takes_precedence_over_the_servers(userfault: Userfault, memory: Memfd) -> None:
     with ThreadPoolExecutor(1) as pool, userfault:
         pool.submit(look, memory.hva)
-        server = SourceServer(userfault, memory.hva + PAGE_SIZE, SOURCE[PAGE_SIZE:])
+        server = SourceServer(userfault, memory.hva + HOST_PAGE, SOURCE[HOST_PAGE:])
         server._thread.join(10)
         with pytest.raises(KeyError), server:
             raise KeyError
         userfault.zeropage(memory.hva)
 
 
-@pytest.mark.parametrize(("at", "size"), [(8, PAGE_SIZE), (0, 8), (0, 0), (0, PAGE_SIZE + 8)])
+@pytest.mark.parametrize(("at", "size"), [(8, HOST_PAGE), (0, 8), (0, 0), (0, HOST_PAGE + 8)])
 def test_a_buffer_that_is_not_whole_pages_is_refused(userfault: Userfault, memory: Memfd, at: int, size: int) -> None:
     with pytest.raises(UsageError, match=rf"serving {size} bytes at 0x.*: use whole pages"):
         SourceServer(userfault, memory.hva + at, bytes(size))

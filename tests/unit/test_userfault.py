@@ -17,13 +17,13 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.kvm import libc
 from pyvmm.memory import userfault as module
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.userfault import FaultKind, Userfault, UserfaultError
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.userfaultfd import UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_RWP, UFFD_FEATURE_THREAD_ID
 
-SIZE = 16 * PAGE_SIZE
+SIZE = 16 * HOST_PAGE
 
 NO_ANSWERS: dict[int, Answer] = {}
 
@@ -50,12 +50,12 @@ def write(address: int, data: bytes) -> int:
 def test_a_missing_page_is_reported_and_its_reader_waits_for_the_contents(userfault: Userfault, memory: Memfd) -> None:
     userfault.register(memory.hva, SIZE, missing=True)
     with ThreadPoolExecutor(1) as pool:
-        reader = pool.submit(lambda: (threading.get_native_id(), look(memory.hva + PAGE_SIZE + 8)))
+        reader = pool.submit(lambda: (threading.get_native_id(), look(memory.hva + HOST_PAGE + 8)))
         assert userfault.wait(10)
         (fault,) = userfault.read()
-        assert (fault.page, fault.kind, fault.write) == (memory.hva + PAGE_SIZE, FaultKind.MISSING, False)
+        assert (fault.page, fault.kind, fault.write) == (memory.hva + HOST_PAGE, FaultKind.MISSING, False)
         assert not reader.done()
-        userfault.copy(fault.page, b"contents" * (PAGE_SIZE // 8))
+        userfault.copy(fault.page, b"contents" * (HOST_PAGE // 8))
         tid, seen = reader.result(10)
         assert seen == b"contents"
         assert fault.tid == (tid if userfault.features & UFFD_FEATURE_THREAD_ID else None)
@@ -67,22 +67,22 @@ def test_a_server_answers_with_the_result_of_its_callback(userfault: Userfault, 
     userfault.register(memory.hva, SIZE, missing=True)
 
     def resolve(fault: module.Fault) -> Answer | bytes:
-        index = (fault.page - memory.hva) // PAGE_SIZE
-        return Answer.ZERO if index == 3 else bytes([index]) * PAGE_SIZE
+        index = (fault.page - memory.hva) // HOST_PAGE
+        return Answer.ZERO if index == 3 else bytes([index]) * HOST_PAGE
 
     with Server(userfault, resolve) as server, ThreadPoolExecutor(8) as pool:
-        seen = list(pool.map(lambda index: look(memory.hva + index % 8 * PAGE_SIZE, 1)[0], range(64)))
+        seen = list(pool.map(lambda index: look(memory.hva + index % 8 * HOST_PAGE, 1)[0], range(64)))
         assert seen == [index % 8 if index % 8 != 3 else 0 for index in range(64)]
         assert server.served[FaultKind.MISSING] - server.late == 8
     assert not server.alive
 
 
 def test_an_answer_may_have_several_pages_and_keeps_existing_ones(userfault: Userfault, memory: Memfd) -> None:
-    write(memory.hva + 2 * PAGE_SIZE, b"kept")
+    write(memory.hva + 2 * HOST_PAGE, b"kept")
     userfault.register(memory.hva, SIZE, missing=True)
     with Server(userfault, lambda _fault: b"new." * (SIZE // 4)) as server:
         assert look(memory.hva, 4) == b"new."
-        assert [look(memory.hva + index * PAGE_SIZE, 4) for index in range(4)] == [b"new.", b"new.", b"kept", b"new."]
+        assert [look(memory.hva + index * HOST_PAGE, 4) for index in range(4)] == [b"new.", b"new.", b"kept", b"new."]
         assert (dict(server.served), server.late) == ({FaultKind.MISSING: 1}, 0)
 
 
@@ -122,7 +122,7 @@ def test_the_next_server_answers_faults_that_one_left(userfault: Userfault, memo
 
     with ThreadPoolExecutor(4) as pool:
         with Server(userfault, slow) as first:
-            readers = [pool.submit(look, memory.hva + index * PAGE_SIZE) for index in range(4)]
+            readers = [pool.submit(look, memory.hva + index * HOST_PAGE) for index in range(4)]
             assert asked.wait(10)
             threading.Timer(0.05, going_on.set).start()
         assert first.served[FaultKind.MISSING] < 4
@@ -173,7 +173,7 @@ def test_pages_that_the_file_has_are_minor_faults(userfault: Userfault, memory: 
     with pytest.raises(UserfaultError, match="EEXIST: the page is mapped already"):
         userfault.continue_(memory.hva)
     with pytest.raises(UserfaultError, match="EFAULT: the file has no page there yet"):
-        userfault.continue_(memory.hva + PAGE_SIZE)
+        userfault.continue_(memory.hva + HOST_PAGE)
 
 
 def test_a_store_to_a_write_protected_page_waits_until_it_is_allowed(userfault: Userfault, memory: Memfd) -> None:
@@ -186,9 +186,9 @@ def test_a_store_to_a_write_protected_page_waits_until_it_is_allowed(userfault: 
         write(memory.hva, b"after.")
         write(memory.hva, b"later.")
         assert server.served == {FaultKind.WP: 1}
-    userfault.copy(memory.hva + PAGE_SIZE, bytes(PAGE_SIZE), wp=True)
+    userfault.copy(memory.hva + HOST_PAGE, bytes(HOST_PAGE), wp=True)
     with Server(userfault, lambda _fault: Answer.UNPROTECT) as server:
-        write(memory.hva + PAGE_SIZE, b"x")
+        write(memory.hva + HOST_PAGE, b"x")
         assert server.served == {FaultKind.WP: 1}
 
 
@@ -206,14 +206,14 @@ def test_any_access_to_a_read_write_protected_page_waits(userfault: Userfault, m
 
 
 def test_an_existing_page_is_not_overwritten(userfault: Userfault, memory: Memfd) -> None:
-    write(memory.hva + PAGE_SIZE, b"kept")
+    write(memory.hva + HOST_PAGE, b"kept")
     userfault.register(memory.hva, SIZE, missing=True)
     with pytest.raises(UserfaultError, match=r"UFFDIO_COPY\(.*size=0x3000.*EEXIST: a page is there") as caught:
-        userfault.copy(memory.hva, bytes(3 * PAGE_SIZE))
-    assert (caught.value.errno, caught.value.done) == (errno.EEXIST, PAGE_SIZE)
+        userfault.copy(memory.hva, bytes(3 * HOST_PAGE))
+    assert (caught.value.errno, caught.value.done) == (errno.EEXIST, HOST_PAGE)
     with pytest.raises(UserfaultError, match="EEXIST"):
         userfault.zeropage(memory.hva)
-    assert look(memory.hva + PAGE_SIZE, 4) == b"kept"
+    assert look(memory.hva + HOST_PAGE, 4) == b"kept"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from pyvmm._native import ffi, lib
 from pyvmm.atlas.claim import group
 from pyvmm.experiment import Experiment
 from pyvmm.experiment.host.syscalls import NR_MINCORE, call, page_frame
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa, Hva
+from pyvmm.memory.address import Gpa, Hva
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 
 claim = group("conversion")
 
@@ -56,12 +57,12 @@ def a_conversion_is_in_place(x: Experiment) -> None:
 def a_conversion_clears_the_page(x: Experiment) -> None:
     """The page is cleared on conversion, in both directions: neither side finds what the other left in it."""
     page = x.page()
-    x.guest.fill(page, PAGE_SIZE, 0x11)
+    x.guest.fill(page, HOST_PAGE, 0x11)
     x.guest.share(page)
-    x.check("shared, the page reads as zeros", not any(x.memory.read(page, PAGE_SIZE)))
-    x.memory.fill(page, PAGE_SIZE, 0x22)
+    x.check("shared, the page reads as zeros", not any(x.memory.read(page, HOST_PAGE)))
+    x.memory.fill(page, HOST_PAGE, 0x22)
     x.guest.unshare(page)
-    x.check("private again, it reads as zeros", x.guest.sum(page, PAGE_SIZE) == 0)
+    x.check("private again, it reads as zeros", x.guest.sum(page, HOST_PAGE) == 0)
 
 
 @claim(emulated=PLAIN, pkvm="memfd thp", conversion="punch", origin=f"{HANDED}; {PUNCH}")
@@ -102,11 +103,11 @@ def shared_to_private_after_boot_keeps_contents(x: Experiment) -> None:
     """A running guest takes a page back from the host with all that the host put there, such as a block of a disk."""
     page = x.page()
     x.guest.share(page)
-    block = bytes(range(256)) * (PAGE_SIZE // 256)
+    block = bytes(range(256)) * (HOST_PAGE // 256)
     x.memory.write(page, block)
     x.guest.unshare(page)
-    words = sum(int.from_bytes(block[at : at + 8], "little") for at in range(0, PAGE_SIZE, 8))
-    x.check("the guest's sum of the block is the host's", x.guest.sum(page, PAGE_SIZE) == words % (1 << 64))
+    words = sum(int.from_bytes(block[at : at + 8], "little") for at in range(0, HOST_PAGE, 8))
+    x.check("the guest's sum of the block is the host's", x.guest.sum(page, HOST_PAGE) == words % (1 << 64))
     x.check("the host reaches it after", x.host64(page) is not None, False)
 
 
@@ -114,7 +115,7 @@ def shared_to_private_after_boot_keeps_contents(x: Experiment) -> None:
 def a_guest_can_clear_what_it_shares(x: Experiment) -> None:
     """A guest that clears a page before sharing it shows the host nothing else, though the host looks all the time."""
     page = x.page()
-    x.guest.fill(page, PAGE_SIZE, 0x5EC2E7)  # until its first touch the page is the host's to see
+    x.guest.fill(page, HOST_PAGE, 0x5EC2E7)  # until its first touch the page is the host's to see
     looks = _Looks()
     host = threading.Thread(target=_look, args=(x, page, looks))
     host.start()
@@ -122,8 +123,8 @@ def a_guest_can_clear_what_it_shares(x: Experiment) -> None:
     x.stack.callback(looks.end.set)
     met = 0
     for _ in range(5):
-        x.guest.fill(page, PAGE_SIZE, 0x5EC2E7)
-        x.guest.fill(page, PAGE_SIZE, 0)
+        x.guest.fill(page, HOST_PAGE, 0x5EC2E7)
+        x.guest.fill(page, HOST_PAGE, 0)
         x.guest.share(page)
         met += looks.two_more()
         x.guest.unshare(page)
@@ -201,14 +202,14 @@ def _frame(x: Experiment, gpa: Gpa) -> int:
 
 
 def _is_huge(x: Experiment, gpa: Gpa) -> bool:
-    frames = [_frame(x, Gpa(gpa + page * PAGE_SIZE)) for page in range(512)]
+    frames = [_frame(x, Gpa(gpa + page * HOST_PAGE)) for page in range(512)]
     return frames[0] % 512 == 0 and frames == list(range(frames[0], frames[0] + 512))
 
 
 def _in_file(x: Experiment, address: Hva) -> bool:
     """Whether the file mapped at an address holds a page there (mincore(2), which touches nothing)."""
     room = ctypes.create_string_buffer(1)
-    answer = call(NR_MINCORE, address, PAGE_SIZE, ctypes.byref(room))
+    answer = call(NR_MINCORE, address, HOST_PAGE, ctypes.byref(room))
     if not answer.ok:
         x.cannot(f"mincore: {answer.name}")
     return bool(room.raw[0] & 1)

@@ -8,7 +8,8 @@ from pyvmm.atlas.claim import group
 from pyvmm.atlas.claims.share_together import together
 from pyvmm.experiment import Experiment
 from pyvmm.guest.orders import Access
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
+from pyvmm.pages import HOST_PAGE
 
 claim = group("conversion")
 
@@ -48,26 +49,26 @@ def a_range_is_copied(x: Experiment) -> None:
 def _range(x: Experiment, count: int = 256, *, kept: bool) -> None:
     one, many = x.page(), x.page(count)
     for gpa, pages in ((one, 1), (many, count)):
-        x.guest.fill(gpa, pages * PAGE_SIZE, 1)
-        words = pages * PAGE_SIZE // 8
+        x.guest.fill(gpa, pages * HOST_PAGE, 1)
+        words = pages * HOST_PAGE // 8
         what = "a page" if pages == 1 else f"{pages} pages"
         shared = x.guest.share(gpa, pages, how=abi.SHARE_HVC)
         x.time(f"share {what}", shared.ticks)
         x.check(f"{what}: shared", shared.pages, pages)
         expected = (1).to_bytes(8, "little") * words if kept else bytes(8 * words)
-        x.check(f"{what}: the host finds what the policy leaves", x.memory.read(gpa, pages * PAGE_SIZE) == expected)
+        x.check(f"{what}: the host finds what the policy leaves", x.memory.read(gpa, pages * HOST_PAGE) == expected)
         x.memory.write(gpa, (2).to_bytes(8, "little") * words)
         taken = x.guest.unshare(gpa, pages, how=abi.SHARE_HVC)
         x.time(f"unshare {what}", taken.ticks)
         x.check(f"{what}: taken back", taken.pages, pages)
-        x.check(f"{what}: the guest's sum", x.guest.sum(gpa, pages * PAGE_SIZE), 2 * words if kept else 0)
+        x.check(f"{what}: the guest's sum", x.guest.sum(gpa, pages * HOST_PAGE), 2 * words if kept else 0)
 
 
 @claim(emulated=PLAIN, pkvm="memfd thp", conversion="preserve", origin=TIME)
 def a_thousand_conversions_in_a_row(x: Experiment) -> None:
     """1,000 conversions of 125 pages, one after the other, lose no contents and leave nothing shared."""
     range_ = x.page(125)
-    x.guest.fill(range_, 125 * PAGE_SIZE, 3)
+    x.guest.fill(range_, 125 * HOST_PAGE, 3)
     done = ticks = 0
     for _ in range(4):
         for order in (x.guest.share, x.guest.unshare):
@@ -75,8 +76,8 @@ def a_thousand_conversions_in_a_row(x: Experiment) -> None:
             done, ticks = done + converted.pages, ticks + converted.ticks
     x.time("1000 conversions", ticks)
     x.check("conversions", done, 1000)
-    x.check("the guest's sum is as before", x.guest.sum(range_, 125 * PAGE_SIZE) == 125 * 512 * 3)
-    open_ = sum(x.memory.probe(range_ + page * PAGE_SIZE) for page in range(125))
+    x.check("the guest's sum is as before", x.guest.sum(range_, 125 * HOST_PAGE) == 125 * 512 * 3)
+    open_ = sum(x.memory.probe(range_ + page * HOST_PAGE) for page in range(125))
     x.check("pages the host reaches", open_, 0)
 
 
@@ -88,13 +89,13 @@ def slots_are_cut_and_joined(x: Experiment) -> None:
     x.start()
     before = len(slot.pieces)
     for page in range(1, 16, 2):
-        x.guest.share(range_ + page * PAGE_SIZE)
+        x.guest.share(range_ + page * HOST_PAGE)
     x.picture("every second page of 16 is shared")
     x.check("slots more with 8 pages shared, apart from each other", len(slot.pieces) - before, 16)
     for page in range(2, 16, 2):
-        x.guest.share(range_ + page * PAGE_SIZE)
+        x.guest.share(range_ + page * HOST_PAGE)
     x.check("slots more once the 7 between them are shared, too", len(slot.pieces) - before, 2)
-    x.guest.unshare(range_ + PAGE_SIZE, 15)
+    x.guest.unshare(range_ + HOST_PAGE, 15)
     x.check("slots more once all are private again", len(slot.pieces) - before, 0)
 
 
@@ -124,7 +125,7 @@ def moving_slots_unmaps_one_page(x: Experiment) -> None:
 def _neighbours(x: Experiment, itself: int = 0) -> None:
     range_ = x.page(64)
     x.guest.touch(range_, 64, access=Access.WRITE)
-    page = range_ + 32 * PAGE_SIZE
+    page = range_ + 32 * HOST_PAGE
     before, before_itself = len(x.faults(range_, 64)), len(x.faults(page))
     x.event("share", page)
     x.guest.share(page)

@@ -18,7 +18,8 @@ from pyvmm.experiment.host import access, processes
 from pyvmm.guest.puppet import Puppet
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.machine import Machine
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.kvm import KVM_CHECK_EXTENSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_RUN
 from pyvmm.uapi.kvm_arm64 import ARM64_SYS_REG, core_reg
 from pyvmm.uapi.kvm_cap import KVM_CAP_USER_MEMORY
@@ -69,7 +70,7 @@ def poison_stays(x: Experiment) -> None:
         runs.append(x.went(order))
     x.check("four runs", " ".join(runs), "EFAULT EFAULT EFAULT EFAULT")
     backing, offset = raw.place(x, page)
-    x.tell("the host punches the old page out of its file", raw.punch(backing.fd, offset, PAGE_SIZE))
+    x.tell("the host punches the old page out of its file", raw.punch(backing.fd, offset, HOST_PAGE))
     x.tell("and stores to the new one", x.host_stores(page, 1))
     x.retry()
     x.check("another run", x.went(order), "EFAULT")
@@ -95,7 +96,7 @@ def a_hole_splits_the_brain(x: Experiment) -> None:
     """A hole punched in the file under a private page leaves the guest its page and gives the host another one."""
     page = x.page()
     x.guest.write64(page, 1)
-    x.memory.punch(page, PAGE_SIZE, unsafe=True)
+    x.memory.punch(page, HOST_PAGE, unsafe=True)
     x.event("punch", page)
     x.check("the host loads", x.host64(page), 0)
     x.check("the guest loads", x.guest.read64(page), 1)
@@ -107,13 +108,13 @@ def a_hole_splits_the_brain(x: Experiment) -> None:
 @claim(none="memfd", pkvm="memfd", origin=f"{SLOTS}: -EPERM once the guest has run; {TEARDOWN}")
 def a_slot_stays(x: Experiment) -> None:
     """A slot of a guest that has run can be neither deleted nor moved (EPERM), touched or not."""
-    backing = raw.make(x, 2 * PAGE_SIZE)
-    touched = raw.slot(x, BEYOND, PAGE_SIZE, backing.hva)
-    fresh = raw.slot(x, BEYOND + PAGE_SIZE, PAGE_SIZE, backing.hva + PAGE_SIZE)
+    backing = raw.make(x, 2 * HOST_PAGE)
+    touched = raw.slot(x, BEYOND, HOST_PAGE, backing.hva)
+    fresh = raw.slot(x, BEYOND + HOST_PAGE, HOST_PAGE, backing.hva + HOST_PAGE)
     x.guest.write64(BEYOND, 7)
     vm, away = x.machine.vm, BEYOND + 0x10_0000
-    for slot, hva, kind in ((touched, backing.hva, "touched"), (fresh, backing.hva + PAGE_SIZE, "fresh")):
-        moved = raw.answer(partial(vm.set_memory, slot, away, PAGE_SIZE, hva))
+    for slot, hva, kind in ((touched, backing.hva, "touched"), (fresh, backing.hva + HOST_PAGE, "fresh")):
+        moved = raw.answer(partial(vm.set_memory, slot, away, HOST_PAGE, hva))
         x.check(f"moving a {kind} slot", moved, "EPERM")
         x.check(f"deleting a {kind} slot", raw.answer(partial(vm.delete_memory, slot)), "EPERM")
 
@@ -121,21 +122,21 @@ def a_slot_stays(x: Experiment) -> None:
 @everywhere(origin=SLOTS)
 def slots_come_at_any_time(x: Experiment) -> None:
     """Before the first run slots can be added, moved and deleted, and after it they can still be added."""
-    backing = raw.make(x, 2 * PAGE_SIZE)
-    backing.load(PAGE_SIZE, (7).to_bytes(8, "little"))
-    vm, slot = x.machine.vm, raw.slot(x, BEYOND, PAGE_SIZE, backing.hva)
-    moved = raw.answer(lambda: vm.set_memory(slot, BEYOND + 0x10_0000, PAGE_SIZE, backing.hva))
+    backing = raw.make(x, 2 * HOST_PAGE)
+    backing.load(HOST_PAGE, (7).to_bytes(8, "little"))
+    vm, slot = x.machine.vm, raw.slot(x, BEYOND, HOST_PAGE, backing.hva)
+    moved = raw.answer(lambda: vm.set_memory(slot, BEYOND + 0x10_0000, HOST_PAGE, backing.hva))
     x.check("before the first run, moving one", moved, "ok")
     x.check("deleting it", raw.answer(lambda: vm.delete_memory(slot)), "ok")
     x.start()
-    x.check("adding one later", raw.answer(lambda: raw.slot(x, BEYOND, PAGE_SIZE, backing.hva + PAGE_SIZE)), "ok")
+    x.check("adding one later", raw.answer(lambda: raw.slot(x, BEYOND, HOST_PAGE, backing.hva + HOST_PAGE)), "ok")
     x.check("the guest loads from it", x.guest.read64(BEYOND), 7)
 
 
 @claim(none="memfd", pkvm="memfd", origin=f"{SLOTS}: -EPERM for flags")
 def no_slot_is_logged_or_read_only(x: Experiment) -> None:
     """KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY are refused with EPERM, before the guest has run and after."""
-    backing = raw.make(x, PAGE_SIZE)
+    backing = raw.make(x, HOST_PAGE)
     for when in ("before the first run", "after it"):
         for name, flag in (("LOG_DIRTY_PAGES", KVM_MEM_LOG_DIRTY_PAGES), ("READONLY", KVM_MEM_READONLY)):
             answer = raw.answer(partial(_trial_slot, x, backing.hva, flag))
@@ -186,7 +187,7 @@ def a_guest_can_be_single_stepped(x: Experiment) -> None:
         if stop != lib.PV_STOP_DEBUG:
             return None
         at = machine.vcpus[0].pc
-        if at in range(code, code + PAGE_SIZE):
+        if at in range(code, code + HOST_PAGE):
             steps.append(at - code)
         elif steps:
             machine.vcpus[0].single_step(False)
@@ -325,7 +326,7 @@ def _told(failure: Any) -> str:
 
 def _trial_slot(x: Experiment, hva: int, flags: int) -> None:
     """Try to make a slot with flags, and remove it again."""
-    number = raw.slot(x, BEYOND, PAGE_SIZE, hva, flags=flags)
+    number = raw.slot(x, BEYOND, HOST_PAGE, hva, flags=flags)
     x.machine.vm.delete_memory(number)
 
 

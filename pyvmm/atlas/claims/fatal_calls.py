@@ -15,8 +15,8 @@ from pyvmm.kvm.fd import Fd
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import Memfd
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.uapi import kvm_cap as cap
 from pyvmm.uapi.ioctl import IOW
@@ -92,24 +92,24 @@ def generic_capabilities_can_be_enabled(x: Experiment) -> None:
     manual = cap.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
     x.check("of MANUAL_DIRTY_LOG_PROTECT2", raw.answer(lambda: _vm(x).enable_cap(manual, 1)), "ok")
     ring = cap.KVM_CAP_DIRTY_LOG_RING_ACQ_REL
-    x.check("of DIRTY_LOG_RING_ACQ_REL", raw.answer(lambda: _vm(x).enable_cap(ring, PAGE_SIZE)), "ok")
+    x.check("of DIRTY_LOG_RING_ACQ_REL", raw.answer(lambda: _vm(x).enable_cap(ring, HOST_PAGE)), "ok")
 
 
 @claim(none="memfd", pkvm="memfd", origin="virt/kvm/kvm_main.c, kvm_vm_ioctl(): not filtered by the architecture")
 def these_calls_work(x: Experiment) -> None:
     """Slots, guest_memfd, the GICv3 and its ITS, eventfds for doorbells, and statistics are available for any VM."""
     vm = _vm(x)
-    backing, bell = x.stack.enter_context(Memfd(PAGE_SIZE)), os.eventfd(0, os.EFD_CLOEXEC)
+    backing, bell = x.stack.enter_context(Memfd(HOST_PAGE)), os.eventfd(0, os.EFD_CLOEXEC)
     x.stack.callback(os.close, bell)
     flags = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
     ways: dict[str, Callable[[], object]] = {
         "KVM_ARM_PREFERRED_TARGET": vm.preferred_target,
-        "KVM_SET_USER_MEMORY_REGION": lambda: vm.set_memory(0, BEYOND, PAGE_SIZE, backing.hva),
-        "KVM_CREATE_GUEST_MEMFD": lambda: vm.create_guest_memfd(PAGE_SIZE, flags),
+        "KVM_SET_USER_MEMORY_REGION": lambda: vm.set_memory(0, BEYOND, HOST_PAGE, backing.hva),
+        "KVM_CREATE_GUEST_MEMFD": lambda: vm.create_guest_memfd(HOST_PAGE, flags),
         "KVM_SET_USER_MEMORY_REGION2, over one": lambda: _gmem_slot(vm, flags, backing.hva),
-        "KVM_IOEVENTFD": lambda: vm.ioeventfd(bell, BEYOND + PAGE_SIZE, 4),
+        "KVM_IOEVENTFD": lambda: vm.ioeventfd(bell, BEYOND + HOST_PAGE, 4),
         "KVM_REGISTER_COALESCED_MMIO": lambda: vm.call(
-            KVM_REGISTER_COALESCED_MMIO, kvm_coalesced_mmio_zone(addr=BEYOND, size=PAGE_SIZE)
+            KVM_REGISTER_COALESCED_MMIO, kvm_coalesced_mmio_zone(addr=BEYOND, size=HOST_PAGE)
         ),
         "KVM_CREATE_VCPU": lambda: vm.create_vcpu(0),
         "KVM_CREATE_DEVICE of a GICv3": lambda: vm.create_device(DeviceType.KVM_DEV_TYPE_ARM_VGIC_V3),
@@ -154,7 +154,7 @@ def sync_mmu_is_told_as_it_is(x: Experiment) -> None:
     """KVM_CAP_SYNC_MMU, checked on the VM, says whether the guest loses a page that the host makes PROT_NONE."""
     page = x.page()
     x.guest.write64(page, 1)
-    mman.protect(x.memory.hva(page), PAGE_SIZE, PROT_NONE)
+    mman.protect(x.memory.hva(page), HOST_PAGE, PROT_NONE)
     lost = x.went(x.guest.start_read64(page)) == "EFAULT"
     x.check("the guest loses the page", lost, _says(x.machine.vm, "SYNC_MMU"))
 
@@ -191,7 +191,7 @@ def _stats(fd: Fd) -> None:
 
 
 def _gmem_slot(vm: Vm, flags: int, hva: int) -> None:
-    vm.set_memory(1, BEYOND + 0x10_0000, PAGE_SIZE, hva, guest_memfd=vm.create_guest_memfd(PAGE_SIZE, flags))
+    vm.set_memory(1, BEYOND + 0x10_0000, HOST_PAGE, hva, guest_memfd=vm.create_guest_memfd(HOST_PAGE, flags))
 
 
 def _immediate_exit(vcpu: Vcpu) -> None:

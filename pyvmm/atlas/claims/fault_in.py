@@ -14,9 +14,9 @@ from pyvmm.experiment.host import settings
 from pyvmm.experiment.host.syscalls import drop_capabilities
 from pyvmm.guest.orders import Access
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE
 from pyvmm.memory.backing import FileBacking, Memfd, SharedGuestMemfd
 from pyvmm.memory.memlock import CAP_IPC_LOCK, LockedMemory
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.mman import PROT_NONE, PROT_READ
 
 claim = group("fault-in")
@@ -143,11 +143,11 @@ def crossed_slots_lead_to_the_right_page(x: Experiment) -> None:
     """Two slots whose guest addresses are in the reverse order of their places in one file do not mix up pages."""
     file = SharedGuestMemfd(x.machine.vm, 2 << 16) if x.backing == "guest_memfd" else Memfd(2 << 16)
     for page in range(32):
-        file.load(page * PAGE_SIZE, (page + 1).to_bytes(8, "little"))
+        file.load(page * HOST_PAGE, (page + 1).to_bytes(8, "little"))
     x.memory.add(BEYOND, file, offset=1 << 16, size=1 << 16)
     x.memory.add(BEYOND + (1 << 16), file, offset=0, size=1 << 16)
     numbers = [*range(17, 33), *range(1, 17)]
-    right = sum(x.guest.read64(BEYOND + page * PAGE_SIZE) == number for page, number in enumerate(numbers))
+    right = sum(x.guest.read64(BEYOND + page * HOST_PAGE) == number for page, number in enumerate(numbers))
     x.check("pages found where they belong, of 32", right, 32)
 
 
@@ -159,7 +159,7 @@ def each_page_is_locked_when_touched(x: Experiment) -> None:
     before = LockedMemory.read().locked
     growth = []
     for page in range(8):
-        x.guest.read64(range_ + page * PAGE_SIZE)
+        x.guest.read64(range_ + page * HOST_PAGE)
         growth.append((LockedMemory.read().locked - before) // 1024)
     x.check("kB locked after each of 8 first touches", " ".join(map(str, growth)), "4 8 12 16 20 24 28 32")
 
@@ -180,11 +180,11 @@ def a_share_leaves_the_lock(x: Experiment) -> None:
     x.start()
     before = LockedMemory.read().locked
     x.guest.write64(page, 1)
-    x.check("bytes locked by the first touch", LockedMemory.read().locked - before, PAGE_SIZE)
+    x.check("bytes locked by the first touch", LockedMemory.read().locked - before, HOST_PAGE)
     x.guest.share(page)
-    x.check("bytes locked once it is shared", LockedMemory.read().locked - before, PAGE_SIZE)
+    x.check("bytes locked once it is shared", LockedMemory.read().locked - before, HOST_PAGE)
     x.guest.unshare(page)
-    x.check("bytes locked once it is taken back", LockedMemory.read().locked - before, PAGE_SIZE)
+    x.check("bytes locked once it is taken back", LockedMemory.read().locked - before, HOST_PAGE)
 
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{ABORT}; mm/util.c, account_locked_vm(): -ENOMEM")
@@ -197,18 +197,18 @@ def memlock_exhaustion_is_resumable(x: Experiment) -> None:
     range_ = x.page(8)
     x.start()
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    limit = LockedMemory.read().locked + 4 * PAGE_SIZE
+    limit = LockedMemory.read().locked + 4 * HOST_PAGE
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, hard))
     for page in range(4):
-        x.guest.write64(range_ + page * PAGE_SIZE, page)
-    order = x.guest.start_write64(range_ + 4 * PAGE_SIZE, 0x4444)
+        x.guest.write64(range_ + page * HOST_PAGE, page)
+    order = x.guest.start_write64(range_ + 4 * HOST_PAGE, 0x4444)
     if not x.check("KVM_RUN at the page that is over the limit", x.went(order), "ENOMEM"):
         return
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit + 64 * PAGE_SIZE, hard))
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit + 64 * HOST_PAGE, hard))
     x.retry()
     order.result()
-    x.check("the page holds what the guest stored", x.guest.read64(range_ + 4 * PAGE_SIZE), 0x4444)
-    x.check("the pages before it are as they were", x.guest.read64(range_ + 3 * PAGE_SIZE), 3)
+    x.check("the page holds what the guest stored", x.guest.read64(range_ + 4 * HOST_PAGE), 0x4444)
+    x.check("the pages before it are as they were", x.guest.read64(range_ + 3 * HOST_PAGE), 3)
     x.tell("soft limit before, unlimited or a number", "unlimited" if soft == resource.RLIM_INFINITY else "a number")
 
 
@@ -244,12 +244,12 @@ def an_unmapped_hva_is_efault(x: Experiment) -> None:
     """Where the host's mapping is PROT_NONE, KVM_RUN fails with EFAULT, without details, and can be tried again."""
     page = x.page()
     x.start()
-    mman.protect(x.memory.hva(page), PAGE_SIZE, PROT_NONE)
+    mman.protect(x.memory.hva(page), HOST_PAGE, PROT_NONE)
     order = x.guest.start_write64(page, 7)
     failure = x.failed(order)
     x.check("KVM_RUN", failure.name if failure else "went on", "EFAULT")
     x.check("exit_reason", failure.exit_reason if failure else None, 0)
-    mman.protect(x.memory.hva(page), PAGE_SIZE, mman.PROT_RW)
+    mman.protect(x.memory.hva(page), HOST_PAGE, mman.PROT_RW)
     x.retry()
     order.result()
     x.check("then the guest reads its store", x.guest.read64(page), 7)
@@ -261,7 +261,7 @@ def a_read_only_mapping_serves_loads(x: Experiment) -> None:
     page = x.page()
     x.memory.write(page, (9).to_bytes(8, "little"))
     x.start()
-    mman.protect(x.memory.hva(page), PAGE_SIZE, PROT_READ)
+    mman.protect(x.memory.hva(page), HOST_PAGE, PROT_READ)
     order = x.guest.start_read64(page)
     if x.check("KVM_RUN", x.went(order), "went on"):
         x.check("the guest reads", order.result(), 9)
@@ -287,7 +287,7 @@ def vcpus_race_for_one_page(x: Experiment) -> None:
     x.check("touches done, of 4 times 64", sum(order.result().pages for order in orders), 256)
     locked = LockedMemory.read().locked - before
     x.tell("bytes locked by 64 pages", locked)
-    x.check("no page is locked twice", locked in (0, 64 * PAGE_SIZE))
+    x.check("no page is locked twice", locked in (0, 64 * HOST_PAGE))
     x.check("pages that faulted", len({fault.gpa for fault in x.faults(range_, 64)}), 64)
 
 
@@ -301,7 +301,7 @@ def vcpus_race_for_one_page(x: Experiment) -> None:
 def populating_spares_no_fault(x: Experiment) -> None:
     """Pages that the host has populated before still cost the guest one fault each."""
     range_ = x.page(32)
-    x.memory.populate(range_, 32 * PAGE_SIZE)
+    x.memory.populate(range_, 32 * HOST_PAGE)
     x.time("32 first touches of populated pages", x.guest.touch(range_, 32).ticks)
     x.time("32 first touches of others", x.guest.touch(x.page(32), 32).ticks)
     x.check("pages that faulted, of 32", len({fault.gpa for fault in x.faults(range_, 32)}), 32)

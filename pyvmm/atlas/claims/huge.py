@@ -12,9 +12,10 @@ from pyvmm.experiment.host import settings
 from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.orders import Access
 from pyvmm.memory import mman
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.memlock import LockedMemory
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES
 from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_EAGER_SPLIT_CHUNK_SIZE, KVM_CAP_ARM_SUPPORTED_BLOCK_SIZES
 from pyvmm.uapi.mman import MADV_COLLAPSE, MADV_NOHUGEPAGE, PROT_READ
@@ -28,7 +29,7 @@ ONE_PAGE = "arch/arm64/kvm/pkvm.c, pkvm_pgtable_stage2_map(): pages only for a p
 LOGGED = "arch/arm64/kvm/mmu.c, user_mem_abort(): force_pte where the slot is logged"
 NOTIFIER = "arch/arm64/kvm/mmu.c, kvm_unmap_gfn_range(), by MMU notifiers"
 TRUNCATE = "mm/truncate.c, truncate_inode_partial_folio(): the hole is zeroed through the kernel's mapping"
-PAGES = HUGE_SIZE // PAGE_SIZE
+PAGES = HUGE_SIZE // HOST_PAGE
 SOME = PAGES // 8
 """Pages that are touched of a huge page where that tells as much as touching all."""
 VALUE = 42
@@ -96,7 +97,7 @@ def a_touch_takes_two_mib_of_the_host(x: Experiment) -> None:
 @claim(none="thp hugetlb", pkvm="thp", faults=True, origin=SPAN)
 def misaligned_memory_is_mapped_by_pages(x: Experiment) -> None:
     """Huge pages behind a slot whose guest and host addresses differ modulo 2 MiB are mapped page by page."""
-    _late(x, BEYOND + PAGE_SIZE, 2 * HUGE_SIZE)
+    _late(x, BEYOND + HOST_PAGE, 2 * HUGE_SIZE)
     x.start()
     x.check("faults of 64 pages of 2 MiB", _touch(x, BEYOND + HUGE_SIZE), SOME)
 
@@ -135,12 +136,12 @@ def a_small_hole_is_zeros_and_nothing_else(x: Experiment) -> None:
     """A hole of one page in a huge page is zeros to the guest, and leaves the pages beside it as they are."""
     block = _block(x)
     for number in (4, 5, 6):
-        x.guest.write64(block + number * PAGE_SIZE, number)
+        x.guest.write64(block + number * HOST_PAGE, number)
     file, offset = raw.place(x, block)
-    x.check("the punch", raw.punch(file.fd, offset + 5 * PAGE_SIZE, PAGE_SIZE), "ok")
-    x.event("punch", block + 5 * PAGE_SIZE)
+    x.check("the punch", raw.punch(file.fd, offset + 5 * HOST_PAGE, HOST_PAGE), "ok")
+    x.event("punch", block + 5 * HOST_PAGE)
     for number, wanted in ((4, 4), (6, 6), (5, 0)):
-        order = x.guest.start_read64(block + number * PAGE_SIZE)
+        order = x.guest.start_read64(block + number * HOST_PAGE)
         if not x.check(f"page {number}: the guest's load", x.went(order), "went on"):
             break
         x.check(f"page {number}: the guest reads", order.result(), wanted)
@@ -157,8 +158,8 @@ def a_small_hole_costs_the_guest_its_block(x: Experiment) -> None:
     madvise(x.memory.hva(block), HUGE_SIZE, MADV_NOHUGEPAGE)  # or khugepaged may mend it meanwhile
     file, offset = raw.place(x, block)
     before = raw.kib(file.fd)
-    raw.punch(file.fd, offset + 5 * PAGE_SIZE, PAGE_SIZE)
-    x.event("punch", block + 5 * PAGE_SIZE)
+    raw.punch(file.fd, offset + 5 * HOST_PAGE, HOST_PAGE)
+    x.event("punch", block + 5 * HOST_PAGE)
     x.tell("KiB that the file is smaller", before - raw.kib(file.fd))
     x.check("faults of 64 other pages", _touch(x, block), SOME)
 
@@ -175,9 +176,9 @@ def mprotect_of_one_page_costs_the_guest_its_block(x: Experiment) -> None:
     block = _block(x)
     x.start()
     _touch(x, block)
-    mman.protect(x.memory.hva(block) + 5 * PAGE_SIZE, PAGE_SIZE, PROT_READ)
+    mman.protect(x.memory.hva(block) + 5 * HOST_PAGE, HOST_PAGE, PROT_READ)
     x.check("faults of 64 other pages", _touch(x, block), SOME)
-    mman.protect(x.memory.hva(block) + 5 * PAGE_SIZE, PAGE_SIZE, mman.PROT_RW)
+    mman.protect(x.memory.hva(block) + 5 * HOST_PAGE, HOST_PAGE, mman.PROT_RW)
     x.tell("faults of those when it is writable again", _touch(x, block))
 
 
@@ -228,12 +229,12 @@ def the_dirty_log_names_exactly_what_was_written(x: Experiment) -> None:
     x.start()
     x.check("pages named before the first store", log(), "none")
     for page in (0, 5, 63, 64, 511):
-        x.guest.write8(BEYOND + page * PAGE_SIZE, 1)
-    x.guest.touch(BEYOND + 100 * PAGE_SIZE, 8, access=Access.READ)
+        x.guest.write8(BEYOND + page * HOST_PAGE, 1)
+    x.guest.touch(BEYOND + 100 * HOST_PAGE, 8, access=Access.READ)
     x.check("named after stores and loads", log(), "0 5 63 64 511")
     x.check("named again at once", log(), "none")
     x.guest.read8(BEYOND)
-    x.guest.write8(BEYOND + 5 * PAGE_SIZE, 2)
+    x.guest.write8(BEYOND + 5 * HOST_PAGE, 2)
     x.check("named after one more store", log(), "5")
 
 

@@ -11,12 +11,13 @@ from pyvmm._native import lib
 from pyvmm.atlas.claim import group
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.guest.orders import Access
-from pyvmm.memory.address import PAGE_SIZE, Gpa, Hva
+from pyvmm.memory.address import Gpa, Hva
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.memory.userfault import Fault, FaultKind, Userfault
+from pyvmm.pages import HOST_PAGE
 
 if TYPE_CHECKING:
     from pyvmm._native import pv_vcpu
@@ -32,12 +33,12 @@ DONATED = 'thread: "once it has a page, the host handler issues a hypercall to d
 POPULATED = 'thread: "we don\'t require pre-faulting everything"'
 VALUE = 42
 PAGES = 4
-SIZE = PAGES * PAGE_SIZE
+SIZE = PAGES * HOST_PAGE
 
 
 def _page(value: int) -> bytes:
     """Return a page's worth of one word."""
-    return value.to_bytes(8, "little") * (PAGE_SIZE // 8)
+    return value.to_bytes(8, "little") * (HOST_PAGE // 8)
 
 
 def _userfault(x: Experiment, *, user_mode_only: bool = False) -> Userfault:
@@ -70,10 +71,10 @@ def a_missing_page_is_served(x: Experiment) -> None:
     with Server(userfault, answer):
         if x.check("the guest's load", x.went(x.guest.start_read64(page)), "went on"):
             x.check("the guest reads", x.guest.read64(page), VALUE)
-            x.time("load of a missing page", x.guest.timed_read(page + PAGE_SIZE).ticks)
-            x.guest.write64(page + 2 * PAGE_SIZE, 1)
-            x.check("behind a store, the guest reads", x.guest.read64(page + 2 * PAGE_SIZE + 8), VALUE)
-        x.check("faults told, as pages", " ".join(str((each.page - hva) // PAGE_SIZE) for each in asked), "0 1 2")
+            x.time("load of a missing page", x.guest.timed_read(page + HOST_PAGE).ticks)
+            x.guest.write64(page + 2 * HOST_PAGE, 1)
+            x.check("behind a store, the guest reads", x.guest.read64(page + 2 * HOST_PAGE + 8), VALUE)
+        x.check("faults told, as pages", " ".join(str((each.page - hva) // HOST_PAGE) for each in asked), "0 1 2")
         x.check("stores among them", sum(each.write for each in asked), 1)
 
 
@@ -129,7 +130,7 @@ def a_refused_access_is_made_good_by_hand(x: Experiment) -> None:
     userfault = _userfault(x)
     x.start()
     file, hva = _late_file(x, full=True)
-    file.punch(0, PAGE_SIZE)
+    file.punch(0, HOST_PAGE)
     places: dict[str, Callable[[Hva], None]] = {
         "missing": lambda at: userfault.copy(at, _page(VALUE)),
         "minor": userfault.continue_,
@@ -137,13 +138,13 @@ def a_refused_access_is_made_good_by_hand(x: Experiment) -> None:
         "rwp": lambda at: userfault.rwprotect(at, on=False),
     }
     for number, (mode, put_right) in enumerate(places.items()):
-        at = Hva(hva + number * PAGE_SIZE)
+        at = Hva(hva + number * HOST_PAGE)
         if mode in ("wp", "rwp"):
             raw.load64(at)  # a page that is mapped: only such a one can be rw-protected
-        userfault.register(at, PAGE_SIZE, **{mode: True})
+        userfault.register(at, HOST_PAGE, **{mode: True})
         if mode in ("wp", "rwp"):
             (userfault.write_protect if mode == "wp" else userfault.rwprotect)(at)
-        order = x.guest.start_read64(BEYOND + number * PAGE_SIZE)
+        order = x.guest.start_read64(BEYOND + number * HOST_PAGE)
         if x.check(f"{mode}: the guest's load", x.went(order), "EFAULT"):
             x.check(f"{mode}: faults told", len(userfault.read()), 0)
             put_right(at)
@@ -163,7 +164,7 @@ def pages_put_in_advance_do_not_wait(x: Experiment) -> None:
     order = x.guest.start_read64(page)
     if x.check("the guest's load", x.went(order), "went on"):
         x.check("the guest reads", order.result(), VALUE)
-        x.time("load of a page put there before", x.guest.timed_read(page + PAGE_SIZE).ticks)
+        x.time("load of a page put there before", x.guest.timed_read(page + HOST_PAGE).ticks)
     x.check("faults told", len(userfault.read()), 0)
 
 
@@ -187,7 +188,7 @@ def without_privilege_the_guest_can_be_served(x: Experiment) -> None:
 def the_mapping_takes_a_userfaultfd(x: Experiment) -> None:
     """The mapping of the guest's memory can be registered with a userfaultfd, for missing and for minor faults."""
     size = 2 << 20
-    page = x.page(size // PAGE_SIZE, align=size)
+    page = x.page(size // HOST_PAGE, align=size)
     userfault, hva = _userfault(x), x.memory.hva(page, size)
     x.check("UFFDIO_REGISTER, missing", raw.answer(lambda: userfault.register(hva, size, missing=True)), "ok")
     x.check("UFFDIO_REGISTER, minor", raw.answer(lambda: userfault.register(hva, size, minor=True)), "ok")
@@ -200,7 +201,7 @@ def a_punched_page_is_missing_again(x: Experiment) -> None:
     userfault, hva = _userfault(x), x.memory.hva(page, SIZE)
     x.guest.write64(page, 1)
     userfault.register(hva, SIZE, missing=True)
-    x.memory.punch(page, PAGE_SIZE, unsafe=True)
+    x.memory.punch(page, HOST_PAGE, unsafe=True)
     x.event("punch", page)
     with Server(userfault, lambda _: _page(VALUE)) as server:
         order = x.guest.start_read64(page)
@@ -269,8 +270,8 @@ def _on_demand(x: Experiment, size: int, **more: Any) -> OnDemand:
     """Provide ``size`` bytes of memory at BEYOND on demand by slots, each page filled with its number, from 1."""
 
     def fill(gpa: Gpa, size: int) -> bytes:
-        first = (gpa - BEYOND) // PAGE_SIZE + 1
-        return b"".join(map(_page, range(first, first + size // PAGE_SIZE)))
+        first = (gpa - BEYOND) // HOST_PAGE + 1
+        return b"".join(map(_page, range(first, first + size // HOST_PAGE)))
 
     x.unclaimed = lazy = OnDemand([(BEYOND, size)], fill=fill, **more)
     lazy.attach(x.memory)
@@ -304,10 +305,10 @@ def memory_comes_at_the_first_load(x: Experiment) -> None:
     """A slot made while the guest waits in a load serves that load, which reads the file's contents."""
     lazy = _on_demand(x, SIZE, granule=SIZE)
     before = raw.exits(x)
-    x.check("the guest reads", x.guest.read64(BEYOND + PAGE_SIZE), 2)
+    x.check("the guest reads", x.guest.read64(BEYOND + HOST_PAGE), 2)
     x.event("slot", BEYOND, PAGES)
     x.picture("after the first load")
-    x.check("and in the next page", x.guest.read64(BEYOND + 2 * PAGE_SIZE), 3)
+    x.check("and in the next page", x.guest.read64(BEYOND + 2 * HOST_PAGE), 3)
     x.check("slots made", lazy.slots, 1)
     x.check("exits", raw.exits(x) - before, 1)
     x.check("beyond the range", x.went(x.guest.start_read64(BEYOND + SIZE)), "external abort")
@@ -349,7 +350,7 @@ def memory_comes_piece_by_piece(x: Experiment) -> None:
     x.check("slots made", lazy.slots, 64)
     x.check("exits", raw.exits(x) - before, 64)
     x.picture("all 64 slots")
-    words = PAGE_SIZE // 8
+    words = HOST_PAGE // 8
     x.check("the sum of all words", x.guest.sum(BEYOND, 64 * SIZE), words * sum(range(1, 64 * PAGES + 1)))
     x.check("exits when all of it is touched", raw.exits(x) - before, 64)
 

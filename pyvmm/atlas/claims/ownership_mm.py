@@ -26,8 +26,9 @@ from pyvmm.experiment.host.syscalls import NR_MLOCK, Answer, anonymous, call, ma
 from pyvmm.experiment.host.zram import Zram
 from pyvmm.labenv import in_lab
 from pyvmm.memory import mman
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.memlock import LockedMemory
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.uapi.mman import (
     MADV_COLD,
     MADV_COLLAPSE,
@@ -85,7 +86,7 @@ def dontneed_takes_nothing(x: Experiment) -> None:
 def free_is_refused(x: Experiment) -> None:
     """MADV_FREE on a private page is refused with EINVAL and does the guest no harm."""
     page = _held(x)
-    x.check(f"MADV_FREE on {PRIVATE}", madvise(x.memory.hva(page), PAGE_SIZE, MADV_FREE).name, "EINVAL")
+    x.check(f"MADV_FREE on {PRIVATE}", madvise(x.memory.hva(page), HOST_PAGE, MADV_FREE).name, "EINVAL")
     _still_there(x, page)
 
 
@@ -93,8 +94,8 @@ def free_is_refused(x: Experiment) -> None:
 def populating_opens_nothing(x: Experiment) -> None:
     """MADV_POPULATE_READ and _WRITE on a private page let the host in no further, and do the guest no harm."""
     page = _held(x)
-    x.tell(f"MADV_POPULATE_READ on {PRIVATE}", madvise(x.view(page), PAGE_SIZE, MADV_POPULATE_READ).name)
-    x.tell(f"MADV_POPULATE_WRITE on {PRIVATE}", madvise(x.view(page), PAGE_SIZE, MADV_POPULATE_WRITE).name)
+    x.tell(f"MADV_POPULATE_READ on {PRIVATE}", madvise(x.view(page), HOST_PAGE, MADV_POPULATE_READ).name)
+    x.tell(f"MADV_POPULATE_WRITE on {PRIVATE}", madvise(x.view(page), HOST_PAGE, MADV_POPULATE_WRITE).name)
     x.check("a load of the host's then faults", x.host64(page) is None)
     _still_there(x, page)
 
@@ -104,7 +105,7 @@ def it_is_not_swapped_out(x: Experiment) -> None:
     """With swap to page out to, MADV_PAGEOUT sends no page that the guest has touched there, and does it no harm."""
     range_, others = _filled(x, 16), x.page(16)
     for page in range(16):
-        x.host_stores(others + page * PAGE_SIZE, HOSTS)
+        x.host_stores(others + page * HOST_PAGE, HOSTS)
     try:
         x.stack.enter_context(Zram(16 << 20)).swap()
     except OSError as error:
@@ -118,7 +119,7 @@ def it_is_not_swapped_out(x: Experiment) -> None:
 @touched(origin=f"{PIN}; mm/khugepaged.c, collapse_file(): pages with other references are left alone")
 def it_is_not_collapsed(x: Experiment) -> None:
     """MADV_COLLAPSE makes no huge page of 2 MiB in which the guest has touched a page, and does it no harm."""
-    range_ = x.page(HUGE_SIZE // PAGE_SIZE, align=HUGE_SIZE)
+    range_ = x.page(HUGE_SIZE // HOST_PAGE, align=HUGE_SIZE)
     x.memory.populate(range_, HUGE_SIZE)
     x.guest.write64(range_, GUESTS)
     answer = madvise(x.memory.hva(range_), HUGE_SIZE, MADV_COLLAPSE)
@@ -137,7 +138,7 @@ def it_does_not_migrate(x: Experiment) -> None:
     if not in_lab():
         x.cannot("a page that does move is lost to the host until it boots again: in the lab only")
     page = _held(x)
-    answer = madvise(x.memory.hva(page), PAGE_SIZE, MADV_SOFT_OFFLINE)
+    answer = madvise(x.memory.hva(page), HOST_PAGE, MADV_SOFT_OFFLINE)
     x.check("MADV_SOFT_OFFLINE", answer.name, "an error" if answer.ok else answer.name)
     _still_there(x, page)
 
@@ -158,8 +159,8 @@ def ksm_does_no_harm(x: Experiment) -> None:
     """KSM, let loose on private anonymous memory behind a slot, does the guest no harm."""
     gpa, hva = _anonymous(x, 4)
     x.guest.write64(gpa, GUESTS)
-    x.guest.write64(gpa + PAGE_SIZE, GUESTS)
-    answer = madvise(hva, 4 * PAGE_SIZE, MADV_MERGEABLE)
+    x.guest.write64(gpa + HOST_PAGE, GUESTS)
+    answer = madvise(hva, 4 * HOST_PAGE, MADV_MERGEABLE)
     if not answer.ok:
         x.cannot(f"MADV_MERGEABLE: {answer.name}")
     for name, value in (("sleep_millisecs", "1"), ("pages_to_scan", "1000"), ("run", "1")):
@@ -194,7 +195,7 @@ def mlock_does_no_harm(x: Experiment) -> None:
     """An mlock(2) of a private page does the guest no harm."""
     page = _held(x)
     before = LockedMemory.read().locked
-    x.tell(f"mlock(2) of {PRIVATE}", call(NR_MLOCK, x.memory.hva(page), PAGE_SIZE).name)
+    x.tell(f"mlock(2) of {PRIVATE}", call(NR_MLOCK, x.memory.hva(page), HOST_PAGE).name)
     x.tell("bytes that adds to VmLck", LockedMemory.read().locked - before)
     _still_there(x, page)
 
@@ -206,8 +207,8 @@ def upkeep_of_the_file_does_no_harm(x: Experiment) -> None:
     backing, offset = raw.place(x, page)
     dontneed = os.POSIX_FADV_DONTNEED
     x.tell("fsync(2)", raw.answer(lambda: os.fsync(backing.fd)))
-    x.tell("POSIX_FADV_DONTNEED", raw.answer(lambda: os.posix_fadvise(backing.fd, offset, PAGE_SIZE, dontneed)))
-    x.tell("fallocate(2)", raw.answer(lambda: os.posix_fallocate(backing.fd, offset, PAGE_SIZE)))
+    x.tell("POSIX_FADV_DONTNEED", raw.answer(lambda: os.posix_fadvise(backing.fd, offset, HOST_PAGE, dontneed)))
+    x.tell("fallocate(2)", raw.answer(lambda: os.posix_fallocate(backing.fd, offset, HOST_PAGE)))
     _still_there(x, page)
 
 
@@ -216,8 +217,8 @@ def munmap_takes_nothing(x: Experiment) -> None:
     """A page the guest has touched stays its own, contents and all, when the host unmaps the memory behind the slot."""
     gpa, hva = _mapped(x)
     x.guest.write64(gpa, GUESTS)
-    mman.unmap(hva, 2 * PAGE_SIZE)
-    _still_there(x, gpa, fresh=gpa + PAGE_SIZE)
+    mman.unmap(hva, 2 * HOST_PAGE)
+    _still_there(x, gpa, fresh=gpa + HOST_PAGE)
 
 
 @touched(origin=NOTIFIER)
@@ -225,8 +226,8 @@ def mprotect_takes_nothing(x: Experiment) -> None:
     """A page the guest has touched stays its own when the host makes the memory behind the slot PROT_NONE."""
     gpa, hva = _mapped(x)
     x.guest.write64(gpa, GUESTS)
-    mman.protect(hva, 2 * PAGE_SIZE, PROT_NONE)
-    _still_there(x, gpa, fresh=gpa + PAGE_SIZE)
+    mman.protect(hva, 2 * HOST_PAGE, PROT_NONE)
+    _still_there(x, gpa, fresh=gpa + HOST_PAGE)
 
 
 @touched(origin=NOTIFIER)
@@ -234,10 +235,10 @@ def mremap_takes_nothing(x: Experiment) -> None:
     """A page the guest has touched stays its own when the host moves the mapping behind the slot elsewhere."""
     gpa, hva = _mapped(x)
     x.guest.write64(gpa, GUESTS)
-    elsewhere = anonymous(2 * PAGE_SIZE)
-    x.stack.callback(mman.unmap, elsewhere, 2 * PAGE_SIZE)
-    x.tell("mremap(2)", mremap(hva, 2 * PAGE_SIZE, elsewhere).name)
-    _still_there(x, gpa, fresh=gpa + PAGE_SIZE)
+    elsewhere = anonymous(2 * HOST_PAGE)
+    x.stack.callback(mman.unmap, elsewhere, 2 * HOST_PAGE)
+    x.tell("mremap(2)", mremap(hva, 2 * HOST_PAGE, elsewhere).name)
+    _still_there(x, gpa, fresh=gpa + HOST_PAGE)
 
 
 @touched(origin=NOTIFIER)
@@ -245,11 +246,11 @@ def another_mapping_takes_nothing(x: Experiment) -> None:
     """A page the guest has touched stays its own when the host maps other memory in the place behind the slot."""
     gpa, hva = _mapped(x)
     x.guest.write64(gpa, GUESTS)
-    other = raw.make(x, 2 * PAGE_SIZE)
+    other = raw.make(x, 2 * HOST_PAGE)
     for page in range(2):
-        other.load(page * PAGE_SIZE, HOSTS.to_bytes(8, "little"))
-    mman.map_over(hva, 2 * PAGE_SIZE, other.fd, 0, mman.PROT_RW)
-    _still_there(x, gpa, fresh=gpa + PAGE_SIZE)
+        other.load(page * HOST_PAGE, HOSTS.to_bytes(8, "little"))
+    mman.map_over(hva, 2 * HOST_PAGE, other.fd, 0, mman.PROT_RW)
+    _still_there(x, gpa, fresh=gpa + HOST_PAGE)
 
 
 def _held(x: Experiment) -> Gpa:
@@ -260,7 +261,7 @@ def _held(x: Experiment) -> Gpa:
 def _filled(x: Experiment, count: int) -> Gpa:
     range_ = x.page(count)
     for page in range(count):
-        x.guest.write64(range_ + page * PAGE_SIZE, GUESTS)
+        x.guest.write64(range_ + page * HOST_PAGE, GUESTS)
     return range_
 
 
@@ -275,15 +276,15 @@ def _still_there(x: Experiment, gpa: int, fresh: int | None = None) -> None:
 
 def _advised(x: Experiment, *advice: int) -> Access:
     def advise(gpa: Gpa) -> Answer:
-        answers = [madvise(x.memory.hva(gpa), PAGE_SIZE, each) for each in advice]
+        answers = [madvise(x.memory.hva(gpa), HOST_PAGE, each) for each in advice]
         return next((answer for answer in answers if not answer.ok), answers[0])
 
     return advise
 
 
 def _frames(x: Experiment, gpa: int, count: int) -> list[int]:
-    madvise(x.memory.hva(gpa), count * PAGE_SIZE, MADV_POPULATE_READ)
-    frames = [page_frame(x.memory.hva(gpa + page * PAGE_SIZE)) for page in range(count)]
+    madvise(x.memory.hva(gpa), count * HOST_PAGE, MADV_POPULATE_READ)
+    frames = [page_frame(x.memory.hva(gpa + page * HOST_PAGE)) for page in range(count)]
     if None in frames:
         x.cannot("/proc/self/pagemap does not show frames to this user")
     return [frame for frame in frames if frame is not None]
@@ -302,8 +303,8 @@ def _settle(x: Experiment) -> None:
 def _swapped(x: Experiment, gpa: int, count: int) -> int:
     """Page out a range, and return the increase of used swap."""
     before = inspect.swap_used()
-    madvise(x.memory.hva(gpa), count * PAGE_SIZE, MADV_PAGEOUT)
-    return (inspect.swap_used() - before) // PAGE_SIZE
+    madvise(x.memory.hva(gpa), count * HOST_PAGE, MADV_PAGEOUT)
+    return (inspect.swap_used() - before) // HOST_PAGE
 
 
 def _wait_for_scans(rounds: int) -> bool:
@@ -317,17 +318,17 @@ def _wait_for_scans(rounds: int) -> bool:
 
 def _anonymous(x: Experiment, count: int) -> tuple[Gpa, int]:
     """Put private anonymous memory behind a slot; returns where the guest and where the host has it."""
-    hva = anonymous(count * PAGE_SIZE)
-    x.stack.callback(mman.unmap, hva, count * PAGE_SIZE)
-    raw.slot(x, BEYOND, count * PAGE_SIZE, hva)
+    hva = anonymous(count * HOST_PAGE)
+    x.stack.callback(mman.unmap, hva, count * HOST_PAGE)
+    raw.slot(x, BEYOND, count * HOST_PAGE, hva)
     return BEYOND, hva
 
 
 def _mapped(x: Experiment) -> tuple[Gpa, int]:
     """Put two pages of a file behind a slot, mapped where the mapping may go; return where guest and host have it."""
-    room = anonymous(4 * PAGE_SIZE)
-    hva, backing = room + PAGE_SIZE, raw.make(x, 2 * PAGE_SIZE)
-    x.stack.callback(mman.unmap, room, 4 * PAGE_SIZE)
-    mman.map_over(hva, 2 * PAGE_SIZE, backing.fd, 0, mman.PROT_RW)
-    raw.slot(x, BEYOND, 2 * PAGE_SIZE, hva, file=backing.guest_memfd)
+    room = anonymous(4 * HOST_PAGE)
+    hva, backing = room + HOST_PAGE, raw.make(x, 2 * HOST_PAGE)
+    x.stack.callback(mman.unmap, room, 4 * HOST_PAGE)
+    mman.map_over(hva, 2 * HOST_PAGE, backing.fd, 0, mman.PROT_RW)
+    raw.slot(x, BEYOND, 2 * HOST_PAGE, hva, file=backing.guest_memfd)
     return BEYOND, hva

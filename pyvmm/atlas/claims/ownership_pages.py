@@ -17,7 +17,8 @@ from pyvmm.experiment.host.access import PATTERN
 from pyvmm.experiment.host.syscalls import Answer
 from pyvmm.experiment.raw import place
 from pyvmm.guest.orders import GuestFault
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
+from pyvmm.pages import HOST_PAGE
 
 GUESTS = 0x6775_6573_7400_0001
 """What the guest stores in pages of its own."""
@@ -93,7 +94,7 @@ def outcome(answer: Answer) -> str:
         return answer.name
     if answer.data:
         return f"ok, sees {WORDS.get(answer.word, 'other bytes')}"
-    return "ok" if answer.result in (0, PAGE_SIZE) else f"ok, {answer.result} bytes"
+    return "ok" if answer.result in (0, HOST_PAGE) else f"ok, {answer.result} bytes"
 
 
 def what_it_finds(x: Experiment, gpa: int) -> str:
@@ -114,7 +115,7 @@ def by_address(x: Experiment, access: Callable[[int], Answer], where: Callable[[
     ``where`` returns the address, by default x.view: that of the host's own code. The access is first tried on a page
     of this process. If it fails there too, the result for the guest's page is inconclusive.
     """
-    with mmap.mmap(-1, PAGE_SIZE) as own:
+    with mmap.mmap(-1, HOST_PAGE) as own:
         own[:8] = GUESTS.to_bytes(8, "little")
         word = ctypes.c_uint64.from_buffer(own)
         try:

@@ -14,8 +14,9 @@ from pyvmm.experiment.host.access import fork_load
 from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.orders import Access
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Memfd
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.falloc import (
     FALLOC_FL_COLLAPSE_RANGE,
     FALLOC_FL_INSERT_RANGE,
@@ -72,7 +73,7 @@ def a_page_of_the_guest_cannot_be_populated(x: Experiment) -> None:
     """MADV_POPULATE_WRITE on a page the guest has touched is refused with EFAULT, and the guest keeps the contents."""
     page = x.page()
     x.guest.write64(page, VALUE)
-    x.check("MADV_POPULATE_WRITE", madvise(x.memory.hva(page), PAGE_SIZE, MADV_POPULATE_WRITE).name, "EFAULT")
+    x.check("MADV_POPULATE_WRITE", madvise(x.memory.hva(page), HOST_PAGE, MADV_POPULATE_WRITE).name, "EFAULT")
     x.check("the guest reads", x.guest.read64(page), VALUE)
 
 
@@ -120,7 +121,7 @@ def without_mmap_there_is_no_slot(x: Experiment) -> None:
 def impossible_files_are_refused(x: Experiment) -> None:
     """A guest_memfd of no bytes, of parts of pages, of a negative size or with unknown flags is refused with EINVAL."""
     vm = x.machine.vm
-    for size in (0, 1, PAGE_SIZE - 1, PAGE_SIZE + 1, 1 << 63):
+    for size in (0, 1, HOST_PAGE - 1, HOST_PAGE + 1, 1 << 63):
         x.check(f"size {size:#x}", raw.answer(partial(vm.create_guest_memfd, size, 3)), "EINVAL")
     for bit in (2, 3, 31, 63):
         x.check(f"flag bit {bit}", raw.answer(partial(vm.create_guest_memfd, SIZE, 1 << bit)), "EINVAL")
@@ -134,7 +135,7 @@ def a_huge_sparse_file_costs_nothing(x: Experiment) -> None:
     raw.slot(x, BEYOND, 1 << 38, file.hva, file=file.guest_memfd)
     x.check("size of the file, in TiB", os.fstat(file.fd).st_size >> 40, 1)
     x.check("KiB that fstat tells", raw.kib(file.fd), 0)
-    last = BEYOND + (1 << 38) - PAGE_SIZE
+    last = BEYOND + (1 << 38) - HOST_PAGE
     x.guest.write64(last, VALUE)
     x.check("the guest reads its store to the slot's last page", x.guest.read64(last), VALUE)
     x.check("less than 16 MiB are gone", before - raw.free_kib() < 16 << 10)
@@ -177,10 +178,10 @@ def a_punch_frees_memory(x: Experiment) -> None:
     """The memory of punched pages is the host's again at once, while the guest lives."""
     size = 8 << 20
     file = x.memory.add(BEYOND, raw.make(x, size)).backing
-    x.guest.touch(BEYOND, size // PAGE_SIZE, access=Access.WRITE)
+    x.guest.touch(BEYOND, size // HOST_PAGE, access=Access.WRITE)
     before = raw.free_kib()
     x.check("punching 8 MiB", raw.punch(file.fd, 0, size), "ok")
-    x.event("punch", BEYOND, size // PAGE_SIZE)
+    x.event("punch", BEYOND, size // HOST_PAGE)
     x.tell("KiB of the file that fstat tells", raw.kib(file.fd))
     x.check("free memory has grown by 6 MiB or more", raw.free_kib() - before >= 6 << 10)
 
@@ -192,9 +193,9 @@ def allocating_keeps_what_is_there(x: Experiment) -> None:
     x.guest.write64(page, VALUE)
     file, offset = raw.place(x, page)
     before = raw.exits(x)
-    x.check("fallocate of it and the next", raw.allocate(file.fd, offset, 2 * PAGE_SIZE), "ok")
+    x.check("fallocate of it and the next", raw.allocate(file.fd, offset, 2 * HOST_PAGE), "ok")
     x.check("the guest reads its store", x.guest.read64(page), VALUE)
-    x.check("and zeros in the new page", x.guest.read64(page + PAGE_SIZE), 0)
+    x.check("and zeros in the new page", x.guest.read64(page + HOST_PAGE), 0)
     x.check("exits for that", raw.exits(x) - before, 0)
 
 
@@ -208,9 +209,9 @@ def only_allocating_and_punching_is_known(x: Experiment) -> None:
         ("COLLAPSE_RANGE", FALLOC_FL_COLLAPSE_RANGE),
         ("INSERT_RANGE", FALLOC_FL_INSERT_RANGE),
     ):
-        said = raw.answer(partial(mman.fallocate, file.fd, mode, 0, PAGE_SIZE))
+        said = raw.answer(partial(mman.fallocate, file.fd, mode, 0, HOST_PAGE))
         x.check(f"mode {name}", said, "EOPNOTSUPP")
-    x.check("beyond the end", raw.allocate(file.fd, SIZE, PAGE_SIZE), "EINVAL")
+    x.check("beyond the end", raw.allocate(file.fd, SIZE, HOST_PAGE), "EINVAL")
 
 
 # -- holes
@@ -221,18 +222,18 @@ def a_punched_page_is_zeros_without_an_exit(x: Experiment) -> None:
     """The guest's next load of a punched page finds zeros, and no vCPU has left KVM_RUN for it."""
     page = x.page(3)
     for number in range(3):
-        x.guest.write64(page + number * PAGE_SIZE, VALUE)
+        x.guest.write64(page + number * HOST_PAGE, VALUE)
     before = raw.exits(x)
     x.picture("before the punch")
-    x.memory.punch(page + PAGE_SIZE, PAGE_SIZE, unsafe=True)
-    x.event("punch", page + PAGE_SIZE)
+    x.memory.punch(page + HOST_PAGE, HOST_PAGE, unsafe=True)
+    x.event("punch", page + HOST_PAGE)
     x.picture("after it")
-    load = x.guest.timed_read(page + PAGE_SIZE)
+    load = x.guest.timed_read(page + HOST_PAGE)
     x.check("the guest reads", load.value, 0)
     x.time("load of a punched page", load.ticks)
     x.check("exits for that", raw.exits(x) - before, 0)
     x.check("the page before it", x.guest.read64(page), VALUE)
-    x.check("the page behind it", x.guest.read64(page + 2 * PAGE_SIZE), VALUE)
+    x.check("the page behind it", x.guest.read64(page + 2 * HOST_PAGE), VALUE)
 
 
 @claim(none=FILES, emulated=FILES, pkvm="memfd", origin=FATAL)
@@ -240,7 +241,7 @@ def a_punch_is_fatal_to_the_guest(x: Experiment) -> None:
     """Once a hole is punched in the file, the guest's next access to that page is a fatal error."""
     page = x.page()
     x.guest.write64(page, VALUE)
-    x.memory.punch(page, PAGE_SIZE, unsafe=True)
+    x.memory.punch(page, HOST_PAGE, unsafe=True)
     x.event("punch", page)
     went = x.went(x.guest.start_read64(page))
     x.tell("the guest's load", went)
@@ -259,7 +260,7 @@ def a_punch_unmaps_the_page_from_the_guest(x: Experiment) -> None:
     page = x.page()
     x.guest.write64(page, VALUE)
     before = len(x.faults(page))
-    x.memory.punch(page, PAGE_SIZE, unsafe=True)
+    x.memory.punch(page, HOST_PAGE, unsafe=True)
     x.event("punch", page)
     x.guest.read64(page)
     x.check("faults of the next load", len(x.faults(page)) - before, 1)
@@ -274,7 +275,7 @@ def after_a_punch_both_see_the_same_page(x: Experiment) -> None:
     x.guest.write64(page, VALUE)
     x.tell("before the punch the host reads", x.host64(page))
     x.picture("before the punch")
-    x.memory.punch(page, PAGE_SIZE, unsafe=True)
+    x.memory.punch(page, HOST_PAGE, unsafe=True)
     x.event("punch", page)
     x.picture("after it")
     x.check("the host reads after it", x.host64(page), 0)
@@ -293,13 +294,13 @@ def a_punch_under_a_running_vcpu_is_harmless(x: Experiment) -> None:
     while punches < 20:
         order = other.start_hammer(page, 64, 200_000, Access.WRITE)
         while not order.done():
-            x.memory.punch(page, PAGE_SIZE, unsafe=True)
+            x.memory.punch(page, HOST_PAGE, unsafe=True)
             punches += 1
         whole &= order.result() == 200_000
     x.event("punch", page)
     x.check("all stores are done, with 20 punches or more among them", whole)
     x.check("exits", raw.exits(x) - before, 0)
-    x.memory.punch(page, PAGE_SIZE, unsafe=True)
+    x.memory.punch(page, HOST_PAGE, unsafe=True)
     x.tell("the guest finds zeros after a last punch", x.guest.read64(page) == 0)
 
 
@@ -324,11 +325,11 @@ def a_hole_spans_two_slots_on_two_files(x: Experiment) -> None:
     for number in range(2):
         x.memory.add(Gpa(BEYOND + number * SIZE), raw.make(x, SIZE))
     border = BEYOND + SIZE
-    places = [border + number * PAGE_SIZE for number in range(-2, 2)]
+    places = [border + number * HOST_PAGE for number in range(-2, 2)]
     for place in places:
         x.guest.write64(place, VALUE)
-    x.memory.punch(border - PAGE_SIZE, 2 * PAGE_SIZE, unsafe=True)
-    x.event("punch", border - PAGE_SIZE, 2)
+    x.memory.punch(border - HOST_PAGE, 2 * HOST_PAGE, unsafe=True)
+    x.event("punch", border - HOST_PAGE, 2)
     words = " ".join(str(x.guest.read64(place)) for place in places)
     x.check("words of the pages around the border", words, f"{VALUE} 0 0 {VALUE}")
 
@@ -338,7 +339,7 @@ def madv_remove_punches_too(x: Experiment) -> None:
     """MADV_REMOVE on the host's mapping is a punch: the guest finds zeros."""
     page = x.page()
     x.guest.write64(page, VALUE)
-    x.check("MADV_REMOVE", madvise(x.memory.hva(page), PAGE_SIZE, MADV_REMOVE).name, "ok")
+    x.check("MADV_REMOVE", madvise(x.memory.hva(page), HOST_PAGE, MADV_REMOVE).name, "ok")
     x.event("punch", page)
     x.check("the guest reads", x.guest.read64(page), 0)
 
@@ -348,7 +349,7 @@ def madv_dontneed_takes_nothing(x: Experiment) -> None:
     """MADV_DONTNEED on the host's mapping does not drop the page: the guest keeps its contents."""
     page = x.page()
     x.guest.write64(page, VALUE)
-    x.check("MADV_DONTNEED", madvise(x.memory.hva(page), PAGE_SIZE, MADV_DONTNEED).name, "ok")
+    x.check("MADV_DONTNEED", madvise(x.memory.hva(page), HOST_PAGE, MADV_DONTNEED).name, "ok")
     x.check("the guest reads", x.guest.read64(page), VALUE)
     x.guest.write64(page, 5)
     x.check("and its next store", x.guest.read64(page), 5)

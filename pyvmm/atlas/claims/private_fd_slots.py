@@ -9,8 +9,9 @@ from pyvmm.atlas.claim import group
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.labenv import in_lab
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Memfd, SharedGuestMemfd
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from pyvmm.uapi.kvm_cap import KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_MEMORY_FAULT_INFO
 from pyvmm.uapi.kvm_memory import KVM_MEMORY_ATTRIBUTE_PRIVATE, KVM_SET_MEMORY_ATTRIBUTES, kvm_memory_attributes
@@ -43,7 +44,7 @@ def two_slots_on_one_file_are_two_parts(x: Experiment) -> None:
     x.guest.write64(there, 2)
     x.check("the guest reads in the one", x.guest.read64(BEYOND), 1)
     x.check("in the other", x.guest.read64(there), 2)
-    x.check("punching the file's first page", raw.punch(file.fd, 0, PAGE_SIZE), "ok")
+    x.check("punching the file's first page", raw.punch(file.fd, 0, HOST_PAGE), "ok")
     x.event("punch", there)
     x.check("in the one, which is further on in the file", x.guest.read64(BEYOND), 1)
     x.check("in the other, which begins there", x.guest.read64(there), 0)
@@ -84,7 +85,7 @@ def a_punch_of_the_slots_fd_reaches_the_guest(x: Experiment) -> None:
     file, other = (x.stack.enter_context(each) for each in (SharedGuestMemfd(x.machine.vm, SIZE), Memfd(SIZE)))
     raw.slot(x, BEYOND, SIZE, other.hva, file=file.guest_memfd)
     x.guest.write64(BEYOND, VALUE)
-    x.check("the punch", raw.punch(file.fd, 0, PAGE_SIZE), "ok")
+    x.check("the punch", raw.punch(file.fd, 0, HOST_PAGE), "ok")
     x.event("punch", BEYOND)
     x.check("the guest reads", x.guest.read64(BEYOND), 0)
 
@@ -112,10 +113,10 @@ def a_slot_lies_within_its_file(x: Experiment) -> None:
     """A slot at an unaligned offset, or that ends beyond the file, is refused with EINVAL."""
     file = raw.make(x, SIZE)
     for what, offset, size in (
-        ("from the middle of a page", 512, PAGE_SIZE),
-        ("that ends a page behind it", 0, SIZE + PAGE_SIZE),
-        ("that begins behind it", SIZE, PAGE_SIZE),
-        ("whose end wraps around", (1 << 64) - PAGE_SIZE, 2 * PAGE_SIZE),
+        ("from the middle of a page", 512, HOST_PAGE),
+        ("that ends a page behind it", 0, SIZE + HOST_PAGE),
+        ("that begins behind it", SIZE, HOST_PAGE),
+        ("whose end wraps around", (1 << 64) - HOST_PAGE, 2 * HOST_PAGE),
     ):
         said = raw.answer(partial(raw.slot, x, BEYOND, size, file.hva, file=file.guest_memfd, offset=offset))
         x.check(f"a slot {what}", said, "EINVAL")
@@ -160,7 +161,7 @@ def pages_can_be_declared_private(x: Experiment) -> None:
     """Userspace can tell KVM which pages are private and which are shared (KVM_SET_MEMORY_ATTRIBUTES)."""
     page, vm = x.page(), x.machine.vm
     x.check("KVM_CAP_MEMORY_ATTRIBUTES has PRIVATE", vm.check(KVM_CAP_MEMORY_ATTRIBUTES), KVM_MEMORY_ATTRIBUTE_PRIVATE)
-    wanted = kvm_memory_attributes(address=page, size=PAGE_SIZE, attributes=KVM_MEMORY_ATTRIBUTE_PRIVATE)
+    wanted = kvm_memory_attributes(address=page, size=HOST_PAGE, attributes=KVM_MEMORY_ATTRIBUTE_PRIVATE)
     x.check("KVM_SET_MEMORY_ATTRIBUTES", raw.name(vm.attempt(KVM_SET_MEMORY_ATTRIBUTES, wanted)[1]), "ok")
 
 
@@ -176,7 +177,7 @@ def a_mapping_keeps_a_closed_file(x: Experiment) -> None:
     held = mman.map_shared(file.fd, SIZE)
     x.stack.callback(mman.unmap, held, SIZE)
     file.close()
-    for what, gpa, wanted in (("a page it has", BEYOND, VALUE), ("a new page", BEYOND + PAGE_SIZE, 0)):
+    for what, gpa, wanted in (("a page it has", BEYOND, VALUE), ("a new page", BEYOND + HOST_PAGE, 0)):
         order = x.guest.start_read64(gpa)
         if not x.check(f"the guest's load of {what}", x.went(order), "went on"):
             return
@@ -188,15 +189,15 @@ def a_file_that_is_gone_is_a_memory_fault(x: Experiment) -> None:
     """Once the file has gone under a live slot, the guest's access is EFAULT with KVM_EXIT_MEMORY_FAULT for KVM_RUN."""
     file = raw.make(x, SIZE)
     raw.slot(x, BEYOND, SIZE, file.hva, file=file.guest_memfd)
-    page = BEYOND + PAGE_SIZE
+    page = BEYOND + HOST_PAGE
     x.guest.write64(page, VALUE)
     file.close()
     failure = x.failed(x.guest.start_read64(page + 8))
     x.check("KVM_RUN", failure.name if failure else "went on", "EFAULT")
     if failure:
         x.check("exit_reason", failure.exit_reason, ExitReason.KVM_EXIT_MEMORY_FAULT.value)
-        x.check("gpa told, from the slot's start", failure.gpa - BEYOND if failure.gpa else "none", PAGE_SIZE)
-        x.check("size told", failure.size, PAGE_SIZE)
+        x.check("gpa told, from the slot's start", failure.gpa - BEYOND if failure.gpa else "none", HOST_PAGE)
+        x.check("size told", failure.size, HOST_PAGE)
         x.check("flags told (8 would be private)", failure.flags, 0)
 
 
@@ -227,7 +228,7 @@ def a_guest_that_lost_its_file_gets_another(x: Experiment) -> None:
     spare = x.stack.enter_context(Memfd(SIZE))
     spare.load(0, (VALUE + 1).to_bytes(8, "little"))
     raw.slot(x, BEYOND, SIZE, spare.hva)
-    x.event("slot", BEYOND, SIZE // PAGE_SIZE)
+    x.event("slot", BEYOND, SIZE // HOST_PAGE)
     x.retry()
     x.check("the guest reads what the new file holds", order.result(), VALUE + 1)
 
@@ -245,7 +246,7 @@ def a_slot_moves_to_another_file_while_the_guest_lives(x: Experiment) -> None:
     x.check("deleting the slot", deleted, "ok")
     if deleted == "ok":
         raw.slot(x, BEYOND, SIZE, spare.hva)
-        x.event("slot", BEYOND, SIZE // PAGE_SIZE)
+        x.event("slot", BEYOND, SIZE // HOST_PAGE)
     x.check("the guest reads", x.guest.read64(BEYOND), VALUE + 1)
     x.check("exits for that", raw.exits(x) - before, 0)
 
@@ -273,7 +274,7 @@ def a_poisoned_page_is_told_and_a_punch_cures_it(x: Experiment) -> None:
         return
     x.check("exit_reason", failure.exit_reason, ExitReason.KVM_EXIT_MEMORY_FAULT.value)
     x.check("it is that page", failure.gpa == page)
-    x.memory.punch(page, PAGE_SIZE)
+    x.memory.punch(page, HOST_PAGE)
     x.event("punch", page)
     x.retry()
     x.check("after a punch the guest reads", order.result(), 0)

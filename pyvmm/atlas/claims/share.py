@@ -13,8 +13,9 @@ from pyvmm.atlas.claim import group
 from pyvmm.experiment import Experiment
 from pyvmm.experiment.host.syscalls import NR_VMSPLICE, Iovec, call
 from pyvmm.guest.orders import Access
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.relay import ShareEvent
+from pyvmm.pages import HOST_PAGE
 
 claim = group("share")
 
@@ -68,8 +69,8 @@ def an_untouched_page_can_be_shared(x: Experiment) -> None:
     x.check("the host reads", x.host64(loaded), 0x77)
     x.check("the guest reads", x.guest.read64(loaded), 0x77)
     x.check("x0 of MEM_SHARE of a page that nobody touched", x.guest.hvc(abi.HVC_SHARE, fresh).status, 0)
-    x.check("the host reads zeros", not any(x.memory.read(fresh, PAGE_SIZE)))
-    x.check("the guest's sum of it", x.guest.sum(fresh, PAGE_SIZE), 0)
+    x.check("the host reads zeros", not any(x.memory.read(fresh, HOST_PAGE)))
+    x.check("the guest's sum of it", x.guest.sum(fresh, HOST_PAGE), 0)
 
 
 @claim(emulated="memfd guest_memfd", pkvm="memfd thp", faults=True, origin=f"{HYPERVISOR}: it makes up a write fault")
@@ -104,7 +105,7 @@ def a_mapped_page_stays_mapped(x: Experiment) -> None:
 def fifty_round_trips_keep_a_page(x: Experiment) -> None:
     """Through 50 shares and unshares a page keeps all of its contents, what each side adds to it included."""
     page = x.page()
-    x.guest.fill(page, PAGE_SIZE, 0x0101_0101)
+    x.guest.fill(page, HOST_PAGE, 0x0101_0101)
     good = 0
     for number in range(50):
         x.guest.write64(page + 16 * number, number)
@@ -114,7 +115,7 @@ def fifty_round_trips_keep_a_page(x: Experiment) -> None:
     x.check("round trips in which the host read the guest's word and stored its own", good, 50)
     words = x.guest.words(page, 100)
     x.check("words of both, of 100, that are there", sum(word == at // 2 for at, word in enumerate(words)), 100)
-    x.check("the rest of the page is as it was", x.guest.sum(page + 800, PAGE_SIZE - 800) == 0x0101_0101 * 412)
+    x.check("the rest of the page is as it was", x.guest.sum(page + 800, HOST_PAGE - 800) == 0x0101_0101 * 412)
 
 
 @claim(emulated="memfd guest_memfd", pkvm="memfd thp", origin=f"{CALLS}: MEM_UNSHARE revokes the host's access")
@@ -212,7 +213,7 @@ def a_page_of_running_code_can_be_shared(x: Experiment) -> None:
 @claim(emulated="memfd guest_memfd", pkvm="memfd thp", origin=f"{IN_PLACE}: nothing is said of what a page holds")
 def the_guests_own_page_tables_can_be_shared(x: Experiment) -> None:
     """A guest may share its own stage-1 translation table, which the host then reads, and runs on with it."""
-    table = Gpa(x.guest.ping().table & ((1 << 48) - PAGE_SIZE))
+    table = Gpa(x.guest.ping().table & ((1 << 48) - HOST_PAGE))
     code, page = x.page(), x.page()
     _write_code(x, code, FORGET_CODE)
     x.guest.share(table)
@@ -231,7 +232,7 @@ def the_guests_own_page_tables_can_be_shared(x: Experiment) -> None:
 @claim(emulated="memfd", pkvm="memfd", memory=64, seconds=60, origin=f"{CALLS}: one page a call; {IN_PLACE}")
 def thousands_of_pages_can_be_shared(x: Experiment) -> None:
     """A guest can share 2,048 pages, one call each, all open to the host at once, and take all of them back."""
-    range_, size = x.page(2048), 2048 * PAGE_SIZE
+    range_, size = x.page(2048), 2048 * HOST_PAGE
     x.guest.touch(range_, 2048, access=Access.WRITE)
     done = x.guest.share(range_, 2048, how=abi.SHARE_HVC)
     x.time("2048 shares", done.ticks)
@@ -240,7 +241,7 @@ def thousands_of_pages_can_be_shared(x: Experiment) -> None:
     done = x.guest.unshare(range_, 2048, how=abi.SHARE_HVC)
     x.time("2048 unshares", done.ticks)
     x.check("pages taken back", done.pages, 2048)
-    pages = range(range_, range_ + size, 16 * PAGE_SIZE)
+    pages = range(range_, range_ + size, 16 * HOST_PAGE)
     x.check("pages, of every 16th, that the host still reaches", sum(x.memory.probe(page) for page in pages), 0)
 
 
@@ -252,7 +253,7 @@ def a_share_is_told_before_the_guest_goes_on(x: Experiment) -> None:
     heard: list[tuple[ShareEvent, bool, bool]] = []
 
     def subscriber(event: ShareEvent) -> None:
-        heard.append((event, x.host64(event.gpa) is not None, x.host64(range_ + PAGE_SIZE) is not None))
+        heard.append((event, x.host64(event.gpa) is not None, x.host64(range_ + HOST_PAGE) is not None))
 
     x.machine.relay.subscribe(subscriber)
     x.guest.share(range_, 2)
@@ -275,7 +276,7 @@ def a_reference_is_of_no_use_after_an_unshare(x: Experiment) -> None:
     read, write = os.pipe2(os.O_CLOEXEC)
     x.stack.callback(os.close, read)
     x.stack.callback(os.close, write)
-    if not (answer := call(NR_VMSPLICE, write, ctypes.byref(Iovec(x.view(page), PAGE_SIZE)), 1, 0)).ok:
+    if not (answer := call(NR_VMSPLICE, write, ctypes.byref(Iovec(x.view(page), HOST_PAGE)), 1, 0)).ok:
         x.cannot(f"vmsplice of the shared page: {answer.name}")
     x.guest.unshare(page)
     x.guest.write64(page, 0x5EC2E7)

@@ -9,7 +9,7 @@ from pyvmm.atlas.claims.share_together import together
 from pyvmm.experiment import BEYOND, Experiment
 from pyvmm.experiment.host.access import process_vm_readv
 from pyvmm.guest.orders import GuestFault, Hvc, Order
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
 claim = group("share")
 
@@ -30,7 +30,7 @@ UID = "0xb66fb428 0xe911c52e 0x564bcaa9 0x743a004d"
 def the_guest_is_offered_share_and_unshare(x: Experiment) -> None:
     """FEATURES offers itself, HYP_MEMINFO, MEM_SHARE and MEM_UNSHARE (0x1d), and HYP_MEMINFO answers 4096."""
     x.check("x0 of FEATURES", hex(x.guest.hvc(abi.HVC_FEATURES).regs[0]), "0x1d")
-    x.check("x0 of HYP_MEMINFO", x.guest.hvc(abi.HVC_MEMINFO).status, PAGE_SIZE)
+    x.check("x0 of HYP_MEMINFO", x.guest.hvc(abi.HVC_MEMINFO).status, HOST_PAGE)
 
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{CALLS}: the UID of the vendor specific hypervisor range")

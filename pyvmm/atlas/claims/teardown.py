@@ -16,8 +16,9 @@ from pyvmm.experiment.host.access import process_vm_readv
 from pyvmm.experiment.host.bare import HOLDERS, Bare, locked, look, store
 from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import FileBacking
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
 from pyvmm.vcpu.outcome import Ending
@@ -39,7 +40,7 @@ SHARED_FILE = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 def private_pages_come_back_as_zeros(x: Experiment) -> None:
     """When the VM is gone, every page that was private reads as zeros to the host."""
     range_ = x.page(64)
-    x.guest.fill(range_, 64 * PAGE_SIZE, WORD)
+    x.guest.fill(range_, 64 * HOST_PAGE, WORD)
     x.picture("while the guest lives")
     x.guest.off()
     x.machine.wait(10)
@@ -51,9 +52,9 @@ def private_pages_come_back_as_zeros(x: Experiment) -> None:
 def pages_taken_back_come_back_as_zeros(x: Experiment) -> None:
     """When the VM is gone, pages that were shared and taken back read as zeros, what the host put there included."""
     range_ = x.page(8)
-    x.guest.fill(range_, 8 * PAGE_SIZE, WORD)
+    x.guest.fill(range_, 8 * HOST_PAGE, WORD)
     x.guest.share(range_, 8)
-    x.memory.fill(range_, 8 * PAGE_SIZE, 0x11)
+    x.memory.fill(range_, 8 * HOST_PAGE, 0x11)
     x.guest.unshare(range_, 8)
     x.end()
     x.check("pages, of 8, that read as zeros", _zero_pages(x, range_, 8), 8)
@@ -201,7 +202,7 @@ def _word(value: int) -> bytes:
 
 
 def _zero_pages(x: Experiment, gpa: Gpa, pages: int) -> int:
-    return sum(look(x.memory.hva(gpa + page * PAGE_SIZE)) == bytes(PAGE_SIZE) for page in range(pages))
+    return sum(look(x.memory.hva(gpa + page * HOST_PAGE)) == bytes(HOST_PAGE) for page in range(pages))
 
 
 def _end_and_keep(x: Experiment) -> FileBacking:

@@ -16,8 +16,9 @@ from pyvmm.experiment.host.bare import HOLDERS, Bare, locked, look
 from pyvmm.experiment.host.forked import Forked
 from pyvmm.guest.orders import Access
 from pyvmm.kvm.vm import Vm
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import FileBacking, Memfd
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 
@@ -81,7 +82,7 @@ def a_vcpu_runs_without_the_vms_descriptor(x: Experiment) -> None:
         bare.let_go("vm")
         bare.let_go("memfd")
         x.check("KVM_RUN ends in the guest's power-off", bare.run(), "off")
-        x.tell("the host reaches a page that the guest stored to", look(bare.witness + PAGE_SIZE) is not None)
+        x.tell("the host reaches a page that the guest stored to", look(bare.witness + HOST_PAGE) is not None)
 
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{REFERENCES}; a system call holds the file it is made on")
@@ -115,7 +116,7 @@ def a_fork_keeps_the_vm_alive(x: Experiment) -> None:
             for holder in HOLDERS:
                 bare.let_go(holder)
             x.check("with all of the VMM's own gone, its pages are locked", locked() != before)
-            x.check("and the host reaches the guest's", look(bare.witness + PAGE_SIZE) is not None, False)
+            x.check("and the host reaches the guest's", look(bare.witness + HOST_PAGE) is not None, False)
             heir.end()
         x.check("once the other process has ended, as much is locked as before", locked() == before)
         x.check("and the guest's pages read as zeros", bare.clear_pages(), bare.pages - 1)
@@ -137,7 +138,7 @@ def a_vmm_that_just_exits_leaves_a_clean_host(x: Experiment) -> None:
 
 
 def _vmm_ends(x: Experiment, number: signal.Signals | None) -> None:
-    file = x.stack.enter_context(Memfd(PAGES * PAGE_SIZE))
+    file = x.stack.enter_context(Memfd(PAGES * HOST_PAGE))
     with Forked(lambda other: _vmm(x.protection, file.fd, other)) as vmm:
         if not vmm.heard(30):
             x.cannot("the guest of another process did not run")
@@ -147,9 +148,9 @@ def _vmm_ends(x: Experiment, number: signal.Signals | None) -> None:
         else:
             os.kill(vmm.pid, number)
             vmm.wait()
-    pages = [look(file.hva + page * PAGE_SIZE) for page in range(PAGES)]
-    x.check("private pages, of 15, that read as zeros", sum(page == bytes(PAGE_SIZE) for page in pages[:-1]), PAGES - 1)
-    x.check("the shared page keeps its contents", pages[-1] == WORD.to_bytes(8, "little") * (PAGE_SIZE // 8))
+    pages = [look(file.hva + page * HOST_PAGE) for page in range(PAGES)]
+    x.check("private pages, of 15, that read as zeros", sum(page == bytes(HOST_PAGE) for page in pages[:-1]), PAGES - 1)
+    x.check("the shared page keeps its contents", pages[-1] == WORD.to_bytes(8, "little") * (HOST_PAGE // 8))
     with Experiment(x.protection) as again:
         page = again.page()
         again.guest.write64(page, 0x11)
@@ -159,13 +160,13 @@ def _vmm_ends(x: Experiment, number: signal.Signals | None) -> None:
 def _vmm(protection: Protection, fd: int, other: Forked) -> None:
     """Run a guest of two vCPUs over a file, in a child process, until told to exit."""
     with Experiment(protection, cpus=2) as x:
-        backing = FileBacking(os.dup(fd), PAGES * PAGE_SIZE)
+        backing = FileBacking(os.dup(fd), PAGES * HOST_PAGE)
         backing.kind = "memfd"
         x.memory.add(BEYOND, backing)
-        x.guest.fill(BEYOND, PAGES * PAGE_SIZE, WORD)
-        x.guest.share(BEYOND + (PAGES - 1) * PAGE_SIZE)
+        x.guest.fill(BEYOND, PAGES * HOST_PAGE, WORD)
+        x.guest.share(BEYOND + (PAGES - 1) * HOST_PAGE)
         for vcpu, page in ((x.others()[0], 0), (x.guest, 1)):
-            vcpu.start_hammer(BEYOND + page * PAGE_SIZE, PAGE_SIZE, 1 << 40, Access.READ)
+            vcpu.start_hammer(BEYOND + page * HOST_PAGE, HOST_PAGE, 1 << 40, Access.READ)
         other.say()
         other.wait_for_end()
         os._exit(0)

@@ -9,7 +9,7 @@ from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.guest.orders import Access, What
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
 PAGES: Final = 64
 APART: Final = {"range": 1, "scattered pages": 2}
@@ -37,7 +37,7 @@ def _nonsense(point: Point) -> str:
 def convert(bench: Bench) -> None:
     """Convert pages the guest has written, each timed by the guest, and touch them."""
     apart = APART[bench["of"]]
-    with bench.guest(room=bench.rounds * PAGES * apart * PAGE_SIZE, conversion=bench["policy"]) as x:
+    with bench.guest(room=bench.rounds * PAGES * apart * HOST_PAGE, conversion=bench["policy"]) as x:
         ticks = Ticks(x, PAGES)
         names = ("share", "touch after share", "unshare", "touch after unshare")
         found: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -45,7 +45,7 @@ def convert(bench: Bench) -> None:
             begin = x.page(PAGES * apart)
             x.guest.touch(begin, PAGES, stride=apart, access=Access.WRITE)
             for name, what in (("share", What.SHARE), ("unshare", What.UNSHARE)):
-                done = x.guest.series(what, begin, PAGES, stride=apart * PAGE_SIZE, ticks_at=ticks.gpa)
+                done = x.guest.series(what, begin, PAGES, stride=apart * HOST_PAGE, ticks_at=ticks.gpa)
                 if done.status:
                     bench.cannot(f"the {name} of page {done.done} was refused: {done.status}")
                 found[name].append(ticks.each(PAGES))

@@ -15,12 +15,13 @@ from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host.syscalls import madvise
 from pyvmm.guest.orders import Access, Touch
 from pyvmm.guest.puppet import Puppet
-from pyvmm.memory.address import HUGE_SIZE, PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.choices import BACKINGS
 from pyvmm.memory.fault_server import Server
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.memory.source_server import SourceServer
 from pyvmm.memory.userfault import Userfault
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.protection import PROTECTIONS
 from pyvmm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES
 from pyvmm.uapi.mman import MADV_DONTNEED
@@ -31,7 +32,7 @@ HUGE_PAGES: Final = 8
 SLOW: Final = 4
 """Only one page in this many is accessed if each needs a separate thread or slot."""
 STRIDE: Final = 16
-IN_A_HUGE_PAGE: Final = HUGE_SIZE // PAGE_SIZE
+IN_A_HUGE_PAGE: Final = HUGE_SIZE // HOST_PAGE
 ACCESSES: Final = {"read": Access.READ, "write": Access.WRITE, "execute": Access.EXECUTE}
 STATES: Final = ("cold", "allocated", "populated", "punched", "dontneed", "relaxed", "write-protected", "mapped")
 PROVIDERS: Final = ("the VMM", "userfaultfd in C", "userfaultfd in Python", "slot on demand")
@@ -85,7 +86,7 @@ def _nonsense(point: Point) -> str:
 def fault(bench: Bench) -> None:
     """Access a fresh range each round, every page timed by the guest. vCPUs are started one after the other."""
     plan = _Plan(bench)
-    on_demand = OnDemand([(BEYOND, plan.room)], granule=PAGE_SIZE) if bench["provider"] == PROVIDERS[3] else None
+    on_demand = OnDemand([(BEYOND, plan.room)], granule=HOST_PAGE) if bench["provider"] == PROVIDERS[3] else None
     bench.recycle(plan.room)
     with bench.guest(room=plan.room, cpus=plan.cpus, unclaimed=on_demand) as x:
         if on_demand:
@@ -131,7 +132,7 @@ def _touch(
     """Have every vCPU touch its part of a round, and return what each saw."""
     orders = [
         guest.start_touch(
-            begin + vcpu * plan.apart * PAGE_SIZE,
+            begin + vcpu * plan.apart * HOST_PAGE,
             plan.pages,
             stride=plan.stride,
             access=ACCESSES[bench["access"]],
@@ -181,7 +182,7 @@ class _Plan:
         self.apart = 0 if bench["range"] == "same" else self.pages * self.stride
         """Pages from one vCPU's part to the next one's."""
         span = self.pages * self.stride if bench["range"] == "same" else self.cpus * self.apart
-        self.round = span * PAGE_SIZE
+        self.round = span * HOST_PAGE
         """Bytes of a round."""
         self.room = bench.rounds * self.round
         self._slot = False
@@ -189,7 +190,7 @@ class _Plan:
     def area(self, x: Experiment) -> Gpa:
         """Return where the first round begins."""
         if self._bench["state"] != "write-protected":
-            return x.page(self.room // PAGE_SIZE, align=HUGE_SIZE)
+            return x.page(self.room // HOST_PAGE, align=HUGE_SIZE)
         file = raw.make(x, self.room)
         self._number = raw.slot(x, BEYOND, self.room, file.hva)
         self._hva = file.hva
@@ -197,7 +198,7 @@ class _Plan:
 
     def prepare(self, x: Experiment, begin: Gpa) -> None:
         """Prepare the pages of a round."""
-        state, pages = self._bench["state"], self.round // PAGE_SIZE
+        state, pages = self._bench["state"], self.round // HOST_PAGE
         match state:
             case "allocated":
                 backing, offset = raw.place(x, begin)
@@ -223,7 +224,7 @@ class _Plan:
             vm.set_memory(self._number, BEYOND, self.room, self._hva, flags=flags)
             self._slot = True
         else:
-            vm.dirty_log(self._number, self.room // PAGE_SIZE)
+            vm.dirty_log(self._number, self.room // HOST_PAGE)
 
     @contextlib.contextmanager
     def provided(self, x: Experiment, begin: Gpa) -> Iterator[None]:
@@ -232,7 +233,7 @@ class _Plan:
         if not provider.startswith("userfaultfd"):
             yield
             return
-        hva, page = x.memory.hva(begin), bytes(PAGE_SIZE)
+        hva, page = x.memory.hva(begin), bytes(HOST_PAGE)
         with Userfault.open() as userfault:
             userfault.register(hva, self.round, missing=True)
             in_c = provider == PROVIDERS[1]

@@ -11,7 +11,8 @@ from pyvmm.bench.measure import Bench, Ticks
 from pyvmm.experiment import raw
 from pyvmm.experiment.host import settings
 from pyvmm.guest.orders import Access
-from pyvmm.memory.address import HUGE_SIZE, MIB, PAGE_SIZE
+from pyvmm.memory.address import MIB
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 
 MEANS: Final = ("nothing", "allocate", "populate", "huge pages", "populated huge pages", "--prefault")
 
@@ -27,7 +28,7 @@ MEANS: Final = ("nothing", "allocate", "populate", "huge pages", "populated huge
 def prefault(bench: Bench) -> None:
     """Make a guest each round, prepare its memory by the host's clock, and have it touched by the guest's."""
     size, means = bench["size"] * MIB, bench["means"]
-    pages = size // PAGE_SIZE
+    pages = size // HOST_PAGE
     prepared: list[float] = []
     touched: list[float] = []
     for _ in range(bench.rounds):
@@ -37,7 +38,7 @@ def prefault(bench: Bench) -> None:
             if x.config.prefault:
                 stack.enter_context(x.setting(settings.SHMEM_ENABLED, "advise"))
             stack.enter_context(x)
-            whole = x.config.memory // PAGE_SIZE if x.config.prefault else pages
+            whole = x.config.memory // HOST_PAGE if x.config.prefault else pages
             area = x.page(pages, align=HUGE_SIZE)
             with bench.stopwatch(prepared, per=whole):
                 if x.config.prefault:

@@ -11,8 +11,9 @@ from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import Point
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.guest.orders import Access
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Backing
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import PROTECTIONS
 
 PAGES: Final = 64
@@ -41,7 +42,7 @@ def _nonsense(point: Point) -> str:
 )
 def punch(bench: Bench) -> None:
     """Give the guest a separate file. Each round, have the guest access it, then punch it."""
-    hole, size = HOLES[bench["hole"]] * PAGE_SIZE, PAGES * PAGE_SIZE
+    hole, size = HOLES[bench["hole"]] * HOST_PAGE, PAGES * HOST_PAGE
     busy = bench["load"] == "busy"
     with bench.guest(cpus=2 if busy else 1) as x:
         rounds: list[list[float]] = []
@@ -72,7 +73,7 @@ def _file(x: Experiment, gpa: Gpa, size: int) -> Backing:
 
 
 def _punch(bench: Bench, file: Backing, offset: int, size: int, took: list[float]) -> None:
-    with bench.stopwatch(took, per=size // PAGE_SIZE):
+    with bench.stopwatch(took, per=size // HOST_PAGE):
         answer = raw.punch(file.fd, offset, size)
     if answer != "ok":
         bench.cannot(f"fallocate(2) with FALLOC_FL_PUNCH_HOLE: {answer}")

@@ -10,7 +10,7 @@ from pyvmm.bench.el2 import Residency
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.residency import NOBODYS_CALL, Recorder
 from pyvmm.guest.orders import Access, What
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
 PAGES: Final = 256
 ENDS: Final = 5
@@ -28,7 +28,7 @@ def residency(bench: Bench) -> None:
     """Trace the hypervisor during each operation of a guest, and during the ends of a few VMs."""
     pages: int = bench["pages"]
     protected = bench.protection.by_hypervisor
-    room = (3 * bench.rounds + 1) * pages * PAGE_SIZE
+    room = (3 * bench.rounds + 1) * pages * HOST_PAGE
     bench.recycle(room)
     with bench.guest(room=room) as x:
         with Recorder(x) as recorder:
@@ -36,8 +36,8 @@ def residency(bench: Bench) -> None:
                 bench.cannot(recorder.why_not)
             for _ in range(bench.rounds):
                 touched, untouched = x.page(2 * pages), x.page(pages)
-                cold, there = touched, touched + pages * PAGE_SIZE
-                x.memory.populate(there, pages * PAGE_SIZE)
+                cold, there = touched, touched + pages * HOST_PAGE
+                x.memory.populate(there, pages * HOST_PAGE)
                 with recorder.over("exit", 2 * pages):
                     x.guest.series(What.HVC, count=2 * pages, value=NOBODYS_CALL)
                 for name, begin in (("first touch", cold), ("populated page's first touch", there)):
@@ -51,7 +51,7 @@ def residency(bench: Bench) -> None:
                     ("untouched page's share", What.SHARE, untouched, pages),
                 ):
                     with recorder.over(name, count):
-                        done = x.guest.series(what, begin, count, stride=PAGE_SIZE)
+                        done = x.guest.series(what, begin, count, stride=HOST_PAGE)
                     if done.status:
                         bench.cannot(f"the {name} of page {done.done} was refused: {done.status}")
         recorder.keep(bench, "exit", per="exit")
@@ -71,7 +71,7 @@ def _ends(bench: Bench, pages: int) -> None:
     for _ in range(ENDS):
         ends = []
         for touched in (0, pages):
-            with bench.guest(room=pages * PAGE_SIZE) as x:
+            with bench.guest(room=pages * HOST_PAGE) as x:
                 if touched:
                     x.guest.touch(x.page(touched), touched, access=Access.WRITE)
                 with Recorder(x) as recorder, recorder.over("end", 1, orders=0):

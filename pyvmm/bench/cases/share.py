@@ -10,7 +10,7 @@ from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.guest.orders import Access, What
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
 PAGES: Final = 256
 STORM: Final = 16_384
@@ -34,7 +34,7 @@ def share(bench: Bench) -> None:
     """Share a fresh range page by page, then unshare it, each call timed by the guest."""
     pages: int = bench["pages"]
     rounds = 2 if pages > PAGES else bench.rounds
-    with bench.guest(room=rounds * (pages + WITH_BELL) * PAGE_SIZE + 2 * pages * PAGE_SIZE) as x:
+    with bench.guest(room=rounds * (pages + WITH_BELL) * HOST_PAGE + 2 * pages * HOST_PAGE) as x:
         ticks = Ticks(x, pages)
         shares: list[list[float]] = []
         unshares: list[list[float]] = []
@@ -45,7 +45,7 @@ def share(bench: Bench) -> None:
                 x.guest.touch(begin, pages, access=Access.WRITE)
                 x.guest.touch(other, WITH_BELL, access=Access.WRITE)
             for what, into in ((What.SHARE, shares), (What.UNSHARE, unshares)):
-                order = x.guest.start_series(what, begin, pages, stride=PAGE_SIZE, ticks_at=ticks.gpa)
+                order = x.guest.start_series(what, begin, pages, stride=HOST_PAGE, ticks_at=ticks.gpa)
                 done = order.result(bench.seconds)
                 if done.status:
                     bench.cannot(f"{what.name} of page {done.done} was refused: {done.status}")

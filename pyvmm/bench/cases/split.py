@@ -14,7 +14,7 @@ from pyvmm.bench.residency import NOBODYS_CALL, Recorder
 from pyvmm.bench.split import PARTS, WHOLE, Measured
 from pyvmm.guest.orders import Access, What
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.mman import MADV_POPULATE_WRITE
 
 PAGES: Final = 512
@@ -35,7 +35,7 @@ CLOCKS: Final = {
 def split(bench: Bench) -> None:
     """Under the trace, repeat in rounds: access a cold range, access a populated range, and make empty exits."""
     pages: int = bench["pages"]
-    room = 3 * bench.rounds * pages * PAGE_SIZE
+    room = 3 * bench.rounds * pages * HOST_PAGE
     bench.recycle(room)
     with bench.guest(room=room) as x:
         scale = 1e9 / x.guest.ping().hz
@@ -58,7 +58,7 @@ def split(bench: Bench) -> None:
                 for name in ("populating", "again"):
                     with recorder.over(name, pages, orders=0):
                         begun = time.monotonic_ns()
-                        mman.advise(x.memory.hva(there), pages * PAGE_SIZE, MADV_POPULATE_WRITE)
+                        mman.advise(x.memory.hva(there), pages * HOST_PAGE, MADV_POPULATE_WRITE)
                         took[name].append((time.monotonic_ns() - begun) / pages)
                 with recorder.over("populated", pages):
                     ticks = x.guest.touch(there, pages, access=Access.WRITE).ticks

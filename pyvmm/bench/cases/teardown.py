@@ -9,7 +9,8 @@ from typing import Final
 from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench
 from pyvmm.guest.orders import Access
-from pyvmm.memory.address import MIB, PAGE_SIZE
+from pyvmm.memory.address import MIB
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import PROTECTIONS
 
 SIZES: Final = (1, 4)
@@ -30,7 +31,7 @@ SETTLED: Final = 0.1
 def teardown(bench: Bench) -> None:
     """Make a guest each round, have it access its memory, and time its end by the host's clock."""
     size = bench["size"] * MIB
-    pages = size // PAGE_SIZE
+    pages = size // HOST_PAGE
     vm: list[float] = []
     memory: list[float] = []
     for _ in range(bench.rounds):

@@ -17,7 +17,8 @@ from pyvmm.bench.peers import TURNS, kept, pair
 from pyvmm.bench.peers.selftests import PAGES, longest, mode_of, run
 from pyvmm.experiment import Experiment
 from pyvmm.guest.orders import Access
-from pyvmm.memory.address import MIB, PAGE_SIZE
+from pyvmm.memory.address import MIB
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 NAME: Final = "demand_paging_test"
@@ -36,13 +37,13 @@ OTHERS: Final[Mapping[str, tuple[Point, tuple[str, ...], int]]] = {
 
 def theirs(pages: int, *options: str) -> float:
     """Return the ns a page that demand_paging_test says its vCPU took."""
-    said = run(NAME, "-m", mode_of(NAME), "-v", "1", "-b", str(pages * PAGE_SIZE), *options)
+    said = run(NAME, "-m", mode_of(NAME), "-v", "1", "-b", str(pages * HOST_PAGE), *options)
     return longest(said) / pages
 
 
 def ours(pages: int) -> float:
     """Return the ns a page that a plain guest of pyvmm's took, by its own counter."""
-    with Experiment(Protection.NONE, "memfd", memory=pages * PAGE_SIZE // MIB + SPARE) as x:
+    with Experiment(Protection.NONE, "memfd", memory=pages * HOST_PAGE // MIB + SPARE) as x:
         touched = x.guest.touch(x.page(pages), pages, access=Access.WRITE)
         return touched.ticks * 1e9 / x.guest.ping().hz / pages
 

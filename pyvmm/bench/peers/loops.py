@@ -25,7 +25,7 @@ from pyvmm.errors import HostError, PyvmmError
 from pyvmm.kvm.system import System
 from pyvmm.lab.trees import find_tree
 from pyvmm.machine.layout import BENCH, RAM_BASE
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.psci import PSCI_0_2_FN_SYSTEM_OFF
 
@@ -50,15 +50,15 @@ class LoopVm:
         self.exits = exits
         if lib.pv_install_signals():
             raise HostError("the native loop cannot have its signal")
-        self._memory = mmap.mmap(-1, PAGE_SIZE)
+        self._memory = mmap.mmap(-1, HOST_PAGE)
         self._memory[: len(PROGRAM)] = PROGRAM
         self._system = System.open()
         self.kvm = self._system.create_vm()
-        self.kvm.set_memory(0, RAM_BASE, PAGE_SIZE, ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
+        self.kvm.set_memory(0, RAM_BASE, HOST_PAGE, ctypes.addressof(ctypes.c_char.from_buffer(self._memory)))
         self.vcpu = self.kvm.create_vcpu(0)
-        self._registers = ffi.new("uint8_t[]", PAGE_SIZE)
+        self._registers = ffi.new("uint8_t[]", HOST_PAGE)
         self._ranges = ffi.new("struct pv_range[1]")
-        self._ranges[0].base, self._ranges[0].size, self._ranges[0].kind = BENCH.start, PAGE_SIZE, lib.PV_KIND_REGISTERS
+        self._ranges[0].base, self._ranges[0].size, self._ranges[0].kind = BENCH.start, HOST_PAGE, lib.PV_KIND_REGISTERS
         self._ranges[0].state = ffi.cast("void *", self._registers)
         self._bus = ffi.new("struct pv_bus *", {"count": 1, "ranges": self._ranges})
         self._vm = ffi.new("struct pv_vm *", {"fd": self.kvm.fileno(), "bus": self._bus})

@@ -31,9 +31,9 @@ from pyvmm.experiment.host.syscalls import (
     call,
     pread_file,
 )
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
-PATTERN = bytes(range(1, 9)) * (PAGE_SIZE // 8)
+PATTERN = bytes(range(1, 9)) * (HOST_PAGE // 8)
 """A page's worth of bytes to write."""
 EAGAIN, ETIMEDOUT = 11, 110
 
@@ -61,8 +61,8 @@ def _drained(fd: int, moved: Answer) -> Answer:
     """Add the bytes that a pipe now holds to a successful answer, or return the error of reading them."""
     if not moved.ok:
         return moved
-    buffer = ctypes.create_string_buffer(PAGE_SIZE)
-    read = call(NR_READ, fd, ctypes.byref(buffer), PAGE_SIZE)
+    buffer = ctypes.create_string_buffer(HOST_PAGE)
+    read = call(NR_READ, fd, ctypes.byref(buffer), HOST_PAGE)
     return Answer(read.result, read.errno, buffer.raw[: read.result] if read.ok else b"")
 
 
@@ -73,27 +73,27 @@ def read_into(address: int) -> Answer:
     """read(2) from a pipe into the page: copy_to_user, by the kernel at the page's user address."""
     with _pipe() as (read, write):
         os.write(write, PATTERN)
-        return call(NR_READ, read, address, PAGE_SIZE)
+        return call(NR_READ, read, address, HOST_PAGE)
 
 
 def write_from(address: int) -> Answer:
     """write(2) from the page into a pipe: copy_from_user."""
     with _pipe() as (read, write):
-        return _drained(read, call(NR_WRITE, write, address, PAGE_SIZE))
+        return _drained(read, call(NR_WRITE, write, address, HOST_PAGE))
 
 
 def process_vm_readv(address: int) -> Answer:
     """process_vm_readv(2) of this process: the kernel pins the page and copies through its own mapping."""
-    buffer = ctypes.create_string_buffer(PAGE_SIZE)
-    local, remote = Iovec(ctypes.addressof(buffer), PAGE_SIZE), Iovec(address, PAGE_SIZE)
+    buffer = ctypes.create_string_buffer(HOST_PAGE)
+    local, remote = Iovec(ctypes.addressof(buffer), HOST_PAGE), Iovec(address, HOST_PAGE)
     pointers = ctypes.byref(local), 1, ctypes.byref(remote), 1
     return call(NR_PROCESS_VM_READV, os.getpid(), *pointers, 0, data=buffer)
 
 
 def process_vm_writev(address: int) -> Answer:
     """process_vm_writev(2) into this process."""
-    buffer = ctypes.create_string_buffer(PATTERN, PAGE_SIZE)
-    local, remote = Iovec(ctypes.addressof(buffer), PAGE_SIZE), Iovec(address, PAGE_SIZE)
+    buffer = ctypes.create_string_buffer(PATTERN, HOST_PAGE)
+    local, remote = Iovec(ctypes.addressof(buffer), HOST_PAGE), Iovec(address, HOST_PAGE)
     return call(NR_PROCESS_VM_WRITEV, os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
 
 
@@ -112,7 +112,7 @@ def proc_mem_write(address: int) -> Answer:
 def vmsplice(address: int) -> Answer:
     """vmsplice(2) of the page into a pipe, then read(2) of that: the page is pinned first and copied last."""
     with _pipe() as (read, write):
-        vector = Iovec(address, PAGE_SIZE)
+        vector = Iovec(address, HOST_PAGE)
         return _drained(read, call(NR_VMSPLICE, write, ctypes.byref(vector), 1, 0))
 
 
@@ -129,21 +129,21 @@ def futex(address: int) -> Answer:
 def direct_write(address: int, device: Path) -> Answer:
     """An O_DIRECT write of the page to a block device, by its physical address. Returns the bytes that arrived."""
     with _opened(device, os.O_RDWR | os.O_DIRECT) as fd:
-        answer = call(NR_PWRITE64, fd, address, PAGE_SIZE, 0)
+        answer = call(NR_PWRITE64, fd, address, HOST_PAGE, 0)
         return Answer(answer.result, answer.errno, _device_page(fd)) if answer.ok else answer
 
 
 def direct_read(address: int, device: Path) -> Answer:
     """An O_DIRECT read into the page from a block device, which holds PATTERN."""
     with _opened(device, os.O_RDWR | os.O_DIRECT) as fd:
-        with mmap.mmap(-1, PAGE_SIZE) as room:
+        with mmap.mmap(-1, HOST_PAGE) as room:
             room[:] = PATTERN
             os.pwritev(fd, [room], 0)
-        return call(NR_PREAD64, fd, address, PAGE_SIZE, 0)
+        return call(NR_PREAD64, fd, address, HOST_PAGE, 0)
 
 
 def _device_page(fd: int) -> bytes:
-    with mmap.mmap(-1, PAGE_SIZE) as room:
+    with mmap.mmap(-1, HOST_PAGE) as room:
         os.preadv(fd, [room], 0)
         return room[:]
 
@@ -153,15 +153,15 @@ def _device_page(fd: int) -> bytes:
 
 def pwrite_file(fd: int, offset: int) -> Answer:
     """pwrite(2) of a file."""
-    buffer = ctypes.create_string_buffer(PATTERN, PAGE_SIZE)
-    return call(NR_PWRITE64, fd, ctypes.byref(buffer), PAGE_SIZE, offset)
+    buffer = ctypes.create_string_buffer(PATTERN, HOST_PAGE)
+    return call(NR_PWRITE64, fd, ctypes.byref(buffer), HOST_PAGE, offset)
 
 
 def splice_file(fd: int, offset: int) -> Answer:
     """splice(2) of a file's page into a pipe, then read(2) of that: the page itself travels, and is copied last."""
     with _pipe() as (read, write):
         try:
-            moved = os.splice(fd, write, PAGE_SIZE, offset_src=offset)
+            moved = os.splice(fd, write, HOST_PAGE, offset_src=offset)
         except OSError as error:
             return Answer(-1, error.errno or 0)
         return _drained(read, Answer(moved, 0))
@@ -170,7 +170,7 @@ def splice_file(fd: int, offset: int) -> Answer:
 def map_file(fd: int, offset: int) -> Answer:
     """Map the file's page again and write(2) from there into a pipe, to test a new mapping."""
     try:
-        with mmap.mmap(fd, PAGE_SIZE, offset=offset) as mapping:
+        with mmap.mmap(fd, HOST_PAGE, offset=offset) as mapping:
             room = ctypes.c_char.from_buffer(mapping)
             answer = write_from(ctypes.addressof(room))
             del room

@@ -15,8 +15,9 @@ from typing import Self
 from pyvmm._native import ffi, lib
 from pyvmm.kvm.system import System
 from pyvmm.memory import mman
-from pyvmm.memory.address import PAGE_SIZE, Gpa
+from pyvmm.memory.address import Gpa
 from pyvmm.memory.backing import Memfd
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.uapi.kvm import KVM_RUN, KVM_VM_TYPE_ARM_PROTECTED
 from pyvmm.uapi.kvm_arm64 import core_reg
@@ -44,7 +45,7 @@ class Bare:
             push = half_built.enter_context
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             half_built.callback(os.close, null)
-            size = self.pages * PAGE_SIZE
+            size = self.pages * HOST_PAGE
             self.memfd = push(Memfd(size))
             self.witness = mman.map_shared(self.memfd.fd, size)
             half_built.callback(mman.unmap, self.witness, size)
@@ -68,7 +69,7 @@ class Bare:
 
     def rewind(self) -> None:
         """Set the guest to its start."""
-        values = {"pc": BASE, "x0": SYSTEM_OFF, "x1": BASE + PAGE_SIZE, "x2": self.pages - 1, "x3": WORD}
+        values = {"pc": BASE, "x0": SYSTEM_OFF, "x1": BASE + HOST_PAGE, "x2": self.pages - 1, "x3": WORD}
         for name, value in values.items():
             self.vcpu.set_reg(core_reg(name), value)
 
@@ -96,15 +97,15 @@ class Bare:
 
     def clear_pages(self) -> int:
         """Count the pages that the guest stored to and that read as zeros through the witness."""
-        data = [look(self.witness + page * PAGE_SIZE) for page in range(1, self.pages)]
-        return sum(page == bytes(PAGE_SIZE) for page in data)
+        data = [look(self.witness + page * HOST_PAGE) for page in range(1, self.pages)]
+        return sum(page == bytes(HOST_PAGE) for page in data)
 
     def _cover(self, address: int, size: int) -> None:
         with contextlib.closing(Memfd(size)) as other:
             mman.map_over(address, size, other.fd, 0, mman.PROT_RW)
 
 
-def look(address: int, size: int = PAGE_SIZE) -> bytes | None:
+def look(address: int, size: int = HOST_PAGE) -> bytes | None:
     """Load bytes from an address of this process, guarded. None if that faults."""
     room = bytearray(size)
     done = lib.pv_copy(ffi.from_buffer("uint8_t[]", room), ffi.cast("void *", address), size)

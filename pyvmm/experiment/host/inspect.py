@@ -7,7 +7,7 @@ import ctypes
 from pathlib import Path
 
 from pyvmm.experiment.host.syscalls import NR_MINCORE, call, page_frame
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
 KSM = Path("/sys/kernel/mm/ksm")
 
@@ -20,7 +20,7 @@ def everything(address: int) -> dict[str, str]:
         said[f"/proc/self/{name}"] = _read(Path(f"/proc/self/{name}"), 0, 1 << 20)
     for name in ("kpageflags", "kpagecount"):
         said[f"/proc/{name}"] = _read(Path(f"/proc/{name}"), frame * 8, 8) if frame else "no frame told"
-    said["mincore(2)"] = call(NR_MINCORE, address, PAGE_SIZE, ctypes.byref(ctypes.c_uint8())).name
+    said["mincore(2)"] = call(NR_MINCORE, address, HOST_PAGE, ctypes.byref(ctypes.c_uint8())).name
     return said
 
 

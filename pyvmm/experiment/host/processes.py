@@ -29,7 +29,7 @@ from pyvmm.experiment.host.syscalls import (
     madvise,
     prctl,
 )
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.mman import MADV_DODUMP, MADV_DOFORK, MADV_DONTFORK
 from pyvmm.uapi.prctl import PR_SET_PTRACER
 
@@ -62,11 +62,11 @@ def in_child(work: Callable[[int], object]) -> tuple[int, bytes]:
 
 @contextlib.contextmanager
 def _inherited(address: int) -> Iterator[None]:
-    madvise(address, PAGE_SIZE, MADV_DOFORK)
+    madvise(address, HOST_PAGE, MADV_DOFORK)
     try:
         yield
     finally:
-        madvise(address, PAGE_SIZE, MADV_DONTFORK)
+        madvise(address, HOST_PAGE, MADV_DONTFORK)
 
 
 def _ended(code: int, said: bytes) -> Answer:
@@ -87,7 +87,7 @@ def core_dump(address: int) -> Answer:
 
         def crash(_fd: int) -> None:
             os.chdir(directory)
-            madvise(address, PAGE_SIZE, MADV_DODUMP)
+            madvise(address, HOST_PAGE, MADV_DODUMP)
             resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             Path("/proc/self/coredump_filter").write_text(SHARED_ONLY)
             os.abort()

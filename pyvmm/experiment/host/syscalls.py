@@ -14,7 +14,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.mman import MAP_ANONYMOUS, MAP_PRIVATE, PROT_READ, PROT_WRITE
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -92,8 +92,8 @@ def call(number: int, *arguments: Any, data: Any = None) -> Answer:
 
 def pread_file(fd: int, offset: int) -> Answer:
     """pread(2) of a page of a file, such as the memfd behind guest memory."""
-    buffer = ctypes.create_string_buffer(PAGE_SIZE)
-    answer = call(NR_PREAD64, fd, ctypes.byref(buffer), PAGE_SIZE, offset)
+    buffer = ctypes.create_string_buffer(HOST_PAGE)
+    answer = call(NR_PREAD64, fd, ctypes.byref(buffer), HOST_PAGE, offset)
     return Answer(answer.result, answer.errno, buffer.raw[: answer.result] if answer.ok else b"")
 
 
@@ -136,6 +136,6 @@ def drop_capabilities(*numbers: int) -> None:
 def page_frame(address: int) -> int | None:
     """Return the physical page number of an address; None without a page or without permission."""
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
-        entry = int.from_bytes(os.pread(file.fileno(), 8, address // PAGE_SIZE * 8), "little")
+        entry = int.from_bytes(os.pread(file.fileno(), 8, address // HOST_PAGE * 8), "little")
     frame = entry & (1 << 55) - 1
     return frame if entry >> 63 and frame else None

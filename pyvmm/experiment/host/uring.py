@@ -20,7 +20,7 @@ from pyvmm.experiment.host.syscalls import (
     Iovec,
     call,
 )
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
 _PARAMS = 120
 _OFF_SQ_RING, _OFF_SQES = 0, 0x1000_0000
@@ -60,13 +60,13 @@ class Ring:
 
     def register(self, address: int) -> Answer:
         """Register the page at ``address`` as fixed buffer 0: the kernel pins it for as long as the ring lives."""
-        vector = Iovec(address, PAGE_SIZE)
+        vector = Iovec(address, HOST_PAGE)
         return call(NR_IO_URING_REGISTER, self.fd, _REGISTER_BUFFERS, ctypes.byref(vector), 1)
 
     def transfer(self, fd: int, address: int, *, write: bool) -> Answer:
         """Read from ``fd`` into the fixed buffer, or write from it, and wait for the completion."""
         operation = _WRITE_FIXED if write else _READ_FIXED
-        entry = struct.pack("<BBHiQQIIQHHi", operation, 0, 0, fd, 0, address, PAGE_SIZE, 0, 1, 0, 0, 0)
+        entry = struct.pack("<BBHiQQIIQHHi", operation, 0, 0, fd, 0, address, HOST_PAGE, 0, 1, 0, 0, 0)
         self._sqes[: len(entry)] = entry
         tail_at, mask_at, array_at = self._sq[1], self._sq[2], self._sq[6]
         (tail,) = struct.unpack_from("<I", self._ring, tail_at)
@@ -114,7 +114,7 @@ def _through_a_pipe(address: int, data: bytes | None) -> Answer:
                 os.write(write, data)
                 return ring.transfer(read, address, write=False)
             answer = ring.transfer(write, address, write=True)
-            return Answer(answer.result, answer.errno, os.read(read, PAGE_SIZE)) if answer.ok else answer
+            return Answer(answer.result, answer.errno, os.read(read, HOST_PAGE)) if answer.ok else answer
     except OSError as error:
         return Answer(-1, error.errno or 0)
     finally:

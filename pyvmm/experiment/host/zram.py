@@ -17,7 +17,7 @@ from typing import Self
 
 from pyvmm.experiment.host.syscalls import NR_SWAPOFF, NR_SWAPON, call
 from pyvmm.labenv import in_lab
-from pyvmm.memory.address import PAGE_SIZE
+from pyvmm.pages import HOST_PAGE
 
 CONTROL = Path("/sys/class/zram-control")
 SIGNATURE = b"SWAPSPACE2"
@@ -50,8 +50,8 @@ class Zram:
 
     def swap(self) -> None:
         """Use it as swap until it is closed, for the whole host."""
-        header = bytearray(PAGE_SIZE)
-        header[1024:1032] = (1).to_bytes(4, "little") + (self._size // PAGE_SIZE - 1).to_bytes(4, "little")
+        header = bytearray(HOST_PAGE)
+        header[1024:1032] = (1).to_bytes(4, "little") + (self._size // HOST_PAGE - 1).to_bytes(4, "little")
         header[-len(SIGNATURE) :] = SIGNATURE
         self.path.write_bytes(header)
         answer = call(NR_SWAPON, os.fsencode(self.path), 0)

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page sizes of this host and of pyvmm's guests, in bytes. Everything that counts pages asks here.
+
+The host's page is the unit of all that the host does with guest memory: memory slots, stage 2, donations, shares (what
+MEMINFO answers), conversions, holes, userfaultfd and the ledger. The guest's page is a number of protocols and of
+pyvmm's own payloads. A Linux guest has pages of its own size.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+HOST_PAGE = mmap.PAGESIZE
+"""The host kernel's page: 4, 16 or 64 KiB on arm64."""
+
+HOST_PAGE_SHIFT = HOST_PAGE.bit_length() - 1
+
+HUGE_SIZE = HOST_PAGE * (HOST_PAGE // 8)
+"""A huge page of the host, which one full table of its pages maps: 2 MiB for pages of 4 KiB, 32 MiB, or 512 MiB."""
+
+GUEST_PAGE = 4096
+"""The page of payloads' translation tables, of device registers, and of the balloon's numbers (virtio 1.2, 5.5.6)."""

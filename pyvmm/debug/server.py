@@ -85,7 +85,10 @@ class GdbServer:
 
     @contextlib.contextmanager
     def serving(self, machine: Machine) -> Iterator[None]:
-        """Serve ``machine``, which was built with :meth:`intercept` and not started. Call :meth:`ended` at its end."""
+        """Serve ``machine``, which was built with :meth:`intercept` and not started. Call :meth:`ended` at its end.
+
+        Raises HostError if the kernel lets nobody debug it.
+        """
         self._target = GuestTarget(machine, self._ring)
         if self.waits:
             self._target.halt()

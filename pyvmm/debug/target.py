@@ -5,8 +5,9 @@ Owns no descriptor and no thread. Only the debugger's thread calls it, except fo
 runs in the vCPUs' threads. From :meth:`halt` to :meth:`resume` the debugger holds one pause of each vCPU's thread.
 Other pauses, such as the control socket's, nest with it. Devices keep running while vCPUs are stopped.
 
-KVM allows a debugger the same in every protection, including registers of a protected guest: EL2 takes them from the
-host at every entry. Memory differs: the debugger can access only pages that the host can.
+Linux 7.3 allows a debugger the same in every protection, including registers of a protected guest: EL2 takes them from
+the host at every entry. Memory differs: the debugger can access only pages that the host can. A later kernel keeps a
+protected guest's registers at EL2, and lets nobody debug it. A :class:`GuestTarget` asks the kernel.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from pyvmm.debug.interrupts import HeldInterrupts
 from pyvmm.debug.protocol import SIGSEGV, SIGTRAP, Go, Stop
 from pyvmm.debug.registers import REGISTERS, SYSTEM
 from pyvmm.debug.stage1 import REGIME, Regime, Translation, Untranslated, translate
-from pyvmm.errors import GuestMemoryError, PyvmmError, hex_
+from pyvmm.errors import GuestMemoryError, HostError, KvmError, PyvmmError, hex_
 from pyvmm.log import get_logger
 from pyvmm.pages import HOST_PAGE
 from pyvmm.uapi.kvm import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP
 from pyvmm.uapi.kvm_arm64 import KVM_GUESTDBG_USE_HW, core_reg
-from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_DEBUG_HW_BPS, KVM_CAP_GUEST_DEBUG_HW_WPS
+from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_DEBUG_HW_BPS, KVM_CAP_GUEST_DEBUG_HW_WPS, KVM_CAP_SET_GUEST_DEBUG
 from pyvmm.uapi.kvm_run import ExitReason
 from pyvmm.uapi.kvm_state import MpState
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 log = get_logger("gdb")
 
+_ELSEWHERE: Final = "debug it under --protection emulated or none"
 _EC_SHIFT: Final = 26
 _EC_WATCHPOINT: Final = 0x34
 _EC_BRK: Final = 0x3C
@@ -59,10 +61,26 @@ class _Exit:
     address: int = 0
 
 
+def _require_debugging(machine: Machine) -> None:
+    """Ask the kernel whether it lets somebody debug ``machine``. Only the call itself tells: 7.3 denies what works."""
+    guest = f"a guest under {machine.config.protection.value}"
+    hint = _ELSEWHERE if machine.config.protection.by_hypervisor else None
+    if not machine.vm.offers(KVM_CAP_SET_GUEST_DEBUG):
+        raise HostError(f"--gdb: this kernel cannot debug {guest} (KVM_CAP_SET_GUEST_DEBUG is 0)", hint=hint)
+    try:
+        machine.vcpus[0].set_guest_debug(0)
+    except KvmError as error:
+        raise HostError(f"--gdb: this kernel does not let {guest} be debugged: {error.message}", hint=hint) from None
+
+
 class GuestTarget:
-    """A machine, built and not started. A vCPU's thread calls ``wake`` when the vCPU has stopped."""
+    """A machine, built and not started. A vCPU's thread calls ``wake`` when the vCPU has stopped.
+
+    Raises HostError, with the reason, if the kernel lets nobody debug this guest.
+    """
 
     def __init__(self, machine: Machine, wake: Callable[[], None]) -> None:
+        _require_debugging(machine)
         self.machine = machine
         self._wake = wake
         self._lock = threading.Lock()
@@ -77,9 +95,8 @@ class GuestTarget:
         self._tell_refusal = log.warning if machine.config.protection.isolates else log.info
         self.last_refusal: str | None = None
         """The text of the last failed request for memory or a breakpoint."""
-        # Checked on /dev/kvm: a protected VM's own descriptor answers 0 for both.
-        check = machine.system.check
-        self.points = Breakpoints(check(KVM_CAP_GUEST_DEBUG_HW_BPS), check(KVM_CAP_GUEST_DEBUG_HW_WPS))
+        offers = machine.vm.offers
+        self.points = Breakpoints(offers(KVM_CAP_GUEST_DEBUG_HW_BPS), offers(KVM_CAP_GUEST_DEBUG_HW_WPS))
         self.physical = False
         """Whether the debugger's addresses are guest physical ones."""
 

@@ -178,7 +178,19 @@ CAUSES = (
     ),
     Cause(_REG, _errno.ENOENT, "this vCPU has no such register"),
     Cause(_REG, _errno.ENOEXEC, "the vCPU is not initialised", "call Vcpu.init() first"),
-    Cause(_REG, _errno.EPERM, "the register is not accessible before KVM_ARM_VCPU_FINALIZE, or never from user space"),
+    Cause(
+        _REG, _errno.EPERM, "the register is not accessible before KVM_ARM_VCPU_FINALIZE, or never from user space; or "
+        "EL2 keeps it, which the registers of a protected guest that has run are on kernels after 7.3",
+    ),
+    # Documentation/virt/kvm/arm/pkvm.rst of Linux 7.4
+    Cause(
+        "KVM_ARM_VCPU_INIT", _errno.EPERM, "EL2 keeps a protected vCPU that has run as it is", "make a new VM instead",
+    ),
+    Cause("KVM_SET_VCPU_EVENTS", _errno.EPERM, "EL2 injects no external abort into a protected guest for the host"),
+    Cause("KVM_SET_GUEST_DEBUG", _errno.EPERM, "EL2 lets nobody debug a protected guest"),
+    Cause(
+        "KVM_SET_MP_STATE", _errno.EPERM, "the guest has switched this vCPU off, and only the guest can switch it on",
+    ),
     Cause("KVM_GET_REG_LIST KVM_GET_VCPU_EVENTS KVM_SET_VCPU_EVENTS", _errno.ENOEXEC, "the vCPU is not initialised"),
     # kvm_arch_vcpu_ioctl_run, pkvm_mem_abort, gmem_abort
     Cause(

@@ -50,7 +50,7 @@ class System(Fd):
         return system
 
     def check(self, cap: int) -> int:
-        """Return KVM_CHECK_EXTENSION of a KVM_CAP_*: 0 is no. It applies to this host, and to any VM on it."""
+        """Return KVM_CHECK_EXTENSION of a KVM_CAP_*: 0 is no. It is the host's; a VM may have less: Vm.offers."""
         return self.call(KVM_CHECK_EXTENSION, cap, cap=cap_name(cap))
 
     @property

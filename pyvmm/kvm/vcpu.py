@@ -11,7 +11,7 @@ import errno as _errno
 import os
 from ctypes import addressof, c_uint8, c_uint64
 
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.errors import HostError, KvmError, PyvmmError, hex_
 from pyvmm.kvm import libc
 from pyvmm.kvm.stats import MeasuredFd
 from pyvmm.uapi import kvm_arm64
@@ -85,7 +85,7 @@ class Vcpu(MeasuredFd):
     # ---- arm64 ----
 
     def init(self, *, psci: bool = True, power_off: bool = False, features: Iterable[int] = ()) -> None:
-        """Set an arm64 vCPU's target and features (KVM_ARM_VCPU_* numbers). A second call resets it.
+        """Set an arm64 vCPU's target and features (KVM_ARM_VCPU_* numbers). A second call resets it, where allowed.
 
         ``psci``: it can call PSCI 0.2 and later. ``power_off``: it waits for another vCPU's CPU_ON.
         """
@@ -99,7 +99,10 @@ class Vcpu(MeasuredFd):
         self.call(kvm_arm64.KVM_ARM_VCPU_INIT, target, target=target.target, features=said)
 
     def inject_abort(self) -> None:
-        """Fail the vCPU's current access in the guest, with a synchronous external abort."""
+        """Fail the vCPU's current access in the guest, with a synchronous external abort.
+
+        Raises KvmError with EPERM where EL2 takes none for a protected guest.
+        """
         if _X86:  # there the request has the same number, but another structure
             raise HostError(f"{self.label} is an x86 vCPU: it has no external abort to inject")
         from pyvmm.uapi.kvm_arm64_vcpu import KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, kvm_vcpu_events
@@ -141,6 +144,17 @@ class Vcpu(MeasuredFd):
         return self.get_regs().rip if _X86 else self.get_reg(core_reg("pc"))
 
     @property
+    def place(self) -> str:
+        """Where it is, in words, for a message: ``pc 0x8000_0000``, or that the kernel does not tell.
+
+        A kernel that keeps a protected vCPU's registers at EL2 tells none once the vCPU has run.
+        """
+        try:
+            return f"pc {hex_(self.pc)}"
+        except KvmError:
+            return "a pc that the kernel does not tell"
+
+    @property
     def mp_state(self) -> MpState:
         """The vCPU's state: running, or waiting for an event."""
         from pyvmm.uapi.kvm_state import KVM_GET_MP_STATE, MpState, kvm_mp_state
@@ -175,7 +189,7 @@ class Vcpu(MeasuredFd):
             self.call(kvm_arm64_vcpu.KVM_SET_GUEST_DEBUG, arm64, control=control)
 
     def single_step(self, on: bool) -> None:
-        """Turn KVM_EXIT_DEBUG after every instruction on or off. Also works in protected VMs."""
+        """Turn KVM_EXIT_DEBUG after every instruction on or off. Protected VMs may refuse it."""
         self.set_guest_debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP if on else 0)
 
     # ---- x86 ----

@@ -28,7 +28,7 @@ from pyvmm.uapi.kvm_arm64 import (
     KVM_ARM_VM_SMCCC_FILTER,
     kvm_vcpu_init,
 )
-from pyvmm.uapi.kvm_cap import cap_name
+from pyvmm.uapi.kvm_cap import KVM_CAP_IMMEDIATE_EXIT, cap_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,8 +46,17 @@ class Vm(MeasuredFd):
         self.system = system
 
     def check(self, cap: int) -> int:
-        """Return this VM's KVM_CHECK_EXTENSION. A protected VM wrongly answers 0 for some: use System.check."""
+        """Return this VM's KVM_CHECK_EXTENSION. A protected VM may deny what works: use :meth:`offers`."""
         return self.call(KVM_CHECK_EXTENSION, cap, cap=cap_name(cap))
+
+    def offers(self, cap: int) -> int:
+        """Return what this VM has of a KVM_CAP_*: 0 is no.
+
+        That is the VM's own answer, unless the VM denies what every VM has, as protected ones of Linux 7.3 do: they
+        deny most of what works on them. Then it is the host's answer.
+        """
+        own = self.check(cap)
+        return own if own or self.check(KVM_CAP_IMMEDIATE_EXIT) else self.system.check(cap)
 
     def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
         """Switch on a capability, with up to four arguments."""

@@ -8,8 +8,8 @@ An edge line is an eventfd bound by KVM_IRQFD. A write to it (:meth:`EdgeLine.tr
 one pulse. Pulses that the guest has not taken yet merge. A level line uses KVM_IRQ_LINE on the VM's descriptor, so that
 C can raise and lower it. The device keeps its state, and reports only changes.
 
-Both work in a protected VM, where KVM_CHECK_EXTENSION of the VM denies irqfd. On a host whose KVM makes no interrupt
-controller the lines lead nowhere, and the device tree names none.
+Both work in a protected VM, even where KVM_CHECK_EXTENSION of the VM denies irqfd. On a host whose KVM makes no
+interrupt controller the lines lead nowhere, and the device tree names none.
 """
 
 from __future__ import annotations

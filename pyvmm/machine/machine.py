@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 
+from pyvmm._native import lib
 from pyvmm.devices.roles import Printing
 from pyvmm.errors import hex_, within_limits
 from pyvmm.log import get_logger
@@ -120,7 +121,8 @@ class Machine(Hardware):
     def start(self) -> None:
         """Seal memory and start every vCPU.
 
-        Raises HostError if a protected guest could not lock its memory, or if a vCPU's thread cannot start.
+        Raises HostError if a protected guest could not lock its memory, or if a vCPU's thread cannot start. Raises
+        KvmError if the hypervisor cannot take a vCPU.
         """
         if self.config.protection is Protection.PKVM:
             from pyvmm.memory.memlock import require_memlock
@@ -144,9 +146,21 @@ class Machine(Hardware):
             kernel=self._start.kind,
             pc=hex_(self.entry.pc),
         )
+        if self.config.protection.by_hypervisor:
+            self._introduce()
         self._end.begin()
         with within_limits(self.descriptors):
             self._threads.start()
+
+    def _introduce(self) -> None:
+        """Have EL2 know every vCPU before the guest's first instruction.
+
+        A vCPU that has never called KVM_RUN is unknown to EL2. Where EL2 itself answers PSCI, a CPU_ON of it fails for
+        good. The first call makes it known, also one that returns before the guest runs.
+        """
+        for vcpu, native in zip(self.vcpus[1:], self._natives[1:], strict=True):
+            if errno := lib.pv_settle(native):
+                raise vcpu.error("KVM_RUN", errno, vcpu=vcpu.index)
 
     def prefault(self) -> None:
         """Populate all memory, before the start. Raises HostError if the host cannot populate so much."""
@@ -168,11 +182,11 @@ class Machine(Hardware):
         return outcome
 
     def _overdue(self, deadline: float | None) -> Outcome:
-        """Stop every vCPU, and report its pc at the deadline."""
+        """Stop every vCPU, and report its pc at the deadline, if the kernel tells it."""
         self._abort_output()
         # Devices keep running: a stuck device must not delay this report.
         self._threads.pause_alone()
-        where = ", ".join(f"vCPU {vcpu.index} at pc {hex_(vcpu.pc)}" for vcpu in self.vcpus)
+        where = ", ".join(f"vCPU {vcpu.index} at {vcpu.place}" for vcpu in self.vcpus)
         return Outcome(Ending.DEADLINE, f"the guest was still running at its deadline of {deadline:g} s: {where}")
 
     def stop(self, reason: str = "stopped") -> None:

@@ -132,7 +132,7 @@ class ColdExits:
                 access=what,
                 gpa=hex_(native.gpa),
                 size=native.size,
-                pc=hex_(self.vcpu.pc),
+                at=self.vcpu.place,
                 last_one_told=self._unclaimed_seen == UNCLAIMED_LOGGED,
             )
         try:
@@ -142,8 +142,8 @@ class ColdExits:
             return self._end(
                 Outcome(
                     Ending.CRASH,
-                    f"a {native.size}-byte {what} gpa {hex_(native.gpa)}, outside of memory and devices "
-                    f"(pc {hex_(self.vcpu.pc)}); injecting an external abort failed: {error.message}",
+                    f"the guest made a {native.size}-byte {what} gpa {hex_(native.gpa)}, outside of memory and devices "
+                    f"({self.vcpu.place}), and no external abort can answer it: {error.message}",
                     native.index,
                 )
             )
@@ -171,7 +171,7 @@ class ColdExits:
         from pyvmm.uapi.kvm_run import ExitReason
 
         index, reason = self.native.index, self.native.exit_reason
-        where = f"pc {hex_(self.vcpu.pc)}"
+        where = self.vcpu.place
         if stop == lib.PV_STOP_HYPERCALL:
             number = self.vcpu.run.hypercall.nr
             return Outcome(Ending.FAILED, f"no handler for KVM_EXIT_HYPERCALL {number:#x}", index)

@@ -35,7 +35,7 @@ def explain(vcpu: Vcpu, native: pv_vcpu, memory: Memory) -> Outcome | int:
     index, number = native.index, native.error
     name = errno.errorcode.get(number, str(number))
     prefix = f"KVM_RUN(vcpu={index}): {name}"
-    where = f"pc {hex_(vcpu.pc)}"
+    where = vcpu.place
     match native.failure:
         case lib.PV_FAIL_ENOMEM:
             return Outcome(

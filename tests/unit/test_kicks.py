@@ -66,8 +66,7 @@ def test_the_kernel_is_asked_once_and_gets_every_queue_by_its_number() -> None:
     found, calls = handed_over(Grudging())
     assert found == [True] * 3
     asked, *given = calls
-    # The host is asked: a protected VM would answer no.
-    assert (asked.name, asked.on, asked.values["cap"]) == ("KVM_CHECK_EXTENSION", "kvm", "KVM_CAP_IOEVENTFD")
+    assert (asked.name, asked.on, asked.values["cap"]) == ("KVM_CHECK_EXTENSION", "vm", "KVM_CAP_IOEVENTFD")
     assert [(each.name, each.on) for each in given] == [("KVM_IOEVENTFD", "vm")] * 3
     assert [dict(each.values) for each in given] == [
         {"fd": 70 + index, "gpa": TRANSPORT + 0x50, "size": 4, "datamatch": index, "flags": 1} for index in range(3)
@@ -77,7 +76,30 @@ def test_the_kernel_is_asked_once_and_gets_every_queue_by_its_number() -> None:
 def test_a_kernel_without_the_capability_gets_no_further_call() -> None:
     found, calls = handed_over(Grudging(known=0))
     assert found == [False] * 3
-    assert [call.name for call in calls] == ["KVM_CHECK_EXTENSION"]
+    assert [(call.on, call.values["cap"]) for call in calls] == [
+        ("vm", "KVM_CAP_IOEVENTFD"),
+        ("vm", "KVM_CAP_IMMEDIATE_EXIT"),
+    ]
+
+
+class Denying(StandIn):
+    """A VM that answers 0 to every question, as a protected one of Linux 7.3 does. The host answers truly."""
+
+    def ioctl(self, fd: Fd, request: Ioctl, argument: int | CData, values: Mapping[str, Value]) -> tuple[int, int]:
+        if request.name == "KVM_CHECK_EXTENSION" and fd.kind == "vm":
+            return 0, 0
+        return super().ioctl(fd, request, argument, values)
+
+
+def test_the_host_is_asked_where_a_vm_denies_what_every_vm_has() -> None:
+    found, calls = handed_over(Denying(), count=1)
+    assert found == [True]
+    assert [(call.on, call.values.get("cap")) for call in calls] == [
+        ("vm", "KVM_CAP_IOEVENTFD"),
+        ("vm", "KVM_CAP_IMMEDIATE_EXIT"),
+        ("kvm", "KVM_CAP_IOEVENTFD"),
+        ("vm", None),
+    ]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.ENOMEM])

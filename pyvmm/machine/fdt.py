@@ -44,12 +44,12 @@ _LONGEST: Final = 31
 
 def cells32(*values: int) -> bytes:
     """Encode values of 0 to 2^32 - 1, each one cell."""
-    return b"".join(_integer(value, 4) for value in values)
+    return _integers(values, "I", 32)
 
 
 def cells64(*values: int) -> bytes:
     """Encode values of 0 to 2^64 - 1, each two cells, the high one first."""
-    return b"".join(_integer(value, 8) for value in values)
+    return _integers(values, "Q", 64)
 
 
 def encode(value: Value) -> bytes:
@@ -108,7 +108,7 @@ class Tree:
         strings = _Strings()
         structure = bytearray()
         _flatten(self.root, structure, strings, "/")
-        structure += cells32(_END)
+        structure += _CELL.pack(_END)
         reserved = b"".join(_RESERVATION.pack(*pair) for pair in [*self.reservations, (0, 0)])
         # 5.6: reservations are aligned to 8 bytes, the structure to 4. The parts before them keep that alignment.
         structure_at = _HEADER.size + len(reserved)
@@ -194,20 +194,22 @@ class _Strings:
         self.block = bytearray()
         self._offsets: dict[str, int] = {}
 
-    def offset(self, name: str) -> int:
-        if name not in self._offsets:
-            self._offsets[name] = len(self.block)
-            self.block += _string(name)
-        return self._offsets[name]
+    def offset(self, name: str, path: str) -> int:
+        known = self._offsets.get(name)
+        if known is not None:
+            return known
+        if not (0 < len(name) <= _LONGEST and _PROPERTY_NAME.issuperset(name)):
+            raise UsageError(f"{path}: {name!r} is not a valid name of a device tree property")
+        self._offsets[name] = offset = len(self.block)
+        self.block += _string(name)
+        return offset
 
 
 def _flatten(node: Node, out: bytearray, strings: _Strings, path: str) -> None:
-    out += cells32(_BEGIN_NODE) + _padded(_string(node.name))
+    out += _CELL.pack(_BEGIN_NODE) + _padded(_string(node.name))
     for name, value in node.properties.items():
-        if not (0 < len(name) <= _LONGEST and _PROPERTY_NAME.issuperset(name)):
-            raise UsageError(f"{path}: {name!r} is not a valid name of a device tree property")
         data = encode(value)
-        out += cells32(_PROP, len(data), strings.offset(name)) + _padded(data)
+        out += _CELL.pack(_PROP) + _PROPERTY.pack(len(data), strings.offset(name, path)) + _padded(data)
     seen: set[str] = set()
     for child in node.children:
         if not _is_node_name(child.name):
@@ -216,7 +218,7 @@ def _flatten(node: Node, out: bytearray, strings: _Strings, path: str) -> None:
             raise UsageError(f"{path}: two nodes are called {child.name!r}")
         seen.add(child.name)
         _flatten(child, out, strings, f"{path}{child.name}/")
-    out += cells32(_END_NODE)
+    out += _CELL.pack(_END_NODE)
 
 
 def _is_node_name(name: str) -> bool:
@@ -230,11 +232,14 @@ def _is_node_name(name: str) -> bool:
     )
 
 
-def _integer(value: int, size: int) -> bytes:
+def _integers(values: Sequence[int], code: str, bits: int) -> bytes:
     try:
-        return value.to_bytes(size, "big")
-    except OverflowError:
-        raise UsageError(f"{value:#x} does not fit a device tree cell of {8 * size} bits") from None
+        return struct.pack(f">{len(values)}{code}", *values)
+    except struct.error:
+        for value in values:
+            if not 0 <= value < 1 << bits:
+                raise UsageError(f"{value:#x} does not fit a device tree cell of {bits} bits") from None
+        raise
 
 
 def _string(text: str) -> bytes:

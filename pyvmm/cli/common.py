@@ -83,6 +83,8 @@ class Parser(argparse.ArgumentParser):
             self.refuse(f"{first!r} is one word too many", None)
         name, _, _ = first.partition("=")
         known = self._option_string_actions
+        if name.startswith("--lab-") and (own := f"--{name.removeprefix('--lab-')}") in known:  # of the verb lab
+            self.refuse(f"there is no option {name}", f"{self.prog} {own} ...")
         if name in outer._option_string_actions and name not in known:
             lab = "--lab " if name.startswith(("--lab-", "--host-kernel")) else ""
             verb = self.prog.removeprefix(outer.prog).strip()

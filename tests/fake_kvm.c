@@ -11,10 +11,16 @@
 static struct fake_vcpu *vcpus[8];
 static struct fake_line lines[8];
 static uint32_t protect_fails, protects;
+static int (*run_by)(int fd);
 
 void fake_attach(int fd, struct fake_vcpu *vcpu)
 {
     vcpus[fd] = vcpu;
+}
+
+void fake_run_by(int (*run)(int fd))
+{
+    run_by = run;
 }
 
 struct fake_line *fake_line(uint32_t irq)
@@ -106,9 +112,14 @@ static int enter(struct fake_vcpu *vcpu)
 int fake_ioctl(int fd, unsigned long request, ...);
 int fake_ioctl(int fd, unsigned long request, ...)
 {
-    struct fake_vcpu *vcpu = vcpus[fd];
+    struct fake_vcpu *vcpu;
     va_list arguments;
 
+    if (run_by) {
+        errno = request == KVM_RUN ? run_by(fd) : request == KVM_IRQ_LINE ? 0 : ENOTTY;
+        return errno ? -1 : 0;
+    }
+    vcpu = vcpus[fd];
     if (request == KVM_RUN)
         return enter(vcpu);
     va_start(arguments, request);

@@ -25,6 +25,8 @@ struct fake_line { uint32_t raised, lowered, level; };
 struct fake_line *fake_line(uint32_t irq);
 /* File descriptor n of the fake kernel is its nth vCPU. */
 void fake_attach(int fd, struct fake_vcpu *vcpu);
+/* From now on this function answers KVM_RUN of any descriptor: 0, or an errno. NULL: the scripts do again. */
+void fake_run_by(int (*run)(int fd));
 /* The next so many calls of mprotect fail with ENOMEM. */
 void fake_protect_fails(uint32_t calls);
 uint32_t fake_protects(void);

@@ -19,6 +19,7 @@ import pytest
 from native import build
 
 HERE = Path(__file__).resolve().parent
+NAME = "pyvmm_fake"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 MOVING = 0x40
@@ -27,27 +28,36 @@ MOVING = 0x40
 EXIT_MMIO, EXIT_HYPERCALL, EXIT_DEBUG, EXIT_HLT, EXIT_SYSTEM, EXIT_MEMORY_FAULT = 6, 3, 4, 5, 24, 39
 
 
-@functools.cache
-def native() -> Any:
-    """Build and import the loop with ``fake_*`` beside ``pv_*``. Skips the test if there is no compiler."""
+def built(path: Path) -> Path:
+    """Build the loop with ``fake_*`` beside ``pv_*`` at ``path``. Skips the test if there is no compiler."""
     if build.compiler(platform.machine()) is None:
         pytest.skip("no C compiler")
-    folder = tempfile.TemporaryDirectory(prefix="pyvmm-fake-")
-    path = Path(folder.name) / "pyvmm_fake.abi3.so"
     build.build(
         platform.machine(),
         path,
-        module="pyvmm_fake",
+        module=NAME,
         cdef=(HERE / "fake_kvm.h").read_text(),
         more=[HERE / "fake_kvm.c"],
         flags=[f"-I{HERE}", "-Dioctl=fake_ioctl", "-Dmprotect=fake_mprotect"],
     )
-    spec = importlib.util.spec_from_file_location("pyvmm_fake", path)
+    return path
+
+
+def load_native(path: Path) -> Any:
+    """Import what :func:`built` has built."""
+    spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    folder.cleanup()
+    return module
+
+
+@functools.cache
+def native() -> Any:
+    """Build and import the loop on the fake kernel. Skips the test if there is no compiler."""
+    with tempfile.TemporaryDirectory(prefix="pyvmm-fake-") as folder:
+        module = load_native(built(Path(folder) / f"{NAME}.abi3.so"))
     assert module.lib.pv_install_signals() == 0
     return module
 

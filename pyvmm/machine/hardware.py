@@ -20,6 +20,7 @@ from pyvmm.devices.echo import Echo
 from pyvmm.devices.exit_targets import ExitTargets
 from pyvmm.devices.mailbox import Mailboxes
 from pyvmm.devices.pl011 import Pl011
+from pyvmm.devices.pl031 import Pl031
 from pyvmm.devices.share_bell import ShareBell
 from pyvmm.errors import HostError, UsageError
 from pyvmm.kvm.fd import KERNEL, Kernel
@@ -112,6 +113,7 @@ class Hardware:
         line = self.interrupts.level(layout.PL011_SPI)
         uart = Pl011(config.serial_out, config.serial_in, self._end.unheard, line)
         self.uart = self.bus.add(uart, layout.PL011.start, line)
+        self.bus.add(Pl031(), layout.PL031.start)
         self.bus.add(ShareBell(), layout.SHARE_DOORBELL.start)
         self.echo = self.bus.add(Echo(self.memory, self.relay), layout.ECHO.start)
         self.mailboxes = self.bus.add(Mailboxes(config.cpus), layout.MAILBOX.start)

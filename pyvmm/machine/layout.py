@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #   0x0800_0000 +------------------------------+
 #               | interrupt controller         |   in the kernel
 #   0x0900_0000 +------------------------------+
-#               | PL011 UART                   |
+#               | PL011 UART, PL031 clock      |
 #   0x0910_0000 +------------------------------+
 #               | share doorbell, echo device  |
 #   0x0920_0000 +------------------------------+
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 #   GICv3 ITS        0x0808_0000  0x080a_0000  0x2_0000   in the kernel
 #   GICv3 redist     0x080a_0000  0x0900_0000  0xf6_0000  in the kernel; 0x2_0000 a vCPU
 #   PL011            0x0900_0000  0x0900_1000  0x1000     SPI 1
+#   PL031            0x0901_0000  0x0901_1000  0x1000
 #   share doorbell   0x0910_0000  0x0910_1000  0x1000
 #   echo             0x0911_0000  0x0911_1000  0x1000
 #   mailbox          0x0920_0000  0x0930_0000  0x10_0000  0x1000 a vCPU
@@ -97,6 +98,7 @@ GIC_CPU: Final = Window("GICv2 CPU", 0x0801_0000, 0x0801_2000)
 GIC_ITS: Final = Window("GICv3 ITS", 0x0808_0000, 0x080A_0000)
 GIC_REDISTRIBUTORS: Final = Window("GICv3 redist", 0x080A_0000, 0x0900_0000)
 PL011: Final = Window("PL011", 0x0900_0000, 0x0900_1000, PL011_SPI)
+PL031: Final = Window("PL031", 0x0901_0000, 0x0901_1000)
 SHARE_DOORBELL: Final = Window("share doorbell", 0x0910_0000, 0x0910_1000)
 ECHO: Final = Window("echo", 0x0911_0000, 0x0911_1000)
 MAILBOX: Final = Window("mailbox", 0x0920_0000, 0x0930_0000)
@@ -111,6 +113,7 @@ MAP: Final = (
     GIC_ITS,
     GIC_REDISTRIBUTORS,
     PL011,
+    PL031,
     SHARE_DOORBELL,
     ECHO,
     MAILBOX,

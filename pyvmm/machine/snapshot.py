@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = get_logger("snapshot")
 
 MAGIC: Final = b"PYVMMSNP"
-VERSION: Final = 1
+VERSION: Final = 2
 _HEADER: Final = struct.Struct("<8sI4xQQ32s")
 DESCRIPTION: Final = 4096
 """Its offset in the file."""

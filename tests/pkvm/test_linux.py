@@ -20,6 +20,8 @@ DEADLINE = 600.0
 """Seconds; an idle lab needs about 15."""
 QUICKER = "console=ttyAMA0 quiet audit=0 lsm= mitigations=off panic=-1"
 """A serial console, and less of what takes an emulator long and says nothing about a VMM."""
+OFF = 2
+"""Seconds between the guest's clock and the host's: a guest reads whole seconds, and takes the middle of one."""
 TAP, HOST, GUEST = "pvdeb0", "10.219.82.1", "10.219.82.2"
 DRIVERS = ["virtio_balloon", "virtio_blk", "virtio_net", "virtio_rng", "vmw_vsock_virtio_transport"]
 
@@ -87,6 +89,8 @@ def test_debians_kernel_boots_to_a_shell_and_powers_off(protection: str, cpus: i
     with Console(*options) as console:
         said_by_init = console.expect(b" # ")
         assert console.sh("echo cpus=$(nproc) product=$((6 * 7))") == f"cpus={cpus} product=42\n"
+        asked = time.time()
+        assert asked - OFF <= int(console.sh("date +%s")) <= time.time() + OFF
         if devices:
             assert b"modprobe" not in said_by_init
             use_devices(console)

@@ -32,6 +32,8 @@ NAMES: Final = (
     "clock/fixed-clock",
     "interrupt-controller/arm,gic-v3",
     "opp/opp-v1",
+    "rtc/arm,pl031",
+    "rtc/rtc",
     "serial/pl011",
     "serial/serial",
     "timer/arm,arch_timer",

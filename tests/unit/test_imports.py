@@ -99,7 +99,7 @@ pyvmm _native _native.lib _native_source abi errors interrupt labenv log outlet 
 
 cli cli.common cli.run
 devices devices.base devices.bus devices.echo devices.exit_targets devices.kind devices.mailbox devices.pl011
-devices.roles devices.share_bell
+devices.pl031 devices.roles devices.share_bell
 devices.kinds devices.kinds.balloon devices.kinds.console devices.kinds.disk devices.kinds.net devices.kinds.rng
 devices.kinds.vsock
 guest guest.kernels

@@ -120,7 +120,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_file_unchanged(
     [
         (lambda _: b"", "is not a snapshot"),
         (lambda data: b"#!/bin/sh\n" + data, "is not a snapshot"),
-        (lambda data: data[:8] + struct.pack("<I", VERSION + 1) + data[12:], "format 2, but this pyvmm reads format 1"),
+        (lambda data: data[:8] + struct.pack("<I", VERSION + 1) + data[12:], "format 3, but this pyvmm reads format 2"),
         (lambda data: data[:-PAGE], "is damaged: it should have"),
         (lambda data: data + b"x", "is damaged: it should have"),
         (lambda data: data[:4200] + b"\0" + data[4201:], "description does not match its checksum"),

@@ -60,11 +60,11 @@ def _likeness(text: str, name: str) -> float:
 
 
 def _read(text: str) -> KernelFile:
-    from pyvmm.machine import boot, content  # a file is the exception
+    from pyvmm.machine import boot, packed  # a file is the exception
 
     try:
         image = boot.read(text)
-        data = content.whole(image.segments[0].data)
+        data = packed.whole(image.segments[0].data)
         image.close()
     except UsageError as error:
         raise UsageError(f"the host's {error.message}", hint=f"name {_WANTED}") from None
@@ -74,6 +74,8 @@ def _read(text: str) -> KernelFile:
     wrong = None
     if image.kind != "Image":
         wrong = "an ELF file" if image.kind == "ELF" else "no arm64 kernel: it has no Image header"
+    elif start.startswith((b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
+        wrong = "compressed with xz or zstd, which QEMU does not start"
     elif start == b"MZ\0\0zimg":
         wrong = "an EFI zboot image, which QEMU does not start"
     if wrong is not None:

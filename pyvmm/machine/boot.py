@@ -5,7 +5,7 @@ The machine calls :func:`read` before it opens anything else. It calls :func:`pl
 devices their places. Each file is read once, straight to guest memory. The device tree is written last. A
 :class:`BootImage` owns its files in between. Everything except the loading is a pure function of bytes.
 
-    1. open the file, or the built-in payload, and look at its header, through gzip and EFI zboot
+    1. open the file, or the built-in payload, and look at its header, through compression and EFI zboot
     2. identify it: arm64 Image, ELF, or else a flat binary
     3. place it: an Image at RAM's start + text_offset, an ELF where its program headers say, a flat binary at 512 KiB
     4. place the device tree in the last aligned 2 MiB of memory (at most of its first 32 GiB), the initrd right below
@@ -23,12 +23,11 @@ from itertools import pairwise
 from pyvmm.errors import UsageError, hex_
 from pyvmm.machine import layout
 from pyvmm.machine.content import (
-    GZIP_MAGIC,
+    MAGICS,
     PEEK,
     Bytes,
     Content,
     FilePart,
-    Gzip,
     Known,
     Loadable,
     OpenFile,
@@ -70,8 +69,6 @@ _ZBOOT: Final = struct.Struct("<4s4s2I8x32s")
 _ELF_MAGIC: Final = b"\x7fELF"
 
 _OTHERS: Final = {
-    b"\xfd7zXZ\0": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
     b"\x04\x22\x4d\x18": "compressed with lz4",
     b"\x02\x21\x4c\x18": "compressed with lz4",
     b"BZh": "compressed with bzip2",
@@ -147,13 +144,14 @@ def identify(data: Known, source: str, *, room: int = layout.RAM_LIMIT) -> BootI
     if not data.size:
         raise damaged(f"kernel {source} is empty")
     whole: Content = data
-    if data[:8] == b"MZ\0\0zimg":
-        whole = Gzip(_zboot_payload(data, source), f"kernel {source}")
-    elif data[: len(GZIP_MAGIC)] == GZIP_MAGIC:
-        whole = Gzip(data, f"kernel {source}")
+    start = data[:8]
+    if start == b"MZ\0\0zimg":
+        whole = _zboot_payload(data, source)
+    elif method := next((name for magic, name in MAGICS.items() if start.startswith(magic)), None):
+        whole = _packed(data, source, method)
     if whole[_IMAGE_MAGIC_AT : _IMAGE_MAGIC_AT + 4] == _IMAGE_MAGIC and whole[: len(_ELF_MAGIC)] != _ELF_MAGIC:
         return _image(whole, source, room)
-    if isinstance(whole, Gzip):
+    if whole.size is None:
         data = _unpack(whole, source, room)
     if data[: len(_ELF_MAGIC)] == _ELF_MAGIC:
         from pyvmm.machine.elf import segments
@@ -209,32 +207,36 @@ def _too_big(what: str, size: int, room: int) -> UsageError:
     )
 
 
-def _unpack(packed: Gzip, source: str, room: int) -> Bytes:
+def _packed(data: Known, source: str, method: str) -> Content:
+    from pyvmm.machine.packed import Packed
+
+    return Packed(data, f"kernel {source}", method)
+
+
+def _unpack(content: Content, source: str, room: int) -> Bytes:
     """Unpack a kernel that must be parsed as a whole, or whose unpacked size is unknown."""
-    unpacked = bytearray()
-    for chunk in packed.chunks():
-        unpacked += chunk
-        if len(unpacked) > room:
-            # The unpacked size is unknown, but at least this large.
-            raise _too_big(f"kernel {source}, unpacked,", room + 1, room)
-    if not unpacked:
-        raise damaged(f"kernel {source} is a gzip file without contents")
-    return Bytes(bytes(unpacked))
+    from pyvmm.machine.packed import Packed
+
+    assert isinstance(content, Packed)
+    # The unpacked size is unknown, but at least this large.
+    return content.unpack(room, lambda: _too_big(f"kernel {source}, unpacked,", room + 1, room))
 
 
-def _zboot_payload(data: Known, source: str) -> Known:
+def _zboot_payload(data: Known, source: str) -> Content:
     header = data[: _ZBOOT.size]
     if len(header) < _ZBOOT.size:
         raise damaged(f"kernel {source} is truncated: it ends within its EFI zboot header")
     _, _, offset, size, name = _ZBOOT.unpack(header)
-    method = name.split(b"\0")[0].decode("ascii", "replace")
-    if method != "gzip":
-        raise UsageError(f"kernel {source} is an EFI zboot image compressed with {method!r}", hint=_UNPACK_HINT)
+    from pyvmm.machine.packed import method_of
+
+    named = name.split(b"\0")[0].decode("ascii", "replace")
+    if (method := method_of(named)) is None:
+        raise UsageError(f"kernel {source} is an EFI zboot image compressed with {named!r}", hint=_UNPACK_HINT)
     if offset + size > data.size:
         raise damaged(
             f"kernel {source} is truncated: its EFI zboot payload ends at byte {offset + size}, the file at {data.size}"
         )
-    return data.part(offset, size)
+    return _packed(data.part(offset, size), source, method)
 
 
 def _image(data: Content, source: str, room: int) -> BootImage:
@@ -246,7 +248,7 @@ def _image(data: Content, source: str, room: int) -> BootImage:
         raise big_endian(source)
     if image_size == 0:
         text_offset = _IMAGE_OLD_OFFSET
-        if isinstance(data, Gzip):
+        if data.size is None:
             data = _unpack(data, source, room)
     # image_size includes bss, which the file does not contain. A file may also be larger than its header says.
     gpa, size = layout.RAM_BASE + text_offset, max(image_size, data.size or 0)

@@ -7,7 +7,6 @@ Both happen before Linux has a console. Owns nothing. The boot protocol calls it
 from __future__ import annotations
 
 from pyvmm.errors import OptionError
-from pyvmm.machine.content import whole
 from pyvmm.machine.fdt import encode, parse
 
 TYPE_CHECKING = False
@@ -30,6 +29,8 @@ _SPACE: Final = b" \t\n\v\f\r\xa0"
 def is_linux(image: BootImage) -> bool:
     """Whether this is a Linux: every Image is one, an ELF file if it contains the banner."""
     if image.kind == "ELF":
+        from pyvmm.machine.packed import whole  # an ELF file is the exception
+
         return any(_BANNER in whole(part.data) for part in image.segments)
     return image.kind == "Image"
 

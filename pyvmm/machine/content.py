@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of loaded bytes: memory, a file, or a gzip stream. Each byte is copied once, to the guest.
+"""Sources of loaded bytes: memory, a file, or a compressed stream (:mod:`pyvmm.machine.packed`).
 
-:class:`OpenFile` owns a descriptor. Its parts (:class:`FilePart`, :class:`Gzip` over one) are valid while it is open.
+Each byte is copied once, to the guest. :class:`OpenFile` owns a descriptor. Its parts are valid while it is open.
 Nothing is read early: a kernel's header costs one page of its file. A file that changes meanwhile is refused once that
 is detected. All errors are UsageErrors that name the file.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from pyvmm.errors import UsageError
 from pyvmm.memory.address import Gpa
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 #: Bytes of a packed file to read, and to unpack, at once.
 CHUNK: Final = 1 << 20
-GZIP_MAGIC: Final = b"\x1f\x8b\x08"
-#: Bytes at a gzip stream's beginning that can be read without unpacking it whole.
+MAGICS: Final = {b"\x1f\x8b\x08": "gzip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of compressed files that can be unpacked, and the method."""
+#: Bytes at a compressed stream's beginning that can be read without unpacking it whole.
 PEEK: Final = 4096
 
 
@@ -121,11 +122,6 @@ class Bytes:
         """Put them at ``gpa``."""
         if self.data:
             memory.write(Gpa(gpa), self.data)
-
-
-def whole(content: Content) -> bytes:
-    """Return all bytes, for a search."""
-    return b"".join(content.chunks()) if isinstance(content, Gzip) else content[:]
 
 
 #: The source of a segment of zeros, or of one that is written later.
@@ -229,73 +225,3 @@ class FilePart:
                 f"but had {self.start + self.size} before",
                 hint="wait until its writer has finished",
             )
-
-
-class Gzip:
-    """The contents of a gzip stream, unpacked in chunks. Its beginning can be read at once. ``what`` names the file."""
-
-    size = None
-
-    def __init__(self, packed: Content, what: str) -> None:
-        self._packed = packed
-        self._what = what
-        self._head = b""
-        for chunk in self.chunks(PEEK):
-            self._head += chunk
-            if len(self._head) >= PEEK:
-                break
-
-    def __getitem__(self, which: slice, /) -> bytes:
-        return self._head[which]
-
-    def chunks(self, most: int = CHUNK) -> Iterator[bytes]:
-        """Unpack from the beginning, at most ``most`` bytes at once. Raises UsageError for a damaged stream.
-
-        It may have several members, one after the other (RFC 1952, 2.2).
-        """
-        import zlib  # many kernels are not packed
-
-        unpacker = zlib.decompressobj(wbits=31)
-        at = total = 0
-        while True:
-            packed = unpacker.unconsumed_tail
-            if unpacker.eof:
-                packed, at = self._next_member(unpacker.unused_data, at)
-                if not packed:
-                    return
-                unpacker = zlib.decompressobj(wbits=31)
-            elif not packed:
-                packed = self._packed[at : at + CHUNK]
-                at += len(packed)
-            try:
-                chunk = unpacker.decompress(packed, most)
-            except zlib.error as error:
-                raise damaged(f"{self._what} is a damaged gzip file: {error}") from None
-            if not chunk and not packed:
-                raise damaged(f"{self._what} is a truncated gzip file: it ends after {total} bytes unpacked")
-            total += len(chunk)
-            if chunk:
-                yield chunk
-
-    def _next_member(self, behind: bytes, at: int) -> tuple[bytes, int]:
-        """Return the next member's first bytes (empty without one), and the offset to read on from.
-
-        ``behind`` was already read. Zeros are skipped. Other bytes, such as a signature, end the stream, as in gzip.
-        """
-        behind = behind.lstrip(b"\0")
-        while len(behind) < len(GZIP_MAGIC):
-            more = self._packed[at : at + CHUNK]
-            if not more:
-                break
-            at += len(more)
-            behind = (behind + more).lstrip(b"\0")
-        return (behind if behind.startswith(GZIP_MAGIC) else b""), at
-
-    def load(self, memory: Loadable, gpa: int, room: int) -> None:
-        """Unpack it to ``gpa``. Raises UsageError for more than ``room`` bytes."""
-        done = 0
-        for chunk in self.chunks():
-            if done + len(chunk) > room:
-                raise damaged(f"{self._what} is damaged: it unpacks to more than the {room} bytes its header says")
-            memory.write(Gpa(gpa + done), chunk)
-            done += len(chunk)

@@ -21,8 +21,8 @@ WHICH: Final = (
     Option(
         "kernel",
         metavar="KERNEL",
-        help="arm64 Image (plain, gzip or EFI zboot of gzip), ELF, flat binary, payload:NAME, debian: or debian:stable "
-        "(Debian's kernels from the lab), or own: (from pyvmm lab kernel)",
+        help="arm64 Image (plain, gzip, xz, zstd, or EFI zboot of these), ELF, flat binary, payload:NAME, debian: or "
+        "debian:stable (Debian's kernels from the lab), or own: (from pyvmm lab kernel)",
     ),
     Option("-k", "--kernel", dest="kernel_option", says="kernel", metavar="KERNEL", help="the same, as an option"),
     Option(

@@ -13,7 +13,7 @@ from pyvmm.machine.cmdline import INIT_WORDS, LIMIT, check, line_in
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.fdt import Tree
 from pyvmm.machine.plan import Plan
-from tests.unit.test_boot import CODE, elf, linux_image
+from tests.kernel_files import CODE, elf, linux_image
 
 
 @pytest.fixture

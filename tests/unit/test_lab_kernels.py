@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,7 +65,8 @@ def test_a_kernel_without_a_banner_is_of_unknown_release(tmp_path: Path) -> None
         (b"MZ" + bytes(range(256)), "not an arm64 Linux Image"),
         (bytes(range(1, 256)), "no arm64 kernel: it has no Image header"),
         (b"", "is empty"),
-        (b"MZ\0\0zimg" + struct.pack("<2I8x32s", 64, 0, b"zstd"), "zboot image compressed with 'zstd'"),
+        (b"MZ\0\0zimg" + struct.pack("<2I8x32s", 64, 0, b"lzo"), "zboot image compressed with 'lzo'"),
+        (lzma.compress(image_bytes()), "compressed with xz or zstd, which QEMU does not start"),
         (gzip.compress(image_bytes())[:-20], "truncated gzip"),
     ],
 )

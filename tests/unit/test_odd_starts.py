@@ -14,7 +14,7 @@ import pytest
 from pyvmm.errors import HostError
 from pyvmm.experiment import Experiment
 from pyvmm.protection import Protection
-from tests.unit.test_boot import elf, linux_image
+from tests.kernel_files import elf, linux_image
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -113,7 +113,7 @@ EXPERIMENT = """
 from pyvmm.errors import HostError
 from pyvmm.experiment import Experiment
 from pyvmm.protection import Protection
-from tests.unit.test_boot import elf, linux_image
+from tests.kernel_files import elf, linux_image
 try:
     Experiment(Protection.PKVM).__enter__()
 except HostError as error:

@@ -205,6 +205,27 @@ def greeted(guest: Run) -> bytes:
         return said
 
 
+def clone_beside(directory: Path, snapshot: Path) -> None:
+    """Restore ``snapshot`` once more while its first guest runs: refused until it has its own disk and tap."""
+    copy = directory / "copy"
+    copy.write_bytes((directory / "disk").read_bytes())
+    words = ["--restore", str(snapshot)]
+    for in_use, own in (("disk", ("-d", str(copy))), ("tap", ("--net", "tap=pvsnap1"))):
+        command = [*PYVMM, "run", *words]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+        assert refused.returncode != 0, refused
+        assert in_use in refused.stderr, refused
+        assert "is in use" in refused.stderr, refused
+        assert own[0] in refused.stderr, refused  # the hint names the option
+        words += own
+    with Run(directory, *words) as clone:
+        assert clone.sh("echo $((n + 1))") == "42\n"
+        clone.sh("echo cloned | dd of=/dev/vda bs=512 conv=sync && sync")
+        clone.begin("poweroff")
+        assert clone.wait() == 0
+    assert copy.read_bytes().startswith(b"cloned\n")
+
+
 def test_commands_save_a_run_and_restore_it_from_another_directory(tmp_path: Path) -> None:
     kernel, snapshot = kernel_directory("own:"), tmp_path / "saved" / "guest"
     snapshot.parent.mkdir()
@@ -247,6 +268,7 @@ def test_commands_save_a_run_and_restore_it_from_another_directory(tmp_path: Pat
     with Run("/", "--socket", str(tmp_path / "vm.sock"), "--restore", str(snapshot)) as guest:
         assert guest.sh("echo $((n + 1))") == "42\n"
         assert greeted(guest) == b"hello\n"
+        clone_beside(tmp_path, snapshot)
         guest.sh("dd if=/dev/zero bs=512 count=8 | tr '\\0' x | dd of=/dev/vda bs=512 && sync")
         with Connection(str(tmp_path / "vm.sock")) as run:
             assert run.ask("balloon") == {"target": HELD, "actual": HELD, "given_back": 0}

@@ -262,6 +262,19 @@ def test_a_snapshot_brings_the_options_of_its_machine_and_no_others(machine: Mac
     assert vars(with_file(expanded, args)[1]) == vars(args)
 
 
+def test_a_second_guest_of_a_snapshot_gets_its_own_files_on_the_command_line(machine: Machine, tmp_path: Path) -> None:
+    path = str(tmp_path / "guest")
+    saved = parse(
+        "run", "-d", "/a", "-d", "/b,ro", "--net", "tap=t0", "--vsock", "uds=/v,cid=3", "--rng", "-k", "payload:puppet"
+    )
+    saving.save(machine, path, options=machine_options(saved, TABLE, os.getcwd()))
+    line = ["run", "--restore", path, "-d", "/copy", "-d", "/b,ro", "--net", "tap=t1", "--vsock", "uds=/w,cid=3"]
+    args = with_file(line, parse(*line))[1]
+    assert [disk["path"] for disk in args.disk] == ["/copy", "/b"]
+    assert [card["tap"] for card in args.net] == ["t1"]
+    assert (args.vsock, args.rng) == ({"uds": "/w", "cid": 3}, True)
+
+
 def test_the_files_of_a_machine_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = parse(
         "run",

@@ -112,7 +112,7 @@ def test_an_address_that_no_card_can_have_is_refused(text: str) -> None:
     [
         (None, errno.EPERM, "there is no tap 'pvno', and .* may not make one", "ip tuntap add pvno mode tap user "),
         (if_tun.IFF_TAP, errno.EPERM, "the tap 'pvno' is not .*'s", "as root: ip link delete pvno && ip tuntap add"),
-        (if_tun.IFF_TAP, errno.EBUSY, "the tap 'pvno' is in use", "fuser"),
+        (if_tun.IFF_TAP, errno.EBUSY, "the tap 'pvno' is in use", "--net tap=NAME"),
         (if_tun.IFF_TAP, errno.EINVAL, "TUNSETIFF.*Invalid argument", "a tap, not a tun"),
     ],
 )
@@ -442,6 +442,24 @@ def test_a_restored_card_has_the_address_that_its_driver_knows() -> None:
     with peer, its_peer, Driver(device), Driver(other):
         other.load(device.save())
         assert other.config() == device.config()
+
+
+def test_a_restored_card_cannot_get_another_address() -> None:
+    (device, peer), (ours, theirs) = pair(), socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    other = VirtioNet(Stream("peer", ours.detach()), bytes.fromhex("020000000002"))
+    with peer, theirs, Driver(device), Driver(other):
+        with pytest.raises(UsageError, match="has the address 02:00:00:00:00:01, which a restore cannot change"):
+            other.load(device.save())
+        assert other.mac.hex() == "020000000002"
+
+
+def test_a_restored_card_without_an_asked_address_gets_the_saved_one() -> None:
+    (device, peer), (ours, theirs) = pair(), socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    other = VirtioNet(Stream("another name", ours.detach()))
+    with peer, theirs, Driver(device), Driver(other):
+        assert other.mac != MAC
+        other.load(device.save())
+        assert other.mac == MAC
 
 
 def test_a_queue_that_the_driver_did_not_set_up_is_not_used() -> None:

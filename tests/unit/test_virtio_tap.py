@@ -250,3 +250,30 @@ def test_deleting_the_tap_takes_the_link_down() -> None:
         ip("link", "delete", NAME)
         eventually(lambda: driver.transport.changes == 1, "the configuration changes")
         assert not driver.device.link_up
+
+
+def test_two_guests_with_one_address_on_one_bridge_are_refused() -> None:
+    names = [f"{NAME}a", f"{NAME}b", f"{NAME}c"]
+    bridges = [f"{NAME}x", f"{NAME}y"]
+    with contextlib.ExitStack() as stack:
+        for bridge in bridges:
+            ip("link", "add", bridge, "type", "bridge")
+            stack.callback(ip, "link", "delete", bridge)
+        taps = [stack.enter_context(contextlib.closing(Tap(name))) for name in names]
+        for tap, bridge in zip(taps, (bridges[0], bridges[0], bridges[1]), strict=True):
+            ip("link", "set", tap.name, "master", bridge)
+        taps[0].claim(MAC)
+        with pytest.raises(HostError, match=f"02:00:7e:ad:be:ef is another guest's on the bridge {bridges[0]}"):
+            taps[1].claim(MAC)
+        taps[1].claim(bytes([*MAC[:5], 1]))
+        taps[2].claim(MAC)  # another bridge
+        taps[0].claim(bytes([*MAC[:5], 2]))  # the card of a restored guest: the saved address replaces the first
+        taps[1].claim(MAC)
+        taps[1].close()
+        taps[0].claim(MAC)
+
+
+def test_guests_with_one_address_and_no_bridge_do_not_meet() -> None:
+    with contextlib.closing(Tap(f"{NAME}a")) as one, contextlib.closing(Tap(f"{NAME}b")) as other:
+        one.claim(MAC)
+        other.claim(MAC)

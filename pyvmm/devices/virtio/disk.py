@@ -160,7 +160,8 @@ class DiskFile:
                 raise UsageError(
                     f"disk {self.path!r} is in use: another VM, or another disk of this one, "
                     + ("writes to it" if self.read_only else "has it open"),
-                    hint="copy the disk; several users may share it if all use ,ro",
+                    hint="copy the disk, and name the copy: -d COPY, also with --restore; several users may share a "
+                    "disk if all use ,ro",
                 ) from None
             log.warning(
                 "disk_not_locked",

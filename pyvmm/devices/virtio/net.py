@@ -19,7 +19,7 @@ from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
 from pyvmm.devices.virtio.queue import QueueBroken
 from pyvmm.devices.virtio.worker import WorkerDevice
-from pyvmm.errors import HostError
+from pyvmm.errors import HostError, UsageError
 from pyvmm.log import get_logger
 
 TYPE_CHECKING = False
@@ -85,6 +85,7 @@ class VirtioNet(WorkerDevice):
         """Set the name, and an address derived from names."""
         super().name_it(label)
         self.mac = self._own_mac or default_mac(f"{self.backend.name}/{label}")
+        self.backend.claim(self.mac)
 
     def config(self) -> bytes:
         """Return address, link, the number of queue pairs and the MTU."""
@@ -148,8 +149,18 @@ class VirtioNet(WorkerDevice):
         return {"mac": self.mac.hex()}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Restore the card. Its backend may be another."""
-        self.mac = bytes.fromhex(saved["mac"])
+        """Restore the card. Its backend may be another, but the driver keeps the address that it has read.
+
+        Raises UsageError if another address was asked for, HostError if another guest has it.
+        """
+        mac = bytes.fromhex(saved["mac"])
+        if self._own_mac not in (None, mac):
+            raise UsageError(
+                f"{self.label} of the saved guest has the address {mac.hex(':')}, which a restore cannot change",
+                hint="drop mac=; in Linux, ip link set eth0 address MAC changes it",
+            )
+        self.mac = mac
+        self.backend.claim(mac)
 
     def close(self) -> None:
         """End the thread, and close the backend."""

@@ -48,6 +48,9 @@ class NetBackend:
     def use(self, features: NetFeature) -> None:
         """Enable the offloads that the negotiated ``features`` allow. Raises HostError."""
 
+    def claim(self, mac: bytes) -> None:
+        """Take the address of the guest's card, instead of the last one. Raises HostError if another guest has it."""
+
     def last_words(self) -> str:
         """Return why the backend has gone, if known. Does not wait."""
         return ""

@@ -19,6 +19,7 @@ from pyvmm.uapi import if_tun
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from ipaddress import IPv4Interface
     from typing import Final
 
@@ -63,6 +64,7 @@ class Tap(NetBackend):
         check_name(name)
         there = _flags_of(name)
         super().__init__(name, _open())
+        self._claim: socket.socket | None = None
         self._left = 0
         """TUN_F_ flags of the offloads that waiting frames may use."""
         try:
@@ -97,6 +99,41 @@ class Tap(NetBackend):
             for _ in range(int(_told(self.name, "tx_queue_len"))):
                 os.read(self.fd, _BEGINNING)
 
+    def claim(self, mac: bytes) -> None:
+        """Claim ``mac`` on the tap's bridge. Raises HostError if a guest of another pyvmm has it there.
+
+        The claim is an abstract Unix socket: bridges and such sockets both belong to a network namespace.
+        """
+        import socket
+
+        self._drop_claim()
+        bridge = _bridge_of(self.name)
+        if bridge is None:
+            return
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            claim.bind(f"\0pyvmm/{bridge}/{mac.hex(':')}")
+        except OSError as error:
+            claim.close()
+            if error.errno != errno.EADDRINUSE:
+                raise HostError(f"{mac.hex(':')} cannot be claimed on {bridge}: {error.strerror}") from None
+            raise HostError(
+                f"the address {mac.hex(':')} is another guest's on the bridge {bridge}, where the tap {self.name!r} is",
+                hint="--net tap=NAME,mac=MAC gives a new guest another; a restored one keeps its address, so give it "
+                "a tap on another bridge",
+            ) from None
+        self._claim = claim
+
+    def _drop_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+    def close(self) -> None:
+        """Close the descriptor, which deletes a tap that does not persist."""
+        self._drop_claim()
+        super().close()
+
     def persist(self, stay: bool) -> None:
         """Set whether the tap persists after its last user closes it."""
         self._call("TUNSETPERSIST", if_tun.TUNSETPERSIST.number, int(stay))
@@ -129,7 +166,9 @@ class Tap(NetBackend):
                 )
             case errno.EBUSY:
                 raise HostError(
-                    f"the tap {self.name!r} is in use: a tap serves one VM at a time", hint=f"fuser -v {CLONE}"
+                    f"the tap {self.name!r} is in use: a tap serves one VM at a time",
+                    hint=f"--net tap=NAME gives this VM another, also one that is restored; fuser -v {CLONE} shows who "
+                    "uses it",
                 )
             case _:
                 raise HostError(
@@ -182,6 +221,15 @@ def _told(name: str, what: str) -> str:
     """Return the kernel's data of an interface. Raises OSError."""
     with open(f"{SYSFS}/{name}/{what}") as file:
         return file.read()
+
+
+def _bridge_of(name: str) -> str | None:
+    """Return the bridge that an interface is a port of, or None."""
+    try:
+        master = os.path.basename(os.readlink(f"{SYSFS}/{name}/master"))
+    except OSError:
+        return None
+    return master if os.path.exists(f"{SYSFS}/{master}/bridge") else None
 
 
 def _flags_of(name: str) -> int | None:

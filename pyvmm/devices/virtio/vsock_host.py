@@ -180,7 +180,7 @@ def _make_way(path: str) -> None:
                 raise HostError(f"the vsock path {path!r} cannot be looked at: {error.strerror}") from None
     raise UsageError(
         f"the vsock path {path!r} is in use: a program, another VM perhaps, listens there",
-        hint="name another path: each VM needs its own",
+        hint="name another path: each VM needs its own; --vsock uds=PATH,cid=N gives it one, also with --restore",
     )
 
 

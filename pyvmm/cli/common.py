@@ -83,11 +83,13 @@ class Parser(argparse.ArgumentParser):
             self.refuse(f"{first!r} is one word too many", None)
         name, _, _ = first.partition("=")
         known = self._option_string_actions
-        if name.startswith("--lab-") and (own := f"--{name.removeprefix('--lab-')}") in known:  # of the verb lab
-            self.refuse(f"there is no option {name}", f"{self.prog} {own} ...")
+        verb = self.prog.removeprefix(outer.prog).strip()
+        of_the_lab = name.startswith(("--lab-", "--host-kernel"))
+        if of_the_lab and verb.startswith("lab"):  # the verb, which has some of these under names of its own
+            own = f"--{name.removeprefix('--lab-')}"
+            self.refuse(f"there is no option {name}", f"{self.prog} {own} ..." if own in known else None)
         if name in outer._option_string_actions and name not in known:
-            lab = "--lab " if name.startswith(("--lab-", "--host-kernel")) else ""
-            verb = self.prog.removeprefix(outer.prog).strip()
+            lab = "--lab " if of_the_lab else ""
             self.refuse(f"{name} goes before the verb", f"{outer.prog} {lab}{name} ... {verb} ...")
         near = _nearest(name, [option for option in known if option.startswith("--")], self.prog)
         self.refuse(f"there is no option {name}", near)

@@ -63,7 +63,12 @@ def execute(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         ("run --backing memd y", "pyvmm run: argument --backing: 'memd' is none of memfd,", "did you mean memfd?"),
         ("run --lab x", "pyvmm run: --lab goes before the verb", "pyvmm --lab run ..."),
         ("run --host-kernel own x", "pyvmm run: --host-kernel goes before", "pyvmm --lab --host-kernel ... run ..."),
-        ("lab exec --lab-icount -- x", "pyvmm lab exec: there is no option --lab-icount", "pyvmm lab exec --icount ..."),
+        (
+            "lab exec --lab-icount -- x",
+            "pyvmm lab exec: there is no option --lab-icount",
+            "pyvmm lab exec --icount ...",
+        ),
+        ("lab build --lab-cpus 2", "pyvmm lab build: there is no option --lab-cpus", "pyvmm lab build --help"),
         ("run --version", "pyvmm run: --version goes before the verb", "pyvmm --version ... run ..."),
         ("run --pkvm --protected-vm x", "pyvmm run: argument --protected-vm: not allowed", "pyvmm run --help"),
     ],

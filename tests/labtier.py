@@ -24,6 +24,7 @@ import pytest
 
 from pyvmm.errors import PyvmmError
 from pyvmm.labenv import in_lab
+from tests import nightly
 
 SHOWN = ("debian:", "own:", "passt", "e2fsprogs", "gdb")
 """What tests find in the lab beside what it has: guests' kernels, programs on PATH. The project's kernel is built for
@@ -242,7 +243,7 @@ class InnerPytest:
             *(["--runxfail"] if option.runxfail else []),
             *nodeids,
         ]
-        environment = {"CI": os.environ["CI"]} if os.environ.get("CI") else {}
+        environment = {name: os.environ[name] for name in ("CI", nightly.VARIABLE) if name in os.environ}
         asked = {"command": command, "environment": environment, "shown": SHOWN}
         self._answers, self._said = os.memfd_create("reports"), os.memfd_create("said")
         self._process = subprocess.Popen(

@@ -12,6 +12,7 @@ from pyvmm.atlas.expected import expected
 from pyvmm.atlas.model import Atlas
 from pyvmm.experiment.record import Verdict
 from pyvmm.lab import Lab, LabOptions, build_image
+from tests.nightly import NIGHTLY
 
 pytestmark = pytest.mark.lab
 
@@ -25,12 +26,11 @@ def atlas(kernel: str, mode: str, *words: str) -> Atlas:
         return Atlas.from_json(json.loads(lab.capture(["cat", "/var/tmp/atlas.json"]).stdout))
 
 
-OLD = ("fault-in", "private-fd", "lazy", "teardown")
+OLD = ("fault-in", "private-fd", "lazy", "teardown") if NIGHTLY else ("fault-in",)
+NO_PKVM = ("fault-in", "share") if NIGHTLY else ("share",)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "mode", "groups"), [("stable", "protected", OLD), ("backports", "nvhe", ("fault-in", "share"))]
-)
+@pytest.mark.parametrize(("kernel", "mode", "groups"), [("stable", "protected", OLD), ("backports", "nvhe", NO_PKVM)])
 def test_the_atlas_gives_what_the_host_lacks_as_reason_and_tries_the_rest(
     kernel: str, mode: str, groups: tuple[str, ...]
 ) -> None:

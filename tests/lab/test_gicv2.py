@@ -10,6 +10,7 @@ import pytest
 
 from pyvmm.lab import Lab, LabOptions, build_image
 from pyvmm.lab.peers import Prepared, prepare
+from tests.nightly import NIGHTLY
 
 pytestmark = pytest.mark.lab
 
@@ -19,7 +20,7 @@ TESTS = ("gic", "plan", "snapshot", "gdb", "virtio")
 GICV3 = ("gicv3", "message")
 """Words in the names of tests that need a GICv3."""
 BOOTS = [("none", 2)]
-if "PYVMM_GICV2_BOOTS" in os.environ:  # at night
+if NIGHTLY:
     BOOTS = [(protection, cpus) for protection in ("none", "emulated") for cpus in (1, 2, 8)]
 
 

@@ -75,8 +75,8 @@ def add_host_kernel(parser: argparse._ActionsContainer, *aliases: str) -> None:
         *aliases,
         dest="lab_host_kernel",
         metavar="NAME|FILE",
-        help="the lab's kernel: Debian's stable, backports (the default), unstable or experimental; own, the project's "
-        "(see pyvmm lab kernel); or a file with an arm64 Image",
+        help="the lab's kernel: Debian's stable, backports (the default), unstable or experimental, each with -16k for "
+        "pages of 16 KiB; own, the project's (see pyvmm lab kernel); or a file with an arm64 Image",
     )
 
 

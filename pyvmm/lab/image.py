@@ -103,7 +103,9 @@ def _build(cache: Cache, name: str, refresh: bool, progress: Progress) -> Image:
     suites = kernels.SUITES[name]
     apt = updated_apt(cache.apt, suites, refresh=refresh, progress=progress)
     progress("resolving packages", 0.0)
-    kernel = [pair for pair in apt.resolve(rootfs.KERNEL, suite=suites[-1]) if rootfs.KERNEL_PARTS.match(pair[0])]
+    kernel = [
+        pair for pair in apt.resolve(kernels.package(name), suite=suites[-1]) if rootfs.KERNEL_PARTS.match(pair[0])
+    ]
     root = [pair for pair in apt.resolve(*rootfs.ROOTS) if pair[0] not in rootfs.UNUSED_PACKAGES]
     packages = apt.locate(kernel + root)
     apt.download(packages, progress)

@@ -19,16 +19,25 @@ SUITE: Final = "trixie"
 BACKPORTS: Final = "trixie-backports"
 
 DEFAULT: Final = "backports"
-SUITES: Final = {
+LARGE: Final = "-16k"
+"""The end of the names of kernels with pages of 16 KiB."""
+_SMALL: Final = {
     "stable": (SUITE,),
     DEFAULT: (SUITE, BACKPORTS),
     "unstable": (SUITE, "sid"),
     "experimental": (SUITE, "sid", "experimental"),  # its packages may depend on some from sid
 }
+SUITES: Final = _SMALL | {name + LARGE: suites for name, suites in _SMALL.items()}
 """Debian's kernels by name: the suites that apt must know, the kernel's last."""
 
 OWN: Final = "own"
 """The project's kernel, built from Debian's source: see ownkernel."""
+
+# Linux Documentation/arch/arm64/booting.rst: bits 1 and 2 of the flags.
+_FLAGS_AT: Final = 0x18
+_MAGIC_AT: Final = 0x38
+_HEADER: Final = _MAGIC_AT + 4
+_PAGES: Final = (0, 4096, 16384, 65536)
 
 _BANNER: Final = re.compile(rb"Linux version ([^ \0\n%]{1,128}) \(")
 _UNKNOWN: Final = "of unknown release"
@@ -43,16 +52,41 @@ class KernelFile:
     release: str
 
 
+def package(name: str) -> str:
+    """Return the package of Debian that depends on the newest kernel ``name``."""
+    return "linux-image-arm64" + (LARGE if name.endswith(LARGE) else "")
+
+
+def page_of(path: Path) -> int:
+    """Return the bytes of a kernel's pages, as the header of an arm64 Image says them; 0 if there is none."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_HEADER)
+            if start.startswith(b"\x1f\x8b"):
+                import gzip  # the exception
+
+                file.seek(0)
+                with gzip.open(file) as unpacked:
+                    start = unpacked.read(_HEADER)
+    except OSError:  # QEMU will say why
+        return 0
+    return _PAGES[start[_FLAGS_AT] >> 1 & 3] if start[_MAGIC_AT:] == b"ARM\x64" else 0
+
+
 def find(text: str) -> str | KernelFile:
     """Return the kernel name or the file ``text``; names come first. Raises UsageError for anything else."""
     if text in SUITES or text == OWN:
         return text
     if "/" in text or os.path.lexists(text):
         return _read(text)
-    meanings = {name: f"Debian's {suites[-1]}" for name, suites in SUITES.items()} | {OWN: "the project's, built here"}
+    meanings = {name: f"Debian's {_place(name)}" for name in SUITES} | {OWN: "the project's, built here"}
     names = sorted(meanings, key=lambda name: _likeness(text, name), reverse=True)
     known = ", ".join(f"{name} ({meanings[name]})" for name in names)
     raise UsageError(f"no host kernel is called {text!r}, and no file", hint=f"{known}, or a file: {_WANTED}")
+
+
+def _place(name: str) -> str:
+    return SUITES[name][-1] + (", of 16 KiB pages" if name.endswith(LARGE) else "")
 
 
 def _likeness(text: str, name: str) -> float:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pyvmm.errors import HostError, PyvmmError, UsageError
+from pyvmm.lab import kernels
 from pyvmm.lab.cache import Image
 from pyvmm.lab.frames import PORT_NAME
 from pyvmm.lab.monitor import Monitor
@@ -48,6 +49,9 @@ pKVM gets a CPU without VHE. On one with it the hypervisor runs in the EL2&0 reg
 miss invalidations of its TLB: EL2 scrubbed other pages than it meant to, and a guest's came back to the host as they
 were.
 """
+
+CPUS_OF_16K = {"protected": "cortex-a35", "nvhe": "cortex-a35", "vhe": "neoverse-n1"}
+"""CPU of each mode for a kernel with pages of 16 KiB, which QEMU's cortex-a72 does not have."""
 
 BOOTS = ("saved", "fresh")
 SHARES = 8
@@ -73,7 +77,8 @@ class LabOptions:
     gic: int = 3
     """Version of the host's interrupt controller: 3, or 2 as on a Raspberry Pi 4."""
     cpu: str | None = None
-    """QEMU's name of the CPU, such as ``neoverse-n1`` or ``max``; the mode's own (``MODES``) where it is None."""
+    """QEMU's name of the CPU, such as ``neoverse-n1`` or ``max``; where it is None, the mode's own for the
+    kernel's pages (``MODES``, ``CPUS_OF_16K``)."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -165,7 +170,7 @@ def command_line(
     """Return QEMU's arguments. ``channel``, and with ``ram`` ``monitor``, are the numbers of inherited sockets."""
     machine = f"virt,virtualization=on,gic-version={options.gic}" + (",memory-backend=ram" if ram else "")
     arguments = [program, "-M", machine]
-    arguments += ["-cpu", _cpu(options), "-smp", str(options.cpus), "-m", str(options.memory)]
+    arguments += ["-cpu", _cpu(options, image), "-smp", str(options.cpus), "-m", str(options.memory)]
     if ram is None or not ram.restored:
         arguments += ["-kernel", str(image.kernel), "-initrd", str(image.root), "-append", _append(options)]
     arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
@@ -195,9 +200,10 @@ def mount_tag(number: int) -> str:
     return f"share{number}"
 
 
-def _cpu(options: LabOptions) -> str:
+def _cpu(options: LabOptions, image: Image) -> str:
+    own = CPUS_OF_16K[options.mode] if kernels.page_of(image.kernel) == 16384 else MODES[options.mode][0]
     # With icount a tick of the counter is one instruction.
-    return (options.cpu or MODES[options.mode][0]) + (",cntfrq=1000000000" if options.icount else "")
+    return (options.cpu or own) + (",cntfrq=1000000000" if options.icount else "")
 
 
 def _append(options: LabOptions) -> str:

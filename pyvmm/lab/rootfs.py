@@ -22,7 +22,6 @@ from typing import BinaryIO
 from pyvmm.cpio import CpioWriter
 from pyvmm.errors import PyvmmError
 
-KERNEL = "linux-image-arm64"
 # Debian's releases up to 13 have kernel and modules in linux-image-*; later ones split them, in more than one way.
 KERNEL_PARTS = re.compile(r"linux-(image|binary|modules)-[0-9]")
 KERNEL_FILE = re.compile(r"(?:usr/)?lib/modules/([^/]+)/vmlinuz|boot/vmlinuz-(.+)")

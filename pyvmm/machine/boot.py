@@ -62,6 +62,8 @@ _IMAGE: Final = struct.Struct("<2I3Q24x4sI")
 _IMAGE_MAGIC: Final = b"ARM\x64"
 _IMAGE_MAGIC_AT: Final = 0x38
 _IMAGE_BIG_ENDIAN: Final = 1
+# Bits 1 and 2 of the flags. Kernels before 3.17 leave them 0.
+_IMAGE_PAGES: Final = (0, 4096, 16384, 65536)
 # For kernels before 3.17, which leave image_size 0.
 _IMAGE_OLD_OFFSET: Final = 0x8_0000
 # Linux drivers/firmware/efi/libstub/zboot-header.S: MZ, "zimg", payload offset and size, 8 bytes, compression's name.
@@ -97,6 +99,8 @@ class BootImage(NamedTuple):
     segments: tuple[Segment, ...]
     initrd: Known | None = None
     files: contextlib.ExitStack | None = None
+    page: int = 0
+    """Bytes of the kernel's pages, as an Image's header says them; 0 if it does not."""
 
     def close(self) -> None:
         """Close the files; idempotent."""
@@ -252,7 +256,8 @@ def _image(data: Content, source: str, room: int) -> BootImage:
             data = _unpack(data, source, room)
     # image_size includes bss, which the file does not contain. A file may also be larger than its header says.
     gpa, size = layout.RAM_BASE + text_offset, max(image_size, data.size or 0)
-    return BootImage("Image", source, gpa, (Segment(f"Image {source}", gpa, size, data),))
+    parts = (Segment(f"Image {source}", gpa, size, data),)
+    return BootImage("Image", source, gpa, parts, page=_IMAGE_PAGES[flags >> 1 & 3])
 
 
 def _flat(data: Known, source: str, size: int = 0) -> BootImage:

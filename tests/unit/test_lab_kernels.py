@@ -24,21 +24,58 @@ RELEASE = "6.12.3-mine"
 FRESH = LabOptions(boot="fresh")
 
 
-def image_bytes(release: str = RELEASE) -> bytes:
+def image_bytes(release: str = RELEASE, flags: int = 0xA) -> bytes:
     """Make the start of an arm64 Image, with the banner that every kernel has."""
     banner = b"Linux version " + release.encode() + b" (me@here) (gcc) #1\0"
-    return struct.pack("<2I3Q24x4sI", 0x91005A4D, 0, 0, 1 << 16, 0xA, b"ARM\x64", 0) + bytes(4096) + banner
+    return struct.pack("<2I3Q24x4sI", 0x91005A4D, 0, 0, 1 << 16, flags, b"ARM\x64", 0) + bytes(4096) + banner
 
 
 # ---- names and files
 
 
+@pytest.mark.parametrize("pages", ["", "-16k"])
 @pytest.mark.parametrize("name", ["stable", "backports", "unstable", "experimental"])
-def test_debians_kernels_have_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debians_kernels_have_names(name: str, pages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    name += pages
     (tmp_path / name).mkdir()
     assert kernels.find(name) == name
     assert kernels.SUITES[name][0] == kernels.SUITE
+    assert kernels.package(name) == f"linux-image-arm64{pages}"
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize(("flags", "page"), [(0, 0), (0xA, 4096), (0xC, 16384), (0xE, 65536)])
+def test_an_images_header_tells_the_size_of_its_pages(
+    pack: Callable[[bytes], bytes], flags: int, page: int, tmp_path: Path
+) -> None:
+    (tmp_path / "Image").write_bytes(pack(image_bytes(flags=flags)))
+    assert kernels.page_of(tmp_path / "Image") == page
+
+
+def test_other_files_have_no_pages(tmp_path: Path) -> None:
+    (tmp_path / "Image").write_bytes(b"\xff" * 100)
+    assert kernels.page_of(tmp_path / "Image") == kernels.page_of(tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags", "named", "cpu"),
+    [
+        ("protected", 0xC, None, "cortex-a35"),
+        ("nvhe", 0xC, None, "cortex-a35"),
+        ("vhe", 0xC, None, "neoverse-n1"),
+        ("protected", 0xA, None, "cortex-a72"),
+        ("protected", 0xE, None, "cortex-a72"),
+        ("protected", 0xC, "max", "max"),
+    ],
+)
+def test_the_lab_has_a_cpu_with_the_kernels_pages(
+    mode: str, flags: int, named: str | None, cpu: str, tmp_path: Path
+) -> None:
+    (tmp_path / "Image").write_bytes(image_bytes(flags=flags))
+    made = Image(tmp_path, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {}))
+    line = qemu.command_line("qemu", made, LabOptions(mode=mode, cpu=named), [], 0)
+    assert line[line.index("-cpu") + 1] == cpu
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hatchling's build hook: build the extension into every wheel and every editable install.
 
-The manual page comes with both (native/manual.py).
+The manual page and the completion scripts come with both (native/shared_data.py).
 
 ``PYVMM_TARGET=aarch64`` cross-builds a wheel for that machine.
 """
@@ -19,7 +19,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from native import build, manual
+from native import build, shared_data
 
 
 class NativeHook(BuildHookInterface[Any]):
@@ -36,9 +36,9 @@ class NativeHook(BuildHookInterface[Any]):
             extension = self._build(machine, editable=version == "editable", build_data=build_data)
         except build.BuildError as error:
             sys.exit(f"pyvmm's native loop cannot be built: {error}")
-        page = Path(self._scratch.name) / "pyvmm.1"
-        manual.write_manual(page)
-        build_data["shared_data"][str(page)] = manual.SHARED
+        scratch = Path(self._scratch.name)
+        for path in shared_data.write_shared_data(scratch):
+            build_data["shared_data"][str(scratch / path)] = path
         build_data["pure_python"] = False
         build_data["tag"] = f"cp311-abi3-{build.platform_tag(extension, machine)}"
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``pyvmm completion``: a script with which a shell completes pyvmm's command lines.
 
-shtab makes it of the parser. It is an optional dependency: the script needs neither shtab nor pyvmm when it runs.
+shtab makes it of the parser. It is an optional dependency: the script needs neither shtab nor pyvmm when it runs. The
+build of a wheel makes the scripts with the same function.
 """
 
 from __future__ import annotations
@@ -41,9 +42,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def main(args: argparse.Namespace) -> int:
     """Print the script; returns the exit status. Raises HostError where shtab is not installed."""
     try:
-        import shtab
+        text = script(args.shell)
     except ImportError as error:
         raise HostError(f"completion needs shtab: {error}", hint=pip_install("shtab")) from None
+    sys.stdout.write(text)
+    return 0
+
+
+def script(shell: str) -> str:
+    """Return the script for ``shell``, one of SHELLS. ImportError where shtab is not installed."""
+    import shtab
+
     from pyvmm.cli.help import TOPICS
 
     parser = whole_parser()
@@ -55,8 +64,7 @@ def main(args: argparse.Namespace) -> int:
             action.complete = shtab.FILE  # type: ignore[attr-defined] # where shtab looks
         elif metavar.startswith("DIR"):
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-    sys.stdout.write(shtab.complete(parser, shell=args.shell))
-    return 0
+    return str(shtab.complete(parser, shell=shell))
 
 
 def whole_parser() -> argparse.ArgumentParser:

@@ -37,6 +37,7 @@ IN_PLACE = ROOT / "pyvmm" / EXTENSION
 STUB = ROOT / "pyvmm" / "_native.pyi"
 FOR_LAB = ROOT / "pyvmm" / "lab" / "aarch64" / EXTENSION
 MACHINES = ("x86_64", "aarch64")
+WITHOUT_LAB = "no aarch64-linux-gnu-gcc: the lab's extension was not built (Debian: apt install gcc-aarch64-linux-gnu)"
 CDEFS = ("loop/cdef.h", "virtio/cdef.h")
 """The declarations for Python. Later files use earlier ones."""
 
@@ -173,7 +174,7 @@ def main() -> int:
     for path in built:
         print(path.relative_to(ROOT))
     if FOR_LAB not in built and platform.machine() != "aarch64":
-        print("no aarch64-linux-gnu-gcc: the lab's extension was not built (Debian: apt install gcc-aarch64-linux-gnu)")
+        print(WITHOUT_LAB)
     return 0
 
 

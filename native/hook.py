@@ -60,6 +60,9 @@ class NativeHook(BuildHookInterface[Any]):
             build.build(machine, extension)
             build_data["force_include"][str(extension)] = f"pyvmm/{build.EXTENSION}"
             return extension
-        for path in build.build_in_place():
+        built = build.build_in_place()
+        if build.FOR_LAB not in built and machine != "aarch64":
+            self.app.display_warning(build.WITHOUT_LAB)
+        for path in built:
             build_data["artifacts"].append(f"/{path.relative_to(build.ROOT)}")
         return build.IN_PLACE

@@ -14,7 +14,13 @@ from pyvmm.labenv import FRESH
 
 NATIVE = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "native")
 _FOLDERS = ("loop", "virtio")
-_HINT = "python native/build.py"
+_BUILD = "python native/build.py"
+_INSTALL = "install pyvmm again, from a wheel for this machine"
+
+
+def in_checkout() -> bool:
+    """Whether this pyvmm is a checkout, where the native loop can be built again, and not an installed wheel."""
+    return os.path.exists(os.path.join(NATIVE, "loop", "cdef.h"))
 
 
 def sources(folder: str) -> list[str]:
@@ -39,21 +45,23 @@ def require_fresh_native() -> None:
     try:
         native = import_module("pyvmm._native")
     except ImportError as error:
-        raise PyvmmError(f"the native loop cannot be imported: {error}", hint=_HINT) from error
+        raise PyvmmError(
+            f"the native loop cannot be imported: {error}", hint=_BUILD if in_checkout() else _INSTALL
+        ) from error
     if os.environ.get(FRESH) == "1" or is_surely_fresh(str(native.__file__)):
         return
     folder = os.fspath(NATIVE)
     built, wanted = bytes(native.ffi.string(native.lib.pv_source_hash())).decode(), source_hash(folder)
     if built != wanted:
         message = f"the native loop is stale: built from sources {built}, but native/ has {wanted}"
-        raise PyvmmError(message, hint=_HINT)
+        raise PyvmmError(message, hint=_BUILD)
 
 
 def is_surely_fresh(built: str) -> bool:
     """Whether the sources in native/ need not be read: they cannot have changed since the loop was ``built``."""
-    folder = os.fspath(NATIVE)
-    if not os.path.exists(os.path.join(folder, "loop", "cdef.h")):
+    if not in_checkout():
         return True
+    folder = os.fspath(NATIVE)
     paths = [*(os.path.join(folder, name) for name in _FOLDERS), *sources(folder)]
     newest = max(os.stat(path).st_mtime_ns for path in paths)
     return newest < os.stat(built).st_mtime_ns

@@ -243,7 +243,8 @@ def lab() -> Iterable[Finding]:
     compiler = "gcc" if platform.machine() == ARM64 else "aarch64-linux-gnu-gcc"
     path = shutil.which(compiler)
     hint = None if path else f"apt install {'gcc' if compiler == 'gcc' else 'gcc-aarch64-linux-gnu'}"
-    yield Finding("lab", "compiler", OK if path else WARN, path or f"no {compiler}: payloads cannot be rebuilt", hint)
+    lacking = f"no {compiler}: neither payloads nor the project's kernel can be built"
+    yield Finding("lab", "compiler", OK if path else WARN, path or lacking, hint)
     cache = Cache()
     if image := usable_image(cache):
         value = f"{image.manifest.release}, built {image.manifest.built}, {image.size >> 20} MiB in {image.directory}"

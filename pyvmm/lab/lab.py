@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from pyvmm import log
-from pyvmm._native_source import is_surely_fresh
+from pyvmm._native_source import in_checkout, is_surely_fresh
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import bytecode, frames, saved, shares
 from pyvmm.lab.cache import Image
@@ -283,5 +283,7 @@ def require_native() -> None:
     if not NATIVE.is_file() and platform.machine() != "aarch64":
         raise HostError(
             f"the native extension for the lab is not built ({NATIVE})",
-            hint="apt install gcc-aarch64-linux-gnu, then: python3 native/build.py",
+            hint="apt install gcc-aarch64-linux-gnu, then: python3 native/build.py"
+            if in_checkout()
+            else "install a wheel that was built where gcc-aarch64-linux-gnu is",
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -13,17 +14,20 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from native import build
 from pyvmm import __version__
 from pyvmm.cli import VERBS
+from pyvmm.cli.completion import SHELLS
 from pyvmm.cli.help import TOPICS
+from tests.wheel import Installation, copy_source, hatch, programs_without, wheel_of
 
-ROOT = Path(__file__).resolve().parents[2]
 HOST = platform.machine()
 LOOP, LAB_LOOP = "pyvmm/_native.abi3.so", "pyvmm/lab/aarch64/_native.abi3.so"
+DATA = f"pyvmm-{__version__}.data/data"
 ELF_MACHINES = {0x3E: "x86_64", 0xB7: "aarch64"}
 
 pytestmark = [
@@ -39,31 +43,11 @@ needs_cross = pytest.mark.skipif(build.compiler("aarch64") is None, reason="no C
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a copy of the sources without build results."""
-    copy = tmp_path_factory.mktemp("source") / "pyvmm"
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("pyvmm", "native"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    return copy
+    return copy_source(tmp_path_factory.mktemp("source"))
 
 
-def hatch(source: Path, target: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", out],
-        cwd=source,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def wheel_of(source: Path, out: Path, target: str = "wheel", **environment: str) -> Path:
-    done = hatch(source, target, out, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = out.glob("*.whl")
-    return wheel
+def findings(doctor: str) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(each["section"], each["name"]): each for each in json.loads(doctor)["findings"]}
 
 
 def elf_machine(data: bytes) -> str:
@@ -105,9 +89,7 @@ def test_wheel_and_source_archive_carry_the_documentation(wheel: Path, source: P
 
 def test_wheel_carries_a_manual_page_for_every_verb(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as packed:
-        [name] = [name for name in packed.namelist() if ".data/data/" in name]
-        page = packed.read(name).decode()
-    assert name == f"pyvmm-{__version__}.data/data/share/man/man1/pyvmm.1"
+        page = packed.read(f"{DATA}/share/man/man1/pyvmm.1").decode()
     assert page.startswith('.TH PYVMM "1" "')
     assert re.findall(r"^\.SS \\fBpyvmm (\w+)\\fR$", page, re.MULTILINE) == list(VERBS)
     assert ".SH EXIT STATUS" in page
@@ -117,6 +99,23 @@ def test_wheel_carries_a_manual_page_for_every_verb(wheel: Path, tmp_path: Path)
             ["groff", "-man", "-z", "-Tutf8", tmp_path / "pyvmm.1"], capture_output=True, text=True, check=True
         )
         assert "error" not in checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "place"),
+    [
+        ("bash", "bash-completion/completions/pyvmm"),
+        ("zsh", "zsh/site-functions/_pyvmm"),
+        ("fish", "fish/vendor_completions.d/pyvmm.fish"),
+    ],
+)
+def test_wheel_carries_the_script_that_completion_prints(shell: str, place: str, wheel: Path) -> None:
+    assert shell in SHELLS
+    printed = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "completion", shell], capture_output=True, text=True, check=True
+    )
+    with zipfile.ZipFile(wheel) as packed:
+        assert packed.read(f"{DATA}/share/{place}").decode() == printed.stdout
 
 
 @needs_cross
@@ -138,6 +137,29 @@ def test_wheel_for_arm64_is_cross_built_beside_the_checkout(wheel: Path, source:
         python = {name for name in packed.namelist() if name.endswith(".py")}
         assert python == {name for name in host.namelist() if name.endswith(".py")}
     assert (source / LOOP).read_bytes() == before
+
+
+@pytest.mark.skipif(HOST == "aarch64", reason="an arm64 host is its own lab")
+def test_a_build_without_the_labs_compiler_says_so_and_so_does_what_it_built(source: Path, tmp_path: Path) -> None:
+    programs = programs_without(re.compile("aarch64-.*"), tmp_path)
+    done = hatch(source, "wheel", tmp_path, PATH=str(programs))
+    assert done.returncode == 0, done.stderr
+    assert "the lab's extension was not built (Debian: apt install gcc-aarch64-linux-gnu)" in done.stderr
+    [built] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as packed:
+        assert LAB_LOOP not in packed.namelist()
+        packed.extractall(tmp_path / "there")
+    doctor = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "doctor", "--json"],
+        cwd=tmp_path / "there",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "there")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = findings(doctor.stdout)["lab", "native loop"]
+    assert found["status"] == "fail"
+    assert found["hint"] == "install a wheel that was built where gcc-aarch64-linux-gnu is"
 
 
 def test_wheel_for_an_unsupported_machine_is_refused(source: Path, tmp_path: Path) -> None:
@@ -187,6 +209,22 @@ def test_wheel_shows_its_documentation_without_the_checkout(wheel: Path, tmp_pat
         check=False,
     )
     assert done.stdout == (tmp_path / "pyvmm/docs/lab.md").read_text(), done.stderr
+
+
+def test_wheel_works_on_a_machine_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+    there = Installation.of(wheel, tmp_path)
+    for compiler in ("gcc", "cc", "clang", "as", "ld"):
+        assert shutil.which(compiler, path=str(there.programs)) is None
+    assert there.run("pyvmm", "--version").stdout == f"pyvmm {__version__}\n"
+    plan = there.run("pyvmm", "run", "--dry-run", "payload:hello")
+    assert (plan.returncode, plan.stderr) == (0, "")
+    assert "KVM_CREATE_VM" in plan.stdout
+    doctor = there.run("pyvmm", "doctor", "--json")
+    found = findings(doctor.stdout)
+    assert str(there.prefix) in found["python", "interpreter"]["value"]
+    assert found["python", "native loop"]["status"] == "ok"
+    if build.compiler("aarch64") is not None:
+        assert found["lab", "native loop"]["status"] == "ok"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("editables") is None, reason="editables is not installed")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -235,7 +236,7 @@ def monitor(answers: dict[str, Any], asked: list[str]) -> Iterator[Monitor]:
             answer = answers.get(command, {"return": {}})
             theirs.sendall(b'{"event": "STOP"}\n' + json.dumps(answer).encode() + b"\n")
             if command == "migrate" and state is not None:
-                with state:
+                with state, contextlib.suppress(BrokenPipeError):  # a refused migration's reader goes away
                     state.sendall(b"x" * 200_000)
             if command == "migrate-incoming" and state is not None:
                 with state:

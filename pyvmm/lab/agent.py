@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lab's first process: mount directories, run one command at a time, and forward its streams and status.
 
-Runs only inside the lab, as PID 1, from a package with only this module, ``frames`` and ``warm``. Imports cost boot
-time, so it has few. It owns the virtio-serial port and its children. When it dies the kernel panics and QEMU ends,
-which the workstation reports.
+Runs only inside the lab, as PID 1, from a package with only this module, ``frames`` and ``warm``. It has few imports,
+because imports cost boot time. It owns the virtio-serial port and its children. When it dies, the kernel panics, QEMU
+ends, and the workstation reports that.
 
 A prepared agent has a warm interpreter, which has imported the modules that pyvmm's verbs need. A Python module then
-runs in a fork of it. That fork leaves ``main`` by ``warm.Become``, so that it runs and ends as a program of its own.
+runs in a fork of it. That fork leaves ``main`` by ``warm.Become``, so that it runs and ends as a separate program.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ DRAIN_SECONDS = 2.0
 RNDADDENTROPY = 0x40085203  # uapi/linux/random.h, as RNDRESEEDCRNG
 RNDRESEEDCRNG = 0x5207
 MAY_BE_HIDDEN = ("/root", "/home")
-"""Directories of the lab's own that a share may hide."""
+"""The lab's own directories that a share may hide."""
 
 
 class Gone:
-    """Ignores that a process has already ended. Importing contextlib would add 0.1 s to the boot."""
+    """Ignore that a process has already ended. Importing contextlib would add 0.1 s to the boot."""
 
     def __enter__(self) -> None: ...
 
@@ -53,7 +53,7 @@ class Port:
             data = data[os.write(self.fd, data) :]
 
     def receive(self) -> None:
-        """Wait for bytes and add the frames they complete to ``arrived``; the stream's end is the lab's."""
+        """Wait for bytes and add the frames that they complete to ``arrived``. The lab ends with the stream."""
         data = os.read(self.fd, CHUNK)
         if not data:
             power_off()
@@ -80,7 +80,7 @@ def find_port() -> str:
 
 
 def call(*argv: str) -> str:
-    """Run a small program. Returns its error output, or nothing."""
+    """Run a small program. Return its error output, or an empty string if it succeeded."""
     read_end, write_end = os.pipe()
     actions = [(os.POSIX_SPAWN_DUP2, write_end, 1), (os.POSIX_SPAWN_DUP2, write_end, 2)]
     child = os.posix_spawn(argv[0], argv, os.environ, file_actions=actions)
@@ -94,7 +94,7 @@ def call(*argv: str) -> str:
 
 
 def mount(tag: str, target: str, options: str) -> str:
-    """Mount a 9p share; refuse to hide something the lab itself needs."""
+    """Mount a 9p share. Refuse to hide a directory that the lab itself needs. Return why it failed, or nothing."""
     try:
         os.makedirs(target, exist_ok=True)
         inside_a_share = os.stat(target).st_dev != os.stat("/").st_dev
@@ -106,8 +106,8 @@ def mount(tag: str, target: str, options: str) -> str:
 
 
 def renew(payload: bytes) -> str:
-    """Set the clock and add fresh randomness: a restored lab has the saved values."""
-    import fcntl  # imported since PREPARE, and no part of a plain boot
+    """Set the clock and add fresh randomness, because a restored lab has the saved ones."""
+    import fcntl  # PREPARE has imported it; a plain boot does not need it
     import time
     from struct import pack
 
@@ -123,13 +123,13 @@ def renew(payload: bytes) -> str:
 
 
 def set_size(fd: int, rows: int, columns: int) -> None:
-    import termios  # only a terminal is worth loading it for
+    import termios  # only terminals need it
 
     termios.tcsetwinsize(fd, (rows, columns))
 
 
 class Command:
-    """One running command: its process group and the ends of its streams that are ours."""
+    """One running command: its process group, and our ends of its streams."""
 
     def __init__(self, fields: list[bytes]) -> None:
         flags, rows, columns, count, cwd = fields[:5]
@@ -137,7 +137,7 @@ class Command:
         env = dict(field.split(b"=", 1) for field in fields[5 + int(count) :])
         self.is_tty = frames.TTY in flags
         self.is_module = frames.MODULE in flags
-        self.pending = bytearray()  # input not yet taken
+        self.pending = bytearray()  # input that the command has not taken yet
         self.input_ended = False
         if self.is_tty:
             ours, theirs = os.openpty()
@@ -159,7 +159,7 @@ class Command:
         self.pidfd = os.pidfd_open(self.pid)
 
     def _become(self, ends: tuple[int, int, int], argv: list[bytes], env: dict[bytes, bytes], cwd: bytes) -> None:
-        """Turn the fork into the command; it never returns."""
+        """Turn the fork into the command. Never returns."""
         status: int | None = 127
         try:
             os.setsid()
@@ -180,7 +180,7 @@ class Command:
             os.write(2, f"{what}: {error.strerror}\n".encode())
             status = 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
         except warm.Become:
-            status = None  # it lives on
+            status = None  # this process lives on
             raise
         finally:
             if status is not None:
@@ -191,14 +191,14 @@ class Command:
             os.killpg(self.pid, number)
 
     def feed(self) -> int:
-        """Pass input to the command without blocking. Returns the number of bytes taken or dropped."""
+        """Pass input to the command without blocking. Return how many bytes it took or this dropped."""
         taken = 0
         while self.pending and self.input is not None:
             try:
                 count = os.write(self.input, self.pending[:CHUNK])
             except BlockingIOError:
                 return taken
-            except OSError:  # it closed its stdin, or is gone
+            except OSError:  # the command has closed its stdin, or has ended
                 self.close_input()
                 break
             taken += count
@@ -222,7 +222,7 @@ class Command:
 
 
 def forward(port: Port, command: Command, fd: int) -> bool:
-    """Forward the command's output. False at the end of that stream."""
+    """Forward the command's output. Return False at the end of that stream."""
     try:
         data = os.read(fd, CHUNK)
     except OSError:  # a terminal without a user
@@ -232,13 +232,13 @@ def forward(port: Port, command: Command, fd: int) -> bool:
         return True
     os.close(fd)
     del command.outputs[fd]
-    if fd == command.input:  # a terminal's one end
+    if fd == command.input:  # a terminal has one descriptor for both directions
         command.input = None
     return False
 
 
 def run(port: Port, fields: list[bytes]) -> None:
-    """Run one command to its end; every process it leaves behind is killed."""
+    """Run one command to its end. Kill every process that it leaves behind."""
     command = Command(fields)
     ended = False
     while not ended:
@@ -262,7 +262,7 @@ def run(port: Port, fields: list[bytes]) -> None:
             elif fd in command.outputs:
                 forward(port, command, fd)
     with Gone():
-        os.kill(-1, signal.SIGKILL)  # from PID 1: everything that is left
+        os.kill(-1, signal.SIGKILL)  # from PID 1, this reaches every other process
     _, status = os.waitpid(command.pid, 0)
     os.close(command.pidfd)
     poll = select.poll()
@@ -276,7 +276,7 @@ def run(port: Port, fields: list[bytes]) -> None:
         os.close(fd)
     command.close_input()
     reap()
-    os.sync()  # what it wrote may still be in the cache of a 9p mount, and this machine ends without notice
+    os.sync()  # its data may still be in the cache of a 9p mount, and this machine ends without notice
     code = os.waitstatus_to_exitcode(status)
     port.send(frames.EXIT, bytes([code if code >= 0 else 128 - code]))
 
@@ -305,7 +305,7 @@ def obey(command: Command, kind: int, payload: bytes) -> None:
 
 
 def main() -> None:
-    """Serve the workstation; in the fork that becomes a Python program, run that."""
+    """Serve the workstation. In the fork that becomes a Python program, run that program."""
     try:
         serve(Port(find_port()))
     except warm.Become as become:
@@ -334,7 +334,7 @@ def serve(port: Port) -> NoReturn:
             port.send(frames.DONE, renew(payload).encode())
         elif kind == frames.EXEC:
             run(port, payload.split(b"\0"))
-        # Anything else was meant for a command that has ended meanwhile.
+        # Any other request was for a command that has ended meanwhile.
 
 
 if __name__ == "__main__":

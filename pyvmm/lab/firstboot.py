@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Create the parts of an image that need a running lab: the names of busybox's programs, and Python byte code.
 
-A new image is booted once for them, which also tests it. Without byte code every import is a compilation under
-emulation: structlog takes nine seconds instead of two. What belongs to packages is kept for as long as they stay the
-same: it takes a minute, the agent's own a second.
+A new image is booted once to make them, which also tests the image. Without byte code, Python would compile every
+module that it imports, under emulation: structlog takes nine seconds instead of two. The byte code of packages takes a
+minute. It is kept as long as the packages stay the same. The agent's own takes a second.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ TIMEOUT = 900.0
 
 
 def write_additions(image: Image, packages: list[Package], cache: Path, out: BinaryIO) -> None:
-    """Boot ``image`` and write what it says it needs, as archives to follow its root.
+    """Boot ``image``, and write these parts as archives that follow its root.
 
-    ``packages`` are those of the root; the byte code that belongs to them is looked for in ``cache``, and left there.
+    ``packages`` are those of the root. Their byte code is taken from ``cache``, or made and left there.
     """
     kept = cache / f"bytecode-{_key(packages)}.cpio"
     with Lab(LabOptions(boot="fresh"), image=image, bare=True) as lab:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert Debian's package files to the lab's kernel and initramfs. Reads packages, writes two files, runs nothing.
 
-The recipe is here: which packages, what is left out of them, which modules there are. ``recipe_hash`` changes when it
-or the programs copied into the image change.
+The recipe is here: the packages, what to leave out of them, and the modules. ``recipe_hash`` changes with the recipe
+and with the programs that are copied into the image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import BinaryIO
 from pyvmm.cpio import CpioWriter
 from pyvmm.errors import PyvmmError
 
-# Debian's releases up to 13 have kernel and modules in linux-image-*; later ones split them, in more than one way.
+# Debian's releases up to 13 have kernel and modules in linux-image-*. Later ones split them, in more than one way.
 KERNEL_PARTS = re.compile(r"linux-(image|binary|modules)-[0-9]")
 KERNEL_FILE = re.compile(r"(?:usr/)?lib/modules/([^/]+)/vmlinuz|boot/vmlinuz-(.+)")
 
@@ -37,7 +37,7 @@ ROOTS = (
     "python3-structlog",
 )
 
-# Needed only to install packages, or by parts of Python's library that nothing here uses.
+# Needed only to install packages, or by parts of Python's library that pyvmm does not use.
 UNUSED_PACKAGES = frozenset(
     {
         "debconf",
@@ -70,7 +70,7 @@ UNUSED_PATHS = re.compile(
     r"usr/lib/python3/dist-packages/[^/]+\.(dist|egg)-info/(?!entry_points)"
 )
 
-# What they depend on comes along. For 9p over virtio, which init loads; a block device and taps to load on demand.
+# Their dependencies are added. init loads 9p over virtio. The block device and taps are loaded on demand.
 MODULES = ("9p", "9pnet_virtio", "tun", "zram")
 GUEST_MODULES = (
     "virtio_mmio",
@@ -82,7 +82,7 @@ GUEST_MODULES = (
     "ext4",
     "crc32c_generic",
 )
-"""What a guest of this kernel needs for its devices; ext4 of old kernels asks for a checksum by another name."""
+"""What a guest of this kernel needs for its devices. ext4 of old kernels needs the checksum under another name."""
 MODULE_FILE = re.compile(
     r"/kernel/(?:crypto|drivers/(?:block|char/hw_random|net(?=/[^/]+$)|virtio)|fs|lib|mm|net)/"
     r"(?:.*/)?([^/]+)\.ko(?:\.xz)?$"
@@ -113,7 +113,7 @@ FILES = {
 
 
 def recipe_hash() -> str:
-    """Give a hash of all that shapes an image besides the packages."""
+    """Return a hash of everything besides the packages that shapes an image."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for name in sorted((Path(__file__).name, "../cpio.py", "firstboot.py", *PROGRAMS.values())):
@@ -145,14 +145,14 @@ def open_package(package: Path) -> Iterator[tarfile.TarFile]:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module, uncompressed and unsigned; ``needs`` are all that must be loaded before it, in that order."""
+    """A module, uncompressed and unsigned. ``needs`` are the modules to load before it, in that order."""
 
     data: bytes
     needs: tuple[str, ...] = ()
 
 
 def write_kernel(packages: list[Path], image: BinaryIO) -> tuple[str, dict[str, Module]]:
-    """Write the kernel; give its release, and MODULES and GUEST_MODULES with what they depend on."""
+    """Write the kernel. Return its release, and MODULES and GUEST_MODULES with their dependencies."""
     release = ""
     available: dict[str, bytes] = {}
     for package in packages:
@@ -172,11 +172,11 @@ def write_kernel(packages: list[Path], image: BinaryIO) -> tuple[str, dict[str, 
 
 
 def _module_closure(available: dict[str, bytes]) -> dict[str, Module]:
-    """Give modules and what they depend on, dependencies first. A module that is not there is built in."""
+    """Return modules and their dependencies, dependencies first. A module that is missing is built in."""
     ordered: dict[str, Module] = {}
 
     def visit(name: str) -> tuple[str, ...]:
-        """Visit the module. Returns it and its dependencies, for the module that needs it."""
+        """Visit the module. Return it and its dependencies, for the module that needs it."""
         if name not in available:
             return ()
         if name in ordered:
@@ -187,7 +187,7 @@ def _module_closure(available: dict[str, bytes]) -> dict[str, Module]:
         found = re.search(rb"\0depends=([^\0]*)\0", data)
         depends = found[1].decode().replace("-", "_").split(",") if found else []
         needs = tuple(dict.fromkeys(chain.from_iterable(map(visit, depends))))
-        # Unsigned, they load without a second of cryptography under emulation, and taint a kernel that KVM taints too.
+        # Unsigned modules load a second faster under emulation. They taint the kernel, as KVM does too.
         ordered[name] = Module(data[: data.rfind(SIGNATURE)] if data.endswith(SIGNATURE) else data, needs)
         return (*needs, name)
 
@@ -206,7 +206,7 @@ def write_guest_modules(release: str, modules: dict[str, Module], out: BinaryIO)
 def _write_modules(
     cpio: CpioWriter, home: str, release: str, modules: dict[str, Module], names: tuple[str, ...]
 ) -> None:
-    """Write those of these names that there are, with what they need, as modprobe looks for them."""
+    """Write the modules of these names that exist, and their dependencies, where modprobe looks for them."""
     wanted = dict.fromkeys(chain.from_iterable((*modules[name].needs, name) for name in names if name in modules))
     lines = []
     for name in wanted:
@@ -216,7 +216,7 @@ def _write_modules(
 
 
 def read_busybox(packages: list[Path]) -> bytes:
-    """Give the program, linked statically, from where the packages have it."""
+    """Return the statically linked program from the packages."""
     for package in packages:
         if not package.name.startswith(BUSYBOX + "_"):
             continue

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep the standard library imported in the agent's interpreter. Python programs start in a fork of it.
 
-Runs inside the lab only, beside the agent. A start costs two seconds under emulation, most of them for the standard
-library. Nothing of pyvmm itself is imported ahead: a fork imports the working tree's. All forks of one saved lab share
-the seed of ``hash`` and the addresses of what was imported; ``random`` seeds itself again in each.
+Runs inside the lab only, beside the agent. Python needs two seconds to start under emulation, most of them for the
+standard library. The agent imports nothing of pyvmm ahead: each fork imports the working tree's modules. All forks of
+one saved lab share the seed of ``hash`` and the addresses of imported modules. ``random`` seeds itself again in each.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ math mmap numbers operator pathlib pickle platform queue random re readline reso
 shutil signal socket stat statistics string struct structlog subprocess tempfile termios textwrap threading time
 timeit tokenize tomllib traceback tty types typing unicodedata urllib.parse uuid warnings weakref zlib zoneinfo
 """
-"""What pyvmm's verbs import of others. What an image does not have is left out."""
+"""Modules of others that pyvmm's verbs import. Those that an image lacks are left out."""
 
 pieces: list[bytes] = []
-"""Byte code of the working tree, as bytecode.py makes it. A fork imports from there what is there."""
+"""Byte code of the working tree, as bytecode.py makes it. A fork imports these modules from here."""
 
 _ready = False
 
@@ -51,13 +51,13 @@ def prepare() -> None:
 
 
 def is_ready(env: dict[bytes, bytes]) -> bool:
-    """Whether a program of this environment can start here: what a variable asks of Python is done at its start."""
-    asks = any(name.startswith(b"PYTHON") and name != b"PYTHONPATH" for name in env)
-    return _ready and not asks
+    """Whether a program with this environment can start here. Python reads its own variables only when it starts."""
+    for_python = any(name.startswith(b"PYTHON") and name != b"PYTHONPATH" for name in env)
+    return _ready and not for_python
 
 
 class Become(BaseException):
-    """Raised in a fork: the stack of the agent is left, and the module ``argv[0]`` runs in its place."""
+    """Raised in a fork to leave the agent's stack. The module ``argv[0]`` then runs in its place."""
 
     def __init__(self, argv: list[bytes], env: dict[bytes, bytes]) -> None:
         super().__init__()
@@ -65,16 +65,16 @@ class Become(BaseException):
         self._env = {os.fsdecode(name): os.fsdecode(value) for name, value in env.items()}
 
     def run(self) -> None:
-        """Run the module as ``python3 -P -m`` would; what it raises is for the interpreter, as its end is."""
+        """Run the module as ``python3 -P -m`` would. The interpreter handles what the module raises."""
         import runpy
 
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the agent's
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the agent's descriptors
         os.environ.clear()
         os.environ.update(self._env)
         agent = sys.path.pop(0)
         sys.path[:0] = [path for path in self._env.get("PYTHONPATH", "").split(os.pathsep) if path]
         for name in [name for name in sys.modules if name == "pyvmm" or name.startswith("pyvmm.")]:
-            del sys.modules[name]  # the agent's package has the name of the one that is to run
+            del sys.modules[name]  # the agent's package has the same name
         sys.path_importer_cache.pop(agent, None)
         _import_from_pieces()
         _open_streams()
@@ -83,7 +83,7 @@ class Become(BaseException):
 
 
 def _import_from_pieces() -> None:
-    """Import what the pieces hold from them, as if it had been read from where it comes from."""
+    """Import the modules in the pieces from there, as if from their files."""
     import marshal
     from importlib.machinery import ModuleSpec, SourceFileLoader
     from importlib.util import MAGIC_NUMBER, spec_from_file_location
@@ -93,14 +93,14 @@ def _import_from_pieces() -> None:
         modules.update(marshal.loads(piece))
 
     class Loader(SourceFileLoader):
-        """Loads a module's code from its piece; all else is the file's."""
+        """Loads a module's code from its piece, and everything else from its file."""
 
         def get_code(self, fullname: str) -> CodeType:
             code: CodeType = marshal.loads(memoryview(modules[fullname][2])[HEADER:])
             return code
 
     class Finder:
-        """Finds what is in a piece and was compiled by this very Python."""
+        """Finds modules that are in a piece and that this version of Python has compiled."""
 
         @staticmethod
         def find_spec(name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
@@ -114,13 +114,13 @@ def _import_from_pieces() -> None:
 
 
 def _open_streams() -> None:
-    """Open the standard streams as Python does at its start: the agent's were made for the console."""
+    """Open the standard streams as Python does when it starts, because the agent's are the console's."""
     for fd, name, mode, errors in (
         (0, "stdin", "r", "surrogateescape"),
         (1, "stdout", "w", "surrogateescape"),
         (2, "stderr", "w", "backslashreplace"),
     ):
-        # Text is buffered by lines on a terminal, and on stderr always.
+        # Python buffers text by lines on a terminal, and always on stderr.
         stream = os.fdopen(fd, mode, buffering=1 if fd == 2 else -1, encoding="utf-8", errors=errors, closefd=False)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)

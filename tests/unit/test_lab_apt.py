@@ -99,7 +99,7 @@ def test_apt_knows_the_suites_a_kernel_needs_and_no_others(tmp_path: Path, name:
     lines = (tmp_path / "sources.list").read_text().splitlines()
     assert [line.split()[3] for line in lines] == list(kernels.SUITES[name])
     assert all(f"[signed-by={tmp_path}/keys.gpg]" in line for line in lines)
-    assert ("sid" in kernels.SUITES[name]) == (name in ("unstable", "experimental"))
+    assert ("sid" in kernels.SUITES[name]) == (name.removesuffix(kernels.LARGE) in ("unstable", "experimental"))
 
 
 @pytest.mark.usefixtures("keys")

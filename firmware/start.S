@@ -44,7 +44,7 @@ start:
     ubfx    x6, x6, #16, #4
     mov     x7, #4
     lsl     x6, x7, x6
-    add     x7, x1, #4096
+    add     x7, x1, #TABLE_PAGE
 1:  dc      ivac, x1
     add     x1, x1, x6
     cmp     x1, x7

@@ -55,7 +55,9 @@ static void property(struct node *node, const char *name, const u8 *value, u32 s
     if (same(name, "reg")) {
         node->reg = value;
         node->reg_size = size;
-    } else if (same(name, "compatible"))
+    } else if (same(name, "pyvmm,page-size"))
+        board.page = be32(value);
+    else if (same(name, "compatible"))
         node->compatible = (const char *)value;
     else if (same(name, "device_type"))
         node->type = (const char *)value;
@@ -77,6 +79,7 @@ void board_read(const void *fdt)
     board.fdt = (u64)fdt;
     board.fdt_size = be32(head + 4);
     board.bootargs = "";
+    board.page = TABLE_PAGE;
     memset(nodes, 0, sizeof nodes);
     for (;;) {
         u32 token = be32(at);
@@ -104,15 +107,15 @@ u64 page_alloc(u64 pages)
 {
     static u32 guard;
     static u64 next;
-    u64 at, bytes = pages * PAGE;
+    u64 at, page = board.page, bytes = pages * page;
 
     lock(&guard);
     if (!next)
-        next = (u64)image_end;
+        next = ((u64)image_end + page - 1) & -page;
     at = next;
     if (at < board.fdt + board.fdt_size && board.fdt < at + bytes)
-        at = (board.fdt + board.fdt_size + PAGE - 1) & ~(PAGE - 1ul);
-    if (pages > board.memory_size / PAGE || at + bytes > board.memory + board.memory_size)
+        at = (board.fdt + board.fdt_size + page - 1) & -page;
+    if (pages > board.memory_size / page || at + bytes > board.memory + board.memory_size)
         at = 0;
     else
         next = at + bytes;
@@ -122,7 +125,7 @@ u64 page_alloc(u64 pages)
 
 u64 mailbox(void)
 {
-    return board.mailbox ? board.mailbox + PAGE * this_cpu()->number : 0;
+    return board.mailbox ? board.mailbox + TABLE_PAGE * this_cpu()->number : 0;
 }
 
 void note(u64 index, u64 value)

@@ -39,6 +39,8 @@ void features_read(void)
     s64 features = hvc1(HVC_FEATURES, 0);
     /* NOT_SUPPORTED may come as 32 or as 64 bits of ones. */
     board.features = features > 0 && (u32)features != (u32)NOT_SUPPORTED ? (u64)features : 0;
+    if (board.features >> HVC_FEATURE_MEMINFO_BIT & 1)
+        board.page = (u64)hvc1(HVC_MEMINFO, 0);
 }
 
 static s64 ring(u64 gpa, u64 operation)

@@ -11,7 +11,7 @@
 #define MAX_CPUS 16
 #define STACK_SIZE 8192
 #define TRAP_STACK_SIZE 1024
-#define PAGE 4096
+#define TABLE_PAGE 4096 /* of the translation table, and of each mailbox */
 
 /* struct cpu, for the assembler */
 #define CPU_SHIFT 6
@@ -59,6 +59,7 @@ struct board {
     u64 cpu_count;
     u64 mpidr[MAX_CPUS];
     u64 features; /* of the hypervisor: bits of HVC_FEATURES, 0 without features */
+    u64 page;     /* bytes the host shares, faults in and counts at a time: its page */
 };
 extern struct board board;
 void board_read(const void *fdt); /* board.c */
@@ -136,7 +137,7 @@ void leave(u64 how) __attribute__((noreturn)); /* by one of these: */
 #define PSCI_SYSTEM_RESET 0x84000009
 void park(void) __attribute__((noreturn)); /* start.S: wait for interrupts for ever */
 
-/* board.c: pages of free memory, contiguous, untouched; 0 if they do not fit. */
+/* board.c: the host's pages of free memory, contiguous, untouched; 0 if they do not fit. */
 u64 page_alloc(u64 pages);
 /* The page of registers of this vCPU's mailbox, or 0. */
 u64 mailbox(void);

@@ -57,7 +57,7 @@ void touch(struct touch *t)
         u64 n = t->seed ? permute(i, bits, t->seed) : i;
         if (n >= t->pages)
             continue;
-        u64 spent = touch_one(t->gpa + n * t->stride * PAGE, t->access);
+        u64 spent = touch_one(t->gpa + n * t->stride * board.page, t->access);
         if (t->each)
             t->each[n] = (struct touched){spent > UINT32_MAX ? UINT32_MAX : (u32)spent, (u32)t->done};
         t->total += spent;

@@ -47,7 +47,7 @@ static int request(struct story *s, const char *word)
 static void live(struct story *s)
 {
     /* Mine before any other vCPU's: what a shared page is changed to must not disturb a neighbour. */
-    memset((void *)s->page, 0, PAGE);
+    memset((void *)s->page, 0, board.page);
     lock(&device);
     s->private_status = tell(ECHO_PAGE, s->page);
     s->share = (u64)share(s->page, SHARE_BOTH);

@@ -37,7 +37,7 @@ static void convert(struct order *o, s64 (*one)(u64, u64))
 {
     s64 status = 0;
     u64 start = ticks(), done = 0;
-    while (done < o->arg[1] && !(status = one(o->arg[0] + done * PAGE, o->arg[2])))
+    while (done < o->arg[1] && !(status = one(o->arg[0] + done * board.page, o->arg[2])))
         done++;
     o->result[0] = (u64)status;
     o->result[1] = done;

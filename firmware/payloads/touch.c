@@ -40,7 +40,8 @@ int main(void)
 {
     const char *access = "read", *order = "sequential";
     u64 pages = argument_number("pages", 256), passes = argument_number("repeat", 2), stride = 1, seed = 0;
-    u64 code = ACCESS_READ, area, results, result_pages = (pages * passes * TOUCHED_SIZE + PAGE - 1) / PAGE;
+    u64 code = ACCESS_READ, area, results;
+    u64 result_pages = (pages * passes * TOUCHED_SIZE + board.page - 1) / board.page;
 
     if (argument_is("access", "write"))
         access = "write", code = ACCESS_WRITE;
@@ -58,7 +59,7 @@ int main(void)
         return 2;
     }
     for (u64 i = 0; i < result_pages; i++) {
-        s64 status = share(results + i * PAGE, SHARE_BOTH);
+        s64 status = share(results + i * board.page, SHARE_BOTH);
         if (status) {
             print("touch: sharing the results failed: %ld\n", status);
             return 1;
@@ -75,7 +76,7 @@ int main(void)
               SYSREG(cntfrq_el0));
     }
     note(0, results);
-    note(1, result_pages * PAGE);
+    note(1, result_pages * board.page);
     note(2, pages * passes);
     return 0;
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pyvmm._native import lib
 from pyvmm.devices.base import Device
+from pyvmm.pages import HOST_PAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ class ShareBell(Device):
     name = "share-doorbell"
     compatible = "pyvmm,share-doorbell"
     kind = lib.PV_KIND_SHARE
+
+    def properties(self) -> dict[str, Any]:
+        """Tell payloads the size of the pages that they can share. Under pkvm the hypervisor tells it, too."""
+        return {"pyvmm,page-size": HOST_PAGE}
 
     def save(self) -> dict[str, Any]:
         """Return an empty state."""

@@ -3,7 +3,8 @@
 
 The host sets the balloon's target size (:meth:`VirtioBalloon.aim`). The guest names pages, which are punched out of
 their backing. To take a page back, the guest accesses it and gets a page of zeros. With free page reporting the guest
-also names free memory. The device does not store which pages were named. Owns its worker.
+also names free memory. Owns its worker. Where the host's pages are larger than the balloon's 4 KiB, balloon_pages keeps
+which parts of them were named.
 
 It is for guests whose memory the host may access. Unlike other drivers, Linux's balloon driver does not share its rings
 (it clears ACCESS_PLATFORM, virtballoon_validate in drivers/virtio/virtio_balloon.c).
@@ -23,23 +24,26 @@ from __future__ import annotations
 import os
 import struct
 
+from pyvmm.devices.virtio.balloon_pages import PARTS, NamedPages
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue
 from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.errors import PyvmmError, UsageError, hex_
+from pyvmm.memory.address import align_down, align_up
+from pyvmm.pages import GUEST_PAGE
 from pyvmm.typed import Protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any, Final
 
+F_MUST_TELL_HOST: Final = 1 << 0
 F_DEFLATE_ON_OOM: Final = 1 << 2
 F_REPORTING: Final = 1 << 5
 INFLATE, DEFLATE = 0, 1
 MOST: Final = 4096
 """Pages one request may name; Linux names 256."""
 _BATCH: Final = 32
-_PAGE: Final = 4096
 _CONFIG: Final = struct.Struct("<IIII")
 _ACTUAL: Final = 4
 """The offset of ``actual`` in the configuration space: the number of pages that the guest reports."""
@@ -66,7 +70,8 @@ class VirtioBalloon(WorkerDevice):
     # because there are neither statistics nor hints. So any of the last three queues that the driver sets up is this
     # one.
     queue_sizes = (128,) * 5
-    features = F_DEFLATE_ON_OOM | F_REPORTING
+    # A page of the host is returned when its last part is named, so no part may be in use again by then.
+    features = F_DEFLATE_ON_OOM | F_REPORTING | (F_MUST_TELL_HOST if PARTS > 1 else 0)
 
     def __init__(self, memory: Punchable, ram: range, size: int = 0) -> None:
         super().__init__()
@@ -76,6 +81,8 @@ class VirtioBalloon(WorkerDevice):
         self._actual = bytearray(4)
         self._served: list[tuple[Queue, Callable[[Chain], None]]] = []
         self._rings: frozenset[int] = frozenset()
+        self._named = NamedPages()
+        self._tells = False
         self.punched = 0
         """Total bytes returned to the host. A page counts each time that it is returned."""
         self.refused = 0
@@ -102,12 +109,12 @@ class VirtioBalloon(WorkerDevice):
     @property
     def target(self) -> int:
         """Bytes the balloon should hold."""
-        return self._target * _PAGE
+        return self._target * GUEST_PAGE
 
     @property
     def actual(self) -> int:
         """Bytes that the balloon holds, as the guest reports, at most all of RAM."""
-        return min(int.from_bytes(self._actual, "little") * _PAGE, len(self._ram))
+        return min(int.from_bytes(self._actual, "little") * GUEST_PAGE, len(self._ram))
 
     def _pages(self, size: int) -> int:
         if not 0 <= size <= len(self._ram):
@@ -115,7 +122,7 @@ class VirtioBalloon(WorkerDevice):
                 f"a balloon of {size:#x} bytes: the guest has {len(self._ram):#x}",
                 hint="SIZE is the memory that the guest gives up, not the rest",
             )
-        return size // _PAGE
+        return size // GUEST_PAGE
 
     # -- the device
 
@@ -131,6 +138,8 @@ class VirtioBalloon(WorkerDevice):
     def start(self, queues: Sequence[Queue], features: int) -> None:
         """Serve the guest."""
         self._rings = frozenset(page for queue in queues if queue.ready for page in _ring_pages(queue))
+        self._tells = bool(features & F_MUST_TELL_HOST)
+        self._named.forget()
         self._served = list(self._roles(queues, features))
         for queue, _ in self._served:
             self._worker.watch(queue, self._serve)
@@ -141,7 +150,7 @@ class VirtioBalloon(WorkerDevice):
         if queues[INFLATE].ready:
             yield queues[INFLATE], self._inflate
         if queues[DEFLATE].ready:
-            yield queues[DEFLATE], lambda _chain: None
+            yield queues[DEFLATE], self._deflate
         reporting = next((queue for queue in queues[DEFLATE + 1 :] if queue.ready), None)
         if features & F_REPORTING and reporting is not None:
             yield reporting, self._report
@@ -194,18 +203,30 @@ class VirtioBalloon(WorkerDevice):
             self.complaints.warn("request_failed", reason=str(fault))
 
     def _inflate(self, chain: Chain) -> None:
+        for gpa, size in self._named.give(self._numbers(chain)):
+            self._punch(gpa, size)
+        if not self._tells:
+            # It may use a page before it says so: what it named before is no longer sure.
+            self._named.forget()
+
+    def _deflate(self, chain: Chain) -> None:
+        if PARTS > 1:
+            self._named.take(self._numbers(chain))
+
+    def _numbers(self, chain: Chain) -> list[int]:
         data = chain.read(0, 4 * MOST)
         numbers = struct.unpack(f"<{len(data) // 4}I", data[: len(data) // 4 * 4])
-        for first, pages in _runs(numbers):
-            self._punch(first * _PAGE, pages * _PAGE)
+        inside = [number for number in numbers if number * GUEST_PAGE in self._ram]
+        self.refused += len(numbers) - len(inside)
+        return inside
 
     def _report(self, chain: Chain) -> None:
         # The chain's segments are the reported ranges. Their contents are not read or written.
         for segment in chain.native.segments[0 : chain.native.count]:
             if segment.writable:
-                # Only whole pages: a partly reported page may be in use.
-                start = -(-segment.gpa // _PAGE) * _PAGE
-                self._punch(start, (segment.gpa + segment.size) // _PAGE * _PAGE - start)
+                # Only whole pages of the host: a partly reported page may be in use.
+                start = align_up(segment.gpa)
+                self._punch(start, align_down(segment.gpa + segment.size) - start)
 
     def _punch(self, gpa: int, size: int) -> None:
         if size <= 0:
@@ -221,22 +242,8 @@ class VirtioBalloon(WorkerDevice):
             self.complaints.warn("not_given_back", gpa=hex_(gpa), size=size, reason=str(error))
 
 
-def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Yield page numbers as runs: the first page, and the number of consecutive pages."""
-    first = count = 0
-    for number in sorted(set(numbers)):
-        if count and number == first + count:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = number, 1
-    if count:
-        yield first, count
-
-
 def _ring_pages(queue: Queue) -> Iterator[int]:
     """Return the gpas of the pages of a queue's areas, for any kind of ring."""
     native = queue.native
     for gpa, entry in ((native.descriptors, 16), (native.driver, 2), (native.device, 8)):
-        yield from range(gpa // _PAGE * _PAGE, gpa + entry * queue.size + 6, _PAGE)
+        yield from range(gpa // GUEST_PAGE * GUEST_PAGE, gpa + entry * queue.size + 6, GUEST_PAGE)

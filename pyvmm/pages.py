@@ -15,7 +15,8 @@ HOST_PAGE = mmap.PAGESIZE
 
 HOST_PAGE_SHIFT = HOST_PAGE.bit_length() - 1
 
-HUGE_SIZE = HOST_PAGE * (HOST_PAGE // 8)
+HUGE_PAGE_SHIFT = 2 * HOST_PAGE_SHIFT - 3
+HUGE_SIZE = 1 << HUGE_PAGE_SHIFT
 """A huge page of the host, which one full table of its pages maps: 2 MiB for pages of 4 KiB, 32 MiB, or 512 MiB."""
 
 GUEST_PAGE = 4096

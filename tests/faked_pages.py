@@ -20,3 +20,22 @@ mmap.PAGESIZE = PAGE  # type: ignore[misc]
 from pyvmm._native import lib  # noqa: E402
 
 lib.pv_page_shift = PAGE.bit_length() - 1
+
+from pyvmm.memory import mman  # noqa: E402
+
+_mmap = mman._mmap
+
+
+def _aligned(address: int, size: int, access: int, flags: int, fd: int, offset: int) -> int:
+    """Map as a kernel with these pages does: the address that it chooses is a multiple of them."""
+    if address:
+        return _mmap(address, size, access, flags, fd, offset)
+    start = _mmap(0, size + PAGE, access, flags, fd, offset)
+    address = (start + PAGE - 1) & -PAGE
+    if address > start:
+        mman.unmap(start, address - start)
+    mman.unmap(address + size, start + PAGE - address)
+    return address
+
+
+mman._mmap = _aligned

@@ -32,6 +32,7 @@ from pyvmm.guest.puppet import Puppet
 from pyvmm.kvm.faulttrace import FaultTrace, TracedFault
 from pyvmm.kvm.system import System
 from pyvmm.labenv import in_lab
+from pyvmm.machine.boot import FDT_ROOM
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.hardware import require_architecture
 from pyvmm.machine.layout import PRIVATE_BOOT, RAM_BASE
@@ -199,7 +200,7 @@ class Experiment:
         Raises PyvmmError if the guest's memory has no such pages left.
         """
         start = Gpa(align_up(self._next, align))
-        if start + pages * HOST_PAGE > RAM_BASE + self.config.memory - HUGE_SIZE:
+        if start + pages * HOST_PAGE > RAM_BASE + self.config.memory - FDT_ROOM:
             raise PyvmmError(f"this guest's memory has no {pages} fresh pages left", hint="give it more with memory=")
         self._next = Gpa(start + pages * HOST_PAGE)
         return start
@@ -318,7 +319,7 @@ class Experiment:
         """Return the events of memory, in order, and their times in ns since the experiment began."""
         found = list(self._events)
         if self._traced:
-            tree = range(RAM_BASE + self.config.memory - HUGE_SIZE, RAM_BASE + self.config.memory)
+            tree = range(RAM_BASE + self.config.memory - FDT_ROOM, RAM_BASE + self.config.memory)
             found += [(fault.ns, "fault", fault.gpa, 1) for fault in self._trace.faults() if fault.gpa not in tree]
         found.sort()
         events = tuple(Event(order, kind, gpa, pages) for order, (_, kind, gpa, pages) in enumerate(found))

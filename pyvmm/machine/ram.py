@@ -7,8 +7,9 @@ import contextlib
 
 from pyvmm.errors import HostError
 from pyvmm.machine import layout
-from pyvmm.memory.address import Gpa
+from pyvmm.memory.address import MIB, Gpa
 from pyvmm.memory.backing import Anonymous, Backing, Memfd, PrivateGuestMemfd, SharedGuestMemfd
+from pyvmm.pages import HUGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class _PlannedHugePages(Memfd):
     """A plan's substitute for a memfd of huge pages. It takes none of the host's, which may be too few."""
 
-    kind = "memfd of 2 MiB pages"
+    kind = f"memfd of {HUGE_SIZE // MIB} MiB pages"
 
 
 def add_ram(memory: Memory, vm: Vm, config: MachineConfig) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backings of guest memory: anonymous memory, memfd (4 KiB, THP advice, hugetlb), shared or private guest_memfd.
+"""Backings of guest memory: anonymous memory, memfd (plain, THP advice, hugetlb), shared or private guest_memfd.
 
 A backing owns its file descriptor, if it has one, and its mappings. Its creator closes it, or passes it to a
 ``Memory``, which closes it. A backing has two addresses. KVM faults pages in through ``hva``. The host's own code
@@ -17,9 +17,9 @@ import os
 from pyvmm._native import ffi, lib
 from pyvmm.errors import GuestMemoryError, HostError, KvmError, UsageError, hex_
 from pyvmm.memory import mman
-from pyvmm.memory.address import Hva, is_aligned
+from pyvmm.memory.address import MIB, Hva, is_aligned
 from pyvmm.memory.mman import MappingError
-from pyvmm.pages import HOST_PAGE, HUGE_SIZE
+from pyvmm.pages import HOST_PAGE, HUGE_PAGE_SHIFT, HUGE_SIZE
 from pyvmm.protection import Protection
 from pyvmm.uapi.falloc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from pyvmm.uapi.kvm import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
@@ -30,7 +30,7 @@ from pyvmm.uapi.memfd import (
     F_SEAL_SHRINK,
     MFD_ALLOW_SEALING,
     MFD_CLOEXEC,
-    MFD_HUGE_2MB,
+    MFD_HUGE_SHIFT,
     MFD_HUGETLB,
     MFD_NOEXEC_SEAL,
 )
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from pyvmm.kvm.guest_memfd import GuestMemfd
     from pyvmm.kvm.vm import Vm
 
-HUGE_POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
+HUGE_POOL = f"/sys/kernel/mm/hugepages/hugepages-{HUGE_SIZE >> 10}kB"
+_HUGE = f"{HUGE_SIZE // MIB} MiB"
 
 
 class Backing:
@@ -223,7 +224,7 @@ class Memfd(FileBacking):
     """Anonymous shared memory, which every protection accepts.
 
     ``thp`` advises huge pages. It needs ``advise`` in /sys/kernel/mm/transparent_hugepage/shmem_enabled (Debian:
-    ``never``). ``hugetlb`` takes all 2 MiB pages from the kernel's pool at once. A protected guest cannot use them. The
+    ``never``). ``hugetlb`` takes all huge pages from the kernel's pool at once. A protected guest cannot use them. The
     file is sealed against growing and shrinking, so that no mapping loses its pages.
     """
 
@@ -235,7 +236,7 @@ class Memfd(FileBacking):
         if thp and hugetlb:
             raise UsageError("a memfd takes huge page advice (thp) or hugetlb pages, not both")
         if hugetlb:
-            self.kind = "memfd of 2 MiB pages"
+            self.kind = f"memfd of {_HUGE} pages"
         fd = _memfd_create(hugetlb)
         try:
             os.ftruncate(fd, size)
@@ -283,7 +284,7 @@ class _GuestMemfdBacking(FileBacking):
 
 
 class SharedGuestMemfd(_GuestMemfdBacking):
-    """guest_memfd that the host may map and access (MMAP and INIT_SHARED). Always 4 KiB pages."""
+    """guest_memfd that the host may map and access (MMAP and INIT_SHARED). Never huge pages."""
 
     kind = "shared guest_memfd"
 
@@ -319,18 +320,18 @@ def check_usable(protection: Protection, what: str, *, guest_memfd: bool, huge: 
         raise UsageError(
             f"{what} cannot back a protected guest: pages are donated one by one, and KVM_RUN fails with EIO "
             "on hugetlb pages",
-            hint="use a memfd of 4 KiB pages",
+            hint="use a plain memfd",
         )
     if protection is Protection.EMULATED and huge:
         raise UsageError(
-            f"{what} cannot back the emulated protection: it converts 4 KiB pages, but a mapping of huge "
-            "pages is hidden in units of 2 MiB",
+            f"{what} cannot back the emulated protection: it converts pages of {HOST_PAGE >> 10} KiB, but a mapping of "
+            f"huge pages is hidden in units of {_HUGE}",
             hint="use a memfd, or guest_memfd",
         )
 
 
 def _memfd_create(hugetlb: bool) -> int:
-    flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (MFD_HUGETLB | MFD_HUGE_2MB if hugetlb else 0)
+    flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (MFD_HUGETLB | HUGE_PAGE_SHIFT << MFD_HUGE_SHIFT if hugetlb else 0)
     try:
         try:
             return os.memfd_create("pyvmm-guest", flags | MFD_NOEXEC_SEAL)
@@ -340,7 +341,9 @@ def _memfd_create(hugetlb: bool) -> int:
             return os.memfd_create("pyvmm-guest", flags)  # before Linux 6.3
     except OSError as error:
         if hugetlb and error.errno in (errno.EINVAL, errno.ENODEV, errno.ENOSYS):
-            raise HostError("this kernel has no huge pages of 2 MiB", hint="use a plain memfd, or thp=True") from error
+            raise HostError(
+                f"this kernel has no huge pages of {_HUGE}", hint="use a plain memfd, or thp=True"
+            ) from error
         raise HostError(
             f"memfd_create failed: {error.strerror}", hint="see `ulimit -n` and /proc/sys/vm/memfd_noexec"
         ) from error
@@ -361,7 +364,7 @@ def _pool_too_small(size: int) -> HostError:
 
     need = size // HUGE_SIZE
     return HostError(
-        f"guest memory of {size:#x} bytes needs {need} huge pages of 2 MiB: the kernel's pool has "
+        f"guest memory of {size:#x} bytes needs {need} huge pages of {_HUGE}: the kernel's pool has "
         f"{count('nr_hugepages')}, of which {count('free_hugepages')} are free and {count('resv_hugepages')} reserved",
         hint=f"as root: echo N > {HUGE_POOL}/nr_hugepages, N at least {need} more; or use a plain memfd",
     )

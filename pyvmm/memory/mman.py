@@ -41,7 +41,7 @@ class MappingError(PyvmmError):
 def map_shared(fd: int, size: int, *, offset: int = 0, reserve: bool = False) -> Hva:
     """Map ``size`` bytes of ``fd`` for reading and writing, shared, excluded from forks and core dumps.
 
-    A mapping of 2 MiB or more starts on a multiple of 2 MiB, so that huge pages can back an equally aligned gpa.
+    A mapping of a huge page or more starts on a multiple of it, so that huge pages can back an equally aligned gpa.
     ``reserve`` makes the kernel reserve the pages now (hugetlb: a small pool fails here, not with SIGBUS).
     """
     return _map_aligned(size, MAP_SHARED | (0 if reserve else MAP_NORESERVE), fd, offset)

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, UsageError, hex_
-from pyvmm.memory.address import Gpa, is_aligned, span
+from pyvmm.memory.address import MIB, Gpa, is_aligned, span
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.memlock import require_memlock
-from pyvmm.pages import HOST_PAGE, HUGE_SIZE
+from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class OnDemand:
         self,
         ranges: Iterable[tuple[int, int]],
         *,
-        granule: int = HUGE_SIZE,
+        granule: int = 2 * MIB,
         fill: Fill | None = None,
         limit: int = LIMIT,
     ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from pyvmm._native import ffi
-from pyvmm.errors import GuestMemoryError, KvmError, UsageError
+from pyvmm.errors import GuestMemoryError, KvmError, UsageError, hex_
 from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.ledger import PageState
@@ -129,7 +130,7 @@ def test_memory_of_a_plain_or_pkvm_guest_has_one_mapping() -> None:
 @pytest.mark.parametrize(
     ("gpa", "options", "words"),
     [
-        (BASE + 8 * MIB + 1, {}, "its gpa 0x80800001 is not a multiple of 0x1000"),
+        (BASE + 8 * MIB + 1, {}, f"its gpa 0x80800001 is not a multiple of {HOST_PAGE:#x}"),
         (-HOST_PAGE, {}, "its gpa"),
         (BASE + 8 * MIB, {"size": 100}, "its size 0x64"),
         (BASE + 8 * MIB, {"size": -HOST_PAGE}, "its size"),
@@ -139,7 +140,7 @@ def test_memory_of_a_plain_or_pkvm_guest_has_one_mapping() -> None:
         (
             BASE + HOST_PAGE,
             {},
-            r"0x8010_1000\), overlaps the slot \[0x8000_0000, 0x8010_0000\) on memfd",
+            rf"{re.escape(hex_(BASE + MIB + HOST_PAGE))}\), overlaps the slot \[0x8000_0000, 0x8010_0000\) on memfd",
         ),
         (BASE - HOST_PAGE, {"size": 2 * HOST_PAGE}, "overlaps"),
         ((1 << 36) - HOST_PAGE, {}, "36 bits of guest physical address space"),

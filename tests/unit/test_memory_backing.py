@@ -99,7 +99,7 @@ def test_loaded_data_goes_to_the_file() -> None:
 
 @pytest.mark.parametrize("size", [0, -HOST_PAGE, 1, HOST_PAGE + 1])
 def test_sizes_that_are_not_whole_pages_are_refused(size: int) -> None:
-    with pytest.raises(UsageError, match="a multiple of 0x1000"):
+    with pytest.raises(UsageError, match=f"a multiple of {HOST_PAGE:#x}"):
         Memfd(size)
 
 
@@ -242,12 +242,12 @@ def test_hugetlb_pages_are_taken_and_returned() -> None:
 
 
 def test_a_size_that_is_not_whole_huge_pages_is_refused_for_hugetlb() -> None:
-    with pytest.raises(UsageError, match="a multiple of 0x200000"):
+    with pytest.raises(UsageError, match=f"a multiple of {HUGE_SIZE:#x}"):
         Memfd(MIB, hugetlb=True)
 
 
 def test_anonymous_memory_is_excluded_from_forks_and_dumps_and_advised_to_be_huge() -> None:
-    with Anonymous(4 * MIB) as memory:
+    with Anonymous(2 * HUGE_SIZE) as memory:
         assert memory.hva % HUGE_SIZE == 0
         assert memory.fd == -1
         assert {"dc", "dd", "hg"} <= vm_flags(memory.hva)
@@ -261,7 +261,7 @@ def test_a_hole_in_anonymous_memory_reads_as_zeros() -> None:
         memory.punch(HOST_PAGE, HOST_PAGE)
         there = ffi.buffer(ffi.cast("uint8_t *", memory.view), 2 * HOST_PAGE)[:]
         assert there == b"x" * HOST_PAGE + bytes(HOST_PAGE)
-        with pytest.raises(UsageError, match="multiples of 0x1000"):
+        with pytest.raises(UsageError, match=f"multiples of {HOST_PAGE:#x}"):
             memory.punch(1, HOST_PAGE)
 
 

@@ -41,7 +41,7 @@ class Access:
 
 def contents(gpa: int, size: int) -> bytes:
     assert size % HOST_PAGE == 0
-    return b"".join(page.to_bytes(8, "little") * 512 for page in range(gpa, gpa + size, HOST_PAGE))
+    return b"".join(page.to_bytes(8, "little") * (HOST_PAGE // 8) for page in range(gpa, gpa + size, HOST_PAGE))
 
 
 def attached(
@@ -59,7 +59,7 @@ def attached(
 def test_an_access_adds_its_granule_and_is_repeated() -> None:
     vm, memory, lazy = attached()
     with memory:
-        access = Access(START + 3 * GRANULE + HOST_PAGE + 4092)
+        access = Access(START + 3 * GRANULE + HOST_PAGE + HOST_PAGE - 4)
         assert lazy(access.native)
         assert access.made_again
         assert vm.layout() == [(START + 3 * GRANULE, GRANULE), (BASE, MIB)]
@@ -173,7 +173,7 @@ def test_an_exception_from_fill_reaches_the_caller_and_leaves_no_slot() -> None:
         assert len(vm.live) == 1
     vm, memory, lazy = attached(fill=lambda _gpa, size: bytes(size + 1))
     with memory:
-        with pytest.raises(UsageError, match=r"8193 bytes were given to fill .* of 8192 bytes"):
+        with pytest.raises(UsageError, match=rf"{GRANULE + 1} bytes were given to fill .* of {GRANULE} bytes"):
             lazy(Access(START).native)
         assert len(vm.live) == 1
 
@@ -228,7 +228,7 @@ def test_ranges_that_overlap_memory_or_a_device_are_refused() -> None:
             OnDemand([((1 << 36) - HOST_PAGE, GRANULE)]).attach(memory)
         with pytest.raises(UsageError, match="hide the device at 0x900_0000"):
             OnDemand([(0x800_0000, 32 * MIB)]).attach(memory)
-        OnDemand([(0x900_1000, MIB), (0x800_0000, 16 * MIB)]).attach(memory)
+        OnDemand([(0x900_0000 + HOST_PAGE, MIB), (0x800_0000, 16 * MIB)]).attach(memory)
 
 
 def test_a_protected_guests_memory_must_be_lockable_as_far_as_the_limit_goes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from pyvmm.pages import GUEST_PAGE, HOST_PAGE, HOST_PAGE_SHIFT, HUGE_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
 
-COUNTING = ("memory", "memory_conversion", "native_loop", "source_server", "balloon_pages")
+COUNTING = ("balloon_pages", "machine_lazy", "memory", "memory_conversion", "memory_on_demand", "source_server")
 """Modules of unit tests that must hold with pages of any size. They are run once more with larger ones."""
 
 
@@ -29,7 +29,7 @@ def test_the_hosts_page_is_asked_from_the_system() -> None:
 def test_tests_of_memory_hold_on_a_host_with_larger_pages(page: int) -> None:
     files = [f"tests/unit/test_{name}.py" for name in COUNTING]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.faked_pages", *files]
-    environment = os.environ | {"PYVMM_TEST_PAGE": str(page), "PYVMM_TEST_TIER": "unit"}
+    environment = os.environ | {"PYVMM_TEST_PAGE": str(page)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
 

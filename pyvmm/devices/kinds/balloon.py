@@ -41,7 +41,7 @@ class Balloon(DeviceSpec):
             )
         if guest.backing == "hugetlb":
             raise OptionError(
-                "a balloon with the hugetlb backing: the guest returns pages of 4 KiB, but these have 2 MiB",
+                "a balloon with the hugetlb backing: the guest returns pages of 4 KiB, only parts of huge ones",
                 "balloon",
                 "backing",
                 hint="use --backing thp for huge pages that can be split",

@@ -106,9 +106,13 @@ def devices_in(directory: Path, image: Path) -> list[str]:
     """Return options for one of each device that Debian's kernel has a module for; the disk is a new ``image``."""
     subprocess.run(["modprobe", "tun"], check=False)
     disks.make_root(image, 16 << 20, "", {"question": b"written by the host\n"})
+    blocks = directory / "blocks"
+    blocks.write_bytes(b"in large blocks\n".ljust(1 << 20, b"\0"))
     return [
         "-d",
         str(image),
+        "-d",
+        f"{blocks},block=4096",
         "--net",
         f"tap={TAP},host={HOST}/30",
         "--rng",
@@ -122,7 +126,10 @@ def devices_in(directory: Path, image: Path) -> list[str]:
 def use_devices(console: Console) -> None:
     """Have the guest use the devices of :func:`devices_in`."""
     drivers = console.sh("for each in /sys/bus/virtio/devices/*/driver; do basename $(readlink $each); done")
-    assert sorted(drivers.split()) == DRIVERS
+    assert sorted(set(drivers.split())) == DRIVERS
+    assert (
+        console.sh("cat /sys/block/vd?/queue/logical_block_size; head -n 1 /dev/vdb") == "512\n4096\nin large blocks\n"
+    )
     assert console.sh("mount -t ext4 /dev/vda /mnt && cat /mnt/question") == "written by the host\n"
     console.sh("echo written by the guest >/mnt/answer")
     console.sh(f"ifconfig eth0 {GUEST} netmask 255.255.255.252 && ping -c 1 -W {DEADLINE:.0f} {HOST}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -566,3 +567,14 @@ def test_a_driver_that_cannot_flush_gets_write_through_and_the_next_starts_anew(
     assert board.negotiate(Feature.VERSION_1 | BlkFeature.CONFIG_WCE | BlkFeature.FLUSH)
     assert board.load(WRITEBACK, 1) == 1
     board.close()
+
+
+def test_the_driver_is_told_the_blocks_and_a_restored_one_finds_the_same(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(1 << 20)
+    large, usual = (VirtioBlk(DiskFile(str(path), lock=False, block=block)) for block in (4096, 0))
+    with contextlib.closing(large), contextlib.closing(usual):
+        assert [int.from_bytes(each.config()[20:24], "little") for each in (large, usual)] == [4096, 512]
+        large.load(large.save())
+        with pytest.raises(UsageError, match="has blocks of 512 bytes, but had 4096 when it was saved"):
+            usual.load(large.save())

@@ -51,6 +51,27 @@ def test_a_file_that_cannot_be_a_disk_is_refused_with_a_hint(tmp_path: Path) -> 
     assert "embedded null" in refusal("a\0b")
 
 
+def test_a_guest_gets_the_blocks_that_were_asked_for(tmp_path: Path) -> None:
+    path = make(tmp_path / "disk", 3 * 4096 + 512)
+    with DiskFile(path, block=512) as disk:
+        assert (disk.block_size, disk.physical_size) == (512, 4096)
+    with pytest.raises(UsageError, match="has 12800 bytes, not whole blocks of 4096 bytes") as refused:
+        DiskFile(path, block=4096)
+    assert f"truncate -s %4096 {path}" in str(refused.value.hint)
+    os.truncate(path, 3 * 4096)
+    with DiskFile(path, block=4096) as disk:
+        assert (disk.block_size, disk.physical_size, disk.sectors) == (4096, 4096, 24)
+
+
+def test_blocks_smaller_than_the_hosts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiskFile, "_own_blocks", lambda _disk: (4096, 8192))
+    path = make(tmp_path / "disk", 1 << 16)
+    with DiskFile(path) as disk:
+        assert (disk.block_size, disk.physical_size) == (4096, 8192)
+    with pytest.raises(UsageError, match="has blocks of 4096 bytes, so a guest's cannot have 512"):
+        DiskFile(path, block=512)
+
+
 @pytest.mark.parametrize(("begins", "name"), [(b"QFI\xfb\0\0\0\3", "qcow2"), (b"KDMV", "VMDK"), (b"raw", None)])
 def test_an_image_of_another_format_is_served_raw_with_a_warning(
     tmp_path: Path, events: Callable[[], list[dict[str, Any]]], begins: bytes, name: str | None
@@ -153,7 +174,7 @@ def test_the_option_has_the_path_and_the_kind_of_disk() -> None:
     [
         ("", "names no file"),
         ("ro", "names no file"),
-        ("a,r0", "'r0' in 'a,r0' is not known; known are path=, ro, queues=, serial="),
+        ("a,r0", "'r0' in 'a,r0' is not known; known are path=, ro, queues=, serial=, block="),
         ("a,ro,ro", "ro is twice"),
         ("a,queues=0", "'0' is not a count"),
         ("a,ro=no", "ro takes no value"),
@@ -193,3 +214,16 @@ def test_files_of_many_disks_are_looked_up_once_each(monkeypatch: pytest.MonkeyP
     paths = [f"/nonexistent/{number}" for number in range(64)]
     MachineConfig("k", devices=(Rng(), *map(Disk, paths))).check()
     assert seen == paths
+
+
+@pytest.mark.parametrize("size", [1, 511, 3000, 8192])
+def test_a_block_size_that_guests_do_not_take_is_refused(size: int) -> None:
+    with pytest.raises(UsageError, match=f"with blocks of {size} bytes: they can have 512, 1024, 2048, 4096"):
+        Disk("a", block=size)
+
+
+def test_the_command_line_gives_a_disk_its_blocks() -> None:
+    parser = argparse.ArgumentParser()
+    Table(DEVICE_OPTIONS, lambda _: None).add_to(parser)
+    args = parser.parse_args(["--console", "none", "-d", "a.img,block=4096"])
+    assert device_specs(args) == (Disk("a.img", block=4096),)

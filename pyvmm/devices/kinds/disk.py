@@ -21,18 +21,28 @@ if TYPE_CHECKING:
     from pyvmm.devices.virtio.blk import VirtioBlk
 
 MOST_QUEUES: Final = 16
+BLOCKS: Final = (512, 1024, 2048, 4096)
+"""Sizes that guests with pages of any size take."""
 
 
 class Disk(DeviceSpec):
-    """A raw image or a block device at ``path``; ``queues`` are 1 to 16, ``serial`` has 20 bytes at most."""
+    """A raw image or a block device at ``path``; ``queues`` are 1 to 16, ``serial`` has 20 bytes at most.
 
-    def __init__(self, path: str, read_only: bool = False, queues: int = 1, serial: str = "") -> None:
+    ``block`` is the bytes of a logical block, 512 to 4096; 0 for the device's own, which of a file are 512.
+    """
+
+    def __init__(self, path: str, read_only: bool = False, queues: int = 1, serial: str = "", block: int = 0) -> None:
         """Raise UsageError for invalid values."""
         if not 1 <= queues <= MOST_QUEUES:
             raise OptionError(f"disk {path!r} with {queues} queues: it can have 1 to {MOST_QUEUES}", "disk.queues")
         if serial:
             _check_serial(path, serial)
+        if block and block not in BLOCKS:
+            raise OptionError(
+                f"disk {path!r} with blocks of {block} bytes: they can have {', '.join(map(str, BLOCKS))}", "disk.block"
+            )
         self.path, self.read_only, self.queues, self.serial = path, read_only, queues, serial
+        self.block = block
 
     def check(self, guest: Guest) -> None:
         """Raise UsageError for a file that two of the guest's disks use, one of them writable."""
@@ -63,7 +73,7 @@ class Disk(DeviceSpec):
         from pyvmm.devices.virtio.blk import VirtioBlk
         from pyvmm.devices.virtio.disk import DiskFile
 
-        file = DiskFile(self.path, read_only=self.read_only, lock=not context.planned)
+        file = DiskFile(self.path, read_only=self.read_only, lock=not context.planned, block=self.block)
         return VirtioBlk(file, queues=self.queues, serial=self.serial, private=context.private, pool=context.pool)
 
 
@@ -80,17 +90,22 @@ def _check(text: str, values: dict[str, Any]) -> dict[str, Any]:
     return values if values.get("ro") else {**values, "path": OutputPath(values["path"])}
 
 
-PARTS = Parts({"path": str, "ro": None, "queues": parse_count, "serial": str}, main="path", check=_check)
+PARTS = Parts(
+    {"path": str, "ro": None, "queues": parse_count, "serial": str, "block": parse_count}, main="path", check=_check
+)
 KIND = DeviceKind(
     Option(
         "-d",
         "--disk",
         group="devices",
         takes=SEVERAL,
-        metavar="PATH[,ro][,queues=N][,serial=TEXT]",
+        metavar="PATH[,ro][,queues=N][,serial=TEXT][,block=BYTES]",
         type=PARTS,
         path=PARTS.absolute("path"),
-        help="a disk, from a raw image or a block device; may be repeated: the guest's vda, vdb and so on",
+        help="a disk, from a raw image or a block device; may be repeated: the guest's vda, vdb and so on. "
+        "block=4096 gives it logical blocks of that size, as images of such disks need",
     ),
-    lambda parts, _around: Disk(parts["path"], parts.get("ro", False), parts.get("queues", 1), parts.get("serial", "")),
+    lambda parts, _around: Disk(
+        parts["path"], parts.get("ro", False), parts.get("queues", 1), parts.get("serial", ""), parts.get("block", 0)
+    ),
 )

@@ -189,14 +189,20 @@ class VirtioBlk(WorkerDevice):
         self.writeback = True
 
     def save(self) -> dict[str, Any]:
-        """Return the driver's choice of caching, and the disk's size."""
-        return {"sectors": self.disk.sectors, "writeback": self.writeback}
+        """Return the driver's choice of caching, and the disk's size and blocks."""
+        return {"sectors": self.disk.sectors, "block": self.disk.block_size, "writeback": self.writeback}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Restore the driver's choice. Raises UsageError if the disk's size has changed."""
+        """Restore the driver's choice. Raises UsageError if the disk's size or that of its blocks has changed."""
         if saved["sectors"] != self.disk.sectors:
             raise UsageError(
                 f"disk {self.disk.path!r} has {self.disk.sectors} sectors, but had {saved['sectors']} when it was saved"
+            )
+        if saved["block"] != self.disk.block_size:
+            raise UsageError(
+                f"disk {self.disk.path!r} has blocks of {self.disk.block_size} bytes, but had {saved['block']} when it "
+                "was saved",
+                hint=f"block={saved['block']}",
             )
         self.writeback = bool(saved["writeback"])
 

@@ -54,8 +54,10 @@ class DiskFile:
     false for a block device. ``copies`` says whether the kernel copies reads and writes (else it may pin the memory).
     """
 
-    def __init__(self, path: str, *, read_only: bool = False, lock: bool = True) -> None:
-        """Open ``path``, and lock it by default. Raises UsageError with the reason and a hint."""
+    def __init__(self, path: str, *, read_only: bool = False, lock: bool = True, block: int = 0) -> None:
+        """Open ``path``, and lock it by default. ``block`` replaces the size of a logical block unless 0.
+
+        Raises UsageError with the reason and a hint."""
         self.path = path
         self.read_only = read_only
         self.fd = _open(path, read_only)
@@ -65,7 +67,7 @@ class DiskFile:
             self._tell_format()
             if lock:
                 self._lock()
-            self.block_size, self.physical_size = self._blocks()
+            self.block_size, self.physical_size = self._blocks(block)
             self.copies = not self.regular or libc.file_system(self.fd)[0] in _COPYING
             self.can_discard = not read_only and self._can_discard()
         except BaseException:
@@ -170,13 +172,28 @@ class DiskFile:
                 hint="another VM could write to it at the same time",
             )
 
-    def _blocks(self) -> tuple[int, int]:
+    def _blocks(self, asked: int) -> tuple[int, int]:
+        logical, physical = self._own_blocks()
+        if asked and asked < logical:
+            raise UsageError(
+                f"disk {self.path!r} has blocks of {logical} bytes, so a guest's cannot have {asked}",
+                hint=f"block={logical}, or drop block=",
+            )
+        logical = asked or logical
+        if self.size % logical:
+            raise UsageError(
+                f"disk {self.path!r} has {self.size} bytes, not whole blocks of {logical} bytes",
+                hint=f"truncate -s %{logical} {self.path}" if self.regular else "use a smaller block=",
+            )
+        return logical, max(logical, physical)
+
+    def _own_blocks(self) -> tuple[int, int]:
         if self.regular:
             return SECTOR, 4096
         logical, physical = c_int(SECTOR), c_uint(SECTOR)
         libc.ioctl(self.fd, fs.BLKSSZGET.number, byref(logical))
         libc.ioctl(self.fd, fs.BLKPBSZGET.number, byref(physical))
-        return logical.value, max(logical.value, physical.value)
+        return logical.value, physical.value
 
     def _can_discard(self) -> bool:
         if self.regular:

@@ -13,6 +13,9 @@ import mmap
 HOST_PAGE = mmap.PAGESIZE
 """The host kernel's page: 4, 16 or 64 KiB on arm64."""
 
+LARGEST_PAGE = 1 << 16
+"""A multiple of every host's page."""
+
 HOST_PAGE_SHIFT = HOST_PAGE.bit_length() - 1
 
 HUGE_PAGE_SHIFT = 2 * HOST_PAGE_SHIFT - 3

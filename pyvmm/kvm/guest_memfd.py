@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class GuestMemfd(Fd):
-    """``size`` bytes of guest memory in 4 KiB pages. After closing it, guest accesses to its slot fault."""
+    """``size`` bytes of guest memory in pages of the host. After closing it, guest accesses to its slot fault."""
 
     kind = "guest_memfd"
 

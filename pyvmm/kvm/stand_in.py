@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import errno
 import os
+from ctypes import memmove
 
 from pyvmm.kvm.fd import KERNEL, Kernel
+from pyvmm.kvm.vcpu import ID_AA64MMFR0_EL1
 from pyvmm.typed import NamedTuple
-from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, DeviceType, kvm_create_device
+from pyvmm.uapi.kvm import KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, DeviceType, kvm_create_device, kvm_one_reg
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_TARGET_GENERIC_V8, kvm_vcpu_init
 from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_VM_IPA_SIZE, KVM_CAP_NR_MEMSLOTS
 from pyvmm.uapi.kvm_memory import kvm_create_guest_memfd
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from pyvmm.uapi.ioctl import Ioctl
 
 _RUN_AREA: Final = 0x2000
+EVERY_GRANULE: Final = 1 << 20
+"""ID_AA64MMFR0_EL1 of a CPU with pages of 4, 16 and 64 KiB."""
 _CAPABILITIES: Final = {KVM_CAP_NR_MEMSLOTS: 32767, KVM_CAP_ARM_VM_IPA_SIZE: 40}
 """Capabilities with a number, as in Linux 7.3 on arm64. The others answer 1."""
 
@@ -110,6 +114,8 @@ class StandIn(Kernel):
                 argument.fd = _descriptor("device")
             case "KVM_ARM_PREFERRED_TARGET", kvm_vcpu_init():
                 argument.target = KVM_ARM_TARGET_GENERIC_V8
+            case "KVM_GET_ONE_REG", kvm_one_reg() if argument.id == ID_AA64MMFR0_EL1:
+                memmove(argument.addr, EVERY_GRANULE.to_bytes(8, "little"), 8)
         return 0, 0
 
 

@@ -42,6 +42,10 @@ if TYPE_CHECKING or _X86:
     from pyvmm.uapi import kvm_x86
 
 
+ID_AA64MMFR0_EL1 = kvm_arm64.ARM64_SYS_REG(3, 0, 0, 7, 0)
+"""The register that has the sizes of pages."""
+
+
 class Vcpu(MeasuredFd):
     """A vCPU. It owns the mapping of its run area, and unmaps it on close."""
 

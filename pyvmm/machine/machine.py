@@ -17,6 +17,7 @@ from pyvmm.machine.hardware import Hardware
 from pyvmm.machine.threads import Threads
 from pyvmm.machine.vm import native_vcpu
 from pyvmm.memory.address import MIB
+from pyvmm.pages import GUEST_PAGE, HOST_PAGE
 from pyvmm.protection import Protection
 from pyvmm.vcpu.cold import ColdExits, Intercept, Unclaimed
 from pyvmm.vcpu.outcome import Ending, Outcome
@@ -148,6 +149,10 @@ class Machine(Hardware):
         )
         if self.config.protection.by_hypervisor:
             self._introduce()
+            if HOST_PAGE != GUEST_PAGE:
+                from pyvmm.machine.livelock import Watchdog  # of the few hosts with such pages
+
+                self._stack.enter_context(Watchdog(self.vcpus, self._natives, self._end.finish))
         self._end.begin()
         with within_limits(self.descriptors):
             self._threads.start()

@@ -19,7 +19,7 @@ from pyvmm.machine import state
 from pyvmm.machine.snapshot import CHUNK, DESCRIPTION, facts, header
 from pyvmm.memory.address import align_up
 from pyvmm.memory.backing import Memfd
-from pyvmm.pages import HOST_PAGE
+from pyvmm.pages import HOST_PAGE, LARGEST_PAGE
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def _write(fd: int, machine: Machine, description: dict[str, Any]) -> int:
     # The offset of memory depends on the description's size, which depends on that offset. Reserve room for any number.
     regions = [{"gpa": slot.gpa, "size": slot.size, "offset": 1 << 62} for slot in machine.memory.slots]
     description["memory"] = regions
-    end = align_up(DESCRIPTION + len(json.dumps(description)))
+    # Mapped at a restore, also on a host with larger pages.
+    end = align_up(DESCRIPTION + len(json.dumps(description)), LARGEST_PAGE)
     for region in regions:
         region["offset"] = end
         end += region["size"]

@@ -102,6 +102,10 @@ class KernelImage:
     def enter(self, machine: Built) -> boot.Entry:
         """Load it, and set the first vCPU's start state."""
         config = machine.config
+        if self._image.page:
+            from pyvmm.machine.granule import require_granule
+
+            require_granule(self._image, machine.vcpus[0])
         if machine.tree is not None:
             from pyvmm.machine.cmdline import line_in
 

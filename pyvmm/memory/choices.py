@@ -21,7 +21,7 @@ class ConversionPolicy(Enum):
     PRESERVE = "preserve"
     """The contents stay, as under pKVM. Only the host's access changes. Cost: one mprotect."""
     ZERO = "zero"
-    """The VMM zeroes the page, in both directions. Cost: an mprotect and 4 KiB of stores."""
+    """The VMM zeroes the page, in both directions. Cost: an mprotect and a page of stores."""
     PUNCH = "punch"
     """The page is dropped from its file and replaced by a new one. Cost: an mprotect, a punch, a stage-2 fault."""
     COPY = "copy"

@@ -41,7 +41,7 @@ class ShareSource(IntEnum):
 
 
 class ShareEvent(NamedTuple):
-    """One conversion of ``npages`` 4 KiB pages from ``gpa``; ``ns`` is CLOCK_MONOTONIC."""
+    """One conversion of ``npages`` pages of the host from ``gpa``; ``ns`` is CLOCK_MONOTONIC."""
 
     shared: bool
     gpa: Gpa

@@ -137,6 +137,13 @@ PROTECTION: Final = (
         default="preserve",
         help="effect of a conversion on the page's contents (emulated only; default preserve)",
     ),
+    Option(
+        "--force",
+        group="protection",
+        takes=FLAG,
+        about=RUN,
+        help="start a protected Linux also where the host's pages are larger than 4 KiB, and it does not get far",
+    ),
 )
 
 CONFIGURATION: Final = (

@@ -14,6 +14,7 @@ import threading
 
 from pyvmm import log
 from pyvmm.errors import within_limits
+from pyvmm.machine.granule import require_resolved_faults
 from pyvmm.machine.hardware import OTHER_DESCRIPTORS
 from pyvmm.machine.machine import Machine
 from pyvmm.options.consoles import places
@@ -92,6 +93,8 @@ class GuestRun:
         self._config = machine_config(args, serial, console)
         if args.restore is None:
             self._config = with_files(self._config)
+            if not args.force:
+                require_resolved_faults(self._config)
         else:
             from pyvmm.machine.snapshot import Snapshot
 

@@ -88,10 +88,12 @@ def test_the_doctor_reports_whether_the_host_is_pkvm(answer: HostError | bool, s
     assert word in found.value
 
 
-def test_an_arm64_host_with_large_pages_cannot_run_guests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(os, "sysconf", lambda name: 65536 if name == "SC_PAGE_SIZE" else 1 << 20)
-    assert findings(probes.host())["page size"].status == FAIL
+@pytest.mark.parametrize(("page", "status"), [(4096, OK), (16384, WARN), (65536, WARN)])
+def test_the_doctor_warns_of_large_pages(page: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "HOST_PAGE", page)
+    found = findings(probes.host())["page size"]
+    assert found.status == status
+    assert found.value.startswith(f"{page} bytes")
 
 
 def test_the_doctor_names_a_missing_module_and_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

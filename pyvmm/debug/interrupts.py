@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask the interrupts of a vCPU during a single step.
 
-While a guest stands still its timer goes on, so an interrupt is nearly always pending when it is stepped. A step would
-end at the interrupt's vector instead of behind the instruction, and a breakpoint could never be stepped over. So a
-stepped vCPU takes no interrupts. On a GICv3 that is ICC_IGRPEN1_EL1, as KVM keeps it, which is 0 during a step: group 1
-is the one that operating systems use. On a GICv2 it is the enable bits of both groups in GICC_CTLR. An instruction of
-the guest that reads that register during a step sees so.
+An interrupt is often pending when a guest is stepped: from a device, which runs on, or from the timer of a protected
+guest, whose time goes on while it is stopped. A step would end at the interrupt's vector instead of behind the
+instruction, and a breakpoint could never be stepped over. So a stepped vCPU takes no interrupts. On a GICv3 that is
+ICC_IGRPEN1_EL1, as KVM keeps it, which is 0 during a step: group 1 is the one that operating systems use. On a GICv2 it
+is the enable bits of both groups in GICC_CTLR. An instruction of the guest that reads that register during a step sees
+so.
 """
 
 from __future__ import annotations

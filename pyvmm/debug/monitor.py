@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 monitor help          this
-monitor info          protection, pages by state, breakpoint registers, why the last request failed
+monitor info          protection, the guest's time, pages by state, breakpoint registers, why the last request failed
 monitor info ADDRESS  an address's gpa, and the state of its page
 monitor phys on|off   use guest physical addresses, or translate by the guest's tables (default)
 """
@@ -49,12 +49,19 @@ def _about(target: GuestTarget) -> str:
     )
     lines = [
         f"protection {machine.config.protection.value}, {len(machine.vcpus)} vCPUs",
+        _about_time(target.clock.goes_on),
         f"pages: {counts}",
         f"{target.points.breaks} breakpoint and {target.points.watches} watchpoint registers",
     ]
     if target.last_refusal is not None:
         lines.append(f"last request that failed: {target.last_refusal}")
     return "\n".join(lines) + "\n"
+
+
+def _about_time(goes_on: str | None) -> str:
+    if goes_on is None:
+        return "the guest's time stands while all of its vCPUs are stopped"
+    return f"the guest's time goes on while it is stopped: {goes_on}"
 
 
 def _about_address(target: GuestTarget, thread: int, text: str) -> str:

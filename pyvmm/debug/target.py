@@ -3,7 +3,8 @@
 
 Owns no descriptor and no thread. Only the debugger's thread calls it, except for :meth:`GuestTarget.intercept`, which
 runs in the vCPUs' threads. From :meth:`halt` to :meth:`resume` the debugger holds one pause of each vCPU's thread.
-Other pauses, such as the control socket's, nest with it. Devices keep running while vCPUs are stopped.
+While it holds all of them, it also holds the guest's time (see :mod:`pyvmm.machine.clock`). Other pauses, such as the
+control socket's, nest with it. Devices keep running while vCPUs are stopped.
 
 Linux 7.3 allows a debugger the same in every protection, including registers of a protected guest: EL2 takes them from
 the host at every entry. Memory differs: the debugger can access only pages that the host can. A later kernel keeps a
@@ -91,6 +92,10 @@ class GuestTarget:
         self._failed: set[int] = set()
         self.watched = False
         """Whether a debugger is attached."""
+        # Asked for here, before another thread can make a pause: the machine makes its clock when it is first asked.
+        self.clock = machine.clock
+        """The guest's time."""
+        self._holds_time = False
         self._interrupts = HeldInterrupts(machine.gic)
         self._tell_refusal = log.warning if machine.config.protection.isolates else log.info
         self.last_refusal: str | None = None
@@ -138,6 +143,9 @@ class GuestTarget:
             threads[index].wait_paused()
             self._settle(index)
         self._halted.update(going)
+        if not self._holds_time:
+            self._holds_time = True
+            self.clock.stop()
 
     @property
     def has_stopped(self) -> bool:
@@ -166,6 +174,8 @@ class GuestTarget:
         self._stepping = {index for index, go in chosen.items() if go is Go.STEP}
         for index in self._stepping:
             self._interrupts.hold(self.machine.vcpus[index])
+        if chosen:
+            self._let_time_go()
         for index in chosen:
             self._halted.discard(index)
             self._threads[index].resume()
@@ -182,6 +192,8 @@ class GuestTarget:
                 self._debug(index, step=False)
             except Refused as refused:
                 log.warning("still_debugged", vcpu=index, why=refused.why)
+        self._let_time_go()
+        for index in sorted(halted):
             self._threads[index].resume()
 
     def kill(self) -> None:
@@ -279,6 +291,11 @@ class GuestTarget:
         self.points.remove(kind, address, length)
 
     # -- inside
+
+    def _let_time_go(self) -> None:
+        if self._holds_time:
+            self._holds_time = False
+            self.clock.go()
 
     @property
     def _threads(self) -> Sequence[VcpuThread]:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A paused guest sees no time pass: its counters are set back before a vCPU runs again. Needs no KVM."""
+"""A guest that is paused or halted by a debugger sees no time pass. Needs no KVM.
+
+Its counters are set back before a vCPU runs again.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyvmm.debug.monitor import answer
+from pyvmm.debug.protocol import Go
+from pyvmm.debug.target import GuestTarget
 from pyvmm.kvm.stand_in import StandIn
 from pyvmm.machine.clock import COUNTERS
 from pyvmm.machine.config import MachineConfig
@@ -148,3 +154,81 @@ def test_the_counters_of_a_protected_guest_are_not_changed(kernel: Ticking) -> N
         machine.clock.stop()
         machine.clock.go()
     assert kernel.heard == []
+
+
+def debugger_of(machine: Machine) -> GuestTarget:
+    """Return a debugger's view of ``machine``."""
+    return GuestTarget(machine, lambda: None)
+
+
+AGAIN = [("GET", 0, 3000), ("GET", 1, 4000)]
+
+
+def test_a_debuggers_halt_stops_time_until_the_first_vcpu_runs(
+    machine: tuple[Machine, list[str]], kernel: Ticking
+) -> None:
+    it, done = machine
+    debugger = debugger_of(it)
+    debugger.halt()
+    assert (kernel.heard, done) == (SAVED, ["pause", "pause", "stands", "stands"])
+    debugger.halt()
+    debugger.take_stop()
+    assert kernel.heard == SAVED
+    debugger.resume({1: Go.CONTINUE, 2: Go.CONTINUE})
+    assert kernel.heard == [*SAVED, *PUT_BACK]
+    assert done[4:] == ["resume 4", "resume 4"]
+
+
+@pytest.mark.parametrize("go", list(Go))
+def test_time_goes_on_while_a_debugger_runs_one_vcpu(
+    go: Go, machine: tuple[Machine, list[str]], kernel: Ticking
+) -> None:
+    it, done = machine
+    debugger = debugger_of(it)
+    debugger.halt()
+    debugger.resume({2: go})
+    assert (kernel.heard, done[4:]) == ([*SAVED, *PUT_BACK], ["resume 4"])
+    debugger.resume({1: Go.CONTINUE})
+    assert kernel.heard == [*SAVED, *PUT_BACK]
+    debugger.halt()
+    assert kernel.heard == [*SAVED, *PUT_BACK, *AGAIN]
+
+
+def test_a_guest_that_its_debugger_leaves_sees_no_time_pass(
+    machine: tuple[Machine, list[str]], kernel: Ticking
+) -> None:
+    it, done = machine
+    debugger = debugger_of(it)
+    debugger.detach()
+    assert kernel.heard == [*SAVED, *PUT_BACK]
+    assert done[4:] == ["resume 4", "resume 4"]
+
+
+@pytest.mark.parametrize("last", ["the debugger", "the pause"])
+def test_time_stands_until_both_a_debugger_and_a_pause_let_it_go(
+    last: str, machine: tuple[Machine, list[str]], kernel: Ticking
+) -> None:
+    it, _ = machine
+    debugger = debugger_of(it)
+    debugger.halt()
+    it.pause()
+    ends = [lambda: debugger.resume({1: Go.CONTINUE, 2: Go.CONTINUE}), it.resume]
+    for end in ends if last == "the pause" else reversed(ends):
+        assert kernel.heard == SAVED
+        end()
+    assert kernel.heard == [*SAVED, *PUT_BACK]
+
+
+@pytest.mark.parametrize("protection", list(Protection))
+def test_the_debugger_is_told_whether_time_stands(protection: Protection) -> None:
+    config = MachineConfig("payload:hello", protection, memory=16 * MIB, serial_out=None)
+    kernel = Ticking()
+    with Machine(config, kernel=kernel) as machine:
+        debugger = debugger_of(machine)
+        debugger.halt()
+        told = answer(debugger, 1, "info")
+    if protection is Protection.PKVM:
+        assert "time goes on while it is stopped: the hypervisor keeps a protected guest's counters\n" in told
+        assert kernel.heard == []
+    else:
+        assert "the guest's time stands while all of its vCPUs are stopped\n" in told

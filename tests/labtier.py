@@ -136,6 +136,8 @@ class Tiers:
             terminalreporter.write_line(f"{tier} tier: {count} tests not run: {self._missing[tier].splitlines()[0]}")
         if self._labs is not None and self._labs.title is not None:
             terminalreporter.write_line(f"pkvm tier: {len(self._forwarded)} tests ran in the lab: {self._labs.title}")
+            if (why := self._labs.why_no_second) is not None:
+                terminalreporter.write_line(f"pkvm tier: one lab ran them all, as a second one did not come up: {why}")
 
 
 def report(
@@ -164,6 +166,14 @@ class Labs:
     def title(self) -> str | None:
         """What the first lab runs on, once it is up."""
         return self._first.title
+
+    @property
+    def why_no_second(self) -> str | None:
+        """Why the second lab did not come up, in a line; None if it did, is still starting, or was not wanted."""
+        second = self._second
+        if second is None or second.title is not None or second.ended is None:
+            return None
+        return " ".join(second.ended.split("\n", 2)[:2])
 
     def wait_for_first(self) -> None:
         """Wait until the first lab is up, showing what must be built. Raises PyvmmError if no lab can come up."""

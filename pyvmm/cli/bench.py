@@ -44,7 +44,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "       pyvmm bench report [--html FILE] [--figures DIR] RESULTS\n"
         "       pyvmm bench sweep [options] PLAN.toml",
         description="Measure what guest memory costs: each case at the points of its axes, a process each.\n"
-        "Without --axis, every value of every axis is measured once, the others at their first value.",
+        "Without --axis, every value of every axis is measured in every protection, the other axes at their first "
+        "value.",
         epilog="examples:\n"
         "  pyvmm --lab bench --quick --html bench.html           the quick set, in the lab\n"
         "  pyvmm --lab --lab-icount bench fault exit             in instructions, which repeat\n"

@@ -79,7 +79,7 @@ def _print_json(machine: Machine, page_map: PageMap, outcome: Outcome) -> None:
     print(
         json.dumps(
             {
-                "kernel": config.kernel,
+                "kernel": config.title,
                 "protection": config.protection.value,
                 "backing": config.backing,
                 "conversion": config.conversion.value,

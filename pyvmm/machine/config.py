@@ -32,7 +32,8 @@ class MachineConfig(NamedTuple):
     run, with huge pages where the host has them. A first access then costs only what the protection adds. ``devices``
     are those beside the machine's own, in the order of their addresses (:mod:`pyvmm.devices.kinds`). ``swiotlb`` is the
     size in bytes of the DMA pool (bounce buffer) for these devices: None for the protection's default, 0 for no pool.
-    ``dtb`` is the path of a device tree that replaces the generated one. Devices then use its pool.
+    ``dtb`` is the path of a device tree that replaces the generated one. Devices then use its pool. ``name`` is what
+    the user calls the kernel, where that is not ``kernel``.
     """
 
     kernel: str
@@ -51,6 +52,12 @@ class MachineConfig(NamedTuple):
     devices: tuple[DeviceSpec, ...] = ()
     swiotlb: int | None = None
     dtb: str | None = None
+    name: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The kernel for a reader: ``name`` if there is one, else ``kernel``."""
+        return self.kernel if self.name is None else self.name
 
     def check(self) -> None:
         """Raise OptionError for invalid or contradicting values.

@@ -50,7 +50,7 @@ def take_reading(machine: Machine) -> Reading:
     return {
         "pyvmm": __version__,
         "pid": os.getpid(),
-        "kernel": config.kernel,
+        "kernel": config.title,
         "protection": config.protection.value,
         "backing": config.backing,
         "memory": config.memory,

@@ -87,7 +87,10 @@ def _require_root(kernel: str, args: argparse.Namespace) -> None:
 
 
 def with_files(config: MachineConfig) -> MachineConfig:
-    """Replace names of kernels and initramfs by their files. Raises HostError if a file is missing."""
+    """Replace names of kernels and initramfs by their files. Reports keep the kernel's name.
+
+    Raises HostError if a file is missing.
+    """
     from pyvmm.guest.kernels import resolve
 
     def make(name: str) -> str:
@@ -96,4 +99,4 @@ def with_files(config: MachineConfig) -> MachineConfig:
         return made(name)
 
     kernel, initrd = resolve(config.kernel, config.initrd, make)
-    return config._replace(kernel=kernel, initrd=initrd)
+    return config._replace(kernel=kernel, initrd=initrd, name=config.title)

@@ -99,7 +99,7 @@ class Requests:
             "pid": os.getpid(),
             "state": self.state,
             "elapsed_ns": machine.elapsed_ns,
-            "kernel": config.kernel,
+            "kernel": config.title,
             "protection": config.protection.value,
             "memory": config.memory,
             "backing": config.backing,

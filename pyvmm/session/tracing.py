@@ -116,7 +116,7 @@ def _traced_run(machine: Machine) -> TracedRun:
     if in_lab():
         labels.append(TCG_NOTE)
     return TracedRun(
-        name=f"pyvmm {config.kernel}",
+        name=f"pyvmm {config.title}",
         labels=tuple(labels),
         devices=tuple((placed.device.name, placed.base, placed.device.size) for placed in machine.bus.placed),
         protected=config.protection is not Protection.NONE,

@@ -161,4 +161,4 @@ class Watch:
 def _title(machine: Machine) -> str:
     config = machine.config
     cpus = f"{config.cpus} vCPU{'' if config.cpus == 1 else 's'}"
-    return f"{config.kernel}: protection {config.protection.value}, {cpus}, {size(config.memory)} of {config.backing}"
+    return f"{config.title}: protection {config.protection.value}, {cpus}, {size(config.memory)} of {config.backing}"

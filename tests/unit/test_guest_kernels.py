@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +21,10 @@ from pyvmm.lab.ownkernel import OwnKernel, Variant
 from pyvmm.lab.peers import ALL
 from pyvmm.lab.trees import find_tree, made_tree, usable_tree
 from pyvmm.labenv import IN_LAB, TREES
-from pyvmm.options.machine import machine_config
+from pyvmm.machine.config import MachineConfig
+from pyvmm.options.machine import machine_config, with_files
+from pyvmm.protection import Protection
+from pyvmm.session.watch import _title
 from tests.unit.test_lab_image import read_cpio
 
 # -- names
@@ -34,6 +38,21 @@ def never(name: str) -> str:
 def test_a_path_that_is_not_a_name_is_unchanged(kernel: str) -> None:
     assert resolve(kernel, None, never) == (kernel, None)
     assert resolve(kernel, "root.cpio", never) == (kernel, "root.cpio")
+
+
+@pytest.mark.parametrize("kernel", ["own:", "debian:stable"])
+def test_reports_call_a_named_kernel_by_its_name(kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(guests, "made", lambda _name: str(tmp_path))
+    monkeypatch.delenv(IN_LAB, raising=False)
+    config = with_files(MachineConfig(kernel, Protection.PKVM))
+    assert (config.kernel, config.title) == (str(tmp_path / "Image"), kernel)
+    machine = SimpleNamespace(config=config)
+    assert _title(machine).startswith(f"{kernel}: protection pkvm, 1 vCPU, ")  # type: ignore[arg-type]
+
+
+def test_reports_call_a_file_by_its_path() -> None:
+    config = with_files(MachineConfig("some/Image"))
+    assert (config.kernel, config.title) == ("some/Image", "some/Image")
 
 
 def test_a_shell_has_the_named_kernels_modules_or_no_modules() -> None:

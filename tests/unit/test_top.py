@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from pyvmm._native import ffi, lib
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.labenv import TCG_NOTE
+from pyvmm.machine.config import MachineConfig
 from pyvmm.observe.rates import lines, report, since_start, take_reading
-from pyvmm.protection import Protection
 from pyvmm.session import control
 from pyvmm.session.control import Connection, Control, running
 
@@ -127,7 +127,7 @@ def test_times_of_the_lab_are_marked(tcg: bool) -> None:
 
 
 def test_a_reading_counts_unfinished_time_for_the_current_state_of_the_vcpu() -> None:
-    config = SimpleNamespace(kernel="payload:smp", protection=Protection.NONE, backing="memfd", memory=64 << 20)
+    config = MachineConfig("payload:smp", backing="memfd", memory=64 << 20)
     vm = ffi.new("struct pv_vm *")
     vm.pages[lib.PV_PAGE_HOST] = 16384
     inside, outside = (ffi.new("struct pv_vcpu *", {"index": n, "vm": vm, "tid": tid}) for n, tid in enumerate((5, 0)))

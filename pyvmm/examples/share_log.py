@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from itertools import count
 
-from pyvmm.errors import hex_
 from pyvmm.experiment import Experiment
 from pyvmm.memory.relay import ShareEvent
 from pyvmm.pages import HOST_PAGE
@@ -34,7 +33,7 @@ def main() -> None:
         def hear(event: ShareEvent) -> None:
             number, end = next(numbers), event.gpa + event.npages * HOST_PAGE
             what = "shares" if event.shared else "unshares"
-            print(f"{number}: the guest {what} {hex_(event.gpa)} to {hex_(end)} ({event.source.name.lower()})")
+            print(f"{number}: the guest {what} {event.gpa:#x} to {end:#x} ({event.source.name.lower()})")
             if event.shared:
                 x.memory.write(event.gpa, number.to_bytes(8, "little"))
 

@@ -18,6 +18,7 @@ from pyvmm.kvm.system import System
 from pyvmm.labenv import COUNTS, EMULATOR, in_lab
 
 TIME, INSTRUCTIONS = "time", "instructions"
+"""What a host's clock counts; see :func:`counts`."""
 
 
 def host() -> dict[str, Value]:

@@ -57,9 +57,11 @@ class Option:
 
     ``names`` are as typed, ``"-m", "--mem"``. A name without dashes is an optional positional word. ``takes`` is one of
     the four words above. ``type`` converts a text to the value, and raises argparse.ArgumentTypeError. ``dest`` is the
-    value's name in the namespace, by default the first long name. ``says`` names the option's subject, by default its
-    ``dest``. The command line overrides a file's options on the same subject, and a file may have only one of them.
-    With ``alone`` the command line may have only one as well. ``group`` is the heading in --help.
+    value's name in the namespace, by default the first long name. ``help``, ``metavar``, ``choices``, ``default`` and
+    ``const`` are as argparse has them. ``group`` is the heading in --help.
+
+    ``says`` names the option's subject, by default its ``dest``. The command line overrides a file's options on the
+    same subject, and a file may have only one of them. With ``alone`` the command line may have only one as well.
 
     ``about`` is :data:`MACHINE`, :data:`RUN` or :data:`INVOCATION`. ``path`` is for options of a machine that name a
     file. It takes the option's text and a directory, and returns the text with an absolute path.

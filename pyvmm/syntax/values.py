@@ -34,7 +34,7 @@ def parse_memory(text: str) -> tuple[int, int | None]:
 
 
 def parse_count(text: str) -> int:
-    """Return a whole number of 1 or more."""
+    """Return the whole number ``text``, 1 or more. Raises argparse.ArgumentTypeError for anything else."""
     try:
         number = int(text)
     except ValueError:

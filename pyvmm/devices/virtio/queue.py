@@ -55,7 +55,10 @@ class ChainFault(PyvmmError):
 
 
 class Chain:
-    """One request, valid until it is pushed. Offsets count from the first readable or writable byte."""
+    """One request, valid until it is pushed. Offsets count from the first readable or writable byte.
+
+    Only :meth:`Queue.pop` makes one: for the native ``queue``, of at most ``room`` segments.
+    """
 
     __slots__ = ("_queue", "_segments", "native")
 
@@ -105,7 +108,10 @@ class Chain:
 
 
 class Queue:
-    """One virtqueue of at most ``most`` entries. ``native_vm`` is a ``struct pv_vm *``, ``interrupt`` the device's."""
+    """One virtqueue, the device's number ``index``, of at most ``most`` entries. The transport makes it.
+
+    ``native_vm`` is a ``struct pv_vm *``, ``interrupt`` the device's.
+    """
 
     def __init__(self, native_vm: pv_vm, interrupt: pv_interrupt, index: int, most: int) -> None:
         self.index = index
@@ -132,7 +138,10 @@ class Queue:
     # -- the transport's
 
     def setup(self, size: int, flags: int, descriptors: int, driver: int, device: int) -> None:
-        """Make it ready, at its start. ``flags`` are of enum pv_queue_flag. The areas are gpas, already checked."""
+        """Make it ready, at its start, with ``size`` entries. ``flags`` are of enum pv_queue_flag.
+
+        The gpas ``descriptors``, ``driver`` and ``device`` are its areas, already checked.
+        """
         native = self.native
         native.size, native.flags = size, flags
         native.descriptors, native.driver, native.device = descriptors, driver, device
@@ -202,7 +211,10 @@ class Queue:
         return None
 
     def push(self, chain: Chain, written: int = 0) -> None:
-        """Return a request to the driver, with ``written`` valid bytes in its writable part. Does not interrupt."""
+        """Return the request ``chain`` to the driver, with ``written`` valid bytes in its writable part.
+
+        Does not interrupt. Raises QueueBroken.
+        """
         self._check(lib.pv_queue_push(self.native, chain.native, written))
         self._spare.append(chain)
 

@@ -12,6 +12,7 @@ end() {
         esac
     done </proc/mounts
     sync
+    timeout 10 stty opost </dev/console >/dev/null 2>&1  # returns once everything has been sent
     "$1" -f
 }
 
@@ -77,13 +78,21 @@ case " $line" in
     ;;
 esac
 
+# When the leader of a session ends, the kernel drops what the console has not sent yet. So the leader waits for that. A
+# Ctrl-C is for what it runs.
+leader='trap : INT QUIT
+"$@"
+status=$?
+trap "" TTOU
+stty opost >/dev/null 2>&1
+exit $status'
+
 if [ -n "$command" ]; then
-    setsid -c sh -c "$command" <"$tty" >"$tty" 2>&1
+    setsid -c sh -c "$leader" sh sh -c "$command" <"$tty" >"$tty" 2>&1
     status=$?
     printf '\npyvmm: exit status %d\n' $status >"$tty"
 else
     /linuxrc &
-    setsid -c sh -i <"$tty" >"$tty" 2>&1
+    setsid -c sh -c "$leader" sh sh -i <"$tty" >"$tty" 2>&1
 fi
-stty <"$tty" >/dev/null 2>&1  # returns once everything has been sent
 end poweroff

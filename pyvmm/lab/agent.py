@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK = 32 * 1024
 DRAIN_SECONDS = 2.0
+REAP_PAUSE_MS, REAP_ROUNDS = 5, 1000
+"""Pause between two looks for killed orphans, and the number of looks: 5 s and more in all."""
 RNDADDENTROPY = 0x40085203  # uapi/linux/random.h, as RNDRESEEDCRNG
 RNDRESEEDCRNG = 0x5207
 MAY_BE_HIDDEN = ("/root", "/home")
@@ -282,10 +284,13 @@ def run(port: Port, fields: list[bytes]) -> None:
 
 
 def reap() -> None:
-    """Collect the orphans that became children of PID 1."""
+    """Wait for the killed orphans, which are children of PID 1, to be gone; not for those that the kernel holds up."""
+    rounds = 0
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while rounds < REAP_ROUNDS:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                rounds += 1
+                select.poll().poll(REAP_PAUSE_MS)
     except ChildProcessError:
         pass
 

@@ -49,7 +49,11 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
 
     add("mode", choices=MODES, default="protected", help="KVM's mode on the lab's kernel (protected)")
     add("gic", type=int, choices=(2, 3), default=3, help="version of the host's interrupt controller (3)")
-    add("cpu", metavar="NAME", help="QEMU's name of the host's CPU, such as neoverse-n1 or max (by the mode)")
+    add(
+        "cpu",
+        metavar="NAME",
+        help="QEMU's name of the host's CPU, such as neoverse-n1 or max (by the mode and QEMU's version)",
+    )
     add("icount", action="store_true", help="derive time from the instruction count: repeatable measurements; one CPU")
     add("cpus", type=parse_count, metavar="N", help="CPUs of the lab (2; 1 with icount)")
     add("mem", type=parse_size, default=2048 << 20, metavar="SIZE", help="memory of the lab, MiB or 2G (2G)")
@@ -75,8 +79,9 @@ def add_host_kernel(parser: argparse._ActionsContainer, *aliases: str) -> None:
         *aliases,
         dest="lab_host_kernel",
         metavar="NAME|FILE",
-        help="the lab's kernel: Debian's stable, backports (the default), unstable or experimental, each with -16k for "
-        "pages of 16 KiB; own, the project's (see pyvmm lab kernel); or a file with an arm64 Image",
+        help="the lab's kernel: Debian's stable, backports (the default), unstable or experimental, of which the last "
+        "two may be older than the default, each with -16k for pages of 16 KiB; own, the project's (see pyvmm lab "
+        "kernel); or a file with an arm64 Image",
     )
 
 
@@ -236,6 +241,7 @@ def _run(
     require(building=False)
     with terminable(), staged(plugins.asked()) as packages:
         image = _image(_kernel(args), refresh=False)
+        _tell_age(_kernel(args), image)
         if wanted:
             from pyvmm.lab import peers
 
@@ -293,8 +299,16 @@ def _kernel(args: argparse.Namespace) -> str:
 def _build(kernel: str, *, refresh: bool) -> int:
     with terminable():
         image = _image(kernel, refresh=refresh, thorough=True)
+    _tell_age(kernel, image)
     print(f"{image.release}, built {image.manifest.built}, {image.size / 1e6:.0f} MB in {image.directory}")
     return 0
+
+
+def _tell_age(kernel: str, image: Image) -> None:
+    from pyvmm.lab.image import age_note
+
+    if (note := age_note(kernel, image)) is not None:
+        print(f"pyvmm: the lab's kernel {note}", file=sys.stderr)
 
 
 def _build_kernels(*, refresh: bool) -> int:

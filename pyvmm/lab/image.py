@@ -82,6 +82,14 @@ def usable_image(cache: Cache | None = None, *, kernel: str = kernels.DEFAULT, t
     return None if root is None else replace(root, file=found)
 
 
+def age_note(kernel: str, image: Image, cache: Cache | None = None) -> str | None:
+    """Return a remark if ``image``, of the named kernel, is older than the default one and its name promises more."""
+    newest = (cache or Cache()).current() if kernel.removesuffix(kernels.LARGE) in kernels.MAY_BE_OLDER else None
+    if newest is None or not kernels.is_older(image.release, newest.release):
+        return None
+    return f"{kernel} is {image.release}, older than {kernels.DEFAULT}, which is {newest.release}"
+
+
 def _root_for(file: kernels.KernelFile, cache: Cache) -> str:
     """Return the name of the kernel whose image has this one's modules, by default the default kernel's."""
     images = {name: _usable(cache, name) for name in kernels.SUITES}

@@ -30,6 +30,9 @@ _SMALL: Final = {
 SUITES: Final = _SMALL | {name + LARGE: suites for name, suites in _SMALL.items()}
 """Debian's kernels by name: the suites that apt must know, the kernel's last."""
 
+MAY_BE_OLDER: Final = ("unstable", "experimental")
+"""Kernels that one expects to be newer than the default one, which they are not always."""
+
 OWN: Final = "own"
 """The project's kernel, built from Debian's source: see ownkernel."""
 
@@ -116,3 +119,20 @@ def _read(text: str) -> KernelFile:
         raise UsageError(f"the host's kernel {text} is {wrong}", hint=f"name {_WANTED}")
     found = _BANNER.search(data)
     return KernelFile(path, found[1].decode(errors="replace") if found else _UNKNOWN)
+
+
+def is_older(release: str, than: str) -> bool:
+    """Return whether a kernel's release, such as ``7.3.4+deb13-arm64`` or ``7.4-rc1-arm64``, comes before another.
+
+    Only versions of the kernel count, not those of packages. False if either has none.
+    """
+    one, other = _version(release), _version(than)
+    return one is not None and other is not None and one < other
+
+
+def _version(release: str) -> tuple[int, int, int, float] | None:
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(?:[-~]rc(\d+))?", release)
+    if found is None:
+        return None
+    major, minor, patch, candidate = found.groups()
+    return int(major), int(minor), int(patch or 0), float(candidate or "inf")

@@ -19,7 +19,7 @@ def print_status(*, as_json: bool) -> int:
     from pyvmm.guest.kernels import OWN
     from pyvmm.lab import kernels
     from pyvmm.lab.cache import Cache
-    from pyvmm.lab.image import usable_image
+    from pyvmm.lab.image import age_note, usable_image
     from pyvmm.lab.needs import needs
     from pyvmm.lab.ownkernel import Variant, current_kernel, usable_kernel
     from pyvmm.lab.saved import disk_use
@@ -56,7 +56,7 @@ def print_status(*, as_json: bool) -> int:
     lines = {"cache": str(cache.directory)}
     for name in dict.fromkeys((kernels.DEFAULT, *known)):
         lines[name] = (
-            _describe(images[name])
+            _describe(images[name], age_note(name, images[name], cache))
             if name in images
             else ("to be built again: of another version, or damaged" if name in known else "none yet")
         )
@@ -89,10 +89,10 @@ def _record(kernel: OwnKernel | None) -> dict[str, object] | None:
     }
 
 
-def _describe(image: Image) -> str:
+def _describe(image: Image, note: str | None) -> str:
     manifest = image.manifest
     age = (datetime.now(UTC) - datetime.fromisoformat(manifest.built)).days
     return (
         f"{manifest.release}, {image.size / 1e6:.0f} MB, {age} days old, {len(manifest.packages)} packages of "
-        f"{manifest.mirror}, in {image.directory}"
+        f"{manifest.mirror}, in {image.directory}{f'; {note}' if note else ''}"
     )

@@ -235,12 +235,12 @@ def test_status_without_an_image_says_so(
     assert "none yet" in capsys.readouterr().out
 
 
-def adopt(cache: Cache, kernel: str, recipe: str | None = None) -> None:
+def adopt(cache: Cache, kernel: str, recipe: str | None = None, release: str = "9.9") -> None:
     with cache.lock(lambda: None), cache.scratch() as scratch:
         (scratch / "Image").write_bytes(kernel[:3].encode())
         files = {"Image": FileRecord(3, file_sha256(scratch / "Image"))}
         recipe = recipe or rootfs.recipe_hash()
-        cache.adopt(scratch, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", recipe, [], files), kernel)
+        cache.adopt(scratch, Manifest(release, "2026-01-02T03:04:05+00:00", "http://m", recipe, [], files), kernel)
 
 
 def test_status_as_json_describes_the_image(
@@ -271,6 +271,32 @@ def test_status_shows_every_image(
     assert lines["stable"].startswith("9.9, 0 MB")
     assert lines["unstable"].startswith("to be built again")
     assert "experimental" not in lines
+
+
+@pytest.mark.usefixtures("booted")
+@pytest.mark.parametrize("words", [["--lab", "--host-kernel", "unstable", "doctor"], ["lab", "build", "--host-kernel"]])
+def test_the_user_hears_that_an_unstable_kernel_is_older_than_the_default(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    adopt(Cache(), "backports", release="10.0")
+    cli.main(words if "doctor" in words else [*words, "unstable"])
+    said = capsys.readouterr().err
+    assert said == "pyvmm: the lab's kernel unstable is 9.9, older than backports, which is 10.0\n"
+    cli.main(["--lab", "doctor"])
+    assert capsys.readouterr().err == ""
+
+
+def test_status_says_which_kernel_is_older_than_the_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for kernel, release in {"backports": "10.0", "unstable": "9.9", "stable": "9.8"}.items():
+        adopt(Cache(), kernel, release=release)
+    cli.main(["lab", "status"])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["unstable"].endswith("; unstable is 9.9, older than backports, which is 10.0")
+    assert "older" not in lines["stable"] + lines["backports"]
 
 
 def test_packages_with_requested_plugins_are_copied_for_the_lab(

@@ -235,3 +235,35 @@ def test_the_error_for_a_kernel_that_does_not_boot_lists_its_requirements(
     with pytest.raises(PyvmmError, match=f"-kernel {tmp_path}/Image") as caught, Lab(FRESH, image=mine, bare=True):
         pass
     assert "virtio-console" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("release", "than", "older"),
+    [
+        ("7.2.9-arm64", "7.3.4+deb13-arm64", True),
+        ("7.3.4-arm64", "7.3.4+deb13-arm64", False),
+        ("7.4-rc1-arm64", "7.3.4+deb13-arm64", False),
+        ("7.3-rc7-arm64", "7.3.0-arm64", True),
+        ("7.10.1-arm64", "7.9.9-arm64", False),
+        ("of unknown release", "7.3.4+deb13-arm64", False),
+    ],
+)
+def test_a_kernels_age_is_told_by_its_version(release: str, than: str, older: bool) -> None:
+    assert kernels.is_older(release, than) is older
+
+
+@pytest.mark.parametrize("kernel", ["unstable", "experimental", "unstable-16k"])
+def test_a_kernel_is_said_to_be_older_than_the_default_only_when_it_is(store: Cache, kernel: str) -> None:
+    made = fill(store, kernel, "7.2.9-arm64")
+    assert image.age_note(kernel, made, store) is None  # there is nothing to compare it with
+    fill(store, kernels.DEFAULT, "7.3.4+deb13-arm64")
+    assert (
+        image.age_note(kernel, made, store)
+        == f"{kernel} is 7.2.9-arm64, older than backports, which is 7.3.4+deb13-arm64"
+    )
+    assert image.age_note(kernel, fill(store, kernel, "7.4-rc1-arm64"), store) is None
+
+
+def test_nothing_is_said_of_a_kernel_that_everyone_knows_to_be_older(store: Cache) -> None:
+    fill(store, kernels.DEFAULT, "7.3.4+deb13-arm64")
+    assert image.age_note("stable", fill(store, "stable", "6.12.117+deb13-arm64"), store) is None

@@ -49,7 +49,8 @@ def summary(monkeypatch: pytest.MonkeyPatch, *stories: list[dict[str, Any]]) -> 
     labs.add_second()
     for nodeid in TESTS:
         item: Any = SimpleNamespace(nodeid=nodeid)
-        assert list(labs.reports(item)) == [f"report of {nodeid}"]
+        reports: list[Any] = list(labs.reports(item))
+        assert reports == [f"report of {nodeid}"]
     tiers = Tiers(None)  # type: ignore[arg-type]
     tiers._labs = labs
     monkeypatch.setattr(tiers, "_forwarded", dict.fromkeys(TESTS))

@@ -23,6 +23,7 @@ from pyvmm.cli import ctl, make_parser
 from pyvmm.devices.pl011 import RX_BYTES, Pl011
 from pyvmm.devices.virtio.console import VirtioConsole
 from pyvmm.errors import PyvmmError, UsageError
+from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.plan import Plan
 from pyvmm.options.consoles import places
 from pyvmm.options.machine import machine_config
@@ -46,14 +47,7 @@ class Stub:
         self.clock = SimpleNamespace(goes_on=None)
         self.told: list[str] = []
         self.uart = Pl011()
-        self.config = SimpleNamespace(
-            kernel="payload:smp",
-            protection=SimpleNamespace(value="none"),
-            memory=64 << 20,
-            backing="memfd",
-            cpus=2,
-            serial_out=1,
-        )
+        self.config = MachineConfig("payload:smp", memory=64 << 20, backing="memfd", cpus=2)
         slot = SimpleNamespace(gpa=0x8000_0000, size=64 << 20, backing=SimpleNamespace(kind="memfd"))
         self.memory = SimpleNamespace(slots=[slot])
         line = SimpleNamespace(spi=1)

@@ -17,11 +17,13 @@ import mmap
 import os
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import abi
 from pyvmm.kvm.fd import Kernel
+from pyvmm.machine.layout import RAM_BASE
 from pyvmm.uapi import kvm_arm64 as arm64
 from pyvmm.uapi import kvm_cap as cap
 from pyvmm.uapi import psci
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 SERIES = ("7.3", "7.4")
 PAGE = 4096
 RUN_AREA = 2 * PAGE
+BROKEN = 70
+"""Exit status of a process whose fake host is broken."""
 MOMENT = 0.002
 """Seconds between two looks of a waiting vCPU at whether it has been kicked."""
 PC, X0 = core_reg("pc"), core_reg("x0")
@@ -88,7 +92,7 @@ class FakeVm:
 
     series: str
     protected: bool
-    guest: Guest | None
+    guest: Guest
     slots: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     vcpus: dict[int, FakeVcpu] = field(default_factory=dict)
     pages: dict[int, bool] = field(default_factory=dict)
@@ -250,7 +254,7 @@ class FakeVcpu:
         self._loading = None
         while self._wait_until_on():
             if self._program is None:
-                self._program, answer = (vm.guest or execute)(self.cpu), None
+                self._program, answer = (execute if self.cpu.pc == RAM_BASE else vm.guest)(self.cpu), None
             done = self._do(self._next(answer))
             if isinstance(done, ExitReason):
                 area.exit_reason = done
@@ -357,17 +361,24 @@ class FakeVcpu:
 
 
 class FakePkvm(Kernel):
-    """The host: /dev/kvm of a Linux of ``series``. Machines run ``guest``; None executes what is in memory."""
+    """The host: /dev/kvm of a Linux of ``series``. Machines run ``guest``, whatever their kernel is.
 
-    def __init__(self, series: str, guest: Guest | None) -> None:
+    What begins at RAM's first byte, as bare programs do, is executed instead.
+    """
+
+    def __init__(self, series: str, guest: Guest) -> None:
         assert series in SERIES
         self.series, self.guest = series, guest
         self.vms: dict[int, FakeVm] = {}
         self.vcpus: dict[int, FakeVcpu] = {}
 
     def run(self, fd: int) -> int:
-        """Make KVM_RUN's call, for the native loop. Returns an errno."""
-        return self.vcpus[fd].run()
+        """Make KVM_RUN's call, for the native loop. Returns an errno. C would not hear of an exception: it is fatal."""
+        try:
+            return self.vcpus[fd].run()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(BROKEN)
 
     def closed(self, fd: int) -> None:
         """Hear that a VM's last descriptor is closed."""

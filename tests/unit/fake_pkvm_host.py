@@ -4,7 +4,7 @@
     python tests/unit/fake_pkvm_host.py SERIES NATIVE GUEST VERB ...
 
 SERIES is the Linux that answers, NATIVE the file of :func:`tests.fake_kvm.built`, GUEST a name of
-:data:`tests.fake_guests.GUESTS`, which every machine runs whatever its kernel is, or ``bare`` for what is in memory.
+:data:`tests.fake_guests.GUESTS`, which every machine runs whatever its kernel is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(series: str, native: str, guest: str, *words: str) -> int:
     from tests.fake_guests import GUESTS
     from tests.fake_pkvm import FakePkvm
 
-    host = FakePkvm(series, GUESTS.get(guest))
+    host = FakePkvm(series, GUESTS[guest])
     pyvmm.kvm.fd.Kernel.open = lambda self, path: host.open(path)  # type: ignore[method-assign]  # noqa: ARG005
     pyvmm.kvm.fd.Kernel.ioctl = lambda self, *call: host.ioctl(*call)  # type: ignore[method-assign]  # noqa: ARG005
     run_by = module.ffi.callback("int(int)", host.run)

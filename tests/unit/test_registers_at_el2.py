@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 
+from pyvmm.atlas.claim import all_claims
+from pyvmm.atlas.model import Atlas
 from pyvmm.debug.target import GuestTarget
 from pyvmm.errors import HostError, KvmError
+from pyvmm.experiment.record import Verdict
 from pyvmm.protection import Protection
 from pyvmm.vcpu.outcome import Ending
 from tests.fake_kvm import NAME, built
@@ -26,6 +29,8 @@ from tests.fake_pkvm import SERIES
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = Path(__file__).resolve().parent / "fake_pkvm_host.py"
+CLAIMS = "pyvmm.atlas.claims.fatal_registers"
+ASKED = "KVM_GET_ONE_REG of the pc of a vCPU that has run"
 UNTOLD = "a pc that the kernel does not tell"
 
 EITHER = pytest.mark.parametrize("series", SERIES)
@@ -162,6 +167,43 @@ def test_a_reboot_is_a_new_vm(native: Path, series: str) -> None:
     assert ran.out.count("\n") > 1
     assert "EPERM" not in ran.err
     assert ran.status == Ending.DEADLINE.status
+
+
+# ---- what the atlas claims of both
+
+
+@EITHER
+def test_every_claim_of_registers_holds_on_both_hosts(native: Path, series: str, tmp_path: Path) -> None:
+    claims = [claim for claim in all_claims(["fatal"]) if claim.function.__module__ == CLAIMS]
+    assert len(claims) == 13
+    ran = on(series, native, "puppet", "atlas", "--json", f"{tmp_path}/json", *(claim.id for claim in claims))
+    assert ran.status == 0, ran.err
+    results = Atlas.load(tmp_path / "json").results
+    assert {result.key for result in results} == {
+        (claim.id, place.protection.value, place.backing) for claim in claims for place in claim.places
+    }
+    wrong = [(result.key, result.reason, result.evidence) for result in results if result.verdict is not Verdict.HOLDS]
+    assert not wrong
+    # The kernel told each claim which host it is.
+    told = {result.protection: {entry.saw for entry in result.evidence if entry.what == ASKED} for result in results}
+    assert told == {"none": {"ok"}, "pkvm": {"EPERM" if series == "7.4" else "ok"}}
+
+
+@pytest.mark.parametrize(
+    ("claim", "missing"),
+    [
+        ("fatal/registers-stay-open", "KVM_GET_ONE_REG of the pc"),
+        ("fatal/a-reset-is-told-and-the-vcpu-starts-over", "KVM_ARM_VCPU_INIT"),
+        ("fatal/these-calls-on-a-vcpu-work", "KVM_SET_GUEST_DEBUG"),
+    ],
+)
+def test_a_claim_of_open_registers_does_not_hold_where_el2_keeps_them(
+    native: Path, claim: str, missing: str, tmp_path: Path
+) -> None:
+    on("7.4", native, "puppet", "atlas", "--protection", "pkvm", "--json", f"{tmp_path}/json", claim)
+    [result] = Atlas.load(tmp_path / "json").results
+    assert result.verdict is Verdict.FAILS
+    assert [(entry.what, entry.saw) for entry in result.evidence if entry.ok is False] == [(missing, "EPERM")]
 
 
 # ---- a kernel that tells of debugging, and refuses it

@@ -161,8 +161,10 @@ def a_vcpu_can_come_later(x: Experiment) -> None:
 def registers_stay_open(x: Experiment) -> None:
     """The VMM can read and change the registers of a guest that has run, with KVM_GET_ONE_REG and KVM_SET_ONE_REG."""
     code = _code(x, *WAIT)
-    order = x.guest.start_execute(code, 0x1234)
     vcpu = x.machine.vcpus[0]
+    if not x.check("KVM_GET_ONE_REG of the pc", raw.answer(lambda: vcpu.pc), "ok"):
+        return
+    order = x.guest.start_execute(code, 0x1234)
     with _stopped_at(x, code + 4):
         x.check("KVM_GET_ONE_REG of x0 tells its argument", hex_(vcpu.get_reg(core_reg("x0"))), hex_(0x1234))
         vcpu.set_reg(core_reg("x1"), 0x5678)
@@ -172,10 +174,11 @@ def registers_stay_open(x: Experiment) -> None:
 @everywhere(origin="nvhe/sys_regs.c: a protected guest's ID registers are EL2's")
 def id_registers_are_told_as_they_are(x: Experiment) -> None:
     """KVM_GET_ONE_REG returns the CPU's ID registers as the guest reads them."""
+    vcpu = x.machine.vcpus[0]
     for name, crm in ID_REGISTERS.items():
-        reads = x.guest.execute(_code(x, MRS_X0 | crm << 8, RET)).value
-        told = x.machine.vcpus[0].get_reg(ARM64_SYS_REG(3, 0, 0, crm, 0))
-        x.check(f"{name}, as the guest reads it", hex_(reads), hex_(told))
+        reads, register = x.guest.execute(_code(x, MRS_X0 | crm << 8, RET)).value, ARM64_SYS_REG(3, 0, 0, crm, 0)
+        if x.check(f"KVM_GET_ONE_REG of {name}", raw.answer(partial(vcpu.get_reg, register)), "ok"):
+            x.check(f"{name}, as the guest reads it", hex_(reads), hex_(vcpu.get_reg(register)))
 
 
 @everywhere(origin="Documentation/virt/kvm/api.rst, KVM_SET_GUEST_DEBUG")
@@ -200,7 +203,8 @@ def a_guest_can_be_single_stepped(x: Experiment) -> None:
     _write_code(guest, code, *[NOP] * 8, RET)
     guest.execute(code)
     x.check("exits without single step", len(steps), 0)
-    machine.vcpus[0].single_step(True)
+    if not x.check("KVM_SET_GUEST_DEBUG", raw.answer(partial(machine.vcpus[0].single_step, True)), "ok"):
+        return
     guest.execute(code)
     x.check("places of the exits in a page of 9 instructions", " ".join(map(str, steps)), "0 4 8 12 16 20 24 28 32")
     guest.execute(code)
@@ -213,7 +217,8 @@ def a_reset_is_told_and_the_vcpu_starts_over(x: Experiment) -> None:
     x.guest.reset()
     x.check("KVM_EXIT_SYSTEM_EVENT tells of a reset", x.machine.wait(PATIENCE).ending is Ending.RESET)
     vcpu, entry = x.machine.vcpus[0], x.machine.entry
-    x.check("KVM_ARM_VCPU_INIT", raw.answer(vcpu.init), "ok")
+    if not x.check("KVM_ARM_VCPU_INIT", raw.answer(vcpu.init), "ok"):
+        return
     x.check("x0 is then", vcpu.get_reg(core_reg("x0")), 0)
     vcpu.set_reg(core_reg("pc"), entry.pc)
     vcpu.set_reg(core_reg("x0"), entry.fdt)

@@ -13,7 +13,7 @@ from pyvmm.atlas.claim import group
 from pyvmm.errors import KvmError
 from pyvmm.experiment import BEYOND, Experiment, raw
 from pyvmm.experiment.host.access import process_vm_readv
-from pyvmm.experiment.host.bare import HOLDERS, Bare, locked, look, store
+from pyvmm.experiment.host.bare import HOLDERS, Bare, locked, look, store64
 from pyvmm.kvm.guest_memfd import GuestMemfd
 from pyvmm.memory import mman
 from pyvmm.memory.address import Gpa
@@ -225,6 +225,6 @@ def _guest_memfd(x: Experiment) -> tuple[int, int]:
     fd = os.dup(file.fileno())
     file.close()
     address = mman.map_shared(fd, 1 << 16)
-    if not store(address, 0x77):
+    if not store64(address, 0x77):
         x.cannot("this kernel's guest_memfd cannot be stored to by the host")
     return fd, address

@@ -48,6 +48,10 @@ class Pair(NamedTuple):
     gpa: int
 
 
+class Poisoned(NamedTuple):
+    """Load from a page that the host has taken back by force."""
+
+
 @dataclass
 class Cpu:
     """A vCPU as its guest sees it."""
@@ -66,7 +70,7 @@ class ExternalAbort(Exception):
         self.gpa = gpa
 
 
-Step = Load | Store | Hvc | Spin | Pair
+Step = Load | Store | Hvc | Spin | Pair | Poisoned
 Program = Generator[Step, int, None]
 Part = Generator[Step, int, int]
 Guest = Callable[[Cpu], Program]
@@ -225,12 +229,19 @@ def reset(_cpu: Cpu) -> Program:
     yield from off(psci.PSCI_0_2_FN_SYSTEM_RESET)
 
 
+def poisoned(_cpu: Cpu) -> Program:
+    """Load from a page that is gone."""
+    yield Poisoned()
+
+
 def loop(_cpu: Cpu) -> Program:
     """Compute forever."""
     yield Spin()
 
 
-GUESTS: dict[str, Guest] = {each.__name__: each for each in (puppet, hello, trap, unclaimed, pair, smp, reset, loop)}
+GUESTS: dict[str, Guest] = {
+    each.__name__: each for each in (puppet, hello, trap, unclaimed, pair, smp, reset, poisoned, loop)
+}
 
 
 # ---- a CPU for bare programs

@@ -31,7 +31,21 @@ from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 from pyvmm.uapi.kvm_arm64 import core_reg
 from pyvmm.uapi.kvm_run import ExitReason, SystemEvent, kvm_run
 from pyvmm.uapi.kvm_state import MpState
-from tests.fake_guests import WORD, Cpu, ExternalAbort, Guest, Hvc, Load, Pair, Program, Spin, Step, Store, execute
+from tests.fake_guests import (
+    WORD,
+    Cpu,
+    ExternalAbort,
+    Guest,
+    Hvc,
+    Load,
+    Pair,
+    Poisoned,
+    Program,
+    Spin,
+    Step,
+    Store,
+    execute,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -292,6 +306,9 @@ class FakeVcpu:
                     raise FailedError(errno.ENOSYS)
                 self.aborts = gpa
                 return 0
+            case Poisoned():
+                self._program = self._again(step)
+                raise FailedError(errno.EFAULT)
             case Spin():
                 while not self.area.immediate_exit:
                     time.sleep(MOMENT)

@@ -100,6 +100,16 @@ def test_an_unclaimed_access_ends_the_run_with_its_address_where_the_kernel_inje
     assert ran.status == Ending.CRASH.status
 
 
+@pytest.mark.parametrize(("series", "where"), [("7.3", "pc 0x8008_0000"), ("7.4", UNTOLD)])
+def test_the_report_of_a_lost_page_says_where_the_guest_is_if_the_kernel_tells(
+    native: Path, series: str, where: str
+) -> None:
+    ran = on(series, native, "poisoned", *RUN)
+    assert "pyvmm: crashed: KVM_RUN(vcpu=0): EFAULT" in ran.err
+    assert f"its contents are lost and the guest cannot go on ({where})" in ran.err
+    assert ran.status == Ending.CRASH.status
+
+
 @EITHER
 def test_a_pair_load_from_no_memory_is_an_abort_in_the_guest(native: Path, series: str) -> None:
     ran = on(series, native, "pair", *RUN)

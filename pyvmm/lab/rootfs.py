@@ -35,6 +35,7 @@ ROOTS = (
     "python3-pyelftools",
     "python3-pytest",
     "python3-structlog",
+    "python3-zstandard",
 )
 
 # Needed only to install packages, or by parts of Python's library that pyvmm does not use.
@@ -52,7 +53,6 @@ UNUSED_PACKAGES = frozenset(
         "libsqlite3-0",
         "libssl3t64",
         "libuuid1",
-        "libzstd1",
         "media-types",
         "netbase",
         "openssl-provider-legacy",

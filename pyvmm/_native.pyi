@@ -205,6 +205,8 @@ class pv_pl011(Struct):
     vm_fd: int
     irq: int
     level: int
+    broken: int
+    break_at: int
     pad: int
 
 @type_check_only
@@ -784,6 +786,7 @@ class _Lib:
     def pv_ring_read(self, ring: _Ref[pv_ring], to: _Ref[pv_record], n: int, /) -> int: ...
     def pv_doorbell_take(self, slot: _Ref[pv_doorbell_slot], /) -> None: ...
     def pv_pl011_feed(self, uart: _Ref[pv_pl011], source: bytes | Pointer[int], n: int, /) -> int: ...
+    def pv_pl011_break(self, uart: _Ref[pv_pl011], /) -> int: ...
     def pv_virtio_configure(
         self, transport: _Ref[pv_virtio_mmio], config: bytes | Pointer[int], size: int, generation: int, /
     ) -> None: ...

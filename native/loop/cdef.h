@@ -163,9 +163,12 @@ struct pv_pl011 {
     int32_t vm_fd;         /* the VM, for KVM_IRQ_LINE, or -1 */
     uint32_t irq;          /* the line's number for KVM_IRQ_LINE */
     uint32_t level;        /* the line's last level: (ris & imsc) != 0 */
+    uint32_t broken;       /* a BREAK waits in rx, as the byte at break_at */
+    uint32_t break_at;
     uint32_t pad;
 };
 uint32_t pv_pl011_feed(struct pv_pl011 *uart, const uint8_t *from, uint32_t n); /* bytes taken */
+uint32_t pv_pl011_break(struct pv_pl011 *uart); /* 0: rx is full, or has one already */
 
 /* One vCPU's mailbox; offsets in firmware/lib/abi.h. */
 enum { PV_MAILBOX_WORDS = 8, PV_MAILBOX_NOTES = 4 };

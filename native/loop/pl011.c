@@ -7,6 +7,7 @@
 enum {
     DR = 0x00, FR = 0x18, ILPR = 0x20, IBRD = 0x24, FBRD = 0x28, LCR_H = 0x2c, CR = 0x30, IFLS = 0x34,
     IMSC = 0x38, RIS = 0x3c, MIS = 0x40, ICR = 0x44, DMACR = 0x48, IDS = 0xfe0,
+    DR_BE = 1 << 10,
     FR_RXFE = 1 << 4, FR_RXFF = 1 << 6, FR_TXFE = 1 << 7,
     LCR_H_FEN = 1 << 4,
     INT_RX = 1 << 4, INT_TX = 1 << 5, INT_ALL = 0x7ff
@@ -28,9 +29,13 @@ static void update(struct pv_pl011 *uart)
 static uint32_t take(struct pv_pl011 *uart)
 {
     uint8_t byte = 0;
+    bool broken = uart->broken && uart->rx.tail == uart->break_at;
 
     pv_fifo_read(&uart->rx, &byte, 1);
-    return byte;
+    if (!broken)
+        return byte;
+    uart->broken = 0;
+    return DR_BE | byte;
 }
 
 static uint32_t flags(const struct pv_pl011 *uart)
@@ -111,4 +116,19 @@ uint32_t pv_pl011_feed(struct pv_pl011 *uart, const uint8_t *from, uint32_t n)
     update(uart);
     pv_unlock(&uart->lock);
     return taken;
+}
+
+uint32_t pv_pl011_break(struct pv_pl011 *uart)
+{
+    bool done = false;
+
+    pv_lock(&uart->lock);
+    if (!uart->broken) {
+        uart->break_at = uart->rx.head;
+        done = pv_fifo_put(&uart->rx, 0);
+        uart->broken = done;
+        update(uart);
+    }
+    pv_unlock(&uart->lock);
+    return done;
 }

@@ -43,7 +43,8 @@ ORDERS: Final = {
     ),
     "resume": Order(None, False, "resume vCPUs and devices"),
     "stop": Order(None, False, "end the run, and return when it has ended"),
-    "kick": Order("text", False, "type TEXT, if given, and Return on the console"),
+    "kick": Order("text", False, "type TEXT, if given, and Return on the console; ^C is Ctrl-C, without Return"),
+    "break": Order("key", False, "send a BREAK and KEY on the UART, which Linux takes as SysRq: h lists the keys"),
     "balloon": Order("size", False, "print the balloon's size; with SIZE, have it take that much memory first"),
     "snapshot": Order("file", True, "write the guest to FILE, for pyvmm run --restore; protection none only"),
 }

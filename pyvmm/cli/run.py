@@ -37,7 +37,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="run a guest",
         allow_abbrev=False,
         formatter_class=Help,
-        description="Run a guest until it powers off. Its console is stdin and stdout; on a terminal Ctrl-A x quits.",
+        description="Run a guest until it powers off. Its console is stdin and stdout; on a terminal Ctrl-A x quits, "
+        "and Ctrl-A b sends a BREAK.",
         epilog="examples:\n"
         "  pyvmm run payload:hello\n"
         "  pyvmm run --protection pkvm -m 256M -c 2 payload:echo\n"

@@ -214,6 +214,19 @@ class Pl011(Device):
         finally:
             self._feeding.release()
 
+    def send_break(self, keys: bytes = b"") -> bool:
+        """Send a BREAK, and ``keys`` right behind it, if there is room for all. Any thread. Not while paused."""
+        if not self._feeding.acquire(blocking=False):
+            return False
+        try:
+            fifo = self._uart.rx
+            room = fifo.size - (fifo.head - fifo.tail) % (1 << 32)
+            if room < 1 + len(keys) or not lib.pv_pl011_break(self._uart):
+                return False
+            return bool(lib.pv_pl011_feed(self._uart, keys, len(keys)) == len(keys))
+        finally:
+            self._feeding.release()
+
     def pause(self) -> None:
         """Stop passing input to the guest. Its output is still written."""
         self._feeding.acquire()
@@ -227,7 +240,8 @@ class Pl011(Device):
         fifo = self._uart.rx
         there = (fifo.head - fifo.tail) % (1 << 32)
         waiting = bytes(fifo.data[at % fifo.size] for at in range(fifo.tail, fifo.tail + there))
-        return {name: int(getattr(self._uart, name)) for name in REGISTERS} | {"rx": waiting.hex()}
+        broken = (self._uart.break_at - fifo.tail) % (1 << 32) if self._uart.broken else None
+        return {name: int(getattr(self._uart, name)) for name in REGISTERS} | {"rx": waiting.hex(), "break": broken}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the state and the interrupt line. Raises UsageError for too much input."""
@@ -236,6 +250,8 @@ class Pl011(Device):
             setattr(self._uart, name, saved[name])
         if lib.pv_pl011_feed(self._uart, data, len(data)) != len(data):
             raise UsageError(f"{len(data)} bytes of console input were saved, but a console holds at most {RX_BYTES}")
+        if saved["break"] is not None:
+            self._uart.broken, self._uart.break_at = 1, (self._uart.rx.tail + saved["break"]) % (1 << 32)
 
     def abort(self) -> None:
         """Stop waiting for the console's reader. Output that it does not read within ``PATIENCE`` seconds is lost."""

@@ -21,19 +21,24 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
 ESCAPE = 0x01
-"""Ctrl-A: the next key is for us. ``x`` quits, a second Ctrl-A goes to the guest, other keys go with the escape."""
+"""Ctrl-A: the next key is for us. ``x`` quits, ``b`` is a BREAK, a second Ctrl-A goes to the guest.
+
+Other keys go with the escape, and so does ``b`` where the console has no BREAK.
+"""
 
 
 class Keys:
     """A terminal whose keys go to the guest one by one. A context manager.
 
     The guest's console reads from ``fd``. The thread calls ``quit`` at Ctrl-A x. When the pipe to the guest is full,
-    further keys are dropped, so that Ctrl-A x always works.
+    further keys are dropped, so that Ctrl-A x always works. ``send_break`` is called at Ctrl-A b. A virtio console has
+    no BREAK.
     """
 
-    def __init__(self, terminal: int, quit: Callable[[], None]) -> None:
+    def __init__(self, terminal: int, quit: Callable[[], None], send_break: Callable[[], None] | None = None) -> None:
         self._terminal = terminal
         self._quit = quit
+        self._break = send_break
         self._escaped = False
 
     def __enter__(self) -> Self:
@@ -70,17 +75,25 @@ class Keys:
             if (keys := self.take(typed)) is None:
                 self._quit()
                 return
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._keys, keys)
+            self._pass_on(keys)
+
+    def _pass_on(self, keys: bytes) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._keys, keys)
 
     def take(self, typed: bytes) -> bytes | None:
-        """Return the part of ``typed`` for the guest, or None for Ctrl-A x."""
+        """Return the part of ``typed`` for the guest that is not passed on yet, or None for Ctrl-A x."""
         keys = bytearray()
         for key in typed:
             if self._escaped:
                 self._escaped = False
                 if key in b"xX":
                     return None
+                if key in b"bB" and self._break is not None:
+                    self._pass_on(bytes(keys))
+                    keys.clear()
+                    self._break()
+                    continue
                 keys += bytes([ESCAPE]) if key == ESCAPE else bytes([ESCAPE, key])
             elif key == ESCAPE:
                 self._escaped = True

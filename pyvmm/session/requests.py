@@ -59,6 +59,7 @@ class Requests:
             "resume": self.resume,
             "stop": self.stop,
             "kick": self.kick,
+            "break": self.send_break,
             "snapshot": self.snapshot,
             "balloon": self.balloon,
         }
@@ -159,12 +160,21 @@ class Requests:
     def kick(self, text: str = "") -> dict[str, Any]:
         """Type ``text`` and the Return key on the console, for example to make a shell print its prompt again.
 
-        Refused if the console has no room for all of it: the guest does not read, or is paused.
+        A ``text`` of a caret and a letter is that control key, without Return: ``^C``. Refused if the console has no
+        room for all of it: the guest does not read, or is paused.
         """
-        keys = (text + RETURN).encode()
+        keys = (_control_key(text) or text + RETURN).encode()
         if not _type(self._machine, keys):
             why = "the guest is paused" if self._machine.paused else "it does not read its input"
             raise PyvmmError(f"the guest's console takes no {len(keys)} bytes now: {why}")
+        return {"typed": len(keys)}
+
+    def send_break(self, key: str = "") -> dict[str, Any]:
+        """Send a BREAK on the UART, and ``key`` behind it. Linux takes that as its SysRq key."""
+        keys = key.encode()
+        if not self._machine.uart.send_break(keys):
+            why = "the guest is paused" if self._machine.paused else "it does not read its input"
+            raise PyvmmError(f"the guest's UART takes no BREAK now: {why}")
         return {"typed": len(keys)}
 
     def balloon(self, size: int | None = None) -> dict[str, Any]:
@@ -183,6 +193,13 @@ class Requests:
     def _refuse_unless_started(self, what: str) -> None:
         if self.state not in ("running", "paused"):
             raise PyvmmError(f"a run that is {self.state} cannot {what}")
+
+
+def _control_key(text: str) -> str | None:
+    """Return the control character that ``^C`` and its like stand for, or None for other text."""
+    if len(text) != 2 or text[0] != "^" or not "@" <= text[1].upper() <= "_":
+        return None
+    return chr(ord(text[1].upper()) - 0x40)
 
 
 def _type(machine: Machine, keys: bytes) -> bool:

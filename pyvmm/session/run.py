@@ -29,6 +29,7 @@ from pyvmm.vcpu.outcome import Ending
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
     from typing import Final
 
     from pyvmm.debug.server import GdbServer
@@ -113,9 +114,16 @@ class GuestRun:
         stdout = STDOUT if self._watch is None else self._watch.console
         keep = self._args.restore is not None
         ends = [open_place(where, self._stack, stdout, keep=keep) for where in places(self._args)]
-        return [(out, self._keys_of(source)) for out, source in ends]
+        return [
+            (out, self._keys_of(source, send_break))
+            for (out, source), send_break in zip(ends, (self._send_break, None), strict=True)
+        ]
 
-    def _keys_of(self, source: int | None) -> int | None:
+    def _send_break(self) -> None:
+        if self._machine is not None:
+            self._machine.uart.send_break()
+
+    def _keys_of(self, source: int | None, send_break: Callable[[], None] | None) -> int | None:
         """Return the input of a console that reads ``source``. A terminal delivers its keys one by one."""
         if source is None or not os.isatty(source):
             return source
@@ -125,7 +133,7 @@ class GuestRun:
         if not in_foreground(source):
             # Reading the terminal from the background would stop us.
             return nobody(self._stack)
-        return self._stack.enter_context(Keys(source, lambda: self._signals.end("Ctrl-A x"))).fd
+        return self._stack.enter_context(Keys(source, lambda: self._signals.end("Ctrl-A x"), send_break)).fd
 
     def _machine_options(self) -> str:
         from pyvmm.options.written import machine_options  # only needed to write a snapshot

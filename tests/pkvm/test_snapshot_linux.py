@@ -15,10 +15,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 
+from pyvmm.devices import pl031
 from pyvmm.devices.kinds.console import Console
 from pyvmm.devices.kinds.disk import Disk
 from pyvmm.devices.kinds.rng import Rng
@@ -37,6 +39,9 @@ from tests.pkvm.required import kernel_directory
 pytestmark = pytest.mark.pkvm
 
 DEADLINE = 600.0
+HOUR = 3600
+OFF = 2
+"""Seconds between the guest's clock and the host's: the guest reads whole ones."""
 PARAMS = ("console=ttyAMA0", "quiet", "panic=-1", "audit=0", "mitigations=off")
 COUNT = "(n=0; while :; do echo n=$((n += 1)); sleep 0.3; done) &"
 
@@ -82,7 +87,7 @@ class Guest:
         return self._seen
 
 
-def test_a_restored_linux_continues_where_it_was_saved(tmp_path: Path) -> None:
+def test_a_restored_linux_continues_where_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, disk, path = kernel_directory("own:"), tmp_path / "disk", str(tmp_path / "guest")
     disk.write_bytes(bytes(1 << 20))
     printed = os.memfd_create("hvc0")
@@ -104,13 +109,20 @@ def test_a_restored_linux_continues_where_it_was_saved(tmp_path: Path) -> None:
         guest.machine.pause()
         save(guest.machine, path)
         last = max([last, *map(int, re.findall(rb"n=(\d+)", guest.left()))])
+    monkeypatch.setattr(pl031, "time", SimpleNamespace(time=lambda: time.time() + HOUR))
     with Guest(settings, Snapshot(path)) as guest:
         # A line that was half printed is completed.
         assert int(guest.expect(rb"n=(\d+)\r\n")[1]) in range(last, last + 3)
         guest.type("taskset 2 sh -c 'echo on $(nproc): $((6 * 7))'")
         guest.expect(rb"on 1: 42|on 2: 42")
+        asked = time.time()
+        guest.type("hwclock -s && echo time=$(date +%s)")
+        said = int(guest.expect(rb"time=(\d+)")[1]) - HOUR
+        assert asked - OFF <= said <= time.time() + OFF
         guest.type("dd if=/dev/hwrng of=/dev/vda bs=512 count=8 && sync && echo written $((6 * 7))")
         guest.expect(rb"written 42")
+        assert guest.machine.uart.send_break(b"h")
+        guest.expect(rb"sysrq: HELP")
         guest.type("echo to the other console >/dev/hvc0; poweroff")
         assert guest.machine.wait(DEADLINE).ending is Ending.POWEROFF
     assert any(disk.read_bytes()[:4096])

@@ -115,6 +115,19 @@ def test_ctrl_a_twice_is_ctrl_a_for_the_guest(typed: bytes, for_guest: bytes | N
     assert Keys(-1, lambda: None).take(typed) == for_guest
 
 
+def test_ctrl_a_b_is_a_break_where_the_console_has_one(terminal: tuple[int, int]) -> None:
+    ours, theirs = terminal
+    breaks: list[int] = []
+    with Keys(theirs, lambda: None, lambda: breaks.append(1)) as keys:
+        os.write(ours, b"a\x01bc\x01\x01\x01B")
+        seen = b""
+        while seen != b"ac\x01" or len(breaks) < 2:
+            ready = select.select([keys.fd], [], [], 60 if seen != b"ac\x01" else 0.01)[0]
+            seen += os.read(keys.fd, 100) if ready else b""
+            assert b"ac\x01".startswith(seen)
+    assert breaks == [1, 1]
+
+
 def test_a_file_that_is_not_a_terminal_is_not_in_the_foreground(tmp_path: Path, terminal: tuple[int, int]) -> None:
     with open(tmp_path / "file", "w") as file:
         assert not in_foreground(file.fileno())

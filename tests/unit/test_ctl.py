@@ -243,6 +243,32 @@ def test_a_kick_types_the_whole_line_or_nothing(stub: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("^C", b"\x03"),
+        ("^d", b"\x04"),
+        ("^[", b"\x1b"),
+        ("^@", b"\0"),
+        ("^", b"^\r"),
+        ("^1", b"^1\r"),
+        ("x^C", b"x^C\r"),
+    ],
+)
+def test_a_kick_types_a_control_key_without_return(stub: Any, text: str, typed: bytes) -> None:
+    requests = Requests(stub)
+    assert requests.kick(text) == {"typed": len(typed)}
+    assert bytes.fromhex(stub.uart.save()["rx"]) == typed
+
+
+def test_a_break_goes_to_the_uart_with_its_key(stub: Any) -> None:
+    requests = Requests(stub)
+    assert requests.send_break("h") == {"typed": 1}
+    assert (stub.uart.save()["rx"], stub.uart.save()["break"]) == (b"\0h".hex(), 0)
+    with pytest.raises(PyvmmError, match="takes no BREAK now: it does not read its input"):
+        requests.send_break()
+
+
+@pytest.mark.parametrize(
     ("words", "console"),
     [
         ([], "uart"),

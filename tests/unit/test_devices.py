@@ -338,7 +338,8 @@ def test_a_restored_device_continues_with_the_saved_state(kind: str) -> None:
             case Pl011():
                 one._uart.imsc, one._uart.ibrd = 0x10, 13
                 one._uart.rx.head = one._uart.rx.tail = (1 << 32) - 2
-                one.feed(b"typed")
+                one.feed(b"ty")
+                assert one.send_break(b"ped")
             case Mailboxes():
                 one._boxes[1].order[3], one._boxes[1].note[0] = 7, 9
             case ExitTargets():
@@ -370,3 +371,28 @@ def test_a_paused_console_gives_the_guest_nothing_to_read() -> None:
     console.close()
     os.close(source)
     os.close(typist)
+
+
+def test_a_break_reaches_the_guest_between_the_keys_around_it() -> None:
+    with contextlib.closing(Pl011()) as console:
+        console.feed(b"a")
+        assert console.send_break(b"h")
+        assert not console.send_break()  # one is waiting
+        console.pause()
+        assert not console.send_break()
+        console.resume()
+        saved = console.save()
+        assert (saved["rx"], saved["break"]) == (b"a\0h".hex(), 1)
+        with contextlib.closing(Pl011()) as other:
+            other.load(saved)
+            assert other.save() == saved
+        console.feed(bytes(1024 - 3))
+        assert not console.offer(b"z")
+
+
+def test_a_full_console_takes_no_break() -> None:
+    with contextlib.closing(Pl011()) as console:
+        console.feed(bytes(1023))
+        assert not console.send_break(b"h")
+        assert console.save()["rx"] == bytes(1023).hex()
+        assert console.send_break()

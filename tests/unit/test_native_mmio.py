@@ -143,6 +143,19 @@ def test_a_coalescing_doorbell_is_written_once_until_it_is_read(rig: Rig) -> Non
 # ---- PL011
 
 
+def test_a_break_has_its_flag_in_the_data_register_and_one_waits_at_a_time(rig: Rig) -> None:
+    uart = rig.pl011()
+    rig.bus((DEVICE, 0x1000, "PL011", uart))
+    rig.lib.pv_pl011_feed(uart, b"a", 1)
+    assert rig.lib.pv_pl011_break(uart) == 1
+    assert rig.lib.pv_pl011_break(uart) == 0
+    rig.lib.pv_pl011_feed(uart, b"h", 1)
+    exits = rig.script(*[load(DEVICE, 4) for _ in range(4)])
+    assert rig.run() == "OTHER"
+    assert [exits[n].answer for n in range(4)] == [ord("a"), 1 << 10, ord("h"), 0]
+    assert rig.lib.pv_pl011_break(uart) == 1
+
+
 def test_the_uart_carries_bytes_both_ways_and_its_flags_agree(rig: Rig) -> None:
     uart = rig.pl011()
     rig.bus((DEVICE, 0x1000, "PL011", uart))

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # The fork of a process with threads may hang. Python says so from 3.12 on.
+    item.add_marker(pytest.mark.filterwarnings("error:This process .* is multi-threaded:DeprecationWarning"))
+
+
 @pytest.fixture
 def make_rig() -> Iterator[Callable[..., Rig]]:
     rigs: list[Rig] = []

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -170,5 +171,7 @@ def test_an_address_without_a_scheduler_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pyvmm.bench.sweep.workers.CONNECT_SECONDS", 0.5)
     with pytest.raises(UsageError, match="is no scheduler's address"):
         Fleet("nonsense://127.0.0.1:1")
+    before = threading.enumerate()
     with pytest.raises(BenchError, match=r"no scheduler answers at tcp://127\.0\.0\.1:1"):
         Fleet("tcp://127.0.0.1:1")
+    assert threading.enumerate() == before

@@ -262,11 +262,14 @@ def check_worker(version: str, dask_worker: Any = None) -> None:
 
 def _connect(address: str) -> Any:
     """Return a client of a scheduler; its methods have no types."""
+    import asyncio
+
     try:
         import distributed
     except ImportError as error:
         raise HostError(f"a fleet needs dask.distributed: {error}", hint=pip_install("distributed")) from None
     try:
+        asyncio.run(_reach(address))
         client: Any = distributed.Client
         return client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (ValueError, TypeError) as error:
@@ -275,3 +278,14 @@ def _connect(address: str) -> Any:
         raise BenchError(
             f"no scheduler answers at {address}: {error}", hint="dask scheduler --port 8786 starts one"
         ) from None
+
+
+async def _reach(address: str) -> None:
+    """Connect to a scheduler once; raises as a client does. A client that cannot connect leaves its thread running."""
+    from distributed import Security
+    from distributed.comm import connect
+
+    secured: Any = Security
+    reach: Any = connect
+    comm = await reach(address, timeout=CONNECT_SECONDS, **secured().get_connection_args("client"))
+    await comm.close()

@@ -41,7 +41,11 @@ SHARED_ONLY = "0xa"
 
 
 def in_child(work: Callable[[int], object]) -> tuple[int, bytes]:
-    """Run ``work(fd)`` in a forked child that may write to fd. Returns its exit code (-signal) and its output."""
+    """Run ``work(fd)`` in a forked child that may write to fd. Returns its exit code (-signal) and its output.
+
+    This process may have vCPU threads, since a guest's memory is what the child looks at. Only the calling thread is in
+    the child, so ``work`` must not wait for what another thread may hold: locks, queues, the log.
+    """
     read, write = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:

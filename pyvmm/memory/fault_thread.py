@@ -18,8 +18,8 @@ from pyvmm.memory.userfault import Userfault
 class FaultThread(ABC):
     """Serves one ``Userfault``. Stop it, or use it as a context manager.
 
-    Unanswered faults wait for the next server. Leaving the context raises ``error``. A subclass calls :meth:`_start`
-    once it is complete.
+    Unanswered faults wait for the next server. Leaving the context raises ``error``. If another exception leaves it,
+    ``error`` becomes the cause at the end of that one's chain. A subclass calls :meth:`_start` once it is complete.
     """
 
     def __init__(self, userfault: Userfault) -> None:
@@ -36,10 +36,18 @@ class FaultThread(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, _kind: object, raised: BaseException | None, _traceback: object) -> None:
         self.stop()
-        if self.error and kind is None:
+        if self.error is None:
+            return
+        if raised is None:
             raise self.error
+        # A fault without an answer makes the guest wait, so what is raised there names only the silence.
+        first = raised
+        while before := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
+            first = before
+        if first is not self.error:
+            first.__cause__ = self.error
 
     @property
     def alive(self) -> bool:

@@ -7,14 +7,15 @@ import contextlib
 import errno
 import os
 import threading
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
+from typing import NoReturn, cast
 
 import pytest
 
 from pyvmm._native import ffi, lib
-from pyvmm.errors import UsageError
+from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.memory.backing import Memfd
 from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.source_server import SourceServer
@@ -78,13 +79,37 @@ def test_a_fault_outside_the_buffer_is_raised_and_its_reader_waits(userfault: Us
         assert reader.result(10) == bytes(8)
 
 
-def test_an_error_of_the_block_takes_precedence_over_the_servers(userfault: Userfault, memory: Memfd) -> None:
+def fail(how: str) -> NoReturn:
+    """Raise KeyError, which may have an earlier error as its cause, or may hide it."""
+    if how == "plain":
+        raise KeyError("silent")
+    try:
+        raise OSError("earlier")
+    except OSError as error:
+        raise KeyError("silent") from (error if how == "of another" else None)
+
+
+@pytest.mark.parametrize("how", ["plain", "of another", "from None"])
+@pytest.mark.parametrize("kind", ["native", "python"])
+def test_the_servers_error_is_the_cause_of_the_blocks(userfault: Userfault, memory: Memfd, kind: str, how: str) -> None:
     with ThreadPoolExecutor(1) as pool, userfault:
         pool.submit(look, memory.hva)
-        server = SourceServer(userfault, memory.hva + HOST_PAGE, SOURCE[HOST_PAGE:])
-        server._thread.join(10)
-        with pytest.raises(KeyError), server:
-            raise KeyError
+        server: SourceServer | Server
+        if kind == "native":
+            server = SourceServer(userfault, memory.hva + HOST_PAGE, SOURCE[HOST_PAGE:])
+            server._thread.join(10)
+        else:
+            heard = threading.Event()
+            server = Server(userfault, lambda _fault: Answer.UNPROTECT, failed=lambda _error: heard.set())
+            assert heard.wait(10)
+        with pytest.raises(KeyError) as caught, server:
+            fail(how)
+        first = caught.value.__cause__ if how == "of another" else caught.value
+        assert first is not None
+        assert first.__cause__ is server.error
+        assert isinstance(server.error, UserfaultError if kind == "native" else PyvmmError)
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "UFFDIO_COPY" in shown if kind == "native" else "not a valid answer" in shown
         userfault.zeropage(memory.hva)
 
 

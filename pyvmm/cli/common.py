@@ -47,6 +47,7 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line, and then what to do; a page of usage is for --help."""
 
     _hint: str | None = None
+    _mixing = False
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
@@ -66,6 +67,21 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self._verb_of(parsed)._refuse(rest, self)
         return parsed
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  # one signature for its three
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        """Parse what is known of a command line, its words before, between and after its options."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        # argparse gives such a positional the first words only. Nearly no command line needs the second pass.
+        several = any(not each.option_strings and each.nargs in ("*", "+") for each in self._actions)
+        if self._mixing or not several or all(word.startswith("-") for word in rest):
+            return parsed, rest
+        self._mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
 
     def _verb_of(self, parsed: argparse.Namespace) -> Parser:
         """Return the parser of the verb that the command line names, and of its action where that has some."""
@@ -165,9 +181,14 @@ def add_common(parser: argparse.ArgumentParser, *, verb: bool = True) -> None:
     """Add the options that are valid before and after the verb to either parser."""
     # A verb's parser must not overwrite options before the verb, so it gets no defaults.
     default: Any = argparse.SUPPRESS if verb else 0
+    add_messages(parser, default)
+    if verb:
+        parser.add_argument("--lab", action=_Misplaced, nargs=0, default=default, help=argparse.SUPPRESS)
+
+
+def add_messages(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    """Add the options of events, for a parser whose outer one has them as well."""
     group = parser.add_argument_group("messages")
     group.add_argument("-v", "--verbose", action="count", default=default, help="log events; twice, with details")
     group.add_argument("-q", "--quiet", action="count", default=default, help="log errors only, not warnings")
     group.add_argument("--log-json", action="store_true", default=default, help="write events as JSON lines")
-    if verb:
-        group.add_argument("--lab", action=_Misplaced, nargs=0, default=default, help=argparse.SUPPRESS)

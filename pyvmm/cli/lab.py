@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.cli.common import add_common
+from pyvmm.cli.common import add_common, add_messages
 from pyvmm.errors import HostError, UsageError
 from pyvmm.interrupt import terminable
 from pyvmm.labenv import in_lab
@@ -118,6 +118,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     shell = actions.add_parser("shell", help="a shell in a lab", allow_abbrev=False)
     for action in (run, execute, shell):
         add_lab_options(action.add_argument_group("the lab"), "--")
+    for action in (build, kernel, status, run, execute, shell):
+        add_messages(action)
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="VERB ...", help="the verb and its arguments")
     execute.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
     execute.add_argument("command", nargs=argparse.REMAINDER, metavar="[--] COMMAND ...", help="the command")
@@ -144,7 +146,9 @@ def main(args: argparse.Namespace) -> int:
         case "run":
             return _run_unparsed(command, args)
         case _:
-            return _run(command, args, is_tty=args.tty)
+            from pyvmm.lab.shares import workstation_files
+
+            return _run(command, args, is_tty=args.tty, files=workstation_files(Path.cwd(), command))
 
 
 def run_verb(

@@ -99,6 +99,19 @@ def find_shares(cwd: Path, arguments: Sequence[str], outputs: Sequence[str] = ()
     return [Share(source, target, readonly) for target, (source, readonly) in sorted(sources.items())]
 
 
+def workstation_files(cwd: Path, command: Sequence[str]) -> list[str]:
+    """Return the words of a command that name files of the workstation, for a command that is not a verb of pyvmm.
+
+    What lies in a directory of the lab's own system is the lab's file, and its /tmp is the lab's directory.
+    """
+    found = []
+    for word in command:
+        paths = list(_named(cwd, [word]))
+        if paths and not any(path == TEMPORARY or Path(*path.parts[:2]) in RESERVED for path in paths):
+            found.append(word)
+    return found
+
+
 def _covered(path: Path, wanted: dict[Path, bool]) -> bool:
     return any(other in (path, *path.parents) for other in wanted)
 

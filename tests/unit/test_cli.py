@@ -209,6 +209,44 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"pyvmm {pyvmm.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            ("bench sweep --labs 2 plan.toml", "bench --labs 2 sweep plan.toml", "bench sweep plan.toml --labs 2"),
+            "words",
+        ),
+        (("bench report --html y.html q.jsonl", "bench --html y.html report q.jsonl"), "words"),
+        (
+            ("bench compare --html y.html a b", "bench compare a --html y.html b", "bench compare a b --html y.html"),
+            "words",
+        ),
+        (("bench fault --axis cpus=1 exit", "bench --axis cpus=1 fault exit"), "words"),
+        (("atlas diff --json x a b", "atlas --json x diff a b", "atlas diff a --json x b"), "claims"),
+        (("ctl 7 --json info", "ctl --json 7 info", "ctl 7 info --json"), "words"),
+        (("run payload:hello -m 96M -c 2", "run -m 96M payload:hello -c 2", "run -m 96M -c 2 payload:hello"), "kernel"),
+        (("map payload:hello -m 96M", "map -m 96M payload:hello"), "kernel"),
+        (("trace payload:hello --trace x", "trace --trace x payload:hello"), "kernel"),
+        (("help -v bench", "help bench -v"), "topic"),
+        (("completion -v bash", "completion bash -v"), "shell"),
+        (("lab -v status --json", "lab status -v --json", "lab status --json -v"), "lab_action"),
+    ],
+)
+def test_options_may_stand_before_between_and_after_words(lines: tuple[str, ...], words: str) -> None:
+    parsed = [vars(cli.make_parser(line.split()).parse_args(line.split())) for line in lines]
+    for each in parsed:
+        del each["verb_argv"]
+    assert parsed[0][words]
+    assert all(each == parsed[0] for each in parsed)
+
+
+def test_a_wrong_option_between_words_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["bench", "fault", "--bogus", "exit"]
+    with pytest.raises(SystemExit):
+        cli.make_parser(line).parse_args(line)
+    assert "there is no option --bogus" in capsys.readouterr().err
+
+
 def test_message_options_may_come_before_or_after_the_verb() -> None:
     assert parse("-v", "doctor").verbose == parse("doctor", "-v").verbose == 1
     assert parse("-v", "doctor", "-q").quiet == 1

@@ -228,6 +228,27 @@ def test_a_file_followed_by_a_comma_and_options_is_found_too(tmp_path: Path, for
     assert targets(found) == {str(TREE): False, str(tmp_path): True}
 
 
+def test_files_that_any_command_names_are_the_workstations_unless_the_lab_has_them_itself(tmp_path: Path) -> None:
+    script, link = tmp_path / "x.py", tmp_path / "python3"
+    script.touch()
+    link.symlink_to("/bin/sh")
+    own = [
+        "/bin/sh",
+        "/etc/passwd",
+        "/proc/cpuinfo",
+        "/sys/kernel",
+        "/usr/bin/env",
+        "/dev/null",
+        "/tmp",
+        "/",
+        str(link),
+    ]
+    words = ["python3", "-c", "print", *own, str(script), f"--data={script}", str(tmp_path), "/nothing/there"]
+    found = shares.workstation_files(TREE, words)
+    assert found == [str(script), f"--data={script}", str(tmp_path)]
+    assert targets(shares.find_shares(TREE, found)) == {str(TREE): False, str(tmp_path): True}
+
+
 def test_outputs_in_the_current_directory_and_dev_null_need_no_share() -> None:
     outputs = ["out.dtb", "tests/out=1.dtb", "/dev/null"]
     assert targets(shares.find_shares(TREE, [*outputs, "file=/dev/null"], outputs)) == {str(TREE): False}

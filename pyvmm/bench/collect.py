@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from pyvmm.bench.case import Case, select
-from pyvmm.bench.model import Point, Run, Series, Value, footer, header, line, parse
+from pyvmm.bench.model import ROUNDS, Point, Run, Series, Value, footer, header, line, parse
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.experiment.registry import nearest
 
@@ -49,6 +49,8 @@ class Plan:
     quick: bool = False
     versus: tuple[str, Value] | None = None
     turns: int = 10
+    rounds: int = ROUNDS
+    """Of each point, the first included, which is warm-up."""
 
     def steps(self) -> list[Step]:
         """Return the points in the order of measuring. Raises UsageError if there is nothing to measure."""
@@ -112,6 +114,7 @@ class Plan:
             "axes": {axis: list(values) for axis, values in (self.axes or {}).items()},
             "quick": self.quick,
             "versus": list(self.versus) if self.versus else None,
+            "rounds": self.rounds,
         }
 
 
@@ -129,7 +132,7 @@ def measure(
 
     steps, begun = plan.steps(), time.monotonic()
     say(header(conditions(), {**plan.to_json(), "points": len(steps)}))
-    results = run((Task(step.case, step.point) for step in steps), deadline=deadline)
+    results = run((Task(step.case, step.point, plan.rounds) for step in steps), deadline=deadline)
     last = begun
     for step, series in zip(steps, results, strict=True):
         for each in series:
@@ -199,6 +202,27 @@ def sides(run: Run) -> tuple[Run, Run]:
         plain = replace(series, point={**series.point, axis: series.notes.get("pair")})
         found.get(str(series.notes.get("side")), {}).setdefault(plain.key, {})[series.notes.get("turn")] = plain
     return _merged(run, found["A"], found["B"]), _merged(run, found["B"], found["A"])
+
+
+def across(run: Run, axis: str, values: Sequence[str]) -> tuple[Run, Run]:
+    """Split a run into the points at the first and those at the second of two ``values`` of an axis.
+
+    Raises UsageError for an axis or a value that no series with values has.
+    """
+    one, other = values
+    there = dict.fromkeys(axis for series in run.series for axis in series.point)
+    if axis not in there:
+        raise UsageError(f"no series of this run has an axis {axis!r}", hint=nearest(axis, there))
+    found: dict[str, list[Series]] = {one: [], other: []}
+    pair = f"{one} / {other}"
+    for series in run.series:
+        if axis in series.point and str(series.point[axis]) in found:
+            found[str(series.point[axis])].append(replace(series, point={**series.point, axis: pair}))
+    measured = dict.fromkeys(str(series.point[axis]) for series in run.series if axis in series.point and series.kept)
+    for value in values:
+        if value not in measured:
+            raise UsageError(f"this run measured nothing at {axis}={value}", hint=nearest(value, measured))
+    return run.with_series(found[one]), run.with_series(found[other])
 
 
 def _merged(run: Run, found: _Turns, others: _Turns) -> Run:

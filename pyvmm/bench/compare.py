@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare two runs of the same benchmark: the ratio of medians, its significance, and a verdict.
 
-Series are matched by case, point and metric. If both have the same number of rounds, the rounds are pairs, as from two
-builds measured in turns. Pairs are tested by Wilcoxon's signed ranks on the rounds' medians. Otherwise Mann and
-Whitney's rank sum is used, and the result is marked as unpaired. Both tests are exact, with ties, for usual numbers of
-rounds. p is corrected by Holm's method over all series of a comparison. Pure functions.
+Series are matched by case, point and metric. What is compared is the medians of rounds. Two runs are unpaired, and
+tested by Welch's t. The sides of a run that measured in turns are pairs, and tested by Wilcoxon's signed ranks. Values
+that no rounds are told of are tested by Mann and Whitney's rank sum, and taken as independent. p is corrected by
+Benjamini and Hochberg's method (false discovery rate) over the tested series: series with the same values on both
+sides are not tested, nor those of too few rounds. Pure functions.
+
+A series differs if its corrected p is below ALPHA and its ratio is beyond the margin. It is the same if the ratio's
+interval lies within the margin. Else the comparison cannot tell, and says how many rounds would.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyvmm.bench import statistics
 from pyvmm.bench.model import BenchError, Run, Series, Value
-from pyvmm.bench.report import groups, table
-from pyvmm.bench.significance import rank_sum, signed_ranks
+from pyvmm.bench.report import groups, style, table
+from pyvmm.bench.significance import FLOOR, rank_sum, signed_ranks, welch
 from pyvmm.experiment.record import TCG
 from pyvmm.labenv import TCG_NOTE
+from pyvmm.reports.escaping import escaped
 from pyvmm.reports.look import PLAIN, Look
+from pyvmm.reports.page import page
 from pyvmm.reports.words import one_line
 
 if TYPE_CHECKING:
@@ -29,15 +35,23 @@ if TYPE_CHECKING:
 
 ALPHA: Final = 0.05
 SLOWER, FASTER, MORE, LESS = "slower", "faster", "more", "less"
-SAME_AS, TOO_FEW = "no difference shown", "too few rounds to tell"
+SAME_AS, UNDECIDED = "the same", "cannot tell"
+MARGIN: Final = 0.01
+"""Medians of two boots differ by as much without a cause, even where time counts instructions."""
+FEWEST: Final = 4
+"""With fewer rounds than this on each side, chance alone separates them in one of 20 comparisons or more."""
+MOST: Final = 1000
+"""More rounds than this are not recommended."""
+_POWER: Final = 2.8
+"""Standard errors that a difference must be large to be shown in 8 of 10 comparisons."""
 PAIRED, UNPAIRED, UNPAIRED_VALUES = "paired", "unpaired", "unpaired, values taken as independent"
 
 SAME: Final = ("machine", "cpu", "cpus", TCG, "emulator", "counts", "page size")
 """The environment fields that must be equal in two comparable runs."""
 
 _TIMES = ("ns", "instructions")
-_VERDICTS: Final = (SLOWER, FASTER, MORE, LESS, SAME_AS, TOO_FEW)
-_COLOURS: Final = {SLOWER: "31", MORE: "31", FASTER: "32", LESS: "32", TOO_FEW: table.DIM}
+_VERDICTS: Final = (SLOWER, FASTER, MORE, LESS, SAME_AS, UNDECIDED)
+_COLOURS: Final = {SLOWER: "31", MORE: "31", FASTER: "32", LESS: "32", UNDECIDED: table.DIM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +70,17 @@ class Difference:
     """Of the ratio's bootstrap interval."""
     high: float | None
     p: float | None
-    """None with too few rounds for a p below ALPHA."""
+    """None where there is no test: the same values on both sides, or too few rounds."""
     corrected: float | None = None
-    """p by Holm's method."""
-    verdict: str = TOO_FEW
+    """p by Benjamini and Hochberg's method."""
+    verdict: str = UNDECIDED
+    needed: int | None = None
+    """About how many rounds on each side would show a difference beyond the margin; None unless it cannot tell."""
 
     @property
     def differs(self) -> bool:
         """Whether a difference is shown."""
-        return self.verdict not in (SAME_AS, TOO_FEW)
+        return self.verdict not in (SAME_AS, UNDECIDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,12 @@ class Comparison:
     only_a: tuple[Series, ...]
     only_b: tuple[Series, ...]
     """Series that the other run lacks, or has without values."""
+    margin: float = MARGIN
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the comparison cannot tell of any series."""
+        return any(each.verdict == UNDECIDED for each in self.differences)
 
     @property
     def differs(self) -> bool:
@@ -86,12 +108,13 @@ class Comparison:
         return any(each.differs for each in self.differences)
 
 
-def compare(a: Run, b: Run) -> Comparison:
-    """Compare two runs.
+def compare(a: Run, b: Run, *, paired: bool = False, margin: float = MARGIN) -> Comparison:
+    """Compare two runs. ``paired`` says that their rounds were measured in turns, as those of ``sides`` are.
 
-    Raises BenchError if they are of different machines or clocks, and thus not comparable, or have no common series.
+    A ratio of medians within ``margin`` of 1 counts as no difference. Raises BenchError if they are of different
+    machines or clocks, and thus not comparable, or have no common series.
     """
-    statistics.require()
+    statistics.require("numpy", "scipy")
     _refuse(a, b)
     in_a, in_b = ({series.key: series for series in statistics.merged(run.series)} for run in (a, b))
     both = [key for key in in_a if key in in_b]
@@ -106,9 +129,10 @@ def compare(a: Run, b: Run) -> Comparison:
         a,
         b,
         {name: pair for name, pair in changed.items() if not _equal(*pair)},
-        tuple(_corrected([_difference(in_a[key], in_b[key]) for key in both])),
+        tuple(_decided([_difference(in_a[key], in_b[key], paired) for key in both], margin)),
         tuple(series for key, series in in_a.items() if key not in in_b),
         tuple(series for key, series in in_b.items() if key not in in_a),
+        margin,
     )
 
 
@@ -120,6 +144,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
     return {
         "differs": comparison.differs,
+        "undecided": comparison.undecided,
+        "margin": comparison.margin,
         "environment": {name: list(pair) for name, pair in comparison.environment.items()},
         "series": [
             named(each.a)
@@ -136,6 +162,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "p": each.p,
                 "corrected": each.corrected,
                 "verdict": each.verdict,
+                "needed": each.needed,
             }
             for each in comparison.differences
         ],
@@ -163,6 +190,15 @@ def text(comparison: Comparison, look: Look = PLAIN) -> str:
     lines += [look.paint(each, table.DIM) for each in look.wrap(_note(comparison), 0)]
     shown = "\n".join(each.rstrip() for each in lines)
     return look.finish(shown.replace("µ", "u") if look.ascii else shown)
+
+
+def html(comparison: Comparison) -> str:
+    """Return a comparison as a page of one table, its text."""
+    title = f"{groups.host(comparison.a)} and {groups.host(comparison.b)} - pyvmm bench compare"
+    shown = escaped(text(comparison, Look(200)))
+    return page(
+        title, style.CSS, "", ['<header><p class="kicker">pyvmm bench compare</p></header>', f"<pre>{shown}</pre>"]
+    )
 
 
 def _rows(some: Sequence[Difference], look: Look) -> list[str]:
@@ -211,15 +247,33 @@ def _name(series: Series) -> str:
 
 
 def _note(comparison: Comparison) -> str:
-    tests = {each.test for each in comparison.differences}
-    said = "B/A: ratio of the medians; p: corrected for the number of tests (Holm)"
+    tests = {each.test for each in comparison.differences if each.p is not None}
+    margin = f"{comparison.margin * 100:g} %"
+    said = (
+        f"B/A: ratio of the medians; the same: the ratio's interval lies within {margin} of 1, or the values are equal"
+    )
+    said += "; p: corrected for the number of tests (Benjamini-Hochberg)" if tests else ""
     said += "; paired: Wilcoxon's signed ranks on the rounds' medians" if PAIRED in tests else ""
-    said += "; unpaired: Mann-Whitney on the rounds' medians" if UNPAIRED in tests else ""
+    said += "; unpaired: Welch's t on the rounds' medians" if UNPAIRED in tests else ""
     if UNPAIRED_VALUES in tests:
         said += "; unpaired, where no rounds are told: Mann-Whitney on values taken as independent"
-    if any(each.verdict == TOO_FEW for each in comparison.differences):
-        said += f"; to tell takes {_needed(len(comparison.differences))} rounds in both for as many series as these"
-    return said
+    return said + "".join(f"; {each}" for each in _advice(comparison, margin))
+
+
+def _advice(comparison: Comparison, margin: str) -> Iterable[str]:
+    """Say what would decide the series that the comparison cannot tell of."""
+    for paired, option in ((False, "--rounds"), (True, "--turns")):
+        open_ = [
+            each for each in comparison.differences if each.verdict == UNDECIDED and paired == (each.test == PAIRED)
+        ]
+        able = [each.needed for each in open_ if each.needed is not None and each.needed <= MOST]
+        if able:
+            yield f"to tell a difference of {margin} in {len(able)} of them, measure with {option} {max(able)}"
+        if len(able) < len(open_):
+            yield (
+                f"{len(open_) - len(able)} vary so much that {MOST:,} rounds would not tell {margin}: count "
+                "instructions (--lab-icount), keep the machine idle, or choose a larger --margin"
+            )
 
 
 # -- matching series
@@ -247,44 +301,47 @@ def _equal(one: Value, other: Value) -> bool:
     return type(one) is type(other) and one == other
 
 
-def _difference(a: Series, b: Series) -> Difference:
-    import numpy as np
-
+def _difference(a: Series, b: Series, paired: bool) -> Difference:
+    """Return the comparison of two series, without the verdict."""
     if a.unit != b.unit:
         raise BenchError(f"{a.case}, {a.metric}: one run has it in {a.unit}, the other in {b.unit}")
     parts_a, parts_b = statistics.rounds(a), statistics.rounds(b)
+    units_a, units_b = _compared(a, b)
     if not a.rounds and not b.rounds:
-        test, units_a, units_b = UNPAIRED_VALUES, parts_a[0], parts_b[0]
+        test = UNPAIRED_VALUES
     else:
-        units_a, units_b = (np.array([np.median(part) for part in parts]) for parts in (parts_a, parts_b))
-        test = PAIRED if len(parts_a) == len(parts_b) else UNPAIRED
-    if test == PAIRED:
-        p = signed_ranks(units_b - units_a)
-        moved = float(np.median(units_b - units_a)) or float((units_b - units_a).mean())
-    else:
-        p = rank_sum(units_a, units_b)
-        moved = float(np.median(units_b) - np.median(units_a)) or float(units_b.mean() - units_a.mean())
+        test = PAIRED if paired and len(parts_a) == len(parts_b) else UNPAIRED
     ratio, low, high = _ratio(parts_a, parts_b, paired=test == PAIRED)
-    if ratio is not None and ratio != 1:
-        moved = ratio - 1
-    up, down = (SLOWER, FASTER) if a.unit in _TIMES else (MORE, LESS)
-    word = up if moved > 0 else down if moved < 0 else SAME_AS
     sizes = len(units_a), len(units_b)
-    return Difference(a, b, test, sizes, ratio, low, high, p if _least(test, sizes) < ALPHA else None, verdict=word)
+    p = None
+    if not _are_equal(a, b) and min(sizes) >= _fewest(test):
+        p = {PAIRED: _signed, UNPAIRED: welch, UNPAIRED_VALUES: rank_sum}[test](units_a, units_b)
+    return Difference(a, b, test, sizes, ratio, low, high, p)
 
 
-def _least(test: str, rounds: tuple[int, int]) -> float:
-    """Return the smallest p that this number of rounds can give."""
-    one, other = rounds
-    if test == PAIRED:
-        return 2.0 ** (1 - one)
-    # For very many rounds the number of choices exceeds a float, and does not matter.
-    return 2 / math.comb(one + other, one) if one + other <= 1000 else 2 / math.comb(1000, min(one, other, 500))
+def _signed(a: Floats, b: Floats) -> float:
+    return signed_ranks(b - a)
 
 
-def _needed(tests: int) -> int:
-    """Return the number of pairs of rounds needed to show a difference in one of this many series."""
-    return next(count for count in range(1, 1000) if 2.0 ** (1 - count) * tests < ALPHA)
+def _compared(a: Series, b: Series) -> tuple[Floats, Floats]:
+    """Return what is compared of two series: the medians of their rounds, or values where neither tells of rounds."""
+    import numpy as np
+
+    parts_a, parts_b = statistics.rounds(a), statistics.rounds(b)
+    if not a.rounds and not b.rounds:
+        return parts_a[0], parts_b[0]
+    return np.array([np.median(part) for part in parts_a]), np.array([np.median(part) for part in parts_b])
+
+
+def _are_equal(a: Series, b: Series) -> bool:
+    import numpy as np
+
+    return np.array_equal(np.sort(statistics.values(a)), np.sort(statistics.values(b)))
+
+
+def _fewest(test: str) -> int:
+    """Return the number of rounds on each side from which a test can show a difference."""
+    return statistics.FEW if test == PAIRED else FEWEST
 
 
 def _ratio(a: list[Floats], b: list[Floats], *, paired: bool) -> tuple[float | None, float | None, float | None]:
@@ -303,18 +360,55 @@ def _ratio(a: list[Floats], b: list[Floats], *, paired: bool) -> tuple[float | N
     return median_b / median_a, low, high
 
 
-def _corrected(differences: Sequence[Difference]) -> Iterable[Difference]:
-    """Correct p for multiple tests, and withdraw verdicts that are no longer significant."""
-    tested = sorted(each.p for each in differences if each.p is not None)
-    corrected: dict[float, float] = {}
-    highest = 0.0
-    for rank, p in enumerate(tested):
-        highest = max(highest, min((len(tested) - rank) * p, 1.0))
-        corrected.setdefault(p, highest)
+def _decided(differences: Sequence[Difference], margin: float) -> Iterable[Difference]:
+    """Correct p for the number of tests, and decide."""
+    from scipy.stats import false_discovery_control
+
+    tested = [each.p for each in differences if each.p is not None]
+    corrected = iter(false_discovery_control(tested) if tested else ())
     for each in differences:
-        holm = None if each.p is None else corrected[each.p]
-        verdict = each.verdict
-        if holm is None or holm >= ALPHA:
-            able = _least(each.test, each.rounds) * max(len(tested), 1) < ALPHA
-            verdict = SAME_AS if able else TOO_FEW
-        yield replace(each, corrected=holm, verdict=verdict)
+        done = replace(each, corrected=None if each.p is None else float(next(corrected)))
+        verdict = _verdict(done, margin)
+        needed = _needed(done, margin, len(tested)) if verdict == UNDECIDED else None
+        yield replace(done, verdict=verdict, needed=needed)
+
+
+def _verdict(each: Difference, margin: float) -> str:
+    if _are_equal(each.a, each.b):
+        return SAME_AS
+    beyond = each.ratio is None or abs(each.ratio - 1) > margin
+    if each.corrected is not None and each.corrected < ALPHA and beyond:
+        up, down = (SLOWER, FASTER) if each.a.unit in _TIMES else (MORE, LESS)
+        return up if _moved(each) > 0 else down
+    if min(each.rounds) >= statistics.FEW and each.low is not None and each.high is not None:
+        return SAME_AS if 1 - margin <= each.low and each.high <= 1 + margin else UNDECIDED
+    return UNDECIDED
+
+
+def _moved(each: Difference) -> float:
+    """Return the direction of a difference: of the medians, or of the means where the medians are equal."""
+    import numpy as np
+
+    if each.ratio is not None and each.ratio != 1:
+        return each.ratio - 1
+    a, b = _compared(each.a, each.b)
+    return float(np.median(b) - np.median(a)) or float(b.mean() - a.mean())
+
+
+def _needed(each: Difference, margin: float, tests: int) -> int:
+    """Return about how many rounds (values, where none are told) on each side would show a difference of ``margin``."""
+    import numpy as np
+
+    a, b = _compared(each.a, each.b)
+    least = statistics.FEW
+    if each.test == PAIRED:
+        # Ranks of n pairs give no p below 2 / 2**n, and the correction multiplies it by the number of tests at most.
+        least = max(least, math.ceil(math.log2(2 * max(tests, 1) / ALPHA)))
+        spread = float((b - a).std(ddof=1)) if len(a) > 1 else 0.0
+    else:
+        spread = math.hypot(*(float(side.std(ddof=1)) if len(side) > 1 else 0.0 for side in (a, b)))
+    middle = abs(float(np.median(a))) or abs(float(a.mean())) or abs(float(b.mean()))
+    spread = max(spread, FLOOR * middle)
+    wanted = math.ceil((_POWER * spread / (margin * middle)) ** 2) if margin and middle else MOST + 1
+    measured = min(each.rounds)
+    return max(least, wanted, 2 * measured if measured >= least else 0)

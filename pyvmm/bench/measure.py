@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from pyvmm._native import lib
-from pyvmm.bench.model import Point, Series, Value
+from pyvmm.bench.model import ROUNDS, Point, Series, Value
 from pyvmm.errors import GuestMemoryError, PyvmmError
 from pyvmm.experiment import Experiment
 from pyvmm.experiment.environment import INSTRUCTIONS, counts
@@ -25,8 +25,6 @@ from pyvmm.memory.backing import Memfd
 from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
-ROUNDS = 7
-"""Rounds of every case: one for warm-up, and six, the minimum for a median's interval."""
 RULE = "the first round"
 SPARE = 12 * MIB
 """Guest memory that cases do not use: the payload, the device tree, the records of ticks."""

@@ -19,6 +19,9 @@ from pyvmm.experiment.record import renamed
 FORMAT: Final = 2
 """Of the file. Format 1, whose environment had ``emulated`` for ``tcg``, is still read; others are refused."""
 
+ROUNDS: Final = 7
+"""Rounds of a point unless another number is asked for: one for warm-up, and six, the minimum for an interval."""
+
 Value = str | int | float | bool | None
 Point = dict[str, Value]
 """A series' value on each axis of its case. Case, point and metric identify a series."""

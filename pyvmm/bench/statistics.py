@@ -65,9 +65,10 @@ class Summary:
         return (self.rounds or self.n) < FEW
 
 
-def require() -> None:
-    """Raise HostError unless all is installed that statistics and figures need."""
-    missing = [name for name in ("numpy", "scipy", "matplotlib") if importlib.util.find_spec(name) is None]
+def require(*names: str) -> None:
+    """Raise HostError unless the packages ``names`` are installed; without names, all that reports need."""
+    needed = names or ("numpy", "scipy", "matplotlib")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise HostError(
             f"statistics and reports need {', '.join(missing)}, which this Python does not have",
@@ -77,7 +78,7 @@ def require() -> None:
 
 def values(series: Series) -> Floats:
     """Return the kept values. Raises BenchError where they are no numbers."""
-    require()
+    require("numpy")
     import numpy as np
 
     try:
@@ -172,7 +173,7 @@ def _summarised(kept: bytes, sizes: tuple[int, ...], told: bool) -> Summary:
 
 def summary(series: Series) -> Summary:
     """Return what is said of a series. Raises BenchError for values that are none."""
-    require()
+    require("numpy")
     parts = rounds(series)
     kept = b"".join(part.tobytes() for part in parts)
     return _summarised(kept, tuple(len(part) for part in parts), bool(series.rounds))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pyvmm.bench.case import Case, select
 from pyvmm.bench.measure import Bench
-from pyvmm.bench.model import Point, Series, Value
+from pyvmm.bench.model import ROUNDS, Point, Series, Value
 from pyvmm.errors import PyvmmError
 from pyvmm.experiment.runner import run
 
@@ -21,6 +21,7 @@ class Task(NamedTuple):
 
     case: Case
     point: Point
+    rounds: int = ROUNDS
 
     @property
     def seconds(self) -> float:
@@ -29,7 +30,7 @@ class Task(NamedTuple):
 
     def conduct(self, seconds: float) -> list[dict[str, Any]]:
         """Measure the point in this very process and return its series."""
-        bench = Bench(self.case.name, self.point, seconds=seconds)
+        bench = Bench(self.case.name, self.point, rounds=self.rounds, seconds=seconds)
         try:
             self.case.function(bench)
         except (PyvmmError, OSError) as error:

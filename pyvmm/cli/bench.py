@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shlex
 import sys
 import time
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from pyvmm.bench.model import Run, Series, Value
 
 COMPARE, REPORT, SWEEP = "compare", "report", "sweep"
+CANNOT_TELL = 3
+"""Exit status of a comparison that shows no difference, and does not exclude one either."""
 STILL = 15.0
 """Seconds between two lines of progress where stderr is no terminal."""
 
@@ -40,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
         formatter_class=Help,
         usage="pyvmm bench [options] [CASE ...]\n"
-        "       pyvmm bench compare A.jsonl [B.jsonl]\n"
+        "       pyvmm bench compare [--margin PERCENT] [--across AXIS=ONE,OTHER] A.jsonl [B.jsonl]\n"
         "       pyvmm bench report [--html FILE] [--figures DIR] RESULTS\n"
         "       pyvmm bench sweep [options] PLAN.toml",
         description="Measure what guest memory costs: each case at the points of its axes, a process each.\n"
@@ -51,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "  pyvmm --lab --lab-icount bench fault exit             in instructions, which repeat\n"
         "  pyvmm --lab bench fault --axis protection=none,pkvm --axis cpus=1,4 --json a.jsonl\n"
         "  pyvmm --lab bench fault --axis protection=pkvm --versus state=populated\n"
-        "exit status of compare: 0 no difference shown, 1 something differs, 2 nothing can be compared",
+        "exit status of compare: 0 the same, 1 something differs, 2 nothing can be compared, 3 cannot tell of some",
     )
     parser.add_argument("words", metavar="CASE", nargs="*", help="cases to measure (all); --list names them")
     which = parser.add_argument_group("what to measure")
@@ -65,13 +68,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     which.add_argument("--versus", metavar="AXIS=VALUE", help="measure each point in turns with this one, and compare")
     which.add_argument("--turns", type=parse_count, default=10, metavar="N", help="of --versus (10)")
+    which.add_argument(
+        "--rounds",
+        type=parse_count,
+        metavar="N",
+        help="of each point, besides the first, which is warm-up (6)",
+    )
     which.add_argument("--peers", action="store_true", help="also measure others: a bare C loop, QEMU, selftests")
     which.add_argument("--list", action="store_true", help="name cases and axes instead of measuring")
     which.add_argument("--deadline", type=parse_seconds, metavar="SECONDS", help="for each point (the case's own)")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", type=OutputPath, metavar="FILE", help="the raw results, JSON lines, as they come")
-    output.add_argument("--html", type=OutputPath, metavar="FILE", help="one page with figures and the raw results")
+    output.add_argument(
+        "--json", type=OutputPath, metavar="FILE", help="the raw results, JSON lines; of compare its verdicts"
+    )
+    output.add_argument(
+        "--html", type=OutputPath, metavar="FILE", help="a page with figures and the raw results; of compare its table"
+    )
     output.add_argument("--figures", type=OutputPath, metavar="DIR", help="the figures as SVG and PNG")
+    judged = parser.add_argument_group("compare")
+    judged.add_argument("--across", metavar="AXIS=ONE,OTHER", help="compare two values of an axis in one file")
+    judged.add_argument(
+        "--margin", type=_percent, metavar="PERCENT", help="medians that differ by no more are the same (1)"
+    )
     parser.add_argument("--collect", action="store_true", help=argparse.SUPPRESS)
     bench_sweep.add_options(parser)
     add_common(parser)
@@ -139,13 +157,15 @@ def _first(args: argparse.Namespace) -> str:
 
 def _plan(args: argparse.Namespace) -> Plan:
     from pyvmm.bench.collect import Plan
+    from pyvmm.bench.model import ROUNDS
 
     axes: dict[str, list[Value]] = {}
     for text in args.axis:
         axis, value = _pair("--axis", text)
         axes.setdefault(axis, []).extend(value.split(","))
     versus = _pair("--versus", args.versus) if args.versus else None
-    plan = Plan(tuple(args.words), axes, args.quick, versus, args.turns)
+    rounds = ROUNDS if args.rounds is None else 1 + args.rounds
+    plan = Plan(tuple(args.words), axes, args.quick, versus, args.turns, rounds)
     plan.steps()
     return plan
 
@@ -287,12 +307,13 @@ def _writable(path: str) -> Iterator[TextIO]:
 
 
 def _show(run: Run, args: argparse.Namespace) -> None:
+    from pyvmm.bench.collect import sides
     from pyvmm.bench.report import table
     from pyvmm.reports.look import Look
 
     look = Look.of(sys.stdout)
     if run.asked.get("versus"):
-        _compare_runs(run, None)
+        _compare_sides(*sides(run), args, paired=True)
     else:
         print(table.text(run, look), flush=True)
     _save(run, args)
@@ -302,13 +323,17 @@ def _save(run: Run, args: argparse.Namespace) -> None:
     from pyvmm.bench.report import figures, html
 
     if args.html:
-        try:
-            with open(args.html, "w", encoding="utf-8") as file:
-                file.write(html.render(run))
-        except OSError as error:
-            raise PyvmmError(f"{args.html!r} cannot be written: {error.strerror}") from None
+        _write(args.html, html.render(run))
     if args.figures:
         figures.save(run, args.figures)
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -321,27 +346,55 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from pyvmm.bench.collect import across, sides
     from pyvmm.bench.model import BenchError
     from pyvmm.bench.statistics import require
 
-    require()
-    paths = _files(args, "compare", 1, 2)
+    require("numpy", "scipy")
+    if args.figures:
+        raise UsageError("bench compare draws no figures", hint="--html FILE and --json FILE write the comparison")
+    paths = _files(args, "compare", 1, 1 if args.across else 2)
+    axis, values = "", list[str]()
+    if args.across:
+        axis, text = _pair("--across", args.across)
+        values = text.split(",")
+        if len(values) != 2 or not all(values):
+            raise UsageError(f"--across {args.across}: expected two values, for example --across state=cold,populated")
     runs = [_read(path) for path in paths]
     try:
-        return _compare_runs(runs[0], runs[1] if len(runs) > 1 else None)
+        if values:
+            return _compare_sides(*across(runs[0], axis, values), args)
+        if len(runs) == 1:
+            return _compare_sides(*sides(runs[0]), args, paired=True)
+        return _compare_sides(runs[0], runs[1], args)
     except BenchError as error:
         raise UsageError(error.message, hint=error.hint) from None
 
 
-def _compare_runs(run: Run, other: Run | None) -> int:
+def _compare_sides(one: Run, two: Run, args: argparse.Namespace, *, paired: bool = False) -> int:
     from pyvmm.bench import compare
-    from pyvmm.bench.collect import sides
     from pyvmm.reports.look import Look
 
-    one, two = (run, other) if other is not None else sides(run)
-    comparison = compare.compare(one, two)
+    margin = compare.MARGIN if args.margin is None else args.margin
+    comparison = compare.compare(one, two, paired=paired, margin=margin)
     print(compare.text(comparison, Look.of(sys.stdout)), flush=True)
-    return 1 if comparison.differs else 0
+    if args.words[:1] == [COMPARE]:  # a run in turns is saved as a run
+        if args.html:
+            _write(args.html, compare.html(comparison))
+        if args.json:
+            _write(args.json, json.dumps(compare.to_json(comparison), indent=1) + "\n")
+    return 1 if comparison.differs else CANNOT_TELL if comparison.undecided else 0
+
+
+def _percent(text: str) -> float:
+    """Return a share of 1."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage above 0 and below 100")
+    return value / 100
 
 
 def _read(path: str) -> Run:

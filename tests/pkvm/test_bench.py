@@ -17,8 +17,8 @@ import pytest
 from pyvmm.bench import case as cases
 from pyvmm.bench import linux, transfers
 from pyvmm.bench.cases.exit import COUNT as EXITS
-from pyvmm.bench.measure import ROUNDS, Bench
-from pyvmm.bench.model import Point, Series
+from pyvmm.bench.measure import Bench
+from pyvmm.bench.model import ROUNDS, Point, Series
 from pyvmm.bench.task import Task, measure_point
 from pyvmm.experiment import raw
 from pyvmm.experiment.runner import run

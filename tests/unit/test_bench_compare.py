@@ -12,7 +12,7 @@ import pytest
 from pyvmm.bench import compare as compared
 from pyvmm.bench.compare import SAME, compare
 from pyvmm.bench.model import BenchError, Point, Run, Series
-from pyvmm.bench.significance import rank_sum, signed_ranks
+from pyvmm.bench.significance import FLOOR, rank_sum, signed_ranks, welch
 from pyvmm.reports.look import Look
 from tests.unit import bench_samples as samples
 
@@ -90,59 +90,114 @@ def test_different_units_are_refused() -> None:
 def test_a_difference_in_every_round_is_shown(factor: float, unit: str, verdict: str) -> None:
     a = samples.per_round(STEADY, unit=unit)
     found = only(compare(samples.run(a), samples.run(times(factor, a))))
-    assert (found.verdict, found.test, found.rounds) == (verdict, "paired", (12, 12))
+    assert (found.verdict, found.test, found.rounds) == (verdict, "unpaired", (12, 12))
     assert found.ratio == pytest.approx(factor)
     assert found.low is not None
     assert found.ratio is not None
     assert found.high is not None
     assert found.low <= found.ratio <= found.high
     assert found.low == pytest.approx(factor, rel=0.02)
-    assert found.p == 2.0**-11
+    assert found.p is not None
+    assert found.p < 1e-6
 
 
-def test_a_run_does_not_differ_from_itself() -> None:
-    comparison = compare(samples.run(samples.per_round(STEADY)), samples.run(samples.per_round(STEADY)))
-    assert (only(comparison).verdict, only(comparison).p, only(comparison).ratio) == ("no difference shown", 1.0, 1.0)
+def test_a_run_is_the_same_as_itself_however_much_it_varies() -> None:
+    noisy = samples.run(samples.per_round([50, 100, 200, 400, 10, 5]), samples.series([3.0], metric="once"))
+    comparison = compare(noisy, noisy)
+    assert [each.verdict for each in comparison.differences] == ["the same", "the same"]
+    assert [each.p for each in comparison.differences] == [None, None]
     assert not comparison.differs
+    assert not comparison.undecided
+
+
+def test_series_with_equal_values_are_left_out_of_the_correction() -> None:
+    moved = samples.per_round(STEADY[:6])
+    constant = [samples.series([7.0] * 6, point={"at": at}, rounds=[1] * 6) for at in range(500)]
+    found = compare(samples.run(moved, *constant), samples.run(times(1.5, moved), *constant)).differences[0]
+    assert found.corrected == found.p
+
+
+@pytest.mark.parametrize("factor", [1.05, 3.0, 0.95])
+def test_the_default_rounds_show_a_difference_in_every_one_of_many_series(factor: float) -> None:
+    a = [samples.per_round(STEADY[:6], point={"at": at}, seed=at) for at in range(66)]
+    comparison = compare(samples.run(*a), samples.run(*(times(factor, each) for each in a)))
+    assert {each.verdict for each in comparison.differences} == {"slower" if factor > 1 else "faster"}
+
+
+def test_the_default_rounds_show_the_one_difference_among_many_series() -> None:
+    def side(seed: int, factor: float) -> Run:
+        a = [samples.per_round(STEADY[:6], 400, point={"at": at}, seed=seed + at, spread=0.005) for at in range(66)]
+        return samples.run(*(times(factor if at == 30 else 1, each) for at, each in enumerate(a)))
+
+    verdicts = [each.verdict for each in compare(side(0, 1), side(100, 1.05)).differences]
+    assert verdicts == ["the same"] * 30 + ["slower"] + ["the same"] * 35
+
+
+def test_the_default_rounds_show_a_difference_of_values_that_never_vary() -> None:
+    a = samples.series([16_031.0] * 6, unit="instructions", rounds=[1] * 6)
+    b = replace(a, values=(14_007.0,) * 6)
+    assert only(compare(samples.run(a), samples.run(b))).verdict == "faster"
+
+
+@pytest.mark.parametrize(("margin", "verdict"), [(0.01, "the same"), (0.001, "slower")])
+def test_a_difference_within_the_margin_counts_as_none(margin: float, verdict: str) -> None:
+    a = samples.series([100.0] * 6, rounds=[1] * 6)
+    b = replace(a, values=(100.5,) * 6)
+    assert only(compare(samples.run(a), samples.run(b), margin=margin)).verdict == verdict
 
 
 def test_pairs_show_a_difference_that_drift_would_hide() -> None:
     drifting = [100 * 1.05**at for at in range(10)]
     a = samples.per_round(drifting, spread=0.001)
-    b = samples.per_round([middle * 1.01 for middle in drifting], seed=2, spread=0.001)
-    assert only(compare(samples.run(a), samples.run(b))).verdict == "slower"
-    unpaired = replace(b, values=b.values[:-40], rounds=b.rounds[:-1])
-    found = only(compare(samples.run(a), samples.run(unpaired)))
-    assert (found.test, found.rounds, found.verdict) == ("unpaired", (10, 9), "no difference shown")
+    b = samples.per_round([middle * 1.02 for middle in drifting], seed=2, spread=0.001)
+    found = only(compare(samples.run(a), samples.run(b), paired=True))
+    assert (found.test, found.verdict) == ("paired", "slower")
+    found = only(compare(samples.run(a), samples.run(b)))
+    assert (found.test, found.rounds, found.verdict) == ("unpaired", (10, 10), "cannot tell")
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_few_rounds_are_inconclusive_however_large_the_difference(count: int) -> None:
-    a = samples.per_round(STEADY[:count])
-    found = only(compare(samples.run(a), samples.run(times(3, a))))
-    assert (found.verdict, found.p, found.differs) == ("too few rounds to tell", None, False)
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_with_few_rounds_it_cannot_tell_and_says_how_many_would(count: int, paired: bool) -> None:
+    a = samples.per_round(STEADY[:count], spread=0.0001)
+    comparison = compare(samples.run(a), samples.run(times(3, a)), paired=paired)
+    found = only(comparison)
+    assert (found.verdict, found.p, found.differs) == ("cannot tell", None, False)
+    assert comparison.undecided
     assert found.ratio == pytest.approx(3)
+    assert found.needed is not None
+    option = "--turns" if paired else "--rounds"
+    said = " ".join(compared.text(comparison).split())
+    assert f"to tell a difference of 1 % in 1 of them, measure with {option} {found.needed}" in said
 
 
-def test_many_series_take_more_rounds() -> None:
-    def runs(count: int) -> tuple[Run, Run]:
-        a = [samples.per_round(STEADY[:8], point={"at": at}) for at in range(count)]
-        return samples.run(*a), samples.run(*(times(1.5, each) for each in a))
+def test_the_number_of_rounds_that_it_says_is_enough() -> None:
+    def runs(rounds: int, factor: float) -> tuple[Run, Run]:
+        rng = np.random.default_rng(rounds)
+        a, b = (rng.normal(100, 2, rounds) for _ in range(2))
+        return tuple(samples.run(samples.series(each, rounds=[1] * rounds)) for each in (a, b * factor))  # type: ignore[return-value]
 
-    assert {each.verdict for each in compare(*runs(6)).differences} == {"slower"}
-    comparison = compare(*runs(7))
-    assert {each.verdict for each in comparison.differences} == {"too few rounds to tell"}
-    assert "takes 9 rounds" in compared.text(comparison)
+    few = only(compare(*runs(6, 1)))
+    assert (few.verdict, few.needed is not None and 20 < few.needed < 400) == ("cannot tell", True)
+    assert few.needed is not None
+    assert only(compare(*runs(4 * few.needed, 1.02))).verdict == "slower"
 
 
-def test_the_correction_is_holms() -> None:
-    middles = [[100.0] * 10] * 3
+def test_values_that_vary_too_much_get_other_advice() -> None:
+    a = samples.series([100.0, 900.0, 3.0, 5000.0, 20.0, 1.0], rounds=[1] * 6)
+    b = replace(a, values=(200.0, 400.0, 7.0, 2000.0, 90.0, 3.0))
+    assert "1,000 rounds would not tell 1 %: count instructions" in " ".join(
+        compared.text(compare(samples.run(a), samples.run(b))).split()
+    )
+
+
+def test_the_correction_is_of_the_false_discovery_rate() -> None:
     moves: list[list[float]] = [[1] * 10, [1] * 9 + [-0.1], [1, -1] * 5]
-    a = [samples.series(some, point={"at": at}, rounds=[1] * 10) for at, some in enumerate(middles)]
+    a = [samples.series([100.0] * 10, point={"at": at}, rounds=[1] * 10) for at in range(3)]
     b = [replace(each, values=tuple(100.0 + move for move in moves[at])) for at, each in enumerate(a)]
-    found = compare(samples.run(*a), samples.run(*b)).differences
+    found = compare(samples.run(*a), samples.run(*b), paired=True).differences
     assert [each.p for each in found] == [2**-9, 2 * 2**-9, 1.0]
-    assert [each.corrected for each in found] == [3 * 2**-9, 2 * 2 * 2**-9, 1.0]
+    assert [each.corrected for each in found] == pytest.approx([3 * 2**-9, 3 / 2 * 2 * 2**-9, 1.0])
 
 
 def test_measuring_again_into_the_same_file_adds_rounds() -> None:
@@ -154,16 +209,16 @@ def test_measuring_again_into_the_same_file_adds_rounds() -> None:
 
 def test_values_without_rounds_count_as_independent_and_the_table_says_so() -> None:
     rng = np.random.default_rng(1)
-    a, b = (samples.series(rng.normal(middle, 1, 80)) for middle in (100, 101))
+    a, b = (samples.series(rng.normal(middle, 1, 80)) for middle in (100, 102))
     comparison = compare(samples.run(a), samples.run(b))
     assert (only(comparison).verdict, only(comparison).rounds) == ("slower", (80, 80))
-    assert "values taken as independent" in compared.text(comparison)
+    assert "values taken as independent" in " ".join(compared.text(comparison).split())
 
 
 def test_compare_handles_very_many_values() -> None:
     rng = np.random.default_rng(1)
     a = samples.series(rng.integers(90, 110, 65_536).astype(float))
-    assert only(compare(samples.run(a), samples.run(a))).verdict == "no difference shown"
+    assert only(compare(samples.run(a), samples.run(a))).verdict == "the same"
 
 
 def test_a_median_of_zero_has_a_verdict_but_no_ratio() -> None:
@@ -197,6 +252,15 @@ def test_rank_sum_is_exact_with_ties() -> None:
     assert rank_sum(a, b) == pytest.approx(wanted)
 
 
+def test_welch_agrees_with_scipy_and_takes_no_sample_for_constant() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(100, 2, 6), rng.normal(102, 4, 8)
+    assert welch(a, b) == pytest.approx(scipy_stats.ttest_ind(a, b, equal_var=False).pvalue)
+    assert welch(np.full(6, 100.0), np.full(6, 100.0 * (1 + FLOOR / 10))) > 0.5
+    assert welch(np.full(6, 100.0), np.full(6, 105.0)) < 1e-6
+    assert welch(np.zeros(6), np.zeros(6)) == 1.0
+
+
 def test_both_tests_agree_with_scipy_without_ties() -> None:
     rng = np.random.default_rng(8)
     for n in (6, 20, 150):
@@ -208,7 +272,10 @@ def test_both_tests_agree_with_scipy_without_ties() -> None:
 
 def test_compare_takes_few_equal_runs_for_different() -> None:
     rng = np.random.default_rng(9)
-    ps = [(signed_ranks(rng.normal(0, 1, 12)), rank_sum(*rng.normal(0, 1, (2, 8)))) for _ in range(300)]
+    ps = [
+        (signed_ranks(rng.normal(0, 1, 12)), rank_sum(*rng.normal(0, 1, (2, 8))), welch(*rng.normal(99, 1, (2, 6))))
+        for _ in range(300)
+    ]
     for p in zip(*ps, strict=True):
         assert 4 <= sum(each < 0.05 for each in p) <= 24
 
@@ -228,7 +295,7 @@ def test_the_table_says_what_differs_and_by_how_much() -> None:
     assert "QEMU TCG: times are relative only" in said
     assert "kernel: 7.0.9-arm64 -> 7.1.0" in said
     assert "only in A, 1: fault, gone, protection=none" in said
-    assert "B against A: 1 slower, 1 no difference shown" in said
+    assert "B against A: 1 slower, 1 the same" in said
     (row,) = [line for line in said.splitlines() if line.endswith("slower")]
     assert row.split()[:2] == ["touch", "none"]
     assert "1.100" in row

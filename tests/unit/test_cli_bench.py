@@ -454,6 +454,89 @@ def test_the_exit_status_of_compare_says_whether_runs_differ(capfd: pytest.Captu
     assert "slower" in out
 
 
+def test_compare_with_too_few_rounds_has_its_own_exit_status_and_says_what_is_missing(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    few = samples.run(samples.per_round(STEADY[:2]))
+    slower = samples.run(replace(few.series[0], values=tuple(1.05 * value for value in few.series[0].values)))
+    one, other = (write(tmp_path / name, samples.text(run)) for name, run in (("a", few), ("b", slower)))
+    status, out, _ = told(capfd, "compare", one, other)
+    assert status == 3
+    assert "B against A: 1 cannot tell" in out
+    assert "measure with --rounds" in " ".join(out.split())
+
+
+def two_states() -> model.Run:
+    cold = samples.per_round(STEADY, point={"protection": "pkvm", "state": "cold"})
+    populated = replace(
+        cold, point={**cold.point, "state": "populated"}, values=tuple(each / 2 for each in cold.values)
+    )
+    return samples.run(cold, populated, samples.per_round(STEADY, case="exit", point={"kind": "hvc"}))
+
+
+def test_a_file_is_compared_with_itself_across_an_axis(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", samples.text(two_states()))
+    status, out, _ = told(capfd, "compare", file, "--across", "state=cold,populated")
+    assert status == 1
+    assert "B against A: 1 faster" in out
+    assert "cold / populated" in out
+    assert "0.500" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--across", "stat=cold,populated"], "no series of this run has an axis 'stat'"),
+        (["--across", "state=cold,mapped"], "this run measured nothing at state=mapped"),
+        (["--across", "state=cold"], "expected two values"),
+        (["--across", "state=cold,populated,mapped"], "expected two values"),
+        (["--across", "state"], "expected AXIS=VALUE"),
+        (["--across", "state=cold,populated", "b.jsonl"], "2 files given, it takes 1"),
+        (["b.jsonl", "--figures", "f"], "draws no figures"),
+        (["b.jsonl", "--margin", "0"], "no percentage"),
+    ],
+)
+def test_invalid_comparisons_are_refused(
+    words: list[str], why: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, out, err = told(capfd, "compare", write(tmp_path / "a.jsonl", samples.text(two_states())), *words)
+    assert (status, out) == (2, "")
+    assert why in err
+
+
+def test_compare_writes_its_table_and_its_verdicts(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", samples.text(FEW))
+    page, data = tmp_path / "y.html", tmp_path / "y.json"
+    status, out, _ = told(capfd, "compare", "--html", page, file, "--json", data, file)
+    assert status == 0
+    assert "B against A: 2 the same" in out
+    assert "B against A: 2 the same" in page.read_text()
+    assert [each["verdict"] for each in json.loads(data.read_text())["series"]] == ["the same", "the same"]
+
+
+def test_the_margin_decides_what_counts_as_a_difference(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    constant = samples.series([100.0] * 6, rounds=[1] * 6)
+    other = replace(constant, values=(100.5,) * 6)
+    files = [write(tmp_path / name, samples.text(samples.run(each))) for name, each in (("a", constant), ("b", other))]
+    assert told(capfd, "compare", *files)[0] == 0
+    assert told(capfd, "compare", *files, "--margin", "0.2")[0] == 1
+
+
+def test_report_takes_options_between_its_words(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = write(tmp_path / "q.jsonl", samples.text(FEW))
+    assert told(capfd, "report", "--html", tmp_path / "y.html", file)[0] == 0
+    assert (tmp_path / "y.html").stat().st_size > 1000
+
+
+def test_the_rounds_asked_for_are_kept_besides_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(verb, "require_arm64", lambda *_, **__: None)
+    monkeypatch.setattr("pyvmm.bench.collect.measure", lambda plan, *_, **__: seen.append(plan))
+    for words in (["fault"], ["fault", "--rounds", "12"]):
+        cli.main(["bench", *words])
+    assert [plan.rounds for plan in seen] == [model.ROUNDS, 13]
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [

@@ -88,14 +88,14 @@ def test_building_a_machine_from_a_flat_binary_loads_only_allowed_modules() -> N
 
 
 STDLIB = """
-__future__ argparse bisect collections.abc contextlib ctypes enum errno fcntl gc importlib locale operator os re select
-signal struct sys threading
+__future__ argparse bisect collections.abc contextlib ctypes enum errno fcntl gc importlib locale mmap operator os re
+select signal struct sys threading
 """
 """What of the standard library the way to a guest imports; what these import themselves comes with them. locale is
 argparse's, for its messages."""
 
 OURS = """
-pyvmm _native _native.lib _native_source abi errors interrupt labenv log outlet payloads protection typed
+pyvmm _native _native.lib _native_source abi errors interrupt labenv log outlet pages payloads protection typed
 
 cli cli.common cli.run
 devices devices.base devices.bus devices.echo devices.exit_targets devices.kind devices.mailbox devices.pl011
@@ -105,7 +105,8 @@ devices.kinds.vsock
 guest guest.kernels
 kvm kvm.device kvm.fd kvm.libc kvm.stats kvm.system kvm.vcpu kvm.vm
 machine machine.boot machine.config machine.content machine.describing machine.ending machine.fdt machine.gic
-machine.hardware machine.irq machine.layout machine.machine machine.ram machine.start machine.threads machine.vm
+machine.granule machine.hardware machine.irq machine.layout machine.machine machine.ram machine.start machine.threads
+machine.vm
 memory memory.address memory.backing memory.choices memory.ledger memory.memory memory.mman memory.relay memory.slots
 options options.consoles options.contradictions options.devices options.guest options.machine options.table
 session session.consoles session.control session.requests session.run session.signals

@@ -70,6 +70,9 @@ class Device:
         """The device that serves the guest: this one, or the one behind a transport."""
         return self
 
+    def placed_at(self, base: int) -> None:
+        """Learn ``base``, the gpa of the first register. Called once, after ``line`` is set, before the start."""
+
     def windows(self) -> list[tuple[int, int, int | None, CData | None]]:
         """(offset, size, enum pv_kind, state) of each part; most devices are one part."""
         return [(0, self.size, self.kind, self.state)]

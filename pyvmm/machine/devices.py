@@ -102,6 +102,7 @@ class _Places:
                 f"{hex_(_ALIGNMENT)}"
             )
         device.line = line = None if device.trigger is None else self._line(device, device.trigger)
+        device.placed_at(base)
         return device, base, line
 
     def _line(self, device: Device, trigger: Trigger) -> Line:

@@ -258,6 +258,7 @@ def test_commands_save_a_run_and_restore_it_from_another_directory(tmp_path: Pat
         NET,
         "--balloon",
         "0",
+        "--vmgenid",
         "--serial",
         "file=uart",
         "--console",
@@ -279,6 +280,7 @@ def test_commands_save_a_run_and_restore_it_from_another_directory(tmp_path: Pat
         assert guest.wait() == 130
     with Run("/", "--socket", str(tmp_path / "vm.sock"), "--restore", str(snapshot)) as guest:
         assert guest.sh("echo $((n + 1))") == "42\n"
+        assert "reseeded due to virtual machine fork" in guest.sh("dmesg | grep reseeded")
         assert greeted(guest) == b"hello\n"
         clone_beside(tmp_path, snapshot)
         guest.sh("dd if=/dev/zero bs=512 count=8 | tr '\\0' x | dd of=/dev/vda bs=512 && sync")

@@ -32,6 +32,7 @@ NAMES: Final = (
     "clock/fixed-clock",
     "interrupt-controller/arm,gic-v3",
     "opp/opp-v1",
+    "rng/microsoft,vmgenid",
     "rtc/arm,pl031",
     "rtc/rtc",
     "serial/pl011",

@@ -21,6 +21,7 @@ from pyvmm.devices.kinds.console import Console
 from pyvmm.devices.kinds.disk import Disk
 from pyvmm.devices.kinds.net import Net
 from pyvmm.devices.kinds.rng import Rng
+from pyvmm.devices.kinds.vmgenid import GenerationId
 from pyvmm.devices.kinds.vsock import Vsock
 from pyvmm.devices.pl011 import Pl011
 from pyvmm.errors import UsageError
@@ -183,8 +184,8 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[Protection, Path]
             Vsock(str(place / "vsock"), 3),
             Rng(),
         ]
-        if not protection.isolates:  # other guests refuse a balloon
-            devices.append(Balloon())
+        if not protection.isolates:  # other guests refuse these
+            devices += [Balloon(), GenerationId()]
             there_are = {kind for kind in DeviceSpec.__subclasses__() if kind.__module__.startswith(kinds.__name__)}
             assert {type(device) for device in devices} == there_are
         config = MachineConfig(

@@ -101,7 +101,7 @@ cli cli.common cli.run
 devices devices.base devices.bus devices.echo devices.exit_targets devices.kind devices.mailbox devices.pl011
 devices.pl031 devices.roles devices.share_bell
 devices.kinds devices.kinds.balloon devices.kinds.console devices.kinds.disk devices.kinds.net devices.kinds.rng
-devices.kinds.vsock
+devices.kinds.vmgenid devices.kinds.vsock
 guest guest.kernels
 kvm kvm.device kvm.fd kvm.libc kvm.stats kvm.system kvm.vcpu kvm.vm
 machine machine.boot machine.config machine.content machine.describing machine.ending machine.fdt machine.gic

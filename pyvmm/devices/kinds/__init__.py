@@ -18,6 +18,7 @@ NAMES: Final = (
     "vsock",
     "balloon",
     "rng",
+    "vmgenid",
 )
 """In the order of --help, and of the guest's devices."""
 

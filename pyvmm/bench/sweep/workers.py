@@ -282,10 +282,10 @@ def _connect(address: str) -> Any:
 
 async def _reach(address: str) -> None:
     """Connect to a scheduler once; raises as a client does. A client that cannot connect leaves its thread running."""
-    from distributed import Security
-    from distributed.comm import connect
+    import distributed
+    import distributed.comm
 
-    secured: Any = Security
-    reach: Any = connect
-    comm = await reach(address, timeout=CONNECT_SECONDS, **secured().get_connection_args("client"))
-    await comm.close()
+    security: Any = distributed.Security
+    comm: Any = distributed.comm
+    link = await comm.connect(address, timeout=CONNECT_SECONDS, **security().get_connection_args("client"))
+    await link.close()

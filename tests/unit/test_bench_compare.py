@@ -146,6 +146,15 @@ def test_a_difference_within_the_margin_counts_as_none(margin: float, verdict: s
     assert only(compare(samples.run(a), samples.run(b), margin=margin)).verdict == verdict
 
 
+@pytest.mark.parametrize(("unit", "verdict"), [("count", "the same"), ("ns", "cannot tell")])
+def test_counts_near_zero_are_the_same(unit: str, verdict: str) -> None:
+    a, b = (
+        samples.series(each, unit=unit, rounds=[1] * 6)
+        for each in ([0.001, 0.0, 0.004, 0.002, 0.0, 0.003], [0.002, 0.001, 0.0, 0.005, 0.001, 0.0])
+    )
+    assert only(compare(samples.run(a), samples.run(b))).verdict == verdict
+
+
 def test_pairs_show_a_difference_that_drift_would_hide() -> None:
     drifting = [100 * 1.05**at for at in range(10)]
     a = samples.per_round(drifting, spread=0.001)

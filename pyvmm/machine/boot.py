@@ -305,7 +305,8 @@ class Board:
     """The machine's description for the guest, except for its memory.
 
     ``devices`` has each device with its gpa and interrupt line; a PL011 among them is the console. ``pool`` is the size
-    of the guest's DMA pool in bytes, 0 for none. ``entropy`` returns random bytes, for a Linux Image.
+    of the guest's DMA pool in bytes, 0 for none. ``pmu``: its CPUs have performance counters.
+    ``entropy`` returns random bytes, for a Linux Image.
     """
 
     def __init__(
@@ -316,10 +317,11 @@ class Board:
         devices: Sequence[tuple[Describable, int, Line | None]] = (),
         gic: GicNode | None = None,
         pool: int = 0,
+        pmu: bool = False,
         entropy: Callable[[int], bytes] | None = None,
     ) -> None:
         self.cpus, self.command_line, self.devices = cpus, command_line, devices
-        self.gic, self.pool, self.entropy = gic, pool, entropy
+        self.gic, self.pool, self.pmu, self.entropy = gic, pool, pmu, entropy
 
 
 def place(
@@ -356,6 +358,7 @@ def _tree(board: Board, image: BootImage, initrd: Segment | None, ram_size: int)
         stdout=next((node for node in nodes if "arm,pl011" in node.compatible), None),
         initrd=None if initrd is None else (initrd.gpa, initrd.size),
         gic=board.gic,
+        pmu=board.pmu,
         entropy=board.entropy(SEEDS) if board.entropy is not None and image.kind == "Image" else b"",
     )
     if board.pool:

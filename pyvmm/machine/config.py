@@ -33,7 +33,8 @@ class MachineConfig(NamedTuple):
     are those beside the machine's own, in the order of their addresses (:mod:`pyvmm.devices.kinds`). ``swiotlb`` is the
     size in bytes of the DMA pool (bounce buffer) for these devices: None for the protection's default, 0 for no pool.
     ``dtb`` is the path of a device tree that replaces the generated one. Devices then use its pool. ``name`` is what
-    the user calls the kernel, where that is not ``kernel``.
+    the user calls the kernel, where that is not ``kernel``. ``pmu`` gives each vCPU the host's performance
+    counters.
     """
 
     kernel: str
@@ -53,6 +54,7 @@ class MachineConfig(NamedTuple):
     swiotlb: int | None = None
     dtb: str | None = None
     name: str | None = None
+    pmu: bool = False
 
     @property
     def title(self) -> str:
@@ -107,6 +109,13 @@ class MachineConfig(NamedTuple):
             check_pool(self.swiotlb, self.memory)
         for device in self.devices:
             device.check(self)
+        if self.pmu and self.protection is not Protection.NONE:
+            raise OptionError(
+                f"a PMU with protection {self.protection.value}: pKVM's hypervisor gives protected guests none",
+                "pmu",
+                "protection",
+                hint="drop --pmu",
+            )
         if self.deadline is not None and not 0 < self.deadline <= threading.TIMEOUT_MAX:
             most = f"{threading.TIMEOUT_MAX:.0f}"
             raise OptionError(

@@ -25,6 +25,9 @@ _SPI, _PPI = 0, 1
 #: The generic timer's interrupts: secure, non-secure (the physical one), virtual, hypervisor; PPI n is number 16 + n.
 _TIMER_PPIS: Final = (13, 14, 11, 10)
 
+#: As pyvmm.machine.pmu sets it.
+_PMU_PPI: Final = 7
+
 
 class GicNode(NamedTuple):
     """An interrupt controller: (gpa, bytes) of each part. A GICv3 has redistributors, a GICv2 has CPU interfaces."""
@@ -99,12 +102,14 @@ def machine_tree(
     stdout: DeviceNode | None = None,
     initrd: tuple[int, int] | None = None,
     gic: GicNode | None = None,
+    pmu: bool = False,
     entropy: bytes = b"",
 ) -> Tree:
     """Describe the machine to its guest.
 
     ``ram`` is (gpa, bytes) of each bank; ``mpidrs`` the affinity value of each vCPU, the booting one first; ``initrd``
     its gpa and bytes; ``stdout`` one of ``devices``. Without ``gic``, devices and the generic timer have no interrupts.
+    ``pmu``: the CPUs have performance counters, whose interrupt needs ``gic``.
     ``entropy`` is for the guest: the first 8 bytes choose its kernel's address, the others seed its random numbers. It
     may be empty.
     """
@@ -141,6 +146,10 @@ def machine_tree(
         # bindings/interrupt-controller/arm,gic.yaml: bits 15 to 8 are the CPUs that a GICv2 wires it to.
         flags = _LEVEL_LOW | (((1 << len(mpidrs)) - 1) << 8 if gic.redistributors is None else 0)
         timer.properties["interrupts"] = [cell for ppi in _TIMER_PPIS for cell in (_PPI, ppi, flags)]
+        if pmu:
+            # bindings/arm/pmu.yaml
+            high = flags & ~_LEVEL_LOW | Trigger.LEVEL
+            root.add("pmu", {"compatible": "arm,armv8-pmuv3", "interrupts": (_PPI, _PMU_PPI, high)})
 
     clock: Node | None = None
     if any(device.clocks for device in devices):

@@ -35,6 +35,7 @@ from pyvmm.machine.start import KernelImage
 from pyvmm.machine.vm import create_vm, protect
 from pyvmm.memory.memory import Memory
 from pyvmm.memory.relay import ShareRelay
+from pyvmm.uapi.kvm_arm64 import KVM_ARM_VCPU_PMU_V3
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,12 +96,18 @@ class Hardware:
         self.relay = ShareRelay(self.native, self.memory.ledger)
         self.memory.on_evidence = self.relay.evidence
         gic = choose_gic(self.vm, config.cpus)
+        if config.pmu:
+            from pyvmm.machine.pmu import require_pmu, start_pmu  # few guests have one
+
+            require_pmu(self.system)
         self.vcpus = [push(self.vm.create_vcpu(index)) for index in range(config.cpus)]
         for vcpu in self.vcpus:
-            vcpu.init(power_off=vcpu.index > 0)
+            vcpu.init(power_off=vcpu.index > 0, features=(KVM_ARM_VCPU_PMU_V3,) if config.pmu else ())
         self.gic = None if gic is None else Gic(self.vm, gic, config.cpus)
         if self.gic is not None:
             self._stack.callback(self.gic.close)
+        if config.pmu:
+            start_pmu(self.vcpus)
         self.interrupts = Interrupts(self.vm, present=self.gic is not None)
         self._stack.callback(self.interrupts.close)
         self._place_devices()

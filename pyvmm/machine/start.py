@@ -116,6 +116,7 @@ class KernelImage:
             devices=[(placed.device, placed.base, placed.line) for placed in machine.bus.placed],
             gic=None if machine.gic is None else machine.gic.node,
             pool=machine.pool,
+            pmu=config.pmu,
             entropy=os.urandom,
         )
         entry = boot.place(

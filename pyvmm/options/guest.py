@@ -69,6 +69,12 @@ MACHINE: Final = (
         " a memfd, a memfd with huge pages, or a guest_memfd",
     ),
     Option(
+        "--pmu",
+        group="machine",
+        takes=FLAG,
+        help="give the guest's CPUs the host's performance counters, for perf (protection none only)",
+    ),
+    Option(
         "--prefault",
         group="machine",
         takes=FLAG,

@@ -41,6 +41,7 @@ def machine_config(args: argparse.Namespace, serial: Ends = NOWHERE, console: En
         initrd=args.initrd,
         backing=args.backing or usual_backing(protection),
         prefault=args.prefault,
+        pmu=args.pmu,
         conversion=ConversionPolicy(args.conversion),
         dtb=args.dtb,
         deadline=args.deadline,

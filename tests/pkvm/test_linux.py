@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.kvm.system import System
+from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_PMU_V3
 from tests.pkvm import disks
 
 pytestmark = pytest.mark.pkvm
@@ -109,6 +111,7 @@ def devices_in(directory: Path, image: Path) -> list[str]:
     blocks = directory / "blocks"
     blocks.write_bytes(b"in large blocks\n".ljust(1 << 20, b"\0"))
     return [
+        *(["--pmu"] if has_pmu() else []),
         "-d",
         str(image),
         "-d",
@@ -123,10 +126,17 @@ def devices_in(directory: Path, image: Path) -> list[str]:
     ]
 
 
+def has_pmu() -> bool:
+    """Return whether this host's KVM has a PMU for plain guests."""
+    with System.open() as system:
+        return bool(system.check(KVM_CAP_ARM_PMU_V3))
+
+
 def use_devices(console: Console) -> None:
     """Have the guest use the devices of :func:`devices_in`."""
     drivers = console.sh("for each in /sys/bus/virtio/devices/*/driver; do basename $(readlink $each); done")
     assert sorted(set(drivers.split())) == DRIVERS
+    assert ("pmu" in console.sh("ls /sys/bus/event_source/devices")) == has_pmu()
     assert (
         console.sh("cat /sys/block/vd?/queue/logical_block_size; head -n 1 /dev/vdb") == "512\n4096\nin large blocks\n"
     )

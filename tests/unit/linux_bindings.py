@@ -27,6 +27,7 @@ PACKAGE: Final = "linux-doc"
 FILE: Final = re.compile(r".*/Documentation/devicetree/bindings/(.*)\.yaml(\.gz)?")
 NAMES: Final = (
     "arm/cpus",
+    "arm/pmu",
     "arm/primecell",
     "arm/psci",
     "clock/fixed-clock",

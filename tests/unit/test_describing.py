@@ -193,6 +193,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[Protection, Path]
             protection,
             memory=256 << 20,
             cpus=3,
+            pmu=not protection.isolates,
             params=("quiet",),
             initrd=str(place / "initrd"),
             devices=tuple(devices),

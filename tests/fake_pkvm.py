@@ -192,6 +192,8 @@ class FakeVcpu:
         self._map = mmap.mmap(fd, RUN_AREA)
         self.area = kvm_run.from_buffer(self._map)
         self.ran = False
+        self.features: set[int] | None = None
+        """Those it was initialised with, which stay."""
         self.state = MpState.KVM_MP_STATE_RUNNABLE
         self.cpu = Cpu(index, 0)
         self.others: dict[int, int] = {}
@@ -204,11 +206,15 @@ class FakeVcpu:
     # -- what the VMM asks
 
     def initialise(self, features: set[int]) -> None:
+        lasting = features - {arm64.KVM_ARM_VCPU_POWER_OFF}
+        if self.features is not None and self.features != lasting and not (self.vm.kept and self.ran):
+            raise FailedError(errno.EINVAL)
         if self.vm.kept:
             if self.ran:
                 raise FailedError(errno.EPERM)
             if arm64.KVM_ARM_VCPU_PSCI_0_2 not in features or features - FEATURES:
                 raise FailedError(errno.EINVAL)
+        self.features = lasting
         off = arm64.KVM_ARM_VCPU_POWER_OFF in features
         self.state = MpState.KVM_MP_STATE_STOPPED if off else MpState.KVM_MP_STATE_RUNNABLE
         self.cpu, self.others, self._program, self._loading = Cpu(self.index, 0), {}, None, None

@@ -17,6 +17,7 @@ from pyvmm.atlas.claim import group
 from pyvmm.experiment import PATIENCE, Experiment, raw
 from pyvmm.experiment.host.bare import BASE, POWER_OFF, Bare, Program, call, move, tell
 from pyvmm.uapi import kvm_cap as cap
+from pyvmm.uapi.kvm import KVM_VM_TYPE_ARM_PROTECTED
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_VCPU_PMU_V3, KVM_ARM_VCPU_SVE, core_reg
 from pyvmm.uapi.kvm_arm64_vcpu import KVM_SET_VCPU_EVENTS, kvm_vcpu_events
 from pyvmm.uapi.kvm_run import SystemEvent
@@ -80,10 +81,10 @@ def a_vcpu_that_has_run_starts_over_if_its_registers_are_open(x: Experiment) -> 
 def a_vcpu_that_el2_keeps_needs_psci_and_has_no_sve_and_no_pmu(x: Experiment) -> None:
     """KVM_ARM_VCPU_INIT without PSCI_0_2, with SVE or with a PMU is EINVAL where EL2 keeps the registers."""
     kept = _are_kept(x)
-    without = raw.answer(partial(_bare(x).vcpu.init, psci=False))
+    without = raw.answer(partial(_uninitialised(x).init, psci=False))
     x.check("without PSCI_0_2", without, "EINVAL" if kept else "ok")
     for name, feature in (("SVE", KVM_ARM_VCPU_SVE), ("a PMU", KVM_ARM_VCPU_PMU_V3)):
-        said = raw.answer(partial(_bare(x).vcpu.init, features=[feature]))
+        said = raw.answer(partial(_uninitialised(x).init, features=[feature]))
         if kept:
             x.check(f"with {name}", said, "EINVAL")
         else:
@@ -234,6 +235,12 @@ def _due(kept: bool) -> str:
 def _bare(x: Experiment, program: Program = POWER_OFF, *, cpus: int = 1) -> Bare:
     """Make a small VM of the experiment's kind."""
     return x.stack.enter_context(Bare(x.protection, program=program, cpus=cpus))
+
+
+def _uninitialised(x: Experiment) -> Vcpu:
+    """Make a vCPU of a VM of the experiment's kind, whose features are still to be chosen."""
+    kind = KVM_VM_TYPE_ARM_PROTECTED if x.protection.by_hypervisor else 0
+    return x.stack.enter_context(x.machine.system.create_vm(kind)).create_vcpu(0)
 
 
 def _ran(x: Experiment) -> Bare:

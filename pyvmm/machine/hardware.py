@@ -97,7 +97,7 @@ class Hardware:
         self.memory.on_evidence = self.relay.evidence
         gic = choose_gic(self.vm, config.cpus)
         if config.pmu:
-            from pyvmm.machine.pmu import require_pmu, start_pmu  # few guests have one
+            from pyvmm.machine.pmu import require_pmu  # few guests have one
 
             require_pmu(self.system)
         self.vcpus = [push(self.vm.create_vcpu(index)) for index in range(config.cpus)]
@@ -107,6 +107,8 @@ class Hardware:
         if self.gic is not None:
             self._stack.callback(self.gic.close)
         if config.pmu:
+            from pyvmm.machine.pmu import start_pmu
+
             start_pmu(self.vcpus)
         self.interrupts = Interrupts(self.vm, present=self.gic is not None)
         self._stack.callback(self.interrupts.close)

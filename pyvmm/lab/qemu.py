@@ -38,20 +38,19 @@ OLDEST = (7, 2)  # the version in Debian 12; older ones are not known to run a p
 CONSOLE_BYTES = 64 * 1024
 ENDING_SECONDS = 5.0  # from QEMU's closing the channel to its end
 
-MODES = {
-    "protected": ("cortex-a72", "kvm-arm.mode=protected"),
-    "nvhe": ("cortex-a72", "kvm-arm.mode=nvhe"),
-    "vhe": ("neoverse-n1", ""),
-}
-"""CPU and kernel parameter of each of KVM's modes.
+MODES = {"protected": "kvm-arm.mode=protected", "nvhe": "kvm-arm.mode=nvhe", "vhe": ""}
+"""Kernel parameter of each of KVM's modes."""
 
-pKVM gets a CPU without VHE. On one with it the hypervisor runs in the EL2&0 regime (hVHE), where QEMU 7.2 was seen to
-miss invalidations of its TLB: EL2 scrubbed other pages than it meant to, and a guest's came back to the host as they
-were.
+WITH_VHE = "neoverse-n1"
+WITHOUT_VHE = "cortex-a72"
+WITHOUT_VHE_16K = "cortex-a35"
+"""The CPU for a kernel with pages of 16 KiB, which QEMU's cortex-a72 does not have."""
+RIGHT_HVHE = (8, 2)
+"""The first version of QEMU that emulates pKVM rightly on a CPU with VHE, as boards have it.
+
+There the hypervisor runs in the EL2&0 regime (hVHE). QEMU 7.2 was seen to miss invalidations of its TLB: EL2 scrubbed
+other pages than it meant to, and a guest's came back to the host as they were.
 """
-
-CPUS_OF_16K = {"protected": "cortex-a35", "nvhe": "cortex-a35", "vhe": "neoverse-n1"}
-"""CPU of each mode for a kernel with pages of 16 KiB, which QEMU's cortex-a72 does not have."""
 
 BOOTS = ("saved", "fresh")
 SHARES = 8
@@ -77,8 +76,8 @@ class LabOptions:
     gic: int = 3
     """Version of the host's interrupt controller: 3, or 2 as on a Raspberry Pi 4."""
     cpu: str | None = None
-    """QEMU's name of the CPU, such as ``neoverse-n1`` or ``max``; where it is None, the mode's own for the
-    kernel's pages (``MODES``, ``CPUS_OF_16K``)."""
+    """QEMU's name of the CPU, such as ``neoverse-n1`` or ``max``; where it is None, by the mode, QEMU's version and the
+    kernel's pages."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -135,14 +134,20 @@ def qemu_version(path: str) -> str:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HostError(f"{path} does not run: {error}", hint=f"{INSTALL} --reinstall") from error
-    found = re.search(r"version (\d+)\.(\d+)\S*", answer)
+    found = re.search(r"version (\d+\.\d+\S*)", answer)
     if found is None:
         raise HostError(f"{path} does not say its version: {answer[:80]!r}", hint=f"{INSTALL} --reinstall")
-    if (int(found[1]), int(found[2])) < OLDEST:
+    major, minor = _numbers(found[1])
+    if (major, minor) < OLDEST:
         raise HostError(
-            f"{path} is version {found[1]}.{found[2]}; the lab needs {OLDEST[0]}.{OLDEST[1]} or newer", hint=INSTALL
+            f"{path} is version {major}.{minor}; the lab needs {OLDEST[0]}.{OLDEST[1]} or newer", hint=INSTALL
         )
-    return found[0].removeprefix("version ")
+    return found[1]
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +165,7 @@ class Ram:
 
 def command_line(
     program: str,
+    version: str,
     image: Image,
     options: LabOptions,
     shares: Sequence[Share],
@@ -167,10 +173,13 @@ def command_line(
     ram: Ram | None = None,
     monitor: int = -1,
 ) -> list[str]:
-    """Return QEMU's arguments. ``channel``, and with ``ram`` ``monitor``, are the numbers of inherited sockets."""
+    """Return the arguments of ``program``, a QEMU of ``version``.
+
+    ``channel``, and with ``ram`` ``monitor``, are the numbers of inherited sockets.
+    """
     machine = f"virt,virtualization=on,gic-version={options.gic}" + (",memory-backend=ram" if ram else "")
     arguments = [program, "-M", machine]
-    arguments += ["-cpu", _cpu(options, image), "-smp", str(options.cpus), "-m", str(options.memory)]
+    arguments += ["-cpu", _cpu(options, version, image), "-smp", str(options.cpus), "-m", str(options.memory)]
     if ram is None or not ram.restored:
         arguments += ["-kernel", str(image.kernel), "-initrd", str(image.root), "-append", _append(options)]
     arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
@@ -200,15 +209,17 @@ def mount_tag(number: int) -> str:
     return f"share{number}"
 
 
-def _cpu(options: LabOptions, image: Image) -> str:
-    own = CPUS_OF_16K[options.mode] if kernels.page_of(image.kernel) == 16384 else MODES[options.mode][0]
+def _cpu(options: LabOptions, version: str, image: Image) -> str:
+    cpu = options.cpu
+    if cpu is None and (options.mode == "nvhe" or (options.mode == "protected" and _numbers(version) < RIGHT_HVHE)):
+        cpu = WITHOUT_VHE_16K if kernels.page_of(image.kernel) == 16384 else WITHOUT_VHE
     # With icount a tick of the counter is one instruction.
-    return (options.cpu or own) + (",cntfrq=1000000000" if options.icount else "")
+    return (cpu or WITH_VHE) + (",cntfrq=1000000000" if options.icount else "")
 
 
 def _append(options: LabOptions) -> str:
     words = [
-        MODES[options.mode][1],
+        MODES[options.mode],
         "mitigations=off lsm= audit=0 panic=-1",  # no background work that would be measured, and no hangs
         "nokaslr kpti=off cryptomgr.notests=1 initcall_blacklist=load_system_certificate_list",  # boot time
         "console=ttyAMA0",
@@ -238,7 +249,9 @@ class Qemu:
         ours, monitor = socket.socketpair()
         self.monitor = Monitor(ours)
         with channel, monitor:  # QEMU has them then
-            self.command = command_line(program, image, options, shares, channel.fileno(), ram, monitor.fileno())
+            self.command = command_line(
+                program, version, image, options, shares, channel.fileno(), ram, monitor.fileno()
+            )
             inherited = [channel.fileno()] + ([monitor.fileno(), ram.file] if ram is not None else [])
             try:
                 self._process = subprocess.Popen(

@@ -29,7 +29,7 @@ from pyvmm.errors import PyvmmError
 from pyvmm.lab import frames
 from pyvmm.lab.cache import Image, cache_directory, file_sha256
 from pyvmm.lab.link import Link
-from pyvmm.lab.qemu import LabOptions, Qemu, Ram, command_line, qemu_version
+from pyvmm.lab.qemu import OLDEST, RIGHT_HVHE, LabOptions, Qemu, Ram, command_line, qemu_version
 
 FORMAT: Final = 1
 LIMIT: Final = 2 << 30
@@ -112,11 +112,13 @@ def _home() -> Path:
 def _key(program: str, image: Image, options: LabOptions) -> str:
     """Name a boot by everything that shapes the machine, including the contents of files and QEMU itself."""
     seen = os.stat(program)
-    line = command_line("", image, options, [], 0, Ram(0, restored=False, empty=Path()))
+    ram = Ram(0, restored=False, empty=Path())
+    # What follows QEMU's version. To ask for that would cost the start of a program.
+    lines = [command_line("", f"{a}.{b}", image, options, [], 0, ram) for a, b in (OLDEST, RIGHT_HVHE)]
     files = {name: record.sha256 for name, record in image.manifest.files.items()}
     if image.file is not None:
         files["Image"] = file_sha256(image.file.path)
-    shape = [FORMAT, os.path.realpath(program), seen.st_size, seen.st_mtime_ns, line, files]
+    shape = [FORMAT, os.path.realpath(program), seen.st_size, seen.st_mtime_ns, lines, files]
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:24]
 
 

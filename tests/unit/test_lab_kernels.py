@@ -74,7 +74,7 @@ def test_the_lab_has_a_cpu_with_the_kernels_pages(
 ) -> None:
     (tmp_path / "Image").write_bytes(image_bytes(flags=flags))
     made = Image(tmp_path, Manifest("9.9", "2026-01-02T03:04:05+00:00", "http://m", "r", [], {}))
-    line = qemu.command_line("qemu", made, LabOptions(mode=mode, cpu=named), [], 0)
+    line = qemu.command_line("qemu", "7.2.19", made, LabOptions(mode=mode, cpu=named), [], 0)
     assert line[line.index("-cpu") + 1] == cpu
 
 

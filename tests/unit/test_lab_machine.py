@@ -82,6 +82,24 @@ def test_a_lab_has_the_cpu_and_the_interrupt_controller_that_are_asked_for(
     assert "gic-version=2 -cpu neoverse-n1 -smp 2" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("version", "options", "cpu"),
+    [
+        ("7.2.19", {}, "cortex-a72"),
+        ("8.1.5", {"icount": True, "cpus": 1}, "cortex-a72,cntfrq=1000000000"),
+        ("8.2.2", {}, "neoverse-n1"),
+        ("10.0.2", {"icount": True, "cpus": 1}, "neoverse-n1,cntfrq=1000000000"),
+        ("10.0.2", {"mode": "nvhe"}, "cortex-a72"),
+        ("7.2.19", {"mode": "vhe"}, "neoverse-n1"),
+        ("7.2.19", {"cpu": "max"}, "max"),
+        ("10.0.2", {"cpu": "cortex-a72"}, "cortex-a72"),
+    ],
+)
+def test_pkvm_gets_a_cpu_that_this_qemu_emulates_rightly(version: str, options: dict[str, Any], cpu: str) -> None:
+    line = qemu.command_line("q", version, IMAGE, LabOptions(**options), [], 5)
+    assert line[line.index("-cpu") + 1] == cpu
+
+
 @pytest.mark.parametrize("wrong", [{"cpu": "max,sve=on"}, {"cpu": ""}, {"gic": 4}])
 def test_a_lab_of_odd_parts_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
@@ -111,14 +129,14 @@ def test_the_error_for_a_lab_that_never_answers_says_it_is_late(
     ("mode", "words"), [("protected", "kvm-arm.mode=protected "), ("nvhe", "kvm-arm.mode=nvhe "), ("vhe", "")]
 )
 def test_the_mode_reaches_the_kernels_command_line(mode: str, words: str) -> None:
-    line = qemu.command_line("q", IMAGE, LabOptions(mode=mode), [], 5)
+    line = qemu.command_line("q", "7.2.1", IMAGE, LabOptions(mode=mode), [], 5)
     append = line[line.index("-append") + 1]
     assert append.startswith(words)
     assert "kvm-arm" in append or mode == "vhe"
 
 
 def test_icount_uses_one_cpu_and_is_repeatable() -> None:
-    line = qemu.command_line("q", IMAGE, LabOptions(icount=True, cpus=1), [], 5)
+    line = qemu.command_line("q", "7.2.1", IMAGE, LabOptions(icount=True, cpus=1), [], 5)
     assert line[line.index("-icount") + 1] == "shift=0,sleep=off"
     assert "-seed" in line
     assert line[line.index("-cpu") + 1].endswith(",cntfrq=1000000000")
@@ -134,8 +152,10 @@ def test_impossible_machines_are_refused(options: dict[str, Any]) -> None:
 
 def test_a_machine_booted_to_be_saved_and_a_restored_one_have_the_same_devices() -> None:
     shown = [Share(Path("/a"), Path("/a"))]
-    saved = qemu.command_line("q", IMAGE, LabOptions(), [], 5, Ram(7, restored=False, empty=Path("/e")), 6)
-    restored = qemu.command_line("q", IMAGE, LabOptions(), shown, 5, Ram(7, restored=True, empty=Path("/e")), 6)
+    saved = qemu.command_line("q", "7.2.1", IMAGE, LabOptions(), [], 5, Ram(7, restored=False, empty=Path("/e")), 6)
+    restored = qemu.command_line(
+        "q", "7.2.1", IMAGE, LabOptions(), shown, 5, Ram(7, restored=True, empty=Path("/e")), 6
+    )
     assert [word for word in saved if word.startswith("-")].count("-virtfs") == qemu.SHARES
     assert "path=/a," in restored[restored.index("-virtfs") + 1]
     drop = ("-kernel", "-initrd", "-append", "-incoming")
@@ -152,7 +172,7 @@ def test_a_machine_booted_to_be_saved_and_a_restored_one_have_the_same_devices()
 
 
 def test_a_share_with_a_comma_in_its_path_stays_one_option() -> None:
-    line = qemu.command_line("q", IMAGE, LabOptions(), [Share(Path("/a,b"), Path("/a,b"), readonly=True)], 5)
+    line = qemu.command_line("q", "7.2.1", IMAGE, LabOptions(), [Share(Path("/a,b"), Path("/a,b"), readonly=True)], 5)
     option = line[line.index("-virtfs") + 1]
     assert "path=/a,,b," in option
     assert option.endswith(",readonly=on")

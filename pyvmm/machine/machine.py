@@ -149,13 +149,18 @@ class Machine(Hardware):
         )
         if self.config.protection.by_hypervisor:
             self._introduce()
-            if HOST_PAGE != GUEST_PAGE:
-                from pyvmm.machine.livelock import Watchdog  # of the few hosts with such pages
+        if HOST_PAGE != GUEST_PAGE:
+            from pyvmm.machine.livelock import Watchdog  # of the few hosts with such pages
 
-                self._stack.enter_context(Watchdog(self.vcpus, self._natives, self._end.finish))
+            self._stack.enter_context(Watchdog(self.vcpus, self._natives, self._give_up))
         self._end.begin()
         with within_limits(self.descriptors):
             self._threads.start()
+
+    def _give_up(self, outcome: Outcome) -> None:
+        """End the run though its vCPUs do not come back. Nobody may be waiting for it but for an order."""
+        self._end.finish(outcome)
+        self._abandon_orders()
 
     def _introduce(self) -> None:
         """Have EL2 know every vCPU before the guest's first instruction.

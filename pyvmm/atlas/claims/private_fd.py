@@ -161,29 +161,30 @@ def the_size_is_final(x: Experiment) -> None:
 @claim(none=FILES, pkvm="memfd", origin="fstat(2), st_blocks; virt/kvm/guest_memfd.c, kvm_gmem_get_folio()")
 def fstat_counts_the_pages(x: Experiment) -> None:
     """The st_blocks of the file count its present pages: touched or allocated, and not punched again."""
-    file = x.memory.add(BEYOND, raw.make(x, 1 << 20)).backing
+    size, kib = 64 * HOST_PAGE, HOST_PAGE >> 10
+    file = x.memory.add(BEYOND, raw.make(x, size)).backing
     x.start()
     x.check("KiB before a touch", raw.kib(file.fd), 0)
     x.guest.touch(BEYOND, 8, access=Access.WRITE)
-    x.check("KiB when the guest has touched 8 pages", raw.kib(file.fd), 32)
-    x.check("fallocate of 16 more", raw.allocate(file.fd, SIZE, SIZE), "ok")
-    x.check("KiB with those", raw.kib(file.fd), 96)
-    x.check("punching all", raw.punch(file.fd, 0, 1 << 20), "ok")
-    x.event("punch", BEYOND, 256)
+    x.check("KiB when the guest has touched 8 pages", raw.kib(file.fd), 8 * kib)
+    x.check("fallocate of 16 more", raw.allocate(file.fd, size // 2, size // 4), "ok")
+    x.check("KiB with those", raw.kib(file.fd), 24 * kib)
+    x.check("punching all", raw.punch(file.fd, 0, size), "ok")
+    x.event("punch", BEYOND, size // HOST_PAGE)
     x.check("KiB after the punch", raw.kib(file.fd), 0)
 
 
 @claim(none=FILES, emulated="memfd guest_memfd", pkvm="memfd", origin=f"{PUNCHED}; {NO_WAY_BACK}")
 def a_punch_frees_memory(x: Experiment) -> None:
     """The memory of punched pages is the host's again at once, while the guest lives."""
-    size = 8 << 20
+    size = 2048 * HOST_PAGE
     file = x.memory.add(BEYOND, raw.make(x, size)).backing
     x.guest.touch(BEYOND, size // HOST_PAGE, access=Access.WRITE)
     before = raw.free_kib()
-    x.check("punching 8 MiB", raw.punch(file.fd, 0, size), "ok")
+    x.check(f"punching {size >> 20} MiB", raw.punch(file.fd, 0, size), "ok")
     x.event("punch", BEYOND, size // HOST_PAGE)
     x.tell("KiB of the file that fstat tells", raw.kib(file.fd))
-    x.check("free memory has grown by 6 MiB or more", raw.free_kib() - before >= 6 << 10)
+    x.check(f"free memory has grown by {size * 3 >> 22} MiB or more", raw.free_kib() - before >= size * 3 >> 12)
 
 
 @claim(none=FILES, pkvm="memfd", origin=f"{FALLOCATE}: FALLOC_FL_KEEP_SIZE alone allocates what is missing")

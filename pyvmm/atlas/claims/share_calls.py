@@ -28,7 +28,7 @@ UID = "0xb66fb428 0xe911c52e 0x564bcaa9 0x743a004d"
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{CALLS}: FEATURES (0x86000000); {HYPERVISOR}")
 def the_guest_is_offered_share_and_unshare(x: Experiment) -> None:
-    """FEATURES offers itself, HYP_MEMINFO, MEM_SHARE and MEM_UNSHARE (0x1d), and HYP_MEMINFO answers 4096."""
+    """FEATURES offers itself, HYP_MEMINFO, MEM_SHARE, MEM_UNSHARE (0x1d); HYP_MEMINFO answers the host's page."""
     x.check("x0 of FEATURES", hex(x.guest.hvc(abi.HVC_FEATURES).regs[0]), "0x1d")
     x.check("x0 of HYP_MEMINFO", x.guest.hvc(abi.HVC_MEMINFO).status, HOST_PAGE)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pyvmm.experiment import Experiment
 from pyvmm.guest.orders import signed
 from pyvmm.guest.puppet import Puppet
+from pyvmm.pages import HOST_PAGE
 
 CODE = (
     0xA940_4009,  # ldp x9, x16, [x0]     the first page, and which call
@@ -29,7 +30,7 @@ CODE = (
     0xD280_0003,  # mov x3, #0
     0xD400_0002,  # hvc #0
     0xF800_8560,  # str x0, [x11], #8
-    0x9140_0529,  # add x9, x9, #1, lsl #12
+    0x9140_0129 | HOST_PAGE >> 12 << 10,  # add x9, x9, a page
     0xF100_019F,  # cmp x12, #0, which is to be twice the pages
     0x54FF_FE03,  # b.lo 1b
     0xD65F_03C0,  # ret

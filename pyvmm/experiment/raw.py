@@ -143,4 +143,4 @@ def free_kib() -> int:
             match line.split():
                 case ["nr_free_pages", count] | ["count:", count]:
                     pages += int(count)
-    return pages * 4
+    return pages * HOST_PAGE >> 10

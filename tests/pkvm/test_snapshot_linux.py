@@ -87,7 +87,7 @@ class Guest:
         return self._seen
 
 
-def test_a_restored_linux_continues_where_it_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restored_linux_continues_where_it_was_saved(tmp_path: Path) -> None:
     kernel, disk, path = kernel_directory("own:"), tmp_path / "disk", str(tmp_path / "guest")
     disk.write_bytes(bytes(1 << 20))
     printed = os.memfd_create("hvc0")
@@ -109,25 +109,51 @@ def test_a_restored_linux_continues_where_it_was_saved(tmp_path: Path, monkeypat
         guest.machine.pause()
         save(guest.machine, path)
         last = max([last, *map(int, re.findall(rb"n=(\d+)", guest.left()))])
-    monkeypatch.setattr(pl031, "time", SimpleNamespace(time=lambda: time.time() + HOUR))
     with Guest(settings, Snapshot(path)) as guest:
         # A line that was half printed is completed.
         assert int(guest.expect(rb"n=(\d+)\r\n")[1]) in range(last, last + 3)
         guest.type("taskset 2 sh -c 'echo on $(nproc): $((6 * 7))'")
         guest.expect(rb"on 1: 42|on 2: 42")
-        asked = time.time()
-        guest.type("hwclock -s && echo time=$(date +%s)")
-        said = int(guest.expect(rb"time=(\d+)")[1]) - HOUR
-        assert asked - OFF <= said <= time.time() + OFF
         guest.type("dd if=/dev/hwrng of=/dev/vda bs=512 count=8 && sync && echo written $((6 * 7))")
         guest.expect(rb"written 42")
-        assert guest.machine.uart.send_break(b"h")
-        guest.expect(rb"sysrq: HELP")
         guest.type("echo to the other console >/dev/hvc0; poweroff")
         assert guest.machine.wait(DEADLINE).ending is Ending.POWEROFF
     assert any(disk.read_bytes()[:4096])
     assert os.pread(printed, 100, 0) == b"to the other console\r\n"
     os.close(printed)
+
+
+def test_a_linux_restored_an_hour_later_gets_the_right_time_and_a_break(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, path = kernel_directory("debian:"), str(tmp_path / "guest")
+    settings = config(
+        str(kernel / "Image"),
+        Protection.NONE,
+        initrd=str(kernel / "shell.cpio"),
+        params=PARAMS,
+        memory=256 << 20,
+        deadline=None,
+    )
+    with Guest(settings) as guest:
+        guest.expect(b"# ")
+        right_time(guest, "date")
+        save(guest.machine, path)
+    monkeypatch.setattr(pl031, "time", SimpleNamespace(time=lambda: time.time() + HOUR))
+    with Guest(settings, Snapshot(path)) as guest:
+        right_time(guest, "hwclock -s && date", ahead=HOUR)
+        assert guest.machine.uart.send_break(b"h")
+        guest.expect(rb"sysrq: HELP")
+        guest.type("poweroff")
+        assert guest.machine.wait(DEADLINE).ending is Ending.POWEROFF
+
+
+def right_time(guest: Guest, command: str, *, ahead: int = 0) -> None:
+    """Check that ``command`` prints the time, ``ahead`` seconds from this host's."""
+    asked = time.time() + ahead
+    guest.type(f"{command} +time=%s")
+    said = int(guest.expect(rb"time=(\d+)\r")[1])
+    assert asked - OFF <= said <= time.time() + ahead + OFF
 
 
 # ---- by commands

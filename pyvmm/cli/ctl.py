@@ -77,13 +77,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def main(args: argparse.Namespace) -> int:
     """Send the order, print the answer, and return the exit status."""
-    from pyvmm.session.control import Connection, only_one
+    from pyvmm.session.connection import Connection, only_one
 
     where, name, members = parse(args.words)
     with Connection(only_one() if where is None else where) as connection:
         answer = connection.ask(name, patience=LONG if name == "snapshot" else PATIENCE, **members)
         if name == "stop":
-            if not connection.wait_for_end(PATIENCE):
+            if answer is not None and not connection.wait_for_end(PATIENCE):
                 raise PyvmmError(f"{connection.name} got the order to stop, but has not ended within {PATIENCE:g} s")
             answer = {"state": "ended"}
         if answer is None:

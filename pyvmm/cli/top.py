@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _attach(args: argparse.Namespace, pid: int | None) -> int:
     from pyvmm.observe.rates import report
-    from pyvmm.session.control import Connection, only_one
+    from pyvmm.session.connection import Connection, only_one
     from pyvmm.session.screen import screen_for
     from pyvmm.session.topview import View
 

@@ -2,10 +2,14 @@
 """Control a running guest from other processes, through a per-user socket of each ``pyvmm run``.
 
 A :class:`Control` owns the socket ``PID.sock`` in the user's directory for such files, another where the user named
-one, and one thread (``pyvmm-control``), in the process that runs the guest. A request is one line, a JSON object such
-as ``{"do": "kick", "text": "ls"}``. The answer is one line too, ``{"kick": ...}`` or ``{"error": "...", "hint": ...}``.
-:class:`Connection` is the client side. The vCPUs are not involved. A run that ends within SETTLED seconds makes no
-socket unless the user named one.
+one, and one thread (``pyvmm-control``), in the process that runs the guest. The vCPUs are not involved. A run that ends
+within SETTLED seconds makes no socket unless the user named one. :mod:`pyvmm.session.connection` is the client's side.
+
+Each line is a JSON object. A request such as ``{"do": "kick", "text": "ls"}`` gets one line: ``{"kick": ...}``, or
+``{"error": "...", "hint": ...}``. Each line from the run has the number ``format``, and a request may have it. Two
+lines answer no request, and are the connection's last. After ``{"ended": true}`` there is no guest any more. After
+``{"busy": "..."}`` the run goes on and has not carried out what it did not answer: the connection was idle for longest,
+and gave way to another client.
 """
 
 from __future__ import annotations
@@ -24,21 +28,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping
-    from typing import Any, Final, Self
+    from typing import Final, Self
 
     Requests = Mapping[str, Callable[..., object]]
 
 log = get_logger("control")
 
+FORMAT: Final = 1
+"""Of the lines. Lines without a number have the meaning of format 1, but nothing tells that the run has ended."""
 SETTLED: Final = 0.25
 """Seconds after which a run makes its socket."""
 PATIENCE: Final = 2.0
-"""Seconds that each side waits for the other to read or write."""
+"""Seconds to wait for a connection to be made."""
 BREATH: Final = 0.1
 """Seconds until a failed accept is tried again."""
 MOST_CLIENTS: Final = 16
 MOST_LINE: Final = 1 << 16
-_SUFFIX: Final = ".sock"
+SUFFIX: Final = ".sock"
+_SELDOM: Final = 10.0
+"""Seconds between two log lines about requests that failed."""
 
 
 def directory() -> str:
@@ -56,12 +64,16 @@ class Control:
     exception becomes the error answer. ``named`` is the path of a second socket, which exists from the start. Raises
     UsageError if that cannot be made. If our own directory or socket cannot be made, an event is logged and the run
     continues.
+
+    The thread never waits for a client. Of too many clients, those give way that were idle for longest.
     """
 
     def __init__(self, requests: Requests, named: str | None = None) -> None:
         self._requests = requests
         self._named = named
         self._clients: dict[int, _Client] = {}
+        self._silent_until = 0.0
+        self._failures = 0
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as half:
@@ -80,105 +92,182 @@ class Control:
 
     def _main(self) -> None:
         with contextlib.ExitStack() as stack:
+            stack.callback(lambda: [client.close() for client in self._clients.values()])
             # A short run makes no socket. A named socket exists from the start.
-            until = time.monotonic() + SETTLED
-            if self._serve(self._listeners, stack, until):
+            if self._serve(time.monotonic() + SETTLED):
                 return
             try:
-                own = _listen(f"{_own_directory()}/{os.getpid()}{_SUFFIX}", stack)
+                own = _listen(f"{_own_directory()}/{os.getpid()}{SUFFIX}", stack)
             except (OSError, PyvmmError) as error:
                 log.info("control_unavailable", reason=str(error))
                 if not self._listeners:
                     return
             else:
                 self._listeners.append(own)
-            self._serve(self._listeners, stack)
+            self._serve()
 
-    def _serve(self, listeners: list[socket.socket], stack: contextlib.ExitStack, until: float | None = None) -> bool:
+    def _serve(self, until: float | None = None) -> bool:
         """Serve until the end (True) or a point in time (False)."""
-        clients = self._clients
-        if not clients:
-            stack.callback(lambda: [client.close() for client in clients.values()])
-        poll = select.poll()
-        for fd in (self._wake, *(listener.fileno() for listener in listeners), *clients):
-            poll.register(fd, select.POLLIN)
+        clients, listeners = self._clients, {listener.fileno(): listener for listener in self._listeners}
+        accepting = 0.0
         while True:
-            left = None if until is None else until - time.monotonic()
-            if left is not None and left <= 0:
+            now = time.monotonic()
+            if until is not None and now >= until:
                 return False
-            ready = dict(poll.poll(None if left is None else 1000 * left))
+            watched = {self._wake: select.POLLIN} | {client.fd: client.waits_for for client in clients.values()}
+            if now >= accepting:
+                watched |= dict.fromkeys(listeners, select.POLLIN)
+            moments = [moment - now for moment in (until, accepting) if moment is not None and moment > now]
+            if any(client.has_line for client in clients.values()):
+                moments.append(0.0)
+            ready = _polled(watched, min(moments, default=None))
             if self._wake in ready:
+                for client in clients.values():
+                    client.say_last({"ended": True})
                 return True
-            for fd in ready:
-                if fd in clients and not clients[fd].serve(self._answer):
-                    poll.unregister(fd)
-                    clients.pop(fd).close()
-            for listener in listeners:
-                if listener.fileno() not in ready:
-                    continue
+            for client in list(clients.values()):
+                if not client.serve(client.fd in ready, self._answer):
+                    self._drop(client)
+            for fd in ready & listeners.keys():
                 try:
-                    client = _Client(listener.accept()[0])
+                    client = _Client(listeners[fd].accept()[0])
                 except OSError as error:
-                    # No descriptors left: the client stays in the queue, and the selector would report it again at
-                    # once.
+                    # No descriptors left: the client stays in the queue, and would be reported again at once.
                     log.info("control_client_waits", reason=str(error))
-                    time.sleep(BREATH)
+                    accepting = time.monotonic() + BREATH
                     continue
                 if len(clients) >= MOST_CLIENTS:
-                    client.close()
-                    continue
+                    idle = min(clients.values(), key=lambda each: each.active)
+                    idle.say_last({"busy": f"the run has more than {MOST_CLIENTS} clients"})
+                    self._drop(idle)
                 clients[client.fd] = client
-                poll.register(client.fd, select.POLLIN)
+
+    def _drop(self, client: _Client) -> None:
+        del self._clients[client.fd]
+        client.close()
 
     def _answer(self, line: bytes) -> dict[str, object]:
-        import inspect
         import json
 
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
             return {"error": "the request is not JSON"}
-        what = request.pop("do", None) if isinstance(request, dict) else None
+        if not isinstance(request, dict):
+            return {"error": "the request is not a JSON object"}
+        if (number := request.pop("format", FORMAT)) != FORMAT:
+            return {"error": f"the request has the format {number!r}, but this run knows format {FORMAT}"}
+        what = request.pop("do", None)
         if not isinstance(what, str) or what not in self._requests:
             return {"error": f"unknown request: {what!r}", "known": sorted(self._requests)}
+        return self._carried_out(what, request)
+
+    def _carried_out(self, what: str, members: dict[str, object]) -> dict[str, object]:
+        import inspect
+        import json
+
         handle = self._requests[what]
         try:
-            inspect.signature(handle).bind(**request)
+            inspect.signature(handle).bind(**members)
         except TypeError as error:
             return {"error": f"invalid arguments for {what!r}: {error}"}
         except ValueError:
             pass  # a C function without a signature checks its own arguments
         try:
-            return {what: handle(**request)}
+            answer: dict[str, object] = {what: handle(**members)}
+            json.dumps(answer)
         except PyvmmError as error:
             return {"error": error.message, "hint": error.hint}
         except Exception as error:
-            log.error("request_failed", request=what, error=str(error), exc_info=error)
+            self._log_failure(what, error)
             return {"error": f"{type(error).__name__}: {error}"}
+        return answer
+
+    def _log_failure(self, what: str, error: Exception) -> None:
+        """Log an error in our code, with those that were not logged because there was one just before."""
+        self._failures += 1
+        now = time.monotonic()
+        if now >= self._silent_until:
+            self._silent_until = now + _SELDOM
+            log.error("request_failed", request=what, error=f"{type(error).__name__}: {error}", count=self._failures)
+            log.debug("request_failed", request=what, exc_info=error)
+            self._failures = 0
 
 
 class _Client:
-    """One connection, on the server's side."""
+    """One connection, on the server's side. Nothing here waits.
+
+    A client that does not read gets no further request carried out, so that what waits for it is one answer at most.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(PATIENCE)
+        connection.setblocking(False)
         self._connection = connection
-        self._line = b""
+        self._received = b""
+        self._unsent = b""
         self.fd = connection.fileno()
         self.close = connection.close
+        self.active = time.monotonic()
+        """When it came, or its last request was answered."""
 
-    def serve(self, answer: Callable[[bytes], object]) -> bool:
-        """Read, and answer complete lines. Returns False when the connection has ended."""
-        import json
+    @property
+    def has_line(self) -> bool:
+        """Whether a request waits that can be answered now."""
+        return not self._unsent and b"\n" in self._received
 
+    @property
+    def waits_for(self) -> int:
+        """The events of poll(2) that it waits for."""
+        return select.POLLOUT if self._unsent else 0 if self.has_line else select.POLLIN
+
+    def serve(self, ready: bool, answer: Callable[[bytes], object]) -> bool:
+        """Go on as far as possible, but with one request only. Returns False when the connection has ended."""
         try:
-            data = self._connection.recv(MOST_LINE)
-            *lines, self._line = (self._line + data).split(b"\n")
-            for line in lines:
-                self._connection.sendall(json.dumps(answer(line)).encode() + b"\n")
+            if self._unsent:
+                return not ready or self._send()
+            if not self.has_line:
+                return not ready or self._receive()
+            line, _, self._received = self._received.partition(b"\n")
+            said = answer(line)
+            self.active = time.monotonic()
+            return self._say(said)
+        except BlockingIOError:
+            return True
         except OSError:
             return False
-        return bool(data) and len(self._line) < MOST_LINE
+
+    def say_last(self, words: dict[str, object]) -> None:
+        """Say this as the last line, if the client has read all lines before it."""
+        if not self._unsent:
+            with contextlib.suppress(OSError):
+                self._say(words)
+
+    def _receive(self) -> bool:
+        data = self._connection.recv(MOST_LINE)
+        self._received += data
+        if len(self._received) < MOST_LINE or b"\n" in self._received:
+            return bool(data)
+        self.say_last({"error": f"the request is longer than {MOST_LINE} bytes"})
+        return False
+
+    def _say(self, words: object) -> bool:
+        import json
+
+        line = {"format": FORMAT, **words} if isinstance(words, dict) else words
+        self._unsent = json.dumps(line).encode() + b"\n"
+        return self._send()
+
+    def _send(self) -> bool:
+        self._unsent = self._unsent[self._connection.send(self._unsent) :]
+        return True
+
+
+def _polled(watched: Mapping[int, int], seconds: float | None) -> set[int]:
+    """Wait for events of these descriptors, for ``seconds`` at most. Returns the descriptors that have some."""
+    poll = select.poll()
+    for fd, events in watched.items():
+        poll.register(fd, events)
+    return {fd for fd, _ in poll.poll(None if seconds is None else 1000 * seconds)}
 
 
 def _own_directory() -> str:
@@ -212,8 +301,8 @@ def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
     # A socket without a listener is left from a dead process. Names in our directory are process IDs, so a socket with
     # a listener belongs to another pid namespace.
     if os.path.lexists(path):
-        with contextlib.suppress(_Gone):
-            _connect(path).close()
+        with contextlib.suppress(Gone):
+            connect(path).close()
             raise _InUse(f"{path} is in use by a process with the same ID in another pid namespace")
     listener = socket.socket(socket.AF_UNIX)
     with contextlib.ExitStack() as half:
@@ -221,20 +310,20 @@ def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
         # The socket gets its name once it listens. A socket that does not listen is left from a killed run, and any run
         # removes it.
         young = f"{path}.new"
-        _unlink(young)
+        unlink(young)
         listener.bind(young)
-        half.callback(_unlink, young)
+        half.callback(unlink, young)
         os.chmod(young, 0o600)
         listener.listen()
         made = os.stat(young).st_ino
         os.rename(young, path)
         stack.callback(listener.close)
-        stack.callback(_unlink, path, made)
+        stack.callback(unlink, path, made)
         half.pop_all()
     return listener
 
 
-def _unlink(path: str, inode: int | None = None) -> None:
+def unlink(path: str, inode: int | None = None) -> None:
     """Remove a socket if it exists; with ``inode``, only if it is still the same one."""
     with contextlib.suppress(OSError):
         if inode is None or os.lstat(path).st_ino == inode:
@@ -245,126 +334,36 @@ class _InUse(PyvmmError):
     """A process listens there."""
 
 
-# -- the client's side
+# -- what both sides need
 
 
-class _Gone(PyvmmError):
+class Gone(PyvmmError):
     """Nobody listens there."""
 
 
-def running() -> list[int]:
-    """Return the pids of this user's runs, and remove the sockets of killed runs."""
-    where = directory()
-    try:
-        names = os.listdir(where)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise PyvmmError(f"{where} cannot be read: {error.strerror}") from None
-    pids = []
-    for name in names:
-        pid = name.removesuffix(_SUFFIX)
-        if name.endswith(_SUFFIX) and pid.isdecimal():
-            try:
-                _connect(f"{where}/{name}").close()
-                pids.append(int(pid))
-            except _Gone:
-                _unlink(f"{where}/{name}")
-    return sorted(pids)
+def connect(path: str, patience: float = PATIENCE) -> socket.socket:
+    """Return a connection to the socket at ``path``, made within ``patience`` seconds.
 
-
-class Connection:
-    """A connection to the run of process ``where``, or to the socket at that path. A context manager.
-
-    Raises UsageError if no run listens there.
+    Raises Gone if nobody listens there, another PyvmmError if it cannot be made.
     """
-
-    def __init__(self, where: int | str) -> None:
-        path = f"{directory()}/{where}{_SUFFIX}" if isinstance(where, int) else where
-        self.name = f"process {where}" if isinstance(where, int) else f"the run at {where}"
-        try:
-            self._socket = _connect(path)
-        except _Gone:
-            raise UsageError(
-                f"{self.name} runs no guest that can be controlled: nobody listens at {path}"
-                if isinstance(where, int)
-                else f"nobody listens at {path}",
-                hint="pyvmm top lists the runs; a run makes its socket a quarter of a second after its start",
-            ) from None
-        self._file = self._socket.makefile("rb")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._socket.close()
-
-    def ask(self, what: str, *, patience: float = PATIENCE, **members: object) -> Any | None:
-        """Return the answer to ``what`` within ``patience`` seconds, or None if the run has ended.
-
-        ``members`` are added to the request. Raises PyvmmError if it is refused.
-        """
-        import json
-
-        try:
-            self._socket.settimeout(patience)
-            self._socket.sendall(json.dumps({"do": what, **members}).encode() + b"\n")
-            line = self._file.readline()
-        except TimeoutError:
-            raise PyvmmError(f"{self.name} does not answer; is it stopped?") from None
-        except OSError:
-            return None
-        if not line.endswith(b"\n"):
-            return None
-        answer = json.loads(line)
-        if what in answer:
-            return answer[what]
-        if "known" in answer or "error" not in answer:
-            raise PyvmmError(
-                f"{self.name} does not do {what!r}: {answer.get('error', answer)}",
-                hint="is it another version of pyvmm?",
-            )
-        raise PyvmmError(f"{self.name}: {answer['error']}", hint=answer.get("hint"))
-
-    def wait_for_end(self, patience: float) -> bool:
-        """Wait until the run has ended. Returns False after ``patience`` seconds."""
-        self._socket.settimeout(patience)
-        try:
-            return not self._file.read(1)
-        except TimeoutError:
-            return False
-        except OSError:
-            return True
-
-
-def only_one() -> int:
-    """Return the pid of this user's only run. Raises UsageError if none runs, or several."""
-    pids = running()
-    if len(pids) == 1:
-        return pids[0]
-    if pids:
-        raise UsageError(
-            f"{len(pids)} guests run, in processes {', '.join(map(str, pids))}",
-            hint=f"name one, for example {pids[0]}",
-        )
-    raise UsageError(
-        f"no guest of this user runs: no socket in {directory()}",
-        hint="every --lab command starts a new lab: pyvmm --lab top KERNEL runs a guest and watches it",
-    )
-
-
-def _connect(path: str) -> socket.socket:
     import socket
 
-    connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(PATIENCE)
-    try:
-        connection.connect(path)
-    except (FileNotFoundError, ConnectionRefusedError):
-        connection.close()
-        raise _Gone(path) from None
-    except OSError as error:
-        connection.close()
-        raise PyvmmError(f"{path} cannot be connected to: {error.strerror or error}") from None
-    return connection
+    until = time.monotonic() + patience
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(patience)
+        try:
+            connection.connect(path)
+        except BlockingIOError:
+            connection.close()
+            if time.monotonic() > until:
+                raise PyvmmError(f"{path} is busy: too many clients wait to be accepted") from None
+            time.sleep(BREATH)
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            raise Gone(path) from None
+        except OSError as error:
+            connection.close()
+            raise PyvmmError(f"{path} cannot be connected to: {error.strerror or error}") from None
+        else:
+            return connection

@@ -19,11 +19,11 @@ from pyvmm.errors import PyvmmError, UsageError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
+    from typing import Any, NoReturn
 
     from pyvmm.machine.machine import Machine
 
-RETURN = "\r"
+RETURN = b"\r"
 """The byte that a terminal sends for the Return key."""
 
 
@@ -163,7 +163,7 @@ class Requests:
         A ``text`` of a caret and a letter is that control key, without Return: ``^C``. Refused if the console has no
         room for all of it: the guest does not read, or is paused.
         """
-        keys = (_control_key(text) or text + RETURN).encode()
+        keys = _control_key(text) or _bytes("text", text) + RETURN
         if not _type(self._machine, keys):
             why = "the guest is paused" if self._machine.paused else "it does not read its input"
             raise PyvmmError(f"the guest's console takes no {len(keys)} bytes now: {why}")
@@ -171,7 +171,7 @@ class Requests:
 
     def send_break(self, key: str = "") -> dict[str, Any]:
         """Send a BREAK on the UART, and ``key`` behind it. Linux takes that as its SysRq key."""
-        keys = key.encode()
+        keys = _bytes("key", key)
         if not self._machine.uart.send_break(keys):
             why = "the guest is paused" if self._machine.paused else "it does not read its input"
             raise PyvmmError(f"the guest's UART takes no BREAK now: {why}")
@@ -179,6 +179,8 @@ class Requests:
 
     def balloon(self, size: int | None = None) -> dict[str, Any]:
         """Have the balloon take ``size`` bytes of the guest's memory, unless None. Returns the balloon's size."""
+        if size is not None and (type(size) is not int or size < 0):
+            raise UsageError(f"size: {size!r} is not a number of bytes")
         for device in self._machine.role(MemoryBalloon):
             return device.hold(size)
         raise UsageError("this guest has no balloon", hint="--balloon 0 adds an empty one")
@@ -187,6 +189,8 @@ class Requests:
         """Write the machine to ``file``, an absolute path. The machine is paused meanwhile."""
         from pyvmm.machine.saving import save
 
+        if not (path := _bytes("file", file)).startswith(b"/") or b"\0" in path:
+            raise UsageError(f"file: {file!r} is not an absolute path")
         self._refuse_unless_started("be saved")
         return save(self._machine, file, options=self._options())
 
@@ -195,11 +199,23 @@ class Requests:
             raise PyvmmError(f"a run that is {self.state} cannot {what}")
 
 
-def _control_key(text: str) -> str | None:
+def _bytes(name: str, value: object) -> bytes:
+    """Return the bytes of a request's member. A word of a command line may have bytes that are no characters."""
+    try:
+        return os.fsencode(value) if isinstance(value, str) else _refuse(name, value)
+    except UnicodeEncodeError:
+        return _refuse(name, value)
+
+
+def _refuse(name: str, value: object) -> NoReturn:
+    raise UsageError(f"{name}: {value!r} is not text")
+
+
+def _control_key(text: object) -> bytes | None:
     """Return the control character that ``^C`` and its like stand for, or None for other text."""
-    if len(text) != 2 or text[0] != "^" or not "@" <= text[1].upper() <= "_":
+    if not isinstance(text, str) or len(text) != 2 or text[0] != "^" or not "@" <= text[1].upper() <= "_":
         return None
-    return chr(ord(text[1].upper()) - 0x40)
+    return bytes([ord(text[1].upper()) - 0x40])
 
 
 def _type(machine: Machine, keys: bytes) -> bool:

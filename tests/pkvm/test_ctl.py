@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.session.control import Connection
+from pyvmm.session.connection import Connection
 
 pytestmark = pytest.mark.pkvm
 PAUSED = {"state": "paused", "clock": "goes on: the hypervisor keeps a protected guest's counters"}

@@ -31,7 +31,7 @@ from pyvmm.machine.saving import save
 from pyvmm.machine.snapshot import Snapshot
 from pyvmm.memory.address import MIB
 from pyvmm.protection import Protection
-from pyvmm.session.control import Connection
+from pyvmm.session.connection import Connection
 from pyvmm.vcpu.outcome import Ending
 from tests.pkvm.harness import config
 from tests.pkvm.required import kernel_directory

@@ -28,7 +28,8 @@ from pyvmm.machine.plan import Plan
 from pyvmm.options.consoles import places
 from pyvmm.options.machine import machine_config
 from pyvmm.session import consoles, control
-from pyvmm.session.control import Connection, Control
+from pyvmm.session.connection import Connection, running
+from pyvmm.session.control import Control
 from pyvmm.session.requests import Requests
 
 
@@ -102,7 +103,7 @@ def test_the_named_and_the_usual_socket_lead_to_the_same_run(runtime: Path, monk
     monkeypatch.setattr(control, "SETTLED", 0.01)
     path = runtime / "vm.sock"
     with Control({"counters": lambda: 1}, str(path)), Connection(str(path)) as early:
-        while not control.running():
+        while not running():
             assert early.ask("counters") == 1
         with Connection(os.getpid()) as usual:
             assert [early.ask("counters"), usual.ask("counters")] == [1, 1]
@@ -162,7 +163,7 @@ def test_an_unreadable_request_does_not_end_the_run(runtime: Path) -> None:
             client.sendall(line + b"\n")
             assert b'"error"' in client.recv(4096)
         client.sendall(b'{"do": "counters"}\n')
-        assert json.loads(client.recv(4096)) == {"counters": 1}
+        assert json.loads(client.recv(4096)) == {"format": 1, "counters": 1}
 
 
 def test_a_client_without_a_free_descriptor_is_accepted_later(runtime: Path) -> None:
@@ -183,7 +184,7 @@ def test_a_client_without_a_free_descriptor_is_accepted_later(runtime: Path) -> 
             for fd in taken:
                 os.close(fd)
         client.sendall(b'{"do": "counters"}\n')
-        assert json.loads(client.recv(4096)) == {"counters": 1}
+        assert json.loads(client.recv(4096)) == {"format": 1, "counters": 1}
 
 
 def test_two_pause_orders_pause_once_and_two_resume_orders_resume_once(stub: Any) -> None:

@@ -25,7 +25,8 @@ from pyvmm.labenv import TCG_NOTE
 from pyvmm.machine.config import MachineConfig
 from pyvmm.observe.rates import lines, report, since_start, take_reading
 from pyvmm.session import control
-from pyvmm.session.control import Connection, Control, running
+from pyvmm.session.connection import Connection, running
+from pyvmm.session.control import Control
 
 S = 1_000_000_000
 

@@ -123,10 +123,11 @@ def test_a_restored_linux_continues_where_it_was_saved(tmp_path: Path) -> None:
     os.close(printed)
 
 
+@pytest.mark.parametrize("name", ["own:", "debian:"])
 def test_a_linux_restored_an_hour_later_gets_the_right_time_and_a_break(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    kernel, path = kernel_directory("debian:"), str(tmp_path / "guest")
+    kernel, path = kernel_directory(name), str(tmp_path / "guest")
     settings = config(
         str(kernel / "Image"),
         Protection.NONE,

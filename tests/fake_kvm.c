@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* A kernel with a script: the native loop is built against these instead of ioctl and mprotect. */
+/* A kernel with a script. The native loop is built against these functions instead of ioctl and mprotect. */
 #include "loop/loop.h"
 
 #include <stdarg.h>

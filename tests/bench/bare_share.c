@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-/* The least a VMM must do for a forwarded share: KVM_RUN, read the three arguments (two of them must be zero, and EL2
- * refuses the call otherwise), change the host's view, answer. What it
- * leaves out (ledger, checks, subscribers, statistics) is what the product's loop is measured against.
+/* The least that a VMM must do for a forwarded share: KVM_RUN, read the three arguments (two of them must be zero, and
+ * EL2 refuses the call otherwise), change the host's view, answer. It leaves out the ledger, checks, subscribers and
+ * statistics. The product's loop is compared with it.
  * usage: bare_share GUEST.bin; prints "refused ticks". */
 #define _GNU_SOURCE
 #include "../../firmware/lib/abi.h"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the benchmark's own bars are met: python -m tests.bench.bench_bars
+"""Check the benchmark's own bars: python -m tests.bench.bench_bars
 
 Measures the quick set in two fresh labs where time counts instructions, on the project's kernel, whose hypervisor can
 be traced; and the peers in a third one on Debian's. Prints what was found beside each bar. Exit status 1 where one is
@@ -28,8 +28,8 @@ from pyvmm.bench.split import PARTS, WHOLE
 TICK = 1.0
 """Instructions: with icount the lab's counter runs at 1 GHz."""
 STAMPED = ("residency", "split")
-"""Cases made of the hypervisor's stamps, which are cut to 1,000 instructions: a loop's period and theirs beat, and not
-all averages out. Told apart, so that what misses the bar for that reason hides nothing else that does."""
+"""Cases that use the hypervisor's stamps, which have a grain of 1,000 instructions. A loop's period beats with that
+grain, and a median does not average it out. These cases are judged apart, so that they hide no other miss."""
 
 
 def measure(file: Path, *words: str) -> Run:
@@ -45,7 +45,7 @@ def medians(run: Run) -> dict[tuple[object, ...], tuple[float, Series]]:
 
 
 def of(run: Run, case: str, metric: str, **point: object) -> float:
-    """Return the median of the one series that is meant."""
+    """Return the median of the only matching series."""
     found = [
         median
         for median, each in medians(run).values()
@@ -55,7 +55,7 @@ def of(run: Run, case: str, metric: str, **point: object) -> float:
 
 
 def repeats(one: Run, other: Run, *, stamped: bool = False) -> tuple[float, str]:
-    """Return the largest relative difference of two labs' medians, of cases made of stamps or of others, and where."""
+    """Return the largest relative difference of two labs' medians, and its series: of stamp cases or of the others."""
     a, b = medians(one), medians(other)
     keys = [key for key in sorted(a.keys() & b.keys(), key=str) if (a[key][1].case in STAMPED) == stamped]
     worst, where = 0.0, "nothing"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an MMIO exit costs in the native loop, by kind, against a C loop around KVM_RUN: python -m tests.bench.exit_cost
+"""Measure MMIO exits in the native loop, by kind, against a C loop around KVM_RUN: python -m tests.bench.exit_cost
 
 Every kind, the bare loop, a device in Python and the loop's pure-Python twin take turns on one vCPU, and the ratio is
 the median of the turns' own, so that what else the machine does falls on both. Exit status 1 when a bar is missed.
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / ".bench"
 REGISTERS, FIFO, DOORBELL, COLD, UNTAKEN, VIRTIO = 0x0000, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
 KERNELS = 1
-"""The number of the queue whose kicks the kernel takes; those of 0 come to the loop."""
+"""The queue whose kicks the kernel takes. Kicks of queue 0 come to the loop."""
 IN_C = ("registers: store", "registers: load", "FIFO", "doorbell")
 TRACES = ("trace", "trace: Python device", "trace and its reader")
 ID, FEATURES, READY, CONFIGURATION = "virtio: id", "virtio: features", "virtio: queue ready", "virtio: configuration"
@@ -52,12 +52,12 @@ OF_VIRTIO = {
     **dict.fromkeys((ID, FEATURES, READY, CONFIGURATION), "registers: load"),
     **dict.fromkeys((SELECTOR, KICK), "registers: store"),
 }
-"""What each is held against."""
+"""The part that each part is compared with."""
 ALIKE = {**dict.fromkeys(TRACES, 1.05), **dict.fromkeys(OF_VIRTIO, 1.05), IOEVENTFD: 0.7}
 NATIVE_BARS = {**dict.fromkeys(IN_C, 1.10), "Python device": 3.0, **ALIKE}
 INSTRUCTION_BARS = {**dict.fromkeys(IN_C, 1.05), "Python device": 3.0, **ALIKE, **dict.fromkeys(TRACES, 1.03)}
 READ_MORE = 20
-"""So many times the exits for a part whose reader comes but now and then."""
+"""How many times as many exits to make for a part whose reader comes only sometimes."""
 
 
 def bare_library(machine: str) -> Path:
@@ -72,7 +72,7 @@ def bare_library(machine: str) -> Path:
 
 
 class Bench:
-    """One VM whose vCPU makes ``exits`` MMIO exits of a kind, then ends; entered by whoever is measured."""
+    """One VM whose vCPU makes ``exits`` MMIO exits of a kind, and then ends. The measured loop enters it."""
 
     def __init__(self, code: Callable[[], Code], exits: int, type_: int) -> None:
         self.exits = exits
@@ -80,7 +80,7 @@ class Bench:
         self.vcpu = self.guest.vcpus[0]
         self.uart, self._buffers = uart(tx=1 << 15)
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
-        # Every ring a system call; and rings that are one until they are taken, as of a device that is busy.
+        # A bell that is a system call at each ring, and one that is a system call only until its reader takes it.
         slots = ffi.new("struct pv_doorbell_slot[]", [(0, 1, self.fd, 0, 0), (0, 1, self.fd, 0, 1)])
         bell, untaken = (ffi.new("struct pv_doorbell *", {"count": 1, "slots": slots + n}) for n in range(2))
         self.device = VirtioMmio(VirtioRng(), self.guest.vm, private=False)
@@ -131,7 +131,7 @@ class Bench:
         return took / self._checked(sum(stats[n].count for n in range(lib.PV_EXIT_MMIO_UNCLAIMED)) - before)
 
     def kernel(self) -> float:
-        """Nanoseconds a store that the kernel answers with an eventfd; the vCPU comes back at its program's end."""
+        """Nanoseconds a store that the kernel answers with an eventfd. The vCPU returns at the end of its program."""
         self._begin()
         start = time.perf_counter_ns()
         stop = lib.pv_run(self.vcpu)
@@ -146,7 +146,7 @@ class Bench:
         return self.native()
 
     def recorded(self) -> float:
-        """The same, every exit going to the ring."""
+        """The same, with every exit recorded in the ring."""
         ring = self.vcpu.ring
         size = 1 << self.exits.bit_length()
         if ring.size < size:
@@ -159,7 +159,7 @@ class Bench:
         return self._whole(took)
 
     def traced(self) -> float:
-        """The same, and the ring read beside it, as run --trace does."""
+        """The same, with a thread that reads the ring, as run --trace has."""
         recorder = Recorder()
         recorder.watch(types.SimpleNamespace(), [self.vcpu])  # type: ignore[arg-type]
         took = self.timed()
@@ -199,7 +199,7 @@ class Bench:
 
 
 class PythonDevice:
-    """The least a device in Python is: an offset tells what, a value is kept."""
+    """The smallest possible device in Python: it looks at the offset, and keeps the value."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -212,7 +212,7 @@ class PythonDevice:
 
 
 class TwinKernel:
-    """KVM_RUN and nothing else: what the twin needs here."""
+    """KVM_RUN and nothing else. The twin needs no more here."""
 
     def __init__(self, guest: RealGuest) -> None:
         self._guest = guest
@@ -246,7 +246,7 @@ PARTS: dict[str, tuple[Callable[[], Code], Callable[[Bench], float]]] = {
 
 
 def measure(part: str, rounds: int, exits: int, type_: int) -> tuple[float, float, float]:
-    """Return the medians of: the ns an exit of what the part is held against, the part's, and the ratio in a turn."""
+    """Return three medians: ns an exit of the part to compare with, ns an exit of the part, and the ratio in a turn."""
     code, measured = PARTS[part]
     pairs = []
     with contextlib.ExitStack() as guests:
@@ -273,7 +273,7 @@ def measure(part: str, rounds: int, exits: int, type_: int) -> tuple[float, floa
 
 
 def in_lab(arguments: list[str]) -> int:
-    """Run this module in the lab, on one CPU where time counts instructions."""
+    """Run this module in the lab, on one CPU if time counts instructions."""
     bare_library("aarch64")
     inside = ["python3", "-m", "tests.bench.exit_cost", "--inside", *arguments]
     command = [sys.executable, "-m", "pyvmm", "lab", "exec", "--icount", "--", *inside]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the bars of Linux guests are met: python -m tests.bench.linux_bars [BAR…]
+"""Check the bars of Linux guests: python -m tests.bench.linux_bars [BAR…]
 
 Boots a lab with QEMU and the project's kernel and measures there by turns: ``boot`` in one that has kvmtool too and
 where time counts instructions, the others in one whose time is the emulator's. Prints what was found beside each bar.
@@ -33,15 +33,15 @@ from pyvmm.protection import PROTECTIONS
 
 BOOTS = 50
 TURNS = 5
-"""Of boots beside a peer's: instructions repeat."""
+"""How many boots to compare with a peer's. Instruction counts repeat, so few are enough."""
 PATIENCE = 600.0
 
 Finding = tuple[str, float, float | None, float | None]
-"""What, the value found, at most, at least."""
+"""What was measured, the value, its maximum, its minimum."""
 
 
 def beside(name: str, **how: int) -> list[Series]:
-    """Measure a peer and pyvmm by turns. SystemExit where that cannot be done."""
+    """Measure a peer and pyvmm by turns. Raises SystemExit if that is impossible here."""
     found = peers.measure(name, **how)
     for series in found:
         if series.unavailable:
@@ -50,7 +50,7 @@ def beside(name: str, **how: int) -> list[Series]:
 
 
 def ratios(found: list[Series]) -> dict[str, float]:
-    """Return pyvmm's time over the peer's by what was done."""
+    """Return pyvmm's time divided by the peer's, by what was done."""
     return {
         str(series.point["what"]): float(str(value))
         for series in found
@@ -60,7 +60,7 @@ def ratios(found: list[Series]) -> dict[str, float]:
 
 
 def median(series: list[Series]) -> float:
-    """Return the median of the only series. SystemExit where there is none."""
+    """Return the median of the only series. Raises SystemExit if there is no series."""
     if series[0].unavailable:
         raise SystemExit(series[0].unavailable)
     return statistics.median(series[0].kept)
@@ -109,7 +109,7 @@ def boots() -> Iterator[Finding]:
 
 
 def ended(argv: list[str]) -> bytes:
-    """Run a guest to its end; return its console where the VMM ended well, nothing else."""
+    """Run a guest to its end. Return its console, or an empty string if the VMM failed."""
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, check=False)
     return done.stdout if not done.returncode else b""
 
@@ -119,11 +119,11 @@ BARS: dict[str, Callable[[], Iterator[Finding]]] = {
 }
 
 COUNTED = ("boot",)
-"""Those that are of instructions, where time can count them."""
+"""The bars that need a clock of instructions."""
 
 
 def in_lab(bars: list[str], *options: str) -> int:
-    """Measure in a lab, if there is anything to measure; return the exit status."""
+    """Measure in a lab, if there is anything to measure. Return the exit status."""
     if not bars:
         return 0
     lab = ["lab", "exec", *options, *("--with", "qemu", "--with", OWN)]
@@ -132,7 +132,7 @@ def in_lab(bars: list[str], *options: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print, judge: in a lab, unless this is an arm64 host."""
+    """Measure, print and judge, in a lab unless this is an arm64 host."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.linux_bars", description=(__doc__ or "").partition("\n")[0]
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a forwarded share costs in the native loop, against the bare ioctls it needs: python -m tests.bench.share_cost
+"""Measure a forwarded share in the native loop against the bare ioctls that it needs: python -m tests.bench.share_cost
 
 In the lab, where time counts instructions. One guest binary shares a page and takes it back; it runs under a C program
 that does nothing but what the call needs (KVM_RUN, the three arguments, one mprotect, the answer), and in the emulated
@@ -38,13 +38,13 @@ def build() -> None:
 
 
 def bare(guest: Path) -> float:
-    """Return the bare program's instructions a call."""
+    """Return the instructions a call of the bare program."""
     done = subprocess.run([BUILT / "bare_share", guest], check=True, capture_output=True, text=True)
     return _per_call(*map(int, done.stdout.split()))
 
 
 def own(guest: Path) -> float:
-    """Return pyvmm's instructions a call."""
+    """Return the instructions a call of pyvmm."""
     config = MachineConfig(str(guest), Protection.EMULATED, memory=16 << 20, deadline=600, serial_out=None)
     with Machine(config) as machine:
         machine.run()
@@ -59,7 +59,7 @@ def _per_call(refused: int, ticks: int) -> float:
 
 
 def main(arguments: list[str]) -> int:
-    """Build and go to the lab; or, inside, measure, print and judge."""
+    """Outside the lab, build and go there. Inside, measure, print and judge."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.share_cost", description=(__doc__ or "").partition("\n")[0]
     )

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 // Shares one page and takes it back, x20 times, and stores the ticks of the whole to the bench device's registers.
-// Flat binary, entered with the MMU off; nothing but registers is used, so that only the hypercalls cost anything.
+// Flat binary, entered with the MMU off. It uses registers only, so that only the hypercalls cost anything.
 #include "../../firmware/lib/abi.h"
         .globl  _start
 _start: ldr     x20, =ROUNDS
@@ -8,7 +8,7 @@ _start: ldr     x20, =ROUNDS
         ldr     x22, =0x09300000                // pyvmm,bench: register file
         ldr     x23, =HVC_SHARE
         ldr     x24, =HVC_UNSHARE
-        mov     x19, #0                         // anything that was refused
+        mov     x19, #0                         // calls that were refused
         isb
         mrs     x25, cntvct_el0
 1:      mov     x0, x23

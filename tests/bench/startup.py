@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a start costs beyond bare Python: python -m tests.bench.startup [--lab]
+"""Measure what a start costs beyond bare Python: python -m tests.bench.startup [--lab]
 
 On this machine: the milliseconds of ``import pyvmm`` and of parsing a command line, each the least of many starts. Exit
 status 1 where that is more than 80 ms beyond bare Python.
@@ -67,11 +67,11 @@ EXEC, EXIT, ENTRY = "sched/sched_process_exec", "sched/sched_process_exit", "kvm
 _LINE = re.compile(r"-(?P<tid>\d+)\s+\[\d+\].* (?P<s>\d+)\.(?P<us>\d{6}): (?P<event>\w+):")
 BARE = "python3 -P -c pass"
 LIBRARY = "_cffi_backend, argparse, bisect, contextlib, ctypes, fcntl, locale, select, signal, struct, threading"
-"""What of others a run has loaded at its first KVM_RUN: with the ``-m``, the least that it can cost."""
+"""Modules of others that a run has loaded at its first KVM_RUN. Importing these alone is the least that it can cost."""
 
 
 class Side(NamedTuple):
-    """What is started with ``python3 -P``, and how many times bare Python it may cost; ``event`` ends the count."""
+    """A program to start with ``python3 -P``, and its bar in multiples of bare Python. ``event`` ends the count."""
 
     words: list[str]
     event: str = ENTRY
@@ -101,19 +101,19 @@ class Trace:
         (self._path / "trace").write_text("")
 
     def read(self) -> list[tuple[str, int, int]]:
-        """Return (event, thread, ns) of what happened since the last :meth:`clear`, the oldest first."""
+        """Return (event, thread, ns) of each event since the last :meth:`clear`, the oldest first."""
         found = _LINE.finditer((self._path / "trace").read_text())
         return [(m["event"], int(m["tid"]), int(m["s"]) * 10**9 + int(m["us"]) * 1000) for m in found]
 
     def wait(self, seconds: float) -> None:
-        """Sleep until something happens: reading more often would be counted too. SystemExit where nothing does."""
+        """Sleep until an event comes, because polling would be counted too. Raises SystemExit if no event comes."""
         with open(self._path / "trace_pipe", "rb", buffering=0) as pipe:
             if not select.select([pipe], [], [], seconds)[0]:
                 raise SystemExit(f"no {self._events[0]} within {seconds:.0f} s")
 
 
 def instructions(side: Side, environment: Mapping[str, str], processes: Trace, entries: Trace) -> int:
-    """Start it and return what it takes from exec to its event. SystemExit where it ends before that."""
+    """Start it and return the ns from exec to its event. Raises SystemExit if it ends before its event."""
     processes.clear()
     entries.clear()
     process = subprocess.Popen(
@@ -146,7 +146,7 @@ def instructions(side: Side, environment: Mapping[str, str], processes: Trace, e
 
 @contextlib.contextmanager
 def sides() -> Iterator[tuple[dict[str, Side], dict[str, str]]]:
-    """Install pyvmm in a separate folder; yield the command to measure, and its environment."""
+    """Install pyvmm in a separate folder. Yield the command to measure, and its environment."""
     from pyvmm.bench import linux, transfers
 
     with transfers.host() as host, linux.files("own:") as guest:
@@ -192,7 +192,7 @@ def inside(turns: int) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what is asked."""
+    """Measure here, or in the lab if asked."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench.startup", description=(__doc__ or "").partition("\n")[0]
     )

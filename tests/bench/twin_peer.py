@@ -17,7 +17,7 @@ PAGE = 4096
 
 
 class Kernel:
-    """KVM_RUN and nothing else: what the twin needs for MMIO."""
+    """KVM_RUN and nothing else. The twin needs no more for MMIO."""
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._fd = vcpu.fileno()
@@ -30,7 +30,7 @@ class Kernel:
 
 
 def run(vcpu: Vcpu, base: int) -> int:
-    """Run until the guest is off, with a register file at ``base``; return how many MMIO exits there were."""
+    """Run until the guest is off, with a register file at ``base``. Return the number of MMIO exits."""
     vm = twin.Vm(lib.PV_NONE)
     vm.ranges = [twin.Range(base, PAGE, lib.PV_KIND_REGISTERS, bytearray(PAGE))]
     area = memoryview(ffi.buffer(ffi.cast("uint8_t *", vcpu.run_address), PAGE))

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-/* A small coverage-guided fuzzer: keeps an input that reaches an edge, or reaches one more often, as no other did, and
- * makes new ones of those it keeps. Coverage is what gcc's -fsanitize-coverage=trace-pc tells, of all but this file.
+/* A small coverage-guided fuzzer. It keeps an input that reaches a new edge, or reaches one more often than any other
+ * input. It makes new inputs from those it keeps. gcc's -fsanitize-coverage=trace-pc tells the coverage of all other
+ * files.
  *
  *   fuzz CORPUS SECONDS SEED CURRENT [FOUND]
  *
- * CORPUS is a file of inputs, each behind its size in two bytes; all are tried first. CURRENT is such a file with the
- * input at hand, and so with the one that was the last. FOUND is one for the inputs kept at the end: of those that
- * reach the same, the shortest. The same seed and corpus give the same inputs in the same order. */
+ * CORPUS is a file of inputs, each behind its size in two bytes. All are tried first. CURRENT is such a file with the
+ * input that is being tried, so that the last one is known after a crash. FOUND is such a file with the inputs kept at
+ * the end: the shortest of those that reach the same. The same seed and corpus give the same inputs in one order. */
 #include "fuzz.h"
 
 #include <fcntl.h>
@@ -25,7 +26,7 @@ static uintptr_t last_pc;
 static struct kept pool[POOL];
 static size_t pool_size;
 static uint64_t runs, state;
-static bool once; /* how often something is reached is of no interest */
+static bool once; /* ignore how often an edge is reached */
 static struct { uint16_t size; uint8_t data[MOST]; } *current;
 
 void __sanitizer_cov_trace_pc(void);
@@ -65,7 +66,7 @@ static uint32_t any(uint32_t below)
     return (uint32_t)((state * UINT64_C(0x2545F4914F6CDD1D)) >> 32) % below;
 }
 
-/* One bit for how often: 1, 2, 3, 4.., 8.., 16.., 32.., 128.. */
+/* One bit for each count of visits: 1, 2, 3, 4.., 8.., 16.., 32.., 128.. */
 static uint8_t bucket(uint8_t count)
 {
     if (count < 4)
@@ -73,7 +74,7 @@ static uint8_t bucket(uint8_t count)
     return (uint8_t)(8 << (count >= 8) << (count >= 16) << (count >= 32) << (count >= 128));
 }
 
-/* Whether the input reached anything new. */
+/* Returns whether the input reached anything new. */
 static bool run(const uint8_t *data, size_t size)
 {
     bool news = false;
@@ -122,7 +123,7 @@ static void read_corpus(const char *path)
     }
     if (file)
         fclose(file);
-    /* The short ones first, which then stand for the others. */
+    /* The short ones come first, and then stand for the others. */
     qsort(pool, pool_size, sizeof(pool[0]), by_size);
 }
 
@@ -153,25 +154,25 @@ static size_t mutate(uint8_t *data)
             if (left)
                 data[at] = (uint8_t)any(256);
             break;
-        case 3: /* take out */
+        case 3: /* remove bytes */
             some = some < left ? some : left;
             memmove(data + at, data + at + some, left - some);
             size -= some;
             break;
-        case 4: /* put in */
+        case 4: /* insert bytes */
             some = some < MOST - size ? some : (uint32_t)(MOST - size);
             memmove(data + at + some, data + at, left);
             for (uint32_t i = 0; i < some; i++)
                 data[at + i] = (uint8_t)any(256);
             size += some;
             break;
-        case 5: /* twice */
+        case 5: /* repeat bytes */
             some = some < left ? some : left;
             some = some < MOST - size ? some : (uint32_t)(MOST - size);
             memmove(data + at + some, data + at, left);
             size += some;
             break;
-        default: /* the end of another */
+        default: /* append the end of another input */
             if (pool_size) {
                 const struct kept *other = &pool[any((uint32_t)pool_size)];
                 uint32_t from = any((uint32_t)other->size + 1), much = (uint32_t)other->size - from;
@@ -192,7 +193,7 @@ static double seconds(void)
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
-/* Of all that was kept, the shortest that reach what is reached. */
+/* Of all inputs kept, the shortest ones that together reach every edge. */
 static void write_found(const char *path)
 {
     FILE *file = fopen(path, "w");

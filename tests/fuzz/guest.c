@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* A guest for targets: memory that may be closed or gone, rings in it, and a driver that does anything to them. */
+/* A guest for targets: memory that may be closed or gone, rings in it, and a driver that may do anything to them. */
 #include "fuzz.h"
 
 #include <sys/mman.h>
@@ -16,7 +16,7 @@ static uint32_t closed;
 
 struct pollfd;
 __attribute__((weak)) int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout);
-/* Of targets in which nothing waits. */
+/* For targets in which nothing waits. */
 int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout)
 {
     (void)watched, (void)count, (void)timeout;
@@ -48,7 +48,7 @@ void guest_reset(void)
     guest.vm.map = &whole;
 }
 
-/* Places that are telling more often than not. */
+/* Addresses that often find faults. */
 static uint64_t place(struct input *input)
 {
     const uint64_t places[] = {
@@ -74,7 +74,7 @@ static uint32_t length(struct input *input)
 
 static void guest_write(uint64_t gpa, const void *from, size_t n)
 {
-    /* The guest's own CPU writes whatever the host may touch. */
+    /* The guest's own CPU writes wherever the host may. */
     if (gpa < RAM || gpa - RAM > PAGES * PV_HOST_PAGE - n)
         return;
     for (uint64_t page = (gpa - RAM) / PV_HOST_PAGE; page <= (gpa - RAM + n - 1) / PV_HOST_PAGE; page++)
@@ -83,7 +83,7 @@ static void guest_write(uint64_t gpa, const void *from, size_t n)
     memcpy(memory + (gpa - RAM), from, n);
 }
 
-/* A table that is as it should be, for the driver to name or to spoil: two segments to read, two to write. */
+/* A valid table, for the driver to name or to spoil: two segments to read, two to write. */
 static void make_table(const struct pv_queue *queue)
 {
     for (uint16_t i = 0; i < 4; i++) {
@@ -163,7 +163,7 @@ void guest_act(struct input *input, struct pv_queue *queue)
     case 4: /* take the second slot away, or give it back */
         pv_publish_map(&guest.vm, where & 1 ? &half : &whole);
         break;
-    default: { /* data, as requests and frames begin with */
+    default: { /* data that begins as requests and frames do */
         uint8_t data[32];
         for (size_t i = 0; i < sizeof(data); i++)
             data[i] = next8(input);

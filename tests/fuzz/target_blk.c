@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* virtio-blk's loop with a file behind it, as the driver lays its requests out; built with poll() replaced. */
+/* virtio-blk's loop over a file, with the requests that the driver makes. Built with poll() replaced. */
 #include "fuzz.h"
 
 #include <fcntl.h>
@@ -17,7 +17,7 @@ static int file;
 
 struct pollfd;
 int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout);
-/* Nobody kicks while the loop sleeps: it is told to leave. */
+/* Nobody kicks while the loop sleeps, so tell it to leave. */
 int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout)
 {
     (void)watched, (void)count, (void)timeout;
@@ -35,7 +35,7 @@ void fuzz_begin(void)
 static void serve(struct pv_blk *blk, struct input *input)
 {
     queue.stop = 0;
-    /* A packed ring that the guest has its disk write into may go on for ever: that is the guest's own affair. */
+    /* A guest may have its disk write into its own packed ring, which may then never end. That harms only the guest. */
     for (int i = 0; i < SERVES && !queue.stop; i++) {
         uint32_t stop = pv_blk_serve(blk);
         HOLDS(stop == PV_BLK_STOPPED || stop == PV_BLK_REQUEST || stop == PV_BLK_FAILED || stop == PV_BLK_BROKEN);

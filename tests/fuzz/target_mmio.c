@@ -14,7 +14,7 @@ static struct kvm_run run[VCPUS];
 static struct pv_vcpu vcpus[VCPUS];
 static struct pv_range ranges[KINDS];
 static struct pv_bus bus = {.count = KINDS, .ranges = ranges};
-/* Each is as large as its range: what is behind it is the sanitizer's. */
+/* Each is as large as its range, so the sanitizer sees an access beyond it. */
 static uint8_t registers[REGISTERS], tx[16], rx[16];
 static uint64_t counter;
 static struct pv_doorbell_slot slots[SLOTS];
@@ -71,7 +71,7 @@ static void begin(void)
     transport = (struct pv_virtio_mmio){.interrupt = &line, .bell = &kick, .queues = queues};
 }
 
-/* What Python does when the loop comes back, until it has nothing left to do. */
+/* Do what Python does when the loop returns, until nothing is left to do. */
 static void proceed(struct pv_vcpu *vcpu, uint32_t stop, struct input *input)
 {
     uint8_t bytes[sizeof(tx)];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* virtio-net's loop between two queues and a peer that sends anything; built with poll() replaced. */
+/* virtio-net's loop between two queues and a peer that may send anything. Built with poll() replaced. */
 #include "virtio/net.h"
 #include "fuzz.h"
 
@@ -18,7 +18,7 @@ static struct net_work work;
 static uint32_t rounds;
 
 int fuzz_poll(struct pollfd *watched, nfds_t count, int timeout);
-/* Says what is ready, and after a few times, or where the loop would sleep, that it is to leave: the first says so. */
+/* Says which descriptors are ready. After a few calls, or when the loop would sleep, the first says: leave. */
 int fuzz_poll(struct pollfd *watched, nfds_t count, int timeout)
 {
     const struct timespec now = {0};
@@ -47,7 +47,7 @@ static void serve(struct pv_net *net)
     HOLDS(work.rest_start <= work.rest_end && work.rest_end <= sizeof(work.rest));
 }
 
-/* What the peer sends: any bytes, or a frame that is as it should be. */
+/* The peer sends any bytes, or a valid frame. */
 static void arrive(struct input *input, int peer, bool stream)
 {
     static uint8_t data[4 + 12 + 2048];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* Virtqueues by themselves: pops, pushes in any order, several at once, and pops taken back; copies at any offset. */
+/* Virtqueues alone: pops, pushes in any order, several at once, pops that are undone, and copies at any offset. */
 #include "fuzz.h"
 
 enum { HELD = 16, MOST_SEGMENTS = 64, VECTORS = 8, BYTES = 8192 };
@@ -29,7 +29,7 @@ static void forget(uint32_t from, uint32_t n)
     memcpy(gone, held + from, n * sizeof(gone[0]));
     memmove(held + from, held + from + n, (count - from - n) * sizeof(held[0]));
     count -= n;
-    memcpy(held + count, gone, n * sizeof(gone[0])); /* their segments are still somebody's */
+    memcpy(held + count, gone, n * sizeof(gone[0])); /* their segments are still in use */
 }
 
 static void push(struct input *input)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /* A guest's end of a vsock, for Linux on arm64, without a C library.
  *
- *     vsock echo PORT      takes one connection to PORT and sends back what comes, until it ends
- *     vsock call CID PORT  connects; sends its input, then says so, and prints what comes, until that ends
+ *     vsock echo PORT      takes one connection to PORT and sends back what it receives, until that ends
+ *     vsock call CID PORT  connects, sends its input, says so, and prints what it receives until that ends
  *     vsock refused CID PORT  exits with 0 if the connection is refused
  *
  * Built by tests/guest/build.py.
@@ -19,7 +19,7 @@ struct address {
     uint8_t rest[4];
 };
 
-/* What the unit tests look for: the binary is of this source. */
+/* The unit tests look for this to see that the binary was built from this source. */
 __attribute__((used)) static const char source[] = "source " SOURCE;
 
 static long call(long number, long a, long b, long c, long d, long e)
@@ -38,7 +38,7 @@ static long number(const char *text)
     return value;
 }
 
-/* Copies until there is no more; 0, or what went wrong. */
+/* Copies until the input ends. Returns 0, or an errno. */
 static long copy(long from, long to)
 {
     static char buffer[1 << 16];

@@ -3,7 +3,7 @@
 
 The host's page is the unit of all that the host does with guest memory: memory slots, stage 2, donations, shares (what
 MEMINFO answers), conversions, holes, userfaultfd and the ledger. The guest's page is a number of protocols and of
-pyvmm's own payloads. A Linux guest has pages of its own size.
+pyvmm's own payloads. A Linux guest chooses its own page size.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare two runs of the same benchmark: the ratio of medians, its significance, and a verdict.
 
-Series are matched by case, point and metric. What is compared is the medians of rounds. Two runs are unpaired, and
-tested by Welch's t. The sides of a run that measured in turns are pairs, and tested by Wilcoxon's signed ranks. Values
-that no rounds are told of are tested by Mann and Whitney's rank sum, and taken as independent. p is corrected by
-Benjamini and Hochberg's method (false discovery rate) over the tested series: series with the same values on both
-sides are not tested, nor those of too few rounds. Pure functions.
+Series are matched by case, point and metric. The medians of their rounds are compared. Two runs are unpaired: Welch's t
+tests them. The sides of a run that measured in turns are pairs: Wilcoxon's signed ranks test them. Values without
+rounds are taken as independent: Mann and Whitney's rank sum tests them. Benjamini and Hochberg's method (false
+discovery rate) corrects p over the tested series. Series with the same values on both sides are not tested, nor those
+of too few rounds. Pure functions.
 
 Counts that differ by no more than the margin of one, in every round of both sides, are the same. Else a series differs
 if its corrected p is below ALPHA and its ratio is beyond the margin. It is the same if the ratio's interval lies within

@@ -52,6 +52,6 @@ class VmGenId(Device):
         return {}
 
     def load(self, saved: dict[str, Any]) -> None:  # noqa: ARG002
-        """Give the restored guest an id of its own, and tell it."""
+        """Give the restored guest a new id, and tell the guest."""
         self._renew()
         self.line.trigger()

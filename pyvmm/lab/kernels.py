@@ -61,7 +61,7 @@ def package(name: str) -> str:
 
 
 def page_of(path: Path) -> int:
-    """Return the bytes of a kernel's pages, as the header of an arm64 Image says them; 0 if there is none."""
+    """Return the bytes of a kernel's pages, as the header of an arm64 Image says them, or 0 without such a header."""
     try:
         with path.open("rb") as file:
             start = file.read(_HEADER)
@@ -124,7 +124,7 @@ def _read(text: str) -> KernelFile:
 def is_older(release: str, than: str) -> bool:
     """Return whether a kernel's release, such as ``7.3.4+deb13-arm64`` or ``7.4-rc1-arm64``, comes before another.
 
-    Only versions of the kernel count, not those of packages. False if either has none.
+    Only versions of the kernel count, not those of packages. Returns False if either is unknown.
     """
     one, other = _version(release), _version(than)
     return one is not None and other is not None and one < other

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """End a protected guest that faults at one address for ever.
 
-On a host whose pages are larger than 4 KiB, pKVM never resolves a fault behind the first 4 KiB of a page when the next
+A host's page may be larger than 4 KiB. pKVM then never resolves a fault behind the first 4 KiB of a page if the next
 page is mapped: see pyvmm/docs/hosts.md. The vCPU then stays in KVM_RUN, and only the kernel's statistics show that it
 is not at work. Where the kernel's trace can be read, it tells the address, and the run ends. Elsewhere a warning is
 logged.

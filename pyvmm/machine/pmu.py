@@ -26,7 +26,7 @@ def require_pmu(system: System) -> None:
     if not system.check(KVM_CAP_ARM_PMU_V3):
         raise HostError(
             "this host's KVM has no PMU for guests (KVM_CAP_ARM_PMU_V3)",
-            hint="drop --pmu; the host's CPU or its firmware has none, or its kernel is a pKVM host",
+            hint="drop --pmu; the host's CPU or firmware has no PMU, or its kernel is a pKVM host",
         )
 
 

@@ -200,7 +200,7 @@ class Requests:
 
 
 def _bytes(name: str, value: object) -> bytes:
-    """Return the bytes of a request's member. A word of a command line may have bytes that are no characters."""
+    """Return the bytes of a request's member. A word of a command line may have bytes that are not UTF-8."""
     try:
         return os.fsencode(value) if isinstance(value, str) else _refuse(name, value)
     except UnicodeEncodeError:

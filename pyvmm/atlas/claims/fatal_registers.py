@@ -130,7 +130,7 @@ def one_vcpu_begins_where_el2_keeps_registers(x: Experiment) -> None:
 
 @either()
 def psci_is_answered_by_who_keeps_the_registers(x: Experiment) -> None:
-    """Where EL2 keeps the registers, PSCI is version 1.1 and there is no TRNG; else the kernel answers, and has one."""
+    """Where EL2 keeps the registers, PSCI is version 1.1 without a TRNG; else the kernel answers, and has a TRNG."""
     kept = _are_kept(x)
     bare = _bare(x, call(PSCI_0_2_FN_PSCI_VERSION) + tell(0) + call(TRNG_VERSION) + tell(0) + POWER_OFF)
     version = _reported(bare)

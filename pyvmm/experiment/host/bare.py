@@ -64,7 +64,7 @@ POWER_OFF = call(PSCI_0_2_FN_SYSTEM_OFF)
 
 
 def stores(pages: int) -> Program:
-    """Return the usual program of a VM with so many pages."""
+    """Return the usual program of a VM with this number of pages."""
     begin = move(1, BASE + HOST_PAGE) + move(2, pages - 1) + move(3, WORD)
     # 1: STR X3, [X1]; ADD X1, X1, #HOST_PAGE; SUBS X2, X2, #1; B.NE 1b
     return begin + store(3, 1) + (0x9140_0021 | HOST_PAGE >> 12 << 10, 0xF100_0442, 0x54FF_FFA1) + POWER_OFF

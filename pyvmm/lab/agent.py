@@ -109,7 +109,6 @@ def mount(tag: str, target: str, options: str) -> str:
 
 def renew(payload: bytes) -> str:
     """Set the clock and add fresh randomness, because a restored lab has the saved ones."""
-    import fcntl  # PREPARE has imported it; a plain boot does not need it
     import time
     from struct import pack
 
@@ -117,11 +116,23 @@ def renew(payload: bytes) -> str:
     try:
         time.clock_settime_ns(time.CLOCK_REALTIME, int.from_bytes(payload[:8], "little"))
         with open("/dev/urandom", "wb") as file:
-            fcntl.ioctl(file, RNDADDENTROPY, pack("ii", 8 * len(random), len(random)) + random)
-            fcntl.ioctl(file, RNDRESEEDCRNG)
+            ioctl(file.fileno(), RNDADDENTROPY, pack("ii", 8 * len(random), len(random)) + random)
+            ioctl(file.fileno(), RNDRESEEDCRNG)
     except OSError as error:
         return f"the lab's clock and randomness: {error.strerror}"
     return ""
+
+
+def ioctl(fd: int, request: int, argument: bytes = b"") -> None:
+    """Call ioctl(2) with an ``argument`` that the kernel only reads. Raises OSError.
+
+    pyvmm's own binding is in the working tree, which a fork imports, and not this process.
+    """
+    import ctypes  # PREPARE has imported it; a plain boot does not need it
+
+    if ctypes.CDLL(None, use_errno=True).ioctl(fd, ctypes.c_ulong(request), argument) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def set_size(fd: int, rows: int, columns: int) -> None:

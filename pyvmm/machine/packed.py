@@ -11,12 +11,11 @@ from __future__ import annotations
 from pyvmm.errors import PyvmmError, UsageError, pip_install
 from pyvmm.machine.content import CHUNK, MAGICS, PEEK, Bytes, Content, Loadable, damaged
 from pyvmm.memory.address import MIB, Gpa
-from pyvmm.typed import NamedTuple, Protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Final
+    from typing import Any, Final
 
 WINDOW: Final = 256 * MIB
 """Bytes of memory that an unpacker may use. Linux packs kernels with windows of up to 128 MiB."""
@@ -27,119 +26,89 @@ class _BadStream(Exception):
     """The stream is damaged."""
 
 
-class _Unpacker(Protocol):
-    """Unpacks one member of a stream. ``hungry`` says that it needs more of the stream to go on."""
+class _Member:
+    """Unpacks one member of a stream. ``stream`` is a library's object, which raises ``error`` for damaged bytes."""
+
+    def __init__(self, stream: Any, error: type[Exception]) -> None:
+        self._stream, self._error = stream, error
 
     @property
-    def hungry(self) -> bool: ...
-
-    @property
-    def eof(self) -> bool: ...
+    def eof(self) -> bool:
+        """Whether the member has ended."""
+        return bool(self._stream.eof)
 
     @property
     def behind(self) -> bytes:
-        """What it was given beyond the member's end."""
-        ...
+        """The bytes that it was given beyond the member's end."""
+        return bytes(self._stream.unused_data)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether it needs more of the stream to go on."""
+        return bool(self._stream.needs_input)
 
     def take(self, packed: bytes, most: int) -> bytes:
-        """Unpack more, ``packed`` only when hungry. Raises _BadStream."""
-        ...
+        """Unpack about ``most`` bytes more. Only a hungry one takes ``packed``. Raises _BadStream."""
+        try:
+            return self._unpack(packed, most)
+        except self._error as error:
+            raise _BadStream(error) from None
+
+    def _unpack(self, packed: bytes, most: int) -> bytes:
+        return bytes(self._stream.decompress(packed, most))
 
 
-class _Gzip:
+class _Gzip(_Member):
     def __init__(self) -> None:
         import zlib
 
-        self._error = zlib.error
-        self._stream = zlib.decompressobj(wbits=31)
+        super().__init__(zlib.decompressobj(wbits=31), zlib.error)
 
     @property
     def hungry(self) -> bool:
         return not self._stream.unconsumed_tail
 
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
-
-    @property
-    def behind(self) -> bytes:
-        return self._stream.unused_data
-
-    def take(self, packed: bytes, most: int) -> bytes:
-        try:
-            return self._stream.decompress(self._stream.unconsumed_tail + packed, most)
-        except self._error as error:
-            raise _BadStream(error) from None
+    def _unpack(self, packed: bytes, most: int) -> bytes:
+        return super()._unpack(self._stream.unconsumed_tail + packed, most)
 
 
-class _Xz:
+class _Xz(_Member):
     def __init__(self) -> None:
         import lzma
 
-        self._error = lzma.LZMAError
-        self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=WINDOW)
-
-    @property
-    def hungry(self) -> bool:
-        return self._stream.needs_input
-
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
-
-    @property
-    def behind(self) -> bytes:
-        return self._stream.unused_data
-
-    def take(self, packed: bytes, most: int) -> bytes:
-        try:
-            return self._stream.decompress(packed, most)
-        except self._error as error:
-            raise _BadStream(error) from None
+        super().__init__(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=WINDOW), lzma.LZMAError)
 
 
-class _Zstd:
+class _Zstd(_Member):
     """A frame. It is fed in small slices: a block of 4 bytes may unpack to 128 KiB, and all of it comes at once."""
 
     def __init__(self) -> None:
         import zstandard
 
-        self._error = zstandard.ZstdError
-        self._stream = zstandard.ZstdDecompressor(max_window_size=WINDOW // 2).decompressobj()
+        unpacker = zstandard.ZstdDecompressor(max_window_size=WINDOW // 2)
+        super().__init__(unpacker.decompressobj(), zstandard.ZstdError)
         self._left = memoryview(b"")
+
+    @property
+    def behind(self) -> bytes:
+        return super().behind + bytes(self._left)
 
     @property
     def hungry(self) -> bool:
         return not self._left
 
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
-
-    @property
-    def behind(self) -> bytes:
-        return self._stream.unused_data + bytes(self._left)
-
-    def take(self, packed: bytes, most: int) -> bytes:
+    def _unpack(self, packed: bytes, most: int) -> bytes:
         if packed:
             self._left = memoryview(packed)
         unpacked = bytearray()
         while self._left and not self.eof and len(unpacked) < most:
             part, self._left = self._left[:_SLICE], self._left[_SLICE:]
-            try:
-                unpacked += self._stream.decompress(part)
-            except self._error as error:
-                raise _BadStream(error) from None
+            unpacked += self._stream.decompress(part)
         return bytes(unpacked)
 
 
-class _Method(NamedTuple):
-    magic: bytes
-    make: Callable[[], _Unpacker]
-
-
-_MAKERS: Final[dict[str, Callable[[], _Unpacker]]] = {"gzip": _Gzip, "xz": _Xz, "zstd": _Zstd}
-METHODS: Final = {name: _Method(magic, _MAKERS[name]) for magic, name in MAGICS.items()}
+_MEMBERS: Final[dict[str, Callable[[], _Member]]] = {"gzip": _Gzip, "xz": _Xz, "zstd": _Zstd}
+_FIRST_BYTES: Final = {method: magic for magic, method in MAGICS.items()}
 _ZBOOT_NAMES: Final = {"xzkern": "xz", "zstd22": "zstd"}
 """Names of make's commands in Linux (scripts/Makefile.lib), which an EFI zboot header may have instead."""
 
@@ -147,20 +116,20 @@ _ZBOOT_NAMES: Final = {"xzkern": "xz", "zstd22": "zstd"}
 def method_of(name: str) -> str | None:
     """Return the method that an EFI zboot header names, or None for one that is not supported."""
     name = _ZBOOT_NAMES.get(name, name)
-    return name if name in METHODS else None
+    return name if name in _MEMBERS else None
 
 
 class Packed:
     """The contents of a compressed stream, unpacked in chunks. Its beginning can be read at once.
 
-    ``what`` names the file in errors, ``method`` is one of METHODS. Raises PyvmmError if its library is not installed.
+    ``what`` names the file in errors, ``method`` is a value of MAGICS. Raises PyvmmError if its library is missing.
     """
 
     size = None
 
     def __init__(self, packed: Content, what: str, method: str) -> None:
         self._packed, self._what, self.method = packed, what, method
-        self._magic, self._make = METHODS[method]
+        self._magic = _FIRST_BYTES[method]
         self._head = b""
         for chunk in self.chunks(PEEK):
             self._head += chunk
@@ -170,9 +139,9 @@ class Packed:
     def __getitem__(self, which: slice, /) -> bytes:
         return self._head[which]
 
-    def _unpacker(self) -> _Unpacker:
+    def _member(self) -> _Member:
         try:
-            return self._make()
+            return _MEMBERS[self.method]()
         except ImportError:
             raise PyvmmError(
                 f"{self._what} is compressed with {self.method}, but the package that unpacks it is not installed",
@@ -184,21 +153,21 @@ class Packed:
 
         It may have several members, one after the other (RFC 1952, 2.2).
         """
-        unpacker = self._unpacker()
+        member = self._member()
         at = total = 0
         while True:
             packed = b""
-            if unpacker.eof:
-                packed, at = self._next_member(unpacker.behind, at)
+            if member.eof:
+                packed, at = self._next_member(member.behind, at)
                 if not packed:
                     return
-                unpacker = self._unpacker()
-            elif unpacker.hungry:
+                member = self._member()
+            elif member.hungry:
                 packed = self._packed[at : at + CHUNK]
                 at += len(packed)
-            starving = unpacker.hungry and not packed
+            starving = member.hungry and not packed
             try:
-                chunk = unpacker.take(packed, most)
+                chunk = member.take(packed, most)
             except _BadStream as error:
                 raise damaged(f"{self._what} is a damaged {self.method} file: {error}") from None
             if not chunk and starving:

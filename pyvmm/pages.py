@@ -22,5 +22,8 @@ HUGE_PAGE_SHIFT = 2 * HOST_PAGE_SHIFT - 3
 HUGE_SIZE = 1 << HUGE_PAGE_SHIFT
 """A huge page of the host, which one full table of its pages maps: 2 MiB for pages of 4 KiB, 32 MiB, or 512 MiB."""
 
+IMAGE_PAGES = (0, 4096, 16384, 65536)
+"""A kernel's page by bits 1 and 2 of an arm64 Image's flags; 0 if it does not say (Linux before 3.17)."""
+
 GUEST_PAGE = 4096
 """The page of payloads' translation tables, of device registers, and of the balloon's numbers (virtio 1.2, 5.5.6)."""

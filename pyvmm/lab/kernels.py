@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from pyvmm.errors import UsageError
+from pyvmm.pages import IMAGE_PAGES
 
 SUITE: Final = "trixie"
 BACKPORTS: Final = "trixie-backports"
@@ -36,11 +37,10 @@ MAY_BE_OLDER: Final = ("unstable", "experimental")
 OWN: Final = "own"
 """The project's kernel, built from Debian's source: see ownkernel."""
 
-# Linux Documentation/arch/arm64/booting.rst: bits 1 and 2 of the flags.
+# Linux Documentation/arch/arm64/booting.rst
 _FLAGS_AT: Final = 0x18
 _MAGIC_AT: Final = 0x38
 _HEADER: Final = _MAGIC_AT + 4
-_PAGES: Final = (0, 4096, 16384, 65536)
 
 _BANNER: Final = re.compile(rb"Linux version ([^ \0\n%]{1,128}) \(")
 _UNKNOWN: Final = "of unknown release"
@@ -73,7 +73,7 @@ def page_of(path: Path) -> int:
                     start = unpacked.read(_HEADER)
     except OSError:  # QEMU will say why
         return 0
-    return _PAGES[start[_FLAGS_AT] >> 1 & 3] if start[_MAGIC_AT:] == b"ARM\x64" else 0
+    return IMAGE_PAGES[start[_FLAGS_AT] >> 1 & 3] if start[_MAGIC_AT:] == b"ARM\x64" else 0
 
 
 def find(text: str) -> str | KernelFile:

@@ -38,6 +38,7 @@ from pyvmm.machine.content import (
 from pyvmm.machine.describing import Describable, GicNode, describe, machine_tree, without_entropy
 from pyvmm.machine.fdt import Tree, check_header
 from pyvmm.memory.address import MIB, Gpa, align_down
+from pyvmm.pages import IMAGE_PAGES
 from pyvmm.typed import NamedTuple
 
 TYPE_CHECKING = False
@@ -62,8 +63,6 @@ _IMAGE: Final = struct.Struct("<2I3Q24x4sI")
 _IMAGE_MAGIC: Final = b"ARM\x64"
 _IMAGE_MAGIC_AT: Final = 0x38
 _IMAGE_BIG_ENDIAN: Final = 1
-# Bits 1 and 2 of the flags. Kernels before 3.17 leave them 0.
-_IMAGE_PAGES: Final = (0, 4096, 16384, 65536)
 # For kernels before 3.17, which leave image_size 0.
 _IMAGE_OLD_OFFSET: Final = 0x8_0000
 # Linux drivers/firmware/efi/libstub/zboot-header.S: MZ, "zimg", payload offset and size, 8 bytes, compression's name.
@@ -257,7 +256,7 @@ def _image(data: Content, source: str, room: int) -> BootImage:
     # image_size includes bss, which the file does not contain. A file may also be larger than its header says.
     gpa, size = layout.RAM_BASE + text_offset, max(image_size, data.size or 0)
     parts = (Segment(f"Image {source}", gpa, size, data),)
-    return BootImage("Image", source, gpa, parts, page=_IMAGE_PAGES[flags >> 1 & 3])
+    return BootImage("Image", source, gpa, parts, page=IMAGE_PAGES[flags >> 1 & 3])
 
 
 def _flat(data: Known, source: str, size: int = 0) -> BootImage:

@@ -25,8 +25,8 @@ _SPI, _PPI = 0, 1
 #: The generic timer's interrupts: secure, non-secure (the physical one), virtual, hypervisor; PPI n is number 16 + n.
 _TIMER_PPIS: Final = (13, 14, 11, 10)
 
-#: As pyvmm.machine.pmu sets it.
-_PMU_PPI: Final = 7
+#: The interrupt of the performance counters, as Arm's Base System Architecture has it.
+PMU_PPI: Final = 7
 
 
 class GicNode(NamedTuple):
@@ -149,7 +149,7 @@ def machine_tree(
         if pmu:
             # bindings/arm/pmu.yaml
             high = flags & ~_LEVEL_LOW | Trigger.LEVEL
-            root.add("pmu", {"compatible": "arm,armv8-pmuv3", "interrupts": (_PPI, _PMU_PPI, high)})
+            root.add("pmu", {"compatible": "arm,armv8-pmuv3", "interrupts": (_PPI, PMU_PPI, high)})
 
     clock: Node | None = None
     if any(device.clocks for device in devices):

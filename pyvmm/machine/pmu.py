@@ -6,19 +6,16 @@ from __future__ import annotations
 from ctypes import c_uint32
 
 from pyvmm.errors import HostError
+from pyvmm.machine.describing import PMU_PPI
 from pyvmm.uapi.kvm_arm64 import KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT, KVM_ARM_VCPU_PMU_V3_IRQ
 from pyvmm.uapi.kvm_cap import KVM_CAP_ARM_PMU_V3
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import Final
 
     from pyvmm.kvm.system import System
     from pyvmm.kvm.vcpu import Vcpu
-
-PPI: Final = 7
-"""Its interrupt, as Arm's Base System Architecture has it: number 16 + PPI of each vCPU."""
 
 
 def require_pmu(system: System) -> None:
@@ -33,5 +30,5 @@ def require_pmu(system: System) -> None:
 def start_pmu(vcpus: Iterable[Vcpu]) -> None:
     """Give each vCPU, made with KVM_ARM_VCPU_PMU_V3, its interrupt. Call it when the interrupt controller is ready."""
     for vcpu in vcpus:
-        vcpu.set_attr(KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_IRQ, c_uint32(16 + PPI))
+        vcpu.set_attr(KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_IRQ, c_uint32(16 + PMU_PPI))
         vcpu.set_attr(KVM_ARM_VCPU_PMU_V3_CTRL, KVM_ARM_VCPU_PMU_V3_INIT)

@@ -375,7 +375,7 @@ def _decided(differences: Sequence[Difference], margin: float) -> Iterable[Diffe
 
 
 def _verdict(each: Difference, margin: float) -> str:
-    if _are_equal(each.a, each.b) or _is_no_count(each, margin):
+    if _are_equal(each.a, each.b) or _are_near_counts(each, margin):
         return SAME_AS
     beyond = each.ratio is None or abs(each.ratio - 1) > margin
     if each.corrected is not None and each.corrected < ALPHA and beyond:
@@ -386,7 +386,7 @@ def _verdict(each: Difference, margin: float) -> str:
     return UNDECIDED
 
 
-def _is_no_count(each: Difference, margin: float) -> bool:
+def _are_near_counts(each: Difference, margin: float) -> bool:
     """Whether all are counts of nearly the same number, such as 0.002 and 0.003 exits an access."""
     import numpy as np
 

@@ -393,7 +393,7 @@ def _percent(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is no percentage above 0 and below 100")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage above 0 and below 100")
     return value / 100
 
 

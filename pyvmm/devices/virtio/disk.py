@@ -57,7 +57,8 @@ class DiskFile:
     def __init__(self, path: str, *, read_only: bool = False, lock: bool = True, block: int = 0) -> None:
         """Open ``path``, and lock it by default. ``block`` replaces the size of a logical block unless 0.
 
-        Raises UsageError with the reason and a hint."""
+        Raises UsageError with the reason and a hint.
+        """
         self.path = path
         self.read_only = read_only
         self.fd = _open(path, read_only)

@@ -13,7 +13,7 @@ import select
 import time
 
 from pyvmm.errors import PyvmmError, UsageError
-from pyvmm.session.control import BREATH, FORMAT, SUFFIX, Gone, connect, directory, unlink
+from pyvmm.session.control import BREATH, FORMAT, SUFFIX, Gone, connect, directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,14 +40,26 @@ def running() -> list[int]:
         raise PyvmmError(f"{where} cannot be read: {error.strerror}") from None
     pids = []
     for name in names:
-        pid = name.removesuffix(SUFFIX)
+        pid, path = name.removesuffix(SUFFIX), f"{where}/{name}"
         if name.endswith(SUFFIX) and pid.isdecimal():
-            try:
-                connect(f"{where}/{name}").close()
-                pids.append(int(pid))
-            except Gone:
-                unlink(f"{where}/{name}")
+            with contextlib.suppress(OSError):  # the run has ended meanwhile
+                inode = os.lstat(path).st_ino
+                try:
+                    connect(path).close()
+                    pids.append(int(pid))
+                except Gone:
+                    _remove(path, inode)
     return sorted(pids)
+
+
+def _remove(path: str, inode: int) -> None:
+    """Remove the socket ``inode`` of a killed run, unless a new run of the same pid has taken its name meanwhile."""
+    aside = f"{path}.{os.getpid()}"
+    os.rename(path, aside)  # no look at the name and removal of it is one step
+    if os.lstat(aside).st_ino == inode:
+        os.unlink(aside)
+    else:
+        os.rename(aside, path)
 
 
 def only_one() -> int:

@@ -310,20 +310,20 @@ def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
         # The socket gets its name once it listens. A socket that does not listen is left from a killed run, and any run
         # removes it.
         young = f"{path}.new"
-        unlink(young)
+        _unlink(young)
         listener.bind(young)
-        half.callback(unlink, young)
+        half.callback(_unlink, young)
         os.chmod(young, 0o600)
         listener.listen()
         made = os.stat(young).st_ino
         os.rename(young, path)
         stack.callback(listener.close)
-        stack.callback(unlink, path, made)
+        stack.callback(_unlink, path, made)
         half.pop_all()
     return listener
 
 
-def unlink(path: str, inode: int | None = None) -> None:
+def _unlink(path: str, inode: int | None = None) -> None:
     """Remove a socket if it exists; with ``inode``, only if it is still the same one."""
     with contextlib.suppress(OSError):
         if inode is None or os.lstat(path).st_ino == inode:

@@ -24,7 +24,7 @@ from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.labenv import TCG_NOTE
 from pyvmm.machine.config import MachineConfig
 from pyvmm.observe.rates import lines, report, since_start, take_reading
-from pyvmm.session import control
+from pyvmm.session import connection, control
 from pyvmm.session.connection import Connection, running
 from pyvmm.session.control import Control
 
@@ -219,6 +219,30 @@ def test_the_socket_of_a_killed_run_is_removed_and_its_name_reused(sockets: Path
     with Control({"counters": dict}):
         wait_for(sockets / f"{os.getpid()}.sock")
         assert [path.name for path in sockets.iterdir()] == [f"{os.getpid()}.sock"]
+
+
+def test_a_run_that_takes_a_killed_runs_name_meanwhile_keeps_its_socket(
+    sockets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sockets.mkdir(0o700)
+    path = sockets / "1234.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as young:
+
+        def connect(at: str) -> socket.socket:
+            try:
+                return control.connect(at)
+            except control.Gone:
+                young.bind(f"{path}.new")
+                young.listen()
+                os.rename(f"{path}.new", path)
+                raise
+
+        monkeypatch.setattr(connection, "connect", connect)
+        assert running() == []
+        assert running() == [1234]
+        assert [each.name for each in sockets.iterdir()] == ["1234.sock"]
 
 
 def test_a_run_continues_if_it_cannot_have_a_socket(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

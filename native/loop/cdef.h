@@ -372,16 +372,29 @@ int pv_probe(struct pv_vm *vm, uint64_t gpa);
 
 /* ---- userfaultfd --------------------------------------------------------------------------------------------- */
 
-/* Missing pages of [hva, hva + size) come from the same offset of source. served and late may be read meanwhile. */
+/* Missing pages of [hva, hva + size) come from the same offset of source. Without source they come from file, at byte at
+   and following, and must match the checksums that are there at byte sums. served and late may be read meanwhile. */
 struct pv_fault_server {
     int32_t fd, stop_fd;     /* the userfaultfd, non-blocking; an eventfd */
     uint64_t hva, size;      /* whole pages */
     const uint8_t *source;
+    int32_t file;
+    uint32_t pad;
+    uint64_t at, sums;
     uint64_t served, late;   /* late: served faults whose page had already arrived */
+    uint64_t refused;        /* set to the offset of a page that cannot be read or does not match */
 };
-/* Serves until stop_fd is readable. Returns 0, or -errno of a permanent failure: -EINVAL for a fault outside the range.
-   Threads with unanswered faults keep waiting. Runs in its own thread. */
+/* Serves until stop_fd is readable. Returns 0, or -errno of a permanent failure: -EINVAL for a fault outside the range,
+   -ENODATA for a file that is too short, -EBADMSG for a page that does not match its checksum. Threads with unanswered
+   faults keep waiting. Runs in its own thread. */
 int pv_serve_faults(struct pv_fault_server *server);
+
+/* ---- checksums ----------------------------------------------------------------------------------------------- */
+
+/* Of each 4096 bytes a CRC-32 as in zlib, but from 0 and without the final inversion, so that of zeros it is 0. */
+void pv_checksums(const uint8_t *pages, uint64_t count, uint32_t *sums);
+/* The number of the first page that does not match its checksum, or count. */
+uint64_t pv_first_damaged(const uint8_t *pages, uint64_t count, const uint32_t *sums);
 
 /* ---- the process --------------------------------------------------------------------------------------------- */
 

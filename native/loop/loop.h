@@ -27,6 +27,7 @@ struct pv_memory_fault { uint64_t flags, gpa, size; };
 /* Two pages: the host's, and the one of payloads, in which they have device registers. */
 #define PV_HOST_PAGE (UINT64_C(1) << pv_page_shift)
 #define PV_GUEST_PAGE 4096u
+#define PV_LARGEST_PAGE 65536u
 
 /* Or-ed into a ledger entry while PV_EMULATED unshares a page: from leaving PV_PAGE_SHARED until its view is closed. No
    other vCPU may share it in between. */

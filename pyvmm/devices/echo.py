@@ -117,6 +117,9 @@ class Echo(Device):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the state, and take the page again if it is shared."""
+        from pyvmm.schema import NUMBER, check
+
+        check(saved, {"page": NUMBER, "status": NUMBER, "answered": NUMBER}, self.name)
         self._name(saved["page"])
         self.status, self.answered = saved["status"], saved["answered"]
 

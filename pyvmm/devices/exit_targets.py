@@ -62,7 +62,10 @@ class ExitTargets(Device):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore them."""
-        ffi.memmove(self._registers, bytes.fromhex(saved["registers"]), PART)
+        from pyvmm.schema import BYTES, U64, check
+
+        check(saved, {"registers": BYTES, "counter": U64, "cold": U64}, self.name)
+        ffi.buffer(self._registers)[:] = bytes.fromhex(saved["registers"])
         self._counter[0], self.cold = saved["counter"], saved["cold"]
 
     def close(self) -> None:

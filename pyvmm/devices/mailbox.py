@@ -135,6 +135,9 @@ class Mailboxes(Device):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the mailboxes. Raises UsageError for another number of them."""
+        from pyvmm.schema import BYTES, check
+
+        check(saved, {"boxes": BYTES}, self.name)
         data, room = bytes.fromhex(saved["boxes"]), ffi.buffer(self._boxes)
         if len(data) != len(room):
             raise UsageError(f"{len(data)} bytes of mailboxes were saved, but this machine has {len(room)}")

@@ -245,6 +245,9 @@ class Pl011(Device):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the state and the interrupt line. Raises UsageError for too much input."""
+        from pyvmm.schema import BYTES, NOTHING, U32, Either, check
+
+        check(saved, {**dict.fromkeys(REGISTERS, U32), "rx": BYTES, "break": Either(NOTHING, U32)}, self.name)
         data = bytes.fromhex(saved["rx"])
         for name in REGISTERS:
             setattr(self._uart, name, saved[name])

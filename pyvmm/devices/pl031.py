@@ -107,7 +107,10 @@ class Pl031(Device):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore both. The time goes on from the host's. Raises UsageError for a value of more than 32 bits."""
+        from pyvmm.schema import NUMBER, check
+
+        check(saved, dict.fromkeys(_SAVED, NUMBER), self.name)
         for name in _SAVED:
-            if not 0 <= (value := int(saved[name])) < _WRAP:
+            if (value := saved[name]) >= _WRAP:
                 raise UsageError(f"the saved clock's {name} is {value:#x}, which has more than 32 bits")
             setattr(self, f"_{name}", value)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a paused machine to a snapshot file. :mod:`pyvmm.machine.snapshot` describes the format.
 
-The file is written under a temporary name, so that it is never incomplete.
+The file is written under a temporary name, and is on the disk before it gets its own. So it is never incomplete.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import contextlib
 import errno
 import json
 import os
-from typing import TYPE_CHECKING, Any, Final
+import stat
+from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
 from pyvmm._native import lib
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.machine import state
-from pyvmm.machine.snapshot import CHUNK, DESCRIPTION, facts, header
+from pyvmm.machine.snapshot import CHUNK, DESCRIPTION, SUM_SIZE, checksums, facts, header, runs
 from pyvmm.memory.address import align_up
 from pyvmm.memory.backing import Memfd
-from pyvmm.pages import HOST_PAGE, LARGEST_PAGE
+from pyvmm.pages import GUEST_PAGE, HOST_PAGE, LARGEST_PAGE
 from pyvmm.protection import Protection
 
 if TYPE_CHECKING:
@@ -28,36 +29,63 @@ if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine
     from pyvmm.memory.slots import Slot
 
-_ZEROS: Final = bytes(CHUNK)
-
 
 def save(machine: Machine, path: str, *, options: str = "") -> dict[str, Any]:
     """Write ``machine``, running or paused, to ``path``. It is paused meanwhile, and resumes afterwards.
 
     ``options`` are stored for the restore. Returns {"bytes", "pages"}: the file's size, and pages of guest memory in
-    it. Raises UsageError, with the reason, for a machine that cannot be saved, and PyvmmError if the file cannot be
-    written.
+    it. The file and its name are on the disk by then. Raises UsageError, with the reason, for a machine that cannot be
+    saved and for a path that is not a file's, and PyvmmError if the file cannot be written.
     """
     _refuse(machine)
-    machine.pause()
     try:
-        if machine.ended_ns:
-            raise PyvmmError("the run has ended: there is nothing to save")
-        description = {"pyvmm": __version__, "options": options, "machine": facts(machine), **_state(machine)}
-        young = f"{path}.new"
+        with _new_file(path) as fd:
+            machine.pause()
+            try:
+                if machine.ended_ns:
+                    raise PyvmmError("the run has ended: there is nothing to save")
+                description = {"pyvmm": __version__, "options": options, "machine": facts(machine), **_state(machine)}
+                pages = _write(fd, machine, description)
+            finally:
+                machine.resume()
+            return {"bytes": os.fstat(fd).st_size, "pages": pages}
+    except OSError as error:
+        raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _new_file(path: str) -> Iterator[int]:
+    """Make a file that replaces the one at ``path`` after this context, and only if no error leaves it."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UsageError(f"{path!r} is not a regular file, so no snapshot can replace it")
+    directory = os.path.dirname(path) or "."
+    # A name that nobody knows before. A file that is there already may be foreign, and its owner could read the guest.
+    young = f"{directory}/.pyvmm-snapshot-{os.urandom(8).hex()}"
+    fd = os.open(young, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
         try:
-            with open(os.open(young, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-                pages = _write(file.fileno(), machine, description)
-                size = os.fstat(file.fileno()).st_size
-            os.rename(young, path)
-        except OSError as error:
-            raise PyvmmError(f"{path!r} cannot be written: {error.strerror}") from None
+            yield fd
+            os.fsync(fd)
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(young)
-        return {"bytes": size, "pages": pages}
+            os.close(fd)
+        os.rename(young, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(young)
+        raise
+    _sync_directory(directory)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # this file system cannot
+            raise
     finally:
-        machine.resume()
+        os.close(fd)
 
 
 def _refuse(machine: Machine) -> None:
@@ -102,17 +130,21 @@ def _state(machine: Machine) -> dict[str, Any]:
 def _write(fd: int, machine: Machine, description: dict[str, Any]) -> int:
     """Write the whole file; returns pages of memory in it."""
     # The offset of memory depends on the description's size, which depends on that offset. Reserve room for any number.
-    regions = [{"gpa": slot.gpa, "size": slot.size, "offset": 1 << 62} for slot in machine.memory.slots]
+    regions = [
+        {"gpa": slot.gpa, "size": slot.size, "offset": 1 << 62, "checksums": 1 << 62} for slot in machine.memory.slots
+    ]
     description["memory"] = regions
-    # Mapped at a restore, also on a host with larger pages.
     end = align_up(DESCRIPTION + len(json.dumps(description)), LARGEST_PAGE)
     for region in regions:
         region["offset"] = end
         end += region["size"]
+    for region in regions:
+        region["checksums"] = end
+        end = align_up(end + region["size"] // GUEST_PAGE * SUM_SIZE, GUEST_PAGE)
     text = json.dumps(description).encode()
     _put(fd, text, DESCRIPTION)
     pages = sum(
-        _write_slot(fd, machine, slot, region["offset"])
+        _write_slot(fd, machine, slot, region["offset"], region["checksums"])
         for slot, region in zip(machine.memory.slots, regions, strict=True)
     )
     os.ftruncate(fd, end)
@@ -121,14 +153,17 @@ def _write(fd: int, machine: Machine, description: dict[str, Any]) -> int:
     return pages
 
 
-def _write_slot(fd: int, machine: Machine, slot: Slot, offset: int) -> int:
+def _write_slot(fd: int, machine: Machine, slot: Slot, offset: int, sums: int) -> int:
     pages = 0
     for start, end in _data(slot, whole=machine.lazy):
         for at in range(start, end, CHUNK):
             data = machine.memory.read(slot.gpa + at, min(CHUNK, end - at))
-            for first, last in _runs(data):
+            written = pages
+            for first, last in runs(data):
                 _put(fd, memoryview(data)[first:last], offset + at + first)
                 pages += (last - first) // HOST_PAGE
+            if pages > written:
+                _put(fd, checksums(data), sums + at // GUEST_PAGE * SUM_SIZE)
     return pages
 
 
@@ -149,21 +184,6 @@ def _data(slot: Slot, *, whole: bool) -> Iterator[tuple[int, int]]:
         at = min(os.lseek(backing.fd, start, os.SEEK_HOLE), end)
         if start < end:
             yield start - slot.offset, at - slot.offset
-
-
-def _runs(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of pages of ``data`` that are not all zeros."""
-    if data == _ZEROS[: len(data)]:
-        return
-    zero, first = _ZEROS[:HOST_PAGE], None
-    for at in range(0, len(data), HOST_PAGE):
-        if data[at : at + HOST_PAGE] != zero:
-            first = at if first is None else first
-        elif first is not None:
-            yield first, at
-            first = None
-    if first is not None:
-        yield first, len(data)
 
 
 def _put(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -48,6 +48,10 @@ def save_vcpu(vcpu: Vcpu) -> State:
 def load_vcpu(vcpu: Vcpu, saved: State) -> None:
     """Load a vCPU's state, except the clock. Raises HostError if this host's vCPUs cannot hold it."""
     known = set(vcpu.reg_list())
+    if (pc := uapi.core_reg("pc")) in known and f"{pc:#x}" not in saved["registers"]:
+        raise ValueError("it has no pc")
+    if len(saved["events"]) != 2 * sizeof(kvm_vcpu_events):
+        raise ValueError("its pending exceptions have another size")
     for name, text in saved["registers"].items():
         id, value = int(name, 16), int(text, 16)
         if id in CLOCKS:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm import abi
 from pyvmm.errors import UsageError
 from pyvmm.guest.orders import Access
 from pyvmm.guest.puppet import Puppet
@@ -123,6 +124,34 @@ def test_pyvmm_refuses_to_restore_an_unsuitable_snapshot_with_the_reason(tmp_pat
     for other in (settings._replace(cpus=2), settings._replace(memory=settings.memory * 2)):
         with pytest.raises(UsageError, match="is of a machine with"), Machine(other, start=Snapshot(str(path))):
             pass
+
+
+def test_a_flipped_bit_ends_the_run_when_the_guest_reaches_it_and_verify_finds_it_before(tmp_path: Path) -> None:
+    path = tmp_path / "flipped"
+    with puppet(Protection.NONE) as (machine, guest):
+        guest.write64(PAGE, 42)
+        guest.write64(OTHER, 43)
+        save(machine, str(path))
+        settings = machine.config
+    with Snapshot(str(path)) as snapshot:
+        snapshot.verify()
+        at = snapshot.description["memory"][0]["offset"] + OTHER - 0x8000_0000
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"\x2a", at)  # 42 in place of 43
+    with (
+        Snapshot(str(path)) as snapshot,
+        pytest.raises(UsageError, match="gpa 0x8090_0000 does not match its checksum"),
+    ):
+        snapshot.verify()
+    with Machine(settings, start=Snapshot(str(path))) as machine:
+        machine.start()
+        guest = Puppet(machine.mailboxes)
+        assert guest.read64(PAGE) == 42
+        guest.start(abi.OP_READ, OTHER, 8)
+        outcome = machine.wait(DEADLINE)
+        assert outcome.ending is Ending.FAILED
+        assert "gpa 0x8090_0000" in outcome.reason
+        assert "does not match its checksum" in outcome.reason
 
 
 def test_truncating_the_snapshot_file_while_its_guest_runs_ends_the_run(tmp_path: Path) -> None:

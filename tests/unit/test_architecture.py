@@ -63,6 +63,7 @@ syntax          how an option is declared
 
 errors          what is raised
 protection      who keeps a guest's memory from the host
+schema          whether JSON values have the shape that they must have
 abi             what payloads and host agree on
 cpio            the archives that initramfs are
 interrupt       how a signal ends the program

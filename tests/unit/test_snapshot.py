@@ -28,7 +28,7 @@ from pyvmm.machine import saving, state
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.plan import Plan
-from pyvmm.machine.snapshot import VERSION, Snapshot
+from pyvmm.machine.snapshot import VERSION, Snapshot, runs
 from pyvmm.memory.address import Gpa
 from pyvmm.memory.userfault import Userfault
 from pyvmm.options import entries
@@ -74,7 +74,7 @@ def test_memory_is_sparse_in_the_file_and_is_restored_unchanged(
         [slot] = other.machine.memory.slots
         other.machine.memory.fill(RAM, 8 * MIB)
         monkeypatch.setattr(other.machine, "failed", broken)
-        snapshot._restore_memory(other.machine, slot, snapshot.description["memory"][0]["offset"])
+        snapshot._restore_memory(other.machine, slot, snapshot.description["memory"][0])
         assert other.machine.memory.read(RAM, 8 * MIB) == contents
 
 
@@ -97,7 +97,7 @@ def test_a_snapshot_of_memory_on_demand_reads_all_of_memory(
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("fails", ["pwrite", "ftruncate", "rename"])
+@pytest.mark.parametrize("fails", ["pwrite", "ftruncate", "fsync", "rename"])
 def test_a_snapshot_that_cannot_be_written_leaves_the_old_file_unchanged(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -215,7 +215,7 @@ def test_memory_is_restored_at_once_if_there_is_a_balloon(
     with Snapshot(path) as snapshot, plan() as other:
         snapshot.description["devices"] = [{"device": kind}]
         monkeypatch.setattr(other.machine, "failed", broken)
-        snapshot._restore_memory(other.machine, other.machine.memory.slots[0], 1 << 20)
+        snapshot._restore_memory(other.machine, other.machine.memory.slots[0], snapshot.description["memory"][0])
     assert bool(opened) is (kind == "rng")
 
 
@@ -235,9 +235,9 @@ def test_a_machine_that_was_never_started_closes_its_snapshot(machine: Machine, 
 @given(st.lists(st.booleans(), max_size=40))
 def test_runs_are_the_pages_that_are_not_zero(pages: list[bool]) -> None:
     data = b"".join((b"\0" * 4095 + b"\1") if page else bytes(PAGE) for page in pages)
-    runs = list(saving._runs(data))
-    assert [any(first <= PAGE * page < last for first, last in runs) for page in range(len(pages))] == pages
-    assert all(left[1] < right[0] for left, right in pairwise(runs))
+    found = list(runs(data))
+    assert [any(first <= PAGE * page < last for first, last in found) for page in range(len(pages))] == pages
+    assert all(left[1] < right[0] for left, right in pairwise(found))
 
 
 # -- the command line

@@ -167,6 +167,9 @@ class VirtioBalloon(WorkerDevice):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Take over the sizes."""
+        from pyvmm.schema import NUMBER, check
+
+        check(saved, {"target": NUMBER, "actual": NUMBER}, self.label)
         self._target = self._pages(saved["target"])
         self._actual[:] = self._pages(saved["actual"]).to_bytes(len(self._actual), "little")
 

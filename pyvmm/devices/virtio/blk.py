@@ -194,6 +194,9 @@ class VirtioBlk(WorkerDevice):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the driver's choice. Raises UsageError if the disk's size or that of its blocks has changed."""
+        from pyvmm.schema import BOOL, NUMBER, check
+
+        check(saved, {"sectors": NUMBER, "block": NUMBER, "writeback": BOOL}, self.label)
         if saved["sectors"] != self.disk.sectors:
             raise UsageError(
                 f"disk {self.disk.path!r} has {self.disk.sectors} sectors, but had {saved['sectors']} when it was saved"
@@ -204,7 +207,7 @@ class VirtioBlk(WorkerDevice):
                 "was saved",
                 hint=f"block={saved['block']}",
             )
-        self.writeback = bool(saved["writeback"])
+        self.writeback = saved["writeback"]
 
     def close(self) -> None:
         """Stop, and close the disk."""

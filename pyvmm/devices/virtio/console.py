@@ -147,6 +147,9 @@ class VirtioConsole(WorkerDevice):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the kept bytes of both directions."""
+        from pyvmm.schema import BYTES, check
+
+        check(saved, {"printed": BYTES, "typed": BYTES}, self.label)
         self._left, self._typed = bytes.fromhex(saved["printed"]), bytes.fromhex(saved["typed"])
 
     def failed(self, error: Exception) -> None:

@@ -343,6 +343,12 @@ class VirtioMmio(Device):
             self._start()
 
     def _load(self, saved: dict[str, Any]) -> None:
+        from pyvmm.schema import NOTHING, OBJECT, TEXT, U32, U64, Each, Either, check
+
+        queue_state = {**dict.fromkeys(Setup.__slots__, U64), "at": Either(NOTHING, Each(TEXT, U32))}
+        words = dict.fromkeys(("status", "generation", "interrupt"), U32)
+        lists = {"select": [U32], "queues": [queue_state]}
+        check(saved, {"device": TEXT, "features": U64, "own": OBJECT, **words, **lists}, self.device.label)
         self._features = saved["features"]
         status = Status(saved["status"])
         if Status.FEATURES_OK in status and (reason := self._refusal()) is not None:

@@ -153,7 +153,11 @@ class VirtioNet(WorkerDevice):
 
         Raises UsageError if another address was asked for, HostError if another guest has it.
         """
-        mac = bytes.fromhex(saved["mac"])
+        from pyvmm.schema import BYTES, check
+
+        check(saved, {"mac": BYTES}, self.label)
+        if len(mac := bytes.fromhex(saved["mac"])) != len(self.mac):
+            raise ValueError(f"its address has {len(mac)} bytes")
         if self._own_mac not in (None, mac):
             raise UsageError(
                 f"{self.label} of the saved guest has the address {mac.hex(':')}, which a restore cannot change",

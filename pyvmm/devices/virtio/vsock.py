@@ -111,8 +111,11 @@ class VirtioVsock(WorkerDevice):
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restore the device without its connections, and tell the guest that they are gone (5.10.6.7)."""
+        from pyvmm.schema import U32, Either, check
+
+        check(saved, Either({}, {"next_port": U32}), self.label)
         # A guest refuses a port whose connection its program has not closed yet. Which these are, is not in every save.
-        self._table.next_port = int(saved.get("next_port", int.from_bytes(os.urandom(4), "little")))
+        self._table.next_port = saved.get("next_port", int.from_bytes(os.urandom(4), "little"))
         self._reset_due = True
 
     def close(self) -> None:

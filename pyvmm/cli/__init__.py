@@ -165,10 +165,23 @@ def with_file(words: Sequence[str], args: argparse.Namespace) -> tuple[list[str]
     file = OptionsFile.of(args, import_module(f"pyvmm.cli.{args.verb}").TABLE)
     before = words[: len(words) - len(args.verb_argv)]
     whole = [*before, args.verb, *file.put_before(args.verb_argv[1:])]
+    if args.restore is not None:
+        _tell_what_opens(args, file.opens)
     parsed = make_parser(whole).parse_args(whole)
     with file.blamed():
         check_options(parsed)
     return whole, parsed
+
+
+def _tell_what_opens(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Say what of this host a trusted snapshot opens, unless the user wants errors only."""
+    for name in names if args.quiet <= args.verbose else ():
+        if args.log_json:
+            from pyvmm import log
+
+            log.get_logger("cli").warning("snapshot_opens", snapshot=args.restore, what=name)
+        else:
+            print(f"pyvmm: {args.restore} opens {name}", file=sys.stderr)
 
 
 def _fill_standard_files() -> None:

@@ -18,6 +18,10 @@ def check_run(args: argparse.Namespace) -> None:
                 raise OptionError(
                     f"--reboot with --{option}: --{option} works on one VM, and a reset makes another", "reboot", option
                 )
+    for option in ("verify", "trust_snapshot"):
+        if args.restore is None and getattr(args, option):
+            name = option.replace("_", "-")
+            raise OptionError(f"--{name} is about a snapshot, but --restore is missing", name, hint="--restore FILE")
     if args.restore is not None and args.dump_dtb is not None:
         raise OptionError("--dump-dtb with --restore: a snapshot does not contain the device tree", "dump-dtb")
     for option in ("faults", "el2"):

@@ -98,6 +98,7 @@ DEVICE_OPTIONS: Final = (
         metavar="NAME[,KEY=VALUE...]",
         type=brought,
         path=_absolute,
+        reaches=lambda text: f"the device {_named(text)[0]!r} of an installed package",
         help=f"a device of an installed package; {LIST} lists them; may be repeated",
     ),
 )

@@ -2,7 +2,8 @@
 """A run's options from a file: ``--config FILE.toml``.
 
 A snapshot holds the options of its machine in the same form, and they are read in the same way. Its paths are absolute,
-except those of sockets that would be too long for an address.
+except those of sockets that would be too long for an address. It may come from anybody: what it reaches of this host is
+only opened if the command line has the same option, or trusts the snapshot.
 
 A key is the long name of an option of the verb. The verb's table of options is the whole schema, so a new option is
 also a new key. The file's options are put in front of the command line's words, unless the command line gives the same
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from pyvmm.errors import OptionError, UsageError, did_you_mean
@@ -47,8 +49,8 @@ class OptionsFile:
     that exclude each other.
     """
 
-    def __init__(self, path: str, entries: Sequence[Entry], table: Table, verb: str) -> None:
-        self._path, self._table = path, table
+    def __init__(self, path: str, entries: Sequence[Entry], table: Table, verb: str, *, trusted: bool = True) -> None:
+        self._path, self._table, self._trusted = path, table, trusted
         options = {key: option for option in table if option.about != INVOCATION for key in option.keys}
         self._entries = [(entry, self._option(options, entry, verb)) for entry in entries]
         self._refuse_rivals()
@@ -70,18 +72,50 @@ class OptionsFile:
         from pyvmm.machine.snapshot import Snapshot
 
         with Snapshot(args.restore) as snapshot:
-            return cls(args.restore, parse(snapshot.options), table, args.verb)
+            if args.verify:
+                snapshot.verify()
+            try:
+                entries = parse(snapshot.options)
+            except ValueError as error:
+                raise UsageError(f"{args.restore} is damaged: its options are not TOML: {error}") from None
+            return cls(args.restore, entries, table, args.verb, trusted=args.trust_snapshot)
 
     def put_before(self, words: Sequence[str]) -> list[str]:
         """Return ``words``, which follow the verb, with the file's options in front, except those that ``words`` give.
 
-        Afterwards this object holds only the options that were used.
+        Afterwards this object holds only the options that were used. Raises UsageError if one of them reaches something
+        of the host, and the file is not trusted.
         """
         own = _without_config(words)
         by_command_line = self._table.given(own)
         spoken_for = {option.says for option in self._table if option.dest in by_command_line}
         self._entries = [(entry, option) for entry, option in self._entries if option.says not in spoken_for]
+        if not self._trusted and (reached := list(self._reached())):
+            names, words_of_them = zip(*reached, strict=True)
+            raise UsageError(
+                f"{self._path} would open what the command line does not name: {'; '.join(names)}",
+                hint=f"repeat what it may open: {shlex.join(words_of_them)}; or allow all of it: --trust-snapshot",
+            )
         return [*(word for entry, option in self._entries for word in self._words(option, entry)), *own]
+
+    @property
+    def opens(self) -> list[str]:
+        """What the used options reach of the host, in words."""
+        return [name for name, _ in self._reached()]
+
+    def _reached(self) -> Iterator[tuple[str, str]]:
+        """Yield what each option reaches of the host, and the option as a word. Nothing is imported or opened."""
+        for entry, option in self._entries:
+            if option.reaches is None or entry.value is False:
+                continue
+            for number, value in enumerate(entry.elements):
+                text = self._text(entry, number, value)
+                try:
+                    reached = option.reaches(text)
+                except (argparse.ArgumentTypeError, KeyError, UsageError):
+                    continue  # an invalid value, which is refused when it is used
+                if reached is not None:
+                    yield reached, f"--{entry.key}={text}"
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:

@@ -45,6 +45,7 @@ WHICH: Final = (
         "--dtb",
         metavar="FILE",
         path=whole_path,
+        reaches=lambda path: f"{path!r} to read",
         help="give the guest this device tree unchanged, instead of the generated one (see --dump-dtb); "
         "it must contain the initrd's address",
     ),
@@ -173,6 +174,21 @@ CONFIGURATION: Final = (
         metavar="FILE",
         about=INVOCATION,
         help="continue from a snapshot (pyvmm ctl snapshot), which has the kernel and the options",
+    ),
+    Option(
+        "--verify",
+        group="configuration",
+        takes=FLAG,
+        about=INVOCATION,
+        help="with --restore: check all of the snapshot before the start, not each page when the guest reaches it",
+    ),
+    Option(
+        "--trust-snapshot",
+        group="configuration",
+        takes=FLAG,
+        about=INVOCATION,
+        help="with --restore: open the disks and all else of this host that the snapshot names, without their being "
+        "repeated on the command line",
     ),
     Option(
         "--dry-run",

@@ -64,7 +64,8 @@ class Option:
     same subject, and a file may have only one of them. With ``alone`` the command line may have only one as well.
 
     ``about`` is :data:`MACHINE`, :data:`RUN` or :data:`INVOCATION`. ``path`` is for options of a machine that name a
-    file. It takes the option's text and a directory, and returns the text with an absolute path.
+    file. It takes the option's text and a directory, and returns the text with an absolute path. ``reaches`` is for
+    options of a machine that open something of the host. It takes the text and returns that in words, or None.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Option:
         alone: bool = False,
         about: str = MACHINE,
         path: Callable[[str, str], str] | None = None,
+        reaches: Callable[[str], str | None] | None = None,
     ) -> None:
         self.names = names
         self.help, self.group, self.metavar = help, group, metavar
@@ -91,7 +93,7 @@ class Option:
         # Options with the same dest may differ in this. The first one's counts.
         no_value: Any = [] if takes == SEVERAL else False if takes in (FLAG, SWITCH) and const is None else None
         self.default = no_value if default is None else default
-        self.about, self.path = about, path
+        self.about, self.path, self.reaches = about, path, reaches
         self.alone = alone
         keys = [name[2:] for name in names if name.startswith("--")]
         self.keys = (*keys, *(f"no-{key}" for key in keys if takes == SWITCH))

@@ -248,7 +248,7 @@ def clone_beside(directory: Path, snapshot: Path) -> None:
     """Restore ``snapshot`` once more while its first guest runs: refused until it has its own disk and tap."""
     copy = directory / "copy"
     copy.write_bytes((directory / "disk").read_bytes())
-    words = ["--restore", str(snapshot)]
+    words = ["--restore", str(snapshot), "--trust-snapshot"]
     for in_use, own in (("disk", ("-d", str(copy))), ("tap", ("--net", "tap=pvsnap1"))):
         command = [*PYVMM, "run", *words]
         refused = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
@@ -305,7 +305,11 @@ def test_commands_save_a_run_and_restore_it_from_another_directory(tmp_path: Pat
         guest.sh("n=0; true")
         assert ctl(tmp_path, "stop") == {"state": "ended"}
         assert guest.wait() == 130
-    with Run("/", "--socket", str(tmp_path / "vm.sock"), "--restore", str(snapshot)) as guest:
+    words = ("--socket", str(tmp_path / "vm.sock"), "--restore", str(snapshot))
+    untrusted = subprocess.run([*PYVMM, "run", *words], capture_output=True, text=True, timeout=DEADLINE)
+    assert untrusted.returncode == 2, untrusted
+    assert f"'{tmp_path}/disk' to read and write; the tap 'pvsnap0'" in untrusted.stderr, untrusted
+    with Run("/", *words, "--trust-snapshot", "--verify") as guest:
         assert guest.sh("echo $((n + 1))") == "42\n"
         assert "reseeded due to virtual machine fork" in guest.sh("dmesg | grep reseeded")
         assert greeted(guest) == b"hello\n"

@@ -29,6 +29,11 @@ class Console(DeviceSpec):
         return VirtioConsole(self.out, self.source, size=self.size, unheard=context.unheard)
 
 
+def _reaches(where: str) -> str | None:
+    word, _, path = where.partition("=")
+    return f"{path!r} to write" if word == "file" else None
+
+
 def _spec(where: str, around: Around) -> Console | None:
     return None if where == "none" else Console(around.out, around.source, around.size)
 
@@ -40,6 +45,7 @@ KIND = DeviceKind(
         metavar="WHERE",
         type=output_behind("file"),
         path=path_behind("file"),
+        reaches=_reaches,
         help="a virtio console, hvc0 of a Linux guest, used with -p console=hvc0: stdio (then not --serial's), "
         "file=PATH, or none (default)",
     ),

@@ -90,6 +90,11 @@ def _check(text: str, values: dict[str, Any]) -> dict[str, Any]:
     return values if values.get("ro") else {**values, "path": OutputPath(values["path"])}
 
 
+def _reaches(text: str) -> str:
+    parts = PARTS(text)
+    return f"{str(parts['path'])!r} to read{'' if parts.get('ro') else ' and write'}"
+
+
 PARTS = Parts(
     {"path": str, "ro": None, "queues": parse_count, "serial": str, "block": parse_count}, main="path", check=_check
 )
@@ -102,6 +107,7 @@ KIND = DeviceKind(
         metavar="PATH[,ro][,queues=N][,serial=TEXT][,block=BYTES]",
         type=PARTS,
         path=PARTS.absolute("path"),
+        reaches=_reaches,
         help="a disk, from a raw image or a block device; may be repeated: the guest's vda, vdb and so on. "
         "block=4096 gives it logical blocks of that size, as images of such disks need",
     ),

@@ -155,6 +155,14 @@ def _spec(parts: dict[str, Any], around: Around) -> Net:
     )
 
 
+def _reaches(text: str) -> str:
+    parts = PARTS(text)
+    if parts.get("passt"):
+        ports = "".join(f", and its TCP port {host}" for host, _ in parts.get("fwd", ()))
+        return f"the host's network by passt{', also its 127.0.0.1' if parts.get('loopback') else ''}{ports}"
+    return f"the tap {parts['tap']!r}" if "tap" in parts else f"the socket {parts['socket']!r}"
+
+
 def _longest() -> int:
     from pyvmm.devices.virtio.vsock_host import LONGEST_ADDRESS
 
@@ -173,6 +181,7 @@ KIND = DeviceKind(
         metavar="tap=NAME[,host=ADDR/LEN]|passt[,fwd=HOST:GUEST+...][,loopback]|socket=PATH",
         type=PARTS,
         path=PARTS.absolute("socket", longest=_longest),
+        reaches=_reaches,
         help="a network card, connected to a tap, which is made if it is missing; or to passt, which is started "
         "without privileges; or to a passt that runs. Forwarded TCP ports are opened on all of the host's "
         "addresses; loopback lets the guest reach the host's 127.0.0.1 at its gateway's address. Each accepts mac=MAC. "

@@ -42,6 +42,11 @@ def _check(text: str, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _reaches(text: str) -> str:
+    path = PARTS(text)["uds"]
+    return f"the socket {path!r} and those whose names begin like {path + '_'!r}"
+
+
 def _longest() -> int:
     from pyvmm.devices.virtio.vsock_host import LONGEST_PATH
 
@@ -56,6 +61,7 @@ KIND = DeviceKind(
         metavar="uds=PATH,cid=N",
         type=PARTS,
         path=PARTS.absolute("uds", longest=_longest),
+        reaches=_reaches,
         help="sockets between guest and host: a program that connects to PATH and sends CONNECT PORT reaches the "
         "guest, whose cid is N (3 or more); the guest reaches port P of cid 2 where a program listens at PATH_P",
     ),

@@ -119,10 +119,10 @@ class GdbServer:
                 return socket.create_server(address, family=family, backlog=1)
             listener = socket.socket(socket.AF_UNIX)
             try:
+                # The file gets this mode when it is made: a client can read and write the guest.
+                os.fchmod(listener.fileno(), 0o600)
                 listener.bind(where)
                 self._path = where
-                # Restrict it to the owner before it accepts connections: a client can read and write the guest.
-                os.chmod(where, 0o600)
                 listener.listen(1)
             except BaseException:
                 listener.close()

@@ -311,9 +311,9 @@ def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
         # removes it.
         young = f"{path}.new"
         _unlink(young)
+        os.fchmod(listener.fileno(), 0o600)  # the file gets this mode when it is made
         listener.bind(young)
         half.callback(_unlink, young)
-        os.chmod(young, 0o600)
         listener.listen()
         made = os.stat(young).st_ino
         os.rename(young, path)

@@ -148,6 +148,7 @@ def _listen(path: str) -> socket.socket:
     _make_way(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
+        os.fchmod(listener.fileno(), 0o600)  # the file gets this mode when it is made
         listener.bind(os.fsencode(path))
         listener.listen(MOST_GUESTS)
     except OSError as error:

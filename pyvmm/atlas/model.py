@@ -7,13 +7,13 @@ the same machine. Two runs differ only there.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pyvmm.errors import UsageError
 from pyvmm.experiment.record import Event, Evidence, Picture, Value, Verdict, renamed
+from pyvmm.syntax.foreign import load_json
 
 FORMAT = 2
 """Version of the JSON form. Format 1, whose host had ``emulated`` for ``tcg``, is still read; others are refused."""
@@ -143,7 +143,7 @@ class Atlas:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} cannot be read: {error}") from None
         try:
-            data = json.loads(text)
+            data = load_json(text)
         except ValueError as error:
             raise UsageError(f"{path} is not JSON: {error}", hint="pyvmm atlas --json FILE writes one") from None
         return cls.from_json(data, str(path))

@@ -15,6 +15,7 @@ from typing import Any, Final, Self
 
 from pyvmm.errors import PyvmmError
 from pyvmm.experiment.record import renamed
+from pyvmm.syntax.foreign import load_json
 
 FORMAT: Final = 2
 """Of the file. Format 1, whose environment had ``emulated`` for ``tcg``, is still read; others are refused."""
@@ -135,7 +136,7 @@ def parse(lines: Iterable[str], name: str) -> Run:
     texts = list(lines)
     for number, text in enumerate(texts, 1):
         try:
-            data = json.loads(text)
+            data = load_json(text)
             if not isinstance(data, dict):
                 raise ValueError("no object")
         except ValueError as error:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.lab import kernels
+from pyvmm.syntax.foreign import load_json
 
 FILES = ("Image", "root.cpio", "modules.cpio", "busybox")
 """What an image is: the two that the lab boots, and two of which guests' initramfs are made (see guests)."""
@@ -82,7 +83,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Parse a manifest. Raises LookupError, ValueError, TypeError or AttributeError for anything else."""
-        data = json.loads(text)
+        data = load_json(text)
         data["files"] = {name: FileRecord(**record) for name, record in data["files"].items()}
         data["packages"] = [(name, version, digest) for name, version, digest in data["packages"]]
         return cls(**data)

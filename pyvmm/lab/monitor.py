@@ -11,6 +11,7 @@ import socket
 from typing import Any, Final
 
 from pyvmm.errors import PyvmmError
+from pyvmm.syntax.foreign import load_json
 
 PATIENCE: Final = 30.0
 """Seconds that QEMU may take for one answer."""
@@ -85,7 +86,7 @@ class Monitor:
     def _receive(self) -> dict[str, Any]:
         try:
             line = self._lines.readline()
-            answer = json.loads(line)
+            answer = load_json(line)
         except (OSError, ValueError) as error:
             raise MonitorError(f"QEMU's monitor gave no answer: {error}") from error
         if not isinstance(answer, dict):

@@ -29,6 +29,7 @@ from pyvmm.lab import kernels
 from pyvmm.lab.apt import Apt, AptError, Package, Progress, silent, updated_apt
 from pyvmm.lab.cache import GRACE_SECONDS, Cache, file_sha256
 from pyvmm.lab.kbuild import KernelBuild, SourceTree
+from pyvmm.syntax.foreign import load_json
 
 PACKAGE = "linux-source"
 SOURCE = re.compile(r"linux-source-[0-9]")
@@ -92,7 +93,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Parse a manifest. Raises ValueError, LookupError or TypeError for anything else."""
-        data = json.loads(text)
+        data = load_json(text)
         name, version, digest = data["source"]
         return cls(**{**data, "source": (name, version, digest)})
 

@@ -30,6 +30,7 @@ from pyvmm.lab import frames
 from pyvmm.lab.cache import Image, cache_directory, file_sha256
 from pyvmm.lab.link import Link
 from pyvmm.lab.qemu import OLDEST, RIGHT_HVHE, LabOptions, Qemu, Ram, command_line, qemu_version
+from pyvmm.syntax.foreign import load_json
 
 FORMAT: Final = 1
 LIMIT: Final = 2 << 30
@@ -125,7 +126,7 @@ def _key(program: str, image: Image, options: LabOptions) -> str:
 def _open(directory: Path) -> SavedBoot | None:
     """Open a saved boot, and mark it as used now. None if it is missing."""
     try:
-        version = str(json.loads((directory / "about.json").read_bytes())["qemu"])
+        version = str(load_json((directory / "about.json").read_bytes())["qemu"])
         state = (directory / "state").read_bytes()
         file = os.open(directory / "ram", os.O_RDWR | os.O_CLOEXEC)
     except (OSError, ValueError, LookupError, TypeError):

@@ -20,6 +20,7 @@ from pyvmm.errors import PyvmmError
 from pyvmm.lab.apt import Progress, silent
 from pyvmm.lab.cache import GRACE_SECONDS, Cache
 from pyvmm.labenv import MANIFEST, given_tree
+from pyvmm.syntax.foreign import load_json
 
 HOME = "peers"
 CURRENT = "current"
@@ -54,7 +55,7 @@ def usable_tree(recipe: Recipe, cache: Cache | None = None) -> Path | None:
     """Return the directory of the tree if this recipe made it and it has all its files."""
     try:
         directory = (_home(cache or Cache(), recipe) / CURRENT).resolve(strict=True)
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = load_json((directory / MANIFEST).read_text())
         whole = all((directory / name).stat().st_size == size for name, size in manifest["files"].items())
         return directory if whole and manifest["recipe"] == recipe.digest else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # missing, damaged, or not a manifest

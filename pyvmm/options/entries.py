@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pyvmm.syntax.foreign import load_toml
+from pyvmm.syntax.toml import statements
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -49,53 +52,22 @@ class Entry:
 
 def parse(text: str) -> list[Entry]:
     """Return the entries of a TOML text, in its order. Raises ValueError for invalid TOML."""
-    import tomllib
-
-    whole = tomllib.loads(text)
+    whole = load_toml(text)
     lines: dict[str, list[int]] = {}
     parts: dict[str, list[dict[str, int]]] = {}
     table = ""
-    for first, elements, statement, header in _statements(text):
+    for statement in statements(text):
+        first, header = statement.line, statement.is_header
+        parsed = load_toml(statement.text)
         if table and not header:
-            parts[table][-1].update(dict.fromkeys(statement, first))
+            parts[table][-1].update(dict.fromkeys(parsed, first))
             continue
-        for key, value in statement.items():
+        for key, value in parsed.items():
             table = key if header else ""
             if key not in lines or (header and isinstance(value, list)):
-                lines.setdefault(key, []).extend(elements or [first])
+                several = isinstance(value, list) and not header
+                lines.setdefault(key, []).extend((several and statement.elements) or [first])
                 parts.setdefault(key, []).append({})
             if isinstance(value, dict):  # of a dotted key, an inline table, or a table in a table
                 parts[key][-1].update(dict.fromkeys(value, first))
     return [Entry(key, value, tuple(lines[key]), tuple(parts[key])) for key, value in whole.items()]
-
-
-def _statements(text: str) -> Iterator[tuple[int, list[int], dict[str, Any], bool]]:
-    """Yield (line, lines of an array's elements, parsed keys, whether it is a table's header) of each statement.
-
-    ``text`` is TOML. A statement ends as soon as its lines parse as TOML. Until then a string or an array is still
-    open. An element of an array ends where a closing bracket would make the lines parse.
-    """
-    first, element, lines = 1, 1, ""
-    elements: list[int] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        lines = f"{lines}{line}\n"
-        statement = _toml(lines)
-        so_far = _toml(f"{lines}]") if statement is None else statement
-        if so_far is None:
-            continue
-        for value in so_far.values():
-            if isinstance(value, list):
-                elements += [element] * (len(value) - len(elements))
-        element = number + 1
-        if statement is not None:
-            yield first, elements, statement, lines.lstrip().startswith("[")
-            first, elements, lines = number + 1, [], ""
-
-
-def _toml(text: str) -> dict[str, Any] | None:
-    import tomllib
-
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        return None

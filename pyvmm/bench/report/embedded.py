@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 import zlib
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Final
 from pyvmm.bench import model
 from pyvmm.bench.model import BenchError, Run
 from pyvmm.reports.escaping import script_json
+from pyvmm.syntax.foreign import load_json
 
 PLAIN, DEFLATED = "plain", "deflate+base64"
 _SHORT: Final = 1 << 20
@@ -54,7 +54,7 @@ def read_html(path: str | Path) -> Run:
     if found is None:
         raise BenchError(f"{path} is not a benchmark report: it contains no results")
     try:
-        said = _unpacked(json.loads(found[1]))
+        said = _unpacked(load_json(found[1]))
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error, binascii.Error) as error:
         raise BenchError(f"{path}: the results in it are damaged: {error}") from None
     return model.parse(said.removesuffix("\n").split("\n"), str(path))

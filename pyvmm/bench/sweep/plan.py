@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn, Protocol
@@ -29,6 +28,7 @@ from typing import Any, Final, NoReturn, Protocol
 from pyvmm.bench.model import Point, Value
 from pyvmm.errors import UsageError
 from pyvmm.experiment.registry import nearest
+from pyvmm.syntax.foreign import load_toml
 
 _TABLE: Final = ("case", "repeat", "deadline", "axes")
 _LAB: Final = {"host-kernel": str, "mode": str, "icount": bool, "mem": str | int, "cpus": int}
@@ -100,8 +100,8 @@ def read(file: str, cases: Mapping[str, Known], brought: Callable[[str], Known |
 def parse(text: str, file: str, cases: Mapping[str, Known], brought: Callable[[str], Known | None] = _nobody) -> Plan:
     """Return the plan of a file's text; raises as :func:`read` does."""
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        data = load_toml(text)
+    except ValueError as error:
         raise UsageError(f"{file} is not TOML: {error}") from None
     return _Reader(text, file, cases, brought).plan(data)
 

@@ -18,10 +18,10 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, MutableMapping
     from typing import Any, Final, TextIO
 
-    from structlog.typing import FilteringBoundLogger
+    from structlog.typing import ExcInfo, FilteringBoundLogger
 
     from pyvmm.outlet import Outlet
 
@@ -115,6 +115,24 @@ def _written(outlet: Outlet, data: bytes) -> bytes:
     return data
 
 
+def _harmless(_logger: object, _name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Write out what a terminal would obey in an event's values, and what would look like another line."""
+    from pyvmm.terminal import clean
+
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = clean(value).replace("\n", "\\n")
+    return event
+
+
+def _put_traceback(out: TextIO, error: ExcInfo) -> None:
+    import traceback
+
+    from pyvmm.terminal import clean
+
+    out.write("\n" + clean("".join(traceback.format_exception(*error)).rstrip()))
+
+
 class _State:
     """The configuration of events. One per process, replaced as a whole."""
 
@@ -146,10 +164,9 @@ class _State:
         else:
             processors += [
                 structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+                _harmless,
                 # The first parameter, the width events are padded to, has had two names.
-                structlog.dev.ConsoleRenderer(
-                    0, colors=lines.stream.isatty(), exception_formatter=structlog.dev.plain_traceback
-                ),
+                structlog.dev.ConsoleRenderer(0, colors=lines.stream.isatty(), exception_formatter=_put_traceback),
             ]
         # Reported at every level, because the dropped lines were visible ones.
         note = structlog.wrap_logger(

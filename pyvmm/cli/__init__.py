@@ -25,6 +25,7 @@ from pyvmm.errors import PyvmmError, UsageError, exhausted, without_directory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import TracebackType
     from typing import Any
 
 VERBS = {
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(known.message, known.hint, as_json=bool(args.log_json))
             return known.exit_status
         if args.verbose:
+            sys.excepthook = _tell_traceback
             raise
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         hint = "this is a bug in pyvmm; -v shows where. Please report it with the output of pyvmm doctor --json"
@@ -175,13 +177,15 @@ def with_file(words: Sequence[str], args: argparse.Namespace) -> tuple[list[str]
 
 def _tell_what_opens(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Say what of this host a trusted snapshot opens, unless the user wants errors only."""
+    from pyvmm.terminal import say
+
     for name in names if args.quiet <= args.verbose else ():
         if args.log_json:
             from pyvmm import log
 
             log.get_logger("cli").warning("snapshot_opens", snapshot=args.restore, what=name)
         else:
-            print(f"pyvmm: {args.restore} opens {name}", file=sys.stderr)
+            say(f"pyvmm: {args.restore} opens {name}")
 
 
 def _fill_standard_files() -> None:
@@ -217,9 +221,19 @@ def _complain(message: str, hint: str | None, *, as_json: bool) -> None:
 
         log.get_logger("cli").error("failed", error=message, **({} if hint is None else {"hint": hint}))
         return
-    print(f"pyvmm: {message}", file=sys.stderr)
+    from pyvmm.terminal import say
+
+    say(f"pyvmm: {message}")
     if hint is not None:
-        print(f"  hint: {hint}", file=sys.stderr)
+        say(f"  hint: {hint}")
+
+
+def _tell_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    import traceback
+
+    from pyvmm.terminal import say
+
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip())
 
 
 def _reader_gone() -> int:

@@ -25,6 +25,7 @@ from pyvmm.memory.choices import BACKINGS
 from pyvmm.protection import PROTECTIONS
 from pyvmm.syntax.paths import OutputPath, open_output
 from pyvmm.syntax.values import parse_seconds
+from pyvmm.terminal import say
 
 if TYPE_CHECKING:
     from pyvmm.atlas.claim import Claim
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         _list(todo)
         for fault in faults:
-            print(f"pyvmm: {fault.message}", file=sys.stderr)
+            say(f"pyvmm: {fault.message}")
         return 0
     require_arm64(args, "the atlas asks an arm64 host's kernel", kvm=True)
     files = _writable(args, claims)

@@ -21,6 +21,7 @@ from pyvmm.errors import HostError, PyvmmError, UsageError
 from pyvmm.interrupt import Interrupted, terminable
 from pyvmm.syntax.paths import OutputPath, open_output
 from pyvmm.syntax.values import parse_count, parse_seconds
+from pyvmm.terminal import say
 
 if TYPE_CHECKING:
     from pyvmm.bench.collect import Plan
@@ -216,7 +217,7 @@ def _run(args: argparse.Namespace, collect: Callable[[Callable[[str], None]], in
             stopped = why
     run = collector.run()
     if no_report:
-        print(f"pyvmm: no table: {no_report}", file=sys.stderr)
+        say(f"pyvmm: no table: {no_report}")
     elif run is not None and run.series:
         try:
             _show(run, args)
@@ -437,4 +438,4 @@ def _list(words: list[str]) -> None:
         for axis, values in case.axes.items():
             print(f"    {axis:<12} {', '.join(map(str, values))}")
     for fault in faults:
-        print(f"pyvmm: {fault.message}", file=sys.stderr)
+        say(f"pyvmm: {fault.message}")

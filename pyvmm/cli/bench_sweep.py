@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from pyvmm.interrupt import Interrupted, terminable
 from pyvmm.labenv import in_lab
 from pyvmm.syntax.paths import OutputPath
 from pyvmm.syntax.values import parse_count, parse_size
+from pyvmm.terminal import clean, say
 
 if TYPE_CHECKING:
     from pyvmm.bench.sweep.plan import Plan
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
     if args.deadline is not None:
         plan = replace(plan, tasks=tuple(replace(task, deadline=args.deadline) for task in plan.tasks))
     if args.list:
-        print("\n".join(task.key for task in plan.tasks))
+        print(clean("\n".join(task.key for task in plan.tasks)))
         return 0
     if plan.left_out:
         _say(f"{plan.left_out} combinations are invalid and left out")
@@ -208,4 +208,4 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 
 def _say(text: str) -> None:
-    print(f"pyvmm: {text}", file=sys.stderr, flush=True)
+    say(f"pyvmm: {text}")

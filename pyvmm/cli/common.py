@@ -51,8 +51,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
+        from pyvmm.terminal import clean
+
         hint = self._hint or f"{self.prog} --help"
-        self.exit(2, f"{self.prog}: {message.rstrip()}\n  hint: {hint}\n")
+        self.exit(2, clean(f"{self.prog}: {message.rstrip()}\n  hint: {hint}\n"))
 
     def refuse(self, message: str, hint: str | None) -> NoReturn:
         """End with status 2; ``hint`` is what to do, None for a look at --help."""

@@ -78,6 +78,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def main(args: argparse.Namespace) -> int:
     """Send the order, print the answer, and return the exit status."""
     from pyvmm.session.connection import Connection, only_one
+    from pyvmm.terminal import clean
 
     where, name, members = parse(args.words)
     with Connection(only_one() if where is None else where) as connection:
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
             answer = {"state": "ended"}
         if answer is None:
             raise PyvmmError(f"{connection.name} ended before it could answer")
-    print(json.dumps(answer) if args.json else "\n".join(_TEXT.get(name, _plain)(answer)))
+    print(json.dumps(answer) if args.json else clean("\n".join(_TEXT.get(name, _plain)(answer))))
     return 0
 
 

@@ -16,6 +16,7 @@ from pyvmm import __version__, probes
 from pyvmm.cli.common import add_common
 from pyvmm.errors import HostError
 from pyvmm.probes import FAIL, INFO, OK, WARN, Finding
+from pyvmm.terminal import clean
 
 _TITLES = {"host": "This host", "kvm": "KVM", "python": "Python", "lab": "The lab"}
 _MARKS = {OK: "ok", INFO: "--", WARN: "!!", FAIL: "NO"}
@@ -111,13 +112,15 @@ class Diagnosis:
                 section = finding.section
                 lines += ["", _paint(_TITLES[section], "1", colours)]
             mark = _paint(_MARKS[finding.status], _COLOURS[finding.status], colours)
-            first, *more = textwrap.wrap(finding.value, _WIDTH - 24, break_long_words=False) or [""]
+            first, *more = textwrap.wrap(clean(finding.value), _WIDTH - 24, break_long_words=False) or [""]
             lines.append(f"  {mark}  {finding.name:<17} {first}")
             lines += [f"{'':24}{line}" for line in more]
             if finding.hint and finding.status in (WARN, FAIL):
-                hint = textwrap.wrap(f"-> {finding.hint}", _WIDTH - 24, break_long_words=False, subsequent_indent="   ")
+                hint = textwrap.wrap(
+                    clean(f"-> {finding.hint}"), _WIDTH - 24, break_long_words=False, subsequent_indent="   "
+                )
                 lines += [f"{'':24}{line}" for line in hint]
-        return [*lines[1:], "", _paint(self.verdict, "1", colours), f"Next: {self.next_step}"]
+        return [*lines[1:], "", _paint(self.verdict, "1", colours), f"Next: {clean(self.next_step)}"]
 
 
 def _paint(text: str, code: str, colours: bool) -> str:

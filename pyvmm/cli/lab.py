@@ -20,7 +20,7 @@ from pyvmm.interrupt import terminable
 from pyvmm.labenv import in_lab
 from pyvmm.syntax.paths import find_outputs
 from pyvmm.syntax.values import parse_count, parse_seconds, parse_size
-from pyvmm.terminal import in_background
+from pyvmm.terminal import clean, in_background, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -304,7 +304,7 @@ def _build(kernel: str, *, refresh: bool) -> int:
     with terminable():
         image = _image(kernel, refresh=refresh, thorough=True)
     _tell_age(kernel, image)
-    print(f"{image.release}, built {image.manifest.built}, {image.size / 1e6:.0f} MB in {image.directory}")
+    print(clean(f"{image.release}, built {image.manifest.built}, {image.size / 1e6:.0f} MB in {image.directory}"))
     return 0
 
 
@@ -312,7 +312,7 @@ def _tell_age(kernel: str, image: Image) -> None:
     from pyvmm.lab.image import age_note
 
     if (note := age_note(kernel, image)) is not None:
-        print(f"pyvmm: the lab's kernel {note}", file=sys.stderr)
+        say(f"pyvmm: the lab's kernel {note}")
 
 
 def _build_kernels(*, refresh: bool) -> int:
@@ -321,11 +321,9 @@ def _build_kernels(*, refresh: bool) -> int:
     with terminable():
         kernels = _own_kernels(tuple(Variant), refresh=refresh, thorough=True)
     for variant, kernel in kernels.items():
-        print(f"{variant}: {kernel.told()}")
+        print(clean(f"{variant}: {kernel.told()}"))
         if kernel.manifest.refused:
-            print(
-                f"pyvmm: this source did not accept these options: {' '.join(kernel.manifest.refused)}", file=sys.stderr
-            )
+            say(f"pyvmm: this source did not accept these options: {' '.join(kernel.manifest.refused)}")
     return 0
 
 
@@ -337,7 +335,7 @@ def prepare_peers() -> Prepared:
     with showing() as progress:
         prepared = peers.prepare(progress=progress)
     for name, why in prepared.lacking.items():
-        print(f"pyvmm: bench: no {name}: {why}", file=sys.stderr)
+        say(f"pyvmm: bench: no {name}: {why}")
     return prepared
 
 
@@ -380,9 +378,9 @@ def _image(kernel: str, *, refresh: bool, thorough: bool = False) -> Image:
     if not refresh and (image := usable_image(kernel=kernel, thorough=thorough)):
         return image
     require(building=True)
-    print(f"pyvmm: building the lab's image from Debian's packages ({kernel}); this is done once", file=sys.stderr)
+    say(f"pyvmm: building the lab's image from Debian's packages ({kernel}); this is done once")
     started = time.monotonic()
     with showing() as progress:
         image = build_image(kernel, refresh=refresh, progress=progress)
-    print(f"pyvmm: the lab's image is ready, {time.monotonic() - started:.0f} s: {image.release}", file=sys.stderr)
+    say(f"pyvmm: the lab's image is ready, {time.monotonic() - started:.0f} s: {image.release}")
     return image

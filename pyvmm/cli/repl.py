@@ -19,6 +19,7 @@ from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.memory.choices import BACKINGS, CONVERSIONS, DEFAULT_MEMORY
 from pyvmm.protection import PROTECTIONS, Protection
 from pyvmm.syntax.values import parse_count, parse_memory
+from pyvmm.terminal import clean
 
 if TYPE_CHECKING:
     from pyvmm.experiment import Experiment
@@ -115,6 +116,6 @@ class _Console(code.InteractiveConsole):
         """Print the exception."""
         error = sys.exc_info()[1]
         if isinstance(error, PyvmmError):
-            self.write(f"{type(error).__name__}: {error}\n")
+            self.write(clean(f"{type(error).__name__}: {error}\n"))
         else:
             super().showtraceback()

@@ -76,11 +76,12 @@ def dry_run(args: argparse.Namespace) -> int:
     from pyvmm.machine.plan import Plan
     from pyvmm.options.machine import machine_config, with_files
     from pyvmm.syntax.paths import write_output
+    from pyvmm.terminal import clean
 
     with Plan(with_files(machine_config(args)), gic=_planned_gic()) as plan:
         if args.dump_dtb is not None:
             write_output(args.dump_dtb, plan.machine.entry.described())
-        print("\n".join(plan.lines()))
+        print(clean("\n".join(plan.lines())))
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 
 from pyvmm.cli.common import Help, add_common, ready
@@ -84,6 +83,7 @@ def _attach(args: argparse.Namespace, pid: int | None) -> int:
     from pyvmm.session.connection import Connection, only_one
     from pyvmm.session.screen import screen_for
     from pyvmm.session.topview import View
+    from pyvmm.terminal import say
 
     _refuse_guest_options(args)
     with contextlib.ExitStack() as stack:
@@ -99,7 +99,7 @@ def _attach(args: argparse.Namespace, pid: int | None) -> int:
             if args.once:
                 return 0
             before = now
-    print(f"pyvmm: the guest of {connection.name} has ended", file=sys.stderr)
+    say(f"pyvmm: the guest of {connection.name} has ended")
     return 0
 
 

@@ -7,7 +7,6 @@ Every verb that runs a guest can do the same with ``--trace``.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from pyvmm.cli.common import Help, add_common, ready
 from pyvmm.options.guest import GUEST_OPTIONS
@@ -61,5 +60,7 @@ def main(args: argparse.Namespace) -> int:
 
     status = GuestRun(args, TABLE, Watch(args.map, trace=tracing_of(args))).to_end()
     if not args.log_json:
-        print(f"pyvmm: open {args.trace} at https://ui.perfetto.dev", file=sys.stderr)
+        from pyvmm.terminal import say
+
+        say(f"pyvmm: open {args.trace} at https://ui.perfetto.dev")
     return status

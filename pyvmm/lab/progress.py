@@ -9,6 +9,9 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
+from pyvmm.terminal import clean
+from pyvmm.terminal import say as tell
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
@@ -48,9 +51,9 @@ def showing() -> Iterator[Callable[[str, float], None]]:
             now = time.monotonic()
             remaining = rest(what, share)
             if what not in told:
-                print(f"pyvmm: lab: {what}", file=sys.stderr, flush=True)
+                tell(f"pyvmm: lab: {what}")
             elif now - told[what] > SILENCE and share < 1:
-                print(f"pyvmm: lab: {what}: {share:.0%}{remaining and f', {remaining}'}", file=sys.stderr, flush=True)
+                tell(f"pyvmm: lab: {what}: {share:.0%}{remaining and f', {remaining}'}")
             else:
                 return
             told[what] = now
@@ -125,7 +128,7 @@ class Ticker:
         while not self._ended.wait(self.INTERVAL):
             mark = self.MARKS[turn % len(self.MARKS)]
             turn += 1
-            _write(f"\r\33[K{mark} {self.what}, {time.monotonic() - started:.0f} s")
+            _write(f"\r\33[K{mark} {clean(self.what)}, {time.monotonic() - started:.0f} s")
         if turn:
             _write("\r\33[K")
 

@@ -7,6 +7,8 @@ import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
+from pyvmm.terminal import clean
+
 if TYPE_CHECKING:
     from pyvmm.lab.cache import Image
     from pyvmm.lab.ownkernel import OwnKernel
@@ -71,7 +73,7 @@ def print_status(*, as_json: bool) -> int:
     for need in missing:
         lines[f"missing {need.what}"] = f"{need.missing}{f' (apt install {need.package})' if need.package else ''}"
     for name, value in lines.items():
-        print(f"{name:<{LIST_COLUMNS}} {value}")
+        print(clean(f"{name:<{LIST_COLUMNS}} {value}"))
     return 5 if missing else 0
 
 

@@ -7,7 +7,6 @@ Devices of other packages share the option ``--device NAME``. A command line wit
 from __future__ import annotations
 
 import argparse
-import sys
 
 from pyvmm.devices.kind import Around, DeviceKind
 from pyvmm.devices.kinds import KINDS
@@ -63,15 +62,16 @@ def _find(name: str) -> DeviceKind:
 def _list() -> int:
     """Print the devices of other packages, and faults of these packages. Returns the exit status."""
     from pyvmm import plugins
+    from pyvmm.terminal import clean, say
 
     found, faults = plugins.every(plugins.DEVICES, DeviceKind, taken={kind.option.key for kind in KINDS})
     for each in found:
         option = each.item.option
-        print(f"{each.name}{option.metavar or ''}  {option.help} (package {each.package})")
+        print(clean(f"{each.name}{option.metavar or ''}  {option.help} (package {each.package})"))
     if not found and not faults:
         print('no installed package has a device; a package adds one by an entry point in "pyvmm.devices"')
     for fault in faults:
-        print(fault.message, file=sys.stderr)
+        say(fault.message)
     return faults[0].exit_status if faults else 0
 
 

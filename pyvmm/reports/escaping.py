@@ -7,7 +7,7 @@ import json
 import re
 from html import escape
 
-from pyvmm.reports.words import clean
+from pyvmm.terminal import clean
 
 _URL = re.compile(r"https?://[^\s<>\"'`\\]+[^\s<>\"'`\\.,;:!?)\]}]")
 _SOURCE = re.compile(

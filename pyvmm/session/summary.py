@@ -17,9 +17,11 @@ def print_summary(outcome: Outcome, counters: Counters, *, table: bool) -> None:
     """Print the summary as text. ``table`` adds the cost of each kind of exit."""
     lines = table_lines(counters) if table else []
     if outcome.ending is not Ending.POWEROFF:
-        lines.append(f"pyvmm: {outcome.ending.value}: {outcome.reason}")
+        from pyvmm.terminal import clean
+
+        lines.append(clean(f"pyvmm: {outcome.ending.value}: {outcome.reason}"))
         if outcome.hint is not None:
-            lines.append(f"  hint: {outcome.hint}")
+            lines.append(clean(f"  hint: {outcome.hint}"))
     lines.append(f"pyvmm: {counters.line()}")
     print("\n".join(lines), file=sys.stderr)
 

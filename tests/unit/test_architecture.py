@@ -69,7 +69,7 @@ cpio            the archives that initramfs are
 interrupt       how a signal ends the program
 labenv          whether this is a lab
 pages           the sizes of pages
-terminal        whose a terminal is
+terminal        whose a terminal is, and what may be shown on it
 typed           what typing has, without its import
 
 pyvmm           the version

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report import text, wording
 from pyvmm.experiment.record import Evidence, Verdict
-from pyvmm.reports import words
 from pyvmm.reports.look import Look
+from pyvmm.terminal import clean
 from tests.unit import atlas_samples as samples
 
 REALISTIC = samples.realistic()
@@ -48,14 +48,14 @@ def bare(colourful: str) -> str:
 @samples.arbitrary
 @given(samples.texts)
 def test_cleaned_text_has_no_control_characters(said: str) -> None:
-    cleaned = words.clean(said)
+    cleaned = clean(said)
     cleaned.encode()
     assert all(each.isprintable() or each in "\n\t" or each.isspace() for each in cleaned)
-    assert words.clean(cleaned) == cleaned
+    assert clean(cleaned) == cleaned
 
 
 def test_cleaning_escapes_what_it_removes() -> None:
-    assert words.clean("a\x1b[31mb\u202ec\x00\r\n\td\ud800é") == "a\\x1b[31mb\\u202ec\\x00\\r\n\td\\ud800é"
+    assert clean("a\x1b[31mb\u202ec\x00\r\n\td\ud800é") == "a\\x1b[31mb\\u202ec\\x00\\r\n\td\\ud800é"
 
 
 @samples.arbitrary

@@ -18,7 +18,8 @@ from pyvmm.experiment.record import TCG, Verdict
 from pyvmm.labenv import TCG_NOTE
 from pyvmm.reports.escaping import escaped, escaped_prose, script_json
 from pyvmm.reports.page import facts, file_name, page
-from pyvmm.reports.words import clean, headline, one_line, shortened
+from pyvmm.reports.words import headline, one_line, shortened
+from pyvmm.terminal import clean
 
 _FEW = 2
 """A claim with up to this many results unfolds them as well."""

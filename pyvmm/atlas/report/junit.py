@@ -16,7 +16,8 @@ from pyvmm.atlas.model import Atlas, Result
 from pyvmm.atlas.report import wording
 from pyvmm.atlas.report.wording import NOTHING_EXPECTED, Expected
 from pyvmm.experiment.record import Verdict
-from pyvmm.reports.words import clean, headline, one_line, shortened
+from pyvmm.reports.words import headline, one_line, shortened
+from pyvmm.terminal import clean
 
 PASSED: Final = "passed"
 FAILURE: Final = "failure"

@@ -14,7 +14,8 @@ from pyvmm.atlas.report import wording
 from pyvmm.atlas.report.wording import NOTHING_EXPECTED, Expected
 from pyvmm.experiment.record import Verdict
 from pyvmm.reports.look import PLAIN, Look
-from pyvmm.reports.words import clean, one_line, shortened
+from pyvmm.reports.words import one_line, shortened
+from pyvmm.terminal import clean
 
 _COLOURS = {Verdict.HOLDS: "32", Verdict.FAILS: "31", Verdict.UNTOLD: "33", Verdict.CRASHED: "35;1"}
 _BOLD, _DIM, _LOUD = "1", "2", "31;1"

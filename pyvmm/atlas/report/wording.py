@@ -13,7 +13,8 @@ from pyvmm.atlas.model import Atlas, Result
 from pyvmm.experiment.record import TCG, Event, Evidence, Value, Verdict
 from pyvmm.memory.choices import BACKINGS
 from pyvmm.protection import PROTECTIONS
-from pyvmm.reports.words import clean, one_line
+from pyvmm.reports.words import one_line
+from pyvmm.terminal import clean
 
 Key = tuple[str, str, str]
 """(id, protection, backing) of a result."""

@@ -71,7 +71,8 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"pyvmm {__version__}")
+    # In a group, because a parser makes a formatter of help for each option of its own.
+    parser._optionals.add_argument("--version", action="version", version=f"pyvmm {__version__}")
     add_common(parser, verb=False)
     group = parser.add_argument_group("the lab")
     group.add_argument(

@@ -185,7 +185,8 @@ def add_common(parser: argparse.ArgumentParser, *, verb: bool = True) -> None:
     default: Any = argparse.SUPPRESS if verb else 0
     add_messages(parser, default)
     if verb:
-        parser.add_argument("--lab", action=_Misplaced, nargs=0, default=default, help=argparse.SUPPRESS)
+        # In a group, because a parser makes a formatter of help for each option of its own.
+        parser._optionals.add_argument("--lab", action=_Misplaced, nargs=0, default=default, help=argparse.SUPPRESS)
 
 
 def add_messages(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:

@@ -47,7 +47,8 @@ class Table:
         groups: dict[str, Place] = {}
         rivals: dict[str, Place] = {}
         for option in self.options:
-            place: Place = parser
+            # Not the parser itself: that makes a formatter of help for each option.
+            place: Place = parser._positionals if option.positional else parser._optionals
             if option.group:
                 if option.group not in groups:
                     groups[option.group] = parser.add_argument_group(option.group)

@@ -96,6 +96,24 @@ def test_the_link_goes_down_when_passt_ends_and_its_last_output_is_logged(
     assert "no route" in values["reason"]
 
 
+def test_a_killed_passt_is_said_to_be_killed_and_the_guest_loses_its_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, str]] = []
+    monkeypatch.setattr(net, "log", SimpleNamespace(warning=lambda _, **values: said.append(values)))
+    backend = Passt(script(tmp_path, "frame(bytes(14)); connection.recv(1)"))
+    # The socket hangs up before the process has ended: to a mere look it still runs.
+    monkeypatch.setattr(backend._process, "poll", lambda: None)
+    with Driver(VirtioNet(backend)) as driver:
+        driver.rx.give([(DATA, 2000, True)])
+        driver.wait(driver.rx)
+        backend._process.kill()
+        eventually(lambda: driver.transport.changes == 1, "the configuration changes")
+        assert driver.device.config()[6:8] == bytes(2), "the guest reads that there is no link"
+    [values] = said
+    assert "signal 9" in values["reason"]
+
+
 def test_a_passt_with_much_output_is_not_blocked(tmp_path: Path) -> None:
     program = script(
         tmp_path,

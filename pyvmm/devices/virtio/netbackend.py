@@ -52,7 +52,7 @@ class NetBackend:
         """Take the address of the guest's card, instead of the last one. Raises HostError if another guest has it."""
 
     def last_words(self) -> str:
-        """Return why the backend has gone, if known. Does not wait."""
+        """Return why the backend has gone, if known. Waits for a moment at most."""
         return ""
 
     def close(self) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PATIENCE: Final = 2.0
 """Seconds to wait for its end after the connection is closed, and again after SIGTERM."""
+MOMENT: Final = 0.5
+"""Seconds to wait for its end when it has hung up."""
 SAID: Final = 4096
 """Maximum bytes read of its output."""
 
@@ -61,11 +63,14 @@ class Passt(Stream):
         super().__init__("passt", ours.detach())
 
     def last_words(self) -> str:
-        """Return how it ended, if it has, and its output."""
+        """Return how it ended, if it has or ends now, and its output."""
+        # Its socket hangs up a moment before it can be asked how it ended.
+        status = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(MOMENT)
         said = b""
         with contextlib.suppress(OSError):  # nothing, or closed
             said = os.read(self._said, SAID)
-        status = self._process.poll()
         how = [] if status is None else [f"status {status}" if status >= 0 else f"signal {-status}"]
         return "; ".join(how + [line for line in said.decode(errors="replace").splitlines() if line.strip()][-3:])
 

@@ -4,7 +4,6 @@
 
 #include <linux/userfaultfd.h>
 #include <poll.h>
-#include <stdlib.h>
 #include <unistd.h>
 
 enum { BATCH = 16 };
@@ -24,21 +23,21 @@ static int read_at(int fd, void *into, size_t size, uint64_t offset)
     return 0;
 }
 
-/* Reads the page at offset into room, and checks it there: the file may change after the check. */
-static int read_page(const struct pv_fault_server *server, uint64_t offset, uint8_t *room)
+/* Reads the page at offset into the room, and checks it there: the file may change after the check. */
+static int read_page(const struct pv_fault_server *server, uint64_t offset)
 {
     uint32_t sums[PV_LARGEST_PAGE / PV_GUEST_PAGE], count = (uint32_t)(PV_HOST_PAGE / PV_GUEST_PAGE);
-    int error = read_at(server->file, room, PV_HOST_PAGE, server->at + offset);
+    int error = read_at(server->file, server->room, PV_HOST_PAGE, server->at + offset);
 
     if (!error)
         error = read_at(server->file, sums, count * sizeof(*sums), server->sums + offset / PV_GUEST_PAGE * sizeof(*sums));
-    if (!error && pv_first_damaged(room, count, sums) != count)
+    if (!error && pv_first_damaged(server->room, count, sums) != count)
         error = EBADMSG;
     return error;
 }
 
 /* Returns 0, or the errno of a permanent failure. If the page has already arrived, only its waiter is woken. */
-static int serve(struct pv_fault_server *server, uint64_t address, uint8_t *room, bool *late)
+static int serve(struct pv_fault_server *server, uint64_t address, bool *late)
 {
     uint64_t page = address & -PV_HOST_PAGE, offset = page - server->hva;
     struct uffdio_copy copy = {.dst = page, .src = (uintptr_t)server->source + offset, .len = PV_HOST_PAGE};
@@ -49,11 +48,11 @@ static int serve(struct pv_fault_server *server, uint64_t address, uint8_t *room
     if (page < server->hva || offset >= server->size)
         return EINVAL;
     if (!server->source) {
-        if ((error = read_page(server, offset, room))) {
+        if ((error = read_page(server, offset))) {
             server->refused = offset;
             return error;
         }
-        copy.src = (uintptr_t)room;
+        copy.src = (uintptr_t)server->room;
     }
     while (ioctl(server->fd, UFFDIO_COPY, &copy)) {
         if (errno == EEXIST) {
@@ -66,7 +65,7 @@ static int serve(struct pv_fault_server *server, uint64_t address, uint8_t *room
     return 0;
 }
 
-static int serve_all(struct pv_fault_server *server, uint8_t *room)
+int pv_serve_faults(struct pv_fault_server *server)
 {
     struct pollfd watched[] = {{.fd = server->fd, .events = POLLIN}, {.fd = server->stop_fd, .events = POLLIN}};
     struct uffd_msg messages[BATCH];
@@ -84,19 +83,10 @@ static int serve_all(struct pv_fault_server *server, uint8_t *room)
             int error;
             if (messages[i].event != UFFD_EVENT_PAGEFAULT)
                 continue;
-            if ((error = serve(server, messages[i].arg.pagefault.address, room, &late)))
+            if ((error = serve(server, messages[i].arg.pagefault.address, &late)))
                 return -error;
             add(&server->served, 1);
             add(&server->late, late);
         }
     }
-}
-
-int pv_serve_faults(struct pv_fault_server *server)
-{
-    uint8_t *room = server->source ? NULL : malloc(PV_HOST_PAGE);
-    int result = server->source || room ? serve_all(server, room) : -ENOMEM;
-
-    free(room);
-    return result;
 }

@@ -16,6 +16,7 @@ from pyvmm.errors import PyvmmError, UsageError, hex_
 from pyvmm.memory.address import is_aligned
 from pyvmm.memory.fault_thread import FaultThread
 from pyvmm.memory.userfault import Userfault, UserfaultError
+from pyvmm.pages import HOST_PAGE
 
 _NO_PAGE = (1 << 64) - 1
 
@@ -108,4 +109,5 @@ class FileServer(_NativeServer):
     ) -> None:
         super().__init__(userfault, hva, size, failed)
         self._native.file, self._native.at, self._native.sums = file, at, sums
+        self._room = self._native.room = ffi.new("uint8_t[]", HOST_PAGE)
         self._start()

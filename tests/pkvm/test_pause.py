@@ -43,7 +43,7 @@ def assert_time_stood(begin: Reading, end: Reading, after: Reading) -> None:
     for first, last, now in zip(begin.counters, end.counters, after.counters, strict=True):
         hertz = (last - first) / halted
         assert hertz > 1e6  # the host's view of the counters goes on
-        # A halt puts the counters back to its own begin, and ``first`` was read later than that: it may be above ``now``.
+        # A halt puts the counters back to its begin, and ``first`` was read after that: it may be above ``now``.
         assert abs(now - first) < hertz * (between + halted / 2)
 
 

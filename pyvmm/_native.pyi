@@ -331,6 +331,7 @@ class pv_fault_server(Struct):
     pad: int
     at: int
     sums: int
+    room: Pointer[int]
     served: int
     late: int
     refused: int

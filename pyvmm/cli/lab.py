@@ -35,7 +35,8 @@ BEFORE = "--lab-"
 HOST_KERNEL = "host-kernel"
 COST = "5 to 10 minutes each on 2 CPUs, 170 MB of downloads, 1.2 GB of disk meanwhile, 20 MB afterwards"
 """The cost of building the kernels."""
-MODES = ("protected", "nvhe", "vhe")
+MODES = ("protected", "nvhe", "vhe", "no-el2")
+GICS = {"2": 2, "3": 3, "none": 0}
 BOOTS = ("saved", "fresh")
 STDIN = 0
 
@@ -47,8 +48,10 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
     def add(name: str, **how: Any) -> None:
         group.add_argument(f"{prefix}{name}", dest=f"lab_{name.replace('-', '_')}", **how)
 
-    add("mode", choices=MODES, default="protected", help="KVM's mode on the lab's kernel (protected)")
-    add("gic", type=int, choices=(2, 3), default=3, help="version of the host's interrupt controller (3)")
+    add(
+        "mode", choices=MODES, default="protected", help="KVM's mode on the lab's kernel, or no-el2: no KVM (protected)"
+    )
+    add("gic", choices=GICS, default="3", help="version of the host's interrupt controller; none: guests get none (3)")
     add(
         "cpu",
         metavar="NAME",
@@ -289,7 +292,7 @@ def _options(args: argparse.Namespace) -> LabOptions:
         boot_timeout=args.lab_boot_timeout,
         verbose=args.lab_console,
         boot=args.lab_boot,
-        gic=args.lab_gic,
+        gic=GICS[args.lab_gic],
         cpu=args.lab_cpu,
     )
 

@@ -10,6 +10,7 @@ directory or none.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -19,7 +20,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -38,8 +39,9 @@ OLDEST = (7, 2)  # the version in Debian 12; older ones are not known to run a p
 CONSOLE_BYTES = 64 * 1024
 ENDING_SECONDS = 5.0  # from QEMU's closing the channel to its end
 
-MODES = {"protected": "kvm-arm.mode=protected", "nvhe": "kvm-arm.mode=nvhe", "vhe": ""}
-"""Kernel parameter of each of KVM's modes."""
+NO_EL2 = "no-el2"
+MODES = {"protected": "kvm-arm.mode=protected", "nvhe": "kvm-arm.mode=nvhe", "vhe": "", NO_EL2: ""}
+"""Kernel parameter of each of KVM's modes, and of a machine whose kernel was started without EL2."""
 
 WITH_VHE = "neoverse-n1"
 WITHOUT_VHE = "cortex-a72"
@@ -74,7 +76,7 @@ class LabOptions:
     boot: str = BOOTS[0]
     """``saved``: restore the lab from a saved boot where that can be done (see saved). ``fresh``: boot it."""
     gic: int = 3
-    """Version of the host's interrupt controller: 3, or 2 as on a Raspberry Pi 4."""
+    """Version of the host's interrupt controller: 3, or 2 as on a Raspberry Pi 4. 0: KVM has none for guests."""
     cpu: str | None = None
     """QEMU's name of the CPU, such as ``neoverse-n1`` or ``max``; where it is None, by the mode, QEMU's version and the
     kernel's pages."""
@@ -84,8 +86,8 @@ class LabOptions:
             raise UsageError(f"no lab mode {self.mode!r}", hint=f"one of {', '.join(MODES)}")
         if self.cpu is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.cpu):
             raise UsageError(f"{self.cpu!r} is not a CPU's name", hint=f"{PROGRAM} -cpu help lists them")
-        if self.gic not in (2, 3):
-            raise UsageError(f"no interrupt controller GICv{self.gic}", hint="2 or 3")
+        if self.gic not in (0, 2, 3):
+            raise UsageError(f"no interrupt controller GICv{self.gic}", hint="2, 3, or 0 for none that guests get")
         if self.boot not in BOOTS:
             raise UsageError(f"no way to start a lab {self.boot!r}", hint=f"one of {', '.join(BOOTS)}")
         if self.icount and self.cpus != 1:
@@ -172,16 +174,18 @@ def command_line(
     channel: int,
     ram: Ram | None = None,
     monitor: int = -1,
+    tree: int = -1,
 ) -> list[str]:
     """Return the arguments of ``program``, a QEMU of ``version``.
 
-    ``channel``, and with ``ram`` ``monitor``, are the numbers of inherited sockets.
+    ``channel``, with ``ram`` ``monitor``, and where the machine boots with a device tree of ours ``tree``, are the
+    numbers of inherited files.
     """
-    machine = f"virt,virtualization=on,gic-version={options.gic}" + (",memory-backend=ram" if ram else "")
-    arguments = [program, "-M", machine]
-    arguments += ["-cpu", _cpu(options, version, image), "-smp", str(options.cpus), "-m", str(options.memory)]
+    arguments = [program, "-M", _machine(options) + (",memory-backend=ram" if ram else "")]
+    arguments += _parts(options, version, image)
     if ram is None or not ram.restored:
         arguments += ["-kernel", str(image.kernel), "-initrd", str(image.root), "-append", _append(options)]
+        arguments += ["-dtb", f"/proc/self/fd/{tree}"] if _has_own_tree(options) else []
     arguments += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
     arguments += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,fd={channel}"]
     arguments += ["-device", f"virtserialport,chardev=agent,name={PORT_NAME}"]
@@ -207,6 +211,27 @@ def command_line(
 def mount_tag(number: int) -> str:
     """Return the name under which the lab mounts the share with this number."""
     return f"share{number}"
+
+
+def _machine(options: LabOptions) -> str:
+    el2 = "off" if options.mode == NO_EL2 else "on"
+    return f"virt,virtualization={el2},gic-version={options.gic or 3}"
+
+
+def _parts(options: LabOptions, version: str, image: Image) -> list[str]:
+    return ["-cpu", _cpu(options, version, image), "-smp", str(options.cpus), "-m", str(options.memory)]
+
+
+def _has_own_tree(options: LabOptions) -> bool:
+    return options.gic == 0 and options.mode != NO_EL2
+
+
+def _tree(program: str, version: str, image: Image, options: LabOptions) -> int:
+    """Return the file of a tree in which KVM finds no interrupt controller; the caller closes it."""
+    from pyvmm.lab import hosttree  # the exception
+
+    whole = hosttree.dump(program, _machine(options), _parts(options, version, image))
+    return hosttree.into_file(hosttree.without_vgic(whole))
 
 
 def _cpu(options: LabOptions, version: str, image: Image) -> str:
@@ -245,14 +270,21 @@ class Qemu:
         ram: Ram | None = None,
     ) -> None:
         self.version = version
+        booting = ram is None or not ram.restored
+        tree = _tree(program, version, image, options) if booting and _has_own_tree(options) else -1
         self.channel, channel = socket.socketpair()
         ours, monitor = socket.socketpair()
         self.monitor = Monitor(ours)
-        with channel, monitor:  # QEMU has them then
+        with channel, monitor, ExitStack() as stack:  # QEMU has them then
+            inherited = [channel.fileno()]
+            if ram is not None:
+                inherited += [monitor.fileno(), ram.file]
+            if tree >= 0:
+                stack.callback(os.close, tree)
+                inherited.append(tree)
             self.command = command_line(
-                program, version, image, options, shares, channel.fileno(), ram, monitor.fileno()
+                program, version, image, options, shares, channel.fileno(), ram, monitor.fileno(), tree
             )
-            inherited = [channel.fileno()] + ([monitor.fileno(), ram.file] if ram is not None else [])
             try:
                 self._process = subprocess.Popen(
                     # If this process ends, the kernel kills QEMU.

@@ -100,7 +100,7 @@ def test_pkvm_gets_a_cpu_that_this_qemu_emulates_rightly(version: str, options: 
     assert line[line.index("-cpu") + 1] == cpu
 
 
-@pytest.mark.parametrize("wrong", [{"cpu": "max,sve=on"}, {"cpu": ""}, {"gic": 4}])
+@pytest.mark.parametrize("wrong", [{"cpu": "max,sve=on"}, {"cpu": ""}, {"gic": 4}, {"mode": "el2"}])
 def test_a_lab_of_odd_parts_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         LabOptions(**wrong)
@@ -133,6 +133,21 @@ def test_the_mode_reaches_the_kernels_command_line(mode: str, words: str) -> Non
     append = line[line.index("-append") + 1]
     assert append.startswith(words)
     assert "kvm-arm" in append or mode == "vhe"
+
+
+def test_a_machine_without_el2_has_no_virtualization() -> None:
+    line = qemu.command_line("q", "7.2.1", IMAGE, LabOptions(mode="no-el2"), [], 5)
+    assert line[line.index("-M") + 1] == "virt,virtualization=off,gic-version=3"
+
+
+def test_a_machine_boots_with_a_tree_of_ours_where_guests_get_no_interrupt_controller() -> None:
+    options = LabOptions(mode="nvhe", gic=0)
+    line = qemu.command_line("q", "7.2.1", IMAGE, options, [], 5, tree=7)
+    assert line[line.index("-dtb") + 1] == "/proc/self/fd/7"
+    assert line[line.index("-M") + 1] == "virt,virtualization=on,gic-version=3"
+    restored = qemu.Ram(9, restored=True, empty=Path("/"))
+    assert "-dtb" not in qemu.command_line("q", "7.2.1", IMAGE, options, [], 5, restored)
+    assert "-dtb" not in qemu.command_line("q", "7.2.1", IMAGE, LabOptions(mode="no-el2", gic=0), [], 5)
 
 
 def test_icount_uses_one_cpu_and_is_repeatable() -> None:

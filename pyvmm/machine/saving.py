@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a paused machine to a snapshot file. :mod:`pyvmm.machine.snapshot` describes the format.
 
-The file is written under a temporary name, and is on the disk before it gets its own. So it is never incomplete.
+The file is on the disk before it gets its name, so it is never incomplete. It has no name while it is written: a
+process that is killed then leaves nothing. It has a temporary one where the file system has no O_TMPFILE.
 """
 
 from __future__ import annotations
@@ -62,19 +63,46 @@ def _new_file(path: str) -> Iterator[int]:
     directory = os.path.dirname(path) or "."
     # A name that nobody knows before. A file that is there already may be foreign, and its owner could read the guest.
     young = f"{directory}/.pyvmm-snapshot-{os.urandom(8).hex()}"
-    fd = os.open(young, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = _nameless(directory)
+    named = fd is None
+    if fd is None:
+        fd = os.open(young, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
             yield fd
             os.fsync(fd)
+            if not named:
+                # linkat() replaces no file, so this name is needed for a moment. Python calls link() instead, which
+                # follows no link of /proc, unless it is given a descriptor. An absolute path ignores the descriptor.
+                os.link(_link(fd), young, src_dir_fd=fd, follow_symlinks=True)
+                named = True
         finally:
             os.close(fd)
         os.rename(young, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(young)
+        if named:
+            with contextlib.suppress(OSError):
+                os.unlink(young)
         raise
     _sync_directory(directory)
+
+
+def _nameless(directory: str) -> int | None:
+    """Return the descriptor of a new file without a name, or None where such a file cannot be made and named later."""
+    try:
+        fd = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
+            return None
+        raise
+    if os.path.exists(_link(fd)):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _link(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
 
 
 def _sync_directory(path: str) -> None:

@@ -334,6 +334,69 @@ def test_a_temporary_name_that_exists_is_refused(
     assert not machine.paused
 
 
+@pytest.fixture
+def without_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be on a file system that has no O_TMPFILE."""
+    real = os.open
+
+    def refusing(path: str, flags: int, mode: int = 0o777, **more: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, mode, **more)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+def test_a_vmm_killed_during_a_snapshot_leaves_no_file(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that is there stays until the new one is on the disk, and nothing beside it can be left."""
+    there: list[list[str]] = []
+    pwrite, fsync = os.pwrite, os.fsync
+
+    def looking(fd: int, data: bytes, offset: int) -> int:
+        there.append(os.listdir(tmp_path))
+        return pwrite(fd, data, offset)
+
+    def syncing(fd: int) -> None:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            there.append(os.listdir(tmp_path))
+        fsync(fd)
+
+    try:
+        os.close(os.open(tmp_path, os.O_RDWR | os.O_TMPFILE))
+    except OSError as error:
+        pytest.skip(f"the directory of tests has no O_TMPFILE: {error.strerror}")
+    (tmp_path / "guest").write_text("the last one")
+    monkeypatch.setattr(os, "pwrite", looking)
+    monkeypatch.setattr(os, "fsync", syncing)
+    saving.save(machine, str(tmp_path / "guest"))
+    assert len(there) > 1
+    assert all(names == ["guest"] for names in there)
+    assert os.listdir(tmp_path) == ["guest"]
+    assert (tmp_path / "guest").read_bytes()[:8] == b"PYVMMSNP"
+    assert stat.S_IMODE((tmp_path / "guest").stat().st_mode) == 0o600
+
+
+@pytest.mark.usefixtures("without_nameless_files")
+def test_a_file_system_without_nameless_files_has_a_temporary_name(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving.save(machine, str(tmp_path / "guest"))
+    assert os.listdir(tmp_path) == ["guest"]
+    assert stat.S_IMODE((tmp_path / "guest").stat().st_mode) == 0o600
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = (tmp_path / "guest").read_bytes()
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(PyvmmError, match="cannot be written: No space left on device"):
+        saving.save(machine, str(tmp_path / "guest"))
+    assert os.listdir(tmp_path) == ["guest"]
+    assert (tmp_path / "guest").read_bytes() == before
+
+
 def test_no_umask_lets_others_read_the_file_even_while_it_is_written(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -132,7 +133,7 @@ def test_a_stuck_device_raises_no_interrupt_once_it_is_closed(toy: Board, monkey
     assert device.busy.wait(20)
     others = os.eventfd(0, os.EFD_NONBLOCK)  # a file that now has the eventfd's number
     toy.transport.interrupt.fd = others
-    monkeypatch.setattr(device, "stop", lambda: device.worker.stop(patience=0.05))
+    monkeypatch.setattr(device.worker, "stop", functools.partial(device.worker.stop, patience=0.05))
     with pytest.raises(Stuck, match="toy has not finished"):
         toy.transport.close()
     device.hold.set()

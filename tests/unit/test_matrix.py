@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of hosts by protection on the page about hosts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pyvmm.protection import PROTECTIONS
+from tests import matrix
+
+
+def test_the_page_has_each_host_and_no_empty_cell() -> None:
+    written = matrix.written()
+    assert list(written) == [matrix.title(name) for name in matrix.HOSTS]
+    for cells in written.values():
+        assert list(cells) == list(PROTECTIONS)
+        assert all(cell == matrix.RUNS or len(cell.split()) > 3 for cell in cells.values()), cells
+    assert matrix.NOT_TRIED not in str(written)
+
+
+def test_what_was_seen_is_written_into_the_page_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "table"
+    page.write_text(f"before\n{matrix.BEGIN}old\n{matrix.END}after\n")
+    monkeypatch.setattr(matrix, "PAGE", page)
+    cells = dict.fromkeys(PROTECTIONS, "runs") | {"pkvm": "a | b: no such thing"}
+    matrix.write(matrix.table({"own": matrix.Row("7.3.4", cells)}))
+    assert page.read_text().startswith(f"before\n{matrix.BEGIN}| host |")
+    assert "| runs | runs | no: 1 |" in page.read_text()
+    assert page.read_text().endswith(f"{matrix.END}after\n")
+    assert matrix.written() == {matrix.title("own"): cells}
+
+
+def test_a_host_or_one_of_its_cells_is_named() -> None:
+    assert matrix.wanted(["own", "nvhe/pkvm", "nvhe/none"]) == {"own": list(PROTECTIONS), "nvhe": ["pkvm", "none"]}
+    assert list(matrix.wanted([])) == list(matrix.HOSTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nvme"], "no host 'nvme'; did you mean nvhe?"),
+        (["own/tdx"], "no protection 'tdx'; none, emulated, pkvm"),
+        (["--write", "own"], "--write is for the whole table"),
+    ],
+)
+def test_a_wrong_name_is_refused_with_the_right_ones(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        matrix.main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err

@@ -85,7 +85,8 @@ def _cannot_open(path: str, error: OSError) -> HostError:
     if error.errno in (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV):
         return HostError(
             f"this host has no KVM ({path}: {error.strerror})",
-            hint=f"load KVM (x86: `modprobe kvm_intel` or `kvm_amd`; arm64: boot at EL2, and `dmesg | grep kvm`), {_LAB}",
+            hint="load KVM (x86: `modprobe kvm_intel` or `kvm_amd`; arm64: boot at EL2, and `dmesg | grep kvm`), "
+            f"{_LAB}",
         )
     if error.errno in (_errno.EACCES, _errno.EPERM):
         return HostError(

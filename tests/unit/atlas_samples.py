@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from pyvmm.atlas.model import Atlas, Result
@@ -265,7 +265,7 @@ def nasty() -> Atlas:
     return Atlas(host, tuple(results), {"date": NASTY[0], "x": NASTY[3]})
 
 
-arbitrary = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+arbitrary = settings(max_examples=60)
 """For tests over arbitrary atlases."""
 
 # Each surrogate has a separate text: JSON would turn two adjacent surrogates into one character.

@@ -8,6 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pyvmm import log
 from pyvmm._native import lib
@@ -19,6 +20,10 @@ from tests.virtqueue_rig import SIZE, Guest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+# Hypothesis judges what a test does, not how fast this machine does it.
+settings.register_profile("pyvmm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pyvmm")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -110,7 +110,7 @@ def test_a_bad_kernel_is_refused_with_the_reason(data: bytes, why: str) -> None:
     assert caught.value.exit_status == 2
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_elf_is_loaded_or_refused_with_a_clear_error(data: st.DataObject) -> None:
     bad = bytearray(elf())
@@ -125,7 +125,7 @@ def test_a_damaged_elf_is_loaded_or_refused_with_a_clear_error(data: st.DataObje
     assert all((part.data.size or 0) <= part.size for part in image.segments)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.binary(max_size=200), st.sampled_from([b"", b"MZ\0\0zimg", b"\x1f\x8b\x08", b"\x7fELF", bytes(56) + b"ARM\x64"])
 )

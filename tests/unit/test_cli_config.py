@@ -249,7 +249,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(OPTIONS, st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3), st.booleans())
 def test_the_printed_configuration_reads_back_as_the_same_options(
     options: dict[str, str], params: list[str], prefault: bool

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.debug.packets import PACKET_SIZE, Decoder, Event, Token, escape, frame, unescape
@@ -14,7 +14,6 @@ def decode(*parts: bytes) -> list[Event]:
     return [event for part in parts for event in decoder.feed(part)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=5), st.data())
 def test_packets_get_through_however_the_stream_is_split(payloads: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(frame(escape(payload)) for payload in payloads)
@@ -23,7 +22,6 @@ def test_packets_get_through_however_the_stream_is_split(payloads: list[bytes], 
     assert decode(*(bytes([byte]) for byte in stream)) == payloads
 
 
-@settings(deadline=None)
 @given(st.binary())
 def test_unescape_reverses_escape_and_escaped_data_cannot_end_a_packet(data: bytes) -> None:
     escaped = escape(data)
@@ -31,7 +29,6 @@ def test_unescape_reverses_escape_and_escaped_data_cannot_end_a_packet(data: byt
     assert unescape(escaped) == data
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=200)))
 def test_no_stream_raises_and_the_next_packet_is_found(parts: list[bytes]) -> None:
     decoder = Decoder()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.debug.breakpoints import Kind
@@ -258,7 +258,6 @@ REQUESTS = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(REQUESTS, st.one_of(st.binary(max_size=40), st.text("0123456789abcdef,:;=-", max_size=40))),

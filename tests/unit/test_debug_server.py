@@ -255,7 +255,7 @@ def test_a_waiting_debugger_hears_how_the_run_ended(ending: Ending, told: bytes)
         assert take(debugger, 100) == frame(told)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.one_of(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.debug.stage1 import Regime, Untranslated, translate
@@ -67,7 +67,6 @@ def test_addresses_are_physical_with_the_mmu_off() -> None:
 
 @pytest.mark.parametrize(("granule", "bits"), [(12, 39), (12, 48), (12, 25), (14, 47), (14, 36), (16, 48), (16, 42)])
 @pytest.mark.parametrize("upper", [False, True])
-@settings(deadline=None)
 @given(data=st.data())
 def test_every_granule_maps_pages_in_both_halves(granule: int, bits: int, upper: bool, data: st.DataObject) -> None:
     tables = Tables(granule, bits)
@@ -127,7 +126,6 @@ def test_a_disabled_half_maps_nothing() -> None:
         tables.go(0xFFFF_FFFF_FFFF_0000)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**64 - 1), *[st.integers(0, 2**64 - 1)] * 3, st.integers(0, 2**64 - 1))
 def test_the_walk_ends_whatever_the_guests_registers_and_tables(
     va: int, tcr: int, ttbr0: int, ttbr1: int, entry: int

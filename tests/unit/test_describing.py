@@ -63,7 +63,7 @@ def example(**changes: Any) -> bytes:
     return machine_tree(**(parts | changes)).to_bytes()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(at=st.integers(0), byte=st.integers(0, 255))
 def test_the_reader_fails_cleanly_on_a_tree_with_any_changed_byte(at: int, byte: int) -> None:
     data = bytearray(example())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.errors import UsageError
@@ -47,7 +47,7 @@ reservations = st.lists(st.tuples(st.integers(0, 2**63), st.integers(1, 2**62)),
 
 
 @needs_dtc
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(children=st.lists(nodes, max_size=4, unique_by=lambda node: node.name), reserved=reservations)
 def test_dtc_reads_back_every_tree(children: list[Node], reserved: list[tuple[int, int]]) -> None:
     data = Tree(Node("", {"a": 1}, children), reserved).to_bytes()
@@ -56,7 +56,7 @@ def test_dtc_reads_back_every_tree(children: list[Node], reserved: list[tuple[in
     assert read(again.stdout) == read(data)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(children=st.lists(nodes, max_size=4, unique_by=lambda node: node.name))
 def test_every_tree_is_parsed_back_as_written(children: list[Node]) -> None:
     data = Tree(Node("", {"a": 1}, children)).to_bytes()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.cli import main
@@ -138,7 +138,6 @@ VALUE = st.recursive(SCALAR, lambda values: array(values) | table(values), max_l
 KEY = st.sampled_from(["a", '"b.c"', "'d = ['", "e.f", 'g."h i"', "e . k"])
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["", "[t]\n", "[[t]]\n", "# c\n"]), KEY, VALUE), max_size=5))
 def test_statements_are_those_of_tomllib(pieces: list[tuple[str, str, str]]) -> None:
     text = "".join(f"{head}k{n}.{key} = {value}\n" for n, (head, key, value) in enumerate(pieces))

@@ -199,7 +199,7 @@ def test_a_hole_punched_in_moved_pages_reaches_the_file_they_are_in() -> None:
         assert memory.ledger.state(page(4)) is PageState.HOLE
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, PAGES - 1), st.booleans()), max_size=24))
 def test_any_sequence_of_conversions_keeps_every_page_and_its_side(orders: list[tuple[int, bool]]) -> None:
     vm, memory, slot = emulated()

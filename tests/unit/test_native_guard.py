@@ -73,7 +73,7 @@ def memory(request: pytest.FixtureRequest) -> Iterator[Memory]:
 
 
 @pytest.mark.parametrize("how", ["SIGSEGV", "SIGBUS"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     before=st.integers(0, 300), n=st.integers(0, 400), shift=st.integers(0, 7), seed=st.binary(min_size=8, max_size=8)
 )

@@ -61,7 +61,7 @@ def take(rig: Rig, fifo: Any, n: int) -> bytes:
     return bytes(to)[:0] if not (got := rig.lib.pv_fifo_read(fifo, to, n)) else bytes(to)[:got]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.lists(st.one_of(st.binary(max_size=12), st.integers(0, 12)), max_size=30),
     start=st.integers(0, 2**32 - 1),

@@ -125,7 +125,7 @@ RECORDS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RECORDS, st.lists(st.integers(0, 3000), max_size=5))
 def test_slices_nest_whatever_was_recorded(records: list[Any], faults: list[int]) -> None:
     told = SimpleNamespace(
@@ -270,7 +270,6 @@ NOTES = st.dictionaries(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.integers(0, (1 << 64) - 1), st.text(min_size=1, max_size=300), NOTES, st.integers(1, (1 << 64) - 1))
 def test_perfettos_own_classes_read_the_trace(ns: int, name: str, notes: dict[str, Any], flow: int) -> None:
     from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as proto  # type: ignore[import-untyped]  # no stubs

@@ -349,7 +349,7 @@ requests = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(requests, min_size=1, max_size=8), st.booleans(), st.booleans())
 def test_any_request_has_the_same_effect_as_on_a_simple_disk(
     given_: list[Any], bounce: bool, all_at_once: bool

@@ -376,7 +376,7 @@ class Anything(RuleBasedStateMachine):
         log.configure(0)
 
 
-Anything.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+Anything.TestCase.settings = settings(max_examples=40, stateful_step_count=40)
 TestAnything = Anything.TestCase
 
 
@@ -433,4 +433,4 @@ class AnythingToDevice(Anything):
 @pytest.mark.parametrize("kind", HOSTS)
 def test_the_device_survives_whatever_its_driver_does(kind: str) -> None:
     machine = type("AnythingTo" + kind.capitalize(), (AnythingToDevice,), {"kind": kind})
-    run_state_machine_as_test(machine, settings=settings(max_examples=20, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=20, stateful_step_count=40))

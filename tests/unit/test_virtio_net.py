@@ -493,7 +493,7 @@ def well_ordered(chain: list[tuple[int, int, bool]]) -> list[tuple[int, int, boo
     return sorted(chain, key=lambda segment: segment[2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sent=st.lists(st.lists(SEGMENT, min_size=1, max_size=4).map(well_ordered), max_size=12),
     room=st.lists(st.lists(ROOM, min_size=1, max_size=3).map(well_ordered), max_size=12),

@@ -145,7 +145,7 @@ def one() -> Iterator[tuple[Driver, socket.socket]]:
         yield made
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     flags=st.integers(0, 255),
     kind=st.one_of(st.integers(0, 255), st.sampled_from([TCPV4, TCPV6, TCPV4 | ECN])),

@@ -54,7 +54,7 @@ def segments_of(random: Random, most: int) -> list[Segment]:
     return [(DATA + 64 * i, random.randrange(1, 64), i >= readable) for i in range(count)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 1 << 32))
 def test_a_correct_driver_gets_every_request_back_once_and_both_wake_each_other(guest: Guest, seed: int) -> None:
     random = Random(seed)
@@ -142,7 +142,7 @@ def descriptor(random: Random, size: int, packed: bool) -> bytes:
     return struct.pack("<QIHH", gpa, length, flags, other)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(seed=st.integers(0, 1 << 32))
 def test_the_loop_and_its_twin_see_the_same_in_any_rings(guest: Guest, seed: int) -> None:
     random = Random(seed)

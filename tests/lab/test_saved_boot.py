@@ -32,13 +32,19 @@ def image() -> Image:
     return build_image()
 
 
-@pytest.fixture(scope="module")
-def boot(image: Image) -> Path:
-    """Save a boot; give its directory."""
-    made = saved.find_or_save(find_qemu(), image, OPTIONS)
-    assert made is not None
+def save(image: Image, options: LabOptions) -> Path:
+    """Save a boot, once no other lab of this machine saves one; return its directory."""
+    end = time.monotonic() + 600
+    while (made := saved.find_or_save(find_qemu(), image, options)) is None:
+        assert time.monotonic() < end
+        time.sleep(1)
     made.close()
     return made.directory
+
+
+@pytest.fixture(scope="module")
+def boot(image: Image) -> Path:
+    return save(image, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -175,21 +181,19 @@ def test_the_lab_drops_an_unusable_saved_boot_and_boots(
     harm: str, image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = LabOptions(memory=768, boot_timeout=300.0)
-    made = saved.find_or_save(find_qemu(), image, options)
-    assert made is not None
-    made.close()
-    state = made.directory / "state"
+    directory = save(image, options)
+    state = directory / "state"
     match harm:
         case "state cut off":
             os.truncate(state, state.stat().st_size // 2)
         case _:
-            os.truncate(made.directory / "ram", 0)
-            os.truncate(made.directory / "ram", options.memory << 20)
+            os.truncate(directory / "ram", 0)
+            os.truncate(directory / "ram", options.memory << 20)
     monkeypatch.setattr("pyvmm.lab.lab.RESTORE_SECONDS", 15.0)
     with Lab(options, image=image, bare=True) as lab:
         assert "-incoming" not in lab.command
         assert lab.capture(["true"]).status == 0
-    assert not made.directory.exists()
+    assert not directory.exists()
 
 
 def test_a_lab_boots_when_the_saved_boot_has_too_few_devices_for_its_directories(image: Image, tmp_path: Path) -> None:

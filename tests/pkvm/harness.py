@@ -16,7 +16,7 @@ from pyvmm.protection import Protection
 from pyvmm.vcpu.counters import Counters
 from pyvmm.vcpu.outcome import Outcome
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 ALL = (Protection.NONE, Protection.EMULATED, Protection.PKVM)
 
 

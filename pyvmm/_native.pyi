@@ -388,9 +388,22 @@ class pv_queue(Struct):
 
 @type_check_only
 @final
+class pv_bucket(Struct):
+    rate: int
+    full_at: int
+
+@type_check_only
+@final
+class pv_limit(Struct):
+    bytes: pv_bucket
+    ops: pv_bucket
+
+@type_check_only
+@final
 class pv_blk(Struct):
     queue: _To[pv_queue]
     chain: _To[pv_chain]
+    limit: _To[pv_limit]
     bounce: Pointer[int]
     bounce_size: int
     file: int
@@ -432,6 +445,8 @@ class pv_net(Struct):
     longest: int
     error: int
     chain: _To[pv_chain]
+    send_limit: _To[pv_limit]
+    receive_limit: _To[pv_limit]
     work: CData
     sent: pv_net_traffic
     received: pv_net_traffic
@@ -529,6 +544,14 @@ class _Ffi:
     @overload
     def new(self, cdecl: Literal["struct pv_queue[]"], init: object = ...) -> Array[pv_queue]: ...
     @overload
+    def new(self, cdecl: Literal["struct pv_bucket *"], init: object = ...) -> pv_bucket: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_bucket[]"], init: object = ...) -> Array[pv_bucket]: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_limit *"], init: object = ...) -> pv_limit: ...
+    @overload
+    def new(self, cdecl: Literal["struct pv_limit[]"], init: object = ...) -> Array[pv_limit]: ...
+    @overload
     def new(self, cdecl: Literal["struct pv_blk *"], init: object = ...) -> pv_blk: ...
     @overload
     def new(self, cdecl: Literal["struct pv_blk[]"], init: object = ...) -> Array[pv_blk]: ...
@@ -598,6 +621,10 @@ class _Ffi:
     def cast(self, cdecl: Literal["struct pv_chain *"], value: object) -> pv_chain: ...
     @overload
     def cast(self, cdecl: Literal["struct pv_queue *"], value: object) -> pv_queue: ...
+    @overload
+    def cast(self, cdecl: Literal["struct pv_bucket *"], value: object) -> pv_bucket: ...
+    @overload
+    def cast(self, cdecl: Literal["struct pv_limit *"], value: object) -> pv_limit: ...
     @overload
     def cast(self, cdecl: Literal["struct pv_blk *"], value: object) -> pv_blk: ...
     @overload
@@ -835,6 +862,8 @@ class _Lib:
         self, queue: _Ref[pv_queue], chain: _Ref[pv_chain], offset: int, source: bytes | CData, n: int, /
     ) -> int: ...
     def pv_interrupt(self, interrupt: _Ref[pv_interrupt], bits: int, /) -> None: ...
+    def pv_limit_wait(self, limit: _Ref[pv_limit], /) -> int: ...
+    def pv_limit_take(self, limit: _Ref[pv_limit], bytes: int, ops: int, /) -> None: ...
     def pv_blk_serve(self, blk: _Ref[pv_blk], /) -> int: ...
     def pv_blk_answer(self, blk: _Ref[pv_blk], status: int, /) -> int: ...
     def pv_net_room(self) -> int: ...

@@ -146,6 +146,12 @@ int pv_blk_answer(struct pv_blk *blk, uint32_t status)
     return result;
 }
 
+static void take(struct pv_blk *blk, uint64_t bytes, uint64_t ops)
+{
+    if (blk->limit)
+        pv_limit_take(blk->limit, bytes, ops);
+}
+
 static uint32_t data_request(struct pv_blk *blk)
 {
     bool in = blk->type == BLK_T_IN;
@@ -157,6 +163,7 @@ static uint32_t data_request(struct pv_blk *blk)
     }
     if (!in && blk->flags & PV_BLK_THROUGH)
         interrupt_before_long(blk);
+    take(blk, size, 0);
     blk->error = transfer(blk, size, &done);
     add(in ? &blk->bytes_read : &blk->bytes_written, done);
     blk->untold_bytes += done;
@@ -184,6 +191,7 @@ static uint32_t serve(struct pv_blk *blk)
     blk->open = 1;
     blk->error = 0;
     blk->data = 0;
+    take(blk, 0, 1);
     if (!blk->chain->out_bytes ||
         pv_chain_read(blk->queue, blk->chain, 0, &header, sizeof(header)) != sizeof(header)) {
         answer(blk, BLK_S_IOERR, 0);
@@ -217,14 +225,27 @@ static void sleep_until_kicked(struct pv_blk *blk)
         pv_queue_take(blk->queue);
 }
 
+/* Until the limit allows the next request, or until a stop. */
+static void sleep_for(struct pv_blk *blk, uint64_t ns)
+{
+    struct pollfd watched = {.fd = blk->stop_fd, .events = POLLIN};
+    struct timespec time = pv_timespec(ns);
+
+    interrupt_before_long(blk);
+    ppoll(&watched, 1, &time, NULL);
+}
+
 uint32_t pv_blk_serve(struct pv_blk *blk)
 {
     uint32_t stop = PV_BLK_NONE;
 
     while (stop == PV_BLK_NONE) {
+        uint64_t wait;
         int found;
         if (load_acquire(&blk->queue->stop)) {
             stop = PV_BLK_STOPPED;
+        } else if (blk->limit && (wait = pv_limit_wait(blk->limit))) {
+            sleep_for(blk, wait);
         } else if ((found = pv_queue_pop(blk->queue, blk->chain)) > 0) {
             stop = serve(blk);
             if (blk->untold >= BATCH || blk->untold_bytes >= BATCH_BYTES)

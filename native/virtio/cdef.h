@@ -96,6 +96,23 @@ uint64_t pv_chain_write(struct pv_queue *queue, const struct pv_chain *chain, ui
 /* Sets bits of the status, and signals unless all of them were already pending. Any thread. */
 void pv_interrupt(struct pv_interrupt *interrupt, uint32_t bits);
 
+/* ---- limits --------------------------------------------------------------------------------------------------- */
+
+/* A token bucket with room for a second's tokens. A request is served while there is any, and may overdraw it: the next
+   one waits until that is paid back. So over time no more than `rate` a second are taken. */
+struct pv_bucket {
+    uint64_t rate;         /* tokens a second; 0: no limit */
+    uint64_t full_at;      /* atomic; ns of CLOCK_MONOTONIC */
+};
+/* One direction of a device. Any threads. */
+struct pv_limit {
+    struct pv_bucket bytes, ops;
+};
+/* Returns the ns until the next request may be served, 0: now. */
+uint64_t pv_limit_wait(const struct pv_limit *limit);
+/* Takes the tokens of requests, up to 2^32 bytes. */
+void pv_limit_take(struct pv_limit *limit, uint64_t bytes, uint64_t ops);
+
 /* ---- virtio-blk ----------------------------------------------------------------------------------------------- */
 
 enum pv_blk_limit { PV_BLK_SEGMENTS = 512 /* the most of a chain, and so the most entries of a queue */ };
@@ -117,6 +134,7 @@ enum pv_blk_stop {
 struct pv_blk {
     struct pv_queue *queue;
     struct pv_chain *chain;  /* the current request; room for at most PV_BLK_SEGMENTS */
+    struct pv_limit *limit;  /* of all queues of the disk, or NULL */
     uint8_t *bounce;         /* not NULL: data goes through here, as the file's I/O might pin pages */
     uint64_t bounce_size;    /* bytes, whole sectors */
     int32_t file;
@@ -172,6 +190,7 @@ struct pv_net {
     uint32_t longest;              /* bytes of a tap's longest frame, header included */
     int32_t error;
     struct pv_chain *chain;        /* with room for what either queue may hold */
+    struct pv_limit *send_limit, *receive_limit;   /* or NULL */
     void *work;                    /* pv_net_room() bytes, zeros at first; C's own, and kept from call to call */
     struct pv_net_traffic sent, received;   /* by the guest */
 };

@@ -135,15 +135,19 @@ static enum net_moved send_frame(struct pv_net *net)
     }
 }
 
+static uint64_t wait_for(const struct pv_limit *limit) { return limit ? pv_limit_wait(limit) : 0; }
+
 /* NET_IDLE: the guest has nothing more to send, and will kick when it has. */
 static enum net_moved send_batch(struct pv_net *net)
 {
     enum net_moved moved = NET_MOVED;
     bool pushed = false;
 
-    for (uint32_t i = 0; i < BATCH && moved == NET_MOVED && !rest_left(net->work); i++) {
+    for (uint32_t i = 0; i < BATCH && moved == NET_MOVED && !rest_left(net->work) && !wait_for(net->send_limit); i++) {
         int popped = pv_queue_pop(net->tx, net->chain);
         if (popped > 0) {
+            if (net->send_limit)
+                pv_limit_take(net->send_limit, net->chain->in_bytes, 1);
             moved = send_frame(net);
             pushed = true;
             if (pv_queue_push(net->tx, net->chain, 0))
@@ -166,8 +170,12 @@ static enum net_moved receive_batch(struct pv_net *net)
     struct net_work *work = net->work;
     enum net_moved moved = NET_MOVED;
 
-    for (uint32_t i = 0; i < BATCH && moved == NET_MOVED; i++)
+    for (uint32_t i = 0; i < BATCH && moved == NET_MOVED && !wait_for(net->receive_limit); i++) {
+        uint64_t before = net->received.bytes;
         moved = pv_net_receive(net);
+        if (net->receive_limit && moved == NET_MOVED)
+            pv_limit_take(net->receive_limit, net->received.bytes - before, 1);
+    }
     if (work->returned) {
         work->returned = false;
         pv_queue_interrupt(net->rx);
@@ -190,15 +198,21 @@ int pv_net_serve(struct pv_net *net)
     bool sending = net->tx, receiving = net->rx, starved = !net->rx;
 
     for (;;) {
-        short events = (short)((net->rx && !starved && !receiving ? POLLIN : 0) | (rest_left(work) ? POLLOUT : 0));
+        uint64_t send_wait = sending ? wait_for(net->send_limit) : 0;
+        uint64_t receive_wait = starved ? 0 : wait_for(net->receive_limit);
+        bool asks = !starved && !receiving && !receive_wait;
+        short events = (short)((asks ? POLLIN : 0) | (rest_left(work) ? POLLOUT : 0));
         struct pollfd watched[WATCHED] = {
             [STOP] = {.fd = net->stop_fd, .events = POLLIN},
             [SEND] = {.fd = net->tx ? net->tx->kick : -1, .events = POLLIN},
             [RECEIVE] = {.fd = net->rx ? net->rx->kick : -1, .events = POLLIN},
-            [BACKEND] = {.fd = net->fd, .events = events},
+            /* A backend that hung up would end each wait at once, so it is not looked at in the wait of a limit. */
+            [BACKEND] = {.fd = receive_wait && !events ? -1 : net->fd, .events = events},
         };
-        bool busy = receiving || (sending && !rest_left(work));
-        if (poll(watched, WATCHED, busy ? 0 : -1) < 0 && errno != EINTR) {
+        bool busy = (receiving && !receive_wait) || (sending && !rest_left(work) && !send_wait);
+        uint64_t wait = send_wait && (!receive_wait || send_wait < receive_wait) ? send_wait : receive_wait;
+        struct timespec time = pv_timespec(busy ? 0 : wait);
+        if (ppoll(watched, WATCHED, busy || wait ? &time : NULL, NULL) < 0 && errno != EINTR) {
             net->error = errno;
             return PV_NET_FAILED;
         }
@@ -223,7 +237,7 @@ int pv_net_serve(struct pv_net *net)
             sent = send_batch(net);
             sending = sent != NET_IDLE;
         }
-        if (receiving || (ready && events & POLLIN)) {
+        if ((receiving && !receive_wait) || (ready && events & POLLIN)) {
             received = receive_batch(net);
             receiving = received == NET_MOVED;
             starved = received == NET_WAIT;

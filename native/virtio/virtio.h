@@ -6,8 +6,15 @@
 #include "loop/loop.h"
 
 #include <sys/uio.h>
+#include <time.h>
 
 #include "virtio/cdef.h"
+
+/* For ppoll(). */
+static inline struct timespec pv_timespec(uint64_t ns)
+{
+    return (struct timespec){.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+}
 
 /* virtqueue.c, chain.c. A descriptor as a driver lays it out, virtio 1.2, 2.7.5 and 2.8.13. */
 enum { PV_DESCRIPTOR_BYTES = 16, PV_DESC_NEXT = 1, PV_DESC_WRITE = 2, PV_DESC_INDIRECT = 4 };

@@ -99,7 +99,7 @@ pyvmm _native _native.lib _native_source abi errors interrupt labenv log outlet 
 
 cli cli.common cli.run
 devices devices.base devices.bus devices.echo devices.exit_targets devices.kind devices.mailbox devices.pl011
-devices.pl031 devices.roles devices.share_bell
+devices.pl031 devices.rates devices.roles devices.share_bell
 devices.kinds devices.kinds.balloon devices.kinds.console devices.kinds.disk devices.kinds.net devices.kinds.rng
 devices.kinds.vmgenid devices.kinds.vsock
 guest guest.kernels
@@ -117,8 +117,8 @@ vcpu vcpu.cold vcpu.outcome vcpu.thread
 """Every module of pyvmm that is loaded at the first KVM_RUN of ``pyvmm run payload:hello``."""
 
 DISK_AND_CARD = """
-devices.virtio devices.virtio.blk devices.virtio.device devices.virtio.disk devices.virtio.mmio devices.virtio.net
-devices.virtio.netbackend devices.virtio.queue devices.virtio.registers devices.virtio.registerstate
+devices.virtio devices.virtio.blk devices.virtio.device devices.virtio.disk devices.virtio.limit devices.virtio.mmio
+devices.virtio.net devices.virtio.netbackend devices.virtio.queue devices.virtio.registers devices.virtio.registerstate
 devices.virtio.worker machine.devices machine.kicks uapi.fs uapi.kvm_irq
 """
 """And of a guest with a disk, and a card before a socket, besides; which imports socket."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from pyvmm.devices import rates
 from pyvmm.devices.kind import DeviceKind, DeviceSpec
 from pyvmm.errors import OptionError, UsageError
 from pyvmm.syntax.option import SEVERAL, Option
@@ -28,10 +29,20 @@ BLOCKS: Final = (512, 1024, 2048, 4096)
 class Disk(DeviceSpec):
     """A raw image or a block device at ``path``; ``queues`` are 1 to 16, ``serial`` has 20 bytes at most.
 
-    ``block`` is the bytes of a logical block, 512 to 4096; 0 for the device's own, which of a file are 512.
+    ``block`` is the bytes of a logical block, 512 to 4096; 0 for the device's own, which of a file are 512. ``bytes``
+    and ``ops`` are what it may move and carry out in a second, 0 for any number: see :mod:`pyvmm.devices.virtio.limit`.
     """
 
-    def __init__(self, path: str, read_only: bool = False, queues: int = 1, serial: str = "", block: int = 0) -> None:
+    def __init__(
+        self,
+        path: str,
+        read_only: bool = False,
+        queues: int = 1,
+        serial: str = "",
+        block: int = 0,
+        bytes: int = 0,
+        ops: int = 0,
+    ) -> None:
         """Raise UsageError for invalid values."""
         if not 1 <= queues <= MOST_QUEUES:
             raise OptionError(f"disk {path!r} with {queues} queues: it can have 1 to {MOST_QUEUES}", "disk.queues")
@@ -41,8 +52,9 @@ class Disk(DeviceSpec):
             raise OptionError(
                 f"disk {path!r} with blocks of {block} bytes: they can have {', '.join(map(str, BLOCKS))}", "disk.block"
             )
+        rates.check(f"disk {path!r}", "disk", bytes, ops)
         self.path, self.read_only, self.queues, self.serial = path, read_only, queues, serial
-        self.block = block
+        self.block, self.bytes, self.ops = block, bytes, ops
 
     def check(self, guest: Guest) -> None:
         """Raise UsageError for a file that two of the guest's disks use, one of them writable."""
@@ -72,9 +84,17 @@ class Disk(DeviceSpec):
         """Open the disk, and lock it unless this is only a plan."""
         from pyvmm.devices.virtio.blk import VirtioBlk
         from pyvmm.devices.virtio.disk import DiskFile
+        from pyvmm.devices.virtio.limit import Limit
 
         file = DiskFile(self.path, read_only=self.read_only, lock=not context.planned, block=self.block)
-        return VirtioBlk(file, queues=self.queues, serial=self.serial, private=context.private, pool=context.pool)
+        return VirtioBlk(
+            file,
+            queues=self.queues,
+            serial=self.serial,
+            private=context.private,
+            pool=context.pool,
+            limit=Limit(self.bytes, self.ops),
+        )
 
 
 def _check_serial(path: str, serial: str) -> None:
@@ -96,7 +116,9 @@ def _reaches(text: str) -> str:
 
 
 PARTS = Parts(
-    {"path": str, "ro": None, "queues": parse_count, "serial": str, "block": parse_count}, main="path", check=_check
+    {"path": str, "ro": None, "queues": parse_count, "serial": str, "block": parse_count, **rates.PARTS},
+    main="path",
+    check=_check,
 )
 KIND = DeviceKind(
     Option(
@@ -104,14 +126,20 @@ KIND = DeviceKind(
         "--disk",
         group="devices",
         takes=SEVERAL,
-        metavar="PATH[,ro][,queues=N][,serial=TEXT][,block=BYTES]",
+        metavar=f"PATH[,ro][,queues=N][,serial=TEXT][,block=BYTES]{rates.METAVAR}",
         type=PARTS,
         path=PARTS.absolute("path"),
         reaches=_reaches,
         help="a disk, from a raw image or a block device; may be repeated: the guest's vda, vdb and so on. "
-        "block=4096 gives it logical blocks of that size, as images of such disks need",
+        f"block=4096 gives it logical blocks of that size, as images of such disks need. {rates.HELP}",
     ),
     lambda parts, _around: Disk(
-        parts["path"], parts.get("ro", False), parts.get("queues", 1), parts.get("serial", ""), parts.get("block", 0)
+        parts["path"],
+        parts.get("ro", False),
+        parts.get("queues", 1),
+        parts.get("serial", ""),
+        parts.get("block", 0),
+        parts.get("bytes", 0),
+        parts.get("ops", 0),
     ),
 )

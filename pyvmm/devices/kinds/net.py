@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 
+from pyvmm.devices import rates
 from pyvmm.devices.kind import Around, DeviceKind, DeviceSpec
 from pyvmm.errors import OptionError
 from pyvmm.syntax.option import SEVERAL, Option, about_option
@@ -29,7 +30,8 @@ class Net(DeviceSpec):
     ``tap`` is a tap's name, ``passt`` the program to start, ``socket`` the socket path of a running passt. ``address``
     is the address of the host's end of a tap, ``10.0.0.1/24``. ``forwards`` are TCP ports that passt forwards to the
     guest, as (host, guest). With ``loopback`` passt lets the guest reach services on the host's 127.0.0.1. ``mac`` is
-    the card's; if it is empty, it is made from the host's and the tap's name.
+    the card's; if it is empty, it is made from the host's and the tap's name. ``bytes`` and ``ops`` are the bytes and
+    frames that it may move in a second each way, 0 for any number: see :mod:`pyvmm.devices.virtio.limit`.
     """
 
     def __init__(
@@ -41,10 +43,14 @@ class Net(DeviceSpec):
         address: str = "",
         forwards: tuple[tuple[int, int], ...] = (),
         loopback: bool = False,
+        bytes: int = 0,
+        ops: int = 0,
     ) -> None:
         """Raise UsageError for contradicting values."""
         self.tap, self.passt, self.socket, self.mac = tap, passt, socket, mac
         self.address, self.forwards, self.loopback = address, forwards, loopback
+        self.bytes, self.ops = bytes, ops
+        rates.check("a network card", "net", bytes, ops)
         given = [kind for kind in ("tap", "passt", "socket") if getattr(self, kind)]
         if len(given) != 1:
             what = f"{' and '.join(given)} at once" if given else "nothing"
@@ -86,10 +92,12 @@ class Net(DeviceSpec):
 
     def make(self, context: Context) -> VirtioNet:
         """Make the card, and its backend unless this is only a plan."""
+        from pyvmm.devices.virtio.limit import Limit
         from pyvmm.devices.virtio.net import VirtioNet
 
         mac = parse_mac(self.mac) if self.mac else None
-        return VirtioNet(_planned() if context.planned else self._backend(), mac)
+        backend = _planned() if context.planned else self._backend()
+        return VirtioNet(backend, mac, sends=Limit(self.bytes, self.ops), receives=Limit(self.bytes, self.ops))
 
     def _backend(self) -> NetBackend:
         if self.tap:
@@ -152,6 +160,8 @@ def _spec(parts: dict[str, Any], around: Around) -> Net:
         address=parts.get("host", ""),
         forwards=parts.get("fwd", ()),
         loopback=parts.get("loopback", False),
+        bytes=parts.get("bytes", 0),
+        ops=parts.get("ops", 0),
     )
 
 
@@ -170,7 +180,16 @@ def _longest() -> int:
 
 
 PARTS = Parts(
-    {"tap": str, "passt": None, "socket": str, "mac": str, "host": str, "fwd": parse_forwards, "loopback": None},
+    {
+        "tap": str,
+        "passt": None,
+        "socket": str,
+        "mac": str,
+        "host": str,
+        "fwd": parse_forwards,
+        "loopback": None,
+        **rates.PARTS,
+    },
     check=_check,
 )
 KIND = DeviceKind(
@@ -184,8 +203,8 @@ KIND = DeviceKind(
         reaches=_reaches,
         help="a network card, connected to a tap, which is made if it is missing; or to passt, which is started "
         "without privileges; or to a passt that runs. Forwarded TCP ports are opened on all of the host's "
-        "addresses; loopback lets the guest reach the host's 127.0.0.1 at its gateway's address. Each accepts mac=MAC. "
-        "May be repeated",
+        "addresses; loopback lets the guest reach the host's 127.0.0.1 at its gateway's address. Each accepts mac=MAC, "
+        f"bytes=SIZE and ops=N. {rates.HELP}, each way. May be repeated",
     ),
     _spec,
 )

@@ -18,6 +18,7 @@ from enum import IntEnum, IntFlag
 
 from pyvmm._native import ffi, lib
 from pyvmm.devices.virtio.disk import SECTOR, SERIAL_SIZE, DiskFile
+from pyvmm.devices.virtio.limit import Limit
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.worker import WorkerDevice
 from pyvmm.errors import UsageError
@@ -87,17 +88,25 @@ class VirtioBlk(WorkerDevice):
     """A disk with 1 to 16 ``queues``. Closing it closes ``disk``.
 
     ``serial`` is its name in the guest's /dev/disk/by-id. ``private``: guest memory can be private. ``pool`` is the
-    size of the guest's DMA pool in bytes, whole MiB, 0 for none.
+    size of the guest's DMA pool in bytes, whole MiB, 0 for none. ``limit`` is what it may move, all queues together.
     """
 
     device_id = 2
     name = "blk"
 
     def __init__(
-        self, disk: DiskFile, *, queues: int = 1, serial: str = "", private: bool = False, pool: int = 0
+        self,
+        disk: DiskFile,
+        *,
+        queues: int = 1,
+        serial: str = "",
+        private: bool = False,
+        pool: int = 0,
+        limit: Limit | None = None,
     ) -> None:
         super().__init__()
         self.disk = disk
+        self.limit = limit or Limit()
         self.serial = serial.encode()
         self.queue_sizes = (QUEUE_SIZE,) * queues
         self.bounce = private and not disk.copies
@@ -255,6 +264,7 @@ class VirtioBlk(WorkerDevice):
             if not count:
                 continue
             if zero:
+                self.limit.take(count * SECTOR)  # a medium may have to write them
                 self.disk.write_zeroes(first * SECTOR, count * SECTOR, unmap=bool(flags & _UNMAP))
             else:
                 self.disk.discard(first * SECTOR, count * SECTOR)
@@ -300,6 +310,7 @@ class _Server:
             {
                 "queue": queue.native,
                 "chain": self.chain.native,
+                "limit": device.limit.native,
                 "file": device.disk.fd,
                 "stop_fd": self.worker.stop_fd,
                 "flags": device.flags,

@@ -16,6 +16,7 @@ import os
 import struct
 
 from pyvmm._native import ffi, lib
+from pyvmm.devices.virtio.limit import Limit
 from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
 from pyvmm.devices.virtio.queue import QueueBroken
 from pyvmm.devices.virtio.worker import WorkerDevice
@@ -59,14 +60,25 @@ def default_mac(name: str) -> bytes:
 
 
 class VirtioNet(WorkerDevice):
-    """A card with the address ``mac``, by default derived from names. It closes ``backend``."""
+    """A card with the address ``mac``, by default derived from names. It closes ``backend``.
+
+    ``sends`` and ``receives`` are what its guest may move each way.
+    """
 
     device_id = 1
     name = "net"
     queue_sizes = (256, 256)
 
-    def __init__(self, backend: NetBackend, mac: bytes | None = None) -> None:
+    def __init__(
+        self,
+        backend: NetBackend,
+        mac: bytes | None = None,
+        *,
+        sends: Limit | None = None,
+        receives: Limit | None = None,
+    ) -> None:
         super().__init__()
+        self._limits = sends or Limit(), receives or Limit()
         self.backend = backend
         self._own_mac = mac
         self.mac = mac or default_mac(f"{backend.name}/{self.label}")
@@ -76,6 +88,7 @@ class VirtioNet(WorkerDevice):
         self._keep: list[CData] = [ffi.new("uint8_t[]", lib.pv_net_room())]
         self.native = ffi.new("struct pv_net *")
         self.native.work = self._keep[0]
+        self.native.send_limit, self.native.receive_limit = (each.native for each in self._limits)
         self.native.fd, self.native.backend = backend.fd, backend.kind
         self._queues: Sequence[Queue] = ()
         self._worker = self.new_worker(self._serve)

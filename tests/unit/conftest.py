@@ -26,11 +26,6 @@ settings.register_profile("pyvmm", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("pyvmm")
 
 
-# How long an example takes is the machine's affair: a busy one may need a hundred times as long.
-settings.register_profile("patient", settings.default, deadline=None, suppress_health_check=(HealthCheck.too_slow,))
-settings.load_profile("patient")
-
-
 def pytest_itemcollected(item: pytest.Item) -> None:
     # The fork of a process with threads may hang. Python says so from 3.12 on.
     item.add_marker(pytest.mark.filterwarnings("error:This process .* is multi-threaded:DeprecationWarning"))

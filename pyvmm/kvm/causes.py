@@ -137,7 +137,8 @@ CAUSES = (
     # kvm_gmem_create
     Cause(_GMEM, _errno.EINVAL, f"the size must be a multiple of {_HOST_PAGE} bytes, and not 0", None,
           lambda v: _int(v, "size") % _HOST_PAGE or not _int(v, "size")),
-    Cause(_GMEM, _errno.EINVAL, "the kernel does not know these flags", "see KVM_CAP_GUEST_MEMFD_FLAGS"),
+    Cause(_GMEM, _errno.EINVAL, "the kernel does not know these flags, or has no guest_memfd",
+          "see KVM_CAP_GUEST_MEMFD and KVM_CAP_GUEST_MEMFD_FLAGS"),
     Cause(_GMEM, _errno.ENOTTY, "this kernel has no guest_memfd", "use a memfd; arm64 has it since Linux 6.18"),
     # kvm_ioctl_create_device, vgic-init.c, vgic-its.c
     Cause("KVM_CREATE_DEVICE", _errno.ENODEV, "this kernel makes no device of this type", "try another type"),

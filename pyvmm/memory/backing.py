@@ -264,9 +264,15 @@ class _GuestMemfdBacking(FileBacking):
         try:
             file = vm.create_guest_memfd(size, flags)
         except KvmError as error:
-            if error.errno != errno.ENOTTY:
+            from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD
+
+            # A kernel without it does not know the call: ENOTTY, or EINVAL on arm64 (kvm_arch_vm_ioctl()).
+            if error.errno not in (errno.ENOTTY, errno.EINVAL) or vm.offers(KVM_CAP_GUEST_MEMFD):
                 raise
-            raise HostError(f"this host's kernel has no guest_memfd ({error.message})", hint=error.hint) from error
+            raise HostError(
+                "this host's kernel has no guest_memfd (KVM_CAP_GUEST_MEMFD is 0)",
+                hint="use a memfd; arm64 has guest_memfd since Linux 6.18",
+            ) from error
         try:
             super().__init__(file.fileno(), size)
         except BaseException:

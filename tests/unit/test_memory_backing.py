@@ -21,6 +21,7 @@ from pyvmm.memory import mman
 from pyvmm.memory.address import MIB
 from pyvmm.memory.backing import Anonymous, Memfd, PrivateGuestMemfd, SharedGuestMemfd
 from pyvmm.pages import HOST_PAGE, HUGE_SIZE
+from pyvmm.uapi.kvm_cap import KVM_CAP_GUEST_MEMFD
 from pyvmm.uapi.memfd import F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK
 from pyvmm.uapi.mman import MADV_HUGEPAGE
 
@@ -272,14 +273,27 @@ def test_anonymous_memory_has_no_second_view() -> None:
         memory.load(0, b"x")
 
 
+class RefusingVm:
+    def __init__(self, code: int, *, has_guest_memfd: bool) -> None:
+        self.code, self.has_guest_memfd = code, has_guest_memfd
+
+    def offers(self, cap: int) -> int:
+        return int(self.has_guest_memfd and cap == KVM_CAP_GUEST_MEMFD)
+
+    def create_guest_memfd(self, size: int, flags: int) -> NoReturn:
+        raise KvmError("KVM_CREATE_GUEST_MEMFD", f"size={size:#x}, flags={flags:#x}", self.code)
+
+
+@pytest.mark.parametrize("code", [errno.ENOTTY, errno.EINVAL])
 @pytest.mark.parametrize("backing", [PrivateGuestMemfd, SharedGuestMemfd])
 def test_a_kernel_without_guest_memfd_is_a_host_that_cannot(
-    backing: type[PrivateGuestMemfd | SharedGuestMemfd],
+    backing: type[PrivateGuestMemfd | SharedGuestMemfd], code: int
 ) -> None:
-    class OldVm:
-        def create_guest_memfd(self, size: int, flags: int) -> NoReturn:
-            raise KvmError("KVM_CREATE_GUEST_MEMFD", f"size={size:#x}, flags={flags:#x}", errno.ENOTTY)
-
     with pytest.raises(HostError, match="this host's kernel has no guest_memfd") as caught:
-        backing(OldVm(), HOST_PAGE)  # type: ignore[arg-type]
+        backing(RefusingVm(code, has_guest_memfd=False), HOST_PAGE)  # type: ignore[arg-type]
     assert caught.value.exit_status == 5
+
+
+def test_what_a_kernel_with_guest_memfd_refuses_is_told_as_it_is() -> None:
+    with pytest.raises(KvmError, match="EINVAL"):
+        PrivateGuestMemfd(RefusingVm(errno.EINVAL, has_guest_memfd=True), HOST_PAGE)  # type: ignore[arg-type]

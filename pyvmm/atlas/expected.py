@@ -2,15 +2,17 @@
 """The expected verdicts of claims on known kernels. Reports compare results with them.
 
 ``expected.toml`` has a table for each kernel series and mode of KVM. A claim's entry is one verdict for all places, or
-places by verdict. They do not influence verdicts. Unknown kernels have no expected verdicts.
+places by verdict. A table that is ``like`` another one has only what differs. Where its host ``lacks`` a protection or
+a backing, nothing can be told. Expected verdicts do not influence verdicts. Unknown kernels have none.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pyvmm.atlas.claim import Claim
 from pyvmm.atlas.model import Result
@@ -29,10 +31,16 @@ def table_name(host: Mapping[str, Value]) -> str:
 
 def expected(host: Mapping[str, Value], claims: Iterable[Claim]) -> dict[Key, Verdict]:
     """Return the expected verdict of each (claim id, protection, backing) on ``host``; empty for an unknown host."""
-    entries = tomllib.loads(FILE.read_text()).get(table_name(host), {})
-    found: dict[Key, Verdict] = {}
+    return _verdicts(tomllib.loads(FILE.read_text()), table_name(host), list(claims))
+
+
+def _verdicts(tables: Mapping[str, Any], name: str, claims: Sequence[Claim]) -> dict[Key, Verdict]:
+    table = tables.get(name, {})
+    found = _verdicts(tables, table["like"], claims) if "like" in table else {}
+    lacks = set(table.get("lacks", ()))
+    found = {key: Verdict.UNTOLD if lacks.intersection(key[1:]) else verdict for key, verdict in found.items()}
     for claim in claims:
-        entry = entries.get(claim.id)
+        entry = table.get(claim.id)
         if isinstance(entry, str):
             found |= {(claim.id, p.protection.value, p.backing): Verdict(entry) for p in claim.places}
         elif entry is not None:

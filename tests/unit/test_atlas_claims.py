@@ -108,7 +108,8 @@ TABLES = tomllib.loads(expected.FILE.read_text())
 @pytest.mark.parametrize("name", TABLES)
 def test_every_expectation_is_for_an_existing_claim_and_place(name: str) -> None:
     kernel, _, mode = name.partition(" ")
-    assert set(TABLES[name]) <= set(IDS)
+    assert set(TABLES[name]) - {"like", "lacks"} <= set(IDS)
+    assert TABLES[name].get("like", name) in TABLES
     verdicts = expected.expected({"kernel": f"{kernel}.1", "mode": mode}, CLAIMS)
     assert set(verdicts) <= {(c.id, p.protection.value, p.backing) for c in CLAIMS for p in c.places}
     assert Verdict.CRASHED not in verdicts.values()
@@ -117,6 +118,15 @@ def test_every_expectation_is_for_an_existing_claim_and_place(name: str) -> None
 def test_the_newest_known_kernel_has_an_expectation_for_every_claim_everywhere() -> None:
     verdicts = expected.expected({"kernel": "7.3.4+deb13-arm64", "mode": "protected"}, CLAIMS)
     assert set(verdicts) == {(c.id, p.protection.value, p.backing) for c in CLAIMS for p in c.places}
+
+
+def test_a_table_has_what_differs_from_the_one_that_it_is_like() -> None:
+    with_pkvm = expected.expected({"kernel": "7.3", "mode": "protected"}, CLAIMS)
+    without = expected.expected({"kernel": "7.3", "mode": "nvhe"}, CLAIMS)
+    assert set(without) == set(with_pkvm)
+    assert {verdict for key, verdict in without.items() if key[1] == "pkvm"} == {Verdict.UNTOLD}
+    differ = {key for key, verdict in without.items() if key[1] != "pkvm" and verdict is not with_pkvm[key]}
+    assert differ == {("teardown/a-host-runs-255-vms", "none", "memfd")}
 
 
 def test_an_unknown_kernel_has_no_expectations() -> None:

@@ -301,10 +301,11 @@ def _settle(x: Experiment) -> None:
 
 
 def _swapped(x: Experiment, gpa: int, count: int) -> int:
-    """Page out a range, and return the increase of used swap."""
-    before = inspect.swap_used()
-    madvise(x.memory.hva(gpa), count * HOST_PAGE, MADV_PAGEOUT)
-    return (inspect.swap_used() - before) // HOST_PAGE
+    """Page out a range, and return how many pages more of its mapping are in swap."""
+    hva = x.memory.hva(gpa)
+    before = inspect.swapped(hva)
+    madvise(hva, count * HOST_PAGE, MADV_PAGEOUT)
+    return (inspect.swapped(hva) - before) // HOST_PAGE
 
 
 def _wait_for_scans(rounds: int) -> bool:

@@ -220,7 +220,7 @@ static void sleep_until_kicked(struct pv_blk *blk)
 {
     struct pollfd watched[] = {{.fd = blk->queue->kick, .events = POLLIN}, {.fd = blk->stop_fd, .events = POLLIN}};
 
-    poll(watched, 2, -1);
+    ppoll(watched, 2, NULL, NULL);
     if (watched[0].revents)
         pv_queue_take(blk->queue);
 }

@@ -5,6 +5,8 @@
 
 #include "virtio/virtio.h"
 
+#include <poll.h> /* whose ppoll() is fuzz_ppoll() here: see fuzzer.py */
+
 /* A target. The first is called once, the second with every input. It must depend on the input alone. */
 void fuzz_begin(void);
 void fuzz_one(const uint8_t *data, size_t size);

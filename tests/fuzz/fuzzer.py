@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 TARGETS = tuple(sorted(path.stem.removeprefix("target_") for path in HERE.glob("target_*.c")))
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover")
-# The loops under test would sleep in poll(): each target says instead when they are to leave. Some distributions' gcc
-# checks buffers unless told not to (_FORTIFY_SOURCE), and a checked poll() would be the C library's again.
-REPLACED = ("-Dpoll=fuzz_poll", "-U_FORTIFY_SOURCE")
+# The loops under test would sleep in ppoll(): each target says instead when they are to leave. Some distributions' gcc
+# checks buffers unless told not to (_FORTIFY_SOURCE), and a checked ppoll() would be the C library's again.
+REPLACED = ("-Dppoll=fuzz_ppoll", "-U_FORTIFY_SOURCE")
 #: Faults are the guarded copies' to handle.
 OPTIONS = {"ASAN_OPTIONS": "handle_segv=0:handle_sigbus=0:detect_leaks=0"}
 

@@ -14,12 +14,11 @@ static struct pv_region regions[3];
 static struct pv_map whole = {.count = 3, .regions = regions}, half = {.count = 1, .regions = regions};
 static uint32_t closed;
 
-struct pollfd;
-__attribute__((weak)) int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout);
 /* For targets in which nothing waits. */
-int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout)
+__attribute__((weak)) int fuzz_ppoll(struct pollfd *watched, nfds_t count, const struct timespec *timeout,
+                                     const sigset_t *mask)
 {
-    (void)watched, (void)count, (void)timeout;
+    (void)watched, (void)count, (void)timeout, (void)mask;
     fuzz_fail("nothing waits", __FILE__, __LINE__);
     return -1;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* virtio-blk's loop over a file, with the requests that the driver makes. Built with poll() replaced. */
+/* virtio-blk's loop over a file, with the requests that the driver makes. Built with ppoll() replaced. */
 #include "fuzz.h"
 
 #include <fcntl.h>
@@ -15,12 +15,10 @@ static struct pv_chain chain = {.room = PV_BLK_SEGMENTS, .segments = segments};
 static uint8_t bounce[BOUNCE];
 static int file;
 
-struct pollfd;
-int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout);
 /* Nobody kicks while the loop sleeps, so tell it to leave. */
-int fuzz_poll(struct pollfd *watched, unsigned long count, int timeout)
+int fuzz_ppoll(struct pollfd *watched, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
 {
-    (void)watched, (void)count, (void)timeout;
+    (void)watched, (void)count, (void)timeout, (void)mask;
     queue.stop = 1;
     return 0;
 }

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-/* virtio-net's loop between two queues and a peer that may send anything. Built with poll() replaced. */
+/* virtio-net's loop between two queues and a peer that may send anything. Built with ppoll() replaced. */
 #include "virtio/net.h"
 #include "fuzz.h"
 
 #include <fcntl.h>
-#include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -17,14 +16,13 @@ static struct pv_chain chain = {.room = MOST_SEGMENTS, .segments = segments};
 static struct net_work work;
 static uint32_t rounds;
 
-int fuzz_poll(struct pollfd *watched, nfds_t count, int timeout);
 /* Says which descriptors are ready. After a few calls, or when the loop would sleep, the first says: leave. */
-int fuzz_poll(struct pollfd *watched, nfds_t count, int timeout)
+int fuzz_ppoll(struct pollfd *watched, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
 {
-    const struct timespec now = {0};
-    int ready = ppoll(watched, count, &now, NULL);
+    int ready = poll(watched, count, 0);
 
-    if (++rounds > ROUNDS || (ready <= 0 && timeout)) {
+    (void)mask;
+    if (++rounds > ROUNDS || (ready <= 0 && !(timeout && !timeout->tv_sec && !timeout->tv_nsec))) {
         watched[0].revents = POLLIN;
         return 1;
     }

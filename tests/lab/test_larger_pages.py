@@ -36,12 +36,14 @@ with Experiment(backing="anonymous") as x:
 """
 
 STUCK = """
+import sys
+
 from pyvmm.errors import PyvmmError
 from pyvmm.experiment import Experiment
 from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
-with Experiment(Protection.PKVM) as x:
+with Experiment(Protection(sys.argv[1]), sys.argv[2]) as x:
     page = x.page(2)
     x.guest.write64(page + HOST_PAGE, 1)
     try:
@@ -89,8 +91,9 @@ def test_a_hole_is_whole_pages_and_nothing_else(lab: Lab) -> None:
     assert (done.status, done.stderr) == (0, b"")
 
 
-def test_a_guest_that_faults_for_ever_ends_with_its_address(lab: Lab) -> None:
-    done = lab.capture(["python3", "-c", STUCK])
+@pytest.mark.parametrize(("protection", "backing"), [("pkvm", "memfd"), ("none", "guest_memfd")])
+def test_a_guest_that_faults_for_ever_ends_with_its_address(lab: Lab, protection: str, backing: str) -> None:
+    done = lab.capture(["python3", "-c", STUCK, protection, backing])
     assert done.status == 0, done.stderr
 
 

@@ -36,7 +36,7 @@ def save(machine: Machine, path: str, *, options: str = "") -> dict[str, Any]:
 
     ``options`` are stored for the restore. Returns {"bytes", "pages"}: the file's size, and pages of guest memory in
     it. The file and its name are on the disk by then. Raises UsageError, with the reason, for a machine that cannot be
-    saved and for a path that is not a file's, and PyvmmError if the file cannot be written.
+    saved, and for a path that is not a file's. Raises PyvmmError if the file cannot be written.
     """
     _refuse(machine)
     try:

@@ -11,6 +11,7 @@ A cell says that the guests ran, or why not, in pyvmm's words. Builds the images
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,9 @@ def _cell(lab: Lab, protection: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    return text.strip().splitlines()[0]
+    """Return the first line, without the arguments of a call: the number of a descriptor is nobody's answer."""
+    first = (text.strip() or "it ended without a word").splitlines()[0]
+    return re.sub(r"\b(KVM_\w+)\([^)]*\)", r"\1", first)
 
 
 def wanted(words: Sequence[str]) -> dict[str, list[str]]:

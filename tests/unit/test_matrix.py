@@ -52,3 +52,14 @@ def test_a_wrong_name_is_refused_with_the_right_ones(
         matrix.main(words)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("KVM_CREATE_VM(kvm=4, type=0x8000_0000): EINVAL: no\n  hint: more\n", "KVM_CREATE_VM: EINVAL: no"),
+        (" \n", "it ended without a word"),
+    ],
+)
+def test_a_reason_is_one_line_without_the_arguments_of_a_call(text: str, said: str) -> None:
+    assert matrix._sentence(text) == said

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's options from a file: ``--config FILE.toml``.
 
-A snapshot holds the options of its machine in the same form, and they are read in the same way. Its paths are absolute,
-except those of sockets that would be too long for an address. It may come from anybody: what it reaches of this host is
-only opened if the command line has the same option, or trusts the snapshot.
+A snapshot holds the options of its machine in the same form, and they are read in the same way. It may not give options
+that are about a run, such as --serial. Its paths are absolute, except those of sockets that would be too long for an
+address. It may come from anybody: what it reaches of this host is only opened if the command line has the same option,
+or trusts the snapshot.
 
 A key is the long name of an option of the verb. The verb's table of options is the whole schema, so a new option is
 also a new key. The file's options are put in front of the command line's words, unless the command line gives the same
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from pyvmm.errors import OptionError, UsageError, did_you_mean
 from pyvmm.options.entries import Entry, parse
-from pyvmm.syntax.option import FLAG, INVOCATION, SEVERAL, SWITCH
+from pyvmm.syntax.option import FLAG, MACHINE, RUN, SEVERAL, SWITCH
 from pyvmm.syntax.parts import PartError, Parts
 
 if TYPE_CHECKING:
@@ -49,9 +50,20 @@ class OptionsFile:
     that exclude each other.
     """
 
-    def __init__(self, path: str, entries: Sequence[Entry], table: Table, verb: str, *, trusted: bool = True) -> None:
-        self._path, self._table, self._trusted = path, table, trusted
-        options = {key: option for option in table if option.about != INVOCATION for key in option.keys}
+    def __init__(
+        self,
+        path: str,
+        entries: Sequence[Entry],
+        table: Table,
+        verb: str,
+        *,
+        of: str = "a file",
+        about: Sequence[str] = (MACHINE, RUN),
+        trusted: bool = True,
+    ) -> None:
+        """Take the options that are ``about`` one of these. ``of`` is what may give them, in messages."""
+        self._path, self._table, self._of, self._trusted = path, table, of, trusted
+        options = {key: option for option in table if option.about in about for key in option.keys}
         self._entries = [(entry, self._option(options, entry, verb)) for entry in entries]
         self._refuse_rivals()
 
@@ -78,7 +90,9 @@ class OptionsFile:
                 entries = parse(snapshot.options)
             except ValueError as error:
                 raise UsageError(f"{args.restore} is damaged: its options are not TOML: {error}") from None
-            return cls(args.restore, entries, table, args.verb, trusted=args.trust_snapshot)
+            # Options of a run, such as --serial and --trace, write to files of the host. No snapshot needs them.
+            how: dict[str, Any] = {"of": "a snapshot", "about": (MACHINE,), "trusted": args.trust_snapshot}
+            return cls(args.restore, entries, table, args.verb, **how)
 
     def put_before(self, words: Sequence[str]) -> list[str]:
         """Return ``words``, which follow the verb, with the file's options in front, except those that ``words`` give.
@@ -152,7 +166,7 @@ class OptionsFile:
         if entry.key in options:
             return options[entry.key]
         raise UsageError(
-            f"{self._path}, line {entry.line()}: {entry.key} is not an option of pyvmm {verb} that a file may give",
+            f"{self._path}, line {entry.line()}: {entry.key} is not an option of pyvmm {verb} that {self._of} may give",
             hint=did_you_mean(entry.key, options) or f"pyvmm {verb} --help lists them",
         )
 

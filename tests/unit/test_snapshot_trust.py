@@ -20,7 +20,7 @@ from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.plan import Plan
 from pyvmm.machine.snapshot import Snapshot
 from pyvmm.options.contradictions import check_run
-from pyvmm.syntax.option import MACHINE
+from pyvmm.syntax.option import FLAG, MACHINE, SWITCH, Option
 
 GREEDY = """
 kernel = "payload:hello"
@@ -144,6 +144,24 @@ def test_options_that_are_invalid_are_refused_trusted_or_not(snapshot: Any, opti
     for trust in ([], ["--trust-snapshot"]):
         with pytest.raises(UsageError):
             parsed("--restore", path, *trust)
+
+
+@pytest.mark.parametrize("trust", [[], ["--trust-snapshot"]])
+@pytest.mark.parametrize("option", [option for option in TABLE if option.about != MACHINE and option.keys])
+def test_no_option_but_those_of_a_machine_comes_from_a_snapshot(
+    snapshot: Any, option: Option, trust: list[str]
+) -> None:
+    value = "true" if option.takes in (FLAG, SWITCH) else '"file=/root/.bashrc"'
+    path = snapshot(f'kernel = "payload:hello"\n{option.key} = {value}\n')
+    with pytest.raises(
+        UsageError, match=f"line 2: {option.key} is not an option of pyvmm run that a snapshot may give"
+    ):
+        parsed("--restore", path, *trust)
+
+
+def test_options_that_write_files_or_listen_are_among_those_that_no_snapshot_gives() -> None:
+    of_runs = {option.key for option in TABLE if option.about != MACHINE}
+    assert {"serial", "map", "trace", "socket", "gdb", "reboot", "dump-dtb"} <= of_runs
 
 
 def test_every_option_of_a_machine_that_names_a_file_tells_what_it_opens() -> None:

@@ -120,7 +120,11 @@ static enum net_moved send_rest(struct pv_net *net)
 /* Sends the frame of a chain: the driver's header, then the frame itself. */
 static enum net_moved send_frame(struct pv_net *net)
 {
-    if (net->chain->in_bytes < HEADER + ETHERNET || net->chain->in_bytes > HEADER + FRAME) {
+    bool frame = net->chain->in_bytes >= HEADER + ETHERNET && net->chain->in_bytes <= HEADER + FRAME;
+
+    if (net->send_limit)
+        pv_limit_take(net->send_limit, frame ? net->chain->in_bytes - HEADER : 0, 1);
+    if (!frame) {
         lost(net, 0);
         return NET_MOVED;
     }
@@ -146,8 +150,6 @@ static enum net_moved send_batch(struct pv_net *net)
     for (uint32_t i = 0; i < BATCH && moved == NET_MOVED && !rest_left(net->work) && !wait_for(net->send_limit); i++) {
         int popped = pv_queue_pop(net->tx, net->chain);
         if (popped > 0) {
-            if (net->send_limit)
-                pv_limit_take(net->send_limit, net->chain->in_bytes, 1);
             moved = send_frame(net);
             pushed = true;
             if (pv_queue_push(net->tx, net->chain, 0))
@@ -170,12 +172,8 @@ static enum net_moved receive_batch(struct pv_net *net)
     struct net_work *work = net->work;
     enum net_moved moved = NET_MOVED;
 
-    for (uint32_t i = 0; i < BATCH && moved == NET_MOVED && !wait_for(net->receive_limit); i++) {
-        uint64_t before = net->received.bytes;
+    for (uint32_t i = 0; i < BATCH && moved == NET_MOVED && !wait_for(net->receive_limit); i++)
         moved = pv_net_receive(net);
-        if (net->receive_limit && moved == NET_MOVED)
-            pv_limit_take(net->receive_limit, net->received.bytes - before, 1);
-    }
     if (work->returned) {
         work->returned = false;
         pv_queue_interrupt(net->rx);

@@ -162,6 +162,15 @@ static enum net_moved hand_over(struct pv_net *net, uint64_t n)
     return NET_MOVED;
 }
 
+/* A frame of n bytes left the backend. Its limit counts it even if the guest does not get it. */
+static void arrived(struct pv_net *net, uint64_t n)
+{
+    if (net->receive_limit)
+        pv_limit_take(net->receive_limit, n, 1);
+}
+
+static void arrived_from_tap(struct pv_net *net, ssize_t n) { arrived(net, n > HEADER ? (uint64_t)n - HEADER : 0); }
+
 static enum net_moved failed_read(struct pv_net *net)
 {
     if (errno == EAGAIN || errno == EWOULDBLOCK)
@@ -177,8 +186,11 @@ static enum net_moved read_to_guest(struct pv_net *net)
 
     vectors(work)[work->vectors] = (struct iovec){.iov_base = &beyond, .iov_len = sizeof(beyond)};
     ssize_t n = readv(net->fd, vectors(work), (int)work->vectors + 1);
+    if (n < 0 && errno != EFAULT)
+        return failed_read(net);
+    arrived_from_tap(net, n);
     if (n < 0)
-        return errno == EFAULT ? fault(net) : failed_read(net);
+        return fault(net);
     if ((uint64_t)n > work->room || n < HEADER + ETHERNET) {
         dropped(net);
         return NET_MOVED;
@@ -221,6 +233,7 @@ static enum net_moved receive_from_tap(struct pv_net *net)
         ssize_t n = read(net->fd, work->in, sizeof(work->in));
         if (n <= 0)
             return n ? failed_read(net) : pv_net_gone(net, 0);
+        arrived_from_tap(net, n);
         work->in_end = (uint32_t)n;
     }
     enum net_moved moved = deliver(net, work->in, work->in_end, HEADER);
@@ -259,8 +272,10 @@ static enum net_moved receive_from_stream(struct pv_net *net)
     if (have - LENGTH < length)
         return fill(net);
     enum net_moved moved = deliver(net, work->in + work->in_start + LENGTH, length, 0);
-    if (moved != NET_WAIT)
+    if (moved != NET_WAIT) {
+        arrived(net, length);
         work->in_start += LENGTH + length;
+    }
     return moved;
 }
 

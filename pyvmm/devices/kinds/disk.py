@@ -31,6 +31,7 @@ class Disk(DeviceSpec):
 
     ``block`` is the bytes of a logical block, 512 to 4096; 0 for the device's own, which of a file are 512. ``bytes``
     and ``ops`` are what it may move and carry out in a second, 0 for any number: see :mod:`pyvmm.devices.virtio.limit`.
+    All devices that are made of one specification share them.
     """
 
     def __init__(
@@ -52,9 +53,9 @@ class Disk(DeviceSpec):
             raise OptionError(
                 f"disk {path!r} with blocks of {block} bytes: they can have {', '.join(map(str, BLOCKS))}", "disk.block"
             )
-        rates.check(f"disk {path!r}", "disk", bytes, ops)
         self.path, self.read_only, self.queues, self.serial = path, read_only, queues, serial
-        self.block, self.bytes, self.ops = block, bytes, ops
+        self.block, self.rates = block, rates.Rates(bytes, ops)
+        self.rates.check(f"disk {path!r}", "disk", "requests")
 
     def check(self, guest: Guest) -> None:
         """Raise UsageError for a file that two of the guest's disks use, one of them writable."""
@@ -84,7 +85,6 @@ class Disk(DeviceSpec):
         """Open the disk, and lock it unless this is only a plan."""
         from pyvmm.devices.virtio.blk import VirtioBlk
         from pyvmm.devices.virtio.disk import DiskFile
-        from pyvmm.devices.virtio.limit import Limit
 
         file = DiskFile(self.path, read_only=self.read_only, lock=not context.planned, block=self.block)
         return VirtioBlk(
@@ -93,7 +93,7 @@ class Disk(DeviceSpec):
             serial=self.serial,
             private=context.private,
             pool=context.pool,
-            limit=Limit(self.bytes, self.ops),
+            limit=self.rates.limit(),
         )
 
 

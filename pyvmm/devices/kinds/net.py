@@ -32,6 +32,7 @@ class Net(DeviceSpec):
     guest, as (host, guest). With ``loopback`` passt lets the guest reach services on the host's 127.0.0.1. ``mac`` is
     the card's; if it is empty, it is made from the host's and the tap's name. ``bytes`` and ``ops`` are the bytes and
     frames that it may move in a second each way, 0 for any number: see :mod:`pyvmm.devices.virtio.limit`.
+    All devices that are made of one specification share them.
     """
 
     def __init__(
@@ -49,8 +50,8 @@ class Net(DeviceSpec):
         """Raise UsageError for contradicting values."""
         self.tap, self.passt, self.socket, self.mac = tap, passt, socket, mac
         self.address, self.forwards, self.loopback = address, forwards, loopback
-        self.bytes, self.ops = bytes, ops
-        rates.check("a network card", "net", bytes, ops)
+        self.sends, self.receives = rates.Rates(bytes, ops), rates.Rates(bytes, ops)
+        self.sends.check("a network card", "net", "frames")
         given = [kind for kind in ("tap", "passt", "socket") if getattr(self, kind)]
         if len(given) != 1:
             what = f"{' and '.join(given)} at once" if given else "nothing"
@@ -92,12 +93,11 @@ class Net(DeviceSpec):
 
     def make(self, context: Context) -> VirtioNet:
         """Make the card, and its backend unless this is only a plan."""
-        from pyvmm.devices.virtio.limit import Limit
         from pyvmm.devices.virtio.net import VirtioNet
 
         mac = parse_mac(self.mac) if self.mac else None
         backend = _planned() if context.planned else self._backend()
-        return VirtioNet(backend, mac, sends=Limit(self.bytes, self.ops), receives=Limit(self.bytes, self.ops))
+        return VirtioNet(backend, mac, sends=self.sends.limit(), receives=self.receives.limit())
 
     def _backend(self) -> NetBackend:
         if self.tap:

@@ -27,11 +27,14 @@ class FaultThread(ABC):
         self.error: BaseException | None = None
         """The first error that left a fault unanswered."""
         self._stopping = False
-        self._wake = -1
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._main, name="pyvmm-userfault", daemon=True)
-        userfault.attach(self.stop)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            userfault.attach(self.stop)
+        except BaseException:
+            os.close(self._wake)
+            raise
 
     def __enter__(self) -> Self:
         return self

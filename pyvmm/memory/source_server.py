@@ -80,8 +80,13 @@ class SourceServer(_NativeServer):
         source: bytes | bytearray | memoryview,
         failed: Callable[[PyvmmError], object] = lambda _: None,
     ) -> None:
-        super().__init__(userfault, hva, len(source), failed)
-        self._source = self._native.source = ffi.from_buffer("uint8_t[]", source)
+        self._source = ffi.from_buffer("uint8_t[]", source)
+        try:
+            super().__init__(userfault, hva, len(self._source), failed)
+        except BaseException:
+            ffi.release(self._source)
+            raise
+        self._native.source = self._source
         self._start()
 
     def _ended(self) -> None:

@@ -55,6 +55,42 @@ def test_every_page_is_its_part_of_the_buffer_whichever_reader_is_first(
         assert PAGES <= server.served <= len(asked)
 
 
+def test_the_items_of_a_buffer_may_have_any_size(userfault: Userfault, memory: Memfd) -> None:
+    with SourceServer(userfault, memory.hva, memoryview(SOURCE).cast("Q")):
+        assert look(memory.hva, SIZE) == SOURCE
+
+
+@pytest.mark.parametrize("kind", ["native", "python"])
+def test_a_server_that_cannot_start_leaves_all_to_the_next(
+    userfault: Userfault, memory: Memfd, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, before = bytearray(SOURCE), set(os.listdir("/proc/self/fd"))
+
+    def start() -> SourceServer | Server:
+        if kind == "native":
+            return SourceServer(userfault, memory.hva, source)
+        return Server(userfault, lambda _fault: SOURCE[:HOST_PAGE])
+
+    def eventfd(*_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", eventfd)
+        with pytest.raises(OSError, match="Too many open files"):
+            start()
+    source.append(0)  # BufferError while a server holds it
+    del source[-1]
+    with start() as server:
+        with pytest.raises(UsageError, match="already has a server"):
+            start()
+        with pytest.raises(TypeError, match="bytes-like"):
+            SourceServer(userfault, memory.hva, cast("bytes", 7))
+        assert look(memory.hva) == SOURCE[:8]
+        assert server.alive
+    source.append(0)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
 def test_the_next_server_answers_faults_that_one_left_with_its_own_data(userfault: Userfault, memory: Memfd) -> None:
     with SourceServer(userfault, memory.hva, SOURCE) as first:
         assert look(memory.hva + HOST_PAGE) == (1).to_bytes(8, "little")

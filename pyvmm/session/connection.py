@@ -39,7 +39,7 @@ def running() -> list[int]:
     except OSError as error:
         raise PyvmmError(f"{where} cannot be read: {error.strerror}") from None
     pids = []
-    for name in names:
+    for name in sorted({_put_back(where, name) for name in names}):
         pid, path = name.removesuffix(SUFFIX), f"{where}/{name}"
         if name.endswith(SUFFIX) and pid.isdecimal():
             with contextlib.suppress(OSError):  # the run has ended meanwhile
@@ -55,11 +55,24 @@ def running() -> list[int]:
 def _remove(path: str, inode: int) -> None:
     """Remove the socket ``inode`` of a killed run, unless a new run of the same pid has taken its name meanwhile."""
     aside = f"{path}.{os.getpid()}"
-    os.rename(path, aside)  # no look at the name and removal of it is one step
+    os.rename(path, aside)  # nothing looks at a name and removes it in one step
     if os.lstat(aside).st_ino == inode:
         os.unlink(aside)
     else:
         os.rename(aside, path)
+
+
+def _put_back(where: str, name: str) -> str:
+    """Return ``name``; of a socket that a killed process left aside, the name that it has again."""
+    first, suffix, remover = name.rpartition(f"{SUFFIX}.")
+    if not suffix or not remover.isdecimal() or os.path.exists(f"/proc/{remover}"):
+        return name
+    back = first + SUFFIX
+    with contextlib.suppress(OSError):  # another process puts it back, or a new run has the name
+        os.link(f"{where}/{name}", f"{where}/{back}", follow_symlinks=False)
+    with contextlib.suppress(OSError):
+        os.unlink(f"{where}/{name}")
+    return back
 
 
 def only_one() -> int:

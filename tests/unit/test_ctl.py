@@ -120,6 +120,28 @@ def test_a_path_in_use_is_refused_and_a_killed_runs_path_is_taken_over(runtime: 
         assert connection.ask("counters") == 2
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_socket_that_a_killed_ctl_left_aside_gets_its_name_back_if_it_is_free(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    monkeypatch.setattr(control, "SETTLED", 0.01)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with Control({"counters": lambda: 1}, None):
+        while not running():
+            time.sleep(0.002)
+        where = runtime / "pyvmm"
+        (usual,) = where.iterdir()
+        aside = where / f"{usual.name}.{gone.pid}"
+        os.link(usual, aside)
+        if not taken:
+            usual.unlink()
+        (where / f"{usual.name}.{os.getpid()}").touch()  # of a process that lives
+        assert running() == [os.getpid()]
+        assert not aside.exists()
+        assert usual.is_socket()
+
+
 @pytest.mark.parametrize("name", ["file", "missing/vm.sock", "x" * 120])
 def test_a_path_that_cannot_hold_a_socket_is_refused_with_the_reason(runtime: Path, name: str) -> None:
     before = set(os.listdir("/proc/self/fd"))

@@ -18,22 +18,28 @@ from pyvmm.errors import HostError
 from pyvmm.machine import fdt
 
 _CONTROLLER: Final = "intc@"
+_FILE: Final = "tree"
+PATIENCE: Final = 120
+"""Seconds in which QEMU writes its tree, also on a busy host."""
 
 
 def dump(program: str, machine: str, arguments: Sequence[str]) -> bytes:
     """Return the tree that QEMU gives a ``machine`` (of -M) with ``arguments``. Raises HostError if it gives none."""
     with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "tree"
-        machine = f"{machine},dumpdtb={file}"
-        done = subprocess.run(
-            [program, "-M", machine, *arguments, "-nodefaults", "-no-user-config", "-display", "none"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
+        machine = f"{machine},dumpdtb={_FILE}"
         try:
-            return file.read_bytes()
+            done = subprocess.run(
+                [program, "-M", machine, *arguments, "-nodefaults", "-no-user-config", "-display", "none"],
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=PATIENCE,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise HostError(f"QEMU gives no device tree of its machine: {error}") from error
+        try:
+            return (Path(directory) / _FILE).read_bytes()
         except OSError:
             said = done.stderr.decode(errors="replace").strip()
             raise HostError(f"QEMU gives no device tree of its machine: {said or done.returncode}") from None

@@ -270,17 +270,23 @@ class Qemu:
         ram: Ram | None = None,
     ) -> None:
         self.version = version
-        booting = ram is None or not ram.restored
-        tree = _tree(program, version, image, options) if booting and _has_own_tree(options) else -1
-        self.channel, channel = socket.socketpair()
-        ours, monitor = socket.socketpair()
-        self.monitor = Monitor(ours)
-        with channel, monitor, ExitStack() as stack:  # QEMU has them then
+        with ExitStack() as kept, ExitStack() as given:  # what stays ours, and what QEMU has afterwards
+            tree = -1
+            if (ram is None or not ram.restored) and _has_own_tree(options):
+                tree = _tree(program, version, image, options)
+                given.callback(os.close, tree)
+            self.channel, channel = socket.socketpair()
+            kept.enter_context(self.channel)
+            given.enter_context(channel)
+            ours, monitor = socket.socketpair()
+            kept.enter_context(ours)
+            given.enter_context(monitor)
+            self.monitor = Monitor(ours)
+            kept.callback(self.monitor.close)
             inherited = [channel.fileno()]
             if ram is not None:
                 inherited += [monitor.fileno(), ram.file]
             if tree >= 0:
-                stack.callback(os.close, tree)
                 inherited.append(tree)
             self.command = command_line(
                 program, version, image, options, shares, channel.fileno(), ram, monitor.fileno(), tree
@@ -296,9 +302,8 @@ class Qemu:
                     start_new_session=True,  # a ^C at the terminal is for this process, not for QEMU
                 )
             except OSError as error:
-                self.channel.close()
-                self.monitor.close()
                 raise HostError(f"QEMU could not be started: {error}", hint="apt install util-linux") from error
+            kept.pop_all()
         self._console: deque[bytes] = deque()
         self._reader = threading.Thread(
             target=self._keep_console,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,4 +43,27 @@ def test_the_error_for_a_qemu_that_writes_no_tree_has_its_words(tmp_path: Path) 
     program.write_text("#!/bin/sh\necho no such machine >&2; exit 1\n")
     program.chmod(0o755)
     with pytest.raises(HostError, match="no such machine"):
+        hosttree.dump(str(program), "virt", [])
+
+
+def test_a_directory_for_temporary_files_may_have_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, directory = tmp_path / "qemu", tmp_path / "a,b"
+    program.write_text('#!/bin/sh\nprintf tree > "${2##*dumpdtb=}"\n')
+    program.chmod(0o755)
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    assert hosttree.dump(str(program), "virt", []) == b"tree"
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["absent", "asleep"])
+def test_a_qemu_that_does_not_run_or_does_not_end_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    program = tmp_path / "qemu"
+    if how == "asleep":
+        program.write_text("#!/bin/sh\nexec sleep 600\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(hosttree, "PATIENCE", 0.2)
+    with pytest.raises(HostError, match=f"no device tree of its machine: .*{program}"):
         hosttree.dump(str(program), "virt", [])

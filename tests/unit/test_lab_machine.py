@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -67,6 +68,26 @@ def test_the_error_for_a_qemu_that_dies_has_its_command_line_and_output(
     assert "ended while it was booting (QEMU exited with status 1)" in caught.value.message
     assert "-M virt,virtualization=on,gic-version=3" in caught.value.message
     assert "| no such machine" in caught.value.message
+
+
+@pytest.mark.parametrize("failing", ["socketpair", "second socketpair", "Monitor", "Popen"])
+def test_a_qemu_that_cannot_be_started_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    monkeypatch.setattr(qemu, "_tree", lambda *_: os.memfd_create("tree"))
+    before = set(os.listdir("/proc/self/fd"))
+    real, count = socket.socketpair, {"socketpair": 0, "second socketpair": 1}.get(failing, 2)
+    left = iter(range(count))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError("no more")
+
+    monkeypatch.setattr(socket, "socketpair", lambda: fail() if next(left, None) is None else real())
+    if failing == "Monitor":
+        monkeypatch.setattr(qemu, "Monitor", fail)
+    if failing == "Popen":
+        monkeypatch.setattr(subprocess, "Popen", fail)
+    with pytest.raises((OSError, HostError), match="no more"):
+        qemu.Qemu("q", "9.0.0", IMAGE, LabOptions(gic=0, mode="nvhe"))
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_lab_has_the_cpu_and_the_interrupt_controller_that_are_asked_for(

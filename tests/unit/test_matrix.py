@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from pyvmm.errors import PyvmmError
+from pyvmm.lab import Completed
 from pyvmm.protection import PROTECTIONS
 from tests import matrix
 
@@ -63,3 +68,18 @@ def test_a_wrong_name_is_refused_with_the_right_ones(
 )
 def test_a_reason_is_one_line_without_the_arguments_of_a_call(text: str, said: str) -> None:
     assert matrix._sentence(text) == said
+
+
+def test_a_guest_that_holds_up_its_lab_loses_no_other_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(argv: list[str], **_: Any) -> Completed:
+        if "emulated" in argv:
+            raise PyvmmError("the command did not end")
+        return Completed(0, b"", b"1 shared, 0 refused")
+
+    lab = SimpleNamespace(capture=capture)
+    image = SimpleNamespace(manifest=SimpleNamespace(release="7.3"))
+    monkeypatch.setattr(matrix, "build_image", lambda _: image)
+    monkeypatch.setattr(matrix, "Lab", lambda _options, **_: nullcontext(lab))
+    row = matrix.seen(matrix.HOSTS["nvhe"], ["none", "emulated", "pkvm"])
+    assert row.cells == {"none": matrix.RUNS, "emulated": "the command did not end", "pkvm": matrix.RUNS}
+    assert row.release == "7.3"

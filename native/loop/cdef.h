@@ -373,8 +373,8 @@ int pv_probe(struct pv_vm *vm, uint64_t gpa);
 /* ---- userfaultfd --------------------------------------------------------------------------------------------- */
 
 /* Missing pages of [hva, hva + size) come from the same offset of source. Without source they come from file, at byte at
-   and following, and must match the checksums that are there at byte sums. room is the caller's, for one host page, and only needed for a
-   file. served and late may be read meanwhile. */
+   and following, and must match the checksums that are there at byte sums. room is the caller's, for one host page, and
+   only needed for a file. served and late may be read meanwhile. */
 struct pv_fault_server {
     int32_t fd, stop_fd;     /* the userfaultfd, non-blocking; an eventfd */
     uint64_t hva, size;      /* whole pages */

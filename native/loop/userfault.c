@@ -27,10 +27,11 @@ static int read_at(int fd, void *into, size_t size, uint64_t offset)
 static int read_page(const struct pv_fault_server *server, uint64_t offset)
 {
     uint32_t sums[PV_LARGEST_PAGE / PV_GUEST_PAGE], count = (uint32_t)(PV_HOST_PAGE / PV_GUEST_PAGE);
+    uint64_t first = offset / PV_GUEST_PAGE;
     int error = read_at(server->file, server->room, PV_HOST_PAGE, server->at + offset);
 
     if (!error)
-        error = read_at(server->file, sums, count * sizeof(*sums), server->sums + offset / PV_GUEST_PAGE * sizeof(*sums));
+        error = read_at(server->file, sums, count * sizeof(*sums), server->sums + first * sizeof(*sums));
     if (!error && pv_first_damaged(server->room, count, sums) != count)
         error = EBADMSG;
     return error;

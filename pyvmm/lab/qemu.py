@@ -87,7 +87,7 @@ class LabOptions:
         if self.cpu is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.cpu):
             raise UsageError(f"{self.cpu!r} is not a CPU's name", hint=f"{PROGRAM} -cpu help lists them")
         if self.gic not in (0, 2, 3):
-            raise UsageError(f"no interrupt controller GICv{self.gic}", hint="2, 3, or 0 for none that guests get")
+            raise UsageError(f"no interrupt controller GICv{self.gic}", hint="2, 3, or 0: none for guests")
         if self.boot not in BOOTS:
             raise UsageError(f"no way to start a lab {self.boot!r}", hint=f"one of {', '.join(BOOTS)}")
         if self.icount and self.cpus != 1:

@@ -187,8 +187,8 @@ CONFIGURATION: Final = (
         group="configuration",
         takes=FLAG,
         about=INVOCATION,
-        help="with --restore: open the disks and all else of this host that the snapshot names, without their being "
-        "repeated on the command line",
+        help="with --restore: open each disk, tap and socket that the snapshot names, even if the command line "
+        "does not name it",
     ),
     Option(
         "--dry-run",

@@ -101,6 +101,7 @@ def test_a_killed_passt_is_said_to_be_killed_and_the_guest_loses_its_link(
 ) -> None:
     said: list[dict[str, str]] = []
     monkeypatch.setattr(net, "log", SimpleNamespace(warning=lambda _, **values: said.append(values)))
+    monkeypatch.setattr(passt, "MOMENT", 60.0)
     backend = Passt(script(tmp_path, "frame(bytes(14)); connection.recv(1)"))
     # The socket hangs up before the process has ended: to a mere look it still runs.
     monkeypatch.setattr(backend._process, "poll", lambda: None)

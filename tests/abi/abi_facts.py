@@ -56,6 +56,15 @@ PRELUDE = """
 #include <linux/mman.h>
 #include <linux/prctl.h>
 #include <linux/userfaultfd.h>
+#include <linux/audit.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/landlock.h>
+#include <linux/seccomp.h>
+#include <linux/sched.h>
+#include <linux/socket.h>
+#include <asm/termbits.h>
+#include <asm/ioctls.h>
 #include <asm/unistd.h>
 """
 

@@ -48,6 +48,7 @@ devices         what the guest talks to
 
 memory          guest memory, its ledger, and the share relay
 
+confine         what a process with a guest may ask of the kernel
 kvm             the descriptors behind /dev/kvm
 _native_source  whether the run loop is built from these sources
 

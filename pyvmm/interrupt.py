@@ -81,8 +81,11 @@ def _signal_again(number: int, lost: Collection[BaseException]) -> None:
     """Send a signal to the main thread, unless nothing is ``lost`` any more. It ends what the thread then waits for."""
     import threading  # the exception
 
-    main = threading.main_thread().ident or 0
-    later = threading.Timer(AGAIN, lambda: lost and signal.pthread_kill(main, number))
+    def send() -> None:
+        if lost:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    later = threading.Timer(AGAIN, send)
     later.daemon = True
     later.start()
 

@@ -6,6 +6,7 @@ The devices run in their own threads, as in a VM. After every attack the driver 
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -279,18 +280,25 @@ def packed(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-@pytest.fixture(params=HONEST)
-def driver(request: pytest.FixtureRequest, packed: bool, guest: Guest, tmp_path: Path) -> Iterator[Driver]:
-    host = HOSTS[request.param](tmp_path, guest)
+@contextlib.contextmanager
+def driven(kind: str, guest: Guest, folder: Path, *, packed: bool) -> Iterator[Driver]:
+    """Give the driver of a device, whose threads must be gone in the end."""
+    host = HOSTS[kind](folder, guest)
     threads = threading.active_count()
     # There is no event index, so that every kick counts.
     play = Play(guest, host, Input(bytes([0, packed | 4])))
-    yield Driver(play, request.param)
+    yield Driver(play, kind)
     host.leave()
     play.board.close()
     host.end()
     host.close()
     assert threading.active_count() == threads
+
+
+@pytest.fixture(params=HONEST)
+def driver(request: pytest.FixtureRequest, packed: bool, guest: Guest, tmp_path: Path) -> Iterator[Driver]:
+    with driven(request.param, guest, tmp_path, packed=packed) as driver:
+        yield driver
 
 
 def test_a_driver_that_repeats_the_same_fault_does_not_fill_the_log(

@@ -240,6 +240,19 @@ def configure(verbosity: int = 0, *, json: bool = False, stream: TextIO | None =
     _state = _State(_BY_VERBOSITY[max(-1, min(2, verbosity))], json, stream)
 
 
+def prepare() -> None:
+    """Import and read now what the first event needs, for a process that soon opens no more files."""
+    import time
+
+    import structlog
+    import structlog.processors  # noqa: F401 - what a renderer imports when it renders
+
+    time.localtime()  # reads the time zone
+    _state.ready()
+    from pyvmm import outlet  # noqa: F401
+    from pyvmm.terminal import clean  # noqa: F401
+
+
 @contextlib.contextmanager
 def never_waiting() -> Iterator[None]:
     """While a guest runs, never wait for the reader of events. Events without room are dropped and counted.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from pyvmm.errors import PyvmmError, pip_install
 from pyvmm.memory.choices import DEFAULT_MEMORY
 from pyvmm.pages import GUEST_PAGE, HOST_PAGE
+from pyvmm.uapi.unistd import MACHINES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,6 +70,31 @@ def host() -> Iterable[Finding]:
     else:
         value = f"{HOST_PAGE} bytes: plain and emulated guests run; a protected Linux does not get far"
         yield Finding("host", "page size", WARN, value, "boot a kernel with pages of 4 KiB for protected Linux guests")
+
+
+def confinement() -> Iterable[Finding]:
+    """Examine the walls of ``run --confine on``."""
+    from pyvmm.confine import filter as calls
+    from pyvmm.confine import landlock
+
+    hint = "boot a kernel with CONFIG_SECCOMP_FILTER"
+    if platform.machine() not in MACHINES:
+        yield Finding("host", "seccomp", INFO, f"pyvmm has no rules for {platform.machine()}")
+    elif calls.available():
+        yield Finding("host", "seccomp", OK, "yes: system calls are filtered with --confine on")
+    else:
+        yield Finding("host", "seccomp", WARN, "no: runs with --confine on do not start", hint)
+    try:
+        abi = landlock.version()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        value = f"no ({why}): with --confine on, files are kept from a run by seccomp alone"
+        yield Finding("host", "landlock", WARN, value, "boot with lsm=landlock, and CONFIG_SECURITY_LANDLOCK")
+        return
+    value = f"version {abi}"
+    if abi < landlock.FIRST_WITH_UNIX:
+        value += f": a guest's vsock reaches all Unix sockets of its user, until version {landlock.FIRST_WITH_UNIX}"
+    yield Finding("host", "landlock", OK, value)
 
 
 # ---- KVM ---------------------------------------------------------------------------------------------------------

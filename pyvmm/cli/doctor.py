@@ -64,7 +64,7 @@ class Diagnosis:
     @classmethod
     def make(cls) -> Diagnosis:
         """Examine this machine."""
-        here = [*probes.host(), *probes.kvm(), *probes.python()]
+        here = [*probes.host(), *probes.confinement(), *probes.kvm(), *probes.python()]
         return cls([*here, _NO_LAB] if cls(here).direct else [*here, *probes.lab()])
 
     def _failed(self, *sections: str) -> bool:

@@ -32,6 +32,7 @@ TOPICS = (
     "lab",
     "hosts",
     "security",
+    "confinement",
     "internals",
     "numbers",
     "changes",

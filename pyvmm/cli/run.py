@@ -25,6 +25,14 @@ TABLE = Table(
             help="start the guest again, in a new VM, when it asks for a reset: after a pause, which grows up to 10 s "
             "while lives are short",
         ),
+        Option(
+            "--confine",
+            choices=("off", "log", "on"),
+            default="off",
+            about=RUN,
+            help="on: once the guest runs, the process opens no file, starts no program, connects nowhere, and has no "
+            "privileges; log: report what that would refuse; off (default)",
+        ),
     ),
     add_common,
 )
@@ -53,14 +61,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def main(args: argparse.Namespace) -> int:
     """Run the guest; returns the exit status."""
     ready(args)
+    confinement = None
+    if args.confine != "off":
+        from pyvmm.session.confinement import Confinement
+
+        confinement = Confinement.asked_for(args)
     from pyvmm.session.run import GuestRun
 
     if args.map is None and args.trace is None:
-        return GuestRun(args, TABLE).to_end()
+        return GuestRun(args, TABLE, confinement=confinement).to_end()
     from pyvmm.session.tracing import tracing_of
     from pyvmm.session.watch import Watch
 
-    return GuestRun(args, TABLE, Watch(args.map, trace=tracing_of(args))).to_end()
+    return GuestRun(args, TABLE, Watch(args.map, trace=tracing_of(args)), confinement=confinement).to_end()
 
 
 def dry_run(args: argparse.Namespace) -> int:

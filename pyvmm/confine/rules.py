@@ -159,6 +159,8 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("gettid", "which thread this is"),
     Rule("getuid", "which user this is"),
     Rule("geteuid", "which user this is"),
+    Rule("getpgid", "whether the terminal is ours before it is restored", (Condition(0, WORD, 0, "of this process"),)),
+    Rule("getpgrp", "whether the terminal is ours before it is restored"),
     Rule("getrandom", "an entropy device, and hashes"),
     Rule("clock_gettime", "time, where the kernel's page does not tell it"),
     Rule("clock_getres", "time, where the kernel's page does not tell it"),

@@ -62,6 +62,11 @@ class GdbServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def directories(self) -> list[str]:
+        """The directory of its socket, if that has a path."""
+        return [] if self._path is None else [os.path.dirname(os.path.abspath(self._path))]
+
     def close(self) -> None:
         """Stop listening; idempotent."""
         if self._socket.fileno() >= 0:

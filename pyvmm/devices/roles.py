@@ -6,7 +6,7 @@ A device has a role by having its methods. All of them may be called from any th
 
 from __future__ import annotations
 
-from pyvmm.typed import Protocol, checkable
+from pyvmm.typed import NamedTuple, Protocol, checkable
 
 
 @checkable
@@ -50,4 +50,26 @@ class MemoryBalloon(Protocol):
         They are ``target`` and ``actual``, and ``given_back``: the total returned to the host so far, including reports
         of free pages. Raises UsageError for more than the guest's memory.
         """
+        ...
+
+
+class Reach(NamedTuple):
+    """What serving a guest asks of the host, besides memory and open files.
+
+    ``parts`` are those of :mod:`pyvmm.confine.rules`. Files are removed from the directories ``removes``, Unix sockets
+    in the directories ``connects`` are connected to, and the processes ``children`` are ended and waited for.
+    """
+
+    parts: tuple[str, ...] = ()
+    removes: tuple[str, ...] = ()
+    connects: tuple[str, ...] = ()
+    children: tuple[int, ...] = ()
+
+
+@checkable
+class Reaching(Protocol):
+    """Asks the host for more than others while it serves its guest."""
+
+    def reach(self) -> Reach:
+        """Return what it asks for, before the start."""
         ...

@@ -245,7 +245,7 @@ def _cpu(options: LabOptions, version: str, image: Image) -> str:
 def _append(options: LabOptions) -> str:
     words = [
         MODES[options.mode],
-        "mitigations=off lsm= audit=0 panic=-1",  # no background work that would be measured, and no hangs
+        "mitigations=off lsm=landlock audit=0 panic=-1",  # no background work that would be measured, and no hangs
         "nokaslr kpti=off cryptomgr.notests=1 initcall_blacklist=load_system_certificate_list",  # boot time
         "console=ttyAMA0",
         f"{COUNTS}=instructions" if options.icount else "",  # for programs in the lab that read times

@@ -68,6 +68,7 @@ class Machine(Hardware):
         self._intercept = intercept
         self._threads = Threads(lambda: [placed.device for placed in self.bus.placed], lambda: self.clock)
         self._clock: GuestClock | None = None
+        self._ready = False
         self._natives: list[pv_vcpu] = []
         self._keep: list[CData] = []
 
@@ -119,12 +120,14 @@ class Machine(Hardware):
         deadline = self.config.deadline
         return self._wait(None if deadline is None else max(deadline - spent, 0.0), deadline)
 
-    def start(self) -> None:
-        """Seal memory and start every vCPU.
+    def make_ready(self) -> None:
+        """Take all that a start needs of the host but threads: the right to lock memory, populated memory. Idempotent.
 
-        Raises HostError if a protected guest could not lock its memory, or if a vCPU's thread cannot start. Raises
-        KvmError if the hypervisor cannot take a vCPU.
+        :meth:`start` does it. Afterwards the machine opens nothing. Raises HostError if a protected guest could not
+        lock its memory, or if the host cannot populate so much.
         """
+        if self._ready:
+            return
         if self.config.protection is Protection.PKVM:
             from pyvmm.memory.memlock import require_memlock
 
@@ -135,6 +138,15 @@ class Machine(Hardware):
             warn_of_cgroup(sum(slot.size for slot in self.memory.slots))
         if self.config.prefault:
             self.prefault()
+        self._ready = True
+
+    def start(self) -> None:
+        """Seal memory and start every vCPU.
+
+        Raises what :meth:`make_ready` does, HostError if a vCPU's thread cannot start, and KvmError if the hypervisor
+        cannot take a vCPU.
+        """
+        self.make_ready()
         self.memory.seal()
         with within_limits(self.descriptors):
             self.uart.start()

@@ -295,7 +295,10 @@ class Memory:
         """Return a text: this process's locked memory, and its limit."""
         from pyvmm.memory.memlock import LockedMemory
 
-        return str(LockedMemory.read())
+        try:
+            return str(LockedMemory.read())
+        except PermissionError:  # a confined run opens no files
+            return "how much is locked, this run may not read"
 
     def close(self) -> None:
         """Close every backing that was added. Idempotent. In a forked child it only closes descriptors."""

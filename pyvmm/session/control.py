@@ -66,11 +66,14 @@ class Control:
     continues.
 
     The thread never waits for a client. Of too many clients, those give way that were idle for longest.
+
+    ``held`` makes both sockets at once, even for a short run, and leaves the thread to :meth:`start`.
     """
 
-    def __init__(self, requests: Requests, named: str | None = None) -> None:
+    def __init__(self, requests: Requests, named: str | None = None, *, held: bool = False) -> None:
         self._requests = requests
         self._named = named
+        self._held = held
         self._clients: dict[int, _Client] = {}
         self._silent_until = 0.0
         self._failures = 0
@@ -80,12 +83,29 @@ class Control:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
             half.callback(os.close, self._wake)
             self._listeners = [] if self._named is None else [_listen_named(self._named, half)]
+            self._paths = [] if self._named is None else [self._named]
             self._thread = threading.Thread(target=self._main, name="pyvmm-control", daemon=True)
-            self._thread.start()
-            half.callback(self._thread.join)
-            half.callback(os.eventfd_write, self._wake, 1)
+            if self._held:
+                self._listen_own(half)
+            else:
+                self.start()
+            half.callback(self._end)
             self._stack = half.pop_all()
         return self
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+
+    def _end(self) -> None:
+        if self._thread.ident is not None:
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+
+    @property
+    def directories(self) -> list[str]:
+        """The directories of the sockets that there are."""
+        return [os.path.dirname(os.path.abspath(path)) for path in self._paths]
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -94,17 +114,21 @@ class Control:
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [client.close() for client in self._clients.values()])
             # A short run makes no socket. A named socket exists from the start.
-            if self._serve(time.monotonic() + SETTLED):
-                return
-            try:
-                own = _listen(f"{_own_directory()}/{os.getpid()}{SUFFIX}", stack)
-            except (OSError, PyvmmError) as error:
-                log.info("control_unavailable", reason=str(error))
-                if not self._listeners:
+            if not self._held:
+                if self._serve(time.monotonic() + SETTLED):
                     return
-            else:
-                self._listeners.append(own)
-            self._serve()
+                self._listen_own(stack)
+            if self._listeners:
+                self._serve()
+
+    def _listen_own(self, stack: contextlib.ExitStack) -> None:
+        try:
+            path = f"{_own_directory()}/{os.getpid()}{SUFFIX}"
+            self._listeners.append(_listen(path, stack))
+        except (OSError, PyvmmError) as error:
+            log.info("control_unavailable", reason=str(error))
+        else:
+            self._paths.append(path)
 
     def _serve(self, until: float | None = None) -> bool:
         """Serve until the end (True) or a point in time (False)."""

@@ -32,14 +32,22 @@ class Keys:
 
     The guest's console reads from ``fd``. The thread calls ``quit`` at Ctrl-A x. When the pipe to the guest is full,
     further keys are dropped, so that Ctrl-A x always works. ``send_break`` is called at Ctrl-A b. A virtio console has
-    no BREAK.
+    no BREAK. ``held`` waits for :meth:`start`.
     """
 
-    def __init__(self, terminal: int, quit: Callable[[], None], send_break: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        terminal: int,
+        quit: Callable[[], None],
+        send_break: Callable[[], None] | None = None,
+        *,
+        held: bool = False,
+    ) -> None:
         self._terminal = terminal
         self._quit = quit
         self._break = send_break
         self._escaped = False
+        self._held = held
 
     def __enter__(self) -> Self:
         self._saved = termios.tcgetattr(self._terminal)
@@ -47,13 +55,19 @@ class Keys:
         os.set_blocking(self._keys, False)
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._move, name="pyvmm-keys", daemon=True)
-        termios.tcsetattr(self._terminal, termios.TCSANOW, raw(self._saved))
-        self._thread.start()
+        if not self._held:
+            self.start()
         return self
 
+    def start(self) -> None:
+        """Take the terminal's keys from now on."""
+        termios.tcsetattr(self._terminal, termios.TCSANOW, raw(self._saved))
+        self._thread.start()
+
     def __exit__(self, *_: object) -> None:
-        os.write(self._stop_write, b"x")
-        self._thread.join()
+        if self._thread.ident is not None:
+            os.write(self._stop_write, b"x")
+            self._thread.join()
         # If the terminal is gone, or belongs to another job by now, there is no mode to restore.
         with contextlib.suppress(termios.error):
             if not in_background(self._terminal):

@@ -28,11 +28,17 @@ RETURN = b"\r"
 
 
 class Requests:
-    """The requests of one run. ``options`` returns the options of its machine, for a snapshot."""
+    """The requests of one run. ``options`` returns the options of its machine, for a snapshot.
 
-    def __init__(self, machine: Machine | None = None, options: Callable[[], str] = str) -> None:
+    ``opens_files`` says whether the run may open files while its guest runs.
+    """
+
+    def __init__(
+        self, machine: Machine | None = None, options: Callable[[], str] = str, *, opens_files: bool = True
+    ) -> None:
         self._current = machine
         self._options = options
+        self._opens_files = opens_files
         self._holding = False
         self._answering = threading.Lock()
         self.asked: str | None = None
@@ -187,11 +193,13 @@ class Requests:
 
     def snapshot(self, file: str) -> dict[str, Any]:
         """Write the machine to ``file``, an absolute path. The machine is paused meanwhile."""
-        from pyvmm.machine.saving import save
-
         if not (path := _bytes("file", file)).startswith(b"/") or b"\0" in path:
             raise UsageError(f"file: {file!r} is not an absolute path")
+        if not self._opens_files:
+            raise PyvmmError("this run is confined, and opens no file", hint="for snapshots, run it with --confine off")
         self._refuse_unless_started("be saved")
+        from pyvmm.machine.saving import save
+
         return save(self._machine, file, options=self._options())
 
     def _refuse_unless_started(self, what: str) -> None:

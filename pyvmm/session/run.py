@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from pyvmm.machine.snapshot import Snapshot
     from pyvmm.options.consoles import Ends
     from pyvmm.options.table import Table
+    from pyvmm.session.confinement import Confinement
+    from pyvmm.session.keys import Keys
     from pyvmm.session.lives import Lives
     from pyvmm.session.watch import Watch
     from pyvmm.vcpu.outcome import Outcome
@@ -46,15 +48,27 @@ STDOUT: Final = 1
 class GuestRun:
     """The run that ``args`` describe, observed by ``watch``. ``table`` is the table that parsed ``args``.
 
-    With ``--reboot``, a reset by the guest destroys the VM and starts the guest in a new one.
+    With ``--reboot``, a reset by the guest destroys the VM and starts the guest in a new one. ``confinement`` has walls
+    that go up before the first start.
     """
 
-    def __init__(self, args: argparse.Namespace, table: Table, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        table: Table,
+        watch: Watch | None = None,
+        confinement: Confinement | None = None,
+    ) -> None:
         self._args, self._table, self._watch = args, table, watch
+        self._confinement = confinement
+        self._held: list[Control | Keys] = []
+        """What has a thread that must not start before the walls are there."""
         self._stack = contextlib.ExitStack()
         self._never_waiting = contextlib.ExitStack()
         self._signals = Signals()
-        self._requests = Requests(options=self._machine_options)
+        self._requests = Requests(
+            options=self._machine_options, opens_files=confinement is None or not confinement.refuses
+        )
         self._debugger: GdbServer | None = None
         self._snapshot: Snapshot | None = None
         self._machine: Machine | None = None
@@ -100,7 +114,9 @@ class GuestRun:
             from pyvmm.machine.snapshot import Snapshot
 
             self._snapshot = stack.enter_context(Snapshot(args.restore))
-        stack.enter_context(Control(self._requests.verbs, args.socket))
+        self._control = Control(self._requests.verbs, args.socket, held=self._confinement is not None)
+        stack.enter_context(self._control)
+        self._held.append(self._control)
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         """Hear of a thread that nobody else hears: what it was for is no longer done, so the run ends."""
@@ -133,7 +149,10 @@ class GuestRun:
         if not in_foreground(source):
             # Reading the terminal from the background would stop us.
             return nobody(self._stack)
-        return self._stack.enter_context(Keys(source, lambda: self._signals.end("Ctrl-A x"), send_break)).fd
+        held = self._confinement is not None
+        keys = Keys(source, lambda: self._signals.end("Ctrl-A x"), send_break, held=held)
+        self._held.append(self._stack.enter_context(keys))
+        return keys.fd
 
     def _machine_options(self) -> str:
         from pyvmm.options.written import machine_options  # only needed to write a snapshot
@@ -151,6 +170,9 @@ class GuestRun:
         ):
             if self._args.dump_dtb is not None:
                 write_output(self._args.dump_dtb, machine.entry.described())
+            confinement, self._confinement = self._confinement, None
+            if confinement is not None:
+                self._wall_in(confinement, machine)
             if self._watch is not None:
                 self._watch.begin(machine)
             self._machine = machine
@@ -162,6 +184,8 @@ class GuestRun:
             with self._requests.about(machine), following_size(machine, self._screen):
                 if asked := self._asked_to_end:  # before there was this machine
                     machine.stop(asked)
+                if confinement is not None:
+                    confinement.seal(gdb=self._debugger is not None)
                 outcome = machine.run(spent=0.0 if self._lives is None else self._lives.spent)
             # A stop request that came too late for this VM applies to the next one.
             if self._lives is None or outcome.ending is not Ending.RESET or self._asked_to_end:
@@ -172,6 +196,13 @@ class GuestRun:
         # A protected VM's memory cannot be loaded again, so a reset makes a new VM, with any protection.
         self._lives.stand_by()
         return None
+
+    def _wall_in(self, confinement: Confinement, machine: Machine) -> None:
+        machine.make_ready()
+        own = [] if self._debugger is None else self._debugger.directories
+        confinement.wall_in(machine, [*self._control.directories, *own])
+        for held in self._held:
+            held.start()
 
     @property
     def _asked_to_end(self) -> str | None:

@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import Any
 
+import pyvmm.confine.kernel  # knows the machine's calls before another machine is pretended
 import pyvmm.kvm.fd
 from pyvmm.cli import main
 

@@ -17,6 +17,7 @@ import struct
 from enum import IntEnum, IntFlag
 
 from pyvmm._native import ffi, lib
+from pyvmm.devices.roles import Reach
 from pyvmm.devices.virtio.disk import SECTOR, SERIAL_SIZE, DiskFile
 from pyvmm.devices.virtio.limit import Limit
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
@@ -179,6 +180,10 @@ class VirtioBlk(WorkerDevice):
         self._features = BlkFeature(features & self.features)
         self.writeback = BlkFeature.FLUSH in self._features
         return None
+
+    def reach(self) -> Reach:
+        """Return that a block device discards by a call of its own."""
+        return Reach(parts=() if self.disk.regular else ("disk",))
 
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002 - negotiated
         """Serve every ready queue, each in its own thread."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
     from pyvmm._native import CData
+    from pyvmm.devices.roles import Reach
     from pyvmm.devices.virtio.queue import Queue
 
 log = get_logger("net")
@@ -110,6 +111,10 @@ class VirtioNet(WorkerDevice):
             if features & feature and not features & one_of:
                 return f"{NetFeature(features & feature)!r} without {one_of!r}"
         return None
+
+    def reach(self) -> Reach:
+        """Return what the backend asks of the host."""
+        return self.backend.reach()
 
     def start(self, queues: Sequence[Queue], features: int) -> None:
         """Move frames."""

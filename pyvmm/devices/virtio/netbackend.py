@@ -7,6 +7,7 @@ import os
 from enum import IntFlag
 
 from pyvmm._native import lib
+from pyvmm.devices.roles import Reach
 from pyvmm.errors import HostError, UsageError
 
 TYPE_CHECKING = False
@@ -50,6 +51,10 @@ class NetBackend:
 
     def claim(self, mac: bytes) -> None:
         """Take the address of the guest's card, instead of the last one. Raises HostError if another guest has it."""
+
+    def reach(self) -> Reach:
+        """Return what it asks of the host while the guest runs."""
+        return Reach()
 
     def last_words(self) -> str:
         """Return why the backend has gone, if known. Waits for a moment at most."""

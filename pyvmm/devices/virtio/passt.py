@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 
+from pyvmm.devices.roles import Reach
 from pyvmm.devices.virtio.netbackend import Stream
 from pyvmm.errors import HostError
 
@@ -62,6 +63,10 @@ class Passt(Stream):
             theirs.close()
         super().__init__("passt", ours.detach())
 
+    def reach(self) -> Reach:
+        """Return that passt is ended, and waited for."""
+        return Reach(parts=("passt",), children=(self._process.pid,))
+
     def last_words(self) -> str:
         """Return how it ended, if it has or ends now, and its output."""
         # Its socket hangs up a moment before it can be asked how it ended.
@@ -84,5 +89,7 @@ class Passt(Stream):
                 self._process.wait(PATIENCE)
                 break
             except subprocess.TimeoutExpired:
-                help_it()
+                # Of root, passt becomes another user, whom a run without capabilities cannot signal.
+                with contextlib.suppress(PermissionError):
+                    help_it()
         os.close(self._said)

@@ -11,6 +11,7 @@ import struct
 from ctypes import Array, byref, c_char, c_int, c_uint, create_string_buffer
 
 from pyvmm._native import lib
+from pyvmm.devices.roles import Reach
 from pyvmm.devices.virtio.netbackend import HEADER, NetBackend, NetFeature
 from pyvmm.errors import HostError, UsageError
 from pyvmm.kvm import libc
@@ -84,6 +85,10 @@ class Tap(NetBackend):
             self.close()
             raise
         self.offloads = _FROM_GUEST | NetFeature(sum(_TO_GUEST))
+
+    def reach(self) -> Reach:
+        """Return that it agrees with drivers on what the tap computes."""
+        return Reach(parts=("tap",))
 
     def use(self, features: NetFeature) -> None:
         """Set the kernel's offloads to the guest's ``features``, and drop waiting frames."""

@@ -21,6 +21,7 @@ import contextlib
 import os
 import struct
 
+from pyvmm.devices.roles import Reach
 from pyvmm.devices.virtio.queue import Chain, ChainFault, Queue, QueueBroken
 from pyvmm.devices.virtio.vsock_host import Door
 from pyvmm.devices.virtio.vsock_packet import HEADER_SIZE, OP_RW, Header, check_cid
@@ -56,6 +57,7 @@ class VirtioVsock(WorkerDevice):
         check_cid(cid)
         super().__init__()
         self._cid = cid
+        self._path = path
         self._table = Table(cid, path, self._watch)
         self._door = Door(path, self._table.connect, self._watch, listen=listen)
         try:
@@ -75,6 +77,11 @@ class VirtioVsock(WorkerDevice):
     def config(self) -> bytes:
         """Return the guest's cid."""
         return struct.pack("<Q", self._cid)
+
+    def reach(self) -> Reach:
+        """Return that it connects to programs beside its own socket, which it removes at its end."""
+        directory = os.path.dirname(os.path.abspath(self._path))
+        return Reach(parts=("vsock",), removes=(directory,), connects=(directory,))
 
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002
         """Accept connections from both sides."""

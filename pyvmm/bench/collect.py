@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from pyvmm.bench.case import Case, select
+from pyvmm.bench.history import FIRST, is_new
 from pyvmm.bench.model import ROUNDS, Point, Run, Series, Value, footer, header, line, parse
 from pyvmm.errors import PyvmmError, UsageError
 from pyvmm.experiment.registry import nearest
@@ -67,6 +68,8 @@ class Plan:
             points += [Step(case, point) for point in found]
         if not points:
             raise UsageError("there is nothing to measure", hint="pyvmm bench --list names every case and its axes")
+        # Only what is measured first can be the first after a boot.
+        points.sort(key=lambda step: step.point.get("history") != FIRST)
         return points if self.versus is None else self._by_turns(points)
 
     def _check_axes(self) -> None:
@@ -131,8 +134,10 @@ def measure(
     from pyvmm.experiment.runner import run
 
     steps, begun = plan.steps(), time.monotonic()
+    new = is_new()  # asked before conditions(), which makes a protected VM to see whether it can
     say(header(conditions(), {**plan.to_json(), "points": len(steps)}))
-    results = run((Task(step.case, step.point, plan.rounds) for step in steps), deadline=deadline)
+    tasks = (Task(step.case, step.point, plan.rounds, new and not at) for at, step in enumerate(steps))
+    results = run(tasks, deadline=deadline)
     last = begun
     for step, series in zip(steps, results, strict=True):
         for each in series:

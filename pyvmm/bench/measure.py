@@ -15,19 +15,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from pyvmm._native import lib
+from pyvmm.bench.history import FIRST, SPARE, settle
 from pyvmm.bench.model import ROUNDS, Point, Series, Value
 from pyvmm.errors import GuestMemoryError, PyvmmError
 from pyvmm.experiment import Experiment
 from pyvmm.experiment.environment import INSTRUCTIONS, counts
 from pyvmm.guest.puppet import Puppet
 from pyvmm.memory.address import MIB, Gpa, align_up
-from pyvmm.memory.backing import Memfd
 from pyvmm.pages import HOST_PAGE
 from pyvmm.protection import Protection
 
 RULE = "the first round"
-SPARE = 12 * MIB
-"""Guest memory that cases do not use: the payload, the device tree, the records of ticks."""
 
 
 class Unavailable(PyvmmError):
@@ -37,11 +35,15 @@ class Unavailable(PyvmmError):
 class Bench:
     """One ``point`` of a ``case`` during its measurement. ``bench["backing"]`` is its value on an axis.
 
-    The case repeats in ``rounds``. Its process is killed after ``seconds``.
+    The case repeats in ``rounds``. Its process is killed after ``seconds``. ``new`` tells that no protected VM was
+    made since the host's boot.
     """
 
-    def __init__(self, case: str, point: Point, *, rounds: int = ROUNDS, seconds: float = 60.0) -> None:
-        self.case, self.point, self.rounds, self.seconds = case, point, rounds, seconds
+    def __init__(
+        self, case: str, point: Point, *, rounds: int = ROUNDS, seconds: float = 60.0, new: bool = False
+    ) -> None:
+        self.case, self.point, self.rounds, self.seconds, self.new = case, point, rounds, seconds, new
+        self._settled, self._unsettled = 0, ""
         self.series: list[Series] = []
         self.unit = "instructions" if counts() == INSTRUCTIONS else "ns"
         """The unit of times: with icount a nanosecond of the machine's time is an instruction."""
@@ -57,23 +59,27 @@ class Bench:
     def guest(self, *, room: int = 0, cpus: int = 1, backing: str = "", **options: Any) -> Experiment:
         """Return a guest, to be entered, of this point's protection, with ``room`` bytes to access.
 
-        ``backing`` is the point's unless given. ``options`` are those of Experiment. Raises Unavailable if this host
-        has fewer CPUs than ``cpus``.
+        ``backing`` is the point's unless given. ``options`` are those of Experiment. The first guest with room settles
+        the host's pages before (:mod:`pyvmm.bench.history`), unless the point's ``history`` is FIRST. Raises
+        Unavailable if this host has fewer CPUs than ``cpus``, or cannot have that history.
         """
         if cpus > (here := len(os.sched_getaffinity(0))):
             self.cannot(f"{cpus} vCPUs at once need as many CPUs, and here are {here}: pyvmm --lab --lab-cpus {cpus} …")
+        self._settle(room)
         memory = align_up(room + SPARE, 2 * MIB) // MIB
         backing = backing or str(self.point.get("backing", "memfd"))
         return Experiment(self.protection, backing, memory=memory, cpus=cpus, **options)
 
-    def recycle(self, size: int) -> None:
-        """Have the host access at least ``size`` bytes of its memory and free them, so that the guest gets these pages.
-
-        A pKVM host's first access to a page since boot faults to EL2 (host_abort). That cost depends on the page's
-        history, not on the guest. Without this call, it would hit a random number of pages.
-        """
-        with Memfd(align_up(2 * size, HOST_PAGE)) as file:
-            file.populate(0, file.size)
+    def _settle(self, room: int) -> None:
+        if self.point.get("history") == FIRST:
+            if not self.new:
+                self.cannot(
+                    "it is not the first protected VM since the host's boot: measure this point alone, in a lab or "
+                    "after a boot"
+                )
+        elif room > self._settled:
+            self._unsettled = settle(room, seconds=self.seconds)
+            self._settled = room
 
     def cannot(self, why: str) -> NoReturn:
         """End the measurement of this point. Raises Unavailable, always."""
@@ -101,6 +107,8 @@ class Bench:
         """
         lengths = tuple(len(each) for each in rounds)
         warm = len(rounds) > 1
+        if self._unsettled:
+            notes["not settled"] = self._unsettled
         self.series.append(
             Series(
                 self.case,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pyvmm.bench.case import Case, select
+from pyvmm.bench.history import is_new
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import ROUNDS, Point, Series, Value
 from pyvmm.errors import PyvmmError
@@ -22,6 +23,8 @@ class Task(NamedTuple):
     case: Case
     point: Point
     rounds: int = ROUNDS
+    new: bool = False
+    """Whether no protected VM was made since the host's boot."""
 
     @property
     def seconds(self) -> float:
@@ -30,7 +33,7 @@ class Task(NamedTuple):
 
     def conduct(self, seconds: float) -> list[dict[str, Any]]:
         """Measure the point in this very process and return its series."""
-        bench = Bench(self.case.name, self.point, rounds=self.rounds, seconds=seconds)
+        bench = Bench(self.case.name, self.point, rounds=self.rounds, seconds=seconds, new=self.new)
         try:
             self.case.function(bench)
         except (PyvmmError, OSError) as error:
@@ -57,7 +60,7 @@ def measure_point(case: str, point: Mapping[str, Value], *, deadline: float | No
     Raises UsageError for an unknown case, axis or value. Must be called in a process without other threads.
     """
     [found] = select([case])
-    [series] = run([Task(found, found.check(point))], deadline=deadline)
+    [series] = run([Task(found, found.check(point), new=is_new())], deadline=deadline)
     return series
 
 

@@ -2,10 +2,11 @@
 """Check the benchmark's own bars: python -m tests.bench.bench_bars
 
 Measures the quick set in two fresh labs where time counts instructions, on the project's kernel, whose hypervisor can
-be traced; and the peers in a third one on Debian's. Prints what was found beside each bar. Exit status 1 where one is
-missed.
+be traced, in the second one from its last point to its first; and the peers in a third one on Debian's. Prints what was
+found beside each bar. Exit status 1 where one is missed.
 
     repeats     every median within 1 % of the other lab's, or within a tick of the counter where that is more
+    load        a cold first load under pkvm, within 1 % of a cold first store
     stamps      the same of those made of the hypervisor's stamps, which are cut to 1,000 instructions
     measuring   what the touch of a mapped page costs, at most 2 % of the cheapest fault
     fault-in    memfd, plain protection, per page: at most 1.05 times the kernel's demand_paging_test
@@ -22,8 +23,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pyvmm.bench import collect
+from pyvmm.bench.collect import Plan, Step
 from pyvmm.bench.model import Run, Series, read
 from pyvmm.bench.split import PARTS, WHOLE
+from pyvmm.guest.kernels import OWN
 
 TICK = 1.0
 """Instructions: with icount the lab's counter runs at 1 GHz."""
@@ -37,6 +41,29 @@ def measure(file: Path, *words: str) -> Run:
     command = [sys.executable, "-m", "pyvmm", "--lab", "--lab-icount", *words, "--json", str(file)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return read(str(file))
+
+
+class Backwards(Plan):
+    """A plan whose last point is measured first."""
+
+    def steps(self) -> list[Step]:
+        """Return the points in the order of measuring."""
+        return Plan.steps(self)[::-1]
+
+
+def measure_backwards(file: Path) -> Run:
+    """Measure the quick set backwards in a separate lab, on the project's kernel."""
+    inside = ["python3", "-m", "tests.bench.bench_bars", "--inside"]
+    lab = ["lab", "exec", "--icount", "--host-kernel", "own", "--with", OWN, "--", *inside]
+    with file.open("w") as output:
+        subprocess.run([sys.executable, "-m", "pyvmm", *lab], check=True, stdout=output)
+    return read(str(file))
+
+
+def say(line: str) -> None:
+    """Pass a line on as it comes."""
+    sys.stdout.write(line)
+    sys.stdout.flush()
 
 
 def medians(run: Run) -> dict[tuple[object, ...], tuple[float, Series]]:
@@ -70,12 +97,16 @@ def repeats(one: Run, other: Run, *, stamped: bool = False) -> tuple[float, str]
 
 def main(arguments: list[str]) -> int:
     """Measure, print, judge."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m tests.bench.bench_bars", description=(__doc__ or "").partition("\n")[0]
-    ).parse_args(arguments)
+    )
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args(arguments).inside:
+        collect.measure(Backwards(quick=True), say)
+        return 0
     with tempfile.TemporaryDirectory() as directory:
-        own = ["--host-kernel", "own", "bench", "--quick"]
-        one, other = (measure(Path(directory) / f"{name}.jsonl", *own) for name in "ab")
+        one = measure(Path(directory) / "a.jsonl", "--host-kernel", "own", "bench", "--quick")
+        other = measure_backwards(Path(directory) / "b.jsonl")
         few = ["bench", "exit", "--axis", "kind=hvc", "--axis", "protection=none", "--peers"]
         peers = measure(Path(directory) / "peers.jsonl", *few)
     missed = 0
@@ -87,6 +118,9 @@ def main(arguments: list[str]) -> int:
 
     bar("repeats", *_with(repeats(one, other), 0.01))
     bar("stamps", *_with(repeats(one, other, stamped=True), 0.01))
+    cold: dict[str, object] = {"protection": "pkvm", "state": "cold"}
+    load, store = (of(one, "fault", "touch", **cold, access=access) for access in ("read", "write"))
+    bar("load", abs(load / store - 1), 0.01, f"a first load {load:.0f}, a first store {store:.0f}")
     mapped = of(one, "fault", "whole range", state="mapped", protection="pkvm")
     cheapest = min(
         median

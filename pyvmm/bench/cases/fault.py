@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from pyvmm.bench.case import case
+from pyvmm.bench.history import FIRST, HISTORIES
 from pyvmm.bench.measure import Bench, Exits, Ticks
 from pyvmm.bench.model import Point
 from pyvmm.experiment import BEYOND, Experiment, raw
@@ -53,6 +54,8 @@ def _nonsense(point: Point) -> str:
         return "slots on demand are measured with one vCPU"
     if point["range"] == "same" and point["cpus"] == 1:
         return "one vCPU alone is on no range with others"
+    if point["history"] == FIRST and point["protection"] != "pkvm":
+        return "only a protected guest is the first protected one after a boot"
     if backing in HUGE and state != "cold":
         return "huge pages are measured cold"
     return ""
@@ -61,7 +64,8 @@ def _nonsense(point: Point) -> str:
 @case(
     says="a page's first touch: by access, order, what is there before, the backing, the number of vCPUs at it, and who"
     " provides the page; mapped is a second touch, the measuring itself; of vCPUs in the same range the one that waited"
-    " longest for a page counts",
+    " longest for a page counts; history first is of the first protected guest after a boot, where the host still"
+    " maps memory in blocks",
     axes={
         "protection": PROTECTIONS,
         "state": STATES,
@@ -72,6 +76,7 @@ def _nonsense(point: Point) -> str:
         "range": ("distinct", "same"),
         "provider": PROVIDERS,
         "pages": (PAGES, 1024, 4096),
+        "history": HISTORIES,
     },
     quick=("state", "access"),
     extra=(
@@ -87,7 +92,6 @@ def fault(bench: Bench) -> None:
     """Access a fresh range each round, every page timed by the guest. vCPUs are started one after the other."""
     plan = _Plan(bench)
     on_demand = OnDemand([(BEYOND, plan.room)], granule=HOST_PAGE) if bench["provider"] == PROVIDERS[3] else None
-    bench.recycle(plan.room)
     with bench.guest(room=plan.room, cpus=plan.cpus, unclaimed=on_demand) as x:
         if on_demand:
             on_demand.attach(x.memory)

@@ -10,7 +10,8 @@ from typing import Final
 
 from pyvmm.bench import linux
 from pyvmm.bench.case import case
-from pyvmm.bench.measure import SPARE, Bench
+from pyvmm.bench.history import SPARE
+from pyvmm.bench.measure import Bench
 from pyvmm.errors import PyvmmError
 from pyvmm.guest.kernels import OWN
 from pyvmm.memory.address import MIB

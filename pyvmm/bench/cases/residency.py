@@ -29,7 +29,6 @@ def residency(bench: Bench) -> None:
     pages: int = bench["pages"]
     protected = bench.protection.by_hypervisor
     room = (3 * bench.rounds + 1) * pages * HOST_PAGE
-    bench.recycle(room)
     with bench.guest(room=room) as x:
         with Recorder(x) as recorder:
             if recorder.why_not:

@@ -36,7 +36,6 @@ def split(bench: Bench) -> None:
     """Under the trace, repeat in rounds: access a cold range, access a populated range, and make empty exits."""
     pages: int = bench["pages"]
     room = 3 * bench.rounds * pages * HOST_PAGE
-    bench.recycle(room)
     with bench.guest(room=room) as x:
         scale = 1e9 / x.guest.ping().hz
         untraced = [

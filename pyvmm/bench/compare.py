@@ -3,7 +3,8 @@
 
 Series are matched by case, point and metric. The medians of their rounds are compared. Two runs are unpaired: Welch's t
 tests them. The sides of a run that measured in turns are pairs: Wilcoxon's signed ranks test them. Values without
-rounds are taken as independent: Mann and Whitney's rank sum tests them. Benjamini and Hochberg's method (false
+rounds are taken as independent: Mann and Whitney's rank sum tests them. One value that its case knows to repeat is
+compared without a test. Benjamini and Hochberg's method (false
 discovery rate) corrects p over the tested series. Series with the same values on both sides are not tested, nor those
 of too few rounds. Pure functions.
 
@@ -46,6 +47,7 @@ MOST: Final = 1000
 _POWER: Final = 2.8
 """Standard errors that a difference must be large to be shown in 8 of 10 comparisons."""
 PAIRED, UNPAIRED, UNPAIRED_VALUES = "paired", "unpaired", "unpaired, values taken as independent"
+REPEATING = "one value, which repeats"
 
 SAME: Final = ("machine", "cpu", "cpus", TCG, "emulator", "counts", "page size")
 """The environment fields that must be equal in two comparable runs."""
@@ -62,7 +64,7 @@ class Difference:
     a: Series
     b: Series
     test: str
-    """PAIRED, UNPAIRED or UNPAIRED_VALUES."""
+    """PAIRED, UNPAIRED, UNPAIRED_VALUES or REPEATING."""
     rounds: tuple[int, int]
     """The number of compared medians of rounds (values, for UNPAIRED_VALUES), of each run."""
     ratio: float | None
@@ -212,7 +214,7 @@ def _rows(some: Sequence[Difference], look: Look) -> list[str]:
         ratio = "-" if each.ratio is None else f"{each.ratio:.3f}"
         interval = "" if each.low is None or each.high is None else f"[{each.low:.3f}, {each.high:.3f}]"
         p = "-" if each.corrected is None else f"{each.corrected:.3f}" if each.corrected >= 0.001 else "<0.001"
-        kind = each.test if each.test == PAIRED else UNPAIRED
+        kind = {PAIRED: PAIRED, REPEATING: "-"}.get(each.test, UNPAIRED)
         rows.append(
             [
                 one_line(each.a.metric),
@@ -258,15 +260,22 @@ def _note(comparison: Comparison) -> str:
     said += "; unpaired: Welch's t on the rounds' medians" if UNPAIRED in tests else ""
     if UNPAIRED_VALUES in tests:
         said += "; unpaired, where no rounds are told: Mann-Whitney on values taken as independent"
+    if any(each.test == REPEATING for each in comparison.differences):
+        said += "; test -: one value, which its case knows to repeat"
     return said + "".join(f"; {each}" for each in _advice(comparison, margin))
 
 
 def _advice(comparison: Comparison, margin: str) -> Iterable[str]:
     """Say what would decide the series that the comparison cannot tell of."""
+    undecided = [each for each in comparison.differences if each.verdict == UNDECIDED]
+    once = [each for each in undecided if each.a.once or each.b.once]
+    if once:
+        yield (
+            f"for {len(once)} that a run measures once, whatever --rounds says, use bench sweep with "
+            f"repeat = {statistics.FEW}"
+        )
     for paired, option in ((False, "--rounds"), (True, "--turns")):
-        open_ = [
-            each for each in comparison.differences if each.verdict == UNDECIDED and paired == (each.test == PAIRED)
-        ]
+        open_ = [each for each in undecided if each not in once and paired == (each.test == PAIRED)]
         able = [each.needed for each in open_ if each.needed is not None and each.needed <= MOST]
         if able:
             yield f"to tell a difference of {margin} in {len(able)} of them, measure with {option} {max(able)}"
@@ -308,14 +317,16 @@ def _difference(a: Series, b: Series, paired: bool) -> Difference:
         raise BenchError(f"{a.case}, {a.metric}: one run has it in {a.unit}, the other in {b.unit}")
     parts_a, parts_b = statistics.rounds(a), statistics.rounds(b)
     units_a, units_b = _compared(a, b)
-    if not a.rounds and not b.rounds:
+    if a.repeats and b.repeats:
+        test = REPEATING
+    elif not a.rounds and not b.rounds:
         test = UNPAIRED_VALUES
     else:
         test = PAIRED if paired and len(parts_a) == len(parts_b) else UNPAIRED
     ratio, low, high = _ratio(parts_a, parts_b, paired=test == PAIRED)
     sizes = len(units_a), len(units_b)
     p = None
-    if not _are_equal(a, b) and min(sizes) >= _fewest(test):
+    if test != REPEATING and not _are_equal(a, b) and min(sizes) >= _fewest(test):
         p = {PAIRED: _signed, UNPAIRED: welch, UNPAIRED_VALUES: rank_sum}[test](units_a, units_b)
     return Difference(a, b, test, sizes, ratio, low, high, p)
 
@@ -377,10 +388,15 @@ def _decided(differences: Sequence[Difference], margin: float) -> Iterable[Diffe
 def _verdict(each: Difference, margin: float) -> str:
     if _are_equal(each.a, each.b) or _are_near_counts(each, margin):
         return SAME_AS
-    beyond = each.ratio is None or abs(each.ratio - 1) > margin
-    if each.corrected is not None and each.corrected < ALPHA and beyond:
+    moved = math.inf if each.ratio is None else abs(each.ratio - 1)
+    shown = each.corrected is not None and each.corrected < ALPHA
+    if each.test == REPEATING:
+        shown = moved > max(each.a.repeats, each.b.repeats)
+    if shown and moved > margin:
         up, down = (SLOWER, FASTER) if each.a.unit in _TIMES else (MORE, LESS)
         return up if _moved(each) > 0 else down
+    if each.test == REPEATING:
+        return SAME_AS if moved <= margin else UNDECIDED
     if min(each.rounds) >= statistics.FEW and each.low is not None and each.high is not None:
         return SAME_AS if 1 - margin <= each.low and each.high <= 1 + margin else UNDECIDED
     return UNDECIDED

@@ -67,6 +67,17 @@ class Series:
         return self.values[self.warmup :]
 
     @property
+    def once(self) -> bool:
+        """Whether it has one value and its case takes no more of them in a run."""
+        return self.rounds == (1,) and not self.warmup
+
+    @property
+    def repeats(self) -> float:
+        """The share by which its only value differs between runs at most, as its case says; 0 if it does not say."""
+        said = self.notes.get(REPEATS, 0.0)
+        return float(said) if self.once and isinstance(said, int | float) else 0.0
+
+    @property
     def key(self) -> tuple[Value, ...]:
         """The identity of a series: equal in two runs if both measured the same."""
         axes = (f"{axis}={self.point[axis]}" for axis in sorted(self.point))
@@ -86,6 +97,9 @@ class Series:
         except TypeError as error:
             raise BenchError(f"an invalid series: {error}") from None
 
+
+REPEATS = "repeats within"
+"""A note: the share by which a value that is measured once differs between runs at most."""
 
 _LISTS = ("values", "rounds", "places", "began")
 _ALWAYS = ("case", "point", "metric", "clock", "unit", "per", "values")

@@ -15,7 +15,7 @@ from statistics import median
 import pytest
 
 from pyvmm.bench import case as cases
-from pyvmm.bench import linux, transfers
+from pyvmm.bench import history, linux, transfers
 from pyvmm.bench.cases.exit import COUNT as EXITS
 from pyvmm.bench.measure import Bench
 from pyvmm.bench.model import ROUNDS, Point, Series
@@ -24,7 +24,7 @@ from pyvmm.experiment import raw
 from pyvmm.experiment.runner import run
 from pyvmm.guest.orders import Access
 from pyvmm.machine.layout import RAM_BASE
-from pyvmm.memory.address import Gpa
+from pyvmm.memory.address import MIB, Gpa
 from pyvmm.protection import Protection
 from tests.pkvm.harness import ALL, puppet
 from tests.pkvm.required import kernel_directory
@@ -128,6 +128,16 @@ def test_the_touches_of_each_vcpu_have_their_places_in_the_series() -> None:
         began = series.began[last][vcpu : vcpu + 4]
         assert began[0] == 0
         assert list(began) == sorted(began)
+
+
+# -- what the host did before
+
+
+def test_a_protected_guest_settles_the_host_and_none_is_the_first_after_it() -> None:
+    assert history.settle(MIB, seconds=60) == ""
+    assert not history.is_new()
+    [nothing] = measure_point("fault", {"protection": "pkvm", "history": "first"})
+    assert "not the first protected VM since the host's boot" in nothing.unavailable
 
 
 # -- what cannot be measured

@@ -11,7 +11,7 @@ import pytest
 
 from pyvmm.bench import compare as compared
 from pyvmm.bench.compare import SAME, compare
-from pyvmm.bench.model import BenchError, Point, Run, Series
+from pyvmm.bench.model import REPEATS, BenchError, Point, Run, Series
 from pyvmm.bench.significance import FLOOR, rank_sum, signed_ranks, welch
 from pyvmm.reports.look import Look
 from tests.unit import bench_samples as samples
@@ -239,6 +239,33 @@ def test_a_median_of_zero_has_a_verdict_but_no_ratio() -> None:
     a, b = (samples.series([value] * 12, unit="count", rounds=[1] * 12) for value in (0.0, 1.0))
     found = only(compare(samples.run(a), samples.run(b)))
     assert (found.ratio, found.low, found.verdict) == (None, None, "more")
+
+
+# ---- values that are measured once ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict"),
+    [(1.0, "the same"), (1.009, "the same"), (1.05, "more"), (0.95, "less"), (1.02, "cannot tell")],
+)
+def test_one_value_that_repeats_is_compared_without_a_test(factor: float, verdict: str) -> None:
+    a = samples.series([15e6], unit="bytes", rounds=[1], notes={REPEATS: 0.03 if factor == 1.02 else 0.01})
+    comparison = compare(samples.run(a), samples.run(times(factor, a)))
+    assert (only(comparison).verdict, only(comparison).p) == (verdict, None)
+    said = " ".join(compared.text(comparison).split())
+    assert "test -: one value, which its case knows to repeat" in said
+    assert ("bench sweep" in said) == (verdict == "cannot tell")
+
+
+def test_rounds_are_not_advised_for_what_is_measured_once() -> None:
+    once = samples.series([15e6], unit="bytes", rounds=[1])
+    several = samples.series([100.0, 101.0, 90.0], metric="several", rounds=[1] * 3)
+    a = samples.run(once, several)
+    comparison = compare(a, samples.run(*(times(1.05, each) for each in a.series)))
+    assert [each.verdict for each in comparison.differences] == ["cannot tell"] * 2
+    said = " ".join(compared.text(comparison).split())
+    assert "for 1 that a run measures once, whatever --rounds says, use bench sweep with repeat = 6" in said
+    assert "in 1 of them, measure with --rounds" in said
 
 
 # ---- the statistical tests -------------------------------------------------------------------------------------

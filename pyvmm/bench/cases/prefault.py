@@ -8,13 +8,15 @@ from typing import Final
 
 from pyvmm.bench.case import case
 from pyvmm.bench.measure import Bench, Ticks
-from pyvmm.experiment import raw
+from pyvmm.experiment import Experiment, raw
 from pyvmm.experiment.host import settings
 from pyvmm.guest.orders import Access
-from pyvmm.memory.address import MIB
+from pyvmm.memory.address import MIB, Gpa
 from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 
 MEANS: Final = ("nothing", "allocate", "populate", "huge pages", "populated huge pages", "--prefault")
+UNPREPARED: Final = ("nothing", "huge pages")
+"""Means of which nothing is left to do for a guest."""
 
 
 @case(
@@ -40,18 +42,26 @@ def prefault(bench: Bench) -> None:
             stack.enter_context(x)
             whole = x.config.memory // HOST_PAGE if x.config.prefault else pages
             area = x.page(pages, align=HUGE_SIZE)
-            with bench.stopwatch(prepared, per=whole):
-                if x.config.prefault:
-                    x.machine.prefault()
-                elif means == "allocate":
-                    file, offset = raw.place(x, area)
-                    if (answer := raw.allocate(file.fd, offset, size)) != "ok":
-                        bench.cannot(f"fallocate(2): {answer}")
-                elif "populate" in means:
-                    x.memory.populate(area, size)
+            if means in UNPREPARED:
+                prepared.append(0.0)
+            else:
+                with bench.stopwatch(prepared, per=whole):
+                    _prepare(bench, x, area, size)
             scale = Ticks(x, 1).scale
             done = x.guest.start_touch(area, pages, access=Access.WRITE).result(bench.seconds)
             touched.append(done.ticks * scale / pages)
     bench.keep("prepare", [[each] for each in prepared], clock="host")
     bench.keep("touch", [[each] for each in touched])
     bench.keep("together", [[sum(each)] for each in zip(prepared, touched, strict=True)], clock="host and guest")
+
+
+def _prepare(bench: Bench, x: Experiment, area: Gpa, size: int) -> None:
+    """Prepare the memory, by the point's means."""
+    if x.config.prefault:
+        x.machine.prefault()
+    elif bench["means"] == "allocate":
+        file, offset = raw.place(x, area)
+        if (answer := raw.allocate(file.fd, offset, size)) != "ok":
+            bench.cannot(f"fallocate(2): {answer}")
+    else:
+        x.memory.populate(area, size)

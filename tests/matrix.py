@@ -50,6 +50,7 @@ HOSTS: Final[dict[str, Host]] = {
     "nvhe": Host(options={"mode": "nvhe"}),
     "vhe": Host(options={"mode": "vhe"}),
     "hvhe": Host(options={"cpu": "neoverse-n1"}),
+    "no its": Host(options={"its": False}),
     "gicv2": Host(options={"mode": "nvhe", "gic": 2}),
     "gicv2 protected": Host(options={"gic": 2}),
     "no gic": Host(options={"mode": "nvhe", "gic": 0}),
@@ -58,6 +59,7 @@ HOSTS: Final[dict[str, Host]] = {
 }
 ROWS: Final = {
     "hvhe": "`--lab-cpu neoverse-n1`",
+    "no its": "`--lab-gic no-its`",
     "gicv2": "`--lab-gic 2 --lab-mode nvhe`",
     "gicv2 protected": "`--lab-gic 2`",
     "no gic": "`--lab-gic none --lab-mode nvhe`",

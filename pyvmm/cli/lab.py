@@ -36,7 +36,7 @@ HOST_KERNEL = "host-kernel"
 COST = "5 to 10 minutes each on 2 CPUs, 170 MB of downloads, 1.2 GB of disk meanwhile, 20 MB afterwards"
 """The cost of building the kernels."""
 MODES = ("protected", "nvhe", "vhe", "no-el2")
-GICS = {"2": 2, "3": 3, "none": 0}
+GICS: dict[str, dict[str, Any]] = {"2": {"gic": 2}, "3": {}, "no-its": {"its": False}, "none": {"gic": 0}}
 BOOTS = ("saved", "fresh")
 STDIN = 0
 
@@ -51,7 +51,12 @@ def add_lab_options(group: argparse._ArgumentGroup, prefix: str = BEFORE) -> Non
     add(
         "mode", choices=MODES, default="protected", help="KVM's mode on the lab's kernel, or no-el2: no KVM (protected)"
     )
-    add("gic", choices=GICS, default="3", help="version of the host's interrupt controller; none: guests get none (3)")
+    add(
+        "gic",
+        choices=GICS,
+        default="3",
+        help="version of the host's interrupt controller; no-its: 3 without an ITS; none: guests get none (3)",
+    )
     add(
         "cpu",
         metavar="NAME",
@@ -292,8 +297,8 @@ def _options(args: argparse.Namespace) -> LabOptions:
         boot_timeout=args.lab_boot_timeout,
         verbose=args.lab_console,
         boot=args.lab_boot,
-        gic=GICS[args.lab_gic],
         cpu=args.lab_cpu,
+        **GICS[args.lab_gic],
     )
 
 

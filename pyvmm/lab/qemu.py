@@ -77,6 +77,8 @@ class LabOptions:
     """``saved``: restore the lab from a saved boot where that can be done (see saved). ``fresh``: boot it."""
     gic: int = 3
     """Version of the host's interrupt controller: 3, or 2 as on a Raspberry Pi 4. 0: KVM has none for guests."""
+    its: bool = True
+    """Whether a GICv3 of the host has an ITS."""
     cpu: str | None = None
     """QEMU's name of the CPU, such as ``neoverse-n1`` or ``max``; where it is None, by the mode, QEMU's version and the
     kernel's pages."""
@@ -215,7 +217,7 @@ def mount_tag(number: int) -> str:
 
 def _machine(options: LabOptions) -> str:
     el2 = "off" if options.mode == NO_EL2 else "on"
-    return f"virt,virtualization={el2},gic-version={options.gic or 3}"
+    return f"virt,virtualization={el2},gic-version={options.gic or 3}" + ("" if options.its else ",its=off")
 
 
 def _parts(options: LabOptions, version: str, image: Image) -> list[str]:

@@ -97,10 +97,13 @@ def test_a_lab_has_the_cpu_and_the_interrupt_controller_that_are_asked_for(
 
     script = '[ "$1" = --version ] && echo QEMU emulator version 9.0.0 && exit; echo "$@"; exit 1'
     fake_qemu(tmp_path, script, monkeypatch)
-    options = LabOptions(mode="nvhe", cpu="neoverse-n1", gic=2, boot="fresh")
-    with pytest.raises(LabError) as caught, Lab(options, image=IMAGE, bare=True):
-        pass
-    assert "gic-version=2 -cpu neoverse-n1 -smp 2" in caught.value.message
+    for options, words in (
+        (LabOptions(mode="nvhe", cpu="neoverse-n1", gic=2, boot="fresh"), "gic-version=2 -cpu neoverse-n1 -smp 2"),
+        (LabOptions(its=False, boot="fresh"), "gic-version=3,its=off -cpu"),
+    ):
+        with pytest.raises(LabError) as caught, Lab(options, image=IMAGE, bare=True):
+            pass
+        assert words in caught.value.message
 
 
 @pytest.mark.parametrize(

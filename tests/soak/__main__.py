@@ -43,10 +43,10 @@ def soak(options: argparse.Namespace) -> int:
     """Make the runs and kills on this host, and print the tables. Returns the exit status."""
     host.prepare()
     with tempfile.TemporaryDirectory(prefix="pyvmm-soak-") as directory:
-        warm_up(Path(directory))
+        late = warm_up(Path(directory))
     before = host.held()
     with tempfile.TemporaryDirectory(prefix="pyvmm-soak-") as directory:
-        wrong = runs(options, Path(directory)) if options.runs else 0
+        wrong = runs(options, Path(directory), late) if options.runs else 0
         wrong += kills(options, Path(directory)) if options.kills else 0
     after = host.settled(before)
     more = host.more(after, before)
@@ -59,20 +59,25 @@ def soak(options: argparse.Namespace) -> int:
     return 1 if wrong or more else 0
 
 
-def warm_up(directory: Path) -> None:
-    """Make one run of each protection: a kernel's first ones leave a warning, caches and modules."""
+def warm_up(directory: Path) -> float:
+    """Make one run of each protection: a kernel's first ones leave a warning, caches and modules.
+
+    Returns the seconds within which something is done to the runs that follow: in their start, or later.
+    """
+    begun = time.monotonic()
     for number, protection in enumerate(Protection):
         run = next(run for run in drawn(0) if run.protection is protection and run.ending.name == "power off")
-        make(run, directory / str(number))
+        make(run, directory / str(number), 0)
+    return time.monotonic() - begun
 
 
-def runs(options: argparse.Namespace, directory: Path) -> int:
+def runs(options: argparse.Namespace, directory: Path, late: float) -> int:
     """Make the runs, and print a table of how they ended. Returns how many went wrong."""
     start, total = (0, options.runs) if options.only is None else (options.only, 1)
     chosen = islice(drawn(options.seed), start, start + total)
     begun = time.monotonic()
     all_done: list[Done] = []
-    for done in made(chosen, directory, options.at_once):
+    for done in made(chosen, directory, options.at_once, late):
         all_done.append(done)
         if done.wrong:
             print(f"{done.run}: " + "\n  ".join(done.wrong), flush=True)

@@ -22,8 +22,6 @@ from pyvmm.session.connection import Connection
 from pyvmm.vcpu.outcome import Ending as Outcome
 from tests.soak.guests import GUESTS, LINUX, Guest
 
-LATE: Final = 6.0
-"""Seconds after the start within which something is done to a run: it may come in the start, too."""
 PATIENCE: Final = 300.0
 """Seconds for what must happen."""
 DISK: Final = 8 << 20

@@ -22,7 +22,7 @@ from typing import Final
 from pyvmm.errors import PyvmmError
 from pyvmm.protection import Protection
 from tests.soak import host
-from tests.soak.endings import DISK, ENDINGS, FULL, LATE, PATIENCE, SOCKET, Ending
+from tests.soak.endings import DISK, ENDINGS, FULL, PATIENCE, SOCKET, Ending
 from tests.soak.guests import Guest
 
 MOST_CPUS: Final = 2
@@ -70,14 +70,17 @@ def drawn(seed: int) -> Iterator[Run]:
             yield Run(seed, next(number), guest, protection, ending)
 
 
-def made(runs: Iterator[Run], directory: Path, at_once: int) -> Iterator[Done]:
+def made(runs: Iterator[Run], directory: Path, at_once: int, late: float) -> Iterator[Done]:
     """Make the runs, some at a time, and yield each when it has ended."""
     with ThreadPoolExecutor(at_once) as pool:
-        yield from pool.map(lambda run: make(run, directory / str(run.number)), runs)
+        yield from pool.map(lambda run: make(run, directory / str(run.number), late), runs)
 
 
-def make(run: Run, where: Path) -> Done:
-    """Make one run in the directory ``where``, which is removed unless something is wrong."""
+def make(run: Run, where: Path, late: float) -> Done:
+    """Make one run in the directory ``where``, which is removed unless something is wrong.
+
+    What is done to it is done within ``late`` seconds.
+    """
     done = Done(run)
     (where / "runtime").mkdir(mode=0o700, parents=True)
     (where / "tmp").mkdir()
@@ -96,7 +99,7 @@ def make(run: Run, where: Path) -> Done:
                 start_new_session=True,
             )
         try:
-            _end(run, process, where)
+            _end(run, process, where, late)
             done.status = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             done.wrong.append(f"has not ended after {PATIENCE:g} s")
@@ -140,12 +143,12 @@ def _words(run: Run) -> list[str]:
     return words + run.guest.words(run.ending.params(run.guest))
 
 
-def _end(run: Run, process: subprocess.Popen[bytes], where: Path) -> None:
+def _end(run: Run, process: subprocess.Popen[bytes], where: Path, late: float) -> None:
     if run.ending.act is None:
         return
     chance = run.chance
     try:
-        process.wait(chance.uniform(0, LATE))
+        process.wait(chance.uniform(0, late))
     except subprocess.TimeoutExpired:
         run.ending.act(process, where, chance)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The expected verdicts of claims on known kernels. Reports compare results with them.
 
-``expected.toml`` has a table for each kernel series and mode of KVM. A claim's entry is one verdict for all places, or
-places by verdict. A table that is ``like`` another one has only what differs. Where its host ``lacks`` a protection or
-a backing, nothing can be told. Expected verdicts do not influence verdicts. Unknown kernels have none.
+``expected.toml`` has a table for each kernel series, mode of KVM, and size of pages. A claim's entry is one verdict for
+all places, or places by verdict. A table that is ``like`` another one has only what differs. Where its host ``lacks`` a
+protection or a backing, nothing can be told. Expected verdicts do not influence verdicts. Unknown kernels have none.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ Key = tuple[str, str, str]
 
 
 def table_name(host: Mapping[str, Value]) -> str:
-    """Name the table for a host: the kernel's series and KVM's mode, such as ``7.3 protected``."""
+    """Name the table for a host: the kernel's series and KVM's mode, such as ``7.3 protected``.
+
+    Larger pages than 4 KiB are named too: ``7.3 protected 16k``.
+    """
     series = re.match(r"\d+\.\d+", str(host.get("kernel", "")))
-    return f"{series[0] if series else 'unknown'} {host.get('mode', 'unknown')}"
+    page = int(str(host.get("page size", 0))) >> 10
+    return f"{series[0] if series else 'unknown'} {host.get('mode', 'unknown')}" + (f" {page}k" if page > 4 else "")
 
 
 def expected(host: Mapping[str, Value], claims: Iterable[Claim]) -> dict[Key, Verdict]:

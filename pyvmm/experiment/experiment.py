@@ -55,6 +55,8 @@ FREE = Gpa(RAM_BASE + PRIVATE_BOOT)
 """Start of free RAM. It ends at RAM's last 2 MiB, which hold the device tree. The payload's stack is below."""
 BEYOND = Gpa(RAM_BASE + (1 << 30))
 """The address, far above RAM, of an experiment's own slots."""
+MEMORY = min(8 * HUGE_SIZE // MIB, 512)
+"""MiB of RAM unless said otherwise: some huge pages of the host, and less than what lies below BEYOND."""
 SPARE_HUGE_PAGES = 4
 """Huge pages to keep free for an experiment's own slots, besides those of guest RAM."""
 PATIENCE = 20.0
@@ -88,7 +90,7 @@ class Experiment:
         protection: Protection = Protection.NONE,
         backing: str = "memfd",
         *,
-        memory: int = 16,
+        memory: int = MEMORY,
         cpus: int = 1,
         conversion: ConversionPolicy | str | None = None,
         faults: bool | None = False,

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 import pytest
 
 from pyvmm.atlas.claim import all_claims
-from pyvmm.atlas.expected import expected
+from pyvmm.atlas.expected import Key, expected
 from pyvmm.atlas.model import Atlas
 from pyvmm.experiment.record import Verdict
 from pyvmm.lab import Lab, LabOptions, build_image
@@ -48,11 +49,23 @@ def test_the_atlas_gives_what_the_host_lacks_as_reason_and_tries_the_rest(
     if kernel == "stable":
         files = [result for result in seen.results if result.backing in ("guest_memfd", "private")]
         assert {result.verdict for result in files} == {Verdict.UNTOLD}
+    assert_as_expected(seen)
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="the whole atlas, at night")
+def test_the_atlas_of_a_host_with_larger_pages_is_as_expected() -> None:
+    seen = atlas("backports-16k", "protected")
+    assert seen.host["page size"] == 16384
+    # There the guest meets the kernel's endless fault while its vCPUs are busy, and the experiment does not end.
+    assert_as_expected(seen, but={("conversion/copying-under-load", "emulated", "guest_memfd")})
+
+
+def assert_as_expected(seen: Atlas, but: Collection[Key] = ()) -> None:
     wanted = expected(seen.host, all_claims())
     assert {result.key for result in seen.results} <= wanted.keys()
     differ = [
         f"{r.id} {r.protection}/{r.backing}: {r.verdict.value} ({r.reason}), not {wanted[r.key].value}"
         for r in seen.results
-        if r.verdict is not wanted[r.key]
+        if r.verdict is not wanted[r.key] and r.key not in but
     ]
     assert not differ, "\n".join(differ)

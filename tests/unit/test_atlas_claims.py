@@ -107,10 +107,12 @@ TABLES = tomllib.loads(expected.FILE.read_text())
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_expectation_is_for_an_existing_claim_and_place(name: str) -> None:
-    kernel, _, mode = name.partition(" ")
+    kernel, mode, *page = name.split()
     assert set(TABLES[name]) - {"like", "lacks"} <= set(IDS)
     assert TABLES[name].get("like", name) in TABLES
-    verdicts = expected.expected({"kernel": f"{kernel}.1", "mode": mode}, CLAIMS)
+    host = {"kernel": f"{kernel}.1", "mode": mode, "page size": int(page[0][:-1]) << 10 if page else 4096}
+    assert expected.table_name(host) == name
+    verdicts = expected.expected(host, CLAIMS)
     assert set(verdicts) <= {(c.id, p.protection.value, p.backing) for c in CLAIMS for p in c.places}
     assert Verdict.CRASHED not in verdicts.values()
 

@@ -33,6 +33,7 @@ PLAIN = "memfd thp guest_memfd"
 ALL = "memfd thp guest_memfd private"
 INVALID_PARAMETER = -3
 PATIENCE = 2.0
+PAGES = HUGE_SIZE // HOST_PAGE
 
 
 @claim(emulated=PLAIN, pkvm="memfd thp", conversion="preserve", origin=f"{RARE}; {IN_PLACE}")
@@ -171,24 +172,24 @@ def half_a_huge_page_is_replaced(x: Experiment) -> None:
 
 
 def _half(x: Experiment, *, kept: bool) -> None:
-    huge = x.page(512, align=HUGE_SIZE)
+    huge = x.page(PAGES, align=HUGE_SIZE)
     half = HUGE_SIZE // 2
     x.guest.fill(huge, HUGE_SIZE, 1)
     if not _is_huge(x, huge):
         x.cannot("the host had no huge page left for the guest's memory")
-    done = x.guest.share(huge, 256, how=abi.SHARE_HVC)
-    x.time("256 shares", done.ticks)
-    x.check("pages shared", done.pages, 256)
+    done = x.guest.share(huge, PAGES // 2, how=abi.SHARE_HVC)
+    x.time(f"{PAGES // 2} shares", done.ticks)
+    x.check("pages shared", done.pages, PAGES // 2)
     word = (1).to_bytes(8, "little") if kept else bytes(8)
     x.check("the host reads what is due in the shared half", x.memory.read(huge, half) == word * (half // 8))
     x.check("the host reaches the other half's first page", x.memory.probe(huge + half), False)
     x.check("the guest's sum of the other half", x.guest.sum(huge + half, half), half // 8)
-    x.guest.unshare(huge, 256, how=abi.SHARE_HVC)
+    x.guest.unshare(huge, PAGES // 2, how=abi.SHARE_HVC)
     x.check("the guest's sum of the first half, private again", x.guest.sum(huge, half), half // 8 if kept else 0)
     if kept:
-        x.check("its 512 page frames are still one huge page", _is_huge(x, huge))
+        x.check(f"its {PAGES} page frames are still one huge page", _is_huge(x, huge))
     else:
-        x.tell("its 512 page frames are still one huge page", _is_huge(x, huge))
+        x.tell(f"its {PAGES} page frames are still one huge page", _is_huge(x, huge))
 
 
 def _frame(x: Experiment, gpa: Gpa) -> int:
@@ -202,8 +203,8 @@ def _frame(x: Experiment, gpa: Gpa) -> int:
 
 
 def _is_huge(x: Experiment, gpa: Gpa) -> bool:
-    frames = [_frame(x, Gpa(gpa + page * HOST_PAGE)) for page in range(512)]
-    return frames[0] % 512 == 0 and frames == list(range(frames[0], frames[0] + 512))
+    frames = [_frame(x, Gpa(gpa + page * HOST_PAGE)) for page in range(PAGES)]
+    return frames[0] % PAGES == 0 and frames == list(range(frames[0], frames[0] + PAGES))
 
 
 def _in_file(x: Experiment, address: Hva) -> bool:

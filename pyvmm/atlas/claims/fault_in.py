@@ -16,7 +16,7 @@ from pyvmm.guest.orders import Access
 from pyvmm.memory import mman
 from pyvmm.memory.backing import FileBacking, Memfd, SharedGuestMemfd
 from pyvmm.memory.memlock import CAP_IPC_LOCK, LockedMemory
-from pyvmm.pages import HOST_PAGE
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 from pyvmm.uapi.mman import PROT_NONE, PROT_READ
 
 claim = group("fault-in")
@@ -238,7 +238,7 @@ def file_pages_are_refused(x: Experiment) -> None:
 def hugetlb_pages_are_refused(x: Experiment) -> None:
     """Huge pages of hugetlbfs cannot become guest memory: KVM_RUN fails with EIO."""
     x.stack.enter_context(x.setting(settings.HUGE_PAGES, "2"))
-    backing = x.stack.enter_context(Memfd(2 << 20, hugetlb=True))
+    backing = x.stack.enter_context(Memfd(HUGE_SIZE, hugetlb=True))
     raw.slot(x, BEYOND, backing.size, backing.hva)
     x.check("KVM_RUN", x.went(x.guest.start_read64(BEYOND)), "EIO")
 

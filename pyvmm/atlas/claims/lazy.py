@@ -17,7 +17,7 @@ from pyvmm.memory.fault_server import Answer, Server
 from pyvmm.memory.memlock import LockedMemory
 from pyvmm.memory.on_demand import OnDemand
 from pyvmm.memory.userfault import Fault, FaultKind, Userfault
-from pyvmm.pages import HOST_PAGE
+from pyvmm.pages import HOST_PAGE, HUGE_SIZE
 
 if TYPE_CHECKING:
     from pyvmm._native import pv_vcpu
@@ -187,11 +187,10 @@ def without_privilege_the_guest_can_be_served(x: Experiment) -> None:
 )
 def the_mapping_takes_a_userfaultfd(x: Experiment) -> None:
     """The mapping of the guest's memory can be registered with a userfaultfd, for missing and for minor faults."""
-    size = 2 << 20
-    page = x.page(size // HOST_PAGE, align=size)
-    userfault, hva = _userfault(x), x.memory.hva(page, size)
-    x.check("UFFDIO_REGISTER, missing", raw.answer(lambda: userfault.register(hva, size, missing=True)), "ok")
-    x.check("UFFDIO_REGISTER, minor", raw.answer(lambda: userfault.register(hva, size, minor=True)), "ok")
+    page = x.page(HUGE_SIZE // HOST_PAGE, align=HUGE_SIZE)
+    userfault, hva = _userfault(x), x.memory.hva(page, HUGE_SIZE)
+    x.check("UFFDIO_REGISTER, missing", raw.answer(lambda: userfault.register(hva, HUGE_SIZE, missing=True)), "ok")
+    x.check("UFFDIO_REGISTER, minor", raw.answer(lambda: userfault.register(hva, HUGE_SIZE, minor=True)), "ok")
 
 
 @claim(none="memfd", emulated="memfd", pkvm="memfd", origin=f"{UFFD}, UFFDIO_REGISTER_MODE_MISSING; fallocate(2)")

@@ -116,7 +116,7 @@ class Run:
     """The last line's contents (``seconds``, ``date``); None for an aborted run."""
 
     def with_series(self, series: Iterable[Series]) -> Run:
-        """Return a run of the same environment with other series."""
+        """Return a run of the same environment with ``series`` instead of its own."""
         return replace(self, series=tuple(series))
 
 
@@ -149,14 +149,15 @@ def parse(lines: Iterable[str], name: str) -> Run:
     end: dict[str, Value] | None = None
     texts = list(lines)
     for number, text in enumerate(texts, 1):
+        data, why = None, "no object"
         try:
             data = load_json(text)
-            if not isinstance(data, dict):
-                raise ValueError("no object")
         except ValueError as error:
+            why = str(error)
+        if not isinstance(data, dict):
             if head is not None and number == len(texts):
                 break  # an aborted run ended within a line
-            raise BenchError(f"{name}: line {number} is not of a benchmark's results: {error}") from None
+            raise BenchError(f"{name}: line {number} is not of a benchmark's results: {why}")
         if head is None:
             head = _header(data, name)
         elif "series" in data:
@@ -184,7 +185,10 @@ def _header(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def read(path: str) -> Run:
-    """Read the run in a file. Raises BenchError if it cannot be read or is not one."""
+    """Read the results file at ``path``. A file without its last line is read as far as it goes.
+
+    Raises BenchError if the file cannot be read, does not hold results, or has an unknown format.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             return parse(file, path)

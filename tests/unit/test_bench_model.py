@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 
 from pyvmm.bench import model
 from pyvmm.bench.model import BenchError, Run, Series
+from pyvmm.cli.help import page
+from tests.documents import blocks
 from tests.unit import bench_samples as samples
 
 HEADER = model.header(samples.ENVIRONMENT, {"points": 2})
@@ -104,3 +109,26 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> 
     file.write_bytes(b"\x80\x81\xff")
     with pytest.raises(BenchError, match="cannot be read: it is not text"):
         model.read(str(file))
+
+
+# ---- as the page measuring documents it
+
+
+def test_keys_of_a_series_are_those_documented() -> None:
+    rows = page("measuring").split("| key of `series` | is |")[1].split("\n\n")[0]
+    documented = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\|([^|]*)\|", rows, re.MULTILINE)))
+    assert sorted(documented) == sorted(field.name for field in fields(Series))
+
+
+def test_documented_lines_for_pandas_take_every_series_and_nothing_else(tmp_path: Path) -> None:
+    kept = samples.series([9.0, 1.0, 2.0], rounds=[1, 2], warmup=1)
+    empty = samples.series([], unavailable="the host has none")
+    run = Run(samples.ENVIRONMENT, {"cases": ["fault"]}, (kept, empty), {"seconds": 1.5})
+    (tmp_path / "a.jsonl").write_text(samples.text(run))
+    [block] = [each.text for each in blocks("text") if "pandas" in each.text]
+    _, select, table = block.splitlines()
+    found: dict[str, Any] = {"json": json, "open": lambda name: (tmp_path / name).open()}
+    exec(select, found)
+    assert [Series.from_json(each) for each in found["lines"]] == [kept, empty]
+    assert 'explode("values")' in table
+    assert all("values" in each for each in found["lines"]), "explode needs the column in each row"

@@ -14,7 +14,7 @@ from pyvmm.atlas import expected
 from pyvmm.atlas.claim import GROUPS, Claim, all_claims, group, select
 from pyvmm.atlas.task import tasks
 from pyvmm.errors import UsageError
-from pyvmm.experiment.record import Verdict
+from pyvmm.experiment.record import Value, Verdict
 from pyvmm.memory.choices import BACKINGS
 from pyvmm.protection import Protection
 
@@ -110,7 +110,8 @@ def test_every_expectation_is_for_an_existing_claim_and_place(name: str) -> None
     kernel, mode, *page = name.split()
     assert set(TABLES[name]) - {"like", "lacks"} <= set(IDS)
     assert TABLES[name].get("like", name) in TABLES
-    host = {"kernel": f"{kernel}.1", "mode": mode, "page size": int(page[0][:-1]) << 10 if page else 4096}
+    size = int(page[0].removesuffix("k")) if page else 4
+    host: dict[str, Value] = {"kernel": f"{kernel}.1", "mode": mode, "page size": size << 10}
     assert expected.table_name(host) == name
     verdicts = expected.expected(host, CLAIMS)
     assert set(verdicts) <= {(c.id, p.protection.value, p.backing) for c in CLAIMS for p in c.places}

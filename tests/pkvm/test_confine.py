@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from pyvmm.session.connection import Connection
 from tests.finished import finished
 from tests.nightly import NIGHTLY
 from tests.pkvm.gdb_client import Client
+from tests.pkvm.linux_guest import DEADLINE, initrd
+from tests.pkvm.required import kernel_directory, program
+from tests.pkvm.test_lost import Run
 
 pytestmark = pytest.mark.pkvm
 
@@ -116,6 +120,38 @@ def test_a_confined_run_answers_all_words_of_ctl_and_removes_its_sockets(tmp_pat
     assert run.returncode == 130, stderr
     assert "pyvmm ctl stop" in stderr
     assert sorted(each.name for each in tmp_path.iterdir()) == ["disk"]
+
+
+def test_a_confined_linux_uses_its_disk_its_card_and_its_vsock(tmp_path: Path) -> None:
+    program("passt", "passt")
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    words = [
+        *("--confine", "on", "--protection", "pkvm", "-c", "2", "-m", "192M", "--rng", "--console", "stdio"),
+        *("-d", "disk,queues=2", "--net", "passt", "--vsock", "uds=vsock,cid=3", "--serial", "file=uart"),
+        *("-p", "console=hvc0 quiet panic=-1 audit=0", "-i", initrd(tmp_path / "initrd", "vsock")),
+        str(kernel_directory("own:") / "Image"),
+    ]
+    guest = Run(tmp_path, *words)
+    try:
+        guest.expect(b"# ")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "vsock_5000"))
+            listener.listen()
+            assert guest.sh("echo to the host | vsock call 2 5000 >/said & sleep 0")[1] == 0
+            with listener.accept()[0] as peer:
+                assert peer.recv(100) == b"to the host\n"
+        assert guest.sh("head -c 4k /dev/hwrng >/a && head -c 508k /dev/urandom >>/a") == ("", 0)
+        assert guest.sh("dd if=/a of=/dev/vda bs=64k conv=fsync 2>/dev/null") == ("", 0)
+        assert guest.sh("dd if=/dev/vda of=/b bs=64k count=8 iflag=direct 2>/dev/null && cmp /a /b") == ("", 0)
+        assert guest.sh("ip link set eth0 up && udhcpc -n -q -t 10 -i eth0 >/dev/null 2>&1") == ("", 0)
+        assert guest.process.stdin is not None
+        guest.process.stdin.write(b"poweroff\n")
+        guest.process.stdin.flush()
+        assert guest.process.wait(DEADLINE) == 0
+    finally:
+        guest.process.kill()
+        guest.process.communicate()
+    assert not (tmp_path / "vsock").exists()
 
 
 def test_the_lab_has_landlock() -> None:

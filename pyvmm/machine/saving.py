@@ -2,8 +2,8 @@
 """Write a paused machine to a snapshot file. :mod:`pyvmm.machine.snapshot` describes the format.
 
 The file is on the disk before it gets its name, so it is never incomplete. It has no name while it is written: a
-process that is killed then leaves nothing. It has a temporary one where the file system has no O_TMPFILE, and elsewhere
-for an instant at the end, since no call replaces a named file by one without a name.
+process that is killed then leaves nothing. It has a temporary name where the file system has no O_TMPFILE. Elsewhere it
+has one for an instant at the end: no call replaces a named file by one without a name.
 """
 
 from __future__ import annotations

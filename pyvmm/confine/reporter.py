@@ -9,33 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import signal
 import socket
-import struct
+from ctypes import byref
 
-from pyvmm.confine.kernel import MACHINE
+from pyvmm.confine import kernel
 from pyvmm.interrupt import ENDING
 from pyvmm.log import get_logger
-from pyvmm.uapi.seccomp import SECCOMP_USER_NOTIF_FLAG_CONTINUE
+from pyvmm.uapi import seccomp
 from pyvmm.uapi.unistd import MACHINES, NUMBERS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from ctypes import Structure
     from typing import Final
+
+    from pyvmm.uapi.ioctl import Ioctl
 
 log = get_logger("confine")
 
 MOST: Final = 10
 """Reports of one call. A total follows at the end."""
-
-_RECEIVE, _SEND = 0xC050_2100, 0xC018_2101
-"""SECCOMP_IOCTL_NOTIF_RECV and SECCOMP_IOCTL_NOTIF_SEND."""
-_NOTICE: Final = struct.Struct("=QII iIQ6Q")
-"""struct seccomp_notif: id, pid, flags, and the call as a filter sees it."""
-_ANSWER: Final = struct.Struct("=QqiI")
 
 _PATHS: Final = {"openat": 1, "unlinkat": 1, "mkdirat": 1, "renameat": 1, "faccessat": 1, "readlinkat": 1, "execve": 0}
 """The argument of some calls that is a path."""
@@ -74,29 +71,38 @@ def _report(connection: socket.socket) -> None:
     poll = select.poll()
     poll.register(fds[0], select.POLLIN)
     while not any(events & select.POLLHUP for _, events in poll.poll()):
-        try:
-            notice = bytearray(_NOTICE.size)
-            fcntl.ioctl(fds[0], _RECEIVE, notice)
-            identity, tid, _, nr, _, _, *arguments = _NOTICE.unpack(notice)
-            call = _name(nr)
+        notice = seccomp.seccomp_notif()
+        if _exchanged(fds[0], seccomp.SECCOMP_IOCTL_NOTIF_RECV, notice):
+            call = _name(notice.data.nr)
             counts[call] = counts.get(call, 0) + 1
             if counts[call] <= MOST:
-                log.warning("would_refuse", call=call, **_told(call, tid, arguments), thread=tid)
-            fcntl.ioctl(fds[0], _SEND, _ANSWER.pack(identity, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EINTR):  # the thread has ended, or a signal came
-                raise
+                log.warning(
+                    "would_refuse", call=call, **_told(call, notice.pid, list(notice.data.args)), thread=notice.pid
+                )
+            goes_on = seccomp.seccomp_notif_resp(id=notice.id, flags=seccomp.SECCOMP_USER_NOTIF_FLAG_CONTINUE)
+            _exchanged(fds[0], seccomp.SECCOMP_IOCTL_NOTIF_SEND, goes_on)
     for call, count in counts.items():
         if count > MOST:
             log.warning("would_refuse_more", call=call, times=count)
 
 
+def _exchanged(listener: int, request: Ioctl, message: Structure) -> bool:
+    """Make a request of the listener. False: the thread has ended, or a signal came. Raises OSError otherwise."""
+    try:
+        kernel.call("ioctl", listener, request.number, byref(message))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINTR):
+            return False
+        raise
+    return True
+
+
 def _name(nr: int) -> str:
-    at = MACHINES.index(MACHINE)
+    at = MACHINES.index(kernel.MACHINE)
     return next((name for name, numbers in NUMBERS.items() if numbers[at] == nr), f"call {nr}")
 
 
-def _told(call: str, tid: int, arguments: list[int]) -> dict[str, str]:
+def _told(call: str, tid: int, arguments: Sequence[int]) -> dict[str, str]:
     """Return the arguments: the registers, and the path if it is known and may be read."""
     told = {"arguments": " ".join(hex(argument) for argument in arguments)}
     if call in _PATHS:

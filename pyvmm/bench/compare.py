@@ -4,9 +4,8 @@
 Series are matched by case, point and metric. The medians of their rounds are compared. Two runs are unpaired: Welch's t
 tests them. The sides of a run that measured in turns are pairs: Wilcoxon's signed ranks test them. Values without
 rounds are taken as independent: Mann and Whitney's rank sum tests them. One value that its case knows to repeat is
-compared without a test. Benjamini and Hochberg's method (false
-discovery rate) corrects p over the tested series. Series with the same values on both sides are not tested, nor those
-of too few rounds. Pure functions.
+compared without a test. Benjamini and Hochberg's method (false discovery rate) corrects p over the tested series.
+Series with the same values on both sides are not tested, nor those of too few rounds. Pure functions.
 
 Counts that differ by no more than the margin of one, in every round of both sides, are the same. Else a series differs
 if its corrected p is below ALPHA and its ratio is beyond the margin. It is the same if the ratio's interval lies within

@@ -38,7 +38,7 @@ _SCOPES: Final = ((6, ll.LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET | ll.LANDLOCK_SCOPE
 
 
 def version() -> int:
-    """Return the version of the kernel's interface. Raises OSError where there is none, or it is turned off."""
+    """Return the version of the kernel's interface. Raises OSError where the kernel has none, or has it turned off."""
     return kernel.call("landlock_create_ruleset", None, None, ll.LANDLOCK_CREATE_RULESET_VERSION)
 
 

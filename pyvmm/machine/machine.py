@@ -124,7 +124,7 @@ class Machine(Hardware):
         """Take all that a start needs of the host but threads: the right to lock memory, populated memory. Idempotent.
 
         :meth:`start` does it. Afterwards the machine opens nothing. Raises HostError if a protected guest could not
-        lock its memory, or if the host cannot populate so much.
+        lock its memory, or if the host cannot populate it.
         """
         if self._ready:
             return

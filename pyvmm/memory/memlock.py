@@ -15,8 +15,8 @@ from pyvmm.errors import HostError
 from pyvmm.memory.address import MIB, align_up
 from pyvmm.pages import HOST_PAGE
 from pyvmm.typed import NamedTuple
+from pyvmm.uapi.capability import CAP_IPC_LOCK
 
-CAP_IPC_LOCK = 14
 INITIAL_USER_NAMESPACE = 0xEFFFFFFD
 """Inode of /proc/PID/ns/user of the first user namespace: PROC_USER_INIT_INO in include/linux/proc_ns.h."""
 

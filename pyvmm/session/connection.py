@@ -39,7 +39,7 @@ def running() -> list[int]:
     except OSError as error:
         raise PyvmmError(f"{where} cannot be read: {error.strerror}") from None
     pids = []
-    for name in sorted({_put_back(where, name) for name in names}):
+    for name in {_put_back(where, name) for name in names}:
         pid, path = name.removesuffix(SUFFIX), f"{where}/{name}"
         if name.endswith(SUFFIX) and pid.isdecimal():
             with contextlib.suppress(OSError):  # the run has ended meanwhile

@@ -21,6 +21,7 @@ from pyvmm.protection import Protection
 from tests.pkvm.disks import check, read_file
 from tests.pkvm.required import kernel_directory, program
 from tests.soak.endings import PATIENCE
+from tests.soak.guests import CONSOLE
 
 SIZE: Final = 16 << 20
 RECORD: Final = 16
@@ -59,7 +60,7 @@ class Disk:
     def kill_a_writer(self, protection: Protection, chance: random.Random) -> None:
         """Start a guest that writes, and kill its VMM at a random time after the first number."""
         files = kernel_directory("own:")
-        params = f"console=ttyAMA0 quiet panic=-1 audit=0 mitigations=off -- {WRITE}"
+        params = f"{CONSOLE} {WRITE}"
         words = ["--protection", protection.value, "-m", "128M", "-d", str(self.path), "-p", params]
         process = subprocess.Popen(
             [sys.executable, "-m", "pyvmm", "run", *words, "-i", str(files / "shell.cpio"), str(files / "Image")],

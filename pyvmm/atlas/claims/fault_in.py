@@ -15,8 +15,9 @@ from pyvmm.experiment.host.syscalls import drop_capabilities
 from pyvmm.guest.orders import Access
 from pyvmm.memory import mman
 from pyvmm.memory.backing import FileBacking, Memfd, SharedGuestMemfd
-from pyvmm.memory.memlock import CAP_IPC_LOCK, LockedMemory
+from pyvmm.memory.memlock import LockedMemory
 from pyvmm.pages import HOST_PAGE, HUGE_SIZE
+from pyvmm.uapi.capability import CAP_IPC_LOCK
 from pyvmm.uapi.mman import PROT_NONE, PROT_READ
 
 claim = group("fault-in")

@@ -182,7 +182,7 @@ class VirtioBlk(WorkerDevice):
         return None
 
     def reach(self) -> Reach:
-        """Return that a block device discards by a call of its own."""
+        """Return that a block device discards by an ioctl."""
         return Reach(parts=() if self.disk.regular else ("disk",))
 
     def start(self, queues: Sequence[Queue], features: int) -> None:  # noqa: ARG002 - negotiated

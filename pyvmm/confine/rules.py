@@ -7,11 +7,15 @@ A call may be in several rules: any of them allows it. Rules that are asked most
 from __future__ import annotations
 
 from pyvmm.typed import NamedTuple
+from pyvmm.uapi import fs, if_tun, kvm, kvm_arm64_vcpu, kvm_irq, kvm_memory, kvm_state, mman, userfaultfd
+from pyvmm.uapi.prctl import PR_SET_NAME
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Final
+
+    from pyvmm.uapi.ioctl import Ioctl
 
 WORD: Final = 0xFFFF_FFFF
 """The low half of an argument, which is all that the kernel reads of an int."""
@@ -41,24 +45,28 @@ class Rule(NamedTuple):
     part: str = ""
 
 
+def _of(request: Ioctl) -> tuple[str, int]:
+    return request.name, request.number
+
+
 _IOCTLS: Final = (
-    ("KVM_RUN", 0xAE80, "a vCPU enters its guest", ""),
-    ("KVM_IRQ_LINE", 0x4008_AE61, "a device raises or lowers its interrupt", ""),
-    ("KVM_IRQFD", 0x4020_AE76, "a device's interrupt is connected, and let go of at the end", ""),
-    ("KVM_IOEVENTFD", 0x4040_AE79, "a driver's queue gets its doorbell", ""),
-    ("KVM_CHECK_EXTENSION", 0xAE03, "whether the kernel takes doorbells", ""),
-    ("KVM_SET_USER_MEMORY_REGION", 0x4020_AE46, "memory slots are moved, and removed at the end", ""),
-    ("KVM_SET_USER_MEMORY_REGION2", 0x40A0_AE49, "the same for a guest_memfd", ""),
-    ("KVM_GET_ONE_REG", 0x4010_AEAB, "registers for a crash, a pause, a snapshot", ""),
-    ("KVM_SET_ONE_REG", 0x4010_AEAC, "the guest's clock is set after a pause", ""),
-    ("KVM_GET_REG_LIST", 0xC008_AEB0, "the registers that a snapshot has", ""),
-    ("KVM_GET_MP_STATE", 0x8004_AE98, "whether a vCPU is on", ""),
-    ("KVM_SET_MP_STATE", 0x4004_AE99, "a vCPU is turned on or off", ""),
-    ("KVM_GET_VCPU_EVENTS", 0x8040_AE9F, "pending exceptions for a snapshot", ""),
-    ("KVM_SET_VCPU_EVENTS", 0x4040_AEA0, "an external abort for an address without a device", ""),
-    ("KVM_GET_DEVICE_ATTR", 0x4018_AEE2, "the interrupt controller's state for a snapshot", ""),
-    ("KVM_SET_DEVICE_ATTR", 0x4018_AEE1, "the interrupt controller stores its tables for a snapshot", ""),
-    ("KVM_SET_GUEST_DEBUG", 0x4208_AE9B, "breakpoints and single steps of arm64", "gdb"),
+    (*_of(kvm.KVM_RUN), "a vCPU enters its guest", ""),
+    (*_of(kvm_irq.KVM_IRQ_LINE), "a device raises or lowers its interrupt", ""),
+    (*_of(kvm_irq.KVM_IRQFD), "a device's interrupt is connected, and let go of at the end", ""),
+    (*_of(kvm_irq.KVM_IOEVENTFD), "a driver's queue gets its doorbell", ""),
+    (*_of(kvm.KVM_CHECK_EXTENSION), "whether the kernel takes doorbells", ""),
+    (*_of(kvm.KVM_SET_USER_MEMORY_REGION), "memory slots are moved, and removed at the end", ""),
+    (*_of(kvm_memory.KVM_SET_USER_MEMORY_REGION2), "the same for a guest_memfd", ""),
+    (*_of(kvm.KVM_GET_ONE_REG), "registers for a crash, a pause, a snapshot", ""),
+    (*_of(kvm.KVM_SET_ONE_REG), "the guest's clock is set after a pause", ""),
+    (*_of(kvm_state.KVM_GET_REG_LIST), "the registers that a snapshot has", ""),
+    (*_of(kvm_state.KVM_GET_MP_STATE), "whether a vCPU is on", ""),
+    (*_of(kvm_state.KVM_SET_MP_STATE), "a vCPU is turned on or off", ""),
+    (*_of(kvm_arm64_vcpu.KVM_GET_VCPU_EVENTS), "pending exceptions for a snapshot", ""),
+    (*_of(kvm_arm64_vcpu.KVM_SET_VCPU_EVENTS), "an external abort for an address without a device", ""),
+    (*_of(kvm.KVM_GET_DEVICE_ATTR), "the interrupt controller's state for a snapshot", ""),
+    (*_of(kvm.KVM_SET_DEVICE_ATTR), "the interrupt controller stores its tables for a snapshot", ""),
+    (*_of(kvm_arm64_vcpu.KVM_SET_GUEST_DEBUG), "breakpoints and single steps of arm64", "gdb"),
     ("TCGETS", 0x5401, "whether a descriptor is a terminal, and its mode", ""),
     ("TCSETS", 0x5402, "the terminal's mode is set", ""),
     ("TCSETSW", 0x5403, "the terminal's mode is restored", ""),
@@ -68,25 +76,25 @@ _IOCTLS: Final = (
     ("TIOCGPGRP", 0x540F, "whether the terminal is ours before it is restored", ""),
     ("TIOCGWINSZ", 0x5413, "the size of the console's terminal", ""),
     ("FIONBIO", 0x5421, "a connection does not block", ""),
-    ("BLKDISCARD", 0x1277, "a disk that is a block device discards", "disk"),
-    ("TUNSETOFFLOAD", 0x4004_54D0, "a driver agrees on what the tap computes", "tap"),
-    ("TUNSETVNETHDRSZ", 0x4004_54D8, "the tap's header", "tap"),
-    ("UFFDIO_COPY", 0xC028_AA03, "a page of the snapshot is loaded", "restore"),
-    ("UFFDIO_ZEROPAGE", 0xC020_AA04, "a page of zeros", "restore"),
-    ("UFFDIO_CONTINUE", 0xC020_AA07, "a page that is loaded already", "restore"),
-    ("UFFDIO_WAKE", 0x8010_AA02, "a fault is answered", "restore"),
-    ("UFFDIO_UNREGISTER", 0x8010_AA01, "all pages are loaded", "restore"),
+    (*_of(fs.BLKDISCARD), "a disk that is a block device discards", "disk"),
+    (*_of(if_tun.TUNSETOFFLOAD), "a driver agrees on what the tap computes", "tap"),
+    (*_of(if_tun.TUNSETVNETHDRSZ), "the tap's header", "tap"),
+    (*_of(userfaultfd.UFFDIO_COPY), "a page of the snapshot is loaded", "restore"),
+    (*_of(userfaultfd.UFFDIO_ZEROPAGE), "a page of zeros", "restore"),
+    (*_of(userfaultfd.UFFDIO_CONTINUE), "a page that is loaded already", "restore"),
+    (*_of(userfaultfd.UFFDIO_WAKE), "a fault is answered", "restore"),
+    (*_of(userfaultfd.UFFDIO_UNREGISTER), "all pages are loaded", "restore"),
 )
 """Name, number, reason and part of each command. The ioctls of a snapshot's load are over before the filter."""
 
 _ADVICE: Final = (
-    ("MADV_DONTNEED", 4, "a page is given back: a conversion, a balloon, a thread's stack"),
-    ("MADV_FREE", 8, "the C library gives memory back"),
-    ("MADV_REMOVE", 9, "a page of a file is given back"),
-    ("MADV_HUGEPAGE", 14, "the C library or guest memory wants huge pages"),
-    ("MADV_DONTFORK", 10, "guest memory stays out of children"),
-    ("MADV_DONTDUMP", 16, "guest memory stays out of core dumps"),
-    ("MADV_POPULATE_WRITE", 23, "guest memory is populated"),
+    ("MADV_DONTNEED", mman.MADV_DONTNEED, "a page is given back: a conversion, a balloon, a thread's stack"),
+    ("MADV_FREE", mman.MADV_FREE, "the C library gives memory back"),
+    ("MADV_REMOVE", mman.MADV_REMOVE, "a page of a file is given back"),
+    ("MADV_HUGEPAGE", mman.MADV_HUGEPAGE, "the C library or guest memory wants huge pages"),
+    ("MADV_DONTFORK", mman.MADV_DONTFORK, "guest memory stays out of children"),
+    ("MADV_DONTDUMP", mman.MADV_DONTDUMP, "guest memory stays out of core dumps"),
+    ("MADV_POPULATE_WRITE", mman.MADV_POPULATE_WRITE, "guest memory is populated"),
 )
 
 _COMMANDS: Final = (
@@ -102,7 +110,7 @@ THREAD: Final = 0x003D_0F00
 _PARENT_SETTID and _CHILD_CLEARTID. musl adds the obsolete CLONE_DETACHED."""
 _DETACHED: Final = 0x0040_0000
 
-NO_EXEC: Final = Condition(2, 0x4, 0, "without PROT_EXEC")
+NO_EXEC: Final = Condition(2, mman.PROT_EXEC, 0, "without PROT_EXEC")
 
 RULES: Final[tuple[Rule, ...]] = (
     *(Rule("ioctl", why, (Condition(1, WORD, number, name),), part) for name, number, why, part in _IOCTLS),
@@ -152,7 +160,7 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule("set_robust_list", "threads"),
     Rule("rseq", "threads"),
-    Rule("prctl", "a thread's name", (Condition(0, WORD, 15, "PR_SET_NAME"),)),
+    Rule("prctl", "a thread's name", (Condition(0, WORD, PR_SET_NAME, "PR_SET_NAME"),)),
     Rule("sched_yield", "threads"),
     Rule("sched_getaffinity", "the C library counts CPUs for its memory pools"),
     Rule("getpid", "which process this is"),
